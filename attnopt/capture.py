@@ -1,0 +1,144 @@
+"""From a model and example inputs to a graph: torch.export first, symbolic tracing for what only it can trace."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from attnopt.errors import CaptureError
+from attnopt.graph import is_static, tidy
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model: ``module`` is a graph of functional aten operators, called as the model is.
+
+    ``shapes`` are the dynamic shapes in torch.export's notation, ``fixed_axes`` the axes that "auto" had to leave fixed.
+    """
+
+    module: fx.GraphModule
+    args: Args
+    kwargs: Kwargs
+    shapes: Any = None
+    fixed_axes: tuple[str, ...] = ()
+    route: str = "export"
+
+
+def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dynamic_shapes: Any = None) -> Program:
+    """Capture ``model`` on example inputs.
+
+    ``dynamic_shapes``: None (all sizes fixed), torch.export's notation, or "auto" (batch and sequence axes of every input
+    as far as the model allows).  Raises CaptureError, which tells what stopped each way of capturing.
+    """
+    if isinstance(model, ExportedProgram):
+        return _finish(model, args, kwargs, dynamic_shapes, "exported program")
+    shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
+    failures: list[str] = []
+    ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
+        ("torch.export", lambda: _export(model, args, kwargs, shapes, strict=False)),
+        ("torch.export (strict)", lambda: _export(model, args, kwargs, shapes, strict=True)),
+        ("torch.fx.symbolic_trace", lambda: _export(fx.symbolic_trace(model), args, kwargs, shapes, strict=False)),
+    )
+    _try_call(model, args, kwargs)
+    for route, way in ways:
+        try:
+            with quiet():
+                exported = way()
+        except Exception as e:  # noqa: BLE001  whatever the tracer raises, the next way is tried and the reason kept
+            failures.append(f"{route}: {_condensed(e)}")
+            continue
+        return _finish(exported, args, kwargs, shapes, route)
+    raise CaptureError(
+        "the model could not be captured\n  " + "\n  ".join(failures),
+        hint="make the named operation independent of the inputs' values"
+        + (", or leave the named axes out of dynamic_shapes" if shapes else ""),
+    )
+
+
+def _try_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Wrong inputs are the user's to see as they are, not through a tracer."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as e:
+        raise CaptureError(
+            f"the example inputs do not fit {type(model).__name__}.forward: {e}", hint="pass args and kwargs as the model takes them"
+        ) from None
+
+
+def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
+    exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+    return exported.run_decompositions({})
+
+
+def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, route: str) -> Program:
+    if route == "exported program":
+        exported = exported.run_decompositions({})
+    with quiet():
+        module = exported.module()
+    assert isinstance(module, fx.GraphModule)
+    tidy(module)
+    return Program(module, args, kwargs, shapes, _fixed(module, shapes), route)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the tracer's own chatter."""
+    log = logging.getLogger("torch.export")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _condensed(e: BaseException) -> str:
+    """The telling lines of a tracer's message: what stopped it, and the user's line."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    telling = [x for x in lines if any(w in x for w in ("Error", "Could not", "cannot", "specializ", "constraint", "Dim", "guard", "L["))]
+    user = [x for x in lines if x.startswith("File ") and "/torch/" not in x]
+    chosen = list(dict.fromkeys([*lines[:1], *telling[:3], *user[-1:]]))
+    return f"{type(e).__name__}: " + " | ".join(chosen)[:600]
+
+
+def auto_shapes(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
+    """Axes 0 and 1 of every tensor input, to be dynamic as far as the model allows."""
+
+    def of(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return dict.fromkeys(range(min(2, x.dim())), Dim.AUTO)
+        if isinstance(x, (list, tuple)):
+            return type(x)(of(i) for i in x)
+        return {k: of(v) for k, v in x.items()} if isinstance(x, dict) else None
+
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {name: of(x) for name, x in bound.items()}
+
+
+def _fixed(module: fx.GraphModule, shapes: Any) -> tuple[str, ...]:
+    """Axes that were asked to be dynamic and are not."""
+    if not isinstance(shapes, Mapping):
+        return ()
+    found: list[str] = []
+    nodes = {str(n.target): n for n in module.graph.nodes if n.op == "placeholder"}
+    for name, axes in shapes.items():
+        node = nodes.get(name)
+        val = None if node is None else node.meta.get("val")
+        if not isinstance(axes, Mapping) or not isinstance(val, Tensor):
+            continue
+        found += [f"{name}[{a}] = {val.shape[a]}" for a in axes if isinstance(a, int) and is_static(val.shape[a])]
+    return tuple(found)

@@ -1,0 +1,42 @@
+"""What one attention costs, counted from its spec and the sizes of its projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from attnopt.report import Cost
+from attnopt.site import Site
+from attnopt.spec import AttentionSpec
+
+
+def cost_of(site: Site, spec: AttentionSpec, before: AttentionSpec, element_size: int = 4) -> Cost:
+    """FLOPs of the two products over what the pattern keeps and of the projections, for one sequence of the example's
+    length; parameters of the projections; bytes of keys and values that a cache holds for a token."""
+    density = spec.pattern.density(site.q_len, site.kv_len, num_heads=spec.num_heads)
+    pairs = density * site.q_len * site.kv_len
+    products = 2 * spec.num_heads * pairs * (spec.head_dim + spec.value_dim)
+    parameters = _projection_parameters(site, site.parameters, spec, before)
+    tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
+    flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
+    cached = spec.num_kv_heads * (spec.head_dim + spec.value_dim) * element_size
+    return Cost(int(flops), sum(parameters.values()), cached)
+
+
+def _projection_parameters(
+    site: Site, parameters: Mapping[str, Tensor], spec: AttentionSpec, before: AttentionSpec
+) -> dict[str, int]:
+    """For each projection whose rows are known, the numbers in the rows that are left."""
+    left = {"q": (spec.num_heads, before.num_heads), "k": (spec.num_kv_heads, before.num_kv_heads),
+            "v": (spec.num_kv_heads, before.num_kv_heads), "out": (spec.num_heads, before.num_heads)}  # fmt: skip
+    counts: dict[str, int] = {}
+    for role, (now, was) in left.items():
+        p = site.projections.get(role)
+        if p is None or p.rows is None or p.weight is None:
+            continue
+        weight = parameters[p.weight]
+        rows = sum(len(r) for r in p.rows)
+        axis = 1 if p.transposed != (role == "out") else 0
+        counts[role] = weight.numel() // weight.shape[axis] * rows * now // was
+    return counts

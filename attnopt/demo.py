@@ -1,0 +1,241 @@
+"""``attnopt demo``: a trained sentence encoder, from the model in torch to a smaller one in ONNX Runtime."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnopt.errors import AttnoptError, ExportError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from attnopt.demo_similarity import Encode
+
+# The lower half of the layers sees a window; the upper half loses its weakest heads.  Both are fixed here: data
+# decides only which heads go, and that data (Lee's background news) is none of what the table is measured on.
+WINDOW, SINKS = 16, 1
+PRUNED_PER_LAYER = 2
+LENGTHS = ((1, 16), (8, 128), (1, 512))  # batch x tokens of the latency rows
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One column of the final table."""
+
+    name: str
+    encode: Encode
+    parameters: int
+    megabytes: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", default="build/demo", help="where the files go (default: build/demo)")
+    parser.add_argument("--quick", action="store_true", help="fewer calibration texts and timing repeats")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The demo alone; raises AttnoptError."""
+    parser = argparse.ArgumentParser(prog="attnopt demo", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from attnopt import demo_similarity as similarity
+
+    similarity.require_packages()
+    say = _quiet if arguments.json else _say
+    import torch
+
+    import attnopt
+    from attnopt.page import amount
+
+    model, tokenizer = similarity.load_encoder()
+    data = similarity.load_data()
+    example = similarity.tokens(tokenizer, data.background[:3])
+
+    say("1. What is in the model?")
+    found = attnopt.inspect(model, example)
+    say(found)
+
+    texts = data.background[: 32 if arguments.quick else 128]
+    say(f"2. What does each head contribute?  ({len(texts)} calibration texts)")
+    policy = _policy(model, [similarity.tokens(tokenizer, [text]) for text in texts], found.sites)
+
+    say("3. Rewrite, verify, export.")
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    fast: Any = attnopt.optimize(
+        model, policy, example, dynamic_shapes={"input_ids": dict(axes), "attention_mask": dict(axes)}
+    )
+    say(fast.report)
+    out = _folder(arguments.out)
+    files = {"model": out / "model.onnx", "report": out / "report.html", "data": out / "report.json"}
+    fast.export_onnx(files["model"])
+    fast.report.to_html(files["report"])
+
+    say("4. Is it as good, and is it faster?")
+    contenders = _contenders(model, fast, files["model"])
+    table = _measured(contenders, tokenizer, data, repeats=7 if arguments.quick else 31)
+    _write_json(files["data"], {"measured": table, "report": fast.report.to_json()})
+    if arguments.json:
+        print(json.dumps({"measured": table, "files": {kind: str(path) for kind, path in files.items()}}, indent=2))
+        return 0
+    _print_measured(table, [contender.name for contender in contenders])
+    say("\n".join(f"  {path}   {amount(1e6 * _file_megabytes(path))}B" for path in files.values()))
+    return 0
+
+
+def _policy(model: nn.Module, calibration: list[tuple[Tensor, Tensor]], sites: Sequence[Any]) -> dict[str, Any]:
+    """A window on the lower half of the sites, the weakest heads of each site away on the upper half."""
+    from attnopt.importance import head_importance
+    from attnopt.passes.local_window import LocalWindow
+    from attnopt.passes.prune_heads import PruneHeads
+
+    half = len(sites) // 2
+    policy: dict[str, Any] = {site.name: LocalWindow(left=WINDOW, right=WINDOW, sinks=SINKS) for site in sites[:half]}
+    scores = head_importance(model, calibration, sites=sites[half:])
+    for site in sites[half:]:
+        ranked = sorted(zip(scores[site.name], site.spec.heads, strict=True))
+        policy[site.name] = PruneHeads(heads=tuple(sorted(head for _, head in ranked[:PRUNED_PER_LAYER])))
+    return policy
+
+
+def _contenders(model: nn.Module, fast: nn.Module, onnx_file: Path) -> list[Contender]:
+    kept = sum(p.numel() for p in fast.parameters())
+    return [
+        Contender(
+            "original, torch", _torch_encode(model), sum(p.numel() for p in model.parameters()), _megabytes(model)
+        ),
+        Contender("optimized, torch", _torch_encode(fast), kept, _megabytes(fast)),
+        Contender("optimized, ONNX", _onnx_encode(onnx_file), kept, _file_megabytes(onnx_file)),
+    ]
+
+
+def _megabytes(model: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+
+
+def _file_megabytes(path: Path) -> float:
+    """With the files that hold a large ONNX model's weights beside it."""
+    return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6
+
+
+def _torch_encode(model: nn.Module) -> Encode:
+    import torch
+
+    def encode(ids: Tensor, mask: Tensor) -> Any:
+        with torch.inference_mode():
+            return model(ids, mask).numpy()
+
+    return encode
+
+
+def _onnx_encode(path: Path) -> Encode:
+    """One thread, so that processor time means work and not waiting."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    if len(names) != 2:
+        raise ExportError(f"{path} takes {names}, expected token ids and attention mask")
+
+    def encode(ids: Tensor, mask: Tensor) -> Any:
+        return session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))[0]
+
+    return encode
+
+
+def _measured(contenders: list[Contender], tokenizer: Any, data: Any, repeats: int) -> dict[str, dict[str, float]]:
+    """Row -> column -> number."""
+    import torch
+
+    from attnopt.demo_similarity import quality
+
+    rows: dict[str, dict[str, float]] = {}
+    for contender in contenders:
+        for metric, value in quality(contender.encode, tokenizer, data).items():
+            rows.setdefault(metric, {})[contender.name] = value
+    rows["parameters, millions"] = {c.name: c.parameters / 1e6 for c in contenders}
+    rows["size, MB"] = {c.name: c.megabytes for c in contenders}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for batch, length in LENGTHS:
+            ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
+            mask = torch.ones_like(ids)
+            calls = {c.name: _call(c.encode, ids, mask) for c in contenders}
+            rows[f"CPU ms, {batch} x {length} tokens"] = _interleaved(calls, repeats)
+    finally:
+        torch.set_num_threads(threads)
+    return rows
+
+
+def _call(encode: Encode, ids: Tensor, mask: Tensor) -> Callable[[], Any]:
+    return lambda: encode(ids, mask)
+
+
+def _interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median processor time in milliseconds; the contenders take turns, so that a busy machine is unkind to all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 2):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if repeat >= 2:  # the first two warm up
+                times[name].append(1e3 * (time.process_time() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _print_measured(table: dict[str, dict[str, float]], columns: list[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    title = "Measured in this run, one thread, nothing trained afterwards"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("")
+    for column in columns:
+        shown.add_column(column, justify="right")
+    for row, values in table.items():
+        digits = 3 if row.startswith(("Lee", "WordSim", "SimLex")) else 2
+        shown.add_row(row, *(f"{values[column]:.{digits}f}" for column in columns))
+    Console().print(shown)
+
+
+def _folder(name: str) -> Path:
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AttnoptError(
+            f"cannot make the folder {path}: {error.strerror}", hint="choose another with --out"
+        ) from error
+    return path
+
+
+def _write_json(path: Path, data: Any) -> None:
+    from attnopt.files import atomic_write
+
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _say(what: object) -> None:
+    print(what, end="\n\n", flush=True)
+
+
+def _quiet(what: object) -> None:
+    print(str(what).splitlines()[0], file=sys.stderr, flush=True)

@@ -1,0 +1,109 @@
+"""Writing files and folders whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from attnopt.errors import ArchiveError
+
+MARKER = "attnopt.json"  # the file by which a saved model's folder is known
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a path in the same folder to write to; it takes the place of ``path`` when the block ends well.
+
+    Otherwise ``path`` is as it was and nothing is left behind.  An OSError becomes an ArchiveError that names ``path``.
+    """
+    target = Path(path).resolve()
+    temporary = _beside(target, "tmp")
+    with _reported(target), _removed(temporary):
+        if target.is_dir():
+            raise ArchiveError(f"cannot write {target}: it is a folder", hint="name a file")
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, target)
+        _flush(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, marker: str = MARKER) -> Iterator[Path]:
+    """Yields an empty folder to fill; it takes the place of ``path`` when the block ends well.
+
+    An existing ``path`` is replaced only if it is empty or holds a file named ``marker``; on a failure it is as before.
+    """
+    target = Path(path).resolve()
+    temporary, old = _beside(target, "tmp"), _beside(target, "old")
+    with _reported(target), _removed(temporary):
+        _refuse_foreign(target, marker)
+        temporary.mkdir()
+        yield temporary
+        for written in temporary.rglob("*"):
+            _flush(written)
+        _flush(temporary)
+        _swap(temporary, target, old)
+        _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    if not target.exists():
+        os.rename(new, target)
+        return
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+
+
+def _refuse_foreign(target: Path, marker: str) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArchiveError(f"cannot write {target}: it is a file", hint="name a folder")
+    if any(target.iterdir()) and not (target / marker).is_file():
+        raise ArchiveError(
+            f"{target} is not empty and holds no saved attnopt model, so it is left alone",
+            hint="name a new folder, or remove this one first",
+        )
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _reported(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = None if target.parent.is_dir() else f"the folder {target.parent} does not exist"
+        raise ArchiveError(f"cannot write {target}: {reason}", hint=hint) from error
+
+
+@contextlib.contextmanager
+def _removed(temporary: Path) -> Iterator[None]:
+    """Whatever happens, nothing stays at ``temporary``."""
+    try:
+        yield
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+"""Find every attention of a captured program: match, raise, prove, name."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx
+
+from attnopt.axes import resolve, resolve_all
+from attnopt.capture import Program
+from attnopt.graph import ancestors, is_tensor, module_path, opname, shape, source_line
+from attnopt.matching import NotAttention, Region, recognise
+from attnopt.normaliser import Softmax, normalisers
+from attnopt.projections import read_output, read_projection
+from attnopt.raising import Raised, raise_region
+from attnopt.refusal import Refusal
+from attnopt.site import NearMiss, Projection, Site
+from attnopt.verify import example_values, site_error, site_tolerance
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site with its place in the graph.  ``dirty``: for each role the nodes between the core and the weights."""
+
+    site: Site
+    raised: Raised
+    dirty: dict[str, tuple[fx.Node, ...]]
+    output_op: fx.Node | None
+    error: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    found: tuple[Found, ...]
+    near_misses: tuple[NearMiss, ...]
+    candidates: int
+
+
+def find(program: Program) -> Findings:
+    """Every attention of ``program``, in the order in which they run."""
+    gm = program.module
+    examples = example_values(gm, program.args, program.kwargs)
+    parameters: dict[str, Tensor] = {**dict(gm.named_buffers()), **dict(gm.named_parameters(remove_duplicate=False))}
+    found: list[Found] = []
+    near: list[NearMiss] = []
+    names: Counter[str] = Counter()
+    anchors = list(normalisers(gm.graph))
+    for anchor in anchors:
+        node = anchor.weights if isinstance(anchor, Softmax) else anchor
+        try:
+            region = recognise(anchor)
+            name = _unique(_owner(region), names)
+            raised = raise_region(gm, region, name)
+            error = site_error(gm, raised, examples)
+            if not error <= site_tolerance(raised):
+                raise NotAttention(_not_equal(raised, error))
+        except NotAttention as e:
+            if e.near:
+                near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
+            continue
+        found.append(_describe(raised, name, parameters, error))
+    return Findings(tuple(found), tuple(near), len(anchors))
+
+
+def _not_equal(raised: Raised, error: float) -> Refusal:
+    return Refusal(
+        "not-equal", "the raised attention to compute what the model computes", f"a relative difference of {error:.2g}",
+        source_line(raised.region.out.node), "please report the model: this is a gap in matching, and the site is left as it is",
+    )  # fmt: skip
+
+
+def _owner(region: Region) -> str:
+    """The deepest module in which both the core and the query projection run."""
+    paths = [module_path(n) for n in region.nodes if n.meta.get("nn_module_stack")]
+    first = paths[:1] or [""]
+    core = os.path.commonprefix([p.split(".") for p in (paths or first)])
+    projections = [n for n in _nearest_projections(region.q.node) if module_path(n)]
+    for node in projections:
+        path = module_path(node).split(".")
+        shared = os.path.commonprefix([core, path])
+        if shared and any(part.isdigit() or part for part in shared[-1:]):
+            core = shared
+    return ".".join(core)
+
+
+def _nearest_projections(node: fx.Node) -> list[fx.Node]:
+    stop = {"linear", "addmm", "convolution", "conv1d", "conv2d", "matmul", "einsum"}
+    found = [n for n in ancestors(node, stop=lambda n: opname(n) in stop) if opname(n) in stop]
+    return found[:1] if len(found) == 1 else []
+
+
+def _unique(path: str, names: Counter[str]) -> str:
+    names[path] += 1
+    return path if names[path] == 1 else f"{path}#{names[path]}"
+
+
+def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: float) -> Found:
+    spec, region = raised.spec, raised.region
+    operands = raised.operands
+    projections: dict[str, Projection] = {}
+    dirty: dict[str, tuple[fx.Node, ...]] = {}
+    for role, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
+        node = operands[role]
+        assert node is not None
+        projections[role], dirty[role] = read_projection(node, 1, heads)
+    projections["out"], op = _read_out(raised)
+    q, k = operands["q"], operands["k"]
+    assert q is not None and k is not None
+    spec = replace(spec, is_cross=_is_cross(q, k), positions=_positions(q))
+    notes = ("the attention weights are used elsewhere and are still computed",) if region.escapes else ()
+    site = Site(
+        name, spec, projections, source_line(region.out.node), notes,
+        parameters=parameters, q_len=shape(q)[2], kv_len=shape(k)[2],
+    )  # fmt: skip
+    return Found(site, replace(raised, spec=spec), dirty, op, error)
+
+
+def _read_out(raised: Raised) -> tuple[Projection, fx.Node | None]:
+    """The output projection, read from the region's own output: the canonical node is not connected yet."""
+    region = raised.region
+    return read_output(region.out.node, [_head_of(region, h) for h in range(raised.spec.num_heads)])
+
+
+def _head_of(region: Region, head: int) -> dict[int, tuple[int, ...]]:
+    """The selection of one head on the region's output; with a single head, of its features."""
+    wanted = resolve(region.heads) or resolve(region.value_features)
+    index = dict.fromkeys(wanted, range(0)) if region.heads else {a: range(a.size) for a in wanted}
+    for atom in reversed(resolve(region.heads)):
+        head, here = divmod(head, atom.size)
+        index[atom] = range(here, here + 1)
+    chosen: dict[int, tuple[int, ...]] = {}
+    for i, axis in enumerate(resolve_all(region.out.axes)):
+        if not set(axis) & set(wanted):
+            continue
+        flat = [0]
+        for atom in axis:
+            flat = [f * atom.size + j for f in flat for j in index.get(atom, range(atom.size))]
+        chosen[i] = tuple(flat)
+    return chosen
+
+
+def _is_cross(q: fx.Node, k: fx.Node) -> bool:
+    """Keys come from another sequence: the two share no projection's input, nor any stream of tokens behind it."""
+    return not _streams(q) & _streams(k)
+
+
+_SOURCES = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "embedding", "softmax", "scaled_dot_product_attention"}
+
+
+def _streams(node: fx.Node) -> set[fx.Node]:
+    """What feeds the first projection above ``node``: the nodes that write into that sequence."""
+    found: set[fx.Node] = set()
+    first = [n for n in ancestors(node, stop=lambda n: opname(n) in _SOURCES) if opname(n) in _SOURCES or n.op == "placeholder"]
+    for projection in first:
+        if projection.op == "placeholder":
+            found.add(projection)
+            continue
+        for x in projection.all_input_nodes:
+            if is_tensor(x) and x.op != "get_attr":
+                found |= {
+                    n for n in ancestors(x, stop=lambda n: opname(n) in _SOURCES)
+                    if opname(n) in _SOURCES or (n.op == "placeholder" and is_tensor(n))
+                }  # fmt: skip
+    return found
+
+
+def _positions(q: fx.Node) -> tuple[str, ...]:
+    """Rotary encodings show themselves as a sine and a cosine between the projection and the core."""
+    names = {opname(n) for n in ancestors(q, stop=lambda n: opname(n) in _SOURCES)}
+    return ("rope",) if {"sin", "cos"} <= names or "view_as_complex" in names else ()

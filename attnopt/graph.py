@@ -1,0 +1,276 @@
+"""The graph that everything works on: an fx graph of functional aten operators with fake values, and small tools for it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
+_LAST = 9223372036854775807
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """``node`` calls one of these operators (overloads are named exactly)."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def opname(node: fx.Node) -> str:
+    """The operator's name without its overload: "matmul", "softmax"."""
+    if node.op != "call_function":
+        return node.op
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(value(node), Tensor)
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size that an axis has for the example inputs."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.hint is not None else -1
+    return int(size)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape at the sizes of the example inputs."""
+    return tuple(hint(s) for s in value(node).shape)
+
+
+def is_static(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or size.node.expr.is_number
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """The two sizes are equal whatever the inputs' sizes are."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    left = a if isinstance(a, int) else a.node.expr
+    right = b if isinstance(b, int) else b.node.expr
+    return bool(left == right)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    found = value(node).dtype
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def wrap(axis: int, ndim: int) -> int:
+    return axis + ndim if axis < 0 else axis
+
+
+def tensor_args(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if is_tensor(n)]
+
+
+def source_line(node: fx.Node) -> str:
+    """"file.py:88" of the innermost frame of the user's model that made ``node``; "" where it is not known."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    inner = [f for f in frames if "/torch/" not in f] or frames
+    if not inner:
+        return ""
+    path, _, rest = inner[-1][len('File "') :].partition('", line ')
+    return f"{path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
+
+
+def module_path(node: fx.Node) -> str:
+    """Qualified name of the innermost module in which ``node`` runs; "" for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    return _plain(paths[-1]) if paths else ""
+
+
+def module_call(node: fx.Node) -> str:
+    """As ``module_path``, but different for each call of a module that is called several times."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack)[-1]) if stack else ""
+
+
+def _plain(path: str) -> str:
+    path = path.removeprefix("L['self']").lstrip(".")
+    return ".".join(part.split("@")[0] for part in path.split(".")) if path else ""
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        if isinstance(value(node), FakeTensor):
+            return value(node).fake_mode  # type: ignore[no-any-return]
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_args(args: Any) -> Any:
+    return fx.node.map_arg(args, lambda n: n.meta["val"])
+
+
+class Emitter:
+    """Appends nodes at one place of a graph, with their fake values, and never the same node twice."""
+
+    def __init__(self, graph: fx.Graph, before: fx.Node, origin: dict[str, Any] | None = None) -> None:
+        self.graph, self.before, self.origin = graph, before, origin or {}
+        self.mode = fake_mode(graph)
+        self._known: dict[Any, fx.Node] = {}
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        key = (target, _key(args), _key(kwargs))
+        if key in self._known:
+            return self._known[key]
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        with self.mode:
+            node.meta["val"] = target(*fake_args(args), **fake_args(kwargs))
+        self._mark(node)
+        self._known[key] = node
+        return node
+
+    def size(self, node: fx.Node, axis: int) -> int | fx.Node:
+        """The length of an axis, as a number or as a node that computes it."""
+        found = value(node).shape[axis]
+        if isinstance(found, int) or found.node.expr.is_number:
+            return hint(found)
+        return self.call(aten.sym_size.int, node, axis)
+
+    def inline(self, fn: Callable[..., Tensor], *inputs: fx.Node) -> fx.Node:
+        """Trace ``fn`` on the nodes' fake values and put the operators here; returns the node of its result."""
+        with self.mode:
+            traced = make_fx(fn, pre_dispatch=True)(*(value(n) for n in inputs))
+        place = iter(inputs)
+        here: dict[fx.Node, fx.Node] = {}
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                here[node] = next(place)
+            elif node.op == "output":
+                result = node.args[0]
+                assert isinstance(result, fx.Node)
+                return here[result]
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: here[n])
+                here[node] = self._copy(node, args, kwargs)
+            else:
+                raise TypeError(f"a lowering may not hold constants of its own: {node.format_node()}")
+        raise AssertionError("a traced function without output")
+
+    def _copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        key = (node.target, _key(args), _key(kwargs))
+        if key in self._known:
+            return self._known[key]
+        with self.graph.inserting_before(self.before):
+            copy = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        copy.meta["val"] = node.meta.get("val")
+        self._mark(copy)
+        self._known[key] = copy
+        return copy
+
+    def _mark(self, node: fx.Node) -> None:
+        if self.origin:
+            node.meta["attnopt"] = dict(self.origin)
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in self.before.meta:
+                node.meta[key] = self.before.meta[key]
+
+
+def _key(x: Any) -> Any:
+    if isinstance(x, (tuple, list)):
+        return tuple(_key(i) for i in x)
+    if isinstance(x, dict):
+        return tuple(sorted((k, _key(v)) for k, v in x.items()))
+    return (type(x), x) if isinstance(x, (int, float, bool)) else x
+
+
+def tidy(gm: fx.GraphModule) -> None:
+    """Remove what only hides the meaning: metadata asserts, copies, casts and slices that change nothing.
+
+    Every ``view`` becomes a ``reshape``, so that nothing depends on the strides that a removed copy had made.
+    """
+    outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
+    for node in list(gm.graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata.default):
+            gm.graph.erase_node(node)
+        elif is_call(node, *RESHAPES):
+            node.target = aten.reshape.default
+        if is_tensor(node) and node not in outputs and (same := _changes_nothing(node)) is not None:
+            node.replace_all_uses_with(same)
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _changes_nothing(node: fx.Node) -> fx.Node | None:
+    if node.op != "call_function" or not node.args or not is_tensor(node.args[0]):
+        return None
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    before, after = value(x), value(node)
+    if is_call(node, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten.alias.default):
+        return x
+    if is_call(node, aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
+        return x if not node.args[2] or node.args[1] == 0 else None
+    same_shape = len(before.shape) == len(after.shape) and all(map(same_size, before.shape, after.shape))
+    if not same_shape or before.dtype != after.dtype or before.device != after.device:
+        return None
+    if is_call(node, *RESHAPES, *CASTS, aten.expand.default, aten.slice.Tensor):
+        step = node.args[4] if len(node.args) > 4 else 1
+        return x if not is_call(node, aten.slice.Tensor) or step == 1 else None
+    scalar = node.args[1] if len(node.args) > 1 else None
+    if is_call(node, aten.add.Tensor, aten.sub.Tensor) and not isinstance(scalar, fx.Node) and scalar == 0:
+        return x
+    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(scalar, fx.Node) and scalar == 1:
+        return x
+    return None
+
+
+def getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(the node that returns several tensors, which one) of a getitem."""
+    if not is_call(node, operator.getitem):
+        return None
+    source, index = node.args
+    assert isinstance(source, fx.Node) and isinstance(index, int)
+    return source, index
+
+
+def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool] = lambda n: False) -> Iterator[fx.Node]:
+    """``node`` and everything that it is computed from; ``stop(n)`` keeps n but not what n is computed from."""
+    seen, stack = {node}, [node]
+    while stack:
+        n = stack.pop()
+        yield n
+        if stop(n):
+            continue
+        fresh = [i for i in n.all_input_nodes if i not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+
+
+def get_attr(gm: fx.GraphModule, name: str) -> Tensor:
+    found = operator.attrgetter(name)(gm)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def prune_unused_state(gm: fx.GraphModule) -> None:
+    """Drop parameters, buffers and empty submodules that no node reads any more."""
+    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    for name in [n for n, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))]:
+        if name not in used and not any(name.startswith(u + ".") for u in used):
+            owner, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(owner), leaf)
+
+
+def topological(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+    wanted = set(nodes)
+    return [n for n in graph.nodes if n in wanted]

@@ -1,0 +1,165 @@
+"""Put chosen attentions in canonical form, apply what the passes decided, and lower them to ordinary operators.
+
+Two ways of doing it serve as each other's check.  "optimized" moves head selections into the weights, folds gains into
+the output projection and uses the chosen backend; "plain" computes the same meaning with the reference backend on
+full-size weights, with dense masks and zeros in the place of pruned heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.backends.reference import Reference
+from attnopt.finding import Found
+from attnopt.graph import Emitter, prune_unused_state, shape
+from attnopt.projections import weight_path
+from attnopt.rewriting import Backend, HeadWeights
+from attnopt.site import Site
+from attnopt.spec import AttentionSpec
+from attnopt.surgery import Selector, Weights, push_down, restrict, spread
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of one site: its meaning after the passes, new weights, and the backend that computes it."""
+
+    found: Found
+    spec: AttentionSpec
+    edits: tuple[HeadWeights, ...]
+    backend: Backend
+    passes: tuple[str, ...]
+
+
+def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of the graph that shares every weight, and the map from old nodes to new ones."""
+    graph = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, table)
+    old = next(iter(reversed(gm.graph.nodes)))
+    new = graph.output(result)
+    new.meta.update(old.meta)
+    graph.set_codegen(gm.graph._codegen)
+    module = fx.GraphModule(gm, graph)
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(gm, name):
+            setattr(module, name, getattr(gm, name))
+    return module, table
+
+
+def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.GraphModule:
+    """A copy of ``gm`` with each plan carried out; ``gm`` itself is left as it is."""
+    module, table = copy_program(gm)
+    weights = Weights(module)
+    for plan in plans:
+        _carry_out(module, weights, plan, table, plain)
+    module.graph.eliminate_dead_code()
+    weights.settle()
+    prune_unused_state(module)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _carry_out(
+    gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], plain: bool
+) -> None:
+    raised = plan.found.raised
+    node, out, region_out = table[raised.node], table[raised.out], table[raised.region.out.node]
+    region_out.replace_all_uses_with(out)
+    spec, edits = (plan.spec, plan.edits) if plain else _folded(plan)
+    dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
+    emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
+    edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
+    select = Selector(emit, weights, edited, dirty if edited else ())
+    kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
+    operands: dict[str, fx.Node | None] = {}
+    for role, operand in zip(("q", "k", "v", "bias", "mask", "sinks"), node.args, strict=True):
+        if not isinstance(operand, fx.Node):
+            operands[role] = None
+            continue
+        wanted = kept.get(role, {1: spec.heads} if shape(operand)[1] != 1 else {})
+        operands[role] = restrict(emit, select.select(operand, {}), _some(operand, wanted)) if plain else select.select(operand, wanted)
+    lowered = _inline(emit, spec, Reference() if plain else plan.backend, operands)
+    if not plain:
+        _edit_output(gm, weights, plan, table, [e for e in edits if e.role == "out"])
+    chosen = _some(node, {1: spec.heads})
+    if not chosen:
+        node.replace_all_uses_with(lowered)
+    elif plain:
+        node.replace_all_uses_with(spread(emit, lowered, node, chosen))
+    else:
+        push_down(gm.graph, weights, emit.origin, node, lowered, chosen)
+
+
+def _some(node: fx.Node, selection: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    return {a: i for a, i in selection.items() if i != tuple(range(shape(node)[a]))}
+
+
+def _inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
+    attend = backend.lower(spec)
+    given = [name for name, node in operands.items() if node is not None]
+
+    def call(*tensors: Tensor) -> Tensor:
+        found: dict[str, Tensor | None] = dict.fromkeys(operands)
+        found.update(zip(given, tensors, strict=True))
+        q, k, v = found["q"], found["k"], found["v"]
+        assert q is not None and k is not None and v is not None
+        return attend(q, k, v, bias=found["bias"], mask=found["mask"], sinks=found["sinks"])
+
+    return emit.inline(call, *(node for node in operands.values() if node is not None))
+
+
+def _folded(plan: Plan) -> tuple[AttentionSpec, tuple[HeadWeights, ...]]:
+    """Gains moved into the output projection where it is known: they cost nothing there."""
+    site, spec = plan.found.site, plan.spec
+    if spec.gains is None or site.projections["out"].rows is None or plan.found.output_op is None:
+        return spec, plan.edits
+    scaled = [
+        HeadWeights("out", h, weight * gain)
+        for h, gain in zip(spec.heads, spec.gains, strict=True)
+        if (weight := site.head_weight("out", h)) is not None
+    ]
+    return replace(spec, gains=None), (*plan.edits, *scaled)
+
+
+def edited_parameters(site: Site, edits: Sequence[HeadWeights]) -> dict[str, Tensor]:
+    """Whole parameters with the edited heads in place, by name."""
+    made: dict[str, Tensor] = {}
+    for edit in edits:
+        p = site.projections[edit.role]
+        assert p.rows is not None and p.weight is not None
+        rows = list(p.rows[edit.head])
+        _write(made, site, p.weight, rows, edit.weight, by_column=p.transposed != (edit.role == "out"))
+        if edit.bias is not None and p.bias is not None and edit.role != "out":
+            _write(made, site, p.bias, rows, edit.bias, by_column=False)
+    return made
+
+
+def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new: Tensor, by_column: bool) -> None:
+    if name not in made:
+        made[name] = site.parameters[name].detach().clone()
+    target = made[name]
+    index = torch.as_tensor(rows, device=target.device)
+    if by_column:
+        target[:, index] = new.to(target.dtype).mT.reshape(target[:, index].shape)
+    else:
+        target[index] = new.to(target.dtype).reshape(target[index].shape)
+
+
+def _edit_output(
+    gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], edits: Sequence[HeadWeights]
+) -> None:
+    """New columns in the output projection of this site alone."""
+    op = plan.found.output_op
+    if not edits or op is None:
+        return
+    here = table[op]
+    edited = edited_parameters(plan.found.site, edits)
+    path = weight_path(here, set(edited))
+    select = Selector(Emitter(gm.graph, here, {"site": plan.found.site.name}), weights, edited, path)
+    here.replace_input_with(path[0], select.select(path[0], {}))
+

@@ -1,0 +1,114 @@
+"""What ``optimize`` returns: a module with the model's own signature, its report, and ways to keep and to deploy it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attnopt.calling import Signature, check_inputs
+from attnopt.errors import AttnoptError, CaptureError
+from attnopt.report import Report
+from attnopt.site import Site
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an optimized graph comes from: what was done, how it is called, and the inputs that it was captured with."""
+
+    report: Report
+    sites: tuple[Site, ...]
+    signature: Signature
+    args: tuple[Any, ...] = field(repr=False, default=())
+    kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    shapes: Any = None
+
+
+Build = Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, Origin]]
+
+
+class OptimizedModel(nn.Module):
+    """The rewritten model, called as the user's model is.
+
+    ``report`` tells every site's fate, ``sites`` what each attention is now.  Inputs of other sizes than those that the
+    model was captured for raise CaptureError, unless their axes were made dynamic.
+    """
+
+    def __init__(self, module: fx.GraphModule, origin: Origin) -> None:
+        super().__init__()
+        self.module: fx.GraphModule | None = module
+        self._origin: Origin | None = origin
+        self._build: Build | None = None
+        self._model: list[nn.Module] = []
+
+    @classmethod
+    def deferred(cls, model: nn.Module, build: Build) -> OptimizedModel:
+        """A model that is captured at its first call, with that call's inputs."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.module, made._origin, made._build = None, None, build
+        made._model = [model]  # in a list: it is the user's, and no part of this module
+        return made
+
+    @property
+    def origin(self) -> Origin:
+        if self._origin is None:
+            raise AttnoptError(
+                "the model has not been captured yet", hint="call it once, or give example inputs to optimize"
+            )
+        return self._origin
+
+    @property
+    def report(self) -> Report:
+        """What was found, what was done to it, and why not to the others."""
+        return self.origin.report
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every attention as it is now, in the order in which they run."""
+        return self.origin.sites
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph, with its code in ``.code``."""
+        self.origin  # noqa: B018  raises where there is none yet
+        assert self.module is not None
+        return self.module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the user's model."""
+        if self.module is None:
+            assert self._build is not None
+            self.module, self._origin = self._build(args, dict(kwargs))
+            self._build, self._model = None, []
+        try:
+            args, kwargs = self.origin.signature.arrange(args, kwargs)
+        except TypeError as e:
+            raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
+        check_inputs(self.module, args, kwargs)
+        return self.module(*args, **kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to the folder ``path``, whole or not at all.  ``attnopt.load`` reads it.  Raises ArchiveError."""
+        from attnopt.archive import save
+
+        save(self, path)
+
+    def export_onnx(self, path: str | os.PathLike[str], *, opset: int = 23, verify: bool = True) -> None:
+        """Write an ONNX model that was run in ONNX Runtime and compared with this one.  Raises ExportError.
+
+        ``opset`` 23 to 25: in these torch's exporter writes each fused attention as one ``Attention`` node.
+        """
+        from attnopt.onnx_export import export_onnx
+
+        export_onnx(self, path, opset=opset, verify=verify)
+
+    def export_program(self) -> torch.export.ExportedProgram:
+        """The graph as an ExportedProgram, with the dynamic shapes that the model was captured with."""
+        from attnopt.archive import exported
+
+        return exported(self)

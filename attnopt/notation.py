@@ -1,0 +1,107 @@
+"""Calls written as text, such as ``Causal() & Window(3, 0)``, read through ``ast``: only known names are called."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from attnopt.errors import PolicyError
+
+LONGEST = 1 << 20  # characters of one text
+
+_JOINS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
+_PLAIN = (int, float, complex, str, bytes, tuple, list, dict, type(None), type(...))
+
+Lookup = Callable[[str], Callable[..., Any]]  # a name to what it constructs; raises PolicyError for an unknown name
+
+
+def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:
+    """The value of ``text``: literals, calls of the names that ``lookup`` knows, and ``&``, ``|``, ``~`` between calls.
+
+    A name without parentheses is a call without arguments.  Raises PolicyError for anything else,
+    which quotes ``shown`` instead of ``text`` where that is given.
+    """
+    if len(text) > LONGEST:
+        raise PolicyError(f"a text of {len(text)} characters is too long; at most {LONGEST} are read")
+    try:
+        return _value(ast.parse(text.strip(), mode="eval").body, lookup)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else str(error) or "it is nested too deeply"
+        raise PolicyError(f"cannot read {_short(shown or text)!r}: {why}") from error
+
+
+def construct(name: str, make: Callable[..., Any], args: list[Any], options: dict[str, Any]) -> Any:
+    """``make(*args, **options)``; arguments that it does not take are a PolicyError that lists those it takes."""
+    own = getattr(make, "name", None)
+    name = own if isinstance(own, str) else name  # "local-window", where the text had to say local_window
+    signature = inspect.signature(make)
+    hint = f"{name} takes {', '.join(signature.parameters) or 'no arguments'}"
+    try:
+        signature.bind_partial(**options)  # first, so that a misspelt option is not reported as a missing one
+        signature.bind(*args, **options)
+    except TypeError as error:
+        raise PolicyError(f"{name}: {error}", hint=hint) from error
+    return make(*args, **options)
+
+
+def _value(node: ast.expr, lookup: Lookup) -> Any:
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.List(elements) | ast.Tuple(elements):
+            return tuple(_value(e, lookup) for e in elements)
+        case ast.Dict(keys, values):
+            return {_key(k, lookup): _value(v, lookup) for k, v in zip(keys, values, strict=True)}
+        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as amount)):
+            return -amount
+        case ast.UnaryOp(ast.Invert(), operand):
+            return ~_joinable(operand, lookup)
+        case ast.BinOp(left, op, right) if type(op) in _JOINS:
+            return _JOINS[type(op)](_joinable(left, lookup), _joinable(right, lookup))
+        case ast.Name() | ast.Attribute():
+            return construct(_dotted(node), lookup(_dotted(node)), [], {})
+        case ast.Call(func, args, keywords):
+            name = _dotted(func)
+            options = {_keyword(k): _value(k.value, lookup) for k in keywords}
+            return construct(name, lookup(name), [_value(a, lookup) for a in args], options)
+    raise PolicyError(f"{_source(node)} cannot be read", hint="write names with arguments, literals, and &, |, ~")
+
+
+def _joinable(node: ast.expr, lookup: Lookup) -> Any:
+    value = _value(node, lookup)
+    if isinstance(value, _PLAIN):
+        raise PolicyError(f"{_source(node)} cannot be joined with &, | or ~", hint="only patterns can")
+    return value
+
+
+def _key(node: ast.expr | None, lookup: Lookup) -> Any:
+    key = None if node is None else _value(node, lookup)
+    if isinstance(key, dict) or key is None:
+        raise PolicyError("a mapping's key must be a number, a text or a tuple")
+    return key
+
+
+def _keyword(keyword: ast.keyword) -> str:
+    if keyword.arg is None:
+        raise PolicyError("** cannot be read", hint="write every option as name=value")
+    return keyword.arg
+
+
+def _dotted(node: ast.expr) -> str:
+    match node:
+        case ast.Name(name):
+            return name
+        case ast.Attribute(base, name):
+            return f"{_dotted(base)}.{name}"
+    raise PolicyError(f"{_source(node)} is not a name")
+
+
+def _source(node: ast.expr) -> str:
+    return repr(_short(ast.unparse(node)))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,97 @@
+"""ONNX for ONNX Runtime: exported by torch, run and compared before it gets its name."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from attnopt.archive import exported
+from attnopt.capture import quiet
+from attnopt.compare import difference, tensors, tolerance
+from attnopt.errors import ExportError
+from attnopt.files import atomic_write
+
+if TYPE_CHECKING:
+    from attnopt.model import OptimizedModel
+
+OPSETS = (23, 24, 25)  # below, SDPA is taken apart; opset 26 is silently written wrong by torch 2.13
+ROOM = 10.0  # ONNX Runtime sums in other orders than torch
+_TWO_GIB = 2**31 - 1
+
+
+def export_onnx(fast: OptimizedModel, path: str | os.PathLike[str], *, opset: int, verify: bool) -> None:
+    """Write ``fast`` to ``path``.  Raises ExportError, and then leaves what was at ``path`` as it was."""
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
+    size = sum(p.numel() * p.element_size() for p in fast.parameters())
+    if size > _TWO_GIB:
+        raise ExportError(f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB")
+    with atomic_write(path) as temporary:
+        program = _written(fast, temporary, opset)
+        if verify:
+            _compare(fast, temporary, program)
+
+
+def _written(fast: OptimizedModel, file: Path, opset: int) -> Any:
+    try:
+        with quiet():
+            made = torch.onnx.export(exported(fast), dynamo=True, opset_version=opset, verbose=False)
+            assert made is not None
+            made.save(str(file), external_data=False)
+    except Exception as e:  # noqa: BLE001  the exporter raises many kinds; OSError is the file's own
+        if isinstance(e, OSError):
+            raise
+        raise ExportError(
+            f"torch.onnx could not export the graph: {_first_cause(e)}", hint="the named operator has no ONNX form in this opset"
+        ) from e
+    return made
+
+
+def _first_cause(e: BaseException) -> str:
+    while e.__cause__ is not None:
+        e = e.__cause__
+    text = re.sub("\x1b\\[[0-9;]*m", "", str(e))
+    return f"{type(e).__name__}: " + " | ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
+
+
+def _compare(fast: OptimizedModel, file: Path, program: Any) -> None:
+    """Run the file in ONNX Runtime on the example inputs; it must give what torch gives."""
+    import onnxruntime
+
+    origin = fast.origin
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        values = [t for t in pytree.tree_leaves((origin.args, dict(origin.kwargs))) if isinstance(t, Tensor)]
+        feed = _feed([i.name for i in session.get_inputs()], fast, values)
+        got = [torch.from_numpy(o) for o in session.run(None, feed)]
+    except ExportError:
+        raise
+    except Exception as e:  # noqa: BLE001  ONNX Runtime's errors have no common base
+        raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
+    with torch.no_grad():
+        want = tensors(fast(*origin.args, **origin.kwargs))
+    error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
+    if len(got) != len(want) or not error <= ROOM * tolerance(want):
+        raise ExportError(
+            f"ONNX Runtime gives other numbers than torch (relative difference {error:.2g}), so nothing was written",
+            hint="please report the model; another opset may work",
+        )
+
+
+def _feed(names: list[str], fast: OptimizedModel, values: list[Tensor]) -> dict[str, Any]:
+    """The session's inputs; an input that the graph does not use may be missing from it."""
+    if len(names) == len(values):
+        return {n: v.detach().cpu().numpy() for n, v in zip(names, values, strict=True)}
+    placeholders = [n for n in fast.graph_module.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+    by_name = {n.name: v for n, v in zip(placeholders, values, strict=True)}
+    if not set(names) <= set(by_name):
+        raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")
+    return {n: by_name[n].detach().cpu().numpy() for n in names}

@@ -1,0 +1,50 @@
+"""Checked option values: each function returns the normal form or raises a PolicyError that names the option."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from attnopt.errors import PolicyError
+
+LARGEST = 2**31 - 1  # of any whole-number option; keeps position arithmetic inside int64
+
+
+def whole(owner: str, option: str, value: Any, least: int = 0) -> int:
+    """``value`` as an int of at least ``least``."""
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST:
+        return value
+    raise PolicyError(f"{owner}: {option}={value!r} is not possible; give a whole number from {least} to {LARGEST}")
+
+
+def wholes(owner: str, option: str, values: Any) -> tuple[int, ...]:
+    """``values`` (one number or any iterable of numbers) as sorted distinct ints of at least 0."""
+    many = _sequence(owner, option, [values] if isinstance(values, int) else values, "whole numbers")
+    return tuple(sorted({whole(owner, option, v) for v in many}))
+
+
+def number(owner: str, option: str, value: Any) -> float:
+    """``value`` as a finite float."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise PolicyError(f"{owner}: {option}={value!r} is not possible; give a finite number")
+
+
+def numbers(owner: str, option: str, values: Any) -> tuple[float, ...]:
+    """``values`` (any iterable, also a 1-D tensor) as finite floats."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    return tuple(number(owner, option, v) for v in _sequence(owner, option, listed, "finite numbers"))
+
+
+def choice(owner: str, option: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """``value``, which must be one of ``allowed``."""
+    if isinstance(value, str) and value in allowed:
+        return value
+    raise PolicyError(f"{owner}: {option}={value!r} is not possible; give one of {', '.join(map(repr, allowed))}")
+
+
+def _sequence(owner: str, option: str, values: Any, what: str) -> list[Any]:
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
+        return list(values)
+    raise PolicyError(f"{owner}: {option}={values!r} is not possible; give a sequence of {what}")

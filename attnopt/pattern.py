@@ -1,0 +1,316 @@
+"""The algebra of patterns: what a pattern is, and how patterns are joined and given to heads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import reduce
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from attnopt.errors import PolicyError
+from attnopt.options import wholes
+
+_BLOCK = 1 << 20  # pairs of a query and a key that ``density`` and ``covers`` look at in one go
+
+
+class Pattern(ABC):
+    """A frozen, hashable set of visible (query, key) pairs; joined with ``&``, ``|`` and ``~``.
+
+    Query i of L stands at position ``i + S - L``: the last query is at the last of the S keys.  A new pattern is a
+    dataclass (``frozen=True, repr=False``) that defines ``visible`` and, where it can promise it, ``is_causal``.
+    """
+
+    @abstractmethod
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        """Bool [L, S] for query positions ``i`` [L, 1] and key positions ``j`` [1, S]; tensor comparisons only."""
+
+    @property
+    def parts(self) -> tuple[Pattern, ...]:
+        """The patterns that this one is made of."""
+        return ()
+
+    @property
+    def is_causal(self) -> bool:
+        """No query sees a later key, as far as the structure tells; False may also mean that it cannot be told."""
+        return False
+
+    @property
+    def is_positional(self) -> bool:
+        """Positions of queries and keys are compared, so both must belong to one sequence."""
+        return any(p.is_positional for p in self.parts) if self.parts else True
+
+    @property
+    def is_per_head(self) -> bool:
+        """Heads may see different keys: there is a ``PerHead`` inside."""
+        return any(p.is_per_head for p in self.parts)
+
+    @property
+    def named_heads(self) -> int:
+        """The highest head place that is named inside, plus one; 0 where none is."""
+        return max((p.named_heads for p in self.parts), default=0)
+
+    def for_head(self, place: int) -> Pattern:
+        """What the head at this place sees: a pattern with no ``PerHead`` inside."""
+        return self
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        """The pattern of only these head places, which are counted anew in the given order."""
+        return self
+
+    def mask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        num_heads: int | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Bool [1, q_len, kv_len], or [H, q_len, kv_len] where ``is_per_head``; True means visible.
+
+        H is ``num_heads`` or else ``named_heads``; fewer than ``named_heads`` are a PolicyError.  SymInt lengths work.
+        """
+        i = torch.arange(q_len, device=device).unsqueeze(1) + (kv_len - q_len)
+        j = torch.arange(kv_len, device=device).unsqueeze(0)
+        if not self.is_per_head:
+            return self.visible(i, j).unsqueeze(0)
+        runs = [(p, len(list(run))) for p, run in groupby(self._heads(num_heads))]
+        masks = {p: p.visible(i, j).unsqueeze(0) for p, _ in runs}
+        return torch.cat([masks[p].expand(n, -1, -1) for p, n in runs])
+
+    def density(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> float:
+        """The exact share of visible pairs, 0 to 1, averaged over the heads (see ``mask``)."""
+        heads = self._heads(num_heads)
+        pairs = max(1, q_len * kv_len)
+        shares = {p: sum(seen for seen, _ in _counts(p, q_len, kv_len)) / pairs for p in set(heads)}
+        return sum(shares[p] for p in heads) / len(heads)
+
+    def covers(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> bool:
+        """Every query of every head sees every key; without ``num_heads`` also in heads beyond those that are named."""
+        heads = self._heads(self.named_heads + 1 if num_heads is None else num_heads)
+        return all(seen == pairs for p in set(heads) for seen, pairs in _counts(p, q_len, kv_len))
+
+    def to_json(self) -> str:
+        """The notation that ``from_json`` and ``attnopt.patterns.parse`` read back."""
+        return repr(self)
+
+    @staticmethod
+    def from_json(text: str) -> Pattern:
+        """The inverse of ``to_json``; raises PolicyError."""
+        from attnopt.patterns import parse
+
+        return parse(text)
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return all_of((self, other)) if isinstance(other, Pattern) else NotImplemented
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return any_of((self, other)) if isinstance(other, Pattern) else NotImplemented
+
+    def __invert__(self) -> Pattern:
+        return Not(self)
+
+    def __repr__(self) -> str:
+        values = {f.name: repr(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        named = values.values() if len(values) == 1 else [f"{name}={value}" for name, value in values.items()]
+        return f"{type(self).__name__}({', '.join(named)})"
+
+    def _heads(self, num_heads: int | None) -> list[Pattern]:
+        if not self.is_per_head:
+            return [self]
+        if num_heads is not None and num_heads < self.named_heads:
+            raise PolicyError(f"{self} names head {self.named_heads - 1}, but there are only {num_heads} heads")
+        return [self.for_head(h) for h in range(max(1, self.named_heads) if num_heads is None else num_heads)]
+
+
+@dataclass(frozen=True, repr=False)
+class Full(Pattern):
+    """Every query sees every key."""
+
+    @property
+    def is_positional(self) -> bool:
+        return False
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i == i) & (j == j)
+
+
+@dataclass(frozen=True, repr=False)
+class _Joined(Pattern):
+    """A flat join of distinct patterns; made by ``&`` and ``|``."""
+
+    joined: tuple[Pattern, ...]
+    sign: ClassVar[str]
+
+    @property
+    def parts(self) -> tuple[Pattern, ...]:
+        return self.joined
+
+    def __repr__(self) -> str:
+        return f" {self.sign} ".join(f"({p!r})" if isinstance(p, _Joined) else repr(p) for p in self.joined)
+
+
+@dataclass(frozen=True, repr=False)
+class And(_Joined):
+    """Visible in every part; written ``a & b``."""
+
+    sign: ClassVar[str] = "&"
+
+    @property
+    def is_causal(self) -> bool:
+        return any(p.is_causal for p in self.joined)
+
+    def for_head(self, place: int) -> Pattern:
+        return all_of(p.for_head(place) for p in self.joined)
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        return all_of(p.for_heads(places) for p in self.joined)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return reduce(Tensor.__and__, (p.visible(i, j) for p in self.joined))
+
+
+@dataclass(frozen=True, repr=False)
+class Or(_Joined):
+    """Visible in at least one part; written ``a | b``."""
+
+    sign: ClassVar[str] = "|"
+
+    @property
+    def is_causal(self) -> bool:
+        return all(p.is_causal for p in self.joined)
+
+    def for_head(self, place: int) -> Pattern:
+        return any_of(p.for_head(place) for p in self.joined)
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        return any_of(p.for_heads(places) for p in self.joined)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return reduce(Tensor.__or__, (p.visible(i, j) for p in self.joined))
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Pattern):
+    """Visible where the inner pattern is not; written ``~a``."""
+
+    inner: Pattern
+
+    @property
+    def parts(self) -> tuple[Pattern, ...]:
+        return (self.inner,)
+
+    def for_head(self, place: int) -> Pattern:
+        return ~self.inner.for_head(place)
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        return ~self.inner.for_heads(places)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return ~self.inner.visible(i, j)
+
+    def __invert__(self) -> Pattern:
+        return self.inner
+
+    def __repr__(self) -> str:
+        return f"~({self.inner!r})" if isinstance(self.inner, _Joined) else f"~{self.inner!r}"
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class PerHead(Pattern):
+    """Each head its own pattern: a mapping from a head place, or a tuple of them, to a pattern; ``default`` for others.
+
+    Raises PolicyError for a head that is named twice.
+    """
+
+    groups: tuple[tuple[tuple[int, ...], Pattern], ...]  # disjoint places, in the order of each group's first place
+    default: Pattern
+
+    def __init__(self, heads: Mapping[Any, Pattern], default: Pattern = Full()) -> None:
+        if not isinstance(heads, Mapping) or not all(isinstance(p, Pattern) for p in (*heads.values(), default)):
+            raise PolicyError(f"PerHead: {heads!r} is not possible; give a mapping from heads to patterns")
+        of_place: dict[int, Pattern] = {}
+        for named, pattern in heads.items():
+            for place in wholes("PerHead", "heads", named):
+                if place in of_place:
+                    raise PolicyError(f"PerHead: head {place} is named twice")
+                of_place[place] = pattern
+        by_pattern: dict[Pattern, list[int]] = {}
+        for place in sorted(of_place):
+            by_pattern.setdefault(of_place[place], []).append(place)
+        object.__setattr__(self, "groups", tuple((tuple(places), p) for p, places in by_pattern.items()))
+        object.__setattr__(self, "default", default)
+
+    @property
+    def parts(self) -> tuple[Pattern, ...]:
+        return (*(p for _, p in self.groups), self.default)
+
+    @property
+    def is_causal(self) -> bool:
+        return all(p.is_causal for p in self.parts)
+
+    @property
+    def is_per_head(self) -> bool:
+        return True
+
+    @property
+    def named_heads(self) -> int:
+        own = max((places[-1] + 1 for places, _ in self.groups), default=0)
+        return max(own, *(p.named_heads for p in self.parts))
+
+    def for_head(self, place: int) -> Pattern:
+        named = next((p for places, p in self.groups if place in places), self.default)
+        return named.for_head(place)
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        kept = [self.for_head(place) for place in places]
+        if len(set(kept)) == 1:
+            return kept[0]
+        own = {new: p for new, p in enumerate(kept) if p != self.default}
+        return PerHead(own, self.default.for_heads(places))
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        raise TypeError("a PerHead pattern has one set of pairs for each head; use mask() or for_head()")
+
+    def __repr__(self) -> str:
+        heads = ", ".join(f"{places if len(places) > 1 else places[0]}: {p!r}" for places, p in self.groups)
+        tail = "" if self.default == Full() else f", default={self.default!r}"
+        return f"PerHead({{{heads}}}{tail})"
+
+
+def all_of(patterns: Iterable[Pattern]) -> Pattern:
+    """The join by ``&``: flat, each part once, without ``Full``."""
+    flat = _flat(And, patterns)
+    parts = tuple(p for p in flat if p != Full())
+    return And(parts) if len(parts) > 1 else next(iter(parts), Full())
+
+
+def any_of(patterns: Iterable[Pattern]) -> Pattern:
+    """The join by ``|``: flat, each part once; ``Full`` if any part is (``patterns`` must not be empty)."""
+    parts = _flat(Or, patterns)
+    if Full() in parts:
+        return Full()
+    return Or(parts) if len(parts) > 1 else parts[0]
+
+
+def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
+    flat: dict[Pattern, Any] = {}
+    for p in patterns:
+        flat.update(dict.fromkeys(p.parts if isinstance(p, kind) else (p,)))
+    return tuple(flat)
+
+
+def _counts(pattern: Pattern, q_len: int, kv_len: int) -> Iterator[tuple[int, int]]:
+    """Visible and all pairs, by blocks of rows so that memory is bounded; real numbers even while a graph is traced."""
+    rows = max(1, _BLOCK // max(1, kv_len))
+    for start in range(0, q_len, rows):
+        with _disable_current_modes():
+            i = torch.arange(start, min(q_len, start + rows), device="cpu").unsqueeze(1) + (kv_len - q_len)
+            block = pattern.visible(i, torch.arange(kv_len, device="cpu").unsqueeze(0))
+            counts = int(block.sum()), block.numel()
+        yield counts

@@ -1,0 +1,175 @@
+"""Which key each query sees, as programs that print themselves: ``Causal() & (Window(left=255, right=0) | Sinks(4))``.
+
+Below, "query i" is the query at position i; with fewer queries than keys the last query is at the last key's position.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+
+from attnopt.errors import PolicyError
+from attnopt.notation import evaluate
+from attnopt.options import whole, wholes
+from attnopt.pattern import And, Full, Not, Or, Pattern, PerHead
+
+__all__ = [
+    "And",
+    "Blocks",
+    "Causal",
+    "Dilated",
+    "Full",
+    "Global",
+    "Not",
+    "Or",
+    "Pattern",
+    "PerHead",
+    "Sinks",
+    "Strided",
+    "Window",
+    "parse",
+]
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Pattern):
+    """Query i sees keys up to i, itself included."""
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return j <= i
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Window(Pattern):
+    """Query i sees keys ``i - left`` to ``i + right``, itself included; ``right=None`` means as many as ``left``."""
+
+    left: int
+    right: int
+
+    def __init__(self, left: int, right: int | None = None) -> None:
+        object.__setattr__(self, "left", whole("Window", "left", left))
+        object.__setattr__(self, "right", left if right is None else whole("Window", "right", right))
+
+    @property
+    def is_causal(self) -> bool:
+        return self.right == 0
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return (j >= i - self.left) & (j <= i + self.right)
+
+
+@dataclass(frozen=True, repr=False)
+class Dilated(Pattern):
+    """Query i sees keys ``i + dilation * step`` for each step from ``-left`` to ``right``: reach counts steps."""
+
+    left: int
+    right: int
+    dilation: int
+
+    def __post_init__(self) -> None:
+        whole("Dilated", "left", self.left)
+        whole("Dilated", "right", self.right)
+        whole("Dilated", "dilation", self.dilation, least=1)
+
+    @property
+    def is_causal(self) -> bool:
+        return self.right == 0
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        ahead = j - i
+        near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
+        return near & (ahead % self.dilation == 0)
+
+
+@dataclass(frozen=True, repr=False)
+class Sinks(Pattern):
+    """The first ``n`` keys are seen by every query (StreamingLLM, arXiv:2309.17453)."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        whole("Sinks", "n", self.n)
+
+    @property
+    def is_positional(self) -> bool:
+        return False
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i == i) & (j < self.n)
+
+
+@dataclass(frozen=True, repr=False)
+class Global(Pattern):
+    """The tokens at these positions are seen by all and see all (Longformer, arXiv:2004.05150)."""
+
+    positions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "positions", wholes("Global", "positions", self.positions))
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        seen = (i != i) | (j != j)
+        for _, run in groupby(enumerate(self.positions), key=lambda pair: pair[1] - pair[0]):
+            places = [position for _, position in run]
+            seen = seen | ((i >= places[0]) & (i <= places[-1])) | ((j >= places[0]) & (j <= places[-1]))
+        return seen
+
+
+@dataclass(frozen=True, repr=False)
+class Strided(Pattern):
+    """Query i sees keys j with ``(i - j) % stride == 0``, on both sides (Sparse Transformer, arXiv:1904.10509)."""
+
+    stride: int
+
+    def __post_init__(self) -> None:
+        whole("Strided", "stride", self.stride, least=1)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i - j) % self.stride == 0
+
+
+@dataclass(frozen=True, repr=False)
+class Blocks(Pattern):
+    """Query i sees the keys of its own block, ``i // size == j // size``, and ``halo`` keys on each side of it."""
+
+    size: int
+    halo: int = 0
+
+    def __post_init__(self) -> None:
+        whole("Blocks", "size", self.size, least=1)
+        whole("Blocks", "halo", self.halo)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        start = i // self.size * self.size
+        return (j >= start - self.halo) & (j < start + self.size + self.halo)
+
+
+_BY_NAME: dict[str, type[Pattern]] = {
+    kind.__name__: kind for kind in (Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks, PerHead)
+}
+
+
+def constructor(name: str) -> Callable[..., Any]:
+    """The pattern class of this name; an unknown name raises a PolicyError that lists those there are."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    near = difflib.get_close_matches(name, _BY_NAME, n=1)
+    hint = f"did you mean {near[0]}?" if near else None
+    raise PolicyError(f"there is no pattern {name!r}; there are {', '.join(_BY_NAME)}", hint=hint)
+
+
+def parse(text: str) -> Pattern:
+    """Read the notation that patterns print, e.g. ``"Causal() & (Window(3, 0) | Sinks(4))"``; raises PolicyError."""
+    value = evaluate(text, constructor)
+    if isinstance(value, Pattern):
+        return value
+    raise PolicyError(f"{text!r} is not a pattern", hint='write it as in "Causal() & Window(left=3, right=0)"')

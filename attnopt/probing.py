@@ -1,0 +1,129 @@
+"""Reading masks by evaluation: run the part of a graph that makes a mask, and compare what comes out with known patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.graph import ancestors, get_attr, hint, is_call, value
+from attnopt.patterns import Causal, Full, Pattern, Window
+
+_HEAVY = ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "convolution", "conv1d", "conv2d", "embedding",
+          "scaled_dot_product_attention", "softmax", "layer_norm")  # fmt: skip
+_RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "uniform", "normal")
+
+
+def inputs_behind(node: fx.Node) -> set[fx.Node]:
+    """The inputs whose values (not merely sizes) ``node`` depends on."""
+    return {n for n in ancestors(node, stop=_is_number) if n.op == "placeholder"}
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "placeholder"
+
+
+def is_plain(node: fx.Node) -> bool:
+    """``node`` is made of index arithmetic and constants alone: cheap to run, and the same at every call."""
+    names = (getattr(getattr(n.target, "overloadpacket", None), "__name__", "") for n in ancestors(node, stop=_is_number))
+    return not any(name in _HEAVY or name in _RANDOM for name in names)
+
+
+def symbols(graph: fx.Graph) -> dict[Any, int]:
+    """Every symbol of the graph's sizes with its example value."""
+    found: dict[Any, int] = {}
+    for node in graph.nodes:
+        val = value(node)
+        if node.op == "placeholder" and isinstance(val, Tensor):
+            for s in val.shape:
+                if isinstance(s, torch.SymInt) and s.node.expr.is_symbol:
+                    found[s.node.expr] = hint(s)
+    return found
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: Any = None) -> Tensor:
+    """The value of ``node`` when the graph's symbols have ``sizes``; placeholders are filled with ``fill``.
+
+    Raises ValueError where an input's value is needed and ``fill`` is None.
+    """
+    env: dict[fx.Node, Any] = {}
+
+    def number(s: Any) -> int:
+        return s if isinstance(s, int) else int(s.node.expr.subs(sizes))
+
+    def concrete(n: fx.Node) -> Any:
+        val = value(n)
+        if isinstance(val, torch.SymInt):
+            return number(val)
+        if n.op == "get_attr":
+            return get_attr(gm, str(n.target)).detach()
+        if n.op == "placeholder":
+            if fill is None or not isinstance(val, Tensor):
+                raise ValueError(f"depends on the input {n.name}")
+            dims = [number(s) for s in val.shape]
+            return torch.full(dims, fill, dtype=val.dtype, device=val.device)
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+
+    wanted = set(ancestors(node, stop=_is_number))
+    with torch.no_grad():
+        for n in gm.graph.nodes:
+            if n in wanted:
+                env[n] = concrete(n)
+            if n is node:
+                break
+    found = env[node]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def other_sizes(sizes: Mapping[Any, int]) -> list[dict[Any, int]]:
+    """The example sizes and two others at which a pattern has to show itself too."""
+    bigger = [{s: n + grow for s, n in sizes.items()} for grow in (3, 8)] if sizes else []
+    return [dict(sizes), *bigger]
+
+
+def name_pattern(masks: list[Tensor]) -> Pattern | None:
+    """The pattern that has all these visible-masks [..., L, S] as its meaning, or None.
+
+    A pattern is accepted only if it is a candidate of the first mask and equals each of the masks exactly.
+    """
+    flat = [m.reshape(-1, *m.shape[-2:]) for m in masks]
+    if any(not (m == m[:1]).all() for m in flat):
+        return None
+    for candidate in _candidates(flat[0][0]):
+        if all(torch.equal(candidate.mask(*m.shape[-2:])[0], m[0]) for m in flat):
+            return candidate
+    return None
+
+
+def _candidates(mask: Tensor) -> list[Pattern]:
+    """Full, causal, and the band that the widest row shows."""
+    q_len, kv_len = mask.shape
+    found: list[Pattern] = [Full(), Causal()]
+    i = torch.arange(q_len)[:, None] + (kv_len - q_len)
+    step = torch.arange(kv_len)[None, :] - i
+    seen = step[mask]
+    if len(seen):
+        left, right = max(0, -int(seen.min())), max(0, int(seen.max()))
+        found += [Window(left, right), Causal() & Window(left, 0)]
+    return found
+
+
+def as_visible(bias: Tensor, floor: float = -1e4) -> Tensor | None:
+    """A bias that only hides, as a bool mask: 0 where visible, at most ``floor`` elsewhere, no query without a key.
+
+    In such a bias the hidden keys' weights underflow to exactly 0, so that it means the same as a mask.
+    """
+    if bias.dtype == torch.bool:
+        visible = bias
+    else:
+        visible = bias == 0
+        if not bool((visible | (bias <= floor)).all()):
+            return None
+    return visible if bool(visible.any(-1).all()) else None
+
+
+__all__ = ["as_visible", "evaluate", "inputs_behind", "is_call", "is_plain", "name_pattern", "other_sizes", "symbols"]

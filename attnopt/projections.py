@@ -1,0 +1,169 @@
+"""Where queries, keys, values and outputs are projected, read by moving a selection of each head to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from attnopt.graph import is_tensor, opname, shape, source_line
+from attnopt.pushing import push
+from attnopt.selection import Selection, is_weight, pull, trim
+from attnopt.site import Projection
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer), "token" (a
+    projection's input), "input" (of the model), "blocked" (no rule for ``node``).  ``path`` leads there."""
+
+    kind: str
+    node: fx.Node
+    selection: Selection
+    path: tuple[fx.Node, ...]
+
+
+def landings(node: fx.Node, selection: Selection) -> list[Landing]:
+    """Where the selection of ``node`` ends when it is pulled up as far as it goes."""
+    found: dict[tuple[fx.Node, str, tuple[tuple[int, tuple[int, ...]], ...]], Landing] = {}
+
+    def walk(n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...], in_weight: bool) -> None:
+        chosen = trim(n, chosen)
+        if not chosen and not in_weight:
+            return
+        if n.op == "get_attr":
+            add("weight" if in_weight else "constant", n, chosen, path)
+            return
+        if n.op == "placeholder":
+            add("input", n, chosen, path)
+            return
+        pulled = pull(n, chosen) if chosen else None
+        if pulled is None:
+            add("blocked", n, chosen, path)
+            return
+        if pulled.across:
+            add("token", n, chosen, path)
+            return
+        for i, (below, sel) in enumerate(pulled.demands):
+            walk(below, sel, (*path, n), in_weight or i in pulled.weights)
+
+    def add(kind: str, n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...]) -> None:
+        key = (n, kind, tuple(sorted((a, tuple(i)) for a, i in chosen.items())))
+        found.setdefault(key, Landing(kind, n, chosen, (*path, n)))
+
+    walk(node, selection, (), False)
+    return list(found.values())
+
+
+def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
+    """Equal for two selections only if they take the same values for the same reason."""
+    return frozenset((x.kind, x.node.name, tuple(sorted(x.selection.items()))) for x in landings(node, selection))
+
+
+def lands_on_weights(node: fx.Node, selection: Selection) -> bool:
+    """The selected axis is one of features that a projection makes, not of tokens or of the batch."""
+    return any(x.kind == "weight" for x in landings(node, selection))
+
+
+def read_projection(node: fx.Node, axis: int, heads: int) -> tuple[Projection, tuple[fx.Node, ...]]:
+    """The projection that makes the heads along ``axis`` of ``node``, and the nodes between the two."""
+    each = [landings(node, {axis: (h,)} if heads > 1 else _one_head(node)) for h in range(heads)]
+    dirty = tuple(dict.fromkeys(n for found in each for x in found for n in x.path if x.kind == "weight"))
+    blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
+    if blocked is not None:
+        return Projection(why=_stopped_at(blocked.node)), dirty
+    weights = [[x for x in found if x.kind == "weight"] for found in each]
+    matrices = {x.node for found in weights for x in found if len(shape(x.node)) >= 2}
+    vectors = {x.node for found in weights for x in found if len(shape(x.node)) == 1}
+    if not matrices:
+        return Projection(why="no weight makes these features: they come straight from an input or a constant"), dirty
+    if len(matrices) > 1 or len(vectors) > 1:
+        names = ", ".join(sorted(str(m.target) for m in (*matrices, *vectors)))
+        return Projection(why=f"made by several weights: {names}"), dirty
+    return _from_weights(next(iter(matrices)), next(iter(vectors), None), weights), dirty
+
+
+def _one_head(node: fx.Node) -> Selection:
+    """With a single head every feature belongs to it; select all features but spelled as a choice of each."""
+    last = len(shape(node)) - 1
+    return {last: tuple(reversed(range(shape(node)[last])))}
+
+
+def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Sequence[Landing]]) -> Projection:
+    rows: list[tuple[int, ...]] = []
+    axes: set[int] = set()
+    for found in weights:
+        mine = [x for x in found if x.node is matrix]
+        if len({x.selection.keys().__iter__().__next__() if x.selection else -1 for x in mine}) != 1:
+            return Projection(str(matrix.target), why="a head's rows lie along several axes of the weight")
+        indices: dict[int, None] = {}
+        for x in mine:
+            if len(x.selection) > 1:
+                return Projection(str(matrix.target), why="a head's rows lie along several axes of the weight")
+            (axis, idx), *_ = list(x.selection.items()) or [(0, tuple(range(shape(matrix)[0])))]
+            axes.add(axis)
+            indices.update(dict.fromkeys(idx))
+        rows.append(tuple(sorted(indices)))
+    bias = None if vector is None else str(vector.target)
+    if len(axes) != 1 or axes - {0, 1} or (1 in axes and len(shape(matrix)) != 2):
+        axis_names = ", ".join(map(str, sorted(axes)))
+        return Projection(str(matrix.target), bias, why=f"heads lie along axis {axis_names} of a weight with {len(shape(matrix))} axes")
+    if len(shape(matrix)) == 3:
+        return Projection(str(matrix.target), bias, why="the weight has 3 axes")
+    return Projection(str(matrix.target), bias, transposed=axes == {1}, rows=tuple(rows))
+
+
+def _stopped_at(node: fx.Node) -> str:
+    line = source_line(node)
+    return f"heads cannot be told apart before {opname(node)}" + (f" ({line})" if line else "")
+
+
+def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, fx.Node | None]:
+    """The projection that takes the heads of ``node``, each a selection of it, and the operator that applies it."""
+    rows: list[tuple[int, ...]] = []
+    end: tuple[fx.Node, fx.Node, int] | None = None
+    for selection in heads:
+        x = node
+        while True:
+            users = list(x.users)
+            if len(users) != 1:
+                return Projection(why=f"the output is used by {len(users)} operators"), None
+            pushed = push(users[0], x, selection)
+            if pushed is None or not pushed.linear:
+                return Projection(why=_stopped_at(users[0])), None
+            if pushed.selection is None:
+                break
+            x, selection = users[0], pushed.selection
+        weight, chosen = pushed.demands[-1]
+        column, target = next(iter(chosen.items())), weight
+        found = landings(weight, chosen) if weight.op != "get_attr" else [Landing("constant", weight, chosen, (weight,))]
+        if not is_weight(weight) or len(found) != 1 or len(found[0].selection) > 1:
+            return Projection(why="the output projection's weight is computed"), None
+        target = found[0].node
+        (at, idx), *_ = list(found[0].selection.items()) or [column]
+        if end not in (None, (users[0], target, at)):
+            return Projection(why="heads go to different output projections"), None
+        end = (users[0], target, at)
+        rows.append(tuple(idx))
+    assert end is not None
+    op, target, at = end
+    if len(shape(target)) == 3 or at > 1:
+        return Projection(str(target.target), why="the weight has 3 axes"), op
+    bias = next((a for a in op.args if is_tensor(a) and len(shape(a)) == 1), None)  # type: ignore[arg-type]
+    return Projection(str(target.target), str(bias.target) if isinstance(bias, fx.Node) else None, at == 0, tuple(rows)), op
+
+
+def weight_path(op: fx.Node, names: set[str]) -> list[fx.Node]:
+    """From an operand of ``op`` up to the parameter among ``names`` that it is a layout change of."""
+    for operand in op.all_input_nodes:
+        if not is_weight(operand):
+            continue
+        path = [operand]
+        while path[-1].op != "get_attr":
+            above = path[-1].args[0]
+            assert isinstance(above, fx.Node)
+            path.append(above)
+        if str(path[-1].target) in names:
+            return path
+    raise AssertionError(f"{op.name} does not read {sorted(names)}")

@@ -1,0 +1,80 @@
+"""What a pass and a backend are: the two things that a third party writes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from attnopt.refusal import Refusal
+from attnopt.site import Site
+from attnopt.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """New weights of one head in one projection: ``weight`` [D, in] ("out": [Dv, out]) and ``bias`` [D] or None.
+
+    ``head`` is an original number (of a K/V head for "k" and "v").
+    """
+
+    role: str
+    head: int
+    weight: Tensor = field(repr=False)
+    bias: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What a pass makes of a site: the new spec, and new weights for heads that stay."""
+
+    spec: AttentionSpec
+    edits: tuple[HeadWeights, ...] = ()
+    notes: tuple[str, ...] = ()  # what the report should tell: which default was taken, what was not saved, ...
+
+
+class Pass(ABC):
+    """A rewrite of one attention.  Subclasses are frozen dataclasses whose fields are the pass's options."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]  # True: the model computes the same as before
+
+    def check(self, site: Site) -> Refusal | None:
+        """Why this pass cannot be applied to ``site``, or None."""
+        return None
+
+    @abstractmethod
+    def rewrite(self, site: Site) -> Rewrite:
+        """The site's new meaning.  Called only where ``check`` returned None; must not change anything."""
+
+
+class Attend(Protocol):
+    """A lowered attention: a plain function of tensors.
+
+    ``q`` [B, H, L, D], ``k`` [B, G, S, D], ``v`` [B, G, S, Dv]; ``bias`` and ``mask`` broadcast to [B, H, L, S], ``sinks``
+    to [B, H, L, 1]; each of the last three is None unless the spec has it.  Returns [B, H, L, Dv].
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor: ...
+
+
+class Backend(ABC):
+    """A way to compute an attention.  ``lower`` returns a plain tensor function, which attnopt traces into the graph."""
+
+    name: ClassVar[str]
+
+    def check(self, spec: AttentionSpec) -> Refusal | None:
+        """Why this backend cannot compute ``spec`` exactly, or None."""
+        return None
+
+    @abstractmethod
+    def lower(self, spec: AttentionSpec) -> Attend:
+        """The function that computes ``spec``; gains included."""
+
+    @abstractmethod
+    def cost(self, spec: AttentionSpec, q_len: int, kv_len: int) -> float:
+        """Relative run time of one call at these lengths; the cheapest backend that accepts a spec is taken."""

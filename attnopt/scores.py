@@ -1,0 +1,309 @@
+"""From the normaliser back to the product of queries and keys, reading everything that happens to the scores in between."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.axes import Axes, Axis, broadcast, follow, resolve, resolve_all
+from attnopt.contraction import Product, product_of
+from attnopt.graph import CASTS, RESHAPES, aten, dtype, is_call, is_tensor, shape, source_line, wrap
+from attnopt.normaliser import is_maximum_of
+from attnopt.probing import inputs_behind
+from attnopt.refusal import Refusal
+
+_LAYOUT = (
+    *RESHAPES, *CASTS, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.slice.Tensor,
+)  # fmt: skip
+_ADD = (aten.add.Tensor, aten.add.Scalar)
+_SUB = (aten.sub.Tensor, aten.sub.Scalar)
+_MUL = (aten.mul.Tensor, aten.mul.Scalar)
+_DIV = (aten.div.Tensor, aten.div.Scalar)
+_RSUB = (aten.rsub.Scalar, aten.rsub.Tensor)
+_WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+_MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_FLOORS = (aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten.max.other)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that meets the scores: ``axes`` in terms of the scores' atoms."""
+
+    node: fx.Node
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Term:
+    """The bias becomes bias + coefficient * operand."""
+
+    operand: Operand | None
+    coefficient: float
+    constant: float = 0.0
+
+
+@dataclass(frozen=True)
+class Hide:
+    """The bias becomes ``fill`` (or 1 * the filling operand) wherever ``condition`` is ``when``."""
+
+    condition: Operand
+    when: bool
+    fill: float
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """The bias so far is multiplied by a number."""
+
+    factor: float
+
+
+Step = Term | Hide | Multiply
+
+
+@dataclass(frozen=True)
+class Scores:
+    """softmax input = softcap(scale * product) with ``steps`` applied to the bias, in their order.
+
+    ``axes`` are those of the softmax input; ``factors`` are tensors that multiply the product and do not vary over both
+    queries and keys; ``sinks`` is a logit that joins each row.
+    """
+
+    product: Product
+    axes: Axes
+    scale: float = 1.0
+    softcap: float | None = None
+    steps: tuple[Step, ...] = ()
+    factors: tuple[Operand, ...] = ()
+    sinks: Operand | None = None
+    path: tuple[fx.Node, ...] = ()
+    frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
+
+
+class NotScores(Exception):
+    """Carries the refusal that says which node could not be understood."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        super().__init__(str(refusal))
+
+
+def read_scores(node: fx.Node, axis: int) -> Scores:
+    """Understand ``node``, the input of a softmax over ``axis``.  Raises NotScores."""
+    found, blocked = _search(node, axis, 0)
+    if found is None:
+        raise NotScores(_no_product(blocked or node))
+    return found
+
+
+def _no_product(node: fx.Node) -> Refusal:
+    return Refusal(
+        "no-query-key-product",
+        "scores made from a product of queries and keys",
+        f"{node.name} = {getattr(node.target, '__name__', node.target)}",
+        source_line(node),
+    )
+
+
+def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Node | None]:
+    """(the scores that end in ``node``, or None and the deepest node that stopped the search)."""
+    if (product := product_of(node)) is not None and _is_query_key(product):
+        return _start(product), None
+    if depth > 40 or node.op != "call_function" or not tensor_like(node):
+        return None, node
+    blocked: fx.Node | None = None
+    for scores_arg in _candidates(node):
+        inner, stopped = _search(scores_arg, axis, depth + 1)
+        if inner is None:
+            blocked = blocked or stopped
+            continue
+        stepped = _step(node, scores_arg, inner)
+        if stepped is not None:
+            return replace(
+                stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))
+            ), None
+        blocked = node
+    return None, blocked or node
+
+
+def tensor_like(node: fx.Node) -> bool:
+    return is_tensor(node) and len(shape(node)) >= 2
+
+
+def _is_query_key(product: Product) -> bool:
+    """Both operands are activations, or one is a learned query: never a plain projection by weights."""
+    def from_inputs(n: fx.Node) -> bool:
+        return bool(inputs_behind(n))
+
+    if is_call(product.node, aten.linear.default):
+        return from_inputs(product.left) and from_inputs(product.right)
+    return from_inputs(product.left) or from_inputs(product.right)
+
+
+def _start(product: Product) -> Scores:
+    scores = Scores(product, product.axes, product.alpha, path=(product.node,), frames=((product.node, product.axes),))
+    if product.addend is None:
+        return scores
+    axes = broadcast(product.addend, product.axes)
+    if axes is None:
+        raise NotScores(_no_product(product.node))
+    return replace(scores, steps=(Term(Operand(product.addend, axes), product.beta),))
+
+
+def _candidates(node: fx.Node) -> list[fx.Node]:
+    """The arguments through which the scores may run."""
+    if is_call(node, *_WHERE):
+        return [n for n in node.args[1:3] if is_tensor(n) and tensor_like(n)]  # type: ignore[misc,arg-type]
+    if is_call(node, aten.cat.default):
+        return [n for n in node.args[0] if tensor_like(n)]  # type: ignore[union-attr,misc,arg-type]
+    known = (*_LAYOUT, *_ADD, *_SUB, *_MUL, *_DIV, *_RSUB, *_MASKED_FILL, *_FLOORS, aten.tanh.default, aten.neg.default)
+    if not is_call(node, *known):
+        return []
+    same = [n for n in node.args[:2] if is_tensor(n) and tensor_like(n)]  # type: ignore[misc,arg-type]
+    return [n for n in same if math.prod(shape(n)) == math.prod(shape(node))]  # type: ignore[arg-type]
+
+
+def _step(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
+    """The scores after ``node``, which got them as ``arg``."""
+    if is_call(node, *_LAYOUT):
+        axes = follow(node, s.axes)
+        return None if axes is None else replace(s, axes=axes)
+    if is_call(node, *_MUL, *_DIV):
+        return _multiply(node, arg, s)
+    if is_call(node, aten.neg.default):
+        return _scaled(s, -1.0)
+    if is_call(node, *_ADD, *_SUB, *_RSUB):
+        return _add(node, arg, s)
+    if is_call(node, *_MASKED_FILL):
+        fill = _number(node.args[2])
+        return None if fill is None or node.args[0] is not arg else _hide(s, node.args[1], True, fill)
+    if is_call(node, *_WHERE):
+        first = node.args[1] is arg
+        fill = _number(node.args[2 if first else 1])
+        return None if fill is None else _hide(s, node.args[0], not first, fill)
+    if is_call(node, *_FLOORS):
+        floor = _number(node.args[1])
+        least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
+        return s if floor is not None and floor <= least and len(node.args) < 3 else None
+    if is_call(node, aten.tanh.default):
+        return replace(s, softcap=math.nan) if s.softcap is None and not s.steps else None
+    if is_call(node, aten.cat.default):
+        return _sink(node, arg, s)
+    return None
+
+
+def _number(x: Any) -> float | None:
+    """A constant number: a literal, or a tensor of one element made from a literal in the graph."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return float(x)
+    while is_call(x, aten.expand.default, *CASTS, aten.lift_fresh_copy.default, aten.detach.default, *RESHAPES):
+        x = x.args[0]
+    if is_call(x, aten.full.default, aten.full_like.default, aten.new_full.default):
+        made = x.args[2] if is_call(x, aten.new_full.default) else x.args[1]
+        return float(made) if isinstance(made, (int, float)) else None
+    if is_call(x, aten.scalar_tensor.default):
+        return float(x.args[0])
+    if is_call(x, aten.zeros.default, aten.zeros_like.default):
+        return 0.0
+    return _stored_number(x)
+
+
+def _stored_number(x: Any) -> float | None:
+    """The value of a one-element constant that capture lifted out of the graph."""
+    if not isinstance(x, fx.Node) or x.op != "get_attr" or not is_tensor(x) or math.prod(shape(x)) != 1:
+        return None
+    owner = x.graph.owning_module
+    found: Any = owner
+    for part in str(x.target).split("."):
+        found = getattr(found, part)
+    return None if isinstance(found, torch.nn.Parameter) else float(found)
+
+
+def _other(node: fx.Node, arg: fx.Node) -> Any:
+    return node.args[1] if node.args[0] is arg else node.args[0]
+
+
+def _scaled(s: Scores, factor: float) -> Scores:
+    """Everything so far multiplied by a number; a capped product keeps its shape only if the cap moves with it."""
+    steps = (*s.steps, Multiply(factor)) if s.steps else ()
+    if s.softcap is None:
+        return replace(s, scale=s.scale * factor, steps=steps)
+    if math.isnan(s.softcap) and factor > 0:  # tanh(scale * qk) * factor: the cap is the factor
+        return replace(s, softcap=factor, scale=s.scale * factor, steps=steps)
+    return replace(s, softcap=s.softcap * factor, scale=s.scale * factor, steps=steps)
+
+
+def _multiply(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
+    other = _other(node, arg)
+    divides = is_call(node, *_DIV)
+    if divides and (node.args[0] is not arg or node.kwargs.get("rounding_mode")):
+        return None
+    number = _number(other)
+    if number is not None:
+        return _scaled(s, 1.0 / number if divides else number)
+    if not is_tensor(other) or s.steps or s.softcap is not None or divides:
+        return None
+    axes = broadcast(other, s.axes)
+    return None if axes is None else replace(s, factors=(*s.factors, Operand(other, axes)))
+
+
+def _add(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
+    if s.softcap is not None and math.isnan(s.softcap):
+        return None
+    other = _other(node, arg)
+    alpha = node.kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        return None
+    sign = float(alpha)
+    if is_call(node, *_RSUB):  # other - alpha * arg
+        if node.args[0] is not arg:
+            return None
+        s, sign = _scaled(s, -sign), 1.0
+    elif is_call(node, *_SUB):
+        if node.args[0] is not arg:
+            s, sign = _scaled(s, -sign), 1.0
+        else:
+            sign = -sign
+    elif node.args[0] is not arg:  # other + alpha * arg
+        s, sign = (_scaled(s, sign) if sign != 1 else s), 1.0
+    number = _number(other)
+    if number is not None:
+        return replace(s, steps=(*s.steps, Term(None, 1.0, sign * number)))
+    if not is_tensor(other):
+        return None
+    if sign < 0 and any(is_maximum_of(other, arg, i) and len(resolve(a)) for i, a in enumerate(s.axes)):
+        return replace(s, sinks=s.sinks) if s.sinks is None else None  # a shift that no softmax sees
+    axes = broadcast(other, s.axes)
+    return None if axes is None else replace(s, steps=(*s.steps, Term(Operand(other, axes), sign)))
+
+
+def _hide(s: Scores, condition: Any, when: bool, fill: float) -> Scores | None:
+    if not is_tensor(condition) or dtype(condition) != torch.bool or (s.softcap is not None and math.isnan(s.softcap)):
+        return None
+    axes = broadcast(condition, s.axes)
+    return None if axes is None else replace(s, steps=(*s.steps, Hide(Operand(condition, axes), when, fill)))
+
+
+def _sink(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
+    """``cat([scores, sink], -1)``: one more column that takes weight and gives nothing."""
+    parts = node.args[0]
+    dim = wrap(int(node.args[1]) if len(node.args) > 1 else 0, len(s.axes))  # type: ignore[arg-type]
+    if len(parts) != 2 or s.sinks is not None or parts[0] is not arg or not s.axes[dim]:  # type: ignore[arg-type,index]
+        return None
+    column = parts[1]  # type: ignore[index]
+    if not is_tensor(column) or shape(column)[dim] != 1:  # type: ignore[arg-type]
+        return None
+    around: Axes = tuple(() if i == dim else a for i, a in enumerate(resolve_all(s.axes)))
+    if any(size not in (1, math.prod(a.size for a in axis)) for size, axis in zip(shape(column), around, strict=True)):  # type: ignore[arg-type]
+        return None
+    axes: Axes = tuple(ax if n != 1 else () for n, ax in zip(shape(column), around, strict=True))  # type: ignore[arg-type]
+    return replace(s, sinks=Operand(column, axes))  # type: ignore[arg-type]
+
+
+__all__ = ["Axis", "Hide", "Multiply", "NotScores", "Operand", "Scores", "Step", "Term", "read_scores"]

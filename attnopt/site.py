@@ -1,0 +1,118 @@
+"""What matching found: sites, near misses, and the inspection that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from attnopt.refusal import Refusal
+from attnopt.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where a site's queries, keys, values or outputs are projected.
+
+    ``rows[h]`` are the indices of head h's output features ("out": input features) in the weight, in the order in which
+    they stand in the head; None where they cannot be told, and then ``why`` says so.  ``transposed``: the weight is stored
+    as (in, out).
+    """
+
+    weight: str | None = None
+    bias: str | None = None
+    transposed: bool = False
+    rows: tuple[tuple[int, ...], ...] | None = None
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of the model, as it stands after the passes that were already applied to it."""
+
+    name: str
+    spec: AttentionSpec
+    projections: Mapping[str, Projection]
+    where: str = ""  # source line of the user's model
+    notes: tuple[str, ...] = ()  # what a reader should know: weights returned to the user, shared weights, ...
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    q_len: int = 0  # L and S at the sizes of the example inputs
+    kv_len: int = 0
+
+    @property
+    def num_heads(self) -> int:
+        return self.spec.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.spec.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.spec.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.spec.value_dim
+
+    @property
+    def scale(self) -> float:
+        return self.spec.scale
+
+    @property
+    def is_cross(self) -> bool:
+        return self.spec.is_cross
+
+    def refuse(self, code: str, *, expected: str = "", found: object = "", hint: str = "") -> Refusal:
+        """A refusal that points at this site."""
+        return Refusal(code, expected, str(found), self.where, hint)
+
+    def head_weight(self, role: str, head: int) -> Tensor | None:
+        """Rows of one head in the projection ``role`` ("q", "k", "v"): [D, in], or its columns for "out": [Dv, out].
+
+        ``head`` is an original number (of a K/V head for "k" and "v").  None where the projection is not known.
+        """
+        p = self.projections.get(role)
+        if p is None or p.rows is None or p.weight is None:
+            return None
+        stored_by_input = p.transposed != (role == "out")
+        weight = self.parameters[p.weight].detach()
+        rows = torch.as_tensor(p.rows[head], device=weight.device)
+        return weight[:, rows].mT if stored_by_input else weight[rows]
+
+    def head_bias(self, role: str, head: int) -> Tensor | None:
+        """Bias of one head in the projection ``role``: [D]; None where there is none."""
+        p = self.projections.get(role)
+        if p is None or p.rows is None or p.bias is None or role == "out":
+            return None
+        bias = self.parameters[p.bias].detach()
+        return bias[torch.as_tensor(p.rows[head], device=bias.device)]
+
+    def with_spec(self, spec: AttentionSpec) -> Site:
+        return replace(self, spec=spec)
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that begins like an attention and is none, or is one that attnopt cannot yet express."""
+
+    name: str
+    refusal: Refusal
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``attnopt.inspect`` found, in the order in which it runs."""
+
+    sites: tuple[Site, ...]
+    near_misses: tuple[NearMiss, ...]
+    candidates: int  # how many normalisers were looked at
+
+    def __str__(self) -> str:
+        from attnopt.tables import inspection_table, to_text
+
+        return to_text(inspection_table(self))

@@ -1,0 +1,197 @@
+"""Removing and replacing heads in a graph: selections are moved to the weights, which become smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from attnopt.graph import Emitter, aten, get_attr, shape, value
+from attnopt.pushing import push
+from attnopt.selection import Selection, pull, trim
+
+
+class Weights:
+    """New parameters of a graph module, made from its old ones.  The same derivation gives the same parameter."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.origin: dict[str, str] = {}  # new name -> the name that it was made from
+        self._made: dict[Any, str] = {}
+
+    def derive(self, name: str, selection: Selection, edited: Tensor | None = None) -> str:
+        """The name of the parameter ``name`` restricted to ``selection``; ``edited`` takes the place of its value."""
+        key = (name, tuple(sorted(selection.items())), None if edited is None else _fingerprint(edited))
+        if key not in self._made:
+            source = get_attr(self.gm, name)
+            tensor = source.detach() if edited is None else edited.to(source.dtype)
+            for axis, idx in selection.items():
+                tensor = tensor.index_select(axis, torch.as_tensor(idx, device=tensor.device))
+            self._made[key] = self._register(name, source, tensor.contiguous())
+        return self._made[key]
+
+    def _register(self, name: str, source: Tensor, tensor: Tensor) -> str:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.gm.get_submodule(owner_name)
+        n = 1
+        while hasattr(owner, f"{leaf}__{n}"):
+            n += 1
+        if isinstance(source, nn.Parameter):
+            owner.register_parameter(f"{leaf}__{n}", nn.Parameter(tensor, requires_grad=source.requires_grad))
+        else:
+            owner.register_buffer(f"{leaf}__{n}", tensor)
+        new = f"{owner_name}.{leaf}__{n}".lstrip(".")
+        self.origin[new] = self.origin.get(name, name)
+        return new
+
+    def settle(self) -> dict[str, str]:
+        """Give each new parameter its origin's name where the origin is no longer used; returns new name -> final name."""
+        used = {str(n.target) for n in self.gm.graph.nodes if n.op == "get_attr"}
+        final: dict[str, str] = {}
+        for new, old in self.origin.items():
+            rivals = [m for m, o in self.origin.items() if o == old and m in used]
+            if new not in used or old in used or len(rivals) > 1:
+                continue
+            owner, _, leaf = new.rpartition(".")
+            module, target = self.gm.get_submodule(owner), old.rpartition(".")[2]
+            tensor = getattr(module, leaf)
+            delattr(module, leaf)
+            delattr(module, target)
+            setattr(module, target, tensor) if isinstance(tensor, nn.Parameter) else module.register_buffer(target, tensor)
+            for node in self.gm.graph.nodes:
+                if node.op == "get_attr" and node.target == new:
+                    node.target = old
+            final[new] = old
+        return final
+
+
+def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    data = tensor.detach().to(torch.float64)
+    flat = data.reshape(-1)
+    weights = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
+    return tuple(tensor.shape), float(flat.sum()), float((flat * weights).sum()), float(flat.abs().sum())
+
+
+class Selector:
+    """Builds selections of nodes, moved up as far as they go.
+
+    ``edited`` holds new values of parameters for this site alone; every node on the way to one (``dirty``) is built anew
+    even where nothing is selected.
+    """
+
+    def __init__(
+        self, emit: Emitter, weights: Weights, edited: Mapping[str, Tensor] | None = None, dirty: Sequence[fx.Node] = ()
+    ) -> None:
+        self.emit, self.weights, self.edited, self.dirty = emit, weights, dict(edited or {}), set(dirty)
+        self._known: dict[Any, fx.Node] = {}
+
+    def select(self, node: fx.Node, selection: Selection) -> fx.Node:
+        """A node whose value is ``node`` restricted to ``selection``."""
+        selection = trim(node, selection)
+        if not selection and node not in self.dirty:
+            return node
+        key = (node, tuple(selection.items()))
+        if key not in self._known:
+            self._known[key] = self._build(node, selection)
+        return self._known[key]
+
+    def _build(self, node: fx.Node, selection: Selection) -> fx.Node:
+        if node.op == "get_attr":
+            return self._parameter(node, selection)
+        if not selection:
+            table = {n: self.select(n, {}) for n in node.all_input_nodes}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: table[n])
+            return self.emit.call(node.target, *args, **kwargs)
+        pulled = pull(node, selection)
+        if pulled is None or pulled.across:
+            return self._stay(node, selection)
+        found = [self.select(n, s) for n, s in pulled.demands]
+        if pulled.build is None:
+            return found[0]
+        target, args, kwargs = pulled.build(found)
+        return self.emit.call(target, *args, **kwargs)
+
+    def _stay(self, node: fx.Node, selection: Selection) -> fx.Node:
+        """Pull up the axes that can be, and select the others here."""
+        if len(selection) > 1:
+            for axis, idx in selection.items():
+                if pull(node, {axis: idx}) is not None:
+                    rest = {a: i for a, i in selection.items() if a != axis}
+                    return restrict(self.emit, self.select(node, {axis: idx}), rest)
+        return restrict(self.emit, self.select(node, {}) if node in self.dirty else node, selection)
+
+    def _parameter(self, node: fx.Node, selection: Selection) -> fx.Node:
+        name = str(node.target)
+        new = self.weights.derive(name, selection, self.edited.get(name))
+        return self._get(new, node, selection)
+
+    def _get(self, name: str, like: fx.Node, selection: Selection) -> fx.Node:
+        graph = self.emit.graph
+        existing = next((n for n in graph.nodes if n.op == "get_attr" and n.target == name), None)
+        if existing is not None:
+            return existing
+        with graph.inserting_before(next(iter(graph.nodes))):
+            made = graph.get_attr(name)
+        fake = value(like)
+        sizes = [len(selection.get(a, range(n))) for a, n in enumerate(shape(like))]
+        with self.emit.mode:
+            made.meta["val"] = torch.empty(sizes, dtype=fake.dtype, device=fake.device)
+        return made
+
+
+def restrict(emit: Emitter, node: fx.Node, selection: Selection) -> fx.Node:
+    """``node`` restricted to ``selection`` by slices, or by an index where the indices are no range."""
+    for axis, idx in selection.items():
+        steps = {b - a for a, b in zip(idx, idx[1:], strict=False)}
+        if not steps or steps == {1}:
+            node = emit.call(aten.slice.Tensor, node, axis, idx[0], idx[-1] + 1)
+            continue
+        pieces = [emit.call(aten.slice.Tensor, node, axis, a, b) for a, b in _runs(idx)]
+        node = emit.call(aten.cat.default, pieces, axis)
+    return node
+
+
+def _runs(idx: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for i in idx:
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs
+
+
+def spread(emit: Emitter, node: fx.Node, like: fx.Node, selection: Selection) -> fx.Node:
+    """``node`` at ``selection``, and zeros elsewhere, with the shape of ``like``."""
+    for axis, idx in selection.items():
+        where, pieces = 0, []
+        zero = emit.call(aten.mul.Tensor, emit.call(aten.slice.Tensor, node, axis, 0, 1), 0)
+        for i in range(shape(like)[axis]):
+            if i in idx:
+                pieces.append(emit.call(aten.slice.Tensor, node, axis, where, where + 1))
+                where += 1
+            else:
+                pieces.append(zero)
+        node = emit.call(aten.cat.default, pieces, axis)
+    return node
+
+
+def push_down(
+    graph: fx.Graph, weights: Weights, origin: dict[str, Any], old: fx.Node, new: fx.Node, selection: Selection
+) -> None:
+    """Let everything that uses ``old`` use ``new``, which lacks the slices outside ``selection`` (they count as zero)."""
+    for user in list(old.users):
+        emit = Emitter(graph, user, origin)
+        pushed = push(user, old, selection)
+        if pushed is None:
+            user.replace_input_with(old, spread(emit, new, old, selection))
+            continue
+        select = Selector(emit, weights)
+        target, args, kwargs = pushed.build(new, [select.select(n, s) for n, s in pushed.demands])
+        below = emit.call(target, *args, **kwargs)
+        if pushed.selection is None:
+            user.replace_all_uses_with(below)
+        else:
+            push_down(graph, weights, origin, user, below, pushed.selection)

@@ -1,0 +1,97 @@
+"""Proof by evaluation: a raised attention, run by the reference backend, must give what the original operators give.
+
+Both are run on random values of the nearest projections above them, so that nothing depends on the weights or on how
+telling the example inputs are; masks are made from the example inputs as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.backends.reference import Reference
+from attnopt.compare import TOLERANCE, difference
+from attnopt.graph import get_attr, hint, opname, shape, value
+from attnopt.raising import Raised
+
+_CUTS = {"linear", "addmm", "mm", "convolution", "conv1d", "conv2d", "conv3d", "embedding", "layer_norm", "native_layer_norm",
+         "scaled_dot_product_attention", "group_norm", "batch_norm"}  # fmt: skip
+
+
+def example_values(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """The example input of each placeholder."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
+    return dict(zip(placeholders, leaves, strict=True)) if len(leaves) == len(placeholders) else {}
+
+
+def site_error(gm: fx.GraphModule, raised: Raised, examples: Mapping[fx.Node, Any], seed: int = 0) -> float:
+    """Largest relative difference between the raised attention and the original; NaN rows count as zeros."""
+    run = _Slice(gm, examples, seed)
+    region = raised.region
+    inside = set(region.nodes)
+    run.inside = inside
+    with torch.no_grad():
+        want = run(region.out.node)
+        operands = {n: None if o is None else run(o) for n, o in raised.operands.items()}
+        q, k, v = operands.pop("q"), operands.pop("k"), operands.pop("v")
+        assert q is not None and k is not None and v is not None
+        run.env[raised.node] = Reference().lower(raised.spec)(q, k, v, **operands)
+        got = run(raised.out)
+    blind = torch.isnan(want)
+    return difference([got], [want.masked_fill(blind, 0.0)])
+
+
+def site_tolerance(raised: Raised) -> float:
+    kind = value(raised.region.out.node).dtype
+    return TOLERANCE.get(kind, 0.0)
+
+
+class _Slice:
+    """Runs nodes on demand; what a projection makes is random."""
+
+    def __init__(self, gm: fx.GraphModule, examples: Mapping[fx.Node, Any], seed: int) -> None:
+        self.gm, self.env, self.inside = gm, dict[fx.Node, Any](), set[fx.Node]()
+        self.examples = examples
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, target: fx.Node) -> Tensor:
+        stack = [target]
+        while stack:
+            node = stack[-1]
+            if node in self.env:
+                stack.pop()
+                continue
+            if self._is_leaf(node):
+                self.env[node] = self._leaf(node)
+                continue
+            waiting = [n for n in node.all_input_nodes if n not in self.env]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+            self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        found = self.env[target]
+        assert isinstance(found, Tensor)
+        return found
+
+    def _is_leaf(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or not isinstance(value(node), (Tensor, tuple, list)):
+            return True
+        return node not in self.inside and opname(node) in _CUTS
+
+    def _leaf(self, node: fx.Node) -> Any:
+        val = value(node)
+        if node.op == "get_attr":
+            return get_attr(self.gm, str(node.target)).detach()
+        if not isinstance(val, Tensor):
+            return hint(val) if isinstance(val, (int, torch.SymInt)) else self._number(node)
+        if node in self.examples and not val.dtype.is_floating_point:
+            return self.examples[node]
+        return torch.randn(shape(node), generator=self.random).to(val.dtype).to(val.device)
+
+    def _number(self, node: fx.Node) -> Any:
+        return self.examples.get(node, value(node))

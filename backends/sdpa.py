@@ -1,0 +1,70 @@
+"""torch's own fused attention, ``torch.nn.functional.scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnopt.backends.lowering import dense_flops, heads_of, visible, with_gains
+from attnopt.patterns import Causal
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Attend, Backend
+from attnopt.spec import AttentionSpec
+
+
+class Sdpa(Backend):
+    """One 4-D SDPA call; a pattern becomes a dense mask, except all keys and the square causal triangle.
+
+    A query that sees no key gets zeros from SDPA itself (torch >= 2.11; the tests hold it to that).
+    """
+
+    name: ClassVar[str] = "sdpa"
+
+    def check(self, spec: AttentionSpec) -> Refusal | None:
+        if spec.softcap is not None:
+            return Refusal("no-softcap", expected="scores without softcap", found=f"softcap {spec.softcap}")
+        if spec.has_sinks:
+            return Refusal("no-sinks", expected="no sink logits", found="a sink logit for each head")
+        if not spec.scale > 0:
+            return Refusal("no-such-scale", expected="a scale above 0", found=f"{spec.scale}")
+        return None
+
+    def lower(self, spec: AttentionSpec) -> Attend:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        ) -> Tensor:
+            is_shared = _is_evenly_shared(spec)
+            keys, values = (k, v) if is_shared else (heads_of(spec, k), heads_of(spec, v))
+            # SDPA aligns its causal triangle with the first key, a pattern with the last.
+            is_plain = spec.pattern == Causal() and bias is None and mask is None
+            is_causal = is_plain and statically_known_true(q.shape[2] == k.shape[2])
+            attn_mask = None if is_causal else _as_mask(bias, visible(spec, q, k, mask), q.dtype)
+            o = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask, is_causal=is_causal, scale=spec.scale, enable_gqa=is_shared
+            )
+            return with_gains(spec, o)
+
+        return attend
+
+    def cost(self, spec: AttentionSpec, q_len: int, kv_len: int) -> float:
+        return dense_flops(spec, q_len, kv_len)
+
+
+def _is_evenly_shared(spec: AttentionSpec) -> bool:
+    """Fewer K/V heads than query heads, and query head h reads h // r: what ``enable_gqa`` means."""
+    if spec.num_kv_heads >= spec.num_heads or spec.num_heads % spec.num_kv_heads:
+        return False
+    r = spec.num_heads // spec.num_kv_heads
+    return all(g == h // r for h, g in enumerate(spec.kv_of_head))
+
+
+def _as_mask(bias: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """One mask for SDPA: bool where only visibility is known, else additive in the queries' dtype."""
+    if bias is None:
+        return seen
+    bias = bias.to(dtype)
+    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)

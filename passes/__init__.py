@@ -1,0 +1,15 @@
+"""The built-in rewrites, one file each."""
+
+from __future__ import annotations
+
+if __name__ != "attnopt.passes":
+    raise ImportError(f"{__name__} would be a second copy of attnopt.passes; import attnopt.passes instead")
+
+from attnopt.passes.fuse import Fuse
+from attnopt.passes.grouped_query import GroupedQuery
+from attnopt.passes.local_window import LocalWindow
+from attnopt.passes.prune_heads import PruneHeads
+from attnopt.passes.scale_heads import ScaleHeads
+from attnopt.passes.sparse import Sparse
+
+__all__ = ["Fuse", "GroupedQuery", "LocalWindow", "PruneHeads", "ScaleHeads", "Sparse"]

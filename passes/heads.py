@@ -1,0 +1,36 @@
+"""Heads as the user numbers them: by their place in the model as it was trained, also after some have been pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from attnopt.refusal import Refusal
+from attnopt.site import Site
+
+
+def original_heads(site: Site) -> int:
+    """How many query heads the model was trained with, as far as the projections or the remaining heads tell."""
+    known = [len(p.rows) for role in ("q", "out") if (p := site.projections.get(role)) and p.rows is not None]
+    return max([*known, *(h + 1 for h in site.spec.heads)])
+
+
+def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
+    """A refusal of heads that the model never had; heads that were pruned are none of these."""
+    count = original_heads(site)
+    unknown = sorted(h for h in set(heads) if not 0 <= h < count)
+    if not unknown:
+        return None
+    found = f"head {', '.join(map(str, unknown))}"
+    return site.refuse("unknown-head", expected=f"heads from 0 to {count - 1}", found=found)
+
+
+def refuse_other_keys(site: Site) -> Refusal | None:
+    """A refusal of keys that do not stand at the positions of the queries."""
+    hint = 'leave cross-attention out with a mapping such as {"decoder.*.cross": []}'
+    expected = "queries and keys of one sequence"
+    if site.is_cross:
+        return site.refuse("needs-self-attention", expected=expected, found="keys of another sequence", hint=hint)
+    if site.q_len != site.kv_len:
+        found = f"{site.q_len} queries and {site.kv_len} keys"
+        return site.refuse("needs-self-attention", expected=expected, found=found, hint=hint)
+    return None

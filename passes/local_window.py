@@ -1,0 +1,55 @@
+"""Let every query see only the keys near it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attnopt.options import whole, wholes
+from attnopt.passes.heads import refuse_other_keys, refuse_unknown_heads
+from attnopt.patterns import Dilated, Pattern, PerHead, Sinks, Window
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Pass, Rewrite
+from attnopt.site import Site
+
+
+@dataclass(frozen=True)
+class LocalWindow(Pass):
+    """Each query sees itself, ``left`` keys before and ``right`` keys after it (Longformer, arXiv:2004.05150).
+
+    ``right=None``: none on a causal attention, else as many as ``left``.  ``sinks``: so many first keys stay visible to
+    all (arXiv:2309.17453).  ``dilation``: only every so-many-th key is seen; ``left`` and ``right`` count those.
+    ``heads``: only these, by their numbers in the trained model; the others stay as they are.  Raises PolicyError.
+    """
+
+    name: ClassVar[str] = "local-window"
+    exact: ClassVar[bool] = False
+    left: int
+    right: int | None = None
+    sinks: int = 0
+    dilation: int = 1
+    heads: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        whole(self.name, "left", self.left)
+        if self.right is not None:
+            whole(self.name, "right", self.right)
+        whole(self.name, "sinks", self.sinks)
+        whole(self.name, "dilation", self.dilation, least=1)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
+
+    def check(self, site: Site) -> Refusal | None:
+        return refuse_other_keys(site) or refuse_unknown_heads(site, self.heads or ())
+
+    def rewrite(self, site: Site) -> Rewrite:
+        pattern = self._pattern(site.spec.is_causal)
+        if self.heads is not None:
+            pattern = PerHead({tuple(self.heads): pattern}).for_heads(site.spec.heads)
+        return Rewrite(site.spec.restricted(pattern))
+
+    def _pattern(self, is_causal: bool) -> Pattern:
+        ahead = (0 if is_causal else self.left) if self.right is None else self.right
+        near = Window(self.left, ahead) if self.dilation == 1 else Dilated(self.left, ahead, self.dilation)
+        return near | Sinks(self.sinks) if self.sinks else near

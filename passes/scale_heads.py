@@ -1,0 +1,62 @@
+"""Multiply each head's output by a factor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from attnopt.errors import PolicyError
+from attnopt.options import number, numbers, whole
+from attnopt.passes.heads import original_heads, refuse_unknown_heads
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Pass, Rewrite
+from attnopt.site import Site
+
+
+@dataclass(frozen=True, init=False)
+class ScaleHeads(Pass):
+    """Head h's output becomes ``gains[h]`` times what it was.
+
+    ``gains``: one number for each head of the trained model, or a mapping from some heads to their numbers (kept as
+    sorted pairs).  Heads that were pruned are ignored.  Raises PolicyError.
+    """
+
+    name: ClassVar[str] = "scale-heads"
+    exact: ClassVar[bool] = False
+    gains: tuple[float, ...] | tuple[tuple[int, float], ...]
+
+    def __init__(self, gains: Sequence[float] | Sequence[tuple[int, float]] | Mapping[int, float]) -> None:
+        pairs = list(gains.items()) if isinstance(gains, Mapping) else _pairs(gains)
+        if pairs is None:
+            object.__setattr__(self, "gains", numbers(self.name, "gains", gains))
+            return
+        of_head = {whole(self.name, "gains", head): number(self.name, "gains", gain) for head, gain in pairs}
+        if len(of_head) < len(pairs):
+            raise PolicyError(f"{self.name}: gains={gains!r} is not possible; give each head one number")
+        object.__setattr__(self, "gains", tuple(sorted(of_head.items())))
+
+    def check(self, site: Site) -> Refusal | None:
+        pairs = _pairs(self.gains)
+        if pairs is not None:
+            return refuse_unknown_heads(site, (head for head, _ in pairs))
+        count = original_heads(site)
+        if len(self.gains) == count:
+            return None
+        found = f"{len(self.gains)} gains"
+        return site.refuse("wrong-number-of-gains", expected=f"one gain for each of {count} heads", found=found)
+
+    def rewrite(self, site: Site) -> Rewrite:
+        of_head = dict(_pairs(self.gains) or enumerate(numbers(self.name, "gains", self.gains)))
+        return Rewrite(site.spec.scaled(of_head.get(h, 1.0) for h in site.spec.heads))
+
+
+def _pairs(gains: Any) -> list[tuple[int, float]] | None:
+    """``gains`` as pairs of a head and its gain, or None where it is not a sequence of pairs."""
+    if not isinstance(gains, (list, tuple)) or not gains or not all(isinstance(g, (list, tuple)) for g in gains):
+        return None
+    if any(len(pair) != 2 for pair in gains):
+        raise PolicyError(
+            f"scale-heads: gains={gains!r} is not possible; give numbers, or pairs of a head and its gain"
+        )
+    return [(head, gain) for head, gain in gains]

@@ -1,0 +1,40 @@
+"""Let every query see only the keys that a pattern allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attnopt.errors import PolicyError
+from attnopt.passes.heads import refuse_other_keys, refuse_unknown_heads
+from attnopt.patterns import Pattern, parse
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Pass, Rewrite
+from attnopt.site import Site
+
+
+@dataclass(frozen=True, init=False)
+class Sparse(Pass):
+    """A query sees a key only if ``pattern`` allows it too.
+
+    ``pattern``: one of ``attnopt.patterns``, or its text.  Heads in it are counted as in the trained model.  Raises
+    PolicyError.
+    """
+
+    name: ClassVar[str] = "sparse"
+    exact: ClassVar[bool] = False
+    pattern: Pattern
+
+    def __init__(self, pattern: Pattern | str) -> None:
+        read = parse(pattern) if isinstance(pattern, str) else pattern
+        if not isinstance(read, Pattern):
+            raise PolicyError(f"sparse: pattern={pattern!r} is not possible; give one of attnopt.patterns or its text")
+        object.__setattr__(self, "pattern", read)
+
+    def check(self, site: Site) -> Refusal | None:
+        named = self.pattern.named_heads
+        misplaced = refuse_other_keys(site) if self.pattern.is_positional else None
+        return misplaced or refuse_unknown_heads(site, [named - 1] if named else [])
+
+    def rewrite(self, site: Site) -> Rewrite:
+        return Rewrite(site.spec.restricted(self.pattern.for_heads(site.spec.heads)))

@@ -1,0 +1,266 @@
+"""The pattern algebra against a definition in plain Python, its notation, and its behaviour under symbolic tracing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from attnopt.errors import PolicyError
+from attnopt.patterns import (
+    And,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Global,
+    Not,
+    Or,
+    Pattern,
+    PerHead,
+    Sinks,
+    Strided,
+    Window,
+    parse,
+)
+
+SMALL = st.integers(0, 6)
+LEAVES = st.one_of(
+    st.just(Full()),
+    st.just(Causal()),
+    st.builds(Window, SMALL, st.none() | SMALL),
+    st.builds(Dilated, SMALL, SMALL, st.integers(1, 3)),
+    st.builds(Sinks, st.integers(0, 12)),
+    st.builds(Global, st.lists(st.integers(0, 12), max_size=4).map(tuple)),
+    st.builds(Strided, st.integers(1, 4)),
+    st.builds(Blocks, st.integers(1, 4), st.integers(0, 2)),
+)
+
+
+def _joined(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
+    heads = st.dictionaries(st.integers(0, 3), inner, max_size=3)
+    return st.one_of(
+        st.tuples(inner, inner).map(lambda ab: ab[0] & ab[1]),
+        st.tuples(inner, inner).map(lambda ab: ab[0] | ab[1]),
+        inner.map(lambda a: ~a),
+        st.builds(PerHead, heads, inner),
+    )
+
+
+PATTERNS = st.recursive(LEAVES, _joined, max_leaves=5)
+LENGTHS = st.integers(1, 9)
+
+
+def sees(p: Pattern, h: int, i: int, j: int) -> bool:
+    """The definition: whether the query at position i of head h sees key j."""
+    match p:
+        case Full():
+            return True
+        case Causal():
+            return j <= i
+        case Window(left, right):
+            return i - left <= j <= i + right
+        case Dilated(left, right, dilation):
+            return any(j == i + dilation * step for step in range(-left, right + 1))
+        case Sinks(n):
+            return j < n
+        case Global(positions):
+            return i in positions or j in positions
+        case Strided(stride):
+            return (i - j) % stride == 0
+        case Blocks(size, halo):
+            return i // size * size - halo <= j < i // size * size + size + halo
+        case And(joined):
+            return all(sees(q, h, i, j) for q in joined)
+        case Or(joined):
+            return any(sees(q, h, i, j) for q in joined)
+        case Not(inner):
+            return not sees(inner, h, i, j)
+        case PerHead(groups=groups, default=default):
+            return sees(next((q for places, q in groups if h in places), default), h, i, j)
+    raise AssertionError(p)
+
+
+def expected_mask(p: Pattern, heads: int, q_len: int, kv_len: int) -> torch.Tensor:
+    shift = kv_len - q_len
+    rows = [[[sees(p, h, i + shift, j) for j in range(kv_len)] for i in range(q_len)] for h in range(heads)]
+    return torch.tensor(rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(PATTERNS, LENGTHS, LENGTHS, st.integers(4, 5))
+def test_mask_density_and_cover_follow_the_definition(p: Pattern, q_len: int, kv_len: int, heads: int) -> None:
+    mask = p.mask(q_len, kv_len, num_heads=heads)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (heads if p.is_per_head else 1, q_len, kv_len)
+    expected = expected_mask(p, heads, q_len, kv_len)
+    assert torch.equal(mask.expand(heads, -1, -1), expected)
+    assert p.density(q_len, kv_len, num_heads=heads) == pytest.approx(expected.double().mean().item())
+    assert p.covers(q_len, kv_len, num_heads=heads) == bool(expected.all())
+    if p.is_causal:
+        later = torch.arange(kv_len) > torch.arange(q_len)[:, None] + kv_len - q_len
+        assert not (mask & later).any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(PATTERNS)
+def test_notation_reads_back(p: Pattern) -> None:
+    assert parse(str(p)) == p
+    assert Pattern.from_json(p.to_json()) == p
+    assert hash(parse(repr(p))) == hash(p)
+
+
+@settings(max_examples=100, deadline=None)
+@given(PATTERNS, st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
+def test_for_heads_takes_rows_of_the_mask(p: Pattern, places: list[int]) -> None:
+    whole = p.mask(5, 6, num_heads=4).expand(4, -1, -1)
+    part = p.for_heads(places).mask(5, 6, num_heads=len(places)).expand(len(places), -1, -1)
+    assert torch.equal(part, whole[places])
+
+
+def test_last_query_is_at_the_last_key() -> None:
+    assert Window(1, 0).mask(2, 4)[0].tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert Causal().mask(1, 3).all()
+
+
+def test_window_is_symmetric_unless_told() -> None:
+    assert Window(3) == Window(3, 3)
+    assert str(Window(3, 0)) == "Window(left=3, right=0)"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_causal"),
+    [
+        (Causal(), True),
+        (Window(3, 0), True),
+        (Window(3), False),
+        (Dilated(3, 0, 2), True),
+        (Dilated(3, 1, 2), False),
+        (Causal() & Full(), True),
+        (Causal() & Sinks(2), True),
+        (Causal() | Sinks(2), False),
+        (Causal() | Window(2, 0), True),
+        (PerHead({0: Causal()}, default=Window(1, 0)), True),
+        (PerHead({0: Causal()}), False),
+        (~Causal(), False),
+        (Full(), False),
+    ],
+)
+def test_causality_is_structural(pattern: Pattern, is_causal: bool) -> None:
+    assert pattern.is_causal is is_causal
+
+
+def test_joins_are_flat_and_simple() -> None:
+    a, b, c = Causal(), Sinks(2), Strided(3)
+    assert (a & b) & c == a & (b & c) == And((a, b, c))
+    assert (a | b) | c == Or((a, b, c))
+    assert Full() & a == a & Full() == a & a == ~~a == a
+    assert Full() | a == Full()
+    assert str(Causal() & (Window(255, 0) | Sinks(4))) == "Causal() & (Window(left=255, right=0) | Sinks(4))"
+    assert str(~(a | b)) == "~(Causal() | Sinks(2))"
+    with pytest.raises(TypeError):
+        a & 3  # type: ignore[operator]
+
+
+def test_positional_means_that_positions_are_compared() -> None:
+    assert not (Sinks(3) & ~Full()).is_positional
+    assert not PerHead({0: Sinks(3)}).is_positional
+    assert (Sinks(3) | Causal()).is_positional
+    assert Global((1,)).is_positional
+
+
+def test_per_head_normal_form() -> None:
+    assert PerHead({0: Causal(), 2: Causal()}) == PerHead({(2, 0): Causal()})
+    assert str(PerHead({(2, 0): Causal(), 1: Full()})) == "PerHead({(0, 2): Causal(), 1: Full()})"
+    p = PerHead({1: Causal()})
+    assert p.is_per_head
+    assert p.named_heads == 2
+    assert p.mask(2, 2).shape == (2, 2, 2)
+    assert p.for_heads([1]) == Causal()
+    assert p.for_heads([0, 2]) == Full()
+    assert not PerHead({0: Full()}, default=Causal()).covers(3, 3)
+    assert PerHead({0: Full()}, default=Causal()).covers(3, 3, num_heads=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Window(-1)", "Window: left=-1 is not possible; give a whole number from 0 to 2147483647"),
+        ("Window(1, right=-2)", "Window: right=-2 is not possible; give a whole number from 0 to 2147483647"),
+        ("Window(True)", "Window: left=True is not possible"),
+        ("Window(10**9)", "'10 ** 9' cannot be read"),
+        ("Dilated(1, 1, 0)", "Dilated: dilation=0 is not possible; give a whole number from 1 to"),
+        ("Strided(0)", "Strided: stride=0 is not possible"),
+        ("Blocks(4, halo=-1)", "Blocks: halo=-1 is not possible"),
+        ("Sinks('2')", "Sinks: n='2' is not possible"),
+        ("Global('12')", "Global: positions='12' is not possible; give a sequence of whole numbers"),
+        ("Global([1, -1])", "Global: positions=-1 is not possible"),
+        (
+            "Windw(3)",
+            "there is no pattern 'Windw'; there are Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks",
+        ),
+        ("Windw(3)", "did you mean Window?"),
+        ("Window(3, ahead=1)", "Window: got an unexpected keyword argument 'ahead'\n  hint: Window takes left, right"),
+        ("Window()", "Window: missing a required argument: 'left'"),
+        ("Window(", "cannot read 'Window(': '(' was never closed"),
+        ("3", "'3' is not a pattern"),
+        ("Causal() & 3", "'3' cannot be joined with &, | or ~"),
+        ("Causal() + Full()", "'Causal() + Full()' cannot be read"),
+        ("(lambda: 1)()", "is not a name"),
+        ("Window(**{'left': 1})", "** cannot be read"),
+        ("PerHead({**{}})", "a mapping's key must be a number, a text or a tuple"),
+        ("PerHead({(0, 1): Causal(), 1: Full()})", "PerHead: head 1 is named twice"),
+        ("PerHead({0: 1})", "PerHead: {0: 1} is not possible; give a mapping from heads to patterns"),
+        ("__import__('os')", "there is no pattern '__import__'"),
+        ("Causal().mask(1, 1)", "'Causal()' is not a name"),
+        ("~" * 100_000 + "Causal()", "cannot read"),
+        (" " * 2_000_000, "a text of 2000000 characters is too long"),
+    ],
+)
+def test_bad_text_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        parse(text)
+    assert message in str(caught.value)
+
+
+def test_too_few_heads() -> None:
+    with pytest.raises(PolicyError, match="names head 3, but there are only 2 heads"):
+        PerHead({3: Causal()}).mask(2, 2, num_heads=2)
+
+
+def test_a_name_alone_is_a_call() -> None:
+    assert parse("Causal & ~Sinks(1)") == Causal() & ~Sinks(1)
+
+
+def test_memory_of_density_is_bounded() -> None:
+    assert Causal().density(3000, 3000) == pytest.approx(3001 / 6000)
+
+
+def symbolic(mode: FakeTensorMode, shape: tuple[int, ...], dynamic: tuple[int, ...]) -> torch.Tensor:
+    sizes = [DimDynamic.DYNAMIC if axis in dynamic else DimDynamic.STATIC for axis in range(len(shape))]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(torch.randn(shape), symbolic_context=context)
+
+
+@settings(max_examples=15, deadline=None)
+@given(PATTERNS)
+def test_mask_traces_with_symbolic_lengths(p: Pattern) -> None:
+    def mask(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        p.covers(4, 4, num_heads=4)  # must neither fail under tracing nor leave operators behind
+        return p.mask(q.shape[0], k.shape[0], num_heads=4, device=q.device)
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    inputs = symbolic(mode, (5,), (0,)), symbolic(mode, (7,), (0,))
+    with mode:
+        graph = make_fx(mask, pre_dispatch=True)(*inputs)
+    assert not env.guards
+    assert not [n for n in graph.graph.nodes if n.op == "get_attr" or "sum" in str(n.target)]
+    for q_len, kv_len in ((5, 7), (3, 3), (9, 4)):
+        assert torch.equal(graph(torch.zeros(q_len), torch.zeros(kv_len)), p.mask(q_len, kv_len, num_heads=4))
