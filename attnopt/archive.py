@@ -1,11 +1,13 @@
-"""Saving and loading: a folder with a torch.export archive and a JSON file, in which nothing is pickled."""
+"""Saving and loading: a folder with two JSON files and one of weights, in which nothing is pickled.
+
+``graph.json`` is torch.export's own serialized program, ``weights.safetensors`` its tensors, ``attnopt.json`` the rest.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import zipfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from attnopt.model import OptimizedModel
 
 FORMAT = 1
-PROGRAM = "model.pt2"
+GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
 
 def exported(fast: OptimizedModel) -> ExportedProgram:
@@ -63,20 +65,51 @@ def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[st
 
 def save(fast: OptimizedModel, path: str | os.PathLike[str]) -> None:
     """Write ``fast`` to the folder ``path``; an older save there is replaced only once the new one is complete."""
+    from safetensors.torch import save_file
+    from torch._export.serde.serialize import serialize
+
     program = exported(fast)
-    program._example_inputs = None
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    tensors, about_tensors = _tensors_of(program)
+    empty = {name: type(t)(torch.empty(0)) if isinstance(t, torch.nn.Parameter) else torch.empty(0) for name, t in program.state_dict.items()}
+    program._example_inputs, program._state_dict, program._constants = None, empty, {}
+    with quiet():
+        graph = serialize(program).exported_program
     origin = fast.origin
     about = {
         "format": FORMAT,
         "report": origin.report.to_json(),
         "signature": origin.signature.to_json(),
         "sites": [_site_to_json(s) for s in origin.sites],
+        "tensors": about_tensors,
     }
     with atomic_folder(path) as folder:
-        (folder / PROGRAM).write_bytes(buffer.getvalue())
+        (folder / GRAPH).write_bytes(graph)
+        try:
+            save_file(tensors, folder / WEIGHTS)
+        except Exception as e:  # noqa: BLE001  safetensors wraps a full disk in an error of its own
+            raise OSError(f"{type(e).__name__}: {e}") from e
         (folder / MARKER).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Every tensor once, by a number, and what it is called where: weights that are shared stay shared."""
+    stored: dict[str, Tensor] = {}
+    known: dict[Any, str] = {}
+    entries: list[dict[str, Any]] = []
+    for table, found in (("state", program.state_dict), ("constants", program.constants)):
+        for name, tensor in found.items():
+            if not isinstance(tensor, Tensor):
+                raise ArchiveError(f"the graph holds {name}, a {type(tensor).__name__}, which cannot be saved without pickling")
+            view = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+            key = (*view, tensor.dtype) if tensor.numel() else (table, name)
+            if key not in known:
+                known[key] = f"t{len(stored)}"
+                stored[known[key]] = tensor.detach().clone(memory_format=torch.contiguous_format)
+            entries.append({
+                "table": table, "name": name, "key": known[key], "parameter": isinstance(tensor, torch.nn.Parameter),
+                "requires_grad": tensor.requires_grad,
+            })  # fmt: skip
+    return stored, entries
 
 
 def load(path: str | os.PathLike[str]) -> OptimizedModel:
@@ -85,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> OptimizedModel:
 
     folder = Path(path)
     about = _read_about(folder)
-    program = _read_program(folder / PROGRAM)
+    program = _read_program(folder, about)
     try:
         report = Report.from_json(about["report"])
         signature = Signature.from_json(about["signature"])
@@ -112,34 +145,62 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def _read_program(file: Path) -> ExportedProgram:
-    if not file.is_file():
-        raise ArchiveError(f"{file} is missing", hint="save the model again")
-    _refuse_pickles(file)
+def _read_program(folder: Path, about: Mapping[str, Any]) -> ExportedProgram:
+    from torch._export.serde.serialize import SerializedArtifact, deserialize
+
+    graph = _read_graph(folder / GRAPH)
+    state, constants = _read_tensors(folder / WEIGHTS, about)
+    artifact = SerializedArtifact(graph, state, constants, ())  # type: ignore[arg-type]  dicts are taken as they are
     try:
         with quiet():
-            return torch.export.load(file)
-    except Exception as e:  # noqa: BLE001  a damaged archive fails in many ways inside torch
-        raise ArchiveError(f"{file} cannot be read: {type(e).__name__}: {str(e)[:200]}", hint="save the model again") from e
+            return deserialize(artifact)
+    except Exception as e:  # noqa: BLE001  a damaged graph fails in many ways inside torch
+        hint = "save the model again"
+        if "serialized" in str(e).lower() or "unknown" in str(e).lower():
+            hint = "import the library whose classes the model takes or returns, then load"
+        raise ArchiveError(f"{folder / GRAPH} cannot be read: {type(e).__name__}: {str(e)[:200]}", hint=hint) from e
 
 
-def _refuse_pickles(file: Path) -> None:
-    """torch would unpickle what an archive marks as pickled: such an archive is none of ours."""
+_ARITHMETIC = re.compile(r"[\w\s+\-*/(),.<>=&|!~]*")
+
+
+def _read_graph(file: Path) -> bytes:
+    """The serialized graph; its size expressions, which torch hands to sympy, may hold nothing but arithmetic."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            configs = [n for n in names if n.endswith("_config.json")]
-            marked = any(_marks_pickle(json.loads(archive.read(n))) for n in configs)
-    except (OSError, ValueError, zipfile.BadZipFile) as e:
-        raise ArchiveError(f"{file} is no archive: {e}", hint="save the model again") from e
-    if marked or any("/sample_inputs/" in n or n.endswith((".pkl", ".pickle")) for n in names):
-        raise ArchiveError(f"{file} holds pickled data, which attnopt neither writes nor reads", hint="do not trust this file")
+        data = file.read_bytes()
+        parsed = json.loads(data)
+    except (OSError, ValueError, RecursionError) as e:
+        raise ArchiveError(f"{file} cannot be read: {e}", hint="save the model again") from e
+    stack: list[Any] = [parsed]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            text = item.get("expr_str")
+            if isinstance(text, str) and ("__" in text or not _ARITHMETIC.fullmatch(text)):
+                raise ArchiveError(f"{file} holds {text[:60]!r} where a size belongs", hint="do not trust this file")
+            stack.extend(item.values())
+    return data
 
 
-def _marks_pickle(config: Any) -> bool:
-    if isinstance(config, dict):
-        return bool(config.get("use_pickle")) or any(map(_marks_pickle, config.values()))
-    return any(map(_marks_pickle, config)) if isinstance(config, list) else False
+def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(file)
+        tables: dict[str, dict[str, Any]] = {"state": {}, "constants": {}}
+        parameters: dict[str, torch.nn.Parameter] = {}
+        for entry in about["tensors"]:
+            key = entry["key"]
+            tensor: Tensor = stored[key]
+            if entry["parameter"]:
+                made = torch.nn.Parameter(tensor, requires_grad=bool(entry["requires_grad"]))
+                tensor = parameters.setdefault(key, made)
+            tables[entry["table"]][entry["name"]] = tensor
+    except Exception as e:  # noqa: BLE001  safetensors' errors have no common base
+        raise ArchiveError(f"{file} cannot be read: {type(e).__name__}: {e}", hint="save the model again") from e
+    return tables["state"], tables["constants"]
 
 
 def _examples(module: fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import warnings
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError
 from attnopt.graph import is_static, tidy
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+_CHATTY = ("torch.export", "torch.onnx", "torch._guards", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "torch.fx")
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
     failures: list[str] = []
     ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
-        ("torch.export", lambda: _export(model, args, kwargs, shapes, strict=False)),
-        ("torch.export (strict)", lambda: _export(model, args, kwargs, shapes, strict=True)),
+        ("torch.export", lambda: _export(structural_copy(model), args, kwargs, shapes, strict=False)),
+        ("torch.export (strict)", lambda: _export(structural_copy(model), args, kwargs, shapes, strict=True)),
         ("torch.fx.symbolic_trace", lambda: _export(fx.symbolic_trace(model), args, kwargs, shapes, strict=False)),
     )
     _try_call(model, args, kwargs)
@@ -78,8 +82,18 @@ def _try_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
+    args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
     exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return exported.run_decompositions({})
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares every parameter and buffer: what tracing leaves behind in attributes stays out of the user's model."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception:  # noqa: BLE001  a module that cannot be copied is traced as it is
+        return model
 
 
 def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, route: str) -> Program:
@@ -95,15 +109,17 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the tracer's own chatter."""
-    log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(n) for n in _CHATTY]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _condensed(e: BaseException) -> str:

@@ -40,7 +40,7 @@ def is_tensor(node: object) -> bool:
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """The size that an axis has for the example inputs."""
+    """The size that an axis has for the example inputs; -1 where it depends on their values."""
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.hint is not None else -1
     return int(size)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
-from attnopt.graph import is_tensor, opname, shape, source_line
+from attnopt.graph import get_attr, is_tensor, opname, shape, source_line
 from attnopt.pushing import push
 from attnopt.selection import Selection, is_weight, pull, trim
 from attnopt.site import Projection
@@ -73,6 +73,9 @@ def read_projection(node: fx.Node, axis: int, heads: int) -> tuple[Projection, t
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
         return Projection(why=_stopped_at(blocked.node)), dirty
+    constant = next((x for found in each for x in found if x.kind == "constant"), None)
+    if constant is not None:
+        return Projection(why=f"heads also differ by {constant.node.target}, which is no projection"), dirty
     weights = [[x for x in found if x.kind == "weight"] for found in each]
     matrices = {x.node for found in weights for x in found if len(shape(x.node)) >= 2}
     vectors = {x.node for found in weights for x in found if len(shape(x.node)) == 1}
@@ -81,7 +84,24 @@ def read_projection(node: fx.Node, axis: int, heads: int) -> tuple[Projection, t
     if len(matrices) > 1 or len(vectors) > 1:
         names = ", ".join(sorted(str(m.target) for m in (*matrices, *vectors)))
         return Projection(why=f"made by several weights: {names}"), dirty
-    return _from_weights(next(iter(matrices)), next(iter(vectors), None), weights), dirty
+    matrix, vector = next(iter(matrices)), next(iter(vectors), None)
+    projection = _from_weights(matrix, vector, weights)
+    if vector is not None and projection.rows is not None and not _same_rows(vector, projection.rows, weights):
+        return Projection(projection.weight, why=f"the bias {vector.target} has other rows than the weight"), dirty
+    return projection, dirty
+
+
+def _same_rows(vector: fx.Node, rows: Sequence[tuple[int, ...]], weights: Sequence[Sequence[Landing]]) -> bool:
+    """The bias is a parameter, and a head's rows in it are its rows in the weight."""
+    owner = vector.graph.owning_module
+    assert owner is not None
+    if not isinstance(get_attr(owner, str(vector.target)), nn.Parameter):
+        return False
+    for mine, found in zip(rows, weights, strict=True):
+        chosen = {i for x in found if x.node is vector for i in x.selection.get(0, range(shape(vector)[0]))}
+        if chosen != set(mine):
+            return False
+    return True
 
 
 def _one_head(node: fx.Node) -> Selection:

@@ -54,6 +54,8 @@ def whole(node: fx.Node, selection: Selection) -> bool:
 
 def trim(node: fx.Node, selection: Selection) -> dict[int, tuple[int, ...]]:
     """The selection without the axes that it keeps whole."""
+    if not selection:
+        return {}
     sizes = shape(node)
     return {a: idx for a, idx in sorted(selection.items()) if idx != tuple(range(sizes[a]))}
 

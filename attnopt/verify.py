@@ -79,19 +79,22 @@ class _Slice:
         return found
 
     def _is_leaf(self, node: fx.Node) -> bool:
-        if node.op != "call_function" or not isinstance(value(node), (Tensor, tuple, list)):
+        if node.op != "call_function":
             return True
-        return node not in self.inside and opname(node) in _CUTS
+        val = value(node)
+        if isinstance(val, (torch.SymInt, int)):
+            return hint(val) >= 0
+        if not isinstance(val, Tensor):
+            return False
+        return node not in self.inside and opname(node) in _CUTS and -1 not in shape(node)
 
     def _leaf(self, node: fx.Node) -> Any:
         val = value(node)
         if node.op == "get_attr":
             return get_attr(self.gm, str(node.target)).detach()
         if not isinstance(val, Tensor):
-            return hint(val) if isinstance(val, (int, torch.SymInt)) else self._number(node)
+            return hint(val) if isinstance(val, (int, torch.SymInt)) and node.op != "placeholder" else self.examples.get(node, val)
         if node in self.examples and not val.dtype.is_floating_point:
             return self.examples[node]
         return torch.randn(shape(node), generator=self.random).to(val.dtype).to(val.device)
 
-    def _number(self, node: fx.Node) -> Any:
-        return self.examples.get(node, value(node))

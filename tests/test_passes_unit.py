@@ -59,6 +59,11 @@ def refusal(p: Pass, site: Site) -> str:
     return str(refused)
 
 
+def wrong(value: Any) -> Any:
+    """A value that a type checker would not let through."""
+    return value
+
+
 def test_fuse_changes_nothing() -> None:
     site = a_site()
     assert Fuse().exact
@@ -108,7 +113,8 @@ def test_heads_keep_their_original_numbers() -> None:
 @pytest.mark.parametrize("p", [LocalWindow(3), Sparse(Window(3)), Sparse(PerHead({0: Causal()}))])
 def test_positions_need_one_sequence(p: Pass) -> None:
     assert refusal(p, a_site(is_cross=True)) == (
-        "[needs-self-attention] expected queries and keys of one sequence, found keys of another sequence (at model.py:88)"
+        "[needs-self-attention] expected queries and keys of one sequence, found keys of another sequence "
+        "(at model.py:88)"
         '\n  hint: leave cross-attention out with a mapping such as {"decoder.*.cross": []}'
     )
     assert "found 12 queries and 15 keys (at" in refusal(p, a_site(kv_len=15))
@@ -260,15 +266,15 @@ def test_passes_are_hashable_values() -> None:
     ("make", "message"),
     [
         (lambda: LocalWindow(-1), "local-window: left=-1 is not possible; give a whole number from 0 to"),
-        (lambda: LocalWindow(1, right=1.5), "local-window: right=1.5 is not possible"),
+        (lambda: LocalWindow(1, right=wrong(1.5)), "local-window: right=1.5 is not possible"),
         (lambda: LocalWindow(1, sinks=-1), "local-window: sinks=-1 is not possible"),
         (lambda: LocalWindow(1, dilation=0), "local-window: dilation=0 is not possible; give a whole number from 1 to"),
         (
-            lambda: LocalWindow(1, heads="01"),
+            lambda: LocalWindow(1, heads=wrong("01")),
             "local-window: heads='01' is not possible; give a sequence of whole numbers",
         ),
         (lambda: LocalWindow(1, heads=[-1]), "local-window: heads=-1 is not possible"),
-        (lambda: Sparse(3), "sparse: pattern=3 is not possible; give one of attnopt.patterns or its text"),
+        (lambda: Sparse(wrong(3)), "sparse: pattern=3 is not possible; give one of attnopt.patterns or its text"),
         (lambda: Sparse("Causl()"), "there is no pattern 'Causl'"),
         (lambda: PruneHeads(), "prune-heads: give either fraction or heads"),
         (lambda: PruneHeads(0.5, heads=[1]), "prune-heads: give either fraction or heads"),
@@ -277,7 +283,7 @@ def test_passes_are_hashable_values() -> None:
         (lambda: PruneHeads(heads=[1], importance=[1]), "prune-heads: importance is only used with fraction"),
         (lambda: PruneHeads(0.5, importance=[float("inf")]), "prune-heads: importance=inf is not possible"),
         (
-            lambda: PruneHeads(0.5, importance={0: 1}),
+            lambda: PruneHeads(0.5, importance=wrong({0: 1})),
             "prune-heads: importance={0: 1} is not possible; give a sequence of",
         ),
         (lambda: GroupedQuery(0), "grouped-query: kv_heads=0 is not possible; give a whole number from 1 to"),
@@ -289,8 +295,8 @@ def test_passes_are_hashable_values() -> None:
         (lambda: ScaleHeads({0: float("inf")}), "scale-heads: gains=inf is not possible; give a finite number"),
         (lambda: ScaleHeads({-1: 1.0}), "scale-heads: gains=-1 is not possible; give a whole number from 0"),
         (lambda: ScaleHeads([(0, 1.0), (0, 2.0)]), "is not possible; give each head one number"),
-        (lambda: ScaleHeads([(0, 1.0, 2.0)]), "give numbers, or pairs of a head and its gain"),
-        (lambda: ScaleHeads(3), "scale-heads: gains=3 is not possible; give a sequence of finite numbers"),
+        (lambda: ScaleHeads(wrong([(0, 1.0, 2.0)])), "give numbers, or pairs of a head and its gain"),
+        (lambda: ScaleHeads(wrong(3)), "scale-heads: gains=3 is not possible; give a sequence of finite numbers"),
     ],
 )
 def test_bad_options_say_what_is_allowed(make: Any, message: str) -> None:

@@ -1,0 +1,42 @@
+"""What every test run needs: one thread, fixed seeds, no network, and a torchvision that imports beside a CPU build of torch."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def _stub_torchvision() -> torch.library.Library | None:
+    """timm imports torchvision, whose usual wheel is a CUDA build: its two operators have to exist before that import."""
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None or torch.version.cuda is not None:
+        return None
+    version = Path(spec.origin).with_name("version.py")
+    if version.is_file() and "cuda = None" in version.read_text(encoding="utf-8"):
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+_TORCHVISION = _stub_torchvision()
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
