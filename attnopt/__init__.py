@@ -1,8 +1,8 @@
 """attnopt: a compiler for attention.
 
-    found = attnopt.inspect(model, args, kwargs)              # every attention, whoever wrote it
-    fast = attnopt.optimize(model, policy, args, kwargs)      # rewritten, verified, on fused operators
-    fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
+found = attnopt.inspect(model, args, kwargs)              # every attention, whoever wrote it
+fast = attnopt.optimize(model, policy, args, kwargs)      # rewritten, verified, on fused operators
+fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 """
 
 from __future__ import annotations

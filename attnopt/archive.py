@@ -33,12 +33,16 @@ FORMAT = 1
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
 
-def exported(fast: OptimizedModel) -> ExportedProgram:
-    """The optimized graph as an ExportedProgram, dynamic where it was captured so."""
-    origin, module = fast.origin, fast.graph_module
+def exported(fast: OptimizedModel, module: fx.GraphModule | None = None) -> ExportedProgram:
+    """The optimized graph (or ``module``, made from it) as an ExportedProgram, dynamic where it was captured so."""
+    origin, module = fast.origin, module or fast.graph_module
     with quiet():
         return torch.export.export(
-            module, origin.args, dict(origin.kwargs), dynamic_shapes=_shapes_of(module, origin.args, origin.kwargs), strict=False
+            module,
+            origin.args,
+            dict(origin.kwargs),
+            dynamic_shapes=_shapes_of(module, origin.args, origin.kwargs),
+            strict=False,
         )
 
 
@@ -70,7 +74,10 @@ def save(fast: OptimizedModel, path: str | os.PathLike[str]) -> None:
 
     program = exported(fast)
     tensors, about_tensors = _tensors_of(program)
-    empty = {name: type(t)(torch.empty(0)) if isinstance(t, torch.nn.Parameter) else torch.empty(0) for name, t in program.state_dict.items()}
+    empty = {
+        name: type(t)(torch.empty(0)) if isinstance(t, torch.nn.Parameter) else torch.empty(0)
+        for name, t in program.state_dict.items()
+    }
     program._example_inputs, program._state_dict, program._constants = None, empty, {}
     with quiet():
         graph = serialize(program).exported_program
@@ -99,8 +106,15 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
     for table, found in (("state", program.state_dict), ("constants", program.constants)):
         for name, tensor in found.items():
             if not isinstance(tensor, Tensor):
-                raise ArchiveError(f"the graph holds {name}, a {type(tensor).__name__}, which cannot be saved without pickling")
-            view = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+                raise ArchiveError(
+                    f"the graph holds {name}, a {type(tensor).__name__}, which cannot be saved without pickling"
+                )
+            view = (
+                tensor.untyped_storage().data_ptr(),
+                tensor.storage_offset(),
+                tuple(tensor.shape),
+                tuple(tensor.stride()),
+            )
             key = (*view, tensor.dtype) if tensor.numel() else (table, name)
             if key not in known:
                 known[key] = f"t{len(stored)}"
@@ -141,7 +155,9 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise ArchiveError(f"{file} cannot be read: {e}", hint="save the model again") from e
     found = about.get("format") if isinstance(about, dict) else None
     if found != FORMAT:
-        raise ArchiveError(f"{file} has format {found!r}, this version reads {FORMAT}", hint="save it again with this version")
+        raise ArchiveError(
+            f"{file} has format {found!r}, this version reads {FORMAT}", hint="save it again with this version"
+        )
     return dict(about)
 
 

@@ -143,4 +143,16 @@ def symbolic_size(node: fx.Node, axes: Axes, atom: Atom) -> Any:
     return None
 
 
-__all__ = ["Atom", "Axes", "Axis", "broadcast", "follow", "fresh", "hint", "length", "reshape", "resolve", "resolve_all"]
+__all__ = [
+    "Atom",
+    "Axes",
+    "Axis",
+    "broadcast",
+    "follow",
+    "fresh",
+    "hint",
+    "length",
+    "reshape",
+    "resolve",
+    "resolve_all",
+]

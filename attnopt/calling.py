@@ -65,9 +65,13 @@ class Signature:
                 f"called with {', '.join(extra)}, which {'was' if len(extra) == 1 else 'were'} not among the example inputs",
                 hint=f"optimize the model with example inputs that hold {', '.join(extra)}",
             )
-        missing = [n for n in wanted if n not in given and defaults.get(n, inspect.Parameter.empty) is inspect.Parameter.empty]
+        missing = [
+            n for n in wanted if n not in given and defaults.get(n, inspect.Parameter.empty) is inspect.Parameter.empty
+        ]
         if missing:
-            raise CaptureError(f"called without {', '.join(missing)}", hint="give every input that was among the example inputs")
+            raise CaptureError(
+                f"called without {', '.join(missing)}", hint="give every input that was among the example inputs"
+            )
         value_of = lambda n: given[n] if n in given else defaults[n]  # noqa: E731
         return tuple(value_of(n) for n in self.positional), {n: value_of(n) for n in self.keywords}
 
@@ -75,7 +79,15 @@ class Signature:
         plain = (type(None), bool, int, float, str)
         return {
             "parameters": [
-                {"name": p.name, "kind": p.kind, **({"default": p.default} if isinstance(p.default, plain) else {"required": p.default is inspect.Parameter.empty})}
+                {
+                    "name": p.name,
+                    "kind": p.kind,
+                    **(
+                        {"default": p.default}
+                        if isinstance(p.default, plain)
+                        else {"required": p.default is inspect.Parameter.empty}
+                    ),
+                }
                 for p in self.parameters
             ],
             "positional": list(self.positional),
@@ -85,7 +97,11 @@ class Signature:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Signature:
         parameters = tuple(
-            Parameter(str(p["name"]), str(p["kind"]), p["default"] if "default" in p else inspect.Parameter.empty if p.get("required", True) else None)
+            Parameter(
+                str(p["name"]),
+                str(p["kind"]),
+                p["default"] if "default" in p else inspect.Parameter.empty if p.get("required", True) else None,
+            )
             for p in data["parameters"]
         )
         return cls(parameters, tuple(map(str, data["positional"])), tuple(map(str, data["keywords"])))
@@ -103,7 +119,8 @@ def check_inputs(module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Ma
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(leaves) != len(nodes):
         raise CaptureError(
-            f"called with {len(leaves)} values, captured with {len(nodes)}", hint="pass inputs of the same structure as the example's"
+            f"called with {len(leaves)} values, captured with {len(nodes)}",
+            hint="pass inputs of the same structure as the example's",
         )
     symbols: dict[Any, int] = {}
     for node, leaf in zip(nodes, leaves, strict=True):
@@ -113,7 +130,10 @@ def check_inputs(module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Ma
         if not isinstance(leaf, Tensor):
             raise CaptureError(f"{node.name} is {type(leaf).__name__}, captured as a tensor")
         if leaf.dtype != expected.dtype:
-            raise CaptureError(f"{node.name} has dtype {leaf.dtype}, captured with {expected.dtype}", hint=f"convert it to {expected.dtype}")
+            raise CaptureError(
+                f"{node.name} has dtype {leaf.dtype}, captured with {expected.dtype}",
+                hint=f"convert it to {expected.dtype}",
+            )
         _check_shape(node.name, tuple(leaf.shape), tuple(expected.shape), symbols)
 
 
@@ -128,4 +148,6 @@ def _check_shape(name: str, got: tuple[int, ...], expected: tuple[Any, ...], sym
                     hint=f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}',
                 )
         elif want.node.expr.is_symbol and symbols.setdefault(want.node.expr, size) != size:
-            raise CaptureError(f"{name} has length {size} along axis {axis}, another input has {symbols[want.node.expr]} for it")
+            raise CaptureError(
+                f"{name} has length {size} along axis {axis}, another input has {symbols[want.node.expr]} for it"
+            )

@@ -22,7 +22,14 @@ from attnopt.graph import is_static, tidy
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-_CHATTY = ("torch.export", "torch.onnx", "torch._guards", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "torch.fx")
+_CHATTY = (
+    "torch.export",
+    "torch.onnx",
+    "torch._guards",
+    "torch._dynamo",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.fx",
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ def _try_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as e:
         raise CaptureError(
-            f"the example inputs do not fit {type(model).__name__}.forward: {e}", hint="pass args and kwargs as the model takes them"
+            f"the example inputs do not fit {type(model).__name__}.forward: {e}",
+            hint="pass args and kwargs as the model takes them",
         ) from None
 
 
@@ -125,7 +133,11 @@ def quiet() -> Iterator[None]:
 def _condensed(e: BaseException) -> str:
     """The telling lines of a tracer's message: what stopped it, and the user's line."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    telling = [x for x in lines if any(w in x for w in ("Error", "Could not", "cannot", "specializ", "constraint", "Dim", "guard", "L["))]
+    telling = [
+        x
+        for x in lines
+        if any(w in x for w in ("Error", "Could not", "cannot", "specializ", "constraint", "Dim", "guard", "L["))
+    ]
     user = [x for x in lines if x.startswith("File ") and "/torch/" not in x]
     chosen = list(dict.fromkeys([*lines[:1], *telling[:3], *user[-1:]]))
     return f"{type(e).__name__}: " + " | ".join(chosen)[:600]

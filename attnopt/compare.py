@@ -34,7 +34,9 @@ def _difference(got: Tensor, want: Tensor) -> float:
     if not (want.is_floating_point() or want.is_complex()):
         return 0.0 if torch.equal(got, want) else math.inf
     finite = torch.isfinite(want)
-    if not torch.equal(torch.isfinite(got), finite) or not torch.equal(got[~finite].nan_to_num(0.5), want[~finite].nan_to_num(0.5)):
+    if not torch.equal(torch.isfinite(got), finite) or not torch.equal(
+        got[~finite].nan_to_num(0.5), want[~finite].nan_to_num(0.5)
+    ):
         return math.inf
     if not finite.any():
         return 0.0

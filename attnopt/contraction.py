@@ -31,7 +31,15 @@ class Product:
 
     def swapped(self) -> Product:
         return Product(
-            self.node, self.right, self.left, self.right_axes, self.left_axes, self.axes, self.alpha, self.addend, self.beta
+            self.node,
+            self.right,
+            self.left,
+            self.right_axes,
+            self.left_axes,
+            self.axes,
+            self.alpha,
+            self.addend,
+            self.beta,
         )
 
 

@@ -114,7 +114,7 @@ def quality(encode: Encode, tokenizer: Any, data: Data) -> dict[str, float]:
     """Pearson's r on Lee-50, Spearman's rho on WordSim353 and SimLex999; 1 is a perfect agreement with people."""
     from scipy.stats import pearsonr
 
-    news = _embed(encode, tokenizer, data.news)
+    news = embed(encode, tokenizer, data.news)
     above = np.triu_indices(len(data.news), 1)
     return {
         "Lee-50, Pearson": float(pearsonr((news @ news.T)[above], data.news_scores[above]).statistic),
@@ -127,13 +127,13 @@ def _spearman(encode: Encode, tokenizer: Any, judged: Judged) -> float:
     from scipy.stats import spearmanr
 
     words = sorted({word for pair in judged.pairs for word in pair})
-    vectors = dict(zip(words, _embed(encode, tokenizer, words), strict=True))
+    vectors = dict(zip(words, embed(encode, tokenizer, words), strict=True))
     cosines = [float(vectors[a] @ vectors[b]) for a, b in judged.pairs]
     return float(spearmanr(cosines, judged.scores).statistic)
 
 
-def _embed(encode: Encode, tokenizer: Any, texts: Sequence[str], batch: int = 64) -> Array:
-    """Batches hold texts of like length, so that little is padding."""
+def embed(encode: Encode, tokenizer: Any, texts: Sequence[str], batch: int = 64) -> Array:
+    """Unit vectors [len(texts), d].  Batches hold texts of like length, so that little is padding."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = [
         encode(*tokens(tokenizer, [texts[i] for i in order[start : start + batch]]))

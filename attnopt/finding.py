@@ -146,13 +146,28 @@ def _is_cross(q: fx.Node, k: fx.Node) -> bool:
     return not _streams(q) & _streams(k)
 
 
-_SOURCES = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "embedding", "softmax", "scaled_dot_product_attention"}
+_SOURCES = {
+    "linear",
+    "addmm",
+    "mm",
+    "matmul",
+    "bmm",
+    "baddbmm",
+    "einsum",
+    "embedding",
+    "softmax",
+    "scaled_dot_product_attention",
+}
 
 
 def _streams(node: fx.Node) -> set[fx.Node]:
     """What feeds the first projection above ``node``: the nodes that write into that sequence."""
     found: set[fx.Node] = set()
-    first = [n for n in ancestors(node, stop=lambda n: opname(n) in _SOURCES) if opname(n) in _SOURCES or n.op == "placeholder"]
+    first = [
+        n
+        for n in ancestors(node, stop=lambda n: opname(n) in _SOURCES)
+        if opname(n) in _SOURCES or n.op == "placeholder"
+    ]
     for projection in first:
         if projection.op == "placeholder":
             found.add(projection)

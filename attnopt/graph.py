@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -79,7 +80,7 @@ def tensor_args(node: fx.Node) -> list[fx.Node]:
 
 
 def source_line(node: fx.Node) -> str:
-    """"file.py:88" of the innermost frame of the user's model that made ``node``; "" where it is not known."""
+    """ "file.py:88" of the innermost frame of the user's model that made ``node``; "" where it is not known."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     inner = [f for f in frames if "/torch/" not in f] or frames
@@ -211,6 +212,8 @@ def tidy(gm: fx.GraphModule) -> None:
 
 
 def _changes_nothing(node: fx.Node) -> fx.Node | None:
+    if is_call(node, aten.cat.default):
+        return _only_part(node)
     if node.op != "call_function" or not node.args or not is_tensor(node.args[0]):
         return None
     x = node.args[0]
@@ -232,6 +235,16 @@ def _changes_nothing(node: fx.Node) -> fx.Node | None:
     if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(scalar, fx.Node) and scalar == 1:
         return x
     return None
+
+
+def _only_part(node: fx.Node) -> fx.Node | None:
+    """The one tensor that a concatenation joins with nothing: a cache that is still empty."""
+    parts = [p for p in node.args[0] if math.prod(shape(p)) != 0]  # type: ignore[union-attr,arg-type]
+    if len(parts) != 1 or len(shape(parts[0])) != len(shape(node)):  # type: ignore[arg-type]
+        return None
+    part = parts[0]
+    assert isinstance(part, fx.Node)
+    return part if dtype(part) == dtype(node) and all(map(same_size, value(part).shape, value(node).shape)) else None
 
 
 def getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:
@@ -265,7 +278,9 @@ def get_attr(gm: fx.GraphModule, name: str) -> Tensor:
 def prune_unused_state(gm: fx.GraphModule) -> None:
     """Drop parameters, buffers and empty submodules that no node reads any more."""
     used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
-    for name in [n for n, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))]:
+    for name in [
+        n for n, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    ]:
         if name not in used and not any(name.startswith(u + ".") for u in used):
             owner, _, leaf = name.rpartition(".")
             delattr(gm.get_submodule(owner), leaf)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
 from attnopt.finding import Found
-from attnopt.graph import Emitter, prune_unused_state, shape
+from attnopt.graph import Emitter, prune_unused_state, shape, tidy
 from attnopt.projections import weight_path
 from attnopt.rewriting import Backend, HeadWeights
 from attnopt.site import Site
@@ -56,7 +56,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
     weights = Weights(module)
     for plan in plans:
         _carry_out(module, weights, plan, table, plain)
-    module.graph.eliminate_dead_code()
+    tidy(module)
     weights.settle()
     prune_unused_state(module)
     module.graph.lint()
@@ -64,9 +64,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
     return module
 
 
-def _carry_out(
-    gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], plain: bool
-) -> None:
+def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], plain: bool) -> None:
     raised = plan.found.raised
     node, out, region_out = table[raised.node], table[raised.out], table[raised.region.out.node]
     region_out.replace_all_uses_with(out)
@@ -82,7 +80,11 @@ def _carry_out(
             operands[role] = None
             continue
         wanted = kept.get(role, {1: spec.heads} if shape(operand)[1] != 1 else {})
-        operands[role] = restrict(emit, select.select(operand, {}), _some(operand, wanted)) if plain else select.select(operand, wanted)
+        operands[role] = (
+            restrict(emit, select.select(operand, {}), _some(operand, wanted))
+            if plain
+            else select.select(operand, wanted)
+        )
     lowered = _inline(emit, spec, Reference() if plain else plan.backend, operands)
     if not plain:
         _edit_output(gm, weights, plan, table, [e for e in edits if e.role == "out"])
@@ -162,4 +164,3 @@ def _edit_output(
     path = weight_path(here, set(edited))
     select = Selector(Emitter(gm.graph, here, {"site": plan.found.site.name}), weights, edited, path)
     here.replace_input_with(path[0], select.select(path[0], {}))
-

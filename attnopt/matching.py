@@ -76,7 +76,12 @@ def _from_softmax(a: Softmax) -> Region:
         raise NotAttention(e.refusal, near=follows is not None) from None
     if follows is None:
         raise NotAttention(
-            Refusal("no-value-product", "weights that are multiplied with values", _first_use(a.weights), source_line(a.weights)),
+            Refusal(
+                "no-value-product",
+                "weights that are multiplied with values",
+                _first_use(a.weights),
+                source_line(a.weights),
+            ),
             near=True,
         )
     product, out, inner = follows
@@ -123,13 +128,18 @@ def _follow_weights(a: Softmax) -> tuple[Product, fx.Node, tuple[fx.Node, ...]] 
                         return oriented, out, path
             if is_call(user, *_PASSIVE) and len(path) < 12:
                 stack.append((*path, user))
-            elif is_call(user, aten.mul.Tensor, aten.masked_fill.Scalar, aten.add.Tensor, aten.where.self, aten.cat.default):
+            elif is_call(
+                user, aten.mul.Tensor, aten.masked_fill.Scalar, aten.add.Tensor, aten.where.self, aten.cat.default
+            ):
                 masked = masked or user
     if masked is not None and _leads_to_product(masked):
         raise NotAttention(
             Refusal(
-                "weights-changed", "weights that go straight to the values", f"{masked.name} = {opname(masked)} on the weights",
-                source_line(masked), "weights that are masked, mixed or gated after the softmax are left as they are",
+                "weights-changed",
+                "weights that go straight to the values",
+                f"{masked.name} = {opname(masked)} on the weights",
+                source_line(masked),
+                "weights that are masked, mixed or gated after the softmax are left as they are",
             )  # fmt: skip
         )
     return None
@@ -186,7 +196,10 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     p = scores.product
     left, right = ({c for ax in resolve_all(x) for c in ax} for x in (p.left_axes, p.right_axes))
     if not keys:
-        raise NotAttention(Refusal("one-key", "more than one key", "a softmax over a single element", source_line(a.weights)), near=False)
+        raise NotAttention(
+            Refusal("one-key", "more than one key", "a softmax over a single element", source_line(a.weights)),
+            near=False,
+        )
     if set(keys) <= right and not set(keys) & left:
         return scores
     if set(keys) <= left and not set(keys) & right:
@@ -194,7 +207,12 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
 
         return replace(scores, product=p.swapped())
     raise NotAttention(
-        Refusal("softmax-axis", "a softmax over the keys of one operand", "an axis that both operands share", source_line(a.weights))
+        Refusal(
+            "softmax-axis",
+            "a softmax over the keys of one operand",
+            "an axis that both operands share",
+            source_line(a.weights),
+        )
     )
 
 
@@ -210,7 +228,9 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
     contracted = weights & v_atoms - _atoms(product.axes)
     if contracted != set(keys):
         raise NotAttention(
-            Refusal("value-axis", "values summed over the keys", "a product over another axis", source_line(product.node))
+            Refusal(
+                "value-axis", "values summed over the keys", "a product over another axis", source_line(product.node)
+            )
         )
     value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
     shared = v_atoms & weights
@@ -256,7 +276,9 @@ def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
 def _escaping(path: Iterable[fx.Node], out: fx.Node) -> tuple[fx.Node, ...]:
     """Nodes inside the region that something outside uses."""
     inside = set(path)
-    return tuple(n for n in dict.fromkeys(path) if n is not out and any(u not in inside and not _dead(u) for u in n.users))
+    return tuple(
+        n for n in dict.fromkeys(path) if n is not out and any(u not in inside and not _dead(u) for u in n.users)
+    )
 
 
 def _dead(node: fx.Node) -> bool:
@@ -273,7 +295,13 @@ def _from_fused(node: fx.Node) -> Region:
     scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
     if dropout:
         raise NotAttention(
-            Refusal("active-dropout", "an attention without dropout", f"dropout of {dropout}", source_line(node), "call model.eval() first")
+            Refusal(
+                "active-dropout",
+                "an attention without dropout",
+                f"dropout of {dropout}",
+                source_line(node),
+                "call model.eval() first",
+            )
         )
     sq, sk, sv = shape(q), shape(k), shape(v)
     ndim = len(sq)
@@ -420,8 +448,11 @@ def _refuse_channels(r: Region) -> None:
         if lands_on_weights(r.k.node, _pick(r.k, atom)):
             raise NotAttention(
                 Refusal(
-                    "channel-attention", "keys that are tokens", "a softmax over features that a projection makes",
-                    source_line(r.anchor) if r.anchor is not None else "", "attention between channels is left as it is",
+                    "channel-attention",
+                    "keys that are tokens",
+                    "a softmax over features that a projection makes",
+                    source_line(r.anchor) if r.anchor is not None else "",
+                    "attention between channels is left as it is",
                 )  # fmt: skip
             )
 

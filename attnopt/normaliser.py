@@ -60,7 +60,9 @@ def _of_exponential(node: fx.Node) -> Iterator[Softmax]:
         if not is_call(total, aten.sum.dim_IntList) or total.args[0] is not node or len(total.args[1]) != 1:  # type: ignore[arg-type]
             continue
         axis = wrap(total.args[1][0], len(shape(node)))  # type: ignore[index,arg-type]
-        divided = [u for u in node.users if is_call(u, aten.div.Tensor) and u.args[0] is node and _is_sum(u.args[1], total)]
+        divided = [
+            u for u in node.users if is_call(u, aten.div.Tensor) and u.args[0] is node and _is_sum(u.args[1], total)
+        ]
         if divided:
             yield Softmax(x, divided[0], axis)  # type: ignore[arg-type]
         else:

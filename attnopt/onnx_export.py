@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from attnopt.archive import exported
@@ -16,11 +16,15 @@ from attnopt.capture import quiet
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
 from attnopt.files import atomic_write
+from attnopt.graph import Emitter, aten, dtype, is_call
+from attnopt.lowering import copy_program
+from attnopt.normaliser import SDPA
 
 if TYPE_CHECKING:
     from attnopt.model import OptimizedModel
 
 OPSETS = (23, 24, 25)  # below, SDPA is taken apart; opset 26 is silently written wrong by torch 2.13
+FLOOR = -1e30
 ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 _TWO_GIB = 2**31 - 1
 
@@ -31,7 +35,9 @@ def export_onnx(fast: OptimizedModel, path: str | os.PathLike[str], *, opset: in
         raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
     size = sum(p.numel() * p.element_size() for p in fast.parameters())
     if size > _TWO_GIB:
-        raise ExportError(f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB")
+        raise ExportError(
+            f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB"
+        )
     with atomic_write(path) as temporary:
         program = _written(fast, temporary, opset)
         if verify:
@@ -41,16 +47,37 @@ def export_onnx(fast: OptimizedModel, path: str | os.PathLike[str], *, opset: in
 def _written(fast: OptimizedModel, file: Path, opset: int) -> Any:
     try:
         with quiet():
-            made = torch.onnx.export(exported(fast), dynamo=True, opset_version=opset, verbose=False)
+            program = exported(fast, _with_soft_floors(fast.graph_module))
+            made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
             assert made is not None
             made.save(str(file), external_data=False)
     except Exception as e:  # noqa: BLE001  the exporter raises many kinds; OSError is the file's own
         if isinstance(e, OSError):
             raise
         raise ExportError(
-            f"torch.onnx could not export the graph: {_first_cause(e)}", hint="the named operator has no ONNX form in this opset"
+            f"torch.onnx could not export the graph: {_first_cause(e)}",
+            hint="the named operator has no ONNX form in this opset",
         ) from e
     return made
+
+
+def _with_soft_floors(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which additive masks stop at -1e30.
+
+    ONNX Runtime's Attention takes the dtype's minimum for "hidden" and gives zeros to a query with nothing else, where
+    torch gives the mean of all values.  -1e30 hides just as well and means the same to both; -inf stays what it is.
+    """
+    module, _ = copy_program(gm)
+    for node in list(module.graph.nodes):
+        mask = (node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")) if is_call(node, SDPA) else None
+        if not isinstance(mask, fx.Node) or not dtype(mask).is_floating_point or torch.finfo(dtype(mask)).min > FLOOR:
+            continue
+        emit = Emitter(module.graph, node)
+        floored = emit.call(aten.clamp.default, mask, FLOOR)
+        softened = emit.call(aten.where.self, emit.call(aten.isinf.default, mask), mask, floored)
+        node.replace_input_with(mask, softened)
+    module.recompile()
+    return module
 
 
 def _first_cause(e: BaseException) -> str:
@@ -90,7 +117,9 @@ def _feed(names: list[str], fast: OptimizedModel, values: list[Tensor]) -> dict[
     """The session's inputs; an input that the graph does not use may be missing from it."""
     if len(names) == len(values):
         return {n: v.detach().cpu().numpy() for n, v in zip(names, values, strict=True)}
-    placeholders = [n for n in fast.graph_module.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+    placeholders = [
+        n for n in fast.graph_module.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)
+    ]
     by_name = {n.name: v for n, v in zip(placeholders, values, strict=True)}
     if not set(names) <= set(by_name):
         raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")

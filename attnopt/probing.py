@@ -22,12 +22,16 @@ def inputs_behind(node: fx.Node) -> set[fx.Node]:
 
 
 def _is_number(node: fx.Node) -> bool:
-    return isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "placeholder"
+    return (
+        isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "placeholder"
+    )
 
 
 def is_plain(node: fx.Node) -> bool:
     """``node`` is made of index arithmetic and constants alone: cheap to run, and the same at every call."""
-    names = (getattr(getattr(n.target, "overloadpacket", None), "__name__", "") for n in ancestors(node, stop=_is_number))
+    names = (
+        getattr(getattr(n.target, "overloadpacket", None), "__name__", "") for n in ancestors(node, stop=_is_number)
+    )
     return not any(name in _HEAVY or name in _RANDOM for name in names)
 
 

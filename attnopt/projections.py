@@ -128,7 +128,11 @@ def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Seq
     bias = None if vector is None else str(vector.target)
     if len(axes) != 1 or axes - {0, 1} or (1 in axes and len(shape(matrix)) != 2):
         axis_names = ", ".join(map(str, sorted(axes)))
-        return Projection(str(matrix.target), bias, why=f"heads lie along axis {axis_names} of a weight with {len(shape(matrix))} axes")
+        return Projection(
+            str(matrix.target),
+            bias,
+            why=f"heads lie along axis {axis_names} of a weight with {len(shape(matrix))} axes",
+        )
     if len(shape(matrix)) == 3:
         return Projection(str(matrix.target), bias, why="the weight has 3 axes")
     return Projection(str(matrix.target), bias, transposed=axes == {1}, rows=tuple(rows))
@@ -157,7 +161,9 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
             x, selection = users[0], pushed.selection
         weight, chosen = pushed.demands[-1]
         column, target = next(iter(chosen.items())), weight
-        found = landings(weight, chosen) if weight.op != "get_attr" else [Landing("constant", weight, chosen, (weight,))]
+        found = (
+            landings(weight, chosen) if weight.op != "get_attr" else [Landing("constant", weight, chosen, (weight,))]
+        )
         if not is_weight(weight) or len(found) != 1 or len(found[0].selection) > 1:
             return Projection(why="the output projection's weight is computed"), None
         target = found[0].node
@@ -171,7 +177,9 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
     if len(shape(target)) == 3 or at > 1:
         return Projection(str(target.target), why="the weight has 3 axes"), op
     bias = next((a for a in op.args if is_tensor(a) and len(shape(a)) == 1), None)  # type: ignore[arg-type]
-    return Projection(str(target.target), str(bias.target) if isinstance(bias, fx.Node) else None, at == 0, tuple(rows)), op
+    return Projection(
+        str(target.target), str(bias.target) if isinstance(bias, fx.Node) else None, at == 0, tuple(rows)
+    ), op
 
 
 def weight_path(op: fx.Node, names: set[str]) -> list[fx.Node]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.axes import Atom, Axes, Axis, resolve, resolve_all
-from attnopt.graph import Emitter, aten, dtype, is_static, same_size, shape, source_line, value
+from attnopt.axes import Atom, Axes, Axis, follow, resolve, resolve_all
+from attnopt.graph import Emitter, aten, dtype, is_call, is_static, same_size, shape, source_line, value
 from attnopt.matching import NotAttention, Region, squares
 from attnopt.patterns import Causal, Full, Pattern
 from attnopt.probing import as_visible, evaluate, inputs_behind, is_plain, name_pattern, other_sizes, symbols
@@ -94,19 +94,34 @@ class _Arranger:
         flat = [a for g, w, m in zip(groups, wanted, missing, strict=True) for a in (g if m else w)]
         if set(present) - set(flat):
             raise NotAttention(
-                Refusal("unreadable-layout", "axes that the attention has", f"{node.name} with another axis", source_line(node))
+                Refusal(
+                    "unreadable-layout",
+                    "axes that the attention has",
+                    f"{node.name} with another axis",
+                    source_line(node),
+                )
             )
         order = [a for a in flat if a in present]
         blocks = _blocks(axes, order, groups)
         node = self.reshape(node, [self.length(b) for b in blocks])
         positions = sorted(range(len(blocks)), key=lambda i: order.index(blocks[i][0]))
-        if positions != sorted(positions):
-            node = self.emit.call(aten.permute.default, node, positions)
+        node = self.permute(node, positions)
         if any(missing):
             ones: list[int | fx.Node] = [self.size(a) if a in present else 1 for a in flat]
             node = self.reshape(node, ones)
             node = self.emit.call(aten.expand.default, node, [self.size(a) for a in flat])
         return self.reshape(node, [self.length(g if m else w) for g, w, m in zip(groups, wanted, missing, strict=True)])
+
+    def permute(self, node: fx.Node, order: list[int]) -> fx.Node:
+        """A permutation; none where it undoes the one that made ``node``."""
+        if is_call(node, aten.transpose.int, aten.permute.default, aten.mT.default, aten.t.default):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            trial = tuple((Atom(i + 2),) for i in range(len(order)))
+            moved = follow(node, trial)
+            if moved is not None and tuple(moved[i] for i in order) == trial:
+                return source
+        return node if order == sorted(order) else self.emit.call(aten.permute.default, node, order)
 
     def reshape(self, node: fx.Node, sizes: list[int | fx.Node]) -> fx.Node:
         """A reshape; none where the node, or what it was reshaped from, has that shape already."""
@@ -127,7 +142,9 @@ def _blocks(axes: Axes, order: list[Atom], groups: Axes) -> list[Axis]:
     for axis in axes:
         last: Atom | None = None
         for atom in axis:
-            joined = last is not None and group_of[last] == group_of[atom] and order.index(atom) == order.index(last) + 1
+            joined = (
+                last is not None and group_of[last] == group_of[atom] and order.index(atom) == order.index(last) + 1
+            )
             if joined:
                 blocks[-1].append(atom)
             else:
@@ -151,7 +168,9 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     bias, mask, constant = _bias_and_mask(emit, at, r)
     sinks = None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
     if sinks is not None and (constant or len(shape(sinks)) != 4):
-        raise NotAttention(Refusal("sink-and-constant", "a sink beside plain scores", "a constant added to them", _line(r)))
+        raise NotAttention(
+            Refusal("sink-and-constant", "a sink beside plain scores", "a constant added to them", _line(r))
+        )
     pattern, seen, bias, mask = _read_masks(gm, r, bias, mask, q, k)
     kv_of_head = _kv_of_head(r.heads, kv_heads)
     k, v, kv_of_head = _without_copies(gm, emit, k, v, kv_of_head)
@@ -185,7 +204,9 @@ def _with_factors(
         else:
             raise NotAttention(
                 Refusal(
-                    "scores-multiplied", "a factor of queries or of keys", f"{factor.node.name}, which varies over both",
+                    "scores-multiplied",
+                    "a factor of queries or of keys",
+                    f"{factor.node.name}, which varies over both",
                     source_line(factor.node),
                 )  # fmt: skip
             )
@@ -210,7 +231,9 @@ def _bias_and_mask(emit: Emitter, at: _Arranger, r: Region) -> tuple[fx.Node | N
     for step in r.steps:
         if isinstance(step, Multiply):
             if step.factor < 0 and mask is not None:
-                raise NotAttention(Refusal("negated-mask", "a positive factor after a mask", str(step.factor), _line(r)))
+                raise NotAttention(
+                    Refusal("negated-mask", "a positive factor after a mask", str(step.factor), _line(r))
+                )
             bias = None if bias is None else emit.call(aten.mul.Tensor, bias, step.factor)
         elif isinstance(step, Term):
             constant = constant or step.operand is None
@@ -263,10 +286,12 @@ def _plus(emit: Emitter, at: _Arranger, bias: fx.Node | None, step: Term, groups
 
 
 def _filled(emit: Emitter, bias: fx.Node | None, hidden: fx.Node, fill: float, kind: torch.dtype) -> fx.Node:
-    if bias is not None:
-        return emit.call(aten.where.ScalarSelf, hidden, fill, bias)
-    made = emit.call(aten.where.Scalar, hidden, fill, 0.0)
-    return made if dtype(made) == kind else emit.call(aten._to_copy.default, made, dtype=kind)
+    kind = kind if bias is None else dtype(bias)
+    device = value(hidden).device
+    written = emit.call(aten.full.default, [], fill, dtype=kind, device=device)
+    return emit.call(
+        aten.where.self, hidden, written, bias or emit.call(aten.full.default, [], 0.0, dtype=kind, device=device)
+    )
 
 
 def _top_left(emit: Emitter, at: _Arranger, r: Region) -> fx.Node:
@@ -274,7 +299,9 @@ def _top_left(emit: Emitter, at: _Arranger, r: Region) -> fx.Node:
     device = value(r.q.node).device
     rows = emit.call(aten.arange.default, at.length(r.queries), device=device)
     columns = emit.call(aten.arange.default, at.length(r.keys), device=device)
-    visible = emit.call(aten.le.Tensor, emit.call(aten.unsqueeze.default, columns, 0), emit.call(aten.unsqueeze.default, rows, 1))
+    visible = emit.call(
+        aten.le.Tensor, emit.call(aten.unsqueeze.default, columns, 0), emit.call(aten.unsqueeze.default, rows, 1)
+    )
     return emit.call(aten.unsqueeze.default, emit.call(aten.unsqueeze.default, visible, 0), 0)
 
 
@@ -360,4 +387,3 @@ def _without_copies(
     select = Selector(emit, Weights(gm))
     kept = {1: tuple(first)}
     return select.select(k, kept), select.select(v, kept), tuple(group[g] for g in kv_of_head)
-

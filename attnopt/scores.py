@@ -82,6 +82,7 @@ class Scores:
     steps: tuple[Step, ...] = ()
     factors: tuple[Operand, ...] = ()
     sinks: Operand | None = None
+    shifted: bool = False  # by the maximum of each row
     path: tuple[fx.Node, ...] = ()
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
 
@@ -125,9 +126,7 @@ def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Nod
             continue
         stepped = _step(node, scores_arg, inner)
         if stepped is not None:
-            return replace(
-                stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))
-            ), None
+            return replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))), None
         blocked = node
     return None, blocked or node
 
@@ -138,6 +137,7 @@ def tensor_like(node: fx.Node) -> bool:
 
 def _is_query_key(product: Product) -> bool:
     """Both operands are activations, or one is a learned query: never a plain projection by weights."""
+
     def from_inputs(n: fx.Node) -> bool:
         return bool(inputs_behind(n))
 
@@ -278,7 +278,7 @@ def _add(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
     if not is_tensor(other):
         return None
     if sign < 0 and any(is_maximum_of(other, arg, i) and len(resolve(a)) for i, a in enumerate(s.axes)):
-        return replace(s, sinks=s.sinks) if s.sinks is None else None  # a shift that no softmax sees
+        return replace(s, shifted=s.sinks is None)  # no softmax sees it, but a sink that joins later would
     axes = broadcast(other, s.axes)
     return None if axes is None else replace(s, steps=(*s.steps, Term(Operand(other, axes), sign)))
 
@@ -294,7 +294,7 @@ def _sink(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
     """``cat([scores, sink], -1)``: one more column that takes weight and gives nothing."""
     parts = node.args[0]
     dim = wrap(int(node.args[1]) if len(node.args) > 1 else 0, len(s.axes))  # type: ignore[arg-type]
-    if len(parts) != 2 or s.sinks is not None or parts[0] is not arg or not s.axes[dim]:  # type: ignore[arg-type,index]
+    if len(parts) != 2 or s.sinks is not None or s.shifted or parts[0] is not arg or not s.axes[dim]:  # type: ignore[arg-type,index]
         return None
     column = parts[1]  # type: ignore[index]
     if not is_tensor(column) or shape(column)[dim] != 1:  # type: ignore[arg-type]

@@ -15,7 +15,19 @@ from typing import Any
 from torch import fx
 
 from attnopt.contraction import expand_equation
-from attnopt.graph import CASTS, RESHAPES, aten, getitem_source, is_call, is_static, is_tensor, opname, shape, value, wrap
+from attnopt.graph import (
+    CASTS,
+    RESHAPES,
+    aten,
+    getitem_source,
+    is_call,
+    is_static,
+    is_tensor,
+    opname,
+    shape,
+    value,
+    wrap,
+)
 
 Selection = Mapping[int, tuple[int, ...]]  # axis -> the indices that stay, in their order; other axes stay whole
 Demand = tuple[fx.Node, Selection]
@@ -276,8 +288,8 @@ def _getitem(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _cat(node: fx.Node, selection: Selection) -> Pulled | None:
-    parts = list(node.args[0])  # type: ignore[arg-type]
     n = len(shape(node))
+    parts = [p for p in node.args[0] if len(shape(p)) == n]  # type: ignore[union-attr,arg-type]  torch takes empty 1-D ones
     at = wrap(int(node.args[1]) if len(node.args) > 1 else 0, n)  # type: ignore[arg-type]
     others = {a: idx for a, idx in selection.items() if a != at}
     if at not in selection:
@@ -315,9 +327,7 @@ def _linear(node: fx.Node, selection: Selection) -> Pulled | None:
     demands: list[Demand] = [(w, {0: selection[last]})]
     if is_tensor(bias):
         demands.append((bias, {0: selection[last]}))  # type: ignore[arg-type]
-    return Pulled(
-        tuple(demands), lambda f: (node.target, (x, *f), {}), weights=frozenset(range(len(demands)))
-    )
+    return Pulled(tuple(demands), lambda f: (node.target, (x, *f), {}), weights=frozenset(range(len(demands))))
 
 
 def _addmm(node: fx.Node, selection: Selection) -> Pulled | None:
@@ -486,7 +496,11 @@ def _elementwise_first(node: fx.Node, selection: Selection) -> Pulled:
 def _complex_view(node: fx.Node, selection: Selection) -> Pulled | None:
     x = node.args[0]
     assert isinstance(x, fx.Node)
-    return None if len(shape(node)) - 1 in selection and len(shape(node)) > len(shape(x)) else _elementwise_first(node, selection)
+    return (
+        None
+        if len(shape(node)) - 1 in selection and len(shape(node)) > len(shape(x))
+        else _elementwise_first(node, selection)
+    )
 
 
 def _embedding(node: fx.Node, selection: Selection) -> Pulled | None:

@@ -92,5 +92,3 @@ def _both(a: Pattern, b: Pattern) -> Pattern:
     if isinstance(a, Full) or a == b:
         return b
     return a if isinstance(b, Full) else a & b
-
-

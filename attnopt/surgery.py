@@ -59,7 +59,9 @@ class Weights:
             tensor = getattr(module, leaf)
             delattr(module, leaf)
             delattr(module, target)
-            setattr(module, target, tensor) if isinstance(tensor, nn.Parameter) else module.register_buffer(target, tensor)
+            setattr(module, target, tensor) if isinstance(tensor, nn.Parameter) else module.register_buffer(
+                target, tensor
+            )
             for node in self.gm.graph.nodes:
                 if node.op == "get_attr" and node.target == new:
                     node.target = old

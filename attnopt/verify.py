@@ -93,8 +93,11 @@ class _Slice:
         if node.op == "get_attr":
             return get_attr(self.gm, str(node.target)).detach()
         if not isinstance(val, Tensor):
-            return hint(val) if isinstance(val, (int, torch.SymInt)) and node.op != "placeholder" else self.examples.get(node, val)
+            return (
+                hint(val)
+                if isinstance(val, (int, torch.SymInt)) and node.op != "placeholder"
+                else self.examples.get(node, val)
+            )
         if node in self.examples and not val.dtype.is_floating_point:
             return self.examples[node]
         return torch.randn(shape(node), generator=self.random).to(val.dtype).to(val.device)
-

@@ -1,0 +1,139 @@
+"""The whole model checked: it must compute what its plans mean, at the example sizes and, where they may vary, at others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from attnopt.capture import Program
+from attnopt.compare import difference, tensors, tolerance
+from attnopt.errors import CaptureError, VerificationError
+from attnopt.graph import hint, is_tensor, value
+from attnopt.lowering import Plan, lower
+from attnopt.probing import symbols
+
+ROOM = 10.0  # how much more than one site's rounding a whole model's output may show
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Compares a lowered module with its meaning (the plain form of the same plans) and with the user's model."""
+
+    model: nn.Module
+    program: Program
+    plans: Sequence[Plan]
+    seed: int
+
+    def check(self, module: fx.GraphModule) -> tuple[float, tuple[str, ...]]:
+        """(largest relative difference from the user's model on the example inputs, warnings).
+
+        Raises VerificationError if the module does not compute what its plans mean, CaptureError if it does not hold at
+        other sizes although these were asked for.
+        """
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            plain = None if all(map(is_exact, self.plans)) else lower(self.program.module, self.plans, plain=True)
+            inputs: Inputs = (self.program.args, self.program.kwargs)
+            original = self._outputs(self.model, inputs)
+            error, warnings = self._compare(module, plain, inputs, original)
+            self._at_other_sizes(module, plain)
+        return error, warnings
+
+    def error_on(self, module: fx.GraphModule, batches: Sequence[Inputs]) -> float:
+        """Largest relative difference from the user's model on these inputs."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return max(
+                (difference(self._outputs(module, b), self._outputs(self.model, b)) for b in batches), default=0.0
+            )
+
+    def _compare(
+        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
+    ) -> tuple[float, tuple[str, ...]]:
+        got = self._outputs(module, inputs)
+        meant = original if plain is None else self._outputs(plain, inputs)
+        apart = difference(got, meant)
+        if apart <= ROOM * tolerance(meant):
+            return difference(got, original), ()
+        self._blame(inputs, meant, apart)
+        return apart, (
+            "the model's own output holds NaN or infinities on the example inputs, so it could not be compared",
+        )
+
+    def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> None:
+        for inputs in _resized(self.program):
+            try:
+                original = self._outputs(self.model, inputs)
+            except Exception:  # noqa: BLE001  a size that the model itself does not take says nothing
+                continue
+            try:
+                self._compare(module, plain, inputs, original)
+            except VerificationError:
+                raise
+            except Exception as e:  # noqa: BLE001  the tracer's guards raise many kinds
+                sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
+                raise CaptureError(
+                    f"the captured graph does not hold at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
+                    hint="leave the axes that cannot vary out of dynamic_shapes",
+                ) from e
+            return
+
+    def _outputs(self, module: nn.Module, inputs: Inputs) -> list[Tensor]:
+        torch.manual_seed(self.seed)
+        args, kwargs = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+        return tensors(module(*args, **kwargs))
+
+    def _blame(self, inputs: Inputs, want: list[Tensor], error: float) -> None:
+        """Name the first site that alone makes a difference from its meaning; quiet only if nothing can be compared."""
+        for plan in self.plans:
+            alone = self._outputs(lower(self.program.module, [plan]), inputs)
+            plain = self._outputs(lower(self.program.module, [plan], plain=True), inputs)
+            if not difference(alone, plain) <= ROOM * tolerance(plain):
+                raise VerificationError(
+                    f"the rewritten model does not compute what {', '.join(plan.passes)} means (relative difference {error:.2g})",
+                    site=plan.found.site.name,
+                    hint="leave the site out of the policy and report the model",
+                )
+        if all(bool(torch.isfinite(t).all()) for t in want if t.is_floating_point()):
+            raise VerificationError(
+                f"the rewritten model differs from what it was meant to compute by {error:.2g} (relative)",
+                hint="bisect with limit=1, 2, ... to find the site",
+            )
+
+
+def is_exact(plan: Plan) -> bool:
+    """The plan leaves the meaning of its site as it is."""
+    return plan.spec == plan.found.raised.spec and not plan.edits
+
+
+def _resized(program: Program) -> list[Inputs]:
+    """The example inputs at other sizes of their dynamic axes, by repeating them."""
+    sizes = symbols(program.module.graph)
+    if not sizes:
+        return []
+    nodes = [n for n in program.module.graph.nodes if n.op == "placeholder"]
+    leaves, spec = pytree.tree_flatten((program.args, dict(program.kwargs)))
+    if len(leaves) != len(nodes):
+        return []
+    found: list[Inputs] = []
+    for change in (lambda n: n + 3, lambda n: 2 * n, lambda n: n + 1, lambda n: max(2, n - 1)):
+        new = {s: change(n) for s, n in sizes.items()}
+        resized = [_fitted(leaf, n, new) for leaf, n in zip(leaves, nodes, strict=True)]
+        args, kwargs = pytree.tree_unflatten(resized, spec)
+        found.append((tuple(args), dict(kwargs)))
+    return found
+
+
+def _fitted(leaf: Any, node: fx.Node, sizes: dict[Any, int]) -> Any:
+    if not isinstance(leaf, Tensor) or not is_tensor(node):
+        return leaf
+    for axis, size in enumerate(value(node).shape):
+        if isinstance(size, torch.SymInt):
+            wanted = int(size.node.expr.subs(sizes))
+            leaf = leaf.index_select(axis, torch.arange(wanted, device=leaf.device) % hint(size))
+    return leaf

@@ -1,0 +1,113 @@
+"""What the passes make of each site: a plan to carry out, or the reasons why it stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from attnopt import plugins
+from attnopt.finding import Found
+from attnopt.lowering import Plan, edited_parameters
+from attnopt.policy import Policy
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Backend, HeadWeights, Pass
+from attnopt.site import Site
+from attnopt.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``site`` is the attention as it will be; ``plan`` is None where nothing is to be done."""
+
+    found: Found
+    site: Site
+    plan: Plan | None = None
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def decide(found: Found, policy: Policy, backends: Sequence[Backend]) -> Decision:
+    """Run the site's passes one after the other; each sees what the ones before it made."""
+    passes = policy.passes_for(found.site.name)
+    if found.raised.region.escapes and passes:
+        return Decision(found, found.site, refusals={p.name: escapes(found) for p in passes})
+    site, edits, applied, notes = found.site, list[HeadWeights](), list[str](), list[str]()
+    refusals: dict[str, Refusal] = {}
+    for p in passes:
+        refusal = p.check(site)
+        if refusal is not None:
+            refusals[p.name] = refusal
+            continue
+        rewrite = p.rewrite(site)
+        edits = _merged(edits, rewrite.edits)
+        site = replace(site, spec=rewrite.spec, parameters=_with_edits(found.site, edits))
+        notes += rewrite.notes
+        applied.append(p.name)
+    if not applied:
+        return Decision(found, found.site, refusals=refusals)
+    backend, reasons = _cheapest(backends, site)
+    if backend is None:
+        return Decision(found, found.site, refusals={**refusals, **reasons})
+    plan = Plan(found, site.spec, tuple(edits), backend, tuple(applied))
+    return Decision(found, site, plan, refusals, (*notes, *_kept_whole(found.site, site.spec)))
+
+
+def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:
+    """Only the first ``limit`` rewrites."""
+    if limit is None:
+        return list(decisions)
+    kept: list[Decision] = []
+    for d in decisions:
+        if d.plan is not None and limit <= sum(k.plan is not None for k in kept):
+            d = Decision(d.found, d.found.site, notes=(f"left out by limit={limit}",))
+        kept.append(d)
+    return kept
+
+
+def escapes(found: Found) -> Refusal:
+    """Why a site whose inner values are used elsewhere is left as it is."""
+    nodes = found.raised.region.escapes
+    users = [u for n in nodes for u in n.users if u not in found.raised.region.nodes]
+    used_by = next((u.name for u in users if u.op != "output"), "the model's output")
+    return found.site.refuse(
+        "escapes", expected="scores and weights that only the attention uses", found=f"{nodes[0].name} used by {used_by}",
+        hint="call the model without returning attention weights",
+    )  # fmt: skip
+
+
+def standing_refusals(found: Found) -> dict[str, Refusal]:
+    """The built-in passes that this site rules out whatever their options."""
+    from attnopt.passes import GroupedQuery, LocalWindow, Sparse
+    from attnopt.patterns import Window
+
+    if found.raised.region.escapes:
+        return dict.fromkeys((name for name in plugins.passes()), escapes(found))
+    typical: tuple[Pass, ...] = (LocalWindow(left=1), Sparse(Window(1, 1)), GroupedQuery(kv_heads=1))
+    return {p.name: refusal for p in typical if (refusal := p.check(found.site)) is not None}
+
+
+def _merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> list[HeadWeights]:
+    replaced = {(e.role, e.head) for e in new}
+    return [e for e in old if (e.role, e.head) not in replaced] + list(new)
+
+
+def _with_edits(site: Site, edits: Sequence[HeadWeights]) -> Mapping[str, Tensor]:
+    return {**site.parameters, **edited_parameters(site, edits)}
+
+
+def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:
+    """The cheapest backend that can compute the site, or None and every backend's reason."""
+    reasons = {b.name: r for b in backends if (r := b.check(site.spec)) is not None}
+    able = [b for b in backends if b.name not in reasons]
+    return min(able, key=lambda b: b.cost(site.spec, site.q_len, site.kv_len), default=None), reasons
+
+
+def _kept_whole(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
+    """Where heads went but their weights could not."""
+    if spec.num_heads == site.num_heads and spec.num_kv_heads == site.num_kv_heads:
+        return ()
+    return tuple(
+        f"the {role} weights keep their size: {p.why}" for role, p in site.projections.items() if p.rows is None
+    )
