@@ -93,7 +93,7 @@ def save(fast: OptimizedModel, path: str | os.PathLike[str]) -> None:
         (folder / GRAPH).write_bytes(graph)
         try:
             save_file(tensors, folder / WEIGHTS)
-        except Exception as e:  # noqa: BLE001  safetensors wraps a full disk in an error of its own
+        except Exception as e:
             raise OSError(f"{type(e).__name__}: {e}") from e
         (folder / MARKER).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
@@ -119,16 +119,21 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
             if key not in known:
                 known[key] = f"t{len(stored)}"
                 stored[known[key]] = tensor.detach().clone(memory_format=torch.contiguous_format)
-            entries.append({
-                "table": table, "name": name, "key": known[key], "parameter": isinstance(tensor, torch.nn.Parameter),
-                "requires_grad": tensor.requires_grad,
-            })  # fmt: skip
+            entries.append(
+                {
+                    "table": table,
+                    "name": name,
+                    "key": known[key],
+                    "parameter": isinstance(tensor, torch.nn.Parameter),
+                    "requires_grad": tensor.requires_grad,
+                }
+            )
     return stored, entries
 
 
 def load(path: str | os.PathLike[str]) -> OptimizedModel:
     """The model that ``save`` wrote to ``path``, giving the same bits.  Raises ArchiveError; runs nothing that it reads."""
-    from attnopt.model import Origin, OptimizedModel
+    from attnopt.model import OptimizedModel, Origin
 
     folder = Path(path)
     about = _read_about(folder)
@@ -166,11 +171,12 @@ def _read_program(folder: Path, about: Mapping[str, Any]) -> ExportedProgram:
 
     graph = _read_graph(folder / GRAPH)
     state, constants = _read_tensors(folder / WEIGHTS, about)
-    artifact = SerializedArtifact(graph, state, constants, ())  # type: ignore[arg-type]  dicts are taken as they are
+    tables: tuple[Any, Any, Any] = (state, constants, ())  # dicts are taken as they are, bytes would be unpickled
+    artifact = SerializedArtifact(graph, *tables)
     try:
         with quiet():
             return deserialize(artifact)
-    except Exception as e:  # noqa: BLE001  a damaged graph fails in many ways inside torch
+    except Exception as e:
         hint = "save the model again"
         if "serialized" in str(e).lower() or "unknown" in str(e).lower():
             hint = "import the library whose classes the model takes or returns, then load"
@@ -214,7 +220,7 @@ def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any],
                 made = torch.nn.Parameter(tensor, requires_grad=bool(entry["requires_grad"]))
                 tensor = parameters.setdefault(key, made)
             tables[entry["table"]][entry["name"]] = tensor
-    except Exception as e:  # noqa: BLE001  safetensors' errors have no common base
+    except Exception as e:
         raise ArchiveError(f"{file} cannot be read: {type(e).__name__}: {e}", hint="save the model again") from e
     return tables["state"], tables["constants"]
 
@@ -243,20 +249,39 @@ def _zeros(val: Tensor) -> Tensor:
 def _site_to_json(site: Site) -> dict[str, Any]:
     spec = site.spec
     return {
-        "name": site.name, "where": site.where, "notes": list(site.notes), "q_len": site.q_len, "kv_len": site.kv_len,
+        "name": site.name,
+        "where": site.where,
+        "notes": list(site.notes),
+        "q_len": site.q_len,
+        "kv_len": site.kv_len,
         "projections": {
-            role: {"weight": p.weight, "bias": p.bias, "transposed": p.transposed, "why": p.why,
-                   "rows": None if p.rows is None else [list(r) for r in p.rows]}
+            role: {
+                "weight": p.weight,
+                "bias": p.bias,
+                "transposed": p.transposed,
+                "why": p.why,
+                "rows": None if p.rows is None else [list(r) for r in p.rows],
+            }
             for role, p in site.projections.items()
         },
         "spec": {
-            "heads": list(spec.heads), "kv_heads": list(spec.kv_heads), "kv_of_head": list(spec.kv_of_head),
-            "head_dim": spec.head_dim, "value_dim": spec.value_dim, "scale": spec.scale, "pattern": spec.pattern.to_json(),
-            "has_bias": spec.has_bias, "has_mask": spec.has_mask, "has_sinks": spec.has_sinks, "softcap": spec.softcap,
-            "gains": None if spec.gains is None else list(spec.gains), "is_cross": spec.is_cross,
-            "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(), "positions": list(spec.positions),
+            "heads": list(spec.heads),
+            "kv_heads": list(spec.kv_heads),
+            "kv_of_head": list(spec.kv_of_head),
+            "head_dim": spec.head_dim,
+            "value_dim": spec.value_dim,
+            "scale": spec.scale,
+            "pattern": spec.pattern.to_json(),
+            "has_bias": spec.has_bias,
+            "has_mask": spec.has_mask,
+            "has_sinks": spec.has_sinks,
+            "softcap": spec.softcap,
+            "gains": None if spec.gains is None else list(spec.gains),
+            "is_cross": spec.is_cross,
+            "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
+            "positions": list(spec.positions),
         },
-    }  # fmt: skip
+    }
 
 
 def _site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
@@ -267,11 +292,22 @@ def _site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site
     spec["pattern"] = Pattern.from_json(spec["pattern"])
     spec["seen_as"] = None if spec["seen_as"] is None else Pattern.from_json(spec["seen_as"])
     projections = {
-        role: Projection(p["weight"], p["bias"], p["transposed"],
-                         None if p["rows"] is None else tuple(tuple(r) for r in p["rows"]), p["why"])
+        role: Projection(
+            p["weight"],
+            p["bias"],
+            p["transposed"],
+            None if p["rows"] is None else tuple(tuple(r) for r in p["rows"]),
+            p["why"],
+        )
         for role, p in data["projections"].items()
-    }  # fmt: skip
+    }
     return Site(
-        data["name"], AttentionSpec(**spec), projections, data["where"], tuple(data["notes"]), parameters=live,
-        q_len=data["q_len"], kv_len=data["kv_len"],
-    )  # fmt: skip
+        data["name"],
+        AttentionSpec(**spec),
+        projections,
+        data["where"],
+        tuple(data["notes"]),
+        parameters=live,
+        q_len=data["q_len"],
+        kv_len=data["kv_len"],
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.graph import CASTS, RESHAPES, aten, hint, is_call, shape, value, wrap
+from attnopt.graph import CASTS, RESHAPES, arg, aten, hint, is_call, shape, value, wrap
 
 
 @dataclass(eq=False)
@@ -91,19 +91,19 @@ def follow(node: fx.Node, axes: Axes) -> Axes | None:
     if is_call(node, *CASTS, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default):
         return axes
     if is_call(node, aten.permute.default):
-        return tuple(axes[wrap(d, n)] for d in _ints(node.args[1]))
+        return tuple(axes[wrap(d, n)] for d in _ints(arg(node, 1)))
     if is_call(node, aten.transpose.int):
         order = list(range(n))
-        i, j = wrap(int(node.args[1]), n), wrap(int(node.args[2]), n)  # type: ignore[arg-type]
+        i, j = wrap(arg(node, 1), n), wrap(arg(node, 2), n)
         order[i], order[j] = order[j], order[i]
         return tuple(axes[d] for d in order)
     if is_call(node, aten.t.default, aten.mT.default, aten.numpy_T.default):
         return (*axes[:-2], axes[-1], axes[-2]) if n >= 2 else axes
     if is_call(node, aten.unsqueeze.default):
-        at = wrap(int(node.args[1]), n + 1)  # type: ignore[arg-type]
+        at = wrap(arg(node, 1), n + 1)
         return (*axes[:at], (), *axes[at:])
     if is_call(node, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
-        dims = range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(node.args[1])]
+        dims = range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(arg(node, 1))]
         return tuple(a for i, a in enumerate(axes) if not (i in dims and not a))
     if is_call(node, aten.expand.default):
         out = shape(node)

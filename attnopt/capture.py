@@ -67,7 +67,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         try:
             with quiet():
                 exported = way()
-        except Exception as e:  # noqa: BLE001  whatever the tracer raises, the next way is tried and the reason kept
+        except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
             continue
         return _finish(exported, args, kwargs, shapes, route)
@@ -100,7 +100,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, shared)
-    except Exception:  # noqa: BLE001  a module that cannot be copied is traced as it is
+    except Exception:
         return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from attnopt.axes import Atom, Axes, Axis, fresh
-from attnopt.graph import aten, is_call, is_tensor, shape, wrap
+from attnopt.graph import arg, aten, is_call, is_tensor, shape, wrap
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Product:
 def product_of(node: fx.Node) -> Product | None:
     """The product that ``node`` computes, or None."""
     if is_call(node, aten.matmul.default, aten.bmm.default, aten.mm.default):
-        return _matmul(node, node.args[0], node.args[1])
+        return _matmul(node, arg(node, 0), arg(node, 1))
     if is_call(node, aten.baddbmm.default, aten.addmm.default):
         return _with_addend(node)
     if is_call(node, aten.linear.default) and len(node.args) == 2:
@@ -76,7 +76,7 @@ def _matmul(node: fx.Node, a: Any, b: Any, **extra: Any) -> Product | None:
 
 
 def _with_addend(node: fx.Node) -> Product | None:
-    addend, a, b = node.args[:3]
+    addend, a, b = arg(node, 0), arg(node, 1), arg(node, 2)
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     if not is_tensor(addend) or not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
         return None
@@ -84,10 +84,9 @@ def _with_addend(node: fx.Node) -> Product | None:
 
 
 def _linear(node: fx.Node) -> Product | None:
-    a, b = node.args[:2]
+    a, b = arg(node, 0), arg(node, 1)
     if not (is_tensor(a) and is_tensor(b)):
         return None
-    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     if len(shape(b)) != 2:
         return None
     axes = fresh(shape(node))
@@ -96,13 +95,12 @@ def _linear(node: fx.Node) -> Product | None:
 
 
 def _einsum(node: fx.Node) -> Product | None:
-    equation, operands = node.args[:2]
+    equation, operands = arg(node, 0), arg(node, 1)
     if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return None
     a, b = operands
     if not (is_tensor(a) and is_tensor(b)):
         return None
-    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     terms = expand_equation(equation, (len(shape(a)), len(shape(b))))
     if terms is None:
         return None
@@ -140,17 +138,15 @@ def expand_equation(equation: str, ndims: tuple[int, ...]) -> tuple[tuple[str, .
 
 
 def _mul_sum(node: fx.Node) -> Product | None:
-    mul, dims = node.args[0], node.args[1]
-    keepdim = bool(node.args[2]) if len(node.args) > 2 else False
+    mul, dims = arg(node, 0), arg(node, 1)
+    keepdim = bool(arg(node, 2)) if len(node.args) > 2 else False
     if not is_call(mul, aten.mul.Tensor) or not isinstance(dims, (list, tuple)) or not dims:
         return None
-    assert isinstance(mul, fx.Node)
-    a, b = mul.args[:2]
+    a, b = arg(mul, 0), arg(mul, 1)
     if not (is_tensor(a) and is_tensor(b)):
         return None
-    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     frame = fresh(shape(mul))
-    summed = {wrap(int(d), len(frame)) for d in dims}  # type: ignore[arg-type]
+    summed = {wrap(int(d), len(frame)) for d in dims}
 
     def of(x: fx.Node) -> Axes:
         sizes = shape(x)

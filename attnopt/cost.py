@@ -28,8 +28,12 @@ def _projection_parameters(
     site: Site, parameters: Mapping[str, Tensor], spec: AttentionSpec, before: AttentionSpec
 ) -> dict[str, int]:
     """For each projection whose rows are known, the numbers in the rows that are left."""
-    left = {"q": (spec.num_heads, before.num_heads), "k": (spec.num_kv_heads, before.num_kv_heads),
-            "v": (spec.num_kv_heads, before.num_kv_heads), "out": (spec.num_heads, before.num_heads)}  # fmt: skip
+    left = {
+        "q": (spec.num_heads, before.num_heads),
+        "k": (spec.num_kv_heads, before.num_kv_heads),
+        "v": (spec.num_kv_heads, before.num_kv_heads),
+        "out": (spec.num_heads, before.num_heads),
+    }
     counts: dict[str, int] = {}
     for role, (now, was) in left.items():
         p = site.projections.get(role)

@@ -72,9 +72,11 @@ def escapes(found: Found) -> Refusal:
     users = [u for n in nodes for u in n.users if u not in found.raised.region.nodes]
     used_by = next((u.name for u in users if u.op != "output"), "the model's output")
     return found.site.refuse(
-        "escapes", expected="scores and weights that only the attention uses", found=f"{nodes[0].name} used by {used_by}",
+        "escapes",
+        expected="scores and weights that only the attention uses",
+        found=f"{nodes[0].name} used by {used_by}",
         hint="call the model without returning attention weights",
-    )  # fmt: skip
+    )
 
 
 def standing_refusals(found: Found) -> dict[str, Refusal]:

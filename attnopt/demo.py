@@ -56,7 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     similarity.require_packages()
     say = _quiet if arguments.json else _say
-    import torch
 
     import attnopt
     from attnopt.page import amount
@@ -71,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     count = 32 if arguments.quick else 96
     scoring, choosing = data.background[:count], data.background[count : count + count // 2]
-    say(f"2. Where does it cost least?  (heads scored on {len(scoring)} news texts, layers chosen on {len(choosing)} others)")
+    say(
+        f"2. Where does it cost least?  (heads scored on {len(scoring)} news texts, layers chosen on {len(choosing)} others)"
+    )
     optimize = _optimizer(example)
     heads = _weakest(model, tokenizer, scoring, found.sites)
     policy, costs = _policy(model, optimize, tokenizer, choosing, heads)
@@ -114,7 +115,9 @@ def _optimizer(example: tuple[Tensor, Tensor]) -> Callable[[nn.Module, Any], Any
     return lambda model, policy: attnopt.optimize(model, policy, example, dynamic_shapes=shapes)
 
 
-def _weakest(model: nn.Module, tokenizer: Any, texts: Sequence[str], sites: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+def _weakest(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], sites: Sequence[Any]
+) -> dict[str, tuple[int, ...]]:
     """For each site the heads that add least to its layer's output."""
     from attnopt.demo_similarity import tokens
     from attnopt.importance import head_importance
@@ -125,9 +128,12 @@ def _weakest(model: nn.Module, tokenizer: Any, texts: Sequence[str], sites: Sequ
 
 
 def _policy(
-    model: nn.Module, optimize: Callable[[nn.Module, Any], Any], tokenizer: Any, texts: Sequence[str],
+    model: nn.Module,
+    optimize: Callable[[nn.Module, Any], Any],
+    tokenizer: Any,
+    texts: Sequence[str],
     heads: dict[str, tuple[int, ...]],
-) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
     """The split into halves that moves the texts' embeddings least, and what each site's window and pruning cost alone.
 
     Costs are taken to add up, so the window goes where it costs least relative to pruning.  No label and no text of an

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -66,23 +65,29 @@ def find(program: Program) -> Findings:
 
 def _not_equal(raised: Raised, error: float) -> Refusal:
     return Refusal(
-        "not-equal", "the raised attention to compute what the model computes", f"a relative difference of {error:.2g}",
-        source_line(raised.region.out.node), "please report the model: this is a gap in matching, and the site is left as it is",
-    )  # fmt: skip
+        "not-equal",
+        "the raised attention to compute what the model computes",
+        f"a relative difference of {error:.2g}",
+        source_line(raised.region.out.node),
+        "please report the model: this is a gap in matching, and the site is left as it is",
+    )
 
 
 def _owner(region: Region) -> str:
     """The deepest module in which both the core and the query projection run."""
-    paths = [module_path(n) for n in region.nodes if n.meta.get("nn_module_stack")]
-    first = paths[:1] or [""]
-    core = os.path.commonprefix([p.split(".") for p in (paths or first)])
-    projections = [n for n in _nearest_projections(region.q.node) if module_path(n)]
-    for node in projections:
-        path = module_path(node).split(".")
-        shared = os.path.commonprefix([core, path])
-        if shared and any(part.isdigit() or part for part in shared[-1:]):
-            core = shared
-    return ".".join(core)
+    core = _common([module_path(n) for n in region.nodes if n.meta.get("nn_module_stack")] or [""])
+    paths = [module_path(n) for n in _nearest_projections(region.q.node)]
+    return ".".join(_common([".".join(core), *paths]) or core)
+
+
+def _common(paths: list[str]) -> list[str]:
+    """The modules that all these paths begin with."""
+    shared: list[str] = []
+    for parts in zip(*(p.split(".") for p in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return shared
 
 
 def _nearest_projections(node: fx.Node) -> list[fx.Node]:
@@ -111,9 +116,15 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
     spec = replace(spec, is_cross=_is_cross(q, k), positions=_positions(q))
     notes = ("the attention weights are used elsewhere and are still computed",) if region.escapes else ()
     site = Site(
-        name, spec, projections, source_line(region.out.node), notes,
-        parameters=parameters, q_len=shape(q)[2], kv_len=shape(k)[2],
-    )  # fmt: skip
+        name,
+        spec,
+        projections,
+        source_line(region.out.node),
+        notes,
+        parameters=parameters,
+        q_len=shape(q)[2],
+        kv_len=shape(k)[2],
+    )
     return Found(site, replace(raised, spec=spec), dirty, op, error)
 
 
@@ -175,9 +186,10 @@ def _streams(node: fx.Node) -> set[fx.Node]:
         for x in projection.all_input_nodes:
             if is_tensor(x) and x.op != "get_attr":
                 found |= {
-                    n for n in ancestors(x, stop=lambda n: opname(n) in _SOURCES)
+                    n
+                    for n in ancestors(x, stop=lambda n: opname(n) in _SOURCES)
                     if opname(n) in _SOURCES or (n.op == "placeholder" and is_tensor(n))
-                }  # fmt: skip
+                }
     return found
 
 

@@ -24,6 +24,18 @@ def is_call(node: object, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def arg(node: Any, index: int, default: Any = None) -> Any:
+    """A positional argument of a call, or ``default`` where it was not given."""
+    return node.args[index] if len(node.args) > index else default
+
+
+def operand(node: fx.Node, index: int = 0) -> fx.Node:
+    """A positional argument that is a node."""
+    found = node.args[index]
+    assert isinstance(found, fx.Node)
+    return found
+
+
 def opname(node: fx.Node) -> str:
     """The operator's name without its overload: "matmul", "softmax"."""
     if node.op != "call_function":
@@ -111,7 +123,7 @@ def _plain(path: str) -> str:
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     for node in graph.nodes:
         if isinstance(value(node), FakeTensor):
-            return value(node).fake_mode  # type: ignore[no-any-return]
+            return value(node).fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -156,8 +168,7 @@ class Emitter:
             if node.op == "placeholder":
                 here[node] = next(place)
             elif node.op == "output":
-                result = node.args[0]
-                assert isinstance(result, fx.Node)
+                result = operand(node)
                 return here[result]
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: here[n])
@@ -171,7 +182,7 @@ class Emitter:
         if key in self._known:
             return self._known[key]
         with self.graph.inserting_before(self.before):
-            copy = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+            copy = self.graph.call_function(node.target, args, kwargs)
         copy.meta["val"] = node.meta.get("val")
         self._mark(copy)
         self._known[key] = copy
@@ -214,22 +225,21 @@ def tidy(gm: fx.GraphModule) -> None:
 def _changes_nothing(node: fx.Node) -> fx.Node | None:
     if is_call(node, aten.cat.default):
         return _only_part(node)
-    if node.op != "call_function" or not node.args or not is_tensor(node.args[0]):
+    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
         return None
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     before, after = value(x), value(node)
     if is_call(node, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten.alias.default):
         return x
     if is_call(node, aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
-        return x if not node.args[2] or node.args[1] == 0 else None
+        return x if not arg(node, 2) or arg(node, 1) == 0 else None
     same_shape = len(before.shape) == len(after.shape) and all(map(same_size, before.shape, after.shape))
     if not same_shape or before.dtype != after.dtype or before.device != after.device:
         return None
     if is_call(node, *RESHAPES, *CASTS, aten.expand.default, aten.slice.Tensor):
-        step = node.args[4] if len(node.args) > 4 else 1
+        step = arg(node, 4, 1)
         return x if not is_call(node, aten.slice.Tensor) or step == 1 else None
-    scalar = node.args[1] if len(node.args) > 1 else None
+    scalar = arg(node, 1)
     if is_call(node, aten.add.Tensor, aten.sub.Tensor) and not isinstance(scalar, fx.Node) and scalar == 0:
         return x
     if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(scalar, fx.Node) and scalar == 1:
@@ -239,8 +249,8 @@ def _changes_nothing(node: fx.Node) -> fx.Node | None:
 
 def _only_part(node: fx.Node) -> fx.Node | None:
     """The one tensor that a concatenation joins with nothing: a cache that is still empty."""
-    parts = [p for p in node.args[0] if math.prod(shape(p)) != 0]  # type: ignore[union-attr,arg-type]
-    if len(parts) != 1 or len(shape(parts[0])) != len(shape(node)):  # type: ignore[arg-type]
+    parts = [p for p in arg(node, 0) if math.prod(shape(p)) != 0]
+    if len(parts) != 1 or len(shape(parts[0])) != len(shape(node)):
         return None
     part = parts[0]
     assert isinstance(part, fx.Node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import torch
@@ -13,8 +13,21 @@ from torch import fx
 from attnopt.axes import Atom, Axes, Axis, broadcast, follow, fresh, length, reshape, resolve, resolve_all
 from attnopt.contraction import Product, product_of
 from attnopt.graph import (
-    CASTS, RESHAPES, aten, dtype, is_call, is_tensor, opname, same_size, shape, source_line, value, wrap,
-)  # fmt: skip
+    CASTS,
+    RESHAPES,
+    arg,
+    aten,
+    dtype,
+    is_call,
+    is_tensor,
+    operand,
+    opname,
+    same_size,
+    shape,
+    source_line,
+    value,
+    wrap,
+)
 from attnopt.normaliser import Softmax
 from attnopt.probing import inputs_behind
 from attnopt.projections import lands_on_weights
@@ -105,10 +118,22 @@ def _unreadable(node: fx.Node, expected: str) -> NotAttention:
 
 
 _PASSIVE = (
-    *RESHAPES, *CASTS, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.permute.default,
-    aten.transpose.int, aten.t.default, aten.mT.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
-    aten.squeeze.dims, aten.slice.Tensor, aten.squeeze.default,
-)  # fmt: skip
+    *RESHAPES,
+    *CASTS,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.mT.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.squeeze.dims,
+    aten.slice.Tensor,
+    aten.squeeze.default,
+)
 
 
 def _follow_weights(a: Softmax) -> tuple[Product, fx.Node, tuple[fx.Node, ...]] | None:
@@ -140,7 +165,7 @@ def _follow_weights(a: Softmax) -> tuple[Product, fx.Node, tuple[fx.Node, ...]] 
                 f"{masked.name} = {opname(masked)} on the weights",
                 source_line(masked),
                 "weights that are masked, mixed or gated after the softmax are left as they are",
-            )  # fmt: skip
+            )
         )
     return None
 
@@ -159,10 +184,10 @@ def _after_late_sum(a: Softmax, product: fx.Node) -> fx.Node | None:
     if a.late_sum is None:
         return product
     for user in product.users:
-        if is_call(user, aten.div.Tensor) and user.args[0] is product:
-            total = user.args[1]
+        if is_call(user, aten.div.Tensor) and arg(user, 0) is product:
+            total = arg(user, 1)
             while is_call(total, *_PASSIVE):
-                total = total.args[0]  # type: ignore[union-attr]
+                total = arg(total, 0)
             if total is a.late_sum:
                 return user
     return None
@@ -203,8 +228,6 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     if set(keys) <= right and not set(keys) & left:
         return scores
     if set(keys) <= left and not set(keys) & right:
-        from dataclasses import replace
-
         return replace(scores, product=p.swapped())
     raise NotAttention(
         Refusal(
@@ -241,22 +264,39 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
     escapes = _escaping(path, out)
     late = a.late_sum is not None
     frames = (
-        *scores.frames, (p.left, p.left_axes), (p.right, p.right_axes), (product.right, product.right_axes),
+        *scores.frames,
+        (p.left, p.left_axes),
+        (p.right, p.right_axes),
+        (product.right, product.right_axes),
         (product.node, product.axes),
-    )  # fmt: skip
+    )
     return Region(
-        q=Operand(p.left, resolve_all(p.left_axes)), k=Operand(p.right, resolve_all(p.right_axes)),
-        v=Operand(product.right, resolve_all(product.right_axes)), out=Operand(out, resolve_all(product.axes)),
-        scale=scores.scale, batch=(), heads=(), queries=(), keys=resolve(keys), features=tuple(features),
-        value_features=tuple(value_features), steps=scores.steps, factors=scores.factors, softcap=scores.softcap,
-        sinks=scores.sinks, nodes=path, weights=None if late else Operand(a.weights, resolve_all(scores.axes)),
-        escapes=escapes, frames=frames, anchor=a.weights,
-    )  # fmt: skip
+        q=Operand(p.left, resolve_all(p.left_axes)),
+        k=Operand(p.right, resolve_all(p.right_axes)),
+        v=Operand(product.right, resolve_all(product.right_axes)),
+        out=Operand(out, resolve_all(product.axes)),
+        scale=scores.scale,
+        batch=(),
+        heads=(),
+        queries=(),
+        keys=resolve(keys),
+        features=tuple(features),
+        value_features=tuple(value_features),
+        steps=scores.steps,
+        factors=scores.factors,
+        softcap=scores.softcap,
+        sinks=scores.sinks,
+        nodes=path,
+        weights=None if late else Operand(a.weights, resolve_all(scores.axes)),
+        escapes=escapes,
+        frames=frames,
+        anchor=a.weights,
+    )
 
 
 def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """Every node on a path from ``start`` to ``end``, both included: the convex region between them."""
-    dag = nx.DiGraph()
+    dag: nx.DiGraph[fx.Node] = nx.DiGraph()
     order = {n: i for i, n in enumerate(start.graph.nodes)}
     frontier, seen = [start], {start}
     while frontier:
@@ -287,11 +327,11 @@ def _dead(node: fx.Node) -> bool:
 
 # ---------------------------------------------------------------- the fused operator
 def _from_fused(node: fx.Node) -> Region:
-    q, k, v = node.args[:3]
+    q, k, v = arg(node, 0), arg(node, 1), arg(node, 2)
     assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    mask = arg(node, 3, node.kwargs.get("attn_mask"))
+    dropout = arg(node, 4, node.kwargs.get("dropout_p", 0.0))
+    causal = arg(node, 5, node.kwargs.get("is_causal", False))
     scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
     if dropout:
         raise NotAttention(
@@ -326,21 +366,30 @@ def _from_fused(node: fx.Node) -> Region:
     axes_of = {q: (*lead, rows, d), k: (*kv_lead, columns, d), v: (*kv_lead, columns, e)}
     out_axes = (*lead, rows, e)
     return Region(
-        q=Operand(q, axes_of[q]), k=Operand(k, (*kv_lead, columns, d)), v=Operand(v, (*kv_lead, columns, e)),
-        out=Operand(node, out_axes), scale=float(scale) if isinstance(scale, (int, float)) else sq[-1] ** -0.5,
-        batch=(), heads=(), queries=(), keys=columns, features=d, value_features=e, steps=steps,
-        top_left_causal=bool(causal), nodes=(node,), anchor=node,
+        q=Operand(q, axes_of[q]),
+        k=Operand(k, (*kv_lead, columns, d)),
+        v=Operand(v, (*kv_lead, columns, e)),
+        out=Operand(node, out_axes),
+        scale=float(scale) if isinstance(scale, (int, float)) else sq[-1] ** -0.5,
+        batch=(),
+        heads=(),
+        queries=(),
+        keys=columns,
+        features=d,
+        value_features=e,
+        steps=steps,
+        top_left_causal=bool(causal),
+        nodes=(node,),
+        anchor=node,
         frames=((q, (*lead, rows, d)), (k, (*kv_lead, columns, d)), (v, (*kv_lead, columns, e)), (node, out_axes)),
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- which atoms are heads
 def _assign_heads(r: Region) -> Region:
-    from dataclasses import replace
-
     frames = list(r.frames)
-    for operand in (r.q, r.k, r.v):
-        frames += _walk_up(operand)
+    for read in (r.q, r.k, r.v):
+        frames += _walk_up(read)
     frame = _ordered(r)
     not_queries = _atoms(r.k.axes) | _atoms(r.v.axes)
     heads = tuple(c for c in frame if lands_on_weights(r.q.node, _pick(r.q, c)))
@@ -353,10 +402,19 @@ def _assign_heads(r: Region) -> Region:
         heads, batch = _guess_heads(r, batch)
     _refuse_channels(r)
     return replace(
-        r, heads=heads, queries=queries, batch=tuple(batch), frames=tuple((n, resolve_all(a)) for n, a in frames),
-        q=_resolved(r.q), k=_resolved(r.k), v=_resolved(r.v), out=_resolved(r.out), keys=resolve(r.keys),
-        features=resolve(r.features), value_features=resolve(r.value_features),
-    )  # fmt: skip
+        r,
+        heads=heads,
+        queries=queries,
+        batch=tuple(batch),
+        frames=tuple((n, resolve_all(a)) for n, a in frames),
+        q=_resolved(r.q),
+        k=_resolved(r.k),
+        v=_resolved(r.v),
+        out=_resolved(r.out),
+        keys=resolve(r.keys),
+        features=resolve(r.features),
+        value_features=resolve(r.value_features),
+    )
 
 
 def _resolved(o: Operand) -> Operand:
@@ -393,10 +451,9 @@ def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:
 
 def _unfollow(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
     """(input, its axes) of a layout operator whose result has ``axes``."""
-    if node.op != "call_function" or not node.args or not is_tensor(node.args[0]):
+    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
         return None
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     if is_call(node, *RESHAPES):
         found = reshape(axes, shape(x))
         return None if found is None else (x, found)
@@ -409,12 +466,12 @@ def _unfollow(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
             return None
         return x, tuple(axes[moved.index(ax)] for ax in trial)
     if is_call(node, aten.unsqueeze.default):
-        at = wrap(int(node.args[1]), len(axes))  # type: ignore[arg-type]
+        at = wrap(arg(node, 1), len(axes))
         return x, (*axes[:at], *axes[at + 1 :])
     if is_call(node, aten.expand.default):
         shift = len(axes) - len(shape(x))
         return x, tuple(ax if s != 1 else () for s, ax in zip(shape(x), axes[shift:], strict=True))
-    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not is_tensor(node.args[1]):
+    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not is_tensor(arg(node, 1)):
         return x, axes
     return None
 
@@ -453,7 +510,7 @@ def _refuse_channels(r: Region) -> None:
                     "a softmax over features that a projection makes",
                     source_line(r.anchor) if r.anchor is not None else "",
                     "attention between channels is left as it is",
-                )  # fmt: skip
+                )
             )
 
 

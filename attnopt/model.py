@@ -75,7 +75,7 @@ class OptimizedModel(nn.Module):
     @property
     def graph_module(self) -> fx.GraphModule:
         """The graph, with its code in ``.code``."""
-        self.origin  # noqa: B018  raises where there is none yet
+        self.origin
         assert self.module is not None
         return self.module
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnopt.graph import aten, is_call, is_tensor, shape, value, wrap
+from attnopt.graph import arg, aten, is_call, is_tensor, shape, value, wrap
 
 SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
@@ -39,53 +39,53 @@ def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
         if is_call(node, SDPA):
             yield node
         elif is_call(node, *_SOFTMAX):
-            x = node.args[0]
-            yield Softmax(x, node, wrap(node.args[1], len(shape(x))))
+            x = arg(node, 0)
+            yield Softmax(x, node, wrap(arg(node, 1), len(shape(x))))
         elif is_call(node, aten.exp.default):
             yield from _of_exponential(node)
 
 
 def _of_exponential(node: fx.Node) -> Iterator[Softmax]:
-    x = node.args[0]
+    x = arg(node, 0)
     if is_call(x, *_LOG_SOFTMAX):
-        yield Softmax(x.args[0], node, wrap(x.args[1], len(shape(x))))  # type: ignore[union-attr,arg-type,index]
+        yield Softmax(arg(x, 0), node, wrap(arg(x, 1), len(shape(x))))
         return
-    if is_call(x, aten.sub.Tensor) and is_call(x.args[1], aten.logsumexp.default):  # type: ignore[union-attr]
-        total = x.args[1]  # type: ignore[union-attr]
-        dims = total.args[1]
-        if total.args[0] is x.args[0] and len(dims) == 1:  # type: ignore[union-attr]
-            yield Softmax(x.args[0], node, wrap(dims[0], len(shape(node))))  # type: ignore[union-attr]
+    if is_call(x, aten.sub.Tensor) and is_call(arg(x, 1), aten.logsumexp.default):
+        total = arg(x, 1)
+        dims = arg(total, 1)
+        if arg(total, 0) is arg(x, 0) and len(dims) == 1:
+            yield Softmax(arg(x, 0), node, wrap(dims[0], len(shape(node))))
         return
     for total in node.users:
-        if not is_call(total, aten.sum.dim_IntList) or total.args[0] is not node or len(total.args[1]) != 1:  # type: ignore[arg-type]
+        if not is_call(total, aten.sum.dim_IntList) or arg(total, 0) is not node or len(arg(total, 1)) != 1:
             continue
-        axis = wrap(total.args[1][0], len(shape(node)))  # type: ignore[index,arg-type]
+        axis = wrap(arg(total, 1)[0], len(shape(node)))
         divided = [
-            u for u in node.users if is_call(u, aten.div.Tensor) and u.args[0] is node and _is_sum(u.args[1], total)
+            u for u in node.users if is_call(u, aten.div.Tensor) and arg(u, 0) is node and _is_sum(arg(u, 1), total)
         ]
         if divided:
-            yield Softmax(x, divided[0], axis)  # type: ignore[arg-type]
+            yield Softmax(x, divided[0], axis)
         else:
-            yield Softmax(x, node, axis, late_sum=total)  # type: ignore[arg-type]
+            yield Softmax(x, node, axis, late_sum=total)
         return
 
 
 def _is_sum(node: object, total: fx.Node) -> bool:
     if node is total:
         return True
-    return is_call(node, aten.expand.default, aten.unsqueeze.default) and node.args[0] is total  # type: ignore[union-attr]
+    return is_call(node, aten.expand.default, aten.unsqueeze.default) and arg(node, 0) is total
 
 
 def is_maximum_of(node: object, scores: fx.Node, axis: int) -> bool:
     """``node`` is the maximum of ``scores`` over ``axis``, kept as an axis: subtracting it changes no softmax."""
     while is_call(node, aten.detach.default, aten.expand.default):
-        node = node.args[0]  # type: ignore[union-attr]
+        node = arg(node, 0)
     if is_tensor(node) and getattr(node, "args", None) and not is_call(node, *_MAXIMA):
-        source = node.args  # type: ignore[union-attr]
+        source = node.args
         if len(source) == 2 and source[1] == 0 and is_call(source[0], aten.max.dim):
             node = source[0]
-    if not is_call(node, *_MAXIMA) or node.args[0] is not scores:  # type: ignore[union-attr]
+    if not is_call(node, *_MAXIMA) or arg(node, 0) is not scores:
         return False
-    dims = node.args[1]  # type: ignore[union-attr]
+    dims = arg(node, 1)
     only = dims if isinstance(dims, int) else dims[0] if isinstance(dims, (list, tuple)) and len(dims) == 1 else None
     return isinstance(only, int) and wrap(only, value(scores).dim()) == axis

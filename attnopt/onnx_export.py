@@ -51,7 +51,7 @@ def _written(fast: OptimizedModel, file: Path, opset: int) -> Any:
             made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
             assert made is not None
             made.save(str(file), external_data=False)
-    except Exception as e:  # noqa: BLE001  the exporter raises many kinds; OSError is the file's own
+    except Exception as e:
         if isinstance(e, OSError):
             raise
         raise ExportError(
@@ -101,7 +101,7 @@ def _compare(fast: OptimizedModel, file: Path, program: Any) -> None:
         got = [torch.from_numpy(o) for o in session.run(None, feed)]
     except ExportError:
         raise
-    except Exception as e:  # noqa: BLE001  ONNX Runtime's errors have no common base
+    except Exception as e:
         raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
     with torch.no_grad():
         want = tensors(fast(*origin.args, **origin.kwargs))

@@ -224,10 +224,15 @@ class _Job:
         self, program: Program, findings: Findings, decisions: Sequence[Decision], module: fx.GraphModule, error: float
     ) -> Origin:
         report = Report(
-            sites=tuple(_site_report(d) for d in decisions), near_misses=findings.near_misses, policy=self.policy.to_json(),
-            error=error, seconds=dict(self.clock.seconds), warnings=tuple(self.warnings), versions=_versions(),
+            sites=tuple(_site_report(d) for d in decisions),
+            near_misses=findings.near_misses,
+            policy=self.policy.to_json(),
+            error=error,
+            seconds=dict(self.clock.seconds),
+            warnings=tuple(self.warnings),
+            versions=_versions(),
             fixed_axes=program.fixed_axes,
-        )  # fmt: skip
+        )
         live = {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
         signature = Signature.of(getattr(self.model, "forward", module.forward), self.args, self.kwargs)
@@ -256,13 +261,25 @@ def _site_report(d: Decision) -> SiteReport:
     before, after = d.found.site, d.site
     status: Status = "rewritten" if d.plan is not None else "refused" if d.refusals else "unchanged"
     return SiteReport(
-        name=before.name, status=status, where=before.where, num_heads=after.num_heads, num_kv_heads=after.num_kv_heads,
-        head_dim=after.head_dim, value_dim=after.value_dim, scale=after.scale, is_cross=after.is_cross,
-        spec_before=_described(before.spec), spec_after=_described(after.spec),
-        cost_before=cost_of(before, before.spec, before.spec), cost_after=cost_of(before, after.spec, before.spec),
-        passes=() if d.plan is None else d.plan.passes, refusals=dict(d.refusals),
-        backend=None if d.plan is None else d.plan.backend.name, error=d.found.error, notes=(*before.notes, *d.notes),
-    )  # fmt: skip
+        name=before.name,
+        status=status,
+        where=before.where,
+        num_heads=after.num_heads,
+        num_kv_heads=after.num_kv_heads,
+        head_dim=after.head_dim,
+        value_dim=after.value_dim,
+        scale=after.scale,
+        is_cross=after.is_cross,
+        spec_before=_described(before.spec),
+        spec_after=_described(after.spec),
+        cost_before=cost_of(before, before.spec, before.spec),
+        cost_after=cost_of(before, after.spec, before.spec),
+        passes=() if d.plan is None else d.plan.passes,
+        refusals=dict(d.refusals),
+        backend=None if d.plan is None else d.plan.backend.name,
+        error=d.found.error,
+        notes=(*before.notes, *d.notes),
+    )
 
 
 def _described(spec: AttentionSpec) -> str:

@@ -11,8 +11,22 @@ from torch import Tensor, fx
 from attnopt.graph import ancestors, get_attr, hint, is_call, value
 from attnopt.patterns import Causal, Full, Pattern, Window
 
-_HEAVY = ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "convolution", "conv1d", "conv2d", "embedding",
-          "scaled_dot_product_attention", "softmax", "layer_norm")  # fmt: skip
+_HEAVY = (
+    "linear",
+    "matmul",
+    "bmm",
+    "mm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "embedding",
+    "scaled_dot_product_attention",
+    "softmax",
+    "layer_norm",
+)
 _RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "uniform", "normal")
 
 
@@ -69,7 +83,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
             dims = [number(s) for s in val.shape]
             return torch.full(dims, fill, dtype=val.dtype, device=val.device)
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
-        return n.target(*args, **kwargs)  # type: ignore[operator]
+        return n.target(*args, **kwargs)
 
     wanted = set(ancestors(node, stop=_is_number))
     with torch.no_grad():

@@ -176,7 +176,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
     op, target, at = end
     if len(shape(target)) == 3 or at > 1:
         return Projection(str(target.target), why="the weight has 3 axes"), op
-    bias = next((a for a in op.args if is_tensor(a) and len(shape(a)) == 1), None)  # type: ignore[arg-type]
+    bias = next((a for a in op.args if is_tensor(a) and len(shape(a)) == 1), None)
     return Projection(
         str(target.target), str(bias.target) if isinstance(bias, fx.Node) else None, at == 0, tuple(rows)
     ), op

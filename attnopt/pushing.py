@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from attnopt.contraction import expand_equation
-from attnopt.graph import CASTS, aten, is_call, is_static, is_tensor, opname, shape, value, wrap
+from attnopt.graph import CASTS, arg, aten, is_call, is_static, is_tensor, opname, shape, value, wrap
 from attnopt.selection import Demand, Selection, aligned, is_weight, regroup, unravel
 
 
@@ -32,8 +32,22 @@ class Pushed:
     linear: bool = True
 
 
-_KEEP_ZERO = {"neg", "relu", "gelu", "silu", "tanh", "abs", "sin", "square", "clone", "contiguous", "detach", "alias",
-              "dropout", "sqrt"}  # fmt: skip
+_KEEP_ZERO = {
+    "neg",
+    "relu",
+    "gelu",
+    "silu",
+    "tanh",
+    "abs",
+    "sin",
+    "square",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "dropout",
+    "sqrt",
+}
 _LINEAR = {"neg", "clone", "contiguous", "detach", "alias", "dropout"}
 
 
@@ -70,7 +84,7 @@ def _reshape(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
         if found is None:
             return None
         below.update(zip(theirs, found, strict=True))
-    sizes = list(user.args[1])  # type: ignore[arg-type]
+    sizes = list(arg(user, 1))
     for axis in range(len(sizes)):
         if axis in below:
             sizes[axis] = len(below[axis])
@@ -83,9 +97,9 @@ def _permute(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed:
     n = len(shape(x))
     order = list(range(n))
     if is_call(user, aten.permute.default):
-        order = [wrap(int(d), n) for d in user.args[1]]  # type: ignore[union-attr,arg-type]
+        order = [wrap(int(d), n) for d in arg(user, 1)]
     elif is_call(user, aten.transpose.int):
-        i, j = wrap(int(user.args[1]), n), wrap(int(user.args[2]), n)  # type: ignore[arg-type]
+        i, j = wrap(arg(user, 1), n), wrap(arg(user, 2), n)
         order[i], order[j] = order[j], order[i]
     else:
         order[-2:] = reversed(order[-2:])
@@ -94,7 +108,7 @@ def _permute(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed:
 
 
 def _unsqueeze(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed:
-    at = wrap(int(user.args[1]), len(shape(user)))  # type: ignore[arg-type]
+    at = wrap(arg(user, 1), len(shape(user)))
     below = {a + (a >= at): idx for a, idx in selection.items()}
     return Pushed(below, (), lambda new, _: _swap(user, {x: new}))
 
@@ -102,68 +116,63 @@ def _unsqueeze(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed:
 def _squeeze(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
     if len(user.args) < 2:
         return None
-    dims = user.args[1] if isinstance(user.args[1], (list, tuple)) else [user.args[1]]
-    gone = {wrap(int(d), len(shape(x))) for d in dims if shape(x)[wrap(int(d), len(shape(x)))] == 1}  # type: ignore[arg-type]
+    dims = arg(user, 1) if isinstance(arg(user, 1), (list, tuple)) else [arg(user, 1)]
+    gone = {wrap(int(d), len(shape(x))) for d in dims if shape(x)[wrap(int(d), len(shape(x)))] == 1}
     left = [a for a in range(len(shape(x))) if a not in gone]
     return Pushed({left.index(a): idx for a, idx in selection.items()}, (), lambda new, _: _swap(user, {x: new}))
 
 
 def _slice(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
-    at = wrap(int(user.args[1]) if len(user.args) > 1 else 0, len(shape(x)))  # type: ignore[arg-type]
+    at = wrap(arg(user, 1, 0), len(shape(x)))
     return None if at in selection else _same(user, x, selection)
 
 
 def _product(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
     """x * other, x / other: zeros stay zeros."""
-    if user.args[0] is not x and opname(user) == "div":
+    if arg(user, 0) is not x and opname(user) == "div":
         return None
     if shape(user) != shape(x):
         return None
-    other = user.args[1] if user.args[0] is x else user.args[0]
+    other = arg(user, 1) if arg(user, 0) is x else arg(user, 0)
     if not is_tensor(other):
         return _same(user, x, selection)
-    assert isinstance(other, fx.Node)
     demand = (other, aligned(other, len(shape(user)), selection))
     return Pushed(selection, (demand,), lambda new, found: _swap(user, {x: new, other: found[0]}))
 
 
 def _linear(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
-    w, last = user.args[1], len(shape(x)) - 1
-    if user.args[0] is not x or set(selection) != {last}:
+    w, last = arg(user, 1), len(shape(x)) - 1
+    if arg(user, 0) is not x or set(selection) != {last}:
         return None
-    assert isinstance(w, fx.Node)
     return Pushed(None, ((w, {1: selection[last]}),), lambda new, found: _swap(user, {x: new, w: found[0]}))
 
 
 def _addmm(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
-    w = user.args[2]
-    if user.args[1] is not x or set(selection) != {1}:
+    w = arg(user, 2)
+    if arg(user, 1) is not x or set(selection) != {1}:
         return None
-    assert isinstance(w, fx.Node)
     return Pushed(None, ((w, {0: selection[1]}),), lambda new, found: _swap(user, {x: new, w: found[0]}))
 
 
 def _matmul(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
-    w, last = user.args[1], len(shape(x)) - 1
-    if user.args[0] is not x or set(selection) != {last}:
+    w, last = arg(user, 1), len(shape(x)) - 1
+    if arg(user, 0) is not x or set(selection) != {last}:
         return None
-    assert isinstance(w, fx.Node)
     demand = (w, {len(shape(w)) - 2: selection[last]})
     return Pushed(None, (demand,), lambda new, found: _swap(user, {x: new, w: found[0]})) if is_weight(w) else None
 
 
 def _einsum(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
-    equation, operands = user.args[:2]
+    equation, operands = arg(user, 0), arg(user, 1)
     assert isinstance(equation, str) and isinstance(operands, (list, tuple))
     if len(operands) != 2:
         return None
-    found = expand_equation(equation, tuple(len(shape(o)) for o in operands))  # type: ignore[arg-type]
+    found = expand_equation(equation, tuple(len(shape(o)) for o in operands))
     if found is None:
         return None
     terms, out = found
     at = 0 if operands[0] is x else 1
     other = operands[1 - at]
-    assert isinstance(other, fx.Node)
     chosen = {terms[at][a]: idx for a, idx in selection.items()}
     demand = (other, {terms[1 - at].index(c): idx for c, idx in chosen.items() if c in terms[1 - at]})
     left = {out.index(c): idx for c, idx in chosen.items() if c in out}
@@ -171,18 +180,33 @@ def _einsum(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
 
 
 def _convolution(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
-    w = user.args[1]
+    w = arg(user, 1)
     groups = user.args[-1] if len(user.args) >= 7 and isinstance(user.args[-1], int) else 1
-    transposed = is_call(user, aten.convolution.default) and user.args[6]
-    if user.args[0] is not x or set(selection) != {1} or groups != 1 or transposed:
+    transposed = is_call(user, aten.convolution.default) and arg(user, 6)
+    if arg(user, 0) is not x or set(selection) != {1} or groups != 1 or transposed:
         return None
-    assert isinstance(w, fx.Node)
     return Pushed(None, ((w, {1: selection[1]}),), lambda new, found: _swap(user, {x: new, w: found[0]}))
 
 
 _RULES: dict[str, Callable[[fx.Node, fx.Node, Selection], Pushed | None]] = {
-    "reshape": _reshape, "view": _reshape, "_unsafe_view": _reshape, "permute": _permute, "transpose": _permute,
-    "t": _permute, "mT": _permute, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "slice": _slice, "mul": _product,
-    "div": _product, "linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul, "einsum": _einsum,
-    "conv1d": _convolution, "conv2d": _convolution, "convolution": _convolution,
-}  # fmt: skip
+    "reshape": _reshape,
+    "view": _reshape,
+    "_unsafe_view": _reshape,
+    "permute": _permute,
+    "transpose": _permute,
+    "t": _permute,
+    "mT": _permute,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "mul": _product,
+    "div": _product,
+    "linear": _linear,
+    "addmm": _addmm,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "einsum": _einsum,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "convolution": _convolution,
+}

@@ -64,8 +64,10 @@ class _Arranger:
         if atom in self.alone:
             node, i = self.alone[atom]
             return self.emit.size(node, i)
-        node, i, axis = self.inside.get(atom, (None, 0, ()))
-        if node is None or is_static(value(node).shape[i]):
+        if atom not in self.inside:
+            return atom.size
+        node, i, axis = self.inside[atom]
+        if is_static(value(node).shape[i]):
             return atom.size
         others = [self.size(a) for a in axis if a is not atom and a in self.alone]
         unknown = [a for a in axis if a is not atom and a not in self.alone]
@@ -180,10 +182,19 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     if dtype(out) != dtype(r.out.node):
         out = emit.call(aten._to_copy.default, out, dtype=dtype(r.out.node))
     spec = AttentionSpec(
-        heads=tuple(range(shape(q)[1])), kv_heads=tuple(range(shape(k)[1])), kv_of_head=kv_of_head, head_dim=shape(q)[3],
-        value_dim=shape(v)[3], scale=r.scale, pattern=pattern, has_bias=bias is not None, has_mask=mask is not None,
-        has_sinks=sinks is not None, softcap=r.softcap, seen_as=seen,
-    )  # fmt: skip
+        heads=tuple(range(shape(q)[1])),
+        kv_heads=tuple(range(shape(k)[1])),
+        kv_of_head=kv_of_head,
+        head_dim=shape(q)[3],
+        value_dim=shape(v)[3],
+        scale=r.scale,
+        pattern=pattern,
+        has_bias=bias is not None,
+        has_mask=mask is not None,
+        has_sinks=sinks is not None,
+        softcap=r.softcap,
+        seen_as=seen,
+    )
     return Raised(region, spec, node, out)
 
 
@@ -208,7 +219,7 @@ def _with_factors(
                     "a factor of queries or of keys",
                     f"{factor.node.name}, which varies over both",
                     source_line(factor.node),
-                )  # fmt: skip
+                )
             )
     return q, k
 
@@ -264,9 +275,12 @@ def _moderate(step: Hide) -> bool:
 
 def _moderate_mask(step: Hide, r: Region) -> Refusal:
     return Refusal(
-        "moderate-mask", "a mask of -inf or the dtype's minimum", f"{step.fill:g} written over scores, on rows that may be all hidden",
-        source_line(step.condition.node) or _line(r), "mask with -inf or torch.finfo(dtype).min",
-    )  # fmt: skip
+        "moderate-mask",
+        "a mask of -inf or the dtype's minimum",
+        f"{step.fill:g} written over scores, on rows that may be all hidden",
+        source_line(step.condition.node) or _line(r),
+        "mask with -inf or torch.finfo(dtype).min",
+    )
 
 
 def _never_blind(gm: fx.GraphModule, hidden: fx.Node) -> bool:

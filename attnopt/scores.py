@@ -11,16 +11,29 @@ from torch import fx
 
 from attnopt.axes import Axes, Axis, broadcast, follow, resolve, resolve_all
 from attnopt.contraction import Product, product_of
-from attnopt.graph import CASTS, RESHAPES, aten, dtype, is_call, is_tensor, shape, source_line, wrap
+from attnopt.graph import CASTS, RESHAPES, arg, aten, dtype, is_call, is_tensor, shape, source_line, wrap
 from attnopt.normaliser import is_maximum_of
 from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
 
 _LAYOUT = (
-    *RESHAPES, *CASTS, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default,
-    aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.unsqueeze.default,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.slice.Tensor,
-)  # fmt: skip
+    *RESHAPES,
+    *CASTS,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.mT.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.slice.Tensor,
+)
 _ADD = (aten.add.Tensor, aten.add.Scalar)
 _SUB = (aten.sub.Tensor, aten.sub.Scalar)
 _MUL = (aten.mul.Tensor, aten.mul.Scalar)
@@ -119,12 +132,12 @@ def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Nod
     if depth > 40 or node.op != "call_function" or not tensor_like(node):
         return None, node
     blocked: fx.Node | None = None
-    for scores_arg in _candidates(node):
-        inner, stopped = _search(scores_arg, axis, depth + 1)
+    for source in _candidates(node):
+        inner, stopped = _search(source, axis, depth + 1)
         if inner is None:
             blocked = blocked or stopped
             continue
-        stepped = _step(node, scores_arg, inner)
+        stepped = _step(node, source, inner)
         if stepped is not None:
             return replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))), None
         blocked = node
@@ -159,42 +172,42 @@ def _start(product: Product) -> Scores:
 def _candidates(node: fx.Node) -> list[fx.Node]:
     """The arguments through which the scores may run."""
     if is_call(node, *_WHERE):
-        return [n for n in node.args[1:3] if is_tensor(n) and tensor_like(n)]  # type: ignore[misc,arg-type]
+        return [n for n in (arg(node, 1), arg(node, 2)) if is_tensor(n) and tensor_like(n)]
     if is_call(node, aten.cat.default):
-        return [n for n in node.args[0] if tensor_like(n)]  # type: ignore[union-attr,misc,arg-type]
+        return [n for n in arg(node, 0) if tensor_like(n)]
     known = (*_LAYOUT, *_ADD, *_SUB, *_MUL, *_DIV, *_RSUB, *_MASKED_FILL, *_FLOORS, aten.tanh.default, aten.neg.default)
     if not is_call(node, *known):
         return []
-    same = [n for n in node.args[:2] if is_tensor(n) and tensor_like(n)]  # type: ignore[misc,arg-type]
-    return [n for n in same if math.prod(shape(n)) == math.prod(shape(node))]  # type: ignore[arg-type]
+    same = [n for n in (arg(node, 0), arg(node, 1)) if is_tensor(n) and tensor_like(n)]
+    return [n for n in same if math.prod(shape(n)) == math.prod(shape(node))]
 
 
-def _step(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
-    """The scores after ``node``, which got them as ``arg``."""
+def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    """The scores after ``node``, which got them as ``source``."""
     if is_call(node, *_LAYOUT):
         axes = follow(node, s.axes)
         return None if axes is None else replace(s, axes=axes)
     if is_call(node, *_MUL, *_DIV):
-        return _multiply(node, arg, s)
+        return _multiply(node, source, s)
     if is_call(node, aten.neg.default):
         return _scaled(s, -1.0)
     if is_call(node, *_ADD, *_SUB, *_RSUB):
-        return _add(node, arg, s)
+        return _add(node, source, s)
     if is_call(node, *_MASKED_FILL):
-        fill = _number(node.args[2])
-        return None if fill is None or node.args[0] is not arg else _hide(s, node.args[1], True, fill)
+        fill = _number(arg(node, 2))
+        return None if fill is None or arg(node, 0) is not source else _hide(s, arg(node, 1), True, fill)
     if is_call(node, *_WHERE):
-        first = node.args[1] is arg
+        first = arg(node, 1) is source
         fill = _number(node.args[2 if first else 1])
-        return None if fill is None else _hide(s, node.args[0], not first, fill)
+        return None if fill is None else _hide(s, arg(node, 0), not first, fill)
     if is_call(node, *_FLOORS):
-        floor = _number(node.args[1])
+        floor = _number(arg(node, 1))
         least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
         return s if floor is not None and floor <= least and len(node.args) < 3 else None
     if is_call(node, aten.tanh.default):
         return replace(s, softcap=math.nan) if s.softcap is None and not s.steps else None
     if is_call(node, aten.cat.default):
-        return _sink(node, arg, s)
+        return _sink(node, source, s)
     return None
 
 
@@ -203,12 +216,12 @@ def _number(x: Any) -> float | None:
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     while is_call(x, aten.expand.default, *CASTS, aten.lift_fresh_copy.default, aten.detach.default, *RESHAPES):
-        x = x.args[0]
+        x = arg(x, 0)
     if is_call(x, aten.full.default, aten.full_like.default, aten.new_full.default):
-        made = x.args[2] if is_call(x, aten.new_full.default) else x.args[1]
+        made = arg(x, 2) if is_call(x, aten.new_full.default) else arg(x, 1)
         return float(made) if isinstance(made, (int, float)) else None
     if is_call(x, aten.scalar_tensor.default):
-        return float(x.args[0])
+        return float(arg(x, 0))
     if is_call(x, aten.zeros.default, aten.zeros_like.default):
         return 0.0
     return _stored_number(x)
@@ -225,8 +238,8 @@ def _stored_number(x: Any) -> float | None:
     return None if isinstance(found, torch.nn.Parameter) else float(found)
 
 
-def _other(node: fx.Node, arg: fx.Node) -> Any:
-    return node.args[1] if node.args[0] is arg else node.args[0]
+def _other(node: fx.Node, source: fx.Node) -> Any:
+    return arg(node, 1) if arg(node, 0) is source else arg(node, 0)
 
 
 def _scaled(s: Scores, factor: float) -> Scores:
@@ -239,10 +252,10 @@ def _scaled(s: Scores, factor: float) -> Scores:
     return replace(s, softcap=s.softcap * factor, scale=s.scale * factor, steps=steps)
 
 
-def _multiply(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
-    other = _other(node, arg)
+def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    other = _other(node, source)
     divides = is_call(node, *_DIV)
-    if divides and (node.args[0] is not arg or node.kwargs.get("rounding_mode")):
+    if divides and (arg(node, 0) is not source or node.kwargs.get("rounding_mode")):
         return None
     number = _number(other)
     if number is not None:
@@ -253,31 +266,31 @@ def _multiply(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
     return None if axes is None else replace(s, factors=(*s.factors, Operand(other, axes)))
 
 
-def _add(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
+def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     if s.softcap is not None and math.isnan(s.softcap):
         return None
-    other = _other(node, arg)
+    other = _other(node, source)
     alpha = node.kwargs.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
     sign = float(alpha)
-    if is_call(node, *_RSUB):  # other - alpha * arg
-        if node.args[0] is not arg:
+    if is_call(node, *_RSUB):  # other - alpha * scores
+        if arg(node, 0) is not source:
             return None
         s, sign = _scaled(s, -sign), 1.0
     elif is_call(node, *_SUB):
-        if node.args[0] is not arg:
+        if arg(node, 0) is not source:
             s, sign = _scaled(s, -sign), 1.0
         else:
             sign = -sign
-    elif node.args[0] is not arg:  # other + alpha * arg
+    elif arg(node, 0) is not source:  # other + alpha * scores
         s, sign = (_scaled(s, sign) if sign != 1 else s), 1.0
     number = _number(other)
     if number is not None:
         return replace(s, steps=(*s.steps, Term(None, 1.0, sign * number)))
     if not is_tensor(other):
         return None
-    if sign < 0 and any(is_maximum_of(other, arg, i) and len(resolve(a)) for i, a in enumerate(s.axes)):
+    if sign < 0 and any(is_maximum_of(other, source, i) and len(resolve(a)) for i, a in enumerate(s.axes)):
         return replace(s, shifted=s.sinks is None)  # no softmax sees it, but a sink that joins later would
     axes = broadcast(other, s.axes)
     return None if axes is None else replace(s, steps=(*s.steps, Term(Operand(other, axes), sign)))
@@ -290,20 +303,20 @@ def _hide(s: Scores, condition: Any, when: bool, fill: float) -> Scores | None:
     return None if axes is None else replace(s, steps=(*s.steps, Hide(Operand(condition, axes), when, fill)))
 
 
-def _sink(node: fx.Node, arg: fx.Node, s: Scores) -> Scores | None:
+def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     """``cat([scores, sink], -1)``: one more column that takes weight and gives nothing."""
-    parts = node.args[0]
-    dim = wrap(int(node.args[1]) if len(node.args) > 1 else 0, len(s.axes))  # type: ignore[arg-type]
-    if len(parts) != 2 or s.sinks is not None or s.shifted or parts[0] is not arg or not s.axes[dim]:  # type: ignore[arg-type,index]
+    parts = arg(node, 0)
+    dim = wrap(arg(node, 1, 0), len(s.axes))
+    if len(parts) != 2 or s.sinks is not None or s.shifted or parts[0] is not source or not s.axes[dim]:
         return None
-    column = parts[1]  # type: ignore[index]
-    if not is_tensor(column) or shape(column)[dim] != 1:  # type: ignore[arg-type]
+    column = parts[1]
+    if not is_tensor(column) or shape(column)[dim] != 1:
         return None
     around: Axes = tuple(() if i == dim else a for i, a in enumerate(resolve_all(s.axes)))
-    if any(size not in (1, math.prod(a.size for a in axis)) for size, axis in zip(shape(column), around, strict=True)):  # type: ignore[arg-type]
+    if any(size not in (1, math.prod(a.size for a in axis)) for size, axis in zip(shape(column), around, strict=True)):
         return None
-    axes: Axes = tuple(ax if n != 1 else () for n, ax in zip(shape(column), around, strict=True))  # type: ignore[arg-type]
-    return replace(s, sinks=Operand(column, axes))  # type: ignore[arg-type]
+    axes: Axes = tuple(ax if n != 1 else () for n, ax in zip(shape(column), around, strict=True))
+    return replace(s, sinks=Operand(column, axes))
 
 
 __all__ = ["Axis", "Hide", "Multiply", "NotScores", "Operand", "Scores", "Step", "Term", "read_scores"]

@@ -18,11 +18,13 @@ from attnopt.contraction import expand_equation
 from attnopt.graph import (
     CASTS,
     RESHAPES,
+    arg,
     aten,
     getitem_source,
     is_call,
     is_static,
     is_tensor,
+    operand,
     opname,
     shape,
     value,
@@ -48,13 +50,67 @@ class Pulled:
 
 
 _UNARY = {
-    "neg", "relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "sin", "cos",
-    "square", "pow", "clone", "contiguous", "detach", "alias", "dropout", "elu", "leaky_relu", "softplus", "hardtanh",
-    "clamp", "clamp_min", "nan_to_num", "conj", "_conj", "resolve_conj", "resolve_neg", "bitwise_not", "logical_not",
+    "neg",
+    "relu",
+    "gelu",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "abs",
+    "sin",
+    "cos",
+    "square",
+    "pow",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "dropout",
+    "elu",
+    "leaky_relu",
+    "softplus",
+    "hardtanh",
+    "clamp",
+    "clamp_min",
+    "nan_to_num",
+    "conj",
+    "_conj",
+    "resolve_conj",
+    "resolve_neg",
+    "bitwise_not",
+    "logical_not",
     "conj_physical",
-}  # fmt: skip
-_BINARY = {"add", "sub", "mul", "div", "rsub", "maximum", "minimum", "where", "masked_fill", "addcmul", "pow",
-           "bitwise_and", "bitwise_or", "eq", "ne", "ge", "gt", "le", "lt", "__and__", "__or__", "logical_and", "logical_or"}  # fmt: skip
+}
+_BINARY = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "rsub",
+    "maximum",
+    "minimum",
+    "where",
+    "masked_fill",
+    "addcmul",
+    "pow",
+    "bitwise_and",
+    "bitwise_or",
+    "eq",
+    "ne",
+    "ge",
+    "gt",
+    "le",
+    "lt",
+    "__and__",
+    "__or__",
+    "logical_and",
+    "logical_or",
+}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "linalg_vector_norm", "norm", "var", "std", "any", "all"}
 
 
@@ -162,8 +218,7 @@ def unravel(
 
 
 def _reshape(node: fx.Node, selection: Selection) -> Pulled | None:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     groups = regroup(shape(node), shape(x))
     if groups is None:
         return None
@@ -182,7 +237,7 @@ def _reshape(node: fx.Node, selection: Selection) -> Pulled | None:
 
 def _resized(node: fx.Node, selection: Selection) -> list[Any]:
     """The size argument of a reshape or expand whose result is selected."""
-    sizes = list(node.args[1])  # type: ignore[arg-type]
+    sizes = list(arg(node, 1))
     for axis in range(len(sizes)):
         if axis in selection:
             sizes[axis] = len(selection[axis])
@@ -192,14 +247,13 @@ def _resized(node: fx.Node, selection: Selection) -> list[Any]:
 
 
 def _permute(node: fx.Node, selection: Selection) -> Pulled:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     n = len(shape(x))
     order = list(range(n))
     if is_call(node, aten.permute.default):
-        order = [wrap(int(d), n) for d in node.args[1]]  # type: ignore[union-attr,arg-type]
+        order = [wrap(int(d), n) for d in arg(node, 1)]
     elif is_call(node, aten.transpose.int):
-        i, j = wrap(int(node.args[1]), n), wrap(int(node.args[2]), n)  # type: ignore[arg-type]
+        i, j = wrap(arg(node, 1), n), wrap(arg(node, 2), n)
         order[i], order[j] = order[j], order[i]
     elif n >= 2:
         order[-2], order[-1] = order[-1], order[-2]
@@ -207,36 +261,32 @@ def _permute(node: fx.Node, selection: Selection) -> Pulled:
 
 
 def _unsqueeze(node: fx.Node, selection: Selection) -> Pulled:
-    x, dim = node.args
-    assert isinstance(x, fx.Node)
-    at = wrap(int(dim), len(shape(x)) + 1)  # type: ignore[arg-type]
+    x, dim = operand(node), arg(node, 1)
+    at = wrap(dim, len(shape(x)) + 1)
     below = {a - (a > at): idx for a, idx in selection.items() if a != at}
     return Pulled(((x, below),), _replaced(node, [x]))
 
 
 def _squeeze(node: fx.Node, selection: Selection) -> Pulled | None:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     n = len(shape(x))
     if len(node.args) < 2:
         return None
-    dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-    gone = {wrap(int(d), n) for d in dims if shape(x)[wrap(int(d), n)] == 1}  # type: ignore[arg-type]
+    dims = arg(node, 1) if isinstance(arg(node, 1), (list, tuple)) else [arg(node, 1)]
+    gone = {wrap(int(d), n) for d in dims if shape(x)[wrap(int(d), n)] == 1}
     left = [a for a in range(n) if a not in gone]
     return Pulled(((x, {left[a]: idx for a, idx in selection.items()}),), _replaced(node, [x]))
 
 
 def _expand(node: fx.Node, selection: Selection) -> Pulled:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     below = aligned(x, len(shape(node)), selection)
     return Pulled(((x, below),), lambda f: _with_args(node, f[0], _resized(node, selection)))
 
 
 def _select(node: fx.Node, selection: Selection) -> Pulled:
-    x, dim, index = node.args[:3]
-    assert isinstance(x, fx.Node) and isinstance(index, int)
-    at = wrap(int(dim), len(shape(x)))  # type: ignore[arg-type]
+    x, dim, index = arg(node, 0), arg(node, 1), arg(node, 2)
+    at = wrap(int(dim), len(shape(x)))
     below: dict[int, tuple[int, ...]] = {a + (a >= at): idx for a, idx in selection.items()}
     if not is_static(value(x).shape[at]):
         return Pulled(((x, below),), _replaced(node, [x]))
@@ -245,9 +295,8 @@ def _select(node: fx.Node, selection: Selection) -> Pulled:
 
 
 def _slice(node: fx.Node, selection: Selection) -> Pulled:
-    x, dim, start, end, step = (*node.args, *(0, 0, 2**63 - 1, 1)[len(node.args) - 1 :])
-    assert isinstance(x, fx.Node)
-    at = wrap(int(dim), len(shape(x)))  # type: ignore[arg-type]
+    x, start, end, step = operand(node), arg(node, 2, 0), arg(node, 3, 2**63 - 1), arg(node, 4, 1)
+    at = wrap(arg(node, 1, 0), len(shape(x)))
     if at not in selection:
         return Pulled(((x, selection),), _replaced(node, [x]))
     taken = range(shape(x)[at])[slice(_bound(start), _bound(end), _bound(step))]
@@ -258,7 +307,7 @@ def _bound(x: Any) -> int | None:
     if isinstance(x, fx.Node):
         val = value(x)
         return int(val.node.hint) if hasattr(val, "node") else int(val)
-    return x  # type: ignore[no-any-return]
+    return None if x is None else int(x)
 
 
 def _getitem(node: fx.Node, selection: Selection) -> Pulled | None:
@@ -267,14 +316,12 @@ def _getitem(node: fx.Node, selection: Selection) -> Pulled | None:
     if found is None:
         return None
     source, index = found
-    x = source.args[0]
+    x = arg(source, 0)
     name = opname(source)
     if not is_tensor(x) or name not in ("split", "split_with_sizes", "chunk", "unbind", "tensor_split"):
         return None
-    assert isinstance(x, fx.Node)
     default = 1 if name == "unbind" else 2
-    dim = source.args[default] if len(source.args) > default else source.kwargs.get("dim", 0)
-    at = wrap(int(dim), len(shape(x)))  # type: ignore[arg-type]
+    at = wrap(arg(source, default, source.kwargs.get("dim", 0)), len(shape(x)))
     if name == "unbind":
         below = {a + (a >= at): idx for a, idx in selection.items()}
         below[at] = (index,)
@@ -289,18 +336,18 @@ def _getitem(node: fx.Node, selection: Selection) -> Pulled | None:
 
 def _cat(node: fx.Node, selection: Selection) -> Pulled | None:
     n = len(shape(node))
-    parts = [p for p in node.args[0] if len(shape(p)) == n]  # type: ignore[union-attr,arg-type]  torch takes empty 1-D ones
-    at = wrap(int(node.args[1]) if len(node.args) > 1 else 0, n)  # type: ignore[arg-type]
+    parts = [p for p in arg(node, 0) if len(shape(p)) == n]  # torch takes empty 1-D ones
+    at = wrap(arg(node, 1, 0), n)
     others = {a: idx for a, idx in selection.items() if a != at}
     if at not in selection:
-        return Pulled(tuple((p, others) for p in parts), lambda f: (node.target, (list(f), at), {}))  # type: ignore[misc]
+        return Pulled(tuple((p, others) for p in parts), lambda f: (node.target, (list(f), at), {}))
     demands: list[Demand] = []
     wanted, start = list(selection[at]), 0
     for part in parts:
-        size = shape(part)[at]  # type: ignore[arg-type]
+        size = shape(part)[at]
         mine = tuple(i - start for i in wanted if start <= i < start + size)
         if mine:
-            demands.append((part, {**others, at: mine}))  # type: ignore[arg-type]
+            demands.append((part, {**others, at: mine}))
         start += size
     if wanted != sorted(wanted) or not demands:
         return None
@@ -310,29 +357,27 @@ def _cat(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _stack(node: fx.Node, selection: Selection) -> Pulled | None:
-    parts = list(node.args[0])  # type: ignore[arg-type]
-    at = wrap(int(node.args[1]) if len(node.args) > 1 else 0, len(shape(node)))  # type: ignore[arg-type]
+    parts = list(arg(node, 0))
+    at = wrap(arg(node, 1, 0), len(shape(node)))
     below = {a - (a > at): idx for a, idx in selection.items() if a != at}
     kept = [parts[i] for i in selection.get(at, range(len(parts)))]
-    return Pulled(tuple((p, below) for p in kept), lambda f: (node.target, (list(f), at), {}))  # type: ignore[misc]
+    return Pulled(tuple((p, below) for p in kept), lambda f: (node.target, (list(f), at), {}))
 
 
 def _linear(node: fx.Node, selection: Selection) -> Pulled | None:
-    x, w = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else None
-    assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    x, w = arg(node, 0), arg(node, 1)
+    bias = arg(node, 2)
     last = len(shape(node)) - 1
     if set(selection) - {last}:
         return None if last in selection else Pulled(((x, selection),), _replaced(node, [x]), across=True)
     demands: list[Demand] = [(w, {0: selection[last]})]
     if is_tensor(bias):
-        demands.append((bias, {0: selection[last]}))  # type: ignore[arg-type]
+        demands.append((bias, {0: selection[last]}))
     return Pulled(tuple(demands), lambda f: (node.target, (x, *f), {}), weights=frozenset(range(len(demands))))
 
 
 def _addmm(node: fx.Node, selection: Selection) -> Pulled | None:
-    bias, x, w = node.args[:3]
-    assert isinstance(bias, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    bias, x, w = arg(node, 0), arg(node, 1), arg(node, 2)
     if set(selection) != {1}:
         return None
     below = aligned(bias, 2, selection)
@@ -344,8 +389,7 @@ def _addmm(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _matmul(node: fx.Node, selection: Selection) -> Pulled | None:
-    a, b = node.args[:2]
-    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    a, b = arg(node, 0), arg(node, 1)
     n = len(shape(node))
     if len(shape(a)) < 2 or len(shape(b)) < 2:
         return None
@@ -360,36 +404,44 @@ def _matmul(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _einsum(node: fx.Node, selection: Selection) -> Pulled | None:
-    equation, operands = node.args[:2]
+    equation, operands = arg(node, 0), arg(node, 1)
     assert isinstance(equation, str) and isinstance(operands, (list, tuple))
-    found = expand_equation(equation, tuple(len(shape(o)) for o in operands))  # type: ignore[arg-type]
+    found = expand_equation(equation, tuple(len(shape(o)) for o in operands))
     if found is None:
         return None
     terms, out = found
     chosen = {out[a]: idx for a, idx in selection.items()}
     demands = tuple(
-        (o, {t.index(c): idx for c, idx in chosen.items() if c in t and shape(o)[t.index(c)] != 1})  # type: ignore[arg-type]
+        (o, {t.index(c): idx for c, idx in chosen.items() if c in t and shape(o)[t.index(c)] != 1})
         for o, t in zip(operands, terms, strict=True)
     )
-    weights = frozenset(i for i, (o, s) in enumerate(demands) if s and is_weight(o))  # type: ignore[arg-type]
-    build = lambda f: (node.target, (equation, list(f)), {})  # noqa: E731
-    return Pulled(demands, build, weights, across=not weights)  # type: ignore[arg-type]
+    weights = frozenset(i for i, (o, s) in enumerate(demands) if s and is_weight(o))
+    build = lambda f: (node.target, (equation, list(f)), {})
+    return Pulled(demands, build, weights, across=not weights)
 
 
 def is_weight(node: fx.Node) -> bool:
     """``node`` is a parameter or buffer, or a layout change of one."""
-    while is_call(node, *RESHAPES, *CASTS, aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default,
-                  aten.unsqueeze.default, aten.squeeze.dim):  # fmt: skip
-        node = node.args[0]  # type: ignore[assignment]
+    while is_call(
+        node,
+        *RESHAPES,
+        *CASTS,
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.mT.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+    ):
+        node = arg(node, 0)
     return node.op == "get_attr"
 
 
 def _convolution(node: fx.Node, selection: Selection) -> Pulled | None:
-    x, w = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else None
-    assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    x, w = arg(node, 0), arg(node, 1)
+    bias = arg(node, 2)
     groups = node.args[-1] if isinstance(node.args[-1], int) and len(node.args) >= 7 else 1
-    if is_call(node, aten.convolution.default) and node.args[6]:  # transposed
+    if is_call(node, aten.convolution.default) and arg(node, 6):  # transposed
         return None
     if 1 not in selection:
         return Pulled(((x, selection),), _replaced(node, [x]), across=True) if set(selection) == {0} else None
@@ -398,10 +450,10 @@ def _convolution(node: fx.Node, selection: Selection) -> Pulled | None:
     rows = selection[1]
     demands: list[Demand] = [(w, {0: rows})]
     if is_tensor(bias):
-        demands.append((bias, {0: rows}))  # type: ignore[arg-type]
+        demands.append((bias, {0: rows}))
     if groups == 1:
         operands = [w, bias] if is_tensor(bias) else [w]
-        return Pulled(tuple(demands), _replaced(node, operands), weights=frozenset(range(len(demands))))  # type: ignore[arg-type]
+        return Pulled(tuple(demands), _replaced(node, operands), weights=frozenset(range(len(demands))))
     if groups != shape(x)[1] or groups != shape(node)[1]:
         return None
     depthwise = [*demands, (x, {1: rows})]
@@ -416,17 +468,16 @@ def _convolution(node: fx.Node, selection: Selection) -> Pulled | None:
 
 def _norm(node: fx.Node, selection: Selection) -> Pulled | None:
     """layer_norm and rms_norm: whole along the normalised axes."""
-    x, normalized = node.args[:2]
-    assert isinstance(x, fx.Node)
-    first = len(shape(x)) - len(normalized)  # type: ignore[arg-type]
+    x, normalized = arg(node, 0), arg(node, 1)
+    first = len(shape(x)) - len(normalized)
     return None if any(a >= first for a in selection) else Pulled(((x, selection),), _replaced(node, [x]))
 
 
 def _batch_norm(node: fx.Node, selection: Selection) -> Pulled | None:
     operands = [n for n in node.all_input_nodes if is_tensor(n)]
-    if node.args[5]:  # training: statistics of the batch
+    if arg(node, 5):  # training: statistics of the batch
         return None
-    x = node.args[0]
+    x = arg(node, 0)
     if set(selection) - {1}:
         return None
     demands = tuple((n, selection if n is x else {0: selection[1]}) for n in operands)
@@ -434,14 +485,13 @@ def _batch_norm(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _reduction(node: fx.Node, selection: Selection) -> Pulled | None:
-    x = node.args[0]
+    x = arg(node, 0)
     position = 2 if opname(node) in ("linalg_vector_norm", "norm") else 1
     dims = node.args[position] if len(node.args) > position else None
     if not is_tensor(x) or not isinstance(dims, (list, tuple, int)):
         return None
-    assert isinstance(x, fx.Node)
     n = len(shape(x))
-    reduced = {wrap(int(d), n) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[arg-type]
+    reduced = {wrap(int(d), n) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
     kept = len(shape(node)) == n
     axes = [a for a in range(n) if kept or a not in reduced]
     below = {axes[a]: idx for a, idx in selection.items()}
@@ -449,18 +499,16 @@ def _reduction(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _softmax(node: fx.Node, selection: Selection) -> Pulled | None:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
-    at = wrap(int(node.args[1]), len(shape(x)))  # type: ignore[arg-type]
+    x = operand(node)
+    at = wrap(arg(node, 1), len(shape(x)))
     return None if at in selection else Pulled(((x, selection),), _replaced(node, [x]))
 
 
 def _repeat_interleave(node: fx.Node, selection: Selection) -> Pulled | None:
-    x, times = node.args[:2]
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    x, times = arg(node, 0), arg(node, 1)
+    dim = arg(node, 2, node.kwargs.get("dim"))
     if not isinstance(times, int) or not isinstance(dim, int):
         return None
-    assert isinstance(x, fx.Node)
     at = wrap(dim, len(shape(x)))
     if at not in selection:
         return Pulled(((x, selection),), _replaced(node, [x]))
@@ -468,8 +516,7 @@ def _repeat_interleave(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _repeat(node: fx.Node, selection: Selection) -> Pulled | None:
-    x, times = node.args[:2]
-    assert isinstance(x, fx.Node) and isinstance(times, (list, tuple))
+    x, times = arg(node, 0), arg(node, 1)
     if any(not isinstance(t, int) for t in times):
         return None
     shift = len(times) - len(shape(x))
@@ -479,23 +526,21 @@ def _repeat(node: fx.Node, selection: Selection) -> Pulled | None:
         if a >= shift:
             below[a - shift] = tuple(i % shape(x)[a - shift] for i in idx)
         again[a] = 1 if a >= shift else len(idx)
-    build = lambda f: (node.target, (f[0], again), {})  # noqa: E731
+    build = lambda f: (node.target, (f[0], again), {})
     return Pulled(((x, trim(x, below)),), None if all(t == 1 for t in again) and shift == 0 else build)
 
 
 def _index_select(node: fx.Node, selection: Selection) -> Pulled | None:
-    return None if wrap(int(node.args[1]), len(shape(node))) in selection else _elementwise_first(node, selection)  # type: ignore[arg-type]
+    return None if wrap(arg(node, 1), len(shape(node))) in selection else _elementwise_first(node, selection)
 
 
 def _elementwise_first(node: fx.Node, selection: Selection) -> Pulled:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     return Pulled(((x, selection),), _replaced(node, [x]))
 
 
 def _complex_view(node: fx.Node, selection: Selection) -> Pulled | None:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     return (
         None
         if len(shape(node)) - 1 in selection and len(shape(node)) > len(shape(x))
@@ -504,8 +549,7 @@ def _complex_view(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _embedding(node: fx.Node, selection: Selection) -> Pulled | None:
-    w, ids = node.args[:2]
-    assert isinstance(w, fx.Node) and isinstance(ids, fx.Node)
+    w = operand(node)
     last = len(shape(node)) - 1
     if set(selection) != {last}:
         return None
@@ -513,31 +557,61 @@ def _embedding(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _roll(node: fx.Node, selection: Selection) -> Pulled | None:
-    dims = node.args[2] if len(node.args) > 2 else ()
+    dims = arg(node, 2, ())
     n = len(shape(node))
-    moved = {wrap(int(d), n) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[arg-type]
+    moved = {wrap(int(d), n) for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
     return None if not moved or moved & set(selection) else _elementwise_first(node, selection)
 
 
 def _flip(node: fx.Node, selection: Selection) -> Pulled | None:
     n = len(shape(node))
-    return None if {wrap(int(d), n) for d in node.args[1]} & set(selection) else _elementwise_first(node, selection)  # type: ignore[union-attr,arg-type]
+    return None if {wrap(int(d), n) for d in arg(node, 1)} & set(selection) else _elementwise_first(node, selection)
 
 
 def _pad(node: fx.Node, selection: Selection) -> Pulled | None:
-    pads, n = list(node.args[1]), len(shape(node))  # type: ignore[arg-type]
+    pads, n = list(arg(node, 1)), len(shape(node))
     padded = {n - 1 - i // 2 for i, p in enumerate(pads) if p != 0}
     return None if padded & set(selection) else _elementwise_first(node, selection)
 
 
 _RULES: dict[str, Callable[[fx.Node, Selection], Pulled | None]] = {
-    "view": _reshape, "reshape": _reshape, "_unsafe_view": _reshape,
-    "permute": _permute, "transpose": _permute, "t": _permute, "mT": _permute, "numpy_T": _permute,
-    "unsqueeze": _unsqueeze, "squeeze": _squeeze, "expand": _expand, "select": _select, "slice": _slice,
-    "getitem": _getitem, "cat": _cat, "stack": _stack, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
-    "bmm": _matmul, "mm": _matmul, "einsum": _einsum, "conv1d": _convolution, "conv2d": _convolution,
-    "convolution": _convolution, "layer_norm": _norm, "rms_norm": _norm, "batch_norm": _batch_norm,
-    "softmax": _softmax, "repeat_interleave": _repeat_interleave, "repeat": _repeat, "index_select": _index_select,
-    "view_as_complex": _complex_view, "view_as_real": _complex_view, "embedding": _embedding, "roll": _roll,
-    "flip": _flip, "constant_pad_nd": _pad, "pad": _pad,
-}  # fmt: skip
+    "view": _reshape,
+    "reshape": _reshape,
+    "_unsafe_view": _reshape,
+    "permute": _permute,
+    "transpose": _permute,
+    "t": _permute,
+    "mT": _permute,
+    "numpy_T": _permute,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "expand": _expand,
+    "select": _select,
+    "slice": _slice,
+    "getitem": _getitem,
+    "cat": _cat,
+    "stack": _stack,
+    "linear": _linear,
+    "addmm": _addmm,
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "mm": _matmul,
+    "einsum": _einsum,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "convolution": _convolution,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
+    "batch_norm": _batch_norm,
+    "softmax": _softmax,
+    "repeat_interleave": _repeat_interleave,
+    "repeat": _repeat,
+    "index_select": _index_select,
+    "view_as_complex": _complex_view,
+    "view_as_real": _complex_view,
+    "embedding": _embedding,
+    "roll": _roll,
+    "flip": _flip,
+    "constant_pad_nd": _pad,
+    "pad": _pad,
+}

@@ -113,7 +113,8 @@ class Selector:
         if pulled.build is None:
             return found[0]
         target, args, kwargs = pulled.build(found)
-        return self.emit.call(target, *args, **kwargs)
+        made: fx.Node = self.emit.call(target, *args, **kwargs)
+        return made
 
     def _stay(self, node: fx.Node, selection: Selection) -> fx.Node:
         """Pull up the axes that can be, and select the others here."""

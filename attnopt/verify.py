@@ -17,8 +17,21 @@ from attnopt.compare import TOLERANCE, difference
 from attnopt.graph import get_attr, hint, opname, shape, value
 from attnopt.raising import Raised
 
-_CUTS = {"linear", "addmm", "mm", "convolution", "conv1d", "conv2d", "conv3d", "embedding", "layer_norm", "native_layer_norm",
-         "scaled_dot_product_attention", "group_norm", "batch_norm"}  # fmt: skip
+_CUTS = {
+    "linear",
+    "addmm",
+    "mm",
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "embedding",
+    "layer_norm",
+    "native_layer_norm",
+    "scaled_dot_product_attention",
+    "group_norm",
+    "batch_norm",
+}
 
 
 def example_values(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
