@@ -72,8 +72,8 @@ class Signature:
             raise CaptureError(
                 f"called without {', '.join(missing)}", hint="give every input that was among the example inputs"
             )
-        value_of = lambda n: given[n] if n in given else defaults[n]
-        return tuple(value_of(n) for n in self.positional), {n: value_of(n) for n in self.keywords}
+        values = {**defaults, **given}
+        return tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords}
 
     def to_json(self) -> dict[str, Any]:
         plain = (type(None), bool, int, float, str)

@@ -92,11 +92,12 @@ def _try_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
     args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
     exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
-    return exported.run_decompositions({})
+    decomposed: ExportedProgram = exported.run_decompositions({})
+    return decomposed
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares every parameter and buffer: what tracing leaves behind in attributes stays out of the user's model."""
+    """A copy that shares every parameter and buffer: what tracing leaves in attributes stays out of the user's model."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, shared)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from attnopt import plugins
+from attnopt.backends.reference import Reference
 from attnopt.finding import Found
 from attnopt.lowering import Plan, edited_parameters
 from attnopt.policy import Policy
@@ -51,6 +52,8 @@ def decide(found: Found, policy: Policy, backends: Sequence[Backend]) -> Decisio
     if backend is None:
         return Decision(found, found.site, refusals={**refusals, **reasons})
     plan = Plan(found, site.spec, tuple(edits), backend, tuple(applied))
+    if plan.changes_nothing and reasons and isinstance(backend, Reference):
+        return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
     return Decision(found, site, plan, refusals, (*notes, *_kept_whole(found.site, site.spec)))
 
 

@@ -10,11 +10,12 @@ from torch import Tensor, fx
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
 from attnopt.graph import ancestors, is_tensor, module_path, opname, shape, source_line
-from attnopt.matching import NotAttention, Region, recognise
+from attnopt.matching import recognise
 from attnopt.normaliser import Softmax, normalisers
 from attnopt.projections import read_output, read_projection
 from attnopt.raising import Raised, raise_region
 from attnopt.refusal import Refusal
+from attnopt.region import NotAttentionError, Region
 from attnopt.site import NearMiss, Projection, Site
 from attnopt.verify import example_values, site_error, site_tolerance
 
@@ -32,6 +33,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Findings:
+    """Everything that was found, and how many normalisers were looked at."""
+
     found: tuple[Found, ...]
     near_misses: tuple[NearMiss, ...]
     candidates: int
@@ -54,8 +57,8 @@ def find(program: Program) -> Findings:
             raised = raise_region(gm, region, name)
             error = site_error(gm, raised, examples)
             if not error <= site_tolerance(raised):
-                raise NotAttention(_not_equal(raised, error))
-        except NotAttention as e:
+                raise NotAttentionError(_not_equal(raised, error))
+        except NotAttentionError as e:
             if e.near:
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
             continue
@@ -112,7 +115,8 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
         projections[role], dirty[role] = read_projection(node, 1, heads)
     projections["out"], op = _read_out(raised)
     q, k = operands["q"], operands["k"]
-    assert q is not None and k is not None
+    assert q is not None
+    assert k is not None
     spec = replace(spec, is_cross=_is_cross(q, k), positions=_positions(q))
     notes = ("the attention weights are used elsewhere and are still computed",) if region.escapes else ()
     site = Site(

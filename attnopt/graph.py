@@ -36,6 +36,12 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
     return found
 
 
+def run_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the called operator gives for these values."""
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
 def opname(node: fx.Node) -> str:
     """The operator's name without its overload: "matmul", "softmax"."""
     if node.op != "call_function":
@@ -123,7 +129,8 @@ def _plain(path: str) -> str:
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     for node in graph.nodes:
         if isinstance(value(node), FakeTensor):
-            return value(node).fake_mode
+            mode: FakeTensorMode = value(node).fake_mode
+            return mode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -182,7 +189,7 @@ class Emitter:
         if key in self._known:
             return self._known[key]
         with self.graph.inserting_before(self.before):
-            copy = self.graph.call_function(node.target, args, kwargs)
+            copy = self.graph.create_node("call_function", node.target, args, kwargs)
         copy.meta["val"] = node.meta.get("val")
         self._mark(copy)
         self._known[key] = copy
@@ -262,7 +269,8 @@ def getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not is_call(node, operator.getitem):
         return None
     source, index = node.args
-    assert isinstance(source, fx.Node) and isinstance(index, int)
+    assert isinstance(source, fx.Node)
+    assert isinstance(index, int)
     return source, index
 
 

@@ -33,6 +33,11 @@ class Plan:
     backend: Backend
     passes: tuple[str, ...]
 
+    @property
+    def changes_nothing(self) -> bool:
+        """The meaning of the site stays as it is: the plan only fuses it."""
+        return self.spec == self.found.raised.spec and not self.edits
+
 
 def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy of the graph that shares every weight, and the map from old nodes to new ones."""
@@ -109,7 +114,9 @@ def _inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapp
         found: dict[str, Tensor | None] = dict.fromkeys(operands)
         found.update(zip(given, tensors, strict=True))
         q, k, v = found["q"], found["k"], found["v"]
-        assert q is not None and k is not None and v is not None
+        assert q is not None
+        assert k is not None
+        assert v is not None
         return attend(q, k, v, bias=found["bias"], mask=found["mask"], sinks=found["sinks"])
 
     return emit.inline(call, *(node for node in operands.values() if node is not None))
@@ -133,7 +140,8 @@ def edited_parameters(site: Site, edits: Sequence[HeadWeights]) -> dict[str, Ten
     made: dict[str, Tensor] = {}
     for edit in edits:
         p = site.projections[edit.role]
-        assert p.rows is not None and p.weight is not None
+        assert p.rows is not None
+        assert p.weight is not None
         rows = list(p.rows[edit.head])
         _write(made, site, p.weight, rows, edit.weight, by_column=p.transposed != (edit.role == "out"))
         if edit.bias is not None and p.bias is not None and edit.role != "out":

@@ -57,9 +57,7 @@ class OptimizedModel(nn.Module):
     @property
     def origin(self) -> Origin:
         if self._origin is None:
-            raise AttnoptError(
-                "the model has not been captured yet", hint="call it once, or give example inputs to optimize"
-            )
+            raise _not_captured()
         return self._origin
 
     @property
@@ -75,8 +73,8 @@ class OptimizedModel(nn.Module):
     @property
     def graph_module(self) -> fx.GraphModule:
         """The graph, with its code in ``.code``."""
-        self.origin
-        assert self.module is not None
+        if self.module is None:
+            raise _not_captured()
         return self.module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,3 +110,7 @@ class OptimizedModel(nn.Module):
         from attnopt.archive import exported
 
         return exported(self)
+
+
+def _not_captured() -> AttnoptError:
+    return AttnoptError("the model has not been captured yet", hint="call it once, or give example inputs to optimize")

@@ -6,12 +6,13 @@ sum divides only after the product with the values.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
 
-from attnopt.graph import arg, aten, is_call, is_tensor, shape, value, wrap
+from attnopt.graph import arg, aten, is_call, shape, value, wrap
 
 SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
@@ -80,10 +81,8 @@ def is_maximum_of(node: object, scores: fx.Node, axis: int) -> bool:
     """``node`` is the maximum of ``scores`` over ``axis``, kept as an axis: subtracting it changes no softmax."""
     while is_call(node, aten.detach.default, aten.expand.default):
         node = arg(node, 0)
-    if is_tensor(node) and getattr(node, "args", None) and not is_call(node, *_MAXIMA):
-        source = node.args
-        if len(source) == 2 and source[1] == 0 and is_call(source[0], aten.max.dim):
-            node = source[0]
+    if is_call(node, operator.getitem) and arg(node, 1) == 0:
+        node = arg(node, 0)
     if not is_call(node, *_MAXIMA) or arg(node, 0) is not scores:
         return False
     dims = arg(node, 1)

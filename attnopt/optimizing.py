@@ -215,7 +215,8 @@ class _Job:
         error = max(error, checker.error_on(module, self.batches))
         if self.tolerance is not None and not error <= self.tolerance:
             raise VerificationError(
-                f"the rewritten model differs from the original by {error:.3g} (relative), more than the tolerance {self.tolerance:g}",
+                f"the rewritten model differs from the original by {error:.3g} (relative), "
+                f"more than the tolerance {self.tolerance:g}",
                 hint="choose a milder policy, or fewer sites",
             )
         return error

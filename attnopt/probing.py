@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph import ancestors, get_attr, hint, is_call, value
+from attnopt.graph import ancestors, get_attr, hint, is_call, run_call, value
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 _HEAVY = (
@@ -83,7 +83,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
             dims = [number(s) for s in val.shape]
             return torch.full(dims, fill, dtype=val.dtype, device=val.device)
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
-        return n.target(*args, **kwargs)
+        return run_call(n, args, kwargs)
 
     wanted = set(ancestors(node, stop=_is_number))
     with torch.no_grad():

@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from attnopt.graph import get_attr, is_tensor, opname, shape, source_line
 from attnopt.pushing import push
-from attnopt.selection import Selection, is_weight, pull, trim
+from attnopt.selecting import Selection, is_weight, trim
+from attnopt.selection import pull
 from attnopt.site import Projection
 
 
@@ -176,7 +177,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
     op, target, at = end
     if len(shape(target)) == 3 or at > 1:
         return Projection(str(target.target), why="the weight has 3 axes"), op
-    bias = next((a for a in op.args if is_tensor(a) and len(shape(a)) == 1), None)
+    bias = next((a for a in op.all_input_nodes if is_tensor(a) and len(shape(a)) == 1), None)
     return Projection(
         str(target.target), str(bias.target) if isinstance(bias, fx.Node) else None, at == 0, tuple(rows)
     ), op

@@ -14,7 +14,7 @@ from torch import fx
 
 from attnopt.contraction import expand_equation
 from attnopt.graph import CASTS, arg, aten, is_call, is_static, is_tensor, opname, shape, value, wrap
-from attnopt.selection import Demand, Selection, aligned, is_weight, regroup, unravel
+from attnopt.selecting import Demand, Selection, aligned, is_weight, regroup, unravel
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def _matmul(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
 
 def _einsum(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
     equation, operands = arg(user, 0), arg(user, 1)
-    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    assert isinstance(equation, str)
+    assert isinstance(operands, (list, tuple))
     if len(operands) != 2:
         return None
     found = expand_equation(equation, tuple(len(shape(o)) for o in operands))

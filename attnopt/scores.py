@@ -100,7 +100,7 @@ class Scores:
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
 
 
-class NotScores(Exception):
+class NotScoresError(Exception):
     """Carries the refusal that says which node could not be understood."""
 
     def __init__(self, refusal: Refusal) -> None:
@@ -109,10 +109,10 @@ class NotScores(Exception):
 
 
 def read_scores(node: fx.Node, axis: int) -> Scores:
-    """Understand ``node``, the input of a softmax over ``axis``.  Raises NotScores."""
+    """Understand ``node``, the input of a softmax over ``axis``.  Raises NotScoresError."""
     found, blocked = _search(node, axis, 0)
     if found is None:
-        raise NotScores(_no_product(blocked or node))
+        raise NotScoresError(_no_product(blocked or node))
     return found
 
 
@@ -165,7 +165,7 @@ def _start(product: Product) -> Scores:
         return scores
     axes = broadcast(product.addend, product.axes)
     if axes is None:
-        raise NotScores(_no_product(product.node))
+        raise NotScoresError(_no_product(product.node))
     return replace(scores, steps=(Term(Operand(product.addend, axes), product.beta),))
 
 
@@ -319,4 +319,4 @@ def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     return replace(s, sinks=Operand(column, axes))
 
 
-__all__ = ["Axis", "Hide", "Multiply", "NotScores", "Operand", "Scores", "Step", "Term", "read_scores"]
+__all__ = ["Axis", "Hide", "Multiply", "NotScoresError", "Operand", "Scores", "Step", "Term", "read_scores"]

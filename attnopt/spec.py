@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from attnopt.patterns import Full, Pattern
 
+FULL = Full()
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -30,7 +32,7 @@ class AttentionSpec:
     head_dim: int  # D, of queries and keys
     value_dim: int  # Dv
     scale: float
-    pattern: Pattern = Full()
+    pattern: Pattern = FULL
     has_bias: bool = False
     has_mask: bool = False
     has_sinks: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from attnopt.graph import Emitter, aten, get_attr, shape, value
 from attnopt.pushing import push
-from attnopt.selection import Selection, pull, trim
+from attnopt.selecting import Selection, trim
+from attnopt.selection import pull
 
 
 class Weights:
@@ -132,9 +134,10 @@ class Selector:
 
     def _get(self, name: str, like: fx.Node, selection: Selection) -> fx.Node:
         graph = self.emit.graph
-        existing = next((n for n in graph.nodes if n.op == "get_attr" and n.target == name), None)
-        if existing is not None:
-            return existing
+        for node in graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                existing: fx.Node = node
+                return existing
         with graph.inserting_before(next(iter(graph.nodes))):
             made = graph.get_attr(name)
         fake = value(like)
@@ -147,7 +150,7 @@ class Selector:
 def restrict(emit: Emitter, node: fx.Node, selection: Selection) -> fx.Node:
     """``node`` restricted to ``selection`` by slices, or by an index where the indices are no range."""
     for axis, idx in selection.items():
-        steps = {b - a for a, b in zip(idx, idx[1:], strict=False)}
+        steps = {b - a for a, b in pairwise(idx)}
         if not steps or steps == {1}:
             node = emit.call(aten.slice.Tensor, node, axis, idx[0], idx[-1] + 1)
             continue

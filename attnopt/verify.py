@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
 from attnopt.compare import TOLERANCE, difference
-from attnopt.graph import get_attr, hint, opname, shape, value
+from attnopt.graph import get_attr, hint, opname, run_call, shape, value
 from attnopt.raising import Raised
 
 _CUTS = {
@@ -51,7 +51,9 @@ def site_error(gm: fx.GraphModule, raised: Raised, examples: Mapping[fx.Node, An
         want = run(region.out.node)
         operands = {n: None if o is None else run(o) for n, o in raised.operands.items()}
         q, k, v = operands.pop("q"), operands.pop("k"), operands.pop("v")
-        assert q is not None and k is not None and v is not None
+        assert q is not None
+        assert k is not None
+        assert v is not None
         run.env[raised.node] = Reference().lower(raised.spec)(q, k, v, **operands)
         got = run(raised.out)
     blind = torch.isnan(want)
@@ -86,7 +88,7 @@ class _Slice:
                 stack.extend(waiting)
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-            self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            self.env[node] = run_call(node, args, kwargs)
         found = self.env[target]
         assert isinstance(found, Tensor)
         return found

@@ -1,0 +1,156 @@
+"""Masks and biases: what the steps between scores and softmax amount to, and which pattern that is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.arranging import Arranger
+from attnopt.axes import Axes
+from attnopt.graph import Emitter, aten, dtype, source_line, value
+from attnopt.patterns import Causal, Full, Pattern
+from attnopt.probing import as_visible, evaluate, inputs_behind, is_plain, name_pattern, other_sizes, symbols
+from attnopt.refusal import Refusal
+from attnopt.region import NotAttentionError, Region
+from attnopt.roles import squares
+from attnopt.scores import Hide, Multiply, Term
+
+
+def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | None, fx.Node | None, bool]:
+    """The bias and the visible-mask that the steps amount to, and whether a constant was dropped from the scores."""
+    bias: fx.Node | None = None
+    mask: fx.Node | None = None
+    constant = False
+    groups: Axes = (r.batch, r.heads, r.queries, r.keys)
+    if r.top_left_causal and not squares(r):
+        mask = _top_left(emit, at, r)
+    for step in r.steps:
+        if isinstance(step, Multiply):
+            if step.factor < 0 and mask is not None:
+                raise NotAttentionError(
+                    Refusal("negated-mask", "a positive factor after a mask", str(step.factor), source_line(r.out.node))
+                )
+            bias = None if bias is None else emit.call(aten.mul.Tensor, bias, step.factor)
+        elif isinstance(step, Term):
+            constant = constant or step.operand is None
+            bias = _plus(emit, at, bias, step, groups)
+        else:
+            condition = at.arrange(step.condition.node, step.condition.axes, groups)
+            hidden = condition if step.when else emit.call(aten.bitwise_not.default, condition)
+            if step.fill == -math.inf or _moderate(step):
+                if step.fill != -math.inf and not _never_blind(_module_of(emit), hidden):
+                    raise NotAttentionError(_moderate_mask(step, r))
+                visible = emit.call(aten.bitwise_not.default, condition) if step.when else condition
+                mask = visible if mask is None else emit.call(aten.bitwise_and.Tensor, mask, visible)
+            else:
+                bias = _filled(emit, bias, hidden, step.fill, dtype(r.q.node))
+    return bias, mask, constant
+
+
+def _module_of(emit: Emitter) -> fx.GraphModule:
+    owner = emit.graph.owning_module
+    assert isinstance(owner, fx.GraphModule)
+    return owner
+
+
+def _moderate(step: Hide) -> bool:
+    """A fill that a score can still be seen beside: adding it is not the same as writing it."""
+    return step.fill > -1e8
+
+
+def _moderate_mask(step: Hide, r: Region) -> Refusal:
+    return Refusal(
+        "moderate-mask",
+        "a mask of -inf or the dtype's minimum",
+        f"{step.fill:g} written over scores, on rows that may be all hidden",
+        source_line(step.condition.node) or source_line(r.out.node),
+        "mask with -inf or torch.finfo(dtype).min",
+    )
+
+
+def _never_blind(gm: fx.GraphModule, hidden: fx.Node) -> bool:
+    """The condition is known without the inputs, and leaves each query a key."""
+    if inputs_behind(hidden) or not is_plain(hidden):
+        return False
+    return all(bool((~evaluate(gm, hidden, sizes)).any(-1).all()) for sizes in other_sizes(symbols(gm.graph)))
+
+
+def _plus(emit: Emitter, at: Arranger, bias: fx.Node | None, step: Term, groups: Axes) -> fx.Node | None:
+    if step.operand is None:
+        return bias if bias is None else emit.call(aten.add.Tensor, bias, step.constant)
+    term = at.arrange(step.operand.node, step.operand.axes, groups)
+    if step.coefficient != 1.0:
+        term = emit.call(aten.mul.Tensor, term, step.coefficient)
+    return term if bias is None else emit.call(aten.add.Tensor, bias, term)
+
+
+def _filled(emit: Emitter, bias: fx.Node | None, hidden: fx.Node, fill: float, kind: torch.dtype) -> fx.Node:
+    kind = kind if bias is None else dtype(bias)
+    device = value(hidden).device
+    written = emit.call(aten.full.default, [], fill, dtype=kind, device=device)
+    return emit.call(
+        aten.where.self, hidden, written, bias or emit.call(aten.full.default, [], 0.0, dtype=kind, device=device)
+    )
+
+
+def _top_left(emit: Emitter, at: Arranger, r: Region) -> fx.Node:
+    """The fused operator's causal flag where queries and keys differ in number: query i sees keys 0..i."""
+    device = value(r.q.node).device
+    rows = emit.call(aten.arange.default, at.length(r.queries), device=device)
+    columns = emit.call(aten.arange.default, at.length(r.keys), device=device)
+    visible = emit.call(
+        aten.le.Tensor, emit.call(aten.unsqueeze.default, columns, 0), emit.call(aten.unsqueeze.default, rows, 1)
+    )
+    return emit.call(aten.unsqueeze.default, emit.call(aten.unsqueeze.default, visible, 0), 0)
+
+
+def read_masks(
+    gm: fx.GraphModule, r: Region, bias: fx.Node | None, mask: fx.Node | None, q: fx.Node, k: fx.Node
+) -> tuple[Pattern, Pattern | None, fx.Node | None, fx.Node | None]:
+    """(static pattern, what it amounts to on unpadded inputs, bias operand, mask operand)."""
+    pattern: Pattern = Causal() if r.top_left_causal and squares(r) else Full()
+    lengths = (value(q).shape[2], value(k).shape[2])
+    both = [n for n in (bias, mask) if n is not None]
+    if not both:
+        return pattern, None, None, None
+    if (found := _named(gm, both, lengths, None)) is not None:
+        return _and(pattern, found), None, None, None
+    if mask is not None and (found := _named(gm, [mask], lengths, None)) is not None:
+        return _and(pattern, found), None, bias, None
+    if bias is not None and (found := _named(gm, [bias], lengths, None)) is not None:
+        pattern, bias = _and(pattern, found), None
+    seen = _named(gm, both, lengths, 1) if all(_from_flags(n) for n in both) else None
+    return pattern, None if seen is None else _and(pattern, seen), bias, mask
+
+
+def _and(a: Pattern, b: Pattern) -> Pattern:
+    return b if isinstance(a, Full) or a == b else a if isinstance(b, Full) else a & b
+
+
+def _from_flags(node: fx.Node) -> bool:
+    """Made from integer or boolean inputs alone, as padding masks are."""
+    return all(not value(n).dtype.is_floating_point for n in inputs_behind(node) if isinstance(value(n), Tensor))
+
+
+def _named(gm: fx.GraphModule, nodes: list[fx.Node], lengths: tuple[Any, Any], fill: Any) -> Pattern | None:
+    """The pattern that the nodes (biases and masks) together are, at the example sizes and others."""
+    if any(not is_plain(n) or (fill is None and inputs_behind(n)) for n in nodes):
+        return None
+    found: list[Tensor] = []
+    for sizes in other_sizes(symbols(gm.graph)):
+        total: Tensor | None = None
+        q_len, kv_len = (s if isinstance(s, int) else int(s.node.expr.subs(sizes)) for s in lengths)
+        for node in nodes:
+            try:
+                visible = as_visible(evaluate(gm, node, sizes, fill))
+            except (ValueError, RuntimeError, IndexError, TypeError):
+                return None
+            if visible is None:
+                return None
+            total = visible if total is None else total & visible
+        assert total is not None
+        found.append(total.expand(*total.shape[:-2], q_len, kv_len))
+    return name_pattern(found)

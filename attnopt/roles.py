@@ -1,0 +1,172 @@
+"""Which axes of a recognised attention are heads, queries, keys and batch: read off where each comes from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from attnopt.axes import Atom, Axes, Axis, follow, fresh, length, reshape, resolve, resolve_all
+from attnopt.graph import (
+    CASTS,
+    RESHAPES,
+    arg,
+    aten,
+    is_call,
+    is_tensor,
+    operand,
+    same_size,
+    shape,
+    source_line,
+    value,
+    wrap,
+)
+from attnopt.projections import lands_on_weights
+from attnopt.refusal import Refusal
+from attnopt.region import NotAttentionError, Region, atoms_of
+from attnopt.scores import Operand
+
+
+def assign_roles(r: Region) -> Region:
+    frames = list(r.frames)
+    for read in (r.q, r.k, r.v):
+        frames += _walk_up(read)
+    frame = _ordered(r)
+    not_queries = atoms_of(r.k.axes) | atoms_of(r.v.axes)
+    heads = tuple(c for c in frame if lands_on_weights(r.q.node, _pick(r.q, c)))
+    if not heads:
+        heads = tuple(c for c in frame if c in atoms_of(r.k.axes) and lands_on_weights(r.k.node, _pick(r.k, c)))
+    free = [c for c in frame if c not in heads]
+    queries = _query_atoms(r, [c for c in free if c not in not_queries])
+    batch = [c for c in free if c not in queries]
+    if not heads:
+        heads, batch = _guess_heads(r, batch)
+    _refuse_channels(r)
+    return replace(
+        r,
+        heads=heads,
+        queries=queries,
+        batch=tuple(batch),
+        frames=tuple((n, resolve_all(a)) for n, a in frames),
+        q=_resolved(r.q),
+        k=_resolved(r.k),
+        v=_resolved(r.v),
+        out=_resolved(r.out),
+        keys=resolve(r.keys),
+        features=resolve(r.features),
+        value_features=resolve(r.value_features),
+    )
+
+
+def _resolved(o: Operand) -> Operand:
+    return Operand(o.node, resolve_all(o.axes))
+
+
+def _ordered(r: Region) -> list[Atom]:
+    """Atoms of the scores other than keys, in the order of the output's axes."""
+    own = set(resolve(r.value_features))
+    return [c for ax in resolve_all(r.out.axes) for c in ax if c not in own]
+
+
+def _pick(o: Operand, atom: Atom) -> dict[int, tuple[int, ...]]:
+    """Selection of the first of ``atom``'s values on the operand."""
+    for i, axis in enumerate(resolve_all(o.axes)):
+        if atom not in axis:
+            continue
+        inner = math.prod(c.size for c in axis[axis.index(atom) + 1 :])
+        return {i: tuple(j for j in range(length(axis)) if j // inner % atom.size == 0)}
+    return {}
+
+
+def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:
+    """Axes of the tensors above an operand as far as only layout changes: this is what cuts a merged batch x heads axis."""
+    found: list[tuple[fx.Node, Axes]] = []
+    node, axes = o.node, resolve_all(o.axes)
+    while True:
+        above = _unfollow(node, axes)
+        if above is None:
+            return found
+        node, axes = above
+        found.append(above)
+
+
+def _unfollow(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
+    """(input, its axes) of a layout operator whose result has ``axes``."""
+    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
+        return None
+    x = operand(node)
+    if is_call(node, *RESHAPES):
+        found = reshape(axes, shape(x))
+        return None if found is None else (x, found)
+    if is_call(node, *CASTS, aten.clone.default, aten.contiguous.default):
+        return x, axes
+    if is_call(node, aten.permute.default, aten.transpose.int, aten.mT.default, aten.t.default):
+        trial = fresh(shape(x)) if 1 not in shape(x) else tuple((Atom(s),) for s in shape(x))
+        moved = follow(node, trial)
+        if moved is None:
+            return None
+        return x, tuple(axes[moved.index(ax)] for ax in trial)
+    if is_call(node, aten.unsqueeze.default):
+        at = wrap(arg(node, 1), len(axes))
+        return x, (*axes[:at], *axes[at + 1 :])
+    if is_call(node, aten.expand.default):
+        shift = len(axes) - len(shape(x))
+        return x, tuple(ax if s != 1 else () for s, ax in zip(shape(x), axes[shift:], strict=True))
+    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not is_tensor(arg(node, 1)):
+        return x, axes
+    return None
+
+
+def _query_atoms(r: Region, candidates: list[Atom]) -> Axis:
+    """Of the atoms that only queries have, those of the innermost axis: the others are a batch that keys are shared over."""
+    if not candidates:
+        return ()
+    for axis in reversed(resolve_all(r.out.axes)):
+        mine = tuple(c for c in axis if c in candidates)
+        if mine:
+            return mine
+    return ()
+
+
+def _guess_heads(r: Region, batch: list[Atom]) -> tuple[Axis, list[Atom]]:
+    """Where no projection tells: by convention heads are the axis before the queries, behind at least one batch axis."""
+    rank = len(r.frames[0][1]) if r.frames else 0
+    if rank < 4 or not batch:
+        return (), batch
+    axis_before = [ax for ax in resolve_all(r.q.axes) if ax and set(ax) <= set(batch)]
+    if not axis_before or (len(axis_before) == 1 and 1 not in shape(r.q.node)[:-2]):
+        return (), batch
+    heads = axis_before[-1]
+    return heads, [c for c in batch if c not in heads]
+
+
+def _refuse_channels(r: Region) -> None:
+    """A softmax over features attends between channels, not between tokens."""
+    for atom in resolve(r.keys):
+        if lands_on_weights(r.k.node, _pick(r.k, atom)):
+            raise NotAttentionError(
+                Refusal(
+                    "channel-attention",
+                    "keys that are tokens",
+                    "a softmax over features that a projection makes",
+                    source_line(r.anchor) if r.anchor is not None else "",
+                    "attention between channels is left as it is",
+                )
+            )
+
+
+def squares(r: Region) -> bool:
+    """As many queries as keys, whatever the inputs' sizes."""
+    q, k = value(r.q.node), value(r.k.node)
+    return same_size(_size(q, r.q.axes, r.queries), _size(k, r.k.axes, r.keys))
+
+
+def _size(tensor: torch.Tensor, axes: Axes, wanted: Axis) -> int | torch.SymInt:
+    if not wanted:
+        return 1
+    for size, axis in zip(tensor.shape, resolve_all(axes), strict=True):
+        if axis == wanted:
+            return size
+    return -length(wanted)
