@@ -55,8 +55,13 @@ conformance: .venv/.test ## run a zoo of models: make conformance ZOO=path/to/ru
 fuzz: .venv/.test ## property tests on many more cases: make fuzz N=10000 SEED=1
 	ATTNOPT_EXAMPLES=$(N) $(PY) -m pytest -n $(JOBS) --hypothesis-seed=$(SEED) -k properties $(ARGS)
 
-bench: .venv/.test ## run the benchmarks
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+.venv/.bench: .venv/.test
+	$(PIP) install -q $(PINS) -e '.[bench]'
+	touch $@
+
+bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/results
+	$(PY) benchmarks/compile_time.py
+	$(PY) benchmarks/fused_speed.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.
 test-gpu: ## run the tests that need a GPU, with $(PYTHON) as it is

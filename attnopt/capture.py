@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,8 +93,44 @@ def _try_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
     args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
     exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+    return functional(exported)
+
+
+# Composite operators that the rest of attnopt reads as they are, or that ``tidy`` turns into others.
+_READ = (
+    "matmul", "linear", "softmax", "log_softmax", "scaled_dot_product_attention", "einsum", "layer_norm", "rms_norm",
+    "dropout", "contiguous", "reshape", "to", "chunk", "flatten", "unflatten", "expand_as", "batch_norm", "conv1d", "conv2d",
+    "where", "__and__", "__or__", "repeat_interleave", "type_as", "alias", "detach", "silu", "gelu", "embedding", "group_norm",
+)  # fmt: skip
+
+
+def functional(exported: ExportedProgram) -> ExportedProgram:
+    """The program without writes into tensors, without regions and without composite operators that nobody reads.
+
+    Tracing it a second time, which is what torch does for that, costs more than the export did; most graphs are
+    functional already.
+    """
+    if all(map(_is_functional, exported.graph.nodes)):
+        return exported
     decomposed: ExportedProgram = exported.run_decompositions({})
     return decomposed
+
+
+def _is_functional(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return False
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return not isinstance(op, torch._ops.HigherOrderOperator)
+    if op._schema.is_mutable:
+        return False
+    if op.overloadpacket.__name__ in ("flatten", "unflatten") and not all(map(is_static, node.meta["val"].shape)):
+        return False
+    name: str = op._schema.name + ("." + op._overloadname if op._overloadname != "default" else "")
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return not composite or op.overloadpacket.__name__ in _READ or op.namespace != "aten"
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -107,7 +144,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
 
 def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, route: str) -> Program:
     if route == "exported program":
-        exported = exported.run_decompositions({})
+        exported = functional(exported)
     with quiet():
         module = exported.module()
     assert isinstance(module, fx.GraphModule)

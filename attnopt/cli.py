@@ -1,6 +1,7 @@
 """The command line: ``attnopt inspect|optimize|export|demo|passes``.
 
-Exit codes: 0 all went well, 1 a deliberate error (its message on stderr), 2 a wrong command line, 130 interrupted.
+Exit codes: 0 all went well, 1 a deliberate error (its message on stderr), 2 a wrong command line, 3 an internal error,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from attnopt.errors import AttnoptError, AttnoptWarning
 if TYPE_CHECKING:
     from attnopt.cli_model import Named
 
-MODEL_HELP = "package.module:factory, which returns a model, (model, args) or (model, args, kwargs); or a saved folder"
+MODEL_HELP = "package.module:factory, which returns (model, args) or (model, args, kwargs); or a saved folder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AttnoptError as error:
         print(f"attnopt: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"attnopt: internal error, please report it: {_told(error)}", file=sys.stderr)
+        print("  hint: the same command with --debug shows where it came from", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("attnopt: interrupted", file=sys.stderr)
         return 130
@@ -95,6 +102,7 @@ def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
     parser.set_defaults(run=run)
     return parser
 
@@ -126,6 +134,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     import attnopt
 
+    _require_inputs(arguments, named)
     with _working("looking for attentions"):
         found = attnopt.inspect(named.model, named.args, named.kwargs)
     _show(arguments, inspection_json(found), inspection_table(found))
@@ -157,6 +166,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _optimized(arguments: argparse.Namespace, named: Named) -> Any:
     import attnopt
 
+    _require_inputs(arguments, named)
     with _working("optimizing"):
         return attnopt.optimize(
             named.model,
@@ -169,6 +179,14 @@ def _optimized(arguments: argparse.Namespace, named: Named) -> Any:
             strict=arguments.strict,
             limit=arguments.limit,
             seed=arguments.seed,
+        )
+
+
+def _require_inputs(arguments: argparse.Namespace, named: Named) -> None:
+    if not named.args and not named.kwargs:
+        raise AttnoptError(
+            f"{arguments.model} gave a model without example inputs",
+            hint="let it return (model, args) or (model, args, kwargs)",
         )
 
 
@@ -255,6 +273,11 @@ def _warnings_told() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def _told(error: Exception) -> str:
+    (first, *_) = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}"
 
 
 def _count(text: str) -> int:

@@ -128,36 +128,25 @@ def _weakest(
 
 
 def _policy(
-    model: nn.Module,
-    optimize: Callable[[nn.Module, Any], Any],
-    tokenizer: Any,
-    texts: Sequence[str],
+    model: nn.Module, optimize: Callable[[nn.Module, Any], Any], tokenizer: Any, texts: Sequence[str],
     heads: dict[str, tuple[int, ...]],
-) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
-    """The split into halves that moves the texts' embeddings least, and what each site's window and pruning cost alone.
+) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
+    """What each site gets, and what a window on it alone costs: the mean of 1 - cosine of the embeddings of ``texts``.
 
-    Costs are taken to add up, so the window goes where it costs least relative to pruning.  No label and no text of an
-    evaluation set is seen.
+    The half of the sites where that is least gets the window, the other half loses its weakest heads.
     """
     from attnopt.demo_similarity import embed
     from attnopt.passes.local_window import LocalWindow
     from attnopt.passes.prune_heads import PruneHeads
 
     window = LocalWindow(left=WINDOW, right=WINDOW, sinks=SINKS)
-    choices = {name: (window, PruneHeads(heads=weakest)) for name, weakest in heads.items()}
     original = embed(_torch_encode(model), tokenizer, texts)
-
-    def cost(name: str, rewrite: Any) -> float:
-        """Mean of 1 - cosine between the embeddings before and after."""
-        changed = embed(_torch_encode(optimize(model, {name: rewrite})), tokenizer, texts)
-        return float((1 - (original * changed).sum(1)).mean())
-
-    trials = [(name, rewrite) for name, pair in choices.items() for rewrite in pair]
-    measured = iter([cost(name, rewrite) for name, rewrite in _watched(trials, "trying one rewrite at a time")])
-    costs = {name: (next(measured), next(measured)) for name in choices}
-    order = sorted(choices, key=lambda name: costs[name][0] - costs[name][1])
-    windowed = set(order[: len(order) // 2])
-    return {name: pair[0 if name in windowed else 1] for name, pair in choices.items()}, costs
+    costs: dict[str, float] = {}
+    for name in _watched(list(heads), "trying a window on each layer"):
+        changed = embed(_torch_encode(optimize(model, {name: window})), tokenizer, texts)
+        costs[name] = float((1 - (original * changed).sum(1)).mean())
+    windowed = sorted(costs, key=costs.__getitem__)[: len(costs) // 2]
+    return {name: window if name in windowed else PruneHeads(heads=heads[name]) for name in heads}, costs
 
 
 def _watched(items: Sequence[Any], what: str) -> Iterable[Any]:
@@ -170,10 +159,12 @@ def _watched(items: Sequence[Any], what: str) -> Iterable[Any]:
     return track(items, what, console=Console(stderr=True), transient=True)
 
 
-def _told(costs: dict[str, tuple[float, float]], policy: dict[str, Any]) -> Iterable[str]:
-    yield "  1 - cosine of the embeddings, after this one rewrite: window, pruning"
-    for name, (window, pruning) in costs.items():
-        yield f"  {name}   {window:.5f}   {pruning:.5f}   -> {policy[name]}"
+def _told(costs: dict[str, float], policy: dict[str, Any]) -> Iterable[str]:
+    yield "  1 - cosine of the embeddings with a window on this attention alone, and what it gets"
+    for name, cost in costs.items():
+        heads = getattr(policy[name], "heads", None)
+        what = f"a window of {WINDOW} to each side and {SINKS} sink" if heads is None else f"without heads {heads}"
+        yield f"  {name}   {cost:.4f}   {what}"
 
 
 def _contenders(model: nn.Module, fast: nn.Module, files: dict[str, Path]) -> list[Contender]:
@@ -266,18 +257,19 @@ def _interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 def _print_measured(table: dict[str, dict[str, float]], columns: list[str]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    title = "Measured in this run, one thread, nothing trained afterwards"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    from attnopt.tables import to_text
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("")
     for column in columns:
         shown.add_column(column, justify="right")
     for row, values in table.items():
         digits = 3 if row.startswith(("Lee", "WordSim", "SimLex")) else 2
         shown.add_row(row, *(f"{values[column]:.{digits}f}" for column in columns))
-    Console().print(shown)
+    print("Measured in this run, one thread, nothing trained afterwards")
+    print(to_text(shown, width=110), end="\n\n")
 
 
 def _folder(name: str) -> Path:

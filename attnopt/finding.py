@@ -17,7 +17,7 @@ from attnopt.raising import Raised, raise_region
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
 from attnopt.site import NearMiss, Projection, Site
-from attnopt.verify import example_values, site_error, site_tolerance
+from attnopt.verify import example_values, region_key, site_error, site_tolerance
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def find(program: Program) -> Findings:
     found: list[Found] = []
     near: list[NearMiss] = []
     names: Counter[str] = Counter()
+    proofs: dict[object, float] = {}
     anchors = list(normalisers(gm.graph))
     for anchor in anchors:
         node = anchor.weights if isinstance(anchor, Softmax) else anchor
@@ -55,14 +56,18 @@ def find(program: Program) -> Findings:
             region = recognise(anchor)
             name = _unique(_owner(region), names)
             raised = raise_region(gm, region, name)
-            error = site_error(gm, raised, examples)
+            key = region_key(raised)
+            if key not in proofs:
+                proofs[key] = site_error(gm, raised, examples)
+            error = proofs[key]
             if not error <= site_tolerance(raised):
                 raise NotAttentionError(_not_equal(raised, error))
+            found.append(_describe(raised, name, parameters, error))
         except NotAttentionError as e:
             if e.near:
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
-            continue
-        found.append(_describe(raised, name, parameters, error))
+        except Exception as e:
+            near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
     return Findings(tuple(found), tuple(near), len(anchors))
 
 
@@ -73,6 +78,16 @@ def _not_equal(raised: Raised, error: float) -> Refusal:
         f"a relative difference of {error:.2g}",
         source_line(raised.region.out.node),
         "please report the model: this is a gap in matching, and the site is left as it is",
+    )
+
+
+def _defeated(node: fx.Node, e: Exception) -> Refusal:
+    return Refusal(
+        "not-understood",
+        "a layout that the matcher can follow",
+        f"{type(e).__name__}: {e}",
+        source_line(node),
+        "please report the model: this is a gap in matching, and the attention is left as it is",
     )
 
 

@@ -222,11 +222,33 @@ def tidy(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
         elif is_call(node, *RESHAPES):
             node.target = aten.reshape.default
+        elif is_call(node, aten.flatten.using_ints, aten.unflatten.int, aten.expand_as.default):
+            _spell_out(node)
+        elif is_call(node, operator.getitem) and is_call(
+            arg(node, 0), aten._native_batch_norm_legit_no_training.default
+        ):
+            _as_batch_norm(node)
         if is_tensor(node) and node not in outputs and (same := _changes_nothing(node)) is not None:
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _spell_out(node: fx.Node) -> None:
+    """flatten, unflatten and expand_as as the reshape or expand that they are."""
+    sizes = value(node).shape
+    if all(map(is_static, sizes)):
+        node.target = aten.expand.default if is_call(node, aten.expand_as.default) else aten.reshape.default
+        node.args, node.kwargs = (operand(node), [hint(s) for s in sizes]), {}
+
+
+def _as_batch_norm(node: fx.Node) -> None:
+    """The first result of torch's decomposed batch norm, as the batch norm that it was."""
+    if arg(node, 1) != 0:
+        return
+    *tensors, momentum, eps = operand(node).args
+    node.target, node.args = aten.batch_norm.default, (*tensors, False, momentum, eps, False)
 
 
 def _changes_nothing(node: fx.Node) -> fx.Node | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
+from attnopt.errors import RewriteError
 from attnopt.finding import Found
 from attnopt.graph import Emitter, prune_unused_state, shape, tidy
 from attnopt.projections import weight_path
@@ -60,7 +61,14 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
     module, table = copy_program(gm)
     weights = Weights(module)
     for plan in plans:
-        _carry_out(module, weights, plan, table, plain)
+        try:
+            _carry_out(module, weights, plan, table, plain)
+        except Exception as e:
+            raise RewriteError(
+                f"{', '.join(plan.passes)} cannot be carried out: {type(e).__name__}: {e}",
+                site=plan.found.site.name,
+                hint="leave the site out of the policy and report the model",
+            ) from e
     tidy(module)
     weights.settle()
     prune_unused_state(module)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from attnopt.report import Cost, Report
 
 
@@ -20,12 +23,19 @@ def report_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(amount=amount, relative=relative)
+    environment.filters.update(amount=amount, relative=relative, breakable=_breakable)
     return environment.get_template("report.html.j2").render(
         report=report,
         costs=_costs(report.cost_before, report.cost_after),
         policy=json.dumps(report.to_json()["policy"], indent=2, ensure_ascii=False),
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A qualified name that may be broken after a dot."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\.)", name))
 
 
 def amount(n: float) -> str:

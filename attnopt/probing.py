@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph import ancestors, get_attr, hint, is_call, run_call, value
+from attnopt.graph import ancestors, get_attr, hint, is_call, opname, run_call, value
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 _HEAVY = (
@@ -32,7 +32,29 @@ _RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "unif
 
 def inputs_behind(node: fx.Node) -> set[fx.Node]:
     """The inputs whose values (not merely sizes) ``node`` depends on."""
-    return {n for n in ancestors(node, stop=_is_number) if n.op == "placeholder"}
+    known = node.meta.get(_INPUTS)
+    if known is None:
+        _note_inputs(node)
+        known = node.meta[_INPUTS]
+    return set(known)
+
+
+_INPUTS = "attnopt.inputs"  # remembered on the nodes: a graph that only grows keeps its answers
+
+
+def _note_inputs(node: fx.Node) -> None:
+    stack = [node]
+    while stack:
+        n = stack[-1]
+        above = [] if _is_number(n) else [i for i in n.all_input_nodes if _INPUTS not in i.meta]
+        if above:
+            stack.extend(above)
+            continue
+        stack.pop()
+        own = {n} if n.op == "placeholder" else set()
+        n.meta[_INPUTS] = frozenset(
+            own.union(*(i.meta[_INPUTS] for i in n.all_input_nodes)) if not _is_number(n) else own
+        )
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -42,11 +64,18 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def is_plain(node: fx.Node) -> bool:
-    """``node`` is made of index arithmetic and constants alone: cheap to run, and the same at every call."""
-    names = (
-        getattr(getattr(n.target, "overloadpacket", None), "__name__", "") for n in ancestors(node, stop=_is_number)
-    )
-    return not any(name in _HEAVY or name in _RANDOM for name in names)
+    """``node`` is made of index arithmetic and constants alone: cheap to run, and the same at every call.
+
+    A parameter is no constant, whatever it holds now: a bias table of zeros is still to be learned.
+    """
+    return not any(_is_varying(n) for n in ancestors(node, stop=_is_number))
+
+
+def _is_varying(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        owner = node.graph.owning_module
+        return owner is None or isinstance(get_attr(owner, str(node.target)), torch.nn.Parameter)
+    return opname(node) in _HEAVY or opname(node) in _RANDOM
 
 
 def symbols(graph: fx.Graph) -> dict[Any, int]:

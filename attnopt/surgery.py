@@ -25,7 +25,7 @@ class Weights:
 
     def derive(self, name: str, selection: Selection, edited: Tensor | None = None) -> str:
         """The name of the parameter ``name`` restricted to ``selection``; ``edited`` takes the place of its value."""
-        key = (name, tuple(sorted(selection.items())), None if edited is None else _fingerprint(edited))
+        key = (name, tuple(sorted(selection.items())), None if edited is None else fingerprint(edited))
         if key not in self._made:
             source = get_attr(self.gm, name)
             tensor = source.detach() if edited is None else edited.to(source.dtype)
@@ -71,7 +71,8 @@ class Weights:
         return final
 
 
-def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for equal tensors, and for hardly any others."""
     data = tensor.detach().to(torch.float64)
     flat = data.reshape(-1)
     weights = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)

@@ -157,19 +157,22 @@ def _reason(miss: NearMiss) -> str:
 
 
 def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> RenderableType:
-    """Columns in which every cell is empty are left out."""
+    """Columns in which every cell is empty are left out; without rows there is only the title."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
+    if not rows:
+        return Text(title)
     shown = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i in shown:
         longest = max((len(row[i]) for row in rows), default=0)
         table.add_column(head[i], overflow="fold", no_wrap=longest <= (12 if i else 40))
     for row in rows:
         table.add_row(*(Text(row[i]) for i in shown))
-    return table
+    return Group(Text(title), table)  # a table's own title would be folded to its width
 
 
 def plugin_table(found: Sequence[Description]) -> RenderableType:

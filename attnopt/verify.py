@@ -16,6 +16,7 @@ from attnopt.backends.reference import Reference
 from attnopt.compare import TOLERANCE, difference
 from attnopt.graph import get_attr, hint, opname, run_call, shape, value
 from attnopt.raising import Raised
+from attnopt.surgery import fingerprint
 
 _CUTS = {
     "linear",
@@ -60,6 +61,64 @@ def site_error(gm: fx.GraphModule, raised: Raised, examples: Mapping[fx.Node, An
     return difference([got], [want.masked_fill(blind, 0.0)])
 
 
+def region_key(raised: Raised) -> object:
+    """Equal for two sites only if the original and the raised operators between the nearest projections and the output are
+    the same, with the same sizes and constants: one proof serves both."""
+    inside = set(raised.region.nodes)
+    number: dict[fx.Node, int] = {}
+    lines: list[object] = [raised.spec]
+    gm = raised.node.graph.owning_module
+    assert isinstance(gm, fx.GraphModule)
+
+    def visit(target: fx.Node) -> None:
+        stack = [target]
+        while stack:
+            node = stack[-1]
+            if node in number:
+                stack.pop()
+                continue
+            leaf = is_leaf(node, inside)
+            waiting = [] if leaf else [n for n in node.all_input_nodes if n not in number]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            number[node] = len(number)
+            lines.append(
+                _leaf_key(gm, node)
+                if leaf
+                else (node.target, str(fx.node.map_arg((node.args, node.kwargs), number.get)))
+            )
+
+    visit(raised.region.out.node)
+    visit(raised.out)
+    return tuple(lines)
+
+
+def _leaf_key(gm: fx.GraphModule, node: fx.Node) -> object:
+    val = value(node)
+    if node.op == "get_attr":
+        found = get_attr(gm, str(node.target))
+        is_small = not isinstance(found, torch.nn.Parameter) and found.numel() < 2**20
+        return ("constant", *fingerprint(found)) if is_small else ("weight", tuple(found.shape), found.dtype)
+    if isinstance(val, Tensor):
+        name = node.name if node.op == "placeholder" else ""
+        return ("value", name, tuple(map(str, val.shape)), val.dtype)
+    return ("number", str(val))
+
+
+def is_leaf(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Where the proof stops and takes a random value, a weight or an example input."""
+    if node.op != "call_function":
+        return True
+    val = value(node)
+    if isinstance(val, (torch.SymInt, int)):
+        return hint(val) >= 0
+    if not isinstance(val, Tensor):
+        return False
+    return node not in inside and opname(node) in _CUTS and -1 not in shape(node)
+
+
 def site_tolerance(raised: Raised) -> float:
     kind = value(raised.region.out.node).dtype
     return TOLERANCE.get(kind, 0.0)
@@ -80,7 +139,7 @@ class _Slice:
             if node in self.env:
                 stack.pop()
                 continue
-            if self._is_leaf(node):
+            if is_leaf(node, self.inside):
                 self.env[node] = self._leaf(node)
                 continue
             waiting = [n for n in node.all_input_nodes if n not in self.env]
@@ -92,16 +151,6 @@ class _Slice:
         found = self.env[target]
         assert isinstance(found, Tensor)
         return found
-
-    def _is_leaf(self, node: fx.Node) -> bool:
-        if node.op != "call_function":
-            return True
-        val = value(node)
-        if isinstance(val, (torch.SymInt, int)):
-            return hint(val) >= 0
-        if not isinstance(val, Tensor):
-            return False
-        return node not in self.inside and opname(node) in _CUTS and -1 not in shape(node)
 
     def _leaf(self, node: fx.Node) -> Any:
         val = value(node)

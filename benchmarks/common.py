@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
@@ -36,11 +37,15 @@ class Times:
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Times:
-    """Every round runs each call once, in turning order, so that a busy machine is unkind to all of them alike."""
+    """Every round runs each call once, in turning order, so that a busy machine is unkind to all of them alike.
+
+    What one call left to the garbage collector is not counted as the next one's work.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for i in range(rounds + warm_up):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            gc.collect()
             start = time.process_time()
             calls[name]()
             if i >= warm_up:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from common import interleaved, let_transformers_import, one_thread, picture, publish
@@ -89,14 +89,15 @@ def _peak_of(what: str, layers: int) -> float:
 
 
 def _peak(what: str, layers: int) -> float:
-    """Peak resident size of this process in MB."""
+    """Peak resident size of this process in MB.  (ru_maxrss would start from that of the process that started it.)"""
     one_thread()
     model, kwargs = _model(layers)
     if what == "export":
         _export(model, kwargs)
     elif what == "optimize":
         _optimize(model, kwargs)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ class Spelling:
     share: str = "expand"  # repeat_interleave, expand, tiled, enable_gqa, broadcast (one K/V head)
     rope: str = ""  # half, interleaved, complex
     norm: str = ""  # layer, rms, l2, across
-    scale: str = "mul"  # q, k, both, mul, div, sqrt, alpha, none, buffer, temperature
+    scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature
     mask: tuple[str, ...] = ()  # causal, window, left, padding, float-padding, given
     made: str = "tril"  # tril, triu, arange
     apply: str = "where"  # add-inf, add-min, lerp, where, masked_fill, old-gpt
@@ -102,14 +102,15 @@ class Spelling:
             s = replace(s, share="expand")
         if s.scale == "alpha" and s.core != "baddbmm":
             s = replace(s, scale="mul")
-        if s.scale == "temperature" and s.core == "baddbmm":  # it would multiply the addend too
-            s = replace(s, scale="mul")
+        if s.core == "baddbmm":  # these would change the addend too
+            s = replace(s, scale="mul" if s.scale == "temperature" else s.scale)
+            s = replace(s, softcap=None) if s.bias_kind == "addend" else s
         if s.bias_kind == "addend" and s.core != "baddbmm":
             s = replace(s, bias_kind="alibi")
         if s.apply == "old-gpt" and (len(s.mask) > 1 or set(s.mask) - {"causal", "left"} or s.bias_kind or s.cross):
             s = replace(s, apply="where")
         if s.core == "sdpa":
-            s = replace(s, softcap=None, sinks=False, softmax="F", returns="output", scale="sqrt" if s.scale != "none" else "none")
+            s = replace(s, softcap=None, sinks=False, softmax="F", returns="output", scale="none" if s.scale == "none" else "mul")
         if s.softmax in ("late", "later") and (s.sinks or s.returns == "weights"):
             s = replace(s, softmax="F")
         if s.core == "transposed" and (s.sinks or s.softmax not in ("F", "torch", "method", "positive")):
@@ -359,7 +360,7 @@ class Attention(nn.Module):
         speeds = 10.0 ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = (torch.arange(t.shape[1], dtype=torch.float32)[:, None] * speeds)[None, :, None]
         if s.rope == "complex":
-            turned = torch.view_as_complex(t.float().reshape(*t.shape[:-1], half, 2)) * torch.polar(torch.ones_like(angles), angles)
+            turned = torch.view_as_complex(t.float().contiguous().view(*t.shape[:-1], half, 2)) * torch.polar(torch.ones_like(angles), angles)
             return torch.view_as_real(turned).flatten(-2).type_as(t)
         if s.rope == "half":
             both = torch.cat([angles, angles], -1)
@@ -543,10 +544,11 @@ class Attention(nn.Module):
                 scores = torch.bmm(q, k.transpose(1, 2))
             else:
                 alpha = s.head_dim**-0.5 if s.scale == "alpha" else 1.0
-                addend = torch.zeros(B * H, L, S)
+                addend, beta = torch.zeros(1, 1, 1), 0.0 if s.commuted or s.softcap else 1.0
                 if s.bias_kind == "addend":
                     addend = self._bias(L, S).unsqueeze(0).expand(B, -1, -1, -1).reshape(B * H, L, S)
-                scores = torch.baddbmm(addend, q, k.transpose(1, 2), beta=1.0, alpha=alpha)
+                    beta = 1.0
+                scores = torch.baddbmm(addend, q, k.transpose(1, 2), beta=beta, alpha=alpha)
             scores = self._conditioned(scores.view(B, H, L, S), padding, given)
             return self._weighted(
                 scores,

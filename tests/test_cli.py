@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import attnopt
 from attnopt import cli, demo, demo_similarity
 from attnopt.errors import AttnoptError
 
@@ -70,7 +71,7 @@ def test_a_wrong_command_line(argv: tuple[str, ...], capsys: pytest.CaptureFixtu
         ("no_such_folder", "not of the form package.module:factory"),
         ("tiny_models:", "not of the form package.module:factory"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
-        ("tiny_models:no_such", "it has causal, failing, full, wrong"),
+        ("tiny_models:no_such", "it has causal, failing, full, without_attention"),
         ("tiny_models:constant", "is a int, expected a function"),
         ("tiny_models:failing", "RuntimeError: no such checkpoint (tiny_models.py:"),
         ("tiny_models:wrong", "returned list, expected a model, (model, args) or (model, args, kwargs)"),
@@ -78,6 +79,29 @@ def test_a_wrong_command_line(argv: tuple[str, ...], capsys: pytest.CaptureFixtu
 )
 def test_a_model_that_is_none(model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in _error(capsys, "inspect", model)
+
+
+@pytest.mark.parametrize("command", ["inspect", "optimize"])
+def test_a_model_without_inputs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "without example inputs" in _error(capsys, command, "tiny_models:without_inputs")
+
+
+def test_an_internal_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(attnopt, "inspect", broken)
+    assert cli.main(["inspect", "tiny_models:causal"]) == 3
+    assert "internal error, please report it: ZeroDivisionError: oh" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["inspect", "tiny_models:causal", "--debug"])
+
+
+def test_a_model_without_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "tiny_models:without_attention"]) == 0
+    assert capsys.readouterr().out == "0 attentions in 0 candidates\n"
+    assert cli.main(["optimize", "tiny_models:without_attention"]) == 0
+    assert "warning: no attention was found" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

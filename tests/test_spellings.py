@@ -123,7 +123,11 @@ def test_properties_fuse_changes_nothing(s: Spelling) -> None:
     oracle.assert_same(oracle.run(fast, (), case.given), case.own(), "fuse")
     if not is_site(case, fast):
         return
-    assert fast.report.sites[0].status == "rewritten", fast.report.sites[0].refusals
+    refusals = fast.report.sites[0].refusals
+    if s.softcap or s.sinks:  # no fused operator has these: plain operators are what the model has already
+        assert {r.code for r in refusals.values()} <= {"no-softcap", "no-sinks"}
+    else:
+        assert fast.report.sites[0].status == "rewritten", refusals
     check_spec(case, fast.sites[0])
 
 
@@ -300,7 +304,7 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(rope="complex"), {"positions": ("rope",)}),
     (Spelling(norm="layer"), {}),
     (Spelling(norm="rms", rope="half", kv_heads=2), {}),
-    (Spelling(norm="l2", scale="temperature"), {"scale": 1.0}),
+    (Spelling(scale="temperature"), {"scale": 1.0}),
     (Spelling(scale="none"), {"scale": 1.0}),
     (Spelling(scale="buffer"), {"scale": 0.5}),
     (Spelling(cross=True), {"is_cross": True}),
@@ -340,7 +344,7 @@ def test_spelling_must_match(s: Spelling, want: dict[str, Any]) -> None:
             role: {"weight": p.weight, "bias": p.bias, "transposed": p.transposed, "rows": p.rows}
             for role, p in site.projections.items()
         }
-        if s.op == "parameter" or s.op == "addmm":  # the bias may be added by an operator of its own
+        if s.op == "parameter":  # the bias may be added by an operator of its own
             for role in expected:
                 assert read[role].pop("bias") in (None, expected[role].pop("bias"))
         assert read == expected

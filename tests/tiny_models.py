@@ -42,6 +42,14 @@ def full() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     return Stack(causal=False), (), {"x": torch.randn(2, 12, 16)}
 
 
+def without_inputs() -> nn.Module:
+    return Stack()
+
+
+def without_attention() -> tuple[nn.Module, tuple[Any, ...]]:
+    return nn.Linear(4, 4), (torch.zeros(2, 4),)
+
+
 def failing() -> nn.Module:
     raise RuntimeError("no such checkpoint")
 
