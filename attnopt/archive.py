@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -170,6 +172,7 @@ def _read_program(folder: Path, about: Mapping[str, Any]) -> ExportedProgram:
     from torch._export.serde.serialize import SerializedArtifact, deserialize
 
     graph = _read_graph(folder / GRAPH)
+    _import_output_classes(graph)
     state, constants = _read_tensors(folder / WEIGHTS, about)
     tables: tuple[Any, Any, Any] = (state, constants, ())  # dicts are taken as they are, bytes would be unpickled
     artifact = SerializedArtifact(graph, *tables)
@@ -178,9 +181,20 @@ def _read_program(folder: Path, about: Mapping[str, Any]) -> ExportedProgram:
             return deserialize(artifact)
     except Exception as e:
         hint = "save the model again"
-        if "serialized" in str(e).lower() or "unknown" in str(e).lower():
+        if "not registered" in str(e):
             hint = "import the library whose classes the model takes or returns, then load"
         raise ArchiveError(f"{folder / GRAPH} cannot be read: {type(e).__name__}: {str(e)[:200]}", hint=hint) from e
+
+
+_LIBRARIES = ("transformers", "diffusers")  # whose output classes torch can rebuild once they are imported
+
+
+def _import_output_classes(graph: bytes) -> None:
+    """Import the modules of these libraries, and of no others, whose classes the model takes or returns."""
+    pattern = rf"((?:{'|'.join(_LIBRARIES)})(?:\.\w+)+)\.\w+"
+    for name in set(re.findall(pattern, graph.decode("utf-8", "replace"))):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 _ARITHMETIC = re.compile(r"[\w\s+\-*/(),.<>=&|!~]*")

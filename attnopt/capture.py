@@ -23,15 +23,6 @@ from attnopt.graph import is_static, tidy
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-_CHATTY = (
-    "torch.export",
-    "torch.onnx",
-    "torch._guards",
-    "torch._dynamo",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch.fx",
-)
-
 
 @dataclass(frozen=True)
 class Program:
@@ -63,7 +54,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         ("torch.export (strict)", lambda: _export(structural_copy(model), args, kwargs, shapes, strict=True)),
         ("torch.fx.symbolic_trace", lambda: _export(fx.symbolic_trace(model), args, kwargs, shapes, strict=False)),
     )
-    _try_call(model, args, kwargs)
+    _check_arguments(model, args, kwargs)
     for route, way in ways:
         try:
             with quiet():
@@ -72,6 +63,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
             failures.append(f"{route}: {_condensed(e)}")
             continue
         return _finish(exported, args, kwargs, shapes, route)
+    _check_call(model, args, kwargs)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),
         hint="make the named operation independent of the inputs' values"
@@ -79,7 +71,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     )
 
 
-def _try_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """Wrong inputs are the user's to see as they are, not through a tracer."""
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
@@ -88,6 +80,19 @@ def _try_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
             f"the example inputs do not fit {type(model).__name__}.forward: {e}",
             hint="pass args and kwargs as the model takes them",
         ) from None
+
+
+def _check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
+    copied = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+    try:
+        with torch.no_grad():
+            structural_copy(model)(*copied[0], **copied[1])
+    except Exception as e:
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",
+            hint="give inputs that the model takes",
+        ) from e
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
@@ -155,17 +160,14 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the tracer's own chatter."""
-    logs = [logging.getLogger(n) for n in _CHATTY]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+        logging.disable(before)
 
 
 def _condensed(e: BaseException) -> str:

@@ -80,10 +80,9 @@ def _built(name: str, factory: Callable[[], Any]) -> Named:
             return Named(model.eval(), tuple(args))
         case (nn.Module() as model, tuple() | list() as args, dict() | None as kwargs):
             return Named(model.eval(), tuple(args), dict(kwargs or {}))
-    if isinstance(made, tuple):
-        got = "(" + ", ".join(type(item).__name__ for item in made) + ")"
-    else:
-        got = type(made).__name__
+    got = (
+        "(" + ", ".join(type(item).__name__ for item in made) + ")" if isinstance(made, tuple) else type(made).__name__
+    )
     raise AttnoptError(f"{name} returned {got}, expected {EXPECTED}")
 
 

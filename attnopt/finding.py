@@ -54,7 +54,8 @@ def find(program: Program) -> Findings:
         node = anchor.weights if isinstance(anchor, Softmax) else anchor
         try:
             region = recognise(anchor)
-            name = _unique(_owner(region), names)
+            owner = _owner(region)
+            name = owner if not names[owner] else f"{owner}#{names[owner] + 1}"
             raised = raise_region(gm, region, name)
             key = region_key(raised)
             if key not in proofs:
@@ -63,6 +64,7 @@ def find(program: Program) -> Findings:
             if not error <= site_tolerance(raised):
                 raise NotAttentionError(_not_equal(raised, error))
             found.append(_describe(raised, name, parameters, error))
+            names[owner] += 1
         except NotAttentionError as e:
             if e.near:
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
@@ -112,11 +114,6 @@ def _nearest_projections(node: fx.Node) -> list[fx.Node]:
     stop = {"linear", "addmm", "convolution", "conv1d", "conv2d", "matmul", "einsum"}
     found = [n for n in ancestors(node, stop=lambda n: opname(n) in stop) if opname(n) in stop]
     return found[:1] if len(found) == 1 else []
-
-
-def _unique(path: str, names: Counter[str]) -> str:
-    names[path] += 1
-    return path if names[path] == 1 else f"{path}#{names[path]}"
 
 
 def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: float) -> Found:

@@ -181,7 +181,7 @@ class Emitter:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: here[n])
                 here[node] = self._copy(node, args, kwargs)
             else:
-                raise TypeError(f"a lowering may not hold constants of its own: {node.format_node()}")
+                here[node] = self._constant(getattr(traced, str(node.target)))
         raise AssertionError("a traced function without output")
 
     def _copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
@@ -194,6 +194,23 @@ class Emitter:
         self._mark(copy)
         self._known[key] = copy
         return copy
+
+    def _constant(self, tensor: Tensor) -> fx.Node:
+        """A tensor that a lowering made from numbers, as a buffer of the graph's module."""
+        real = getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else tensor
+        if real is None:
+            raise TypeError("a lowering made a constant tensor whose numbers are not known while it is traced")
+        gm = self.graph.owning_module
+        assert gm is not None
+        name = f"constant_{sum(1 for _ in gm.buffers(recurse=False))}"
+        while hasattr(gm, name):
+            name += "_"
+        gm.register_buffer(name, real.detach().clone())
+        with self.graph.inserting_before(self.before):
+            node = self.graph.get_attr(name)
+        with self.mode:
+            node.meta["val"] = torch.empty(real.shape, dtype=real.dtype, device=real.device)
+        return node
 
     def _mark(self, node: fx.Node) -> None:
         if self.origin:
@@ -231,8 +248,39 @@ def tidy(gm: fx.GraphModule) -> None:
         if is_tensor(node) and node not in outputs and (same := _changes_nothing(node)) is not None:
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    sweep(gm)
+
+
+def sweep(gm: fx.GraphModule) -> None:
+    """Remove what nothing uses.  torch keeps an unused fused attention, because it might draw random numbers."""
+    gm.graph.eliminate_dead_code(is_impure_node=_has_effects)
     gm.recompile()
+
+
+def _has_effects(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output", "call_module"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    name = opname(node)
+    return name.startswith(("_assert", "sym_constrain")) or bool(schema is not None and schema.is_mutable)
+
+
+def share(gm: fx.GraphModule) -> None:
+    """Compute equal things once: every layer of a model may have made the same mask."""
+    known: dict[Any, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or _has_effects(node) or _draws(node):
+            continue
+        same = known.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            gm.graph.erase_node(node)
+
+
+def _draws(node: fx.Node) -> bool:
+    """The operator may give something else each time."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or "empty" in opname(node) or not isinstance(value(node), Tensor)
 
 
 def _spell_out(node: fx.Node) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from attnopt.backends.reference import Reference
 from attnopt.errors import RewriteError
 from attnopt.finding import Found
-from attnopt.graph import Emitter, prune_unused_state, shape, tidy
+from attnopt.graph import Emitter, prune_unused_state, shape, share, tidy
 from attnopt.projections import weight_path
 from attnopt.rewriting import Backend, HeadWeights
 from attnopt.site import Site
@@ -69,6 +69,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
                 site=plan.found.site.name,
                 hint="leave the site out of the policy and report the model",
             ) from e
+    share(module)
     tidy(module)
     weights.settle()
     prune_unused_state(module)

@@ -272,7 +272,7 @@ def _site_report(d: Decision) -> SiteReport:
         scale=after.scale,
         is_cross=after.is_cross,
         spec_before=_described(before.spec),
-        spec_after=_described(after.spec),
+        spec_after=_described(after.spec, before.spec.heads),
         cost_before=cost_of(before, before.spec, before.spec),
         cost_after=cost_of(before, after.spec, before.spec),
         passes=() if d.plan is None else d.plan.passes,
@@ -283,14 +283,14 @@ def _site_report(d: Decision) -> SiteReport:
     )
 
 
-def _described(spec: AttentionSpec) -> str:
+def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
     """A spec in a few words: "12 heads, Causal() & Window(255, 0)"."""
     heads = (
         f"{spec.num_heads} heads"
         if spec.num_kv_heads == spec.num_heads
         else f"{spec.num_heads} heads / {spec.num_kv_heads} kv"
     )
-    gone = sorted(set(range(max(spec.heads, default=-1) + 1)) - set(spec.heads))
+    gone = [h for h in originally if h not in spec.heads]
     extras = [
         w
         for w, has in (

@@ -88,7 +88,9 @@ def publish(name: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     about = machine()
     described = f"{about['cpu']}, {about['threads']} thread, torch {about['torch']}, {about['date']}"
     (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{described}\n\n{table}\n", encoding="utf-8")
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": about, "rows": list(rows)}, indent=2), encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"machine": about, "rows": list(rows)}, indent=2), encoding="utf-8"
+    )
     print(f"{title}\n{described}\n\n{table}\n", flush=True)
 
 

@@ -41,7 +41,10 @@ def _model(layers: int) -> tuple[Any, dict[str, Any]]:
 
     torch.manual_seed(0)
     model = BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
-    return model, {"input_ids": torch.randint(0, 30000, (1, 128)), "attention_mask": torch.ones(1, 128, dtype=torch.long)}
+    return model, {
+        "input_ids": torch.randint(0, 30000, (1, 128)),
+        "attention_mask": torch.ones(1, 128, dtype=torch.long),
+    }
 
 
 def _export(model: Any, kwargs: dict[str, Any]) -> None:

@@ -123,7 +123,11 @@ def _measured(
 
 def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     labels = [f"{row['model']}, {row['tokens']}, {row['written as']}" for row in rows]
-    axes.barh(labels, [row["ratio"] for row in rows], color=["#4878a8" if row["written as"] == "eager" else "#9bb8d3" for row in rows])
+    axes.barh(
+        labels,
+        [row["ratio"] for row in rows],
+        color=["#4878a8" if row["written as"] == "eager" else "#9bb8d3" for row in rows],
+    )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)

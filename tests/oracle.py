@@ -49,11 +49,12 @@ class _Counter:
 
 
 def _per_head(x: Tensor, ndim: int, heads: int | None, shape: tuple[int, ...]) -> Tensor:
-    """A [H, ...] tensor brought to the leading axes of scores: [B, H, ..], [B*H, ..] or [B, G, r, ..]."""
+    """A [H, ...] tensor brought to the leading axes of scores: [B, H, ..], [B*H, ..], [B, G, r, ..] or [B, windows, H, ..]."""
     if ndim == 4:
         return x.unsqueeze(0)
     if ndim == 5:
-        return x.reshape(1, shape[1], shape[2], *x.shape[1:])
+        grouped = x.shape[0] == shape[1] * shape[2]
+        return x.reshape(1, shape[1], shape[2], *x.shape[1:]) if grouped else x[None, None]
     if ndim == 3 and heads is not None:
         return x.repeat(shape[0] // heads, *(1 for _ in x.shape[1:]))
     raise AssertionError(f"the oracle does not know where the heads of {shape} are")

@@ -1,0 +1,274 @@
+"""The golden text of every refusal code: what a user reads when an attention is left as it is."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import decoys
+import pytest
+import torch
+import torch.nn.functional as F
+from decoys import Decoy, E, H, L
+from models import Attention, Spelling, inputs
+from torch import Tensor, nn
+
+import attnopt
+from attnopt.capture import capture
+from attnopt.matching import recognise
+from attnopt.normaliser import normalisers
+from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
+from attnopt.patterns import Window
+from attnopt.refusal import Refusal
+from attnopt.region import NotAttentionError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Scored(Decoy):
+    """Attention with something done to its scores."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], dim: int = -1) -> None:
+        super().__init__()
+        self.change, self.dim = change, dim
+        self.gate = nn.Parameter(torch.rand(L, L))
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / 2
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -1e4)
+        return self.merged(self.change(scores).softmax(self.dim)[..., :L] @ v)
+
+
+class Gated(Scored):
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged((q @ k.transpose(-1, -2) * self.gate).softmax(-1) @ v)
+
+
+class Unused(Decoy):
+    """Weights that meet no values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, _ = self.heads(x)
+        return (q @ k.transpose(-1, -2)).softmax(-1).square()
+
+
+class OneKey(Decoy):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        k, v = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
+        return self.merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+
+
+class Dropping(Decoy):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merged(F.scaled_dot_product_attention(*self.heads(x), dropout_p=0.1))
+
+
+def first_key(scores: Tensor) -> Tensor:
+    return torch.cat([scores, scores[..., :1].detach() * 0 + 1.0], -1)
+
+
+def missed(model: nn.Module, **more: Any) -> Refusal:
+    """Why the only candidate of ``model`` is no attention; also where that is too common to be reported."""
+    args = (torch.randn(2, L, E),)
+    near = attnopt.inspect(model.eval(), args, more).near_misses
+    if near:
+        (miss,) = near
+        return miss.refusal
+    (anchor,) = normalisers(capture(model, args, more).module.graph)
+    with pytest.raises(NotAttentionError) as caught:
+        recognise(anchor)
+    return caught.value.refusal
+
+
+def refused(s: Spelling, policy: Any, **options: Any) -> Refusal:
+    """Why the only attention of ``s`` is left as it is."""
+    model, given = Attention(s), inputs(s)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnopt.AttnoptWarning)
+        fast = attnopt.optimize(model, policy, (), given, **options)
+    (entry,) = fast.report.sites
+    assert entry.status == "refused"
+    (refusal,) = entry.refusals.values()
+    assert str(refusal).splitlines()[0][:20] in str(fast.report).replace(" refused", "")
+    return refusal
+
+
+def sink_and_constant() -> Refusal:
+    sink = torch.zeros(1, H, 1, 1)
+    return missed(Scored(lambda s: torch.cat([s + 1.0, sink.expand(s.shape[0], -1, L, 1)], -1)))
+
+
+CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
+    # ---- matching
+    "no-query-key-product": (
+        lambda: missed(decoys.CubedScores()),
+        "[no-query-key-product] expected scores made from a product of queries and keys, found relu = "
+        "relu.default (at LINE)",
+    ),
+    "no-value-product": (
+        lambda: missed(Unused()),
+        "[no-value-product] expected weights that are multiplied with values, found square = square (at LINE)",
+    ),
+    "weights-changed": (
+        lambda: missed(decoys.MaskedAfter()),
+        "[weights-changed] expected weights that go straight to the values, found mul = mul on the "
+        "weights (at LINE)\n  hint: weights that are masked, mixed or gated after the softmax are left "
+        "as they are",
+    ),
+    "one-key": (
+        lambda: missed(OneKey()),
+        "[one-key] expected more than one key, found a softmax over a single element (at LINE)",
+    ),
+    "softmax-axis": (
+        lambda: missed(Scored(lambda s: s, dim=1)),
+        "[softmax-axis] expected a softmax over the keys of one operand, found an axis that both "
+        "operands share (at LINE)",
+    ),
+    "value-axis": (
+        lambda: missed(decoys.WrongAxisValues()),
+        "[value-axis] expected values summed over the keys, found a product over another axis (at LINE)",
+    ),
+    "unreadable-layout": (
+        lambda: missed(decoys.DroppedColumn()),
+        "[unreadable-layout] expected weights whose axes can be followed, found slice_1 = slice (at LINE)",
+    ),
+    "channel-attention": (
+        lambda: missed(decoys.OverChannels()),
+        "[channel-attention] expected keys that are tokens, found a softmax over features that a "
+        "projection makes (at LINE)\n  hint: attention between channels is left as it is",
+    ),
+    "active-dropout": (
+        lambda: missed(Dropping()),
+        "[active-dropout] expected an attention without dropout, found dropout of 0.1 (at LINE)\n  hint: "
+        "call model.eval() first",
+    ),
+    "negated-mask": (
+        lambda: missed(Scored(lambda s: -s.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -torch.inf))),
+        "[negated-mask] expected a positive factor after a mask, found -1.0 (at LINE)",
+    ),
+    "moderate-mask": (
+        lambda: missed(Scored(lambda s: s), seen=torch.ones(L, dtype=torch.bool)),
+        "[moderate-mask] expected a mask of -inf or the dtype's minimum, found -10000 written over "
+        "scores, on rows that may be all hidden (at LINE)\n  hint: mask with -inf or "
+        "torch.finfo(dtype).min",
+    ),
+    "sink-and-constant": (
+        sink_and_constant,
+        "[sink-and-constant] expected a sink beside plain scores, found a constant added to them (at LINE)",
+    ),
+    "scores-multiplied": (
+        lambda: missed(Gated(lambda s: s)),
+        "[scores-multiplied] expected a factor of queries or of keys, found gate, which varies over both",
+    ),
+    # ---- the driver
+    "escapes": (
+        lambda: refused(Spelling(returns="weights"), LocalWindow(1)),
+        "[escapes] expected scores and weights that only the attention uses, found softmax used by the "
+        "model's output (at LINE)\n  hint: call the model without returning attention weights",
+    ),
+    # ---- passes
+    "needs-self-attention": (
+        lambda: refused(Spelling(cross=True), Sparse(Window(1))),
+        "[needs-self-attention] expected queries and keys of one sequence, found keys of another "
+        "sequence (at LINE)\n  hint: leave cross-attention out with a mapping such as "
+        '{"decoder.*.cross": []}',
+    ),
+    "unknown-head": (
+        lambda: refused(Spelling(), PruneHeads(heads=[1, 4, 7])),
+        "[unknown-head] expected heads from 0 to 3, found head 4, 7 (at LINE)",
+    ),
+    "all-heads": (
+        lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
+        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)",
+    ),
+    "no-such-site-size": (
+        lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),
+        "[no-such-site-size] expected an importance for each of 4 heads, found 3 numbers (at LINE)",
+    ),
+    "wrong-number-of-gains": (
+        lambda: refused(Spelling(), ScaleHeads([1.0, 2.0])),
+        "[wrong-number-of-gains] expected one gain for each of 4 heads, found 2 gains (at LINE)",
+    ),
+    "kv-heads-do-not-fit": (
+        lambda: refused(Spelling(), GroupedQuery(kv_heads=3)),
+        "[kv-heads-do-not-fit] expected kv_heads to be one of 1, 2, 4, found 3 (at LINE)",
+    ),
+    "unknown-projection": (
+        lambda: refused(Spelling(norm="across"), GroupedQuery(kv_heads=2)),
+        "[unknown-projection] expected known key and value projections, found k: heads cannot be told "
+        "apart before layer_norm (LINE) (at LINE)",
+    ),
+    # ---- backends
+    "no-softcap": (
+        lambda: refused(Spelling(softcap=5.0), LocalWindow(1), backend="sdpa"),
+        "[no-softcap] expected scores without softcap, found softcap 5.0",
+    ),
+    "no-sinks": (
+        lambda: refused(Spelling(sinks=True), LocalWindow(1), backend="sdpa"),
+        "[no-sinks] expected no sink logits, found a sink logit for each head",
+    ),
+}
+
+
+def generic(refusal: Refusal) -> str:
+    """Its text, with LINE for a source line."""
+    return re.sub(r"\w+\.py:\d+", "LINE", str(refusal))
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_golden_text(code: str) -> None:
+    make, text = CASES[code]
+    refusal = make()
+    assert refusal.code == code
+    assert generic(refusal) == text
+
+
+def test_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnopt.finding.site_error", lambda *_: 0.25)
+    assert generic(missed(Scored(lambda s: s))) == NOT_EQUAL
+
+
+def test_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("axis")
+
+    monkeypatch.setattr("attnopt.finding.recognise", broken)
+    assert generic(missed(Scored(lambda s: s))) == NOT_UNDERSTOOD
+
+
+def test_no_such_scale() -> None:
+    from attnopt.backends import Sdpa
+    from attnopt.spec import AttentionSpec
+
+    refusal = Sdpa().check(AttentionSpec((0,), (0,), (0,), 4, 4, -0.5))
+    assert refusal is not None
+    assert generic(refusal) == "[no-such-scale] expected a scale above 0, found -0.5"
+
+
+def test_every_code_is_tested() -> None:
+    found: set[str] = set()
+    for folder in ("attnopt", "passes", "backends"):
+        for file in (ROOT / folder).glob("*.py"):
+            found |= set(re.findall(r'\b(?:Refusal|refuse)\(\s*"([a-z-]+)"', file.read_text(encoding="utf-8")))
+    tested = {*CASES, "not-equal", "not-understood", "no-such-scale"}
+    assert found == tested
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in found)
+
+
+NOT_EQUAL = (
+    "[not-equal] expected the raised attention to compute what the model computes, found a relative "
+    "difference of 0.25 (at LINE)\n  hint: please report the model: this is a gap in matching, and "
+    "the site is left as it is"
+)
+NOT_UNDERSTOOD = (
+    "[not-understood] expected a layout that the matcher can follow, found KeyError: 'axis' (at "
+    "LINE)\n  hint: please report the model: this is a gap in matching, and the attention is left as "
+    "it is"
+)
