@@ -193,7 +193,7 @@ def _import_output_classes(graph: bytes) -> None:
     """Import the modules of these libraries, and of no others, whose classes the model takes or returns."""
     pattern = rf"((?:{'|'.join(_LIBRARIES)})(?:\.\w+)+)\.\w+"
     for name in set(re.findall(pattern, graph.decode("utf-8", "replace"))):
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # a library that does not import is missed where its class is needed
             importlib.import_module(name)
 
 

@@ -124,7 +124,7 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
     for role, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
         node = operands[role]
         assert node is not None
-        projections[role], dirty[role] = read_projection(node, 1, heads)
+        projections[role], dirty[role] = read_projection(node, 1, heads, alone=role != "q")
     projections["out"], op = _read_out(raised)
     q, k = operands["q"], operands["k"]
     assert q is not None

@@ -86,7 +86,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
     emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
     edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
-    select = Selector(emit, weights, edited, dirty if edited else ())
+    select = Selector(emit, weights, edited, dirty if edited else (), forks=_forks(plan.found, table))
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
     operands: dict[str, fx.Node | None] = {}
     for role, operand in zip(("q", "k", "v", "bias", "mask", "sinks"), node.args, strict=True):
@@ -109,6 +109,13 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
         node.replace_all_uses_with(spread(emit, lowered, node, chosen))
     else:
         push_down(gm.graph, weights, emit.origin, node, lowered, chosen)
+
+
+def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """Tensors on the way to the weights of more than one role."""
+    roles = [set(nodes) for nodes in found.dirty.values()]
+    shared = {n for i, a in enumerate(roles) for b in roles[i + 1 :] for n in a & b}
+    return {table[n] for n in shared if n in table}
 
 
 def _some(node: fx.Node, selection: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:

@@ -122,6 +122,8 @@ def read_masks(
         return _and(pattern, found), None, bias, None
     if bias is not None and (found := _named(gm, [bias], lengths, None)) is not None:
         pattern, bias = _and(pattern, found), None
+    elif bias is not None and (found := _named(gm, [bias], lengths, None, beside=True)) is not None:
+        pattern = _and(pattern, found)
     seen = _named(gm, both, lengths, 1) if all(_from_flags(n) for n in both) else None
     return pattern, None if seen is None else _and(pattern, seen), bias, mask
 
@@ -135,8 +137,13 @@ def _from_flags(node: fx.Node) -> bool:
     return all(not value(n).dtype.is_floating_point for n in inputs_behind(node) if isinstance(value(n), Tensor))
 
 
-def _named(gm: fx.GraphModule, nodes: list[fx.Node], lengths: tuple[Any, Any], fill: Any) -> Pattern | None:
-    """The pattern that the nodes (biases and masks) together are, at the example sizes and others."""
+def _named(
+    gm: fx.GraphModule, nodes: list[fx.Node], lengths: tuple[Any, Any], fill: Any, beside: bool = False
+) -> Pattern | None:
+    """The pattern that the nodes (biases and masks) together are, at the example sizes and others.
+
+    ``beside``: a bias may hold other values where it does not hide.
+    """
     if any(not is_plain(n) or (fill is None and inputs_behind(n)) for n in nodes):
         return None
     found: list[Tensor] = []
@@ -145,7 +152,7 @@ def _named(gm: fx.GraphModule, nodes: list[fx.Node], lengths: tuple[Any, Any], f
         q_len, kv_len = (s if isinstance(s, int) else int(s.node.expr.subs(sizes)) for s in lengths)
         for node in nodes:
             try:
-                visible = as_visible(evaluate(gm, node, sizes, fill))
+                visible = as_visible(evaluate(gm, node, sizes, fill), beside=beside)
             except (ValueError, RuntimeError, IndexError, TypeError):
                 return None
             if visible is None:

@@ -159,15 +159,18 @@ def _candidates(mask: Tensor) -> list[Pattern]:
     return found
 
 
-def as_visible(bias: Tensor, floor: float = -1e4) -> Tensor | None:
+def as_visible(bias: Tensor, floor: float = -1e4, beside: bool = False) -> Tensor | None:
     """A bias that only hides, as a bool mask: 0 where visible, at most ``floor`` elsewhere, no query without a key.
 
-    In such a bias the hidden keys' weights underflow to exactly 0, so that it means the same as a mask.
+    In such a bias the hidden keys' weights underflow to exactly 0, so that it means the same as a mask.  ``beside``:
+    visible keys may have a bias of their own, as long as hidden ones lie that far below it.
     """
     if bias.dtype == torch.bool:
         visible = bias
     else:
-        visible = bias == 0
+        visible = bias > floor if beside else bias == 0
+        if beside and visible.any():
+            floor += float(bias[visible].min().clamp(max=0.0))
         if not bool((visible | (bias <= floor)).all()):
             return None
     return visible if bool(visible.any(-1).all()) else None

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from attnopt.graph import get_attr, is_tensor, opname, shape, source_line
 from attnopt.pushing import push
-from attnopt.selecting import Selection, is_weight, trim
+from attnopt.selecting import Pulled, Selection, is_weight, trim
 from attnopt.selection import pull
 from attnopt.site import Projection
 
@@ -39,14 +39,14 @@ def landings(node: fx.Node, selection: Selection) -> list[Landing]:
         if n.op == "placeholder":
             add("input", n, chosen, path)
             return
-        pulled = pull(n, chosen) if chosen else None
+        pulled = _pulled(n, chosen) if chosen else None
         if pulled is None:
             add("blocked", n, chosen, path)
             return
         if pulled.across:
             add("token", n, chosen, path)
             return
-        for i, (below, sel) in enumerate(pulled.demands):
+        for i, (below, sel) in enumerate(pulled.exact or pulled.demands):
             walk(below, sel, (*path, n), in_weight or i in pulled.weights)
 
     def add(kind: str, n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...]) -> None:
@@ -57,25 +57,44 @@ def landings(node: fx.Node, selection: Selection) -> list[Landing]:
     return list(found.values())
 
 
+def _pulled(node: fx.Node, selection: Selection) -> Pulled | None:
+    """The selection pulled up; where a norm mixes what the inner axes choose, everything along these is needed."""
+    axes = sorted(selection)
+    while axes:
+        pulled = pull(node, {a: selection[a] for a in axes})
+        if pulled is not None:
+            return pulled
+        axes.pop()
+    return None
+
+
 def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
     """Equal for two selections only if they take the same values for the same reason."""
     return frozenset((x.kind, x.node.name, tuple(sorted(x.selection.items()))) for x in landings(node, selection))
 
 
-def lands_on_weights(node: fx.Node, selection: Selection) -> bool:
-    """The selected axis is one of features that a projection makes, not of tokens or of the batch."""
-    return any(x.kind == "weight" for x in landings(node, selection))
+def chooses_weights(node: fx.Node, one: Selection, other: Selection) -> bool:
+    """The axis along which the two selections differ is one of features that a projection makes, not one of tokens or of
+    the batch: they come from different rows of a weight."""
+    first, second = (
+        {(x.node, tuple(sorted(x.selection.items()))) for x in landings(node, chosen) if x.kind == "weight"}
+        for chosen in (one, other)
+    )
+    return first != second
 
 
-def read_projection(node: fx.Node, axis: int, heads: int) -> tuple[Projection, tuple[fx.Node, ...]]:
-    """The projection that makes the heads along ``axis`` of ``node``, and the nodes between the two."""
+def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) -> tuple[Projection, tuple[fx.Node, ...]]:
+    """The projection that makes the heads along ``axis`` of ``node``, and the nodes between the two.
+
+    ``alone``: nothing but the projection may tell the heads apart, as merging them asks for.
+    """
     each = [landings(node, {axis: (h,)} if heads > 1 else _one_head(node)) for h in range(heads)]
     dirty = tuple(dict.fromkeys(n for found in each for x in found for n in x.path if x.kind == "weight"))
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
         return Projection(why=_stopped_at(blocked.node)), dirty
     constant = next((x for found in each for x in found if x.kind == "constant"), None)
-    if constant is not None:
+    if constant is not None and alone:
         return Projection(why=f"heads also differ by {constant.node.target}, which is no projection"), dirty
     weights = [[x for x in found if x.kind == "weight"] for found in each]
     matrices = {x.node for found in weights for x in found if len(shape(x.node)) >= 2}
@@ -134,9 +153,13 @@ def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Seq
             bias,
             why=f"heads lie along axis {axis_names} of a weight with {len(shape(matrix))} axes",
         )
-    if len(shape(matrix)) == 3:
-        return Projection(str(matrix.target), bias, why="the weight has 3 axes")
+    if len(shape(matrix)) > 2 and not all(is_convolution(x.path[-2]) for found in weights for x in found):
+        return Projection(str(matrix.target), bias, why=f"the weight has {len(shape(matrix))} axes")
     return Projection(str(matrix.target), bias, transposed=axes == {1}, rows=tuple(rows))
+
+
+def is_convolution(node: fx.Node) -> bool:
+    return opname(node).startswith("conv")
 
 
 def _stopped_at(node: fx.Node) -> str:
@@ -175,8 +198,8 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
         rows.append(tuple(idx))
     assert end is not None
     op, target, at = end
-    if len(shape(target)) == 3 or at > 1:
-        return Projection(str(target.target), why="the weight has 3 axes"), op
+    if at > 1 or (len(shape(target)) > 2 and not is_convolution(op)):
+        return Projection(str(target.target), why=f"the weight has {len(shape(target))} axes"), op
     bias = next((a for a in op.all_input_nodes if is_tensor(a) and len(shape(a)) == 1), None)
     return Projection(
         str(target.target), str(bias.target) if isinstance(bias, fx.Node) else None, at == 0, tuple(rows)

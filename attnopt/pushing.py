@@ -84,6 +84,7 @@ def _reshape(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
         if found is None:
             return None
         below.update(zip(theirs, found, strict=True))
+    below = {a: i for a, i in below.items() if len(i) != shape(user)[a]} or below
     sizes = list(arg(user, 1))
     for axis in range(len(sizes)):
         if axis in below:

@@ -23,7 +23,7 @@ from attnopt.graph import (
     value,
     wrap,
 )
-from attnopt.projections import lands_on_weights
+from attnopt.projections import chooses_weights
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region, atoms_of
 from attnopt.scores import Operand
@@ -35,9 +35,9 @@ def assign_roles(r: Region) -> Region:
         frames += _walk_up(read)
     frame = _ordered(r)
     not_queries = atoms_of(r.k.axes) | atoms_of(r.v.axes)
-    heads = tuple(c for c in frame if lands_on_weights(r.q.node, _pick(r.q, c)))
+    heads = tuple(c for c in frame if _is_feature(r.q, c))
     if not heads:
-        heads = tuple(c for c in frame if c in atoms_of(r.k.axes) and lands_on_weights(r.k.node, _pick(r.k, c)))
+        heads = tuple(c for c in frame if c in atoms_of(r.k.axes) and _is_feature(r.k, c))
     free = [c for c in frame if c not in heads]
     queries = _query_atoms(r, [c for c in free if c not in not_queries])
     batch = [c for c in free if c not in queries]
@@ -70,13 +70,17 @@ def _ordered(r: Region) -> list[Atom]:
     return [c for ax in resolve_all(r.out.axes) for c in ax if c not in own]
 
 
-def _pick(o: Operand, atom: Atom) -> dict[int, tuple[int, ...]]:
-    """Selection of the first of ``atom``'s values on the operand."""
+def _is_feature(o: Operand, atom: Atom) -> bool:
+    return chooses_weights(o.node, _pick(o, atom, 0), _pick(o, atom, 1))
+
+
+def _pick(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:
+    """Selection of one of ``atom``'s values on the operand."""
     for i, axis in enumerate(resolve_all(o.axes)):
         if atom not in axis:
             continue
         inner = math.prod(c.size for c in axis[axis.index(atom) + 1 :])
-        return {i: tuple(j for j in range(length(axis)) if j // inner % atom.size == 0)}
+        return {i: tuple(j for j in range(length(axis)) if j // inner % atom.size == index)}
     return {}
 
 
@@ -145,7 +149,7 @@ def _guess_heads(r: Region, batch: list[Atom]) -> tuple[Axis, list[Atom]]:
 def _refuse_channels(r: Region) -> None:
     """A softmax over features attends between channels, not between tokens."""
     for atom in resolve(r.keys):
-        if lands_on_weights(r.k.node, _pick(r.k, atom)):
+        if _is_feature(r.k, atom):
             raise NotAttentionError(
                 Refusal(
                     "channel-attention",

@@ -103,9 +103,10 @@ def _select(node: fx.Node, selection: Selection) -> Pulled:
 def _slice(node: fx.Node, selection: Selection) -> Pulled:
     x, start, end, step = operand(node), arg(node, 2, 0), arg(node, 3, 2**63 - 1), arg(node, 4, 1)
     at = wrap(arg(node, 1, 0), len(shape(x)))
-    if at not in selection:
-        return Pulled(((x, selection),), replaced(node, [x]))
     taken = range(shape(x)[at])[slice(_bound(start), _bound(end), _bound(step))]
+    if at not in selection:
+        exact = ((x, {**selection, at: tuple(taken)}),) if is_static(value(x).shape[at]) else None
+        return Pulled(((x, selection),), replaced(node, [x]), exact=exact)
     return Pulled(((x, {**selection, at: tuple(taken[i] for i in selection[at])}),), None)
 
 
@@ -137,7 +138,12 @@ def _getitem(node: fx.Node, selection: Selection) -> Pulled | None:
     size = int(value(node).shape[at])
     if at in selection:
         return Pulled(((x, {**selection, at: tuple(start + i for i in selection[at])}),), None)
-    return Pulled(((x, selection),), lambda f: (aten.slice.Tensor, (f[0], at, start, start + size), {}))
+    piece = tuple(range(start, start + size))
+    return Pulled(
+        ((x, selection),),
+        lambda f: (aten.slice.Tensor, (f[0], at, start, start + size), {}),
+        exact=((x, {**selection, at: piece}),),
+    )
 
 
 def _cat(node: fx.Node, selection: Selection) -> Pulled | None:

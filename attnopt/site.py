@@ -81,7 +81,7 @@ class Site:
         stored_by_input = p.transposed != (role == "out")
         weight = self.parameters[p.weight].detach()
         rows = torch.as_tensor(p.rows[head], device=weight.device)
-        return weight[:, rows].mT if stored_by_input else weight[rows]
+        return weight[:, rows].transpose(0, 1).flatten(1) if stored_by_input else weight[rows].flatten(1)
 
     def head_bias(self, role: str, head: int) -> Tensor | None:
         """Bias of one head in the projection ``role``: [D]; None where there is none."""

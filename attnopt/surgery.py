@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -82,14 +82,21 @@ def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
 class Selector:
     """Builds selections of nodes, moved up as far as they go.
 
+    ``forks`` are tensors that serve several roles (a packed projection): of these only what is needed is taken.
     ``edited`` holds new values of parameters for this site alone; every node on the way to one (``dirty``) is built anew
     even where nothing is selected.
     """
 
     def __init__(
-        self, emit: Emitter, weights: Weights, edited: Mapping[str, Tensor] | None = None, dirty: Sequence[fx.Node] = ()
+        self,
+        emit: Emitter,
+        weights: Weights,
+        edited: Mapping[str, Tensor] | None = None,
+        dirty: Sequence[fx.Node] = (),
+        forks: Collection[fx.Node] = (),
     ) -> None:
         self.emit, self.weights, self.edited, self.dirty = emit, weights, dict(edited or {}), set(dirty)
+        self.forks = forks
         self._known: dict[Any, fx.Node] = {}
 
     def select(self, node: fx.Node, selection: Selection) -> fx.Node:
@@ -112,6 +119,8 @@ class Selector:
         pulled = pull(node, selection)
         if pulled is None or pulled.across:
             return self._stay(node, selection)
+        if pulled.exact is not None and pulled.exact[0][0] in self.forks:
+            return self.select(*pulled.exact[0])
         found = [self.select(n, s) for n, s in pulled.demands]
         if pulled.build is None:
             return found[0]

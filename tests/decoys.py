@@ -71,7 +71,9 @@ class SoftRouting(Decoy):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = torch.softmax(self.q(x) @ self.prototypes.T, dim=-1)
-        return self.o(weights * weights.sum(-1, keepdim=True)) if False else self.o(F.pad(weights, (0, E - 5)) * self.v(x))
+        return (
+            self.o(weights * weights.sum(-1, keepdim=True)) if False else self.o(F.pad(weights, (0, E - 5)) * self.v(x))
+        )
 
 
 class LinearAttention(Decoy):

@@ -46,7 +46,9 @@ class Spelling:
     bias_kind: str = ""  # alibi, table, addend
     softcap: float | None = None
     sinks: bool = False
-    softmax: str = "F"  # F, torch, method, positive, float32, upcast, exp, stable-exp, log, lse, late, later (behind the layout)
+    softmax: str = (
+        "F"  # F, torch, method, positive, float32, upcast, exp, stable-exp, log, lse, late, later (behind the layout)
+    )
     cross: bool = False
     returns: str = "output"  # output, weights
     out: bool = True
@@ -110,7 +112,14 @@ class Spelling:
         if s.apply == "old-gpt" and (len(s.mask) > 1 or set(s.mask) - {"causal", "left"} or s.bias_kind or s.cross):
             s = replace(s, apply="where")
         if s.core == "sdpa":
-            s = replace(s, softcap=None, sinks=False, softmax="F", returns="output", scale="none" if s.scale == "none" else "mul")
+            s = replace(
+                s,
+                softcap=None,
+                sinks=False,
+                softmax="F",
+                returns="output",
+                scale="none" if s.scale == "none" else "mul",
+            )
         if s.softmax in ("late", "later") and (s.sinks or s.returns == "weights"):
             s = replace(s, softmax="F")
         if s.core == "transposed" and (s.sinks or s.softmax not in ("F", "torch", "method", "positive")):
@@ -179,11 +188,17 @@ class Attention(nn.Module):
         if s.out:
             weight, bias = noise(s.width, n, by=n**-0.5), noise(s.width, by=0.3)
             shapes = {"addmm": weight.mT.contiguous(), "conv1d": weight[..., None], "conv2d": weight[..., None, None]}
-            stored = weight.view(s.width, s.heads, s.value_dim).permute(1, 2, 0).contiguous() if s.op == "einsum" else weight
+            stored = (
+                weight.view(s.width, s.heads, s.value_dim).permute(1, 2, 0).contiguous() if s.op == "einsum" else weight
+            )
             self.w_out = nn.Parameter(shapes.get(s.op, stored))
             self.b_out = nn.Parameter(bias) if s.bias else None
         if s.norm in ("layer", "rms", "across"):
-            sizes = {"q": s.heads * s.head_dim, "k": s.kv_heads * s.head_dim} if s.norm == "across" else dict.fromkeys("qk", s.head_dim)
+            sizes = (
+                {"q": s.heads * s.head_dim, "k": s.kv_heads * s.head_dim}
+                if s.norm == "across"
+                else dict.fromkeys("qk", s.head_dim)
+            )
             kind = nn.RMSNorm if s.norm == "rms" else nn.LayerNorm
             self.norms = nn.ModuleDict({role: kind(size) for role, size in sizes.items()})
             for p in self.norms.parameters():
@@ -245,7 +260,12 @@ class Attention(nn.Module):
             }  # fmt: skip
         columns = torch.arange(s.heads * s.value_dim).view(s.heads, s.value_dim)
         rows = tuple(map(tuple, columns.tolist()))
-        found["out"] = {"weight": "w_out", "bias": "b_out" if s.bias else None, "transposed": s.op == "addmm", "rows": rows}
+        found["out"] = {
+            "weight": "w_out",
+            "bias": "b_out" if s.bias else None,
+            "transposed": s.op == "addmm",
+            "rows": rows,
+        }
         return found
 
     def with_gains(self, gains: Mapping[int, float]) -> Attention:
@@ -360,7 +380,9 @@ class Attention(nn.Module):
         speeds = 10.0 ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = (torch.arange(t.shape[1], dtype=torch.float32)[:, None] * speeds)[None, :, None]
         if s.rope == "complex":
-            turned = torch.view_as_complex(t.float().contiguous().view(*t.shape[:-1], half, 2)) * torch.polar(torch.ones_like(angles), angles)
+            turned = torch.view_as_complex(t.float().contiguous().view(*t.shape[:-1], half, 2)) * torch.polar(
+                torch.ones_like(angles), angles
+            )
             return torch.view_as_real(turned).flatten(-2).type_as(t)
         if s.rope == "half":
             both = torch.cat([angles, angles], -1)
@@ -531,7 +553,9 @@ class Attention(nn.Module):
         if s.core == "heads-last":
             k, v = self._shared(k, 2), self._shared(v, 2)
             scores = self._conditioned(torch.einsum("bihd,bjhd->bhij", q, k), padding, given)
-            return self._weighted(scores, lambda p: torch.einsum("bhij,bjhd->bihd", p, v), late=lambda t: t.transpose(1, 2))
+            return self._weighted(
+                scores, lambda p: torch.einsum("bhij,bjhd->bihd", p, v), late=lambda t: t.transpose(1, 2)
+            )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if s.core.startswith("grouped"):
             return self._grouped(q, k, v, padding, given)
@@ -602,10 +626,8 @@ class Attention(nn.Module):
         s = self.s
         B, L = q.shape[0], q.shape[2]
         q = q.reshape(B, s.kv_heads, s.group, L, s.head_dim)
-        if s.core == "grouped":
-            scores = q @ k.unsqueeze(2).transpose(-1, -2)
-        else:
-            scores = torch.einsum("bgrld,bgsd->bgrls", q, k)
+        plain = s.core == "grouped"
+        scores = q @ k.unsqueeze(2).transpose(-1, -2) if plain else torch.einsum("bgrld,bgsd->bgrls", q, k)
         scores = self._conditioned(scores.flatten(1, 2), padding, given)
 
         def product(p: Tensor) -> Tensor:

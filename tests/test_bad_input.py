@@ -7,7 +7,6 @@ import io
 import json
 import math
 import pickle
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.passes import LocalWindow, PruneHeads
 
+FILES = ("attnopt.json", "graph.json", "weights.safetensors")
 X = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(5))
 
 
@@ -68,20 +68,20 @@ class Deciding(nn.Module):
         return x
 
 
-class Converting(Deciding):
+class Repeating(Deciding):
     def forward(self, x: Tensor) -> Tensor:
-        import numpy as np
+        for _ in range(int(x.abs().max())):
+            x = x + self.attention(x)
+        return x
 
-        return self.attention(x) * float(np.linalg.norm(x.detach().numpy()))
 
-
-@pytest.mark.parametrize("kind", [Deciding, Converting])
+@pytest.mark.parametrize("kind", [Deciding, Repeating])
 def test_a_model_that_cannot_be_captured(kind: type[nn.Module]) -> None:
     with pytest.raises(attnopt.CaptureError) as caught:
         attnopt.optimize(kind().eval(), "fuse", (X,))
     text = str(caught.value)
     assert "test_bad_input.py" in text, "the user's line"
-    line = {Deciding: "x.sum() > 0", Converting: "x.detach().numpy()"}[kind]
+    line = {Deciding: "x.sum() > 0", Repeating: "in range(int(x.abs()"}[kind]
     numbers = [i for i, t in enumerate(Path(__file__).read_text(encoding="utf-8").splitlines(), 1) if line in t]
     assert any(f"test_bad_input.py:{n}" in text or f'test_bad_input.py", line {n}' in text for n in numbers)
     assert all(way in text for way in ("torch.export", "torch.fx.symbolic_trace"))
@@ -99,7 +99,9 @@ def test_inspect_says_the_same() -> None:
     [((X, X, X), {}), ((X,), {"mask": X}), ((), {"inputs": X}), ((X[..., :5],), {}), (("text",), {}), ((X.int(),), {})],
     ids=["too many", "unknown name", "missing", "wrong width", "no tensor", "whole numbers"],
 )
-@pytest.mark.parametrize("call", [attnopt.inspect, lambda m, a, k: attnopt.optimize(m, "fuse", a, k)], ids=["inspect", "optimize"])
+@pytest.mark.parametrize(
+    "call", [attnopt.inspect, lambda m, a, k: attnopt.optimize(m, "fuse", a, k)], ids=["inspect", "optimize"]
+)
 def test_wrong_example_inputs(model: nn.Module, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     with pytest.raises(attnopt.CaptureError) as caught:
         call(model, args, kwargs)
@@ -129,7 +131,9 @@ def test_wrong_first_call_of_a_deferred_model(model: nn.Module) -> None:
     ],
     ids=["none", "too many", "unknown", "dtype", "no tensor", "axes", "batch", "length", "width", "empty"],
 )
-def test_wrong_inputs_at_call_time(fast: attnopt.OptimizedModel, args: tuple[Any, ...], kwargs: dict[str, Any], told: str) -> None:
+def test_wrong_inputs_at_call_time(
+    fast: attnopt.OptimizedModel, args: tuple[Any, ...], kwargs: dict[str, Any], told: str
+) -> None:
     with pytest.raises(attnopt.CaptureError, match=told):
         fast(*args, **kwargs)
 
@@ -188,7 +192,11 @@ def test_unknown_pass_or_option(model: nn.Module, policy: Any, told: str) -> Non
         attnopt.optimize(model, policy, (X,))
 
 
-@pytest.mark.parametrize("option", [{"backend": "none"}, {"backend": 3}, {"limit": -1}, {"limit": 1.5}, {"tolerance": -1.0}, {"tolerance": math.nan}], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [{"backend": "none"}, {"backend": 3}, {"limit": -1}, {"limit": 1.5}, {"tolerance": -1.0}, {"tolerance": math.nan}],
+    ids=str,
+)
 def test_wrong_options(model: nn.Module, option: dict[str, Any]) -> None:
     with pytest.raises(attnopt.PolicyError, match=next(iter(option))):
         attnopt.optimize(model, "fuse", (X,), **option)
@@ -221,16 +229,17 @@ def test_no_attention(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["NaN", "infinity"])
 @pytest.mark.parametrize("policy", ["fuse", LocalWindow(1), PruneHeads(heads=[0])], ids=["fuse", "window", "prune"])
 def test_nan_in_weights_is_loud(model: nn.Module, policy: Any, value: float) -> None:
-    with torch.no_grad():
-        model.get_parameter("1.q_proj.weight")[0, 0] = value
+    weight = model.get_parameter("1.q_proj.weight").data
+    own = weight[0, 0].clone()
+    weight[0, 0] = value
     try:
         with pytest.warns(attnopt.AttnoptWarning, match="NaN"):
             attnopt.optimize(model, policy, (X,))
     except attnopt.AttnoptError as error:
-        assert "NaN" in str(error)
-    with torch.no_grad():
-        model.get_parameter("1.q_proj.weight")[0, 0] = 0.0
-        model.get_parameter("1.q_proj.weight").copy_(new_model().get_parameter("1.q_proj.weight"))
+        if "NaN" not in str(error):
+            raise
+    finally:
+        weight[0, 0] = own
 
 
 # ---------------------------------------------------------------- archives
@@ -249,18 +258,23 @@ def test_what_is_no_archive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.99])
-@pytest.mark.parametrize("name", ["model.pt2", "attnopt.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_truncated_archive(saved: Path, name: str, share: float) -> None:
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(attnopt.ArchiveError, match=r"model\.pt2|attnopt\.json"):
+    with pytest.raises(attnopt.ArchiveError, match="saved"):
         attnopt.load(saved)
 
 
-def test_a_missing_program(saved: Path) -> None:
-    (saved / "model.pt2").unlink()
-    with pytest.raises(attnopt.ArchiveError, match="missing"):
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(attnopt.ArchiveError):
         attnopt.load(saved)
+
+
+def test_the_files_of_a_save(saved: Path) -> None:
+    assert sorted(f.name for f in saved.iterdir()) == sorted(FILES)
 
 
 @pytest.mark.parametrize("key", ["report", "signature", "sites", "format"])
@@ -278,45 +292,38 @@ class _Bomb:
         return (Path.touch, (Path("exploded"),))
 
 
-def test_pickled_archives_are_not_opened(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("form", ["pickle", "torch.save"])
+def test_pickled_archives_are_not_opened(
+    saved: Path, tmp_path: Path, name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    program = saved / "model.pt2"
-    original = program.read_bytes()
     buffer = io.BytesIO()
     torch.save({"state": _Bomb()}, buffer)
-    bomb = pickle.dumps(_Bomb())
-    variants: list[bytes] = [bomb, buffer.getvalue(), _with_members(original, {"archive/data/sample_inputs/model.pt": buffer.getvalue()})]
-    for name in zipfile.ZipFile(io.BytesIO(original)).namelist():
-        if "weights" in name or "constants" in name or "sample_inputs" in name:
-            variants.append(_with_members(original, {name: bomb if not name.endswith(".json") else _marked(original, name)}))
-    for data in variants:
-        program.write_bytes(data)
-        try:
-            attnopt.load(saved)
-        except attnopt.ArchiveError:
-            pass
-        assert not (tmp_path / "exploded").exists(), "something was unpickled"
+    (saved / name).write_bytes(pickle.dumps(_Bomb()) if form == "pickle" else buffer.getvalue())
+    with pytest.raises(attnopt.ArchiveError):
+        attnopt.load(saved)
+    assert not (tmp_path / "exploded").exists(), "something was unpickled"
 
 
-def _with_members(archive: bytes, members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w") as new:
-        for name in old.namelist():
-            if name not in members:
-                new.writestr(name, old.read(name))
-        for name, data in members.items():
-            new.writestr(name, data)
-    return buffer.getvalue()
-
-
-def _marked(archive: bytes, name: str) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(archive)) as old:
-        return old.read(name).replace(b'"use_pickle": false', b'"use_pickle": true')
+@pytest.mark.parametrize("field", ["expr_str", "module", "nn_module_stack"])
+def test_code_in_a_graph_is_not_run(saved: Path, tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    attack = "__import__('pathlib').Path('exploded').touch()"
+    text = (saved / "graph.json").read_text(encoding="utf-8")
+    data = json.loads(text)
+    data["graph_module"]["graph"]["sym_int_values"]["s0"] = {"as_expr": {field: attack, "hint": {"as_int": 7}}}
+    (saved / "graph.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(attnopt.ArchiveError):
+        attnopt.load(saved)
+    assert not (tmp_path / "exploded").exists(), "something was run"
 
 
 # ---------------------------------------------------------------- disks
 @pytest.mark.parametrize("name", ["write_bytes", "write_text"])
-def test_a_full_disk_at_save(fast: attnopt.OptimizedModel, saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_save(
+    fast: attnopt.OptimizedModel, saved: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(saved.parent)
 
     def full(path: Path, data: Any, *_: Any, **__: Any) -> None:
@@ -373,7 +380,20 @@ def test_saving_what_was_not_captured(model: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "calibration",
     [3, [3], ["text"], [None], [], iter(()), [{"nothing": X}], [(X, X, X)], [X[..., :3]], [X[:1]], [{}], [()]],
-    ids=["number", "list of numbers", "text", "None", "empty", "spent", "name", "too many", "width", "batch", "no kwargs", "no args"],
+    ids=[
+        "number",
+        "list of numbers",
+        "text",
+        "None",
+        "empty",
+        "spent",
+        "name",
+        "too many",
+        "width",
+        "batch",
+        "no kwargs",
+        "no args",
+    ],
 )
 def test_calibration_of_the_wrong_form(model: nn.Module, calibration: Any) -> None:
     with pytest.raises(attnopt.AttnoptError):

@@ -57,7 +57,9 @@ def test_loud_when_nothing_is_found(x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["scores", "weights"])
-@pytest.mark.parametrize("policy", [p for n, p in POLICIES.items() if n != "fuse"], ids=[n for n in POLICIES if n != "fuse"])
+@pytest.mark.parametrize(
+    "policy", [p for n, p in POLICIES.items() if n != "fuse"], ids=[n for n in POLICIES if n != "fuse"]
+)
 def test_scores_that_are_returned_stay(after: bool, policy: Any, x: torch.Tensor) -> None:
     model = decoys.ScoresReturned(after).eval()
     fast = optimized(model, policy, x)

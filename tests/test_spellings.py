@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from models import LENGTH, Attention, Spelling, inputs
 
@@ -23,6 +23,7 @@ PROPERTY = settings(
     max_examples=int(EXAMPLES or 60),
     deadline=None,
     derandomize=EXAMPLES is None,  # the same examples at every `make test`, new ones at every `make fuzz`
+    phases=[p for p in Phase if EXAMPLES is not None or p in (Phase.explicit, Phase.generate)],
     suppress_health_check=list(HealthCheck),
 )
 
@@ -162,7 +163,13 @@ def test_properties_window_is_the_oracle(s: Spelling, left: int, right: int, sin
     check(case, LocalWindow(left, right, sinks, dilation), near | (j < sinks), {})
 
 
-PATTERNS: list[Pattern] = [Window(1, 0), Causal(), Sinks(1) | Window(1), Strided(2), Window(2, 1) & Strided(2) | Sinks(2)]
+PATTERNS: list[Pattern] = [
+    Window(1, 0),
+    Causal(),
+    Sinks(1) | Window(1),
+    Strided(2),
+    Window(2, 1) & Strided(2) | Sinks(2),
+]
 
 
 @PROPERTY
@@ -192,13 +199,25 @@ def test_properties_pruning_is_the_oracle_and_removes_weights(s: Spelling, data:
     kept = [h for h in range(s.heads) if h not in heads]
     assert fast.sites[0].spec.heads == tuple(kept)
     kv_kept = len({s.kv_of_head[h] for h in kept})
-    rows = {"q": len(kept) * s.head_dim, "k": kv_kept * s.head_dim, "v": kv_kept * s.value_dim, "out": len(kept) * s.value_dim}
+    rows = {
+        "q": len(kept) * s.head_dim,
+        "k": kv_kept * s.head_dim,
+        "v": kv_kept * s.value_dim,
+        "out": len(kept) * s.value_dim,
+    }
     before = sum(p.numel() for p in case.model.parameters())
     after = sum(p.numel() for p in fast.parameters())
-    sizes = {"q": s.heads * s.head_dim, "k": s.kv_heads * s.head_dim, "v": s.kv_heads * s.value_dim, "out": s.heads * s.value_dim}
+    sizes = {
+        "q": s.heads * s.head_dim,
+        "k": s.kv_heads * s.head_dim,
+        "v": s.kv_heads * s.value_dim,
+        "out": s.heads * s.value_dim,
+    }
     known = [r for r in sizes if fast.sites[0].projections[r].rows is not None]
     gone = sum((sizes[r] - rows[r]) * s.width for r in known)
-    assert before - after >= gone, f"{before} parameters before and {after} after; {gone} of them belong to pruned heads"
+    assert before - after >= gone, (
+        f"{before} parameters before and {after} after; {gone} of them belong to pruned heads"
+    )
 
 
 @PROPERTY
@@ -221,7 +240,9 @@ def test_properties_grouping_equal_heads_changes_nothing(s: Spelling, merge: str
 
 @PROPERTY
 @given(spellings().filter(lambda s: s.heads > 1), st.integers(0, 3), st.booleans(), st.data())
-def test_properties_passes_compose_in_both_orders(s: Spelling, left: int, also_gains: bool, data: st.DataObject) -> None:
+def test_properties_passes_compose_in_both_orders(
+    s: Spelling, left: int, also_gains: bool, data: st.DataObject
+) -> None:
     case = Case.of(s)
     head = data.draw(st.integers(0, s.heads - 1))
     window, prune = LocalWindow(left, 1), PruneHeads(heads=[head])
@@ -337,7 +358,9 @@ def test_spelling_must_match(s: Spelling, want: dict[str, Any]) -> None:
     check_spec(case, site)
     for name, value in want.items():
         got = getattr(site.spec, name)
-        assert (str(got) if name == "pattern" else got) == (pytest.approx(value) if isinstance(value, float) else value), name
+        assert (str(got) if name == "pattern" else got) == (
+            pytest.approx(value) if isinstance(value, float) else value
+        ), name
     if s.op != "einsum" and s.norm != "across":
         expected = case.model.expected_projections()
         read = {

@@ -175,7 +175,9 @@ def deit3() -> Built:
 
 
 def twins() -> Built:
-    model = timm_model("twins_svt_small", img_size=64, embed_dims=(8, 16, 16, 16), num_heads=(2, 4, 4, 4), depths=(2, 1, 1, 1))
+    model = timm_model(
+        "twins_svt_small", img_size=64, embed_dims=(8, 16, 16, 16), num_heads=(2, 4, 4, 4), depths=(2, 1, 1, 1)
+    )
     return model, (pixels(64),), {}
 
 
