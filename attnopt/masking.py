@@ -161,3 +161,17 @@ def _named(
         assert total is not None
         found.append(total.expand(*total.shape[:-2], q_len, kv_len))
     return name_pattern(found)
+
+
+def hides_what_is_zeroed(gm: fx.GraphModule, bias: fx.Node | None, factor: fx.Node) -> bool:
+    """``scores * m + bias`` with m of 0 and 1 means a mask, if the bias hides every key whose score m wipes out."""
+    if bias is None or not all(is_plain(n) and not inputs_behind(n) for n in (bias, factor)):
+        return False
+    for sizes in other_sizes(symbols(gm.graph)):
+        try:
+            kept, visible = evaluate(gm, factor, sizes), as_visible(evaluate(gm, bias, sizes), beside=True)
+        except (ValueError, RuntimeError, IndexError, TypeError):
+            return False
+        if visible is None or not bool(((kept == 1) | ((kept == 0) & ~visible)).all()):
+            return False
+    return True

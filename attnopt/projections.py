@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -93,6 +93,7 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
         return Projection(why=_stopped_at(blocked.node)), dirty
+    each = [[_as_bias(x) for x in found] for found in each]
     constant = next((x for found in each for x in found if x.kind == "constant"), None)
     if constant is not None and alone:
         return Projection(why=f"heads also differ by {constant.node.target}, which is no projection"), dirty
@@ -109,6 +110,12 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     if vector is not None and projection.rows is not None and not _same_rows(vector, projection.rows, weights):
         return Projection(projection.weight, why=f"the bias {vector.target} has other rows than the weight"), dirty
     return projection, dirty
+
+
+def _as_bias(landing: Landing) -> Landing:
+    """A vector that an operator of its own adds to what a weight made belongs to the projection."""
+    is_added = len(landing.path) > 1 and opname(landing.path[-2]) == "add" and len(shape(landing.node)) == 1
+    return replace(landing, kind="weight") if landing.kind == "constant" and is_added else landing
 
 
 def _same_rows(vector: fx.Node, rows: Sequence[tuple[int, ...]], weights: Sequence[Sequence[Landing]]) -> bool:

@@ -11,10 +11,11 @@ from torch import Tensor, fx
 from attnopt.arranging import Arranger
 from attnopt.axes import Axis, resolve, resolve_all
 from attnopt.graph import Emitter, aten, dtype, shape, source_line
-from attnopt.masking import bias_and_mask, read_masks
+from attnopt.masking import bias_and_mask, hides_what_is_zeroed, read_masks
 from attnopt.projections import signature
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
+from attnopt.scores import Operand
 from attnopt.spec import AttentionSpec
 from attnopt.surgery import Selector, Weights
 
@@ -51,7 +52,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     q = at.arrange(r.q.node, r.q.axes, (r.batch, r.heads, r.queries, r.features), expand=True)
     k = at.arrange(r.k.node, r.k.axes, (r.batch, kv_heads, r.keys, r.features), expand=True)
     v = at.arrange(r.v.node, r.v.axes, (r.batch, kv_heads, r.keys, r.value_features), expand=True)
-    q, k = _with_factors(emit, at, r, q, k, kv_heads)
+    q, k, zeroing = _with_factors(emit, at, r, q, k, kv_heads)
     q, k, v = _one_dtype(emit, q, k, v)
     bias, mask, constant = bias_and_mask(emit, at, r)
     sinks = None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
@@ -61,6 +62,11 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
                 "sink-and-constant", "a sink beside plain scores", "a constant added to them", source_line(r.out.node)
             )
         )
+    for factor in zeroing:
+        if not hides_what_is_zeroed(
+            gm, bias, at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, r.keys))
+        ):
+            raise NotAttentionError(_multiplied(factor))
     pattern, seen, bias, mask = read_masks(gm, r, bias, mask, q, k)
     kv_of_head = _kv_of_head(r.heads, kv_heads)
     k, v, kv_of_head = _without_copies(gm, emit, k, v, kv_of_head)
@@ -88,8 +94,9 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
 
 def _with_factors(
     emit: Emitter, at: Arranger, r: Region, q: fx.Node, k: fx.Node, kv_heads: Axis
-) -> tuple[fx.Node, fx.Node]:
-    """Tensors that multiply the scores, moved to the side whose axes they have."""
+) -> tuple[fx.Node, fx.Node, list[Operand]]:
+    """Tensors that multiply the scores, moved to the side whose axes they have; those that vary over both are returned."""
+    both: list[Operand] = []
     for factor in r.factors:
         atoms = {a for ax in resolve_all(factor.axes) for a in ax}
         if not atoms & set(r.keys):
@@ -97,15 +104,17 @@ def _with_factors(
         elif not atoms & (set(r.queries) | (set(r.heads) - set(kv_heads))):
             k = emit.call(aten.mul.Tensor, k, at.arrange(factor.node, factor.axes, (r.batch, kv_heads, r.keys, ())))
         else:
-            raise NotAttentionError(
-                Refusal(
-                    "scores-multiplied",
-                    "a factor of queries or of keys",
-                    f"{factor.node.name}, which varies over both",
-                    source_line(factor.node),
-                )
-            )
-    return q, k
+            both.append(factor)
+    return q, k, both
+
+
+def _multiplied(factor: Operand) -> Refusal:
+    return Refusal(
+        "scores-multiplied",
+        "a factor of queries or of keys, or a mask of 0 and 1 that a bias hides",
+        f"{factor.node.name}, which varies over both",
+        source_line(factor.node),
+    )
 
 
 def _one_dtype(emit: Emitter, *nodes: fx.Node) -> tuple[fx.Node, ...]:
