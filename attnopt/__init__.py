@@ -8,7 +8,6 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 from __future__ import annotations
 
 from attnopt import passes, patterns
-from attnopt.archive import load
 from attnopt.errors import (
     ArchiveError,
     AttnoptError,
@@ -22,13 +21,14 @@ from attnopt.errors import (
     VerificationError,
 )
 from attnopt.importance import head_importance
-from attnopt.model import OptimizedModel
+from attnopt.inspection import Inspection
+from attnopt.model import OptimizedModel, load
 from attnopt.optimizing import inspect, optimize
 from attnopt.policy import Policy
 from attnopt.refusal import Refusal
 from attnopt.report import Report
 from attnopt.rewriting import Backend, HeadWeights, Pass, Rewrite
-from attnopt.site import Inspection, NearMiss, Projection, Site
+from attnopt.site import NearMiss, Projection, Site
 from attnopt.spec import AttentionSpec
 from attnopt.version import __version__
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,21 +23,18 @@ from attnopt.calling import Signature
 from attnopt.capture import quiet
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
+from attnopt.origin import Origin
 from attnopt.patterns import Pattern
 from attnopt.report import Report
 from attnopt.site import Projection, Site
 from attnopt.spec import AttentionSpec
 
-if TYPE_CHECKING:
-    from attnopt.model import OptimizedModel
-
 FORMAT = 1
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
 
-def exported(fast: OptimizedModel, module: fx.GraphModule | None = None) -> ExportedProgram:
-    """The optimized graph (or ``module``, made from it) as an ExportedProgram, dynamic where it was captured so."""
-    origin, module = fast.origin, module or fast.graph_module
+def exported(module: fx.GraphModule, origin: Origin) -> ExportedProgram:
+    """An optimized graph as an ExportedProgram, dynamic where it was captured so."""
     with quiet():
         return torch.export.export(
             module,
@@ -69,12 +66,12 @@ def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[st
     return dict(zip(names, (*positional, *keywords.values()), strict=True))
 
 
-def save(fast: OptimizedModel, path: str | os.PathLike[str]) -> None:
-    """Write ``fast`` to the folder ``path``; an older save there is replaced only once the new one is complete."""
+def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -> None:
+    """Write an optimized graph to the folder ``path``; an older save there is replaced only once the new one is complete."""
     from safetensors.torch import save_file
     from torch._export.serde.serialize import serialize
 
-    program = exported(fast)
+    program = exported(module, origin)
     tensors, about_tensors = _tensors_of(program)
     empty = {
         name: type(t)(torch.empty(0)) if isinstance(t, torch.nn.Parameter) else torch.empty(0)
@@ -83,7 +80,6 @@ def save(fast: OptimizedModel, path: str | os.PathLike[str]) -> None:
     program._example_inputs, program._state_dict, program._constants = None, empty, {}
     with quiet():
         graph = serialize(program).exported_program
-    origin = fast.origin
     about = {
         "format": FORMAT,
         "report": origin.report.to_json(),
@@ -133,10 +129,8 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
     return stored, entries
 
 
-def load(path: str | os.PathLike[str]) -> OptimizedModel:
-    """The model that ``save`` wrote to ``path``, giving the same bits.  Raises ArchiveError; runs nothing that it reads."""
-    from attnopt.model import OptimizedModel, Origin
-
+def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
+    """What ``save`` wrote to ``path``.  Raises ArchiveError."""
     folder = Path(path)
     about = _read_about(folder)
     program = _read_program(folder, about)
@@ -149,7 +143,7 @@ def load(path: str | os.PathLike[str]) -> OptimizedModel:
         sites = tuple(_site_from_json(s, live) for s in about["sites"])
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ArchiveError(f"{folder / MARKER} is damaged: {type(e).__name__}: {e}", hint="save the model again") from e
-    return OptimizedModel(module, Origin(report, sites, signature, *_examples(module)))
+    return module, Origin(report, sites, signature, *_examples(module))
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

@@ -45,6 +45,10 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     ``dynamic_shapes``: None (all sizes fixed), torch.export's notation, or "auto" (batch and sequence axes of every input
     as far as the model allows).  Raises CaptureError, which tells what stopped each way of capturing.
     """
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        raise CaptureError(
+            f"expected an nn.Module or an ExportedProgram, found {type(model).__name__}", hint="pass the model itself"
+        )
     if isinstance(model, ExportedProgram):
         return _finish(model, args, kwargs, dynamic_shapes, "exported program")
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
@@ -63,7 +67,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
             failures.append(f"{route}: {_condensed(e)}")
             continue
         return _finish(exported, args, kwargs, shapes, route)
-    _check_call(model, args, kwargs)
+    check_call(model, args, kwargs)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),
         hint="make the named operation independent of the inputs' values"
@@ -82,7 +86,7 @@ def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         ) from None
 
 
-def _check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
     copied = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
     try:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from attnopt.capture import Program
+from attnopt.calling import Signature, check_inputs
+from attnopt.capture import Program, check_call
 from attnopt.compare import difference, tensors, tolerance
-from attnopt.errors import CaptureError, VerificationError
+from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.graph import hint, is_tensor, value
 from attnopt.lowering import Plan, lower
 from attnopt.probing import symbols
@@ -44,17 +45,26 @@ class Checker:
                 else lower(self.program.module, self.plans, plain=True)
             )
             inputs: Inputs = (self.program.args, self.program.kwargs)
-            original = self._outputs(self.model, inputs)
+            original = self._original(inputs)
             error, warnings = self._compare(module, plain, inputs, original)
             self._at_other_sizes(module, plain)
         return error, warnings
 
-    def error_on(self, module: fx.GraphModule, batches: Sequence[Inputs]) -> float:
-        """Largest relative difference from the user's model on these inputs."""
+    def error_on(self, module: fx.GraphModule, batches: Sequence[Inputs], signature: Signature) -> float:
+        """Largest relative difference from the user's model on these inputs.  Raises CalibrationError."""
+        worst = 0.0
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return max(
-                (difference(self._outputs(module, b), self._outputs(self.model, b)) for b in batches), default=0.0
-            )
+            for i, (args, kwargs) in enumerate(batches):
+                try:
+                    batch = signature.arrange(args, kwargs)
+                    check_inputs(module, *batch)
+                except (CaptureError, TypeError) as e:
+                    raise CalibrationError(
+                        f"calibration batch {i} does not fit the example inputs: {str(e).splitlines()[0]}",
+                        hint='give batches of the same form and size, or optimize with dynamic_shapes="auto"',
+                    ) from e
+                worst = max(worst, difference(self._outputs(module, batch), self._outputs(self.model, batch)))
+        return worst
 
     def _compare(
         self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
@@ -65,9 +75,7 @@ class Checker:
         if apart <= ROOM * tolerance(meant):
             return difference(got, original), ()
         self._blame(inputs, meant, apart)
-        return apart, (
-            "the model's own output holds NaN or infinities on the example inputs, so it could not be compared",
-        )
+        return apart, ("the model's own output holds NaN on the example inputs, so it could not be compared",)
 
     def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> None:
         for inputs in _resized(self.program):
@@ -87,27 +95,36 @@ class Checker:
                 ) from e
             return
 
+    def _original(self, inputs: Inputs) -> list[Tensor]:
+        try:
+            return self._outputs(self.model, inputs)
+        except Exception:
+            check_call(self.model, *inputs)
+            raise
+
     def _outputs(self, module: nn.Module, inputs: Inputs) -> list[Tensor]:
         torch.manual_seed(self.seed)
         args, kwargs = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
         return tensors(module(*args, **kwargs))
 
     def _blame(self, inputs: Inputs, want: list[Tensor], error: float) -> None:
-        """Name the first site that alone makes a difference from its meaning; quiet only if nothing can be compared."""
+        """Name the first site that alone makes a difference from its meaning; quiet only where NaN hides everything."""
+        if any(bool(torch.isnan(t).any()) for t in want):
+            return
         for plan in self.plans:
             alone = self._outputs(lower(self.program.module, [plan]), inputs)
             plain = self._outputs(lower(self.program.module, [plan], plain=True), inputs)
             if not difference(alone, plain) <= ROOM * tolerance(plain):
                 raise VerificationError(
-                    f"the rewritten model does not compute what {', '.join(plan.passes)} means (relative difference {error:.2g})",
+                    f"the rewritten model does not compute what {', '.join(plan.passes)} means "
+                    f"(relative difference {error:.2g})",
                     site=plan.found.site.name,
                     hint="leave the site out of the policy and report the model",
                 )
-        if all(bool(torch.isfinite(t).all()) for t in want if t.is_floating_point()):
-            raise VerificationError(
-                f"the rewritten model differs from what it was meant to compute by {error:.2g} (relative)",
-                hint="bisect with limit=1, 2, ... to find the site",
-            )
+        raise VerificationError(
+            f"the rewritten model differs from what it was meant to compute by {error:.2g} (relative)",
+            hint="bisect with limit=1, 2, ... to find the site",
+        )
 
 
 def _resized(program: Program) -> list[Inputs]:

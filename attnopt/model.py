@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from attnopt.calling import Signature, check_inputs
+from attnopt import archive
+from attnopt.calling import check_inputs
 from attnopt.errors import AttnoptError, CaptureError
+from attnopt.origin import Origin
 from attnopt.report import Report
 from attnopt.site import Site
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where an optimized graph comes from: what was done, how it is called, and the inputs that it was captured with."""
-
-    report: Report
-    sites: tuple[Site, ...]
-    signature: Signature
-    args: tuple[Any, ...] = field(repr=False, default=())
-    kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
-    shapes: Any = None
-
 
 Build = Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, Origin]]
 
@@ -92,9 +80,7 @@ class OptimizedModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to the folder ``path``, whole or not at all.  ``attnopt.load`` reads it.  Raises ArchiveError."""
-        from attnopt.archive import save
-
-        save(self, path)
+        archive.save(self.graph_module, self.origin, path)
 
     def export_onnx(self, path: str | os.PathLike[str], *, opset: int = 23, verify: bool = True) -> None:
         """Write an ONNX model that was run in ONNX Runtime and compared with this one.  Raises ExportError.
@@ -103,14 +89,20 @@ class OptimizedModel(nn.Module):
         """
         from attnopt.onnx_export import export_onnx
 
-        export_onnx(self, path, opset=opset, verify=verify)
+        export_onnx(self.graph_module, self.origin, path, opset=opset, verify=verify)
 
     def export_program(self) -> torch.export.ExportedProgram:
         """The graph as an ExportedProgram, with the dynamic shapes that the model was captured with."""
-        from attnopt.archive import exported
-
-        return exported(self)
+        return archive.exported(self.graph_module, self.origin)
 
 
 def _not_captured() -> AttnoptError:
     return AttnoptError("the model has not been captured yet", hint="call it once, or give example inputs to optimize")
+
+
+def load(path: str | os.PathLike[str]) -> OptimizedModel:
+    """The model that ``save`` wrote to the folder ``path``, giving the same bits.
+
+    Raises ArchiveError; runs nothing that it reads.
+    """
+    return OptimizedModel(*archive.read(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,9 +19,7 @@ from attnopt.files import atomic_write
 from attnopt.graph import Emitter, aten, dtype, is_call
 from attnopt.lowering import copy_program
 from attnopt.normaliser import SDPA
-
-if TYPE_CHECKING:
-    from attnopt.model import OptimizedModel
+from attnopt.origin import Origin
 
 OPSETS = (23, 24, 25)  # below, SDPA is taken apart; opset 26 is silently written wrong by torch 2.13
 FLOOR = -1e30
@@ -29,25 +27,25 @@ ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 _TWO_GIB = 2**31 - 1
 
 
-def export_onnx(fast: OptimizedModel, path: str | os.PathLike[str], *, opset: int, verify: bool) -> None:
-    """Write ``fast`` to ``path``.  Raises ExportError, and then leaves what was at ``path`` as it was."""
+def export_onnx(gm: fx.GraphModule, origin: Origin, path: str | os.PathLike[str], *, opset: int, verify: bool) -> None:
+    """Write an optimized graph to ``path``.  Raises ExportError, and then leaves what was at ``path`` as it was."""
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
-    size = sum(p.numel() * p.element_size() for p in fast.parameters())
+    size = sum(p.numel() * p.element_size() for p in gm.parameters())
     if size > _TWO_GIB:
         raise ExportError(
             f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB"
         )
     with atomic_write(path) as temporary:
-        program = _written(fast, temporary, opset)
+        _write(gm, origin, temporary, opset)
         if verify:
-            _compare(fast, temporary, program)
+            _compare(gm, origin, temporary)
 
 
-def _written(fast: OptimizedModel, file: Path, opset: int) -> Any:
+def _write(gm: fx.GraphModule, origin: Origin, file: Path, opset: int) -> None:
     try:
         with quiet():
-            program = exported(fast, _with_soft_floors(fast.graph_module))
+            program = exported(_with_soft_floors(gm), origin)
             made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
             assert made is not None
             made.save(str(file), external_data=False)
@@ -58,7 +56,6 @@ def _written(fast: OptimizedModel, file: Path, opset: int) -> Any:
             f"torch.onnx could not export the graph: {_first_cause(e)}",
             hint="the named operator has no ONNX form in this opset",
         ) from e
-    return made
 
 
 def _with_soft_floors(gm: fx.GraphModule) -> fx.GraphModule:
@@ -87,24 +84,23 @@ def _first_cause(e: BaseException) -> str:
     return f"{type(e).__name__}: " + " | ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
-def _compare(fast: OptimizedModel, file: Path, program: Any) -> None:
+def _compare(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
     """Run the file in ONNX Runtime on the example inputs; it must give what torch gives."""
     import onnxruntime
 
-    origin = fast.origin
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         values = [t for t in pytree.tree_leaves((origin.args, dict(origin.kwargs))) if isinstance(t, Tensor)]
-        feed = _feed([i.name for i in session.get_inputs()], fast, values)
+        feed = _feed([i.name for i in session.get_inputs()], gm, values)
         got = [torch.from_numpy(o) for o in session.run(None, feed)]
     except ExportError:
         raise
     except Exception as e:
         raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
     with torch.no_grad():
-        want = tensors(fast(*origin.args, **origin.kwargs))
+        want = tensors(gm(*origin.args, **origin.kwargs))
     error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
     if len(got) != len(want) or not error <= ROOM * tolerance(want):
         raise ExportError(
@@ -113,13 +109,11 @@ def _compare(fast: OptimizedModel, file: Path, program: Any) -> None:
         )
 
 
-def _feed(names: list[str], fast: OptimizedModel, values: list[Tensor]) -> dict[str, Any]:
+def _feed(names: list[str], gm: fx.GraphModule, values: list[Tensor]) -> dict[str, Any]:
     """The session's inputs; an input that the graph does not use may be missing from it."""
     if len(names) == len(values):
         return {n: v.detach().cpu().numpy() for n, v in zip(names, values, strict=True)}
-    placeholders = [
-        n for n in fast.graph_module.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)
-    ]
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
     by_name = {n.name: v for n, v in zip(placeholders, values, strict=True)}
     if not set(names) <= set(by_name):
         raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")

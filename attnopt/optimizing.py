@@ -14,18 +14,19 @@ from torch import Tensor, fx, nn
 
 from attnopt import plugins
 from attnopt.calling import Signature
-from attnopt.capture import Program, capture
+from attnopt.capture import Program, capture, check_call
 from attnopt.checking import Checker, Inputs
 from attnopt.cost import cost_of
 from attnopt.deciding import Decision, decide, limited, standing_refusals
 from attnopt.errors import AttnoptWarning, CalibrationError, PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, find
+from attnopt.inspection import Inspection
 from attnopt.lowering import lower
-from attnopt.model import OptimizedModel, Origin
+from attnopt.model import OptimizedModel
+from attnopt.origin import Origin
 from attnopt.policy import Policy
 from attnopt.report import Report, SiteReport, Status
 from attnopt.rewriting import Backend
-from attnopt.site import Inspection
 from attnopt.spec import AttentionSpec
 from attnopt.version import __version__
 
@@ -49,7 +50,10 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     Returns an ``Inspection``: ``.sites`` in the order in which they run, each with the passes that cannot rewrite it in
     ``.refusals``; ``.near_misses``; it prints as a table.  Raises CaptureError if the model cannot be captured.
     """
-    program = capture(model, *_inputs(args, kwargs))
+    inputs = _inputs(args, kwargs)
+    program = capture(model, *inputs)
+    if isinstance(model, nn.Module):
+        check_call(model, *inputs)
     findings = find(program)
     sites = tuple(replace(f.site, refusals=standing_refusals(f)) for f in findings.found)
     return Inspection(sites, findings.near_misses, findings.candidates)
@@ -170,6 +174,7 @@ class _Job:
         self.clock, self.warnings = _Clock(), list[str]()
         with self.clock.stage("capture"):
             program = capture(self.model, self.args, self.kwargs, self.dynamic_shapes)
+        self._look_at_weights(program)
         with self.clock.stage("match"):
             findings = find(program)
         with self.clock.stage("rewrite"):
@@ -183,6 +188,14 @@ class _Job:
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
         return module, self._origin(program, findings, decisions, module, error)
+
+    def _look_at_weights(self, program: Program) -> None:
+        """NaN in the weights makes every comparison blind."""
+        floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point() and not p.is_meta)
+        broken = [name for name, p in floats if not bool(torch.isfinite(p).all())]
+        if broken:
+            listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+            self._warn(f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared")
 
     def _check_policy(self, findings: Findings, decisions: Sequence[Decision]) -> None:
         names = [f.site.name for f in findings.found]
@@ -212,7 +225,7 @@ class _Job:
         error, found = checker.check(module)
         for text in found:
             self._warn(text)
-        error = max(error, checker.error_on(module, self.batches))
+        error = max(error, checker.error_on(module, self.batches, self._signature(module)))
         if self.tolerance is not None and not error <= self.tolerance:
             raise VerificationError(
                 f"the rewritten model differs from the original by {error:.3g} (relative), "
@@ -220,6 +233,9 @@ class _Job:
                 hint="choose a milder policy, or fewer sites",
             )
         return error
+
+    def _signature(self, module: fx.GraphModule) -> Signature:
+        return Signature.of(getattr(self.model, "forward", module.forward), self.args, self.kwargs)
 
     def _origin(
         self, program: Program, findings: Findings, decisions: Sequence[Decision], module: fx.GraphModule, error: float
@@ -236,7 +252,7 @@ class _Job:
         )
         live = {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
-        signature = Signature.of(getattr(self.model, "forward", module.forward), self.args, self.kwargs)
+        signature = self._signature(module)
         return Origin(report, sites, signature, program.args, program.kwargs, program.shapes)
 
 

@@ -11,8 +11,9 @@ from attnopt.report import Report, SiteReport
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from attnopt.inspection import Inspection
     from attnopt.plugins import Description
-    from attnopt.site import Inspection, NearMiss, Projection, Site
+    from attnopt.site import NearMiss, Projection, Site
     from attnopt.spec import AttentionSpec
 
 ROLES = ("q", "k", "v", "out")

@@ -53,7 +53,7 @@ class Subject:
             assert (s.status == "rewritten") != bool(s.refusals)
             applied.append(not s.refusals)
         assert any(applied)
-        edits = lambda n, shape: edit(shape) if applied[n] else None  # noqa: E731
+        edits = lambda n, shape: edit(shape) if applied[n] else None
         return oracle.run_edited(self.model, self.args, self.kwargs, edits)
 
 
@@ -227,12 +227,12 @@ def test_law_other_sizes(entry: zoo.Entry) -> None:
     for batch, length in ((3, 13), (2, 9), (2, 5)):
 
         def resized(x: Tensor) -> Tensor:
-            return zoo.padded(batch, length) if int(x.max()) <= 1 else zoo.ids(batch=batch, length=length)  # noqa: B023
+            return zoo.padded(batch, length) if int(x.max()) <= 1 else zoo.ids(batch=batch, length=length)
 
         a, k = tuple(map(resized, args)), {n: resized(v) for n, v in kwargs.items()}
         oracle.assert_same(oracle.run(fast, a, k), oracle.run(model, a, k), f"{batch} x {length}")
         mask = Window(2, 1).mask(length, length)[0]
-        want = oracle.run_edited(model, a, k, lambda n, shape: oracle.Edit(mask))  # noqa: B023
+        want = oracle.run_edited(model, a, k, lambda n, shape: oracle.Edit(mask))
         oracle.assert_same(oracle.run(windowed, a, k), want, f"windowed, {batch} x {length}")
     assert fast.report.fixed_axes == ()
 
@@ -299,7 +299,7 @@ def test_deferred_capture_at_the_first_call(small: tuple[nn.Module, tuple[Any, .
     model, args = small
     fast = attnopt.optimize(model, PruneHeads(heads=[0]))
     with pytest.raises(attnopt.AttnoptError, match="not been captured"):
-        fast.report  # noqa: B018
+        fast.report
     edits = {i: oracle.Edit(gains=(0.0, 1.0, 1.0, 1.0)) for i in range(3)}
     oracle.assert_same(oracle.run(fast, args), oracle.run_edited(model, args, None, edits))
     assert fast.report.count("rewritten") == 3

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from attnopt.errors import ArchiveError
+from attnopt.inspection import Inspection
 from attnopt.page import amount, relative
 from attnopt.patterns import Causal, Full, Window
 from attnopt.refusal import Refusal
 from attnopt.report import Cost, Report, SiteReport
-from attnopt.site import Inspection, NearMiss, Projection, Site
+from attnopt.site import NearMiss, Projection, Site
 from attnopt.spec import AttentionSpec
 from attnopt.tables import inspection_json, inspection_table, report_table, to_text
 

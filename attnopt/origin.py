@@ -1,0 +1,23 @@
+"""Where an optimized graph comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnopt.calling import Signature
+from attnopt.report import Report
+from attnopt.site import Site
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an optimized graph comes from: what was done, how it is called, and the inputs that it was captured with."""
+
+    report: Report
+    sites: tuple[Site, ...]
+    signature: Signature
+    args: tuple[Any, ...] = field(repr=False, default=())
+    kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    shapes: Any = None
