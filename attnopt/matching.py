@@ -11,23 +11,13 @@ from torch import fx
 from attnopt.axes import Axes, Axis, follow, length, resolve, resolve_all
 from attnopt.contraction import Product, product_of
 from attnopt.fused import from_fused
-from attnopt.graph import (
-    CASTS,
-    RESHAPES,
-    arg,
-    aten,
-    is_call,
-    is_tensor,
-    opname,
-    shape,
-    source_line,
-)
+from attnopt.graph import CASTS, RESHAPES, ancestors, arg, aten, is_call, is_tensor, opname, shape, source_line
 from attnopt.normaliser import Softmax
 from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region, atoms_of, unreadable
 from attnopt.roles import assign_roles
-from attnopt.scores import NotScoresError, Operand, Scores, read_scores
+from attnopt.scores import Hide, NotScoresError, Operand, Scores, Term, is_query_key, read_scores
 
 
 def recognise(anchor: Softmax | fx.Node) -> Region:
@@ -42,7 +32,7 @@ def _from_softmax(a: Softmax) -> Region:
     try:
         scores = read_scores(a.scores, a.axis)
     except NotScoresError as e:
-        raise NotAttentionError(e.refusal, near=follows is not None) from None
+        raise NotAttentionError(e.refusal, near=follows is not None or _comes_from_product(a)) from None
     if follows is None:
         raise NotAttentionError(
             Refusal(
@@ -119,6 +109,17 @@ def _follow_weights(a: Softmax) -> tuple[Product, fx.Node, tuple[fx.Node, ...]] 
             )
         )
     return None
+
+
+def _comes_from_product(a: Softmax) -> bool:
+    """A product over as many keys stands a few operators above: an attention whose scores are changed on the way."""
+    keys = shape(a.scores)[a.axis]
+    frontier = [a.scores]
+    for _ in range(8):
+        frontier = [i for n in frontier for i in n.all_input_nodes if is_tensor(i)]
+        if any(keys in shape(n) and (p := product_of(n)) is not None and is_query_key(p) for n in frontier):
+            return True
+    return False
 
 
 def _leads_to_product(node: fx.Node) -> bool:
@@ -209,6 +210,8 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
         queries_only -= shared
     path = (*scores.path, *_between(scores.path[-1], out))
     escapes = _escaping(path, out)
+    if escapes:
+        _refuse_self_dependence(scores, path)
     late = a.late_sum is not None
     frames = (
         *scores.frames,
@@ -239,6 +242,22 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
         frames=frames,
         anchor=a.weights,
     )
+
+
+def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
+    """A mask or bias made from the scores that it changes (top-k, smoothing) is no mask or bias."""
+    inside = set(path)
+    operands = [s.operand if isinstance(s, Term) else s.condition for s in scores.steps if isinstance(s, (Term, Hide))]
+    for given in (*operands, *scores.factors):
+        if given is not None and given.node not in inside and not inside.isdisjoint(ancestors(given.node)):
+            raise NotAttentionError(
+                Refusal(
+                    "scores-feed-back",
+                    "masks and biases that are made without the scores",
+                    f"{given.node.name}, which is made from them",
+                    source_line(given.node),
+                )
+            )
 
 
 def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:

@@ -127,7 +127,7 @@ def _no_product(node: fx.Node) -> Refusal:
 
 def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Node | None]:
     """(the scores that end in ``node``, or None and the deepest node that stopped the search)."""
-    if (product := product_of(node)) is not None and _is_query_key(product):
+    if (product := product_of(node)) is not None and is_query_key(product):
         return _start(product), None
     if depth > 40 or node.op != "call_function" or not tensor_like(node):
         return None, node
@@ -148,7 +148,7 @@ def tensor_like(node: fx.Node) -> bool:
     return is_tensor(node) and len(shape(node)) >= 2
 
 
-def _is_query_key(product: Product) -> bool:
+def is_query_key(product: Product) -> bool:
     """Both operands are activations, or one is a learned query: never a plain projection by weights."""
 
     def from_inputs(n: fx.Node) -> bool:

@@ -165,7 +165,8 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "scores-multiplied": (
         lambda: missed(Gated(lambda s: s)),
-        "[scores-multiplied] expected a factor of queries or of keys, found gate, which varies over both",
+        "[scores-multiplied] expected a factor of queries or of keys, or a mask of 0 and 1 that a bias "
+        "hides, found gate, which varies over both",
     ),
     # ---- the driver
     "escapes": (

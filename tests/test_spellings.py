@@ -220,6 +220,25 @@ def test_properties_pruning_is_the_oracle_and_removes_weights(s: Spelling, data:
     )
 
 
+@pytest.mark.parametrize("core", ["matmul", "sdpa", "bmm"])
+def test_a_single_head_is_no_batch(core: str) -> None:
+    """Scores [B, 1, L, S]: the first head is not the first sequence of the batch."""
+    case = Case.of(Spelling(heads=1, kv_heads=1, core=core))
+    check(case, ScaleHeads({0: 2.0}), None, {0: 2.0})
+    for policy in (PruneHeads(heads=[0]), PruneHeads(heads=[1]), ScaleHeads({1: 2.0})):
+        fast = case.optimized(policy)
+        assert fast.report.sites[0].status == "refused"
+        oracle.assert_same(oracle.run(fast, (), case.given), case.own())
+
+
+@pytest.mark.parametrize("core", ["bmm", "baddbmm"])
+def test_heads_behind_a_norm_across_them(core: str) -> None:
+    """Scores [B*H, L, S], and queries whose heads a norm hides: the values still tell them apart."""
+    case = Case.of(Spelling(core=core, norm="across"))
+    check(case, ScaleHeads({0: 2.0}), None, {0: 2.0})
+    check(case, PruneHeads(heads=[1]), None, {1: 0.0})
+
+
 @PROPERTY
 @given(spellings(), st.data())
 def test_properties_gains_are_the_oracle(s: Spelling, data: st.DataObject) -> None:
@@ -339,6 +358,14 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(softmax="lse"), {}),
     (Spelling(softmax="late"), {}),
     (Spelling(op="einsum"), {}),
+    (Spelling(heads=1, kv_heads=1), {"scale": 0.5}),
+    (Spelling(heads=1, kv_heads=1, core="sdpa"), {"scale": 0.5}),
+    (Spelling(heads=1, kv_heads=1, core="bmm"), {"scale": 0.5}),
+    (Spelling(core="bmm", norm="across"), {"scale": 0.5}),
+    (Spelling(packing="kv", unpack="select", op="parameter"), {"scale": 0.5}),
+    (Spelling(packing="per-head", rope="complex", value_dim=3), {}),
+    (Spelling(op="conv2d", rope="complex"), {}),
+    (Spelling(packing="per-group"), {"scale": 0.5}),
     (Spelling(pre_norm=True, residual=True, dropout=True), {"scale": 0.5}),
 ]
 
@@ -361,7 +388,7 @@ def test_spelling_must_match(s: Spelling, want: dict[str, Any]) -> None:
         assert (str(got) if name == "pattern" else got) == (
             pytest.approx(value) if isinstance(value, float) else value
         ), name
-    if s.op != "einsum" and s.norm != "across":
+    if s.op != "einsum" and s.norm != "across":  # where rows cannot be told, ``why`` is enough
         expected = case.model.expected_projections()
         read = {
             role: {"weight": p.weight, "bias": p.bias, "transposed": p.transposed, "rows": p.rows}

@@ -188,13 +188,13 @@ def cait() -> Built:
 
 ENTRIES = [
     Entry("roberta", roberta, 2, 4, dynamic=True),
-    Entry("electra", electra, 2, 4, dynamic=True),
+    Entry("electra", electra, 2, 4),
     Entry("deit", deit, 2, 4),
     Entry("falcon", falcon, 2, 4, 2),
     Entry("bloom", bloom, 2, 4, dynamic=True),
     Entry("gptj", gptj, 2, 4),
     Entry("codegen", codegen, 1, 4),
-    Entry("starcoder2", starcoder2, 2, 4, 2, dynamic=True),
+    Entry("starcoder2", starcoder2, 2, 4, 2),
     Entry("qwen3", qwen3, 2, 4, 2, dynamic=True),
     Entry("gemma3", gemma3, 2, 4, 2),
     Entry("gpt_oss", gpt_oss, 2, 4, 2),
