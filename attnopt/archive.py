@@ -218,7 +218,8 @@ def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any],
     from safetensors.torch import load_file
 
     try:
-        stored = load_file(file)
+        # Copied: a tensor that lies in the file at an odd address takes other kernels, and gives other bits.
+        stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
         tables: dict[str, dict[str, Any]] = {"state": {}, "constants": {}}
         parameters: dict[str, torch.nn.Parameter] = {}
         for entry in about["tensors"]:

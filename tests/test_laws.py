@@ -53,7 +53,10 @@ class Subject:
             assert (s.status == "rewritten") != bool(s.refusals)
             applied.append(not s.refusals)
         assert any(applied)
-        edits = lambda n, shape: edit(shape) if applied[n] else None
+
+        def edits(n: int, shape: tuple[int, ...]) -> oracle.Edit | None:
+            return edit(shape) if applied[n] else None
+
         return oracle.run_edited(self.model, self.args, self.kwargs, edits)
 
 
@@ -219,20 +222,22 @@ def test_law_onnx_runtime_gives_the_same(name: str, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- law 1 at other sizes
+def _resized(x: Tensor, batch: int, length: int) -> Tensor:
+    """Token ids, or a padding mask, of another size."""
+    return zoo.padded(batch, length) if int(x.max()) <= 1 else zoo.ids(batch=batch, length=length)
+
+
 @pytest.mark.parametrize("entry", [e for e in zoo.ENTRIES if e.dynamic], ids=lambda e: e.name)
 def test_law_other_sizes(entry: zoo.Entry) -> None:
     model, args, kwargs = entry.build()
     fast = attnopt.optimize(model, "fuse", args, kwargs, dynamic_shapes="auto")
     windowed = attnopt.optimize(model, LocalWindow(2, 1), args, kwargs, dynamic_shapes="auto")
     for batch, length in ((3, 13), (2, 9), (2, 5)):
-
-        def resized(x: Tensor) -> Tensor:
-            return zoo.padded(batch, length) if int(x.max()) <= 1 else zoo.ids(batch=batch, length=length)
-
-        a, k = tuple(map(resized, args)), {n: resized(v) for n, v in kwargs.items()}
+        a = tuple(_resized(x, batch, length) for x in args)
+        k = {n: _resized(x, batch, length) for n, x in kwargs.items()}
         oracle.assert_same(oracle.run(fast, a, k), oracle.run(model, a, k), f"{batch} x {length}")
-        mask = Window(2, 1).mask(length, length)[0]
-        want = oracle.run_edited(model, a, k, lambda n, shape: oracle.Edit(mask))
+        edit = oracle.Edit(Window(2, 1).mask(length, length)[0])
+        want = oracle.run_edited(model, a, k, dict.fromkeys(range(entry.sites), edit))
         oracle.assert_same(oracle.run(windowed, a, k), want, f"windowed, {batch} x {length}")
     assert fast.report.fixed_axes == ()
 
@@ -299,7 +304,7 @@ def test_deferred_capture_at_the_first_call(small: tuple[nn.Module, tuple[Any, .
     model, args = small
     fast = attnopt.optimize(model, PruneHeads(heads=[0]))
     with pytest.raises(attnopt.AttnoptError, match="not been captured"):
-        fast.report
+        _ = fast.report
     edits = {i: oracle.Edit(gains=(0.0, 1.0, 1.0, 1.0)) for i in range(3)}
     oracle.assert_same(oracle.run(fast, args), oracle.run_edited(model, args, None, edits))
     assert fast.report.count("rewritten") == 3

@@ -40,7 +40,9 @@ SOFTMAXES = [
 
 @st.composite
 def spellings(draw: st.DrawFn) -> Spelling:
-    pick = lambda *choices: draw(st.sampled_from(choices))
+    def pick(*choices: Any) -> Any:
+        return draw(st.sampled_from(choices))
+
     heads, kv_heads = draw(SIZES)
     return Spelling(
         heads=heads, kv_heads=kv_heads, width=pick(12, 15), head_dim=pick(4, 5, 6), value_dim=pick(4, 3),
