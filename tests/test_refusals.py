@@ -163,6 +163,11 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         sink_and_constant,
         "[sink-and-constant] expected a sink beside plain scores, found a constant added to them (at LINE)",
     ),
+    "scores-feed-back": (
+        lambda: missed(decoys.TopK()),
+        "[scores-feed-back] expected masks and biases that are made without the scores, found lt, which "
+        "is made from them (at LINE)",
+    ),
     "scores-multiplied": (
         lambda: missed(Gated(lambda s: s)),
         "[scores-multiplied] expected a factor of queries or of keys, or a mask of 0 and 1 that a bias "
