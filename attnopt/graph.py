@@ -228,12 +228,16 @@ def _key(x: Any) -> Any:
     return (type(x), x) if isinstance(x, (int, float, bool)) else x
 
 
+_STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
+
+
 def tidy(gm: fx.GraphModule) -> None:
     """Remove what only hides the meaning: metadata asserts, copies, casts and slices that change nothing.
 
     Every ``view`` becomes a ``reshape``, so that nothing depends on the strides that a removed copy had made.
     """
     outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
+    strides_matter = any(is_call(n, *_STRIDED) for n in gm.graph.nodes)
     for node in list(gm.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)
@@ -245,6 +249,8 @@ def tidy(gm: fx.GraphModule) -> None:
             arg(node, 0), aten._native_batch_norm_legit_no_training.default
         ):
             _as_batch_norm(node)
+        if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
+            continue
         if is_tensor(node) and node not in outputs and (same := _changes_nothing(node)) is not None:
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)

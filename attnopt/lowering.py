@@ -86,7 +86,10 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
     emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
     edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
-    select = Selector(emit, weights, edited, dirty if edited else (), forks=_forks(plan.found, table))
+    forks = _forks(plan.found, table)
+    before = plan.found.raised.spec
+    rebuilt = edited or (forks and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
+    select = Selector(emit, weights, edited, dirty if rebuilt else (), forks)
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
     operands: dict[str, fx.Node | None] = {}
     for role, operand in zip(("q", "k", "v", "bias", "mask", "sinks"), node.args, strict=True):

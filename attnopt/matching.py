@@ -11,7 +11,7 @@ from torch import fx
 from attnopt.axes import Axes, Axis, follow, length, resolve, resolve_all
 from attnopt.contraction import Product, product_of
 from attnopt.fused import from_fused
-from attnopt.graph import CASTS, RESHAPES, ancestors, arg, aten, is_call, is_tensor, opname, shape, source_line
+from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, is_tensor, opname, shape, source_line
 from attnopt.normaliser import Softmax
 from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
@@ -208,10 +208,9 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
     queries_only = frame - atoms_of(p.right_axes)
     if shared & queries_only and not atoms_of(p.right_axes) - set(keys) - set(features):
         queries_only -= shared
-    path = (*scores.path, *_between(scores.path[-1], out))
+    path = tuple(_between(p.node, out))
+    _refuse_self_dependence(scores, path)
     escapes = _escaping(path, out)
-    if escapes:
-        _refuse_self_dependence(scores, path)
     late = a.late_sum is not None
     frames = (
         *scores.frames,
@@ -245,11 +244,14 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
 
 
 def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
-    """A mask or bias made from the scores that it changes (top-k, smoothing) is no mask or bias."""
+    """A mask or bias made from the scores that it changes (top-k, smoothing) is no mask or bias.
+
+    ``path`` is everything between the product and the output, so what such an operand is made from lies on it too.
+    """
     inside = set(path)
     operands = [s.operand if isinstance(s, Term) else s.condition for s in scores.steps if isinstance(s, (Term, Hide))]
     for given in (*operands, *scores.factors):
-        if given is not None and given.node not in inside and not inside.isdisjoint(ancestors(given.node)):
+        if given is not None and given.node in inside:
             raise NotAttentionError(
                 Refusal(
                     "scores-feed-back",

@@ -36,13 +36,13 @@ def assign_roles(r: Region) -> Region:
     frame = _ordered(r)
     not_queries = atoms_of(r.k.axes) | atoms_of(r.v.axes)
     heads = tuple(c for c in frame if _is_feature(r.q, c))
-    if not heads:
-        heads = tuple(c for c in frame if c in atoms_of(r.k.axes) and _is_feature(r.k, c))
+    for other in (r.k, r.v):
+        heads = heads or tuple(c for c in frame if c in atoms_of(other.axes) and _is_feature(other, c))
     free = [c for c in frame if c not in heads]
     queries = _query_atoms(r, [c for c in free if c not in not_queries])
     batch = [c for c in free if c not in queries]
     if not heads:
-        heads, batch = _guess_heads(r, batch)
+        heads, batch = _guess_heads(r, batch, queries)
     _refuse_channels(r)
     return replace(
         r,
@@ -134,15 +134,17 @@ def _query_atoms(r: Region, candidates: list[Atom]) -> Axis:
     return ()
 
 
-def _guess_heads(r: Region, batch: list[Atom]) -> tuple[Axis, list[Atom]]:
-    """Where no projection tells: by convention heads are the axis before the queries, behind at least one batch axis."""
-    rank = len(r.frames[0][1]) if r.frames else 0
-    if rank < 4 or not batch:
+def _guess_heads(r: Region, batch: list[Atom], queries: Axis) -> tuple[Axis, list[Atom]]:
+    """Where no projection tells: by convention heads are the axis before the queries, behind at least one batch axis.
+
+    An axis of length 1 there is a single head.
+    """
+    features = set(resolve(r.features))
+    axes = [ax for ax in resolve_all(r.q.axes) if not set(ax) & features or not ax]
+    place = axes.index(queries) if queries in axes else len(axes) - 1
+    if place < 2 or not axes[place - 1] or not set(axes[place - 1]) <= set(batch):
         return (), batch
-    axis_before = [ax for ax in resolve_all(r.q.axes) if ax and set(ax) <= set(batch)]
-    if not axis_before or (len(axis_before) == 1 and 1 not in shape(r.q.node)[:-2]):
-        return (), batch
-    heads = axis_before[-1]
+    heads = axes[place - 1]
     return heads, [c for c in batch if c not in heads]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnopt.graph import Emitter, aten, get_attr, shape, value
+from attnopt.graph import Emitter, aten, get_attr, opname, shape, value
 from attnopt.pushing import push
 from attnopt.selecting import Selection, trim
 from attnopt.selection import pull
@@ -79,6 +79,10 @@ def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), float(flat.sum()), float((flat * weights).sum()), float(flat.abs().sum())
 
 
+_SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+_PIECES = ("slice", "select", "getitem")
+
+
 class Selector:
     """Builds selections of nodes, moved up as far as they go.
 
@@ -97,6 +101,7 @@ class Selector:
     ) -> None:
         self.emit, self.weights, self.edited, self.dirty = emit, weights, dict(edited or {}), set(dirty)
         self.forks = forks
+        self._sources = {*forks, *(n for fork in forks for n in fork.users if opname(n) in _SPLITS)}
         self._known: dict[Any, fx.Node] = {}
 
     def select(self, node: fx.Node, selection: Selection) -> fx.Node:
@@ -112,6 +117,8 @@ class Selector:
     def _build(self, node: fx.Node, selection: Selection) -> fx.Node:
         if node.op == "get_attr":
             return self._parameter(node, selection)
+        if not selection and opname(node) in _PIECES and node.all_input_nodes[0] in self._sources:
+            return self._piece(node)
         if not selection:
             table = {n: self.select(n, {}) for n in node.all_input_nodes}
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: table[n])
@@ -123,6 +130,18 @@ class Selector:
             return self.select(*pulled.exact[0])
         found = [self.select(n, s) for n, s in pulled.demands]
         if pulled.build is None:
+            return found[0]
+        target, args, kwargs = pulled.build(found)
+        made: fx.Node = self.emit.call(target, *args, **kwargs)
+        return made
+
+    def _piece(self, node: fx.Node) -> fx.Node:
+        """One role's part of a packed projection, made by itself."""
+        pulled = pull(node, {})
+        if pulled is None:
+            return node
+        found = [self.select(n, s) for n, s in pulled.exact or pulled.demands]
+        if pulled.build is None or pulled.exact is not None:
             return found[0]
         target, args, kwargs = pulled.build(found)
         made: fx.Node = self.emit.call(target, *args, **kwargs)

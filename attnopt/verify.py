@@ -162,6 +162,6 @@ class _Slice:
                 if isinstance(val, (int, torch.SymInt)) and node.op != "placeholder"
                 else self.examples.get(node, val)
             )
-        if node in self.examples and not val.dtype.is_floating_point:
+        if node in self.examples:
             return self.examples[node]
         return torch.randn(shape(node), generator=self.random).to(val.dtype).to(val.device)

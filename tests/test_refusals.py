@@ -173,11 +173,6 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "[scores-multiplied] expected a factor of queries or of keys, or a mask of 0 and 1 that a bias "
         "hides, found gate, which varies over both",
     ),
-    "scores-feed-back": (
-        lambda: missed(decoys.TopK()),
-        "[scores-feed-back] expected masks and biases that are made without the scores, found lt, which is "
-        "made from them (at LINE)",
-    ),
     # ---- the driver
     "escapes": (
         lambda: refused(Spelling(returns="weights"), LocalWindow(1)),

@@ -108,7 +108,8 @@ def is_site(case: Case, fast: attnopt.OptimizedModel) -> bool:
 
 def check(case: Case, policy: Any, visible: torch.Tensor | None, gains: dict[int, float]) -> None:
     """Rewritten as the oracle says, or refused with a reason and the model's own output."""
-    assume(visible is None or case.leaves_each_query_a_key(visible))
+    if visible is not None:
+        assume(case.leaves_each_query_a_key(visible))
     fast = case.optimized(policy)
     own, got = case.own(), oracle.run(fast, (), case.given)
     if not is_site(case, fast):
