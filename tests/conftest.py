@@ -11,6 +11,7 @@ import random
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -40,3 +41,9 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+# The same examples at every `make test`, new ones at every `make fuzz`.
+hypothesis.settings.register_profile("reproducible", derandomize=True)
+if not os.environ.get("ATTNOPT_EXAMPLES"):
+    hypothesis.settings.load_profile("reproducible")
