@@ -23,7 +23,7 @@ from attnopt.graph import (
     value,
     wrap,
 )
-from attnopt.projections import chooses_weights
+from attnopt.projections import chooses_weights, signature
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region, atoms_of
 from attnopt.scores import Operand
@@ -36,8 +36,10 @@ def assign_roles(r: Region) -> Region:
     frame = _ordered(r)
     not_queries = atoms_of(r.k.axes) | atoms_of(r.v.axes)
     heads = tuple(c for c in frame if _is_feature(r.q, c))
-    for other in (r.k, r.v):
+    for other in () if heads else (r.k, r.v):
         heads = heads or tuple(c for c in frame if c in atoms_of(other.axes) and _is_feature(other, c))
+        copied = [c for c in frame if _is_copied(r.k, c) and _is_copied(r.v, c)] if heads else []
+        heads = tuple(c for c in frame if c in heads or c in copied)
     free = [c for c in frame if c not in heads]
     queries = _query_atoms(r, [c for c in free if c not in not_queries])
     batch = [c for c in free if c not in queries]
@@ -72,6 +74,13 @@ def _ordered(r: Region) -> list[Atom]:
 
 def _is_feature(o: Operand, atom: Atom) -> bool:
     return chooses_weights(o.node, _pick(o, atom, 0), _pick(o, atom, 1))
+
+
+def _is_copied(o: Operand, atom: Atom) -> bool:
+    """The operand holds the same along ``atom``: keys and values that several query heads share."""
+    if atom not in atoms_of(o.axes):
+        return False
+    return signature(o.node, _pick(o, atom, 0)) == signature(o.node, _pick(o, atom, 1))
 
 
 def _pick(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:

@@ -164,4 +164,6 @@ class _Slice:
             )
         if node in self.examples:
             return self.examples[node]
-        return torch.randn(shape(node), generator=self.random).to(val.dtype).to(val.device)
+        strides = [hint(s) for s in val.stride()]  # a view further down may ask for them
+        made = torch.empty_strided(shape(node), strides, dtype=val.dtype, device=val.device)
+        return made.copy_(torch.randn(shape(node), generator=self.random))
