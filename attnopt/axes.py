@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.graph import CASTS, RESHAPES, arg, aten, hint, is_call, shape, value, wrap
+from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, shape, wrap
 
 
 @dataclass(eq=False)
@@ -133,26 +133,3 @@ def broadcast(node: fx.Node, frame: Axes) -> Axes | None:
             return None
         axes.append(axis if size != 1 else ())
     return tuple(axes)
-
-
-def symbolic_size(node: fx.Node, axes: Axes, atom: Atom) -> Any:
-    """The symbolic length of ``atom`` if it is a whole axis of ``node``; its example length if that is all that is known."""
-    for size, axis in zip(value(node).shape, resolve_all(axes), strict=True):
-        if axis == (atom,):
-            return size
-    return None
-
-
-__all__ = [
-    "Atom",
-    "Axes",
-    "Axis",
-    "broadcast",
-    "follow",
-    "fresh",
-    "hint",
-    "length",
-    "reshape",
-    "resolve",
-    "resolve_all",
-]

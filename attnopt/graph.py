@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -93,10 +93,6 @@ def wrap(axis: int, ndim: int) -> int:
     return axis + ndim if axis < 0 else axis
 
 
-def tensor_args(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if is_tensor(n)]
-
-
 def source_line(node: fx.Node) -> str:
     """ "file.py:88" of the innermost frame of the user's model that made ``node``; "" where it is not known."""
     trace = node.meta.get("stack_trace") or ""
@@ -113,12 +109,6 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(entry[0]) for entry in stack.values()]
     return _plain(paths[-1]) if paths else ""
-
-
-def module_call(node: fx.Node) -> str:
-    """As ``module_path``, but different for each call of a module that is called several times."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack)[-1]) if stack else ""
 
 
 def _plain(path: str) -> str:
@@ -378,8 +368,3 @@ def prune_unused_state(gm: fx.GraphModule) -> None:
         if name not in used and not any(name.startswith(u + ".") for u in used):
             owner, _, leaf = name.rpartition(".")
             delattr(gm.get_submodule(owner), leaf)
-
-
-def topological(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
-    wanted = set(nodes)
-    return [n for n in graph.nodes if n in wanted]

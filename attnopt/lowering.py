@@ -19,6 +19,7 @@ from attnopt.finding import Found
 from attnopt.graph import Emitter, prune_unused_state, shape, share, tidy
 from attnopt.projections import weight_path
 from attnopt.rewriting import Backend, HeadWeights
+from attnopt.selecting import trim
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 from attnopt.surgery import Selector, Weights, push_down, restrict, spread
@@ -98,14 +99,14 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
             continue
         wanted = kept.get(role, {1: spec.heads} if shape(operand)[1] != 1 else {})
         operands[role] = (
-            restrict(emit, select.select(operand, {}), _some(operand, wanted))
+            restrict(emit, select.select(operand, {}), trim(operand, wanted))
             if plain
             else select.select(operand, wanted)
         )
     lowered = _inline(emit, spec, Reference() if plain else plan.backend, operands)
     if not plain:
         _edit_output(gm, weights, plan, table, [e for e in edits if e.role == "out"])
-    chosen = _some(node, {1: spec.heads})
+    chosen = trim(node, {1: spec.heads})
     if not chosen:
         node.replace_all_uses_with(lowered)
     elif plain:
@@ -119,10 +120,6 @@ def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     roles = [set(nodes) for nodes in found.dirty.values()]
     shared = {n for i, a in enumerate(roles) for b in roles[i + 1 :] for n in a & b}
     return {table[n] for n in shared if n in table}
-
-
-def _some(node: fx.Node, selection: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
-    return {a: i for a, i in selection.items() if i != tuple(range(shape(node)[a]))}
 
 
 def _inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:

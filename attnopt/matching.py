@@ -204,14 +204,9 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
             )
         )
     value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
-    shared = v_atoms & weights
-    queries_only = frame - atoms_of(p.right_axes)
-    if shared & queries_only and not atoms_of(p.right_axes) - set(keys) - set(features):
-        queries_only -= shared
     path = tuple(_between(p.node, out))
     _refuse_self_dependence(scores, path)
     escapes = _escaping(path, out)
-    late = a.late_sum is not None
     frames = (
         *scores.frames,
         (p.left, p.left_axes),
@@ -236,7 +231,6 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
         softcap=scores.softcap,
         sinks=scores.sinks,
         nodes=path,
-        weights=None if late else Operand(a.weights, resolve_all(scores.axes)),
         escapes=escapes,
         frames=frames,
         anchor=a.weights,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph import ancestors, get_attr, hint, is_call, opname, run_call, value
+from attnopt.graph import ancestors, get_attr, hint, opname, run_call, value
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 _HEAVY = (
@@ -174,6 +174,3 @@ def as_visible(bias: Tensor, floor: float = -1e4, beside: bool = False) -> Tenso
         if not bool((visible | (bias <= floor)).all()):
             return None
     return visible if bool(visible.any(-1).all()) else None
-
-
-__all__ = ["as_visible", "evaluate", "inputs_behind", "is_call", "is_plain", "name_pattern", "other_sizes", "symbols"]

@@ -13,8 +13,18 @@ from typing import Any
 from torch import fx
 
 from attnopt.contraction import expand_equation
-from attnopt.graph import CASTS, arg, aten, is_call, is_static, is_tensor, opname, shape, value, wrap
-from attnopt.selecting import Demand, Selection, aligned, is_weight, regroup, unravel
+from attnopt.graph import CASTS, arg, aten, is_call, is_tensor, opname, shape, wrap
+from attnopt.selecting import (
+    Demand,
+    Selection,
+    aligned,
+    is_weight,
+    kept_by_squeeze,
+    order_of,
+    regroup,
+    resized,
+    unravel,
+)
 
 
 @dataclass(frozen=True)
@@ -85,25 +95,12 @@ def _reshape(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
             return None
         below.update(zip(theirs, found, strict=True))
     below = {a: i for a, i in below.items() if len(i) != shape(user)[a]} or below
-    sizes = list(arg(user, 1))
-    for axis in range(len(sizes)):
-        if axis in below:
-            sizes[axis] = len(below[axis])
-        elif sizes[axis] == -1 and is_static(value(user).shape[axis]):
-            sizes[axis] = shape(user)[axis]
+    sizes = resized(user, below)
     return Pushed(below, (), lambda new, _: (user.target, (new, sizes), {}))
 
 
 def _permute(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed:
-    n = len(shape(x))
-    order = list(range(n))
-    if is_call(user, aten.permute.default):
-        order = [wrap(int(d), n) for d in arg(user, 1)]
-    elif is_call(user, aten.transpose.int):
-        i, j = wrap(arg(user, 1), n), wrap(arg(user, 2), n)
-        order[i], order[j] = order[j], order[i]
-    else:
-        order[-2:] = reversed(order[-2:])
+    order = order_of(user)
     below = {order.index(a): idx for a, idx in selection.items()}
     return Pushed(below, (), lambda new, _: _swap(user, {x: new}))
 
@@ -115,11 +112,9 @@ def _unsqueeze(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed:
 
 
 def _squeeze(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
-    if len(user.args) < 2:
+    left = kept_by_squeeze(user)
+    if left is None:
         return None
-    dims = arg(user, 1) if isinstance(arg(user, 1), (list, tuple)) else [arg(user, 1)]
-    gone = {wrap(int(d), len(shape(x))) for d in dims if shape(x)[wrap(int(d), len(shape(x)))] == 1}
-    left = [a for a in range(len(shape(x))) if a not in gone]
     return Pushed({left.index(a): idx for a, idx in selection.items()}, (), lambda new, _: _swap(user, {x: new}))
 
 

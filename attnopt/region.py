@@ -39,7 +39,6 @@ class Region:
     sinks: Operand | None = None
     top_left_causal: bool = False  # the fused operator's own flag: query i sees keys 0..i
     nodes: tuple[fx.Node, ...] = ()  # from the product of queries and keys to the output
-    weights: Operand | None = None  # the normalised scores, where something else uses them too
     escapes: tuple[fx.Node, ...] = ()
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
     anchor: fx.Node | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.axes import Axes, Axis, broadcast, follow, resolve, resolve_all
+from attnopt.axes import Axes, broadcast, follow, resolve, resolve_all
 from attnopt.contraction import Product, product_of
 from attnopt.graph import CASTS, RESHAPES, arg, aten, dtype, is_call, is_tensor, shape, source_line, wrap
 from attnopt.normaliser import is_maximum_of
@@ -317,6 +317,3 @@ def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         return None
     axes: Axes = tuple(ax if n != 1 else () for n, ax in zip(shape(column), around, strict=True))
     return replace(s, sinks=Operand(column, axes))
-
-
-__all__ = ["Axis", "Hide", "Multiply", "NotScoresError", "Operand", "Scores", "Step", "Term", "read_scores"]

@@ -11,7 +11,6 @@ from attnopt.graph import (
     arg,
     aten,
     getitem_source,
-    is_call,
     is_static,
     is_tensor,
     operand,
@@ -20,7 +19,20 @@ from attnopt.graph import (
     value,
     wrap,
 )
-from attnopt.selecting import Demand, Pulled, Selection, aligned, regroup, replaced, trim, unravel, with_args
+from attnopt.selecting import (
+    Demand,
+    Pulled,
+    Selection,
+    aligned,
+    kept_by_squeeze,
+    order_of,
+    regroup,
+    replaced,
+    resized,
+    trim,
+    unravel,
+    with_args,
+)
 
 
 def _reshape(node: fx.Node, selection: Selection) -> Pulled | None:
@@ -38,31 +50,11 @@ def _reshape(node: fx.Node, selection: Selection) -> Pulled | None:
         if found is None:
             return None
         below.update(zip(theirs, found, strict=True))
-    return Pulled(((x, trim(x, below)),), lambda f: with_args(node, f[0], _resized(node, selection)))
-
-
-def _resized(node: fx.Node, selection: Selection) -> list[Any]:
-    """The size argument of a reshape or expand whose result is selected."""
-    sizes = list(arg(node, 1))
-    for axis in range(len(sizes)):
-        if axis in selection:
-            sizes[axis] = len(selection[axis])
-        elif sizes[axis] == -1 and is_static(value(node).shape[axis]):
-            sizes[axis] = shape(node)[axis]
-    return sizes
+    return Pulled(((x, trim(x, below)),), lambda f: with_args(node, f[0], resized(node, selection)))
 
 
 def _permute(node: fx.Node, selection: Selection) -> Pulled:
-    x = operand(node)
-    n = len(shape(x))
-    order = list(range(n))
-    if is_call(node, aten.permute.default):
-        order = [wrap(int(d), n) for d in arg(node, 1)]
-    elif is_call(node, aten.transpose.int):
-        i, j = wrap(arg(node, 1), n), wrap(arg(node, 2), n)
-        order[i], order[j] = order[j], order[i]
-    elif n >= 2:
-        order[-2], order[-1] = order[-1], order[-2]
+    x, order = operand(node), order_of(node)
     return Pulled(((x, {order[a]: idx for a, idx in selection.items()}),), replaced(node, [x]))
 
 
@@ -74,20 +66,16 @@ def _unsqueeze(node: fx.Node, selection: Selection) -> Pulled:
 
 
 def _squeeze(node: fx.Node, selection: Selection) -> Pulled | None:
-    x = operand(node)
-    n = len(shape(x))
-    if len(node.args) < 2:
+    x, left = operand(node), kept_by_squeeze(node)
+    if left is None:
         return None
-    dims = arg(node, 1) if isinstance(arg(node, 1), (list, tuple)) else [arg(node, 1)]
-    gone = {wrap(int(d), n) for d in dims if shape(x)[wrap(int(d), n)] == 1}
-    left = [a for a in range(n) if a not in gone]
     return Pulled(((x, {left[a]: idx for a, idx in selection.items()}),), replaced(node, [x]))
 
 
 def _expand(node: fx.Node, selection: Selection) -> Pulled:
     x = operand(node)
     below = aligned(x, len(shape(node)), selection)
-    return Pulled(((x, below),), lambda f: with_args(node, f[0], _resized(node, selection)))
+    return Pulled(((x, below),), lambda f: with_args(node, f[0], resized(node, selection)))
 
 
 def _select(node: fx.Node, selection: Selection) -> Pulled:

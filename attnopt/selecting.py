@@ -9,14 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.graph import (
-    CASTS,
-    RESHAPES,
-    arg,
-    aten,
-    is_call,
-    shape,
-)
+from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, is_static, operand, shape, value, wrap
 
 Selection = Mapping[int, tuple[int, ...]]  # axis -> the indices that stay, in their order; other axes stay whole
 Demand = tuple[fx.Node, Selection]
@@ -127,3 +120,38 @@ def is_weight(node: fx.Node) -> bool:
     ):
         node = arg(node, 0)
     return node.op == "get_attr"
+
+
+def order_of(node: fx.Node) -> list[int]:
+    """The permutation that a permute or transpose applies to the axes of its input."""
+    n = len(shape(node))
+    order = list(range(n))
+    if is_call(node, aten.permute.default):
+        return [wrap(int(d), n) for d in arg(node, 1)]
+    if is_call(node, aten.transpose.int):
+        i, j = wrap(arg(node, 1), n), wrap(arg(node, 2), n)
+        order[i], order[j] = order[j], order[i]
+    elif n >= 2:
+        order[-2], order[-1] = order[-1], order[-2]
+    return order
+
+
+def kept_by_squeeze(node: fx.Node) -> list[int] | None:
+    """The input's axes that a squeeze of named axes keeps; None where it names none."""
+    if len(node.args) < 2:
+        return None
+    sizes = shape(operand(node))
+    dims = arg(node, 1) if isinstance(arg(node, 1), (list, tuple)) else [arg(node, 1)]
+    gone = {wrap(int(d), len(sizes)) for d in dims if sizes[wrap(int(d), len(sizes))] == 1}
+    return [a for a in range(len(sizes)) if a not in gone]
+
+
+def resized(node: fx.Node, selection: Selection) -> list[Any]:
+    """The size argument of a reshape or expand whose result is selected."""
+    sizes = list(arg(node, 1))
+    for axis in range(len(sizes)):
+        if axis in selection:
+            sizes[axis] = len(selection[axis])
+        elif sizes[axis] == -1 and is_static(value(node).shape[axis]):
+            sizes[axis] = shape(node)[axis]
+    return sizes

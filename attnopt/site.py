@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -90,9 +90,6 @@ class Site:
             return None
         bias = self.parameters[p.bias].detach()
         return bias[torch.as_tensor(p.rows[head], device=bias.device)]
-
-    def with_spec(self, spec: AttentionSpec) -> Site:
-        return replace(self, spec=spec)
 
 
 @dataclass(frozen=True)

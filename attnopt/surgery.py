@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from attnopt.graph import Emitter, aten, get_attr, opname, shape, value
 from attnopt.pushing import push
-from attnopt.selecting import Selection, trim
+from attnopt.selecting import Pulled, Selection, trim
 from attnopt.selection import pull
 
 
@@ -48,10 +49,9 @@ class Weights:
         self.origin[new] = self.origin.get(name, name)
         return new
 
-    def settle(self) -> dict[str, str]:
-        """Give each new parameter its origin's name where the origin is no longer used; returns new name -> final name."""
+    def settle(self) -> None:
+        """Give each new parameter its origin's name where the origin is no longer used."""
         used = {str(n.target) for n in self.gm.graph.nodes if n.op == "get_attr"}
-        final: dict[str, str] = {}
         for new, old in self.origin.items():
             rivals = [m for m, o in self.origin.items() if o == old and m in used]
             if new not in used or old in used or len(rivals) > 1:
@@ -67,16 +67,12 @@ class Weights:
             for node in self.gm.graph.nodes:
                 if node.op == "get_attr" and node.target == new:
                     node.target = old
-            final[new] = old
-        return final
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for equal tensors, and for hardly any others."""
-    data = tensor.detach().to(torch.float64)
-    flat = data.reshape(-1)
-    weights = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
-    return tuple(tensor.shape), float(flat.sum()), float((flat * weights).sum()), float(flat.abs().sum())
+    """Equal for equal tensors alone."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tuple(tensor.shape), tensor.dtype, hashlib.sha256(data.numpy().data).hexdigest()
 
 
 _SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
@@ -128,20 +124,18 @@ class Selector:
             return self._stay(node, selection)
         if pulled.exact is not None and pulled.exact[0][0] in self.forks:
             return self.select(*pulled.exact[0])
-        found = [self.select(n, s) for n, s in pulled.demands]
-        if pulled.build is None:
-            return found[0]
-        target, args, kwargs = pulled.build(found)
-        made: fx.Node = self.emit.call(target, *args, **kwargs)
-        return made
+        return self._made_from(pulled)
 
     def _piece(self, node: fx.Node) -> fx.Node:
         """One role's part of a packed projection, made by itself."""
         pulled = pull(node, {})
         if pulled is None:
             return node
-        found = [self.select(n, s) for n, s in pulled.exact or pulled.demands]
-        if pulled.build is None or pulled.exact is not None:
+        return self.select(*pulled.exact[0]) if pulled.exact is not None else self._made_from(pulled)
+
+    def _made_from(self, pulled: Pulled) -> fx.Node:
+        found = [self.select(n, s) for n, s in pulled.demands]
+        if pulled.build is None:
             return found[0]
         target, args, kwargs = pulled.build(found)
         made: fx.Node = self.emit.call(target, *args, **kwargs)

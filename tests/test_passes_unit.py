@@ -50,7 +50,7 @@ def a_site(heads: int = 4, kv_heads: int = 4, *, weights: bool = True, bias: boo
 
 def applied(p: Pass, site: Site) -> Site:
     assert p.check(site) is None
-    return site.with_spec(p.rewrite(site).spec)
+    return replace(site, spec=p.rewrite(site).spec)
 
 
 def refusal(p: Pass, site: Site) -> str:
