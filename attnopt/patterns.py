@@ -17,6 +17,7 @@ from attnopt.errors import PolicyError
 from attnopt.notation import evaluate
 from attnopt.options import whole, wholes
 from attnopt.pattern import And, Full, Not, Or, Pattern, PerHead
+from attnopt.ranges import Reach, merged
 
 __all__ = [
     "And",
@@ -47,6 +48,9 @@ class Causal(Pattern):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(0, last + 1, 0, first + 1)
+
 
 @dataclass(frozen=True, repr=False, init=False)
 class Window(Pattern):
@@ -65,6 +69,9 @@ class Window(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (j >= i - self.left) & (j <= i + self.right)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(first - self.left, last + self.right + 1, last - self.left, first + self.right + 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,6 +96,9 @@ class Dilated(Pattern):
         near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
         return near & (ahead % self.dilation == 0)
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(first - self.left * self.dilation, last + self.right * self.dilation + 1, 0, 0)
+
 
 @dataclass(frozen=True, repr=False)
 class Sinks(Pattern):
@@ -106,6 +116,9 @@ class Sinks(Pattern):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i == i) & (j < self.n)
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(0, self.n, 0, self.n)
+
 
 @dataclass(frozen=True, repr=False)
 class Global(Pattern):
@@ -122,6 +135,13 @@ class Global(Pattern):
             places = [position for _, position in run]
             seen = seen | ((i >= places[0]) & (i <= places[-1])) | ((j >= places[0]) & (j <= places[-1]))
         return seen
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        seen = merged((p, p + 1) for p in self.positions)
+        everything = ((0, kv_len),)
+        touched = any(start <= last and first < stop for start, stop in seen)
+        covered = any(start <= first and last < stop for start, stop in seen)
+        return Reach(all=everything if covered else seen, some=everything if touched else seen)
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,6 +171,11 @@ class Blocks(Pattern):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         start = i // self.size * self.size
         return (j >= start - self.halo) & (j < start + self.size + self.halo)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        start, stop = first // self.size * self.size, (last // self.size + 1) * self.size
+        sure_start, sure_stop = last // self.size * self.size, (first // self.size + 1) * self.size
+        return Reach.between(start - self.halo, stop + self.halo, sure_start - self.halo, sure_stop + self.halo)
 
 
 _BY_NAME: dict[str, type[Pattern]] = {

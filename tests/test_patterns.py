@@ -264,3 +264,25 @@ def test_mask_traces_with_symbolic_lengths(p: Pattern) -> None:
     assert not [n for n in graph.graph.nodes if n.op == "get_attr" or "sum" in str(n.target)]
     for q_len, kv_len in ((5, 7), (3, 3), (9, 4)):
         assert torch.equal(graph(torch.zeros(q_len), torch.zeros(kv_len)), p.mask(q_len, kv_len, num_heads=4))
+
+
+@given(PATTERNS, st.integers(1, 70), st.integers(1, 70), st.sampled_from([(4, 8), (16, 16), (7, 5), (64, 64)]))
+def test_layout_holds_exactly_the_visible_pairs(p: Pattern, q_len: int, kv_len: int, blocks: tuple[int, int]) -> None:
+    block_q, block_kv = blocks
+    for head in range(max(1, p.named_heads)):
+        seen = p.for_head(head)
+        found = seen.layout(q_len, kv_len, block_q, block_kv)
+        dense = torch.zeros(found.num_rows * block_q, found.num_cols * block_kv, dtype=torch.bool)
+        for row, col, tile in zip(found.rows, found.cols, found.tile, strict=True):
+            pairs = dense[row * block_q : (row + 1) * block_q, col * block_kv : (col + 1) * block_kv]
+            pairs[:] = True if tile < 0 else torch.from_numpy(found.tiles[tile].copy())
+            assert pairs[: q_len - row * block_q, : kv_len - col * block_kv].any(), "an empty block is not kept"
+        assert torch.equal(dense[:q_len, :kv_len], seen.mask(q_len, kv_len)[0])
+
+
+def test_layout_of_a_long_sequence_costs_only_what_it_keeps() -> None:
+    window = Causal() & (Window(255, 0) | Sinks(4))
+    found = window.layout(1 << 17, 1 << 17)
+    assert len(found.cols) == pytest.approx(6 * 2048, rel=0.01)
+    assert len(found.tiles) == 4, "tiles that look the same are kept once"
+    assert window.density(1 << 17, 1 << 17) == pytest.approx(260 / (1 << 17), rel=0.01)
