@@ -25,7 +25,7 @@ from attnopt.lowering import lower
 from attnopt.model import OptimizedModel
 from attnopt.origin import Origin
 from attnopt.policy import Policy
-from attnopt.report import Report, SiteReport, Status
+from attnopt.report import Form, Report, SiteReport, Status
 from attnopt.rewriting import Backend
 from attnopt.spec import AttentionSpec
 from attnopt.version import __version__
@@ -296,6 +296,10 @@ def _site_report(d: Decision) -> SiteReport:
         backend=None if d.plan is None else d.plan.backend.name,
         error=d.found.error,
         notes=(*before.notes, *d.notes),
+        q_len=before.q_len,
+        kv_len=before.kv_len,
+        form_before=Form.of(before.spec),
+        form_after=Form.of(after.spec),
     )
 
 

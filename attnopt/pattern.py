@@ -133,6 +133,11 @@ class Pattern(ABC):
         named = values.values() if len(values) == 1 else [f"{name}={value}" for name, value in values.items()]
         return f"{type(self).__name__}({', '.join(named)})"
 
+    def _repr_html_(self) -> str:
+        from attnopt.page import pattern_fragment
+
+        return pattern_fragment(self)
+
     def _heads(self, num_heads: int | None) -> list[Pattern]:
         if not self.is_per_head:
             return [self]

@@ -86,8 +86,8 @@ def _site_json(site: Site) -> dict[str, Any]:
         "value_dim": site.value_dim,
         "scale": site.scale,
         "is_cross": site.is_cross,
-        "pattern": _pattern(site.spec),
-        "extras": _extras(site.spec),
+        "pattern": pattern_text(site.spec),
+        "extras": spec_extras(site.spec),
         "projections": {
             role: {"weight": p.weight, "bias": p.bias, "transposed": p.transposed, "rows": p.rows, "why": p.why}
             for role, p in site.projections.items()
@@ -104,8 +104,8 @@ def _inspected(site: Site) -> tuple[str, ...]:
         _heads(spec.num_heads, spec.num_kv_heads),
         _size(spec.head_dim, spec.value_dim),
         "cross" if spec.is_cross else "self",
-        _pattern(spec),
-        ", ".join(_extras(spec)),
+        pattern_text(spec),
+        ", ".join(spec_extras(spec)),
         f"{spec.scale:.4g}",
         _projections(site.projections),
         site.where,
@@ -134,11 +134,13 @@ def _size(head_dim: int, value_dim: int) -> str:
     return str(head_dim) if head_dim == value_dim else f"{head_dim} / {value_dim} v"
 
 
-def _pattern(spec: AttentionSpec) -> str:
+def pattern_text(spec: AttentionSpec) -> str:
+    """What the queries see, a mask operand included where it is known what it amounts to."""
     return str(spec.pattern if spec.seen_as is None else spec.seen_as)
 
 
-def _extras(spec: AttentionSpec) -> list[str]:
+def spec_extras(spec: AttentionSpec) -> list[str]:
+    """What there is beside the pattern, in a word each."""
     named = {"bias": spec.has_bias, "mask": spec.has_mask, "softcap": spec.softcap is not None, "sinks": spec.has_sinks}
     return [name for name, there in named.items() if there] + list(spec.positions)
 
