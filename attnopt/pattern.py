@@ -40,6 +40,12 @@ class Pattern(ABC):
         return ()
 
     @property
+    def lengths(self) -> range | None:
+        """The sequence lengths that the pattern is made for, None for any; at others it has a meaning, but no use."""
+        made_for = [lengths for p in self.parts if (lengths := p.lengths) is not None]
+        return reduce(_overlap, made_for) if made_for else None
+
+    @property
     def is_causal(self) -> bool:
         """No query sees a later key, as far as the structure tells; False may also mean that it cannot be told."""
         return False
@@ -315,6 +321,10 @@ def any_of(patterns: Iterable[Pattern]) -> Pattern:
     if Full() in parts:
         return Full()
     return Or(parts) if len(parts) > 1 else parts[0]
+
+
+def _overlap(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:

@@ -13,23 +13,31 @@ from typing import Any
 
 from torch import Tensor
 
+from attnopt.block_patterns import BlockLayout, RandomBlocks
 from attnopt.errors import PolicyError
+from attnopt.grids import Neighborhood, Prefix
 from attnopt.notation import evaluate
-from attnopt.options import whole, wholes
+from attnopt.options import LARGEST, whole, wholes
 from attnopt.pattern import And, Full, Not, Or, Pattern, PerHead
-from attnopt.ranges import Reach, merged
+from attnopt.ranges import Reach, merged, stepped
+from attnopt.segments import Segments
 
 __all__ = [
     "And",
+    "BlockLayout",
     "Blocks",
     "Causal",
     "Dilated",
     "Full",
     "Global",
+    "Neighborhood",
     "Not",
     "Or",
     "Pattern",
     "PerHead",
+    "Prefix",
+    "RandomBlocks",
+    "Segments",
     "Sinks",
     "Strided",
     "Window",
@@ -97,7 +105,7 @@ class Dilated(Pattern):
         return near & (ahead % self.dilation == 0)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
-        return Reach.between(first - self.left * self.dilation, last + self.right * self.dilation + 1, 0, 0)
+        return Reach(all=(), some=stepped(first, last, self.dilation, -self.left, self.right, kv_len))
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,6 +164,9 @@ class Strided(Pattern):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i - j) % self.stride == 0
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach(all=(), some=stepped(first, last, self.stride, -LARGEST, LARGEST, kv_len))
+
 
 @dataclass(frozen=True, repr=False)
 class Blocks(Pattern):
@@ -179,7 +190,23 @@ class Blocks(Pattern):
 
 
 _BY_NAME: dict[str, type[Pattern]] = {
-    kind.__name__: kind for kind in (Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks, PerHead)
+    kind.__name__: kind
+    for kind in (
+        Full,
+        Causal,
+        Window,
+        Dilated,
+        Sinks,
+        Global,
+        Strided,
+        Blocks,
+        Neighborhood,
+        Prefix,
+        Segments,
+        RandomBlocks,
+        BlockLayout,
+        PerHead,
+    )
 }
 
 

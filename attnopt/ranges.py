@@ -34,6 +34,21 @@ class Reach:
         everything = ((0, length),)
         return Reach(all=without(everything, self.some), some=without(everything, self.all))
 
+    def moved(self, by: int) -> Reach:
+        """The reach of keys that stand ``by`` positions later."""
+        return Reach(*(tuple((start + by, stop + by) for start, stop in ranges) for ranges in (self.all, self.some)))
+
+
+def stepped(first: int, last: int, step: int, low: int, high: int, length: int) -> Ranges:
+    """The numbers ``first`` to ``last`` moved by ``step`` times every number from ``low`` to ``high``, below ``length``.
+
+    One range where the moved copies touch each other.
+    """
+    low, high = max(low, -(last // step)), min(high, (length - 1 - first) // step)
+    if step <= last - first + 1:
+        return merged([(first + low * step, last + high * step + 1)])
+    return tuple((first + step * n, last + step * n + 1) for n in range(low, high + 1))
+
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """The union: empty ranges left out, neighbours joined."""

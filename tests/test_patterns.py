@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -15,15 +16,20 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from attnopt.errors import PolicyError
 from attnopt.patterns import (
     And,
+    BlockLayout,
     Blocks,
     Causal,
     Dilated,
     Full,
     Global,
+    Neighborhood,
     Not,
     Or,
     Pattern,
     PerHead,
+    Prefix,
+    RandomBlocks,
+    Segments,
     Sinks,
     Strided,
     Window,
@@ -31,6 +37,24 @@ from attnopt.patterns import (
 )
 
 SMALL = st.integers(0, 6)
+
+
+@st.composite
+def neighborhoods(draw: st.DrawFn) -> Neighborhood:
+    grid = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    kernel = [draw(st.integers(1, 5)) for _ in grid]
+    stride = [draw(st.integers(1, k)) for k in kernel]
+    dilation = [draw(st.integers(1, 3)) for _ in grid]
+    causal = [draw(st.booleans()) for _ in grid]
+    return Neighborhood(grid, kernel, stride, dilation, causal, draw(st.sampled_from(["shift", "clip"])))
+
+
+def block_layouts(count: int) -> st.SearchStrategy[BlockLayout]:
+    table = st.lists(st.lists(st.integers(0, 1), min_size=count, max_size=count), min_size=count, max_size=count)
+    return st.builds(BlockLayout, table, st.integers(1, 4))
+
+
+PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=6)
 LEAVES = st.one_of(
     st.just(Full()),
     st.just(Causal()),
@@ -40,6 +64,10 @@ LEAVES = st.one_of(
     st.builds(Global, st.lists(st.integers(0, 12), max_size=4).map(tuple)),
     st.builds(Strided, st.integers(1, 4)),
     st.builds(Blocks, st.integers(1, 4), st.integers(0, 2)),
+    neighborhoods(),
+    st.builds(Segments, st.lists(st.integers(0, 3), min_size=1, max_size=9), st.none() | PAIRS),
+    st.builds(RandomBlocks, st.integers(1, 3), SMALL, st.none() | st.integers(1, 5), SMALL),
+    st.integers(1, 4).flatmap(block_layouts),
 )
 
 
@@ -49,6 +77,7 @@ def _joined(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
         st.tuples(inner, inner).map(lambda ab: ab[0] & ab[1]),
         st.tuples(inner, inner).map(lambda ab: ab[0] | ab[1]),
         inner.map(lambda a: ~a),
+        st.builds(Prefix, st.integers(0, 2), inner),
         st.builds(PerHead, heads, inner),
     )
 
@@ -76,6 +105,20 @@ def sees(p: Pattern, h: int, i: int, j: int) -> bool:
             return (i - j) % stride == 0
         case Blocks(size, halo):
             return i // size * size - halo <= j < i // size * size + size + halo
+        case Neighborhood():
+            return near(p, i, j)
+        case Prefix(n, rest):
+            return 0 <= i < n or j < n or sees(rest, h, i - n, j - n)
+        case Segments(ids, pairs):
+            of = [number for number, count in ids for _ in range(count)]
+            if not (0 <= i < len(of) and j < len(of)):
+                return False
+            return of[i] == of[j] if pairs is None else (of[i], of[j]) in pairs
+        case RandomBlocks(size, count, blocks, seed):
+            return j // size in drawn(i // size, count, blocks, seed)
+        case BlockLayout(table, block):
+            row, col = i // block, j // block
+            return 0 <= row < len(table) and any(start <= col < stop for start, stop in table[row])
         case And(joined):
             return all(sees(q, h, i, j) for q in joined)
         case Or(joined):
@@ -85,6 +128,51 @@ def sees(p: Pattern, h: int, i: int, j: int) -> bool:
         case PerHead(groups=groups, default=default):
             return sees(next((q for places, q in groups if h in places), default), h, i, j)
     raise AssertionError(p)
+
+
+def near(p: Neighborhood, i: int, j: int) -> bool:
+    """Coordinate by coordinate, after the masks of NATTEN's reference kernels."""
+    coordinates = list(itertools.product(*(range(n) for n in p.grid)))
+    if not (0 <= i < len(coordinates) and j < len(coordinates)):
+        return False
+    axes = zip(coordinates[i], coordinates[j], p.grid, p.kernel, p.stride, p.dilation, p.causal, strict=True)
+    for query, key, n, kernel, stride, dilation, causal in axes:
+        if query % dilation != key % dilation:
+            return False
+        alike = [c for c in range(n) if c % dilation == query % dilation]
+        query, key = alike.index(query), alike.index(key)
+        left, right = kernel // 2, kernel // 2 + kernel % 2 - 1
+        if causal:
+            leader = min(query // stride * stride + stride - 1, len(alike) - 1)
+            start, end = max(leader - left - right, 0), query + 1
+        elif p.edge == "clip" or kernel > len(alike):
+            group = query // stride * stride
+            moved = group + stride // 2 - left
+            start, end = (moved, moved + kernel) if p.edge == "clip" else (0, len(alike))
+        else:
+            leader = min(query // stride * stride + stride // 2, len(alike) - 1)
+            start = max(leader - left, 0)
+            if leader + right >= len(alike):
+                start += len(alike) - right - leader - 1
+            end = start + kernel
+        if not start <= key < end:
+            return False
+    return True
+
+
+def drawn(row: int, count: int, blocks: int | None, seed: int) -> set[int]:
+    """One block of each of ``count`` parts, by the same hash in Python's own numbers."""
+    if row < 0 or (blocks is not None and row >= blocks):
+        return set()
+    among = row + 1 if blocks is None else blocks
+    found = set()
+    for part in range(count):
+        number = 1
+        for value in (seed, part, row):
+            number = pow((number * 48271 + value + 11) % (2**31 - 1), 5, 2**31 - 1)
+        start, stop = part * among // count, (part + 1) * among // count
+        found.add(start + number % max(1, stop - start))
+    return found
 
 
 def expected_mask(p: Pattern, heads: int, q_len: int, kv_len: int) -> torch.Tensor:
@@ -203,7 +291,8 @@ def test_per_head_normal_form() -> None:
         ("Global([1, -1])", "Global: positions=-1 is not possible"),
         (
             "Windw(3)",
-            "there is no pattern 'Windw'; there are Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks",
+            "there is no pattern 'Windw'; there are Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks, "
+            "Neighborhood, Prefix, Segments, RandomBlocks, BlockLayout, PerHead",
         ),
         ("Windw(3)", "did you mean Window?"),
         ("Window(3, ahead=1)", "Window: got an unexpected keyword argument 'ahead'\n  hint: Window takes left, right"),
