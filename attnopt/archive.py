@@ -263,6 +263,7 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "notes": list(site.notes),
         "q_len": site.q_len,
         "kv_len": site.kv_len,
+        "is_dynamic": site.is_dynamic,
         "projections": {
             role: {
                 "weight": p.weight,
@@ -319,4 +320,5 @@ def _site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site
         parameters=live,
         q_len=data["q_len"],
         kv_len=data["kv_len"],
+        is_dynamic=data["is_dynamic"],
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import PolicyError
-from attnopt.layout import Layout, count, layout
+from attnopt.layout import Layout, count, count_blind, layout
 from attnopt.options import wholes
 from attnopt.ranges import Reach
 
@@ -103,6 +103,10 @@ class Pattern(ABC):
         """Every query of every head sees every key; without ``num_heads`` also in heads beyond those that are named."""
         heads = self._heads(self.named_heads + 1 if num_heads is None else num_heads)
         return all(count(p, q_len, kv_len) == q_len * kv_len for p in set(heads))
+
+    def blind(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> tuple[int, ...]:
+        """For each head (see ``mask``) the number of queries that see no key at all; their output is zero."""
+        return tuple(count_blind(p, q_len, kv_len) for p in self._heads(num_heads))
 
     def layout(self, q_len: int, kv_len: int, block_q: int = 64, block_kv: int = 64) -> Layout:
         """The blocks that are visited, without the dense mask; of ``for_head(h)`` where the pattern is per head."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -29,7 +29,7 @@ class Segments(Pattern):
     ids: tuple[tuple[int, int], ...]  # runs of neighbouring tokens: id and count
     pairs: tuple[tuple[int, int], ...] | None
 
-    def __init__(self, ids: Any, pairs: Iterable[tuple[int, int]] | None = None) -> None:
+    def __init__(self, ids: Any, pairs: Sequence[tuple[int, int]] | None = None) -> None:
         listed = ids.tolist() if hasattr(ids, "tolist") else ids
         if not isinstance(listed, (list, tuple)) or not listed:
             raise PolicyError(f"Segments: ids={ids!r} is not possible; give the segment of every token")
@@ -41,7 +41,7 @@ class Segments(Pattern):
             else:
                 runs.append([number, count])
         object.__setattr__(self, "ids", tuple((number, count) for number, count in runs))
-        object.__setattr__(self, "pairs", None if pairs is None else tuple(sorted({_pair(p) for p in pairs})))
+        object.__setattr__(self, "pairs", None if pairs is None else _pairs(pairs))
 
     @property
     def lengths(self) -> range:
@@ -109,7 +109,7 @@ def _run(entry: Any) -> tuple[int, int]:
     return whole("Segments", "ids", entry), 1
 
 
-def _pair(pair: Any) -> tuple[int, int]:
-    if isinstance(pair, (tuple, list)) and len(pair) == 2:
-        return whole("Segments", "pairs", pair[0]), whole("Segments", "pairs", pair[1])
-    raise PolicyError(f"Segments: pairs={pair!r} is not possible; give pairs of a query's and a key's segment")
+def _pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
+    if isinstance(pairs, Sequence) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        return tuple(sorted({(whole("Segments", "pairs", a), whole("Segments", "pairs", b)) for a, b in pairs}))
+    raise PolicyError(f"Segments: pairs={pairs!r} is not possible; give pairs of a query's and a key's segment")

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from attnopt import layout as layout_module
 from attnopt.errors import PolicyError
 from attnopt.patterns import (
     And,
@@ -300,6 +301,27 @@ def test_per_head_normal_form() -> None:
         ("Window(", "cannot read 'Window(': '(' was never closed"),
         ("3", "'3' is not a pattern"),
         ("Causal() & 3", "'3' cannot be joined with &, | or ~"),
+        ("Neighborhood(4, -1)", "Neighborhood: kernel=-1 is not possible; give a whole number from 1 to"),
+        ("Neighborhood((4, 0), 1)", "Neighborhood: grid=0 is not possible; give a whole number from 1 to"),
+        ("Neighborhood((2, 2, 2, 2), 1)", "grid=(2, 2, 2, 2) is not possible; give one, two or three sizes"),
+        ("Neighborhood((4, 4), (3, 3, 3))", "kernel=(3, 3, 3) is not possible; give one whole number or 2 of them"),
+        ("Neighborhood(4, 3, stride=4)", "stride=4 is larger than kernel=3\n  hint: some queries would not see"),
+        ("Neighborhood(4, 3, causal=1)", "Neighborhood: causal=1 is not possible; give True or False, or 1 of them"),
+        ("Neighborhood(4, 3, edge='wrap')", "edge='wrap' is not possible; give one of 'shift', 'clip'"),
+        ("Prefix(1, 2)", "Prefix: rest=2 is not possible; give a pattern"),
+        ("Prefix(-1, Full())", "Prefix: n=-1 is not possible"),
+        ("Segments([])", "Segments: ids=() is not possible; give the segment of every token"),
+        ("Segments([0, -1])", "Segments: ids=-1 is not possible; give a whole number from 0"),
+        ("Segments([(0, 0)])", "Segments: ids=0 is not possible; give a whole number from 1"),
+        ("Segments([0], pairs=[0])", "pairs=(0,) is not possible; give pairs of a query's and a key's segment"),
+        ("Segments([0], pairs=0)", "pairs=0 is not possible; give pairs of a query's and a key's segment"),
+        ("RandomBlocks(0, 1)", "RandomBlocks: size=0 is not possible"),
+        ("RandomBlocks(1, 1, blocks=0)", "RandomBlocks: blocks=0 is not possible"),
+        ("BlockLayout([], 4)", "BlockLayout: table=() is not possible; give a square table of 0 and 1"),
+        ("BlockLayout([[1, 0]], 4)", "row 0 of table has 2 columns, the table 1 rows; give a square table"),
+        ("BlockLayout([[2]], 4)", "BlockLayout: row 0 of table: (2,) is not possible; give a row of 0 and 1"),
+        ("BlockLayout(['0', '1-2'], 4)", "row 1 of table names column 2, but the table has 2 rows and columns"),
+        ("BlockLayout(['0;1'], 4)", "row 0 of table: '0;1' is not possible; list columns as in \"0-3, 7\""),
         ("Causal() + Full()", "'Causal() + Full()' cannot be read"),
         ("(lambda: 1)()", "is not a name"),
         ("Window(**{'left': 1})", "** cannot be read"),
@@ -375,3 +397,81 @@ def test_layout_of_a_long_sequence_costs_only_what_it_keeps() -> None:
     assert len(found.cols) == pytest.approx(6 * 2048, rel=0.01)
     assert len(found.tiles) == 4, "tiles that look the same are kept once"
     assert window.density(1 << 17, 1 << 17) == pytest.approx(260 / (1 << 17), rel=0.01)
+
+
+def test_block_lists_are_short() -> None:
+    table = torch.ones(64, 64).tril()
+    text = str(BlockLayout(table, 128))
+    assert text.startswith("BlockLayout(table=('0', '0-1', '0-2', '0-3', ")
+    assert len(text) < 600
+    assert parse(text) == BlockLayout(table.bool(), 128)
+    heads = BlockLayout.per_head(torch.stack([table, table.T]), 128)
+    assert heads == PerHead({0: BlockLayout(table, 128), 1: BlockLayout(table.T, 128)})
+    assert str(Segments([0] * 1000 + [3] + [0] * 5)) == "Segments(((0, 1000), 3, (0, 5)))"
+    assert Segments(torch.tensor([1, 1, 0])) == Segments([(1, 2), 0])
+
+
+def test_random_blocks_do_not_change_as_the_sequence_grows() -> None:
+    drawn_blocks = RandomBlocks(4, 2)
+    assert torch.equal(drawn_blocks.mask(60, 60)[0, :40, :40], drawn_blocks.mask(40, 40)[0])
+    assert not torch.equal(drawn_blocks.mask(60, 60), RandomBlocks(4, 2, seed=1).mask(60, 60))
+    of_all = RandomBlocks(4, 3, blocks=15).layout(60, 60, 4, 4)
+    assert set(of_all.row_ptr.tolist()) == set(range(0, 46, 3)), "three different blocks for every block of queries"
+    spread = torch.bincount(torch.from_numpy(RandomBlocks(1, 4, blocks=512).layout(512, 512, 1, 1).cols.copy()).long())
+    assert spread.max() <= 16, "no key block is drawn far more often than others"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length"),
+    [
+        (Neighborhood((64, 64), 13), 4096),
+        (Neighborhood((32, 64), (5, 9), stride=(2, 4), dilation=(2, 1), edge="clip"), 2048),
+        (Neighborhood((8, 16, 16), (3, 5, 5), causal=(True, False, False)), 2048),
+        (Neighborhood(1 << 14, 7, dilation=512), 1 << 14),
+        (Prefix(1, Neighborhood((64, 64), 7)), 4097),
+        (Segments([(n % 7, 100 + n) for n in range(20)]), 2190),
+        (Segments([(n, 128) for n in range(16)], [(n, n // 2) for n in range(16)]), 2048),
+        (RandomBlocks(128, 2) & Causal(), 4096),
+        (BlockLayout(torch.eye(32), 128), 4096),
+        (Dilated(4, 4, 700), 8192),
+        (Strided(1024), 8192),
+        (Causal() & (Window(255, 0) | Sinks(4)), 8192),
+    ],
+)
+def test_layout_looks_at_little_more_than_it_keeps(
+    pattern: Pattern, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = 0
+    whole = layout_module._looked_at
+
+    def counted(p: Pattern, ranges: Any, *sizes: int) -> Any:
+        nonlocal looked_at
+        looked_at += int((ranges[:, 2] - ranges[:, 1]).sum())
+        return whole(p, ranges, *sizes)
+
+    monkeypatch.setattr(layout_module, "_looked_at", counted)
+    layout_module.layout.cache_clear()
+    found = pattern.layout(length, length)
+    assert looked_at <= 1.2 * len(found.cols) + 20
+    assert pattern.density(length, length) <= found.visits < 1
+
+
+@settings(deadline=None)
+@given(PATTERNS, LENGTHS, LENGTHS)
+def test_blind_queries_are_counted(p: Pattern, q_len: int, kv_len: int) -> None:
+    mask = p.mask(q_len, kv_len, num_heads=4)
+    assert p.blind(q_len, kv_len, num_heads=4) == tuple((~mask.any(2)).sum(1).tolist())
+
+
+def test_neighborhoods_of_known_kind() -> None:
+    """Stride 1 is neighbourhood attention, stride = kernel is blocked attention; blocks with a halo clip at the edge."""
+    assert torch.equal(Neighborhood(12, 3, stride=3).mask(12, 12), Blocks(3).mask(12, 12))
+    for size, halo, length in ((4, 2, 18), (3, 1, 11), (5, 0, 12)):
+        haloed = Neighborhood(length, size + 2 * halo, stride=size, edge="clip")
+        assert torch.equal(haloed.mask(length, length), Blocks(size, halo).mask(length, length))
+    assert torch.equal(Neighborhood(9, 4, causal=True).mask(9, 9), Window(3, 0).mask(9, 9))
+    assert torch.equal(Neighborhood(9, 5, edge="clip").mask(9, 9), Window(2).mask(9, 9))
+    assert Neighborhood(9, 5).mask(9, 9).sum(2).eq(5).all(), "the window is moved inside, not cut"
+    assert Neighborhood((5, 6), (5, 6)).covers(30, 30)
+    assert Neighborhood((4, 5), 3, causal=True).is_causal
+    assert not Neighborhood((4, 5), 3, causal=(True, False)).is_causal

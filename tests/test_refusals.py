@@ -21,7 +21,7 @@ from attnopt.capture import capture
 from attnopt.matching import recognise
 from attnopt.normaliser import normalisers
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
-from attnopt.patterns import Window
+from attnopt.patterns import Neighborhood, Window
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError
 
@@ -189,6 +189,11 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "unknown-head": (
         lambda: refused(Spelling(), PruneHeads(heads=[1, 4, 7])),
         "[unknown-head] expected heads from 0 to 3, found head 4, 7 (at LINE)",
+    ),
+    "wrong-length": (
+        lambda: refused(Spelling(), Sparse(Neighborhood((2, 3), 1))),
+        "[wrong-length] expected a sequence of 6 tokens, found 7 tokens (at LINE)\n  hint: write class and register "
+        "tokens in front of a grid as Prefix(n, ...)",
     ),
     "all-heads": (
         lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
