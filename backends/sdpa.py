@@ -40,7 +40,7 @@ class Sdpa(Backend):
             is_shared = _is_evenly_shared(spec)
             keys, values = (k, v) if is_shared else (heads_of(spec, k), heads_of(spec, v))
             # SDPA aligns its causal triangle with the first key, a pattern with the last.
-            is_plain = spec.pattern == Causal() and bias is None and mask is None
+            is_plain = spec.pattern == Causal() and spec.selection is None and bias is None and mask is None
             is_causal = is_plain and statically_known_true(q.shape[2] == k.shape[2])
             attn_mask = None if is_causal else _as_mask(bias, visible(spec, q, k, mask), q.dtype)
             o = F.scaled_dot_product_attention(
