@@ -55,7 +55,16 @@ def decide(found: Found, policy: Policy, backends: Sequence[Backend]) -> Decisio
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
         return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
     return Decision(
-        found, site, plan, refusals, (*notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec))
+        found,
+        site,
+        plan,
+        refusals,
+        (
+            *notes,
+            *backend.notes(site.spec),
+            *_blind(found.site, site.spec),
+            *_kept_whole(found.site, site.spec),
+        ),
     )
 
 
@@ -108,7 +117,7 @@ def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, 
     """The cheapest backend that can compute the site, or None and every backend's reason."""
     reasons = {b.name: r for b in backends if (r := b.check(site.spec)) is not None}
     able = [b for b in backends if b.name not in reasons]
-    return min(able, key=lambda b: b.cost(site.spec, site.q_len, site.kv_len), default=None), reasons
+    return min(able, key=lambda b: b.cost(site), default=None), reasons
 
 
 def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:

@@ -81,11 +81,16 @@ class DynamicBlocks:
         chosen = (col < self._budget(visible.sum(1, keepdim=True))).expand(order.shape)
         return (torch.zeros_like(chosen).scatter(-1, order, chosen) & visible) | forced
 
-    def spread(self, kept: Tensor, q_len: int, kv_len: int) -> Tensor:
-        """What ``select`` returned, for every query and key: bool [B, H, L, S]."""
-        row = torch.arange(q_len, device=kept.device) // self.block
-        col = torch.arange(kv_len, device=kept.device) // self.block
+    def spread(self, kept: Tensor, q_len: int, kv_len: int, size: int = 1) -> Tensor:
+        """What ``select`` returned, for every query and key, bool [B, H, L, S], or for blocks of a ``size`` that divides
+        these."""
+        row = torch.arange(-(-q_len // size), device=kept.device) // (self.block // size)
+        col = torch.arange(-(-kv_len // size), device=kept.device) // (self.block // size)
         return kept.index_select(2, row).index_select(3, col)
+
+    def share(self, kv_len: int) -> float:
+        """About how much of what causality leaves is kept at this length."""
+        return self.keep if isinstance(self.keep, float) else min(1.0, self.keep * self.block / max(1, kv_len))
 
     def to_json(self) -> str:
         """The text that ``from_json`` reads back."""

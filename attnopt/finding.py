@@ -141,6 +141,7 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
         q_len=shape(q)[2],
         kv_len=shape(k)[2],
         is_dynamic=not (is_static(value(q).shape[2]) and is_static(value(k).shape[2])),
+        device=value(q).device.type,
     )
     return Found(site, replace(raised, spec=spec), dirty, op, error)
 

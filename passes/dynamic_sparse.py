@@ -44,8 +44,7 @@ class DynamicSparse(Pass):
         return refuse_other_keys(site)
 
     def rewrite(self, site: Site) -> Rewrite:
-        note = "dynamic-sparse: the blocks that are not kept are masked, not skipped: this saves no time"
-        return Rewrite(replace(site.spec, selection=self._selection), notes=(note,))
+        return Rewrite(replace(site.spec, selection=self._selection))
 
     @property
     def _selection(self) -> DynamicBlocks:

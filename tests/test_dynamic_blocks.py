@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import attnopt
-from attnopt.backends import Reference, Sdpa
+from attnopt.backends import Blocked, Reference, Sdpa
 from attnopt.block_scores import Antidiagonal, BlockScores, KMeans, Pooled, parse_scores
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import PolicyError
@@ -114,6 +114,31 @@ def test_nothing_later_is_looked_at(p: DynamicBlocks, length: int, more: int, se
 def test_sdpa_follows_the_reference(p: DynamicBlocks, L: int, S: int, pattern: Any, has_mask: bool) -> None:
     spec, t = operands(L, S, 0, pattern=pattern, selection=p, has_mask=has_mask)
     torch.testing.assert_close(run(Sdpa(), spec, t), run(Reference(), spec, t))
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("pattern", [Full(), Causal() & (Window(90, 0) | Sinks(1))])
+def test_blocked_follows_the_reference(block: int, pattern: Any) -> None:
+    p = DynamicBlocks("antidiagonal", keep=2, block=block, sinks=0)
+    spec, t = operands(300, 300, 0, pattern=pattern, selection=p)
+    t = {name: None if x is None else x.float() for name, x in t.items()}
+    everything = run(Reference(), replace(spec, selection=None), t)
+    found, want = run(Blocked(), spec, t), run(Reference(), spec, t)
+    torch.testing.assert_close(found, want)
+    assert pattern != Full() or not torch.allclose(want, everything)
+    other = Blocked().check(replace(spec, selection=DynamicBlocks(block=32)))
+    assert str(other) == "[other-blocks] expected a selection of blocks of 64, or several of these, found blocks of 32"
+
+
+def test_reports_tell_where_nothing_is_skipped() -> None:
+    model, (x,) = tiny_models.causal()
+    for backend in ("reference", "sdpa"):
+        site = attnopt.optimize(model, DynamicSparse(), (x,), backend=backend).report.sites[0]
+        assert site.notes == (f"{backend}: blocks that are not kept are masked, not skipped, which saves no time",)
+    blocked = attnopt.optimize(model, DynamicSparse(keep=1), (x,), backend="blocked")
+    assert not any("masked" in note for note in blocked.report.sites[0].notes)
+    assert DynamicBlocks(keep=2).share(1024) == 1 / 8
+    assert DynamicBlocks(keep=2).share(0) == DynamicBlocks(keep=1.0).share(9) == 1.0
 
 
 @settings(deadline=None)

@@ -232,6 +232,10 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(softcap=5.0), LocalWindow(1), backend="sdpa"),
         "[no-softcap] expected scores without softcap, found softcap 5.0",
     ),
+    "other-blocks": (
+        lambda: refused(Spelling(), DynamicSparse(block=32), backend="blocked"),
+        "[other-blocks] expected a selection of blocks of 64, or several of these, found blocks of 32",
+    ),
     "no-sinks": (
         lambda: refused(Spelling(sinks=True), LocalWindow(1), backend="sdpa"),
         "[no-sinks] expected no sink logits, found a sink logit for each head",
