@@ -7,7 +7,7 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 
 from __future__ import annotations
 
-from attnopt import passes, patterns
+from attnopt import passes, patterns, recipes
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
@@ -67,4 +67,5 @@ __all__ = [
     "optimize",
     "passes",
     "patterns",
+    "recipes",
 ]

@@ -28,6 +28,7 @@ from attnopt.patterns import (
     Or,
     Pattern,
     PerHead,
+    Periodic,
     Prefix,
     RandomBlocks,
     Segments,
@@ -65,6 +66,8 @@ LEAVES = st.one_of(
     st.builds(Global, st.lists(st.integers(0, 12), max_size=4).map(tuple)),
     st.builds(Strided, st.integers(1, 4)),
     st.builds(Blocks, st.integers(1, 4), st.integers(0, 2)),
+    st.builds(Blocks, st.just(4), st.integers(0, 2), st.integers(0, 3)),
+    st.builds(Periodic, st.just(5), st.integers(0, 2), st.integers(0, 3)),
     neighborhoods(),
     st.builds(Segments, st.lists(st.integers(0, 3), min_size=1, max_size=9), st.none() | PAIRS),
     st.builds(RandomBlocks, st.integers(1, 3), SMALL, st.none() | st.integers(1, 5), SMALL),
@@ -104,8 +107,11 @@ def sees(p: Pattern, h: int, i: int, j: int) -> bool:
             return i in positions or j in positions
         case Strided(stride):
             return (i - j) % stride == 0
-        case Blocks(size, halo):
-            return i // size * size - halo <= j < i // size * size + size + halo
+        case Periodic(period, start, count):
+            return j % period in range(start, start + count)
+        case Blocks(size, halo, shift):
+            members = [k for k in range(-20, 300) if (k - shift) // size == (i - shift) // size]
+            return members[0] - halo <= j <= members[-1] + halo
         case Neighborhood():
             return near(p, i, j)
         case Prefix(n, rest):
@@ -292,7 +298,7 @@ def test_per_head_normal_form() -> None:
         ("Global([1, -1])", "Global: positions=-1 is not possible"),
         (
             "Windw(3)",
-            "there is no pattern 'Windw'; there are Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks, "
+            "there is no pattern 'Windw'; there are Full, Causal, Window, Dilated, Sinks, Global, Strided, Periodic, Blocks, "
             "Neighborhood, Prefix, Segments, RandomBlocks, BlockLayout, PerHead",
         ),
         ("Windw(3)", "did you mean Window?"),
@@ -308,6 +314,8 @@ def test_per_head_normal_form() -> None:
         ("Neighborhood(4, 3, stride=4)", "stride=4 is larger than kernel=3\n  hint: some queries would not see"),
         ("Neighborhood(4, 3, causal=1)", "Neighborhood: causal=1 is not possible; give True or False, or 1 of them"),
         ("Neighborhood(4, 3, edge='wrap')", "edge='wrap' is not possible; give one of 'shift', 'clip'"),
+        ("Blocks(4, shift=4)", "Blocks: shift=4 is not possible; give a shift below size=4"),
+        ("Periodic(4, 3, 2)", "Periodic: start=3 and count=2 go beyond period=4"),
         ("Prefix(1, 2)", "Prefix: rest=2 is not possible; give a pattern"),
         ("Prefix(-1, Full())", "Prefix: n=-1 is not possible"),
         ("Segments([])", "Segments: ids=() is not possible; give the segment of every token"),
