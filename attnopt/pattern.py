@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import PolicyError
-from attnopt.layout import Layout, count, layout
+from attnopt.layout import Layout, count, count_blind, layout
 from attnopt.options import wholes
 from attnopt.ranges import Reach
 
@@ -38,6 +38,12 @@ class Pattern(ABC):
     def parts(self) -> tuple[Pattern, ...]:
         """The patterns that this one is made of."""
         return ()
+
+    @property
+    def lengths(self) -> range | None:
+        """The sequence lengths that the pattern is made for, None for any; at others it has a meaning, but no use."""
+        made_for = [lengths for p in self.parts if (lengths := p.lengths) is not None]
+        return reduce(_overlap, made_for) if made_for else None
 
     @property
     def is_causal(self) -> bool:
@@ -97,6 +103,10 @@ class Pattern(ABC):
         """Every query of every head sees every key; without ``num_heads`` also in heads beyond those that are named."""
         heads = self._heads(self.named_heads + 1 if num_heads is None else num_heads)
         return all(count(p, q_len, kv_len) == q_len * kv_len for p in set(heads))
+
+    def blind(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> tuple[int, ...]:
+        """For each head (see ``mask``) the number of queries that see no key at all; their output is zero."""
+        return tuple(count_blind(p, q_len, kv_len) for p in self._heads(num_heads))
 
     def visits(self, q_len: int, kv_len: int, block_q: int, block_kv: int, *, num_heads: int | None = None) -> float:
         """The share of all pairs that lie in a block with a visible one: what a kernel with such tiles computes."""
@@ -321,6 +331,10 @@ def any_of(patterns: Iterable[Pattern]) -> Pattern:
     if Full() in parts:
         return Full()
     return Or(parts) if len(parts) > 1 else parts[0]
+
+
+def _overlap(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
