@@ -8,6 +8,7 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 from __future__ import annotations
 
 from attnopt import passes, patterns, recipes
+from attnopt.advise import Advice, advise
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
@@ -35,6 +36,7 @@ from attnopt.spec import AttentionSpec
 from attnopt.version import __version__
 
 __all__ = [
+    "Advice",
     "ArchiveError",
     "AttentionSpec",
     "AttnoptError",
@@ -60,6 +62,7 @@ __all__ = [
     "Site",
     "VerificationError",
     "__version__",
+    "advise",
     "head_importance",
     "inspect",
     "kept_mass",
