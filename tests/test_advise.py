@@ -120,12 +120,32 @@ def test_advice_by_head_and_beside_other_patterns() -> None:
 
 
 def test_advice_as_text_and_as_data() -> None:
-    advice = attnopt.advise(a_site(q_len=4096, kv_len=4096), Neighborhood((64, 64), 24, 8))
+    advice = attnopt.advise(a_site(q_len=4096, kv_len=4096), Neighborhood((64, 64), 24, 4))
     assert json.loads(json.dumps(advice.to_json()))["kernels"][0]["kernel"] == "compiled CPU kernel"
     assert str(advice) == TEXT
 
 
-TEXT = ""
+TEXT = """\
+Neighborhood(grid=(64, 64), kernel=(24, 24), stride=(4, 4), dilation=(1, 1), causal=(False, False), edge='shift'), 4096
+queries and 4096 keys: density 0.141, at most 7.11 times faster
+
+ kernel                               computes  speed-up  of the bound
+ ─────────────────────────────────────────────────────────────────────
+ compiled CPU kernel                  0.246     4.06      57%
+ FlexAttention                        0.375     2.67      38%
+ ONNX Runtime, loop over 128 queries  0.375     2.67      38%
+ tiles of 8x8 tokens                  0.282     3.54      50%
+
+Fits better
+
+ kernel               pattern                                                                         density  speed-up
+ ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+ tiles of 8x8 tokens  Neighborhood(grid=(64, 64), kernel=(24, 24), stride=(8, 8), dilation=(1, 1),    0.141    7.11
+                      causal=(False, False), edge='shift')
+ tiles of 8x8 tokens  Neighborhood(grid=(64, 64), kernel=(24, 24), stride=(4, 8), dilation=(1, 1),    0.141    5.02
+                      causal=(False, False), edge='shift')
+ tiles of 8x8 tokens  Neighborhood(grid=(64, 64), kernel=(24, 24), stride=(8, 4), dilation=(1, 1),    0.141    5.02
+                      causal=(False, False), edge='shift')"""
 
 
 def test_what_it_needs_to_know() -> None:
