@@ -8,7 +8,8 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 from __future__ import annotations
 
 from attnopt import passes, patterns, recipes
-from attnopt.advise import Advice, advise
+from attnopt.advising import Advice, advise
+from attnopt.attention_mass import kept_mass
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
@@ -24,7 +25,6 @@ from attnopt.errors import (
 )
 from attnopt.importance import head_importance
 from attnopt.inspection import Inspection
-from attnopt.kept_mass import kept_mass
 from attnopt.model import OptimizedModel, load
 from attnopt.optimizing import inspect, optimize
 from attnopt.policy import Policy

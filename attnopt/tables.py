@@ -11,7 +11,7 @@ from attnopt.report import Report, SiteReport
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from attnopt.advise import Advice
+    from attnopt.advising import Advice
     from attnopt.inspection import Inspection
     from attnopt.plugins import Description
     from attnopt.site import NearMiss, Projection, Site
