@@ -8,6 +8,8 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 from __future__ import annotations
 
 from attnopt import passes, patterns, recipes
+from attnopt.advising import Advice, advise
+from attnopt.attention_mass import kept_mass
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
@@ -23,7 +25,6 @@ from attnopt.errors import (
 )
 from attnopt.importance import head_importance
 from attnopt.inspection import Inspection
-from attnopt.kept_mass import kept_mass
 from attnopt.model import OptimizedModel, load
 from attnopt.optimizing import inspect, optimize
 from attnopt.policy import Policy
@@ -35,6 +36,7 @@ from attnopt.spec import AttentionSpec
 from attnopt.version import __version__
 
 __all__ = [
+    "Advice",
     "ArchiveError",
     "AttentionSpec",
     "AttnoptError",
@@ -60,6 +62,7 @@ __all__ = [
     "Site",
     "VerificationError",
     "__version__",
+    "advise",
     "head_importance",
     "inspect",
     "kept_mass",

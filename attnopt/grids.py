@@ -109,6 +109,17 @@ class Neighborhood(Pattern):
         sure = (_flat([self._sure(*side) for side in enumerate(box)], self.grid) for box in boxes)
         return Reach(all=reduce(common, sure), some=some)
 
+    def __repr__(self) -> str:
+        values = {"grid": self.grid, "kernel": self.kernel, "stride": self.stride, "dilation": self.dilation}
+        usual = {"stride": 1, "dilation": 1, "causal": False, "edge": "shift"}
+        shown = {name: _short(value) for name, value in (*values.items(), ("causal", self.causal))} | {
+            "edge": self.edge
+        }
+        if len(self.grid) > 1:
+            shown["grid"] = self.grid
+        told = (f"{name}={value!r}" for name, value in shown.items() if name not in usual or value != usual[name])
+        return f"Neighborhood({', '.join(told)})"
+
     def _window(self, axis: int, coordinate: Any) -> tuple[Any, Any]:
         """Start and stop of the window of a query (an int or a tensor), counted within its remainder class."""
         kernel, stride, dilation = self.kernel[axis], self.stride[axis], self.dilation[axis]
@@ -210,6 +221,11 @@ def _tiles(axes: int, queries: int = 32) -> list[tuple[int, ...]]:
         return [(queries,)]
     sizes = [2**n for n in range(queries.bit_length())]
     return [(size, *rest) for size in sizes for rest in _tiles(axes - 1, queries // size)]
+
+
+def _short(values: tuple[Any, ...]) -> Any:
+    """One value for all axes where they have the same."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _boxes(first: int, last: int, grid: tuple[int, ...]) -> list[Box]:

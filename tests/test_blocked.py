@@ -155,7 +155,7 @@ def test_an_order_of_queries_is_a_permutation_with_the_same_pairs() -> None:
         assert (order is None) == (pattern == Window(3))
         places = np.arange(55) if order is None else order
         assert sorted(places) == list(range(55))
-        found = ordered_layout(pattern, 55, 55, 8)
+        found = ordered_layout(pattern, 55, 55, 8, 8)
         dense = np.zeros((56, 56), bool)
         for row, col, tile in zip(found.rows, found.cols, found.tile, strict=True):
             dense[row * 8 : row * 8 + 8, col * 8 : col * 8 + 8] = True if tile < 0 else found.tiles[tile]

@@ -18,11 +18,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import attnopt
+from attnopt.attention_mass import kept_mass
 from attnopt.backends import Blocked, Reference, Sdpa
 from attnopt.block_scores import Antidiagonal, BlockScores, KMeans, Pooled, parse_scores
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import PolicyError
-from attnopt.kept_mass import kept_mass
 from attnopt.passes import DynamicSparse, LocalWindow, PruneHeads
 from attnopt.patterns import Causal, Full, Sinks, Window
 
@@ -134,11 +134,30 @@ def test_reports_tell_where_nothing_is_skipped() -> None:
     model, (x,) = tiny_models.causal()
     for backend in ("reference", "sdpa"):
         site = attnopt.optimize(model, DynamicSparse(), (x,), backend=backend).report.sites[0]
-        assert site.notes == (f"{backend}: blocks that are not kept are masked, not skipped, which saves no time",)
+        assert site.notes[0] == f"{backend}: blocks that are not kept are masked, not skipped, which saves no time"
     blocked = attnopt.optimize(model, DynamicSparse(keep=1), (x,), backend="blocked")
     assert not any("masked" in note for note in blocked.report.sites[0].notes)
     assert DynamicBlocks(keep=2).share(1024) == 1 / 8
     assert DynamicBlocks(keep=2).share(0) == DynamicBlocks(keep=1.0).share(9) == 1.0
+
+
+def test_reports_tell_the_mass_that_is_kept() -> None:
+    model, (x,) = tiny_models.causal()
+    policy = {"layers.1": [PruneHeads(heads=[1]), DynamicSparse(keep=1, block=4)], "*": []}
+    fast = attnopt.optimize(model, policy, (x,), backend="sdpa")
+    layer, hidden = model.layers[1], x + model.layers[0](x)
+    q, k = (f(hidden).view(2, 12, 2, 8).transpose(1, 2) for f in (layer.q, layer.k))
+    p = (q @ k.mT / 8**0.5).masked_fill(~Causal().mask(12, 12), -torch.inf).softmax(-1)
+    block = torch.arange(12) // 4
+    mass = (p * ((block == 0) | (block == block[:, None]))).sum(-1).mean((0, 2))
+    least = int(mass.argmin())
+    text = f"{mass.mean():.1%} of the attention is kept on the example inputs, least in head {least}: {mass[least]:.1%}"
+    assert fast.report.sites[1].notes[-1] == text
+    assert fast.report.sites[0].notes == ()
+    with_data = attnopt.optimize(model, policy, (x,), calibration=[torch.randn(2, 12, 16), x])
+    assert "of the attention is kept on the calibration data" in with_data.report.sites[1].notes[-1]
+    everything = attnopt.optimize(model, DynamicSparse(keep=1.0), (x,))
+    assert everything.report.sites[0].notes[-1].startswith("100.0% of the attention is kept")
 
 
 @settings(deadline=None)
