@@ -13,6 +13,7 @@ from attnopt.errors import AttnoptError
 from attnopt.layout import FULL_TILE
 from attnopt.pattern import Pattern
 from attnopt.patterns import parse
+from attnopt.tile_model import COMPILED
 
 CELLS = 32
 LEVELS = 4  # of opacity
@@ -55,7 +56,7 @@ class Picture:
     pattern: str
     places: tuple[int, ...]  # () stands for all
     density: float  # share of visible pairs
-    visits: float  # share of the pairs that lie in blocks of 64 x 64 with a visible one
+    computed: float  # share of the pairs that the compiled CPU kernel computes, which works in blocks
 
 
 def pictures(
@@ -91,7 +92,7 @@ def _picture(pattern: Pattern, q_len: int, kv_len: int, places: tuple[int, ...],
         pattern=str(pattern),
         places=places,
         density=pattern.density(q_len, kv_len),
-        visits=pattern.visits(q_len, kv_len, 64, 64),
+        computed=COMPILED.share(pattern, q_len, kv_len, 1),
     )
 
 

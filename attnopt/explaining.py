@@ -172,12 +172,13 @@ def _node(anchor: Softmax | fx.Node) -> fx.Node:
 def differing_node(graph: fx.Graph, anchor: fx.Node, refusal: Refusal) -> fx.Node:
     """The node that a refusal by matching is about: the one that it names, else the nearest on the line that it gives."""
     named = re.match(r"(\w+)(?: = | on |, | used by )", refusal.found)
-    for node in graph.nodes:
-        if named is not None and node.name == named[1]:
-            return node
+    by_name: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
+    if named is not None and named[1] in by_name:
+        return by_name[named[1]]
     distance = nx.single_source_shortest_path_length(_undirected(graph), anchor)
     there = [n for n in distance if refusal.where and source_line(n) == refusal.where and n.op == "call_function"]
-    return min(there, key=lambda n: distance[n], default=anchor)
+    nearest: fx.Node = min(there, key=lambda n: int(distance[n]), default=anchor)
+    return nearest
 
 
 def _path(graph: fx.Graph, anchor: fx.Node, node: fx.Node) -> list[fx.Node]:

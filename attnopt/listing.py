@@ -36,7 +36,7 @@ class Hunk:
     @cached_property
     def site(self) -> str | None:
         """The attention whose rewrite made the difference; None for what became unused or shared elsewhere."""
-        return next((line.site for sign, line in self.lines if sign == "+" and line.site is not None), None)
+        return _site(self.lines)
 
     @property
     def module(self) -> str:
@@ -58,18 +58,30 @@ def listing(graph: fx.Graph) -> list[Line]:
 
 def differences(before: Sequence[Line], after: Sequence[Line]) -> Iterator[Hunk]:
     """The places where two listings differ, in order.  Only the names of nodes differing is no difference."""
-    keys = [[f"{line.module} {line.skeleton}" for line in lines] for lines in (before, after)]
-    matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
-    for group in matcher.get_grouped_opcodes(CONTEXT):
-        lines: list[tuple[str, Line]] = []
-        for tag, i, i_end, j, j_end in group:
-            if tag == "equal":
-                lines += [(" ", line) for line in after[j:j_end]]
-                continue
-            lines += [("-", line) for line in before[i:i_end]]
-            lines += [("+", line) for line in after[j:j_end]]
-        if lines:
-            yield Hunk(tuple(lines))
+    old, new = ([f"{line.module} {line.skeleton}" for line in lines] for lines in (before, after))
+    opcodes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    gathered: list[tuple[str, Line]] = []
+    for tag, i, i_end, j, j_end in opcodes:
+        if tag != "equal":
+            changed = [("-", line) for line in before[i:i_end]] + [("+", line) for line in after[j:j_end]]
+            if _site(gathered) is not None and _site(changed) not in (None, _site(gathered)):
+                yield Hunk(tuple(gathered))
+                gathered = gathered[-CONTEXT:] if gathered[-1][0] == " " else []
+            gathered += changed
+            continue
+        same = [(" ", line) for line in after[j:j_end]]
+        if gathered and len(same) <= 2 * CONTEXT:
+            gathered += same
+            continue
+        if gathered:
+            yield Hunk((*gathered, *same[:CONTEXT]))
+        gathered = same[-CONTEXT:]
+    if any(sign != " " for sign, _ in gathered):
+        yield Hunk(tuple(gathered))
+
+
+def _site(lines: Sequence[tuple[str, Line]]) -> str | None:
+    return next((line.site for sign, line in lines if sign == "+" and line.site is not None), None)
 
 
 def code(node: fx.Node) -> str:
