@@ -71,14 +71,23 @@ def gathered(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor
 
 
 def flex(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    """torch's FlexAttention, compiled, with the same blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """torch's FlexAttention, compiled, as its documentation says: a window as a predicate, blocks as indices."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return form.pattern.visible(i, j)
+    if isinstance(form.pattern, Window):
+        left = form.pattern.left
 
-    mask = create_block_mask(seen, None, None, form.length, form.length, device="cpu")
-    compiled: Any = torch.compile(flex_attention)
+        def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & (i - j <= left)
+
+        mask = create_block_mask(near, None, None, form.length, form.length, device="cpu", BLOCK_SIZE=64)
+    else:
+        layout = form.pattern.layout(form.length, form.length, 128, 128)
+        counts = torch.from_numpy(layout.row_ptr).diff().int().view(1, 1, -1)
+        columns = torch.from_numpy(layout.cols).view(1, 1, layout.num_rows, -1)
+        columns = F.pad(columns, (0, layout.num_cols - columns.shape[-1]))
+        mask = BlockMask.from_kv_blocks(counts, columns, BLOCK_SIZE=128)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=mask)
 
 
