@@ -8,7 +8,9 @@ from functools import reduce
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.errors import PolicyError
@@ -84,6 +86,19 @@ class Neighborhood(Pattern):
             if dilation > 1:
                 seen = seen & (query % dilation == key % dilation)
         return seen
+
+    def order(self, q_len: int) -> NDArray[np.int64]:
+        """Tile by tile: a tile of queries shares more keys than a row of them.  By remainder first, where dilated."""
+        sides = np.meshgrid(*(np.arange(n) for n in self.grid), indexing="ij")
+        tile = min(_tiles(len(self.grid)), key=lambda t: prod(a + k - 1 for a, k in zip(t, self.kernel, strict=True)))
+        within = [side // d for side, d in zip(sides, self.dilation, strict=True)]
+        keys = (
+            *(side % d for side, d in zip(sides, self.dilation, strict=True)),
+            *(w // t for w, t in zip(within, tile, strict=True)),
+            *(w % t for w, t in zip(within, tile, strict=True)),
+        )
+        order = np.lexsort([key.reshape(-1) for key in reversed(keys)])
+        return np.concatenate([order[order < q_len], np.arange(order.size, q_len)])
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         tokens = prod(self.grid)
@@ -183,6 +198,10 @@ class Prefix(Pattern):
     def for_heads(self, places: Sequence[int]) -> Pattern:
         return Prefix(self.n, self.rest.for_heads(places))
 
+    def order(self, q_len: int) -> NDArray[np.int64] | None:
+        rest = self.rest.order(max(0, q_len - self.n))
+        return None if rest is None else np.concatenate([np.arange(min(self.n, q_len)), rest + self.n])
+
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return ((i >= 0) & (i < self.n)) | (j < self.n) | self.rest.visible(i - self.n, j - self.n)
 
@@ -199,6 +218,14 @@ class Prefix(Pattern):
 def _short(values: tuple[Any, ...]) -> Any:
     """One value for all axes where they have the same."""
     return values[0] if len(set(values)) == 1 else values
+
+
+def _tiles(axes: int, queries: int = 32) -> list[tuple[int, ...]]:
+    """The ways to write ``queries``, a power of two, as a product of powers of two, one for each axis."""
+    if axes == 1:
+        return [(queries,)]
+    sizes = [2**n for n in range(queries.bit_length())]
+    return [(size, *rest) for size in sizes for rest in _tiles(axes - 1, queries // size)]
 
 
 def _boxes(first: int, last: int, grid: tuple[int, ...]) -> list[Box]:

@@ -9,7 +9,9 @@ from functools import reduce
 from itertools import groupby
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.errors import PolicyError
@@ -33,6 +35,10 @@ class Pattern(ABC):
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         """What the queries at positions ``first`` to ``last`` see; the narrower, the less has to be looked at."""
         return Reach.between(0, kv_len, 0, 0)
+
+    def order(self, q_len: int) -> NDArray[np.int64] | None:
+        """An order of the queries in which neighbours see much the same keys, where there is a better one than theirs."""
+        return next((found for p in self.parts if (found := p.order(q_len)) is not None), None)
 
     @property
     def parts(self) -> tuple[Pattern, ...]:

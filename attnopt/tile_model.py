@@ -11,6 +11,7 @@ import numpy as np
 from attnopt.grids import Neighborhood
 from attnopt.layout import FULL_TILE
 from attnopt.options import whole_tuple
+from attnopt.ordering import ordered_layout
 from attnopt.pattern import Pattern
 
 
@@ -19,13 +20,15 @@ class Tiles:
     """A kernel that works in blocks of ``block_q`` queries and ``block_kv`` keys.
 
     ``group``: in a block that is partly visible, it skips the keys that none of so many neighbouring queries sees; None:
-    it computes such a block as a whole.
+    it computes such a block as a whole.  ``is_ordered``: it takes the queries in the order that the pattern asks for, in
+    square blocks.
     """
 
     name: str
     block_q: int
     block_kv: int
     group: int | None = None
+    is_ordered: bool = False
 
     def share(self, pattern: Pattern, q_len: int, kv_len: int, num_heads: int) -> float:
         """Pairs computed, of all pairs, averaged over the heads."""
@@ -34,7 +37,10 @@ class Tiles:
         return sum(shares[p] for p in of_head) / max(1, num_heads)
 
     def _share(self, pattern: Pattern, q_len: int, kv_len: int) -> float:
-        found = pattern.layout(q_len, kv_len, self.block_q, self.block_kv)
+        if self.is_ordered:
+            found = ordered_layout(pattern, q_len, kv_len, self.block_q)
+        else:
+            found = pattern.layout(q_len, kv_len, self.block_q, self.block_kv)
         if self.group is None or not len(found.tiles):
             return found.visits
         full = found.tile == FULL_TILE
@@ -47,7 +53,7 @@ class Tiles:
 
 
 KERNELS = (
-    Tiles("compiled CPU kernel", 64, 64, group=32),
+    Tiles("compiled CPU kernel", 64, 64, group=32, is_ordered=True),
     Tiles("FlexAttention", 128, 128),
     Tiles("ONNX Runtime, loop over 128 queries", 128, 64, group=128),
 )
