@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import onnxruntime
 import pytest
 import tiny_models
 import torch
@@ -70,6 +71,32 @@ def test_the_best_blocks_are_kept() -> None:
         for is_causal in (True, False):
             kept = DynamicBlocks(scores, keep=2, block=8, sinks=0).select(q, k, 1.0, is_causal)[0, 0]
             assert kept[3].tolist() == [False, True, False, True]
+
+
+def test_of_equal_scores_the_first_are_kept() -> None:
+    kept = DynamicBlocks("pooled", keep=3, block=4, sinks=0).select(
+        torch.zeros(1, 1, 24, 4), torch.ones(1, 1, 24, 4), 1.0, True
+    )
+    assert kept[0, 0, 5].tolist() == [True, True, False, False, False, True]
+
+
+def test_nan_is_not_hidden() -> None:
+    q, k = torch.randn(2, 1, 1, 24, 4)
+    k[0, 0, 5, 0] = torch.nan
+    for scores in ("pooled", "antidiagonal(2)"):
+        assert DynamicBlocks(scores, keep=1, block=4, sinks=0).select(q, k, 1.0, True)[0, 0, 2:, 1].all()
+
+
+@pytest.mark.parametrize("scores", ["pooled", "antidiagonal(2)", "kmeans"])
+def test_in_onnx_runtime(scores: str, tmp_path: Any) -> None:
+    model, (x,) = tiny_models.causal()
+    fast = attnopt.optimize(model, DynamicSparse(scores, keep=1, block=4), (x,), dynamic_shapes="auto", backend="sdpa")
+    fast.export_onnx(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for length in (12, 9, 21):
+        given_x = torch.randn(2, length, 16)
+        (found,) = session.run(None, {session.get_inputs()[0].name: given_x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), fast(given_x), rtol=1e-4, atol=1e-5)
 
 
 def test_pooled_and_antidiagonal_by_hand() -> None:
