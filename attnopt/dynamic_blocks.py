@@ -26,6 +26,7 @@ class DynamicBlocks:
 
     In a causal attention, what is kept never depends on a later token: row r is scored with the ``block`` queries that end
     at its first one, and only blocks whose keys are not later than that query compete; the row's own block is kept.
+    Rows begin at the first query of a call, so that a text that comes in parts may keep other blocks than in one piece.
     Masks, biases and the pattern are left out of the scores.
     """
 

@@ -215,17 +215,17 @@ class Prefix(Pattern):
         return Reach(merged((*before, *rest.all)), everything if touched else merged((*before, *rest.some)))
 
 
-def _short(values: tuple[Any, ...]) -> Any:
-    """One value for all axes where they have the same."""
-    return values[0] if len(set(values)) == 1 else values
-
-
 def _tiles(axes: int, queries: int = 32) -> list[tuple[int, ...]]:
     """The ways to write ``queries``, a power of two, as a product of powers of two, one for each axis."""
     if axes == 1:
         return [(queries,)]
     sizes = [2**n for n in range(queries.bit_length())]
     return [(size, *rest) for size in sizes for rest in _tiles(axes - 1, queries // size)]
+
+
+def _short(values: tuple[Any, ...]) -> Any:
+    """One value for all axes where they have the same."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _boxes(first: int, last: int, grid: tuple[int, ...]) -> list[Box]:

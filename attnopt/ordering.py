@@ -22,11 +22,11 @@ def order_of(pattern: Pattern, q_len: int) -> NDArray[np.int64] | None:
     return None if order is None or (np.diff(order) == 1).all() else order
 
 
-def ordered_layout(pattern: Pattern, q_len: int, kv_len: int, block: int) -> Layout:
+def ordered_layout(pattern: Pattern, q_len: int, kv_len: int, block_q: int, block_kv: int) -> Layout:
     """The layout in which query n is query ``order_of(pattern)[n]``."""
     if order_of(pattern, q_len) is None:
-        return pattern.layout(q_len, kv_len, block, block)
-    return _Ordered(pattern, q_len, kv_len).layout(q_len, kv_len, block, block)
+        return pattern.layout(q_len, kv_len, block_q, block_kv)
+    return _Ordered(pattern, q_len, kv_len).layout(q_len, kv_len, block_q, block_kv)
 
 
 @dataclass(frozen=True, repr=False)

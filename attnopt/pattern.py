@@ -114,12 +114,6 @@ class Pattern(ABC):
         """For each head (see ``mask``) the number of queries that see no key at all; their output is zero."""
         return tuple(count_blind(p, q_len, kv_len) for p in self._heads(num_heads))
 
-    def visits(self, q_len: int, kv_len: int, block_q: int, block_kv: int, *, num_heads: int | None = None) -> float:
-        """The share of all pairs that lie in a block with a visible one: what a kernel with such tiles computes."""
-        heads = self._heads(num_heads)
-        shares = {p: p.layout(q_len, kv_len, block_q, block_kv).visits for p in set(heads)}
-        return sum(shares[p] for p in heads) / len(heads)
-
     def layout(self, q_len: int, kv_len: int, block_q: int = 64, block_kv: int = 64) -> Layout:
         """The blocks that are visited, without the dense mask; of ``for_head(h)`` where the pattern is per head."""
         return layout(self, q_len, kv_len, block_q, block_kv)

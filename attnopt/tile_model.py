@@ -20,15 +20,14 @@ class Tiles:
     """A kernel that works in blocks of ``block_q`` queries and ``block_kv`` keys.
 
     ``group``: in a block that is partly visible, it skips the keys that none of so many neighbouring queries sees; None:
-    it computes such a block as a whole.  ``is_ordered``: it takes the queries in the order that the pattern asks for, in
-    square blocks.
+    it computes such a block as a whole.  ``reorders``: it takes the queries in the order that the pattern asks for.
     """
 
     name: str
     block_q: int
     block_kv: int
     group: int | None = None
-    is_ordered: bool = False
+    reorders: bool = False
 
     def share(self, pattern: Pattern, q_len: int, kv_len: int, num_heads: int) -> float:
         """Pairs computed, of all pairs, averaged over the heads."""
@@ -37,10 +36,9 @@ class Tiles:
         return sum(shares[p] for p in of_head) / max(1, num_heads)
 
     def _share(self, pattern: Pattern, q_len: int, kv_len: int) -> float:
-        if self.is_ordered:
-            found = ordered_layout(pattern, q_len, kv_len, self.block_q)
-        else:
-            found = pattern.layout(q_len, kv_len, self.block_q, self.block_kv)
+        found = (ordered_layout if self.reorders else Pattern.layout)(
+            pattern, q_len, kv_len, self.block_q, self.block_kv
+        )
         if self.group is None or not len(found.tiles):
             return found.visits
         full = found.tile == FULL_TILE
@@ -52,8 +50,9 @@ class Tiles:
         return min(1.0, pairs / max(1, q_len * kv_len))
 
 
+COMPILED = Tiles("compiled CPU kernel", 64, 64, group=32, reorders=True)
 KERNELS = (
-    Tiles("compiled CPU kernel", 64, 64, group=32, is_ordered=True),
+    COMPILED,
     Tiles("FlexAttention", 128, 128),
     Tiles("ONNX Runtime, loop over 128 queries", 128, 64, group=128),
 )

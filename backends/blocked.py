@@ -15,8 +15,8 @@ from attnopt.refusal import Refusal
 from attnopt.rewriting import Attend, Backend
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
+from attnopt.tile_model import COMPILED
 
-TILE = 32  # queries and keys; within a partly visible block the kernel skips what none of its 32 queries sees
 _GATHERED = 3.0  # how much slower block by block than in one kernel
 
 
@@ -49,7 +49,7 @@ class Blocked(Backend):
         return attend
 
     def cost(self, site: Site) -> float:
-        visits = site.spec.pattern.visits(site.q_len, site.kv_len, TILE, TILE, num_heads=site.spec.num_heads)
+        visits = COMPILED.share(site.spec.pattern, site.q_len, site.kv_len, site.spec.num_heads)
         if site.spec.selection is not None:
             visits *= site.spec.selection.share(site.kv_len)
         if site.device != "cpu":

@@ -106,7 +106,8 @@ def _table(spec: AttentionSpec, q_len: int, kv_len: int, ordered: bool) -> _Tabl
     distinct = list(dict.fromkeys(of_head))
     orders = [order_of(p, q_len) if ordered else None for p in distinct]
     layouts = [
-        ordered_layout(p, q_len, kv_len, BLOCK) if ordered else p.layout(q_len, kv_len, BLOCK, BLOCK) for p in distinct
+        ordered_layout(p, q_len, kv_len, BLOCK, BLOCK) if ordered else p.layout(q_len, kv_len, BLOCK, BLOCK)
+        for p in distinct
     ]
     entries = np.cumsum([0, *(len(x.cols) for x in layouts)])[:-1]
     shapes = np.cumsum([0, *(len(x.tiles) for x in layouts)])[:-1]
