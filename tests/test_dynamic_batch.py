@@ -1,0 +1,36 @@
+"""Heads that are joined with a dynamic batch, as ``nn.MultiheadAttention`` joins them, can be removed and shared."""
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import attnopt
+
+
+def model() -> nn.TransformerEncoder:
+    """Head 1 of 4 gives nothing; heads 0 and 1, and heads 2 and 3, have the same keys and values."""
+    layer = nn.TransformerEncoderLayer(32, 4, 16, batch_first=True)
+    made = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    with torch.no_grad():
+        for one in made.layers:
+            attention: Any = one.self_attn
+            attention.out_proj.weight[:, 8:16] = 0
+            for start in (32, 64):  # keys, values
+                for projection in (attention.in_proj_weight, attention.in_proj_bias):
+                    for head in (0, 2):
+                        at = start + 8 * head
+                        projection[at + 8 : at + 16] = projection[at : at + 8]
+    return made
+
+
+@pytest.mark.parametrize("policy", ["prune-heads(heads=[1])", "grouped-query(kv_heads=2)"])
+def test_at_other_batches(policy: str) -> None:
+    original = model()
+    fast = attnopt.optimize(original, policy, torch.randn(2, 20, 32), dynamic_shapes="auto")
+    assert fast.report.count("rewritten") == 2
+    for batch, length in ((2, 20), (3, 9), (5, 31)):
+        x = torch.randn(batch, length, 32)
+        oracle.assert_same(oracle.run(fast, (x,)), oracle.run(original, (x,)), f"{batch} x {length}")
