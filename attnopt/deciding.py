@@ -54,7 +54,9 @@ def decide(found: Found, policy: Policy, backends: Sequence[Backend]) -> Decisio
     plan = Plan(found, site.spec, tuple(edits), backend, tuple(applied))
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
         return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
-    return Decision(found, site, plan, refusals, (*notes, *_kept_whole(found.site, site.spec)))
+    return Decision(
+        found, site, plan, refusals, (*notes, *backend.notes(site.spec), *_kept_whole(found.site, site.spec))
+    )
 
 
 def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:
@@ -106,7 +108,7 @@ def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, 
     """The cheapest backend that can compute the site, or None and every backend's reason."""
     reasons = {b.name: r for b in backends if (r := b.check(site.spec)) is not None}
     able = [b for b in backends if b.name not in reasons]
-    return min(able, key=lambda b: b.cost(site.spec, site.q_len, site.kv_len), default=None), reasons
+    return min(able, key=lambda b: b.cost(site), default=None), reasons
 
 
 def _kept_whole(site: Site, spec: AttentionSpec) -> tuple[str, ...]:

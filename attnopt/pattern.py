@@ -98,6 +98,12 @@ class Pattern(ABC):
         heads = self._heads(self.named_heads + 1 if num_heads is None else num_heads)
         return all(count(p, q_len, kv_len) == q_len * kv_len for p in set(heads))
 
+    def visits(self, q_len: int, kv_len: int, block_q: int, block_kv: int, *, num_heads: int | None = None) -> float:
+        """The share of all pairs that lie in a block with a visible one: what a kernel with such tiles computes."""
+        heads = self._heads(num_heads)
+        shares = {p: p.layout(q_len, kv_len, block_q, block_kv).visits for p in set(heads)}
+        return sum(shares[p] for p in heads) / len(heads)
+
     def layout(self, q_len: int, kv_len: int, block_q: int = 64, block_kv: int = 64) -> Layout:
         """The blocks that are visited, without the dense mask; of ``for_head(h)`` where the pattern is per head."""
         return layout(self, q_len, kv_len, block_q, block_kv)

@@ -32,6 +32,7 @@ _BUILT_IN = {
     "attnopt.backends": {
         "reference": "attnopt.backends.reference:Reference",
         "sdpa": "attnopt.backends.sdpa:Sdpa",
+        "blocked": "attnopt.backends.blocked:Blocked",
     },
 }
 

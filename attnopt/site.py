@@ -41,6 +41,7 @@ class Site:
     parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     q_len: int = 0  # L and S at the sizes of the example inputs
     kv_len: int = 0
+    device: str = "cpu"  # the kind of device that the attention runs on
 
     @property
     def num_heads(self) -> int:

@@ -13,11 +13,6 @@ from attnopt.patterns import Full
 from attnopt.spec import AttentionSpec
 
 
-def dense_flops(spec: AttentionSpec, q_len: int, kv_len: int) -> float:
-    """Floating-point operations of both products, masked pairs included, for a batch of one."""
-    return 2.0 * spec.num_heads * q_len * kv_len * (spec.head_dim + spec.value_dim)
-
-
 def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
     """Bool [B|1, H|1, L|1, S]: the mask operand and the pattern together; None where every query sees every key."""
     q_len, kv_len = q.shape[2], k.shape[2]
