@@ -39,7 +39,7 @@ def attention(
     ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected``, bool [B, H, ceil(L/64), ceil(S/64)], further
     hides blocks of keys from blocks of queries.
     """
-    spec = _spec(q, k, v, pattern, kv_of_head, scale, softcap)
+    spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
     if q.device.type == "cpu" and q.dtype != torch.float64:
         try:
             return native.attend(spec, q, k, v, bias=bias, mask=mask, sinks=sinks, selected=selected)
@@ -55,28 +55,20 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return v.new_empty(B, L, H, v.shape[3]).transpose(1, 2)
 
 
+@lru_cache(maxsize=256)
 def _spec(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: str,
-    kv_of_head: Sequence[int],
-    scale: float,
-    softcap: float | None,
+    H: int, G: int, D: int, Dv: int, pattern: str, kv_of_head: tuple[int, ...], scale: float, softcap: float | None
 ) -> AttentionSpec:
     return AttentionSpec(
-        heads=tuple(range(q.shape[1])),
-        kv_heads=tuple(range(k.shape[1])),
-        kv_of_head=tuple(kv_of_head),
-        head_dim=q.shape[3],
-        value_dim=v.shape[3],
+        heads=tuple(range(H)),
+        kv_heads=tuple(range(G)),
+        kv_of_head=kv_of_head,
+        head_dim=D,
+        value_dim=Dv,
         scale=scale,
-        pattern=_parsed(pattern),
+        pattern=parse(pattern),
         softcap=softcap,
     )
-
-
-_parsed = lru_cache(maxsize=256)(parse)
 
 
 @lru_cache
@@ -88,7 +80,8 @@ def _warn(reason: str) -> None:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, bias, mask, sinks, *options = inputs
     selected = options[4] if len(options) > 4 else None
-    ctx.spec = _spec(q, k, v, *options[:4])
+    pattern, kv_of_head, scale, softcap = options[:4]
+    ctx.spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
     ctx.save_for_backward(q, k, v, bias, mask, sinks, selected)
 
 

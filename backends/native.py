@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.files import cache_folder
-from attnopt.pattern import Pattern
+from attnopt.layout import FULL_TILE
 from attnopt.spec import AttentionSpec
 
 BLOCK = 64
@@ -32,30 +32,26 @@ class NoKernelError(Exception):
     """Why there is no compiled kernel on this machine."""
 
 
-class _Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row", "col")]
-
-
 class _Arguments(ctypes.Structure):
+    """``struct Arguments`` of attend.cpp; neighbours of one type are one array here."""
+
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "bias", "sinks", "mask", "selected", "out")),
-        *((name, ctypes.c_int64) for name in ("batches", "heads", "q_len", "kv_len", "head_dim", "value_dim")),
-        *((f"{name}_at", _Strides) for name in ("q", "k", "v", "bias", "sinks", "mask", "selected", "out")),
-        *((name, ctypes.c_void_p) for name in ("kv_of_head", "layout_of_head", "row_ptr", "cols", "tile", "tiles")),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        ("operands", ctypes.c_void_p * 8),
+        ("sizes", ctypes.c_int64 * 6),
+        ("strides", ctypes.c_int64 * 32),
+        ("table", ctypes.c_void_p * 6),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
     ]
 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """The layouts of a pattern's heads, in the form that the kernel reads."""
+    """What the kernel reads of a spec at given lengths: addresses, and the arrays that lie there."""
 
-    layout_of_head: NDArray[np.int32]
-    row_ptr: NDArray[np.int64]
-    cols: NDArray[np.int32]
-    tile: NDArray[np.int32]
-    tiles: NDArray[np.uint64]
+    addresses: ctypes.Array[ctypes.c_void_p]
+    arrays: tuple[NDArray[np.generic], ...]
 
 
 def attend(
@@ -78,54 +74,50 @@ def attend(
     S, Dv = k.shape[2], v.shape[3]
     dtype = v.dtype
     out = q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q.float(), k.float(), v.float()))
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q.float(), k.float(), v.float()))
     bias, sinks = (None if t is None else t.float() for t in (bias, sinks))
-    table = _table(spec.pattern, H, L, S)
-    heads = np.asarray(spec.kv_of_head, np.int32)
-    operands = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks, "mask": mask, "selected": selected, "out": out}
+    operands = (q, k, v, bias, sinks, mask, selected, out)
+    table = _table(spec, L, S)
     arguments = _Arguments(
-        **{name: None if t is None else t.data_ptr() for name, t in operands.items()},
-        **{f"{name}_at": _strides(t) for name, t in operands.items() if t is not None},
-        batches=B,
-        heads=H,
-        q_len=L,
-        kv_len=S,
-        head_dim=D,
-        value_dim=Dv,
-        kv_of_head=heads.ctypes.data,
-        layout_of_head=table.layout_of_head.ctypes.data,
-        row_ptr=table.row_ptr.ctypes.data,
-        cols=table.cols.ctypes.data,
-        tile=table.tile.ctypes.data,
-        tiles=table.tiles.ctypes.data,
-        scale=spec.scale,
-        softcap=spec.softcap or 0.0,
-        threads=torch.get_num_threads(),
+        tuple(None if t is None else t.data_ptr() for t in operands),
+        (B, H, L, S, D, Dv),
+        tuple(step for t in operands for step in _strides(t)),
+        table.addresses,
+        spec.scale,
+        spec.softcap or 0.0,
+        torch.get_num_threads(),
     )
     kernel.attnopt_attend(ctypes.byref(arguments))
     return out.to(dtype)
 
 
-def _strides(t: Tensor) -> _Strides:
-    return _Strides(*(0 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True)))
+def _strides(t: Tensor | None) -> tuple[int, ...]:
+    """0 where an axis is broadcast."""
+    if t is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True))
 
 
 @lru_cache(maxsize=64)
-def _table(pattern: Pattern, heads: int, q_len: int, kv_len: int) -> _Table:
-    of_head = [pattern.for_head(h) for h in range(heads)] if pattern.is_per_head else [pattern] * heads
+def _table(spec: AttentionSpec, q_len: int, kv_len: int) -> _Table:
+    pattern = spec.pattern
+    of_head = [pattern.for_head(h) if pattern.is_per_head else pattern for h in range(spec.num_heads)]
     distinct = list(dict.fromkeys(of_head))
     layouts = [p.layout(q_len, kv_len, BLOCK, BLOCK) for p in distinct]
-    entries = np.cumsum([0, *(len(x.cols) for x in layouts)])
-    shapes = np.cumsum([0, *(len(x.tiles) for x in layouts)])
-    return _Table(
+    entries = np.cumsum([0, *(len(x.cols) for x in layouts)])[:-1]
+    shapes = np.cumsum([0, *(len(x.tiles) for x in layouts)])[:-1]
+    numbered = [
+        np.where(x.tile == FULL_TILE, FULL_TILE, x.tile + first) for x, first in zip(layouts, shapes, strict=True)
+    ]
+    arrays = (
+        np.asarray(spec.kv_of_head, np.int32),
         np.asarray([distinct.index(p) for p in of_head], np.int32),
-        np.concatenate([x.row_ptr + start for x, start in zip(layouts, entries, strict=False)]),
-        np.concatenate([x.cols for x in layouts]),
-        np.concatenate(
-            [np.where(x.tile < 0, x.tile, x.tile + s) for x, s in zip(layouts, shapes, strict=False)]
-        ).astype(np.int32),
+        np.concatenate([x.row_ptr + first for x, first in zip(layouts, entries, strict=True)]).astype(np.int64),
+        np.concatenate([x.cols for x in layouts]).astype(np.int32),
+        np.concatenate(numbered).astype(np.int32),
         np.concatenate([_bits(x.tiles) for x in layouts]),
     )
+    return _Table((ctypes.c_void_p * 6)(*(a.ctypes.data for a in arrays)), arrays)
 
 
 def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
