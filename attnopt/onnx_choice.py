@@ -81,8 +81,9 @@ def choose(site: OnnxSite, given: Collection[str], contrib: bool) -> Form:
     sparse = sparse_form(site)
     if sparse is None:
         return _dense(site)
-    is_narrow = None not in hull(bands(site.pattern) or ())
-    return sparse if is_narrow and not site.is_static else min(_dense(site), sparse, key=_cost)
+    if sparse.kind == "blocks" and not site.is_static and None not in hull(bands(site.pattern) or ()):
+        return sparse
+    return min(_dense(site), sparse, key=_cost)
 
 
 def sparse_form(site: OnnxSite) -> Form | None:

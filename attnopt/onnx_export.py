@@ -20,7 +20,7 @@ from attnopt.capture import quiet
 from attnopt.errors import ExportError
 from attnopt.files import atomic_write
 from attnopt.onnx_choice import Form, OnnxSite
-from attnopt.onnx_sites import DOMAIN, OP, Marked, mark
+from attnopt.onnx_sites import DOMAIN, OP, OPERANDS, Marked, mark
 from attnopt.origin import Origin
 from attnopt.version import __version__
 
@@ -69,12 +69,23 @@ def export_onnx(
 
 
 def _exported(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
+    from onnxscript.optimizer import optimize_ir
+
     try:
         with quiet():
             program = exported(gm, origin)
             made = torch.onnx.export(
-                program, dynamo=True, opset_version=opset, output_names=_output_names(gm, origin), verbose=False
+                program,
+                dynamo=True,
+                opset_version=opset,
+                output_names=_output_names(gm),
+                optimize=False,  # its rotary fusion makes a node that refuses tables with a batch of one
+                verbose=False,
             )
+            assert made is not None
+            model: ir.Model = made.model
+            optimize_ir(model)
+            return model
     except Exception as e:
         if isinstance(e, OSError):
             raise
@@ -82,12 +93,9 @@ def _exported(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
             f"torch.onnx could not export the graph: {_first_cause(e)}",
             hint="the named operator has no ONNX form in this opset",
         ) from e
-    assert made is not None
-    model: ir.Model = made.model
-    return model
 
 
-def _output_names(gm: fx.GraphModule, origin: Origin) -> list[str] | None:
+def _output_names(gm: fx.GraphModule) -> list[str] | None:
     """What the model calls its outputs: the fields of what it returns; None where these have no names."""
     spec = getattr(gm, "_out_spec", None)
     if spec is None:
@@ -118,16 +126,30 @@ def _expand(graph: ir.Graph, marked: Sequence[Marked]) -> None:
         number = node.attributes["site"].as_int()
         builder = Builder(graph, f"attention_{number}")
         out = node.outputs[0]
-        made = write(builder, marked[number].site, marked[number].form, node.inputs)
+        made = write(builder, marked[number].site, marked[number].form, dict(zip(OPERANDS, node.inputs, strict=False)))
         made.name, made.shape, made.type = f"attention_{number}", out.shape, out.type
         graph.insert_before(node, builder.nodes)
         made_by = made.producer()
         if made_by is not None and is_swap(made_by) and (swapped := made_by.inputs[0]) is not None:
             swapped.name = f"attention_{number}{SWAPPED}"
             for user in [n for n in out.consumers() if is_swap(n)]:
-                ir.convenience.replace_all_uses_with(user.outputs[0], swapped)
-        ir.convenience.replace_all_uses_with(out, made)
+                _replace(graph, user.outputs[0], swapped)
+        _replace(graph, out, made)
         graph.remove(node, safe=True)
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Use ``new`` everywhere; an output of the graph keeps its name."""
+    import onnx_ir as ir
+
+    made_by = old.producer()
+    if old.is_graph_output() and made_by is not None:
+        copy = ir.node("Identity", [new])
+        named = copy.outputs[0]
+        named.name, named.shape, named.type = old.name, old.shape, old.type
+        graph.insert_after(made_by, copy)
+        new = named
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def _finish(model: ir.Model, origin: Origin, flavor: Flavor, marked: Sequence[Marked]) -> None:

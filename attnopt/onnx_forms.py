@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -17,9 +17,9 @@ _ELEMENT = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLO
 _FLAT_ONLY = ("MultiHeadAttention", "GroupQueryAttention")
 
 
-def write(b: Builder, site: OnnxSite, form: Form, operands: Sequence[ir.Value | None]) -> ir.Value:
+def write(b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Value | None]) -> ir.Value:
     """[B, H, L, Dv] of the attention, computed in float32 or wider."""
-    q, k, v, bias, mask, sinks = operands
+    q, k, v, bias, mask, sinks = (operands.get(role) for role in ("q", "k", "v", "bias", "mask", "sinks"))
     assert q is not None
     assert k is not None
     assert v is not None

@@ -67,7 +67,7 @@ def mark(
             continue
         name = str(node.meta.get("attnopt", {}).get("site", node.name))
         emit = Emitter(module.graph, node)
-        call = _operator(node) if is_attention(node) else _sdpa(emit, node, patterns.get(name, Full()))
+        call = _operator(emit, node) if is_attention(node) else _sdpa(emit, node, patterns.get(name, Full()))
         if call is None:
             continue
         operands, site, form = _described(emit, name, call, contrib)
@@ -88,27 +88,43 @@ def is_attention(node: fx.Node) -> bool:
     return schema is not None and schema.name == "attnopt::attention"
 
 
-def _operator(node: fx.Node) -> _Call:
-    q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap = _arguments(node)
-    operands = dict(zip(OPERANDS, (q, k, v, bias, mask, sinks), strict=True))
-    return _Call(operands, parse(pattern), tuple(kv_of_head), scale, softcap)
+def _operator(emit: Emitter, node: fx.Node) -> _Call:
+    given = _arguments(node)
+    operands: dict[str, fx.Node | None] = {role: given[role] for role in OPERANDS}
+    if (selected := given.get("selected")) is not None:
+        q, k, mask = (operands[role] for role in ("q", "k", "mask"))
+        assert q is not None
+        assert k is not None
+        kept = emit.inline(_kept_pairs, selected, q, k)
+        operands["mask"] = kept if mask is None else emit.call(aten.bitwise_and.Tensor, kept, mask)
+    return _Call(operands, parse(given["pattern"]), tuple(given["kv_of_head"]), given["scale"], given["softcap"])
 
 
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
+def _kept_pairs(selected: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A selection of blocks of 64 queries and keys as the mask that it means."""
+    wide = selected[:, :, :, None, :, None].expand(-1, -1, -1, 64, -1, 64)
+    pairs = wide.reshape(*selected.shape[:2], selected.shape[2] * 64, selected.shape[3] * 64)
+    return pairs[:, :, : q.shape[2], : k.shape[2]]
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Every argument of a call by its name."""
     schema: Any = node.target._schema  # type: ignore[union-attr]
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    return tuple(given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments)
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments}
 
 
 def _sdpa(emit: Emitter, node: fx.Node, known: Pattern) -> _Call | None:
     """None where the call draws random numbers."""
-    q, k, v, attn_mask, dropout, is_causal, scale, shared = _arguments(node)
-    if dropout:
+    given = _arguments(node)
+    if given["dropout_p"]:
         return None
+    q, k, v, attn_mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
+    is_causal, scale = given["is_causal"], given["scale"]
     if len(value(q).shape) != 4:
         q, k, v, attn_mask = _four_axes(emit, q, k, v, attn_mask)
     heads, kv_heads = shape(q)[1], shape(k)[1]
-    kv_of_head = tuple(h * kv_heads // heads for h in range(heads)) if shared else tuple(range(heads))
+    kv_of_head = tuple(h * kv_heads // heads for h in range(heads)) if given["enable_gqa"] else tuple(range(heads))
     pattern: Pattern = Full()
     bias = mask = None
     if is_causal and same_size(value(q).shape[2], value(k).shape[2]):
