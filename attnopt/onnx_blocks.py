@@ -54,9 +54,7 @@ def gathered(b: Builder, site: OnnxSite, x: Operands, block: int) -> ir.Value:
     return _loop(b, site, x, block, lambda body, rows: _keys_of_lists(body, lists, rows))
 
 
-def _loop(
-    b: Builder, site: OnnxSite, x: Operands, block: int, keys_of: Callable[[Builder, _Rows], _Keys]
-) -> ir.Value:
+def _loop(b: Builder, site: OnnxSite, x: Operands, block: int, keys_of: Callable[[Builder, _Rows], _Keys]) -> ir.Value:
     length = b.size(x.q, x.axis)
     offset = None if site.is_square else b.op("Sub", b.size(x.k, x.axis), length)
     turns = b.op("Div", b.op("Add", length, b.ints(block - 1)), b.ints(block))
@@ -109,9 +107,7 @@ def _part(b: Builder, x: Operands, rows: _Rows, keys: _Keys) -> tuple[Operands, 
 
 
 # ---------------------------------------------------------------- keys in bands
-def _keys_of_bands(
-    b: Builder, site: OnnxSite, x: Operands, found: Sequence[Band], rows: _Rows, block: int
-) -> _Keys:
+def _keys_of_bands(b: Builder, site: OnnxSite, x: Operands, found: Sequence[Band], rows: _Rows, block: int) -> _Keys:
     low, high = hull(found)
     total = b.size(x.k, x.axis)
     start, stop = b.ints(0), total

@@ -117,7 +117,6 @@ def _first_cause(e: BaseException) -> str:
 
 def _expand(graph: ir.Graph, marked: Sequence[Marked]) -> None:
     """Put each attention's form in the place of its placeholder."""
-    import onnx_ir as ir
 
     from attnopt.onnx_builder import SWAPPED, Builder, is_swap
     from attnopt.onnx_forms import write

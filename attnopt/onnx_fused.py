@@ -54,9 +54,7 @@ def attention(b: Builder, site: OnnxSite, x: Operands, is_full: bool = False) ->
 
 def multi_head_attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
     """All keys for all queries, flat operands."""
-    return b.op(
-        "MultiHeadAttention", x.q, x.k, x.v, domain=ORT, num_heads=site.heads, scale=site.scale
-    )
+    return b.op("MultiHeadAttention", x.q, x.k, x.v, domain=ORT, num_heads=site.heads, scale=site.scale)
 
 
 def group_query_attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
