@@ -88,8 +88,8 @@ def _part(b: Builder, x: Operands, rows: _Rows, keys: _Keys) -> tuple[Operands, 
     def of_pairs(value: ir.Value | None) -> ir.Value | None:
         if value is None:
             return None
-        value = of_rows(value, 2)
-        return value if is_one(value, 3) else keys.take(value, 3)
+        rows_of = of_rows(value, 2)
+        return rows_of if is_one(value, 3) else keys.take(rows_of, 3)
 
     mask, bias = of_pairs(x.mask), of_pairs(x.bias)
     if keys.visible is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from attnopt.onnx_builder import ORT, Builder
 from attnopt.onnx_choice import OnnxSite
@@ -42,7 +43,7 @@ def attention(b: Builder, site: OnnxSite, x: Operands, is_full: bool = False) ->
         mask = _with_column(b, site, x, mask)
         k, v = _with_blank_key(b, k, x.axis), _with_blank_key(b, v, x.axis)
     scale = site.scale
-    if not scale > 0:  # which the operator refuses
+    if not scale > 0 or site.dtype == torch.float64:  # the operator refuses the one, and rounds the other to float32
         q, scale = b.op("Mul", q, b.constant(np.asarray(scale, _float(site)))), 1.0
     attributes: dict[str, Any] = {"scale": scale}
     if site.softcap is not None:
@@ -59,12 +60,17 @@ def multi_head_attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
 
 def group_query_attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
     """The causal triangle of a square, flat operands."""
-    length = b.op("Cast", b.size(x.q, 1), to=ir.DataType.INT32)
+    if site.q_len >= 0:  # a constant: ONNX Runtime's shape inference chokes on one that it has to work out
+        length = b.constant(np.asarray([site.q_len], np.int32))
+        total = b.constant(np.asarray(site.q_len, np.int32))
+    else:
+        length = b.op("Cast", b.size(x.q, 1), to=ir.DataType.INT32)
+        total = b.op("Squeeze", length)
     last = b.op("Expand", b.op("Sub", length, b.constant(np.asarray([1], np.int32))), b.size(x.q, 0))
     attributes = {"num_heads": site.heads, "kv_num_heads": site.kv_heads, "scale": site.scale}
     if site.softcap is not None:
         attributes["softcap"] = site.softcap
-    inputs = (x.q, x.k, x.v, None, None, last, b.op("Squeeze", length))
+    inputs = (x.q, x.k, x.v, None, None, last, total)
     return b.op("GroupQueryAttention", *inputs, domain=ORT, outputs=3, **attributes)
 
 
@@ -96,4 +102,4 @@ def _with_blank_key(b: Builder, x: ir.Value, axis: int) -> ir.Value:
 
 
 def _float(site: OnnxSite) -> Any:
-    return np.float64 if str(site.dtype) == "torch.float64" else np.float32
+    return np.float64 if site.dtype == torch.float64 else np.float32

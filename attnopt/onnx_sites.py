@@ -189,11 +189,15 @@ def _described(
         form = choose(site, _given(operands), contrib)
     for role in ("bias", "mask", "sinks"):
         operand = operands[role]
-        if operand is not None and (missing := 4 - len(value(operand).shape)) > 0:
-            operands[role] = emit.inline(lambda x, n=missing: x.reshape(*[1] * n, *x.shape), operand)
+        if operand is not None and len(value(operand).shape) < 4:
+            operands[role] = emit.inline(_with_four_axes, operand)
     if (bias := operands["bias"]) is not None:
         operands["bias"] = soft_floor(emit, bias)
     return operands, site, form
+
+
+def _with_four_axes(x: Tensor) -> Tensor:
+    return x.reshape(*[1] * (4 - x.dim()), *x.shape)
 
 
 def _given(operands: Mapping[str, fx.Node | None]) -> set[str]:
