@@ -7,7 +7,10 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 
 from __future__ import annotations
 
-from attnopt import passes, patterns
+from attnopt import passes, patterns, recipes
+from attnopt.advising import Advice, advise
+from attnopt.attention_mass import kept_mass
+from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
     AttnoptError,
@@ -33,6 +36,7 @@ from attnopt.spec import AttentionSpec
 from attnopt.version import __version__
 
 __all__ = [
+    "Advice",
     "ArchiveError",
     "AttentionSpec",
     "AttnoptError",
@@ -40,6 +44,7 @@ __all__ = [
     "Backend",
     "CalibrationError",
     "CaptureError",
+    "DynamicBlocks",
     "ExportError",
     "HeadWeights",
     "Inspection",
@@ -57,10 +62,13 @@ __all__ = [
     "Site",
     "VerificationError",
     "__version__",
+    "advise",
     "head_importance",
     "inspect",
+    "kept_mass",
     "load",
     "optimize",
     "passes",
     "patterns",
+    "recipes",
 ]

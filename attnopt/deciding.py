@@ -55,7 +55,16 @@ def decide(found: Found, policy: Policy, backends: Sequence[Backend]) -> Decisio
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
         return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
     return Decision(
-        found, site, plan, refusals, (*notes, *backend.notes(site.spec), *_kept_whole(found.site, site.spec))
+        found,
+        site,
+        plan,
+        refusals,
+        (
+            *notes,
+            *backend.notes(site.spec),
+            *_blind(found.site, site.spec),
+            *_kept_whole(found.site, site.spec),
+        ),
     )
 
 
@@ -109,6 +118,25 @@ def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, 
     reasons = {b.name: r for b in backends if (r := b.check(site.spec)) is not None}
     able = [b for b in backends if b.name not in reasons]
     return min(able, key=lambda b: b.cost(site), default=None), reasons
+
+
+def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
+    """Where a pattern leaves no key to some query."""
+    if spec.pattern == site.spec.pattern:
+        return ()
+    known = spec.pattern if spec.seen_as is None else spec.seen_as
+    counts = known.blind(site.q_len, site.kv_len, num_heads=spec.num_heads)
+    return tuple(
+        f"{count} of {site.q_len} queries see no key{_of_heads(spec, counts, count)}: their output is zero"
+        for count in sorted({*counts} - {0})
+    )
+
+
+def _of_heads(spec: AttentionSpec, counts: tuple[int, ...], count: int) -> str:
+    places = [place for place, own in enumerate(counts) if own == count]
+    if len(places) == len(counts):
+        return ""
+    return f" in head{'s' if len(places) > 1 else ''} {', '.join(str(spec.heads[place]) for place in places)}"
 
 
 def _kept_whole(site: Site, spec: AttentionSpec) -> tuple[str, ...]:

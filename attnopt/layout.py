@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnopt.ranges import Ranges, clipped, without
+from attnopt.ranges import clipped, merged, without
 
 if TYPE_CHECKING:
     from attnopt.pattern import Pattern
@@ -66,20 +66,42 @@ def layout(pattern: Pattern, q_len: int, kv_len: int, block_q: int, block_kv: in
     """The blocks of ``pattern`` (one that is not per head); time and memory grow with the blocks that are kept."""
     rows, cols, tile = [], [], []
     shapes: dict[bytes, int] = {}
-    for open_rows, open_cols, seen, inside in _open_blocks(pattern, q_len, kv_len, block_q, block_kv):
-        kept = seen.any((1, 2))
-        full = (seen == inside).all((1, 2))
-        packed = np.packbits(seen[kept & ~full].reshape(-1, block_q * block_kv), axis=1)
-        marks = np.full(len(seen), FULL_TILE, np.int32)
-        marks[kept & ~full] = [shapes.setdefault(bits.tobytes(), len(shapes)) for bits in packed]
-        rows.append(open_rows[kept])
-        cols.append(open_cols[kept])
+    full, looked_at = _block_ranges(pattern, q_len, kv_len, block_q, block_kv)
+    for portion in _looked_at(pattern, looked_at, q_len, kv_len, block_q, block_kv):
+        counts = portion.seen.sum((1, 2))
+        kept, partly = counts > 0, (counts > 0) & (counts < portion.pairs)
+        packed = np.packbits(portion.seen[partly].reshape(-1, block_q * block_kv), axis=1)
+        marks = np.full(len(counts), FULL_TILE, np.int32)
+        marks[partly] = [shapes.setdefault(bits.tobytes(), len(shapes)) for bits in packed]
+        rows.append(portion.row[kept])
+        cols.append(portion.col[kept])
         tile.append(marks[kept])
-    for row, start, stop in _full_blocks(pattern, q_len, kv_len, block_q, block_kv):
-        rows.append(np.full(stop - start, row))
-        cols.append(np.arange(start, stop))
-        tile.append(np.full(stop - start, FULL_TILE))
-    return _sorted(q_len, kv_len, block_q, block_kv, rows, cols, tile, shapes)
+    row, col = _each_block(full)
+    return _sorted(
+        q_len, kv_len, block_q, block_kv, [*rows, row], [*cols, col], [*tile, np.full(len(row), FULL_TILE)], shapes
+    )
+
+
+@lru_cache(maxsize=256)
+def count(pattern: Pattern, q_len: int, kv_len: int, block: int = 64) -> int:
+    """The exact number of visible pairs of ``pattern`` (one that is not per head)."""
+    full, looked_at = _block_ranges(pattern, q_len, kv_len, block, block)
+    portions = _looked_at(pattern, looked_at, q_len, kv_len, block, block)
+    seen = sum(int(np.count_nonzero(portion.seen)) for portion in portions)
+    tall = np.minimum((full[:, 0] + 1) * block, q_len) - full[:, 0] * block
+    wide = np.minimum(full[:, 2] * block, kv_len) - full[:, 1] * block
+    return seen + int((tall * wide).sum())
+
+
+@lru_cache(maxsize=256)
+def count_blind(pattern: Pattern, q_len: int, kv_len: int, block: int = 64) -> int:
+    """The exact number of queries that see no key at all in ``pattern`` (one that is not per head)."""
+    full, looked_at = _block_ranges(pattern, q_len, kv_len, block, block)
+    sees = np.zeros((-(-q_len // block), block), np.bool_)
+    sees[full[:, 0]] = True
+    for portion in _looked_at(pattern, looked_at, q_len, kv_len, block, block):
+        np.logical_or.at(sees, portion.row, portion.seen.any(2))
+    return int(np.count_nonzero(~sees.reshape(-1)[:q_len]))
 
 
 def _sorted(
@@ -108,67 +130,60 @@ def _sorted(
     )
 
 
-def count(pattern: Pattern, q_len: int, kv_len: int, block: int = 64) -> int:
-    """The exact number of visible pairs of ``pattern`` (one that is not per head)."""
-    seen = sum(int(seen.sum()) for _, _, seen, _ in _open_blocks(pattern, q_len, kv_len, block, block))
-    for row, start, stop in _full_blocks(pattern, q_len, kv_len, block, block):
-        tall, wide = min(block, q_len - row * block), min(stop * block, kv_len) - start * block
-        seen += tall * wide
-    return seen
+@dataclass(frozen=True, eq=False)
+class _Portion:
+    """Some blocks that were looked at."""
+
+    row: NDArray[np.int64]  # [n]
+    col: NDArray[np.int64]  # [n]
+    seen: NDArray[np.bool_]  # the visible pairs [n, block_q, block_kv]; False outside the lengths
+    pairs: NDArray[np.int64]  # [n]: how many pairs lie inside the lengths
 
 
 def _block_ranges(
     pattern: Pattern, q_len: int, kv_len: int, block_q: int, block_kv: int
-) -> Iterator[tuple[int, Ranges, Ranges]]:
-    """For each block row: the key blocks that are visible as a whole, and those that have to be looked at."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Block row, first key block and the one after the last: where all is visible, and where it has to be looked at."""
     offset = kv_len - q_len
     last_block = -(-kv_len // block_kv)
+    whole: list[tuple[int, int, int]] = []
+    looked_at: list[tuple[int, int, int]] = []
     for row in range(-(-q_len // block_q)):
         first, last = row * block_q + offset, min((row + 1) * block_q, q_len) - 1 + offset
         reach = pattern.reach(first, last, kv_len)
-        full = tuple(
-            (-(-start // block_kv), last_block if stop == kv_len else stop // block_kv)
-            for start, stop in clipped(reach.all, kv_len)
-        )
-        some = tuple((start // block_kv, -(-stop // block_kv)) for start, stop in clipped(reach.some, kv_len))
-        full = clipped(full, last_block)
-        yield row, full, without(clipped(some, last_block), full)
+        sure = clipped(reach.all, kv_len)
+        full = merged([(-(-a // block_kv), last_block if b == kv_len else b // block_kv) for a, b in sure])
+        some = merged([(a // block_kv, -(-b // block_kv)) for a, b in clipped(reach.some, kv_len)])
+        whole += [(row, a, b) for a, b in full]
+        looked_at += [(row, a, b) for a, b in without(some, full)]
+    return tuple(np.asarray(found, np.int64).reshape(-1, 3) for found in (whole, looked_at))  # type: ignore[return-value]
 
 
-def _full_blocks(
-    pattern: Pattern, q_len: int, kv_len: int, block_q: int, block_kv: int
-) -> Iterator[tuple[int, int, int]]:
-    for row, full, _ in _block_ranges(pattern, q_len, kv_len, block_q, block_kv):
-        for start, stop in full:
-            yield row, start, stop
-
-
-def _open_blocks(
-    pattern: Pattern, q_len: int, kv_len: int, block_q: int, block_kv: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]]:
-    """In portions: block rows, key blocks, the visible pairs [n, block_q, block_kv], and which pairs exist."""
-    portion = max(1, _PAIRS // (block_q * block_kv))
-    pairs: list[tuple[int, int]] = []
-    for row, _, looked_at in _block_ranges(pattern, q_len, kv_len, block_q, block_kv):
-        for start, stop in looked_at:
-            for begin in range(start, stop, portion):
-                pairs += [(row, col) for col in range(begin, min(stop, begin + portion))]
-                if len(pairs) >= portion:
-                    yield _looked_at(pattern, pairs, q_len, kv_len, block_q, block_kv)
-                    pairs = []
-    if pairs:
-        yield _looked_at(pattern, pairs, q_len, kv_len, block_q, block_kv)
+def _each_block(ranges: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of every block of the ranges."""
+    row, start, stop = ranges.T
+    counts = stop - start
+    before = np.cumsum(counts) - counts
+    return np.repeat(row, counts), np.arange(counts.sum()) - np.repeat(before - start, counts)
 
 
 def _looked_at(
-    pattern: Pattern, pairs: list[tuple[int, int]], q_len: int, kv_len: int, block_q: int, block_kv: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    blocks = np.asarray(pairs, np.int64)
-    with _disable_current_modes(), torch.device("cpu"):
-        row, col = torch.from_numpy(blocks).unsqueeze(-1).unbind(1)
-        query = (row * block_q + torch.arange(block_q)).unsqueeze(2)
-        key = (col * block_kv + torch.arange(block_kv)).unsqueeze(1)
-        inside = (query < q_len) & (key < kv_len)
-        i, j = query.clamp(max=q_len - 1) + (kv_len - q_len), key.clamp(max=kv_len - 1)
-        seen = pattern.visible(i, j) & inside
-        return blocks[:, 0], blocks[:, 1], seen.numpy(), inside.numpy()
+    pattern: Pattern, ranges: NDArray[np.int64], q_len: int, kv_len: int, block_q: int, block_kv: int
+) -> Iterator[_Portion]:
+    rows, cols = _each_block(ranges)
+    size = max(1, _PAIRS // (block_q * block_kv))
+    for begin in range(0, len(rows), size):
+        row, col = rows[begin : begin + size], cols[begin : begin + size]
+        with _disable_current_modes(), torch.device("cpu"):
+            query = (torch.from_numpy(row)[:, None] * block_q + torch.arange(block_q)).unsqueeze(2)
+            key = (torch.from_numpy(col)[:, None] * block_kv + torch.arange(block_kv)).unsqueeze(1)
+            i, j = query.clamp(max=q_len - 1) + (kv_len - q_len), key.clamp(max=kv_len - 1)
+            seen = pattern.visible(i, j)
+            if q_len % block_q:
+                seen = seen & (query < q_len)
+            if kv_len % block_kv:
+                seen = seen & (key < kv_len)
+            found = seen.numpy()
+        tall = np.minimum(block_q, q_len - row * block_q)
+        wide = np.minimum(block_kv, kv_len - col * block_kv)
+        yield _Portion(row, col, found, tall * wide)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnopt import plugins
+from attnopt.attention_mass import measured
 from attnopt.calling import Signature
 from attnopt.capture import Program, capture, check_call
 from attnopt.checking import Checker, Inputs
@@ -28,6 +29,7 @@ from attnopt.policy import Policy
 from attnopt.report import Report, SiteReport, Status
 from attnopt.rewriting import Backend
 from attnopt.spec import AttentionSpec
+from attnopt.verify import example_values
 from attnopt.version import __version__
 
 
@@ -187,6 +189,7 @@ class _Job:
             module = lower(program.module, plans)
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
+            decisions = self._with_kept_mass(program, decisions, module)
         return module, self._origin(program, findings, decisions, module, error)
 
     def _look_at_weights(self, program: Program) -> None:
@@ -234,6 +237,25 @@ class _Job:
             )
         return error
 
+    def _with_kept_mass(self, program: Program, decisions: list[Decision], module: fx.GraphModule) -> list[Decision]:
+        """What the sites with blocks that are chosen at run time keep, as notes."""
+        specs = {
+            d.found.raised.node: replace(d.found.raised.spec, selection=d.site.spec.selection)
+            for d in decisions
+            if d.plan is not None and d.site.spec.selection is not None
+        }
+        signature = self._signature(module)
+        inputs = [signature.arrange(*batch) for batch in self.batches] or [(program.args, program.kwargs)]
+        values = [list(example_values(program.module, *given).values()) for given in inputs]
+        if not specs or not all(values):
+            return decisions
+        data = "calibration data" if self.batches else "example inputs"
+        found = measured(program.module, specs, values)
+        return [
+            replace(d, notes=(*d.notes, _kept(found[d.found.raised.node], data))) if d.found.raised.node in found else d
+            for d in decisions
+        ]
+
     def _signature(self, module: fx.GraphModule) -> Signature:
         return Signature.of(getattr(self.model, "forward", module.forward), self.args, self.kwargs)
 
@@ -254,6 +276,11 @@ class _Job:
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
         signature = self._signature(module)
         return Origin(report, sites, signature, program.args, program.kwargs, program.shapes)
+
+
+def _kept(mass_H: Tensor, data: str) -> str:
+    least = int(mass_H.argmin())
+    return f"{mass_H.mean():.1%} of the attention is kept on the {data}, least in head {least}: {mass_H[least]:.1%}"
 
 
 def _raise_refusal(decisions: Sequence[Decision]) -> None:
@@ -318,6 +345,8 @@ def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
         if has
     ]
     parts = [heads, str(spec.pattern), *extras]
+    if spec.selection is not None:
+        parts.append(str(spec.selection))
     if gone:
         parts.append(f"without heads {', '.join(map(str, gone))}")
     if spec.gains is not None:

@@ -9,11 +9,13 @@ from functools import reduce
 from itertools import groupby
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.errors import PolicyError
-from attnopt.layout import Layout, count, layout
+from attnopt.layout import Layout, count, count_blind, layout
 from attnopt.options import wholes
 from attnopt.ranges import Reach
 
@@ -34,10 +36,20 @@ class Pattern(ABC):
         """What the queries at positions ``first`` to ``last`` see; the narrower, the less has to be looked at."""
         return Reach.between(0, kv_len, 0, 0)
 
+    def order(self, q_len: int) -> NDArray[np.int64] | None:
+        """An order of the queries in which neighbours see much the same keys, where there is a better one than theirs."""
+        return next((found for p in self.parts if (found := p.order(q_len)) is not None), None)
+
     @property
     def parts(self) -> tuple[Pattern, ...]:
         """The patterns that this one is made of."""
         return ()
+
+    @property
+    def lengths(self) -> range | None:
+        """The sequence lengths that the pattern is made for, None for any; at others it has a meaning, but no use."""
+        made_for = [lengths for p in self.parts if (lengths := p.lengths) is not None]
+        return reduce(_overlap, made_for) if made_for else None
 
     @property
     def is_causal(self) -> bool:
@@ -98,11 +110,9 @@ class Pattern(ABC):
         heads = self._heads(self.named_heads + 1 if num_heads is None else num_heads)
         return all(count(p, q_len, kv_len) == q_len * kv_len for p in set(heads))
 
-    def visits(self, q_len: int, kv_len: int, block_q: int, block_kv: int, *, num_heads: int | None = None) -> float:
-        """The share of all pairs that lie in a block with a visible one: what a kernel with such tiles computes."""
-        heads = self._heads(num_heads)
-        shares = {p: p.layout(q_len, kv_len, block_q, block_kv).visits for p in set(heads)}
-        return sum(shares[p] for p in heads) / len(heads)
+    def blind(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> tuple[int, ...]:
+        """For each head (see ``mask``) the number of queries that see no key at all; their output is zero."""
+        return tuple(count_blind(p, q_len, kv_len) for p in self._heads(num_heads))
 
     def layout(self, q_len: int, kv_len: int, block_q: int = 64, block_kv: int = 64) -> Layout:
         """The blocks that are visited, without the dense mask; of ``for_head(h)`` where the pattern is per head."""
@@ -321,6 +331,10 @@ def any_of(patterns: Iterable[Pattern]) -> Pattern:
     if Full() in parts:
         return Full()
     return Or(parts) if len(parts) > 1 else parts[0]
+
+
+def _overlap(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:

@@ -11,25 +11,36 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from attnopt.block_patterns import BlockLayout, RandomBlocks
 from attnopt.errors import PolicyError
+from attnopt.grids import Neighborhood, Prefix
 from attnopt.notation import evaluate
-from attnopt.options import whole, wholes
+from attnopt.options import LARGEST, whole, wholes
 from attnopt.pattern import And, Full, Not, Or, Pattern, PerHead
-from attnopt.ranges import Reach, merged
+from attnopt.ranges import Reach, merged, stepped
+from attnopt.segments import Segments
 
 __all__ = [
     "And",
+    "BlockLayout",
     "Blocks",
     "Causal",
     "Dilated",
     "Full",
     "Global",
+    "Neighborhood",
     "Not",
     "Or",
     "Pattern",
     "PerHead",
+    "Periodic",
+    "Prefix",
+    "RandomBlocks",
+    "Segments",
     "Sinks",
     "Strided",
     "Window",
@@ -96,8 +107,11 @@ class Dilated(Pattern):
         near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
         return near & (ahead % self.dilation == 0)
 
+    def order(self, q_len: int) -> NDArray[np.int64]:
+        return _by_remainder(q_len, self.dilation)
+
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
-        return Reach.between(first - self.left * self.dilation, last + self.right * self.dilation + 1, 0, 0)
+        return Reach(all=(), some=stepped(first, last, self.dilation, -self.left, self.right, kv_len))
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,30 +170,101 @@ class Strided(Pattern):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i - j) % self.stride == 0
 
+    def order(self, q_len: int) -> NDArray[np.int64]:
+        return _by_remainder(q_len, self.stride)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach(all=(), some=stepped(first, last, self.stride, -LARGEST, LARGEST, kv_len))
+
+
+@dataclass(frozen=True, repr=False)
+class Periodic(Pattern):
+    """Every query sees the keys j with ``start <= j % period < start + count``."""
+
+    period: int
+    start: int
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        whole("Periodic", "period", self.period, least=1)
+        whole("Periodic", "start", self.start)
+        whole("Periodic", "count", self.count)
+        if self.start + self.count > self.period:
+            raise PolicyError(f"Periodic: start={self.start} and count={self.count} go beyond period={self.period}")
+
+    @property
+    def is_positional(self) -> bool:
+        return False
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        place = j % self.period
+        return (i == i) & (place >= self.start) & (place < self.start + self.count)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        if not self.count:
+            return Reach((), ())
+        seen = stepped(self.start, self.start + self.count - 1, self.period, 0, LARGEST, kv_len)
+        return Reach(all=seen, some=seen)
+
 
 @dataclass(frozen=True, repr=False)
 class Blocks(Pattern):
-    """Query i sees the keys of its own block, ``i // size == j // size``, and ``halo`` keys on each side of it."""
+    """Query i sees the keys of its own block of ``size`` tokens, and ``halo`` keys on each side of it.
+
+    Blocks begin at position ``shift`` and every ``size`` tokens from there; the first is shorter where there is a shift.
+    """
 
     size: int
     halo: int = 0
+    shift: int = 0
 
     def __post_init__(self) -> None:
         whole("Blocks", "size", self.size, least=1)
         whole("Blocks", "halo", self.halo)
+        if whole("Blocks", "shift", self.shift) >= self.size:
+            raise PolicyError(f"Blocks: shift={self.shift} is not possible; give a shift below size={self.size}")
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        start = i // self.size * self.size
+        start: Tensor = self._start(i)
         return (j >= start - self.halo) & (j < start + self.size + self.halo)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
-        start, stop = first // self.size * self.size, (last // self.size + 1) * self.size
-        sure_start, sure_stop = last // self.size * self.size, (first // self.size + 1) * self.size
-        return Reach.between(start - self.halo, stop + self.halo, sure_start - self.halo, sure_stop + self.halo)
+        start, sure_start = self._start(first) - self.halo, self._start(last) - self.halo
+        wide = self.size + 2 * self.halo
+        return Reach.between(start, sure_start + wide, sure_start, start + wide)
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self.shift else f"Blocks(size={self.size}, halo={self.halo})"
+
+    def _start(self, i: Any) -> Any:
+        """The first position of the block of a query, which is an int or a tensor."""
+        return (i - self.shift) // self.size * self.size + self.shift
+
+
+def _by_remainder(length: int, divisor: int) -> NDArray[np.int64]:
+    """Places 0 to ``length``, those of the same remainder together."""
+    return np.argsort(np.arange(length) % divisor, kind="stable")
 
 
 _BY_NAME: dict[str, type[Pattern]] = {
-    kind.__name__: kind for kind in (Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks, PerHead)
+    kind.__name__: kind
+    for kind in (
+        Full,
+        Causal,
+        Window,
+        Dilated,
+        Sinks,
+        Global,
+        Strided,
+        Periodic,
+        Blocks,
+        Neighborhood,
+        Prefix,
+        Segments,
+        RandomBlocks,
+        BlockLayout,
+        PerHead,
+    )
 }
 
 

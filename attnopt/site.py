@@ -41,6 +41,7 @@ class Site:
     parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     q_len: int = 0  # L and S at the sizes of the example inputs
     kv_len: int = 0
+    is_dynamic: bool = False  # L or S may vary with the inputs
     device: str = "cpu"  # the kind of device that the attention runs on
 
     @property

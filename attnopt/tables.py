@@ -11,6 +11,7 @@ from attnopt.report import Report, SiteReport
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from attnopt.advising import Advice
     from attnopt.inspection import Inspection
     from attnopt.plugins import Description
     from attnopt.site import NearMiss, Projection, Site
@@ -48,6 +49,20 @@ def report_table(report: Report) -> RenderableType:
         parts.append(_table("Refused", ("attention", "by", "reason"), refusals))
     if report.near_misses:
         parts.append(_misses(report.near_misses))
+    return Group(*parts)
+
+
+def advice_table(advice: Advice) -> RenderableType:
+    """What each kernel can reach, and below it the patterns that would fit better."""
+    from rich.console import Group
+
+    lengths = f"{advice.q_len} queries and {advice.kv_len} keys"
+    title = f"{advice.pattern}, {lengths}: density {advice.density:.3g}, at most {advice.bound:.2f} times faster"
+    rows = [(k.kernel, f"{k.share:.3g}", f"{k.speedup:.2f}", f"{k.of_bound:.0%}") for k in advice.kernels]
+    parts: list[RenderableType] = [_table(title, ("kernel", "computes", "speed-up", "of the bound"), rows)]
+    if advice.better:
+        better = [(b.kernel, b.pattern, f"{b.density:.3g}", f"{b.speedup:.2f}") for b in advice.better]
+        parts.append(_table("Fits better", ("kernel", "pattern", "density", "speed-up"), better))
     return Group(*parts)
 
 

@@ -97,7 +97,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assert k is not None
         assert v is not None
         o = block_gather.attend(ctx.spec, q, k, v, **dict(zip(names[3:], others, strict=True)))
-        grads = dict(zip(wanted, torch.autograd.grad(o, [leaves[name] for name in wanted], grad), strict=True))
+        o = o + v.sum() * 0 if not o.requires_grad else o  # no query sees any key
+        of_leaves = [leaves[name] for name in wanted]
+        found = torch.autograd.grad(o, of_leaves, grad, allow_unused=True, materialize_grads=True)
+        grads = dict(zip(wanted, found, strict=True))
     return (*(grads.get(name) for name in names[:6]), None, None, None, None, None)
 
 
