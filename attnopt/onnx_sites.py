@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.graph import (
+    RESHAPES,
     Emitter,
     aten,
     dtype,
@@ -78,6 +79,9 @@ def mark(
         node.replace_all_uses_with(placeholder)
         module.graph.erase_node(node)
         marked.append(Marked(site, form, original[node]))
+    for node in module.graph.nodes:
+        if is_call(node, *RESHAPES):  # a placeholder's strides are not the attention's
+            node.target = aten.reshape.default
     sweep(module)
     return module, tuple(marked)
 
