@@ -80,12 +80,22 @@ def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs) -> dict[str, Any
     """The session's inputs; an input that the graph does not use may be missing from it."""
     values = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     if len(names) == len(values):
-        return {n: v.detach().cpu().numpy() for n, v in zip(names, values, strict=True)}
+        return {n: _array(v) for n, v in zip(names, values, strict=True)}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
     by_name = {n.name: v for n, v in zip(placeholders, values, strict=True)}
     if not set(names) <= set(by_name):
         raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")
-    return {n: by_name[n].detach().cpu().numpy() for n in names}
+    return {n: _array(by_name[n]) for n in names}
+
+
+def _array(value: Tensor) -> Any:
+    try:
+        return value.detach().cpu().numpy()
+    except TypeError as e:
+        raise ExportError(
+            f"the exported model cannot be checked, because numpy has no {value.dtype}",
+            hint="convert the model to float32 before optimizing it",
+        ) from e
 
 
 def _first_that_differs(
