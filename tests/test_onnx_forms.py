@@ -174,6 +174,20 @@ def test_scaled_dot_product_attention(shapes: Any, options: dict[str, Any], tmp_
     oracle.assert_same(run(tmp_path / "m.onnx", args), [Plain(**options)(*args)])
 
 
+class Selecting(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
+        return torch.ops.attnopt.attention(q, k, v, None, None, None, "Causal()", [0, 0], 0.4, None, selected)
+
+
+def test_selected_blocks(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 130, 8, generator=random) for heads in (2, 1, 1))
+    selected = torch.rand(1, 2, 3, 3, generator=random) > 0.5
+    gm, origin = captured(Selecting(), (q, k, v, selected))
+    export_onnx(gm, origin, tmp_path / "m.onnx", flavor="onnxruntime", opset=None, external_data="auto", verify=True)
+    oracle.assert_same(run(tmp_path / "m.onnx", (q, k, v, selected)), [Selecting()(q, k, v, selected)])
+
+
 @pytest.mark.parametrize("floor", [-torch.inf, torch.finfo(torch.float32).min, -1e4], ids=str)
 def test_rows_that_see_nothing(floor: float, tmp_path: Path) -> None:
     """Zeros under -inf, the mean of all values under a large number: as torch has it, never NaN."""
