@@ -19,7 +19,7 @@ BLOCKS = 1.6  # Attention on one block of queries at a time, with copies of the 
 ROWS = 1.3  # the same where every block sees all keys: nothing is copied
 ITERATION = 8e6  # one more turn of a loop
 _LONG = 1024  # from here on GroupQueryAttention is the faster causal form
-_SHORT = 128 * 128  # pairs up to which Attention is as fast as MultiHeadAttention
+_SHORT = 384 * 384  # pairs up to which Attention is as fast as MultiHeadAttention
 _MASKED_ROWS = 256
 
 
