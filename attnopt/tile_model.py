@@ -51,9 +51,10 @@ class Tiles:
 
 
 COMPILED = Tiles("compiled CPU kernel", 64, 64, group=32, reorders=True)
+FLEX = Tiles("FlexAttention", 128, 128)
 KERNELS = (
     COMPILED,
-    Tiles("FlexAttention", 128, 128),
+    FLEX,
     Tiles("ONNX Runtime, loop over 128 queries", 128, 64, group=128),
 )
 

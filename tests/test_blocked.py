@@ -16,7 +16,7 @@ from test_backends import PATTERNS, a_spec, run, tensors
 from torch import Tensor
 
 import attnopt
-from attnopt.backends import Blocked, Reference, attention_op, block_gather, native
+from attnopt.backends import Blocked, Reference, attention_op, block_gather, flex, native
 from attnopt.backends.attention_op import attention
 from attnopt.backends.lowering import with_gains
 from attnopt.errors import AttnoptWarning
@@ -75,6 +75,47 @@ def test_both_forms_equal_the_reference(
     torch.testing.assert_close(run(Blocked(), spec, t), expected, **near)
     gathered = block_gather.attend(spec, **{n: t[n] for n in ("q", "k", "v", "bias", "mask", "sinks")}, selected=None)
     torch.testing.assert_close(with_gains(spec, gathered), expected, **near)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # that is what is wanted here
+@settings(max_examples=40, deadline=None)
+@given(
+    SPECS,
+    st.sampled_from([1, 40, 128, 150, 300]),
+    st.sampled_from([1, 65, 130, 300]),
+    st.sampled_from([{}, {"bias": 2}, {"bias": 1, "mask": 2}, {"mask": 0}]),
+    st.integers(0, 99),
+)
+def test_flex_attention_equals_the_reference(
+    spec: AttentionSpec, L: int, S: int, narrow: dict[str, int], seed: int
+) -> None:
+    """FlexAttention as it is on a CPU: every pair is computed and looked up, so the tables are checked, not the skipping."""
+    t = narrowed(tensors(spec, 2, L, S, torch.float32, seed), narrow)
+    got = with_gains(spec, flex.attend(spec, **t, selected=None))
+    torch.testing.assert_close(got, run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
+    if not spec.has_mask:
+        blocks = flex._block_mask(spec.pattern, 4, L, S, torch.device("cpu")).to_dense()
+        seen = spec.pattern.mask(L, S, num_heads=4)
+        padded = torch.nn.functional.pad(seen, (0, -S % 128, 0, -L % 128))
+        kept = padded.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).any(-1).any(2)
+        assert torch.equal(blocks[0].bool(), kept)
+
+
+@pytest.mark.gpu
+@settings(max_examples=20, deadline=None)
+@given(SPECS, st.sampled_from([1, 130, 300]), st.sampled_from([1, 130, 300]), st.integers(0, 99))
+def test_on_a_gpu(spec: AttentionSpec, L: int, S: int, seed: int) -> None:
+    """Forward and backward, compiled."""
+    t = {n: None if x is None else x.cuda() for n, x in tensors(spec, 2, L, S, torch.float32, seed).items()}
+    floats = [name for name, x in t.items() if x is not None and x.is_floating_point()]
+    found = []
+    for backend in (Reference(), Blocked()):
+        leaves = {n: x.clone().requires_grad_() if n in floats and x is not None else x for n, x in t.items()}
+        o = run(backend, spec, leaves)
+        (o**2).sum().backward()  # type: ignore[no-untyped-call]
+        found.append([o.detach(), *(leaves[n].grad for n in floats)])  # type: ignore[union-attr]
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("length", range(1, 300, 13))
