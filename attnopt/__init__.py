@@ -7,7 +7,7 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 
 from __future__ import annotations
 
-from attnopt import passes, patterns, recipes
+from attnopt import passes, patterns, plot, recipes
 from attnopt.advising import Advice, advise
 from attnopt.attention_mass import kept_mass
 from attnopt.dynamic_blocks import DynamicBlocks
@@ -70,5 +70,6 @@ __all__ = [
     "optimize",
     "passes",
     "patterns",
+    "plot",
     "recipes",
 ]

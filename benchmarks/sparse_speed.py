@@ -167,7 +167,7 @@ def transformers_peers(rounds: int) -> Iterator[dict[str, Any]]:
     bigbird = BigBirdModel(BigBirdConfig(**size, block_size=64, num_random_blocks=3), add_pooling_layer=False).eval()
     patterns = {
         "Longformer, window 512, 1 global": (longformer, recipes.longformer(512, global_tokens=(0,))),
-        "BigBird, 64-token blocks, 3 random": (bigbird, recipes.bigbird(64, length, random_blocks=3)),
+        "BigBird, 64-token blocks, 3 random": (bigbird, recipes.bigbird(64, blocks=length // 64)),
     }
     for name, (peer, pattern) in patterns.items():
         fast = attnopt.optimize(dense, Sparse(pattern), (ids,))

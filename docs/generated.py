@@ -223,6 +223,17 @@ def commands() -> str:
     return "\n\n".join(f"## {name}\n\n{usage(name)}" for name in found.choices)
 
 
+def results() -> str:
+    """The table and the picture of each benchmark that was run."""
+    sections = []
+    for table in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
+        text = re.sub(r"^#", "##", table.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
+        if table.with_suffix(".png").exists():
+            text += f"\n\n![{table.stem}]({table.stem}.png)"
+        sections.append(text)
+    return "\n\n".join(sections)
+
+
 def _tested(module: str) -> Any:
     """A module of the tests."""
     import importlib
@@ -234,7 +245,7 @@ def _tested(module: str) -> Any:
 
 MAKERS: dict[str, Any] = {
     "picture": picture, "pass": about_pass, "backends": about_backends, "spellings": spellings, "refusals": refusals,
-    "commands": commands,
+    "commands": commands, "results": results,
 }  # fmt: skip
 
 
