@@ -180,10 +180,11 @@ def _values(field: str, shown: list[Any], plain: Any) -> set[Any]:
 
 def refusals() -> str:
     """Every refusal code of the source, by the part that gives it, with the text that a test holds it to."""
-    golden = {code: text for code, (_, text) in _tested("test_refusals").CASES.items()}
+    tests = _tested("test_refusals")
+    golden = {code: text for code, (_, text) in tests.CASES.items()} | tests.OTHERS
     lines = ["| code | given by | for example |", "|---|---|---|"]
     for code, stage in sorted(refusal_codes().items(), key=lambda pair: (pair[1], pair[0])):
-        text = golden.get(code, "").removeprefix(f"[{code}]").replace("(at LINE)", "").replace("\n  hint:", "; hint:")
+        text = golden[code].removeprefix(f"[{code}]").replace(" (at LINE)", "").replace("\n  hint:", "; hint:")
         lines.append(f"| `{code}` | {stage} | {_cell(text)} |")
     return "\n".join(lines)
 
@@ -199,7 +200,10 @@ def refusal_codes() -> dict[str, str]:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*") or "see the code"
+    told = " ".join(text.split())
+    for sign in "|<*{}_":  # which Markdown would take for its own
+        told = told.replace(sign, f"&#{ord(sign)};")
+    return told
 
 
 def usage(command: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 
 import attnopt
-from attnopt import cli, demo, demo_similarity
+from attnopt import cli, cli_show, demo, demo_similarity
 from attnopt.errors import AttnoptError
 
 HERE = Path(__file__).parent
@@ -240,3 +240,19 @@ def test_listing_the_commands_imports_little() -> None:
     code = f"import sys, attnopt.cli as cli; cli._parser(); sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=False)
     assert done.returncode == 0
+
+
+def test_long_work_shows_progress_where_somebody_watches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(cli_show.watched("measuring")(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli_show.working("reading [brackets]"):
+        pass
+    assert list(cli_show.watched("measuring")(range(3))) == [0, 1, 2]
+    told = capsys.readouterr()
+    assert "reading [brackets]" in told.err
+    assert "measuring" in told.err
+    assert told.out == ""
