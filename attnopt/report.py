@@ -40,12 +40,14 @@ class Cost:
 class Form:
     """What of an attention can be drawn: its heads, the K/V head that each reads, and which keys they see.
 
-    Heads are named by their numbers in the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``.
+    Heads are named by their numbers in the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``, and
+    ``selection`` says which of its blocks are chosen at run time, if any are.
     """
 
     heads: tuple[int, ...]
     kv_of_head: tuple[int, ...]
     pattern: str
+    selection: str = ""
 
     def __post_init__(self) -> None:
         if len(self.heads) != len(self.kv_of_head):
@@ -54,7 +56,8 @@ class Form:
     @classmethod
     def of(cls, spec: AttentionSpec) -> Self:
         seen = spec.pattern if spec.seen_as is None else spec.seen_as
-        return cls(spec.heads, tuple(spec.kv_heads[g] for g in spec.kv_of_head), str(seen))
+        selection = "" if spec.selection is None else str(spec.selection)
+        return cls(spec.heads, tuple(spec.kv_heads[g] for g in spec.kv_of_head), str(seen), selection)
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,8 @@ def _site(data: Mapping[str, Any]) -> SiteReport:
 def _form(data: Mapping[str, Any] | None) -> Form | None:
     if data is None:
         return None
-    return Form(tuple(map(int, data["heads"])), tuple(map(int, data["kv_of_head"])), str(data["pattern"]))
+    heads, kv_of_head = (tuple(map(int, data[name])) for name in ("heads", "kv_of_head"))
+    return Form(heads, kv_of_head, str(data["pattern"]), str(data.get("selection", "")))
 
 
 def _plain(value: Any) -> Any:

@@ -80,3 +80,17 @@ def test_the_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None:
     _run([*pip, str(wheel)], tmp_path)
     assert (site / "bin" / "attnopt").is_file()
     _run([sys.executable, "-W", "ignore", "-c", USE, str(site)], tmp_path, PYTHONPATH=str(site))
+
+
+def test_the_version_stands_everywhere() -> None:
+    import tomllib
+
+    import yaml
+
+    from attnopt import __version__
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert project["version"] == citation["version"] == __version__
+    assert project["license"] == citation["license"]
+    assert f"({__version__})" in (ROOT / "CHANGELOG.md").read_text("utf-8")

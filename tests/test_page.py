@@ -110,6 +110,14 @@ def test_the_form_comes_back_from_json(report: Report) -> None:
     assert again.sites[0].form_after == Form((0, 1), (0, 1), "Causal() & Window(left=3, right=0)")
 
 
+def test_blocks_that_are_chosen_at_run_time_are_told() -> None:
+    model, args = tiny_models.causal()
+    found = attnopt.optimize(model.eval(), "dynamic-sparse(keep=0.5, block=4)", args).report
+    assert "DynamicBlocks(" in found.sites[0].form_after.selection  # type: ignore[union-attr]
+    assert "each input keeps the blocks that" in report_page(found)
+    assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
 def test_a_report_without_forms_has_a_page(report: Report) -> None:
     old = report.to_json()
     for site in old["sites"]:
