@@ -1,13 +1,16 @@
 """Heads that are joined with a dynamic batch, as ``nn.MultiheadAttention`` joins them, can be removed and shared."""
 
+from collections.abc import Callable
 from typing import Any
 
 import oracle
 import pytest
 import torch
+import zoo
 from torch import nn
 
 import attnopt
+from attnopt.passes import PruneHeads
 
 
 def model() -> nn.TransformerEncoder:
@@ -34,3 +37,23 @@ def test_at_other_batches(policy: str) -> None:
     for batch, length in ((2, 20), (3, 9), (5, 31)):
         x = torch.randn(batch, length, 32)
         oracle.assert_same(oracle.run(fast, (x,)), oracle.run(original, (x,)), f"{batch} x {length}")
+
+
+def test_a_bias_whose_heads_are_joined_with_the_batch() -> None:
+    """BLOOM repeats its ALiBi for the batch: heads can only be told apart further down."""
+    (entry,) = (e for e in zoo.ENTRIES if e.name == "bloom")
+    original, args, kwargs = entry.build()
+    policy = PruneHeads(heads=[0])
+    fast = attnopt.optimize(original, policy, args, kwargs, dynamic_shapes="auto")
+    assert fast.report.count("rewritten") == entry.sites
+    for batch in (1, 3):
+        of_batch: Any = torch.utils._pytree.tree_map(_of_batch(batch), (args, kwargs))
+        at_this_size = attnopt.optimize(original, policy, *of_batch)
+        oracle.assert_same(oracle.run(fast, *of_batch), oracle.run(at_this_size, *of_batch), f"batch {batch}")
+
+
+def _of_batch(size: int) -> Callable[[Any], Any]:
+    def resized(x: Any) -> Any:
+        return x[torch.arange(size) % x.shape[0]] if isinstance(x, torch.Tensor) else x
+
+    return resized
