@@ -208,6 +208,9 @@ class _Job:
             raise PolicyError(
                 f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}"
             )
+        if overruled := self.policy.overruled(names):
+            listed = ", ".join(map(repr, overruled))
+            self._warn(f"{listed} in the policy decides no attention: of the rules that match one, the last counts")
         if not names:
             self._warn(
                 f"no attention was found among {findings.candidates} candidates"

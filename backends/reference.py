@@ -13,7 +13,6 @@ from attnopt.rewriting import Attend, Backend
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
-
 _CALLS = 8  # operators, each of which has to be called
 
 
