@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnopt.refusal import Refusal
 from attnopt.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from attnopt.activations import Activations
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Site:
     parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     q_len: int = 0  # L and S at the sizes of the example inputs
     kv_len: int = 0
+    activations: Activations | None = field(default=None, repr=False, compare=False)  # where there is calibration data
 
     @property
     def num_heads(self) -> int:
@@ -90,6 +95,14 @@ class Site:
             return None
         bias = self.parameters[p.bias].detach()
         return bias[torch.as_tensor(p.rows[head], device=bias.device)]
+
+    def without_activations(self) -> Site:
+        return replace(self, activations=None)
+
+    def out_bias(self) -> Tensor | None:
+        """Bias of the output projection [out]; None where there is none."""
+        p = self.projections.get("out")
+        return None if p is None or p.bias is None else self.parameters[p.bias].detach()
 
 
 @dataclass(frozen=True)

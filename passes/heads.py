@@ -34,3 +34,14 @@ def refuse_other_keys(site: Site) -> Refusal | None:
         found = f"{site.q_len} queries and {site.kv_len} keys"
         return site.refuse("needs-self-attention", expected=expected, found=found, hint=hint)
     return None
+
+
+def refuse_unknown_projections(site: Site, roles: Iterable[str], expected: str, give: str) -> Refusal | None:
+    """A refusal where one of the projections ``roles`` is not known; ``give`` says what to give instead."""
+    for role in roles:
+        p = site.projections.get(role)
+        if p is None or p.rows is None:
+            found = f"{role}: {p.why if p and p.why else 'not found'}"
+            hint = f"give {give}" if give else ""
+            return site.refuse("unknown-projection", expected=expected, found=found, hint=hint)
+    return None
