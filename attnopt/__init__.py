@@ -7,7 +7,8 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 
 from __future__ import annotations
 
-from attnopt import passes, patterns
+from attnopt import passes, patterns, recipes
+from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
     AttnoptError,
@@ -22,6 +23,7 @@ from attnopt.errors import (
 )
 from attnopt.importance import head_importance
 from attnopt.inspection import Inspection
+from attnopt.kept_mass import kept_mass
 from attnopt.model import OptimizedModel, load
 from attnopt.optimizing import inspect, optimize
 from attnopt.policy import Policy
@@ -40,6 +42,7 @@ __all__ = [
     "Backend",
     "CalibrationError",
     "CaptureError",
+    "DynamicBlocks",
     "ExportError",
     "HeadWeights",
     "Inspection",
@@ -59,8 +62,10 @@ __all__ = [
     "__version__",
     "head_importance",
     "inspect",
+    "kept_mass",
     "load",
     "optimize",
     "passes",
     "patterns",
+    "recipes",
 ]

@@ -45,7 +45,10 @@ def allot(
     """Each site's share of every pass of the policy whose budget is one for all sites."""
     made: dict[tuple[str, Pass], Pass] = {}
     shared = {
-        p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared is not False
+        p
+        for f in found
+        for p in policy.passes_for(f.site.name)
+        if isinstance(p, SharesBudget) and p.is_shared is not False
     }
     for p in sorted(shared, key=repr):
         made.update({(name, p): share for name, share in _allot_one(gm, found, policy, backends, batches, p).items()})
@@ -105,7 +108,9 @@ def _outputs(module: fx.GraphModule, batch: Inputs) -> list[torch.Tensor]:
 
 def _apart(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
     """Squared difference, relative to what there was."""
-    return sum(float((g - w).square().sum() / w.square().sum().clamp(min=1e-300)) for g, w in zip(got, want, strict=True))
+    return sum(
+        float((g - w).square().sum() / w.square().sum().clamp(min=1e-300)) for g, w in zip(got, want, strict=True)
+    )
 
 
 def _spend(curves: Sequence[Mapping[int, float]], budget: int) -> list[int]:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.calling import Signature
 from attnopt.capture import quiet
+from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
 from attnopt.origin import Origin
@@ -191,7 +192,7 @@ def _import_output_classes(graph: bytes) -> None:
             importlib.import_module(name)
 
 
-_ARITHMETIC = re.compile(r"[\w\s+\-*/(),.<>=&|!~]*")
+_ARITHMETIC = re.compile(r"(?:[\w\s+\-*/(),.<>=&|!~]|'\w+')*")  # a quoted word is the name of a Symbol
 
 
 def _read_graph(file: Path) -> bytes:
@@ -263,6 +264,7 @@ def _site_to_json(site: Site) -> dict[str, Any]:
         "notes": list(site.notes),
         "q_len": site.q_len,
         "kv_len": site.kv_len,
+        "is_dynamic": site.is_dynamic,
         "projections": {
             role: {
                 "weight": p.weight,
@@ -285,6 +287,7 @@ def _site_to_json(site: Site) -> dict[str, Any]:
             "has_mask": spec.has_mask,
             "has_sinks": spec.has_sinks,
             "softcap": spec.softcap,
+            "selection": None if spec.selection is None else spec.selection.to_json(),
             "gains": None if spec.gains is None else list(spec.gains),
             "is_cross": spec.is_cross,
             "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
@@ -300,6 +303,7 @@ def _site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site
     spec["gains"] = None if spec["gains"] is None else tuple(spec["gains"])
     spec["pattern"] = Pattern.from_json(spec["pattern"])
     spec["seen_as"] = None if spec["seen_as"] is None else Pattern.from_json(spec["seen_as"])
+    spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
     projections = {
         role: Projection(
             p["weight"],
@@ -319,4 +323,5 @@ def _site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site
         parameters=live,
         q_len=data["q_len"],
         kv_len=data["kv_len"],
+        is_dynamic=data["is_dynamic"],
     )

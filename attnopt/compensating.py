@@ -29,10 +29,14 @@ def bias_for(site: Site, spec: AttentionSpec) -> Rewrite:
     both = combined([moments(now, spec, held) for held in (False, True)])
     left = _weights_of(site, spec)
     wrong = (both.zy[-1] - both.zz[-1] @ left) / both.zz[-1, -1]
-    return Rewrite(spec, out_bias=_as(bias.double() + wrong, bias), notes=("the mean of what is gone is in the output bias",))
+    return Rewrite(
+        spec, out_bias=_as(bias.double() + wrong, bias), notes=("the mean of what is gone is in the output bias",)
+    )
 
 
-def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, start: torch.Tensor | None = None) -> Rewrite:
+def refitted(
+    site: Site, spec: AttentionSpec, now: Activations | None = None, start: torch.Tensor | None = None
+) -> Rewrite:
     """The output projection of the heads of ``spec`` fitted to what the layer gave in the original model.
 
     ``now``: what the site computes, where its weights are others by now; ``start``: the output weights to start from.

@@ -40,7 +40,12 @@ def decide(
     """Run the passes one after the other; each sees what the ones before it made."""
     if found.raised.region.escapes and passes:
         return Decision(found, found.site, refusals={p.name: escapes(found) for p in passes})
-    site, edits, applied, notes = replace(found.site, activations=activations), list[HeadWeights](), list[str](), list[str]()
+    site, edits, applied, notes = (
+        replace(found.site, activations=activations),
+        list[HeadWeights](),
+        list[str](),
+        list[str](),
+    )
     out_bias: Tensor | None = None
     refusals: dict[str, Refusal] = {}
     for p in passes:
@@ -68,7 +73,18 @@ def decide(
     plan = Plan(found, site.spec, tuple(edits), backend, tuple(applied), out_bias)
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
         return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
-    return Decision(found, site, plan, refusals, (*notes, *_kept_whole(found.site, site.spec)))
+    return Decision(
+        found,
+        site,
+        plan,
+        refusals,
+        (
+            *notes,
+            *backend.notes(site.spec),
+            *_blind(found.site, site.spec),
+            *_kept_whole(found.site, site.spec),
+        ),
+    )
 
 
 def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:
@@ -116,7 +132,26 @@ def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, 
     """The cheapest backend that can compute the site, or None and every backend's reason."""
     reasons = {b.name: r for b in backends if (r := b.check(site.spec)) is not None}
     able = [b for b in backends if b.name not in reasons]
-    return min(able, key=lambda b: b.cost(site.spec, site.q_len, site.kv_len), default=None), reasons
+    return min(able, key=lambda b: b.cost(site), default=None), reasons
+
+
+def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
+    """Where a pattern leaves no key to some query."""
+    if spec.pattern == site.spec.pattern:
+        return ()
+    known = spec.pattern if spec.seen_as is None else spec.seen_as
+    counts = known.blind(site.q_len, site.kv_len, num_heads=spec.num_heads)
+    return tuple(
+        f"{count} of {site.q_len} queries see no key{_of_heads(spec, counts, count)}: their output is zero"
+        for count in sorted({*counts} - {0})
+    )
+
+
+def _of_heads(spec: AttentionSpec, counts: tuple[int, ...], count: int) -> str:
+    places = [place for place, own in enumerate(counts) if own == count]
+    if len(places) == len(counts):
+        return ""
+    return f" in head{'s' if len(places) > 1 else ''} {', '.join(str(spec.heads[place]) for place in places)}"
 
 
 def _kept_whole(site: Site, spec: AttentionSpec) -> tuple[str, ...]:

@@ -107,3 +107,11 @@ def _removed(temporary: Path) -> Iterator[None]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: $ATTNOPT_CACHE, or "attnopt" in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("ATTNOPT_CACHE") or Path(base) / "attnopt")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
-from attnopt.graph import ancestors, is_tensor, module_path, opname, shape, source_line
+from attnopt.graph import ancestors, is_static, is_tensor, module_path, opname, shape, source_line, value
 from attnopt.matching import recognise
 from attnopt.normaliser import Softmax, normalisers
 from attnopt.projections import read_output, read_projection
@@ -140,6 +140,8 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
         parameters=parameters,
         q_len=shape(q)[2],
         kv_len=shape(k)[2],
+        is_dynamic=not (is_static(value(q).shape[2]) and is_static(value(k).shape[2])),
+        device=value(q).device.type,
     )
     return Found(site, replace(raised, spec=spec), dirty, op, error)
 

@@ -152,9 +152,7 @@ def _folded(plan: Plan) -> tuple[AttentionSpec, tuple[HeadWeights, ...]]:
     return replace(spec, gains=None), (*(e for e in plan.edits if e.role != "out"), *scaled)
 
 
-def edited_parameters(
-    site: Site, edits: Sequence[HeadWeights], out_bias: Tensor | None = None
-) -> dict[str, Tensor]:
+def edited_parameters(site: Site, edits: Sequence[HeadWeights], out_bias: Tensor | None = None) -> dict[str, Tensor]:
     """Whole parameters with the edited heads in place, by name."""
     made: dict[str, Tensor] = {}
     if out_bias is not None:

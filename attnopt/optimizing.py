@@ -318,6 +318,8 @@ def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
         if has
     ]
     parts = [heads, str(spec.pattern), *extras]
+    if spec.selection is not None:
+        parts.append(str(spec.selection))
     if gone:
         parts.append(f"without heads {', '.join(map(str, gone))}")
     if spec.gains is not None:

@@ -24,6 +24,22 @@ def wholes(owner: str, option: str, values: Any) -> tuple[int, ...]:
     return tuple(sorted({whole(owner, option, v) for v in many}))
 
 
+def whole_tuple(owner: str, option: str, values: Any, count: int | None, least: int = 0) -> tuple[int, ...]:
+    """``values`` as ``count`` ints of at least ``least``: one for all or as many; ``count=None``: however many."""
+    many = [values] * (count or 1) if isinstance(values, int) else _sequence(owner, option, values, "whole numbers")
+    if count is not None and len(many) != count:
+        raise PolicyError(f"{owner}: {option}={values!r} is not possible; give one whole number or {count} of them")
+    return tuple(whole(owner, option, v, least) for v in many)
+
+
+def switches(owner: str, option: str, values: Any, count: int) -> tuple[bool, ...]:
+    """``values`` as ``count`` bools: one for all or as many."""
+    many = [values] * count if isinstance(values, bool) else values
+    if isinstance(many, (list, tuple)) and len(many) == count and all(isinstance(v, bool) for v in many):
+        return tuple(many)
+    raise PolicyError(f"{owner}: {option}={values!r} is not possible; give True or False, or {count} of them")
+
+
 def number(owner: str, option: str, value: Any) -> float:
     """``value`` as a finite float."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):

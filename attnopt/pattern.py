@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from itertools import groupby
@@ -11,29 +11,39 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from attnopt.errors import PolicyError
+from attnopt.layout import Layout, count, count_blind, layout
 from attnopt.options import wholes
-
-_BLOCK = 1 << 20  # pairs of a query and a key that ``density`` and ``covers`` look at in one go
+from attnopt.ranges import Reach
 
 
 class Pattern(ABC):
     """A frozen, hashable set of visible (query, key) pairs; joined with ``&``, ``|`` and ``~``.
 
     Query i of L stands at position ``i + S - L``: the last query is at the last of the S keys.  A new pattern is a
-    dataclass (``frozen=True, repr=False``) that defines ``visible`` and, where it can promise it, ``is_causal``.
+    dataclass (``frozen=True, repr=False``) that defines ``visible``, and ``reach`` and ``is_causal`` where it can.
     """
 
     @abstractmethod
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """Bool [L, S] for query positions ``i`` [L, 1] and key positions ``j`` [1, S]; tensor comparisons only."""
+        """Bool, for query positions ``i`` and key positions ``j`` that broadcast against each other: [L, 1] and [1, S]
+        for a whole mask, [n, b, 1] and [n, 1, c] for n blocks.  Tensor comparisons only, so that it can be traced."""
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        """What the queries at positions ``first`` to ``last`` see; the narrower, the less has to be looked at."""
+        return Reach.between(0, kv_len, 0, 0)
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
         """The patterns that this one is made of."""
         return ()
+
+    @property
+    def lengths(self) -> range | None:
+        """The sequence lengths that the pattern is made for, None for any; at others it has a meaning, but no use."""
+        made_for = [lengths for p in self.parts if (lengths := p.lengths) is not None]
+        return reduce(_overlap, made_for) if made_for else None
 
     @property
     def is_causal(self) -> bool:
@@ -86,14 +96,27 @@ class Pattern(ABC):
     def density(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> float:
         """The exact share of visible pairs, 0 to 1, averaged over the heads (see ``mask``)."""
         heads = self._heads(num_heads)
-        pairs = max(1, q_len * kv_len)
-        shares = {p: sum(seen for seen, _ in _counts(p, q_len, kv_len)) / pairs for p in set(heads)}
-        return sum(shares[p] for p in heads) / len(heads)
+        seen = {p: count(p, q_len, kv_len) for p in set(heads)}
+        return sum(seen[p] for p in heads) / (max(1, q_len * kv_len) * len(heads))
 
     def covers(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> bool:
         """Every query of every head sees every key; without ``num_heads`` also in heads beyond those that are named."""
         heads = self._heads(self.named_heads + 1 if num_heads is None else num_heads)
-        return all(seen == pairs for p in set(heads) for seen, pairs in _counts(p, q_len, kv_len))
+        return all(count(p, q_len, kv_len) == q_len * kv_len for p in set(heads))
+
+    def blind(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> tuple[int, ...]:
+        """For each head (see ``mask``) the number of queries that see no key at all; their output is zero."""
+        return tuple(count_blind(p, q_len, kv_len) for p in self._heads(num_heads))
+
+    def visits(self, q_len: int, kv_len: int, block_q: int, block_kv: int, *, num_heads: int | None = None) -> float:
+        """The share of all pairs that lie in a block with a visible one: what a kernel with such tiles computes."""
+        heads = self._heads(num_heads)
+        shares = {p: p.layout(q_len, kv_len, block_q, block_kv).visits for p in set(heads)}
+        return sum(shares[p] for p in heads) / len(heads)
+
+    def layout(self, q_len: int, kv_len: int, block_q: int = 64, block_kv: int = 64) -> Layout:
+        """The blocks that are visited, without the dense mask; of ``for_head(h)`` where the pattern is per head."""
+        return layout(self, q_len, kv_len, block_q, block_kv)
 
     def to_json(self) -> str:
         """The notation that ``from_json`` and ``attnopt.patterns.parse`` read back."""
@@ -139,6 +162,9 @@ class Full(Pattern):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i == i) & (j == j)
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(0, kv_len, 0, kv_len)
+
 
 @dataclass(frozen=True, repr=False)
 class _Joined(Pattern):
@@ -174,6 +200,9 @@ class And(_Joined):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return reduce(Tensor.__and__, (p.visible(i, j) for p in self.joined))
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return reduce(Reach.__and__, (p.reach(first, last, kv_len) for p in self.joined))
+
 
 @dataclass(frozen=True, repr=False)
 class Or(_Joined):
@@ -194,6 +223,9 @@ class Or(_Joined):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return reduce(Tensor.__or__, (p.visible(i, j) for p in self.joined))
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return reduce(Reach.__or__, (p.reach(first, last, kv_len) for p in self.joined))
+
 
 @dataclass(frozen=True, repr=False)
 class Not(Pattern):
@@ -213,6 +245,9 @@ class Not(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return ~self.inner.visible(i, j)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return self.inner.reach(first, last, kv_len).outside(kv_len)
 
     def __invert__(self) -> Pattern:
         return self.inner
@@ -298,19 +333,12 @@ def any_of(patterns: Iterable[Pattern]) -> Pattern:
     return Or(parts) if len(parts) > 1 else parts[0]
 
 
+def _overlap(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
+
+
 def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
     flat: dict[Pattern, Any] = {}
     for p in patterns:
         flat.update(dict.fromkeys(p.parts if isinstance(p, kind) else (p,)))
     return tuple(flat)
-
-
-def _counts(pattern: Pattern, q_len: int, kv_len: int) -> Iterator[tuple[int, int]]:
-    """Visible and all pairs, by blocks of rows so that memory is bounded; real numbers even while a graph is traced."""
-    rows = max(1, _BLOCK // max(1, kv_len))
-    for start in range(0, q_len, rows):
-        with _disable_current_modes():
-            i = torch.arange(start, min(q_len, start + rows), device="cpu").unsqueeze(1) + (kv_len - q_len)
-            block = pattern.visible(i, torch.arange(kv_len, device="cpu").unsqueeze(0))
-            counts = int(block.sum()), block.numel()
-        yield counts

@@ -13,22 +13,32 @@ from typing import Any
 
 from torch import Tensor
 
+from attnopt.block_patterns import BlockLayout, RandomBlocks
 from attnopt.errors import PolicyError
+from attnopt.grids import Neighborhood, Prefix
 from attnopt.notation import evaluate
-from attnopt.options import whole, wholes
+from attnopt.options import LARGEST, whole, wholes
 from attnopt.pattern import And, Full, Not, Or, Pattern, PerHead
+from attnopt.ranges import Reach, merged, stepped
+from attnopt.segments import Segments
 
 __all__ = [
     "And",
+    "BlockLayout",
     "Blocks",
     "Causal",
     "Dilated",
     "Full",
     "Global",
+    "Neighborhood",
     "Not",
     "Or",
     "Pattern",
     "PerHead",
+    "Periodic",
+    "Prefix",
+    "RandomBlocks",
+    "Segments",
     "Sinks",
     "Strided",
     "Window",
@@ -46,6 +56,9 @@ class Causal(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(0, last + 1, 0, first + 1)
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -65,6 +78,9 @@ class Window(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (j >= i - self.left) & (j <= i + self.right)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(first - self.left, last + self.right + 1, last - self.left, first + self.right + 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,6 +105,9 @@ class Dilated(Pattern):
         near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
         return near & (ahead % self.dilation == 0)
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach(all=(), some=stepped(first, last, self.dilation, -self.left, self.right, kv_len))
+
 
 @dataclass(frozen=True, repr=False)
 class Sinks(Pattern):
@@ -105,6 +124,9 @@ class Sinks(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i == i) & (j < self.n)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(0, self.n, 0, self.n)
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,6 +145,13 @@ class Global(Pattern):
             seen = seen | ((i >= places[0]) & (i <= places[-1])) | ((j >= places[0]) & (j <= places[-1]))
         return seen
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        seen = merged((p, p + 1) for p in self.positions)
+        everything = ((0, kv_len),)
+        touched = any(start <= last and first < stop for start, stop in seen)
+        covered = any(start <= first and last < stop for start, stop in seen)
+        return Reach(all=everything if covered else seen, some=everything if touched else seen)
+
 
 @dataclass(frozen=True, repr=False)
 class Strided(Pattern):
@@ -136,25 +165,93 @@ class Strided(Pattern):
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i - j) % self.stride == 0
 
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach(all=(), some=stepped(first, last, self.stride, -LARGEST, LARGEST, kv_len))
+
+
+@dataclass(frozen=True, repr=False)
+class Periodic(Pattern):
+    """Every query sees the keys j with ``start <= j % period < start + count``."""
+
+    period: int
+    start: int
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        whole("Periodic", "period", self.period, least=1)
+        whole("Periodic", "start", self.start)
+        whole("Periodic", "count", self.count)
+        if self.start + self.count > self.period:
+            raise PolicyError(f"Periodic: start={self.start} and count={self.count} go beyond period={self.period}")
+
+    @property
+    def is_positional(self) -> bool:
+        return False
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        place = j % self.period
+        return (i == i) & (place >= self.start) & (place < self.start + self.count)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        if not self.count:
+            return Reach((), ())
+        seen = stepped(self.start, self.start + self.count - 1, self.period, 0, LARGEST, kv_len)
+        return Reach(all=seen, some=seen)
+
 
 @dataclass(frozen=True, repr=False)
 class Blocks(Pattern):
-    """Query i sees the keys of its own block, ``i // size == j // size``, and ``halo`` keys on each side of it."""
+    """Query i sees the keys of its own block of ``size`` tokens, and ``halo`` keys on each side of it.
+
+    Blocks begin at position ``shift`` and every ``size`` tokens from there; the first is shorter where there is a shift.
+    """
 
     size: int
     halo: int = 0
+    shift: int = 0
 
     def __post_init__(self) -> None:
         whole("Blocks", "size", self.size, least=1)
         whole("Blocks", "halo", self.halo)
+        if whole("Blocks", "shift", self.shift) >= self.size:
+            raise PolicyError(f"Blocks: shift={self.shift} is not possible; give a shift below size={self.size}")
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        start = i // self.size * self.size
+        start: Tensor = self._start(i)
         return (j >= start - self.halo) & (j < start + self.size + self.halo)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        start, sure_start = self._start(first) - self.halo, self._start(last) - self.halo
+        wide = self.size + 2 * self.halo
+        return Reach.between(start, sure_start + wide, sure_start, start + wide)
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self.shift else f"Blocks(size={self.size}, halo={self.halo})"
+
+    def _start(self, i: Any) -> Any:
+        """The first position of the block of a query, which is an int or a tensor."""
+        return (i - self.shift) // self.size * self.size + self.shift
 
 
 _BY_NAME: dict[str, type[Pattern]] = {
-    kind.__name__: kind for kind in (Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks, PerHead)
+    kind.__name__: kind
+    for kind in (
+        Full,
+        Causal,
+        Window,
+        Dilated,
+        Sinks,
+        Global,
+        Strided,
+        Periodic,
+        Blocks,
+        Neighborhood,
+        Prefix,
+        Segments,
+        RandomBlocks,
+        BlockLayout,
+        PerHead,
+    )
 }
 
 

@@ -25,6 +25,7 @@ _BUILT_IN = {
         "fuse": "attnopt.passes.fuse:Fuse",
         "local-window": "attnopt.passes.local_window:LocalWindow",
         "sparse": "attnopt.passes.sparse:Sparse",
+        "dynamic-sparse": "attnopt.passes.dynamic_sparse:DynamicSparse",
         "prune-heads": "attnopt.passes.prune_heads:PruneHeads",
         "grouped-query": "attnopt.passes.grouped_query:GroupedQuery",
         "scale-heads": "attnopt.passes.scale_heads:ScaleHeads",
@@ -32,6 +33,7 @@ _BUILT_IN = {
     "attnopt.backends": {
         "reference": "attnopt.backends.reference:Reference",
         "sdpa": "attnopt.backends.sdpa:Sdpa",
+        "blocked": "attnopt.backends.blocked:Blocked",
     },
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt import plugins
+from attnopt.block_scores import BlockScores
 from attnopt.errors import PolicyError
 from attnopt.notation import construct, evaluate
 from attnopt.patterns import Pattern, constructor
@@ -146,6 +147,6 @@ def _pass_to_json(p: Pass) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Pattern):
+    if isinstance(value, (Pattern, BlockScores)):
         return value.to_json()
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

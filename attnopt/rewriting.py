@@ -102,5 +102,10 @@ class Backend(ABC):
         """The function that computes ``spec``; gains included."""
 
     @abstractmethod
-    def cost(self, spec: AttentionSpec, q_len: int, kv_len: int) -> float:
-        """Relative run time of one call at these lengths; the cheapest backend that accepts a spec is taken."""
+    def cost(self, site: Site) -> float:
+        """Seconds of one call for a batch of one at ``site.q_len`` and ``site.kv_len``, as far as that can be told; of the
+        backends that accept the spec, the cheapest is taken."""
+
+    def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
+        """What the report should tell of this lowering."""
+        return ()

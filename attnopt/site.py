@@ -46,6 +46,8 @@ class Site:
     q_len: int = 0  # L and S at the sizes of the example inputs
     kv_len: int = 0
     activations: Activations | None = field(default=None, repr=False, compare=False)  # where there is calibration data
+    is_dynamic: bool = False  # L or S may vary with the inputs
+    device: str = "cpu"  # the kind of device that the attention runs on
 
     @property
     def num_heads(self) -> int:

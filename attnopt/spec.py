@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.patterns import Full, Pattern
 
 FULL = Full()
@@ -19,11 +20,12 @@ class AttentionSpec:
         s = scale * q_h @ k_g.T                    # [L, S]
         s = softcap * tanh(s / softcap)            # where there is a softcap
         s = s + bias                               # where there is a bias operand, [B|1, H|1, L|1, S]
-        s = where(mask & pattern, s, -inf)         # the mask operand (bool) is an input, the pattern is static
+        s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         p = softmax([s, sink_h])[:S]               # a sink logit takes probability and gives nothing
         o_h = gain_h * (p @ v_g)                   # [L, value_dim]
 
-    A query that sees no key at all gets zeros.
+    ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
+    run time; all keys where it is None.  A query that sees no key at all gets zeros.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -40,6 +42,7 @@ class AttentionSpec:
     gains: tuple[float, ...] | None = None  # one factor for each remaining query head
     is_cross: bool = False  # keys come from another sequence than queries
     seen_as: Pattern | None = None  # what pattern and mask together amount to on unpadded inputs, where that is known
+    selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     positions: tuple[str, ...] = ()  # position encodings seen on the way, e.g. ("rope",)
 
     def __post_init__(self) -> None:

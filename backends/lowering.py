@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import groupby
 
 import torch
@@ -13,18 +14,29 @@ from attnopt.patterns import Full
 from attnopt.spec import AttentionSpec
 
 
-def dense_flops(spec: AttentionSpec, q_len: int, kv_len: int) -> float:
-    """Floating-point operations of both products, masked pairs included, for a batch of one."""
-    return 2.0 * spec.num_heads * q_len * kv_len * (spec.head_dim + spec.value_dim)
-
-
 def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Bool [B|1, H|1, L|1, S]: the mask operand and the pattern together; None where every query sees every key."""
+    """Bool [B|1, H|1, L|1, S]: the mask operand, the pattern and the selected blocks together; None where every query sees
+    every key."""
     q_len, kv_len = q.shape[2], k.shape[2]
-    if _sees_all(spec, q_len, kv_len):
-        return mask
-    pattern = spec.pattern.mask(q_len, kv_len, num_heads=spec.num_heads, device=q.device).unsqueeze(0)
-    return pattern if mask is None else mask & pattern
+    seen = [] if mask is None else [mask]
+    if not _sees_all(spec, q_len, kv_len):
+        seen.append(spec.pattern.mask(q_len, kv_len, num_heads=spec.num_heads, device=q.device).unsqueeze(0))
+    if spec.selection is not None:
+        seen.append(spec.selection.spread(selected(spec, q, k), q_len, kv_len))
+    return reduce(Tensor.__and__, seen) if seen else None
+
+
+def selected(spec: AttentionSpec, q: Tensor, k: Tensor) -> Tensor:
+    """Bool [B, H, block rows, block columns]: the blocks of keys that ``spec.selection`` keeps."""
+    assert spec.selection is not None
+    return spec.selection.select(q, heads_of(spec, k), spec.scale, spec.is_causal)
+
+
+def of_masked_blocks(backend: str, spec: AttentionSpec) -> tuple[str, ...]:
+    """What a backend that masks has to tell of blocks that are selected at run time."""
+    if spec.selection is None:
+        return ()
+    return (f"{backend}: blocks that are not kept are masked, not skipped, which saves no time",)
 
 
 def heads_of(spec: AttentionSpec, kv: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnopt.backends.lowering import dense_flops, heads_of, visible, with_gains
+from attnopt.backends.lowering import heads_of, of_masked_blocks, visible, with_gains
+from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
 from attnopt.rewriting import Attend, Backend
+from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
 
@@ -36,8 +38,11 @@ class Reference(Backend):
 
         return attend
 
-    def cost(self, spec: AttentionSpec, q_len: int, kv_len: int) -> float:
-        return 3.0 * dense_flops(spec, q_len, kv_len)
+    def cost(self, site: Site) -> float:
+        return 3.0 * dense_flops(site) / (of_cpu().masked if site.device == "cpu" else GPU_RATE)
+
+    def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
+        return of_masked_blocks(self.name, spec)
 
 
 def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnopt.backends.lowering import dense_flops, heads_of, visible, with_gains
-from attnopt.patterns import Causal
+from attnopt.backends.lowering import heads_of, of_masked_blocks, visible, with_gains
+from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
+from attnopt.patterns import Causal, Full
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Attend, Backend
+from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
 
@@ -40,7 +42,7 @@ class Sdpa(Backend):
             is_shared = _is_evenly_shared(spec)
             keys, values = (k, v) if is_shared else (heads_of(spec, k), heads_of(spec, v))
             # SDPA aligns its causal triangle with the first key, a pattern with the last.
-            is_plain = spec.pattern == Causal() and bias is None and mask is None
+            is_plain = spec.pattern == Causal() and spec.selection is None and bias is None and mask is None
             is_causal = is_plain and statically_known_true(q.shape[2] == k.shape[2])
             attn_mask = None if is_causal else _as_mask(bias, visible(spec, q, k, mask), q.dtype)
             o = F.scaled_dot_product_attention(
@@ -50,8 +52,18 @@ class Sdpa(Backend):
 
         return attend
 
-    def cost(self, spec: AttentionSpec, q_len: int, kv_len: int) -> float:
-        return dense_flops(spec, q_len, kv_len)
+    def cost(self, site: Site) -> float:
+        if site.device != "cpu":
+            return dense_flops(site) / GPU_RATE
+        spec, speed = site.spec, of_cpu()
+        rate = speed.masked
+        if not spec.has_mask and not spec.has_bias and spec.selection is None:
+            is_triangle = spec.pattern == Causal() and site.q_len == site.kv_len
+            rate = speed.dense if spec.pattern == Full() else speed.causal if is_triangle else speed.masked
+        return speed.dense_call + dense_flops(site) / rate
+
+    def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
+        return of_masked_blocks(self.name, spec)
 
 
 def _is_evenly_shared(spec: AttentionSpec) -> bool:

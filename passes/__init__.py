@@ -5,6 +5,7 @@ from __future__ import annotations
 if __name__ != "attnopt.passes":
     raise ImportError(f"{__name__} would be a second copy of attnopt.passes; import attnopt.passes instead")
 
+from attnopt.passes.dynamic_sparse import DynamicSparse
 from attnopt.passes.fuse import Fuse
 from attnopt.passes.grouped_query import GroupedQuery
 from attnopt.passes.local_window import LocalWindow
@@ -12,4 +13,4 @@ from attnopt.passes.prune_heads import PruneHeads
 from attnopt.passes.scale_heads import ScaleHeads
 from attnopt.passes.sparse import Sparse
 
-__all__ = ["Fuse", "GroupedQuery", "LocalWindow", "PruneHeads", "ScaleHeads", "Sparse"]
+__all__ = ["DynamicSparse", "Fuse", "GroupedQuery", "LocalWindow", "PruneHeads", "ScaleHeads", "Sparse"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from attnopt.patterns import Pattern
 from attnopt.refusal import Refusal
 from attnopt.site import Site
 
@@ -45,3 +46,19 @@ def refuse_unknown_projections(site: Site, roles: Iterable[str], expected: str, 
             hint = f"give {give}" if give else ""
             return site.refuse("unknown-projection", expected=expected, found=found, hint=hint)
     return None
+
+
+def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:
+    """A refusal of a sequence that does not have the length for which the pattern is made."""
+    made_for = pattern.lengths
+    if made_for is None or (site.kv_len in made_for and not site.is_dynamic):
+        return None
+    if not made_for:
+        return site.refuse("wrong-length", expected="a pattern for one length", found=f"several lengths in {pattern}")
+    least, most = made_for[0], made_for[-1]
+    expected = f"a sequence of {least} tokens" if least == most else f"a sequence of {least} to {most} tokens"
+    if site.is_dynamic:
+        hint = "leave the sequence axis out of dynamic_shapes"
+        return site.refuse("wrong-length", expected=expected, found="a length that may vary", hint=hint)
+    hint = "write class and register tokens in front of a grid as Prefix(n, ...)" if site.kv_len > most else ""
+    return site.refuse("wrong-length", expected=expected, found=f"{site.kv_len} tokens", hint=hint)

@@ -218,7 +218,9 @@ class PruneHeads(Pass, SharesBudget):
             hint = "give calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         if fits or method in ("obs", "flap", "wanda", "output-norm"):
-            return refuse_unknown_projections(site, ("out",), "a known output projection", 'compensate="none" and scores')
+            return refuse_unknown_projections(
+                site, ("out",), "a known output projection", 'compensate="none" and scores'
+            )
         if method != "weights":
             return None
         hint = "importance=, one number for each head"

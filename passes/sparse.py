@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from attnopt.errors import PolicyError
-from attnopt.passes.heads import refuse_other_keys, refuse_unknown_heads
+from attnopt.passes.heads import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
 from attnopt.patterns import Pattern, parse
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Pass, Rewrite
@@ -17,8 +17,8 @@ from attnopt.site import Site
 class Sparse(Pass):
     """A query sees a key only if ``pattern`` allows it too.
 
-    ``pattern``: one of ``attnopt.patterns``, or its text.  Heads in it are counted as in the trained model.  Raises
-    PolicyError.
+    ``pattern``: one of ``attnopt.patterns``, or its text.  Heads in it are counted as in the trained model.  A causal
+    attention stays causal; a query for which no key is left gives zeros.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "sparse"
@@ -34,7 +34,11 @@ class Sparse(Pass):
     def check(self, site: Site) -> Refusal | None:
         named = self.pattern.named_heads
         misplaced = refuse_other_keys(site) if self.pattern.is_positional else None
-        return misplaced or refuse_unknown_heads(site, [named - 1] if named else [])
+        return (
+            misplaced
+            or refuse_other_lengths(site, self.pattern)
+            or refuse_unknown_heads(site, [named - 1] if named else [])
+        )
 
     def rewrite(self, site: Site) -> Rewrite:
         return Rewrite(site.spec.restricted(self.pattern.for_heads(site.spec.heads)))

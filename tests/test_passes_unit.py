@@ -13,7 +13,21 @@ import torch
 
 from attnopt.errors import PolicyError
 from attnopt.passes import Fuse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
-from attnopt.patterns import Causal, Dilated, Full, PerHead, Sinks, Window
+from attnopt.patterns import (
+    BlockLayout,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Neighborhood,
+    Pattern,
+    PerHead,
+    Prefix,
+    RandomBlocks,
+    Segments,
+    Sinks,
+    Window,
+)
 from attnopt.rewriting import Pass
 from attnopt.site import Projection, Site
 from attnopt.spec import AttentionSpec
@@ -44,7 +58,7 @@ def a_site(heads: int = 4, kv_heads: int = 4, *, weights: bool = True, bias: boo
     kv_of_head = tuple(h * kv_heads // heads for h in range(heads))
     spec = AttentionSpec(tuple(range(heads)), tuple(range(kv_heads)), kv_of_head, D, D, 0.5)
     site = Site("encoder.0.attn", spec, projections, "model.py:88", parameters=parameters, q_len=12, kv_len=12)
-    own = {k: v for k, v in changes.items() if k in ("q_len", "kv_len")}
+    own = {k: v for k, v in changes.items() if k in ("q_len", "kv_len", "is_dynamic")}
     return replace(site, spec=replace(spec, **{k: v for k, v in changes.items() if k not in own}), **own)
 
 
@@ -124,6 +138,55 @@ def test_positions_need_one_sequence(p: Pass) -> None:
 def test_sinks_alone_need_no_positions() -> None:
     p = Sparse(Sinks(3) & PerHead({0: Sinks(1)}))
     assert applied(p, a_site(is_cross=True)).spec.pattern == p.pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (Neighborhood((2, 7), 3), "expected a sequence of 14 tokens, found 12 tokens (at model.py:88)"),
+        (Causal() & Segments([0] * 13), "expected a sequence of 13 tokens, found 12 tokens"),
+        (Prefix(1, Neighborhood((3, 4), 3)), "expected a sequence of 13 tokens, found 12 tokens"),
+        (PerHead({1: RandomBlocks(4, 1, blocks=4)}), "expected a sequence of 13 to 16 tokens, found 12 tokens"),
+        (~BlockLayout([[1, 0], [0, 1]], 5), "expected a sequence of 6 to 10 tokens, found 12 tokens"),
+        (
+            Neighborhood((3, 4), 3) | Segments([0] * 13),
+            "expected a pattern for one length, found several lengths in Neighborhood(",
+        ),
+    ],
+)
+def test_a_pattern_for_another_length(pattern: Pattern, found: str) -> None:
+    text = refusal(Sparse(pattern), a_site())
+    assert text.startswith(f"[wrong-length] {found}")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Neighborhood((3, 4), 3),
+        Prefix(3, Neighborhood((3, 3), 3)),
+        Segments([0, (1, 11)]),
+        RandomBlocks(5, 1, blocks=3),
+        RandomBlocks(5, 1),
+        BlockLayout([[1, 0], [0, 1]], 7),
+        Prefix(3, Window(1)),
+    ],
+)
+def test_a_pattern_for_this_length(pattern: Pattern) -> None:
+    assert applied(Sparse(pattern), a_site()).spec.pattern == pattern
+    varying = a_site(is_dynamic=True)
+    if pattern.lengths is None:
+        assert Sparse(pattern).check(varying) is None
+    else:
+        assert "found a length that may vary" in refusal(Sparse(pattern), varying)
+        assert "hint: leave the sequence axis out of dynamic_shapes" in refusal(Sparse(pattern), varying)
+
+
+@pytest.mark.parametrize("pattern", [Window(2, 5), ~Causal(), Full(), Blocks(4, 1), Neighborhood((3, 4), 3)])
+def test_a_causal_attention_stays_causal(pattern: Pattern) -> None:
+    for causal in (a_site(pattern=Causal()), a_site(has_mask=True, seen_as=Causal())):
+        assert applied(Sparse(pattern), causal).spec.is_causal
+    later = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    assert not (applied(Sparse(pattern), a_site(pattern=Causal())).spec.pattern.mask(12, 12)[0] & later).any()
 
 
 @pytest.mark.parametrize(

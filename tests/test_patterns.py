@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,18 +13,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from attnopt import layout as layout_module
 from attnopt.errors import PolicyError
 from attnopt.patterns import (
     And,
+    BlockLayout,
     Blocks,
     Causal,
     Dilated,
     Full,
     Global,
+    Neighborhood,
     Not,
     Or,
     Pattern,
     PerHead,
+    Periodic,
+    Prefix,
+    RandomBlocks,
+    Segments,
     Sinks,
     Strided,
     Window,
@@ -31,6 +39,24 @@ from attnopt.patterns import (
 )
 
 SMALL = st.integers(0, 6)
+
+
+@st.composite
+def neighborhoods(draw: st.DrawFn) -> Neighborhood:
+    grid = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    kernel = [draw(st.integers(1, 5)) for _ in grid]
+    stride = [draw(st.integers(1, k)) for k in kernel]
+    dilation = [draw(st.integers(1, 3)) for _ in grid]
+    causal = [draw(st.booleans()) for _ in grid]
+    return Neighborhood(grid, kernel, stride, dilation, causal, draw(st.sampled_from(["shift", "clip"])))
+
+
+def block_layouts(count: int) -> st.SearchStrategy[BlockLayout]:
+    table = st.lists(st.lists(st.integers(0, 1), min_size=count, max_size=count), min_size=count, max_size=count)
+    return st.builds(BlockLayout, table, st.integers(1, 4))
+
+
+PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=6)
 LEAVES = st.one_of(
     st.just(Full()),
     st.just(Causal()),
@@ -40,6 +66,12 @@ LEAVES = st.one_of(
     st.builds(Global, st.lists(st.integers(0, 12), max_size=4).map(tuple)),
     st.builds(Strided, st.integers(1, 4)),
     st.builds(Blocks, st.integers(1, 4), st.integers(0, 2)),
+    st.builds(Blocks, st.just(4), st.integers(0, 2), st.integers(0, 3)),
+    st.builds(Periodic, st.just(5), st.integers(0, 2), st.integers(0, 3)),
+    neighborhoods(),
+    st.builds(Segments, st.lists(st.integers(0, 3), min_size=1, max_size=9), st.none() | PAIRS),
+    st.builds(RandomBlocks, st.integers(1, 3), SMALL, st.none() | st.integers(1, 5), SMALL),
+    st.integers(1, 4).flatmap(block_layouts),
 )
 
 
@@ -49,6 +81,7 @@ def _joined(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
         st.tuples(inner, inner).map(lambda ab: ab[0] & ab[1]),
         st.tuples(inner, inner).map(lambda ab: ab[0] | ab[1]),
         inner.map(lambda a: ~a),
+        st.builds(Prefix, st.integers(0, 2), inner),
         st.builds(PerHead, heads, inner),
     )
 
@@ -74,8 +107,25 @@ def sees(p: Pattern, h: int, i: int, j: int) -> bool:
             return i in positions or j in positions
         case Strided(stride):
             return (i - j) % stride == 0
-        case Blocks(size, halo):
-            return i // size * size - halo <= j < i // size * size + size + halo
+        case Periodic(period, start, count):
+            return j % period in range(start, start + count)
+        case Blocks(size, halo, shift):
+            members = [k for k in range(-20, 300) if (k - shift) // size == (i - shift) // size]
+            return members[0] - halo <= j <= members[-1] + halo
+        case Neighborhood():
+            return near(p, i, j)
+        case Prefix(n, rest):
+            return 0 <= i < n or j < n or sees(rest, h, i - n, j - n)
+        case Segments(ids, pairs):
+            of = [number for number, count in ids for _ in range(count)]
+            if not (0 <= i < len(of) and j < len(of)):
+                return False
+            return of[i] == of[j] if pairs is None else (of[i], of[j]) in pairs
+        case RandomBlocks(size, count, blocks, seed):
+            return j // size in drawn(i // size, count, blocks, seed)
+        case BlockLayout(table, block):
+            row, col = i // block, j // block
+            return 0 <= row < len(table) and any(start <= col < stop for start, stop in table[row])
         case And(joined):
             return all(sees(q, h, i, j) for q in joined)
         case Or(joined):
@@ -85,6 +135,51 @@ def sees(p: Pattern, h: int, i: int, j: int) -> bool:
         case PerHead(groups=groups, default=default):
             return sees(next((q for places, q in groups if h in places), default), h, i, j)
     raise AssertionError(p)
+
+
+def near(p: Neighborhood, i: int, j: int) -> bool:
+    """Coordinate by coordinate, after the masks of NATTEN's reference kernels."""
+    coordinates = list(itertools.product(*(range(n) for n in p.grid)))
+    if not (0 <= i < len(coordinates) and j < len(coordinates)):
+        return False
+    axes = zip(coordinates[i], coordinates[j], p.grid, p.kernel, p.stride, p.dilation, p.causal, strict=True)
+    for query, key, n, kernel, stride, dilation, causal in axes:
+        if query % dilation != key % dilation:
+            return False
+        alike = [c for c in range(n) if c % dilation == query % dilation]
+        query, key = alike.index(query), alike.index(key)
+        left, right = kernel // 2, kernel // 2 + kernel % 2 - 1
+        if causal:
+            leader = min(query // stride * stride + stride - 1, len(alike) - 1)
+            start, end = max(leader - left - right, 0), query + 1
+        elif p.edge == "clip" or kernel > len(alike):
+            group = query // stride * stride
+            moved = group + stride // 2 - left
+            start, end = (moved, moved + kernel) if p.edge == "clip" else (0, len(alike))
+        else:
+            leader = min(query // stride * stride + stride // 2, len(alike) - 1)
+            start = max(leader - left, 0)
+            if leader + right >= len(alike):
+                start += len(alike) - right - leader - 1
+            end = start + kernel
+        if not start <= key < end:
+            return False
+    return True
+
+
+def drawn(row: int, count: int, blocks: int | None, seed: int) -> set[int]:
+    """One block of each of ``count`` parts, by the same hash in Python's own numbers."""
+    if row < 0 or (blocks is not None and row >= blocks):
+        return set()
+    among = row + 1 if blocks is None else blocks
+    found = set()
+    for part in range(count):
+        number = 1
+        for value in (seed, part, row):
+            number = pow((number * 48271 + value + 11) % (2**31 - 1), 5, 2**31 - 1)
+        start, stop = part * among // count, (part + 1) * among // count
+        found.add(start + number % max(1, stop - start))
+    return found
 
 
 def expected_mask(p: Pattern, heads: int, q_len: int, kv_len: int) -> torch.Tensor:
@@ -203,7 +298,8 @@ def test_per_head_normal_form() -> None:
         ("Global([1, -1])", "Global: positions=-1 is not possible"),
         (
             "Windw(3)",
-            "there is no pattern 'Windw'; there are Full, Causal, Window, Dilated, Sinks, Global, Strided, Blocks",
+            "there is no pattern 'Windw'; there are Full, Causal, Window, Dilated, Sinks, Global, Strided, Periodic, Blocks, "
+            "Neighborhood, Prefix, Segments, RandomBlocks, BlockLayout, PerHead",
         ),
         ("Windw(3)", "did you mean Window?"),
         ("Window(3, ahead=1)", "Window: got an unexpected keyword argument 'ahead'\n  hint: Window takes left, right"),
@@ -211,6 +307,29 @@ def test_per_head_normal_form() -> None:
         ("Window(", "cannot read 'Window(': '(' was never closed"),
         ("3", "'3' is not a pattern"),
         ("Causal() & 3", "'3' cannot be joined with &, | or ~"),
+        ("Neighborhood(4, -1)", "Neighborhood: kernel=-1 is not possible; give a whole number from 1 to"),
+        ("Neighborhood((4, 0), 1)", "Neighborhood: grid=0 is not possible; give a whole number from 1 to"),
+        ("Neighborhood((2, 2, 2, 2), 1)", "grid=(2, 2, 2, 2) is not possible; give one, two or three sizes"),
+        ("Neighborhood((4, 4), (3, 3, 3))", "kernel=(3, 3, 3) is not possible; give one whole number or 2 of them"),
+        ("Neighborhood(4, 3, stride=4)", "stride=4 is larger than kernel=3\n  hint: some queries would not see"),
+        ("Neighborhood(4, 3, causal=1)", "Neighborhood: causal=1 is not possible; give True or False, or 1 of them"),
+        ("Neighborhood(4, 3, edge='wrap')", "edge='wrap' is not possible; give one of 'shift', 'clip'"),
+        ("Blocks(4, shift=4)", "Blocks: shift=4 is not possible; give a shift below size=4"),
+        ("Periodic(4, 3, 2)", "Periodic: start=3 and count=2 go beyond period=4"),
+        ("Prefix(1, 2)", "Prefix: rest=2 is not possible; give a pattern"),
+        ("Prefix(-1, Full())", "Prefix: n=-1 is not possible"),
+        ("Segments([])", "Segments: ids=() is not possible; give the segment of every token"),
+        ("Segments([0, -1])", "Segments: ids=-1 is not possible; give a whole number from 0"),
+        ("Segments([(0, 0)])", "Segments: ids=0 is not possible; give a whole number from 1"),
+        ("Segments([0], pairs=[0])", "pairs=(0,) is not possible; give pairs of a query's and a key's segment"),
+        ("Segments([0], pairs=0)", "pairs=0 is not possible; give pairs of a query's and a key's segment"),
+        ("RandomBlocks(0, 1)", "RandomBlocks: size=0 is not possible"),
+        ("RandomBlocks(1, 1, blocks=0)", "RandomBlocks: blocks=0 is not possible"),
+        ("BlockLayout([], 4)", "BlockLayout: table=() is not possible; give a square table of 0 and 1"),
+        ("BlockLayout([[1, 0]], 4)", "row 0 of table has 2 columns, the table 1 rows; give a square table"),
+        ("BlockLayout([[2]], 4)", "BlockLayout: row 0 of table: (2,) is not possible; give a row of 0 and 1"),
+        ("BlockLayout(['0', '1-2'], 4)", "row 1 of table names column 2, but the table has 2 rows and columns"),
+        ("BlockLayout(['0;1'], 4)", "row 0 of table: '0;1' is not possible; list columns as in \"0-3, 7\""),
         ("Causal() + Full()", "'Causal() + Full()' cannot be read"),
         ("(lambda: 1)()", "is not a name"),
         ("Window(**{'left': 1})", "** cannot be read"),
@@ -264,3 +383,103 @@ def test_mask_traces_with_symbolic_lengths(p: Pattern) -> None:
     assert not [n for n in graph.graph.nodes if n.op == "get_attr" or "sum" in str(n.target)]
     for q_len, kv_len in ((5, 7), (3, 3), (9, 4)):
         assert torch.equal(graph(torch.zeros(q_len), torch.zeros(kv_len)), p.mask(q_len, kv_len, num_heads=4))
+
+
+@given(PATTERNS, st.integers(1, 70), st.integers(1, 70), st.sampled_from([(4, 8), (16, 16), (7, 5), (64, 64)]))
+def test_layout_holds_exactly_the_visible_pairs(p: Pattern, q_len: int, kv_len: int, blocks: tuple[int, int]) -> None:
+    block_q, block_kv = blocks
+    for head in range(max(1, p.named_heads)):
+        seen = p.for_head(head)
+        found = seen.layout(q_len, kv_len, block_q, block_kv)
+        dense = torch.zeros(found.num_rows * block_q, found.num_cols * block_kv, dtype=torch.bool)
+        for row, col, tile in zip(found.rows, found.cols, found.tile, strict=True):
+            pairs = dense[row * block_q : (row + 1) * block_q, col * block_kv : (col + 1) * block_kv]
+            pairs[:] = True if tile < 0 else torch.from_numpy(found.tiles[tile].copy())
+            assert pairs[: q_len - row * block_q, : kv_len - col * block_kv].any(), "an empty block is not kept"
+        assert torch.equal(dense[:q_len, :kv_len], seen.mask(q_len, kv_len)[0])
+
+
+def test_layout_of_a_long_sequence_costs_only_what_it_keeps() -> None:
+    window = Causal() & (Window(255, 0) | Sinks(4))
+    found = window.layout(1 << 17, 1 << 17)
+    assert len(found.cols) == pytest.approx(6 * 2048, rel=0.01)
+    assert len(found.tiles) == 4, "tiles that look the same are kept once"
+    assert window.density(1 << 17, 1 << 17) == pytest.approx(260 / (1 << 17), rel=0.01)
+
+
+def test_block_lists_are_short() -> None:
+    table = torch.ones(64, 64).tril()
+    text = str(BlockLayout(table, 128))
+    assert text.startswith("BlockLayout(table=('0', '0-1', '0-2', '0-3', ")
+    assert len(text) < 600
+    assert parse(text) == BlockLayout(table.bool(), 128)
+    heads = BlockLayout.per_head(torch.stack([table, table.T]), 128)
+    assert heads == PerHead({0: BlockLayout(table, 128), 1: BlockLayout(table.T, 128)})
+    assert str(Segments([0] * 1000 + [3] + [0] * 5)) == "Segments(((0, 1000), 3, (0, 5)))"
+    assert Segments(torch.tensor([1, 1, 0])) == Segments([(1, 2), 0])
+
+
+def test_random_blocks_do_not_change_as_the_sequence_grows() -> None:
+    drawn_blocks = RandomBlocks(4, 2)
+    assert torch.equal(drawn_blocks.mask(60, 60)[0, :40, :40], drawn_blocks.mask(40, 40)[0])
+    assert not torch.equal(drawn_blocks.mask(60, 60), RandomBlocks(4, 2, seed=1).mask(60, 60))
+    of_all = RandomBlocks(4, 3, blocks=15).layout(60, 60, 4, 4)
+    assert set(of_all.row_ptr.tolist()) == set(range(0, 46, 3)), "three different blocks for every block of queries"
+    spread = torch.bincount(torch.from_numpy(RandomBlocks(1, 4, blocks=512).layout(512, 512, 1, 1).cols.copy()).long())
+    assert spread.max() <= 16, "no key block is drawn far more often than others"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length"),
+    [
+        (Neighborhood((64, 64), 13), 4096),
+        (Neighborhood((32, 64), (5, 9), stride=(2, 4), dilation=(2, 1), edge="clip"), 2048),
+        (Neighborhood((8, 16, 16), (3, 5, 5), causal=(True, False, False)), 2048),
+        (Neighborhood(1 << 14, 7, dilation=512), 1 << 14),
+        (Prefix(1, Neighborhood((64, 64), 7)), 4097),
+        (Segments([(n % 7, 100 + n) for n in range(20)]), 2190),
+        (Segments([(n, 128) for n in range(16)], [(n, n // 2) for n in range(16)]), 2048),
+        (RandomBlocks(128, 2) & Causal(), 4096),
+        (BlockLayout(torch.eye(32), 128), 4096),
+        (Dilated(4, 4, 700), 8192),
+        (Strided(1024), 8192),
+        (Causal() & (Window(255, 0) | Sinks(4)), 8192),
+    ],
+)
+def test_layout_looks_at_little_more_than_it_keeps(
+    pattern: Pattern, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = 0
+    whole = layout_module._looked_at
+
+    def counted(p: Pattern, ranges: Any, *sizes: int) -> Any:
+        nonlocal looked_at
+        looked_at += int((ranges[:, 2] - ranges[:, 1]).sum())
+        return whole(p, ranges, *sizes)
+
+    monkeypatch.setattr(layout_module, "_looked_at", counted)
+    layout_module.layout.cache_clear()
+    found = pattern.layout(length, length)
+    assert looked_at <= 1.2 * len(found.cols) + 20
+    assert pattern.density(length, length) <= found.visits < 1
+
+
+@settings(deadline=None)
+@given(PATTERNS, LENGTHS, LENGTHS)
+def test_blind_queries_are_counted(p: Pattern, q_len: int, kv_len: int) -> None:
+    mask = p.mask(q_len, kv_len, num_heads=4)
+    assert p.blind(q_len, kv_len, num_heads=4) == tuple((~mask.any(2)).sum(1).tolist())
+
+
+def test_neighborhoods_of_known_kind() -> None:
+    """Stride 1 is neighbourhood attention, stride = kernel is blocked attention; blocks with a halo clip at the edge."""
+    assert torch.equal(Neighborhood(12, 3, stride=3).mask(12, 12), Blocks(3).mask(12, 12))
+    for size, halo, length in ((4, 2, 18), (3, 1, 11), (5, 0, 12)):
+        haloed = Neighborhood(length, size + 2 * halo, stride=size, edge="clip")
+        assert torch.equal(haloed.mask(length, length), Blocks(size, halo).mask(length, length))
+    assert torch.equal(Neighborhood(9, 4, causal=True).mask(9, 9), Window(3, 0).mask(9, 9))
+    assert torch.equal(Neighborhood(9, 5, edge="clip").mask(9, 9), Window(2).mask(9, 9))
+    assert Neighborhood(9, 5).mask(9, 9).sum(2).eq(5).all(), "the window is moved inside, not cut"
+    assert Neighborhood((5, 6), (5, 6)).covers(30, 30)
+    assert Neighborhood((4, 5), 3, causal=True).is_causal
+    assert not Neighborhood((4, 5), 3, causal=(True, False)).is_causal

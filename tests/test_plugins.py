@@ -51,10 +51,11 @@ def site_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_built_in_names() -> None:
-    assert list(plugins.passes())[:6] == [
+    assert list(plugins.passes())[:7] == [
         "fuse",
         "local-window",
         "sparse",
+        "dynamic-sparse",
         "prune-heads",
         "grouped-query",
         "scale-heads",

@@ -20,8 +20,8 @@ import attnopt
 from attnopt.capture import capture
 from attnopt.matching import recognise
 from attnopt.normaliser import normalisers
-from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
-from attnopt.patterns import Window
+from attnopt.passes import DynamicSparse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
+from attnopt.patterns import Neighborhood, Window
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError
 
@@ -98,6 +98,12 @@ def refused(s: Spelling, policy: Any, **options: Any) -> Refusal:
     (refusal,) = entry.refusals.values()
     assert str(refusal).splitlines()[0][:20] in str(fast.report).replace(" refused", "")
     return refusal
+
+
+def selected_twice() -> Refusal:
+    policy = [DynamicSparse(), DynamicSparse(keep=2)]
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
+    return entry.refusals["dynamic-sparse"]
 
 
 def sink_and_constant() -> Refusal:
@@ -190,6 +196,16 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(), PruneHeads(heads=[1, 4, 7])),
         "[unknown-head] expected heads from 0 to 3, found head 4, 7 (at LINE)",
     ),
+    "wrong-length": (
+        lambda: refused(Spelling(), Sparse(Neighborhood((2, 3), 1))),
+        "[wrong-length] expected a sequence of 6 tokens, found 7 tokens (at LINE)\n  hint: write class and register "
+        "tokens in front of a grid as Prefix(n, ...)",
+    ),
+    "already-selected": (
+        selected_twice,
+        "[already-selected] expected an attention that sees every block, found DynamicBlocks(scores=Pooled(), keep=0.25, "
+        "block=64, sinks=1, local=1) (at LINE)\n  hint: give the site one dynamic-sparse only",
+    ),
     "all-heads": (
         lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
         "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)",
@@ -215,6 +231,10 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "no-softcap": (
         lambda: refused(Spelling(softcap=5.0), LocalWindow(1), backend="sdpa"),
         "[no-softcap] expected scores without softcap, found softcap 5.0",
+    ),
+    "other-blocks": (
+        lambda: refused(Spelling(), DynamicSparse(block=32), backend="blocked"),
+        "[other-blocks] expected a selection of blocks of 64, or several of these, found blocks of 32",
     ),
     "no-sinks": (
         lambda: refused(Spelling(sinks=True), LocalWindow(1), backend="sdpa"),

@@ -59,5 +59,5 @@ class Plain(Backend):
 
         return attend
 
-    def cost(self, spec: AttentionSpec, q_len: int, kv_len: int) -> float:
-        return 1e3 * spec.num_heads * q_len * kv_len
+    def cost(self, site: Site) -> float:
+        return 1e-9 * site.num_heads * site.q_len * site.kv_len

@@ -1,0 +1,30 @@
+"""Tables of bools as plain operators: made from numbers inside a traced graph, without a constant tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+WORD = 32  # columns that one number of a row holds
+
+
+def looked_up(rows: Sequence[int], columns: int, row: Tensor, col: Tensor) -> Tensor:
+    """Bit ``col`` of ``rows[row]``, for indices within the table that broadcast against each other."""
+    words = -(-columns // WORD)
+    numbers = [bits >> WORD * word & (1 << WORD) - 1 for bits in rows for word in range(words)]
+    packed = stretched(((number, 1) for number in numbers), row.device).reshape(len(rows), words, 1)
+    place = 2 ** torch.arange(WORD, device=row.device)
+    return (packed // place % 2 == 1).reshape(len(rows), words * WORD)[row, col]
+
+
+def stretched(runs: Iterable[tuple[int, int]], device: torch.device) -> Tensor:
+    """Each value of the (value, count) pairs so many times in a row: int64."""
+    joined: list[tuple[int, int]] = []
+    for value, count in runs:
+        if joined and joined[-1][0] == value:
+            joined[-1] = (value, joined[-1][1] + count)
+        else:
+            joined.append((value, count))
+    return torch.cat([torch.full((count,), value, dtype=torch.int64, device=device) for value, count in joined])

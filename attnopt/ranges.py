@@ -1,0 +1,105 @@
+"""Sets of whole numbers as ascending, disjoint, half-open ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What is known of the keys that a run of neighbouring queries sees: ``all`` of them see these, ``some`` may see those.
+
+    Keys outside ``some`` are hidden from every query of the run; between the two, it has to be looked at.
+    """
+
+    all: Ranges
+    some: Ranges
+
+    @staticmethod
+    def between(start: int, stop: int, sure_start: int, sure_stop: int) -> Reach:
+        """One range each; an empty one where the start is not before the stop."""
+        sure = ((sure_start, sure_stop),) if sure_start < sure_stop else ()
+        return Reach(all=sure, some=((start, stop),) if start < stop else ())
+
+    def __and__(self, other: Reach) -> Reach:
+        return Reach(common(self.all, other.all), common(self.some, other.some))
+
+    def __or__(self, other: Reach) -> Reach:
+        return Reach(merged(self.all + other.all), merged(self.some + other.some))
+
+    def outside(self, length: int) -> Reach:
+        """The reach of the complement among ``length`` keys."""
+        everything = ((0, length),)
+        return Reach(all=without(everything, self.some), some=without(everything, self.all))
+
+    def moved(self, by: int) -> Reach:
+        """The reach of keys that stand ``by`` positions later."""
+        return Reach(*(tuple((start + by, stop + by) for start, stop in ranges) for ranges in (self.all, self.some)))
+
+
+def stepped(first: int, last: int, step: int, low: int, high: int, length: int) -> Ranges:
+    """The numbers ``first`` to ``last`` moved by ``step`` times every number from ``low`` to ``high``, below ``length``.
+
+    One range where the moved copies touch each other.
+    """
+    low, high = max(low, -(last // step)), min(high, (length - 1 - first) // step)
+    if step <= last - first + 1:
+        return merged([(first + low * step, last + high * step + 1)])
+    return tuple((first + step * n, last + step * n + 1) for n in range(low, high + 1))
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """The union of any ranges: empty ones left out, neighbours joined."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if start >= stop:
+            continue
+        if found and start <= found[-1][1]:
+            if stop > found[-1][1]:
+                found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
+def common(a: Ranges, b: Ranges) -> Ranges:
+    """The numbers that are in both."""
+    found: list[tuple[int, int]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if start < stop:
+            found.append((start, stop))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(found)
+
+
+def without(a: Ranges, b: Ranges) -> Ranges:
+    """The numbers of ``a`` that are not in ``b``."""
+    found: list[tuple[int, int]] = []
+    j = 0
+    for start, stop in a:
+        while j < len(b) and b[j][1] <= start:
+            j += 1
+        k = j
+        while k < len(b) and b[k][0] < stop:
+            if start < b[k][0]:
+                found.append((start, b[k][0]))
+            start = b[k][1]
+            k += 1
+        if start < stop:
+            found.append((start, stop))
+    return tuple(found)
+
+
+def clipped(ranges: Ranges, length: int) -> Ranges:
+    """Only what lies within 0 and ``length``."""
+    if ranges and ranges[0][0] >= 0 and ranges[-1][1] <= length:
+        return ranges
+    return common(ranges, ((0, length),))

@@ -1,0 +1,104 @@
+"""``attnopt::attention``: the operator that stays in an optimized graph where none of torch's does as well.
+
+It is ``AttentionSpec`` as a call, without gains.  What computes it is decided where it runs: the compiled kernel on a CPU,
+elsewhere torch's own operators block by block.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.backends import block_gather, native
+from attnopt.errors import AttnoptWarning
+from attnopt.patterns import parse
+from attnopt.spec import AttentionSpec
+
+
+@torch.library.custom_op("attnopt::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    pattern: str,
+    kv_of_head: Sequence[int],
+    scale: float,
+    softcap: float | None,
+    selected: Tensor | None = None,
+) -> Tensor:
+    """[B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv] in v's dtype; the others as in ``Attend``.
+
+    ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected``, bool [B, H, ceil(L/64), ceil(S/64)], further
+    hides blocks of keys from blocks of queries.
+    """
+    spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
+    if q.device.type == "cpu" and q.dtype != torch.float64:
+        try:
+            return native.attend(spec, q, k, v, bias=bias, mask=mask, sinks=sinks, selected=selected)
+        except native.NoKernelError as e:
+            _warn(str(e))
+    o = block_gather.attend(spec, q, k, v, bias=bias, mask=mask, sinks=sinks, selected=selected)
+    return o.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    B, H, L, _D = q.shape
+    return v.new_empty(B, L, H, v.shape[3]).transpose(1, 2)
+
+
+@lru_cache(maxsize=256)
+def _spec(
+    H: int, G: int, D: int, Dv: int, pattern: str, kv_of_head: tuple[int, ...], scale: float, softcap: float | None
+) -> AttentionSpec:
+    return AttentionSpec(
+        heads=tuple(range(H)),
+        kv_heads=tuple(range(G)),
+        kv_of_head=kv_of_head,
+        head_dim=D,
+        value_dim=Dv,
+        scale=scale,
+        pattern=parse(pattern),
+        softcap=softcap,
+    )
+
+
+@lru_cache
+def _warn(reason: str) -> None:
+    """Once for each reason."""
+    warnings.warn(f"attention runs without its compiled kernel: {reason}", AttnoptWarning, stacklevel=2)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, bias, mask, sinks, *options = inputs
+    selected = options[4] if len(options) > 4 else None
+    pattern, kv_of_head, scale, softcap = options[:4]
+    ctx.spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
+    ctx.save_for_backward(q, k, v, bias, mask, sinks, selected)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Computes the blocks again with differentiable operators, as memory-saving attention does."""
+    names = ("q", "k", "v", "bias", "mask", "sinks", "selected")
+    given = {name: t for name, t in zip(names, ctx.saved_tensors, strict=True) if t is not None}
+    wanted = [name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed and name in given]
+    with torch.enable_grad():
+        leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in given.items()}
+        q, k, v, *others = (leaves.get(name) for name in names)
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        o = block_gather.attend(ctx.spec, q, k, v, **dict(zip(names[3:], others, strict=True)))
+        grads = dict(zip(wanted, torch.autograd.grad(o, [leaves[name] for name in wanted], grad), strict=True))
+    return (*(grads.get(name) for name in names[:6]), None, None, None, None, None)
+
+
+attention.register_autograd(_backward, setup_context=_keep)

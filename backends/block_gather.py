@@ -1,0 +1,160 @@
+"""The kept blocks of an attention in torch's own operators: on any device, in any dtype, and with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnopt.backends.reference import Reference
+from attnopt.backends.sdpa import Sdpa
+from attnopt.layout import FULL_TILE, Layout
+from attnopt.pattern import Pattern
+from attnopt.spec import AttentionSpec
+
+BLOCK = 64
+
+
+def attend(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    selected: Tensor | None,
+) -> Tensor:
+    """``spec`` without its gains, at lengths that are known; ``selected`` as in ``attnopt::attention``."""
+    B, H, L, _ = q.shape
+    out = v.new_zeros(B, H, -(-L // BLOCK) * BLOCK, v.shape[3])
+    for pattern, heads in _by_pattern(spec.pattern, H):
+        of_heads = torch.as_tensor(heads, device=q.device)
+        kv = torch.as_tensor([spec.kv_of_head[h] for h in heads], device=q.device)
+        operands = _Operands(
+            _blocks(q[:, of_heads], 2),
+            _blocks(k[:, kv], 2),
+            _blocks(v[:, kv], 2),
+            *(t if t is None or t.shape[1] == 1 else t[:, of_heads] for t in (bias, mask, sinks, selected)),
+        )
+        for rows, o in _rows(spec, operands, pattern.layout(L, k.shape[2], BLOCK, BLOCK)):
+            places = (rows.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
+            out = out.index_put((torch.arange(B, device=q.device).view(-1, 1, 1), of_heads.view(-1, 1), places), o)
+    return out[:, :, :L]
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Those of heads that share a pattern; queries, keys and values as blocks [B, H, blocks, BLOCK, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    sinks: Tensor | None
+    selected: Tensor | None
+
+
+def _by_pattern(pattern: Pattern, heads: int) -> Iterator[tuple[Pattern, list[int]]]:
+    of_head = [pattern.for_head(h) if pattern.is_per_head else pattern for h in range(heads)]
+    for distinct in dict.fromkeys(of_head):
+        yield distinct, [h for h, p in enumerate(of_head) if p == distinct]
+
+
+def _blocks(t: Tensor, axis: int) -> Tensor:
+    """The axis padded to whole blocks and split into [blocks, BLOCK]."""
+    length = t.shape[axis]
+    padding = -length % BLOCK
+    if padding:
+        t = F.pad(t, (0, 0) * (t.dim() - 1 - axis) + (0, padding))
+    return t.reshape(*t.shape[:axis], -1, BLOCK, *t.shape[axis + 1 :])
+
+
+def _rows(spec: AttentionSpec, t: _Operands, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+    """Block rows that visit equally many blocks, together: (rows [n], output [B, H, n * BLOCK, Dv])."""
+    B, H = t.q.shape[:2]
+    counts = np.diff(layout.row_ptr)
+    for m in np.unique(counts[counts > 0]).tolist():
+        of_rows = np.flatnonzero(counts == m)
+        entries = layout.row_ptr[of_rows][:, None] + np.arange(m)
+        of_cols = layout.cols[entries]
+        rows, cols = torch.from_numpy(of_rows).to(t.q.device), torch.from_numpy(of_cols).long().to(t.q.device)
+        seen = torch.from_numpy(_seen(layout, entries)).to(t.q.device)  # [n, BLOCK, m * BLOCK]
+        if t.mask is not None:
+            seen = seen & _picked(t.mask, rows, cols)
+        if t.selected is not None:
+            kept = t.selected[:, :, rows.unsqueeze(1), cols].repeat_interleave(BLOCK, -1)  # [B, H, n, m * BLOCK]
+            seen = seen & kept.unsqueeze(3)
+        bias = None if t.bias is None else _folded(_picked(t.bias, rows, cols), B, H)
+        sinks = None if t.sinks is None else _folded(_picked(t.sinks, rows, cols), B, H)
+        as_heads = _of_blocks(spec, len(of_rows), bias is not None, sinks is not None)
+        backend = Sdpa() if Sdpa().check(as_heads) is None else Reference()
+        o = backend.lower(as_heads)(
+            t.q[:, :, rows].flatten(0, 1),
+            _keys(t.k, of_cols, cols),
+            _keys(t.v, of_cols, cols),
+            bias=bias,
+            mask=_folded(seen, B, H),
+            sinks=sinks,
+        )
+        yield rows, o.reshape(B, H, -1, o.shape[-1])
+
+
+def _of_blocks(spec: AttentionSpec, n: int, has_bias: bool, has_sinks: bool) -> AttentionSpec:
+    """The attention of n blocks, each in the place of a head."""
+    each = tuple(range(n))
+    return AttentionSpec(
+        heads=each,
+        kv_heads=each,
+        kv_of_head=each,
+        head_dim=spec.head_dim,
+        value_dim=spec.value_dim,
+        scale=spec.scale,
+        softcap=spec.softcap,
+        has_bias=has_bias,
+        has_mask=True,
+        has_sinks=has_sinks,
+    )
+
+
+def _folded(t: Tensor, B: int, H: int) -> Tensor:
+    """[B|1, H|1, n, ..] as [B * H, n, ..]."""
+    return t.expand(B, H, *t.shape[-3:]).flatten(0, 1)
+
+
+def _seen(layout: Layout, entries: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The visible pairs [n, BLOCK, m * BLOCK] of entries [n, m]; keys after the last one are hidden."""
+    n, m = entries.shape
+    known = np.concatenate([layout.tiles, np.ones((1, BLOCK, BLOCK), np.bool_)])
+    assert FULL_TILE == -1  # the last of them
+    seen = known[layout.tile[entries]].transpose(0, 2, 1, 3).reshape(n, BLOCK, m * BLOCK)
+    keys = (layout.cols[entries][:, :, None] * BLOCK + np.arange(BLOCK)).reshape(n, 1, m * BLOCK)
+    return np.ascontiguousarray(seen & (keys < layout.kv_len))
+
+
+def _keys(t: Tensor, cols: NDArray[np.int32], at: Tensor) -> Tensor:
+    """Blocks [B, H, blocks, BLOCK, D] as [B * H, n, m * BLOCK, D], copied only where they are no sliding window."""
+    n, m = cols.shape
+    first = int(cols[0, 0])
+    if n > 1 and (cols == first + np.arange(n)[:, None] + np.arange(m)).all():
+        flat = t.flatten(0, 1).flatten(1, 2)
+        return flat.unfold(1, m * BLOCK, BLOCK)[:, first : first + n].transpose(2, 3)
+    return t[:, :, at].flatten(0, 1).flatten(2, 3)
+
+
+def _picked(t: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """[B|1, H|1, L|1, S|1] as [B|1, H|1, n, BLOCK|1, m * BLOCK|1]."""
+    tall, wide = t.shape[2] != 1, t.shape[3] != 1
+    t = _blocks(t, 2)[:, :, rows] if tall else t.unsqueeze(2).expand(-1, -1, rows.shape[0], -1, -1)
+    if not wide:
+        return t
+    blocks = _blocks(t, 4)  # [.., n, BLOCK|1, blocks, BLOCK]
+    index = cols.view(1, 1, cols.shape[0], 1, cols.shape[1], 1).expand(*blocks.shape[:4], -1, BLOCK)
+    return blocks.gather(4, index).flatten(4, 5)

@@ -1,0 +1,64 @@
+"""Attention that computes only the blocks its pattern keeps: time and memory grow with those, not with the square."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from attnopt.backends import native
+from attnopt.backends.attention_op import attention
+from attnopt.backends.block_gather import BLOCK
+from attnopt.backends.lowering import selected, with_gains
+from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Attend, Backend
+from attnopt.site import Site
+from attnopt.spec import AttentionSpec
+
+TILE = 32  # queries and keys; within a partly visible block the kernel skips what none of its 32 queries sees
+_GATHERED = 3.0  # how much slower block by block than in one kernel
+
+
+class Blocked(Backend):
+    """One ``attnopt::attention`` call: a kernel compiled for this CPU, or torch's operators block by block.
+
+    Accepts every spec whose selection is of whole blocks, at lengths that may vary; its block layout is made when the
+    lengths are known, and kept.
+    """
+
+    name: ClassVar[str] = "blocked"
+
+    def check(self, spec: AttentionSpec) -> Refusal | None:
+        if spec.selection is None or spec.selection.block % BLOCK == 0:
+            return None
+        found = f"blocks of {spec.selection.block}"
+        return Refusal("other-blocks", expected=f"a selection of blocks of {BLOCK}, or several of these", found=found)
+
+    def lower(self, spec: AttentionSpec) -> Attend:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        ) -> Tensor:
+            kept = None
+            if spec.selection is not None:
+                kept = spec.selection.spread(selected(spec, q, k), q.shape[2], k.shape[2], BLOCK)
+            pattern = spec.pattern.to_json()
+            o = attention(q, k, v, bias, mask, sinks, pattern, spec.kv_of_head, spec.scale, spec.softcap, kept)
+            return with_gains(spec, o)
+
+        return attend
+
+    def cost(self, site: Site) -> float:
+        visits = site.spec.pattern.visits(site.q_len, site.kv_len, TILE, TILE, num_heads=site.spec.num_heads)
+        if site.spec.selection is not None:
+            visits *= site.spec.selection.share(site.kv_len)
+        if site.device != "cpu":
+            return _GATHERED * visits * dense_flops(site) / GPU_RATE
+        speed = of_cpu()
+        return speed.blocked_call + visits * dense_flops(site) / speed.blocked
+
+    def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
+        reason = native.why_not()
+        return (
+            () if reason is None else (f"blocked: torch's operators instead of the compiled kernel, because {reason}",)
+        )

@@ -1,0 +1,183 @@
+"""Builds ``attend.cpp`` for this machine on first use, keeps the library in the user's cache, and calls it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnopt.files import cache_folder
+from attnopt.layout import FULL_TILE
+from attnopt.spec import AttentionSpec
+
+BLOCK = 64
+_SOURCE = Path(__file__).with_name("attend.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SECONDS = 300  # more than any compiler needs, so that a stuck one does not hang the program
+
+
+class NoKernelError(Exception):
+    """Why there is no compiled kernel on this machine."""
+
+
+class _Arguments(ctypes.Structure):
+    """``struct Arguments`` of attend.cpp; neighbours of one type are one array here."""
+
+    _fields_ = [
+        ("operands", ctypes.c_void_p * 8),
+        ("sizes", ctypes.c_int64 * 6),
+        ("strides", ctypes.c_int64 * 32),
+        ("table", ctypes.c_void_p * 6),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """What the kernel reads of a spec at given lengths: addresses, and the arrays that lie there."""
+
+    addresses: ctypes.Array[ctypes.c_void_p]
+    arrays: tuple[NDArray[np.generic], ...]
+
+
+def attend(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    selected: Tensor | None,
+) -> Tensor:
+    """``spec`` without its gains, computed in float32 on a CPU; ``selected`` as in ``attnopt::attention``.
+
+    The output has the strides of [B, L, H, Dv], so that merging the heads copies nothing.  Raises NoKernelError.
+    """
+    kernel = library()
+    B, H, L, D = q.shape
+    S, Dv = k.shape[2], v.shape[3]
+    dtype = v.dtype
+    out = q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q.float(), k.float(), v.float()))
+    bias, sinks = (None if t is None else t.float() for t in (bias, sinks))
+    operands = (q, k, v, bias, sinks, mask, selected, out)
+    table = _table(spec, L, S)
+    arguments = _Arguments(
+        tuple(None if t is None else t.data_ptr() for t in operands),
+        (B, H, L, S, D, Dv),
+        tuple(step for t in operands for step in _strides(t)),
+        table.addresses,
+        spec.scale,
+        spec.softcap or 0.0,
+        torch.get_num_threads(),
+    )
+    kernel.attnopt_attend(ctypes.byref(arguments))
+    return out.to(dtype)
+
+
+def _strides(t: Tensor | None) -> tuple[int, ...]:
+    """0 where an axis is broadcast."""
+    if t is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True))
+
+
+@lru_cache(maxsize=64)
+def _table(spec: AttentionSpec, q_len: int, kv_len: int) -> _Table:
+    pattern = spec.pattern
+    of_head = [pattern.for_head(h) if pattern.is_per_head else pattern for h in range(spec.num_heads)]
+    distinct = list(dict.fromkeys(of_head))
+    layouts = [p.layout(q_len, kv_len, BLOCK, BLOCK) for p in distinct]
+    entries = np.cumsum([0, *(len(x.cols) for x in layouts)])[:-1]
+    shapes = np.cumsum([0, *(len(x.tiles) for x in layouts)])[:-1]
+    numbered = [
+        np.where(x.tile == FULL_TILE, FULL_TILE, x.tile + first) for x, first in zip(layouts, shapes, strict=True)
+    ]
+    arrays = (
+        np.asarray(spec.kv_of_head, np.int32),
+        np.asarray([distinct.index(p) for p in of_head], np.int32),
+        np.concatenate([x.row_ptr + first for x, first in zip(layouts, entries, strict=True)]).astype(np.int64),
+        np.concatenate([x.cols for x in layouts]).astype(np.int32),
+        np.concatenate(numbered).astype(np.int32),
+        np.concatenate([_bits(x.tiles) for x in layouts]),
+    )
+    return _Table((ctypes.c_void_p * 6)(*(a.ctypes.data for a in arrays)), arrays)
+
+
+def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """[T, queries, keys] as [T, keys] words: bit r is query r."""
+    packed = np.packbits(tiles.transpose(0, 2, 1), axis=2, bitorder="little")
+    return np.ascontiguousarray(packed).view("<u8").reshape(-1, BLOCK)
+
+
+def why_not() -> str | None:
+    """Why there is no kernel here, or None where there is one."""
+    try:
+        library()
+    except NoKernelError as e:
+        return str(e)
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernel.  Raises NoKernelError, at once if it failed before."""
+    found = _built()
+    if isinstance(found, str):
+        raise NoKernelError(found)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _built() -> ctypes.CDLL | str:
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c and shutil.which(c)), None)
+    if compiler is None:
+        return "there is no C++ compiler (g++, clang++, or the one that CXX names)"
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except subprocess.CalledProcessError as e:
+        return f"{compiler} failed: {e.stderr.strip()[-300:]}"
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"{compiler}: {e}"
+
+
+def _compiled(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    mark = hashlib.sha256("\0".join((_SOURCE.read_text(), version, *_FLAGS, _machine())).encode()).hexdigest()[:24]
+    path = cache_folder() / f"attend-{mark}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        for threads in (["-fopenmp"], []):  # a compiler may lack OpenMP: then one thread does the work
+            done = subprocess.run([*command, *threads], capture_output=True, text=True, timeout=_SECONDS)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        os.replace(made, path)
+    return path
+
+
+def _machine() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

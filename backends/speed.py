@@ -1,0 +1,105 @@
+"""How fast this machine's CPU computes each form of attention: measured once, then kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from attnopt.files import cache_folder
+from attnopt.site import Site
+
+_LENGTH, _HEADS, _HEAD_DIM = 1024, 4, 64
+_ROUNDS = 3
+GPU_RATE = 1e13  # only ratios matter where nothing was measured
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Floating-point operations a second, of the pairs that a form computes, and the seconds of an empty call."""
+
+    dense: float  # SDPA without a mask
+    causal: float  # SDPA with is_causal, all pairs counted
+    masked: float  # SDPA with a mask
+    blocked: float  # ``attnopt::attention``, visited pairs counted
+    dense_call: float
+    blocked_call: float
+
+
+def dense_flops(site: Site) -> float:
+    """Of both products, masked pairs included, for a batch of one."""
+    spec = site.spec
+    return 2.0 * spec.num_heads * site.q_len * site.kv_len * (spec.head_dim + spec.value_dim)
+
+
+def of_cpu() -> Speed:
+    """Of this machine, with the number of threads that torch uses now."""
+    return _of_cpu(torch.get_num_threads())
+
+
+@lru_cache
+def _of_cpu(threads: int) -> Speed:
+    path = _cache_file(threads)
+    try:
+        return Speed(**json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError):
+        speed = _measured()
+    try:
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(speed)))
+        os.replace(temporary, path)
+    except OSError:
+        pass  # measured again by the next process
+    return speed
+
+
+def _cache_file(threads: int) -> Path:
+    about = f"{torch.__version__} {platform.platform()} {platform.processor()} {os.cpu_count()} {threads}"
+    return cache_folder() / f"speed-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+def _measured() -> Speed:
+    from attnopt.backends.attention_op import attention
+
+    def sizes(length: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = torch.randn(3, 1, _HEADS, length, _HEAD_DIM).unbind()
+        return q, k, v
+
+    def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o: Tensor = attention(q, k, v, None, None, None, "Full()", list(range(_HEADS)), _HEAD_DIM**-0.5, None)
+        return o
+
+    with _disable_current_modes(), torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        operands, tiny = sizes(_LENGTH), sizes(8)
+        mask = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool).tril()
+        flops = 4.0 * _HEADS * _LENGTH**2 * _HEAD_DIM
+        return Speed(
+            dense=flops / _seconds(lambda: F.scaled_dot_product_attention(*operands)),
+            causal=flops / _seconds(lambda: F.scaled_dot_product_attention(*operands, is_causal=True)),
+            masked=flops / _seconds(lambda: F.scaled_dot_product_attention(*operands, attn_mask=mask)),
+            blocked=flops / _seconds(lambda: blocked(*operands)),
+            dense_call=_seconds(lambda: F.scaled_dot_product_attention(*tiny)),
+            blocked_call=_seconds(lambda: blocked(*tiny)),
+        )
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    work()
+    found = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return median(found)

@@ -1,0 +1,51 @@
+"""Let every query see only the blocks of keys that look important for the input at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from attnopt.block_scores import BlockScores
+from attnopt.dynamic_blocks import DynamicBlocks
+from attnopt.passes.heads import refuse_other_keys
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Pass, Rewrite
+from attnopt.site import Site
+
+
+@dataclass(frozen=True)
+class DynamicSparse(Pass):
+    """Each block of queries keeps the ``keep`` blocks of keys that score highest, anew for every input, without training.
+
+    ``scores``: "pooled" (MInference, arXiv:2407.02490), "antidiagonal" (XAttention, arXiv:2503.16428), "kmeans" (Routing
+    Transformer, arXiv:2003.05997), each with its options as in "antidiagonal(stride=16)", or ``BlockScores``.  The other
+    options are those of ``DynamicBlocks``.  A causal attention stays causal.  Raises PolicyError.
+    """
+
+    name: ClassVar[str] = "dynamic-sparse"
+    exact: ClassVar[bool] = False
+    scores: BlockScores | str = "pooled"
+    keep: float | int = 0.25
+    block: int = 64
+    sinks: int = 1
+    local: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", self._selection.scores)
+
+    def check(self, site: Site) -> Refusal | None:
+        if site.spec.selection is not None:
+            return site.refuse(
+                "already-selected",
+                expected="an attention that sees every block",
+                found=str(site.spec.selection),
+                hint="give the site one dynamic-sparse only",
+            )
+        return refuse_other_keys(site)
+
+    def rewrite(self, site: Site) -> Rewrite:
+        return Rewrite(replace(site.spec, selection=self._selection))
+
+    @property
+    def _selection(self) -> DynamicBlocks:
+        return DynamicBlocks(self.scores, self.keep, self.block, self.sinks, self.local)

@@ -1,0 +1,40 @@
+"""What a report says of patterns that leave a query without keys, and that a pattern's length is checked by the driver."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+
+import attnopt
+from attnopt.passes import LocalWindow, Sparse
+from attnopt.patterns import Causal, Neighborhood, PerHead, Window
+
+
+def test_queries_without_keys_give_zeros_and_are_counted() -> None:
+    model, (x,) = tiny_models.causal()
+    fast = attnopt.optimize(model, Sparse(~Window(2, 0)), (x,))
+    assert fast.report.sites[0].notes == ("3 of 12 queries see no key: their output is zero",)
+    first = model.layers[0]
+    hidden = x[:, :3] + first.o.bias
+    second = attnopt.optimize(model, {"layers.0": Sparse(~Window(2, 0)), "layers.1": []}, (x,))
+    want = hidden + model.layers[1](torch.cat([hidden, x[:, 3:]], 1))[:, :3]
+    torch.testing.assert_close(second(x)[:, :3], want)
+
+
+def test_queries_without_keys_are_counted_by_head() -> None:
+    model, args, kwargs = tiny_models.full()
+    fast = attnopt.optimize(model, Sparse(PerHead({1: ~Window(20, 20)}, default=Causal())), args, kwargs)
+    assert fast.report.sites[1].notes == ("12 of 12 queries see no key in head 1: their output is zero",)
+    assert attnopt.optimize(model, LocalWindow(0), args, kwargs).report.sites[0].notes == ()
+
+
+def test_a_grid_needs_a_sequence_of_fixed_length() -> None:
+    model, args, kwargs = tiny_models.full()
+    policy = Sparse(Neighborhood((3, 4), 3))
+    fast = attnopt.optimize(model, policy, args, kwargs)
+    assert all(site.status == "rewritten" for site in fast.report.sites)
+    with pytest.warns(attnopt.AttnoptWarning, match="found a length that may vary"):
+        attnopt.optimize(model, policy, args, kwargs, dynamic_shapes="auto")
+    fixed = attnopt.optimize(model, policy, args, kwargs, dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
+    assert fixed(torch.randn(3, 12, 16)).shape == (3, 12, 16)
