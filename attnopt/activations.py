@@ -32,14 +32,11 @@ class Operands:
     sinks: Tensor | None = None
 
     @cached_property
-    def real(self) -> Tensor:
-        """Bool [B, L]: the tokens that are no padding, those that some query can see.
-
-        Keys of another sequence tell nothing of the queries: there every query counts.
-        """
-        B, L, S = self.q.shape[0], self.q.shape[2], self.k.shape[2]
-        everything = torch.ones(B, L, dtype=torch.bool, device=self.q.device)
-        if L != S or (self.bias is None and self.mask is None):
+    def seen(self) -> Tensor:
+        """Bool [B, S]: the keys that some query can see."""
+        B, S = self.k.shape[0], self.k.shape[2]
+        everything = torch.ones(B, S, dtype=torch.bool, device=self.k.device)
+        if self.bias is None and self.mask is None:
             return everything
         bias = torch.zeros((), device=self.q.device) if self.bias is None else self.bias.float()
         if self.mask is not None:
@@ -49,8 +46,17 @@ class Operands:
         seen: Tensor = ((bias - top.masked_fill(top == -torch.inf, 0.0)).exp() > 0).flatten(1, 2).any(1)
         return seen if bool(seen.any()) else everything
 
+    @cached_property
+    def real(self) -> Tensor:
+        """Bool [B, L]: the tokens that are no padding, those that some query can see.
 
-Compute = Callable[[Sequence["HeadWeights"]], Sequence[Operands]]
+        Keys of another sequence tell nothing of the queries: there every query counts.
+        """
+        B, L = self.q.shape[0], self.q.shape[2]
+        return self.seen if L == self.k.shape[2] else torch.ones(B, L, dtype=torch.bool, device=self.q.device)
+
+
+Compute = Callable[[Sequence["HeadWeights"], bool], Sequence[Operands]]  # weights; whether for the first batch alone
 
 
 @dataclass(frozen=True)
@@ -61,17 +67,22 @@ class Activations:
     site: Site  # as it is in the original model
     batches: tuple[Operands, ...]
     compute: Compute
+    edits: tuple[HeadWeights, ...] = ()
     first: Activations | None = None  # with the original weights, where these are others
 
     @property
     def original(self) -> Activations:
         return self.first or self
 
-    def edited(self, edits: Sequence[HeadWeights]) -> Activations:
-        """The same where the projections have these weights."""
-        if all(e.role == "out" for e in edits):
+    def edited(self, edits: Sequence[HeadWeights], first_alone: bool = False) -> Activations:
+        """The same where the projections have these weights; if ``first_alone``, of the first batch only."""
+        inner = tuple(e for e in edits if e.role != "out")
+        if not inner:
             return self
-        return replace(self, batches=tuple(self.compute(edits)), first=self.original)
+        everything = merged(self.edits, inner)
+        return replace(
+            self, batches=tuple(self.compute(everything, first_alone)), edits=everything, first=self.original
+        )
 
     @property
     def tokens(self) -> int:
@@ -100,6 +111,12 @@ class Activations:
     def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
         """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, gains included."""
         return (_attend(spec, o) for o in self.batches)
+
+
+def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[HeadWeights, ...]:
+    """Both, the later edit of a head in the place of the earlier one."""
+    replaced = {(e.role, e.head) for e in new}
+    return (*(e for e in old if (e.role, e.head) not in replaced), *new)
 
 
 def _attend(spec: AttentionSpec, o: Operands) -> Tensor:

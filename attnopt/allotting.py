@@ -30,11 +30,12 @@ Allotment = Mapping[tuple[str, Pass], Pass]  # (site, the pass as the policy has
 
 
 @dataclass(frozen=True)
-class _Share:
+class _Shares:
     """What one site can lose: the layer's error for each number of heads, and the site rewritten at one of these."""
 
     site: Site
     errors: Mapping[int, float]
+    passes: Mapping[int, Pass]
     probed: int
     probe: Decision
 
@@ -44,12 +45,7 @@ def allot(
 ) -> Allotment:
     """Each site's share of every pass of the policy whose budget is one for all sites."""
     made: dict[tuple[str, Pass], Pass] = {}
-    shared = {
-        p
-        for f in found
-        for p in policy.passes_for(f.site.name)
-        if isinstance(p, SharesBudget) and p.is_shared is not False
-    }
+    shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}
     for p in sorted(shared, key=repr):
         made.update({(name, p): share for name, share in _allot_one(gm, found, policy, backends, batches, p).items()})
     return made
@@ -60,7 +56,7 @@ def _allot_one(
     p: Pass,
 ) -> dict[str, Pass]:  # fmt: skip
     assert isinstance(p, SharesBudget)
-    shares: dict[str, _Share] = {}
+    shares: dict[str, _Shares] = {}
     with_it = [f for f in found if p in policy.passes_for(f.site.name) and not f.raised.region.escapes]
     for f, activations in Stream(gm, with_it, batches).sites():
         passes = policy.passes_for(f.site.name)
@@ -68,19 +64,21 @@ def _allot_one(
         site = before.seen(activations)
         if p.check(site) is not None:
             continue
-        errors = p.errors(site)
-        probed = min(errors, key=lambda n, site=site: abs(n - p.total([site])))
-        probe = decide(f, (*passes[: passes.index(p)], p.leaving(probed)), backends, activations)
-        shares[f.site.name] = _Share(site.without_activations(), errors, probed, probe)
+        offered, wanted = p.shares(site), p.total([site])
+        probed = min((n for n in offered if n < max(offered)), key=lambda n: abs(n - wanted), default=max(offered))
+        probe = decide(f, (*passes[: passes.index(p)], offered[probed].rewrite), backends, activations)
+        errors = {n: o.error for n, o in offered.items()}
+        rewrites = {n: o.rewrite for n, o in offered.items()}
+        shares[f.site.name] = _Shares(site.without_activations(), errors, rewrites, probed, probe)
     if not shares:
         return {}
     influence = _influences(gm, list(shares.values()), batches)
     curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares.values(), strict=True)]
     counts = _spend(curves, p.total([s.site for s in shares.values()]))
-    return {name: p.leaving(n) for name, n in zip(shares, counts, strict=True)}
+    return {name: s.passes[n] for (name, s), n in zip(shares.items(), counts, strict=True)}
 
 
-def _influences(gm: fx.GraphModule, shares: Sequence[_Share], batches: Sequence[Inputs]) -> list[float]:
+def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
     """For each site the model's error over the layer's error, where that site alone is rewritten."""
     some = batches[:: max(1, len(batches) // MEASURED)][:MEASURED]
     original = [_outputs(gm, batch) for batch in some]

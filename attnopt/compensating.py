@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from attnopt.activations import Activations
 from attnopt.errors import CalibrationError
 from attnopt.obs import Surgeon
 from attnopt.refit import combined, fit, moments, out_edits, output_weights, require_tokens
-from attnopt.rewriting import Rewrite
+from attnopt.rewriting import HeadWeights, Rewrite
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
@@ -29,17 +32,30 @@ def bias_for(site: Site, spec: AttentionSpec) -> Rewrite:
     both = combined([moments(now, spec, held) for held in (False, True)])
     left = _weights_of(site, spec)
     wrong = (both.zy[-1] - both.zz[-1] @ left) / both.zz[-1, -1]
-    return Rewrite(
-        spec, out_bias=_as(bias.double() + wrong, bias), notes=("the mean of what is gone is in the output bias",)
-    )
+    return Rewrite(spec, out_bias=bias.double() + wrong, notes=("the mean of what is gone is in the output bias",))
 
 
-def refitted(
-    site: Site, spec: AttentionSpec, now: Activations | None = None, start: torch.Tensor | None = None
-) -> Rewrite:
-    """The output projection of the heads of ``spec`` fitted to what the layer gave in the original model.
+@dataclass(frozen=True)
+class Refitted:
+    """``weights`` [H * Dv + 1, out] of the heads of ``spec``; ``error``: of the layer on held-back data."""
+
+    site: Site
+    spec: AttentionSpec
+    weights: Tensor
+    error: float
+    note: str
+
+    def rewrite(self, name: str, edits: Sequence[HeadWeights] = (), notes: Sequence[str] = ()) -> Rewrite:
+        """With the edits and notes of the pass ``name`` that asked for it."""
+        out, bias = out_edits(self.site, self.spec, self.weights)
+        return Rewrite(self.spec, (*edits, *out), bias, (*notes, f"{name}: {self.note}"))
+
+
+def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, start: Tensor | None = None) -> Refitted:
+    """The output projection of the heads of ``spec`` fitted to what the layer gives in the original model.
 
     ``now``: what the site computes, where its weights are others by now; ``start``: the output weights to start from.
+    Raises CalibrationError.
     """
     known, _ = _learned(site)
     require_tokens(site, known)
@@ -47,15 +63,14 @@ def refitted(
     start = _weights_of(site, spec) if start is None else start
     fitting, held = (moments(now, spec, h) for h in (False, True))
     found = fit(fitting, held if held.tokens else fitting, start, site.out_bias() is not None)
-    edits, bias = out_edits(site, spec, found.weights)
     note = (
         f"least squares on {fitting.tokens} tokens: error of the layer on {held.tokens} held-back ones "
         f"{found.before:.3f} -> {found.after:.3f} (step {found.step:g})"
     )
-    return Rewrite(spec, edits, bias, (note,))
+    return Refitted(site, spec, found.weights, found.after, note)
 
 
-def _learned(site: Site) -> tuple[Activations, torch.Tensor]:
+def _learned(site: Site) -> tuple[Activations, Tensor]:
     weights = output_weights(site)
     if site.activations is None or weights is None:
         raise CalibrationError(
@@ -66,8 +81,8 @@ def _learned(site: Site) -> tuple[Activations, torch.Tensor]:
     return site.activations, weights
 
 
-def _weights_of(site: Site, spec: AttentionSpec) -> torch.Tensor:
-    """Today's output weights of the heads of ``spec``, and a row of zeros."""
+def _weights_of(site: Site, spec: AttentionSpec) -> Tensor:
+    """Today's output weights of the heads of ``spec``, and the row of the bias."""
     _, weights = _learned(site)
     wanted = [i for h in spec.heads for i in _rows(site, h)]
     return weights[[*wanted, len(weights) - 1]]
@@ -76,7 +91,3 @@ def _weights_of(site: Site, spec: AttentionSpec) -> torch.Tensor:
 def _rows(site: Site, head: int) -> range:
     at = site.spec.heads.index(head) * site.value_dim
     return range(at, at + site.value_dim)
-
-
-def _as(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    return new.to(old.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from attnopt import plugins
-from attnopt.activations import Activations
+from attnopt.activations import Activations, merged
 from attnopt.backends.reference import Reference
 from attnopt.finding import Found
 from attnopt.lowering import Plan, edited_parameters
@@ -42,7 +42,7 @@ def decide(
         return Decision(found, found.site, refusals={p.name: escapes(found) for p in passes})
     site, edits, applied, notes = (
         replace(found.site, activations=activations),
-        list[HeadWeights](),
+        tuple[HeadWeights, ...](),
         list[str](),
         list[str](),
     )
@@ -54,13 +54,13 @@ def decide(
             refusals[p.name] = refusal
             continue
         rewrite = p.rewrite(site)
-        edits = _merged(edits, rewrite.edits)
+        edits = merged(edits, rewrite.edits)
         out_bias = out_bias if rewrite.out_bias is None else rewrite.out_bias
         site = replace(
             site,
             spec=rewrite.spec,
             parameters={**found.site.parameters, **edited_parameters(found.site, edits, out_bias)},
-            activations=None if activations is None else activations.edited(edits),
+            activations=None if site.activations is None else site.activations.edited(rewrite.edits),
         )
         notes += rewrite.notes
         applied.append(p.name)
@@ -121,11 +121,6 @@ def standing_refusals(found: Found) -> dict[str, Refusal]:
         return dict.fromkeys((name for name in plugins.passes()), escapes(found))
     typical: tuple[Pass, ...] = (LocalWindow(left=1), Sparse(Window(1, 1)), GroupedQuery(kv_heads=1))
     return {p.name: refusal for p in typical if (refusal := p.check(found.site)) is not None}
-
-
-def _merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> list[HeadWeights]:
-    replaced = {(e.role, e.head) for e in new}
-    return [e for e in old if (e.role, e.head) not in replaced] + list(new)
 
 
 def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:

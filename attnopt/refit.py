@@ -52,11 +52,15 @@ class Fitted:
 
 
 def output_weights(site: Site) -> Tensor | None:
-    """Today's [H * Dv + 1, out] of the heads that are left, the last row zeros; None where they are not known."""
+    """Today's [H * Dv + 1, out] of the heads that are left, in the last row how far the bias is from the original
+    model's; None where they are not known."""
     found = [w.double() for h in site.spec.heads if (w := site.head_weight("out", h)) is not None]
     if len(found) < site.num_heads:
         return None
-    return torch.cat([*found, torch.zeros_like(found[0][:1])])
+    bias = site.out_bias()
+    original = None if site.activations is None else site.activations.site.out_bias()
+    moved = torch.zeros_like(found[0][0]) if bias is None or original is None else bias.double() - original.double()
+    return torch.cat([*found, moved[None]])
 
 
 def with_ones(z_BHLD: Tensor, counted: Tensor) -> Tensor:
@@ -116,8 +120,8 @@ def out_edits(site: Site, spec: AttentionSpec, weights: Tensor) -> tuple[tuple[H
     """``weights`` [H * Dv + 1, out] as edits of the heads of ``spec``, and the new bias where there is one."""
     per_head = weights[:-1].unflatten(0, (spec.num_heads, spec.value_dim))
     edits = tuple(HeadWeights("out", h, w) for h, w in zip(spec.heads, per_head, strict=True))
-    bias = site.out_bias()
-    return edits, None if bias is None else bias.double() + weights[-1]
+    original = site.out_bias() if site.activations is None else site.activations.site.out_bias()
+    return edits, None if original is None else original.double() + weights[-1]
 
 
 def require_tokens(site: Site, activations: Activations) -> None:

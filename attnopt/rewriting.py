@@ -55,25 +55,29 @@ class Pass(ABC):
         """The site's new meaning.  Called only where ``check`` returned None; must not change anything."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one site can have of a budget: the relative error of its layer then, and the pass that does it."""
+
+    error: float
+    rewrite: Pass
+
+
 class SharesBudget(ABC):
     """A pass that may spend a number of heads where they are worth most, instead of the same number at each site."""
 
     @property
     @abstractmethod
-    def is_shared(self) -> bool | None:
-        """Whether the budget is one for all sites; None: if there is calibration data to share it by."""
+    def is_shared(self) -> bool:
+        """Whether the budget is one for all sites."""
 
     @abstractmethod
     def total(self, sites: Sequence[Site]) -> int:
         """How many heads these sites may keep altogether."""
 
     @abstractmethod
-    def errors(self, site: Site) -> Mapping[int, float]:
-        """For each number of heads that ``site`` can be left with, the relative error of its layer."""
-
-    @abstractmethod
-    def leaving(self, heads: int) -> Pass:
-        """The pass that leaves one site so many heads."""
+    def shares(self, site: Site) -> Mapping[int, Share]:
+        """By the number of heads that ``site`` can be left with."""
 
 
 class Attend(Protocol):

@@ -92,10 +92,10 @@ class Stream:
                 given[role] = self._anew(operand, f.dirty.get(role, ()), values, new) if is_node else None
             return Operands(**given)
 
-        def compute(edits: Sequence[HeadWeights]) -> list[Operands]:
+        def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[Operands]:
             new = edited_parameters(f.site, [e for e in edits if e.role != "out"])
             with torch.no_grad():
-                return [operands(values, new) for values in environments]
+                return [operands(values, new) for values in environments[: 1 if first_alone else None]]
 
         found = compute(())
         for i, o in enumerate(found):

@@ -9,22 +9,15 @@ from typing import Any, ClassVar
 from attnopt.compensating import bias_for, refitted, surgeon_of
 from attnopt.errors import PolicyError
 from attnopt.head_scores import AT_SITE, scores_at
-from attnopt.options import choice, number, numbers, whole, wholes
+from attnopt.obs import Surgeon
+from attnopt.options import choice, number, numbers, wholes
 from attnopt.passes.heads import original_heads, refuse_unknown_heads, refuse_unknown_projections
 from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite, SharesBudget
+from attnopt.rewriting import Pass, Rewrite, Share, SharesBudget
 from attnopt.site import Site
 
 COMPENSATIONS = ("none", "bias", "least-squares")
 BUDGETS = ("site", "global")
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Places of the heads that stay, and what the layer loses with them alone."""
-
-    places: tuple[int, ...]
-    error: float
 
 
 @dataclass(frozen=True)
@@ -33,7 +26,7 @@ class PruneHeads(Pass, SharesBudget):
 
     ``importance``: the name of a method of ``attnopt.head_importance`` that looks at one site, or one number for each head
     of the trained model, or what ``head_importance`` returned; higher means keep, ties keep the lower head.
-    ``keep`` in the place of ``fraction``: so many heads stay at each site.  ``protect``: heads that stay in any case.  ``compensate``: what is done for the heads that remain: ``"none"``;
+    ``protect``: heads that stay in any case.  ``compensate``: what is done for the heads that remain: ``"none"``;
     ``"bias"``, the mean of what is gone goes into the output bias (FLAP, arXiv:2312.11983); ``"least-squares"``, the
     output projection is fitted to what the layer gave before (OSSCAR, arXiv:2403.12983).  ``budget``: a fraction of each
     site's heads (``"site"``), or of all sites' together (``"global"``), spent where the model's output needs them.
@@ -53,17 +46,14 @@ class PruneHeads(Pass, SharesBudget):
     protect: Sequence[int] = ()
     compensate: str | None = None
     budget: str | None = None
-    keep: int | None = None
 
     def __post_init__(self) -> None:
-        if sum(o is not None for o in (self.fraction, self.heads, self.keep)) != 1:
-            raise PolicyError("prune-heads: give either fraction or heads, or keep")
+        if sum(o is not None for o in (self.fraction, self.heads)) != 1:
+            raise PolicyError("prune-heads: give either fraction or heads")
         if self.fraction is not None and not 0 <= number(self.name, "fraction", self.fraction) < 1:
             raise PolicyError(
                 f"prune-heads: fraction={self.fraction!r} is not possible; give a number from 0 to below 1"
             )
-        if self.keep is not None:
-            whole(self.name, "keep", self.keep, least=1)
         if self.heads is not None:
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
         object.__setattr__(self, "protect", wholes(self.name, "protect", self.protect))
@@ -95,18 +85,20 @@ class PruneHeads(Pass, SharesBudget):
 
     # ------------------------------------------------------------ a budget for all sites
     @property
-    def is_shared(self) -> bool | None:
-        return False if self.fraction is None else None if self.budget is None else self.budget == "global"
+    def is_shared(self) -> bool:
+        return self.fraction is not None and self.budget != "site"
 
     def total(self, sites: Sequence[Site]) -> int:
         heads = sum(site.num_heads for site in sites)
         return heads - self._removed_of(heads)
 
-    def errors(self, site: Site) -> Mapping[int, float]:
-        return {n: chosen.error for n, chosen in self._sets(site).items()}
-
-    def leaving(self, heads: int) -> PruneHeads:
-        return replace(self, fraction=None, budget=None, keep=heads)
+    def shares(self, site: Site) -> Mapping[int, Share]:
+        surgeon, how, found = surgeon_of(site), self._compensation(site), dict[int, Share]()
+        for n, places in self._sets(site, surgeon).items():
+            gone = [h for p, h in enumerate(site.spec.heads) if p not in places]
+            error = surgeon.error(places, how) if gone else 0.0
+            found[n] = Share(error, PruneHeads(heads=gone, compensate=self.compensate))
+        return found
 
     # ------------------------------------------------------------ one site
     def check(self, site: Site) -> Refusal | None:
@@ -119,10 +111,9 @@ class PruneHeads(Pass, SharesBudget):
             return self._keeping(site, kept, ())
         count = site.num_heads - self._removed(site)
         if count == site.num_heads:
-            note = "prune-heads: the fraction is less than one head, none was removed" if self.keep is None else ""
-            return Rewrite(site.spec, notes=(note,) if note else ())
+            return Rewrite(site.spec, notes=("prune-heads: the fraction is less than one head, none was removed",))
         if self._method(site) == "obs":
-            kept, by = [site.spec.heads[p] for p in self._sets(site, at_least=count)[count].places], "block OBS"
+            kept, by = [site.spec.heads[p] for p in self._sets(site, surgeon_of(site), count)[count]], "block OBS"
         else:
             kept, by = self._best(site, count), self._criterion(site)
         gone = sorted(set(site.spec.heads) - set(kept))
@@ -136,15 +127,15 @@ class PruneHeads(Pass, SharesBudget):
         how = self._compensation(site)
         if how == "none" or spec == site.spec:
             return Rewrite(spec, notes=notes)
-        made = bias_for(site, spec) if how == "bias" else refitted(site, spec)
+        if how == "least-squares":
+            return refitted(site, spec).rewrite(self.name, notes=notes)
+        made = bias_for(site, spec)
         return replace(made, notes=(*notes, *(f"prune-heads: {n}" for n in made.notes)))
 
     def _removed_of(self, heads: int) -> int:
         return int((self.fraction or 0.0) * heads + 1e-9)  # 0.7 * 10 is a little less than 7
 
     def _removed(self, site: Site) -> int:
-        if self.keep is not None:
-            return max(0, site.num_heads - self.keep)
         allowed = site.num_heads - max(1, len(set(self.protect) & set(site.spec.heads)))
         return min(self._removed_of(site.num_heads), allowed)
 
@@ -181,17 +172,13 @@ class PruneHeads(Pass, SharesBudget):
         ranked = sorted(site.spec.heads, key=lambda h: (h in self.protect, value[h], -h), reverse=True)
         return sorted(ranked[:count])
 
-    def _sets(self, site: Site, at_least: int = 1) -> dict[int, Chosen]:
-        """For each number of heads the places that stay, and the relative error of the layer with them."""
-        surgeon = surgeon_of(site)
+    def _sets(self, site: Site, surgeon: Surgeon, at_least: int = 1) -> dict[int, tuple[int, ...]]:
+        """For each number of heads the places that stay."""
         protected = [p for p, h in enumerate(site.spec.heads) if h in self.protect]
         if self._method(site) == "obs":
-            sets = surgeon.nested(protected, max(at_least, len(protected), 1))
-        else:
-            counts = range(max(1, len(protected)), site.num_heads + 1)
-            sets = {n: tuple(site.spec.heads.index(h) for h in self._best(site, n)) for n in counts}
-        how = self._compensation(site)
-        return {n: Chosen(places, surgeon.error(places, how)) for n, places in sets.items()}
+            return surgeon.nested(protected, max(at_least, len(protected), 1))
+        counts = range(max(1, len(protected)), site.num_heads + 1)
+        return {n: tuple(site.spec.heads.index(h) for h in self._best(site, n)) for n in counts}
 
     # ------------------------------------------------------------ refusals
     def _refuse_sizes(self, site: Site) -> Refusal | None:
