@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from attnopt import passes, patterns, recipes
 from attnopt.dynamic_blocks import DynamicBlocks
+from attnopt.calibration import Calibration
 from attnopt.errors import (
     ArchiveError,
     AttnoptError,
@@ -21,7 +22,7 @@ from attnopt.errors import (
     RewriteError,
     VerificationError,
 )
-from attnopt.importance import head_importance
+from attnopt.importance import HeadImportance, head_importance
 from attnopt.inspection import Inspection
 from attnopt.kept_mass import kept_mass
 from attnopt.model import OptimizedModel, load
@@ -40,10 +41,12 @@ __all__ = [
     "AttnoptError",
     "AttnoptWarning",
     "Backend",
+    "Calibration",
     "CalibrationError",
     "CaptureError",
     "DynamicBlocks",
     "ExportError",
+    "HeadImportance",
     "HeadWeights",
     "Inspection",
     "NearMiss",

@@ -53,7 +53,7 @@ class Operands:
         Keys of another sequence tell nothing of the queries: there every query counts.
         """
         B, L = self.q.shape[0], self.q.shape[2]
-        return self.seen if L == self.k.shape[2] else torch.ones(B, L, dtype=torch.bool, device=self.q.device)
+        return self.seen if self.k.shape[2] == L else torch.ones(B, L, dtype=torch.bool, device=self.q.device)
 
 
 Compute = Callable[[Sequence["HeadWeights"], bool], Sequence[Operands]]  # weights; whether for the first batch alone
@@ -92,7 +92,7 @@ class Activations:
         """For each batch bool [B, L]: the tokens to fit on, or those that are held back."""
         total, at, found = sum(len(o.q) for o in self.batches), 0, list[Tensor]()
         for o in self.batches:
-            B, L = o.real.shape
+            B = len(o.real)
             if total >= HELD_BACK:
                 back = (torch.arange(at, at + B, device=o.real.device) % HELD_BACK == HELD_BACK - 1)[:, None]
             else:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 
 Group = tuple[int, ...]
 Loss = Callable[[Sequence[Group]], torch.Tensor]  # groups of one size -> what each loses
-SEARCHED = 1600  # at most so many groups are weighed one by one for the exact search
+SEARCHED = 800  # at most so many groups are weighed one by one for the exact search
 
 
 def adjacent(heads: int, count: int) -> tuple[Group, ...]:
     """``count`` runs of neighbours, as equal in size as can be."""
     cuts = [heads * i // count for i in range(count + 1)]
-    return tuple(tuple(range(a, b)) for a, b in zip(cuts, cuts[1:], strict=False))
+    return tuple(tuple(range(a, b)) for a, b in pairwise(cuts))
 
 
 def agglomerated(heads: int, loss: Loss) -> dict[int, tuple[Group, ...]]:

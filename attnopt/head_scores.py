@@ -119,7 +119,7 @@ def _out(site: Site) -> Tensor:
         out = site.projections.get("out")
         why = out.why if out is not None and out.why else "it was not found"
         raise CalibrationError(f"the output projection is not known: {why}", site=site.name)
-    return weights[:-1].unflatten(0, (site.num_heads, site.value_dim))
+    return weights[:-1].reshape(site.num_heads, site.value_dim, -1)
 
 
 def _outputs(site: Site) -> Iterator[Tensor]:

@@ -104,7 +104,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
             if plain
             else select.select(operand, wanted)
         )
-    lowered = _inline(emit, spec, Reference() if plain else plan.backend, operands)
+    lowered = inline(emit, spec, Reference() if plain else plan.backend, operands)
     _edit_output(gm, weights, plan, table, [e for e in edits if e.role == "out"])
     chosen = trim(node, {1: spec.heads})
     if not chosen:
@@ -122,7 +122,7 @@ def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     return {table[n] for n in shared if n in table}
 
 
-def _inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
+def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
     attend = backend.lower(spec)
     given = [name for name, node in operands.items() if node is not None]
 

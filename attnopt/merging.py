@@ -51,16 +51,16 @@ class Side:
         if self.pairs is not None:
             index = torch.tensor([list(g) for g in groups])
             blocks = self.moments[:, index[:, :, None], index[:, None, :]]
-            return torch.linalg.eigvalsh(blocks)[..., :-1].clamp(min=0).sum((0, 2)) / total
+            return _rest(blocks, 1).sum(0) / total
         index = torch.tensor([[g * self.size + i for g in group for i in range(self.size)] for group in groups])
         blocks = self.moments[index[:, :, None], index[:, None, :]]
-        return torch.linalg.eigvalsh(blocks)[:, : -self.size].clamp(min=0).sum(1) / total
+        return _rest(blocks, self.size) / total
 
     def merge(self, group: Sequence[int]) -> Merged:
         if self.pairs is not None:
             return self._merge_pairs(group, self.pairs)
         index = torch.tensor([g * self.size + i for g in group for i in range(self.size)])
-        u = torch.linalg.eigh(self.moments[index][:, index])[1][:, -self.size :].unflatten(0, (len(group), -1))
+        u = torch.linalg.eigh(self.moments[index][:, index])[1][:, -self.size :].reshape(len(group), -1, self.size)
         return Merged(
             tuple(self.scale[g] @ u[n] for n, g in enumerate(group)),
             tuple(self.inverse[g] @ u[n] for n, g in enumerate(group)),
@@ -88,7 +88,8 @@ class Side:
             return as_real(self.pairs, across / across.abs().clamp(min=1e-300), self.size)
         rows, columns = (slice(h * self.size, (h + 1) * self.size) for h in (g, first))
         u, _, vh = torch.linalg.svd(self.moments[rows, columns])
-        return u @ vh
+        turn: Tensor = u @ vh
+        return turn
 
 
 def keys_of(site: Site, activations: Activations, mixing: Mixing, weighted: bool) -> Side:
@@ -110,7 +111,7 @@ def keys_of(site: Site, activations: Activations, mixing: Mixing, weighted: bool
     if mixing.pairs is not None:
         return _paired(k_moments, q_moments if weighted else None, mixing.pairs, G, D)
     scale, inverse = _roots(q_moments if weighted else None, G, D)
-    s = torch.block_diag(*scale)
+    s = _diagonal(scale)
     return Side(s.T @ k_moments @ s, scale, inverse, D)
 
 
@@ -130,7 +131,7 @@ def values_of(site: Site, activations: Activations, weighted: bool) -> Side:
         assert out is not None
         read[g] += out.double() @ out.double().T
     scale, inverse = _roots(read if weighted else None, G, D)
-    s = torch.block_diag(*scale)
+    s = _diagonal(scale)
     return Side(s.T @ moments @ s, scale, inverse, D)
 
 
@@ -149,7 +150,7 @@ def _roots(moments: Tensor | None, count: int, size: int) -> tuple[tuple[Tensor,
 def _paired(k_moments: Tensor, q_moments: Tensor | None, pairs: tuple[tuple[int, int], ...], G: int, D: int) -> Side:
     """Per frequency the inner products of the heads' keys as complex numbers, each scaled by its queries' size."""
     i, j = torch.tensor(pairs).T
-    k = k_moments.unflatten(0, (G, D)).unflatten(2, (G, D))  # [g, d, g', d']
+    k = k_moments.reshape(G, D, G, D)  # [g, d, g', d']
     real = k[:, i, :, i] + k[:, j, :, j]  # [F, g, g'] of Re conj(x) y
     imaginary = k[:, i, :, j] - k[:, j, :, i]
     hermitian = torch.complex(real, imaginary)
@@ -159,6 +160,22 @@ def _paired(k_moments: Tensor, q_moments: Tensor | None, pairs: tuple[tuple[int,
         scale = (size[:, i] + size[:, j]).clamp(min=1e-300).sqrt()
     hermitian = hermitian * scale.T[:, :, None] * scale.T[:, None, :]
     return Side(hermitian, tuple(scale), tuple(1 / scale), D, pairs)
+
+
+def _rest(blocks: Tensor, kept: int) -> Tensor:
+    """The sum of all but the ``kept`` largest eigenvalues of each matrix."""
+    narrow = torch.complex64 if blocks.is_complex() else torch.float32  # groups are only compared with each other
+    rest: Tensor = torch.linalg.eigvalsh(blocks.to(narrow)).double()[..., :-kept].clamp(min=0).sum(-1)
+    return rest
+
+
+def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """The blocks along the diagonal of one matrix."""
+    size = blocks[0].shape[0]
+    whole = torch.zeros(len(blocks) * size, len(blocks) * size, dtype=torch.float64)
+    for n, block in enumerate(blocks):
+        whole[n * size : (n + 1) * size, n * size : (n + 1) * size] = block
+    return whole
 
 
 def _trace(moments: Tensor) -> float:

@@ -7,6 +7,7 @@ only for maps that act on each rotated pair of features as one complex number; a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,8 +73,8 @@ def _moves(site: Site, role: str, maps: Tensor) -> bool:
         return False
     heads = site.spec.heads if role == "q" else site.spec.kv_heads
     there = now.edited([edit(site, role, h, {h: maps}) for h in heads], first_alone=True)
-    wanted = getattr(now.batches[0], role)[:, list(heads)].double() @ maps
-    got = getattr(there.batches[0], role)[:, list(heads)]
+    wanted: Tensor = getattr(now.batches[0], role)[:, list(heads)].double() @ maps
+    got: Tensor = getattr(there.batches[0], role)[:, list(heads)]
     apart = float((got.double() - wanted).abs().max())
     return apart <= ROUNDING * tolerance([got]) * float(wanted.abs().max())
 
@@ -81,7 +82,7 @@ def _moves(site: Site, role: str, maps: Tensor) -> bool:
 def _trial(pairs: Pairs | None, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(size)
     if pairs is None:
-        m = torch.randn(size, size, generator=generator, dtype=torch.float64) / size**0.5
+        m = torch.randn(size, size, generator=generator, dtype=torch.float64) / math.sqrt(size)
         return m + torch.eye(size, dtype=torch.float64)
     z = torch.randn(len(pairs), generator=generator, dtype=torch.complex128)
     return as_real(pairs, z, size)

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from attnopt import plugins
 from attnopt.allotting import allot
-from attnopt.calibration import Batch, Calibration
+from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.calling import Signature
 from attnopt.capture import Program, capture, check_call
-from attnopt.checking import Checker, Inputs, fitting
+from attnopt.checking import Checker, fitting
 from attnopt.cost import cost_of
 from attnopt.deciding import Decision, decide, limited, standing_refusals
 from attnopt.errors import AttnoptWarning, PolicyError, RewriteError, VerificationError

@@ -118,7 +118,7 @@ def fit(fitting: Moments, held: Moments, today: Tensor, has_bias: bool) -> Fitte
 
 def out_edits(site: Site, spec: AttentionSpec, weights: Tensor) -> tuple[tuple[HeadWeights, ...], Tensor | None]:
     """``weights`` [H * Dv + 1, out] as edits of the heads of ``spec``, and the new bias where there is one."""
-    per_head = weights[:-1].unflatten(0, (spec.num_heads, spec.value_dim))
+    per_head = weights[:-1].reshape(spec.num_heads, spec.value_dim, -1)
     edits = tuple(HeadWeights("out", h, w) for h, w in zip(spec.heads, per_head, strict=True))
     original = site.out_bias() if site.activations is None else site.activations.site.out_bias()
     return edits, None if original is None else original.double() + weights[-1]

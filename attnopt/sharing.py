@@ -49,8 +49,9 @@ def better_values(
         start += size
     if start > LARGEST:
         return None
-    per_head = out[:-1].unflatten(0, (spec.num_heads, spec.value_dim))
-    gram, across = _moments(site, now, spec, groups, blocks, out)
+    per_head = out[:-1].reshape(spec.num_heads, spec.value_dim, -1)
+    gram, across = (m.float() for m in _moments(site, now, spec, groups, blocks, out))
+    maps, per_head = [m.float() for m in maps], per_head.float()
 
     def through(image: Tensor) -> list[Tensor]:
         """[regressors, out] seen from the maps."""
@@ -64,7 +65,7 @@ def better_values(
         return [f + reg * t for f, t in zip(through(image), steps, strict=True)]
 
     reg = SHRINKAGE * float(gram.diagonal().mean() * per_head.square().sum() / per_head[0, :, 0].numel() / len(groups))
-    return [m + s for m, s in zip(maps, _conjugate_gradients(apply, through(across)), strict=True)]
+    return [(m + s).double() for m, s in zip(maps, _conjugate_gradients(apply, through(across)), strict=True)]
 
 
 def _moments(
@@ -84,10 +85,10 @@ def _moments(
     )  # fmt: skip
     for p, z, y, operands, counted in streams:
         values = [operands.v[:, [site.spec.kv_heads[g] for g in group]].transpose(1, 2).flatten(2) for group in groups]
-        mixed = torch.cat([(p[:, b.head] @ values[b.group])[counted] for b in blocks], 1).double()
-        wrong = with_ones(y, counted) @ wanted - with_ones(z, counted) @ out
-        gram.addmm_(mixed.T, mixed)
-        across.addmm_(mixed.T, wrong)
+        mixed = torch.cat([(p[:, b.head] @ values[b.group])[counted] for b in blocks], 1).float()
+        wrong = (with_ones(y, counted) @ wanted - with_ones(z, counted) @ out).float()
+        gram += mixed.T @ mixed  # single precision is enough: the step is shrunk, and checked afterwards
+        across += mixed.T @ wrong
     return gram, across
 
 

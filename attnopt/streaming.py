@@ -75,7 +75,7 @@ class Stream:
         last: dict[fx.Node, int] = {}
         for f in self.found:
             end = self.place[f.raised.node]
-            read = {n for n in f.raised.node.all_input_nodes}
+            read = set(f.raised.node.all_input_nodes)
             read |= {i for nodes in f.dirty.values() for n in nodes for i in n.all_input_nodes}
             for n in read:
                 last[n] = max(last.get(n, 0), end)
@@ -86,11 +86,14 @@ class Stream:
 
     def _activations(self, f: Found, environments: Sequence[Values]) -> Activations:
         def operands(values: Values, new: Mapping[str, Tensor]) -> Operands:
-            given = {}
-            for role, operand in zip(ROLES, f.raised.node.args, strict=True):
-                is_node = isinstance(operand, fx.Node)
-                given[role] = self._anew(operand, f.dirty.get(role, ()), values, new) if is_node else None
-            return Operands(**given)
+            q, k, v, bias, mask, sinks = (
+                self._anew(operand, f.dirty.get(role, ()), values, new) if isinstance(operand, fx.Node) else None
+                for role, operand in zip(ROLES, f.raised.node.args, strict=True)
+            )
+            assert q is not None
+            assert k is not None
+            assert v is not None
+            return Operands(q, k, v, bias, mask, sinks)
 
         def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[Operands]:
             new = edited_parameters(f.site, [e for e in edits if e.role != "out"])

@@ -24,6 +24,7 @@ from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
 GROUPINGS = ("adjacent", "similarity", "key-norm", "optimal")
+SEARCHED = ("similarity", "optimal")  # groupings that look at what the heads compute
 POOLED = ("mean", "first")
 ALIGNED = ("procrustes", "svd", "score-optimal")
 COMPENSATIONS = ("none", "least-squares")
@@ -35,8 +36,8 @@ class GroupedQuery(Pass, SharesBudget):
     """Merge key/value heads until ``kv_heads`` are left (GQA, arXiv:2305.13245); a group keeps its first head's number.
 
     ``grouping``: which heads become one: ``"adjacent"`` runs; ``"similarity"``: those whose keys and values share most,
-    joined pair by pair; ``"key-norm"``: adjacent ones, with more queries for larger keys (KDGQA, arXiv:2408.08454); ``"optimal"``: the
-    partition that loses least; or for each of today's heads the number of its group.
+    joined pair by pair; ``"key-norm"``: adjacent ones, with more queries for larger keys (KDGQA,
+    arXiv:2408.08454); ``"optimal"``: the partition that loses least; or for each of today's heads the number of its group.
     ``merge``: ``"mean"`` or ``"first"`` of the group's weights; ``"procrustes"``: the mean after turning each head toward
     the first (arXiv:2412.20677); ``"svd"``: the subspace that holds most of the group's keys, and of its values;
     ``"score-optimal"``: the subspace that keeps most of the scores, and of the layer's output.  The last three fold the
@@ -129,7 +130,7 @@ class GroupedQuery(Pass, SharesBudget):
         return self._aligned(site, sides, groups, merge)
 
     def _pooled(self, site: Site, merge: str) -> Rewrite:
-        groups = self._groups_without_data(site)
+        groups = self._groups_for_pooling(site)
         spec = _merged_spec(site, groups)
         if self.grouping == "key-norm":
             counts = queries_by_norm([_key_norm(site, group) for group in groups], site.num_heads)
@@ -202,7 +203,9 @@ class GroupedQuery(Pass, SharesBudget):
             return optimal(heads, loss, counts)
         return {self.kv_heads: _by_number(grouping)}
 
-    def _groups_without_data(self, site: Site) -> tuple[Group, ...]:
+    def _groups_for_pooling(self, site: Site) -> tuple[Group, ...]:
+        if self.grouping in SEARCHED:
+            return self._partitions(site, self._sides(site), [self.kv_heads])[self.kv_heads]
         if self.grouping is None or isinstance(self.grouping, str):
             return adjacent(site.num_kv_heads, self.kv_heads)
         return _by_number(self.grouping)
@@ -222,13 +225,11 @@ class GroupedQuery(Pass, SharesBudget):
         return None
 
     def _refuse_data(self, site: Site) -> Refusal | None:
-        needs = (
-            self.merge in ALIGNED or self.grouping in ("similarity", "optimal") or self.compensate == "least-squares"
-        )
+        needs = self.merge in ALIGNED or self.grouping in SEARCHED or self.compensate == "least-squares"
         if needs and site.activations is None:
             hint = "give calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
-        if self.merge in POOLED and self.grouping in ("similarity", "optimal") or self.merge in ALIGNED:
+        if self.merge in ALIGNED or self.grouping in SEARCHED:
             known = refuse_unknown_projections(site, ("q", "k", "v", "out"), _expected(("q", "k", "v", "out")), "")
             if known is not None:
                 return known
@@ -294,7 +295,7 @@ def _key_edits(site: Site, spec: AttentionSpec, groups: Sequence[Group], keys: S
 
 def _value_edits(site: Site, groups: Sequence[Group], maps: Sequence[Tensor]) -> list[HeadWeights]:
     return [
-        edit(site, "v", g[0], dict(zip(g, m.unflatten(0, (len(g), -1)), strict=True)))
+        edit(site, "v", g[0], dict(zip(g, m.reshape(len(g), -1, m.shape[1]), strict=True)))
         for g, m in zip(_named(site, groups), maps, strict=True)
     ]
 
@@ -304,7 +305,7 @@ def _output(site: Site, groups: Sequence[Group], values: Sequence[Merged]) -> Te
     out = output_weights(site)
     assert out is not None
     made = out.clone()
-    per_head = made[:-1].unflatten(0, (site.num_heads, site.value_dim))
+    per_head = made[:-1].view(site.num_heads, site.value_dim, -1)
     for place, g in enumerate(site.spec.kv_of_head):
         n = next(n for n, group in enumerate(groups) if g in group)
         per_head[place] = values[n].back[groups[n].index(g)].T @ per_head[place]
