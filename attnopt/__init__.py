@@ -8,8 +8,8 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 from __future__ import annotations
 
 from attnopt import passes, patterns, recipes
-from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.calibration import Calibration
+from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
     AttnoptError,

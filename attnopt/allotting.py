@@ -1,8 +1,7 @@
 """One budget of heads for all sites: it is spent where the model's output depends most on them.
 
 What the layer at a site loses with n heads is known from its own least squares; what the model's output makes of such a
-loss is measured once for each site, by running the model with that site alone rewritten.  Losses of several layers
-compound, so large ones count more than in proportion: with the square.  The sum is minimised exactly.
+loss is measured once for each site, by running the model with that site alone rewritten.  The sum is minimised exactly.
 """
 
 from __future__ import annotations
@@ -74,13 +73,13 @@ def _allot_one(
     if not shares:
         return {}
     influence = _influences(gm, list(shares.values()), batches)
-    curves = [{n: w * e * e for n, e in s.errors.items()} for w, s in zip(influence, shares.values(), strict=True)]
+    curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares.values(), strict=True)]
     counts = _spend(curves, p.total([s.site for s in shares.values()]))
     return {name: s.passes[n] for (name, s), n in zip(shares.items(), counts, strict=True)}
 
 
 def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
-    """For each site the model's error over the squared error of the layer, where that site alone is rewritten."""
+    """For each site the model's error over the layer's error, where that site alone is rewritten."""
     some = batches[:: max(1, len(batches) // MEASURED)][:MEASURED]
     original = [_outputs(gm, batch) for batch in some]
     found: list[float] = []
@@ -96,7 +95,7 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
                 site=share.site.name,
                 hint='leave such batches out, or give each site its own budget with budget="site"',
             )
-        found.append(wrong / share.errors[share.probed] ** 2)
+        found.append(wrong / share.errors[share.probed])
     return found
 
 

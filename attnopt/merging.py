@@ -123,8 +123,8 @@ def values_of(site: Site, activations: Activations, weighted: bool) -> Side:
     for p, o in zip(activations.weights(spec), activations.batches, strict=True):
         v = o.v[:, list(spec.kv_heads)].transpose(1, 2).flatten(2)
         for h in range(site.num_heads):
-            mixed = (p[:, h] @ v)[o.real].double()
-            moments += mixed.T @ mixed
+            mixed = (p[:, h] @ v)[o.real]
+            moments += mixed.T @ mixed  # a batch in its own precision, their sum in float64
     read = torch.zeros(G, D, D, dtype=torch.float64)
     for h, g in zip(spec.heads, spec.kv_of_head, strict=True):
         out = site.head_weight("out", h)
