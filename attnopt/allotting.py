@@ -65,6 +65,8 @@ def _allot_one(
         if p.check(site) is not None:
             continue
         offered, wanted = p.shares(site), p.total([site])
+        if not offered:
+            continue
         probed = min((n for n in offered if n < max(offered)), key=lambda n: abs(n - wanted), default=max(offered))
         probe = decide(f, (*passes[: passes.index(p)], offered[probed].rewrite), backends, activations)
         errors = {n: o.error for n, o in offered.items()}

@@ -72,9 +72,9 @@ def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, st
 
 def _learned(site: Site) -> tuple[Activations, Tensor]:
     weights = output_weights(site)
-    if site.activations is None or weights is None:
+    if site.activations is None or weights is None or not site.projections["out"].direct:
         raise CalibrationError(
-            "its output projection cannot be fitted without calibration data and known columns",
+            "its output projection cannot be fitted without calibration data, known columns and heads that reach it as they are",
             site=site.name,
             hint="give calibration= to attnopt.optimize",
         )

@@ -119,6 +119,12 @@ def _out(site: Site) -> Tensor:
         out = site.projections.get("out")
         why = out.why if out is not None and out.why else "it was not found"
         raise CalibrationError(f"the output projection is not known: {why}", site=site.name)
+    if not site.projections["out"].direct:
+        raise CalibrationError(
+            "what its heads give is scaled on the way to the output projection",
+            site=site.name,
+            hint='choose "ablation", which needs no projection',
+        )
     return weights[:-1].reshape(site.num_heads, site.value_dim, -1)
 
 

@@ -77,7 +77,8 @@ class SharesBudget(ABC):
 
     @abstractmethod
     def shares(self, site: Site) -> Mapping[int, Share]:
-        """By the number of heads that ``site`` can be left with."""
+        """By the number of heads that ``site`` can be left with; empty where that cannot be told, and the site then has
+        its own budget."""
 
 
 class Attend(Protocol):

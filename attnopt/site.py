@@ -22,7 +22,7 @@ class Projection:
 
     ``rows[h]`` are the indices of head h's output features ("out": input features) in the weight, in the order in which
     they stand in the head; None where they cannot be told, and then ``why`` says so.  ``transposed``: the weight is stored
-    as (in, out).
+    as (in, out).  ``direct``: of "out", that what the heads give reaches it as it is, only laid out anew.
     """
 
     weight: str | None = None
@@ -30,6 +30,7 @@ class Projection:
     transposed: bool = False
     rows: tuple[tuple[int, ...], ...] | None = None
     why: str | None = None
+    direct: bool = True
 
 
 @dataclass(frozen=True)

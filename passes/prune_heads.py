@@ -93,6 +93,8 @@ class PruneHeads(Pass, SharesBudget):
         return heads - self._removed_of(heads)
 
     def shares(self, site: Site) -> Mapping[int, Share]:
+        if _unknown(site, ("out",)):
+            return {}
         surgeon, how, found = surgeon_of(site), self._compensation(site), dict[int, Share]()
         for n, places in self._sets(site, surgeon).items():
             gone = [h for p, h in enumerate(site.spec.heads) if p not in places]
@@ -211,7 +213,7 @@ class PruneHeads(Pass, SharesBudget):
         if method != "weights":
             return None
         hint = "importance=, one number for each head"
-        return refuse_unknown_projections(site, ("v", "out"), "known value and output projections", hint)
+        return refuse_unknown_projections(site, ("v", "out"), "known value and output projections", hint, False)
 
 
 def _is_pairs(given: Any) -> bool:

@@ -260,6 +260,38 @@ def test_norms_behind_the_projection() -> None:
     assert fast.sites[0].num_kv_heads == 2
 
 
+class Gated(nn.Module):
+    """What the heads give is multiplied by a gate before the output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.g = (nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (H, D)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        z = (q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).flatten(2)
+        out: Tensor = self.o(z * self.g(x).sigmoid())
+        return out
+
+
+def test_gated_outputs_are_not_fitted() -> None:
+    """The output projection does not read what the heads give: fitting it to that would be wrong."""
+    model, data = Gated().eval(), batches()
+    assert not attnopt.inspect(model, (data[0],)).sites[0].projections["out"].direct
+    fast = optimized(model, PruneHeads(heads=[1]), data)
+    plain = attnopt.optimize(model, PruneHeads(heads=[1]), (data[0],))
+    oracle.assert_same(oracle.run(fast, (data[0],)), oracle.run(plain, (data[0],)), limit=0.0)
+    assert optimized(model, PruneHeads(0.25), data).sites[0].num_heads == 3
+    with pytest.raises(attnopt.RewriteError, match="scaled on the way"):
+        optimized(model, PruneHeads(heads=[1], compensate="least-squares"), data, strict=True)
+    with pytest.raises(attnopt.RewriteError, match="scaled on the way"):
+        optimized(model, GroupedQuery(2, merge="svd", grouping="adjacent"), data, strict=True)
+    assert "merged by mean" in optimized(model, GroupedQuery(2), data).report.sites[0].notes[0]
+    with pytest.raises(attnopt.CalibrationError, match=r"reach it as they are"):
+        attnopt.head_importance(model, data)
+    assert len(attnopt.head_importance(model, data, "ablation")[""]) == H
+
+
 # ---------------------------------------------------------------- groupings by themselves
 def test_partitions() -> None:
     apart = torch.tensor([0.0, 0.1, 5.0, 5.1, 5.2, 9.0])
