@@ -122,7 +122,7 @@ def _weakest(
     from attnopt.demo_similarity import tokens
     from attnopt.importance import head_importance
 
-    scores = head_importance(model, [tokens(tokenizer, [text]) for text in texts], sites=sites)
+    scores = head_importance(model, [tokens(tokenizer, [text]) for text in texts], "output-norm", sites=sites)
     ranked = {site.name: sorted(zip(scores[site.name], site.spec.heads, strict=True)) for site in sites}
     return {name: tuple(sorted(head for _, head in pairs[:PRUNED_PER_LAYER])) for name, pairs in ranked.items()}
 
