@@ -10,6 +10,7 @@ from __future__ import annotations
 from attnopt import passes, patterns, plot, recipes
 from attnopt.advising import Advice, advise
 from attnopt.attention_mass import kept_mass
+from attnopt.calibration import Calibration
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
@@ -23,7 +24,7 @@ from attnopt.errors import (
     RewriteError,
     VerificationError,
 )
-from attnopt.importance import head_importance
+from attnopt.importance import HeadImportance, head_importance
 from attnopt.inspection import Inspection
 from attnopt.model import OptimizedModel, load
 from attnopt.optimizing import inspect, optimize
@@ -42,10 +43,12 @@ __all__ = [
     "AttnoptError",
     "AttnoptWarning",
     "Backend",
+    "Calibration",
     "CalibrationError",
     "CaptureError",
     "DynamicBlocks",
     "ExportError",
+    "HeadImportance",
     "HeadWeights",
     "Inspection",
     "NearMiss",

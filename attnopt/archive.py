@@ -271,6 +271,7 @@ def _site_to_json(site: Site) -> dict[str, Any]:
                 "bias": p.bias,
                 "transposed": p.transposed,
                 "why": p.why,
+                "direct": p.direct,
                 "rows": None if p.rows is None else [list(r) for r in p.rows],
             }
             for role, p in site.projections.items()
@@ -311,6 +312,7 @@ def _site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site
             p["transposed"],
             None if p["rows"] is None else tuple(tuple(r) for r in p["rows"]),
             p["why"],
+            p.get("direct", True),
         )
         for role, p in data["projections"].items()
     }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.calibration import Inputs
 from attnopt.calling import Signature, check_inputs
 from attnopt.capture import Program, check_call
 from attnopt.compare import difference, tensors, tolerance
@@ -19,8 +20,6 @@ from attnopt.lowering import Plan, lower
 from attnopt.probing import symbols
 
 ROOM = 10.0  # how much more than one site's rounding a whole model's output may show
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,7 @@ class Checker:
         worst = 0.0
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for i, (args, kwargs) in enumerate(batches):
-                try:
-                    batch = signature.arrange(args, kwargs)
-                    check_inputs(module, *batch)
-                except (CaptureError, TypeError) as e:
-                    raise CalibrationError(
-                        f"calibration batch {i} does not fit the example inputs: {str(e).splitlines()[0]}",
-                        hint='give batches of the same form and size, or optimize with dynamic_shapes="auto"',
-                    ) from e
+                batch = fitting(module, signature, (args, kwargs), i)
                 worst = max(worst, difference(self._outputs(module, batch), self._outputs(self.model, batch)))
         return worst
 
@@ -125,6 +117,19 @@ class Checker:
             f"the rewritten model differs from what it was meant to compute by {error:.2g} (relative)",
             hint="bisect with limit=1, 2, ... to find the site",
         )
+
+
+def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number: int) -> Inputs:
+    """The calibration batch in the form in which the graph takes it.  Raises CalibrationError."""
+    try:
+        arranged = signature.arrange(*batch)
+        check_inputs(module, *arranged)
+    except (CaptureError, TypeError) as e:
+        raise CalibrationError(
+            f"calibration batch {number} does not fit the example inputs: {str(e).splitlines()[0]}",
+            hint='give batches of the same form and size, or optimize with dynamic_shapes="auto"',
+        ) from e
+    return arranged
 
 
 def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Inputs]:

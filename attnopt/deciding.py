@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from attnopt import plugins
+from attnopt.activations import Activations, merged
 from attnopt.backends.reference import Reference
 from attnopt.finding import Found
 from attnopt.lowering import Plan, edited_parameters
-from attnopt.policy import Policy
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Backend, HeadWeights, Pass
 from attnopt.site import Site
@@ -28,13 +28,25 @@ class Decision:
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def seen(self, activations: Activations) -> Site:
+        """The site as the next pass would see it."""
+        edits = () if self.plan is None else self.plan.edits
+        return replace(self.site, activations=activations.edited(edits))
 
-def decide(found: Found, policy: Policy, backends: Sequence[Backend]) -> Decision:
-    """Run the site's passes one after the other; each sees what the ones before it made."""
-    passes = policy.passes_for(found.site.name)
+
+def decide(
+    found: Found, passes: Sequence[Pass], backends: Sequence[Backend], activations: Activations | None = None
+) -> Decision:
+    """Run the passes one after the other; each sees what the ones before it made."""
     if found.raised.region.escapes and passes:
         return Decision(found, found.site, refusals={p.name: escapes(found) for p in passes})
-    site, edits, applied, notes = found.site, list[HeadWeights](), list[str](), list[str]()
+    site, edits, applied, notes = (
+        replace(found.site, activations=activations),
+        tuple[HeadWeights, ...](),
+        list[str](),
+        list[str](),
+    )
+    out_bias: Tensor | None = None
     refusals: dict[str, Refusal] = {}
     for p in passes:
         refusal = p.check(site)
@@ -42,16 +54,23 @@ def decide(found: Found, policy: Policy, backends: Sequence[Backend]) -> Decisio
             refusals[p.name] = refusal
             continue
         rewrite = p.rewrite(site)
-        edits = _merged(edits, rewrite.edits)
-        site = replace(site, spec=rewrite.spec, parameters=_with_edits(found.site, edits))
+        edits = merged(edits, rewrite.edits)
+        out_bias = out_bias if rewrite.out_bias is None else rewrite.out_bias
+        site = replace(
+            site,
+            spec=rewrite.spec,
+            parameters={**found.site.parameters, **edited_parameters(found.site, edits, out_bias)},
+            activations=None if site.activations is None else site.activations.edited(rewrite.edits),
+        )
         notes += rewrite.notes
         applied.append(p.name)
+    site = replace(site, activations=None)
     if not applied:
         return Decision(found, found.site, refusals=refusals)
     backend, reasons = _cheapest(backends, site)
     if backend is None:
         return Decision(found, found.site, refusals={**refusals, **reasons})
-    plan = Plan(found, site.spec, tuple(edits), backend, tuple(applied))
+    plan = Plan(found, site.spec, tuple(edits), backend, tuple(applied), out_bias)
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
         return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
     return Decision(
@@ -102,15 +121,6 @@ def standing_refusals(found: Found) -> dict[str, Refusal]:
         return dict.fromkeys((name for name in plugins.passes()), escapes(found))
     typical: tuple[Pass, ...] = (LocalWindow(left=1), Sparse(Window(1, 1)), GroupedQuery(kv_heads=1))
     return {p.name: refusal for p in typical if (refusal := p.check(found.site)) is not None}
-
-
-def _merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> list[HeadWeights]:
-    replaced = {(e.role, e.head) for e in new}
-    return [e for e in old if (e.role, e.head) not in replaced] + list(new)
-
-
-def _with_edits(site: Site, edits: Sequence[HeadWeights]) -> Mapping[str, Tensor]:
-    return {**site.parameters, **edited_parameters(site, edits)}
 
 
 def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:

@@ -122,7 +122,8 @@ def _importance(
     from attnopt.demo_similarity import tokens
     from attnopt.importance import head_importance
 
-    return head_importance(model, [tokens(tokenizer, [text]) for text in texts], sites=sites)
+    found = head_importance(model, [tokens(tokenizer, [text]) for text in texts], "output-norm", sites=sites)
+    return dict(found)
 
 
 def _weakest(scores: dict[str, tuple[float, ...]], sites: Sequence[Any]) -> dict[str, tuple[int, ...]]:

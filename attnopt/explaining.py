@@ -91,8 +91,9 @@ def _of_site(found: Found, policy: Policy | None) -> Explanation:
         refusals = standing_refusals(found)
         asked = [p.name for p in plugins.passes().values() if p.distribution == plugins.OURS]
     else:
-        refusals = dict(decide(found, policy, (Reference(),)).refusals)
-        asked = [p.name for p in policy.passes_for(site.name)]
+        passes = policy.passes_for(site.name)
+        refusals = dict(decide(found, passes, (Reference(),)).refusals)
+        asked = [p.name for p in passes]
     for backend in backends:
         if (refusal := backend.check(site.spec)) is not None:
             refusals[f"backend {backend.name}"] = refusal

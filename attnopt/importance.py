@@ -2,114 +2,190 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnopt.errors import CalibrationError
+from attnopt.calibration import Batch, Calibration, Inputs, shapes_of
+from attnopt.calling import Signature
+from attnopt.capture import Program, capture
+from attnopt.checking import fitting
+from attnopt.errors import CalibrationError, PolicyError
+from attnopt.finding import Found, find
+from attnopt.gate_scores import ablation, fisher, sensitivity, taylor
+from attnopt.head_scores import AT_SITE, scores_at
+from attnopt.options import choice
+from attnopt.retrieval import retrieval
 from attnopt.site import Site
+from attnopt.streaming import Stream
 
-Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+IN_MODEL = ("ablation", "taylor", "fisher")
+METHODS = (*AT_SITE, "retrieval", *IN_MODEL)
+
+Loss = Callable[[Any, Inputs], Tensor]  # (the model's output, the batch as args and kwargs) -> a scalar
+Behaviour = Callable[[Any], Tensor]  # the model's output -> logits [..., classes]
+
+
+@dataclass(frozen=True)
+class HeadImportance(Mapping[str, tuple[float, ...]]):
+    """By the site's name one number for each of its heads, higher means keep; ``heads`` are the heads' numbers.
+
+    Prints as a table; may be given to ``PruneHeads(importance=...)``.
+    """
+
+    method: str
+    scores: Mapping[str, tuple[float, ...]]
+    heads: Mapping[str, tuple[int, ...]]
+
+    def __getitem__(self, site: str) -> tuple[float, ...]:
+        return self.scores[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __str__(self) -> str:
+        from rich import box
+        from rich.table import Table
+
+        from attnopt.tables import to_text
+
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"head importance: {self.method}")
+        shown.add_column("site")
+        every = sorted({h for numbers in self.heads.values() for h in numbers})
+        for h in every:
+            shown.add_column(str(h), justify="right")
+        for site, scores in self.scores.items():
+            of = dict(zip(self.heads[site], scores, strict=True))
+            shown.add_row(site or "(root)", *(f"{of[h]:.3g}" if h in of else "" for h in every))
+        return to_text(shown, width=max(80, 40 + 9 * len(every)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return {
+            "method": self.method,
+            "scores": {site: list(scores) for site, scores in self.scores.items()},
+            "heads": {site: list(numbers) for site, numbers in self.heads.items()},
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Write a picture of sites x heads (matplotlib decides the format by the name) and give its path."""
+        import matplotlib.figure
+
+        from attnopt.files import atomic_write
+
+        widest = max(len(s) for s in self.scores.values())
+        rows = [[*s, *[float("nan")] * (widest - len(s))] for s in self.scores.values()]
+        figure = matplotlib.figure.Figure(figsize=(3 + 0.45 * widest, 1.5 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        figure.colorbar(axes.imshow(rows, aspect="auto"), label=self.method)
+        axes.set(xlabel="head", ylabel="site", title="head importance")
+        axes.set_yticks(range(len(rows)), [name or "(root)" for name in self.scores])
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=110)
+        return Path(path)
 
 
 def head_importance(
-    model: nn.Module, calibration: Iterable[Batch], *, sites: Sequence[Site] | None = None
-) -> dict[str, tuple[float, ...]]:
-    """For each site the score of each of its heads, in the order of ``site.spec.heads``.
+    model: nn.Module,
+    calibration: Iterable[Batch] | Calibration,
+    method: str = "obs",
+    *,
+    sites: Sequence[Site] | None = None,
+    loss: Loss | None = None,
+    behaviour: Behaviour | None = None,
+    seed: int = 0,
+) -> HeadImportance:
+    """For each site the score of each of its heads, in the order of ``site.spec.heads``; higher means keep.
 
-    The score of head h is the mean over tokens of ``|| z_h W_o,h ||``: the length of what the head, through its columns
-    of the output projection, adds to the layer's output.  Every position counts, so give texts without padding.  A site
-    whose module runs several times (shared weights) gets the mean over all its runs.
+    Each site by itself, from its weights and from what it computes on ``calibration``:
+    ``"obs"``: the rise of the layer's squared error without the head when the others make up for it as they can
+    (OSSCAR, arXiv:2403.12983); ``"output-norm"``: mean length of what the head adds to the layer's output; ``"flap"``:
+    the variance of that (arXiv:2312.11983); ``"wanda"`` (arXiv:2306.11695); ``"weights"``: norm of value times output
+    weights; ``"entropy"``: how far attention is from uniform; ``"locality"``: how near it stays; ``"retrieval"``: how
+    much goes to what followed an earlier occurrence of the query's token (induction heads, arXiv:2209.11895), for
+    models that take token ids; ``"random"``.
 
-    ``calibration`` are batches: a tensor, a tuple of args or a dict of kwargs.  ``sites`` defaults to all that
-    ``attnopt.inspect`` finds on the first batch.  CalibrationError if there is no batch, or if a site's output
-    projection is no nn.Linear with known columns.
+    With the whole model: ``"ablation"``: how much its output changes with that head silenced, relative; with
+    ``behaviour`` (output -> logits) the KL divergence of what these say (SHIPS, arXiv:2410.13708).  ``"taylor"``: mean
+    over batches of |d loss / d gate| (arXiv:1905.10650); ``"fisher"``: mean of its square (arXiv:2204.09656).  Without
+    ``loss`` (output, batch -> scalar) taylor is label-free: the squared length of d output / d gate (Gauss-Newton).
+
+    Padding does not count.  A site whose module runs several times (shared weights) has an entry for each run.
+    ``sites``: only those of these names, with the heads that they have left.  Raises CalibrationError where there is no
+    batch or a site cannot be scored, PolicyError for an unknown method.
     """
-    batches = iter(calibration)
-    first = next(batches, None)
-    if first is None:
-        raise CalibrationError("there is no calibration batch", hint="give at least one")
-    if sites is None:
-        import attnopt
-
-        sites = attnopt.inspect(model, *_arguments(first)).sites
-
-    totals = {site.name: torch.zeros(site.num_heads, dtype=torch.float64) for site in sites}
-    tokens = dict.fromkeys(totals, 0)
-    was_training, handles = model.training, []
-    try:
-        for site in sites:
-            linear, columns = _out_projection(model, site)
-            handles.append(linear.register_forward_pre_hook(_adding(site.name, linear, columns, totals, tokens)))
-        model.eval()
-        with torch.no_grad():
-            _call(model, first)
-            for batch in batches:
-                _call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    return {site.name: _mean(site, totals[site.name], tokens[site.name]) for site in sites}
-
-
-def _out_projection(model: nn.Module, site: Site) -> tuple[nn.Linear, list[Tensor]]:
-    """The module, and for each head that remains the indices of its input features."""
-    out = site.projections.get("out")
-    if out is None or out.weight is None or out.rows is None:
-        why = out.why if out is not None and out.why else "it was not found"
-        raise CalibrationError(f"the output projection is not known: {why}", site=site.name)
-    name = out.weight.removesuffix(".weight")
-    module = model.get_submodule(name) if name != out.weight else None
-    if not isinstance(module, nn.Linear):
-        raise CalibrationError(
-            f"the output projection {out.weight} belongs to a {type(module).__name__}, expected an nn.Linear",
-            site=site.name,
-            hint="leave this site out of `sites`",
+    choice("head_importance", "method", method, METHODS)
+    if loss is not None and method not in ("taylor", "fisher"):
+        raise PolicyError(f"head_importance: loss is not used by {method!r}; leave it out or give method='taylor'")
+    if behaviour is not None and method != "ablation":
+        raise PolicyError("head_importance: behaviour is only used by 'ablation'; leave it out or give that method")
+    if method == "fisher" and loss is None:
+        raise PolicyError(
+            "head_importance: 'fisher' needs a loss; give loss=, or method='taylor', which can do without"
         )
-    rows = out.rows
-    return module, [torch.as_tensor(rows[head], device=module.weight.device) for head in site.spec.heads]
+    program, batches, found = _captured(model, Calibration.of(calibration), sites)
+    if method in IN_MODEL:
+        scores = _in_model(program, batches, found, method, loss, behaviour, seed)
+    else:
+        scores = {f.site.name: _one(site, batches, method, seed) for f, site in _seen(program, batches, found)}
+    wanted = {site.name: site.spec.heads for site in sites or ()}
+    heads = {name: wanted.get(name, f.site.spec.heads) for name, f in zip(scores, found, strict=True)}
+    chosen = {
+        name: tuple(s[f.site.spec.heads.index(h)] for h in heads[name]) if len(s) > len(heads[name]) else tuple(s)
+        for (name, s), f in zip(scores.items(), found, strict=True)
+    }
+    for name, s in chosen.items():
+        if not all(torch.tensor(s).isfinite()):
+            raise CalibrationError(
+                f"its {method} on the calibration data is not finite", site=name, hint="leave such batches out"
+            )
+    return HeadImportance(method, chosen, heads)
 
 
-def _adding(
-    name: str, linear: nn.Linear, columns: list[Tensor], totals: dict[str, Tensor], tokens: dict[str, int]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    weights = [linear.weight.detach()[:, column] for column in columns]
-
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        z = inputs[0].detach()
-        z = z.reshape(-1, z.shape[-1])
-        sums = [(z[:, column] @ weight.T).norm(dim=-1).sum() for column, weight in zip(columns, weights, strict=True)]
-        totals[name] += torch.stack(sums).double().cpu()
-        tokens[name] += z.shape[0]
-
-    return hook
-
-
-def _mean(site: Site, total: Tensor, tokens: int) -> tuple[float, ...]:
-    if not tokens:
-        raise CalibrationError("it did not run on the calibration data", site=site.name)
-    mean = total / tokens
-    if not bool(mean.isfinite().all()):
-        raise CalibrationError("its outputs on the calibration data are not finite", site=site.name)
-    return tuple(mean.tolist())
+def _captured(
+    model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
+) -> tuple[Program, list[Inputs], list[Found]]:
+    """The model in its mode for inference, the batches as its graph takes them, and the sites to score."""
+    args, kwargs = calibration.batches[0]
+    shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
+    was_training = model.training
+    try:
+        program = capture(model.eval(), args, kwargs, shapes)
+    finally:
+        model.train(was_training)
+    signature = Signature.of(model.forward, args, kwargs)
+    batches = [fitting(program.module, signature, batch, i) for i, batch in enumerate(calibration)]
+    found = [f for f in find(program).found if sites is None or f.site.name in {s.name for s in sites}]
+    missing = {s.name for s in sites or ()} - {f.site.name for f in found}
+    if missing or not found:
+        names = ", ".join(repr(n) for n in sorted(missing)) or "any name"
+        raise CalibrationError(f"no attention of {names} was found", hint="see attnopt.inspect for the sites")
+    return program, batches, found
 
 
-def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    match batch:
-        case Tensor():
-            return (batch,), {}
-        case tuple() | list():
-            return tuple(batch), {}
-        case Mapping():
-            return (), dict(batch)
-    raise CalibrationError(
-        f"a batch is a {type(batch).__name__}, expected a tensor, a tuple of args or a dict of kwargs"
-    )
+def _seen(program: Program, batches: Sequence[Inputs], found: Sequence[Found]) -> Iterator[tuple[Found, Site]]:
+    for f, activations in Stream(program.module, found, batches).sites():
+        yield f, replace(f.site, activations=activations)
 
 
-def _call(model: nn.Module, batch: Batch) -> None:
-    args, kwargs = _arguments(batch)
-    model(*args, **kwargs)
+def _one(site: Site, batches: Sequence[Inputs], method: str, seed: int) -> tuple[float, ...]:
+    return retrieval(site, batches) if method == "retrieval" else scores_at(site, method, seed)
+
+
+def _in_model(
+    program: Program, batches: Sequence[Inputs], found: Sequence[Found], method: str, loss: Loss | None,
+    behaviour: Behaviour | None, seed: int,
+) -> dict[str, tuple[float, ...]]:  # fmt: skip
+    if method == "ablation":
+        return ablation(program.module, found, batches, behaviour)
+    if loss is None:
+        return sensitivity(program.module, found, batches, seed)
+    return (taylor if method == "taylor" else fisher)(program.module, found, batches, loss)

@@ -34,11 +34,12 @@ class Plan:
     edits: tuple[HeadWeights, ...]
     backend: Backend
     passes: tuple[str, ...]
+    out_bias: Tensor | None = None  # of the output projection, where it changes
 
     @property
     def changes_nothing(self) -> bool:
         """The meaning of the site stays as it is: the plan only fuses it."""
-        return self.spec == self.found.raised.spec and not self.edits
+        return self.spec == self.found.raised.spec and not self.edits and self.out_bias is None
 
 
 def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
@@ -103,9 +104,8 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
             if plain
             else select.select(operand, wanted)
         )
-    lowered = _inline(emit, spec, Reference() if plain else plan.backend, operands)
-    if not plain:
-        _edit_output(gm, weights, plan, table, [e for e in edits if e.role == "out"])
+    lowered = inline(emit, spec, Reference() if plain else plan.backend, operands)
+    _edit_output(gm, weights, plan, table, [e for e in edits if e.role == "out"])
     chosen = trim(node, {1: spec.heads})
     if not chosen:
         node.replace_all_uses_with(lowered)
@@ -122,7 +122,7 @@ def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     return {table[n] for n in shared if n in table}
 
 
-def _inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
+def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
     attend = backend.lower(spec)
     given = [name for name, node in operands.items() if node is not None]
 
@@ -143,17 +143,22 @@ def _folded(plan: Plan) -> tuple[AttentionSpec, tuple[HeadWeights, ...]]:
     site, spec = plan.found.site, plan.spec
     if spec.gains is None or site.projections["out"].rows is None or plan.found.output_op is None:
         return spec, plan.edits
+    new = {e.head: e.weight for e in plan.edits if e.role == "out"}
     scaled = [
         HeadWeights("out", h, weight * gain)
         for h, gain in zip(spec.heads, spec.gains, strict=True)
-        if (weight := site.head_weight("out", h)) is not None
+        if (weight := new.get(h, site.head_weight("out", h))) is not None
     ]
-    return replace(spec, gains=None), (*plan.edits, *scaled)
+    return replace(spec, gains=None), (*(e for e in plan.edits if e.role != "out"), *scaled)
 
 
-def edited_parameters(site: Site, edits: Sequence[HeadWeights]) -> dict[str, Tensor]:
+def edited_parameters(site: Site, edits: Sequence[HeadWeights], out_bias: Tensor | None = None) -> dict[str, Tensor]:
     """Whole parameters with the edited heads in place, by name."""
     made: dict[str, Tensor] = {}
+    if out_bias is not None:
+        name = site.projections["out"].bias
+        assert name is not None
+        made[name] = out_bias.to(site.parameters[name].dtype)
     for edit in edits:
         p = site.projections[edit.role]
         assert p.rows is not None
@@ -179,12 +184,13 @@ def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new:
 def _edit_output(
     gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], edits: Sequence[HeadWeights]
 ) -> None:
-    """New columns in the output projection of this site alone."""
+    """New columns, and where it changes a new bias, in the output projection of this site alone."""
     op = plan.found.output_op
-    if not edits or op is None:
+    edited = edited_parameters(plan.found.site, edits, plan.out_bias)
+    if op is None:
         return
     here = table[op]
-    edited = edited_parameters(plan.found.site, edits)
-    path = weight_path(here, set(edited))
-    select = Selector(Emitter(gm.graph, here, {"site": plan.found.site.name}), weights, edited, path)
-    here.replace_input_with(path[0], select.select(path[0], {}))
+    for name in edited:
+        path = weight_path(here, {name})
+        select = Selector(Emitter(gm.graph, here, {"site": plan.found.site.name}), weights, edited, path)
+        here.replace_input_with(path[0], select.select(path[0], {}))

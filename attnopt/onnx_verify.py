@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from attnopt.checking import Inputs, resized
+from attnopt.calibration import Inputs
+from attnopt.checking import resized
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
 from attnopt.onnx_builder import SWAPPED

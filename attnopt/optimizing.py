@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnopt import plugins
+from attnopt.allotting import allot
 from attnopt.attention_mass import measured
+from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.calling import Signature
 from attnopt.capture import Program, capture, check_call
-from attnopt.checking import Checker, Inputs
+from attnopt.checking import Checker, fitting
 from attnopt.cost import cost_of
 from attnopt.deciding import Decision, decide, limited, standing_refusals
-from attnopt.errors import AttnoptWarning, CalibrationError, PolicyError, RewriteError, VerificationError
-from attnopt.finding import Findings, find
+from attnopt.errors import AttnoptWarning, PolicyError, RewriteError, VerificationError
+from attnopt.finding import Findings, Found, find
 from attnopt.inspection import Inspection
 from attnopt.lowering import lower
 from attnopt.model import OptimizedModel
@@ -29,6 +31,7 @@ from attnopt.policy import Policy
 from attnopt.report import Form, Report, SiteReport, Status
 from attnopt.rewriting import Backend
 from attnopt.spec import AttentionSpec
+from attnopt.streaming import Stream
 from attnopt.verify import example_values
 from attnopt.version import __version__
 
@@ -68,7 +71,7 @@ def optimize(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Batch] | Calibration | None = None,
     backend: str | Backend = "auto",
     tolerance: float | None = None,
     strict: bool = False,
@@ -83,7 +86,8 @@ def optimize(
     such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
     ``args``, ``kwargs``: example inputs.  Without any, the model is captured at its first call.
     ``dynamic_shapes``: torch.export's notation, or ``"auto"`` (batch and sequence axes, as far as the model allows).
-    ``calibration``: batches (a tensor, a tuple of args or a dict of kwargs each) on which the change is measured as well.
+    ``calibration``: batches (a tensor, a tuple of args or a dict of kwargs each), or a ``Calibration``.  Passes that can
+    learn from them do; the change is measured on them as well.
     ``backend``: a name, a ``Backend``, or ``"auto"``: for each site the cheapest one that can compute it.
     ``tolerance``: largest relative difference from the model that is accepted, else VerificationError.
     ``strict``: a refusal is a RewriteError.  ``limit``: carry out only the first so many rewrites.  ``seed``: of every
@@ -94,7 +98,7 @@ def optimize(
     chosen = Policy.of(policy)
     _check_options(limit, tolerance)
     backends = _backends(backend)
-    batches = None if calibration is None else _batches(calibration)
+    batches = None if calibration is None else Calibration.of(calibration).batches
     args, given = _inputs(args, kwargs)
     if not args and not given and batches:
         args, given = batches[0]
@@ -118,32 +122,6 @@ def _check_options(limit: int | None, tolerance: float | None) -> None:
         raise PolicyError(f"limit must be a number of rewrites, not {limit!r}")
     if tolerance is not None and not tolerance >= 0:
         raise PolicyError(f"tolerance must be a number from 0, not {tolerance!r}")
-
-
-def _batches(calibration: Iterable[Any]) -> list[Inputs]:
-    found: list[Inputs] = []
-    try:
-        items = list(calibration)
-    except TypeError:
-        raise CalibrationError(
-            f"calibration must be an iterable of batches, not {type(calibration).__name__}",
-            hint="give a list of inputs",
-        ) from None
-    for i, batch in enumerate(items):
-        if isinstance(batch, Tensor):
-            found.append(((batch,), {}))
-        elif isinstance(batch, Mapping):
-            found.append(((), dict(batch)))
-        elif isinstance(batch, (tuple, list)):
-            found.append((tuple(batch), {}))
-        else:
-            raise CalibrationError(
-                f"calibration batch {i} is {type(batch).__name__}",
-                hint="give a tensor, a tuple of args or a dict of kwargs",
-            )
-    if not found:
-        raise CalibrationError("calibration holds no batch", hint="leave it out, or give at least one batch")
-    return found
 
 
 def _backends(backend: str | Backend) -> tuple[Backend, ...]:
@@ -180,7 +158,7 @@ class _Job:
         with self.clock.stage("match"):
             findings = find(program)
         with self.clock.stage("rewrite"):
-            decisions = limited([decide(f, self.policy, self.backends) for f in findings.found], self.limit)
+            decisions = limited(self._decided(program, findings.found), self.limit)
         self._check_policy(findings, decisions)
         if self.strict:
             _raise_refusal(decisions)
@@ -191,6 +169,28 @@ class _Job:
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
             decisions = self._with_kept_mass(program, decisions, module)
         return module, self._origin(program, findings, decisions, module, error)
+
+    def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
+        """What the passes make of each site; those that can use calibration data see what the site computes on them."""
+        passes = {f.site.name: self.policy.passes_for(f.site.name) for f in found}
+        learning = [f for f in found if any(p.calibrates for p in passes[f.site.name])]
+        if not learning or not self.batches:
+            return [decide(f, passes[f.site.name], self.backends) for f in found]
+        batches = self._arranged(program)
+        shares = allot(program.module, learning, self.policy, self.backends, batches)
+        made: dict[str, Decision] = {}
+        for f, activations in Stream(program.module, learning, batches).sites():
+            name = f.site.name
+            chosen = [shares.get((name, p), p) for p in passes[name]]
+            made[name] = decide(f, chosen, self.backends, activations)
+        return [made.get(f.site.name) or decide(f, passes[f.site.name], self.backends) for f in found]
+
+    def _arranged(self, program: Program) -> list[Inputs]:
+        """The calibration batches in the form in which the graph takes them."""
+        signature, made = self._signature(program.module), list[Inputs]()
+        for i, (args, kwargs) in enumerate(self.batches):
+            made.append(fitting(program.module, signature, (args, kwargs), i))
+        return made
 
     def _look_at_weights(self, program: Program) -> None:
         """NaN in the weights makes every comparison blind."""
@@ -208,6 +208,9 @@ class _Job:
             raise PolicyError(
                 f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}"
             )
+        if overruled := self.policy.overruled(names):
+            listed = ", ".join(map(repr, overruled))
+            self._warn(f"{listed} in the policy decides no attention: of the rules that match one, the last counts")
         if not names:
             self._warn(
                 f"no attention was found among {findings.candidates} candidates"

@@ -178,6 +178,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
     """The projection that takes the heads of ``node``, each a selection of it, and the operator that applies it."""
     rows: list[tuple[int, ...]] = []
     end: tuple[fx.Node, fx.Node, int] | None = None
+    direct = True
     for selection in heads:
         x = node
         while True:
@@ -190,6 +191,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
             if pushed.selection is None:
                 break
             x, selection = users[0], pushed.selection
+            direct = direct and opname(x) in _LAYOUT
         weight, chosen = pushed.demands[-1]
         column, target = next(iter(chosen.items())), weight
         found = (
@@ -209,8 +211,18 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
         return Projection(str(target.target), why=f"the weight has {len(shape(target))} axes"), op
     bias = next((a for a in op.all_input_nodes if is_tensor(a) and len(shape(a)) == 1), None)
     return Projection(
-        str(target.target), str(bias.target) if isinstance(bias, fx.Node) else None, at == 0, tuple(rows)
+        str(target.target),
+        str(bias.target) if isinstance(bias, fx.Node) else None,
+        at == 0,
+        tuple(rows),
+        direct=direct and not {"alpha", "beta"} & set(op.kwargs),
     ), op
+
+
+_LAYOUT = {
+    "reshape", "view", "_unsafe_view", "permute", "transpose", "t", "squeeze", "unsqueeze", "flatten", "unflatten", "clone",
+    "contiguous", "detach", "alias", "dropout", "to", "_to_copy", "type_as",
+}  # fmt: skip
 
 
 def weight_path(op: fx.Node, names: set[str]) -> list[fx.Node]:

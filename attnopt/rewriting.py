@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -15,7 +16,9 @@ from attnopt.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """New weights of one head in one projection: ``weight`` [D, in] ("out": [Dv, out]) and ``bias`` [D] or None.
+    """New weights of one head in one projection: ``weight`` [D, in] and ``bias`` [D] or None.
+
+    In "out" the weight is [Dv, out]; its bias belongs to no head and stands in ``Rewrite.out_bias``.
 
     ``head`` is an original number (of a K/V head for "k" and "v").
     """
@@ -32,6 +35,7 @@ class Rewrite:
 
     spec: AttentionSpec
     edits: tuple[HeadWeights, ...] = ()
+    out_bias: Tensor | None = None  # of the output projection [out], where it changes
     notes: tuple[str, ...] = ()  # what the report should tell: which default was taken, what was not saved, ...
 
 
@@ -40,6 +44,7 @@ class Pass(ABC):
 
     name: ClassVar[str]
     exact: ClassVar[bool]  # True: the model computes the same as before
+    calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` where calibration data are given
 
     def check(self, site: Site) -> Refusal | None:
         """Why this pass cannot be applied to ``site``, or None."""
@@ -48,6 +53,32 @@ class Pass(ABC):
     @abstractmethod
     def rewrite(self, site: Site) -> Rewrite:
         """The site's new meaning.  Called only where ``check`` returned None; must not change anything."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one site can have of a budget: the relative error of its layer then, and the pass that does it."""
+
+    error: float
+    rewrite: Pass
+
+
+class SharesBudget(ABC):
+    """A pass that may spend a number of heads where they are worth most, instead of the same number at each site."""
+
+    @property
+    @abstractmethod
+    def is_shared(self) -> bool:
+        """Whether the budget is one for all sites."""
+
+    @abstractmethod
+    def total(self, sites: Sequence[Site]) -> int:
+        """How many heads these sites may keep altogether."""
+
+    @abstractmethod
+    def shares(self, site: Site) -> Mapping[int, Share]:
+        """By the number of heads that ``site`` can be left with; empty where that cannot be told, and the site then has
+        its own budget."""
 
 
 class Attend(Protocol):

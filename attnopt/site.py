@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnopt.refusal import Refusal
 from attnopt.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from attnopt.activations import Activations
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Projection:
 
     ``rows[h]`` are the indices of head h's output features ("out": input features) in the weight, in the order in which
     they stand in the head; None where they cannot be told, and then ``why`` says so.  ``transposed``: the weight is stored
-    as (in, out).
+    as (in, out).  ``direct``: of "out", that what the heads give reaches it as it is, only laid out anew.
     """
 
     weight: str | None = None
@@ -26,6 +30,7 @@ class Projection:
     transposed: bool = False
     rows: tuple[tuple[int, ...], ...] | None = None
     why: str | None = None
+    direct: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Site:
     parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     q_len: int = 0  # L and S at the sizes of the example inputs
     kv_len: int = 0
+    activations: Activations | None = field(default=None, repr=False, compare=False)  # where there is calibration data
     is_dynamic: bool = False  # L or S may vary with the inputs
     device: str = "cpu"  # the kind of device that the attention runs on
 
@@ -92,6 +98,14 @@ class Site:
             return None
         bias = self.parameters[p.bias].detach()
         return bias[torch.as_tensor(p.rows[head], device=bias.device)]
+
+    def without_activations(self) -> Site:
+        return replace(self, activations=None)
+
+    def out_bias(self) -> Tensor | None:
+        """Bias of the output projection [out]; None where there is none."""
+        p = self.projections.get("out")
+        return None if p is None or p.bias is None else self.parameters[p.bias].detach()
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ import importlib.util
 import json
 import math
 import resource
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +67,23 @@ def _package(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def measure(length: int, variant: str, rounds: int) -> None:
-    """In a process of its own: prints seconds, peak memory and perplexity as JSON."""
+def prepare(folder: str) -> None:
+    """Saves the rewritten model; captured on few tokens, it costs what its windows keep at the length of the call."""
     one_thread()
-    let_transformers_import()
+    model = Logits(trained()).eval()
+    layers = range(len(model.model.model.layers))
+    narrow = {f"*layers.{n}.*": LocalWindow(WINDOW - 1, sinks=SINKS) for n in layers if n not in KEPT}
+    tokens = {"input_ids": {1: torch.export.Dim.DYNAMIC}}
+    attnopt.optimize(model, {"*": "fuse", **narrow}, (text(2048),), dynamic_shapes=tokens).save(folder)
+
+
+def measure(length: int, folder: str, rounds: int) -> None:
+    """In a process of its own, so that the peak of memory is the prefill's: prints what it measured as JSON."""
+    one_thread()
     ids = text(length)
-    model: torch.nn.Module = Logits(trained()).eval()
-    if variant != "as trained":
-        layers = len(model.model.model.layers)  # type: ignore[union-attr, arg-type]
-        policy = {f"*layers.{n}.*": LocalWindow(WINDOW - 1, sinks=SINKS) for n in range(layers) if n not in KEPT}
-        policy["*"] = "fuse"  # type: ignore[assignment]
-        # Captured on few tokens, run on many: the window costs what it keeps at the length of the call.
-        model = attnopt.optimize(
-            model, policy, (ids[:, :2048],), dynamic_shapes={"input_ids": {1: torch.export.Dim.DYNAMIC}}
-        )
+    model = attnopt.load(folder) if folder else Logits(trained()).eval()
     with torch.no_grad():
-        seconds, logits = [], None
+        seconds, logits = [], torch.empty(0)
         for _ in range(rounds):
             del logits
             start = time.process_time()
@@ -91,52 +94,39 @@ def measure(length: int, variant: str, rounds: int) -> None:
             for part, target in zip(logits[0, :-1].split(512), ids[0, 1:].split(512), strict=True)
         ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found = {
-        "seconds": sorted(seconds)[len(seconds) // 2],
-        "peak": peak,
-        "perplexity": math.exp(sum(losses) / (length - 1)),
-    }
-    print(json.dumps(found))
+    perplexity = math.exp(sum(losses) / (length - 1))
+    print(json.dumps({"s": statistics.median(seconds), "peak MiB": peak, "perplexity": perplexity}))
 
 
-def rows(lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    found = []
-    for length in lengths:
-        for variant in ("as trained", f"window {WINDOW} and {SINKS} sinks, {30 - len(KEPT)} of 30 layers"):
-            command = [
-                sys.executable,
-                __file__,
-                "--measure",
-                variant,
-                "--lengths",
-                str(length),
-                "--rounds",
-                str(rounds),
-            ]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            values = json.loads(printed.splitlines()[-1])
-            row = {
-                "tokens": length,
-                "model": variant,
-                "s": values["seconds"],
-                "peak MiB": values["peak"],
-                "perplexity": values["perplexity"],
-            }
-            print(row, flush=True)
-            found.append(row)
-    return found
+def rows(lengths: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        saved = f"{folder}/model"
+        subprocess.run([sys.executable, __file__, "--prepare", saved], check=True)
+        variants = {"as trained": "", f"window {WINDOW} and {SINKS} sinks in all but {len(KEPT)} of 30 layers": saved}
+        for length in lengths:
+            for variant, source in variants.items():
+                options = ["--measure", source, "--lengths", str(length), "--rounds", str(rounds)]
+                done = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True)
+                row = {"tokens": length, "model": variant, **json.loads(done.stdout.splitlines()[-1])}
+                print(row, flush=True)
+                yield row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prepare", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
+    let_transformers_import()
+    if options.prepare:
+        prepare(options.prepare)
+        return
+    if options.measure is not None:
         measure(options.lengths[0], options.measure, options.rounds)
         return
-    found = rows(options.lengths, options.rounds)
+    found = list(rows(options.lengths, options.rounds))
     publish("long_context", found, "SmolLM2-135M, prefill on one thread: CPU time, peak memory, perplexity")
     picture("long_context", lambda figure, axes: _draw(axes, found), panels=3)
 

@@ -37,6 +37,25 @@ def refuse_other_keys(site: Site) -> Refusal | None:
     return None
 
 
+def refuse_unknown_projections(
+    site: Site, roles: Iterable[str], expected: str, give: str, direct: bool = True
+) -> Refusal | None:
+    """A refusal where one of the projections ``roles`` is not known, or, if ``direct``, where the output projection reads
+    something else than what the heads give; ``give`` says what to give instead."""
+    for role in roles:
+        p = site.projections.get(role)
+        if p is None or p.rows is None:
+            found = f"{role}: {p.why if p and p.why else 'not found'}"
+            hint = f"give {give}" if give else ""
+            return site.refuse("unknown-projection", expected=expected, found=found, hint=hint)
+        if direct and not p.direct:
+            found = f"{role}: what the heads give is scaled on the way"
+            return site.refuse(
+                "unknown-projection", expected=expected, found=found, hint=f"give {give}" if give else ""
+            )
+    return None
+
+
 def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:
     """A refusal of a sequence that does not have the length for which the pattern is made."""
     made_for = pattern.lengths

@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+from attnopt.compensating import bias_for, refitted, surgeon_of
 from attnopt.errors import PolicyError
-from attnopt.options import number, numbers, wholes
-from attnopt.passes.heads import original_heads, refuse_unknown_heads
+from attnopt.head_scores import AT_SITE, scores_at
+from attnopt.obs import Surgeon
+from attnopt.options import choice, number, numbers, wholes
+from attnopt.passes.heads import original_heads, refuse_unknown_heads, refuse_unknown_projections
 from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite
+from attnopt.rewriting import Pass, Rewrite, Share, SharesBudget
 from attnopt.site import Site
+
+COMPENSATIONS = ("none", "bias", "least-squares")
+BUDGETS = ("site", "global")
 
 
 @dataclass(frozen=True)
-class PruneHeads(Pass):
+class PruneHeads(Pass, SharesBudget):
     """Remove ``heads`` (numbers in the trained model), or the least important ``fraction`` of the heads that are left.
 
-    ``importance``: one number for each head of the trained model, higher means keep; by default the Frobenius norm of
-    the head's value projection times its output projection, times its gain.  Ties keep the lower head; a fraction is
-    rounded down to whole heads; heads that are pruned already are ignored.  Raises PolicyError.  (arXiv:1905.10650)
+    ``importance``: the name of a method of ``attnopt.head_importance`` that looks at one site, or one number for each head
+    of the trained model, or what ``head_importance`` returned; higher means keep, ties keep the lower head.
+    ``protect``: heads that stay in any case.  ``compensate``: what is done for the heads that remain: ``"none"``;
+    ``"bias"``, the mean of what is gone goes into the output bias (FLAP, arXiv:2312.11983); ``"least-squares"``, the
+    output projection is fitted to what the layer gave before (OSSCAR, arXiv:2403.12983).  ``budget``: a fraction of each
+    site's heads (``"site"``), or of all sites' together (``"global"``), spent where the model's output needs them.
+
+    Defaults: with calibration data block OBS, least squares and a global budget; without, the Frobenius norm of the
+    head's value projection times its output projection (times its gain), nothing and each site its own.  A fraction is
+    rounded down to whole heads; heads that are pruned already are ignored.  Raises PolicyError, and CalibrationError
+    where an option needs calibration data that are missing or too few.
     """
 
     name: ClassVar[str] = "prune-heads"
     exact: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = True
     fraction: float | None = None
     heads: Sequence[int] | None = None
-    importance: Sequence[float] | None = None
+    importance: str | Sequence[float] | Mapping[str, Sequence[float]] | None = None
+    protect: Sequence[int] = ()
+    compensate: str | None = None
+    budget: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.fraction is None) == (self.heads is None):
+        if sum(o is not None for o in (self.fraction, self.heads)) != 1:
             raise PolicyError("prune-heads: give either fraction or heads")
         if self.fraction is not None and not 0 <= number(self.name, "fraction", self.fraction) < 1:
             raise PolicyError(
@@ -38,65 +56,169 @@ class PruneHeads(Pass):
             )
         if self.heads is not None:
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
-        if self.importance is None:
-            return
-        if self.heads is not None:
-            raise PolicyError("prune-heads: importance is only used with fraction; leave it out or give fraction")
-        object.__setattr__(self, "importance", numbers(self.name, "importance", self.importance))
+        object.__setattr__(self, "protect", wholes(self.name, "protect", self.protect))
+        if self.compensate is not None:
+            choice(self.name, "compensate", self.compensate, COMPENSATIONS)
+        if self.budget is not None:
+            choice(self.name, "budget", self.budget, BUDGETS)
+        if self.heads is not None and (self.importance is not None or self.budget == "global"):
+            what = "importance" if self.importance is not None else "budget"
+            raise PolicyError(f"prune-heads: {what} is only used with fraction; leave it out or give fraction")
+        if self.importance is not None:
+            object.__setattr__(self, "importance", self._scores())
 
+    def _scores(self) -> str | tuple[float, ...] | tuple[tuple[str, tuple[float, ...]], ...]:
+        """The option in a form that can be compared and saved: a name, numbers, or pairs of a site and its numbers."""
+        given: Any = self.importance
+        if isinstance(given, str):
+            return choice(self.name, "importance", given, AT_SITE)
+        pairs = list(given.items()) if isinstance(given, Mapping) else list(given) if _is_pairs(given) else None
+        if pairs is None:
+            return numbers(self.name, "importance", given)
+        named = {site: scores for site, scores in pairs if isinstance(site, str)}
+        if not named or len(named) < len(pairs):
+            raise PolicyError(
+                f"prune-heads: importance={given!r} is not possible; give a sequence of numbers, a mapping from site "
+                "names to those, or the name of a method"
+            )
+        return tuple((site, numbers(self.name, "importance", scores)) for site, scores in named.items())
+
+    # ------------------------------------------------------------ a budget for all sites
+    @property
+    def is_shared(self) -> bool:
+        return self.fraction is not None and self.budget != "site"
+
+    def total(self, sites: Sequence[Site]) -> int:
+        heads = sum(site.num_heads for site in sites)
+        return heads - self._removed_of(heads)
+
+    def shares(self, site: Site) -> Mapping[int, Share]:
+        if _unknown(site, ("out",)):
+            return {}
+        surgeon, how, found = surgeon_of(site), self._compensation(site), dict[int, Share]()
+        for n, places in self._sets(site, surgeon).items():
+            gone = [h for p, h in enumerate(site.spec.heads) if p not in places]
+            error = surgeon.error(places, how) if gone else 0.0
+            found[n] = Share(error, PruneHeads(heads=gone, compensate=self.compensate))
+        return found
+
+    # ------------------------------------------------------------ one site
     def check(self, site: Site) -> Refusal | None:
-        if self.heads is not None:
-            return refuse_unknown_heads(site, self.heads) or self._refuse_all(site, self.heads)
-        count = original_heads(site)
-        if self.importance is not None and len(self.importance) != count:
-            found = f"{len(self.importance)} numbers"
-            return site.refuse("no-such-site-size", expected=f"an importance for each of {count} heads", found=found)
-        if self.importance is None and site.spec.heads and _norm(site, 0) is None:
-            hint = "give importance=, one number for each head"
-            expected = "known value and output projections"
-            return site.refuse("unknown-projection", expected=expected, found=_why(site), hint=hint)
-        return None
+        unknown = refuse_unknown_heads(site, (*(self.heads or ()), *self.protect))
+        return unknown or self._refuse_sizes(site) or self._refuse_projections(site)
 
     def rewrite(self, site: Site) -> Rewrite:
         if self.heads is not None:
-            return Rewrite(site.spec.keeping(set(site.spec.heads) - set(self.heads)))
-        chosen = self._least_important(site)
-        spec = site.spec.keeping(set(site.spec.heads) - set(chosen))
-        if not chosen:
-            return Rewrite(spec, notes=("prune-heads: the fraction is less than one head, none was removed",))
-        by = "the norm of value times output weights" if self.importance is None else "the given importance"
-        return Rewrite(spec, notes=(f"prune-heads: removed heads {', '.join(map(str, sorted(chosen)))} by {by}",))
-
-    def _refuse_all(self, site: Site, heads: Sequence[int]) -> Refusal | None:
-        if set(site.spec.heads) - set(heads):
-            return None
-        return site.refuse("all-heads", expected="at least one head to stay", found=f"all {site.num_heads} removed")
-
-    def _least_important(self, site: Site) -> list[int]:
-        present = site.spec.heads
-        if self.importance is None:
-            value = {h: _norm(site, place) or 0.0 for place, h in enumerate(present)}
+            kept = [h for h in site.spec.heads if h not in self.heads]
+            return self._keeping(site, kept, ())
+        count = site.num_heads - self._removed(site)
+        if count == site.num_heads:
+            return Rewrite(site.spec, notes=("prune-heads: the fraction is less than one head, none was removed",))
+        if self._method(site) == "obs":
+            kept, by = [site.spec.heads[p] for p in self._sets(site, surgeon_of(site), count)[count]], "block OBS"
         else:
-            value = {h: self.importance[h] for h in present}
-        count = int((self.fraction or 0.0) * len(present) + 1e-9)  # 0.7 * 10 is a little less than 7
-        return sorted(present, key=lambda h: (value[h], -h))[:count]
+            kept, by = self._best(site, count), self._criterion(site)
+        gone = sorted(set(site.spec.heads) - set(kept))
+        return self._keeping(site, kept, (f"prune-heads: removed heads {', '.join(map(str, gone))} by {by}",))
+
+    def _keeping(self, site: Site, kept: Sequence[int], notes: tuple[str, ...]) -> Rewrite:
+        spec = site.spec.keeping(kept)
+        gone = site.num_kv_heads - spec.num_kv_heads
+        if gone and site.num_kv_heads < site.num_heads:
+            notes = (*notes, f"prune-heads: {gone} of {site.num_kv_heads} key/value heads went with all their queries")
+        how = self._compensation(site)
+        if how == "none" or spec == site.spec:
+            return Rewrite(spec, notes=notes)
+        if how == "least-squares":
+            return refitted(site, spec).rewrite(self.name, notes=notes)
+        made = bias_for(site, spec)
+        return replace(made, notes=(*notes, *(f"prune-heads: {n}" for n in made.notes)))
+
+    def _removed_of(self, heads: int) -> int:
+        return int((self.fraction or 0.0) * heads + 1e-9)  # 0.7 * 10 is a little less than 7
+
+    def _removed(self, site: Site) -> int:
+        allowed = site.num_heads - max(1, len(set(self.protect) & set(site.spec.heads)))
+        return min(self._removed_of(site.num_heads), allowed)
+
+    def _method(self, site: Site) -> str:
+        if isinstance(self.importance, str):
+            return self.importance
+        if self.importance is not None:
+            return "given"
+        return "obs" if site.activations is not None and not _unknown(site, ("out",)) else "weights"
+
+    def _compensation(self, site: Site) -> str:
+        if self.compensate is not None:
+            return self.compensate
+        return "least-squares" if site.activations is not None and not _unknown(site, ("out",)) else "none"
+
+    def _criterion(self, site: Site) -> str:
+        method = self._method(site)
+        named = {"given": "the given importance", "weights": "the norm of value times output weights"}
+        return named.get(method, f"the importance {method}")
+
+    def _value(self, site: Site) -> dict[int, float]:
+        """The importance of each head that is left."""
+        present = site.spec.heads
+        given: Any = self.importance
+        if given is None or isinstance(given, str):
+            return dict(zip(present, scores_at(site, self._method(site)), strict=True))
+        scores = dict(given)[site.name] if _is_pairs(given) else given
+        if len(scores) == len(present):
+            return dict(zip(present, scores, strict=True))
+        return {h: scores[h] for h in present}
+
+    def _best(self, site: Site, count: int) -> list[int]:
+        value = self._value(site)
+        ranked = sorted(site.spec.heads, key=lambda h: (h in self.protect, value[h], -h), reverse=True)
+        return sorted(ranked[:count])
+
+    def _sets(self, site: Site, surgeon: Surgeon, at_least: int = 1) -> dict[int, tuple[int, ...]]:
+        """For each number of heads the places that stay."""
+        protected = [p for p, h in enumerate(site.spec.heads) if h in self.protect]
+        if self._method(site) == "obs":
+            return surgeon.nested(protected, max(at_least, len(protected), 1))
+        counts = range(max(1, len(protected)), site.num_heads + 1)
+        return {n: tuple(site.spec.heads.index(h) for h in self._best(site, n)) for n in counts}
+
+    # ------------------------------------------------------------ refusals
+    def _refuse_sizes(self, site: Site) -> Refusal | None:
+        present = set(site.spec.heads)
+        if self.heads is not None and not present - set(self.heads):
+            return site.refuse("all-heads", expected="at least one head to stay", found=f"all {len(present)} removed")
+        given: Any = self.importance
+        if given is None or isinstance(given, str):
+            return None
+        count = original_heads(site)
+        if _is_pairs(given) and site.name not in dict(given):
+            return site.refuse("no-such-site-size", expected=f"an importance for {site.name}", found="none")
+        scores = dict(given)[site.name] if _is_pairs(given) else given
+        if len(scores) in ({count, len(present)} if _is_pairs(given) else {count}):
+            return None
+        found = f"{len(scores)} numbers"
+        return site.refuse("no-such-site-size", expected=f"an importance for each of {count} heads", found=found)
+
+    def _refuse_projections(self, site: Site) -> Refusal | None:
+        method = self._method(site) if self.heads is None else "given"
+        fits = self._compensation(site) != "none"
+        needs_data = fits or method not in ("given", "weights", "random")
+        if needs_data and site.activations is None:
+            hint = "give calibration= to attnopt.optimize"
+            return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+        if fits or method in ("obs", "flap", "wanda", "output-norm"):
+            return refuse_unknown_projections(
+                site, ("out",), "a known output projection", 'compensate="none" and scores'
+            )
+        if method != "weights":
+            return None
+        hint = "importance=, one number for each head"
+        return refuse_unknown_projections(site, ("v", "out"), "known value and output projections", hint, False)
 
 
-def _norm(site: Site, place: int) -> float | None:
-    """Frobenius norm of what the head at ``place`` does to its input: value weights times output weights times gain."""
-    spec = site.spec
-    value = site.head_weight("v", spec.kv_heads[spec.kv_of_head[place]])
-    out = site.head_weight("out", spec.heads[place])
-    if value is None or out is None:
-        return None
-    value, out = value.double(), out.double()
-    squared = ((value @ value.mT) * (out @ out.mT)).sum()  # |V'O|^2 without the [in, out] product
-    return float(squared.clamp(min=0).sqrt()) * abs(1.0 if spec.gains is None else spec.gains[place])
+def _is_pairs(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and bool(given) and all(isinstance(g, (list, tuple)) for g in given)
 
 
-def _why(site: Site) -> str:
-    for role in ("v", "out"):
-        p = site.projections.get(role)
-        if p is None or p.rows is None:
-            return f"{role}: {p.why if p and p.why else 'not found'}"
-    return "no weights"
+def _unknown(site: Site, roles: Sequence[str]) -> bool:
+    return refuse_unknown_projections(site, roles, "", "") is not None

@@ -111,6 +111,28 @@ def sink_and_constant() -> Refusal:
     return missed(Scored(lambda s: torch.cat([s + 1.0, sink.expand(s.shape[0], -1, L, 1)], -1)))
 
 
+class Normed(nn.Module):
+    """Queries and keys pass a norm without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (4, 2)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = (nn.functional.layer_norm(t, (2,)) for t in (q, k))
+        out: Tensor = self.o((q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+        return out
+
+
+def behind_a_norm() -> Refusal:
+    x = torch.randn(4, 6, 8)
+    policy = GroupedQuery(kv_heads=2, merge="svd")
+    with pytest.warns(attnopt.AttnoptWarning, match="changes nothing"):
+        fast = attnopt.optimize(Normed().eval(), policy, (x,), calibration=[x])
+    return fast.report.sites[0].refusals["grouped-query"]
+
+
 CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     # ---- matching
     "no-query-key-product": (
@@ -226,6 +248,15 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(norm="across"), GroupedQuery(kv_heads=2)),
         "[unknown-projection] expected known key and value projections, found k: heads cannot be told "
         "apart before layer_norm (LINE) (at LINE)",
+    ),
+    "needs-calibration": (
+        lambda: refused(Spelling(), GroupedQuery(kv_heads=2, merge="svd")),
+        "[needs-calibration] expected calibration data, found none (at LINE)\n  hint: give calibration= to attnopt.optimize",
+    ),
+    "features-are-not-linear": (
+        behind_a_norm,
+        "[features-are-not-linear] expected heads that reach the core as they are projected, or rotated, found a norm or "
+        'another map between projection and core (at LINE)\n  hint: give merge="mean" and grouping="adjacent"',
     ),
     # ---- backends
     "no-softcap": (

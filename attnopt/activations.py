@@ -1,0 +1,133 @@
+"""What one attention computes on calibration data, for passes that fit new weights to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attnopt.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from attnopt.rewriting import HeadWeights
+    from attnopt.site import Site
+
+HELD_BACK = 8  # one sequence of so many; with fewer sequences, so much of each one's end
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The inputs of a site's core on one batch: q [B, H, L, D], k [B, G, S, D], v [B, G, S, Dv]; the others broadcast to
+    [B, H, L, S]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    sinks: Tensor | None = None
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Bool [B, S]: the keys that some query can see."""
+        B, S = self.k.shape[0], self.k.shape[2]
+        everything = torch.ones(B, S, dtype=torch.bool, device=self.k.device)
+        if self.bias is None and self.mask is None:
+            return everything
+        bias = torch.zeros((), device=self.q.device) if self.bias is None else self.bias.float()
+        if self.mask is not None:
+            bias = bias + torch.zeros_like(self.mask, dtype=torch.float32).masked_fill(~self.mask, -torch.inf)
+        bias = bias.expand(B, -1, -1, S)
+        top = bias.amax(-1, keepdim=True)
+        seen: Tensor = ((bias - top.masked_fill(top == -torch.inf, 0.0)).exp() > 0).flatten(1, 2).any(1)
+        return seen if bool(seen.any()) else everything
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Bool [B, L]: the tokens that are no padding, those that some query can see.
+
+        Keys of another sequence tell nothing of the queries: there every query counts.
+        """
+        B, L = self.q.shape[0], self.q.shape[2]
+        return self.seen if self.k.shape[2] == L else torch.ones(B, L, dtype=torch.bool, device=self.q.device)
+
+
+Compute = Callable[[Sequence["HeadWeights"], bool], Sequence[Operands]]  # weights; whether for the first batch alone
+
+
+@dataclass(frozen=True)
+class Activations:
+    """``batches`` are the site's operands with its heads in their original places; ``edited`` gives them for other
+    weights.  Tokens that are padding never count; every eighth sequence is held back for checking what was fitted."""
+
+    site: Site  # as it is in the original model
+    batches: tuple[Operands, ...]
+    compute: Compute
+    edits: tuple[HeadWeights, ...] = ()
+    first: Activations | None = None  # with the original weights, where these are others
+
+    @property
+    def original(self) -> Activations:
+        return self.first or self
+
+    def edited(self, edits: Sequence[HeadWeights], first_alone: bool = False) -> Activations:
+        """The same where the projections have these weights; if ``first_alone``, of the first batch only."""
+        inner = tuple(e for e in edits if e.role != "out")
+        if not inner:
+            return self
+        everything = merged(self.edits, inner)
+        return replace(
+            self, batches=tuple(self.compute(everything, first_alone)), edits=everything, first=self.original
+        )
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(o.real.sum()) for o in self.batches)
+
+    def counted(self, held: bool) -> list[Tensor]:
+        """For each batch bool [B, L]: the tokens to fit on, or those that are held back."""
+        total, at, found = sum(len(o.q) for o in self.batches), 0, list[Tensor]()
+        for o in self.batches:
+            B = len(o.real)
+            if total >= HELD_BACK:
+                back = (torch.arange(at, at + B, device=o.real.device) % HELD_BACK == HELD_BACK - 1)[:, None]
+            else:
+                rank = o.real.cumsum(1)
+                back = rank > rank[:, -1:] * (HELD_BACK - 1) // HELD_BACK
+            at += B
+            found.append(o.real & (back if held else ~back))
+        return found
+
+    def weights(self, spec: AttentionSpec) -> Iterator[Tensor]:
+        """For each batch the attention weights [B, H, L, S] under ``spec``, which chooses heads by their numbers."""
+        for o in self.batches:
+            eye = torch.eye(o.k.shape[2], dtype=o.v.dtype, device=o.v.device).expand(*o.k.shape[:3], -1)
+            yield _attend(replace(spec, gains=None), replace(o, v=eye))
+
+    def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
+        """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, gains included."""
+        return (_attend(spec, o) for o in self.batches)
+
+
+def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[HeadWeights, ...]:
+    """Both, the later edit of a head in the place of the earlier one."""
+    replaced = {(e.role, e.head) for e in new}
+    return (*(e for e in old if (e.role, e.head) not in replaced), *new)
+
+
+def _attend(spec: AttentionSpec, o: Operands) -> Tensor:
+    from attnopt.backends.reference import Reference
+
+    def of_heads(x: Tensor | None) -> Tensor | None:
+        if x is None or x.dim() < 4 or x.shape[1] == 1:
+            return x
+        return x[:, list(spec.heads)]
+
+    q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
+    with torch.no_grad():
+        attend = Reference().lower(spec)
+        return attend(q, k, v, bias=of_heads(o.bias), mask=of_heads(o.mask), sinks=of_heads(o.sinks))

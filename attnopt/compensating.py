@@ -1,0 +1,93 @@
+"""What the heads that remain do for those that are gone: a new output bias, or a new output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attnopt.activations import Activations
+from attnopt.errors import CalibrationError
+from attnopt.obs import Surgeon
+from attnopt.refit import combined, fit, moments, out_edits, output_weights, require_tokens
+from attnopt.rewriting import HeadWeights, Rewrite
+from attnopt.site import Site
+from attnopt.spec import AttentionSpec
+
+
+def surgeon_of(site: Site) -> Surgeon:
+    """The least squares of the site's layer over all calibration data."""
+    activations, today = _learned(site)
+    both = combined([moments(activations, site.spec, held) for held in (False, True)])
+    return Surgeon(both, today, site.num_heads, site.value_dim, site.out_bias() is not None)
+
+
+def bias_for(site: Site, spec: AttentionSpec) -> Rewrite:
+    """The heads of ``spec`` as they are, the mean of what the others gave in the bias (FLAP, arXiv:2312.11983)."""
+    bias = site.out_bias()
+    if bias is None:
+        return Rewrite(spec, notes=("the output projection has no bias, nothing was compensated",))
+    now, _ = _learned(site)
+    both = combined([moments(now, spec, held) for held in (False, True)])
+    left = _weights_of(site, spec)
+    wrong = (both.zy[-1] - both.zz[-1] @ left) / both.zz[-1, -1]
+    return Rewrite(spec, out_bias=bias.double() + wrong, notes=("the mean of what is gone is in the output bias",))
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """``weights`` [H * Dv + 1, out] of the heads of ``spec``; ``error``: of the layer on held-back data."""
+
+    site: Site
+    spec: AttentionSpec
+    weights: Tensor
+    error: float
+    note: str
+
+    def rewrite(self, name: str, edits: Sequence[HeadWeights] = (), notes: Sequence[str] = ()) -> Rewrite:
+        """With the edits and notes of the pass ``name`` that asked for it."""
+        out, bias = out_edits(self.site, self.spec, self.weights)
+        return Rewrite(self.spec, (*edits, *out), bias, (*notes, f"{name}: {self.note}"))
+
+
+def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, start: Tensor | None = None) -> Refitted:
+    """The output projection of the heads of ``spec`` fitted to what the layer gives in the original model.
+
+    ``now``: what the site computes, where its weights are others by now; ``start``: the output weights to start from.
+    Raises CalibrationError.
+    """
+    known, _ = _learned(site)
+    require_tokens(site, known)
+    now = now or known
+    start = _weights_of(site, spec) if start is None else start
+    fitting, held = (moments(now, spec, h) for h in (False, True))
+    found = fit(fitting, held if held.tokens else fitting, start, site.out_bias() is not None)
+    note = (
+        f"least squares on {fitting.tokens} tokens: error of the layer on {held.tokens} held-back ones "
+        f"{found.before:.3f} -> {found.after:.3f} (step {found.step:g})"
+    )
+    return Refitted(site, spec, found.weights, found.after, note)
+
+
+def _learned(site: Site) -> tuple[Activations, Tensor]:
+    weights = output_weights(site)
+    if site.activations is None or weights is None or not site.projections["out"].direct:
+        raise CalibrationError(
+            "its output projection cannot be fitted without calibration data, known columns and heads that reach it as they are",
+            site=site.name,
+            hint="give calibration= to attnopt.optimize",
+        )
+    return site.activations, weights
+
+
+def _weights_of(site: Site, spec: AttentionSpec) -> Tensor:
+    """Today's output weights of the heads of ``spec``, and the row of the bias."""
+    _, weights = _learned(site)
+    wanted = [i for h in spec.heads for i in _rows(site, h)]
+    return weights[[*wanted, len(weights) - 1]]
+
+
+def _rows(site: Site, head: int) -> range:
+    at = site.spec.heads.index(head) * site.value_dim
+    return range(at, at + site.value_dim)
