@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint conformance fuzz bench test-gpu clean
+.PHONY: help demo test lint docs conformance fuzz bench test-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,13 @@ lint: .venv/.dev ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+.venv/.docs: .venv/.test
+	$(PIP) install -q $(PINS) -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs ## build the documentation in build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 conformance: .venv/.test ## run a zoo of models: make conformance ZOO=path/to/run.py ARGS=...
 	@test -n "$(ZOO)" || { echo 'conformance: say where the zoo is: make conformance ZOO=path/to/run.py' >&2; exit 2; }

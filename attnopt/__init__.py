@@ -7,7 +7,9 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 
 from __future__ import annotations
 
-from attnopt import passes, patterns, recipes
+from attnopt import passes, patterns, plot, recipes
+from attnopt.advising import Advice, advise
+from attnopt.attention_mass import kept_mass
 from attnopt.calibration import Calibration
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
@@ -24,7 +26,6 @@ from attnopt.errors import (
 )
 from attnopt.importance import HeadImportance, head_importance
 from attnopt.inspection import Inspection
-from attnopt.kept_mass import kept_mass
 from attnopt.model import OptimizedModel, load
 from attnopt.optimizing import inspect, optimize
 from attnopt.policy import Policy
@@ -36,6 +37,7 @@ from attnopt.spec import AttentionSpec
 from attnopt.version import __version__
 
 __all__ = [
+    "Advice",
     "ArchiveError",
     "AttentionSpec",
     "AttnoptError",
@@ -63,6 +65,7 @@ __all__ = [
     "Site",
     "VerificationError",
     "__version__",
+    "advise",
     "head_importance",
     "inspect",
     "kept_mass",
@@ -70,5 +73,6 @@ __all__ = [
     "optimize",
     "passes",
     "patterns",
+    "plot",
     "recipes",
 ]

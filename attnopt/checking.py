@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class Checker:
         return apart, ("the model's own output holds NaN on the example inputs, so it could not be compared",)
 
     def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> None:
-        for inputs in _resized(self.program):
+        for inputs in resized(self.program.module, self.program.args, self.program.kwargs):
             try:
                 original = self._outputs(self.model, inputs)
             except Exception:
@@ -132,21 +132,21 @@ def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number:
     return arranged
 
 
-def _resized(program: Program) -> list[Inputs]:
-    """The example inputs at other sizes of their dynamic axes, by repeating them."""
-    sizes = symbols(program.module.graph)
+def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Inputs]:
+    """The example inputs at other sizes of the module's dynamic axes, by repeating them; the module may refuse some."""
+    sizes = symbols(module.graph)
     if not sizes:
         return []
-    nodes = [n for n in program.module.graph.nodes if n.op == "placeholder"]
-    leaves, spec = pytree.tree_flatten((program.args, dict(program.kwargs)))
+    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     if len(leaves) != len(nodes):
         return []
     found: list[Inputs] = []
     for factor, more in ((1, 3), (2, 0), (1, 1), (1, -1)):
         new = {s: max(2, factor * n + more) for s, n in sizes.items()}
-        resized = [_fitted(leaf, n, new) for leaf, n in zip(leaves, nodes, strict=True)]
-        args, kwargs = pytree.tree_unflatten(resized, spec)
-        found.append((tuple(args), dict(kwargs)))
+        fitted = [_fitted(leaf, n, new) for leaf, n in zip(leaves, nodes, strict=True)]
+        new_args, new_kwargs = pytree.tree_unflatten(fitted, spec)
+        found.append((tuple(new_args), dict(new_kwargs)))
     return found
 
 

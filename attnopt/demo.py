@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"2. Where does it cost least?  (heads scored on {len(scoring)} news texts, layers chosen on {len(choosing)} others)"
     )
     optimize = _optimizer(example)
-    heads = _weakest(model, tokenizer, scoring, found.sites)
+    importance = _importance(model, tokenizer, scoring, found.sites)
+    heads = _weakest(importance, found.sites)
     policy, costs = _policy(model, optimize, tokenizer, choosing, heads)
     say("\n".join(_told(costs, policy)))
 
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     fused.export_onnx(files["original"])
     fast.export_onnx(files["model"])
-    fast.report.to_html(files["report"])
+    fast.report.with_importance(importance).to_html(files["report"])
 
     say("4. Is it as good, and is it faster?")
     contenders = _contenders(model, fast, files)
@@ -115,14 +116,18 @@ def _optimizer(example: tuple[Tensor, Tensor]) -> Callable[[nn.Module, Any], Any
     return lambda model, policy: attnopt.optimize(model, policy, example, dynamic_shapes=shapes)
 
 
-def _weakest(
+def _importance(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], sites: Sequence[Any]
-) -> dict[str, tuple[int, ...]]:
-    """For each site the heads that add least to its layer's output."""
+) -> dict[str, tuple[float, ...]]:
     from attnopt.demo_similarity import tokens
     from attnopt.importance import head_importance
 
-    scores = head_importance(model, [tokens(tokenizer, [text]) for text in texts], "output-norm", sites=sites)
+    found = head_importance(model, [tokens(tokenizer, [text]) for text in texts], "output-norm", sites=sites)
+    return dict(found)
+
+
+def _weakest(scores: dict[str, tuple[float, ...]], sites: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    """For each site the heads that add least to its layer's output."""
     ranked = {site.name: sorted(zip(scores[site.name], site.spec.heads, strict=True)) for site in sites}
     return {name: tuple(sorted(head for _, head in pairs[:PRUNED_PER_LAYER])) for name, pairs in ranked.items()}
 

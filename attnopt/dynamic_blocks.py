@@ -26,6 +26,7 @@ class DynamicBlocks:
 
     In a causal attention, what is kept never depends on a later token: row r is scored with the ``block`` queries that end
     at its first one, and only blocks whose keys are not later than that query compete; the row's own block is kept.
+    Rows begin at the first query of a call, so that a text that comes in parts may keep other blocks than in one piece.
     Masks, biases and the pattern are left out of the scores.
     """
 
@@ -61,7 +62,7 @@ class DynamicBlocks:
     def select(self, q_BHLD: Tensor, k_BHSD: Tensor, scale: float, is_causal: bool) -> Tensor:
         """Bool [B, H, rows, columns]: the blocks that are kept; query i stands at position ``i + S - L``."""
         L, S = q_BHLD.shape[2], k_BHSD.shape[2]
-        rows, cols = -(-L // self.block), -(-S // self.block)
+        rows, cols = _blocks(L, self.block), _blocks(S, self.block)
         row, col = torch.arange(rows, device=q_BHLD.device).unsqueeze(1), torch.arange(cols, device=q_BHLD.device)
         first = row * self.block + (S - L)  # the position of the row's first query
         last = (first + self.block - 1).clamp(max=S - 1)
@@ -74,18 +75,22 @@ class DynamicBlocks:
             near = (col > first // self.block - self.local) & (col < last // self.block + self.local)
         forced = visible & ((col < self.sinks) | near | own | ~known)
         lag = self.block - 1 if is_causal else 0
-        q, k = self._blocks(q_BHLD * scale, rows, lag), self._blocks(k_BHSD, cols, 0)
+        q, k = self._split(q_BHLD * scale, rows, lag), self._split(k_BHSD, cols, 0)
         s = self.scores.score(q, k, known, is_causal)
+        forced = forced | (visible & s.isnan())  # NaN is not hidden
         s = s.masked_fill(~visible, -torch.inf).masked_fill(forced, torch.inf)
-        order = s.sort(stable=True, dim=-1, descending=True).indices
-        chosen = (col < self._budget(visible.sum(1, keepdim=True))).expand(order.shape)
-        return (torch.zeros_like(chosen).scatter(-1, order, chosen) & visible) | forced
+        budget = self._budget(visible.sum(1, keepdim=True)).clamp(1, cols)
+        least = s.sort(-1, descending=True).values.gather(-1, (budget - 1).expand(*s.shape[:3], 1))
+        above, tied = s > least, s == least
+        left = budget - above.sum(-1, keepdim=True)
+        chosen = above | (tied & (tied.cumsum(-1) <= left))  # of those that score the same the first
+        return (chosen & visible) | forced
 
     def spread(self, kept: Tensor, q_len: int, kv_len: int, size: int = 1) -> Tensor:
         """What ``select`` returned, for every query and key, bool [B, H, L, S], or for blocks of a ``size`` that divides
         these."""
-        row = torch.arange(-(-q_len // size), device=kept.device) // (self.block // size)
-        col = torch.arange(-(-kv_len // size), device=kept.device) // (self.block // size)
+        row = torch.arange(_blocks(q_len, size), device=kept.device) // (self.block // size)
+        col = torch.arange(_blocks(kv_len, size), device=kept.device) // (self.block // size)
         return kept.index_select(2, row).index_select(3, col)
 
     def share(self, kv_len: int) -> float:
@@ -104,7 +109,7 @@ class DynamicBlocks:
             return value
         raise PolicyError(f"{text!r} is no selection of blocks")
 
-    def _blocks(self, x: Tensor, count: int, lag: int) -> Tensor:
+    def _split(self, x: Tensor, count: int, lag: int) -> Tensor:
         """[B, H, tokens, D] as [B, H, count, block, D], ``lag`` tokens earlier; beyond an end its last token is repeated."""
         place = torch.arange(count * self.block, device=x.device) - lag
         filled = x.index_select(2, place.clamp(0, x.shape[2] - 1))
@@ -112,8 +117,12 @@ class DynamicBlocks:
 
     def _budget(self, visible: Tensor) -> Tensor:
         if isinstance(self.keep, float):
-            return (visible.double() * self.keep - 1e-9).ceil()  # 0.1 * 10 is a little more than 1
+            return (visible.double() * self.keep - 1e-9).ceil().long()  # 0.1 * 10 is a little more than 1
         return torch.full_like(visible, self.keep)
+
+
+def _blocks(length: int, size: int) -> int:
+    return (length + size - 1) // size  # not -(-length // size): ONNX rounds that towards zero
 
 
 def _constructor(name: str) -> Callable[..., Any]:

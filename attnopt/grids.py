@@ -8,7 +8,9 @@ from functools import reduce
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.errors import PolicyError
@@ -85,6 +87,19 @@ class Neighborhood(Pattern):
                 seen = seen & (query % dilation == key % dilation)
         return seen
 
+    def order(self, q_len: int) -> NDArray[np.int64]:
+        """Tile by tile: a tile of queries shares more keys than a row of them.  By remainder first, where dilated."""
+        sides = np.meshgrid(*(np.arange(n) for n in self.grid), indexing="ij")
+        tile = min(_tiles(len(self.grid)), key=lambda t: prod(a + k - 1 for a, k in zip(t, self.kernel, strict=True)))
+        within = [side // d for side, d in zip(sides, self.dilation, strict=True)]
+        keys = (
+            *(side % d for side, d in zip(sides, self.dilation, strict=True)),
+            *(w // t for w, t in zip(within, tile, strict=True)),
+            *(w % t for w, t in zip(within, tile, strict=True)),
+        )
+        order = np.lexsort([key.reshape(-1) for key in reversed(keys)])
+        return np.concatenate([order[order < q_len], np.arange(order.size, q_len)])
+
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         tokens = prod(self.grid)
         boxes = _boxes(max(0, first), min(last, tokens - 1), self.grid)
@@ -93,6 +108,17 @@ class Neighborhood(Pattern):
             return Reach(all=(), some=some)
         sure = (_flat([self._sure(*side) for side in enumerate(box)], self.grid) for box in boxes)
         return Reach(all=reduce(common, sure), some=some)
+
+    def __repr__(self) -> str:
+        values = {"grid": self.grid, "kernel": self.kernel, "stride": self.stride, "dilation": self.dilation}
+        usual = {"stride": 1, "dilation": 1, "causal": False, "edge": "shift"}
+        shown = {name: _short(value) for name, value in (*values.items(), ("causal", self.causal))} | {
+            "edge": self.edge
+        }
+        if len(self.grid) > 1:
+            shown["grid"] = self.grid
+        told = (f"{name}={value!r}" for name, value in shown.items() if name not in usual or value != usual[name])
+        return f"Neighborhood({', '.join(told)})"
 
     def _window(self, axis: int, coordinate: Any) -> tuple[Any, Any]:
         """Start and stop of the window of a query (an int or a tensor), counted within its remainder class."""
@@ -172,6 +198,10 @@ class Prefix(Pattern):
     def for_heads(self, places: Sequence[int]) -> Pattern:
         return Prefix(self.n, self.rest.for_heads(places))
 
+    def order(self, q_len: int) -> NDArray[np.int64] | None:
+        rest = self.rest.order(max(0, q_len - self.n))
+        return None if rest is None else np.concatenate([np.arange(min(self.n, q_len)), rest + self.n])
+
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return ((i >= 0) & (i < self.n)) | (j < self.n) | self.rest.visible(i - self.n, j - self.n)
 
@@ -183,6 +213,19 @@ class Prefix(Pattern):
         rest = self.rest.reach(start - self.n, last - self.n, max(0, kv_len - self.n)).moved(self.n)
         touched = first < self.n and last >= 0
         return Reach(merged((*before, *rest.all)), everything if touched else merged((*before, *rest.some)))
+
+
+def _tiles(axes: int, queries: int = 32) -> list[tuple[int, ...]]:
+    """The ways to write ``queries``, a power of two, as a product of powers of two, one for each axis."""
+    if axes == 1:
+        return [(queries,)]
+    sizes = [2**n for n in range(queries.bit_length())]
+    return [(size, *rest) for size in sizes for rest in _tiles(axes - 1, queries // size)]
+
+
+def _short(values: tuple[Any, ...]) -> Any:
+    """One value for all axes where they have the same."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _boxes(first: int, last: int, grid: tuple[int, ...]) -> list[Box]:

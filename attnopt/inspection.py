@@ -19,3 +19,8 @@ class Inspection:
         from attnopt.tables import inspection_table, to_text
 
         return to_text(inspection_table(self))
+
+    def _repr_html_(self) -> str:
+        from attnopt.page import inspection_fragment
+
+        return inspection_fragment(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -82,14 +82,32 @@ class OptimizedModel(nn.Module):
         """Write the model to the folder ``path``, whole or not at all.  ``attnopt.load`` reads it.  Raises ArchiveError."""
         archive.save(self.graph_module, self.origin, path)
 
-    def export_onnx(self, path: str | os.PathLike[str], *, opset: int = 23, verify: bool = True) -> None:
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        flavor: Literal["onnxruntime", "standard"] = "onnxruntime",
+        opset: int | None = None,
+        external_data: bool | Literal["auto"] = "auto",
+        verify: bool = True,
+    ) -> None:
         """Write an ONNX model that was run in ONNX Runtime and compared with this one.  Raises ExportError.
 
-        ``opset`` 23 to 25: in these torch's exporter writes each fused attention as one ``Attention`` node.
+        Each attention takes the fastest form that ONNX Runtime has on a CPU; ``flavor="standard"`` uses no operators but
+        ONNX's own.  ``opset``: 23 (the default) to 25.  ``external_data``: weights in a file beside the model; "auto" where
+        they do not fit into it.  What was done is in the model's metadata, under names that begin with "attnopt.".
         """
         from attnopt.onnx_export import export_onnx
 
-        export_onnx(self.graph_module, self.origin, path, opset=opset, verify=verify)
+        export_onnx(
+            self.graph_module,
+            self.origin,
+            path,
+            flavor=flavor,
+            opset=opset,
+            external_data=external_data,
+            verify=verify,
+        )
 
     def export_program(self) -> torch.export.ExportedProgram:
         """The graph as an ExportedProgram, with the dynamic shapes that the model was captured with."""

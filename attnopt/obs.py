@@ -1,6 +1,6 @@
 """Which heads to keep: block optimal brain surgeon on the layer's least squares.
 
-After OSSCAR (arXiv:2403.12983) and the Optimal BERT Surgeon (arXiv:2203.07259).
+OSSCAR, arXiv:2403.12983; Optimal BERT Surgeon, arXiv:2203.07259.
 
 With A = Z'Z + reg I over the features of the heads that are left and W the best output weights for them, taking head h
 out raises the squared error by tr(W_h' [(A^-1)_hh]^-1 W_h), and what is left has its best weights again.

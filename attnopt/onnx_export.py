@@ -1,54 +1,91 @@
-"""ONNX for ONNX Runtime: exported by torch, run and compared before it gets its name."""
+"""ONNX for ONNX Runtime: exported by torch, every attention in its fastest form, run and compared before it gets its name."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import secrets
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from attnopt.archive import exported
 from attnopt.capture import quiet
-from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
 from attnopt.files import atomic_write
-from attnopt.graph import Emitter, aten, dtype, is_call
-from attnopt.lowering import copy_program
-from attnopt.normaliser import SDPA
+from attnopt.onnx_choice import Form, OnnxSite
+from attnopt.onnx_sites import DOMAIN, OP, OPERANDS, Marked, mark
 from attnopt.origin import Origin
+from attnopt.version import __version__
 
-OPSETS = (23, 24, 25)  # below, SDPA is taken apart; opset 26 is silently written wrong by torch 2.13
-FLOOR = -1e30
-ROOM = 10.0  # ONNX Runtime sums in other orders than torch
-_TWO_GIB = 2**31 - 1
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Flavor = Literal["onnxruntime", "standard"]
+OPSETS = (23, 24, 25)  # below, there is no Attention; opset 26 is silently written wrong by torch 2.13
+METADATA = "attnopt."  # how the names of the model's properties begin
+_ROOM_IN_FILE = 2**31 - 2**26  # protobuf holds 2 GiB, the graph included
 
 
-def export_onnx(gm: fx.GraphModule, origin: Origin, path: str | os.PathLike[str], *, opset: int, verify: bool) -> None:
+def export_onnx(
+    gm: fx.GraphModule,
+    origin: Origin,
+    path: str | os.PathLike[str],
+    *,
+    flavor: Flavor,
+    opset: int | None,
+    external_data: bool | Literal["auto"],
+    verify: bool,
+) -> None:
     """Write an optimized graph to ``path``.  Raises ExportError, and then leaves what was at ``path`` as it was."""
-    if opset not in OPSETS:
+    if flavor not in get_args(Flavor):
+        raise ExportError(f"there is no flavor {flavor!r}", hint=f"choose one of {', '.join(get_args(Flavor))}")
+    if opset is not None and opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
-    size = sum(p.numel() * p.element_size() for p in gm.parameters())
-    if size > _TWO_GIB:
+    if external_data not in (True, False, "auto"):
+        raise ExportError(f"external_data={external_data!r} is not possible", hint='give True, False or "auto"')
+    size = sum(t.numel() * t.element_size() for t in (*gm.parameters(), *gm.buffers()))
+    if external_data is False and size > _ROOM_IN_FILE:
         raise ExportError(
-            f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB"
+            f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB",
+            hint='leave external_data at "auto"',
         )
-    with atomic_write(path) as temporary:
-        _write(gm, origin, temporary, opset)
+    with _written(path, size > _ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
+        marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, contrib=flavor == "onnxruntime")
+        model = _exported(marked_gm, origin, opset or OPSETS[0])
+        _expand(model.graph, marked)
+        _finish(model, origin, flavor, marked)
+        _save(model, file, data)
         if verify:
-            _compare(gm, origin, temporary)
+            from attnopt.onnx_verify import verify as run_and_compare
+
+            run_and_compare(gm, origin, file, marked)
 
 
-def _write(gm: fx.GraphModule, origin: Origin, file: Path, opset: int) -> None:
+def _exported(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
+    from onnxscript.optimizer import optimize_ir
+
     try:
         with quiet():
-            program = exported(_with_soft_floors(gm), origin)
-            made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+            program = exported(gm, origin)
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                output_names=_output_names(gm),
+                optimize=False,  # its rotary fusion makes a node that refuses tables with a batch of one
+                verbose=False,
+            )
             assert made is not None
-            made.save(str(file), external_data=False)
+            model: ir.Model = made.model
+            optimize_ir(model)
+            return model
     except Exception as e:
         if isinstance(e, OSError):
             raise
@@ -58,23 +95,17 @@ def _write(gm: fx.GraphModule, origin: Origin, file: Path, opset: int) -> None:
         ) from e
 
 
-def _with_soft_floors(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which additive masks stop at -1e30.
-
-    ONNX Runtime's Attention takes the dtype's minimum for "hidden" and gives zeros to a query with nothing else, where
-    torch gives the mean of all values.  -1e30 hides just as well and means the same to both; -inf stays what it is.
-    """
-    module, _ = copy_program(gm)
-    for node in list(module.graph.nodes):
-        mask = (node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")) if is_call(node, SDPA) else None
-        if not isinstance(mask, fx.Node) or not dtype(mask).is_floating_point or torch.finfo(dtype(mask)).min > FLOOR:
-            continue
-        emit = Emitter(module.graph, node)
-        floored = emit.call(aten.clamp.default, mask, FLOOR)
-        softened = emit.call(aten.where.self, emit.call(aten.isinf.default, mask), mask, floored)
-        node.replace_input_with(mask, softened)
-    module.recompile()
-    return module
+def _output_names(gm: fx.GraphModule) -> list[str] | None:
+    """What the model calls its outputs: the fields of what it returns; None where these have no names."""
+    spec = getattr(gm, "_out_spec", None)
+    if spec is None:
+        return None
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(leaves)[0]]
+    names = ["_".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in p) for p in paths]
+    taken = {n.name for n in gm.graph.nodes if n.op == "placeholder"}
+    is_named = all(re.fullmatch(r"[A-Za-z_]\w*", n) and n not in taken for n in names)
+    return names if is_named and len(set(names)) == len(names) else None
 
 
 def _first_cause(e: BaseException) -> str:
@@ -84,37 +115,97 @@ def _first_cause(e: BaseException) -> str:
     return f"{type(e).__name__}: " + " | ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
-def _compare(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
-    """Run the file in ONNX Runtime on the example inputs; it must give what torch gives."""
-    import onnxruntime
+def _expand(graph: ir.Graph, marked: Sequence[Marked]) -> None:
+    """Put each attention's form in the place of its placeholder."""
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    from attnopt.onnx_builder import SWAPPED, Builder, is_swap
+    from attnopt.onnx_forms import write
+
+    for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:
+        number = node.attributes["site"].as_int()
+        builder = Builder(graph, f"attention_{number}")
+        out = node.outputs[0]
+        made = write(builder, marked[number].site, marked[number].form, dict(zip(OPERANDS, node.inputs, strict=False)))
+        made.name, made.shape, made.type = f"attention_{number}", out.shape, out.type
+        graph.insert_before(node, builder.nodes)
+        made_by = made.producer()
+        if made_by is not None and is_swap(made_by) and (swapped := made_by.inputs[0]) is not None:
+            swapped.name = f"attention_{number}{SWAPPED}"
+            for user in [n for n in out.consumers() if is_swap(n)]:
+                _replace(graph, user.outputs[0], swapped)
+        _replace(graph, out, made)
+        graph.remove(node, safe=True)
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Use ``new`` everywhere; an output of the graph keeps its name."""
+    import onnx_ir as ir
+
+    made_by = old.producer()
+    if old.is_graph_output() and made_by is not None:
+        copy = ir.node("Identity", [new])
+        named = copy.outputs[0]
+        named.name, named.shape, named.type = old.name, old.shape, old.type
+        graph.insert_after(made_by, copy)
+        new = named
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _finish(model: ir.Model, origin: Origin, flavor: Flavor, marked: Sequence[Marked]) -> None:
+    """Drop what nothing uses, and say in the model where it comes from."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+    RemoveUnusedNodesPass()(model)
+    RemoveUnusedOpsetsPass()(model)
+    if any(node.domain == "com.microsoft" for node in model.graph.all_nodes()):
+        model.opset_imports["com.microsoft"] = 1
+    model.producer_name, model.producer_version = "attnopt", __version__
+    report = origin.report.to_json()
+    said = {
+        "version": __version__,
+        "flavor": flavor,
+        "policy": json.dumps(report["policy"]),
+        "report": json.dumps(report),
+        "attention": json.dumps([_said(m.site, m.form) for m in marked]),
+    }
+    model.metadata_props.update({METADATA + key: text for key, text in said.items()})
+
+
+def _said(site: OnnxSite, form: Form) -> dict[str, object]:
+    return {"site": site.name, "form": form.kind, "pattern": repr(site.pattern), "block": form.block or None}
+
+
+def _save(model: ir.Model, file: Path, data: Path | None) -> None:
+    import onnx_ir as ir
+
+    if data is None:
+        ir.save(model, str(file))
+        return
+    ir.save(model, str(file), external_data=data.name)
+    with data.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+@contextlib.contextmanager
+def _written(path: str | os.PathLike[str], with_data: bool) -> Iterator[tuple[Path, Path | None]]:
+    """A file to write the model to and, ``with_data``, one for its weights; both are there when the block ends well.
+
+    The weights' file has a name of its own each time, so that an older model goes on finding its weights until the new
+    one takes its place in one step; only then are the older weights removed.
+    """
+    target = Path(path).resolve()
+    older = [file for file in target.parent.glob("*") if _is_data_of(file, target)]
+    data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data") if with_data else None
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        values = [t for t in pytree.tree_leaves((origin.args, dict(origin.kwargs))) if isinstance(t, Tensor)]
-        feed = _feed([i.name for i in session.get_inputs()], gm, values)
-        got = [torch.from_numpy(o) for o in session.run(None, feed)]
-    except ExportError:
+        with atomic_write(path) as temporary:
+            yield temporary, data
+    except BaseException:
+        if data is not None:
+            data.unlink(missing_ok=True)
         raise
-    except Exception as e:
-        raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
-    with torch.no_grad():
-        want = tensors(gm(*origin.args, **origin.kwargs))
-    error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
-    if len(got) != len(want) or not error <= ROOM * tolerance(want):
-        raise ExportError(
-            f"ONNX Runtime gives other numbers than torch (relative difference {error:.2g}), so nothing was written",
-            hint="please report the model; another opset may work",
-        )
+    for file in older:
+        file.unlink(missing_ok=True)
 
 
-def _feed(names: list[str], gm: fx.GraphModule, values: list[Tensor]) -> dict[str, Any]:
-    """The session's inputs; an input that the graph does not use may be missing from it."""
-    if len(names) == len(values):
-        return {n: v.detach().cpu().numpy() for n, v in zip(names, values, strict=True)}
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
-    by_name = {n.name: v for n, v in zip(placeholders, values, strict=True)}
-    if not set(names) <= set(by_name):
-        raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")
-    return {n: by_name[n].detach().cpu().numpy() for n in names}
+def _is_data_of(file: Path, target: Path) -> bool:
+    return re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", file.name) is not None

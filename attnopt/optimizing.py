@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from attnopt import plugins
 from attnopt.allotting import allot
+from attnopt.attention_mass import measured
 from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.calling import Signature
 from attnopt.capture import Program, capture, check_call
@@ -27,10 +28,11 @@ from attnopt.lowering import lower
 from attnopt.model import OptimizedModel
 from attnopt.origin import Origin
 from attnopt.policy import Policy
-from attnopt.report import Report, SiteReport, Status
+from attnopt.report import Form, Report, SiteReport, Status
 from attnopt.rewriting import Backend
 from attnopt.spec import AttentionSpec
 from attnopt.streaming import Stream
+from attnopt.verify import example_values
 from attnopt.version import __version__
 
 
@@ -165,6 +167,7 @@ class _Job:
             module = lower(program.module, plans)
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
+            decisions = self._with_kept_mass(program, decisions, module)
         return module, self._origin(program, findings, decisions, module, error)
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
@@ -205,6 +208,9 @@ class _Job:
             raise PolicyError(
                 f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}"
             )
+        if overruled := self.policy.overruled(names):
+            listed = ", ".join(map(repr, overruled))
+            self._warn(f"{listed} in the policy decides no attention: of the rules that match one, the last counts")
         if not names:
             self._warn(
                 f"no attention was found among {findings.candidates} candidates"
@@ -234,6 +240,25 @@ class _Job:
             )
         return error
 
+    def _with_kept_mass(self, program: Program, decisions: list[Decision], module: fx.GraphModule) -> list[Decision]:
+        """What the sites with blocks that are chosen at run time keep, as notes."""
+        specs = {
+            d.found.raised.node: replace(d.found.raised.spec, selection=d.site.spec.selection)
+            for d in decisions
+            if d.plan is not None and d.site.spec.selection is not None
+        }
+        signature = self._signature(module)
+        inputs = [signature.arrange(*batch) for batch in self.batches] or [(program.args, program.kwargs)]
+        values = [list(example_values(program.module, *given).values()) for given in inputs]
+        if not specs or not all(values):
+            return decisions
+        data = "calibration data" if self.batches else "example inputs"
+        found = measured(program.module, specs, values)
+        return [
+            replace(d, notes=(*d.notes, _kept(found[d.found.raised.node], data))) if d.found.raised.node in found else d
+            for d in decisions
+        ]
+
     def _signature(self, module: fx.GraphModule) -> Signature:
         return Signature.of(getattr(self.model, "forward", module.forward), self.args, self.kwargs)
 
@@ -254,6 +279,11 @@ class _Job:
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
         signature = self._signature(module)
         return Origin(report, sites, signature, program.args, program.kwargs, program.shapes)
+
+
+def _kept(mass_H: Tensor, data: str) -> str:
+    least = int(mass_H.argmin())
+    return f"{mass_H.mean():.1%} of the attention is kept on the {data}, least in head {least}: {mass_H[least]:.1%}"
 
 
 def _raise_refusal(decisions: Sequence[Decision]) -> None:
@@ -296,6 +326,10 @@ def _site_report(d: Decision) -> SiteReport:
         backend=None if d.plan is None else d.plan.backend.name,
         error=d.found.error,
         notes=(*before.notes, *d.notes),
+        q_len=before.q_len,
+        kv_len=before.kv_len,
+        form_before=Form.of(before.spec),
+        form_after=Form.of(after.spec),
     )
 
 

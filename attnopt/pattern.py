@@ -9,7 +9,9 @@ from functools import reduce
 from itertools import groupby
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.errors import PolicyError
@@ -33,6 +35,10 @@ class Pattern(ABC):
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         """What the queries at positions ``first`` to ``last`` see; the narrower, the less has to be looked at."""
         return Reach.between(0, kv_len, 0, 0)
+
+    def order(self, q_len: int) -> NDArray[np.int64] | None:
+        """An order of the queries in which neighbours see much the same keys, where there is a better one than theirs."""
+        return next((found for p in self.parts if (found := p.order(q_len)) is not None), None)
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
@@ -108,12 +114,6 @@ class Pattern(ABC):
         """For each head (see ``mask``) the number of queries that see no key at all; their output is zero."""
         return tuple(count_blind(p, q_len, kv_len) for p in self._heads(num_heads))
 
-    def visits(self, q_len: int, kv_len: int, block_q: int, block_kv: int, *, num_heads: int | None = None) -> float:
-        """The share of all pairs that lie in a block with a visible one: what a kernel with such tiles computes."""
-        heads = self._heads(num_heads)
-        shares = {p: p.layout(q_len, kv_len, block_q, block_kv).visits for p in set(heads)}
-        return sum(shares[p] for p in heads) / len(heads)
-
     def layout(self, q_len: int, kv_len: int, block_q: int = 64, block_kv: int = 64) -> Layout:
         """The blocks that are visited, without the dense mask; of ``for_head(h)`` where the pattern is per head."""
         return layout(self, q_len, kv_len, block_q, block_kv)
@@ -142,6 +142,11 @@ class Pattern(ABC):
         values = {f.name: repr(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
         named = values.values() if len(values) == 1 else [f"{name}={value}" for name, value in values.items()]
         return f"{type(self).__name__}({', '.join(named)})"
+
+    def _repr_html_(self) -> str:
+        from attnopt.page import pattern_fragment
+
+        return pattern_fragment(self)
 
     def _heads(self, num_heads: int | None) -> list[Pattern]:
         if not self.is_per_head:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.block_patterns import BlockLayout, RandomBlocks
@@ -105,6 +107,9 @@ class Dilated(Pattern):
         near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
         return near & (ahead % self.dilation == 0)
 
+    def order(self, q_len: int) -> NDArray[np.int64]:
+        return _by_remainder(q_len, self.dilation)
+
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         return Reach(all=(), some=stepped(first, last, self.dilation, -self.left, self.right, kv_len))
 
@@ -164,6 +169,9 @@ class Strided(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i - j) % self.stride == 0
+
+    def order(self, q_len: int) -> NDArray[np.int64]:
+        return _by_remainder(q_len, self.stride)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         return Reach(all=(), some=stepped(first, last, self.stride, -LARGEST, LARGEST, kv_len))
@@ -231,6 +239,11 @@ class Blocks(Pattern):
     def _start(self, i: Any) -> Any:
         """The first position of the block of a query, which is an int or a tensor."""
         return (i - self.shift) // self.size * self.size + self.shift
+
+
+def _by_remainder(length: int, divisor: int) -> NDArray[np.int64]:
+    """Places 0 to ``length``, those of the same remainder together."""
+    return np.argsort(np.arange(length) % divisor, kind="stable")
 
 
 _BY_NAME: dict[str, type[Pattern]] = {

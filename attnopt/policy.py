@@ -56,15 +56,25 @@ class Policy:
 
     def passes_for(self, site_name: str) -> tuple[Pass, ...]:
         """The passes for the site of this name, in the order in which they apply."""
-        rules = dict(self.rules)
-        if site_name in rules:
-            return rules[site_name]
-        return next((passes for glob, passes in reversed(self.rules) if fnmatchcase(site_name, glob)), ())
+        glob = self._deciding(site_name)
+        return () if glob is None else dict(self.rules)[glob]
 
     def unmatched(self, site_names: Iterable[str]) -> list[str]:
         """The globs that match none of these sites."""
         names = list(site_names)
         return [glob for glob, _ in self.rules if not any(glob == n or fnmatchcase(n, glob) for n in names)]
+
+    def overruled(self, site_names: Iterable[str]) -> list[str]:
+        """The globs that match some of these sites, while other rules decide all of them."""
+        names = list(site_names)
+        deciding = {self._deciding(n) for n in names}
+        return [glob for glob, _ in self.rules if glob not in {*deciding, *self.unmatched(names)}]
+
+    def _deciding(self, site_name: str) -> str | None:
+        globs = [glob for glob, _ in self.rules]
+        if site_name in globs:
+            return site_name
+        return next((glob for glob in reversed(globs) if fnmatchcase(site_name, glob)), None)
 
     def to_json(self) -> dict[str, list[dict[str, Any]]]:
         """The policy as plain data, which is also what a policy file may hold; ``from_json`` reads it back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +12,7 @@ from attnopt.errors import ArchiveError
 from attnopt.files import atomic_write
 from attnopt.refusal import Refusal
 from attnopt.site import NearMiss
+from attnopt.spec import AttentionSpec
 
 Status = Literal["rewritten", "unchanged", "refused"]
 STATUSES: tuple[Status, ...] = ("rewritten", "unchanged", "refused")
@@ -36,6 +37,30 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What of an attention can be drawn: its heads, the K/V head that each reads, and which keys they see.
+
+    Heads are named by their numbers in the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``, and
+    ``selection`` says which of its blocks are chosen at run time, if any are.
+    """
+
+    heads: tuple[int, ...]
+    kv_of_head: tuple[int, ...]
+    pattern: str
+    selection: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.heads) != len(self.kv_of_head):
+            raise ValueError(f"{len(self.heads)} heads, of which {len(self.kv_of_head)} read keys")
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> Self:
+        seen = spec.pattern if spec.seen_as is None else spec.seen_as
+        selection = "" if spec.selection is None else str(spec.selection)
+        return cls(spec.heads, tuple(spec.kv_heads[g] for g in spec.kv_of_head), str(seen), selection)
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One attention and its fate."""
 
@@ -57,6 +82,11 @@ class SiteReport:
     backend: str | None = None
     error: float | None = None  # largest difference of the lowered form from the reference form, relative
     notes: tuple[str, ...] = ()
+    q_len: int = 0  # L and S at the sizes of the example inputs
+    kv_len: int = 0
+    form_before: Form | None = None
+    form_after: Form | None = None
+    importance: tuple[float, ...] | None = None  # of each head of ``form_before``, where it was measured
 
     def lines(self) -> Iterable[str]:
         """The entry's text, without indentation."""
@@ -87,6 +117,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     fixed_axes: tuple[str, ...] = ()  # axes that were to be dynamic and had to stay fixed, with the reason
+    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  # of one call, "before" and "after", where measured
 
     def count(self, status: Status) -> int:
         return sum(site.status == status for site in self.sites)
@@ -104,6 +135,14 @@ class Report:
         found, rewritten = len(self.sites), self.count("rewritten")
         text = f"{_counted(found, 'attention')} found, {rewritten} rewritten, {found - rewritten} left as they were"
         return text + (f", {len(self.near_misses)} not matched" if self.near_misses else "")
+
+    def with_importance(self, scores: Mapping[str, Iterable[float]]) -> Self:
+        """The same report with the scores of each site's heads, as ``attnopt.head_importance`` gives them."""
+        sites = tuple(
+            replace(site, importance=tuple(map(float, scores[site.name]))) if site.name in scores else site
+            for site in self.sites
+        )
+        return replace(self, sites=sites)
 
     def __str__(self) -> str:
         lines = [f"attnopt: {self.headline}"]
@@ -145,7 +184,13 @@ class Report:
             warnings=tuple(data["warnings"]),
             versions=dict(data["versions"]),
             fixed_axes=tuple(data["fixed_axes"]),
+            cpu_seconds={name: float(seconds) for name, seconds in data.get("cpu_seconds", {}).items()},
         )
+
+    def _repr_html_(self) -> str:
+        from attnopt.page import framed, report_page
+
+        return framed(report_page(self))
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Writes one self-contained page, whole or not at all, and gives its path."""
@@ -169,8 +214,18 @@ def _site(data: Mapping[str, Any]) -> SiteReport:
             "refusals": {stage: Refusal(**refusal) for stage, refusal in values["refusals"].items()},
             "cost_before": Cost(**values["cost_before"]),
             "cost_after": Cost(**values["cost_after"]),
+            "form_before": _form(values.get("form_before")),
+            "form_after": _form(values.get("form_after")),
+            "importance": None if values.get("importance") is None else tuple(map(float, values["importance"])),
         }
     )
+
+
+def _form(data: Mapping[str, Any] | None) -> Form | None:
+    if data is None:
+        return None
+    heads, kv_of_head = (tuple(map(int, data[name])) for name in ("heads", "kv_of_head"))
+    return Form(heads, kv_of_head, str(data["pattern"]), str(data.get("selection", "")))
 
 
 def _plain(value: Any) -> Any:

@@ -147,11 +147,16 @@ def kept_by_squeeze(node: fx.Node) -> list[int] | None:
 
 
 def resized(node: fx.Node, selection: Selection) -> list[Any]:
-    """The size argument of a reshape or expand whose result is selected."""
+    """The size argument of a reshape or expand whose result is selected.
+
+    An axis that joins heads with a dynamic batch is left to the reshape: the number of selected elements is only right at
+    the sizes of the example inputs.
+    """
     sizes = list(arg(node, 1))
     for axis in range(len(sizes)):
         if axis in selection:
-            sizes[axis] = len(selection[axis])
+            joined = is_call(node, *RESHAPES) and not is_static(value(node).shape[axis])
+            sizes[axis] = -1 if joined else len(selection[axis])
         elif sizes[axis] == -1 and is_static(value(node).shape[axis]):
             sizes[axis] = shape(node)[axis]
     return sizes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnopt.graph import Emitter, aten, get_attr, opname, shape, value
+from attnopt.graph import Emitter, aten, get_attr, is_static, opname, shape, value
 from attnopt.pushing import push
 from attnopt.selecting import Pulled, Selection, trim
 from attnopt.selection import pull
@@ -79,6 +79,11 @@ _SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
 _PIECES = ("slice", "select", "getitem")
 
 
+class _DynamicAxisError(Exception):
+    """A selection came to an axis that joins heads with a dynamic batch, and can go no further up: its indices hold at the
+    sizes of the example inputs only, so it has to be made below, where heads have an axis of their own."""
+
+
 class Selector:
     """Builds selections of nodes, moved up as far as they go.
 
@@ -122,9 +127,12 @@ class Selector:
         pulled = pull(node, selection)
         if pulled is None or pulled.across:
             return self._stay(node, selection)
-        if pulled.exact is not None and pulled.exact[0][0] in self.forks:
-            return self.select(*pulled.exact[0])
-        return self._made_from(pulled)
+        try:
+            if pulled.exact is not None and pulled.exact[0][0] in self.forks:
+                return self.select(*pulled.exact[0])
+            return self._made_from(pulled)
+        except _DynamicAxisError:
+            return self._stay(node, selection)
 
     def _piece(self, node: fx.Node) -> fx.Node:
         """One role's part of a packed projection, made by itself."""
@@ -148,6 +156,8 @@ class Selector:
                 if pull(node, {axis: idx}) is not None:
                     rest = {a: i for a, i in selection.items() if a != axis}
                     return restrict(self.emit, self.select(node, {axis: idx}), rest)
+        if not all(is_static(value(node).shape[axis]) for axis in selection):
+            raise _DynamicAxisError
         return restrict(self.emit, self.select(node, {}) if node in self.dirty else node, selection)
 
     def _parameter(self, node: fx.Node, selection: Selection) -> fx.Node:

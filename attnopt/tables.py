@@ -11,6 +11,7 @@ from attnopt.report import Report, SiteReport
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from attnopt.advising import Advice
     from attnopt.inspection import Inspection
     from attnopt.plugins import Description
     from attnopt.site import NearMiss, Projection, Site
@@ -51,6 +52,20 @@ def report_table(report: Report) -> RenderableType:
     return Group(*parts)
 
 
+def advice_table(advice: Advice) -> RenderableType:
+    """What each kernel can reach, and below it the patterns that would fit better."""
+    from rich.console import Group
+
+    lengths = f"{advice.q_len} queries and {advice.kv_len} keys"
+    title = f"{advice.pattern}, {lengths}: density {advice.density:.3g}, at most {advice.bound:.2f} times faster"
+    rows = [(k.kernel, f"{k.share:.3g}", f"{k.speedup:.2f}", f"{k.of_bound:.0%}") for k in advice.kernels]
+    parts: list[RenderableType] = [_table(title, ("kernel", "computes", "speed-up", "of the bound"), rows)]
+    if advice.better:
+        better = [(b.kernel, b.pattern, f"{b.density:.3g}", f"{b.speedup:.2f}") for b in advice.better]
+        parts.append(_table("Fits better", ("kernel", "pattern", "density", "speed-up"), better))
+    return Group(*parts)
+
+
 def to_text(table: RenderableType, width: int = 120) -> str:
     """What the table looks like without colour."""
     import io
@@ -86,8 +101,8 @@ def _site_json(site: Site) -> dict[str, Any]:
         "value_dim": site.value_dim,
         "scale": site.scale,
         "is_cross": site.is_cross,
-        "pattern": _pattern(site.spec),
-        "extras": _extras(site.spec),
+        "pattern": pattern_text(site.spec),
+        "extras": spec_extras(site.spec),
         "projections": {
             role: {"weight": p.weight, "bias": p.bias, "transposed": p.transposed, "rows": p.rows, "why": p.why}
             for role, p in site.projections.items()
@@ -104,8 +119,8 @@ def _inspected(site: Site) -> tuple[str, ...]:
         _heads(spec.num_heads, spec.num_kv_heads),
         _size(spec.head_dim, spec.value_dim),
         "cross" if spec.is_cross else "self",
-        _pattern(spec),
-        ", ".join(_extras(spec)),
+        pattern_text(spec),
+        ", ".join(spec_extras(spec)),
         f"{spec.scale:.4g}",
         _projections(site.projections),
         site.where,
@@ -134,11 +149,13 @@ def _size(head_dim: int, value_dim: int) -> str:
     return str(head_dim) if head_dim == value_dim else f"{head_dim} / {value_dim} v"
 
 
-def _pattern(spec: AttentionSpec) -> str:
+def pattern_text(spec: AttentionSpec) -> str:
+    """What the queries see, a mask operand included where it is known what it amounts to."""
     return str(spec.pattern if spec.seen_as is None else spec.seen_as)
 
 
-def _extras(spec: AttentionSpec) -> list[str]:
+def spec_extras(spec: AttentionSpec) -> list[str]:
+    """What there is beside the pattern, in a word each."""
     named = {"bias": spec.has_bias, "mask": spec.has_mask, "softcap": spec.softcap is not None, "sinks": spec.has_sinks}
     return [name for name, there in named.items() if there] + list(spec.positions)
 

@@ -20,6 +20,7 @@ constexpr int LANES = 4, ACCUMULATORS = 12;
 #endif
 constexpr int BLOCK = 64;   // queries and keys of one block of the layout
 constexpr int CHUNK = 256;  // keys whose scores are held at a time
+constexpr int GAP = 4;      // so many unseen keys between seen ones are computed along: cheaper than a new run
 constexpr int VECTORS = 2, GROUP = VECTORS * LANES;
 constexpr int KEYS = ACCUMULATORS / VECTORS, WIDTH = ACCUMULATORS / VECTORS;
 
@@ -39,6 +40,7 @@ struct Arguments {
     const int64_t *row_ptr;  // [layouts, rows + 1]
     const int32_t *cols, *tile;
     const uint64_t *tiles;  // [distinct, 64]: for each key, a bit for each query that sees it
+    const int32_t *order;   // [layouts, q_len]: which query stands at each place of the block rows
     float scale, softcap;   // softcap 0: none
     int32_t threads;
 };
@@ -161,12 +163,15 @@ template <int ND> void some_mix(int width, int keys, const float *p, const float
 struct Group {
     const Arguments &a;
     Work &work;
-    const int64_t batch, head, row;
-    const int count, shift;  // shift: the place of the first query within its block
+    const int64_t batch, head;
+    const int32_t *order;    // the queries
+    const int count, shift;  // shift: the place of the first one within its block
 
-    const float *query(int r) const {  // lanes without a query repeat the last one
-        const Strides &s = a.q_at;
-        return a.q + batch * s.batch + head * s.head + (row + std::min(r, count - 1)) * s.row;
+    int64_t query(int r) const { return order[std::min(r, count - 1)]; }  // lanes without one repeat the last
+
+    // The element of an operand at this batch and head, for the r-th query.
+    template <class T> T *element(T *start, const Strides &s, int r) const {
+        return start + batch * s.batch + head * s.head + query(r) * s.row;
     }
 
     void load_queries() const {
@@ -175,7 +180,7 @@ struct Group {
                 Vec t[LANES] = {};
                 const int width = int(std::min<int64_t>(LANES, a.head_dim - d));
                 for (int r = 0; r < LANES; r++) {
-                    const float *from = query(n * LANES + r) + d;
+                    const float *from = element(a.q, a.q_at, n * LANES + r) + d;
                     if (width == LANES) t[r] = *(const Loose *)from;
                     else for (int e = 0; e < width; e++) t[r][e] = from[e];
                 }
@@ -185,7 +190,6 @@ struct Group {
     }
 
     void store(const Vec *total) const {
-        const Strides &to = a.out_at;
         for (int n = 0; n < VECTORS; n++) {
             const Vec inverse = total[n] == Vec{} ? Vec{} : 1.f / total[n];
             for (int64_t d = 0; d < a.value_dim; d += LANES) {
@@ -194,7 +198,7 @@ struct Group {
                 for (int e = 0; e < LANES; e++) t[e] = at(work.o, d + e, n) * inverse;
                 transpose(t);
                 for (int r = 0; r < LANES && n * LANES + r < count; r++) {
-                    float *out = a.out + batch * to.batch + head * to.head + (row + n * LANES + r) * to.row + d;
+                    float *out = element(a.out, a.out_at, n * LANES + r) + d;
                     if (width == LANES) *(Loose *)out = t[r];
                     else for (int e = 0; e < width; e++) out[e] = t[r][e];
                 }
@@ -208,17 +212,18 @@ struct Group {
             for (int n = 0; n < VECTORS; n++) at(s, j, n) = a.softcap * hyperbolic_tangent(at(s, j, n) * inverse);
     }
 
-    // `value(r, j)` for LANES queries from r on and key j, laid out as scores are.
-    template <class Value> static Vec column(Value value, int n, int j) {
+    // What an operand holds for the n-th vector of queries and key j.
+    template <class T> Vec column(T *start, const Strides &from, int n, int j) const {
         Vec x;
-        for (int t = 0; t < LANES; t++) x[t] = value(n * LANES + t, j);
+        for (int t = 0; t < LANES; t++) x[t] = float(element(start, from, n * LANES + t)[j * from.col]);
         return x;
     }
 
     void add_bias(float *s, int64_t key, int keys) const {
         const Strides &from = a.bias_at;
-        const float *p = a.bias + batch * from.batch + head * from.head + row * from.row + key * from.col;
+        const float *start = a.bias + key * from.col;
         if (!from.row) {
+            const float *p = element(start, from, 0);
             for (int j = 0; j < keys; j++)
                 for (int n = 0; n < VECTORS; n++) at(s, j, n) += p[j * from.col];
             return;
@@ -227,27 +232,25 @@ struct Group {
             int j = 0;
             for (; from.col == 1 && j + LANES <= keys; j += LANES) {
                 Vec t[LANES];
-                for (int r = 0; r < LANES; r++) t[r] = *(const Loose *)(p + std::min(n * LANES + r, count - 1) * from.row + j);
+                for (int r = 0; r < LANES; r++) t[r] = *(const Loose *)(element(start, from, n * LANES + r) + j);
                 transpose(t);
                 for (int e = 0; e < LANES; e++) at(s, j + e, n) += t[e];
             }
-            for (; j < keys; j++)
-                at(s, j, n) += column([&](int r, int j) { return p[std::min(r, count - 1) * from.row + j * from.col]; }, n, j);
+            for (; j < keys; j++) at(s, j, n) += column(start, from, n, j);
         }
     }
 
     void hide_masked(float *s, int64_t key, int keys) const {
         const Strides &from = a.mask_at;
-        const uint8_t *p = a.mask + batch * from.batch + head * from.head + row * from.row + key * from.col;
+        const uint8_t *start = a.mask + key * from.col;
         for (int j = 0; j < keys; j++) {
             if (!from.row) {
-                if (!p[j * from.col])
+                if (!element(start, from, 0)[j * from.col])
                     for (int n = 0; n < VECTORS; n++) at(s, j, n) = splat(-INFINITY);
                 continue;
             }
             for (int n = 0; n < VECTORS; n++) {
-                const Vec seen = column([&](int r, int j) { return float(p[std::min(r, count - 1) * from.row + j * from.col]); }, n, j);
-                at(s, j, n) = seen != 0.f ? at(s, j, n) : splat(-INFINITY);
+                at(s, j, n) = column(start, from, n, j) != 0.f ? at(s, j, n) : splat(-INFINITY);
             }
         }
     }
@@ -283,11 +286,7 @@ struct Group {
         Vec top[VECTORS], total[VECTORS];
         for (int n = 0; n < VECTORS; n++) {
             top[n] = splat(-INFINITY);
-            if (a.sinks) {
-                const Strides &from = a.sinks_at;
-                const float *p = a.sinks + batch * from.batch + head * from.head + row * from.row;
-                top[n] = column([&](int r, int) { return p[std::min(r, count - 1) * from.row]; }, n, 0);
-            }
+            if (a.sinks) top[n] = column(a.sinks, a.sinks_at, n, 0);
             total[n] = top[n] == splat(-INFINITY) ? Vec{} : splat(1.f);
         }
         for (size_t next = 0; next < work.runs.size();) next = chunk(next, top, total);
@@ -325,6 +324,21 @@ struct Group {
     }
 };
 
+// Adds keys to the last run, or begins a new one.
+void add(Work &work, int64_t key, int keys, const uint64_t *bits) {
+    const int place = int(work.pieces.size());
+    work.pieces.push_back({keys, bits});
+    if (!work.runs.empty()) {
+        Run &last = work.runs.back();
+        if (last.key + last.keys == key && last.keys + keys <= CHUNK) {
+            last.keys += keys;
+            last.last++;
+            return;
+        }
+    }
+    work.runs.push_back({key, keys, place, place + 1});
+}
+
 // The keys that the queries `shift` to `shift + GROUP` of a block see, as runs of neighbours.
 void gather(const Arguments &a, Work &work, const int64_t *row, const uint8_t *selected, int shift) {
     work.runs.clear();
@@ -333,26 +347,22 @@ void gather(const Arguments &a, Work &work, const int64_t *row, const uint8_t *s
     for (int64_t e = row[0]; e < row[1]; e++) {
         if (selected && !selected[a.cols[e] * a.selected_at.col]) continue;
         const int64_t key = int64_t(a.cols[e]) * BLOCK;
-        int low = 0, high = int(std::min<int64_t>(BLOCK, a.kv_len - key));
-        const uint64_t *bits = nullptr;
-        if (a.tile[e] >= 0) {
-            bits = a.tiles + int64_t(a.tile[e]) * BLOCK;
-            while (low < high && !(bits[low] & these)) low++;
-            while (low < high && !(bits[high - 1] & these)) high--;
-            if (low == high) continue;
-            bits += low;
+        const int keys = int(std::min<int64_t>(BLOCK, a.kv_len - key));
+        if (a.tile[e] < 0) {
+            add(work, key, keys, nullptr);
+            continue;
         }
-        const int place = int(work.pieces.size()), keys = high - low;
-        work.pieces.push_back({keys, bits});
-        if (!work.runs.empty()) {
-            Run &before = work.runs.back();
-            if (before.key + before.keys == key + low && before.keys + keys <= CHUNK) {
-                before.keys += keys;
-                before.last++;
+        const uint64_t *bits = a.tiles + int64_t(a.tile[e]) * BLOCK;
+        for (int j = 0, end; j < keys; j = end) {
+            if (!(bits[j] & these)) {
+                end = j + 1;
                 continue;
             }
+            int seen = j;  // the last key so far that some query sees
+            for (end = j + 1; end < keys && end - seen <= GAP; end++)
+                if (bits[end] & these) seen = end;
+            add(work, key + j, seen + 1 - j, bits + j);
         }
-        work.runs.push_back({key + low, keys, place, place + 1});
     }
 }
 
@@ -368,12 +378,13 @@ extern "C" void attnopt_attend(const Arguments *arguments) {
         for (int64_t t = 0; t < tasks; t++) {
             const int64_t r = t % rows, head = t / rows % a.heads, batch = t / rows / a.heads;
             const int64_t *row = a.row_ptr + a.layout_of_head[head] * (rows + 1) + r;
+            const int32_t *order = a.order + a.layout_of_head[head] * a.q_len + r * BLOCK;
             const Strides &s = a.selected_at;
             const uint8_t *selected = a.selected ? a.selected + batch * s.batch + head * s.head + r * s.row : nullptr;
             const int count = int(std::min<int64_t>(BLOCK, a.q_len - r * BLOCK));
             for (int shift = 0; shift < count; shift += GROUP) {
                 gather(a, work, row, selected, shift);
-                Group{a, work, batch, head, r * BLOCK + shift, std::min(GROUP, count - shift), shift}.attend();
+                Group{a, work, batch, head, order + shift, std::min(GROUP, count - shift), shift}.attend();
             }
         }
     }

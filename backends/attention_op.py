@@ -1,7 +1,7 @@
 """``attnopt::attention``: the operator that stays in an optimized graph where none of torch's does as well.
 
 It is ``AttentionSpec`` as a call, without gains.  What computes it is decided where it runs: the compiled kernel on a CPU,
-elsewhere torch's own operators block by block.
+FlexAttention on a GPU, elsewhere torch's own operators block by block.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnopt.backends import block_gather, native
+from attnopt.backends import block_gather, flex, native
 from attnopt.errors import AttnoptWarning
 from attnopt.patterns import parse
 from attnopt.spec import AttentionSpec
@@ -45,7 +46,7 @@ def attention(
             return native.attend(spec, q, k, v, bias=bias, mask=mask, sinks=sinks, selected=selected)
         except native.NoKernelError as e:
             _warn(str(e))
-    o = block_gather.attend(spec, q, k, v, bias=bias, mask=mask, sinks=sinks, selected=selected)
+    o: Tensor = _in_torch(q).attend(spec, q, k, v, bias=bias, mask=mask, sinks=sinks, selected=selected)
     return o.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -69,6 +70,11 @@ def _spec(
         pattern=parse(pattern),
         softcap=softcap,
     )
+
+
+def _in_torch(q: Tensor) -> ModuleType:
+    """What computes the attention where the kernel does not: differentiable, and for any device."""
+    return flex if q.device.type == "cuda" and q.dtype != torch.float64 else block_gather
 
 
 @lru_cache
@@ -96,8 +102,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assert q is not None
         assert k is not None
         assert v is not None
-        o = block_gather.attend(ctx.spec, q, k, v, **dict(zip(names[3:], others, strict=True)))
-        grads = dict(zip(wanted, torch.autograd.grad(o, [leaves[name] for name in wanted], grad), strict=True))
+        o = _in_torch(q).attend(ctx.spec, q, k, v, **dict(zip(names[3:], others, strict=True)))
+        o = o + v.sum() * 0 if not o.requires_grad else o  # no query sees any key
+        of_leaves = [leaves[name] for name in wanted]
+        found = torch.autograd.grad(o, of_leaves, grad, allow_unused=True, materialize_grads=True)
+        grads = dict(zip(wanted, found, strict=True))
     return (*(grads.get(name) for name in names[:6]), None, None, None, None, None)
 
 

@@ -15,13 +15,13 @@ from attnopt.refusal import Refusal
 from attnopt.rewriting import Attend, Backend
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
+from attnopt.tile_model import COMPILED, FLEX
 
-TILE = 32  # queries and keys; within a partly visible block the kernel skips what none of its 32 queries sees
-_GATHERED = 3.0  # how much slower block by block than in one kernel
+_FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 
 
 class Blocked(Backend):
-    """One ``attnopt::attention`` call: a kernel compiled for this CPU, or torch's operators block by block.
+    """One ``attnopt::attention`` call: a kernel compiled for this CPU, FlexAttention, or torch's operators block by block.
 
     Accepts every spec whose selection is of whole blocks, at lengths that may vary; its block layout is made when the
     lengths are known, and kept.
@@ -49,11 +49,12 @@ class Blocked(Backend):
         return attend
 
     def cost(self, site: Site) -> float:
-        visits = site.spec.pattern.visits(site.q_len, site.kv_len, TILE, TILE, num_heads=site.spec.num_heads)
+        tiles = COMPILED if site.device == "cpu" else FLEX
+        visits = tiles.share(site.spec.pattern, site.q_len, site.kv_len, site.spec.num_heads)
         if site.spec.selection is not None:
             visits *= site.spec.selection.share(site.kv_len)
         if site.device != "cpu":
-            return _GATHERED * visits * dense_flops(site) / GPU_RATE
+            return visits * dense_flops(site) / (_FLEX_RATE * GPU_RATE)
         speed = of_cpu()
         return speed.blocked_call + visits * dense_flops(site) / speed.blocked
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attnopt.files import cache_folder
 from attnopt.layout import FULL_TILE
+from attnopt.ordering import order_of, ordered_layout
 from attnopt.spec import AttentionSpec
 
 BLOCK = 64
@@ -39,7 +40,7 @@ class _Arguments(ctypes.Structure):
         ("operands", ctypes.c_void_p * 8),
         ("sizes", ctypes.c_int64 * 6),
         ("strides", ctypes.c_int64 * 32),
-        ("table", ctypes.c_void_p * 6),
+        ("table", ctypes.c_void_p * 7),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
@@ -77,7 +78,7 @@ def attend(
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q.float(), k.float(), v.float()))
     bias, sinks = (None if t is None else t.float() for t in (bias, sinks))
     operands = (q, k, v, bias, sinks, mask, selected, out)
-    table = _table(spec, L, S)
+    table = _table(spec, L, S, selected is None)
     arguments = _Arguments(
         tuple(None if t is None else t.data_ptr() for t in operands),
         (B, H, L, S, D, Dv),
@@ -99,11 +100,15 @@ def _strides(t: Tensor | None) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def _table(spec: AttentionSpec, q_len: int, kv_len: int) -> _Table:
+def _table(spec: AttentionSpec, q_len: int, kv_len: int, ordered: bool) -> _Table:
     pattern = spec.pattern
     of_head = [pattern.for_head(h) if pattern.is_per_head else pattern for h in range(spec.num_heads)]
     distinct = list(dict.fromkeys(of_head))
-    layouts = [p.layout(q_len, kv_len, BLOCK, BLOCK) for p in distinct]
+    orders = [order_of(p, q_len) if ordered else None for p in distinct]
+    layouts = [
+        ordered_layout(p, q_len, kv_len, BLOCK, BLOCK) if ordered else p.layout(q_len, kv_len, BLOCK, BLOCK)
+        for p in distinct
+    ]
     entries = np.cumsum([0, *(len(x.cols) for x in layouts)])[:-1]
     shapes = np.cumsum([0, *(len(x.tiles) for x in layouts)])[:-1]
     numbered = [
@@ -116,8 +121,9 @@ def _table(spec: AttentionSpec, q_len: int, kv_len: int) -> _Table:
         np.concatenate([x.cols for x in layouts]).astype(np.int32),
         np.concatenate(numbered).astype(np.int32),
         np.concatenate([_bits(x.tiles) for x in layouts]),
+        np.concatenate([np.arange(q_len) if order is None else order for order in orders]).astype(np.int32),
     )
-    return _Table((ctypes.c_void_p * 6)(*(a.ctypes.data for a in arrays)), arrays)
+    return _Table((ctypes.c_void_p * 7)(*(a.ctypes.data for a in arrays)), arrays)
 
 
 def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:

@@ -13,6 +13,8 @@ from attnopt.rewriting import Attend, Backend
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
+_CALLS = 8  # operators, each of which has to be called
+
 
 class Reference(Backend):
     """Plain tensor operations; accepts every spec; scores and softmax in float32 or wider, the output in v's dtype."""
@@ -39,7 +41,10 @@ class Reference(Backend):
         return attend
 
     def cost(self, site: Site) -> float:
-        return 3.0 * dense_flops(site) / (of_cpu().masked if site.device == "cpu" else GPU_RATE)
+        if site.device != "cpu":
+            return 3.0 * dense_flops(site) / GPU_RATE
+        speed = of_cpu()
+        return _CALLS * speed.dense_call + 3.0 * dense_flops(site) / speed.masked
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         return of_masked_blocks(self.name, spec)

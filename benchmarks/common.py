@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from attnopt.timing import Times, interleaved
+
+__all__ = ["RESULTS", "Times", "interleaved", "let_transformers_import", "machine", "one_thread", "picture", "publish"]
+
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of CPU time of each round, by the name of the call."""
-
-    of: Mapping[str, tuple[float, ...]]
-
-    def median(self, name: str) -> float:
-        return statistics.median(self.of[name])
-
-    def ratio(self, name: str, base: str) -> float:
-        """Median over the rounds of one call's time relative to another's in the same round."""
-        return statistics.median(a / b for a, b in zip(self.of[name], self.of[base], strict=True))
-
-    def spread(self, name: str, base: str) -> tuple[float, float]:
-        """Quartiles of the same ratios."""
-        low, _, high = statistics.quantiles((a / b for a, b in zip(self.of[name], self.of[base], strict=True)), n=4)
-        return low, high
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Times:
-    """Every round runs each call once, in turning order, so that a busy machine is unkind to all of them alike.
-
-    What one call left to the garbage collector is not counted as the next one's work.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for i in range(rounds + warm_up):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            gc.collect()
-            start = time.process_time()
-            calls[name]()
-            if i >= warm_up:
-                seconds[name].append(time.process_time() - start)
-    return Times({name: tuple(found) for name, found in seconds.items()})
 
 
 def one_thread() -> None:

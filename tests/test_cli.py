@@ -1,24 +1,35 @@
 """The command line: what it prints, where, and with which exit code."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 
 import attnopt
-from attnopt import cli, demo, demo_similarity
+from attnopt import cli, cli_show, demo, demo_similarity
 from attnopt.errors import AttnoptError
 
 HERE = Path(__file__).parent
-COMMANDS = ("inspect", "optimize", "export", "demo", "passes")
+COMMANDS = ("inspect", "optimize", "export", "explain", "diff", "bench", "demo", "passes")
 
 
 @pytest.fixture(autouse=True)
 def in_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a window of ``tiny_models:causal``."""
+    folder = tmp_path_factory.mktemp("saved") / "fast"
+    model, args = tiny_models.causal()
+    attnopt.optimize(model.eval(), "local-window(left=2)", args).save(folder)
+    return str(folder)
 
 
 def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
@@ -56,6 +67,9 @@ def test_help_ends_with_an_example(command: str, capsys: pytest.CaptureFixture[s
         ("optimize", "m:f", "--limit", "some"),
         ("optimize", "m:f", "--tolerance", "0"),
         ("export", "m:f"),
+        ("explain", "m:f"),
+        ("bench", "m:f"),
+        ("bench", "m:f", "m:g", "--rounds", "1"),
     ],
 )
 def test_a_wrong_command_line(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +136,7 @@ def test_inspect(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [site["name"] for site in found["sites"]] == ["layers.0", "layers.1"]
     assert found["sites"][0]["num_heads"] == 2
     assert cli.main(["inspect", f"tiny_models:{factory}"]) == 0
-    assert "layers.1" in capsys.readouterr().out
+    assert "0-1\n" in capsys.readouterr().out
 
 
 def test_optimize_save_and_look_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +155,67 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "tiny_models:causal", "--dynamic", "--onnx", str(target)]) == 0
     assert f"onnx: {target}" in capsys.readouterr().out
     assert target.stat().st_size > 0
+
+
+def test_optimize_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "fast")
+    assert cli.main(["optimize", "tiny_models:causal", "--time", "--out", folder]) == 0
+    assert "CPU time of one call" in capsys.readouterr().out
+    assert set(attnopt.load(folder).report.cpu_seconds) == {"before", "after"}
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = _json(capsys, "explain", "odd_models:mixed", "cubed")
+    assert found["steps"][-1]["differs"]
+    assert found["refusals"]["matching"]["code"] == "no-query-key-product"
+    assert cli.main(["explain", "odd_models:mixed", "stack.0", "--policy", "prune-heads(heads=[7])"]) == 0
+    out = capsys.readouterr().out
+    assert "prune-heads refuses it: [unknown-head]" in out
+    assert "scores.softmax(-1)" in out
+    assert "did you mean 'cubed'" in _error(capsys, "explain", "odd_models:mixed", "cube")
+
+
+def test_diff(capsys: pytest.CaptureFixture[str]) -> None:
+    policy = ("--policy", "local-window(left=3)")
+    found = _json(capsys, "diff", "tiny_models:causal", *policy)
+    assert [hunk["site"] for hunk in found] == ["layers.0", "layers.1"]
+    assert cli.main(["diff", "tiny_models:causal", *policy, "--site", "layers.1", "--dynamic"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("@@ layers.1: local-window   tiny_models.py:")
+    assert "layers.0" not in out
+    assert "nothing was changed" in _error(capsys, "diff", "tiny_models:causal", "--site", "layers.2")
+
+
+def test_bench(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = _json(capsys, "bench", "tiny_models:causal", saved, "--rounds", "3")
+    assert [len(model["rounds_ms"]) for model in found["models"].values()] == [3, 3]
+    assert 1e-3 < found["difference"] < 10
+    assert found["inputs"] == "the example inputs of tiny_models:causal"
+    other = str(shutil.copytree(saved, tmp_path / "other"))
+    assert cli.main(["bench", saved, other, "--rounds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "zeros of the sizes that" in out
+    assert "largest relative difference of the outputs: 0.0e+00" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("bench", "tiny_models:causal", "tiny_models:causal"), "the two models have the same name"),
+        (("bench", "tiny_models:causal", "odd_models:other_inputs"), "odd_models:other_inputs fails on the inputs"),
+        (("explain", "tiny_models:without_inputs", "a"), "without example inputs"),
+        (("explain", "tiny_models:causal", "layers.0", "--policy", "dance()"), "there is no pass 'dance'"),
+    ],
+)
+def test_what_cannot_be_compared(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in _error(capsys, *argv)
+
+
+@pytest.mark.parametrize("command", [("explain", "{}", "layers.0"), ("diff", "{}")])
+def test_a_saved_model_has_no_graph_from_before(
+    command: tuple[str, ...], saved: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is a saved model" in _error(capsys, *(part.format(saved) for part in command))
 
 
 def test_an_unknown_pass_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,3 +240,19 @@ def test_listing_the_commands_imports_little() -> None:
     code = f"import sys, attnopt.cli as cli; cli._parser(); sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=False)
     assert done.returncode == 0
+
+
+def test_long_work_shows_progress_where_somebody_watches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(cli_show.watched("measuring")(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli_show.working("reading [brackets]"):
+        pass
+    assert list(cli_show.watched("measuring")(range(3))) == [0, 1, 2]
+    told = capsys.readouterr()
+    assert "reading [brackets]" in told.err
+    assert "measuring" in told.err
+    assert told.out == ""

@@ -112,7 +112,7 @@ def test_gradients_of_gates() -> None:
         values = []
         for sign in (1, -1):
             weight.data[:, head * D : head * D + D] = kept[:, head * D : head * D + D] * (1 + sign * scaled)
-            values.append(float(model.double()(x.double()).square().mean()))
+            values.append(float(model.double()(x.double()).square().mean().detach()))
             model.float()
             weight.data.copy_(kept)
         return (values[0] - values[1]) / (2 * scaled)

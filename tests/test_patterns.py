@@ -419,6 +419,14 @@ def test_block_lists_are_short() -> None:
     assert Segments(torch.tensor([1, 1, 0])) == Segments([(1, 2), 0])
 
 
+def test_neighborhoods_print_what_is_unusual() -> None:
+    assert str(Neighborhood((4, 4), (3, 3))) == "Neighborhood(grid=(4, 4), kernel=3)"
+    assert str(Neighborhood((4, 5), (3, 2), 2, 1, (True, False), "clip")) == (
+        "Neighborhood(grid=(4, 5), kernel=(3, 2), stride=2, causal=(True, False), edge='clip')"
+    )
+    assert str(Neighborhood(9, 3, dilation=2, causal=True)) == "Neighborhood(grid=9, kernel=3, dilation=2, causal=True)"
+
+
 def test_random_blocks_do_not_change_as_the_sequence_grows() -> None:
     drawn_blocks = RandomBlocks(4, 2)
     assert torch.equal(drawn_blocks.mask(60, 60)[0, :40, :40], drawn_blocks.mask(40, 40)[0])

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attnopt
 from attnopt.errors import PolicyError
 from attnopt.passes import Fuse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import Causal, PerHead, Sinks, Window
@@ -190,3 +192,14 @@ def test_bad_policies_say_what_is_wrong(given_: Any, message: str) -> None:
 def test_two_rules_for_one_glob() -> None:
     with pytest.raises(PolicyError, match="there are two rules for 'a'"):
         Policy((("a", (Fuse(),)), ("a", ())))
+
+
+def test_a_rule_that_a_later_one_overrules_everywhere_is_told() -> None:
+    policy = Policy.of({"layers.*": "fuse", "layers.0": [], "*": "local-window(left=1)", "nowhere": "fuse"})
+    assert policy.overruled(["layers.0", "layers.1"]) == ["layers.*"]
+    assert policy.overruled(["layers.0"]) == ["layers.*", "*"]
+    model, args = tiny_models.causal()
+    with pytest.warns(
+        attnopt.AttnoptWarning, match=r"'layers\.\[0\]' in the policy decides no attention: .* the last counts"
+    ):
+        attnopt.optimize(model, {"layers.[0]": "fuse", "*": "fuse"}, args)

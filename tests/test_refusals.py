@@ -289,7 +289,7 @@ def test_golden_text(code: str) -> None:
 
 def test_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnopt.finding.site_error", lambda *_: 0.25)
-    assert generic(missed(Scored(lambda s: s))) == NOT_EQUAL
+    assert generic(missed(Scored(lambda s: s))) == OTHERS["not-equal"]
 
 
 def test_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("axis")
 
     monkeypatch.setattr("attnopt.finding.recognise", broken)
-    assert generic(missed(Scored(lambda s: s))) == NOT_UNDERSTOOD
+    assert generic(missed(Scored(lambda s: s))) == OTHERS["not-understood"]
 
 
 def test_no_such_scale() -> None:
@@ -306,7 +306,7 @@ def test_no_such_scale() -> None:
 
     refusal = Sdpa().check(AttentionSpec((0,), (0,), (0,), 4, 4, -0.5))
     assert refusal is not None
-    assert generic(refusal) == "[no-such-scale] expected a scale above 0, found -0.5"
+    assert generic(refusal) == OTHERS["no-such-scale"]
 
 
 def test_every_code_is_tested() -> None:
@@ -314,18 +314,17 @@ def test_every_code_is_tested() -> None:
     for folder in ("attnopt", "passes", "backends"):
         for file in (ROOT / folder).glob("*.py"):
             found |= set(re.findall(r'\b(?:Refusal|refuse)\(\s*"([a-z-]+)"', file.read_text(encoding="utf-8")))
-    tested = {*CASES, "not-equal", "not-understood", "no-such-scale"}
+    tested = {*CASES, *OTHERS}
     assert found == tested
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in found)
 
 
-NOT_EQUAL = (
-    "[not-equal] expected the raised attention to compute what the model computes, found a relative "
+OTHERS = {
+    "not-equal": "[not-equal] expected the raised attention to compute what the model computes, found a relative "
     "difference of 0.25 (at LINE)\n  hint: please report the model: this is a gap in matching, and "
-    "the site is left as it is"
-)
-NOT_UNDERSTOOD = (
-    "[not-understood] expected a layout that the matcher can follow, found KeyError: 'axis' (at "
+    "the site is left as it is",
+    "not-understood": "[not-understood] expected a layout that the matcher can follow, found KeyError: 'axis' (at "
     "LINE)\n  hint: please report the model: this is a gap in matching, and the attention is left as "
-    "it is"
-)
+    "it is",
+    "no-such-scale": "[no-such-scale] expected a scale above 0, found -0.5",
+}

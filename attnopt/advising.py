@@ -1,0 +1,183 @@
+"""Before anything runs: what a pattern can gain at most, what each kernel can reach of it, and what would fit it better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+from attnopt.errors import PolicyError
+from attnopt.grids import Neighborhood, Prefix
+from attnopt.pattern import And, Or, Pattern, PerHead, all_of, any_of
+from attnopt.patterns import Window, parse
+from attnopt.site import Site
+from attnopt.spec import AttentionSpec
+from attnopt.tile_model import KERNELS, grid_share, grid_tile
+
+_NOTICEABLE = 1.01  # smaller factors are no reason to change a pattern
+_SHOWN = 3  # of the better patterns, for each kernel
+
+Share = Callable[[Pattern], float]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """``share`` of all pairs that a kernel computes, the speed-up that this allows, and that as a part of the bound."""
+
+    kernel: str
+    share: float
+    speedup: float
+    of_bound: float
+
+
+@dataclass(frozen=True)
+class Better:
+    """A pattern whose windows are nowhere smaller, and which ``kernel`` computes faster, or for no more while it sees more."""
+
+    kernel: str
+    pattern: str
+    density: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """``bound`` is how many times fewer pairs are visible than before; the speed-ups count pairs, not seconds."""
+
+    pattern: str
+    q_len: int
+    kv_len: int
+    density: float
+    bound: float
+    kernels: tuple[Reached, ...]
+    better: tuple[Better, ...]
+
+    def __str__(self) -> str:
+        from attnopt.tables import advice_table, to_text
+
+        return to_text(advice_table(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+
+def advise(
+    attention: Site | AttentionSpec,
+    pattern: Pattern | str,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    *,
+    tile: int | Sequence[int] | None = None,
+) -> Advice:
+    """What ``Sparse(pattern)`` could gain on an attention, at its own lengths or at those given.
+
+    A ``Neighborhood`` is also judged for kernels whose tiles are boxes of the grid, of the sizes ``tile`` (by default of 64
+    tokens).  The speed-ups compare with a kernel that computes exactly the pairs that are visible so far.  Raises
+    PolicyError where lengths are missing, or are not those that the pattern is made for.
+    """
+    spec = attention.spec if isinstance(attention, Site) else attention
+    if isinstance(attention, Site):
+        q_len, kv_len = attention.q_len if q_len is None else q_len, attention.kv_len if kv_len is None else kv_len
+    if q_len is None:
+        raise PolicyError("advise: a spec alone has no lengths", hint="give q_len, and kv_len where it differs")
+    kv_len = q_len if kv_len is None else kv_len
+    wanted = (parse(pattern) if isinstance(pattern, str) else pattern).for_heads(spec.heads)
+    if wanted.lengths is not None and kv_len not in wanted.lengths:
+        raise PolicyError(
+            f"advise: {wanted} is not made for {kv_len} tokens", hint="give the lengths that it is made for"
+        )
+    return _advice(spec, wanted, q_len, kv_len, tile)
+
+
+def _advice(spec: AttentionSpec, wanted: Pattern, q_len: int, kv_len: int, tile: int | Sequence[int] | None) -> Advice:
+    heads = spec.num_heads
+    before = spec.pattern.density(q_len, kv_len, num_heads=heads)
+
+    def density(p: Pattern) -> float:
+        return spec.restricted(p).pattern.density(q_len, kv_len, num_heads=heads)
+
+    def computed(kernel: Any, p: Pattern) -> float:
+        return float(kernel.share(spec.restricted(p).pattern, q_len, kv_len, heads))
+
+    shares: dict[str, Share] = {kernel.name: partial(computed, kernel) for kernel in KERNELS}
+    sizes: dict[str, tuple[int, ...]] = {kernel.name: (kernel.block_kv,) for kernel in KERNELS if kernel.group is None}
+    if isinstance(wanted, Neighborhood) and spec.restricted(wanted).pattern == wanted:
+        box = grid_tile(wanted, tile)
+        name = f"tiles of {'x'.join(map(str, box))} tokens"
+        shares[name] = lambda p: grid_share(p, box) if isinstance(p, Neighborhood) else 1.0
+        sizes[name] = box
+    own = density(wanted)
+    kernels, better = [], []
+    for name, share in shares.items():
+        computes = share(wanted)
+        kernels.append(Reached(name, computes, _ratio(before, computes), _ratio(own, computes)))
+        if name in sizes:
+            better += _better(name, wanted, own, computes, before, sizes[name], share, density)
+    return Advice(str(wanted), q_len, kv_len, own, _ratio(before, own), tuple(kernels), tuple(better))
+
+
+def _better(
+    kernel: str,
+    wanted: Pattern,
+    own: float,
+    computes: float,
+    before: float,
+    tile: tuple[int, ...],
+    share: Share,
+    density: Share,
+) -> list[Better]:
+    found: list[tuple[float, float, Pattern]] = []
+    for candidate in dict.fromkeys(_variants(wanted, tile)):
+        cost = share(candidate)
+        if candidate == wanted or cost > computes:
+            continue
+        seen = density(candidate)
+        if cost * _NOTICEABLE < computes or seen > own * _NOTICEABLE:
+            found.append((cost, -seen, candidate))
+    found.sort(key=lambda entry: entry[:2])
+    return [Better(kernel, str(p), -seen, _ratio(before, cost)) for cost, seen, p in found[:_SHOWN]]
+
+
+def _variants(pattern: Pattern, tile: tuple[int, ...]) -> Iterator[Pattern]:
+    """Patterns with one window changed so that it may fit tiles better; no window gets smaller."""
+    match pattern:
+        case Window(left, right):
+            yield Window(_up(left, tile[0]), right and _up(right, tile[0]))
+        case Neighborhood():
+            yield from _neighborhoods(pattern, tile)
+        case Prefix(n, rest):
+            yield from (Prefix(n, changed) for changed in _variants(rest, tile))
+        case And(parts) | Or(parts):
+            join = all_of if isinstance(pattern, And) else any_of
+            for place, part in enumerate(parts):
+                for changed in _variants(part, tile):
+                    yield join((*parts[:place], changed, *parts[place + 1 :]))
+        case PerHead(groups, default):
+            for places, part in groups:
+                for changed in _variants(part, tile):
+                    yield PerHead({**dict(groups), places: changed}, default)
+            yield from (PerHead(dict(groups), changed) for changed in _variants(default, tile))
+
+
+def _neighborhoods(p: Neighborhood, tile: tuple[int, ...]) -> Iterator[Pattern]:
+    """Strides that share tiles, and kernels that then begin and end with a tile."""
+    sizes = tile if len(tile) == len(p.grid) else (1,) * (len(p.grid) - 1) + tile
+    options = []
+    for n, kernel, stride, size in zip(p.grid, p.kernel, p.stride, sizes, strict=True):
+        shared = {s for s in (stride, size // 2, size) if stride <= s <= kernel}
+        whole = {(s, kernel + (s - kernel) % (2 * size)) for s in shared}
+        options.append(sorted({(s, kernel) for s in shared} | {(s, k) for s, k in whole if k <= n}))
+    for chosen in product(*options):
+        strides, kernels = zip(*chosen, strict=True)
+        yield Neighborhood(p.grid, kernels, strides, p.dilation, p.causal, p.edge)
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else float("inf")

@@ -1,0 +1,137 @@
+"""``attnopt explain``, ``diff`` and ``bench``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from attnopt.cli_run import optimized
+from attnopt.cli_show import require_model, resolved, show, watched, working
+from attnopt.errors import AttnoptError
+
+if TYPE_CHECKING:
+    from attnopt.cli_model import Named
+    from attnopt.listing import Hunk
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from attnopt.explaining import explain as explained
+    from attnopt.policy import Policy
+    from attnopt.trees import explanation_text
+
+    named = resolved(arguments.model)
+    require_model(arguments.model, named, "its report tells why, see `attnopt inspect`")
+    policy = None if arguments.policy is None else Policy.of(arguments.policy)
+    with working("replaying"):
+        found = explained(named.model, arguments.site, named.args, named.kwargs, policy)
+    show(arguments, [asdict(one) for one in found], explanation_text(found))
+    return 0
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    from attnopt.capture import capture
+    from attnopt.listing import differences, listing
+    from attnopt.trees import hunks_text
+
+    named = resolved(arguments.model)
+    require_model(arguments.model, named, "it holds no graph from before")
+    with working("capturing"):
+        shapes = "auto" if arguments.dynamic else None
+        before = listing(capture(named.model, named.args, named.kwargs, shapes).module.graph)
+    after = listing(optimized(arguments, named).graph_module.graph)
+    hunks = [h for h in differences(before, after) if arguments.site is None or h.site == arguments.site]
+    if arguments.site is not None and not hunks:
+        raise AttnoptError(
+            f"nothing was changed for an attention {arguments.site!r}", hint="`attnopt inspect` lists their names"
+        )
+    show(arguments, [_hunk_json(h) for h in hunks], hunks_text(hunks))
+    return 0
+
+
+def _hunk_json(hunk: Hunk) -> dict[str, Any]:
+    return {
+        "site": hunk.site,
+        "passes": hunk.passes,
+        "module": hunk.module,
+        "where": hunk.where,
+        "lines": [f"{sign} {line.text}" for sign, line in hunk.lines],
+    }
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from attnopt.compare import difference, tensors
+    from attnopt.timing import interleaved, one_thread
+
+    if arguments.first == arguments.second:
+        raise AttnoptError("the two models have the same name", hint="name two models to compare")
+    models = {name: resolved(name) for name in (arguments.first, arguments.second)}
+    args, kwargs, told = _inputs(models)
+    calls = {name: _call(named, args, kwargs) for name, named in models.items()}
+    with torch.inference_mode(), one_thread():
+        outputs = [tensors(_answer(name, call)) for name, call in calls.items()]
+        times = interleaved(calls, arguments.rounds, 2, watched("measuring"))
+    low, high = times.spread(arguments.second, arguments.first)
+    measured = {
+        "models": {name: {"cpu_ms": 1e3 * times.median(name), "rounds_ms": _ms(times.of[name])} for name in calls},
+        "ratio": times.ratio(arguments.second, arguments.first),
+        "quartiles": [low, high],
+        "difference": difference(outputs[1], outputs[0]),
+        "inputs": told,
+        "rounds": arguments.rounds,
+    }
+    show(arguments, measured, _bench_table(measured))
+    return 0
+
+
+def _ms(seconds: tuple[float, ...]) -> list[float]:
+    return [1e3 * s for s in seconds]
+
+
+def _inputs(models: Mapping[str, Named]) -> tuple[tuple[Any, ...], dict[str, Any], str]:
+    """Example inputs of the first model that has some; zeros of the captured sizes where both were saved."""
+    for name, named in models.items():
+        if named.args or named.kwargs:
+            return named.args, named.kwargs, f"the example inputs of {name}"
+    for name, named in models.items():
+        if named.saved is not None:
+            model: Any = named.model
+            return model.origin.args, dict(model.origin.kwargs), f"zeros of the sizes that {name} was captured with"
+    raise AttnoptError("neither model has example inputs", hint="let one of them return (model, args)")
+
+
+def _call(named: Named, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: named.model(*args, **kwargs)
+
+
+def _answer(name: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except AttnoptError:
+        raise
+    except Exception as error:
+        raise AttnoptError(
+            f"{name} fails on the inputs: {type(error).__name__}: {str(error)[:300]}",
+            hint="compare two models that take the same inputs",
+        ) from error
+
+
+def _bench_table(measured: Mapping[str, Any]) -> Any:
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    (first, a), (second, b) = measured["models"].items()
+    low, high = measured["quartiles"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for head in ("model", "CPU ms of one call", "ratio", "quartiles"):
+        table.add_column(head, justify="left" if head == "model" else "right")
+    table.add_row(Text(first), f"{a['cpu_ms']:.3f}", "1", "")
+    table.add_row(Text(second), f"{b['cpu_ms']:.3f}", f"{measured['ratio']:.3f}", f"{low:.3f}-{high:.3f}")
+    about = f"medians of {measured['rounds']} rounds in turn, one thread, {measured['inputs']}"
+    return Group(Text(about), table, Text(f"largest relative difference of the outputs: {measured['difference']:.1e}"))

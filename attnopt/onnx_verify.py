@@ -1,0 +1,147 @@
+"""An exported file run in ONNX Runtime: it must give what torch gives, at the example's sizes and at others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnopt.calibration import Inputs
+from attnopt.checking import resized
+from attnopt.compare import difference, tensors, tolerance
+from attnopt.errors import ExportError
+from attnopt.onnx_builder import SWAPPED
+from attnopt.onnx_sites import Marked
+from attnopt.origin import Origin
+
+ROOM = 10.0  # ONNX Runtime sums in other orders than torch
+
+
+def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked]) -> None:
+    """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file))
+    except Exception as e:
+        raise ExportError(f"the exported model is not valid ONNX: {str(e)[:300]}") from e
+    session = _session(file)
+    _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked)
+    for inputs in resized(gm, origin.args, origin.kwargs):
+        try:
+            _run(gm, inputs)
+        except Exception:
+            continue  # a size that the graph does not hold at
+        _compare(gm, inputs, session, file, marked)
+        return
+
+
+def _session(model: Path | bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(
+            str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as e:
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}") from e
+
+
+def _run(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors(gm(*inputs[0], **inputs[1]))
+
+
+def _compare(gm: fx.GraphModule, inputs: Inputs, session: Any, file: Path, marked: Sequence[Marked]) -> None:
+    want = _run(gm, inputs)
+    feed = _feed([i.name for i in session.get_inputs()], gm, inputs)
+    try:
+        got = [torch.from_numpy(o) for o in session.run(None, feed)]
+    except Exception as e:
+        raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
+    error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
+    if len(got) == len(want) and error <= ROOM * tolerance(want):
+        return
+    sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
+    raise ExportError(
+        f"ONNX Runtime gives other numbers than torch (relative difference {error:.2g}, inputs of {sizes}), "
+        "so nothing was written",
+        hint="please report the model; another opset may work",
+        site=_first_that_differs(gm, inputs, file, marked, feed),
+    )
+
+
+def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
+    """The session's inputs; an input that the graph does not use may be missing from it."""
+    values = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    if len(names) == len(values):
+        return {n: _array(v) for n, v in zip(names, values, strict=True)}
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+    by_name = {n.name: v for n, v in zip(placeholders, values, strict=True)}
+    if not set(names) <= set(by_name):
+        raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")
+    return {n: _array(by_name[n]) for n in names}
+
+
+def _array(value: Tensor) -> Any:
+    try:
+        return value.detach().cpu().numpy()
+    except TypeError as e:
+        raise ExportError(
+            f"the exported model cannot be checked, because numpy has no {value.dtype}",
+            hint="convert the model to float32 before optimizing it",
+        ) from e
+
+
+def _first_that_differs(
+    gm: fx.GraphModule, inputs: Inputs, file: Path, marked: Sequence[Marked], feed: Mapping[str, Any]
+) -> str | None:
+    """The name of the first attention whose output is not torch's; None where all are the same."""
+    import onnx_ir as ir
+
+    model = ir.load(str(file))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    there = {name: m for i, m in enumerate(marked) for name in _names(i) if name in values}
+    model.graph.outputs.extend(values[name] for name in there if not values[name].is_graph_output())
+    probe = file.with_name(file.name + ".probe")
+    try:
+        ir.save(model, str(probe))
+        got = _session(probe).run(list(there), dict(feed))
+    finally:
+        probe.unlink(missing_ok=True)
+    want = _Recorder(gm, {m.node for m in marked}).record(inputs)
+    for (name, m), o in zip(there.items(), got, strict=True):
+        w = want[m.node]
+        g = torch.from_numpy(o).transpose(1, 2) if name.endswith(SWAPPED) else torch.from_numpy(o)
+        if not difference([g.reshape(w.shape).to(w.dtype)], [w]) <= ROOM * tolerance([w]):
+            return m.site.name
+    return None
+
+
+def _names(number: int) -> tuple[str, str]:
+    return f"attention_{number}", f"attention_{number}{SWAPPED}"
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what some of its nodes give."""
+
+    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.nodes, self.found = nodes, dict[fx.Node, Tensor]()
+
+    def record(self, inputs: Inputs) -> dict[fx.Node, Tensor]:
+        with torch.no_grad():
+            self.run(*pytree.tree_leaves(inputs))
+        return self.found
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.nodes:
+            self.found[n] = result
+        return result

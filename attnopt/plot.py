@@ -1,0 +1,127 @@
+"""Figures for notebooks and papers: patterns, head importance, errors, and what a saving costs.
+
+Each function draws into ``ax``, or into a new figure, and returns the axes; matplotlib (``pip install "attnopt[plot]"``)
+is imported at the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnopt.drawing import shares
+from attnopt.errors import AttnoptError
+from attnopt.pattern import Pattern
+from attnopt.patterns import parse
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from attnopt.report import Report
+
+CELLS = 256  # of a side of a drawn pattern; longer sequences show shares of visible pairs
+
+
+def pattern(
+    shown: Pattern | str, q_len: int = 64, kv_len: int | None = None, *, head: int | None = None, ax: Axes | None = None
+) -> Axes:
+    """Which key each query sees: queries downwards, keys to the right.
+
+    ``head``: of which head, where the pattern is per head; by default the mean over all that it names.
+    """
+    ax = _axes(ax, (4.2, 4.2))
+    kv_len = q_len if kv_len is None else kv_len
+    drawn = parse(shown) if isinstance(shown, str) else shown
+    heads = range(max(1, drawn.named_heads)) if head is None else [head]
+    grid = np.mean([shares(drawn.for_head(h), q_len, kv_len, CELLS) for h in heads], axis=0)
+    ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, extent=(0, kv_len, q_len, 0), interpolation="nearest", aspect="equal")
+    ax.set(title=str(drawn), xlabel="key", ylabel="query")
+    return ax
+
+
+def importance(scores: Mapping[str, Sequence[float]] | Report, *, ax: Axes | None = None) -> Axes:
+    """A heat map of head importance, a row for each attention; each row is divided by its largest value.
+
+    ``scores`` is what ``attnopt.head_importance`` gives, or a report that holds it.  AttnoptError if there are none.
+    """
+    rows = dict(scores) if isinstance(scores, Mapping) else _held(scores)
+    if not rows:
+        raise AttnoptError(
+            "there is no importance to draw", hint="give report.with_importance(attnopt.head_importance(model, data))"
+        )
+    grid = np.full((len(rows), max(map(len, rows.values()))), np.nan)
+    for i, row in enumerate(rows.values()):
+        grid[i, : len(row)] = np.asarray(row) / (max(row, default=0) or 1)
+    ax = _axes(ax, (1.5 + 0.35 * grid.shape[1], 0.8 + 0.3 * len(rows)))
+    image = ax.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    ax.set(xlabel="head", xticks=range(grid.shape[1]), yticks=range(len(rows)), yticklabels=_names(rows))
+    ax.figure.colorbar(image, ax=ax, label="relative to the row's largest")
+    return ax
+
+
+def errors(report: Report, *, ax: Axes | None = None) -> Axes:
+    """The error of each attention on a logarithmic scale; AttnoptError if none was measured."""
+    found = {site.name: site.error for site in report.sites if site.error is not None}
+    if not found:
+        raise AttnoptError("the report holds no errors")
+    ax = _axes(ax, (5.5, 0.8 + 0.28 * len(found)))
+    ax.barh(range(len(found)), [max(error, 1e-12) for error in found.values()], color="#4878a8")
+    ax.set(xscale="log", xlabel="largest relative difference", yticks=range(len(found)), yticklabels=_names(found))
+    ax.invert_yaxis()
+    return ax
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to rewrite a model: what it costs to run and how much it changes; less of either is better."""
+
+    cost: float
+    error: float
+    label: str = ""
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats in both (the Pareto front), by rising cost."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost, p.error)):
+        if not best or point.error < best[-1].error:
+            best.append(point)
+    return best
+
+
+def pareto(points: Iterable[Point], *, ax: Axes | None = None, xlabel: str = "cost", ylabel: str = "error") -> Axes:
+    """Every point, and the line through those that no other beats in both; AttnoptError if there is no point."""
+    given = list(points)
+    if not given:
+        raise AttnoptError("there is no point to draw")
+    ax = _axes(ax, (5.5, 4))
+    best = front(given)
+    ax.scatter([p.cost for p in given], [p.error for p in given], color="#9bb8d3", zorder=2)
+    ax.plot([p.cost for p in best], [p.error for p in best], "o-", color="#2b63c7", drawstyle="steps-post", zorder=3)
+    for p in given:
+        ax.annotate(p.label, (p.cost, p.error), xytext=(4, 4), textcoords="offset points", fontsize="small")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise AttnoptError("figures need matplotlib", hint='pip install "attnopt[plot]"') from error
+    made: Any = pyplot.subplots(figsize=size, layout="constrained")[1]
+    axes: Axes = made
+    return axes
+
+
+def _held(report: Report) -> dict[str, Sequence[float]]:
+    return {site.name: site.importance for site in report.sites if site.importance is not None}
+
+
+def _names(rows: Mapping[str, Any]) -> list[str]:
+    return [name or "(root)" for name in rows]

@@ -1,0 +1,69 @@
+"""CPU time of calls that take turns, so that a busy machine is unkind to all of them alike."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of CPU time of each round, by the name of the call."""
+
+    of: Mapping[str, tuple[float, ...]]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.of[name])
+
+    def ratio(self, name: str, base: str) -> float:
+        """Median over the rounds of one call's time relative to another's in the same round."""
+        return statistics.median(self._ratios(name, base))
+
+    def spread(self, name: str, base: str) -> tuple[float, float]:
+        """Quartiles of the same ratios; of two rounds at least."""
+        low, _, high = statistics.quantiles(self._ratios(name, base), n=4)
+        return low, high
+
+    def _ratios(self, name: str, base: str) -> list[float]:
+        return [a / b for a, b in zip(self.of[name], self.of[base], strict=True)]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    watched: Callable[[range], Iterable[int]] = iter,
+) -> Times:
+    """Every round runs each call once, in turning order.
+
+    What one call left to the garbage collector is not counted as the next one's work.  ``watched`` is given the rounds,
+    and may show how far they are.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for i in watched(range(rounds + warm_up)):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            gc.collect()
+            start = time.process_time()
+            calls[name]()
+            if i >= warm_up:
+                seconds[name].append(time.process_time() - start)
+    return Times({name: tuple(found) for name, found in seconds.items()})
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """With several threads, CPU time would count waiting as work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,161 @@
+"""``attnopt::attention`` by torch's FlexAttention (arXiv:2412.05496), for GPUs: compiled, and with gradients of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from attnopt.backends.lowering import heads_of
+from attnopt.layout import Layout
+from attnopt.patterns import Pattern
+from attnopt.spec import AttentionSpec
+
+BLOCK = 128  # FlexAttention's own
+
+
+def attend(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    selected: Tensor | None,
+) -> Tensor:
+    """``spec`` without its gains; the operands as in ``attnopt::attention``."""
+    H, L, S = q.shape[1], q.shape[2], k.shape[2]
+    blocks = _block_mask(spec.pattern, H, L, S, q.device)
+    hidden = [_operand(t) for t in (mask,) if t is not None]
+    if selected is not None:
+        hidden.append(_operand(selected.repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :L, :S]))
+    if hidden:
+        blocks = _narrowed(blocks, hidden)
+    o, aux = _flex(q.device.type)(
+        q,
+        heads_of(spec, k),
+        heads_of(spec, v),
+        score_mod=_score_mod(spec.softcap, bias),
+        block_mask=blocks,
+        scale=spec.scale,
+        return_aux=AuxRequest(lse=True),
+    )
+    out: Tensor = o
+    if sinks is None:
+        return out
+    return out * torch.sigmoid(aux.lse.unsqueeze(-1) - sinks.to(aux.lse.dtype)).to(out.dtype)
+
+
+@lru_cache
+def _flex(device_type: str) -> Callable[..., Any]:
+    """Compiled on a GPU.  Elsewhere as it is, which computes all pairs: good for checking alone."""
+    plain: Callable[..., Any] = flex_attention
+    return torch.compile(plain, dynamic=False) if device_type == "cuda" else plain
+
+
+def _score_mod(softcap: float | None, bias: Tensor | None) -> Callable[..., Tensor] | None:
+    if softcap is None and bias is None:
+        return None
+    added = None if bias is None else _operand(bias)
+
+    def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        return score if added is None else score + added(b, h, i, j)
+
+    return modified
+
+
+def _operand(t: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Reads [B|1, H|1, L|1, S|1] at a place of the full size."""
+    wide = [size != 1 for size in t.shape]
+
+    def read(*place: Tensor) -> Tensor:
+        return t[tuple(p if is_wide else p * 0 for p, is_wide in zip(place, wide, strict=True))]
+
+    return read
+
+
+def _narrowed(blocks: BlockMask, seen: list[Callable[..., Tensor]]) -> BlockMask:
+    """The same blocks, none of them taken as visible in full any more, with further conditions."""
+    before = blocks.mask_mod
+
+    def narrower(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        found: Tensor = before(b, h, i, j)
+        for more in seen:
+            found = found & more(b, h, i, j)
+        return found
+
+    counts, indices = blocks.kv_num_blocks, blocks.kv_indices
+    full_counts, full_indices = blocks.full_kv_num_blocks, blocks.full_kv_indices
+    assert full_counts is not None
+    assert full_indices is not None
+    width = indices.shape[-1]
+    place = torch.arange(width, device=indices.device)
+    both = torch.cat([indices, full_indices], -1)
+    is_kept = torch.cat([place < counts.unsqueeze(-1), place < full_counts.unsqueeze(-1)], -1)
+    order = torch.argsort((~is_kept).to(torch.int8), dim=-1, stable=True)[..., :width]
+    return BlockMask.from_kv_blocks(
+        counts + full_counts,
+        both.gather(-1, order).contiguous(),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=narrower,
+        seq_lengths=blocks.seq_lengths,
+    )
+
+
+@lru_cache(maxsize=16)
+def _block_mask(pattern: Pattern, heads: int, q_len: int, kv_len: int, device: torch.device) -> BlockMask:
+    """From the layout; a partly visible block is looked up in a table of the distinct ones."""
+    of_head = [pattern.for_head(h) for h in range(heads)] if pattern.is_per_head else [pattern]
+    layouts = [p.layout(q_len, kv_len, BLOCK, BLOCK) for p in of_head]
+    partial = [_columns(x, x.tile >= 0) for x in layouts]
+    full = [_columns(x, x.tile < 0) for x in layouts]
+    tiles, table = _tables(layouts)
+    seen, tile_at = torch.from_numpy(tiles).to(device), torch.from_numpy(table).to(device)
+    is_per_head = len(layouts) > 1
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return seen[tile_at[h if is_per_head else h * 0, i // BLOCK, j // BLOCK], i % BLOCK, j % BLOCK]
+
+    def stacked(parts: list[np.ndarray[Any, Any]]) -> Tensor:
+        return torch.from_numpy(np.stack(parts)).unsqueeze(0).to(device)
+
+    return BlockMask.from_kv_blocks(
+        stacked([counts for counts, _ in partial]),
+        stacked([columns for _, columns in partial]),
+        stacked([counts for counts, _ in full]),
+        stacked([columns for _, columns in full]),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(q_len, kv_len),
+    )
+
+
+def _columns(layout: Layout, chosen: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """How many of the chosen entries each block row has, and their columns [rows, cols], those first."""
+    rows = layout.rows[chosen]
+    counts = np.bincount(rows, minlength=layout.num_rows)
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns = np.zeros((layout.num_rows, layout.num_cols), np.int32)
+    columns[rows, places] = layout.cols[chosen]
+    return counts.astype(np.int32), columns
+
+
+def _tables(layouts: list[Layout]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Distinct tiles, the first with nothing and the second with everything visible, and which one each block has."""
+    tiles = [np.zeros((1, BLOCK, BLOCK), np.bool_), np.ones((1, BLOCK, BLOCK), np.bool_)]
+    table = np.zeros((len(layouts), layouts[0].num_rows, layouts[0].num_cols), np.int32)
+    first = 2
+    for n, layout in enumerate(layouts):
+        table[n, layout.rows, layout.cols] = np.where(layout.tile < 0, 1, layout.tile + first)
+        tiles.append(layout.tiles)
+        first += len(layout.tiles)
+    return np.concatenate(tiles), table
