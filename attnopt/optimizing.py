@@ -27,6 +27,7 @@ from attnopt.lowering import lower
 from attnopt.model import OptimizedModel
 from attnopt.origin import Origin
 from attnopt.policy import Policy
+from attnopt.probing import dynamic_axes
 from attnopt.report import Report
 from attnopt.rewriting import Backend
 from attnopt.site_reports import site_report
@@ -154,6 +155,7 @@ class _Job:
         with self.clock.stage("capture"):
             program = capture(self.model, self.args, self.kwargs, self.dynamic_shapes)
         self._look_at_weights(program)
+        dynamic = dynamic_axes(program.module.graph)
         with self.clock.stage("match"):
             findings = find(program)
         with self.clock.stage("rewrite"):
@@ -164,6 +166,7 @@ class _Job:
         plans = [d.plan for d in decisions if d.plan is not None]
         with self.clock.stage("lower"):
             module = lower(program.module, plans)
+        _check_axes(dynamic - dynamic_axes(module.graph))
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
             decisions = self._with_kept_mass(program, decisions, module)
@@ -283,6 +286,15 @@ class _Job:
 def _kept(mass_H: Tensor, data: str) -> str:
     least = int(mass_H.argmin())
     return f"{mass_H.mean():.1%} of the attention is kept on the {data}, least in head {least}: {mass_H[least]:.1%}"
+
+
+def _check_axes(lost: set[tuple[str, int]]) -> None:
+    if lost:
+        listed = ", ".join(f"axis {axis} of {name}" for name, axis in sorted(lost))
+        raise RewriteError(
+            f"the rewritten graph holds only at the example's size of {listed}",
+            hint="leave it out of dynamic_shapes, find the site with limit=1, 2, ..., and report the model",
+        )
 
 
 def _raise_refusal(decisions: Sequence[Decision]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph import ancestors, get_attr, hint, opname, run_call, value
+from attnopt.graph import ancestors, get_attr, hint, is_static, opname, run_call, value
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 _HEAVY = (
@@ -88,6 +88,12 @@ def symbols(graph: fx.Graph) -> dict[Any, int]:
                 if isinstance(s, torch.SymInt) and s.node.expr.is_symbol:
                     found[s.node.expr] = hint(s)
     return found
+
+
+def dynamic_axes(graph: fx.Graph) -> set[tuple[str, int]]:
+    """The input axes whose size may vary, by the input's name."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
+    return {(n.name, axis) for n in inputs for axis, size in enumerate(value(n).shape) if not is_static(size)}
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: Any = None) -> Tensor:
