@@ -81,6 +81,7 @@ def decide(
         (
             *notes,
             *backend.notes(site.spec),
+            *_masked(found.site, site, backend, backends),
             *_blind(found.site, site.spec),
             *_kept_whole(found.site, site.spec),
         ),
@@ -128,6 +129,17 @@ def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, 
     reasons = {b.name: r for b in backends if (r := b.check(site.spec)) is not None}
     able = [b for b in backends if b.name not in reasons]
     return min(able, key=lambda b: b.cost(site), default=None), reasons
+
+
+def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backend]) -> tuple[str, ...]:
+    """Where a pattern is no more than a mask, because the sequences are too short for more."""
+    if site.spec.pattern == before.spec.pattern or chosen.skips:
+        return ()
+    better = [b.name for b in backends if b.skips and b.check(site.spec) is None]
+    lengths = f"{site.q_len} queries and {site.kv_len} keys"
+    return tuple(
+        f"{chosen.name} computes all pairs and masks: {name} would take longer at {lengths}" for name in better
+    )
 
 
 def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:

@@ -97,6 +97,7 @@ class Backend(ABC):
     """A way to compute an attention.  ``lower`` returns a plain tensor function, which attnopt traces into the graph."""
 
     name: ClassVar[str]
+    skips: ClassVar[bool] = False  # True: what a pattern hides is not computed
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
         """Why this backend cannot compute ``spec`` exactly, or None."""

@@ -28,6 +28,7 @@ class Blocked(Backend):
     """
 
     name: ClassVar[str] = "blocked"
+    skips: ClassVar[bool] = True
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
         if spec.selection is None or spec.selection.block % BLOCK == 0:

@@ -13,7 +13,7 @@ from attnopt.patterns import Causal, Neighborhood, PerHead, Window
 
 def test_queries_without_keys_give_zeros_and_are_counted() -> None:
     model, (x,) = tiny_models.causal()
-    fast = attnopt.optimize(model, Sparse(~Window(2, 0)), (x,))
+    fast = attnopt.optimize(model, Sparse(~Window(2, 0)), (x,), backend="blocked")
     assert fast.report.sites[0].notes == ("3 of 12 queries see no key: their output is zero",)
     first = model.layers[0]
     hidden = x[:, :3] + first.o.bias
@@ -24,9 +24,20 @@ def test_queries_without_keys_give_zeros_and_are_counted() -> None:
 
 def test_queries_without_keys_are_counted_by_head() -> None:
     model, args, kwargs = tiny_models.full()
-    fast = attnopt.optimize(model, Sparse(PerHead({1: ~Window(20, 20)}, default=Causal())), args, kwargs)
+    policy = Sparse(PerHead({1: ~Window(20, 20)}, default=Causal()))
+    fast = attnopt.optimize(model, policy, args, kwargs, backend="blocked")
     assert fast.report.sites[1].notes == ("12 of 12 queries see no key in head 1: their output is zero",)
-    assert attnopt.optimize(model, LocalWindow(0), args, kwargs).report.sites[0].notes == ()
+    assert attnopt.optimize(model, LocalWindow(0), args, kwargs, backend="blocked").report.sites[0].notes == ()
+
+
+def test_a_pattern_that_is_no_more_than_a_mask_is_told() -> None:
+    model, args, kwargs = tiny_models.full()
+    site = attnopt.optimize(model, LocalWindow(2), args, kwargs).report.sites[0]
+    assert site.backend != "blocked", "twelve tokens are not worth the call"
+    assert site.notes == (
+        f"{site.backend} computes all pairs and masks: blocked would take longer at 12 queries and 12 keys",
+    )
+    assert attnopt.optimize(model, "fuse", args, kwargs).report.sites[0].notes == ()
 
 
 def test_a_grid_needs_a_sequence_of_fixed_length() -> None:
