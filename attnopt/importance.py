@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,23 +72,6 @@ class HeadImportance(Mapping[str, tuple[float, ...]]):
             "scores": {site: list(scores) for site, scores in self.scores.items()},
             "heads": {site: list(numbers) for site, numbers in self.heads.items()},
         }
-
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Write a picture of sites x heads (matplotlib decides the format by the name) and give its path."""
-        import matplotlib.figure
-
-        from attnopt.files import atomic_write
-
-        widest = max(len(s) for s in self.scores.values())
-        rows = [[*s, *[float("nan")] * (widest - len(s))] for s in self.scores.values()]
-        figure = matplotlib.figure.Figure(figsize=(3 + 0.45 * widest, 1.5 + 0.3 * len(rows)), layout="constrained")
-        axes = figure.add_subplot()
-        figure.colorbar(axes.imshow(rows, aspect="auto"), label=self.method)
-        axes.set(xlabel="head", ylabel="site", title="head importance")
-        axes.set_yticks(range(len(rows)), [name or "(root)" for name in self.scores])
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=110)
-        return Path(path)
 
 
 def head_importance(

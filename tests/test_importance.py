@@ -212,12 +212,6 @@ def test_batches_of_several_sizes_and_the_model_as_it_was() -> None:
     assert score["layers.0"] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_picture(tmp_path: object) -> None:
-    pytest.importorskip("matplotlib")
-    path = head_importance(stack(), batches(1), "weights").plot(f"{tmp_path}/heads.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
