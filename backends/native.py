@@ -77,6 +77,8 @@ def attend(
     out = q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q.float(), k.float(), v.float()))
     bias, sinks = (None if t is None else t.float() for t in (bias, sinks))
+    if bias is not None and bias.shape[2] != 1 and bias.shape[3] != 1 and bias.stride(3) != 1:
+        bias = bias.contiguous()  # the kernel takes a row of it in one piece
     operands = (q, k, v, bias, sinks, mask, selected, out)
     table = _table(spec, L, S, selected is None)
     arguments = _Arguments(

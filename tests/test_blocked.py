@@ -127,6 +127,14 @@ def test_every_length(length: int) -> None:
             torch.testing.assert_close(run(Blocked(), spec, t), run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
 
 
+def test_a_bias_may_have_its_heads_last() -> None:
+    """As T5 leaves it: looked up by distance, then permuted."""
+    spec = a_spec(has_bias=True)
+    t = tensors(spec, 1, 70, 90, torch.float32, 0)
+    t["bias"] = torch.randn(70, 90, 4).permute(2, 0, 1).unsqueeze(0)
+    torch.testing.assert_close(run(Blocked(), spec, t), run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
