@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from attnopt.operands import Operands
 from attnopt.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -17,43 +17,6 @@ if TYPE_CHECKING:
     from attnopt.site import Site
 
 HELD_BACK = 8  # one sequence of so many; with fewer sequences, so much of each one's end
-
-
-@dataclass(frozen=True)
-class Operands:
-    """The inputs of a site's core on one batch: q [B, H, L, D], k [B, G, S, D], v [B, G, S, Dv]; the others broadcast to
-    [B, H, L, S]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None = None
-    mask: Tensor | None = None
-    sinks: Tensor | None = None
-
-    @cached_property
-    def seen(self) -> Tensor:
-        """Bool [B, S]: the keys that some query can see."""
-        B, S = self.k.shape[0], self.k.shape[2]
-        everything = torch.ones(B, S, dtype=torch.bool, device=self.k.device)
-        if self.bias is None and self.mask is None:
-            return everything
-        bias = torch.zeros((), device=self.q.device) if self.bias is None else self.bias.float()
-        if self.mask is not None:
-            bias = bias + torch.zeros_like(self.mask, dtype=torch.float32).masked_fill(~self.mask, -torch.inf)
-        bias = bias.expand(B, -1, -1, S)
-        top = bias.amax(-1, keepdim=True)
-        seen: Tensor = ((bias - top.masked_fill(top == -torch.inf, 0.0)).exp() > 0).flatten(1, 2).any(1)
-        return seen if bool(seen.any()) else everything
-
-    @cached_property
-    def real(self) -> Tensor:
-        """Bool [B, L]: the tokens that are no padding, those that some query can see.
-
-        Keys of another sequence tell nothing of the queries: there every query counts.
-        """
-        B, L = self.q.shape[0], self.q.shape[2]
-        return self.seen if self.k.shape[2] == L else torch.ones(B, L, dtype=torch.bool, device=self.q.device)
 
 
 Compute = Callable[[Sequence["HeadWeights"], bool], Sequence[Operands]]  # weights; whether for the first batch alone

@@ -86,9 +86,15 @@ def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         ) from None
 
 
+def cloned(inputs: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
+    """The inputs with tensors of their own, for a callee that may change or mark them."""
+    copied: tuple[Args, Kwargs] = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+    return copied
+
+
 def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
-    copied = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+    copied = cloned((args, kwargs))
     try:
         with torch.no_grad():
             structural_copy(model)(*copied[0], **copied[1])
@@ -100,7 +106,7 @@ def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
-    args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+    args, kwargs = cloned((args, kwargs))
     exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return functional(exported)
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.calibration import Inputs
 from attnopt.calling import Signature, check_inputs
-from attnopt.capture import Program, check_call
+from attnopt.capture import Program, check_call, cloned
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.graph import hint, is_tensor, value
@@ -96,7 +96,7 @@ class Checker:
 
     def _outputs(self, module: nn.Module, inputs: Inputs) -> list[Tensor]:
         torch.manual_seed(self.seed)
-        args, kwargs = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+        args, kwargs = cloned(inputs)
         return tensors(module(*args, **kwargs))
 
     def _blame(self, inputs: Inputs, want: list[Tensor], error: float) -> None:

@@ -12,7 +12,7 @@ from attnopt.backends.reference import Reference
 from attnopt.finding import Found
 from attnopt.graph import Emitter, aten, sweep
 from attnopt.lowering import copy_program, inline
-from attnopt.streaming import ROLES
+from attnopt.operands import ROLES
 
 
 @dataclass(frozen=True)

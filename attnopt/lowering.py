@@ -17,6 +17,7 @@ from attnopt.backends.reference import Reference
 from attnopt.errors import RewriteError
 from attnopt.finding import Found
 from attnopt.graph import Emitter, prune_unused_state, shape, share, tidy
+from attnopt.operands import ROLES
 from attnopt.projections import weight_path
 from attnopt.rewriting import Backend, HeadWeights
 from attnopt.selecting import trim
@@ -94,7 +95,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     select = Selector(emit, weights, edited, dirty if rebuilt else (), forks)
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
     operands: dict[str, fx.Node | None] = {}
-    for role, operand in zip(("q", "k", "v", "bias", "mask", "sinks"), node.args, strict=True):
+    for role, operand in zip(ROLES, node.args, strict=True):
         if not isinstance(operand, fx.Node):
             operands[role] = None
             continue

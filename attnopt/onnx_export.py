@@ -20,7 +20,8 @@ from attnopt.capture import quiet
 from attnopt.errors import ExportError
 from attnopt.files import atomic_write
 from attnopt.onnx_choice import Form, OnnxSite
-from attnopt.onnx_sites import DOMAIN, OP, OPERANDS, Marked, mark
+from attnopt.onnx_sites import DOMAIN, OP, Marked, mark
+from attnopt.operands import ROLES
 from attnopt.origin import Origin
 from attnopt.version import __version__
 
@@ -125,7 +126,7 @@ def _expand(graph: ir.Graph, marked: Sequence[Marked]) -> None:
         number = node.attributes["site"].as_int()
         builder = Builder(graph, f"attention_{number}")
         out = node.outputs[0]
-        made = write(builder, marked[number].site, marked[number].form, dict(zip(OPERANDS, node.inputs, strict=False)))
+        made = write(builder, marked[number].site, marked[number].form, dict(zip(ROLES, node.inputs, strict=False)))
         made.name, made.shape, made.type = f"attention_{number}", out.shape, out.type
         graph.insert_before(node, builder.nodes)
         made_by = made.producer()

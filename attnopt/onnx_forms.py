@@ -12,6 +12,7 @@ from attnopt.onnx_blocks import blocks, gathered, is_one
 from attnopt.onnx_builder import Builder, is_swap
 from attnopt.onnx_choice import Form, OnnxSite, group_form, groups, kv_heads_of
 from attnopt.onnx_fused import Operands, attention, group_query_attention, multi_head_attention
+from attnopt.operands import ROLES
 
 _ELEMENT = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _FLAT_ONLY = ("MultiHeadAttention", "GroupQueryAttention")
@@ -19,7 +20,7 @@ _FLAT_ONLY = ("MultiHeadAttention", "GroupQueryAttention")
 
 def write(b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Value | None]) -> ir.Value:
     """[B, H, L, Dv] of the attention, computed in float32 or wider."""
-    q, k, v, bias, mask, sinks = (operands.get(role) for role in ("q", "k", "v", "bias", "mask", "sinks"))
+    q, k, v, bias, mask, sinks = (operands.get(role) for role in ROLES)
     assert q is not None
     assert k is not None
     assert v is not None

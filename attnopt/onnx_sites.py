@@ -26,10 +26,10 @@ from attnopt.lowering import copy_program
 from attnopt.normaliser import SDPA
 from attnopt.onnx_choice import Form, OnnxSite, choose
 from attnopt.onnx_masks import soft_floor, without_pattern
+from attnopt.operands import ROLES, selected_pairs
 from attnopt.patterns import Causal, Full, Pattern, parse
 
 DOMAIN, OP = "attnopt", "Attention"  # the placeholder's name in the exported graph; it never reaches the file
-OPERANDS = ("q", "k", "v", "bias", "mask", "sinks")
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,14 @@ def is_attention(node: fx.Node) -> bool:
 
 def _operator(emit: Emitter, node: fx.Node) -> _Call:
     given = _arguments(node)
-    operands: dict[str, fx.Node | None] = {role: given[role] for role in OPERANDS}
+    operands: dict[str, fx.Node | None] = {role: given[role] for role in ROLES}
     if (selected := given.get("selected")) is not None:
         q, k, mask = (operands[role] for role in ("q", "k", "mask"))
         assert q is not None
         assert k is not None
-        kept = emit.inline(_kept_pairs, selected, q, k)
+        kept = emit.inline(lambda s, q, k: selected_pairs(s, q.shape[2], k.shape[2]), selected, q, k)
         operands["mask"] = kept if mask is None else emit.call(aten.bitwise_and.Tensor, kept, mask)
     return _Call(operands, parse(given["pattern"]), tuple(given["kv_of_head"]), given["scale"], given["softcap"])
-
-
-def _kept_pairs(selected: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A selection of blocks of 64 queries and keys as the mask that it means."""
-    wide = selected[:, :, :, None, :, None].expand(-1, -1, -1, 64, -1, 64)
-    pairs = wide.reshape(*selected.shape[:2], selected.shape[2] * 64, selected.shape[3] * 64)
-    return pairs[:, :, : q.shape[2], : k.shape[2]]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -140,7 +133,7 @@ def _sdpa(emit: Emitter, node: fx.Node, known: Pattern) -> _Call | None:
     if known != Full() and attn_mask is not None:
         bias, mask, is_implied = without_pattern(emit, bias, mask, known, len(kv_of_head))
         pattern = known if is_implied else pattern
-    operands = dict(zip(OPERANDS, (q, k, v, bias, mask, None), strict=True))
+    operands = dict(zip(ROLES, (q, k, v, bias, mask, None), strict=True))
     return _Call(operands, pattern, kv_of_head, float(value(q).shape[-1] ** -0.5 if scale is None else scale))
 
 
@@ -218,14 +211,14 @@ def _dense_mask(emit: Emitter, site: OnnxSite, q: fx.Node, k: fx.Node) -> fx.Nod
 
 
 def _placeholder(emit: Emitter, site: OnnxSite, number: int, operands: Mapping[str, fx.Node | None]) -> fx.Node:
-    given = [role for role in OPERANDS if operands[role] is not None]
+    given = [role for role in ROLES if operands[role] is not None]
 
     def attend(*tensors: Tensor) -> Tensor:
         found = dict(zip(given, tensors, strict=True))
         q = found["q"]
         made: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{OP}",
-            [found.get(role) for role in OPERANDS],
+            [found.get(role) for role in ROLES],
             {"site": number},
             dtype=found["v"].dtype,
             shape=[*q.shape[:3], site.value_dim],

@@ -249,10 +249,12 @@ class _Job:
             for d in decisions
             if d.plan is not None and d.site.spec.selection is not None
         }
+        if not specs:
+            return decisions
         signature = self._signature(module)
         inputs = [signature.arrange(*batch) for batch in self.batches] or [(program.args, program.kwargs)]
         values = [list(example_values(program.module, *given).values()) for given in inputs]
-        if not specs or not all(values):
+        if not all(values):
             return decisions
         data = "calibration data" if self.batches else "example inputs"
         found = measured(program.module, specs, values)

@@ -12,6 +12,7 @@ from attnopt.arranging import Arranger
 from attnopt.axes import Axis, resolve, resolve_all
 from attnopt.graph import Emitter, aten, dtype, shape, source_line
 from attnopt.masking import bias_and_mask, hides_what_is_zeroed, read_masks
+from attnopt.operands import ROLES
 from attnopt.projections import signature
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
@@ -38,8 +39,7 @@ class Raised:
 
     @property
     def operands(self) -> dict[str, fx.Node | None]:
-        names = ("q", "k", "v", "bias", "mask", "sinks")
-        return dict(zip(names, self.node.args, strict=True))  # type: ignore[arg-type]
+        return dict(zip(ROLES, self.node.args, strict=True))  # type: ignore[arg-type]
 
 
 def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:

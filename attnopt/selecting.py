@@ -19,9 +19,9 @@ Demand = tuple[fx.Node, Selection]
 class Pulled:
     """``select(node)`` equals ``target(*args, **kwargs)`` made by ``build`` from the demanded selections, in their order.
 
-        ``weights`` says which demands are on weights of a projection rather than on the data that runs through it;
-    ``across`` means that the selection is along the tokens or batch of a projection.  ``exact`` are the
-        same demands without what a later slice would drop, where the two differ.
+    ``weights`` says which demands are on weights of a projection rather than on the data that runs through it;
+    ``across`` means that the selection is along the tokens or batch of a projection.  ``exact`` are the same demands
+    without what a later slice would drop, where the two differ.
     """
 
     demands: tuple[Demand, ...]

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from attnopt.activations import Activations, Operands
+from attnopt.activations import Activations
 from attnopt.calibration import Inputs
 from attnopt.errors import CalibrationError
 from attnopt.finding import Found
 from attnopt.graph import ancestors, get_attr, run_call
 from attnopt.lowering import edited_parameters
+from attnopt.operands import ROLES, Operands
 from attnopt.rewriting import HeadWeights
+from attnopt.verify import example_values
 
-ROLES = ("q", "k", "v", "bias", "mask", "sinks")
 Values = dict[fx.Node, Any]
 
 
@@ -40,7 +40,7 @@ class Stream:
 
         Use the activations before the next step: what they are computed from is gone then.
         """
-        at, environments = 0, [self._inputs(batch) for batch in self.batches]
+        at, environments = 0, [example_values(self.gm, *batch) for batch in self.batches]
         for f in self.found:
             end = self.place[f.raised.node]
             with torch.no_grad():
@@ -64,11 +64,6 @@ class Stream:
             return get_attr(self.gm, str(node.target)).detach()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         return run_call(node, args, kwargs)
-
-    def _inputs(self, batch: Inputs) -> Values:
-        leaves = pytree.tree_leaves((batch[0], dict(batch[1])))
-        placeholders = [n for n in self.nodes if n.op == "placeholder"]
-        return dict(zip(placeholders, leaves, strict=True))
 
     def _last_use(self) -> dict[fx.Node, int]:
         """For each node that the attentions need, the place after which nobody reads it."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnopt.backends import block_gather, flex, native
 from attnopt.errors import AttnoptWarning
+from attnopt.operands import ROLES, Operands
 from attnopt.patterns import parse
 from attnopt.spec import AttentionSpec
 
@@ -37,16 +38,16 @@ def attention(
 ) -> Tensor:
     """[B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv] in v's dtype; the others as in ``Attend``.
 
-    ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected``, bool [B, H, ceil(L/64), ceil(S/64)], further
-    hides blocks of keys from blocks of queries.
+    ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected`` as in ``Operands``.
     """
     spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
+    operands = Operands(q, k, v, bias, mask, sinks, selected)
     if q.device.type == "cpu" and q.dtype != torch.float64:
         try:
-            return native.attend(spec, q, k, v, bias=bias, mask=mask, sinks=sinks, selected=selected)
+            return native.attend(spec, operands)
         except native.NoKernelError as e:
             _warn(str(e))
-    o: Tensor = _in_torch(q).attend(spec, q, k, v, bias=bias, mask=mask, sinks=sinks, selected=selected)
+    o: Tensor = _in_torch(q).attend(spec, operands)
     return o.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -93,7 +94,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Computes the blocks again with differentiable operators, as memory-saving attention does."""
-    names = ("q", "k", "v", "bias", "mask", "sinks", "selected")
+    names = (*ROLES, "selected")
     given = {name: t for name, t in zip(names, ctx.saved_tensors, strict=True) if t is not None}
     wanted = [name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed and name in given]
     with torch.enable_grad():
@@ -102,12 +103,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assert q is not None
         assert k is not None
         assert v is not None
-        o = _in_torch(q).attend(ctx.spec, q, k, v, **dict(zip(names[3:], others, strict=True)))
+        o = _in_torch(q).attend(ctx.spec, Operands(q, k, v, *others))
         o = o + v.sum() * 0 if not o.requires_grad else o  # no query sees any key
         of_leaves = [leaves[name] for name in wanted]
         found = torch.autograd.grad(o, of_leaves, grad, allow_unused=True, materialize_grads=True)
         grads = dict(zip(wanted, found, strict=True))
-    return (*(grads.get(name) for name in names[:6]), None, None, None, None, None)
+    return (*(grads.get(name) for name in ROLES), None, None, None, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_keep)

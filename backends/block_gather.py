@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,52 +13,28 @@ from torch import Tensor
 from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
 from attnopt.layout import FULL_TILE, Layout
+from attnopt.operands import BLOCK, Operands
 from attnopt.pattern import Pattern
 from attnopt.spec import AttentionSpec
 
-BLOCK = 64
 
-
-def attend(
-    spec: AttentionSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    selected: Tensor | None,
-) -> Tensor:
-    """``spec`` without its gains, at lengths that are known; ``selected`` as in ``attnopt::attention``."""
-    B, H, L, _ = q.shape
-    out = v.new_zeros(B, H, -(-L // BLOCK) * BLOCK, v.shape[3])
+def attend(spec: AttentionSpec, t: Operands) -> Tensor:
+    """``spec`` without its gains, at lengths that are known."""
+    B, H, L, _ = t.q.shape
+    out = t.v.new_zeros(B, H, -(-L // BLOCK) * BLOCK, t.v.shape[3])
     for pattern, heads in _by_pattern(spec.pattern, H):
-        of_heads = torch.as_tensor(heads, device=q.device)
-        kv = torch.as_tensor([spec.kv_of_head[h] for h in heads], device=q.device)
-        operands = _Operands(
-            _blocks(q[:, of_heads], 2),
-            _blocks(k[:, kv], 2),
-            _blocks(v[:, kv], 2),
-            *(t if t is None or t.shape[1] == 1 else t[:, of_heads] for t in (bias, mask, sinks, selected)),
+        of_heads = torch.as_tensor(heads, device=t.q.device)
+        kv = torch.as_tensor([spec.kv_of_head[h] for h in heads], device=t.q.device)
+        operands = Operands(
+            _blocks(t.q[:, of_heads], 2),
+            _blocks(t.k[:, kv], 2),
+            _blocks(t.v[:, kv], 2),
+            *(x if x is None or x.shape[1] == 1 else x[:, of_heads] for x in (t.bias, t.mask, t.sinks, t.selected)),
         )
-        for rows, o in _rows(spec, operands, pattern.layout(L, k.shape[2], BLOCK, BLOCK)):
-            places = (rows.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
-            out = out.index_put((torch.arange(B, device=q.device).view(-1, 1, 1), of_heads.view(-1, 1), places), o)
+        for rows, o in _rows(spec, operands, pattern.layout(L, t.k.shape[2], BLOCK, BLOCK)):
+            places = (rows.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=t.q.device)).flatten()
+            out = out.index_put((torch.arange(B, device=t.q.device).view(-1, 1, 1), of_heads.view(-1, 1), places), o)
     return out[:, :, :L]
-
-
-@dataclass(frozen=True)
-class _Operands:
-    """Those of heads that share a pattern; queries, keys and values as blocks [B, H, blocks, BLOCK, D]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    mask: Tensor | None
-    sinks: Tensor | None
-    selected: Tensor | None
 
 
 def _by_pattern(pattern: Pattern, heads: int) -> Iterator[tuple[Pattern, list[int]]]:
@@ -77,8 +52,11 @@ def _blocks(t: Tensor, axis: int) -> Tensor:
     return t.reshape(*t.shape[:axis], -1, BLOCK, *t.shape[axis + 1 :])
 
 
-def _rows(spec: AttentionSpec, t: _Operands, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-    """Block rows that visit equally many blocks, together: (rows [n], output [B, H, n * BLOCK, Dv])."""
+def _rows(spec: AttentionSpec, t: Operands, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+    """Block rows that visit equally many blocks, together: (rows [n], output [B, H, n * BLOCK, Dv]).
+
+    Queries, keys and values come as blocks [B, H, blocks, BLOCK, D].
+    """
     B, H = t.q.shape[:2]
     counts = np.diff(layout.row_ptr)
     for m in np.unique(counts[counts > 0]).tolist():

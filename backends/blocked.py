@@ -8,9 +8,9 @@ from torch import Tensor
 
 from attnopt.backends import native
 from attnopt.backends.attention_op import attention
-from attnopt.backends.block_gather import BLOCK
 from attnopt.backends.lowering import selected, with_gains
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
+from attnopt.operands import BLOCK
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Attend, Backend
 from attnopt.site import Site

@@ -13,44 +13,35 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from attnopt.backends.lowering import heads_of
 from attnopt.layout import Layout
+from attnopt.operands import Operands, selected_pairs
 from attnopt.patterns import Pattern
 from attnopt.spec import AttentionSpec
 
-BLOCK = 128  # FlexAttention's own
+TILE = 128  # FlexAttention's own
 
 
-def attend(
-    spec: AttentionSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    selected: Tensor | None,
-) -> Tensor:
-    """``spec`` without its gains; the operands as in ``attnopt::attention``."""
-    H, L, S = q.shape[1], q.shape[2], k.shape[2]
-    blocks = _block_mask(spec.pattern, H, L, S, q.device)
-    hidden = [_operand(t) for t in (mask,) if t is not None]
-    if selected is not None:
-        hidden.append(_operand(selected.repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :L, :S]))
+def attend(spec: AttentionSpec, t: Operands) -> Tensor:
+    """``spec`` without its gains."""
+    H, L, S = t.q.shape[1], t.q.shape[2], t.k.shape[2]
+    blocks = _block_mask(spec.pattern, H, L, S, t.q.device)
+    hidden = [_operand(x) for x in (t.mask,) if x is not None]
+    if t.selected is not None:
+        hidden.append(_operand(selected_pairs(t.selected, L, S)))
     if hidden:
         blocks = _narrowed(blocks, hidden)
-    o, aux = _flex(q.device.type)(
-        q,
-        heads_of(spec, k),
-        heads_of(spec, v),
-        score_mod=_score_mod(spec.softcap, bias),
+    o, aux = _flex(t.q.device.type)(
+        t.q,
+        heads_of(spec, t.k),
+        heads_of(spec, t.v),
+        score_mod=_score_mod(spec.softcap, t.bias),
         block_mask=blocks,
         scale=spec.scale,
         return_aux=AuxRequest(lse=True),
     )
     out: Tensor = o
-    if sinks is None:
+    if t.sinks is None:
         return out
-    return out * torch.sigmoid(aux.lse.unsqueeze(-1) - sinks.to(aux.lse.dtype)).to(out.dtype)
+    return out * torch.sigmoid(aux.lse.unsqueeze(-1) - t.sinks.to(aux.lse.dtype)).to(out.dtype)
 
 
 @lru_cache
@@ -105,7 +96,7 @@ def _narrowed(blocks: BlockMask, seen: list[Callable[..., Tensor]]) -> BlockMask
     return BlockMask.from_kv_blocks(
         counts + full_counts,
         both.gather(-1, order).contiguous(),
-        BLOCK_SIZE=BLOCK,
+        BLOCK_SIZE=TILE,
         mask_mod=narrower,
         seq_lengths=blocks.seq_lengths,
     )
@@ -115,7 +106,7 @@ def _narrowed(blocks: BlockMask, seen: list[Callable[..., Tensor]]) -> BlockMask
 def _block_mask(pattern: Pattern, heads: int, q_len: int, kv_len: int, device: torch.device) -> BlockMask:
     """From the layout; a partly visible block is looked up in a table of the distinct ones."""
     of_head = [pattern.for_head(h) for h in range(heads)] if pattern.is_per_head else [pattern]
-    layouts = [p.layout(q_len, kv_len, BLOCK, BLOCK) for p in of_head]
+    layouts = [p.layout(q_len, kv_len, TILE, TILE) for p in of_head]
     partial = [_columns(x, x.tile >= 0) for x in layouts]
     full = [_columns(x, x.tile < 0) for x in layouts]
     tiles, table = _tables(layouts)
@@ -123,7 +114,7 @@ def _block_mask(pattern: Pattern, heads: int, q_len: int, kv_len: int, device: t
     is_per_head = len(layouts) > 1
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return seen[tile_at[h if is_per_head else h * 0, i // BLOCK, j // BLOCK], i % BLOCK, j % BLOCK]
+        return seen[tile_at[h if is_per_head else h * 0, i // TILE, j // TILE], i % TILE, j % TILE]
 
     def stacked(parts: list[np.ndarray[Any, Any]]) -> Tensor:
         return torch.from_numpy(np.stack(parts)).unsqueeze(0).to(device)
@@ -133,7 +124,7 @@ def _block_mask(pattern: Pattern, heads: int, q_len: int, kv_len: int, device: t
         stacked([columns for _, columns in partial]),
         stacked([counts for counts, _ in full]),
         stacked([columns for _, columns in full]),
-        BLOCK_SIZE=BLOCK,
+        BLOCK_SIZE=TILE,
         mask_mod=visible,
         seq_lengths=(q_len, kv_len),
     )
@@ -151,7 +142,7 @@ def _columns(layout: Layout, chosen: np.ndarray[Any, Any]) -> tuple[np.ndarray[A
 
 def _tables(layouts: list[Layout]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Distinct tiles, the first with nothing and the second with everything visible, and which one each block has."""
-    tiles = [np.zeros((1, BLOCK, BLOCK), np.bool_), np.ones((1, BLOCK, BLOCK), np.bool_)]
+    tiles = [np.zeros((1, TILE, TILE), np.bool_), np.ones((1, TILE, TILE), np.bool_)]
     table = np.zeros((len(layouts), layouts[0].num_rows, layouts[0].num_cols), np.int32)
     first = 2
     for n, layout in enumerate(layouts):

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from attnopt.files import cache_folder
 from attnopt.layout import FULL_TILE
+from attnopt.operands import BLOCK, Operands
 from attnopt.ordering import order_of, ordered_layout
 from attnopt.spec import AttentionSpec
 
-BLOCK = 64
 _SOURCE = Path(__file__).with_name("attend.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 300  # more than any compiler needs, so that a stuck one does not hang the program
@@ -55,43 +55,32 @@ class _Table:
     arrays: tuple[NDArray[np.generic], ...]
 
 
-def attend(
-    spec: AttentionSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    selected: Tensor | None,
-) -> Tensor:
-    """``spec`` without its gains, computed in float32 on a CPU; ``selected`` as in ``attnopt::attention``.
+def attend(spec: AttentionSpec, t: Operands) -> Tensor:
+    """``spec`` without its gains, computed in float32 on a CPU.
 
     The output has the strides of [B, L, H, Dv], so that merging the heads copies nothing.  Raises NoKernelError.
     """
     kernel = library()
-    B, H, L, D = q.shape
-    S, Dv = k.shape[2], v.shape[3]
-    dtype = v.dtype
-    out = q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
-    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q.float(), k.float(), v.float()))
-    bias, sinks = (None if t is None else t.float() for t in (bias, sinks))
+    B, H, L, D = t.q.shape
+    S, Dv = t.k.shape[2], t.v.shape[3]
+    out = t.q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.float(), t.k.float(), t.v.float()))
+    bias, sinks = (None if x is None else x.float() for x in (t.bias, t.sinks))
     if bias is not None and bias.shape[2] != 1 and bias.shape[3] != 1 and bias.stride(3) != 1:
         bias = bias.contiguous()  # the kernel takes a row of it in one piece
-    operands = (q, k, v, bias, sinks, mask, selected, out)
-    table = _table(spec, L, S, selected is None)
+    operands = (q, k, v, bias, sinks, t.mask, t.selected, out)
+    table = _table(spec, L, S, t.selected is None)
     arguments = _Arguments(
-        tuple(None if t is None else t.data_ptr() for t in operands),
+        tuple(None if x is None else x.data_ptr() for x in operands),
         (B, H, L, S, D, Dv),
-        tuple(step for t in operands for step in _strides(t)),
+        tuple(step for x in operands for step in _strides(x)),
         table.addresses,
         spec.scale,
         spec.softcap or 0.0,
         torch.get_num_threads(),
     )
     kernel.attnopt_attend(ctypes.byref(arguments))
-    return out.to(dtype)
+    return out.to(t.v.dtype)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnopt.backends import block_gather
 from attnopt.backends.attention_op import attention
+from attnopt.operands import Operands
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, Strided, Window
 from attnopt.spec import AttentionSpec
 
@@ -67,7 +68,7 @@ def kernel(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
 def gathered(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     heads = tuple(range(H))
     spec = AttentionSpec(heads, heads, heads, D, D, D**-0.5, form.pattern)
-    return lambda: block_gather.attend(spec, q, k, v, bias=None, mask=None, sinks=None, selected=None)
+    return lambda: block_gather.attend(spec, Operands(q, k, v))
 
 
 def flex(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:

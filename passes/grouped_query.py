@@ -15,7 +15,7 @@ from attnopt.grouping import Group, adjacent, agglomerated, optimal, queries_by_
 from attnopt.merging import Merged, Side, keys_of, values_of
 from attnopt.mixing import edit, mixes_values, mixing_of_scores
 from attnopt.options import choice, whole
-from attnopt.passes.heads import refuse_unknown_projections
+from attnopt.passes.heads import BUDGETS, refuse_unknown_projections
 from attnopt.refit import out_edits, output_weights, require_tokens
 from attnopt.refusal import Refusal
 from attnopt.rewriting import HeadWeights, Pass, Rewrite, Share, SharesBudget
@@ -28,7 +28,6 @@ SEARCHED = ("similarity", "optimal")  # groupings that look at what the heads co
 POOLED = ("mean", "first")
 ALIGNED = ("procrustes", "svd", "score-optimal")
 COMPENSATIONS = ("none", "least-squares")
-BUDGETS = ("site", "global")
 
 
 @dataclass(frozen=True)

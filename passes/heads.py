@@ -8,6 +8,8 @@ from attnopt.patterns import Pattern
 from attnopt.refusal import Refusal
 from attnopt.site import Site
 
+BUDGETS = ("site", "global")  # heads counted at each site, or over all sites together
+
 
 def original_heads(site: Site) -> int:
     """How many query heads the model was trained with, as far as the projections or the remaining heads tell."""
@@ -44,15 +46,12 @@ def refuse_unknown_projections(
     something else than what the heads give; ``give`` says what to give instead."""
     for role in roles:
         p = site.projections.get(role)
-        if p is None or p.rows is None:
-            found = f"{role}: {p.why if p and p.why else 'not found'}"
-            hint = f"give {give}" if give else ""
-            return site.refuse("unknown-projection", expected=expected, found=found, hint=hint)
-        if direct and not p.direct:
-            found = f"{role}: what the heads give is scaled on the way"
-            return site.refuse(
-                "unknown-projection", expected=expected, found=found, hint=f"give {give}" if give else ""
-            )
+        if p is not None and p.rows is not None and (p.direct or not direct):
+            continue
+        is_known = p is not None and p.rows is not None
+        why = "what the heads give is scaled on the way" if is_known else (p and p.why) or "not found"
+        hint = f"give {give}" if give else ""
+        return site.refuse("unknown-projection", expected=expected, found=f"{role}: {why}", hint=hint)
     return None
 
 

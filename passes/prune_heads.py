@@ -11,13 +11,12 @@ from attnopt.errors import PolicyError
 from attnopt.head_scores import AT_SITE, scores_at
 from attnopt.obs import Surgeon
 from attnopt.options import choice, number, numbers, wholes
-from attnopt.passes.heads import original_heads, refuse_unknown_heads, refuse_unknown_projections
+from attnopt.passes.heads import BUDGETS, original_heads, refuse_unknown_heads, refuse_unknown_projections
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Pass, Rewrite, Share, SharesBudget
 from attnopt.site import Site
 
 COMPENSATIONS = ("none", "bias", "least-squares")
-BUDGETS = ("site", "global")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from attnopt.backends import Blocked, Reference, attention_op, block_gather, fle
 from attnopt.backends.attention_op import attention
 from attnopt.backends.lowering import with_gains
 from attnopt.errors import AttnoptWarning
+from attnopt.operands import Operands
 from attnopt.ordering import order_of, ordered_layout
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, PerHead, Sinks, Strided, Window
 from attnopt.spec import AttentionSpec
@@ -73,7 +74,7 @@ def test_both_forms_equal_the_reference(
     expected = run(Reference(), spec, t)
     near = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(run(Blocked(), spec, t), expected, **near)
-    gathered = block_gather.attend(spec, **{n: t[n] for n in ("q", "k", "v", "bias", "mask", "sinks")}, selected=None)
+    gathered = block_gather.attend(spec, Operands(**t))
     torch.testing.assert_close(with_gains(spec, gathered), expected, **near)
 
 
@@ -91,7 +92,7 @@ def test_flex_attention_equals_the_reference(
 ) -> None:
     """FlexAttention as it is on a CPU: every pair is computed and looked up, so the tables are checked, not the skipping."""
     t = narrowed(tensors(spec, 2, L, S, torch.float32, seed), narrow)
-    got = with_gains(spec, flex.attend(spec, **t, selected=None))
+    got = with_gains(spec, flex.attend(spec, Operands(**t)))
     torch.testing.assert_close(got, run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
     if not spec.has_mask:
         blocks = flex._block_mask(spec.pattern, 4, L, S, torch.device("cpu")).to_dense()
@@ -162,7 +163,7 @@ def test_blocks_that_are_not_selected_are_hidden(pattern: Pattern, seed: int) ->
     got = attention(q, k, v, None, None, None, pattern.to_json(), spec.kv_of_head, spec.scale, None, selected)
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
     plain = replace(spec, has_mask=False)
-    gathered = block_gather.attend(plain, q, k, v, bias=None, mask=None, sinks=None, selected=selected)
+    gathered = block_gather.attend(plain, Operands(q, k, v, selected=selected))
     torch.testing.assert_close(gathered, expected, rtol=2e-5, atol=2e-5)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.activations import HELD_BACK, Operands
+from attnopt.activations import HELD_BACK
 from attnopt.capture import capture
 from attnopt.finding import find
+from attnopt.operands import Operands
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
 from attnopt.refit import Moments, fit, ridge
 from attnopt.streaming import Stream
