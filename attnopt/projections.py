@@ -17,12 +17,14 @@ from attnopt.site import Projection
 @dataclass(frozen=True)
 class Landing:
     """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer), "token" (a
-    projection's input), "input" (of the model), "blocked" (no rule for ``node``).  ``path`` leads there."""
+    projection's input), "input" (of the model), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the
+    nodes of every other path too: a rotation or a norm reads the same features twice."""
 
     kind: str
     node: fx.Node
     selection: Selection
     path: tuple[fx.Node, ...]
+    ways: tuple[fx.Node, ...] = ()
 
 
 def landings(node: fx.Node, selection: Selection) -> list[Landing]:
@@ -51,7 +53,8 @@ def landings(node: fx.Node, selection: Selection) -> list[Landing]:
 
     def add(kind: str, n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...]) -> None:
         key = (n, kind, tuple(sorted((a, tuple(i)) for a, i in chosen.items())))
-        found.setdefault(key, Landing(kind, n, chosen, (*path, n)))
+        known = found.setdefault(key, Landing(kind, n, chosen, (*path, n)))
+        found[key] = replace(known, ways=tuple(dict.fromkeys((*known.ways, *path, n))))
 
     walk(node, selection, (), False)
     return list(found.values())
@@ -89,7 +92,7 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     ``alone``: nothing but the projection may tell the heads apart, as merging them asks for.
     """
     each = [landings(node, {axis: (h,)} if heads > 1 else _one_head(node)) for h in range(heads)]
-    dirty = tuple(dict.fromkeys(n for found in each for x in found for n in x.path if x.kind == "weight"))
+    dirty = tuple(dict.fromkeys(n for found in each for x in found for n in x.ways if x.kind == "weight"))
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
         return Projection(why=_stopped_at(blocked.node)), dirty
