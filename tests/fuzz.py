@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,12 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every
 
 import torch
 from fuzzing.figures import Figures
-from fuzzing.grammar import Case, draw
+from fuzzing.grammar import Case, draw, to_json
 from fuzzing.laws import Outcome, checked
 from fuzzing.shrinking import shrunk
 from fuzzing.stored import store
 
-CHUNK = 20  # cases that one process takes at a time
+CHUNK = 10  # cases that one process takes at a time
 LIFE = 25  # chunks after which a process is replaced: tracing keeps memory
 MOST_SHRUNK = 5  # of one run's failures; the others are counted alone
 
@@ -36,7 +37,7 @@ def main() -> int:
             figures.add(o)
             if o.failure:
                 failures.append(o)
-                print(f"{o.failure}: {o.why}", file=sys.stderr, flush=True)
+                print(f"{o.failure}: {json.dumps(to_json(o.case))}\n{o.why}", file=sys.stderr, flush=True)
         print(f"\r{figures.cases} of {options.cases}, {figures.share:.2%} found", end="", file=sys.stderr, flush=True)
     print("\n" + str(figures))
     for o in failures[:MOST_SHRUNK]:

@@ -70,17 +70,6 @@ class Spelling:
         """The softmax is written with ``exp``."""
         return self.softmax in ("exp", "stable-exp", "late", "later", "lse")
 
-    @property
-    def may_be_missed(self) -> bool:
-        """Spelled so that a near miss with its reason is answer enough.
-
-        The division comes late, behind layout changes, or a mask is multiplied onto scores that were capped before.
-        """
-        capped_then_wiped = self.apply == "old-gpt" and bool(self.softcap)
-        return (
-            self.softmax == "later" or (self.softmax == "late" and self.core.startswith("grouped")) or capped_then_wiped
-        )
-
     def repaired(self) -> Spelling:
         """The nearest spelling whose parts can stand together."""
         s = self

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import oracle
 import torch
-from fuzzing.grammar import Block, Case
-from fuzzing.modules import group_target, padding_of
 from models import Attention, Spelling, places
 from torch import Tensor, nn
 
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
 from attnopt.rewriting import Pass
+from fuzzing.grammar import Block, Case
+from fuzzing.modules import group_target, padding_of
 
 PATTERNS: tuple[Pattern, ...] = (
     Window(1, 0), Causal(), Sinks(1) | Window(1), Strided(2), Window(2, 1) & Strided(2) | Sinks(2),

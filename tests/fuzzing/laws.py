@@ -14,14 +14,14 @@ from unittest import mock
 
 import oracle
 import torch
-from fuzzing.edits import Call, Edit, calls, edit_of, meant
-from fuzzing.grammar import Case
-from fuzzing.modules import build, inputs
 from models import Attention, Spelling
 from torch import Tensor, nn
 
 import attnopt
 from attnopt import capture, lowering, optimizing
+from fuzzing.edits import Call, Edit, calls, edit_of, meant
+from fuzzing.grammar import Case
+from fuzzing.modules import build, inputs
 
 
 @dataclass
@@ -107,13 +107,15 @@ def _captured_once() -> Iterator[None]:
 
 
 def _capture_error(model: nn.Module, given: Mapping[str, Tensor]) -> str:
-    """A branch on values is told, with the operation and a remedy."""
+    """A branch on values is told, with a remedy."""
+    told: attnopt.CaptureError | None = None
     try:
         attnopt.optimize(model, "fuse", (), dict(given))
     except attnopt.CaptureError as e:
-        assert e.hint, "a CaptureError without a remedy"
-        return "CaptureError"
-    raise AssertionError("a branch that depends on the input's values was captured as if there were none")
+        told = e
+    assert told is not None, "a branch that depends on the input's values was captured as if there were none"
+    assert told.hint, "a CaptureError without a remedy"
+    return "CaptureError"
 
 
 # ---------------------------------------------------------------- what was found

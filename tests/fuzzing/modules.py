@@ -7,9 +7,10 @@ from typing import Any
 
 import decoys
 import torch
-from fuzzing.grammar import Block, Case
 from models import OTHER, Attention
 from torch import Tensor, nn
+
+from fuzzing.grammar import Block, Case
 
 
 class Adapted(nn.Module):
@@ -157,7 +158,9 @@ def inputs(case: Case, length: int | None = None, batch: int | None = None) -> d
         return torch.randn(sizes, generator=r).to(kind)
 
     if case.container == "sequential":
-        return {"input": noise(*leading, length, width)} if case.axes == "batched" else {"input": noise(2, length, width)}
+        return (
+            {"input": noise(*leading, length, width)} if case.axes == "batched" else {"input": noise(2, length, width)}
+        )
     found: dict[str, Tensor] = {"x": noise(*leading, length, width)}
     masks = {(b.spelling.cross, m) for b in case.attentions for m in b.spelling.mask}
     if any(b.spelling.cross for b in case.attentions):

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from fuzzing.grammar import Block, Case
 from models import Spelling
+
+from fuzzing.grammar import Block, Case
 
 
 def shrunk(case: Case, fails: Callable[[Case], bool], tries: int = 120) -> Case:
