@@ -88,7 +88,12 @@ def _beside_features(r: Region) -> set[Atom]:
     """Atoms of the queries that come from the same axis of a tensor as the features of a head: heads, split from it later."""
 
     def sources(atom: Atom) -> set[tuple[fx.Node, int]]:
-        return {(x.node, axis) for x in landings(r.q.node, _pick(r.q, atom, 0)) for axis in x.selection}
+        """The axes along which the atom chooses."""
+        zero, one = (
+            {(x.node, axis, tuple(i)) for x in landings(r.q.node, _pick(r.q, atom, n)) for axis, i in x.selection.items()}
+            for n in (0, 1)
+        )
+        return {(node, axis) for node, axis, _ in zero ^ one}
 
     features = set(resolve(r.features))
     own = set[tuple[fx.Node, int]]().union(*map(sources, features))

@@ -37,9 +37,11 @@ def main() -> int:
             figures.add(o)
             if o.failure:
                 failures.append(o)
-                print(f"{o.failure}: {json.dumps(to_json(o.case))}\n{o.why}", file=sys.stderr, flush=True)
-        print(f"\r{figures.cases} of {options.cases}, {figures.share:.2%} found", end="", file=sys.stderr, flush=True)
-    print("\n" + str(figures))
+                print(f"\n{o.failure}: {json.dumps(to_json(o.case))}\n{o.why}", file=sys.stderr, flush=True)
+            for code, s in o.missed:
+                print(f"missed [{code}]: {s}", file=sys.stderr)
+        print(f"{figures.cases} of {options.cases}, {figures.share:.2%} found", file=sys.stderr, flush=True)
+    print(figures)
     for o in failures[:MOST_SHRUNK]:
         print(f"{o.failure}, kept as {store(shrunk(o.case, _fails_like(o)))}")
     return 0 if figures.passed else 1
