@@ -23,7 +23,7 @@ CASES, CHUNK, SEED = 300, 15, 20261122
 HONEST = {
     "CaptureError",  # a branch on values
     "moderate-mask",  # float16's least number written over scores that may all be hidden
-    "not-a-candidate",  # a softmax over one key
+    "one-key",  # a softmax that has nothing to choose from
 }
 
 

@@ -130,7 +130,8 @@ def _match(
     assert list(found) == list(sites), "the sites are not listed in the order in which they run"
     near = {n.name: n.refusal.code for n in fast.report.near_misses}
     outcome.found = len(found)
-    outcome.missed = [(near.get(c.path, "not-a-candidate"), c.block.spelling) for c in ran if c.site not in found]
+    codes = {c.site: "one-key" if c.kv_len == 1 else near.get(c.path, "not-a-candidate") for c in ran}
+    outcome.missed = [(codes[c.site], c.block.spelling) for c in ran if c.site not in found]
     for call, site in found.values():
         attention = model.get_submodule(call.path)
         assert isinstance(attention, Attention)
