@@ -69,10 +69,10 @@ class Activations:
         """For each batch the attention weights [B, H, L, S] under ``spec``, which chooses heads by their numbers."""
         for o in self.batches:
             eye = torch.eye(o.k.shape[2], dtype=o.v.dtype, device=o.v.device).expand(*o.k.shape[:3], -1)
-            yield _attend(replace(spec, gains=None), replace(o, v=eye))
+            yield _attend(replace(spec, gains=None, after=()), replace(o, v=eye))
 
     def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
-        """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, gains included."""
+        """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, edits and gains included."""
         return (_attend(spec, o) for o in self.batches)
 
 
@@ -84,6 +84,7 @@ def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[Head
 
 def _attend(spec: AttentionSpec, o: Operands) -> Tensor:
     from attnopt.backends.reference import Reference
+    from attnopt.finishing import attention_of
 
     def of_heads(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() < 4 or x.shape[1] == 1:
@@ -92,5 +93,5 @@ def _attend(spec: AttentionSpec, o: Operands) -> Tensor:
 
     q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
     with torch.no_grad():
-        attend = Reference().lower(spec)
+        attend = attention_of(Reference(), spec)
         return attend(q, k, v, bias=of_heads(o.bias), mask=of_heads(o.mask), sinks=of_heads(o.sinks))
