@@ -1,4 +1,4 @@
-"""Only some rows of an attention: the queries of a head that are wanted, gathered, each head with its own number of them."""
+"""Only some rows of an attention: the queries of each head that are wanted, gathered, and their blocks computed."""
 
 from __future__ import annotations
 
@@ -6,73 +6,91 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.backends.lowering import visible
-from attnopt.backends.reference import Reference
-from attnopt.backends.sdpa import Sdpa
-from attnopt.operands import Operands, selected_pairs
+from attnopt.operands import BLOCK, Operands, selected_pairs
 from attnopt.patterns import Full
 from attnopt.spec import AttentionSpec
 
+AllRows = Callable[[AttentionSpec, Operands], Tensor]
 
-def attend(
-    spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: Callable[[AttentionSpec, Operands], Tensor]
-) -> Tensor:
-    """``spec`` without its gains where ``wanted_BHL``, zeros elsewhere; ``all_rows`` computes heads that are wanted whole.
+
+def attend(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
+    """``spec`` without its gains where ``wanted_BHL``, anything finite elsewhere; ``all_rows`` computes what is gathered.
 
     The output has the strides of [B, L, H, Dv], so that merging the heads copies nothing.
     """
     B, H, L, _ = t.q.shape
     out = t.v.new_zeros(B, L, H, t.v.shape[3]).transpose(1, 2)
     is_whole = wanted_BHL.all(2).all(0).tolist()
-    whole = [h for h in range(H) if is_whole[h]]
+    whole, partly = ([h for h in range(H) if is_whole[h] == is_it] for is_it in (True, False))
     if whole:
-        alone = spec.keeping(whole)
-        out[:, whole] = all_rows(replace(alone, heads=tuple(range(len(whole)))), _of_heads(t, alone, whole))
-    if len(whole) == H:
-        return out
+        out[:, whole] = all_rows(*_of_heads(spec, t, whole))
+    if partly:
+        out[:, partly] = _gathered(*_of_heads(spec, t, partly), wanted_BHL[:, partly], all_rows)
+    return out
+
+
+def _gathered(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
+    """[B, H, L, Dv]: the wanted rows of each head come first, and blocks that hold none of them are left out."""
+    B, H, L, _ = t.q.shape
+    count = wanted_BHL.sum(2)
+    n = min(L, _blocks(int(count.max())) * BLOCK)
+    rows = wanted_BHL.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, :n]
+    has_rows = torch.arange(_blocks(n), device=count.device) * BLOCK < count.unsqueeze(-1)
     seen = visible(spec, t.q, t.k, t.mask)
     if t.selected is not None:
         pairs = selected_pairs(t.selected, L, t.k.shape[2])
         seen = pairs if seen is None else seen & pairs
-    for h in range(H):
-        for b in () if is_whole[h] else range(B):
-            rows = wanted_BHL[b, h].nonzero().flatten()
-            if len(rows):
-                out[b, h].index_copy_(0, rows, _rows(spec, replace(t, mask=seen), b, h, rows))
-    return out
+    blocks = torch.ones(1, 1, 1, _blocks(t.k.shape[2]), dtype=torch.bool, device=count.device)
+    if seen is not None:
+        blocks = _any_row(_of_rows(_any_key(seen.expand(*seen.shape[:3], t.k.shape[2])), rows))
+    q, mask, bias, sinks = (None if x is None else _of_rows(x, rows) for x in (t.q, seen, t.bias, t.sinks))
+    assert q is not None
+    part = Operands(q, t.k, t.v, bias, mask, sinks, (has_rows.unsqueeze(-1) & blocks).contiguous())
+    made = all_rows(replace(spec, pattern=Full()), part)
+    return made.new_zeros(B, H, L, made.shape[3]).scatter_(2, rows.unsqueeze(-1).expand(made.shape), made)
 
 
-def _rows(spec: AttentionSpec, t: Operands, b: int, h: int, rows: Tensor) -> Tensor:
-    """[rows, Dv] of one head of one sequence."""
-    g = spec.kv_of_head[h]
-    alone = replace(spec.keeping([h]), pattern=Full(), kv_of_head=(0,), kv_heads=(0,))
-    backend = Sdpa() if Sdpa().check(alone) is None and t.sinks is None else Reference()
-    q, k, v = (x[b : b + 1, i : i + 1] for x, i in ((t.q, h), (t.k, g), (t.v, g)))
-    bias, mask, sinks = (_part(x, b, h, rows) for x in (t.bias, t.mask, t.sinks))
-    return backend.lower(alone)(q.index_select(2, rows), k, v, bias=bias, mask=mask, sinks=sinks)[0, 0]
-
-
-def _part(x: Tensor | None, b: int, h: int, rows: Tensor) -> Tensor | None:
-    """Of an operand that broadcasts to [B, H, L, S] the part of one sequence, one head and some queries."""
-    if x is None:
-        return None
+def _of_rows(x: Tensor, rows_BHN: Tensor) -> Tensor:
+    """Some queries of an operand that broadcasts to [B, H, L, ...], for each sequence and head its own."""
     x = x.reshape(*[1] * (4 - x.dim()), *x.shape)
-    i, j = (0 if size == 1 else at for size, at in zip(x.shape[:2], (b, h), strict=True))
-    one = x[i : i + 1, j : j + 1]
-    return one if one.shape[2] == 1 else one.index_select(2, rows)
+    b, h, L, last = x.shape
+    if L == 1:
+        return x
+    start = torch.arange(b * h, device=x.device).reshape(b, h, 1) * L
+    taken = x.reshape(b * h * L, last).index_select(0, (start + rows_BHN).flatten())
+    return taken.reshape(*rows_BHN.shape, last)
 
 
-def _of_heads(t: Operands, alone: AttentionSpec, heads: Sequence[int]) -> Operands:
-    """The operands of ``alone``, which has only these of the heads."""
-    at = torch.as_tensor(heads, device=t.q.device)
-    groups = torch.as_tensor(alone.kv_heads, device=t.q.device)
+def _any_key(seen: Tensor) -> Tensor:
+    """Bool [..., S] for every block of keys: whether one of them is seen."""
+    S = seen.shape[-1]
+    return F.pad(seen, (0, _blocks(S) * BLOCK - S)).unflatten(-1, (-1, BLOCK)).any(-1)
+
+
+def _any_row(seen: Tensor) -> Tensor:
+    """Bool [..., L, blocks] for every block of queries."""
+    if seen.shape[-2] == 1:
+        return seen
+    return _any_key(seen.transpose(-1, -2)).transpose(-1, -2)
+
+
+def _blocks(length: int) -> int:
+    return -(-length // BLOCK)
+
+
+def _of_heads(spec: AttentionSpec, t: Operands, heads: Sequence[int]) -> tuple[AttentionSpec, Operands]:
+    """The attention of some heads alone."""
+    alone = spec.keeping(heads)
+    at, groups = (torch.as_tensor(x, device=t.q.device) for x in (heads, alone.kv_heads))
 
     def part(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dim() < 4 or x.shape[1] == 1 else x.index_select(1, at)
 
-    return Operands(
+    operands = Operands(
         t.q.index_select(1, at),
         t.k.index_select(1, groups),
         t.v.index_select(1, groups),
@@ -81,3 +99,5 @@ def _of_heads(t: Operands, alone: AttentionSpec, heads: Sequence[int]) -> Operan
         part(t.sinks),
         part(t.selected),
     )
+    numbered = replace(alone, heads=tuple(range(alone.num_heads)), kv_heads=tuple(range(alone.num_kv_heads)))
+    return numbered, operands
