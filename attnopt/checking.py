@@ -72,7 +72,9 @@ class Checker:
         if blind:
             return apart, ("the model's own output holds NaN on the example inputs, so it could not be compared",)
         told = f"{len(choosing)} attentions choose blocks or heads from their inputs; each alone computes what it means, but"
-        return difference(got, original), (f"{told} rounding in one changes choices of the next ({apart:.2g} relative)",)
+        return difference(got, original), (
+            f"{told} rounding in one changes choices of the next ({apart:.2g} relative)",
+        )
 
     def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> None:
         for inputs in resized(self.program.module, self.program.args, self.program.kwargs):

@@ -15,7 +15,7 @@ from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 from attnopt.timing import interleaved, one_thread
 
-_ROUNDS = 5
+_ROUNDS = 3
 
 
 def faster(site: Site, masking: Backend, backends: Sequence[Backend]) -> tuple[Backend, tuple[str, ...]]:

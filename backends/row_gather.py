@@ -68,7 +68,7 @@ def _of_rows(x: Tensor, rows_BHN: Tensor) -> Tensor:
 def _any_key(seen: Tensor) -> Tensor:
     """Bool [..., S] for every block of keys: whether one of them is seen."""
     S = seen.shape[-1]
-    return F.pad(seen, (0, _blocks(S) * BLOCK - S)).unflatten(-1, (-1, BLOCK)).any(-1)
+    return F.pad(seen, (0, _blocks(S) * BLOCK - S)).reshape(*seen.shape[:-1], -1, BLOCK).any(-1)
 
 
 def _any_row(seen: Tensor) -> Tensor:

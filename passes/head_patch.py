@@ -42,7 +42,9 @@ class HeadPatch(Pass):
     def __post_init__(self) -> None:
         heads = whole_tuple(self.name, "heads", self.heads, None)
         if not heads or len(set(heads)) < len(heads):
-            raise PolicyError(f"{self.name}: heads={self.heads!r} is not possible; give each head once, and at least one")
+            raise PolicyError(
+                f"{self.name}: heads={self.heads!r} is not possible; give each head once, and at least one"
+            )
         object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "values", self._read(self.values))
 
@@ -75,7 +77,11 @@ class HeadPatch(Pass):
         kept = [h for h in self.heads if h in site.spec.heads]
         if not kept:
             return Rewrite(site.spec)
-        made = Replaced(tuple(self.heads), self.values, "values of another run") if isinstance(self.values, Constant) else None
+        made = (
+            Replaced(tuple(self.heads), self.values, "values of another run")
+            if isinstance(self.values, Constant)
+            else None
+        )
         edit = self._named(site, kept) if made is None else made.keeping(kept)
         assert edit is not None
         return Rewrite(site.spec.followed_by(edit))

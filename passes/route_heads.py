@@ -55,7 +55,9 @@ class RouteHeads(Pass):
         if refused is not None:
             return refused
         if not self.routed and not isinstance(self.shared, int) and not {*numbers} & {*site.spec.heads}:
-            return site.refuse("all-heads", expected="at least one head to stay", found="all shared heads removed before")
+            return site.refuse(
+                "all-heads", expected="at least one head to stay", found="all shared heads removed before"
+            )
         if not self._learns:
             return None
         if site.activations is None:

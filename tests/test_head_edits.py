@@ -126,7 +126,9 @@ def test_gains_before_and_after_an_edit() -> None:
     want = own * gains
     want[:, 1:3] = 0.5 * want[:, 1:3] + 0.5 * v[:, 1:3]
     torch.testing.assert_close(computed(before, t), want)
-    torch.testing.assert_close(computed(before.scaled([1, 1, 4, 1]), t), want * torch.tensor([1, 1, 4, 1])[:, None, None])
+    torch.testing.assert_close(
+        computed(before.scaled([1, 1, 4, 1]), t), want * torch.tensor([1, 1, 4, 1])[:, None, None]
+    )
 
 
 # ---------------------------------------------------------------- replaced
@@ -210,7 +212,9 @@ def test_recorded_values_must_fit_the_call() -> None:
         with pytest.raises(RewriteError, match="cannot be carried out"):
             attnopt.optimize(model, HeadPatch([1], torch.randn(batch, 1, 12, 8)), (x,))
     with pytest.raises(RewriteError):  # two recorded sequences, any number of sequences in a call
-        attnopt.optimize(model, HeadPatch([1], torch.randn(2, 1, 12, 8)), (x,), dynamic_shapes={"x": {0: torch.export.Dim("B")}})
+        attnopt.optimize(
+            model, HeadPatch([1], torch.randn(2, 1, 12, 8)), (x,), dynamic_shapes={"x": {0: torch.export.Dim("B")}}
+        )
     one = attnopt.optimize(
         model, HeadPatch([1], torch.randn(1, 1, 12, 8)), (x,), dynamic_shapes={"x": {0: torch.export.Dim("B")}}
     )
@@ -226,7 +230,10 @@ def test_recorded_values_must_fit_the_call() -> None:
 # ---------------------------------------------------------------- with other passes and forms
 def test_edits_at_dynamic_lengths_in_onnx_runtime(tmp_path: Path) -> None:
     model, x = tiny_models.Stack(), torch.randn(2, 12, 16)
-    policy = {"layers.0": [SoftPAG([1], 0.3), HeadPatch([0], torch.randn(1, 8))], "layers.1": [LocalWindow(3), SoftPAG()]}
+    policy = {
+        "layers.0": [SoftPAG([1], 0.3), HeadPatch([0], torch.randn(1, 8))],
+        "layers.1": [LocalWindow(3), SoftPAG()],
+    }
     fast = attnopt.optimize(model, policy, (x,), dynamic_shapes="auto")
     fast.export_onnx(tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
@@ -259,12 +266,17 @@ def test_grouped_heads_go_toward_their_shared_values() -> None:
             groups = p.view(2, 2, 4, -1)
             groups.copy_(groups.mean(1, keepdim=True).expand_as(groups))
     want = oracle.run_edited(shared, (x,), None, {0: oracle.Edit(own=(0.5, 0.0, 0.5, 0.5))})
-    for policy in ([GroupedQuery(kv_heads=2), SoftPAG([0, 2, 3], 0.5)], [SoftPAG([0, 2, 3], 0.5), GroupedQuery(kv_heads=2)]):
+    for policy in (
+        [GroupedQuery(kv_heads=2), SoftPAG([0, 2, 3], 0.5)],
+        [SoftPAG([0, 2, 3], 0.5), GroupedQuery(kv_heads=2)],
+    ):
         fast = attnopt.optimize(model, policy, (x,))
         assert fast.sites[0].num_kv_heads == 2
         oracle.assert_same(oracle.run(fast, (x,)), want)
     refused = refusal(GroupedQuery(kv_heads=2), applied(HeadPatch([1]), a_site()))
-    assert refused.startswith("[already-edited] expected outputs of heads that nothing is done to yet, found zeros for head 1")
+    assert refused.startswith(
+        "[already-edited] expected outputs of heads that nothing is done to yet, found zeros for head 1"
+    )
 
 
 def test_pruning_fits_to_edited_heads() -> None:
@@ -318,7 +330,12 @@ def test_unknown_edits() -> None:
         edit_from_json({"kind": "other"})
     with pytest.raises(ValueError, match="values of shape"):
         Replaced((1, 2), Constant.of(torch.zeros(1, 8)))
-    for dtype, shape, data in (("int8", (1,), b"0"), ("float32", (2,), b"0000"), ("float32", (), b""), ("float32", (0,), b"")):
+    for dtype, shape, data in (
+        ("int8", (1,), b"0"),
+        ("float32", (2,), b"0000"),
+        ("float32", (), b""),
+        ("float32", (0,), b""),
+    ):
         with pytest.raises(ValueError, match="float"):
             Constant(dtype, shape, data)
 
