@@ -26,7 +26,14 @@ from attnopt.streaming import Stream
 
 MEASURED = 4  # batches, spread over the calibration data, on which a site's influence is measured
 
-Allotment = Mapping[tuple[str, Pass], Pass]  # (site, the pass as the policy has it) -> the pass with the site's share
+
+@dataclass(frozen=True)
+class Allotment:
+    """``passes``: (site, the pass as the policy has it) -> the pass with the site's share; ``ready``: by the site's name
+    the decision, where it came up on the way."""
+
+    passes: Mapping[tuple[str, Pass], Pass]
+    ready: Mapping[str, Decision]
 
 
 @dataclass(frozen=True)
@@ -45,16 +52,21 @@ def allot(
 ) -> Allotment:
     """Each site's share of every pass of the policy whose budget is one for all sites."""
     made: dict[tuple[str, Pass], Pass] = {}
+    ready: dict[str, Decision] = {}
     shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}
     for p in sorted(shared, key=repr):
-        made.update({(name, p): share for name, share in _allot_one(gm, found, policy, backends, batches, p).items()})
-    return made
+        for name, (share, probe) in _allot_one(gm, found, policy, backends, batches, p).items():
+            made[name, p] = share
+            if probe is not None and policy.passes_for(name)[-1] == p and len(shared) == 1:
+                ready[name] = probe
+    return Allotment(made, ready)
 
 
 def _allot_one(
     gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs],
     p: Pass,
-) -> dict[str, Pass]:  # fmt: skip
+) -> dict[str, tuple[Pass, Decision | None]]:  # fmt: skip
+    """By the site's name the pass with its share, and what it makes of the site if that is known already."""
     assert isinstance(p, SharesBudget)
     shares: dict[str, _Shares] = {}
     with_it = [f for f in found if p in policy.passes_for(f.site.name) and not f.raised.region.escapes]
@@ -77,7 +89,8 @@ def _allot_one(
     influence = _influences(gm, list(shares.values()), batches)
     curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares.values(), strict=True)]
     counts = _spend(curves, p.total([s.site for s in shares.values()]))
-    return {name: s.passes[n] for (name, s), n in zip(shares.items(), counts, strict=True)}
+    chosen = zip(shares.items(), counts, strict=True)
+    return {name: (s.passes[n], s.probe if n == s.probed else None) for (name, s), n in chosen}
 
 
 def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:

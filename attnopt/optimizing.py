@@ -180,10 +180,11 @@ class _Job:
             return [decide(f, passes[f.site.name], self.backends) for f in found]
         batches = self._arranged(program)
         shares = allot(program.module, learning, self.policy, self.backends, batches)
-        made: dict[str, Decision] = {}
-        for f, activations in Stream(program.module, learning, batches).sites():
+        made = dict(shares.ready)
+        undecided = [f for f in learning if f.site.name not in made]
+        for f, activations in Stream(program.module, undecided, batches).sites():
             name = f.site.name
-            chosen = [shares.get((name, p), p) for p in passes[name]]
+            chosen = [shares.passes.get((name, p), p) for p in passes[name]]
             made[name] = decide(f, chosen, self.backends, activations)
         return [made.get(f.site.name) or decide(f, passes[f.site.name], self.backends) for f in found]
 
