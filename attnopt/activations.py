@@ -34,6 +34,7 @@ class Activations:
     compute: Compute
     edits: tuple[HeadWeights, ...] = ()
     first: Activations | None = None  # with the original weights, where these are others
+    calls: int = 1  # of the site's weights: ``batches`` are those of one call, then those of the next
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what has been computed from these
 
     @property
@@ -69,9 +70,10 @@ class Activations:
 
     def counted(self, held: bool) -> list[Tensor]:
         """For each batch bool [B, L]: the tokens to fit on, or those that are held back."""
-        total, at, found = sum(len(o.q) for o in self.batches), 0, list[Tensor]()
-        for o in self.batches:
-            B = len(o.real)
+        each = len(self.batches) // self.calls
+        total, at, found = sum(len(o.q) for o in self.batches[:each]), 0, list[Tensor]()
+        for i, o in enumerate(self.batches):
+            B, at = len(o.real), at if i % each else 0
             if total >= HELD_BACK:
                 back = (torch.arange(at, at + B, device=o.real.device) % HELD_BACK == HELD_BACK - 1)[:, None]
             else:

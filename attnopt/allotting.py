@@ -1,5 +1,7 @@
 """One budget of heads for all sites: it is spent where the model's output depends most on them.
 
+Weights that several sites share (calls of one module) are one site here.
+
 What the layer at a site loses with n heads is known from its own least squares; what the model's output makes of such a
 loss is measured once for each site, by running the model with that site alone rewritten.  The sum is minimised exactly.
 """
@@ -23,6 +25,7 @@ from attnopt.policy import Policy
 from attnopt.rewriting import Backend, Pass, SharesBudget
 from attnopt.site import Site
 from attnopt.streaming import Stream
+from attnopt.tying import jointly, of_all, tied
 
 MEASURED = 4  # batches, spread over the calibration data, on which a site's influence is measured
 
@@ -44,7 +47,7 @@ class _Shares:
     errors: Mapping[int, float]
     passes: Mapping[int, Pass]
     probed: int
-    probe: Decision
+    probe: Sequence[Decision]  # one for each call of the site's weights
 
 
 def allot(
@@ -55,22 +58,26 @@ def allot(
     ready: dict[str, Decision] = {}
     shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}
     for p in sorted(shared, key=repr):
-        for name, (share, probe) in _allot_one(gm, found, policy, backends, batches, p).items():
-            made[name, p] = share
-            if probe is not None and policy.passes_for(name)[-1] == p and len(shared) == 1:
-                ready[name] = probe
+        for s, n in _allot_one(gm, found, policy, backends, batches, p):
+            for d in s.probe:
+                name = d.found.site.name
+                made[name, p] = s.passes[n]
+                if n == s.probed and policy.passes_for(name)[-1] == p and len(shared) == 1:
+                    ready[name] = d
     return Allotment(made, ready)
 
 
 def _allot_one(
     gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs],
     p: Pass,
-) -> dict[str, tuple[Pass, Decision | None]]:  # fmt: skip
-    """By the site's name the pass with its share, and what it makes of the site if that is known already."""
+) -> list[tuple[_Shares, int]]:  # fmt: skip
+    """What each set of weights can have, and how many heads it gets."""
     assert isinstance(p, SharesBudget)
-    shares: dict[str, _Shares] = {}
+    shares: list[_Shares] = []
     with_it = [f for f in found if p in policy.passes_for(f.site.name) and not f.raised.region.escapes]
-    for f, activations in Stream(gm, with_it, batches).sites():
+    groups = tied(with_it, {f.site.name: policy.passes_for(f.site.name) for f in with_it})
+    for group, activations in jointly(Stream(gm, with_it, batches), groups):
+        f = group[0]
         passes = policy.passes_for(f.site.name)
         before = decide(f, passes[: passes.index(p)], backends, activations)
         site = before.seen(activations)
@@ -83,14 +90,13 @@ def _allot_one(
         probe = decide(f, (*passes[: passes.index(p)], offered[probed].rewrite), backends, activations)
         errors = {n: o.error for n, o in offered.items()}
         rewrites = {n: o.rewrite for n, o in offered.items()}
-        shares[f.site.name] = _Shares(site.without_activations(), errors, rewrites, probed, probe)
+        shares.append(_Shares(site.without_activations(), errors, rewrites, probed, of_all(group, probe)))
     if not shares:
-        return {}
-    influence = _influences(gm, list(shares.values()), batches)
-    curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares.values(), strict=True)]
-    counts = _spend(curves, p.total([s.site for s in shares.values()]))
-    chosen = zip(shares.items(), counts, strict=True)
-    return {name: (s.passes[n], s.probe if n == s.probed else None) for (name, s), n in chosen}
+        return []
+    influence = _influences(gm, shares, batches)
+    curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares, strict=True)]
+    counts = _spend(curves, p.total([s.site for s in shares]))
+    return list(zip(shares, counts, strict=True))
 
 
 def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
@@ -99,10 +105,11 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
     original = [_outputs(gm, batch) for batch in some]
     found: list[float] = []
     for share in shares:
-        if share.probe.plan is None or share.errors[share.probed] <= 0:
+        plans = [d.plan for d in share.probe if d.plan is not None]
+        if not plans or share.errors[share.probed] <= 0:
             found.append(0.0)
             continue
-        module = lower(gm, [share.probe.plan])
+        module = lower(gm, plans)
         wrong = sum(_apart(_outputs(module, batch), want) for batch, want in zip(some, original, strict=True))
         if not math.isfinite(wrong):
             raise CalibrationError(

@@ -32,6 +32,7 @@ from attnopt.report import Report
 from attnopt.rewriting import Backend
 from attnopt.site_reports import site_report
 from attnopt.streaming import Stream
+from attnopt.tying import jointly, of_all, tied
 from attnopt.verify import example_values
 from attnopt.version import __version__
 
@@ -182,10 +183,11 @@ class _Job:
         shares = allot(program.module, learning, self.policy, self.backends, batches)
         made = dict(shares.ready)
         undecided = [f for f in learning if f.site.name not in made]
-        for f, activations in Stream(program.module, undecided, batches).sites():
-            name = f.site.name
+        for group, activations in jointly(Stream(program.module, undecided, batches), tied(undecided, passes)):
+            name = group[0].site.name
             chosen = [shares.passes.get((name, p), p) for p in passes[name]]
-            made[name] = decide(f, chosen, self.backends, activations)
+            decisions = of_all(group, decide(group[0], chosen, self.backends, activations))
+            made.update({d.found.site.name: d for d in decisions})
         return [made.get(f.site.name) or decide(f, passes[f.site.name], self.backends) for f in found]
 
     def _arranged(self, program: Program) -> list[Inputs]:
