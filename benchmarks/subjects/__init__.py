@@ -49,23 +49,34 @@ class Subject(Protocol):
 
 
 def pruned(left: str, fraction: float, heads: int) -> Iterator[Rewrite]:
-    """Every importance with and without the fit, and the default; ``heads`` of one layer."""
-
-    def at_random(compensate: str) -> Any:
-        def policy(seed: int) -> PruneHeads:
-            scores = torch.rand(heads, generator=torch.Generator().manual_seed(seed)).tolist()
-            return PruneHeads(fraction, importance=scores, compensate=compensate, budget="site")
-
-        return policy
-
-    for compensate in ("none", "least-squares"):
-        yield Rewrite(left, f"random, {compensate}", at_random(compensate))
-        for importance in ("weights", "wanda", "flap", "obs"):
-            policy = PruneHeads(fraction, importance=importance, compensate=compensate, budget="site")
-            yield Rewrite(left, f"{importance}, {compensate}", policy, (importance, compensate) != ("weights", "none"))
-    bias = PruneHeads(fraction, importance="flap", compensate="bias", budget="site")
-    yield Rewrite(left, "flap, bias", bias)
+    """The best known of each kind, and the default; ``heads`` of one layer."""
+    yield _at_random(left, fraction, heads, "none")
+    yield _with(left, fraction, "weights", "none")
+    yield _with(left, fraction, "flap", "bias")
     yield Rewrite(left, "default: one budget for all layers", PruneHeads(fraction))
+
+
+def pruned_in_every_way(left: str, fraction: float, heads: int) -> Iterator[Rewrite]:
+    """Every importance with and without the fit besides."""
+    yield from pruned(left, fraction, heads)
+    yield _at_random(left, fraction, heads, "least-squares")
+    yield _with(left, fraction, "weights", "least-squares")
+    for importance in ("wanda", "flap", "obs"):
+        for compensate in ("none", "least-squares"):
+            yield _with(left, fraction, importance, compensate)
+
+
+def _at_random(left: str, fraction: float, heads: int, compensate: str) -> Rewrite:
+    def policy(seed: int) -> PruneHeads:
+        scores = torch.rand(heads, generator=torch.Generator().manual_seed(seed)).tolist()
+        return PruneHeads(fraction, importance=scores, compensate=compensate, budget="site")
+
+    return Rewrite(left, f"random, {compensate}", policy)
+
+
+def _with(left: str, fraction: float, importance: str, compensate: str) -> Rewrite:
+    policy = PruneHeads(fraction, importance=importance, compensate=compensate, budget="site")
+    return Rewrite(left, f"{importance}, {compensate}", policy, (importance, compensate) != ("weights", "none"))
 
 
 def grouped(left: str, kv_heads: int) -> Iterator[Rewrite]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from attnopt import demo_similarity as similarity
-from subjects import Rewrite, grouped, package, pruned
+from subjects import Rewrite, grouped, package, pruned_in_every_way_in_every_way
 
 TOKENS = 10_000
 NOUNS = 500  # whose glosses are to be found by the nouns
@@ -53,8 +53,8 @@ class MiniLM:
         return self._batched(chosen)
 
     def rewrites(self) -> Iterator[Rewrite]:
-        yield from pruned("6 of 12 heads", 0.5, 12)
-        yield from pruned("3 of 12 heads", 0.75, 12)
+        yield from pruned_in_every_way("6 of 12 heads", 0.5, 12)
+        yield from pruned_in_every_way("3 of 12 heads", 0.75, 12)
         yield from grouped("12 -> 6 KV heads", 6)
         yield from grouped("12 -> 3 KV heads", 3)
 
