@@ -190,7 +190,11 @@ class GroupedQuery(Pass, SharesBudget):
         assert now is not None
         require_tokens(site, now)
         weighted = self._merge(site) == "score-optimal"
-        return keys_of(site, now, mixing, weighted), values_of(site, now, weighted)
+        return now.once(
+            f"sides, weighted={weighted}",
+            site.spec,
+            lambda: (keys_of(site, now, mixing, weighted), values_of(site, now, weighted)),
+        )
 
     def _partitions(self, site: Site, sides: tuple[Side, Side], counts: Sequence[int]) -> dict[int, tuple[Group, ...]]:
         def loss(groups: Sequence[Group]) -> Tensor:
