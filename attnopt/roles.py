@@ -90,7 +90,11 @@ def _beside_features(r: Region) -> set[Atom]:
     def sources(atom: Atom) -> set[tuple[fx.Node, int]]:
         """The axes along which the atom chooses."""
         zero, one = (
-            {(x.node, axis, tuple(i)) for x in landings(r.q.node, _pick(r.q, atom, n)) for axis, i in x.selection.items()}
+            {
+                (x.node, axis, tuple(i))
+                for x in landings(r.q.node, _pick(r.q, atom, n))
+                for axis, i in x.selection.items()
+            }
             for n in (0, 1)
         )
         return {(node, axis) for node, axis, _ in zero ^ one}
