@@ -95,7 +95,7 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     dirty = tuple(dict.fromkeys(n for found in each for x in found for n in x.ways if x.kind == "weight"))
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
-        return Projection(why=_stopped_at(blocked.node)), tuple(dict.fromkeys((*dirty, *_up_to_weights(blocked))))
+        return Projection(why=_stopped_at(blocked.node)), dirty
     each = [[_as_bias(x) for x in found] for found in each]
     constant = next((x for found in each for x in found if x.kind == "constant"), None)
     if constant is not None and alone:
@@ -113,18 +113,6 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     if vector is not None and projection.rows is not None and not _same_rows(vector, projection.rows, weights):
         return Projection(projection.weight, why=f"the bias {vector.target} has other rows than the weight"), dirty
     return projection, dirty
-
-
-def _up_to_weights(blocked: Landing) -> tuple[fx.Node, ...]:
-    """The nodes from a role down to where its heads cannot be told apart, and on up to what makes all of them together."""
-    found = dict.fromkeys(blocked.ways)
-    waiting = [blocked.node]
-    while waiting:
-        node = waiting.pop()
-        found[node] = None
-        if not any(is_weight(n) and len(shape(n)) > 1 for n in node.all_input_nodes if is_tensor(n)):
-            waiting += [n for n in node.all_input_nodes if is_tensor(n) and n.op == "call_function" and n not in found]
-    return tuple(found)
 
 
 def _as_bias(landing: Landing) -> Landing:

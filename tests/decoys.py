@@ -142,7 +142,7 @@ class MaskedAfter(Decoy):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
-        weights = (q @ k.transpose(-1, -2) / 2).softmax(-1) * torch.ones(x.shape[1], x.shape[1]).tril()
+        weights = (q @ k.transpose(-1, -2) / 2).softmax(-1) * torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril()
         if self.renormalised:
             weights = weights / weights.sum(-1, keepdim=True)
         return self.merged(weights @ v)
