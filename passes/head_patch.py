@@ -27,10 +27,10 @@ class HeadPatch(Pass):
     """The outputs of ``heads`` are replaced, before their gains and the output projection.
 
     ``values``: "silence", zeros; "mean", what each head gives on average over the calibration tokens that are no padding,
-    of all calls of its weights (mean ablation); "run", what they gave in the first calibration batch (activation patching); or a tensor, [heads, Dv]
-    for every token alike or [batch or 1, heads, tokens, Dv] for sequences of just this length, with the heads in the order
-    of ``heads``.  Heads that were pruned are ignored.  Give it after the passes that change weights: what these fit is
-    fitted to the model as it was trained.  Raises PolicyError.
+    in all calls of its weights (mean ablation); "run", what they gave in the first calibration batch (activation
+    patching); or a tensor, [heads, Dv] for every token alike or [batch or 1, heads, tokens, Dv] for sequences of just this
+    length, with the heads in the order of ``heads``.  Heads that were pruned are ignored.  Give it after the passes that
+    change weights: what these fit is fitted to the model as it was trained.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "head-patch"

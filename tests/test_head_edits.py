@@ -325,6 +325,15 @@ def test_edits_read_back(edit: HeadEdit) -> None:
         torch.testing.assert_close(found.double(), computed(spec, operands(spec)), rtol=1e-4, atol=1e-4)
 
 
+def test_no_backend_leaves_edits_out() -> None:
+    spec = a_spec().followed_by(EDITS[1])
+    t = {name: None if x is None else x.float() for name, x in operands(spec).items()}
+    q, k, v = (t.pop(name) for name in ("q", "k", "v"))
+    for backend in (Reference(), Sdpa(), Blocked()):
+        with pytest.raises(ValueError, match="without its edits"):
+            backend.lower(spec)(q, k, v, **t)
+
+
 def test_unknown_edits() -> None:
     with pytest.raises(ValueError, match="there is no head edit 'other'"):
         edit_from_json({"kind": "other"})
