@@ -278,7 +278,8 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "all-heads": (
         lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
-        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)",
+        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)\n  hint: give whole_layers=True to "
+        "remove the attention as a whole",
     ),
     "no-such-site-size": (
         lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),
