@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.calling import Signature
 from attnopt.capture import quiet
+from attnopt.compiling import compiling, mode_of
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
@@ -34,9 +35,10 @@ FORMAT = 1
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
 
+@compiling()
 def exported(module: fx.GraphModule, origin: Origin) -> ExportedProgram:
     """An optimized graph as an ExportedProgram, dynamic where it was captured so."""
-    with quiet():
+    with quiet(), mode_of(module):
         return torch.export.export(
             module,
             origin.args,
@@ -67,6 +69,7 @@ def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[st
     return dict(zip(names, (*positional, *keywords.values()), strict=True))
 
 
+@compiling()
 def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -> None:
     """Write an optimized graph to the folder ``path``; an older save there is replaced only once the new one is complete."""
     from safetensors.torch import save_file
@@ -130,6 +133,7 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
     return stored, entries
 
 
+@compiling()
 def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
     """What ``save`` wrote to ``path``.  Raises ArchiveError."""
     folder = Path(path)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
 from attnopt.graph import is_static, tidy
 
@@ -61,7 +62,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     _check_arguments(model, args, kwargs)
     for route, way in ways:
         try:
-            with quiet():
+            with quiet(), as_called(), mode_of(model):
                 exported = way()
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
@@ -96,7 +97,7 @@ def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
     copied = cloned((args, kwargs))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_called():
             structural_copy(model)(*copied[0], **copied[1])
     except Exception as e:
         raise CaptureError(

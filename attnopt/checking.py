@@ -14,6 +14,7 @@ from attnopt.calibration import Inputs
 from attnopt.calling import Signature, check_inputs
 from attnopt.capture import Program, check_call, cloned
 from attnopt.compare import difference, tensors, tolerance
+from attnopt.compiling import as_called
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.graph import hint, is_tensor, value
 from attnopt.lowering import Plan, lower
@@ -97,7 +98,8 @@ class Checker:
     def _outputs(self, module: nn.Module, inputs: Inputs) -> list[Tensor]:
         torch.manual_seed(self.seed)
         args, kwargs = cloned(inputs)
-        return tensors(module(*args, **kwargs))
+        with as_called():
+            return tensors(module(*args, **kwargs))
 
     def _blame(self, inputs: Inputs, want: list[Tensor], error: float) -> None:
         """Name the first site that alone makes a difference from its meaning; quiet only where NaN hides everything."""

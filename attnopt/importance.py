@@ -13,6 +13,7 @@ from attnopt.calibration import Batch, Calibration, Inputs, shapes_of
 from attnopt.calling import Signature
 from attnopt.capture import Program, capture
 from attnopt.checking import fitting
+from attnopt.compiling import compiling
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.finding import Found, find
 from attnopt.gate_scores import ablation, fisher, sensitivity, taylor
@@ -74,6 +75,7 @@ class HeadImportance(Mapping[str, tuple[float, ...]]):
         }
 
 
+@compiling()
 def head_importance(
     model: nn.Module,
     calibration: Iterable[Batch] | Calibration,

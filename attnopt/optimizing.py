@@ -19,6 +19,7 @@ from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.calling import Signature
 from attnopt.capture import Program, capture, check_call
 from attnopt.checking import Checker, fitting
+from attnopt.compiling import compiling
 from attnopt.deciding import Decision, decide, limited, standing_refusals
 from attnopt.errors import AttnoptWarning, PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, Found, find
@@ -49,6 +50,7 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@compiling()
 def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Inspection:
     """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.
 
@@ -103,6 +105,7 @@ def optimize(
     if not args and not given and batches:
         args, given = batches[0]
 
+    @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
         job = _Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, tolerance, strict, limit, seed)
         return job.run()
@@ -197,7 +200,7 @@ class _Job:
     def _look_at_weights(self, program: Program) -> None:
         """NaN in the weights makes every comparison blind."""
         floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point() and not p.is_meta)
-        broken = [name for name, p in floats if not bool(torch.isfinite(p).all())]
+        broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
         if broken:
             listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
             self._warn(f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared")
@@ -227,7 +230,7 @@ class _Job:
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
-        warnings.warn(text, AttnoptWarning, stacklevel=6)
+        warnings.warn(text, AttnoptWarning, stacklevel=7)
 
     def _verify(self, checker: Checker, module: fx.GraphModule) -> float:
         error, found = checker.check(module)
