@@ -106,6 +106,20 @@ def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         ) from e
 
 
+def without_values(model: nn.Module | ExportedProgram) -> str | None:
+    """The first weight that lies on the meta device, which knows shapes and holds nothing."""
+    return next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+
+
+def require_values(model: nn.Module | ExportedProgram) -> None:
+    """Raises CaptureError for a model without weights: what would be made of it could be neither run nor compared."""
+    if isinstance(model, (nn.Module, ExportedProgram)) and (name := without_values(model)) is not None:
+        raise CaptureError(
+            f"{name} is on the meta device and holds no values, so that nothing could be verified",
+            hint="load the weights first; attnopt.inspect does without them",
+        )
+
+
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
     args, kwargs = cloned((args, kwargs))
     exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)

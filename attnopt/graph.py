@@ -37,9 +37,19 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
 
 
 def run_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the called operator gives for these values."""
+    """What the called operator gives for these values; on the CPU where the graph means the meta device, which has none."""
     target: Any = node.target
+    args, kwargs = fx.node.map_aggregate((args, kwargs), _off_meta)
     return target(*args, **kwargs)
+
+
+def with_values(device: torch.device) -> torch.device:
+    """Where the values of a tensor on ``device`` are computed."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _off_meta(x: Any) -> Any:
+    return with_values(x) if isinstance(x, torch.device) else x
 
 
 def opname(node: fx.Node) -> str:

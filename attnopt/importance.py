@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnopt.calibration import Batch, Calibration, Inputs, shapes_of
 from attnopt.calling import Signature
-from attnopt.capture import Program, capture
+from attnopt.capture import Program, capture, require_values
 from attnopt.checking import fitting
 from attnopt.compiling import compiling
 from attnopt.errors import CalibrationError, PolicyError
@@ -137,6 +137,7 @@ def _captured(
     model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
 ) -> tuple[Program, list[Inputs], list[Found]]:
     """The model in its mode for inference, the batches as its graph takes them, and the sites to score."""
+    require_values(model)
     args, kwargs = calibration.batches[0]
     shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
     was_training = model.training

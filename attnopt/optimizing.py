@@ -17,7 +17,7 @@ from attnopt.allotting import allot
 from attnopt.attention_mass import measured
 from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.calling import Signature
-from attnopt.capture import Program, capture, check_call
+from attnopt.capture import Program, capture, check_call, require_values, without_values
 from attnopt.checking import Checker, fitting
 from attnopt.compiling import compiling
 from attnopt.deciding import Decision, decide, limited, standing_refusals
@@ -55,11 +55,13 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.
 
     Returns an ``Inspection``: ``.sites`` in the order in which they run, each with the passes that cannot rewrite it in
-    ``.refusals``; ``.near_misses``; it prints as a table.  Raises CaptureError if the model cannot be captured.
+    ``.refusals``; ``.near_misses``; it prints as a table.  A model on the meta device needs no memory for its weights: each
+    site is proved with random values in place of them, and what only they could tell (a mask in a buffer) stays unknown.
+    Raises CaptureError if the model cannot be captured.
     """
     inputs = _inputs(args, kwargs)
     program = capture(model, *inputs)
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and without_values(model) is None:
         check_call(model, *inputs)
     findings = find(program)
     sites = tuple(replace(f.site, refusals=standing_refusals(f)) for f in findings.found)
@@ -154,6 +156,7 @@ class _Job:
     seed: int
 
     def run(self) -> tuple[fx.GraphModule, Origin]:
+        require_values(self.model)
         self.clock, self.warnings = _Clock(), list[str]()
         with self.clock.stage("capture"):
             program = capture(self.model, self.args, self.kwargs, self.dynamic_shapes)
@@ -199,7 +202,7 @@ class _Job:
 
     def _look_at_weights(self, program: Program) -> None:
         """NaN in the weights makes every comparison blind."""
-        floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point() and not p.is_meta)
+        floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point())
         broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
         if broken:
             listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
