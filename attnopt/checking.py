@@ -122,16 +122,25 @@ class Checker:
 
 
 def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number: int) -> Inputs:
-    """The calibration batch in the form in which the graph takes it.  Raises CalibrationError."""
+    """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError."""
     try:
         arranged = signature.arrange(*batch)
         check_inputs(module, *arranged)
+        arranged = _moved(module, arranged)
     except (CaptureError, TypeError) as e:
         raise CalibrationError(
             f"calibration batch {number} does not fit the example inputs: {str(e).splitlines()[0]}",
             hint='give batches of the same form and size, or optimize with dynamic_shapes="auto"',
         ) from e
     return arranged
+
+
+def _moved(module: fx.GraphModule, inputs: Inputs) -> Inputs:
+    wanted = iter([value(n) for n in module.graph.nodes if n.op == "placeholder"])
+    moved: Inputs = pytree.tree_map(
+        lambda x: x.to(to.device) if isinstance(to := next(wanted), Tensor) and isinstance(x, Tensor) else x, inputs
+    )
+    return moved
 
 
 def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Inputs]:

@@ -175,7 +175,7 @@ class _Job:
         _check_axes(dynamic - dynamic_axes(module.graph))
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
-            decisions = self._with_kept_mass(program, decisions, module)
+            decisions = self._with_kept_mass(program, decisions)
         return module, self._origin(program, findings, decisions, module, error)
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
@@ -248,7 +248,7 @@ class _Job:
             )
         return error
 
-    def _with_kept_mass(self, program: Program, decisions: list[Decision], module: fx.GraphModule) -> list[Decision]:
+    def _with_kept_mass(self, program: Program, decisions: list[Decision]) -> list[Decision]:
         """What the sites with blocks that are chosen at run time keep, as notes."""
         specs = {
             d.found.raised.node: replace(d.found.raised.spec, selection=d.site.spec.selection)
@@ -257,8 +257,7 @@ class _Job:
         }
         if not specs:
             return decisions
-        signature = self._signature(module)
-        inputs = [signature.arrange(*batch) for batch in self.batches] or [(program.args, program.kwargs)]
+        inputs = self._arranged(program) or [(program.args, program.kwargs)]
         values = [list(example_values(program.module, *given).values()) for given in inputs]
         if not all(values):
             return decisions

@@ -101,7 +101,11 @@ def _leaf_key(gm: fx.GraphModule, node: fx.Node) -> object:
     if node.op == "get_attr":
         found = get_attr(gm, str(node.target))
         is_small = not isinstance(found, torch.nn.Parameter) and found.numel() < 2**20
-        return ("constant", *fingerprint(found)) if is_small and not found.is_meta else ("weight", tuple(found.shape), found.dtype)
+        return (
+            ("constant", *fingerprint(found))
+            if is_small and not found.is_meta
+            else ("weight", tuple(found.shape), found.dtype)
+        )
     if isinstance(val, Tensor):
         name = node.name if node.op == "placeholder" else ""
         return ("value", name, tuple(map(str, val.shape)), val.dtype)
