@@ -130,7 +130,9 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
     assert q is not None
     assert k is not None
     spec = replace(spec, is_cross=_is_cross(q, k), positions=_positions(q))
-    notes = ("the attention weights are used elsewhere and are still computed",) if region.escapes else ()
+    notes: tuple[str, ...] = ()
+    if region.escapes:
+        notes += ("the attention weights are used elsewhere and are still computed",)
     device = value(q).device.type
     if device == "meta":
         notes += ("proved with random values: on the meta device the model holds none",)
