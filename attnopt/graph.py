@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -152,7 +153,7 @@ class Emitter:
             return self._known[key]
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        with self.mode:
+        with self.mode, enable_python_dispatcher():  # some kernels, as linear's in torch 2.11, take no symbolic sizes
             node.meta["val"] = target(*fake_args(args), **fake_args(kwargs))
         self._mark(node)
         self._known[key] = node
