@@ -17,8 +17,9 @@ from attnopt.allotting import allot
 from attnopt.attention_mass import measured
 from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.calling import Signature
-from attnopt.capture import Program, capture, check_call
+from attnopt.capture import Program, capture, check_call, require_values, without_values
 from attnopt.checking import Checker, fitting
+from attnopt.compiling import compiling
 from attnopt.deciding import Decision, decide, limited, standing_refusals
 from attnopt.errors import AttnoptWarning, PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, Found, find
@@ -50,15 +51,18 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@compiling()
 def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Inspection:
     """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.
 
     Returns an ``Inspection``: ``.sites`` in the order in which they run, each with the passes that cannot rewrite it in
-    ``.refusals``; ``.near_misses``; it prints as a table.  Raises CaptureError if the model cannot be captured.
+    ``.refusals``; ``.near_misses``; it prints as a table.  A model on the meta device needs no memory for its weights: each
+    site is proved with random values in place of them, and what only they could tell (a mask in a buffer) stays unknown.
+    Raises CaptureError if the model cannot be captured.
     """
     inputs = _inputs(args, kwargs)
     program = capture(model, *inputs)
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and without_values(model) is None:
         check_call(model, *inputs)
     findings = find(program)
     sites = tuple(replace(f.site, refusals=standing_refusals(f)) for f in findings.found)
@@ -104,6 +108,7 @@ def optimize(
     if not args and not given and batches:
         args, given = batches[0]
 
+    @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
         job = _Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, tolerance, strict, limit, seed)
         return job.run()
@@ -152,6 +157,7 @@ class _Job:
     seed: int
 
     def run(self) -> tuple[fx.GraphModule, Origin]:
+        require_values(self.model)
         self.clock, self.warnings = _Clock(), list[str]()
         with self.clock.stage("capture"):
             program = capture(self.model, self.args, self.kwargs, self.dynamic_shapes)
@@ -170,7 +176,7 @@ class _Job:
         _check_axes(dynamic - dynamic_axes(module.graph))
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
-            decisions = self._with_kept_mass(program, decisions, module)
+            decisions = self._with_kept_mass(program, decisions)
         return module, self._origin(program, findings, decisions, module, error)
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
@@ -199,8 +205,8 @@ class _Job:
 
     def _look_at_weights(self, program: Program) -> None:
         """NaN in the weights makes every comparison blind."""
-        floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point() and not p.is_meta)
-        broken = [name for name, p in floats if not bool(torch.isfinite(p).all())]
+        floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point())
+        broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
         if broken:
             listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
             self._warn(f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared")
@@ -230,7 +236,7 @@ class _Job:
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
-        warnings.warn(text, AttnoptWarning, stacklevel=6)
+        warnings.warn(text, AttnoptWarning, stacklevel=7)
 
     def _verify(self, checker: Checker, module: fx.GraphModule) -> float:
         error, found = checker.check(module)
@@ -245,7 +251,7 @@ class _Job:
             )
         return error
 
-    def _with_kept_mass(self, program: Program, decisions: list[Decision], module: fx.GraphModule) -> list[Decision]:
+    def _with_kept_mass(self, program: Program, decisions: list[Decision]) -> list[Decision]:
         """What the sites with blocks that are chosen at run time keep, as notes."""
         specs = {
             d.found.raised.node: replace(d.found.raised.spec, selection=d.site.spec.selection)
@@ -254,8 +260,7 @@ class _Job:
         }
         if not specs:
             return decisions
-        signature = self._signature(module)
-        inputs = [signature.arrange(*batch) for batch in self.batches] or [(program.args, program.kwargs)]
+        inputs = self._arranged(program) or [(program.args, program.kwargs)]
         values = [list(example_values(program.module, *given).values()) for given in inputs]
         if not all(values):
             return decisions
