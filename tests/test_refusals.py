@@ -74,6 +74,15 @@ class OneKey(Decoy):
         return self.merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
 
 
+class Misdivided(Decoy):
+    """Each feature is divided by the sum of the query with its number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(len(x), L, E // L, L).transpose(1, 2) for f in (self.q, self.k, self.v))
+        e = torch.exp(q @ k.transpose(-1, -2) / 8)
+        return self.merged(e @ v / e.sum(-1).unsqueeze(-2))
+
+
 class Dropping(Decoy):
     def forward(self, x: Tensor) -> Tensor:
         return self.merged(F.scaled_dot_product_attention(*self.heads(x), dropout_p=0.1))
@@ -200,6 +209,11 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "unreadable-layout": (
         lambda: missed(decoys.DroppedColumn()),
         "[unreadable-layout] expected weights whose axes can be followed, found slice_1 = slice (at LINE)",
+    ),
+    "late-division": (
+        lambda: missed(Misdivided()),
+        "[late-division] expected each query's output divided by its own sum of exponentials, found div_1, which "
+        "divides by another's (at LINE)",
     ),
     "channel-attention": (
         lambda: missed(decoys.OverChannels()),
