@@ -85,7 +85,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     raised = plan.found.raised
     node, out, region_out = table[raised.node], table[raised.out], table[raised.region.out.node]
     region_out.replace_all_uses_with(out)
-    spec, edits = (plan.spec, plan.edits) if plain else _folded(plan)
+    spec, edits = (plan.spec, plan.edits) if plain else folded(plan)
     dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
     emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
     edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
@@ -139,7 +139,7 @@ def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mappi
     return emit.inline(call, *(node for node in operands.values() if node is not None))
 
 
-def _folded(plan: Plan) -> tuple[AttentionSpec, tuple[HeadWeights, ...]]:
+def folded(plan: Plan) -> tuple[AttentionSpec, tuple[HeadWeights, ...]]:
     """Gains moved into the output projection where it is known: they cost nothing there."""
     site, spec = plan.found.site, plan.spec
     if spec.gains is None or site.projections["out"].rows is None or plan.found.output_op is None:

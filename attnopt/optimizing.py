@@ -105,12 +105,41 @@ def optimize(
 
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
         job = _Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, tolerance, strict, limit, seed)
-        return job.run()
+        made = job.run()
+        return made.module, made.origin
 
     if not args and not given:
         return OptimizedModel.deferred(model, build)
     module, origin = build(args, given)
     return OptimizedModel(module, origin)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An optimized graph with where it comes from, the program that it was made of, and what the passes decided."""
+
+    module: fx.GraphModule
+    origin: Origin
+    program: Program
+    decisions: tuple[Decision, ...]
+
+
+def compiled(
+    model: nn.Module,
+    policy: Any,
+    inputs: Inputs,
+    batches: Sequence[Inputs],
+    *,
+    tolerance: float | None,
+    strict: bool,
+    limit: int | None,
+    seed: int,
+) -> Compiled:
+    """What ``optimize`` does on these inputs, their batch and sequence axes free as far as the model allows."""
+    _check_options(limit, tolerance)
+    args, kwargs = inputs
+    chosen, backends = Policy.of(policy), _backends("auto")
+    return _Job(model, chosen, args, kwargs, "auto", batches, backends, tolerance, strict, limit, seed).run()
 
 
 def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -150,7 +179,7 @@ class _Job:
     limit: int | None
     seed: int
 
-    def run(self) -> tuple[fx.GraphModule, Origin]:
+    def run(self) -> Compiled:
         self.clock, self.warnings = _Clock(), list[str]()
         with self.clock.stage("capture"):
             program = capture(self.model, self.args, self.kwargs, self.dynamic_shapes)
@@ -170,7 +199,8 @@ class _Job:
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
             decisions = self._with_kept_mass(program, decisions, module)
-        return module, self._origin(program, findings, decisions, module, error)
+        origin = self._origin(program, findings, decisions, module, error)
+        return Compiled(module, origin, program, tuple(decisions))
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
         """What the passes make of each site; those that can use calibration data see what the site computes on them."""
