@@ -87,14 +87,14 @@ def configurations(home: Any, counts: Counts) -> Iterator[tuple[Setting, ...]]:
     makes a model of exactly these shapes; with them the attributes that the class then sets otherwise."""
     kind, config = type(home), home.config
     data = config.to_dict()
-    wanted, before = _shapes(home), _empty(kind, type(config).from_dict(copy.deepcopy(data)))
+    wanted, before = _shapes(home), _empty(kind, config, data)
     if before is None:
         return
     for changes in itertools.islice(_changed_entries(config, data, counts), MOST):
         after_data = copy.deepcopy(data)
         for path, value in changes.items():
             _at(after_data, path[:-1])[path[-1]] = value
-        after = _empty(kind, type(config).from_dict(after_data))
+        after = _empty(kind, config, after_data)
         if after is None or _shapes(after) != wanted:
             continue
         entries = (Setting(_within(config, path[:-1]), path[-1], value) for path, value in changes.items())
@@ -144,11 +144,11 @@ def _within(config: Any, path: Path) -> Any:
     return config
 
 
-def _empty(kind: type[nn.Module], config: Any) -> nn.Module | None:
+def _empty(kind: type[nn.Module], config: Any, data: Mapping[str, Any]) -> nn.Module | None:
     """A model of this class without any weights; None where the class does not take the configuration."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return kind(config)
+            return kind(type(config).from_dict(copy.deepcopy(dict(data))))
     except Exception:  # whatever a class raises for numbers that do not fit together
         return None
 

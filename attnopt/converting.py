@@ -20,17 +20,17 @@ from attnopt.checking import ROOM, resized
 from attnopt.class_settings import Counts, Setting, attributes, configurations, settle
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.decoding import decoding_error
-from attnopt.errors import AttnoptWarning, ConversionError, PolicyError
+from attnopt.errors import AttnoptError, AttnoptWarning, ConversionError, PolicyError
 from attnopt.head_weights import REMEDY, head_order, put_into, reshaped
 from attnopt.lowering import Plan, lower
 from attnopt.optimizing import Compiled, compiled
+from attnopt.past import past_of
 from attnopt.pattern import Full, Pattern
 from attnopt.patterns import Sinks, Window
 
 Model = TypeVar("Model", bound=nn.Module)
 
 LEAST = 4  # tokens, for a pattern to show
-_PROBE = Window(1, 1) | Sinks(1)
 
 
 def convert(
@@ -75,8 +75,9 @@ def convert(
     decoding = _Decoding(model, inputs)
     if patterns:
         _check_lengths(plans)
-        _install(converted, {name: pattern & _PROBE for name, pattern in patterns.items()})
-        probes = [replace(p, spec=p.spec.restricted(_PROBE)) if _name(p) in patterns else p for p in plans]
+        narrow = {name: _probe(pattern) for name, pattern in patterns.items()}
+        _install(converted, {name: pattern & narrow[name] for name, pattern in patterns.items()})
+        probes = [replace(p, spec=p.spec.restricted(narrow.get(_name(p), Full()))) for p in plans]
         _settle(converted, counts, _Judge(made, lower(made.program.module, probes, plain=True), decoding))
         _install(converted, patterns)
         if not _Judge(made, made.module, decoding).agrees(converted):
@@ -152,6 +153,12 @@ def _new_pattern(plan: Plan) -> Pattern | None:
     if seen == was.for_heads([before.heads.index(h) for h in after.heads]):
         return None
     return seen.for_heads(order)
+
+
+def _probe(pattern: Pattern) -> Pattern:
+    """So narrow a pattern that it shows on few tokens; without sinks where ``pattern`` has none."""
+    past = past_of(pattern)
+    return Window(1, 1) if past is not None and past.sinks == 0 else Window(1, 1) | Sinks(1)
 
 
 def _check_lengths(plans: Sequence[Plan]) -> None:
@@ -233,6 +240,8 @@ class _Judge:
                     if not difference(_outputs(model, inputs), wanted) <= ROOM * tolerance(wanted):
                         return False
                 return self.decoding.works(model)
+            except AttnoptError:
+                raise
             except Exception:  # numbers of heads that do not fit the weights fail in many ways
                 return False
 
