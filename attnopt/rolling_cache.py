@@ -19,11 +19,14 @@ from attnopt.errors import AttnoptError
 from attnopt.past import Past
 
 
-class RollingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values [B, G, at most sinks + recent, D] of the first ``sinks`` and the last ``recent`` tokens.
+SPARE = 64  # tokens of the last update that can be taken back
 
-    ``update`` returns these followed by the new ones, so memory does not grow with the number of tokens.  Keys are kept as
-    they come: rotary positions are those that the tokens had.
+
+class RollingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [B, G, at most sinks + recent + SPARE, D] of the first tokens and the last ones.
+
+    ``update`` returns those that new queries can see, followed by the new ones; memory does not grow with the number of
+    tokens.  Keys are kept as they come: rotary positions are those that the tokens had.
     """
 
     is_croppable = False
@@ -39,35 +42,43 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         """The kept and the new keys and values, [B, G, S, D] each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys = torch.cat([self.keys, key_states], dim=-2)
-        values = torch.cat([self.values, value_states], dim=-2)
-        self.cumulative_length += key_states.shape[-2]
-        self._removable += key_states.shape[-2]
-        self.keys, self.values = keys, values
-        if not self.record_past:
-            self._roll()
+        sinks, recent = self.past.sinks, self.past.recent
+        keys, values = (
+            torch.cat([*([old] if self.record_past else _ends(old, sinks, recent)), new], dim=-2)
+            for old, new in ((self.keys, key_states), (self.values, value_states))
+        )
+        added = key_states.shape[-2]
+        self.cumulative_length += added
+        if self.record_past or keys.shape[-2] <= sinks + recent + SPARE:
+            self.keys, self.values = keys, values
+            self._removable = self._removable + added if self.record_past else added
+        else:  # copied, so that what is dropped is freed
+            self.keys, self.values = (torch.cat(_ends(t, sinks, recent + SPARE), dim=-2) for t in (keys, values))
+            self._removable = min(added, SPARE)
         return keys, values
 
     def activate_past_recording(self) -> None:
-        """Keep everything until ``crop`` is called, which can then take tokens back (assisted generation)."""
+        """Keep everything until ``crop`` is called, which can then take back all that came in between."""
         self.record_past = True
+        self._removable = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last ``-tokens_to_remove`` tokens."""
+        """Takes back the last ``-tokens_to_remove`` tokens, as assisted generation does after each of its steps."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes the number of tokens to remove, as a negative number")
         if not self.is_initialized:
             return
-        dropped = self.keys.shape[-2] < self.cumulative_length
-        if dropped and -tokens_to_remove > self._removable:
+        if self.keys.shape[-2] < self.cumulative_length and -tokens_to_remove > self._removable:
             raise RuntimeError(
-                f"{-tokens_to_remove} tokens cannot be taken back: earlier ones were dropped from the cache; "
-                "call activate_past_recording() before"
+                f"{-tokens_to_remove} tokens cannot be taken back, because earlier ones were dropped from the cache; "
+                "a model with patterns can be assisted, but cannot assist"
             )
         if tokens_to_remove:
             self.keys, self.values = self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]
             self.cumulative_length += tokens_to_remove
-        self._roll()
+        ends = (_ends(t, self.past.sinks, self.past.recent) for t in (self.keys, self.values))
+        self.keys, self.values = (torch.cat(parts, dim=-2) for parts in ends)
+        self._removable = 0
 
     def reset(self) -> None:
         super().reset()
@@ -80,18 +91,11 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         """As of a cache that keeps everything: masks are made for all tokens, and cut to what is left where they are used."""
         return self.cumulative_length + query_length, 0
 
-    def _roll(self) -> None:
-        sinks, recent = self.past.sinks, self.past.recent
-        self._removable = 0
-        if self.keys.shape[-2] <= sinks + recent:
-            self._removable = self.keys.shape[-2] if self.keys.shape[-2] == self.cumulative_length else 0
-            return
-        self.keys, self.values = (_ends(t, sinks, recent) for t in (self.keys, self.values))
 
-
-def _ends(t: Tensor, sinks: int, recent: int) -> Tensor:
-    """Copied, so that what is dropped is freed."""
-    return torch.cat([t[..., :sinks, :], t[..., t.shape[-2] - recent :, :]], dim=-2)
+def _ends(t: Tensor, sinks: int, recent: int) -> list[Tensor]:
+    """The first and the last tokens of [.., S, D], as views; all of them where there are no more."""
+    length = t.shape[-2] if t.dim() > 1 else 0  # nothing at all, before the first update
+    return [t] if length <= sinks + recent else [t[..., :sinks, :], t[..., length - recent :, :]]
 
 
 class UseRollingCache:
