@@ -15,7 +15,7 @@ from attnopt.backends.blocked import Blocked
 from attnopt.errors import ConversionError
 from attnopt.past import Past, past_of
 from attnopt.pattern import Full, Pattern
-from attnopt.patterns import parse
+from attnopt.patterns import Causal, parse
 from attnopt.ranges import clipped
 from attnopt.rolling_cache import UseRollingCache
 from attnopt.spec import AttentionSpec
@@ -98,12 +98,10 @@ def attend(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
         )
         return out, None
-    past = past_of(found)
-    mask = None if attention_mask is None else _left(attention_mask, key.shape[2], past)
+    mask = None if attention_mask is None else _left(attention_mask, key.shape[2], past_of(found))
+    if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        found = Causal() & found  # what a missing mask means to transformers
     if dropout == 0.0 and (query.shape[2] > 1 or own_scores):
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if mask is None and causal and isinstance(found, Full):
-            found = parse("Causal()")
         return _blocked(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
     if own_scores:
         raise ConversionError(

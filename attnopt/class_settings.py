@@ -44,9 +44,7 @@ class Counts:
     @classmethod
     def of(cls, decision: Decision) -> Counts:
         old, new = decision.found.raised.spec, decision.site.spec
-        return cls(
-            (old.num_heads, new.num_heads), (old.num_kv_heads, new.num_kv_heads), old.head_dim, old.value_dim
-        )
+        return cls((old.num_heads, new.num_heads), (old.num_kv_heads, new.num_kv_heads), old.head_dim, old.value_dim)
 
     @property
     def change(self) -> bool:
@@ -68,9 +66,7 @@ class Counts:
         }
 
 
-def settle(
-    candidates: Iterator[tuple[Setting, ...]], agrees: Callable[[], bool]
-) -> tuple[Setting, ...] | None:
+def settle(candidates: Iterator[tuple[Setting, ...]], agrees: Callable[[], bool]) -> tuple[Setting, ...] | None:
     """The first candidate with which ``agrees`` is true, set; None, and nothing set, where there is none."""
     for settings in candidates:
         undo = [s.swap() for s in settings]
@@ -197,9 +193,7 @@ def attributes(sites: Sequence[tuple[Sequence[nn.Module], Counts]]) -> Iterator[
             yield tuple(_assignments(sites, meaning))
 
 
-def _assignments(
-    sites: Sequence[tuple[Sequence[nn.Module], Counts]], meaning: Mapping[Slot, str]
-) -> Iterator[Setting]:
+def _assignments(sites: Sequence[tuple[Sequence[nn.Module], Counts]], meaning: Mapping[Slot, str]) -> Iterator[Setting]:
     for modules, counts in sites:
         for module in modules:
             for (kind, name), quantity in meaning.items():

@@ -61,9 +61,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
     inputs, batches = _inputs(model, args, kwargs, calibration)
-    made = compiled(
-        model, policy, inputs, batches, tolerance=tolerance, strict=strict, limit=limit, seed=seed
-    )
+    made = compiled(model, policy, inputs, batches, tolerance=tolerance, strict=strict, limit=limit, seed=seed)
     plans = [d.plan for d in made.decisions if d.plan is not None and not d.plan.changes_nothing]
     for plan in plans:
         _check_class(plan)
@@ -138,7 +136,9 @@ def _check_class(plan: Plan) -> None:
         seen_as=before.seen_as,
     )
     if kept != before:
-        raise ConversionError(f"{', '.join(plan.passes)} changes more than heads and patterns", site=_name(plan), hint=REMEDY)
+        raise ConversionError(
+            f"{', '.join(plan.passes)} changes more than heads and patterns", site=_name(plan), hint=REMEDY
+        )
 
 
 def _name(plan: Plan) -> str:

@@ -34,7 +34,9 @@ def head_order(plan: Plan) -> HeadOrder:
     Raises ConversionError where the groups are of several sizes.
     """
     before, after = plan.found.raised.spec, plan.spec
-    readers = [[h for h, g in zip(after.heads, after.kv_of_head, strict=True) if g == n] for n in range(len(after.kv_heads))]
+    readers = [
+        [h for h, g in zip(after.heads, after.kv_of_head, strict=True) if g == n] for n in range(len(after.kv_heads))
+    ]
     sizes = sorted({len(heads) for heads in readers})
     if len(sizes) != 1:
         raise ConversionError(
@@ -76,9 +78,7 @@ def _of_site(plan: Plan) -> dict[str, Tensor]:
     site, order = plan.found.site, head_order(plan)
     spec, edits = folded(plan)
     if spec.gains is not None:
-        raise ConversionError(
-            "its gains cannot be folded into an output projection", site=site.name, hint=REMEDY
-        )
+        raise ConversionError("its gains cannot be folded into an output projection", site=site.name, hint=REMEDY)
     values = edited_parameters(site, edits, plan.out_bias)
     if order == HeadOrder(site.spec.heads, site.spec.kv_heads):
         return values

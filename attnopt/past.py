@@ -22,11 +22,7 @@ class Past:
 
 
 def past_of(pattern: Pattern) -> Past | None:
-    """What later queries can see of earlier tokens under a causal ``pattern``; None: all of it, as far as is known."""
-    return _bounded(pattern) if pattern.is_causal else None
-
-
-def _bounded(pattern: Pattern) -> Past | None:
+    """What later queries can see of earlier tokens under ``pattern``; None: all of it, as far as is known."""
     if isinstance(pattern, Window):
         return Past(0, pattern.left)
     if isinstance(pattern, Dilated):
@@ -34,9 +30,9 @@ def _bounded(pattern: Pattern) -> Past | None:
     if isinstance(pattern, Sinks):
         return Past(pattern.n, 0)
     if isinstance(pattern, Or | PerHead):
-        return _widest(_bounded(p) for p in pattern.parts)
+        return _widest(past_of(p) for p in pattern.parts)
     if isinstance(pattern, And):
-        return _widest(_bounded(p) for p in pattern.parts if not isinstance(p, Causal | Full))
+        return _widest(past_of(p) for p in pattern.parts if not isinstance(p, Causal | Full))
     return None
 
 

@@ -18,7 +18,6 @@ from transformers.cache_utils import (
 from attnopt.errors import AttnoptError
 from attnopt.past import Past
 
-
 SPARE = 64  # tokens of the last update that can be taken back
 
 
@@ -33,6 +32,8 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, past: Past) -> None:
         super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
         self.past = past
         self.cumulative_length = 0  # all tokens that were ever added
         self.record_past = False

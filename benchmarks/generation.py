@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def draw(axes: Any, found: dict[str, list[dict[str, float]]]) -> None:
         for axis, column in zip(axes, ("cache MiB", "resident MiB"), strict=False):
             axis.plot(tokens, [row[column] for row in line], label=VARIANTS[variant])
             axis.set(xlabel="tokens", ylabel=column)
-        steps = list(zip(line, line[1:], strict=False))
+        steps = list(pairwise(line))
         pace = [1000 * (b["s"] - a["s"]) / (b["tokens"] - a["tokens"]) for a, b in steps]
         axes[2].plot(tokens[1:], pace, label=VARIANTS[variant])
         axes[2].set(xlabel="tokens", ylabel="ms a token")

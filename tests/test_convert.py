@@ -135,7 +135,7 @@ assert torch.equal(model(wanted["ids"], use_cache=False).logits, wanted["logits"
 @pytest.mark.parametrize(
     ("make", "policy", "counts"),
     [
-        (llama, PruneHeads(heads=[1]), (3, 3)),
+        (llama, PruneHeads(heads=[1, 2]), (2, 2)),
         (qwen3, GroupedQuery(2, merge="mean"), (4, 2)),
         (qwen3, [PruneHeads(heads=[0, 3]), ScaleHeads([0.5, 2.0])], (2, 2)),
     ],
