@@ -11,19 +11,16 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from attnopt.calibration import Batch, Calibration, Inputs
-from attnopt.capture import cloned
-from attnopt.checking import ROOM, resized
 from attnopt.class_settings import Counts, Setting, attributes, configurations, settle
-from attnopt.compare import difference, tensors, tolerance
-from attnopt.decoding import decoding_error
-from attnopt.errors import AttnoptError, AttnoptWarning, ConversionError, PolicyError
+from attnopt.errors import AttnoptWarning, ConversionError, PolicyError
 from attnopt.head_weights import REMEDY, head_order, put_into, reshaped
+from attnopt.judging import Decoding, Judge
 from attnopt.lowering import Plan, lower
-from attnopt.optimizing import Compiled, compiled
+from attnopt.optimizing import Options
+from attnopt.parts import Part, joined_report, parts_of
 from attnopt.past import past_of
 from attnopt.pattern import Full, Pattern
 from attnopt.patterns import Sinks, Window
@@ -53,6 +50,8 @@ def convert(
     pattern can still see (see ``apply_patterns``).  The copy computes what ``optimize``'s graph does: compared on the example
     inputs, at other sizes, and token by token with a cache where the model has one.  ``copy.attnopt_report`` is its report.
 
+    A model that cannot be captured whole is looked at module by module, with the inputs that come to each attention.
+
     ``args``, ``kwargs``: example inputs, of 4 tokens at least where there are patterns; the model is captured without a
     cache.  The other options are those of ``optimize``, which takes whatever a class cannot hold.
 
@@ -61,28 +60,27 @@ def convert(
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
     inputs, batches = _inputs(model, args, kwargs, calibration)
-    made = compiled(model, policy, inputs, batches, tolerance=tolerance, strict=strict, limit=limit, seed=seed)
-    plans = [d.plan for d in made.decisions if d.plan is not None and not d.plan.changes_nothing]
+    parts = parts_of(model, policy, inputs, batches, Options(tolerance, strict, limit, seed))
+    plans = [plan for part in parts for plan in part.plans]
     for plan in plans:
         _check_class(plan)
     values = reshaped(model, plans)
     converted = copy.deepcopy(model)
     put_into(converted, values)
     patterns = {_name(p): seen for p in plans if (seen := _new_pattern(p)) is not None}
-    counts = {d.found.site.name: Counts.of(d) for d in made.decisions}
-    decoding = _Decoding(model, inputs)
+    counts = {d.found.site.name: Counts.of(d) for part in parts for d in part.made.decisions}
+    meant, decoding = [(part, part.made.module) for part in parts], Decoding(model, inputs)
     if patterns:
         _check_lengths(plans)
         narrow = {name: _probe(pattern) for name, pattern in patterns.items()}
         _install(converted, {name: pattern & narrow[name] for name, pattern in patterns.items()})
-        probes = [replace(p, spec=p.spec.restricted(narrow.get(_name(p), Full()))) for p in plans]
-        _settle(converted, counts, _Judge(made, lower(made.program.module, probes, plain=True), decoding))
+        _settle(converted, counts, Judge([(part, _narrowed(part, narrow)) for part in parts], decoding))
         _install(converted, patterns)
-        if not _Judge(made, made.module, decoding).agrees(converted):
+        if not Judge(meant, decoding).agrees(converted):
             raise _differs(converted)
     else:
-        _settle(converted, counts, _Judge(made, made.module, decoding))
-    converted.attnopt_report = made.origin.report  # type: ignore[assignment]
+        _settle(converted, counts, Judge(meant, decoding))
+    converted.attnopt_report = joined_report(parts)  # type: ignore[assignment]
     return converted
 
 
@@ -161,6 +159,12 @@ def _probe(pattern: Pattern) -> Pattern:
     return Window(1, 1) if past is not None and past.sinks == 0 else Window(1, 1) | Sinks(1)
 
 
+def _narrowed(part: Part, narrow: Mapping[str, Pattern]) -> fx.GraphModule:
+    """The graph of a part in which the sites that get a pattern see less still."""
+    probes = [replace(p, spec=p.spec.restricted(narrow.get(_name(p), Full()))) for p in part.plans]
+    return lower(part.made.program.module, probes, plain=True)
+
+
 def _check_lengths(plans: Sequence[Plan]) -> None:
     for plan in plans:
         if plan.found.site.q_len < LEAST:
@@ -198,60 +202,7 @@ def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
             apply_patterns(module, own)
 
 
-class _Decoding:
-    """A converted model must decode from its cache as well as the original does."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.allowed = ROOM * tolerance([p for p in model.parameters() if p.is_floating_point()])
-        before = decoding_error(model, *cloned(inputs))
-        self.matters = before is not None and before <= self.allowed
-
-    def works(self, model: nn.Module) -> bool:
-        if not self.matters:
-            return True
-        after = decoding_error(model, *cloned(self.inputs))
-        return after is not None and after <= self.allowed
-
-
-class _Judge:
-    """Compares models with a graph, on the example inputs and at another size where the graph has room for it, and reads
-    the example text token by token."""
-
-    def __init__(self, made: Compiled, graph: fx.GraphModule, decoding: _Decoding) -> None:
-        program = made.program
-        self.decoding = decoding
-        self.wanted: list[tuple[Inputs, list[Tensor]]] = []
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for inputs in ((program.args, program.kwargs), *resized(program.module, program.args, program.kwargs)):
-                try:
-                    self.wanted.append((inputs, _outputs(graph, inputs)))
-                except Exception:
-                    if not self.wanted:
-                        raise
-                    continue  # a size that the graph has no room for
-                if len(self.wanted) == 2:
-                    return
-
-    def agrees(self, model: nn.Module) -> bool:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            try:
-                for inputs, wanted in self.wanted:
-                    if not difference(_outputs(model, inputs), wanted) <= ROOM * tolerance(wanted):
-                        return False
-                return self.decoding.works(model)
-            except AttnoptError:
-                raise
-            except Exception:  # numbers of heads that do not fit the weights fail in many ways
-                return False
-
-
-def _outputs(module: nn.Module, inputs: Inputs) -> list[Tensor]:
-    args, kwargs = cloned(inputs)
-    return tensors(module(*args, **kwargs))
-
-
-def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: _Judge) -> None:
+def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> None:
     """Find the settings with which ``model``, whose weights are new, computes what it should.  Raises ConversionError."""
     changed = any(c.change for c in counts.values())
     candidates: Iterator[tuple[Setting, ...]] = iter([()])

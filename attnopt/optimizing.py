@@ -124,22 +124,30 @@ class Compiled:
     decisions: tuple[Decision, ...]
 
 
+@dataclass(frozen=True)
+class Options:
+    """As of ``optimize``."""
+
+    tolerance: float | None = None
+    strict: bool = False
+    limit: int | None = None
+    seed: int = 0
+
+
 def compiled(
     model: nn.Module,
     policy: Any,
     inputs: Inputs,
     batches: Sequence[Inputs],
-    *,
-    tolerance: float | None,
-    strict: bool,
-    limit: int | None,
-    seed: int,
+    options: Options,
+    dynamic_shapes: Any = "auto",
 ) -> Compiled:
-    """What ``optimize`` does on these inputs, their batch and sequence axes free as far as the model allows."""
+    """What ``optimize`` does on these inputs."""
+    tolerance, strict, limit, seed = options.tolerance, options.strict, options.limit, options.seed
     _check_options(limit, tolerance)
     args, kwargs = inputs
     chosen, backends = Policy.of(policy), _backends("auto")
-    return _Job(model, chosen, args, kwargs, "auto", batches, backends, tolerance, strict, limit, seed).run()
+    return _Job(model, chosen, args, kwargs, dynamic_shapes, batches, backends, tolerance, strict, limit, seed).run()
 
 
 def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -240,6 +240,7 @@ def test_an_encoder_sees_both_sides() -> None:
 
 
 def test_softcaps_and_windows_of_the_class_itself() -> None:
+    """The model decodes from layers of both kinds."""
     model = gemma2()
     converted = attnopt.convert(model, LocalWindow(2), ids())
     cache = generated(converted, ids(), 20, return_dict_in_generate=True).past_key_values
@@ -247,6 +248,55 @@ def test_softcaps_and_windows_of_the_class_itself() -> None:
     assert_decodes_as_it_reads(converted, 20)
     with pytest.raises(AttnoptError, match="a sliding window of its own"):
         attnopt.convert(model, LocalWindow(2, sinks=1), ids())
+
+
+# ------------------------------------------------------------ models that no exporter takes whole
+def branching(model: Any) -> Any:
+    """A branch on the inputs' values in each layer."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class Branching(LlamaMLP):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(x)
+            return y if float(y.sum()) > 0 else y / 2
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Branching
+    return model
+
+
+def test_a_model_that_no_exporter_takes_whole() -> None:
+    model = branching(llama())
+    policy = [GroupedQuery(2), LocalWindow(left=3, sinks=1)]
+    with pytest.raises(attnopt.CaptureError):
+        attnopt.optimize(model, policy, (ids(),), {"use_cache": False})
+    with pytest.warns(AttnoptWarning, match="2 of its modules were"):
+        converted = attnopt.convert(model, policy, ids(), calibration=[ids(), ids() % 30 + 1])
+    assert [site.name for site in converted.attnopt_report.sites] == [f"model.layers.{n}.self_attn" for n in (0, 1)]
+    assert converted.config.num_key_value_heads == 2
+    assert_decodes_as_it_reads(converted)
+    plain = attnopt.convert(llama(), policy, ids(), calibration=[ids(), ids() % 30 + 1])
+    assert torch.equal(converted.model.layers[0].self_attn.k_proj.weight, plain.model.layers[0].self_attn.k_proj.weight)
+
+
+def test_a_policy_for_regions_names_one() -> None:
+    with pytest.raises(attnopt.PolicyError, match="no attention is named 'decoder'"):
+        attnopt.convert(branching(llama(layers=1)), {"decoder": LocalWindow(2)}, ids())
+
+
+def test_a_cache_never_comes_into_a_captured_region() -> None:
+    class Caching(nn.Module):
+        """Hands its attention a cache whatever it is told, and cannot be captured whole."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = branching(llama(layers=1))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.inner(tokens, use_cache=True).logits  # type: ignore[no-any-return]
+
+    with pytest.raises(attnopt.CaptureError):
+        attnopt.convert(Caching().eval(), GroupedQuery(2, merge="mean"), ids())
 
 
 # ------------------------------------------------------------ refusals
