@@ -70,9 +70,7 @@ def joined_report(parts: Sequence[Part]) -> Report:
         near_misses=tuple(chain.from_iterable(r.near_misses for r in reports)),
         warnings=tuple(dict.fromkeys(chain.from_iterable(r.warnings for r in reports))),
         error=max((r.error for r in reports if r.error is not None), default=None),
-        policy=first.policy
-        if not others
-        else {site.name: () for r in reports for site in r.sites} | _policies(reports),
+        policy={s.name: r.policy["*"] for r in reports for s in r.sites} if others else first.policy,
     )
 
 

@@ -36,7 +36,7 @@ class InPlace(nn.Module):
             place = inner
         place.add_module(leaf, model.get_submodule(name))
         self.name = name
-        self.train(model.training)
+        self.training = model.training  # of the module inside, each part keeps its own mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.get_submodule(self.name)(*args, **kwargs)
@@ -85,9 +85,9 @@ def _normalising(model: nn.Module, call: Inputs) -> list[str]:
     return [name for name in found if name]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, stack: list[str], found: dict[str, None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack, self.found = stack, found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,7 +106,7 @@ def _running(model: nn.Module) -> Iterator[list[str]]:
         stack.pop()
 
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))  # type: ignore[misc]
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
         handles.append(module.register_forward_hook(left, always_call=True))
     try:
         yield stack

@@ -55,7 +55,7 @@ def turn(tokenizer: Any, question: str, before: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     model, tokenizer = smollm2.load()
     example = tokenizer("Paris is the capital of France, and Rome that of Italy.", return_tensors="pt").input_ids
-    small = windowed(model, example, window=128, sinks=4)
+    small = windowed(model, example, window=64, sinks=4)
     print(small.attnopt_report.headline)
     chat(small, tokenizer, sys.argv[1:] or ["What is the capital of France?", "Name a river there.", "And a museum?"])
 
