@@ -9,18 +9,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from attnopt.backends.blocked import Blocked
+from attnopt.backends.reference import Reference
+from attnopt.backends.sdpa import Sdpa
 from attnopt.errors import ConversionError
 from attnopt.past import Past, past_of
 from attnopt.pattern import Full, Pattern
 from attnopt.patterns import Causal, parse
 from attnopt.ranges import clipped
+from attnopt.rewriting import Backend
 from attnopt.rolling_cache import UseRollingCache
 from attnopt.spec import AttentionSpec
 
-NAME = "attnopt"  # of the attention implementation
+# The attention implementation that takes the place of another, and the masks that the other one works on: where a query of
+# padding sees no key at all, float masks leave it an average and bool masks nothing, and that shall stay as it was.
+NAMES = {"eager": ("attnopt-eager", eager_mask)}
+OTHERWISE = ("attnopt", sdpa_mask)
 PATTERN = "attnopt_pattern"  # attribute of an attention module
 PATTERNS = "attnopt_patterns"  # entry of a configuration: module name -> pattern, in its notation
 
@@ -62,10 +68,15 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping
 
 
 def _switch(model: PreTrainedModel) -> None:
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    for name, masks in (*NAMES.values(), OTHERWISE):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, masks)
+    now = model.config._attn_implementation
+    if now in {name for name, _ in (*NAMES.values(), OTHERWISE)}:
+        return
+    name, _ = NAMES.get(now, OTHERWISE)
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
         raise ConversionError(
             f"{type(model).__name__} does not let its attention implementation be set",
             hint="use attnopt.optimize, whose graph holds the pattern",
@@ -102,7 +113,7 @@ def attend(
     if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         found = Causal() & found  # what a missing mask means to transformers
     if dropout == 0.0 and (query.shape[2] > 1 or own_scores):
-        return _blocked(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
+        return _computed(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
     if own_scores:
         raise ConversionError(
             "softcap and sink logits cannot be computed with dropout", hint="set attention_dropout to 0"
@@ -137,7 +148,7 @@ def _with_pattern(mask: Tensor | None, pattern: Pattern, q: Tensor, k: Tensor) -
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
-def _blocked(
+def _computed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -165,5 +176,8 @@ def _blocked(
         softcap=softcap,
     )
     sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
-    o = Blocked().lower(spec)(q, k, v, bias=bias, mask=mask if is_bool else None, sinks=sinks)
+    backend: Backend = Blocked()
+    if torch.compiler.is_exporting():  # as operators that `convert` can read again
+        backend = Sdpa() if Sdpa().check(spec) is None else Reference()
+    o = backend.lower(spec)(q, k, v, bias=bias, mask=mask if is_bool else None, sinks=sinks)
     return o.transpose(1, 2).contiguous()
