@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnopt.deciding import Decision
+from attnopt.spec import AttentionSpec
 
 MOST = 256  # trials, of configurations and of attributes each
 _PLAIN = (bool, int, float, str, type(None), tuple)
@@ -42,8 +42,7 @@ class Counts:
     value_dim: int
 
     @classmethod
-    def of(cls, decision: Decision) -> Counts:
-        old, new = decision.found.raised.spec, decision.site.spec
+    def of(cls, old: AttentionSpec, new: AttentionSpec) -> Counts:
         return cls((old.num_heads, new.num_heads), (old.num_kv_heads, new.num_kv_heads), old.head_dim, old.value_dim)
 
     @property

@@ -68,7 +68,9 @@ def convert(
     converted = copy.deepcopy(model)
     put_into(converted, values)
     patterns = {_name(p): seen for p in plans if (seen := _new_pattern(p)) is not None}
-    counts = {d.found.site.name: Counts.of(d) for part in parts for d in part.made.decisions}
+    found = [d.found for part in parts for d in part.made.decisions]
+    made = {_name(plan): plan.spec for plan in plans}
+    counts = {f.site.name: Counts.of(f.raised.spec, made.get(f.site.name, f.raised.spec)) for f in found}
     meant, decoding = [(part, part.made.module) for part in parts], Decoding(model, inputs)
     if patterns:
         _check_lengths(plans)
@@ -130,6 +132,7 @@ def _check_class(plan: Plan) -> None:
         kv_heads=before.kv_heads,
         kv_of_head=before.kv_of_head,
         gains=before.gains,
+        after=before.after,  # both of these: see ``reshaped``
         pattern=before.pattern,
         seen_as=before.seen_as,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.errors import ConversionError
-from attnopt.lowering import Plan, edited_parameters, folded
+from attnopt.lowering import Plan, edited_parameters
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
@@ -76,10 +76,13 @@ def reshaped(model: nn.Module, plans: Sequence[Plan]) -> dict[str, Tensor]:
 
 def _of_site(plan: Plan) -> dict[str, Tensor]:
     site, order = plan.found.site, head_order(plan)
-    spec, edits = folded(plan)
-    if spec.gains is not None:
-        raise ConversionError("its gains cannot be folded into an output projection", site=site.name, hint=REMEDY)
-    values = edited_parameters(site, edits, plan.out_bias)
+    if plan.spec.gains is not None or plan.spec.after:
+        raise ConversionError(
+            "what the passes do to the outputs of its heads cannot be folded into an output projection",
+            site=site.name,
+            hint=REMEDY,
+        )
+    values = edited_parameters(site, plan.edits, plan.out_bias)
     if order == HeadOrder(site.spec.heads, site.spec.kv_heads):
         return values
     for name, axis, roles in _axes(site):

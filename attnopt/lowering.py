@@ -16,7 +16,9 @@ from torch import Tensor, fx
 from attnopt.backends.reference import Reference
 from attnopt.errors import RewriteError
 from attnopt.finding import Found
-from attnopt.graph import Emitter, prune_unused_state, shape, share, tidy
+from attnopt.finishing import attention_of
+from attnopt.folding import Folded, folded
+from attnopt.graph import Emitter, prune_unused_state, shape, share, tidy, value
 from attnopt.operands import ROLES
 from attnopt.projections import weight_path
 from attnopt.rewriting import Backend, HeadWeights
@@ -85,7 +87,9 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     raised = plan.found.raised
     node, out, region_out = table[raised.node], table[raised.out], table[raised.region.out.node]
     region_out.replace_all_uses_with(out)
-    spec, edits = (plan.spec, plan.edits) if plain else folded(plan)
+    whole = Folded(plan.spec, plan.edits, plan.out_bias)
+    made = whole if plain else folded(plan.found, whole)
+    spec, edits = made.spec, made.edits
     dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
     emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
     edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
@@ -106,7 +110,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
             else select.select(operand, wanted)
         )
     lowered = inline(emit, spec, Reference() if plain else plan.backend, operands)
-    _edit_output(gm, weights, plan, table, [e for e in edits if e.role == "out"])
+    _edit_output(gm, weights, plan.found, table, replace(made, edits=tuple(e for e in edits if e.role == "out")))
     chosen = trim(node, {1: spec.heads})
     if not chosen:
         node.replace_all_uses_with(lowered)
@@ -124,33 +128,22 @@ def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
 
 
 def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
-    attend = backend.lower(spec)
     given = [name for name, node in operands.items() if node is not None]
+    q = operands["q"]
+    assert q is not None
+    held = [emit.constant(c.tensor(value(q).device)) for c in spec.constants]
 
     def call(*tensors: Tensor) -> Tensor:
         found: dict[str, Tensor | None] = dict.fromkeys(operands)
-        found.update(zip(given, tensors, strict=True))
+        found.update(zip(given, tensors[: len(given)], strict=True))
         q, k, v = found["q"], found["k"], found["v"]
         assert q is not None
         assert k is not None
         assert v is not None
+        attend = attention_of(backend, spec, tensors[len(given) :])
         return attend(q, k, v, bias=found["bias"], mask=found["mask"], sinks=found["sinks"])
 
-    return emit.inline(call, *(node for node in operands.values() if node is not None))
-
-
-def folded(plan: Plan) -> tuple[AttentionSpec, tuple[HeadWeights, ...]]:
-    """Gains moved into the output projection where it is known: they cost nothing there."""
-    site, spec = plan.found.site, plan.spec
-    if spec.gains is None or site.projections["out"].rows is None or plan.found.output_op is None:
-        return spec, plan.edits
-    new = {e.head: e.weight for e in plan.edits if e.role == "out"}
-    scaled = [
-        HeadWeights("out", h, weight * gain)
-        for h, gain in zip(spec.heads, spec.gains, strict=True)
-        if (weight := new.get(h, site.head_weight("out", h))) is not None
-    ]
-    return replace(spec, gains=None), (*(e for e in plan.edits if e.role != "out"), *scaled)
+    return emit.inline(call, *(node for node in operands.values() if node is not None), *held)
 
 
 def edited_parameters(site: Site, edits: Sequence[HeadWeights], out_bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -183,15 +176,15 @@ def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new:
 
 
 def _edit_output(
-    gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], edits: Sequence[HeadWeights]
+    gm: fx.GraphModule, weights: Weights, found: Found, table: Mapping[fx.Node, fx.Node], made: Folded
 ) -> None:
     """New columns, and where it changes a new bias, in the output projection of this site alone."""
-    op = plan.found.output_op
-    edited = edited_parameters(plan.found.site, edits, plan.out_bias)
+    op = found.output_op
+    edited = edited_parameters(found.site, made.edits, made.out_bias)
     if op is None:
         return
     here = table[op]
     for name in edited:
         path = weight_path(here, {name})
-        select = Selector(Emitter(gm.graph, here, {"site": plan.found.site.name}), weights, edited, path)
+        select = Selector(Emitter(gm.graph, here, {"site": found.site.name}), weights, edited, path)
         here.replace_input_with(path[0], select.select(path[0], {}))

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.calibration import Inputs
 from attnopt.errors import AttnoptWarning, CaptureError, PolicyError
+from attnopt.folding import Folded, folded
 from attnopt.lowering import Plan
 from attnopt.optimizing import Compiled, Options, compiled
 from attnopt.policy import Policy
@@ -34,8 +35,13 @@ class Part:
 
     @property
     def plans(self) -> list[Plan]:
-        """What is to be changed."""
-        return [d.plan for d in self.made.decisions if d.plan is not None and not d.plan.changes_nothing]
+        """What is to be changed, with all that can be in the weights moved there."""
+        plans = [d.plan for d in self.made.decisions if d.plan is not None and not d.plan.changes_nothing]
+        left = [folded(plan.found, Folded(plan.spec, plan.edits, plan.out_bias)) for plan in plans]
+        return [
+            replace(plan, spec=made.spec, edits=made.edits, out_bias=made.out_bias)
+            for plan, made in zip(plans, left, strict=True)
+        ]
 
 
 def parts_of(model: nn.Module, policy: Any, inputs: Inputs, batches: Sequence[Inputs], options: Options) -> list[Part]:

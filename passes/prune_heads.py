@@ -11,7 +11,13 @@ from attnopt.errors import PolicyError
 from attnopt.head_scores import AT_SITE, scores_at
 from attnopt.obs import Surgeon
 from attnopt.options import choice, number, numbers, wholes
-from attnopt.passes.heads import BUDGETS, original_heads, refuse_unknown_heads, refuse_unknown_projections
+from attnopt.passes.heads import (
+    BUDGETS,
+    original_heads,
+    refuse_edits,
+    refuse_unknown_heads,
+    refuse_unknown_projections,
+)
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Pass, Rewrite, Share, SharesBudget
 from attnopt.site import Site
@@ -103,7 +109,8 @@ class PruneHeads(Pass, SharesBudget):
 
     # ------------------------------------------------------------ one site
     def check(self, site: Site) -> Refusal | None:
-        unknown = refuse_unknown_heads(site, (*(self.heads or ()), *self.protect))
+        routed = refuse_edits(site, [site.spec.route], "prune heads before tokens are routed to them")
+        unknown = routed or refuse_unknown_heads(site, (*(self.heads or ()), *self.protect))
         return unknown or self._refuse_sizes(site) or self._refuse_projections(site)
 
     def rewrite(self, site: Site) -> Rewrite:

@@ -355,3 +355,34 @@ def test_refusals_name_what_is_missing(policy: Any, message: str) -> None:
 def test_bad_options(make: Any, message: str) -> None:
     with pytest.raises(attnopt.PolicyError, match=message):
         make()
+
+
+# ---------------------------------------------------------------- calls of one set of weights
+@pytest.mark.parametrize("policy", [PruneHeads(0.5), PruneHeads(0.5, budget="site"), GroupedQuery(2)], ids=str)
+def test_one_set_of_weights_stays_one(policy: Any) -> None:
+    model, data = stack(3), batches()
+    model.layers = nn.ModuleList([model.layers[0]] * 3)
+    fast = optimized(model, policy, data)
+    assert len(fast.sites) == 3
+    assert len({s.spec for s in fast.sites}) == 1
+    assert sum(p.numel() for p in fast.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_shared_weights_are_fitted_on_all_their_calls() -> None:
+    """That serves the model better than what is best for the first call."""
+    model, data = stack(1), batches()
+    model.layers = nn.ModuleList([model.layers[0]] * 2)
+    fast = optimized(model, PruneHeads(heads=[3]), data)
+    counted = 2 * sum(x.shape[0] * x.shape[1] for x in data) * 7 // 8
+    assert all(f"least squares on {counted} tokens" in s.notes[0] for s in fast.report.sites)
+    new = batches(seed=9)
+    first_alone = stack(1)
+    first_alone.load_state_dict(model.state_dict(), strict=False)
+    fitted = optimized(first_alone, PruneHeads(heads=[3]), data)
+    unfair = stack(1)
+    unfair.load_state_dict(model.state_dict(), strict=False)
+    unfair.layers = nn.ModuleList([unfair.layers[0]] * 2)
+    unfair.layers[0].o.weight.data[:, : 3 * D] = fitted.state_dict()["module.layers.0.o.weight"]
+    unfair.layers[0].o.bias.data = fitted.state_dict()["module.layers.0.o.bias"]
+    plain = attnopt.optimize(unfair, PruneHeads(heads=[3]), (data[0],))
+    assert error(fast, model, new) < error(plain, model, new)
