@@ -53,7 +53,8 @@ def install(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = Non
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         if isinstance(getattr(module, "layer_idx", None), int):
             module.register_forward_pre_hook(UseRollingCache(past_of(pattern)), with_kwargs=True)
-    setattr(model.config, PATTERNS, {name: pattern.to_json() for name, pattern in found.items()})
+    known = getattr(model.config, PATTERNS, None) or {}
+    setattr(model.config, PATTERNS, {**known, **{name: pattern.to_json() for name, pattern in found.items()}})
 
 
 def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping[str, Pattern]) -> None:

@@ -228,6 +228,10 @@ def test_copies_keep_their_patterns() -> None:
 def test_a_second_pattern_replaces_the_first() -> None:
     made = model()
     attnopt.apply_patterns(made, {"model.layers.0.self_attn": "Causal() & Window(left=4, right=0)"})
+    assert made.config.attnopt_patterns == {
+        "model.layers.0.self_attn": "Causal() & Window(left=4, right=0)",
+        "model.layers.2.self_attn": PATTERN.to_json(),
+    }
     _, cache = in_pieces(made, tokens(1, 40), [38, 39, 40])
     assert cache.layers[0].keys.shape[2] == 4 + 1
 
