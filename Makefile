@@ -75,6 +75,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/fused_speed.py
 	$(PY) benchmarks/sparse_speed.py
 	$(PY) benchmarks/long_context.py
+	$(PY) benchmarks/generation.py
 	$(PY) benchmarks/onnx_speed.py
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py

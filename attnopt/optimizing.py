@@ -111,12 +111,49 @@ def optimize(
     @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
         job = _Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, tolerance, strict, limit, seed)
-        return job.run()
+        made = job.run()
+        return made.module, made.origin
 
     if not args and not given:
         return OptimizedModel.deferred(model, build)
     module, origin = build(args, given)
     return OptimizedModel(module, origin)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An optimized graph with where it comes from, the program that it was made of, and what the passes decided."""
+
+    module: fx.GraphModule
+    origin: Origin
+    program: Program
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """As of ``optimize``."""
+
+    tolerance: float | None = None
+    strict: bool = False
+    limit: int | None = None
+    seed: int = 0
+
+
+def compiled(
+    model: nn.Module,
+    policy: Any,
+    inputs: Inputs,
+    batches: Sequence[Inputs],
+    options: Options,
+    dynamic_shapes: Any = "auto",
+) -> Compiled:
+    """What ``optimize`` does on these inputs."""
+    tolerance, strict, limit, seed = options.tolerance, options.strict, options.limit, options.seed
+    _check_options(limit, tolerance)
+    args, kwargs = inputs
+    chosen, backends = Policy.of(policy), _backends("auto")
+    return _Job(model, chosen, args, kwargs, dynamic_shapes, batches, backends, tolerance, strict, limit, seed).run()
 
 
 def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -156,7 +193,7 @@ class _Job:
     limit: int | None
     seed: int
 
-    def run(self) -> tuple[fx.GraphModule, Origin]:
+    def run(self) -> Compiled:
         require_values(self.model)
         self.clock, self.warnings = _Clock(), list[str]()
         with self.clock.stage("capture"):
@@ -177,7 +214,8 @@ class _Job:
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
             decisions = self._with_kept_mass(program, decisions)
-        return module, self._origin(program, findings, decisions, module, error)
+        origin = self._origin(program, findings, decisions, module, error)
+        return Compiled(module, origin, program, tuple(decisions))
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
         """What the passes make of each site; those that can use calibration data see what the site computes on them."""
