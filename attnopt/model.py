@@ -97,7 +97,7 @@ class OptimizedModel(nn.Module):
         ONNX's own.  ``opset``: 23 (the default) to 25.  ``external_data``: weights in a file beside the model; "auto" where
         they do not fit into it.  What was done is in the model's metadata, under names that begin with "attnopt.".
         """
-        from attnopt.onnx_export import export_onnx
+        from attnopt.to_onnx.export import export_onnx
 
         export_onnx(
             self.graph_module,

@@ -19,11 +19,11 @@ from common import interleaved, let_transformers_import, one_thread, picture, pu
 import attnopt
 from attnopt.backends import Blocked
 from attnopt.calling import Signature
-from attnopt.onnx_export import export_onnx
 from attnopt.origin import Origin
 from attnopt.patterns import BlockLayout, Causal, Full, Pattern, Sinks, Window
 from attnopt.report import Report
 from attnopt.spec import AttentionSpec
+from attnopt.to_onnx.export import export_onnx
 
 Built = tuple[torch.nn.Module, dict[str, Any]]
 HEADS, DIM = 12, 64

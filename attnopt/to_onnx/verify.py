@@ -14,9 +14,9 @@ from attnopt.calibration import Inputs
 from attnopt.checking import resized
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
-from attnopt.onnx_builder import SWAPPED
-from attnopt.onnx_sites import Marked
 from attnopt.origin import Origin
+from attnopt.to_onnx.builder import SWAPPED
+from attnopt.to_onnx.sites import Marked
 
 ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import onnx_ir as ir
 import torch
 
-from attnopt.onnx_blocks import blocks, gathered, is_one
-from attnopt.onnx_builder import Builder, is_swap
-from attnopt.onnx_choice import Form, OnnxSite, group_form, groups, kv_heads_of
-from attnopt.onnx_fused import Operands, attention, group_query_attention, multi_head_attention
 from attnopt.operands import ROLES
+from attnopt.to_onnx.blocks import blocks, gathered, is_one
+from attnopt.to_onnx.builder import Builder, is_swap
+from attnopt.to_onnx.choice import Form, OnnxSite, group_form, groups, kv_heads_of
+from attnopt.to_onnx.fused import Operands, attention, group_query_attention, multi_head_attention
 
 _ELEMENT = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _FLAT_ONLY = ("MultiHeadAttention", "GroupQueryAttention")

@@ -24,10 +24,10 @@ from attnopt.graph import (
 )
 from attnopt.lowering import copy_program
 from attnopt.normaliser import SDPA
-from attnopt.onnx_choice import Form, OnnxSite, choose
-from attnopt.onnx_masks import soft_floor, without_pattern
 from attnopt.operands import ROLES, selected_pairs
 from attnopt.patterns import Causal, Full, Pattern, parse
+from attnopt.to_onnx.choice import Form, OnnxSite, choose
+from attnopt.to_onnx.masks import soft_floor, without_pattern
 
 DOMAIN, OP = "attnopt", "Attention"  # the placeholder's name in the exported graph; it never reaches the file
 

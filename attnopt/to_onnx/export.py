@@ -19,10 +19,10 @@ from attnopt.archive import exported
 from attnopt.capture import quiet
 from attnopt.errors import ExportError
 from attnopt.files import atomic_write
-from attnopt.onnx_choice import Form, OnnxSite
-from attnopt.onnx_sites import DOMAIN, OP, Marked, mark
 from attnopt.operands import ROLES
 from attnopt.origin import Origin
+from attnopt.to_onnx.choice import Form, OnnxSite
+from attnopt.to_onnx.sites import DOMAIN, OP, Marked, mark
 from attnopt.version import __version__
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def export_onnx(
         _finish(model, origin, flavor, marked)
         _save(model, file, data)
         if verify:
-            from attnopt.onnx_verify import verify as run_and_compare
+            from attnopt.to_onnx.verify import verify as run_and_compare
 
             run_and_compare(gm, origin, file, marked)
 
@@ -119,8 +119,8 @@ def _first_cause(e: BaseException) -> str:
 def _expand(graph: ir.Graph, marked: Sequence[Marked]) -> None:
     """Put each attention's form in the place of its placeholder."""
 
-    from attnopt.onnx_builder import SWAPPED, Builder, is_swap
-    from attnopt.onnx_forms import write
+    from attnopt.to_onnx.builder import SWAPPED, Builder, is_swap
+    from attnopt.to_onnx.forms import write
 
     for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:
         number = node.attributes["site"].as_int()
