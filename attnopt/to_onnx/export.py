@@ -57,10 +57,13 @@ def export_onnx(
             f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB",
             hint='leave external_data at "auto"',
         )
+    from attnopt.to_onnx.neighbours import settle
+
     with _written(path, size > _ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
         marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, contrib=flavor == "onnxruntime")
         model = _exported(marked_gm, origin, opset or OPSETS[0])
         _expand(model.graph, marked)
+        settle(model, contrib=flavor == "onnxruntime")
         _finish(model, origin, flavor, marked)
         _save(model, file, data)
         if verify:
