@@ -73,6 +73,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/sparse_speed.py
 	$(PY) benchmarks/long_context.py
 	$(PY) benchmarks/onnx_speed.py
+	$(PY) benchmarks/onnx_models.py
 	$(PY) benchmarks/quality.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.
