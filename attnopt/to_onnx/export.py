@@ -84,6 +84,7 @@ def weights_size(gm: fx.GraphModule) -> int:
 
 def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
     """torch's own export of a graph.  Raises ExportError."""
+    from onnx_ir.passes.common import NameFixPass
     from onnxscript.optimizer import optimize_ir
 
     try:
@@ -99,6 +100,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
             )
             assert made is not None
             model: ir.Model = made.model
+            NameFixPass()(model)  # two values may have got one name, which the optimizer does not stand
             optimize_ir(model)
             return model
     except Exception as e:
