@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from attnopt.rewriting import HeadWeights
     from attnopt.site import Site
 
+T = TypeVar("T")
 HELD_BACK = 8  # one sequence of so many; with fewer sequences, so much of each one's end
 
 
@@ -32,6 +34,8 @@ class Activations:
     compute: Compute
     edits: tuple[HeadWeights, ...] = ()
     first: Activations | None = None  # with the original weights, where these are others
+    calls: int = 1  # of the site's weights: ``batches`` are those of one call, then those of the next
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what has been computed from these
 
     @property
     def original(self) -> Activations:
@@ -39,13 +43,26 @@ class Activations:
 
     def edited(self, edits: Sequence[HeadWeights], first_alone: bool = False) -> Activations:
         """The same where the projections have these weights; if ``first_alone``, of the first batch only."""
-        inner = tuple(e for e in edits if e.role != "out")
-        if not inner:
+        if not edits:
             return self
+        inner, batches = tuple(e for e in edits if e.role != "out"), self.batches
         everything = merged(self.edits, inner)
-        return replace(
-            self, batches=tuple(self.compute(everything, first_alone)), edits=everything, first=self.original
-        )
+        if inner:
+            batches = tuple(self.compute(everything, first_alone))
+        return replace(self, batches=batches, edits=everything, first=self.original, memo={})
+
+    def once(self, what: str, spec: AttentionSpec, find: Callable[[], T]) -> T:
+        """``find()``, which depends on these activations and ``spec`` alone, computed the first time only."""
+        if (what, spec) not in self.memo:
+            self.memo[what, spec] = find()
+        found: T = self.memo[what, spec]
+        return found
+
+    @cached_property
+    def given(self) -> list[Tensor]:
+        """For each batch the heads' outputs [B, H, L, Dv] in the original model."""
+        first = self.original
+        return list(first.outputs(first.site.spec)) if first is self else first.given
 
     @property
     def tokens(self) -> int:
@@ -53,9 +70,10 @@ class Activations:
 
     def counted(self, held: bool) -> list[Tensor]:
         """For each batch bool [B, L]: the tokens to fit on, or those that are held back."""
-        total, at, found = sum(len(o.q) for o in self.batches), 0, list[Tensor]()
-        for o in self.batches:
-            B = len(o.real)
+        each = len(self.batches) // self.calls
+        total, at, found = sum(len(o.q) for o in self.batches[:each]), 0, list[Tensor]()
+        for i, o in enumerate(self.batches):
+            B, at = len(o.real), at if i % each else 0
             if total >= HELD_BACK:
                 back = (torch.arange(at, at + B, device=o.real.device) % HELD_BACK == HELD_BACK - 1)[:, None]
             else:
@@ -69,10 +87,10 @@ class Activations:
         """For each batch the attention weights [B, H, L, S] under ``spec``, which chooses heads by their numbers."""
         for o in self.batches:
             eye = torch.eye(o.k.shape[2], dtype=o.v.dtype, device=o.v.device).expand(*o.k.shape[:3], -1)
-            yield _attend(replace(spec, gains=None), replace(o, v=eye))
+            yield _attend(replace(spec, gains=None, after=()), replace(o, v=eye))
 
     def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
-        """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, gains included."""
+        """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, edits and gains included."""
         return (_attend(spec, o) for o in self.batches)
 
 
@@ -84,6 +102,7 @@ def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[Head
 
 def _attend(spec: AttentionSpec, o: Operands) -> Tensor:
     from attnopt.backends.reference import Reference
+    from attnopt.finishing import attention_of
 
     def of_heads(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() < 4 or x.shape[1] == 1:
@@ -92,5 +111,5 @@ def _attend(spec: AttentionSpec, o: Operands) -> Tensor:
 
     q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
     with torch.no_grad():
-        attend = Reference().lower(spec)
+        attend = attention_of(Reference(), spec)
         return attend(q, k, v, bias=of_heads(o.bias), mask=of_heads(o.mask), sinks=of_heads(o.sinks))

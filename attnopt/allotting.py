@@ -1,5 +1,7 @@
 """One budget of heads for all sites: it is spent where the model's output depends most on them.
 
+Weights that several sites share (calls of one module) are one site here.
+
 What the layer at a site loses with n heads is known from its own least squares; what the model's output makes of such a
 loss is measured once for each site, by running the model with that site alone rewritten.  The sum is minimised exactly.
 """
@@ -23,10 +25,18 @@ from attnopt.policy import Policy
 from attnopt.rewriting import Backend, Pass, SharesBudget
 from attnopt.site import Site
 from attnopt.streaming import Stream
+from attnopt.tying import jointly, of_all, tied
 
 MEASURED = 4  # batches, spread over the calibration data, on which a site's influence is measured
 
-Allotment = Mapping[tuple[str, Pass], Pass]  # (site, the pass as the policy has it) -> the pass with the site's share
+
+@dataclass(frozen=True)
+class Allotment:
+    """``passes``: (site, the pass as the policy has it) -> the pass with the site's share; ``ready``: by the site's name
+    the decision, where it came up on the way."""
+
+    passes: Mapping[tuple[str, Pass], Pass]
+    ready: Mapping[str, Decision]
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class _Shares:
     errors: Mapping[int, float]
     passes: Mapping[int, Pass]
     probed: int
-    probe: Decision
+    probe: Sequence[Decision]  # one for each call of the site's weights
 
 
 def allot(
@@ -45,20 +55,29 @@ def allot(
 ) -> Allotment:
     """Each site's share of every pass of the policy whose budget is one for all sites."""
     made: dict[tuple[str, Pass], Pass] = {}
+    ready: dict[str, Decision] = {}
     shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}
     for p in sorted(shared, key=repr):
-        made.update({(name, p): share for name, share in _allot_one(gm, found, policy, backends, batches, p).items()})
-    return made
+        for s, n in _allot_one(gm, found, policy, backends, batches, p):
+            for d in s.probe:
+                name = d.found.site.name
+                made[name, p] = s.passes[n]
+                if n == s.probed and policy.passes_for(name)[-1] == p and len(shared) == 1:
+                    ready[name] = d
+    return Allotment(made, ready)
 
 
 def _allot_one(
     gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs],
     p: Pass,
-) -> dict[str, Pass]:  # fmt: skip
+) -> list[tuple[_Shares, int]]:  # fmt: skip
+    """What each set of weights can have, and how many heads it gets."""
     assert isinstance(p, SharesBudget)
-    shares: dict[str, _Shares] = {}
+    shares: list[_Shares] = []
     with_it = [f for f in found if p in policy.passes_for(f.site.name) and not f.raised.region.escapes]
-    for f, activations in Stream(gm, with_it, batches).sites():
+    groups = tied(with_it, {f.site.name: policy.passes_for(f.site.name) for f in with_it})
+    for group, activations in jointly(Stream(gm, with_it, batches), groups):
+        f = group[0]
         passes = policy.passes_for(f.site.name)
         before = decide(f, passes[: passes.index(p)], backends, activations)
         site = before.seen(activations)
@@ -71,13 +90,13 @@ def _allot_one(
         probe = decide(f, (*passes[: passes.index(p)], offered[probed].rewrite), backends, activations)
         errors = {n: o.error for n, o in offered.items()}
         rewrites = {n: o.rewrite for n, o in offered.items()}
-        shares[f.site.name] = _Shares(site.without_activations(), errors, rewrites, probed, probe)
+        shares.append(_Shares(site.without_activations(), errors, rewrites, probed, of_all(group, probe)))
     if not shares:
-        return {}
-    influence = _influences(gm, list(shares.values()), batches)
-    curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares.values(), strict=True)]
-    counts = _spend(curves, p.total([s.site for s in shares.values()]))
-    return {name: s.passes[n] for (name, s), n in zip(shares.items(), counts, strict=True)}
+        return []
+    influence = _influences(gm, shares, batches)
+    curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares, strict=True)]
+    counts = _spend(curves, p.total([s.site for s in shares]))
+    return list(zip(shares, counts, strict=True))
 
 
 def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
@@ -86,10 +105,11 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
     original = [_outputs(gm, batch) for batch in some]
     found: list[float] = []
     for share in shares:
-        if share.probe.plan is None or share.errors[share.probed] <= 0:
+        plans = [d.plan for d in share.probe if d.plan is not None]
+        if not plans or share.errors[share.probed] <= 0:
             found.append(0.0)
             continue
-        module = lower(gm, [share.probe.plan])
+        module = lower(gm, plans)
         wrong = sum(_apart(_outputs(module, batch), want) for batch, want in zip(some, original, strict=True))
         if not math.isfinite(wrong):
             raise CalibrationError(

@@ -24,6 +24,7 @@ from attnopt.capture import quiet
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
+from attnopt.head_routes import edit_from_json
 from attnopt.origin import Origin
 from attnopt.patterns import Pattern
 from attnopt.report import Report
@@ -293,6 +294,7 @@ def _site_to_json(site: Site) -> dict[str, Any]:
             "is_cross": spec.is_cross,
             "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
             "positions": list(spec.positions),
+            "after": [edit.to_json() for edit in spec.after],
         },
     }
 
@@ -305,6 +307,7 @@ def _site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site
     spec["pattern"] = Pattern.from_json(spec["pattern"])
     spec["seen_as"] = None if spec["seen_as"] is None else Pattern.from_json(spec["seen_as"])
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
+    spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     projections = {
         role: Projection(
             p["weight"],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attnopt.cli_run import optimized
-from attnopt.cli_show import require_model, resolved, show, watched, working
+from attnopt.cli_show import require_model, resolved, show
 from attnopt.errors import AttnoptError
+from attnopt.progress import watched, working
 
 if TYPE_CHECKING:
     from attnopt.cli_model import Named
@@ -74,7 +76,7 @@ def bench(arguments: argparse.Namespace) -> int:
     calls = {name: _call(named, args, kwargs) for name, named in models.items()}
     with torch.inference_mode(), one_thread():
         outputs = [tensors(_answer(name, call)) for name, call in calls.items()]
-        times = interleaved(calls, arguments.rounds, 2, watched("measuring"))
+        times = interleaved(calls, arguments.rounds, 2, partial(watched, what="measuring"))
     low, high = times.spread(arguments.second, arguments.first)
     measured = {
         "models": {name: {"cpu_ms": 1e3 * times.median(name), "rounds_ms": _ms(times.of[name])} for name in calls},

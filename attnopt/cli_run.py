@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from attnopt.cli_show import require_model, resolved, show, watched, working
+from attnopt.cli_show import require_model, resolved, show
 from attnopt.errors import AttnoptError
+from attnopt.progress import watched, working
 
 if TYPE_CHECKING:
     from attnopt.cli_model import Named
@@ -83,7 +85,7 @@ def _timed(named: Named, fast: Any) -> Any:
         "after": lambda: fast(*named.args, **named.kwargs),
     }
     with torch.inference_mode(), one_thread():
-        times = interleaved(calls, ROUNDS, 2, watched("measuring"))
+        times = interleaved(calls, ROUNDS, 2, partial(watched, what="measuring"))
     report = replace(fast.report, cpu_seconds={name: times.median(name) for name in calls})
     return OptimizedModel(fast.graph_module, replace(fast.origin, report=report))
 

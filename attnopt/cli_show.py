@@ -1,4 +1,4 @@
-"""What every command shares: printing as text or JSON, a sign of life on stderr, and warnings as one line each."""
+"""What every command shares: printing as text or JSON, and warnings as one line each."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from attnopt.errors import AttnoptError, AttnoptWarning
+from attnopt.progress import working
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,35 +32,6 @@ def show(arguments: argparse.Namespace, data: Any, table: RenderableType) -> Non
     from rich.console import Console
 
     Console().print(table)
-
-
-@contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner on stderr where somebody watches."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        progress.add_task(what, total=None)
-        yield
-
-
-def watched(what: str) -> Callable[[range], Iterable[int]]:
-    """Steps with a progress bar on stderr where somebody watches."""
-
-    def watch(steps: range) -> Iterable[int]:
-        if not sys.stderr.isatty():
-            return steps
-        from rich.console import Console
-        from rich.progress import track
-
-        return track(steps, what, console=Console(stderr=True), transient=True)
-
-    return watch
 
 
 def resolved(name: str) -> Named:

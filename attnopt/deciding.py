@@ -14,6 +14,7 @@ from attnopt.finding import Found
 from attnopt.lowering import Plan, edited_parameters
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Backend, HeadWeights, Pass
+from attnopt.route_timing import faster
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
@@ -70,6 +71,9 @@ def decide(
     backend, reasons = _cheapest(backends, site)
     if backend is None:
         return Decision(found, found.site, refusals={**refusals, **reasons})
+    if site.spec.route is not None:
+        backend, told = faster(site, backend, backends)
+        notes += told
     plan = Plan(found, site.spec, tuple(edits), backend, tuple(applied), out_bias)
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
         return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
@@ -115,12 +119,12 @@ def escapes(found: Found) -> Refusal:
 
 def standing_refusals(found: Found) -> dict[str, Refusal]:
     """The built-in passes that this site rules out whatever their options."""
-    from attnopt.passes import GroupedQuery, LocalWindow, Sparse
+    from attnopt.passes import GroupedQuery, LocalWindow, SoftPAG, Sparse
     from attnopt.patterns import Window
 
     if found.raised.region.escapes:
         return dict.fromkeys((name for name in plugins.passes()), escapes(found))
-    typical: tuple[Pass, ...] = (LocalWindow(left=1), Sparse(Window(1, 1)), GroupedQuery(kv_heads=1))
+    typical: tuple[Pass, ...] = (LocalWindow(left=1), Sparse(Window(1, 1)), GroupedQuery(kv_heads=1), SoftPAG())
     return {p.name: refusal for p in typical if (refusal := p.check(found.site)) is not None}
 
 

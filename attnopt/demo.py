@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt.errors import AttnoptError, ExportError
+from attnopt.progress import watched
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -147,21 +148,11 @@ def _policy(
     window = LocalWindow(left=WINDOW, right=WINDOW, sinks=SINKS)
     original = embed(_torch_encode(model), tokenizer, texts)
     costs: dict[str, float] = {}
-    for name in _watched(list(heads), "trying a window on each layer"):
+    for name in watched(list(heads), "trying a window on each layer"):
         changed = embed(_torch_encode(optimize(model, {name: window})), tokenizer, texts)
         costs[name] = float((1 - (original * changed).sum(1)).mean())
     windowed = sorted(costs, key=costs.__getitem__)[: len(costs) // 2]
     return {name: window if name in windowed else PruneHeads(heads=heads[name]) for name in heads}, costs
-
-
-def _watched(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """With a progress bar on stderr where somebody watches."""
-    if not sys.stderr.isatty():
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, what, console=Console(stderr=True), transient=True)
 
 
 def _told(costs: dict[str, float], policy: dict[str, Any]) -> Iterable[str]:

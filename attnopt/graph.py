@@ -171,7 +171,7 @@ class Emitter:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: here[n])
                 here[node] = self._copy(node, args, kwargs)
             else:
-                here[node] = self._constant(getattr(traced, str(node.target)))
+                here[node] = self.constant(getattr(traced, str(node.target)))
         raise AssertionError("a traced function without output")
 
     def _copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
@@ -185,8 +185,8 @@ class Emitter:
         self._known[key] = copy
         return copy
 
-    def _constant(self, tensor: Tensor) -> fx.Node:
-        """A tensor that a lowering made from numbers, as a buffer of the graph's module."""
+    def constant(self, tensor: Tensor) -> fx.Node:
+        """A tensor of known numbers, as a buffer of the graph's module."""
         real = getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else tensor
         if real is None:
             raise TypeError("a lowering made a constant tensor whose numbers are not known while it is traced")

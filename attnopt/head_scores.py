@@ -46,7 +46,7 @@ def _norm(site: Site, place: int) -> float:
 def output_norms(site: Site) -> list[float]:
     """Mean over tokens of |z_h W_o,h|: the length of what the head adds to the layer's output."""
     total, tokens = torch.zeros(site.num_heads, dtype=torch.float64), 0
-    out = _out(site)
+    out = output_maps(site)
     for z_NHD in _outputs(site):
         total += torch.einsum("nhd,hde->hne", z_NHD, out).norm(dim=-1).sum(1)
         tokens += len(z_NHD)
@@ -56,13 +56,18 @@ def output_norms(site: Site) -> list[float]:
 def fluctuations(site: Site) -> list[float]:
     """FLAP (arXiv:2312.11983): the variance of each feature over tokens times its output weights' squared norm."""
     mean, square, _ = _feature_moments(site)
-    return ((square - mean.square()) * _out(site).square().sum(-1)).sum(-1).tolist()
+    return ((square - mean.square()) * output_maps(site).square().sum(-1)).sum(-1).tolist()
 
 
 def wanda(site: Site) -> list[float]:
     """Wanda (arXiv:2306.11695): absolute output weight times the feature's root mean square, summed over the head."""
     _, square, _ = _feature_moments(site)
-    return (square.sqrt() * _out(site).abs().sum(-1)).sum(-1).tolist()
+    return (square.sqrt() * output_maps(site).abs().sum(-1)).sum(-1).tolist()
+
+
+def mean_outputs(site: Site) -> Tensor:
+    """[H, Dv] in float64: what each head gives on average over the calibration tokens that are no padding."""
+    return _feature_moments(site)[0]
 
 
 def removal_costs(site: Site) -> list[float]:
@@ -112,8 +117,8 @@ def _seen(site: Site) -> Activations:
     return site.activations
 
 
-def _out(site: Site) -> Tensor:
-    """[H, Dv, out]"""
+def output_maps(site: Site) -> Tensor:
+    """Output weights [H, Dv, out] of the heads that are left, in float64.  Raises CalibrationError where they are unknown."""
     weights = output_weights(site)
     if weights is None:
         out = site.projections.get("out")

@@ -16,7 +16,10 @@ from torch import Tensor, fx
 from attnopt.backends.reference import Reference
 from attnopt.errors import RewriteError
 from attnopt.finding import Found
-from attnopt.graph import Emitter, prune_unused_state, shape, share, tidy
+from attnopt.finishing import attention_of
+from attnopt.folding import Folded, folded
+from attnopt.graph import Emitter, ancestors, is_static, is_tensor, prune_unused_state, shape, share, tidy, value
+from attnopt.head_edits import constant_heads
 from attnopt.operands import ROLES
 from attnopt.projections import weight_path
 from attnopt.rewriting import Backend, HeadWeights
@@ -85,9 +88,29 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     raised = plan.found.raised
     node, out, region_out = table[raised.node], table[raised.out], table[raised.region.out.node]
     region_out.replace_all_uses_with(out)
-    spec, edits = (plan.spec, plan.edits) if plain else _folded(plan)
-    dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
+    whole = Folded(plan.spec, plan.edits, plan.out_bias)
+    made = whole if plain else folded(plan.found, whole)
     emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
+    if made.spec.is_constant and not plain:
+        lowered = _constant(emit, node, made.spec)
+    else:
+        lowered = _attention(emit, weights, plan, table, made, plain)
+    _edit_output(gm, weights, plan.found, table, replace(made, edits=tuple(e for e in made.edits if e.role == "out")))
+    chosen = trim(node, {1: made.spec.heads})
+    if not chosen:
+        node.replace_all_uses_with(lowered)
+    elif plain:
+        node.replace_all_uses_with(spread(emit, lowered, node, chosen))
+    else:
+        push_down(gm.graph, weights, emit.origin, node, lowered, chosen)
+
+
+def _attention(
+    emit: Emitter, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], made: Folded, plain: bool
+) -> fx.Node:
+    """The attention computed from operands whose heads are selected, as far up as that goes."""
+    node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
+    dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
     edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
     forks = _forks(plan.found, table)
     before = plan.found.raised.spec
@@ -105,15 +128,36 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
             if plain
             else select.select(operand, wanted)
         )
-    lowered = inline(emit, spec, Reference() if plain else plan.backend, operands)
-    _edit_output(gm, weights, plan, table, [e for e in edits if e.role == "out"])
-    chosen = trim(node, {1: spec.heads})
-    if not chosen:
-        node.replace_all_uses_with(lowered)
-    elif plain:
-        node.replace_all_uses_with(spread(emit, lowered, node, chosen))
-    else:
-        push_down(gm.graph, weights, emit.origin, node, lowered, chosen)
+    return inline(emit, spec, Reference() if plain else plan.backend, operands)
+
+
+def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
+    """What ``node`` gives where every head gives the same for every token: nothing of the attention is computed."""
+    known = constant_heads(spec.after)
+    gains = spec.gains or (1.0,) * spec.num_heads
+    values = torch.stack([known[h] * gain for h, gain in zip(spec.heads, gains, strict=True)])
+    wanted = value(node)
+    sizes = [wanted.shape[axis] for axis in (0, 2)]
+    like = _with_sizes(node, [s for s in sizes if not is_static(s)])
+
+    def call(x: Tensor, values_HD: Tensor) -> Tensor:
+        B, L = (s if is_static(s) else x.shape[_axis(x, s) or 0] for s in sizes)
+        return values_HD[None, :, None].expand(B, -1, L, -1)
+
+    return emit.inline(call, like, emit.constant(values.to(wanted.dtype).to(wanted.device)))
+
+
+def _with_sizes(node: fx.Node, sizes: Sequence[torch.SymInt]) -> fx.Node:
+    """Of what ``node`` is computed from, the first tensor that has all these sizes."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    able = (n for n in ancestors(node) if is_tensor(n) and all(_axis(value(n), s) is not None for s in sizes))
+    return min(able, key=order.__getitem__)
+
+
+def _axis(x: Tensor, size: torch.SymInt) -> int | None:
+    """The axis of ``x`` whose size is the same symbol."""
+    same = (a for a, s in enumerate(x.shape) if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr)
+    return next(same, None)
 
 
 def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
@@ -124,33 +168,22 @@ def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
 
 
 def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
-    attend = backend.lower(spec)
     given = [name for name, node in operands.items() if node is not None]
+    q = operands["q"]
+    assert q is not None
+    held = [emit.constant(c.tensor(value(q).device)) for c in spec.constants]
 
     def call(*tensors: Tensor) -> Tensor:
         found: dict[str, Tensor | None] = dict.fromkeys(operands)
-        found.update(zip(given, tensors, strict=True))
+        found.update(zip(given, tensors[: len(given)], strict=True))
         q, k, v = found["q"], found["k"], found["v"]
         assert q is not None
         assert k is not None
         assert v is not None
+        attend = attention_of(backend, spec, tensors[len(given) :])
         return attend(q, k, v, bias=found["bias"], mask=found["mask"], sinks=found["sinks"])
 
-    return emit.inline(call, *(node for node in operands.values() if node is not None))
-
-
-def _folded(plan: Plan) -> tuple[AttentionSpec, tuple[HeadWeights, ...]]:
-    """Gains moved into the output projection where it is known: they cost nothing there."""
-    site, spec = plan.found.site, plan.spec
-    if spec.gains is None or site.projections["out"].rows is None or plan.found.output_op is None:
-        return spec, plan.edits
-    new = {e.head: e.weight for e in plan.edits if e.role == "out"}
-    scaled = [
-        HeadWeights("out", h, weight * gain)
-        for h, gain in zip(spec.heads, spec.gains, strict=True)
-        if (weight := new.get(h, site.head_weight("out", h))) is not None
-    ]
-    return replace(spec, gains=None), (*(e for e in plan.edits if e.role != "out"), *scaled)
+    return emit.inline(call, *(node for node in operands.values() if node is not None), *held)
 
 
 def edited_parameters(site: Site, edits: Sequence[HeadWeights], out_bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -183,15 +216,15 @@ def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new:
 
 
 def _edit_output(
-    gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], edits: Sequence[HeadWeights]
+    gm: fx.GraphModule, weights: Weights, found: Found, table: Mapping[fx.Node, fx.Node], made: Folded
 ) -> None:
     """New columns, and where it changes a new bias, in the output projection of this site alone."""
-    op = plan.found.output_op
-    edited = edited_parameters(plan.found.site, edits, plan.out_bias)
+    op = found.output_op
+    edited = edited_parameters(found.site, made.edits, made.out_bias)
     if op is None:
         return
     here = table[op]
     for name in edited:
         path = weight_path(here, {name})
-        select = Selector(Emitter(gm.graph, here, {"site": plan.found.site.name}), weights, edited, path)
+        select = Selector(Emitter(gm.graph, here, {"site": found.site.name}), weights, edited, path)
         here.replace_input_with(path[0], select.select(path[0], {}))

@@ -8,8 +8,9 @@ only for maps that act on each rotated pair of features as one complex number; a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from attnopt.compare import tolerance
 from attnopt.rewriting import HeadWeights
 from attnopt.site import Site
 
+T = TypeVar("T")
 Pairs = tuple[tuple[int, int], ...]
 ROUNDING = 3.0  # how much more than one operator's rounding a whole projection may show
 
@@ -31,16 +33,20 @@ class Mixing:
 
 def mixing_of_scores(site: Site) -> Mixing | None:
     """What can be moved into both the query and the key projection; None where nothing can."""
-    for candidate in (None, *_pairings(site.head_dim)):
-        maps = _trial(candidate, site.head_dim)
-        if all(_moves(site, role, maps) for role in ("q", "k")):
-            return Mixing(candidate)
-    return None
+
+    def found() -> Mixing | None:
+        for candidate in (None, *_pairings(site.head_dim)):
+            maps = _trial(candidate, site.head_dim)
+            if all(_moves(site, role, maps) for role in ("q", "k")):
+                return Mixing(candidate)
+        return None
+
+    return _once(site, "mixing of scores", found)
 
 
 def mixes_values(site: Site) -> bool:
     """Any map can be moved into the value projection."""
-    return _moves(site, "v", _trial(None, site.value_dim))
+    return _once(site, "mixing of values", lambda: _moves(site, "v", _trial(None, site.value_dim)))
 
 
 def edit(site: Site, role: str, head: int, maps: Mapping[int, Tensor]) -> HeadWeights:
@@ -64,6 +70,10 @@ def as_real(pairs: Sequence[tuple[int, int]], values: Tensor, size: int) -> Tens
         m[i, i] = m[j, j] = z.real
         m[i, j], m[j, i] = z.imag, -z.imag
     return m
+
+
+def _once(site: Site, what: str, find: Callable[[], T]) -> T:
+    return find() if site.activations is None else site.activations.once(what, site.spec, find)
 
 
 def _moves(site: Site, role: str, maps: Tensor) -> bool:

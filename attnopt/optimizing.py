@@ -33,6 +33,7 @@ from attnopt.report import Report
 from attnopt.rewriting import Backend
 from attnopt.site_reports import site_report
 from attnopt.streaming import Stream
+from attnopt.tying import jointly, of_all, tied
 from attnopt.verify import example_values
 from attnopt.version import __version__
 
@@ -193,11 +194,13 @@ class _Job:
             return [decide(f, passes[f.site.name], self.backends) for f in found]
         batches = self._arranged(program)
         shares = allot(program.module, learning, self.policy, self.backends, batches)
-        made: dict[str, Decision] = {}
-        for f, activations in Stream(program.module, learning, batches).sites():
-            name = f.site.name
-            chosen = [shares.get((name, p), p) for p in passes[name]]
-            made[name] = decide(f, chosen, self.backends, activations)
+        made = dict(shares.ready)
+        undecided = [f for f in learning if f.site.name not in made]
+        for group, activations in jointly(Stream(program.module, undecided, batches), tied(undecided, passes)):
+            name = group[0].site.name
+            chosen = [shares.passes.get((name, p), p) for p in passes[name]]
+            decisions = of_all(group, decide(group[0], chosen, self.backends, activations))
+            made.update({d.found.site.name: d for d in decisions})
         return [made.get(f.site.name) or decide(f, passes[f.site.name], self.backends) for f in found]
 
     def _arranged(self, program: Program) -> list[Inputs]:

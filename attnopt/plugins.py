@@ -29,6 +29,9 @@ _BUILT_IN = {
         "prune-heads": "attnopt.passes.prune_heads:PruneHeads",
         "grouped-query": "attnopt.passes.grouped_query:GroupedQuery",
         "scale-heads": "attnopt.passes.scale_heads:ScaleHeads",
+        "route-heads": "attnopt.passes.route_heads:RouteHeads",
+        "soft-pag": "attnopt.passes.soft_pag:SoftPAG",
+        "head-patch": "attnopt.passes.head_patch:HeadPatch",
     },
     "attnopt.backends": {
         "reference": "attnopt.backends.reference:Reference",

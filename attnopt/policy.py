@@ -11,6 +11,7 @@ from typing import Any
 
 from attnopt import plugins
 from attnopt.block_scores import BlockScores
+from attnopt.constant import Constant
 from attnopt.errors import PolicyError
 from attnopt.notation import construct, evaluate
 from attnopt.patterns import Pattern, constructor
@@ -157,6 +158,6 @@ def _pass_to_json(p: Pass) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (Pattern, BlockScores)):
+    if isinstance(value, (Pattern, BlockScores, Constant)):
         return value.to_json()
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

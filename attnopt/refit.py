@@ -69,23 +69,36 @@ def with_ones(z_BHLD: Tensor, counted: Tensor) -> Tensor:
     return torch.cat([z, torch.ones_like(z[:, :1])], 1)
 
 
-def moments(now: Activations, spec: AttentionSpec, held: bool) -> Moments:
-    """Of what the heads of ``spec`` give now, against what the layer's heads give together in the original model."""
-    before, wanted = now.original, output_weights(now.site)
+def moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
+    """Of what the heads of ``spec`` give now, against what the layer's heads give together in the original model: on the
+    tokens to fit on, and on those that are held back."""
+    return now.once("moments", spec, lambda: _moments(now, spec))
+
+
+def _moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
+    wanted = output_weights(now.site)
     assert wanted is not None
-    zz: Tensor | None = None
-    zy: Tensor | None = None
-    yy, tokens = 0.0, 0
-    for z, y, counted in zip(now.outputs(spec), before.outputs(now.site.spec), now.counted(held), strict=True):
-        features = with_ones(z, counted)
-        target = with_ones(y, counted) @ wanted
-        zz = features.T @ features if zz is None else zz.addmm_(features.T, features)
-        zy = features.T @ target if zy is None else zy.addmm_(features.T, target)
-        yy += float((target * target).sum())
-        tokens += len(features)
-    assert zz is not None
-    assert zy is not None
-    return Moments(zz, zy, yy, tokens)
+    fitting, held = _Sums(), _Sums()
+    counts = zip(now.counted(False), now.counted(True), strict=True)
+    for z, y, (fit_on, hold) in zip(now.outputs(spec), now.given, counts, strict=True):
+        for sums, counted in ((fitting, fit_on), (held, hold)):
+            sums.add(with_ones(z, counted), with_ones(y, counted) @ wanted)
+    return fitting.moments(), held.moments()
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.zz = self.zy = torch.zeros(())
+        self.yy, self.tokens = 0.0, 0
+
+    def add(self, features: Tensor, target: Tensor) -> None:
+        self.zz = self.zz + features.T @ features
+        self.zy = self.zy + features.T @ target
+        self.yy += float((target * target).sum())
+        self.tokens += len(features)
+
+    def moments(self) -> Moments:
+        return Moments(self.zz, self.zy, self.yy, self.tokens)
 
 
 def ridge(m: Moments, toward: Tensor, strength: float) -> Tensor:

@@ -93,11 +93,28 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
+class RoutedAttend(Protocol):
+    """As ``Attend``; rows outside ``wanted``, bool [B, H, L], may be anything finite."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 class Backend(ABC):
     """A way to compute an attention.  ``lower`` returns a plain tensor function, which attnopt traces into the graph."""
 
     name: ClassVar[str]
     skips: ClassVar[bool] = False  # True: what a pattern hides is not computed
+    skips_rows: bool = False  # True: ``lower`` gives a ``RoutedAttend``, which computes no more rows than are wanted
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
         """Why this backend cannot compute ``spec`` exactly, or None."""
@@ -105,12 +122,17 @@ class Backend(ABC):
 
     @abstractmethod
     def lower(self, spec: AttentionSpec) -> Attend:
-        """The function that computes ``spec``; gains included."""
+        """The function that computes ``spec``; gains included.  What is in ``spec.after`` is done to what it returns, and
+        the spec that it is given has none."""
 
     @abstractmethod
     def cost(self, site: Site) -> float:
         """Seconds of one call for a batch of one at ``site.q_len`` and ``site.kv_len``, as far as that can be told; of the
         backends that accept the spec, the cheapest is taken."""
+
+    def skipping_rows(self) -> Backend | None:
+        """The same backend, computing only the rows that a route asks for; None where it cannot."""
+        return None
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         """What the report should tell of this lowering."""

@@ -80,7 +80,7 @@ def _moments(
     gram = torch.zeros(size, size, dtype=torch.float64)
     across = torch.zeros(size, out.shape[1], dtype=torch.float64)
     streams = zip(
-        now.weights(spec), now.outputs(spec), now.original.outputs(now.site.spec), before.batches, now.counted(False),
+        now.weights(spec), now.outputs(spec), now.given, before.batches, now.counted(False),
         strict=True,
     )  # fmt: skip
     for p, z, y, operands, counted in streams:

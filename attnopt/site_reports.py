@@ -26,7 +26,7 @@ def site_report(d: Decision) -> SiteReport:
         spec_before=_described(before.spec),
         spec_after=_described(after.spec, before.spec.heads),
         cost_before=cost_of(before, before.spec, before.spec),
-        cost_after=cost_of(before, after.spec, before.spec),
+        cost_after=cost_of(before, after.spec, before.spec, rows=_rows(d)),
         passes=() if d.plan is None else d.plan.passes,
         refusals=dict(d.refusals),
         backend=None if d.plan is None else d.plan.backend.name,
@@ -37,6 +37,12 @@ def site_report(d: Decision) -> SiteReport:
         form_before=Form.of(before.spec),
         form_after=Form.of(after.spec),
     )
+
+
+def _rows(d: Decision) -> float:
+    """Of all pairs of a query and a head those that are computed."""
+    route = d.site.spec.route
+    return route.share if d.plan is not None and d.plan.backend.skips_rows and route is not None else 1.0
 
 
 def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
@@ -60,6 +66,7 @@ def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
     parts = [heads, str(spec.pattern), *extras]
     if spec.selection is not None:
         parts.append(str(spec.selection))
+    parts += [str(edit) for edit in spec.after]
     if gone:
         parts.append(f"without heads {', '.join(map(str, gone))}")
     if spec.gains is not None:

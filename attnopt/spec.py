@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from attnopt.constant import Constant
 from attnopt.dynamic_blocks import DynamicBlocks
+from attnopt.head_edits import HeadEdit, Scaled, constant_heads
+from attnopt.head_routes import Routed
 from attnopt.patterns import Full, Pattern
 
 FULL = Full()
@@ -22,7 +25,9 @@ class AttentionSpec:
         s = s + bias                               # where there is a bias operand, [B|1, H|1, L|1, S]
         s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         p = softmax([s, sink_h])[:S]               # a sink logit takes probability and gives nothing
-        o_h = gain_h * (p @ v_g)                   # [L, value_dim]
+        o_h = p @ v_g                              # [L, value_dim]
+        o = edit(o), for each edit of ``after``    # all heads together, in their order
+        o_h = gain_h * o_h
 
     ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
     run time; all keys where it is None.  A query that sees no key at all gets zeros.
@@ -44,6 +49,7 @@ class AttentionSpec:
     seen_as: Pattern | None = None  # what pattern and mask together amount to on unpadded inputs, where that is known
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     positions: tuple[str, ...] = ()  # position encodings seen on the way, e.g. ("rope",)
+    after: tuple[HeadEdit, ...] = ()  # what becomes of the heads' outputs, before the gains
 
     def __post_init__(self) -> None:
         if len(self.kv_of_head) != len(self.heads):
@@ -67,6 +73,26 @@ class AttentionSpec:
         known = self.pattern if self.seen_as is None else self.seen_as
         return known.is_causal
 
+    @property
+    def route(self) -> Routed | None:
+        """The edit that routes tokens to heads, where there is one."""
+        return next((edit for edit in self.after if isinstance(edit, Routed)), None)
+
+    @property
+    def chooses(self) -> bool:
+        """What is computed depends on comparisons that rounding may turn: of blocks, or of heads."""
+        return self.selection is not None or self.route is not None
+
+    @property
+    def is_constant(self) -> bool:
+        """Every head gives the same for every token, whatever the queries, keys and values."""
+        return len(constant_heads(self.after)) == self.num_heads
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """The numbers of all edits, in their order."""
+        return tuple(c for edit in self.after for c in edit.constants)
+
     def restricted(self, pattern: Pattern) -> AttentionSpec:
         """The same attention, in which a query sees a key only if ``pattern`` allows it too."""
         seen = None if self.seen_as is None else _both(self.seen_as, pattern)
@@ -85,12 +111,21 @@ class AttentionSpec:
             gains=None if self.gains is None else tuple(self.gains[i] for i in places),
             pattern=self.pattern.for_heads(places),
             seen_as=None if self.seen_as is None else self.seen_as.for_heads(places),
+            after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 
     def scaled(self, gains: Iterable[float]) -> AttentionSpec:
         """The same attention with each remaining head's output multiplied by its gain."""
         old = self.gains or (1.0,) * self.num_heads
         return replace(self, gains=tuple(a * float(b) for a, b in zip(old, gains, strict=True)))
+
+    def followed_by(self, edit: HeadEdit) -> AttentionSpec:
+        """The same attention with its heads' outputs, gains included, edited."""
+        gains = dict(zip(self.heads, self.gains or (1.0,) * self.num_heads, strict=True))
+        first = tuple((h, gains[h]) for h in edit.changed if gains[h] != 1.0)
+        before = (Scaled(first),) if first and not edit.overwrites else ()
+        left = tuple(1.0 if h in edit.changed else gains[h] for h in self.heads)
+        return replace(self, after=(*self.after, *before, edit), gains=None if self.gains is None else left)
 
 
 def _both(a: Pattern, b: Pattern) -> Pattern:

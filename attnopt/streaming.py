@@ -15,6 +15,7 @@ from attnopt.finding import Found
 from attnopt.graph import ancestors, get_attr, run_call
 from attnopt.lowering import edited_parameters
 from attnopt.operands import ROLES, Operands
+from attnopt.progress import watched
 from attnopt.rewriting import HeadWeights
 from attnopt.verify import example_values
 
@@ -36,12 +37,10 @@ class Stream:
         self.last_use = self._last_use()
 
     def sites(self) -> Iterator[tuple[Found, Activations]]:
-        """Each site, in the order in which they run, with what it computes on the batches.
-
-        Use the activations before the next step: what they are computed from is gone then.
-        """
+        """Each site, in the order in which they run, with what it computes on the batches; what that is computed from
+        is kept as long as the activations are."""
         at, environments = 0, [example_values(self.gm, *batch) for batch in self.batches]
-        for f in self.found:
+        for f in watched(self.found, "calibrating, one attention after the other"):
             end = self.place[f.raised.node]
             with torch.no_grad():
                 for values in environments:
@@ -70,9 +69,7 @@ class Stream:
         last: dict[fx.Node, int] = {}
         for f in self.found:
             end = self.place[f.raised.node]
-            read = set(f.raised.node.all_input_nodes)
-            read |= {i for nodes in f.dirty.values() for n in nodes for i in n.all_input_nodes}
-            for n in read:
+            for n in _read_by(f):
                 last[n] = max(last.get(n, 0), end)
                 for above in ancestors(n):
                     for i in above.all_input_nodes:
@@ -80,6 +77,9 @@ class Stream:
         return last
 
     def _activations(self, f: Found, environments: Sequence[Values]) -> Activations:
+        read = _read_by(f)
+        kept = [{n: values[n] for n in read if n in values} for values in environments]
+
         def operands(values: Values, new: Mapping[str, Tensor]) -> Operands:
             q, k, v, bias, mask, sinks = (
                 self._anew(operand, f.dirty.get(role, ()), values, new) if isinstance(operand, fx.Node) else None
@@ -93,7 +93,7 @@ class Stream:
         def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[Operands]:
             new = edited_parameters(f.site, [e for e in edits if e.role != "out"])
             with torch.no_grad():
-                return [operands(values, new) for values in environments[: 1 if first_alone else None]]
+                return [operands(values, new) for values in kept[: 1 if first_alone else None]]
 
         found = compute(())
         for i, o in enumerate(found):
@@ -121,3 +121,11 @@ class Stream:
             made[n] = new[str(n.target)] if n.op == "get_attr" else self._evaluate(n, {**values, **made})
         result: Tensor = made[node]
         return result
+
+
+def _read_by(f: Found) -> set[fx.Node]:
+    """What the site's operands are computed from, with its own weights or with others."""
+    return {
+        *f.raised.node.all_input_nodes,
+        *(i for nodes in f.dirty.values() for n in nodes for i in n.all_input_nodes),
+    }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.backends import block_gather, flex, native
+from attnopt.backends import block_gather, flex, native, row_gather
 from attnopt.errors import AttnoptWarning
 from attnopt.operands import ROLES, Operands
 from attnopt.patterns import parse
@@ -35,13 +35,22 @@ def attention(
     scale: float,
     softcap: float | None,
     selected: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """[B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv] in v's dtype; the others as in ``Attend``.
 
     ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected`` as in ``Operands``.
+    Rows outside ``wanted``, bool [B, H, L], are of no use to the caller, and may be zeros.
     """
     spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
     operands = Operands(q, k, v, bias, mask, sinks, selected)
+    if wanted is not None and q.device.type == "cpu":
+        return row_gather.attend(spec, operands, wanted, _all_rows)
+    return _all_rows(spec, operands)
+
+
+def _all_rows(spec: AttentionSpec, operands: Operands) -> Tensor:
+    q = operands.q
     if q.device.type == "cpu" and q.dtype != torch.float64:
         try:
             return native.attend(spec, operands)
@@ -86,7 +95,7 @@ def _warn(reason: str) -> None:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, bias, mask, sinks, *options = inputs
-    selected = options[4] if len(options) > 4 else None
+    selected = options[4] if len(options) > 4 else None  # rows that are not wanted get no gradient from what uses them
     pattern, kv_of_head, scale, softcap = options[:4]
     ctx.spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
     ctx.save_for_backward(q, k, v, bias, mask, sinks, selected)
@@ -108,7 +117,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_leaves = [leaves[name] for name in wanted]
         found = torch.autograd.grad(o, of_leaves, grad, allow_unused=True, materialize_grads=True)
         grads = dict(zip(wanted, found, strict=True))
-    return (*(grads.get(name) for name in ROLES), None, None, None, None, None)
+    return (*(grads.get(name) for name in ROLES), None, None, None, None, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from attnopt.backends.lowering import selected, with_gains
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
 from attnopt.operands import BLOCK
 from attnopt.refusal import Refusal
-from attnopt.rewriting import Attend, Backend
+from attnopt.rewriting import Backend, RoutedAttend
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 from attnopt.tile_model import COMPILED, FLEX
@@ -20,15 +21,18 @@ from attnopt.tile_model import COMPILED, FLEX
 _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 
 
+@dataclass(frozen=True)
 class Blocked(Backend):
     """One ``attnopt::attention`` call: a kernel compiled for this CPU, FlexAttention, or torch's operators block by block.
 
     Accepts every spec whose selection is of whole blocks, at lengths that may vary; its block layout is made when the
-    lengths are known, and kept.
+    lengths are known, and kept.  ``skips_rows``: where tokens are routed to heads, only the routed pairs of a token and a
+    head are computed, on a CPU.
     """
 
     name: ClassVar[str] = "blocked"
     skips: ClassVar[bool] = True
+    skips_rows: bool = False
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
         if spec.selection is None or spec.selection.block % BLOCK == 0:
@@ -36,15 +40,22 @@ class Blocked(Backend):
         found = f"blocks of {spec.selection.block}"
         return Refusal("other-blocks", expected=f"a selection of blocks of {BLOCK}, or several of these", found=found)
 
-    def lower(self, spec: AttentionSpec) -> Attend:
+    def lower(self, spec: AttentionSpec) -> RoutedAttend:
         def attend(
-            q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            bias: Tensor | None,
+            mask: Tensor | None,
+            sinks: Tensor | None,
+            wanted: Tensor | None = None,
         ) -> Tensor:
             kept = None
             if spec.selection is not None:
                 kept = spec.selection.spread(selected(spec, q, k), q.shape[2], k.shape[2], BLOCK)
             pattern = spec.pattern.to_json()
-            o = attention(q, k, v, bias, mask, sinks, pattern, spec.kv_of_head, spec.scale, spec.softcap, kept)
+            o = attention(q, k, v, bias, mask, sinks, pattern, spec.kv_of_head, spec.scale, spec.softcap, kept, wanted)
             return with_gains(spec, o)
 
         return attend
@@ -58,6 +69,9 @@ class Blocked(Backend):
             return visits * dense_flops(site) / (_FLEX_RATE * GPU_RATE)
         speed = of_cpu()
         return speed.blocked_call + visits * dense_flops(site) / speed.blocked
+
+    def skipping_rows(self) -> Blocked:
+        return replace(self, skips_rows=True)
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         reason = native.why_not()

@@ -8,9 +8,23 @@ if __name__ != "attnopt.passes":
 from attnopt.passes.dynamic_sparse import DynamicSparse
 from attnopt.passes.fuse import Fuse
 from attnopt.passes.grouped_query import GroupedQuery
+from attnopt.passes.head_patch import HeadPatch
 from attnopt.passes.local_window import LocalWindow
 from attnopt.passes.prune_heads import PruneHeads
+from attnopt.passes.route_heads import RouteHeads
 from attnopt.passes.scale_heads import ScaleHeads
+from attnopt.passes.soft_pag import SoftPAG
 from attnopt.passes.sparse import Sparse
 
-__all__ = ["DynamicSparse", "Fuse", "GroupedQuery", "LocalWindow", "PruneHeads", "ScaleHeads", "Sparse"]
+__all__ = [
+    "DynamicSparse",
+    "Fuse",
+    "GroupedQuery",
+    "HeadPatch",
+    "LocalWindow",
+    "PruneHeads",
+    "RouteHeads",
+    "ScaleHeads",
+    "SoftPAG",
+    "Sparse",
+]

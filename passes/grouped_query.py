@@ -12,10 +12,11 @@ from torch import Tensor
 from attnopt.compensating import refitted
 from attnopt.errors import PolicyError
 from attnopt.grouping import Group, adjacent, agglomerated, optimal, queries_by_norm
+from attnopt.head_routes import Routed
 from attnopt.merging import Merged, Side, keys_of, values_of
 from attnopt.mixing import edit, mixes_values, mixing_of_scores
 from attnopt.options import choice, whole
-from attnopt.passes.heads import BUDGETS, refuse_unknown_projections
+from attnopt.passes.heads import BUDGETS, refuse_edits, refuse_unknown_projections
 from attnopt.refit import out_edits, output_weights, require_tokens
 from attnopt.refusal import Refusal
 from attnopt.rewriting import HeadWeights, Pass, Rewrite, Share, SharesBudget
@@ -115,7 +116,9 @@ class GroupedQuery(Pass, SharesBudget):
     def check(self, site: Site) -> Refusal | None:
         if self.kv_heads == site.num_kv_heads:
             return None
-        refused = self._refuse_sizes(site) or self._refuse_data(site)
+        edited = [e for e in site.spec.after if isinstance(e, Routed) or not e.fits_other_values]
+        refused = refuse_edits(site, edits=edited, hint="group key/value heads before heads are routed or replaced")
+        refused = refused or self._refuse_sizes(site) or self._refuse_data(site)
         roles = ("q", "k", "v", "out") if self.merge in ALIGNED else ("k", "v")
         return refused or refuse_unknown_projections(site, roles, _expected(roles), "")
 
@@ -187,7 +190,11 @@ class GroupedQuery(Pass, SharesBudget):
         assert now is not None
         require_tokens(site, now)
         weighted = self._merge(site) == "score-optimal"
-        return keys_of(site, now, mixing, weighted), values_of(site, now, weighted)
+        return now.once(
+            f"sides, weighted={weighted}",
+            site.spec,
+            lambda: (keys_of(site, now, mixing, weighted), values_of(site, now, weighted)),
+        )
 
     def _partitions(self, site: Site, sides: tuple[Side, Side], counts: Sequence[int]) -> dict[int, tuple[Group, ...]]:
         def loss(groups: Sequence[Group]) -> Tensor:

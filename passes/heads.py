@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from attnopt.head_edits import HeadEdit
 from attnopt.patterns import Pattern
 from attnopt.refusal import Refusal
 from attnopt.site import Site
@@ -37,6 +38,15 @@ def refuse_other_keys(site: Site) -> Refusal | None:
         found = f"{site.q_len} queries and {site.kv_len} keys"
         return site.refuse("needs-self-attention", expected=expected, found=found, hint=hint)
     return None
+
+
+def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Refusal | None:
+    """A refusal of the first of these edits of the heads' outputs, which would not mean the same afterwards."""
+    edit = next((e for e in edits if e is not None), None)
+    if edit is None:
+        return None
+    expected = "outputs of heads that nothing is done to yet"
+    return site.refuse("already-edited", expected=expected, found=str(edit), hint=hint)
 
 
 def refuse_unknown_projections(

@@ -44,6 +44,6 @@ def _seeds() -> None:
 
 
 # The same examples at every `make test`, new ones at every `make fuzz`.
-hypothesis.settings.register_profile("reproducible", derandomize=True)
+hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)  # no test is timed
 if not os.environ.get("ATTNOPT_EXAMPLES"):
     hypothesis.settings.load_profile("reproducible")

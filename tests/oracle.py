@@ -23,10 +23,17 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.b
 
 @dataclass(frozen=True)
 class Edit:
-    """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output."""
+    """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output; ``own``: how far
+    each head's map goes to the identity; ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero."""
 
     visible: Tensor | None = None
     gains: tuple[float, ...] | None = None
+    own: tuple[float, ...] | None = None
+    used: Tensor | Callable[[], Tensor] | None = None
+
+    @property
+    def is_mask(self) -> bool:
+        return self.gains is None and self.own is None and self.used is None
 
 
 Edits = Mapping[int, Edit] | Callable[[int, tuple[int, ...]], "Edit | None"]
@@ -74,11 +81,23 @@ def _hidden(scores: Tensor, axis: int, edit: Edit | None, heads: int | None) -> 
     return torch.where(visible, scores, -torch.inf)
 
 
-def _gained(weights: Tensor, edit: Edit | None, heads: int | None) -> Tensor:
-    if edit is None or edit.gains is None:
+def _weighed(weights: Tensor, edit: Edit | None, heads: int | None) -> Tensor:
+    """Attention weights after the edits of their maps."""
+    if edit is None:
         return weights
-    gains = torch.tensor(edit.gains, dtype=weights.dtype)[:, None, None]
-    return weights * _per_head(gains, weights.dim(), heads, tuple(weights.shape))
+
+    def column(values: tuple[float, ...]) -> Tensor:
+        found = torch.tensor(values, dtype=weights.dtype)[:, None, None]
+        return _per_head(found, weights.dim(), heads, tuple(weights.shape))
+
+    if edit.own is not None:
+        u = column(edit.own)
+        weights = (1 - u) * weights + u * torch.eye(*weights.shape[-2:], dtype=weights.dtype)
+    if edit.used is not None:
+        used = edit.used if isinstance(edit.used, Tensor) else edit.used()
+        assert used.shape == weights.shape[:3], "the oracle routes only scores [B, H, L, S]"
+        weights = weights * used.unsqueeze(-1)
+    return weights if edit.gains is None else weights * column(edit.gains)
 
 
 @contextmanager
@@ -96,13 +115,13 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         if counter.inside or x.dim() < 3:
             return softmax(x, dim, dtype)
         edit = counter.take(x)
-        return _gained(softmax(_hidden(x, dim, edit, heads), dim, dtype), edit, heads)
+        return _weighed(softmax(_hidden(x, dim, edit, heads), dim, dtype), edit, heads)
 
     def on_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, _stacklevel: int = 3, **_: Any) -> Tensor:
         if x.dim() < 3:
             return log_softmax(x, dim, dtype)
         edit = counter.take(x)
-        assert edit is None or edit.gains is None
+        assert edit is None or edit.is_mask
         counter.inside = True
         return log_softmax(_hidden(x, dim, edit, heads), dim, dtype)
 
@@ -111,7 +130,7 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
             counter.inside = False
             return exp(x)
         edit = counter.pending.pop() if counter.pending else counter.take(x)
-        assert edit is None or edit.gains is None
+        assert edit is None or edit.is_mask
         return exp(_hidden(x, -1, edit, heads))
 
     def on_logsumexp(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
@@ -134,7 +153,7 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         edit = counter.take(scores)
         weights = softmax(_hidden(scores, -1, edit, heads), -1).nan_to_num(0.0)
-        return _gained(weights, edit, heads) @ v
+        return _weighed(weights, edit, heads) @ v
 
     patches = (
         mock.patch.object(torch, "softmax", on_softmax),

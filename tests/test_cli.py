@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 
 import attnopt
-from attnopt import cli, cli_show, demo, demo_similarity
+from attnopt import cli, demo, demo_similarity, progress
 from attnopt.errors import AttnoptError
 
 HERE = Path(__file__).parent
@@ -245,13 +245,12 @@ def test_listing_the_commands_imports_little() -> None:
 def test_long_work_shows_progress_where_somebody_watches(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert list(cli_show.watched("measuring")(range(3))) == [0, 1, 2]
+    assert list(progress.watched(range(3), "measuring")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with cli_show.working("reading [brackets]"):
-        pass
-    assert list(cli_show.watched("measuring")(range(3))) == [0, 1, 2]
+    with progress.working("reading [brackets]"):
+        assert list(progress.watched(range(3), "measuring")) == [0, 1, 2], "a job inside another"
     told = capsys.readouterr()
     assert "reading [brackets]" in told.err
     assert "measuring" in told.err

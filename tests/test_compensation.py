@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -355,3 +356,70 @@ def test_refusals_name_what_is_missing(policy: Any, message: str) -> None:
 def test_bad_options(make: Any, message: str) -> None:
     with pytest.raises(attnopt.PolicyError, match=message):
         make()
+
+
+# ---------------------------------------------------------------- calls of one set of weights
+@pytest.mark.parametrize("policy", [PruneHeads(0.5), PruneHeads(0.5, budget="site"), GroupedQuery(2)], ids=str)
+def test_one_set_of_weights_stays_one(policy: Any) -> None:
+    model, data = stack(3), batches()
+    model.layers = nn.ModuleList([model.layers[0]] * 3)
+    fast = optimized(model, policy, data)
+    assert len(fast.sites) == 3
+    assert len({s.spec for s in fast.sites}) == 1
+    assert sum(p.numel() for p in fast.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_shared_weights_are_fitted_on_all_their_calls() -> None:
+    """That serves the model better than what is best for the first call."""
+    model, data = stack(1), batches()
+    model.layers = nn.ModuleList([model.layers[0]] * 2)
+    fast = optimized(model, PruneHeads(heads=[3]), data)
+    counted = 2 * sum(x.shape[0] * x.shape[1] for x in data) * 7 // 8
+    assert all(f"least squares on {counted} tokens" in s.notes[0] for s in fast.report.sites)
+    new = batches(seed=9)
+    first_alone = stack(1)
+    first_alone.load_state_dict(model.state_dict(), strict=False)
+    fitted = optimized(first_alone, PruneHeads(heads=[3]), data)
+    unfair = stack(1)
+    unfair.load_state_dict(model.state_dict(), strict=False)
+    unfair.layers = nn.ModuleList([unfair.layers[0]] * 2)
+    unfair.layers[0].o.weight.data[:, : 3 * D] = fitted.state_dict()["module.layers.0.o.weight"]
+    unfair.layers[0].o.bias.data = fitted.state_dict()["module.layers.0.o.bias"]
+    plain = attnopt.optimize(unfair, PruneHeads(heads=[3]), (data[0],))
+    assert error(fast, model, new) < error(plain, model, new)
+
+
+# ---------------------------------------------------------------- a whole layer
+@pytest.mark.parametrize("compensate", ["none", "bias", "least-squares"])
+def test_a_whole_layer_can_go(compensate: str, tmp_path: Path) -> None:
+    """What is left of it is the same for every token: the mean of what the layer gave, or its bias."""
+    model, data = stack(2), batches()
+    policy = {"layers.1": PruneHeads(heads=range(H), compensate=compensate, whole_layers=True)}
+    axes = {"x": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    fast = optimized(model, policy, data, dynamic_shapes=axes)
+    first, out = model.layers[0], model.layers[1].o
+    with torch.no_grad():
+        before = [x + first(x) for x in data]
+        given = torch.cat([model(x) - b for x, b in zip(data, before, strict=True)]).flatten(0, 1)
+        left = out.bias if compensate == "none" else given.mean(0)
+        for x, b in zip(data, before, strict=True):
+            torch.testing.assert_close(fast(x), b + left, atol=1e-5, rtol=1e-5)
+        longer = torch.randn(3, 17, 16)
+        torch.testing.assert_close(fast(longer), longer + first(longer) + left, atol=1e-5, rtol=1e-5)
+    names = {name for name, _ in fast.named_parameters()}
+    assert not any(f"layers.1.{role}" in name for name in names for role in "qkv")
+    after = fast.report.sites[1].cost_after
+    assert after is not None
+    assert after.kv_bytes_per_token == 0
+    fast.save(tmp_path / "saved")
+    torch.testing.assert_close(attnopt.load(tmp_path / "saved")(data[0]), fast(data[0]))
+
+
+def test_a_budget_may_spend_nothing_on_a_layer_that_gives_nothing() -> None:
+    model, data = stack(2), batches()
+    model.layers[1].o.weight.data *= 1e-4
+    kept = [s.spec.num_heads for s in optimized(model, PruneHeads(0.5, whole_layers=True), data).sites]
+    removed = optimized(model, PruneHeads(0.5, whole_layers=True), data).report.sites[1].notes[0]
+    assert kept == [4, 1]
+    assert removed == "prune-heads: every head is removed, the layer gives the same for every token"
+    assert [s.spec.num_heads for s in optimized(model, PruneHeads(0.5), data).sites] == [3, 1]

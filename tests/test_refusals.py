@@ -20,7 +20,16 @@ import attnopt
 from attnopt.capture import capture
 from attnopt.matching import recognise
 from attnopt.normaliser import normalisers
-from attnopt.passes import DynamicSparse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
+from attnopt.passes import (
+    DynamicSparse,
+    GroupedQuery,
+    HeadPatch,
+    LocalWindow,
+    PruneHeads,
+    RouteHeads,
+    ScaleHeads,
+    Sparse,
+)
 from attnopt.patterns import Neighborhood, Window
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError
@@ -104,6 +113,13 @@ def selected_twice() -> Refusal:
     policy = [DynamicSparse(), DynamicSparse(keep=2)]
     (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
     return entry.refusals["dynamic-sparse"]
+
+
+def routed_and_pruned() -> Refusal:
+    policy = [RouteHeads([0], 1), PruneHeads(heads=[1])]
+    model, given = Attention(Spelling()), inputs(Spelling())
+    (entry,) = attnopt.optimize(model, policy, (), given, backend="sdpa").report.sites
+    return entry.refusals["prune-heads"]
 
 
 def sink_and_constant() -> Refusal:
@@ -227,6 +243,15 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         selected_twice,
         "[already-selected] expected an attention that sees every block, found DynamicBlocks(scores=Pooled(), keep=0.25, "
         "block=64, sinks=1, local=1) (at LINE)\n  hint: give the site one dynamic-sparse only",
+    ),
+    "already-edited": (
+        routed_and_pruned,
+        "[already-edited] expected outputs of heads that nothing is done to yet, found heads 0 and 1 of 3 heads for each "
+        "token by query norm (at LINE)\n  hint: prune heads before tokens are routed to them",
+    ),
+    "other-sizes": (
+        lambda: refused(Spelling(), HeadPatch([1], torch.zeros(1, 1, 9, 4))),
+        "[other-sizes] expected values for the 7 tokens of every call, found values for 9 tokens (at LINE)",
     ),
     "all-heads": (
         lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),

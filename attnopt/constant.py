@@ -1,0 +1,49 @@
+"""A tensor as a value: it can be compared, hashed, kept in a frozen spec and written as JSON."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Numbers of one floating-point ``dtype`` (its name in torch), bit for bit.  Raises ValueError where they do not fit."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        if not self.shape or min(self.shape) < 1 or len(self.data) != prod(self.shape) * _DTYPES[self.dtype].itemsize:
+            raise ValueError(f"{len(self.data)} bytes are no {self.dtype} numbers of shape {list(self.shape)}")
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        held = tensor.detach().cpu().contiguous()
+        data = held.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return cls(str(held.dtype).removeprefix("torch."), tuple(held.shape), data)
+
+    def tensor(self, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor of its own, each time."""
+        made = torch.frombuffer(bytearray(self.data), dtype=_DTYPES[self.dtype])
+        return made.reshape(self.shape).to(device)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which ``from_json`` reads back."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "data": b64encode(self.data).decode("ascii")}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_json``.  Raises ValueError, KeyError or TypeError."""
+        return cls(str(data["dtype"]), tuple(map(int, data["shape"])), b64decode(data["data"], validate=True))

@@ -1,0 +1,114 @@
+"""Replace heads' outputs: by nothing, by their mean, or by those of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnopt.constant import Constant
+from attnopt.errors import PolicyError
+from attnopt.head_edits import Replaced
+from attnopt.head_scores import mean_outputs
+from attnopt.options import whole_tuple
+from attnopt.passes.heads import refuse_unknown_heads
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Pass, Rewrite
+from attnopt.site import Site
+
+NAMED = ("silence", "mean", "run")
+
+
+@dataclass(frozen=True)
+class HeadPatch(Pass):
+    """The outputs of ``heads`` are replaced, before their gains and the output projection.
+
+    ``values``: "silence", zeros; "mean", what each head gives on average over the calibration tokens that are no padding
+    (mean ablation); "run", what they gave in the first calibration batch (activation patching); or a tensor, [heads, Dv]
+    for every token alike or [batch or 1, heads, tokens, Dv] for sequences of just this length, with the heads in the order
+    of ``heads``.  Heads that were pruned are ignored.  Give it after the passes that change weights: what these fit is
+    fitted to the model as it was trained.  Raises PolicyError.
+    """
+
+    name: ClassVar[str] = "head-patch"
+    exact: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = True
+    heads: Sequence[int]
+    values: str | Tensor | Constant | Mapping[str, Any] = "silence"
+
+    def __post_init__(self) -> None:
+        heads = whole_tuple(self.name, "heads", self.heads, None)
+        if not heads or len(set(heads)) < len(heads):
+            raise PolicyError(
+                f"{self.name}: heads={self.heads!r} is not possible; give each head once, and at least one"
+            )
+        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "values", self._read(self.values))
+
+    def _read(self, given: Any) -> str | Constant:
+        if isinstance(given, str) and given in NAMED:
+            return given
+        try:
+            found = Constant.of(given) if isinstance(given, Tensor) else given
+            found = Constant.from_json(found) if isinstance(found, Mapping) else found
+            assert isinstance(found, Constant)
+            Replaced(tuple(self.heads), found)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            named = ", ".join(map(repr, NAMED))
+            shown = f"of shape {list(given.shape)}" if isinstance(given, Tensor) else repr(given)[:60]
+            n = len(self.heads)
+            raise PolicyError(
+                f"{self.name}: values {shown} are not possible",
+                hint=f"give {named}, or floating-point numbers [{n}, Dv] or [batch, {n}, tokens, Dv]",
+            ) from error
+        return found
+
+    def check(self, site: Site) -> Refusal | None:
+        refused = refuse_unknown_heads(site, self.heads)
+        if refused is None and self.values in ("mean", "run") and site.activations is None:
+            hint = "give calibration= to attnopt.optimize"
+            return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+        return refused or self._refuse_sizes(site)
+
+    def rewrite(self, site: Site) -> Rewrite:
+        kept = [h for h in self.heads if h in site.spec.heads]
+        if not kept:
+            return Rewrite(site.spec)
+        made = (
+            Replaced(tuple(self.heads), self.values, "values of another run")
+            if isinstance(self.values, Constant)
+            else None
+        )
+        edit = self._named(site, kept) if made is None else made.keeping(kept)
+        assert edit is not None
+        return Rewrite(site.spec.followed_by(edit))
+
+    def _named(self, site: Site, kept: Sequence[int]) -> Replaced:
+        places = torch.tensor([site.spec.heads.index(h) for h in kept])
+        now = site.activations
+        if self.values == "silence" or now is None:
+            return Replaced(tuple(kept), Constant.of(torch.zeros(len(kept), site.value_dim)), "zeros")
+        if self.values == "mean":
+            return Replaced(tuple(kept), Constant.of(mean_outputs(site).cpu()[places]), "the mean output")
+        first = next(now.outputs(site.spec)).cpu()
+        return Replaced(tuple(kept), Constant.of(first[:, places]), "values of the first calibration batch")
+
+    def _refuse_sizes(self, site: Site) -> Refusal | None:
+        """Values that do not fit what the heads give."""
+        sizes: list[int] = []
+        if isinstance(self.values, Constant):
+            shape = self.values.shape
+            if shape[-1] != site.value_dim:
+                found = f"values of {shape[-1]}"
+                return site.refuse("other-sizes", expected=f"values of {site.value_dim} features", found=found)
+            sizes = [shape[2]] if len(shape) == 4 else []
+        elif self.values == "run" and site.activations is not None:
+            sizes = [site.activations.batches[0].q.shape[2]]
+        if not sizes or (sizes == [site.q_len] and not site.is_dynamic):
+            return None
+        expected, found = f"values for the {site.q_len} tokens of every call", f"values for {sizes[0]} tokens"
+        hint = "leave the sequence axis out of dynamic_shapes" if site.is_dynamic else ""
+        return site.refuse("other-sizes", expected=expected, found=found, hint=hint)

@@ -1,0 +1,96 @@
+"""Let each token use only some of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attnopt.errors import PolicyError
+from attnopt.head_routes import Routed
+from attnopt.head_scores import scores_at
+from attnopt.options import choice, whole, wholes
+from attnopt.passes.heads import refuse_edits, refuse_unknown_heads, refuse_unknown_projections
+from attnopt.refusal import Refusal
+from attnopt.rewriting import Pass, Rewrite
+from attnopt.route_fit import fitted_router, used_share
+from attnopt.site import Site
+
+ROUTERS = ("query-norm", "linear")
+
+
+@dataclass(frozen=True)
+class RouteHeads(Pass):
+    """Each token uses the ``shared`` heads and ``routed`` of the others; what the rest would give it is zero (MoH,
+    arXiv:2410.11842).
+
+    ``shared``: numbers of heads, or how many: those that give most on the calibration data.
+    ``router``: "query-norm", the heads with the longest queries, needs no data; "linear", scores linear in the queries of
+    all heads, fitted by least squares to the norm of what each head gives on the calibration data.  Of equal scores the
+    first head counts.  A head is used or not: MoH trains its router with the model and weighs the heads, nothing is
+    trained here.  Heads that were pruned are ignored.  Raises PolicyError, and CalibrationError where there are fewer
+    calibration tokens than the queries have features.
+    """
+
+    name: ClassVar[str] = "route-heads"
+    exact: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = True
+    shared: Sequence[int] | int = ()
+    routed: int = 1
+    router: str = "query-norm"
+
+    def __post_init__(self) -> None:
+        is_count = isinstance(self.shared, int)
+        shared = whole(self.name, "shared", self.shared) if is_count else wholes(self.name, "shared", self.shared)
+        object.__setattr__(self, "shared", shared)
+        whole(self.name, "routed", self.routed)
+        choice(self.name, "router", self.router, ROUTERS)
+        if not shared and not self.routed:
+            raise PolicyError(f"{self.name}: shared={self.shared!r} and routed=0 leave no head; give one of them")
+
+    def check(self, site: Site) -> Refusal | None:
+        numbers = () if isinstance(self.shared, int) else self.shared
+        refused = refuse_edits(site, [site.spec.route], "give a site one route-heads only")
+        refused = refused or refuse_unknown_heads(site, numbers)
+        if refused is not None:
+            return refused
+        if not self.routed and not isinstance(self.shared, int) and not {*numbers} & {*site.spec.heads}:
+            return site.refuse(
+                "all-heads", expected="at least one head to stay", found="all shared heads removed before"
+            )
+        if not self._learns:
+            return None
+        if site.activations is None:
+            hint = 'give calibration= to attnopt.optimize, or numbers of shared heads and router="query-norm"'
+            return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+        give = 'numbers of shared heads and router="query-norm"'
+        return refuse_unknown_projections(site, ("out",), "a known output projection", give)
+
+    def rewrite(self, site: Site) -> Rewrite:
+        shared = self._shared(site)
+        others = tuple(h for h in site.spec.heads if h not in shared)
+        if self.routed >= len(others):
+            return Rewrite(site.spec, notes=("route-heads: every token uses every head",))
+        router = fitted_router(site, others) if self.router == "linear" and self.routed else None
+        route = Routed(shared, others, self.routed, router)
+        return Rewrite(site.spec.followed_by(route), notes=_told(site, route))
+
+    @property
+    def _learns(self) -> bool:
+        return self.router == "linear" or (isinstance(self.shared, int) and self.shared > 0)
+
+    def _shared(self, site: Site) -> tuple[int, ...]:
+        if not isinstance(self.shared, int):
+            return tuple(h for h in site.spec.heads if h in self.shared)
+        if not self.shared:
+            return ()
+        norms = dict(zip(site.spec.heads, scores_at(site, "output-norm"), strict=True))
+        ranked = sorted(norms, key=lambda h: (-norms[h], h))
+        return tuple(sorted(ranked[: self.shared]))
+
+
+def _told(site: Site, route: Routed) -> tuple[str, ...]:
+    if site.activations is None or refuse_unknown_projections(site, ("out",), "", "") is not None:
+        return ()
+    share = used_share(site, route)
+    return (f"route-heads: what is used has {share:.1%} of the norm of what the heads give, on held-back data",)
