@@ -77,6 +77,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/long_context.py
 	$(PY) benchmarks/generation.py
 	$(PY) benchmarks/onnx_speed.py
+	$(PY) benchmarks/onnx_models.py
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/leak.py

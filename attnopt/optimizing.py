@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,8 +53,10 @@ class _Clock:
 
 
 @compiling()
-def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Inspection:
-    """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.
+def inspect(
+    model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Inspection:
+    """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.  An ONNX file is a model too.
 
     Returns an ``Inspection``: ``.sites`` in the order in which they run, each with the passes that cannot rewrite it in
     ``.refusals``; ``.near_misses``; it prints as a table.  A model on the meta device needs no memory for its weights: each
@@ -61,6 +64,7 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     Raises CaptureError if the model cannot be captured.
     """
     inputs = _inputs(args, kwargs)
+    model = _opened(model, *inputs)
     program = capture(model, *inputs)
     if isinstance(model, nn.Module) and without_values(model) is None:
         check_call(model, *inputs)
@@ -70,7 +74,7 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
 
 
 def optimize(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     policy: Any = "fuse",
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -85,7 +89,7 @@ def optimize(
 ) -> OptimizedModel:
     """Rewrite the attentions of ``model`` as ``policy`` says and lower them to fused operators.
 
-    The model itself is never changed; weights that stay the same are shared with it.
+    The model itself is never changed; weights that stay the same are shared with it.  An ONNX file is a model too.
 
     ``policy``: a pass, a list of passes, a mapping from site-name globs to those, a ``Policy``, a YAML or JSON file, or text
     such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
@@ -107,6 +111,7 @@ def optimize(
     args, given = _inputs(args, kwargs)
     if not args and not given and batches:
         args, given = batches[0]
+    model = _opened(model, args, given)
 
     @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
@@ -154,6 +159,14 @@ def compiled(
     args, kwargs = inputs
     chosen, backends = Policy.of(policy), _backends("auto")
     return _Job(model, chosen, args, kwargs, dynamic_shapes, batches, backends, tolerance, strict, limit, seed).run()
+
+
+def _opened(model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    from attnopt.from_onnx.opening import opened
+
+    return opened(model, args, kwargs)
 
 
 def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
