@@ -97,7 +97,7 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     if blocked is not None:
         return Projection(why=_stopped_at(blocked.node)), dirty
     each = [[_as_bias(x) for x in found] for found in each]
-    constant = next((x for found in each for x in found if x.kind == "constant"), None)
+    constant = next((x for found in each for x in found if x.kind == "constant" and not _is_shared(x, each)), None)
     if constant is not None and alone:
         return Projection(why=f"heads also differ by {constant.node.target}, which is no projection"), dirty
     weights = [[x for x in found if x.kind == "weight"] for found in each]
@@ -113,6 +113,13 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     if vector is not None and projection.rows is not None and not _same_rows(vector, projection.rows, weights):
         return Projection(projection.weight, why=f"the bias {vector.target} has other rows than the weight"), dirty
     return projection, dirty
+
+
+def _is_shared(constant: Landing, each: Sequence[Sequence[Landing]]) -> bool:
+    """Every head takes the same of it, as of a norm's weight that serves them all."""
+    return len(each) > 1 and all(
+        any(x.node is constant.node and x.selection == constant.selection for x in found) for found in each
+    )
 
 
 def _as_bias(landing: Landing) -> Landing:

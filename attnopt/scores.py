@@ -237,7 +237,7 @@ def _stored_number(x: Any) -> float | None:
     found: Any = owner
     for part in str(x.target).split("."):
         found = getattr(found, part)
-    return None if isinstance(found, torch.nn.Parameter) else float(found)
+    return None if isinstance(found, torch.nn.Parameter) or found.is_meta else float(found)
 
 
 def _other(node: fx.Node, source: fx.Node) -> Any:

@@ -131,6 +131,24 @@ def routed_and_pruned() -> Refusal:
     return entry.refusals["prune-heads"]
 
 
+class Twice(Decoy):
+    """One set of weights, two calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            q, k, v = self.heads(x)
+            x = x + self.merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+        return x
+
+
+def patched_in_both_calls() -> Refusal:
+    x = torch.randn(2, L, E)
+    with pytest.warns(attnopt.AttnoptWarning, match="changes nothing"):
+        fast = attnopt.optimize(Twice().eval(), HeadPatch([1], "run"), (x,), calibration=[x])
+    assert len(fast.sites) == 2
+    return fast.report.sites[1].refusals["head-patch"]
+
+
 def sink_and_constant() -> Refusal:
     sink = torch.zeros(1, H, 1, 1)
     return missed(Scored(lambda s: torch.cat([s + 1.0, sink.expand(s.shape[0], -1, L, 1)], -1)))
@@ -267,9 +285,15 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(), HeadPatch([1], torch.zeros(1, 1, 9, 4))),
         "[other-sizes] expected values for the 7 tokens of every call, found values for 9 tokens (at LINE)",
     ),
+    "several-calls": (
+        patched_in_both_calls,
+        "[several-calls] expected one call of the site's weights, found 2 calls, each with values of its own (at LINE)\n"
+        "  hint: name each call in the policy, as in {'attention#2': ...}",
+    ),
     "all-heads": (
         lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
-        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)",
+        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)\n  hint: give whole_layers=True to "
+        "remove the attention as a whole",
     ),
     "no-such-site-size": (
         lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),
