@@ -40,6 +40,7 @@ def test_random_cases(first: int) -> None:
 def test_cases_that_once_failed(case: Case) -> None:
     outcome = checked(case)
     assert not outcome.failure, outcome.why
+    assert outcome.found == outcome.attentions, outcome.missed
 
 
 def test_cases_are_reproducible_and_travel_as_json() -> None:
