@@ -25,14 +25,16 @@ def surgeon_of(site: Site) -> Surgeon:
     )
 
 
-def bias_for(site: Site, spec: AttentionSpec) -> Rewrite:
-    """The heads of ``spec`` as they are, the mean of what the others gave in the bias (FLAP, arXiv:2312.11983)."""
+def bias_for(site: Site, spec: AttentionSpec, heads: Sequence[int] | None = None) -> Rewrite:
+    """The ``heads`` (of ``spec``, unless given) as they are, the mean of what the others gave in the bias (FLAP,
+    arXiv:2312.11983)."""
+    heads = spec.heads if heads is None else heads
     bias = site.out_bias()
     if bias is None:
         return Rewrite(spec, notes=("the output projection has no bias, nothing was compensated",))
     now, _ = _learned(site)
-    both = combined([m.of(_features(site, spec)) for m in moments(now, site.spec)])
-    left = _weights_of(site, spec)
+    both = combined([m.of(_features(site, heads)) for m in moments(now, site.spec)])
+    left = _weights_of(site, heads)
     wrong = (both.zy[-1] - both.zz[-1] @ left) / both.zz[-1, -1]
     return Rewrite(spec, out_bias=bias.double() + wrong, notes=("the mean of what is gone is in the output bias",))
 
@@ -61,8 +63,10 @@ def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, st
     """
     known, _ = _learned(site)
     require_tokens(site, known)
-    start = _weights_of(site, spec) if start is None else start
-    fitting, held = moments(now, spec) if now else [m.of(_features(site, spec)) for m in moments(known, site.spec)]
+    start = _weights_of(site, spec.heads) if start is None else start
+    fitting, held = (
+        moments(now, spec) if now else [m.of(_features(site, spec.heads)) for m in moments(known, site.spec)]
+    )
     found = fit(fitting, held if held.tokens else fitting, start, site.out_bias() is not None)
     note = (
         f"least squares on {fitting.tokens} tokens: error of the layer on {held.tokens} held-back ones "
@@ -82,14 +86,14 @@ def _learned(site: Site) -> tuple[Activations, Tensor]:
     return site.activations, weights
 
 
-def _weights_of(site: Site, spec: AttentionSpec) -> Tensor:
-    """Today's output weights of the heads of ``spec``, and the row of the bias."""
+def _weights_of(site: Site, heads: Sequence[int]) -> Tensor:
+    """Today's output weights of ``heads``, and the row of the bias."""
     _, weights = _learned(site)
-    return weights[_features(site, spec)]
+    return weights[_features(site, heads)]
 
 
-def _features(site: Site, spec: AttentionSpec) -> Tensor:
-    """Where the features of the heads of ``spec``, which are some of the site's, stand among the site's, and the ones."""
+def _features(site: Site, heads: Sequence[int]) -> Tensor:
+    """Where the features of ``heads``, which are some of the site's, stand among the site's, and the ones."""
     Dv = site.value_dim
-    places = [site.spec.heads.index(h) for h in spec.heads]
+    places = [site.spec.heads.index(h) for h in heads]
     return torch.tensor([*(p * Dv + i for p in places for i in range(Dv)), site.num_heads * Dv])

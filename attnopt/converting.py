@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.class_settings import Counts, Setting, attributes, configurations, settle
+from attnopt.compiling import compiling
 from attnopt.errors import AttnoptWarning, ConversionError, PolicyError
 from attnopt.head_weights import REMEDY, head_order, put_into, reshaped
 from attnopt.judging import Decoding, Judge
@@ -30,6 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 LEAST = 4  # tokens, for a pattern to show
 
 
+@compiling()
 def convert(
     model: Model,
     policy: Any,

@@ -23,6 +23,8 @@ def cost_of(site: Site, spec: AttentionSpec, before: AttentionSpec, element_size
     tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim + spec.value_dim) * element_size
+    if spec.is_constant:  # nothing reads the queries, keys and values
+        return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)
     return Cost(int(flops), sum(parameters.values()), cached)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from attnopt.finding import Found
-from attnopt.head_edits import Replaced, Scaled, TowardValues
+from attnopt.head_edits import constant_heads
 from attnopt.rewriting import HeadWeights
 from attnopt.spec import AttentionSpec
 
@@ -43,13 +43,13 @@ def _gains(found: Found, plan: Folded) -> Folded:
 
 def _constants(found: Found, plan: Folded) -> Folded:
     spec, site = plan.spec, found.site
-    known = constant_heads(spec)
+    known = constant_heads(spec.after)
     silent = {h for h, value in known.items() if not bool(value.any())}
     bias = site.out_bias() if plan.out_bias is None else plan.out_bias
     can_move = bias is not None and site.projections["out"].direct
     gone = [h for h in known if h in silent or can_move]
     if len(gone) == spec.num_heads:
-        gone = gone[1:]  # one head has to stay
+        gone = gone[1:]  # one head has to stay; `lower` then computes no attention
     for h in gone:
         if h not in silent:
             weight = _out_weight(found, plan, h)
@@ -61,22 +61,6 @@ def _constants(found: Found, plan: Folded) -> Folded:
         return plan
     moved = any(h not in silent for h in gone)
     return replace(plan, spec=spec.keeping(set(spec.heads) - {*gone}), out_bias=bias if moved else plan.out_bias)
-
-
-def constant_heads(spec: AttentionSpec) -> dict[int, Tensor]:
-    """The heads that give the same [Dv], float64, for every token before their gain, as far as the edits tell."""
-    known: dict[int, Tensor] = {}
-    for edit in spec.after:
-        match edit:
-            case Replaced(is_constant=True):
-                known.update(zip(edit.heads, edit.values.tensor().double().unbind(), strict=True))
-            case Scaled():
-                known.update({h: known[h] * g for h, g in edit.gains if h in known})
-            case Replaced() | TowardValues():
-                known = {h: value for h, value in known.items() if h not in edit.changed}
-            case _:
-                return {}  # a route reads the queries of all heads
-    return known
 
 
 def _out_weight(found: Found, plan: Folded, head: int) -> Tensor | None:

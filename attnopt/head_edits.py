@@ -181,6 +181,22 @@ class Replaced(HeadEdit):
         return f"{self.origin} for head{'s' if len(self.heads) > 1 else ''} {', '.join(map(str, self.heads))}"
 
 
+def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:
+    """The heads that give the same [Dv], float64, for every token before their gain, as far as their edits tell."""
+    known: dict[int, Tensor] = {}
+    for edit in edits:
+        match edit:
+            case Replaced(is_constant=True):
+                known.update(zip(edit.heads, edit.values.tensor().double().unbind(), strict=True))
+            case Scaled():
+                known.update({h: known[h] * g for h, g in edit.gains if h in known})
+            case Replaced() | TowardValues():
+                known = {h: value for h, value in known.items() if h not in edit.changed}
+            case _:
+                return {}  # a route reads the queries of all heads
+    return known
+
+
 def with_heads(o: Tensor, new: Mapping[int, Tensor]) -> Tensor:
     """``o`` [B, H, L, Dv] with the heads at these places replaced by tensors [B, 1, L, Dv]."""
     pieces: list[Tensor] = []

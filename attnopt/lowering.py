@@ -18,7 +18,8 @@ from attnopt.errors import RewriteError
 from attnopt.finding import Found
 from attnopt.finishing import attention_of
 from attnopt.folding import Folded, folded
-from attnopt.graph import Emitter, prune_unused_state, shape, share, tidy, value
+from attnopt.graph import Emitter, ancestors, is_static, is_tensor, prune_unused_state, shape, share, tidy, value
+from attnopt.head_edits import constant_heads
 from attnopt.operands import ROLES
 from attnopt.projections import weight_path
 from attnopt.rewriting import Backend, HeadWeights
@@ -89,9 +90,27 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     region_out.replace_all_uses_with(out)
     whole = Folded(plan.spec, plan.edits, plan.out_bias)
     made = whole if plain else folded(plan.found, whole)
-    spec, edits = made.spec, made.edits
-    dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
     emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
+    if made.spec.is_constant and not plain:
+        lowered = _constant(emit, node, made.spec)
+    else:
+        lowered = _attention(emit, weights, plan, table, made, plain)
+    _edit_output(gm, weights, plan.found, table, replace(made, edits=tuple(e for e in made.edits if e.role == "out")))
+    chosen = trim(node, {1: made.spec.heads})
+    if not chosen:
+        node.replace_all_uses_with(lowered)
+    elif plain:
+        node.replace_all_uses_with(spread(emit, lowered, node, chosen))
+    else:
+        push_down(gm.graph, weights, emit.origin, node, lowered, chosen)
+
+
+def _attention(
+    emit: Emitter, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], made: Folded, plain: bool
+) -> fx.Node:
+    """The attention computed from operands whose heads are selected, as far up as that goes."""
+    node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
+    dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
     edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
     forks = _forks(plan.found, table)
     before = plan.found.raised.spec
@@ -109,15 +128,36 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
             if plain
             else select.select(operand, wanted)
         )
-    lowered = inline(emit, spec, Reference() if plain else plan.backend, operands)
-    _edit_output(gm, weights, plan.found, table, replace(made, edits=tuple(e for e in edits if e.role == "out")))
-    chosen = trim(node, {1: spec.heads})
-    if not chosen:
-        node.replace_all_uses_with(lowered)
-    elif plain:
-        node.replace_all_uses_with(spread(emit, lowered, node, chosen))
-    else:
-        push_down(gm.graph, weights, emit.origin, node, lowered, chosen)
+    return inline(emit, spec, Reference() if plain else plan.backend, operands)
+
+
+def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
+    """What ``node`` gives where every head gives the same for every token: nothing of the attention is computed."""
+    known = constant_heads(spec.after)
+    gains = spec.gains or (1.0,) * spec.num_heads
+    values = torch.stack([known[h] * gain for h, gain in zip(spec.heads, gains, strict=True)])
+    wanted = value(node)
+    sizes = [wanted.shape[axis] for axis in (0, 2)]
+    like = _with_sizes(node, [s for s in sizes if not is_static(s)])
+
+    def call(x: Tensor, values_HD: Tensor) -> Tensor:
+        B, L = (s if is_static(s) else x.shape[_axis(x, s) or 0] for s in sizes)
+        return values_HD[None, :, None].expand(B, -1, L, -1)
+
+    return emit.inline(call, like, emit.constant(values.to(wanted.dtype).to(wanted.device)))
+
+
+def _with_sizes(node: fx.Node, sizes: Sequence[torch.SymInt]) -> fx.Node:
+    """Of what ``node`` is computed from, the first tensor that has all these sizes."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    able = (n for n in ancestors(node) if is_tensor(n) and all(_axis(value(n), s) is not None for s in sizes))
+    return min(able, key=order.__getitem__)
+
+
+def _axis(x: Tensor, size: torch.SymInt) -> int | None:
+    """The axis of ``x`` whose size is the same symbol."""
+    same = (a for a, s in enumerate(x.shape) if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr)
+    return next(same, None)
 
 
 def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from attnopt import archive
 from attnopt.calling import check_inputs
+from attnopt.compiling import compiling
 from attnopt.errors import AttnoptError, CaptureError
 from attnopt.origin import Origin
 from attnopt.report import Report
@@ -67,16 +68,21 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the user's model."""
-        if self.module is None:
-            assert self._build is not None
-            self.module, self._origin = self._build(args, dict(kwargs))
-            self._build, self._model = None, []
+        if self._build is not None:
+            self._capture(args, kwargs)
         try:
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
             raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
-        check_inputs(self.module, args, kwargs)
-        return self.module(*args, **kwargs)
+        check_inputs(self.graph_module, args, kwargs)
+        return self.graph_module(*args, **kwargs)
+
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with compiling():
+            if self._build is None:  # another thread was faster
+                return
+            self.module, self._origin = self._build(args, dict(kwargs))
+            self._build, self._model = None, []
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to the folder ``path``, whole or not at all.  ``attnopt.load`` reads it.  Raises ArchiveError."""
@@ -97,7 +103,7 @@ class OptimizedModel(nn.Module):
         ONNX's own.  ``opset``: 23 (the default) to 25.  ``external_data``: weights in a file beside the model; "auto" where
         they do not fit into it.  What was done is in the model's metadata, under names that begin with "attnopt.".
         """
-        from attnopt.onnx_export import export_onnx
+        from attnopt.to_onnx.export import export_onnx
 
         export_onnx(
             self.graph_module,
@@ -107,6 +113,33 @@ class OptimizedModel(nn.Module):
             opset=opset,
             external_data=external_data,
             verify=verify,
+        )
+
+    def export_decoder(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        context_length: int,
+        eos_token_id: int | Sequence[int],
+        tokenizer: Any = None,
+    ) -> None:
+        """Write a language model that keeps keys and values, as a folder that onnxruntime-genai reads.  Raises ExportError.
+
+        The model takes ``input_ids``, and if it wants ``attention_mask`` and ``position_ids``, all [batch, length] and free
+        in both, and returns logits [batch, length, vocabulary]; its attentions are causal or have a causal window.  One
+        file serves prompt and generation, over one buffer of at most ``context_length`` tokens.  ``tokenizer``: of
+        transformers, written beside it.  Before anything is written, ONNX Runtime reads two prompts and goes on token by
+        token, and has to give the logits of this model.
+        """
+        from attnopt.to_onnx.decoder import export_decoder
+
+        export_decoder(
+            self.graph_module,
+            self.origin,
+            folder,
+            context_length=context_length,
+            eos_token_id=eos_token_id,
+            tokenizer=tokenizer,
         )
 
     def export_program(self) -> torch.export.ExportedProgram:

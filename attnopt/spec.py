@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from attnopt.constant import Constant
 from attnopt.dynamic_blocks import DynamicBlocks
-from attnopt.head_edits import HeadEdit, Scaled
+from attnopt.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.head_routes import Routed
 from attnopt.patterns import Full, Pattern
 
@@ -82,6 +82,11 @@ class AttentionSpec:
     def chooses(self) -> bool:
         """What is computed depends on comparisons that rounding may turn: of blocks, or of heads."""
         return self.selection is not None or self.route is not None
+
+    @property
+    def is_constant(self) -> bool:
+        """Every head gives the same for every token, whatever the queries, keys and values."""
+        return len(constant_heads(self.after)) == self.num_heads
 
     @property
     def constants(self) -> tuple[Constant, ...]:

@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
+
 from attnopt.compensating import bias_for, refitted, surgeon_of
+from attnopt.constant import Constant
 from attnopt.errors import PolicyError
+from attnopt.head_edits import Replaced
 from attnopt.head_scores import AT_SITE, scores_at
 from attnopt.obs import Surgeon
 from attnopt.options import choice, number, numbers, wholes
@@ -35,6 +39,7 @@ class PruneHeads(Pass, SharesBudget):
     ``"bias"``, the mean of what is gone goes into the output bias (FLAP, arXiv:2312.11983); ``"least-squares"``, the
     output projection is fitted to what the layer gave before (OSSCAR, arXiv:2403.12983).  ``budget``: a fraction of each
     site's heads (``"site"``), or of all sites' together (``"global"``), spent where the model's output needs them.
+    ``whole_layers``: all heads of a site may go; it then gives the same for every token, and no attention is computed.
 
     Defaults: with calibration data block OBS, least squares and a global budget; without, the Frobenius norm of the
     head's value projection times its output projection (times its gain), nothing and each site its own.  A fraction is
@@ -51,6 +56,7 @@ class PruneHeads(Pass, SharesBudget):
     protect: Sequence[int] = ()
     compensate: str | None = None
     budget: str | None = None
+    whole_layers: bool = False
 
     def __post_init__(self) -> None:
         if sum(o is not None for o in (self.fraction, self.heads)) != 1:
@@ -105,6 +111,9 @@ class PruneHeads(Pass, SharesBudget):
             gone = [h for p, h in enumerate(site.spec.heads) if p not in places]
             error = surgeon.error(places, how) if gone else 0.0
             found[n] = Share(error, PruneHeads(heads=gone, compensate=self.compensate))
+        if self.whole_layers and not set(self.protect) & set(site.spec.heads):
+            everything = PruneHeads(heads=site.spec.heads, compensate=self.compensate, whole_layers=True)
+            found[0] = Share(surgeon.error((), how), everything)
         return found
 
     # ------------------------------------------------------------ one site
@@ -128,6 +137,8 @@ class PruneHeads(Pass, SharesBudget):
         return self._keeping(site, kept, (f"prune-heads: removed heads {', '.join(map(str, gone))} by {by}",))
 
     def _keeping(self, site: Site, kept: Sequence[int], notes: tuple[str, ...]) -> Rewrite:
+        if not kept:
+            return self._without_any(site)
         spec = site.spec.keeping(kept)
         gone = site.num_kv_heads - spec.num_kv_heads
         if gone and site.num_kv_heads < site.num_heads:
@@ -138,6 +149,16 @@ class PruneHeads(Pass, SharesBudget):
         if how == "least-squares":
             return refitted(site, spec).rewrite(self.name, notes=notes)
         made = bias_for(site, spec)
+        return replace(made, notes=(*notes, *(f"prune-heads: {n}" for n in made.notes)))
+
+    def _without_any(self, site: Site) -> Rewrite:
+        last = site.spec.heads[:1]  # stands for the layer, and gives nothing
+        zeros = Replaced(last, Constant.of(torch.zeros(1, site.value_dim)), "zeros")
+        spec = site.spec.keeping(last).followed_by(zeros)
+        notes = ("prune-heads: every head is removed, the layer gives the same for every token",)
+        if self._compensation(site) == "none":
+            return Rewrite(spec, notes=notes)
+        made = bias_for(site, spec, heads=())
         return replace(made, notes=(*notes, *(f"prune-heads: {n}" for n in made.notes)))
 
     def _removed_of(self, heads: int) -> int:
@@ -191,8 +212,9 @@ class PruneHeads(Pass, SharesBudget):
     # ------------------------------------------------------------ refusals
     def _refuse_sizes(self, site: Site) -> Refusal | None:
         present = set(site.spec.heads)
-        if self.heads is not None and not present - set(self.heads):
-            return site.refuse("all-heads", expected="at least one head to stay", found=f"all {len(present)} removed")
+        if self.heads is not None and not present - set(self.heads) and not self.whole_layers:
+            found, hint = f"all {len(present)} removed", "give whole_layers=True to remove the attention as a whole"
+            return site.refuse("all-heads", expected="at least one head to stay", found=found, hint=hint)
         given: Any = self.importance
         if given is None or isinstance(given, str):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -386,3 +387,39 @@ def test_shared_weights_are_fitted_on_all_their_calls() -> None:
     unfair.layers[0].o.bias.data = fitted.state_dict()["module.layers.0.o.bias"]
     plain = attnopt.optimize(unfair, PruneHeads(heads=[3]), (data[0],))
     assert error(fast, model, new) < error(plain, model, new)
+
+
+# ---------------------------------------------------------------- a whole layer
+@pytest.mark.parametrize("compensate", ["none", "bias", "least-squares"])
+def test_a_whole_layer_can_go(compensate: str, tmp_path: Path) -> None:
+    """What is left of it is the same for every token: the mean of what the layer gave, or its bias."""
+    model, data = stack(2), batches()
+    policy = {"layers.1": PruneHeads(heads=range(H), compensate=compensate, whole_layers=True)}
+    axes = {"x": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    fast = optimized(model, policy, data, dynamic_shapes=axes)
+    first, out = model.layers[0], model.layers[1].o
+    with torch.no_grad():
+        before = [x + first(x) for x in data]
+        given = torch.cat([model(x) - b for x, b in zip(data, before, strict=True)]).flatten(0, 1)
+        left = out.bias if compensate == "none" else given.mean(0)
+        for x, b in zip(data, before, strict=True):
+            torch.testing.assert_close(fast(x), b + left, atol=1e-5, rtol=1e-5)
+        longer = torch.randn(3, 17, 16)
+        torch.testing.assert_close(fast(longer), longer + first(longer) + left, atol=1e-5, rtol=1e-5)
+    names = {name for name, _ in fast.named_parameters()}
+    assert not any(f"layers.1.{role}" in name for name in names for role in "qkv")
+    after = fast.report.sites[1].cost_after
+    assert after is not None
+    assert after.kv_bytes_per_token == 0
+    fast.save(tmp_path / "saved")
+    torch.testing.assert_close(attnopt.load(tmp_path / "saved")(data[0]), fast(data[0]))
+
+
+def test_a_budget_may_spend_nothing_on_a_layer_that_gives_nothing() -> None:
+    model, data = stack(2), batches()
+    model.layers[1].o.weight.data *= 1e-4
+    kept = [s.spec.num_heads for s in optimized(model, PruneHeads(0.5, whole_layers=True), data).sites]
+    removed = optimized(model, PruneHeads(0.5, whole_layers=True), data).report.sites[1].notes[0]
+    assert kept == [4, 1]
+    assert removed == "prune-heads: every head is removed, the layer gives the same for every token"
+    assert [s.spec.num_heads for s in optimized(model, PruneHeads(0.5), data).sites] == [3, 1]
