@@ -1,19 +1,23 @@
 """Saving and loading: a folder with two JSON files and one of weights, in which nothing is pickled.
 
-``graph.json`` is torch.export's own serialized program, ``weights.safetensors`` its tensors, ``attnopt.json`` the rest.
+``graph.json`` is torch.export's own serialized program, ``weights.safetensors`` its tensors, ``attnopt.json`` the rest, with
+the digests by which damage is noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
@@ -21,23 +25,24 @@ from torch.utils import _pytree as pytree
 
 from attnopt.calling import Signature
 from attnopt.capture import quiet
-from attnopt.dynamic_blocks import DynamicBlocks
+from attnopt.compiling import compiling, mode_of
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
-from attnopt.head_routes import edit_from_json
+from attnopt.graph import hint
 from attnopt.origin import Origin
-from attnopt.patterns import Pattern
 from attnopt.report import Report
-from attnopt.site import Projection, Site
-from attnopt.spec import AttentionSpec
+from attnopt.site_json import site_from_json, site_to_json
+from attnopt.untrusted import NotAGraphError, check_graph, check_operators
 
-FORMAT = 1
+FORMAT = 2
+LARGEST = 1 << 28  # bytes of a description or of a graph
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
 
+@compiling()
 def exported(module: fx.GraphModule, origin: Origin) -> ExportedProgram:
     """An optimized graph as an ExportedProgram, dynamic where it was captured so."""
-    with quiet():
+    with quiet(), mode_of(module):
         return torch.export.export(
             module,
             origin.args,
@@ -68,6 +73,7 @@ def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[st
     return dict(zip(names, (*positional, *keywords.values()), strict=True))
 
 
+@compiling()
 def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -> None:
     """Write an optimized graph to the folder ``path``; an older save there is replaced only once the new one is complete."""
     from safetensors.torch import save_file
@@ -80,21 +86,28 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
         for name, t in program.state_dict.items()
     }
     program._example_inputs, program._state_dict, program._constants = None, empty, {}
+    program._guards_code = []
     with quiet():
         graph = serialize(program).exported_program
-    about = {
-        "format": FORMAT,
-        "report": origin.report.to_json(),
-        "signature": origin.signature.to_json(),
-        "sites": [_site_to_json(s) for s in origin.sites],
-        "tensors": about_tensors,
-    }
+    try:
+        check_graph(json.loads(graph))
+    except NotAGraphError as e:
+        raise ArchiveError(f"the model cannot be saved: no file that it is read from may say that {e}") from e
     with atomic_folder(path) as folder:
         (folder / GRAPH).write_bytes(graph)
         try:
             save_file(tensors, folder / WEIGHTS)
         except Exception as e:
             raise OSError(f"{type(e).__name__}: {e}") from e
+        about = {
+            "format": FORMAT,
+            "report": origin.report.to_json(),
+            "signature": origin.signature.to_json(),
+            "sites": [site_to_json(s) for s in origin.sites],
+            "tensors": about_tensors,
+            "sha256": {name: _digest_of_file(folder / name) for name in (GRAPH, WEIGHTS)},
+        }
+        about["self_sha256"] = _digest(json.loads(json.dumps(about)))
         (folder / MARKER).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
@@ -131,55 +144,103 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
     return stored, entries
 
 
+@compiling()
+@compiling()
 def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
-    """What ``save`` wrote to ``path``.  Raises ArchiveError."""
+    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run."""
     folder = Path(path)
     about = _read_about(folder)
-    program = _read_program(folder, about)
-    try:
+    for name in (GRAPH, WEIGHTS):
+        with _blamed(folder / name):
+            _check_file(folder / name, about["sha256"][name])
+    module = _read_module(folder, about)
+    with _blamed(folder / MARKER):
         report = Report.from_json(about["report"])
         signature = Signature.from_json(about["signature"])
-        module = program.module()
-        assert isinstance(module, fx.GraphModule)
         live = {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
-        sites = tuple(_site_from_json(s, live) for s in about["sites"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ArchiveError(f"{folder / MARKER} is damaged: {type(e).__name__}: {e}", hint="save the model again") from e
-    return module, Origin(report, sites, signature, *_examples(module))
+        sites = tuple(site_from_json(s, live) for s in about["sites"])
+    with _blamed(folder / GRAPH):
+        examples = _examples(module)
+    return module, Origin(report, sites, signature, *examples)
+
+
+@contextlib.contextmanager
+def _blamed(file: Path, hint: str = "save the model again") -> Iterator[None]:
+    """Whatever goes wrong inside is said of ``file``: a damaged or hostile one may make any part of its reader fail."""
+    try:
+        yield
+    except ArchiveError:
+        raise
+    except Exception as e:
+        raise ArchiveError(f"{file} cannot be read: {type(e).__name__}: {str(e)[:200]}", hint=hint) from e
+
+
+def _check_file(file: Path, digest: str) -> None:
+    """A plain file (no pipe or device, which could block or never end) with the bytes that were written."""
+    if not file.is_file():
+        raise ArchiveError(f"{file} is not there or is no plain file", hint="save the model again")
+    if file.name == GRAPH:
+        _check_size(file)
+    if _digest_of_file(file) != digest:
+        raise ArchiveError(f"{file} is damaged: it is not what was saved", hint="save the model again")
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
     file = folder / MARKER
     if not file.is_file():
         raise ArchiveError(f"{folder} holds no saved attnopt model", hint="give the folder that save was given")
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ArchiveError(f"{file} cannot be read: {e}", hint="save the model again") from e
-    found = about.get("format") if isinstance(about, dict) else None
-    if found != FORMAT:
-        raise ArchiveError(
-            f"{file} has format {found!r}, this version reads {FORMAT}", hint="save it again with this version"
-        )
+    with _blamed(file):
+        _check_size(file)
+        about = json.loads(file.read_bytes())
+        found = about.get("format") if isinstance(about, dict) else None
+        if found != FORMAT:
+            raise ArchiveError(
+                f"{file} has format {found!r}, this version reads {FORMAT}", hint="save it again with this version"
+            )
+        if about.pop("self_sha256", None) != _digest(about):
+            raise ArchiveError(f"{file} is damaged: it is not what was saved", hint="save the model again")
     return dict(about)
 
 
-def _read_program(folder: Path, about: Mapping[str, Any]) -> ExportedProgram:
+def _check_size(file: Path) -> None:
+    if (size := file.stat().st_size) > LARGEST:
+        raise ArchiveError(f"{file}: {size} bytes are too many for a description; at most {LARGEST} are read")
+
+
+def _digest_of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _read_module(folder: Path, about: Mapping[str, Any]) -> fx.GraphModule:
     from torch._export.serde.serialize import SerializedArtifact, deserialize
 
-    graph = _read_graph(folder / GRAPH)
+    file = folder / GRAPH
+    with _blamed(file):
+        graph = file.read_bytes()
+        check_graph(json.loads(graph))
     _import_output_classes(graph)
-    state, constants = _read_tensors(folder / WEIGHTS, about)
+    with _blamed(folder / WEIGHTS):
+        state, constants = _read_tensors(folder / WEIGHTS, about)
     tables: tuple[Any, Any, Any] = (state, constants, ())  # dicts are taken as they are, bytes would be unpickled
-    artifact = SerializedArtifact(graph, *tables)
-    try:
-        with quiet():
-            return deserialize(artifact)
-    except Exception as e:
-        hint = "save the model again"
-        if "not registered" in str(e):
-            hint = "import the library whose classes the model takes or returns, then load"
-        raise ArchiveError(f"{folder / GRAPH} cannot be read: {type(e).__name__}: {str(e)[:200]}", hint=hint) from e
+    with _blamed(file), quiet():
+        try:
+            program = deserialize(SerializedArtifact(graph, *tables))
+        except Exception as e:
+            if "not registered" not in str(e):
+                raise
+            raise ArchiveError(
+                f"{file} cannot be read: {str(e)[:200]}",
+                hint="import the library whose classes the model takes or returns, then load",
+            ) from e
+        check_operators(program.graph_module)
+        module = program.module(check_guards=False)  # guards are code; check_inputs does their work
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 _LIBRARIES = ("transformers", "diffusers")  # whose output classes torch can rebuild once they are imported
@@ -193,46 +254,20 @@ def _import_output_classes(graph: bytes) -> None:
             importlib.import_module(name)
 
 
-_ARITHMETIC = re.compile(r"(?:[\w\s+\-*/(),.<>=&|!~]|'\w+')*")  # a quoted word is the name of a Symbol
-
-
-def _read_graph(file: Path) -> bytes:
-    """The serialized graph; its size expressions, which torch hands to sympy, may hold nothing but arithmetic."""
-    try:
-        data = file.read_bytes()
-        parsed = json.loads(data)
-    except (OSError, ValueError, RecursionError) as e:
-        raise ArchiveError(f"{file} cannot be read: {e}", hint="save the model again") from e
-    stack: list[Any] = [parsed]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, list):
-            stack.extend(item)
-        elif isinstance(item, dict):
-            text = item.get("expr_str")
-            if isinstance(text, str) and ("__" in text or not _ARITHMETIC.fullmatch(text)):
-                raise ArchiveError(f"{file} holds {text[:60]!r} where a size belongs", hint="do not trust this file")
-            stack.extend(item.values())
-    return data
-
-
 def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors.torch import load_file
 
-    try:
-        # Copied: a tensor that lies in the file at an odd address takes other kernels, and gives other bits.
-        stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
-        tables: dict[str, dict[str, Any]] = {"state": {}, "constants": {}}
-        parameters: dict[str, torch.nn.Parameter] = {}
-        for entry in about["tensors"]:
-            key = entry["key"]
-            tensor: Tensor = stored[key]
-            if entry["parameter"]:
-                made = torch.nn.Parameter(tensor, requires_grad=bool(entry["requires_grad"]))
-                tensor = parameters.setdefault(key, made)
-            tables[entry["table"]][entry["name"]] = tensor
-    except Exception as e:
-        raise ArchiveError(f"{file} cannot be read: {type(e).__name__}: {e}", hint="save the model again") from e
+    # Copied: a tensor that lies in the file at an odd address takes other kernels, and gives other bits.
+    stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    tables: dict[str, dict[str, Any]] = {"state": {}, "constants": {}}
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for entry in about["tensors"]:
+        key = entry["key"]
+        tensor: Tensor = stored[key]
+        if entry["parameter"]:
+            made = torch.nn.Parameter(tensor, requires_grad=bool(entry["requires_grad"]))
+            tensor = parameters.setdefault(key, made)
+        tables[entry["table"]][entry["name"]] = tensor
     return tables["state"], tables["constants"]
 
 
@@ -252,81 +287,7 @@ def _examples(module: fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _zeros(val: Tensor) -> Tensor:
-    from attnopt.graph import hint
-
-    return torch.zeros([max(1, hint(s)) for s in val.shape], dtype=val.dtype, device=val.device)
-
-
-def _site_to_json(site: Site) -> dict[str, Any]:
-    spec = site.spec
-    return {
-        "name": site.name,
-        "where": site.where,
-        "notes": list(site.notes),
-        "q_len": site.q_len,
-        "kv_len": site.kv_len,
-        "is_dynamic": site.is_dynamic,
-        "projections": {
-            role: {
-                "weight": p.weight,
-                "bias": p.bias,
-                "transposed": p.transposed,
-                "why": p.why,
-                "direct": p.direct,
-                "rows": None if p.rows is None else [list(r) for r in p.rows],
-            }
-            for role, p in site.projections.items()
-        },
-        "spec": {
-            "heads": list(spec.heads),
-            "kv_heads": list(spec.kv_heads),
-            "kv_of_head": list(spec.kv_of_head),
-            "head_dim": spec.head_dim,
-            "value_dim": spec.value_dim,
-            "scale": spec.scale,
-            "pattern": spec.pattern.to_json(),
-            "has_bias": spec.has_bias,
-            "has_mask": spec.has_mask,
-            "has_sinks": spec.has_sinks,
-            "softcap": spec.softcap,
-            "selection": None if spec.selection is None else spec.selection.to_json(),
-            "gains": None if spec.gains is None else list(spec.gains),
-            "is_cross": spec.is_cross,
-            "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
-            "positions": list(spec.positions),
-            "after": [edit.to_json() for edit in spec.after],
-        },
-    }
-
-
-def _site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
-    spec = dict(data["spec"])
-    for key in ("heads", "kv_heads", "kv_of_head", "positions"):
-        spec[key] = tuple(spec[key])
-    spec["gains"] = None if spec["gains"] is None else tuple(spec["gains"])
-    spec["pattern"] = Pattern.from_json(spec["pattern"])
-    spec["seen_as"] = None if spec["seen_as"] is None else Pattern.from_json(spec["seen_as"])
-    spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
-    spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
-    projections = {
-        role: Projection(
-            p["weight"],
-            p["bias"],
-            p["transposed"],
-            None if p["rows"] is None else tuple(tuple(r) for r in p["rows"]),
-            p["why"],
-            p.get("direct", True),
-        )
-        for role, p in data["projections"].items()
-    }
-    return Site(
-        data["name"],
-        AttentionSpec(**spec),
-        projections,
-        data["where"],
-        tuple(data["notes"]),
-        parameters=live,
-        q_len=data["q_len"],
-        kv_len=data["kv_len"],
-        is_dynamic=data["is_dynamic"],
-    )
+    """Zeros that take no memory before they are used: their number is the file's word."""
+    sizes = [max(1, hint(s)) for s in val.shape]
+    data = np.zeros(math.prod(sizes) * val.element_size(), dtype=np.uint8)
+    return torch.from_numpy(data).view(val.dtype).view(sizes).to(val.device)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
 from attnopt.graph import is_static, tidy
 
@@ -61,7 +62,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     _check_arguments(model, args, kwargs)
     for route, way in ways:
         try:
-            with quiet():
+            with quiet(), as_called(), mode_of(model):
                 exported = way()
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
@@ -96,13 +97,27 @@ def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
     copied = cloned((args, kwargs))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_called():
             structural_copy(model)(*copied[0], **copied[1])
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",
             hint="give inputs that the model takes",
         ) from e
+
+
+def without_values(model: nn.Module | ExportedProgram) -> str | None:
+    """The first weight that lies on the meta device, which knows shapes and holds nothing."""
+    return next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+
+
+def require_values(model: nn.Module | ExportedProgram) -> None:
+    """Raises CaptureError for a model without weights: what would be made of it could be neither run nor compared."""
+    if isinstance(model, (nn.Module, ExportedProgram)) and (name := without_values(model)) is not None:
+        raise CaptureError(
+            f"{name} is on the meta device and holds no values, so that nothing could be verified",
+            hint="load the weights first; attnopt.inspect does without them",
+        )
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:

@@ -14,6 +14,7 @@ from attnopt.calibration import Inputs
 from attnopt.calling import Signature, check_inputs
 from attnopt.capture import Program, check_call, cloned
 from attnopt.compare import difference, tensors, tolerance
+from attnopt.compiling import as_called
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.graph import hint, is_tensor, value
 from attnopt.lowering import Plan, lower
@@ -104,11 +105,12 @@ class Checker:
     def _outputs(self, module: nn.Module, inputs: Inputs) -> list[Tensor]:
         torch.manual_seed(self.seed)
         args, kwargs = cloned(inputs)
-        return tensors(module(*args, **kwargs))
+        with as_called():
+            return tensors(module(*args, **kwargs))
 
     def _blame(self, inputs: Inputs, error: float, blind: bool, choosing: Sequence[str]) -> None:
         """Name the first site that alone makes a difference from its meaning; quiet where NaN hides everything, and where
-        two or more sites choose between equals: a site alone gets the same inputs in both forms, together they do not."""
+        a site that chooses is among several: alone it gets the same inputs in both forms, together with others it does not."""
         if blind:
             return
         for plan in self.plans:
@@ -121,7 +123,7 @@ class Checker:
                     site=plan.found.site.name,
                     hint="leave the site out of the policy and report the model",
                 )
-        if len(choosing) > 1:
+        if choosing:
             return
         raise VerificationError(
             f"the rewritten model differs from what it was meant to compute by {error:.2g} (relative)",
@@ -130,16 +132,25 @@ class Checker:
 
 
 def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number: int) -> Inputs:
-    """The calibration batch in the form in which the graph takes it.  Raises CalibrationError."""
+    """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError."""
     try:
         arranged = signature.arrange(*batch)
         check_inputs(module, *arranged)
+        arranged = _moved(module, arranged)
     except (CaptureError, TypeError) as e:
         raise CalibrationError(
             f"calibration batch {number} does not fit the example inputs: {str(e).splitlines()[0]}",
             hint='give batches of the same form and size, or optimize with dynamic_shapes="auto"',
         ) from e
     return arranged
+
+
+def _moved(module: fx.GraphModule, inputs: Inputs) -> Inputs:
+    wanted = iter([value(n) for n in module.graph.nodes if n.op == "placeholder"])
+    moved: Inputs = pytree.tree_map(
+        lambda x: x.to(to.device) if isinstance(to := next(wanted), Tensor) and isinstance(x, Tensor) else x, inputs
+    )
+    return moved
 
 
 def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Inputs]:

@@ -35,12 +35,13 @@ def explain(arguments: argparse.Namespace) -> int:
 
 def diff(arguments: argparse.Namespace) -> int:
     from attnopt.capture import capture
+    from attnopt.compiling import compiling
     from attnopt.listing import differences, listing
     from attnopt.trees import hunks_text
 
     named = resolved(arguments.model)
     require_model(arguments.model, named, "it holds no graph from before")
-    with working("capturing"):
+    with working("capturing"), compiling():
         shapes = "auto" if arguments.dynamic else None
         before = listing(capture(named.model, named.args, named.kwargs, shapes).module.graph)
     after = listing(optimized(arguments, named).graph_module.graph)

@@ -14,6 +14,7 @@ from torch import fx, nn
 from attnopt import plugins
 from attnopt.backends.reference import Reference
 from attnopt.capture import capture
+from attnopt.compiling import compiling
 from attnopt.deciding import decide, standing_refusals
 from attnopt.errors import AttnoptError
 from attnopt.finding import Findings, Found, find
@@ -58,6 +59,7 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
 
+@compiling()
 def explain(
     model: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: Policy | None = None
 ) -> tuple[Explanation, ...]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,12 +56,28 @@ def _swap(new: Path, target: Path, old: Path) -> None:
     if not target.exists():
         os.rename(new, target)
         return
+    if _exchanged(new, target):
+        return
     os.rename(target, old)
     try:
         os.rename(new, target)
     except BaseException:
         os.rename(old, target)
         raise
+
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+
+
+def _exchanged(new: Path, target: Path) -> bool:
+    """The two have taken each other's place in one step, so that a kill finds the one or the other at ``target``.
+
+    False where the system or the file system cannot do that (it is Linux's renameat2).
+    """
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(_HERE, os.fsencode(new), _HERE, os.fsencode(target), _EXCHANGE) == 0
 
 
 def _refuse_foreign(target: Path, marker: str) -> None:

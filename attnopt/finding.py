@@ -130,7 +130,12 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
     assert q is not None
     assert k is not None
     spec = replace(spec, is_cross=_is_cross(q, k), positions=_positions(q))
-    notes = ("the attention weights are used elsewhere and are still computed",) if region.escapes else ()
+    notes: tuple[str, ...] = ()
+    if region.escapes:
+        notes += ("the attention weights are used elsewhere and are still computed",)
+    device = value(q).device.type
+    if device == "meta":
+        notes += ("proved with random values: on the meta device the model holds none",)
     site = Site(
         name,
         spec,
@@ -141,7 +146,7 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
         q_len=shape(q)[2],
         kv_len=shape(k)[2],
         is_dynamic=not (is_static(value(q).shape[2]) and is_static(value(k).shape[2])),
-        device=value(q).device.type,
+        device=device,
     )
     return Found(site, replace(raised, spec=spec), dirty, op, error)
 
@@ -176,6 +181,10 @@ def _is_cross(q: fx.Node, k: fx.Node) -> bool:
 
 
 _SOURCES = {
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
     "linear",
     "addmm",
     "mm",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -37,9 +38,19 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
 
 
 def run_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the called operator gives for these values."""
+    """What the called operator gives for these values; on the CPU where the graph means the meta device, which has none."""
     target: Any = node.target
+    args, kwargs = fx.node.map_aggregate((args, kwargs), _off_meta)
     return target(*args, **kwargs)
+
+
+def with_values(device: torch.device) -> torch.device:
+    """Where the values of a tensor on ``device`` are computed."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _off_meta(x: Any) -> Any:
+    return with_values(x) if isinstance(x, torch.device) else x
 
 
 def opname(node: fx.Node) -> str:
@@ -142,7 +153,7 @@ class Emitter:
             return self._known[key]
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        with self.mode:
+        with self.mode, enable_python_dispatcher():  # some kernels, as linear's in torch 2.11, take no symbolic sizes
             node.meta["val"] = target(*fake_args(args), **fake_args(kwargs))
         self._mark(node)
         self._known[key] = node

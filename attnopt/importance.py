@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from attnopt.calibration import Batch, Calibration, Inputs, shapes_of
 from attnopt.calling import Signature
-from attnopt.capture import Program, capture
+from attnopt.capture import Program, capture, require_values
 from attnopt.checking import fitting
+from attnopt.compiling import compiling
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.finding import Found, find
 from attnopt.gate_scores import ablation, fisher, sensitivity, taylor
@@ -74,6 +75,7 @@ class HeadImportance(Mapping[str, tuple[float, ...]]):
         }
 
 
+@compiling()
 def head_importance(
     model: nn.Module,
     calibration: Iterable[Batch] | Calibration,
@@ -135,6 +137,7 @@ def _captured(
     model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
 ) -> tuple[Program, list[Inputs], list[Found]]:
     """The model in its mode for inference, the batches as its graph takes them, and the sites to score."""
+    require_values(model)
     args, kwargs = calibration.batches[0]
     shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
     was_training = model.training

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from attnopt import archive
 from attnopt.calling import check_inputs
+from attnopt.compiling import compiling
 from attnopt.errors import AttnoptError, CaptureError
 from attnopt.origin import Origin
 from attnopt.report import Report
@@ -67,16 +68,21 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the user's model."""
-        if self.module is None:
-            assert self._build is not None
-            self.module, self._origin = self._build(args, dict(kwargs))
-            self._build, self._model = None, []
+        if self._build is not None:
+            self._capture(args, kwargs)
         try:
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
             raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
-        check_inputs(self.module, args, kwargs)
-        return self.module(*args, **kwargs)
+        check_inputs(self.graph_module, args, kwargs)
+        return self.graph_module(*args, **kwargs)
+
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with compiling():
+            if self._build is None:  # another thread was faster
+                return
+            self.module, self._origin = self._build(args, dict(kwargs))
+            self._build, self._model = None, []
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to the folder ``path``, whole or not at all.  ``attnopt.load`` reads it.  Raises ArchiveError."""

@@ -18,8 +18,9 @@ from attnopt.allotting import allot
 from attnopt.attention_mass import measured
 from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.calling import Signature
-from attnopt.capture import Program, capture, check_call
+from attnopt.capture import Program, capture, check_call, require_values, without_values
 from attnopt.checking import Checker, fitting
+from attnopt.compiling import compiling
 from attnopt.deciding import Decision, decide, limited, standing_refusals
 from attnopt.errors import AttnoptWarning, PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, Found, find
@@ -51,18 +52,21 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@compiling()
 def inspect(
     model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Inspection:
     """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.  An ONNX file is a model too.
 
     Returns an ``Inspection``: ``.sites`` in the order in which they run, each with the passes that cannot rewrite it in
-    ``.refusals``; ``.near_misses``; it prints as a table.  Raises CaptureError if the model cannot be captured.
+    ``.refusals``; ``.near_misses``; it prints as a table.  A model on the meta device needs no memory for its weights: each
+    site is proved with random values in place of them, and what only they could tell (a mask in a buffer) stays unknown.
+    Raises CaptureError if the model cannot be captured.
     """
     inputs = _inputs(args, kwargs)
     model = _opened(model, *inputs)
     program = capture(model, *inputs)
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) and without_values(model) is None:
         check_call(model, *inputs)
     findings = find(program)
     sites = tuple(replace(f.site, refusals=standing_refusals(f)) for f in findings.found)
@@ -109,14 +113,52 @@ def optimize(
         args, given = batches[0]
     model = _opened(model, args, given)
 
+    @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
         job = _Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, tolerance, strict, limit, seed)
-        return job.run()
+        made = job.run()
+        return made.module, made.origin
 
     if not args and not given:
         return OptimizedModel.deferred(model, build)
     module, origin = build(args, given)
     return OptimizedModel(module, origin)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An optimized graph with where it comes from, the program that it was made of, and what the passes decided."""
+
+    module: fx.GraphModule
+    origin: Origin
+    program: Program
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """As of ``optimize``."""
+
+    tolerance: float | None = None
+    strict: bool = False
+    limit: int | None = None
+    seed: int = 0
+
+
+def compiled(
+    model: nn.Module,
+    policy: Any,
+    inputs: Inputs,
+    batches: Sequence[Inputs],
+    options: Options,
+    dynamic_shapes: Any = "auto",
+) -> Compiled:
+    """What ``optimize`` does on these inputs."""
+    tolerance, strict, limit, seed = options.tolerance, options.strict, options.limit, options.seed
+    _check_options(limit, tolerance)
+    args, kwargs = inputs
+    chosen, backends = Policy.of(policy), _backends("auto")
+    return _Job(model, chosen, args, kwargs, dynamic_shapes, batches, backends, tolerance, strict, limit, seed).run()
 
 
 def _opened(model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
@@ -164,7 +206,8 @@ class _Job:
     limit: int | None
     seed: int
 
-    def run(self) -> tuple[fx.GraphModule, Origin]:
+    def run(self) -> Compiled:
+        require_values(self.model)
         self.clock, self.warnings = _Clock(), list[str]()
         with self.clock.stage("capture"):
             program = capture(self.model, self.args, self.kwargs, self.dynamic_shapes)
@@ -183,8 +226,9 @@ class _Job:
         _check_axes(dynamic - dynamic_axes(module.graph))
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
-            decisions = self._with_kept_mass(program, decisions, module)
-        return module, self._origin(program, findings, decisions, module, error)
+            decisions = self._with_kept_mass(program, decisions)
+        origin = self._origin(program, findings, decisions, module, error)
+        return Compiled(module, origin, program, tuple(decisions))
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
         """What the passes make of each site; those that can use calibration data see what the site computes on them."""
@@ -212,8 +256,8 @@ class _Job:
 
     def _look_at_weights(self, program: Program) -> None:
         """NaN in the weights makes every comparison blind."""
-        floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point() and not p.is_meta)
-        broken = [name for name, p in floats if not bool(torch.isfinite(p).all())]
+        floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point())
+        broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
         if broken:
             listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
             self._warn(f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared")
@@ -243,7 +287,7 @@ class _Job:
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
-        warnings.warn(text, AttnoptWarning, stacklevel=6)
+        warnings.warn(text, AttnoptWarning, stacklevel=7)
 
     def _verify(self, checker: Checker, module: fx.GraphModule) -> float:
         error, found = checker.check(module)
@@ -258,7 +302,7 @@ class _Job:
             )
         return error
 
-    def _with_kept_mass(self, program: Program, decisions: list[Decision], module: fx.GraphModule) -> list[Decision]:
+    def _with_kept_mass(self, program: Program, decisions: list[Decision]) -> list[Decision]:
         """What the sites with blocks that are chosen at run time keep, as notes."""
         specs = {
             d.found.raised.node: replace(d.found.raised.spec, selection=d.site.spec.selection)
@@ -267,8 +311,7 @@ class _Job:
         }
         if not specs:
             return decisions
-        signature = self._signature(module)
-        inputs = [signature.arrange(*batch) for batch in self.batches] or [(program.args, program.kwargs)]
+        inputs = self._arranged(program) or [(program.args, program.kwargs)]
         values = [list(example_values(program.module, *given).values()) for given in inputs]
         if not all(values):
             return decisions

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph import ancestors, get_attr, hint, is_static, opname, run_call, value
+from attnopt.graph import ancestors, get_attr, hint, is_static, opname, run_call, value, with_values
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 _HEAVY = (
@@ -66,7 +66,8 @@ def _is_number(node: fx.Node) -> bool:
 def is_plain(node: fx.Node) -> bool:
     """``node`` is made of index arithmetic and constants alone: cheap to run, and the same at every call.
 
-    A parameter is no constant, whatever it holds now: a bias table of zeros is still to be learned.
+    A parameter is no constant, whatever it holds now: a bias table of zeros is still to be learned.  Nor is a buffer on the
+    meta device, which holds nothing yet.
     """
     return not any(_is_varying(n) for n in ancestors(node, stop=_is_number))
 
@@ -74,7 +75,10 @@ def is_plain(node: fx.Node) -> bool:
 def _is_varying(node: fx.Node) -> bool:
     if node.op == "get_attr":
         owner = node.graph.owning_module
-        return owner is None or isinstance(get_attr(owner, str(node.target)), torch.nn.Parameter)
+        if owner is None:
+            return True
+        found = get_attr(owner, str(node.target))
+        return isinstance(found, torch.nn.Parameter) or found.is_meta
     return opname(node) in _HEAVY or opname(node) in _RANDOM
 
 
@@ -116,7 +120,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
             if fill is None or not isinstance(val, Tensor):
                 raise ValueError(f"depends on the input {n.name}")
             dims = [number(s) for s in val.shape]
-            return torch.full(dims, fill, dtype=val.dtype, device=val.device)
+            return torch.full(dims, fill, dtype=val.dtype, device=with_values(val.device))
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
         return run_call(n, args, kwargs)
 

@@ -36,7 +36,7 @@ def trim(node: fx.Node, selection: Selection) -> dict[int, tuple[int, ...]]:
     if not selection:
         return {}
     sizes = shape(node)
-    return {a: idx for a, idx in sorted(selection.items()) if idx != tuple(range(sizes[a]))}
+    return {a: idx for a, idx in sorted(selection.items()) if len(idx) != sizes[a] or idx != tuple(range(sizes[a]))}
 
 
 def replaced(node: fx.Node, originals: Sequence[fx.Node]) -> Callable[[Sequence[fx.Node]], Any]:

@@ -28,9 +28,20 @@ def inspection_table(inspection: Inspection) -> RenderableType:
     head = ("attention", "heads", "head size", "kind", "pattern", "extras", "scale", "projections", "source")
     title = f"{len(rows)} attention{'' if len(rows) == 1 else 's'} in {inspection.candidates} candidates"
     parts: list[RenderableType] = [_table(title, head, rows)]
+    if notes := _notes(inspection.sites):
+        parts.append(_table("Notes", ("note", "of"), notes))
     if inspection.near_misses:
         parts.append(_misses(inspection.near_misses))
     return Group(*parts)
+
+
+def _notes(sites: Sequence[Site]) -> list[tuple[str, str]]:
+    """Each note once, with the sites that it is about."""
+    about: dict[str, list[str]] = {}
+    for site in sites:
+        for note in site.notes:
+            about.setdefault(note, []).append(site.name or "(root)")
+    return [(note, "all" if len(names) == len(sites) else ", ".join(names)) for note, names in about.items()]
 
 
 def report_table(report: Report) -> RenderableType:

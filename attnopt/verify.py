@@ -1,7 +1,8 @@
 """Proof by evaluation: a raised attention, run by the reference backend, must give what the original operators give.
 
 Both are run on random values of the nearest projections above them, so that nothing depends on the weights or on how
-telling the example inputs are; masks are made from the example inputs as they are.
+telling the example inputs are; masks are made from the example inputs as they are.  What lies on the meta device, which
+holds no values, takes random ones too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
 from attnopt.compare import TOLERANCE, difference
-from attnopt.graph import get_attr, hint, opname, run_call, shape, value
+from attnopt.graph import get_attr, hint, opname, run_call, shape, value, with_values
 from attnopt.raising import Raised
 from attnopt.surgery import fingerprint
 
@@ -100,7 +101,11 @@ def _leaf_key(gm: fx.GraphModule, node: fx.Node) -> object:
     if node.op == "get_attr":
         found = get_attr(gm, str(node.target))
         is_small = not isinstance(found, torch.nn.Parameter) and found.numel() < 2**20
-        return ("constant", *fingerprint(found)) if is_small else ("weight", tuple(found.shape), found.dtype)
+        return (
+            ("constant", *fingerprint(found))
+            if is_small and not found.is_meta
+            else ("weight", tuple(found.shape), found.dtype)
+        )
     if isinstance(val, Tensor):
         name = node.name if node.op == "placeholder" else ""
         return ("value", name, tuple(map(str, val.shape)), val.dtype)
@@ -155,15 +160,26 @@ class _Slice:
     def _leaf(self, node: fx.Node) -> Any:
         val = value(node)
         if node.op == "get_attr":
-            return get_attr(self.gm, str(node.target)).detach()
+            held = get_attr(self.gm, str(node.target)).detach()
+            return self._stand_in(held) if held.is_meta else held
         if not isinstance(val, Tensor):
             return (
                 hint(val)
                 if isinstance(val, (int, torch.SymInt)) and node.op != "placeholder"
                 else self.examples.get(node, val)
             )
-        if node in self.examples:
+        if node in self.examples and not self.examples[node].is_meta:
             return self.examples[node]
-        strides = [hint(s) for s in val.stride()]  # a view further down may ask for them
-        made = torch.empty_strided(shape(node), strides, dtype=val.dtype, device=val.device)
-        return made.copy_(torch.randn(shape(node), generator=self.random))
+        return self._stand_in(val)
+
+    def _stand_in(self, val: Tensor) -> Tensor:
+        """Random values of this form.  Numbers that may be flags, token ids or positions are 0 and 1, and of flags that
+        hide keys each row leaves the first."""
+        size, strides = [hint(s) for s in val.shape], [hint(s) for s in val.stride()]
+        made = torch.empty_strided(size, strides, dtype=val.dtype, device=with_values(val.device))
+        if val.is_floating_point() or val.is_complex():
+            return made.copy_(torch.randn(size, generator=self.random))
+        made.copy_(torch.randint(2, size, generator=self.random))
+        if made.dim():
+            made[..., :1] = 1
+        return made

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnopt.compare import difference, tolerance
+from attnopt.compiling import compiling
 from attnopt.errors import CaptureError
 from attnopt.from_onnx.module import OnnxModule
 from attnopt.from_onnx.reading import read
@@ -17,6 +18,7 @@ from attnopt.from_onnx.reading import read
 ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 
 
+@compiling()
 def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OnnxModule:
     """The module of an ONNX file.  Raises CaptureError: without example inputs, or naming the first operator that differs."""
     import onnx

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from attnopt.compiling import compiling
 from attnopt.errors import ExportError
 from attnopt.files import atomic_folder
 from attnopt.graph import is_static, value
@@ -26,6 +27,7 @@ PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
+@compiling()
 def export_decoder(
     gm: fx.GraphModule,
     origin: Origin,

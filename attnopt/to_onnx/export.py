@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.archive import exported
 from attnopt.capture import quiet
+from attnopt.compiling import compiling
 from attnopt.errors import ExportError
 from attnopt.files import atomic_write
 from attnopt.operands import ROLES
@@ -37,6 +38,7 @@ METADATA = "attnopt."  # how the names of the model's properties begin
 ROOM_IN_FILE = 2**31 - 2**26  # protobuf holds 2 GiB, the graph included
 
 
+@compiling()
 def export_onnx(
     gm: fx.GraphModule,
     origin: Origin,

@@ -1,0 +1,56 @@
+"""The process around a compilation: one at a time, in a plain state, whatever the caller has switched on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+_ONE_AT_A_TIME = threading.RLock()
+_AUTOCASTING = ("cpu", "cuda", "mps", "xpu")
+_callers_device: ContextVar[torch.device | None] = ContextVar("callers_device", default=None)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Everything that traces, proves or writes a graph runs inside of this, which also serves as a decorator.
+
+    One thread at a time: torch.export patches ``nn.Module`` and keeps its modes in globals, and the filters of warnings and
+    logs and the random state that verification seeds belong to the process.  Outside inference mode, so that new weights
+    can be trained.  Without autocast, which is of a call and not of the model.  New tensors lie on the CPU unless the code
+    says otherwise; the user's model alone, inside ``as_called``, sees the default device that its caller has set.
+    """
+    with _ONE_AT_A_TIME, ExitStack() as state:
+        if torch.is_inference_mode_enabled():
+            state.enter_context(torch.inference_mode(False))
+            state.enter_context(torch.no_grad())
+        for kind in _AUTOCASTING:
+            if torch.is_autocast_enabled(kind):
+                state.enter_context(torch.autocast(kind, enabled=False))
+        device = torch.get_default_device()
+        if device != torch.device("cpu"):
+            state.callback(_callers_device.reset, _callers_device.set(device))
+            state.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
+def as_called() -> Iterator[None]:
+    """The user's model runs with the default device that it has outside."""
+    device = _callers_device.get()
+    if device is None:
+        yield
+        return
+    with device:
+        yield
+
+
+def mode_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """The mode for torch.export, which sets marks that weights made in inference mode take nowhere else."""
+    is_inference = any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+    return torch.inference_mode() if is_inference else nullcontext()

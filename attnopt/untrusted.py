@@ -1,0 +1,188 @@
+"""What a saved graph may hold: checked before torch sees it, which would take it at its word.
+
+torch's reader of graphs makes source code of names and guards, imports modules that a structure of inputs names, evaluates
+size expressions, and looks any dotted name up as an operator.  A file from elsewhere has to hold nothing for these.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+
+class NotAGraphError(ValueError):
+    """The file holds something that no graph written by ``save`` holds."""
+
+
+def check_graph(parsed: Any) -> None:
+    """Raises NotAGraphError."""
+    if not isinstance(parsed, dict):
+        raise NotAGraphError(f"it holds a {type(parsed).__name__} where a graph belongs")
+    for key, value in _items(parsed):
+        check = _CHECKS.get(key, _name)
+        if isinstance(value, str) and not check(value):
+            raise NotAGraphError(f"it holds {value[:60]!r} as {key or 'a name'}")
+        if key == "guards_code" and value:
+            raise NotAGraphError("it holds guards, which are code")
+
+
+def check_operators(module: nn.Module) -> None:
+    """Everything that is called, or handed on to be called, is an operator that torch has registered, or arithmetic.
+
+    Raises NotAGraphError.
+    """
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            called = [node.target] if node.op == "call_function" else []
+            called += [
+                a for a in pytree.tree_leaves((node.args, node.kwargs)) if callable(a) and not isinstance(a, fx.Node)
+            ]
+            if wrong := [c for c in called if not _is_operator(c)]:
+                raise NotAGraphError(f"it calls {str(wrong[0])[:60]}, which is no operator")
+
+
+def _is_operator(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return not any(a.name in _FILES for a in target._schema.arguments)
+    return isinstance(target, torch._ops.HigherOrderOperator) or target in _ARITHMETIC
+
+
+_FILES = ("filename", "path")  # of the few operators that read or write files
+_ARITHMETIC = {
+    *(getattr(operator, n) for n in (
+        "eq", "ne", "le", "ge", "lt", "gt", "neg", "pos", "abs", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_",
+        "or_", "xor", "not_", "lshift", "rshift", "getitem",
+    )),
+    *(getattr(math, n) for n in ("trunc", "floor", "ceil", "sqrt")),
+    *(getattr(torch, n) for n in dir(torch) if n.startswith("sym_")),
+}  # fmt: skip
+
+
+def _items(parsed: Any) -> Iterator[tuple[str, Any]]:
+    """Every value with the key that it stands under, and every key that is a name."""
+    stack: list[tuple[str, Any]] = [("", parsed)]
+    while stack:
+        key, value = stack.pop()
+        yield key, value
+        if isinstance(value, list):
+            stack.extend((key, v) for v in value)
+        elif isinstance(value, dict) and key not in _TEXT:
+            stack.extend((k, v) for k, v in value.items())
+            yield from (("", k) for k in value)
+
+
+def _anything(_: str) -> bool:
+    return True
+
+
+def _name(text: str) -> bool:
+    """Nothing that would be more than a name in source code."""
+    return re.fullmatch(r"[\w .:/@+-]*", text) is not None
+
+
+def _structure(text: str) -> bool:
+    """A structure of inputs or outputs, as torch writes it: it names no module to import and makes no name of code."""
+    try:
+        spec = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    stack: list[Any] = [spec]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str) and value[:1] in ("[", "{"):  # a context, written as text of its own
+            try:
+                stack.append(json.loads(value))
+            except (ValueError, RecursionError):
+                return False
+        elif isinstance(value, list):
+            stack.extend(value)
+        elif isinstance(value, dict):
+            if "__enum__" in value or value.get("default_factory_module", "builtins") != "builtins":
+                return False
+            stack.extend(value.values())
+    return True
+
+
+def _inputs(text: str) -> bool:
+    """Names of keyword arguments become names in source code."""
+    return _structure(text) and re.fullmatch(r'[\w\s.:/@+\-"\\\[\]{},]*', text) is not None
+
+
+_FUNCTIONS = (
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "Eq", "Ne", "Lt", "Le", "Gt", "Ge",
+    "And", "Or", "Not", "Piecewise", "ceiling", "floor", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv",
+    "CeilToInt", "FloorToInt", "CeilDiv", "PowByNatural", "FloatTrueDiv", "IntTrueDiv", "TruncToInt", "TruncToFloat",
+    "RoundToInt", "ToFloat", "Identity", "IsNonOverlappingAndDenseIndicator",
+)  # fmt: skip
+_LARGEST_POWER, _LONGEST = 8, 2_000
+
+
+def _expression(text: str) -> bool:
+    """Arithmetic of symbols and numbers that sympy can work out at once."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval") if len(text) <= _LONGEST else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return tree is not None and all(_is_arithmetic(node) for node in ast.walk(tree))
+
+
+_HOW = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
+_PARTS = (
+    *_HOW, ast.Pow, ast.Expression, ast.Tuple, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop,
+    ast.keyword, ast.Load,
+)  # fmt: skip
+
+
+def _is_arithmetic(node: ast.AST) -> bool:
+    match node:
+        case ast.Constant(value):
+            return isinstance(value, (bool, int, float)) or (
+                isinstance(value, str) and re.fullmatch(r"\w+", value) is not None
+            )
+        case ast.Name(name):
+            return "__" not in name
+        case ast.Call(ast.Name("Pow" | "PowByNatural"), [base, power], []):
+            return not _is_number(base) and _is_small(power)
+        case ast.Call(ast.Name(name), _, keywords):
+            return name in _FUNCTIONS and not name.startswith("Pow") and all(k.arg is not None for k in keywords)
+        case ast.BinOp(base, ast.Pow(), power):
+            return not _is_number(base) and _is_small(power)
+        case ast.BinOp(_, how, _):
+            return isinstance(how, _HOW)
+    return isinstance(node, _PARTS)
+
+
+def _is_number(node: ast.AST) -> bool:
+    """No symbol in it: its power would be worked out."""
+    return not any(
+        (isinstance(n, ast.Name) and n.id not in _FUNCTIONS)
+        or (isinstance(n, ast.Constant) and isinstance(n.value, str))
+        for n in ast.walk(node)
+    )
+
+
+def _is_small(node: ast.AST) -> bool:
+    match node:
+        case (
+            ast.Constant(int(value))
+            | ast.UnaryOp(ast.USub(), ast.Constant(int(value)))
+            | ast.Call(ast.Name("Integer"), [ast.Constant(int(value))])
+        ):
+            return value <= _LARGEST_POWER
+    return False
+
+
+_SAID = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "as_string")  # text that is no name
+_TEXT = ("metadata", "custom", "from_node")  # said about a node, read by nobody
+_CHECKS: dict[str, Callable[[str], bool]] = {
+    **dict.fromkeys(_SAID, _anything), "expr_str": _expression, "in_spec": _inputs, "out_spec": _structure,
+}  # fmt: skip

@@ -1,0 +1,162 @@
+"""Is every fault noticed?  Each of these is planted in a copy of the package, and a few tests have to fail there.
+
+Run by ``make mutants``; the tree itself is never touched.  A fault that survives fails the command, as does one whose
+place is no longer in the source.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+COPIED = ("attnopt", "passes", "backends", "tests", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old`` in ``file`` becomes ``new``; ``tests`` are pytest's arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = (
+    # matching and raising
+    Fault("a permuted key", "attnopt/raising.py", "r.k.node, r.k.axes, (r.batch, kv_heads, r.keys, r.features)",
+          "r.k.node, r.k.axes[:-2] + r.k.axes[:-3:-1], (r.batch, kv_heads, r.keys, r.features)",
+          "test_laws.py -k law_fuse-and-roberta"),
+    Fault("wrong scale of a fused call", "attnopt/fused.py", "else sq[-1] ** -0.5", "else sq[-1] ** -0.49",
+          "test_dynamic_batch.py -k other_batches"),
+    Fault("which K/V head a query head reads", "attnopt/raising.py", "            g = g * atom.size + place[atom]",
+          "            g = (g * atom.size + place[atom] + 1) % math.prod(a.size for a in kv_heads)",
+          "test_laws.py -k law_fuse-and-qwen3"),
+    Fault("a dropped mask", "attnopt/masking.py",
+          "mask = visible if mask is None else emit.call(aten.bitwise_and.Tensor, mask, visible)", "mask = mask",
+          "test_meta.py -k without_values"),
+    Fault("a mask the other way round", "attnopt/masking.py",
+          "visible = emit.call(aten.bitwise_not.default, condition) if step.when else condition",
+          "visible = condition if step.when else emit.call(aten.bitwise_not.default, condition)",
+          "test_meta.py -k without_values"),
+    Fault("a proof that always holds", "attnopt/verify.py", "    return difference([got], [want.masked_fill(blind, 0.0)])",
+          "    return 0.0", "test_meta.py -k one"),
+    Fault("a bias with the wrong sign", "attnopt/masking.py", "    if step.coefficient != 1.0:",
+          "    term = emit.call(aten.neg.default, term)\n    if step.coefficient != 1.0:",
+          "test_laws.py -k law_fuse-and-bloom"),
+    # patterns
+    Fault("a window one too short", "attnopt/patterns.py", "return (j >= i - self.left) &", "return (j > i - self.left) &",
+          "test_patterns.py"),
+    Fault("a causal triangle one too wide", "attnopt/patterns.py", "        return j <= i\n", "        return j <= i + 1\n",
+          "test_patterns.py"),
+    Fault("queries aligned with the first key", "attnopt/pattern.py", ".unsqueeze(1) + (kv_len - q_len)", ".unsqueeze(1)",
+          "test_patterns.py"),
+    Fault("a block layout that lacks blocks", "attnopt/patterns.py",
+          "return Reach.between(first - self.left, last + self.right + 1, last - self.left, first + self.right + 1)",
+          "return Reach.between(first - self.left + 8, last + self.right + 1, last - self.left + 8, first + self.right + 1)",
+          "test_patterns.py"),
+    # spec and passes
+    Fault("pruned heads keep their places' K/V", "attnopt/spec.py", "tuple(used.index(self.kv_of_head[i]) for i in places)",
+          "tuple(used.index(self.kv_of_head[places[-1 - n]]) for n, i in enumerate(places))", "test_passes_unit.py"),
+    Fault("a window shifted by one", "passes/local_window.py", "Window(self.left, ahead)", "Window(self.left + 1, ahead)",
+          "test_passes_unit.py"),
+    Fault("a causal window that looks ahead", "passes/local_window.py", "(0 if is_causal else self.left)", "(self.left)",
+          "test_passes_unit.py"),
+    Fault("gains of other heads", "passes/scale_heads.py", "of_head.get(h, 1.0) for h in site.spec.heads",
+          "of_head.get(h, 1.0) for h in reversed(site.spec.heads)", "test_passes_unit.py"),
+    Fault("the wrong heads pruned", "passes/prune_heads.py", "if h not in self.heads]", "if h + 1 not in self.heads]",
+          "test_passes_unit.py"),
+    Fault("a sparse pattern forgotten", "attnopt/spec.py", "pattern=_both(self.pattern, pattern)", "pattern=self.pattern",
+          "test_passes_unit.py"),
+    # surgery
+    Fault("two heads swapped in the weights", "attnopt/surgery.py", "torch.as_tensor(idx, device=tensor.device)",
+          "torch.as_tensor(list(idx)[::-1], device=tensor.device)", "test_dynamic_batch.py"),
+    Fault("an output projection that keeps its columns", "attnopt/lowering.py", "weight * gain)", "weight)",
+          "test_laws.py -k law_gains-and-roberta"),
+    # lowerings
+    Fault("the reference forgets the scale", "backends/reference.py", "s = spec.scale * (q.to(wide)", "s = (q.to(wide)",
+          "test_backends.py -k formula"),
+    Fault("the reference forgets the sink", "backends/reference.py", "total = total + torch.exp(sinks - top)",
+          "total = total + 0", "test_backends.py -k formula"),
+    Fault("SDPA aligns its triangle with the first key", "backends/sdpa.py", "statically_known_true(q.shape[2] == k.shape[2])",
+          "True", "test_backends.py -k equals_reference"),
+    Fault("SDPA shares K/V heads in another order", "backends/sdpa.py", "all(g == h // r for h, g", "all(True for h, g",
+          "test_backends.py -k equals_reference"),
+    Fault("a block that reads its neighbour's keys", "backends/block_gather.py", "_keys(t.k, of_cols, cols)",
+          "_keys(t.k, of_cols - (of_cols > 0), cols)", "test_blocked.py -k equal_the_reference"),
+    Fault("blocks without their inner mask", "backends/block_gather.py", "mask=_folded(seen, B, H)",
+          "mask=_folded(torch.ones_like(seen), B, H)", "test_blocked.py -k equal_the_reference"),
+    # ONNX
+    Fault("an ONNX band one too wide", "attnopt/onnx_bands.py", "return (Band(-left, right),)",
+          "return (Band(-left - 1, right),)", "test_onnx_forms.py"),
+    Fault("ONNX heads back in the wrong order", "attnopt/onnx_forms.py", "[order.index(h) for h in range(site.heads)]", "order",
+          "test_onnx_forms.py"),
+    # calibration
+    Fault("a refit toward nothing", "attnopt/refit.py", "right = m.zy + reg * toward", "right = m.zy - reg * toward",
+          "test_compensation.py"),
+    Fault("a compensating bias of the wrong sign", "attnopt/compensating.py", "out_bias=bias.double() + wrong",
+          "out_bias=bias.double() - wrong", "test_compensation.py"),
+    # files
+    Fault("damage that is not noticed", "attnopt/archive.py", "if _digest_of_file(file) != digest:", "if False:",
+          "test_untrusted.py -k flipped"),
+    Fault("a function that is no operator let through", "attnopt/archive.py", "        check_operators(",
+          "        (lambda _: None)(", "test_untrusted.py -k hostile"),
+)  # fmt: skip
+
+
+def planted(fault: Fault, folder: Path) -> None:
+    """A copy of the package and its tests with the fault in it."""
+    for name in COPIED:
+        source = HERE / name
+        ignored = shutil.ignore_patterns("__pycache__", "passes", "backends")
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignored)
+        else:
+            shutil.copy(source, folder / name)
+    for name in ("passes", "backends"):
+        (folder / "attnopt" / name).symlink_to(f"../{name}")
+    file = folder / fault.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise SystemExit(f"{fault.name}: {fault.old!r} stands {text.count(fault.old)} times in {fault.file}")
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+
+
+def caught_by(fault: Fault) -> str | None:
+    """The first test that fails with the fault in place; None where all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        planted(fault, Path(folder))
+        file, *chosen = fault.tests.replace("-and-", " and ").split(" ", 2)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", *chosen]
+        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode != 1 or not failed:
+        raise SystemExit(f"{fault.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return failed[0].split(" ", 1)[1].partition(" - ")[0]
+
+
+def main(names: list[str]) -> int:
+    chosen = [f for f in FAULTS if not names or any(n in f.name for n in names)]
+    start, survived = time.monotonic(), 0
+    with ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))) as pool:
+        for fault, test in zip(chosen, pool.map(caught_by, chosen), strict=True):
+            survived += test is None
+            print(f"{fault.name:50} {test or 'SURVIVED'}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} faults caught in {time.monotonic() - start:.0f} s")
+    return 1 if survived or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
