@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from attnopt.errors import CaptureError
 from attnopt.from_onnx.fusing import fused
-from attnopt.from_onnx.operators import OPERATORS, split
+from attnopt.from_onnx.layout import split
+from attnopt.from_onnx.operators import OPERATORS
 from attnopt.from_onnx.values import Value, stays_known, tensor
 
 if TYPE_CHECKING:
