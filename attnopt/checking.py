@@ -110,7 +110,7 @@ class Checker:
 
     def _blame(self, inputs: Inputs, error: float, blind: bool, choosing: Sequence[str]) -> None:
         """Name the first site that alone makes a difference from its meaning; quiet where NaN hides everything, and where
-        two or more sites choose between equals: a site alone gets the same inputs in both forms, together they do not."""
+        a site that chooses is among several: alone it gets the same inputs in both forms, together with others it does not."""
         if blind:
             return
         for plan in self.plans:
@@ -123,7 +123,7 @@ class Checker:
                     site=plan.found.site.name,
                     hint="leave the site out of the policy and report the model",
                 )
-        if len(choosing) > 1:
+        if choosing:
             return
         raise VerificationError(
             f"the rewritten model differs from what it was meant to compute by {error:.2g} (relative)",

@@ -35,6 +35,10 @@ class VerificationError(AttnoptError):
     """A rewritten model does not compute what it was meant to compute, or exceeds the user's tolerance."""
 
 
+class ConversionError(AttnoptError):
+    """What the policy asks for cannot be held by a model of the user's class; ``optimize`` can do it."""
+
+
 class ArchiveError(AttnoptError):
     """A saved model could not be written or read."""
 

@@ -181,6 +181,10 @@ def _is_cross(q: fx.Node, k: fx.Node) -> bool:
 
 
 _SOURCES = {
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
     "linear",
     "addmm",
     "mm",

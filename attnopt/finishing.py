@@ -33,6 +33,6 @@ def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tens
         o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
         for edit, numbers in zip(spec.after, own, strict=True):
             o = edit.apply(spec, o, q, v, numbers)
-        return with_gains(spec, o)
+        return with_gains(replace(spec, after=()), o)
 
     return attend

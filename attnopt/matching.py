@@ -11,7 +11,8 @@ from torch import fx
 from attnopt.axes import Axes, Axis, follow, length, resolve, resolve_all
 from attnopt.contraction import Product, product_of
 from attnopt.fused import from_fused
-from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, is_tensor, opname, shape, source_line
+from attnopt.graph import aten, is_call, is_tensor, opname, shape, source_line
+from attnopt.late_division import PASSIVE, LateQuotient, late_quotient
 from attnopt.normaliser import Softmax
 from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
@@ -43,13 +44,14 @@ def _from_softmax(a: Softmax) -> Region:
             ),
             near=True,
         )
-    product, out, inner = follows
+    product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
     weights_axes = _through(inner, scores.axes)
     if weights_axes is None:
         raise unreadable(inner[-1], "weights whose axes can be followed")
     _unify(product.left_axes, weights_axes, product.node)
+    out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
     return _assemble(a, scores, product, keys, out)
 
 
@@ -58,28 +60,9 @@ def _first_use(node: fx.Node) -> str:
     return "no use" if user is None else f"{user.name} = {opname(user)}"
 
 
-_PASSIVE = (
-    *RESHAPES,
-    *CASTS,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.mT.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.squeeze.default,
-)
-
-
-def _follow_weights(a: Softmax) -> tuple[Product, fx.Node, tuple[fx.Node, ...]] | None:
-    """(product with the values, oriented so that its left operand is the weights; the output; the nodes from the weights
-    to the product), or None if no path leads to a product over the keys."""
+def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.Node, ...]] | None:
+    """(product with the values, oriented so that its left operand is the weights; the late division, if there is one; the
+    nodes from the weights to the product), or None if no path leads to a product over the keys."""
     stack: list[tuple[fx.Node, ...]] = [(a.weights,)]
     masked: fx.Node | None = None
     while stack:
@@ -89,10 +72,10 @@ def _follow_weights(a: Softmax) -> tuple[Product, fx.Node, tuple[fx.Node, ...]] 
             if product is not None and product.addend is None:
                 oriented = product if product.left is path[-1] else product.swapped()
                 if inputs_behind(oriented.right) and oriented.left is not oriented.right:
-                    out = _after_late_sum(a, user)
-                    if out is not None:
-                        return oriented, out, path
-            if is_call(user, *_PASSIVE) and len(path) < 12:
+                    quotient = None if a.late_sum is None else late_quotient(user, a.late_sum)
+                    if a.late_sum is None or quotient is not None:
+                        return oriented, quotient, path
+            if is_call(user, *PASSIVE) and len(path) < 12:
                 stack.append((*path, user))
             elif is_call(
                 user, aten.mul.Tensor, aten.masked_fill.Scalar, aten.add.Tensor, aten.where.self, aten.cat.default
@@ -129,20 +112,6 @@ def _leads_to_product(node: fx.Node) -> bool:
         if any(product_of(u) is not None for u in frontier):
             return True
     return False
-
-
-def _after_late_sum(a: Softmax, product: fx.Node) -> fx.Node | None:
-    """The output: the product itself, or its quotient by the sum of exponentials where that comes late."""
-    if a.late_sum is None:
-        return product
-    for user in product.users:
-        if is_call(user, aten.div.Tensor) and arg(user, 0) is product:
-            total = arg(user, 1)
-            while is_call(total, *_PASSIVE):
-                total = arg(total, 0)
-            if total is a.late_sum:
-                return user
-    return None
 
 
 def _through(path: tuple[fx.Node, ...], axes: Axes) -> Axes | None:
@@ -191,7 +160,7 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     )
 
 
-def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.Node) -> Region:
+def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: Operand) -> Region:
     p = scores.product
     frame = atoms_of(scores.axes)
     features = [c for ax in resolve_all(p.left_axes) for c in ax if c not in frame]
@@ -204,21 +173,22 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
             )
         )
     value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
-    path = tuple(_between(p.node, out))
+    path = tuple(_between(p.node, out.node))
     _refuse_self_dependence(scores, path)
-    escapes = _escaping(path, out)
+    escapes = _escaping(path, out.node)
     frames = (
         *scores.frames,
         (p.left, p.left_axes),
         (p.right, p.right_axes),
         (product.right, product.right_axes),
         (product.node, product.axes),
+        (out.node, out.axes),
     )
     return Region(
         q=Operand(p.left, resolve_all(p.left_axes)),
         k=Operand(p.right, resolve_all(p.right_axes)),
         v=Operand(product.right, resolve_all(product.right_axes)),
-        out=Operand(out, resolve_all(product.axes)),
+        out=Operand(out.node, resolve_all(out.axes)),
         scale=scores.scale,
         batch=(),
         heads=(),
@@ -228,6 +198,7 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: fx.
         value_features=tuple(value_features),
         steps=scores.steps,
         factors=scores.factors,
+        wipes=scores.wipes,
         softcap=scores.softcap,
         sinks=scores.sinks,
         nodes=path,
@@ -244,7 +215,7 @@ def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
     """
     inside = set(path)
     operands = [s.operand if isinstance(s, Term) else s.condition for s in scores.steps if isinstance(s, (Term, Hide))]
-    for given in (*operands, *scores.factors):
+    for given in (*operands, *scores.factors, *scores.wipes):
         if given is not None and given.node in inside:
             raise NotAttentionError(
                 Refusal(

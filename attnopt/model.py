@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -103,7 +103,7 @@ class OptimizedModel(nn.Module):
         ONNX's own.  ``opset``: 23 (the default) to 25.  ``external_data``: weights in a file beside the model; "auto" where
         they do not fit into it.  What was done is in the model's metadata, under names that begin with "attnopt.".
         """
-        from attnopt.onnx_export import export_onnx
+        from attnopt.to_onnx.export import export_onnx
 
         export_onnx(
             self.graph_module,
@@ -113,6 +113,33 @@ class OptimizedModel(nn.Module):
             opset=opset,
             external_data=external_data,
             verify=verify,
+        )
+
+    def export_decoder(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        context_length: int,
+        eos_token_id: int | Sequence[int],
+        tokenizer: Any = None,
+    ) -> None:
+        """Write a language model that keeps keys and values, as a folder that onnxruntime-genai reads.  Raises ExportError.
+
+        The model takes ``input_ids``, and if it wants ``attention_mask`` and ``position_ids``, all [batch, length] and free
+        in both, and returns logits [batch, length, vocabulary]; its attentions are causal or have a causal window.  One
+        file serves prompt and generation, over one buffer of at most ``context_length`` tokens.  ``tokenizer``: of
+        transformers, written beside it.  Before anything is written, ONNX Runtime reads two prompts and goes on token by
+        token, and has to give the logits of this model.
+        """
+        from attnopt.to_onnx.decoder import export_decoder
+
+        export_decoder(
+            self.graph_module,
+            self.origin,
+            folder,
+            context_length=context_length,
+            eos_token_id=eos_token_id,
+            tokenizer=tokenizer,
         )
 
     def export_program(self) -> torch.export.ExportedProgram:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,8 +53,10 @@ class _Clock:
 
 
 @compiling()
-def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Inspection:
-    """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.
+def inspect(
+    model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Inspection:
+    """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.  An ONNX file is a model too.
 
     Returns an ``Inspection``: ``.sites`` in the order in which they run, each with the passes that cannot rewrite it in
     ``.refusals``; ``.near_misses``; it prints as a table.  A model on the meta device needs no memory for its weights: each
@@ -61,6 +64,7 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     Raises CaptureError if the model cannot be captured.
     """
     inputs = _inputs(args, kwargs)
+    model = _opened(model, *inputs)
     program = capture(model, *inputs)
     if isinstance(model, nn.Module) and without_values(model) is None:
         check_call(model, *inputs)
@@ -70,7 +74,7 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
 
 
 def optimize(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     policy: Any = "fuse",
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -85,7 +89,7 @@ def optimize(
 ) -> OptimizedModel:
     """Rewrite the attentions of ``model`` as ``policy`` says and lower them to fused operators.
 
-    The model itself is never changed; weights that stay the same are shared with it.
+    The model itself is never changed; weights that stay the same are shared with it.  An ONNX file is a model too.
 
     ``policy``: a pass, a list of passes, a mapping from site-name globs to those, a ``Policy``, a YAML or JSON file, or text
     such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
@@ -107,16 +111,62 @@ def optimize(
     args, given = _inputs(args, kwargs)
     if not args and not given and batches:
         args, given = batches[0]
+    model = _opened(model, args, given)
 
     @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
         job = _Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, tolerance, strict, limit, seed)
-        return job.run()
+        made = job.run()
+        return made.module, made.origin
 
     if not args and not given:
         return OptimizedModel.deferred(model, build)
     module, origin = build(args, given)
     return OptimizedModel(module, origin)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An optimized graph with where it comes from, the program that it was made of, and what the passes decided."""
+
+    module: fx.GraphModule
+    origin: Origin
+    program: Program
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """As of ``optimize``."""
+
+    tolerance: float | None = None
+    strict: bool = False
+    limit: int | None = None
+    seed: int = 0
+
+
+def compiled(
+    model: nn.Module,
+    policy: Any,
+    inputs: Inputs,
+    batches: Sequence[Inputs],
+    options: Options,
+    dynamic_shapes: Any = "auto",
+) -> Compiled:
+    """What ``optimize`` does on these inputs."""
+    tolerance, strict, limit, seed = options.tolerance, options.strict, options.limit, options.seed
+    _check_options(limit, tolerance)
+    args, kwargs = inputs
+    chosen, backends = Policy.of(policy), _backends("auto")
+    return _Job(model, chosen, args, kwargs, dynamic_shapes, batches, backends, tolerance, strict, limit, seed).run()
+
+
+def _opened(model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    from attnopt.from_onnx.opening import opened
+
+    return opened(model, args, kwargs)
 
 
 def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -156,7 +206,7 @@ class _Job:
     limit: int | None
     seed: int
 
-    def run(self) -> tuple[fx.GraphModule, Origin]:
+    def run(self) -> Compiled:
         require_values(self.model)
         self.clock, self.warnings = _Clock(), list[str]()
         with self.clock.stage("capture"):
@@ -177,7 +227,8 @@ class _Job:
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.seed), module)
             decisions = self._with_kept_mass(program, decisions)
-        return module, self._origin(program, findings, decisions, module, error)
+        origin = self._origin(program, findings, decisions, module, error)
+        return Compiled(module, origin, program, tuple(decisions))
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
         """What the passes make of each site; those that can use calibration data see what the site computes on them."""

@@ -17,12 +17,14 @@ from attnopt.site import Projection
 @dataclass(frozen=True)
 class Landing:
     """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer), "token" (a
-    projection's input), "input" (of the model), "blocked" (no rule for ``node``).  ``path`` leads there."""
+    projection's input), "input" (of the model), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the
+    nodes of every other path too: a rotation or a norm reads the same features twice."""
 
     kind: str
     node: fx.Node
     selection: Selection
     path: tuple[fx.Node, ...]
+    ways: tuple[fx.Node, ...] = ()
 
 
 def landings(node: fx.Node, selection: Selection) -> list[Landing]:
@@ -51,7 +53,8 @@ def landings(node: fx.Node, selection: Selection) -> list[Landing]:
 
     def add(kind: str, n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...]) -> None:
         key = (n, kind, tuple(sorted((a, tuple(i)) for a, i in chosen.items())))
-        found.setdefault(key, Landing(kind, n, chosen, (*path, n)))
+        known = found.setdefault(key, Landing(kind, n, chosen, (*path, n)))
+        found[key] = replace(known, ways=tuple(dict.fromkeys((*known.ways, *path, n))))
 
     walk(node, selection, (), False)
     return list(found.values())
@@ -89,12 +92,12 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     ``alone``: nothing but the projection may tell the heads apart, as merging them asks for.
     """
     each = [landings(node, {axis: (h,)} if heads > 1 else _one_head(node)) for h in range(heads)]
-    dirty = tuple(dict.fromkeys(n for found in each for x in found for n in x.path if x.kind == "weight"))
+    dirty = tuple(dict.fromkeys(n for found in each for x in found for n in x.ways if x.kind == "weight"))
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
-        return Projection(why=_stopped_at(blocked.node)), dirty
+        return Projection(why=_stopped_at(blocked.node)), tuple(dict.fromkeys((*dirty, *_up_to_weights(blocked))))
     each = [[_as_bias(x) for x in found] for found in each]
-    constant = next((x for found in each for x in found if x.kind == "constant"), None)
+    constant = next((x for found in each for x in found if x.kind == "constant" and not _is_shared(x, each)), None)
     if constant is not None and alone:
         return Projection(why=f"heads also differ by {constant.node.target}, which is no projection"), dirty
     weights = [[x for x in found if x.kind == "weight"] for found in each]
@@ -110,6 +113,25 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     if vector is not None and projection.rows is not None and not _same_rows(vector, projection.rows, weights):
         return Projection(projection.weight, why=f"the bias {vector.target} has other rows than the weight"), dirty
     return projection, dirty
+
+
+def _up_to_weights(blocked: Landing) -> tuple[fx.Node, ...]:
+    """The nodes from a role down to where its heads cannot be told apart, and on up to what makes all of them together."""
+    found = dict.fromkeys(blocked.ways)
+    waiting = [blocked.node]
+    while waiting:
+        node = waiting.pop()
+        found[node] = None
+        if not any(is_weight(n) and len(shape(n)) > 1 for n in node.all_input_nodes if is_tensor(n)):
+            waiting += [n for n in node.all_input_nodes if is_tensor(n) and n.op == "call_function" and n not in found]
+    return tuple(found)
+
+
+def _is_shared(constant: Landing, each: Sequence[Sequence[Landing]]) -> bool:
+    """Every head takes the same of it, as of a norm's weight that serves them all."""
+    return len(each) > 1 and all(
+        any(x.node is constant.node and x.selection == constant.selection for x in found) for found in each
+    )
 
 
 def _as_bias(landing: Landing) -> Landing:

@@ -62,7 +62,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
                 "sink-and-constant", "a sink beside plain scores", "a constant added to them", source_line(r.out.node)
             )
         )
-    for factor in zeroing:
+    for factor in (*zeroing, *r.wipes):
         if not hides_what_is_zeroed(
             gm, bias, at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, r.keys))
         ):

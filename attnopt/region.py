@@ -35,6 +35,7 @@ class Region:
     value_features: Axis
     steps: tuple[Step, ...] = ()
     factors: tuple[Operand, ...] = ()
+    wipes: tuple[Operand, ...] = ()
     softcap: float | None = None
     sinks: Operand | None = None
     top_left_causal: bool = False  # the fused operator's own flag: query i sees keys 0..i

@@ -23,7 +23,7 @@ from attnopt.graph import (
     value,
     wrap,
 )
-from attnopt.projections import chooses_weights, signature
+from attnopt.projections import chooses_weights, landings, signature
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region, atoms_of
 from attnopt.scores import Operand
@@ -36,10 +36,11 @@ def assign_roles(r: Region) -> Region:
     frame = _ordered(r)
     not_queries = atoms_of(r.k.axes) | atoms_of(r.v.axes)
     heads = tuple(c for c in frame if _is_feature(r.q, c))
-    for other in () if heads else (r.k, r.v):
-        heads = heads or tuple(c for c in frame if c in atoms_of(other.axes) and _is_feature(other, c))
-        copied = [c for c in frame if _is_copied(r.k, c) and _is_copied(r.v, c)] if heads else []
-        heads = tuple(c for c in frame if c in heads or c in copied)
+    if not heads:  # a norm over all features hides the heads of the queries, not those of keys and values
+        told = next((t for o in (r.k, r.v) if (t := {c for c in atoms_of(o.axes) if _is_feature(o, c)})), set[Atom]())
+        beside = _beside_features(r)
+        copied = {c for c in frame if told and _is_copied(r.k, c) and _is_copied(r.v, c)}
+        heads = tuple(c for c in frame if c in told | beside | copied)
     free = [c for c in frame if c not in heads]
     queries = _query_atoms(r, [c for c in free if c not in not_queries])
     batch = [c for c in free if c not in queries]
@@ -81,6 +82,26 @@ def _is_copied(o: Operand, atom: Atom) -> bool:
     if atom not in atoms_of(o.axes):
         return False
     return signature(o.node, _pick(o, atom, 0)) == signature(o.node, _pick(o, atom, 1))
+
+
+def _beside_features(r: Region) -> set[Atom]:
+    """Atoms of the queries that come from the same axis of a tensor as the features of a head: heads, split from it later."""
+
+    def sources(atom: Atom) -> set[tuple[fx.Node, int]]:
+        """The axes along which the atom chooses."""
+        zero, one = (
+            {
+                (x.node, axis, tuple(i))
+                for x in landings(r.q.node, _pick(r.q, atom, n))
+                for axis, i in x.selection.items()
+            }
+            for n in (0, 1)
+        )
+        return {(node, axis) for node, axis, _ in zero ^ one}
+
+    features = set(resolve(r.features))
+    own = set[tuple[fx.Node, int]]().union(*map(sources, features))
+    return {c for c in atoms_of(r.q.axes) - features if sources(c) & own}
 
 
 def _pick(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:

@@ -85,7 +85,8 @@ class Scores:
     """softmax input = softcap(scale * product) with ``steps`` applied to the bias, in their order.
 
     ``axes`` are those of the softmax input; ``factors`` are tensors that multiply the product and do not vary over both
-    queries and keys; ``sinks`` is a logit that joins each row.
+    queries and keys; ``wipes`` multiply scores that were capped or biased before, which only a mask of 0 and 1 may do;
+    ``sinks`` is a logit that joins each row.
     """
 
     product: Product
@@ -94,6 +95,7 @@ class Scores:
     softcap: float | None = None
     steps: tuple[Step, ...] = ()
     factors: tuple[Operand, ...] = ()
+    wipes: tuple[Operand, ...] = ()
     sinks: Operand | None = None
     shifted: bool = False  # by the maximum of each row
     path: tuple[fx.Node, ...] = ()
@@ -260,10 +262,14 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     number = _number(other)
     if number is not None:
         return _scaled(s, 1.0 / number if divides else number)
-    if not is_tensor(other) or s.steps or s.softcap is not None or divides:
+    if not is_tensor(other) or divides or (s.softcap is not None and math.isnan(s.softcap)):
         return None
     axes = broadcast(other, s.axes)
-    return None if axes is None else replace(s, factors=(*s.factors, Operand(other, axes)))
+    if axes is None:
+        return None
+    if s.steps or s.softcap is not None:
+        return replace(s, wipes=(*s.wipes, Operand(other, axes)))
+    return replace(s, factors=(*s.factors, Operand(other, axes)))
 
 
 def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:

@@ -47,7 +47,9 @@ def heads_of(spec: AttentionSpec, kv: Tensor) -> Tensor:
 
 
 def with_gains(spec: AttentionSpec, o: Tensor) -> Tensor:
-    """Output [B, H, L, Dv] times each head's gain."""
+    """Output [B, H, L, Dv] times each head's gain, which come after all edits.  ValueError where there are any left."""
+    if spec.after:
+        raise ValueError("lower the spec without its edits, or with attnopt.finishing.attention_of")
     if spec.gains is None:
         return o
     if len(set(spec.gains)) == 1:

@@ -98,6 +98,7 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
             "F": "`F.softmax`", "positive": "with a positive axis", "float32": "in float32", "upcast": "scores cast before it",
             "exp": "`exp` over its sum", "stable-exp": "the same after subtracting the maximum", "log": "`exp` of `log_softmax`",
             "lse": "`exp` of scores minus `logsumexp`", "late": "`exp`, and the division after the values",
+            "later": "`exp`, and the division after the values and their reshapes",
         },
     ),
 }  # fmt: skip

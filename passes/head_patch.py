@@ -26,11 +26,11 @@ NAMED = ("silence", "mean", "run")
 class HeadPatch(Pass):
     """The outputs of ``heads`` are replaced, before their gains and the output projection.
 
-    ``values``: "silence", zeros; "mean", what each head gives on average over the calibration tokens that are no padding
-    (mean ablation); "run", what they gave in the first calibration batch (activation patching); or a tensor, [heads, Dv]
-    for every token alike or [batch or 1, heads, tokens, Dv] for sequences of just this length, with the heads in the order
-    of ``heads``.  Heads that were pruned are ignored.  Give it after the passes that change weights: what these fit is
-    fitted to the model as it was trained.  Raises PolicyError.
+    ``values``: "silence", zeros; "mean", what each head gives on average over the calibration tokens that are no padding,
+    in all calls of its weights (mean ablation); "run", what they gave in the first calibration batch (activation
+    patching); or a tensor, [heads, Dv] for every token alike or [batch or 1, heads, tokens, Dv] for sequences of just this
+    length, with the heads in the order of ``heads``.  Heads that were pruned are ignored.  Give it after the passes that
+    change weights: what these fit is fitted to the model as it was trained.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "head-patch"
@@ -71,6 +71,10 @@ class HeadPatch(Pass):
         if refused is None and self.values in ("mean", "run") and site.activations is None:
             hint = "give calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+        if refused is None and self.values == "run" and site.activations is not None and site.activations.calls > 1:
+            found = f"{site.activations.calls} calls, each with values of its own"
+            hint = "name each call in the policy, as in {'attention#2': ...}"
+            return site.refuse("several-calls", expected="one call of the site's weights", found=found, hint=hint)
         return refused or self._refuse_sizes(site)
 
     def rewrite(self, site: Site) -> Rewrite:

@@ -21,8 +21,9 @@ ROUTERS = ("query-norm", "linear")
 
 @dataclass(frozen=True)
 class RouteHeads(Pass):
-    """Each token uses the ``shared`` heads and ``routed`` of the others; what the rest would give it is zero (MoH,
-    arXiv:2410.11842).
+    """Each token uses the ``shared`` heads and ``routed`` of the others (MoH, arXiv:2410.11842).
+
+    What the other heads would give a token is zero.
 
     ``shared``: numbers of heads, or how many: those that give most on the calibration data.
     ``router``: "query-norm", the heads with the longest queries, needs no data; "linear", scores linear in the queries of

@@ -50,7 +50,7 @@ class Spelling:
         "F"  # F, torch, method, positive, float32, upcast, exp, stable-exp, log, lse, late, later (behind the layout)
     )
     cross: bool = False
-    returns: str = "output"  # output, weights
+    returns: str = "output"  # output, weights, heads (each head's output), stats (of the weights)
     out: bool = True
     pre_norm: bool = False
     residual: bool = False
@@ -69,17 +69,6 @@ class Spelling:
     def exponentials(self) -> bool:
         """The softmax is written with ``exp``."""
         return self.softmax in ("exp", "stable-exp", "late", "later", "lse")
-
-    @property
-    def may_be_missed(self) -> bool:
-        """Spelled so that a near miss with its reason is answer enough.
-
-        The division comes late, behind layout changes, or a mask is multiplied onto scores that were capped before.
-        """
-        capped_then_wiped = self.apply == "old-gpt" and bool(self.softcap)
-        return (
-            self.softmax == "later" or (self.softmax == "late" and self.core.startswith("grouped")) or capped_then_wiped
-        )
 
     def repaired(self) -> Spelling:
         """The nearest spelling whose parts can stand together."""
@@ -123,10 +112,10 @@ class Spelling:
                 softcap=None,
                 sinks=False,
                 softmax="F",
-                returns="output",
+                returns="heads" if s.returns == "heads" else "output",
                 scale="none" if s.scale == "none" else "mul",
             )
-        if s.softmax in ("late", "later") and (s.sinks or s.returns == "weights"):
+        if s.softmax in ("late", "later") and (s.sinks or s.returns in ("weights", "stats")):
             s = replace(s, softmax="F")
         if s.core == "transposed" and (s.sinks or s.softmax not in ("F", "torch", "method", "positive")):
             s = replace(s, softmax="F", sinks=False)
@@ -274,6 +263,14 @@ class Attention(nn.Module):
         }
         return found
 
+    def stored(self, role: str) -> list[Tensor]:
+        """The weight, and the bias if there is one, that make q, k or v."""
+        store = packed_names(self.s)[role]
+        if self.s.op == "linear":
+            return list(self.get_submodule(f"{store}_proj").parameters())
+        found = (getattr(self, f"w_{store}"), getattr(self, f"b_{store}"))
+        return [p for p in found if p is not None]
+
     def with_gains(self, gains: Mapping[int, float]) -> Attention:
         """A copy whose heads' outputs are multiplied, by way of the output projection."""
         assert self.s.out
@@ -393,9 +390,9 @@ class Attention(nn.Module):
         if s.rope == "half":
             both = torch.cat([angles, angles], -1)
             a, b = t[..., :half], t[..., half:]
-            return t * both.cos() + torch.cat([-b, a], -1) * both.sin()
-        a, b = t[..., 0::2], t[..., 1::2]
-        return torch.stack([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1).flatten(-2)
+            return t * both.cos().to(t.dtype) + torch.cat([-b, a], -1) * both.sin().to(t.dtype)
+        a, b, cos, sin = t[..., 0::2], t[..., 1::2], angles.cos().to(t.dtype), angles.sin().to(t.dtype)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
     def _shared(self, t: Tensor, at: int) -> Tensor:
         """K/V heads at axis ``at`` repeated for the query heads that read them."""
@@ -460,9 +457,9 @@ class Attention(nn.Module):
                 scores = scores.masked_fill(m.logical_not(), low if s.commuted else -torch.inf)
             else:
                 if s.apply == "add-inf":
-                    extra = torch.zeros(m.shape).masked_fill(~m, -torch.inf)
+                    extra = torch.zeros(m.shape, dtype=scores.dtype).masked_fill(~m, -torch.inf)
                 elif s.apply == "add-min":
-                    extra = torch.where(m, 0.0, low)
+                    extra = torch.where(m, 0.0, low).to(scores.dtype)
                 else:
                     extra = (1.0 - m.to(scores.dtype)) * -1e9
                 scores = extra + scores if s.commuted else scores + extra
@@ -528,7 +525,11 @@ class Attention(nn.Module):
         y = self.drop(y)
         if s.residual:
             y = skip + y
-        return (y, weights) if s.returns == "weights" else y
+        if s.returns == "heads":
+            return y, out
+        if weights is None or s.returns == "output":
+            return y
+        return y, weights if s.returns == "weights" else weights.amax(-1)
 
     def _projected(self, out: Tensor) -> Tensor:
         """[B, L, H, Dv] -> [B, L, E]."""
@@ -574,7 +575,7 @@ class Attention(nn.Module):
                 scores = torch.bmm(q, k.transpose(1, 2))
             else:
                 alpha = s.head_dim**-0.5 if s.scale == "alpha" else 1.0
-                addend, beta = torch.zeros(1, 1, 1), 0.0 if s.commuted or s.softcap else 1.0
+                addend, beta = torch.zeros(1, 1, 1, dtype=q.dtype), 0.0 if s.commuted or s.softcap else 1.0
                 if s.bias_kind == "addend":
                     addend = self._bias(L, S).unsqueeze(0).expand(B, -1, -1, -1).reshape(B * H, L, S)
                     beta = 1.0
@@ -652,7 +653,7 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         mask: Tensor | None = None
         if s.bias_kind or "given" in s.mask or s.apply.startswith("add"):
-            mask = self._masked(self._biased(torch.zeros(1, s.heads, L, S)), padding, given)
+            mask = self._masked(self._biased(torch.zeros(1, s.heads, L, S, dtype=q.dtype)), padding, given)
         else:
             for kind in s.mask:
                 seen = self._visible(kind, L, S, padding)

@@ -15,11 +15,11 @@ from torch.export import Dim
 from attnopt.backends import Blocked, Reference
 from attnopt.calling import Signature
 from attnopt.compare import TOLERANCE, difference
-from attnopt.onnx_export import export_onnx
 from attnopt.origin import Origin
 from attnopt.patterns import Blocks, Causal, Dilated, Full, Global, Pattern, PerHead, Sinks, Strided, Window
 from attnopt.report import Report
 from attnopt.spec import AttentionSpec
+from attnopt.to_onnx.export import export_onnx
 
 HIDING = Sinks(2) & ~Sinks(3) | Window(3, 0) & ~Window(1, 1)  # some queries see nothing
 PATTERNS: list[Pattern] = [

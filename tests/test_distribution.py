@@ -58,8 +58,8 @@ def test_the_wheel_holds_every_module_once_and_nothing_else(wheel: Path) -> None
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         about = archive.read(metadata).decode()
-    wanted = {f"attnopt/{f.name}" for f in (ROOT / "attnopt").iterdir() if f.suffix in (".py", ".typed")}
-    wanted |= {f"attnopt/templates/{f.name}" for f in (ROOT / "attnopt" / "templates").iterdir()}
+    core = [f for f in (ROOT / "attnopt").rglob("*") if f.suffix in (".py", ".typed", ".j2")]  # follows no links
+    wanted = {f.relative_to(ROOT).as_posix() for f in core}
     for folder in ("passes", "backends"):
         wanted |= {f"attnopt/{folder}/{f.name}" for f in (ROOT / folder).iterdir() if f.suffix in (".py", ".cpp")}
     assert sorted(names) == sorted(wanted)

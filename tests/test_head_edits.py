@@ -27,8 +27,7 @@ from attnopt.backends import Blocked, Reference, Sdpa
 from attnopt.constant import Constant
 from attnopt.errors import PolicyError, RewriteError
 from attnopt.finishing import attention_of
-from attnopt.folding import constant_heads
-from attnopt.head_edits import HeadEdit, Replaced, Scaled, TowardValues
+from attnopt.head_edits import HeadEdit, Replaced, Scaled, TowardValues, constant_heads
 from attnopt.head_routes import Routed, edit_from_json
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, PruneHeads, ScaleHeads, SoftPAG
 
@@ -325,6 +324,15 @@ def test_edits_read_back(edit: HeadEdit) -> None:
         torch.testing.assert_close(found.double(), computed(spec, operands(spec)), rtol=1e-4, atol=1e-4)
 
 
+def test_no_backend_leaves_edits_out() -> None:
+    spec = a_spec().followed_by(EDITS[1])
+    t = {name: None if x is None else x.float() for name, x in operands(spec).items()}
+    q, k, v = (t.pop(name) for name in ("q", "k", "v"))
+    for backend in (Reference(), Sdpa(), Blocked()):
+        with pytest.raises(ValueError, match="without its edits"):
+            backend.lower(spec)(q, k, v, **t)
+
+
 def test_unknown_edits() -> None:
     with pytest.raises(ValueError, match="there is no head edit 'other'"):
         edit_from_json({"kind": "other"})
@@ -343,12 +351,12 @@ def test_unknown_edits() -> None:
 def test_heads_that_are_the_same_for_every_token() -> None:
     c = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     spec = replace(a_spec(), value_dim=2).followed_by(Replaced((2, 1), Constant.of(c)))
-    assert {h: v.tolist() for h, v in constant_heads(spec).items()} == {2: [1.0, 2.0], 1: [3.0, 4.0]}
+    assert {h: v.tolist() for h, v in constant_heads(spec.after).items()} == {2: [1.0, 2.0], 1: [3.0, 4.0]}
     later = replace(spec, after=(*spec.after, Scaled(((1, 2.0),)), TowardValues(((2, 0.5),))))
-    assert {h: v.tolist() for h, v in constant_heads(later).items()} == {1: [6.0, 8.0]}
+    assert {h: v.tolist() for h, v in constant_heads(later.after).items()} == {1: [6.0, 8.0]}
     again = spec.followed_by(Replaced((1,), Constant.of(torch.zeros(1, 1, 9, 2))))
-    assert set(constant_heads(again)) == {2}
-    assert constant_heads(spec.followed_by(Routed((0,), (1, 2, 3), 1))) == {}
+    assert set(constant_heads(again.after)) == {2}
+    assert constant_heads(spec.followed_by(Routed((0,), (1, 2, 3), 1)).after) == {}
     kept = spec.keeping([0, 1, 3]).after[0]
     assert isinstance(kept, Replaced)
     assert kept.values.tensor().tolist() == [[3.0, 4.0]]

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attnopt
-from attnopt import onnx_verify
-from attnopt.onnx_bands import Band
 from attnopt.passes import LocalWindow, Sparse
 from attnopt.patterns import Blocks, Global, PerHead, Window
 from attnopt.report import Report
+from attnopt.to_onnx import verify
+from attnopt.to_onnx.bands import Band
 
 
 class Encoder(nn.Module):
@@ -137,7 +137,7 @@ def test_an_interrupted_export_leaves_nothing(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx_verify, "verify", interrupted)
+    monkeypatch.setattr(verify, "verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fast.export_onnx(tmp_path / "m.onnx", external_data=True)
     assert names(tmp_path) == []
@@ -165,17 +165,17 @@ def test_disagreement_names_the_first_site(
     fast: attnopt.OptimizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window that is off by one in the second attention alone."""
-    from attnopt import onnx_blocks
+    from attnopt.to_onnx import blocks
 
-    honest, turn = onnx_blocks._inside, [0]
+    honest, turn = blocks._inside, [0]
 
     def off_by_one(b: Any, site: Any, found: Any, *rest: Any) -> Any:
         turn[0] += 1
         wrong = [Band(band.low + 1, band.high) for band in found] if turn[0] == 2 else found
         table = honest(b, site, found, *rest)
-        return table if turn[0] != 2 else b.op("And", table, onnx_blocks._seen(b, wrong, rest[0], *rest[1:3]))
+        return table if turn[0] != 2 else b.op("And", table, blocks._seen(b, wrong, rest[0], *rest[1:3]))
 
-    monkeypatch.setattr(onnx_blocks, "_inside", off_by_one)
+    monkeypatch.setattr(blocks, "_inside", off_by_one)
     with pytest.raises(attnopt.ExportError, match="other numbers than torch") as caught:
         fast.export_onnx(tmp_path / "m.onnx", external_data=True)
     assert caught.value.site == fast.sites[1].name

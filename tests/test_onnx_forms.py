@@ -15,19 +15,19 @@ from onnx_core import PATTERNS, captured, check, make_spec, run
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attnopt import onnx_choice
-from attnopt.onnx_bands import Band, bands
-from attnopt.onnx_export import export_onnx
 from attnopt.patterns import Blocks, Causal, Dilated, Full, Pattern, Sinks, Strided, Window
 from attnopt.spec import AttentionSpec
+from attnopt.to_onnx import choice
+from attnopt.to_onnx.bands import Band, bands
+from attnopt.to_onnx.export import export_onnx
 
 
 @pytest.fixture
 def sparse_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forms of long sequences, at lengths that a test can afford."""
-    monkeypatch.setattr(onnx_choice, "ITERATION", 0.0)
-    monkeypatch.setattr(onnx_choice, "DENSE", 100.0)
-    onnx_choice._gathered.cache_clear()
+    monkeypatch.setattr(choice, "ITERATION", 0.0)
+    monkeypatch.setattr(choice, "DENSE", 100.0)
+    choice._gathered.cache_clear()
 
 
 # ---------------------------------------------------------------- every form equals the reference

@@ -74,6 +74,15 @@ class OneKey(Decoy):
         return self.merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
 
 
+class Misdivided(Decoy):
+    """Each feature is divided by the sum of the query with its number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(len(x), L, E // L, L).transpose(1, 2) for f in (self.q, self.k, self.v))
+        e = torch.exp(q @ k.transpose(-1, -2) / 8)
+        return self.merged(e @ v / e.sum(-1).unsqueeze(-2))
+
+
 class Dropping(Decoy):
     def forward(self, x: Tensor) -> Tensor:
         return self.merged(F.scaled_dot_product_attention(*self.heads(x), dropout_p=0.1))
@@ -120,6 +129,24 @@ def routed_and_pruned() -> Refusal:
     model, given = Attention(Spelling()), inputs(Spelling())
     (entry,) = attnopt.optimize(model, policy, (), given, backend="sdpa").report.sites
     return entry.refusals["prune-heads"]
+
+
+class Twice(Decoy):
+    """One set of weights, two calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            q, k, v = self.heads(x)
+            x = x + self.merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+        return x
+
+
+def patched_in_both_calls() -> Refusal:
+    x = torch.randn(2, L, E)
+    with pytest.warns(attnopt.AttnoptWarning, match="changes nothing"):
+        fast = attnopt.optimize(Twice().eval(), HeadPatch([1], "run"), (x,), calibration=[x])
+    assert len(fast.sites) == 2
+    return fast.report.sites[1].refusals["head-patch"]
 
 
 def sink_and_constant() -> Refusal:
@@ -182,6 +209,11 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "unreadable-layout": (
         lambda: missed(decoys.DroppedColumn()),
         "[unreadable-layout] expected weights whose axes can be followed, found slice_1 = slice (at LINE)",
+    ),
+    "late-division": (
+        lambda: missed(Misdivided()),
+        "[late-division] expected each query's output divided by its own sum of exponentials, found div_1, which "
+        "divides by another's (at LINE)",
     ),
     "channel-attention": (
         lambda: missed(decoys.OverChannels()),
@@ -253,9 +285,15 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(), HeadPatch([1], torch.zeros(1, 1, 9, 4))),
         "[other-sizes] expected values for the 7 tokens of every call, found values for 9 tokens (at LINE)",
     ),
+    "several-calls": (
+        patched_in_both_calls,
+        "[several-calls] expected one call of the site's weights, found 2 calls, each with values of its own (at LINE)\n"
+        "  hint: name each call in the policy, as in {'attention#2': ...}",
+    ),
     "all-heads": (
         lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
-        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)",
+        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)\n  hint: give whole_layers=True to "
+        "remove the attention as a whole",
     ),
     "no-such-site-size": (
         lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),

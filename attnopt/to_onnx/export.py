@@ -7,7 +7,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -20,19 +20,22 @@ from attnopt.capture import quiet
 from attnopt.compiling import compiling
 from attnopt.errors import ExportError
 from attnopt.files import atomic_write
-from attnopt.onnx_choice import Form, OnnxSite
-from attnopt.onnx_sites import DOMAIN, OP, Marked, mark
 from attnopt.operands import ROLES
 from attnopt.origin import Origin
+from attnopt.to_onnx.choice import Form, OnnxSite
+from attnopt.to_onnx.sites import DOMAIN, OP, Marked, fastest, mark
 from attnopt.version import __version__
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from attnopt.to_onnx.builder import Builder
+
+Write = Callable[["Builder", OnnxSite, Form, "Mapping[str, ir.Value | None]"], "ir.Value"]
 Flavor = Literal["onnxruntime", "standard"]
 OPSETS = (23, 24, 25)  # below, there is no Attention; opset 26 is silently written wrong by torch 2.13
 METADATA = "attnopt."  # how the names of the model's properties begin
-_ROOM_IN_FILE = 2**31 - 2**26  # protobuf holds 2 GiB, the graph included
+ROOM_IN_FILE = 2**31 - 2**26  # protobuf holds 2 GiB, the graph included
 
 
 @compiling()
@@ -53,25 +56,37 @@ def export_onnx(
         raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
     if external_data not in (True, False, "auto"):
         raise ExportError(f"external_data={external_data!r} is not possible", hint='give True, False or "auto"')
-    size = sum(t.numel() * t.element_size() for t in (*gm.parameters(), *gm.buffers()))
-    if external_data is False and size > _ROOM_IN_FILE:
+    size = weights_size(gm)
+    if external_data is False and size > ROOM_IN_FILE:
         raise ExportError(
             f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB",
             hint='leave external_data at "auto"',
         )
-    with _written(path, size > _ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
-        marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, contrib=flavor == "onnxruntime")
-        model = _exported(marked_gm, origin, opset or OPSETS[0])
-        _expand(model.graph, marked)
-        _finish(model, origin, flavor, marked)
-        _save(model, file, data)
+    from attnopt.to_onnx.forms import write
+    from attnopt.to_onnx.neighbours import settle
+
+    with _written(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
+        contrib = flavor == "onnxruntime"
+        marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, fastest(contrib))
+        model = translated(marked_gm, origin, opset or OPSETS[0])
+        expand(model.graph, marked, write)
+        settle(model, contrib)
+        finish(model, origin, flavor, marked)
+        save(model, file, data)
         if verify:
-            from attnopt.onnx_verify import verify as run_and_compare
+            from attnopt.to_onnx.verify import verify as run_and_compare
 
             run_and_compare(gm, origin, file, marked)
 
 
-def _exported(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
+def weights_size(gm: fx.GraphModule) -> int:
+    """Bytes."""
+    return sum(t.numel() * t.element_size() for t in (*gm.parameters(), *gm.buffers()))
+
+
+def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
+    """torch's own export of a graph.  Raises ExportError."""
+    from onnx_ir.passes.common import NameFixPass
     from onnxscript.optimizer import optimize_ir
 
     try:
@@ -87,6 +102,7 @@ def _exported(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
             )
             assert made is not None
             model: ir.Model = made.model
+            NameFixPass()(model)  # two values may have got one name, which the optimizer does not stand
             optimize_ir(model)
             return model
     except Exception as e:
@@ -118,11 +134,9 @@ def _first_cause(e: BaseException) -> str:
     return f"{type(e).__name__}: " + " | ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
-def _expand(graph: ir.Graph, marked: Sequence[Marked]) -> None:
-    """Put each attention's form in the place of its placeholder."""
-
-    from attnopt.onnx_builder import SWAPPED, Builder, is_swap
-    from attnopt.onnx_forms import write
+def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write) -> None:
+    """Put each attention's form, as ``write`` makes it, in the place of its placeholder."""
+    from attnopt.to_onnx.builder import SWAPPED, Builder, is_swap
 
     for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:
         number = node.attributes["site"].as_int()
@@ -154,7 +168,7 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def _finish(model: ir.Model, origin: Origin, flavor: Flavor, marked: Sequence[Marked]) -> None:
+def finish(model: ir.Model, origin: Origin, flavor: str, marked: Sequence[Marked]) -> None:
     """Drop what nothing uses, and say in the model where it comes from."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
@@ -178,7 +192,7 @@ def _said(site: OnnxSite, form: Form) -> dict[str, object]:
     return {"site": site.name, "form": form.kind, "pattern": repr(site.pattern), "block": form.block or None}
 
 
-def _save(model: ir.Model, file: Path, data: Path | None) -> None:
+def save(model: ir.Model, file: Path, data: Path | None) -> None:
     import onnx_ir as ir
 
     if data is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,13 @@ from attnopt.graph import (
 )
 from attnopt.lowering import copy_program
 from attnopt.normaliser import SDPA
-from attnopt.onnx_choice import Form, OnnxSite, choose
-from attnopt.onnx_masks import soft_floor, without_pattern
 from attnopt.operands import ROLES, selected_pairs
 from attnopt.patterns import Causal, Full, Pattern, parse
+from attnopt.to_onnx.choice import Form, OnnxSite, choose
+from attnopt.to_onnx.masks import soft_floor, without_pattern
 
+Operands = dict[str, fx.Node | None]
+Settle = Callable[[Emitter, OnnxSite, Operands], tuple[Operands, OnnxSite, Form]]
 DOMAIN, OP = "attnopt", "Attention"  # the placeholder's name in the exported graph; it never reaches the file
 
 
@@ -53,12 +55,12 @@ class Marked:
 
 
 def mark(
-    gm: fx.GraphModule, patterns: Mapping[str, Pattern], contrib: bool
+    gm: fx.GraphModule, patterns: Mapping[str, Pattern], settle: Settle
 ) -> tuple[fx.GraphModule, tuple[Marked, ...]]:
     """A copy of ``gm`` with placeholders for its attentions, numbered in the order in which they run.
 
-    ``patterns``: what is known of the sites by name; a mask that only says the same is left out.  ``contrib``: the
-    operators of ONNX Runtime may be used.
+    ``patterns``: what is known of the sites by name; a mask that only says the same is left out.  ``settle`` says which
+    form each attention takes.
     """
     module, table = copy_program(gm)
     original = {new: old for old, new in table.items()}
@@ -71,7 +73,7 @@ def mark(
         call = _operator(emit, node) if is_attention(node) else _sdpa(emit, node, patterns.get(name, Full()))
         if call is None:
             continue
-        operands, site, form = _described(emit, name, call, contrib)
+        operands, site, form = settle(emit, _site(name, call), dict(call.operands))
         placeholder = _placeholder(emit, site, len(marked), operands)
         lead = value(node).shape[:-2]
         if len(lead) != 2:
@@ -150,18 +152,14 @@ def _four_axes(
     return emit.inline(four, q), emit.inline(four, k), emit.inline(four, v), mask
 
 
-def _described(
-    emit: Emitter, name: str, call: _Call, contrib: bool
-) -> tuple[Mapping[str, fx.Node | None], OnnxSite, Form]:
-    """The site and its form; a pattern that the form does not know has become a part of the mask operand."""
-    operands = dict(call.operands)
-    q, k, v = (operands[role] for role in ("q", "k", "v"))
+def _site(name: str, call: _Call) -> OnnxSite:
+    q, k, v = (call.operands[role] for role in ("q", "k", "v"))
     assert q is not None
     assert k is not None
     assert v is not None
     batch, _, *lengths = value(q).shape[:3] + value(k).shape[2:3]
     q_len, kv_len = (hint(n) if is_static(n) else -1 for n in lengths)
-    site = OnnxSite(
+    return OnnxSite(
         name,
         call.pattern,
         call.kv_of_head,
@@ -176,21 +174,32 @@ def _described(
         same_size(*lengths),
         (hint(batch), shape(q)[2], shape(k)[2]),
     )
-    if site.is_static and site.pattern.covers(q_len, kv_len, num_heads=site.heads):
-        site = replace(site, pattern=Full())
-    form = choose(site, _given(operands), contrib)
-    if form.kind == "Attention" and site.pattern != Full():
-        seen, mask = _dense_mask(emit, site, q, k), operands["mask"]
-        operands["mask"] = seen if mask is None else emit.call(aten.bitwise_and.Tensor, seen, mask)
-        site = replace(site, pattern=Full())
+
+
+def fastest(contrib: bool) -> Settle:
+    """The cheapest form of each attention; a pattern that it does not know becomes a part of the mask operand.
+
+    ``contrib``: the operators of ONNX Runtime may be used.
+    """
+
+    def settle(emit: Emitter, site: OnnxSite, operands: Operands) -> tuple[Operands, OnnxSite, Form]:
+        if site.is_static and site.pattern.covers(site.q_len, site.kv_len, num_heads=site.heads):
+            site = replace(site, pattern=Full())
         form = choose(site, _given(operands), contrib)
-    for role in ("bias", "mask", "sinks"):
-        operand = operands[role]
-        if operand is not None and len(value(operand).shape) < 4:
-            operands[role] = emit.inline(_with_four_axes, operand)
-    if (bias := operands["bias"]) is not None:
-        operands["bias"] = soft_floor(emit, bias)
-    return operands, site, form
+        if form.kind == "Attention" and site.pattern != Full():
+            seen, mask = _dense_mask(emit, site, operands), operands["mask"]
+            operands["mask"] = seen if mask is None else emit.call(aten.bitwise_and.Tensor, seen, mask)
+            site = replace(site, pattern=Full())
+            form = choose(site, _given(operands), contrib)
+        for role in ("bias", "mask", "sinks"):
+            operand = operands[role]
+            if operand is not None and len(value(operand).shape) < 4:
+                operands[role] = emit.inline(_with_four_axes, operand)
+        if (bias := operands["bias"]) is not None:
+            operands["bias"] = soft_floor(emit, bias)
+        return operands, site, form
+
+    return settle
 
 
 def _with_four_axes(x: Tensor) -> Tensor:
@@ -201,8 +210,11 @@ def _given(operands: Mapping[str, fx.Node | None]) -> set[str]:
     return {role for role, node in operands.items() if node is not None}
 
 
-def _dense_mask(emit: Emitter, site: OnnxSite, q: fx.Node, k: fx.Node) -> fx.Node:
+def _dense_mask(emit: Emitter, site: OnnxSite, operands: Operands) -> fx.Node:
     """The pattern's mask, [1, 1 or H, L, S]."""
+    q, k = operands["q"], operands["k"]
+    assert q is not None
+    assert k is not None
 
     def seen(q: Tensor, k: Tensor) -> Tensor:
         return site.pattern.mask(q.shape[2], k.shape[2], num_heads=site.heads).unsqueeze(0)

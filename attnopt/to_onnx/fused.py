@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from attnopt.onnx_builder import ORT, Builder
-from attnopt.onnx_choice import OnnxSite
+from attnopt.to_onnx.builder import ORT, Builder
+from attnopt.to_onnx.choice import OnnxSite
 
 _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from attnopt.layout import FULL_TILE
-from attnopt.onnx_bands import Band, bands
-from attnopt.onnx_builder import Builder
-from attnopt.onnx_choice import OnnxSite, hull
-from attnopt.onnx_fused import Operands, attention
+from attnopt.to_onnx.bands import Band, bands
+from attnopt.to_onnx.builder import Builder
+from attnopt.to_onnx.choice import OnnxSite, hull
+from attnopt.to_onnx.fused import Operands, attention
 
 
 @dataclass(frozen=True)

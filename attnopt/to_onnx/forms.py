@@ -8,11 +8,11 @@ from dataclasses import replace
 import onnx_ir as ir
 import torch
 
-from attnopt.onnx_blocks import blocks, gathered, is_one
-from attnopt.onnx_builder import Builder, is_swap
-from attnopt.onnx_choice import Form, OnnxSite, group_form, groups, kv_heads_of
-from attnopt.onnx_fused import Operands, attention, group_query_attention, multi_head_attention
 from attnopt.operands import ROLES
+from attnopt.to_onnx.blocks import blocks, gathered, is_one
+from attnopt.to_onnx.builder import Builder, is_swap
+from attnopt.to_onnx.choice import Form, OnnxSite, group_form, groups, kv_heads_of
+from attnopt.to_onnx.fused import Operands, attention, group_query_attention, multi_head_attention
 
 _ELEMENT = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _FLAT_ONLY = ("MultiHeadAttention", "GroupQueryAttention")
@@ -25,11 +25,11 @@ def write(b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Valu
     assert k is not None
     assert v is not None
     if not site.is_evenly_shared:
-        k, v = _heads(b, k, site.kv_of_head), _heads(b, v, site.kv_of_head)
+        k, v = heads_of(b, k, site.kv_of_head), heads_of(b, v, site.kv_of_head)
         site = replace(site, kv_of_head=tuple(range(site.heads)), kv_heads=site.heads)
     is_flat = form.kind in _FLAT_ONLY or (form.kind != "per head" and all(map(_is_swapped, (k, v))))
     narrow = _ELEMENT.get(site.dtype)
-    q, k, v = (_flat(b, x) if is_flat else x for x in (q, k, v))
+    q, k, v = (flat(b, x) if is_flat else x for x in (q, k, v))
     if narrow is not None:
         q, k, v = (b.op("Cast", x, to=ir.DataType.FLOAT) for x in (q, k, v))
         bias, sinks = (None if x is None else _keeping_shape(b, x) for x in (bias, sinks))
@@ -67,23 +67,23 @@ def _per_head(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
         kv_heads = kv_heads_of(site, heads)
         part = replace(
             x,
-            q=_heads(b, x.q, heads),
-            k=_heads(b, x.k, kv_heads),
-            v=_heads(b, x.v, kv_heads),
+            q=heads_of(b, x.q, heads),
+            k=heads_of(b, x.k, kv_heads),
+            v=heads_of(b, x.v, kv_heads),
             bias=_heads_of_operand(b, x.bias, heads),
             mask=_heads_of_operand(b, x.mask, heads),
             sinks=_heads_of_operand(b, x.sinks, heads),
         )
         if not alone.is_evenly_shared:
-            part = replace(part, k=_heads(b, part.k, alone.kv_of_head), v=_heads(b, part.v, alone.kv_of_head))
+            part = replace(part, k=heads_of(b, part.k, alone.kv_of_head), v=heads_of(b, part.v, alone.kv_of_head))
             alone = replace(alone, kv_of_head=tuple(range(alone.heads)), kv_heads=alone.heads)
         made.append(_made(b, alone, form, part))
         order += heads
     joined = b.op("Concat", *made, axis=1)
-    return _heads(b, joined, [order.index(h) for h in range(site.heads)])
+    return heads_of(b, joined, [order.index(h) for h in range(site.heads)])
 
 
-def _heads(b: Builder, x: ir.Value, heads: Sequence[int]) -> ir.Value:
+def heads_of(b: Builder, x: ir.Value, heads: Sequence[int]) -> ir.Value:
     """Some heads of [B, H, ...]."""
     return b.op("Gather", x, b.ints(*heads), axis=1)
 
@@ -91,7 +91,7 @@ def _heads(b: Builder, x: ir.Value, heads: Sequence[int]) -> ir.Value:
 def _heads_of_operand(b: Builder, x: ir.Value | None, heads: Sequence[int]) -> ir.Value | None:
     if x is None or is_one(x, 1):
         return x
-    taken = _heads(b, x, heads)
+    taken = heads_of(b, x, heads)
     assert x.shape is not None
     taken.shape = ir.Shape([x.shape[0], len(heads), x.shape[2], x.shape[3]])
     return taken
@@ -109,6 +109,6 @@ def _is_swapped(x: ir.Value) -> bool:
     return made_by is not None and is_swap(made_by)
 
 
-def _flat(b: Builder, x: ir.Value) -> ir.Value:
+def flat(b: Builder, x: ir.Value) -> ir.Value:
     """[B, H, L, D] as [B, L, H * D]."""
     return b.op("Reshape", b.swapped(x), b.ints(0, 0, -1))

@@ -14,9 +14,9 @@ from attnopt.calibration import Inputs
 from attnopt.checking import resized
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
-from attnopt.onnx_builder import SWAPPED
-from attnopt.onnx_sites import Marked
 from attnopt.origin import Origin
+from attnopt.to_onnx.builder import SWAPPED
+from attnopt.to_onnx.sites import Marked
 
 ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 
@@ -29,7 +29,7 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
         onnx.checker.check_model(str(file))
     except Exception as e:
         raise ExportError(f"the exported model is not valid ONNX: {str(e)[:300]}") from e
-    session = _session(file)
+    session = open_session(file)
     _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked)
     for inputs in resized(gm, origin.args, origin.kwargs):
         try:
@@ -40,7 +40,8 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
         return
 
 
-def _session(model: Path | bytes) -> Any:
+def open_session(model: Path | bytes) -> Any:
+    """ONNX Runtime's session on a CPU.  Raises ExportError."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -112,7 +113,7 @@ def _first_that_differs(
     probe = file.with_name(file.name + ".probe")
     try:
         ir.save(model, str(probe))
-        got = _session(probe).run(list(there), dict(feed))
+        got = open_session(probe).run(list(there), dict(feed))
     finally:
         probe.unlink(missing_ok=True)
     want = _Recorder(gm, {m.node for m in marked}).record(inputs)

@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import torch
 
-from attnopt.onnx_bands import Band, bands
 from attnopt.patterns import Causal, Full, Pattern
+from attnopt.to_onnx.bands import Band, bands
 
 DENSE = 1.5  # Attention, which first writes the whole mask into the scores
 BLOCKS = 1.6  # Attention on one block of queries at a time, with copies of the keys and values that it sees

@@ -1,0 +1,353 @@
+"""ONNX's operators in torch, as the specification words them (https://onnx.ai/onnx/operators)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnopt.from_onnx.values import Known, Value, is_known, known, numbers, operand, tensor
+
+SAFE_SOFTMAX = "attnopt.SafeSoftmax"  # zeros where everything is hidden; no file has it
+Attributes = Mapping[str, Any]
+Operator = Callable[..., Value]  # (attributes, *inputs), an input that is left out being None
+
+
+def _both(on_tensors: Callable[..., Any], on_known: Callable[..., Any] | None = None) -> Operator:
+    """An elementwise operator of two or more inputs."""
+
+    def run(_: Attributes, *inputs: Value) -> Value:
+        if all(map(is_known, inputs)) and on_known is not None:
+            return np.asarray(reduce(on_known, inputs))
+        made: Value = reduce(lambda a, b: on_tensors(*_pair(a, b)), inputs)
+        return made
+
+    return run
+
+
+def _pair(a: Value, b: Value) -> tuple[Any, Any]:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        left, right = operand(a, b), operand(b, a)
+        return left, right
+    return tensor(a), tensor(b)
+
+
+def _one(function: Callable[[Tensor], Tensor]) -> Operator:
+    return lambda _, x: function(tensor(x))
+
+
+def _divide(a: Any, b: Any) -> Any:
+    """Integers are divided as in C."""
+    whole = not any((isinstance(x, Tensor) and x.is_floating_point()) or isinstance(x, float) for x in (a, b))
+    return torch.div(a, b, rounding_mode="trunc") if whole else a / b
+
+
+def _divide_known(a: Known, b: Known) -> Known:
+    return a / b if "f" in (a.dtype.kind, b.dtype.kind) else a // b
+
+
+def _power(a: Any, b: Any) -> Any:
+    return torch.pow(a, b)
+
+
+def _where(_: Attributes, condition: Value, a: Value, b: Value) -> Value:
+    if all(map(is_known, (condition, a, b))):
+        return np.where(np.asarray(condition, bool), a, b)
+    return torch.where(tensor(condition), tensor(a), tensor(b))
+
+
+def _extreme(a: Attributes, function: Any, inputs: tuple[Value, ...]) -> Tensor:
+    made: Tensor = reduce(function, (tensor(x) for x in inputs))
+    return made
+
+
+def _clip(_: Attributes, x: Value, low: Value | None = None, high: Value | None = None) -> Value:
+    bounds: Any = [None if b is None else operand(b, x) for b in (low, high)]
+    made: Tensor = torch.clamp(tensor(x), *bounds)
+    return made
+
+
+def _cast(a: Attributes, x: Value) -> Value:
+    import onnx
+
+    kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(a["to"]))
+    if isinstance(x, Tensor):
+        return x.to(_torch(kind))
+    if x.dtype == object:  # symbolic sizes
+        return x if kind.kind == "i" else tensor(x).to(_torch(kind))
+    return x.astype(kind)
+
+
+def _torch(kind: Any) -> torch.dtype:
+    made: torch.dtype = getattr(torch, str(kind))
+    return made
+
+
+def _gelu(a: Attributes, x: Value) -> Value:
+    return F.gelu(tensor(x), approximate=a.get("approximate", "none"))
+
+
+def _gemm(a: Attributes, x: Value, w: Value, c: Value | None = None) -> Value:
+    x, w = tensor(x), tensor(w)
+    x, w = (x.mT if a.get("transA") else x), (w.mT if not a.get("transB") else w)
+    alpha, beta = a.get("alpha", 1.0), a.get("beta", 1.0)
+    if c is not None and alpha == beta == 1.0 and tensor(c).dim() == 1:
+        return F.linear(x, w, tensor(c))
+    made: Tensor = F.linear(x, w) * alpha
+    return made if c is None else made + beta * tensor(c)
+
+
+def _matmul(_: Attributes, x: Value, y: Value) -> Value:
+    return torch.matmul(tensor(x), tensor(y))
+
+
+def _softmax(a: Attributes, x: Value) -> Value:
+    return torch.softmax(tensor(x), a.get("axis", -1))
+
+
+def _safe_softmax(a: Attributes, x: Value) -> Value:
+    made: Tensor = torch.ops.aten._safe_softmax.default(tensor(x), a.get("axis", -1))
+    return made
+
+
+def _layer_norm(a: Attributes, x: Value, scale: Value, bias: Value | None = None) -> Value:
+    x, axis = tensor(x), a.get("axis", -1)
+    shape = x.shape[axis:]
+    return F.layer_norm(x, shape, tensor(scale), None if bias is None else tensor(bias), a.get("epsilon", 1e-5))
+
+
+def _conv(a: Attributes, x: Value, w: Value, b: Value | None = None) -> Value:
+    x, w = tensor(x), tensor(w)
+    axes = x.dim() - 2
+    pads = a.get("pads", [0] * 2 * axes)
+    if a.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or axes not in (1, 2, 3):
+        raise NotImplementedError("this padding")
+    if pads[:axes] != pads[axes:]:
+        order = [p for i in reversed(range(axes)) for p in (pads[i], pads[axes + i])]
+        x, pads = F.pad(x, order), [0] * 2 * axes
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+    stride, dilation = a.get("strides", [1] * axes), a.get("dilations", [1] * axes)
+    return convolve(x, w, None if b is None else tensor(b), stride, pads[:axes], dilation, a.get("group", 1))
+
+
+def _reduced(function: Callable[..., Tensor]) -> Operator:
+    def run(a: Attributes, x: Value, axes: Value | None = None) -> Value:
+        x = tensor(x)
+        given = numbers(axes) if axes is not None else a.get("axes")
+        if not given and a.get("noop_with_empty_axes"):
+            return x
+        return function(x, list(given or range(x.dim())), bool(a.get("keepdims", 1)))
+
+    return run
+
+
+# ---------------------------------------------------------------- layout
+def _shape(a: Attributes, x: Value) -> Value:
+    return known(x.shape[a.get("start", 0) : a.get("end")])
+
+
+def _size(_: Attributes, x: Value) -> Value:
+    return known([x.numel() if isinstance(x, Tensor) else x.size]).reshape(())
+
+
+def _reshape(a: Attributes, x: Value, shape: Value) -> Value:
+    wanted = numbers(shape)
+    if not a.get("allowzero"):
+        wanted = [x.shape[i] if isinstance(n, int) and n == 0 else n for i, n in enumerate(wanted)]
+    return x.reshape(wanted)
+
+
+def _transpose(a: Attributes, x: Value) -> Value:
+    axes = a.get("perm") or list(reversed(range(x.ndim)))
+    return x.permute(axes) if isinstance(x, Tensor) else x.transpose(axes)
+
+
+def _unsqueeze(a: Attributes, x: Value, axes: Value | None = None) -> Value:
+    given = numbers(axes) if axes is not None else a["axes"]
+    rank = x.ndim + len(given)
+    for axis in sorted(n % rank for n in given):
+        x = x.unsqueeze(axis) if isinstance(x, Tensor) else np.expand_dims(x, axis)
+    return x
+
+
+def _squeeze(a: Attributes, x: Value, axes: Value | None = None) -> Value:
+    given = numbers(axes) if axes is not None else a.get("axes")
+    given = [i for i, n in enumerate(x.shape) if n == 1] if given is None else [n % x.ndim for n in given]
+    return x.squeeze(given) if isinstance(x, Tensor) else np.squeeze(x, tuple(given))
+
+
+def _flatten(a: Attributes, x: Value) -> Value:
+    x, axis = tensor(x), a.get("axis", 1)
+    return x.reshape(math.prod(x.shape[:axis]), -1)
+
+
+def _concat(a: Attributes, *inputs: Value) -> Value:
+    if all(map(is_known, inputs)):
+        return np.concatenate([np.asarray(x) for x in inputs], a["axis"])
+    return torch.cat([tensor(x) for x in inputs], a["axis"])
+
+
+def split(a: Attributes, outputs: int, x: Value, sizes: Value | None = None) -> Sequence[Value]:
+    """The one operator with several outputs."""
+    axis = a.get("axis", 0)
+    given = numbers(sizes) if sizes is not None else a.get("split")
+    if given is None:
+        count = a.get("num_outputs", outputs)
+        step = -(-x.shape[axis] // count)
+        given = [step] * (count - 1) + [x.shape[axis] - step * (count - 1)]
+    if isinstance(x, Tensor):
+        return torch.split(x, given, axis)
+    return np.split(x, np.cumsum(given)[:-1], axis)
+
+
+def _slice(a: Attributes, x: Value, *given: Value) -> Value:
+    if given:
+        starts, ends, *rest = map(numbers, given)
+        axes = rest[0] if rest else list(range(len(starts)))
+        steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+    else:
+        starts, ends = a["starts"], a["ends"]
+        axes, steps = a.get("axes", list(range(len(starts)))), [1] * len(starts)
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        if step <= 0:
+            raise NotImplementedError("a step backwards")
+        index = [slice(None)] * x.ndim
+        index[axis] = slice(start, None if isinstance(end, int) and end > 2**31 - 2 else end, step)
+        x = x[tuple(index)]
+    return x
+
+
+def _gather(a: Attributes, x: Value, index: Value) -> Value:
+    axis = a.get("axis", 0)
+    if isinstance(x, np.ndarray) and isinstance(index, np.ndarray):
+        return np.asarray(np.take(x, index.astype(np.int64), axis))
+    x = tensor(x)
+    if isinstance(index, np.ndarray) and index.size == 1 and index.dtype != object:
+        chosen = x.select(axis, int(index.item()))
+        return chosen if index.ndim == 0 else chosen.unsqueeze(axis)
+    at = tensor(index)
+    at = torch.where(at < 0, at + x.shape[axis], at)  # counted from the end
+    if axis == 0 and x.dim() == 2 and x.is_floating_point():
+        return F.embedding(at, x)
+    flat = x.index_select(axis, at.reshape(-1))
+    return flat.reshape(*x.shape[:axis], *at.shape, *x.shape[axis:][1:])
+
+
+def _gather_nd(a: Attributes, x: Value, index: Value) -> Value:
+    if a.get("batch_dims"):
+        raise NotImplementedError("batch_dims")
+    return tensor(x)[tensor(index).unbind(-1)]
+
+
+def _expand(_: Attributes, x: Value, shape: Value) -> Value:
+    x, wanted = tensor(x), numbers(shape)
+    rank = max(x.dim(), len(wanted))
+    here, there = [1] * (rank - x.dim()) + list(x.shape), [1] * (rank - len(wanted)) + wanted
+    return x.expand([b if a == 1 else a for a, b in zip(here, there, strict=True)])
+
+
+def _tile(_: Attributes, x: Value, repeats: Value) -> Value:
+    return tensor(x).repeat(numbers(repeats))
+
+
+def _filled(a: Attributes, shape: Value) -> Value:
+    value = a["value"].reshape(-1)[0] if "value" in a else np.float32(0)
+    sizes = numbers(shape)
+    if len(sizes) <= 1 and value.dtype.kind == "i" and all(isinstance(n, int) for n in sizes):
+        return np.full(sizes, value)
+    return torch.full(sizes, value.item(), dtype=_torch(value.dtype))
+
+
+def _range(_: Attributes, start: Value, end: Value, step: Value) -> Value:
+    first, last, by = (numbers(x)[0] for x in (start, end, step))
+    return torch.arange(first, last, by)
+
+
+def _trilu(a: Attributes, x: Value, k: Value | None = None) -> Value:
+    diagonal = 0 if k is None else numbers(k)[0]
+    return torch.triu(tensor(x), diagonal) if a.get("upper", 1) else torch.tril(tensor(x), diagonal)
+
+
+def _cumsum(a: Attributes, x: Value, axis: Value) -> Value:
+    if a.get("exclusive") or a.get("reverse"):
+        raise NotImplementedError("an exclusive or reversed sum")
+    return torch.cumsum(tensor(x), numbers(axis)[0])
+
+
+def _as_it_is(_: Attributes, x: Value, *others: Any) -> Value:
+    return x
+
+
+OPERATORS: dict[str, Operator] = {
+    "Add": _both(operator.add, operator.add),
+    "Sub": _both(operator.sub, operator.sub),
+    "Mul": _both(operator.mul, operator.mul),
+    "Div": _both(_divide, _divide_known),
+    "Pow": _both(_power),
+    "Sum": _both(operator.add, operator.add),
+    "Mod": _both(torch.remainder),
+    "Equal": _both(torch.eq, operator.eq),
+    "Greater": _both(torch.gt),
+    "Less": _both(torch.lt),
+    "GreaterOrEqual": _both(torch.ge),
+    "LessOrEqual": _both(torch.le),
+    "And": _both(torch.logical_and),
+    "Or": _both(torch.logical_or),
+    "Max": lambda a, *x: _extreme(a, torch.maximum, x),
+    "Min": lambda a, *x: _extreme(a, torch.minimum, x),
+    "Where": _where,
+    "Clip": _clip,
+    "Cast": _cast,
+    "Gelu": _gelu,
+    "Softmax": _softmax,
+    SAFE_SOFTMAX: _safe_softmax,
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Conv": _conv,
+    "LayerNormalization": _layer_norm,
+    "ReduceMean": _reduced(torch.mean),
+    "ReduceSum": _reduced(torch.sum),
+    "ReduceMax": _reduced(torch.amax),
+    "ReduceMin": _reduced(torch.amin),
+    "Shape": _shape,
+    "Size": _size,
+    "Reshape": _reshape,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    "Flatten": _flatten,
+    "Concat": _concat,
+    "Slice": _slice,
+    "Gather": _gather,
+    "GatherElements": lambda a, x, i: torch.gather(tensor(x), a.get("axis", 0), tensor(i)),
+    "GatherND": _gather_nd,
+    "Expand": _expand,
+    "Tile": _tile,
+    "ConstantOfShape": _filled,
+    "Range": _range,
+    "Trilu": _trilu,
+    "CumSum": _cumsum,
+    "Identity": _as_it_is,
+    "Dropout": _as_it_is,
+    "Not": _one(torch.logical_not),
+    "Neg": _one(torch.neg),
+    "Abs": _one(torch.abs),
+    "Exp": _one(torch.exp),
+    "Log": _one(torch.log),
+    "Sqrt": _one(torch.sqrt),
+    "Reciprocal": _one(torch.reciprocal),
+    "Erf": _one(torch.erf),
+    "Tanh": _one(torch.tanh),
+    "Sigmoid": _one(torch.sigmoid),
+    "Relu": _one(torch.relu),
+    "Sin": _one(torch.sin),
+    "Cos": _one(torch.cos),
+    "IsNaN": _one(torch.isnan),
+}

@@ -1,0 +1,91 @@
+"""An ONNX file read from disk: nothing outside its folder is touched, and what is broken or unknown is named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnopt.errors import CaptureError
+from attnopt.from_onnx.module import OnnxModule, module_of
+from attnopt.from_onnx.operators import OPERATORS, SAFE_SOFTMAX
+
+if TYPE_CHECKING:
+    import onnx
+
+KNOWN = {*OPERATORS.keys() - {SAFE_SOFTMAX}, "Split", "Constant"}
+OLDEST = 13  # opset; before it, axes and softmaxes mean something else
+
+
+def read(path: str | os.PathLike[str]) -> OnnxModule:
+    """The file as a module that computes what its graph says.  Raises CaptureError."""
+    import onnx
+    from onnx import inliner
+
+    file = Path(path)
+    try:
+        model = onnx.load(file, load_external_data=False)
+        _check_external_data(model, file)
+        onnx.checker.check_model(str(file))
+        model = inliner.inline_local_functions(model) if model.functions else model
+        onnx.load_external_data_for_model(model, str(file.parent))
+    except CaptureError:
+        raise
+    except Exception as e:
+        raise CaptureError(
+            f"{file} cannot be read as an ONNX model: {type(e).__name__}: {str(e)[:200]}",
+            hint="give a complete .onnx file, beside it the files that hold its weights",
+        ) from e
+    _check_operators(model, file)
+    return module_of(model, str(file))
+
+
+def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
+    """Weights lie in files of the same folder, and wholly in them."""
+    import onnx
+
+    folder = file.resolve().parent
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        place = (folder / said.get("location", "")).resolve()
+        if not place.is_relative_to(folder) or not place.is_file():
+            raise CaptureError(
+                f"{file} wants the weights {tensor.name!r} from {said.get('location')!r}, which is no file in its folder",
+                hint="put the files that hold the weights beside the model",
+            )
+        end = int(said.get("offset", 0)) + int(said.get("length", 0))
+        if int(said.get("offset", 0)) < 0 or end > place.stat().st_size:
+            raise CaptureError(
+                f"{place} ends before the weights {tensor.name!r} of {file}", hint="copy both files again"
+            )
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every stored tensor, those in attributes and inner graphs included."""
+    from onnx.external_data_helper import _get_all_tensors
+
+    yield from _get_all_tensors(model)
+
+
+def _check_operators(model: onnx.ModelProto, file: Path) -> None:
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset < OLDEST:
+        raise CaptureError(
+            f"{file} has opset {opset}, and opset {OLDEST} is the oldest that is read",
+            hint="convert it with onnx.version_converter",
+        )
+    unknown = sorted(
+        {
+            f"{n.domain}.{n.op_type}" if n.domain else n.op_type
+            for n in model.graph.node
+            if n.domain not in ("", "ai.onnx") or n.op_type not in KNOWN
+        }
+    )
+    if unknown:
+        raise CaptureError(
+            f"{file} holds operators that are not read: {', '.join(unknown)}",
+            hint="export the model with plain operators, in float32 and before it is optimized or quantized",
+        )

@@ -1,0 +1,73 @@
+"""Whether a converted model computes what it should, and decodes as well as the model that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from attnopt.calibration import Inputs
+from attnopt.capture import cloned
+from attnopt.checking import ROOM, resized
+from attnopt.compare import difference, tensors, tolerance
+from attnopt.decoding import decoding_error
+from attnopt.errors import AttnoptError
+from attnopt.parts import Part
+
+
+class Decoding:
+    """A converted model must decode from its cache as well as the original does."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.allowed = ROOM * tolerance([p for p in model.parameters() if p.is_floating_point()])
+        before = decoding_error(model, *cloned(inputs))
+        self.matters = before is not None and before <= self.allowed
+
+    def works(self, model: nn.Module) -> bool:
+        if not self.matters:
+            return True
+        after = decoding_error(model, *cloned(self.inputs))
+        return after is not None and after <= self.allowed
+
+
+class Judge:
+    """Compares models with graphs of their parts, on the example inputs and at another size where a graph has room for it,
+    and reads the example text token by token."""
+
+    def __init__(self, graphs: Sequence[tuple[Part, fx.GraphModule]], decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.wanted = [(part, inputs, wanted) for part, graph in graphs for inputs, wanted in _answers(part, graph)]
+
+    def agrees(self, model: nn.Module) -> bool:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                for part, inputs, wanted in self.wanted:
+                    if not difference(_outputs(part.of(model), inputs), wanted) <= ROOM * tolerance(wanted):
+                        return False
+                return self.decoding.works(model)
+            except AttnoptError:
+                raise
+            except Exception:  # numbers of heads that do not fit the weights fail in many ways
+                return False
+
+
+def _answers(part: Part, graph: fx.GraphModule) -> Iterator[tuple[Inputs, list[Tensor]]]:
+    program, found = part.made.program, 0
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for inputs in ((program.args, program.kwargs), *resized(program.module, program.args, program.kwargs)):
+            try:
+                yield inputs, _outputs(graph, inputs)
+            except Exception:
+                if not found:
+                    raise
+                continue  # a size that the graph has no room for
+            found += 1
+            if found == 2:
+                return
+
+
+def _outputs(module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    args, kwargs = cloned(inputs)
+    return tensors(module(*args, **kwargs))

@@ -1,0 +1,1 @@
+"""Random models with attentions, every law checked on each by the oracle, failures shrunk and kept."""

@@ -1,0 +1,176 @@
+"""What the rewrites of a case mean, said to the optimizer as passes and to the oracle as edits of the user's model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import oracle
+import torch
+from models import Attention, Spelling, places
+from torch import Tensor, nn
+
+from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
+from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
+from attnopt.rewriting import Pass
+from fuzzing.grammar import Block, Case
+from fuzzing.modules import group_target, padding_of
+
+PATTERNS: tuple[Pattern, ...] = (
+    Window(1, 0), Causal(), Sinks(1) | Window(1), Strided(2), Window(2, 1) & Strided(2) | Sinks(2),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of an attention: its module, which of that module's runs it is, and the number of its normaliser."""
+
+    path: str
+    block: Block
+    time: int
+    normaliser: int
+    kv_len: int
+    q_len: int
+
+    @property
+    def site(self) -> str:
+        return self.path if self.time == 1 else f"{self.path}#{self.time}"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The passes at one site, and by pass what each means: a mask, gains, or groups of K/V heads that become one."""
+
+    call: Call
+    passes: tuple[Pass, ...]
+    visible: Mapping[str, Tensor]
+    gains: Mapping[str, Mapping[int, float]]
+    merged: int = 0
+
+
+def calls(case: Case, model: nn.Module, given: Mapping[str, Tensor]) -> list[Call]:
+    """Every run of an attention, in order, as the user's model makes them."""
+    blocks = {id(m): b for m, b in zip(attentions(model), case.attentions, strict=True)}
+    paths = {id(m): name for name, m in model.named_modules() if isinstance(m, Attention)}
+    found: list[Call] = []
+    with oracle.edited({}, exponentials=True) as counter:
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            path = paths[id(module)]
+            memory = args[1] if len(args) > 1 and args[1] is not None else args[0]
+            time = 1 + sum(c.path == path for c in found)
+            found.append(Call(path, blocks[id(module)], time, counter.seen, memory.shape[1], args[0].shape[1]))
+
+        hooks = [m.register_forward_pre_hook(note) for m in attentions(model)]
+        try:
+            oracle.run(model, (), given)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return found
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    return [m for m in model.modules() if isinstance(m, Attention)]
+
+
+def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Tensor]) -> Edit | None:
+    """What the block's rewrite makes of this run, or None where nothing is to be tried."""
+    block, s, n = call.block, call.block.spelling, call.block.number
+    passes, visible, gains = list[Pass](), dict[str, Tensor](), dict[str, Mapping[int, float]]()
+    merged = 0
+    for kind in block.rewrite.split("+"):
+        if kind == "window":
+            left, right, sinks = n % 4, n // 4 % 3, n // 12
+            step = torch.arange(call.kv_len)[None, :] - torch.arange(call.q_len)[:, None]
+            mask = (step >= -left) & (step <= right) | (torch.arange(call.kv_len) < sinks)
+            if not _leaves_keys(call, attention, mask, given):
+                left = right = 100
+                mask = torch.ones_like(mask)
+            passes.append(LocalWindow(left, right, sinks))
+            visible[passes[-1].name] = mask
+        elif kind == "sparse":
+            pattern = PATTERNS[n % len(PATTERNS)]
+            mask = pattern.mask(call.q_len, call.kv_len)[0]
+            if not _leaves_keys(call, attention, mask, given):
+                pattern, mask = Window(100), torch.ones_like(mask)
+            if n % 2:
+                only = n % s.heads
+                alone = torch.ones(s.heads, *mask.shape, dtype=torch.bool)
+                alone[only] = mask
+                pattern, mask = PerHead({only: pattern}), alone
+            passes.append(Sparse(pattern))
+            visible[passes[-1].name] = mask
+        elif kind == "prune" and s.heads > 1 and _gains_can_be_told(case, s):
+            heads = sorted({n % s.heads, n // 4 % s.heads})[: s.heads - 1]
+            passes.append(PruneHeads(heads=heads))
+            gains[passes[-1].name] = dict.fromkeys(heads, 0.0)
+        elif kind == "scale" and _gains_can_be_told(case, s):
+            given_gains = {h: (0.0, 0.5, 2.0, -1.0)[(n + h) % 4] for h in range(s.heads) if (n + h) % 3}
+            if given_gains:
+                passes.append(ScaleHeads(given_gains))
+                gains[passes[-1].name] = given_gains
+        elif kind == "group" and s.kv_heads > 1 and s.norm != "across" and not case.reuse:
+            merged = group_target(block)
+            passes.append(GroupedQuery(kv_heads=merged, merge="mean"))
+    return Edit(call, tuple(passes), visible, gains, merged) if passes else None
+
+
+def _gains_can_be_told(case: Case, s: Spelling) -> bool:
+    """To the normaliser itself, or by way of the output projection of an attention that runs once, with weights of its own."""
+    return _by_normaliser(s) or (s.out and not case.reuse and s.returns == "output")
+
+
+def _by_normaliser(s: Spelling) -> bool:
+    return not s.exponentials and s.softmax != "log"
+
+
+def _leaves_keys(call: Call, attention: Attention, visible: Tensor, given: Mapping[str, Tensor]) -> bool:
+    """A query that sees nothing gets zeros from attnopt and NaN, or the mean of hidden keys, from the model."""
+    for kind in attention.s.mask:
+        if kind != "given":
+            visible = visible & attention._visible(kind, call.q_len, call.kv_len, padding_of(call.block, given))
+    return bool(visible.any(-1).all())
+
+
+def meant(
+    model: nn.Module, given: Mapping[str, Tensor], edits: Mapping[str, Edit], refused: Mapping[str, set[str]]
+) -> list[Tensor]:
+    """What the user's model gives with these edits, less the passes that refused at their sites."""
+    model = copy.deepcopy(model)
+    told: dict[int, oracle.Edit] = {}
+    for site, edit in edits.items():
+        kept = [p.name for p in edit.passes if p.name not in refused[site]]
+        masks = [edit.visible[name] for name in kept if name in edit.visible]
+        gains = {h: g for name in kept for h, g in edit.gains.get(name, {}).items()}
+        s, attention = edit.call.block.spelling, model.get_submodule(edit.call.path)
+        assert isinstance(attention, Attention)
+        if edit.merged and "grouped-query" in kept:
+            _average(attention, edit.merged)
+        if gains and not _by_normaliser(s):
+            attention.load_state_dict(attention.with_gains(gains).state_dict())
+            gains = {}
+        factors = tuple(gains.get(h, 1.0) for h in range(s.heads)) if gains else None
+        told[edit.call.normaliser] = oracle.Edit(masks[0] if masks else None, factors)
+    return oracle.run_edited(model, (), given, told, exponentials=True)
+
+
+def _average(attention: Attention, groups: int) -> None:
+    """K/V heads replaced by the mean of their group."""
+    s = attention.s
+    found = places(s)
+    for role in "kv":
+        rows = found[role].view(groups, s.kv_heads // groups, -1)
+        for parameter in attention.stored(role):
+            by_row = _rows_first(parameter, s.op)
+            mean = by_row[rows].mean(1, keepdim=True).expand(-1, rows.shape[1], *(-1 for _ in by_row.shape[1:]), -1)
+            by_row[rows] = mean.reshape(*rows.shape, *by_row.shape[1:])
+
+
+def _rows_first(parameter: Tensor, op: str) -> Tensor:
+    """A view whose first axis is the projection's output features."""
+    data = parameter.data
+    if op == "einsum":
+        return data.view(-1, *data.shape[2:])
+    return data.mT if op == "addmm" and data.dim() == 2 else data

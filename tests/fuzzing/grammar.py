@@ -1,0 +1,164 @@
+"""Random cases: which attentions a model has, what surrounds them, and which rewrites are tried on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+from models import Spelling
+
+DECOYS = (
+    "SoftmaxGate", "Routing", "DenseRouting", "SoftRouting", "LinearAttention", "KernelAttention", "OverQueries",
+    "SlotAttention", "OverChannels", "MaskedAfter", "TalkingHeads", "NonLocal", "Sigmoid", "Entmax", "TopK", "Differential",
+    "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "WrongAxisValues", "Shuffled", "DroppedColumn",
+    "FirstColumnDropped",
+)  # fmt: skip
+REWRITES = ("none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One attention, or one decoy, and the rewrite that is tried on it.
+
+    ``number`` chooses heads, widths and patterns of the rewrite.  ``equal``: groups of K/V heads hold the same weights.
+    """
+
+    spelling: Spelling = dataclasses.field(default_factory=Spelling)
+    decoy: str = ""
+    rewrite: str = "none"
+    number: int = 0
+    equal: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with its inputs and what is checked beside fusing and the blocks' rewrites."""
+
+    blocks: tuple[Block, ...] = (Block(),)
+    container: str = "list"  # list, dict, sequential, attributes, wrapped
+    reuse: str = ""  # twice (the first attention runs again at the end), tied (its weights are the second one's too)
+    branch: str = ""  # shape, training (Python conditions that capture can decide), data (one that it cannot)
+    extras: str = "returned"  # returned, used: what becomes of weights, head outputs and statistics
+    axes: str = "batched"  # batched, unbatched, folded (one more batch axis)
+    dtype: str = "float32"
+    batch: int = 2
+    length: int = 7
+    saved: bool = False
+    onnx: bool = False
+    dynamic: bool = False
+    seed: int = 0
+
+    @property
+    def attentions(self) -> tuple[Block, ...]:
+        return tuple(b for b in self.blocks if not b.decoy)
+
+    def repaired(self) -> Case:
+        """The nearest case whose parts can stand together."""
+        c, width = self, self.blocks[0].spelling.width
+        plain = c.axes != "batched" or c.container == "sequential"
+        blocks = tuple(replace(b, spelling=_fitting(b.spelling, c, width, plain)) for b in c.blocks)
+        if c.reuse == "tied":
+            blocks = (blocks[0], replace(blocks[0], rewrite="none"), *blocks[2:])
+        if c.length < 4:
+            blocks = tuple(b for b in blocks if not b.decoy) or (Block(spelling=blocks[0].spelling),)
+        if c.reuse and (len(blocks) < 2 or blocks[0].decoy or c.container == "sequential"):
+            c = replace(c, reuse="")
+        if c.container == "sequential":
+            c = replace(c, branch="")
+        return replace(c, blocks=blocks)
+
+
+def _fitting(s: Spelling, c: Case, width: int, plain: bool) -> Spelling:
+    s = replace(s, width=width)
+    if plain:  # inputs that only a batched model, or one with a forward of its own, is given
+        s = replace(s, cross=False, mask=tuple(m for m in s.mask if m in ("causal", "window", "left")))
+    if c.container == "sequential":
+        s = replace(s, returns="output")
+    if c.dtype != "float32":  # exponentials of scores as they are leave the range of float16
+        unsafe = {"exp": "stable-exp", "late": "later"} if c.dtype == "float16" else {}
+        s = replace(s, softmax=unsafe.get(s.softmax, s.softmax))
+    return s.repaired()
+
+
+def draw(seed: int, number: int) -> Case:
+    """The case with this number: the same at every run."""
+    r = random.Random(f"{seed}:{number}")
+    count = r.choices((1, 2, 3), (5, 4, 2))[0]
+    blocks = [_block(r) for _ in range(count)]
+    if r.random() < 0.25:
+        blocks.insert(r.randrange(len(blocks) + 1), Block(Spelling(), decoy=r.choice(DECOYS)))
+    dtype = r.choices(("float32", "bfloat16", "float16"), (8, 1, 1))[0]
+    return Case(
+        blocks=tuple(blocks),
+        container=r.choice(("list", "dict", "sequential", "attributes", "wrapped")),
+        reuse=r.choices(("", "twice", "tied"), (8, 1, 1))[0],
+        branch=r.choices(("", "shape", "training", "data"), (80, 10, 9, 1))[0],
+        extras=r.choice(("returned", "used")),
+        axes=r.choices(("batched", "unbatched", "folded"), (8, 1, 1))[0],
+        dtype=dtype,
+        batch=r.choice((1, 2, 2, 3)),
+        length=r.choices((7, 4, 9, 2, 1), (60, 15, 15, 9, 1))[0],
+        saved=r.random() < 0.05,
+        onnx=dtype == "float32" and r.random() < 0.01,
+        dynamic=r.random() < 0.04,
+        seed=r.randrange(1000),
+    ).repaired()
+
+
+def _block(r: random.Random) -> Block:
+    return Block(_spelling(r), rewrite=r.choice(REWRITES), number=r.randrange(24), equal=r.random() < 0.5)
+
+
+def _spelling(r: random.Random) -> Spelling:
+    heads, kv_heads = r.choice(((4, 4), (4, 4), (6, 6), (4, 2), (6, 3), (6, 2), (4, 1), (3, 3), (1, 1), (2, 2)))
+    masks = ("causal", "window", "left", "padding", "float-padding", "given")
+    return Spelling(
+        heads=heads, kv_heads=kv_heads, width=r.choice((12, 15, 7)), head_dim=r.choice((4, 4, 5, 6, 3, 8)),
+        value_dim=r.choice((4, 3, 5)), bias=r.random() < 0.5,
+        op=r.choice(("linear", "linear", "parameter", "addmm", "conv1d", "conv2d", "einsum")),
+        packing=r.choice(("separate", "fused", "kv", "per-head", "per-group")), order=r.choice(("qkv", "qvk", "kqv", "vqk")),
+        unpack=r.choice(("chunk", "split", "slice", "unbind", "select")),
+        core=r.choice(("matmul", "bmm", "baddbmm", "einsum", "heads-last", "channels", "transposed", "mulsum", "sdpa",
+                       "grouped", "grouped-einsum")),
+        share=r.choice(("repeat_interleave", "expand", "tiled", "enable_gqa", "broadcast")),
+        rope=r.choice(("", "", "half", "interleaved", "complex")),
+        norm=r.choice(("", "", "", "layer", "rms", "l2", "across")),
+        scale=r.choice(("q", "k", "both", "mul", "div", "alpha", "none", "buffer", "temperature")),
+        mask=tuple(r.sample(masks, r.choice((0, 1, 1, 2)))), made=r.choice(("tril", "triu", "arange")),
+        apply=r.choice(("add-inf", "add-min", "lerp", "where", "masked_fill", "old-gpt")), commuted=r.random() < 0.5,
+        bias_kind=r.choice(("", "", "", "alibi", "table", "addend")), softcap=r.choice((None, None, None, 5.0)),
+        sinks=r.random() < 0.25,
+        softmax=r.choice(("F", "torch", "method", "positive", "float32", "upcast", "exp", "stable-exp", "log", "lse", "late",
+                          "later")),
+        cross=r.random() < 0.2, returns=r.choices(("output", "weights", "heads", "stats"), (8, 1, 1, 1))[0],
+        out=r.random() < 0.93, pre_norm=r.random() < 0.5, residual=r.random() < 0.5, dropout=r.random() < 0.5,
+    ).repaired()  # fmt: skip
+
+
+# ---------------------------------------------------------------- as JSON
+def to_json(case: Case) -> dict[str, Any]:
+    """Only what differs from the defaults."""
+    return _differing(case, Case())
+
+
+def _differing(value: Any, plain: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        own = getattr(value, f.name)
+        if isinstance(own, Spelling):
+            found[f.name] = _differing(own, Spelling())
+        elif f.name == "blocks":
+            found[f.name] = [_differing(b, Block()) for b in own]
+        elif own != getattr(plain, f.name):
+            found[f.name] = list(own) if isinstance(own, tuple) else own
+    return found
+
+
+def from_json(data: dict[str, Any]) -> Case:
+    def block(b: dict[str, Any]) -> Block:
+        s = {k: tuple(v) if k == "mask" else v for k, v in b.get("spelling", {}).items()}
+        return Block(**{**b, "spelling": Spelling(**s)})
+
+    return Case(**{**data, "blocks": tuple(block(b) for b in data["blocks"])})

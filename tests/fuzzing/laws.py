@@ -1,0 +1,239 @@
+"""Every law, checked on one case."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import oracle
+import torch
+from models import Attention, Spelling
+from torch import Tensor, nn
+
+import attnopt
+from attnopt import capture, lowering, optimizing
+from fuzzing.edits import Call, Edit, calls, edit_of, meant
+from fuzzing.grammar import Case
+from fuzzing.modules import build, inputs
+
+
+@dataclass
+class Outcome:
+    """``found`` of ``attentions`` runs; ``missed`` and ``refused``: why not, by code; ``failure``: what must never happen."""
+
+    case: Case
+    attentions: int = 0
+    found: int = 0
+    missed: list[tuple[str, Spelling]] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    laws: list[str] = field(default_factory=list)
+    failure: str = ""  # "wrong" or "crashed"
+    why: str = ""
+
+
+def checked(case: Case) -> Outcome:
+    """The outcome of ``case``; never raises."""
+    outcome = Outcome(case)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _check(case, outcome)
+    except AssertionError as e:
+        outcome.failure, outcome.why = "wrong", f"{e}\n{traceback.format_exc(limit=-4)}"
+    except Exception as e:
+        outcome.failure, outcome.why = "crashed", f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-6)}"
+    return outcome
+
+
+def _check(case: Case, outcome: Outcome) -> None:
+    model, given = build(case), inputs(case)
+    own = oracle.run(model, (), given)
+    before = {name: (t.data_ptr(), t.clone()) for name, t in model.state_dict().items()}
+    ran = calls(case, model, given)
+    outcome.attentions = len(ran)
+    if case.branch == "data":
+        outcome.missed = [(_capture_error(model, given), c.block.spelling) for c in ran]
+        return
+    with _captured_once():
+        fast = attnopt.optimize(model, "fuse", (), given)
+        _same(case, oracle.run(fast, (), given), own, "fuse")
+        outcome.laws.append("fuse")
+        found = _match(model, ran, fast, outcome)
+        edits = _edits(case, model, given, found)
+        if edits:
+            fast = attnopt.optimize(model, {site: list(e.passes) for site, e in edits.items()}, (), given)
+            _rewritten(case, model, given, own, edits, fast, outcome)
+    if case.saved:
+        _saved(fast, given)
+        outcome.laws.append("saved")
+    if case.onnx:
+        _in_onnx(fast, given)
+        outcome.laws.append("onnx")
+    if case.dynamic:
+        _at_other_sizes(case, model, given)
+        outcome.laws.append("dynamic")
+    after = model.state_dict()
+    for name, (place, value) in before.items():
+        assert after[name].data_ptr() == place, f"{name} of the user's model was replaced"
+        assert torch.equal(after[name], value), f"{name} of the user's model was changed"
+
+
+def _same(case: Case, got: list[Tensor], want: list[Tensor], what: str) -> None:
+    """Rounding adds up from block to block."""
+    blocks = len(case.blocks) + (case.reuse == "twice")
+    oracle.assert_same(got, want, what, limit=blocks * oracle.LIMITS[getattr(torch, case.dtype)])
+
+
+@contextmanager
+def _captured_once() -> Iterator[None]:
+    """A case's model is captured once; every later ``optimize`` gets a copy of the graph."""
+    known: list[capture.Program] = []
+
+    def once(*args: Any) -> capture.Program:
+        if not known:
+            known.append(capture.capture(*args))
+        return replace(known[0], module=lowering.copy_program(known[0].module)[0])
+
+    with mock.patch.object(optimizing, "capture", once):
+        yield
+
+
+def _capture_error(model: nn.Module, given: Mapping[str, Tensor]) -> str:
+    """A branch on values is told, with a remedy."""
+    told: attnopt.CaptureError | None = None
+    try:
+        attnopt.optimize(model, "fuse", (), dict(given))
+    except attnopt.CaptureError as e:
+        told = e
+    assert told is not None, "a branch that depends on the input's values was captured as if there were none"
+    assert told.hint, "a CaptureError without a remedy"
+    return "CaptureError"
+
+
+# ---------------------------------------------------------------- what was found
+def _match(
+    model: nn.Module, ran: list[Call], fast: attnopt.OptimizedModel, outcome: Outcome
+) -> dict[str, tuple[Call, attnopt.Site]]:
+    """The sites that are attentions, each read off exactly; nothing else may be a site."""
+    sites = {s.name: s for s in fast.sites}
+    found = {c.site: (c, sites[c.site]) for c in ran if c.site in sites}
+    strange = sites.keys() - found.keys()
+    assert not strange, f"raised, and no attention: {strange}"
+    assert list(found) == list(sites), "the sites are not listed in the order in which they run"
+    near = {n.name: n.refusal.code for n in fast.report.near_misses}
+    outcome.found = len(found)
+    codes = {c.site: "one-key" if c.kv_len == 1 else near.get(c.path, "not-a-candidate") for c in ran}
+    outcome.missed = [(codes[c.site], c.block.spelling) for c in ran if c.site not in found]
+    for call, site in found.values():
+        attention = model.get_submodule(call.path)
+        assert isinstance(attention, Attention)
+        _read_off(attention, site, call)
+    return found
+
+
+def _read_off(attention: Attention, site: attnopt.Site, call: Call) -> None:
+    s = attention.s
+    read = (site.num_heads, site.num_kv_heads, site.spec.kv_of_head, site.head_dim, site.value_dim)
+    want = (s.heads, s.kv_heads, s.kv_of_head, s.head_dim, s.value_dim)
+    assert read == want, f"{site.name}: read off {read}, which is {want}"
+    assert site.is_cross == s.cross, f"{site.name}: is_cross"
+    assert site.spec.has_sinks == s.sinks, f"{site.name}: has_sinks"
+    assert (site.spec.softcap is None) == (s.softcap is None), f"{site.name}: softcap {site.spec.softcap}"
+    for role, expected in attention.expected_projections().items():
+        rows = site.projections[role].rows
+        if rows is None:
+            assert site.projections[role].why
+        elif role != "out" or s.out:
+            assert rows == expected["rows"], f"{site.name}: rows of {role}"
+
+
+# ---------------------------------------------------------------- what was rewritten
+def _edits(
+    case: Case, model: nn.Module, given: Mapping[str, Tensor], found: Mapping[str, tuple[Call, attnopt.Site]]
+) -> dict[str, Edit]:
+    made: dict[str, Edit] = {}
+    for name, (call, _) in found.items():
+        attention = model.get_submodule(call.path)
+        assert isinstance(attention, Attention)
+        edit = edit_of(case, call, attention, given)
+        if edit is not None:
+            made[name] = edit
+    return made
+
+
+def _rewritten(
+    case: Case, model: nn.Module, given: dict[str, Tensor], own: list[Tensor], edits: Mapping[str, Edit],
+    fast: attnopt.OptimizedModel, outcome: Outcome,
+) -> None:  # fmt: skip
+    entries = {e.name: e for e in fast.report.sites}
+    refused: dict[str, set[str]] = {}
+    for site, edit in edits.items():
+        entry = entries[site]
+        assert (entry.status == "rewritten") or entry.refusals, f"{site}: {entry.status} without a reason"
+        refused[site] = set(entry.refusals) if entry.status == "rewritten" else {p.name for p in edit.passes}
+        for name, r in entry.refusals.items():
+            assert r.code, f"{site}: {name} refused without a code"
+            assert r.expected or r.found, f"{site}: {name} refused without a reason"
+            outcome.refused.append((name, r.code))
+        outcome.rewritten += [p.name for p in edit.passes if p.name not in refused[site]]
+    _same(case, oracle.run(fast, (), given), meant(model, given, edits, refused), "rewritten")
+    if not case.reuse:
+        pruned = [e for e in edits.values() if "prune-heads" in {p.name for p in e.passes} - refused[e.call.site]]
+        gone = sum(_parameters_gone(e, fast) for e in pruned)
+        before, after = (sum(p.numel() for p in m.parameters()) for m in (model, fast))
+        assert before - after >= gone, f"{before} parameters before, {after} after; {gone} belong to pruned heads"
+
+
+def _parameters_gone(edit: Edit, fast: attnopt.OptimizedModel) -> int:
+    """How many weights belong to no other head than those that are pruned, where rows are known."""
+    s = edit.call.block.spelling
+    site = next(x for x in fast.sites if x.name == edit.call.site)
+    lost = set(edit.gains["prune-heads"])
+    kept = {s.kv_of_head[h] for h in range(s.heads) if h not in lost}
+    ragged = s.packing == "per-group" and s.group > 1  # groups that lose different heads stay whole in a packed weight
+    sizes = {"q": len(lost) * s.head_dim, "k": (s.kv_heads - len(kept)) * s.head_dim,
+             "v": (s.kv_heads - len(kept)) * s.value_dim, "out": len(lost) * s.value_dim}  # fmt: skip
+    known = [r for r in sizes if site.projections[r].rows is not None and not (r == "q" and ragged)]
+    return sum(sizes[role] * s.width for role in known)
+
+
+# ---------------------------------------------------------------- files and sizes
+def _saved(fast: attnopt.OptimizedModel, given: dict[str, Tensor]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        fast.save(Path(folder) / "model")
+        loaded = attnopt.load(Path(folder) / "model")
+    assert [s.name for s in loaded.sites] == [s.name for s in fast.sites]
+    oracle.assert_same(oracle.run(loaded, (), given), oracle.run(fast, (), given), "saved and loaded", limit=0.0)
+
+
+def _in_onnx(fast: attnopt.OptimizedModel, given: dict[str, Tensor]) -> None:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        fast.export_onnx(path)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        wanted = [i.name for i in session.get_inputs()]
+        got = session.run(None, {name: given[name].numpy() for name in wanted})
+    oracle.assert_same([torch.from_numpy(g) for g in got], oracle.run(fast, (), given), "ONNX Runtime")
+
+
+def _at_other_sizes(case: Case, model: nn.Module, given: dict[str, Tensor]) -> None:
+    fast = attnopt.optimize(model, "fuse", (), given, dynamic_shapes="auto")
+    _same(case, oracle.run(fast, (), given), oracle.run(model, (), given), "dynamic, at the traced sizes")
+    other = inputs(case, length=case.length + 3, batch=case.batch + 1)
+    want = oracle.run(model, (), other)
+    try:
+        got = oracle.run(fast, (), other)
+    except attnopt.CaptureError:
+        assert fast.report.fixed_axes, "other sizes are refused, and no axis was reported as fixed"
+        return
+    _same(case, got, want, "dynamic, at other sizes")

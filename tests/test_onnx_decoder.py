@@ -1,0 +1,234 @@
+"""Language models with a cache in ONNX: onnxruntime-genai has to generate what the model itself would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import attnopt
+from attnopt.passes import LocalWindow, PruneHeads
+from attnopt.patterns import Full, Pattern
+from attnopt.to_onnx import cache
+
+VOCABULARY, END = 50, 49
+FULL = Full()
+
+
+class Layer(nn.Module):
+    """Rotary attention with fewer K/V heads, as decoders have it; ``mixes``: a convolution over tokens beside it."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.norm = nn.LayerNorm(32)
+        self.conv = nn.Conv1d(32, 32, 2) if mixes else None
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        h = self.norm(x)
+        q = self.q(h).unflatten(-1, (4, 8)).transpose(1, 2)
+        k, v = self.kv(h).unflatten(-1, (2, 2, 8)).permute(2, 0, 3, 1, 4)
+        q, k = (y * rotation[0] + torch.cat([-y[..., 4:], y[..., :4]], -1) * rotation[1] for y in (q, k))
+        k, v = (y.repeat_interleave(2, 1) for y in (k, v))
+        o = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.o(o.transpose(1, 2).flatten(2))
+        if self.conv is not None:
+            x = x + self.conv(functional.pad(x.mT, (1, 0))).mT
+        return x
+
+
+class Decoder(nn.Module):
+    """``pattern``: what its mask keeps beside padding."""
+
+    def __init__(self, pattern: Any = "causal", mixes: bool = False, absolute: bool = False) -> None:
+        super().__init__()
+        self.pattern, self.absolute = pattern, absolute
+        self.embed, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY)
+        self.layers = nn.ModuleList(Layer(mixes) for _ in "ab")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        if self.absolute:
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        angle = position_ids[:, None, :, None] / 100.0 ** (torch.arange(4) / 4)
+        rotation = (torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin())
+        length = input_ids.shape[1]
+        mask = attention_mask.bool()[:, None, None, :]
+        if self.pattern == "causal":
+            mask = mask & torch.ones(length, length, dtype=torch.bool).tril()
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, rotation, mask)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def inputs(ids: Tensor) -> dict[str, Tensor]:
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
+def optimized(policy: Any = "fuse", dynamic: Any = "auto", **options: Any) -> attnopt.OptimizedModel:
+    torch.manual_seed(0)
+    model = Decoder(**options).eval()
+    for parameter in model.parameters():  # attention that tells keys apart
+        parameter.data *= 2
+    model.head.bias.data[END] = -100.0  # no text ends
+    x = inputs(torch.randint(0, VOCABULARY, (2, 12)))
+    return attnopt.optimize(model, policy, (), x, dynamic_shapes=dynamic, backend="sdpa")
+
+
+@pytest.fixture(scope="module")
+def fast() -> attnopt.OptimizedModel:
+    return optimized()
+
+
+def generated(folder: Path, prompts: list[list[int]], length: int) -> list[list[int]]:
+    """Tokens of onnxruntime-genai, greedy."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this platform")
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=length, do_sample=False, batch_size=len(prompts))
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompts if len(prompts) > 1 else prompts[0])
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [[int(i) for i in generator.get_sequence(row)] for row in range(len(prompts))]
+
+
+def greedy(model: Any, prompt: list[int], length: int) -> list[int]:
+    """The same from whole sequences, without a cache."""
+    ids = list(prompt)
+    while len(ids) < length:
+        with torch.no_grad():
+            ids.append(int(model(**inputs(torch.tensor([ids])))[0, -1].argmax()))
+    return ids
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["fuse", {"*": "fuse", "*1*": LocalWindow(2, 0)}, PruneHeads(heads=(0,))],
+    ids=["fuse", "a window in one layer", "pruned unevenly"],
+)
+def test_a_policy_generates_what_it_means(policy: Any, tmp_path: Path) -> None:
+    fast = optimized(policy)
+    fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=END)
+    prompts = [[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]]
+    wanted = [greedy(fast, prompt, 24) for prompt in prompts]
+    assert wanted[0][7:] != wanted[1][7:]
+    assert generated(tmp_path / "m", prompts, 24) == wanted
+    assert generated(tmp_path / "m", prompts[:1], 24) == wanted[:1]
+
+
+def test_a_model_of_transformers_with_its_tokenizer(tmp_path: Path) -> None:
+    """Text to tokens and on to new tokens, as ``generate`` does it."""
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<unk>", "<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(["the sea, the sea, and the wind over the sea"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", unk_token="<unk>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=290,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    ids = tokenizer("the wind over the sea", return_tensors="pt").input_ids
+    x: dict[str, Any] = inputs(ids.expand(2, -1))
+    fast = attnopt.optimize(model, "fuse", (), x | {"use_cache": False}, dynamic_shapes="auto")
+    fast.export_decoder(tmp_path / "m", context_length=64, eos_token_id=1, tokenizer=tokenizer)
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this platform")
+    encoded = genai.Tokenizer(genai.Model(str(tmp_path / "m"))).encode("the wind over the sea")
+    assert [int(i) for i in encoded] == ids[0].tolist()
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=40, do_sample=False, pad_token_id=1)
+    assert len(wanted[0]) > ids.shape[1] + 5
+    (made,) = generated(tmp_path / "m", [ids[0].tolist()], 40)
+    assert made == wanted[0, : len(made)].tolist()
+    assert wanted[0, len(made) :].tolist() in ([], [1])  # one of them writes down the end, the other does not
+
+
+# ---------------------------------------------------------------- refusals
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "looks ahead": ({"pattern": None}, r"queries see Full\(\)"),
+    "sinks": ({"policy": LocalWindow(3, 0, sinks=1)}, "GroupQueryAttention knows"),
+    "counts positions itself": ({"absolute": True}, "for a token after its prompt"),
+    "mixes tokens elsewhere": ({"mixes": True}, "for a token after its prompt"),
+    "fixed sizes": ({"dynamic": None}, "not .batch, length. with both free"),
+    "left alone": ({"policy": {"*1*": "fuse"}}, "left as it is"),
+}
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no end": ({"eos_token_id": "x"}, "eos_token_id='x'"),
+    "no such end": ({"eos_token_id": [1, VOCABULARY]}, "no tokens of a vocabulary of 50"),
+    "no length": ({"context_length": 0}, "context_length=0"),
+    "no tokenizer": ({"tokenizer": "gpt2"}, "a str is no tokenizer"),
+}
+
+
+@pytest.mark.parametrize(("model", "said"), MODELS.values(), ids=MODELS)
+def test_a_model_without_a_cache_is_refused(model: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(attnopt.ExportError, match=said):
+        optimized(**model).export_decoder(tmp_path / "m", context_length=32, eos_token_id=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("options", "said"), OPTIONS.values(), ids=OPTIONS)
+def test_wrong_options(fast: attnopt.OptimizedModel, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(attnopt.ExportError, match=said):
+        fast.export_decoder(tmp_path / "m", **{"context_length": 32, "eos_token_id": 1} | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_inputs_are_refused(tmp_path: Path) -> None:
+    fast = attnopt.optimize(
+        Layer(False), "fuse", (torch.randn(2, 5, 32), (torch.ones(5, 8),) * 2, torch.ones(5, 5) > 0)
+    )
+    with pytest.raises(attnopt.ExportError, match="a decoder takes input_ids"):
+        fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=1)
+
+
+def test_a_window_that_is_off_by_one_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = cache.bands
+
+    def wider(pattern: Pattern) -> Any:
+        return tuple(
+            type(b)(None if b.low is None else b.low - 1, b.high, b.step, b.first) for b in honest(pattern) or ()
+        )
+
+    fast = optimized(LocalWindow(3, 0))
+    monkeypatch.setattr(cache, "bands", wider)
+    with pytest.raises(attnopt.ExportError, match="other logits than the model for a prompt"):
+        fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=1)
+
+
+def test_the_folder_says_what_it_is(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
+    for length in (32, 48):  # the second takes the first one's place
+        fast.export_decoder(tmp_path / "m", context_length=length, eos_token_id=[1, 2])
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["genai_config.json", "model.onnx"]
+    said = json.loads((tmp_path / "m" / "genai_config.json").read_text("utf-8"))
+    assert said["search"] == {"max_length": 48, "past_present_share_buffer": True}
+    assert said["model"]["eos_token_id"] == [1, 2]
+    assert said["model"]["decoder"]["num_key_value_heads"] == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(attnopt.AttnoptError, match="left alone"):
+        fast.export_decoder(other, context_length=32, eos_token_id=1)
