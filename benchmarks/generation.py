@@ -84,7 +84,7 @@ def rows(variant: str, tokens: int) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000, help="with the rolling cache")
-    parser.add_argument("--full", type=int, default=4_000, help="with the full cache")
+    parser.add_argument("--full", type=int, default=3_000, help="with the full cache")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     let_transformers_import()
