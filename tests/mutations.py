@@ -98,8 +98,8 @@ FAULTS = (
     # ONNX
     Fault("an ONNX band one too wide", "attnopt/to_onnx/bands.py", "return (Band(-left, right),)",
           "return (Band(-left - 1, right),)", "test_onnx_forms.py"),
-    Fault("ONNX heads back in the wrong order", "attnopt/to_onnx/forms.py", "[order.index(h) for h in range(site.heads)]", "order",
-          "test_onnx_forms.py"),
+    Fault("ONNX heads back in the wrong order", "attnopt/to_onnx/forms.py", "[order.index(h) for h in range(site.heads)]",
+          "order", "test_onnx_forms.py"),
     # calibration
     Fault("a refit toward nothing", "attnopt/refit.py", "right = m.zy + reg * toward", "right = m.zy - reg * toward",
           "test_compensation.py"),
