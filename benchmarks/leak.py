@@ -1,6 +1,7 @@
 """Memory of one process that optimizes a model again and again, 200 times.
 
-Wanted: no growth after the first rounds, which fill caches.
+Wanted: no tensor and no module more with every round.  What remains is the source of the graphs' generated code, which
+torch.fx keeps for good for tracebacks, as it does after ``torch.export.export`` alone: some 0.1 MB for a small model.
 """
 
 from __future__ import annotations

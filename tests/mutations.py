@@ -80,7 +80,7 @@ FAULTS = (
     # surgery
     Fault("two heads swapped in the weights", "attnopt/surgery.py", "torch.as_tensor(idx, device=tensor.device)",
           "torch.as_tensor(list(idx)[::-1], device=tensor.device)", "test_dynamic_batch.py"),
-    Fault("an output projection that keeps its columns", "attnopt/lowering.py", "weight * gain)", "weight)",
+    Fault("an output projection that keeps its columns", "attnopt/folding.py", "weight * gain)", "weight)",
           "test_laws.py -k law_gains-and-roberta"),
     # lowerings
     Fault("the reference forgets the scale", "backends/reference.py", "s = spec.scale * (q.to(wide)", "s = (q.to(wide)",
@@ -96,10 +96,10 @@ FAULTS = (
     Fault("blocks without their inner mask", "backends/block_gather.py", "mask=_folded(seen, B, H)",
           "mask=_folded(torch.ones_like(seen), B, H)", "test_blocked.py -k equal_the_reference"),
     # ONNX
-    Fault("an ONNX band one too wide", "attnopt/onnx_bands.py", "return (Band(-left, right),)",
+    Fault("an ONNX band one too wide", "attnopt/to_onnx/bands.py", "return (Band(-left, right),)",
           "return (Band(-left - 1, right),)", "test_onnx_forms.py"),
-    Fault("ONNX heads back in the wrong order", "attnopt/onnx_forms.py", "[order.index(h) for h in range(site.heads)]", "order",
-          "test_onnx_forms.py"),
+    Fault("ONNX heads back in the wrong order", "attnopt/to_onnx/forms.py", "[order.index(h) for h in range(site.heads)]",
+          "order", "test_onnx_forms.py"),
     # calibration
     Fault("a refit toward nothing", "attnopt/refit.py", "right = m.zy + reg * toward", "right = m.zy - reg * toward",
           "test_compensation.py"),
