@@ -87,17 +87,18 @@ def _is_copied(o: Operand, atom: Atom) -> bool:
 def _beside_features(r: Region) -> set[Atom]:
     """Atoms of the queries that come from the same axis of a tensor as the features of a head: heads, split from it later."""
 
+    def read(atom: Atom, index: int) -> dict[tuple[fx.Node, int], set[int]]:
+        """Of each axis of each source the places that one of the atom's values is made from."""
+        found: dict[tuple[fx.Node, int], set[int]] = {}
+        for x in landings(r.q.node, _pick(r.q, atom, index)):
+            for axis, size in enumerate(shape(x.node)):
+                found.setdefault((x.node, axis), set()).update(x.selection.get(axis, range(size)))
+        return found
+
     def sources(atom: Atom) -> set[tuple[fx.Node, int]]:
         """The axes along which the atom chooses."""
-        zero, one = (
-            {
-                (x.node, axis, tuple(i))
-                for x in landings(r.q.node, _pick(r.q, atom, n))
-                for axis, i in x.selection.items()
-            }
-            for n in (0, 1)
-        )
-        return {(node, axis) for node, axis, _ in zero ^ one}
+        zero, one = read(atom, 0), read(atom, 1)
+        return {key for key in zero.keys() & one if zero[key] != one[key]}
 
     features = set(resolve(r.features))
     own = set[tuple[fx.Node, int]]().union(*map(sources, features))
