@@ -174,6 +174,12 @@ def deit3() -> Built:
     return model, (pixels(),), {}
 
 
+def eva02() -> Built:
+    """Its class token is not rotated: the heads of the queries hide behind the joining of it and the rest."""
+    model = timm_model("eva02_tiny_patch14_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4)
+    return model, (pixels(),), {}
+
+
 def twins() -> Built:
     model = timm_model(
         "twins_svt_small", img_size=64, embed_dims=(8, 16, 16, 16), num_heads=(2, 4, 4, 4), depths=(2, 1, 1, 1)
@@ -204,5 +210,6 @@ ENTRIES = [
     Entry("dinov2", dinov2, 2, 4),
     Entry("hubert", hubert, 2, 4),
     Entry("deit3", deit3, 2, 4),
+    Entry("eva02", eva02, 1, 4),
 ]
 BY_NAME = {e.name: e for e in ENTRIES}
