@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,17 @@ import torch
 
 from attnopt.timing import Times, interleaved
 
-__all__ = ["RESULTS", "Times", "interleaved", "let_transformers_import", "machine", "one_thread", "picture", "publish"]
+__all__ = [
+    "RESULTS",
+    "Times",
+    "interleaved",
+    "let_transformers_import",
+    "machine",
+    "one_thread",
+    "package",
+    "picture",
+    "publish",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,6 +42,14 @@ def let_transformers_import() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         except RuntimeError:
             return
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, which is not imported."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        sys.exit(f"{name} is not installed; run the benchmark as `make bench` does")
+    return Path(found.origin).parent
 
 
 def machine() -> dict[str, Any]:

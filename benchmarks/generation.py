@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import let_transformers_import, one_thread, picture, publish
-from long_context import text, trained
+from common import one_thread, picture, publish
+from long_context import text
+from smollm2 import trained
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -87,7 +88,6 @@ def main() -> None:
     parser.add_argument("--full", type=int, default=3_000, help="with the full cache")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    let_transformers_import()
     if options.measure:
         measure(options.measure, options.tokens)
         return

