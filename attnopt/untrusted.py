@@ -52,7 +52,7 @@ def check_operators(module: nn.Module) -> None:
 
 def _is_operator(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
-        return not any(a.name in _FILES for a in target._schema.arguments)
+        return not any(a.name in _FILES and str(a.type) == "str" for a in target._schema.arguments)
     return isinstance(target, torch._ops.HigherOrderOperator) or target in _ARITHMETIC
 
 
