@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
 from attnopt.graph import is_static, tidy
+from attnopt.probing import bounds
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -29,7 +30,8 @@ Kwargs = dict[str, Any]
 class Program:
     """A captured model: ``module`` is a graph of functional aten operators, called as the model is.
 
-    ``shapes`` are the dynamic shapes in torch.export's notation, ``fixed_axes`` the axes that "auto" had to leave fixed.
+    ``shapes`` are the dynamic shapes in torch.export's notation, ``fixed_axes`` the axes that "auto"
+    had to leave fixed, or bounded.
     """
 
     module: fx.GraphModule
@@ -223,7 +225,7 @@ def auto_shapes(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
 
 
 def _fixed(module: fx.GraphModule, shapes: Any) -> tuple[str, ...]:
-    """Axes that were asked to be dynamic and are not."""
+    """Axes that were asked to be dynamic and are not, or within bounds alone."""
     if not isinstance(shapes, Mapping):
         return ()
     found: list[str] = []
@@ -233,5 +235,11 @@ def _fixed(module: fx.GraphModule, shapes: Any) -> tuple[str, ...]:
         val = None if node is None else node.meta.get("val")
         if not isinstance(axes, Mapping) or not isinstance(val, Tensor):
             continue
-        found += [f"{name}[{a}] = {val.shape[a]}" for a in axes if isinstance(a, int) and is_static(val.shape[a])]
+        for a, asked in axes.items():
+            if isinstance(a, int) and is_static(val.shape[a]):
+                found.append(f"{name}[{a}] = {val.shape[a]}")
+            elif isinstance(a, int) and not isinstance(asked, torch.export.Dim):
+                size = val.shape[a]
+                upper = bounds(size)[1] if isinstance(size, torch.SymInt) else None
+                found += [] if upper is None else [f"{name}[{a}] <= {upper}"]
     return tuple(found)

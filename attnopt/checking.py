@@ -18,7 +18,7 @@ from attnopt.compiling import as_called
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.graph import hint, is_tensor, value
 from attnopt.lowering import Plan, lower
-from attnopt.probing import symbols
+from attnopt.probing import symbols, within
 
 ROOM = 10.0  # how much more than one site's rounding a whole model's output may show
 
@@ -164,7 +164,9 @@ def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
         return []
     found: list[Inputs] = []
     for factor, more in ((1, 3), (2, 0), (1, 1), (1, -1)):
-        new = {s: max(2, factor * n + more) for s, n in sizes.items()}
+        new = within(module.graph, {s: max(2, factor * n + more) for s, n in sizes.items()})
+        if new == sizes:
+            continue
         fitted = [_fitted(leaf, n, new) for leaf, n in zip(leaves, nodes, strict=True)]
         new_args, new_kwargs = pytree.tree_unflatten(fitted, spec)
         found.append((tuple(new_args), dict(new_kwargs)))

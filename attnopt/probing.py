@@ -84,14 +84,28 @@ def _is_varying(node: fx.Node) -> bool:
 
 def symbols(graph: fx.Graph) -> dict[Any, int]:
     """Every symbol of the graph's sizes with its example value."""
-    found: dict[Any, int] = {}
-    for node in graph.nodes:
-        val = value(node)
-        if node.op == "placeholder" and isinstance(val, Tensor):
-            for s in val.shape:
-                if isinstance(s, torch.SymInt) and s.node.expr.is_symbol:
-                    found[s.node.expr] = hint(s)
+    return {s.node.expr: hint(s) for s in _free(graph)}
+
+
+def within(graph: fx.Graph, sizes: Mapping[Any, int]) -> dict[Any, int]:
+    """These sizes of the graph's symbols, brought into the bounds within which it holds."""
+    found = dict(sizes)
+    for s in _free(graph):
+        lower, upper = bounds(s)
+        found[s.node.expr] = max(lower, found[s.node.expr] if upper is None else min(upper, found[s.node.expr]))
     return found
+
+
+def _free(graph: fx.Graph) -> list[torch.SymInt]:
+    shapes = [value(n).shape for n in graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
+    return [s for sizes in shapes for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_symbol]
+
+
+def bounds(size: torch.SymInt) -> tuple[int, int | None]:
+    """The sizes from and to which a graph holds; None without an end."""
+    known = size.node.shape_env.bound_sympy(size.node.expr)
+    lower, upper = (int(b) if getattr(b, "is_Integer", False) else None for b in (known.lower, known.upper))
+    return lower or 0, upper
 
 
 def dynamic_axes(graph: fx.Graph) -> set[tuple[str, int]]:

@@ -116,7 +116,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)  # by stage
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-    fixed_axes: tuple[str, ...] = ()  # axes that were to be dynamic and had to stay fixed, with the reason
+    fixed_axes: tuple[str, ...] = ()  # axes that were to be dynamic and are not, or up to a bound
     cpu_seconds: Mapping[str, float] = field(default_factory=dict)  # of one call, "before" and "after", where measured
 
     def count(self, status: Status) -> int:
@@ -151,7 +151,7 @@ class Report:
         for miss in self.near_misses:
             lines.append(f"  {_titled(miss.name, miss.where)}")
             lines += [f"  {line}" for line in _refused("not matched", miss.refusal, miss.where)]
-        lines += [f"  stayed fixed: {axis}" for axis in self.fixed_axes]
+        lines += [f"  not free: {axis}" for axis in self.fixed_axes]
         lines += [f"  warning: {text}" for text in self.warnings]
         if self.error is not None:
             lines.append(f"  largest relative difference of the outputs on the example inputs: {self.error:.1e}")

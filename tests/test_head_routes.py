@@ -324,7 +324,7 @@ def test_choices_that_rounding_turns_are_told_and_mistakes_are_not() -> None:
                 heads = p.view(4, 4, -1)
                 heads[:] = torch.stack([heads[0].roll(h, 0) for h in range(4)])
     with pytest.warns(
-        AttnoptWarning, match="3 of 3 attentions choose blocks or heads from their inputs; each alone computes"
+        AttnoptWarning, match="3 attentions choose blocks or heads from their inputs; each alone computes"
     ):
         attnopt.optimize(model, RouteHeads(routed=1), (x,), backend="sdpa")
     with pytest.raises(VerificationError, match="does not compute what route-heads means"):

@@ -209,7 +209,8 @@ def test_prune_named_heads() -> None:
 
 def test_prune_all_heads_is_refused() -> None:
     assert refusal(PruneHeads(heads=range(4)), a_site()) == (
-        "[all-heads] expected at least one head to stay, found all 4 removed (at model.py:88)"
+        "[all-heads] expected at least one head to stay, found all 4 removed (at model.py:88)\n"
+        "  hint: give whole_layers=True to remove the attention as a whole"
     )
     assert "[all-heads]" in refusal(PruneHeads(heads=[1]), applied(PruneHeads(heads=[0, 2, 3]), a_site()))
 

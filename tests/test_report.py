@@ -94,7 +94,7 @@ attnopt: 3 attentions found, 1 rewritten, 2 left as they were, 1 not matched
       hint: leave cross-attention out with {"decoder.*.cross": []}
   decoder.layers.3.attn   model.py:141
     not matched [escapes]: found scores used by `aux_head` (model.py:150)
-  stayed fixed: input_ids axis 1: 12, because of `view` in model.py:9
+  not free: input_ids axis 1: 12, because of `view` in model.py:9
   warning: one warning
   largest relative difference of the outputs on the example inputs: 3.0e-02"""
 

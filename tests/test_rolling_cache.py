@@ -162,8 +162,14 @@ def test_an_assistant_may_have_no_patterns() -> None:
     mask = torch.ones_like(ids)
     alone = made.generate(ids, attention_mask=mask, **options)
     assert torch.equal(made.generate(ids, attention_mask=mask, assistant_model=helper, **options), alone)
+    drafts = made.generation_config
+    drafts.num_assistant_tokens, drafts.num_assistant_tokens_schedule, drafts.assistant_confidence_threshold = (
+        90,
+        "constant",
+        0,
+    )
     with pytest.raises(RuntimeError, match="cannot assist"):
-        helper.generate(tokens(1, 120), assistant_model=made, **options)
+        helper.generate(tokens(1, 120), assistant_model=made, **{**options, "max_new_tokens": 100})
 
 
 def test_tokens_are_taken_back_only_where_they_are_known() -> None:
