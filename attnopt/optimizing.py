@@ -105,8 +105,7 @@ def optimize(
     Raises AttnoptError (CaptureError, PolicyError, RewriteError, VerificationError) and then has changed nothing.
     """
     chosen = Policy.of(policy)
-    _check_options(limit, tolerance)
-    backends = _backends(backend)
+    options, backends = Options(tolerance, strict, limit, seed), _backends(backend)
     batches = None if calibration is None else Calibration.of(calibration).batches
     args, given = _inputs(args, kwargs)
     if not args and not given and batches:
@@ -115,8 +114,7 @@ def optimize(
 
     @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
-        job = _Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, tolerance, strict, limit, seed)
-        made = job.run()
+        made = _Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, options).run()
         return made.module, made.origin
 
     if not args and not given:
@@ -137,12 +135,19 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Options:
-    """As of ``optimize``."""
+    """As of ``optimize``.  Raises PolicyError."""
 
     tolerance: float | None = None
     strict: bool = False
     limit: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        limit, tolerance = self.limit, self.tolerance
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise PolicyError(f"limit must be a number of rewrites, not {limit!r}")
+        if tolerance is not None and not tolerance >= 0:
+            raise PolicyError(f"tolerance must be a number from 0, not {tolerance!r}")
 
 
 def compiled(
@@ -154,11 +159,7 @@ def compiled(
     dynamic_shapes: Any = "auto",
 ) -> Compiled:
     """What ``optimize`` does on these inputs."""
-    tolerance, strict, limit, seed = options.tolerance, options.strict, options.limit, options.seed
-    _check_options(limit, tolerance)
-    args, kwargs = inputs
-    chosen, backends = Policy.of(policy), _backends("auto")
-    return _Job(model, chosen, args, kwargs, dynamic_shapes, batches, backends, tolerance, strict, limit, seed).run()
+    return _Job(model, Policy.of(policy), *inputs, dynamic_shapes, batches, _backends("auto"), options).run()
 
 
 def _opened(model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
@@ -171,13 +172,6 @@ def _opened(model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...], kw
 
 def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (args if isinstance(args, tuple) else (args,)), dict(kwargs or {})
-
-
-def _check_options(limit: int | None, tolerance: float | None) -> None:
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-        raise PolicyError(f"limit must be a number of rewrites, not {limit!r}")
-    if tolerance is not None and not tolerance >= 0:
-        raise PolicyError(f"tolerance must be a number from 0, not {tolerance!r}")
 
 
 def _backends(backend: str | Backend) -> tuple[Backend, ...]:
@@ -201,10 +195,7 @@ class _Job:
     dynamic_shapes: Any
     batches: Sequence[Inputs]
     backends: tuple[Backend, ...]
-    tolerance: float | None
-    strict: bool
-    limit: int | None
-    seed: int
+    options: Options
 
     def run(self) -> Compiled:
         require_values(self.model)
@@ -216,16 +207,16 @@ class _Job:
         with self.clock.stage("match"):
             findings = find(program)
         with self.clock.stage("rewrite"):
-            decisions = limited(self._decided(program, findings.found), self.limit)
+            decisions = limited(self._decided(program, findings.found), self.options.limit)
         self._check_policy(findings, decisions)
-        if self.strict:
+        if self.options.strict:
             _raise_refusal(decisions)
         plans = [d.plan for d in decisions if d.plan is not None]
         with self.clock.stage("lower"):
             module = lower(program.module, plans)
         _check_axes(dynamic - dynamic_axes(module.graph))
         with self.clock.stage("verify"):
-            error = self._verify(Checker(self.model, program, plans, self.seed), module)
+            error = self._verify(Checker(self.model, program, plans, self.options.seed), module)
             decisions = self._with_kept_mass(program, decisions)
         origin = self._origin(program, findings, decisions, module, error)
         return Compiled(module, origin, program, tuple(decisions))
@@ -283,7 +274,7 @@ class _Job:
                 )
             )
         elif not any(d.plan is not None for d in decisions):
-            self._warn("the policy changes nothing: " + _why_nothing(decisions, self.limit))
+            self._warn("the policy changes nothing: " + _why_nothing(decisions, self.options.limit))
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -294,10 +285,10 @@ class _Job:
         for text in found:
             self._warn(text)
         error = max(error, checker.error_on(module, self.batches, self._signature(module)))
-        if self.tolerance is not None and not error <= self.tolerance:
+        if self.options.tolerance is not None and not error <= self.options.tolerance:
             raise VerificationError(
                 f"the rewritten model differs from the original by {error:.3g} (relative), "
-                f"more than the tolerance {self.tolerance:g}",
+                f"more than the tolerance {self.options.tolerance:g}",
                 hint="choose a milder policy, or fewer sites",
             )
         return error

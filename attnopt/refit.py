@@ -78,7 +78,7 @@ def moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
 def _moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
     wanted = output_weights(now.site)
     assert wanted is not None
-    fitting, held = _Sums(), _Sums()
+    fitting, held = Sums(), Sums()
     counts = zip(now.counted(False), now.counted(True), strict=True)
     for z, y, (fit_on, hold) in zip(now.outputs(spec), now.given, counts, strict=True):
         for sums, counted in ((fitting, fit_on), (held, hold)):
@@ -86,7 +86,9 @@ def _moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
     return fitting.moments(), held.moments()
 
 
-class _Sums:
+class Sums:
+    """Moments, batch by batch."""
+
     def __init__(self) -> None:
         self.zz = self.zy = torch.zeros(())
         self.yy, self.tokens = 0.0, 0

@@ -11,7 +11,7 @@ from attnopt.constant import Constant
 from attnopt.errors import CalibrationError
 from attnopt.head_routes import Routed
 from attnopt.head_scores import output_maps
-from attnopt.refit import Moments, fit, with_ones
+from attnopt.refit import Moments, Sums, fit, with_ones
 from attnopt.site import Site
 
 
@@ -29,7 +29,7 @@ def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
             hint='give more calibration data, or router="query-norm"',
         )
     places = [site.spec.heads.index(h) for h in heads]
-    fitting, held = (_moments(site, places, h) for h in (False, True))
+    fitting, held = _moments(site, places)
     start = torch.zeros_like(fitting.zy)
     start[-1] = fitting.zy[-1] / fitting.tokens  # the mean of each head
     found = fit(fitting, held if held.tokens else fitting, start, has_bias=True)
@@ -38,28 +38,31 @@ def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
 
 def used_share(site: Site, route: Routed) -> float:
     """Of the norms of what all heads give, the share of those that a route uses, on held-back tokens."""
+    assert site.activations is not None
     used = total = 0.0
-    for q, norms, counted in _contributions(site, held=True):
+    for (q, norms), counted in zip(_contributions(site), site.activations.counted(True), strict=True):
         gates = route.gates(site.spec, q, [c.tensor(q.device) for c in route.constants])
-        used += float(norms[gates.transpose(1, 2)[counted]].sum())
-        total += float(norms.sum())
+        used += float(norms[counted][gates.transpose(1, 2)[counted]].sum())
+        total += float(norms[counted].sum())
     return used / total if total else 1.0
 
 
-def _moments(site: Site, places: Sequence[int], held: bool) -> Moments:
-    parts = []
-    for q, norms, counted in _contributions(site, held):
-        x, y = with_ones(q, counted), norms[:, places]
-        parts.append((x.T @ x, x.T @ y, float((y * y).sum()), len(x)))
-    zz, zy, yy, tokens = zip(*parts, strict=True)
-    return Moments(sum(zz[1:], zz[0]), sum(zy[1:], zy[0]), sum(yy), sum(tokens))
+def _moments(site: Site, places: Sequence[int]) -> tuple[Moments, Moments]:
+    """On the tokens to fit on, and on those that are held back."""
+    assert site.activations is not None
+    fitting, held = Sums(), Sums()
+    counts = zip(site.activations.counted(False), site.activations.counted(True), strict=True)
+    for (q, norms), (fit_on, hold) in zip(_contributions(site), counts, strict=True):
+        for sums, counted in ((fitting, fit_on), (held, hold)):
+            sums.add(with_ones(q, counted), norms[counted][:, places])
+    return fitting.moments(), held.moments()
 
 
-def _contributions(site: Site, held: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each batch the queries [B, H, L, D]; of the tokens that count, |o_h W_o,h| [tokens, H] in float64; and which count."""
+def _contributions(site: Site) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch the queries [B, H, L, D], and |o_h W_o,h| [B, L, H] in float64."""
     now = site.activations
     assert now is not None
     out = output_maps(site)
-    for o, operands, counted in zip(now.outputs(site.spec), now.batches, now.counted(held), strict=True):
-        given = torch.einsum("nhd,hde->nhe", o.transpose(1, 2)[counted].double(), out)
-        yield operands.q[:, list(site.spec.heads)], given.norm(dim=-1), counted
+    for o, operands in zip(now.outputs(site.spec), now.batches, strict=True):
+        given = torch.einsum("blhd,hde->blhe", o.transpose(1, 2).double(), out)
+        yield operands.q[:, list(site.spec.heads)], given.norm(dim=-1)

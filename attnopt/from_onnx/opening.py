@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from attnopt.compiling import compiling
 from attnopt.errors import CaptureError
 from attnopt.from_onnx.module import OnnxModule
 from attnopt.from_onnx.reading import read
+from attnopt.onnx_session import cpu_session
 
 ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 
@@ -34,7 +36,7 @@ def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[
     feed = {name: _array(bound[said], said) for name, said in module.inputs.items()}
     with torch.no_grad():
         values = module.values(bound)
-    want = _run(str(path), feed, str(path))
+    want = _run(Path(path), feed, str(path))
     if _agree(values, dict(zip(module.outputs, want, strict=True))):
         return module
     model = onnx.load(path)
@@ -59,14 +61,9 @@ def _array(value: Any, name: str) -> Any:
     return value.detach().cpu().numpy()
 
 
-def _run(model: str | bytes, feed: Mapping[str, Any], path: str) -> list[Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+def _run(model: Path | bytes, feed: Mapping[str, Any], path: str) -> list[Any]:
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        found: list[Any] = session.run(None, dict(feed))
+        found: list[Any] = cpu_session(model).run(None, dict(feed))
     except Exception as e:
         raise CaptureError(
             f"ONNX Runtime cannot run {path}: {str(e)[:300]}",

@@ -14,6 +14,7 @@ from attnopt.calibration import Inputs
 from attnopt.checking import resized
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
+from attnopt.onnx_session import cpu_session
 from attnopt.origin import Origin
 from attnopt.to_onnx.builder import SWAPPED
 from attnopt.to_onnx.sites import Marked
@@ -42,14 +43,8 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
 
 def open_session(model: Path | bytes) -> Any:
     """ONNX Runtime's session on a CPU.  Raises ExportError."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(
-            str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
-        )
+        return cpu_session(model)
     except Exception as e:
         raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}") from e
 
