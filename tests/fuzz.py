@@ -49,11 +49,14 @@ def main() -> int:
 
 
 def _run(seed: int, first: int, last: int, jobs: int) -> Iterator[list[Outcome]]:
-    starts = range(first, last, CHUNK)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=LIFE) as pool:
-        waiting = [pool.submit(chunk, seed, n, min(n + CHUNK, last)) for n in starts]
-        for done in as_completed(waiting):
-            yield done.result()
+    # A new pool for each part: with `max_tasks_per_child`, Python 3.11's can hang (CPython issue 115634).
+    part = CHUNK * LIFE * jobs
+    for start in range(first, last, part):
+        end = min(start + part, last)
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            waiting = [pool.submit(chunk, seed, n, min(n + CHUNK, end)) for n in range(start, end, CHUNK)]
+            for done in as_completed(waiting):
+                yield done.result()
 
 
 def chunk(seed: int, first: int, last: int) -> list[Outcome]:
