@@ -229,7 +229,7 @@ def _key(x: Any) -> Any:
     return (type(x), x) if isinstance(x, (int, float, bool)) else x
 
 
-_STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
+STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
 
 
 def tidy(gm: fx.GraphModule) -> None:
@@ -238,7 +238,7 @@ def tidy(gm: fx.GraphModule) -> None:
     Every ``view`` becomes a ``reshape``, so that nothing depends on the strides that a removed copy had made.
     """
     outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
-    strides_matter = any(is_call(n, *_STRIDED) for n in gm.graph.nodes)
+    strides_matter = any(is_call(n, *STRIDED) for n in gm.graph.nodes)
     for node in list(gm.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)
@@ -246,6 +246,8 @@ def tidy(gm: fx.GraphModule) -> None:
             node.target = aten.reshape.default
         elif is_call(node, aten.flatten.using_ints, aten.unflatten.int, aten.expand_as.default):
             _spell_out(node)
+        elif is_call(node, aten.amax.default, aten.amin.default) and not arg(node, 1, ()):
+            node.args = (operand(node), list(range(len(shape(operand(node))))), *node.args[2:])  # ONNX wants them named
         elif is_call(node, operator.getitem) and is_call(
             arg(node, 0), aten._native_batch_norm_legit_no_training.default
         ):

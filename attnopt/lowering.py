@@ -20,6 +20,7 @@ from attnopt.finishing import attention_of
 from attnopt.folding import Folded, folded
 from attnopt.graph import Emitter, ancestors, is_static, is_tensor, prune_unused_state, shape, share, tidy, value
 from attnopt.head_edits import constant_heads
+from attnopt.joining import join
 from attnopt.operands import ROLES
 from attnopt.projections import weight_path
 from attnopt.rewriting import Backend, HeadWeights
@@ -77,6 +78,8 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
             ) from e
     share(module)
     tidy(module)
+    if not plain:
+        join(module, weights)
     weights.settle()
     prune_unused_state(module)
     module.graph.lint()
@@ -115,7 +118,7 @@ def _attention(
     forks = _forks(plan.found, table)
     before = plan.found.raised.spec
     rebuilt = edited or (forks and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
-    select = Selector(emit, weights, edited, dirty if rebuilt else (), forks)
+    select = Selector(emit, weights, edited, [*dirty, *_below(forks, plan.found, table)] if rebuilt else (), forks)
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
     operands: dict[str, fx.Node | None] = {}
     for role, operand in zip(ROLES, node.args, strict=True):
@@ -161,10 +164,29 @@ def _axis(x: Tensor, size: torch.SymInt) -> int | None:
 
 
 def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
-    """Tensors on the way to the weights of more than one role."""
-    roles = [set(nodes) for nodes in found.dirty.values()]
-    shared = {n for i, a in enumerate(roles) for b in roles[i + 1 :] for n in a & b}
+    """Tensors on the way to the weights of one role that another is computed from too."""
+    above = {role: set(ancestors(node)) for role, node in _projected(found).items()}
+    shared = {
+        n for role, nodes in found.dirty.items() for other in above if other != role for n in above[other] & {*nodes}
+    }
     return {table[n] for n in shared if n in table}
+
+
+def _below(forks: set[fx.Node], found: Found, table: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """What is computed from a fork on the way to an operand, as the length that a norm divides by is."""
+    above = {table[n] for node in _projected(found).values() for n in ancestors(node) if n in table}
+    reached = {n for n in forks if n.op == "call_function"}
+    made = []
+    for node in table[found.raised.node].graph.nodes:
+        if node in above and node not in reached and reached.intersection(node.all_input_nodes):
+            reached.add(node)
+            made.append(node)
+    return made
+
+
+def _projected(found: Found) -> dict[str, fx.Node]:
+    operands = zip(ROLES, found.raised.node.args, strict=True)
+    return {role: node for role, node in operands if role in ("q", "k", "v") and isinstance(node, fx.Node)}
 
 
 def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from attnopt.graph import Emitter, aten, get_attr, is_static, opname, shape, value
+from attnopt.graph import RESHAPES, Emitter, aten, get_attr, is_call, is_static, opname, shape, value
 from attnopt.pushing import push
+from attnopt.scattered import Scattered, scattered
 from attnopt.selecting import Pulled, Selection, trim
 from attnopt.selection import pull
 
@@ -35,8 +36,34 @@ class Weights:
             self._made[key] = self._register(name, source, tensor.contiguous())
         return self._made[key]
 
+    def join(self, names: Sequence[str], axis: int) -> str:
+        """The name of one parameter that holds these along ``axis``, in this order."""
+        key = (tuple(names), axis)
+        if key not in self._made:
+            parts = [get_attr(self.gm, n) for n in names]
+            origins = dict.fromkeys(self.origin[n] for n in names)
+            self._made[key] = self._register(
+                _together(list(origins)), parts[0], torch.cat([t.detach() for t in parts], axis)
+            )
+        return self._made[key]
+
+    def read(self, emit: Emitter, name: str) -> fx.Node:
+        """The node that reads the parameter ``name``."""
+        for node in emit.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                existing: fx.Node = node
+                return existing
+        with emit.graph.inserting_before(next(iter(emit.graph.nodes))):
+            made = emit.graph.get_attr(name)
+        tensor = get_attr(self.gm, name)
+        with emit.mode:
+            made.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return made
+
     def _register(self, name: str, source: Tensor, tensor: Tensor) -> str:
         owner_name, _, leaf = name.rpartition(".")
+        if owner_name not in dict(self.gm.named_modules()):
+            self.gm.add_submodule(owner_name, nn.Module())
         owner = self.gm.get_submodule(owner_name)
         n = 1
         while hasattr(owner, f"{leaf}__{n}"):
@@ -60,13 +87,26 @@ class Weights:
             module, target = self.gm.get_submodule(owner), old.rpartition(".")[2]
             tensor = getattr(module, leaf)
             delattr(module, leaf)
-            delattr(module, target)
+            if hasattr(module, target):
+                delattr(module, target)
             setattr(module, target, tensor) if isinstance(tensor, nn.Parameter) else module.register_buffer(
                 target, tensor
             )
             for node in self.gm.graph.nodes:
                 if node.op == "get_attr" and node.target == new:
                     node.target = old
+
+
+def _together(names: Sequence[str]) -> str:
+    """A name for what holds all these parameters, where they all are: ``attention.query_key_value.weight``."""
+    if len(names) == 1:
+        return names[0]
+    paths = [n.split(".") for n in names]
+    common = len([*takewhile(lambda level: len({*level}) == 1, zip(*(p[:-1] for p in paths), strict=False))])
+    leaves = {p[-1] for p in paths}
+    alike = len(leaves) == 1 and all(len(p) > common + 1 for p in paths)
+    joined = "_".join("_".join(p[common:-1] if alike else p[common:]) for p in paths)
+    return ".".join((*paths[0][:common], joined, *(leaves if alike else ())))
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
@@ -125,6 +165,8 @@ class Selector:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: table[n])
             return self.emit.call(node.target, *args, **kwargs)
         pulled = pull(node, selection)
+        if pulled is None and (found := scattered(node, selection)) is not None:
+            return self._gathered(node, found)
         if pulled is None or pulled.across:
             return self._stay(node, selection)
         try:
@@ -140,6 +182,11 @@ class Selector:
         if pulled is None:
             return node
         return self.select(*pulled.exact[0]) if pulled.exact is not None else self._made_from(pulled)
+
+    def _gathered(self, node: fx.Node, found: Scattered) -> fx.Node:
+        rows = self.select(found.source, {len(shape(found.source)) - 1: found.rows})
+        tokens = [self.emit.size(rows, axis) for axis in range(len(shape(rows)) - 1)]
+        return self.emit.call(aten.reshape.default, rows, [*tokens, *found.sizes])
 
     def _made_from(self, pulled: Pulled) -> fx.Node:
         found = [self.select(n, s) for n, s in pulled.demands]
@@ -162,22 +209,7 @@ class Selector:
 
     def _parameter(self, node: fx.Node, selection: Selection) -> fx.Node:
         name = str(node.target)
-        new = self.weights.derive(name, selection, self.edited.get(name))
-        return self._get(new, node, selection)
-
-    def _get(self, name: str, like: fx.Node, selection: Selection) -> fx.Node:
-        graph = self.emit.graph
-        for node in graph.nodes:
-            if node.op == "get_attr" and node.target == name:
-                existing: fx.Node = node
-                return existing
-        with graph.inserting_before(next(iter(graph.nodes))):
-            made = graph.get_attr(name)
-        fake = value(like)
-        sizes = [len(selection.get(a, range(n))) for a, n in enumerate(shape(like))]
-        with self.emit.mode:
-            made.meta["val"] = torch.empty(sizes, dtype=fake.dtype, device=fake.device)
-        return made
+        return self.weights.read(self.emit, self.weights.derive(name, selection, self.edited.get(name)))
 
 
 def restrict(emit: Emitter, node: fx.Node, selection: Selection) -> fx.Node:
@@ -221,6 +253,7 @@ def push_down(
     graph: fx.Graph, weights: Weights, origin: dict[str, Any], old: fx.Node, new: fx.Node, selection: Selection
 ) -> None:
     """Let everything that uses ``old`` use ``new``, which lacks the slices outside ``selection`` (they count as zero)."""
+    _skip_reshapes(old)
     for user in list(old.users):
         emit = Emitter(graph, user, origin)
         pushed = push(user, old, selection)
@@ -234,3 +267,12 @@ def push_down(
             user.replace_all_uses_with(below)
         else:
             push_down(graph, weights, origin, user, below, pushed.selection)
+
+
+def _skip_reshapes(node: fx.Node) -> None:
+    """A reshape of a reshape reads what the first one reads: groups that lost different heads have no shape in between."""
+    for user in list(node.users):
+        if is_call(user, *RESHAPES) and user.users and all(is_call(n, *RESHAPES) for n in user.users):
+            for below in list(user.users):
+                below.replace_input_with(user, node)
+            user.graph.erase_node(user)

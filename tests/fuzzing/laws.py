@@ -57,7 +57,7 @@ def _check(case: Case, outcome: Outcome) -> None:
     case = _without_overflow(case)
     model, given = build(case), inputs(case)
     own = oracle.run(model, (), given)
-    assert all(bool(torch.isfinite(t).all()) for t in own), "the user's model itself overflows"
+    assert _finite(own), "the user's model itself overflows"
     before = {name: (t.data_ptr(), t.clone()) for name, t in model.state_dict().items()}
     ran = calls(case, model, given)
     outcome.attentions = len(ran)
@@ -90,7 +90,7 @@ def _check(case: Case, outcome: Outcome) -> None:
 
 def _without_overflow(case: Case) -> Case:
     """Bare exponentials of large scores overflow in the user's model too: there the maximum is taken off first."""
-    if all(bool(torch.isfinite(t).all()) for t in oracle.run(build(case), (), inputs(case))):
+    if _finite(oracle.run(build(case), (), inputs(case))):
         return case
     stable = {"exp": "stable-exp", "late": "later"}
     blocks = [
@@ -98,6 +98,20 @@ def _without_overflow(case: Case) -> Case:
         for b in case.blocks
     ]
     return replace(case, blocks=tuple(blocks))
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _with_softmax(case: Case, model: nn.Module) -> nn.Module:
+    """The same model with torch's softmax in the place of exponentials: fewer keys may leave 0 / 0 of these."""
+    blocks = [
+        replace(b, spelling=replace(b.spelling, softmax="F")) if b.spelling.exponentials else b for b in case.blocks
+    ]
+    written = build(replace(case, blocks=tuple(blocks)))
+    written.load_state_dict(model.state_dict())
+    return written
 
 
 def _same(case: Case, got: list[Tensor], want: list[Tensor], what: str) -> None:
@@ -198,17 +212,15 @@ def _rewritten(
             assert r.expected or r.found, f"{site}: {name} refused without a reason"
             outcome.refused.append((name, r.code))
         outcome.rewritten += [p.name for p in edit.passes if p.name not in refused[site]]
-    _same(case, oracle.run(fast, (), given), meant(model, given, edits, refused), "rewritten")
+    want = meant(model, given, edits, refused)
+    if not _finite(want):
+        want = meant(_with_softmax(case, model), given, edits, refused)
+    _same(case, oracle.run(fast, (), given), want, "rewritten")
     if not case.reuse:
         pruned = [e for e in edits.values() if "prune-heads" in {p.name for p in e.passes} - refused[e.call.site]]
         gone = sum(_parameters_gone(e, fast) for e in pruned)
-        # Groups that lose different numbers of heads stay whole in a weight that packs them.
-        ragged = any(e.call.block.spelling.packing == "per-group" for e in pruned)
-        known = not ragged and all(p.rows is not None for s in fast.sites for p in s.projections.values())
         before, after = (sum(p.numel() for p in m.parameters()) for m in (model, fast))
-        assert not known or before - after >= gone, (
-            f"{before} parameters before, {after} after; {gone} belong to pruned heads"
-        )
+        assert before - after >= gone, f"{before} parameters before, {after} after; {gone} belong to pruned heads"
 
 
 def _parameters_gone(edit: Edit, fast: attnopt.OptimizedModel) -> int:
