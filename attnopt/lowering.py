@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +19,7 @@ from attnopt.errors import RewriteError
 from attnopt.finding import Found
 from attnopt.finishing import attention_of
 from attnopt.folding import Folded, folded
+from attnopt.forks import below, forks
 from attnopt.graph import Emitter, ancestors, is_static, is_tensor, prune_unused_state, shape, share, tidy, value
 from attnopt.head_edits import constant_heads
 from attnopt.joining import join
@@ -113,12 +115,14 @@ def _attention(
 ) -> fx.Node:
     """The attention computed from operands whose heads are selected, as far up as that goes."""
     node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
-    dirty = [table[n] for role in ("q", "k", "v") for n in plan.found.dirty[role] if n in table]
+    projected = {r: n for r, n in zip(ROLES, node.args, strict=True) if r in "qkv" and isinstance(n, fx.Node)}
+    ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
+    shared = forks(projected, ways)
     edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
-    forks = _forks(plan.found, table)
     before = plan.found.raised.spec
-    rebuilt = edited or (forks and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
-    select = Selector(emit, weights, edited, [*dirty, *_below(forks, plan.found, table)] if rebuilt else (), forks)
+    rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
+    dirty = [*chain(*ways.values()), *below(shared, projected)] if rebuilt else []
+    select = Selector(emit, weights, edited, dirty, shared)
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
     operands: dict[str, fx.Node | None] = {}
     for role, operand in zip(ROLES, node.args, strict=True):
@@ -161,32 +165,6 @@ def _axis(x: Tensor, size: torch.SymInt) -> int | None:
     """The axis of ``x`` whose size is the same symbol."""
     same = (a for a, s in enumerate(x.shape) if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr)
     return next(same, None)
-
-
-def _forks(found: Found, table: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
-    """Tensors on the way to the weights of one role that another is computed from too."""
-    above = {role: set(ancestors(node)) for role, node in _projected(found).items()}
-    shared = {
-        n for role, nodes in found.dirty.items() for other in above if other != role for n in above[other] & {*nodes}
-    }
-    return {table[n] for n in shared if n in table}
-
-
-def _below(forks: set[fx.Node], found: Found, table: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
-    """What is computed from a fork on the way to an operand, as the length that a norm divides by is."""
-    above = {table[n] for node in _projected(found).values() for n in ancestors(node) if n in table}
-    reached = {n for n in forks if n.op == "call_function"}
-    made = []
-    for node in table[found.raised.node].graph.nodes:
-        if node in above and node not in reached and reached.intersection(node.all_input_nodes):
-            reached.add(node)
-            made.append(node)
-    return made
-
-
-def _projected(found: Found) -> dict[str, fx.Node]:
-    operands = zip(ROLES, found.raised.node.args, strict=True)
-    return {role: node for role, node in operands if role in ("q", "k", "v") and isinstance(node, fx.Node)}
 
 
 def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:

@@ -92,7 +92,7 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     ``alone``: nothing but the projection may tell the heads apart, as merging them asks for.
     """
     each = [landings(node, {axis: (h,)} if heads > 1 else _one_head(node)) for h in range(heads)]
-    dirty = tuple(dict.fromkeys(n for found in each for x in found for n in x.ways if x.kind == "weight"))
+    dirty = _ways(each)
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
         return Projection(why=_stopped_at(blocked.node)), dirty
@@ -113,6 +113,15 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     if vector is not None and projection.rows is not None and not _same_rows(vector, projection.rows, weights):
         return Projection(projection.weight, why=f"the bias {vector.target} has other rows than the weight"), dirty
     return projection, dirty
+
+
+def ways_of_head(node: fx.Node, axis: int) -> tuple[fx.Node, ...]:
+    """The nodes between the first head along ``axis`` of ``node`` and the weights that make it."""
+    return _ways([landings(node, {axis: (0,)} if shape(node)[axis] > 1 else _one_head(node))])
+
+
+def _ways(each: Sequence[Sequence[Landing]]) -> tuple[fx.Node, ...]:
+    return tuple(dict.fromkeys(n for found in each for x in found for n in x.ways if x.kind == "weight"))
 
 
 def _is_shared(constant: Landing, each: Sequence[Sequence[Landing]]) -> bool:

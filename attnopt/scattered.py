@@ -15,7 +15,20 @@ from attnopt.selecting import Selection, trim
 from attnopt.selection import pull
 
 _LAYOUT = frozenset(
-    {"view", "reshape", "_unsafe_view", "permute", "transpose", "unsqueeze", "squeeze", "select", "slice", "getitem"}
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "permute",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "getitem",
+        "clone",
+        "contiguous",
+    ]
 )
 
 

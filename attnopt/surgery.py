@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnopt.graph import RESHAPES, Emitter, aten, get_attr, is_call, is_static, opname, shape, value
+from attnopt.graph import RESHAPES, Emitter, arg, aten, get_attr, is_call, is_static, opname, shape, value
 from attnopt.pushing import push
 from attnopt.scattered import Scattered, scattered
-from attnopt.selecting import Pulled, Selection, trim
+from attnopt.selecting import Pulled, Selection, order_of, regroup, trim
 from attnopt.selection import pull
 
 
@@ -253,7 +253,7 @@ def push_down(
     graph: fx.Graph, weights: Weights, origin: dict[str, Any], old: fx.Node, new: fx.Node, selection: Selection
 ) -> None:
     """Let everything that uses ``old`` use ``new``, which lacks the slices outside ``selection`` (they count as zero)."""
-    _skip_reshapes(old)
+    _straighten(old)
     for user in list(old.users):
         emit = Emitter(graph, user, origin)
         pushed = push(user, old, selection)
@@ -269,10 +269,36 @@ def push_down(
             push_down(graph, weights, origin, user, below, pushed.selection)
 
 
-def _skip_reshapes(node: fx.Node) -> None:
-    """A reshape of a reshape reads what the first one reads: groups that lost different heads have no shape in between."""
-    for user in list(node.users):
-        if is_call(user, *RESHAPES) and user.users and all(is_call(n, *RESHAPES) for n in user.users):
-            for below in list(user.users):
+def _straighten(node: fx.Node) -> None:
+    """What splits heads into groups and puts these together again, done with the heads as they are: groups that lost different
+    heads have no shape in between."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if not is_call(user, *RESHAPES):
+            continue
+        for below in list(user.users):
+            if is_call(below, *RESHAPES):
                 below.replace_input_with(user, node)
+                pending.append(below)
+            elif is_call(below, aten.permute.default, aten.transpose.int):
+                _permute_first(node, user, below)
+        if not user.users:
             user.graph.erase_node(user)
+
+
+def _permute_first(node: fx.Node, split: fx.Node, permute: fx.Node) -> None:
+    """permute(split(node)) as split(permute(node)), where the parts of each axis stay together."""
+    groups = regroup(shape(node), shape(split))
+    if groups is None or any(len(mine) != 1 for mine, _ in groups):
+        return
+    part_of = {part: mine[0] for mine, parts in groups for part in parts}
+    order = order_of(permute)
+    axes = list(dict.fromkeys(part_of[a] for a in order))
+    if order != [part for axis in axes for part, whole in part_of.items() if whole == axis]:
+        return
+    emit = Emitter(node.graph, permute)
+    sizes = arg(split, 1)
+    moved = emit.call(aten.permute.default, node, axes)
+    permute.replace_all_uses_with(emit.call(aten.reshape.default, moved, [sizes[a] for a in order]))
+    node.graph.erase_node(permute)

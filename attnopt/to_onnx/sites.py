@@ -17,6 +17,7 @@ from attnopt.graph import (
     hint,
     is_call,
     is_static,
+    prune_unused_state,
     same_size,
     shape,
     sweep,
@@ -26,6 +27,8 @@ from attnopt.lowering import copy_program
 from attnopt.normaliser import SDPA
 from attnopt.operands import ROLES, selected_pairs
 from attnopt.patterns import Causal, Full, Pattern, parse
+from attnopt.surgery import Weights
+from attnopt.to_onnx.apart import apart
 from attnopt.to_onnx.choice import Form, OnnxSite, choose
 from attnopt.to_onnx.masks import soft_floor, without_pattern
 
@@ -64,6 +67,7 @@ def mark(
     """
     module, table = copy_program(gm)
     original = {new: old for old, new in table.items()}
+    weights = Weights(module)
     marked: list[Marked] = []
     for node in list(module.graph.nodes):
         if not (is_attention(node) or is_call(node, SDPA)):
@@ -73,7 +77,7 @@ def mark(
         call = _operator(emit, node) if is_attention(node) else _sdpa(emit, node, patterns.get(name, Full()))
         if call is None:
             continue
-        operands, site, form = settle(emit, _site(name, call), dict(call.operands))
+        operands, site, form = settle(emit, _site(name, call), _apart(emit, weights, call.operands))
         placeholder = _placeholder(emit, site, len(marked), operands)
         lead = value(node).shape[:-2]
         if len(lead) != 2:
@@ -85,7 +89,15 @@ def mark(
         if is_call(node, *RESHAPES):  # a placeholder's strides are not the attention's
             node.target = aten.reshape.default
     sweep(module)
+    weights.settle()
+    prune_unused_state(module)
     return module, tuple(marked)
+
+
+def _apart(emit: Emitter, weights: Weights, operands: Mapping[str, fx.Node | None]) -> Operands:
+    projected = [operands[role] for role in ("q", "k", "v")]
+    q, k, v = (n for n in projected if n is not None)
+    return {**operands, **dict(zip("qkv", apart(emit, weights, q, k, v), strict=True))}
 
 
 def is_attention(node: fx.Node) -> bool:
