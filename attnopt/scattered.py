@@ -14,22 +14,10 @@ from attnopt.graph import opname, same_size, shape, value
 from attnopt.selecting import Selection, trim
 from attnopt.selection import pull
 
-_LAYOUT = frozenset(
-    [
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "permute",
-        "transpose",
-        "unsqueeze",
-        "squeeze",
-        "select",
-        "slice",
-        "getitem",
-        "clone",
-        "contiguous",
-    ]
-)
+_LAYOUT = {
+    "view", "reshape", "_unsafe_view", "permute", "transpose", "unsqueeze", "squeeze", "select", "slice", "getitem",
+    "clone", "contiguous",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
