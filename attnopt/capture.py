@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import logging
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,8 +126,23 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
     args, kwargs = cloned((args, kwargs))
-    exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+    with _without_partial_graph():
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return functional(exported)
+
+
+@contextmanager
+def _without_partial_graph() -> Iterator[None]:
+    """torch.export prints what it has of a graph that it gives up; whatever else is written to stderr stays."""
+    written, unwanted = io.StringIO(), ""
+    try:
+        with redirect_stderr(written):
+            yield
+    except Exception as e:
+        unwanted = f"{e.partial_fx_graph}\n" if hasattr(e, "partial_fx_graph") else ""
+        raise
+    finally:
+        sys.stderr.write(written.getvalue().replace(unwanted, "") if unwanted else written.getvalue())
 
 
 # Composite operators that the rest of attnopt reads as they are, or that ``tidy`` turns into others.

@@ -32,6 +32,11 @@ class Projection:
     why: str | None = None
     direct: bool = True
 
+    def __repr__(self) -> str:
+        rows = "unknown" if self.rows is None else f"{len(self.rows)} heads of {len(self.rows[0])}"
+        told = {"bias": self.bias, "rows": rows, "why": self.why, "transposed": self.transposed}
+        return f"Projection({self.weight!r}, {', '.join(f'{k}={v!r}' for k, v in told.items() if v)})"
+
 
 @dataclass(frozen=True)
 class Site:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def test_a_model_that_cannot_be_captured(kind: type[nn.Module]) -> None:
 def test_inspect_says_the_same() -> None:
     with pytest.raises(attnopt.CaptureError, match="could not be captured"):
         attnopt.inspect(Deciding().eval(), (X,))
+
+
+def test_nothing_but_the_models_own_words_are_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    class Telling(Deciding):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            print("I decide", file=sys.stderr)
+            return super().forward(x)
+
+    with pytest.raises(attnopt.CaptureError):
+        attnopt.inspect(Telling().eval(), (X,))
+    assert set(capfd.readouterr().err.splitlines()) == {"I decide"}
 
 
 # ---------------------------------------------------------------- wrong inputs
