@@ -91,12 +91,11 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
 
     ``alone``: nothing but the projection may tell the heads apart, as merging them asks for.
     """
-    each = [landings(node, {axis: (h,)} if heads > 1 else _one_head(node)) for h in range(heads)]
+    each = [_of_head(node, axis, h) for h in range(heads)]
     dirty = _ways(each)
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
         return Projection(why=_stopped_at(blocked.node)), dirty
-    each = [[_as_bias(x) for x in found] for found in each]
     constant = next((x for found in each for x in found if x.kind == "constant" and not _is_shared(x, each)), None)
     if constant is not None and alone:
         return Projection(why=f"heads also differ by {constant.node.target}, which is no projection"), dirty
@@ -117,7 +116,12 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
 
 def ways_of_head(node: fx.Node, axis: int) -> tuple[fx.Node, ...]:
     """The nodes between the first head along ``axis`` of ``node`` and the weights that make it."""
-    return _ways([landings(node, {axis: (0,)} if shape(node)[axis] > 1 else _one_head(node))])
+    return _ways([_of_head(node, axis, 0)])
+
+
+def _of_head(node: fx.Node, axis: int, head: int) -> list[Landing]:
+    found = landings(node, {axis: (head,)} if shape(node)[axis] > 1 else _one_head(node))
+    return [_as_bias(x) for x in found]
 
 
 def _ways(each: Sequence[Sequence[Landing]]) -> tuple[fx.Node, ...]:
