@@ -184,6 +184,14 @@ def as_operator(target: str) -> Callable[[Any], None]:
     return change
 
 
+def reading_a_file(graph: Any) -> None:
+    """Well formed: nothing but the name of the operator tells it from others."""
+    node = graph["graph_module"]["graph"]["nodes"][-1]
+    given = {"filename": {"as_string": "exploded"}, "shared": {"as_bool": True}, "size": {"as_int": 384}}
+    node["target"] = "torch.ops.aten.from_file.default"
+    node["inputs"] = [{"name": name, "arg": arg, "kind": 1} for name, arg in given.items()]
+
+
 def named_input(name: str) -> Callable[[Any], None]:
     def change(graph: Any) -> None:
         text = json.dumps(graph["graph_module"])
@@ -206,7 +214,7 @@ HOSTILE: dict[str, Callable[[Any], None]] = {
     ),
     "any function": as_operator("torch.os.system"),
     "a library": as_operator("torch.ops.load_library"),
-    "a file": as_operator("torch.ops.aten.from_file.default"),
+    "a file": reading_a_file,
     "a packet": as_operator("torch.ops.aten.add"),
     "an unknown operator": as_operator("torch.ops.nowhere.op.default"),
     "input's name": named_input(f"x={ATTACK}"),
