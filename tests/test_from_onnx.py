@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.from_onnx import operators
+from attnopt.from_onnx.opening import opened
 from attnopt.passes import LocalWindow, PruneHeads
 
 SHAPES = {"ids": {0: "batch", 1: "length"}, "padding": {0: "batch", 1: "length"}}
@@ -124,6 +125,8 @@ def graph(nodes: list[Any], given: dict[str, list[Any]], constants: dict[str, An
 f32 = np.float32
 CASES: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "integers are divided towards zero": (["Cast:to=7", "Div:c", "Cast:to=1"], {"c": np.array([3, -2, 5, 7])}),
+    "the sign of a remainder": (["Mod:c,fmod=1"], {"c": np.array([2, -2, 0.3, 1], f32)}),
+    "the sign of a whole remainder": (["Cast:to=7", "Mod:c", "Cast:to=1"], {"c": np.array([2, -2, 3, 1])}),
     "a constant of another rank": (["Add:c"], {"c": np.ones((1, 1, 1, 1), f32)}),
     "gather of negative places": (["Gather:c,axis=2"], {"c": np.array([-1, 0, 2])}),
     "gather of one place": (["Gather:c,axis=1"], {"c": np.array(-1)}),
@@ -186,14 +189,21 @@ def chain(steps: list[str]) -> list[Any]:
 @pytest.mark.parametrize(("steps", "constants"), CASES.values(), ids=CASES)
 def test_an_operator_is_what_onnx_runtime_makes_of_it(steps: list[str], constants: Any, tmp_path: Path) -> None:
     """``optimize`` itself compares; where it does not agree, it refuses."""
-    from attnopt.from_onnx.opening import opened
-
     values = {
         n: np.asarray(v) if np.asarray(v).dtype != np.int32 else np.asarray(v, np.int64) for n, v in constants.items()
     }
     onnx.save(graph(chain(steps), {"x": [2, 3, 4]}, values), str(tmp_path / "m.onnx"))
     torch.manual_seed(0)
     opened(tmp_path / "m.onnx", (3 * torch.randn(2, 3, 4),), {})
+
+
+def test_constants_are_divided_towards_zero(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Div", ["a", "b"], ["c"]), helper.make_node("Cast", ["c"], ["d"], to=1)]
+    constants = {"a": np.array([-7, 7, 7, -8]), "b": np.array([2, -2, 2, 4])}
+    nodes.append(helper.make_node("Add", ["x", "d"], ["y"]))
+    onnx.save(graph(nodes, {"x": [2, 3, 4]}, constants), str(tmp_path / "m.onnx"))
+    module = opened(tmp_path / "m.onnx", (torch.zeros(2, 3, 4),), {})
+    assert module(torch.zeros(1, 1, 4))["y"].flatten().tolist() == [-3, -3, 3, -2]
 
 
 # ---------------------------------------------------------------- refusals

@@ -31,10 +31,11 @@ ODD = st.one_of(
     st.text(max_size=8), st.sampled_from(EVIL), st.dates(),
 )  # fmt: skip
 NAMES = [
-    "fuse", "local-window", "sparse", "dynamic-sparse", "prune-heads", "grouped-query", "scale-heads", "route-heads", "soft-pag",
-    "head-patch", "pass", "left", "right", "sinks", "dilation", "heads", "pattern", "fraction", "importance", "compensate",
-    "kv_heads", "grouping", "merge", "gains", "keep", "block", "scores", "shared", "active", "router", "replacement", "amount", "Causal",
-    "Window", "Blocks", "PerHead", "Global", "Segments", "BlockLayout", "Neighborhood", "RandomBlocks", "data", "shape", "dtype", "kind",
+    "fuse", "local-window", "sparse", "dynamic-sparse", "prune-heads", "grouped-query", "scale-heads", "route-heads",
+    "soft-pag", "head-patch", "pass", "left", "right", "sinks", "dilation", "heads", "pattern", "fraction", "importance",
+    "compensate", "kv_heads", "grouping", "merge", "gains", "keep", "block", "scores", "shared", "active", "router",
+    "replacement", "amount", "Causal", "Window", "Blocks", "PerHead", "Global", "Segments", "BlockLayout", "Neighborhood",
+    "RandomBlocks", "data", "shape", "dtype", "kind",
 ]  # fmt: skip
 DOCUMENTS = st.recursive(
     ODD | st.sampled_from(NAMES),
