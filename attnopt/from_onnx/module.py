@@ -174,10 +174,12 @@ def _attribute(value: Any) -> Any:
 def _distinct(names: Iterable[str], make: Callable[[str], str]) -> dict[str, str]:
     """What ``make`` makes of the names, each one of its own."""
     found: dict[str, str] = {}
+    taken: set[str] = set()
     for name in names:
         made = make(name)
-        while made in found.values():
+        while made in taken:
             made += "_"
+        taken.add(made)
         found[name] = made
     return found
 

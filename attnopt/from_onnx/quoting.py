@@ -12,5 +12,5 @@ def quoted(text: str, length: int = 300) -> str:
 def reason(error: Exception) -> str:
     """The kind of the error, what it says, and the notes on it."""
     return quoted(f"{type(error).__name__}: {error}") + "".join(
-        f" ({note})" for note in getattr(error, "__notes__", ())
+        f" ({quoted(note)})" for note in getattr(error, "__notes__", ())
     )

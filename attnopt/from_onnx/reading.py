@@ -65,6 +65,8 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         said = {entry.key: entry.value for entry in tensor.external_data}
+        if len(said) < len(tensor.external_data):  # which of them counts, others may see otherwise
+            raise CaptureError(f"{file} says twice where the weights {tensor.name!r} are")
         place = (folder / said.get("location", "")).resolve()
         if not place.is_relative_to(folder) or not place.is_file():
             raise CaptureError(
