@@ -11,6 +11,7 @@ from typing import Any
 from attnopt.errors import PolicyError
 
 LONGEST = 1 << 20  # characters of one text
+LARGEST_NUMBER = 64  # bits of an integer
 
 _JOINS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
 _PLAIN = (int, float, complex, str, bytes, tuple, list, dict, type(None), type(...))
@@ -30,7 +31,7 @@ def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:
         return _value(ast.parse(text.strip(), mode="eval").body, lookup)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         why = error.msg if isinstance(error, SyntaxError) else str(error) or "it is nested too deeply"
-        raise PolicyError(f"cannot read {_short(shown or text)!r}: {why}") from error
+        raise PolicyError(f"cannot read {shortened(shown or text)!r}: {why}") from error
 
 
 def construct(name: str, make: Callable[..., Any], args: list[Any], options: dict[str, Any]) -> Any:
@@ -49,14 +50,16 @@ def construct(name: str, make: Callable[..., Any], args: list[Any], options: dic
 
 def _value(node: ast.expr, lookup: Lookup) -> Any:
     match node:
+        case ast.Constant(int(value)) if value.bit_length() > LARGEST_NUMBER:
+            raise PolicyError(f"a number of {value.bit_length()} bits is too large")
         case ast.Constant(value):
             return value
         case ast.List(elements) | ast.Tuple(elements):
             return tuple(_value(e, lookup) for e in elements)
         case ast.Dict(keys, values):
-            return {_key(k, lookup): _value(v, lookup) for k, v in zip(keys, values, strict=True)}
-        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as amount)):
-            return -amount
+            return _distinct([(_key(k, lookup), _value(v, lookup)) for k, v in zip(keys, values, strict=True)])
+        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float()) as amount):
+            return -_value(amount, lookup)
         case ast.UnaryOp(ast.Invert(), operand):
             return ~_joinable(operand, lookup)
         case ast.BinOp(left, op, right) if type(op) in _JOINS:
@@ -65,23 +68,37 @@ def _value(node: ast.expr, lookup: Lookup) -> Any:
             return construct(_dotted(node), lookup(_dotted(node)), [], {})
         case ast.Call(func, args, keywords):
             name = _dotted(func)
-            options = {_keyword(k): _value(k.value, lookup) for k in keywords}
+            options = _distinct([(_keyword(k), _value(k.value, lookup)) for k in keywords])
             return construct(name, lookup(name), [_value(a, lookup) for a in args], options)
     raise PolicyError(f"{_source(node)} cannot be read", hint="write names with arguments, literals, and &, |, ~")
 
 
 def _joinable(node: ast.expr, lookup: Lookup) -> Any:
     value = _value(node, lookup)
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN) or not hasattr(value, "__and__"):
         raise PolicyError(f"{_source(node)} cannot be joined with &, | or ~", hint="only patterns can")
     return value
 
 
 def _key(node: ast.expr | None, lookup: Lookup) -> Any:
     key = None if node is None else _value(node, lookup)
-    if isinstance(key, dict) or key is None:
+    try:
+        hash(key)
+    except TypeError:
+        key = None
+    if key is None:
         raise PolicyError("a mapping's key must be a number, a text or a tuple")
     return key
+
+
+def _distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The pairs as a mapping; a key that stands twice would silently lose its first value."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise PolicyError(f"{key!r} stands twice")
+        found[key] = value
+    return found
 
 
 def _keyword(keyword: ast.keyword) -> str:
@@ -100,8 +117,9 @@ def _dotted(node: ast.expr) -> str:
 
 
 def _source(node: ast.expr) -> str:
-    return repr(_short(ast.unparse(node)))
+    return repr(shortened(ast.unparse(node)))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+def shortened(text: str, length: int = 80) -> str:
+    """At most so many characters of it."""
+    return text if len(text) <= length else text[: length - 3] + "..."

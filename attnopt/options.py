@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,9 +40,16 @@ def switches(owner: str, option: str, values: Any, count: int) -> tuple[bool, ..
     raise PolicyError(f"{owner}: {option}={values!r} is not possible; give True or False, or {count} of them")
 
 
+def switch(owner: str, option: str, value: Any) -> bool:
+    """``value``, which must be True or False."""
+    if isinstance(value, bool):
+        return value
+    raise PolicyError(f"{owner}: {option}={value!r} is not possible; give True or False")
+
+
 def number(owner: str, option: str, value: Any) -> float:
     """``value`` as a finite float."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     raise PolicyError(f"{owner}: {option}={value!r} is not possible; give a finite number")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -13,13 +14,13 @@ from attnopt import plugins
 from attnopt.block_scores import BlockScores
 from attnopt.constant import Constant
 from attnopt.errors import PolicyError
-from attnopt.notation import construct, evaluate
+from attnopt.notation import construct, evaluate, shortened
 from attnopt.patterns import Pattern, constructor
 from attnopt.policy_file import SUFFIXES, read_file
 from attnopt.rewriting import Pass
 
-_QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
-_KEBAB = re.compile(rf"{_QUOTED}|[A-Za-z_][\w.]*(?:-\w+)+")
+_QUOTED = r"'(?:\\[\s\S]|[^'\\])*+'?|\"(?:\\[\s\S]|[^\"\\])*+\"?"
+_KEBAB = re.compile(rf"{_QUOTED}|(?<![\w.])[A-Za-z_][\w.]*+(?:-\w++)+")  # the exponent of 1e-5 is no name
 
 Rule = tuple[str, tuple[Pass, ...]]
 
@@ -36,8 +37,7 @@ class Policy:
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        globs = [glob for glob, _ in self.rules]
-        twice = next((glob for glob in globs if globs.count(glob) > 1), None)
+        twice = next((glob for glob, n in Counter(glob for glob, _ in self.rules).items() if n > 1), None)
         if twice is not None:
             raise PolicyError(f"there are two rules for {twice!r}", hint="write one rule with the passes of both")
 
@@ -98,7 +98,7 @@ def _from_file(path: Path) -> Policy:
     try:
         return _from_data(data)
     except PolicyError as error:
-        raise PolicyError(f"{path}: {error.message}", hint=error.hint) from error
+        raise PolicyError(f"{path}: {shortened(error.message, 1000)}", hint=error.hint) from error
 
 
 def _rule(glob: Any, passes: Any) -> Rule:

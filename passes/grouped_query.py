@@ -84,7 +84,7 @@ class GroupedQuery(Pass, SharesBudget):
                 f"grouped-query: grouping={grouping!r} is not possible; give one of {GROUPINGS} or numbers"
             )
         numbers = tuple(whole(self.name, "grouping", g) for g in grouping)
-        if sorted(set(numbers)) != list(range(self.kv_heads)):
+        if len(set(numbers)) != self.kv_heads or max(numbers) >= self.kv_heads:
             raise PolicyError(
                 f"grouped-query: grouping={grouping!r} is not possible; with kv_heads={self.kv_heads} give each head a "
                 f"number from 0 to {self.kv_heads - 1}, and each number to a head"

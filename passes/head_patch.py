@@ -56,7 +56,7 @@ class HeadPatch(Pass):
             found = Constant.from_json(found) if isinstance(found, Mapping) else found
             assert isinstance(found, Constant)
             Replaced(tuple(self.heads), found)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, AssertionError) as error:
             named = ", ".join(map(repr, NAMED))
             shown = f"of shape {list(given.shape)}" if isinstance(given, Tensor) else repr(given)[:60]
             n = len(self.heads)

@@ -14,7 +14,7 @@ from attnopt.errors import PolicyError
 from attnopt.head_edits import Replaced
 from attnopt.head_scores import AT_SITE, scores_at
 from attnopt.obs import Surgeon
-from attnopt.options import choice, number, numbers, wholes
+from attnopt.options import choice, number, numbers, switch, wholes
 from attnopt.passes.heads import (
     BUDGETS,
     original_heads,
@@ -72,6 +72,7 @@ class PruneHeads(Pass, SharesBudget):
             choice(self.name, "compensate", self.compensate, COMPENSATIONS)
         if self.budget is not None:
             choice(self.name, "budget", self.budget, BUDGETS)
+        switch(self.name, "whole_layers", self.whole_layers)
         if self.heads is not None and (self.importance is not None or self.budget == "global"):
             what = "importance" if self.importance is not None else "budget"
             raise PolicyError(f"prune-heads: {what} is only used with fraction; leave it out or give fraction")
@@ -245,7 +246,11 @@ class PruneHeads(Pass, SharesBudget):
 
 
 def _is_pairs(given: Any) -> bool:
-    return isinstance(given, (list, tuple)) and bool(given) and all(isinstance(g, (list, tuple)) for g in given)
+    return (
+        isinstance(given, (list, tuple))
+        and bool(given)
+        and all(isinstance(g, (list, tuple)) and len(g) == 2 for g in given)
+    )
 
 
 def _unknown(site: Site, roles: Sequence[str]) -> bool:

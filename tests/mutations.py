@@ -48,6 +48,10 @@ FAULTS = (
           "visible = emit.call(aten.bitwise_not.default, condition) if step.when else condition",
           "visible = condition if step.when else emit.call(aten.bitwise_not.default, condition)",
           "test_meta.py -k without_values"),
+    Fault("a large number written on what is seen", "attnopt/masking.py",
+          "hidden = condition if step.when else emit.call(aten.bitwise_not.default, condition)",
+          "hidden = emit.call(aten.bitwise_not.default, condition) if step.when else condition",
+          "test_spellings.py -k must_match"),
     Fault("a proof that always holds", "attnopt/verify.py", "    return difference([got], [want.masked_fill(blind, 0.0)])",
           "    return 0.0", "test_meta.py -k one"),
     Fault("a bias with the wrong sign", "attnopt/masking.py", "    if step.coefficient != 1.0:",
@@ -99,15 +103,61 @@ FAULTS = (
     Fault("an ONNX band one too wide", "attnopt/to_onnx/bands.py", "return (Band(-left, right),)",
           "return (Band(-left - 1, right),)", "test_onnx_forms.py"),
     Fault("ONNX heads back in the wrong order", "attnopt/to_onnx/forms.py", "[order.index(h) for h in range(site.heads)]",
-          "order", "test_onnx_forms.py"),
+          "order", "test_onnx_forms.py -k fixed_lengths-and-PerHead"),
+    Fault("ONNX heads that share K/V read other heads'", "attnopt/to_onnx/forms.py",
+          "k, v = heads_of(b, k, site.kv_of_head), heads_of(b, v, site.kv_of_head)",
+          "k, v = heads_of(b, k, site.kv_of_head[::-1]), heads_of(b, v, site.kv_of_head[::-1])",
+          "test_onnx_forms.py -k share_keys"),
+    Fault("a group of ONNX heads with K/V of other heads", "attnopt/to_onnx/choice.py", "used.index(site.kv_of_head[h])",
+          "used.index(site.kv_of_head[heads[0]])", "test_onnx_forms.py -k share_keys"),
+    Fault("an ONNX file taken at its word", "attnopt/from_onnx/opening.py",
+          "if _agree(values, dict(zip(module.outputs, want, strict=True))):", "if True:", "test_from_onnx.py -k other_numbers"),
+    Fault("another default of an ONNX attribute", "attnopt/from_onnx/operators.py", 'a.get("keepdims", 1)',
+          'a.get("keepdims", 0)', "test_from_onnx.py -k an_operator_is"),
+    Fault("another default axis of an ONNX softmax", "attnopt/from_onnx/operators.py",
+          'torch.softmax(tensor(x), a.get("axis", -1))', 'torch.softmax(tensor(x), a.get("axis", 1))',
+          "test_from_onnx.py -k an_operator_is"),
+    Fault("another default epsilon", "attnopt/from_onnx/operators.py", 'a.get("epsilon", 1e-5)', 'a.get("epsilon", 1e-3)',
+          "test_from_onnx.py -k an_operator_is"),
+    Fault("the other default triangle", "attnopt/from_onnx/operators.py", 'if a.get("upper", 1)', 'if a.get("upper", 0)',
+          "test_from_onnx.py -k an_operator_is"),
+    Fault("another default axis of an ONNX split", "attnopt/from_onnx/layout.py", 'axis = a.get("axis", 0)\n    given',
+          'axis = a.get("axis", -1)\n    given', "test_from_onnx.py -k an_operator_is"),
+    # generation
+    Fault("a cache that keeps one token too few", "attnopt/rolling_cache.py", "t[..., length - recent :, :]",
+          "t[..., length - recent + 1 :, :]", "test_rolling_cache.py -k thousands"),
+    Fault("a cropped cache that counts on", "attnopt/rolling_cache.py",
+          "            self.cumulative_length += tokens_to_remove\n", "", "test_rolling_cache.py -k taken_back"),
+    Fault("a cropped cache that loses the first tokens", "attnopt/rolling_cache.py",
+          "self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]",
+          "self.keys[..., -tokens_to_remove:, :], self.values[..., -tokens_to_remove:, :]",
+          "test_rolling_cache.py -k taken_back"),
+    Fault("a past without its dilation", "attnopt/past.py", "pattern.left * pattern.dilation", "pattern.left",
+          "test_rolling_cache.py -k how_much"),
+    Fault("a past for the narrowest of its patterns", "attnopt/past.py", "max(p.recent for p in known)",
+          "min(p.recent for p in known)", "test_rolling_cache.py -k how_much"),
+    # heads for each token
+    Fault("tokens routed to the worst heads", "attnopt/head_routes.py", "scores_BRL.topk(count, 1)",
+          "scores_BRL.topk(count, 1, largest=False)", "test_head_routes.py -k gates_by_hand"),
+    Fault("routes of other heads", "attnopt/head_routes.py", "{h: i for i, h in enumerate(self.routed)}",
+          "{h: i for i, h in enumerate(reversed(self.routed))}", "test_head_routes.py -k gates_by_hand"),
+    Fault("a router that forgets its last row", "attnopt/head_routes.py", "@ router[:-1] + router[-1]", "@ router[:-1]",
+          "test_head_routes.py -k linear_router_by_hand"),
+    Fault("ties that route to too many heads", "attnopt/head_routes.py", "(tied & (tied.cumsum(1) <= left))", "tied",
+          "test_head_routes.py -k gates_by_hand"),
     # calibration
     Fault("a refit toward nothing", "attnopt/refit.py", "right = m.zy + reg * toward", "right = m.zy - reg * toward",
-          "test_compensation.py"),
+          "test_compensation.py -k argmin"),
     Fault("a compensating bias of the wrong sign", "attnopt/compensating.py", "out_bias=bias.double() + wrong",
-          "out_bias=bias.double() - wrong", "test_compensation.py"),
+          "out_bias=bias.double() - wrong", "test_compensation.py -k bias_takes"),
     # files
     Fault("damage that is not noticed", "attnopt/archive.py", "if _digest_of_file(file) != digest:", "if False:",
           "test_untrusted.py -k flipped"),
+    Fault("ONNX weights from any folder", "attnopt/from_onnx/reading.py",
+          "if not place.is_relative_to(folder) or not place.is_file():", "if not place.is_file():",
+          "test_onnx_hostile.py -k elsewhere"),
+    Fault("a policy's tags that are read", "attnopt/policy_file.py", "if event.tag is not None:", "if False:",
+          "test_policy.py -k bad_files"),
     Fault("a function that is no operator let through", "attnopt/archive.py", "        check_operators(",
           "        (lambda _: None)(", "test_untrusted.py -k hostile"),
 )  # fmt: skip
@@ -131,29 +181,31 @@ def planted(fault: Fault, folder: Path) -> None:
     file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
 
 
-def caught_by(fault: Fault) -> str | None:
-    """The first test that fails with the fault in place; None where all pass."""
+def caught_by(fault: Fault) -> tuple[str | None, float]:
+    """The first test that fails with the fault in place, None where all pass; and the seconds that it took."""
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         planted(fault, Path(folder))
         file, *chosen = fault.tests.replace("-and-", " and ").split(" ", 2)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", *chosen]
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+    seconds = time.monotonic() - start
     if done.returncode == 0:
-        return None
+        return None, seconds
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode != 1 or not failed:
         raise SystemExit(f"{fault.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return failed[0].split(" ", 1)[1].partition(" - ")[0]
+    return failed[0].split(" ", 1)[1].partition(" - ")[0], seconds
 
 
 def main(names: list[str]) -> int:
     chosen = [f for f in FAULTS if not names or any(n in f.name for n in names)]
     start, survived = time.monotonic(), 0
     with ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))) as pool:
-        for fault, test in zip(chosen, pool.map(caught_by, chosen), strict=True):
+        for fault, (test, seconds) in zip(chosen, pool.map(caught_by, chosen), strict=True):
             survived += test is None
-            print(f"{fault.name:50} {test or 'SURVIVED'}", flush=True)
+            print(f"{seconds:4.0f} s  {fault.name:50} {test or 'SURVIVED'}", flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} faults caught in {time.monotonic() - start:.0f} s")
     return 1 if survived or not chosen else 0
 

@@ -34,7 +34,7 @@ PATTERNS: list[Pattern] = [
     Global((0, 5)) | Window(4, 4),
     HIDING,
     PerHead({0: Window(3, 0), 2: Causal()}),
-    PerHead({(0, 1): Blocks(8)}, default=Window(5, 5) | Sinks(1)),
+    PerHead({(1, 2): Blocks(8)}, default=Window(5, 5) | Sinks(1)),
 ]
 
 

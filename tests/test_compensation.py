@@ -17,7 +17,7 @@ import attnopt
 from attnopt.grouping import adjacent, agglomerated, optimal, queries_by_norm
 from attnopt.obs import Surgeon
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
-from attnopt.refit import Moments
+from attnopt.refit import Moments, ridge
 
 H, D = 4, 4
 
@@ -53,6 +53,17 @@ def test_least_squares_makes_up_for_a_copied_head() -> None:
     plain = attnopt.optimize(model, PruneHeads(heads=[3]), (data[0],))
     assert error(plain, model, new) > 1e-2
     assert "by block OBS" in fast.report.sites[0].notes[0] or "least squares" in fast.report.sites[0].notes[0]
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-1, 10.0])
+def test_a_ridge_is_the_argmin_that_it_says(strength: float) -> None:
+    """Against the plain problem with a row for each weight, which asks it to be as before."""
+    z, y, toward = (torch.randn(*shape, dtype=torch.float64) for shape in ((50, 7), (50, 3), (7, 3)))
+    made = ridge(Moments(z.T @ z, z.T @ y, float(y.square().sum()), len(z)), toward, strength)
+    kept = (strength * (z.T @ z).diagonal()[:-1].mean()).sqrt()
+    rows = torch.cat([z, kept * torch.eye(7, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(rows, torch.cat([y, kept * toward])).solution
+    torch.testing.assert_close(made, wanted)
 
 
 def test_bias_takes_the_mean_of_what_is_gone() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.from_onnx import operators
+from attnopt.from_onnx.opening import opened
 from attnopt.passes import LocalWindow, PruneHeads
 
 SHAPES = {"ids": {0: "batch", 1: "length"}, "padding": {0: "batch", 1: "length"}}
@@ -124,26 +125,46 @@ def graph(nodes: list[Any], given: dict[str, list[Any]], constants: dict[str, An
 f32 = np.float32
 CASES: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "integers are divided towards zero": (["Cast:to=7", "Div:c", "Cast:to=1"], {"c": np.array([3, -2, 5, 7])}),
+    "the sign of a remainder": (["Mod:c,fmod=1"], {"c": np.array([2, -2, 0.3, 1], f32)}),
+    "the sign of a whole remainder": (["Cast:to=7", "Mod:c", "Cast:to=1"], {"c": np.array([2, -2, 3, 1])}),
     "a constant of another rank": (["Add:c"], {"c": np.ones((1, 1, 1, 1), f32)}),
     "gather of negative places": (["Gather:c,axis=2"], {"c": np.array([-1, 0, 2])}),
     "gather of one place": (["Gather:c,axis=1"], {"c": np.array(-1)}),
     "slice to the end": (["Slice:s,e,a,t"], {"s": [1], "e": [2**63 - 1], "a": [-1], "t": [2]}),
     "expand both ways": (["Expand:c"], {"c": np.array([2, 1, 1, 4])}),
     "reduce without axes": (["ReduceMean:keepdims=0"], {}),
+    "reduce without attributes": (["ReduceMean:"], {}),
+    "sum over axes without attributes": (["ReduceSum:c"], {"c": np.array([1])}),
     "reduce over axes": (["ReduceSum:c,keepdims=0"], {"c": np.array([0, -1])}),
     "reshape keeps and fills": (["Reshape:c"], {"c": np.array([0, -1])}),
+    "split without an axis": (["Split:c"], {"c": np.array([1, 1])}),
     "split in unequal parts": (["Split:c,axis=2"], {"c": np.array([1, 3])}),
     "clip from below": (["Clip:c"], {"c": np.array(0.1, f32)}),
     "softmax over tokens": (["Softmax:axis=1"], {}),
+    "softmax without an axis": (["Softmax:"], {}),
     "power": (["Pow:c"], {"c": np.array(2.0, f32)}),
     "the lower triangle": (["Trilu:upper=0"], {}),
+    "the upper triangle": (["Trilu:"], {}),
+    "normalized over features": (
+        ["Mul:s", "LayerNormalization:w"],
+        {"s": np.array(1e-2, f32), "w": np.arange(4, dtype=f32)},
+    ),
+    "normalized over all but the batch": (
+        ["LayerNormalization:w,b,axis=1"],
+        {"w": np.ones((3, 4), f32), "b": np.ones((3, 4), f32)},
+    ),
+    "gather without an axis": (["Gather:c"], {"c": np.array([1, 0])}),
+    "gather elements without an axis": (["GatherElements:c"], {"c": np.array([[[1, 0, 1, 0]]])}),
     "transposed without axes": (["Transpose:"], {}),
     "flattened": (["Flatten:axis=2"], {}),
+    "flattened without an axis": (["Flatten:"], {}),
     "tiled": (["Tile:c"], {"c": np.array([1, 2, 1])}),
     "gemm with all options": (
         ["Reshape:s", "Gemm:w,b,alpha=0.5,beta=2.0,transB=1"],
         {"s": [-1, 4], "w": np.arange(12, dtype=f32).reshape(3, 4), "b": np.arange(3, dtype=f32)},
     ),
+    "gemm without options": (["Reshape:s", "Gemm:w"], {"s": [-1, 4], "w": np.arange(12, dtype=f32).reshape(4, 3)}),
+    "a convolution without attributes": (["Conv:w"], {"w": np.arange(18, dtype=f32).reshape(2, 3, 3)}),
     "a convolution with uneven padding": (
         ["Conv:w,pads=[2;0],strides=[2]"],
         {"w": np.arange(18, dtype=f32).reshape(2, 3, 3)},
@@ -168,14 +189,21 @@ def chain(steps: list[str]) -> list[Any]:
 @pytest.mark.parametrize(("steps", "constants"), CASES.values(), ids=CASES)
 def test_an_operator_is_what_onnx_runtime_makes_of_it(steps: list[str], constants: Any, tmp_path: Path) -> None:
     """``optimize`` itself compares; where it does not agree, it refuses."""
-    from attnopt.from_onnx.opening import opened
-
     values = {
         n: np.asarray(v) if np.asarray(v).dtype != np.int32 else np.asarray(v, np.int64) for n, v in constants.items()
     }
     onnx.save(graph(chain(steps), {"x": [2, 3, 4]}, values), str(tmp_path / "m.onnx"))
     torch.manual_seed(0)
     opened(tmp_path / "m.onnx", (3 * torch.randn(2, 3, 4),), {})
+
+
+def test_constants_are_divided_towards_zero(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Div", ["a", "b"], ["c"]), helper.make_node("Cast", ["c"], ["d"], to=1)]
+    constants = {"a": np.array([-7, 7, 7, -8]), "b": np.array([2, -2, 2, 4])}
+    nodes.append(helper.make_node("Add", ["x", "d"], ["y"]))
+    onnx.save(graph(nodes, {"x": [2, 3, 4]}, constants), str(tmp_path / "m.onnx"))
+    module = opened(tmp_path / "m.onnx", (torch.zeros(2, 3, 4),), {})
+    assert module(torch.zeros(1, 1, 4))["y"].flatten().tolist() == [-3, -3, 3, -2]
 
 
 # ---------------------------------------------------------------- refusals

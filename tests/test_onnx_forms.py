@@ -40,6 +40,12 @@ def test_sparse_forms_at_fixed_lengths(pattern: Pattern, tmp_path: Path) -> None
     assert taken == ["Attention" if pattern == Full() else wanted]
 
 
+@pytest.mark.parametrize("kv_of_head", [(0, 0, 1, 1), (0, 1, 0, 1), (1, 0, 0, 0)], ids=str)
+@pytest.mark.usefixtures("sparse_pays")
+def test_heads_with_patterns_of_their_own_share_keys(kv_of_head: tuple[int, ...], tmp_path: Path) -> None:
+    assert check(tmp_path / "m.onnx", make_spec(PATTERNS[-1], kv_of_head), (2, 40, 40)) == ["per head"]
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_dynamic_lengths(pattern: Pattern, tmp_path: Path) -> None:
     check(tmp_path / "m.onnx", make_spec(pattern), (2, 70, 70), others=((1, 130, 130), (3, 1, 1), (2, 300, 300)))

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import attnopt
 from attnopt.errors import PolicyError
-from attnopt.passes import Fuse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
-from attnopt.patterns import Causal, PerHead, Sinks, Window
+from attnopt.passes import (
+    DynamicSparse,
+    Fuse,
+    GroupedQuery,
+    HeadPatch,
+    LocalWindow,
+    PruneHeads,
+    RouteHeads,
+    ScaleHeads,
+    SoftPAG,
+    Sparse,
+)
+from attnopt.patterns import (
+    BlockLayout,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Global,
+    Neighborhood,
+    PerHead,
+    Periodic,
+    Prefix,
+    RandomBlocks,
+    Segments,
+    Sinks,
+    Strided,
+    Window,
+)
 from attnopt.policy import Policy
 
+PATTERNS = [
+    Segments([0, 0, 1], pairs=[(0, 1)]), Neighborhood((3, 4), 3, edge="clip"), BlockLayout(["0-1", "1"], 4), Global([5, 2]),
+    Prefix(1, Strided(3)), RandomBlocks(4, 2, seed=7), Blocks(8, 1) | Dilated(2, 2, 3), Periodic(4, 1), Full(),
+]  # fmt: skip
 PASSES = st.one_of(
     st.just(Fuse()),
     st.builds(
@@ -24,6 +57,17 @@ PASSES = st.one_of(
     st.sampled_from([Sparse(Causal() & ~Window(3, 0)), Sparse(PerHead({(0, 1): Sinks(2), 3: Causal()}, Window(2)))]),
     st.builds(lambda heads: PruneHeads(heads=heads), st.lists(st.integers(0, 9))),
     st.sampled_from([PruneHeads(0.25), PruneHeads(0.5, importance=[1, 2.5])]),
+    st.builds(
+        RouteHeads, st.sets(st.integers(0, 9), max_size=3) | st.integers(0, 3), st.integers(1, 3), st.just("linear")
+    ),
+    st.builds(SoftPAG, st.none() | st.lists(st.integers(0, 9)), st.floats(0, 1)),
+    st.builds(
+        lambda scores, keep: DynamicSparse(scores, keep), st.sampled_from(["pooled", "kmeans"]), st.floats(0.1, 1)
+    ),
+    st.sampled_from(
+        [HeadPatch([2, 1], "mean"), HeadPatch([0], torch.arange(3.0)[None]), PruneHeads(0.1, whole_layers=True)]
+    ),
+    st.sampled_from(PATTERNS).map(Sparse),
     st.builds(GroupedQuery, st.integers(1, 9), st.sampled_from(["mean", "first"])),
     st.builds(
         ScaleHeads, st.lists(st.floats(-2, 2)) | st.dictionaries(st.integers(0, 9), st.floats(-2, 2), min_size=1)
@@ -60,6 +104,7 @@ def test_json_reads_back(policy: Policy) -> None:
         ("sparse(pattern=Causal() & Window(3, 0))", (Sparse(Causal() & Window(3, 0)),)),
         ("sparse('Causal() & Window(3, 0)')", (Sparse(Causal() & Window(3, 0)),)),
         ("grouped-query(kv_heads=2, merge='first')", (GroupedQuery(2, "first"),)),
+        ("scale-heads([1e-5, 2.5e-3]), soft-pag(u=1e-1)", (ScaleHeads((1e-5, 2.5e-3)), SoftPAG(u=0.1))),
         (["fuse", "local-window(3)", [Fuse()]], (Fuse(), LocalWindow(3), Fuse())),
         ({"pass": "local-window", "left": 16}, (LocalWindow(16),)),
         ([{"pass": "sparse", "pattern": "Sinks(2)"}], (Sparse(Sinks(2)),)),
@@ -123,14 +168,41 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("p.yaml", "a: fuze", "p.yaml: rule 'a': there is no pass 'fuze'; there are fuse, local-window,"),
         ("p.yaml", "a: fuze", "hint: did you mean fuse?"),
         ("p.yaml", "a: {pass: local-window, left: -1}", "p.yaml: rule 'a': local-window: left=-1 is not possible"),
-        ("p.yaml", "a: &x [fuse]\nb: *x", "p.yaml: aliases (*name) are not read; write the value out"),
-        ("p.yaml", "a: fuse\na: []", "p.yaml: 'a' stands twice"),
+        ("p.yaml", "a: &x [fuse]\nb: *x", "p.yaml: line 2: aliases (*name) are not read; write the value out"),
+        ("p.yaml", "a: fuse\na: []", "p.yaml: line 2: 'a' stands twice"),
         ("p.yaml", "a: [", "p.yaml: is not YAML: "),
         ("p.yaml", "1: fuse", "p.yaml: rule 1: a site name must be text"),
         ("p.yaml", "a:", "p.yaml: rule 'a': None is not a pass"),
         ("p.yaml", "", "p.yaml: None is not a pass"),
         ("p.yaml", "p.yaml", "p.yaml: there is no pass 'p.yaml'"),  # a file that names itself
-        ("p.yaml", "a: !!python/object/apply:os.system [x]", "p.yaml: is not YAML: "),
+        (
+            "p.yaml",
+            "a: !!python/object/apply:os.system [x]",
+            "p.yaml: line 1: tags (!name) are not read; write a plain",
+        ),
+        ("p.yaml", "a: !!bool maybe", "p.yaml: line 1: tags (!name) are not read"),
+        ("p.yaml", "a: 2001-99-99", "p.yaml: month must be in 1..12"),
+        ("p.yaml", "a:\n- {pass: local-window, left: 1, left: 2}", "p.yaml: line 2: 'left' stands twice"),
+        ("p.yaml", "a: local-window(left=1, left=2)", "p.yaml: rule 'a': 'left' stands twice"),
+        ("p.yaml", "a: 'scale-heads({0: 2, 0: 3})'", "p.yaml: rule 'a': 0 stands twice"),
+        (
+            "p.yaml",
+            "a: 'scale-heads({({},): 2})'",
+            "p.yaml: rule 'a': a mapping's key must be a number, a text or a tuple",
+        ),
+        ("p.yaml", "a: local-window(-0x" + 90 * "f" + ")", "p.yaml: rule 'a': a number of 360 bits is too large"),
+        ("p.yaml", "a: 0x" + 999 * "f", "p.yaml: line 1: a number of 1001 characters is too long"),
+        ("p.yaml", "a: 1" + 300 * ":1" + ".5", "p.yaml: line 1: a number of 603 characters is too long"),
+        ("p.yaml", "a: 1" + 190 * ":1" + ".5", "p.yaml: int too large to convert to float"),
+        ("p.json", '{"a": 1' + 400 * "0" + "}", "p.json: a number of 401 characters is too long"),
+        ("p.json", '{"a": {"pass": "scale-heads", "gains": [1' + 350 * "0" + "]}}", "give a finite number"),
+        ("p.json", "[" * 200 + "]" * 200, "p.json: is nested too deeply"),
+        (
+            "p.json",
+            '{"a": {"pass": "prune-heads", "fraction": 0.5, "whole_layers": 1}}',
+            "whole_layers=1 is not possible",
+        ),
+        ("p.json", '{"a": {"pass": "' + 9999 * "x" + '"}}', "p.json: rule 'a': there is no pass 'xxx"),
         ("p.yaml", "[" * 5000, "p.yaml: is nested too deeply"),
         ("p.json", "[" * 200_000, "p.json: is nested too deeply"),
         ("p.json", '{"a": "fuse", "a": []}', "p.json: 'a' stands twice"),
@@ -153,6 +225,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Policy.of("nowhere.yaml")
     with pytest.raises(PolicyError, match=r"p\.txt: a policy file ends in \.yaml, \.yml, \.json"):
         Policy.of(tmp_path / "p.txt")
+    with pytest.raises(PolicyError, match=r"cannot be read: embedded null byte"):
+        Policy.of("\0.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "endless.yaml").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        with pytest.raises(PolicyError, match=rf"{name}\.yaml: cannot be read: it is no plain file"):
+            Policy.of(tmp_path / f"{name}.yaml")
     (tmp_path / "p.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(PolicyError, match=r"p\.yaml: cannot be read: 'utf-8' codec"):
         Policy.of(tmp_path / "p.yaml")
@@ -175,6 +254,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("open('x')", "there is no pass 'open'"),
         ("sparse(pattern=Causl())", "there is no pattern 'Causl'; there are Full, Causal,"),
         ("Causal()", "Causal() in 'Causal()' is not a pass\n  hint: a pattern goes into sparse(pattern=...)"),
+        ("soft-pag | soft-pag", "'soft_pag' cannot be joined with &, | or ~\n  hint: only patterns can"),
         ("sparse(pattern=fuse)", "sparse: pattern=Fuse() is not possible; give one of attnopt.patterns or its text"),
         (3, "3 is not a pass\n  hint: give a pass, a list of passes, or text such as 'local-window(left=8)'"),
         ([{"left": 3}], "{'left': 3} names no pass\n  hint: write it as "),

@@ -184,6 +184,14 @@ def as_operator(target: str) -> Callable[[Any], None]:
     return change
 
 
+def reading_a_file(graph: Any) -> None:
+    """Well formed: nothing but the name of the operator tells it from others."""
+    node = graph["graph_module"]["graph"]["nodes"][-1]
+    given = {"filename": {"as_string": "exploded"}, "shared": {"as_bool": True}, "size": {"as_int": 384}}
+    node["target"] = "torch.ops.aten.from_file.default"
+    node["inputs"] = [{"name": name, "arg": arg, "kind": 1} for name, arg in given.items()]
+
+
 def named_input(name: str) -> Callable[[Any], None]:
     def change(graph: Any) -> None:
         text = json.dumps(graph["graph_module"])
@@ -206,7 +214,7 @@ HOSTILE: dict[str, Callable[[Any], None]] = {
     ),
     "any function": as_operator("torch.os.system"),
     "a library": as_operator("torch.ops.load_library"),
-    "a file": as_operator("torch.ops.aten.from_file.default"),
+    "a file": reading_a_file,
     "a packet": as_operator("torch.ops.aten.add"),
     "an unknown operator": as_operator("torch.ops.nowhere.op.default"),
     "input's name": named_input(f"x={ATTACK}"),
@@ -316,7 +324,7 @@ RUN = """
     for what in sys.argv[1:]:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            attnopt.load(what) if not what.endswith("yaml") else attnopt.Policy.of(what)
+            attnopt.load(what) if not what.endswith(("yaml", "json")) else attnopt.Policy.of(what)
         except attnopt.AttnoptError as error:
             said = type(error).__name__ + " " + str(error).splitlines()[0]
         else:
@@ -361,8 +369,14 @@ def test_bombs(original: Path, tmp_path: Path) -> None:
         if bomb is not long_json:
             sealed(folder)
     laughs = "a: &a [x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{f'*{chr(97 + i)}, ' * 9}]\n" for i in range(20))
-    (tmp_path / "laughs.yaml").write_text(laughs)
-    names = [*(b.__name__ for b in bombs), "laughs.yaml"]
+    rules, passes = {str(n): [] for n in range(80_000)}, [*["fuse"] * 40_000, "fuze"]
+    policies = {
+        "laughs.yaml": laughs, "letters.yaml": "a" * (1 << 19), "quotes.yaml": "a" + "'\\" * (1 << 18) + "\n",
+        "rules.json": json.dumps(rules | {"x": "fuze"}), "passes.json": json.dumps(passes),
+    }  # fmt: skip
+    for name, text in policies.items():
+        (tmp_path / name).write_text(text)
+    names = [*(b.__name__ for b in bombs), *policies]
     source = textwrap.dedent(RUN).format(memory=MEMORY)
     done = subprocess.run(
         [sys.executable, "-c", source, *(str(tmp_path / n) for n in names)], capture_output=True, text=True, timeout=300

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.from_onnx.values import Value, is_known, known, numbers, tensor
+from attnopt.from_onnx.values import LARGEST, Value, is_known, known, numbers, tensor
 
 Attributes = Mapping[str, Any]
 Operator = Callable[..., Value]  # (attributes, *inputs), an input that is left out being None
@@ -134,7 +134,7 @@ def _tile(_: Attributes, x: Value, repeats: Value) -> Value:
 def _filled(a: Attributes, shape: Value) -> Value:
     value = a["value"].reshape(-1)[0] if "value" in a else np.float32(0)
     sizes = numbers(shape)
-    if len(sizes) <= 1 and value.dtype.kind == "i" and all(isinstance(n, int) for n in sizes):
+    if len(sizes) <= 1 and value.dtype.kind == "i" and all(isinstance(n, int) and n <= LARGEST for n in sizes):
         return np.full(sizes, value)
     return torch.full(sizes, value.item(), dtype=torch_dtype(value.dtype))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import keyword
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from attnopt.errors import CaptureError
 from attnopt.from_onnx.fusing import fused
 from attnopt.from_onnx.layout import split
 from attnopt.from_onnx.operators import OPERATORS
+from attnopt.from_onnx.quoting import quoted
 from attnopt.from_onnx.values import Value, stays_known, tensor
 
 if TYPE_CHECKING:
@@ -34,11 +36,13 @@ class OnnxModule(nn.Module):
         self.file = file
         self._known: dict[str, Any] = {}
         self._weights: dict[str, str] = {}
+        self._nodes: list[_Node] = []  # these are set before there are weights, which may have the same names
+        self.outputs = [o.name for o in model.graph.output]
+        self.inputs: dict[str, str] = {}
         for stored in model.graph.initializer:
             self._store(stored.name, onnx.numpy_helper.to_array(stored))
         given = [i.name for i in model.graph.input if i.name not in self._known and i.name not in self._weights]
-        self.inputs = {name: _identifier(name) for name in given}
-        self.outputs = [o.name for o in model.graph.output]
+        self.inputs = _distinct(given, _argument)
         self._nodes = [
             self._placed(node, number) for number, node in enumerate(fused(model.graph.node, self._zeros(model)))
         ]
@@ -57,6 +61,8 @@ class OnnxModule(nn.Module):
             return
         *path, last = map(_identifier, name.split("."))
         owner, place = self._folder(path)
+        while hasattr(owner, last):
+            last += "_"
         weight = torch.from_numpy(array.copy())
         if weight.is_floating_point():
             owner.register_parameter(last, nn.Parameter(weight))
@@ -97,13 +103,16 @@ class OnnxModule(nn.Module):
             try:
                 made = node([values[name] if name else None for name in node.inputs])
             except (NotImplementedError, TypeError) as e:
-                raise CaptureError(f"{self.file}: {node.kind} {node.name!r} is not read: {e}") from e
+                raise CaptureError(f"{self.file}: {node.kind} {node.name!r} is not read: {quoted(str(e))}") from e
+            except Exception as e:
+                e.add_note(f"in {node.kind} {node.name!r}")
+                raise
             values.update(zip(node.outputs, made, strict=False))
         return values
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         values = self.values(self.signature.bind(*args, **kwargs).arguments)
-        return {_identifier(name): tensor(values[name]) for name in self.outputs}
+        return {said: tensor(values[name]) for name, said in _distinct(self.outputs, _identifier).items()}
 
 
 def module_of(model: onnx.ModelProto, file: str) -> OnnxModule:
@@ -160,6 +169,24 @@ def _attribute(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
+
+
+def _distinct(names: Iterable[str], make: Callable[[str], str]) -> dict[str, str]:
+    """What ``make`` makes of the names, each one of its own."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        made = make(name)
+        while made in taken:
+            made += "_"
+        taken.add(made)
+        found[name] = made
+    return found
+
+
+def _argument(name: str) -> str:
+    made = _identifier(name)
+    return made if made.isidentifier() and not keyword.iskeyword(made) and made != "self" else f"_{made}"
 
 
 def _identifier(name: str) -> str:

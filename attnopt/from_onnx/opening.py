@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from attnopt.compare import difference, tolerance
 from attnopt.compiling import compiling
 from attnopt.errors import CaptureError
 from attnopt.from_onnx.module import OnnxModule
+from attnopt.from_onnx.quoting import quoted, reason
 from attnopt.from_onnx.reading import read
+from attnopt.from_onnx.values import tensor
 from attnopt.onnx_session import cpu_session
 
 ROOM = 10.0  # ONNX Runtime sums in other orders than torch
@@ -23,8 +27,6 @@ ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 @compiling()
 def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OnnxModule:
     """The module of an ONNX file.  Raises CaptureError: without example inputs, or naming the first operator that differs."""
-    import onnx
-
     module = read(path).eval()
     try:
         bound = module.signature.bind(*args, **kwargs).arguments
@@ -34,11 +36,41 @@ def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[
             hint="give example inputs, by place or by name",
         ) from None
     feed = {name: _array(bound[said], said) for name, said in module.inputs.items()}
-    with torch.no_grad():
-        values = module.values(bound)
+    try:
+        with torch.no_grad(), np.errstate(all="ignore"), _without_traps(module):
+            values = module.values(bound)
+        _compare(path, module, values, feed)
+    except CaptureError:
+        raise
+    except Exception as e:
+        raise CaptureError(f"{path} cannot be run on these inputs: {reason(e)}", hint=_INPUTS) from e
+    return module
+
+
+@contextlib.contextmanager
+def _without_traps(module: OnnxModule) -> Iterator[None]:
+    """The one division that ends the process, torch's or ONNX Runtime's, is an OverflowError."""
+
+    def check(_: Any, given: Any) -> None:
+        a, b = map(tensor, given[0])
+        if a.dtype in (torch.int32, torch.int64) and bool(((a == torch.iinfo(a.dtype).min) & (b == -1)).any()):
+            raise OverflowError("the least integer is divided by -1")
+
+    hooks = [n.register_forward_pre_hook(check) for n in module.modules() if getattr(n, "kind", "") in ("Div", "Mod")]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _compare(path: Any, module: OnnxModule, values: Mapping[str, Any], feed: Mapping[str, Any]) -> None:
+    """CaptureError that names the first operator which gives something else than in ONNX Runtime."""
+    import onnx
+
     want = _run(Path(path), feed, str(path))
     if _agree(values, dict(zip(module.outputs, want, strict=True))):
-        return module
+        return
     model = onnx.load(path)
     names = [output for node in model.graph.node for output in node.output if output]
     del model.graph.output[:]
@@ -52,6 +84,7 @@ def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[
     raise CaptureError(f"{path} gives other numbers than in ONNX Runtime", hint=_HINT)
 
 
+_INPUTS = "give inputs of the types and sizes that the file takes"
 _HINT = "please report the file, or export the model anew"
 
 
@@ -65,16 +98,11 @@ def _run(model: Path | bytes, feed: Mapping[str, Any], path: str) -> list[Any]:
     try:
         found: list[Any] = cpu_session(model).run(None, dict(feed))
     except Exception as e:
-        raise CaptureError(
-            f"ONNX Runtime cannot run {path}: {str(e)[:300]}",
-            hint="give inputs of the types and sizes that the file takes",
-        ) from e
+        raise CaptureError(f"ONNX Runtime cannot run {path}: {quoted(str(e))}", hint=_INPUTS) from e
     return found
 
 
 def _agree(values: Mapping[str, Any], want: Mapping[str, Any]) -> bool:
-    from attnopt.from_onnx.values import tensor
-
     for name, array in want.items():
         there = torch.from_numpy(array)
         here = tensor(values[name]).to(there.dtype)

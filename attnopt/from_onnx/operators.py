@@ -48,7 +48,13 @@ def _divide(a: Any, b: Any) -> Any:
 
 
 def _divide_known(a: Known, b: Known) -> Known:
-    return a / b if "f" in (a.dtype.kind, b.dtype.kind) else a // b
+    if "f" in (a.dtype.kind, b.dtype.kind):
+        return a / b
+    if not np.all(b):
+        raise ZeroDivisionError("integers are divided by zero")  # which ends ONNX Runtime's process
+    if "O" in (a.dtype.kind, b.dtype.kind):
+        return a // b  # sizes, which are not negative
+    return np.sign(a) * np.sign(b) * (abs(a) // abs(b))
 
 
 def _power(a: Any, b: Any) -> Any:
@@ -163,7 +169,7 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Div": _both(_divide, _divide_known),
     "Pow": _both(_power),
     "Sum": _both(operator.add, operator.add),
-    "Mod": _both(torch.remainder),
+    "Mod": lambda a, *x: _both(torch.fmod if a.get("fmod") else torch.remainder)(a, *x),
     "Equal": _both(torch.eq, operator.eq),
     "Greater": _both(torch.gt),
     "Less": _both(torch.lt),

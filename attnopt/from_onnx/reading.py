@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnopt.errors import CaptureError
 from attnopt.from_onnx.module import OnnxModule, module_of
 from attnopt.from_onnx.operators import OPERATORS, SAFE_SOFTMAX
+from attnopt.from_onnx.quoting import quoted, reason
 
 if TYPE_CHECKING:
     import onnx
 
 KNOWN = {*OPERATORS.keys() - {SAFE_SOFTMAX}, "Split", "Constant"}
 OLDEST = 13  # opset; before it, axes and softmaxes mean something else
+LARGEST = 2**31 - 1  # bytes of a file, without its external data: more cannot be in one protocol buffer
+SHARED = 4  # so many times the bytes of their files weights may take; tied ones are stored once
 
 
 def read(path: str | os.PathLike[str]) -> OnnxModule:
@@ -25,20 +28,30 @@ def read(path: str | os.PathLike[str]) -> OnnxModule:
 
     file = Path(path)
     try:
+        _check_file(file)
         model = onnx.load(file, load_external_data=False)
         _check_external_data(model, file)
         onnx.checker.check_model(str(file))
         model = inliner.inline_local_functions(model) if model.functions else model
         onnx.load_external_data_for_model(model, str(file.parent))
+        _check_operators(model, file)
+        return module_of(model, str(file))
     except CaptureError:
         raise
     except Exception as e:
         raise CaptureError(
-            f"{file} cannot be read as an ONNX model: {type(e).__name__}: {str(e)[:200]}",
+            f"{file} cannot be read as an ONNX model: {reason(e)}",
             hint="give a complete .onnx file, beside it the files that hold its weights",
         ) from e
-    _check_operators(model, file)
-    return module_of(model, str(file))
+
+
+def _check_file(file: Path) -> None:
+    """Reading a pipe or a device could block or never end."""
+    size = file.stat().st_size
+    if not file.is_file():
+        raise OSError("it is no plain file")
+    if size > LARGEST:
+        raise OSError(f"{size} bytes are more than an ONNX file can have")
 
 
 def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
@@ -46,28 +59,45 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
     import onnx
 
     folder = file.resolve().parent
+    sizes: dict[Path, int] = {}
+    wanted = 0
     for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         said = {entry.key: entry.value for entry in tensor.external_data}
+        if len(said) < len(tensor.external_data):  # which of them counts, others may see otherwise
+            raise CaptureError(f"{file} says twice where the weights {tensor.name!r} are")
         place = (folder / said.get("location", "")).resolve()
         if not place.is_relative_to(folder) or not place.is_file():
             raise CaptureError(
                 f"{file} wants the weights {tensor.name!r} from {said.get('location')!r}, which is no file in its folder",
                 hint="put the files that hold the weights beside the model",
             )
-        end = int(said.get("offset", 0)) + int(said.get("length", 0))
-        if int(said.get("offset", 0)) < 0 or end > place.stat().st_size:
+        size = sizes.setdefault(place, place.stat().st_size)
+        start = int(said.get("offset") or 0)
+        length = int(said.get("length") or size - start)
+        if start < 0 or length < 0 or start + length > size:
             raise CaptureError(
                 f"{place} ends before the weights {tensor.name!r} of {file}", hint="copy both files again"
             )
+        wanted += length
+    if wanted > SHARED * sum(sizes.values()):
+        raise CaptureError(f"{file} wants {wanted} bytes of weights from files of {sum(sizes.values())}")
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every stored tensor, those in attributes and inner graphs included."""
-    from onnx.external_data_helper import _get_all_tensors
+    """Every stored tensor, wherever it is: in attributes, inner graphs, functions and sparse weights too."""
+    import onnx
 
-    yield from _get_all_tensors(model)
+    stack: list[Any] = [model]
+    while stack:
+        here = stack.pop()
+        if isinstance(here, onnx.TensorProto):
+            yield here
+            continue
+        for field, value in here.ListFields():
+            if field.message_type is not None:
+                stack.extend([value] if hasattr(value, "ListFields") else value)
 
 
 def _check_operators(model: onnx.ModelProto, file: Path) -> None:
@@ -84,8 +114,9 @@ def _check_operators(model: onnx.ModelProto, file: Path) -> None:
             if n.domain not in ("", "ai.onnx") or n.op_type not in KNOWN
         }
     )
+    unknown += ["sparse weights"] if model.graph.sparse_initializer else []
     if unknown:
         raise CaptureError(
-            f"{file} holds operators that are not read: {', '.join(unknown)}",
+            f"{file} holds operators that are not read: {quoted(', '.join(unknown))}",
             hint="export the model with plain operators, in float32 and before it is optimized or quantized",
         )

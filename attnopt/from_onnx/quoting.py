@@ -1,0 +1,16 @@
+"""What a file and the libraries that read it say, as words for a message."""
+
+from __future__ import annotations
+
+
+def quoted(text: str, length: int = 300) -> str:
+    """At most so many characters, without those that a terminal would take for commands."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= length else shown[: length - 3] + "..."
+
+
+def reason(error: Exception) -> str:
+    """The kind of the error, what it says, and the notes on it."""
+    return quoted(f"{type(error).__name__}: {error}") + "".join(
+        f" ({quoted(note)})" for note in getattr(error, "__notes__", ())
+    )
