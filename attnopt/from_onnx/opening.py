@@ -34,9 +34,9 @@ def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[
             hint="give example inputs, by place or by name",
         ) from None
     feed = {name: _array(bound[said], said) for name, said in module.inputs.items()}
+    want = _run(Path(path), feed, str(path))  # before torch, because it knows what the file takes
     with torch.no_grad():
         values = module.values(bound)
-    want = _run(Path(path), feed, str(path))
     if _agree(values, dict(zip(module.outputs, want, strict=True))):
         return module
     model = onnx.load(path)
