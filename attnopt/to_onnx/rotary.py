@@ -137,7 +137,7 @@ def _half(b: Builder, tables: dict[tuple[ir.Value, object], ir.Value], table: ir
         if len(table.shape) == 4:
             half = b.op("Squeeze", half, b.ints(1))
         if len(table.shape) != 4 or table.shape[0] != x.shape[0]:
-            half = b.op("Expand", half, b.op("Concat", b.op("Shape", x, start=0, end=1), b.ints(1, 1), axis=0))
+            half = b.op("Expand", half, b.op("Concat", b.size(x, 0), b.ints(1, 1), axis=0))
         tables[key] = half
     return tables[key]
 
