@@ -15,7 +15,8 @@ from attnopt.cli_show import warnings_told
 from attnopt.errors import AttnoptError
 
 MODEL_HELP = "package.module:factory, which returns (model, args) or (model, args, kwargs)"
-OR_SAVED = MODEL_HELP + "; or a saved folder"
+OR_FILE = MODEL_HELP + "; or an .onnx file"
+OR_SAVED = OR_FILE + "; or a saved folder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         cli_run.inspect,
         "draw every attention of a model in a tree of its modules",
         "attnopt inspect my_models:encoder",
+        "attnopt inspect model.onnx",
     )
-    inspect.add_argument("model", help=OR_SAVED)
+    _add_model(inspect, OR_SAVED)
 
     optimize = _command(
         commands,
@@ -63,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         cli_run.optimize,
         "rewrite a model's attentions",
         'attnopt optimize my_models:encoder --policy "local-window(left=128)" --out fast --html report.html',
+        'attnopt optimize model.onnx --dynamic --policy "local-window(left=128)" --onnx fast.onnx',
     )
-    optimize.add_argument("model", help=MODEL_HELP)
+    _add_model(optimize, OR_FILE)
     _add_optimizing(optimize)
     optimize.add_argument("--out", metavar="DIR", help="save the optimized model in this folder")
     optimize.add_argument("--onnx", metavar="FILE", help="also export it to ONNX")
@@ -77,8 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         cli_run.export,
         "write a model as ONNX and check it in ONNX Runtime",
         "attnopt export my_models:encoder --dynamic --onnx encoder.onnx",
+        "attnopt export model.onnx --size batch=1 --size length=128 --onnx fused.onnx",
     )
-    export.add_argument("model", help=OR_SAVED)
+    _add_model(export, OR_SAVED)
     _add_optimizing(export)
     export.add_argument("--onnx", metavar="FILE", required=True, help="the file to write")
     export.add_argument("--html", metavar="FILE", help="write the report as a page")
@@ -90,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "replay why one attention was matched, missed or refused",
         'attnopt explain my_models:encoder encoder.layer.0.attention.self --policy "grouped-query(kv_heads=4)"',
     )
-    explain.add_argument("model", help=MODEL_HELP)
+    _add_model(explain, OR_FILE)
     explain.add_argument("site", help="name of an attention or near miss; (root) for the model itself")
     explain.add_argument("--policy", help="whose passes to ask (default: the built-in ones, whatever their options)")
 
@@ -101,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "show what a policy changes in the graph, as code",
         'attnopt diff my_models:encoder --policy "local-window(left=128)" --site encoder.layer.0.attention.self',
     )
-    diff.add_argument("model", help=MODEL_HELP)
+    _add_model(diff, OR_FILE)
     _add_optimizing(diff)
     diff.add_argument("--site", help="only what belongs to this attention")
 
@@ -111,9 +115,11 @@ def _parser() -> argparse.ArgumentParser:
         cli_compare.bench,
         "compare the CPU time of two models, which take turns",
         "attnopt bench my_models:encoder fast --rounds 31",
+        "attnopt bench model.onnx fast.onnx --size batch=1 --size length=512",
     )
-    bench.add_argument("first", help=OR_SAVED)
-    bench.add_argument("second", help=OR_SAVED)
+    bench.add_argument("first", help=OR_SAVED + ". An .onnx file runs in ONNX Runtime")
+    bench.add_argument("second", help="the same")
+    _add_inputs(bench)
     bench.add_argument("--rounds", type=_rounds, default=15, metavar="N", help="calls of each model (default: 15)")
 
     demonstration = _command(
@@ -135,18 +141,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Any, summary: str, *examples: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
+        epilog="\n  ".join([f"example{'s' * (len(examples) > 1)}:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("model", help=what)
+    _add_inputs(parser)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--inputs", metavar="FILE", help="example inputs of an .onnx file: .npz, one array by each input's name"
+    )
+    parser.add_argument(
+        "--size",
+        type=_size,
+        action="append",
+        default=[],
+        metavar="AXIS=N",
+        help="size of a free axis of an .onnx file, whose inputs are then made up; may be given several times",
+    )
 
 
 def _add_optimizing(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +198,13 @@ def _count(text: str) -> int:
     if n < 0:
         raise argparse.ArgumentTypeError("a number of rewrites, 0 or more")
     return n
+
+
+def _size(text: str) -> tuple[str, int]:
+    axis, _, size = text.rpartition("=")
+    if not axis or not size.isdecimal() or int(size) < 1:
+        raise argparse.ArgumentTypeError("an axis and its size, as in length=128")
+    return axis, int(size)
 
 
 def _rounds(text: str) -> int:

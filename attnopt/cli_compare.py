@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt.cli_run import optimized
@@ -14,6 +15,7 @@ from attnopt.progress import watched, working
 
 if TYPE_CHECKING:
     from attnopt.cli_model import Named
+    from attnopt.cli_onnx import Given
     from attnopt.listing import Hunk
 
 
@@ -24,7 +26,7 @@ def explain(arguments: argparse.Namespace) -> int:
     from attnopt.policy import Policy
     from attnopt.trees import explanation_text
 
-    named = resolved(arguments.model)
+    named = resolved(arguments)
     require_model(arguments.model, named, "its report tells why, see `attnopt inspect`")
     policy = None if arguments.policy is None else Policy.of(arguments.policy)
     with working("replaying"):
@@ -39,7 +41,7 @@ def diff(arguments: argparse.Namespace) -> int:
     from attnopt.listing import differences, listing
     from attnopt.trees import hunks_text
 
-    named = resolved(arguments.model)
+    named = resolved(arguments, needs_sizes=not arguments.dynamic)
     require_model(arguments.model, named, "it holds no graph from before")
     with working("capturing"), compiling():
         shapes = "auto" if arguments.dynamic else None
@@ -67,13 +69,16 @@ def _hunk_json(hunk: Hunk) -> dict[str, Any]:
 def bench(arguments: argparse.Namespace) -> int:
     import torch
 
+    from attnopt.cli_onnx import Given, require_onnx
     from attnopt.compare import difference, tensors
     from attnopt.timing import interleaved, one_thread
 
     if arguments.first == arguments.second:
         raise AttnoptError("the two models have the same name", hint="name two models to compare")
-    models = {name: resolved(name) for name in (arguments.first, arguments.second)}
-    args, kwargs, told = _inputs(models)
+    names, given = (arguments.first, arguments.second), Given.of(arguments, needs_sizes=True)
+    require_onnx(given, *names)
+    models = {name: _loaded(name, given) for name in names}
+    args, kwargs, told = _inputs(models, given)
     calls = {name: _call(named, args, kwargs) for name, named in models.items()}
     with torch.inference_mode(), one_thread():
         outputs = [tensors(_answer(name, call)) for name, call in calls.items()]
@@ -91,12 +96,30 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _loaded(name: str, given: Given) -> Named:
+    """An ONNX file runs in ONNX Runtime, which is what it is for."""
+    from attnopt.cli_model import Named, is_onnx, resolve
+    from attnopt.cli_onnx import InRuntime
+
+    with working(f"loading {name}"):
+        return Named(InRuntime(Path(name))) if is_onnx(name) else resolve(name, given)
+
+
 def _ms(seconds: tuple[float, ...]) -> list[float]:
     return [1e3 * s for s in seconds]
 
 
-def _inputs(models: Mapping[str, Named]) -> tuple[tuple[Any, ...], dict[str, Any], str]:
-    """Example inputs of the first model that has some; zeros of the captured sizes where both were saved."""
+def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...], dict[str, Any], str]:
+    """What the command line says, or example inputs of the first model that has some.
+
+    Where none has: zeros of the sizes that one was captured with, or made-up values for a file without free axes.
+    """
+    from attnopt.cli_model import is_onnx
+    from attnopt.cli_onnx import example_inputs
+
+    file = next(filter(is_onnx, models), None)
+    if file is not None and given:
+        return tuple(example_inputs(Path(file), given).values()), {}, "inputs as said"
     for name, named in models.items():
         if named.args or named.kwargs:
             return named.args, named.kwargs, f"the example inputs of {name}"
@@ -104,6 +127,8 @@ def _inputs(models: Mapping[str, Named]) -> tuple[tuple[Any, ...], dict[str, Any
         if named.saved is not None:
             model: Any = named.model
             return model.origin.args, dict(model.origin.kwargs), f"zeros of the sizes that {name} was captured with"
+    if file is not None:
+        return tuple(example_inputs(Path(file), given).values()), {}, f"made-up inputs for {file}"
     raise AttnoptError("neither model has example inputs", hint="let one of them return (model, args)")
 
 

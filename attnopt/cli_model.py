@@ -1,4 +1,4 @@
-"""Which model the command line means: ``package.module:factory`` or a saved directory."""
+"""Which model the command line means: ``package.module:factory``, a saved directory or an ONNX file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from attnopt.errors import AttnoptError
 if TYPE_CHECKING:
     from torch import nn
 
+    from attnopt.cli_onnx import Given
+
 EXPECTED = "a model, (model, args) or (model, args, kwargs)"
 
 
@@ -29,17 +31,27 @@ class Named:
     saved: Path | None = None
 
 
-def resolve(name: str) -> Named:
-    """The model that ``name`` stands for; AttnoptError if there is none."""
+def is_onnx(name: str) -> bool:
+    return name.endswith(".onnx") and not Path(name).is_dir()
+
+
+def resolve(name: str, given: Given) -> Named:
+    """The model that ``name`` stands for, an ONNX file with the inputs that are ``given``; AttnoptError if there is none."""
     if Path(name).is_dir():
         import attnopt
 
         return Named(attnopt.load(name), saved=Path(name))
+    if is_onnx(name):
+        from attnopt.cli_onnx import example_inputs
+        from attnopt.from_onnx.opening import opened
+
+        inputs = tuple(example_inputs(Path(name), given).values())  # by place: a name in a file may be no identifier
+        return Named(opened(name, inputs, {}), inputs)
     module_name, separator, attribute = name.partition(":")
     if not (separator and module_name and attribute):
         raise AttnoptError(
             f"{name!r} names no model: there is no such folder, and it is not of the form package.module:factory",
-            hint="write for instance my_models:encoder, or name a folder that attnopt saved",
+            hint="write for instance my_models:encoder, or name a folder that attnopt saved or an .onnx file",
         )
     return _built(name, _factory(module_name, attribute))
 

@@ -20,7 +20,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     from attnopt.tables import inspection_json, report_table
     from attnopt.trees import inspection_tree
 
-    named = resolved(arguments.model)
+    named = resolved(arguments)
     if named.saved is not None:
         model: Any = named.model
         show(arguments, model.report.to_json(), report_table(model.report))
@@ -35,7 +35,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def optimize(arguments: argparse.Namespace) -> int:
-    named = resolved(arguments.model)
+    named = resolved(arguments, needs_sizes=not arguments.dynamic)
     if named.saved is not None:
         raise AttnoptError(
             f"{arguments.model} is a saved model: it is optimized already",
@@ -45,7 +45,7 @@ def optimize(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    named = resolved(arguments.model)
+    named = resolved(arguments, needs_sizes=not arguments.dynamic)
     model = named.model if named.saved is not None else optimized(arguments, named)
     return _written(arguments, model)
 

@@ -34,11 +34,15 @@ def show(arguments: argparse.Namespace, data: Any, table: RenderableType) -> Non
     Console().print(table)
 
 
-def resolved(name: str) -> Named:
+def resolved(arguments: argparse.Namespace, needs_sizes: bool = False) -> Named:
+    """The command's model.  ``needs_sizes``: what comes out depends on the sizes of an ONNX file's free axes."""
     from attnopt.cli_model import resolve
+    from attnopt.cli_onnx import Given, require_onnx
 
-    with working(f"loading {name}"):
-        return resolve(name)
+    given = Given.of(arguments, needs_sizes)
+    require_onnx(given, arguments.model)
+    with working(f"loading {arguments.model}"):
+        return resolve(arguments.model, given)
 
 
 def require_model(name: str, named: Named, why: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import reduce
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -57,8 +57,20 @@ def _divide_known(a: Known, b: Known) -> Known:
     return np.sign(a) * np.sign(b) * (abs(a) // abs(b))
 
 
-def _power(a: Any, b: Any) -> Any:
-    return torch.pow(a, b)
+def _power(_: Attributes, a: Value, b: Value) -> Value:
+    if _is_float(a) and _is_float(b):
+        return np.asarray(np.power(a, b))
+    made: Tensor = torch.pow(*_pair(a, b))
+    return made
+
+
+def _root(_: Attributes, x: Value) -> Value:
+    return np.asarray(np.sqrt(x)) if _is_float(x) else torch.sqrt(tensor(x))
+
+
+def _is_float(x: Value) -> TypeGuard[Known]:
+    """A known number that stays one: a scale may be the root of a head size."""
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 
 def _where(_: Attributes, condition: Value, a: Value, b: Value) -> Value:
@@ -167,7 +179,7 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Sub": _both(operator.sub, operator.sub),
     "Mul": _both(operator.mul, operator.mul),
     "Div": _both(_divide, _divide_known),
-    "Pow": _both(_power),
+    "Pow": _power,
     "Sum": _both(operator.add, operator.add),
     "Mod": lambda a, *x: _both(torch.fmod if a.get("fmod") else torch.remainder)(a, *x),
     "Equal": _both(torch.eq, operator.eq),
@@ -203,7 +215,7 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Abs": _one(torch.abs),
     "Exp": _one(torch.exp),
     "Log": _one(torch.log),
-    "Sqrt": _one(torch.sqrt),
+    "Sqrt": _root,
     "Reciprocal": _one(torch.reciprocal),
     "Erf": _one(torch.erf),
     "Tanh": _one(torch.tanh),

@@ -23,6 +23,8 @@ from attnopt.files import atomic_write
 from attnopt.operands import ROLES
 from attnopt.origin import Origin
 from attnopt.to_onnx.choice import Form, OnnxSite
+from attnopt.to_onnx.grouped import grouped_products
+from attnopt.to_onnx.pairs import in_pairs
 from attnopt.to_onnx.sites import DOMAIN, OP, Marked, fastest, mark
 from attnopt.version import __version__
 
@@ -85,18 +87,20 @@ def weights_size(gm: fx.GraphModule) -> int:
 
 
 def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
-    """torch's own export of a graph.  Raises ExportError."""
+    """torch's own export of a graph, which is changed to what torch can export.  Raises ExportError."""
     from onnx_ir.passes.common import NameFixPass
     from onnxscript.optimizer import optimize_ir
 
     try:
         with quiet():
+            in_pairs(gm)
             program = exported(gm, origin)
             made = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
                 output_names=_output_names(gm),
+                custom_translation_table=grouped_products(gm),
                 optimize=False,  # its rotary fusion makes a node that refuses tables with a batch of one
                 verbose=False,
             )

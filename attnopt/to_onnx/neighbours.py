@@ -7,10 +7,13 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
+from attnopt.to_onnx.rotary import fuse_rotations
+
 
 def settle(model: ir.Model, contrib: bool) -> None:
     """Change the neighbours' form, never what they compute.  ``contrib``: the file is for ONNX Runtime alone."""
     _RMS_NORMALIZATIONS.apply_to_model(model)
+    fuse_rotations(model.graph)
     if contrib:
         _keep_sums_apart(model.graph)
 

@@ -1,0 +1,43 @@
+"""Complex numbers as pairs of real ones, where torch's exporter has no form for an operator on them.
+
+The exporter writes a complex tensor as a real one with an axis of two at its end, and knows few operators on it.  Those that
+only arrange elements are the same operators on the pairs, with that last axis left where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+
+from attnopt.graph import Emitter, aten, sweep, value
+
+
+def _axis(rank: int, dim: int) -> int:
+    return dim % rank
+
+
+# What becomes of an operator's second argument, for a complex tensor with ``rank`` axes.
+ON_PAIRS: Mapping[Any, Callable[[int, Any], Any]] = {
+    aten.unsqueeze.default: lambda rank, dim: _axis(rank + 1, dim),
+    aten.squeeze.dims: lambda rank, dims: [_axis(rank, dim) for dim in dims],
+    aten.expand.default: lambda _, sizes: [*sizes, 2],
+    aten.repeat.default: lambda _, times: [*times, 1],
+    aten.select.int: _axis,
+    aten.index_select.default: _axis,
+}
+
+
+def in_pairs(gm: fx.GraphModule) -> None:
+    """Changes each operator that arranges complex numbers into the one that arranges their pairs."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in ON_PAIRS or not value(node).is_complex():
+            continue
+        source, setting, *rest = node.args
+        emit = Emitter(gm.graph, node)
+        setting = ON_PAIRS[node.target](value(source).dim(), setting)
+        made = emit.call(node.target, emit.call(aten.view_as_real.default, source), setting, *rest, **node.kwargs)
+        node.replace_all_uses_with(emit.call(aten.view_as_complex.default, made))
+        gm.graph.erase_node(node)
+    sweep(gm)
