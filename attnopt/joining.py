@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from attnopt.graph import STRIDED, Emitter, aten, get_attr, is_call, shape, sweep
-from attnopt.surgery import Weights
+from attnopt.weights import Weights
 
 
 @dataclass(frozen=True)

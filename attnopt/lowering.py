@@ -29,7 +29,8 @@ from attnopt.rewriting import Backend, HeadWeights
 from attnopt.selecting import trim
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
-from attnopt.surgery import Selector, Weights, push_down, restrict, spread
+from attnopt.surgery import Selector, push_down, restrict, spread
+from attnopt.weights import Weights
 
 
 @dataclass(frozen=True)

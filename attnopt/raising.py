@@ -18,7 +18,8 @@ from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
 from attnopt.scores import Operand
 from attnopt.spec import AttentionSpec
-from attnopt.surgery import Selector, Weights
+from attnopt.surgery import Selector
+from attnopt.weights import Weights
 
 
 def attention(

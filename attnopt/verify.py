@@ -17,7 +17,7 @@ from attnopt.backends.reference import Reference
 from attnopt.compare import TOLERANCE, difference
 from attnopt.graph import get_attr, hint, opname, run_call, shape, value, with_values
 from attnopt.raising import Raised
-from attnopt.surgery import fingerprint
+from attnopt.weights import fingerprint
 
 _CUTS = {
     "linear",

@@ -82,8 +82,14 @@ FAULTS = (
     Fault("a sparse pattern forgotten", "attnopt/spec.py", "pattern=_both(self.pattern, pattern)", "pattern=self.pattern",
           "test_passes_unit.py"),
     # surgery
-    Fault("two heads swapped in the weights", "attnopt/surgery.py", "torch.as_tensor(idx, device=tensor.device)",
+    Fault("two heads swapped in the weights", "attnopt/weights.py", "torch.as_tensor(idx, device=tensor.device)",
           "torch.as_tensor(list(idx)[::-1], device=tensor.device)", "test_dynamic_batch.py"),
+    Fault("joined biases in another order", "attnopt/joining.py", "weights.join(names, 0)", "weights.join(names[::-1], 0)",
+          "test_surgery.py -k smaller_projections"),
+    Fault("uneven groups in another order", "attnopt/scattered.py", "tuple(row for _, chosen in found for row in",
+          "tuple(row for _, chosen in found[::-1] for row in", "test_surgery.py -k groups_that_lose"),
+    Fault("a packed weight kept whole for another role", "attnopt/forks.py", "for one, other in permutations(operands, 2)",
+          "for one, other in permutations([], 2)", "test_surgery.py -k norm_across"),
     Fault("an output projection that keeps its columns", "attnopt/folding.py", "weight * gain)", "weight)",
           "test_laws.py -k law_gains-and-roberta"),
     # lowerings

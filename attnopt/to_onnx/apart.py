@@ -10,7 +10,8 @@ from torch import fx
 from attnopt.forks import below, forks
 from attnopt.graph import Emitter
 from attnopt.projections import ways_of_head
-from attnopt.surgery import Selector, Weights
+from attnopt.surgery import Selector
+from attnopt.weights import Weights
 
 
 def apart(emit: Emitter, weights: Weights, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:

@@ -27,10 +27,10 @@ from attnopt.lowering import copy_program
 from attnopt.normaliser import SDPA
 from attnopt.operands import ROLES, selected_pairs
 from attnopt.patterns import Causal, Full, Pattern, parse
-from attnopt.surgery import Weights
 from attnopt.to_onnx.apart import apart
 from attnopt.to_onnx.choice import Form, OnnxSite, choose
 from attnopt.to_onnx.masks import soft_floor, without_pattern
+from attnopt.weights import Weights
 
 Operands = dict[str, fx.Node | None]
 Settle = Callable[[Emitter, OnnxSite, Operands], tuple[Operands, OnnxSite, Form]]
