@@ -85,7 +85,7 @@ def _select(node: fx.Node, selection: Selection) -> Pulled:
     if not is_static(value(x).shape[at]):
         return Pulled(((x, below),), replaced(node, [x]))
     below[at] = (wrap(index, shape(x)[at]),)
-    return Pulled(((x, below),), lambda f: (aten.select.int, (f[0], at, 0), {}))
+    return Pulled(((x, below),), lambda f: (aten.squeeze.dim, (f[0], at), {}))
 
 
 def _slice(node: fx.Node, selection: Selection) -> Pulled:
@@ -120,7 +120,7 @@ def _getitem(node: fx.Node, selection: Selection) -> Pulled | None:
     if name == "unbind":
         below = {a + (a >= at): idx for a, idx in selection.items()}
         below[at] = (index,)
-        return Pulled(((x, below),), lambda f: (aten.select.int, (f[0], at, 0), {}))
+        return Pulled(((x, below),), lambda f: (aten.squeeze.dim, (f[0], at), {}))
     pieces = value(source)
     start = sum(int(p.shape[at]) for p in pieces[:index])
     size = int(value(node).shape[at])

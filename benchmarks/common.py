@@ -66,10 +66,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+def publish(name: str, rows: Sequence[Mapping[str, Any]], title: str, digits: int = 2) -> None:
     """Print ``rows`` as a table, and write them with the machine's description to ``results/``."""
     RESULTS.mkdir(exist_ok=True)
-    table = _markdown(rows)
+    table = _markdown(rows, digits)
     about = machine()
     described = f"{about['cpu']}, {about['threads']} thread, torch {about['torch']}, {about['date']}"
     (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{described}\n\n{table}\n", encoding="utf-8")
@@ -79,16 +79,16 @@ def publish(name: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     print(f"{title}\n{described}\n\n{table}\n", flush=True)
 
 
-def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def _markdown(rows: Sequence[Mapping[str, Any]], digits: int) -> str:
     head = list(rows[0])
-    cells = [head, *([_cell(row[column]) for column in head] for row in rows)]
+    cells = [head, *([_cell(row[column], digits) for column in head] for row in rows)]
     width = [max(len(line[i]) for line in cells) for i in range(len(head))]
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, width, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+def _cell(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def picture(name: str, draw: Callable[[Any, Any], None], panels: int = 1) -> None:

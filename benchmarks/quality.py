@@ -115,7 +115,7 @@ def main() -> None:
                 for seed in range(arguments.seeds if rewrite.varies else 1)
             ]
             rows.append(row(rewrite.left, rewrite.method, found, about.drawn))
-        publish(f"quality_{name}", rows, about.title)
+        publish(f"quality_{name}", rows, about.title, digits=3)
         draw(name, rows, about.drawn)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 from oracle import assert_same, run
@@ -146,3 +149,13 @@ def test_joined_projections_are_found_again() -> None:
     (site,) = again.sites
     assert (site.num_heads, site.num_kv_heads) == (4, 2)
     assert {p.weight for r, p in site.projections.items() if r != "out"} == {"module.q_k_v.weight"}
+
+
+@pytest.mark.parametrize("model", [Packed(), Packed(norm=True), PackedByGroup()], ids=["packed", "norm", "groups"])
+def test_onnx_takes_packed_projections_apart(model: nn.Module, tmp_path: Path) -> None:
+    """One product for each role, which ONNX Runtime need not copy the parts of."""
+    x = torch.randn(2, 7, WIDTH)
+    attnopt.optimize(model.eval(), "fuse", (x,)).export_onnx(tmp_path / "m.onnx")
+    made = onnx.load(tmp_path / "m.onnx")
+    assert {tuple(i.dims) for i in made.graph.initializer} >= {(WIDTH, Q), (WIDTH, KV)}
+    assert not {n.op_type for n in made.graph.node} & {"Split", "Slice", "Gather"}
