@@ -246,7 +246,7 @@ def tidy(gm: fx.GraphModule) -> None:
             node.target = aten.reshape.default
         elif is_call(node, aten.flatten.using_ints, aten.unflatten.int, aten.expand_as.default):
             _spell_out(node)
-        elif is_call(node, aten.amax.default, aten.amin.default) and not arg(node, 1, ()):
+        elif is_call(node, aten.amax.default, aten.amin.default) and not (arg(node, 1) or node.kwargs):
             node.args = (operand(node), list(range(len(shape(operand(node))))), *node.args[2:])  # ONNX wants them named
         elif is_call(node, operator.getitem) and is_call(
             arg(node, 0), aten._native_batch_norm_legit_no_training.default

@@ -6,6 +6,7 @@ They are no product of groups and places, yet each of them is some features of t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import fx
@@ -44,7 +45,7 @@ def scattered(node: fx.Node, selection: Selection) -> Scattered | None:
         return None
     last = len(shape(source)) - 1
     for i, (_, chosen) in zip(selection[axis], found, strict=True):
-        if set(chosen) != {last}:
+        if set(chosen) != {last} or len(chosen[last]) != math.prod(sizes[axis + 1 :]):
             return None
         for other in range(len(sizes)):  # every axis runs as the source's does
             back = tuple(reversed(range(sizes[other])))
@@ -60,7 +61,8 @@ def _below(node: fx.Node, chosen: Selection) -> tuple[fx.Node, dict[int, tuple[i
     """The last tensor that a run of layout changes above ``node`` starts from, and the selection there."""
     chosen = trim(node, chosen)
     while opname(node) in _LAYOUT and (pulled := pull(node, chosen)) is not None and len(pulled.demands) == 1:
-        node, chosen = pulled.demands[0][0], trim(*pulled.demands[0])
+        node, below = (pulled.exact or pulled.demands)[0]
+        chosen = trim(node, below)
     return node, chosen
 
 
