@@ -7,6 +7,7 @@ They are no product of groups and places, yet each of them is some features of t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -39,31 +40,39 @@ def scattered(node: fx.Node, selection: Selection) -> Scattered | None:
     axis = next(iter(selection))
     if len(selection) != 1 or axis < len(sizes) - 2:
         return None
-    found = [_below(node, {axis: (i,)}) for i in selection[axis]]
-    sources = {source for source, _ in found}
-    if len(sources) != 1 or (source := sources.pop()) is node or not _same_tokens(node, axis, source):
+    first = {axis: (selection[axis][0],)}
+    source = next((n for n, chosen in _above(node, first) if _is_source(n, chosen, node, axis)), None)
+    if source is None:
         return None
-    last = len(shape(source)) - 1
-    for i, (_, chosen) in zip(selection[axis], found, strict=True):
-        if set(chosen) != {last} or len(chosen[last]) != math.prod(sizes[axis + 1 :]):
+    last, rows = len(shape(source)) - 1, list[int]()
+    for i in selection[axis]:
+        mine = _at(source, node, {axis: (i,)})
+        if mine is None or set(mine) != {last} or len(mine[last]) != math.prod(sizes[axis + 1 :]):
             return None
         for other in range(len(sizes)):  # every axis runs as the source's does
             back = tuple(reversed(range(sizes[other])))
-            rows = chosen[last][::-1] if other > axis else chosen[last]
-            expected = trim(source, {other: back, last: rows} if other < axis else {last: rows})
-            if other != axis and _below(node, {axis: (i,), other: back}) != (source, expected):
+            expected = {last: mine[last][::-1]} if other > axis else {other: back, last: mine[last]}
+            if other != axis and _at(source, node, {axis: (i,), other: back}) != trim(source, expected):
                 return None
-    rows = tuple(row for _, chosen in found for row in chosen[last])
-    return Scattered(source, rows, (len(found), *sizes[axis + 1 :]))
+        rows += mine[last]
+    return Scattered(source, tuple(rows), (len(selection[axis]), *sizes[axis + 1 :]))
 
 
-def _below(node: fx.Node, chosen: Selection) -> tuple[fx.Node, dict[int, tuple[int, ...]]]:
-    """The last tensor that a run of layout changes above ``node`` starts from, and the selection there."""
+def _above(node: fx.Node, chosen: Selection) -> Iterator[tuple[fx.Node, dict[int, tuple[int, ...]]]]:
+    """The tensors that a run of layout changes above ``node`` goes through, and the selection there."""
     chosen = trim(node, chosen)
     while opname(node) in _LAYOUT and (pulled := pull(node, chosen)) is not None and len(pulled.demands) == 1:
         node, below = (pulled.exact or pulled.demands)[0]
         chosen = trim(node, below)
-    return node, chosen
+        yield node, chosen
+
+
+def _at(source: fx.Node, node: fx.Node, chosen: Selection) -> dict[int, tuple[int, ...]] | None:
+    return next((found for n, found in _above(node, chosen) if n is source), None)
+
+
+def _is_source(source: fx.Node, chosen: Selection, node: fx.Node, axis: int) -> bool:
+    return set(chosen) == {len(shape(source)) - 1} and _same_tokens(node, axis, source)
 
 
 def _same_tokens(node: fx.Node, axis: int, source: fx.Node) -> bool:

@@ -107,7 +107,7 @@ def test_every_rewritten_site_has_its_own_place() -> None:
     assert [(h.site, h.passes) for h in found] == [(f"layers.{i}", "local-window, prune-heads") for i in (0, 1)]
     lines = [f"{sign} {line.text}" for sign, line in found[0].lines]
     assert "- softmax = softmax(masked_fill, -1)  # 2x2x12x12" in lines
-    assert any(line.startswith("+ ") and "self.layers.0.q.weight" in line and "# 2x12x8" in line for line in lines)
+    assert any(line.startswith("+ ") and "self.layers.0.q_k_v.weight" in line and "# 2x12x24" in line for line in lines)
     assert lines[0] == "  x = input  # 2x12x16"
 
 

@@ -73,8 +73,23 @@ class PackedByGroup(Attending):
         self.qkv = nn.Linear(WIDTH, Q + 2 * KV)
 
     def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = self.qkv(x).unflatten(-1, (GROUPS, HEADS // GROUPS + 2, DIM))
+        y = self.packed(x).unflatten(-1, (GROUPS, HEADS // GROUPS + 2, DIM))
         return y[..., :-2, :].flatten(-3), y[..., -2, :].flatten(-2), y[..., -1, :].flatten(-2)
+
+    def packed(self, x: Tensor) -> Tensor:
+        made: Tensor = self.qkv(x)
+        return made
+
+
+class PackedByGroupOfAllTokens(PackedByGroup):
+    """As GPT-2's ``Conv1D``: a matrix product of batch and tokens in one axis, with a weight stored as (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(self.qkv.weight.detach().mT.contiguous())
+
+    def packed(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.qkv.bias, x.flatten(0, 1), self.kernel).view(*x.shape[:2], -1)
 
 
 def pruned(model: nn.Module, *heads: int) -> attnopt.OptimizedModel:
@@ -119,11 +134,15 @@ def test_a_packed_projection_stays_one() -> None:
     assert shapes(pruned(Packed(), 1, 2, 3))["qkv.weight"] == (7 * DIM, WIDTH)
 
 
+@pytest.mark.parametrize("form", [PackedByGroup, PackedByGroupOfAllTokens])
 @pytest.mark.parametrize("heads", [(1,), (1, 2, 3), (0, 3, 4)])
-def test_groups_that_lose_different_heads(heads: tuple[int, ...]) -> None:
-    fast = pruned(PackedByGroup(), *heads)
+def test_groups_that_lose_different_heads(heads: tuple[int, ...], form: type[PackedByGroup]) -> None:
+    fast = pruned(form(), *heads)
     groups = len({h // 2 for h in range(HEADS) if h not in heads})
-    assert shapes(fast)["qkv.weight"] == ((HEADS - len(heads) + 2 * groups) * DIM, WIDTH)
+    features = (HEADS - len(heads) + 2 * groups) * DIM
+    kept = {name: size for name, size in shapes(fast).items() if not name.startswith("out")}
+    assert kept.pop("qkv.bias") == (features,)
+    assert set(*kept.values()) == {features, WIDTH}
 
 
 def test_a_norm_across_heads_keeps_what_it_measures() -> None:
