@@ -60,9 +60,7 @@ def main() -> None:
 
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     shapes = {"input_ids": axes, "attention_mask": dict(axes)}
-    original, _ = (
-        similarity.load_encoder()
-    )  # weights that stay are shared with what is optimized, and are to be trained
+    original, _ = similarity.load_encoder()  # the student shares what stays as it is, and will be trained
     calibration = batches[:16]
     student = attnopt.optimize(
         original, PruneHeads(fraction=0.75), calibration[0], dynamic_shapes=shapes, calibration=calibration
