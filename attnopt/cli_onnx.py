@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.cli_model import is_onnx
-from attnopt.errors import AttnoptError, AttnoptWarning, CaptureError
+from attnopt.errors import AttnoptError, AttnoptWarning
+from attnopt.from_onnx.quoting import quoted
 from attnopt.onnx_session import cpu_session
 
 if TYPE_CHECKING:
@@ -66,15 +67,9 @@ def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
 
 
 def _taken(file: Path) -> list[onnx.ValueInfoProto]:
-    import onnx
+    from attnopt.from_onnx.reading import structure
 
-    try:
-        graph = onnx.load(str(file), load_external_data=False).graph
-    except Exception as e:
-        raise CaptureError(
-            f"{file} cannot be read as an ONNX model: {type(e).__name__}: {str(e)[:200]}",
-            hint="give a complete .onnx file, beside it the files that hold its weights",
-        ) from e
+    graph = structure(file).graph
     stored = {i.name for i in graph.initializer}
     return [i for i in graph.input if i.name not in stored]
 
@@ -149,7 +144,7 @@ class InRuntime(nn.Module):
         try:
             self.session = cpu_session(file, threads=1)
         except Exception as e:
-            raise AttnoptError(f"ONNX Runtime cannot load {file}: {str(e)[:300]}") from e
+            raise AttnoptError(f"ONNX Runtime cannot load {file}: {quoted(str(e))}") from e
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> list[Tensor]:
         by_place = zip((i.name for i in self.session.get_inputs()), args, strict=False)

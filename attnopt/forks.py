@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import permutations
+from itertools import chain, permutations
 
 from torch import fx
 
@@ -16,7 +16,14 @@ def forks(operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]
     return {n for one, other in permutations(operands, 2) for n in above[other].intersection(ways[one])}
 
 
-def below(forked: set[fx.Node], operands: Mapping[str, fx.Node]) -> list[fx.Node]:
+def built_anew(
+    forked: set[fx.Node], operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]
+) -> list[fx.Node]:
+    """What has to be computed anew for each role, so that none needs a fork as it is."""
+    return [*chain(*ways.values()), *_below(forked, operands)]
+
+
+def _below(forked: set[fx.Node], operands: Mapping[str, fx.Node]) -> list[fx.Node]:
     """What is computed from a fork on the way to an operand, as the length that a norm divides by is."""
     above = {n for node in operands.values() for n in ancestors(node)}
     reached = {n for n in forked if n.op == "call_function"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +18,7 @@ from attnopt.errors import RewriteError
 from attnopt.finding import Found
 from attnopt.finishing import attention_of
 from attnopt.folding import Folded, folded
-from attnopt.forks import below, forks
+from attnopt.forks import built_anew, forks
 from attnopt.graph import Emitter, ancestors, is_static, is_tensor, prune_unused_state, shape, share, tidy, value
 from attnopt.head_edits import constant_heads
 from attnopt.joining import join
@@ -122,7 +121,7 @@ def _attention(
     edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
     before = plan.found.raised.spec
     rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
-    dirty = [*chain(*ways.values()), *below(shared, projected)] if rebuilt else []
+    dirty = built_anew(shared, projected, ways) if rebuilt else []
     select = Selector(emit, weights, edited, dirty, shared)
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
     operands: dict[str, fx.Node | None] = {}

@@ -57,7 +57,7 @@ def _value(node: ast.expr, lookup: Lookup) -> Any:
         case ast.List(elements) | ast.Tuple(elements):
             return tuple(_value(e, lookup) for e in elements)
         case ast.Dict(keys, values):
-            return _distinct([(_key(k, lookup), _value(v, lookup)) for k, v in zip(keys, values, strict=True)])
+            return distinct([(_key(k, lookup), _value(v, lookup)) for k, v in zip(keys, values, strict=True)])
         case ast.UnaryOp(ast.USub(), ast.Constant(int() | float()) as amount):
             return -_value(amount, lookup)
         case ast.UnaryOp(ast.Invert(), operand):
@@ -68,7 +68,7 @@ def _value(node: ast.expr, lookup: Lookup) -> Any:
             return construct(_dotted(node), lookup(_dotted(node)), [], {})
         case ast.Call(func, args, keywords):
             name = _dotted(func)
-            options = _distinct([(_keyword(k), _value(k.value, lookup)) for k in keywords])
+            options = distinct([(_keyword(k), _value(k.value, lookup)) for k in keywords])
             return construct(name, lookup(name), [_value(a, lookup) for a in args], options)
     raise PolicyError(f"{_source(node)} cannot be read", hint="write names with arguments, literals, and &, |, ~")
 
@@ -91,7 +91,7 @@ def _key(node: ast.expr | None, lookup: Lookup) -> Any:
     return key
 
 
-def _distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """The pairs as a mapping; a key that stands twice would silently lose its first value."""
     found: dict[Any, Any] = {}
     for key, value in pairs:

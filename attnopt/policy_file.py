@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt.errors import PolicyError
+from attnopt.notation import distinct
 
 if TYPE_CHECKING:
     import yaml
@@ -31,7 +32,7 @@ def read_file(path: Path) -> Any:
         return _json(text) if path.suffix == ".json" else _yaml(text)
     except RecursionError as error:
         raise PolicyError(f"{path}: is nested too deeply") from error
-    except (ValueError, OverflowError) as error:
+    except (PolicyError, ValueError, OverflowError) as error:
         raise PolicyError(f"{path}: {error}") from error
 
 
@@ -45,7 +46,7 @@ def _text(path: Path) -> str:
 
 
 def _json(text: str) -> Any:
-    data = json.loads(text, object_pairs_hook=_distinct, parse_int=_integer)
+    data = json.loads(text, object_pairs_hook=distinct, parse_int=_integer)
     level = [data]
     for _ in range(DEEPEST + 1):
         level = [v for c in level for v in (c.values() if isinstance(c, dict) else c if isinstance(c, list) else ())]
@@ -58,16 +59,6 @@ def _integer(text: str) -> int:
     if len(text) > LONGEST_NUMBER:
         raise ValueError(f"a number of {len(text)} characters is too long")
     return int(text)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs as a mapping; a key that stands twice would silently lose its first value."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} stands twice")
-        found[key] = value
-    return found
 
 
 def _yaml(text: str) -> Any:

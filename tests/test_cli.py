@@ -1,14 +1,13 @@
 """The command line: what it prints, where, and with which exit code."""
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
+from command_line import error_of, json_of
 
 import attnopt
 from attnopt import cli, demo, demo_similarity, progress
@@ -30,22 +29,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     model, args = tiny_models.causal()
     attnopt.optimize(model.eval(), "local-window(left=2)", args).save(folder)
     return str(folder)
-
-
-def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
-    code = cli.main([*argv, "--json"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return json.loads(captured.out)
-
-
-def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert cli.main(argv) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("attnopt: ")
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -92,12 +75,12 @@ def test_a_wrong_command_line(argv: tuple[str, ...], capsys: pytest.CaptureFixtu
     ],
 )
 def test_a_model_that_is_none(model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in _error(capsys, "inspect", model)
+    assert message in error_of(capsys, "inspect", model)
 
 
 @pytest.mark.parametrize("command", ["inspect", "optimize"])
 def test_a_model_without_inputs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "without example inputs" in _error(capsys, command, "tiny_models:without_inputs")
+    assert "without example inputs" in error_of(capsys, command, "tiny_models:without_inputs")
 
 
 def test_an_internal_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,11 +102,11 @@ def test_a_model_without_attention(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert str(tmp_path) in _error(capsys, "inspect", str(tmp_path))
+    assert str(tmp_path) in error_of(capsys, "inspect", str(tmp_path))
 
 
 def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    names = {row["name"] for row in _json(capsys, "passes")}
+    names = {row["name"] for row in json_of(capsys, "passes")}
     assert {"fuse", "local-window", "sparse", "prune-heads", "grouped-query", "scale-heads"} <= names
     assert {"reference", "sdpa"} <= names
     assert cli.main(["passes"]) == 0
@@ -132,7 +115,7 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("factory", ["causal", "full"])
 def test_inspect(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = _json(capsys, "inspect", f"tiny_models:{factory}")
+    found = json_of(capsys, "inspect", f"tiny_models:{factory}")
     assert [site["name"] for site in found["sites"]] == ["layers.0", "layers.1"]
     assert found["sites"][0]["num_heads"] == 2
     assert cli.main(["inspect", f"tiny_models:{factory}"]) == 0
@@ -142,12 +125,12 @@ def test_inspect(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_optimize_save_and_look_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, page = tmp_path / "fast", tmp_path / "report.html"
     argv = ["--policy", "local-window(left=3, right=0)", "--out", str(saved), "--html", str(page)]
-    done = _json(capsys, "optimize", "tiny_models:causal", *argv)
+    done = json_of(capsys, "optimize", "tiny_models:causal", *argv)
     assert [site["status"] for site in done["report"]["sites"]] == ["rewritten"] * 2
     assert done["written"] == {"saved": str(saved), "html": str(page)}
     assert page.is_file()
-    assert _json(capsys, "inspect", str(saved))["sites"] == done["report"]["sites"]
-    assert "optimized already" in _error(capsys, "optimize", str(saved))
+    assert json_of(capsys, "inspect", str(saved))["sites"] == done["report"]["sites"]
+    assert "optimized already" in error_of(capsys, "optimize", str(saved))
 
 
 def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,29 +148,29 @@ def test_optimize_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
-    (found,) = _json(capsys, "explain", "odd_models:mixed", "cubed")
+    (found,) = json_of(capsys, "explain", "odd_models:mixed", "cubed")
     assert found["steps"][-1]["differs"]
     assert found["refusals"]["matching"]["code"] == "no-query-key-product"
     assert cli.main(["explain", "odd_models:mixed", "stack.0", "--policy", "prune-heads(heads=[7])"]) == 0
     out = capsys.readouterr().out
     assert "prune-heads refuses it: [unknown-head]" in out
     assert "scores.softmax(-1)" in out
-    assert "did you mean 'cubed'" in _error(capsys, "explain", "odd_models:mixed", "cube")
+    assert "did you mean 'cubed'" in error_of(capsys, "explain", "odd_models:mixed", "cube")
 
 
 def test_diff(capsys: pytest.CaptureFixture[str]) -> None:
     policy = ("--policy", "local-window(left=3)")
-    found = _json(capsys, "diff", "tiny_models:causal", *policy)
+    found = json_of(capsys, "diff", "tiny_models:causal", *policy)
     assert [hunk["site"] for hunk in found] == ["layers.0", "layers.1"]
     assert cli.main(["diff", "tiny_models:causal", *policy, "--site", "layers.1", "--dynamic"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("@@ layers.1: local-window   tiny_models.py:")
     assert "layers.0" not in out
-    assert "nothing was changed" in _error(capsys, "diff", "tiny_models:causal", "--site", "layers.2")
+    assert "nothing was changed" in error_of(capsys, "diff", "tiny_models:causal", "--site", "layers.2")
 
 
 def test_bench(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = _json(capsys, "bench", "tiny_models:causal", saved, "--rounds", "3")
+    found = json_of(capsys, "bench", "tiny_models:causal", saved, "--rounds", "3")
     assert [len(model["rounds_ms"]) for model in found["models"].values()] == [3, 3]
     assert 1e-3 < found["difference"] < 10
     assert found["inputs"] == "the example inputs of tiny_models:causal"
@@ -208,23 +191,23 @@ def test_bench(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_what_cannot_be_compared(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in _error(capsys, *argv)
+    assert message in error_of(capsys, *argv)
 
 
 @pytest.mark.parametrize("command", [("explain", "{}", "layers.0"), ("diff", "{}")])
 def test_a_saved_model_has_no_graph_from_before(
     command: tuple[str, ...], saved: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "is a saved model" in _error(capsys, *(part.format(saved) for part in command))
+    assert "is a saved model" in error_of(capsys, *(part.format(saved) for part in command))
 
 
 def test_an_unknown_pass_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no-such-pass" in _error(capsys, "optimize", "tiny_models:causal", "--policy", "no-such-pass")
+    assert "no-such-pass" in error_of(capsys, "optimize", "tiny_models:causal", "--policy", "no-such-pass")
 
 
 def test_the_demo_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(demo_similarity.INSTALLED_WITH, "no_such_package", "pip install no-such-package")
-    told = _error(capsys, "demo")
+    told = error_of(capsys, "demo")
     assert "the demo needs no_such_package" in told
     assert "hint: pip install no-such-package" in told
 

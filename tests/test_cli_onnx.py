@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +12,7 @@ import onnxruntime
 import pytest
 import tiny_models
 import torch
+from command_line import error_of, json_of
 
 import attnopt
 from attnopt import cli
@@ -46,29 +46,13 @@ def in_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
 
 
-def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
-    code = cli.main([*argv, "--json"])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return json.loads(captured.out)
-
-
-def _error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert cli.main(argv) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("attnopt: ")
-    assert "Traceback" not in captured.err
-    return captured.err
-
-
 def in_runtime(path: str | Path, x: torch.Tensor) -> torch.Tensor:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 def test_inspect(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = _json(capsys, "inspect", file)
+    found = json_of(capsys, "inspect", file)
     assert [(site["name"], site["num_heads"]) for site in found["sites"]] == [("layers.0", 2), ("layers.1", 2)]
     assert cli.main(["inspect", file]) == 0
     assert f"inputs of {file} are made up: x.1 float32 [2, 16, 16]" in capsys.readouterr().err
@@ -78,7 +62,7 @@ def test_optimize_gives_the_file_that_the_model_would_give(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "fast.onnx"
-    done = _json(capsys, "optimize", file, *BANDED, "--dynamic", "--onnx", str(target))
+    done = json_of(capsys, "optimize", file, *BANDED, "--dynamic", "--onnx", str(target))
     assert [(s["name"], s["status"]) for s in done["report"]["sites"]] == [
         ("layers.0", "rewritten"),
         ("layers.1", "rewritten"),
@@ -109,9 +93,9 @@ def test_inputs_from_a_file(file: str, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_explain_and_diff(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (found,) = _json(capsys, "explain", file, "layers.1")
+    (found,) = json_of(capsys, "explain", file, "layers.1")
     assert found["kind"] == "attention"
-    hunks = _json(capsys, "diff", file, *BANDED, *SIZES)
+    hunks = json_of(capsys, "diff", file, *BANDED, *SIZES)
     assert [hunk["site"] for hunk in hunks] == ["layers.0", "layers.1"]
 
 
@@ -120,17 +104,17 @@ def test_bench_runs_files_in_onnx_runtime(file: str, tmp_path: Path, capsys: pyt
     fast = str(tmp_path / "fast.onnx")
     assert cli.main(["optimize", file, *BANDED, "--dynamic", "--onnx", fast]) == 0
     capsys.readouterr()
-    found = _json(capsys, "bench", file, fast, *SIZES, "--rounds", "2")
+    found = json_of(capsys, "bench", file, fast, *SIZES, "--rounds", "2")
     assert 1e-3 < found["difference"] < 10
     assert [len(model["rounds_ms"]) for model in found["models"].values()] == [2, 2]
-    beside_torch = _json(capsys, "bench", file, "tiny_models:causal", "--rounds", "2")
+    beside_torch = json_of(capsys, "bench", file, "tiny_models:causal", "--rounds", "2")
     assert beside_torch["inputs"] == "the example inputs of tiny_models:causal"
     assert beside_torch["difference"] < 1e-5
 
 
 @pytest.mark.parametrize("command", [("optimize",), ("export", "--onnx", "out.onnx"), ("diff",)])
 def test_open_sizes_are_asked_for(command: tuple[str, ...], file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    told = _error(capsys, *command, file)
+    told = error_of(capsys, *command, file)
     assert "leaves the size of batch, length open" in told
     assert "--size batch=128" in told
 
@@ -138,26 +122,26 @@ def test_open_sizes_are_asked_for(command: tuple[str, ...], file: str, capsys: p
 def test_what_does_not_fit_the_file(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arrays = str(tmp_path / "x.npz")
     np.savez(arrays, y=np.zeros((2, 7, 16), np.float32))
-    assert f"{arrays} holds y, and {file} takes x.1" in _error(capsys, "inspect", file, "--inputs", arrays)
+    assert f"{arrays} holds y, and {file} takes x.1" in error_of(capsys, "inspect", file, "--inputs", arrays)
     np.savez(arrays, **{"x.1": np.zeros((2, 7, 5), np.float32)})
-    assert "cannot be run on these inputs" in _error(capsys, "inspect", file, "--inputs", arrays)
+    assert "cannot be run on these inputs" in error_of(capsys, "inspect", file, "--inputs", arrays)
     (tmp_path / "text.npz").write_text("no arrays")
-    assert "cannot be read" in _error(capsys, "inspect", file, "--inputs", str(tmp_path / "text.npz"))
-    told = _error(capsys, "inspect", file, "--size", "width=4")
+    assert "cannot be read" in error_of(capsys, "inspect", file, "--inputs", str(tmp_path / "text.npz"))
+    told = error_of(capsys, "inspect", file, "--size", "width=4")
     assert "no free axis width" in told
     assert "its free axes are batch, length" in told
 
 
 def test_a_file_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a model")
-    assert "cannot be read as an ONNX model" in _error(capsys, "inspect", str(tmp_path / "m.onnx"))
-    assert "cannot be read as an ONNX model" in _error(capsys, "inspect", str(tmp_path / "missing.onnx"))
-    assert "ONNX Runtime cannot load" in _error(capsys, "bench", str(tmp_path / "m.onnx"), "tiny_models:full")
+    assert "cannot be read as an ONNX model" in error_of(capsys, "inspect", str(tmp_path / "m.onnx"))
+    assert "cannot be read as an ONNX model" in error_of(capsys, "inspect", str(tmp_path / "missing.onnx"))
+    assert "ONNX Runtime cannot load" in error_of(capsys, "bench", str(tmp_path / "m.onnx"), "tiny_models:full")
 
 
 def test_inputs_are_for_files(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (("inspect", "tiny_models:causal"), ("bench", "tiny_models:causal", "tiny_models:full")):
-        assert "are for a model that is an ONNX file" in _error(capsys, *argv, "--size", "length=3")
+        assert "are for a model that is an ONNX file" in error_of(capsys, *argv, "--size", "length=3")
 
 
 @pytest.mark.parametrize("size", ["length", "length=0", "=3", "length=-1", "length=two"])
@@ -185,3 +169,8 @@ def test_integers_are_made_up_as_places_in_any_table(tmp_path: Path, capsys: pyt
     assert set(made["ids"].flatten().tolist()) == {0, 1}
     assert made["ids"][:, 0].tolist() == [1, 1]
     assert made["on"].dtype == torch.bool
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "m.onnx")
+    assert "no plain file" in error_of(capsys, "inspect", str(tmp_path / "m.onnx"))

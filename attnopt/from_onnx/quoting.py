@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from attnopt.notation import shortened
+
 
 def quoted(text: str, length: int = 300) -> str:
     """At most so many characters, without those that a terminal would take for commands."""
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= length else shown[: length - 3] + "..."
+    return shortened(shown, length)
 
 
 def reason(error: Exception) -> str:

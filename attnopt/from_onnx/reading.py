@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,30 @@ def read(path: str | os.PathLike[str]) -> OnnxModule:
     from onnx import inliner
 
     file = Path(path)
-    try:
-        _check_file(file)
-        model = onnx.load(file, load_external_data=False)
+    model = structure(file)
+    with _refusing(file):
         _check_external_data(model, file)
         onnx.checker.check_model(str(file))
         model = inliner.inline_local_functions(model) if model.functions else model
         onnx.load_external_data_for_model(model, str(file.parent))
         _check_operators(model, file)
         return module_of(model, str(file))
+
+
+def structure(file: Path) -> onnx.ModelProto:
+    """What the file itself holds, without the weights that lie beside it.  Raises CaptureError."""
+    import onnx
+
+    with _refusing(file):
+        _check_file(file)
+        return onnx.load(file, load_external_data=False)
+
+
+@contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Whatever fails is a CaptureError that names the file."""
+    try:
+        yield
     except CaptureError:
         raise
     except Exception as e:

@@ -3,11 +3,9 @@ write its own result."""
 
 from __future__ import annotations
 
-from itertools import chain
-
 from torch import fx
 
-from attnopt.forks import below, forks
+from attnopt.forks import built_anew, forks
 from attnopt.graph import Emitter
 from attnopt.projections import ways_of_head
 from attnopt.surgery import Selector
@@ -21,5 +19,5 @@ def apart(emit: Emitter, weights: Weights, q: fx.Node, k: fx.Node, v: fx.Node) -
     shared = forks(operands, ways)
     if not shared:
         return q, k, v
-    select = Selector(emit, weights, {}, [*chain(*ways.values()), *below(shared, operands)], shared)
+    select = Selector(emit, weights, {}, built_anew(shared, operands, ways), shared)
     return select.select(q, {}), select.select(k, {}), select.select(v, {})

@@ -11,21 +11,16 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.graph import Emitter, aten, sweep, value
-
-
-def _axis(rank: int, dim: int) -> int:
-    return dim % rank
-
+from attnopt.graph import Emitter, aten, sweep, value, wrap
 
 # What becomes of an operator's second argument, for a complex tensor with ``rank`` axes.
 ON_PAIRS: Mapping[Any, Callable[[int, Any], Any]] = {
-    aten.unsqueeze.default: lambda rank, dim: _axis(rank + 1, dim),
-    aten.squeeze.dims: lambda rank, dims: [_axis(rank, dim) for dim in dims],
+    aten.unsqueeze.default: lambda rank, dim: wrap(dim, rank + 1),
+    aten.squeeze.dims: lambda rank, dims: [wrap(dim, rank) for dim in dims],
     aten.expand.default: lambda _, sizes: [*sizes, 2],
     aten.repeat.default: lambda _, times: [*times, 1],
-    aten.select.int: _axis,
-    aten.index_select.default: _axis,
+    aten.select.int: lambda rank, dim: wrap(dim, rank),
+    aten.index_select.default: lambda rank, dim: wrap(dim, rank),
 }
 
 
