@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from attnopt.calibration import Inputs
-from attnopt.compare import tensors
+from attnopt.compare import squared_difference, tensors
 from attnopt.deciding import Decision, decide
 from attnopt.errors import CalibrationError
 from attnopt.finding import Found
@@ -110,7 +110,7 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
             found.append(0.0)
             continue
         module = lower(gm, plans)
-        wrong = sum(_apart(_outputs(module, batch), want) for batch, want in zip(some, original, strict=True))
+        wrong = sum(squared_difference(_outputs(module, b), want) for b, want in zip(some, original, strict=True))
         if not math.isfinite(wrong):
             raise CalibrationError(
                 "the model's output is not finite on the calibration data",
@@ -123,14 +123,7 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
 
 def _outputs(module: fx.GraphModule, batch: Inputs) -> list[torch.Tensor]:
     with torch.no_grad():
-        return [t.double() for t in tensors(module(*batch[0], **batch[1])) if t.is_floating_point()]
-
-
-def _apart(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
-    """Squared difference, relative to what there was."""
-    return sum(
-        float((g - w).square().sum() / w.square().sum().clamp(min=1e-300)) for g, w in zip(got, want, strict=True)
-    )
+        return tensors(module(*batch[0], **batch[1]))
 
 
 def _spend(curves: Sequence[Mapping[int, float]], budget: int) -> list[int]:

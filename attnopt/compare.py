@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+PIECE = 1 << 20  # elements that are compared at a time
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -33,16 +34,41 @@ def _difference(got: Tensor, want: Tensor) -> float:
         return math.inf
     if not (want.is_floating_point() or want.is_complex()):
         return 0.0 if torch.equal(got, want) else math.inf
-    finite = torch.isfinite(want)
-    if not torch.equal(torch.isfinite(got), finite) or not torch.equal(
-        got[~finite].nan_to_num(0.5), want[~finite].nan_to_num(0.5)
-    ):
-        return math.inf
-    if not finite.any():
-        return 0.0
-    wide = torch.complex128 if want.is_complex() else torch.float64
-    g, w = got[finite].to(wide), want[finite].to(wide)
-    return float((g - w).abs().max()) / max(1.0, float(w.abs().max()))
+    worst, largest = 0.0, 1.0
+    for g, w in _pieces(got, want):
+        finite = torch.isfinite(w)
+        if not torch.equal(torch.isfinite(g), finite):
+            return math.inf
+        if not finite.all():
+            if not torch.equal(g[~finite].nan_to_num(0.5), w[~finite].nan_to_num(0.5)):
+                return math.inf
+            g, w = g[finite], w[finite]
+        if w.numel():
+            g, w = _wide(g), _wide(w)
+            worst, largest = max(worst, float((g - w).abs().max())), max(largest, float(w.abs().max()))
+    return worst / largest
+
+
+def squared_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Sum over floating point tensors of their squared difference, relative to the square of what is wanted."""
+    return sum(_squared_difference(g, w) for g, w in zip(got, want, strict=True) if w.is_floating_point())
+
+
+def _squared_difference(got: Tensor, want: Tensor) -> float:
+    pieces = [
+        (float((_wide(g) - _wide(w)).square().sum()), float(_wide(w).square().sum())) for g, w in _pieces(got, want)
+    ]
+    return sum(d for d, _ in pieces) / max(sum(s for _, s in pieces), 1e-300)
+
+
+def _pieces(got: Tensor, want: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of the two, so that a language model's logits are not there in double precision all at once."""
+    g, w = got.reshape(-1), want.reshape(-1)
+    return ((g[i : i + PIECE], w[i : i + PIECE]) for i in range(0, len(w), PIECE))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def tolerance(outputs: Sequence[Tensor]) -> float:
