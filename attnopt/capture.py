@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
-from attnopt.graph import is_static, tidy
+from attnopt.graph import is_static
 from attnopt.probing import bounds
+from attnopt.tidying import tidy
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

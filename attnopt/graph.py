@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -229,37 +228,6 @@ def _key(x: Any) -> Any:
     return (type(x), x) if isinstance(x, (int, float, bool)) else x
 
 
-STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
-
-
-def tidy(gm: fx.GraphModule) -> None:
-    """Remove what only hides the meaning: metadata asserts, copies, casts and slices that change nothing.
-
-    Every ``view`` becomes a ``reshape``, so that nothing depends on the strides that a removed copy had made.
-    """
-    outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
-    strides_matter = any(is_call(n, *STRIDED) for n in gm.graph.nodes)
-    for node in list(gm.graph.nodes):
-        if is_call(node, aten._assert_tensor_metadata.default):
-            gm.graph.erase_node(node)
-        elif is_call(node, *RESHAPES):
-            node.target = aten.reshape.default
-        elif is_call(node, aten.flatten.using_ints, aten.unflatten.int, aten.expand_as.default):
-            _spell_out(node)
-        elif is_call(node, aten.amax.default, aten.amin.default) and not (arg(node, 1) or node.kwargs):
-            node.args = (operand(node), list(range(len(shape(operand(node))))), *node.args[2:])  # ONNX wants them named
-        elif is_call(node, operator.getitem) and is_call(
-            arg(node, 0), aten._native_batch_norm_legit_no_training.default
-        ):
-            _as_batch_norm(node)
-        if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
-            continue
-        if is_tensor(node) and node not in outputs and (same := _changes_nothing(node)) is not None:
-            node.replace_all_uses_with(same)
-            gm.graph.erase_node(node)
-    sweep(gm)
-
-
 def sweep(gm: fx.GraphModule) -> None:
     """Remove what nothing uses.  torch keeps an unused fused attention, because it might draw random numbers."""
     gm.graph.eliminate_dead_code(is_impure_node=_has_effects)
@@ -290,57 +258,6 @@ def _draws(node: fx.Node) -> bool:
     """The operator may give something else each time."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags or "empty" in opname(node) or not isinstance(value(node), Tensor)
-
-
-def _spell_out(node: fx.Node) -> None:
-    """flatten, unflatten and expand_as as the reshape or expand that they are."""
-    sizes = value(node).shape
-    if all(map(is_static, sizes)):
-        node.target = aten.expand.default if is_call(node, aten.expand_as.default) else aten.reshape.default
-        node.args, node.kwargs = (operand(node), [hint(s) for s in sizes]), {}
-
-
-def _as_batch_norm(node: fx.Node) -> None:
-    """The first result of torch's decomposed batch norm, as the batch norm that it was."""
-    if arg(node, 1) != 0:
-        return
-    *tensors, momentum, eps = operand(node).args
-    node.target, node.args = aten.batch_norm.default, (*tensors, False, momentum, eps, False)
-
-
-def _changes_nothing(node: fx.Node) -> fx.Node | None:
-    if is_call(node, aten.cat.default):
-        return _only_part(node)
-    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
-        return None
-    x = operand(node)
-    before, after = value(x), value(node)
-    if is_call(node, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten.alias.default):
-        return x
-    if is_call(node, aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
-        return x if not arg(node, 2) or arg(node, 1) == 0 else None
-    same_shape = len(before.shape) == len(after.shape) and all(map(same_size, before.shape, after.shape))
-    if not same_shape or before.dtype != after.dtype or before.device != after.device:
-        return None
-    if is_call(node, *RESHAPES, *CASTS, aten.expand.default, aten.slice.Tensor):
-        step = arg(node, 4, 1)
-        return x if not is_call(node, aten.slice.Tensor) or step == 1 else None
-    scalar = arg(node, 1)
-    if is_call(node, aten.add.Tensor, aten.sub.Tensor) and not isinstance(scalar, fx.Node) and scalar == 0:
-        return x
-    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(scalar, fx.Node) and scalar == 1:
-        return x
-    return None
-
-
-def _only_part(node: fx.Node) -> fx.Node | None:
-    """The one tensor that a concatenation joins with nothing: a cache that is still empty."""
-    parts = [p for p in arg(node, 0) if math.prod(shape(p)) != 0]
-    if len(parts) != 1 or len(shape(parts[0])) != len(shape(node)):
-        return None
-    part = parts[0]
-    assert isinstance(part, fx.Node)
-    return part if dtype(part) == dtype(node) and all(map(same_size, value(part).shape, value(node).shape)) else None
 
 
 def getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from attnopt.graph import STRIDED, Emitter, aten, get_attr, is_call, shape, sweep
+from attnopt.graph import Emitter, aten, get_attr, is_call, shape, sweep
+from attnopt.tidying import STRIDED
 from attnopt.weights import Weights
 
 

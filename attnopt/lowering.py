@@ -19,7 +19,7 @@ from attnopt.finding import Found
 from attnopt.finishing import attention_of
 from attnopt.folding import Folded, folded
 from attnopt.forks import built_anew, forks
-from attnopt.graph import Emitter, ancestors, is_static, is_tensor, prune_unused_state, shape, share, tidy, value
+from attnopt.graph import Emitter, ancestors, is_static, is_tensor, prune_unused_state, shape, share, value
 from attnopt.head_edits import constant_heads
 from attnopt.joining import join
 from attnopt.operands import ROLES
@@ -29,6 +29,7 @@ from attnopt.selecting import trim
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 from attnopt.surgery import Selector, push_down, restrict, spread
+from attnopt.tidying import tidy
 from attnopt.weights import Weights
 
 

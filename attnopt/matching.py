@@ -18,7 +18,7 @@ from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region, atoms_of, unreadable
 from attnopt.roles import assign_roles
-from attnopt.scores import Hide, NotScoresError, Operand, Scores, Term, is_query_key, read_scores
+from attnopt.scores import Hide, NotScoresError, Operand, Scores, Term, is_projected, is_query_key, read_scores
 
 
 def recognise(anchor: Softmax | fx.Node) -> Region:
@@ -71,7 +71,8 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
             product = product_of(user)
             if product is not None and product.addend is None:
                 oriented = product if product.left is path[-1] else product.swapped()
-                if inputs_behind(oriented.right) and oriented.left is not oriented.right:
+                values = oriented.right
+                if (inputs_behind(values) or is_projected(values)) and oriented.left is not values:
                     quotient = None if a.late_sum is None else late_quotient(user, a.late_sum)
                     if a.late_sum is None or quotient is not None:
                         return oriented, quotient, path

@@ -75,7 +75,14 @@ class OptimizedModel(nn.Module):
         except TypeError as e:
             raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
         check_inputs(self.graph_module, args, kwargs)
-        return self.graph_module(*args, **kwargs)
+        try:
+            return self.graph_module(*args, **kwargs)
+        except AssertionError as e:
+            if not str(e).startswith("Guard failed"):
+                raise
+            raise CaptureError(
+                f"these inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
+            ) from None
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with compiling():

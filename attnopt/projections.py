@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from torch import fx, nn
 
-from attnopt.graph import get_attr, is_tensor, opname, shape, source_line
+from attnopt.graph import arg, get_attr, is_tensor, opname, shape, source_line, wrap
 from attnopt.pushing import push
 from attnopt.selecting import Pulled, Selection, is_weight, trim
 from attnopt.selection import pull
@@ -17,8 +18,9 @@ from attnopt.site import Projection
 @dataclass(frozen=True)
 class Landing:
     """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer), "token" (a
-    projection's input), "input" (of the model), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the
-    nodes of every other path too: a rotation or a norm reads the same features twice."""
+    projection's input), "input" (of the model), "part" (all of what is one of several joined tensors), "blocked" (no rule
+    for ``node``).  ``path`` leads there, and ``ways`` has the nodes of every other path too: a rotation or a norm reads the
+    same features twice."""
 
     kind: str
     node: fx.Node
@@ -27,60 +29,90 @@ class Landing:
     ways: tuple[fx.Node, ...] = ()
 
 
-def landings(node: fx.Node, selection: Selection) -> list[Landing]:
-    """Where the selection of ``node`` ends when it is pulled up as far as it goes."""
+def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[Landing]:
+    """Where the selection of ``node`` ends when it is pulled up as far as it goes.
+
+    ``exact``: with what slices on the way choose along other axes, as a role in a packed projection.
+    """
     found: dict[tuple[fx.Node, str, tuple[tuple[int, tuple[int, ...]], ...]], Landing] = {}
 
-    def walk(n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...], in_weight: bool) -> None:
+    def walk(n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...], in_weight: bool, is_part: bool) -> None:
         chosen = trim(n, chosen)
         if not chosen and not in_weight:
-            return
+            if is_part and opname(n) not in _ARRANGES:
+                add("part", n, chosen, path)
+            if not is_part or opname(n) not in _ARRANGES:
+                return
         if n.op == "get_attr":
             add("weight" if in_weight else "constant", n, chosen, path)
             return
         if n.op == "placeholder":
             add("input", n, chosen, path)
             return
-        pulled = _pulled(n, chosen) if chosen else None
+        pulled, left = _pulled(n, chosen) if chosen or is_part else (None, {})
         if pulled is None:
             add("blocked", n, chosen, path)
             return
+        if left and (rest := pull(n, left)) is not None and rest.across:
+            add("token", n, left, path)
         if pulled.across:
             add("token", n, chosen, path)
             return
-        for i, (below, sel) in enumerate(pulled.exact or pulled.demands):
-            walk(below, sel, (*path, n), in_weight or i in pulled.weights)
+        for i, (below, sel) in enumerate((pulled.exact if exact else None) or pulled.demands):
+            walk(below, sel, (*path, n), in_weight or i in pulled.weights, is_part or _joined_along(n) in chosen)
 
     def add(kind: str, n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...]) -> None:
         key = (n, kind, tuple(sorted((a, tuple(i)) for a, i in chosen.items())))
         known = found.setdefault(key, Landing(kind, n, chosen, (*path, n)))
         found[key] = replace(known, ways=tuple(dict.fromkeys((*known.ways, *path, n))))
 
-    walk(node, selection, (), False)
+    walk(node, selection, (), False, False)
     return list(found.values())
 
 
-def _pulled(node: fx.Node, selection: Selection) -> Pulled | None:
-    """The selection pulled up; where a norm mixes what the inner axes choose, everything along these is needed."""
-    axes = sorted(selection)
-    while axes:
-        pulled = pull(node, {a: selection[a] for a in axes})
-        if pulled is not None:
-            return pulled
-        axes.pop()
-    return None
+# What gives the same elements in the same order, whatever it chooses of them.
+_ARRANGES = (
+    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "select", "slice", "getitem", "cat", "stack",
+    "repeat_interleave", "repeat",
+)  # fmt: skip
+
+
+def _joined_along(node: fx.Node) -> int | None:
+    return wrap(arg(node, 1, 0), len(shape(node))) if opname(node) in ("cat", "stack") else None
+
+
+def _pulled(node: fx.Node, selection: Selection) -> tuple[Pulled | None, Selection]:
+    """The selection pulled up, and the axes of it that could not be: what a norm mixes, or tokens beside features, which
+    lead to weights and tokens do not."""
+    across: tuple[Pulled | None, Selection] = None, {}
+    for size in range(len(selection), 0, -1) if selection else (0,):
+        for axes in combinations(sorted(selection), size):
+            pulled = pull(node, {a: selection[a] for a in axes})
+            left = {a: i for a, i in selection.items() if a not in axes}
+            if pulled is not None and not pulled.across:
+                return pulled, left
+            if pulled is not None and across[0] is None:
+                across = pulled, left
+    return across
 
 
 def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
     """Equal for two selections only if they take the same values for the same reason."""
-    return frozenset((x.kind, x.node.name, tuple(sorted(x.selection.items()))) for x in landings(node, selection))
+    return frozenset(
+        (x.kind, x.node, tuple(sorted(x.selection.items())), frozenset(n for n in x.ways if opname(n) not in _ARRANGES))
+        for x in landings(node, selection)
+    )
 
 
 def chooses_weights(node: fx.Node, one: Selection, other: Selection) -> bool:
     """The axis along which the two selections differ is one of features that a projection makes, not one of tokens or of
     the batch: they come from different rows of a weight."""
     first, second = (
-        {(x.node, tuple(sorted(x.selection.items()))) for x in landings(node, chosen) if x.kind == "weight"}
+        {
+            (x.node, tuple(sorted(x.selection.items())))
+            for x in landings(node, chosen, exact=False)
+            if x.kind == "weight"
+        }
         for chosen in (one, other)
     )
     return first != second
@@ -96,6 +128,9 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
         return Projection(why=_stopped_at(blocked.node)), dirty
+    part = next((x for found in each for x in found if x.kind == "part"), None)
+    if part is not None and part.node.op == "call_function":
+        return Projection(why=f"heads are computed apart, by a {opname(part.node)} each{_at(part.node)}"), dirty
     constant = next((x for found in each for x in found if x.kind == "constant" and not _is_shared(x, each)), None)
     if constant is not None and alone:
         return Projection(why=f"heads also differ by {constant.node.target}, which is no projection"), dirty
@@ -137,7 +172,8 @@ def _is_shared(constant: Landing, each: Sequence[Sequence[Landing]]) -> bool:
 
 def _as_bias(landing: Landing) -> Landing:
     """A vector that an operator of its own adds to what a weight made belongs to the projection."""
-    is_added = len(landing.path) > 1 and opname(landing.path[-2]) == "add" and len(shape(landing.node)) == 1
+    adds = len(landing.path) > 1 and opname(landing.path[-2]) == "add"
+    is_added = adds and is_tensor(arg(landing.path[-2], 1)) and len(shape(landing.node)) == 1  # 1 + weight is a factor
     return replace(landing, kind="weight") if landing.kind == "constant" and is_added else landing
 
 
@@ -193,8 +229,12 @@ def is_convolution(node: fx.Node) -> bool:
 
 
 def _stopped_at(node: fx.Node) -> str:
+    return f"heads cannot be told apart before {opname(node)}{_at(node)}"
+
+
+def _at(node: fx.Node) -> str:
     line = source_line(node)
-    return f"heads cannot be told apart before {opname(node)}" + (f" ({line})" if line else "")
+    return f" ({line})" if line else ""
 
 
 def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, fx.Node | None]:

@@ -19,7 +19,6 @@ from attnopt.region import NotAttentionError, Region
 from attnopt.scores import Operand
 from attnopt.spec import AttentionSpec
 from attnopt.surgery import Selector
-from attnopt.weights import Weights
 
 
 def attention(
@@ -70,7 +69,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
             raise NotAttentionError(_multiplied(factor))
     pattern, seen, bias, mask = read_masks(gm, r, bias, mask, q, k)
     kv_of_head = _kv_of_head(r.heads, kv_heads)
-    k, v, kv_of_head = _without_copies(gm, emit, k, v, kv_of_head)
+    k, v, kv_of_head = _without_copies(emit, k, v, kv_of_head)
     node = emit.call(attention, q, k, v, bias, mask, sinks)
     node.name = f"attention_{node.name}"
     out = at.arrange(node, (r.batch, r.heads, r.queries, r.value_features), resolve_all(r.out.axes))
@@ -141,7 +140,7 @@ def _kv_of_head(heads: Axis, kv_heads: Axis) -> tuple[int, ...]:
 
 
 def _without_copies(
-    gm: fx.GraphModule, emit: Emitter, k: fx.Node, v: fx.Node, kv_of_head: tuple[int, ...]
+    emit: Emitter, k: fx.Node, v: fx.Node, kv_of_head: tuple[int, ...]
 ) -> tuple[fx.Node, fx.Node, tuple[int, ...]]:
     """Keys and values without the copies of a head that other heads share."""
     seen: dict[object, int] = {}
@@ -155,6 +154,6 @@ def _without_copies(
         group.append(seen[mark])
     if len(first) == shape(k)[1]:
         return k, v, kv_of_head
-    select = Selector(emit, Weights(gm))
+    select = Selector(emit, None)  # the proof takes projections as they are
     kept = {1: tuple(first)}
     return select.select(k, kept), select.select(v, kept), tuple(group[g] for g in kv_of_head)

@@ -11,7 +11,7 @@ from torch import fx
 
 from attnopt.axes import Axes, broadcast, follow, resolve, resolve_all
 from attnopt.contraction import Product, product_of
-from attnopt.graph import CASTS, RESHAPES, arg, aten, dtype, is_call, is_tensor, shape, source_line, wrap
+from attnopt.graph import CASTS, RESHAPES, ancestors, arg, aten, dtype, is_call, is_tensor, shape, source_line, wrap
 from attnopt.normaliser import is_maximum_of
 from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
@@ -152,13 +152,18 @@ def tensor_like(node: fx.Node) -> bool:
 
 def is_query_key(product: Product) -> bool:
     """Both operands are activations, or one is a learned query: never a plain projection by weights."""
-
-    def from_inputs(n: fx.Node) -> bool:
-        return bool(inputs_behind(n))
-
+    left, right = (bool(inputs_behind(n)) for n in (product.left, product.right))
     if is_call(product.node, aten.linear.default):
-        return from_inputs(product.left) and from_inputs(product.right)
-    return from_inputs(product.left) or from_inputs(product.right)
+        return left and right
+    return left or right or (is_projected(product.left) and is_projected(product.right))
+
+
+def is_projected(node: fx.Node) -> bool:
+    """Made by a projection, be it of learned queries only, as in the first layer of a decoder that detects objects."""
+    return any(is_call(n, *_PROJECTIONS) for n in ancestors(node))
+
+
+_PROJECTIONS = (aten.linear.default, aten.addmm.default, aten.conv1d.default, aten.conv2d.default)
 
 
 def _start(product: Product) -> Scores:

@@ -42,6 +42,8 @@ def _linear(node: fx.Node, selection: Selection) -> Pulled | None:
 
 def _addmm(node: fx.Node, selection: Selection) -> Pulled | None:
     bias, x, w = arg(node, 0), arg(node, 1), arg(node, 2)
+    if set(selection) == {0}:
+        return Pulled(((x, selection),), replaced(node, [x]), across=True)
     if set(selection) != {1}:
         return None
     below = aligned(bias, 2, selection)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -89,13 +89,18 @@ def _select(node: fx.Node, selection: Selection) -> Pulled:
 
 
 def _slice(node: fx.Node, selection: Selection) -> Pulled:
-    x, start, end, step = operand(node), arg(node, 2, 0), arg(node, 3, 2**63 - 1), arg(node, 4, 1)
-    at = wrap(arg(node, 1, 0), len(shape(x)))
-    taken = range(shape(x)[at])[slice(_bound(start), _bound(end), _bound(step))]
+    x = operand(node)
+    at, taken = wrap(arg(node, 1, 0), len(shape(x))), _taken(node)
     if at not in selection:
         exact = ((x, {**selection, at: tuple(taken)}),) if is_static(value(x).shape[at]) else None
         return Pulled(((x, selection),), replaced(node, [x]), exact=exact)
     return Pulled(((x, {**selection, at: tuple(taken[i] for i in selection[at])}),), None)
+
+
+def _taken(node: fx.Node) -> range:
+    """The places along its axis that a slice takes."""
+    x, start, end, step = operand(node), arg(node, 2, 0), arg(node, 3, 2**63 - 1), arg(node, 4, 1)
+    return range(shape(x)[wrap(arg(node, 1, 0), len(shape(x)))])[slice(_bound(start), _bound(end), _bound(step))]
 
 
 def _bound(x: Any) -> int | None:
@@ -141,6 +146,9 @@ def _cat(node: fx.Node, selection: Selection) -> Pulled | None:
     others = {a: idx for a, idx in selection.items() if a != at}
     if at not in selection:
         return Pulled(tuple((p, others) for p in parts), lambda f: (node.target, (list(f), at), {}))
+    if (one := _slices_of_one(parts, at)) is not None:
+        x, places = one
+        return Pulled(((x, {**others, at: tuple(places[i] for i in selection[at])}),), None)
     demands: list[Demand] = []
     wanted, start = list(selection[at]), 0
     for part in parts:
@@ -154,6 +162,16 @@ def _cat(node: fx.Node, selection: Selection) -> Pulled | None:
     if len(demands) == 1:
         return Pulled(tuple(demands), None)
     return Pulled(tuple(demands), lambda f: (node.target, (list(f), at), {}))
+
+
+def _slices_of_one(parts: Sequence[fx.Node], axis: int) -> tuple[fx.Node, list[int]] | None:
+    """(the tensor, which of its places) where all parts are slices of one tensor along the axis: a choice of its heads."""
+    places: list[int] = []
+    for p in parts:
+        if opname(p) != "slice" or operand(p) is not operand(parts[0]) or wrap(arg(p, 1, 0), len(shape(p))) != axis:
+            return None
+        places += _taken(p)
+    return operand(parts[0]), places
 
 
 def _stack(node: fx.Node, selection: Selection) -> Pulled | None:

@@ -28,6 +28,7 @@ class Selector:
     """Builds selections of nodes, moved up as far as they go.
 
     ``forks`` are tensors that serve several roles (a packed projection): of these only what is needed is taken.
+    Without ``weights`` selections stay behind projections and parameters, which are left as they are.
     ``edited`` holds new values of parameters for this site alone; every node on the way to one (``dirty``) is built anew
     even where nothing is selected.
     """
@@ -35,7 +36,7 @@ class Selector:
     def __init__(
         self,
         emit: Emitter,
-        weights: Weights,
+        weights: Weights | None,
         edited: Mapping[str, Tensor] | None = None,
         dirty: Sequence[fx.Node] = (),
         forks: Collection[fx.Node] = (),
@@ -67,7 +68,7 @@ class Selector:
         pulled = pull(node, selection)
         if pulled is None and (found := scattered(node, selection)) is not None:
             return self._gathered(node, found)
-        if pulled is None or pulled.across:
+        if pulled is None or pulled.across or (pulled.weights and self.weights is None):
             return self._stay(node, selection)
         try:
             if pulled.exact is not None and pulled.exact[0][0] in self.forks:
@@ -108,6 +109,8 @@ class Selector:
         return restrict(self.emit, self.select(node, {}) if node in self.dirty else node, selection)
 
     def _parameter(self, node: fx.Node, selection: Selection) -> fx.Node:
+        if self.weights is None:
+            return restrict(self.emit, node, selection)
         name = str(node.target)
         return self.weights.read(self.emit, self.weights.derive(name, selection, self.edited.get(name)))
 

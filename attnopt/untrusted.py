@@ -118,10 +118,11 @@ def _inputs(text: str) -> bool:
 
 
 _FUNCTIONS = (
-    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "Eq", "Ne", "Lt", "Le", "Gt", "Ge",
-    "And", "Or", "Not", "Piecewise", "ceiling", "floor", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv",
-    "CeilToInt", "FloorToInt", "CeilDiv", "PowByNatural", "FloatTrueDiv", "IntTrueDiv", "TruncToInt", "TruncToFloat",
-    "RoundToInt", "ToFloat", "Identity", "IsNonOverlappingAndDenseIndicator",
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "Eq", "Ne", "Lt", "Le", "Gt",
+    "Ge", "Equality", "Unequality", "LessThan", "GreaterThan", "StrictLessThan", "StrictGreaterThan", "And", "Or", "Not",
+    "Piecewise", "ceiling", "floor", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt",
+    "FloorToInt", "CeilDiv", "PowByNatural", "FloatTrueDiv", "IntTrueDiv", "TruncToInt", "TruncToFloat", "RoundToInt",
+    "ToFloat", "Identity", "IsNonOverlappingAndDenseIndicator",
 )  # fmt: skip
 _LARGEST_POWER, _LONGEST = 8, 2_000
 

@@ -33,9 +33,9 @@ class Spelling:
     op: str = "linear"  # linear, parameter, addmm, conv1d, conv2d, einsum
     packing: str = "separate"  # separate, fused, kv, per-head, per-group
     order: str = "qkv"
-    unpack: str = "split"  # chunk, split, slice, unbind, select
+    unpack: str = "split"  # chunk, split, slice, unbind, select, index (with a list)
     core: str = "matmul"  # matmul, bmm, baddbmm, einsum, heads-last, channels, transposed, mulsum, sdpa, grouped, grouped-einsum
-    share: str = "expand"  # repeat_interleave, expand, tiled, enable_gqa, broadcast (one K/V head)
+    share: str = "expand"  # repeat_interleave, expand, tiled, index, enable_gqa, broadcast (one K/V head)
     rope: str = ""  # half, interleaved, complex
     norm: str = ""  # layer, rms, l2, across
     scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature
@@ -83,9 +83,9 @@ class Spelling:
             s = replace(s, packing="kv" if s.op != "einsum" else "separate")
         if s.packing == "per-head" and s.heads != s.kv_heads:
             s = replace(s, packing="per-group")
-        if s.packing == "per-group" or s.unpack in ("unbind", "select"):
+        if s.packing == "per-group" or s.unpack in ("unbind", "select", "index"):
             s = replace(s, value_dim=s.head_dim)
-        if s.packing == "fused" and s.unpack in ("chunk", "unbind", "select"):
+        if s.packing == "fused" and s.unpack in ("chunk", "unbind", "select", "index"):
             s = replace(s, kv_heads=s.heads, value_dim=s.head_dim)
         if s.packing == "kv" and s.unpack == "chunk":
             s = replace(s, value_dim=s.head_dim)
@@ -317,7 +317,10 @@ class Attention(nn.Module):
             if s.packing == "per-group":
                 y = y.view(*y.shape[:2], s.kv_heads, s.group + 2, s.head_dim)
                 found["q"] = y[:, :, :, :-2].reshape(*y.shape[:2], s.heads, s.head_dim)
-                found["k"], found["v"] = y[..., -2, :], y[..., -1, :]
+                if s.unpack == "index":
+                    found["k"], found["v"] = (y[..., [i], :].squeeze(3) for i in (-2, -1))
+                else:
+                    found["k"], found["v"] = y[..., -2, :], y[..., -1, :]
             elif s.packing == "per-head":
                 found.update(zip(roles, self._unpack_heads(y, roles), strict=True))
             elif len(roles) == 1:
@@ -344,7 +347,7 @@ class Attention(nn.Module):
     def _unpack(self, y: Tensor, roles: list[str], first: bool) -> list[Tensor]:
         s, sizes = self.s, [role_sizes(self.s)[r] for r in roles]
         axis = 1 if first else 2
-        if s.unpack in ("unbind", "select") and len(set(sizes)) == 1:
+        if s.unpack in ("unbind", "select", "index") and len(set(sizes)) == 1:
             n, d = sizes[0]
             if first:
                 y = y.view(y.shape[0], len(roles), n, d, y.shape[2])
@@ -353,6 +356,8 @@ class Attention(nn.Module):
             y = y.view(*y.shape[:2], len(roles), n, d)
             if s.unpack == "unbind":
                 return list(y.unbind(2))
+            if s.unpack == "index":
+                return [y[:, :, [i]].squeeze(2) for i in range(len(roles))]
             y = y.permute(2, 0, 3, 1, 4)
             return [y[i].transpose(1, 2) for i in range(len(roles))]
         widths = [n * d for n, d in sizes]
@@ -383,9 +388,9 @@ class Attention(nn.Module):
         speeds = 10.0 ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = (torch.arange(t.shape[1], dtype=torch.float32)[:, None] * speeds)[None, :, None]
         if s.rope == "complex":
-            turned = torch.view_as_complex(t.float().contiguous().view(*t.shape[:-1], half, 2)) * torch.polar(
-                torch.ones_like(angles), angles
-            )
+            turned = torch.view_as_complex(
+                t.float().clone(memory_format=torch.contiguous_format).view(*t.shape[:-1], half, 2)
+            ) * torch.polar(torch.ones_like(angles), angles)
             return torch.view_as_real(turned).flatten(-2).type_as(t)
         if s.rope == "half":
             both = torch.cat([angles, angles], -1)
@@ -401,6 +406,8 @@ class Attention(nn.Module):
             return t
         if s.share == "repeat_interleave":
             return t.repeat_interleave(s.group, dim=at)
+        if s.share == "index":
+            return t.index_select(at, torch.tensor(s.kv_of_head))
         sizes = list(t.shape)
         if s.share == "tiled":
             return t.repeat(*(s.group if i == at else 1 for i in range(t.dim())))

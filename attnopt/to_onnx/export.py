@@ -25,6 +25,7 @@ from attnopt.origin import Origin
 from attnopt.to_onnx.choice import Form, OnnxSite
 from attnopt.to_onnx.grouped import grouped_products
 from attnopt.to_onnx.pairs import in_pairs
+from attnopt.to_onnx.promoting import promoted
 from attnopt.to_onnx.sites import DOMAIN, OP, Marked, fastest, mark
 from attnopt.version import __version__
 
@@ -94,6 +95,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
     try:
         with quiet():
             in_pairs(gm)
+            promoted(gm)
             program = exported(gm, origin)
             made = torch.onnx.export(
                 program,

@@ -1,0 +1,152 @@
+"""Spellings that only hide the meaning, removed or made one from the start."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import fx
+
+from attnopt.graph import (
+    CASTS,
+    RESHAPES,
+    Emitter,
+    arg,
+    aten,
+    dtype,
+    get_attr,
+    hint,
+    is_call,
+    is_static,
+    is_tensor,
+    operand,
+    same_size,
+    shape,
+    sweep,
+    value,
+    wrap,
+)
+from attnopt.surgery import restrict
+
+STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
+FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
+
+
+def tidy(gm: fx.GraphModule) -> None:
+    """Remove what only hides the meaning: metadata asserts, copies, casts and slices that change nothing.
+
+    Every ``view`` becomes a ``reshape``, so that nothing depends on the strides that a removed copy had made.
+    """
+    outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
+    strides_matter = any(is_call(n, *STRIDED) for n in gm.graph.nodes)
+    for node in list(gm.graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata.default):
+            gm.graph.erase_node(node)
+        elif is_call(node, *RESHAPES):
+            node.target = aten.reshape.default
+        elif is_call(node, aten.flatten.using_ints, aten.unflatten.int, aten.expand_as.default):
+            _spell_out(node)
+        elif is_call(node, aten.amax.default, aten.amin.default) and not (arg(node, 1) or node.kwargs):
+            node.args = (operand(node), list(range(len(shape(operand(node))))), *node.args[2:])  # ONNX wants them named
+        elif is_call(node, operator.getitem) and is_call(
+            arg(node, 0), aten._native_batch_norm_legit_no_training.default
+        ):
+            _as_batch_norm(node)
+        elif is_call(node, aten.index.Tensor, aten.index_select.default) and node not in outputs:
+            node = _as_slices(gm, node)
+        if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
+            continue
+        if is_tensor(node) and node not in outputs and (same := _changes_nothing(node)) is not None:
+            node.replace_all_uses_with(same)
+            gm.graph.erase_node(node)
+    sweep(gm)
+
+
+def _spell_out(node: fx.Node) -> None:
+    """flatten, unflatten and expand_as as the reshape or expand that they are."""
+    sizes = value(node).shape
+    if all(map(is_static, sizes)):
+        node.target = aten.expand.default if is_call(node, aten.expand_as.default) else aten.reshape.default
+        node.args, node.kwargs = (operand(node), [hint(s) for s in sizes]), {}
+
+
+def _as_batch_norm(node: fx.Node) -> None:
+    """The first result of torch's decomposed batch norm, as the batch norm that it was."""
+    if arg(node, 1) != 0:
+        return
+    *tensors, momentum, eps = operand(node).args
+    node.target, node.args = aten.batch_norm.default, (*tensors, False, momentum, eps, False)
+
+
+def _as_slices(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """What takes known places of one axis, as the slices that it joins; ``node`` itself where it is something else."""
+    found = _known_places(gm, node)
+    if found is None:
+        return node
+    x, axis, places = found
+    made = restrict(Emitter(gm.graph, node), x, {axis: places})
+    node.replace_all_uses_with(made)
+    gm.graph.erase_node(node)
+    return made
+
+
+def _known_places(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int, tuple[int, ...]] | None:
+    """(the tensor, the axis, the places that are taken along it), where these are few and known numbers."""
+    x = operand(node)
+    if is_call(node, aten.index_select.default):
+        axis, index = wrap(arg(node, 1), len(shape(x))), arg(node, 2)
+    else:
+        by_axis = [(a, i) for a, i in enumerate(arg(node, 1)) if i is not None]
+        if len(by_axis) != 1:
+            return None
+        ((axis, index),) = by_axis
+    while is_call(index, aten.clone.default, aten.lift_fresh_copy.default):
+        index = operand(index)
+    size = value(x).shape[axis]
+    if not isinstance(index, fx.Node) or index.op != "get_attr" or x.op == "get_attr" or not isinstance(size, int):
+        return None
+    places = get_attr(gm, str(index.target))
+    if (
+        places.dtype not in (torch.int32, torch.int64)
+        or places.dim() != 1
+        or not 0 < len(places) <= FEW
+        or places.is_meta
+    ):
+        return None
+    return x, axis, tuple(wrap(i, size) for i in places.tolist())
+
+
+def _changes_nothing(node: fx.Node) -> fx.Node | None:
+    if is_call(node, aten.cat.default):
+        return _only_part(node)
+    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
+        return None
+    x = operand(node)
+    before, after = value(x), value(node)
+    if is_call(node, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten.alias.default):
+        return x
+    if is_call(node, aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
+        return x if not arg(node, 2) or arg(node, 1) == 0 else None
+    same_shape = len(before.shape) == len(after.shape) and all(map(same_size, before.shape, after.shape))
+    if not same_shape or before.dtype != after.dtype or before.device != after.device:
+        return None
+    if is_call(node, *RESHAPES, *CASTS, aten.expand.default, aten.slice.Tensor):
+        step = arg(node, 4, 1)
+        return x if not is_call(node, aten.slice.Tensor) or step == 1 else None
+    scalar = arg(node, 1)
+    if is_call(node, aten.add.Tensor, aten.sub.Tensor) and not isinstance(scalar, fx.Node) and scalar == 0:
+        return x
+    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(scalar, fx.Node) and scalar == 1:
+        return x
+    return None
+
+
+def _only_part(node: fx.Node) -> fx.Node | None:
+    """The one tensor that a concatenation joins with nothing: a cache that is still empty."""
+    parts = [p for p in arg(node, 0) if math.prod(shape(p)) != 0]
+    if len(parts) != 1 or len(shape(parts[0])) != len(shape(node)):
+        return None
+    part = parts[0]
+    assert isinstance(part, fx.Node)
+    return part if dtype(part) == dtype(node) and all(map(same_size, value(part).shape, value(node).shape)) else None
