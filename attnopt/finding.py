@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
-from attnopt.graph import ancestors, is_static, is_tensor, module_path, opname, shape, source_line, value
+from attnopt.graph import ancestors, arg, is_static, is_tensor, module_path, opname, shape, source_line, value
 from attnopt.matching import recognise
 from attnopt.normaliser import Softmax, normalisers
 from attnopt.projections import read_output, read_projection
@@ -212,11 +212,11 @@ def _streams(node: fx.Node) -> set[fx.Node]:
             continue
         for x in projection.all_input_nodes:
             if is_tensor(x) and x.op != "get_attr":
-                found |= {
-                    n
-                    for n in ancestors(x, stop=lambda n: opname(n) in _SOURCES)
-                    if opname(n) in _SOURCES or (n.op == "placeholder" and is_tensor(n))
-                }
+                above = list(ancestors(x, stop=lambda n: opname(n) in _SOURCES))
+                streams = {n for n in above if opname(n) in _SOURCES or (n.op == "placeholder" and is_tensor(n))}
+                if not streams and opname(projection) == "linear" and x is arg(projection, 0):
+                    streams = {n for n in above if n.op == "get_attr"}  # learned queries alone
+                found |= streams
     return found
 
 

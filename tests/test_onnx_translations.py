@@ -141,3 +141,20 @@ def test_real_numbers_are_left_alone() -> None:
     before = [str(n) for n in gm.graph.nodes]
     in_pairs(gm)
     assert [str(n) for n in gm.graph.nodes] == before
+
+
+# ---------------------------------------------------------------- conversions
+class OneMinus(nn.Module):
+    """Multiplied with a number less an integer, or less what is narrower, as masks are written."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsub((x > 0).to(self.dtype), 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16, torch.float32])
+def test_a_number_less_a_tensor(dtype: torch.dtype, tmp_path: Path) -> None:
+    check(OneMinus(dtype), tmp_path / "m.onnx")

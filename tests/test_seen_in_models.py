@@ -1,0 +1,166 @@
+"""Spellings that published models have beside those of the grammar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import assert_same, run
+from torch import Tensor, nn
+from torch.nn import functional
+
+import attnopt
+from attnopt.errors import CaptureError
+from attnopt.passes import GroupedQuery, PruneHeads
+
+WIDTH, HEADS, DIM = 16, 4, 4
+
+
+class Attending(nn.Module):
+    """[B, L, WIDTH] -> [B, L, WIDTH]; subclasses change what the heads are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(self.changed(q), self.changed(k), v)
+        made: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return made
+
+    def changed(self, t: Tensor) -> Tensor:
+        return t
+
+
+class NormAroundOne(Attending):
+    """A norm whose weight is kept as its distance from one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(DIM) / 3)
+
+    def changed(self, t: Tensor) -> Tensor:
+        return functional.rms_norm(t, (DIM,)) * (1.0 + self.weight)
+
+
+class FirstTokenUnturned(Attending):
+    """Rotary positions for all tokens but the first."""
+
+    def changed(self, t: Tensor) -> Tensor:
+        first, others = t.split((1, t.shape[2] - 1), dim=2)
+        angle = torch.arange(t.shape[2] - 1)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+        a, b = others.chunk(2, dim=-1)
+        turned = others * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
+        return torch.cat([first, turned], 2)
+
+
+def prepared(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, list[Tensor]]:
+    model.eval()
+    return model, x, run(model, (x,))
+
+
+@pytest.mark.parametrize("build", [Attending, NormAroundOne, FirstTokenUnturned])
+def test_heads_are_traced_to_their_projections(build: type[Attending]) -> None:
+    torch.manual_seed(0)
+    model, x, own = prepared(build(), torch.randn(2, 5, WIDTH))
+    (site,) = attnopt.inspect(model, x).sites
+    each = tuple(tuple(range(h * DIM, (h + 1) * DIM)) for h in range(HEADS))
+    assert [site.projections[role].rows for role in ("q", "k", "v", "out")] == [each] * 4
+    assert_same(run(attnopt.optimize(model, "fuse", x), (x,)), own)
+    with torch.no_grad():
+        for f in (model.k, model.v):
+            f.weight[DIM:], f.bias[DIM:] = f.weight[:DIM].repeat(HEADS - 1, 1), f.bias[:DIM].repeat(HEADS - 1)
+    shared = attnopt.optimize(model, GroupedQuery(1, merge="mean"), x)
+    assert shared.sites[0].num_kv_heads == 1
+    assert_same(run(shared, (x,)), run(model, (x,)))
+
+
+class Detecting(nn.Module):
+    """A decoder's layer: learned queries look at each other before they look at anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(6, WIDTH))
+        self.among, self.at = Attending(), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.among(self.queries.expand(x.shape[0], -1, -1))
+        made: Tensor = self.at(found, x, x)[0]
+        return made
+
+
+def test_learned_queries_that_attend_to_each_other() -> None:
+    torch.manual_seed(0)
+    model, x, own = prepared(Detecting(), torch.randn(2, 5, WIDTH))
+    fast = attnopt.optimize(model, "fuse", x)
+    assert [s.is_cross for s in fast.sites] == [False, True]
+    assert_same(run(fast, (x,)), own)
+    assert isinstance(model, Detecting)
+    pruned = attnopt.optimize(model, {"among": PruneHeads(heads=[1])}, x)
+    with torch.no_grad():
+        model.among.out.weight[:, DIM : 2 * DIM] = 0
+    assert_same(run(pruned, (x,)), run(model, (x,)))
+
+
+class Doubled(nn.Module):
+    """Four heads of keys that are made of two: as they are, and scaled, which is not the same; ``again``: as they are twice."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.q, self.kv, self.again = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH // 2), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, kv = (f(x).unflatten(-1, (-1, DIM)).transpose(1, 2) for f in (self.q, self.kv))
+        keys = torch.cat([kv, kv if self.again else kv * 2], 1)
+        mixed = functional.scaled_dot_product_attention(q, keys, torch.cat([kv, kv], 1))
+        return mixed.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("again", "heads"), [(True, 2), (False, 4)])
+def test_joined_heads_are_one_only_where_they_are_equal(again: bool, heads: int) -> None:
+    torch.manual_seed(0)
+    model, x, own = prepared(Doubled(again), torch.randn(2, 5, WIDTH))
+    fast = attnopt.optimize(model, "fuse", x)
+    assert [s.num_kv_heads for s in fast.sites] == [heads]
+    assert_same(run(fast, (x,)), own)
+
+
+class Checked(Attending):
+    """Looks at its values, without a branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        longest = (x[..., 0] > 0).sum(1).max().item()
+        torch._check(longest <= x.shape[1])
+        return super().forward(x)
+
+
+def test_a_checked_value_is_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, own = prepared(Checked(), torch.randn(2, 5, WIDTH))
+    attnopt.optimize(model, "fuse", x).save(tmp_path / "model")
+    assert_same(run(attnopt.load(tmp_path / "model"), (x,)), own)
+
+
+class Strided(nn.Module):
+    """Tokens are every fourth one of the input, and there is a position for so many and no more or less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attending, self.positions = Attending(), nn.Parameter(torch.randn(5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.attending(x[:, ::4] + self.positions)
+        return made
+
+
+def test_a_length_that_holds_only_nearby() -> None:
+    model, x, own = prepared(Strided(), torch.randn(2, 17, WIDTH))
+    auto = torch.export.Dim.AUTO
+    fast = attnopt.optimize(model, "fuse", x, dynamic_shapes={"x": {0: auto, 1: auto}})
+    assert_same(run(fast, (x,)), own)
+    nearby = torch.randn(3, 20, WIDTH)
+    assert_same(run(fast, (nearby,)), run(model, (nearby,)))
+    with pytest.raises(CaptureError, match="do not fit the captured graph"):
+        fast(torch.randn(2, 34, WIDTH))
