@@ -36,6 +36,7 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
         "Unpacking",
         {
             "split": "`split`", "chunk": "`chunk`", "slice": "slices", "unbind": "`unbind`", "select": "an index",
+            "index": "a list of one",
         },
     ),
     "core": (
@@ -51,6 +52,7 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
         "Shared key/value heads",
         {
             "expand": "`expand` and `reshape`", "repeat_interleave": "`repeat_interleave`", "tiled": "`repeat`",
+            "index": "a list of heads",
             "enable_gqa": "`enable_gqa=True`", "broadcast": "broadcasting of one head",
         },
     ),
