@@ -6,7 +6,7 @@ import math
 import operator
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnopt.graph import (
     CASTS,
@@ -21,6 +21,7 @@ from attnopt.graph import (
     is_static,
     is_tensor,
     operand,
+    run_call,
     same_size,
     shape,
     sweep,
@@ -30,6 +31,7 @@ from attnopt.graph import (
 from attnopt.surgery import restrict
 
 STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
+LINKS = 6  # operators, one behind the other, as in arange(heads) // group
 FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
 
 
@@ -101,20 +103,27 @@ def _known_places(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int, tupl
         if len(by_axis) != 1:
             return None
         ((axis, index),) = by_axis
-    while is_call(index, aten.clone.default, aten.lift_fresh_copy.default):
-        index = operand(index)
     size = value(x).shape[axis]
-    if not isinstance(index, fx.Node) or index.op != "get_attr" or x.op == "get_attr" or not isinstance(size, int):
+    if x.op == "get_attr" or not isinstance(size, int) or not isinstance(index, fx.Node):
         return None
-    places = get_attr(gm, str(index.target))
-    if (
-        places.dtype not in (torch.int32, torch.int64)
-        or places.dim() != 1
-        or not 0 < len(places) <= FEW
-        or places.is_meta
-    ):
+    if value(index).dtype not in (torch.int32, torch.int64) or len(shape(index)) != 1 or not 0 < shape(index)[0] <= FEW:
         return None
-    return x, axis, tuple(wrap(i, size) for i in places.tolist())
+    places = _known_value(gm, index, LINKS)
+    return None if places is None else (x, axis, tuple(wrap(i, size) for i in places.tolist()))
+
+
+def _known_value(gm: fx.GraphModule, node: fx.Node, links: int) -> Tensor | None:
+    """What the graph computes from stored numbers alone, in a few operators."""
+    if node.op == "get_attr":
+        found = get_attr(gm, str(node.target))
+        return None if found.is_meta else found
+    if node.op != "call_function" or links == 0 or not is_tensor(node):
+        return None
+    above = {n: _known_value(gm, n, links - 1) for n in node.all_input_nodes}
+    if any(v is None for v in above.values()) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return None
+    made: Tensor = run_call(node, *fx.node.map_arg((node.args, node.kwargs), lambda n: above[n]))
+    return made
 
 
 def _changes_nothing(node: fx.Node) -> fx.Node | None:

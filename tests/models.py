@@ -407,7 +407,7 @@ class Attention(nn.Module):
         if s.share == "repeat_interleave":
             return t.repeat_interleave(s.group, dim=at)
         if s.share == "index":
-            return t.index_select(at, torch.tensor(s.kv_of_head))
+            return t.index_select(at, torch.arange(s.heads) // s.group)
         sizes = list(t.shape)
         if s.share == "tiled":
             return t.repeat(*(s.group if i == at else 1 for i in range(t.dim())))
