@@ -315,12 +315,12 @@ def _hide(s: Scores, condition: Any, when: bool, fill: float) -> Scores | None:
 
 
 def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
-    """``cat([scores, sink], -1)``: one more column that takes weight and gives nothing."""
+    """``cat([scores, sink], -1)``, or the other way round: one more column that takes weight and gives nothing."""
     parts = arg(node, 0)
     dim = wrap(arg(node, 1, 0), len(s.axes))
-    if len(parts) != 2 or s.sinks is not None or s.shifted or parts[0] is not source or not s.axes[dim]:
+    if len(parts) != 2 or s.sinks is not None or s.shifted or not s.axes[dim]:
         return None
-    column = parts[1]
+    column = parts[1] if parts[0] is source else parts[0]
     if not is_tensor(column) or shape(column)[dim] != 1:
         return None
     around: Axes = tuple(() if i == dim else a for i, a in enumerate(resolve_all(s.axes)))

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import attnopt
 from attnopt.errors import CaptureError
-from attnopt.passes import GroupedQuery, PruneHeads
+from attnopt.passes import GroupedQuery, PruneHeads, ScaleHeads
 
 WIDTH, HEADS, DIM = 16, 4, 4
 
@@ -125,6 +125,37 @@ def test_joined_heads_are_one_only_where_they_are_equal(again: bool, heads: int)
     fast = attnopt.optimize(model, "fuse", x)
     assert [s.num_kv_heads for s in fast.sites] == [heads]
     assert_same(run(fast, (x,)), own)
+
+
+class LeadingSink(nn.Module):
+    """A logit of its own before those of the keys, whose weight is dropped; ``wrong``: that of the last key is."""
+
+    def __init__(self, wrong: bool) -> None:
+        super().__init__()
+        self.qkv, self.sink, self.wrong = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.randn(HEADS)), wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / 2
+        sink = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat([sink, scores], -1).softmax(-1)
+        made: Tensor = (weights[..., :-1] if self.wrong else weights[..., 1:]) @ v
+        return made
+
+
+def test_a_sink_before_the_keys() -> None:
+    torch.manual_seed(0)
+    model, x, (own,) = prepared(LeadingSink(wrong=False), torch.randn(2, 5, WIDTH))
+    gains = [0.5, 1.0, 2.0, 1.5]
+    fast = attnopt.optimize(model, ScaleHeads(gains), x)
+    assert [s.spec.has_sinks for s in fast.sites] == [True]
+    assert_same(run(fast, (x,)), [own * torch.tensor(gains).view(-1, 1, 1)])
+
+
+def test_a_key_that_is_dropped_in_the_place_of_the_sink() -> None:
+    found = attnopt.inspect(LeadingSink(wrong=True).eval(), torch.randn(2, 5, WIDTH))
+    assert not found.sites
+    assert [n.refusal.code for n in found.near_misses] == ["not-equal"]
 
 
 class Checked(Attending):
