@@ -55,10 +55,11 @@ def squared_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 
 def _squared_difference(got: Tensor, want: Tensor) -> float:
-    pieces = [
-        (float((_wide(g) - _wide(w)).square().sum()), float(_wide(w).square().sum())) for g, w in _pieces(got, want)
-    ]
-    return sum(d for d, _ in pieces) / max(sum(s for _, s in pieces), 1e-300)
+    apart = size = 0.0
+    for piece in _pieces(got, want):
+        g, w = map(_wide, piece)
+        apart, size = apart + float((g - w).square().sum()), size + float(w.square().sum())
+    return apart / max(size, 1e-300)
 
 
 def _pieces(got: Tensor, want: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

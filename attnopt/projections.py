@@ -38,11 +38,10 @@ def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[La
 
     def walk(n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...], in_weight: bool, is_part: bool) -> None:
         chosen = trim(n, chosen)
-        if not chosen and not in_weight:
-            if is_part and opname(n) not in _ARRANGES:
+        if not chosen and not in_weight and not (is_part and opname(n) in _ARRANGES):
+            if is_part:
                 add("part", n, chosen, path)
-            if not is_part or opname(n) not in _ARRANGES:
-                return
+            return
         if n.op == "get_attr":
             add("weight" if in_weight else "constant", n, chosen, path)
             return
