@@ -9,13 +9,14 @@ from torch import Tensor, fx
 
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
-from attnopt.graph import ancestors, arg, is_static, is_tensor, module_path, opname, shape, source_line, value
+from attnopt.graph import ancestors, is_static, module_path, opname, shape, source_line, value
 from attnopt.matching import recognise
 from attnopt.normaliser import Softmax, normalisers
 from attnopt.projections import read_output, read_projection
 from attnopt.raising import Raised, raise_region
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
+from attnopt.sequences import is_cross, positions
 from attnopt.site import NearMiss, Projection, Site
 from attnopt.verify import example_values, region_key, site_error, site_tolerance
 
@@ -129,7 +130,7 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
     q, k = operands["q"], operands["k"]
     assert q is not None
     assert k is not None
-    spec = replace(spec, is_cross=_is_cross(q, k), positions=_positions(q))
+    spec = replace(spec, is_cross=is_cross(q, k), positions=positions(q))
     notes: tuple[str, ...] = ()
     if region.escapes:
         notes += ("the attention weights are used elsewhere and are still computed",)
@@ -173,54 +174,3 @@ def _head_of(region: Region, head: int) -> dict[int, tuple[int, ...]]:
             flat = [f * atom.size + j for f in flat for j in index.get(atom, range(atom.size))]
         chosen[i] = tuple(flat)
     return chosen
-
-
-def _is_cross(q: fx.Node, k: fx.Node) -> bool:
-    """Keys come from another sequence: the two share no projection's input, nor any stream of tokens behind it."""
-    return not _streams(q) & _streams(k)
-
-
-_SOURCES = {
-    "convolution",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "linear",
-    "addmm",
-    "mm",
-    "matmul",
-    "bmm",
-    "baddbmm",
-    "einsum",
-    "embedding",
-    "softmax",
-    "scaled_dot_product_attention",
-}
-
-
-def _streams(node: fx.Node) -> set[fx.Node]:
-    """What feeds the first projection above ``node``: the nodes that write into that sequence."""
-    found: set[fx.Node] = set()
-    first = [
-        n
-        for n in ancestors(node, stop=lambda n: opname(n) in _SOURCES)
-        if opname(n) in _SOURCES or n.op == "placeholder"
-    ]
-    for projection in first:
-        if projection.op == "placeholder":
-            found.add(projection)
-            continue
-        for x in projection.all_input_nodes:
-            if is_tensor(x) and x.op != "get_attr":
-                above = list(ancestors(x, stop=lambda n: opname(n) in _SOURCES))
-                streams = {n for n in above if opname(n) in _SOURCES or (n.op == "placeholder" and is_tensor(n))}
-                if not streams and opname(projection) == "linear" and x is arg(projection, 0):
-                    streams = {n for n in above if n.op == "get_attr"}  # learned queries alone
-                found |= streams
-    return found
-
-
-def _positions(q: fx.Node) -> tuple[str, ...]:
-    """Rotary encodings show themselves as a sine and a cosine between the projection and the core."""
-    names = {opname(n) for n in ancestors(q, stop=lambda n: opname(n) in _SOURCES)}
-    return ("rope",) if {"sin", "cos"} <= names or "view_as_complex" in names else ()

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from torch import fx, nn
 
-from attnopt.graph import arg, get_attr, is_tensor, opname, shape, source_line, wrap
+from attnopt.graph import ancestors, arg, get_attr, is_tensor, opname, shape, source_line, wrap
 from attnopt.pushing import push
 from attnopt.selecting import Pulled, Selection, is_weight, trim
 from attnopt.selection import pull
@@ -17,10 +17,10 @@ from attnopt.site import Projection
 
 @dataclass(frozen=True)
 class Landing:
-    """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer), "token" (a
-    projection's input), "input" (of the model), "part" (all of what is one of several joined tensors), "blocked" (no rule
-    for ``node``).  ``path`` leads there, and ``ways`` has the nodes of every other path too: a rotation or a norm reads the
-    same features twice."""
+    """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer, or numbers made
+    of sizes alone), "token" (a projection's input), "input" (of the model), "part" (all of what is one of several joined
+    tensors), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the nodes of every other path too:
+    a rotation or a norm reads the same features twice."""
 
     kind: str
     node: fx.Node
@@ -50,7 +50,7 @@ def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[La
             return
         pulled, left = _pulled(n, chosen) if chosen or is_part else (None, {})
         if pulled is None:
-            add("blocked", n, chosen, path)
+            add("constant" if _is_computed(n) else "blocked", n, chosen, path)
             return
         if left and (rest := pull(n, left)) is not None and rest.across:
             add("token", n, left, path)
@@ -67,6 +67,11 @@ def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[La
 
     walk(node, selection, (), False, False)
     return list(found.values())
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """From sizes alone, as positions are."""
+    return all(n.op == "call_function" for n in ancestors(node, stop=lambda n: not is_tensor(n)))
 
 
 # What gives the same elements in the same order, whatever it chooses of them.
@@ -132,7 +137,7 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
         return Projection(why=f"heads are computed apart, by a {opname(part.node)} each{_at(part.node)}"), dirty
     constant = next((x for found in each for x in found if x.kind == "constant" and not _is_shared(x, each)), None)
     if constant is not None and alone:
-        return Projection(why=f"heads also differ by {constant.node.target}, which is no projection"), dirty
+        return Projection(why=f"heads also differ by {_named(constant.node)}, which is no projection"), dirty
     weights = [[x for x in found if x.kind == "weight"] for found in each]
     matrices = {x.node for found in weights for x in found if len(shape(x.node)) >= 2}
     vectors = {x.node for found in weights for x in found if len(shape(x.node)) == 1}
@@ -225,6 +230,10 @@ def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Seq
 
 def is_convolution(node: fx.Node) -> bool:
     return opname(node).startswith("conv")
+
+
+def _named(node: fx.Node) -> str:
+    return str(node.target) if node.op == "get_attr" else f"{opname(node)}{_at(node)}"
 
 
 def _stopped_at(node: fx.Node) -> str:

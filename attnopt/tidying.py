@@ -8,6 +8,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from attnopt.assembling import joined, written
 from attnopt.graph import (
     CASTS,
     RESHAPES,
@@ -57,6 +58,10 @@ def tidy(gm: fx.GraphModule) -> None:
             _as_batch_norm(node)
         elif is_call(node, aten.index.Tensor, aten.index_select.default) and node not in outputs:
             node = _as_slices(gm, node)
+        elif is_call(node, aten.slice_scatter.default, aten.select_scatter.default) and node not in outputs:
+            node = _replaced(node, joined(Emitter(gm.graph, node), node))
+        elif is_call(node, aten.copy.default) and node not in outputs:
+            node = _replaced(node, written(Emitter(gm.graph, node), node))
         if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
             continue
         if is_tensor(node) and node not in outputs and (same := _changes_nothing(node)) is not None:
@@ -87,9 +92,15 @@ def _as_slices(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     if found is None:
         return node
     x, axis, places = found
-    made = restrict(Emitter(gm.graph, node), x, {axis: places})
+    return _replaced(node, restrict(Emitter(gm.graph, node), x, {axis: places}))
+
+
+def _replaced(node: fx.Node, made: fx.Node | None) -> fx.Node:
+    """``made`` in the place of ``node``; ``node`` where there is nothing to put there."""
+    if made is None:
+        return node
     node.replace_all_uses_with(made)
-    gm.graph.erase_node(node)
+    node.graph.erase_node(node)
     return made
 
 

@@ -58,7 +58,10 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
     ),
     "rope": (
         "Rotary positions",
-        {"": "none", "half": "two halves", "interleaved": "pairs", "complex": "`view_as_complex`"},
+        {
+            "": "none", "half": "two halves", "interleaved": "pairs", "in-place": "pairs, written in place",
+            "complex": "`view_as_complex`",
+        },
     ),
     "norm": (
         "Norm of queries and keys",

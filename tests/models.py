@@ -36,7 +36,7 @@ class Spelling:
     unpack: str = "split"  # chunk, split, slice, unbind, select, index (with a list)
     core: str = "matmul"  # matmul, bmm, baddbmm, einsum, heads-last, channels, transposed, mulsum, sdpa, grouped, grouped-einsum
     share: str = "expand"  # repeat_interleave, expand, tiled, index, enable_gqa, broadcast (one K/V head)
-    rope: str = ""  # half, interleaved, complex
+    rope: str = ""  # half, interleaved, in-place, complex
     norm: str = ""  # layer, rms, l2, across
     scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature
     mask: tuple[str, ...] = ()  # causal, window, left, padding, float-padding, given
@@ -397,6 +397,10 @@ class Attention(nn.Module):
             a, b = t[..., :half], t[..., half:]
             return t * both.cos().to(t.dtype) + torch.cat([-b, a], -1) * both.sin().to(t.dtype)
         a, b, cos, sin = t[..., 0::2], t[..., 1::2], angles.cos().to(t.dtype), angles.sin().to(t.dtype)
+        if s.rope == "in-place":
+            made = torch.empty_like(t)
+            made[..., 0::2], made[..., 1::2] = a * cos - b * sin, a * sin + b * cos
+            return made
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
     def _shared(self, t: Tensor, at: int) -> Tensor:

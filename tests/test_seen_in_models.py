@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attnopt
-from attnopt.errors import CaptureError
-from attnopt.passes import GroupedQuery, PruneHeads, ScaleHeads
+from attnopt.errors import AttnoptWarning, CaptureError
+from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
 
 WIDTH, HEADS, DIM = 16, 4, 4
 
@@ -56,17 +56,62 @@ class FirstTokenUnturned(Attending):
         return torch.cat([first, turned], 2)
 
 
+class TurnedInPlace(Attending):
+    """Rotary positions of neighbouring features, written into a new tensor."""
+
+    def changed(self, t: Tensor) -> Tensor:
+        angle = torch.arange(t.shape[2])[:, None] * torch.tensor([1.0, 0.1])
+        made = torch.empty_like(t)
+        made[..., ::2] = t[..., ::2] * angle.cos() - t[..., 1::2] * angle.sin()
+        made[..., 1::2] = t[..., 1::2] * angle.cos() + t[..., ::2] * angle.sin()
+        return made
+
+
+class HeadByHead(Attending):
+    """Each head, and then its last feature, is written into a tensor of zeros."""
+
+    def changed(self, t: Tensor) -> Tensor:
+        made = torch.zeros(t.shape)
+        for head in range(HEADS):
+            made[:, head] = t[:, head]
+        made[..., -1] = t[..., -1] * 2
+        return made
+
+
+class LowRank(Attending):
+    """Queries, and keys and values, through a few features of their own (multi-head latent attention)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        few, norm = nn.Linear(WIDTH, 6), nn.LayerNorm(6)
+        self.q = nn.Sequential(few, norm, nn.Linear(6, WIDTH))
+        self.down, self.norm = nn.Linear(WIDTH, 8), nn.RMSNorm(8)
+        self.k, self.v = nn.Linear(8, WIDTH), nn.Linear(8, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent = self.latent(x)
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in (self.q(x), self.k(latent), self.v(latent)))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        made: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return made
+
+    def latent(self, x: Tensor) -> Tensor:
+        made: Tensor = self.norm(self.down(x))
+        return made
+
+
 def prepared(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, list[Tensor]]:
     model.eval()
     return model, x, run(model, (x,))
 
 
-@pytest.mark.parametrize("build", [Attending, NormAroundOne, FirstTokenUnturned])
+@pytest.mark.parametrize("build", [Attending, NormAroundOne, FirstTokenUnturned, TurnedInPlace, HeadByHead, LowRank])
 def test_heads_are_traced_to_their_projections(build: type[Attending]) -> None:
     torch.manual_seed(0)
     model, x, own = prepared(build(), torch.randn(2, 5, WIDTH))
     (site,) = attnopt.inspect(model, x).sites
     each = tuple(tuple(range(h * DIM, (h + 1) * DIM)) for h in range(HEADS))
+    assert not site.spec.is_cross
     assert [site.projections[role].rows for role in ("q", "k", "v", "out")] == [each] * 4
     assert_same(run(attnopt.optimize(model, "fuse", x), (x,)), own)
     with torch.no_grad():
@@ -75,6 +120,22 @@ def test_heads_are_traced_to_their_projections(build: type[Attending]) -> None:
     shared = attnopt.optimize(model, GroupedQuery(1, merge="mean"), x)
     assert shared.sites[0].num_kv_heads == 1
     assert_same(run(shared, (x,)), run(model, (x,)))
+
+
+class Moved(LowRank):
+    """Keys and values are of the token before."""
+
+    def latent(self, x: Tensor) -> Tensor:
+        return super().latent(x).roll(1, 1)
+
+
+def test_moved_tokens_are_another_sequence() -> None:
+    torch.manual_seed(0)
+    model, x, own = prepared(Moved(), torch.randn(2, 5, WIDTH))
+    with pytest.warns(AttnoptWarning, match="needs-self-attention"):
+        fast = attnopt.optimize(model, LocalWindow(1), x)
+    assert [s.is_cross for s in fast.sites] == [True]
+    assert_same(run(fast, (x,)), own)
 
 
 class Detecting(nn.Module):

@@ -148,6 +148,7 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(rope="half", scale="q"), {"positions": ("rope",)}),
     (Spelling(rope="interleaved", kv_heads=2), {"positions": ("rope",)}),
     (Spelling(rope="complex"), {"positions": ("rope",)}),
+    (Spelling(rope="in-place", kv_heads=2, packing="kv"), {"positions": ("rope",)}),
     (Spelling(norm="layer"), {}),
     (Spelling(norm="rms", rope="half", kv_heads=2), {}),
     (Spelling(scale="temperature"), {"scale": 1.0}),
