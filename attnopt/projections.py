@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -108,18 +108,20 @@ def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
     )
 
 
-def chooses_weights(node: fx.Node, one: Selection, other: Selection) -> bool:
+def chooses_weights(node: fx.Node, one: Selection, other: Selection, behind: bool = False) -> bool:
     """The axis along which the two selections differ is one of features that a projection makes, not one of tokens or of
-    the batch: they come from different rows of a weight."""
-    first, second = (
-        {
-            (x.node, tuple(sorted(x.selection.items())))
-            for x in landings(node, chosen, exact=False)
-            if x.kind == "weight"
-        }
-        for chosen in (one, other)
-    )
+    the batch: they come from different rows of a weight.  ``behind``: or of one that is behind the first."""
+    first, second = ({(n, tuple(sorted(c.items()))) for n, c in _rows(node, chosen, behind)} for chosen in (one, other))
     return first != second
+
+
+def _rows(node: fx.Node, chosen: Selection, behind: bool) -> Iterator[tuple[fx.Node, Selection]]:
+    for x in landings(node, chosen, exact=False):
+        if x.kind == "weight":
+            yield x.node, x.selection
+        elif x.kind == "token" and behind and (pulled := pull(x.node, x.selection)) is not None:
+            for above, demanded in pulled.demands:
+                yield from _rows(above, demanded, behind=False)
 
 
 def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) -> tuple[Projection, tuple[fx.Node, ...]]:

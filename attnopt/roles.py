@@ -73,8 +73,10 @@ def _ordered(r: Region) -> list[Atom]:
     return [c for ax in resolve_all(r.out.axes) for c in ax if c not in own]
 
 
-def _is_feature(o: Operand, atom: Atom) -> bool:
-    return chooses_weights(o.node, _pick(o, atom, 0), _pick(o, atom, 1))
+def _is_feature(o: Operand, atom: Atom, behind: bool = False) -> bool:
+    """Neighbours along the atom come from different rows of a weight, at its end too: a first token may be made alone."""
+    pairs = {(0, 1), (atom.size - 2, atom.size - 1)}
+    return all(chooses_weights(o.node, _pick(o, atom, a), _pick(o, atom, b), behind) for a, b in pairs)
 
 
 def _is_copied(o: Operand, atom: Atom) -> bool:
@@ -180,9 +182,12 @@ def _guess_heads(r: Region, batch: list[Atom], queries: Axis) -> tuple[Axis, lis
 
 
 def _refuse_channels(r: Region) -> None:
-    """A softmax over features attends between channels, not between tokens."""
+    """A softmax over features attends between channels, not between tokens.
+
+    Mixtures of tokens come from a weight too, but what is multiplied are then features behind it.
+    """
     for atom in resolve(r.keys):
-        if _is_feature(r.k, atom):
+        if _is_feature(r.k, atom) and not any(_is_feature(r.k, f, behind=True) for f in resolve(r.features)):
             raise NotAttentionError(
                 Refusal(
                     "channel-attention",

@@ -138,6 +138,65 @@ def test_moved_tokens_are_another_sequence() -> None:
     assert_same(run(fast, (x,)), own)
 
 
+class MixedTokens(Attending):
+    """Keys and values are three mixtures of all tokens (Linformer), by a layer or by a matrix."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.mixing = nn.Linear(5, 3)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer:
+            k, v = (self.mixing(f(x).mT).mT for f in (self.k, self.v))
+        else:
+            k, v = (torch.einsum("bnd,kn->bkd", f(x), self.mixing.weight) for f in (self.k, self.v))
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in (self.q(x), k, v))
+        made: Tensor = self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return made
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_mixtures_of_tokens_are_no_channels(layer: bool) -> None:
+    torch.manual_seed(0)
+    model, x, _ = prepared(MixedTokens(layer), torch.randn(2, 5, WIDTH))
+    gained = attnopt.optimize(model, ScaleHeads([0.5, 1.0, 2.0, 1.5]), x)
+    assert [(s.is_cross, s.num_heads, s.kv_len) for s in gained.sites] == [(True, HEADS, 3)]
+    with torch.no_grad():
+        model.out.weight *= torch.tensor([0.5, 1.0, 2.0, 1.5]).repeat_interleave(DIM)
+    assert_same(run(gained, (x,)), run(model, (x,)))
+
+
+class FirstTokenApart(Attending):
+    """The first token's query has a projection of its own; the others have rotary positions of neighbours (RvT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.cat([self.first(x[:, :1]), self.q(x[:, 1:])], 1)
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in (q, self.k(x), self.v(x)))
+        mixed = functional.scaled_dot_product_attention(self.changed(q), self.changed(k), v)
+        made: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return made
+
+    def changed(self, t: Tensor) -> Tensor:
+        others = t[:, :, 1:]
+        angle = torch.arange(t.shape[2] - 1)[:, None] * torch.tensor([1.0, 1.0, 0.1, 0.1])
+        a, b = others.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = others * angle.cos() + torch.stack([-b, a], -1).flatten(-2) * angle.sin()
+        return torch.cat([t[:, :, :1], turned], 2)
+
+
+def test_a_first_token_with_a_projection_of_its_own() -> None:
+    torch.manual_seed(0)
+    model, x, own = prepared(FirstTokenApart(), torch.randn(2, 5, WIDTH))
+    fast = attnopt.optimize(model, "fuse", x)
+    assert [s.num_heads for s in fast.sites] == [HEADS]
+    assert_same(run(fast, (x,)), own)
+
+
 class Detecting(nn.Module):
     """A decoder's layer: learned queries look at each other before they look at anything else."""
 
