@@ -56,6 +56,8 @@ def tidy(gm: fx.GraphModule) -> None:
             arg(node, 0), aten._native_batch_norm_legit_no_training.default
         ):
             _as_batch_norm(node)
+        elif is_call(node, aten.squeeze.dim, aten.squeeze.dims):
+            _squeeze_ones(node)
         elif is_call(node, aten.index.Tensor, aten.index_select.default) and node not in outputs:
             node = _as_slices(gm, node)
         elif is_call(node, aten.slice_scatter.default, aten.select_scatter.default) and node not in outputs:
@@ -76,6 +78,16 @@ def _spell_out(node: fx.Node) -> None:
     if all(map(is_static, sizes)):
         node.target = aten.expand.default if is_call(node, aten.expand_as.default) else aten.reshape.default
         node.args, node.kwargs = (operand(node), [hint(s) for s in sizes]), {}
+
+
+def _squeeze_ones(node: fx.Node) -> None:
+    """Longer axes stay in torch, and ONNX's Squeeze must not name them."""
+    x, axes = operand(node), arg(node, 1)
+    ones = [a for a in ([axes] if isinstance(axes, int) else axes) if same_size(value(x).shape[a], 1)]
+    if not ones:
+        node.target, node.args = aten.alias.default, (x,)
+    elif is_call(node, aten.squeeze.dims):
+        node.args = (x, ones)
 
 
 def _as_batch_norm(node: fx.Node) -> None:

@@ -41,6 +41,18 @@ def check(after: nn.Module, path: Path, flavor: Any = "onnxruntime") -> None:
         oracle.assert_same(run(path, (x,)), [model(x)])
 
 
+# ---------------------------------------------------------------- axes
+class Squeezed(nn.Module):
+    """An axis that is longer than 1 stays, and ONNX's Squeeze takes none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(1).unsqueeze(1).squeeze((1, 2)).squeeze(-1)
+
+
+def test_squeeze_of_a_longer_axis(tmp_path: Path) -> None:
+    check(Squeezed(), tmp_path / "model.onnx")
+
+
 # ---------------------------------------------------------------- groups of rows
 class Experts(nn.Module):
     """Each token goes to the expert that its number says; one may get none, and the last tokens go to none."""
