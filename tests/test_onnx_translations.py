@@ -148,6 +148,10 @@ def test_arranged_complex_numbers_are_exported(tmp_path: Path) -> None:
     check(Turned(*ARRANGED.values()), tmp_path / "m.onnx")
 
 
+def test_split_complex_numbers_are_exported(tmp_path: Path) -> None:
+    check(Turned(lambda unit, _: torch.cat(unit.split((3, 4, 1), -1)[::-1], -1)), tmp_path / "m.onnx")
+
+
 def test_real_numbers_are_left_alone() -> None:
     gm, _ = captured(Beside(nn.Unflatten(-1, (2, 8))))
     before = [str(n) for n in gm.graph.nodes]

@@ -7,11 +7,12 @@ only arrange elements are the same operators on the pairs, with that last axis l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 from torch import fx
 
-from attnopt.graph import Emitter, aten, sweep, value, wrap
+from attnopt.graph import Emitter, arg, aten, is_call, operand, sweep, value, wrap
 
 # What becomes of an operator's second argument, for a complex tensor with ``rank`` axes.
 ON_PAIRS: Mapping[Any, Callable[[int, Any], Any]] = {
@@ -27,6 +28,8 @@ ON_PAIRS: Mapping[Any, Callable[[int, Any], Any]] = {
 def in_pairs(gm: fx.GraphModule) -> None:
     """Changes each operator that arranges complex numbers into the one that arranges their pairs."""
     for node in list(gm.graph.nodes):
+        if is_call(node, aten.split_with_sizes.default) and value(operand(node)).is_complex():
+            _in_slices(node)
         if node.op != "call_function" or node.target not in ON_PAIRS or not value(node).is_complex():
             continue
         source, setting, *rest = node.args
@@ -36,3 +39,15 @@ def in_pairs(gm: fx.GraphModule) -> None:
         node.replace_all_uses_with(emit.call(aten.view_as_complex.default, made))
         gm.graph.erase_node(node)
     sweep(gm)
+
+
+def _in_slices(split: fx.Node) -> None:
+    """Of several results the exporter has a form for each."""
+    ends = list(accumulate(arg(split, 1)))
+    for taken in list(split.users):
+        i = arg(taken, 1)
+        emit = Emitter(split.graph, taken)
+        start = ends[i] - arg(split, 1)[i]
+        taken.replace_all_uses_with(emit.call(aten.slice.Tensor, operand(split), arg(split, 2, 0), start, ends[i]))
+        split.graph.erase_node(taken)
+    split.graph.erase_node(split)
