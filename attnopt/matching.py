@@ -41,8 +41,7 @@ def _from_softmax(a: Softmax) -> Region:
                 "weights that are multiplied with values",
                 _first_use(a.weights),
                 source_line(a.weights),
-            ),
-            near=True,
+            )
         )
     product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
@@ -144,8 +143,7 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     left, right = ({c for ax in resolve_all(x) for c in ax} for x in (p.left_axes, p.right_axes))
     if not keys:
         raise NotAttentionError(
-            Refusal("one-key", "more than one key", "a softmax over a single element", source_line(a.weights)),
-            near=False,
+            Refusal("one-key", "more than one key", "a softmax over a single element", source_line(a.weights))
         )
     if set(keys) <= right and not set(keys) & left:
         return scores
