@@ -144,6 +144,7 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
         source_line(region.out.node),
         notes,
         parameters=parameters,
+        batch=shape(q)[0],
         q_len=shape(q)[2],
         kv_len=shape(k)[2],
         is_dynamic=not (is_static(value(q).shape[2]) and is_static(value(k).shape[2])),

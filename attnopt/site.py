@@ -49,7 +49,8 @@ class Site:
     notes: tuple[str, ...] = ()  # what a reader should know: weights returned to the user, shared weights, ...
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    q_len: int = 0  # L and S at the sizes of the example inputs
+    batch: int = 1  # B, L and S at the sizes of the example inputs
+    q_len: int = 0
     kv_len: int = 0
     activations: Activations | None = field(default=None, repr=False, compare=False)  # where there is calibration data
     is_dynamic: bool = False  # L or S may vary with the inputs

@@ -39,9 +39,9 @@ class Speed:
 
 
 def dense_flops(site: Site) -> float:
-    """Of both products, masked pairs included, for a batch of one."""
+    """Of both products, masked pairs included."""
     spec = site.spec
-    return 2.0 * spec.num_heads * site.q_len * site.kv_len * (spec.head_dim + spec.value_dim)
+    return 2.0 * site.batch * spec.num_heads * site.q_len * site.kv_len * (spec.head_dim + spec.value_dim)
 
 
 def of_cpu() -> Speed:

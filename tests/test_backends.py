@@ -198,6 +198,12 @@ def test_costs_follow_what_is_computed() -> None:
     assert Sdpa().cost(a_site(window, 8192)) < Reference().cost(a_site(window, 8192))
 
 
+def test_what_a_call_costs_is_paid_once_for_a_batch() -> None:
+    one = a_site(a_spec(), 32)
+    for backend in (Blocked(), Sdpa()):
+        assert backend.cost(one) < backend.cost(replace(one, batch=8)) < 8 * backend.cost(one)
+
+
 def traced(backend: Backend, spec: AttentionSpec, dynamic: bool, L: int = 5, S: int = 5) -> tuple[Any, ShapeEnv]:
     """The backend's graph on fake tensors, as attnopt traces it; with ``dynamic``, L and S are symbols of their own."""
     t = tensors(spec, 2, L, S, torch.float32, 0)
