@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from attnopt import plugins
@@ -21,7 +22,8 @@ from attnopt.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Decision:
-    """``site`` is the attention as it will be; ``plan`` is None where nothing is to be done."""
+    """``site`` is the attention as it will be, with the weights that it has now; ``plan``, where the new ones are, is None
+    where nothing is to be done."""
 
     found: Found
     site: Site
@@ -31,8 +33,11 @@ class Decision:
 
     def seen(self, activations: Activations) -> Site:
         """The site as the next pass would see it."""
-        edits = () if self.plan is None else self.plan.edits
-        return replace(self.site, activations=activations.edited(edits))
+        if self.plan is None:
+            return replace(self.site, activations=activations)
+        new = edited_parameters(self.found.site, self.plan.edits, self.plan.out_bias)
+        parameters = {**self.site.parameters, **new}
+        return replace(self.site, parameters=parameters, activations=activations.edited(self.plan.edits))
 
 
 def decide(
@@ -65,7 +70,7 @@ def decide(
         )
         notes += rewrite.notes
         applied.append(p.name)
-    site = replace(site, activations=None)
+    site = replace(site, parameters=found.site.parameters, activations=None)
     if not applied:
         return Decision(found, found.site, refusals=refusals)
     backend, reasons = _cheapest(backends, site)
@@ -74,7 +79,7 @@ def decide(
     if site.spec.route is not None:
         backend, told = faster(site, backend, backends)
         notes += told
-    plan = Plan(found, site.spec, tuple(edits), backend, tuple(applied), out_bias)
+    plan = Plan(found, site.spec, tuple(_kept(e, found.site) for e in edits), backend, tuple(applied), out_bias)
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
         return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
     return Decision(
@@ -90,6 +95,14 @@ def decide(
             *_kept_whole(found.site, site.spec),
         ),
     )
+
+
+def _kept(edit: HeadWeights, site: Site) -> HeadWeights:
+    """Not in the double precision in which it was fitted: a whole model's new weights would take twice their room."""
+    weight = site.projections[edit.role].weight
+    assert weight is not None
+    dtype = torch.promote_types(site.parameters[weight].dtype, torch.float32)
+    return replace(edit, weight=edit.weight.to(dtype), bias=None if edit.bias is None else edit.bias.to(dtype))
 
 
 def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:

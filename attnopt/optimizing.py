@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import warnings
@@ -219,6 +220,8 @@ class _Job:
             error = self._verify(Checker(self.model, program, plans, self.options.seed), module)
             decisions = self._with_kept_mass(program, decisions)
         origin = self._origin(program, findings, decisions, module, error)
+        if any(p.edits for p in plans):
+            gc.collect()  # graphs refer to themselves: what was only compared would keep its new weights for long
         return Compiled(module, origin, program, tuple(decisions))
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:

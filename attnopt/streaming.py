@@ -35,6 +35,9 @@ class Stream:
         self.place = {n: i for i, n in enumerate(self.nodes)}
         self.found = sorted(found, key=lambda f: self.place[f.raised.node])
         self.last_use = self._last_use()
+        self.dying: dict[int, list[fx.Node]] = {}
+        for n, last in self.last_use.items():
+            self.dying.setdefault(last, []).append(n)
 
     def sites(self) -> Iterator[tuple[Found, Activations]]:
         """Each site, in the order in which they run, with what it computes on the batches; what that is computed from
@@ -51,12 +54,10 @@ class Stream:
     def _run(self, values: Values, start: int, end: int) -> None:
         for i in range(start, end):
             node = self.nodes[i]
-            if node not in self.last_use or node in values:
-                continue
-            values[node] = self._evaluate(node, values)
-            for n in node.all_input_nodes:
-                if self.last_use[n] <= i and n.op != "placeholder":
-                    values.pop(n, None)
+            if node in self.last_use and node not in values:
+                values[node] = self._evaluate(node, values)
+            for n in self.dying.get(i, ()):
+                values.pop(n, None)
 
     def _evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if node.op == "get_attr":

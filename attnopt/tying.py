@@ -44,7 +44,7 @@ def of_all(group: Group, decision: Decision) -> list[Decision]:
     """What was decided for the first of the group, for each of its calls."""
     made: list[Decision] = []
     for f in group:
-        site = replace(f.site, spec=decision.site.spec, parameters=decision.site.parameters)
+        site = replace(f.site, spec=decision.site.spec)
         plan = None if decision.plan is None else replace(decision.plan, found=f)
         made.append(replace(decision, found=f, site=site, plan=plan))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from attnopt.activations import HELD_BACK
 from attnopt.capture import capture
 from attnopt.finding import find
 from attnopt.operands import Operands
+from attnopt.optimizing import Options, compiled
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
 from attnopt.refit import Moments, fit, ridge
 from attnopt.streaming import Stream
@@ -63,6 +65,32 @@ def test_stream_gives_what_hooks_see() -> None:
         held = torch.cat([w[c] for w, c in zip(want.split(8 * 12), _flat(activations.counted(True)), strict=True)])
         assert len(held) * (HELD_BACK - 1) == len(kept)
         assert activations.tokens == 4 * 8 * 12
+
+
+def test_stream_holds_one_layer_however_deep_the_model_is() -> None:
+    model, data = stack(layers=7), batches()
+    program = capture(model, (data[0],), {})
+    held: list[int] = []
+    for _f, _activations in Stream(program.module, find(program).found, [((x,), {}) for x in data]).sites():
+        gc.collect()
+        live = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in gc.get_objects()
+            if type(x) is Tensor and x.shape[:1] == data[0].shape[:1]
+        }
+        held.append(sum(live.values()))
+    assert held[0] > 0
+    assert held[-2] == held[2], held  # the last one has none after it to keep anything for
+
+
+def test_decisions_hold_new_weights_once_and_in_the_precision_of_the_model() -> None:
+    model, data = stack(), batches()
+    made = compiled(model, GroupedQuery(2), ((data[0],), {}), [((x,), {}) for x in data], Options())
+    for d in made.decisions:
+        assert d.plan is not None
+        assert d.plan.edits
+        assert {e.weight.dtype for e in d.plan.edits} == {torch.float32}
+        assert all(d.site.parameters[name] is p for name, p in d.found.site.parameters.items())
 
 
 def _flat(masks: list[Tensor]) -> list[Tensor]:
