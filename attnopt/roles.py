@@ -98,9 +98,9 @@ def _beside_features(r: Region) -> set[Atom]:
         return found
 
     def sources(atom: Atom) -> set[tuple[fx.Node, int]]:
-        """The axes along which the atom chooses."""
-        zero, one = read(atom, 0), read(atom, 1)
-        return {key for key in zero.keys() & one if zero[key] != one[key]}
+        """The axes along which the atom chooses.  Neighbours may be rotated together, and then read the same places."""
+        first, last = read(atom, 0), read(atom, atom.size - 1)
+        return {key for key in first.keys() & last if first[key] != last[key]}
 
     features = set(resolve(r.features))
     own = set[tuple[fx.Node, int]]().union(*map(sources, features))
