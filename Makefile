@@ -81,6 +81,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/heads_speed.py
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py
+	$(PY) benchmarks/calibration_memory.py
 	$(PY) benchmarks/leak.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.

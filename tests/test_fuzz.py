@@ -1,4 +1,4 @@
-"""Random models with every law on each, cases that once failed, and a proof that the harness sees what is wrong."""
+"""Random models with every law on each, cases that once failed, and proofs that the harness sees what is wrong."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fuzzing.laws import checked
 from fuzzing.shrinking import shrunk
 from fuzzing.stored import stored
 from models import Spelling
+from mutations import misplaced
 
 from attnopt import optimizing
 from attnopt.checking import Checker
@@ -106,3 +107,7 @@ def test_figures_judge() -> None:
     assert "1 of 2 attentions found: 50.00%" in str(both)
     wrong = replace(right, failure="wrong")
     assert not Figures.of([right, wrong]).passed
+
+
+def test_every_planted_fault_has_its_place() -> None:
+    assert not misplaced()
