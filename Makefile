@@ -78,6 +78,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/generation.py
 	$(PY) benchmarks/onnx_speed.py
 	$(PY) benchmarks/onnx_models.py
+	$(PY) benchmarks/onnx_decode.py
 	$(PY) benchmarks/heads_speed.py
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py

@@ -108,16 +108,16 @@ def contenders(
         torch.onnx.export(model, (), kwargs=kwargs, f=file, dynamo=True, opset_version=opset, verbose=False)
     yield "torch export", runner(folder / "20.onnx", tensors)
     yield "torch export, opset 23", runner(folder / "23.onnx", tensors)
-    yield "ORT optimizer", runner(ort_optimized(subject, model.config, folder), tensors)
+    yield "ORT optimizer", runner(ort_optimized(subject.kind, model.config, folder), tensors)
     yield "optimize_for_ort", runner(onnxscript_optimized(folder), tensors)
     yield "OpenVINO", openvino(folder / "20.onnx", tensors)
 
 
-def ort_optimized(subject: Subject, config: Any, folder: Path) -> Path:
+def ort_optimized(kind: str, config: Any, folder: Path) -> Path:
     from onnxruntime.transformers import optimizer
 
     heads, width = config.num_attention_heads, config.hidden_size
-    made = optimizer.optimize_model(str(folder / "20.onnx"), subject.kind, heads, width, opt_level=0)
+    made = optimizer.optimize_model(str(folder / "20.onnx"), kind, heads, width, opt_level=0)
     made.save_model_to_file(str(folder / "ort.onnx"))
     return folder / "ort.onnx"
 
