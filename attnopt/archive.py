@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from attnopt.calibration import Inputs
 from attnopt.calling import Signature
 from attnopt.capture import quiet
 from attnopt.compiling import compiling, mode_of
@@ -86,7 +87,6 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
         for name, t in program.state_dict.items()
     }
     program._example_inputs, program._state_dict, program._constants = None, empty, {}
-    program._guards_code = []
     with quiet():
         graph = serialize(program).exported_program
     try:
@@ -145,7 +145,6 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
 
 
 @compiling()
-@compiling()
 def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
     """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run."""
     folder = Path(path)
@@ -153,14 +152,12 @@ def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
     for name in (GRAPH, WEIGHTS):
         with _blamed(folder / name):
             _check_file(folder / name, about["sha256"][name])
-    module = _read_module(folder, about)
+    module, examples = _read_module(folder, about)
     with _blamed(folder / MARKER):
         report = Report.from_json(about["report"])
         signature = Signature.from_json(about["signature"])
         live = {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
         sites = tuple(site_from_json(s, live) for s in about["sites"])
-    with _blamed(folder / GRAPH):
-        examples = _examples(module)
     return module, Origin(report, sites, signature, *examples)
 
 
@@ -216,7 +213,8 @@ def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _read_module(folder: Path, about: Mapping[str, Any]) -> fx.GraphModule:
+def _read_module(folder: Path, about: Mapping[str, Any]) -> tuple[fx.GraphModule, Inputs]:
+    """The graph, and inputs of the sizes that it was captured with."""
     from torch._export.serde.serialize import SerializedArtifact, deserialize
 
     file = folder / GRAPH
@@ -238,9 +236,10 @@ def _read_module(folder: Path, about: Mapping[str, Any]) -> fx.GraphModule:
                 hint="import the library whose classes the model takes or returns, then load",
             ) from e
         check_operators(program.graph_module)
-        module = program.module(check_guards=False)  # guards are code; check_inputs does their work
+        examples = program._example_inputs = _examples(program)
+        module = program.module()
     assert isinstance(module, fx.GraphModule)
-    return module
+    return module, examples
 
 
 _LIBRARIES = ("transformers", "diffusers")  # whose output classes torch can rebuild once they are imported
@@ -271,18 +270,12 @@ def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any],
     return tables["state"], tables["constants"]
 
 
-def _examples(module: fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _examples(program: ExportedProgram) -> Inputs:
     """Inputs of the captured sizes, made anew: an archive holds none."""
-    leaves: list[Any] = []
-    for node in module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        val = node.meta.get("val")
-        leaves.append(_zeros(val) if isinstance(val, Tensor) else val)
-    spec = getattr(module, "_in_spec", None)
-    if spec is None:
-        return tuple(leaves), {}
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    given = [values.get(name, name) if isinstance(name, str) else name for name in program.graph_signature.user_inputs]
+    leaves = [_zeros(val) if isinstance(val, Tensor) else val for val in given]
+    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     return tuple(args), dict(kwargs)
 
 

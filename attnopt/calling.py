@@ -113,6 +113,11 @@ def _is_default(value: Any, default: Any) -> bool:
     return value is default or value is None or bool(value == default)
 
 
+def is_guard(e: BaseException) -> bool:
+    """torch's word for sizes between which what was captured does not hold (see ``relations``)."""
+    return isinstance(e, AssertionError) and str(e).startswith("Guard failed")
+
+
 def check_inputs(module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))

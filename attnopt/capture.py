@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
 from attnopt.graph import is_static
-from attnopt.probing import bounds
+from attnopt.relations import relations
 from attnopt.tidying import tidy
 
 Args = tuple[Any, ...]
@@ -33,8 +33,8 @@ Kwargs = dict[str, Any]
 class Program:
     """A captured model: ``module`` is a graph of functional aten operators, called as the model is.
 
-    ``shapes`` are the dynamic shapes in torch.export's notation, ``fixed_axes`` the axes that "auto"
-    had to leave fixed, or bounded.
+    ``shapes`` are the dynamic shapes in torch.export's notation, ``fixed_axes`` the axes that were to be dynamic and are not,
+    and what has to hold between the others.
     """
 
     module: fx.GraphModule
@@ -199,7 +199,8 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
         module = exported.module()
     assert isinstance(module, fx.GraphModule)
     tidy(module)
-    return Program(module, args, kwargs, shapes, _fixed(module, shapes), route)
+    held = [r for r in relations(exported, module.forward, args, kwargs) if r not in _declared(shapes)]
+    return Program(module, args, kwargs, shapes, (*_fixed(module, shapes), *held), route)
 
 
 @contextmanager
@@ -243,7 +244,7 @@ def auto_shapes(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
 
 
 def _fixed(module: fx.GraphModule, shapes: Any) -> tuple[str, ...]:
-    """Axes that were asked to be dynamic and are not, or within bounds alone."""
+    """Axes that were asked to be dynamic and are not."""
     if not isinstance(shapes, Mapping):
         return ()
     found: list[str] = []
@@ -253,11 +254,16 @@ def _fixed(module: fx.GraphModule, shapes: Any) -> tuple[str, ...]:
         val = None if node is None else node.meta.get("val")
         if not isinstance(axes, Mapping) or not isinstance(val, Tensor):
             continue
-        for a, asked in axes.items():
-            if isinstance(a, int) and is_static(val.shape[a]):
-                found.append(f"{name}[{a}] = {val.shape[a]}")
-            elif isinstance(a, int) and not isinstance(asked, torch.export.Dim):
-                size = val.shape[a]
-                upper = bounds(size)[1] if isinstance(size, torch.SymInt) else None
-                found += [] if upper is None else [f"{name}[{a}] <= {upper}"]
+        found += [f"{name}[{a}] = {val.shape[a]}" for a in axes if isinstance(a, int) and is_static(val.shape[a])]
     return tuple(found)
+
+
+def _declared(shapes: Any) -> set[str]:
+    """The bounds that the user gave with a named Dim."""
+    asked = (
+        [(name, axes) for name, axes in shapes.items() if isinstance(axes, Mapping)]
+        if isinstance(shapes, Mapping)
+        else []
+    )
+    dims = [(f"{name}[{a}]", d) for name, axes in asked for a, d in axes.items() if isinstance(d, torch.export.Dim)]
+    return {text for axis, d in dims for text in (f"{axis} >= {d.min}", f"{axis} <= {d.max}")}

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from attnopt import archive
-from attnopt.calling import check_inputs
+from attnopt.calling import check_inputs, is_guard
 from attnopt.compiling import compiling
 from attnopt.errors import AttnoptError, CaptureError
 from attnopt.origin import Origin
@@ -78,7 +78,7 @@ class OptimizedModel(nn.Module):
         try:
             return self.graph_module(*args, **kwargs)
         except AssertionError as e:
-            if not str(e).startswith("Guard failed"):
+            if not is_guard(e):
                 raise
             raise CaptureError(
                 f"these inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"

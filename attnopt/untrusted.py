@@ -31,8 +31,6 @@ def check_graph(parsed: Any) -> None:
         check = _CHECKS.get(key, _name)
         if isinstance(value, str) and not check(value):
             raise NotAGraphError(f"it holds {value[:60]!r} as {key or 'a name'}")
-        if key == "guards_code" and value:
-            raise NotAGraphError("it holds guards, which are code")
 
 
 def check_operators(module: nn.Module) -> None:
@@ -182,8 +180,51 @@ def _is_small(node: ast.AST) -> bool:
     return False
 
 
+def _guard(text: str) -> bool:
+    """A relation between sizes of inputs, which torch makes code of: arithmetic, and ``L['x'].size()[1]``."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval") if len(text) <= _LONGEST else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return tree is not None and _is_relation(tree.body)
+
+
+def _is_relation(node: ast.expr) -> bool:
+    match node:
+        case ast.Constant(value):
+            return isinstance(value, (bool, int, float))
+        case ast.Subscript(ast.Call(ast.Attribute(path, "size"), [], []), ast.Constant(int())):
+            return _is_input(path)
+        case ast.BinOp(base, ast.Pow(), power):
+            return _is_relation(base) and not _is_number(base) and _is_small(power)
+        case ast.BinOp(left, how, right):
+            return isinstance(how, _HOW) and _is_relation(left) and _is_relation(right)
+        case ast.UnaryOp(ast.USub() | ast.Not(), operand):
+            return _is_relation(operand)
+        case ast.BoolOp(_, parts):
+            return all(map(_is_relation, parts))
+        case ast.Compare(left, _, others):
+            return all(map(_is_relation, (left, *others)))
+        case ast.Call(function, given, []):
+            return ast.unparse(function) in _COUNTING and all(map(_is_relation, given))
+    return False
+
+
+_COUNTING = ("max", "min", "abs", "float", "math.floor", "math.ceil", "math.trunc", "math.sqrt")
+
+
+def _is_input(node: ast.expr) -> bool:
+    """``L['x']['y'][0]``, whose names go into text that torch puts in quotes."""
+    match node:
+        case ast.Name("L"):
+            return True
+        case ast.Subscript(outer, ast.Constant(key)):
+            return _is_input(outer) and (isinstance(key, int) or re.fullmatch(r"\w+", str(key)) is not None)
+    return False
+
+
 _SAID = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "as_string")  # text that is no name
 _TEXT = ("metadata", "custom", "from_node")  # said about a node, read by nobody
 _CHECKS: dict[str, Callable[[str], bool]] = {
-    **dict.fromkeys(_SAID, _anything), "expr_str": _expression, "in_spec": _inputs, "out_spec": _structure,
+    **dict.fromkeys(_SAID, _anything), "expr_str": _expression, "guards_code": _guard, "in_spec": _inputs, "out_spec": _structure,
 }  # fmt: skip

@@ -277,6 +277,26 @@ def test_sizes_are_arithmetic(text: str, is_fine: bool) -> None:
         check_graph(graph)
 
 
+@pytest.mark.parametrize(
+    ("text", "is_fine"),
+    [
+        ("L['x'].size()[1] == 3", True), ("(L['d']['t'].size()[0] + 3) // 4 != L['a'][0].size()[1]", True),
+        ("max(0, L['x'].size()[1]) > 2 and not math.floor(L['x'].size()[0] / 2) == 1", True), ("L['x'].size()[1] ** 2 < 9", True),
+        ("L['x\\\")+evil'].size()[1] == 3", False), ("L['x y'].size()[1] == 3", False), ("L['x'].data[1] == 3", False),
+        ("L['x'].size == 3", False), ("L == 3", False), ("x.size()[1] == 3", False), ("2 ** L['x'].size()[1] == 3", False),
+        ("9 ** 8 == 3", False), ("open('x')", False), ("math.sin(1)", False), ("max(*L['x'].size())", False), ("'a'", False),
+        ("L['x'].size()[L['x'].size()[0]] == 1", False), ("(lambda: 1)()", False), ("", False), ("1; 2", False),
+    ],
+)  # fmt: skip
+def test_guards_are_relations_between_sizes(text: str, is_fine: bool) -> None:
+    graph = {"guards_code": [text]}
+    if is_fine:
+        check_graph(graph)
+        return
+    with pytest.raises(NotAGraphError):
+        check_graph(graph)
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("form", ["pickle", "torch.save", "zip with paths"])
 def test_other_archives(original: Path, bench: Path, tmp_path: Path, name: str, form: str) -> None:

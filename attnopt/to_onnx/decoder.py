@@ -50,7 +50,7 @@ def export_decoder(
     marked_gm, marked = mark(gm, {}, cached(specs))
     _check_sites(marked, specs)
     with atomic_folder(folder, marker=CONFIG) as made:
-        model = translated(marked_gm, origin, OPSETS[0])
+        model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens come apart
         cache = Cache.of(model.graph)
         expand(model.graph, marked, cache.write)
         settle(model, contrib=True)

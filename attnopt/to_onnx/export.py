@@ -22,6 +22,7 @@ from attnopt.errors import ExportError
 from attnopt.files import atomic_write
 from attnopt.operands import ROLES
 from attnopt.origin import Origin
+from attnopt.relations import relations
 from attnopt.to_onnx.choice import Form, OnnxSite
 from attnopt.to_onnx.grouped import grouped_products
 from attnopt.to_onnx.pairs import in_pairs
@@ -65,15 +66,17 @@ def export_onnx(
             f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB",
             hint='leave external_data at "auto"',
         )
+    from attnopt.to_onnx.conditions import check_sizes
     from attnopt.to_onnx.forms import write
     from attnopt.to_onnx.neighbours import settle
 
     with _written(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
         contrib = flavor == "onnxruntime"
         marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, fastest(contrib))
-        model = translated(marked_gm, origin, opset or OPSETS[0])
+        model, held = translated(marked_gm, origin, opset or OPSETS[0])
         expand(model.graph, marked, write)
         settle(model, contrib)
+        check_sizes(model.graph, held)
         finish(model, origin, flavor, marked)
         save(model, file, data)
         if verify:
@@ -87,8 +90,9 @@ def weights_size(gm: fx.GraphModule) -> int:
     return sum(t.numel() * t.element_size() for t in (*gm.parameters(), *gm.buffers()))
 
 
-def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
-    """torch's own export of a graph, which is changed to what torch can export.  Raises ExportError."""
+def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model, tuple[str, ...]]:
+    """torch's own export of a graph, which is changed to what torch can export, and the relations between the sizes of its
+    inputs for which it was captured.  Raises ExportError."""
     from onnx_ir.passes.common import NameFixPass
     from onnxscript.optimizer import optimize_ir
 
@@ -110,7 +114,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> ir.Model:
             model: ir.Model = made.model
             NameFixPass()(model)  # two values may have got one name, which the optimizer does not stand
             optimize_ir(model)
-            return model
+            return model, relations(program, gm.forward, origin.args, origin.kwargs)
     except Exception as e:
         if isinstance(e, OSError):
             raise

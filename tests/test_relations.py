@@ -1,0 +1,175 @@
+"""A model that asks for its inputs' sizes: outside of what was answered at capture nothing may give numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnopt
+from attnopt.errors import CaptureError, ExportError
+from attnopt.onnx_session import cpu_session
+from attnopt.to_onnx.conditions import check_sizes
+
+STOPPED = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
+
+
+class Asking(nn.Module):
+    """Doubled at even lengths, more at others beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        made: Tensor = self.attend(x, x, x, need_weights=False)[0]
+        if x.shape[1] % 2 == 0:
+            made = made * 2
+        if (x.shape[1] + 3) // 4 == 7:
+            made = made * 3
+        if given["t"].shape[0] == 2 * x.shape[1]:
+            made = made + given["t"].sum()
+        return made
+
+
+def inputs(length: int, more: int) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.randn(2, length, 16), {"t": torch.randn(more)}
+
+
+@pytest.fixture(scope="module")
+def model() -> Asking:
+    torch.manual_seed(0)
+    return Asking().eval()
+
+
+@pytest.fixture(scope="module")
+def fast(model: Asking) -> attnopt.OptimizedModel:
+    return attnopt.optimize(model, "fuse", inputs(6, 4), dynamic_shapes="auto")
+
+
+def close(got: Any, want: Tensor) -> bool:
+    return torch.allclose(torch.as_tensor(got), want, atol=1e-5)
+
+
+BROKEN = {"odd": (7, 4), "a number of fours": (26, 4), "twice as many": (8, 16)}
+
+
+def test_the_report_names_what_has_to_hold(fast: attnopt.OptimizedModel) -> None:
+    assert fast.report.fixed_axes == ("x[1] % 2 == 0", "(3 + x[1]) // 4 != 7", "given_t[0] != 2 * x[1]")
+    assert "not free: x[1] % 2 == 0" in str(fast.report)
+
+
+@pytest.mark.parametrize("sizes", BROKEN.values(), ids=BROKEN)
+def test_a_call_is_refused(model: Asking, fast: attnopt.OptimizedModel, sizes: tuple[int, int], tmp_path: Path) -> None:
+    fast.save(tmp_path / "saved")
+    fits = inputs(10, 4)
+    for module in (fast, attnopt.load(tmp_path / "saved")):
+        assert close(module(*fits), model(*fits))
+        with pytest.raises(CaptureError, match="do not fit the captured graph"):
+            module(*inputs(*sizes))
+
+
+@pytest.mark.parametrize("flavor", ["onnxruntime", "standard"])
+def test_a_file_stops_by_itself(model: Asking, fast: attnopt.OptimizedModel, flavor: Any, tmp_path: Path) -> None:
+    fast.export_onnx(tmp_path / "m.onnx", flavor=flavor)
+    session = cpu_session(tmp_path / "m.onnx")
+    names = [i.name for i in session.get_inputs()]
+
+    def run(x: Tensor, given: Mapping[str, Tensor]) -> Any:
+        known = {"x": x.numpy(), "given_t": given["t"].numpy()}
+        return session.run(None, {name: known[name] for name in names})[0]
+
+    fits = inputs(10, 4)
+    assert close(run(*fits), model(*fits))
+    with pytest.raises(STOPPED, match=r"requires x\[1\] % 2 == 0"):
+        run(*inputs(7, 4))
+    with pytest.raises(STOPPED, match="requires"):
+        run(*inputs(26, 4))
+
+
+def test_a_file_keeps_bounds(tmp_path: Path) -> None:
+    class Bounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.register_buffer("places", torch.randn(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.attend(x, x, x, need_weights=False)[0]
+            return made if x.shape[1] <= 12 else made * 2
+
+    x = torch.randn(2, 6, 16)
+    fast = attnopt.optimize(Bounded().eval(), "fuse", (x,), dynamic_shapes="auto")
+    assert fast.report.fixed_axes == ("x[1] <= 12",)
+    fast.export_onnx(tmp_path / "m.onnx")
+    session = cpu_session(tmp_path / "m.onnx")
+    assert session.run(None, {"x": np.zeros((2, 12, 16), np.float32)})[0].shape == (2, 12, 16)
+    with pytest.raises(STOPPED, match=r"requires x\[1\] <= 12"):
+        session.run(None, {"x": np.zeros((2, 13, 16), np.float32)})
+
+
+# ---------------------------------------------------------------- relations as ONNX
+def checked(relation: str, dtype: ir.DataType = ir.DataType.FLOAT) -> Any:
+    """A model of two inputs that gives the first one back, where ``relation`` holds."""
+    names = {"x": ["a", "b"], "y": ["c"]}
+    given = [ir.Value(name=n, shape=ir.Shape(s), type=ir.TensorType(dtype)) for n, s in names.items()]
+    copied = ir.node("Identity", [given[0]])
+    out = copied.outputs[0]
+    out.name, out.shape, out.type = "out", given[0].shape, given[0].type
+    graph = ir.Graph(given, [out], nodes=[copied], opset_imports={"": 23}, name="g")
+    check_sizes(graph, [relation])
+    return cpu_session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "relation",
+    [
+        "x[1] % 3 == 0",
+        "x[1] - y[0] < -1",
+        "(x[1] - y[0]) // 2 != -1",
+        "(x[1] - y[0]) % 3 == 1",
+        "(x[0] * x[1]) // y[0] >= 3",
+        "max(2, x[1]) == min(x[1], 5) and not x[0] > y[0]",
+        "x[1] == 3 or -y[0] <= -4",
+    ],
+)
+def test_relations_mean_in_a_file_what_they_say(relation: str) -> None:
+    session, seen = checked(relation), set()
+    for a in (1, 2):
+        for b in range(1, 8):
+            for c in range(1, 6):
+                x, y = np.ones((a, b), np.float32), np.ones(c, np.float32)
+                holds = eval(relation, {"x": x.shape, "y": y.shape, "max": max, "min": min})
+                seen.add(holds)
+                if holds:
+                    assert (session.run(None, {"x": x, "y": y})[0] == x).all()
+                else:
+                    with pytest.raises(STOPPED):
+                        session.run(None, {"x": x, "y": y})
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT16])
+def test_inputs_of_every_type_can_be_checked(dtype: ir.DataType) -> None:
+    session = checked("x[1] == 3", dtype)
+    values = np.asarray([[0, 1, 1]]).astype(dtype.numpy())
+    y = np.ones(2, dtype.numpy())
+    assert (session.run(None, {"x": values, "y": y})[0] == values).all()
+    with pytest.raises(STOPPED):
+        session.run(None, {"x": values[:, :2], "y": y})
+
+
+def test_what_a_file_cannot_check_is_refused() -> None:
+    x = ir.Value(name="x", shape=ir.Shape(["a"]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], name="g")
+    with pytest.raises(ExportError, match="holds only where"):
+        check_sizes(graph, ["math.sqrt(float(x[0])) == 3"])
+    check_sizes(graph, ["nowhere[0] == 3"])
+    assert not len(graph)
