@@ -78,21 +78,33 @@ class Builder:
 
     def swapped(self, value: ir.Value) -> ir.Value:
         """Axes 1 and 2 of four changed with each other; a swap that made ``value`` is taken back."""
-        made_by = value.producer()
-        if made_by is not None and is_swap(made_by):
-            source = made_by.inputs[0]
-            assert source is not None
-            return source
-        return self.op("Transpose", value, perm=SWAP)
+        source = before_swap(value)
+        return self.op("Transpose", value, perm=SWAP) if source is None else source
 
 
 SWAP = [0, 2, 1, 3]
 SWAPPED = "_by_token"  # how the name of an attention's output ends before heads and tokens change places
 
 
+def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node of one of these operators of ONNX's own that makes ``value``."""
+    node = None if value is None else value.producer()
+    return node if node is not None and is_a(node, *op_types) else None
+
+
+def is_a(node: ir.Node, *op_types: str) -> bool:
+    return not node.domain and node.op_type in op_types
+
+
 def is_swap(node: ir.Node) -> bool:
     """The node changes axes 1 and 2 of four with each other."""
-    return node.op_type == "Transpose" and not node.domain and list(node.attributes["perm"].as_ints()) == SWAP
+    return is_a(node, "Transpose") and list(node.attributes["perm"].as_ints()) == SWAP
+
+
+def before_swap(value: ir.Value) -> ir.Value | None:
+    """What ``value`` was before its axes 1 and 2 changed places; None where they did not."""
+    node = made_by(value, "Transpose")
+    return node.inputs[0] if node is not None and is_swap(node) else None
 
 
 def _digest(array: NDArray[Any]) -> str:

@@ -146,7 +146,7 @@ def _first_cause(e: BaseException) -> str:
 
 def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write) -> None:
     """Put each attention's form, as ``write`` makes it, in the place of its placeholder."""
-    from attnopt.to_onnx.builder import SWAPPED, Builder, is_swap
+    from attnopt.to_onnx.builder import SWAPPED, Builder, before_swap, is_swap
 
     for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:
         number = node.attributes["site"].as_int()
@@ -155,8 +155,7 @@ def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write) -> None:
         made = write(builder, marked[number].site, marked[number].form, dict(zip(ROLES, node.inputs, strict=False)))
         made.name, made.shape, made.type = f"attention_{number}", out.shape, out.type
         graph.insert_before(node, builder.nodes)
-        made_by = made.producer()
-        if made_by is not None and is_swap(made_by) and (swapped := made_by.inputs[0]) is not None:
+        if (swapped := before_swap(made)) is not None:
             swapped.name = f"attention_{number}{SWAPPED}"
             for user in [n for n in out.consumers() if is_swap(n)]:
                 _replace(graph, user.outputs[0], swapped)
@@ -168,12 +167,12 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     """Use ``new`` everywhere; an output of the graph keeps its name."""
     import onnx_ir as ir
 
-    made_by = old.producer()
-    if old.is_graph_output() and made_by is not None:
+    maker = old.producer()
+    if old.is_graph_output() and maker is not None:
         copy = ir.node("Identity", [new])
         named = copy.outputs[0]
         named.name, named.shape, named.type = old.name, old.shape, old.type
-        graph.insert_after(made_by, copy)
+        graph.insert_after(maker, copy)
         new = named
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 

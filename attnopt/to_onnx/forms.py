@@ -10,7 +10,7 @@ import torch
 
 from attnopt.operands import ROLES
 from attnopt.to_onnx.blocks import blocks, gathered, is_one
-from attnopt.to_onnx.builder import Builder, is_swap
+from attnopt.to_onnx.builder import Builder, before_swap
 from attnopt.to_onnx.choice import Form, OnnxSite, group_form, groups, kv_heads_of
 from attnopt.to_onnx.fused import Operands, attention, group_query_attention, multi_head_attention
 
@@ -27,7 +27,7 @@ def write(b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Valu
     if not site.is_evenly_shared:
         k, v = heads_of(b, k, site.kv_of_head), heads_of(b, v, site.kv_of_head)
         site = replace(site, kv_of_head=tuple(range(site.heads)), kv_heads=site.heads)
-    is_flat = form.kind in _FLAT_ONLY or (form.kind != "per head" and all(map(_is_swapped, (k, v))))
+    is_flat = form.kind in _FLAT_ONLY or (form.kind != "per head" and all(before_swap(x) is not None for x in (k, v)))
     narrow = _ELEMENT.get(site.dtype)
     q, k, v = (flat(b, x) if is_flat else x for x in (q, k, v))
     if narrow is not None:
@@ -102,11 +102,6 @@ def _keeping_shape(b: Builder, x: ir.Value) -> ir.Value:
     cast = b.op("Cast", x, to=ir.DataType.FLOAT)
     cast.shape = x.shape
     return cast
-
-
-def _is_swapped(x: ir.Value) -> bool:
-    made_by = x.producer()
-    return made_by is not None and is_swap(made_by)
 
 
 def flat(b: Builder, x: ir.Value) -> ir.Value:

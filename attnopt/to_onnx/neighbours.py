@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
+from attnopt.to_onnx.builder import is_a, made_by
 from attnopt.to_onnx.reshaping import join_reshapes
 from attnopt.to_onnx.rotary import fuse_rotations
 
@@ -52,33 +53,30 @@ def _keep_sums_apart(graph: ir.Graph) -> None:
     apart; with a product of three axes before it a product of two, between two reshapes.
     """
     for node in graph.all_nodes():
-        added = node.inputs[0].producer() if _is(node, "LayerNormalization") and node.inputs[0] is not None else node
-        if added is not None and _is(added, "Add") and (added is not node or _is_bias(node)):
+        if is_a(node, "LayerNormalization") and (added := made_by(node.inputs[0], "Add")) is not None:
             added.op_type = "Sum"
+        elif is_a(node, "Add") and any(map(_is_product, node.inputs)):
+            node.op_type = "Sum"
     for node in graph.all_nodes():
-        if _is(node, "Sum"):
+        if is_a(node, "Sum"):
             _sum_at_once(node)
+
+
+def _is_product(value: ir.Value | None) -> bool:
+    """Of floats, along three axes or more."""
+    if made_by(value, "MatMul") is None or value is None or value.shape is None:
+        return False
+    return value.dtype == ir.DataType.FLOAT and value.shape.rank() > 2
 
 
 def _sum_at_once(node: ir.Node) -> None:
     """A bias and what is added after it in one pass over the numbers, in the same order."""
     for place, value in enumerate(node.inputs):
-        if value is None or value.is_graph_output() or len(value.uses()) > 1:
+        inner = made_by(value, "Sum")
+        if inner is None or value is None or value.is_graph_output() or len(value.uses()) > 1:
             continue
-        inner = value.producer()
-        if inner is not None and _is(inner, "Sum"):
-            others = [v for i, v in enumerate(node.inputs) if i != place]
-            node.resize_inputs(len(inner.inputs) + len(others))
-            for i, v in enumerate((*inner.inputs, *others)):
-                node.replace_input_with(i, v)
-            return
-
-
-def _is(node: ir.Node | None, op_type: str) -> bool:
-    return node is not None and (node.domain, node.op_type) == ("", op_type)
-
-
-def _is_bias(added: ir.Node) -> bool:
-    """One of the two is a product, of floats along three axes or more."""
-    products = [v for v in added.inputs if v is not None and _is(v.producer(), "MatMul")]
-    return any(v.dtype == ir.DataType.FLOAT and v.shape is not None and v.shape.rank() > 2 for v in products)
+        others = [v for i, v in enumerate(node.inputs) if i != place]
+        node.resize_inputs(len(inner.inputs) + len(others))
+        for i, v in enumerate((*inner.inputs, *others)):
+            node.replace_input_with(i, v)
+        return

@@ -8,6 +8,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.convenience as irc
 
+from attnopt.to_onnx.builder import is_a, made_by
+
 SAME = ("Reshape", "Unsqueeze", "Squeeze", "Flatten")  # the same elements in the same order
 Size = int | str | None  # of an axis: a number, a name, or not known
 
@@ -15,18 +17,13 @@ Size = int | str | None  # of an axis: a number, a name, or not known
 def join_reshapes(graph: ir.Graph) -> None:
     """Take each Reshape straight from what the one before it takes, and leave out those that change nothing."""
     for node in graph.all_nodes():
-        if (node.domain, node.op_type) != ("", "Reshape"):
+        if not is_a(node, "Reshape"):
             continue
-        while (before := _producer(node)) is not None and _fits(node, before):
+        while (before := made_by(node.inputs[0], *SAME)) is not None and _fits(node, before):
             node.replace_input_with(0, before.inputs[0])
         source, result = node.inputs[0], node.outputs[0]
         if source is not None and not result.is_graph_output() and _changes_nothing(node):
             irc.replace_all_uses_with(result, source)
-
-
-def _producer(node: ir.Node) -> ir.Node | None:
-    made = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return made if made is not None and made.domain == "" and made.op_type in SAME else None
 
 
 def _fits(node: ir.Node, before: ir.Node) -> bool:
@@ -43,8 +40,8 @@ def _fits(node: ir.Node, before: ir.Node) -> bool:
 
 def _changes_nothing(node: ir.Node) -> bool:
     old, new = _sizes(node.inputs[0]), _result(node)
-    unknown = sum(a is None or a != b for a, b in zip(old, new, strict=False))
-    return len(old) == len(new) > 0 and unknown <= 1 and all(a == b or b is None for a, b in zip(old, new, strict=True))
+    unsure = [b for a, b in zip(old, new, strict=False) if a is None or a != b]  # one follows from the others
+    return len(old) == len(new) > 0 and unsure in ([], [None])
 
 
 def _result(node: ir.Node) -> list[Size]:

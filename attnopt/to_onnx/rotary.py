@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attnopt.to_onnx.builder import Builder
+from attnopt.to_onnx.builder import Builder, is_a, made_by
 
 KEEPING = ("Cos", "Sin", "Cast", "Neg", "Unsqueeze")  # equal halves stay equal, if the last axis stays the last
 SCALING = ("Mul", "Div")
@@ -15,7 +15,7 @@ SCALING = ("Mul", "Div")
 def fuse_rotations(graph: ir.Graph) -> None:
     """RotaryEmbedding for each rotation of float32 heads [B, H, L, D] whose tables say the same of both halves."""
     builder, tables = Builder(graph, "rotary"), dict[tuple[ir.Value, object], ir.Value]()
-    for node in [n for n in graph if (n.op_type, n.domain) == ("Add", "")]:
+    for node in [n for n in graph if is_a(n, "Add")]:
         rotation = _rotation(node)
         if rotation is None:
             continue
@@ -51,7 +51,7 @@ def _rotation(add: ir.Node) -> _Rotation | None:
 
 def _factors(product: ir.Value | None) -> list[tuple[ir.Value, ir.Value]]:
     """The two operands of a multiplication, in both orders."""
-    node = _made_by(product, "Mul")
+    node = made_by(product, "Mul")
     if node is None or node.inputs[0] is None or node.inputs[1] is None:
         return []
     a, b = node.inputs[0], node.inputs[1]
@@ -60,11 +60,11 @@ def _factors(product: ir.Value | None) -> list[tuple[ir.Value, ir.Value]]:
 
 def _turned(value: ir.Value) -> ir.Value | None:
     """The x of ``[-x2, x1]``."""
-    joined = _made_by(value, "Concat")
+    joined = made_by(value, "Concat")
     if joined is None or len(joined.inputs) != 2 or joined.attributes["axis"].as_int() not in (-1, 3):
         return None
-    negated = _made_by(joined.inputs[0], "Neg")
-    low, high = _made_by(joined.inputs[1], "Slice"), negated and _made_by(negated.inputs[0], "Slice")
+    negated = made_by(joined.inputs[0], "Neg")
+    low, high = made_by(joined.inputs[1], "Slice"), negated and made_by(negated.inputs[0], "Slice")
     x = low.inputs[0] if low is not None else None
     if low is None or not high or x is None or x is not high.inputs[0] or x.dtype != ir.DataType.FLOAT:
         return None
@@ -140,8 +140,3 @@ def _half(b: Builder, tables: dict[tuple[ir.Value, object], ir.Value], table: ir
             half = b.op("Expand", half, b.op("Concat", b.size(x, 0), b.ints(1, 1), axis=0))
         tables[key] = half
     return tables[key]
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and (node.op_type, node.domain) == (op_type, "") else None
