@@ -181,12 +181,13 @@ def _is_small(node: ast.AST) -> bool:
 
 
 def _guard(text: str) -> bool:
-    """A relation between sizes of inputs, which torch makes code of: arithmetic, and ``L['x'].size()[1]``."""
+    """A relation between sizes of inputs, which torch makes code of: arithmetic, and ``L['x'].size()[1]``, on one line."""
+    if len(text) > _LONGEST or re.search(r"[#\"\\\n\r]", text):
+        return False
     try:
-        tree = ast.parse(text.strip(), mode="eval") if len(text) <= _LONGEST else None
+        return _is_relation(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return tree is not None and _is_relation(tree.body)
 
 
 def _is_relation(node: ast.expr) -> bool:
@@ -210,7 +211,7 @@ def _is_relation(node: ast.expr) -> bool:
     return False
 
 
-_COUNTING = ("max", "min", "abs", "float", "math.floor", "math.ceil", "math.trunc", "math.sqrt")
+_COUNTING = ("max", "min", "abs", "float", "round", "math.floor", "math.ceil", "math.trunc", "math.sqrt")
 
 
 def _is_input(node: ast.expr) -> bool:

@@ -286,6 +286,7 @@ def test_sizes_are_arithmetic(text: str, is_fine: bool) -> None:
         ("L['x'].size == 3", False), ("L == 3", False), ("x.size()[1] == 3", False), ("2 ** L['x'].size()[1] == 3", False),
         ("9 ** 8 == 3", False), ("open('x')", False), ("math.sin(1)", False), ("max(*L['x'].size())", False), ("'a'", False),
         ("L['x'].size()[L['x'].size()[0]] == 1", False), ("(lambda: 1)()", False), ("", False), ("1; 2", False),
+        ("1 == 1 # no more", False), ("(1 ==\n1)", False), ("-" * 1500 + "1", False), ("+".join(["1"] * 1500), False),
     ],
 )  # fmt: skip
 def test_guards_are_relations_between_sizes(text: str, is_fine: bool) -> None:
