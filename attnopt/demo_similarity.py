@@ -71,7 +71,7 @@ def require_packages() -> None:
 
 def load_encoder() -> tuple[SentenceEncoder, Any]:
     """The encoder in eval mode, and its tokenizer."""
-    _repair_torchvision()
+    let_transformers_import()
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -81,8 +81,11 @@ def load_encoder() -> tuple[SentenceEncoder, Any]:
     return SentenceEncoder(bert).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _repair_torchvision() -> None:
-    """transformers imports torchvision if it is there; a CUDA build of it beside CPU torch fails without these."""
+def let_transformers_import() -> None:
+    """transformers imports torchvision if it is there; its CUDA build beside CPU torch lacks two operators.
+
+    Where they are not lacking, defining them would end the process.
+    """
     if importlib.util.find_spec("torchvision") is None:
         return
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from attnopt.demo_similarity import let_transformers_import
 from attnopt.timing import Times, interleaved
 
 __all__ = [
@@ -33,15 +34,6 @@ RESULTS = Path(__file__).parent / "results"
 def one_thread() -> None:
     """With several threads, CPU time would count waiting as work."""
     torch.set_num_threads(1)
-
-
-def let_transformers_import() -> None:
-    """torchvision's wheel is a CUDA build: beside CPU torch its import fails in two operators that are not there."""
-    for name in ("nms", "qnms"):
-        try:
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:
-            return
 
 
 def package(name: str) -> Path:

