@@ -260,10 +260,10 @@ def _fixed(module: fx.GraphModule, shapes: Any) -> tuple[str, ...]:
 
 def _declared(shapes: Any) -> set[str]:
     """The bounds that the user gave with a named Dim."""
-    asked = (
-        [(name, axes) for name, axes in shapes.items() if isinstance(axes, Mapping)]
-        if isinstance(shapes, Mapping)
-        else []
-    )
-    dims = [(f"{name}[{a}]", d) for name, axes in asked for a, d in axes.items() if isinstance(d, torch.export.Dim)]
+    dims = [
+        (f"{name}[{axis}]", dim)
+        for name, axes in (shapes.items() if isinstance(shapes, Mapping) else ())
+        for axis, dim in (axes.items() if isinstance(axes, Mapping) else ())
+        if isinstance(dim, Dim)
+    ]
     return {text for axis, d in dims for text in (f"{axis} >= {d.min}", f"{axis} <= {d.max}")}
