@@ -31,6 +31,7 @@ from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
 from attnopt.graph import hint
 from attnopt.origin import Origin
+from attnopt.relations import user_inputs
 from attnopt.report import Report
 from attnopt.site_json import site_from_json, site_to_json
 from attnopt.untrusted import NotAGraphError, check_graph, check_operators
@@ -272,9 +273,8 @@ def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 def _examples(program: ExportedProgram) -> Inputs:
     """Inputs of the captured sizes, made anew: an archive holds none."""
-    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
-    given = [values.get(name, name) if isinstance(name, str) else name for name in program.graph_signature.user_inputs]
-    leaves = [_zeros(val) if isinstance(val, Tensor) else val for val in given]
+    values = [n.meta.get("val") for n in user_inputs(program)]
+    leaves = [_zeros(val) if isinstance(val, Tensor) else val for val in values]
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     return tuple(args), dict(kwargs)
 

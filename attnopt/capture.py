@@ -199,7 +199,8 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
         module = exported.module()
     assert isinstance(module, fx.GraphModule)
     tidy(module)
-    held = [r for r in relations(exported, module.forward, args, kwargs) if r not in _declared(shapes)]
+    declared = _declared(shapes)
+    held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]
     return Program(module, args, kwargs, shapes, (*_fixed(module, shapes), *held), route)
 
 
@@ -243,27 +244,26 @@ def auto_shapes(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
     return {name: of(x) for name, x in bound.items()}
 
 
+def _asked(shapes: Any) -> Iterator[tuple[str, int, Any]]:
+    """(input, axis, what was asked for it)"""
+    for name, axes in shapes.items() if isinstance(shapes, Mapping) else ():
+        for axis, dim in axes.items() if isinstance(axes, Mapping) else ():
+            if isinstance(axis, int):
+                yield name, axis, dim
+
+
 def _fixed(module: fx.GraphModule, shapes: Any) -> tuple[str, ...]:
     """Axes that were asked to be dynamic and are not."""
-    if not isinstance(shapes, Mapping):
-        return ()
-    found: list[str] = []
-    nodes = {str(n.target): n for n in module.graph.nodes if n.op == "placeholder"}
-    for name, axes in shapes.items():
-        node = nodes.get(name)
-        val = None if node is None else node.meta.get("val")
-        if not isinstance(axes, Mapping) or not isinstance(val, Tensor):
-            continue
-        found += [f"{name}[{a}] = {val.shape[a]}" for a in axes if isinstance(a, int) and is_static(val.shape[a])]
-    return tuple(found)
+    found = {str(n.target): n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"}
+    sizes = {name: val.shape for name, val in found.items() if isinstance(val, Tensor)}
+    return tuple(
+        f"{name}[{axis}] = {sizes[name][axis]}"
+        for name, axis, _ in _asked(shapes)
+        if name in sizes and is_static(sizes[name][axis])
+    )
 
 
 def _declared(shapes: Any) -> set[str]:
     """The bounds that the user gave with a named Dim."""
-    dims = [
-        (f"{name}[{axis}]", dim)
-        for name, axes in (shapes.items() if isinstance(shapes, Mapping) else ())
-        for axis, dim in (axes.items() if isinstance(axes, Mapping) else ())
-        if isinstance(dim, Dim)
-    ]
-    return {text for axis, d in dims for text in (f"{axis} >= {d.min}", f"{axis} <= {d.max}")}
+    dims = [(f"{name}[{axis}]", dim) for name, axis, dim in _asked(shapes) if isinstance(dim, Dim)]
+    return {text for axis, dim in dims for text in (f"{axis} >= {dim.min}", f"{axis} <= {dim.max}")}

@@ -33,11 +33,9 @@ class Decision:
 
     def seen(self, activations: Activations) -> Site:
         """The site as the next pass would see it."""
-        if self.plan is None:
-            return replace(self.site, activations=activations)
-        new = edited_parameters(self.found.site, self.plan.edits, self.plan.out_bias)
-        parameters = {**self.site.parameters, **new}
-        return replace(self.site, parameters=parameters, activations=activations.edited(self.plan.edits))
+        edits, out_bias = ((), None) if self.plan is None else (self.plan.edits, self.plan.out_bias)
+        parameters = _with_new(self.found, edits, out_bias)
+        return replace(self.site, parameters=parameters, activations=activations.edited(edits))
 
 
 def decide(
@@ -65,7 +63,7 @@ def decide(
         site = replace(
             site,
             spec=rewrite.spec,
-            parameters={**found.site.parameters, **edited_parameters(found.site, edits, out_bias)},
+            parameters=_with_new(found, edits, out_bias),
             activations=None if site.activations is None else site.activations.edited(rewrite.edits),
         )
         notes += rewrite.notes
@@ -95,6 +93,11 @@ def decide(
             *_kept_whole(found.site, site.spec),
         ),
     )
+
+
+def _with_new(found: Found, edits: Sequence[HeadWeights], out_bias: Tensor | None) -> dict[str, Tensor]:
+    """The site's parameters, the new ones in the place of the old."""
+    return {**found.site.parameters, **edited_parameters(found.site, edits, out_bias)}
 
 
 def _kept(edit: HeadWeights, site: Site) -> HeadWeights:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from attnopt.graph import is_static
@@ -24,18 +25,18 @@ def relations(
 ) -> tuple[str, ...]:
     """Python expressions in which ``x[1]`` is the length of the input ``x`` along axis 1, beyond what fixed axes and axes of
     one symbol say by themselves.  ``forward`` is called with ``args`` and ``kwargs`` as the program was captured."""
-    inputs = _user_inputs(program)
+    inputs = user_inputs(program)
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     paths = ["L" + pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(dict(bound))]
-    named = _Named(dict(zip(paths, inputs, strict=False)), inputs)
+    named = _Named(dict(zip(paths, inputs, strict=True)), inputs)
     found = [text for code in program._guards_code if (text := named.read(code)) is not None]
     return tuple(dict.fromkeys((*_bounds(inputs), *found)))
 
 
-def _user_inputs(program: ExportedProgram) -> list[fx.Node]:
-    """The placeholders of the inputs that are tensors or dynamic numbers, in their order."""
-    wanted = set(program.graph_signature.user_inputs)
-    return [n for n in program.graph.nodes if n.op == "placeholder" and n.name in wanted]
+def user_inputs(program: ExportedProgram) -> list[fx.Node]:
+    """The placeholders of all that the program is called with, in its order; ``meta["val"]`` of a constant is the constant."""
+    named = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    return [named[s.arg.name] for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
 
 
 def _axes(inputs: list[fx.Node]) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:

@@ -94,12 +94,35 @@ def test_a_file_stops_by_itself(model: Asking, fast: attnopt.OptimizedModel, fla
         run(*inputs(26, 4))
 
 
+def test_inputs_that_are_no_tensors_stand_between(tmp_path: Path) -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, n: int, x: Tensor, mode: str, y: Tensor) -> Tensor:
+            made: Tensor = self.attend(x, x, x, need_weights=False)[0] * n + y.sum()
+            return made * 2 if x.shape[1] % 2 == 0 else made
+
+    model, args = Counted().eval(), (3, torch.randn(2, 6, 16), "y", torch.randn(5, 4))
+    axes = {1: torch.export.Dim.AUTO}
+    fast = attnopt.optimize(model, "fuse", args, dynamic_shapes={"n": None, "x": axes, "mode": None, "y": None})
+    assert fast.report.fixed_axes == ("x[1] % 2 == 0",)
+    fast.save(tmp_path / "saved")
+    loaded = attnopt.load(tmp_path / "saved")
+    assert close(loaded(*args), model(*args))
+    with pytest.raises(CaptureError, match="do not fit the captured graph"):
+        loaded(3, torch.randn(2, 7, 16), "y", args[3])
+    fast.export_onnx(tmp_path / "m.onnx")
+    with pytest.raises(STOPPED, match=r"requires x\[1\] % 2 == 0"):
+        cpu_session(tmp_path / "m.onnx").run(None, {"x": np.zeros((2, 7, 16), np.float32), "y": args[3].numpy()})
+
+
 def test_a_file_keeps_bounds(tmp_path: Path) -> None:
     class Bounded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
-            self.register_buffer("places", torch.randn(12))
 
         def forward(self, x: Tensor) -> Tensor:
             made: Tensor = self.attend(x, x, x, need_weights=False)[0]
@@ -171,5 +194,7 @@ def test_what_a_file_cannot_check_is_refused() -> None:
     graph = ir.Graph([x], [], nodes=[], name="g")
     with pytest.raises(ExportError, match="holds only where"):
         check_sizes(graph, ["math.sqrt(float(x[0])) == 3"])
+    with pytest.raises(ExportError, match="holds only where"):
+        check_sizes(graph, ["L['n'] == 3 * x[0]"])
     check_sizes(graph, ["nowhere[0] == 3"])
     assert not len(graph)

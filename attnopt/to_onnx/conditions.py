@@ -6,7 +6,7 @@ ONNX has no assertion.  A Gather from one element at place 0 or 1 is one: ONNX R
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -25,7 +25,7 @@ def check_sizes(graph: ir.Graph, relations: Sequence[str]) -> None:
     inputs = {str(i.name): i for i in graph.inputs}
     for number, text in enumerate(relations):
         tree = ast.parse(text, mode="eval").body
-        about = [n.value.id for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name)]
+        about = list(_inputs_of(tree))
         if not inputs.keys() >= set(about):
             continue  # the file does not take what the graph does not use
         b = Builder(graph, f"sizes_{number}")
@@ -37,8 +37,15 @@ def check_sizes(graph: ir.Graph, relations: Sequence[str]) -> None:
                 hint="leave these axes out of dynamic_shapes",
             ) from e
         zero = b.op("Gather", b.ints(0), b.op("Cast", b.op("Not", holds), to=ir.DataType.INT64))
-        _name(zero, f"requires {text}")
+        b.nodes[-1].name = f"requires {text}"
         _needed_for(b, graph, inputs[about[0]], zero)
+
+
+def _inputs_of(tree: ast.expr) -> Iterator[str]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(ast.Name(name), ast.Constant(int())):
+                yield name
 
 
 def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Value:
@@ -73,12 +80,6 @@ def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Valu
         case ast.Call(ast.Name(function), parts):
             return b.op(_FUNCTIONS[function], *map(of, parts))
     raise TypeError(ast.dump(node))
-
-
-def _name(value: ir.Value, name: str) -> None:
-    node = value.producer()
-    assert node is not None
-    node.name = name
 
 
 def _needed_for(b: Builder, graph: ir.Graph, x: ir.Value, zero: ir.Value) -> None:
