@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from common import let_transformers_import, one_thread, picture, publish
+from common import alone, let_transformers_import, memory, one_thread, picture, publish
 
 LAYERS = (2, 4, 8, 16)
 POLICIES = ("fuse", "prune-heads(fraction=0.25)", "grouped-query(kv_heads=1)")
@@ -24,7 +22,7 @@ def main() -> None:
         print(json.dumps(_measured(arguments.one[0], int(arguments.one[1]))))
         return
     one_thread()
-    rows = [_row(policy, layers) for policy in POLICIES for layers in LAYERS]
+    rows = [row for policy in POLICIES for layers in LAYERS for row in alone("--one", policy, layers)]
     publish(
         "calibration_memory",
         rows,
@@ -32,14 +30,6 @@ def main() -> None:
         digits=1,
     )
     picture("calibration_memory", lambda _, axes: _draw(axes, rows))
-
-
-def _row(policy: str, layers: int) -> dict[str, Any]:
-    """In a process of its own, for its memory."""
-    command = [sys.executable, __file__, "--one", policy, str(layers)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 def _measured(policy: str, layers: int) -> dict[str, Any]:
@@ -66,10 +56,10 @@ def _measured(policy: str, layers: int) -> dict[str, Any]:
     with torch.no_grad():
         model(**batches[0])
     attnopt.inspect(nn.TransformerEncoderLayer(8, 2).eval(), (torch.zeros(2, 3, 8),))  # imports what it needs
-    start = _status("VmRSS")
+    start = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here (proc(5))
     made = attnopt.optimize(model, policy, (), batches[0], calibration=batches)
-    peak = _status("VmHWM")
+    peak = memory("VmHWM")
     assert all(s.passes for s in made.report.sites)
     known = {p.data_ptr() for p in model.parameters()}
     return {
@@ -77,13 +67,8 @@ def _measured(policy: str, layers: int) -> dict[str, Any]:
         "layers": layers,
         "weights": _megabytes(list(model.parameters())),
         "new weights": _megabytes([p for p in made.parameters() if p.data_ptr() not in known]),
-        "peak": peak - start,
+        "peak": (peak - start) / 1e6,
     }
-
-
-def _status(name: str) -> float:
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def _megabytes(tensors: list[Any]) -> float:

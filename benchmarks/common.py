@@ -1,10 +1,11 @@
-"""What the benchmarks share: CPU time of calls that take turns, and results as a table, JSON and a picture."""
+"""What the benchmarks share: CPU time of calls that take turns, processes of their own, and results as tables and pictures."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,11 @@ from attnopt.timing import Times, interleaved
 __all__ = [
     "RESULTS",
     "Times",
+    "alone",
     "interleaved",
     "let_transformers_import",
     "machine",
+    "memory",
     "one_thread",
     "package",
     "picture",
@@ -42,6 +45,21 @@ def package(name: str) -> Path:
     if found is None or found.origin is None:
         sys.exit(f"{name} is not installed; run the benchmark as `make bench` does")
     return Path(found.origin).parent
+
+
+def alone(*options: object) -> list[dict[str, Any]]:
+    """What this benchmark prints as lines of JSON when it is started again with ``options``: memory is of a whole process."""
+    command = [sys.executable, sys.argv[0], *map(str, options)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def memory(name: str) -> int:
+    """Bytes of this process: ``VmRSS``, resident now; ``VmHWM``, the most that was (proc(5)).
+
+    ``ru_maxrss`` would start from that of the process that started this one."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def machine() -> dict[str, Any]:

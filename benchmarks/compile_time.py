@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-from common import interleaved, let_transformers_import, one_thread, picture, publish
+from common import alone, interleaved, let_transformers_import, memory, one_thread, picture, publish
 
 LAYERS = (6, 12, 24)
 STAGES = ("capture", "match", "rewrite", "lower", "verify")
@@ -22,7 +19,7 @@ STAGES = ("capture", "match", "rewrite", "lower", "verify")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory-of", choices=("model", "export", "optimize"), help="(used by the benchmark itself)")
+    parser.add_argument("--memory-of", choices=("export", "optimize"), help="(used by the benchmark itself)")
     parser.add_argument("--layers", type=int, default=12, help="(used by the benchmark itself)")
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -70,37 +67,28 @@ def _measured(layers: int, rounds: int) -> dict[str, Any]:
     )
     total = sum(sum(one.values()) for one in stages)
     share = {stage: sum(one.get(stage, 0.0) for one in stages) / total for stage in STAGES}
-    peak = {what: _peak_of(what, layers) for what in ("model", "export", "optimize")}
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    peak: dict[str, Any] = {}
+    for what in ("export", "optimize"):
+        peak.update(*alone("--memory-of", what, "--layers", layers))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "layers": layers,
         "export, s": times.median("export"),
         "optimize, s": times.median("optimize"),
         "ratio": times.ratio("optimize", "export"),
         **{f"{stage}, %": round(100 * share[stage]) for stage in STAGES},
-        "weights, MB": round(weights),
-        "peak of export, MB": round(peak["export"]),
-        "peak of optimize, MB": round(peak["optimize"]),
+        "weights, MB": round(weights / 1e6),
+        "peak of export, MB": round(peak["export"] / 1e6),
+        "peak of optimize, MB": round(peak["optimize"] / 1e6),
         "beyond export, x weights": (peak["optimize"] - peak["export"]) / weights,
     }
 
 
-def _peak_of(what: str, layers: int) -> float:
-    command = [sys.executable, __file__, "--memory-of", what, "--layers", str(layers)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _peak(what: str, layers: int) -> float:
-    """Peak resident size of this process in MB.  (ru_maxrss would start from that of the process that started it.)"""
+def _peak(what: str, layers: int) -> dict[str, int]:
     one_thread()
     model, kwargs = _model(layers)
-    if what == "export":
-        _export(model, kwargs)
-    elif what == "optimize":
-        _optimize(model, kwargs)
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
+    {"export": _export, "optimize": _optimize}[what](model, kwargs)
+    return {what: memory("VmHWM")}
 
 
 def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:

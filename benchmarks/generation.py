@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import one_thread, picture, publish
+from common import alone, memory, one_thread, picture, publish
 from long_context import text
 from smollm2 import trained
 from transformers import DynamicCache
@@ -41,18 +38,17 @@ class Probe(BaseStreamer):
             return
         held = sum(t.untyped_storage().nbytes() for layer in self.cache.layers for t in (layer.keys, layer.values))
         now = time.process_time()
-        row = {"tokens": self.count, "resident MiB": resident(), "cache MiB": held / 2**20, "s": now - self.start}
+        row = {
+            "tokens": self.count,
+            "resident MiB": memory("VmRSS") / 2**20,
+            "cache MiB": held / 2**20,
+            "s": now - self.start,
+        }
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
     def end(self) -> None:
         pass
-
-
-def resident() -> float:
-    """MiB of the process that are in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
 
 
 def measure(variant: str, tokens: int) -> None:
@@ -76,12 +72,6 @@ def measure(variant: str, tokens: int) -> None:
     )
 
 
-def rows(variant: str, tokens: int) -> list[dict[str, float]]:
-    command = [sys.executable, __file__, "--measure", variant, "--tokens", str(tokens)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000, help="with the rolling cache")
@@ -91,7 +81,9 @@ def main() -> None:
     if options.measure:
         measure(options.measure, options.tokens)
         return
-    found = {"full": rows("full", options.full), "rolling": rows("rolling", options.tokens)}
+    one_thread()
+    lengths = {"full": options.full, "rolling": options.tokens}
+    found = {variant: alone("--measure", variant, "--tokens", tokens) for variant, tokens in lengths.items()}
     publish("generation", table(found), f"SmolLM2-135M, `generate()` on one thread after {PROMPT} tokens of news")
     picture("generation", lambda figure, axes: draw(axes, found), panels=3)
 

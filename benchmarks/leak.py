@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-from pathlib import Path
 from typing import Any
 
-from common import one_thread, picture, publish
+from common import memory, one_thread, picture, publish
 
 EVERY = 10
 
@@ -42,12 +40,8 @@ def _measured(rounds: int) -> list[dict[str, Any]]:
         attnopt.optimize(model, policies[n % len(policies)], (x,))(x)
         if (n + 1) % EVERY == 0:
             gc.collect()
-            rows.append({"optimizations": n + 1, "resident, MB": _resident(), "live tensors": _tensors()})
+            rows.append({"optimizations": n + 1, "resident, MB": memory("VmRSS") / 1e6, "live tensors": _tensors()})
     return rows
-
-
-def _resident() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def _tensors() -> int:

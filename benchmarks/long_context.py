@@ -8,17 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from common import one_thread, picture, publish
+from common import alone, memory, one_thread, picture, publish
 from smollm2 import Logits, news, trained
 
 import attnopt
@@ -60,7 +57,7 @@ def measure(length: int, folder: str, rounds: int) -> None:
             torch.nn.functional.cross_entropy(part, target, reduction="sum").item()
             for part, target in zip(logits[0, :-1].split(512), ids[0, 1:].split(512), strict=True)
         ]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory("VmHWM") / 2**20
     perplexity = math.exp(sum(losses) / (length - 1))
     print(json.dumps({"s": statistics.median(seconds), "peak MiB": peak, "perplexity": perplexity}))
 
@@ -68,15 +65,13 @@ def measure(length: int, folder: str, rounds: int) -> None:
 def rows(lengths: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         saved = f"{folder}/model"
-        subprocess.run([sys.executable, __file__, "--prepare", saved], check=True)
+        alone("--prepare", saved)
         variants = {"as trained": "", f"window {WINDOW} and {SINKS} sinks in all but {len(KEPT)} of 30 layers": saved}
         for length in lengths:
             for variant, source in variants.items():
-                options = ["--measure", source, "--lengths", str(length), "--rounds", str(rounds)]
-                done = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True)
-                row = {"tokens": length, "model": variant, **json.loads(done.stdout.splitlines()[-1])}
+                (row,) = alone("--measure", source, "--lengths", length, "--rounds", rounds)
                 print(row, flush=True)
-                yield row
+                yield {"tokens": length, "model": variant, **row}
 
 
 def main() -> None:
@@ -92,6 +87,7 @@ def main() -> None:
     if options.measure is not None:
         measure(options.lengths[0], options.measure, options.rounds)
         return
+    one_thread()
     found = list(rows(options.lengths, options.rounds))
     publish("long_context", found, "SmolLM2-135M, prefill on one thread: CPU time, peak memory, perplexity")
     picture("long_context", lambda figure, axes: _draw(axes, found), panels=3)

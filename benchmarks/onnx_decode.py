@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import interleaved, let_transformers_import, one_thread, picture, publish
-from onnx_models import draw, onnxscript_optimized, ort_optimized, smollm2
-from onnx_sessions import openvino, runner, session
+from onnx_models import smollm2
+from onnx_peers import against_the_best, draw, peers, ratios
+from onnx_sessions import session
 from torch import Tensor, nn
 
 import attnopt
@@ -90,18 +91,6 @@ def ours(fast: attnopt.OptimizedModel, ids: Tensor, past: list[Tensor], folder: 
     return call
 
 
-def contenders(step: Step, ids: Tensor, past: list[Tensor], folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for opset in (20, 23):
-        file = str(folder / f"{opset}.onnx")
-        torch.onnx.export(step, (ids, past), f=file, dynamo=True, opset_version=opset, verbose=False)
-    tensors = [ids, *past]
-    yield "torch export", runner(folder / "20.onnx", tensors)
-    yield "torch export, opset 23", runner(folder / "23.onnx", tensors)
-    yield "ORT optimizer", runner(ort_optimized("gpt2", step.config, folder), tensors)
-    yield "optimize_for_ort", runner(onnxscript_optimized(folder), tensors)
-    yield "OpenVINO", openvino(folder / "20.onnx", tensors)
-
-
 def measured(length: int, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     whole, _ = smollm2(length)
@@ -119,13 +108,11 @@ def measured(length: int, rounds: int) -> dict[str, Any]:
         folder, step = Path(name), Step(model).eval()
         fast = attnopt.optimize(Whole(model), "fuse", (), example, dynamic_shapes="auto", backend="sdpa")
         calls = {"torch": _in_torch(model, ids, past), "attnopt": ours(fast, ids, past, folder / "ours")}
-        calls |= dict(contenders(step, ids, past, folder))
+        calls |= dict(peers(step, (ids, past), {}, "gpt2", folder))
         _check(calls)
         times = interleaved(calls, rounds)
-    best = min((c for c in calls if c != "attnopt"), key=times.median)
-    row = {c: times.ratio(c, "torch") for c in calls if c != "torch"}
-    last = {"best other": best, "attnopt / best other": times.ratio("attnopt", best)}
-    return {"model": "SmolLM2, a token", "length": length, "torch, ms": 1000 * times.median("torch"), **row, **last}
+    about = {"model": "SmolLM2, a token", "length": length, "torch, ms": 1000 * times.median("torch")}
+    return {**about, **ratios(times), **against_the_best(times)}
 
 
 def _in_torch(model: Any, ids: Tensor, past: list[Tensor]) -> Callable[[], Any]:

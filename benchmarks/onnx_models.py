@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from common import interleaved, let_transformers_import, one_thread, picture, publish
-from onnx_sessions import openvino, runner
+from onnx_peers import against_the_best, draw, peers, ratios
+from onnx_sessions import runner
 
 import attnopt
 from attnopt.passes import LocalWindow, PruneHeads
@@ -98,39 +99,6 @@ SUBJECTS = (
 )
 
 
-def contenders(
-    subject: Subject, model: torch.nn.Module, kwargs: Kwargs, folder: Path
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every other way, those that fail with the reason printed."""
-    tensors = list(kwargs.values())
-    for opset in (20, 23):
-        file = str(folder / f"{opset}.onnx")
-        torch.onnx.export(model, (), kwargs=kwargs, f=file, dynamo=True, opset_version=opset, verbose=False)
-    yield "torch export", runner(folder / "20.onnx", tensors)
-    yield "torch export, opset 23", runner(folder / "23.onnx", tensors)
-    yield "ORT optimizer", runner(ort_optimized(subject.kind, model.config, folder), tensors)
-    yield "optimize_for_ort", runner(onnxscript_optimized(folder), tensors)
-    yield "OpenVINO", openvino(folder / "20.onnx", tensors)
-
-
-def ort_optimized(kind: str, config: Any, folder: Path) -> Path:
-    from onnxruntime.transformers import optimizer
-
-    heads, width = config.num_attention_heads, config.hidden_size
-    made = optimizer.optimize_model(str(folder / "20.onnx"), kind, heads, width, opt_level=0)
-    made.save_model_to_file(str(folder / "ort.onnx"))
-    return folder / "ort.onnx"
-
-
-def onnxscript_optimized(folder: Path) -> Path:
-    import onnx_ir
-    from onnxscript.rewriter.ort_fusions import optimize_for_ort
-
-    made, _ = optimize_for_ort(onnx_ir.load(folder / "20.onnx"))
-    onnx_ir.save(made, folder / "onnxscript.onnx")
-    return folder / "onnxscript.onnx"
-
-
 def ours(model: torch.nn.Module, policy: Any, kwargs: Kwargs, file: Path) -> Callable[[], Any]:
     attnopt.optimize(model, policy, (), kwargs, backend="sdpa").export_onnx(file)
     return runner(file, list(kwargs.values()))
@@ -148,30 +116,15 @@ def measured(rounds: int, only: str, is_exact: bool) -> Iterator[dict[str, Any]]
                 for label, policy in (policies(subject) if not is_exact else {"attnopt": "fuse"}).items():
                     calls[label] = ours(model, policy, kwargs, folder / f"{len(calls)}.onnx")
                 if is_exact:
-                    calls |= dict(contenders(subject, model, kwargs, folder))
+                    calls |= dict(peers(model, (), kwargs, subject.kind, folder))
                 times = interleaved(calls, max(5, rounds // (1 + length // 512)))
-            row = {c: times.ratio(c, "torch") for c in calls if c != "torch"}
-            if is_exact:
-                best = min((c for c in calls if c != "attnopt"), key=times.median)
-                row |= {"best other": best, "attnopt / best other": times.ratio("attnopt", best)}
-            yield {"model": subject.name, "length": length, **row}
+            last = against_the_best(times) if is_exact else {}
+            yield {"model": subject.name, "length": length, **ratios(times), **last}
 
 
 def policies(subject: Subject) -> Mapping[str, Any]:
     fewer = PruneHeads(fraction=0.25)
     return {"exact": "fuse", "25 % fewer heads": fewer, "window": subject.window, "both": [fewer, subject.window]}
-
-
-def draw(_: Any, axes: Any, rows: list[dict[str, Any]]) -> None:
-    names = [c for c, value in rows[0].items() if isinstance(value, float) and c != "attnopt / best other"]
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        axes.bar([x + i * width for x in range(len(rows))], [row[name] for row in rows], width, label=name)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    places = [x + width * (len(names) - 1) / 2 for x in range(len(rows))]
-    axes.set_xticks(places, [f"{row['model']}\n{row['length']}" for row in rows], fontsize=5, rotation=45)
-    axes.set_ylabel("CPU time / torch")
-    axes.legend(fontsize=5)
 
 
 def main() -> None:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from common import let_transformers_import, one_thread, picture, publish
+from common import alone, let_transformers_import, memory, one_thread, picture, publish
 
 LAYERS = (12, 24, 48, 96)
 WIDTH, HEADS, KV_HEADS, TOKENS = 8192, 64, 8, 128
@@ -27,17 +24,10 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(_measured(arguments.one[0], int(arguments.one[1]))))
         return
-    rows = [_row(model, layers) for model in MODELS for layers in LAYERS]
+    one_thread()
+    rows = [row for model in MODELS for layers in LAYERS for row in alone("--one", model, layers)]
     publish("scale", rows, f"attnopt.inspect on the meta device, {WIDTH:,} wide, {HEADS} heads, 1 x {TOKENS} tokens")
     picture("scale", lambda figure, axes: _draw(axes, rows), panels=2)
-
-
-def _row(model: str, layers: int) -> dict[str, Any]:
-    """In a process of its own, for its memory."""
-    command = [sys.executable, __file__, "--one", model, str(layers)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 def _encoder(layers: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -77,14 +67,13 @@ def _measured(name: str, layers: int) -> dict[str, Any]:
     found = attnopt.inspect(model.eval(), args, kwargs)
     seconds = time.process_time() - start
     assert len(found.sites) == layers, str(found)
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return {
         "model": name,
         "layers": layers,
         "parameters, billions": sum(p.numel() for p in model.parameters()) / 1e9,
         "inspect, CPU s": seconds,
         "a layer, CPU s": seconds / layers,
-        "peak of the process, MB": round(int(line.split()[1]) * 1024 / 1e6),
+        "peak of the process, MB": round(memory("VmHWM") / 1e6),
     }
 
 

@@ -6,9 +6,7 @@ The share is the speed-up over dense attention, divided by the speed-up that the
 from __future__ import annotations
 
 import argparse
-import resource
-import subprocess
-import sys
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, let_transformers_import, one_thread, picture, publish
+from common import alone, interleaved, let_transformers_import, memory, one_thread, picture, publish
 from torch import Tensor
 
 from attnopt.backends import block_gather
@@ -128,26 +126,22 @@ def growth(length: int) -> None:
     call = kernel(Form("", Window(WINDOW - 1, 0), length), q, k, v)
     with torch.no_grad():
         call()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.process_time()
         for _ in range(3):
             call()
         seconds = (time.process_time() - start) / 3
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{seconds} {before / 1024} {peak / 1024}")
+    print(json.dumps({"seconds": seconds, "peak": memory("VmHWM")}))
 
 
 def growths() -> Iterator[dict[str, Any]]:
     for length in (2048, 4096, 8192, 16384, 32768, 65536):
-        command = [sys.executable, __file__, "--growth", str(length)]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-        seconds, _, peak = map(float, printed)
+        (one,) = alone("--growth", length)
         operands_mib = 4 * length * H * D * 4 / 2**20
         yield {
             "S": length,
-            "ms": 1e3 * seconds,
-            "us a token": 1e6 * seconds / length,
-            "peak MiB": peak,
+            "ms": 1e3 * one["seconds"],
+            "us a token": 1e6 * one["seconds"] / length,
+            "peak MiB": one["peak"] / 2**20,
             "q, k, v, o MiB": operands_mib,
         }
 
