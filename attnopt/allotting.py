@@ -16,13 +16,14 @@ import torch
 from torch import fx
 
 from attnopt.calibration import Inputs
-from attnopt.compare import squared_difference, tensors
+from attnopt.compare import squared_difference
 from attnopt.deciding import Decision, decide
 from attnopt.errors import CalibrationError
 from attnopt.finding import Found
 from attnopt.lowering import lower
 from attnopt.policy import Policy
 from attnopt.rewriting import Backend, Pass, SharesBudget
+from attnopt.running import outputs_of
 from attnopt.site import Site
 from attnopt.streaming import Stream
 from attnopt.tying import jointly, of_all, tied
@@ -123,7 +124,7 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
 
 def _outputs(module: fx.GraphModule, batch: Inputs) -> list[torch.Tensor]:
     with torch.no_grad():
-        return tensors(module(*batch[0], **batch[1]))
+        return outputs_of(module, batch)
 
 
 def _spend(curves: Sequence[Mapping[int, float]], budget: int) -> list[int]:

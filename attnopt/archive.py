@@ -29,7 +29,7 @@ from attnopt.capture import quiet
 from attnopt.compiling import compiling, mode_of
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
-from attnopt.graph import hint
+from attnopt.graph import hint, stored
 from attnopt.origin import Origin
 from attnopt.relations import user_inputs
 from attnopt.report import Report
@@ -157,7 +157,7 @@ def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
     with _blamed(folder / MARKER):
         report = Report.from_json(about["report"])
         signature = Signature.from_json(about["signature"])
-        live = {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
+        live = stored(module)
         sites = tuple(site_from_json(s, live) for s in about["sites"])
     return module, Origin(report, sites, signature, *examples)
 

@@ -12,18 +12,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
-from attnopt.graph import is_static
+from attnopt.graph import get_attr, is_static, written
 from attnopt.relations import relations
+from attnopt.running import cloned, outputs_of
 from attnopt.tidying import tidy
+
+higher_order = torch.ops.higher_order
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -58,11 +61,15 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     if isinstance(model, ExportedProgram):
         return _finish(model, args, kwargs, dynamic_shapes, "exported program")
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
+    copied = partial(structural_copy, model)
     failures: list[str] = []
     ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
-        ("torch.export", lambda: _export(structural_copy(model), args, kwargs, shapes, strict=False)),
-        ("torch.export (strict)", lambda: _export(structural_copy(model), args, kwargs, shapes, strict=True)),
-        ("torch.fx.symbolic_trace", lambda: _export(fx.symbolic_trace(model), args, kwargs, shapes, strict=False)),
+        ("torch.export", lambda: _export(copied(), args, kwargs, shapes, strict=False)),
+        ("torch.export (strict)", lambda: _export(copied(), args, kwargs, shapes, strict=True)),
+        (
+            "torch.fx.symbolic_trace",
+            lambda: _export(fx.symbolic_trace(copied()), args, kwargs, shapes, strict=False),
+        ),
     )
     _check_arguments(model, args, kwargs)
     for route, way in ways:
@@ -92,18 +99,11 @@ def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         ) from None
 
 
-def cloned(inputs: tuple[Args, Kwargs]) -> tuple[Args, Kwargs]:
-    """The inputs with tensors of their own, for a callee that may change or mark them."""
-    copied: tuple[Args, Kwargs] = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-    return copied
-
-
 def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
-    copied = cloned((args, kwargs))
     try:
-        with torch.no_grad(), as_called():
-            structural_copy(model)(*copied[0], **copied[1])
+        with torch.no_grad():
+            outputs_of(structural_copy(model), (args, kwargs))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",
@@ -162,8 +162,30 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     """
     if all(map(_is_functional, exported.graph.nodes)):
         return exported
-    decomposed: ExportedProgram = exported.run_decompositions({})
+    with _node_by_node(exported.graph_module):
+        decomposed: ExportedProgram = exported.run_decompositions({})
     return decomposed
+
+
+@contextmanager
+def _node_by_node(gm: fx.GraphModule) -> Iterator[None]:
+    """Regions of a mode (autocast, no_grad) are interpreted where they are traced: their nodes keep names and source lines."""
+    found = [
+        region
+        for owner in gm.modules()
+        if isinstance(owner, fx.GraphModule)
+        for node in owner.graph.nodes
+        if node.target in (higher_order.wrap_with_autocast, higher_order.wrap_with_set_grad_enabled)
+        for name in node.all_input_nodes
+        if name.op == "get_attr" and isinstance(region := getattr(owner, str(name.target)), fx.GraphModule)
+    ]
+    for region in found:
+        region.forward = fx.Interpreter(region).run
+    try:
+        yield
+    finally:
+        for region in found:
+            del region.forward
 
 
 def _is_functional(node: fx.Node) -> bool:
@@ -173,7 +195,7 @@ def _is_functional(node: fx.Node) -> bool:
         return True
     op = node.target
     if not isinstance(op, torch._ops.OpOverload):
-        return not isinstance(op, torch._ops.HigherOrderOperator)
+        return not isinstance(op, torch._ops.HigherOrderOperator) and op.__module__ != "torch._functorch.predispatch"
     if op._schema.is_mutable:
         return False
     if op.overloadpacket.__name__ in ("flatten", "unflatten") and not all(map(is_static, node.meta["val"].shape)):
@@ -198,6 +220,7 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     with quiet():
         module = exported.module()
     assert isinstance(module, fx.GraphModule)
+    _own_state(module)
     tidy(module)
     declared = _declared(shapes)
     held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]
@@ -228,6 +251,13 @@ def _condensed(e: BaseException) -> str:
     user = [x for x in lines if x.startswith("File ") and "/torch/" not in x]
     chosen = list(dict.fromkeys([*lines[:1], *telling[:3], *user[-1:]]))
     return f"{type(e).__name__}: " + " | ".join(chosen)[:600]
+
+
+def _own_state(module: fx.GraphModule) -> None:
+    """What the graph writes is its own: the user's model keeps what it holds."""
+    for name in written(module):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, get_attr(module, name).detach().clone())
 
 
 def auto_shapes(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:

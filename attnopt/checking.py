@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from torch.utils import _pytree as pytree
 
 from attnopt.calibration import Inputs
 from attnopt.calling import Signature, check_inputs, is_guard
-from attnopt.capture import Program, check_call, cloned
+from attnopt.capture import Program, check_call
 from attnopt.compare import difference, tensors, tolerance
-from attnopt.compiling import as_called
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
-from attnopt.graph import hint, is_tensor, value
+from attnopt.graph import hint, is_tensor, value, written
 from attnopt.lowering import Plan, lower
 from attnopt.probing import symbols, within
+from attnopt.running import outputs_of
+from attnopt.widening import widened, widened_inputs
 
 ROOM = 10.0  # how much more than one site's rounding a whole model's output may show
 RESIZED = 2  # other sizes that are compared: one nearby, and one that a strided layer in front makes another one too
@@ -75,9 +75,7 @@ class Checker:
         if any(bool(torch.isnan(t).any()) for t in meant):
             return apart, ("the model's own output holds NaN on the example inputs, so it could not be compared",)
         choosing = [p.found.site.name for p in self.plans if p.spec.chooses]
-        exactly = (
-            math.inf if choosing else self._apart_in_double(module, self.model if plain is None else plain, inputs)
-        )
+        exactly = math.inf if choosing else self._apart_in_double(module, plain, inputs, original)
         if exactly <= VANISHES * apart:
             return difference(got, original), (
                 f"this model makes rounding grow: two ways of computing the same differ by {apart:.2g}, and by "
@@ -94,11 +92,15 @@ class Checker:
             hint="bisect with limit=1, 2, ... to find the site",
         )
 
-    def _apart_in_double(self, module: nn.Module, meant: nn.Module, inputs: Inputs) -> float:
-        """The difference in double precision; infinite where the model pins another one."""
-        wide = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    def _apart_in_double(
+        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
+    ) -> float:
+        """The difference in double precision; infinite where the graph has no such form."""
+        meant = self.program.module if plain is None else plain
+        if plain is None and not difference(self._outputs(meant, inputs), original) <= ROOM * tolerance(original):
+            return math.inf  # that the graph is not the model is no rounding
         try:
-            got, want = (self._outputs(copy.deepcopy(m).double(), wide) for m in (module, meant))
+            got, want = (self._outputs(widened(m), widened_inputs(inputs)) for m in (module, meant))
         except Exception:
             return math.inf
         return difference(got, want)
@@ -135,9 +137,7 @@ class Checker:
 
     def _outputs(self, module: nn.Module, inputs: Inputs) -> list[Tensor]:
         torch.manual_seed(self.seed)
-        args, kwargs = cloned(inputs)
-        with as_called():
-            return tensors(module(*args, **kwargs))
+        return outputs_of(module, inputs, state=written(self.program.module))
 
     def _blame(self, inputs: Inputs, error: float) -> None:
         """Name the first site that alone makes a difference from its meaning."""
@@ -200,6 +200,9 @@ def _fitted(leaf: Any, node: fx.Node, sizes: dict[Any, int]) -> Any:
         return leaf
     for axis, size in enumerate(value(node).shape):
         if isinstance(size, torch.SymInt):
-            wanted = int(size.node.expr.subs(sizes))
-            leaf = leaf.index_select(axis, torch.arange(wanted, device=leaf.device) % hint(size))
+            places = torch.arange(int(size.node.expr.subs(sizes)), device=leaf.device)
+            leaf = leaf.index_select(axis, places % hint(size))
+            if leaf.is_floating_point():  # no copies: the order of equal numbers is rounding's to choose
+                times = (places // hint(size)).reshape([-1] + [1] * (leaf.dim() - axis - 1))
+                leaf = leaf * (1 - times / 16).to(leaf.dtype)
     return leaf

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.compare import difference
+from attnopt.running import cloned, kept
 
 
 def decoding_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
     """Largest relative difference of the logits on the example text when half of it is read at once, some tokens one by one
     and the rest at once; None for a model that has no cache of its own, or takes more than token ids and their mask."""
-    text = _text(model, args, kwargs)
+    text = _text(model, *cloned((args, dict(kwargs))))
     if text is None:
         return None
     ids, mask = text["input_ids"], text.get("attention_mask")
     length = ids.shape[1]
     stops = [length // 2, *range(length // 2 + 1, min(length // 2 + 4, length)), length]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), kept(model):
         whole = model(**text, use_cache=False).logits
         cache, pieces, start = None, list[Tensor](), 0
         for stop in stops:

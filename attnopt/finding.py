@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
-from attnopt.graph import ancestors, is_static, module_path, opname, shape, source_line, value
+from attnopt.graph import ancestors, is_static, module_path, opname, shape, source_line, stored, value
 from attnopt.matching import recognise
 from attnopt.normaliser import Softmax, normalisers
 from attnopt.projections import read_output, read_projection
@@ -45,7 +45,7 @@ def find(program: Program) -> Findings:
     """Every attention of ``program``, in the order in which they run."""
     gm = program.module
     examples = example_values(gm, program.args, program.kwargs)
-    parameters: dict[str, Tensor] = {**dict(gm.named_buffers()), **dict(gm.named_parameters(remove_duplicate=False))}
+    parameters = stored(gm)
     found: list[Found] = []
     near: list[NearMiss] = []
     names: Counter[str] = Counter()
@@ -85,6 +85,14 @@ def _not_equal(raised: Raised, error: float) -> Refusal:
 
 
 def _defeated(node: fx.Node, e: Exception) -> Refusal:
+    if 0 in (sizes := shape(node)):
+        return Refusal(
+            "no-elements",
+            "scores with elements",
+            f"scores of {' x '.join(map(str, sizes))}",
+            source_line(node),
+            "give example inputs with at least one sequence and one token",
+        )
     return Refusal(
         "not-understood",
         "a layout that the matcher can follow",

@@ -13,6 +13,7 @@ from attnopt.compare import tensors
 from attnopt.errors import CalibrationError
 from attnopt.finding import Found
 from attnopt.gating import Gated, gated
+from attnopt.running import kept
 
 PROBES = 4  # random directions of the output, for each batch
 
@@ -26,7 +27,8 @@ def ablation(
     model = gated(gm, found)
 
     def told(batch: Inputs) -> list[Tensor]:
-        output = model.module(*batch[0], **batch[1])
+        with kept(model.module):
+            output = model.module(*batch[0], **batch[1])
         if behaviour is not None:
             return [behaviour(output).double().log_softmax(-1)]
         return [t.double() for t in tensors(output) if t.is_floating_point()]
@@ -83,7 +85,7 @@ def _gradients(model: Gated, batches: Sequence[Inputs], loss: Callable[[Any, Inp
     found: list[list[Tensor]] = []
     gates = list(model.gates.values())
     for batch in batches:
-        with torch.enable_grad():
+        with torch.enable_grad(), kept(model.module):
             value = loss(model.module(*batch[0], **batch[1]), batch)
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise CalibrationError(

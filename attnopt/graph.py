@@ -289,6 +289,23 @@ def get_attr(gm: fx.GraphModule, name: str) -> Tensor:
     return found
 
 
+def stored(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Every parameter, buffer and constant that the graph reads, by name."""
+    names = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
+    found = {name: operator.attrgetter(name)(gm) for name in names}
+    return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+
+
+def is_state(node: fx.Node) -> bool:
+    """A stored tensor that the graph writes, as a cache is: what it holds now says nothing about the next call."""
+    return node.op == "get_attr" and any(is_call(u, aten.copy_.default) and arg(u, 0) is node for u in node.users)
+
+
+def written(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The names of what is state."""
+    return tuple(dict.fromkeys(str(n.target) for n in gm.graph.nodes if is_state(n)))
+
+
 def prune_unused_state(gm: fx.GraphModule) -> None:
     """Drop parameters, buffers and empty submodules that no node reads any more."""
     used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnopt.calibration import Inputs
-from attnopt.capture import cloned
 from attnopt.checking import ROOM, resized
-from attnopt.compare import difference, tensors, tolerance
+from attnopt.compare import difference, tolerance
 from attnopt.decoding import decoding_error
 from attnopt.errors import AttnoptError
 from attnopt.parts import Part
+from attnopt.running import outputs_of
 
 
 class Decoding:
@@ -22,13 +22,13 @@ class Decoding:
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.inputs = inputs
         self.allowed = ROOM * tolerance([p for p in model.parameters() if p.is_floating_point()])
-        before = decoding_error(model, *cloned(inputs))
+        before = decoding_error(model, *inputs)
         self.matters = before is not None and before <= self.allowed
 
     def works(self, model: nn.Module) -> bool:
         if not self.matters:
             return True
-        after = decoding_error(model, *cloned(self.inputs))
+        after = decoding_error(model, *self.inputs)
         return after is not None and after <= self.allowed
 
 
@@ -44,7 +44,7 @@ class Judge:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
                 for part, inputs, wanted in self.wanted:
-                    if not difference(_outputs(part.of(model), inputs), wanted) <= ROOM * tolerance(wanted):
+                    if not difference(outputs_of(part.of(model), inputs), wanted) <= ROOM * tolerance(wanted):
                         return False
                 return self.decoding.works(model)
             except AttnoptError:
@@ -58,7 +58,7 @@ def _answers(part: Part, graph: fx.GraphModule) -> Iterator[tuple[Inputs, list[T
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for inputs in ((program.args, program.kwargs), *resized(program.module, program.args, program.kwargs)):
             try:
-                yield inputs, _outputs(graph, inputs)
+                yield inputs, outputs_of(graph, inputs)
             except Exception:
                 if not found:
                     raise
@@ -66,8 +66,3 @@ def _answers(part: Part, graph: fx.GraphModule) -> Iterator[tuple[Inputs, list[T
             found += 1
             if found == 2:
                 return
-
-
-def _outputs(module: nn.Module, inputs: Inputs) -> list[Tensor]:
-    args, kwargs = cloned(inputs)
-    return tensors(module(*args, **kwargs))

@@ -25,6 +25,7 @@ from attnopt.compiling import compiling
 from attnopt.deciding import Decision, decide, limited, standing_refusals
 from attnopt.errors import AttnoptWarning, PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, Found, find
+from attnopt.graph import stored
 from attnopt.inspection import Inspection
 from attnopt.lowering import lower
 from attnopt.model import OptimizedModel
@@ -75,7 +76,7 @@ def inspect(
 
 
 def optimize(
-    model: nn.Module | str | os.PathLike[str],
+    model: nn.Module | torch.export.ExportedProgram | str | os.PathLike[str],
     policy: Any = "fuse",
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -90,7 +91,8 @@ def optimize(
 ) -> OptimizedModel:
     """Rewrite the attentions of ``model`` as ``policy`` says and lower them to fused operators.
 
-    The model itself is never changed; weights that stay the same are shared with it.  An ONNX file is a model too.
+    The model itself is never changed; weights that stay the same are shared with it.  An ONNX file and an
+    ExportedProgram are models too.
 
     ``policy``: a pass, a list of passes, a mapping from site-name globs to those, a ``Policy``, a YAML or JSON file, or text
     such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
@@ -111,7 +113,7 @@ def optimize(
     args, given = _inputs(args, kwargs)
     if not args and not given and batches:
         args, given = batches[0]
-    model = _opened(model, args, given)
+    model = model.module() if isinstance(model, torch.export.ExportedProgram) else _opened(model, args, given)
 
     @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
@@ -332,7 +334,7 @@ class _Job:
             versions=_versions(),
             fixed_axes=program.fixed_axes,
         )
-        live = {**dict(module.named_buffers()), **dict(module.named_parameters(remove_duplicate=False))}
+        live = stored(module)
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
         signature = self._signature(module)
         return Origin(report, sites, signature, program.args, program.kwargs, program.shapes)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph import ancestors, get_attr, hint, is_static, opname, run_call, value, with_values
+from attnopt.graph import ancestors, get_attr, hint, is_state, is_static, opname, run_call, value, with_values
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 _HEAVY = (
@@ -31,7 +31,7 @@ _RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "unif
 
 
 def inputs_behind(node: fx.Node) -> set[fx.Node]:
-    """The inputs whose values (not merely sizes) ``node`` depends on."""
+    """The inputs, and the state that calls leave, whose values (not merely sizes) ``node`` depends on."""
     known = node.meta.get(_INPUTS)
     if known is None:
         _note_inputs(node)
@@ -51,7 +51,7 @@ def _note_inputs(node: fx.Node) -> None:
             stack.extend(above)
             continue
         stack.pop()
-        own = {n} if n.op == "placeholder" else set()
+        own = {n} if n.op == "placeholder" or is_state(n) else set()
         n.meta[_INPUTS] = frozenset(
             own.union(*(i.meta[_INPUTS] for i in n.all_input_nodes)) if not _is_number(n) else own
         )
@@ -78,7 +78,7 @@ def _is_varying(node: fx.Node) -> bool:
         if owner is None:
             return True
         found = get_attr(owner, str(node.target))
-        return isinstance(found, torch.nn.Parameter) or found.is_meta
+        return isinstance(found, torch.nn.Parameter) or found.is_meta or is_state(node)
     return opname(node) in _HEAVY or opname(node) in _RANDOM
 
 
@@ -128,9 +128,9 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
         val = value(n)
         if isinstance(val, torch.SymInt):
             return number(val)
-        if n.op == "get_attr":
+        if n.op == "get_attr" and not is_state(n):
             return get_attr(gm, str(n.target)).detach()
-        if n.op == "placeholder":
+        if n.op in ("placeholder", "get_attr"):
             if fill is None or not isinstance(val, Tensor):
                 raise ValueError(f"depends on the input {n.name}")
             dims = [number(s) for s in val.shape]

@@ -8,9 +8,9 @@ from itertools import combinations
 
 from torch import fx, nn
 
-from attnopt.graph import ancestors, arg, get_attr, is_tensor, opname, shape, source_line, wrap
+from attnopt.graph import ancestors, arg, get_attr, is_state, is_tensor, opname, shape, source_line, wrap
 from attnopt.pushing import push
-from attnopt.selecting import Pulled, Selection, is_weight, trim
+from attnopt.selecting import Pulled, Selection, is_weight, trim, weight_behind
 from attnopt.selection import pull
 from attnopt.site import Projection
 
@@ -42,10 +42,10 @@ def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[La
             if is_part:
                 add("part", n, chosen, path)
             return
-        if n.op == "get_attr":
+        if n.op == "get_attr" and not is_state(n):
             add("weight" if in_weight else "constant", n, chosen, path)
             return
-        if n.op == "placeholder":
+        if n.op == "placeholder" or is_state(n):
             add("input", n, chosen, path)
             return
         pulled, left = _pulled(n, chosen) if chosen or is_part else (None, {})
@@ -282,10 +282,12 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
     op, target, at = end
     if at > 1 or (len(shape(target)) > 2 and not is_convolution(op)):
         return Projection(str(target.target), why=f"the weight has {len(shape(target))} axes"), op
-    bias = next((a for a in op.all_input_nodes if is_tensor(a) and len(shape(a)) == 1), None)
+    added = [weight_behind(a) for a in op.all_input_nodes if is_tensor(a) and len(shape(a)) == 1]
+    if None in added:
+        return Projection(str(target.target), why="the output projection's bias is computed"), op
     return Projection(
         str(target.target),
-        str(bias.target) if isinstance(bias, fx.Node) else None,
+        next((str(bias.target) for bias in added if bias is not None), None),
         at == 0,
         tuple(rows),
         direct=direct and not {"alpha", "beta"} & set(op.kwargs),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnopt.calibration import Inputs
-from attnopt.capture import cloned
+from attnopt.running import cloned, outputs_of
 
 
 @dataclass
@@ -72,9 +72,8 @@ class _Recorder:
 
 
 def _run(model: nn.Module, call: Inputs) -> None:
-    args, kwargs = cloned(call)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model(*args, **kwargs)
+        outputs_of(model, call)
 
 
 def _normalising(model: nn.Module, call: Inputs) -> list[str]:

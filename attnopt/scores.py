@@ -11,7 +11,20 @@ from torch import fx
 
 from attnopt.axes import Axes, broadcast, follow, resolve, resolve_all
 from attnopt.contraction import Product, product_of
-from attnopt.graph import CASTS, RESHAPES, ancestors, arg, aten, dtype, is_call, is_tensor, shape, source_line, wrap
+from attnopt.graph import (
+    CASTS,
+    RESHAPES,
+    ancestors,
+    arg,
+    aten,
+    dtype,
+    is_call,
+    is_state,
+    is_tensor,
+    shape,
+    source_line,
+    wrap,
+)
 from attnopt.normaliser import is_maximum_of
 from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
@@ -236,7 +249,7 @@ def _number(x: Any) -> float | None:
 
 def _stored_number(x: Any) -> float | None:
     """The value of a one-element constant that capture lifted out of the graph."""
-    if not isinstance(x, fx.Node) or x.op != "get_attr" or not is_tensor(x) or math.prod(shape(x)) != 1:
+    if not isinstance(x, fx.Node) or x.op != "get_attr" or is_state(x) or not is_tensor(x) or math.prod(shape(x)) != 1:
         return None
     owner = x.graph.owning_module
     found: Any = owner

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, is_static, operand, shape, value, wrap
+from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, is_state, is_static, operand, shape, value, wrap
 
 Selection = Mapping[int, tuple[int, ...]]  # axis -> the indices that stay, in their order; other axes stay whole
 Demand = tuple[fx.Node, Selection]
@@ -107,6 +107,11 @@ def unravel(
 
 def is_weight(node: fx.Node) -> bool:
     """``node`` is a parameter or buffer, or a layout change of one."""
+    return weight_behind(node) is not None
+
+
+def weight_behind(node: fx.Node) -> fx.Node | None:
+    """The parameter or buffer that ``node`` is, or is a layout change of."""
     while is_call(
         node,
         *RESHAPES,
@@ -119,7 +124,7 @@ def is_weight(node: fx.Node) -> bool:
         aten.squeeze.dim,
     ):
         node = arg(node, 0)
-    return node.op == "get_attr"
+    return node if node.op == "get_attr" and not is_state(node) else None
 
 
 def order_of(node: fx.Node) -> list[int]:

@@ -19,9 +19,11 @@ from attnopt.graph import (
     get_attr,
     hint,
     is_call,
+    is_state,
     is_static,
     is_tensor,
     operand,
+    opname,
     run_call,
     same_size,
     shape,
@@ -56,6 +58,8 @@ def tidy(gm: fx.GraphModule) -> None:
             arg(node, 0), aten._native_batch_norm_legit_no_training.default
         ):
             _as_batch_norm(node)
+        elif is_call(node, operator.getitem) and opname(operand(node)).startswith("_scaled_dot_product_"):
+            _as_attention(node)
         elif is_call(node, aten.squeeze.dim, aten.squeeze.dims):
             _squeeze_ones(node)
         elif is_call(node, aten.index.Tensor, aten.index_select.default) and node not in outputs:
@@ -96,6 +100,20 @@ def _as_batch_norm(node: fx.Node) -> None:
         return
     *tensors, momentum, eps = operand(node).args
     node.target, node.args = aten.batch_norm.default, (*tensors, False, momentum, eps, False)
+
+
+def _as_attention(node: fx.Node) -> None:
+    """The first result of one of torch's kernels for attention, as the attention that it is of."""
+    if arg(node, 1) != 0:
+        return
+    kernel = operand(node)
+    arguments = kernel.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in arguments), kernel.args, strict=False)) | kernel.kwargs
+    bias = given.get("attn_mask", given.get("attn_bias"))
+    node.target = aten.scaled_dot_product_attention.default
+    node.args = (*(given[name] for name in ("query", "key", "value")), bias, given["dropout_p"], given["is_causal"])
+    node.kwargs = {name: given[name] for name in ("scale", "enable_gqa") if name in given}
 
 
 def _as_slices(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -139,7 +157,7 @@ def _known_value(gm: fx.GraphModule, node: fx.Node, links: int) -> Tensor | None
     """What the graph computes from stored numbers alone, in a few operators."""
     if node.op == "get_attr":
         found = get_attr(gm, str(node.target))
-        return None if found.is_meta else found
+        return None if found.is_meta or is_state(node) else found
     if node.op != "call_function" or links == 0 or not is_tensor(node):
         return None
     above = {n: _known_value(gm, n, links - 1) for n in node.all_input_nodes}

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from attnopt.compare import difference, tensors, tolerance
+from attnopt.compare import difference, tolerance
 from attnopt.errors import ExportError
 from attnopt.origin import Origin
+from attnopt.running import outputs_of
 from attnopt.to_onnx.verify import ROOM, open_session
 
 LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
@@ -56,7 +57,7 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
     leaves = [new[n].expand_as(ids).to(x.dtype) if isinstance(x, Tensor) else x for n, x in given.items()]
     args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((origin.args, dict(origin.kwargs))))
     try:
-        found = tensors(gm(*args, **kwargs))
+        found = outputs_of(gm, (args, kwargs))
     except Exception as e:
         raise ExportError(
             f"the captured graph does not hold for {tuple(ids.shape)} tokens: {type(e).__name__}: {str(e)[:200]}",

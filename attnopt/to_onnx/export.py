@@ -20,6 +20,7 @@ from attnopt.capture import quiet
 from attnopt.compiling import compiling
 from attnopt.errors import ExportError
 from attnopt.files import atomic_write
+from attnopt.graph import ancestors, aten, is_call, is_state
 from attnopt.operands import ROLES
 from attnopt.origin import Origin
 from attnopt.relations import relations
@@ -96,6 +97,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
     from onnx_ir.passes.common import NameFixPass
     from onnxscript.optimizer import optimize_ir
 
+    _drop_state(gm)
     try:
         with quiet():
             in_pairs(gm)
@@ -122,6 +124,21 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
             f"torch.onnx could not export the graph: {_first_cause(e)}",
             hint="the named operator has no ONNX form in this opset",
         ) from e
+
+
+def _drop_state(gm: fx.GraphModule) -> None:
+    """An ONNX file keeps nothing from one call to the next.  Raises ExportError where an output depends on that."""
+    read = set(ancestors(next(iter(reversed(gm.graph.nodes)))))
+    for node in list(gm.graph.nodes):
+        if not is_state(node):
+            continue
+        if node in read:
+            raise ExportError(
+                f"the model writes {node.target} at each call and reads it at the next, which an ONNX file cannot",
+                hint=f"let the model take {node.target} as an input and return it",
+            )
+        for writer in [u for u in node.users if is_call(u, aten.copy_.default)]:
+            gm.graph.erase_node(writer)
 
 
 def _output_names(gm: fx.GraphModule) -> list[str] | None:

@@ -16,6 +16,7 @@ from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
 from attnopt.onnx_session import cpu_session
 from attnopt.origin import Origin
+from attnopt.running import outputs_of
 from attnopt.to_onnx.builder import SWAPPED
 from attnopt.to_onnx.sites import Marked
 
@@ -51,7 +52,7 @@ def open_session(model: Path | bytes) -> Any:
 
 def _run(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
     with torch.no_grad():
-        return tensors(gm(*inputs[0], **inputs[1]))
+        return outputs_of(gm, inputs)
 
 
 def _compare(gm: fx.GraphModule, inputs: Inputs, session: Any, file: Path, marked: Sequence[Marked]) -> None:

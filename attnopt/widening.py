@@ -1,0 +1,35 @@
+"""A graph in double precision throughout: what two graphs still differ by there is no rounding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnopt.calibration import Inputs
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def widened(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph with its weights and every cast in double precision; parts in half precision are so too."""
+    made = copy.deepcopy(gm).double()
+    for node in made.graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = pytree.tree_map(_wide, (node.args, node.kwargs))
+    made.recompile()
+    return made
+
+
+def widened_inputs(inputs: Inputs) -> Inputs:
+    made: Inputs = pytree.tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
+    )
+    return made
+
+
+def _wide(x: Any) -> Any:
+    return torch.float64 if isinstance(x, torch.dtype) and x in _NARROW else x
