@@ -88,8 +88,14 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
         for name, t in program.state_dict.items()
     }
     program._example_inputs, program._state_dict, program._constants = None, empty, {}
-    with quiet():
-        graph = serialize(program).exported_program
+    try:
+        with quiet():
+            graph = serialize(program).exported_program
+    except Exception as e:
+        raise ArchiveError(
+            f"torch cannot write down the graph: {type(e).__name__}: {str(e)[:300]}",
+            hint="let the model take and return plain tuples, lists and dicts of tensors",
+        ) from e
     try:
         check_graph(json.loads(graph))
     except NotAGraphError as e:

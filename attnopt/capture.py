@@ -60,6 +60,8 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         )
     if isinstance(model, ExportedProgram):
         return _finish(model, args, kwargs, dynamic_shapes, "exported program")
+    if (lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)) is not None:
+        raise CaptureError(f"{lazy} gets its size at the model's first call", hint="call the model once first")
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
     copied = partial(structural_copy, model)
     failures: list[str] = []

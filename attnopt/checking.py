@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from torch.utils import _pytree as pytree
 from attnopt.calibration import Inputs
 from attnopt.calling import Signature, check_inputs, is_guard
 from attnopt.capture import Program, check_call
-from attnopt.compare import difference, tensors, tolerance
+from attnopt.compare import TOLERANCE, difference, tensors, tolerance
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
-from attnopt.graph import hint, is_tensor, value, written
+from attnopt.graph import hint, is_tensor, opname, value, written
 from attnopt.lowering import Plan, lower
-from attnopt.probing import symbols, within
-from attnopt.running import outputs_of
+from attnopt.probing import HEAVY, symbols, within
+from attnopt.running import holds, outputs_of
 from attnopt.widening import widened, widened_inputs
 
 ROOM = 10.0  # how much more than one site's rounding a whole model's output may show
@@ -50,10 +51,11 @@ class Checker:
                 else lower(self.program.module, self.plans, plain=True)
             )
             inputs: Inputs = (self.program.args, self.program.kwargs)
-            original = self._original(inputs)
+            counted: list[str] = []
+            original = self._original(inputs, counted)
             error, warnings = self._compare(module, plain, inputs, original)
             others = self._at_other_sizes(module, plain)
-        return error, tuple(dict.fromkeys((*warnings, *others)))
+        return error, tuple(dict.fromkeys((*_told(counted), *warnings, *others)))
 
     def error_on(self, module: fx.GraphModule, batches: Sequence[Inputs], signature: Signature) -> float:
         """Largest relative difference from the user's model on these inputs.  Raises CalibrationError."""
@@ -95,15 +97,24 @@ class Checker:
     def _apart_in_double(
         self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
     ) -> float:
-        """The difference in double precision; infinite where the graph has no such form."""
-        meant = self.program.module if plain is None else plain
-        if plain is None and not difference(self._outputs(meant, inputs), original) <= ROOM * tolerance(original):
-            return math.inf  # that the graph is not the model is no rounding
+        """The difference in double precision; infinite where the model has no such form."""
+        wide = widened_inputs(inputs)
         try:
-            got, want = (self._outputs(widened(m), widened_inputs(inputs)) for m in (module, meant))
+            got, want = (self._outputs(m, wide) for m in self._in_double(module, plain, inputs, original))
         except Exception:
             return math.inf
         return difference(got, want)
+
+    def _in_double(
+        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
+    ) -> tuple[nn.Module, nn.Module]:
+        """The module, and what it means: the plain form, or the captured graph as far as that is seen to be the model, in
+        which parts in half precision are in double precision too."""
+        meant = self.program.module if plain is None else plain
+        allowed = ROOM * max(tolerance(original), coarsest(meant))
+        if plain is None and not difference(self._outputs(meant, inputs), original) <= allowed:
+            return copy.deepcopy(module).double(), copy.deepcopy(self.model).double()
+        return widened(module), widened(meant)
 
     def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> tuple[str, ...]:
         found: list[tuple[str, ...]] = []
@@ -128,16 +139,20 @@ class Checker:
                 ) from e
         return tuple(chain.from_iterable(found))
 
-    def _original(self, inputs: Inputs) -> list[Tensor]:
+    def _original(self, inputs: Inputs, counted: list[str]) -> list[Tensor]:
         try:
-            return self._outputs(self.model, inputs)
+            return self._outputs(self.model, inputs, counted)
         except Exception:
             check_call(self.model, *inputs)
             raise
 
-    def _outputs(self, module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    def _outputs(self, module: nn.Module, inputs: Inputs, counted: list[str] | None = None) -> list[Tensor]:
         torch.manual_seed(self.seed)
-        return outputs_of(module, inputs, state=written(self.program.module))
+        return outputs_of(module, inputs, self._state(), counted)
+
+    def _state(self) -> list[str]:
+        """What both the graph and the user's model call so."""
+        return [name for name in written(self.program.module) if holds(self.model, name)]
 
     def _blame(self, inputs: Inputs, error: float) -> None:
         """Name the first site that alone makes a difference from its meaning."""
@@ -151,6 +166,19 @@ class Checker:
                     site=plan.found.site.name,
                     hint="leave the site out of the policy and report the model",
                 )
+
+
+def _told(counted: Sequence[str]) -> tuple[str, ...]:
+    if not counted:
+        return ()
+    listed = ", ".join(counted[:3]) + (", ..." if len(counted) > 3 else "")
+    return (f"each call of the model changes its attribute {listed}: the graph has what it was when it was captured",)
+
+
+def coarsest(gm: fx.GraphModule) -> float:
+    """The tolerance for the least precise products in the graph, which may be in half precision between others."""
+    found = {value(n).dtype for n in gm.graph.nodes if opname(n) in HEAVY and is_tensor(n)}
+    return max((TOLERANCE[d] for d in found if d in TOLERANCE), default=0.0)
 
 
 def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number: int) -> Inputs:

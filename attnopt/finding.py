@@ -9,9 +9,9 @@ from torch import Tensor, fx
 
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
-from attnopt.graph import ancestors, is_static, module_path, opname, shape, source_line, stored, value
+from attnopt.graph import ancestors, is_call, is_static, module_path, opname, shape, source_line, stored, value
 from attnopt.matching import recognise
-from attnopt.normaliser import Softmax, normalisers
+from attnopt.normaliser import SDPA, Softmax, normalisers
 from attnopt.projections import read_output, read_projection
 from attnopt.raising import Raised, raise_region
 from attnopt.refusal import Refusal
@@ -71,7 +71,36 @@ def find(program: Program) -> Findings:
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
         except Exception as e:
             near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
-    return Findings(tuple(found), tuple(near), len(anchors))
+    unread = _unread(gm)
+    return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread))
+
+
+def _unread(gm: fx.GraphModule) -> list[NearMiss]:
+    """What lies in a branch or a loop, and operators that are a whole attention."""
+    found: list[NearMiss] = []
+    for path, owner in gm.named_modules():
+        if not isinstance(owner, fx.GraphModule):
+            continue
+        inside = {a.weights if isinstance(a, Softmax) else a for a in normalisers(owner.graph)} if path else set()
+        for node in owner.graph.nodes:
+            if node in inside:
+                hint = "take the branch or the loop out of the model, or optimize the module inside of it by itself"
+                refusal = Refusal(
+                    "in-a-region", "code that always runs", f"{path}, which may not", source_line(node), hint
+                )
+            elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
+                hint = "capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)"
+                refusal = Refusal(
+                    "opaque-operator", "operators that can be read", opname(node), source_line(node), hint
+                )
+            else:
+                continue
+            found.append(NearMiss(module_path(node) or path, refusal, source_line(node)))
+    return found
+
+
+def _is_whole(name: str) -> bool:
+    return "attention" in name or "transformer_encoder" in name
 
 
 def _not_equal(raised: Raised, error: float) -> Refusal:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from attnopt.graph import ancestors, get_attr, hint, is_state, is_static, opname, run_call, value, with_values
 from attnopt.patterns import Causal, Full, Pattern, Window
 
-_HEAVY = (
+HEAVY = (
     "linear",
     "matmul",
     "bmm",
@@ -79,7 +79,7 @@ def _is_varying(node: fx.Node) -> bool:
             return True
         found = get_attr(owner, str(node.target))
         return isinstance(found, torch.nn.Parameter) or found.is_meta or is_state(node)
-    return opname(node) in _HEAVY or opname(node) in _RANDOM
+    return opname(node) in HEAVY or opname(node) in _RANDOM
 
 
 def symbols(graph: fx.Graph) -> dict[Any, int]:

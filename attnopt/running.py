@@ -15,15 +15,40 @@ from attnopt.calibration import Inputs
 from attnopt.compare import tensors
 from attnopt.compiling import as_called
 
-_KEPT = (Tensor, int, float, str, type(None))
+_KEPT = (Tensor, int, float, str, type(None), list, dict)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def outputs_of(module: nn.Module, inputs: Inputs, state: Sequence[str] = ()) -> list[Tensor]:
-    """Every tensor of the output, then what the call leaves in the buffers named ``state``."""
+def outputs_of(
+    module: nn.Module, inputs: Inputs, state: Sequence[str] = (), counted: list[str] | None = None
+) -> list[Tensor]:
+    """Every tensor of the output, then what the call leaves in the buffers named ``state``.
+
+    ``counted`` gets the names of the attributes that hold another number after the call."""
     args, kwargs = cloned(inputs)
     with as_called(), kept(module):
+        before = None if counted is None else _numbers(module)
         made = tensors(module(*args, **kwargs))
+        if counted is not None and before is not None:
+            counted += [name for name, number in _numbers(module).items() if before.get(name, number) != number]
         return [t.clone() for t in (*made, *(operator.attrgetter(name)(module) for name in state))]
+
+
+def _numbers(module: nn.Module) -> dict[str, int | float]:
+    return {
+        f"{path}.{name}".lstrip("."): x
+        for path, m in module.named_modules()
+        for name, x in vars(m).items()
+        if isinstance(x, (int, float)) and not isinstance(x, bool) and not _is_lazy(m)
+    }
+
+
+def holds(module: nn.Module, name: str) -> bool:
+    """``module`` has a tensor of this name."""
+    try:
+        return isinstance(operator.attrgetter(name)(module), Tensor)
+    except AttributeError:
+        return False
 
 
 def cloned(inputs: Inputs) -> Inputs:
@@ -34,29 +59,39 @@ def cloned(inputs: Inputs) -> Inputs:
 
 @contextmanager
 def kept(module: nn.Module) -> Iterator[None]:
-    """Buffers, tensors and numbers that a call of ``module`` changes (a cache, a counter) are put back at the end."""
+    """Buffers and attributes that a call of ``module`` changes (a cache, a counter, a list) are put back at the end."""
     found = [
         (table, name, held) for table in _tables(module) for name, held in table.items() if isinstance(held, _KEPT)
     ]
-    before = [(held, held.clone()) for _, _, held in found if isinstance(held, Tensor) and _has_values(held)]
+    tensors_before = [(x, x.clone()) for _, _, x in found if isinstance(x, Tensor) and _has_values(x)]
+    lists_before = [(x, list(x)) for _, _, x in found if isinstance(x, list)]
+    dicts_before = [(x, dict(x)) for _, name, x in found if isinstance(x, dict) and name not in _OF_EVERY_MODULE]
     try:
         yield
     finally:
         for table, name, held in found:
             table[name] = held
-        for tensor, copied in before:
-            if not torch.equal(tensor, copied):
+        for things, listed in lists_before:
+            things[:] = listed
+        for named, copied in dicts_before:
+            named.clear()
+            named.update(copied)
+        for tensor, values in tensors_before:
+            if not torch.equal(tensor, values):
                 with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-                    tensor.copy_(copied)
+                    tensor.copy_(values)
 
 
 def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
     for m in module.modules():
-        if not any(
-            nn.parameter.is_lazy(p) for p in m._parameters.values() if p is not None
-        ):  # their first call is to change them
+        if not _is_lazy(m):
             yield m._buffers
             yield vars(m)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """The first call of ``module`` is to change it."""
+    return any(p is not None and nn.parameter.is_lazy(p) for p in module._parameters.values())
 
 
 def _has_values(x: Tensor) -> bool:

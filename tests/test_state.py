@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,12 @@ from test_relations import close
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.errors import ExportError
+from attnopt.errors import ArchiveError, CaptureError, ExportError
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
 
 
 class Caching(nn.Module):
@@ -61,13 +66,14 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x is y or x == y for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:each call of the model changes its attribute calls")
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_carried_on_and_the_users_stays(kind: dict[str, bool], tmp_path: Path) -> None:
     model = Caching(**kind).eval()
     before, own = state_of(model), copy.deepcopy(model)
     fast = attnopt.optimize(model, "fuse", call(0))
     assert fast.report.count("rewritten") == 1
-    assert not fast.report.warnings
+    assert all("changes its attribute calls" in w for w in fast.report.warnings)
     attnopt.inspect(model, call(0))
     fast.save(tmp_path / "saved")
     loaded = attnopt.load(tmp_path / "saved")
@@ -78,6 +84,7 @@ def test_state_is_carried_on_and_the_users_stays(kind: dict[str, bool], tmp_path
     assert same(state_of(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:each call of the model changes its attribute calls")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_cannot_keep_state(kind: dict[str, bool], tmp_path: Path) -> None:
     fast = attnopt.optimize(Caching(**kind).eval(), "fuse", call(0))
@@ -158,6 +165,77 @@ def test_weights_that_are_plain_tensors() -> None:
     assert close(attnopt.optimize(model, "fuse", (x,))(x), model(x))
     fewer = attnopt.optimize(model, "prune-heads(heads=[1])", (x,))
     assert fewer.sites[0].num_heads == 3
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.count, self.log, self.by_length = 1, list[Tensor](), dict[int, Tensor]()
+
+    def inner(self, x: Tensor) -> Tensor:
+        made: Tensor = self.attend(x, x, x, need_weights=False)[0]
+        return made
+
+
+def test_numbers_that_a_call_changes_are_told() -> None:
+    class Counting(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            self.log.append(x)
+            self.by_length[x.shape[1]] = x
+            return self.inner(x) * self.count
+
+    model, x = Counting().eval(), torch.randn(2, 9, 32)
+    with pytest.warns(attnopt.AttnoptWarning, match="changes its attribute count"):
+        fast = attnopt.optimize(model, "fuse", (x,))
+    assert (model.count, model.log, model.by_length) == (1, [], {})
+    assert close(fast(x), model(x))
+
+
+def test_what_is_in_a_branch_is_told() -> None:
+    class Branching(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = torch.cond(x.sum() > 0, lambda t: self.inner(t), lambda t: 2 * self.inner(t), (x,))
+            return made
+
+    found = attnopt.inspect(Branching().eval(), (torch.randn(2, 9, 32),))
+    assert not found.sites
+    codes = {m.refusal.code for m in found.near_misses}
+    assert codes
+    assert codes <= {"in-a-region", "opaque-operator"}
+
+
+def test_half_precision_inside_of_single(tmp_path: Path) -> None:
+    class Halved(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.half()).float()
+
+    model, x = Halved().eval(), torch.randn(2, 9, 32)
+    model.attend.half()
+    attnopt.optimize(model, "prune-heads(heads=[1])", (x,)).export_onnx(tmp_path / "m.onnx")
+
+
+def test_a_structure_that_cannot_be_saved_is_told(tmp_path: Path) -> None:
+    class Paired(Around):
+        def forward(self, pair: Pair) -> Pair:
+            return Pair(self.inner(pair.x), pair.y)
+
+    fast = attnopt.optimize(Paired().eval(), "fuse", (Pair(torch.randn(2, 9, 32), torch.randn(2)),))
+    with pytest.raises(ArchiveError, match="cannot write down the graph"):
+        fast.save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lazy_model_has_to_be_called_first() -> None:
+    model, x = (
+        nn.Sequential(nn.LazyLinear(32), nn.TransformerEncoderLayer(32, 4, batch_first=True)),
+        torch.randn(2, 9, 5),
+    )
+    with pytest.raises(CaptureError, match=r"0\.weight gets its size at the model's first call"):
+        attnopt.inspect(model.eval(), (x,))
+    model(x)
+    assert len(attnopt.inspect(model, (x,)).sites) == 1
 
 
 def test_inputs_that_hold_nothing() -> None:

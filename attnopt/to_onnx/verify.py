@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from attnopt.calibration import Inputs
-from attnopt.checking import resized
+from attnopt.checking import coarsest, resized
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
 from attnopt.onnx_session import cpu_session
@@ -63,7 +63,7 @@ def _compare(gm: fx.GraphModule, inputs: Inputs, session: Any, file: Path, marke
     except Exception as e:
         raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
     error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
-    if len(got) == len(want) and error <= ROOM * tolerance(want):
+    if len(got) == len(want) and error <= ROOM * max(tolerance(want), coarsest(gm)):
         return
     sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
     raise ExportError(
