@@ -50,7 +50,7 @@ def find(program: Program) -> Findings:
     near: list[NearMiss] = []
     names: Counter[str] = Counter()
     proofs: dict[object, float] = {}
-    anchors = list(normalisers(gm.graph))
+    anchors, unread = list(normalisers(gm.graph)), _unread(gm)
     for anchor in anchors:
         node = anchor.weights if isinstance(anchor, Softmax) else anchor
         try:
@@ -71,7 +71,6 @@ def find(program: Program) -> Findings:
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
         except Exception as e:
             near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
-    unread = _unread(gm)
     return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread))
 
 
