@@ -82,19 +82,15 @@ def _unread(gm: fx.GraphModule) -> list[NearMiss]:
             continue
         inside = {a.weights if isinstance(a, Softmax) else a for a in normalisers(owner.graph)} if path else set()
         for node in owner.graph.nodes:
-            if node in inside:
+            if node in inside:  # traced from generated code: no line of the user's is known
                 hint = "take the branch or the loop out of the model, or optimize the module inside of it by itself"
-                refusal = Refusal(
-                    "in-a-region", "code that always runs", f"{path}, which may not", source_line(node), hint
-                )
+                found.append(NearMiss(path, Refusal("in-a-region", "code that always runs", path, "", hint)))
             elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
                 hint = "capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)"
                 refusal = Refusal(
                     "opaque-operator", "operators that can be read", opname(node), source_line(node), hint
                 )
-            else:
-                continue
-            found.append(NearMiss(module_path(node) or path, refusal, source_line(node)))
+                found.append(NearMiss(module_path(node) or path, refusal, source_line(node)))
     return found
 
 

@@ -363,6 +363,44 @@ def test_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generic(missed(Scored(lambda s: s))) == OTHERS["not-understood"]
 
 
+def only_miss(model: nn.Module, *args: Tensor) -> str:
+    (miss,) = attnopt.inspect(model.eval(), args).near_misses
+    return generic(miss.refusal)
+
+
+def test_no_elements() -> None:
+    x = torch.zeros(0, 5, 16)
+    assert only_miss(nn.MultiheadAttention(16, 2, batch_first=True), x, x, x) == OTHERS["no-elements"]
+
+
+def test_in_a_region() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(16, 16)
+
+        def attend(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.q(x), x, x)
+
+        def forward(self, x: Tensor) -> Any:
+            return torch.cond(x.sum() > 0, lambda t: self.attend(t), lambda t: 2 * t, (x,))
+
+    assert only_miss(Branching(), torch.randn(1, 5, 16)) == OTHERS["in-a-region"]
+
+
+def test_opaque_operator() -> None:
+    class Kernel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Any:
+            weights = self.wide.weight, self.wide.bias, self.out.weight, self.out.bias
+            return torch.ops.aten._native_multi_head_attention(x, x, x, 16, 2, *weights)[0]
+
+    assert only_miss(Kernel(), torch.randn(1, 5, 16)) == OTHERS["opaque-operator"]
+
+
 def test_no_such_scale() -> None:
     from attnopt.backends import Sdpa
     from attnopt.spec import AttentionSpec
@@ -389,5 +427,11 @@ OTHERS = {
     "not-understood": "[not-understood] expected a layout that the matcher can follow, found KeyError: 'axis' (at "
     "LINE)\n  hint: please report the model: this is a gap in matching, and the attention is left as "
     "it is",
+    "no-elements": "[no-elements] expected scores with elements, found scores of 0 x 5 x 5 (at LINE)\n"
+    "  hint: give example inputs with at least one sequence and one token",
+    "in-a-region": "[in-a-region] expected code that always runs, found true_graph_0\n"
+    "  hint: take the branch or the loop out of the model, or optimize the module inside of it by itself",
+    "opaque-operator": "[opaque-operator] expected operators that can be read, found _native_multi_head_attention (at LINE)\n"
+    "  hint: capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)",
     "no-such-scale": "[no-such-scale] expected a scale above 0, found -0.5",
 }
