@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from attnopt.calibration import Inputs
@@ -103,7 +102,7 @@ def _allot_one(
 def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
     """For each site the model's error over the layer's error, where that site alone is rewritten."""
     some = batches[:: max(1, len(batches) // MEASURED)][:MEASURED]
-    original = [_outputs(gm, batch) for batch in some]
+    original = [outputs_of(gm, batch) for batch in some]
     found: list[float] = []
     for share in shares:
         plans = [d.plan for d in share.probe if d.plan is not None]
@@ -111,7 +110,7 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
             found.append(0.0)
             continue
         module = lower(gm, plans)
-        wrong = sum(squared_difference(_outputs(module, b), want) for b, want in zip(some, original, strict=True))
+        wrong = sum(squared_difference(outputs_of(module, b), want) for b, want in zip(some, original, strict=True))
         if not math.isfinite(wrong):
             raise CalibrationError(
                 "the model's output is not finite on the calibration data",
@@ -120,11 +119,6 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
             )
         found.append(wrong / share.errors[share.probed])
     return found
-
-
-def _outputs(module: fx.GraphModule, batch: Inputs) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return outputs_of(module, batch)
 
 
 def _spend(curves: Sequence[Mapping[int, float]], budget: int) -> list[int]:

@@ -104,8 +104,7 @@ def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
 def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
     try:
-        with torch.no_grad():
-            outputs_of(structural_copy(model), (args, kwargs))
+        outputs_of(structural_copy(model), (args, kwargs))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -111,9 +112,10 @@ class Checker:
         """The module, and what it means: the plain form, or the captured graph as far as that is seen to be the model, in
         which parts in half precision are in double precision too."""
         meant = self.program.module if plain is None else plain
-        allowed = ROOM * max(tolerance(original), coarsest(meant))
-        if plain is None and not difference(self._outputs(meant, inputs), original) <= allowed:
-            return copy.deepcopy(module).double(), copy.deepcopy(self.model).double()
+        if plain is None:
+            allowed = ROOM * max(tolerance(original), coarsest(meant))
+            if not difference(self._outputs(meant, inputs), original) <= allowed:
+                return copy.deepcopy(module).double(), copy.deepcopy(self.model).double()
         return widened(module), widened(meant)
 
     def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> tuple[str, ...]:
@@ -148,8 +150,9 @@ class Checker:
 
     def _outputs(self, module: nn.Module, inputs: Inputs, counted: list[str] | None = None) -> list[Tensor]:
         torch.manual_seed(self.seed)
-        return outputs_of(module, inputs, self._state(), counted)
+        return outputs_of(module, inputs, self._state, counted)
 
+    @cached_property
     def _state(self) -> list[str]:
         """What both the graph and the user's model call so."""
         return [name for name in written(self.program.module) if holds(self.model, name)]

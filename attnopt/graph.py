@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -283,8 +283,8 @@ def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool] = lambda n: False) 
         stack.extend(fresh)
 
 
-def get_attr(gm: fx.GraphModule, name: str) -> Tensor:
-    found = operator.attrgetter(name)(gm)
+def get_attr(module: nn.Module, name: str) -> Tensor:
+    found = operator.attrgetter(name)(module)
     assert isinstance(found, Tensor)
     return found
 
@@ -294,6 +294,15 @@ def stored(gm: fx.GraphModule) -> dict[str, Tensor]:
     names = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
     found = {name: operator.attrgetter(name)(gm) for name in names}
     return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+
+
+def constant_of(node: fx.Node) -> Tensor | None:
+    """What a stored tensor holds where that is the same at every call: no parameter, no state, and not on the meta device."""
+    owner = node.graph.owning_module
+    if owner is None or is_state(node):
+        return None
+    found = get_attr(owner, str(node.target))
+    return None if isinstance(found, nn.Parameter) or found.is_meta else found
 
 
 def is_state(node: fx.Node) -> bool:

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph import ancestors, get_attr, hint, is_state, is_static, opname, run_call, value, with_values
+from attnopt.graph import (
+    ancestors,
+    constant_of,
+    get_attr,
+    hint,
+    is_state,
+    is_static,
+    opname,
+    run_call,
+    value,
+    with_values,
+)
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 HEAVY = (
@@ -74,11 +85,7 @@ def is_plain(node: fx.Node) -> bool:
 
 def _is_varying(node: fx.Node) -> bool:
     if node.op == "get_attr":
-        owner = node.graph.owning_module
-        if owner is None:
-            return True
-        found = get_attr(owner, str(node.target))
-        return isinstance(found, torch.nn.Parameter) or found.is_meta or is_state(node)
+        return constant_of(node) is None
     return opname(node) in HEAVY or opname(node) in _RANDOM
 
 

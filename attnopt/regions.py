@@ -72,7 +72,7 @@ class _Recorder:
 
 
 def _run(model: nn.Module, call: Inputs) -> None:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         outputs_of(model, call)
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from attnopt.calibration import Inputs
 from attnopt.compare import tensors
 from attnopt.compiling import as_called
+from attnopt.graph import get_attr
 
 _KEPT = (Tensor, int, float, str, type(None), list, dict)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -26,12 +27,12 @@ def outputs_of(
 
     ``counted`` gets the names of the attributes that hold another number after the call."""
     args, kwargs = cloned(inputs)
-    with as_called(), kept(module):
+    with torch.no_grad(), as_called(), kept(module):
         before = None if counted is None else _numbers(module)
         made = tensors(module(*args, **kwargs))
         if counted is not None and before is not None:
             counted += [name for name, number in _numbers(module).items() if before.get(name, number) != number]
-        return [t.clone() for t in (*made, *(operator.attrgetter(name)(module) for name in state))]
+        return [t.clone() for t in (*made, *(get_attr(module, name) for name in state))]
 
 
 def _numbers(module: nn.Module) -> dict[str, int | float]:

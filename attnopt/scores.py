@@ -17,9 +17,9 @@ from attnopt.graph import (
     ancestors,
     arg,
     aten,
+    constant_of,
     dtype,
     is_call,
-    is_state,
     is_tensor,
     shape,
     source_line,
@@ -249,13 +249,10 @@ def _number(x: Any) -> float | None:
 
 def _stored_number(x: Any) -> float | None:
     """The value of a one-element constant that capture lifted out of the graph."""
-    if not isinstance(x, fx.Node) or x.op != "get_attr" or is_state(x) or not is_tensor(x) or math.prod(shape(x)) != 1:
+    if not isinstance(x, fx.Node) or x.op != "get_attr" or not is_tensor(x) or math.prod(shape(x)) != 1:
         return None
-    owner = x.graph.owning_module
-    found: Any = owner
-    for part in str(x.target).split("."):
-        found = getattr(found, part)
-    return None if isinstance(found, torch.nn.Parameter) or found.is_meta else float(found)
+    found = constant_of(x)
+    return None if found is None else float(found)
 
 
 def _other(node: fx.Node, source: fx.Node) -> Any:

@@ -128,7 +128,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
 
 def _drop_state(gm: fx.GraphModule) -> None:
     """An ONNX file keeps nothing from one call to the next.  Raises ExportError where an output depends on that."""
-    read = set(ancestors(next(iter(reversed(gm.graph.nodes)))))
+    read = set(ancestors(gm.graph.output_node()))
     for node in list(gm.graph.nodes):
         if not is_state(node):
             continue

@@ -35,7 +35,7 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
     _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked)
     for inputs in resized(gm, origin.args, origin.kwargs):
         try:
-            _run(gm, inputs)
+            outputs_of(gm, inputs)
         except Exception:
             continue  # a size that the graph does not hold at
         _compare(gm, inputs, session, file, marked)
@@ -50,13 +50,8 @@ def open_session(model: Path | bytes) -> Any:
         raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}") from e
 
 
-def _run(gm: fx.GraphModule, inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
-        return outputs_of(gm, inputs)
-
-
 def _compare(gm: fx.GraphModule, inputs: Inputs, session: Any, file: Path, marked: Sequence[Marked]) -> None:
-    want = _run(gm, inputs)
+    want = outputs_of(gm, inputs)
     feed = _feed([i.name for i in session.get_inputs()], gm, inputs)
     try:
         got = [torch.from_numpy(o) for o in session.run(None, feed)]
