@@ -6,9 +6,11 @@ passes on a whole tensor to change a part of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import fx
 
 from attnopt.graph import Emitter, arg, aten, dtype, is_call, is_static, operand, same_size, shape, value, wrap
@@ -27,6 +29,20 @@ def written(emit: Emitter, node: fx.Node) -> fx.Node:
     if len(sizes[0]) != len(sizes[1]) or not all(map(same_size, *sizes)):
         source = emit.call(aten.expand.default, source, [emit.size(x, a) for a in range(len(sizes[0]))])
     return source
+
+
+def filled(emit: Emitter, node: fx.Node) -> fx.Node | None:
+    """``x[..., mask] = number`` as the ``masked_fill`` that it is; None where indices are taken or numbers are added."""
+    x, indices, written_in = operand(node), arg(node, 1), operand(node, 2)
+    masks = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if len(masks) != 1 or arg(node, 3, False) or dtype(masks[0][1]) != torch.bool or math.prod(shape(written_in)) != 1:
+        return None
+    ((axis, mask),) = masks
+    for _ in range(len(shape(x)) - axis - len(shape(mask))):
+        mask = emit.call(aten.unsqueeze.default, mask, -1)
+    if dtype(written_in) != dtype(x):
+        written_in = emit.call(aten._to_copy.default, written_in, dtype=dtype(x))
+    return emit.call(aten.masked_fill.Tensor, x, mask, emit.call(aten.reshape.default, written_in, []))
 
 
 def joined(emit: Emitter, node: fx.Node) -> fx.Node | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, shape, wrap
+from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, is_tensor, operand, shape, wrap
 
 
 @dataclass(eq=False)
@@ -111,6 +111,33 @@ def follow(node: fx.Node, axes: Axes) -> Axes | None:
         return axes if all(length(a) == s for a, s in zip(axes, out, strict=True)) else None
     if is_call(node, aten.slice.Tensor):
         return axes if shape(node) == tuple(length(a) for a in axes) else None
+    return None
+
+
+def unfollow(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
+    """(input, its axes) of a layout operator, or a product with a number, whose result has ``axes``; else None."""
+    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
+        return None
+    x = operand(node)
+    if is_call(node, *RESHAPES):
+        found = reshape(axes, shape(x))
+        return None if found is None else (x, found)
+    if is_call(node, *CASTS, aten.clone.default, aten.contiguous.default):
+        return x, axes
+    if is_call(node, aten.permute.default, aten.transpose.int, aten.mT.default, aten.t.default):
+        trial = fresh(shape(x)) if 1 not in shape(x) else tuple((Atom(s),) for s in shape(x))
+        moved = follow(node, trial)
+        if moved is None:
+            return None
+        return x, tuple(axes[moved.index(ax)] for ax in trial)
+    if is_call(node, aten.unsqueeze.default):
+        at = wrap(arg(node, 1), len(axes))
+        return x, (*axes[:at], *axes[at + 1 :])
+    if is_call(node, aten.expand.default):
+        shift = len(axes) - len(shape(x))
+        return x, tuple(ax if s != 1 else () for s, ax in zip(shape(x), axes[shift:], strict=True))
+    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not is_tensor(arg(node, 1)):
+        return x, axes
     return None
 
 

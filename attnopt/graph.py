@@ -254,6 +254,31 @@ def share(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
+def computes_same(a: fx.Node, b: fx.Node) -> bool:
+    """The same operators on the same tensors, written once or twice."""
+    stack, seen = [(a, b)], set[tuple[fx.Node, fx.Node]]()
+    while stack:
+        a, b = pair = stack.pop()
+        if a is b or pair in seen:
+            continue
+        seen.add(pair)
+        if a.op != b.op or a.target != b.target or a.op not in ("call_function", "get_attr") or is_state(a):
+            return False
+        if a.op == "call_function" and (_draws(a) or _numbers_of(a) != _numbers_of(b)):
+            return False
+        above = a.all_input_nodes, b.all_input_nodes
+        if len(above[0]) != len(above[1]):
+            return False
+        stack += zip(*above, strict=True)
+    return True
+
+
+def _numbers_of(node: fx.Node) -> Any:
+    """The arguments of a call, with the place of each node among its inputs."""
+    place = {n: i for i, n in enumerate(node.all_input_nodes)}
+    return _key(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))
+
+
 def _draws(node: fx.Node) -> bool:
     """The operator may give something else each time."""
     tags = getattr(node.target, "tags", ())

@@ -12,11 +12,14 @@ from attnopt.arranging import Arranger
 from attnopt.axes import Axes
 from attnopt.graph import Emitter, aten, dtype, source_line, value
 from attnopt.patterns import Causal, Full, Pattern
-from attnopt.probing import as_visible, evaluate, inputs_behind, is_plain, name_pattern, other_sizes, symbols
+from attnopt.probing import as_visible, evaluate, inputs_behind, is_plain, may_hide, name_pattern, other_sizes, symbols
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
 from attnopt.roles import squares
 from attnopt.scores import Hide, Multiply, Term
+
+_FAR = -1e8  # a score that this is added to is lost
+_FLOOR = -1e30  # so is every other, and what is added to it later
 
 
 def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | None, fx.Node | None, bool]:
@@ -40,13 +43,12 @@ def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | Non
         else:
             condition = at.arrange(step.condition.node, step.condition.axes, groups)
             hidden = condition if step.when else emit.call(aten.bitwise_not.default, condition)
-            if step.fill == -math.inf or _moderate(step):
-                if step.fill != -math.inf and not _never_blind(_module_of(emit), hidden):
-                    raise NotAttentionError(_moderate_mask(step, r))
+            fill = _fill(_module_of(emit), r, step, hidden)
+            if fill == -math.inf:
                 visible = emit.call(aten.bitwise_not.default, condition) if step.when else condition
                 mask = visible if mask is None else emit.call(aten.bitwise_and.Tensor, mask, visible)
             else:
-                bias = _filled(emit, bias, hidden, step.fill, dtype(r.q.node))
+                bias = _filled(emit, bias, hidden, fill, dtype(r.q.node))
     return bias, mask, constant
 
 
@@ -56,9 +58,29 @@ def _module_of(emit: Emitter) -> fx.GraphModule:
     return owner
 
 
-def _moderate(step: Hide) -> bool:
-    """A fill that a score can still be seen beside: adding it is not the same as writing it."""
-    return step.fill > -1e8
+def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
+    """What hides the same when it is added to the scores; -inf where no row can be hidden whole.
+
+    Beside a number of moderate size a score can still be seen: adding it is not the same as writing it.
+    """
+    if step.fill <= _FAR:
+        return step.fill
+    if _never_blind(gm, hidden):
+        return -math.inf
+    if not _hides_alone(r, step):
+        raise NotAttentionError(_moderate_mask(step, r))
+    return _FLOOR
+
+
+def _hides_alone(r: Region, step: Hide) -> bool:
+    """A row that is all hidden is hidden by this number alone: its weights are equal then, whatever the number is."""
+    if torch.finfo(dtype(r.q.node)).min > _FLOOR or (r.sinks is not None and may_hide(r.sinks.node, step.fill)):
+        return False
+    place = r.steps.index(step)
+    added = [(i, s.operand.node) for i, s in enumerate(r.steps) if isinstance(s, Term) and s.operand is not None]
+    if any(i > place or may_hide(node, step.fill) for i, node in added):
+        return False
+    return all(s.fill in (-math.inf, step.fill) for s in r.steps if isinstance(s, Hide))
 
 
 def _moderate_mask(step: Hide, r: Region) -> Refusal:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import networkx as nx
 from torch import fx
@@ -14,11 +16,24 @@ from attnopt.fused import from_fused
 from attnopt.graph import aten, is_call, is_tensor, opname, shape, source_line
 from attnopt.late_division import PASSIVE, LateQuotient, late_quotient
 from attnopt.normaliser import Softmax
+from attnopt.overwriting import zeros_of
 from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region, atoms_of, unreadable
 from attnopt.roles import assign_roles
-from attnopt.scores import Hide, NotScoresError, Operand, Scores, Term, is_projected, is_query_key, read_scores
+from attnopt.scores import (
+    Hide,
+    NotScoresError,
+    Operand,
+    Scores,
+    Step,
+    Term,
+    hiding,
+    is_projected,
+    is_query_key,
+    read_scores,
+)
+from attnopt.zeroing import cleans, with_zeros
 
 
 def recognise(anchor: Softmax | fx.Node) -> Region:
@@ -46,9 +61,8 @@ def _from_softmax(a: Softmax) -> Region:
     product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
-    weights_axes = _through(inner, scores.axes)
-    if weights_axes is None:
-        raise unreadable(inner[-1], "weights whose axes can be followed")
+    weights_axes, zeroed = _through(inner, scores.axes)
+    scores = replace(scores, steps=_with_zeros(scores, a, keys, zeroed))
     _unify(product.left_axes, weights_axes, product.node)
     out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
     return _assemble(a, scores, product, keys, out)
@@ -67,31 +81,53 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
     while stack:
         path = stack.pop(0)
         for user in path[-1].users:
-            product = product_of(user)
+            product = _product_at(user)
             if product is not None and product.addend is None:
                 oriented = product if product.left is path[-1] else product.swapped()
                 values = oriented.right
                 if (inputs_behind(values) or is_projected(values)) and oriented.left is not values:
-                    quotient = None if a.late_sum is None else late_quotient(user, a.late_sum)
+                    quotient = None if a.late_sum is None else late_quotient(product.node, a.late_sum)
                     if a.late_sum is None or quotient is not None:
                         return oriented, quotient, path
-            if is_call(user, *PASSIVE) and len(path) < 12:
+            zeroes = zeros_of(user, path[-1]) is not None or (cleans(user, path[-1]) and a.late_sum is None)
+            if (zeroes or is_call(user, *PASSIVE)) and len(path) < 12:
                 stack.append((*path, user))
             elif is_call(
                 user, aten.mul.Tensor, aten.masked_fill.Scalar, aten.add.Tensor, aten.where.self, aten.cat.default
             ):
                 masked = masked or user
     if masked is not None and _leads_to_product(masked):
-        raise NotAttentionError(
-            Refusal(
-                "weights-changed",
-                "weights that go straight to the values",
-                f"{masked.name} = {opname(masked)} on the weights",
-                source_line(masked),
-                "weights that are masked, mixed or gated after the softmax are left as they are",
-            )
-        )
+        raise _changed(masked)
     return None
+
+
+def _product_at(node: fx.Node) -> Product | None:
+    """The product that ``node`` computes, or whose factors it multiplies one by one before they are summed.
+
+    The latter only where both factors have axes of their own: a sum of weights times a mask is no mixture of values.
+    """
+    if not is_call(node, aten.mul.Tensor):
+        return product_of(node)
+    for user in node.users:
+        product = product_of(user)
+        if product is None or node in (product.left, product.right):
+            continue
+        left, right = atoms_of(product.left_axes), atoms_of(product.right_axes)
+        if left - right and right - left:
+            return product
+    return None
+
+
+def _changed(node: fx.Node) -> NotAttentionError:
+    return NotAttentionError(
+        Refusal(
+            "weights-changed",
+            "weights that go straight to the values",
+            f"{node.name} = {opname(node)} on the weights",
+            source_line(node),
+            "weights that are mixed or gated after the softmax, or masked by what does not mask the scores, are left as they are",
+        )
+    )
 
 
 def _comes_from_product(a: Softmax) -> bool:
@@ -114,16 +150,43 @@ def _leads_to_product(node: fx.Node) -> bool:
     return False
 
 
-def _through(path: tuple[fx.Node, ...], axes: Axes) -> Axes | None:
-    """Axes at the end of ``path``, whose first node has ``axes``.  A slice that drops a sink's column is passed."""
-    for node in path[1:]:
+def _through(path: tuple[fx.Node, ...], axes: Axes) -> tuple[Axes, dict[fx.Node, Hide]]:
+    """Axes at the end of ``path``, whose first node has ``axes``, and what the nodes between put zeros in.
+
+    A slice that drops a sink's column is passed.
+    """
+    zeroed: dict[fx.Node, Hide] = {}
+    for before, node in pairwise(path):
+        if cleans(node, before):
+            continue
+        if (zeros := zeros_of(node, before)) is not None:
+            if (hide := hiding(zeros, axes)) is None:
+                raise _changed(node)
+            zeroed[node] = hide
+            continue
         if is_call(node, aten.slice.Tensor) and shape(node) == tuple(length(x) for x in resolve_all(axes)):
             continue
         found = follow(node, axes)
         if found is None:
-            return None
+            raise unreadable(node, "weights whose axes can be followed")
         axes = found
-    return resolve_all(axes)
+    return resolve_all(axes), zeroed
+
+
+def _with_zeros(scores: Scores, a: Softmax, keys: Axis, zeroed: Mapping[fx.Node, Hide]) -> tuple[Step, ...]:
+    """The steps of the scores where weights are ``zeroed`` before or after they are divided by their sum."""
+    steps = scores.steps
+    if a.masked is not None:
+        exponentials, masked = a.masked
+        zeros = zeros_of(masked, exponentials)
+        hide = None if zeros is None else hiding(zeros, scores.axes)
+        if hide is None:
+            raise _changed(masked)
+        steps = (*steps, replace(hide, fill=-math.inf))
+    found = with_zeros(steps, tuple(zeroed.values()), a, scores.axes, keys)
+    if found is None:
+        raise _changed(next(iter(zeroed)))
+    return found
 
 
 def _unify(product_axes: Axes, axes: Axes, node: fx.Node) -> None:
@@ -173,6 +236,7 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: Ope
         )
     value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
     path = tuple(_between(p.node, out.node))
+    scores = replace(scores, steps=_without_shifts(scores, set(path), keys))
     _refuse_self_dependence(scores, path)
     escapes = _escaping(path, out.node)
     frames = (
@@ -205,6 +269,21 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: Ope
         frames=frames,
         anchor=a.weights,
     )
+
+
+def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[Step, ...]:
+    """The steps that a softmax sees: not what is made from the scores and is the same for all keys, as a row's maximum is.
+
+    A sink that joins later would see it too.
+    """
+    seen_by_sinks = scores.before_sinks if scores.sinks is not None else 0
+
+    def shifts(i: int, step: Step) -> bool:
+        if not isinstance(step, Term) or step.operand is None or i < seen_by_sinks:
+            return False
+        return step.operand.node in inside and not atoms_of(step.operand.axes) & set(keys)
+
+    return tuple(s for i, s in enumerate(scores.steps) if not shifts(i, s))
 
 
 def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:

@@ -10,9 +10,11 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from attnopt.graph import arg, aten, is_call, shape, value, wrap
+from attnopt.graph import arg, aten, dtype, is_call, operand, shape, value, wrap
+from attnopt.overwriting import zeros_of
 
 SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
@@ -25,13 +27,14 @@ class Softmax:
     """``weights`` = softmax of ``scores`` over ``axis`` of the scores.
 
     ``late_sum`` is the sum of the exponentials where it divides after the product with the values; ``weights`` are then
-    the bare exponentials.
+    the bare exponentials.  ``masked``: the exponentials, and what they are before they are summed, where that is not the same.
     """
 
     scores: fx.Node
     weights: fx.Node
     axis: int
     late_sum: fx.Node | None = None
+    masked: tuple[fx.Node, fx.Node] | None = None
 
 
 def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
@@ -57,21 +60,28 @@ def _of_exponential(node: fx.Node) -> Iterator[Softmax]:
         if arg(total, 0) is arg(x, 0) and len(dims) == 1:
             yield Softmax(arg(x, 0), node, wrap(dims[0], len(shape(node))))
         return
-    for total in node.users:
-        if not is_call(total, aten.sum.dim_IntList) or arg(total, 0) is not node or len(arg(total, 1)) != 1:
-            continue
-        axis = wrap(arg(total, 1)[0], len(shape(node)))
-        divided = [
-            u for u in node.users if is_call(u, aten.div.Tensor) and arg(u, 0) is node and _is_sum(arg(u, 1), total)
-        ]
-        if divided:
-            yield Softmax(x, divided[0], axis)
-        else:
-            yield Softmax(x, node, axis, late_sum=total)
-        return
+    for kept in (node, *(u for u in node.users if is_call(u, aten.mul.Tensor) or zeros_of(u, node) is not None)):
+        for total in kept.users:
+            if not is_call(total, aten.sum.dim_IntList) or arg(total, 0) is not kept or len(arg(total, 1)) != 1:
+                continue
+            axis = wrap(arg(total, 1)[0], len(shape(node)))
+            masked = None if kept is node else (node, kept)
+            slack = 0.0 if masked else _slack(x, axis)
+            divided = [u for u in kept.users if is_call(u, aten.div.Tensor) and arg(u, 0) is kept]
+            weights = next((u for u in divided if _is_sum(arg(u, 1), total, slack)), None)
+            yield Softmax(x, weights or kept, axis, None if weights else total, masked)
+            return
 
 
-def _is_sum(node: object, total: fx.Node) -> bool:
+def _slack(x: fx.Node, axis: int) -> float:
+    """What may be added to the sum of the exponentials of ``x`` without a trace: where the largest is 1, it is rounded off."""
+    shifted = is_call(x, aten.sub.Tensor) and is_maximum_of(arg(x, 1), operand(x), axis)
+    return torch.finfo(dtype(x)).eps / 4 if shifted else 0.0
+
+
+def _is_sum(node: object, total: fx.Node, slack: float) -> bool:
+    if is_call(node, aten.add.Tensor) and isinstance(arg(node, 1), float) and 0 <= arg(node, 1) <= slack:
+        node = arg(node, 0)
     if node is total:
         return True
     return is_call(node, aten.expand.default, aten.unsqueeze.default) and arg(node, 0) is total

@@ -38,6 +38,7 @@ HEAVY = (
     "softmax",
     "layer_norm",
 )
+_APART = 200.0  # a softmax sees nothing of a score that lies this far below another, both with room for their products
 _RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "uniform", "normal")
 
 
@@ -87,6 +88,24 @@ def _is_varying(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return constant_of(node) is None
     return opname(node) in HEAVY or opname(node) in _RANDOM
+
+
+def may_hide(node: fx.Node, fill: float) -> bool:
+    """What is added to the scores may be a mask, beside which a score of ``fill`` is seen.
+
+    It is none where weights made it, or where its numbers are known to leave the scores far above ``fill``.
+    """
+    gm = node.graph.owning_module
+    assert isinstance(gm, fx.GraphModule)
+    if any(opname(n) in HEAVY or _is_parameter(gm, n) for n in ancestors(node)):
+        return False
+    if inputs_behind(node) or not is_plain(node):
+        return True
+    return any(float(evaluate(gm, node, sizes).min()) < fill + _APART for sizes in other_sizes(symbols(gm.graph)))
+
+
+def _is_parameter(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(get_attr(gm, str(node.target)), torch.nn.Parameter)
 
 
 def symbols(graph: fx.Graph) -> dict[Any, int]:

@@ -8,20 +8,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from attnopt.axes import Atom, Axes, Axis, follow, fresh, length, reshape, resolve, resolve_all
+from attnopt.axes import Atom, Axes, Axis, length, resolve, resolve_all, unfollow
 from attnopt.graph import (
-    CASTS,
-    RESHAPES,
-    arg,
-    aten,
-    is_call,
-    is_tensor,
-    operand,
     same_size,
     shape,
     source_line,
     value,
-    wrap,
 )
 from attnopt.projections import chooses_weights, landings, signature
 from attnopt.refusal import Refusal
@@ -122,38 +114,11 @@ def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:
     found: list[tuple[fx.Node, Axes]] = []
     node, axes = o.node, resolve_all(o.axes)
     while True:
-        above = _unfollow(node, axes)
+        above = unfollow(node, axes)
         if above is None:
             return found
         node, axes = above
         found.append(above)
-
-
-def _unfollow(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
-    """(input, its axes) of a layout operator whose result has ``axes``."""
-    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
-        return None
-    x = operand(node)
-    if is_call(node, *RESHAPES):
-        found = reshape(axes, shape(x))
-        return None if found is None else (x, found)
-    if is_call(node, *CASTS, aten.clone.default, aten.contiguous.default):
-        return x, axes
-    if is_call(node, aten.permute.default, aten.transpose.int, aten.mT.default, aten.t.default):
-        trial = fresh(shape(x)) if 1 not in shape(x) else tuple((Atom(s),) for s in shape(x))
-        moved = follow(node, trial)
-        if moved is None:
-            return None
-        return x, tuple(axes[moved.index(ax)] for ax in trial)
-    if is_call(node, aten.unsqueeze.default):
-        at = wrap(arg(node, 1), len(axes))
-        return x, (*axes[:at], *axes[at + 1 :])
-    if is_call(node, aten.expand.default):
-        shift = len(axes) - len(shape(x))
-        return x, tuple(ax if s != 1 else () for s, ax in zip(shape(x), axes[shift:], strict=True))
-    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not is_tensor(arg(node, 1)):
-        return x, axes
-    return None
 
 
 def _query_atoms(r: Region, candidates: list[Atom]) -> Axis:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.axes import Axes, broadcast, follow, resolve, resolve_all
+from attnopt.axes import Axes, broadcast, follow, resolve_all
 from attnopt.contraction import Product, product_of
 from attnopt.graph import (
     CASTS,
@@ -17,7 +17,6 @@ from attnopt.graph import (
     ancestors,
     arg,
     aten,
-    constant_of,
     dtype,
     is_call,
     is_tensor,
@@ -25,7 +24,7 @@ from attnopt.graph import (
     source_line,
     wrap,
 )
-from attnopt.normaliser import is_maximum_of
+from attnopt.overwriting import MASKED_FILL, WHERE, Overwrite, number, overwrite_of
 from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
 
@@ -52,8 +51,6 @@ _SUB = (aten.sub.Tensor, aten.sub.Scalar)
 _MUL = (aten.mul.Tensor, aten.mul.Scalar)
 _DIV = (aten.div.Tensor, aten.div.Scalar)
 _RSUB = (aten.rsub.Scalar, aten.rsub.Tensor)
-_WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-_MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _FLOORS = (aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten.max.other)
 
 
@@ -110,7 +107,7 @@ class Scores:
     factors: tuple[Operand, ...] = ()
     wipes: tuple[Operand, ...] = ()
     sinks: Operand | None = None
-    shifted: bool = False  # by the maximum of each row
+    before_sinks: int = 0  # steps that came before that logit
     path: tuple[fx.Node, ...] = ()
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
 
@@ -191,11 +188,11 @@ def _start(product: Product) -> Scores:
 
 def _candidates(node: fx.Node) -> list[fx.Node]:
     """The arguments through which the scores may run."""
-    if is_call(node, *_WHERE):
+    if is_call(node, *WHERE):
         return [n for n in (arg(node, 1), arg(node, 2)) if is_tensor(n) and tensor_like(n)]
     if is_call(node, aten.cat.default):
         return [n for n in arg(node, 0) if tensor_like(n)]
-    known = (*_LAYOUT, *_ADD, *_SUB, *_MUL, *_DIV, *_RSUB, *_MASKED_FILL, *_FLOORS, aten.tanh.default, aten.neg.default)
+    known = (*_LAYOUT, *_ADD, *_SUB, *_MUL, *_DIV, *_RSUB, *MASKED_FILL, *_FLOORS, aten.tanh.default, aten.neg.default)
     if not is_call(node, *known):
         return []
     same = [n for n in (arg(node, 0), arg(node, 1)) if is_tensor(n) and tensor_like(n)]
@@ -213,15 +210,10 @@ def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         return _scaled(s, -1.0)
     if is_call(node, *_ADD, *_SUB, *_RSUB):
         return _add(node, source, s)
-    if is_call(node, *_MASKED_FILL):
-        fill = _number(arg(node, 2))
-        return None if fill is None or arg(node, 0) is not source else _hide(s, arg(node, 1), True, fill)
-    if is_call(node, *_WHERE):
-        first = arg(node, 1) is source
-        fill = _number(node.args[2 if first else 1])
-        return None if fill is None else _hide(s, arg(node, 0), not first, fill)
+    if (written := overwrite_of(node, source)) is not None:
+        return _hide(s, written)
     if is_call(node, *_FLOORS):
-        floor = _number(arg(node, 1))
+        floor = number(arg(node, 1))
         least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
         return s if floor is not None and floor <= least and len(node.args) < 3 else None
     if is_call(node, aten.tanh.default):
@@ -229,30 +221,6 @@ def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     if is_call(node, aten.cat.default):
         return _sink(node, source, s)
     return None
-
-
-def _number(x: Any) -> float | None:
-    """A constant number: a literal, or a tensor of one element made from a literal in the graph."""
-    if isinstance(x, (int, float)) and not isinstance(x, bool):
-        return float(x)
-    while is_call(x, aten.expand.default, *CASTS, aten.lift_fresh_copy.default, aten.detach.default, *RESHAPES):
-        x = arg(x, 0)
-    if is_call(x, aten.full.default, aten.full_like.default, aten.new_full.default):
-        made = arg(x, 2) if is_call(x, aten.new_full.default) else arg(x, 1)
-        return float(made) if isinstance(made, (int, float)) else None
-    if is_call(x, aten.scalar_tensor.default):
-        return float(arg(x, 0))
-    if is_call(x, aten.zeros.default, aten.zeros_like.default):
-        return 0.0
-    return _stored_number(x)
-
-
-def _stored_number(x: Any) -> float | None:
-    """The value of a one-element constant that capture lifted out of the graph."""
-    if not isinstance(x, fx.Node) or x.op != "get_attr" or not is_tensor(x) or math.prod(shape(x)) != 1:
-        return None
-    found = constant_of(x)
-    return None if found is None else float(found)
 
 
 def _other(node: fx.Node, source: fx.Node) -> Any:
@@ -274,9 +242,9 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     divides = is_call(node, *_DIV)
     if divides and (arg(node, 0) is not source or node.kwargs.get("rounding_mode")):
         return None
-    number = _number(other)
-    if number is not None:
-        return _scaled(s, 1.0 / number if divides else number)
+    factor = number(other)
+    if factor is not None:
+        return _scaled(s, 1.0 / factor if divides else factor)
     if not is_tensor(other) or divides or (s.softcap is not None and math.isnan(s.softcap)):
         return None
     axes = broadcast(other, s.axes)
@@ -306,29 +274,35 @@ def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
             sign = -sign
     elif arg(node, 0) is not source:  # other + alpha * scores
         s, sign = (_scaled(s, sign) if sign != 1 else s), 1.0
-    number = _number(other)
-    if number is not None:
-        return replace(s, steps=(*s.steps, Term(None, 1.0, sign * number)))
+    constant = number(other)
+    if constant is not None:
+        return replace(s, steps=(*s.steps, Term(None, 1.0, sign * constant)))
+    while is_call(other, aten.expand.default, aten.detach.default):
+        other = arg(other, 0)
     if not is_tensor(other):
         return None
-    if sign < 0 and any(is_maximum_of(other, source, i) and len(resolve(a)) for i, a in enumerate(s.axes)):
-        return replace(s, shifted=s.sinks is None)  # no softmax sees it, but a sink that joins later would
     axes = broadcast(other, s.axes)
     return None if axes is None else replace(s, steps=(*s.steps, Term(Operand(other, axes), sign)))
 
 
-def _hide(s: Scores, condition: Any, when: bool, fill: float) -> Scores | None:
-    if not is_tensor(condition) or dtype(condition) != torch.bool or (s.softcap is not None and math.isnan(s.softcap)):
+def _hide(s: Scores, written: Overwrite) -> Scores | None:
+    if s.softcap is not None and math.isnan(s.softcap):
         return None
-    axes = broadcast(condition, s.axes)
-    return None if axes is None else replace(s, steps=(*s.steps, Hide(Operand(condition, axes), when, fill)))
+    hide = hiding(written, s.axes)
+    return None if hide is None else replace(s, steps=(*s.steps, hide))
+
+
+def hiding(written: Overwrite, frame: Axes) -> Hide | None:
+    """What is written over a tensor with the axes ``frame``; None if the condition does not broadcast to it."""
+    axes = broadcast(written.condition, frame)
+    return None if axes is None else Hide(Operand(written.condition, axes), written.when, written.fill)
 
 
 def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     """``cat([scores, sink], -1)``, or the other way round: one more column that takes weight and gives nothing."""
     parts = arg(node, 0)
     dim = wrap(arg(node, 1, 0), len(s.axes))
-    if len(parts) != 2 or s.sinks is not None or s.shifted or not s.axes[dim]:
+    if len(parts) != 2 or s.sinks is not None or not s.axes[dim]:
         return None
     column = parts[1] if parts[0] is source else parts[0]
     if not is_tensor(column) or shape(column)[dim] != 1:
@@ -337,4 +311,4 @@ def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     if any(size not in (1, math.prod(a.size for a in axis)) for size, axis in zip(shape(column), around, strict=True)):
         return None
     axes: Axes = tuple(ax if n != 1 else () for n, ax in zip(shape(column), around, strict=True))
-    return replace(s, sinks=Operand(column, axes))
+    return replace(s, sinks=Operand(column, axes), before_sinks=len(s.steps))

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from attnopt.assembling import joined, written
+from attnopt.assembling import filled, joined, written
 from attnopt.graph import (
     CASTS,
     RESHAPES,
@@ -66,6 +66,8 @@ def tidy(gm: fx.GraphModule) -> None:
             node = _as_slices(gm, node)
         elif is_call(node, aten.slice_scatter.default, aten.select_scatter.default) and node not in outputs:
             node = _replaced(node, joined(Emitter(gm.graph, node), node))
+        elif is_call(node, aten.index_put.default) and node not in outputs:
+            node = _replaced(node, filled(Emitter(gm.graph, node), node))
         elif is_call(node, aten.copy.default) and node not in outputs:
             node = _replaced(node, written(Emitter(gm.graph, node), node))
         if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):

@@ -89,6 +89,14 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
             "where": "`where`", "masked_fill": "`masked_fill`", "add-inf": "-inf is added",
             "add-min": "the dtype's minimum is added",
             "lerp": "a mask of 0 and 1, times the minimum", "old-gpt": "scores times mask, minus 10000 elsewhere",
+            "moderate": "-10000 is written", "assigned": "`scores[mask] = -inf`",
+        },
+    ),
+    "after": (
+        "Weights after the softmax",
+        {
+            "": "as they are", "again": "masked once more", "flags": "times a mask of 0 and 1",
+            "rows": "0 for a query without a key", "clean": "`nan_to_num`",
         },
     ),
     "bias_kind": (
@@ -101,7 +109,10 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
         "Softmax",
         {
             "F": "`F.softmax`", "positive": "with a positive axis", "float32": "in float32", "upcast": "scores cast before it",
-            "exp": "`exp` over its sum", "stable-exp": "the same after subtracting the maximum", "log": "`exp` of `log_softmax`",
+            "shifted": "scores minus their overall maximum",
+            "exp": "`exp` over its sum", "stable-exp": "the same after subtracting the maximum",
+            "eps": "the same with 1e-9 added to the sum",
+             "log": "`exp` of `log_softmax`",
             "lse": "`exp` of scores minus `logsumexp`", "late": "`exp`, and the division after the values",
             "later": "`exp`, and the division after the values and their reshapes",
         },

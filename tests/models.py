@@ -41,14 +41,14 @@ class Spelling:
     scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature
     mask: tuple[str, ...] = ()  # causal, window, left, padding, float-padding, given
     made: str = "tril"  # tril, triu, arange
-    apply: str = "where"  # add-inf, add-min, lerp, where, masked_fill, old-gpt
+    apply: str = "where"  # add-inf, add-min, lerp, where, masked_fill, moderate, assigned, old-gpt
+    after: str = ""  # what is done to the weights too: again, flags, rows (masks once more), clean (of NaN)
     commuted: bool = False
     bias_kind: str = ""  # alibi, table, addend
     softcap: float | None = None
     sinks: bool = False
-    softmax: str = (
-        "F"  # F, torch, method, positive, float32, upcast, exp, stable-exp, log, lse, late, later (behind the layout)
-    )
+    # F, torch, method, positive, float32, upcast, shifted, exp, stable-exp, eps, log, lse, late, later (behind the layout)
+    softmax: str = "F"
     cross: bool = False
     returns: str = "output"  # output, weights, heads (each head's output), stats (of the weights)
     out: bool = True
@@ -68,7 +68,7 @@ class Spelling:
     @property
     def exponentials(self) -> bool:
         """The softmax is written with ``exp``."""
-        return self.softmax in ("exp", "stable-exp", "late", "later", "lse")
+        return self.softmax in ("exp", "stable-exp", "eps", "late", "later", "lse")
 
     def repaired(self) -> Spelling:
         """The nearest spelling whose parts can stand together."""
@@ -106,9 +106,17 @@ class Spelling:
             s = replace(s, bias_kind="alibi")
         if s.apply == "old-gpt" and (len(s.mask) > 1 or set(s.mask) - {"causal", "left"} or s.bias_kind or s.cross):
             s = replace(s, apply="where")
+        if s.apply == "moderate" and "given" in s.mask:  # which may hide too
+            s = replace(s, apply="where")
+        written = s.mask and "given" not in s.mask and s.apply in ("where", "masked_fill", "moderate", "assigned")
+        if (s.after == "clean" and s.softmax in ("late", "later")) or (s.after not in ("", "clean") and not written):
+            s = replace(s, after="")
+        if s.after == "rows" and len(s.mask) > 1:
+            s = replace(s, after="again")
         if s.core == "sdpa":
             s = replace(
                 s,
+                after="",
                 softcap=None,
                 sinks=False,
                 softmax="F",
@@ -466,6 +474,11 @@ class Attention(nn.Module):
                 scores = torch.where(~m, -torch.inf, scores) if s.commuted else torch.where(m, scores, low)
             elif s.apply == "masked_fill":
                 scores = scores.masked_fill(m.logical_not(), low if s.commuted else -torch.inf)
+            elif s.apply == "moderate":
+                scores = scores.masked_fill(m == 0, -1e4)
+            elif s.apply == "assigned":
+                scores = scores.clone()
+                scores[(~m).expand_as(scores)] = -torch.inf
             else:
                 if s.apply == "add-inf":
                     extra = torch.zeros(m.shape, dtype=scores.dtype).masked_fill(~m, -torch.inf)
@@ -506,13 +519,17 @@ class Attention(nn.Module):
             return F.softmax(scores, dim=dim, dtype=torch.float32).to(scores.dtype), None
         if form == "upcast":
             return scores.float().softmax(dim).type_as(scores), None
+        if form == "shifted":
+            return F.softmax(scores - scores.amax(), dim=dim), None
         if form == "log":
             return F.log_softmax(scores, dim).exp(), None
         if form == "lse":
             return torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)), None
-        if form in ("exp", "stable-exp", "late", "later"):
+        if form in ("exp", "stable-exp", "eps", "late", "later"):
             e = torch.exp(scores if form in ("exp", "late") else scores - scores.amax(-1, keepdim=True))
             total = e.sum(-1, keepdim=True)
+            if form == "eps":
+                total = total + 1e-9
             return (e, total) if form in ("late", "later") else (e / total, None)
         return scores.softmax(dim), None
 
@@ -572,7 +589,7 @@ class Attention(nn.Module):
             k, v = self._shared(k, 2), self._shared(v, 2)
             scores = self._conditioned(torch.einsum("bihd,bjhd->bhij", q, k), padding, given)
             return self._weighted(
-                scores, lambda p: torch.einsum("bhij,bjhd->bihd", p, v), late=lambda t: t.transpose(1, 2)
+                scores, padding, lambda p: torch.einsum("bhij,bjhd->bihd", p, v), late=lambda t: t.transpose(1, 2)
             )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if s.core.startswith("grouped"):
@@ -594,6 +611,7 @@ class Attention(nn.Module):
             scores = self._conditioned(scores.view(B, H, L, S), padding, given)
             return self._weighted(
                 scores,
+                padding,
                 lambda p: torch.bmm(p.reshape(B * H, L, S), v),
                 lambda o: o.view(B, H, L, -1).transpose(1, 2),
                 lambda t: t.reshape(B * H, L, 1),
@@ -603,6 +621,7 @@ class Attention(nn.Module):
             scores = self._conditioned(q.transpose(-1, -2) @ k, padding, given)
             return self._weighted(
                 scores,
+                padding,
                 lambda p: v @ p.transpose(-1, -2),
                 lambda o: o.permute(0, 3, 1, 2),
                 lambda t: t.transpose(-1, -2),
@@ -611,7 +630,7 @@ class Attention(nn.Module):
             scores = k @ q.transpose(-1, -2)  # [B, H, S, L]
             scores = self._conditioned(scores.transpose(-1, -2), padding, given).transpose(-1, -2)
             weights, _ = self._normalised(scores, -2)
-            return (weights.transpose(-1, -2) @ v).transpose(1, 2), weights
+            return (self._zeroed(weights.transpose(-1, -2), padding) @ v).transpose(1, 2), weights
         if s.core == "mulsum":
             scores = self._conditioned((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1), padding, given)
         elif s.core == "einsum":
@@ -619,19 +638,41 @@ class Attention(nn.Module):
             scores = self._conditioned(torch.einsum(equation, q, k), padding, given)
         else:
             scores = self._conditioned(q @ k.transpose(-1, -2), padding, given)
-        return self._weighted(scores, lambda p: p @ v, lambda o: o.transpose(1, 2))
+        one_by_one = s.core == "mulsum" and s.commuted
+        return self._weighted(
+            scores,
+            padding,
+            lambda p: (p.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) if one_by_one else p @ v,
+            lambda o: o.transpose(1, 2),
+        )
+
+    def _zeroed(self, weights: Tensor, padding: Tensor | None) -> Tensor:
+        """[B, H, L, S] with what the masks hide set to 0 once more."""
+        s = self.s
+        if s.after == "clean":
+            return torch.nan_to_num(weights)
+        for kind in s.mask if s.after else ():
+            m = self._visible(kind, weights.shape[-2], weights.shape[-1], padding)
+            if s.after == "flags":
+                weights = weights * m.to(weights.dtype)
+            elif s.after == "rows":
+                weights = torch.where(m.any(-1, keepdim=True), weights, 0.0)
+            else:
+                weights = torch.where(m, weights, 0.0) if s.commuted else weights.masked_fill(~m, 0.0)
+        return weights
 
     def _weighted(
-        self, scores: Tensor, product: Any, finish: Any = lambda o: o, late: Any = lambda t: t
+        self, scores: Tensor, padding: Tensor | None, product: Any, finish: Any = lambda o: o, late: Any = lambda t: t
     ) -> tuple[Tensor, Tensor]:
         """``finish(product(weights))``; ``late`` brings the sum of exponentials into the product's layout."""
         s = self.s
         if s.sinks:
             sink = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
             weights, _ = self._normalised(torch.cat([scores, sink], dim=-1))
-            weights = weights[..., :-1]
+            weights = self._zeroed(weights[..., :-1], padding)
             return finish(product(weights)), weights
         weights, total = self._normalised(scores)
+        weights = self._zeroed(weights, padding)
         if total is None:
             return finish(product(self.drop(weights))), weights
         if s.softmax == "later":
@@ -653,7 +694,7 @@ class Attention(nn.Module):
             out = p @ v.unsqueeze(2) if s.core == "grouped" else torch.einsum("bgrls,bgsd->bgrld", p, v)
             return out.flatten(1, 2)
 
-        return self._weighted(scores, product, lambda o: o.transpose(1, 2))
+        return self._weighted(scores, padding, product, lambda o: o.transpose(1, 2))
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, given: Tensor | None) -> Tensor:
         s, L, S = self.s, q.shape[2], k.shape[2]

@@ -190,8 +190,8 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "weights-changed": (
         lambda: missed(decoys.MaskedAfter()),
         "[weights-changed] expected weights that go straight to the values, found mul = mul on the "
-        "weights (at LINE)\n  hint: weights that are masked, mixed or gated after the softmax are left "
-        "as they are",
+        "weights (at LINE)\n  hint: weights that are mixed or gated after the softmax, or masked by what "
+        "does not mask the scores, are left as they are",
     ),
     "one-key": (
         lambda: missed(OneKey()),
@@ -230,7 +230,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "[negated-mask] expected a positive factor after a mask, found -1.0 (at LINE)",
     ),
     "moderate-mask": (
-        lambda: missed(Scored(lambda s: s), seen=torch.ones(L, dtype=torch.bool)),
+        lambda: missed(Scored(lambda s: s + torch.arange(float(L))), seen=torch.ones(L, dtype=torch.bool)),
         "[moderate-mask] expected a mask of -inf or the dtype's minimum, found -10000 written over "
         "scores, on rows that may be all hidden (at LINE)\n  hint: mask with -inf or "
         "torch.finfo(dtype).min",

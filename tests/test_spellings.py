@@ -116,6 +116,8 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(core="channels", scale="div"), {"scale": 0.5}),
     (Spelling(core="transposed", mask=("causal",)), {"scale": 0.5, "pattern": CAUSAL}),
     (Spelling(core="mulsum"), {"scale": 0.5}),
+    (Spelling(core="mulsum", commuted=True, softmax="shifted"), {"scale": 0.5}),
+    (Spelling(core="mulsum", softmax="eps"), {"scale": 0.5}),
     (Spelling(core="sdpa", mask=("causal",)), {"scale": 0.5, "pattern": CAUSAL}),
     (Spelling(core="sdpa", heads=6, kv_heads=2, share="enable_gqa", scale="none"), {"scale": 1.0}),
     (Spelling(core="sdpa", mask=("causal",), apply="add-inf"), {"scale": 0.5, "pattern": CAUSAL}),
@@ -140,6 +142,12 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(mask=("padding",), apply="masked_fill"), {"pattern": "Full()", "has_mask": True}),
     (Spelling(mask=("padding",), apply="add-min"), {"pattern": "Full()", "has_bias": True}),
     (Spelling(mask=("float-padding", "causal"), apply="where"), {}),
+    (Spelling(mask=("padding",), apply="moderate"), {"pattern": "Full()", "has_bias": True}),
+    (Spelling(mask=("causal",), apply="assigned"), {"pattern": CAUSAL}),
+    (Spelling(mask=("padding",), apply="moderate", after="again"), {"pattern": "Full()", "has_mask": True}),
+    (Spelling(mask=("padding", "causal"), apply="where", after="flags"), {"has_mask": True}),
+    (Spelling(mask=("padding",), apply="assigned", after="rows", sinks=True), {"has_mask": True}),
+    (Spelling(mask=("causal",), apply="masked_fill", after="clean"), {"pattern": CAUSAL}),
     (Spelling(mask=("given",), commuted=True), {"pattern": "Full()", "has_bias": True}),
     (Spelling(bias_kind="alibi", mask=("causal",)), {"pattern": CAUSAL, "has_bias": True}),
     (Spelling(bias_kind="table"), {"pattern": "Full()", "has_bias": True}),
@@ -243,7 +251,7 @@ def test_merged_heads_that_are_read_twice(s: Spelling) -> None:
 class MisdividedByNeighbour(Attention):
     """The product of each query is divided by the sum of the query after it."""
 
-    def _weighted(self, scores: torch.Tensor, product: Any, finish: Any = None, late: Any = None) -> Any:
+    def _weighted(self, scores: torch.Tensor, padding: Any, product: Any, finish: Any = None, late: Any = None) -> Any:
         e = scores.exp()
         return (product(e) / e.sum(-1, keepdim=True).roll(1, -2)).transpose(1, 2), None
 
@@ -251,7 +259,7 @@ class MisdividedByNeighbour(Attention):
 class DividedByOtherAxis(Attention):
     """With as many heads as queries: the sum's heads meet the product's queries."""
 
-    def _weighted(self, scores: torch.Tensor, product: Any, finish: Any = None, late: Any = None) -> Any:
+    def _weighted(self, scores: torch.Tensor, padding: Any, product: Any, finish: Any = None, late: Any = None) -> Any:
         e = scores.exp()
         return (product(e) / e.sum(-1, keepdim=True).transpose(1, 2)).transpose(1, 2), None
 

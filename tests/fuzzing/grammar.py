@@ -78,6 +78,8 @@ def _fitting(s: Spelling, c: Case, width: int, plain: bool) -> Spelling:
         s = replace(s, cross=False, mask=tuple(m for m in s.mask if m in ("causal", "window", "left")))
     if c.container == "sequential":
         s = replace(s, returns="output")
+    if c.dtype == "float16" and s.apply == "moderate":  # nothing that can be added hides every score
+        s = replace(s, apply="masked_fill")
     if c.dtype != "float32":  # exponentials of scores as they are leave the range of float16
         unsafe = {"exp": "stable-exp", "late": "later"} if c.dtype == "float16" else {}
         s = replace(s, softmax=unsafe.get(s.softmax, s.softmax))
@@ -129,11 +131,12 @@ def _spelling(r: random.Random) -> Spelling:
         norm=r.choice(("", "", "", "layer", "rms", "l2", "across")),
         scale=r.choice(("q", "k", "both", "mul", "div", "alpha", "none", "buffer", "temperature")),
         mask=tuple(r.sample(masks, r.choice((0, 1, 1, 2)))), made=r.choice(("tril", "triu", "arange")),
-        apply=r.choice(("add-inf", "add-min", "lerp", "where", "masked_fill", "old-gpt")), commuted=r.random() < 0.5,
+        apply=r.choice(("add-inf", "add-min", "lerp", "where", "masked_fill", "moderate", "assigned", "old-gpt")),
+        after=r.choice(("", "", "", "again", "flags", "rows", "clean")), commuted=r.random() < 0.5,
         bias_kind=r.choice(("", "", "", "alibi", "table", "addend")), softcap=r.choice((None, None, None, 5.0)),
         sinks=r.random() < 0.25,
-        softmax=r.choice(("F", "torch", "method", "positive", "float32", "upcast", "exp", "stable-exp", "log", "lse", "late",
-                          "later")),
+        softmax=r.choice(("F", "torch", "method", "positive", "float32", "upcast", "shifted", "exp", "stable-exp", "eps",
+                          "log", "lse", "late", "later")),
         cross=r.random() < 0.2, returns=r.choices(("output", "weights", "heads", "stats"), (8, 1, 1, 1))[0],
         out=r.random() < 0.93, pre_norm=r.random() < 0.5, residual=r.random() < 0.5, dropout=r.random() < 0.5,
     ).repaired()  # fmt: skip
