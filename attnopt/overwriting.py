@@ -14,6 +14,14 @@ from attnopt.graph import CASTS, RESHAPES, arg, aten, constant_of, dtype, is_cal
 
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_COPIES = (
+    *CASTS,
+    *RESHAPES,
+    aten.expand.default,
+    aten.clone.default,
+    aten.lift_fresh_copy.default,
+    aten.detach.default,
+)  # as many numbers as before, or one of them again and again
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def number(x: Any) -> float | None:
     """A constant number: a literal, or a tensor of one element made from a literal in the graph."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
-    while is_call(x, aten.expand.default, *CASTS, aten.lift_fresh_copy.default, aten.detach.default, *RESHAPES):
+    while is_call(x, *_COPIES):
         x = arg(x, 0)
     if is_call(x, aten.full.default, aten.full_like.default, aten.new_full.default):
         made = arg(x, 2) if is_call(x, aten.new_full.default) else arg(x, 1)
