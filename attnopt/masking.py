@@ -42,6 +42,8 @@ def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | Non
             bias = _plus(emit, at, bias, step, groups)
         else:
             condition = at.arrange(step.condition.node, step.condition.axes, groups)
+            if dtype(condition) != torch.bool:
+                condition = emit.call(aten._to_copy.default, condition, dtype=torch.bool)
             hidden = condition if step.when else emit.call(aten.bitwise_not.default, condition)
             fill = _fill(_module_of(emit), r, step, hidden)
             if fill == -math.inf:

@@ -60,7 +60,7 @@ def assigned(s: Tensor, m: Tensor, _: Tensor) -> Tensor:
 
 
 def over_their_sum(s: Tensor, m: Tensor, _: Tensor) -> Tensor:
-    e = torch.exp(s - s.amax(-1, keepdim=True)) * m
+    e = torch.exp(s - s.amax(-1, keepdim=True)) * m.float()
     return torch.nan_to_num(e / e.sum(-1, keepdim=True))
 
 
@@ -76,9 +76,7 @@ SAME: dict[str, Weigh] = {
     "rows of hidden keys": lambda s, m, _: (
         s.masked_fill(~m, LOW).softmax(-1).masked_fill((~m).all(-1).unsqueeze(-1), 0.0)
     ),
-    "rows of another mask": lambda s, m, n: (
-        s.masked_fill(~m, LOW).softmax(-1).masked_fill(n.amax(-1, keepdim=True) > 1, 0.0)
-    ),
+    "rows of another mask": lambda s, m, n: s.masked_fill(~m, LOW).softmax(-1) * (n.amax(-1, keepdim=True) < 1).float(),
     "rows of -inf": lambda s, m, _: safe(s.masked_fill(~m, -INF)),
     "no numbers": lambda s, m, _: s.masked_fill(~m, -INF).softmax(-1).nan_to_num(),
     "none where there are none": lambda s, m, _: unless_nan(s.masked_fill(~m, -INF).softmax(-1)),
