@@ -60,6 +60,13 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         )
     if isinstance(model, ExportedProgram):
         return _finish(model, args, kwargs, dynamic_shapes, "exported program")
+    if (
+        scripted := next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    ) is not None:
+        raise CaptureError(
+            f"{scripted or 'the model'} is TorchScript, which holds no Python code to capture",
+            hint="give the model that it was made from",
+        )
     if (lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)) is not None:
         raise CaptureError(f"{lazy} gets its size at the model's first call", hint="call the model once first")
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes

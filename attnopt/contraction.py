@@ -1,4 +1,4 @@
-"""Every product of two tensors in one normal form, whatever the operator: matmul, bmm, baddbmm, einsum, linear, mul + sum."""
+"""Every product of two tensors in one normal form, whatever the operator: matmul, bmm, linear, einsum, tensordot, mul + sum."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ def product_of(node: fx.Node) -> Product | None:
         return _linear(node)
     if is_call(node, aten.einsum.default):
         return _einsum(node)
+    if is_call(node, aten.tensordot.default, aten.inner.default):
+        return _tensordot(node)
     if is_call(node, aten.sum.dim_IntList):
         return _mul_sum(node)
     return None
@@ -92,6 +94,20 @@ def _linear(node: fx.Node) -> Product | None:
     axes = fresh(shape(node))
     (inner,) = fresh((shape(a)[-1],))
     return Product(node, a, b, (*axes[:-1], inner), (axes[-1], inner), axes)
+
+
+def _tensordot(node: fx.Node) -> Product | None:
+    a, b = arg(node, 0), arg(node, 1)
+    if not (is_tensor(a) and is_tensor(b)) or 0 in (len(shape(a)), len(shape(b))):
+        return None
+    dims = (arg(node, 2), arg(node, 3)) if is_call(node, aten.tensordot.default) else ([-1], [-1])
+    summed = [[wrap(int(d), len(shape(x))) for d in own] for x, own in zip((a, b), dims, strict=True)]
+    inner = dict(zip(summed[0], fresh(tuple(shape(a)[d] for d in summed[0])), strict=True))
+    left = tuple(inner.get(i, ax) for i, ax in enumerate(fresh(shape(a))))
+    across = {theirs: inner[own] for own, theirs in zip(*summed, strict=True)}
+    right = tuple(across.get(i, ax) for i, ax in enumerate(fresh(shape(b))))
+    axes = [ax for i, ax in enumerate(left) if i not in inner] + [ax for i, ax in enumerate(right) if i not in across]
+    return Product(node, a, b, left, right, tuple(axes))
 
 
 def _einsum(node: fx.Node) -> Product | None:

@@ -81,7 +81,7 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
     while stack:
         path = stack.pop(0)
         for user in path[-1].users:
-            product = _product_at(user)
+            product = _product_with(path[-1], user)
             if product is not None and product.addend is None:
                 oriented = product if product.left is path[-1] else product.swapped()
                 values = oriented.right
@@ -101,19 +101,19 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
     return None
 
 
-def _product_at(node: fx.Node) -> Product | None:
-    """The product that ``node`` computes, or whose factors it multiplies one by one before they are summed.
+def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
+    """The product that ``user`` computes, or whose factors it multiplies one by one before they are summed.
 
-    The latter only where both factors have axes of their own: a sum of weights times a mask is no mixture of values.
+    The latter only where the other factor has axes of its own: a sum of weights times a mask is no mixture of values.
     """
-    if not is_call(node, aten.mul.Tensor):
-        return product_of(node)
-    for user in node.users:
-        product = product_of(user)
-        if product is None or node in (product.left, product.right):
+    if not is_call(user, aten.mul.Tensor):
+        return product_of(user)
+    for total in user.users:
+        product = product_of(total)
+        if product is None or user in (product.left, product.right):
             continue
         left, right = atoms_of(product.left_axes), atoms_of(product.right_axes)
-        if left - right and right - left:
+        if (right - left) if product.left is weights else (left - right):
             return product
     return None
 

@@ -89,6 +89,15 @@ def test_a_model_that_cannot_be_captured(kind: type[nn.Module]) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("inside", [False, True])
+def test_torchscript(inside: bool) -> None:
+    """Traced code has no Python that could be captured, wherever it stands."""
+    traced = torch.jit.trace(new_model(), X, check_trace=False)
+    with pytest.raises(attnopt.CaptureError, match=r"TorchScript.*give the model that it was made from"):
+        attnopt.optimize(nn.Sequential(traced) if inside else traced, "fuse", (X,))
+
+
 def test_inspect_says_the_same() -> None:
     with pytest.raises(attnopt.CaptureError, match="could not be captured"):
         attnopt.inspect(Deciding().eval(), (X,))

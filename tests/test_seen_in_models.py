@@ -315,3 +315,48 @@ def test_a_length_that_holds_only_nearby() -> None:
     assert_same(run(fast, (nearby,)), run(model, (nearby,)))
     with pytest.raises(CaptureError, match="do not fit the captured graph"):
         fast(torch.randn(2, 34, WIDTH))
+
+
+class Multiplied(Attending):
+    """One head; ``scores`` and ``mixed`` are the two products, [B, L, S] and [B, L, WIDTH], in some spelling."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.spelling == "tensordot":
+            weights = torch.tensordot(q[0], k[0], dims=([1], [1])).softmax(-1)
+            mixed = torch.tensordot(weights, v[0], dims=1).unsqueeze(0)
+        elif self.spelling == "inner":
+            mixed = (torch.inner(q[0], k[0]).softmax(-1) @ v[0]).unsqueeze(0)
+        elif self.spelling == "memory":  # the last token reads all
+            weights = (k * q[:, -1:]).sum(2).softmax(1)
+            mixed = (v * weights.unsqueeze(2)).sum(1, keepdim=True)
+        else:
+            weights = (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1).softmax(-1)
+            mixed = (weights.unsqueeze(-1) * v.unsqueeze(1)).sum(2)
+        made: Tensor = self.out(mixed)
+        return made
+
+
+@pytest.mark.parametrize("spelling", ["tensordot", "inner", "memory", "one by one"])
+def test_products_in_other_words(spelling: str) -> None:
+    torch.manual_seed(0)
+    model, x, own = prepared(Multiplied(spelling), torch.randn(1, 5, WIDTH))
+    fast = attnopt.optimize(model, "fuse", x)
+    assert [s.num_heads for s in fast.sites] == [1]
+    assert_same(run(fast, (x,)), own)
+
+
+class Masked(Attending):
+    """The sum of the weights of some tokens is no mixture of values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        return (weights * (x[..., 0] > 0).unsqueeze(1)).sum(-1)
+
+
+def test_a_sum_of_weights_is_no_mixture() -> None:
+    assert not attnopt.inspect(Masked().eval(), torch.randn(2, 5, WIDTH)).sites
