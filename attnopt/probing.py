@@ -93,19 +93,27 @@ def _is_varying(node: fx.Node) -> bool:
 def may_hide(node: fx.Node, fill: float) -> bool:
     """What is added to the scores may be a mask, beside which a score of ``fill`` is seen.
 
-    It is none where weights made it, or where its numbers are known to leave the scores far above ``fill``.
+    It is none where activations made it and no number as low stands in it, or where its own numbers are known.
     """
     gm = node.graph.owning_module
     assert isinstance(gm, fx.GraphModule)
-    if any(opname(n) in HEAVY or _is_parameter(gm, n) for n in ancestors(node)):
-        return False
-    if inputs_behind(node) or not is_plain(node):
+    made = list(ancestors(node, stop=lambda n: opname(n) in HEAVY))
+    constants = [get_attr(gm, str(n.target)) for n in made if n.op == "get_attr"]
+    if any((n.op == "placeholder" and not _is_number(n)) or is_state(n) for n in made):
         return True
-    return any(float(evaluate(gm, node, sizes).min()) < fill + _APART for sizes in other_sizes(symbols(gm.graph)))
+    if any(c.is_meta for c in constants):
+        return True
+    limit = fill + _APART
+    if inputs_behind(node):
+        low = [x for n in made for x in _literals(n) if x < limit]
+        return bool(low) or any(bool((c < limit).any()) for c in constants)
+    return any(bool((evaluate(gm, node, sizes) < limit).any()) for sizes in other_sizes(symbols(gm.graph)))
 
 
-def _is_parameter(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "get_attr" and isinstance(get_attr(gm, str(node.target)), torch.nn.Parameter)
+def _literals(node: fx.Node) -> list[float]:
+    """Every number among the arguments of a call."""
+    leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
+    return [float(x) for x in leaves if isinstance(x, (int, float))]
 
 
 def symbols(graph: fx.Graph) -> dict[Any, int]:

@@ -94,7 +94,7 @@ def test_a_model_that_cannot_be_captured(kind: type[nn.Module]) -> None:
 def test_torchscript(inside: bool) -> None:
     """Traced code has no Python that could be captured, wherever it stands."""
     traced = torch.jit.trace(new_model(), X, check_trace=False)
-    with pytest.raises(attnopt.CaptureError, match=r"TorchScript.*give the model that it was made from"):
+    with pytest.raises(attnopt.CaptureError, match="TorchScript, which holds no Python code to capture"):
         attnopt.optimize(nn.Sequential(traced) if inside else traced, "fuse", (X,))
 
 

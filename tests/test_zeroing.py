@@ -83,12 +83,19 @@ SAME: dict[str, Weigh] = {
     "assigned": assigned,
     "masked exponentials": over_their_sum,
     "a moderate number": lambda s, m, _: torch.where(m, s, -65504.0).softmax(-1),
+    "a moderate number beside activations": lambda s, m, n: (
+        (s + n @ n.transpose(-1, -2) / 9).masked_fill(~m, -1e4).softmax(-1)
+    ),
     "moderate numbers of two masks": lambda s, m, n: s.masked_fill(~m, -1e4).masked_fill(n > 3, -1e4).softmax(-1),
     "shifted by the maximum of all": lambda s, m, _: torch.where(m, s - s.max(), -1e9).softmax(-1),
     "shifted by the maximum of each sequence": lambda s, m, _: torch.where(
         m, s - s.flatten(1).amax(1)[:, None, None, None], -1e9
     ).softmax(-1),
 }
+
+
+def causal(x: Tensor) -> Tensor:
+    return x.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -1e4)
 
 
 def safe(s: Tensor) -> Tensor:
@@ -146,6 +153,18 @@ CHANGED: dict[str, tuple[str, Weigh]] = {
     "exponentials times numbers": ("weights-changed", lambda s, m, n: (e := s.exp() * n) / e.sum(-1, keepdim=True)),
     "moderate, and numbers after it": ("moderate-mask", lambda s, m, n: (s.masked_fill(~m, -1e4) + n).softmax(-1)),
     "moderate, and numbers that may hide": ("moderate-mask", lambda s, m, n: (s + n).masked_fill(~m, -1e4).softmax(-1)),
+    "moderate, and a bias with a mask in it": (
+        "moderate-mask",
+        lambda s, m, n: (s + (torch.arange(LENGTH) / 9 + n)).masked_fill(~m, -1e4).softmax(-1),
+    ),
+    "moderate, and a mask of known numbers": (
+        "moderate-mask",
+        lambda s, m, _: (s + torch.full((LENGTH, LENGTH), -1e4).triu(1)).masked_fill(~m, -1e4).softmax(-1),
+    ),
+    "moderate, and activations with a mask in them": (
+        "moderate-mask",
+        lambda s, m, n: (s + causal(n @ n.transpose(-1, -2))).masked_fill(~m, -1e4).softmax(-1),
+    ),
     "two moderate numbers": (
         "moderate-mask",
         lambda s, m, n: s.masked_fill(~m, -1e4).masked_fill(n > 3, -2e4).softmax(-1),
