@@ -128,7 +128,7 @@ CHANGED: dict[str, tuple[str, Weigh]] = {
     "another mask": ("weights-changed", lambda s, m, n: s.masked_fill(~m, -INF).softmax(-1).masked_fill(n > 0, 0.0)),
     "another mask of the same form": (
         "weights-changed",
-        lambda s, m, n: s.masked_fill(~m, -INF).softmax(-1).masked_fill(~(n > 0), 0.0),
+        lambda s, m, n: s.masked_fill(n > 1, -INF).softmax(-1).masked_fill(n > 0, 0.0),
     ),
     "no mask before": ("weights-changed", lambda s, m, _: s.softmax(-1) * m),
     "the mask turned around": ("weights-changed", lambda s, m, _: s.masked_fill(~m, -INF).softmax(-1) * ~m),
