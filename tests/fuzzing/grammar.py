@@ -59,12 +59,12 @@ class Case:
         c, width = self, self.blocks[0].spelling.width
         plain = c.axes != "batched" or c.container == "sequential"
         blocks = tuple(replace(b, spelling=_fitting(b.spelling, c, width, plain)) for b in c.blocks)
-        if c.reuse == "tied":
-            blocks = (blocks[0], replace(blocks[0], rewrite="none"), *blocks[2:])
         if c.length < 4:
             blocks = tuple(b for b in blocks if not b.decoy) or (Block(spelling=blocks[0].spelling),)
         if c.reuse and (len(blocks) < 2 or blocks[0].decoy or c.container == "sequential"):
             c = replace(c, reuse="")
+        if c.reuse == "tied":
+            blocks = (blocks[0], replace(blocks[0], rewrite="none"), *blocks[2:])
         if c.container == "sequential":
             c = replace(c, branch="")
         if any(b.decoy == "TopK" for b in blocks):  # at half precision rounding chooses other keys
