@@ -62,10 +62,12 @@ def _from_softmax(a: Softmax) -> Region:
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
     weights_axes, zeroed = _through(inner, scores.axes)
-    scores = replace(scores, steps=_with_zeros(scores, a, keys, zeroed))
     _unify(product.left_axes, weights_axes, product.node)
     out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
-    return _assemble(a, scores, product, keys, out)
+    path = tuple(_between(scores.product.node, out.node))
+    scores = replace(scores, steps=_without_shifts(scores, set(path), keys))
+    scores = replace(scores, steps=_with_zeros(scores, a, keys, zeroed))
+    return _assemble(a, scores, product, keys, out, path)
 
 
 def _first_use(node: fx.Node) -> str:
@@ -222,7 +224,9 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     )
 
 
-def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: Operand) -> Region:
+def _assemble(
+    a: Softmax, scores: Scores, product: Product, keys: Axis, out: Operand, path: tuple[fx.Node, ...]
+) -> Region:
     p = scores.product
     frame = atoms_of(scores.axes)
     features = [c for ax in resolve_all(p.left_axes) for c in ax if c not in frame]
@@ -235,8 +239,6 @@ def _assemble(a: Softmax, scores: Scores, product: Product, keys: Axis, out: Ope
             )
         )
     value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
-    path = tuple(_between(p.node, out.node))
-    scores = replace(scores, steps=_without_shifts(scores, set(path), keys))
     _refuse_self_dependence(scores, path)
     escapes = _escaping(path, out.node)
     frames = (

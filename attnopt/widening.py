@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from attnopt.calibration import Inputs
-
+T = TypeVar("T")
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -19,15 +18,19 @@ def widened(gm: fx.GraphModule) -> fx.GraphModule:
     made = copy.deepcopy(gm).double()
     for node in made.graph.nodes:
         if node.op == "call_function":
-            node.args, node.kwargs = pytree.tree_map(_wide, (node.args, node.kwargs))
+            node.args, node.kwargs = widened_arguments((node.args, node.kwargs))
     made.recompile()
     return made
 
 
-def widened_inputs(inputs: Inputs) -> Inputs:
-    made: Inputs = pytree.tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
-    )
+def widened_arguments(arguments: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Of a call: every dtype that is narrower becomes double precision."""
+    made: tuple[Any, Any] = pytree.tree_map(_wide, arguments)
+    return made
+
+
+def widened_inputs(inputs: T) -> T:
+    made: T = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     return made
 
 

@@ -477,7 +477,7 @@ class Attention(nn.Module):
             elif s.apply == "moderate":
                 scores = scores.masked_fill(m == 0, -1e4)
             elif s.apply == "assigned":
-                scores = scores.clone()
+                scores = scores.expand(torch.broadcast_shapes(scores.shape, m.shape)).clone()
                 scores[(~m).expand_as(scores)] = -torch.inf
             else:
                 if s.apply == "add-inf":

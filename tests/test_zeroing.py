@@ -87,6 +87,7 @@ SAME: dict[str, Weigh] = {
         (s + n @ n.transpose(-1, -2) / 9).masked_fill(~m, -1e4).softmax(-1)
     ),
     "moderate numbers of two masks": lambda s, m, n: s.masked_fill(~m, -1e4).masked_fill(n > 3, -1e4).softmax(-1),
+    "shifted and zeroed": lambda s, m, _: shifted(s.masked_fill(~m, -1e4)).softmax(-1) * m,
     "shifted by the maximum of all": lambda s, m, _: torch.where(m, s - s.max(), -1e9).softmax(-1),
     "shifted by the maximum of each sequence": lambda s, m, _: torch.where(
         m, s - s.flatten(1).amax(1)[:, None, None, None], -1e9
@@ -96,6 +97,10 @@ SAME: dict[str, Weigh] = {
 
 def causal(x: Tensor) -> Tensor:
     return x.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -1e4)
+
+
+def shifted(s: Tensor) -> Tensor:
+    return s - s.amax(-1, keepdim=True)
 
 
 def safe(s: Tensor) -> Tensor:
