@@ -38,6 +38,7 @@ pytestmark = [
 EDITABLE = [
     s for s, _ in test_spellings.MUST_MATCH
     if not s.cross and not s.exponentials and s.softmax != "log" and s.returns == "output" and s.heads >= 3
+    and not s.after  # the oracle edits what a softmax gives, which is not yet the map
 ]  # fmt: skip
 
 
