@@ -91,7 +91,7 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
                     quotient = None if a.late_sum is None else late_quotient(product.node, a.late_sum)
                     if a.late_sum is None or quotient is not None:
                         return oriented, quotient, path
-            zeroes = zeros_of(user, path[-1]) is not None or (cleans(user, path[-1]) and a.late_sum is None)
+            zeroes = zeros_of(user, path[-1]) is not None or (cleans(user, path[-1]) and not a.may_overflow)
             if (zeroes or is_call(user, *PASSIVE)) and len(path) < 12:
                 stack.append((*path, user))
             elif is_call(

@@ -36,6 +36,12 @@ class Softmax:
     late_sum: fx.Node | None = None
     masked: tuple[fx.Node, fx.Node] | None = None
 
+    @property
+    def may_overflow(self) -> bool:
+        """Exponentials of scores as they are: what is not a number among the weights need not be a row without a key."""
+        written_out = self.late_sum is not None or is_call(self.weights, aten.div.Tensor)
+        return written_out and not _is_shifted(self.scores, self.axis)
+
 
 def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
     """Every normaliser in the order in which it runs: a ``Softmax``, or the node of a fused attention operator."""
@@ -75,8 +81,11 @@ def _of_exponential(node: fx.Node) -> Iterator[Softmax]:
 
 def _slack(x: fx.Node, axis: int) -> float:
     """What may be added to the sum of the exponentials of ``x`` without a trace: where the largest is 1, it is rounded off."""
-    shifted = is_call(x, aten.sub.Tensor) and is_maximum_of(arg(x, 1), operand(x), axis)
-    return torch.finfo(dtype(x)).eps / 4 if shifted else 0.0
+    return torch.finfo(dtype(x)).eps / 4 if _is_shifted(x, axis) else 0.0
+
+
+def _is_shifted(x: fx.Node, axis: int) -> bool:
+    return is_call(x, aten.sub.Tensor) and is_maximum_of(arg(x, 1), operand(x), axis)
 
 
 def _is_sum(node: object, total: fx.Node, slack: float) -> bool:

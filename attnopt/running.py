@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,14 +73,20 @@ def kept(module: nn.Module) -> Iterator[None]:
         for table, name, held in found:
             table[name] = held
         for things, listed in lists_before:
-            things[:] = listed
+            if not _same_objects(things, listed):
+                things[:] = listed
         for named, copied in dicts_before:
-            named.clear()
-            named.update(copied)
+            if not (_same_objects(named, copied) and _same_objects(named.values(), copied.values())):
+                named.clear()
+                named.update(copied)
         for tensor, values in tensors_before:
             if not torch.equal(tensor, values):
                 with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
                     tensor.copy_(values)
+
+
+def _same_objects(now: Collection[Any], before: Collection[Any]) -> bool:
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
 def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:

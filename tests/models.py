@@ -109,7 +109,9 @@ class Spelling:
         if s.apply == "moderate" and "given" in s.mask:  # which may hide too
             s = replace(s, apply="where")
         written = s.mask and "given" not in s.mask and s.apply in ("where", "masked_fill", "moderate", "assigned")
-        if (s.after == "clean" and s.softmax in ("late", "later")) or (s.after not in ("", "clean") and not written):
+        if (s.after == "clean" and s.softmax in ("exp", "late", "later")) or (
+            s.after not in ("", "clean") and not written
+        ):
             s = replace(s, after="")
         if s.after == "rows" and len(s.mask) > 1:
             s = replace(s, after="again")

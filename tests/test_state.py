@@ -227,6 +227,23 @@ def test_a_structure_that_cannot_be_saved_is_told(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class Frozen(dict[str, int]):
+    """A dict that refuses to be changed, as diffusers' configurations do."""
+
+    def refuse(self, *_: Any, **__: Any) -> None:
+        raise TypeError("it is frozen")
+
+    clear = update = __setitem__ = __delitem__ = refuse  # type: ignore[assignment]
+
+
+def test_what_no_call_changes_is_not_touched() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
+    model.settings = Frozen(width=8)
+    x = torch.randn(2, 5, 8)
+    assert len(attnopt.optimize(model, "fuse", x).sites) == 1
+    assert model.settings == {"width": 8}
+
+
 def test_a_lazy_model_has_to_be_called_first() -> None:
     model, x = (
         nn.Sequential(nn.LazyLinear(32), nn.TransformerEncoderLayer(32, 4, batch_first=True)),

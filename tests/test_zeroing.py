@@ -154,6 +154,10 @@ CHANGED: dict[str, tuple[str, Weigh]] = {
         lambda s, m, n: (s + n).masked_fill(~m, -1e9).softmax(-1).masked_fill(~m, 0.0),
     ),
     "another number for NaN": ("no-value-product", lambda s, m, _: s.masked_fill(~m, -INF).softmax(-1).nan_to_num(1.0)),
+    "0 for what overflows": (
+        "no-value-product",
+        lambda s, m, _: (e := s.exp()).div(e.sum(-1, keepdim=True)).nan_to_num(),
+    ),
     "another number than 0": (
         "weights-changed",
         lambda s, m, _: s.masked_fill(~m, -INF).softmax(-1).masked_fill(~m, 0.1),
