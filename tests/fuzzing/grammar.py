@@ -74,10 +74,13 @@ class Case:
 
 
 def _editable(b: Block) -> Block:
-    """The oracle hides keys where they meet ``exp``: a maximum among them was subtracted before, and an epsilon then shows."""
-    if b.spelling.softmax == "eps" and {"window", "sparse"} & set(b.rewrite.split("+")):
-        return replace(b, spelling=replace(b.spelling, softmax="stable-exp"))
-    return b
+    """The oracle hides keys where they meet ``exp``, when a maximum among them has been subtracted: of what is left an epsilon
+    may be much, and where nothing is left 0 / 0 must not be cleaned."""
+    s = b.spelling
+    if not s.exponentials or not {"window", "sparse"} & set(b.rewrite.split("+")):
+        return b
+    softmax = "stable-exp" if s.softmax == "eps" else s.softmax
+    return replace(b, spelling=replace(s, softmax=softmax, after="" if s.after == "clean" else s.after))
 
 
 def _fitting(s: Spelling, c: Case, width: int, plain: bool) -> Spelling:
