@@ -19,7 +19,7 @@ from attnopt.roles import squares
 from attnopt.scores import Hide, Multiply, Term
 
 _FAR = -1e8  # a score that this is added to is lost
-_FLOOR = -1e30  # so is every other, and what is added to it later
+FLOOR = -1e30  # so is every other, and what is added to it later
 
 
 def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | None, fx.Node | None, bool]:
@@ -71,12 +71,12 @@ def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
         return -math.inf
     if not _hides_alone(r, step):
         raise NotAttentionError(_moderate_mask(step, r))
-    return _FLOOR
+    return FLOOR
 
 
 def _hides_alone(r: Region, step: Hide) -> bool:
     """A row that is all hidden is hidden by this number alone: its weights are equal then, whatever the number is."""
-    if torch.finfo(dtype(r.q.node)).min > _FLOOR or (r.sinks is not None and may_hide(r.sinks.node, step.fill)):
+    if torch.finfo(dtype(r.q.node)).min > FLOOR or (r.sinks is not None and may_hide(r.sinks.node, step.fill)):
         return False
     place = r.steps.index(step)
     added = [(i, s.operand.node) for i, s in enumerate(r.steps) if isinstance(s, Term) and s.operand is not None]

@@ -14,14 +14,12 @@ import torch
 from torch import fx
 
 from attnopt.axes import Axes, Axis, length, resolve_all, unfollow
-from attnopt.graph import CASTS, arg, aten, computes_same, dtype, is_call, is_tensor, operand, shape, wrap
+from attnopt.graph import CASTS, NOT, arg, aten, computes_same, dtype, is_call, is_tensor, operand, shape, wrap
 from attnopt.normaliser import Softmax
 from attnopt.overwriting import zeros_of
 from attnopt.probing import may_hide
 from attnopt.region import atoms_of
 from attnopt.scores import Hide, Operand, Step, Term
-
-_NOT = (aten.logical_not.default, aten.bitwise_not.default)
 
 
 def cleans(node: fx.Node, weights: fx.Node) -> bool:
@@ -74,7 +72,7 @@ def _root(h: Hide) -> tuple[fx.Node, Axes, bool]:
     """The tensor behind casts, negations and layout changes, its axes, and whether 0 or anything else hides."""
     node, axes, when = h.condition.node, resolve_all(h.condition.axes), h.when
     while True:
-        if is_call(node, *_NOT) and dtype(node) == torch.bool:
+        if is_call(node, *NOT) and dtype(node) == torch.bool:
             node, when = operand(node), not when
         elif is_call(node, aten.eq.Scalar, aten.ne.Scalar) and arg(node, 1) == 0:
             when ^= is_call(node, aten.eq.Scalar)

@@ -7,13 +7,12 @@ import math
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph import Emitter, arg, aten, dtype, is_call, operand
+from attnopt.graph import NOT, Emitter, arg, aten, dtype, is_call, operand
+from attnopt.masking import FLOOR
 from attnopt.patterns import Pattern
 from attnopt.probing import evaluate, inputs_behind, is_plain, other_sizes, symbols
 
-FLOOR = -1e30
 _AND = (aten.bitwise_and.Tensor, aten.logical_and.default)
-_NOT = (aten.bitwise_not.default, aten.logical_not.default)
 
 
 def soft_floor(emit: Emitter, bias: fx.Node) -> fx.Node:
@@ -38,7 +37,7 @@ def without_pattern(
     hidden = mask
     if bias is not None and is_call(bias, aten.masked_fill.Scalar) and arg(bias, 2) == -math.inf:
         hides = arg(bias, 1)
-        if is_call(hides, *_NOT):
+        if is_call(hides, *NOT):
             bias, hidden = operand(bias), operand(hides)
     if hidden is None:
         return bias, mask, False
