@@ -104,8 +104,14 @@ def _not_equal(raised: Raised, error: float) -> Refusal:
         "the raised attention to compute what the model computes",
         f"a relative difference of {error:.2g}",
         source_line(raised.region.out.node),
-        "please report the model: this is a gap in matching, and the site is left as it is",
+        _BLIND if raised.hides_for_good else _GAP,
     )
+
+
+_GAP = "please report the model: this is a gap in matching, and the site is left as it is"
+_BLIND = (
+    f"if the example inputs hide every key of a query, as padding on the left does, pad on the right; if not, {_GAP}"
+)
 
 
 def _defeated(node: fx.Node, e: Exception) -> Refusal:
@@ -166,6 +172,11 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
     notes: tuple[str, ...] = ()
     if region.escapes:
         notes += ("the attention weights are used elsewhere and are still computed",)
+    if raised.hides_for_good:
+        notes += (
+            "a query whose every key is hidden, as by padding on the left of a causal mask, gets other numbers than the "
+            "model's: a finite number hides keys there",
+        )
     device = value(q).device.type
     if device == "meta":
         notes += ("proved with random values: on the meta device the model holds none",)

@@ -19,6 +19,7 @@ from attnopt.roles import squares
 from attnopt.scores import Hide, Multiply, Term
 
 _FAR = -1e8  # a score that this is added to is lost
+_LOST = 1e4  # a score beside which this is added to another counts for nothing
 FLOOR = -1e30  # so is every other, and what is added to it later
 
 
@@ -150,6 +151,35 @@ def read_masks(
         pattern = _and(pattern, found)
     seen = _named(gm, both, lengths, 1) if all(_from_flags(n) for n in both) else None
     return pattern, None if seen is None else _and(pattern, seen), bias, mask
+
+
+def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
+    """Whether a query that is left without a key here may see, in the model, what a finite number hides there.
+
+    A pattern or a mask hides for good.  Where a number is as good as that for each query that sees something else, it is not
+    for one whose every other key the inputs hide, as padding on the left does under a causal mask.
+    """
+    hides = [s for s in r.steps if isinstance(s, Hide)]
+    added = [(s.operand.node, s.coefficient) for s in r.steps if isinstance(s, Term) and s.operand is not None]
+    given = any(inputs_behind(s.condition.node) for s in hides)
+    if not given and not any(inputs_behind(n) and may_hide(n, -_LOST) for n, _ in added):
+        return False
+    named = not isinstance(pattern, Full)
+    for i, step in enumerate(hides):
+        if step.fill == -math.inf:
+            continue
+        if any(s.fill == -math.inf for s in hides[:i]):
+            return True
+        if not inputs_behind(step.condition.node) and (named or step.fill > _FAR):
+            return True
+    return named and any(_hides_by_a_number(gm, *term) for term in added)
+
+
+def _hides_by_a_number(gm: fx.GraphModule, node: fx.Node, coefficient: float) -> bool:
+    if inputs_behind(node) or not is_plain(node):
+        return False
+    found = evaluate(gm, node, symbols(gm.graph)) * coefficient
+    return bool((found.isfinite() & (found <= -_LOST)).any())
 
 
 def _and(a: Pattern, b: Pattern) -> Pattern:

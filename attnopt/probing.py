@@ -93,7 +93,8 @@ def _is_varying(node: fx.Node) -> bool:
 def may_hide(node: fx.Node, fill: float) -> bool:
     """What is added to the scores may be a mask, beside which a score of ``fill`` is seen.
 
-    It is none where activations made it and no number as low stands in it, or where its own numbers are known.
+    It is none where activations made it and no number as large stands in it (what is large may be subtracted), or where its
+    own numbers are known.
     """
     gm = node.graph.owning_module
     assert isinstance(gm, fx.GraphModule)
@@ -103,11 +104,15 @@ def may_hide(node: fx.Node, fill: float) -> bool:
         return True
     if any(c.is_meta for c in constants):
         return True
-    limit = fill + _APART
+    limit = -fill - _APART
     if inputs_behind(node):
-        low = [x for n in made for x in _literals(n) if x < limit]
-        return bool(low) or any(bool((c < limit).any()) for c in constants)
-    return any(bool((evaluate(gm, node, sizes) < limit).any()) for sizes in other_sizes(symbols(gm.graph)))
+        large = [x for n in made for x in _literals(n) if abs(x) > limit]
+        return bool(large) or any(_holds_large(c, limit) for c in constants)
+    return any(_holds_large(evaluate(gm, node, sizes), limit) for sizes in other_sizes(symbols(gm.graph)))
+
+
+def _holds_large(x: Tensor, limit: float) -> bool:
+    return bool(((x > limit) | (x < -limit)).any())
 
 
 def _literals(node: fx.Node) -> list[float]:

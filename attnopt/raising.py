@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from attnopt.arranging import Arranger
 from attnopt.axes import Axis, resolve, resolve_all
 from attnopt.graph import Emitter, aten, dtype, shape, source_line
-from attnopt.masking import bias_and_mask, hides_what_is_zeroed, read_masks
+from attnopt.masking import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
 from attnopt.operands import ROLES
 from attnopt.projections import signature
 from attnopt.refusal import Refusal
@@ -30,12 +30,16 @@ def attention(
 
 @dataclass(frozen=True)
 class Raised:
-    """A site in canonical form: ``node`` calls ``attention``, ``out`` has the layout of the region's output."""
+    """A site in canonical form: ``node`` calls ``attention``, ``out`` has the layout of the region's output.
+
+    ``hides_for_good``: a query that sees no key may see, in the model, what a finite number hides there.
+    """
 
     region: Region
     spec: AttentionSpec
     node: fx.Node
     out: fx.Node
+    hides_for_good: bool = False
 
     @property
     def operands(self) -> dict[str, fx.Node | None]:
@@ -89,7 +93,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         softcap=r.softcap,
         seen_as=seen,
     )
-    return Raised(region, spec, node, out)
+    return Raised(region, spec, node, out, hides_for_good(gm, r, pattern))
 
 
 def _with_factors(

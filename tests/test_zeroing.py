@@ -99,6 +99,10 @@ def causal(x: Tensor) -> Tensor:
     return x.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -1e4)
 
 
+def hidden_above(x: Tensor) -> Tensor:
+    return x.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), 1e4)
+
+
 def shifted(s: Tensor) -> Tensor:
     return s - s.amax(-1, keepdim=True)
 
@@ -177,6 +181,10 @@ CHANGED: dict[str, tuple[str, Weigh]] = {
     "moderate, and activations with a mask in them": (
         "moderate-mask",
         lambda s, m, n: (s + causal(n @ n.transpose(-1, -2))).masked_fill(~m, -1e4).softmax(-1),
+    ),
+    "moderate, and activations with a mask that is subtracted": (
+        "moderate-mask",
+        lambda s, m, n: (s - hidden_above(n @ n.transpose(-1, -2))).masked_fill(~m, -1e4).softmax(-1),
     ),
     "two moderate numbers": (
         "moderate-mask",
