@@ -108,8 +108,8 @@ def _finite(tensors: list[Tensor]) -> bool:
 
 
 def _with_softmax(case: Case, model: nn.Module, fused: list[Block]) -> nn.Module:
-    """The same model with torch's softmax in the place of exponentials where they were fused: fewer keys may leave 0 / 0 of
-    these.  What was left alone keeps its own."""
+    """The same model with torch's softmax in the place of exponentials in the ``fused`` blocks.  Where keys are hidden after
+    the maximum of all of them was taken off, what is left of these may be 0 / 0, or a few bits of a subnormal number."""
     blocks = [
         replace(b, spelling=replace(b.spelling, softmax="F"))
         if b.spelling.exponentials and any(b is f for f in fused)
@@ -237,12 +237,14 @@ def _rewritten(
             assert r.expected or r.found, f"{site}: {name} refused without a reason"
             outcome.refused.append((name, r.code))
         outcome.rewritten += [p.name for p in edit.passes if p.name not in refused[site]]
-    want = meant(model, given, edits, refused)
+    fused = [(e, refused[site]) for site, e in edits.items() if entries[site].status == "rewritten"]
+    written = _with_softmax(case, model, [e.call.block for e, less in fused if e.visible.keys() - less])
+    want = meant(written, given, edits, refused)
     if not _finite(want):
-        fused = [e.call.block for site, e in edits.items() if entries[site].status == "rewritten"]
-        want = meant(_with_softmax(case, model, fused), given, edits, refused)
+        written = _with_softmax(case, model, [e.call.block for e, _ in fused])
+        want = meant(written, given, edits, refused)
     _same(
-        case, oracle.run(fast, (), given), want, "rewritten", lambda: meant(*_in_single(model, given), edits, refused)
+        case, oracle.run(fast, (), given), want, "rewritten", lambda: meant(*_in_single(written, given), edits, refused)
     )
     if not case.reuse:
         pruned = [e for e in edits.values() if "prune-heads" in {p.name for p in e.passes} - refused[e.call.site]]
