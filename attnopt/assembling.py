@@ -13,7 +13,22 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from attnopt.graph import Emitter, arg, aten, dtype, is_call, is_static, operand, same_size, shape, value, wrap
+from attnopt.graph import (
+    Emitter,
+    ancestors,
+    arg,
+    aten,
+    dtype,
+    hint,
+    is_call,
+    is_static,
+    is_tensor,
+    operand,
+    same_size,
+    shape,
+    value,
+    wrap,
+)
 
 PIECES = 64  # more are left as they were written
 
@@ -43,6 +58,31 @@ def filled(emit: Emitter, node: fx.Node) -> fx.Node | None:
     if dtype(written_in) != dtype(x):
         written_in = emit.call(aten._to_copy.default, written_in, dtype=dtype(x))
     return emit.call(aten.masked_fill.Tensor, x, mask, emit.call(aten.reshape.default, written_in, []))
+
+
+def full(emit: Emitter, node: fx.Node, number: float) -> fx.Node | None:
+    """One number everywhere, in the form of ``node``, from sizes alone: what its numbers were taken over from is not needed."""
+    sizes: list[int | fx.Node] = []
+    for size in value(node).shape:
+        if is_static(size):
+            sizes.append(hint(size))
+        elif (found := _first_of_size(node, size)) is not None:
+            sizes.append(emit.size(*found))
+        else:
+            return None
+    kind = value(node)
+    return emit.call(aten.full.default, sizes, number, dtype=kind.dtype, device=kind.device, pin_memory=False)
+
+
+def _first_of_size(node: fx.Node, size: torch.SymInt) -> Place | None:
+    """Of all that ``node`` is computed from, the first tensor with an axis of this size."""
+    above = {n for n in ancestors(node) if n is not node and is_tensor(n)}
+    for n in node.graph.nodes:
+        if n in above:
+            axis = next((a for a, s in enumerate(value(n).shape) if same_size(s, size)), None)
+            if axis is not None:
+                return n, axis
+    return None
 
 
 def joined(emit: Emitter, node: fx.Node) -> fx.Node | None:

@@ -21,6 +21,7 @@ from attnopt.probing import inputs_behind
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region, atoms_of, unreadable
 from attnopt.roles import assign_roles
+from attnopt.row_sums import renormalises
 from attnopt.scores import (
     Hide,
     NotScoresError,
@@ -46,7 +47,7 @@ def recognise(anchor: Softmax | fx.Node) -> Region:
 def _from_softmax(a: Softmax) -> Region:
     follows = _follow_weights(a)
     try:
-        scores = read_scores(a.scores, a.axis)
+        scores = read_scores(a.scores, a.axis, a.rate)
     except NotScoresError as e:
         raise NotAttentionError(e.refusal, near=follows is not None or _comes_from_product(a)) from None
     if follows is None:
@@ -61,7 +62,7 @@ def _from_softmax(a: Softmax) -> Region:
     product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
-    weights_axes, zeroed = _through(inner, scores.axes)
+    weights_axes, zeroed = _through(inner, scores.axes, a.axis)
     _unify(product.left_axes, weights_axes, product.node)
     out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
     path = tuple(_between(scores.product.node, out.node))
@@ -91,8 +92,9 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
                     quotient = None if a.late_sum is None else late_quotient(product.node, a.late_sum)
                     if a.late_sum is None or quotient is not None:
                         return oriented, quotient, path
+            same = a.late_sum is None and path[-1] is a.weights and renormalises(user, a.weights, a.axis)
             zeroes = zeros_of(user, path[-1]) is not None or (cleans(user, path[-1]) and not a.may_overflow)
-            if (zeroes or is_call(user, *PASSIVE)) and len(path) < 12:
+            if (same or zeroes or is_call(user, *PASSIVE)) and len(path) < 12:
                 stack.append((*path, user))
             elif is_call(
                 user, aten.mul.Tensor, aten.masked_fill.Scalar, aten.add.Tensor, aten.where.self, aten.cat.default
@@ -152,14 +154,14 @@ def _leads_to_product(node: fx.Node) -> bool:
     return False
 
 
-def _through(path: tuple[fx.Node, ...], axes: Axes) -> tuple[Axes, dict[fx.Node, Hide]]:
+def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, dict[fx.Node, Hide]]:
     """Axes at the end of ``path``, whose first node has ``axes``, and what the nodes between put zeros in.
 
     A slice that drops a sink's column is passed.
     """
     zeroed: dict[fx.Node, Hide] = {}
     for before, node in pairwise(path):
-        if cleans(node, before):
+        if cleans(node, before) or renormalises(node, before, axis):
             continue
         if (zeros := zeros_of(node, before)) is not None:
             if (hide := hiding(zeros, axes)) is None:
@@ -266,6 +268,7 @@ def _assemble(
         wipes=scores.wipes,
         softcap=scores.softcap,
         sinks=scores.sinks,
+        sink_rate=scores.sink_rate,
         nodes=path,
         escapes=escapes,
         frames=frames,

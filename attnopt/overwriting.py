@@ -11,6 +11,7 @@ from torch import fx
 
 from attnopt.axes import unfollow
 from attnopt.graph import CASTS, RESHAPES, arg, aten, constant_of, dtype, is_call, is_tensor, shape
+from attnopt.probing import evaluate, inputs_behind, is_plain, other_sizes, symbols
 
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -59,13 +60,23 @@ def zeros_of(node: fx.Node, source: fx.Node) -> Overwrite | None:
 
 
 def _are_flags(node: fx.Node) -> bool:
-    """0 and 1 alone: made of a bool tensor by casts and layout changes."""
+    """0 and 1 alone: made of a bool tensor by casts and layout changes, or of numbers that are the same at every call."""
     while dtype(node) != torch.bool:
         above = None if is_call(node, aten.mul.Tensor, aten.div.Tensor) else unfollow(node, ((),) * len(shape(node)))
         if above is None:
-            return False
+            return not inputs_behind(node) and is_plain(node) and _holds_flags(node)
         node = above[0]
     return True
+
+
+def _holds_flags(node: fx.Node) -> bool:
+    gm = node.graph.owning_module
+    assert gm is not None
+    try:
+        found = [evaluate(gm, node, sizes) for sizes in other_sizes(symbols(gm.graph))]
+    except RuntimeError:  # a size that the graph does not take
+        return False
+    return all(bool(((x == 0) | (x == 1)).all()) for x in found)
 
 
 def number(x: Any) -> float | None:

@@ -66,6 +66,8 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
                 "sink-and-constant", "a sink beside plain scores", "a constant added to them", source_line(r.out.node)
             )
         )
+    if sinks is not None and r.sink_rate != 1:
+        sinks = emit.call(aten.mul.Tensor, sinks, r.sink_rate)
     for factor in (*zeroing, *r.wipes):
         if not hides_what_is_zeroed(
             gm, bias, at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, r.keys))

@@ -96,7 +96,7 @@ class Scores:
 
     ``axes`` are those of the softmax input; ``factors`` are tensors that multiply the product and do not vary over both
     queries and keys; ``wipes`` multiply scores that were capped or biased before, which only a mask of 0 and 1 may do;
-    ``sinks`` is a logit that joins each row.
+    ``sinks``, multiplied by ``sink_rate``, is a logit that joins each row.
     """
 
     product: Product
@@ -107,6 +107,7 @@ class Scores:
     factors: tuple[Operand, ...] = ()
     wipes: tuple[Operand, ...] = ()
     sinks: Operand | None = None
+    sink_rate: float = 1.0
     before_sinks: int = 0  # steps that came before that logit
     path: tuple[fx.Node, ...] = ()
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
@@ -120,12 +121,12 @@ class NotScoresError(Exception):
         super().__init__(str(refusal))
 
 
-def read_scores(node: fx.Node, axis: int) -> Scores:
-    """Understand ``node``, the input of a softmax over ``axis``.  Raises NotScoresError."""
+def read_scores(node: fx.Node, axis: int, rate: float = 1.0) -> Scores:
+    """Understand ``node``, which a softmax over ``axis`` gets multiplied by ``rate``.  Raises NotScoresError."""
     found, blocked = _search(node, axis, 0)
     if found is None:
         raise NotScoresError(_no_product(blocked or node))
-    return found
+    return found if rate == 1 else _scaled(found, rate)
 
 
 def _no_product(node: fx.Node) -> Refusal:
@@ -217,7 +218,7 @@ def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
         return s if floor is not None and floor <= least and len(node.args) < 3 else None
     if is_call(node, aten.tanh.default):
-        return replace(s, softcap=math.nan) if s.softcap is None and not s.steps else None
+        return replace(s, softcap=math.nan) if s.softcap is None and not s.steps and s.sinks is None else None
     if is_call(node, aten.cat.default):
         return _sink(node, source, s)
     return None
@@ -230,6 +231,7 @@ def _other(node: fx.Node, source: fx.Node) -> Any:
 def _scaled(s: Scores, factor: float) -> Scores:
     """Everything so far multiplied by a number; a capped product keeps its shape only if the cap moves with it."""
     steps = (*s.steps, Multiply(factor)) if s.steps else ()
+    s = replace(s, sink_rate=s.sink_rate * factor) if s.sinks is not None else s
     if s.softcap is None:
         return replace(s, scale=s.scale * factor, steps=steps)
     if math.isnan(s.softcap) and factor > 0:  # tanh(scale * qk) * factor: the cap is the factor

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from attnopt.assembling import filled, joined, written
+from attnopt.assembling import filled, full, joined, written
 from attnopt.graph import (
     CASTS,
     RESHAPES,
@@ -62,6 +62,8 @@ def tidy(gm: fx.GraphModule) -> None:
             _as_attention(node)
         elif is_call(node, aten.squeeze.dim, aten.squeeze.dims):
             _squeeze_ones(node)
+        elif (number := _number_all_over(node)) is not None and node not in outputs:
+            node = _replaced(node, full(Emitter(gm.graph, node), node, number))
         elif is_call(node, aten.index.Tensor, aten.index_select.default) and node not in outputs:
             node = _as_slices(gm, node)
         elif is_call(node, aten.slice_scatter.default, aten.select_scatter.default) and node not in outputs:
@@ -84,6 +86,18 @@ def _spell_out(node: fx.Node) -> None:
     if all(map(is_static, sizes)):
         node.target = aten.expand.default if is_call(node, aten.expand_as.default) else aten.reshape.default
         node.args, node.kwargs = (operand(node), [hint(s) for s in sizes]), {}
+
+
+def _number_all_over(node: fx.Node) -> float | bool | None:
+    """The number that stands everywhere in ``node``, which is made in the form of another tensor, whatever that one holds."""
+    if is_call(node, aten.ones_like.default, aten.new_ones.default):
+        return 1
+    if is_call(node, aten.zeros_like.default, aten.new_zeros.default):
+        return 0
+    at = 2 if is_call(node, aten.new_full.default) else 1
+    known = is_call(node, aten.full_like.default, aten.new_full.default, aten.fill.Scalar)
+    made = arg(node, at) if known else None
+    return made if isinstance(made, (int, float)) else None
 
 
 def _squeeze_ones(node: fx.Node) -> None:

@@ -40,14 +40,15 @@ class Spelling:
     norm: str = ""  # layer, rms, l2, across
     scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature
     mask: tuple[str, ...] = ()  # causal, window, left, padding, float-padding, given
-    made: str = "tril"  # tril, triu, arange
+    made: str = "tril"  # tril, triu, arange, like (the scores)
     apply: str = "where"  # add-inf, add-min, lerp, where, masked_fill, moderate, assigned, old-gpt
     after: str = ""  # what is done to the weights too: again, flags, rows (masks once more), clean (of NaN)
     commuted: bool = False
     bias_kind: str = ""  # alibi, table, addend
     softcap: float | None = None
     sinks: bool = False
-    # F, torch, method, positive, float32, upcast, shifted, exp, stable-exp, eps, log, lse, late, later (behind the layout)
+    # F, torch, method, positive, float32, upcast, shifted, exp, stable-exp, inverse, exp2, eps, log, lse, lse-rows, again,
+    # late, later (behind the layout)
     softmax: str = "F"
     cross: bool = False
     returns: str = "output"  # output, weights, heads (each head's output), stats (of the weights)
@@ -68,7 +69,7 @@ class Spelling:
     @property
     def exponentials(self) -> bool:
         """The softmax is written with ``exp``."""
-        return self.softmax in ("exp", "stable-exp", "eps", "late", "later", "lse")
+        return self.softmax in ("exp", "stable-exp", "inverse", "exp2", "eps", "late", "later", "lse", "lse-rows")
 
     def repaired(self) -> Spelling:
         """The nearest spelling whose parts can stand together."""
@@ -446,6 +447,12 @@ class Attention(nn.Module):
             return self.tril[:q_len, :kv_len]
         return ~torch.ones(q_len, kv_len, dtype=torch.bool).triu(1) if self.s.made == "triu" else j <= i
 
+    def _mask(self, kind: str, scores: Tensor, padding: Tensor | None) -> Tensor:
+        """As ``_visible``, or in the form of the scores."""
+        if kind == "causal" and self.s.made == "like":
+            return torch.ones_like(scores, dtype=torch.bool).tril()
+        return self._visible(kind, scores.shape[-2], scores.shape[-1], padding)
+
     def _biased(self, scores: Tensor) -> Tensor:
         """[B, H, L, S] with the position bias."""
         s = self.s
@@ -468,7 +475,7 @@ class Attention(nn.Module):
                 assert given is not None
                 scores = given + scores if s.commuted else scores + given
                 continue
-            m = self._visible(kind, scores.shape[-2], scores.shape[-1], padding)
+            m = self._mask(kind, scores, padding)
             if s.apply == "old-gpt":
                 f = m.to(scores.dtype)
                 scores = scores * f - 1e4 * (1 - f)
@@ -527,6 +534,17 @@ class Attention(nn.Module):
             return F.log_softmax(scores, dim).exp(), None
         if form == "lse":
             return torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)), None
+        if form == "lse-rows":
+            return torch.exp(scores - scores.logsumexp(-1).unsqueeze(-1)), None
+        if form == "again":
+            w = scores.softmax(dim)
+            return w / w.sum(dim, keepdim=True), None
+        if form == "exp2":
+            e = torch.exp2((scores - scores.amax(-1, keepdim=True)) * math.log2(math.e))
+            return e / e.sum(-1, keepdim=True), None
+        if form == "inverse":
+            e = torch.exp(scores - scores.amax(-1, keepdim=True))
+            return e * e.sum(-1).reciprocal()[..., None], None
         if form in ("exp", "stable-exp", "eps", "late", "later"):
             e = torch.exp(scores if form in ("exp", "late") else scores - scores.amax(-1, keepdim=True))
             total = e.sum(-1, keepdim=True)
@@ -654,7 +672,7 @@ class Attention(nn.Module):
         if s.after == "clean":
             return torch.nan_to_num(weights)
         for kind in s.mask if s.after else ():
-            m = self._visible(kind, weights.shape[-2], weights.shape[-1], padding)
+            m = self._mask(kind, weights, padding)
             if s.after == "flags":
                 weights = weights * m.to(weights.dtype)
             elif s.after == "rows":

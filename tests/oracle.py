@@ -109,7 +109,7 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
     """
     counter = _Counter(edits, heads, exponentials)
     softmax, log_softmax, exp = torch.Tensor.softmax, torch.Tensor.log_softmax, torch.Tensor.exp
-    logsumexp = torch.Tensor.logsumexp
+    exp2, logsumexp = torch.Tensor.exp2, torch.Tensor.logsumexp
 
     def on_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, _stacklevel: int = 3, **_: Any) -> Tensor:
         if counter.inside or x.dim() < 3:
@@ -132,6 +132,13 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         edit = counter.pending.pop() if counter.pending else counter.take(x)
         assert edit is None or edit.is_mask
         return exp(_hidden(x, -1, edit, heads))
+
+    def on_exp2(x: Tensor) -> Tensor:
+        if not exponentials or x.dim() < 3:
+            return exp2(x)
+        edit = counter.take(x)
+        assert edit is None or edit.is_mask
+        return exp2(_hidden(x, -1, edit, heads))
 
     def on_logsumexp(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
         if not exponentials or x.dim() < 3:
@@ -166,6 +173,8 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         mock.patch.object(torch.Tensor, "logsumexp", on_logsumexp),
         mock.patch.object(torch, "exp", on_exp),
         mock.patch.object(torch.Tensor, "exp", on_exp),
+        mock.patch.object(torch, "exp2", on_exp2),
+        mock.patch.object(torch.Tensor, "exp2", on_exp2),
         mock.patch.object(F, "scaled_dot_product_attention", on_sdpa),
     )
     for patch in patches:

@@ -123,7 +123,7 @@ def _gains_can_be_told(case: Case, s: Spelling) -> bool:
 
 
 def _by_normaliser(s: Spelling) -> bool:
-    return not s.exponentials and s.softmax != "log"
+    return not s.exponentials and s.softmax not in ("log", "again")
 
 
 def _leaves_keys(call: Call, attention: Attention, visible: Tensor, given: Mapping[str, Tensor]) -> bool:
