@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
-from attnopt.graph import get_attr, is_static, written
+from attnopt.graph import get_attr, is_static, opname, source_line, written
 from attnopt.relations import relations
 from attnopt.running import cloned, outputs_of
 from attnopt.tidying import tidy
@@ -228,11 +228,22 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     with quiet():
         module = exported.module()
     assert isinstance(module, fx.GraphModule)
+    _refuse_own_generator(module)
     _own_state(module)
     tidy(module)
     declared = _declared(shapes)
     held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]
     return Program(module, args, kwargs, shapes, (*_fixed(module, shapes), *held), route)
+
+
+def _refuse_own_generator(module: fx.GraphModule) -> None:
+    """The graph holds the generator as it was when it was traced, and would draw on where the model starts anew."""
+    drawing = next((n for n in module.graph.nodes if n.kwargs.get("generator") is not None), None)
+    if drawing is not None:
+        raise CaptureError(
+            f"{opname(drawing)} at {source_line(drawing)} draws from a torch.Generator of the model's own",
+            hint="draw from torch's default generator, or give the numbers to the model as an input",
+        )
 
 
 @contextmanager

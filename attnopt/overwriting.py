@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnopt.axes import unfollow
 from attnopt.graph import CASTS, RESHAPES, arg, aten, constant_of, dtype, is_call, is_tensor, shape
@@ -64,23 +64,33 @@ def _are_flags(node: fx.Node) -> bool:
     while dtype(node) != torch.bool:
         above = None if is_call(node, aten.mul.Tensor, aten.div.Tensor) else unfollow(node, ((),) * len(shape(node)))
         if above is None:
-            return not inputs_behind(node) and is_plain(node) and _holds_flags(node)
+            return _holds_flags(node)
         node = above[0]
     return True
 
 
 def _holds_flags(node: fx.Node) -> bool:
+    found = _known_values(node)
+    return found is not None and all(bool(((x == 0) | (x == 1)).all()) for x in found)
+
+
+def _known_values(node: fx.Node) -> list[Tensor] | None:
+    """What ``node`` holds at several sizes, where that is the same at every call."""
+    if node.op == "get_attr":
+        stored = constant_of(node)
+        return None if stored is None else [stored]
+    if inputs_behind(node) or not is_plain(node):
+        return None
     gm = node.graph.owning_module
     assert gm is not None
     try:
-        found = [evaluate(gm, node, sizes) for sizes in other_sizes(symbols(gm.graph))]
+        return [evaluate(gm, node, sizes) for sizes in other_sizes(symbols(gm.graph))]
     except RuntimeError:  # a size that the graph does not take
-        return False
-    return all(bool(((x == 0) | (x == 1)).all()) for x in found)
+        return None
 
 
 def number(x: Any) -> float | None:
-    """A constant number: a literal, or a tensor of one element made from a literal in the graph."""
+    """A constant number: a literal, or a tensor of one element made from known numbers alone."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     while is_call(x, *_COPIES):
@@ -92,12 +102,13 @@ def number(x: Any) -> float | None:
         return float(arg(x, 0))
     if is_call(x, aten.zeros.default, aten.zeros_like.default):
         return 0.0
-    return _stored_number(x)
+    return _known_number(x)
 
 
-def _stored_number(x: Any) -> float | None:
-    """The value of a one-element constant that capture lifted out of the graph."""
-    if not isinstance(x, fx.Node) or x.op != "get_attr" or not is_tensor(x) or math.prod(shape(x)) != 1:
+def _known_number(x: Any) -> float | None:
+    """The value of one element that is stored, or computed from what is known, whatever the sizes are."""
+    if not isinstance(x, fx.Node) or not is_tensor(x) or math.prod(shape(x)) != 1:
         return None
-    found = constant_of(x)
-    return None if found is None else float(found)
+    found = _known_values(x)
+    values = {float(v) for v in found or () if v.numel() == 1}
+    return values.pop() if found is not None and len(values) == 1 else None

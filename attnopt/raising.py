@@ -104,11 +104,14 @@ def _with_factors(
     """Tensors that multiply the scores, moved to the side whose axes they have; those that vary over both are returned."""
     both: list[Operand] = []
     for factor in r.factors:
+        applied = aten.div.Tensor if factor.divides else aten.mul.Tensor
         atoms = {a for ax in resolve_all(factor.axes) for a in ax}
         if not atoms & set(r.keys):
-            q = emit.call(aten.mul.Tensor, q, at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, ())))
+            q = emit.call(applied, q, at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, ())))
         elif not atoms & (set(r.queries) | (set(r.heads) - set(kv_heads))):
-            k = emit.call(aten.mul.Tensor, k, at.arrange(factor.node, factor.axes, (r.batch, kv_heads, r.keys, ())))
+            k = emit.call(applied, k, at.arrange(factor.node, factor.axes, (r.batch, kv_heads, r.keys, ())))
+        elif factor.divides:
+            raise NotAttentionError(_multiplied(factor))
         else:
             both.append(factor)
     return q, k, both

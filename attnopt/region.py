@@ -12,7 +12,7 @@ from attnopt.graph import (
     source_line,
 )
 from attnopt.refusal import Refusal
-from attnopt.scores import Operand, Step
+from attnopt.scores import Factor, Operand, Step
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Region:
     features: Axis
     value_features: Axis
     steps: tuple[Step, ...] = ()
-    factors: tuple[Operand, ...] = ()
+    factors: tuple[Factor, ...] = ()
     wipes: tuple[Operand, ...] = ()
     softcap: float | None = None
     sinks: Operand | None = None

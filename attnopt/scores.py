@@ -63,6 +63,13 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Factor(Operand):
+    """It multiplies the scores, or ``divides`` them."""
+
+    divides: bool = False
+
+
+@dataclass(frozen=True)
 class Term:
     """The bias becomes bias + coefficient * operand."""
 
@@ -94,8 +101,8 @@ Step = Term | Hide | Multiply
 class Scores:
     """softmax input = softcap(scale * product) with ``steps`` applied to the bias, in their order.
 
-    ``axes`` are those of the softmax input; ``factors`` are tensors that multiply the product and do not vary over both
-    queries and keys; ``wipes`` multiply scores that were capped or biased before, which only a mask of 0 and 1 may do;
+    ``axes`` are those of the softmax input; ``factors`` are tensors that multiply or divide the product and do not vary
+    over both queries and keys; ``wipes`` multiply scores that were capped or biased before, which only a mask of 0 and 1 may do;
     ``sinks``, multiplied by ``sink_rate``, is a logit that joins each row.
     """
 
@@ -104,7 +111,7 @@ class Scores:
     scale: float = 1.0
     softcap: float | None = None
     steps: tuple[Step, ...] = ()
-    factors: tuple[Operand, ...] = ()
+    factors: tuple[Factor, ...] = ()
     wipes: tuple[Operand, ...] = ()
     sinks: Operand | None = None
     sink_rate: float = 1.0
@@ -247,14 +254,14 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     factor = number(other)
     if factor is not None:
         return _scaled(s, 1.0 / factor if divides else factor)
-    if not is_tensor(other) or divides or (s.softcap is not None and math.isnan(s.softcap)):
+    if not is_tensor(other) or (s.softcap is not None and math.isnan(s.softcap)):
         return None
     axes = broadcast(other, s.axes)
     if axes is None:
         return None
-    if s.steps or s.softcap is not None:
-        return replace(s, wipes=(*s.wipes, Operand(other, axes)))
-    return replace(s, factors=(*s.factors, Operand(other, axes)))
+    if not s.steps and s.softcap is None:
+        return replace(s, factors=(*s.factors, Factor(other, axes, divides)))
+    return None if divides else replace(s, wipes=(*s.wipes, Operand(other, axes)))
 
 
 def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:

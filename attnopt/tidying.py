@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -34,6 +35,22 @@ from attnopt.graph import (
 from attnopt.surgery import restrict
 
 STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
+_ALIASES: dict[Any, Any] = {
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.divide.Scalar: aten.div.Scalar,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.multiply.Scalar: aten.mul.Scalar,
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.negative.default: aten.neg.default,
+    aten.special_exp2.default: aten.exp2.default,
+    aten.special_expit.default: aten.sigmoid.default,
+    aten.special_logsumexp.default: aten.logsumexp.default,
+    aten.subtract.Scalar: aten.sub.Scalar,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.true_divide.Scalar: aten.div.Scalar,
+    aten.true_divide.Tensor: aten.div.Tensor,
+}  # other names of the same operators
 LINKS = 6  # operators, one behind the other, as in arange(heads) // group
 FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
 
@@ -48,6 +65,8 @@ def tidy(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)
+        elif node.target in _ALIASES:
+            node.target = _ALIASES[node.target]
         elif is_call(node, *RESHAPES):
             node.target = aten.reshape.default
         elif is_call(node, aten.flatten.using_ints, aten.unflatten.int, aten.expand_as.default):

@@ -73,6 +73,7 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
             "q": "on the queries", "k": "on the keys", "mul": "multiplied onto the scores", "div": "divided out of the scores",
             "alpha": "`alpha` of `baddbmm`", "none": "none", "buffer": "a buffer",
             "temperature": "a learned temperature of each head",
+            "over": "divided by one", "root": "divided by the root of a tensor",
         },
     ),
     "mask": (

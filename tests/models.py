@@ -38,7 +38,7 @@ class Spelling:
     share: str = "expand"  # repeat_interleave, expand, tiled, index, enable_gqa, broadcast (one K/V head)
     rope: str = ""  # half, interleaved, in-place, complex
     norm: str = ""  # layer, rms, l2, across
-    scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature
+    scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature, over (one), root
     mask: tuple[str, ...] = ()  # causal, window, left, padding, float-padding, given
     made: str = "tril"  # tril, triu, arange, like (the scores)
     apply: str = "where"  # add-inf, add-min, lerp, where, masked_fill, moderate, assigned, old-gpt
@@ -101,7 +101,7 @@ class Spelling:
         if s.scale == "alpha" and s.core != "baddbmm":
             s = replace(s, scale="mul")
         if s.core == "baddbmm":  # these would change the addend too
-            s = replace(s, scale="mul" if s.scale == "temperature" else s.scale)
+            s = replace(s, scale="mul" if s.scale in ("temperature", "over") else s.scale)
             s = replace(s, softcap=None) if s.bias_kind == "addend" else s
         if s.bias_kind == "addend" and s.core != "baddbmm":
             s = replace(s, bias_kind="alibi")
@@ -209,7 +209,7 @@ class Attention(nn.Module):
             self.norms = nn.ModuleDict({role: kind(size) for role, size in sizes.items()})
             for p in self.norms.parameters():
                 p.data += noise(*p.shape, by=0.2)
-        if s.scale == "temperature":
+        if s.scale in ("temperature", "over"):
             self.temperature = nn.Parameter(1 + noise(s.heads, 1, 1, by=0.3).abs())
         if s.scale == "buffer":
             self.register_buffer("factor", torch.tensor(s.head_dim**-0.5))
@@ -510,6 +510,10 @@ class Attention(nn.Module):
             scores = scores * self.factor
         elif s.scale == "temperature":
             scores = scores * self.temperature
+        elif s.scale == "over":
+            scores = torch.divide(scores, self.temperature)
+        elif s.scale == "root":
+            scores = scores / torch.sqrt(torch.tensor(float(s.head_dim))).to(scores.dtype)
         if s.softcap is not None:
             scores = torch.tanh(scores / s.softcap) * s.softcap
         return self._masked(self._biased(scores), padding, given)

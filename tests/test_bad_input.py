@@ -98,6 +98,21 @@ def test_torchscript(inside: bool) -> None:
         attnopt.optimize(nn.Sequential(traced) if inside else traced, "fuse", (X,))
 
 
+class WithItsOwnNoise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = new_model()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x + torch.rand(x.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_generator_of_the_model(model: nn.Module) -> None:
+    """torch.export would keep the generator, and every call would draw on."""
+    with pytest.raises(attnopt.CaptureError, match=r"rand at test_bad_input.py:[0-9]+ draws from a torch.Generator"):
+        attnopt.optimize(WithItsOwnNoise().eval(), "fuse", (X,))
+
+
 def test_inspect_says_the_same() -> None:
     with pytest.raises(attnopt.CaptureError, match="could not be captured"):
         attnopt.inspect(Deciding().eval(), (X,))

@@ -162,6 +162,8 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(norm="layer"), {}),
     (Spelling(norm="rms", rope="half", kv_heads=2), {}),
     (Spelling(scale="temperature"), {"scale": 1.0}),
+    (Spelling(scale="over", softcap=5.0), {"scale": 1.0}),
+    (Spelling(scale="root", mask=("padding",)), {"scale": 0.5}),
     (Spelling(scale="none"), {"scale": 1.0}),
     (Spelling(scale="buffer"), {"scale": 0.5}),
     (Spelling(cross=True), {"is_cross": True}),

@@ -140,7 +140,7 @@ def _spelling(r: random.Random) -> Spelling:
         share=r.choice(("repeat_interleave", "expand", "tiled", "index", "enable_gqa", "broadcast")),
         rope=r.choice(("", "", "half", "interleaved", "in-place", "complex")),
         norm=r.choice(("", "", "", "layer", "rms", "l2", "across")),
-        scale=r.choice(("q", "k", "both", "mul", "div", "alpha", "none", "buffer", "temperature")),
+        scale=r.choice(("q", "k", "both", "mul", "div", "alpha", "none", "buffer", "temperature", "over", "root")),
         mask=tuple(r.sample(masks, r.choice((0, 1, 1, 2)))), made=r.choice(("tril", "triu", "arange", "like")),
         apply=r.choice(("add-inf", "add-min", "lerp", "where", "masked_fill", "moderate", "assigned", "old-gpt")),
         after=r.choice(("", "", "", "again", "flags", "rows", "clean")), commuted=r.random() < 0.5,
