@@ -61,7 +61,15 @@ def filled(emit: Emitter, node: fx.Node) -> fx.Node | None:
 
 
 def full(emit: Emitter, node: fx.Node, number: float) -> fx.Node | None:
-    """One number everywhere, in the form of ``node``, from sizes alone: what its numbers were taken over from is not needed."""
+    """One number everywhere, in the form of ``node``, from sizes alone: of whose form it is made is not needed."""
+    sizes, kind = sizes_of(emit, node), value(node)
+    if sizes is None:
+        return None
+    return emit.call(aten.full.default, sizes, number, dtype=kind.dtype, device=kind.device, pin_memory=False)
+
+
+def sizes_of(emit: Emitter, node: fx.Node) -> list[int | fx.Node] | None:
+    """The sizes of ``node`` as numbers, or as what computes them from the first tensor that has them."""
     sizes: list[int | fx.Node] = []
     for size in value(node).shape:
         if is_static(size):
@@ -70,8 +78,7 @@ def full(emit: Emitter, node: fx.Node, number: float) -> fx.Node | None:
             sizes.append(emit.size(*found))
         else:
             return None
-    kind = value(node)
-    return emit.call(aten.full.default, sizes, number, dtype=kind.dtype, device=kind.device, pin_memory=False)
+    return sizes
 
 
 def _first_of_size(node: fx.Node, size: torch.SymInt) -> Place | None:

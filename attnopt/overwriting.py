@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,12 @@ from attnopt.probing import evaluate, inputs_behind, is_plain, other_sizes, symb
 
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_ARITHMETIC: dict[Any, Callable[..., float]] = {
+    aten.add.Tensor: operator.add,
+    aten.sub.Tensor: operator.sub,
+    aten.mul.Tensor: operator.mul,
+    aten.neg.default: operator.neg,
+}
 _COPIES = (
     *CASTS,
     *RESHAPES,
@@ -90,7 +98,7 @@ def _known_values(node: fx.Node) -> list[Tensor] | None:
 
 
 def number(x: Any) -> float | None:
-    """A constant number: a literal, or a tensor of one element made from known numbers alone."""
+    """A constant number: a literal, a tensor of one element made from known numbers alone, or one that is filled with it."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     while is_call(x, *_COPIES):
@@ -102,6 +110,9 @@ def number(x: Any) -> float | None:
         return float(arg(x, 0))
     if is_call(x, aten.zeros.default, aten.zeros_like.default):
         return 0.0
+    if isinstance(x, fx.Node) and x.target in _ARITHMETIC and not x.kwargs and math.prod(shape(x)) != 1:
+        numbers = [number(a) for a in x.args]
+        return None if None in numbers else float(_ARITHMETIC[x.target](*numbers))
     return _known_number(x)
 
 

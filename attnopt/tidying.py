@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnopt.assembling import filled, full, joined, written
+from attnopt.assembling import filled, full, joined, sizes_of, written
 from attnopt.graph import (
     CASTS,
     RESHAPES,
@@ -51,6 +51,12 @@ _ALIASES: dict[Any, Any] = {
     aten.true_divide.Scalar: aten.div.Scalar,
     aten.true_divide.Tensor: aten.div.Tensor,
 }  # other names of the same operators
+_SPELLED_SHORT = (
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.expand_as.default,
+    aten.type_as.default,
+)
 LINKS = 6  # operators, one behind the other, as in arange(heads) // group
 FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
 
@@ -69,7 +75,7 @@ def tidy(gm: fx.GraphModule) -> None:
             node.target = _ALIASES[node.target]
         elif is_call(node, *RESHAPES):
             node.target = aten.reshape.default
-        elif is_call(node, aten.flatten.using_ints, aten.unflatten.int, aten.expand_as.default):
+        elif is_call(node, *_SPELLED_SHORT):
             _spell_out(node)
         elif is_call(node, aten.amax.default, aten.amin.default) and not (arg(node, 1) or node.kwargs):
             node.args = (operand(node), list(range(len(shape(operand(node))))), *node.args[2:])  # ONNX wants them named
@@ -100,11 +106,18 @@ def tidy(gm: fx.GraphModule) -> None:
 
 
 def _spell_out(node: fx.Node) -> None:
-    """flatten, unflatten and expand_as as the reshape or expand that they are."""
-    sizes = value(node).shape
-    if all(map(is_static, sizes)):
-        node.target = aten.expand.default if is_call(node, aten.expand_as.default) else aten.reshape.default
-        node.args, node.kwargs = (operand(node), [hint(s) for s in sizes]), {}
+    """flatten, unflatten, expand_as and type_as as the reshape, expand or cast that they are."""
+    if is_call(node, aten.type_as.default):
+        like, x = value(node), operand(node)
+        moved = {} if value(x).device == like.device else {"device": like.device}
+        node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": like.dtype, **moved}
+    elif is_call(node, aten.expand_as.default):
+        sizes = sizes_of(Emitter(node.graph, node), node)
+        if sizes is not None:
+            node.target, node.args = aten.expand.default, (operand(node), sizes)
+    elif all(map(is_static, value(node).shape)):
+        node.target, node.kwargs = aten.reshape.default, {}
+        node.args = (operand(node), [hint(s) for s in value(node).shape])
 
 
 def _number_all_over(node: fx.Node) -> float | bool | None:

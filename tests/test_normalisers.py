@@ -199,6 +199,9 @@ LIKE: dict[str, Weigh] = {
     "new_ones": lambda s: torch.where(s.new_ones(s.shape[-2:]).tril() > 0, s, torch.full_like(s, -1e9)).softmax(-1),
     "zeros_like": lambda s: (s + torch.zeros_like(s).masked_fill(band(s) == 0, -INF)).softmax(-1),
     "filled": lambda s: s.masked_fill(torch.empty_like(s).fill_(1).triu(1) > 0, -INF).softmax(-1),
+    "numbers times ones_like": lambda s: torch.where(band(s) > 0, s, -9e15 * torch.ones_like(s)).softmax(-1),
+    "type_as": lambda s: (s - (1 - band(s).double()).type_as(s) * 1e9).softmax(-1),
+    "expand_as": lambda s: s.masked_fill((band(s) == 0).expand_as(s), -INF).softmax(-1),
     "exponentials times numbers": lambda s: over((s - top(s)).exp() * band(s)),
 }
 
