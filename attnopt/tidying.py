@@ -36,10 +36,12 @@ from attnopt.surgery import restrict
 
 STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
 _ALIASES: dict[Any, Any] = {
+    aten.clip.default: aten.clamp.default,
     aten.concat.default: aten.cat.default,
     aten.concatenate.default: aten.cat.default,
     aten.divide.Scalar: aten.div.Scalar,
     aten.divide.Tensor: aten.div.Tensor,
+    aten.linalg_matmul.default: aten.matmul.default,
     aten.multiply.Scalar: aten.mul.Scalar,
     aten.multiply.Tensor: aten.mul.Tensor,
     aten.negative.default: aten.neg.default,

@@ -234,6 +234,26 @@ def test_numbers_that_are_no_flags() -> None:
     assert [miss.refusal.code for miss in found.near_misses] == ["weights-changed"]
 
 
+class OtherNames(Attending):
+    """torch has several names for one operator, and torch.export keeps them apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        s = torch.divide(torch.linalg.matmul(q, torch.swapaxes(k, -1, -2)), 2.0)
+        s = torch.subtract(torch.multiply(s, 3.0), band(s).triu(1))
+        s = torch.concat([s.clip(torch.finfo(s.dtype).min), torch.negative(s.new_ones(*s.shape[:-1], 1))], -1)
+        weights = torch.true_divide(e := torch.special.exp2(s), total(e))[..., :-1]
+        made: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
+        return made
+
+
+def test_other_names() -> None:
+    model = OtherNames(plain).eval()
+    fast = attnopt.optimize(model, "fuse", given())
+    assert [(s.spec.has_sinks, s.spec.scale) for s in fast.sites] == [(True, pytest.approx(1.5 * math.log(2)))]
+    assert_same(run(fast, given(1)), run(model, given(1)))
+
+
 def test_no_mask_at_all() -> None:
     fast = attnopt.optimize(Attending(lambda s: over(s.exp() * torch.ones_like(s))).eval(), "fuse", given())
     assert [s.spec.pattern for s in fast.sites] == [Full()]
