@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -59,6 +60,32 @@ def _bounds(inputs: list[fx.Node]) -> Iterator[str]:
                 yield f"{n.name}[{axis}] <= {upper}"
 
 
+def _same(left: ast.expr, right: ast.expr) -> bool:
+    """Equal whatever the sizes are: torch 2.11 says of each broadcast that ``min(6 * n, 24 * n) == 6 * n``."""
+    if ast.dump(left) == ast.dump(right):
+        return True
+    found = _worked_out(left)
+    return found is not None and bool(found == _worked_out(right))
+
+
+def _worked_out(node: ast.expr) -> sympy.Expr | None:
+    """Sums, products, minima and maxima of sizes, which are positive; None for all else."""
+    match node:
+        case ast.Constant(int(number)):
+            return sympy.Integer(number)
+        case ast.Subscript():
+            return sympy.Symbol(ast.unparse(node), integer=True, positive=True)
+        case ast.BinOp(left, ast.Add() | ast.Mult() as how, right):
+            parts = [_worked_out(left), _worked_out(right)]
+            made = sympy.Add if isinstance(how, ast.Add) else sympy.Mul
+        case ast.Call(ast.Name("min" | "max" as name), given, []):
+            parts = [_worked_out(g) for g in given]
+            made = sympy.Min if name == "min" else sympy.Max
+        case _:
+            return None
+    return None if None in parts else made(*parts)
+
+
 class _Named(ast.NodeTransformer):
     """Puts names and numbers of axes in the place of what torch calls the inputs' sizes; axes of one symbol get one name."""
 
@@ -72,7 +99,7 @@ class _Named(ast.NodeTransformer):
         """None where nothing is said that could fail."""
         tree = self.visit(ast.parse(code.strip(), mode="eval")).body
         match tree:
-            case ast.Compare(left, [ast.Eq()], [right]) if ast.dump(left) == ast.dump(right):
+            case ast.Compare(left, [ast.Eq()], [right]) if _same(left, right):
                 return None
         is_about_sizes = any(isinstance(n, ast.Subscript) for n in ast.walk(tree))
         return ast.unparse(tree) if is_about_sizes else None

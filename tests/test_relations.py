@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.errors import CaptureError, ExportError
 from attnopt.onnx_session import cpu_session
+from attnopt.relations import _same
 from attnopt.to_onnx.conditions import check_sizes
 
 STOPPED = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
@@ -52,6 +54,22 @@ def model() -> Asking:
 @pytest.fixture(scope="module")
 def fast(model: Asking) -> attnopt.OptimizedModel:
     return attnopt.optimize(model, "fuse", inputs(6, 4), dynamic_shapes="auto")
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ("min(6 * x[1], 24 * x[1])", "6 * x[1]", True),
+        ("max(2, x[1] + 1)", "x[1] + 1", True),
+        ("x[0] * (x[1] + 2)", "x[1] * x[0] + 2 * x[0]", False),  # true, and kept: nothing is expanded
+        ("min(6 * x[1], 24 * x[0])", "6 * x[1]", False),
+        ("min(x[1], 7)", "x[1]", False),
+        ("x[1] % 2", "0", False),
+        ("x[1] // 2", "x[1] // 2", True),
+    ],
+)
+def test_what_always_holds(left: str, right: str, same: bool) -> None:
+    assert _same(ast.parse(left, mode="eval").body, ast.parse(right, mode="eval").body) == same
 
 
 def close(got: Any, want: Tensor) -> bool:
