@@ -69,27 +69,22 @@ def full(emit: Emitter, node: fx.Node, number: float) -> fx.Node | None:
 
 
 def sizes_of(emit: Emitter, node: fx.Node) -> list[int | fx.Node] | None:
-    """The sizes of ``node`` as numbers, or as what computes them from the first tensor that has them."""
+    """The sizes of ``node`` as numbers, or as what computes them from the first tensor above it that has them."""
+    wanted = list(value(node).shape)
+    if all(map(is_static, wanted)):
+        return [hint(s) for s in wanted]
+    above = set(ancestors(node)) - {node}
+    places = [(n, a) for n in node.graph.nodes if n in above and is_tensor(n) for a in range(len(value(n).shape))]
     sizes: list[int | fx.Node] = []
-    for size in value(node).shape:
+    for size in wanted:
         if is_static(size):
             sizes.append(hint(size))
-        elif (found := _first_of_size(node, size)) is not None:
-            sizes.append(emit.size(*found))
-        else:
+            continue
+        place = next(((n, a) for n, a in places if same_size(value(n).shape[a], size)), None)
+        if place is None:
             return None
+        sizes.append(emit.size(*place))
     return sizes
-
-
-def _first_of_size(node: fx.Node, size: torch.SymInt) -> Place | None:
-    """Of all that ``node`` is computed from, the first tensor with an axis of this size."""
-    above = {n for n in ancestors(node) if n is not node and is_tensor(n)}
-    for n in node.graph.nodes:
-        if n in above:
-            axis = next((a for a, s in enumerate(value(n).shape) if same_size(s, size)), None)
-            if axis is not None:
-                return n, axis
-    return None
 
 
 def joined(emit: Emitter, node: fx.Node) -> fx.Node | None:

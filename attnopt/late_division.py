@@ -11,7 +11,7 @@ from attnopt.contraction import Product
 from attnopt.graph import CASTS, RESHAPES, arg, aten, is_call, source_line
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, unreadable
-from attnopt.row_sums import inverse_of
+from attnopt.row_sums import divisors, way_down
 from attnopt.scores import Operand
 
 PASSIVE = (
@@ -82,33 +82,10 @@ def late_quotient(product: fx.Node, total: fx.Node) -> LateQuotient | None:
         over = stack.pop(0)
         end = over[-1] if over else product
         for user in end.users:
-            under = _divisor(user, end, total)
-            if under is not None:
-                return LateQuotient(user, over, under)
+            for divisor, inverse in divisors(user, end):
+                under = way_down(divisor, total, inverse, lambda n: is_call(n, *PASSIVE))
+                if under is not None:
+                    return LateQuotient(user, over, under)
             if is_call(user, *PASSIVE) and len(over) < _LONGEST:
                 stack.append((*over, user))
     return None
-
-
-def _divisor(node: fx.Node, end: fx.Node, total: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The layout of ``total`` where ``node`` divides ``end`` by it, or multiplies with its inverse."""
-    left, right = arg(node, 0), arg(node, 1)
-    if is_call(node, aten.div.Tensor) and left is end and not node.kwargs:
-        return _down_from(total, right)
-    if is_call(node, aten.mul.Tensor):
-        return _down_from(total, right if left is end else left, inverse=True)
-    return None
-
-
-def _down_from(total: fx.Node, node: object, *, inverse: bool = False) -> tuple[fx.Node, ...] | None:
-    """The nodes from ``total`` to ``node`` where these, but for one ``inverse``, are layout changes alone."""
-    path: list[fx.Node] = []
-    while node is not total:
-        if inverse and (above := inverse_of(node)) is not None:
-            node, inverse = above, False
-        elif isinstance(node, fx.Node) and is_call(node, *PASSIVE):
-            path.append(node)
-            node = arg(node, 0)
-        else:
-            return None
-    return None if inverse else (total, *reversed(path))

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from attnopt.assembling import sizes_of
 from attnopt.backends.reference import Reference
 from attnopt.errors import RewriteError
 from attnopt.finding import Found
 from attnopt.finishing import attention_of
 from attnopt.folding import Folded, folded
 from attnopt.forks import built_anew, forks
-from attnopt.graph import Emitter, ancestors, is_static, is_tensor, prune_unused_state, shape, share, value
+from attnopt.graph import Emitter, aten, prune_unused_state, shape, share, value
 from attnopt.head_edits import constant_heads
 from attnopt.joining import join
 from attnopt.operands import ROLES
@@ -145,27 +146,10 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     gains = spec.gains or (1.0,) * spec.num_heads
     values = torch.stack([known[h] * gain for h, gain in zip(spec.heads, gains, strict=True)])
     wanted = value(node)
-    sizes = [wanted.shape[axis] for axis in (0, 2)]
-    like = _with_sizes(node, [s for s in sizes if not is_static(s)])
-
-    def call(x: Tensor, values_HD: Tensor) -> Tensor:
-        B, L = (s if is_static(s) else x.shape[_axis(x, s) or 0] for s in sizes)
-        return values_HD[None, :, None].expand(B, -1, L, -1)
-
-    return emit.inline(call, like, emit.constant(values.to(wanted.dtype).to(wanted.device)))
-
-
-def _with_sizes(node: fx.Node, sizes: Sequence[torch.SymInt]) -> fx.Node:
-    """Of what ``node`` is computed from, the first tensor that has all these sizes."""
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    able = (n for n in ancestors(node) if is_tensor(n) and all(_axis(value(n), s) is not None for s in sizes))
-    return min(able, key=order.__getitem__)
-
-
-def _axis(x: Tensor, size: torch.SymInt) -> int | None:
-    """The axis of ``x`` whose size is the same symbol."""
-    same = (a for a, s in enumerate(x.shape) if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr)
-    return next(same, None)
+    sizes = sizes_of(emit, node)
+    assert sizes is not None, "an attention has the batch and the queries of its inputs"
+    held = emit.constant(values.to(wanted.dtype).to(wanted.device)[None, :, None])
+    return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
 
 
 def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:

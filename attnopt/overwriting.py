@@ -17,6 +17,15 @@ from attnopt.probing import evaluate, inputs_behind, is_plain, other_sizes, symb
 
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+IN_THE_FORM_OF = (
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.full_like.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+    aten.fill.Scalar,
+)  # one number everywhere, in the form of another tensor, whatever that one holds
 _ARITHMETIC: dict[Any, Callable[..., float]] = {
     aten.add.Tensor: operator.add,
     aten.sub.Tensor: operator.sub,
@@ -97,18 +106,28 @@ def _known_values(node: fx.Node) -> list[Tensor] | None:
         return None
 
 
+def filling(node: fx.Node) -> float | None:
+    """The number that stands everywhere in what one of torch's functions fills; None where it is no literal."""
+    if is_call(node, aten.ones_like.default, aten.new_ones.default):
+        return 1
+    if is_call(node, aten.zeros_like.default, aten.new_zeros.default):
+        return 0
+    made = arg(node, 2 if is_call(node, aten.new_full.default) else 1)
+    return made if isinstance(made, (int, float)) else None
+
+
 def number(x: Any) -> float | None:
     """A constant number: a literal, a tensor of one element made from known numbers alone, or one that is filled with it."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     while is_call(x, *_COPIES):
         x = arg(x, 0)
-    if is_call(x, aten.full.default, aten.full_like.default, aten.new_full.default):
-        made = arg(x, 2) if is_call(x, aten.new_full.default) else arg(x, 1)
-        return float(made) if isinstance(made, (int, float)) else None
+    if is_call(x, aten.full.default, *IN_THE_FORM_OF):
+        made = filling(x)
+        return None if made is None else float(made)
     if is_call(x, aten.scalar_tensor.default):
         return float(arg(x, 0))
-    if is_call(x, aten.zeros.default, aten.zeros_like.default):
+    if is_call(x, aten.zeros.default):
         return 0.0
     if isinstance(x, fx.Node) and x.target in _ARITHMETIC and not x.kwargs and math.prod(shape(x)) != 1:
         numbers = [number(a) for a in x.args]

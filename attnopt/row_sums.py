@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,27 +30,14 @@ class RowSum:
     shifted: bool
 
     def divides(self, quotient: fx.Node) -> bool:
-        """``quotient`` is the terms, each divided by the sum of its row."""
-        left, right = arg(quotient, 0), arg(quotient, 1)
-        if is_call(quotient, aten.div.Tensor):
-            return left is self.terms and not quotient.kwargs and self.is_under(right)
-        if not is_call(quotient, aten.mul.Tensor):
-            return False
-        return any(a is self.terms and self.is_under(b, inverse=True) for a, b in ((left, right), (right, left)))
+        """``quotient`` is the terms, each divided by the sum of its row, whatever keeps that from zero without a trace."""
+        return any(self._is_under(node, inverse) for node, inverse in divisors(quotient, self.terms))
 
-    def is_under(self, divisor: object, *, inverse: bool = False) -> bool:
-        """``divisor`` is the sum, or its ``inverse``, once for each row, whatever keeps it from zero without a trace."""
+    def _is_under(self, divisor: object, inverse: bool) -> bool:
         node = _unspread(divisor)
         if node is None or not _is_by_row(node, self.terms, self.axis):
             return False
-        while node is not self.node:
-            if inverse and (above := inverse_of(node)) is not None:
-                node, inverse = above, False
-            elif is_call(node, *_LAYOUT) or (not inverse and self._keeps_from_zero(node)):
-                node = operand(node)
-            else:
-                return False
-        return not inverse
+        return way_down(node, self.node, inverse, lambda n: is_call(n, *_LAYOUT), self._keeps_from_zero) is not None
 
     def _keeps_from_zero(self, node: fx.Node) -> bool:
         """What is added is rounded off beside a sum of 1 or more; what is less than 1 is no bound for it."""
@@ -82,7 +70,41 @@ def _summed(node: fx.Node, terms: fx.Node) -> list[int] | None:
     return dims if isinstance(dims, list) else None
 
 
-def inverse_of(node: object) -> fx.Node | None:
+def divisors(quotient: fx.Node, x: fx.Node) -> Iterator[tuple[object, bool]]:
+    """What ``quotient`` may divide ``x`` by, and whether it multiplies with the inverse of that."""
+    left, right = arg(quotient, 0), arg(quotient, 1)
+    if is_call(quotient, aten.div.Tensor) and left is x and not quotient.kwargs:
+        yield right, False
+    if is_call(quotient, aten.mul.Tensor):
+        yield from ((other, True) for own, other in ((left, right), (right, left)) if own is x)
+
+
+def way_down(
+    divisor: object,
+    total: fx.Node,
+    inverse: bool,
+    is_layout: Callable[[fx.Node], bool],
+    passes: Callable[[fx.Node], bool] = lambda n: False,
+) -> tuple[fx.Node, ...] | None:
+    """The nodes from ``total`` to ``divisor``, without the one that inverts; None where others than these are among them.
+
+    ``passes``: what may be done to the sum itself, before it is inverted.
+    """
+    path, node = list[fx.Node](), divisor
+    while node is not total:
+        if not isinstance(node, fx.Node):
+            return None
+        if inverse and (above := _inverse_of(node)) is not None:
+            node, inverse = above, False
+        elif is_layout(node) or (not inverse and passes(node)):
+            path.append(node)
+            node = arg(node, 0)
+        else:
+            return None
+    return None if inverse else (total, *reversed(path))
+
+
+def _inverse_of(node: fx.Node) -> fx.Node | None:
     """x, where ``node`` is 1 / x."""
     if is_call(node, aten.reciprocal.default) or (is_call(node, aten.pow.Tensor_Scalar) and arg(node, 1) == -1):
         found: fx.Node = arg(node, 0)

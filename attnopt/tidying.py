@@ -32,6 +32,7 @@ from attnopt.graph import (
     value,
     wrap,
 )
+from attnopt.overwriting import IN_THE_FORM_OF, filling
 from attnopt.surgery import restrict
 
 STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
@@ -89,7 +90,7 @@ def tidy(gm: fx.GraphModule) -> None:
             _as_attention(node)
         elif is_call(node, aten.squeeze.dim, aten.squeeze.dims):
             _squeeze_ones(node)
-        elif (number := _number_all_over(node)) is not None and node not in outputs:
+        elif is_call(node, *IN_THE_FORM_OF) and node not in outputs and (number := filling(node)) is not None:
             node = _replaced(node, full(Emitter(gm.graph, node), node, number))
         elif is_call(node, aten.index.Tensor, aten.index_select.default) and node not in outputs:
             node = _as_slices(gm, node)
@@ -120,18 +121,6 @@ def _spell_out(node: fx.Node) -> None:
     elif all(map(is_static, value(node).shape)):
         node.target, node.kwargs = aten.reshape.default, {}
         node.args = (operand(node), [hint(s) for s in value(node).shape])
-
-
-def _number_all_over(node: fx.Node) -> float | bool | None:
-    """The number that stands everywhere in ``node``, which is made in the form of another tensor, whatever that one holds."""
-    if is_call(node, aten.ones_like.default, aten.new_ones.default):
-        return 1
-    if is_call(node, aten.zeros_like.default, aten.new_zeros.default):
-        return 0
-    at = 2 if is_call(node, aten.new_full.default) else 1
-    known = is_call(node, aten.full_like.default, aten.new_full.default, aten.fill.Scalar)
-    made = arg(node, at) if known else None
-    return made if isinstance(made, (int, float)) else None
 
 
 def _squeeze_ones(node: fx.Node) -> None:

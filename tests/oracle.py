@@ -125,20 +125,18 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         counter.inside = True
         return log_softmax(_hidden(x, dim, edit, heads), dim, dtype)
 
-    def on_exp(x: Tensor) -> Tensor:
-        if not exponentials or x.dim() < 3 or counter.inside:
-            counter.inside = False
-            return exp(x)
-        edit = counter.pending.pop() if counter.pending else counter.take(x)
-        assert edit is None or edit.is_mask
-        return exp(_hidden(x, -1, edit, heads))
+    def on_power(power: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def replaced(x: Tensor) -> Tensor:
+            if not exponentials or x.dim() < 3 or counter.inside:
+                counter.inside = False
+                return power(x)
+            edit = counter.pending.pop() if counter.pending else counter.take(x)
+            assert edit is None or edit.is_mask
+            return power(_hidden(x, -1, edit, heads))
 
-    def on_exp2(x: Tensor) -> Tensor:
-        if not exponentials or x.dim() < 3:
-            return exp2(x)
-        edit = counter.take(x)
-        assert edit is None or edit.is_mask
-        return exp2(_hidden(x, -1, edit, heads))
+        return replaced
+
+    on_exp, on_exp2 = on_power(exp), on_power(exp2)
 
     def on_logsumexp(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
         if not exponentials or x.dim() < 3:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnxruntime
@@ -32,8 +32,11 @@ class Attending(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.weigh, self.before = weigh, before
 
+    def heads(self, x: Tensor) -> Iterator[Tensor]:
+        return (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = self.heads(x)
         weights = self.weigh(self.before(q @ k.transpose(-1, -2) / 2))
         made: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
         return made
@@ -127,7 +130,7 @@ class Late(Attending):
         self.attend = attend
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = self.heads(x)
         made: Tensor = self.o(self.attend(q @ k.transpose(-1, -2) / 2, v).transpose(1, 2).flatten(2))
         return made
 
@@ -238,7 +241,7 @@ class OtherNames(Attending):
     """torch has several names for one operator, and torch.export keeps them apart."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = self.heads(x)
         s = torch.divide(torch.linalg.matmul(q, torch.swapaxes(k, -1, -2)), 2.0)
         s = torch.subtract(torch.multiply(s, 3.0), band(s).triu(1))
         s = torch.concat([s.clip(torch.finfo(s.dtype).min), torch.negative(s.new_ones(*s.shape[:-1], 1))], -1)

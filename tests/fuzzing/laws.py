@@ -110,10 +110,11 @@ def _finite(tensors: list[Tensor]) -> bool:
 def _with_softmax(case: Case, model: nn.Module, fused: list[Block]) -> nn.Module:
     """The same model with torch's softmax in the place of exponentials in the ``fused`` blocks.  Where keys are hidden after
     the maximum of all of them was taken off, what is left of these may be 0 / 0, or a few bits of a subnormal number."""
+    written_out = [b for b in fused if b.spelling.exponentials]
+    if not written_out:
+        return model
     blocks = [
-        replace(b, spelling=replace(b.spelling, softmax="F"))
-        if b.spelling.exponentials and any(b is f for f in fused)
-        else b
+        replace(b, spelling=replace(b.spelling, softmax="F")) if any(b is w for w in written_out) else b
         for b in case.blocks
     ]
     written = build(replace(case, blocks=tuple(blocks)))
