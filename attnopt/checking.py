@@ -207,7 +207,10 @@ def _moved(module: fx.GraphModule, inputs: Inputs) -> Inputs:
 
 
 def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Inputs]:
-    """The example inputs at other sizes of the module's dynamic axes, by repeating them; the module may refuse some."""
+    """The example inputs at other sizes of the module's dynamic axes, by repeating them; the module may refuse some.
+
+    First at larger, odd sizes of which no two are equal, then at multiples, then at sizes that grow or shrink alike.
+    """
     sizes = symbols(module.graph)
     if not sizes:
         return []
@@ -216,14 +219,27 @@ def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     if len(leaves) != len(nodes):
         return []
     found: list[Inputs] = []
-    for factor, more in ((1, 3), (2, 0), (1, 1), (1, -1)):
-        new = within(module.graph, {s: max(2, factor * n + more) for s, n in sizes.items()})
+    for wanted in _other_sizes(sizes):
+        new = within(module.graph, wanted)
         if new == sizes:
             continue
         fitted = [_fitted(leaf, n, new) for leaf, n in zip(leaves, nodes, strict=True)]
         new_args, new_kwargs = pytree.tree_unflatten(fitted, spec)
         found.append((tuple(new_args), dict(new_kwargs)))
     return found
+
+
+def _other_sizes(sizes: dict[Any, int]) -> list[dict[Any, int]]:
+    odd: dict[Any, int] = {}
+    for symbol, n in sizes.items():
+        larger = n + 3 + n % 2
+        while larger in odd.values():
+            larger += 2
+        odd[symbol] = larger
+    values = list(sizes.values())
+    multiples = {s: n * (2 + values[:k].count(n)) for k, (s, n) in enumerate(sizes.items())}
+    alike = [{s: max(2, n + more) for s, n in sizes.items()} for more in (3, 1, -1)]
+    return [odd, multiples, {s: 2 * n for s, n in sizes.items()}, *alike]
 
 
 def _fitted(leaf: Any, node: fx.Node, sizes: dict[Any, int]) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
 from attnopt.graph import ancestors, is_call, is_static, module_path, opname, shape, source_line, stored, value
+from attnopt.masking import keeps_a_mask
 from attnopt.matching import recognise
 from attnopt.normaliser import SDPA, Softmax, normalisers
 from attnopt.projections import read_output, read_projection
@@ -64,7 +65,7 @@ def find(program: Program) -> Findings:
             error = proofs[key]
             if not error <= site_tolerance(raised):
                 raise NotAttentionError(_not_equal(raised, error))
-            found.append(_describe(raised, name, parameters, error))
+            found.append(_describe(gm, raised, name, parameters, error))
             names[owner] += 1
         except NotAttentionError as e:
             if e.near:
@@ -155,7 +156,7 @@ def _nearest_projections(node: fx.Node) -> list[fx.Node]:
     return found[:1] if len(found) == 1 else []
 
 
-def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: float) -> Found:
+def _describe(gm: fx.GraphModule, raised: Raised, name: str, parameters: dict[str, Tensor], error: float) -> Found:
     spec, region = raised.spec, raised.region
     operands = raised.operands
     projections: dict[str, Projection] = {}
@@ -174,9 +175,11 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
         notes += ("the attention weights are used elsewhere and are still computed",)
     if raised.hides_for_good:
         notes += (
-            "a query whose every key is hidden, as by padding on the left of a causal mask, gets other numbers than the "
+            "a query whose every key is hidden, as by padding on the left of a causal mask, may get other numbers than the "
             "model's: a finite number hides keys there",
         )
+    if keeps_a_mask(gm, (operands["bias"], operands["mask"])):
+        notes += ("the model's own mask is kept: no pattern was shown to equal it at every length",)
     device = value(q).device.type
     if device == "meta":
         notes += ("proved with random values: on the meta device the model holds none",)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,14 +13,16 @@ from torch import Tensor, fx
 from attnopt.arranging import Arranger
 from attnopt.axes import Axes
 from attnopt.graph import Emitter, aten, dtype, source_line, value
+from attnopt.mask_patterns import Lengths, Sample, as_visible, may_hide, name_pattern, samples
 from attnopt.patterns import Causal, Full, Pattern
-from attnopt.probing import as_visible, evaluate, inputs_behind, is_plain, may_hide, name_pattern, other_sizes, symbols
+from attnopt.probing import evaluate, inputs_behind, is_plain, symbols
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
 from attnopt.roles import squares
 from attnopt.scores import Hide, Multiply, Term
 
-_FAR = -1e8  # a score that this is added to is lost
+_FAR = -1e8  # a score that this is added to counts for nothing beside one that it is not added to
+_EFFACING = -1e12  # nothing is left of a score that this is added to
 _LOST = 1e4  # a score beside which this is added to another counts for nothing
 FLOOR = -1e30  # so is every other, and what is added to it later
 
@@ -64,10 +68,13 @@ def _module_of(emit: Emitter) -> fx.GraphModule:
 def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
     """What hides the same when it is added to the scores; -inf where no row can be hidden whole.
 
-    Beside a number of moderate size a score can still be seen: adding it is not the same as writing it.
+    Beside a number of moderate size a score can still be seen: adding it is not the same as writing it.  In a row that is
+    all hidden, scores of some size can be seen beside a larger one too (see ``hides_for_good``).
     """
-    if step.fill <= _FAR:
+    if step.fill <= _EFFACING:
         return step.fill
+    if step.fill <= _FAR:
+        return FLOOR if _hides_alone(r, step) else step.fill
     if _never_blind(gm, hidden):
         return -math.inf
     if not _hides_alone(r, step):
@@ -100,7 +107,8 @@ def _never_blind(gm: fx.GraphModule, hidden: fx.Node) -> bool:
     """The condition is known without the inputs, and leaves each query a key."""
     if inputs_behind(hidden) or not is_plain(hidden):
         return False
-    return all(bool((~evaluate(gm, hidden, sizes)).any(-1).all()) for sizes in other_sizes(symbols(gm.graph)))
+    seen = samples(gm, [hidden])
+    return seen is not None and all(bool((~s.values[0]).any(-1).all()) for s in seen if s.whole_rows)
 
 
 def _plus(emit: Emitter, at: Arranger, bias: fx.Node | None, step: Term, groups: Axes) -> fx.Node | None:
@@ -157,7 +165,8 @@ def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
     """Whether a query that is left without a key here may see, in the model, what a finite number hides there.
 
     A pattern or a mask hides for good.  Where a number is as good as that for each query that sees something else, it is not
-    for one whose every other key the inputs hide, as padding on the left does under a causal mask.
+    for one whose every other key the inputs hide, as padding on the left does under a causal mask.  Nor is a number that is
+    added here as good as one that the model writes: something is left of the score.
     """
     hides = [s for s in r.steps if isinstance(s, Hide)]
     added = [(s.operand.node, s.coefficient) for s in r.steps if isinstance(s, Term) and s.operand is not None]
@@ -168,11 +177,25 @@ def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
     for i, step in enumerate(hides):
         if step.fill == -math.inf:
             continue
+        if _EFFACING < step.fill <= _FAR and not _hides_alone(r, step) and _hides_whole_rows(step, hides, added):
+            return True
         if any(s.fill == -math.inf for s in hides[:i]):
             return True
         if not inputs_behind(step.condition.node) and (named or step.fill > _FAR):
             return True
     return named and any(_hides_by_a_number(gm, *term) for term in added)
+
+
+def _hides_whole_rows(step: Hide, hides: list[Hide], added: list[tuple[fx.Node, float]]) -> bool:
+    """Some row may be hidden whole by ``step`` and others that hide as far as it does."""
+    others = [h for h in hides if h is not step and h.fill <= _FAR]
+    return bool(inputs_behind(step.condition.node) or others) or any(may_hide(node, _FAR) for node, _ in added)
+
+
+def keeps_a_mask(gm: fx.GraphModule, operands: Iterable[fx.Node | None]) -> bool:
+    """Of these biases and masks one is the same at every call and hides keys, and yet no pattern was shown to equal it."""
+    fixed = [n for n in operands if n is not None and is_plain(n) and not inputs_behind(n)]
+    return any(dtype(n) == torch.bool or bool((evaluate(gm, n, symbols(gm.graph)) <= -_LOST).any()) for n in fixed)
 
 
 def _hides_by_a_number(gm: fx.GraphModule, node: fx.Node, coefficient: float) -> bool:
@@ -192,40 +215,32 @@ def _from_flags(node: fx.Node) -> bool:
 
 
 def _named(
-    gm: fx.GraphModule, nodes: list[fx.Node], lengths: tuple[Any, Any], fill: Any, beside: bool = False
+    gm: fx.GraphModule, nodes: list[fx.Node], lengths: Lengths, fill: Any, beside: bool = False
 ) -> Pattern | None:
-    """The pattern that the nodes (biases and masks) together are, at the example sizes and others.
+    """The pattern that the nodes (biases and masks) together are, at every size at which the graph holds.
 
     ``beside``: a bias may hold other values where it does not hide.
     """
     if any(not is_plain(n) or (fill is None and inputs_behind(n)) for n in nodes):
         return None
-    found: list[Tensor] = []
-    for sizes in other_sizes(symbols(gm.graph)):
-        total: Tensor | None = None
-        q_len, kv_len = (s if isinstance(s, int) else int(s.node.expr.subs(sizes)) for s in lengths)
-        for node in nodes:
-            try:
-                visible = as_visible(evaluate(gm, node, sizes, fill), beside=beside)
-            except (ValueError, RuntimeError, IndexError, TypeError):
-                return None
-            if visible is None:
-                return None
-            total = visible if total is None else total & visible
-        assert total is not None
-        found.append(total.expand(*total.shape[:-2], q_len, kv_len))
-    return name_pattern(found)
+    found: list[tuple[Sample, Tensor]] = []
+    for sample in samples(gm, nodes, lengths, fill) or ():
+        masks = [as_visible(x, beside=beside, whole_rows=sample.whole_rows) for x in sample.values]
+        visible = [m for m in masks if m is not None]
+        if len(visible) < len(masks):
+            return None
+        found.append((sample, reduce(Tensor.__and__, visible)))
+    return name_pattern(found) if found else None
 
 
 def hides_what_is_zeroed(gm: fx.GraphModule, bias: fx.Node | None, factor: fx.Node) -> bool:
     """``scores * m + bias`` with m of 0 and 1 means a mask, if the bias hides every key whose score m wipes out."""
     if bias is None or not all(is_plain(n) and not inputs_behind(n) for n in (bias, factor)):
         return False
-    for sizes in other_sizes(symbols(gm.graph)):
-        try:
-            kept, visible = evaluate(gm, factor, sizes), as_visible(evaluate(gm, bias, sizes), beside=True)
-        except (ValueError, RuntimeError, IndexError, TypeError):
-            return False
-        if visible is None or not bool(((kept == 1) | ((kept == 0) & ~visible)).all()):
-            return False
-    return True
+    seen = samples(gm, [factor, bias])
+    return seen is not None and all(_wipes_what_is_hidden(s) for s in seen)
+
+
+def _wipes_what_is_hidden(sample: Sample) -> bool:
+    kept, visible = sample.values[0], as_visible(sample.values[1], beside=True, whole_rows=sample.whole_rows)
+    return visible is not None and bool(((kept == 1) | ((kept == 0) & ~visible)).all())

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from attnopt.axes import unfollow
 from attnopt.graph import CASTS, RESHAPES, arg, aten, constant_of, dtype, is_call, is_tensor, shape
-from attnopt.probing import evaluate, inputs_behind, is_plain, other_sizes, symbols
+from attnopt.mask_patterns import samples
+from attnopt.probing import inputs_behind, is_plain
 
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -100,10 +101,8 @@ def _known_values(node: fx.Node) -> list[Tensor] | None:
         return None
     gm = node.graph.owning_module
     assert gm is not None
-    try:
-        return [evaluate(gm, node, sizes) for sizes in other_sizes(symbols(gm.graph))]
-    except RuntimeError:  # a size that the graph does not take
-        return None
+    seen = samples(gm, [node])
+    return None if seen is None else [s.values[0] for s in seen]
 
 
 def filling(node: fx.Node) -> float | None:

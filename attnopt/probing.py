@@ -1,4 +1,4 @@
-"""Reading masks by evaluation: run the part of a graph that makes a mask, and compare what comes out with known patterns."""
+"""Running the part of a graph that makes a mask or a number, at any sizes of the inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from attnopt.graph import (
     value,
     with_values,
 )
-from attnopt.patterns import Causal, Full, Pattern, Window
 
 HEAVY = (
     "linear",
@@ -38,7 +37,6 @@ HEAVY = (
     "softmax",
     "layer_norm",
 )
-_APART = 200.0  # a softmax sees nothing of a score that lies this far below another, both with room for their products
 _RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "uniform", "normal")
 
 
@@ -58,18 +56,18 @@ def _note_inputs(node: fx.Node) -> None:
     stack = [node]
     while stack:
         n = stack[-1]
-        above = [] if _is_number(n) else [i for i in n.all_input_nodes if _INPUTS not in i.meta]
+        above = [] if is_number(n) else [i for i in n.all_input_nodes if _INPUTS not in i.meta]
         if above:
             stack.extend(above)
             continue
         stack.pop()
         own = {n} if n.op == "placeholder" or is_state(n) else set()
         n.meta[_INPUTS] = frozenset(
-            own.union(*(i.meta[_INPUTS] for i in n.all_input_nodes)) if not _is_number(n) else own
+            own.union(*(i.meta[_INPUTS] for i in n.all_input_nodes)) if not is_number(n) else own
         )
 
 
-def _is_number(node: fx.Node) -> bool:
+def is_number(node: fx.Node) -> bool:
     return (
         isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "placeholder"
     )
@@ -81,7 +79,7 @@ def is_plain(node: fx.Node) -> bool:
     A parameter is no constant, whatever it holds now: a bias table of zeros is still to be learned.  Nor is a buffer on the
     meta device, which holds nothing yet.
     """
-    return not any(_is_varying(n) for n in ancestors(node, stop=_is_number))
+    return not any(_is_varying(n) for n in ancestors(node, stop=is_number))
 
 
 def _is_varying(node: fx.Node) -> bool:
@@ -90,35 +88,9 @@ def _is_varying(node: fx.Node) -> bool:
     return opname(node) in HEAVY or opname(node) in _RANDOM
 
 
-def may_hide(node: fx.Node, fill: float) -> bool:
-    """What is added to the scores may be a mask, beside which a score of ``fill`` is seen.
-
-    It is none where activations made it and no number as large stands in it (what is large may be subtracted), or where its
-    own numbers are known.
-    """
-    gm = node.graph.owning_module
-    assert isinstance(gm, fx.GraphModule)
-    made = list(ancestors(node, stop=lambda n: opname(n) in HEAVY))
-    constants = [get_attr(gm, str(n.target)) for n in made if n.op == "get_attr"]
-    if any((n.op == "placeholder" and not _is_number(n)) or is_state(n) for n in made):
-        return True
-    if any(c.is_meta for c in constants):
-        return True
-    limit = -fill - _APART
-    if inputs_behind(node):
-        large = [x for n in made for x in _literals(n) if abs(x) > limit]
-        return bool(large) or any(_holds_large(c, limit) for c in constants)
-    return any(_holds_large(evaluate(gm, node, sizes), limit) for sizes in other_sizes(symbols(gm.graph)))
-
-
-def _holds_large(x: Tensor, limit: float) -> bool:
-    return bool(((x > limit) | (x < -limit)).any())
-
-
-def _literals(node: fx.Node) -> list[float]:
-    """Every number among the arguments of a call."""
-    leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
-    return [float(x) for x in leaves if isinstance(x, (int, float))]
+def size_at(size: Any, sizes: Mapping[Any, int]) -> Any:
+    """A size, or another number that is computed from sizes, when the graph's symbols have ``sizes``."""
+    return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else size
 
 
 def symbols(graph: fx.Graph) -> dict[Any, int]:
@@ -160,24 +132,21 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
     """
     env: dict[fx.Node, Any] = {}
 
-    def number(s: Any) -> int:
-        return s if isinstance(s, int) else int(s.node.expr.subs(sizes))
-
     def concrete(n: fx.Node) -> Any:
         val = value(n)
         if isinstance(val, torch.SymInt):
-            return number(val)
+            return size_at(val, sizes)
         if n.op == "get_attr" and not is_state(n):
             return get_attr(gm, str(n.target)).detach()
         if n.op in ("placeholder", "get_attr"):
             if fill is None or not isinstance(val, Tensor):
                 raise ValueError(f"depends on the input {n.name}")
-            dims = [number(s) for s in val.shape]
+            dims = [size_at(s, sizes) for s in val.shape]
             return torch.full(dims, fill, dtype=val.dtype, device=with_values(val.device))
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
         return run_call(n, args, kwargs)
 
-    wanted = set(ancestors(node, stop=_is_number))
+    wanted = set(ancestors(node, stop=is_number))
     with torch.no_grad():
         for n in gm.graph.nodes:
             if n in wanted:
@@ -187,53 +156,3 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
     found = env[node]
     assert isinstance(found, Tensor)
     return found
-
-
-def other_sizes(sizes: Mapping[Any, int]) -> list[dict[Any, int]]:
-    """The example sizes and two others at which a pattern has to show itself too."""
-    bigger = [{s: n + grow for s, n in sizes.items()} for grow in (3, 8)] if sizes else []
-    return [dict(sizes), *bigger]
-
-
-def name_pattern(masks: list[Tensor]) -> Pattern | None:
-    """The pattern that has all these visible-masks [..., L, S] as its meaning, or None.
-
-    A pattern is accepted only if it is a candidate of the first mask and equals each of the masks exactly.
-    """
-    flat = [m.reshape(-1, *m.shape[-2:]) for m in masks]
-    if any(not (m == m[:1]).all() for m in flat):
-        return None
-    for candidate in _candidates(flat[0][0]):
-        if all(torch.equal(candidate.mask(*m.shape[-2:])[0], m[0]) for m in flat):
-            return candidate
-    return None
-
-
-def _candidates(mask: Tensor) -> list[Pattern]:
-    """Full, causal, and the band that the widest row shows."""
-    q_len, kv_len = mask.shape
-    found: list[Pattern] = [Full(), Causal()]
-    i = torch.arange(q_len)[:, None] + (kv_len - q_len)
-    step = torch.arange(kv_len)[None, :] - i
-    seen = step[mask]
-    if len(seen):
-        left, right = max(0, -int(seen.min())), max(0, int(seen.max()))
-        found += [Window(left, right), Causal() & Window(left, 0)]
-    return found
-
-
-def as_visible(bias: Tensor, floor: float = -1e4, beside: bool = False) -> Tensor | None:
-    """A bias that only hides, as a bool mask: 0 where visible, at most ``floor`` elsewhere, no query without a key.
-
-    In such a bias the hidden keys' weights underflow to exactly 0, so that it means the same as a mask.  ``beside``:
-    visible keys may have a bias of their own, as long as hidden ones lie that far below it.
-    """
-    if bias.dtype == torch.bool:
-        visible = bias
-    else:
-        visible = bias > floor if beside else bias == 0
-        if beside and visible.any():
-            floor += float(bias[visible].min().clamp(max=0.0))
-        if not bool((visible | (bias <= floor)).all()):
-            return None
-    return visible if bool(visible.any(-1).all()) else None

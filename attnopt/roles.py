@@ -36,7 +36,7 @@ def assign_roles(r: Region) -> Region:
     free = [c for c in frame if c not in heads]
     queries = _query_atoms(r, [c for c in free if c not in not_queries])
     batch = [c for c in free if c not in queries]
-    if not heads:
+    if not heads and not _is_projected(r):
         heads, batch = _guess_heads(r, batch, queries)
     _refuse_channels(r)
     return replace(
@@ -69,6 +69,12 @@ def _is_feature(o: Operand, atom: Atom, behind: bool = False) -> bool:
     """Neighbours along the atom come from different rows of a weight, at its end too: a first token may be made alone."""
     pairs = {(0, 1), (atom.size - 2, atom.size - 1)}
     return all(chooses_weights(o.node, _pick(o, atom, a), _pick(o, atom, b), behind) for a, b in pairs)
+
+
+def _is_projected(r: Region) -> bool:
+    """Weights make the features of queries, keys or values, and no axis beside them: there is one head."""
+    told = ((r.q, r.features), (r.k, r.features), (r.v, r.value_features))
+    return any(_is_feature(o, f) for o, features in told for f in resolve(features))
 
 
 def _is_copied(o: Operand, atom: Atom) -> bool:

@@ -15,9 +15,9 @@ from torch import fx
 
 from attnopt.axes import Axes, Axis, length, resolve_all, unfollow
 from attnopt.graph import CASTS, NOT, arg, aten, computes_same, dtype, is_call, is_tensor, operand, shape, wrap
+from attnopt.mask_patterns import may_hide
 from attnopt.normaliser import Softmax
 from attnopt.overwriting import zeros_of
-from attnopt.probing import may_hide
 from attnopt.region import atoms_of
 from attnopt.scores import Hide, Operand, Step, Term
 

@@ -19,10 +19,11 @@ LOW = torch.finfo(torch.float32).min
 class Decoder(nn.Module):
     """A causal mask and a padding mask, each written over the scores or added to them, one after the other."""
 
-    def __init__(self, causal: tuple[str, float], padding: tuple[str, float], padding_last: bool) -> None:
+    def __init__(self, causal: tuple[str, float], padding: tuple[str, float], padding_last: bool, size: float) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.qkv.weight.data[: 2 * WIDTH] *= size
         self.causal, self.padding, self.padding_last = causal, padding, padding_last
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -40,9 +41,10 @@ class Decoder(nn.Module):
 
 
 def padded_left() -> tuple[Tensor, Tensor]:
-    x = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
-    tokens = torch.ones(2, LENGTH)
-    tokens[1, :PADDED] = 0
+    """A whole sequence, one that is padded on the left, and one that is padding alone."""
+    x = torch.randn(3, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    tokens = torch.ones(3, LENGTH)
+    tokens[1, :PADDED] = tokens[2] = 0
     return x, tokens
 
 
@@ -54,24 +56,29 @@ FORMS = list(itertools.product(("written", "added"), (-math.inf, LOW, -1e9, -1e4
 @pytest.mark.parametrize("causal", FORMS)
 def test_padding_on_the_left(causal: tuple[str, float], padding: tuple[str, float], padding_last: bool) -> None:
     """Every token gets the model's numbers; what stands before them does, too, or the site says that it does not."""
-    model = Decoder(causal, padding, padding_last).eval()
     x, tokens = padded_left()
-    found = attnopt.inspect(model, (x, torch.ones_like(tokens)))
-    if not found.sites:
-        assert [m.refusal.code for m in found.near_misses] == ["moderate-mask"]
-        return
-    fast = attnopt.optimize(model, "fuse", (x, torch.ones_like(tokens)))
-    (got,), (want,) = run(fast, (x, tokens)), run(model, (x, tokens))
-    assert_same([got[0], got[1, PADDED:]], [want[0], want[1, PADDED:]])
+    differs = False
+    for size in (1.0, 16.0):  # scores of hundreds show beside -1e9
+        model = Decoder(causal, padding, padding_last, size).eval()
+        found = attnopt.inspect(model, (x, torch.ones_like(tokens)))
+        if not found.sites:
+            assert [m.refusal.code for m in found.near_misses] == ["moderate-mask"]
+            return
+        fast = attnopt.optimize(model, "fuse", (x, torch.ones_like(tokens)))
+        (got,), (want,) = run(fast, (x, tokens)), run(model, (x, tokens))
+        assert_same([got[0], got[1, PADDED:]], [want[0], want[1, PADDED:]])
+        before, meant = (torch.cat([made[1, :PADDED], made[2]]) for made in (got, want))
+        differs = differs or not torch.allclose(before[~meant.isnan()], meant[~meant.isnan()], atol=1e-4)
     (site,) = fast.sites
-    before, meant = got[1, :PADDED], want[1, :PADDED]
-    differs = not meant.isnan().any() and not torch.allclose(before, meant, atol=1e-5)
-    assert any("every key is hidden" in note for note in site.notes) == differs
+    is_told = any("every key is hidden" in note for note in site.notes)
+    # what is added is made from an input, and might hide as far as what is written
+    is_cautious = (causal, padding) == (("written", -1e9), ("added", -1e4))
+    assert is_told == (differs or is_cautious)
 
 
 def test_an_example_with_padding_on_the_left() -> None:
     """Where the example itself shows the difference, the attention is left alone, and the hint says what to do."""
-    model = Decoder(("written", -1e4), ("added", -1e4), padding_last=True).eval()
+    model = Decoder(("written", -1e4), ("added", -1e4), padding_last=True, size=1.0).eval()
     found = attnopt.inspect(model, padded_left())
     assert not found.sites
     assert [m.refusal.code for m in found.near_misses] == ["not-equal"]

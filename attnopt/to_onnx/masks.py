@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from attnopt.graph import NOT, Emitter, arg, aten, dtype, is_call, operand
+from attnopt.graph import NOT, Emitter, arg, aten, dtype, is_call, operand, shape
+from attnopt.mask_patterns import samples
 from attnopt.masking import FLOOR
 from attnopt.patterns import Pattern
-from attnopt.probing import evaluate, inputs_behind, is_plain, other_sizes, symbols
+from attnopt.probing import inputs_behind, is_plain
 
 _AND = (aten.bitwise_and.Tensor, aten.logical_and.default)
 
@@ -56,15 +57,11 @@ class _Known:
         gm = self.graph.owning_module
         if gm is None or inputs_behind(node) or not is_plain(node):
             return False, False
-        shows = equals = True
-        for sizes in other_sizes(symbols(self.graph)):
-            mask = evaluate(gm, node, sizes)
-            if mask.dim() < 2:
-                return False, False
-            seen: Tensor = self.pattern.mask(*mask.shape[-2:], num_heads=self.heads)
-            shows = shows and bool((mask | ~seen).all())
-            equals = equals and bool((mask == seen).all())
-        return shows, equals
+        seen = samples(gm, [node]) if len(shape(node)) >= 2 else None
+        if seen is None:
+            return False, False
+        pairs = [(s.values[0], s.of(self.pattern, self.heads)) for s in seen]
+        return all(bool((m | ~p).all()) for m, p in pairs), all(bool((m == p).all()) for m, p in pairs)
 
 
 def _split(emit: Emitter, mask: fx.Node, known: _Known) -> tuple[fx.Node | None, bool]:
