@@ -118,9 +118,9 @@ class _Known:
                 try:
                     found += self._at(nodes, lengths, sizes, fill, numbers)
                     valid = True
-                except InvalidSizesError:
+                except (InvalidSizesError, RuntimeError, IndexError):
                     continue  # the model does not run at these sizes itself
-                except (UnsupportedError, ValueError, RuntimeError, IndexError, TypeError):
+                except (UnsupportedError, ValueError, TypeError):
                     return None
             if choices and not valid:
                 return None

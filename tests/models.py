@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FAR = 15  # a window of the model's own that is longer than most examples
 MAX = 32  # longest sequence of stored masks and tables
 LENGTH, OTHER = 7, 5  # of the sequence, and of another one that cross-attention reads
 
@@ -39,7 +40,7 @@ class Spelling:
     rope: str = ""  # half, interleaved, in-place, complex
     norm: str = ""  # layer, rms, l2, across
     scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature, over (one), root
-    mask: tuple[str, ...] = ()  # causal, window, left, padding, float-padding, given
+    mask: tuple[str, ...] = ()  # causal, window, left, far, chunk (longer than examples), padding, float-padding, given
     made: str = "tril"  # tril, triu, arange, like (the scores)
     apply: str = "where"  # add-inf, add-min, lerp, where, masked_fill, moderate, assigned, old-gpt
     after: str = ""  # what is done to the weights too: again, flags, rows (masks once more), clean (of NaN)
@@ -105,7 +106,9 @@ class Spelling:
             s = replace(s, softcap=None) if s.bias_kind == "addend" else s
         if s.bias_kind == "addend" and s.core != "baddbmm":
             s = replace(s, bias_kind="alibi")
-        if s.apply == "old-gpt" and (len(s.mask) > 1 or set(s.mask) - {"causal", "left"} or s.bias_kind or s.cross):
+        if s.apply == "old-gpt" and (
+            len(s.mask) > 1 or set(s.mask) - {"causal", "left", "far", "chunk"} or s.bias_kind or s.cross
+        ):
             s = replace(s, apply="where")
         if s.apply == "moderate" and "given" in s.mask:  # which may hide too
             s = replace(s, apply="where")
@@ -443,6 +446,10 @@ class Attention(nn.Module):
             return (i - j).abs() <= 2
         if kind == "left":
             return (j <= i) & (j > i - 3)
+        if kind == "far":
+            return (j <= i) & (i - j < FAR)
+        if kind == "chunk":
+            return (j <= i) & (i // FAR == j // FAR)
         if self.s.made == "tril":
             return self.tril[:q_len, :kv_len]
         return ~torch.ones(q_len, kv_len, dtype=torch.bool).triu(1) if self.s.made == "triu" else j <= i

@@ -86,7 +86,7 @@ def _editable(b: Block) -> Block:
 def _fitting(s: Spelling, c: Case, width: int, plain: bool) -> Spelling:
     s = replace(s, width=width)
     if plain:  # inputs that only a batched model, or one with a forward of its own, is given
-        s = replace(s, cross=False, mask=tuple(m for m in s.mask if m in ("causal", "window", "left")))
+        s = replace(s, cross=False, mask=tuple(m for m in s.mask if m in ("causal", "window", "left", "far", "chunk")))
     if c.container == "sequential":
         s = replace(s, returns="output")
     if c.dtype == "float16" and s.apply == "moderate":  # nothing that can be added hides every score
@@ -117,7 +117,7 @@ def draw(seed: int, number: int) -> Case:
         length=r.choices((7, 4, 9, 2, 1), (60, 15, 15, 9, 1))[0],
         saved=r.random() < 0.05,
         onnx=dtype == "float32" and r.random() < 0.01,
-        dynamic=r.random() < 0.04,
+        dynamic=r.random() < (0.3 if any({"far", "chunk"} & set(b.spelling.mask) for b in blocks) else 0.04),
         seed=r.randrange(1000),
     ).repaired()
 
@@ -128,7 +128,7 @@ def _block(r: random.Random) -> Block:
 
 def _spelling(r: random.Random) -> Spelling:
     heads, kv_heads = r.choice(((4, 4), (4, 4), (6, 6), (4, 2), (6, 3), (6, 2), (4, 1), (3, 3), (1, 1), (2, 2)))
-    masks = ("causal", "window", "left", "padding", "float-padding", "given")
+    masks = ("causal", "window", "left", "far", "chunk", "padding", "float-padding", "given")
     return Spelling(
         heads=heads, kv_heads=kv_heads, width=r.choice((12, 15, 7)), head_dim=r.choice((4, 4, 5, 6, 3, 8)),
         value_dim=r.choice((4, 3, 5)), bias=r.random() < 0.5,
