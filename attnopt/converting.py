@@ -22,7 +22,6 @@ from attnopt.judging import Decoding, Judge
 from attnopt.lowering import Plan, lower
 from attnopt.optimizing import Options
 from attnopt.parts import Part, joined_report, parts_of
-from attnopt.past import past_of
 from attnopt.pattern import Full, Pattern
 from attnopt.patterns import Sinks, Window
 
@@ -160,7 +159,7 @@ def _new_pattern(plan: Plan) -> Pattern | None:
 
 def _probe(pattern: Pattern) -> Pattern:
     """So narrow a pattern that it shows on few tokens; without sinks where ``pattern`` has none."""
-    past = past_of(pattern)
+    past = pattern.look_back
     return Window(1, 1) if past is not None and past.sinks == 0 else Window(1, 1) | Sinks(1)
 
 
