@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from attnopt import plugins
+from attnopt import plugin_calls, plugins
 from attnopt.activations import Activations, merged
 from attnopt.backends.reference import Reference
 from attnopt.finding import Found
@@ -53,11 +53,11 @@ def decide(
     out_bias: Tensor | None = None
     refusals: dict[str, Refusal] = {}
     for p in passes:
-        refusal = p.check(site)
+        refusal = plugin_calls.check(p, site)
         if refusal is not None:
             refusals[p.name] = refusal
             continue
-        rewrite = p.rewrite(site)
+        rewrite = plugin_calls.rewrite(p, site)
         edits = merged(edits, rewrite.edits)
         out_bias = out_bias if rewrite.out_bias is None else rewrite.out_bias
         site = replace(
@@ -146,9 +146,9 @@ def standing_refusals(found: Found) -> dict[str, Refusal]:
 
 def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:
     """The cheapest backend that can compute the site, or None and every backend's reason."""
-    reasons = {b.name: r for b in backends if (r := b.check(site.spec)) is not None}
+    reasons = {b.name: r for b in backends if (r := plugin_calls.accepts(b, site)) is not None}
     able = [b for b in backends if b.name not in reasons]
-    return min(able, key=lambda b: b.cost(site), default=None), reasons
+    return min(able, key=lambda b: plugin_calls.cost(b, site), default=None), reasons
 
 
 def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backend]) -> tuple[str, ...]:

@@ -140,10 +140,12 @@ def target_of(cls: type[Any]) -> str:
 
 def distribution_of(cls: type[Any]) -> str:
     """The installed distribution that a class comes from; "" where it comes from none."""
-    top = cls.__module__.partition(".")[0]
-    if top == OURS:
-        return OURS
-    return next(iter(packages_distributions().get(top, ())), "")
+    return _distribution_of(cls.__module__.partition(".")[0])
+
+
+@lru_cache(256)
+def _distribution_of(package: str) -> str:
+    return OURS if package == OURS else next(iter(packages_distributions().get(package, ())), "")
 
 
 def _plugin(name: str, kind: str, distribution: str, target: str | type[Any]) -> Plugin:
