@@ -11,6 +11,7 @@ from torch import Tensor
 from attnopt import plugin_calls, plugins
 from attnopt.activations import Activations, merged
 from attnopt.backends.reference import Reference
+from attnopt.errors import PluginError
 from attnopt.finding import Found
 from attnopt.lowering import Plan, edited_parameters
 from attnopt.refusal import Refusal
@@ -133,15 +134,25 @@ def escapes(found: Found) -> Refusal:
     )
 
 
-def standing_refusals(found: Found) -> dict[str, Refusal]:
-    """The built-in passes that this site rules out whatever their options."""
-    from attnopt.passes import GroupedQuery, LocalWindow, SoftPAG, Sparse
-    from attnopt.patterns import Window
-
+def standing_answers(found: Found) -> dict[str, Refusal | None]:
+    """What each installed pass that was asked says of this site, as far as that does not depend on its options."""
     if found.raised.region.escapes:
-        return dict.fromkeys((name for name in plugins.passes()), escapes(found))
-    typical: tuple[Pass, ...] = (LocalWindow(left=1), Sparse(Window(1, 1)), GroupedQuery(kv_heads=1), SoftPAG())
-    return {p.name: refusal for p in typical if (refusal := p.check(found.site)) is not None}
+        return dict.fromkeys(plugins.passes(), escapes(found))
+    return {name: _asked(name, found.site) for name in plugins.passes() if plugins.typical_pass(name) is not None}
+
+
+def standing_refusals(found: Found) -> dict[str, Refusal]:
+    """The passes that this site rules out whatever their options."""
+    return {name: refusal for name, refusal in standing_answers(found).items() if refusal is not None}
+
+
+def _asked(name: str, site: Site) -> Refusal | None:
+    typical = plugins.typical_pass(name)
+    assert typical is not None
+    try:
+        return plugin_calls.check(typical, site)
+    except PluginError as e:
+        return site.refuse("plugin-failed", expected="an answer of the pass", found=e.message, hint=e.hint or "")
 
 
 def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:

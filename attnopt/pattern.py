@@ -71,6 +71,13 @@ class Pattern(ABC):
         """The patterns that this one is made of."""
         return ()
 
+    def leaves(self) -> Iterator[Pattern]:
+        """The named patterns inside, itself included; joins have no names."""
+        if not isinstance(self, (_Joined, Not)):
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
     @property
     def lengths(self) -> range | None:
         """The sequence lengths that the pattern is made for, None for any; at others it has a meaning, but no use."""

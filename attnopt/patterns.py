@@ -315,6 +315,14 @@ def constructor(name: str) -> Callable[..., Any]:
     return PATTERNS.load(name)
 
 
+def is_readable(pattern: Pattern) -> bool:
+    """``parse`` makes the same pattern of its text.  Not so of a class that is not registered, or whose name another has."""
+    try:
+        return parse(pattern.to_json()) == pattern
+    except Exception:  # whatever a third party's constructor says of what its repr wrote
+        return False
+
+
 def parse(text: str) -> Pattern:
     """Read the notation that patterns print, e.g. ``"Causal() & (Window(3, 0) | Sinks(4))"``; raises PolicyError."""
     value = evaluate(text, constructor)

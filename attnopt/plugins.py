@@ -102,6 +102,26 @@ def load_backend(name: str) -> type[Backend]:
     return BACKENDS.load(name)
 
 
+def typical_pass(name: str) -> Pass | None:
+    """The pass to ask where no options are given; None where the answer depends on them, or it cannot be loaded."""
+    try:
+        return load_pass(name).typical()
+    except Exception:  # of a third party; it is told where it is used, and in the listing
+        return None
+
+
+def make_backend(name: str) -> Backend:
+    """The backend of this name with its default options.  Raises as ``load_backend``, PluginError where it has none."""
+    cls = load_backend(name)
+    try:
+        return cls()
+    except Exception as e:
+        whose = f"backend {name!r} of {backends()[name].distribution}"
+        raise PluginError(
+            f"{whose} cannot be made by its name alone: {type(e).__name__}: {e}", hint="give an object"
+        ) from e
+
+
 def describe() -> list[Description]:
     """Every pass, every backend, and what third parties add of the other kinds; what cannot be loaded has its error."""
     found = [(kind, plugin) for kind in _KINDS for plugin in kind.listed().values()]

@@ -72,6 +72,11 @@ class Registry(Generic[T]):
         self.group, self.kind, self.base, self._named = group, kind, base, named
         self._own = {n: _plugin(n, kind, OURS, target) for n, target in own.items()}
         self._registered: dict[str, Plugin] = {}
+        self.changes = 0  # how often something was registered: what was read before may read otherwise now
+
+    def name_of(self, cls: type[T]) -> str:
+        """What the class calls itself."""
+        return str(self._named(cls))
 
     def listed(self) -> dict[str, Plugin]:
         """All that are known, none of them imported for it."""
@@ -121,6 +126,7 @@ class Registry(Generic[T]):
                 hint=f"give {target_of(cls)} another name",
             )
         self._registered[name] = Plugin(name, self.kind, target_of(cls), HERE, ready=cls)
+        self.changes += 1
 
     def knows(self, cls: type[Any]) -> bool:
         """Whether the name of this class stands for it, so that a file that names it can be read."""
