@@ -88,7 +88,7 @@ class Registry(Generic[T]):
                 claims.append(plugin)
         for plugin in self._registered.values():
             claims = found.setdefault(plugin.name, [])
-            if all(plugin.target != other.target for other in claims):
+            if not any(_is_same(plugin, other) for other in claims):
                 claims.append(plugin)
         return {name: _contested(claims) for name, claims in found.items()}
 
@@ -120,12 +120,13 @@ class Registry(Generic[T]):
             missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
             raise PluginError(f"{self.kind} {name!r} ({target_of(cls)}) does not define {missing}")
         holder = self.listed().get(name)
-        if holder is not None and holder.target != target_of(cls):
+        made = Plugin(name, self.kind, target_of(cls), HERE, ready=cls)
+        if holder is not None and not _is_same(holder, made):
             raise PluginError(
                 f"{self.kind} {name!r} is {holder.target} of {holder.distribution} already",
                 hint=f"give {target_of(cls)} another name",
             )
-        self._registered[name] = Plugin(name, self.kind, target_of(cls), HERE, ready=cls)
+        self._registered[name] = made
         self.changes += 1
 
     def knows(self, cls: type[Any]) -> bool:
@@ -137,6 +138,15 @@ class Registry(Generic[T]):
             return self.load(name) is cls
         except PluginError:
             return False
+
+
+def _is_same(a: Plugin, b: Plugin) -> bool:
+    """One class: an entry point may name it by its package, and the class itself by the module that it is defined in."""
+    if a.target == b.target:
+        return True
+    (package, _, name), (other_package, _, other_name) = a.target.partition(":"), b.target.partition(":")
+    tops = package.partition(".")[0], other_package.partition(".")[0]
+    return (a.distribution == HERE) != (b.distribution == HERE) and tops[0] == tops[1] and name == other_name
 
 
 def target_of(cls: type[Any]) -> str:
