@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.head_edits import HeadEdit
 from attnopt.pattern import Pattern
+from attnopt.ranges import Ranges, clipped
 from attnopt.registry import distribution_of
 from attnopt.rewriting import HeadWeights, Rewrite
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
 _SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared with its own mask
+_RUN = 64  # queries whose reach is asked together
 _FIXED = ("head_dim", "value_dim", "is_cross", "has_bias", "has_mask", "has_sinks")
 
 
@@ -107,13 +111,29 @@ def _of_tensor(what: str, made: Tensor, known: Tensor) -> Iterator[str]:
 
 def _of_foreign_patterns(site: Site, spec: AttentionSpec) -> Iterator[str]:
     """Where a pattern's own ``reach`` denies what its ``visible`` says: what is computed would depend on the backend."""
-    pattern, length = spec.pattern, site.q_len * site.kv_len
-    if not isinstance(pattern, Pattern) or not 0 < length <= _SMALL or not _foreign(pattern):
+    pattern, q_len, kv_len = spec.pattern, site.q_len, site.kv_len
+    if not isinstance(pattern, Pattern) or not 0 < q_len * kv_len <= _SMALL or not _foreign(pattern):
         return
-    seen = pattern.mask(site.q_len, site.kv_len, num_heads=spec.num_heads)
-    share = float(seen.double().mean())
-    if abs(pattern.density(site.q_len, site.kv_len, num_heads=spec.num_heads) - share) > 0.5 / seen.numel():
-        yield f"pattern {pattern}: reach denies what visible says at {site.q_len} queries and {site.kv_len} keys"
+    for one in {pattern.for_head(h) for h in range(spec.num_heads)}:
+        seen_LS = one.mask(q_len, kv_len)[0].numpy()
+        runs = [(i, i) for i in range(q_len)] + [(i, min(i + _RUN, q_len) - 1) for i in range(0, q_len, _RUN)]
+        if any(_denies(one, seen_LS[first : last + 1], first + kv_len - q_len) for first, last in runs):
+            yield f"pattern {one}: reach denies what visible says at {q_len} queries and {kv_len} keys"
+
+
+def _denies(pattern: Pattern, seen_LS: NDArray[np.bool_], first: int) -> bool:
+    """A key that all of a run see is hidden from one of them, or one that none of them may see is seen."""
+    q_len, kv_len = seen_LS.shape
+    reach = pattern.reach(first, first + q_len - 1, kv_len)
+    surely, maybe = (_marked(ranges, kv_len) for ranges in (reach.all, reach.some))
+    return bool((surely & ~seen_LS).any() or (seen_LS & ~(maybe | surely)).any())
+
+
+def _marked(ranges: Ranges, length: int) -> NDArray[np.bool_]:
+    marks = np.zeros(length, np.bool_)
+    for start, stop in clipped(ranges, length):
+        marks[start:stop] = True
+    return marks
 
 
 def _foreign(pattern: Pattern) -> bool:
