@@ -17,7 +17,7 @@ from attnopt.backends.sdpa import Sdpa
 from attnopt.errors import ConversionError
 from attnopt.past import Past
 from attnopt.pattern import Full, Pattern
-from attnopt.patterns import Causal, parse
+from attnopt.patterns import Causal, is_readable, parse
 from attnopt.ranges import clipped
 from attnopt.rewriting import Backend
 from attnopt.rolling_cache import UseRollingCache
@@ -61,6 +61,12 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping
     unknown = [name for name in patterns if name not in modules]
     if unknown:
         raise ConversionError(f"{type(model).__name__} has no module {', '.join(map(repr, unknown))}")
+    unnamed = [pattern for pattern in patterns.values() if not is_readable(pattern)]
+    if unnamed:
+        raise ConversionError(
+            f"pattern {unnamed[0]} is not what attnopt.patterns.parse reads from its text in the model's configuration",
+            hint="put @attnopt.register on its class",
+        )
     if not getattr(model, "_supports_attention_backend", False):
         raise ConversionError(
             f"{type(model).__name__} does not take attentions from transformers' AttentionInterface",

@@ -44,7 +44,7 @@ BACKENDS = Registry(
     },
     lambda cls: getattr(cls, "name", None),
 )
-_KINDS: tuple[Registry[Any], ...] = (PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES)
+KINDS: tuple[Registry[Any], ...] = (PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES)
 _LISTED = (PASSES, BACKENDS)
 
 C = TypeVar("C", bound=type[Any])
@@ -57,9 +57,9 @@ def register(cls: C) -> C:
     group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits`` or ``attnopt.block_scores``.
     Raises PluginError where the name is taken, or something is missing in the class.
     """
-    kind = next((k for k in _KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
+    kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
     if kind is None:
-        known = ", ".join(k.base.__name__ for k in _KINDS)
+        known = ", ".join(k.base.__name__ for k in KINDS)
         raise PluginError(f"{cls!r} is nothing that can be registered", hint=f"derive it from one of {known}")
     kind.register(cls)
     return cls
@@ -124,7 +124,7 @@ def make_backend(name: str) -> Backend:
 
 def describe() -> list[Description]:
     """Every pass, every backend, and what third parties add of the other kinds; what cannot be loaded has its error."""
-    found = [(kind, plugin) for kind in _KINDS for plugin in kind.listed().values()]
+    found = [(kind, plugin) for kind in KINDS for plugin in kind.listed().values()]
     return [_described(kind, p) for kind, p in found if kind in _LISTED or p.distribution != OURS]
 
 

@@ -249,6 +249,8 @@ def test_a_pattern_that_nobody_knows(backend: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(made(*ARGS), expected(torch.arange(12) % 3 == 0))
     assert made.report.sites[0].form_after is not None
     assert "Third()" in str(made.report)
+    assert Third().mask(5, 7).shape == (1, 5, 7)
+    assert Third().density(5, 7) == pytest.approx(3 / 7)
     assert Third().look_back is None
     assert Third().bands is None
     seen = made.sites[0].spec.pattern.mask(12, 12)

@@ -1,5 +1,6 @@
-"""A third party's distribution is installed and used like the built-in passes and backends."""
+"""A third party's distribution is installed, and each kind of thing in it used on every path."""
 
+import ast
 import json
 import os
 import shutil
@@ -25,6 +26,71 @@ with torch.no_grad():
 model, args, kwargs = tiny_models.full()
 refused = attnopt.optimize(model.eval(), "acme.last-k(keys=4)", args, kwargs)
 assert refused.report.sites[0].refusals["acme.last-k"].code == "needs-causal", str(refused.report)
+"""
+
+
+EVERY_PATH = """
+import sys, tempfile, torch, attnopt, tiny_models
+from attnopt.explaining import explain
+model, args = tiny_models.causal()
+model.eval()
+policies = {
+    "acme.last-k(keys=4)": "Window(left=3, right=0)",
+    "sparse(pattern=Every(n=3) | Window(left=1, right=0))": "Every(3)",
+    "acme.clip(bound=0.1)": "Clipped",
+    "dynamic-sparse(scores='keynorm', keep=0.5, block=64)": "KeyNorm()",
+}
+for policy, told in policies.items():
+    reference = attnopt.optimize(model, policy, args, backend="reference")
+    assert attnopt.Policy.from_json(attnopt.Policy.of(policy).to_json()) == attnopt.Policy.of(policy)
+    for backend in ("auto", "sdpa", "blocked", "acme.plain"):
+        if backend == "acme.plain" and told == "KeyNorm()":
+            continue
+        fast = attnopt.optimize(model, policy, args, backend=backend)
+        assert [s.status for s in fast.report.sites] == ["rewritten"] * 2, str(fast.report)
+        torch.testing.assert_close(fast(*args), reference(*args))
+        assert told in str(fast.report), str(fast.report)
+        with tempfile.TemporaryDirectory() as folder:
+            fast.save(folder + "/saved")
+            assert torch.equal(attnopt.load(folder + "/saved")(*args), fast(*args))
+            fast.report.to_html(folder + "/report.html")
+            assert told in open(folder + "/report.html").read() or "Clipped" in told
+    with tempfile.TemporaryDirectory() as folder:
+        attnopt.optimize(model, policy, args, dynamic_shapes="auto").export_onnx(folder + "/model.onnx")
+        fast.save(sys.argv[1] + "/" + told.split("(")[0])
+(found,) = explain(model, "layers.0", args, {})
+assert {"acme.clip", "backend acme.plain"} <= set(found.accepted), found
+assert "acme.last-k" not in found.accepted, found
+(found,) = explain(model, "layers.0", args, {}, attnopt.Policy.of("acme.last-k(keys=4)"))
+assert "acme.last-k" in found.accepted, found
+assert len(attnopt.inspect(model, args).sites) == 2
+"""
+
+NOT_INSTALLED = """
+import sys, attnopt
+for name, kind in (("Every", "pattern 'Every'"), ("Clipped", "head edit 'acme.clipped'"), ("KeyNorm", "block score 'KeyNorm'")):
+    try:
+        attnopt.load(sys.argv[1] + "/" + name)
+    except attnopt.ArchiveError as error:
+        assert f"the saved model needs {kind} of acme-attnopt: there is no " in str(error), error
+        assert error.hint.startswith("install acme-attnopt, or import the module that registers it"), error
+    else:
+        raise AssertionError(name)
+attnopt.load(sys.argv[1] + "/Window")
+"""
+
+CONVERTED = """
+import torch, attnopt, transformers
+torch.manual_seed(0)
+sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+ids = torch.randint(50, (1, 12))
+policy = "sparse(pattern=Every(n=3) | Window(left=1, right=0))"
+converted = attnopt.convert(model, policy, (ids,))
+fast = attnopt.optimize(model, policy, (ids,), {"use_cache": False})
+with torch.no_grad():
+    torch.testing.assert_close(converted(ids).logits, fast(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(converted(ids).logits, model(ids).logits, atol=1e-4)
 """
 
 
@@ -55,3 +121,24 @@ def test_it_is_listed(environment: dict[str, str]) -> None:
 
 def test_it_is_used_by_its_name(environment: dict[str, str]) -> None:
     _run([sys.executable, "-W", "ignore", "-c", USE], environment)
+
+
+def test_every_kind_on_every_path(environment: dict[str, str], tmp_path: Path) -> None:
+    _run([sys.executable, "-W", "ignore", "-c", EVERY_PATH, str(tmp_path)], environment)
+    without = {**environment, "PYTHONPATH": os.pathsep.join(environment["PYTHONPATH"].split(os.pathsep)[1:])}
+    _run([sys.executable, "-W", "ignore", "-c", NOT_INSTALLED, str(tmp_path)], without)
+
+
+def test_a_pattern_in_a_converted_model(environment: dict[str, str]) -> None:
+    _run([sys.executable, "-W", "ignore", "-c", CONVERTED], environment)
+
+
+def test_the_example_imports_what_is_public() -> None:
+    """And shows each kind in at most twenty lines."""
+    for file in (HERE / "plugin" / "acme_attnopt").glob("*.py"):
+        tree = ast.parse(file.read_text())
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        assert {m for m in imported if m.startswith("attnopt")} <= {"attnopt"}
+        for cls in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+            assert cls.end_lineno is not None
+            assert cls.end_lineno - cls.lineno < 20, cls.name
