@@ -88,7 +88,7 @@ def decide(
         refusals,
         (
             *notes,
-            *backend.notes(site.spec),
+            *plugin_calls.notes(backend, site),
             *_masked(found.site, site, backend, backends),
             *_blind(found.site, site.spec),
             *_kept_whole(found.site, site.spec),

@@ -446,5 +446,8 @@ def _overlap(a: range, b: range) -> range:
 def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
     flat: dict[Pattern, Any] = {}
     for p in patterns:
-        flat.update(dict.fromkeys(p.parts if isinstance(p, kind) else (p,)))
+        try:
+            flat.update(dict.fromkeys(p.parts if isinstance(p, kind) else (p,)))
+        except TypeError as e:
+            raise PluginError(f"pattern {p!r}: {e}", hint="make it a dataclass(frozen=True, repr=False)") from e
     return tuple(flat)

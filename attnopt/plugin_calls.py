@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from attnopt.spec_rules import broken_rules
 
 def check(p: Pass, site: Site) -> Refusal | None:
     """The pass's answer.  Raises PluginError."""
+    _require_name(p, "pass", site)
+    if not is_dataclass(p):
+        raise _fault(p, "pass", "its class is no dataclass, whose fields are the options", site.name)
     with _blamed(p, "pass", "check", site.name):
         return _refusal(p.check(site))
 
@@ -41,6 +45,7 @@ def rewrite(p: Pass, site: Site) -> Rewrite:
 
 def accepts(backend: Backend, site: Site) -> Refusal | None:
     """The backend's answer for the site's spec.  Raises PluginError."""
+    _require_name(backend, "backend", site)
     with _blamed(backend, "backend", "check", site.name):
         return _refusal(backend.check(site.spec))
 
@@ -52,6 +57,12 @@ def cost(backend: Backend, site: Site) -> float:
     if not isinstance(seconds, (int, float)) or math.isnan(seconds):
         raise _fault(backend, "backend", f"cost gave {seconds!r}, expected seconds", site.name)
     return seconds
+
+
+def notes(backend: Backend, site: Site) -> tuple[str, ...]:
+    """Of the site's spec.  Raises PluginError."""
+    with _blamed(backend, "backend", "notes", site.name):
+        return tuple(map(str, backend.notes(site.spec)))
 
 
 def lower(backend: Backend, spec: AttentionSpec) -> Any:
@@ -102,6 +113,11 @@ def _check_output(plugin: Any, kind: str, o: Any, sizes: tuple[int, ...], dtype:
     got = list(map(hint, o.shape))
     if got != wanted or o.dtype != dtype:
         raise _fault(plugin, kind, f"it gave {got} in {o.dtype}, expected {wanted} in {dtype}")
+
+
+def _require_name(plugin: Any, kind: str, site: Site) -> None:
+    if not isinstance(getattr(plugin, "name", None), str):
+        raise _fault(plugin, kind, "its class has no name", site.name)
 
 
 def _refusal(answer: Any) -> Refusal | None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.dynamic_blocks import DynamicBlocks
+from attnopt.errors import PluginError
 from attnopt.head_edits import HeadEdit
 from attnopt.pattern import Pattern
 from attnopt.ranges import Ranges, clipped
@@ -30,7 +31,14 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
         yield from _of_weights(site, made.spec, edit)
     if made.out_bias is not None:
         yield from _of_out_bias(site, made.out_bias)
-    yield from _of_foreign_patterns(site, made.spec)
+    if not isinstance(made.notes, tuple) or not all(isinstance(note, str) for note in made.notes):
+        yield f"notes is {made.notes!r}, expected a tuple of texts"
+    try:
+        yield from _of_foreign_patterns(site, made.spec)
+    except PluginError as e:
+        yield e.message
+    except Exception as e:
+        yield f"pattern {made.spec.pattern} failed: {type(e).__name__}: {e}"
 
 
 def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:

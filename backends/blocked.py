@@ -42,7 +42,7 @@ class Blocked(Backend):
                 "other-blocks", expected=f"a selection of blocks of {BLOCK}, or several of these", found=found
             )
         if not is_readable(spec.pattern):
-            hint = "put @attnopt.register on its class"
+            hint = "put @attnopt.register on its class, and let its repr be the call that makes it"
             return Refusal(
                 "unnamed-pattern", expected="a pattern that its text names", found=str(spec.pattern), hint=hint
             )

@@ -105,6 +105,7 @@ def weights(role: str, head: int, *sizes: int, bias: Tensor | None = None) -> Ca
         (weights("v", 0, 8, 16, bias=torch.full((8,), torch.nan)), "expected finite floating-point numbers"),
         (lambda site: Rewrite(site.spec, out_bias=torch.zeros(3)), "expected a tensor [16], got [3]"),
         (lambda site: Rewrite(site.spec, ("q",)), "edits holds 'q', expected HeadWeights"),
+        (lambda site: Rewrite(site.spec, notes="done"), "notes is 'done', expected a tuple of texts"),  # type: ignore[arg-type]
         (lambda site: None, "rewrite gave NoneType, expected a Rewrite of an AttentionSpec"),
         (lambda site: Rewrite(None), "rewrite gave a Rewrite of NoneType"),  # type: ignore[arg-type]
         (lambda site: 1 / 0, "rewrite failed: ZeroDivisionError: division by zero"),
@@ -141,6 +142,14 @@ def weights_of(factor: float) -> Callable[[Site], Rewrite]:
         return Rewrite(site.spec, (HeadWeights("v", 1, factor * old, site.head_bias("v", 1)),))
 
     return make
+
+
+class Plain(Pass):
+    name: ClassVar[str] = "acme.plain"
+    exact: ClassVar[bool] = True
+
+    def rewrite(self, site: Site) -> Rewrite:
+        return Rewrite(site.spec)
 
 
 # ---------------------------------------------------------------- backends
@@ -226,6 +235,20 @@ class Number(Third):
         return j - i
 
 
+@dataclass(frozen=True, repr=False)
+class Broken(Third):
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        raise OverflowError("too far")
+
+
+@dataclass
+class Mutable(Pattern):
+    n: int = 3
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i == i) & (j % self.n == 0)
+
+
 def expected(seen: Tensor) -> Tensor:
     """The model by hand, with a further mask."""
     x = ARGS[0]
@@ -276,10 +299,27 @@ def test_what_is_not_registered_is_not_saved(tmp_path: Path, monkeypatch: pytest
     assert "import the module that registers it" in caught.value.hint
 
 
+def test_a_pattern_has_to_be_frozen() -> None:
+    with pytest.raises(PluginError, match=r"pattern Mutable.*unhashable type.*\n.*frozen=True"):
+        optimized(Sparse(Mutable()))
+
+
+def test_a_pass_needs_a_name_and_fields() -> None:
+    class Nameless(Pass):
+        def rewrite(self, site: Site) -> Rewrite:
+            return Rewrite(site.spec)
+
+    with pytest.raises(PluginError, match="its class has no name"):
+        optimized(Nameless())
+    with pytest.raises(PluginError, match="its class is no dataclass, whose fields are the options"):
+        optimized(Plain())
+
+
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
         (Liar(), "pattern Causal() & Liar(): reach denies what visible says at 12 queries and 12 keys"),
+        (Broken(), "pattern Causal() & Broken() failed: OverflowError: too far"),
         (Number(), "Number(): visible gives torch.int64, expected a bool tensor"),
     ],
 )
@@ -395,6 +435,7 @@ def test_a_class_that_is_defined_again_is_the_one_that_counts(monkeypatch: pytes
 
 
 # ---------------------------------------------------------------- inspect and explain
+@dataclass(frozen=True)
 class Picky(Pass):
     name: ClassVar[str] = "acme.picky"
     exact: ClassVar[bool] = True
