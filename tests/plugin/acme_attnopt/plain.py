@@ -14,15 +14,14 @@ class Plain(Backend):
     name: ClassVar[str] = "acme.plain"
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
-        extra = [n for n in ("softcap", "selection", "gains", "has_sinks") if getattr(spec, n) not in (None, False)]
+        extra = [n for n in ("softcap", "selection", "gains", "has_bias", "has_sinks") if getattr(spec, n)]
         return Refusal("not-plain", expected="a plain softmax", found=", ".join(extra)) if extra else None
 
     def lower(self, spec: AttentionSpec) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Any, mask: Any, sinks: Any) -> Tensor:
             seen = spec.pattern.mask(q.shape[2], k.shape[2], num_heads=spec.num_heads, device=q.device)
-            seen = seen if mask is None else seen & mask
-            s = q @ k[:, list(spec.kv_of_head)].mT * spec.scale + (0 if bias is None else bias)
-            o = s.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, list(spec.kv_of_head)]
+            seen, groups = seen if mask is None else seen & mask, list(spec.kv_of_head)
+            o = (q @ k[:, groups].mT * spec.scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, groups]
             return torch.where(seen.any(-1, keepdim=True), o, 0)  # a query that sees no key gets zeros
 
         return attend
