@@ -152,7 +152,7 @@ def _asked(name: str, site: Site) -> Refusal | None:
     try:
         return plugin_calls.check(typical, site)
     except PluginError as e:
-        return site.refuse("plugin-failed", expected="an answer of the pass", found=e.message, hint=e.hint or "")
+        return plugin_calls.no_answer(site, e)
 
 
 def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:

@@ -128,7 +128,7 @@ def _answer(backend: Backend, site: Site) -> Refusal | None:
     try:
         return plugin_calls.accepts(backend, site)
     except PluginError as e:
-        return site.refuse("plugin-failed", expected="an answer of the backend", found=e.message, hint=e.hint or "")
+        return plugin_calls.no_answer(site, e)
 
 
 def _described(found: Found) -> str:

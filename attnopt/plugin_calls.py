@@ -87,6 +87,12 @@ def edit(e: HeadEdit, spec: AttentionSpec, o: Tensor, q: Tensor, v: Tensor, cons
     return made
 
 
+def no_answer(site: Site, e: PluginError) -> Refusal:
+    """In the place of the answer of a plugin that was only asked, where nothing depends on it."""
+    hint = "repair or uninstall the plugin"
+    return site.refuse("plugin-failed", expected="an answer of the plugin", found=e.message, hint=hint)
+
+
 def is_ours(plugin: Any) -> bool:
     return type(plugin).__module__.partition(".")[0] == OURS
 
