@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
 from attnopt.errors import PolicyError
-from attnopt.grids import Neighborhood, Prefix
-from attnopt.pattern import And, Or, Pattern, PerHead, all_of, any_of
-from attnopt.patterns import Window, parse
+from attnopt.patterns import Pattern, parse
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
-from attnopt.tile_model import KERNELS, grid_share, grid_tile
+from attnopt.tile_model import KERNELS
 
 _NOTICEABLE = 1.01  # smaller factors are no reason to change a pattern
 _SHOWN = 3  # of the better patterns, for each kernel
@@ -104,10 +101,10 @@ def _advice(spec: AttentionSpec, wanted: Pattern, q_len: int, kv_len: int, tile:
 
     shares: dict[str, Share] = {kernel.name: partial(computed, kernel) for kernel in KERNELS}
     sizes: dict[str, tuple[int, ...]] = {kernel.name: (kernel.block_kv,) for kernel in KERNELS if kernel.group is None}
-    if isinstance(wanted, Neighborhood) and spec.restricted(wanted).pattern == wanted:
-        box = grid_tile(wanted, tile)
+    box = wanted.box(tile)
+    if box is not None and spec.restricted(wanted).pattern == wanted:
         name = f"tiles of {'x'.join(map(str, box))} tokens"
-        shares[name] = lambda p: grid_share(p, box) if isinstance(p, Neighborhood) else 1.0
+        shares[name] = lambda p: p.box_share(box)
         sizes[name] = box
     own = density(wanted)
     kernels, better = [], []
@@ -130,7 +127,7 @@ def _better(
     density: Share,
 ) -> list[Better]:
     found: list[tuple[float, float, Pattern]] = []
-    for candidate in dict.fromkeys(_variants(wanted, tile)):
+    for candidate in dict.fromkeys(wanted.neighbours(tile)):
         cost = share(candidate)
         if candidate == wanted or cost > computes:
             continue
@@ -139,44 +136,6 @@ def _better(
             found.append((cost, -seen, candidate))
     found.sort(key=lambda entry: entry[:2])
     return [Better(kernel, str(p), -seen, _ratio(before, cost)) for cost, seen, p in found[:_SHOWN]]
-
-
-def _variants(pattern: Pattern, tile: tuple[int, ...]) -> Iterator[Pattern]:
-    """Patterns with one window changed so that it may fit tiles better; no window gets smaller."""
-    match pattern:
-        case Window(left, right):
-            yield Window(_up(left, tile[0]), right and _up(right, tile[0]))
-        case Neighborhood():
-            yield from _neighborhoods(pattern, tile)
-        case Prefix(n, rest):
-            yield from (Prefix(n, changed) for changed in _variants(rest, tile))
-        case And(parts) | Or(parts):
-            join = all_of if isinstance(pattern, And) else any_of
-            for place, part in enumerate(parts):
-                for changed in _variants(part, tile):
-                    yield join((*parts[:place], changed, *parts[place + 1 :]))
-        case PerHead(groups, default):
-            for places, part in groups:
-                for changed in _variants(part, tile):
-                    yield PerHead({**dict(groups), places: changed}, default)
-            yield from (PerHead(dict(groups), changed) for changed in _variants(default, tile))
-
-
-def _neighborhoods(p: Neighborhood, tile: tuple[int, ...]) -> Iterator[Pattern]:
-    """Strides that share tiles, and kernels that then begin and end with a tile."""
-    sizes = tile if len(tile) == len(p.grid) else (1,) * (len(p.grid) - 1) + tile
-    options = []
-    for n, kernel, stride, size in zip(p.grid, p.kernel, p.stride, sizes, strict=True):
-        shared = {s for s in (stride, size // 2, size) if stride <= s <= kernel}
-        whole = {(s, kernel + (s - kernel) % (2 * size)) for s in shared}
-        options.append(sorted({(s, kernel) for s in shared} | {(s, k) for s, k in whole if k <= n}))
-    for chosen in product(*options):
-        strides, kernels = zip(*chosen, strict=True)
-        yield Neighborhood(p.grid, kernels, strides, p.dilation, p.causal, p.edge)
-
-
-def _up(number: int, step: int) -> int:
-    return -(-number // step) * step
 
 
 def _ratio(a: float, b: float) -> float:

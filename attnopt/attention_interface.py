@@ -15,9 +15,9 @@ from attnopt.backends.blocked import Blocked
 from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
 from attnopt.errors import ConversionError
-from attnopt.past import Past, past_of
+from attnopt.past import Past
 from attnopt.pattern import Full, Pattern
-from attnopt.patterns import Causal, parse
+from attnopt.patterns import Causal, is_readable, parse
 from attnopt.ranges import clipped
 from attnopt.rewriting import Backend
 from attnopt.rolling_cache import UseRollingCache
@@ -52,7 +52,7 @@ def install(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = Non
             module._forward_pre_hooks.pop(key)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         if isinstance(getattr(module, "layer_idx", None), int):
-            module.register_forward_pre_hook(UseRollingCache(past_of(pattern)), with_kwargs=True)
+            module.register_forward_pre_hook(UseRollingCache(pattern.look_back), with_kwargs=True)
     known = getattr(model.config, PATTERNS, None) or {}
     setattr(model.config, PATTERNS, {**known, **{name: pattern.to_json() for name, pattern in found.items()}})
 
@@ -61,6 +61,12 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping
     unknown = [name for name in patterns if name not in modules]
     if unknown:
         raise ConversionError(f"{type(model).__name__} has no module {', '.join(map(repr, unknown))}")
+    unnamed = [pattern for pattern in patterns.values() if not is_readable(pattern)]
+    if unnamed:
+        raise ConversionError(
+            f"pattern {unnamed[0]} is not what attnopt.patterns.parse reads from its text in the model's configuration",
+            hint="put @attnopt.register on its class",
+        )
     if not getattr(model, "_supports_attention_backend", False):
         raise ConversionError(
             f"{type(model).__name__} does not take attentions from transformers' AttentionInterface",
@@ -110,7 +116,7 @@ def attend(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
         )
         return out, None
-    mask = None if attention_mask is None else _left(attention_mask, key.shape[2], past_of(found))
+    mask = None if attention_mask is None else _left(attention_mask, key.shape[2], found.look_back)
     if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         found = Causal() & found  # what a missing mask means to transformers
     if dropout == 0.0 and (query.shape[2] > 1 or own_scores):

@@ -12,6 +12,7 @@ from torch import Tensor
 from attnopt.errors import PolicyError
 from attnopt.notation import Lookup, evaluate
 from attnopt.options import whole
+from attnopt.registry import Registry
 
 
 class BlockScores(ABC):
@@ -98,14 +99,17 @@ class KMeans(BlockScores):
         return (nearest == torch.arange(self.clusters, device=vectors.device)).to(vectors.dtype)
 
 
-_BY_NAME: dict[str, type[BlockScores]] = {kind.__name__.lower(): kind for kind in (Pooled, Antidiagonal, KMeans)}
+SCORES = Registry(
+    "attnopt.block_scores",
+    "block score",
+    BlockScores,  # type: ignore[type-abstract]
+    {kind.__name__: kind for kind in (Pooled, Antidiagonal, KMeans)},
+)
 
 
 def constructor(name: str) -> type[BlockScores]:
     """The kind of scores of this name, in any case; raises PolicyError."""
-    if name.lower() in _BY_NAME:
-        return _BY_NAME[name.lower()]
-    raise PolicyError(f"there are no block scores {name!r}; there are {', '.join(_BY_NAME)}")
+    return SCORES.load(next((known for known in SCORES.listed() if known.lower() == name.lower()), name))
 
 
 def parse_scores(text: str, lookup: Lookup = constructor) -> BlockScores:
@@ -113,4 +117,4 @@ def parse_scores(text: str, lookup: Lookup = constructor) -> BlockScores:
     value = evaluate(text, lookup)
     if isinstance(value, BlockScores):
         return value
-    raise PolicyError(f"{text!r} are no block scores", hint=f"give one of {', '.join(_BY_NAME)}")
+    raise PolicyError(f"{text!r} are no block scores", hint=f"give one of {', '.join(SCORES.listed()).lower()}")

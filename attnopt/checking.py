@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.backends.reference import Reference
 from attnopt.calibration import Inputs
 from attnopt.calling import Signature, check_inputs, is_guard
 from attnopt.capture import Program, check_call
@@ -21,6 +22,7 @@ from attnopt.compare import TOLERANCE, difference, tensors, tolerance
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.graph import hint, is_tensor, opname, value, written
 from attnopt.lowering import Plan, lower
+from attnopt.plugin_calls import is_ours, told
 from attnopt.probing import HEAVY, symbols, within
 from attnopt.running import holds, outputs_of
 from attnopt.widening import widened, widened_inputs
@@ -163,12 +165,26 @@ class Checker:
             alone = self._outputs(lower(self.program.module, [plan]), inputs)
             plain = self._outputs(lower(self.program.module, [plan], plain=True), inputs)
             if not difference(alone, plain) <= ROOM * tolerance(plain):
+                self._blame_backend(plan, plain, inputs, error)
                 raise VerificationError(
                     f"the rewritten model does not compute what {', '.join(plan.passes)} means "
                     f"(relative difference {error:.2g})",
                     site=plan.found.site.name,
                     hint="leave the site out of the policy and report the model",
                 )
+
+    def _blame_backend(self, plan: Plan, plain: list[Tensor], inputs: Inputs, error: float) -> None:
+        """Where the reference backend computes what is meant, it is not the passes that are wrong."""
+        if is_ours(plan.backend):
+            return
+        by_reference = lower(self.program.module, [replace(plan, backend=Reference())])
+        if not difference(self._outputs(by_reference, inputs), plain) <= ROOM * tolerance(plain):
+            return
+        raise VerificationError(
+            f"{told(plan.backend, 'backend')} does not compute what the attention means (relative difference {error:.2g})",
+            site=plan.found.site.name,
+            hint="give another backend",
+        )
 
 
 def _told(counted: Sequence[str]) -> tuple[str, ...]:

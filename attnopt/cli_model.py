@@ -62,7 +62,9 @@ def _factory(module_name: str, attribute: str) -> Callable[[], Any]:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+        if error.name is None:
+            raise AttnoptError(f"importing {module_name} failed: {_told(error)}") from error
+        if not (module_name + ".").startswith(error.name + "."):
             raise AttnoptError(f"{module_name} needs a module that is not installed: {error.name}") from error
         raise AttnoptError(f"there is no module {error.name!r} in {here} or on the Python path") from error
     except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.cli_model import is_onnx
-from attnopt.errors import AttnoptError, AttnoptWarning
+from attnopt.errors import AttnoptError
 from attnopt.from_onnx.quoting import quoted
 from attnopt.onnx_session import cpu_session
+from attnopt.warned import warn
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +62,7 @@ def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
     generator = np.random.default_rng(0)
     made = {i.name: _made_up(i, shapes[i.name], file, generator) for i in taken}
     told = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in made.items())
-    warnings.warn(f"inputs of {file} are made up: {told}", AttnoptWarning, stacklevel=2)
+    warn(f"inputs of {file} are made up: {told}")
     return made
 
 

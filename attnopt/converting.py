@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -16,15 +15,15 @@ from torch import fx, nn
 from attnopt.calibration import Batch, Calibration, Inputs
 from attnopt.class_settings import Counts, Setting, attributes, configurations, settle
 from attnopt.compiling import compiling
-from attnopt.errors import AttnoptWarning, ConversionError, PolicyError
+from attnopt.errors import ConversionError, PolicyError
 from attnopt.head_weights import REMEDY, head_order, put_into, reshaped
 from attnopt.judging import Decoding, Judge
 from attnopt.lowering import Plan, lower
 from attnopt.optimizing import Options
 from attnopt.parts import Part, joined_report, parts_of
-from attnopt.past import past_of
 from attnopt.pattern import Full, Pattern
 from attnopt.patterns import Sinks, Window
+from attnopt.warned import warn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -160,7 +159,7 @@ def _new_pattern(plan: Plan) -> Pattern | None:
 
 def _probe(pattern: Pattern) -> Pattern:
     """So narrow a pattern that it shows on few tokens; without sinks where ``pattern`` has none."""
-    past = past_of(pattern)
+    past = pattern.look_back
     return Window(1, 1) if past is not None and past.sinks == 0 else Window(1, 1) | Sinks(1)
 
 
@@ -221,11 +220,9 @@ def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> Non
         raise _differs(model)
     in_configuration = any(not isinstance(s.owner, nn.Module) for s in found)
     if changed and _homes(model) and not in_configuration:
-        warnings.warn(
+        warn(
             f"no configuration of {type(model).__name__} makes a model with these heads: the converted model runs, but "
-            "from_pretrained cannot load what it saves",
-            AttnoptWarning,
-            stacklevel=3,
+            "from_pretrained cannot load what it saves"
         )
 
 

@@ -11,10 +11,13 @@ from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
 
-def cost_of(site: Site, spec: AttentionSpec, before: AttentionSpec, element_size: int = 4, rows: float = 1.0) -> Cost:
+def cost_of(
+    site: Site, spec: AttentionSpec, before: AttentionSpec, element_sizes: tuple[int, int], rows: float = 1.0
+) -> Cost:
     """FLOPs of the two products over what the pattern keeps and of the projections, for one sequence of the example's
     length; parameters of the projections; bytes of keys and values that a cache holds for a token.
 
+    ``element_sizes``: bytes of one number of a key and of a value.
     ``rows``: the share of the pairs of a query and a head that are computed."""
     density = spec.pattern.density(site.q_len, site.kv_len, num_heads=spec.num_heads)
     pairs = density * site.q_len * site.kv_len
@@ -22,7 +25,8 @@ def cost_of(site: Site, spec: AttentionSpec, before: AttentionSpec, element_size
     parameters = _projection_parameters(site, site.parameters, spec, before)
     tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
-    cached = spec.num_kv_heads * (spec.head_dim + spec.value_dim) * element_size
+    of_key, of_value = element_sizes
+    cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
     if spec.is_constant:  # nothing reads the queries, keys and values
         return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)
     return Cost(int(flops), sum(parameters.values()), cached)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from attnopt import plugins
+from attnopt import plugin_calls, plugins
 from attnopt.activations import Activations, merged
 from attnopt.backends.reference import Reference
+from attnopt.errors import PluginError
 from attnopt.finding import Found
 from attnopt.lowering import Plan, edited_parameters
 from attnopt.refusal import Refusal
@@ -53,11 +54,11 @@ def decide(
     out_bias: Tensor | None = None
     refusals: dict[str, Refusal] = {}
     for p in passes:
-        refusal = p.check(site)
+        refusal = plugin_calls.check(p, site)
         if refusal is not None:
             refusals[p.name] = refusal
             continue
-        rewrite = p.rewrite(site)
+        rewrite = plugin_calls.rewrite(p, site)
         edits = merged(edits, rewrite.edits)
         out_bias = out_bias if rewrite.out_bias is None else rewrite.out_bias
         site = replace(
@@ -87,7 +88,7 @@ def decide(
         refusals,
         (
             *notes,
-            *backend.notes(site.spec),
+            *plugin_calls.notes(backend, site),
             *_masked(found.site, site, backend, backends),
             *_blind(found.site, site.spec),
             *_kept_whole(found.site, site.spec),
@@ -133,22 +134,32 @@ def escapes(found: Found) -> Refusal:
     )
 
 
-def standing_refusals(found: Found) -> dict[str, Refusal]:
-    """The built-in passes that this site rules out whatever their options."""
-    from attnopt.passes import GroupedQuery, LocalWindow, SoftPAG, Sparse
-    from attnopt.patterns import Window
-
+def standing_answers(found: Found) -> dict[str, Refusal | None]:
+    """What each installed pass that was asked says of this site, as far as that does not depend on its options."""
     if found.raised.region.escapes:
-        return dict.fromkeys((name for name in plugins.passes()), escapes(found))
-    typical: tuple[Pass, ...] = (LocalWindow(left=1), Sparse(Window(1, 1)), GroupedQuery(kv_heads=1), SoftPAG())
-    return {p.name: refusal for p in typical if (refusal := p.check(found.site)) is not None}
+        return dict.fromkeys(plugins.passes(), escapes(found))
+    return {name: _asked(name, found.site) for name in plugins.passes() if plugins.typical_pass(name) is not None}
+
+
+def standing_refusals(found: Found) -> dict[str, Refusal]:
+    """The passes that this site rules out whatever their options."""
+    return {name: refusal for name, refusal in standing_answers(found).items() if refusal is not None}
+
+
+def _asked(name: str, site: Site) -> Refusal | None:
+    typical = plugins.typical_pass(name)
+    assert typical is not None
+    try:
+        return plugin_calls.check(typical, site)
+    except PluginError as e:
+        return plugin_calls.no_answer(site, e)
 
 
 def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:
     """The cheapest backend that can compute the site, or None and every backend's reason."""
-    reasons = {b.name: r for b in backends if (r := b.check(site.spec)) is not None}
+    reasons = {b.name: r for b in backends if (r := plugin_calls.accepts(b, site)) is not None}
     able = [b for b in backends if b.name not in reasons]
-    return min(able, key=lambda b: b.cost(site), default=None), reasons
+    return min(able, key=lambda b: plugin_calls.cost(b, site), default=None), reasons
 
 
 def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backend]) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ class CalibrationError(AttnoptError):
 
 
 class PluginError(AttnoptError):
-    """An installed pass or backend could not be loaded."""
+    """A plugin could not be loaded or registered, or does not do what its kind has to do."""
 
 
 class AttnoptWarning(UserWarning):

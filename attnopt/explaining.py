@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -11,12 +12,12 @@ from typing import Any
 import networkx as nx
 from torch import fx, nn
 
-from attnopt import plugins
+from attnopt import plugin_calls, plugins
 from attnopt.backends.reference import Reference
 from attnopt.capture import capture
 from attnopt.compiling import compiling
-from attnopt.deciding import decide, standing_refusals
-from attnopt.errors import AttnoptError
+from attnopt.deciding import decide, standing_answers
+from attnopt.errors import AttnoptError, PluginError
 from attnopt.finding import Findings, Found, find
 from attnopt.graph import module_path, source_line
 from attnopt.listing import code
@@ -26,6 +27,7 @@ from attnopt.policy import Policy
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError
 from attnopt.rewriting import Backend
+from attnopt.site import Site
 
 ROOT = "(root)"
 
@@ -65,7 +67,7 @@ def explain(
 ) -> tuple[Explanation, ...]:
     """Everything of this name; a module may hold several.
 
-    With a ``policy`` its passes are asked, else all built-in passes as far as their answer does not depend on options.
+    With a ``policy`` its passes are asked, else all installed passes whose answer does not depend on their options.
     Raises AttnoptError, with the names that there are, where there is none of this name.
     """
     program = capture(model, args, dict(kwargs))
@@ -90,14 +92,15 @@ def _of_site(found: Found, policy: Policy | None) -> Explanation:
     site, region = found.site, found.raised.region
     backends = _backends()
     if policy is None:
-        refusals = standing_refusals(found)
-        asked = [p.name for p in plugins.passes().values() if p.distribution == plugins.OURS]
+        answers = standing_answers(found)
+        refusals = {name: refusal for name, refusal in answers.items() if refusal is not None}
+        asked = list(answers)
     else:
         passes = policy.passes_for(site.name)
         refusals = dict(decide(found, passes, (Reference(),)).refusals)
         asked = [p.name for p in passes]
     for backend in backends:
-        if (refusal := backend.check(site.spec)) is not None:
+        if (refusal := _answer(backend, site)) is not None:
             refusals[f"backend {backend.name}"] = refusal
     asked += [f"backend {b.name}" for b in backends]
     return Explanation(
@@ -113,8 +116,19 @@ def _of_site(found: Found, policy: Policy | None) -> Explanation:
 
 
 def _backends() -> list[Backend]:
-    """Every installed backend that can be loaded."""
-    return [plugins.load_backend(d.name)() for d in plugins.describe() if d.kind == "backend" and not d.error]
+    """Every installed backend that can be made by its name."""
+    made: list[Backend] = []
+    for name in plugins.backends():
+        with contextlib.suppress(PluginError):
+            made.append(plugins.make_backend(name))
+    return made
+
+
+def _answer(backend: Backend, site: Site) -> Refusal | None:
+    try:
+        return plugin_calls.accepts(backend, site)
+    except PluginError as e:
+        return plugin_calls.no_answer(site, e)
 
 
 def _described(found: Found) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
+from attnopt import plugin_calls
 from attnopt.backends.lowering import with_gains
 from attnopt.rewriting import Attend, Backend
 from attnopt.spec import AttentionSpec
@@ -19,8 +19,9 @@ def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tens
     ``constants`` are those of ``spec.constants`` as tensors, so that a graph can hold them; None: made at each call.
     """
     if not spec.after:
-        return backend.lower(spec)
-    core: Any = backend.lower(replace(spec, after=(), gains=None))
+        plain: Attend = plugin_calls.lower(backend, spec)
+        return plain
+    core = plugin_calls.lower(backend, replace(spec, after=(), gains=None))
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
@@ -32,7 +33,7 @@ def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tens
             wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
         o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
         for edit, numbers in zip(spec.after, own, strict=True):
-            o = edit.apply(spec, o, q, v, numbers)
+            o = plugin_calls.edit(edit, spec, o, q, v, numbers)
         return with_gains(replace(spec, after=()), o)
 
     return attend

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -109,6 +110,32 @@ class Neighborhood(Pattern):
         sure = (_flat([self._sure(*side) for side in enumerate(box)], self.grid) for box in boxes)
         return Reach(all=reduce(common, sure), some=some)
 
+    def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
+        """Strides that share tiles, and kernels that then begin and end with a tile."""
+        sizes = tile if len(tile) == len(self.grid) else (1,) * (len(self.grid) - 1) + tile
+        options = []
+        for n, kernel, stride, size in zip(self.grid, self.kernel, self.stride, sizes, strict=True):
+            shared = {s for s in (stride, size // 2, size) if stride <= s <= kernel}
+            whole = {(s, kernel + (s - kernel) % (2 * size)) for s in shared}
+            options.append(sorted({(s, kernel) for s in shared} | {(s, k) for s, k in whole if k <= n}))
+        for chosen in product(*options):
+            strides, kernels = zip(*chosen, strict=True)
+            yield Neighborhood(self.grid, kernels, strides, self.dilation, self.causal, self.edge)
+
+    def box(self, tile: int | Sequence[int] | None) -> tuple[int, ...]:
+        dimensions = len(self.grid)
+        sizes = {1: 64, 2: 8, 3: 4}[dimensions] if tile is None else tile
+        return whole_tuple("tile", "sizes", sizes, dimensions, least=1)
+
+    def box_share(self, box: tuple[int, ...]) -> float:
+        """Such kernels put the tokens of a box next to each other (NATTEN's "token permutation", arXiv:2504.16922)."""
+        axes = zip(self.grid, self.kernel, self.stride, self.dilation, self.causal, strict=True)
+        lines = (
+            Neighborhood(n, k, s, d, c, self.edge).layout(n, n, t, t)
+            for (n, k, s, d, c), t in zip(axes, box, strict=True)
+        )
+        return prod(line.visits for line in lines)
+
     def __repr__(self) -> str:
         values = {"grid": self.grid, "kernel": self.kernel, "stride": self.stride, "dilation": self.dilation}
         usual = {"stride": 1, "dilation": 1, "causal": False, "edge": "shift"}
@@ -201,6 +228,9 @@ class Prefix(Pattern):
     def order(self, q_len: int) -> NDArray[np.int64] | None:
         rest = self.rest.order(max(0, q_len - self.n))
         return None if rest is None else np.concatenate([np.arange(min(self.n, q_len)), rest + self.n])
+
+    def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
+        return (Prefix(self.n, changed) for changed in self.rest.neighbours(tile))
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return ((i >= 0) & (i < self.n)) | (j < self.n) | self.rest.visible(i - self.n, j - self.n)

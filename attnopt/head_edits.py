@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -41,18 +41,18 @@ class HeadEdit(ABC):
     def keeping(self, kept: Collection[int]) -> HeadEdit | None:
         """The same edit where only these heads are left; None where it does nothing then.  ValueError where it cannot be."""
 
-    @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Plain data, with its ``kind``."""
+        """Plain data, with its ``kind``; by default the fields of a dataclass of numbers, texts and tuples of these."""
+        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
 
     @classmethod
-    @abstractmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of ``to_json``."""
+        return cls(**{name: _tuples(value) for name, value in data.items() if name != "kind"})
 
-    @abstractmethod
     def __str__(self) -> str:
         """In a few words, for reports."""
+        return repr(self)
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,11 @@ class Replaced(HeadEdit):
 
     def __str__(self) -> str:
         return f"{self.origin} for head{'s' if len(self.heads) > 1 else ''} {', '.join(map(str, self.heads))}"
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, at any depth: JSON knows no tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:

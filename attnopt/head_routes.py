@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnopt.constant import Constant
 from attnopt.head_edits import HeadEdit, Replaced, Scaled, TowardValues
+from attnopt.registry import Registry
 
 if TYPE_CHECKING:
     from attnopt.spec import AttentionSpec
@@ -99,10 +100,15 @@ def _highest(scores_BRL: Tensor, count: int) -> Tensor:
     return above | (tied & (tied.cumsum(1) <= left)) | scores_BRL.isnan()
 
 
+HEAD_EDITS = Registry(
+    "attnopt.head_edits",
+    "head edit",
+    HeadEdit,  # type: ignore[type-abstract]
+    {edit.kind: edit for edit in (Scaled, TowardValues, Replaced, Routed)},
+    lambda cls: getattr(cls, "kind", None),
+)
+
+
 def edit_from_json(data: Mapping[str, Any]) -> HeadEdit:
-    """The edit that its ``to_json`` wrote.  Raises ValueError for an unknown kind."""
-    kinds: tuple[type[HeadEdit], ...] = (Scaled, TowardValues, Replaced, Routed)
-    made = next((k for k in kinds if k.kind == data["kind"]), None)
-    if made is None:
-        raise ValueError(f"there is no head edit {data['kind']!r}")
-    return made.from_json(data)
+    """The edit that its ``to_json`` wrote.  Raises PolicyError for an unknown kind."""
+    return HEAD_EDITS.load(data["kind"]).from_json(data)

@@ -178,7 +178,7 @@ def _looked_at(
             query = (torch.from_numpy(row)[:, None] * block_q + torch.arange(block_q)).unsqueeze(2)
             key = (torch.from_numpy(col)[:, None] * block_kv + torch.arange(block_kv)).unsqueeze(1)
             i, j = query.clamp(max=q_len - 1) + (kv_len - q_len), key.clamp(max=kv_len - 1)
-            seen = pattern.visible(i, j)
+            seen = pattern.visible_pairs(i, j)
             if q_len % block_q:
                 seen = seen & (query < q_len)
             if kv_len % block_kv:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from attnopt.assembling import sizes_of
 from attnopt.backends.reference import Reference
-from attnopt.errors import RewriteError
+from attnopt.errors import PluginError, RewriteError
 from attnopt.finding import Found
 from attnopt.finishing import attention_of
 from attnopt.folding import Folded, folded
@@ -74,6 +74,8 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
     for plan in plans:
         try:
             _carry_out(module, weights, plan, table, plain)
+        except PluginError as e:
+            raise PluginError(e.message, hint=e.hint, site=plan.found.site.name) from e.__cause__
         except Exception as e:
             raise RewriteError(
                 f"{', '.join(plan.passes)} cannot be carried out: {type(e).__name__}: {e}",

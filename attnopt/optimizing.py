@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from attnopt.capture import Program, capture, check_call, require_values, withou
 from attnopt.checking import Checker, fitting
 from attnopt.compiling import compiling
 from attnopt.deciding import Decision, decide, limited, standing_refusals
-from attnopt.errors import AttnoptWarning, PolicyError, RewriteError, VerificationError
+from attnopt.errors import PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, Found, find
 from attnopt.graph import stored
 from attnopt.inspection import Inspection
@@ -39,6 +38,7 @@ from attnopt.streaming import Stream
 from attnopt.tying import jointly, of_all, tied
 from attnopt.verify import example_values
 from attnopt.version import __version__
+from attnopt.warned import warn
 
 
 @dataclass
@@ -184,9 +184,9 @@ def _backends(backend: str | Backend) -> tuple[Backend, ...]:
     if not isinstance(backend, str):
         raise PolicyError(f"backend must be a name or a Backend, not {type(backend).__name__}")
     if backend != "auto":
-        return (plugins.load_backend(backend)(),)
+        return (plugins.make_backend(backend),)
     ours = [p for p in plugins.backends().values() if p.distribution == plugins.OURS]
-    return tuple(plugins.load_backend(p.name)() for p in ours)
+    return tuple(plugins.make_backend(p.name) for p in ours)
 
 
 @dataclass
@@ -283,7 +283,7 @@ class _Job:
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
-        warnings.warn(text, AttnoptWarning, stacklevel=7)
+        warn(text)
 
     def _verify(self, checker: Checker, module: fx.GraphModule) -> float:
         error, found = checker.check(module)

@@ -20,6 +20,7 @@ from attnopt.optimizing import Compiled, Options, compiled
 from attnopt.policy import Policy
 from attnopt.regions import InPlace, Region, attention_regions
 from attnopt.report import Report
+from attnopt.warned import warn
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,7 @@ def parts_of(model: nn.Module, policy: Any, inputs: Inputs, batches: Sequence[In
     if unmatched:
         listed = ", ".join(map(repr, names))
         raise PolicyError(f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}")
-    warnings.warn(
-        f"the model could not be captured whole: {len(found)} of its modules were, each with the inputs that it gets",
-        AttnoptWarning,
-        stacklevel=3,
-    )
+    warn(f"the model could not be captured whole: {len(found)} of its modules were, each with the inputs that it gets")
     return found
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from attnopt.pattern import And, Full, Or, Pattern, PerHead
-from attnopt.patterns import Causal, Dilated, Sinks, Window
-
 
 @dataclass(frozen=True)
 class Past:
@@ -21,23 +18,8 @@ class Past:
     recent: int
 
 
-def past_of(pattern: Pattern) -> Past | None:
-    """What later queries can see of earlier tokens under ``pattern``; None: all of it, as far as is known."""
-    if isinstance(pattern, Window):
-        return Past(0, pattern.left)
-    if isinstance(pattern, Dilated):
-        return Past(0, pattern.left * pattern.dilation)
-    if isinstance(pattern, Sinks):
-        return Past(pattern.n, 0)
-    if isinstance(pattern, Or | PerHead):
-        return _widest(past_of(p) for p in pattern.parts)
-    if isinstance(pattern, And):
-        return _widest(past_of(p) for p in pattern.parts if not isinstance(p, Causal | Full))
-    return None
-
-
-def _widest(parts: Iterable[Past | None]) -> Past | None:
-    """Enough for each of the parts."""
+def widest(parts: Iterable[Past | None]) -> Past | None:
+    """Enough for each of the parts; None where there are none, or one may see all of the past."""
     found = list(parts)
     known = [p for p in found if p is not None]
     if not known or len(known) < len(found):

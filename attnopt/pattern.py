@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from itertools import groupby
@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnopt.errors import PolicyError
+from attnopt.bands import Band, Bands, intersection, union
+from attnopt.errors import PluginError, PolicyError
 from attnopt.layout import Layout, count, count_blind, layout
 from attnopt.options import wholes
+from attnopt.past import Past, widest
 from attnopt.ranges import Reach
 
 
@@ -24,7 +26,9 @@ class Pattern(ABC):
     """A frozen, hashable set of visible (query, key) pairs; joined with ``&``, ``|`` and ``~``.
 
     Query i of L stands at position ``i + S - L``: the last query is at the last of the S keys.  A new pattern is a
-    dataclass (``frozen=True, repr=False``) that defines ``visible``, and ``reach`` and ``is_causal`` where it can.
+    dataclass (``frozen=True, repr=False``) that defines ``visible``, and ``reach``, ``is_causal``, ``look_back``, ``bands``
+    and ``neighbours`` where it can: each has a default that is right for any pattern.  ``attnopt.register`` lets texts and
+    saved models name it.
     """
 
     @abstractmethod
@@ -41,9 +45,38 @@ class Pattern(ABC):
         return next((found for p in self.parts if (found := p.order(q_len)) is not None), None)
 
     @property
+    def look_back(self) -> Past | None:
+        """What later queries can see of earlier tokens; None: all of it, as far as is known."""
+        return None
+
+    @property
+    def bands(self) -> Bands | None:
+        """The same pairs as bands, none inside another; None where they are no few bands."""
+        return None
+
+    def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
+        """Patterns with one window changed so that it may fit tiles better; no window gets smaller."""
+        return iter(())
+
+    def box(self, tile: int | Sequence[int] | None) -> tuple[int, ...] | None:
+        """The tile of a kernel whose tiles are boxes of a grid, by default of 64 tokens; None where there is no grid."""
+        return None
+
+    def box_share(self, box: tuple[int, ...]) -> float:
+        """Of all pairs those that a kernel with such tiles computes."""
+        return 1.0
+
+    @property
     def parts(self) -> tuple[Pattern, ...]:
         """The patterns that this one is made of."""
         return ()
+
+    def leaves(self) -> Iterator[Pattern]:
+        """The named patterns inside, itself included; joins have no names."""
+        if not isinstance(self, (_Joined, Not)):
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
 
     @property
     def lengths(self) -> range | None:
@@ -79,6 +112,16 @@ class Pattern(ABC):
         """The pattern of only these head places, which are counted anew in the given order."""
         return self
 
+    def visible_pairs(self, i: Tensor, j: Tensor) -> Tensor:
+        """``visible`` at the full size of ``i`` and ``j`` together.  PluginError where it gives no bool tensor."""
+        made = self.visible(i, j)
+        if not isinstance(made, Tensor) or made.dtype != torch.bool:
+            got = made.dtype if isinstance(made, Tensor) else type(made).__name__
+            raise PluginError(f"pattern {self!r}: visible gives {got}, expected a bool tensor")
+        if made.dim() == i.dim() and all(map(_is_full, made.shape, i.shape, j.shape)):
+            return made
+        return made & (i == i) & (j == j)
+
     def mask(
         self,
         q_len: int,
@@ -94,9 +137,9 @@ class Pattern(ABC):
         i = torch.arange(q_len, device=device).unsqueeze(1) + (kv_len - q_len)
         j = torch.arange(kv_len, device=device).unsqueeze(0)
         if not self.is_per_head:
-            return self.visible(i, j).unsqueeze(0)
+            return self.visible_pairs(i, j).unsqueeze(0)
         runs = [(p, len(list(run))) for p, run in groupby(self._heads(num_heads))]
-        masks = {p: p.visible(i, j).unsqueeze(0) for p, _ in runs}
+        masks = {p: p.visible_pairs(i, j).unsqueeze(0) for p, _ in runs}
         return torch.cat([masks[p].expand(n, -1, -1) for p, n in runs])
 
     def density(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> float:
@@ -164,6 +207,10 @@ class Full(Pattern):
     def is_positional(self) -> bool:
         return False
 
+    @property
+    def bands(self) -> Bands:
+        return (Band(),)
+
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i == i) & (j == j)
 
@@ -182,6 +229,16 @@ class _Joined(Pattern):
     def parts(self) -> tuple[Pattern, ...]:
         return self.joined
 
+    @staticmethod
+    @abstractmethod
+    def join(parts: Iterable[Pattern]) -> Pattern:
+        """What the sign means."""
+
+    def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
+        for place, part in enumerate(self.joined):
+            for changed in part.neighbours(tile):
+                yield self.join((*self.joined[:place], changed, *self.joined[place + 1 :]))
+
     def __repr__(self) -> str:
         return f" {self.sign} ".join(f"({p!r})" if isinstance(p, _Joined) else repr(p) for p in self.joined)
 
@@ -191,6 +248,18 @@ class And(_Joined):
     """Visible in every part; written ``a & b``."""
 
     sign: ClassVar[str] = "&"
+
+    @staticmethod
+    def join(parts: Iterable[Pattern]) -> Pattern:
+        return all_of(parts)
+
+    @property
+    def look_back(self) -> Past | None:
+        return widest(p.look_back for p in self.joined if not _hides_later_keys_alone(p))
+
+    @property
+    def bands(self) -> Bands | None:
+        return intersection(p.bands for p in self.joined)
 
     @property
     def is_causal(self) -> bool:
@@ -214,6 +283,18 @@ class Or(_Joined):
     """Visible in at least one part; written ``a | b``."""
 
     sign: ClassVar[str] = "|"
+
+    @staticmethod
+    def join(parts: Iterable[Pattern]) -> Pattern:
+        return any_of(parts)
+
+    @property
+    def look_back(self) -> Past | None:
+        return widest(p.look_back for p in self.joined)
+
+    @property
+    def bands(self) -> Bands | None:
+        return union(p.bands for p in self.joined)
 
     @property
     def is_causal(self) -> bool:
@@ -291,6 +372,16 @@ class PerHead(Pattern):
         return (*(p for _, p in self.groups), self.default)
 
     @property
+    def look_back(self) -> Past | None:
+        return widest(p.look_back for p in self.parts)
+
+    def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
+        for places, part in self.groups:
+            for changed in part.neighbours(tile):
+                yield PerHead({**dict(self.groups), places: changed}, self.default)
+        yield from (PerHead(dict(self.groups), changed) for changed in self.default.neighbours(tile))
+
+    @property
     def is_causal(self) -> bool:
         return all(p.is_causal for p in self.parts)
 
@@ -338,6 +429,16 @@ def any_of(patterns: Iterable[Pattern]) -> Pattern:
     return Or(parts) if len(parts) > 1 else parts[0]
 
 
+def _is_full(made: Any, of_queries: Any, of_keys: Any) -> bool:
+    """The size is not broadcast, as far as it is a number."""
+    is_one = [isinstance(size, int) and size == 1 for size in (made, of_queries, of_keys)]
+    return not is_one[0] or all(is_one)
+
+
+def _hides_later_keys_alone(p: Pattern) -> bool:
+    return p.bands is not None and all(band == Band(high=band.high) for band in p.bands)
+
+
 def _overlap(a: range, b: range) -> range:
     return range(max(a.start, b.start), min(a.stop, b.stop))
 
@@ -345,5 +446,8 @@ def _overlap(a: range, b: range) -> range:
 def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
     flat: dict[Pattern, Any] = {}
     for p in patterns:
-        flat.update(dict.fromkeys(p.parts if isinstance(p, kind) else (p,)))
+        try:
+            flat.update(dict.fromkeys(p.parts if isinstance(p, kind) else (p,)))
+        except TypeError as e:
+            raise PluginError(f"pattern {p!r}: {e}", hint="make it a dataclass(frozen=True, repr=False)") from e
     return tuple(flat)

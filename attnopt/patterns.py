@@ -5,8 +5,7 @@ Below, "query i" is the query at position i; with fewer queries than keys the la
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attnopt.bands import Band, Bands
 from attnopt.block_patterns import BlockLayout, RandomBlocks
 from attnopt.errors import PolicyError
 from attnopt.grids import Neighborhood, Prefix
 from attnopt.notation import evaluate
 from attnopt.options import LARGEST, whole, wholes
+from attnopt.past import Past
 from attnopt.pattern import And, Full, Not, Or, Pattern, PerHead
-from attnopt.ranges import Reach, merged, stepped
+from attnopt.ranges import Reach, merged, stepped, up
+from attnopt.registry import Registry
 from attnopt.segments import Segments
 
 __all__ = [
@@ -56,6 +58,10 @@ class Causal(Pattern):
     def is_causal(self) -> bool:
         return True
 
+    @property
+    def bands(self) -> Bands:
+        return (Band(high=0),)
+
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
 
@@ -77,6 +83,17 @@ class Window(Pattern):
     @property
     def is_causal(self) -> bool:
         return self.right == 0
+
+    @property
+    def look_back(self) -> Past:
+        return Past(0, self.left)
+
+    @property
+    def bands(self) -> Bands:
+        return (Band(-self.left, self.right),)
+
+    def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
+        yield Window(up(self.left, tile[0]), self.right and up(self.right, tile[0]))
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (j >= i - self.left) & (j <= i + self.right)
@@ -102,6 +119,14 @@ class Dilated(Pattern):
     def is_causal(self) -> bool:
         return self.right == 0
 
+    @property
+    def look_back(self) -> Past:
+        return Past(0, self.left * self.dilation)
+
+    @property
+    def bands(self) -> Bands:
+        return (Band(-self.left * self.dilation, self.right * self.dilation, self.dilation),)
+
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         ahead = j - i
         near = (ahead >= -self.left * self.dilation) & (ahead <= self.right * self.dilation)
@@ -126,6 +151,14 @@ class Sinks(Pattern):
     @property
     def is_positional(self) -> bool:
         return False
+
+    @property
+    def look_back(self) -> Past:
+        return Past(self.n, 0)
+
+    @property
+    def bands(self) -> Bands:
+        return (Band(first=self.n),)
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i == i) & (j < self.n)
@@ -166,6 +199,10 @@ class Strided(Pattern):
 
     def __post_init__(self) -> None:
         whole("Strided", "stride", self.stride, least=1)
+
+    @property
+    def bands(self) -> Bands:
+        return (Band(step=self.stride),)
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (i - j) % self.stride == 0
@@ -246,35 +283,44 @@ def _by_remainder(length: int, divisor: int) -> NDArray[np.int64]:
     return np.argsort(np.arange(length) % divisor, kind="stable")
 
 
-_BY_NAME: dict[str, type[Pattern]] = {
-    kind.__name__: kind
-    for kind in (
-        Full,
-        Causal,
-        Window,
-        Dilated,
-        Sinks,
-        Global,
-        Strided,
-        Periodic,
-        Blocks,
-        Neighborhood,
-        Prefix,
-        Segments,
-        RandomBlocks,
-        BlockLayout,
-        PerHead,
-    )
-}
+PATTERNS = Registry(
+    "attnopt.patterns",
+    "pattern",
+    Pattern,  # type: ignore[type-abstract]
+    {
+        kind.__name__: kind
+        for kind in (
+            Full,
+            Causal,
+            Window,
+            Dilated,
+            Sinks,
+            Global,
+            Strided,
+            Periodic,
+            Blocks,
+            Neighborhood,
+            Prefix,
+            Segments,
+            RandomBlocks,
+            BlockLayout,
+            PerHead,
+        )
+    },
+)
 
 
 def constructor(name: str) -> Callable[..., Any]:
     """The pattern class of this name; an unknown name raises a PolicyError that lists those there are."""
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    near = difflib.get_close_matches(name, _BY_NAME, n=1)
-    hint = f"did you mean {near[0]}?" if near else None
-    raise PolicyError(f"there is no pattern {name!r}; there are {', '.join(_BY_NAME)}", hint=hint)
+    return PATTERNS.load(name)
+
+
+def is_readable(pattern: Pattern) -> bool:
+    """``parse`` makes the same pattern of its text.  Not so of a class that is not registered, or whose name another has."""
+    try:
+        return parse(pattern.to_json()) == pattern
+    except Exception:  # whatever a third party's constructor says of what its repr wrote
+        return False
 
 
 def parse(text: str) -> Pattern:

@@ -1,30 +1,25 @@
-"""Passes and backends by name: attnopt's own, and those that other installed distributions offer through entry points.
-
-A third party writes ``[project.entry-points."attnopt.passes"]`` and ``acme.last-k = "acme:LastK"`` in its pyproject.
-Listing names imports nothing.
-"""
+"""The kinds of things that a third party writes, and what is installed of each."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
-from attnopt.errors import PluginError, PolicyError
+from attnopt.block_scores import SCORES
+from attnopt.errors import PluginError
+from attnopt.head_routes import HEAD_EDITS
+from attnopt.patterns import PATTERNS
+from attnopt.registry import OURS, Plugin, Registry
 from attnopt.rewriting import Backend, Pass
 
-OURS = "attnopt"
+__all__ = ["OURS", "Description", "backends", "describe", "load_backend", "load_pass", "passes", "register"]
 
-# Also in pyproject.toml; here for a checkout that is not installed.
-_BUILT_IN = {
-    "attnopt.passes": {
+PASSES = Registry(
+    "attnopt.passes",
+    "pass",
+    Pass,  # type: ignore[type-abstract]
+    {
         "fuse": "attnopt.passes.fuse:Fuse",
         "local-window": "attnopt.passes.local_window:LocalWindow",
         "sparse": "attnopt.passes.sparse:Sparse",
@@ -36,43 +31,45 @@ _BUILT_IN = {
         "soft-pag": "attnopt.passes.soft_pag:SoftPAG",
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
     },
-    "attnopt.backends": {
+    lambda cls: getattr(cls, "name", None),
+)
+BACKENDS = Registry(
+    "attnopt.backends",
+    "backend",
+    Backend,  # type: ignore[type-abstract]
+    {
         "reference": "attnopt.backends.reference:Reference",
         "sdpa": "attnopt.backends.sdpa:Sdpa",
         "blocked": "attnopt.backends.blocked:Blocked",
     },
-}
+    lambda cls: getattr(cls, "name", None),
+)
+KINDS: tuple[Registry[Any], ...] = (PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES)
+_LISTED = (PASSES, BACKENDS)
+
+C = TypeVar("C", bound=type[Any])
 
 
-@dataclass(frozen=True)
-class Plugin:
-    """A named pass or backend that may not be imported yet.  ``target`` is "module:attribute"."""
+def register(cls: C) -> C:
+    """Make a pass, backend, pattern, head edit or block score known by its name in this process; a decorator.
 
-    name: str
-    kind: str  # "pass" or "backend"
-    target: str
-    distribution: str
-    rivals: tuple[str, ...] = ()  # other distributions that claim the name
-
-    def load(self) -> Any:
-        """The class; PluginError, naming the distribution, where it cannot be imported or its name is contested."""
-        if self.rivals:
-            claims = ", ".join((self.distribution, *self.rivals))
-            raise PluginError(f"{self.kind} {self.name!r} is claimed by {claims}", hint="uninstall all but one of them")
-        module, _, attribute = self.target.partition(":")
-        try:
-            return getattr(import_module(module), attribute)
-        except Exception as error:  # a plugin may fail in any way while it is imported
-            why = f"{type(error).__name__}: {error}"
-            message = f"{self.kind} {self.name!r} of {self.distribution} ({self.target}) cannot be loaded: {why}"
-            raise PluginError(message, hint=f"repair or uninstall {self.distribution}") from error
+    Policies, texts and saved models can then name it.  An installed distribution does the same with an entry point, in the
+    group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits`` or ``attnopt.block_scores``.
+    Raises PluginError where the name is taken, or something is missing in the class.
+    """
+    kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
+    if kind is None:
+        known = ", ".join(k.base.__name__ for k in KINDS)
+        raise PluginError(f"{cls!r} is nothing that can be registered", hint=f"derive it from one of {known}")
+    kind.register(cls)
+    return cls
 
 
 @dataclass(frozen=True)
 class Description:
     """A row of a listing.
 
-    ``options``: option names and defaults ("required" where there is none); ``exact``: None for a backend; ``error``:
+    ``options``: option names and defaults ("required" where there is none); ``exact``: None for all but passes; ``error``:
     why it cannot be loaded, "" if it can.
     """
 
@@ -87,78 +84,53 @@ class Description:
 
 def passes() -> dict[str, Plugin]:
     """All known passes by name, none of them imported."""
-    return _listed("attnopt.passes", "pass")
+    return PASSES.listed()
 
 
 def backends() -> dict[str, Plugin]:
     """All known backends by name, none of them imported."""
-    return _listed("attnopt.backends", "backend")
+    return BACKENDS.listed()
 
 
 def load_pass(name: str) -> type[Pass]:
     """The pass class of this name.  Raises PolicyError for an unknown name, PluginError for a broken plugin."""
-    loaded: type[Pass] = _of_kind(_find(name, passes(), "pass"), Pass)
-    return loaded
+    return PASSES.load(name)
 
 
 def load_backend(name: str) -> type[Backend]:
     """The backend class of this name.  Raises PolicyError for an unknown name, PluginError for a broken plugin."""
-    loaded: type[Backend] = _of_kind(_find(name, backends(), "backend"), Backend)
-    return loaded
+    return BACKENDS.load(name)
+
+
+def typical_pass(name: str) -> Pass | None:
+    """The pass to ask where no options are given; None where the answer depends on them, or it cannot be loaded."""
+    try:
+        return load_pass(name).typical()
+    except Exception:  # of a third party; it is told where it is used, and in the listing
+        return None
+
+
+def make_backend(name: str) -> Backend:
+    """The backend of this name with its default options.  Raises as ``load_backend``, PluginError where it has none."""
+    cls = load_backend(name)
+    try:
+        return cls()
+    except Exception as e:
+        whose = f"backend {name!r} of {backends()[name].distribution}"
+        raise PluginError(
+            f"{whose} cannot be made by its name alone: {type(e).__name__}: {e}", hint="give an object"
+        ) from e
 
 
 def describe() -> list[Description]:
-    """Every pass, then every backend; a plugin that cannot be loaded is listed with its error."""
-    loaders: tuple[tuple[dict[str, Plugin], Callable[[str], type[Any]]], ...] = (
-        (passes(), load_pass),
-        (backends(), load_backend),
-    )
-    return [_described(plugin, load) for listed, load in loaders for plugin in listed.values()]
+    """Every pass, every backend, and what third parties add of the other kinds; what cannot be loaded has its error."""
+    found = [(kind, plugin) for kind in KINDS for plugin in kind.listed().values()]
+    return [_described(kind, p) for kind, p in found if kind in _LISTED or p.distribution != OURS]
 
 
-def _listed(group: str, kind: str) -> dict[str, Plugin]:
-    return dict(_offered(group, kind, tuple((str(place), _changed(place)) for place in sys.path)))
-
-
-def _changed(place: str) -> int:
-    """When something was last installed there."""
+def _described(kind: Registry[Any], plugin: Plugin) -> Description:
     try:
-        return os.stat(place or ".").st_mtime_ns
-    except OSError:
-        return 0
-
-
-@lru_cache(8)  # reading what all distributions offer takes longer than all else about a rule of a policy
-def _offered(group: str, kind: str, places: tuple[tuple[str, int], ...]) -> dict[str, Plugin]:
-    claims: dict[str, dict[str, str]] = {name: {OURS: target} for name, target in _BUILT_IN[group].items()}
-    for entry in entry_points(group=group):
-        distribution = entry.dist.name if entry.dist else "an unknown distribution"
-        claims.setdefault(entry.name, {}).setdefault(distribution, entry.value)
-    listed: dict[str, Plugin] = {}
-    for name, targets in claims.items():
-        (distribution, target), *others = targets.items()
-        listed[name] = Plugin(name, kind, target, distribution, tuple(rival for rival, _ in others))
-    return listed
-
-
-def _find(name: str, listed: dict[str, Plugin], kind: str) -> Plugin:
-    if name in listed:
-        return listed[name]
-    near = difflib.get_close_matches(name, listed, n=2)
-    hint = f"did you mean {' or '.join(near)}?" if near else None
-    raise PolicyError(f"there is no {kind} {name!r}; there are {', '.join(listed)}", hint=hint)
-
-
-def _of_kind(plugin: Plugin, base: type[Any]) -> Any:
-    loaded = plugin.load()
-    if isinstance(loaded, type) and issubclass(loaded, base):
-        return loaded
-    raise PluginError(f"{plugin.target} of {plugin.distribution} is not a subclass of attnopt's {base.__name__}")
-
-
-def _described(plugin: Plugin, load: Callable[[str], type[Any]]) -> Description:
-    try:
-        loaded = load(plugin.name)
+        loaded = kind.load(plugin.name)
     except PluginError as error:
         return Description(plugin.kind, plugin.name, None, {}, "", plugin.distribution, error.message)
     summary = (inspect.getdoc(loaded) or "").partition("\n")[0]

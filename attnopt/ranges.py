@@ -103,3 +103,8 @@ def clipped(ranges: Ranges, length: int) -> Ranges:
     if ranges and ranges[0][0] >= 0 and ranges[-1][1] <= length:
         return ranges
     return common(ranges, ((0, length),))
+
+
+def up(number: int, step: int) -> int:
+    """The next multiple of ``step``."""
+    return -(-number // step) * step

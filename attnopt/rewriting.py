@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -49,6 +50,13 @@ class Pass(ABC):
     def check(self, site: Site) -> Refusal | None:
         """Why this pass cannot be applied to ``site``, or None."""
         return None
+
+    @classmethod
+    def typical(cls) -> Pass | None:
+        """The pass with options under which it refuses no more than it has to: ``inspect`` and ``explain`` ask this one.
+        None where every answer depends on the options, which is so by default where one has no default."""
+        needed = (p.default is p.empty for p in signature(cls).parameters.values())
+        return None if any(needed) else cls()
 
     @abstractmethod
     def rewrite(self, site: Site) -> Rewrite:

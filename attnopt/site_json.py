@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from attnopt.block_scores import SCORES
 from attnopt.dynamic_blocks import DynamicBlocks
-from attnopt.head_routes import edit_from_json
-from attnopt.patterns import Pattern
+from attnopt.errors import ArchiveError, AttnoptError
+from attnopt.head_routes import HEAD_EDITS, edit_from_json
+from attnopt.patterns import PATTERNS, Pattern, is_readable
+from attnopt.registry import OURS, Registry, distribution_of, target_of
 from attnopt.site import Projection, Site
 from attnopt.spec import AttentionSpec
 
 
 def site_to_json(site: Site) -> dict[str, Any]:
-    """A site as plain dicts, lists, strings and numbers."""
+    """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError where a class in it could not be found again."""
     spec = site.spec
     return {
+        "plugins": _plugins(site),
         "name": site.name,
         "where": site.where,
         "notes": list(site.notes),
@@ -58,7 +62,11 @@ def site_to_json(site: Site) -> dict[str, Any]:
 
 
 def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
-    """What ``site_to_json`` wrote, with the model's parameters ``live`` by name."""
+    """What ``site_to_json`` wrote, with the model's parameters ``live`` by name.
+
+    Its classes are those that are installed or registered by their names; ArchiveError names one that is not.
+    """
+    _require(data)
     spec = dict(data["spec"])
     for key in ("heads", "kv_heads", "kv_of_head", "positions"):
         spec[key] = tuple(spec[key])
@@ -89,3 +97,53 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
         kv_len=data["kv_len"],
         is_dynamic=data["is_dynamic"],
     )
+
+
+_KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, SCORES)
+
+
+def _plugins(site: Site) -> list[dict[str, str]]:
+    """Kind, name and distribution of each class that is not attnopt's own."""
+    found: list[dict[str, str]] = []
+    for kind, thing in _things(site.spec):
+        cls = type(thing)
+        if not kind.knows(cls):
+            raise ArchiveError(
+                f"cannot save: {kind.kind} {thing} is of {target_of(cls)}, which nothing would find again by its name",
+                site=site.name,
+                hint="put @attnopt.register on the class, or offer it as an entry point",
+            )
+        if (distribution := distribution_of(cls)) != OURS:
+            found.append({"kind": kind.kind, "name": kind.name_of(cls), "distribution": distribution or target_of(cls)})
+    if not all(map(is_readable, _patterns(site.spec))):
+        raise ArchiveError(
+            f"cannot save: pattern {site.spec.pattern} is not what attnopt.patterns.parse reads from its text",
+            site=site.name,
+            hint="let repr() of the pattern write the call that makes it",
+        )
+    return found
+
+
+def _require(data: Mapping[str, Any]) -> None:
+    for entry in data.get("plugins", ()):
+        kind = next(k for k in _KINDS if k.kind == entry["kind"])
+        try:
+            kind.load(entry["name"])
+        except AttnoptError as e:
+            raise ArchiveError(
+                f"the saved model needs {entry['kind']} {entry['name']!r} of {entry['distribution']}: {e.message}",
+                site=data["name"],
+                hint=f"install {entry['distribution']}, or import the module that registers it, and load again",
+            ) from e
+
+
+def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], Any]]:
+    for pattern in _patterns(spec):
+        yield from ((PATTERNS, p) for p in pattern.leaves())
+    yield from ((HEAD_EDITS, edit) for edit in spec.after)
+    if spec.selection is not None:
+        yield SCORES, spec.selection.scores
+
+
+def _patterns(spec: AttentionSpec) -> list[Pattern]:
+    return [spec.pattern, *([] if spec.seen_as is None else [spec.seen_as])]

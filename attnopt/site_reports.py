@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import fx
+
 from attnopt.cost import cost_of
 from attnopt.deciding import Decision
+from attnopt.graph import value
 from attnopt.report import Form, SiteReport, Status
 from attnopt.spec import AttentionSpec
 
@@ -25,8 +28,8 @@ def site_report(d: Decision) -> SiteReport:
         is_cross=after.is_cross,
         spec_before=_described(before.spec),
         spec_after=_described(after.spec, before.spec.heads),
-        cost_before=cost_of(before, before.spec, before.spec),
-        cost_after=cost_of(before, after.spec, before.spec, rows=_rows(d)),
+        cost_before=cost_of(before, before.spec, before.spec, _element_sizes(d)),
+        cost_after=cost_of(before, after.spec, before.spec, _element_sizes(d), rows=_rows(d)),
         passes=() if d.plan is None else d.plan.passes,
         refusals=dict(d.refusals),
         backend=None if d.plan is None else d.plan.backend.name,
@@ -43,6 +46,12 @@ def _rows(d: Decision) -> float:
     """Of all pairs of a query and a head those that are computed."""
     route = d.site.spec.route
     return route.share if d.plan is not None and d.plan.backend.skips_rows and route is not None else 1.0
+
+
+def _element_sizes(d: Decision) -> tuple[int, int]:
+    """Bytes of one number of the keys and of the values."""
+    of_key, of_value = (value(n).element_size() for n in d.found.raised.node.args[1:3] if isinstance(n, fx.Node))
+    return of_key, of_value
 
 
 def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:

@@ -205,13 +205,15 @@ def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
 
 
 def plugin_table(found: Sequence[Description]) -> RenderableType:
-    """The installed passes and backends; one that cannot be loaded shows why."""
+    """The installed passes and backends, and what else third parties offer; what cannot be loaded shows why."""
     from rich.console import Group
 
     passes = [_plugin(one) for one in found if one.kind == "pass"]
     backends = [_plugin(one) for one in found if one.kind == "backend"]
     head = ("name", "exact", "options", "summary", "from")
-    return Group(_table("Passes", head, passes), _table("Backends", head, backends))
+    others = [_plugin(one) for one in found if one.kind not in ("pass", "backend")]
+    tables = [_table("Passes", head, passes), _table("Backends", head, backends)]
+    return Group(*tables, *([_table("Patterns, head edits and block scores", head, others)] if others else []))
 
 
 def _plugin(one: Description) -> tuple[str, ...]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
-from attnopt.grids import Neighborhood
 from attnopt.layout import FULL_TILE
-from attnopt.options import whole_tuple
 from attnopt.ordering import ordered_layout
 from attnopt.pattern import Pattern
 
@@ -57,24 +53,3 @@ KERNELS = (
     FLEX,
     Tiles("ONNX Runtime, loop over 128 queries", 128, 64, group=128),
 )
-
-
-def grid_share(pattern: Neighborhood, tile: int | Sequence[int] | None = None) -> float:
-    """Pairs computed, of all pairs, by a kernel whose tiles of queries and of keys are boxes of the grid.
-
-    ``tile``: sizes of the box, by default one of 64 tokens.  Such kernels put the tokens of a box next to each other
-    (NATTEN's "token permutation", arXiv:2504.16922).
-    """
-    axes = zip(*(getattr(pattern, name) for name in ("grid", "kernel", "stride", "dilation", "causal")), strict=True)
-    sizes = grid_tile(pattern, tile)
-    lines = (
-        Neighborhood(n, k, s, d, c, pattern.edge).layout(n, n, t, t)
-        for (n, k, s, d, c), t in zip(axes, sizes, strict=True)
-    )
-    return prod(line.visits for line in lines)
-
-
-def grid_tile(pattern: Neighborhood, tile: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The box of ``grid_share``."""
-    dimensions = len(pattern.grid)
-    return whole_tuple("tile", "sizes", {1: 64, 2: 8, 3: 4}[dimensions] if tile is None else tile, dimensions, least=1)

@@ -1,12 +1,9 @@
-"""``attnopt::attention``: the operator that stays in an optimized graph where none of torch's does as well.
-
-It is ``AttentionSpec`` as a call, without gains.  What computes it is decided where it runs: the compiled kernel on a CPU,
-FlexAttention on a GPU, elsewhere torch's own operators block by block.
+"""What ``attnopt::attention`` computes, as is decided where it runs: the compiled kernel on a CPU, FlexAttention on a GPU,
+elsewhere torch's own operators block by block.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -16,14 +13,13 @@ import torch
 from torch import Tensor
 
 from attnopt.backends import block_gather, flex, native, row_gather
-from attnopt.errors import AttnoptWarning
 from attnopt.operands import ROLES, Operands
-from attnopt.patterns import parse
+from attnopt.patterns import PATTERNS, parse
 from attnopt.spec import AttentionSpec
+from attnopt.warned import warn
 
 
-@torch.library.custom_op("attnopt::attention", mutates_args=())
-def attention(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -34,15 +30,12 @@ def attention(
     kv_of_head: Sequence[int],
     scale: float,
     softcap: float | None,
-    selected: Tensor | None = None,
-    wanted: Tensor | None = None,
+    selected: Tensor | None,
+    wanted: Tensor | None,
 ) -> Tensor:
-    """[B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv] in v's dtype; the others as in ``Attend``.
-
-    ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected`` as in ``Operands``.
-    Rows outside ``wanted``, bool [B, H, L], are of no use to the caller, and may be zeros.
-    """
-    spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
+    """See ``attnopt.attention_operator``."""
+    sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
     operands = Operands(q, k, v, bias, mask, sinks, selected)
     if wanted is not None and q.device.type == "cpu":
         return row_gather.attend(spec, operands, wanted, _all_rows)
@@ -60,16 +53,19 @@ def _all_rows(spec: AttentionSpec, operands: Operands) -> Tensor:
     return o.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@attention.register_fake
-def _shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    B, H, L, _D = q.shape
-    return v.new_empty(B, L, H, v.shape[3]).transpose(1, 2)
-
-
 @lru_cache(maxsize=256)
 def _spec(
-    H: int, G: int, D: int, Dv: int, pattern: str, kv_of_head: tuple[int, ...], scale: float, softcap: float | None
+    H: int,
+    G: int,
+    D: int,
+    Dv: int,
+    pattern: str,
+    kv_of_head: tuple[int, ...],
+    scale: float,
+    softcap: float | None,
+    changes: int,
 ) -> AttentionSpec:
+    """``changes`` of the registry of patterns: the same text may mean another class then."""
     return AttentionSpec(
         heads=tuple(range(H)),
         kv_heads=tuple(range(G)),
@@ -90,18 +86,20 @@ def _in_torch(q: Tensor) -> ModuleType:
 @lru_cache
 def _warn(reason: str) -> None:
     """Once for each reason."""
-    warnings.warn(f"attention runs without its compiled kernel: {reason}", AttnoptWarning, stacklevel=2)
+    warn(f"attention runs without its compiled kernel: {reason}")
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """What ``backward`` needs."""
     q, k, v, bias, mask, sinks, *options = inputs
     selected = options[4] if len(options) > 4 else None  # rows that are not wanted get no gradient from what uses them
     pattern, kv_of_head, scale, softcap = options[:4]
-    ctx.spec = _spec(q.shape[1], k.shape[1], q.shape[3], v.shape[3], pattern, tuple(kv_of_head), scale, softcap)
+    sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    ctx.spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
     ctx.save_for_backward(q, k, v, bias, mask, sinks, selected)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Computes the blocks again with differentiable operators, as memory-saving attention does."""
     names = (*ROLES, "selected")
     given = {name: t for name, t in zip(names, ctx.saved_tensors, strict=True) if t is not None}
@@ -118,6 +116,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = torch.autograd.grad(o, of_leaves, grad, allow_unused=True, materialize_grads=True)
         grads = dict(zip(wanted, found, strict=True))
     return (*(grads.get(name) for name in ROLES), None, None, None, None, None, None)
-
-
-attention.register_autograd(_backward, setup_context=_keep)

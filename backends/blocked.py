@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from attnopt.attention_operator import attention
 from attnopt.backends import native
-from attnopt.backends.attention_op import attention
 from attnopt.backends.lowering import selected, with_gains
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
 from attnopt.operands import BLOCK
+from attnopt.patterns import is_readable
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Backend, RoutedAttend
 from attnopt.site import Site
@@ -35,10 +36,17 @@ class Blocked(Backend):
     skips_rows: bool = False
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
-        if spec.selection is None or spec.selection.block % BLOCK == 0:
-            return None
-        found = f"blocks of {spec.selection.block}"
-        return Refusal("other-blocks", expected=f"a selection of blocks of {BLOCK}, or several of these", found=found)
+        if spec.selection is not None and spec.selection.block % BLOCK:
+            found = f"blocks of {spec.selection.block}"
+            return Refusal(
+                "other-blocks", expected=f"a selection of blocks of {BLOCK}, or several of these", found=found
+            )
+        if not is_readable(spec.pattern):
+            hint = "put @attnopt.register on its class, and let its repr be the call that makes it"
+            return Refusal(
+                "unnamed-pattern", expected="a pattern that its text names", found=str(spec.pattern), hint=hint
+            )
+        return None
 
     def lower(self, spec: AttentionSpec) -> RoutedAttend:
         def attend(

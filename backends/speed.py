@@ -71,7 +71,7 @@ def _cache_file(threads: int) -> Path:
 
 
 def _measured() -> Speed:
-    from attnopt.backends.attention_op import attention
+    from attnopt.attention_operator import attention
 
     def sizes(length: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = torch.randn(3, 1, _HEADS, length, _HEAD_DIM).unbind()

@@ -113,6 +113,10 @@ class GroupedQuery(Pass, SharesBudget):
         return found
 
     # ------------------------------------------------------------ one site
+    @classmethod
+    def typical(cls) -> GroupedQuery:
+        return cls(kv_heads=1)
+
     def check(self, site: Site) -> Refusal | None:
         if self.kv_heads == site.num_kv_heads:
             return None

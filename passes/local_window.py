@@ -40,6 +40,10 @@ class LocalWindow(Pass):
         if self.heads is not None:
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
 
+    @classmethod
+    def typical(cls) -> LocalWindow:
+        return cls(left=1)
+
     def check(self, site: Site) -> Refusal | None:
         return refuse_other_keys(site) or refuse_unknown_heads(site, self.heads or ())
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from attnopt.errors import PolicyError
 from attnopt.passes.heads import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
-from attnopt.patterns import Pattern, parse
+from attnopt.patterns import Pattern, Window, parse
 from attnopt.refusal import Refusal
 from attnopt.rewriting import Pass, Rewrite
 from attnopt.site import Site
@@ -30,6 +30,10 @@ class Sparse(Pass):
         if not isinstance(read, Pattern):
             raise PolicyError(f"sparse: pattern={pattern!r} is not possible; give one of attnopt.patterns or its text")
         object.__setattr__(self, "pattern", read)
+
+    @classmethod
+    def typical(cls) -> Sparse:
+        return cls(Window(1, 1))
 
     def check(self, site: Site) -> Refusal | None:
         named = self.pattern.named_heads

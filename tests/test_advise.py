@@ -15,7 +15,7 @@ from test_patterns import LEAVES, neighborhoods
 import attnopt
 from attnopt.errors import PolicyError
 from attnopt.patterns import Causal, Full, Neighborhood, Pattern, PerHead, Prefix, Sinks, Window
-from attnopt.tile_model import KERNELS, Tiles, grid_share
+from attnopt.tile_model import KERNELS, Tiles
 
 
 @settings(deadline=None)
@@ -53,7 +53,7 @@ def test_grid_shares_are_counted_pairs(p: Neighborhood, tile: int) -> None:
         (same[:, None].expand(-1, length), same.expand(length, -1)), p.mask(length, length)[0].float(), True
     )
     want = (tiles > 0)[same][:, same].float().mean().item()
-    assert grid_share(p, tile) == pytest.approx(want)
+    assert p.box_share(p.box(tile)) == pytest.approx(want)
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_published_speedups_of_strided_neighborhoods(
 ) -> None:
     for stride, speedup in speedups.items():
         p = Neighborhood((side, side), window, stride)
-        assert 1 / grid_share(p, tile) == pytest.approx(speedup, abs=0.006)
+        assert 1 / p.box_share(p.box(tile)) == pytest.approx(speedup, abs=0.006)
 
 
 def test_windows_should_be_odd_multiples_of_the_tile() -> None:
     """With stride = tile = 128 and 4096 tokens: tiles of keys for each tile of queries."""
-    visited = {w: 32 * grid_share(Neighborhood(4096, w, 128), 128) for w in (384, 448, 512, 576, 640)}
+    visited = {w: 32 * Neighborhood(4096, w, 128).box_share((128,)) for w in (384, 448, 512, 576, 640)}
     assert visited == pytest.approx({384: 3.0, 448: 4.88, 512: 4.88, 576: 5.0, 640: 5.0}, abs=0.006)
-    assert 32 * grid_share(Neighborhood(4096, 384), 128) == pytest.approx(4.81, abs=0.006)
+    assert 32 * Neighborhood(4096, 384).box_share((128,)) == pytest.approx(4.81, abs=0.006)
 
 
 def test_advice_on_a_neighborhood() -> None:

@@ -16,8 +16,8 @@ from test_backends import PATTERNS, a_spec, run, tensors
 from torch import Tensor
 
 import attnopt
+from attnopt.attention_operator import attention
 from attnopt.backends import Blocked, Reference, attention_op, block_gather, flex, native
-from attnopt.backends.attention_op import attention
 from attnopt.backends.lowering import with_gains
 from attnopt.errors import AttnoptWarning
 from attnopt.operands import Operands

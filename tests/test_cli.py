@@ -71,6 +71,10 @@ def test_a_wrong_command_line(argv: tuple[str, ...], capsys: pytest.CaptureFixtu
         ("tiny_models:no_such", "it has causal, failing, full, without_attention"),
         ("tiny_models:constant", "is a int, expected a function"),
         ("tiny_models:failing", "RuntimeError: no such checkpoint (tiny_models.py:"),
+        (
+            "broken_models:f",
+            "importing broken_models failed: ModuleNotFoundError: half an install (broken_models.py:3)",
+        ),
         ("tiny_models:wrong", "returned list, expected a model, (model, args) or (model, args, kwargs)"),
     ],
 )

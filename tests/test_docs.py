@@ -54,6 +54,8 @@ def page_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mod
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
+    for kind in plugins.KINDS:
+        monkeypatch.setattr(kind, "_registered", {})
     yield module
     pyplot.close("all")
 

@@ -267,7 +267,7 @@ def test_names_of_scores() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": "poold"}, "there are no block scores 'poold'; there are pooled, antidiagonal, kmeans"),
+        ({"scores": "poold"}, "there is no block score 'poold'; there are Pooled, Antidiagonal, KMeans"),
         ({"scores": "1"}, "'1' are no block scores"),
         ({"scores": 3}, "scores=3 is not possible; give block scores or their text"),
         ({"scores": "antidiagonal(6)"}, "Antidiagonal: stride=6 does not divide blocks of 64 tokens"),

@@ -335,7 +335,7 @@ def test_no_backend_leaves_edits_out() -> None:
 
 
 def test_unknown_edits() -> None:
-    with pytest.raises(ValueError, match="there is no head edit 'other'"):
+    with pytest.raises(PolicyError, match="there is no head edit 'other'"):
         edit_from_json({"kind": "other"})
     with pytest.raises(ValueError, match="values of shape"):
         Replaced((1, 2), Constant.of(torch.zeros(1, 8)))

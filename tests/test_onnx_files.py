@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attnopt
+from attnopt.bands import Band
 from attnopt.passes import LocalWindow, Sparse
 from attnopt.patterns import Blocks, Global, PerHead, Window
 from attnopt.report import Report
 from attnopt.to_onnx import verify
-from attnopt.to_onnx.bands import Band
 
 
 class Encoder(nn.Module):

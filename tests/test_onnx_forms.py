@@ -15,10 +15,10 @@ from onnx_core import PATTERNS, captured, check, make_spec, run
 from torch import Tensor, nn
 from torch.nn import functional
 
+from attnopt.bands import Band
 from attnopt.patterns import Blocks, Causal, Dilated, Full, Pattern, Sinks, Strided, Window
 from attnopt.spec import AttentionSpec
 from attnopt.to_onnx import choice
-from attnopt.to_onnx.bands import Band, bands
 from attnopt.to_onnx.export import export_onnx
 
 
@@ -36,7 +36,7 @@ def sparse_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sparse_forms_at_fixed_lengths(pattern: Pattern, tmp_path: Path) -> None:
     by_token = PATTERNS.index(pattern) % 2 == 0
     taken = check(tmp_path / "m.onnx", make_spec(pattern), (2, 150, 150), by_token=by_token)
-    wanted = "per head" if pattern.is_per_head else "blocks" if bands(pattern) else "gathered"
+    wanted = "per head" if pattern.is_per_head else "blocks" if pattern.bands else "gathered"
     assert taken == ["Attention" if pattern == Full() else wanted]
 
 
@@ -143,10 +143,10 @@ def test_the_standard_flavor_has_no_other_operators(tmp_path: Path) -> None:
 
 
 def test_bands() -> None:
-    assert bands(Causal() & (Window(9, 3) | Sinks(4))) == (Band(-9, 0), Band(high=0, first=4))
-    assert bands(Dilated(3, 1, 4) & Strided(6)) == (Band(-12, 4, 12),)
-    assert bands(Window(3, 3) | Window(1, 1)) == (Band(-3, 3),)
-    assert bands(Blocks(4) & Causal()) is None
+    assert (Causal() & (Window(9, 3) | Sinks(4))).bands == (Band(-9, 0), Band(high=0, first=4))
+    assert (Dilated(3, 1, 4) & Strided(6)).bands == (Band(-12, 4, 12),)
+    assert (Window(3, 3) | Window(1, 1)).bands == (Band(-3, 3),)
+    assert (Blocks(4) & Causal()).bands is None
 
 
 # ---------------------------------------------------------------- torch's own operator

@@ -410,6 +410,33 @@ def test_no_such_scale() -> None:
     assert generic(refusal) == OTHERS["no-such-scale"]
 
 
+def test_unnamed_pattern() -> None:
+    from dataclasses import dataclass
+
+    from attnopt.backends import Blocked
+    from attnopt.patterns import Pattern
+    from attnopt.spec import AttentionSpec
+
+    @dataclass(frozen=True, repr=False)
+    class Even(Pattern):
+        def visible(self, i: Tensor, j: Tensor) -> Tensor:
+            return (i == i) & (j % 2 == 0)
+
+    refusal = Blocked().check(AttentionSpec((0,), (0,), (0,), 4, 4, 0.5, pattern=Even()))
+    assert refusal is not None
+    assert generic(refusal) == OTHERS["unnamed-pattern"]
+
+
+def test_plugin_failed() -> None:
+    from attnopt.plugin_calls import no_answer
+    from attnopt.site import Site
+    from attnopt.spec import AttentionSpec
+
+    site = Site("", AttentionSpec((0,), (0,), (0,), 4, 4, 0.5), {})
+    error = attnopt.PluginError("pass 'acme.last-k' of acme (acme:LastK): check failed: OSError: no licence")
+    assert generic(no_answer(site, error)) == OTHERS["plugin-failed"]
+
+
 def test_every_code_is_tested() -> None:
     found: set[str] = set()
     for folder in ("attnopt", "passes", "backends"):
@@ -433,5 +460,9 @@ OTHERS = {
     "  hint: take the branch or the loop out of the model, or optimize the module inside of it by itself",
     "opaque-operator": "[opaque-operator] expected operators that can be read, found _native_multi_head_attention (at LINE)\n"
     "  hint: capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)",
+    "unnamed-pattern": "[unnamed-pattern] expected a pattern that its text names, found Even()\n"
+    "  hint: put @attnopt.register on its class, and let its repr be the call that makes it",
+    "plugin-failed": "[plugin-failed] expected an answer of the plugin, found pass 'acme.last-k' of acme (acme:LastK): "
+    "check failed: OSError: no licence\n  hint: repair or uninstall the plugin",
     "no-such-scale": "[no-such-scale] expected a scale above 0, found -0.5",
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import attnopt
 from attnopt.errors import AttnoptError, ConversionError
-from attnopt.past import Past, past_of
+from attnopt.past import Past
 from attnopt.pattern import Pattern, PerHead
 from attnopt.patterns import Causal, Dilated, Full, Global, Sinks, Strided, Window
 
@@ -77,7 +77,7 @@ def in_pieces(made: Any, ids: Tensor, stops: list[int], mask: Tensor | None = No
     ],
 )
 def test_how_much_of_the_past_a_pattern_sees(pattern: Pattern, past: Past | None) -> None:
-    assert past_of(pattern) == past
+    assert pattern.look_back == past
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_how_much_of_the_past_a_pattern_sees(pattern: Pattern, past: Past | None
 )
 @pytest.mark.parametrize("new", [1, 4])
 def test_a_pattern_means_the_same_on_what_is_left(pattern: Pattern, new: int) -> None:
-    past = past_of(pattern)
+    past = pattern.look_back
     assert past is not None
     for length in range(new, 60):
         whole = pattern.mask(new, length, num_heads=3)

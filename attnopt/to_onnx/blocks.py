@@ -15,8 +15,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from attnopt.bands import Band
 from attnopt.layout import FULL_TILE
-from attnopt.to_onnx.bands import Band, bands
 from attnopt.to_onnx.builder import Builder
 from attnopt.to_onnx.choice import OnnxSite, hull
 from attnopt.to_onnx.fused import Operands, attention
@@ -43,7 +43,7 @@ class _Keys:
 
 def blocks(b: Builder, site: OnnxSite, x: Operands, block: int) -> ir.Value:
     """Keys that lie in bands around the queries, or at the beginning; lengths may be dynamic."""
-    found = bands(site.pattern)
+    found = site.pattern.bands
     assert found is not None
     return _loop(b, site, x, block, lambda body, rows: _keys_of_bands(body, site, x, found, rows, block))
 

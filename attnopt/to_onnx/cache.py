@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from attnopt.bands import Band
 from attnopt.errors import ExportError
 from attnopt.graph import Emitter
 from attnopt.patterns import Pattern
 from attnopt.spec import AttentionSpec
-from attnopt.to_onnx.bands import Band, bands
 from attnopt.to_onnx.builder import ORT, Builder
 from attnopt.to_onnx.choice import Form, OnnxSite
 from attnopt.to_onnx.decoder import PAST, PRESENT
@@ -55,7 +55,7 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
         if given:
             raise _error(site.name, f"it has {what}, which GroupQueryAttention does not know")
     pattern = spec.pattern if spec.seen_as is None else spec.seen_as
-    match bands(pattern):
+    match pattern.bands:
         case (Band(high=0, step=1, first=None),):
             return pattern
     raise _error(site.name, f"queries see {pattern}, and GroupQueryAttention knows Causal() and a causal window alone")
@@ -114,7 +114,7 @@ class Cache:
         attributes = {"num_heads": site.heads, "kv_num_heads": site.kv_heads, "scale": site.scale}
         if site.softcap is not None:
             attributes["softcap"] = site.softcap
-        for band in bands(site.pattern) or ():
+        for band in site.pattern.bands or ():
             if band.low is not None:
                 attributes["local_window_size"] = 1 - band.low  # the query's own key included
         layer = sum(str(i.name).endswith(".key") for i in self.graph.inputs)

@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import torch
 
+from attnopt.bands import Band
 from attnopt.patterns import Causal, Full, Pattern
-from attnopt.to_onnx.bands import Band, bands
 
 DENSE = 1.5  # Attention, which first writes the whole mask into the scores
 BLOCKS = 1.6  # Attention on one block of queries at a time, with copies of the keys and values that it sees
@@ -81,14 +81,14 @@ def choose(site: OnnxSite, given: Collection[str], contrib: bool) -> Form:
     sparse = sparse_form(site)
     if sparse is None:
         return _dense(site)
-    if sparse.kind == "blocks" and not site.is_static and None not in hull(bands(site.pattern) or ()):
+    if sparse.kind == "blocks" and not site.is_static and None not in hull(site.pattern.bands or ()):
         return sparse
     return min(_dense(site), sparse, key=_cost)
 
 
 def sparse_form(site: OnnxSite) -> Form | None:
     """The form that visits only what the pattern keeps, whatever it costs; None where the lengths have to be known first."""
-    found = bands(site.pattern)
+    found = site.pattern.bands
     if found is not None and any(band.first is None for band in found):
         return _blocks(site, found)
     return min((_gathered(site, block) for block in (64, 128)), key=_cost) if site.is_static else None

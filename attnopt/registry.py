@@ -1,0 +1,198 @@
+"""What goes by a name: attnopt's own classes, what this process registers, and what installed distributions offer.
+
+A third party writes ``[project.entry-points."attnopt.passes"]`` and ``"acme.last-k" = "acme:LastK"`` in its pyproject, or
+puts ``@attnopt.register`` on the class.  Listing names imports nothing, and a file only ever names what is listed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points, packages_distributions
+from typing import Any, Generic, TypeVar
+
+from attnopt.errors import PluginError, PolicyError
+
+OURS = "attnopt"
+HERE = "this process"  # in the place of the distribution of a class that was registered by a call
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A named class that may not be imported yet.  ``target`` is "module:attribute"."""
+
+    name: str
+    kind: str
+    target: str
+    distribution: str
+    rivals: tuple[str, ...] = ()  # others that claim the name
+    ready: Any = None  # the class, where it was registered by a call
+
+    def load(self) -> Any:
+        """The class; PluginError, naming the distribution, where it cannot be imported or its name is contested."""
+        if self.rivals:
+            claims = ", ".join((self.distribution, *self.rivals))
+            raise PluginError(f"{self.kind} {self.name!r} is claimed by {claims}", hint="uninstall all but one of them")
+        if self.ready is not None:
+            return self.ready
+        module, _, attribute = self.target.partition(":")
+        try:
+            found: Any = import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except Exception as error:  # a plugin may fail in any way while it is imported
+            why = f"{type(error).__name__}: {error}"
+            message = f"{self.kind} {self.name!r} of {self.distribution} ({self.target}) cannot be loaded: {why}"
+            raise PluginError(message, hint=f"repair or uninstall {self.distribution}") from error
+        return found
+
+
+class Registry(Generic[T]):
+    """The classes of one kind by name.  ``own``: attnopt's, as classes or as targets that are imported when asked for.
+
+    ``named`` reads the name off a class; it has to be the one that the class is registered by.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        kind: str,
+        base: type[T],
+        own: Mapping[str, str | type[T]],
+        named: Callable[[Any], Any] = lambda cls: cls.__name__,
+    ) -> None:
+        self.group, self.kind, self.base, self._named = group, kind, base, named
+        self._own = {n: _plugin(n, kind, OURS, target) for n, target in own.items()}
+        self._registered: dict[str, Plugin] = {}
+        self.changes = 0  # how often something was registered: what was read before may read otherwise now
+
+    def name_of(self, cls: type[T]) -> str:
+        """What the class calls itself."""
+        return str(self._named(cls))
+
+    def listed(self) -> dict[str, Plugin]:
+        """All that are known, none of them imported for it."""
+        found = {name: [plugin] for name, plugin in self._own.items()}
+        for entry in _offered(self.group):
+            plugin = _plugin(entry.name, self.kind, _distribution(entry), entry.value)
+            claims = found.setdefault(plugin.name, [])
+            if all(plugin.distribution != other.distribution for other in claims):
+                claims.append(plugin)
+        for plugin in self._registered.values():
+            claims = found.setdefault(plugin.name, [])
+            if not any(_is_same(plugin, other) for other in claims):
+                claims.append(plugin)
+        return {name: _contested(claims) for name, claims in found.items()}
+
+    def load(self, name: str) -> type[T]:
+        """The class of this name.  Raises PolicyError for an unknown name, PluginError for a broken plugin."""
+        listed = self.listed()
+        if name not in listed:
+            near = difflib.get_close_matches(name, listed, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else None
+            raise PolicyError(f"there is no {self.kind} {name!r}; there are {', '.join(listed)}", hint=hint)
+        plugin = listed[name]
+        loaded = plugin.load()
+        whose = f"{plugin.target} of {plugin.distribution}"
+        if not (isinstance(loaded, type) and issubclass(loaded, self.base)):
+            raise PluginError(f"{whose} is not a subclass of attnopt's {self.base.__name__}")
+        if (own := self._named(loaded)) != name:
+            raise PluginError(f"{whose} is installed as {name!r}, but calls itself {own!r}", hint="give both one name")
+        return loaded
+
+    def register(self, cls: type[T]) -> None:
+        """Make a class known by its name in this process.  Raises PluginError where another has the name.
+
+        The same class again, or one that takes its place in the same module (a notebook's cell that runs again), is no clash.
+        """
+        name = self._named(cls)
+        if not isinstance(name, str) or not name:
+            raise PluginError(f"{target_of(cls)} has no name as a {self.kind}")
+        if inspect.isabstract(cls):
+            missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
+            raise PluginError(f"{self.kind} {name!r} ({target_of(cls)}) does not define {missing}")
+        holder = self.listed().get(name)
+        made = Plugin(name, self.kind, target_of(cls), HERE, ready=cls)
+        if holder is not None and not _is_same(holder, made):
+            raise PluginError(
+                f"{self.kind} {name!r} is {holder.target} of {holder.distribution} already",
+                hint=f"give {target_of(cls)} another name",
+            )
+        self._registered[name] = made
+        self.changes += 1
+
+    def knows(self, cls: type[Any]) -> bool:
+        """Whether the name of this class stands for it, so that a file that names it can be read."""
+        name = self._named(cls)
+        if name not in self.listed():
+            return False
+        try:
+            return self.load(name) is cls
+        except PluginError:
+            return False
+
+
+def _is_same(a: Plugin, b: Plugin) -> bool:
+    """One class: an entry point may name it by its package, and the class itself by the module that it is defined in."""
+    if a.target == b.target:
+        return True
+    (package, _, name), (other_package, _, other_name) = a.target.partition(":"), b.target.partition(":")
+    tops = package.partition(".")[0], other_package.partition(".")[0]
+    return (a.distribution == HERE) != (b.distribution == HERE) and tops[0] == tops[1] and name == other_name
+
+
+def target_of(cls: type[Any]) -> str:
+    """Where a class is defined, as in an entry point."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def distribution_of(cls: type[Any]) -> str:
+    """The installed distribution that a class comes from; "" where it comes from none."""
+    return _distribution_of(cls.__module__.partition(".")[0])
+
+
+@lru_cache(256)
+def _distribution_of(package: str) -> str:
+    return OURS if package == OURS else next(iter(packages_distributions().get(package, ())), "")
+
+
+def _plugin(name: str, kind: str, distribution: str, target: str | type[Any]) -> Plugin:
+    if isinstance(target, str):
+        return Plugin(name, kind, target, distribution)
+    return Plugin(name, kind, target_of(target), distribution, ready=target)
+
+
+def _contested(claims: list[Plugin]) -> Plugin:
+    first, *others = claims
+    if not others:
+        return first
+    return Plugin(first.name, first.kind, first.target, first.distribution, tuple(p.distribution for p in others))
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an unknown distribution"
+
+
+def _offered(group: str) -> Iterable[EntryPoint]:
+    return _installed(group, tuple((str(place), _changed(place)) for place in sys.path))
+
+
+def _changed(place: str) -> int:
+    """When something was last installed there."""
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(32)  # reading what all distributions offer takes longer than all else about a rule of a policy
+def _installed(group: str, places: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))

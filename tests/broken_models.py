@@ -1,0 +1,3 @@
+"""A module whose import fails with an error that names no module."""
+
+raise ModuleNotFoundError("half an install")
