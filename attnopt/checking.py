@@ -19,9 +19,10 @@ from attnopt.calling import Signature, check_inputs, is_guard
 from attnopt.capture import Program, check_call
 from attnopt.compare import TOLERANCE, difference, tensors, tolerance
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
+from attnopt.fast_path import leaves_out_padding
 from attnopt.graph import hint, is_tensor, opname, value, written
 from attnopt.lowering import Plan, lower
-from attnopt.probing import HEAVY, symbols, within
+from attnopt.probing import HEAVY, dynamic_axes, symbols, within
 from attnopt.running import holds, outputs_of
 from attnopt.widening import widened, widened_inputs
 
@@ -55,15 +56,20 @@ class Checker:
             counted: list[str] = []
             original = self._original(inputs, counted)
             error, warnings = self._compare(module, plain, inputs, original)
+            if self.program.own is not None:
+                own = self.program.own
+                error_of_own, of_own = self._compare(module, plain, own, self._original(own, []))
+                error, warnings = max(error, error_of_own), (*warnings, *of_own)
             others = self._at_other_sizes(module, plain)
-        return error, tuple(dict.fromkeys((*_told(counted), *warnings, *others)))
+            zeroed = leaves_out_padding(self.model, self.program.own or inputs, self._state)
+        return error, tuple(dict.fromkeys((*_told(counted), *warnings, *others, *zeroed)))
 
     def error_on(self, module: fx.GraphModule, batches: Sequence[Inputs], signature: Signature) -> float:
         """Largest relative difference from the user's model on these inputs.  Raises CalibrationError."""
         worst = 0.0
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for i, (args, kwargs) in enumerate(batches):
-                batch = fitting(module, signature, (args, kwargs), i)
+                batch = fitting(module, signature, (args, kwargs), i, fixed=self.program.fixed_axes)
                 worst = max(worst, difference(self._outputs(module, batch), self._outputs(self.model, batch)))
         return worst
 
@@ -137,7 +143,7 @@ class Checker:
                 sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
                 raise CaptureError(
                     f"the captured graph does not hold at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
-                    hint="leave the axes that cannot vary out of dynamic_shapes",
+                    hint="give dynamic_shapes without the axes that cannot vary",
                 ) from e
         return tuple(chain.from_iterable(found))
 
@@ -184,8 +190,12 @@ def coarsest(gm: fx.GraphModule) -> float:
     return max((TOLERANCE[d] for d in found if d in TOLERANCE), default=0.0)
 
 
-def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number: int) -> Inputs:
-    """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError."""
+def fitting(
+    module: fx.GraphModule, signature: Signature, batch: Inputs, number: int, fixed: Sequence[str] = ()
+) -> Inputs:
+    """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError.
+
+    ``fixed``: what the report says of axes that were to vary and do not."""
     try:
         arranged = signature.arrange(*batch)
         check_inputs(module, *arranged)
@@ -193,7 +203,8 @@ def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number:
     except (CaptureError, TypeError) as e:
         raise CalibrationError(
             f"calibration batch {number} does not fit the example inputs: {str(e).splitlines()[0]}",
-            hint='give batches of the same form and size, or optimize with dynamic_shapes="auto"',
+            hint="give batches of the same form and size"
+            + ("" if fixed or dynamic_axes(module.graph) else ', or optimize with dynamic_shapes="auto"'),
         ) from e
     return arranged
 
