@@ -20,7 +20,10 @@ def told(fixed_axes: Sequence[str]) -> tuple[str, ...]:
             relations.append(text)
         else:
             lengths.setdefault(found[1], {})[int(found[2])] = found[3]
-    inputs = [f"{name}: {_axes(sizes)} fixed at {' x '.join(sizes[a] for a in sorted(sizes))}" for name, sizes in lengths.items()]
+    inputs = [
+        f"{name}: {_axes(sizes)} fixed at {' x '.join(sizes[a] for a in sorted(sizes))}"
+        for name, sizes in lengths.items()
+    ]
     chosen = sorted(relations, key=len)[:MOST]
     written = [_cut(r) for r in relations if r in chosen][:MOST]
     more = len(relations) - len(written)

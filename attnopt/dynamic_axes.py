@@ -60,7 +60,9 @@ def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     made: dict[str, Any] = {}
     own = type(model)
     call = own.forward if known is None else lambda self, *a, **k: known(*a, **k)
-    exec(f"def forward({taken}):\n    return _call_(self, {given})", {"_call_": call}, made)  # its code is its signature
+    exec(
+        f"def forward({taken}):\n    return _call_(self, {given})", {"_call_": call}, made
+    )  # its code is its signature
     about = {"__module__": own.__module__, "__qualname__": own.__qualname__, "forward": made["forward"]}
     vars(model).pop("forward", None)
     model.__class__ = type(own.__name__, (own,), about)
@@ -77,7 +79,7 @@ def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     if isinstance(asked, Auto):
         return _automatic(model.forward, args, kwargs, asked)
     if isinstance(asked, ShapesCollection):
-        asked = asked.dynamic_shapes(model, args, dict(kwargs))
+        asked = asked.dynamic_shapes(model, args, dict(kwargs))  # type: ignore[no-untyped-call]
     if asked is None or not is_variadic(model.forward):
         return asked
     parameters = inspect.signature(model.forward).parameters
@@ -144,7 +146,7 @@ def _aligned(x: Any, shapes: Any) -> Iterator[Axes]:
         case dict(), Mapping():
             for key, inner in x.items():
                 yield from _aligned(inner, shapes.get(key))
-        case (list() | tuple()), [*parts] if len(parts) == len(x):
+        case ((list() | tuple()), [*parts]) if len(parts) == len(x):
             for inner, part in zip(x, parts, strict=True):
                 yield from _aligned(inner, part)
         case _, [*parts] if len(parts) == len(leaves := pytree.tree_leaves(x)):
@@ -155,7 +157,9 @@ def _aligned(x: Any, shapes: Any) -> Iterator[Axes]:
 
 
 def _varying(axes: Iterable[tuple[Any, Any]]) -> Axes:
-    return {a: dim for a, dim in axes if isinstance(a, int) and not (dim is None or dim is Dim.STATIC or type(dim) is int)}
+    return {
+        a: dim for a, dim in axes if isinstance(a, int) and not (dim is None or dim is Dim.STATIC or type(dim) is int)
+    }
 
 
 def without(shapes: Mapping[str, Any], named: Mapping[str, Any], fixed: set[tuple[int, int]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ model outside of it, and a model that differs on it is told of.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -36,7 +37,8 @@ def leaves_out_padding(model: nn.Module, inputs: Inputs, state: Sequence[str]) -
         return ()
     given = []
     for is_on in (True, False):
-        with torch.random.fork_rng(devices=[]), fast_path(is_on):
+        with torch.random.fork_rng(devices=[]), fast_path(is_on), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of tensors that it makes on this path
             torch.manual_seed(0)
             try:
                 given.append(outputs_of(model, inputs, state))

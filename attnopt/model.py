@@ -96,7 +96,9 @@ class OptimizedModel(nn.Module):
                 AttnoptWarning,
                 stacklevel=2,
             )
-        return super().train(mode)
+        for module in self.modules():  # the graph's own train() refuses
+            module.training = mode
+        return self
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with compiling():

@@ -23,6 +23,7 @@ from attnopt.capture import Program, capture, check_call, require_values, withou
 from attnopt.checking import Checker, fitting
 from attnopt.compiling import compiling
 from attnopt.deciding import Decision, decide, limited, standing_refusals
+from attnopt.dynamic_axes import Auto
 from attnopt.errors import AttnoptWarning, CaptureError, PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, Found, find
 from attnopt.graph import stored
@@ -214,9 +215,9 @@ class _Job:
                 program = capture(self.model, self.args, self.kwargs, shapes)
             try:
                 return self._made_of(program)
-            except (CaptureError, VerificationError):
-                if program.narrower is None:
-                    raise
+            except (CaptureError, VerificationError) as e:
+                if program.narrower is None or (isinstance(e, VerificationError) and program.narrower != Auto(2)):
+                    raise  # with fewer axes it would be the same
             shapes = program.narrower
 
     def _made_of(self, program: Program) -> Compiled:
@@ -299,7 +300,7 @@ class _Job:
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
-        warnings.warn(text, AttnoptWarning, stacklevel=7)
+        warnings.warn(text, AttnoptWarning, stacklevel=8)
 
     def _verify(self, checker: Checker, module: fx.GraphModule) -> float:
         error, found = checker.check(module)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from attnopt.calibration import Inputs
 from attnopt.calling import check_inputs
 from attnopt.compare import difference, tolerance
-from attnopt.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, named_arguments, without
+from attnopt.dynamic_axes import Auto, asked_shapes, axes_of_leaves, named_arguments, without
 from attnopt.errors import AttnoptError, CaptureError
 from attnopt.graph import is_static
 from attnopt.probing import bounds, symbols
@@ -74,17 +73,19 @@ def captured_with_own(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: b
 
 def as_far_as_it_goes(model: nn.Module, inputs: Inputs, auto: Auto, captured: Captured) -> Program:
     """Raises CaptureError where the model cannot be captured even with all axes fixed."""
+    every = axes_of_leaves(model.forward, *inputs, asked_shapes(model, *inputs, Auto()))
     if auto.axes is None and (program := _with_every_axis(model, inputs, captured)) is not None:
         return replace(program, narrower=Auto(2))
-    asked = axes_of_leaves(model.forward, *inputs, asked_shapes(model, *inputs, Auto(2)))
-    try:
-        return captured_with_own(model, inputs, asked_shapes(model, *inputs, Auto(2)), False, captured)
-    except CaptureError:
-        fixed = captured(inputs, None, False)  # which tells why, if that fails too
-    try:
-        return captured_with_own(model, inputs, asked_shapes(model, *inputs, Auto(1)), False, captured)
-    except CaptureError:
-        return fixed.told(asked)
+    first = 2 if auto.axes is None else auto.axes
+    fixed: Program | None = None
+    for axes in range(first, 0, -1):
+        try:
+            shapes = asked_shapes(model, *inputs, Auto(axes))
+            program = captured_with_own(model, inputs, shapes, False, captured)
+            return replace(program.told(every), narrower=Auto(axes - 1))
+        except CaptureError:
+            fixed = fixed or captured(inputs, None, False)  # which tells why, if that fails too
+    return (fixed or captured(inputs, None, False)).told(every)
 
 
 def _with_every_axis(model: nn.Module, inputs: Inputs, captured: Captured) -> Program | None:

@@ -27,7 +27,9 @@ def longer_axes(model: nn.Module, inputs: Inputs, asked: Sequence[Axes]) -> froz
     leaves = pytree.tree_leaves(inputs)
     if not all(isinstance(x, _PLAIN) for x in leaves):
         return frozenset()
-    found = [(i, a) for i, axes in enumerate(asked) for a in axes if isinstance(leaves[i], Tensor) and _is_one(leaves[i], a)]
+    found = [
+        (i, a) for i, axes in enumerate(asked) for a in axes if isinstance(leaves[i], Tensor) and _is_one(leaves[i], a)
+    ]
     if not found:
         return frozenset()
     try:

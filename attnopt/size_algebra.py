@@ -33,7 +33,9 @@ def told_once(relations: Iterable[str], bounds: Bounds) -> tuple[str, ...]:
     """Those that could fail, one of each meaning, and none that follows from another one."""
     trees = [(text, ast.parse(text, mode="eval").body if len(text) <= LONGEST else None) for text in relations]
     same = _equal_sizes([tree for _, tree in trees if tree is not None], bounds)
-    known: dict[object, tuple[str, Relation | None]] = {("==", name): (f"{name} == {of}", None) for name, of in same.items()}
+    known: dict[object, tuple[str, Relation | None]] = {
+        ("==", name): (f"{name} == {of}", None) for name, of in same.items()
+    }
     for text, tree in trees:
         tree = None if tree is None else _Renamed(same).visit(copy.deepcopy(tree))
         if tree is not None and always_holds(tree, bounds):
@@ -55,7 +57,9 @@ def _equal_sizes(trees: Sequence[ast.expr], bounds: Bounds) -> dict[str, str]:
             continue
         match sorted(made.apart.as_coefficients_dict().items(), key=lambda term: str(term[0])):
             case [(sympy.Symbol() as first, 1 | -1 as c), (sympy.Symbol() as second, d)] if c == -d:
-                same = {n: first.name if of == second.name else of for n, of in same.items()} | {second.name: first.name}
+                same = {n: first.name if of == second.name else of for n, of in same.items()} | {
+                    second.name: first.name
+                }
     return same
 
 
@@ -207,7 +211,9 @@ def _at_least(x: sympy.Expr, least: int, bounds: Bounds) -> bool:
     for atom in sorted(x.atoms(sympy.Min, sympy.Max), key=str):
         times = x.coeff(atom)
         is_linear = times.is_Number and not sympy.expand(x - times * atom).has(atom)
-        enough = any if is_linear and (times > 0) == (atom.func == sympy.Max) else all  # it is one of its parts, and beyond all
+        enough = (
+            any if is_linear and (times > 0) == (atom.func == sympy.Max) else all
+        )  # it is one of its parts, and beyond all
         return enough(_at_least(sympy.expand(x.subs(atom, part)), least, bounds) for part in atom.args)
     for atom in sorted(x.atoms(sympy.core.function.AppliedUndef), key=lambda a: (-len(str(a)), str(a))):
         coefficient = x.coeff(atom)

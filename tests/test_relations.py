@@ -129,6 +129,15 @@ def test_what_says_the_same_is_told_once() -> None:
     assert told_once([long, long, "f(x[1]) == 2"], WITHIN) == (long, "f(x[1]) == 2")
 
 
+def test_equal_sizes_are_one_size() -> None:
+    assert told_once(
+        ["16 * x[0] * x[1] == 16 * x[1] * z[0]", "2 * x[0] != z[0]", "16 * x[0] % (2 * z[0]) == 0", "x[1] % z[0] == 0"],
+        WITHIN,
+    ) == ("z[0] == x[0]", "x[1] % z[0] == 0")
+    for kept in ("x[0] == 2 * z[0]", "x[0] + z[0] == 0", "x[0] == z[0] + 1", "x[0] * x[1] == z[0]"):
+        assert told_once([kept, "x[0] <= z[0]"], WITHIN)[0] == kept
+
+
 def test_no_random_relation_that_can_fail_is_dropped() -> None:
     """Against every size from 1 to 12."""
     chance, dropped = random.Random(0), 0
@@ -157,7 +166,7 @@ BROKEN = {"odd": (7, 4), "a number of fours": (26, 4), "twice as many": (8, 16)}
 
 
 def test_the_report_names_what_has_to_hold(fast: attnopt.OptimizedModel) -> None:
-    assert fast.report.fixed_axes == ("x[1] % 2 == 0", "(3 + x[1]) // 4 != 7", "given_t[0] != 2 * x[1]")
+    assert fast.report.fixed_axes == ("x[2] = 16", "x[1] % 2 == 0", "(3 + x[1]) // 4 != 7", "given_t[0] != 2 * x[1]")
     assert "not free: x[1] % 2 == 0" in str(fast.report)
 
 
@@ -225,7 +234,7 @@ def test_a_file_keeps_bounds(tmp_path: Path) -> None:
 
     x = torch.randn(2, 6, 16)
     fast = attnopt.optimize(Bounded().eval(), "fuse", (x,), dynamic_shapes="auto")
-    assert fast.report.fixed_axes == ("x[1] <= 12",)
+    assert fast.report.fixed_axes == ("x[2] = 16", "x[1] <= 12")
     fast.export_onnx(tmp_path / "m.onnx")
     session = cpu_session(tmp_path / "m.onnx")
     assert session.run(None, {"x": np.zeros((2, 12, 16), np.float32)})[0].shape == (2, 12, 16)
