@@ -110,6 +110,7 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
             "format": FORMAT,
             "report": origin.report.to_json(),
             "signature": origin.signature.to_json(),
+            "trains_otherwise": origin.trains_otherwise,
             "sites": [site_to_json(s) for s in origin.sites],
             "tensors": about_tensors,
             "sha256": {name: _digest_of_file(folder / name) for name in (GRAPH, WEIGHTS)},
@@ -165,7 +166,8 @@ def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
         signature = Signature.from_json(about["signature"])
         live = stored(module)
         sites = tuple(site_from_json(s, live) for s in about["sites"])
-    return module, Origin(report, sites, signature, *examples)
+        trains_otherwise = bool(about["trains_otherwise"])
+    return module, Origin(report, sites, signature, *examples, trains_otherwise=trains_otherwise)
 
 
 @contextlib.contextmanager

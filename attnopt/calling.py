@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +118,12 @@ def is_guard(e: BaseException) -> bool:
     return isinstance(e, AssertionError) and str(e).startswith("Guard failed")
 
 
-def check_inputs(module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError."""
+def check_inputs(
+    module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], fixed: Collection[str] = ()
+) -> None:
+    """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError.
+
+    ``fixed``: what the report says of axes that were to vary and do not."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(leaves) != len(nodes):
@@ -139,10 +143,12 @@ def check_inputs(module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Ma
                 f"{node.name} has dtype {leaf.dtype}, captured with {expected.dtype}",
                 hint=f"convert it to {expected.dtype}",
             )
-        _check_shape(node.name, tuple(leaf.shape), tuple(expected.shape), symbols)
+        _check_shape(node.name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed)
 
 
-def _check_shape(name: str, got: tuple[int, ...], expected: tuple[Any, ...], symbols: dict[Any, int]) -> None:
+def _check_shape(
+    name: str, got: tuple[int, ...], expected: tuple[Any, ...], symbols: dict[Any, int], fixed: Collection[str]
+) -> None:
     if len(got) != len(expected):
         raise CaptureError(f"{name} has {len(got)} axes, captured with {len(expected)}")
     for axis, (size, want) in enumerate(zip(got, expected, strict=True)):
@@ -150,7 +156,9 @@ def _check_shape(name: str, got: tuple[int, ...], expected: tuple[Any, ...], sym
             if size != want:
                 raise CaptureError(
                     f"{name} has length {size} along axis {axis}, captured for {want} alone",
-                    hint=f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}',
+                    hint=f"the model does not let it vary: optimize with an example of length {size} there"
+                    if f"{name}[{axis}] = {want}" in fixed
+                    else f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}',
                 )
         elif want.node.expr.is_symbol and symbols.setdefault(want.node.expr, size) != size:
             raise CaptureError(

@@ -9,19 +9,22 @@ import logging
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
+from attnopt.calibration import Inputs
 from attnopt.compiling import as_called, mode_of
+from attnopt.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
 from attnopt.errors import CaptureError
 from attnopt.graph import get_attr, is_static, opname, source_line, written
+from attnopt.reaching import Limited, as_far_as_it_goes, captured_with_own
 from attnopt.relations import relations
 from attnopt.running import cloned, outputs_of
 from attnopt.tidying import tidy
@@ -37,7 +40,8 @@ class Program:
     """A captured model: ``module`` is a graph of functional aten operators, called as the model is.
 
     ``shapes`` are the dynamic shapes in torch.export's notation, ``fixed_axes`` the axes that were to be dynamic and are not,
-    and what has to hold between the others.
+    and what has to hold between the others.  ``own`` is the user's example, where the program was captured with another one;
+    ``narrower`` is what to ask for should so many dynamic axes prove too many.
     """
 
     module: fx.GraphModule
@@ -46,20 +50,32 @@ class Program:
     shapes: Any = None
     fixed_axes: tuple[str, ...] = ()
     route: str = "export"
+    own: Inputs | None = None
+    narrower: Auto | None = None
+
+    @property
+    def examples(self) -> tuple[Inputs, ...]:
+        """What was captured with first."""
+        return ((self.args, self.kwargs), *(() if self.own is None else (self.own,)))
+
+    def told(self, asked: list[Axes]) -> Program:
+        """With every axis among ``asked`` that is not dynamic named as fixed."""
+        fixed = fixed_axes(self.module, asked)
+        return replace(self, fixed_axes=(*fixed, *(t for t in self.fixed_axes if t not in fixed)))
 
 
 def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dynamic_shapes: Any = None) -> Program:
     """Capture ``model`` on example inputs.
 
-    ``dynamic_shapes``: None (all sizes fixed), torch.export's notation, or "auto" (batch and sequence axes of every input
-    as far as the model allows).  Raises CaptureError, which tells what stopped each way of capturing.
+    ``dynamic_shapes``: None (all sizes fixed), torch.export's notation, or "auto" (every axis of every input as far as the
+    model lets it vary).  Raises CaptureError, which tells what stopped each way of capturing.
     """
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise CaptureError(
             f"expected an nn.Module or an ExportedProgram, found {type(model).__name__}", hint="pass the model itself"
         )
     if isinstance(model, ExportedProgram):
-        return _finish(model, args, kwargs, dynamic_shapes, "exported program")
+        return _finish(model, args, kwargs, None, "exported program")
     if (
         scripted := next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     ) is not None:
@@ -69,7 +85,18 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         )
     if (lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)) is not None:
         raise CaptureError(f"{lazy} gets its size at the model's first call", hint="call the model once first")
-    shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
+    _check_arguments(model, args, kwargs)
+    captured = partial(_captured, model)
+    if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
+        auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
+        return as_far_as_it_goes(model, (args, kwargs), auto, captured)
+    shapes = asked_shapes(model, args, kwargs, dynamic_shapes)
+    return captured_with_own(model, (args, kwargs), shapes, False, captured)
+
+
+def _captured(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: bool) -> Program:
+    """``is_cheap``: tried in the first way alone, and only as far as the sizes stay simple."""
+    args, kwargs = inputs
     copied = partial(structural_copy, model)
     failures: list[str] = []
     ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
@@ -80,10 +107,9 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
             lambda: _export(fx.symbolic_trace(copied()), args, kwargs, shapes, strict=False),
         ),
     )
-    _check_arguments(model, args, kwargs)
-    for route, way in ways:
+    for route, way in ways[:1] if is_cheap else ways:
         try:
-            with quiet(), as_called(), mode_of(model):
+            with quiet(), as_called(), mode_of(model), Limited() if is_cheap else nullcontext():
                 exported = way()
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
@@ -135,7 +161,7 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
     args, kwargs = cloned((args, kwargs))
-    with _without_partial_graph():
+    with _without_partial_graph(), nullcontext() if shapes is None else plain_signature(model, args, kwargs):
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return functional(exported)
 
@@ -231,9 +257,10 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     _refuse_own_generator(module)
     _own_state(module)
     tidy(module)
-    declared = _declared(shapes)
+    asked = axes_of_leaves(module.forward, args, kwargs, shapes)
+    declared = _declared(module, asked)
     held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]
-    return Program(module, args, kwargs, shapes, (*_fixed(module, shapes), *held), route)
+    return Program(module, args, kwargs, shapes, (*fixed_axes(module, asked), *held), route)
 
 
 def _refuse_own_generator(module: fx.GraphModule) -> None:
@@ -279,40 +306,13 @@ def _own_state(module: fx.GraphModule) -> None:
         setattr(module.get_submodule(owner), leaf, get_attr(module, name).detach().clone())
 
 
-def auto_shapes(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
-    """Axes 0 and 1 of every tensor input, to be dynamic as far as the model allows."""
-
-    def of(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return dict.fromkeys(range(min(2, x.dim())), Dim.AUTO)
-        if isinstance(x, (list, tuple)):
-            return type(x)(of(i) for i in x)
-        return {k: of(v) for k, v in x.items()} if isinstance(x, dict) else None
-
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: of(x) for name, x in bound.items()}
-
-
-def _asked(shapes: Any) -> Iterator[tuple[str, int, Any]]:
-    """(input, axis, what was asked for it)"""
-    for name, axes in shapes.items() if isinstance(shapes, Mapping) else ():
-        for axis, dim in axes.items() if isinstance(axes, Mapping) else ():
-            if isinstance(axis, int):
-                yield name, axis, dim
-
-
-def _fixed(module: fx.GraphModule, shapes: Any) -> tuple[str, ...]:
-    """Axes that were asked to be dynamic and are not."""
-    found = {str(n.target): n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"}
-    sizes = {name: val.shape for name, val in found.items() if isinstance(val, Tensor)}
-    return tuple(
-        f"{name}[{axis}] = {sizes[name][axis]}"
-        for name, axis, _ in _asked(shapes)
-        if name in sizes and is_static(sizes[name][axis])
-    )
-
-
-def _declared(shapes: Any) -> set[str]:
+def _declared(module: fx.GraphModule, asked: list[Axes]) -> set[str]:
     """The bounds that the user gave with a named Dim."""
-    dims = [(f"{name}[{axis}]", dim) for name, axis, dim in _asked(shapes) if isinstance(dim, Dim)]
+    names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    dims = [
+        (f"{name}[{axis}]", dim)
+        for name, axes in zip(names, asked, strict=False)
+        for axis, dim in axes.items()
+        if isinstance(dim, Dim)
+    ]
     return {text for axis, dim in dims for text in (f"{axis} >= {dim.min}", f"{axis} <= {dim.max}")}

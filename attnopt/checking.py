@@ -20,10 +20,12 @@ from attnopt.calling import Signature, check_inputs, is_guard
 from attnopt.capture import Program, check_call
 from attnopt.compare import TOLERANCE, difference, tensors, tolerance
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
+from attnopt.fast_path import leaves_out_padding
 from attnopt.graph import hint, is_tensor, opname, value, written
 from attnopt.lowering import Plan, lower
 from attnopt.plugin_calls import is_ours, told
-from attnopt.probing import HEAVY, symbols, within
+from attnopt.probing import HEAVY, dynamic_axes, symbols, within
+from attnopt.reaching import other_sizes, sizes_that_fit
 from attnopt.running import holds, outputs_of
 from attnopt.widening import widened, widened_inputs
 
@@ -57,15 +59,20 @@ class Checker:
             counted: list[str] = []
             original = self._original(inputs, counted)
             error, warnings = self._compare(module, plain, inputs, original)
+            if self.program.own is not None:
+                own = self.program.own
+                error_of_own, of_own = self._compare(module, plain, own, self._original(own, []))
+                error, warnings = max(error, error_of_own), (*warnings, *of_own)
             others = self._at_other_sizes(module, plain)
-        return error, tuple(dict.fromkeys((*_told(counted), *warnings, *others)))
+            zeroed = leaves_out_padding(self.model, self.program.own or inputs, self._state)
+        return error, tuple(dict.fromkeys((*_told(counted), *warnings, *others, *zeroed)))
 
     def error_on(self, module: fx.GraphModule, batches: Sequence[Inputs], signature: Signature) -> float:
         """Largest relative difference from the user's model on these inputs.  Raises CalibrationError."""
         worst = 0.0
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for i, (args, kwargs) in enumerate(batches):
-                batch = fitting(module, signature, (args, kwargs), i)
+                batch = fitting(module, signature, (args, kwargs), i, fixed=self.program.fixed_axes)
                 worst = max(worst, difference(self._outputs(module, batch), self._outputs(self.model, batch)))
         return worst
 
@@ -122,7 +129,7 @@ class Checker:
 
     def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> tuple[str, ...]:
         found: list[tuple[str, ...]] = []
-        for inputs in resized(self.program.module, self.program.args, self.program.kwargs):
+        for inputs in resized(self.program.module, self.program.args, self.program.kwargs, self.program.fixed_axes):
             if len(found) == RESIZED:
                 break
             try:
@@ -139,7 +146,7 @@ class Checker:
                 sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
                 raise CaptureError(
                     f"the captured graph does not hold at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
-                    hint="leave the axes that cannot vary out of dynamic_shapes",
+                    hint="give dynamic_shapes without the axes that cannot vary",
                 ) from e
         return tuple(chain.from_iterable(found))
 
@@ -200,8 +207,12 @@ def coarsest(gm: fx.GraphModule) -> float:
     return max((TOLERANCE[d] for d in found if d in TOLERANCE), default=0.0)
 
 
-def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number: int) -> Inputs:
-    """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError."""
+def fitting(
+    module: fx.GraphModule, signature: Signature, batch: Inputs, number: int, fixed: Sequence[str] = ()
+) -> Inputs:
+    """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError.
+
+    ``fixed``: what the report says of axes that were to vary and do not."""
     try:
         arranged = signature.arrange(*batch)
         check_inputs(module, *arranged)
@@ -209,7 +220,8 @@ def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number:
     except (CaptureError, TypeError) as e:
         raise CalibrationError(
             f"calibration batch {number} does not fit the example inputs: {str(e).splitlines()[0]}",
-            hint='give batches of the same form and size, or optimize with dynamic_shapes="auto"',
+            hint="give batches of the same form and size"
+            + ("" if fixed or dynamic_axes(module.graph) else ', or optimize with dynamic_shapes="auto"'),
         ) from e
     return arranged
 
@@ -222,22 +234,25 @@ def _moved(module: fx.GraphModule, inputs: Inputs) -> Inputs:
     return moved
 
 
-def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Inputs]:
+def resized(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Sequence[str] = ()
+) -> list[Inputs]:
     """The example inputs at other sizes of the module's dynamic axes, by repeating them; the module may refuse some.
 
-    First at larger, odd sizes of which no two are equal, then at multiples, then at sizes that grow or shrink alike.
+    First at larger, odd sizes of which no two are equal, then at multiples, then at sizes that grow or shrink alike, then
+    each size alone: what fits the bounds of the graph and the relations ``held`` between its sizes (see ``Report.fixed_axes``).
     """
     sizes = symbols(module.graph)
-    if not sizes:
-        return []
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    if len(leaves) != len(nodes):
+    if not sizes or len(leaves) != len(nodes):
         return []
+    fits = sizes_that_fit(module.graph, held)
+    wanted = [within(module.graph, new) for new in _other_sizes(sizes)]
+    wanted += [new for s in sizes if (new := next(filter(fits, other_sizes(sizes, s)), None)) is not None]
     found: list[Inputs] = []
-    for wanted in _other_sizes(sizes):
-        new = within(module.graph, wanted)
-        if new == sizes:
+    for k, new in enumerate(wanted):
+        if new == sizes or new in wanted[:k] or not fits(new):
             continue
         fitted = [_fitted(leaf, n, new) for leaf, n in zip(leaves, nodes, strict=True)]
         new_args, new_kwargs = pytree.tree_unflatten(fitted, spec)

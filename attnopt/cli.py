@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "attnopt inspect model.onnx",
     )
     _add_model(inspect, OR_SAVED)
+    _add_dynamic(inspect)
 
     optimize = _command(
         commands,
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(explain, OR_FILE)
     explain.add_argument("site", help="name of an attention or near miss; (root) for the model itself")
+    _add_dynamic(explain)
     explain.add_argument("--policy", help="whose passes to ask (default: the built-in ones, whatever their options)")
 
     diff = _command(
@@ -181,11 +183,15 @@ def _add_optimizing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default="auto", help="a backend's name (default: auto, the cheapest that is exact)"
     )
-    parser.add_argument("--dynamic", action="store_true", help="keep batch and sequence axes dynamic")
+    _add_dynamic(parser)
     parser.add_argument("--limit", type=_count, metavar="N", help="apply only the first N rewrites")
     parser.add_argument("--strict", action="store_true", help="fail if a pass refuses an attention")
     parser.add_argument("--tolerance", type=_positive, help="fail if the output changes by more than this, relatively")
     parser.add_argument("--seed", type=int, default=0, help="for passes that use chance (default: 0)")
+
+
+def _add_dynamic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dynamic", action="store_true", help="keep every axis dynamic that the model lets vary")
 
 
 def _told(error: Exception) -> str:

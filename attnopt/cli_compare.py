@@ -30,7 +30,8 @@ def explain(arguments: argparse.Namespace) -> int:
     require_model(arguments.model, named, "its report tells why, see `attnopt inspect`")
     policy = None if arguments.policy is None else Policy.of(arguments.policy)
     with working("replaying"):
-        found = explained(named.model, arguments.site, named.args, named.kwargs, policy)
+        shapes = "auto" if arguments.dynamic else None
+        found = explained(named.model, arguments.site, named.args, named.kwargs, policy, dynamic_shapes=shapes)
     show(arguments, [asdict(one) for one in found], explanation_text(found))
     return 0
 

@@ -29,7 +29,8 @@ def inspect(arguments: argparse.Namespace) -> int:
 
     require_model(arguments.model, named, "")
     with working("looking for attentions"):
-        found = attnopt.inspect(named.model, named.args, named.kwargs)
+        shapes = "auto" if arguments.dynamic else None
+        found = attnopt.inspect(named.model, named.args, named.kwargs, dynamic_shapes=shapes)
     show(arguments, inspection_json(found), inspection_tree(found))
     return 0
 

@@ -32,6 +32,9 @@ def compiling() -> Iterator[None]:
         for kind in _AUTOCASTING:
             if torch.is_autocast_enabled(kind):
                 state.enter_context(torch.autocast(kind, enabled=False))
+        if torch.backends.mha.get_fastpath_enabled():  # which writes zeros where keys are hidden, and no graph has
+            torch.backends.mha.set_fastpath_enabled(False)
+            state.callback(torch.backends.mha.set_fastpath_enabled, True)
         device = torch.get_default_device()
         if device != torch.device("cpu"):
             state.callback(_callers_device.reset, _callers_device.set(device))

@@ -63,14 +63,20 @@ class Explanation:
 
 @compiling()
 def explain(
-    model: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: Policy | None = None
+    model: nn.Module,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    policy: Policy | None = None,
+    *,
+    dynamic_shapes: Any = None,
 ) -> tuple[Explanation, ...]:
     """Everything of this name; a module may hold several.
 
     With a ``policy`` its passes are asked, else all installed passes whose answer does not depend on their options.
     Raises AttnoptError, with the names that there are, where there is none of this name.
     """
-    program = capture(model, args, dict(kwargs))
+    program = capture(model, args, dict(kwargs), dynamic_shapes)
     graph = program.module.graph
     refused = dict(_refused(graph))
     findings = find(program)

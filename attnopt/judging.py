@@ -56,7 +56,7 @@ class Judge:
 def _answers(part: Part, graph: fx.GraphModule) -> Iterator[tuple[Inputs, list[Tensor]]]:
     program, found = part.made.program, 0
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for inputs in ((program.args, program.kwargs), *resized(program.module, program.args, program.kwargs)):
+        for inputs in (*program.examples, *resized(program.module, program.args, program.kwargs, program.fixed_axes)):
             try:
                 yield inputs, outputs_of(graph, inputs)
             except Exception:

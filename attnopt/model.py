@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import fx, nn
@@ -16,6 +17,7 @@ from attnopt.errors import AttnoptError, CaptureError
 from attnopt.origin import Origin
 from attnopt.report import Report
 from attnopt.site import Site
+from attnopt.warned import warn
 
 Build = Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, Origin]]
 
@@ -74,7 +76,7 @@ class OptimizedModel(nn.Module):
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
             raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
-        check_inputs(self.graph_module, args, kwargs)
+        check_inputs(self.graph_module, args, kwargs, self.origin.report.fixed_axes)
         try:
             return self.graph_module(*args, **kwargs)
         except AssertionError as e:
@@ -83,6 +85,18 @@ class OptimizedModel(nn.Module):
             raise CaptureError(
                 f"these inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
             ) from None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module; a graph that was captured for inference stays one, which a warning tells once."""
+        if mode and self._origin is not None and self._origin.trains_otherwise:
+            self._origin = replace(self._origin, trains_otherwise=False)
+            warn(
+                "the model was captured in eval mode: its dropout stays off and its batch normalisation as it is; optimize the "
+                "model in train mode for a graph to be trained with them"
+            )
+        for module in self.modules():  # the graph's own train() refuses
+            module.training = mode
+        return self
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with compiling():

@@ -22,7 +22,8 @@ from attnopt.capture import Program, capture, check_call, require_values, withou
 from attnopt.checking import Checker, fitting
 from attnopt.compiling import compiling
 from attnopt.deciding import Decision, decide, limited, standing_refusals
-from attnopt.errors import PolicyError, RewriteError, VerificationError
+from attnopt.dynamic_axes import Auto
+from attnopt.errors import CaptureError, PolicyError, RewriteError, VerificationError
 from attnopt.finding import Findings, Found, find
 from attnopt.graph import stored
 from attnopt.inspection import Inspection
@@ -33,6 +34,7 @@ from attnopt.policy import Policy
 from attnopt.probing import dynamic_axes
 from attnopt.report import Report
 from attnopt.rewriting import Backend
+from attnopt.running import trains_otherwise
 from attnopt.site_reports import site_report
 from attnopt.streaming import Stream
 from attnopt.tying import jointly, of_all, tied
@@ -56,18 +58,22 @@ class _Clock:
 
 @compiling()
 def inspect(
-    model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module | str | os.PathLike[str],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
 ) -> Inspection:
     """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.  An ONNX file is a model too.
 
     Returns an ``Inspection``: ``.sites`` in the order in which they run, each with the passes that cannot rewrite it in
     ``.refusals``; ``.near_misses``; it prints as a table.  A model on the meta device needs no memory for its weights: each
     site is proved with random values in place of them, and what only they could tell (a mask in a buffer) stays unknown.
-    Raises CaptureError if the model cannot be captured.
+    ``dynamic_shapes``: as of ``optimize``.  Raises CaptureError if the model cannot be captured.
     """
     inputs = _inputs(args, kwargs)
     model = _opened(model, *inputs)
-    program = capture(model, *inputs)
+    program = capture(model, *inputs, dynamic_shapes)
     if isinstance(model, nn.Module) and without_values(model) is None:
         check_call(model, *inputs)
     findings = find(program)
@@ -97,7 +103,8 @@ def optimize(
     ``policy``: a pass, a list of passes, a mapping from site-name globs to those, a ``Policy``, a YAML or JSON file, or text
     such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
     ``args``, ``kwargs``: example inputs.  Without any, the model is captured at its first call.
-    ``dynamic_shapes``: torch.export's notation, or ``"auto"`` (batch and sequence axes, as far as the model allows).
+    ``dynamic_shapes``: torch.export's notation, or ``"auto"``: every axis of every input that the model lets vary.  The
+    report tells which do not, and what has to hold between sizes.
     ``calibration``: batches (a tensor, a tuple of args or a dict of kwargs each), or a ``Calibration``.  Passes that can
     learn from them do; the change is measured on them as well.
     ``backend``: a name, a ``Backend``, or ``"auto"``: for each site the cheapest one that can compute it.
@@ -202,9 +209,19 @@ class _Job:
 
     def run(self) -> Compiled:
         require_values(self.model)
-        self.clock, self.warnings = _Clock(), list[str]()
-        with self.clock.stage("capture"):
-            program = capture(self.model, self.args, self.kwargs, self.dynamic_shapes)
+        self.clock, shapes = _Clock(), self.dynamic_shapes
+        while True:
+            with self.clock.stage("capture"):
+                program = capture(self.model, self.args, self.kwargs, shapes)
+            try:
+                return self._made_of(program)
+            except (CaptureError, VerificationError) as e:
+                if program.narrower is None or (isinstance(e, VerificationError) and program.narrower != Auto(2)):
+                    raise  # with fewer axes it would be the same
+            shapes = program.narrower
+
+    def _made_of(self, program: Program) -> Compiled:
+        self.warnings = list[str]()
         self._look_at_weights(program)
         dynamic = dynamic_axes(program.module.graph)
         with self.clock.stage("match"):
@@ -247,7 +264,7 @@ class _Job:
         """The calibration batches in the form in which the graph takes them."""
         signature, made = self._signature(program.module), list[Inputs]()
         for i, (args, kwargs) in enumerate(self.batches):
-            made.append(fitting(program.module, signature, (args, kwargs), i))
+            made.append(fitting(program.module, signature, (args, kwargs), i, fixed=program.fixed_axes))
         return made
 
     def _look_at_weights(self, program: Program) -> None:
@@ -337,7 +354,9 @@ class _Job:
         live = stored(module)
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
         signature = self._signature(module)
-        return Origin(report, sites, signature, program.args, program.kwargs, program.shapes)
+        return Origin(
+            report, sites, signature, program.args, program.kwargs, program.shapes, trains_otherwise(self.model)
+        )
 
 
 def _kept(mass_H: Tensor, data: str) -> str:
@@ -350,7 +369,7 @@ def _check_axes(lost: set[tuple[str, int]]) -> None:
         listed = ", ".join(f"axis {axis} of {name}" for name, axis in sorted(lost))
         raise RewriteError(
             f"the rewritten graph holds only at the example's size of {listed}",
-            hint="leave it out of dynamic_shapes, find the site with limit=1, 2, ..., and report the model",
+            hint="give dynamic_shapes without it, find the site with limit=1, 2, ..., and report the model",
         )
 
 

@@ -21,3 +21,4 @@ class Origin:
     args: tuple[Any, ...] = field(repr=False, default=())
     kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
     shapes: Any = None
+    trains_otherwise: bool = False  # captured for inference, and the model has dropout or batch normalisation

@@ -6,6 +6,8 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from attnopt.axes_told import told
+
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
@@ -25,6 +27,7 @@ def report_page(report: Report) -> str:
     return _render(
         "report.html.j2",
         report=report,
+        fixed_axes=told(report.fixed_axes),
         views=views,
         lanes=lanes(views),
         measures=measures(report),

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.graph import is_static
 from attnopt.probing import bounds
+from attnopt.size_algebra import told_once
 
 
 def relations(
@@ -31,7 +31,8 @@ def relations(
     paths = ["L" + pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(dict(bound))]
     named = _Named(dict(zip(paths, inputs, strict=True)), inputs)
     found = [text for code in program._guards_code if (text := named.read(code)) is not None]
-    return tuple(dict.fromkeys((*_bounds(inputs), *found)))
+    known = _bounds(inputs)
+    return (*_told(known), *told_once(found, known))
 
 
 def user_inputs(program: ExportedProgram) -> list[fx.Node]:
@@ -44,73 +45,59 @@ def _axes(inputs: list[fx.Node]) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
     for n in inputs:
         val = n.meta.get("val")
         for axis, size in enumerate(val.shape if isinstance(val, Tensor) else ()):
-            if isinstance(size, torch.SymInt):
+            if isinstance(size, torch.SymInt) and not is_static(size):
                 yield n, axis, size
 
 
-def _bounds(inputs: list[fx.Node]) -> Iterator[str]:
+def _bounds(inputs: list[fx.Node]) -> dict[str, tuple[int, int | None]]:
+    """The sizes from and to which the graph holds, of the first axis of each symbol; below 3 torch makes no difference."""
+    found: dict[str, tuple[int, int | None]] = {}
     seen = set[Any]()
     for n, axis, size in _axes(inputs):
         if size.node.expr not in seen:
             seen.add(size.node.expr)
             lower, upper = bounds(size)
-            if lower > 2:  # below, torch itself makes no difference
-                yield f"{n.name}[{axis}] >= {lower}"
-            if upper is not None:
-                yield f"{n.name}[{axis}] <= {upper}"
+            found[f"{n.name}[{axis}]"] = lower if lower > 2 else 1, upper
+    return found
 
 
-def _same(left: ast.expr, right: ast.expr) -> bool:
-    """Equal whatever the sizes are: torch 2.11 says of each broadcast that ``min(6 * n, 24 * n) == 6 * n``."""
-    if ast.dump(left) == ast.dump(right):
-        return True
-    found = _worked_out(left)
-    return found is not None and bool(found == _worked_out(right))
-
-
-def _worked_out(node: ast.expr) -> sympy.Expr | None:
-    """Sums, products, minima and maxima of sizes, which are positive; None for all else."""
-    match node:
-        case ast.Constant(int(number)):
-            return sympy.Integer(number)
-        case ast.Subscript():
-            return sympy.Symbol(ast.unparse(node), integer=True, positive=True)
-        case ast.BinOp(left, ast.Add() | ast.Mult() as how, right):
-            parts = [_worked_out(left), _worked_out(right)]
-            made = sympy.Add if isinstance(how, ast.Add) else sympy.Mul
-        case ast.Call(ast.Name("min" | "max" as name), given, []):
-            parts = [_worked_out(g) for g in given]
-            made = sympy.Min if name == "min" else sympy.Max
-        case _:
-            return None
-    return None if None in parts else made(*parts)
+def _told(known: Mapping[str, tuple[int, int | None]]) -> Iterator[str]:
+    for axis, (lower, upper) in known.items():
+        if lower > 2:
+            yield f"{axis} >= {lower}"
+        if upper is not None:
+            yield f"{axis} <= {upper}"
 
 
 class _Named(ast.NodeTransformer):
     """Puts names and numbers of axes in the place of what torch calls the inputs' sizes; axes of one symbol get one name."""
 
     def __init__(self, of_path: Mapping[str, fx.Node], inputs: list[fx.Node]) -> None:
-        self.of_path = of_path
+        self.of_path, self.inputs = of_path, inputs
         self.first: dict[Any, tuple[str, int]] = {}
         for n, axis, size in _axes(inputs):
             self.first.setdefault(size.node.expr, (n.name, axis))
 
     def read(self, code: str) -> str | None:
-        """None where nothing is said that could fail."""
+        """None where nothing is said about sizes."""
         tree = self.visit(ast.parse(code.strip(), mode="eval")).body
-        match tree:
-            case ast.Compare(left, [ast.Eq()], [right]) if _same(left, right):
-                return None
         is_about_sizes = any(isinstance(n, ast.Subscript) for n in ast.walk(tree))
         return ast.unparse(tree) if is_about_sizes else None
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         match node:
             case ast.Subscript(ast.Call(ast.Attribute(path, "size"), [], []), ast.Constant(int(axis))):
-                n = self.of_path.get(ast.unparse(path))
+                n = self.of_path.get(ast.unparse(path)) or self._by_place(path)
                 if n is not None:
                     return self._axis(n, axis)
         return node
+
+    def _by_place(self, path: ast.expr) -> fx.Node | None:
+        """An input as strict tracing calls it."""
+        match path:
+            case ast.Subscript(ast.Subscript(ast.Name("L"), ast.Constant("flat_args")), ast.Constant(int(place))):
+                return self.inputs[place] if place < len(self.inputs) else None
+        return None
 
     def _axis(self, n: fx.Node, axis: int) -> ast.expr:
         size = n.meta["val"].shape[axis]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from attnopt.axes_told import told
 from attnopt.errors import ArchiveError
 from attnopt.files import atomic_write
 from attnopt.refusal import Refusal
@@ -151,7 +152,7 @@ class Report:
         for miss in self.near_misses:
             lines.append(f"  {_titled(miss.name, miss.where)}")
             lines += [f"  {line}" for line in _refused("not matched", miss.refusal, miss.where)]
-        lines += [f"  not free: {axis}" for axis in self.fixed_axes]
+        lines += [f"  not free: {axis}" for axis in told(self.fixed_axes)]
         lines += [f"  warning: {text}" for text in self.warnings]
         if self.error is not None:
             lines.append(f"  largest relative difference of the outputs on the example inputs: {self.error:.1e}")

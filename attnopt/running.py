@@ -85,6 +85,21 @@ def kept(module: nn.Module) -> Iterator[None]:
                     tensor.copy_(values)
 
 
+def trains_otherwise(module: nn.Module) -> bool:
+    """``module`` is in its mode for inference, and computes something else in training."""
+    if module.training:
+        return False
+    return any(_has_modes(m) for m in module.modules())
+
+
+def _has_modes(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any("dropout" in name and isinstance(x, float) and x > 0 for name, x in vars(module).items())
+
+
 def _same_objects(now: Collection[Any], before: Collection[Any]) -> bool:
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 

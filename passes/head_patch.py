@@ -114,5 +114,5 @@ class HeadPatch(Pass):
         if not sizes or (sizes == [site.q_len] and not site.is_dynamic):
             return None
         expected, found = f"values for the {site.q_len} tokens of every call", f"values for {sizes[0]} tokens"
-        hint = "leave the sequence axis out of dynamic_shapes" if site.is_dynamic else ""
+        hint = "give dynamic_shapes without the sequence axis" if site.is_dynamic else ""
         return site.refuse("other-sizes", expected=expected, found=found, hint=hint)

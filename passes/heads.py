@@ -75,7 +75,7 @@ def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:
     least, most = made_for[0], made_for[-1]
     expected = f"a sequence of {least} tokens" if least == most else f"a sequence of {least} to {most} tokens"
     if site.is_dynamic:
-        hint = "leave the sequence axis out of dynamic_shapes"
+        hint = "give dynamic_shapes without the sequence axis"
         return site.refuse("wrong-length", expected=expected, found="a length that may vary", hint=hint)
     hint = "write class and register tokens in front of a grid as Prefix(n, ...)" if site.kv_len > most else ""
     return site.refuse("wrong-length", expected=expected, found=f"{site.kv_len} tokens", hint=hint)

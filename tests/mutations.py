@@ -249,6 +249,25 @@ FAULTS = (
           "test_policy.py -k bad_files"),
     Fault("a function that is no operator let through", "attnopt/archive.py", "        check_operators(",
           "        (lambda _: None)(", "test_untrusted.py -k hostile"),
+    # which axes vary
+    Fault("a remainder taken for certain", "attnopt/size_algebra.py",
+          "return rest if _is_within(rest, b, bounds) else _mod(rest, b)", "return rest", "test_relations.py -k can_fail"),
+    Fault("an unequal size taken for an equal one", "attnopt/size_algebra.py", "if c == -d:", "if True:",
+          "test_relations.py -k equal_sizes"),
+    Fault("a lower bound from the wrong end", "attnopt/size_algebra.py", "(low if coefficient > 0 else high)",
+          "(high if coefficient > 0 else low)", "test_relations.py -k always"),
+    Fault("a second example of another meaning", "attnopt/second_example.py",
+          "return difference(got, longer) <= 10 * tolerance(longer)", "return True",
+          "test_dynamic_axes.py -k one_from_several"),
+    Fault("the user's own example that is left out", "attnopt/reaching.py", "        if _takes(program, model, inputs):",
+          "        if True:", "test_dynamic_axes.py -k own_example"),
+    Fault("axes that nobody hears of", "attnopt/axes_told.py", "if (found := _FIXED.fullmatch(text)) is None:",
+          "if (found := _FIXED.match(text)) is None:", "test_dynamic_axes.py -k report_is_short"),
+    Fault("torch's fast path in the comparison", "attnopt/compiling.py",
+          "            torch.backends.mha.set_fastpath_enabled(False)", "            pass",
+          "test_dynamic_axes.py -k padding_of_torchs"),
+    Fault("no end of relations", "attnopt/reaching.py", "if self._length > LONGEST:", "if False:",
+          "test_dynamic_axes.py -k too_much"),
 )  # fmt: skip
 
 

@@ -224,7 +224,7 @@ def test_recorded_values_must_fit_the_call() -> None:
     assert "found values for 13 tokens" in refusal(HeadPatch([1], torch.zeros(1, 1, 13, 3)), site)
     assert "expected values of 3 features, found values of 4" in refusal(HeadPatch([1], torch.zeros(1, 4)), site)
     dynamic = refusal(HeadPatch([1], torch.zeros(1, 1, 12, 3)), replace(site, is_dynamic=True))
-    assert "hint: leave the sequence axis out of dynamic_shapes" in dynamic
+    assert "hint: give dynamic_shapes without the sequence axis" in dynamic
 
 
 # ---------------------------------------------------------------- with other passes and forms

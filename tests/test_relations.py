@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import random
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.errors import CaptureError, ExportError
 from attnopt.onnx_session import cpu_session
-from attnopt.relations import _same
+from attnopt.size_algebra import always_holds, told_once
 from attnopt.to_onnx.conditions import check_sizes
 
 STOPPED = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
@@ -56,20 +58,106 @@ def fast(model: Asking) -> attnopt.OptimizedModel:
     return attnopt.optimize(model, "fuse", inputs(6, 4), dynamic_shapes="auto")
 
 
-@pytest.mark.parametrize(
-    ("left", "right", "same"),
-    [
-        ("min(6 * x[1], 24 * x[1])", "6 * x[1]", True),
-        ("max(2, x[1] + 1)", "x[1] + 1", True),
-        ("x[0] * (x[1] + 2)", "x[1] * x[0] + 2 * x[0]", False),  # true, and kept: nothing is expanded
-        ("min(6 * x[1], 24 * x[0])", "6 * x[1]", False),
-        ("min(x[1], 7)", "x[1]", False),
-        ("x[1] % 2", "0", False),
-        ("x[1] // 2", "x[1] // 2", True),
-    ],
-)
-def test_what_always_holds(left: str, right: str, same: bool) -> None:
-    assert _same(ast.parse(left, mode="eval").body, ast.parse(right, mode="eval").body) == same
+ALWAYS = [
+    "min(6 * x[1], 24 * x[1]) == 6 * x[1]",
+    "max(2, x[1] + 1) == x[1] + 1",
+    "x[0] * (x[1] + 2) == x[1] * x[0] + 2 * x[0]",
+    "x[1] // 2 == x[1] // 2",
+    "x[1] <= x[1]",
+    "x[0] * x[1] % x[0] == 0",
+    "(6 * x[1] + 3) % 3 == 0",
+    "x[0] * x[1] // x[1] == x[0]",
+    "(8 * x[1] + 5) // 4 == 2 * x[1] + 1",
+    "x[1] // 4 * 4 <= x[1]",
+    "x[1] % 7 < 7",
+    "x[0] * x[1] != 0",
+    "x[0] * x[1] >= x[1]",
+    "max(1, x[1]) == x[1]",
+    "min(x[0], x[1]) <= x[0]",
+    "x[0] + 1 != 0 and x[1] >= 1",
+    "y[0] <= 40",  # its bounds are 5 and 20
+    "y[0] % 32 == y[0]",
+    "y[0] // 32 == 0",
+    "y[0] >= 5",
+]
+MAY_FAIL = [
+    "min(6 * x[1], 24 * x[0]) == 6 * x[1]",
+    "min(x[1], 7) == x[1]",
+    "x[1] % 2 == 0",
+    "x[1] <= x[0]",
+    "x[0] * x[1] % 3 == 0",
+    "(6 * x[1] + 3) % 2 == 0",
+    "(3 + x[1]) // 4 != 7",
+    "x[1] // 4 * 4 == x[1]",
+    "x[1] - 1 != 0",
+    "x[1] % 7 < 6",
+    "x[1] // 4 * 4 + 2 >= x[1]",
+    "x[0] * x[1] >= 2",
+    "(x[0] - x[1]) // 2 >= 0",
+    "(x[0] - x[1]) % 3 == x[0] - x[1]",
+    "x[1] % (x[0] - 1) == 0",
+    "max(2, x[1]) == x[1]",
+    "max(x[0], x[1]) <= x[0]",
+    "x[0] == 3 or x[1] >= 2",
+    "y[0] <= 19",
+    "y[0] % 20 == y[0]",
+    "y[0] >= 6",
+    "not x[1] == 3",
+]
+WITHIN = {"x[0]": (1, None), "x[1]": (1, None), "y[0]": (5, 20)}
+
+
+@pytest.mark.parametrize("relation", ALWAYS + MAY_FAIL)
+def test_what_always_holds(relation: str) -> None:
+    names = {"max": max, "min": min}
+    answers = set()
+    for a, b, c in product(range(1, 9), range(1, 30), (5, 6, 19, 20)):
+        try:
+            answers.add(eval(relation, {"x": (a, b), "y": (c,), **names}))
+        except ZeroDivisionError:
+            answers.add(False)
+    assert (answers == {True}) == (relation in ALWAYS)
+    assert always_holds(ast.parse(relation, mode="eval").body, WITHIN) == (relation in ALWAYS)
+
+
+def test_what_says_the_same_is_told_once() -> None:
+    assert told_once(["x[0] != 2 * x[1]", "2 * x[1] != x[0]", "x[1] <= 12", "12 >= x[1]", "x[1] < 13"], WITHIN) == (
+        "x[0] != 2 * x[1]",
+        "x[1] < 13",
+    )
+    assert told_once(["x[1] <= 12", "x[1] <= 30", "x[0] + x[1] <= 9"], WITHIN) == ("x[0] + x[1] <= 9",)
+    assert told_once(["x[1] <= 12", "x[1] >= 5", "x[0] <= 12"], WITHIN) == ("x[1] <= 12", "x[1] >= 5", "x[0] <= 12")
+    long = " + ".join(["x[1]"] * 100) + " == 7"
+    assert told_once([long, long, "f(x[1]) == 2"], WITHIN) == (long, "f(x[1]) == 2")
+
+
+def test_equal_sizes_are_one_size() -> None:
+    assert told_once(
+        ["16 * x[0] * x[1] == 16 * x[1] * z[0]", "2 * x[0] != z[0]", "16 * x[0] % (2 * z[0]) == 0", "x[1] % z[0] == 0"],
+        WITHIN,
+    ) == ("z[0] == x[0]", "x[1] % z[0] == 0")
+    for kept in ("x[0] == 2 * z[0]", "x[0] + z[0] == 0", "x[0] == z[0] + 1", "x[0] * x[1] == z[0]"):
+        assert told_once([kept, "x[0] <= z[0]"], WITHIN)[0] == kept
+
+
+def test_no_random_relation_that_can_fail_is_dropped() -> None:
+    """Against every size from 1 to 12."""
+    chance, dropped = random.Random(0), 0
+
+    def term(depth: int) -> str:
+        if depth == 0 or chance.random() < 0.25:
+            return chance.choice(["x[0]", "x[1]", "y[0]", *map(str, range(1, 7))])
+        a, b = term(depth - 1), term(depth - 1)
+        how = chance.choice(["+", "-", "*", "*", "//", "%", "min", "max"])
+        return f"{how}({a}, {b})" if how.startswith("m") else f"({a} {how} {b})"
+
+    for _ in range(400):
+        text = f"{term(3)} {chance.choice(['==', '!=', '<=', '<', '>=', '>'])} {term(2)}"
+        if always_holds(ast.parse(text, mode="eval").body, {"y[0]": (2, 9)}):
+            dropped += 1
+            for a, b, c in product(range(1, 13), range(1, 13), range(2, 10)):
+                assert eval(text, {"x": (a, b), "y": (c,), "max": max, "min": min}), text
+    assert dropped > 40
 
 
 def close(got: Any, want: Tensor) -> bool:
@@ -80,7 +168,7 @@ BROKEN = {"odd": (7, 4), "a number of fours": (26, 4), "twice as many": (8, 16)}
 
 
 def test_the_report_names_what_has_to_hold(fast: attnopt.OptimizedModel) -> None:
-    assert fast.report.fixed_axes == ("x[1] % 2 == 0", "(3 + x[1]) // 4 != 7", "given_t[0] != 2 * x[1]")
+    assert fast.report.fixed_axes == ("x[2] = 16", "x[1] % 2 == 0", "(3 + x[1]) // 4 != 7", "given_t[0] != 2 * x[1]")
     assert "not free: x[1] % 2 == 0" in str(fast.report)
 
 
@@ -148,7 +236,7 @@ def test_a_file_keeps_bounds(tmp_path: Path) -> None:
 
     x = torch.randn(2, 6, 16)
     fast = attnopt.optimize(Bounded().eval(), "fuse", (x,), dynamic_shapes="auto")
-    assert fast.report.fixed_axes == ("x[1] <= 12",)
+    assert fast.report.fixed_axes == ("x[2] = 16", "x[1] <= 12")
     fast.export_onnx(tmp_path / "m.onnx")
     session = cpu_session(tmp_path / "m.onnx")
     assert session.run(None, {"x": np.zeros((2, 12, 16), np.float32)})[0].shape == (2, 12, 16)

@@ -34,7 +34,7 @@ def check_sizes(graph: ir.Graph, relations: Sequence[str]) -> None:
         except (KeyError, TypeError) as e:
             raise ExportError(
                 f"the graph holds only where {text}, which a file cannot check",
-                hint="leave these axes out of dynamic_shapes",
+                hint="give dynamic_shapes without these axes",
             ) from e
         zero = b.op("Gather", b.ints(0), b.op("Cast", b.op("Not", holds), to=ir.DataType.INT64))
         b.nodes[-1].name = f"requires {text}"

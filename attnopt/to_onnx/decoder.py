@@ -45,7 +45,7 @@ def export_decoder(
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
         raise ExportError(f"context_length={context_length!r} is no number of tokens", hint="give the model's longest")
     tokens = _tokens(eos_token_id, tokenizer)
-    _check_inputs(gm)
+    _check_inputs(gm, origin.report.fixed_axes)
     specs = {s.name: s.spec for s in origin.sites}
     marked_gm, marked = mark(gm, {}, cached(specs))
     _check_sites(marked, specs)
@@ -65,7 +65,7 @@ def export_decoder(
             tokenizer.save_pretrained(str(made))
 
 
-def _check_inputs(gm: fx.GraphModule) -> None:
+def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
     """Tokens, and what goes with them, with free batch and length."""
     inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)}
     if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
@@ -78,7 +78,9 @@ def _check_inputs(gm: fx.GraphModule) -> None:
         if len(sizes) != 2 or any(map(is_static, sizes)):
             raise ExportError(
                 f"{name} is [{', '.join(map(str, sizes))}], not [batch, length] with both free",
-                hint='optimize the model with dynamic_shapes="auto"',
+                hint="give an example of several sequences of several tokens"
+                if any(f.startswith(f"{name}[") for f in fixed)
+                else 'optimize the model with dynamic_shapes="auto"',
             )
 
 

@@ -15,7 +15,7 @@ from attnopt.compare import difference, tolerance
 from attnopt.errors import ExportError
 from attnopt.origin import Origin
 from attnopt.running import outputs_of
-from attnopt.to_onnx.verify import ROOM, open_session
+from attnopt.to_onnx.verify import ROOM, in_bfloat16, open_session
 
 LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
 
@@ -26,7 +26,7 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str) -> None:
     want = _whole(gm, origin, ids)
     length = ids.shape[1] - STEPS
     lengths = torch.tensor([length, length - 2])  # the second prompt is padded at its end
-    run = _Run(file, logits, ids.shape[1] + 5)
+    run = _Run(file, logits, ids.shape[1] + 5, in_bfloat16(gm))
     got = run(ids[:, :length], torch.arange(length).expand(2, -1), lengths)
     prompt = torch.cat([got[b, :n] for b, n in enumerate(lengths)])
     _compare(prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt")
@@ -60,7 +60,7 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
     except Exception as e:
         raise ExportError(
             f"the captured graph does not hold for {tuple(ids.shape)} tokens: {type(e).__name__}: {str(e)[:200]}",
-            hint='optimize the model with dynamic_shapes="auto" and an example of more than one sequence',
+            hint="optimize the model with an example of several sequences of several tokens",
         ) from e
     return next(t for t in found if t.dim() == 3)
 
@@ -68,8 +68,8 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
 class _Run:
     """A session with one buffer for past and present, ``capacity`` tokens long."""
 
-    def __init__(self, file: Path, logits: str, capacity: int) -> None:
-        self.session, self.logits = open_session(file), logits
+    def __init__(self, file: Path, logits: str, capacity: int, hint: str) -> None:
+        self.session, self.logits = open_session(file, hint), logits
         inputs = self.session.get_inputs()
         self.names = {i.name: np.int32 if "int32" in i.type else np.int64 for i in inputs}
         self.cache = {

@@ -31,9 +31,9 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
         onnx.checker.check_model(str(file))
     except Exception as e:
         raise ExportError(f"the exported model is not valid ONNX: {str(e)[:300]}") from e
-    session = open_session(file)
+    session = open_session(file, in_bfloat16(gm))
     _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked)
-    for inputs in resized(gm, origin.args, origin.kwargs):
+    for inputs in resized(gm, origin.args, origin.kwargs, origin.report.fixed_axes):
         try:
             outputs_of(gm, inputs)
         except Exception:
@@ -42,12 +42,23 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
         return
 
 
-def open_session(model: Path | bytes) -> Any:
+def in_bfloat16(gm: fx.GraphModule) -> str:
+    """What to do where ONNX Runtime on a CPU lacks operators for this type."""
+    found = (n.meta.get("val") for n in gm.graph.nodes)
+    if not any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in found):
+        return ""
+    return (
+        "ONNX Runtime on a CPU has few operators for bfloat16: optimize model.float() and export that, "
+        "or give verify=False for a machine that has them"
+    )
+
+
+def open_session(model: Path | bytes, hint: str = "") -> Any:
     """ONNX Runtime's session on a CPU.  Raises ExportError."""
     try:
         return cpu_session(model)
     except Exception as e:
-        raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}") from e
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}", hint=hint or None) from e
 
 
 def _compare(gm: fx.GraphModule, inputs: Inputs, session: Any, file: Path, marked: Sequence[Marked]) -> None:
