@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -16,8 +18,8 @@ from attnopt.projections import read_output, read_projection
 from attnopt.raising import Raised, raise_region
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
-from attnopt.sequences import is_cross, positions
-from attnopt.site import NearMiss, Projection, Site
+from attnopt.sequences import positions, relation
+from attnopt.site import Alignment, NearMiss, Projection, Site
 from attnopt.verify import example_values, region_key, site_error, site_tolerance
 
 
@@ -64,7 +66,7 @@ def find(program: Program) -> Findings:
             error = proofs[key]
             if not error <= site_tolerance(raised):
                 raise NotAttentionError(_not_equal(raised, error))
-            found.append(_describe(raised, name, parameters, error))
+            found.append(_describe(raised, name, parameters, error, examples))
             names[owner] += 1
         except NotAttentionError as e:
             if e.near:
@@ -155,7 +157,9 @@ def _nearest_projections(node: fx.Node) -> list[fx.Node]:
     return found[:1] if len(found) == 1 else []
 
 
-def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: float) -> Found:
+def _describe(
+    raised: Raised, name: str, parameters: dict[str, Tensor], error: float, examples: Mapping[fx.Node, Any]
+) -> Found:
     spec, region = raised.spec, raised.region
     operands = raised.operands
     projections: dict[str, Projection] = {}
@@ -165,11 +169,15 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
         assert node is not None
         projections[role], dirty[role] = read_projection(node, 1, heads, alone=role != "q")
     projections["out"], op = _read_out(raised)
-    q, k = operands["q"], operands["k"]
+    q, k, v = operands["q"], operands["k"], operands["v"]
     assert q is not None
     assert k is not None
-    spec = replace(spec, is_cross=is_cross(q, k), positions=positions(q))
+    assert v is not None
+    related = relation(q, k, v, examples)
+    spec = replace(spec, is_cross=related in ("other", "inputs-apart"), positions=positions(q))
     notes: tuple[str, ...] = ()
+    if related == "assumed":
+        notes += ("queries, keys and values are three inputs of one length: they are taken for one sequence",)
     if region.escapes:
         notes += ("the attention weights are used elsewhere and are still computed",)
     if raised.hides_for_good:
@@ -192,8 +200,12 @@ def _describe(raised: Raised, name: str, parameters: dict[str, Tensor], error: f
         kv_len=shape(k)[2],
         is_dynamic=not (is_static(value(q).shape[2]) and is_static(value(k).shape[2])),
         device=device,
+        alignment=_ALIGNMENT.get(related, "first"),
     )
     return Found(site, replace(raised, spec=spec), dirty, op, error)
+
+
+_ALIGNMENT: dict[str, Alignment] = {"past": "last", "apart": "none", "inputs-apart": "none"}
 
 
 def _read_out(raised: Raised) -> tuple[Projection, fx.Node | None]:

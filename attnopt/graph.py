@@ -69,6 +69,13 @@ def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and isinstance(value(node), Tensor)
 
 
+def is_number(node: fx.Node) -> bool:
+    """``node`` computes a number, as of a size."""
+    return (
+        isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "placeholder"
+    )
+
+
 def hint(size: int | torch.SymInt) -> int:
     """The size that an axis has for the example inputs; -1 where it depends on their values."""
     if isinstance(size, torch.SymInt):

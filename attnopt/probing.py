@@ -13,6 +13,7 @@ from attnopt.graph import (
     constant_of,
     get_attr,
     hint,
+    is_number,
     is_state,
     is_static,
     opname,
@@ -58,21 +59,15 @@ def _note_inputs(node: fx.Node) -> None:
     stack = [node]
     while stack:
         n = stack[-1]
-        above = [] if _is_number(n) else [i for i in n.all_input_nodes if _INPUTS not in i.meta]
+        above = [] if is_number(n) else [i for i in n.all_input_nodes if _INPUTS not in i.meta]
         if above:
             stack.extend(above)
             continue
         stack.pop()
         own = {n} if n.op == "placeholder" or is_state(n) else set()
         n.meta[_INPUTS] = frozenset(
-            own.union(*(i.meta[_INPUTS] for i in n.all_input_nodes)) if not _is_number(n) else own
+            own.union(*(i.meta[_INPUTS] for i in n.all_input_nodes)) if not is_number(n) else own
         )
-
-
-def _is_number(node: fx.Node) -> bool:
-    return (
-        isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "placeholder"
-    )
 
 
 def is_plain(node: fx.Node) -> bool:
@@ -81,7 +76,7 @@ def is_plain(node: fx.Node) -> bool:
     A parameter is no constant, whatever it holds now: a bias table of zeros is still to be learned.  Nor is a buffer on the
     meta device, which holds nothing yet.
     """
-    return not any(_is_varying(n) for n in ancestors(node, stop=_is_number))
+    return not any(_is_varying(n) for n in ancestors(node, stop=is_number))
 
 
 def _is_varying(node: fx.Node) -> bool:
@@ -100,7 +95,7 @@ def may_hide(node: fx.Node, fill: float) -> bool:
     assert isinstance(gm, fx.GraphModule)
     made = list(ancestors(node, stop=lambda n: opname(n) in HEAVY))
     constants = [get_attr(gm, str(n.target)) for n in made if n.op == "get_attr"]
-    if any((n.op == "placeholder" and not _is_number(n)) or is_state(n) for n in made):
+    if any((n.op == "placeholder" and not is_number(n)) or is_state(n) for n in made):
         return True
     if any(c.is_meta for c in constants):
         return True
@@ -177,7 +172,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
         return run_call(n, args, kwargs)
 
-    wanted = set(ancestors(node, stop=_is_number))
+    wanted = set(ancestors(node, stop=is_number))
     with torch.no_grad():
         for n in gm.graph.nodes:
             if n in wanted:
