@@ -98,7 +98,7 @@ def _joins(k: fx.Node) -> list[tuple[fx.Node, int]]:
     stack, seen = [(k, 2)], set[tuple[fx.Node, int]]()
     while stack:
         node, axis = place = stack.pop()
-        if place in seen or node.op != "call_function":
+        if place in seen or node.op != "call_function" or not _streams(node):
             continue
         seen.add(place)
         if is_call(node, aten.cat.default) and wrap(arg(node, 1, 0), len(value(node).shape)) == axis:
