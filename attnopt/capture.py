@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
+from attnopt.flex_calls import write_out
 from attnopt.graph import get_attr, is_static, opname, source_line, written
 from attnopt.relations import relations
 from attnopt.running import cloned, outputs_of
@@ -84,7 +85,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     for route, way in ways:
         try:
             with quiet(), as_called(), mode_of(model):
-                exported = way()
+                exported = _without_backward(way)
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
             continue
@@ -95,6 +96,17 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         hint="make the named operation independent of the inputs' values"
         + (", or leave the named axes out of dynamic_shapes" if shapes else ""),
     )
+
+
+def _without_backward(way: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """Some of torch's operators (flex_attention on a CPU) run only where no gradient may be asked for."""
+    try:
+        return way()
+    except NotImplementedError as e:
+        if "backward" not in str(e):
+            raise
+        with torch.no_grad():
+            return way()
 
 
 def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -230,6 +242,8 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     assert isinstance(module, fx.GraphModule)
     _refuse_own_generator(module)
     _own_state(module)
+    tidy(module)
+    write_out(module)
     tidy(module)
     declared = _declared(shapes)
     held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
+from attnopt.flex_calls import is_flex, is_written_out, why_unread
 from attnopt.graph import ancestors, is_call, is_static, module_path, opname, shape, source_line, stored, value
 from attnopt.matching import recognise
 from attnopt.normaliser import SDPA, Softmax, normalisers
@@ -69,7 +70,7 @@ def find(program: Program) -> Findings:
             found.append(_describe(raised, name, parameters, error, examples))
             names[owner] += 1
         except NotAttentionError as e:
-            if e.near:
+            if e.near or is_written_out(node):
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
         except Exception as e:
             near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
@@ -87,6 +88,9 @@ def _unread(gm: fx.GraphModule) -> list[NearMiss]:
             if node in inside:  # traced from generated code: no line of the user's is known
                 hint = "take the branch or the loop out of the model, or optimize the module inside of it by itself"
                 found.append(NearMiss(path, Refusal("in-a-region", "code that always runs", path, "", hint)))
+            elif is_flex(node):
+                if (unread := why_unread(node)) is not None:
+                    found.append(NearMiss(module_path(node) or path, unread, source_line(node)))
             elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
                 hint = "capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)"
                 refusal = Refusal(

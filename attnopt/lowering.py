@@ -18,6 +18,7 @@ from attnopt.backends.reference import Reference
 from attnopt.errors import RewriteError
 from attnopt.finding import Found
 from attnopt.finishing import attention_of
+from attnopt.flex_calls import restore_calls
 from attnopt.folding import Folded, folded
 from attnopt.forks import built_anew, forks
 from attnopt.graph import Emitter, aten, prune_unused_state, shape, share, value
@@ -80,6 +81,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
                 site=plan.found.site.name,
                 hint="leave the site out of the policy and report the model",
             ) from e
+    restore_calls(module)
     share(module)
     tidy(module)
     if not plain:
