@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
-from attnopt.flex_calls import write_out
+from attnopt.flex_calls import freshly_traced, index_plainly, write_out
 from attnopt.graph import get_attr, is_static, opname, source_line, written
 from attnopt.relations import relations
 from attnopt.running import cloned, outputs_of
@@ -147,7 +147,7 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
     args, kwargs = cloned((args, kwargs))
-    with _without_partial_graph():
+    with _without_partial_graph(), freshly_traced():
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return functional(exported)
 
@@ -182,6 +182,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     """
     if all(map(_is_functional, exported.graph.nodes)):
         return exported
+    index_plainly(exported.graph_module)
     with _node_by_node(exported.graph_module):
         decomposed: ExportedProgram = exported.run_decompositions({})
     return decomposed

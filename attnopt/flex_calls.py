@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -45,6 +48,38 @@ def write_out(gm: fx.GraphModule) -> None:
             continue
         results[0].replace_all_uses_with(made)
         made.meta[KEPT] = results[0].meta[KEPT] = results[0].name
+
+
+@contextmanager
+def freshly_traced() -> Iterator[None]:
+    """A call outside of torch.compile is traced by dynamo, which remembers it from calls at other sizes, and then makes sizes
+    symbolic that an export knows nothing of."""
+    library = sys.modules.get("torch.nn.attention.flex_attention")
+    if library is None:
+        yield
+        return
+    from torch._dynamo.eval_frame import reset_code
+
+    inner = [c for c in library.flex_attention.__code__.co_consts if isinstance(c, CodeType)]
+    for code in inner:
+        reset_code(code)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield
+
+
+def index_plainly(gm: fx.GraphModule) -> None:
+    """``table[head, 0]`` in a score_mod or mask_mod, which dynamo wraps, as the operator that it is."""
+    for mod in gm.children():
+        if not isinstance(mod, fx.GraphModule):
+            continue
+        for node in list(mod.graph.nodes):
+            if opname(node) == "flat_apply" and "ModIndex" in str(arg(node, 2)):
+                table, *indices = node.args[3:]
+                node.target, node.args = aten.index.Tensor, (table, indices)
+            elif is_call(node, aten.detach_.default):
+                node.target = aten.detach.default
+        mod.graph.eliminate_dead_code()
+        mod.recompile()
 
 
 def why_unread(call: fx.Node) -> Refusal | None:
@@ -127,7 +162,9 @@ def _on_grid(
         places = [0 if axis == i else None for i in range(_INDICES)]
         mod = torch.vmap(mod, (*(0 for _ in leading), *places, *(None for _ in captured)))
     made = emit.inline(mod, *leading, *grid, *captured, pre_dispatch=False)
-    for node in [n for n in emit.graph.nodes if is_call(n, aten._to_copy.default) and isinstance(n.args[0], (int, float))]:
+    for node in [
+        n for n in emit.graph.nodes if is_call(n, aten._to_copy.default) and isinstance(n.args[0], (int, float))
+    ]:
         number = node.args[0]
         node.replace_all_uses_with(number)  # vmap's own spelling of a number beside tensors
         emit.graph.erase_node(node)
@@ -155,7 +192,9 @@ def _blocks_disagree(gm: fx.GraphModule, block_mask: Any, scores: fx.Node, seen:
         return False
     sizes, (rows, columns) = symbols(gm.graph), shape(scores)[-2:]
     counts, indices, *whole = (evaluate(gm, n, sizes) for n in tables)
-    visible = evaluate(gm, seen, sizes).expand(1, 1, rows, columns) if len(shape(seen)) < 3 else evaluate(gm, seen, sizes)
+    visible = (
+        evaluate(gm, seen, sizes).expand(1, 1, rows, columns) if len(shape(seen)) < 3 else evaluate(gm, seen, sizes)
+    )
     row = torch.arange(rows) // block_mask[-3]
     column = torch.arange(columns) // block_mask[-2]
 

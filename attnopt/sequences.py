@@ -9,7 +9,20 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnopt.graph import ancestors, arg, aten, hint, is_call, is_number, is_state, is_tensor, opname, same_size, value, wrap
+from attnopt.graph import (
+    ancestors,
+    arg,
+    aten,
+    hint,
+    is_call,
+    is_number,
+    is_state,
+    is_tensor,
+    opname,
+    same_size,
+    value,
+    wrap,
+)
 from attnopt.selection import pull
 
 Relation = Literal["same", "assumed", "past", "apart", "inputs-apart", "other"]

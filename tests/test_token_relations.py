@@ -249,5 +249,3 @@ def test_other_joined_keys_are_left(model: nn.Module, args: tuple[Tensor, ...]) 
         fast = attnopt.optimize(model, LocalWindow(2), args)
     assert not fast.sites[0].is_cross
     oracle.assert_same(oracle.run(fast, args), oracle.run(model, args))
-
-
