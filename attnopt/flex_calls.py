@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnopt.graph import Emitter, arg, aten, dtype, is_call, opname, shape, source_line, value
 from attnopt.probing import evaluate, inputs_behind, is_plain, symbols
@@ -78,8 +79,19 @@ def index_plainly(gm: fx.GraphModule) -> None:
                 node.target, node.args = aten.index.Tensor, (table, indices)
             elif is_call(node, aten.detach_.default):
                 node.target = aten.detach.default
+            elif is_call(node, aten.lift_fresh_copy.default) and (held := _held(mod, node.args[0])) is not None:
+                node.target, node.args = aten.full.default, ([], held.item())
+                node.kwargs = {"dtype": held.dtype, "device": held.device}
         mod.graph.eliminate_dead_code()
         mod.recompile()
+        for name in {name for name, _ in mod.named_buffers()} - {str(n.target) for n in mod.graph.nodes}:
+            delattr(mod, name)
+
+
+def _held(mod: fx.GraphModule, node: Any) -> Tensor | None:
+    """The single number that the graph keeps as a tensor."""
+    found = getattr(mod, str(node.target), None) if node.op == "get_attr" else None
+    return found if isinstance(found, Tensor) and found.dim() == 0 and not isinstance(found, FakeTensor) else None
 
 
 def why_unread(call: fx.Node) -> Refusal | None:
