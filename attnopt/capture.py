@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
@@ -147,9 +149,31 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
     args, kwargs = cloned((args, kwargs))
-    with _without_partial_graph(), freshly_traced():
+    with _without_partial_graph(), freshly_traced(), _with_its_names(model):
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return functional(exported)
+
+
+@contextmanager
+def _with_its_names(model: nn.Module) -> Iterator[None]:
+    """A graph that was captured before, as an optimized model holds it, knows which module and line each operator is of."""
+    graph = model if isinstance(model, fx.GraphModule) else getattr(model, "module", None)
+    is_captured = isinstance(graph, fx.GraphModule) and isinstance(graph.graph._codegen, _PyTreeCodeGen)
+    if not is_captured:
+        yield
+        return
+    run = fx.Interpreter(graph).run
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        return graph.graph.process_outputs(run(*leaves, enable_io_processing=False))
+
+    graph.forward = named
+    try:
+        with fx.traceback.preserve_node_meta():
+            yield
+    finally:
+        del graph.forward
 
 
 @contextmanager
