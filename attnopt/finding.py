@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
+from attnopt.escaping import where_used
 from attnopt.flex_calls import is_flex, is_written_out, why_unread
 from attnopt.graph import ancestors, is_call, is_static, module_path, opname, shape, source_line, stored, value
 from attnopt.matching import recognise
@@ -183,7 +184,7 @@ def _describe(
     if related == "assumed":
         notes += ("queries, keys and values are three inputs of one length: they are taken for one sequence",)
     if region.escapes:
-        notes += ("the attention weights are used elsewhere and are still computed",)
+        notes += (f"the attention weights are still computed: {where_used(region)}",)
     if raised.hides_for_good:
         notes += (
             "a query whose every key is hidden, as by padding on the left of a causal mask, gets other numbers than the "

@@ -33,6 +33,7 @@ class Projection:
     rows: tuple[tuple[int, ...], ...] | None = None
     why: str | None = None
     direct: bool = True
+    keeps_size: bool = False  # no weight becomes smaller where heads are removed
 
     def __repr__(self) -> str:
         rows = "unknown" if self.rows is None else f"{len(self.rows)} heads of {len(self.rows[0])}"
