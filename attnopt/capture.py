@@ -158,8 +158,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: b
 def _with_its_names(model: nn.Module) -> Iterator[None]:
     """A graph that was captured before, as an optimized model holds it, knows which module and line each operator is of."""
     graph = model if isinstance(model, fx.GraphModule) else getattr(model, "module", None)
-    is_captured = isinstance(graph, fx.GraphModule) and isinstance(graph.graph._codegen, _PyTreeCodeGen)
-    if not is_captured:
+    if not isinstance(graph, fx.GraphModule) or not isinstance(graph.graph._codegen, _PyTreeCodeGen):
         yield
         return
     run = fx.Interpreter(graph).run

@@ -59,7 +59,7 @@ def freshly_traced() -> Iterator[None]:
     if library is None:
         yield
         return
-    from torch._dynamo.eval_frame import reset_code
+    from torch._C._dynamo.eval_frame import reset_code
 
     inner = [c for c in library.flex_attention.__code__.co_consts if isinstance(c, CodeType)]
     for code in inner:
@@ -136,7 +136,7 @@ def restore_calls(gm: fx.GraphModule) -> None:
 
 def _written_out(gm: fx.GraphModule, call: fx.Node, result: fx.Node) -> fx.Node | None:
     """The operators of torch's eager implementation; None where the blocks hide what the mask shows."""
-    q, k, v, score_mod, block_mask, scale, _, captured, mask_captured = call.args
+    q, k, v, score_mod, block_mask, scale, _, captured, mask_captured = (arg(call, i) for i in range(9))
     if not isinstance(scale, (int, float)):
         raise TypeError(f"a scale of {scale}")
     emit = Emitter(gm.graph, result, {"call": result.name})

@@ -153,7 +153,7 @@ def test_three_inputs_of_one_length_are_taken_for_one_sequence(name: str, p: Pas
 
 def test_three_inputs_keep_one_length_where_it_varies() -> None:
     args = (split(), split(), split())
-    shapes = dict.fromkeys("qkv", {2: Dim("L", min=2, max=300)})
+    shapes = {key: {2: Dim("L", min=2, max=300)} for key in "qkv"}
     fast = attnopt.optimize(Core(), LocalWindow(2), args, dynamic_shapes=shapes)
     for length in (5, 70, 201):
         args = (split(length), split(length), split(length))
@@ -215,7 +215,10 @@ def test_a_past_comes_before_the_queries_own_keys(model: nn.Module, p: Pass, new
 
 def test_a_past_of_any_length() -> None:
     model = Step()
-    shapes = {"x": {1: Dim("L", min=2, max=300)}, **dict.fromkeys(("past_k", "past_v"), {2: Dim("P", min=1, max=400)})}
+    shapes = {
+        "x": {1: Dim("L", min=2, max=300)},
+        **{key: {2: Dim("P", min=1, max=400)} for key in ("past_k", "past_v")},
+    }
     fast = attnopt.optimize(model, LocalWindow(2), (tokens(3), split(), split()), dynamic_shapes=shapes)
     for new, past in ((3, 9), (7, 1), (130, 40), (5, 333)):
         args = (tokens(new), split(past), split(past))

@@ -144,7 +144,7 @@ def _spelling(r: random.Random) -> Spelling:
         mask=tuple(r.sample(masks, r.choice((0, 1, 1, 2)))), made=r.choice(("tril", "triu", "arange", "like")),
         apply=r.choice(("add-inf", "add-min", "lerp", "where", "masked_fill", "moderate", "assigned", "old-gpt")),
         after=r.choice(("", "", "", "again", "flags", "rows", "clean")), commuted=r.random() < 0.5,
-        bias_kind=r.choice(("", "", "", "alibi", "table", "addend")), softcap=r.choice((None, None, None, None, None, None, 5.0, 1.0)),
+        bias_kind=r.choice(("", "", "", "alibi", "table", "addend")), softcap=r.choice((*[None] * 6, 5.0, 1.0)),
         sinks=r.random() < 0.25,
         softmax=r.choice(("F", "torch", "method", "positive", "float32", "upcast", "shifted", "exp", "stable-exp", "inverse",
                           "exp2", "eps", "log", "lse", "lse-rows", "again", "late", "later")),
