@@ -12,12 +12,12 @@ _ON_THE_WAY = ("reshape", "view", "transpose", "permute", "squeeze", "unsqueeze"
 
 
 def where_used(region: Region) -> str:
-    """ "softmax is returned as .attentions[0]", or "softmax is used by aux (model.py:12)"."""
+    """ "returned as output['attentions'][0]", or "used by mul_3 (aux, model.py:12)"."""
     inside, told = set(region.nodes), list[str]()
     for node in region.escapes:
         for user in node.users:
             if user not in inside:
-                told.append(f"{node.name} is {_end(user, node)}")
+                told.append(_end(user, node))
     return ", ".join(dict.fromkeys(told))
 
 
