@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from attnopt.calibration import Inputs
 from attnopt.compiling import as_called, mode_of
 from attnopt.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
 from attnopt.errors import CaptureError
+from attnopt.flex_calls import freshly_traced, index_plainly, write_out
 from attnopt.graph import get_attr, is_static, opname, source_line, written
 from attnopt.reaching import Limited, as_far_as_it_goes, captured_with_own
 from attnopt.relations import relations
@@ -110,7 +113,7 @@ def _captured(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: bool) -> 
     for route, way in ways[:1] if is_cheap else ways:
         try:
             with quiet(), as_called(), mode_of(model), Limited() if is_cheap else nullcontext():
-                exported = way()
+                exported = _without_backward(way)
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
             continue
@@ -121,6 +124,17 @@ def _captured(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: bool) -> 
         hint="make the named operation independent of the inputs' values"
         + (", or leave the named axes out of dynamic_shapes" if shapes else ""),
     )
+
+
+def _without_backward(way: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """Some of torch's operators (flex_attention on a CPU) run only where no gradient may be asked for."""
+    try:
+        return way()
+    except NotImplementedError as e:
+        if "backward" not in str(e):
+            raise
+        with torch.no_grad():
+            return way()
 
 
 def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -161,9 +175,31 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
     args, kwargs = cloned((args, kwargs))
-    with _without_partial_graph(), nullcontext() if shapes is None else plain_signature(model, args, kwargs):
+    plain = nullcontext() if shapes is None else plain_signature(model, args, kwargs)
+    with _without_partial_graph(), freshly_traced(), _with_its_names(model), plain:
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return functional(exported)
+
+
+@contextmanager
+def _with_its_names(model: nn.Module) -> Iterator[None]:
+    """A graph that was captured before, as an optimized model holds it, knows which module and line each operator is of."""
+    graph = model if isinstance(model, fx.GraphModule) else getattr(model, "module", None)
+    if not isinstance(graph, fx.GraphModule) or not isinstance(graph.graph._codegen, _PyTreeCodeGen):
+        yield
+        return
+    run = fx.Interpreter(graph).run
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        return graph.graph.process_outputs(run(*leaves, enable_io_processing=False))
+
+    graph.forward = named
+    try:
+        with fx.traceback.preserve_node_meta():
+            yield
+    finally:
+        del graph.forward
 
 
 @contextmanager
@@ -196,6 +232,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     """
     if all(map(_is_functional, exported.graph.nodes)):
         return exported
+    index_plainly(exported.graph_module)
     with _node_by_node(exported.graph_module):
         decomposed: ExportedProgram = exported.run_decompositions({})
     return decomposed
@@ -256,6 +293,8 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     assert isinstance(module, fx.GraphModule)
     _refuse_own_generator(module)
     _own_state(module)
+    tidy(module)
+    write_out(module)
     tidy(module)
     asked = axes_of_leaves(module.forward, args, kwargs, shapes)
     declared = _declared(module, asked)

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
-from attnopt.graph import arg, aten, get_attr, is_state, run_call, value, wrap
-from attnopt.probing import evaluate, is_number, size_at
+from attnopt.graph import arg, aten, get_attr, is_number, is_state, run_call, value, wrap
+from attnopt.probing import evaluate, size_at
 
 _WHOLE = 1 << 20  # a tensor of no more numbers is made at once
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx
 
 from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
+from attnopt.escaping import where_used
+from attnopt.flex_calls import is_flex, is_written_out, why_unread
 from attnopt.graph import ancestors, is_call, is_static, module_path, opname, shape, source_line, stored, value
 from attnopt.masking import keeps_a_mask
 from attnopt.matching import recognise
@@ -17,8 +21,8 @@ from attnopt.projections import read_output, read_projection
 from attnopt.raising import Raised, raise_region
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region
-from attnopt.sequences import is_cross, positions
-from attnopt.site import NearMiss, Projection, Site
+from attnopt.sequences import positions, relation
+from attnopt.site import Alignment, NearMiss, Projection, Site
 from attnopt.verify import example_values, region_key, site_error, site_tolerance
 
 
@@ -65,10 +69,10 @@ def find(program: Program) -> Findings:
             error = proofs[key]
             if not error <= site_tolerance(raised):
                 raise NotAttentionError(_not_equal(raised, error))
-            found.append(_describe(gm, raised, name, parameters, error))
+            found.append(_describe(gm, raised, name, parameters, error, examples))
             names[owner] += 1
         except NotAttentionError as e:
-            if e.near:
+            if e.near or is_written_out(node):
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
         except Exception as e:
             near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
@@ -86,6 +90,9 @@ def _unread(gm: fx.GraphModule) -> list[NearMiss]:
             if node in inside:  # traced from generated code: no line of the user's is known
                 hint = "take the branch or the loop out of the model, or optimize the module inside of it by itself"
                 found.append(NearMiss(path, Refusal("in-a-region", "code that always runs", path, "", hint)))
+            elif is_flex(node):
+                if (unread := why_unread(node)) is not None:
+                    found.append(NearMiss(module_path(node) or path, unread, source_line(node)))
             elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
                 hint = "capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)"
                 refusal = Refusal(
@@ -156,7 +163,14 @@ def _nearest_projections(node: fx.Node) -> list[fx.Node]:
     return found[:1] if len(found) == 1 else []
 
 
-def _describe(gm: fx.GraphModule, raised: Raised, name: str, parameters: dict[str, Tensor], error: float) -> Found:
+def _describe(
+    gm: fx.GraphModule,
+    raised: Raised,
+    name: str,
+    parameters: dict[str, Tensor],
+    error: float,
+    examples: Mapping[fx.Node, Any],
+) -> Found:
     spec, region = raised.spec, raised.region
     operands = raised.operands
     projections: dict[str, Projection] = {}
@@ -166,13 +180,17 @@ def _describe(gm: fx.GraphModule, raised: Raised, name: str, parameters: dict[st
         assert node is not None
         projections[role], dirty[role] = read_projection(node, 1, heads, alone=role != "q")
     projections["out"], op = _read_out(raised)
-    q, k = operands["q"], operands["k"]
+    q, k, v = operands["q"], operands["k"], operands["v"]
     assert q is not None
     assert k is not None
-    spec = replace(spec, is_cross=is_cross(q, k), positions=positions(q))
+    assert v is not None
+    related = relation(q, k, v, examples)
+    spec = replace(spec, is_cross=related in ("other", "inputs-apart"), positions=positions(q))
     notes: tuple[str, ...] = ()
+    if related == "assumed":
+        notes += ("queries, keys and values are three inputs of one length: they are taken for one sequence",)
     if region.escapes:
-        notes += ("the attention weights are used elsewhere and are still computed",)
+        notes += (f"the attention weights are still computed: {where_used(region)}",)
     if raised.hides_for_good:
         notes += (
             "a query whose every key is hidden, as by padding on the left of a causal mask, may get other numbers than the "
@@ -195,8 +213,12 @@ def _describe(gm: fx.GraphModule, raised: Raised, name: str, parameters: dict[st
         kv_len=shape(k)[2],
         is_dynamic=not (is_static(value(q).shape[2]) and is_static(value(k).shape[2])),
         device=device,
+        alignment=_ALIGNMENT.get(related, "first"),
     )
     return Found(site, replace(raised, spec=spec), dirty, op, error)
+
+
+_ALIGNMENT: dict[str, Alignment] = {"past": "last", "apart": "none", "inputs-apart": "none"}
 
 
 def _read_out(raised: Raised) -> tuple[Projection, fx.Node | None]:

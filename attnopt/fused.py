@@ -58,12 +58,12 @@ def from_fused(node: fx.Node) -> Region:
             raise unreadable(node, "a mask that broadcasts to the scores")
         operand = Operand(mask, axes)
         steps = (Hide(operand, False, -math.inf) if dtype(mask) == torch.bool else Term(operand, 1.0),)
-    axes_of = {q: (*lead, rows, d), k: (*kv_lead, columns, d), v: (*kv_lead, columns, e)}
+    q_axes, k_axes, v_axes = (*lead, rows, d), (*kv_lead, columns, d), (*kv_lead, columns, e)
     out_axes = (*lead, rows, e)
     return Region(
-        q=Operand(q, axes_of[q]),
-        k=Operand(k, (*kv_lead, columns, d)),
-        v=Operand(v, (*kv_lead, columns, e)),
+        q=Operand(q, q_axes),
+        k=Operand(k, k_axes),
+        v=Operand(v, v_axes),
         out=Operand(node, out_axes),
         scale=float(scale) if isinstance(scale, (int, float)) else sq[-1] ** -0.5,
         batch=(),
@@ -76,5 +76,5 @@ def from_fused(node: fx.Node) -> Region:
         top_left_causal=bool(causal),
         nodes=(node,),
         anchor=node,
-        frames=((q, (*lead, rows, d)), (k, (*kv_lead, columns, d)), (v, (*kv_lead, columns, e)), (node, out_axes)),
+        frames=((q, q_axes), (k, k_axes), (v, v_axes), (node, out_axes)),
     )

@@ -69,6 +69,13 @@ def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and isinstance(value(node), Tensor)
 
 
+def is_number(node: fx.Node) -> bool:
+    """``node`` computes a number, as of a size."""
+    return (
+        isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "placeholder"
+    )
+
+
 def hint(size: int | torch.SymInt) -> int:
     """The size that an axis has for the example inputs; -1 where it depends on their values."""
     if isinstance(size, torch.SymInt):
@@ -108,7 +115,7 @@ def source_line(node: fx.Node) -> str:
     """ "file.py:88" of the innermost frame of the user's model that made ``node``; "" where it is not known."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    inner = [f for f in frames if "/torch/" not in f] or frames
+    inner = [f for f in frames if "/torch/" not in f and not f.startswith('File "<')] or frames
     if not inner:
         return ""
     path, _, rest = inner[-1][len('File "') :].partition('", line ')
@@ -166,10 +173,12 @@ class Emitter:
             return hint(found)
         return self.call(aten.sym_size.int, node, axis)
 
-    def inline(self, fn: Callable[..., Tensor], *inputs: fx.Node) -> fx.Node:
-        """Trace ``fn`` on the nodes' fake values and put the operators here; returns the node of its result."""
+    def inline(self, fn: Callable[..., Tensor], *inputs: fx.Node, pre_dispatch: bool = True) -> fx.Node:
+        """Trace ``fn`` on the nodes' fake values and put the operators here; returns the node of its result.
+
+        ``pre_dispatch``: with composite operators, which ``vmap`` does not trace."""
         with self.mode:
-            traced = make_fx(fn, pre_dispatch=True)(*(value(n) for n in inputs))
+            traced = make_fx(fn, pre_dispatch=pre_dispatch)(*(value(n) for n in inputs))
         place = iter(inputs)
         here: dict[fx.Node, fx.Node] = {}
         for node in traced.graph.nodes:
@@ -236,7 +245,7 @@ def sweep(gm: fx.GraphModule) -> None:
 
 
 def _has_effects(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "output", "call_module"):
+    if node.op in ("placeholder", "output", "call_module") or "attnopt.call" in node.meta:
         return True
     schema = getattr(node.target, "_schema", None)
     name = opname(node)

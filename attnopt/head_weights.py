@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attnopt.errors import ConversionError
+from attnopt.graph import get_attr, shape
 from attnopt.lowering import Plan, edited_parameters
+from attnopt.projections import landings
 from attnopt.site import Site
 from attnopt.spec import AttentionSpec
 
@@ -85,15 +87,18 @@ def _of_site(plan: Plan) -> dict[str, Tensor]:
     values = edited_parameters(site, plan.edits, plan.out_bias)
     if order == HeadOrder(site.spec.heads, site.spec.kv_heads):
         return values
-    for name, axis, roles in _axes(site):
+    for name, axis, held in (*_axes(site, order), *_tables(plan, order)):
         current = values.get(name, site.parameters[name].detach())
-        index = torch.as_tensor(_arranged(site, roles, order, current.shape[axis]), device=current.device)
+        index = torch.as_tensor(_arranged(held, current.shape[axis]), device=current.device)
         values[name] = current.index_select(axis, index).contiguous()
     return values
 
 
-def _axes(site: Site) -> Iterator[tuple[str, int, tuple[str, ...]]]:
-    """Each parameter that holds heads, the axis along which it holds them, and the roles that it holds heads of."""
+Held = tuple[Sequence[Sequence[int]], Sequence[int]]  # the places of each head, and the heads that stay, in their order
+
+
+def _axes(site: Site, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]]]:
+    """Each projection that holds heads, the axis along which it holds them, and which these are."""
     found: dict[tuple[str, int], list[str]] = {}
     for role in ("q", "k", "v", "out"):
         p = site.projections[role]
@@ -103,16 +108,39 @@ def _axes(site: Site) -> Iterator[tuple[str, int, tuple[str, ...]]]:
         if p.bias is not None and role != "out":
             found.setdefault((p.bias, 0), []).append(role)
     for (name, axis), roles in found.items():
-        yield name, axis, tuple(roles)
+        held: list[Held] = []
+        for role in roles:
+            rows = site.projections[role].rows
+            assert rows is not None
+            held.append((rows, order.keys if role in ("k", "v") else order.queries))
+        yield name, axis, held
 
 
-def _arranged(site: Site, roles: Sequence[str], order: HeadOrder, length: int) -> list[int]:
+def _tables(plan: Plan, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]]]:
+    """The same for parameters that a bias or a sink reads by head, as T5's relative positions [buckets, heads]."""
+    heads = range(plan.found.raised.spec.num_heads)
+    for role in ("bias", "sinks"):
+        node = plan.found.raised.operands[role]
+        if node is None or shape(node)[1] != len(heads):
+            continue
+        each = [{x.node: x.selection for x in landings(node, {1: (h,)}) if _is_parameter(x.node)} for h in heads]
+        for table in set[fx.Node]().union(*each):
+            chosen = [found.get(table, {}) for found in each]
+            axes = {axis for selection in chosen for axis in selection}
+            if len(axes) == 1 and all(chosen):
+                (axis,) = axes
+                yield str(table.target), axis, [([selection[axis] for selection in chosen], order.queries)]
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    owner = node.graph.owning_module
+    return node.op == "get_attr" and owner is not None and isinstance(get_attr(owner, str(node.target)), nn.Parameter)
+
+
+def _arranged(held: Sequence[Held], length: int) -> list[int]:
     """For each place that remains along the axis, the old place that comes there; places of no head stay as they are."""
     source: dict[int, int | None] = {}
-    for role in roles:
-        rows = site.projections[role].rows
-        assert rows is not None
-        wanted = order.keys if role in ("k", "v") else order.queries
+    for rows, wanted in held:
         taken = dict(zip(sorted(wanted), wanted, strict=True))  # a slot that stays -> the head that comes into it
         for head, places in enumerate(rows):
             comes = rows[taken[head]] if head in taken else (None,) * len(places)
@@ -140,5 +168,7 @@ def _resize(layer: nn.Module) -> None:
         return
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = weight.shape
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = weight.shape
     elif weight.dim() == 2 and hasattr(layer, "nf"):  # transformers' Conv1D, which holds the weight as (in, out)
         layer.nx, layer.nf = weight.shape  # type: ignore[assignment]

@@ -18,6 +18,7 @@ from attnopt.backends.reference import Reference
 from attnopt.errors import PluginError, RewriteError
 from attnopt.finding import Found
 from attnopt.finishing import attention_of
+from attnopt.flex_calls import restore_calls
 from attnopt.folding import Folded, folded
 from attnopt.forks import built_anew, forks
 from attnopt.graph import Emitter, aten, prune_unused_state, shape, share, value
@@ -82,6 +83,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
                 site=plan.found.site.name,
                 hint="leave the site out of the policy and report the model",
             ) from e
+    restore_calls(module)
     share(module)
     tidy(module)
     if not plain:
@@ -122,11 +124,15 @@ def _attention(
     projected = {r: n for r, n in zip(ROLES, node.args, strict=True) if r in "qkv" and isinstance(n, fx.Node)}
     ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
     shared = forks(projected, ways)
-    edited = edited_parameters(plan.found.site, [e for e in edits if e.role != "out"])
+    editing = {role: _edits_for(plan.found.site, edits, role) for role in ROLES}
+    edited = any(editing.values())
     before = plan.found.raised.spec
     rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
     dirty = built_anew(shared, projected, ways) if rebuilt else []
-    select = Selector(emit, weights, edited, dirty, shared)
+    selectors = {
+        chosen: Selector(emit, weights, edited_parameters(plan.found.site, chosen), dirty, shared)
+        for chosen in set(editing.values())
+    }
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
     operands: dict[str, fx.Node | None] = {}
     for role, operand in zip(ROLES, node.args, strict=True):
@@ -134,12 +140,26 @@ def _attention(
             operands[role] = None
             continue
         wanted = kept.get(role, {1: spec.heads} if shape(operand)[1] != 1 else {})
+        select = selectors[editing[role]]
         operands[role] = (
             restrict(emit, select.select(operand, {}), trim(operand, wanted))
             if plain
             else select.select(operand, wanted)
         )
     return inline(emit, spec, Reference() if plain else plan.backend, operands)
+
+
+def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:
+    """The new weights that an operand is made with: not those that another role has, of rows that make both."""
+    mine = site.projections.get(role)
+    own = set() if mine is None or mine.rows is None else {row for rows in mine.rows for row in rows}
+
+    def is_another(edit: HeadWeights) -> bool:
+        p = site.projections[edit.role]
+        assert p.rows is not None
+        return mine is not None and p.weight == mine.weight and bool(own & set(p.rows[edit.head]))
+
+    return tuple(e for e in edits if e.role == role or (e.role != "out" and not is_another(e)))
 
 
 def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.entries import Entries, InvalidSizesError, UnsupportedError
-from attnopt.graph import ancestors, constant_of, get_attr, is_state, opname, value
+from attnopt.graph import ancestors, constant_of, get_attr, is_number, is_state, opname, value
 from attnopt.patterns import Causal, Full, Pattern, Window
-from attnopt.probing import HEAVY, inputs_behind, is_number, size_at, symbols, within
+from attnopt.probing import HEAVY, inputs_behind, size_at, symbols, within
 
 FARTHEST = 131_072  # no mask is looked at beyond this length
 _NO_LENGTH = 1 << 24  # a number from here on is no length, but as good as infinite

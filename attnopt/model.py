@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -97,6 +98,24 @@ class OptimizedModel(nn.Module):
         for module in self.modules():  # the graph's own train() refuses
             module.training = mode
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+        return self._with_state({k: copy.deepcopy(v, memo) for k, v in vars(self).items()}, memo)
+
+    def __copy__(self) -> OptimizedModel:
+        return self._with_state(vars(self), {})
+
+    def _with_state(self, state: Mapping[str, Any], memo: dict[int, Any]) -> OptimizedModel:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(state)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AttnoptError(
+            "an optimized model cannot be pickled: its graph holds what torch knows of this process alone",
+            hint="write it with fast.save(path) and read it with attnopt.load(path); its state_dict can be pickled",
+        )
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with compiling():

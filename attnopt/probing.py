@@ -13,6 +13,7 @@ from attnopt.graph import (
     constant_of,
     get_attr,
     hint,
+    is_number,
     is_state,
     is_static,
     opname,
@@ -65,12 +66,6 @@ def _note_inputs(node: fx.Node) -> None:
         n.meta[_INPUTS] = frozenset(
             own.union(*(i.meta[_INPUTS] for i in n.all_input_nodes)) if not is_number(n) else own
         )
-
-
-def is_number(node: fx.Node) -> bool:
-    return (
-        isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)) and node.op != "placeholder"
-    )
 
 
 def is_plain(node: fx.Node) -> bool:

@@ -133,7 +133,7 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     dirty = _ways(each)
     blocked = next((x for found in each for x in found if x.kind == "blocked"), None)
     if blocked is not None:
-        return Projection(why=_stopped_at(blocked.node)), dirty
+        return Projection(why=_stopped_at(blocked.node), keeps_size=True), dirty
     part = next((x for found in each for x in found if x.kind == "part"), None)
     if part is not None and part.node.op == "call_function":
         return Projection(why=f"heads are computed apart, by a {opname(part.node)} each{_at(part.node)}"), dirty
@@ -144,7 +144,8 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
     matrices = {x.node for found in weights for x in found if len(shape(x.node)) >= 2}
     vectors = {x.node for found in weights for x in found if len(shape(x.node)) == 1}
     if not matrices:
-        return Projection(why="no weight makes these features: they come straight from an input or a constant"), dirty
+        why = "no weight makes these features: they come straight from an input or a constant"
+        return Projection(why=why, keeps_size=True), dirty
     if len(matrices) > 1 or len(vectors) > 1:
         names = ", ".join(sorted(str(m.target) for m in (*matrices, *vectors)))
         return Projection(why=f"made by several weights: {names}"), dirty
@@ -257,10 +258,10 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
         while True:
             users = list(x.users)
             if len(users) != 1:
-                return Projection(why=f"the output is used by {len(users)} operators"), None
+                return Projection(why=f"the output is used by {len(users)} operators", keeps_size=True), None
             pushed = push(users[0], x, selection)
             if pushed is None or not pushed.linear:
-                return Projection(why=_stopped_at(users[0])), None
+                return Projection(why=_stopped_at(users[0]), keeps_size=True), None
             if pushed.selection is None:
                 break
             x, selection = users[0], pushed.selection

@@ -19,6 +19,7 @@ from attnopt.region import NotAttentionError, Region
 from attnopt.scores import Operand
 from attnopt.spec import AttentionSpec
 from attnopt.surgery import Selector
+from attnopt.wiping import hides_beside_flags
 
 
 def attention(
@@ -68,11 +69,14 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         )
     if sinks is not None and r.sink_rate != 1:
         sinks = emit.call(aten.mul.Tensor, sinks, r.sink_rate)
+    beside_flags = False
     for factor in (*zeroing, *r.wipes):
-        if not hides_what_is_zeroed(
-            gm, bias, at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, r.keys))
-        ):
+        arranged = at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, r.keys))
+        if hides_what_is_zeroed(gm, bias, arranged):
+            continue
+        if not hides_beside_flags(gm, bias, arranged):
             raise NotAttentionError(_multiplied(factor))
+        beside_flags = True
     pattern, seen, bias, mask = read_masks(gm, r, bias, mask, q, k)
     kv_of_head = _kv_of_head(r.heads, kv_heads)
     k, v, kv_of_head = _without_copies(emit, k, v, kv_of_head)
@@ -95,7 +99,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         softcap=r.softcap,
         seen_as=seen,
     )
-    return Raised(region, spec, node, out, hides_for_good(gm, r, pattern))
+    return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
 
 
 def _with_factors(

@@ -225,7 +225,7 @@ def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
         return s if floor is not None and floor <= least and len(node.args) < 3 else None
     if is_call(node, aten.tanh.default):
-        return replace(s, softcap=math.nan) if s.softcap is None and not s.steps and s.sinks is None else None
+        return replace(s, softcap=1.0) if s.softcap is None and not s.steps and s.sinks is None else None
     if is_call(node, aten.cat.default):
         return _sink(node, source, s)
     return None
@@ -241,9 +241,7 @@ def _scaled(s: Scores, factor: float) -> Scores:
     s = replace(s, sink_rate=s.sink_rate * factor) if s.sinks is not None else s
     if s.softcap is None:
         return replace(s, scale=s.scale * factor, steps=steps)
-    if math.isnan(s.softcap) and factor > 0:  # tanh(scale * qk) * factor: the cap is the factor
-        return replace(s, softcap=factor, scale=s.scale * factor, steps=steps)
-    return replace(s, softcap=s.softcap * factor, scale=s.scale * factor, steps=steps)
+    return replace(s, softcap=s.softcap * abs(factor), scale=s.scale * factor, steps=steps)
 
 
 def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
@@ -253,8 +251,8 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         return None
     factor = number(other)
     if factor is not None:
-        return _scaled(s, 1.0 / factor if divides else factor)
-    if not is_tensor(other) or (s.softcap is not None and math.isnan(s.softcap)):
+        return None if factor == 0 and s.softcap is not None else _scaled(s, 1.0 / factor if divides else factor)
+    if not is_tensor(other):
         return None
     axes = broadcast(other, s.axes)
     if axes is None:
@@ -265,11 +263,9 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
 
 
 def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
-    if s.softcap is not None and math.isnan(s.softcap):
-        return None
     other = _other(node, source)
     alpha = node.kwargs.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
+    if not isinstance(alpha, (int, float)) or alpha == 0:
         return None
     sign = float(alpha)
     if is_call(node, *_RSUB):  # other - alpha * scores
@@ -295,8 +291,6 @@ def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
 
 
 def _hide(s: Scores, written: Overwrite) -> Scores | None:
-    if s.softcap is not None and math.isnan(s.softcap):
-        return None
     hide = hiding(written, s.axes)
     return None if hide is None else replace(s, steps=(*s.steps, hide))
 

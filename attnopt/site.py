@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from attnopt.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from attnopt.activations import Activations
+
+Alignment = Literal["first", "last", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Projection:
     rows: tuple[tuple[int, ...], ...] | None = None
     why: str | None = None
     direct: bool = True
+    keeps_size: bool = False  # no weight becomes smaller where heads are removed
 
     def __repr__(self) -> str:
         rows = "unknown" if self.rows is None else f"{len(self.rows)} heads of {len(self.rows[0])}"
@@ -55,6 +58,9 @@ class Site:
     activations: Activations | None = field(default=None, repr=False, compare=False)  # where there is calibration data
     is_dynamic: bool = False  # L or S may vary with the inputs
     device: str = "cpu"  # the kind of device that the attention runs on
+    # "first": query i stands at key i.  "last": keys of a past come first, the last query stands at the last key.  "none":
+    # the lengths are equal in the examples at most, and vary apart.
+    alignment: Alignment = "first"
 
     @property
     def num_heads(self) -> int:

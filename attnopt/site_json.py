@@ -28,6 +28,7 @@ def site_to_json(site: Site) -> dict[str, Any]:
         "q_len": site.q_len,
         "kv_len": site.kv_len,
         "is_dynamic": site.is_dynamic,
+        "alignment": site.alignment,
         "projections": {
             role: {
                 "weight": p.weight,
@@ -96,6 +97,7 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
         q_len=data["q_len"],
         kv_len=data["kv_len"],
         is_dynamic=data["is_dynamic"],
+        alignment=data.get("alignment", "first"),
     )
 
 

@@ -60,6 +60,7 @@ _SPELLED_SHORT = (
     aten.expand_as.default,
     aten.type_as.default,
 )
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 LINKS = 6  # operators, one behind the other, as in arange(heads) // group
 FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
 
@@ -102,7 +103,9 @@ def tidy(gm: fx.GraphModule) -> None:
             node = _replaced(node, written(Emitter(gm.graph, node), node))
         if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
             continue
-        if is_tensor(node) and node not in outputs and (same := _changes_nothing(node)) is not None:
+        if node in outputs and not is_call(node, *_DROPOUTS):  # what an idle dropout gives is the tensor itself
+            continue
+        if is_tensor(node) and (same := _changes_nothing(node)) is not None:
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
     sweep(gm)
@@ -215,7 +218,7 @@ def _changes_nothing(node: fx.Node) -> fx.Node | None:
     before, after = value(x), value(node)
     if is_call(node, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten.alias.default):
         return x
-    if is_call(node, aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default):
+    if is_call(node, *_DROPOUTS, aten.native_dropout.default):
         return x if not arg(node, 2) or arg(node, 1) == 0 else None
     same_shape = len(before.shape) == len(after.shape) and all(map(same_size, before.shape, after.shape))
     if not same_shape or before.dtype != after.dtype or before.device != after.device:

@@ -7,6 +7,7 @@ holds no values, takes random ones too.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
 from attnopt.compare import TOLERANCE, difference
+from attnopt.flex_calls import call_behind
 from attnopt.graph import get_attr, hint, opname, run_call, shape, value, with_values
 from attnopt.raising import Raised
 from attnopt.weights import fingerprint
@@ -61,7 +63,7 @@ def _error(run: _Slice, raised: Raised) -> float:
     inside = set(region.nodes)
     run.inside = inside
     with torch.no_grad():
-        want = run(region.out.node)
+        want = run(call_behind(region.out.node))
         operands = {n: None if o is None else run(o) for n, o in raised.operands.items()}
         q, k, v = operands.pop("q"), operands.pop("k"), operands.pop("v")
         assert q is not None
@@ -175,7 +177,10 @@ class _Slice:
     def _leaf(self, node: fx.Node) -> Any:
         val = value(node)
         if node.op == "get_attr":
-            held = get_attr(self.gm, str(node.target)).detach()
+            found = operator.attrgetter(str(node.target))(self.gm)
+            if isinstance(found, fx.GraphModule):
+                return found
+            held = found.detach()
             return self._stand_in(held) if held.is_meta else held
         if not isinstance(val, Tensor):
             return (

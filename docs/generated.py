@@ -44,7 +44,8 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
         {
             "matmul": "`@`", "bmm": "`bmm` on batch times heads", "baddbmm": "`baddbmm`", "einsum": "`einsum`",
             "heads-last": "heads behind the tokens", "channels": "channels first", "transposed": "scores as keys x queries",
-            "mulsum": "multiply and sum", "sdpa": "`scaled_dot_product_attention`", "grouped": "5-D, groups of query heads",
+            "mulsum": "multiply and sum", "sdpa": "`scaled_dot_product_attention`",
+            "flex": "`flex_attention`", "grouped": "5-D, groups of query heads",
             "grouped-einsum": "`einsum` over groups",
         },
     ),

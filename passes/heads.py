@@ -28,16 +28,24 @@ def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
     return site.refuse("unknown-head", expected=f"heads from 0 to {count - 1}", found=found)
 
 
-def refuse_other_keys(site: Site) -> Refusal | None:
-    """A refusal of keys that do not stand at the positions of the queries."""
+def refuse_other_keys(site: Site, past: bool = False) -> Refusal | None:
+    """A refusal of keys that do not stand at the positions of the queries; ``past``: keys of earlier tokens may come first."""
     hint = 'leave cross-attention out with a mapping such as {"decoder.*.cross": []}'
-    expected = "queries and keys of one sequence"
-    if site.is_cross:
-        return site.refuse("needs-self-attention", expected=expected, found="keys of another sequence", hint=hint)
-    if site.q_len != site.kv_len:
+    found = ""
+    if site.is_cross and site.alignment == "none":
+        found = "queries and keys that are inputs of lengths that vary apart"
+        hint = "give both lengths one torch.export.Dim in dynamic_shapes, or leave them out of it"
+    elif site.is_cross:
+        found = "keys of another sequence"
+    elif site.alignment == "last":
+        found = "" if past else f"{site.q_len} queries behind a past of {site.kv_len - site.q_len} keys"
+    elif site.q_len != site.kv_len:
         found = f"{site.q_len} queries and {site.kv_len} keys"
-        return site.refuse("needs-self-attention", expected=expected, found=found, hint=hint)
-    return None
+    elif site.alignment == "none":
+        found = "queries and keys whose numbers vary apart"
+    if not found:
+        return None
+    return site.refuse("needs-self-attention", expected="queries and keys of one sequence", found=found, hint=hint)
 
 
 def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Refusal | None:

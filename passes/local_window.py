@@ -45,7 +45,7 @@ class LocalWindow(Pass):
         return cls(left=1)
 
     def check(self, site: Site) -> Refusal | None:
-        return refuse_other_keys(site) or refuse_unknown_heads(site, self.heads or ())
+        return refuse_other_keys(site, past=True) or refuse_unknown_heads(site, self.heads or ())
 
     def rewrite(self, site: Site) -> Rewrite:
         pattern = self._pattern(site.spec.is_causal)

@@ -121,7 +121,7 @@ class PruneHeads(Pass, SharesBudget):
     def check(self, site: Site) -> Refusal | None:
         routed = refuse_edits(site, [site.spec.route], "prune heads before tokens are routed to them")
         unknown = routed or refuse_unknown_heads(site, (*(self.heads or ()), *self.protect))
-        return unknown or self._refuse_sizes(site) or self._refuse_projections(site)
+        return unknown or self._refuse_sizes(site) or _refuse_kept(site) or self._refuse_projections(site)
 
     def rewrite(self, site: Site) -> Rewrite:
         if self.heads is not None:
@@ -243,6 +243,19 @@ class PruneHeads(Pass, SharesBudget):
             return None
         hint = "importance=, one number for each head"
         return refuse_unknown_projections(site, ("v", "out"), "known value and output projections", hint, False)
+
+
+def _refuse_kept(site: Site) -> Refusal | None:
+    """A refusal where not one parameter would go with the heads."""
+    roles = {role: p for role, p in site.projections.items() if p.keeps_size}
+    if len(roles) < 4 or not site.parameters:
+        return None
+    return site.refuse(
+        "nothing-to-remove",
+        expected="weights that belong to single heads",
+        found="; ".join(f"{role}: {p.why}" for role, p in roles.items()),
+        hint="silence heads with scale-heads and gains of 0, which removes no parameter either",
+    )
 
 
 def _is_pairs(given: Any) -> bool:

@@ -37,7 +37,7 @@ class Sparse(Pass):
 
     def check(self, site: Site) -> Refusal | None:
         named = self.pattern.named_heads
-        misplaced = refuse_other_keys(site) if self.pattern.is_positional else None
+        misplaced = refuse_other_keys(site, past=True) if self.pattern.is_positional else None
         return (
             misplaced
             or refuse_other_lengths(site, self.pattern)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 FAR = 15  # a window of the model's own that is longer than most examples
 MAX = 32  # longest sequence of stored masks and tables
@@ -35,7 +36,8 @@ class Spelling:
     packing: str = "separate"  # separate, fused, kv, per-head, per-group
     order: str = "qkv"
     unpack: str = "split"  # chunk, split, slice, unbind, select, index (with a list)
-    core: str = "matmul"  # matmul, bmm, baddbmm, einsum, heads-last, channels, transposed, mulsum, sdpa, grouped, grouped-einsum
+    # matmul, bmm, baddbmm, einsum, heads-last, channels, transposed, mulsum, sdpa, flex, grouped, grouped-einsum
+    core: str = "matmul"
     share: str = "expand"  # repeat_interleave, expand, tiled, index, enable_gqa, broadcast (one K/V head)
     rope: str = ""  # half, interleaved, in-place, complex
     norm: str = ""  # layer, rms, l2, across
@@ -46,7 +48,7 @@ class Spelling:
     after: str = ""  # what is done to the weights too: again, flags, rows (masks once more), clean (of NaN)
     commuted: bool = False
     bias_kind: str = ""  # alibi, table, addend
-    softcap: float | None = None
+    softcap: float | None = None  # 1 is spelled as a bare tanh
     sinks: bool = False
     # F, torch, method, positive, float32, upcast, shifted, exp, stable-exp, inverse, exp2, eps, log, lse, lse-rows, again,
     # late, later (behind the layout)
@@ -95,7 +97,7 @@ class Spelling:
             s = replace(s, rope="")
         if s.kv_heads == s.heads:
             s = replace(s, share="expand", core={"grouped": "matmul", "grouped-einsum": "einsum"}.get(s.core, s.core))
-        if s.share == "enable_gqa" and s.core != "sdpa":
+        if s.share == "enable_gqa" and s.core not in ("sdpa", "flex"):
             s = replace(s, share="expand")
         if s.share == "broadcast" and (s.kv_heads != 1 or s.core not in ("matmul", "einsum", "mulsum")):
             s = replace(s, share="expand")
@@ -107,7 +109,10 @@ class Spelling:
         if s.bias_kind == "addend" and s.core != "baddbmm":
             s = replace(s, bias_kind="alibi")
         if s.apply == "old-gpt" and (
-            len(s.mask) > 1 or set(s.mask) - {"causal", "left", "far", "chunk"} or s.bias_kind or s.cross
+            len({"causal", "left", "far", "chunk"} & set(s.mask)) != 1
+            or set(s.mask) - {"causal", "left", "far", "chunk", "padding"}
+            or s.bias_kind
+            or s.cross
         ):
             s = replace(s, apply="where")
         if s.apply == "moderate" and "given" in s.mask:  # which may hide too
@@ -119,11 +124,13 @@ class Spelling:
             s = replace(s, after="")
         if s.after == "rows" and len(s.mask) > 1:
             s = replace(s, after="again")
-        if s.core == "sdpa":
+        if s.core == "flex":
+            s = replace(s, apply="where")
+        if s.core in ("sdpa", "flex"):
             s = replace(
                 s,
                 after="",
-                softcap=None,
+                softcap=None if s.core == "sdpa" else s.softcap,
                 sinks=False,
                 softmax="F",
                 returns="heads" if s.returns == "heads" else "output",
@@ -433,6 +440,12 @@ class Attention(nn.Module):
         return t.reshape(*sizes[:at], s.heads, *sizes[at + 1 :])
 
     # ------------------------------------------------------------ scores
+    def _capped(self, scores: Tensor) -> Tensor:
+        cap = self.s.softcap
+        if cap is None or cap == 1:
+            return scores if cap is None else scores.tanh()
+        return torch.tanh(scores / cap) * cap
+
     def _visible(self, kind: str, q_len: int, kv_len: int, padding: Tensor | None) -> Tensor:
         """Bool [L, S] or [B, 1, 1, S]."""
         i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
@@ -483,7 +496,9 @@ class Attention(nn.Module):
                 scores = given + scores if s.commuted else scores + given
                 continue
             m = self._mask(kind, scores, padding)
-            if s.apply == "old-gpt":
+            if s.apply == "old-gpt" and kind == "padding":
+                scores = scores + (1 - m.to(scores.dtype)) * low
+            elif s.apply == "old-gpt":
                 f = m.to(scores.dtype)
                 scores = scores * f - 1e4 * (1 - f)
             elif s.apply == "where":
@@ -521,8 +536,7 @@ class Attention(nn.Module):
             scores = torch.divide(scores, self.temperature)
         elif s.scale == "root":
             scores = scores / torch.sqrt(torch.tensor(float(s.head_dim))).to(scores.dtype)
-        if s.softcap is not None:
-            scores = torch.tanh(scores / s.softcap) * s.softcap
+        scores = self._capped(scores)
         return self._masked(self._biased(scores), padding, given)
 
     def _normalised(self, scores: Tensor, dim: int = -1) -> tuple[Tensor, Tensor | None]:
@@ -626,6 +640,8 @@ class Attention(nn.Module):
         if s.core.startswith("grouped"):
             return self._grouped(q, k, v, padding, given)
         k, v = self._shared(k, 1), self._shared(v, 1)
+        if s.core == "flex":
+            return self._flexed(q, k, v, padding, given).transpose(1, 2), None
         if s.core == "sdpa":
             return self._fused(q, k, v, padding, given).transpose(1, 2), None
         if s.core in ("bmm", "baddbmm"):
@@ -726,6 +742,36 @@ class Attention(nn.Module):
             return out.flatten(1, 2)
 
         return self._weighted(scores, padding, product, lambda o: o.transpose(1, 2))
+
+    def _flexed(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, given: Tensor | None) -> Tensor:
+        s, L, S = self.s, q.shape[2], k.shape[2]
+        bias = self._bias(L, S) if s.bias_kind else None
+
+        def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            score = self._capped(score)
+            if bias is not None:
+                score = bias[h, i, j] + score if s.commuted else score + bias[h, i, j]
+            return score if given is None else score + given[b, 0, i, j]
+
+        def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            visible = j >= 0
+            for kind in s.mask:
+                if kind in ("padding", "float-padding"):
+                    assert padding is not None
+                    visible = visible & (padding[b, j] > 0.5)
+                elif kind == "window":
+                    visible = visible & ((i - j).abs() <= 2)
+                elif kind in ("causal", "left"):
+                    visible = visible & (j <= i) & (j > i - (3 if kind == "left" else MAX))
+            return visible
+
+        score_mod = modified if s.bias_kind or s.softcap or given is not None else None
+        blocks = None
+        if set(s.mask) - {"given"}:
+            blocks = create_block_mask(seen, None if padding is None else len(q), None, L, S, device="cpu")
+        return flex_attention(
+            q, k, v, score_mod, blocks, 1.0 if s.scale == "none" else None, s.share == "enable_gqa"
+        )  # fmt: skip
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, given: Tensor | None) -> Tensor:
         s, L, S = self.s, q.shape[2], k.shape[2]

@@ -117,6 +117,10 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         edit = counter.take(x)
         return _weighed(softmax(_hidden(x, dim, edit, heads), dim, dtype), edit, heads)
 
+    def on_safe_softmax(x: Tensor, dim: int) -> Tensor:  # of flex_attention
+        edit = counter.take(x)
+        return _weighed(softmax(_hidden(x, dim, edit, heads), dim).nan_to_num(0.0), edit, heads)
+
     def on_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, _stacklevel: int = 3, **_: Any) -> Tensor:
         if x.dim() < 3:
             return log_softmax(x, dim, dtype)
@@ -174,6 +178,7 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         mock.patch.object(torch, "exp2", on_exp2),
         mock.patch.object(torch.Tensor, "exp2", on_exp2),
         mock.patch.object(F, "scaled_dot_product_attention", on_sdpa),
+        mock.patch.object(torch, "_safe_softmax", on_safe_softmax),
     )
     for patch in patches:
         patch.start()

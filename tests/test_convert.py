@@ -95,6 +95,26 @@ def assert_decodes_as_it_reads(model: Any, count: int = 12) -> None:
 
 
 # ------------------------------------------------------------ heads
+def test_a_table_of_relative_positions_loses_the_heads_too(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 61}
+    config = transformers.T5Config(**sizes, relative_attention_num_buckets=8, relative_attention_max_distance=20)
+    model = noisy(transformers.T5EncoderModel(config))
+    converted = attnopt.convert(model, PruneHeads(heads=[1]), ids())
+    table = converted.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    old = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    assert torch.equal(table.weight, old.weight[:, [0, 2, 3]])
+    assert table.embedding_dim == converted.config.num_heads == 3
+    fast = attnopt.optimize(model, PruneHeads(heads=[1]), ids())
+    with torch.no_grad():
+        torch.testing.assert_close(converted(ids())[0], fast(ids())[0], atol=1e-5, rtol=0)
+    converted.save_pretrained(tmp_path)
+    again = transformers.T5EncoderModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids(1, 30))[0], converted(ids(1, 30))[0])
+    with pytest.raises(ConversionError, match="serves several attentions, which would need different weights"):
+        attnopt.convert(model, {"*block.0*": PruneHeads(heads=[1]), "*block.1*": PruneHeads(heads=[2])}, ids())
+
+
 def test_repeated_heads_are_folded_back_into_an_ordinary_checkpoint(tmp_path: Path) -> None:
     grouped = llama(kv_heads=2)
     repeated = llama(kv_heads=4)

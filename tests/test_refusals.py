@@ -168,6 +168,24 @@ class Normed(nn.Module):
         return out
 
 
+class NormedTogether(Decoy):
+    """Norms over all heads before the core, and a sum behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (F.layer_norm(f(x), (E,)).view(*x.shape[:2], H, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        made: Tensor = self.o(y + x)
+        return made
+
+
+def heads_that_no_weight_has() -> Refusal:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = attnopt.optimize(NormedTogether(), PruneHeads(heads=[1]), (torch.randn(2, L, E),))
+    assert fast.report.sites[0].status == "refused"
+    return fast.report.sites[0].refusals["prune-heads"]
+
+
 def behind_a_norm() -> Refusal:
     x = torch.randn(4, 6, 8)
     policy = GroupedQuery(kv_heads=2, merge="svd")
@@ -294,6 +312,13 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
         "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)\n  hint: give whole_layers=True to "
         "remove the attention as a whole",
+    ),
+    "nothing-to-remove": (
+        heads_that_no_weight_has,
+        "[nothing-to-remove] expected weights that belong to single heads, found q: heads cannot be told apart before layer_norm "
+        "(LINE); k: heads cannot be told apart before layer_norm (LINE); v: heads cannot be told apart before layer_norm (LINE); "
+        "out: heads cannot be told apart before add (LINE) (at LINE)\n  hint: silence heads with scale-heads and gains of 0, "
+        "which removes no parameter either",
     ),
     "no-such-site-size": (
         lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),

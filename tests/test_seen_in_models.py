@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from oracle import assert_same, run
+from oracle import Edit, assert_same, run, run_edited
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -360,3 +361,120 @@ class Masked(Attending):
 
 def test_a_sum_of_weights_is_no_mixture() -> None:
     assert not attnopt.inspect(Masked().eval(), torch.randn(2, 5, WIDTH)).sites
+
+
+class Returning(Attending):
+    """Weights are returned by name, as transformers' ``output_attentions`` does; an idle dropout is on their way."""
+
+    def forward(self, x: Tensor) -> dict[str, object]:  # type: ignore[override]
+        q, k, v = (f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = functional.dropout((q @ k.mT / 2).softmax(-1), 0.1, self.training)
+        return {"last": self.out((weights @ v).transpose(1, 2).flatten(2)), "attentions": (weights,)}
+
+
+class Judged(Returning):
+    """Weights are used by a layer of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        found = super().forward(x)
+        made: Tensor = found["last"] * found["attentions"][0].amax((1, 3)).unsqueeze(-1)  # type: ignore[index, operator]
+        return made
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [(Returning(), "returned as output['attentions'][0]"), (Judged(), "used by amax (test_seen_in")],
+    ids=["returned", "used"],
+)
+def test_where_weights_go_is_told(model: nn.Module, told: str) -> None:
+    model, x = model.eval(), torch.randn(2, 5, WIDTH)
+    (site,) = attnopt.inspect(model, (x,)).sites
+    assert any(note.startswith(f"the attention weights are still computed: {told}") for note in site.notes), site.notes
+    with pytest.warns(AttnoptWarning, match="escapes"):
+        fast = attnopt.optimize(model, LocalWindow(1), (x,))
+    assert fast.report.sites[0].status == "refused"
+    assert_same(run(fast, (x,)), run(model, (x,)))
+
+
+class Capped(Attending):
+    """``change`` makes scores of bounded ones."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = self.change((q @ k.mT / 2).tanh()).softmax(-1)
+        made: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
+        return made
+
+
+HIDING = torch.ones(5, 5).triu(1).bool()
+
+
+@pytest.mark.parametrize(
+    ("change", "cap", "scale"),
+    [
+        (lambda t: t, 1.0, 0.5),
+        (lambda t: t * 3, 3.0, 1.5),
+        (lambda t: -t, 1.0, -0.5),
+        (lambda t: t * -2 + 1, 2.0, -1.0),
+        (lambda t: t.masked_fill(HIDING, -1e9), 1.0, 0.5),
+        (lambda t: t - t.amax(-1, keepdim=True), 1.0, 0.5),
+    ],
+    ids=["alone", "thrice", "negated", "shifted", "masked", "stable"],
+)
+def test_a_bare_tanh_is_a_softcap(change: Callable[[Tensor], Tensor], cap: float, scale: float) -> None:
+    model, x = Capped(change).eval(), 3 * torch.randn(2, 5, WIDTH)
+    fast = attnopt.optimize(model, PruneHeads(heads=[1]), (x,))
+    assert (fast.sites[0].spec.softcap, fast.sites[0].scale) == (cap, scale)
+    assert_same(run(fast, (x,)), run_edited(model, (x,), None, {0: Edit(gains=(1.0, 0.0, 1.0, 1.0))}))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.tanh(), lambda t: t**2, lambda t: t * 0], ids=["twice", "squared", "gone"]
+)
+def test_another_function_of_bounded_scores_is_no_softcap(change: Callable[[Tensor], Tensor]) -> None:
+    model, x = Capped(change).eval(), torch.randn(2, 5, WIDTH)
+    with pytest.warns(AttnoptWarning, match="no attention was found"):
+        fast = attnopt.optimize(model, "fuse", (x,))
+    assert_same(run(fast, (x,)), run(model, (x,)))
+
+
+class OldGpt(Attending):
+    """``scores * b - 1e4 * (1 - b)`` with a part of a buffer, beside the padding that flags make; ``by`` scales the floor."""
+
+    def __init__(self, by: float = 1.0) -> None:
+        super().__init__()
+        self.by = by
+        self.register_buffer("causal", torch.ones(32, 32).tril())
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = (f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        b = self.causal[: x.shape[1], : x.shape[1]]
+        scores = q @ k.mT / 2 * b - 1e4 * (1 - b) * self.by
+        scores = scores + (1.0 - seen[:, None, None].to(x.dtype)) * torch.finfo(x.dtype).min
+        made: Tensor = self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return made
+
+
+def test_a_mask_times_scores_beside_padding() -> None:
+    model, x, seen = OldGpt().eval(), torch.randn(2, 7, WIDTH), torch.ones(2, 7, dtype=torch.long)
+    seen[1, -2:] = 0
+    fast = attnopt.optimize(model, PruneHeads(heads=[1]), (x, seen), dynamic_shapes="auto")
+    assert str(fast.sites[0].spec.seen_as) == "Causal()"
+    assert any("a finite number hides keys there" in note for note in fast.report.sites[0].notes)
+    for length in (7, 3, 20):
+        args = (torch.randn(2, length, WIDTH), torch.ones(2, length, dtype=torch.long))
+        args[1][0, -1:] = 0
+        assert_same(run(fast, args), run_edited(model, args, None, {0: Edit(gains=(1.0, 0.0, 1.0, 1.0))}))
+
+
+@pytest.mark.parametrize("by", [0.0, 1e-4], ids=["no floor", "a low floor"])
+def test_a_factor_that_nothing_hides_is_left(by: float) -> None:
+    model, args = OldGpt(by).eval(), (torch.randn(2, 7, WIDTH), torch.ones(2, 7, dtype=torch.long))
+    with pytest.warns(AttnoptWarning, match="no attention was found"):
+        fast = attnopt.optimize(model, "fuse", args)
+    assert [m.refusal.code for m in fast.report.near_misses] == ["scores-multiplied"]
+    assert_same(run(fast, args), run(model, args))

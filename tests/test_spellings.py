@@ -121,6 +121,12 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(core="sdpa", mask=("causal",)), {"scale": 0.5, "pattern": CAUSAL}),
     (Spelling(core="sdpa", heads=6, kv_heads=2, share="enable_gqa", scale="none"), {"scale": 1.0}),
     (Spelling(core="sdpa", mask=("causal",), apply="add-inf"), {"scale": 0.5, "pattern": CAUSAL}),
+    (Spelling(core="flex"), {"scale": 0.5, "pattern": "Full()"}),
+    (Spelling(core="flex", mask=("causal",), bias_kind="table"), {"pattern": CAUSAL, "has_bias": True}),
+    (Spelling(core="flex", mask=("window",), softcap=5.0), {"pattern": "Window(left=2, right=2)", "softcap": 5.0}),
+    (Spelling(core="flex", mask=("padding", "left")), {"pattern": "Full()", "has_mask": True}),
+    (Spelling(core="flex", heads=6, kv_heads=2, share="enable_gqa", scale="none", mask=("given",)), {"scale": 1.0}),
+    (Spelling(core="flex", cross=True, mask=("float-padding",)), {"has_mask": True}),
     (Spelling(heads=6, kv_heads=2, share="repeat_interleave"), {"scale": 0.5}),
     (Spelling(heads=6, kv_heads=2, share="expand"), {"scale": 0.5}),
     (Spelling(heads=6, kv_heads=2, share="tiled"), {"scale": 0.5}),
@@ -153,6 +159,8 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(mask=("given",), commuted=True), {"pattern": "Full()", "has_bias": True}),
     (Spelling(bias_kind="alibi", mask=("causal",)), {"pattern": CAUSAL, "has_bias": True}),
     (Spelling(bias_kind="table"), {"pattern": "Full()", "has_bias": True}),
+    (Spelling(softcap=1.0), {"softcap": 1.0, "scale": 0.5}),
+    (Spelling(softcap=1.0, scale="q", mask=("causal",)), {"softcap": 1.0, "pattern": CAUSAL}),
     (Spelling(softcap=5.0, mask=("causal",)), {"softcap": 5.0, "pattern": CAUSAL, "scale": 0.5}),
     (Spelling(sinks=True, mask=("causal",)), {"has_sinks": True, "pattern": CAUSAL}),
     (Spelling(rope="half", scale="q"), {"positions": ("rope",)}),
@@ -188,6 +196,8 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     ),
     (Spelling(softmax="later", heads=6, kv_heads=2, core="grouped"), {}),
     (Spelling(mask=("causal",), apply="old-gpt", softcap=5.0), {"pattern": CAUSAL, "softcap": 5.0}),
+    (Spelling(mask=("causal", "padding"), apply="old-gpt"), {"pattern": "Full()", "seen_as": CAUSAL}),
+    (Spelling(mask=("padding", "left"), apply="old-gpt"), {"pattern": "Full()", "seen_as": "Window(left=2, right=0)"}),
     (Spelling(mask=("left",), apply="old-gpt", softcap=5.0), {"pattern": "Window(left=2, right=0)", "softcap": 5.0}),
     (Spelling(norm="across", heads=6, kv_heads=2, core="sdpa", share="enable_gqa"), {"scale": 0.5}),
     (Spelling(norm="across", heads=6, kv_heads=2, core="grouped", rope="half"), {"scale": 0.5}),
@@ -220,7 +230,7 @@ def test_spelling_must_match(s: Spelling, want: dict[str, Any]) -> None:
     check_spec(case, site)
     for name, value in want.items():
         got = getattr(site.spec, name)
-        assert (str(got) if name == "pattern" else got) == (
+        assert (str(got) if name in ("pattern", "seen_as") else got) == (
             pytest.approx(value) if isinstance(value, float) else value
         ), name
     if s.op != "einsum" and s.norm != "across":  # where rows cannot be told, ``why`` is enough
