@@ -60,6 +60,8 @@ def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[st
 
     def of(_: Any) -> Any:
         val = next(nodes).meta.get("val")
+        if isinstance(val, torch.SymInt):
+            return Dim.AUTO
         if not isinstance(val, Tensor):
             return None
         return {i: Dim.AUTO for i, s in enumerate(val.shape) if not isinstance(s, int)} or None

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch.export import Dim, ExportedProgram
 
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
+from attnopt.flat_call import Calls, Form, shapes_for
 from attnopt.graph import get_attr, is_static, opname, source_line, written
 from attnopt.relations import relations
-from attnopt.running import cloned, outputs_of
+from attnopt.running import called, cloned, outputs_of
 from attnopt.tidying import tidy
 
 higher_order = torch.ops.higher_order
@@ -46,6 +47,7 @@ class Program:
     shapes: Any = None
     fixed_axes: tuple[str, ...] = ()
     route: str = "export"
+    form: Form | None = None  # where objects are among what the model takes or returns; args and kwargs are flat then
 
 
 def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dynamic_shapes: Any = None) -> Program:
@@ -69,32 +71,46 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         )
     if (lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)) is not None:
         raise CaptureError(f"{lazy} gets its size at the model's first call", hint="call the model once first")
+    _check_arguments(model, args, kwargs)
+    given, calls = (args, kwargs), _calls(model, args, kwargs)
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
+    shapes = shapes_for(calls, model, args, kwargs, shapes, dynamic_shapes == "auto")
+    args, kwargs = calls.flat(args, kwargs)
     copied = partial(structural_copy, model)
     failures: list[str] = []
     ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
-        ("torch.export", lambda: _export(copied(), args, kwargs, shapes, strict=False)),
-        ("torch.export (strict)", lambda: _export(copied(), args, kwargs, shapes, strict=True)),
+        ("torch.export", lambda: _export(copied(), args, kwargs, shapes, calls)),
+        ("torch.export (strict)", lambda: _export(copied(), args, kwargs, shapes)),
         (
             "torch.fx.symbolic_trace",
-            lambda: _export(fx.symbolic_trace(copied()), args, kwargs, shapes, strict=False),
+            lambda: _export(fx.symbolic_trace(copied()), args, kwargs, shapes, Calls()),
         ),
     )
-    _check_arguments(model, args, kwargs)
-    for route, way in ways:
+    for route, way in ways[:1] if calls.has_objects else ways:
         try:
             with quiet(), as_called(), mode_of(model):
                 exported = way()
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
             continue
-        return _finish(exported, args, kwargs, shapes, route)
-    check_call(model, args, kwargs)
+        return replace(_finish(exported, args, kwargs, shapes, route), form=calls.form if route == "torch.export" else None)
+    check_call(model, *given)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),
         hint="make the named operation independent of the inputs' values"
         + (", or leave the named axes out of dynamic_shapes" if shapes else ""),
     )
+
+
+def _calls(model: nn.Module, args: Args, kwargs: Kwargs) -> Calls:
+    run = None if without_values(model) is not None else lambda m, a, k: called(structural_copy(m), a, k)
+    try:
+        return Calls.of(model, args, kwargs, run)
+    except CaptureError:
+        raise
+    except Exception:
+        check_call(model, args, kwargs)
+        raise
 
 
 def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -133,10 +149,11 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
         )
 
 
-def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
+def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Calls | None = None) -> ExportedProgram:
+    """``calls``: what stands for the model's calls; strict without."""
     args, kwargs = cloned((args, kwargs))
-    with _without_partial_graph():
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+    with _without_partial_graph(), Calls().traced(model) if calls is None else calls.traced(model) as traced:
+        exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=calls is None)
     return functional(exported)
 
 

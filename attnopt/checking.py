@@ -19,6 +19,7 @@ from attnopt.calling import Signature, check_inputs, is_guard
 from attnopt.capture import Program, check_call
 from attnopt.compare import TOLERANCE, difference, tensors, tolerance
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
+from attnopt.flat_call import Form, OtherObjectsError
 from attnopt.graph import hint, is_tensor, opname, value, written
 from attnopt.lowering import Plan, lower
 from attnopt.probing import HEAVY, symbols, within
@@ -63,7 +64,7 @@ class Checker:
         worst = 0.0
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for i, (args, kwargs) in enumerate(batches):
-                batch = fitting(module, signature, (args, kwargs), i)
+                batch = fitting(module, signature, (args, kwargs), i, self.program.form)
                 worst = max(worst, difference(self._outputs(module, batch), self._outputs(self.model, batch)))
         return worst
 
@@ -125,6 +126,10 @@ class Checker:
                 break
             try:
                 original = self._outputs(self.model, inputs)
+            except OtherObjectsError:
+                if self._refuses(module, inputs):
+                    continue
+                raise
             except Exception:
                 continue
             try:
@@ -141,16 +146,24 @@ class Checker:
                 ) from e
         return tuple(chain.from_iterable(found))
 
+    def _refuses(self, module: fx.GraphModule, inputs: Inputs) -> bool:
+        try:
+            self._outputs(module, inputs)
+        except Exception:
+            return True
+        return False
+
     def _original(self, inputs: Inputs, counted: list[str]) -> list[Tensor]:
         try:
             return self._outputs(self.model, inputs, counted)
         except Exception:
-            check_call(self.model, *inputs)
+            if self.program.form is None:
+                check_call(self.model, *inputs)
             raise
 
     def _outputs(self, module: nn.Module, inputs: Inputs, counted: list[str] | None = None) -> list[Tensor]:
         torch.manual_seed(self.seed)
-        return outputs_of(module, inputs, self._state, counted)
+        return outputs_of(module, inputs, self._state, counted, self.program.form)
 
     @cached_property
     def _state(self) -> list[str]:
@@ -184,10 +197,15 @@ def coarsest(gm: fx.GraphModule) -> float:
     return max((TOLERANCE[d] for d in found if d in TOLERANCE), default=0.0)
 
 
-def fitting(module: fx.GraphModule, signature: Signature, batch: Inputs, number: int) -> Inputs:
+def fitting(
+    module: fx.GraphModule, signature: Signature, batch: Inputs, number: int, form: Form | None = None
+) -> Inputs:
     """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError."""
     try:
         arranged = signature.arrange(*batch)
+        if form is not None:
+            taken = form.take(*arranged)
+            arranged = taken.args, taken.kwargs
         check_inputs(module, *arranged)
         arranged = _moved(module, arranged)
     except (CaptureError, TypeError) as e:
@@ -227,6 +245,8 @@ def resized(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _fitted(leaf: Any, node: fx.Node, sizes: dict[Any, int]) -> Any:
+    if isinstance(leaf, int) and isinstance(value(node), torch.SymInt):
+        return int(value(node).node.expr.subs(sizes))
     if not isinstance(leaf, Tensor) or not is_tensor(node):
         return leaf
     for axis, size in enumerate(value(node).shape):

@@ -146,7 +146,7 @@ def _captured(
     finally:
         model.train(was_training)
     signature = Signature.of(model.forward, args, kwargs)
-    batches = [fitting(program.module, signature, batch, i) for i, batch in enumerate(calibration)]
+    batches = [fitting(program.module, signature, batch, i, program.form) for i, batch in enumerate(calibration)]
     found = [f for f in find(program).found if sites is None or f.site.name in {s.name for s in sites}]
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}
     if missing or not found:

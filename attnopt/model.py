@@ -74,15 +74,20 @@ class OptimizedModel(nn.Module):
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
             raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
+        form = self.origin.form
+        taken = None if form is None else form.take(args, kwargs)
+        if taken is not None:
+            args, kwargs = taken.args, taken.kwargs
         check_inputs(self.graph_module, args, kwargs)
         try:
-            return self.graph_module(*args, **kwargs)
+            out = self.graph_module(*args, **kwargs)
         except AssertionError as e:
             if not is_guard(e):
                 raise
             raise CaptureError(
                 f"these inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
             ) from None
+        return out if form is None or taken is None else form.give(out, taken)
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with compiling():

@@ -247,7 +247,7 @@ class _Job:
         """The calibration batches in the form in which the graph takes them."""
         signature, made = self._signature(program.module), list[Inputs]()
         for i, (args, kwargs) in enumerate(self.batches):
-            made.append(fitting(program.module, signature, (args, kwargs), i))
+            made.append(fitting(program.module, signature, (args, kwargs), i, program.form))
         return made
 
     def _look_at_weights(self, program: Program) -> None:
@@ -337,7 +337,7 @@ class _Job:
         live = stored(module)
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
         signature = self._signature(module)
-        return Origin(report, sites, signature, program.args, program.kwargs, program.shapes)
+        return Origin(report, sites, signature, program.args, program.kwargs, program.shapes, program.form)
 
 
 def _kept(mass_H: Tensor, data: str) -> str:

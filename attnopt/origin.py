@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnopt.calling import Signature
+from attnopt.flat_call import Form
 from attnopt.report import Report
 from attnopt.site import Site
 
@@ -21,3 +22,4 @@ class Origin:
     args: tuple[Any, ...] = field(repr=False, default=())
     kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
     shapes: Any = None
+    form: Form | None = None  # where objects are among the inputs or outputs; args and kwargs are flat then
