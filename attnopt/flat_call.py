@@ -65,7 +65,8 @@ pytree.register_pytree_node(
 class Inputs:
     """What stands among the inputs: ``places`` are the leaves of the tree of arguments, ``paths`` those of its tensors.
 
-    ``writes``: leaves into which the call writes.  ``counters``: numbers that the call changes."""
+    ``writes``: leaves into which the call writes.  ``counters``: numbers that the call changes.  ``varying``: axes of leaves
+    that other calls may give other sizes."""
 
     names: tuple[str, ...]
     positional: int
@@ -75,6 +76,7 @@ class Inputs:
     stops: frozenset[Path] = frozenset()
     writes: tuple[int, ...] = ()
     counters: frozenset[Path] = frozenset()
+    varying: frozenset[tuple[Path, int]] = frozenset()
 
     @property
     def has_objects(self) -> bool:
@@ -413,9 +415,9 @@ def _watched(
     """The inputs with what a call of the model changes in them: lists, numbers and tensors."""
     own = copied(inputs.named(args, kwargs))
     lists = {path: list(_content(x)) for path, x in _lists(own)}
-    before, walk = _numbers(own), Walk()
-    mapped(own, lambda x, _: is_object(x), lambda x, p: walk.part(x, p) if is_object(x) else walk.leaf(x, p))
-    tensors = [(path, x, x._version) for path, x in zip(walk.paths, walk.leaves, strict=True) if isinstance(x, Tensor)]
+    before = _numbers(own)
+    tensors = [(path, x, x._version) for path, x in _tensors(own)]
+    sizes = {path: tuple(x.shape) for path, x, _ in tensors}
     run(model, *inputs.split(own))
     after = _numbers(own)
     changed = frozenset(path for path, x in before.items() if path in after and after[path] != x)
@@ -425,8 +427,30 @@ def _watched(
     assert found is not None
     written = {path for path, x, version in tensors if x._version != version}
     inside = {path for path, part in found.places if isinstance(part, Leaf)}
-    return replace(found, writes=tuple(i for i, path in enumerate(found.paths) if path in written - inside))
+    return replace(
+        found,
+        writes=tuple(i for i, path in enumerate(found.paths) if path in written - inside),
+        varying=_varying(sizes, {path: tuple(x.shape) for path, x in _tensors(own)}, inside),
+    )
 
+
+def _varying(
+    before: Mapping[Path, tuple[int, ...]], after: Mapping[Path, tuple[int, ...]], plain: set[Path]
+) -> frozenset[tuple[Path, int]]:
+    """Axes in objects that the call makes longer, or that are as long as one of an input: its batch, or what it masks."""
+    common = {size for path, sizes in before.items() if path in plain for size in sizes}
+    return frozenset(
+        (path, axis)
+        for path, sizes in before.items()
+        for axis, size in enumerate(sizes)
+        if size in common or (len(after.get(path, ())) == len(sizes) and after[path][axis] != size)
+    )
+
+
+def _tensors(tree: Any) -> list[tuple[Path, Tensor]]:
+    walk = Walk()
+    mapped(tree, lambda x, _: is_object(x), lambda x, p: walk.part(x, p) if is_object(x) else walk.leaf(x, p))
+    return [(path, x) for path, x in zip(walk.paths, walk.leaves, strict=True) if isinstance(x, Tensor)]
 
 def _lists(tree: Any) -> list[tuple[Path, Any]]:
     """The lists and dicts of a tree of values, beside the one of the arguments themselves."""
@@ -498,38 +522,38 @@ def _apart(inputs: Inputs, out: Any, build: Build, leaves: list[Any]) -> tuple[A
 def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, Any], shapes: Any, auto: bool) -> Any:
     """Dynamic shapes for the leaves of objects: those that are given for one count for every tensor in it.
 
-    ``auto``: every axis, and every number that the call changes."""
+    ``auto``: every axis that may vary, and every number that the call changes."""
     inputs = calls.inputs
     if inputs is None or not inputs.has_objects or not isinstance(shapes, Mapping):
         return shapes
     flat_args, flat_kwargs = calls.flat(args, dict(kwargs))
     flat = inspect.signature(model.forward).bind(*flat_args, **flat_kwargs).arguments
     own = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    counted = {inputs.labels[i] for i, path in enumerate(inputs.paths) if path in inputs.counters}
-    inner = {inputs.labels[i]: _inner(path, inputs.places) for i, path in enumerate(inputs.paths)}
+    leaves = {label: i for i, label in enumerate(inputs.labels)}
 
-    def spread(x: Any, leaves: Any, asked: Any) -> Any:
-        if not isinstance(leaves, dict) or type(x) is type(leaves) and list(x) == list(leaves):
-            if isinstance(x, (list, tuple)) and isinstance(asked, (list, tuple)):
-                return type(asked)(spread(*i) for i in zip(x, leaves, asked, strict=True))
-            if isinstance(x, dict) and isinstance(asked, dict):
-                return {k: spread(x[k], leaves[k], asked.get(k)) for k in x}
-            return asked
-        return {name: _of_leaf(leaf, asked, inner[name], auto, name in counted) for name, leaf in leaves.items()}
+    def spread(x: Any, apart: Any, asked: Any) -> Any:
+        if is_object(x) or (isinstance(apart, dict) and not isinstance(x, dict)):
+            return {label: _of_leaf(inputs, leaves[label], leaf, asked, auto) for label, leaf in apart.items()}
+        if isinstance(x, (list, tuple)) and isinstance(asked, (list, tuple)):
+            return type(asked)(spread(*i) for i in zip(x, apart, asked, strict=True))
+        if isinstance(x, dict) and isinstance(asked, dict):
+            return {k: spread(x[k], apart[k], asked.get(k)) for k in x}
+        return asked
 
     return {name: spread(x, flat[name], shapes.get(name)) for name, x in own.items()}
 
 
-def _of_leaf(leaf: Any, asked: Any, path: Path, auto: bool, counts: bool) -> Any:
-    if auto:
-        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else Dim.AUTO if counts else None
-    for key in path:
+def _of_leaf(inputs: Inputs, place: int, leaf: Any, asked: Any, auto: bool) -> Any:
+    path = inputs.paths[place]
+    if auto and isinstance(leaf, Tensor):
+        return {axis: Dim.AUTO for axis in range(leaf.dim()) if (path, axis) in inputs.varying} or None
+    for key in _inner(path, inputs.places):
         if isinstance(asked, (list, tuple)) and isinstance(key, int):
             asked = asked[key]
         elif isinstance(asked, Mapping) and isinstance(asked.get(key, 0), (Mapping, list, tuple, type(None))):
             asked = asked[key]
+    if not isinstance(leaf, Tensor):
+        return Dim.AUTO if path in inputs.counters and (auto or asked) else None
     if not isinstance(asked, Mapping):
         return None
-    if not isinstance(leaf, Tensor):
-        return Dim.AUTO if counts else None
     return {axis: dim for axis, dim in asked.items() if isinstance(axis, int) and axis < leaf.dim()} or None

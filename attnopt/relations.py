@@ -75,6 +75,8 @@ def _worked_out(node: ast.expr) -> sympy.Expr | None:
             return sympy.Integer(number)
         case ast.Subscript():
             return sympy.Symbol(ast.unparse(node), integer=True, positive=True)
+        case ast.Name(name):
+            return sympy.Symbol(name, integer=True, nonnegative=True)
         case ast.BinOp(left, ast.Add() | ast.Mult() as how, right):
             parts = [_worked_out(left), _worked_out(right)]
             made = sympy.Add if isinstance(how, ast.Add) else sympy.Mul
@@ -101,7 +103,10 @@ class _Named(ast.NodeTransformer):
         match tree:
             case ast.Compare(left, [ast.Eq()], [right]) if _same(left, right):
                 return None
-        is_about_sizes = any(isinstance(n, ast.Subscript) for n in ast.walk(tree))
+        numbers = {n.name for n in self.of_path.values()}
+        is_about_sizes = any(
+            isinstance(n, ast.Subscript) or (isinstance(n, ast.Name) and n.id in numbers) for n in ast.walk(tree)
+        )
         return ast.unparse(tree) if is_about_sizes else None
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
@@ -110,7 +115,8 @@ class _Named(ast.NodeTransformer):
                 n = self.of_path.get(ast.unparse(path))
                 if n is not None:
                     return self._axis(n, axis)
-        return node
+        number = self.of_path.get(ast.unparse(node))
+        return node if number is None else ast.Name(number.name, ast.Load())
 
     def _axis(self, n: fx.Node, axis: int) -> ast.expr:
         size = n.meta["val"].shape[axis]
