@@ -120,13 +120,14 @@ class Inputs:
 @dataclass(frozen=True)
 class Results:
     """What the call gives: ``objects`` among its outputs, ``states`` of the caller's objects that it changes, ``writes`` from
-    its leaves to the inputs'."""
+    its leaves to the inputs'.  ``paths`` are those of its leaves, ``outer`` how much of each leads to the object it is in."""
 
     nodes: tuple[Node, ...]
     objects: tuple[Part, ...]
     states: tuple[tuple[int, Node], ...]
     writes: tuple[tuple[int, int], ...]
     paths: tuple[Path, ...]
+    outer: tuple[int, ...]
     visible: int  # leaves of the output; the others are of states and writes
 
     @property
@@ -438,13 +439,18 @@ def _varying(
     before: Mapping[Path, tuple[int, ...]], after: Mapping[Path, tuple[int, ...]], plain: set[Path]
 ) -> frozenset[tuple[Path, int]]:
     """Axes in objects that the call makes longer, or that are as long as one of an input: its batch, or what it masks."""
-    common = {size for path, sizes in before.items() if path in plain for size in sizes}
-    return frozenset(
-        (path, axis)
-        for path, sizes in before.items()
-        for axis, size in enumerate(sizes)
-        if size in common or (len(after.get(path, ())) == len(sizes) and after[path][axis] != size)
-    )
+    given = [sizes for path, sizes in before.items() if path in plain and sizes]
+    batch = {sizes[0] for sizes in given}
+    lengths = {size for sizes in given for size in sizes[1:]}
+    found: set[tuple[Path, int]] = set()
+    for path, sizes in before.items():
+        later = after.get(path, sizes)
+        for axis, size in enumerate(sizes):
+            is_batch = size in batch and size not in sizes[:axis]
+            grows = len(later) == len(sizes) and later[axis] != size
+            if is_batch or grows or size in lengths:
+                found.add((path, axis))
+    return frozenset(found)
 
 
 def _tensors(tree: Any) -> list[tuple[Path, Tensor]]:
@@ -494,7 +500,7 @@ def _apart(inputs: Inputs, out: Any, build: Build, leaves: list[Any]) -> tuple[A
     objects = [build.made[i] for i in range(len(inputs.nodes))]
     passed = {id(x): i for i, x in enumerate(leaves) if isinstance(x, (Tensor, *NUMBERS))}
     walk = Walk(given={id(x): i for i, x in enumerate(objects)}, passed=passed)
-    parts: list[Part] = []
+    parts, outer = list[Part](), list[int]()
 
     def stop(x: Any, _: Path) -> bool:
         return is_object(x) or id(x) in walk.given
@@ -502,9 +508,11 @@ def _apart(inputs: Inputs, out: Any, build: Build, leaves: list[Any]) -> tuple[A
     def look(x: Any, path: Path) -> Any:
         if not stop(x, path):
             walk.leaf(x, path)
+            outer.append(len(path))
             return x
         start = len(walk.leaves)
         parts.append(walk.part(x, path))
+        outer.extend([len(path)] * (len(walk.leaves) - start))
         labels = _labels([p[len(path) :] for p in walk.paths[start:]])
         return Parts(zip(labels, walk.leaves[start:], strict=True))
 
@@ -513,7 +521,8 @@ def _apart(inputs: Inputs, out: Any, build: Build, leaves: list[Any]) -> tuple[A
     states = [(i, walk.node(x, inputs.homes[i])) for i, x in enumerate(objects)]
     changed = tuple((i, node) for i, node in states if node != _as_given(inputs.nodes[i]))
     writes = tuple((i, walk.leaf(leaves[i], inputs.paths[i]).place) for i in inputs.writes)
-    results = Results(tuple(walk.nodes), tuple(parts), changed, writes, tuple(walk.paths), visible)
+    outer += [len(p) - len(_inner(p, inputs.places)) for p in walk.paths[visible:]]
+    results = Results(tuple(walk.nodes), tuple(parts), changed, writes, tuple(walk.paths), tuple(outer), visible)
     if results.has_state:
         made = (made, Parts(zip(_labels(walk.paths[visible:]), walk.leaves[visible:], strict=True)))
     return made, results
