@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from attnopt.capture import quiet
 from attnopt.compiling import compiling, mode_of
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
+from attnopt.form_json import form_from_json, form_to_json
 from attnopt.graph import hint, stored
 from attnopt.origin import Origin
 from attnopt.relations import user_inputs
@@ -36,7 +37,7 @@ from attnopt.report import Report
 from attnopt.site_json import site_from_json, site_to_json
 from attnopt.untrusted import NotAGraphError, check_graph, check_operators
 
-FORMAT = 2
+FORMAT = 3
 LARGEST = 1 << 28  # bytes of a description or of a graph
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
@@ -83,6 +84,7 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
     from safetensors.torch import save_file
     from torch._export.serde.serialize import serialize
 
+    form = None if origin.form is None else form_to_json(origin.form)
     program = exported(module, origin)
     tensors, about_tensors = _tensors_of(program)
     empty = {
@@ -112,6 +114,7 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
             "format": FORMAT,
             "report": origin.report.to_json(),
             "signature": origin.signature.to_json(),
+            "form": form,
             "sites": [site_to_json(s) for s in origin.sites],
             "tensors": about_tensors,
             "sha256": {name: _digest_of_file(folder / name) for name in (GRAPH, WEIGHTS)},
@@ -154,8 +157,10 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
 
 
 @compiling()
-def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
-    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run."""
+def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx.GraphModule, Origin]:
+    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run.
+
+    ``classes``: of the user's own, whose instances the model may return."""
     folder = Path(path)
     about = _read_about(folder)
     for name in (GRAPH, WEIGHTS):
@@ -167,7 +172,8 @@ def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
         signature = Signature.from_json(about["signature"])
         live = stored(module)
         sites = tuple(site_from_json(s, live) for s in about["sites"])
-    return module, Origin(report, sites, signature, *examples)
+        form = None if about["form"] is None else form_from_json(about["form"], classes)
+    return module, Origin(report, sites, signature, *examples, form=form)
 
 
 @contextlib.contextmanager
@@ -282,7 +288,10 @@ def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any],
 def _examples(program: ExportedProgram) -> Inputs:
     """Inputs of the captured sizes, made anew: an archive holds none."""
     values = [n.meta.get("val") for n in user_inputs(program)]
-    leaves = [_zeros(val) if isinstance(val, Tensor) else val for val in values]
+    leaves = [
+        _zeros(val) if isinstance(val, Tensor) else hint(val) if isinstance(val, torch.SymInt) else val
+        for val in values
+    ]
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     return tuple(args), dict(kwargs)
 

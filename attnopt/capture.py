@@ -21,7 +21,8 @@ from torch.export import Dim, ExportedProgram
 
 from attnopt.compiling import as_called, mode_of
 from attnopt.errors import CaptureError
-from attnopt.flat_call import Calls, Form, shapes_for
+from attnopt.flat_call import Form
+from attnopt.flat_capture import Calls, shapes_for
 from attnopt.graph import get_attr, is_static, opname, source_line, written
 from attnopt.relations import relations
 from attnopt.running import called, cloned, outputs_of
@@ -93,7 +94,9 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
             continue
-        return replace(_finish(exported, args, kwargs, shapes, route), form=calls.form if route == "torch.export" else None)
+        return replace(
+            _finish(exported, args, kwargs, shapes, route), form=calls.form if route == "torch.export" else None
+        )
     check_call(model, *given)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),

@@ -27,7 +27,7 @@ _VALUES = (
     types.FunctionType, types.BuiltinFunctionType,
 )  # fmt: skip
 _SEQUENCES, _MAPPINGS = (list, deque), (dict, OrderedDict)
-_OWN_FIELDS = (object, *_SEQUENCES, tuple, *_MAPPINGS)
+_OWN_FIELDS = (object, *_SEQUENCES, tuple, torch.Size, *_MAPPINGS)
 HINT = "let the cache hold tensors, numbers and plain lists or dicts of them"
 
 
@@ -202,7 +202,9 @@ class Walk:
                 return Passed(self.passed[id(x)])
             return self._seen.get(id(x)) or self.leaf(x, path)
         if isinstance(x, (types.MethodType, weakref.ref)):
-            raise CaptureError(f"{text(path)} refers to another object, which a copy of its owner would share", hint=HINT)
+            raise CaptureError(
+                f"{text(path)} refers to another object, which a copy of its owner would share", hint=HINT
+            )
         found = None if isinstance(x, _VALUES) else _fields(x)
         if found is None:
             if path in self.counters:
@@ -283,7 +285,9 @@ class Match:
 
     def _leaf(self, place: int, x: Any, path: Path) -> None:
         if self.leaves.setdefault(place, x) is not x and not (isinstance(x, int) and self.leaves[place] == x):
-            raise CaptureError(f"{text(path)} was one tensor with another when captured, and is not now", hint=_AS_FILLED)
+            raise CaptureError(
+                f"{text(path)} was one tensor with another when captured, and is not now", hint=_AS_FILLED
+            )
 
     def _same(self, x: Any, wanted: Any, path: Path) -> None:
         if x is not wanted and not (isinstance(x, (int, float)) and x == wanted):
@@ -374,7 +378,9 @@ class Build:
 def tensors_in(output: Any) -> list[Tensor]:
     """Every tensor of a tree of values and of the objects in it, each once."""
     walk = Walk()
-    mapped(output, lambda x, _: is_object(x), lambda x, path: walk.part(x, path) if is_object(x) else walk.leaf(x, path))
+    mapped(
+        output, lambda x, _: is_object(x), lambda x, path: walk.part(x, path) if is_object(x) else walk.leaf(x, path)
+    )
     return [x for x in walk.leaves if isinstance(x, Tensor)]
 
 

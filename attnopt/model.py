@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -163,9 +163,10 @@ def _not_captured() -> AttnoptError:
     return AttnoptError("the model has not been captured yet", hint="call it once, or give example inputs to optimize")
 
 
-def load(path: str | os.PathLike[str]) -> OptimizedModel:
+def load(path: str | os.PathLike[str], *, classes: Iterable[type] = ()) -> OptimizedModel:
     """The model that ``save`` wrote to the folder ``path``, giving the same bits.
 
+    ``classes``: of your own, such as a cache's, that the model makes and returns; those of transformers are known.
     Raises ArchiveError; runs nothing that it reads.
     """
-    return OptimizedModel(*archive.read(path))
+    return OptimizedModel(*archive.read(path, classes))

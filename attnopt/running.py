@@ -48,7 +48,9 @@ def outputs_of(
 
 
 def _with_numbers(leaves: Sequence[Any]) -> list[Tensor]:
-    return [torch.tensor(x) if isinstance(x, (int, float)) else x for x in leaves if isinstance(x, (int, float, Tensor))]
+    return [
+        torch.tensor(x) if isinstance(x, (int, float)) else x for x in leaves if isinstance(x, (int, float, Tensor))
+    ]
 
 
 def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -64,9 +64,7 @@ def with_names(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, Name
     several = len({roots[k] for k, i in enumerate(kept) if not _is_plain(form, i)}) > 1
     outputs = [_output(form, i, root, several) for i, root in zip(kept, roots, strict=True)]
     taken = {n.name for n in placeholders} | set(names)
-    return made, Names(
-        dict(zip([placeholders[i].name for i in inside], names, strict=True)), _distinct(outputs, taken)
-    )
+    return made, Names(dict(zip([placeholders[i].name for i in inside], names, strict=True)), _distinct(outputs, taken))
 
 
 def _is_inside(form: Form, place: int) -> bool:

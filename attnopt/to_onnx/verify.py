@@ -24,9 +24,7 @@ from attnopt.to_onnx.sites import Marked
 ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 
 
-def verify(
-    gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]
-) -> None:
+def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
     """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``.
 
     ``named``: what the file calls inputs of the graph, where it gives them names of its own."""
