@@ -27,6 +27,7 @@ from attnopt.calibration import Inputs
 from attnopt.calling import Signature
 from attnopt.capture import quiet
 from attnopt.compiling import compiling, mode_of
+from attnopt.containers import in_lists
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
 from attnopt.form_json import form_from_json, form_to_json
@@ -57,25 +58,23 @@ def exported(module: fx.GraphModule, origin: Origin) -> ExportedProgram:
 
 def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Dynamic shapes read from the graph itself: an axis with a symbol is dynamic, and may turn out fixed no more."""
-    nodes = iter([n for n in module.graph.nodes if n.op == "placeholder"])
-
-    def of(_: Any) -> Any:
-        val = next(nodes).meta.get("val")
-        if isinstance(val, torch.SymInt):
-            return Dim.AUTO
-        if not isinstance(val, Tensor):
-            return None
-        return {i: Dim.AUTO for i, s in enumerate(val.shape) if not isinstance(s, int)} or None
-
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    shapes = [of(leaf) for leaf in leaves]
+    shapes = [_dynamic(n.meta.get("val")) for n in module.graph.nodes if n.op == "placeholder"]
     if not any(shapes):
         return None
-    positional, keywords = pytree.tree_unflatten(shapes, spec)
+    left = iter(shapes)
+    positional, keywords = in_lists((args, dict(kwargs)), lambda _: next(left))
     from torch.export._trace import _get_forward_arg_names
 
     names = _get_forward_arg_names(module, args, dict(kwargs))
     return dict(zip(names, (*positional, *keywords.values()), strict=True))
+
+
+def _dynamic(val: Any) -> Any:
+    if isinstance(val, torch.SymInt):
+        return Dim.AUTO
+    if not isinstance(val, Tensor):
+        return None
+    return {i: Dim.AUTO for i, s in enumerate(val.shape) if not isinstance(s, int)} or None
 
 
 @compiling()

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,6 +117,16 @@ def mapped(x: Any, stop: Callable[[Any, Path], bool], f: Callable[[Any, Path], A
     keys = _keys(x, len(children))
     made = [mapped(c, stop, f, (*path, key)) for key, c in zip(keys, children, strict=True)]
     return pytree.tree_unflatten(made, spec)
+
+
+def in_lists(x: Any, f: Callable[[Any], Any]) -> Any:
+    """``f`` of each leaf in torch.export's notation of dynamic shapes, in which classes of a library's own are lists."""
+    if pytree.tree_is_leaf(x):
+        return f(x)
+    children, spec = pytree.tree_flatten(x, is_leaf=lambda y: y is not x)
+    made = [in_lists(c, f) for c in children]
+    known = type(x) in (list, tuple, deque, dict, OrderedDict, defaultdict) or hasattr(x, "_fields")
+    return pytree.tree_unflatten(made, spec) if known else made
 
 
 def _keys(x: Any, count: int) -> list[Any]:

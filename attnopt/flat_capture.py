@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -231,7 +232,7 @@ def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, 
 
     ``auto``: every axis that may vary, and every number that the call changes."""
     inputs = calls.inputs
-    if inputs is None or not inputs.has_objects or not isinstance(shapes, Mapping):
+    if inputs is None or not isinstance(shapes, Mapping):
         return shapes
     flat_args, flat_kwargs = calls.flat(args, dict(kwargs))
     flat = inspect.signature(model.forward).bind(*flat_args, **flat_kwargs).arguments
@@ -244,7 +245,10 @@ def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, 
         if isinstance(x, (list, tuple)) and isinstance(asked, (list, tuple)):
             return type(asked)(spread(*i) for i in zip(x, apart, asked, strict=True))
         if isinstance(x, dict) and isinstance(asked, dict):
-            return {k: spread(x[k], apart[k], asked.get(k)) for k in x}
+            made = {k: spread(x[k], apart[k], asked.get(k)) for k in x}
+            return (
+                made if type(x) in (dict, OrderedDict, defaultdict) else list(made.values())
+            )  # torch knows no names there
         return asked
 
     return {name: spread(x, flat[name], shapes.get(name)) for name, x in own.items()}

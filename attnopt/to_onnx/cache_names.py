@@ -21,20 +21,24 @@ if TYPE_CHECKING:
 
 PAST, PRESENT = "past_key_values", "present"
 _SIDES = {"self_attention_cache": "decoder", "cross_attention_cache": "encoder"}
+_RETURNED = "_orig"  # what torch adds to the name of an input that is an output too
 _SINGULAR = {"keys": "key", "values": "value"}
 
 
 @dataclass(frozen=True)
 class Names:
-    """``inputs``: by the graph's own names, those in objects alone.  ``outputs``: all, in order."""
+    """``inputs``: by the graph's own names, those in objects; ``plain`` the others.  ``outputs``: all, in order."""
 
     inputs: dict[str, str]
+    plain: frozenset[str]
     outputs: tuple[str, ...]
 
     def give(self, graph: ir.Graph) -> None:
         """Rename, and drop inputs in objects that nothing uses."""
         for x in list(graph.inputs):
-            if x.name in self.inputs:
+            if str(x.name).removesuffix(_RETURNED) in self.plain:
+                x.name = str(x.name).removesuffix(_RETURNED)
+            elif x.name in self.inputs:
                 if not x.uses() and not x.is_graph_output():
                     graph.inputs.remove(x)
                 x.name = self.inputs[x.name]
@@ -64,7 +68,9 @@ def with_names(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, Name
     several = len({roots[k] for k, i in enumerate(kept) if not _is_plain(form, i)}) > 1
     outputs = [_output(form, i, root, several) for i, root in zip(kept, roots, strict=True)]
     taken = {n.name for n in placeholders} | set(names)
-    return made, Names(dict(zip([placeholders[i].name for i in inside], names, strict=True)), _distinct(outputs, taken))
+    renamed = dict(zip([placeholders[i].name for i in inside], names, strict=True))
+    plain = frozenset(n.name for n in placeholders if n.name not in renamed)
+    return made, Names(renamed, plain, _distinct(outputs, taken))
 
 
 def _is_inside(form: Form, place: int) -> bool:
