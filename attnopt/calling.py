@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError
+
+
+OF_EACH_KIND = "optimize the model with an example of this kind too, and keep the two results side by side"
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,15 @@ def is_guard(e: BaseException) -> bool:
     return isinstance(e, AssertionError) and str(e).startswith("Guard failed")
 
 
-def check_inputs(module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError."""
+def check_inputs(
+    module: torch.fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    is_inside: Callable[[int], bool] = lambda _: False,
+) -> None:
+    """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError.
+
+    ``is_inside``: the input of this number is part of an object, such as a cache."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(leaves) != len(nodes):
@@ -128,7 +138,7 @@ def check_inputs(module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Ma
             hint="pass inputs of the same structure as the example's",
         )
     symbols: dict[Any, int] = {}
-    for node, leaf in zip(nodes, leaves, strict=True):
+    for number, (node, leaf) in enumerate(zip(nodes, leaves, strict=True)):
         expected = node.meta.get("val")
         if not isinstance(expected, Tensor):
             continue
@@ -139,10 +149,12 @@ def check_inputs(module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Ma
                 f"{node.name} has dtype {leaf.dtype}, captured with {expected.dtype}",
                 hint=f"convert it to {expected.dtype}",
             )
-        _check_shape(node.name, tuple(leaf.shape), tuple(expected.shape), symbols)
+        _check_shape(node.name, tuple(leaf.shape), tuple(expected.shape), symbols, is_inside(number))
 
 
-def _check_shape(name: str, got: tuple[int, ...], expected: tuple[Any, ...], symbols: dict[Any, int]) -> None:
+def _check_shape(
+    name: str, got: tuple[int, ...], expected: tuple[Any, ...], symbols: dict[Any, int], inside: bool
+) -> None:
     if len(got) != len(expected):
         raise CaptureError(f"{name} has {len(got)} axes, captured with {len(expected)}")
     for axis, (size, want) in enumerate(zip(got, expected, strict=True)):
@@ -150,7 +162,9 @@ def _check_shape(name: str, got: tuple[int, ...], expected: tuple[Any, ...], sym
             if size != want:
                 raise CaptureError(
                     f"{name} has length {size} along axis {axis}, captured for {want} alone",
-                    hint=f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}',
+                    hint=OF_EACH_KIND
+                    if inside
+                    else f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}',
                 )
         elif want.node.expr.is_symbol and symbols.setdefault(want.node.expr, size) != size:
             raise CaptureError(

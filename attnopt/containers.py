@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.calling import OF_EACH_KIND
 from attnopt.errors import CaptureError
 
 Path = tuple[Any, ...]  # of attributes, keys and indices
@@ -288,7 +289,7 @@ class Match:
                 raise CaptureError(
                     f"{text(path)} has {len(there)} {'attributes' if what == '.' else 'items'}, captured with "
                     f"{len(wanted)}; only one of them has {', '.join(odd[:3])}",
-                    hint=_AS_FILLED,
+                    hint=OF_EACH_KIND,
                 )
             for name, part in wanted:
                 self.part(part, there[name], (*path, name))
@@ -296,21 +297,18 @@ class Match:
     def _leaf(self, place: int, x: Any, path: Path) -> None:
         if self.leaves.setdefault(place, x) is not x and not (isinstance(x, int) and self.leaves[place] == x):
             raise CaptureError(
-                f"{text(path)} was one tensor with another when captured, and is not now", hint=_AS_FILLED
+                f"{text(path)} was one tensor with another when captured, and is not now", hint=OF_EACH_KIND
             )
 
     def _same(self, x: Any, wanted: Any, path: Path) -> None:
         if x is not wanted and not (isinstance(x, (int, float)) and x == wanted):
-            raise CaptureError(f"{text(path)} is another object than it was when captured", hint=_AS_FILLED)
-
-
-_AS_FILLED = "optimize the model with an example of this kind too, and keep the two results side by side"
+            raise CaptureError(f"{text(path)} is another object than it was when captured", hint=OF_EACH_KIND)
 
 
 def differs(path: Path, found: Any, wanted: Any) -> CaptureError:
     shown = type(found).__name__ if is_object(found) or isinstance(found, Tensor) else repr(found)[:60]
     told = wanted if isinstance(wanted, str) else repr(wanted)[:60]
-    return CaptureError(f"{text(path)} is {shown}, captured with {told}", hint=_AS_FILLED)
+    return CaptureError(f"{text(path)} is {shown}, captured with {told}", hint=OF_EACH_KIND)
 
 
 def _equal(x: Any, wanted: Any) -> bool:

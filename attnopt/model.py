@@ -76,9 +76,11 @@ class OptimizedModel(nn.Module):
             raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
         form = self.origin.form
         taken = None if form is None else form.take(args, kwargs)
-        if taken is not None:
+        if form is None or taken is None:
+            check_inputs(self.graph_module, args, kwargs)
+        else:
             args, kwargs = taken.args, taken.kwargs
-        check_inputs(self.graph_module, args, kwargs)
+            check_inputs(self.graph_module, args, kwargs, form.inputs.is_inside)
         try:
             out = self.graph_module(*args, **kwargs)
         except AssertionError as e:

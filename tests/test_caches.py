@@ -454,7 +454,7 @@ def test_caches_of_transformers(name: str) -> None:
     if name == "sliding":
         short = empty()
         read(model, short, 3)
-        with pytest.raises(CaptureError, match="hint: optimize with example inputs of that size"):
+        with pytest.raises(CaptureError, match="hint: optimize the model with an example of this kind too"):
             step(input_ids=tokens(1), past_key_values=short)
 
 

@@ -41,11 +41,18 @@ def check_sizes(graph: ir.Graph, relations: Sequence[str]) -> None:
         _needed_for(b, graph, inputs[about[0]], zero)
 
 
-def _inputs_of(tree: ast.expr) -> Iterator[str]:
-    for node in ast.walk(tree):
-        match node:
-            case ast.Name(name) if name not in _FUNCTIONS:
-                yield name
+def _inputs_of(tree: ast.AST) -> Iterator[str]:
+    match tree:
+        case ast.Subscript(ast.Name(name), ast.Constant(int())) | ast.Name(name):  # a size, and a number
+            yield name
+        case ast.Subscript() | ast.Attribute():
+            return
+        case ast.Call(_, parts):
+            for part in parts:
+                yield from _inputs_of(part)
+        case _:
+            for part in ast.iter_child_nodes(tree):
+                yield from _inputs_of(part)
 
 
 def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Value:
