@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError
 
-
 OF_EACH_KIND = "optimize the model with an example of this kind too, and keep the two results side by side"
 
 

@@ -51,8 +51,8 @@ def _inputs_of(tree: ast.AST) -> Iterator[str]:
             for part in parts:
                 yield from _inputs_of(part)
         case _:
-            for part in ast.iter_child_nodes(tree):
-                yield from _inputs_of(part)
+            for child in ast.iter_child_nodes(tree):
+                yield from _inputs_of(child)
 
 
 def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Value:
