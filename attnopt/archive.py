@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from attnopt.calibration import Inputs
 from attnopt.calling import Signature
 from attnopt.capture import quiet
 from attnopt.compiling import compiling, mode_of
+from attnopt.containers import in_lists
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
+from attnopt.form_json import form_from_json, form_to_json
 from attnopt.graph import hint, stored
 from attnopt.origin import Origin
 from attnopt.relations import user_inputs
@@ -36,7 +38,7 @@ from attnopt.report import Report
 from attnopt.site_json import site_from_json, site_to_json
 from attnopt.untrusted import NotAGraphError, check_graph, check_operators
 
-FORMAT = 2
+FORMAT = 3
 LARGEST = 1 << 28  # bytes of a description or of a graph
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
@@ -56,23 +58,23 @@ def exported(module: fx.GraphModule, origin: Origin) -> ExportedProgram:
 
 def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Dynamic shapes read from the graph itself: an axis with a symbol is dynamic, and may turn out fixed no more."""
-    nodes = iter([n for n in module.graph.nodes if n.op == "placeholder"])
-
-    def of(_: Any) -> Any:
-        val = next(nodes).meta.get("val")
-        if not isinstance(val, Tensor):
-            return None
-        return {i: Dim.AUTO for i, s in enumerate(val.shape) if not isinstance(s, int)} or None
-
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    shapes = [of(leaf) for leaf in leaves]
+    shapes = [_dynamic(n.meta.get("val")) for n in module.graph.nodes if n.op == "placeholder"]
     if not any(shapes):
         return None
-    positional, keywords = pytree.tree_unflatten(shapes, spec)
+    left = iter(shapes)
+    positional, keywords = in_lists((args, dict(kwargs)), lambda _: next(left))
     from torch.export._trace import _get_forward_arg_names
 
     names = _get_forward_arg_names(module, args, dict(kwargs))
     return dict(zip(names, (*positional, *keywords.values()), strict=True))
+
+
+def _dynamic(val: Any) -> Any:
+    if isinstance(val, torch.SymInt):
+        return Dim.AUTO
+    if not isinstance(val, Tensor):
+        return None
+    return {i: Dim.AUTO for i, s in enumerate(val.shape) if not isinstance(s, int)} or None
 
 
 @compiling()
@@ -81,6 +83,7 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
     from safetensors.torch import save_file
     from torch._export.serde.serialize import serialize
 
+    form = None if origin.form is None else form_to_json(origin.form)
     program = exported(module, origin)
     tensors, about_tensors = _tensors_of(program)
     empty = {
@@ -111,6 +114,7 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
             "report": origin.report.to_json(),
             "signature": origin.signature.to_json(),
             "trains_otherwise": origin.trains_otherwise,
+            "form": form,
             "sites": [site_to_json(s) for s in origin.sites],
             "tensors": about_tensors,
             "sha256": {name: _digest_of_file(folder / name) for name in (GRAPH, WEIGHTS)},
@@ -153,8 +157,10 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
 
 
 @compiling()
-def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
-    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run."""
+def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx.GraphModule, Origin]:
+    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run.
+
+    ``classes``: of the user's own, whose instances the model may return."""
     folder = Path(path)
     about = _read_about(folder)
     for name in (GRAPH, WEIGHTS):
@@ -167,7 +173,8 @@ def read(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, Origin]:
         live = stored(module)
         sites = tuple(site_from_json(s, live) for s in about["sites"])
         trains_otherwise = bool(about["trains_otherwise"])
-    return module, Origin(report, sites, signature, *examples, trains_otherwise=trains_otherwise)
+        form = None if about["form"] is None else form_from_json(about["form"], classes)
+    return module, Origin(report, sites, signature, *examples, trains_otherwise=trains_otherwise, form=form)
 
 
 @contextlib.contextmanager
@@ -282,7 +289,10 @@ def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any],
 def _examples(program: ExportedProgram) -> Inputs:
     """Inputs of the captured sizes, made anew: an archive holds none."""
     values = [n.meta.get("val") for n in user_inputs(program)]
-    leaves = [_zeros(val) if isinstance(val, Tensor) else val for val in values]
+    leaves = [
+        _zeros(val) if isinstance(val, Tensor) else hint(val) if isinstance(val, torch.SymInt) else val
+        for val in values
+    ]
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     return tuple(args), dict(kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError
+
+OF_EACH_KIND = "optimize the model with an example of this kind too, and keep the two results side by side"
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,16 @@ def is_guard(e: BaseException) -> bool:
 
 
 def check_inputs(
-    module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], fixed: Collection[str] = ()
+    module: torch.fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    fixed: Collection[str] = (),
+    is_inside: Callable[[int], bool] = lambda _: False,
 ) -> None:
     """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError.
 
-    ``fixed``: what the report says of axes that were to vary and do not."""
+    ``fixed``: what the report says of axes that were to vary and do not.  ``is_inside``: the input of this number is part of
+    an object, such as a cache."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(leaves) != len(nodes):
@@ -132,7 +139,7 @@ def check_inputs(
             hint="pass inputs of the same structure as the example's",
         )
     symbols: dict[Any, int] = {}
-    for node, leaf in zip(nodes, leaves, strict=True):
+    for number, (node, leaf) in enumerate(zip(nodes, leaves, strict=True)):
         expected = node.meta.get("val")
         if not isinstance(expected, Tensor):
             continue
@@ -143,11 +150,17 @@ def check_inputs(
                 f"{node.name} has dtype {leaf.dtype}, captured with {expected.dtype}",
                 hint=f"convert it to {expected.dtype}",
             )
-        _check_shape(node.name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed)
+        remedy = OF_EACH_KIND if is_inside(number) else None
+        _check_shape(node.name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed, remedy)
 
 
 def _check_shape(
-    name: str, got: tuple[int, ...], expected: tuple[Any, ...], symbols: dict[Any, int], fixed: Collection[str]
+    name: str,
+    got: tuple[int, ...],
+    expected: tuple[Any, ...],
+    symbols: dict[Any, int],
+    fixed: Collection[str],
+    remedy: str | None,
 ) -> None:
     if len(got) != len(expected):
         raise CaptureError(f"{name} has {len(got)} axes, captured with {len(expected)}")
@@ -156,11 +169,15 @@ def _check_shape(
             if size != want:
                 raise CaptureError(
                     f"{name} has length {size} along axis {axis}, captured for {want} alone",
-                    hint=f"the model does not let it vary: optimize with an example of length {size} there"
-                    if f"{name}[{axis}] = {want}" in fixed
-                    else f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}',
+                    hint=remedy or _remedy(name, axis, size, f"{name}[{axis}] = {want}" in fixed),
                 )
         elif want.node.expr.is_symbol and symbols.setdefault(want.node.expr, size) != size:
             raise CaptureError(
                 f"{name} has length {size} along axis {axis}, another input has {symbols[want.node.expr]} for it"
             )
+
+
+def _remedy(name: str, axis: int, size: int, is_stuck: bool) -> str:
+    if is_stuck:
+        return f"the model does not let it vary: optimize with an example of length {size} there"
+    return f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}'

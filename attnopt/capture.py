@@ -25,11 +25,13 @@ from attnopt.calibration import Inputs
 from attnopt.compiling import as_called, mode_of
 from attnopt.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
 from attnopt.errors import CaptureError
+from attnopt.flat_call import Form
+from attnopt.flat_capture import Calls, shapes_for
 from attnopt.flex_calls import freshly_traced, index_plainly, write_out
 from attnopt.graph import get_attr, is_static, opname, source_line, written
 from attnopt.reaching import Limited, as_far_as_it_goes, captured_with_own
 from attnopt.relations import relations
-from attnopt.running import cloned, outputs_of
+from attnopt.running import called, cloned, outputs_of
 from attnopt.tidying import tidy
 
 higher_order = torch.ops.higher_order
@@ -55,6 +57,7 @@ class Program:
     route: str = "export"
     own: Inputs | None = None
     narrower: Auto | None = None
+    form: Form | None = None  # where objects are among what the model takes or returns; args and kwargs are flat then
 
     @property
     def examples(self) -> tuple[Inputs, ...]:
@@ -89,36 +92,39 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     if (lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)) is not None:
         raise CaptureError(f"{lazy} gets its size at the model's first call", hint="call the model once first")
     _check_arguments(model, args, kwargs)
-    captured = partial(_captured, model)
     if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
-        return as_far_as_it_goes(model, (args, kwargs), auto, captured)
+        return as_far_as_it_goes(model, (args, kwargs), auto, partial(_captured, model, True))
     shapes = asked_shapes(model, args, kwargs, dynamic_shapes)
-    return captured_with_own(model, (args, kwargs), shapes, False, captured)
+    return captured_with_own(model, (args, kwargs), shapes, False, partial(_captured, model, False))
 
 
-def _captured(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: bool) -> Program:
+def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_cheap: bool) -> Program:
     """``is_cheap``: tried in the first way alone, and only as far as the sizes stay simple."""
-    args, kwargs = inputs
+    calls = _calls(model, *inputs)
+    shapes = shapes_for(calls, model, *inputs, shapes, is_auto)
+    args, kwargs = calls.flat(*inputs)
     copied = partial(structural_copy, model)
     failures: list[str] = []
     ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
-        ("torch.export", lambda: _export(copied(), args, kwargs, shapes, strict=False)),
-        ("torch.export (strict)", lambda: _export(copied(), args, kwargs, shapes, strict=True)),
+        ("torch.export", lambda: _export(copied(), args, kwargs, shapes, calls)),
+        ("torch.export (strict)", lambda: _export(copied(), args, kwargs, shapes)),
         (
             "torch.fx.symbolic_trace",
-            lambda: _export(fx.symbolic_trace(copied()), args, kwargs, shapes, strict=False),
+            lambda: _export(fx.symbolic_trace(copied()), args, kwargs, shapes, Calls()),
         ),
     )
-    for route, way in ways[:1] if is_cheap else ways:
+    for route, way in ways[:1] if is_cheap or calls.has_objects else ways:
         try:
             with quiet(), as_called(), mode_of(model), Limited() if is_cheap else nullcontext():
                 exported = _without_backward(way)
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
             continue
-        return _finish(exported, args, kwargs, shapes, route)
-    check_call(model, args, kwargs)
+        return replace(
+            _finish(exported, args, kwargs, shapes, route), form=calls.form if route == "torch.export" else None
+        )
+    check_call(model, *inputs)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),
         hint="make the named operation independent of the inputs' values"
@@ -135,6 +141,17 @@ def _without_backward(way: Callable[[], ExportedProgram]) -> ExportedProgram:
             raise
         with torch.no_grad():
             return way()
+
+
+def _calls(model: nn.Module, args: Args, kwargs: Kwargs) -> Calls:
+    run = None if without_values(model) is not None else lambda m, a, k: called(structural_copy(m), a, k)
+    try:
+        return Calls.of(model, args, kwargs, run)
+    except CaptureError:
+        raise
+    except Exception:
+        check_call(model, args, kwargs)
+        raise
 
 
 def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -173,11 +190,17 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
         )
 
 
-def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, strict: bool) -> ExportedProgram:
+def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Calls | None = None) -> ExportedProgram:
+    """``calls``: what stands for the model's calls; strict without."""
     args, kwargs = cloned((args, kwargs))
-    plain = nullcontext() if shapes is None else plain_signature(model, args, kwargs)
-    with _without_partial_graph(), freshly_traced(), _with_its_names(model), plain:
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+    with (
+        _without_partial_graph(),
+        freshly_traced(),
+        _with_its_names(model),
+        Calls().traced(model) if calls is None else calls.traced(model) as traced,
+        nullcontext() if shapes is None else plain_signature(traced, args, kwargs),
+    ):
+        exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=calls is None)
     return functional(exported)
 
 

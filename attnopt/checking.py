@@ -21,6 +21,7 @@ from attnopt.capture import Program, check_call
 from attnopt.compare import TOLERANCE, difference, tensors, tolerance
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.fast_path import leaves_out_padding
+from attnopt.flat_call import Form, OtherObjectsError
 from attnopt.graph import hint, is_tensor, opname, value, written
 from attnopt.lowering import Plan, lower
 from attnopt.plugin_calls import is_ours, told
@@ -72,7 +73,7 @@ class Checker:
         worst = 0.0
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for i, (args, kwargs) in enumerate(batches):
-                batch = fitting(module, signature, (args, kwargs), i, fixed=self.program.fixed_axes)
+                batch = fitting(module, signature, (args, kwargs), i, self.program.form, fixed=self.program.fixed_axes)
                 worst = max(worst, difference(self._outputs(module, batch), self._outputs(self.model, batch)))
         return worst
 
@@ -134,6 +135,10 @@ class Checker:
                 break
             try:
                 original = self._outputs(self.model, inputs)
+            except OtherObjectsError:
+                if self._refuses(module, inputs):
+                    continue
+                raise
             except Exception:
                 continue
             try:
@@ -150,16 +155,24 @@ class Checker:
                 ) from e
         return tuple(chain.from_iterable(found))
 
+    def _refuses(self, module: fx.GraphModule, inputs: Inputs) -> bool:
+        try:
+            self._outputs(module, inputs)
+        except Exception:
+            return True
+        return False
+
     def _original(self, inputs: Inputs, counted: list[str]) -> list[Tensor]:
         try:
             return self._outputs(self.model, inputs, counted)
         except Exception:
-            check_call(self.model, *inputs)
+            if self.program.form is None:
+                check_call(self.model, *inputs)
             raise
 
     def _outputs(self, module: nn.Module, inputs: Inputs, counted: list[str] | None = None) -> list[Tensor]:
         torch.manual_seed(self.seed)
-        return outputs_of(module, inputs, self._state, counted)
+        return outputs_of(module, inputs, self._state, counted, self.program.form)
 
     @cached_property
     def _state(self) -> list[str]:
@@ -208,13 +221,21 @@ def coarsest(gm: fx.GraphModule) -> float:
 
 
 def fitting(
-    module: fx.GraphModule, signature: Signature, batch: Inputs, number: int, fixed: Sequence[str] = ()
+    module: fx.GraphModule,
+    signature: Signature,
+    batch: Inputs,
+    number: int,
+    form: Form | None = None,
+    fixed: Sequence[str] = (),
 ) -> Inputs:
     """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError.
 
     ``fixed``: what the report says of axes that were to vary and do not."""
     try:
         arranged = signature.arrange(*batch)
+        if form is not None:
+            taken = form.take(*arranged)
+            arranged = taken.args, taken.kwargs
         check_inputs(module, *arranged)
         arranged = _moved(module, arranged)
     except (CaptureError, TypeError) as e:
@@ -274,6 +295,8 @@ def _other_sizes(sizes: dict[Any, int]) -> list[dict[Any, int]]:
 
 
 def _fitted(leaf: Any, node: fx.Node, sizes: dict[Any, int]) -> Any:
+    if isinstance(leaf, int) and isinstance(value(node), torch.SymInt):
+        return int(value(node).node.expr.subs(sizes))
     if not isinstance(leaf, Tensor) or not is_tensor(node):
         return leaf
     for axis, size in enumerate(value(node).shape):

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from attnopt.containers import tensors_in
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 PIECE = 1 << 20  # elements that are compared at a time
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output, whatever its structure."""
-    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    """Every tensor of a model's output, whatever its structure, those in caches and other objects included."""
+    return tensors_in(output)
 
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:

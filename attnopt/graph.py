@@ -115,6 +115,7 @@ def source_line(node: fx.Node) -> str:
     """ "file.py:88" of the innermost frame of the user's model that made ``node``; "" where it is not known."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    frames = [f for f in frames if "/attnopt/flat_call.py" not in f]  # which calls the model while it is captured
     inner = [f for f in frames if "/torch/" not in f and not f.startswith('File "<')] or frames
     if not inner:
         return ""

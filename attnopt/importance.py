@@ -147,7 +147,8 @@ def _captured(
         model.train(was_training)
     signature = Signature.of(model.forward, args, kwargs)
     batches = [
-        fitting(program.module, signature, batch, i, fixed=program.fixed_axes) for i, batch in enumerate(calibration)
+        fitting(program.module, signature, batch, i, program.form, fixed=program.fixed_axes)
+        for i, batch in enumerate(calibration)
     ]
     found = [f for f in find(program).found if sites is None or f.site.name in {s.name for s in sites}]
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -77,15 +77,22 @@ class OptimizedModel(nn.Module):
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
             raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
-        check_inputs(self.graph_module, args, kwargs, self.origin.report.fixed_axes)
+        form, fixed = self.origin.form, self.origin.report.fixed_axes
+        taken = None if form is None else form.take(args, kwargs)
+        if form is None or taken is None:
+            check_inputs(self.graph_module, args, kwargs, fixed)
+        else:
+            args, kwargs = taken.args, taken.kwargs
+            check_inputs(self.graph_module, args, kwargs, fixed, form.inputs.is_inside)
         try:
-            return self.graph_module(*args, **kwargs)
+            out = self.graph_module(*args, **kwargs)
         except AssertionError as e:
             if not is_guard(e):
                 raise
             raise CaptureError(
                 f"these inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
             ) from None
+        return out if form is None or taken is None else form.give(out, taken)
 
     def train(self, mode: bool = True) -> Self:
         """As of every module; a graph that was captured for inference stays one, which a warning tells once."""
@@ -191,9 +198,10 @@ def _not_captured() -> AttnoptError:
     return AttnoptError("the model has not been captured yet", hint="call it once, or give example inputs to optimize")
 
 
-def load(path: str | os.PathLike[str]) -> OptimizedModel:
+def load(path: str | os.PathLike[str], *, classes: Iterable[type] = ()) -> OptimizedModel:
     """The model that ``save`` wrote to the folder ``path``, giving the same bits.
 
+    ``classes``: of your own, such as a cache's, that the model makes and returns; those of transformers are known.
     Raises ArchiveError; runs nothing that it reads.
     """
-    return OptimizedModel(*archive.read(path))
+    return OptimizedModel(*archive.read(path, classes))

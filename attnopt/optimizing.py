@@ -264,7 +264,7 @@ class _Job:
         """The calibration batches in the form in which the graph takes them."""
         signature, made = self._signature(program.module), list[Inputs]()
         for i, (args, kwargs) in enumerate(self.batches):
-            made.append(fitting(program.module, signature, (args, kwargs), i, fixed=program.fixed_axes))
+            made.append(fitting(program.module, signature, (args, kwargs), i, program.form, fixed=program.fixed_axes))
         return made
 
     def _look_at_weights(self, program: Program) -> None:
@@ -355,7 +355,14 @@ class _Job:
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
         signature = self._signature(module)
         return Origin(
-            report, sites, signature, program.args, program.kwargs, program.shapes, trains_otherwise(self.model)
+            report,
+            sites,
+            signature,
+            program.args,
+            program.kwargs,
+            program.shapes,
+            trains_otherwise(self.model),
+            program.form,
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnopt.calling import Signature
+from attnopt.flat_call import Form
 from attnopt.report import Report
 from attnopt.site import Site
 
@@ -22,3 +23,4 @@ class Origin:
     kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
     shapes: Any = None
     trains_otherwise: bool = False  # captured for inference, and the model has dropout or batch normalisation
+    form: Form | None = None  # where objects are among the inputs or outputs; args and kwargs are flat then

@@ -103,8 +103,9 @@ def within(graph: fx.Graph, sizes: Mapping[Any, int]) -> dict[Any, int]:
 
 
 def _free(graph: fx.Graph) -> list[torch.SymInt]:
-    shapes = [value(n).shape for n in graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
-    return [s for sizes in shapes for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_symbol]
+    found = [value(n) for n in graph.nodes if n.op == "placeholder"]
+    sizes = [s for val in found for s in (val.shape if isinstance(val, Tensor) else (val,))]
+    return [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_symbol]
 
 
 def bounds(size: torch.SymInt) -> tuple[int, int | None]:

@@ -81,7 +81,10 @@ class _Named(ast.NodeTransformer):
     def read(self, code: str) -> str | None:
         """None where nothing is said about sizes."""
         tree = self.visit(ast.parse(code.strip(), mode="eval")).body
-        is_about_sizes = any(isinstance(n, ast.Subscript) for n in ast.walk(tree))
+        numbers = {n.name for n in self.of_path.values()}
+        is_about_sizes = any(
+            isinstance(n, ast.Subscript) or (isinstance(n, ast.Name) and n.id in numbers) for n in ast.walk(tree)
+        )
         return ast.unparse(tree) if is_about_sizes else None
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
@@ -90,7 +93,8 @@ class _Named(ast.NodeTransformer):
                 n = self.of_path.get(ast.unparse(path)) or self._by_place(path)
                 if n is not None:
                     return self._axis(n, axis)
-        return node
+        number = self.of_path.get(ast.unparse(node))
+        return node if number is None else ast.Name(number.name, ast.Load())
 
     def _by_place(self, path: ast.expr) -> fx.Node | None:
         """An input as strict tracing calls it."""

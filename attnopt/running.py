@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.calibration import Inputs
 from attnopt.compare import tensors
 from attnopt.compiling import as_called
+from attnopt.containers import copied
+from attnopt.flat_call import Form
 from attnopt.graph import get_attr
 
 _KEPT = (Tensor, int, float, str, type(None), list, dict)
@@ -21,18 +23,40 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def outputs_of(
-    module: nn.Module, inputs: Inputs, state: Sequence[str] = (), counted: list[str] | None = None
+    module: nn.Module,
+    inputs: Inputs,
+    state: Sequence[str] = (),
+    counted: list[str] | None = None,
+    form: Form | None = None,
 ) -> list[Tensor]:
     """Every tensor of the output, then what the call leaves in the buffers named ``state``.
 
-    ``counted`` gets the names of the attributes that hold another number after the call."""
+    ``counted`` gets the names of the attributes that hold another number after the call.  ``form``: of a model that is called
+    with objects where a graph takes their tensors; then numbers are given as tensors."""
     args, kwargs = cloned(inputs)
     with torch.no_grad(), as_called(), kept(module):
         before = None if counted is None else _numbers(module)
-        made = tensors(module(*args, **kwargs))
+        if form is None:
+            made = tensors(module(*args, **kwargs))
+        elif isinstance(module, fx.GraphModule):
+            made = _with_numbers(pytree.tree_leaves(module(*args, **kwargs)))
+        else:
+            made = _with_numbers(form.run(module, args, kwargs))
         if counted is not None and before is not None:
             counted += [name for name, number in _numbers(module).items() if before.get(name, number) != number]
         return [t.clone() for t in (*made, *(get_attr(module, name) for name in state))]
+
+
+def _with_numbers(leaves: Sequence[Any]) -> list[Tensor]:
+    return [
+        torch.tensor(x) if isinstance(x, (int, float)) else x for x in leaves if isinstance(x, (int, float, Tensor))
+    ]
+
+
+def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call ``module`` for what it does to these very inputs."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_called(), kept(module):
+        module(*args, **kwargs)
 
 
 def _numbers(module: nn.Module) -> dict[str, int | float]:
@@ -53,9 +77,9 @@ def holds(module: nn.Module, name: str) -> bool:
 
 
 def cloned(inputs: Inputs) -> Inputs:
-    """The inputs with tensors of their own, for a callee that may change or mark them."""
-    copied: Inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-    return copied
+    """The inputs with tensors and objects of their own, for a callee that may change or mark them."""
+    made: Inputs = copied(inputs)
+    return made
 
 
 @contextmanager

@@ -196,6 +196,8 @@ def _is_relation(node: ast.expr) -> bool:
             return isinstance(value, (bool, int, float))
         case ast.Subscript(ast.Call(ast.Attribute(path, "size"), [], []), ast.Constant(int())):
             return _is_input(path)
+        case ast.Subscript():  # a number among the inputs
+            return _is_input(node)
         case ast.BinOp(base, ast.Pow(), power):
             return _is_relation(base) and not _is_number(base) and _is_small(power)
         case ast.BinOp(left, how, right):

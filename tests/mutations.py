@@ -302,6 +302,22 @@ FAULTS = (
           "test_dynamic_axes.py -k padding_of_torchs"),
     Fault("no end of relations", "attnopt/reaching.py", "if self._length > LONGEST:", "if False:",
           "test_dynamic_axes.py -k too_much"),
+    # caches and other objects
+    Fault("a cache that is not brought up to date", "attnopt/flat_call.py", "            build.fill(taken.objects[place], node)",
+          "            pass", "test_caches.py -k an_empty_cache"),
+    Fault("a buffer that is not written", "attnopt/flat_call.py", "                taken.leaves[to].copy_(leaves[place])",
+          "                pass", "test_caches.py -k caller_holds"),
+    Fault("memory that two tensors share", "attnopt/flat_call.py", "_overlap(leaves[i], other):", "False:",
+          "test_caches.py -k memory_that"),
+    Fault("a fixed number that may be another", "attnopt/containers.py", "if not (Fixed(x) == part or", "if not (True or",
+          "test_caches.py -k number_that_a_call"),
+    Fault("a counter that stays", "attnopt/flat_capture.py", "if path in after and after[path] != x)", "if False)",
+          "test_caches.py -k shapes_for_all"),
+    Fault("a file that names any class", "attnopt/form_json.py", "or _cache_class(name)",
+          "or _cache_class(name) or __import__('pydoc').locate(name.replace(':', '.'))",
+          "test_caches.py -k class_that_a_file"),
+    Fault("an attribute that a file sets", "attnopt/form_json.py", "if not str(key).isidentifier() or", "if False and",
+          "test_caches.py -k attribute_that_no_file"),
 )  # fmt: skip
 
 

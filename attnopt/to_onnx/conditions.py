@@ -41,11 +41,18 @@ def check_sizes(graph: ir.Graph, relations: Sequence[str]) -> None:
         _needed_for(b, graph, inputs[about[0]], zero)
 
 
-def _inputs_of(tree: ast.expr) -> Iterator[str]:
-    for node in ast.walk(tree):
-        match node:
-            case ast.Subscript(ast.Name(name), ast.Constant(int())):
-                yield name
+def _inputs_of(tree: ast.AST) -> Iterator[str]:
+    match tree:
+        case ast.Subscript(ast.Name(name), ast.Constant(int())) | ast.Name(name):  # a size, and a number
+            yield name
+        case ast.Subscript() | ast.Attribute():
+            return
+        case ast.Call(_, parts):
+            for part in parts:
+                yield from _inputs_of(part)
+        case _:
+            for child in ast.iter_child_nodes(tree):
+                yield from _inputs_of(child)
 
 
 def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Value:
@@ -59,6 +66,8 @@ def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Valu
             return b.number(value)
         case ast.Subscript(ast.Name(name), ast.Constant(int(axis))):
             return b.op("Squeeze", b.size(inputs[name], axis))
+        case ast.Name(name):
+            return b.op("Squeeze", inputs[name])
         case ast.UnaryOp(ast.USub(), operand):
             return b.op("Neg", of(operand))
         case ast.UnaryOp(ast.Not(), operand):
@@ -85,7 +94,8 @@ def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Valu
 def _needed_for(b: Builder, graph: ir.Graph, x: ir.Value, zero: ir.Value) -> None:
     """Nothing that reads ``x`` runs before the check: ``zero`` is added to it."""
     assert x.type is not None
-    users = [(node, place) for node, place in x.uses() if node.op_type != "Shape"]
+    asking = ("Shape",) if x.shape is None or len(x.shape) else ("Squeeze",)  # of a size, and of a number
+    users = [(node, place) for node, place in x.uses() if node.op_type not in asking]
     made = b.op("Or" if x.dtype == ir.DataType.BOOL else "Add", x, b.op("Cast", zero, to=x.dtype))
     made.shape, made.type = x.shape, x.type
     for node, place in users:

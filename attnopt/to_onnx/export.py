@@ -67,23 +67,27 @@ def export_onnx(
             f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB",
             hint='leave external_data at "auto"',
         )
+    from attnopt.to_onnx.cache_names import with_names
     from attnopt.to_onnx.conditions import check_sizes
     from attnopt.to_onnx.forms import write
     from attnopt.to_onnx.neighbours import settle
 
     with _written(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
         contrib = flavor == "onnxruntime"
+        gm, names = with_names(gm, origin)
         marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, fastest(contrib))
         model, held = translated(marked_gm, origin, opset or OPSETS[0])
         expand(model.graph, marked, write)
         settle(model, contrib)
         check_sizes(model.graph, held)
+        if names is not None:
+            names.give(model.graph)
         finish(model, origin, flavor, marked)
         save(model, file, data)
         if verify:
             from attnopt.to_onnx.verify import verify as run_and_compare
 
-            run_and_compare(gm, origin, file, marked)
+            run_and_compare(gm, origin, file, marked, {} if names is None else names.inputs)
 
 
 def weights_size(gm: fx.GraphModule) -> int:

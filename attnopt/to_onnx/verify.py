@@ -14,6 +14,7 @@ from attnopt.calibration import Inputs
 from attnopt.checking import coarsest, resized
 from attnopt.compare import difference, tensors, tolerance
 from attnopt.errors import ExportError
+from attnopt.flat_call import Form
 from attnopt.onnx_session import cpu_session
 from attnopt.origin import Origin
 from attnopt.running import outputs_of
@@ -23,8 +24,10 @@ from attnopt.to_onnx.sites import Marked
 ROOM = 10.0  # ONNX Runtime sums in other orders than torch
 
 
-def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked]) -> None:
-    """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``."""
+def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
+    """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``.
+
+    ``named``: what the file calls inputs of the graph, where it gives them names of its own."""
     import onnx
 
     try:
@@ -32,13 +35,13 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
     except Exception as e:
         raise ExportError(f"the exported model is not valid ONNX: {str(e)[:300]}") from e
     session = open_session(file, in_bfloat16(gm))
-    _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked)
+    _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked, named, origin.form)
     for inputs in resized(gm, origin.args, origin.kwargs, origin.report.fixed_axes):
         try:
             outputs_of(gm, inputs)
         except Exception:
             continue  # a size that the graph does not hold at
-        _compare(gm, inputs, session, file, marked)
+        _compare(gm, inputs, session, file, marked, named, origin.form)
         return
 
 
@@ -61,9 +64,17 @@ def open_session(model: Path | bytes, hint: str = "") -> Any:
         raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}", hint=hint or None) from e
 
 
-def _compare(gm: fx.GraphModule, inputs: Inputs, session: Any, file: Path, marked: Sequence[Marked]) -> None:
-    want = outputs_of(gm, inputs)
-    feed = _feed([i.name for i in session.get_inputs()], gm, inputs)
+def _compare(
+    gm: fx.GraphModule,
+    inputs: Inputs,
+    session: Any,
+    file: Path,
+    marked: Sequence[Marked],
+    named: Mapping[str, str],
+    form: Form | None,
+) -> None:
+    want = outputs_of(gm, inputs, form=form)
+    feed = _feed([i.name for i in session.get_inputs()], gm, inputs, named)
     try:
         got = [torch.from_numpy(o) for o in session.run(None, feed)]
     except Exception as e:
@@ -80,13 +91,17 @@ def _compare(gm: fx.GraphModule, inputs: Inputs, session: Any, file: Path, marke
     )
 
 
-def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs) -> dict[str, Any]:
+def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs, named: Mapping[str, str]) -> dict[str, Any]:
     """The session's inputs; an input that the graph does not use may be missing from it."""
-    values = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-    if len(names) == len(values):
-        return {n: _array(v) for n, v in zip(names, values, strict=True)}
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
-    by_name = {n.name: v for n, v in zip(placeholders, values, strict=True)}
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [
+        (n, x if isinstance(x, Tensor) else torch.tensor(x))
+        for n, x in zip(placeholders, pytree.tree_leaves(inputs), strict=True)
+        if isinstance(x, Tensor) or isinstance(n.meta.get("val"), torch.SymInt)
+    ]
+    if len(names) == len(values) and not named:
+        return {name: _array(v) for name, (_, v) in zip(names, values, strict=True)}
+    by_name = {named.get(n.name, n.name): v for n, v in values}
     if not set(names) <= set(by_name):
         raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")
     return {n: _array(by_name[n]) for n in names}
