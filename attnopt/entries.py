@@ -55,7 +55,7 @@ class Entries:
 
     def _formally(self, node: fx.Node) -> Any:
         val = value(node)
-        if is_number(node):
+        if not isinstance(val, Tensor):
             return size_at(val, self._sizes)
         target: Any = node.target
         with self._mode, torch.no_grad():
@@ -103,7 +103,7 @@ class Entries:
         return made
 
     def _operand(self, node: fx.Node, index: Index) -> Any:
-        if is_number(node):
+        if not isinstance(value(node), Tensor):
             return size_at(value(node), self._sizes)
         sizes = self.shape(node)
         inner = index[len(index) - len(sizes) :]

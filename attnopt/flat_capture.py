@@ -251,7 +251,8 @@ def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, 
             )  # torch knows no names there
         return asked
 
-    return {name: spread(x, flat[name], shapes.get(name)) for name, x in own.items()}
+    unknown = {name: asked for name, asked in shapes.items() if name not in own}  # torch says so
+    return {name: spread(x, flat[name], shapes.get(name)) for name, x in own.items()} | unknown
 
 
 def _of_leaf(inputs: Inputs, place: int, leaf: Any, asked: Any, auto: bool) -> Any:
