@@ -83,6 +83,7 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
     from safetensors.torch import save_file
     from torch._export.serde.serialize import serialize
 
+    _refuse_unread(module)
     form = None if origin.form is None else form_to_json(origin.form)
     program = exported(module, origin)
     tensors, about_tensors = _tensors_of(program)
@@ -121,6 +122,14 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
         }
         about["self_sha256"] = _digest(json.loads(json.dumps(about)))
         (folder / MARKER).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _refuse_unread(module: fx.GraphModule) -> None:
+    if any(n.op == "call_function" and str(n.target).startswith("attnopt.onnx_nodes") for n in module.graph.nodes):
+        raise ArchiveError(
+            "the model was made of an ONNX file with nodes that are left to ONNX Runtime, which cannot be saved",
+            hint="keep it as an ONNX file: export_onnx writes one",
+        )
 
 
 def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -29,6 +29,7 @@ from attnopt.flat_call import Form
 from attnopt.flat_capture import Calls, shapes_for
 from attnopt.flex_calls import freshly_traced, index_plainly, write_out
 from attnopt.graph import get_attr, is_static, opname, source_line, written
+from attnopt.naming import number, unmark
 from attnopt.reaching import Limited, as_far_as_it_goes, captured_with_own
 from attnopt.relations import relations
 from attnopt.running import called, cloned, outputs_of
@@ -314,11 +315,13 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     with quiet():
         module = exported.module()
     assert isinstance(module, fx.GraphModule)
+    unmark(module)
     _refuse_own_generator(module)
     _own_state(module)
     tidy(module)
     write_out(module)
     tidy(module)
+    number(module)
     asked = axes_of_leaves(module.forward, args, kwargs, shapes)
     declared = _declared(module, asked)
     held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]

@@ -120,7 +120,7 @@ def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...],
 
     file = next(filter(is_onnx, models), None)
     if file is not None and given:
-        return tuple(example_inputs(Path(file), given).values()), {}, "inputs as said"
+        return *_fed(models, example_inputs(Path(file), given)), "inputs as said"
     for name, named in models.items():
         if named.args or named.kwargs:
             return named.args, named.kwargs, f"the example inputs of {name}"
@@ -129,8 +129,18 @@ def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...],
             model: Any = named.model
             return model.origin.args, dict(model.origin.kwargs), f"zeros of the sizes that {name} was captured with"
     if file is not None:
-        return tuple(example_inputs(Path(file), given).values()), {}, f"made-up inputs for {file}"
+        return *_fed(models, example_inputs(Path(file), given)), f"made-up inputs for {file}"
     raise AttnoptError("neither model has example inputs", hint="let one of them return (model, args)")
+
+
+def _fed(models: Mapping[str, Named], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """By name where all models are files with these inputs, in whatever order; else by place."""
+    from attnopt.cli_onnx import InRuntime
+
+    files = [named.model for named in models.values() if isinstance(named.model, InRuntime)]
+    if len(files) == len(models) and all(set(inputs) == set(file.names) for file in files):
+        return (), dict(inputs)
+    return tuple(inputs.values()), {}
 
 
 def _call(named: Named, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:

@@ -47,6 +47,11 @@ def resolve(name: str, given: Given) -> Named:
 
         inputs = tuple(example_inputs(Path(name), given).values())  # by place: a name in a file may be no identifier
         return Named(opened(name, inputs, {}), inputs)
+    if name.endswith(".ort"):
+        raise AttnoptError(
+            f"{name} is in ONNX Runtime's own format, which cannot be read",
+            hint="give the .onnx file that it was made of",
+        )
     module_name, separator, attribute = name.partition(":")
     if not (separator and module_name and attribute):
         raise AttnoptError(

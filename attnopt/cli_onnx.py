@@ -146,7 +146,12 @@ class InRuntime(nn.Module):
         except Exception as e:
             raise AttnoptError(f"ONNX Runtime cannot load {file}: {quoted(str(e))}") from e
 
+    @property
+    def names(self) -> list[str]:
+        """Of the inputs, in their order."""
+        return [i.name for i in self.session.get_inputs()]
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> list[Tensor]:
-        by_place = zip((i.name for i in self.session.get_inputs()), args, strict=False)
+        by_place = zip(self.names, args, strict=False)
         feed = {name: value.numpy() for name, value in (*by_place, *kwargs.items())}
         return [torch.from_numpy(array) for array in self.session.run(None, feed)]

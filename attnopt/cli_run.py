@@ -62,7 +62,7 @@ def optimized(arguments: argparse.Namespace, named: Named) -> Any:
             arguments.policy,
             named.args,
             named.kwargs,
-            dynamic_shapes="auto" if arguments.dynamic else None,
+            dynamic_shapes=shapes_of(arguments),
             backend=arguments.backend,
             tolerance=arguments.tolerance,
             strict=arguments.strict,
@@ -70,6 +70,15 @@ def optimized(arguments: argparse.Namespace, named: Named) -> Any:
             seed=arguments.seed,
         )
     return _timed(named, fast) if getattr(arguments, "time", False) else fast
+
+
+def shapes_of(arguments: argparse.Namespace) -> Any:
+    """``--dynamic``; without it a file's free axes are fixed too."""
+    from attnopt.cli_model import is_onnx
+
+    if arguments.dynamic:
+        return "auto"
+    return {} if is_onnx(arguments.model) else None
 
 
 def _timed(named: Named, fast: Any) -> Any:

@@ -13,7 +13,19 @@ from attnopt.axes import resolve, resolve_all
 from attnopt.capture import Program
 from attnopt.escaping import where_used
 from attnopt.flex_calls import is_flex, is_written_out, why_unread
-from attnopt.graph import ancestors, is_call, is_static, module_path, opname, shape, source_line, stored, value
+from attnopt.graph import (
+    ancestors,
+    get_attr,
+    is_call,
+    is_static,
+    module_path,
+    operand,
+    opname,
+    shape,
+    source_line,
+    stored,
+    value,
+)
 from attnopt.masking import keeps_a_mask
 from attnopt.matching import recognise
 from attnopt.normaliser import SDPA, Softmax, normalisers
@@ -74,6 +86,8 @@ def find(program: Program) -> Findings:
         except NotAttentionError as e:
             if e.near or is_written_out(node):
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
+            else:
+                near += [miss for n in _beside(node) for miss in _in_onnx_runtime(gm, n, every=True)[:1]]
         except Exception as e:
             near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
     return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread))
@@ -93,6 +107,8 @@ def _unread(gm: fx.GraphModule) -> list[NearMiss]:
             elif is_flex(node):
                 if (unread := why_unread(node)) is not None:
                     found.append(NearMiss(module_path(node) or path, unread, source_line(node)))
+            elif opname(node) == "onnx_nodes":
+                found += _in_onnx_runtime(gm, node)
             elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
                 hint = "capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)"
                 refusal = Refusal(
@@ -100,6 +116,25 @@ def _unread(gm: fx.GraphModule) -> list[NearMiss]:
                 )
                 found.append(NearMiss(module_path(node) or path, refusal, source_line(node)))
     return found
+
+
+def _beside(node: fx.Node) -> list[fx.Node]:
+    """The nodes of a file that are left to ONNX Runtime and make the scores of a softmax, or read its weights."""
+    above = [n.args[0] if opname(n) == "getitem" else n for n in node.all_input_nodes]
+    return [n for n in (*above, *node.users) if isinstance(n, fx.Node) and opname(n) == "onnx_nodes"]
+
+
+def _in_onnx_runtime(gm: fx.GraphModule, node: fx.Node, every: bool = False) -> list[NearMiss]:
+    """Attentions and softmaxes of a file among the nodes that are left to ONNX Runtime; ``every``: all these nodes."""
+    from attnopt.from_onnx.runtime_nodes import kinds
+
+    hint = "give the file from before it was optimized or quantized, with its attentions outside of branches and loops"
+    model = get_attr(gm, str(operand(node).target))
+    return [
+        NearMiss(module_path(node), Refusal("opaque-operator", "operators that can be read", kind, "", hint))
+        for kind in kinds(model)
+        if every or "attention" in kind.lower() or "softmax" in kind.lower()
+    ]
 
 
 def _is_whole(name: str) -> bool:

@@ -68,8 +68,11 @@ def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.N
     return module, table
 
 
-def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.GraphModule:
-    """A copy of ``gm`` with each plan carried out; ``gm`` itself is left as it is."""
+def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins: bool = True) -> fx.GraphModule:
+    """A copy of ``gm`` with each plan carried out; ``gm`` itself is left as it is.
+
+    ``joins``: projections of one input become one.
+    """
     module, table = copy_program(gm)
     weights = Weights(module)
     for plan in plans:
@@ -86,7 +89,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False) -> fx.
     restore_calls(module)
     share(module)
     tidy(module)
-    if not plain:
+    if joins and not plain:
         join(module, weights)
     weights.settle()
     prune_unused_state(module)

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 
-def cpu_session(model: Path | bytes, threads: int = 0) -> Any:
-    """``threads``: as many as ONNX Runtime likes if 0.  Raises whatever it raises for a file that it cannot load."""
+def cpu_session(model: Path | bytes, threads: int = 0, folder: Path | None = None, exact: bool = False) -> Any:
+    """``threads``: as many as ONNX Runtime likes if 0.  ``folder``: where weights outside of ``model``'s bytes lie.
+    ``exact``: as the file says, where ONNX Runtime would join quantized operators into others that round otherwise.
+
+    Raises whatever it raises for a file that it cannot load.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if exact:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     source = str(model) if isinstance(model, Path) else model
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +29,7 @@ from attnopt.graph import stored
 from attnopt.inspection import Inspection
 from attnopt.lowering import lower
 from attnopt.model import OptimizedModel
-from attnopt.origin import Origin
+from attnopt.origin import FileOrigin, Origin
 from attnopt.policy import Policy
 from attnopt.probing import dynamic_axes
 from attnopt.report import Report
@@ -41,6 +41,9 @@ from attnopt.tying import jointly, of_all, tied
 from attnopt.verify import example_values
 from attnopt.version import __version__
 from attnopt.warned import warn
+
+if TYPE_CHECKING:
+    from attnopt.from_onnx.module import OnnxModule
 
 
 @dataclass
@@ -104,7 +107,8 @@ def optimize(
     such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
     ``args``, ``kwargs``: example inputs.  Without any, the model is captured at its first call.
     ``dynamic_shapes``: torch.export's notation, or ``"auto"``: every axis of every input that the model lets vary.  The
-    report tells which do not, and what has to hold between sizes.
+    report tells which do not, and what has to hold between sizes.  The axes that an ONNX file leaves open stay open; ``{}``
+    fixes them as the example inputs have them.
     ``calibration``: batches (a tensor, a tuple of args or a dict of kwargs each), or a ``Calibration``.  Passes that can
     learn from them do; the change is measured on them as well.
     ``backend``: a name, a ``Backend``, or ``"auto"``: for each site the cheapest one that can compute it.
@@ -121,6 +125,10 @@ def optimize(
     if not args and not given and batches:
         args, given = batches[0]
     model = model.module() if isinstance(model, torch.export.ExportedProgram) else _opened(model, args, given)
+    if _is_file(model):
+        from attnopt.from_onnx.free_axes import as_declared
+
+        args, given, dynamic_shapes = as_declared(cast("OnnxModule", model), args, given, dynamic_shapes)
 
     @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
@@ -180,6 +188,11 @@ def _opened(model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...], kw
     return opened(model, args, kwargs)
 
 
+def _is_file(model: Any) -> bool:
+    """A module that stands for an ONNX file."""
+    return hasattr(model, "source") and type(model).__module__ == "attnopt.from_onnx.module"
+
+
 def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (args if isinstance(args, tuple) else (args,)), dict(kwargs or {})
 
@@ -233,7 +246,7 @@ class _Job:
             _raise_refusal(decisions)
         plans = [d.plan for d in decisions if d.plan is not None]
         with self.clock.stage("lower"):
-            module = lower(program.module, plans)
+            module = lower(program.module, plans, joins=not _is_file(self.model))
         _check_axes(dynamic - dynamic_axes(module.graph))
         with self.clock.stage("verify"):
             error = self._verify(Checker(self.model, program, plans, self.options.seed), module)
@@ -354,6 +367,11 @@ class _Job:
         live = stored(module)
         sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
         signature = self._signature(module)
+        file = (
+            FileOrigin(self.model, program.module, tuple(d.plan for d in decisions if d.plan is not None))
+            if _is_file(self.model)
+            else None
+        )
         return Origin(
             report,
             sites,
@@ -363,6 +381,7 @@ class _Job:
             program.shapes,
             trains_otherwise(self.model),
             program.form,
+            file,
         )
 
 

@@ -6,10 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import fx
+
 from attnopt.calling import Signature
 from attnopt.flat_call import Form
 from attnopt.report import Report
 from attnopt.site import Site
+
+
+@dataclass(frozen=True)
+class FileOrigin:
+    """The ONNX file that a graph was captured of: its module, the graph before anything was rewritten, and what was planned."""
+
+    model: Any
+    captured: fx.GraphModule
+    plans: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -24,3 +35,4 @@ class Origin:
     shapes: Any = None
     trains_otherwise: bool = False  # captured for inference, and the model has dropout or batch normalisation
     form: Form | None = None  # where objects are among the inputs or outputs; args and kwargs are flat then
+    file: FileOrigin | None = field(repr=False, default=None)

@@ -32,6 +32,7 @@ from attnopt.graph import (
     value,
     wrap,
 )
+from attnopt.naming import inherit
 from attnopt.overwriting import IN_THE_FORM_OF, filling
 from attnopt.surgery import restrict
 
@@ -106,6 +107,7 @@ def tidy(gm: fx.GraphModule) -> None:
         if node in outputs and not is_call(node, *_DROPOUTS):  # what an idle dropout gives is the tensor itself
             continue
         if is_tensor(node) and (same := _changes_nothing(node)) is not None:
+            inherit(same, node)
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
     sweep(gm)
@@ -171,6 +173,7 @@ def _replaced(node: fx.Node, made: fx.Node | None) -> fx.Node:
     """``made`` in the place of ``node``; ``node`` where there is nothing to put there."""
     if made is None:
         return node
+    inherit(made, node)
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
     return made

@@ -76,7 +76,7 @@ def test_optimize_gives_the_file_that_the_model_would_give(
 
 def test_sizes_of_free_axes_are_fixed(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "fused.onnx"
-    assert cli.main(["export", file, *SIZES, "--onnx", str(target)]) == 0
+    assert cli.main(["export", file, *BANDED, *SIZES, "--onnx", str(target)]) == 0
     shape = onnx.load(target).graph.input[0].type.tensor_type.shape
     assert [d.dim_value for d in shape.dim] == [3, 9, 16]
     told = capsys.readouterr()

@@ -16,7 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.from_onnx import operators
 from attnopt.from_onnx.opening import opened
 from attnopt.passes import LocalWindow, PruneHeads
 
@@ -89,18 +88,20 @@ def in_runtime(path: Path, x: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("is_new", [False, True], ids=["TorchScript exporter", "dynamo exporter"])
 def test_a_file_becomes_a_faster_file(is_new: bool, tmp_path: Path) -> None:
     """The same sites and weights as in the model that it was made of, and the same numbers at another size."""
-    file = written(tmp_path / "m.onnx", is_new, 18 if is_new else 14)
+    file, out = written(tmp_path / "m.onnx", is_new, 18 if is_new else 14), tmp_path / "fast.onnx"
     found = attnopt.inspect(file, (), inputs())
     assert [s.name for s in found.sites] == ["layers.0", "layers.1"]
     assert [s.num_heads for s in found.sites] == [4, 4]
-    fast = attnopt.optimize(file, "fuse", (), inputs(), dynamic_shapes="auto")
-    fast.export_onnx(tmp_path / "fast.onnx")
+    attnopt.optimize(file, "fuse", (), inputs()).export_onnx(out)
+    assert out.read_bytes() == file.read_bytes(), "under a mask these opsets have no faster form"
+    fast = attnopt.optimize(file, {"layers.0": LocalWindow(2), "layers.1": PruneHeads(heads=(1,))}, (), inputs())
+    fast.export_onnx(out)
     x = inputs(3, 17)
-    oracle.assert_same([in_runtime(tmp_path / "fast.onnx", x)], [in_runtime(file, x)])
-    made = onnx.load(tmp_path / "fast.onnx").graph
-    assert sum(n.op_type == "Attention" for n in made.node) == 2
+    oracle.assert_same([in_runtime(out, x)], list(fast(**x).values()))
+    made, before = onnx.load(out).graph, onnx.load(file).graph
     assert [i.name for i in made.input] == ["ids", "padding"]
-    assert [o.name for o in made.output] == [o.name for o in onnx.load(file).graph.output]
+    assert list(made.input) == list(before.input)
+    assert list(made.output) == list(before.output)
 
 
 def test_passes_mean_the_same_as_on_the_model(old: Path) -> None:
@@ -188,13 +189,14 @@ def chain(steps: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize(("steps", "constants"), CASES.values(), ids=CASES)
 def test_an_operator_is_what_onnx_runtime_makes_of_it(steps: list[str], constants: Any, tmp_path: Path) -> None:
-    """``optimize`` itself compares; where it does not agree, it refuses."""
+    """What gives other numbers is left to ONNX Runtime; here everything has to be read."""
     values = {
         n: np.asarray(v) if np.asarray(v).dtype != np.int32 else np.asarray(v, np.int64) for n, v in constants.items()
     }
     onnx.save(graph(chain(steps), {"x": [2, 3, 4]}, values), str(tmp_path / "m.onnx"))
     torch.manual_seed(0)
-    opened(tmp_path / "m.onnx", (3 * torch.randn(2, 3, 4),), {})
+    module = opened(tmp_path / "m.onnx", (3 * torch.randn(2, 3, 4),), {})
+    assert not [name for name, _ in module.named_modules() if "nodes" in name]
 
 
 def test_constants_are_divided_towards_zero(tmp_path: Path) -> None:
@@ -213,28 +215,22 @@ def refused(path: Path, said: str, *args: Any) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_other_numbers_are_refused_with_the_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx.save(graph(chain(["Abs:", "Erf:", "Neg:"]), {"x": [2, 3, 4]}, {}), str(tmp_path / "m.onnx"))
-    monkeypatch.setitem(operators.OPERATORS, "Erf", lambda _, x: x * 0.5)
-    refused(tmp_path / "m.onnx", "Erf 'n1' gives other numbers than in ONNX Runtime")
-
-
-def test_unknown_operators_are_all_named(tmp_path: Path) -> None:
-    model = graph(chain(["Det:"]), {"x": [2, 3, 3]}, {})
-    model.graph.node.append(helper.make_node("FusedGelu", ["x"], ["z"], domain="com.microsoft"))
+def test_what_onnx_runtime_cannot_run(tmp_path: Path) -> None:
+    model = graph(chain(["Neg:"]), {"x": [2, 3, 4]}, {})
+    model.graph.node.append(helper.make_node("Unheard", ["x"], ["z"], domain="com.microsoft"))
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, str(tmp_path / "m.onnx"))
-    refused(tmp_path / "m.onnx", "not read: Det, com.microsoft.FusedGelu")
+    refused(tmp_path / "m.onnx", "cannot be run on these inputs.*Unheard")
+
+
+def test_a_file_in_onnx_runtimes_own_format(tmp_path: Path) -> None:
+    (tmp_path / "m.ort").write_bytes(b"\x10\x00\x00\x00ORTM" + bytes(100))
+    refused(tmp_path / "m.ort", "in ONNX Runtime's own format")
 
 
 def test_inputs_are_asked_for(old: Path) -> None:
     with pytest.raises(attnopt.CaptureError, match="takes ids, padding"):
         attnopt.optimize(old, "fuse")
-
-
-def test_an_old_opset(tmp_path: Path) -> None:
-    onnx.save(graph(chain(["Abs:"]), {"x": [2, 3, 4]}, {}, opset=12), str(tmp_path / "m.onnx"))
-    refused(tmp_path / "m.onnx", "opset 12")
 
 
 @pytest.mark.parametrize(

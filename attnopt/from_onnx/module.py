@@ -1,4 +1,4 @@
-"""An ONNX graph as a torch module, node for node."""
+"""An ONNX graph as a torch module: node for node where they are read, ONNX Runtime's own work where they are not."""
 
 from __future__ import annotations
 
@@ -6,60 +6,95 @@ import ast
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnopt.errors import CaptureError
 from attnopt.from_onnx.fusing import fused
+from attnopt.from_onnx.grouping import in_order
 from attnopt.from_onnx.layout import split
-from attnopt.from_onnx.operators import OPERATORS
-from attnopt.from_onnx.quoting import quoted
+from attnopt.from_onnx.operators import OPERATORS, meant
+from attnopt.from_onnx.runtime_nodes import onnx_nodes
+from attnopt.from_onnx.source import Source
 from attnopt.from_onnx.values import Value, stays_known, tensor
+from attnopt.naming import named
 
 if TYPE_CHECKING:
     import onnx
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A group of nodes as a model of its own: the bytes of it, its inputs and outputs, and what ``Sized`` says of these."""
+
+    nodes: tuple[int, ...]
+    model: bytes
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sized: tuple[str, ...]
+
+
 class OnnxModule(nn.Module):
     """Called with the file's inputs, by place or by name; gives its outputs by name.
 
-    Weights keep their names.  ``file``: where the graph comes from.
+    Weights keep their names.  ``source``: the file.
     """
 
-    def __init__(self, model: onnx.ModelProto, file: str) -> None:
+    def __init__(
+        self,
+        source: Source,
+        unread: Sequence[Unread] = (),
+        derived: Mapping[str, Any] | None = None,
+        skip: Collection[int] = (),
+    ) -> None:
         import onnx
 
         super().__init__()
-        self.file = file
+        self.source = source
         self._known: dict[str, Any] = {}
-        self._weights: dict[str, str] = {}
-        self._nodes: list[_Node] = []  # these are set before there are weights, which may have the same names
-        self.outputs = [o.name for o in model.graph.output]
-        self.inputs: dict[str, str] = {}
-        for stored in model.graph.initializer:
-            self._store(stored.name, onnx.numpy_helper.to_array(stored))
-        given = [i.name for i in model.graph.input if i.name not in self._known and i.name not in self._weights]
-        self.inputs = _distinct(given, _argument)
-        self._nodes = [
-            self._placed(node, number) for number, node in enumerate(fused(model.graph.node, self._zeros(model)))
-        ]
+        self.places: dict[str, str] = {}  # of weights: name in the file -> name in this module
+        self._steps: list[_Node | _Group] = []  # these are set before there are weights, which may have the same names
+        self.outputs = source.outputs
+        self.inputs = arguments(source)
+        self.derived = dict(derived or {})  # weights that the file stores in fewer bits
+        apart = {i for group in unread for i in group.nodes} | set(skip)
+        read = [(i, n) for i, n in enumerate(source.nodes) if i not in apart]
+        wanted = {name for _, n in read for name in n.input} | set(self.outputs) | {n for g in unread for n in g.inputs}
+        stored = {name: onnx.numpy_helper.to_array(t) for name, t in source.weights.items() if name in wanted}
+        for name, array in (stored | {n: x for n, x in self.derived.items() if n in wanted}).items():
+            self._store(name, array)
+        nodes = fused([n for _, n in read], self._zeros(source))
+        steps = [self._placed(node, number) for (number, _), node in zip(read, nodes, strict=True)]
+        self._steps = in_order([*steps, *(self._grouped(g) for g in unread)], lambda s: s.inputs, lambda s: s.outputs)
 
-    def _zeros(self, model: onnx.ModelProto) -> frozenset[str]:
+    @property
+    def file(self) -> str:
+        return str(self.source.path)
+
+    @property
+    def free(self) -> dict[str, list[int]]:
+        """By the arguments of ``forward``."""
+        found: dict[str, list[int]] = {}
+        for name, axis, _ in self.source.free:
+            found.setdefault(self.inputs[name], []).append(axis)
+        return found
+
+    def _zeros(self, source: Source) -> frozenset[str]:
         """The constants that are one 0."""
         found = dict(self._known)
-        for node in model.graph.node:
-            if node.op_type == "Constant":
-                found[node.output[0]] = next(iter(_Node(node).attributes.values()))
+        for name, node in source.constant_nodes.items():
+            found[name] = next(iter(_Node(node, source.opset).attributes.values()))
         return frozenset(n for n, a in found.items() if getattr(a, "size", 0) == 1 and not a.any())
 
     def _store(self, name: str, array: Any) -> None:
         if stays_known(array):
             self._known[name] = array
             return
-        *path, last = map(_identifier, name.split("."))
+        *path, last = map(_attribute_name, name.split("."))
         owner, place = self._folder(path)
         while hasattr(owner, last):
             last += "_"
@@ -68,13 +103,19 @@ class OnnxModule(nn.Module):
             owner.register_parameter(last, nn.Parameter(weight))
         else:
             owner.register_buffer(last, weight)
-        self._weights[name] = ".".join((*place, last))
+        self.places[name] = ".".join((*place, last))
 
     def _placed(self, node: onnx.NodeProto, number: int) -> _Node:
         """The node as a module in the folder that its name says: that is how a site gets its name."""
-        made = _Node(node)
-        owner, _ = self._folder(map(_identifier, _scope(node)))
+        made = _Node(node, self.source.opset, number)
+        owner, _ = self._folder(map(_attribute_name, _scope(node)))
         owner.add_module(f"node{number}", made)
+        return made
+
+    def _grouped(self, unread: Unread) -> _Group:
+        made = _Group(unread)
+        owner, _ = self._folder(map(_attribute_name, _scope(self.source.nodes[unread.nodes[0]])))
+        owner.add_module(f"nodes{unread.nodes[0]}", made)
         return made
 
     def _folder(self, path: Iterable[str]) -> tuple[nn.Module, list[str]]:
@@ -93,38 +134,65 @@ class OnnxModule(nn.Module):
     def signature(self) -> inspect.Signature:
         return inspect.signature(self.forward)
 
-    def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Every value of the graph, by its name in the file.  Raises CaptureError."""
+    def given(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What there is before a node runs: the inputs, and what is stored."""
         values: dict[str, Any] = dict(self._known) | {name: inputs[said] for name, said in self.inputs.items()}
-        for name, place in self._weights.items():
+        for name, place in self.places.items():
             owner, _, last = place.rpartition(".")
             values[name] = getattr(self.get_submodule(owner), last)
-        for node in self._nodes:
-            try:
-                made = node([values[name] if name else None for name in node.inputs])
-            except (NotImplementedError, TypeError) as e:
-                raise CaptureError(f"{self.file}: {node.kind} {node.name!r} is not read: {quoted(str(e))}") from e
-            except Exception as e:
-                e.add_note(f"in {node.kind} {node.name!r}")
-                raise
-            values.update(zip(node.outputs, made, strict=False))
         return values
+
+    def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Every value of the graph, by its name in the file."""
+        values = self.given(inputs)
+        sizes = self.free_sizes(inputs)
+        is_traced = torch.compiler.is_exporting()
+        for step in self._steps:
+            for name, made in zip(step.outputs, step.run(values, sizes), strict=False):
+                values[name] = named(made, name) if is_traced and isinstance(made, Tensor) else made
+        return values
+
+    def free_sizes(self, inputs: Mapping[str, Any]) -> list[Any]:
+        return [inputs[self.inputs[name]].shape[axis] for name, axis, _ in self.source.free]
+
+    def steps(self) -> list[_Node | _Group]:
+        """In the order in which they run."""
+        return list(self._steps)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         values = self.values(self.signature.bind(*args, **kwargs).arguments)
-        return {said: tensor(values[name]) for name, said in _distinct(self.outputs, _identifier).items()}
+        return {said: tensor(values[name]) for said, name in zip(self.output_names(), self.outputs, strict=True)}
+
+    def output_names(self) -> list[str]:
+        """What the outputs are called in what ``forward`` returns."""
+        return list(_distinct(self.outputs, _identifier).values())
 
 
-def module_of(model: onnx.ModelProto, file: str) -> OnnxModule:
-    """The graph as a module whose ``forward`` has the names of the file's inputs."""
-    made = OnnxModule(model, file)
+def arguments(source: Source) -> dict[str, str]:
+    """What the file's inputs are called as arguments of ``forward``."""
+    return _distinct([i.name for i in source.inputs], _argument)
+
+
+def signature_of(source: Source) -> inspect.Signature:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(name, kind) for name in arguments(source).values()])
+
+
+def module_of(
+    source: Source, unread: Sequence[Unread] = (), derived: Mapping[str, Any] | None = None, skip: Collection[int] = ()
+) -> OnnxModule:
+    """The graph as a module whose ``forward`` has the names of the file's inputs.
+
+    ``derived``: constants that the nodes in ``skip`` make of those that are stored.
+    """
+    made = OnnxModule(source, unread, derived, skip)
 
     def forward(self: OnnxModule, *args: Any, **kwargs: Any) -> Any:
         return OnnxModule.forward(self, *args, **kwargs)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    named = [inspect.Parameter(name, kind) for name in ("self", *made.inputs.values())]
-    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    parameters = [inspect.Parameter(name, kind) for name in ("self", *made.inputs.values())]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     made.__class__ = type("OnnxModule", (OnnxModule,), {"forward": forward})
     return made
 
@@ -144,30 +212,60 @@ def _scope(node: onnx.NodeProto) -> list[str]:
 class _Node(nn.Module):
     """One operator with its attributes as Python values."""
 
-    def __init__(self, node: onnx.NodeProto) -> None:
+    def __init__(self, node: onnx.NodeProto, opset: int, number: int = -1) -> None:
         import onnx
 
         super().__init__()
-        self.kind, self.name = node.op_type, node.name
+        self.kind, self.name, self.number = node.op_type, node.name, number
+        self.means = meant(node.op_type, opset)
         self.inputs, self.outputs = list(node.input), list(node.output)
         self.attributes = {a.name: _attribute(onnx.helper.get_attribute_value(a)) for a in node.attribute}
 
+    def run(self, values: Mapping[str, Any], _: Sequence[Any]) -> list[Value]:
+        try:
+            made: list[Value] = self([values[name] if name else None for name in self.inputs])
+        except Exception as e:
+            e.add_note(f"in {self.kind} {self.name!r}")
+            raise
+        return made
+
     def forward(self, inputs: list[Value | None]) -> list[Value]:
         if self.kind == "Constant":
-            (array,) = self.attributes.values()
+            ((name, value),) = self.attributes.items()
+            array = value if name == "value" else np.asarray(value, np.float32 if "float" in name else np.int64)
             return [array if stays_known(array) else tensor(array)]
         if self.kind == "Split":
             x, *sizes = inputs
             assert x is not None
             return list(split(self.attributes, len(self.outputs), x, *sizes))
-        return [OPERATORS[self.kind](self.attributes, *inputs)]
+        return [OPERATORS[self.means](self.attributes, *inputs)]
+
+
+class _Group(nn.Module):
+    """Nodes that ONNX Runtime runs."""
+
+    model: Tensor
+
+    def __init__(self, unread: Unread) -> None:
+        super().__init__()
+        self.number = -1
+        self.inputs, self.outputs, self.sized = list(unread.inputs), list(unread.outputs), "\n".join(unread.sized)
+        self.register_buffer("model", torch.frombuffer(bytearray(unread.model), dtype=torch.uint8))
+
+    def run(self, values: Mapping[str, Any], sizes: Sequence[Any]) -> list[Value]:
+        made: list[Value] = self([values[name] for name in self.inputs], list(sizes))
+        return made
+
+    def forward(self, inputs: list[Value], sizes: list[Any]) -> list[Tensor]:
+        made: list[Tensor] = onnx_nodes(self.model, [tensor(x) for x in inputs], sizes, self.sized)
+        return made
 
 
 def _attribute(value: Any) -> Any:
     import onnx
 
     if isinstance(value, bytes):
-        return value.decode()
+        return value.decode(errors="replace")
     return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
 
 
@@ -187,6 +285,11 @@ def _distinct(names: Iterable[str], make: Callable[[str], str]) -> dict[str, str
 def _argument(name: str) -> str:
     made = _identifier(name)
     return made if made.isidentifier() and not keyword.iskeyword(made) and made != "self" else f"_{made}"
+
+
+def _attribute_name(name: str) -> str:
+    made = _identifier(name)
+    return f"{made}_" if keyword.iskeyword(made) else made
 
 
 def _identifier(name: str) -> str:

@@ -84,8 +84,11 @@ def _extreme(a: Attributes, function: Any, inputs: tuple[Value, ...]) -> Tensor:
     return made
 
 
-def _clip(_: Attributes, x: Value, low: Value | None = None, high: Value | None = None) -> Value:
+def _clip(a: Attributes, x: Value, low: Value | None = None, high: Value | None = None) -> Value:
     bounds: Any = [None if b is None else operand(b, x) for b in (low, high)]
+    bounds = [a.get(name) if b is None else b for name, b in zip(("min", "max"), bounds, strict=True)]
+    if bounds == [None, None]:
+        return x
     made: Tensor = torch.clamp(tensor(x), *bounds)
     return made
 
@@ -123,6 +126,21 @@ def _softmax(a: Attributes, x: Value) -> Value:
     return torch.softmax(tensor(x), a.get("axis", -1))
 
 
+def _log_softmax(a: Attributes, x: Value) -> Value:
+    return torch.log_softmax(tensor(x), a.get("axis", -1))
+
+
+def _over_the_rest(function: Callable[..., Tensor]) -> Operator:
+    """Before opset 13: over all axes from the given one on, taken for one."""
+
+    def run(a: Attributes, x: Value) -> Value:
+        x = tensor(x)
+        axis = a.get("axis", 1) % x.dim()
+        return function(x, -1) if axis == x.dim() - 1 else function(x.flatten(axis), -1).reshape(x.shape)
+
+    return run
+
+
 def _safe_softmax(a: Attributes, x: Value) -> Value:
     made: Tensor = torch.ops.aten._safe_softmax.default(tensor(x), a.get("axis", -1))
     return made
@@ -132,6 +150,39 @@ def _layer_norm(a: Attributes, x: Value, scale: Value, bias: Value | None = None
     x, axis = tensor(x), a.get("axis", -1)
     shape = x.shape[axis:]
     return F.layer_norm(x, shape, tensor(scale), None if bias is None else tensor(bias), a.get("epsilon", 1e-5))
+
+
+def _batch_norm(a: Attributes, x: Value, *given: Value) -> Value:
+    if a.get("training_mode") or not a.get("spatial", 1):
+        raise NotImplementedError("a normalization that learns")
+    scale, bias, mean, variance = map(tensor, given)
+    epsilon = float(a["epsilon"]) if "epsilon" in a else 1e-5
+    return F.batch_norm(tensor(x), mean.detach(), variance.detach(), scale, bias, False, 0.0, epsilon)
+
+
+def _attention(a: Attributes, q: Value, k: Value, v: Value, mask: Value | None = None, *past: Value | None) -> Value:
+    """Of opset 23, without a past: [B, H, L, D], or [B, L, H * D]."""
+    if any(x is not None for x in past) or a.get("softcap") or (mask is not None and a.get("is_causal")):
+        raise NotImplementedError("an attention with a past, a soft cap or two masks")
+    operands = [tensor(x) for x in (q, k, v)]
+    is_flat, heads = operands[0].dim() == 3, (a.get("q_num_heads", 1), *[a.get("kv_num_heads", 1)] * 2)
+    if is_flat:
+        operands = [x.reshape(*x.shape[:2], n, -1).transpose(1, 2) for x, n in zip(operands, heads, strict=True)]
+    given = None if mask is None else tensor(mask)
+    is_shared = operands[0].shape[1] != operands[1].shape[1]
+    options = {"is_causal": bool(a.get("is_causal")), "scale": a.get("scale"), "enable_gqa": is_shared}
+    made: Tensor = F.scaled_dot_product_attention(operands[0], operands[1], operands[2], given, **options)  # type: ignore[arg-type]
+    return made.transpose(1, 2).flatten(2) if is_flat else made
+
+
+def _hard_sigmoid(a: Attributes, x: Value) -> Value:
+    made: Tensor = torch.clamp(tensor(x) * a.get("alpha", 0.2) + a.get("beta", 0.5), 0.0, 1.0)
+    return made
+
+
+def _mean_over_places(_: Attributes, x: Value) -> Value:
+    x = tensor(x)
+    return x.mean(list(range(2, x.dim())), keepdim=True)
 
 
 def _conv(a: Attributes, x: Value, w: Value, b: Value | None = None) -> Value:
@@ -196,6 +247,13 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Cast": _cast,
     "Gelu": _gelu,
     "Softmax": _softmax,
+    "LogSoftmax": _log_softmax,
+    "Softmax-1": _over_the_rest(torch.softmax),
+    "LogSoftmax-1": _over_the_rest(torch.log_softmax),
+    "BatchNormalization": _batch_norm,
+    "Attention": _attention,
+    "HardSigmoid": _hard_sigmoid,
+    "GlobalAveragePool": _mean_over_places,
     SAFE_SOFTMAX: _safe_softmax,
     "MatMul": _matmul,
     "Gemm": _gemm,
@@ -225,3 +283,9 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Cos": _one(torch.cos),
     "IsNaN": _one(torch.isnan),
 }
+_CHANGED = {"Softmax": 13, "LogSoftmax": 13}  # since which opset they mean what they mean today
+
+
+def meant(kind: str, opset: int) -> str:
+    """The name in ``OPERATORS`` of what ``kind`` means in this opset."""
+    return f"{kind}-1" if opset < _CHANGED.get(kind, 0) else kind

@@ -1,41 +1,60 @@
-"""An ONNX file read from disk: nothing outside its folder is touched, and what is broken or unknown is named."""
+"""An ONNX file read from disk: nothing outside its folder is touched, and what is broken is named."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt.errors import CaptureError
-from attnopt.from_onnx.module import OnnxModule, module_of
-from attnopt.from_onnx.operators import OPERATORS, SAFE_SOFTMAX
-from attnopt.from_onnx.quoting import quoted, reason
+from attnopt.from_onnx.grouping import in_order, used_by
+from attnopt.from_onnx.quoting import reason
+from attnopt.from_onnx.source import Source, dense
 
 if TYPE_CHECKING:
     import onnx
 
-KNOWN = {*OPERATORS.keys() - {SAFE_SOFTMAX}, "Split", "Constant"}
-OLDEST = 13  # opset; before it, axes and softmaxes mean something else
 LARGEST = 2**31 - 1  # bytes of a file, without its external data: more cannot be in one protocol buffer
 SHARED = 4  # so many times the bytes of their files weights may take; tied ones are stored once
 
 
-def read(path: str | os.PathLike[str]) -> OnnxModule:
-    """The file as a module that computes what its graph says.  Raises CaptureError."""
+def read(path: str | os.PathLike[str]) -> Source:
+    """The file, with the weights that lie beside it.  Raises CaptureError."""
     import onnx
     from onnx import inliner
 
     file = Path(path)
-    model = structure(file)
+    stored = structure(file)
     with _refusing(file):
-        _check_external_data(model, file)
-        onnx.checker.check_model(str(file))
-        model = inliner.inline_local_functions(model) if model.functions else model
+        _check_external_data(stored, file)
+        stored = _checked(stored, file)
+        model = onnx.ModelProto()
+        model.CopyFrom(stored)
+        if model.functions:
+            with contextlib.suppress(Exception):  # a function that cannot be taken apart is called as it is
+                model = inliner.inline_local_functions(model)
         onnx.load_external_data_for_model(model, str(file.parent))
-        _check_operators(model, file)
-        return module_of(model, str(file))
+        model.graph.initializer.extend(dense(s) for s in model.graph.sparse_initializer)
+        del model.graph.sparse_initializer[:]
+        return Source(file, stored, model)
+
+
+def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
+    """The model, its nodes in order: ONNX Runtime does not mind where they stand, and onnxruntime's converters neither."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file))
+    except onnx.checker.ValidationError as e:
+        if "topologically sorted" not in str(e) or places_of_data(model):
+            raise
+        nodes = [n.__deepcopy__() for n in in_order(list(model.graph.node), used_by, lambda n: n.output)]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        onnx.checker.check_model(model)
+    return model
 
 
 def structure(file: Path) -> onnx.ModelProto:
@@ -47,7 +66,7 @@ def structure(file: Path) -> onnx.ModelProto:
         return onnx.load(file, load_external_data=False)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _refusing(file: Path) -> Iterator[None]:
     """Whatever fails is a CaptureError that names the file."""
     try:
@@ -66,6 +85,12 @@ def _check_file(file: Path) -> None:
     size = file.stat().st_size
     if not file.is_file():
         raise OSError("it is no plain file")
+    with file.open("rb") as opened:
+        if opened.read(8)[4:] == b"ORTM":
+            raise CaptureError(
+                f"{file} is in ONNX Runtime's own format, which cannot be read",
+                hint="give the .onnx file that it was made of",
+            )
     if size > LARGEST:
         raise OSError(f"{size} bytes are more than an ONNX file can have")
 
@@ -101,6 +126,14 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
         raise CaptureError(f"{file} wants {wanted} bytes of weights from files of {sum(sizes.values())}")
 
 
+def places_of_data(model: onnx.ModelProto) -> list[str]:
+    """The files that hold weights, relative to the model's folder."""
+    import onnx
+
+    found = [t for t in _tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]
+    return list(dict.fromkeys(e.value for t in found for e in t.external_data if e.key == "location"))
+
+
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every stored tensor, wherever it is: in attributes, inner graphs, functions and sparse weights too."""
     import onnx
@@ -114,25 +147,3 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         for field, value in here.ListFields():
             if field.message_type is not None:
                 stack.extend([value] if hasattr(value, "ListFields") else value)
-
-
-def _check_operators(model: onnx.ModelProto, file: Path) -> None:
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < OLDEST:
-        raise CaptureError(
-            f"{file} has opset {opset}, and opset {OLDEST} is the oldest that is read",
-            hint="convert it with onnx.version_converter",
-        )
-    unknown = sorted(
-        {
-            f"{n.domain}.{n.op_type}" if n.domain else n.op_type
-            for n in model.graph.node
-            if n.domain not in ("", "ai.onnx") or n.op_type not in KNOWN
-        }
-    )
-    unknown += ["sparse weights"] if model.graph.sparse_initializer else []
-    if unknown:
-        raise CaptureError(
-            f"{file} holds operators that are not read: {quoted(', '.join(unknown))}",
-            hint="export the model with plain operators, in float32 and before it is optimized or quantized",
-        )

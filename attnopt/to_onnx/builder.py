@@ -8,14 +8,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from attnopt.to_onnx.choice import WITH_ATTENTION
+
 ORT = "com.microsoft"
 
 
 class Builder:
     """Collects nodes for one graph, or for the body of a loop inside it.  All values are named after ``prefix``."""
 
-    def __init__(self, graph: ir.Graph, prefix: str, outer: Builder | None = None) -> None:
-        self.graph, self.prefix, self.outer = graph, prefix, outer
+    def __init__(self, graph: ir.Graph, prefix: str, outer: Builder | None = None, opset: int = WITH_ATTENTION) -> None:
+        self.graph, self.prefix, self.outer, self.opset = graph, prefix, outer, opset
         self.nodes: list[ir.Node] = []
         self._count = 0
         self._sizes: dict[tuple[ir.Value, int], ir.Value] = {}
@@ -37,7 +39,7 @@ class Builder:
 
     def body(self) -> Builder:
         """For the body of a loop in this graph, which may use this graph's values."""
-        return Builder(self.graph, self.name("block"), outer=self)
+        return Builder(self.graph, self.name("block"), outer=self, opset=self.opset)
 
     def constant(self, array: NDArray[Any]) -> ir.Value:
         """An initializer of the outermost graph; equal arrays are one."""

@@ -14,6 +14,8 @@ import torch
 from attnopt.bands import Band
 from attnopt.patterns import Causal, Full, Pattern
 
+WITH_ATTENTION = 23  # the first opset with the operator
+WITH_LOOPS = 13  # the first opset whose loops carry sequences
 DENSE = 1.5  # Attention, which first writes the whole mask into the scores
 BLOCKS = 1.6  # Attention on one block of queries at a time, with copies of the keys and values that it sees
 ROWS = 1.3  # the same where every block sees all keys: nothing is copied
@@ -70,12 +72,18 @@ class Form:
     block: int = 0  # queries in one turn of the loop of "blocks" and "gathered"
 
 
-def choose(site: OnnxSite, given: Collection[str], contrib: bool) -> Form:
-    """The cheapest form for the operands in ``given``; "Attention" needs the pattern as a mask operand."""
+def choose(site: OnnxSite, given: Collection[str], contrib: bool, opset: int = WITH_ATTENTION) -> Form:
+    """The cheapest form for the operands in ``given``; "Attention" needs the pattern as a mask operand.
+
+    In opsets before that operator, its form is one of plain operators.
+    """
+    has_attention = opset >= WITH_ATTENTION
+    if opset < WITH_LOOPS and site.pattern != Full():
+        return _dense(site)
     if site.pattern.is_per_head:
         return min([_dense(site), *_apart(site, given)], key=_cost)
     if site.pattern == Full() and not {"bias", "mask"} & set(given):
-        return _all_keys(site, given, contrib)
+        return _all_keys(site, given, contrib, has_attention)
     if site.pattern == Causal() and site.is_square and contrib and _group_query_takes(site, given):
         return Form("GroupQueryAttention", DENSE * site.pair_cost * _pairs(site) / 2)
     sparse = sparse_form(site)
@@ -150,10 +158,10 @@ def _dense(site: OnnxSite) -> Form:
     return Form("Attention", DENSE * site.pair_cost * _pairs(site))
 
 
-def _all_keys(site: OnnxSite, given: Collection[str], contrib: bool) -> Form:
+def _all_keys(site: OnnxSite, given: Collection[str], contrib: bool, has_attention: bool = True) -> Form:
     """Every query sees every key: MultiHeadAttention knows one float32 and one head for each query head, no more."""
     plain = site.softcap is None and "sinks" not in given and site.kv_heads == site.heads and site.is_evenly_shared
-    if contrib and plain and _is_narrow(site) and _pairs(site) > _SHORT:
+    if contrib and plain and _is_narrow(site) and (_pairs(site) > _SHORT or not has_attention):
         return Form("MultiHeadAttention", site.pair_cost * _pairs(site))
     return Form("Attention", site.pair_cost * _pairs(site))
 

@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import fx
@@ -57,10 +57,16 @@ def export_onnx(
     """Write an optimized graph to ``path``.  Raises ExportError, and then leaves what was at ``path`` as it was."""
     if flavor not in get_args(Flavor):
         raise ExportError(f"there is no flavor {flavor!r}", hint=f"choose one of {', '.join(get_args(Flavor))}")
-    if opset is not None and opset not in OPSETS:
+    if origin.file is None and opset is not None and opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
     if external_data not in (True, False, "auto"):
         raise ExportError(f"external_data={external_data!r} is not possible", hint='give True, False or "auto"')
+    if origin.file is not None:
+        from attnopt.to_onnx.in_place import export_in_place
+
+        options: dict[str, Any] = {"flavor": flavor, "external_data": external_data, "verify": verify}
+        export_in_place(gm, origin, path, opset=opset, **options)
+        return
     size = weights_size(gm)
     if external_data is False and size > ROOM_IN_FILE:
         raise ExportError(
@@ -72,7 +78,7 @@ def export_onnx(
     from attnopt.to_onnx.forms import write
     from attnopt.to_onnx.neighbours import settle
 
-    with _written(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
+    with written_to(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
         contrib = flavor == "onnxruntime"
         gm, names = with_names(gm, origin)
         marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, fastest(contrib))
@@ -165,13 +171,13 @@ def _first_cause(e: BaseException) -> str:
     return f"{type(e).__name__}: " + " | ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
 
 
-def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write) -> None:
+def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write, opset: int = OPSETS[0]) -> None:
     """Put each attention's form, as ``write`` makes it, in the place of its placeholder."""
     from attnopt.to_onnx.builder import SWAPPED, Builder, before_swap, is_swap
 
     for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:
         number = node.attributes["site"].as_int()
-        builder = Builder(graph, f"attention_{number}")
+        builder = Builder(graph, f"attention_{number}", opset=opset)
         out = node.outputs[0]
         made = write(builder, marked[number].site, marked[number].form, dict(zip(ROLES, node.inputs, strict=False)))
         made.name, made.shape, made.type = f"attention_{number}", out.shape, out.type
@@ -208,17 +214,17 @@ def finish(model: ir.Model, origin: Origin, flavor: str, marked: Sequence[Marked
         model.opset_imports["com.microsoft"] = 1
     model.producer_name, model.producer_version = "attnopt", __version__
     report = origin.report.to_json()
-    said = {
+    texts = {
         "version": __version__,
         "flavor": flavor,
         "policy": json.dumps(report["policy"]),
         "report": json.dumps(report),
-        "attention": json.dumps([_said(m.site, m.form) for m in marked]),
+        "attention": json.dumps([said(m.site, m.form) for m in marked]),
     }
-    model.metadata_props.update({METADATA + key: text for key, text in said.items()})
+    model.metadata_props.update({METADATA + key: text for key, text in texts.items()})
 
 
-def _said(site: OnnxSite, form: Form) -> dict[str, object]:
+def said(site: OnnxSite, form: Form) -> dict[str, object]:
     return {"site": site.name, "form": form.kind, "pattern": repr(site.pattern), "block": form.block or None}
 
 
@@ -234,7 +240,7 @@ def save(model: ir.Model, file: Path, data: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _written(path: str | os.PathLike[str], with_data: bool) -> Iterator[tuple[Path, Path | None]]:
+def written_to(path: str | os.PathLike[str], with_data: bool) -> Iterator[tuple[Path, Path | None]]:
     """A file to write the model to and, ``with_data``, one for its weights; both are there when the block ends well.
 
     The weights' file has a name of its own each time, so that an older model goes on finding its weights until the new

@@ -11,7 +11,7 @@ import torch
 from attnopt.operands import ROLES
 from attnopt.to_onnx.blocks import blocks, gathered, is_one
 from attnopt.to_onnx.builder import Builder, before_swap
-from attnopt.to_onnx.choice import Form, OnnxSite, group_form, groups, kv_heads_of
+from attnopt.to_onnx.choice import WITH_ATTENTION, Form, OnnxSite, group_form, groups, kv_heads_of
 from attnopt.to_onnx.fused import Operands, attention, group_query_attention, multi_head_attention
 
 _ELEMENT = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
@@ -27,7 +27,8 @@ def write(b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Valu
     if not site.is_evenly_shared:
         k, v = heads_of(b, k, site.kv_of_head), heads_of(b, v, site.kv_of_head)
         site = replace(site, kv_of_head=tuple(range(site.heads)), kv_heads=site.heads)
-    is_flat = form.kind in _FLAT_ONLY or (form.kind != "per head" and all(before_swap(x) is not None for x in (k, v)))
+    is_dense = form.kind == "per head" or (form.kind == "Attention" and b.opset < WITH_ATTENTION)
+    is_flat = form.kind in _FLAT_ONLY or (not is_dense and all(before_swap(x) is not None for x in (k, v)))
     narrow = _ELEMENT.get(site.dtype)
     q, k, v = (flat(b, x) if is_flat else x for x in (q, k, v))
     if narrow is not None:

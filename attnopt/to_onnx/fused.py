@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from attnopt.to_onnx import plain
 from attnopt.to_onnx.builder import ORT, Builder
-from attnopt.to_onnx.choice import OnnxSite
+from attnopt.to_onnx.choice import WITH_ATTENTION, OnnxSite
 
 _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -34,7 +35,12 @@ class Operands:
 
 
 def attention(b: Builder, site: OnnxSite, x: Operands, is_full: bool = False) -> ir.Value:
-    """ai.onnx Attention on these operands; ``is_full``: the last two axes of bias or mask are already L and S."""
+    """ai.onnx Attention on these operands; ``is_full``: the last two axes of bias or mask are already L and S.
+
+    In opsets from before it, what it computes in plain operators.
+    """
+    if b.opset < WITH_ATTENTION:
+        return plain.attention(b, site, x)
     q, k, v, mask = x.q, x.k, x.v, _one_mask(b, site, x.bias, x.mask)
     if mask is not None and not is_full:
         lengths = b.op("Concat", b.size(x.q, x.axis), b.size(x.k, x.axis), axis=0)

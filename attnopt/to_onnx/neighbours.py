@@ -8,17 +8,22 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from attnopt.to_onnx.builder import is_a, made_by
+from attnopt.to_onnx.choice import WITH_ATTENTION
 from attnopt.to_onnx.reshaping import join_reshapes
 from attnopt.to_onnx.rotary import fuse_rotations
 
 
-def settle(model: ir.Model, contrib: bool) -> None:
+def settle(model: ir.Model, contrib: bool, opset: int = WITH_ATTENTION) -> None:
     """Change the neighbours' form, never what they compute.  ``contrib``: the file is for ONNX Runtime alone."""
-    _RMS_NORMALIZATIONS.apply_to_model(model)
-    fuse_rotations(model.graph)
+    if opset >= WITH_ATTENTION:
+        _RMS_NORMALIZATIONS.apply_to_model(model)
+        fuse_rotations(model.graph)
     join_reshapes(model.graph)
-    if contrib:
+    if contrib and opset >= WITH_BROADCAST_SUM:
         _keep_sums_apart(model.graph)
+
+
+WITH_BROADCAST_SUM = 8  # the first opset whose Sum broadcasts
 
 
 class _RmsNormalization(pattern.RewriteRuleClassBase):  # type: ignore[misc]

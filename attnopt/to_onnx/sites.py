@@ -28,7 +28,7 @@ from attnopt.normaliser import SDPA
 from attnopt.operands import ROLES, selected_pairs
 from attnopt.patterns import Causal, Full, Pattern, parse
 from attnopt.to_onnx.apart import apart
-from attnopt.to_onnx.choice import Form, OnnxSite, choose
+from attnopt.to_onnx.choice import WITH_ATTENTION, Form, OnnxSite, choose
 from attnopt.to_onnx.masks import soft_floor, without_pattern
 from attnopt.weights import Weights
 
@@ -55,15 +55,16 @@ class Marked:
     site: OnnxSite
     form: Form
     node: fx.Node
+    given: frozenset[str] = frozenset()  # the operands' roles
 
 
 def mark(
-    gm: fx.GraphModule, patterns: Mapping[str, Pattern], settle: Settle
+    gm: fx.GraphModule, patterns: Mapping[str, Pattern], settle: Settle, takes_apart: bool = True
 ) -> tuple[fx.GraphModule, tuple[Marked, ...]]:
     """A copy of ``gm`` with placeholders for its attentions, numbered in the order in which they run.
 
     ``patterns``: what is known of the sites by name; a mask that only says the same is left out.  ``settle`` says which
-    form each attention takes.
+    form each attention takes.  ``takes_apart``: packed projections become separate ones.
     """
     module, table = copy_program(gm)
     original = {new: old for old, new in table.items()}
@@ -77,14 +78,15 @@ def mark(
         call = _operator(emit, node) if is_attention(node) else _sdpa(emit, node, patterns.get(name, Full()))
         if call is None:
             continue
-        operands, site, form = settle(emit, _site(name, call), _apart(emit, weights, call.operands))
+        given = _apart(emit, weights, call.operands) if takes_apart else dict(call.operands)
+        operands, site, form = settle(emit, _site(name, call), given)
         placeholder = _placeholder(emit, site, len(marked), operands)
         lead = value(node).shape[:-2]
         if len(lead) != 2:
             placeholder = emit.inline(lambda o, like: o.reshape(like.shape), placeholder, node)
         node.replace_all_uses_with(placeholder)
         module.graph.erase_node(node)
-        marked.append(Marked(site, form, original[node]))
+        marked.append(Marked(site, form, original[node], frozenset(_given(operands))))
     for node in module.graph.nodes:
         if is_call(node, *RESHAPES):  # a placeholder's strides are not the attention's
             node.target = aten.reshape.default
@@ -188,7 +190,7 @@ def _site(name: str, call: _Call) -> OnnxSite:
     )
 
 
-def fastest(contrib: bool) -> Settle:
+def fastest(contrib: bool, opset: int = WITH_ATTENTION) -> Settle:
     """The cheapest form of each attention; a pattern that it does not know becomes a part of the mask operand.
 
     ``contrib``: the operators of ONNX Runtime may be used.
@@ -197,17 +199,17 @@ def fastest(contrib: bool) -> Settle:
     def settle(emit: Emitter, site: OnnxSite, operands: Operands) -> tuple[Operands, OnnxSite, Form]:
         if site.is_static and site.pattern.covers(site.q_len, site.kv_len, num_heads=site.heads):
             site = replace(site, pattern=Full())
-        form = choose(site, _given(operands), contrib)
+        form = choose(site, _given(operands), contrib, opset)
         if form.kind == "Attention" and site.pattern != Full():
             seen, mask = _dense_mask(emit, site, operands), operands["mask"]
             operands["mask"] = seen if mask is None else emit.call(aten.bitwise_and.Tensor, seen, mask)
             site = replace(site, pattern=Full())
-            form = choose(site, _given(operands), contrib)
+            form = choose(site, _given(operands), contrib, opset)
         for role in ("bias", "mask", "sinks"):
             operand = operands[role]
             if operand is not None and len(value(operand).shape) < 4:
                 operands[role] = emit.inline(_with_four_axes, operand)
-        if (bias := operands["bias"]) is not None:
+        if (bias := operands["bias"]) is not None and opset >= WITH_ATTENTION:
             operands["bias"] = soft_floor(emit, bias)
         return operands, site, form
 
