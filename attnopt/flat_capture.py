@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ class Calls:
             out, self.results = _apart(inputs, forward(*own_args, **own_kwargs), build, leaves)
             return out
 
+        flat.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         model.forward = flat
         try:
             yield model
