@@ -8,11 +8,13 @@ import io
 import logging
 import operator
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from attnopt.naming import number, unmark
 from attnopt.reaching import Limited, as_far_as_it_goes, captured_with_own
 from attnopt.relations import relations
 from attnopt.running import called, cloned, outputs_of
+from attnopt.tensor_lengths import lengths_vary
 from attnopt.tidying import tidy
 
 higher_order = torch.ops.higher_order
@@ -107,6 +110,7 @@ def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_c
     args, kwargs = calls.flat(*inputs)
     copied = partial(structural_copy, model)
     failures: list[str] = []
+    validates = False
     ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
         ("torch.export", lambda: _export(copied(), args, kwargs, shapes, calls)),
         ("torch.export (strict)", lambda: _export(copied(), args, kwargs, shapes)),
@@ -121,6 +125,7 @@ def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_c
                 exported = _without_backward(way)
         except Exception as e:
             failures.append(f"{route}: {_condensed(e)}")
+            validates = validates or _is_validation(e)
             continue
         return replace(
             _finish(exported, args, kwargs, shapes, route), form=calls.form if route == "torch.export" else None
@@ -128,9 +133,20 @@ def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_c
     check_call(model, *inputs)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),
-        hint="make the named operation independent of the inputs' values"
+        hint="call torch.distributions.Distribution.set_default_validate_args(False) first: its checks look at values"
+        if validates
+        else "make the named operation independent of the inputs' values"
         + (", or leave the named axes out of dynamic_shapes" if shapes else ""),
     )
+
+
+def _is_validation(e: BaseException | None) -> bool:
+    """torch.distributions checks its arguments' values, which no tracer knows."""
+    while e is not None:
+        if any("/torch/distributions/" in Path(f.filename).as_posix() for f in traceback.extract_tb(e.__traceback__)):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
 
 
 def _without_backward(way: Callable[[], ExportedProgram]) -> ExportedProgram:
@@ -197,6 +213,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Ca
     with (
         _without_partial_graph(),
         freshly_traced(),
+        lengths_vary(model) if calls is not None else nullcontext(),
         _with_its_names(model),
         Calls().traced(model) if calls is None else calls.traced(model) as traced,
         nullcontext() if shapes is None else plain_signature(traced, args, kwargs),

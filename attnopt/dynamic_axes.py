@@ -47,6 +47,13 @@ def is_variadic(forward: Callable[..., Any]) -> bool:
     return any(p.kind in _VARIADIC for p in inspect.signature(forward).parameters.values())
 
 
+def arguments_by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, in the order in which torch.export names it: each keyword that lands in ``**kwargs`` under its own name."""
+    if is_variadic(forward):
+        return named_arguments(forward, args, kwargs)[0]
+    return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+
+
 @contextmanager
 def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Inside, ``forward`` names each argument of this call: torch.export knows no axes of what lands in ``**kwargs``."""
@@ -118,9 +125,7 @@ def _automatic(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 
     if auto.axes == 0:
         return None
-    if is_variadic(forward):
-        return {name: of(x) for name, x in named_arguments(forward, args, kwargs)[0].items()}
-    return {name: of(x) for name, x in inspect.signature(forward).bind(*args, **kwargs).arguments.items()}
+    return {name: of(x) for name, x in arguments_by_name(forward, args, kwargs).items()}
 
 
 def axes_of_leaves(

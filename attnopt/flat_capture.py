@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch.export import Dim
 
 from attnopt.calling import Signature
 from attnopt.containers import NUMBERS, Build, Leaf, Part, Path, Walk, copied, is_object, mapped
-from attnopt.dynamic_axes import named_arguments
+from attnopt.dynamic_axes import arguments_by_name
 from attnopt.flat_call import (
     Args,
     Form,
@@ -237,8 +236,7 @@ def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, 
     if inputs is None or not isinstance(shapes, Mapping):
         return shapes
     flat_args, flat_kwargs = calls.flat(args, dict(kwargs))
-    flat, _ = named_arguments(model.forward, flat_args, flat_kwargs)
-    own, _ = named_arguments(model.forward, args, kwargs)
+    flat, own = arguments_by_name(model.forward, flat_args, flat_kwargs), arguments_by_name(model.forward, args, kwargs)
     leaves = {label: i for i, label in enumerate(inputs.labels)}
 
     def spread(x: Any, apart: Any, asked: Any) -> Any:

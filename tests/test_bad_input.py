@@ -446,3 +446,28 @@ def test_calibration_that_fails_on_its_way(model: nn.Module) -> None:
 
     with pytest.raises((attnopt.CalibrationError, OSError), match="the disk is gone"):
         attnopt.optimize(model, LocalWindow(1), (X,), calibration=batches())
+
+
+class Draws(nn.Module):
+    """The parameters of a distribution, which torch checks by their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made, _ = self.attend(x, x, x, need_weights=False)
+        return torch.distributions.Normal(made, made.exp()).mean
+
+
+def test_the_remedy_for_a_distributions_checks_works() -> None:
+    model, x = Draws().eval(), torch.randn(2, 5, 16)
+    with pytest.raises(attnopt.CaptureError, match=r"set_default_validate_args\(False\) first"):
+        attnopt.optimize(model, "fuse", (x,))
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        fast = attnopt.optimize(model, "fuse", (x,), dynamic_shapes="auto")
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(__debug__)
+    assert [s.status for s in fast.report.sites] == ["rewritten"]
+    assert torch.allclose(fast(y := torch.randn(3, 8, 16)), model(y), atol=1e-5)

@@ -21,6 +21,7 @@ from attnopt.errors import AttnoptWarning, CalibrationError, CaptureError, Expor
 from attnopt.graph import is_static
 from attnopt.reaching import cannot_vary
 from attnopt.second_example import longer_axes, repeated
+from attnopt.tensor_lengths import lengths_vary
 
 FREE = {0: Dim.AUTO, 1: Dim.AUTO}
 
@@ -232,6 +233,50 @@ def test_an_axis_of_length_1_varies(
     fast.save(tmp_path / "saved")
     for module in (fast, attnopt.load(tmp_path / "saved")):
         assert all(close(model, module, args) for args in (given, *others))
+
+
+class Counted(Attend):
+    """The batch as ``len`` gives it, of a tensor and of a list."""
+
+    def forward(self, x: Tensor, **_: Any) -> Any:  # type: ignore[override]
+        made = super().forward(x, as_dict=False)[0]
+        return made.reshape(len(x), -1) * len([x, x])
+
+
+class CountedForAList(Attend):
+    def forward(self, x: Tensor, **_: Any) -> Any:  # type: ignore[override]
+        return torch.stack([super(CountedForAList, self).forward(x, as_dict=False)[0][i] for i in range(len(x))])
+
+
+def test_a_batch_that_len_tells_varies() -> None:
+    model = Counted().eval()
+    fast = attnopt.optimize(model, "fuse", (x(2, 5),), dynamic_shapes="auto")
+    assert fast.report.fixed_axes == ("x[2] = 16",)
+    assert all(close(model, fast, (x(b, n),)) for b, n in ((2, 5), (3, 8), (7, 4)))
+    assert "len" not in globals()
+
+
+def test_a_batch_that_is_counted_off_stays_fixed() -> None:
+    model = CountedForAList().eval()
+    fast = attnopt.optimize(model, "fuse", (x(2, 5),), dynamic_shapes="auto")
+    assert fast.report.fixed_axes == ("x[0] = 2", "x[2] = 16")
+    assert close(model, fast, (x(2, 8),))
+    with pytest.raises(CaptureError, match="optimize with"):
+        fast(x(3, 5))
+
+
+def test_len_is_pythons_own_again_and_a_modules_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyError), lengths_vary(Counted()):
+        assert globals()["len"](x(4, 2)) == 4
+        assert globals()["len"]("abc") == 3
+        with pytest.raises(TypeError, match="0-d"):
+            globals()["len"](torch.tensor(1))
+        raise KeyError
+    assert "len" not in globals()
+    monkeypatch.setitem(globals(), "len", own := lambda x: 7)
+    with lengths_vary(Counted()):
+        assert globals()["len"] is own
+    assert globals()["len"] is own
 
 
 def test_an_example_of_length_1_in_torchs_notation() -> None:
