@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +13,14 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.entries import Entries, InvalidSizesError, UnsupportedError
-from attnopt.graph import ancestors, constant_of, get_attr, is_number, is_state, opname, value
+from attnopt.graph import ancestors, get_attr, is_number, is_state, opname, value
+from attnopt.mask_numbers import Lengths, Numbers, numbers_behind
 from attnopt.patterns import Causal, Full, Pattern, Window
 from attnopt.probing import HEAVY, inputs_behind, size_at, symbols, within
 
-FARTHEST = 131_072  # no mask is looked at beyond this length
-_NO_LENGTH = 1 << 24  # a number from here on is no length, but as good as infinite
 _WHOLE = 1 << 20  # a mask of no more entries is looked at whole
 _LINES = 48  # of a larger one so many rows, and so many columns
 _APART = 200.0  # a softmax sees nothing of a score that lies this far below another, both with room for their products
-
-Lengths = tuple[int | torch.SymInt, int | torch.SymInt]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +103,11 @@ class _Known:
         return numbers[target]
 
     def _look(self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: Any) -> tuple[Sample, ...] | None:
-        numbers = numbers_behind(nodes)
+        numbers = numbers_behind(nodes, lengths)
         if numbers is None:
             return None
-        example, near, far = _choices(self._gm.graph, lengths, _reach(numbers))
         found: list[Sample] = []
-        for choices in ([example], near, far):
+        for choices, needed in _choices(self._gm.graph, lengths, numbers):
             valid = False
             for sizes in choices:
                 try:
@@ -122,12 +117,12 @@ class _Known:
                     continue  # the model does not run at these sizes itself
                 except (UnsupportedError, ValueError, TypeError):
                     return None
-            if choices and not valid:
+            if needed and choices and not valid:
                 return None
         return tuple(found)
 
     def _at(
-        self, nodes: tuple[fx.Node, ...], lengths: Lengths, sizes: Mapping[Any, int], fill: Any, numbers: frozenset[int]
+        self, nodes: tuple[fx.Node, ...], lengths: Lengths, sizes: Mapping[Any, int], fill: Any, numbers: Numbers
     ) -> Iterator[Sample]:
         key = (tuple(sizes.items()), fill)
         entries = self._entries.setdefault(key, Entries(self._gm, sizes, fill))
@@ -140,14 +135,18 @@ class _Known:
 _KNOWN: WeakKeyDictionary[fx.GraphModule, _Known] = WeakKeyDictionary()
 
 
-def _lines(q_len: int, kv_len: int, numbers: frozenset[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def _lines(q_len: int, kv_len: int, numbers: Numbers) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows and the columns to look at: all of them, or some rows whole and some columns whole."""
     rows, columns = torch.arange(q_len), torch.arange(kv_len)
     if q_len * kv_len <= _WHOLE:
         yield rows, columns
         return
-    yield _some(q_len, numbers, kv_len - q_len), columns
-    yield rows, _some(kv_len, numbers, 0)
+    if numbers.anywhere:
+        step = max(1, _WHOLE // kv_len)
+        yield from ((rows[i : i + step], columns) for i in range(0, q_len, step))
+        return
+    yield _some(q_len, numbers.places, kv_len - q_len), columns
+    yield rows, _some(kv_len, numbers.places, 0)
 
 
 def _some(length: int, numbers: frozenset[int], offset: int) -> Tensor:
@@ -178,66 +177,12 @@ def _few(size: int, beside: int) -> Tensor:
     return torch.arange(size) if size <= most else torch.unique(torch.linspace(0, size - 1, most).long())
 
 
-def numbers_behind(nodes: Sequence[fx.Node]) -> frozenset[int] | None:
-    """Every whole number that may be a length or a distance in what makes the nodes; None if one goes beyond FARTHEST.
-
-    Numbers that are filled in, as what hides a score is, are none, unless they are compared.
-    """
-    made = list(dict.fromkeys(n for node in nodes for n in ancestors(node, stop=is_number)))
-    compared = {a for n in made if opname(n) in _COMPARISONS for a in ancestors(n, stop=is_number)}
-    found = set[float]()
-    for node in made:
-        val = value(node)
-        if isinstance(val, torch.SymInt):
-            found.update(_numbers_of(val))
-        elif isinstance(val, Tensor):
-            found.update(n for s in val.shape for n in _numbers_of(s))
-        if node.op == "get_attr":
-            found.update(_numbers_in(constant_of(node)))
-        elif node.op == "call_function" and (node in compared or _counts(node)):
-            leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
-            found.update(x for x in leaves if isinstance(x, (int, float)) and not isinstance(x, bool))
-    whole = {abs(int(x)) for x in found if math.isfinite(x) and abs(x) < _NO_LENGTH}
-    return None if any(n > FARTHEST for n in whole) else frozenset(whole)
-
-
-_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "__and__", "sign", "clamp", "minimum", "maximum", "bucketize")
-
-
-def _counts(node: fx.Node) -> bool:
-    """It computes whole numbers or flags, or cuts a triangle or a slice."""
-    val = value(node)
-    return opname(node) in ("tril", "triu", "slice", "roll") or (
-        isinstance(val, Tensor) and not (val.is_floating_point() or val.is_complex())
-    )
-
-
-def _numbers_of(size: int | torch.SymInt) -> list[int]:
-    """The numbers with which a size is computed from the graph's symbols."""
-    return [int(x) for x in size.node.expr.atoms() if x.is_Integer] if isinstance(size, torch.SymInt) else []
-
-
-def _numbers_in(stored: Tensor | None) -> Iterator[int]:
-    if stored is None:
-        return
-    yield from stored.shape
-    if stored.numel() and not stored.is_floating_point() and not stored.is_complex() and stored.dtype != torch.bool:
-        yield from (int(stored.min()), int(stored.max()))
-    elif stored.numel() == 1 and bool(torch.isfinite(stored)) and stored.dtype != torch.bool:
-        yield int(stored)
-
-
-def _reach(numbers: frozenset[int]) -> int:
-    """A length beyond what the numbers add up to or, as far as FARTHEST, multiply to."""
-    large = [n for n in numbers if n > 1]
-    return min(FARTHEST, max(sum(large), math.prod(large)))
-
-
 Sizes = dict[Any, int]
 
 
-def _choices(graph: fx.Graph, lengths: Lengths, reach: int) -> tuple[Sizes, list[Sizes], list[Sizes]]:
-    """The example's sizes; near ones, no two symbols alike; and those at which the lengths are beyond ``reach``."""
+def _choices(graph: fx.Graph, lengths: Lengths, numbers: Numbers) -> list[tuple[list[Sizes], bool]]:
+    """Groups of sizes, with whether one of each group has to be valid: the example's; near ones, no two symbols alike; those at
+    which the lengths are beyond all numbers; sizes on the way there, around each number, and below the example's."""
     example = symbols(graph)
     order = list(example)
     last = len(order) - 1
@@ -249,12 +194,23 @@ def _choices(graph: fx.Graph, lengths: Lengths, reach: int) -> tuple[Sizes, list
     ]
     growing = [s for s in order if any(isinstance(n, torch.SymInt) and s in n.node.expr.free_symbols for n in lengths)]
     far: list[Sizes] = []
-    times = next((2**p for p in range(18) if _is_beyond(example, growing, 2**p, lengths, reach)), 2**17)
+    between: list[Sizes] = []
+    times = next((2**p for p in range(18) if _is_beyond(example, growing, 2**p, lengths, numbers.reach)), 2**17)
     if growing and times > 2:
         ends = len(growing) - 1
         for more, odd in ((operator.pos, 0), (lambda k: ends - k, 0), (operator.pos, 1)):
             far.append(example | {s: example[s] * (times + more(k)) + odd * (1 + 2 * k) for k, s in enumerate(growing)})
-    return example, _distinct(graph, example, near), _distinct(graph, example, far)
+        steps = [m * 2**p for p in range(1, times.bit_length()) for m in (2, 3) if m * 2**p < 2 * times]
+        between += [
+            example | {s: example[s] * m // 2 + k * odd for k, s in enumerate(growing)} for m in steps for odd in (0, 1)
+        ]
+    for place in sorted({n + d for n in numbers.places for d in (-1, 0, 1) if n <= numbers.reach} | {1, 2, 3}):
+        between += [example | {s: place + k * odd for k, s in enumerate(growing)} for odd in (0, 1)]
+    others = [s for s in order if s in numbers.sizes and s not in growing]
+    if others:
+        between.append(example | {s: max(example[s], numbers.reach) + 1 + 2 * k for k, s in enumerate(others)})
+    groups = ((near, True), (far, True), (between, False))
+    return [([example], True), *((_distinct(graph, example, sizes), needed) for sizes, needed in groups)]
 
 
 def _is_beyond(example: Sizes, growing: list[Any], times: int, lengths: Lengths, reach: int) -> bool:

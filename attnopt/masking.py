@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from attnopt.arranging import Arranger
 from attnopt.axes import Axes
 from attnopt.graph import Emitter, aten, dtype, source_line, value
-from attnopt.mask_patterns import Lengths, Sample, as_visible, may_hide, name_pattern, samples
+from attnopt.mask_numbers import Lengths
+from attnopt.mask_patterns import Sample, as_visible, may_hide, name_pattern, samples
 from attnopt.patterns import Causal, Full, Pattern
 from attnopt.probing import evaluate, inputs_behind, is_plain, symbols
 from attnopt.refusal import Refusal

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -90,27 +91,40 @@ def size_at(size: Any, sizes: Mapping[Any, int]) -> Any:
 
 def symbols(graph: fx.Graph) -> dict[Any, int]:
     """Every symbol of the graph's sizes with its example value."""
-    return {s.node.expr: hint(s) for s in _free(graph)}
+    sizes = _sizes(graph)
+    found = {s.node.expr: hint(s) for s in sizes if s.node.expr.is_symbol}
+    for s in sizes:
+        for symbol in s.node.expr.free_symbols - found.keys():  # where a multiple of it alone is a size
+            solved = sympy.solve(s.node.expr.subs(found) - hint(s), symbol)
+            if len(solved) == 1 and solved[0].is_Integer:
+                found[symbol] = int(solved[0])
+    return found
 
 
 def within(graph: fx.Graph, sizes: Mapping[Any, int]) -> dict[Any, int]:
     """These sizes of the graph's symbols, brought into the bounds within which it holds."""
     found = dict(sizes)
-    for s in _free(graph):
-        lower, upper = bounds(s)
-        found[s.node.expr] = max(lower, found[s.node.expr] if upper is None else min(upper, found[s.node.expr]))
+    for s in _sizes(graph):
+        for symbol in s.node.expr.free_symbols & found.keys():
+            lower, upper = _ends(s, symbol)
+            found[symbol] = max(lower, found[symbol] if upper is None else min(upper, found[symbol]))
     return found
 
 
-def _free(graph: fx.Graph) -> list[torch.SymInt]:
+def _sizes(graph: fx.Graph) -> list[torch.SymInt]:
+    """The inputs' sizes that are not fixed."""
     found = [value(n) for n in graph.nodes if n.op == "placeholder"]
     sizes = [s for val in found for s in (val.shape if isinstance(val, Tensor) else (val,))]
-    return [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_symbol]
+    return [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.free_symbols]
 
 
 def bounds(size: torch.SymInt) -> tuple[int, int | None]:
     """The sizes from and to which a graph holds; None without an end."""
-    known = size.node.shape_env.bound_sympy(size.node.expr)
+    return _ends(size, size.node.expr)
+
+
+def _ends(size: torch.SymInt, of: Any) -> tuple[int, int | None]:
+    known = size.node.shape_env.bound_sympy(of)
     lower, upper = (int(b) if getattr(b, "is_Integer", False) else None for b in (known.lower, known.upper))
     return lower or 0, upper
 

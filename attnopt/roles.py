@@ -18,7 +18,7 @@ from attnopt.graph import (
 from attnopt.projections import chooses_weights, landings, signature
 from attnopt.refusal import Refusal
 from attnopt.region import NotAttentionError, Region, atoms_of
-from attnopt.scores import Operand
+from attnopt.scores import Operand, is_projected
 
 
 def assign_roles(r: Region) -> Region:
@@ -72,9 +72,9 @@ def _is_feature(o: Operand, atom: Atom, behind: bool = False) -> bool:
 
 
 def _is_projected(r: Region) -> bool:
-    """Weights make the features of queries, keys or values, and no axis beside them: there is one head."""
+    """Weights make queries, keys or values, and no axis beside their features: there is one head."""
     told = ((r.q, r.features), (r.k, r.features), (r.v, r.value_features))
-    return any(_is_feature(o, f) for o, features in told for f in resolve(features))
+    return any(is_projected(o.node) or _is_feature(o, f) for o, features in told for f in resolve(features))
 
 
 def _is_copied(o: Operand, atom: Atom) -> bool:

@@ -113,6 +113,82 @@ CASES: dict[str, tuple[Mask, Pattern, int]] = {
 }
 
 
+def before(n: int) -> Tensor:
+    i, j = ij(n)
+    return i - j
+
+
+def near_and(seen: Callable[[Tensor], Tensor]) -> Mask:
+    """Causal, where ``seen`` shows a distance; each query sees itself."""
+    return lambda n: ((before(n) >= 0) & seen(before(n).clamp(min=0))) | (before(n) == 0)
+
+
+def above(n: int, seen: Callable[[int], Tensor]) -> Tensor:
+    return (before(n) >= 0) & (seen(n) | (before(n) == 0))
+
+
+THRESHOLDS = torch.tensor([60.5, 80.5, 70.5])
+HOLES = window(1100, 2000).index_put((torch.tensor([1090]), torch.tensor([533])), torch.tensor(False))
+FAR_OFF: dict[str, tuple[Mask, Pattern]] = {
+    "a logarithm": (near_and(lambda d: d.clamp(min=1).float().log2() < 6), Full()),
+    "a root": (near_and(lambda d: d.float().sqrt() < 8), Full()),
+    "an exponential": (near_and(lambda d: torch.exp(d * -0.02) > 0.3), Full()),
+    "a cosine": (near_and(lambda d: torch.cos(d * 0.02) > 0.3), Full()),
+    "bits": (near_and(lambda d: (d & 64) == 0), Full()),
+    "shifted bits": (near_and(lambda d: (d >> 3) < 8), Full()),
+    "a power of constants": (near_and(lambda d: d < torch.tensor(2.0) ** torch.tensor(6.0)), Window(63, 0)),
+    "a sum of constants": (near_and(lambda d: d < THRESHOLDS.sum() / 3), Window(70, 0)),
+    "thresholds by head": (lambda n: (before(n) >= 0) & (before(n) < THRESHOLDS[:, None, None]), Full()),
+    "a fraction": (near_and(lambda d: d * 0.01 < 0.6), Window(60, 0)),
+    "a large factor": (near_and(lambda d: d * 1_000_000 < 64_000_000), Full()),
+    "a small divisor": (near_and(lambda d: d.float() / 1e-10 < 64e10), Full()),
+    "steps of a bias": (lambda n: (before(n).abs() * 0.02).floor() * -1e9, Window(49, 49)),
+    "a ramp": (lambda n: torch.relu(before(n).abs() * 0.02 - 1) * -1e9, Window(50, 50)),
+    "a period of a window": (near_and(lambda d: (d < 70) | (d % 70 == 0)), Full()),
+    "wide blocks": (lambda n: (ij(n)[0] // 16 - ij(n)[1] // 16).abs() <= 5, Full()),
+    "fractions of blocks": (lambda n: (ij(n)[0] * (1 / 64)).floor() == (ij(n)[1] * (1 / 64)).floor(), Full()),
+    "few bits": (lambda n: before(n).to(torch.int8) >= 0, Full()),
+    "half precision": (lambda n: ij(n)[1].bfloat16() <= ij(n)[0].bfloat16(), Full()),
+    "sums on the way": (lambda n: (lambda c: (c[:, None] - c).abs() < 7)((torch.ones(n) * 0.1).cumsum(0)), Full()),
+    "from a length on": (lambda n: above(n, lambda n: (torch.tensor(n) < 60) | (before(n) < 50)), Full()),
+    "up to a length": (lambda n: above(n, lambda n: (torch.tensor(n) > 6) | (before(n) < 2)), Full()),
+    "at one length": (lambda n: above(n, lambda n: (ij(n)[1] * 0 + n) * 3 != 231), Full()),
+    "a root of the length": (lambda n: above(n, lambda n: before(n) < 20 + torch.tensor(n).float().sqrt()), Full()),
+    "times the length": (lambda n: above(n, lambda n: before(n) ** 2 * n < 27_000_000), Full()),
+    "a hole in a table": (stored(HOLES), Full()),
+}
+
+
+@pytest.mark.parametrize("name", FAR_OFF)
+def test_a_mask_that_changes_far_from_its_numbers(name: str) -> None:
+    mask, pattern = FAR_OFF[name]
+    model = Masked(lambda n: made if (made := mask(n)).dtype == torch.bool else made.float()).eval()
+    fast = attnopt.optimize(
+        model, "fuse", (torch.randn(2, 9, WIDTH),), dynamic_shapes={"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    )
+    assert [s.spec.pattern for s in fast.sites] == [pattern]
+    for length in (2, 5, 9, 30, 59, 77, 170, 400, *((1099,) if "hole" in name else ())):
+        other = torch.randn(1, length, WIDTH)
+        assert_same(run(fast, (other,)), run(model, (other,)))
+
+
+class ByBatch(Masked):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mask = (torch.arange(x.shape[0]) >= 40)[:, None, None, None] | (before(x.shape[1]) >= 0)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+def test_a_mask_that_changes_far_off_in_the_batch() -> None:
+    model = ByBatch(window).eval()
+    fast = attnopt.optimize(
+        model, "fuse", (torch.randn(2, 9, WIDTH),), dynamic_shapes={"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    )
+    assert [s.spec.pattern for s in fast.sites] == [Full()]
+    other = torch.randn(50, 7, WIDTH)
+    assert_same(run(fast, (other,)), run(model, (other,)))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_mask_longer_than_the_example(name: str) -> None:
     mask, pattern, far = CASES[name]
@@ -173,29 +249,40 @@ def test_two_lengths_that_are_equal_in_the_example(name: str) -> None:
 class Windows(nn.Module):
     """[B, heads, windows, tokens, D]: attention inside windows, with as many heads as are asked for."""
 
-    def __init__(self, heads: int, size: int, norm: bool) -> None:
+    def __init__(self, heads: int, size: int, norm: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.qkv, self.out, self.heads, self.size = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), heads, size
-        self.norm = nn.LayerNorm(WIDTH) if norm else nn.Identity()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) if role in norm else nn.Identity() for role in "qkv")
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
         q, k, v = (
             t.unflatten(1, (-1, self.size)).unflatten(-1, (self.heads, -1)).permute(0, 3, 1, 2, 4)
-            for t in (self.norm(q), k, v)
+            for t in (norm(t) for norm, t in zip(self.norms, (q, k, v), strict=True))
         )
         weights = (q @ k.transpose(-1, -2) * 0.4).softmax(-1)
         return self.out((weights @ v).permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2))
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", ["", "q", "qkv"])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_windows_are_no_heads(heads: int, norm: bool) -> None:
+def test_windows_are_no_heads(heads: int, norm: str) -> None:
     model = Windows(heads, 4, norm).eval()
     x = torch.randn(3, 8, WIDTH)
     (site,) = attnopt.inspect(model, (x,)).sites
     assert site.num_heads == heads
-    assert len(set(site.projections["k"].rows or ())) == heads
+    assert norm == "qkv" or len(set(site.projections["k"].rows or ())) == heads
     fast = attnopt.optimize(model, "local-window(left=1)", (x,))
     assert [s.status for s in fast.report.sites] == ["rewritten"]
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_length_that_is_a_multiple(heads: int) -> None:
+    model = Windows(heads, 4, norm="").eval()
+    shapes = {"x": {0: Dim.DYNAMIC, 1: 4 * Dim("windows", min=1, max=99)}}
+    fast = attnopt.optimize(model, "fuse", (torch.randn(3, 8, WIDTH),), dynamic_shapes=shapes)
+    assert [s.num_heads for s in fast.sites] == [heads]
+    for batch, length in ((3, 8), (2, 20), (5, 36)):
+        other = torch.randn(batch, length, WIDTH)
+        assert_same(run(fast, (other,)), run(model, (other,)))
