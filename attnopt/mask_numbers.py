@@ -132,7 +132,7 @@ _STRETCHED = frozenset((
 ))  # fmt: skip
 _SUMS = frozenset((
     "add", "sub", "subtract", "rsub", "neg", "negative", "abs", "absolute", "mul", "multiply", "div", "divide", "true_divide",
-    "cumsum", "any", "all", "isinf", "isneginf", "isfinite", "isnan", "nan_to_num", "where", "masked_fill", "fill",
+    "cumsum", "diff", "any", "all", "isinf", "isneginf", "isfinite", "isnan", "nan_to_num", "where", "masked_fill", "fill",
 ))  # fmt: skip
 _OF_FLAGS = frozenset((
     "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "__and__", "__or__", "__xor__", "prod", "amax", "amin",
