@@ -336,8 +336,8 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     _refuse_own_generator(module)
     _own_state(module)
     tidy(module)
-    write_out(module)
-    tidy(module)
+    if write_out(module):
+        tidy(module)
     number(module)
     asked = axes_of_leaves(module.forward, args, kwargs, shapes)
     declared = _declared(module, asked)

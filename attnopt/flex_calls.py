@@ -32,8 +32,9 @@ def is_flex(node: fx.Node) -> bool:
     return node.op == "call_function" and opname(node) == "flex_attention"
 
 
-def write_out(gm: fx.GraphModule) -> None:
-    """Let everything that uses a call use its written-out form; a call that has none keeps the reason."""
+def write_out(gm: fx.GraphModule) -> bool:
+    """Let what uses a call use its written-out form; a call that has none keeps the reason.  Whether any was written out."""
+    found = False
     for call in [n for n in gm.graph.nodes if is_flex(n)]:
         results = [u for u in call.users if u.users]
         if len(results) != 1 or not is_call(results[0], operator.getitem) or arg(results[0], 1) != 0:
@@ -49,6 +50,8 @@ def write_out(gm: fx.GraphModule) -> None:
             continue
         results[0].replace_all_uses_with(made)
         made.meta[KEPT] = results[0].meta[KEPT] = results[0].name
+        found = True
+    return found
 
 
 @contextmanager

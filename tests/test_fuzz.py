@@ -62,8 +62,8 @@ def test_wrong_numbers_are_seen(rewrite: str) -> None:
     """A scale that is a little off, in what is lowered alone."""
     real = optimizing.lower
 
-    def off(gm: Any, plans: Any, plain: bool = False) -> Any:
-        return real(gm, [replace(p, spec=replace(p.spec, scale=p.spec.scale * 1.02)) for p in plans], plain)
+    def off(gm: Any, plans: Any, plain: bool = False, **more: Any) -> Any:
+        return real(gm, [replace(p, spec=replace(p.spec, scale=p.spec.scale * 1.02)) for p in plans], plain, **more)
 
     case = Case((Block(Spelling(), rewrite=rewrite, number=5),))
     assert not checked(case).failure

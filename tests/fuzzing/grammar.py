@@ -136,7 +136,7 @@ def _spelling(r: random.Random) -> Spelling:
         packing=r.choice(("separate", "fused", "kv", "per-head", "per-group")), order=r.choice(("qkv", "qvk", "kqv", "vqk")),
         unpack=r.choice(("chunk", "split", "slice", "unbind", "select", "index")),
         core=r.choice(("matmul", "bmm", "baddbmm", "einsum", "heads-last", "channels", "transposed", "mulsum", "sdpa",
-                       "flex", "grouped", "grouped-einsum")),
+                       "grouped", "grouped-einsum")),
         share=r.choice(("repeat_interleave", "expand", "tiled", "index", "enable_gqa", "broadcast")),
         rope=r.choice(("", "", "half", "interleaved", "in-place", "complex")),
         norm=r.choice(("", "", "", "layer", "rms", "l2", "across")),
