@@ -31,7 +31,7 @@ from attnopt.containers import in_lists
 from attnopt.errors import ArchiveError
 from attnopt.files import MARKER, atomic_folder
 from attnopt.form_json import form_from_json, form_to_json
-from attnopt.graph import hint, stored
+from attnopt.graph import hint, is_static, stored
 from attnopt.origin import Origin
 from attnopt.relations import user_inputs
 from attnopt.report import Report
@@ -74,7 +74,7 @@ def _dynamic(val: Any) -> Any:
         return Dim.AUTO
     if not isinstance(val, Tensor):
         return None
-    return {i: Dim.AUTO for i, s in enumerate(val.shape) if not isinstance(s, int)} or None
+    return {i: Dim.AUTO for i, s in enumerate(val.shape) if not is_static(s)} or None
 
 
 @compiling()

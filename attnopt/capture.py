@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
@@ -30,7 +30,7 @@ from attnopt.errors import CaptureError
 from attnopt.flat_call import Form
 from attnopt.flat_capture import Calls, shapes_for
 from attnopt.flex_calls import freshly_traced, index_plainly, write_out
-from attnopt.graph import get_attr, is_static, opname, source_line, written
+from attnopt.graph import fake_mode, get_attr, is_static, opname, source_line, written
 from attnopt.naming import number, unmark
 from attnopt.reaching import Limited, as_far_as_it_goes, captured_with_own
 from attnopt.relations import relations
@@ -335,6 +335,7 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     unmark(module)
     _refuse_own_generator(module)
     _own_state(module)
+    _settle_sizes(module)
     tidy(module)
     if write_out(module):
         tidy(module)
@@ -343,6 +344,17 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     declared = _declared(module, asked)
     held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]
     return Program(module, args, kwargs, shapes, (*fixed_axes(module, asked), *held), route)
+
+
+def _settle_sizes(module: fx.GraphModule) -> None:
+    """A size that was to vary and turned out to be fixed while the model was traced is a number like any other."""
+    mode = fake_mode(module.graph)
+    for node in module.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, Tensor) and any(isinstance(s, torch.SymInt) and is_static(s) for s in val.shape):
+            sizes, strides = ([int(s) if is_static(s) else s for s in given] for given in (val.shape, val.stride()))
+            with mode:
+                node.meta["val"] = torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
 
 
 def _refuse_own_generator(module: fx.GraphModule) -> None:
