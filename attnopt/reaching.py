@@ -20,8 +20,7 @@ from attnopt.dynamic_axes import Auto, asked_shapes, axes_of_leaves, named_argum
 from attnopt.errors import AttnoptError, CaptureError
 from attnopt.graph import is_static
 from attnopt.probing import bounds, symbols
-from attnopt.running import outputs_of
-from attnopt.second_example import Place, longer_axes, repeated
+from attnopt.second_example import Place, longer_axes, repeated, seeded_outputs
 
 if TYPE_CHECKING:
     from attnopt.capture import Program
@@ -121,16 +120,10 @@ def _takes(program: Program, model: nn.Module, own: Inputs) -> bool:
     """The graph of another example holds for the user's own, too."""
     try:
         check_inputs(program.module, *own)
-        got, want = (_outputs(m, own) for m in (program.module, model))
+        got, want = (seeded_outputs(m, own) for m in (program.module, model))
         return difference(got, want) <= ROOM * tolerance(want)
     except Exception:
         return False
-
-
-def _outputs(module: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return outputs_of(module, inputs)
 
 
 def cannot_vary(program: Program) -> set[Place]:

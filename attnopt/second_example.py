@@ -33,7 +33,7 @@ def longer_axes(model: nn.Module, inputs: Inputs, asked: Sequence[Axes]) -> froz
     if not found:
         return frozenset()
     try:
-        want = _outputs(model, inputs)
+        want = seeded_outputs(model, inputs)
     except Exception:
         return frozenset()
     chosen = frozenset[Place]()
@@ -70,7 +70,7 @@ def _faded(x: Tensor, n: int) -> Tensor:
     return x * (1 - n / 16) if n and x.is_floating_point() else x
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def seeded_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return outputs_of(model, inputs)
@@ -80,13 +80,15 @@ def _does_the_same(model: nn.Module, inputs: Inputs, places: frozenset[Place], w
     """The outputs are those of the user's example, or these repeated as the inputs are."""
     length = times(pytree.tree_leaves(inputs))
     try:
-        got = _outputs(model, repeated(inputs, places, fades=False))
+        got = seeded_outputs(model, repeated(inputs, places, fades=False))
         if len(got) != len(want) or any(g.dim() != w.dim() for g, w in zip(got, want, strict=True)):
             return False
         longer = [
             w.repeat([length if n == length * m else 1 for n, m in zip(g.shape, w.shape, strict=True)])
             for g, w in zip(got, want, strict=True)
         ]
-        return difference(got, longer) <= 10 * tolerance(longer) and bool(_outputs(model, repeated(inputs, places)))
+        return difference(got, longer) <= 10 * tolerance(longer) and bool(
+            seeded_outputs(model, repeated(inputs, places))
+        )
     except Exception:
         return False

@@ -34,15 +34,7 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
         onnx.checker.check_model(str(file))
     except Exception as e:
         raise ExportError(f"the exported model is not valid ONNX: {str(e)[:300]}") from e
-    session = open_session(file, in_bfloat16(gm))
-    _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked, named, origin.form)
-    for inputs in resized(gm, origin.args, origin.kwargs, origin.report.fixed_axes):
-        try:
-            outputs_of(gm, inputs)
-        except Exception:
-            continue  # a size that the graph does not hold at
-        _compare(gm, inputs, session, file, marked, named, origin.form)
-        return
+    _compare_at_sizes(gm, origin, file, marked, named)
 
 
 def in_bfloat16(gm: fx.GraphModule) -> str:
@@ -64,15 +56,20 @@ def verify_file(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
         onnx.checker.check_model(str(file))
     except Exception as e:
         raise ExportError(f"the rewritten file is not valid ONNX: {str(e)[:300]}") from e
+    _compare_at_sizes(gm, origin, file, (), {})
+
+
+def _compare_at_sizes(
+    gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]
+) -> None:
     session = open_session(file, in_bfloat16(gm))
-    inputs = (origin.args, dict(origin.kwargs))
-    _compare(gm, inputs, session, file, (), {}, origin.form)
-    for others in resized(gm, origin.args, origin.kwargs, origin.report.fixed_axes):
+    _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked, named, origin.form)
+    for inputs in resized(gm, origin.args, origin.kwargs, origin.report.fixed_axes):
         try:
-            outputs_of(gm, others)
+            outputs_of(gm, inputs)
         except Exception:
             continue  # a size that the graph does not hold at
-        _compare(gm, others, session, file, (), {}, origin.form)
+        _compare(gm, inputs, session, file, marked, named, origin.form)
         return
 
 
