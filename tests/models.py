@@ -59,6 +59,7 @@ class Spelling:
     pre_norm: bool = False
     residual: bool = False
     dropout: bool = False
+    windows: bool = False  # the core has [B, H, 2 windows, L, D], from a batch of windows
 
     @property
     def group(self) -> int:
@@ -76,7 +77,7 @@ class Spelling:
 
     def repaired(self) -> Spelling:
         """The nearest spelling whose parts can stand together."""
-        s = self
+        s = self._with_windows() if self.windows else self
         if s.heads % s.kv_heads:
             s = replace(s, kv_heads=s.heads)
         if s.op in ("einsum", "conv1d", "conv2d") and s.packing in ("per-group", "per-head"):
@@ -145,6 +146,25 @@ class Spelling:
         if not s.out:
             s = replace(s, residual=False)
         return s
+
+    def _with_windows(self) -> Spelling:
+        s = self
+        if s.heads == 2:  # as many heads as windows: the oracle could not tell them apart
+            s = replace(s, heads=3, kv_heads=1)
+        if s.share in ("enable_gqa", "broadcast"):
+            s = replace(s, share="expand")
+        return replace(
+            s,
+            core="sdpa" if s.core == "sdpa" else "matmul",
+            scale="mul" if s.scale in ("temperature", "over") else s.scale,
+            mask=tuple(m for m in s.mask if m not in ("padding", "float-padding", "given")),
+            after="",
+            bias_kind="",
+            sinks=False,
+            softmax="F" if s.softmax in ("late", "later") else s.softmax,
+            cross=False,
+            returns="output",
+        )
 
 
 def role_sizes(s: Spelling) -> dict[str, tuple[int, int]]:
@@ -400,14 +420,14 @@ class Attention(nn.Module):
             return self.norms[role](t.flatten(-2)).view(t.shape)
         return self.norms[role](t) if s.norm else t
 
-    def _rotated(self, t: Tensor) -> Tensor:
-        """[B, L, n, d] with rotary positions."""
+    def _rotated(self, t: Tensor, past: int) -> Tensor:
+        """[B, L, n, d] with the rotary positions of the tokens after ``past`` others."""
         s = self.s
         if not s.rope:
             return t
         half = s.head_dim // 2
         speeds = 10.0 ** (-torch.arange(half, dtype=torch.float32) / half)
-        angles = (torch.arange(t.shape[1], dtype=torch.float32)[:, None] * speeds)[None, :, None]
+        angles = ((torch.arange(t.shape[1], dtype=torch.float32) + past)[:, None] * speeds)[None, :, None]
         if s.rope == "complex":
             turned = torch.view_as_complex(
                 t.float().clone(memory_format=torch.contiguous_format).view(*t.shape[:-1], half, 2)
@@ -448,7 +468,8 @@ class Attention(nn.Module):
 
     def _visible(self, kind: str, q_len: int, kv_len: int, padding: Tensor | None) -> Tensor:
         """Bool [L, S] or [B, 1, 1, S]."""
-        i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
+        past = 0 if self.s.cross else kv_len - q_len
+        i, j = torch.arange(q_len)[:, None] + past, torch.arange(kv_len)[None, :]
         if kind == "padding":
             assert padding is not None
             return padding[:, None, None, :].bool()
@@ -464,13 +485,13 @@ class Attention(nn.Module):
         if kind == "chunk":
             return (j <= i) & (i // FAR == j // FAR)
         if self.s.made == "tril":
-            return self.tril[:q_len, :kv_len]
-        return ~torch.ones(q_len, kv_len, dtype=torch.bool).triu(1) if self.s.made == "triu" else j <= i
+            return self.tril[past : past + q_len, :kv_len]
+        return ~torch.ones(q_len, kv_len, dtype=torch.bool).triu(1 + past) if self.s.made == "triu" else j <= i
 
     def _mask(self, kind: str, scores: Tensor, padding: Tensor | None) -> Tensor:
         """As ``_visible``, or in the form of the scores."""
         if kind == "causal" and self.s.made == "like":
-            return torch.ones_like(scores, dtype=torch.bool).tril()
+            return torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
         return self._visible(kind, scores.shape[-2], scores.shape[-1], padding)
 
     def _biased(self, scores: Tensor) -> Tensor:
@@ -482,7 +503,7 @@ class Attention(nn.Module):
         return bias + scores if s.commuted else scores + bias
 
     def _bias(self, q_len: int, kv_len: int) -> Tensor:
-        step = torch.arange(kv_len)[None, :] - torch.arange(q_len)[:, None]
+        step = torch.arange(kv_len)[None, :] - (torch.arange(q_len) + (kv_len - q_len))[:, None]
         if self.s.bias_kind == "table":
             return self.table[:, step + MAX - 1]
         return self.slopes[:, None, None] * -step.abs()
@@ -580,13 +601,22 @@ class Attention(nn.Module):
 
     # ------------------------------------------------------------ the whole
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, padding: Tensor | None = None, given: Tensor | None = None
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        padding: Tensor | None = None,
+        given: Tensor | None = None,
+        cache: Any = None,
+        layer: int = 0,
+        past: int = 0,
     ) -> Any:
         s, skip = self.s, x
         x = self.pre(x)
         heads = self._heads(x, x if memory is None else memory)
         q, k, v = heads["q"], heads["k"], heads["v"]
-        q, k = self._rotated(self._normed(q, "q")), self._rotated(self._normed(k, "k"))
+        q, k = self._rotated(self._normed(q, "q"), past), self._rotated(self._normed(k, "k"), past)
+        if cache is not None:
+            k, v = (t.transpose(1, 2) for t in cache.update(layer, k.transpose(1, 2), v.transpose(1, 2)))
         if s.scale in ("q", "both"):
             q = q * (s.head_dim**-0.5 if s.scale == "q" else s.head_dim**-0.25)
         if s.scale in ("k", "both"):
@@ -640,6 +670,9 @@ class Attention(nn.Module):
         if s.core.startswith("grouped"):
             return self._grouped(q, k, v, padding, given)
         k, v = self._shared(k, 1), self._shared(v, 1)
+        if s.windows:
+            q, k, v = (t.unflatten(0, (-1, 2)).transpose(1, 2) for t in (q, k, v))
+            return self._over_windows(q, k, v).transpose(1, 2).flatten(0, 1).transpose(1, 2), None
         if s.core == "flex":
             return self._flexed(q, k, v, padding, given).transpose(1, 2), None
         if s.core == "sdpa":
@@ -692,6 +725,13 @@ class Attention(nn.Module):
             lambda p: (p.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) if one_by_one else p @ v,
             lambda o: o.transpose(1, 2),
         )
+
+    def _over_windows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, windows, L, Dv]."""
+        if self.s.core == "sdpa":
+            return self._fused(q, k, v, None, None)
+        scores = self._conditioned(q @ k.transpose(-1, -2), None, None)
+        return self.drop(self._normalised(scores)[0]) @ v
 
     def _zeroed(self, weights: Tensor, padding: Tensor | None) -> Tensor:
         """[B, H, L, S] with what the masks hide set to 0 once more."""
@@ -774,15 +814,16 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, given: Tensor | None) -> Tensor:
-        s, L, S = self.s, q.shape[2], k.shape[2]
+        s, L, S = self.s, q.shape[-2], k.shape[-2]
         options: dict[str, Any] = {"enable_gqa": True} if s.share == "enable_gqa" and s.kv_heads < s.heads else {}
         if s.scale == "none":
             options["scale"] = 1.0
-        if s.mask == ("causal",) and not s.bias_kind and s.made == "tril":
+        if s.mask == ("causal",) and not s.bias_kind and s.made == "tril" and L == S:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         mask: Tensor | None = None
         if s.bias_kind or "given" in s.mask or s.apply.startswith("add"):
-            mask = self._masked(self._biased(torch.zeros(1, s.heads, L, S, dtype=q.dtype)), padding, given)
+            sizes = (L, S) if s.windows else (1, s.heads, L, S)
+            mask = self._masked(self._biased(torch.zeros(sizes, dtype=q.dtype)), padding, given)
         else:
             for kind in s.mask:
                 seen = self._visible(kind, L, S, padding)

@@ -55,10 +55,13 @@ class _Counter:
 
 
 def _per_head(x: Tensor, ndim: int, heads: int | None, shape: tuple[int, ...]) -> Tensor:
-    """A [H, ...] tensor brought to the leading axes of scores: [B, H, ..], [B*H, ..], [B, G, r, ..] or [B, windows, H, ..]."""
+    """A [H, ...] tensor brought to the leading axes of scores: [B, H, ..], [B*H, ..], [B, G, r, ..], [B, H, windows, ..] or
+    [B, windows, H, ..]."""
     if ndim == 4:
         return x.unsqueeze(0)
     if ndim == 5:
+        if x.shape[0] == shape[1] != shape[2]:
+            return x[None, :, None]
         grouped = x.shape[0] == shape[1] * shape[2]
         return x.reshape(1, shape[1], shape[2], *x.shape[1:]) if grouped else x[None, None]
     if ndim == 3 and heads is not None:

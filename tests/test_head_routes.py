@@ -327,7 +327,7 @@ def test_choices_that_rounding_turns_are_told_and_mistakes_are_not() -> None:
         AttnoptWarning, match="3 attentions choose blocks or heads from their inputs; each alone computes"
     ):
         attnopt.optimize(model, RouteHeads(routed=1), (x,), backend="sdpa")
-    with pytest.raises(VerificationError, match="1: backend .wrong. .* does not compute what the attention means"):
+    with pytest.raises(VerificationError, match=r"1: backend .wrong. .* does not compute what the attention means"):
         attnopt.optimize(model, RouteHeads(routed=1), (x,), backend=Wrong())
 
 

@@ -48,6 +48,7 @@ class Case:
     saved: bool = False
     onnx: bool = False
     dynamic: bool = False
+    cached: bool = False  # it continues a text with a cache of keys and values
     seed: int = 0
 
     @property
@@ -70,7 +71,19 @@ class Case:
             c = replace(c, branch="")
         if any(b.decoy == "TopK" for b in blocks):  # at half precision rounding chooses other keys
             c = replace(c, dtype="float32")
-        return replace(c, blocks=blocks)
+        c = replace(c, blocks=blocks)
+        return replace(c, cached=c.cached and _continues(c))
+
+
+def _continues(c: Case) -> bool:
+    """Its tokens may come in parts, each after a cache of those before it."""
+    plain = (c.axes, c.reuse, c.dtype) == ("batched", "", "float32") and c.branch in ("", "training")
+    alone = {"padding", "float-padding", "given"}
+    return (
+        plain
+        and c.container != "sequential"
+        and not any(b.decoy or b.spelling.cross or alone & set(b.spelling.mask) for b in c.blocks)
+    )
 
 
 def _editable(b: Block) -> Block:
@@ -84,7 +97,7 @@ def _editable(b: Block) -> Block:
 
 
 def _fitting(s: Spelling, c: Case, width: int, plain: bool) -> Spelling:
-    s = replace(s, width=width)
+    s = replace(s, width=width, windows=s.windows and c.axes == "folded")
     if plain:  # inputs that only a batched model, or one with a forward of its own, is given
         s = replace(s, cross=False, mask=tuple(m for m in s.mask if m in ("causal", "window", "left", "far", "chunk")))
     if c.container == "sequential":
@@ -111,13 +124,14 @@ def draw(seed: int, number: int) -> Case:
         reuse=r.choices(("", "twice", "tied"), (8, 1, 1))[0],
         branch=r.choices(("", "shape", "training", "data"), (80, 10, 9, 1))[0],
         extras=r.choice(("returned", "used")),
-        axes=r.choices(("batched", "unbatched", "folded"), (8, 1, 1))[0],
+        axes=r.choices(("batched", "unbatched", "folded"), (14, 2, 3))[0],
         dtype=dtype,
         batch=r.choice((1, 2, 2, 3)),
         length=r.choices((7, 4, 9, 2, 1), (60, 15, 15, 9, 1))[0],
         saved=r.random() < 0.05,
         onnx=dtype == "float32" and r.random() < 0.01,
         dynamic=r.random() < (0.3 if any({"far", "chunk"} & set(b.spelling.mask) for b in blocks) else 0.04),
+        cached=r.random() < 0.1,
         seed=r.randrange(1000),
     ).repaired()
 
@@ -150,6 +164,7 @@ def _spelling(r: random.Random) -> Spelling:
                           "exp2", "eps", "log", "lse", "lse-rows", "again", "late", "later")),
         cross=r.random() < 0.2, returns=r.choices(("output", "weights", "heads", "stats"), (8, 1, 1, 1))[0],
         out=r.random() < 0.93, pre_norm=r.random() < 0.5, residual=r.random() < 0.5, dropout=r.random() < 0.5,
+        windows=r.random() < 0.5,
     ).repaired()  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from unittest import mock
 
 import oracle
 import torch
+from caches import Lists
 from models import MAX, Attention, Spelling
 from torch import Tensor, nn
 
@@ -85,6 +86,9 @@ def _check(case: Case, outcome: Outcome) -> None:
     if case.dynamic:
         _at_other_sizes(case, model, given)
         outcome.laws.append("dynamic")
+    if case.cached:
+        _with_a_cache(case, model, given["x"])
+        outcome.laws.append("cached")
     after = model.state_dict()
     for name, (place, value) in before.items():
         assert after[name].data_ptr() == place, f"{name} of the user's model was replaced"
@@ -303,3 +307,20 @@ def _at_other_sizes(case: Case, model: nn.Module, given: dict[str, Tensor]) -> N
             assert fast.report.fixed_axes, "other sizes are refused, and no axis was reported as fixed"
             return
         _same(case, got, want, "dynamic, at other sizes", lambda: _exact(model, other))  # noqa: B023
+
+
+def _with_a_cache(case: Case, model: nn.Module, x: Tensor) -> None:
+    """A text read in parts: the first by the model, the others by the optimized model after a cache of those before it."""
+    prompt, *parts = torch.cat([x, *(x[:, :1] * (0.9 - i / 10) for i in range(6))], 1).split([case.length, 2, 1, 3], 1)
+
+    def read_by_model() -> Lists:
+        cache = Lists(len(case.blocks))
+        oracle.run(model, (prompt,), {"cache": cache})
+        return cache
+
+    fast = attnopt.optimize(model, "fuse", (parts[0],), {"cache": read_by_model()}, dynamic_shapes="auto")
+    ours, theirs = read_by_model(), read_by_model()
+    for part in parts:
+        want = oracle.run(model, (part,), {"cache": theirs})
+        _same(case, oracle.run(fast, (part,), {"cache": ours}), want, "after a cache")
+        _same(case, oracle.leaves([ours.k, ours.v]), oracle.leaves([theirs.k, theirs.v]), "the cache")

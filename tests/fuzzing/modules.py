@@ -7,6 +7,7 @@ from typing import Any
 
 import decoys
 import torch
+from caches import Lists
 from models import OTHER, Attention
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.before, self.inner, self.after = before, inner, after
 
-    def forward(self, x: Tensor, *others: Tensor | None) -> Any:
+    def forward(self, x: Tensor, *others: Any) -> Any:
         found = self.inner(self.before(x), *others)
         return (self.after(found[0]), *found[1:]) if isinstance(found, tuple) else self.after(found)
 
@@ -32,7 +33,7 @@ class Wrapped(nn.Module):
         super().__init__()
         self.block = nn.ModuleDict({"self": nn.ModuleList([inner])})
 
-    def forward(self, x: Tensor, *others: Tensor | None) -> Any:
+    def forward(self, x: Tensor, *others: Any) -> Any:
         return self.block["self"][0](x, *others)
 
 
@@ -68,8 +69,10 @@ class Model(nn.Module):
         padding: Tensor | None = None,
         memory_padding: Tensor | None = None,
         given: Tensor | None = None,
+        cache: Lists | None = None,
     ) -> Any:
         c = self.case
+        past = 0 if cache is None else cache.seen()
         if c.branch == "data" and x.sum() > 0:
             x = -x
         if (c.branch == "shape" and x.shape[-2] > 4) or (c.branch == "training" and not self.training):
@@ -78,9 +81,9 @@ class Model(nn.Module):
         y = x if c.axes == "batched" else x.reshape(-1, *x.shape[-2:])
         kept: list[Tensor] = []
         blocks = (*c.blocks, c.blocks[0]) if c.reuse == "twice" else c.blocks
-        for block, module in zip(blocks, self._modules_in_order(), strict=True):
+        for layer, (block, module) in enumerate(zip(blocks, self._modules_in_order(), strict=True)):
             others = () if block.decoy else _others(block, memory, padding, memory_padding, given)
-            found = module(y, *others)
+            found = module(y, *others) if cache is None else module(y, *others, cache, layer, past)
             made, *inner = found if isinstance(found, tuple) else (found,)
             if c.extras == "used":
                 for t in inner:
