@@ -10,18 +10,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from attnopt import attention_operator as attention_operator
+from attnopt import render as render
+from attnopt.backends import attention_operator as attention_operator
 
 if TYPE_CHECKING:
     from attnopt import passes, patterns, plot, recipes
-    from attnopt.advising import Advice, advise
-    from attnopt.attention_mass import kept_mass
-    from attnopt.bands import Band
-    from attnopt.block_scores import BlockScores
-    from attnopt.calibration import Calibration
-    from attnopt.constant import Constant
-    from attnopt.converting import apply_patterns, convert
-    from attnopt.dynamic_blocks import DynamicBlocks
+    from attnopt.advice import advise
+    from attnopt.api import inspect, optimize
+    from attnopt.base.intervals import Reach
+    from attnopt.capture.calibration import Calibration
+    from attnopt.compiler.importance import HeadImportance, head_importance
+    from attnopt.compiler.plugins import register
+    from attnopt.compiler.policy import Policy
+    from attnopt.conversion.convert import apply_patterns, convert
     from attnopt.errors import (
         ArchiveError,
         AttnoptError,
@@ -35,21 +36,25 @@ if TYPE_CHECKING:
         RewriteError,
         VerificationError,
     )
-    from attnopt.head_edits import HeadEdit
-    from attnopt.importance import HeadImportance, head_importance
-    from attnopt.inspection import Inspection
+    from attnopt.fit.attention_recall import kept_mass
+    from attnopt.ir.attend import Attend
+    from attnopt.ir.block_scores import BlockScores
+    from attnopt.ir.constant import Constant
+    from attnopt.ir.dynamic_blocks import DynamicBlocks
+    from attnopt.ir.head_edits import HeadEdit, HeadMap
+    from attnopt.ir.head_weights import HeadWeights
+    from attnopt.ir.interfaces import Backend, Pass, Rewrite
+    from attnopt.ir.projection import Projection
+    from attnopt.ir.refusal import Refusal
+    from attnopt.ir.site import NearMiss, Site
+    from attnopt.ir.spec import AttentionSpec
     from attnopt.model import OptimizedModel, load
-    from attnopt.optimizing import inspect, optimize
-    from attnopt.past import Past
-    from attnopt.pattern import Pattern
-    from attnopt.plugins import register
-    from attnopt.policy import Policy
-    from attnopt.ranges import Reach
-    from attnopt.refusal import Refusal
-    from attnopt.report import Report
-    from attnopt.rewriting import Attend, Backend, HeadWeights, Pass, Rewrite
-    from attnopt.site import NearMiss, Projection, Site
-    from attnopt.spec import AttentionSpec
+    from attnopt.patterns.algebra import Pattern
+    from attnopt.patterns.bands import Band
+    from attnopt.patterns.lookback import Past
+    from attnopt.report.advice import Advice
+    from attnopt.report.inspection import Inspection
+    from attnopt.report.report import Report
     from attnopt.version import __version__
 
 __all__ = [
@@ -71,6 +76,7 @@ __all__ = [
     "ExportError",
     "HeadEdit",
     "HeadImportance",
+    "HeadMap",
     "HeadWeights",
     "Inspection",
     "NearMiss",
@@ -106,70 +112,38 @@ __all__ = [
 ]
 
 _NAMES = {
-    "attnopt.advising": (
-        "Advice",
-        "advise",
-    ),
-    "attnopt.attention_mass": ("kept_mass",),
-    "attnopt.bands": ("Band",),
-    "attnopt.block_scores": ("BlockScores",),
-    "attnopt.calibration": ("Calibration",),
-    "attnopt.constant": ("Constant",),
-    "attnopt.converting": (
-        "apply_patterns",
-        "convert",
-    ),
-    "attnopt.dynamic_blocks": ("DynamicBlocks",),
-    "attnopt.errors": (
-        "ArchiveError",
-        "AttnoptError",
-        "AttnoptWarning",
-        "CalibrationError",
-        "CaptureError",
-        "ConversionError",
-        "ExportError",
-        "PluginError",
-        "PolicyError",
-        "RewriteError",
-        "VerificationError",
-    ),
-    "attnopt.head_edits": ("HeadEdit",),
-    "attnopt.importance": (
-        "HeadImportance",
-        "head_importance",
-    ),
-    "attnopt.inspection": ("Inspection",),
-    "attnopt.model": (
-        "OptimizedModel",
-        "load",
-    ),
-    "attnopt.optimizing": (
-        "inspect",
-        "optimize",
-    ),
-    "attnopt.past": ("Past",),
-    "attnopt.pattern": ("Pattern",),
-    "attnopt.plugins": ("register",),
-    "attnopt.policy": ("Policy",),
-    "attnopt.ranges": ("Reach",),
-    "attnopt.refusal": ("Refusal",),
-    "attnopt.report": ("Report",),
-    "attnopt.rewriting": (
-        "Attend",
-        "Backend",
-        "HeadWeights",
-        "Pass",
-        "Rewrite",
-    ),
-    "attnopt.site": (
-        "NearMiss",
-        "Projection",
-        "Site",
-    ),
-    "attnopt.spec": ("AttentionSpec",),
-    "attnopt.version": ("__version__",),
-}
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+    "advice": "advise",
+    "api": "inspect optimize",
+    "base.intervals": "Reach",
+    "capture.calibration": "Calibration",
+    "compiler.importance": "HeadImportance head_importance",
+    "compiler.plugins": "register",
+    "compiler.policy": "Policy",
+    "conversion.convert": "apply_patterns convert",
+    "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
+    "ConversionError ExportError PluginError PolicyError RewriteError VerificationError",
+    "fit.attention_recall": "kept_mass",
+    "ir.attend": "Attend",
+    "ir.block_scores": "BlockScores",
+    "ir.constant": "Constant",
+    "ir.dynamic_blocks": "DynamicBlocks",
+    "ir.head_edits": "HeadEdit HeadMap",
+    "ir.head_weights": "HeadWeights",
+    "ir.interfaces": "Backend Pass Rewrite",
+    "ir.projection": "Projection",
+    "ir.refusal": "Refusal",
+    "ir.site": "NearMiss Site",
+    "ir.spec": "AttentionSpec",
+    "model": "OptimizedModel load",
+    "patterns.algebra": "Pattern",
+    "patterns.bands": "Band",
+    "patterns.lookback": "Past",
+    "report.advice": "Advice",
+    "report.inspection": "Inspection",
+    "report.report": "Report",
+    "version": "__version__",
+}  # module -> what it has of the public names
+_MODULE_OF = {name: f"attnopt.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,6 @@
 
 import sys
 
-from attnopt.cli import main
+from attnopt.cli.main import main
 
 sys.exit(main())

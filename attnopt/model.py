@@ -11,14 +11,16 @@ from typing import Any, Literal, Self
 import torch
 from torch import fx, nn
 
-from attnopt import archive
-from attnopt.calling import check_inputs, is_guard
-from attnopt.compiling import compiling
+from attnopt.archive.load import read
+from attnopt.archive.save import save
+from attnopt.base.compile_lock import compiling
+from attnopt.base.user_warning import warn
+from attnopt.capture.exported_program import exported
+from attnopt.capture.signature import check_inputs, is_guard
+from attnopt.compiler.origin import Origin
 from attnopt.errors import AttnoptError, CaptureError
-from attnopt.origin import Origin
-from attnopt.report import Report
-from attnopt.site import Site
-from attnopt.warned import warn
+from attnopt.ir.site import Site
+from attnopt.report.report import Report
 
 Build = Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, Origin]]
 
@@ -133,7 +135,7 @@ class OptimizedModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to the folder ``path``, whole or not at all.  ``attnopt.load`` reads it.  Raises ArchiveError."""
-        archive.save(self.graph_module, self.origin, path)
+        save(self.graph_module, self.origin, path)
 
     def export_onnx(
         self,
@@ -150,7 +152,7 @@ class OptimizedModel(nn.Module):
         ONNX's own.  ``opset``: 23 (the default) to 25.  ``external_data``: weights in a file beside the model; "auto" where
         they do not fit into it.  What was done is in the model's metadata, under names that begin with "attnopt.".
         """
-        from attnopt.to_onnx.export import export_onnx
+        from attnopt.onnx.export.export import export_onnx
 
         export_onnx(
             self.graph_module,
@@ -178,7 +180,7 @@ class OptimizedModel(nn.Module):
         transformers, written beside it.  Before anything is written, ONNX Runtime reads two prompts and goes on token by
         token, and has to give the logits of this model.
         """
-        from attnopt.to_onnx.decoder import export_decoder
+        from attnopt.onnx.export.decoder import export_decoder
 
         export_decoder(
             self.graph_module,
@@ -191,7 +193,7 @@ class OptimizedModel(nn.Module):
 
     def export_program(self) -> torch.export.ExportedProgram:
         """The graph as an ExportedProgram, with the dynamic shapes that the model was captured with."""
-        return archive.exported(self.graph_module, self.origin)
+        return exported(self.graph_module, self.origin.args, self.origin.kwargs)
 
 
 def _not_captured() -> AttnoptError:
@@ -204,4 +206,4 @@ def load(path: str | os.PathLike[str], *, classes: Iterable[type] = ()) -> Optim
     ``classes``: of your own, such as a cache's, that the model makes and returns; those of transformers are known.
     Raises ArchiveError; runs nothing that it reads.
     """
-    return OptimizedModel(*archive.read(path, classes))
+    return OptimizedModel(*read(path, classes))

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnopt.drawing import shares
 from attnopt.errors import AttnoptError
-from attnopt.pattern import Pattern
 from attnopt.patterns import parse
+from attnopt.patterns.algebra import Pattern
+from attnopt.render.pattern_cells import shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from attnopt.report import Report
+    from attnopt.report.report import Report
 
 CELLS = 256  # of a side of a drawn pattern; longer sequences show shares of visible pairs
 

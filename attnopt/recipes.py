@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
+from attnopt.base.options import whole, whole_tuple, wholes
 from attnopt.errors import PolicyError
-from attnopt.options import whole, whole_tuple, wholes
-from attnopt.pattern import Full, Pattern, PerHead, any_of
 from attnopt.patterns import (
     Blocks,
     Causal,
@@ -22,6 +21,8 @@ from attnopt.patterns import (
     Strided,
     Window,
 )
+from attnopt.patterns.algebra import Full, Pattern, any_of
+from attnopt.patterns.per_head import PerHead
 
 Sizes = int | Sequence[int]  # one for all axes of a grid, or one for each
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from attnopt.backends import block_gather, flex, native, row_gather
-from attnopt.operands import ROLES, Operands
+from attnopt.base.user_warning import warn
+from attnopt.ir.operands import ROLES, Operands
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import PATTERNS, parse
-from attnopt.spec import AttentionSpec
-from attnopt.warned import warn
 
 
 def forward(
@@ -33,7 +33,7 @@ def forward(
     selected: Tensor | None,
     wanted: Tensor | None,
 ) -> Tensor:
-    """See ``attnopt.attention_operator``."""
+    """See ``attnopt.backends.attention_operator``."""
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
     operands = Operands(q, k, v, bias, mask, sinks, selected)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
-from attnopt.layout import FULL_TILE, Layout
-from attnopt.operands import BLOCK, Operands
-from attnopt.pattern import Pattern
-from attnopt.spec import AttentionSpec
+from attnopt.ir.operands import BLOCK, Operands
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns.algebra import Pattern
+from attnopt.patterns.block_layout import FULL_TILE, Layout
 
 
 def attend(spec: AttentionSpec, t: Operands) -> Tensor:

@@ -7,17 +7,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnopt.attention_operator import attention
 from attnopt.backends import native
-from attnopt.backends.lowering import selected, with_gains
+from attnopt.backends.attention_operator import attention
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
-from attnopt.operands import BLOCK
+from attnopt.ir.attend import RoutedAttend
+from attnopt.ir.interfaces import Backend
+from attnopt.ir.operands import BLOCK
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.semantics import selected, with_gains
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import is_readable
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Backend, RoutedAttend
-from attnopt.site import Site
-from attnopt.spec import AttentionSpec
-from attnopt.tile_model import COMPILED, FLEX
+from attnopt.patterns.tile_cost import COMPILED, FLEX
 
 _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 

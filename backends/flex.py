@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from attnopt.backends.lowering import heads_of
-from attnopt.layout import Layout
-from attnopt.operands import Operands, selected_pairs
+from attnopt.ir.operands import Operands, selected_pairs
+from attnopt.ir.semantics import heads_of
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Pattern
-from attnopt.spec import AttentionSpec
+from attnopt.patterns.block_layout import Layout
 
 TILE = 128  # FlexAttention's own
 

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnopt.files import cache_folder
-from attnopt.layout import FULL_TILE
-from attnopt.operands import BLOCK, Operands
-from attnopt.ordering import order_of, ordered_layout
-from attnopt.spec import AttentionSpec
+from attnopt.base.atomic_files import cache_folder
+from attnopt.ir.operands import BLOCK, Operands
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns.block_layout import FULL_TILE
+from attnopt.patterns.query_order import order_of, ordered_layout
 
 _SOURCE = Path(__file__).with_name("attend.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")

@@ -1,17 +1,16 @@
-"""The specification as code: the formula of ``AttentionSpec``, line by line, for any spec, as slow as it is plain."""
+"""The specification itself as a backend."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from attnopt.backends.lowering import heads_of, of_masked_blocks, visible, with_gains
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
-from attnopt.rewriting import Attend, Backend
-from attnopt.site import Site
-from attnopt.spec import AttentionSpec
+from attnopt.ir.attend import Attend
+from attnopt.ir.interfaces import Backend
+from attnopt.ir.reference import reference
+from attnopt.ir.semantics import of_masked_blocks
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 
 _CALLS = 8  # operators, each of which has to be called
 
@@ -22,23 +21,7 @@ class Reference(Backend):
     name: ClassVar[str] = "reference"
 
     def lower(self, spec: AttentionSpec) -> Attend:
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
-        ) -> Tensor:
-            wide = torch.promote_types(q.dtype, torch.float32)
-            k_BHSD, v_BHSD = heads_of(spec, k).to(wide), heads_of(spec, v).to(wide)
-            s = spec.scale * (q.to(wide) @ k_BHSD.mT)
-            if spec.softcap is not None:
-                s = spec.softcap * torch.tanh(s / spec.softcap)
-            if bias is not None:
-                s = s + bias.to(wide)
-            seen = visible(spec, q, k, mask)
-            if seen is not None:
-                s = s.masked_fill(~seen, -torch.inf)
-            o = _softmax(s, None if sinks is None else sinks.to(wide)) @ v_BHSD
-            return with_gains(spec, o).to(v.dtype)
-
-        return attend
+        return reference(spec)
 
     def cost(self, site: Site) -> float:
         if site.device != "cpu":
@@ -48,16 +31,3 @@ class Reference(Backend):
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         return of_masked_blocks(self.name, spec)
-
-
-def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the last axis, with the sink logit beside the scores; a row of nothing but -inf becomes zeros."""
-    top = s.amax(-1, keepdim=True)
-    if sinks is not None:
-        top = torch.maximum(top, sinks)
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    p = torch.exp(s - top)
-    total = p.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks - top)
-    return p / total.masked_fill(total == 0.0, 1.0)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.backends.lowering import visible
-from attnopt.operands import BLOCK, Operands, selected_pairs
+from attnopt.ir.operands import BLOCK, Operands, selected_pairs
+from attnopt.ir.semantics import visible
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Full
-from attnopt.spec import AttentionSpec
 
 AllRows = Callable[[AttentionSpec, Operands], Tensor]
 

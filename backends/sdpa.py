@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from attnopt.backends.lowering import heads_of, of_masked_blocks, visible, with_gains
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
+from attnopt.ir.attend import Attend
+from attnopt.ir.interfaces import Backend
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.semantics import heads_of, of_masked_blocks, visible, with_gains
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Causal, Full
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Attend, Backend
-from attnopt.site import Site
-from attnopt.spec import AttentionSpec
 
 
 class Sdpa(Backend):

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnopt.files import cache_folder
-from attnopt.site import Site
+from attnopt.base.atomic_files import cache_folder
+from attnopt.ir.site import Site
 
 _LENGTH, _HEADS, _HEAD_DIM = 1024, 4, 64
 _ROUNDS = 3
@@ -71,7 +71,7 @@ def _cache_file(threads: int) -> Path:
 
 
 def _measured() -> Speed:
-    from attnopt.attention_operator import attention
+    attention = torch.ops.attnopt.attention
 
     def sizes(length: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = torch.randn(3, 1, _HEADS, length, _HEAD_DIM).unbind()

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from attnopt.demo_similarity import let_transformers_import
-from attnopt.timing import Times, interleaved
+from attnopt.base.cpu_timing import Times, interleaved
+from attnopt.cli.demo_data import let_transformers_import
 
 __all__ = [
     "RESULTS",

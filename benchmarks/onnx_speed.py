@@ -15,12 +15,12 @@ from common import interleaved, one_thread, publish
 from onnx_sessions import runner
 
 from attnopt.backends import Blocked
-from attnopt.calling import Signature
-from attnopt.origin import Origin
+from attnopt.capture.signature import Signature
+from attnopt.compiler.origin import Origin
+from attnopt.ir.spec import AttentionSpec
+from attnopt.onnx.export.export import export_onnx
 from attnopt.patterns import BlockLayout, Causal, Full, Pattern, Sinks, Window
-from attnopt.report import Report
-from attnopt.spec import AttentionSpec
-from attnopt.to_onnx.export import export_onnx
+from attnopt.report.report import Report
 
 HEADS, DIM = 12, 64
 

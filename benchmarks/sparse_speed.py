@@ -19,9 +19,9 @@ from torch import Tensor
 
 from attnopt.backends import block_gather
 from attnopt.backends.attention_op import attention
-from attnopt.operands import Operands
+from attnopt.ir.operands import Operands
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, Strided, Window
-from attnopt.spec import AttentionSpec
 
 H, D = 12, 64
 WINDOW = 256  # keys, the query's own included

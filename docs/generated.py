@@ -136,8 +136,8 @@ def picture(pattern: str) -> str:
     """A pattern drawn for 32 tokens, beside the one before it."""
     from html import escape
 
-    from attnopt.page import picture_svg
     from attnopt.patterns import parse
+    from attnopt.render.page import picture_svg
 
     svg = re.sub(r"\s*\n\s*", " ", picture_svg(parse(pattern), PICTURE_LENGTH)).strip()
     row = "display:flex;gap:.3rem;justify-content:center"
@@ -149,14 +149,14 @@ def picture(pattern: str) -> str:
 
 def about_pass(name: str) -> str:
     """What the code says of a pass, and its options."""
-    from attnopt import plugins
+    from attnopt.compiler import plugins
 
     return _about(plugins.load_pass(name), name)
 
 
 def about_backends() -> str:
     """Every built-in backend, as the code describes it."""
-    from attnopt import plugins
+    from attnopt.compiler import plugins
 
     ours = [p for p in plugins.backends().values() if p.distribution == plugins.OURS]
     return "\n\n".join(f"### {p.name}\n\n{_prose(plugins.load_backend(p.name))}" for p in ours)
@@ -232,7 +232,7 @@ def usage(command: str) -> str:
     """The help of a command."""
     import argparse
 
-    from attnopt import cli
+    from attnopt.cli import main as cli
 
     actions = cli._parser()._actions
     (commands,) = [a for a in actions if isinstance(a, argparse._SubParsersAction)]
@@ -243,7 +243,7 @@ def commands() -> str:
     """The help of every command."""
     import argparse
 
-    from attnopt import cli
+    from attnopt.cli import main as cli
 
     (found,) = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return "\n\n".join(f"## {name}\n\n{usage(name)}" for name in found.choices)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import attnopt
-from attnopt import demo_similarity as similarity
+from attnopt.cli import demo_data as similarity
 from attnopt.passes import PruneHeads
 
 Batch = tuple[Tensor, ...]

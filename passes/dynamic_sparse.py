@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from attnopt.block_scores import BlockScores
-from attnopt.dynamic_blocks import DynamicBlocks
+from attnopt.ir.block_scores import BlockScores
+from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.passes.heads import refuse_other_keys
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite
-from attnopt.site import Site
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attnopt.rewriting import Pass, Rewrite
-from attnopt.site import Site
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.site import Site
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnopt.compensating import refitted
+from attnopt.base.options import choice, whole
 from attnopt.errors import PolicyError
-from attnopt.grouping import Group, adjacent, agglomerated, optimal, queries_by_norm
-from attnopt.head_routes import Routed
-from attnopt.merging import Merged, Side, keys_of, values_of
-from attnopt.mixing import edit, mixes_values, mixing_of_scores
-from attnopt.options import choice, whole
+from attnopt.fit.absorbable_maps import edit, mixes_values, mixing_of_scores
+from attnopt.fit.compensation import refitted
+from attnopt.fit.kv_merge import Merged, Side, keys_of, values_of
+from attnopt.fit.kv_partition import Group, adjacent, agglomerated, optimal, queries_by_norm
+from attnopt.fit.least_squares import out_edits, output_weights, require_tokens
+from attnopt.fit.shared_values import better_values
+from attnopt.ir.head_routing import Routed
+from attnopt.ir.head_weights import HeadWeights
+from attnopt.ir.interfaces import Pass, Rewrite, Share, SharesBudget
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.passes.heads import BUDGETS, refuse_edits, refuse_unknown_projections
-from attnopt.refit import out_edits, output_weights, require_tokens
-from attnopt.refusal import Refusal
-from attnopt.rewriting import HeadWeights, Pass, Rewrite, Share, SharesBudget
-from attnopt.sharing import better_values
-from attnopt.site import Site
-from attnopt.spec import AttentionSpec
 
 GROUPINGS = ("adjacent", "similarity", "key-norm", "optimal")
 SEARCHED = ("similarity", "optimal")  # groupings that look at what the heads compute
@@ -313,7 +314,7 @@ def _value_edits(site: Site, groups: Sequence[Group], maps: Sequence[Tensor]) ->
 
 def _output(site: Site, groups: Sequence[Group], values: Sequence[Merged]) -> Tensor:
     """Today's output weights, read from the shared values."""
-    out = output_weights(site)
+    out = output_weights(site, site.original)
     assert out is not None
     made = out.clone()
     per_head = made[:-1].view(site.num_heads, site.value_dim, -1)

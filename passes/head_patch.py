@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnopt.constant import Constant
+from attnopt.base.options import whole_tuple
 from attnopt.errors import PolicyError
-from attnopt.head_edits import Replaced
-from attnopt.head_scores import mean_outputs
-from attnopt.options import whole_tuple
+from attnopt.fit.head_scores import mean_outputs
+from attnopt.ir.constant import Constant
+from attnopt.ir.head_edits import Replaced
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.passes.heads import refuse_unknown_heads
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite
-from attnopt.site import Site
 
 NAMED = ("silence", "mean", "run")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from attnopt.head_edits import HeadEdit
+from attnopt.ir.head_edits import HeadEdit
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.patterns import Pattern
-from attnopt.refusal import Refusal
-from attnopt.site import Site
 
 BUDGETS = ("site", "global")  # heads counted at each site, or over all sites together
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attnopt.options import whole, wholes
+from attnopt.base.options import whole, wholes
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.passes.heads import refuse_other_keys, refuse_unknown_heads
 from attnopt.patterns import Dilated, Pattern, PerHead, Sinks, Window
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite
-from attnopt.site import Site
 
 
 @dataclass(frozen=True)

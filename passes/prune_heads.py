@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from attnopt.compensating import bias_for, refitted, surgeon_of
-from attnopt.constant import Constant
+from attnopt.base.options import choice, number, numbers, switch, wholes
 from attnopt.errors import PolicyError
-from attnopt.head_edits import Replaced
-from attnopt.head_scores import AT_SITE, scores_at
-from attnopt.obs import Surgeon
-from attnopt.options import choice, number, numbers, switch, wholes
+from attnopt.fit.block_obs import Surgeon
+from attnopt.fit.compensation import bias_for, refitted, surgeon_of
+from attnopt.fit.head_scores import AT_SITE, scores_at
+from attnopt.ir.constant import Constant
+from attnopt.ir.head_edits import Replaced
+from attnopt.ir.interfaces import Pass, Rewrite, Share, SharesBudget
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.passes.heads import (
     BUDGETS,
     original_heads,
@@ -22,9 +25,6 @@ from attnopt.passes.heads import (
     refuse_unknown_heads,
     refuse_unknown_projections,
 )
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite, Share, SharesBudget
-from attnopt.site import Site
 
 COMPENSATIONS = ("none", "bias", "least-squares")
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from attnopt.base.options import choice, whole, wholes
 from attnopt.errors import PolicyError
-from attnopt.head_routes import Routed
-from attnopt.head_scores import scores_at
-from attnopt.options import choice, whole, wholes
+from attnopt.fit.head_scores import scores_at
+from attnopt.fit.router import fitted_router, used_share
+from attnopt.ir.head_routing import Routed
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.passes.heads import refuse_edits, refuse_unknown_heads, refuse_unknown_projections
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite
-from attnopt.route_fit import fitted_router, used_share
-from attnopt.site import Site
 
 ROUTERS = ("query-norm", "linear")
 

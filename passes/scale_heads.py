@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from attnopt.base.options import number, numbers, whole
 from attnopt.errors import PolicyError
-from attnopt.options import number, numbers, whole
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.passes.heads import original_heads, refuse_unknown_heads
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite
-from attnopt.site import Site
 
 
 @dataclass(frozen=True, init=False)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from attnopt.base.options import number, wholes
 from attnopt.errors import PolicyError
-from attnopt.head_edits import TowardValues
-from attnopt.options import number, wholes
+from attnopt.ir.head_edits import TowardValues
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.passes.heads import refuse_other_keys, refuse_unknown_heads
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite
-from attnopt.site import Site
 
 
 @dataclass(frozen=True)

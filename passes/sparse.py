@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from attnopt.errors import PolicyError
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
 from attnopt.passes.heads import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
 from attnopt.patterns import Pattern, Window, parse
-from attnopt.refusal import Refusal
-from attnopt.rewriting import Pass, Rewrite
-from attnopt.site import Site
 
 
 @dataclass(frozen=True, init=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from attnopt import cli
+from attnopt.cli import main as cli
 
 
 def json_of(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:

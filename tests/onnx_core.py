@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from attnopt.backends import Blocked, Reference
-from attnopt.calling import Signature
-from attnopt.compare import TOLERANCE, difference
-from attnopt.origin import Origin
+from attnopt.base.closeness import TOLERANCE, difference
+from attnopt.capture.signature import Signature
+from attnopt.compiler.origin import Origin
+from attnopt.ir.spec import AttentionSpec
+from attnopt.onnx.export.export import export_onnx
 from attnopt.patterns import Blocks, Causal, Dilated, Full, Global, Pattern, PerHead, Sinks, Strided, Window
-from attnopt.report import Report
-from attnopt.spec import AttentionSpec
-from attnopt.to_onnx.export import export_onnx
+from attnopt.report.report import Report
 
 HIDING = Sinks(2) & ~Sinks(3) | Window(3, 0) & ~Window(1, 1)  # some queries see nothing
 PATTERNS: list[Pattern] = [

@@ -15,7 +15,7 @@ from test_patterns import LEAVES, neighborhoods
 import attnopt
 from attnopt.errors import PolicyError
 from attnopt.patterns import Causal, Full, Neighborhood, Pattern, PerHead, Prefix, Sinks, Window
-from attnopt.tile_model import KERNELS, Tiles
+from attnopt.patterns.tile_cost import KERNELS, Tiles
 
 
 @settings(deadline=None)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import assert_same
 from torch import Tensor, nn
 
-from attnopt.capture import capture
+from attnopt.capture.capture import capture
 
 SIZE = 12
 SCATTERS = ("slice_scatter", "select_scatter", "copy")

@@ -16,10 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from attnopt.backends import Blocked, Reference, Sdpa
+from attnopt.ir.interfaces import Backend
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Blocks, Causal, Full, Global, Pattern, PerHead, Sinks, Strided, Window
-from attnopt.rewriting import Backend
-from attnopt.site import Site
-from attnopt.spec import AttentionSpec
 
 D = 8
 PATTERNS: list[Pattern] = [

@@ -388,7 +388,7 @@ def test_a_full_disk_at_export(fast: attnopt.OptimizedModel, tmp_path: Path, mon
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("attnopt.files.os.replace", full)
+    monkeypatch.setattr("attnopt.base.atomic_files.os.replace", full)
     with pytest.raises(attnopt.AttnoptError, match="No space left"):
         fast.export_onnx(target)
     assert contents(tmp_path) == {"m.onnx": b"older"}

@@ -16,14 +16,14 @@ from test_backends import PATTERNS, a_spec, run, tensors
 from torch import Tensor
 
 import attnopt
-from attnopt.attention_operator import attention
 from attnopt.backends import Blocked, Reference, attention_op, block_gather, flex, native
-from attnopt.backends.lowering import with_gains
+from attnopt.backends.attention_operator import attention
 from attnopt.errors import AttnoptWarning
-from attnopt.operands import Operands
-from attnopt.ordering import order_of, ordered_layout
+from attnopt.ir.operands import Operands
+from attnopt.ir.semantics import with_gains
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, PerHead, Sinks, Strided, Window
-from attnopt.spec import AttentionSpec
+from attnopt.patterns.query_order import order_of, ordered_layout
 
 needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason="there is no C++ compiler")
 

@@ -15,11 +15,11 @@ from caches import Buffers, Counting, Decoder, Lists
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.archive import _digest
-from attnopt.compare import difference, tensors
-from attnopt.containers import copied
+from attnopt.archive.folder import digest
+from attnopt.base.atomic_files import MARKER
+from attnopt.base.closeness import difference, tensors
+from attnopt.base.containers import copied
 from attnopt.errors import ArchiveError, CaptureError
-from attnopt.files import MARKER
 
 KINDS = (Lists, Counting, Buffers)
 
@@ -311,7 +311,7 @@ def test_a_class_that_a_file_names_is_not_made(tmp_path: Path) -> None:
         about = json.loads((tmp_path / "prompt" / MARKER).read_text())
         about["form"]["results"]["nodes"][0]["kind"] = name
         del about["self_sha256"]
-        about["self_sha256"] = _digest(about)
+        about["self_sha256"] = digest(about)
         (tmp_path / "prompt" / MARKER).write_text(json.dumps(about))
         with pytest.raises(ArchiveError, match="files may not name the classes"):
             attnopt.load(tmp_path / "prompt", classes=[Lists])
@@ -323,7 +323,7 @@ def test_an_attribute_that_no_file_may_set(attribute: str, tmp_path: Path) -> No
     about = json.loads((tmp_path / "m" / MARKER).read_text())
     about["form"]["results"]["nodes"][0]["attributes"][0][0] = attribute
     del about["self_sha256"]
-    about["self_sha256"] = _digest(about)
+    about["self_sha256"] = digest(about)
     (tmp_path / "m" / MARKER).write_text(json.dumps(about))
     with pytest.raises(ArchiveError, match="is no attribute that a file may set"):
         attnopt.load(tmp_path / "m", classes=[Lists])

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.activations import HELD_BACK
-from attnopt.capture import capture
-from attnopt.finding import find
-from attnopt.operands import Operands
-from attnopt.optimizing import Options, compiled
+from attnopt.capture.capture import capture
+from attnopt.compiler.compile import Options, compiled
+from attnopt.compiler.stream import Stream
+from attnopt.fit.least_squares import Moments, fit, ridge
+from attnopt.ir.activations import HELD_BACK
+from attnopt.ir.operands import Operands
+from attnopt.match.find import find
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
-from attnopt.refit import Moments, fit, ridge
-from attnopt.streaming import Stream
 
 
 def stack(layers: int = 2, causal: bool = True, width: int = 16) -> nn.Module:

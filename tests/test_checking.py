@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.backends.reference import Reference
+from attnopt.ir.spec import AttentionSpec
 from attnopt.passes import LocalWindow
-from attnopt.spec import AttentionSpec
 
 X = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0))
 

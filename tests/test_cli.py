@@ -10,7 +10,10 @@ import tiny_models
 from command_line import error_of, json_of
 
 import attnopt
-from attnopt import cli, demo, demo_similarity, progress
+from attnopt.base import progress
+from attnopt.cli import demo
+from attnopt.cli import demo_data as demo_similarity
+from attnopt.cli import main as cli
 from attnopt.errors import AttnoptError
 
 HERE = Path(__file__).parent
@@ -224,7 +227,7 @@ def test_the_demo_needs_a_folder_that_can_be_made(tmp_path: Path) -> None:
 
 def test_listing_the_commands_imports_little() -> None:
     heavy = "{'onnx', 'onnxruntime', 'transformers'}"
-    code = f"import sys, attnopt.cli as cli; cli._parser(); sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import sys, attnopt.cli.main as cli; cli._parser(); sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=False)
     assert done.returncode == 0
 

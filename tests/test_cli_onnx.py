@@ -15,7 +15,7 @@ import torch
 from command_line import error_of, json_of
 
 import attnopt
-from attnopt import cli
+from attnopt.cli import main as cli
 
 HERE = Path(__file__).parent
 BANDED = ("--policy", "local-window(left=3)")
@@ -154,7 +154,7 @@ def test_a_size_that_is_none(size: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_integers_are_made_up_as_places_in_any_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A mask among them leaves every causal row something to see."""
-    from attnopt.cli_onnx import Given, example_inputs
+    from attnopt.cli.onnx_inputs import Given, example_inputs
 
     path = tmp_path / "m.onnx"
     given = [

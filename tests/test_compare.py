@@ -10,7 +10,7 @@ import torch
 from models import Attention, Spelling
 
 import attnopt
-from attnopt.compare import TOLERANCE, difference, tensors, tolerance
+from attnopt.base.closeness import TOLERANCE, difference, tensors, tolerance
 
 X = torch.linspace(-3, 3, 24).reshape(4, 6)
 

@@ -14,10 +14,10 @@ from test_calibration import batches, head_inputs, stack
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.grouping import adjacent, agglomerated, optimal, queries_by_norm
-from attnopt.obs import Surgeon
+from attnopt.fit.block_obs import Surgeon
+from attnopt.fit.kv_partition import adjacent, agglomerated, optimal, queries_by_norm
+from attnopt.fit.least_squares import Moments, ridge
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
-from attnopt.refit import Moments, ridge
 
 H, D = 4, 4
 

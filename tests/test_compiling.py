@@ -17,8 +17,8 @@ from tiny_models import Attention
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.capture import capture
-from attnopt.compare import TOLERANCE, difference
+from attnopt.base.closeness import TOLERANCE, difference
+from attnopt.capture.capture import capture
 from attnopt.passes import DynamicSparse, Fuse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import Blocks, Causal, Sinks
 
@@ -179,7 +179,7 @@ def test_a_deferred_model_that_threads_call_at_once(monkeypatch: pytest.MonkeyPa
     want = attnopt.optimize(model, LocalWindow(3), (x,))(x)
     deferred = attnopt.optimize(model, LocalWindow(3))
     captured: list[Any] = []
-    monkeypatch.setattr("attnopt.optimizing.capture", lambda *given: captured.append(given) or capture(*given))
+    monkeypatch.setattr("attnopt.compiler.compile.capture", lambda *given: captured.append(given) or capture(*given))
     assert all(torch.equal(y, want) for y in at_once(lambda _: deferred(x)))
     assert len(captured) == 1
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from attnopt.past import Past
 from attnopt.patterns import Causal, Sinks, Window
+from attnopt.patterns.lookback import Past
 
 transformers = pytest.importorskip("transformers")
 

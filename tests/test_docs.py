@@ -21,7 +21,9 @@ from matplotlib import pyplot
 from models import Spelling
 from torch import nn
 
-from attnopt import cli, patterns, plugins
+from attnopt import patterns
+from attnopt.cli import main as cli
+from attnopt.compiler import plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

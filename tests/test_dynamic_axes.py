@@ -14,14 +14,14 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import attnopt
-from attnopt.axes_told import told
-from attnopt.capture import capture
-from attnopt.dynamic_axes import Auto
+from attnopt.base.sizes import is_static
+from attnopt.capture.auto_axes import cannot_vary
+from attnopt.capture.capture import capture
+from attnopt.capture.dynamic_axes import Auto
+from attnopt.capture.second_example import longer_axes, repeated
+from attnopt.capture.tensor_lengths import lengths_vary
 from attnopt.errors import AttnoptWarning, CalibrationError, CaptureError, ExportError
-from attnopt.graph import is_static
-from attnopt.reaching import cannot_vary
-from attnopt.second_example import longer_axes, repeated
-from attnopt.tensor_lengths import lengths_vary
+from attnopt.report.axis_text import told
 
 FREE = {0: Dim.AUTO, 1: Dim.AUTO}
 

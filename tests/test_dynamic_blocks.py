@@ -19,11 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import attnopt
-from attnopt.attention_mass import kept_mass
 from attnopt.backends import Blocked, Reference, Sdpa
-from attnopt.block_scores import Antidiagonal, BlockScores, KMeans, Pooled, parse_scores
-from attnopt.dynamic_blocks import DynamicBlocks
 from attnopt.errors import PolicyError
+from attnopt.fit.attention_recall import kept_mass
+from attnopt.ir.block_scores import Antidiagonal, BlockScores, KMeans, Pooled, parse_scores
+from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.passes import DynamicSparse, LocalWindow, PruneHeads
 from attnopt.patterns import Causal, Full, Sinks, Window
 

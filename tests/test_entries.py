@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from attnopt import entries
-from attnopt.capture import capture
-from attnopt.entries import Entries, InvalidSizesError, UnsupportedError
-from attnopt.probing import evaluate, symbols
+from attnopt.capture.capture import capture
+from attnopt.graph import entries
+from attnopt.graph.entries import Entries, InvalidSizesError, UnsupportedError
+from attnopt.graph.evaluate import evaluate, symbols
 
 TABLE = torch.arange(40 * 40).reshape(40, 40)
 

@@ -11,16 +11,16 @@ from decoys import NEVER, E, L
 from models import Attention, Spelling, inputs
 
 import attnopt
-from attnopt.capture import capture
+from attnopt.capture.capture import capture
+from attnopt.compiler.explain import Explanation, differing_node, explain
+from attnopt.compiler.policy import Policy
 from attnopt.errors import AttnoptError
-from attnopt.explaining import Explanation, differing_node, explain
-from attnopt.graph import source_line
-from attnopt.inspection import Inspection
-from attnopt.listing import Hunk, differences, listing
-from attnopt.normaliser import Softmax, normalisers
-from attnopt.policy import Policy
-from attnopt.tables import to_text
-from attnopt.trees import inspection_tree
+from attnopt.graph.listing import Hunk, differences, listing
+from attnopt.graph.nodes import source_line
+from attnopt.match.anchors import Softmax, normalisers
+from attnopt.render.tables import to_text
+from attnopt.render.trees import inspection_tree
+from attnopt.report.inspection import Inspection
 
 
 def explained(name: str, policy: Any = None) -> Explanation:

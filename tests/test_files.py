@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from attnopt.base.atomic_files import MARKER, atomic_folder, atomic_write
 from attnopt.errors import ArchiveError
-from attnopt.files import MARKER, atomic_folder, atomic_write
 
 
 def _names(folder: Path) -> set[str]:
@@ -151,7 +151,7 @@ def _second_rename_fails() -> Callable[[Path, Path], None]:
 def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     target = _saved(tmp_path / "model")
     monkeypatch.setattr(os, function, _full_disk if function == "fsync" else _second_rename_fails())
-    monkeypatch.setattr("attnopt.files._exchanged", lambda *_: False)  # as on a system that takes two steps
+    monkeypatch.setattr("attnopt.base.atomic_files._exchanged", lambda *_: False)  # as on a system that takes two steps
     with pytest.raises(ArchiveError, match="No space left"), atomic_folder(target) as temporary:
         (temporary / MARKER).write_text("new")
     assert (target / MARKER).read_text() == "old"

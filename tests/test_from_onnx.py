@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.from_onnx.opening import opened
+from attnopt.onnx.load.load import opened
 from attnopt.passes import LocalWindow, PruneHeads
 
 SHAPES = {"ids": {0: "batch", 1: "length"}, "padding": {0: "batch", 1: "length"}}

@@ -16,8 +16,8 @@ from fuzzing.stored import stored
 from models import Spelling
 from mutations import misplaced
 
-from attnopt import optimizing
-from attnopt.checking import Checker
+from attnopt.compiler import compile as optimizing
+from attnopt.compiler.check import Checker
 
 CASES, CHUNK, SEED = 300, 15, 20261122
 # Why a real attention may be missed.  The share of all of them is what ``make fuzz`` holds to ``LEAST``.

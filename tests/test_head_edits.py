@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.backends import Blocked, Reference, Sdpa
-from attnopt.constant import Constant
 from attnopt.errors import PolicyError, RewriteError
-from attnopt.finishing import attention_of
-from attnopt.head_edits import HeadEdit, Replaced, Scaled, TowardValues, constant_heads
-from attnopt.head_routes import Routed, edit_from_json
+from attnopt.ir.constant import Constant
+from attnopt.ir.head_edits import HeadEdit, Replaced, Scaled, TowardValues, constant_heads
+from attnopt.ir.head_routing import Routed, edit_from_json
+from attnopt.ir.plugin_calls import attention_of
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, PruneHeads, ScaleHeads, SoftPAG
 
 pytestmark = [

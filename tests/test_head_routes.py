@@ -21,12 +21,14 @@ from test_passes_unit import a_site, applied, refusal
 from torch import Tensor, nn
 
 import attnopt
-from attnopt import route_timing
 from attnopt.backends import Blocked, Reference, Sdpa
-from attnopt.constant import Constant
 from attnopt.errors import AttnoptWarning, CalibrationError, PolicyError, VerificationError
-from attnopt.finishing import attention_of
-from attnopt.head_routes import Routed
+from attnopt.ir.attend import Attend
+from attnopt.ir.constant import Constant
+from attnopt.ir.head_routing import Routed
+from attnopt.ir.interfaces import Backend
+from attnopt.ir.plugin_calls import attention_of
+from attnopt.lower import routing_time as route_timing
 from attnopt.passes import (
     DynamicSparse,
     GroupedQuery,
@@ -38,7 +40,6 @@ from attnopt.passes import (
     SoftPAG,
 )
 from attnopt.patterns import Causal, Full, Pattern, PerHead, Sinks, Window
-from attnopt.rewriting import Attend, Backend
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own
@@ -183,7 +184,7 @@ def test_skipping_rows_computes_no_others(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_skipping_rows_with_selected_blocks_and_in_float64() -> None:
-    from attnopt.dynamic_blocks import DynamicBlocks
+    from attnopt.ir.dynamic_blocks import DynamicBlocks
 
     spec = a_spec(selection=DynamicBlocks(keep=1, block=64), pattern=Causal()).followed_by(Routed((3,), (0, 1, 2), 1))
     for dtype in (torch.float32, torch.float64):

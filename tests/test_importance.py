@@ -9,8 +9,8 @@ from test_calibration import batches, head_inputs, stack
 from torch import Tensor, nn
 
 import attnopt
+from attnopt.compiler.importance import METHODS, head_importance
 from attnopt.errors import CalibrationError, PolicyError
-from attnopt.importance import METHODS, head_importance
 from attnopt.passes import PruneHeads
 
 H, D = 4, 4

@@ -15,8 +15,8 @@ import torch
 from tiny_models import Attention
 
 import attnopt
-from attnopt import files
-from attnopt.files import MARKER, atomic_folder, atomic_write
+from attnopt.base import atomic_files as files
+from attnopt.base.atomic_files import MARKER, atomic_folder, atomic_write
 from attnopt.passes import LocalWindow
 
 X = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -175,9 +175,9 @@ def test_memory_that_runs_out_while_calibrating(monkeypatch: pytest.MonkeyPatch)
         raise MemoryError
 
     for where in (
-        "attnopt.streaming.run_call",
-        "attnopt.refit.torch.linalg.cholesky_ex",
-        "attnopt.lowering._carry_out",
+        "attnopt.compiler.stream.run_call",
+        "attnopt.fit.least_squares.torch.linalg.cholesky_ex",
+        "attnopt.lower.lower._carry_out",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, exhausted)

@@ -13,18 +13,18 @@ from tiny_models import Attention
 from torch import Tensor, nn
 
 import attnopt
-from attnopt import finding
 from attnopt.backends import Blocked, Reference, Sdpa
-from attnopt.calling import Signature
-from attnopt.capture import capture
-from attnopt.checking import fitting
-from attnopt.deciding import decide
-from attnopt.finding import find
-from attnopt.graph import value
-from attnopt.lowering import lower
+from attnopt.capture.capture import capture
+from attnopt.capture.signature import Signature
+from attnopt.compiler.check import fitting
+from attnopt.compiler.decide import decide
+from attnopt.graph.nodes import value
+from attnopt.lower.lower import lower
+from attnopt.match import find as finding
+from attnopt.match.find import find
+from attnopt.match.raise_region import Raised
 from attnopt.passes import DynamicSparse, Fuse, LocalWindow, PruneHeads, Sparse
 from attnopt.patterns import Blocks, Causal, Sinks
-from attnopt.raising import Raised
 
 META = torch.device("meta")
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import attnopt
+from attnopt.ir.interfaces import Pass
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
 from attnopt.patterns import Window
-from attnopt.rewriting import Pass
 
 E, H, D = 12, 3, 4
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]

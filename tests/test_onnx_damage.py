@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from test_from_onnx import CASES, chain, graph, inputs, old  # noqa: F401  (``old`` is a fixture)
 
 import attnopt
-from attnopt.from_onnx.opening import opened
+from attnopt.onnx.load.load import opened
 
 BOUNDED = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 ODD_NAMES = ["", "a", "b.c", "forward", "class", "0", "x/y", "x_y", "\x1b[2J", "é", "x", "w" * 300, "a\0b", "x\n"]

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attnopt
-from attnopt.bands import Band
+from attnopt.onnx.export import verify
 from attnopt.passes import LocalWindow, Sparse
 from attnopt.patterns import Blocks, Global, PerHead, Window
-from attnopt.report import Report
-from attnopt.to_onnx import verify
+from attnopt.patterns.bands import Band
+from attnopt.report.report import Report
 
 
 class Encoder(nn.Module):
@@ -165,7 +165,7 @@ def test_disagreement_names_the_first_site(
     fast: attnopt.OptimizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window that is off by one in the second attention alone."""
-    from attnopt.to_onnx import blocks
+    from attnopt.onnx.export import blocks
 
     honest, turn = blocks._inside, [0]
 

@@ -15,11 +15,11 @@ from onnx_core import PATTERNS, captured, check, make_spec, run
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attnopt.bands import Band
+from attnopt.ir.spec import AttentionSpec
+from attnopt.onnx.export import choice
+from attnopt.onnx.export.export import export_onnx
 from attnopt.patterns import Blocks, Causal, Dilated, Full, Pattern, Sinks, Strided, Window
-from attnopt.spec import AttentionSpec
-from attnopt.to_onnx import choice
-from attnopt.to_onnx.export import export_onnx
+from attnopt.patterns.bands import Band
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_from_onnx import chain, graph
 
 import attnopt
-from attnopt.from_onnx.opening import opened
+from attnopt.onnx.load.load import opened
 
 f32 = np.float32
 
@@ -96,7 +96,7 @@ MEMORY = 8 << 30  # bytes of address space; torch and ONNX Runtime take most of 
 
 RUN = """
     import resource, sys
-    import onnx, onnxruntime, torch, attnopt, attnopt.from_onnx.opening
+    import onnx, onnxruntime, torch, attnopt, attnopt.onnx.load.load
     resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
     for what in sys.argv[1:]:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,8 +17,8 @@ from onnx_by_hand import DIM, Parts, contrib, control, in_runtime, plain, recurr
 from torch import Tensor
 
 import attnopt
-from attnopt.from_onnx import operators
-from attnopt.from_onnx.opening import opened
+from attnopt.onnx.load import operators
+from attnopt.onnx.load.load import opened
 from attnopt.passes import LocalWindow, PruneHeads
 
 

@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from attnopt.to_onnx.builder import Builder
-from attnopt.to_onnx.reshaping import join_reshapes
+from attnopt.onnx.export.builder import Builder
+from attnopt.onnx.export.merge_reshapes import join_reshapes
 
 BATCH, LENGTH, HEADS, SIZE = "batch", "length", 3, 4
 GIVEN = (BATCH, LENGTH, HEADS * SIZE)

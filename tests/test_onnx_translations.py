@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attnopt
-from attnopt.to_onnx.pairs import ON_PAIRS, in_pairs
+from attnopt.onnx.export.complex_as_real import ON_PAIRS, in_pairs
 
 
 class Beside(nn.Module):

@@ -15,12 +15,13 @@ import pytest
 import tiny_models
 
 import attnopt
-from attnopt.drawing import CELLS, pictures, shares
-from attnopt.page import framed, numbers, picture_svg, report_page, times
-from attnopt.page_view import lanes, measures, site_views
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
 from attnopt.patterns import Blocks, Causal, Full, Global, Pattern, PerHead, Sinks, Strided, Window
-from attnopt.report import Form, Report
+from attnopt.render.numbers import numbers, times
+from attnopt.render.page import framed, picture_svg, report_page
+from attnopt.render.page_view import lanes, measures, site_views
+from attnopt.render.pattern_cells import CELLS, pictures, shares
+from attnopt.report.report import Form, Report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATTERNS = [Full(), Causal(), Window(3, 1) | Sinks(2), Strided(5) & Causal(), Blocks(7, 2), Global((0, 9)), ~Window(2)]

@@ -12,6 +12,10 @@ import pytest
 import torch
 
 from attnopt.errors import PolicyError
+from attnopt.ir.interfaces import Pass
+from attnopt.ir.projection import Projection
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.passes import Fuse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import (
     BlockLayout,
@@ -28,9 +32,6 @@ from attnopt.patterns import (
     Sinks,
     Window,
 )
-from attnopt.rewriting import Pass
-from attnopt.site import Projection, Site
-from attnopt.spec import AttentionSpec
 
 D, WIDTH = 3, 8
 

@@ -16,7 +16,7 @@ from attnopt import plot
 from attnopt.errors import AttnoptError
 from attnopt.patterns import Causal, PerHead, Window
 from attnopt.plot import Point
-from attnopt.report import Report
+from attnopt.report.report import Report
 
 matplotlib.use("Agg")
 

@@ -29,7 +29,7 @@ from attnopt import (
     plugins,
 )
 from attnopt.backends import Reference
-from attnopt.explaining import explain
+from attnopt.compiler.explain import explain
 from attnopt.passes import DynamicSparse, Sparse
 from attnopt.patterns import PerHead, Window, parse
 

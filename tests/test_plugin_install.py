@@ -44,7 +44,7 @@ POLICIES = {  # and what reports say of them
 
 EVERY_PATH = """
 import sys, torch, attnopt, tiny_models
-from attnopt.explaining import explain
+from attnopt.compiler.explain import explain
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model, args = tiny_models.Attention().eval(), (torch.randn(2, 12, 16),)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from attnopt import plugins
 from attnopt.backends import Sdpa
+from attnopt.compiler import plugins
+from attnopt.compiler.policy import Policy
 from attnopt.errors import PluginError, PolicyError
 from attnopt.passes import LocalWindow
-from attnopt.policy import Policy
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ ACME = '''
 from dataclasses import dataclass
 from typing import ClassVar
 from attnopt.patterns import Window
-from attnopt.rewriting import Pass, Rewrite
+from attnopt.ir.interfaces import Pass, Rewrite
 
 @dataclass(frozen=True)
 class LastK(Pass):

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnopt
+from attnopt.compiler.policy import Policy
 from attnopt.errors import PolicyError
 from attnopt.passes import (
     DynamicSparse,
@@ -44,7 +45,6 @@ from attnopt.patterns import (
     Strided,
     Window,
 )
-from attnopt.policy import Policy
 
 PATTERNS = [
     Segments([0, 0, 1], pairs=[(0, 1)]), Neighborhood((3, 4), 3, edge="clip"), BlockLayout(["0-1", "1"], 4), Global([5, 2]),

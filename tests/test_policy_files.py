@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_policy import GLOBS, POLICIES
 
 from attnopt import AttnoptError
-from attnopt.policy import Policy
+from attnopt.compiler.policy import Policy
 
 BOUNDED = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 EVIL = [

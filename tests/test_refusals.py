@@ -17,9 +17,11 @@ from models import Attention, Spelling, inputs
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.capture import capture
-from attnopt.matching import recognise
-from attnopt.normaliser import normalisers
+from attnopt.capture.capture import capture
+from attnopt.ir.refusal import Refusal
+from attnopt.match.anchors import normalisers
+from attnopt.match.recognize import recognise
+from attnopt.match.region import NotAttentionError
 from attnopt.passes import (
     DynamicSparse,
     GroupedQuery,
@@ -31,8 +33,6 @@ from attnopt.passes import (
     Sparse,
 )
 from attnopt.patterns import Neighborhood, Window
-from attnopt.refusal import Refusal
-from attnopt.region import NotAttentionError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -376,7 +376,7 @@ def test_golden_text(code: str) -> None:
 
 
 def test_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnopt.finding.site_error", lambda *_: 0.25)
+    monkeypatch.setattr("attnopt.match.find.site_error", lambda *_: 0.25)
     assert generic(missed(Scored(lambda s: s))) == OTHERS["not-equal"]
 
 
@@ -384,7 +384,7 @@ def test_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise KeyError("axis")
 
-    monkeypatch.setattr("attnopt.finding.recognise", broken)
+    monkeypatch.setattr("attnopt.match.find.recognise", broken)
     assert generic(missed(Scored(lambda s: s))) == OTHERS["not-understood"]
 
 
@@ -428,7 +428,7 @@ def test_opaque_operator() -> None:
 
 def test_no_such_scale() -> None:
     from attnopt.backends import Sdpa
-    from attnopt.spec import AttentionSpec
+    from attnopt.ir.spec import AttentionSpec
 
     refusal = Sdpa().check(AttentionSpec((0,), (0,), (0,), 4, 4, -0.5))
     assert refusal is not None
@@ -439,8 +439,8 @@ def test_unnamed_pattern() -> None:
     from dataclasses import dataclass
 
     from attnopt.backends import Blocked
+    from attnopt.ir.spec import AttentionSpec
     from attnopt.patterns import Pattern
-    from attnopt.spec import AttentionSpec
 
     @dataclass(frozen=True, repr=False)
     class Even(Pattern):
@@ -453,9 +453,9 @@ def test_unnamed_pattern() -> None:
 
 
 def test_plugin_failed() -> None:
-    from attnopt.plugin_calls import no_answer
-    from attnopt.site import Site
-    from attnopt.spec import AttentionSpec
+    from attnopt.ir.plugin_calls import no_answer
+    from attnopt.ir.site import Site
+    from attnopt.ir.spec import AttentionSpec
 
     site = Site("", AttentionSpec((0,), (0,), (0,), 4, 4, 0.5), {})
     error = attnopt.PluginError("pass 'acme.last-k' of acme (acme:LastK): check failed: OSError: no licence")

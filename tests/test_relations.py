@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import attnopt
+from attnopt.base.ort_session import cpu_session
+from attnopt.capture.size_algebra import always_holds, told_once
 from attnopt.errors import CaptureError, ExportError
-from attnopt.onnx_session import cpu_session
-from attnopt.size_algebra import always_holds, told_once
-from attnopt.to_onnx.conditions import check_sizes
+from attnopt.onnx.export.size_checks import check_sizes
 
 STOPPED = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 from attnopt.errors import ArchiveError
-from attnopt.inspection import Inspection
-from attnopt.page import amount, relative
+from attnopt.ir.cost import Cost
+from attnopt.ir.projection import Projection
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import NearMiss, Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Causal, Full, Window
-from attnopt.refusal import Refusal
-from attnopt.report import Cost, Report, SiteReport
-from attnopt.site import NearMiss, Projection, Site
-from attnopt.spec import AttentionSpec
-from attnopt.tables import inspection_json, inspection_table, report_table, to_text
+from attnopt.render.numbers import amount, relative
+from attnopt.render.tables import inspection_json, inspection_table, report_table, to_text
+from attnopt.report.inspection import Inspection
+from attnopt.report.report import Report, SiteReport
 
 KNOWN = Projection(weight="w", rows=((0, 1), (2, 3)))
 UNKNOWN = Projection(why="it is computed from an input")

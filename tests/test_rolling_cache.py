@@ -13,13 +13,14 @@ from torch import Tensor
 
 import attnopt
 from attnopt.errors import AttnoptError, ConversionError
-from attnopt.past import Past
-from attnopt.pattern import Pattern, PerHead
 from attnopt.patterns import Causal, Dilated, Full, Global, Sinks, Strided, Window
+from attnopt.patterns.algebra import Pattern
+from attnopt.patterns.lookback import Past
+from attnopt.patterns.per_head import PerHead
 
 transformers = pytest.importorskip("transformers")
 
-from attnopt.rolling_cache import RollingLayer  # noqa: E402  (it imports transformers)
+from attnopt.conversion.hf_cache import RollingLayer  # noqa: E402  (it imports transformers)
 
 PATTERN = Causal() & (Window(15, 0) | Sinks(3))
 

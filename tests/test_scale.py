@@ -12,7 +12,7 @@ from tiny_models import Attention
 from torch import nn
 
 import attnopt
-from attnopt import finding
+from attnopt.match import find as finding
 from attnopt.passes import LocalWindow, PruneHeads
 
 

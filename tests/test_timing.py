@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnopt.timing import Times, interleaved, one_thread
+from attnopt.base.cpu_timing import Times, interleaved, one_thread
 
 
 def test_calls_take_turns_and_warm_up_is_not_counted() -> None:

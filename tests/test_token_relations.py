@@ -13,9 +13,9 @@ from torch.export import Dim
 
 import attnopt
 from attnopt.errors import AttnoptWarning
+from attnopt.ir.interfaces import Pass
 from attnopt.passes import DynamicSparse, LocalWindow, SoftPAG, Sparse
 from attnopt.patterns import Window
-from attnopt.rewriting import Pass
 
 E, H, D = 12, 3, 4
 WINDOW = Window(2, 2)

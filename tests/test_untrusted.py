@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from tiny_models import Attention
 
 import attnopt
-from attnopt.archive import GRAPH, WEIGHTS
-from attnopt.files import MARKER
+from attnopt.archive.folder import GRAPH, WEIGHTS
+from attnopt.archive.untrusted_graph import NotAGraphError, _is_operator, check_graph
+from attnopt.base.atomic_files import MARKER
 from attnopt.passes import LocalWindow
-from attnopt.untrusted import NotAGraphError, _is_operator, check_graph
 
 FILES = (GRAPH, WEIGHTS, MARKER)
 QUICK = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -340,7 +340,7 @@ MEMORY = 4 << 30  # bytes of address space; torch itself takes most of them
 
 RUN = """
     import resource, sys
-    import attnopt, attnopt.archive, torch._export.serde.serialize, safetensors.torch
+    import attnopt, attnopt.archive.save, torch._export.serde.serialize, safetensors.torch
     resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
     for what in sys.argv[1:]:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from common import package
 
-from attnopt import demo_similarity as similarity
+from attnopt.cli import demo_data as similarity
 from subjects import Rewrite, grouped, pruned_in_every_way
 
 TOKENS = 10_000

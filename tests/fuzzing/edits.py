@@ -11,9 +11,9 @@ import torch
 from models import Attention, Spelling, places
 from torch import Tensor, nn
 
+from attnopt.ir.interfaces import Pass
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
-from attnopt.rewriting import Pass
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
 

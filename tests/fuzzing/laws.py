@@ -20,7 +20,9 @@ from models import MAX, Attention, Spelling
 from torch import Tensor, nn
 
 import attnopt
-from attnopt import capture, lowering, optimizing
+from attnopt.capture import capture as capture
+from attnopt.compiler import compile as optimizing
+from attnopt.lower import lower as lowering
 from fuzzing.edits import Call, Edit, calls, edit_of, meant
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import build, inputs

@@ -1,0 +1,100 @@
+"""Before anything runs: what a pattern can gain at most, what each kernel can reach of it, and what would fit it better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from attnopt.errors import PolicyError
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns import Pattern, parse
+from attnopt.patterns.tile_cost import KERNELS
+from attnopt.report.advice import Advice, Better, Reached
+
+_NOTICEABLE = 1.01  # smaller factors are no reason to change a pattern
+_SHOWN = 3  # of the better patterns, for each kernel
+
+Share = Callable[[Pattern], float]
+
+
+def advise(
+    attention: Site | AttentionSpec,
+    pattern: Pattern | str,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    *,
+    tile: int | Sequence[int] | None = None,
+) -> Advice:
+    """What ``Sparse(pattern)`` could gain on an attention, at its own lengths or at those given.
+
+    A ``Neighborhood`` is also judged for kernels whose tiles are boxes of the grid, of the sizes ``tile`` (by default of 64
+    tokens).  The speed-ups compare with a kernel that computes exactly the pairs that are visible so far.  Raises
+    PolicyError where lengths are missing, or are not those that the pattern is made for.
+    """
+    spec = attention.spec if isinstance(attention, Site) else attention
+    if isinstance(attention, Site):
+        q_len, kv_len = attention.q_len if q_len is None else q_len, attention.kv_len if kv_len is None else kv_len
+    if q_len is None:
+        raise PolicyError("advise: a spec alone has no lengths", hint="give q_len, and kv_len where it differs")
+    kv_len = q_len if kv_len is None else kv_len
+    wanted = (parse(pattern) if isinstance(pattern, str) else pattern).for_heads(spec.heads)
+    if wanted.lengths is not None and kv_len not in wanted.lengths:
+        raise PolicyError(
+            f"advise: {wanted} is not made for {kv_len} tokens", hint="give the lengths that it is made for"
+        )
+    return _advice(spec, wanted, q_len, kv_len, tile)
+
+
+def _advice(spec: AttentionSpec, wanted: Pattern, q_len: int, kv_len: int, tile: int | Sequence[int] | None) -> Advice:
+    heads = spec.num_heads
+    before = spec.pattern.density(q_len, kv_len, num_heads=heads)
+
+    def density(p: Pattern) -> float:
+        return spec.restricted(p).pattern.density(q_len, kv_len, num_heads=heads)
+
+    def computed(kernel: Any, p: Pattern) -> float:
+        return float(kernel.share(spec.restricted(p).pattern, q_len, kv_len, heads))
+
+    shares: dict[str, Share] = {kernel.name: partial(computed, kernel) for kernel in KERNELS}
+    sizes: dict[str, tuple[int, ...]] = {kernel.name: (kernel.block_kv,) for kernel in KERNELS if kernel.group is None}
+    box = wanted.box(tile)
+    if box is not None and spec.restricted(wanted).pattern == wanted:
+        name = f"tiles of {'x'.join(map(str, box))} tokens"
+        shares[name] = lambda p: p.box_share(box)
+        sizes[name] = box
+    own = density(wanted)
+    kernels, better = [], []
+    for name, share in shares.items():
+        computes = share(wanted)
+        kernels.append(Reached(name, computes, _ratio(before, computes), _ratio(own, computes)))
+        if name in sizes:
+            better += _better(name, wanted, own, computes, before, sizes[name], share, density)
+    return Advice(str(wanted), q_len, kv_len, own, _ratio(before, own), tuple(kernels), tuple(better))
+
+
+def _better(
+    kernel: str,
+    wanted: Pattern,
+    own: float,
+    computes: float,
+    before: float,
+    tile: tuple[int, ...],
+    share: Share,
+    density: Share,
+) -> list[Better]:
+    found: list[tuple[float, float, Pattern]] = []
+    for candidate in dict.fromkeys(wanted.neighbours(tile)):
+        cost = share(candidate)
+        if candidate == wanted or cost > computes:
+            continue
+        seen = density(candidate)
+        if cost * _NOTICEABLE < computes or seen > own * _NOTICEABLE:
+            found.append((cost, -seen, candidate))
+    found.sort(key=lambda entry: entry[:2])
+    return [Better(kernel, str(p), -seen, _ratio(before, cost)) for cost, seen, p in found[:_SHOWN]]
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else float("inf")

@@ -1,0 +1,176 @@
+"""Reading a saved model; nothing is run that is read."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from attnopt.archive.folder import FORMAT, GRAPH, WEIGHTS, digest, digest_of_file
+from attnopt.archive.form_json import form_from_json
+from attnopt.archive.site_json import site_from_json
+from attnopt.archive.untrusted_graph import check_graph, check_operators
+from attnopt.base.atomic_files import MARKER
+from attnopt.base.compile_lock import compiling
+from attnopt.base.quiet import quiet
+from attnopt.base.sizes import hint
+from attnopt.capture.calibration import Inputs
+from attnopt.capture.guards import user_inputs
+from attnopt.capture.signature import Signature
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ArchiveError
+from attnopt.graph.nodes import stored
+from attnopt.report.report import Report
+
+LARGEST = 1 << 28  # bytes of a description or of a graph
+
+
+@compiling()
+def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx.GraphModule, Origin]:
+    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run.
+
+    ``classes``: of the user's own, whose instances the model may return."""
+    folder = Path(path)
+    about = _read_about(folder)
+    for name in (GRAPH, WEIGHTS):
+        with _blamed(folder / name):
+            _check_file(folder / name, about["sha256"][name])
+    module, examples = _read_module(folder, about)
+    with _blamed(folder / MARKER):
+        report = Report.from_json(about["report"])
+        signature = Signature.from_json(about["signature"])
+        live = stored(module)
+        sites = tuple(site_from_json(s, live) for s in about["sites"])
+        trains_otherwise = bool(about["trains_otherwise"])
+        form = None if about["form"] is None else form_from_json(about["form"], classes)
+    return module, Origin(report, sites, signature, *examples, trains_otherwise=trains_otherwise, form=form)
+
+
+@contextlib.contextmanager
+def _blamed(file: Path, hint: str = "save the model again") -> Iterator[None]:
+    """Whatever goes wrong inside is said of ``file``: a damaged or hostile one may make any part of its reader fail."""
+    try:
+        yield
+    except ArchiveError:
+        raise
+    except Exception as e:
+        raise ArchiveError(f"{file} cannot be read: {type(e).__name__}: {str(e)[:200]}", hint=hint) from e
+
+
+def _check_file(file: Path, digest: str) -> None:
+    """A plain file (no pipe or device, which could block or never end) with the bytes that were written."""
+    if not file.is_file():
+        raise ArchiveError(f"{file} is not there or is no plain file", hint="save the model again")
+    if file.name == GRAPH:
+        _check_size(file)
+    if digest_of_file(file) != digest:
+        raise ArchiveError(f"{file} is damaged: it is not what was saved", hint="save the model again")
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    file = folder / MARKER
+    if not file.is_file():
+        raise ArchiveError(f"{folder} holds no saved attnopt model", hint="give the folder that save was given")
+    with _blamed(file):
+        _check_size(file)
+        about = json.loads(file.read_bytes())
+        found = about.get("format") if isinstance(about, dict) else None
+        if found != FORMAT:
+            raise ArchiveError(
+                f"{file} has format {found!r}, this version reads {FORMAT}", hint="save it again with this version"
+            )
+        if about.pop("self_sha256", None) != digest(about):
+            raise ArchiveError(f"{file} is damaged: it is not what was saved", hint="save the model again")
+    return dict(about)
+
+
+def _check_size(file: Path) -> None:
+    if (size := file.stat().st_size) > LARGEST:
+        raise ArchiveError(f"{file}: {size} bytes are too many for a description; at most {LARGEST} are read")
+
+
+def _read_module(folder: Path, about: Mapping[str, Any]) -> tuple[fx.GraphModule, Inputs]:
+    """The graph, and inputs of the sizes that it was captured with."""
+    from torch._export.serde.serialize import SerializedArtifact, deserialize
+
+    file = folder / GRAPH
+    with _blamed(file):
+        graph = file.read_bytes()
+        check_graph(json.loads(graph))
+    _import_output_classes(graph)
+    with _blamed(folder / WEIGHTS):
+        state, constants = _read_tensors(folder / WEIGHTS, about)
+    tables: tuple[Any, Any, Any] = (state, constants, ())  # dicts are taken as they are, bytes would be unpickled
+    with _blamed(file), quiet():
+        try:
+            program = deserialize(SerializedArtifact(graph, *tables))
+        except Exception as e:
+            if "not registered" not in str(e):
+                raise
+            raise ArchiveError(
+                f"{file} cannot be read: {str(e)[:200]}",
+                hint="import the library whose classes the model takes or returns, then load",
+            ) from e
+        check_operators(program.graph_module)
+        examples = program._example_inputs = _examples(program)
+        module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    return module, examples
+
+
+_LIBRARIES = ("transformers", "diffusers")  # whose output classes torch can rebuild once they are imported
+
+
+def _import_output_classes(graph: bytes) -> None:
+    """Import the modules of these libraries, and of no others, whose classes the model takes or returns."""
+    pattern = rf"((?:{'|'.join(_LIBRARIES)})(?:\.\w+)+)\.\w+"
+    for name in set(re.findall(pattern, graph.decode("utf-8", "replace"))):
+        with contextlib.suppress(Exception):  # a library that does not import is missed where its class is needed
+            importlib.import_module(name)
+
+
+def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    # Copied: a tensor that lies in the file at an odd address takes other kernels, and gives other bits.
+    stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    tables: dict[str, dict[str, Any]] = {"state": {}, "constants": {}}
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for entry in about["tensors"]:
+        key = entry["key"]
+        tensor: Tensor = stored[key]
+        if entry["parameter"]:
+            made = torch.nn.Parameter(tensor, requires_grad=bool(entry["requires_grad"]))
+            tensor = parameters.setdefault(key, made)
+        tables[entry["table"]][entry["name"]] = tensor
+    return tables["state"], tables["constants"]
+
+
+def _examples(program: ExportedProgram) -> Inputs:
+    """Inputs of the captured sizes, made anew: an archive holds none."""
+    values = [n.meta.get("val") for n in user_inputs(program)]
+    leaves = [
+        _zeros(val) if isinstance(val, Tensor) else hint(val) if isinstance(val, torch.SymInt) else val
+        for val in values
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def _zeros(val: Tensor) -> Tensor:
+    """Zeros that take no memory before they are used: their number is the file's word."""
+    sizes = [max(1, hint(s)) for s in val.shape]
+    data = np.zeros(math.prod(sizes) * val.element_size(), dtype=np.uint8)
+    return torch.from_numpy(data).view(val.dtype).view(sizes).to(val.device)

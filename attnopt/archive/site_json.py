@@ -1,0 +1,152 @@
+"""A site as JSON and back, for saved models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from attnopt.base.registry import OURS, Registry, distribution_of, target_of
+from attnopt.errors import ArchiveError, AttnoptError
+from attnopt.ir.block_scores import SCORES
+from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
+from attnopt.ir.projection import Projection
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns import PATTERNS, Pattern, is_readable, parse
+
+
+def site_to_json(site: Site) -> dict[str, Any]:
+    """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError where a class in it could not be found again."""
+    spec = site.spec
+    return {
+        "plugins": _plugins(site),
+        "name": site.name,
+        "where": site.where,
+        "notes": list(site.notes),
+        "q_len": site.q_len,
+        "kv_len": site.kv_len,
+        "is_dynamic": site.is_dynamic,
+        "alignment": site.alignment,
+        "projections": {
+            role: {
+                "weight": p.weight,
+                "bias": p.bias,
+                "transposed": p.transposed,
+                "why": p.why,
+                "direct": p.direct,
+                "rows": None if p.rows is None else [list(r) for r in p.rows],
+            }
+            for role, p in site.projections.items()
+        },
+        "spec": {
+            "heads": list(spec.heads),
+            "kv_heads": list(spec.kv_heads),
+            "kv_of_head": list(spec.kv_of_head),
+            "head_dim": spec.head_dim,
+            "value_dim": spec.value_dim,
+            "scale": spec.scale,
+            "pattern": spec.pattern.to_json(),
+            "has_bias": spec.has_bias,
+            "has_mask": spec.has_mask,
+            "has_sinks": spec.has_sinks,
+            "softcap": spec.softcap,
+            "selection": None if spec.selection is None else spec.selection.to_json(),
+            "gains": None if spec.gains is None else list(spec.gains),
+            "is_cross": spec.is_cross,
+            "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
+            "positions": list(spec.positions),
+            "after": [edit.to_json() for edit in spec.after],
+        },
+    }
+
+
+def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
+    """What ``site_to_json`` wrote, with the model's parameters ``live`` by name.
+
+    Its classes are those that are installed or registered by their names; ArchiveError names one that is not.
+    """
+    _require(data)
+    spec = dict(data["spec"])
+    for key in ("heads", "kv_heads", "kv_of_head", "positions"):
+        spec[key] = tuple(spec[key])
+    spec["gains"] = None if spec["gains"] is None else tuple(spec["gains"])
+    spec["pattern"] = parse(spec["pattern"])
+    spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
+    spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
+    spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
+    projections = {
+        role: Projection(
+            p["weight"],
+            p["bias"],
+            p["transposed"],
+            None if p["rows"] is None else tuple(tuple(r) for r in p["rows"]),
+            p["why"],
+            p.get("direct", True),
+        )
+        for role, p in data["projections"].items()
+    }
+    return Site(
+        data["name"],
+        AttentionSpec(**spec),
+        projections,
+        data["where"],
+        tuple(data["notes"]),
+        parameters=live,
+        q_len=data["q_len"],
+        kv_len=data["kv_len"],
+        is_dynamic=data["is_dynamic"],
+        alignment=data.get("alignment", "first"),
+    )
+
+
+_KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, SCORES)
+
+
+def _plugins(site: Site) -> list[dict[str, str]]:
+    """Kind, name and distribution of each class that is not attnopt's own."""
+    found: list[dict[str, str]] = []
+    for kind, thing in _things(site.spec):
+        cls = type(thing)
+        if not kind.knows(cls):
+            raise ArchiveError(
+                f"cannot save: {kind.kind} {thing} is of {target_of(cls)}, which nothing would find again by its name",
+                site=site.name,
+                hint="put @attnopt.register on the class, or offer it as an entry point",
+            )
+        if (distribution := distribution_of(cls)) != OURS:
+            found.append({"kind": kind.kind, "name": kind.name_of(cls), "distribution": distribution or target_of(cls)})
+    if not all(map(is_readable, _patterns(site.spec))):
+        raise ArchiveError(
+            f"cannot save: pattern {site.spec.pattern} is not what attnopt.patterns.parse reads from its text",
+            site=site.name,
+            hint="let repr() of the pattern write the call that makes it",
+        )
+    return found
+
+
+def _require(data: Mapping[str, Any]) -> None:
+    for entry in data.get("plugins", ()):
+        kind = next(k for k in _KINDS if k.kind == entry["kind"])
+        try:
+            kind.load(entry["name"])
+        except AttnoptError as e:
+            raise ArchiveError(
+                f"the saved model needs {entry['kind']} {entry['name']!r} of {entry['distribution']}: {e.message}",
+                site=data["name"],
+                hint=f"install {entry['distribution']}, or import the module that registers it, and load again",
+            ) from e
+
+
+def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], Any]]:
+    for pattern in _patterns(spec):
+        yield from ((PATTERNS, p) for p in pattern.leaves())
+    yield from ((HEAD_EDITS, edit) for edit in spec.after)
+    if spec.selection is not None:
+        yield SCORES, spec.selection.scores
+
+
+def _patterns(spec: AttentionSpec) -> list[Pattern]:
+    return [spec.pattern, *([] if spec.seen_as is None else [spec.seen_as])]

@@ -1,0 +1,79 @@
+"""The one comparison of tensors that everything uses, with tolerances by dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.base.containers import tensors_in
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+ROOM = 10.0  # tolerances that a whole model's output, or another runtime's order of sums, may show
+PIECE = 1 << 20  # elements that are compared at a time
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Every tensor of a model's output, whatever its structure, those in caches and other objects included."""
+    return tensors_in(output)
+
+
+def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Largest difference, relative to the largest magnitude of the tensor it is in (but at least to 1).
+
+    Infinite where shapes, the number of tensors, integers, or the places of NaN and infinities differ.
+    """
+    if len(got) != len(want):
+        return math.inf
+    return max((_difference(g, w) for g, w in zip(got, want, strict=True)), default=0.0)
+
+
+def _difference(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        return math.inf
+    if not (want.is_floating_point() or want.is_complex()):
+        return 0.0 if torch.equal(got, want) else math.inf
+    worst, largest = 0.0, 1.0
+    for g, w in _pieces(got, want):
+        finite = torch.isfinite(w)
+        if not torch.equal(torch.isfinite(g), finite):
+            return math.inf
+        if not finite.all():
+            if not torch.equal(g[~finite].nan_to_num(0.5), w[~finite].nan_to_num(0.5)):
+                return math.inf
+            g, w = g[finite], w[finite]
+        if w.numel():
+            g, w = _wide(g), _wide(w)
+            worst, largest = max(worst, float((g - w).abs().max())), max(largest, float(w.abs().max()))
+    return worst / largest
+
+
+def squared_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Sum over floating point tensors of their squared difference, relative to the square of what is wanted."""
+    return sum(_squared_difference(g, w) for g, w in zip(got, want, strict=True) if w.is_floating_point())
+
+
+def _squared_difference(got: Tensor, want: Tensor) -> float:
+    apart = size = 0.0
+    for piece in _pieces(got, want):
+        g, w = map(_wide, piece)
+        apart, size = apart + float((g - w).square().sum()), size + float(w.square().sum())
+    return apart / max(size, 1e-300)
+
+
+def _pieces(got: Tensor, want: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of the two, so that a language model's logits are not there in double precision all at once."""
+    g, w = got.reshape(-1), want.reshape(-1)
+    return ((g[i : i + PIECE], w[i : i + PIECE]) for i in range(0, len(w), PIECE))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def tolerance(outputs: Sequence[Tensor]) -> float:
+    """What rounding may explain, for the least precise dtype among the outputs."""
+    return max((TOLERANCE.get(t.dtype, 0.0) for t in outputs), default=0.0)

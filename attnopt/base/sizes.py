@@ -1,0 +1,25 @@
+"""Sizes that may be symbols: what they are at the example inputs, and what is known of them."""
+
+from __future__ import annotations
+
+import torch
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size that an axis has for the example inputs; -1 where it depends on their values."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.hint is not None else -1
+    return int(size)
+
+
+def is_static(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or size.node.expr.is_number
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """The two sizes are equal whatever the inputs' sizes are."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    left = a if isinstance(a, int) else a.node.expr
+    right = b if isinstance(b, int) else b.node.expr
+    return bool(left == right)

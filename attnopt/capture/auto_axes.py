@@ -1,0 +1,194 @@
+"""``dynamic_shapes="auto"``: as many axes as the model lets vary, by steps from all of them down to none."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+from attnopt.base.closeness import ROOM, difference, tolerance
+from attnopt.base.sizes import is_static
+from attnopt.capture.calibration import Inputs
+from attnopt.capture.dynamic_axes import Auto, asked_shapes, axes_of_leaves, named_arguments, without
+from attnopt.capture.second_example import Place, longer_axes, repeated, seeded_outputs
+from attnopt.capture.signature import check_inputs
+from attnopt.errors import AttnoptError, CaptureError
+from attnopt.graph.evaluate import bounds, symbols
+
+if TYPE_CHECKING:
+    from attnopt.capture.program import Program
+
+LONGEST = 6000  # characters of what torch notes about sizes, where all axes vary: beyond, each operator takes seconds
+Captured = Callable[[Inputs, Any, bool], "Program"]  # inputs, shapes, whether only as far as it is cheap
+
+
+class TooManyRelationsError(Exception):
+    """torch notes more about the sizes than anybody can read."""
+
+
+class Limited(TorchFunctionMode):
+    """Gives a capture up that finds no end of relations between sizes.  Counted, not timed: the same at every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._env: Any = None
+        self._seen = self._length = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._env is None:
+            fake = next((x for x in args if isinstance(x, FakeTensor)), None)
+            self._env = None if fake is None else fake.fake_mode.shape_env
+        if self._env is not None and len(self._env.guards) > self._seen:
+            self._length += sum(len(str(g.expr)) for g in self._env.guards[self._seen :])
+            self._seen = len(self._env.guards)
+            if self._length > LONGEST:
+                raise TooManyRelationsError(f"{self._seen} relations between sizes")
+        return func(*args, **(kwargs or {}))
+
+
+def captured_with_own(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: bool, captured: Captured) -> Program:
+    """Captured so that axes of length 1 vary too, where the model lets them; the user's example still has to fit."""
+    asked = axes_of_leaves(model.forward, *inputs, shapes)
+    longer = longer_axes(model, inputs, asked)
+    while longer:
+        try:
+            program = captured(repeated(inputs, longer), shapes, is_cheap)
+        except CaptureError:
+            break
+        if _takes(program, model, inputs):
+            return replace(program, own=inputs)
+        stuck = longer & _static(program.module)
+        longer = longer - stuck if stuck else frozenset()
+    return captured(inputs, shapes, is_cheap)
+
+
+def as_far_as_it_goes(model: nn.Module, inputs: Inputs, auto: Auto, captured: Captured) -> Program:
+    """Raises CaptureError where the model cannot be captured even with all axes fixed."""
+    every = axes_of_leaves(model.forward, *inputs, asked_shapes(model, *inputs, Auto()))
+    if auto.axes is None and (program := _with_every_axis(model, inputs, captured)) is not None:
+        return replace(program, narrower=Auto(2))
+    first = 2 if auto.axes is None else auto.axes
+    fixed: Program | None = None
+    for axes in range(first, 0, -1):
+        try:
+            shapes = asked_shapes(model, *inputs, Auto(axes))
+            program = captured_with_own(model, inputs, shapes, False, captured)
+            return replace(program.told(every), narrower=Auto(axes - 1))
+        except CaptureError:
+            fixed = fixed or captured(inputs, None, False)  # which tells why, if that fails too
+    return (fixed or captured(inputs, None, False)).told(every)
+
+
+def _with_every_axis(model: nn.Module, inputs: Inputs, captured: Captured) -> Program | None:
+    """None where more than the first two axes of a tensor cannot be had, or only at the cost of these."""
+    shapes = asked_shapes(model, *inputs, Auto())
+    asked = axes_of_leaves(model.forward, *inputs, shapes)
+    try:
+        program = captured_with_own(model, inputs, shapes, True, captured)
+        stuck = cannot_vary(program)
+        if any(axis < 2 for _, axis in stuck):
+            return None
+        if not stuck:
+            return program
+        named, _ = named_arguments(model.forward, *inputs)
+        program = captured_with_own(model, inputs, without(shapes, named, stuck), True, captured)
+        return None if cannot_vary(program) else program.told(asked)
+    except AttnoptError:
+        return None
+
+
+def _static(module: fx.GraphModule) -> set[Place]:
+    inputs = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+    return {
+        (i, axis)
+        for i, x in enumerate(inputs)
+        if isinstance(x, Tensor)
+        for axis, size in enumerate(x.shape)
+        if is_static(size)
+    }
+
+
+def _takes(program: Program, model: nn.Module, own: Inputs) -> bool:
+    """The graph of another example holds for the user's own, too."""
+    try:
+        check_inputs(program.module, *own)
+        got, want = (seeded_outputs(m, own) for m in (program.module, model))
+        return difference(got, want) <= ROOM * tolerance(want)
+    except Exception:
+        return False
+
+
+def cannot_vary(program: Program) -> set[Place]:
+    """Axes that have a symbol and yet no other length, among many that were tried, that fits what has to hold."""
+    graph = program.module.graph
+    sizes, fits = symbols(graph), sizes_that_fit(graph, program.fixed_axes)
+    stuck = {s for s in sizes if not any(fits(new) for new in other_sizes(sizes, s))}
+    return {
+        (i, axis)
+        for i, n in enumerate(_inputs(graph))
+        if isinstance(n.meta.get("val"), Tensor)
+        for axis, size in enumerate(n.meta["val"].shape)
+        if not is_static(size) and size.node.expr.free_symbols & stuck
+    }
+
+
+def sizes_that_fit(graph: fx.Graph, held: Sequence[str]) -> Callable[[Mapping[Any, int]], bool]:
+    """Whether sizes of the graph's symbols fit their bounds and what has to hold between them, as the report words it."""
+    inputs = [n for n in _inputs(graph) if isinstance(n.meta.get("val"), Tensor)]
+    predicates = _predicates(held, inputs)
+    axes = [size for n in inputs for size in n.meta["val"].shape if isinstance(size, torch.SymInt)]
+    limits = {size.node.expr: bounds(size) for size in axes if size.node.expr.is_symbol}
+
+    def fits(new: Mapping[Any, int]) -> bool:
+        for symbol, (lower, upper) in limits.items():
+            if new[symbol] < max(1, lower) or (upper is not None and new[symbol] > upper):
+                return False
+        named = {n.name: _shape(n, new) for n in inputs}
+        return all(
+            eval(code, {"__builtins__": {}, "min": min, "max": max}, named) for code in predicates
+        )  # torch's guards
+
+    return fits
+
+
+def _inputs(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _shape(node: fx.Node, sizes: Mapping[Any, int]) -> tuple[int, ...]:
+    return tuple(s if isinstance(s, int) else int(s.node.expr.subs(sizes)) for s in node.meta["val"].shape)
+
+
+def _predicates(texts: Sequence[str], inputs: Sequence[fx.Node]) -> list[Any]:
+    """The relations that speak of nothing but the inputs' sizes, ready to be asked."""
+    known = {n.name for n in inputs} | {"min", "max"}
+    trees = [ast.parse(t, mode="eval") for t in texts if not re.fullmatch(r"\w+\[\d+\] = \d+", t)]
+    return [
+        compile(tree, "sizes", "eval")
+        for tree in trees
+        if {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} <= known
+        and not any(isinstance(n, ast.Attribute) for n in ast.walk(tree))
+    ]
+
+
+def other_sizes(sizes: Mapping[Any, int], symbol: Any) -> Iterator[dict[Any, int]]:
+    """Sizes at which the symbol is another: alone, with one other symbol, and with all."""
+    n = sizes[symbol]
+    steps = [d for k in (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 28, 32, 48, 64, 128) for d in (k, -k)]
+    for new in (*(n + d for d in steps), 2 * n, 3 * n, 4 * n, n // 2):
+        if new != n:
+            yield {**sizes, symbol: new}
+    for factor in (2, 3):
+        yield {s: factor * m for s, m in sizes.items()}
+        for other in sizes:
+            yield {**sizes, symbol: factor * n, other: factor * sizes[other]}
+    for step in steps:
+        for other in sizes:
+            yield {**sizes, symbol: n + step, other: sizes[other] + step}

@@ -1,0 +1,128 @@
+"""Calibration data: batches of the model's inputs, checked once, kept and saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from attnopt.base.atomic_files import atomic_write
+from attnopt.errors import ArchiveError, CalibrationError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of the model's inputs, to be used as often as wanted: ``attnopt.optimize(..., calibration=c)``,
+    ``attnopt.head_importance(model, c)``.
+
+    ``Calibration.of(batches)``: each batch is a tensor, a tuple of args or a dict of kwargs.  Every eighth sequence is
+    held back: what was fitted on the others is accepted only if it holds on these.  Evaluate on other data than these.
+    """
+
+    batches: tuple[Inputs, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch] | Calibration) -> Calibration:
+        """Raises CalibrationError where there is no batch, or one of another form."""
+        if isinstance(batches, Calibration):
+            return batches
+        try:
+            items = list(batches)
+        except TypeError:
+            raise CalibrationError(
+                f"calibration must be an iterable of batches, not {type(batches).__name__}",
+                hint="give a list of inputs",
+            ) from None
+        if not items:
+            raise CalibrationError("calibration holds no batch", hint="leave it out, or give at least one batch")
+        return cls(tuple(as_inputs(batch, f"calibration batch {i}") for i, batch in enumerate(items)))
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the batches to one safetensors file, whole or not at all.
+
+        Raises ArchiveError where a batch holds something else than tensors, numbers, text and None in plain containers.
+        """
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+
+        def stored(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                name = f"t{len(tensors)}"
+                tensors[name] = x.detach().clone().contiguous()
+                return {"tensor": name}
+            if isinstance(x, (tuple, list)):
+                return {type(x).__name__: [stored(i) for i in x]}
+            if isinstance(x, dict) and all(isinstance(k, str) for k in x):
+                return {"dict": {k: stored(v) for k, v in x.items()}}
+            if x is None or isinstance(x, (bool, int, float, str)):
+                return {"value": x}
+            raise ArchiveError(f"a calibration batch holds a {type(x).__name__}, which cannot be saved")
+
+        about = json.dumps([stored(batch) for batch in self.batches])
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"attnopt": about})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """What ``save`` wrote.  Raises ArchiveError; runs nothing that it reads."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(Path(path), framework="pt") as file:
+                about = json.loads(file.metadata()["attnopt"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(tuple(_restored(batch, tensors) for batch in about))
+        except Exception as e:
+            raise ArchiveError(
+                f"{path} holds no calibration data: {type(e).__name__}: {e}", hint="save it again"
+            ) from e
+
+
+def as_inputs(batch: Any, name: str = "a batch") -> Inputs:
+    """One batch as args and kwargs."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    raise CalibrationError(
+        f"{name} is a {type(batch).__name__}, expected a tensor, a tuple of args or a dict of kwargs",
+        hint="give a tensor, a tuple of args or a dict of kwargs",
+    )
+
+
+def shapes_of(inputs: Inputs) -> tuple[Any, ...]:
+    """Equal for batches that one graph with fixed sizes can take."""
+    return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in pytree.tree_leaves(inputs))
+
+
+def _restored(x: Any, tensors: Mapping[str, Tensor]) -> Any:
+    (kind, content), *_ = x.items()
+    match kind:
+        case "tensor":
+            return tensors[content]
+        case "tuple":
+            return tuple(_restored(i, tensors) for i in content)
+        case "list":
+            return [_restored(i, tensors) for i in content]
+        case "dict":
+            return {k: _restored(v, tensors) for k, v in content.items()}
+        case _:
+            return content

@@ -1,0 +1,304 @@
+"""From a model and example inputs to a graph: torch.export first, symbolic tracing for what only it can trace."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+from attnopt.base.compile_lock import as_called, mode_of
+from attnopt.base.quiet import quiet
+from attnopt.base.sizes import is_static
+from attnopt.capture.auto_axes import Limited, as_far_as_it_goes, captured_with_own
+from attnopt.capture.calibration import Inputs
+from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
+from attnopt.capture.flat_capture import Calls, shapes_for
+from attnopt.capture.flex_attention import freshly_traced, write_out
+from attnopt.capture.functionalize import functional
+from attnopt.capture.guards import relations
+from attnopt.capture.program import Args, Kwargs, Program
+from attnopt.capture.run_unchanged import called, cloned, outputs_of
+from attnopt.capture.tensor_lengths import lengths_vary
+from attnopt.errors import CaptureError
+from attnopt.graph.nodes import fake_mode, get_attr, opname, source_line, written
+from attnopt.graph.normalize import tidy
+from attnopt.graph.value_names import number, unmark
+
+
+def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dynamic_shapes: Any = None) -> Program:
+    """Capture ``model`` on example inputs.
+
+    ``dynamic_shapes``: None (all sizes fixed), torch.export's notation, or "auto" (every axis of every input as far as the
+    model lets it vary).  Raises CaptureError, which tells what stopped each way of capturing.
+    """
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        raise CaptureError(
+            f"expected an nn.Module or an ExportedProgram, found {type(model).__name__}", hint="pass the model itself"
+        )
+    if isinstance(model, ExportedProgram):
+        return _finish(model, args, kwargs, None, "exported program")
+    if (
+        scripted := next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    ) is not None:
+        raise CaptureError(
+            f"{scripted or 'the model'} is TorchScript, which holds no Python code to capture",
+            hint="give the model that it was made from",
+        )
+    if (lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)) is not None:
+        raise CaptureError(f"{lazy} gets its size at the model's first call", hint="call the model once first")
+    _check_arguments(model, args, kwargs)
+    if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
+        auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
+        return as_far_as_it_goes(model, (args, kwargs), auto, partial(_captured, model, True))
+    shapes = asked_shapes(model, args, kwargs, dynamic_shapes)
+    return captured_with_own(model, (args, kwargs), shapes, False, partial(_captured, model, False))
+
+
+def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_cheap: bool) -> Program:
+    """``is_cheap``: tried in the first way alone, and only as far as the sizes stay simple."""
+    calls = _calls(model, *inputs)
+    shapes = shapes_for(calls, model, *inputs, shapes, is_auto)
+    args, kwargs = calls.flat(*inputs)
+    copied = partial(structural_copy, model)
+    failures: list[str] = []
+    validates = False
+    ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
+        ("torch.export", lambda: _export(copied(), args, kwargs, shapes, calls)),
+        ("torch.export (strict)", lambda: _export(copied(), args, kwargs, shapes)),
+        (
+            "torch.fx.symbolic_trace",
+            lambda: _export(fx.symbolic_trace(copied()), args, kwargs, shapes, Calls()),
+        ),
+    )
+    for route, way in ways[:1] if is_cheap or calls.has_objects else ways:
+        try:
+            with quiet(), as_called(), mode_of(model), Limited() if is_cheap else nullcontext():
+                exported = _without_backward(way)
+        except Exception as e:
+            failures.append(f"{route}: {_condensed(e)}")
+            validates = validates or _is_validation(e)
+            continue
+        return replace(
+            _finish(exported, args, kwargs, shapes, route), form=calls.form if route == "torch.export" else None
+        )
+    check_call(model, *inputs)
+    raise CaptureError(
+        "the model could not be captured\n  " + "\n  ".join(failures),
+        hint="call torch.distributions.Distribution.set_default_validate_args(False) first: its checks look at values"
+        if validates
+        else "make the named operation independent of the inputs' values"
+        + (", or leave the named axes out of dynamic_shapes" if shapes else ""),
+    )
+
+
+def _is_validation(e: BaseException | None) -> bool:
+    """torch.distributions checks its arguments' values, which no tracer knows."""
+    while e is not None:
+        if any("/torch/distributions/" in Path(f.filename).as_posix() for f in traceback.extract_tb(e.__traceback__)):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+def _without_backward(way: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """Some of torch's operators (flex_attention on a CPU) run only where no gradient may be asked for."""
+    try:
+        return way()
+    except NotImplementedError as e:
+        if "backward" not in str(e):
+            raise
+        with torch.no_grad():
+            return way()
+
+
+def _calls(model: nn.Module, args: Args, kwargs: Kwargs) -> Calls:
+    run = None if without_values(model) is not None else lambda m, a, k: called(structural_copy(m), a, k)
+    try:
+        return Calls.of(model, args, kwargs, run)
+    except CaptureError:
+        raise
+    except Exception:
+        check_call(model, args, kwargs)
+        raise
+
+
+def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """Wrong inputs are the user's to see as they are, not through a tracer."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as e:
+        raise CaptureError(
+            f"the example inputs do not fit {type(model).__name__}.forward: {e}",
+            hint="pass args and kwargs as the model takes them",
+        ) from None
+
+
+def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
+    try:
+        outputs_of(structural_copy(model), (args, kwargs))
+    except Exception as e:
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",
+            hint="give inputs that the model takes",
+        ) from e
+
+
+def without_values(model: nn.Module | ExportedProgram) -> str | None:
+    """The first weight that lies on the meta device, which knows shapes and holds nothing."""
+    return next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
+
+
+def require_values(model: nn.Module | ExportedProgram) -> None:
+    """Raises CaptureError for a model without weights: what would be made of it could be neither run nor compared."""
+    if isinstance(model, (nn.Module, ExportedProgram)) and (name := without_values(model)) is not None:
+        raise CaptureError(
+            f"{name} is on the meta device and holds no values, so that nothing could be verified",
+            hint="load the weights first; attnopt.inspect does without them",
+        )
+
+
+def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Calls | None = None) -> ExportedProgram:
+    """``calls``: what stands for the model's calls; strict without."""
+    args, kwargs = cloned((args, kwargs))
+    with (
+        _without_partial_graph(),
+        freshly_traced(),
+        lengths_vary(model) if calls is not None else nullcontext(),
+        _with_its_names(model),
+        Calls().traced(model) if calls is None else calls.traced(model) as traced,
+        nullcontext() if shapes is None else plain_signature(traced, args, kwargs),
+    ):
+        exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=calls is None)
+    return functional(exported)
+
+
+@contextmanager
+def _with_its_names(model: nn.Module) -> Iterator[None]:
+    """A graph that was captured before, as an optimized model holds it, knows which module and line each operator is of."""
+    graph = model if isinstance(model, fx.GraphModule) else getattr(model, "module", None)
+    if not isinstance(graph, fx.GraphModule) or not isinstance(graph.graph._codegen, _PyTreeCodeGen):
+        yield
+        return
+    run = fx.Interpreter(graph).run
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        return graph.graph.process_outputs(run(*leaves, enable_io_processing=False))
+
+    graph.forward = named
+    try:
+        with fx.traceback.preserve_node_meta():
+            yield
+    finally:
+        del graph.forward
+
+
+@contextmanager
+def _without_partial_graph() -> Iterator[None]:
+    """torch.export prints what it has of a graph that it gives up; whatever else is written to stderr stays."""
+    written, unwanted = io.StringIO(), ""
+    try:
+        with redirect_stderr(written):
+            yield
+    except Exception as e:
+        unwanted = f"{e.partial_fx_graph}\n" if hasattr(e, "partial_fx_graph") else ""
+        raise
+    finally:
+        sys.stderr.write(written.getvalue().replace(unwanted, "") if unwanted else written.getvalue())
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares every parameter and buffer: what tracing leaves in attributes stays out of the user's model."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception:
+        return model
+
+
+def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, route: str) -> Program:
+    if route == "exported program":
+        exported = functional(exported)
+    with quiet():
+        module = exported.module()
+    assert isinstance(module, fx.GraphModule)
+    unmark(module)
+    _refuse_own_generator(module)
+    _own_state(module)
+    _settle_sizes(module)
+    tidy(module)
+    if write_out(module):
+        tidy(module)
+    number(module)
+    asked = axes_of_leaves(module.forward, args, kwargs, shapes)
+    declared = _declared(module, asked)
+    held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]
+    return Program(module, args, kwargs, shapes, (*fixed_axes(module, asked), *held), route)
+
+
+def _settle_sizes(module: fx.GraphModule) -> None:
+    """A size that was to vary and turned out to be fixed while the model was traced is a number like any other."""
+    mode = fake_mode(module.graph)
+    for node in module.graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, Tensor) and any(isinstance(s, torch.SymInt) and is_static(s) for s in val.shape):
+            sizes, strides = ([int(s) if is_static(s) else s for s in given] for given in (val.shape, val.stride()))
+            with mode:
+                node.meta["val"] = torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
+
+
+def _refuse_own_generator(module: fx.GraphModule) -> None:
+    """The graph holds the generator as it was when it was traced, and would draw on where the model starts anew."""
+    drawing = next((n for n in module.graph.nodes if n.kwargs.get("generator") is not None), None)
+    if drawing is not None:
+        raise CaptureError(
+            f"{opname(drawing)} at {source_line(drawing)} draws from a torch.Generator of the model's own",
+            hint="draw from torch's default generator, or give the numbers to the model as an input",
+        )
+
+
+def _condensed(e: BaseException) -> str:
+    """The telling lines of a tracer's message: what stopped it, and the user's line."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    telling = [
+        x
+        for x in lines
+        if any(w in x for w in ("Error", "Could not", "cannot", "specializ", "constraint", "Dim", "guard", "L["))
+    ]
+    user = [x for x in lines if x.startswith("File ") and "/torch/" not in x]
+    chosen = list(dict.fromkeys([*lines[:1], *telling[:3], *user[-1:]]))
+    return f"{type(e).__name__}: " + " | ".join(chosen)[:600]
+
+
+def _own_state(module: fx.GraphModule) -> None:
+    """What the graph writes is its own: the user's model keeps what it holds."""
+    for name in written(module):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, get_attr(module, name).detach().clone())
+
+
+def _declared(module: fx.GraphModule, asked: list[Axes]) -> set[str]:
+    """The bounds that the user gave with a named Dim."""
+    names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    dims = [
+        (f"{name}[{axis}]", dim)
+        for name, axes in zip(names, asked, strict=False)
+        for axis, dim in axes.items()
+        if isinstance(dim, Dim)
+    ]
+    return {text for axis, dim in dims for text in (f"{axis} >= {dim.min}", f"{axis} <= {dim.max}")}

@@ -1,0 +1,203 @@
+"""Which axes of a model's inputs may vary: what was asked for, said of each tensor under the name of its own argument."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.export import Dim, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from attnopt.base.sizes import is_static
+from attnopt.errors import CaptureError
+
+Axes = dict[int, Any]
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """The first ``axes`` axes of every tensor, as far as the model lets them vary; None for all."""
+
+    axes: int | None = None
+
+
+def named_arguments(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], int]:
+    """Every argument under a name of its own, in the order of the call, and how many are given by position.
+
+    What lands in ``*args`` is called ``args_0``, ``args_1``, ...; what lands in ``**kwargs`` has its keyword."""
+    parameters = inspect.signature(forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    for i in range(len(args) - len(names)):
+        name = f"{rest}_{i}"
+        while name in kwargs or name in names:
+            name += "_"
+        names.append(name)
+    return {**dict(zip(names, args, strict=True)), **kwargs}, len(args)
+
+
+def is_variadic(forward: Callable[..., Any]) -> bool:
+    return any(p.kind in _VARIADIC for p in inspect.signature(forward).parameters.values())
+
+
+def arguments_by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, in the order in which torch.export names it: each keyword that lands in ``**kwargs`` under its own name."""
+    if is_variadic(forward):
+        return named_arguments(forward, args, kwargs)[0]
+    return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+
+
+@contextmanager
+def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, ``forward`` names each argument of this call: torch.export knows no axes of what lands in ``**kwargs``."""
+    if not is_variadic(model.forward):
+        yield
+        return
+    named, positional = named_arguments(model.forward, args, kwargs)
+    names, known = list(named), vars(model).get("forward")
+    taken = ", ".join(("self", *names[:positional], *(("*",) if kwargs else ()), *names[positional:]))
+    given = ", ".join((*names[:positional], *(f"{n}={n}" for n in names[positional:])))
+    made: dict[str, Any] = {}
+    own = type(model)
+    call = own.forward if known is None else lambda self, *a, **k: known(*a, **k)
+    exec(
+        f"def forward({taken}):\n    return _call_(self, {given})", {"_call_": call}, made
+    )  # its code is its signature
+    about = {"__module__": own.__module__, "__qualname__": own.__qualname__, "forward": made["forward"]}
+    vars(model).pop("forward", None)
+    model.__class__ = type(own.__name__, (own,), about)
+    try:
+        yield
+    finally:
+        model.__class__ = own
+        if known is not None:
+            model.forward = known
+
+
+def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: Any) -> Any:
+    """torch.export's notation for this call, with a name for each argument; ``asked`` is that notation or an ``Auto``."""
+    if isinstance(asked, Auto):
+        return _automatic(model.forward, args, kwargs, asked)
+    if isinstance(asked, ShapesCollection):
+        asked = asked.dynamic_shapes(model, args, dict(kwargs))  # type: ignore[no-untyped-call]
+    if asked is None or not is_variadic(model.forward):
+        return asked
+    parameters = inspect.signature(model.forward).parameters
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    if isinstance(asked, (tuple, list)):
+        asked = dict(zip(bound, asked, strict=True))
+    named, positional = named_arguments(model.forward, args, kwargs)
+    spread: dict[str, Any] = {}
+    for name, shapes in asked.items():
+        kind = parameters[name].kind if name in parameters else None
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            spread.update(shapes or {})
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            first = positional - len(bound.get(name, ()))
+            spread.update(zip(list(named)[first:positional], shapes or (), strict=bool(shapes)))
+        else:
+            spread[name] = shapes
+    if unknown := [n for n in spread if n not in named]:
+        raise CaptureError(
+            f"dynamic_shapes names {', '.join(unknown)}, and the inputs are {', '.join(named)}",
+            hint="name the example inputs, those in **kwargs by their keywords",
+        )
+    return {name: spread.get(name) for name in named}
+
+
+def _automatic(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], auto: Auto) -> Any:
+    def of(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            axes = x.dim() if auto.axes is None else min(auto.axes, x.dim())
+            return dict.fromkeys(range(axes), Dim.AUTO)
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return type(x)(*map(of, x))
+        if isinstance(x, (list, tuple)):
+            return type(x)(of(i) for i in x)
+        return {k: of(v) for k, v in x.items()} if isinstance(x, dict) else None
+
+    if auto.axes == 0:
+        return None
+    return {name: of(x) for name, x in arguments_by_name(forward, args, kwargs).items()}
+
+
+def axes_of_leaves(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
+) -> list[Axes]:
+    """For every leaf of the inputs the axes that are to vary, with what was asked for them."""
+    named, _ = named_arguments(forward, args, kwargs)
+    if isinstance(shapes, (list, tuple)):
+        shapes = dict(zip(inspect.signature(forward).bind(*args, **kwargs).arguments, shapes, strict=False))
+    if not isinstance(shapes, Mapping):
+        return [{} for _ in pytree.tree_leaves(named)]
+    return [axes for name, x in named.items() for axes in _aligned(x, shapes.get(name))]
+
+
+def _aligned(x: Any, shapes: Any) -> Iterator[Axes]:
+    match x, shapes:
+        case _, None:
+            yield from ({} for _ in pytree.tree_leaves(x))
+        case Tensor(), Mapping():
+            yield _varying(shapes.items())
+        case Tensor(), [*sizes]:
+            yield _varying(enumerate(sizes))
+        case dict(), Mapping():
+            for key, inner in x.items():
+                yield from _aligned(inner, shapes.get(key))
+        case ((list() | tuple()), [*parts]) if len(parts) == len(x):
+            for inner, part in zip(x, parts, strict=True):
+                yield from _aligned(inner, part)
+        case _, [*parts] if len(parts) == len(leaves := pytree.tree_leaves(x)):
+            for inner, part in zip(leaves, parts, strict=True):
+                yield from _aligned(inner, part)
+        case _:
+            yield from ({} for _ in pytree.tree_leaves(x))
+
+
+def _varying(axes: Iterable[tuple[Any, Any]]) -> Axes:
+    return {
+        a: dim for a, dim in axes if isinstance(a, int) and not (dim is None or dim is Dim.STATIC or type(dim) is int)
+    }
+
+
+def without(shapes: Mapping[str, Any], named: Mapping[str, Any], fixed: set[tuple[int, int]]) -> dict[str, Any]:
+    """``shapes`` of all arguments without these axes, given by the number of the leaf."""
+    place = iter(range(len(pytree.tree_leaves(dict(named)))))
+
+    def of(x: Any, asked: Any) -> Any:
+        if isinstance(x, Tensor):
+            leaf = next(place)
+            return {a: dim for a, dim in asked.items() if (leaf, a) not in fixed} or None
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return type(x)(*map(of, x, asked))
+        if isinstance(x, (list, tuple)):
+            return type(x)(of(i, a) for i, a in zip(x, asked, strict=True))
+        if isinstance(x, dict):
+            return {k: of(v, asked[k]) for k, v in x.items()}
+        for _ in pytree.tree_leaves(x):
+            next(place)
+        return asked
+
+    found = {name: of(x, shapes[name]) for name, x in named.items()}
+    return {name: found[name] for name in shapes}
+
+
+def fixed_axes(module: fx.GraphModule, asked: list[Axes]) -> tuple[str, ...]:
+    """Axes that were asked to vary and do not, as ``x[1] = 8``."""
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    if len(inputs) != len(asked):
+        return ()
+    sizes = [(n.name, n.meta["val"].shape, axes) for n, axes in zip(inputs, asked, strict=True) if axes]
+    return tuple(
+        f"{name}[{axis}] = {shape[axis]}"
+        for name, shape, axes in sizes
+        for axis in axes
+        if axis < len(shape) and is_static(shape[axis])
+    )

@@ -1,0 +1,49 @@
+"""A graph as torch's ExportedProgram."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+
+from attnopt.base.compile_lock import compiling, mode_of
+from attnopt.base.containers import in_lists
+from attnopt.base.quiet import quiet
+from attnopt.base.sizes import is_static
+
+
+@compiling()
+def exported(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
+    """The graph, with example inputs, as an ExportedProgram, dynamic where it was captured so."""
+    with quiet(), mode_of(module):
+        return torch.export.export(
+            module,
+            args,
+            dict(kwargs),
+            dynamic_shapes=_shapes_of(module, args, kwargs),
+            strict=False,
+        )
+
+
+def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Dynamic shapes read from the graph itself: an axis with a symbol is dynamic, and may turn out fixed no more."""
+    shapes = [_dynamic(n.meta.get("val")) for n in module.graph.nodes if n.op == "placeholder"]
+    if not any(shapes):
+        return None
+    left = iter(shapes)
+    positional, keywords = in_lists((args, dict(kwargs)), lambda _: next(left))
+    from torch.export._trace import _get_forward_arg_names
+
+    names = _get_forward_arg_names(module, args, dict(kwargs))
+    return dict(zip(names, (*positional, *keywords.values()), strict=True))
+
+
+def _dynamic(val: Any) -> Any:
+    if isinstance(val, torch.SymInt):
+        return Dim.AUTO
+    if not isinstance(val, Tensor):
+        return None
+    return {i: Dim.AUTO for i, s in enumerate(val.shape) if not is_static(s)} or None

@@ -1,0 +1,111 @@
+"""What has to hold between the sizes of a captured program's inputs: torch's guards, as text that can be read and written.
+
+A model that asks for its inputs' sizes ("is the length even?") is captured with the answers that the example gave.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from attnopt.base.sizes import is_static
+from attnopt.capture.size_algebra import told_once
+from attnopt.graph.evaluate import bounds
+
+
+def relations(
+    program: ExportedProgram, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Python expressions in which ``x[1]`` is the length of the input ``x`` along axis 1, beyond what fixed axes and axes of
+    one symbol say by themselves.  ``forward`` is called with ``args`` and ``kwargs`` as the program was captured."""
+    inputs = user_inputs(program)
+    bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+    paths = ["L" + pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(dict(bound))]
+    named = _Named(dict(zip(paths, inputs, strict=True)), inputs)
+    found = [text for code in program._guards_code if (text := named.read(code)) is not None]
+    known = _bounds(inputs)
+    return (*_told(known), *told_once(found, known))
+
+
+def user_inputs(program: ExportedProgram) -> list[fx.Node]:
+    """The placeholders of all that the program is called with, in its order; ``meta["val"]`` of a constant is the constant."""
+    named = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    return [named[s.arg.name] for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+
+
+def _axes(inputs: list[fx.Node]) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
+    for n in inputs:
+        val = n.meta.get("val")
+        for axis, size in enumerate(val.shape if isinstance(val, Tensor) else ()):
+            if isinstance(size, torch.SymInt) and not is_static(size):
+                yield n, axis, size
+
+
+def _bounds(inputs: list[fx.Node]) -> dict[str, tuple[int, int | None]]:
+    """The sizes from and to which the graph holds, of the first axis of each symbol; below 3 torch makes no difference."""
+    found: dict[str, tuple[int, int | None]] = {}
+    seen = set[Any]()
+    for n, axis, size in _axes(inputs):
+        if size.node.expr not in seen:
+            seen.add(size.node.expr)
+            lower, upper = bounds(size)
+            found[f"{n.name}[{axis}]"] = lower if lower > 2 else 1, upper
+    return found
+
+
+def _told(known: Mapping[str, tuple[int, int | None]]) -> Iterator[str]:
+    for axis, (lower, upper) in known.items():
+        if lower > 2:
+            yield f"{axis} >= {lower}"
+        if upper is not None:
+            yield f"{axis} <= {upper}"
+
+
+class _Named(ast.NodeTransformer):
+    """Puts names and numbers of axes in the place of what torch calls the inputs' sizes; axes of one symbol get one name."""
+
+    def __init__(self, of_path: Mapping[str, fx.Node], inputs: list[fx.Node]) -> None:
+        self.of_path, self.inputs = of_path, inputs
+        self.first: dict[Any, tuple[str, int]] = {}
+        for n, axis, size in _axes(inputs):
+            self.first.setdefault(size.node.expr, (n.name, axis))
+
+    def read(self, code: str) -> str | None:
+        """None where nothing is said about sizes."""
+        tree = self.visit(ast.parse(code.strip(), mode="eval")).body
+        numbers = {n.name for n in self.of_path.values()}
+        is_about_sizes = any(
+            isinstance(n, ast.Subscript) or (isinstance(n, ast.Name) and n.id in numbers) for n in ast.walk(tree)
+        )
+        return ast.unparse(tree) if is_about_sizes else None
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        match node:
+            case ast.Subscript(ast.Call(ast.Attribute(path, "size"), [], []), ast.Constant(int(axis))):
+                n = self.of_path.get(ast.unparse(path)) or self._by_place(path)
+                if n is not None:
+                    return self._axis(n, axis)
+        number = self.of_path.get(ast.unparse(node))
+        return node if number is None else ast.Name(number.name, ast.Load())
+
+    def _by_place(self, path: ast.expr) -> fx.Node | None:
+        """An input as strict tracing calls it."""
+        match path:
+            case ast.Subscript(ast.Subscript(ast.Name("L"), ast.Constant("flat_args")), ast.Constant(int(place))):
+                return self.inputs[place] if place < len(self.inputs) else None
+        return None
+
+    def _axis(self, n: fx.Node, axis: int) -> ast.expr:
+        size = n.meta["val"].shape[axis]
+        if is_static(size):
+            return ast.Constant(int(size))
+        name, first = self.first[size.node.expr]
+        return ast.Subscript(ast.Name(name, ast.Load()), ast.Constant(first), ast.Load())

@@ -1,0 +1,94 @@
+"""An example of length 1 along an axis says nothing of other lengths, and torch.export makes a constant of it: another example,
+in which the axis is longer, made of the user's own by repeating it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from attnopt.base.closeness import difference, tolerance
+from attnopt.capture.calibration import Inputs
+from attnopt.capture.dynamic_axes import Axes
+from attnopt.capture.run_unchanged import outputs_of
+
+Place = tuple[int, int]  # number of a leaf, axis
+_PLAIN = (Tensor, int, float, str, type(None))
+
+
+def longer_axes(model: nn.Module, inputs: Inputs, asked: Sequence[Axes]) -> frozenset[Place]:
+    """Axes of length 1 among those that are asked for, along which the model takes the inputs repeated and does the same.
+
+    First the first axes of all inputs together, which are mostly the batch; then each alone, and the others in the same way."""
+    leaves = pytree.tree_leaves(inputs)
+    if not all(isinstance(x, _PLAIN) for x in leaves):
+        return frozenset()
+    found = [
+        (i, a) for i, axes in enumerate(asked) for a in axes if isinstance(leaves[i], Tensor) and _is_one(leaves[i], a)
+    ]
+    if not found:
+        return frozenset()
+    try:
+        want = seeded_outputs(model, inputs)
+    except Exception:
+        return frozenset()
+    chosen = frozenset[Place]()
+    for axis in sorted({a for _, a in found}):
+        here = frozenset(p for p in found if p[1] == axis)
+        for more in (here, *([frozenset([p]) for p in sorted(here)] if len(here) > 1 else ())):
+            if not more & chosen and _does_the_same(model, inputs, chosen | more, want):
+                chosen |= more
+    return chosen
+
+
+def repeated(inputs: Inputs, places: frozenset[Place], fades: bool = True) -> Inputs:
+    """The inputs, repeated along these axes to a length that no other axis has.
+
+    ``fades``: no two copies of floating-point numbers are alike, so that what mixes them up is seen."""
+    leaves, spec = pytree.tree_flatten(inputs)
+    length = times(leaves)
+    for i, axis in sorted(places):
+        leaves[i] = torch.cat([_faded(leaves[i], n if fades else 0) for n in range(length)], axis)
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return tuple(args), dict(kwargs)
+
+
+def times(leaves: Sequence[Any]) -> int:
+    lengths = {n for x in leaves if isinstance(x, Tensor) for n in x.shape}
+    return next(n for n in count(2) if n not in lengths)
+
+
+def _is_one(x: Tensor, axis: int) -> bool:
+    return axis < x.dim() and x.shape[axis] == 1
+
+
+def _faded(x: Tensor, n: int) -> Tensor:
+    return x * (1 - n / 16) if n and x.is_floating_point() else x
+
+
+def seeded_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return outputs_of(model, inputs)
+
+
+def _does_the_same(model: nn.Module, inputs: Inputs, places: frozenset[Place], want: Sequence[Tensor]) -> bool:
+    """The outputs are those of the user's example, or these repeated as the inputs are."""
+    length = times(pytree.tree_leaves(inputs))
+    try:
+        got = seeded_outputs(model, repeated(inputs, places, fades=False))
+        if len(got) != len(want) or any(g.dim() != w.dim() for g, w in zip(got, want, strict=True)):
+            return False
+        longer = [
+            w.repeat([length if n == length * m else 1 for n, m in zip(g.shape, w.shape, strict=True)])
+            for g, w in zip(got, want, strict=True)
+        ]
+        return difference(got, longer) <= 10 * tolerance(longer) and bool(
+            seeded_outputs(model, repeated(inputs, places))
+        )
+    except Exception:
+        return False

@@ -1,0 +1,229 @@
+"""The command line: ``attnopt inspect|optimize|export|explain|diff|bench|demo|passes``.
+
+Exit codes: 0 all went well, 1 a deliberate error (its message on stderr), 2 a wrong command line, 3 an internal error,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from attnopt.cli.output import warnings_told
+from attnopt.errors import AttnoptError
+
+MODEL_HELP = "package.module:factory, which returns (model, args) or (model, args, kwargs)"
+OR_FILE = MODEL_HELP + "; or an .onnx file"
+OR_SAVED = OR_FILE + "; or a saved folder"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings_told():
+            code: int = arguments.run(arguments)
+            return code
+    except AttnoptError as error:
+        print(f"attnopt: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"attnopt: internal error, please report it: {_told(error)}", file=sys.stderr)
+        print("  hint: the same command with --debug shows where it came from", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("attnopt: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from attnopt.cli import compare as cli_compare
+    from attnopt.cli import demo
+    from attnopt.cli import optimize as cli_run
+
+    parser = argparse.ArgumentParser(prog="attnopt", description="A compiler for attention in PyTorch.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    inspect = _command(
+        commands,
+        "inspect",
+        cli_run.inspect,
+        "draw every attention of a model in a tree of its modules",
+        "attnopt inspect my_models:encoder",
+        "attnopt inspect model.onnx",
+    )
+    _add_model(inspect, OR_SAVED)
+    _add_dynamic(inspect)
+
+    optimize = _command(
+        commands,
+        "optimize",
+        cli_run.optimize,
+        "rewrite a model's attentions",
+        'attnopt optimize my_models:encoder --policy "local-window(left=128)" --out fast --html report.html',
+        'attnopt optimize model.onnx --dynamic --policy "local-window(left=128)" --onnx fast.onnx',
+    )
+    _add_model(optimize, OR_FILE)
+    _add_optimizing(optimize)
+    optimize.add_argument("--out", metavar="DIR", help="save the optimized model in this folder")
+    optimize.add_argument("--onnx", metavar="FILE", help="also export it to ONNX")
+    optimize.add_argument("--html", metavar="FILE", help="write the report as a page")
+    optimize.add_argument("--time", action="store_true", help="measure one call of both models for the report")
+
+    export = _command(
+        commands,
+        "export",
+        cli_run.export,
+        "write a model as ONNX and check it in ONNX Runtime",
+        "attnopt export my_models:encoder --dynamic --onnx encoder.onnx",
+        "attnopt export model.onnx --size batch=1 --size length=128 --onnx fused.onnx",
+    )
+    _add_model(export, OR_SAVED)
+    _add_optimizing(export)
+    export.add_argument("--onnx", metavar="FILE", required=True, help="the file to write")
+    export.add_argument("--html", metavar="FILE", help="write the report as a page")
+
+    explain = _command(
+        commands,
+        "explain",
+        cli_compare.explain,
+        "replay why one attention was matched, missed or refused",
+        'attnopt explain my_models:encoder encoder.layer.0.attention.self --policy "grouped-query(kv_heads=4)"',
+    )
+    _add_model(explain, OR_FILE)
+    explain.add_argument("site", help="name of an attention or near miss; (root) for the model itself")
+    _add_dynamic(explain)
+    explain.add_argument("--policy", help="whose passes to ask (default: the built-in ones, whatever their options)")
+
+    diff = _command(
+        commands,
+        "diff",
+        cli_compare.diff,
+        "show what a policy changes in the graph, as code",
+        'attnopt diff my_models:encoder --policy "local-window(left=128)" --site encoder.layer.0.attention.self',
+    )
+    _add_model(diff, OR_FILE)
+    _add_optimizing(diff)
+    diff.add_argument("--site", help="only what belongs to this attention")
+
+    bench = _command(
+        commands,
+        "bench",
+        cli_compare.bench,
+        "compare the CPU time of two models, which take turns",
+        "attnopt bench my_models:encoder fast --rounds 31",
+        "attnopt bench model.onnx fast.onnx --size batch=1 --size length=512",
+    )
+    bench.add_argument("first", help=OR_SAVED + ". An .onnx file runs in ONNX Runtime")
+    bench.add_argument("second", help="the same")
+    _add_inputs(bench)
+    bench.add_argument("--rounds", type=_rounds, default=15, metavar="N", help="calls of each model (default: 15)")
+
+    demonstration = _command(
+        commands,
+        "demo",
+        demo.run,
+        "optimize and deploy a trained sentence encoder",
+        "attnopt demo --out build/demo --quick",
+    )
+    demo.add_arguments(demonstration)
+
+    _command(
+        commands,
+        "passes",
+        cli_run.passes,
+        "list the installed passes and backends with their options",
+        "attnopt passes --json",
+    )
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, *examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="\n  ".join([f"example{'s' * (len(examples) > 1)}:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("model", help=what)
+    _add_inputs(parser)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--inputs", metavar="FILE", help="example inputs of an .onnx file: .npz, one array by each input's name"
+    )
+    parser.add_argument(
+        "--size",
+        type=_size,
+        action="append",
+        default=[],
+        metavar="AXIS=N",
+        help="size of a free axis of an .onnx file, whose inputs are then made up; may be given several times",
+    )
+
+
+def _add_optimizing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy", default="fuse", help="a short text or a YAML or JSON file (default: fuse, which is exact)"
+    )
+    parser.add_argument(
+        "--backend", default="auto", help="a backend's name (default: auto, the cheapest that is exact)"
+    )
+    _add_dynamic(parser)
+    parser.add_argument("--limit", type=_count, metavar="N", help="apply only the first N rewrites")
+    parser.add_argument("--strict", action="store_true", help="fail if a pass refuses an attention")
+    parser.add_argument("--tolerance", type=_positive, help="fail if the output changes by more than this, relatively")
+    parser.add_argument("--seed", type=int, default=0, help="for passes that use chance (default: 0)")
+
+
+def _add_dynamic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dynamic", action="store_true", help="keep every axis dynamic that the model lets vary")
+
+
+def _told(error: Exception) -> str:
+    (first, *_) = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}"
+
+
+def _count(text: str) -> int:
+    n = int(text)
+    if n < 0:
+        raise argparse.ArgumentTypeError("a number of rewrites, 0 or more")
+    return n
+
+
+def _size(text: str) -> tuple[str, int]:
+    axis, _, size = text.rpartition("=")
+    if not axis or not size.isdecimal() or int(size) < 1:
+        raise argparse.ArgumentTypeError("an axis and its size, as in length=128")
+    return axis, int(size)
+
+
+def _rounds(text: str) -> int:
+    n = int(text)
+    if n < 2:
+        raise argparse.ArgumentTypeError("a number of rounds, 2 or more")
+    return n
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError("a number above 0")
+    return value

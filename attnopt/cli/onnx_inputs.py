@@ -1,0 +1,167 @@
+"""An ONNX file on the command line: inputs for it, and the file in ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnopt.errors import AttnoptError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attnopt.base.ort_session import cpu_session
+from attnopt.base.user_warning import warn
+from attnopt.onnx.load.error_text import quoted
+
+if TYPE_CHECKING:
+    import onnx
+
+BATCH, LENGTH = 2, 16  # made-up sizes of free axes: the first one of an input, and any other
+
+
+@dataclass(frozen=True)
+class Given:
+    """``--inputs``: a file of arrays.  ``--size``: free axes by name.  ``needs_sizes``: what is made depends on them."""
+
+    inputs: Path | None
+    sizes: Mapping[str, int]
+    needs_sizes: bool
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, needs_sizes: bool) -> Given:
+        inputs = None if arguments.inputs is None else Path(arguments.inputs)
+        return cls(inputs, dict(arguments.size), needs_sizes)
+
+    def __bool__(self) -> bool:
+        return self.inputs is not None or bool(self.sizes)
+
+
+def require_onnx(given: Given, *names: str) -> None:
+    """AttnoptError where there is no ONNX file for ``--inputs`` or ``--size``."""
+    if given and not any(map(is_onnx, names)):
+        raise AttnoptError(
+            "--inputs and --size are for a model that is an ONNX file",
+            hint="a factory returns its example inputs itself",
+        )
+
+
+def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
+    """Tensors by the names of the file's inputs: those of ``--inputs``, else made-up ones, which a warning tells.
+
+    Raises AttnoptError where inputs are missing, or sizes of free axes on which the result would depend.
+    """
+    taken = _taken(file)
+    if given.inputs is not None:
+        return _read(given.inputs, file, [i.name for i in taken])
+    shapes = _sizes(file, taken, given)
+    generator = np.random.default_rng(0)
+    made = {i.name: _made_up(i, shapes[i.name], file, generator) for i in taken}
+    told = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in made.items())
+    warn(f"inputs of {file} are made up: {told}")
+    return made
+
+
+def _taken(file: Path) -> list[onnx.ValueInfoProto]:
+    from attnopt.onnx.load.read import structure
+
+    graph = structure(file).graph
+    stored = {i.name for i in graph.initializer}
+    return [i for i in graph.input if i.name not in stored]
+
+
+def _read(arrays: Path, file: Path, names: list[str]) -> dict[str, Tensor]:
+    try:
+        with np.load(arrays, allow_pickle=False) as found:
+            made = {name: torch.from_numpy(found[name]) for name in found.files}
+    except Exception as e:
+        raise AttnoptError(
+            f"{arrays} cannot be read: {type(e).__name__}: {str(e)[:200]}",
+            hint=f"numpy.savez writes such a file: {_WANTED}",
+        ) from e
+    if set(made) != set(names):
+        raise AttnoptError(
+            f"{arrays} holds {', '.join(made) or 'nothing'}, and {file} takes {', '.join(names)}", hint=_WANTED
+        )
+    return {name: made[name] for name in names}
+
+
+_WANTED = "one array for each input, by its name"
+
+
+def _axes(taken: onnx.ValueInfoProto) -> Iterator[tuple[str, int | None]]:
+    """Name and size of each axis, None where it is free."""
+    for axis, d in enumerate(taken.type.tensor_type.shape.dim):
+        yield d.dim_param or f"{taken.name}.{axis}", d.dim_value if d.HasField("dim_value") else None
+
+
+def _sizes(file: Path, taken: list[onnx.ValueInfoProto], given: Given) -> dict[str, list[int]]:
+    axes = {i.name: list(_axes(i)) for i in taken}
+    free = {name: LENGTH for found in axes.values() for name, size in found if size is None}
+    free |= {found[0][0]: BATCH for found in axes.values() if found and found[0][1] is None}
+    if unknown := [name for name in given.sizes if name not in free]:
+        raise AttnoptError(
+            f"{file} has no free axis {', '.join(unknown)}",
+            hint=f"its free axes are {', '.join(free) or 'none at all'}",
+        )
+    missing = [name for name in free if name not in given.sizes]
+    if missing and given.needs_sizes:
+        raise AttnoptError(
+            f"{file} leaves the size of {', '.join(missing)} open",
+            hint=f"fix it, as in --size {missing[0]}=128, give inputs with --inputs, or keep the axes free with --dynamic",
+        )
+    free |= given.sizes
+    return {name: [free[n] if size is None else size for n, size in found] for name, found in axes.items()}
+
+
+def _made_up(taken: onnx.ValueInfoProto, shape: list[int], file: Path, generator: np.random.Generator) -> Tensor:
+    """Noise, or zeros and ones, which are places in any table.  Rows begin with 1, so that no mask hides everything."""
+    import onnx
+
+    kind = taken.type.tensor_type.elem_type
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else np.dtype(object)
+    if dtype.kind == "f":
+        return torch.from_numpy(np.asarray(generator.standard_normal(shape), dtype))
+    if dtype.kind not in "iub":
+        raise AttnoptError(f"{file} takes {taken.name}, for which nothing can be made up", hint="give it with --inputs")
+    values = torch.from_numpy(np.asarray(generator.integers(0, 2, shape), dtype))
+    values.reshape(-1, shape[-1] if shape else 1)[:, :1] = 1
+    return values
+
+
+class InRuntime(nn.Module):
+    """A file in ONNX Runtime on one thread.  Called with its inputs by place or by name, gives its outputs in order.
+
+    Raises AttnoptError where ONNX Runtime cannot load the file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        try:
+            self.session = cpu_session(file, threads=1)
+        except Exception as e:
+            raise AttnoptError(f"ONNX Runtime cannot load {file}: {quoted(str(e))}") from e
+
+    @property
+    def names(self) -> list[str]:
+        """Of the inputs, in their order."""
+        return [i.name for i in self.session.get_inputs()]
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> list[Tensor]:
+        by_place = zip(self.names, args, strict=False)
+        feed = {name: value.numpy() for name, value in (*by_place, *kwargs.items())}
+        return [torch.from_numpy(array) for array in self.session.run(None, feed)]
+
+
+def is_onnx(name: str) -> bool:
+    return name.endswith(".onnx") and not Path(name).is_dir()

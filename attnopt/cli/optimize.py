@@ -1,0 +1,138 @@
+"""``attnopt inspect``, ``optimize``, ``export`` and ``passes``."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from attnopt.base.progress import watched, working
+from attnopt.cli.output import require_model, resolved, show
+from attnopt.errors import AttnoptError
+
+if TYPE_CHECKING:
+    from attnopt.cli.load_model import Named
+
+ROUNDS = 15  # of --time
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from attnopt.render.tables import inspection_json, report_table
+    from attnopt.render.trees import inspection_tree
+
+    named = resolved(arguments)
+    if named.saved is not None:
+        model: Any = named.model
+        show(arguments, model.report.to_json(), report_table(model.report))
+        return 0
+    import attnopt
+
+    require_model(arguments.model, named, "")
+    with working("looking for attentions"):
+        shapes = "auto" if arguments.dynamic else None
+        found = attnopt.inspect(named.model, named.args, named.kwargs, dynamic_shapes=shapes)
+    show(arguments, inspection_json(found), inspection_tree(found))
+    return 0
+
+
+def optimize(arguments: argparse.Namespace) -> int:
+    named = resolved(arguments, needs_sizes=not arguments.dynamic)
+    if named.saved is not None:
+        raise AttnoptError(
+            f"{arguments.model} is a saved model: it is optimized already",
+            hint="optimize the model that it was made from; `attnopt export` turns a saved one into ONNX",
+        )
+    return _written(arguments, optimized(arguments, named))
+
+
+def export(arguments: argparse.Namespace) -> int:
+    named = resolved(arguments, needs_sizes=not arguments.dynamic)
+    model = named.model if named.saved is not None else optimized(arguments, named)
+    return _written(arguments, model)
+
+
+def optimized(arguments: argparse.Namespace, named: Named) -> Any:
+    """The model as the command line's options want it."""
+    import attnopt
+
+    require_model(arguments.model, named, "it is optimized already")
+    with working("optimizing"):
+        fast = attnopt.optimize(
+            named.model,
+            arguments.policy,
+            named.args,
+            named.kwargs,
+            dynamic_shapes=shapes_of(arguments),
+            backend=arguments.backend,
+            tolerance=arguments.tolerance,
+            strict=arguments.strict,
+            limit=arguments.limit,
+            seed=arguments.seed,
+        )
+    return _timed(named, fast) if getattr(arguments, "time", False) else fast
+
+
+def shapes_of(arguments: argparse.Namespace) -> Any:
+    """``--dynamic``; without it a file's free axes are fixed too."""
+    from attnopt.cli.onnx_inputs import is_onnx
+
+    if arguments.dynamic:
+        return "auto"
+    return {} if is_onnx(arguments.model) else None
+
+
+def _timed(named: Named, fast: Any) -> Any:
+    """The same model, whose report holds the CPU time of one call before and after."""
+    from dataclasses import replace
+
+    import torch
+
+    from attnopt.base.cpu_timing import interleaved, one_thread
+    from attnopt.model import OptimizedModel
+
+    calls = {
+        "before": lambda: named.model(*named.args, **named.kwargs),
+        "after": lambda: fast(*named.args, **named.kwargs),
+    }
+    with torch.inference_mode(), one_thread():
+        times = interleaved(calls, ROUNDS, 2, partial(watched, what="measuring"))
+    report = replace(fast.report, cpu_seconds={name: times.median(name) for name in calls})
+    return OptimizedModel(fast.graph_module, replace(fast.origin, report=report))
+
+
+def _written(arguments: argparse.Namespace, model: Any) -> int:
+    """Writes what was asked for, then shows the report and where things are."""
+    from attnopt.render.tables import report_table
+
+    report, written = model.report, {}
+    if out := getattr(arguments, "out", None):
+        with working(f"saving {out}"):
+            model.save(out)
+        written["saved"] = out
+    if arguments.onnx:
+        with working(f"exporting {arguments.onnx} and checking it in ONNX Runtime"):
+            model.export_onnx(arguments.onnx)
+        written["onnx"] = arguments.onnx
+    if arguments.html:
+        report.to_html(arguments.html)
+        written["html"] = arguments.html
+    show(arguments, {"report": report.to_json(), "written": written}, report_table(report))
+    if arguments.json:
+        return 0
+    if report.cpu_seconds:
+        before, after = report.cpu_seconds["before"], report.cpu_seconds["after"]
+        print(f"CPU time of one call: {1e3 * before:.2f} ms before, {1e3 * after:.2f} ms after")
+    for kind, path in written.items():
+        print(f"{kind}: {path}")
+    return 0
+
+
+def passes(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from attnopt.compiler import plugins
+    from attnopt.render.tables import plugin_table
+
+    found = plugins.describe()
+    show(arguments, [asdict(one) for one in found], plugin_table(found))
+    return 0

@@ -1,0 +1,1 @@
+"""The driver: policy, registry of plugins, decisions, budget, checks."""

@@ -1,0 +1,203 @@
+"""What the passes make of each site: a plan to carry out, or the reasons why it stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from attnopt.backends.reference import Reference
+from attnopt.compiler import plugins
+from attnopt.errors import PluginError
+from attnopt.ir import plugin_calls
+from attnopt.ir.activations import Activations, merged
+from attnopt.ir.head_weights import HeadWeights
+from attnopt.ir.interfaces import Backend, Pass
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
+from attnopt.lower.lower import Plan, edited_parameters
+from attnopt.lower.routing_time import faster
+from attnopt.match.find import Found
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``site`` is the attention as it will be, with the weights that it has now; ``plan``, where the new ones are, is None
+    where nothing is to be done."""
+
+    found: Found
+    site: Site
+    plan: Plan | None = None
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def seen(self, activations: Activations) -> Site:
+        """The site as the next pass would see it."""
+        edits, out_bias = ((), None) if self.plan is None else (self.plan.edits, self.plan.out_bias)
+        parameters = _with_new(self.found, edits, out_bias)
+        return replace(self.site, parameters=parameters, activations=activations.edited(edits))
+
+
+def decide(
+    found: Found, passes: Sequence[Pass], backends: Sequence[Backend], activations: Activations | None = None
+) -> Decision:
+    """Run the passes one after the other; each sees what the ones before it made."""
+    if found.raised.region.escapes and passes:
+        return Decision(found, found.site, refusals={p.name: escapes(found) for p in passes})
+    site, edits, applied, notes = (
+        replace(found.site, activations=activations),
+        tuple[HeadWeights, ...](),
+        list[str](),
+        list[str](),
+    )
+    out_bias: Tensor | None = None
+    refusals: dict[str, Refusal] = {}
+    for p in passes:
+        refusal = plugin_calls.check(p, site)
+        if refusal is not None:
+            refusals[p.name] = refusal
+            continue
+        rewrite = plugin_calls.rewrite(p, site)
+        edits = merged(edits, rewrite.edits)
+        out_bias = out_bias if rewrite.out_bias is None else rewrite.out_bias
+        site = replace(
+            site,
+            spec=rewrite.spec,
+            parameters=_with_new(found, edits, out_bias),
+            activations=None if site.activations is None else site.activations.edited(rewrite.edits),
+        )
+        notes += rewrite.notes
+        applied.append(p.name)
+    site = replace(site, parameters=found.site.parameters, activations=None)
+    if not applied:
+        return Decision(found, found.site, refusals=refusals)
+    backend, reasons = _cheapest(backends, site)
+    if backend is None:
+        return Decision(found, found.site, refusals={**refusals, **reasons})
+    if site.spec.route is not None:
+        backend, told = faster(site, backend, backends)
+        notes += told
+    plan = Plan(found, site.spec, tuple(_kept(e, found.site) for e in edits), backend, tuple(applied), out_bias)
+    if plan.changes_nothing and reasons and isinstance(backend, Reference):
+        return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
+    return Decision(
+        found,
+        site,
+        plan,
+        refusals,
+        (
+            *notes,
+            *plugin_calls.notes(backend, site),
+            *_masked(found.site, site, backend, backends),
+            *_blind(found.site, site.spec),
+            *_kept_whole(found.site, site.spec),
+        ),
+    )
+
+
+def _with_new(found: Found, edits: Sequence[HeadWeights], out_bias: Tensor | None) -> dict[str, Tensor]:
+    """The site's parameters, the new ones in the place of the old."""
+    return {**found.site.parameters, **edited_parameters(found.site, edits, out_bias)}
+
+
+def _kept(edit: HeadWeights, site: Site) -> HeadWeights:
+    """Not in the double precision in which it was fitted: a whole model's new weights would take twice their room."""
+    weight = site.projections[edit.role].weight
+    assert weight is not None
+    dtype = torch.promote_types(site.parameters[weight].dtype, torch.float32)
+    return replace(edit, weight=edit.weight.to(dtype), bias=None if edit.bias is None else edit.bias.to(dtype))
+
+
+def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:
+    """Only the first ``limit`` rewrites."""
+    if limit is None:
+        return list(decisions)
+    kept: list[Decision] = []
+    for d in decisions:
+        if d.plan is not None and limit <= sum(k.plan is not None for k in kept):
+            d = Decision(d.found, d.found.site, notes=(f"left out by limit={limit}",))
+        kept.append(d)
+    return kept
+
+
+def escapes(found: Found) -> Refusal:
+    """Why a site whose inner values are used elsewhere is left as it is."""
+    nodes = found.raised.region.escapes
+    users = [u for n in nodes for u in n.users if u not in found.raised.region.nodes]
+    used_by = next((u.name for u in users if u.op != "output"), "the model's output")
+    return found.site.refuse(
+        "escapes",
+        expected="scores and weights that only the attention uses",
+        found=f"{nodes[0].name} used by {used_by}",
+        hint="call the model without returning attention weights",
+    )
+
+
+def standing_answers(found: Found) -> dict[str, Refusal | None]:
+    """What each installed pass that was asked says of this site, as far as that does not depend on its options."""
+    if found.raised.region.escapes:
+        return dict.fromkeys(plugins.passes(), escapes(found))
+    return {name: _asked(name, found.site) for name in plugins.passes() if plugins.typical_pass(name) is not None}
+
+
+def standing_refusals(found: Found) -> dict[str, Refusal]:
+    """The passes that this site rules out whatever their options."""
+    return {name: refusal for name, refusal in standing_answers(found).items() if refusal is not None}
+
+
+def _asked(name: str, site: Site) -> Refusal | None:
+    typical = plugins.typical_pass(name)
+    assert typical is not None
+    try:
+        return plugin_calls.check(typical, site)
+    except PluginError as e:
+        return plugin_calls.no_answer(site, e)
+
+
+def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:
+    """The cheapest backend that can compute the site, or None and every backend's reason."""
+    reasons = {b.name: r for b in backends if (r := plugin_calls.accepts(b, site)) is not None}
+    able = [b for b in backends if b.name not in reasons]
+    return min(able, key=lambda b: plugin_calls.cost(b, site), default=None), reasons
+
+
+def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backend]) -> tuple[str, ...]:
+    """Where a pattern is no more than a mask, because the sequences are too short for more."""
+    if site.spec.pattern == before.spec.pattern or chosen.skips:
+        return ()
+    better = [b.name for b in backends if b.skips and b.check(site.spec) is None]
+    lengths = f"{site.q_len} queries and {site.kv_len} keys"
+    return tuple(
+        f"{chosen.name} computes all pairs and masks: {name} would take longer at {lengths}" for name in better
+    )
+
+
+def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
+    """Where a pattern leaves no key to some query."""
+    if spec.pattern == site.spec.pattern:
+        return ()
+    known = spec.pattern if spec.seen_as is None else spec.seen_as
+    counts = known.blind(site.q_len, site.kv_len, num_heads=spec.num_heads)
+    return tuple(
+        f"{count} of {site.q_len} queries see no key{_of_heads(spec, counts, count)}: their output is zero"
+        for count in sorted({*counts} - {0})
+    )
+
+
+def _of_heads(spec: AttentionSpec, counts: tuple[int, ...], count: int) -> str:
+    places = [place for place, own in enumerate(counts) if own == count]
+    if len(places) == len(counts):
+        return ""
+    return f" in head{'s' if len(places) > 1 else ''} {', '.join(str(spec.heads[place]) for place in places)}"
+
+
+def _kept_whole(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
+    """Where heads went but their weights could not."""
+    if spec.num_heads == site.num_heads and spec.num_kv_heads == site.num_kv_heads:
+        return ()
+    return tuple(
+        f"the {role} weights keep their size: {p.why}" for role, p in site.projections.items() if p.rows is None
+    )

@@ -1,0 +1,234 @@
+"""Why an attention is as it is: matching and the passes' answers replayed, down to the node that differs."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+from torch import fx, nn
+
+from attnopt.backends.reference import Reference
+from attnopt.base.compile_lock import compiling
+from attnopt.capture.capture import capture
+from attnopt.compiler import plugins
+from attnopt.compiler.decide import decide, standing_answers
+from attnopt.compiler.policy import Policy
+from attnopt.errors import AttnoptError, PluginError
+from attnopt.graph.listing import code
+from attnopt.graph.nodes import module_path, source_line
+from attnopt.ir import plugin_calls
+from attnopt.ir.interfaces import Backend
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
+from attnopt.match.anchors import Softmax, normalisers
+from attnopt.match.find import Findings, Found, find
+from attnopt.match.recognize import recognise
+from attnopt.match.region import NotAttentionError
+
+ROOT = "(root)"
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation on the way: ``code`` in the graph, ``where`` and ``source`` in the user's model."""
+
+    code: str
+    where: str
+    source: str
+    differs: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was made of one softmax or fused attention.
+
+    ``kind``: "attention", "near miss" (it begins like an attention) or "no candidate".  ``steps``: for an attention its
+    operations, else those from the normaliser to the first that differs.  ``refusals``: by matching, passes or backends.
+    ``accepted``: passes and backends that do not refuse it.
+    """
+
+    name: str
+    kind: str
+    where: str
+    spec: str = ""
+    steps: tuple[Step, ...] = ()
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    accepted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@compiling()
+def explain(
+    model: nn.Module,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    policy: Policy | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> tuple[Explanation, ...]:
+    """Everything of this name; a module may hold several.
+
+    With a ``policy`` its passes are asked, else all installed passes whose answer does not depend on their options.
+    Raises AttnoptError, with the names that there are, where there is none of this name.
+    """
+    program = capture(model, args, dict(kwargs), dynamic_shapes)
+    graph = program.module.graph
+    refused = dict(_refused(graph))
+    findings = find(program)
+    made = [_of_site(f, policy) for f in findings.found]
+    made += [_of_other(graph, node, refusal, near) for node, refusal, near in _others(graph, refused, findings)]
+    chosen = tuple(e for e in made if e.name == (name if name != ROOT else ""))
+    if chosen:
+        return chosen
+    names = list(dict.fromkeys(e.name or ROOT for e in made))
+    close = difflib.get_close_matches(name, names, n=1)
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    raise AttnoptError(
+        f"there is no attention {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
+        hint=f"there are {listed}" if names else "this model has no softmax and no fused attention",
+    )
+
+
+def _of_site(found: Found, policy: Policy | None) -> Explanation:
+    site, region = found.site, found.raised.region
+    backends = _backends()
+    if policy is None:
+        answers = standing_answers(found)
+        refusals = {name: refusal for name, refusal in answers.items() if refusal is not None}
+        asked = list(answers)
+    else:
+        passes = policy.passes_for(site.name)
+        refusals = dict(decide(found, passes, (Reference(),)).refusals)
+        asked = [p.name for p in passes]
+    for backend in backends:
+        if (refusal := _answer(backend, site)) is not None:
+            refusals[f"backend {backend.name}"] = refusal
+    asked += [f"backend {b.name}" for b in backends]
+    return Explanation(
+        name=site.name,
+        kind="attention",
+        where=site.where,
+        spec=_described(found),
+        steps=tuple(_step(n, n in region.escapes) for n in region.nodes),
+        refusals=refusals,
+        accepted=tuple(n for n in asked if n not in refusals),
+        notes=(*site.notes, *(f"{role}: {p.why}" for role, p in site.projections.items() if p.rows is None and p.why)),
+    )
+
+
+def _backends() -> list[Backend]:
+    """Every installed backend that can be made by its name."""
+    made: list[Backend] = []
+    for name in plugins.backends():
+        with contextlib.suppress(PluginError):
+            made.append(plugins.make_backend(name))
+    return made
+
+
+def _answer(backend: Backend, site: Site) -> Refusal | None:
+    try:
+        return plugin_calls.accepts(backend, site)
+    except PluginError as e:
+        return plugin_calls.no_answer(site, e)
+
+
+def _described(found: Found) -> str:
+    spec = found.site.spec
+    kv = "" if spec.num_kv_heads == spec.num_heads else f" / {spec.num_kv_heads} kv"
+    extras = [n for n in ("bias", "mask", "sinks") if getattr(spec, f"has_{n}")]
+    extras += [f"softcap {spec.softcap:g}"] if spec.softcap is not None else []
+    seen = spec.pattern if spec.seen_as is None else spec.seen_as
+    kind = "cross" if spec.is_cross else "self"
+    size = f"{spec.num_heads}{kv} heads x {spec.head_dim}"
+    return ", ".join([size, kind, str(seen), *extras, *spec.positions, f"scale {spec.scale:.4g}"])
+
+
+def _of_other(graph: fx.Graph, anchor: fx.Node, refusal: Refusal, near: bool) -> Explanation:
+    differing = differing_node(graph, anchor, refusal)
+    path = _path(graph, anchor, differing)
+    return Explanation(
+        name=module_path(anchor),
+        kind="near miss" if near else "no candidate",
+        where=source_line(anchor),
+        steps=tuple(_step(n, n is differing) for n in path),
+        refusals={"matching": refusal},
+    )
+
+
+def _refused(graph: fx.Graph) -> Iterable[tuple[fx.Node, Refusal]]:
+    """What matching alone says of each normaliser that it does not take; asked before raising adds to the graph."""
+    for anchor in normalisers(graph):
+        try:
+            recognise(anchor)
+        except NotAttentionError as e:
+            yield _node(anchor), e.refusal
+        except Exception:  # told as a near miss by ``find``
+            continue
+
+
+def _others(
+    graph: fx.Graph, refused: Mapping[fx.Node, Refusal], findings: Findings
+) -> Iterable[tuple[fx.Node, Refusal, bool]]:
+    """(normaliser, why it is no attention, whether it is a near miss) of those that are no site."""
+    near = {(miss.name, miss.where): miss.refusal for miss in findings.near_misses}
+    taken = {n for f in findings.found for n in (*f.raised.region.nodes, f.raised.region.anchor)}
+    for anchor in normalisers(graph):
+        node = _node(anchor)
+        if node in taken:
+            continue
+        place = module_path(node), source_line(node)
+        if place in near:
+            yield node, near[place], True
+        elif node in refused:
+            yield node, refused[node], False
+
+
+def _node(anchor: Softmax | fx.Node) -> fx.Node:
+    return anchor.weights if isinstance(anchor, Softmax) else anchor
+
+
+def differing_node(graph: fx.Graph, anchor: fx.Node, refusal: Refusal) -> fx.Node:
+    """The node that a refusal by matching is about: the one that it names, else the nearest on the line that it gives."""
+    named = re.match(r"(\w+)(?: = | on |, | used by )", refusal.found)
+    by_name: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
+    if named is not None and named[1] in by_name:
+        return by_name[named[1]]
+    distance = nx.single_source_shortest_path_length(_undirected(graph), anchor)
+    there = [n for n in distance if refusal.where and source_line(n) == refusal.where and n.op == "call_function"]
+    nearest: fx.Node = min(there, key=lambda n: int(distance[n]), default=anchor)
+    return nearest
+
+
+def _path(graph: fx.Graph, anchor: fx.Node, node: fx.Node) -> list[fx.Node]:
+    try:
+        found: list[fx.Node] = nx.shortest_path(_undirected(graph), anchor, node)
+    except nx.NetworkXNoPath:
+        return [anchor, node]
+    return found
+
+
+def _undirected(graph: fx.Graph) -> nx.Graph[fx.Node]:
+    """Operations and what they use; weights and inputs join nothing, because everything uses them."""
+    joined: nx.Graph[fx.Node] = nx.Graph()
+    operations = [n for n in graph.nodes if n.op == "call_function"]
+    joined.add_nodes_from(graph.nodes)
+    joined.add_edges_from((n, i) for n in operations for i in n.all_input_nodes if i.op == "call_function")
+    return joined
+
+
+def _step(node: fx.Node, differs: bool) -> Step:
+    return Step(code(node), source_line(node), source_text(node), differs)
+
+
+def source_text(node: fx.Node) -> str:
+    """The line of the user's model that made ``node``; "" where it is not known."""
+    frames = re.split(r"^\s*File ", node.meta.get("stack_trace") or "", flags=re.MULTILINE)[1:]
+    own = [f for f in frames if "/torch/" not in f.partition("\n")[0]] or frames
+    lines = own[-1].splitlines()[1:] if own else []
+    return lines[0].strip() if lines else ""

@@ -1,0 +1,113 @@
+"""What the whole model makes of each head: scores from gates that are closed, or that the output is differentiated by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.base.closeness import tensors
+from attnopt.capture.calibration import Inputs
+from attnopt.capture.run_unchanged import kept
+from attnopt.compiler.head_gates import Gated, gated
+from attnopt.errors import CalibrationError
+from attnopt.match.find import Found
+
+PROBES = 4  # random directions of the output, for each batch
+
+Scores = dict[str, tuple[float, ...]]
+
+
+def ablation(
+    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs], behaviour: Callable[[Any], Tensor] | None
+) -> Scores:
+    """The mean divergence of the model's output from the original's with one head silenced."""
+    model = gated(gm, found)
+
+    def told(batch: Inputs) -> list[Tensor]:
+        with kept(model.module):
+            output = model.module(*batch[0], **batch[1])
+        if behaviour is not None:
+            return [behaviour(output).double().log_softmax(-1)]
+        return [t.double() for t in tensors(output) if t.is_floating_point()]
+
+    with torch.no_grad():
+        original = [told(batch) for batch in batches]
+        scores: Scores = {}
+        for name, gate in model.gates.items():
+            each: list[float] = []
+            for h in range(gate.shape[1]):
+                gate[0, h] = 0.0
+                apart = [
+                    _divergence(told(batch), want, behaviour is not None)
+                    for batch, want in zip(batches, original, strict=True)
+                ]
+                gate[0, h] = 1.0
+                each.append(sum(apart) / len(apart))
+            scores[name] = tuple(each)
+    return scores
+
+
+def taylor(
+    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs], loss: Callable[[Any, Inputs], Tensor]
+) -> Scores:
+    """Mean over batches of |d loss / d gate|."""
+    return _mean([[g.abs() for g in grads] for grads in _gradients(gated(gm, found), batches, loss)], found)
+
+
+def fisher(
+    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs], loss: Callable[[Any, Inputs], Tensor]
+) -> Scores:
+    """Mean over batches of (d loss / d gate)^2."""
+    return _mean([[g.square() for g in grads] for grads in _gradients(gated(gm, found), batches, loss)], found)
+
+
+def sensitivity(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs], seed: int) -> Scores:
+    """|d output / d gate|^2 relative to |output|^2, estimated with random signs (Hutchinson)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def probe(output: Any, _: Inputs) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for t in tensors(output):
+            if t.is_floating_point():
+                signs = torch.randint(0, 2, t.shape, generator=generator).to(t.device) * 2 - 1
+                total = total + (t.double() * signs).sum() / t.detach().double().square().sum().clamp(min=1e-300).sqrt()
+        return total
+
+    repeated = [batch for batch in batches for _ in range(PROBES)]
+    return _mean([[g.square() for g in grads] for grads in _gradients(gated(gm, found), repeated, probe)], found)
+
+
+def _gradients(model: Gated, batches: Sequence[Inputs], loss: Callable[[Any, Inputs], Tensor]) -> list[list[Tensor]]:
+    """For each batch the gradient of each site's gates [H]."""
+    found: list[list[Tensor]] = []
+    gates = list(model.gates.values())
+    for batch in batches:
+        with torch.enable_grad(), kept(model.module):
+            value = loss(model.module(*batch[0], **batch[1]), batch)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise CalibrationError(
+                    "the loss gives no scalar that depends on the model's output",
+                    hint="return one number, computed from the output by torch",
+                )
+            grads = torch.autograd.grad(value.sum(), gates, allow_unused=True)
+        given = zip(gates, grads, strict=True)
+        found.append([(torch.zeros_like(p) if g is None else g).flatten().double().cpu() for p, g in given])
+    return found
+
+
+def _mean(of_batches: Sequence[Sequence[Tensor]], found: Sequence[Found]) -> Scores:
+    names = [f.site.name for f in found]
+    return {
+        name: tuple(torch.stack([grads[i] for grads in of_batches]).mean(0).tolist()) for i, name in enumerate(names)
+    }
+
+
+def _divergence(got: Sequence[Tensor], want: Sequence[Tensor], is_log: bool) -> float:
+    if is_log:
+        return sum(float((w.exp() * (w - g)).sum(-1).mean()) for g, w in zip(got, want, strict=True))
+    return sum(
+        float((g - w).square().sum() / w.square().sum().clamp(min=1e-300)) for g, w in zip(got, want, strict=True)
+    )

@@ -1,0 +1,137 @@
+"""One budget of heads for all sites: it is spent where the model's output depends most on them.
+
+Weights that several sites share (calls of one module) are one site here.
+
+What the layer at a site loses with n heads is known from its own least squares; what the model's output makes of such a
+loss is measured once for each site, by running the model with that site alone rewritten.  The sum is minimised exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from attnopt.base.closeness import squared_difference
+from attnopt.capture.calibration import Inputs
+from attnopt.capture.run_unchanged import outputs_of
+from attnopt.compiler.decide import Decision, decide
+from attnopt.compiler.policy import Policy
+from attnopt.compiler.stream import Stream
+from attnopt.compiler.tied_weights import jointly, of_all, tied
+from attnopt.errors import CalibrationError
+from attnopt.ir.interfaces import Backend, Pass, SharesBudget
+from attnopt.ir.site import Site
+from attnopt.lower.lower import lower
+from attnopt.match.find import Found
+
+MEASURED = 4  # batches, spread over the calibration data, on which a site's influence is measured
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """``passes``: (site, the pass as the policy has it) -> the pass with the site's share; ``ready``: by the site's name
+    the decision, where it came up on the way."""
+
+    passes: Mapping[tuple[str, Pass], Pass]
+    ready: Mapping[str, Decision]
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """What one site can lose: the layer's error for each number of heads, and the site rewritten at one of these."""
+
+    site: Site
+    errors: Mapping[int, float]
+    passes: Mapping[int, Pass]
+    probed: int
+    probe: Sequence[Decision]  # one for each call of the site's weights
+
+
+def allot(
+    gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs]
+) -> Allotment:
+    """Each site's share of every pass of the policy whose budget is one for all sites."""
+    made: dict[tuple[str, Pass], Pass] = {}
+    ready: dict[str, Decision] = {}
+    shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}
+    for p in sorted(shared, key=repr):
+        for s, n in _allot_one(gm, found, policy, backends, batches, p):
+            for d in s.probe:
+                name = d.found.site.name
+                made[name, p] = s.passes[n]
+                if n == s.probed and policy.passes_for(name)[-1] == p and len(shared) == 1:
+                    ready[name] = d
+    return Allotment(made, ready)
+
+
+def _allot_one(
+    gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs],
+    p: Pass,
+) -> list[tuple[_Shares, int]]:  # fmt: skip
+    """What each set of weights can have, and how many heads it gets."""
+    assert isinstance(p, SharesBudget)
+    shares: list[_Shares] = []
+    with_it = [f for f in found if p in policy.passes_for(f.site.name) and not f.raised.region.escapes]
+    groups = tied(with_it, {f.site.name: policy.passes_for(f.site.name) for f in with_it})
+    for group, activations in jointly(Stream(gm, with_it, batches), groups):
+        f = group[0]
+        passes = policy.passes_for(f.site.name)
+        before = decide(f, passes[: passes.index(p)], backends, activations)
+        site = before.seen(activations)
+        if p.check(site) is not None:
+            continue
+        offered, wanted = p.shares(site), p.total([site])
+        if not offered:
+            continue
+        probed = min((n for n in offered if n < max(offered)), key=lambda n: abs(n - wanted), default=max(offered))
+        probe = decide(f, (*passes[: passes.index(p)], offered[probed].rewrite), backends, activations)
+        errors = {n: o.error for n, o in offered.items()}
+        rewrites = {n: o.rewrite for n, o in offered.items()}
+        shares.append(_Shares(site.without_activations(), errors, rewrites, probed, of_all(group, probe)))
+    if not shares:
+        return []
+    influence = _influences(gm, shares, batches)
+    curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares, strict=True)]
+    counts = _spend(curves, p.total([s.site for s in shares]))
+    return list(zip(shares, counts, strict=True))
+
+
+def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
+    """For each site the model's error over the layer's error, where that site alone is rewritten."""
+    some = batches[:: max(1, len(batches) // MEASURED)][:MEASURED]
+    original = [outputs_of(gm, batch) for batch in some]
+    found: list[float] = []
+    for share in shares:
+        plans = [d.plan for d in share.probe if d.plan is not None]
+        if not plans or share.errors[share.probed] <= 0:
+            found.append(0.0)
+            continue
+        module = lower(gm, plans)
+        wrong = sum(squared_difference(outputs_of(module, b), want) for b, want in zip(some, original, strict=True))
+        if not math.isfinite(wrong):
+            raise CalibrationError(
+                "the model's output is not finite on the calibration data",
+                site=share.site.name,
+                hint='leave such batches out, or give each site its own budget with budget="site"',
+            )
+        found.append(wrong / share.errors[share.probed])
+    return found
+
+
+def _spend(curves: Sequence[Mapping[int, float]], budget: int) -> list[int]:
+    """For each curve the number of heads, together at most ``budget``, for which the sum of the curves is least."""
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for curve in curves:
+        longer: dict[int, tuple[float, list[int]]] = {}
+        for spent, (cost, counts) in best.items():
+            for n, more in curve.items():
+                total = spent + n
+                if total <= budget and cost + more < longer.get(total, (math.inf, []))[0]:
+                    longer[total] = (cost + more, [*counts, n])
+        best = longer
+    if not best:
+        raise CalibrationError(f"{budget} heads are too few for {len(curves)} sites", hint="allow at least one each")
+    return min(best.values())[1]

@@ -1,0 +1,49 @@
+"""A captured model in which every head's output passes a gate: a number to set, or to take the gradient of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from attnopt.backends.reference import Reference
+from attnopt.graph.cleanup import sweep
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import aten
+from attnopt.ir.operands import ROLES
+from attnopt.lower.lower import copy_program, inline
+from attnopt.match.find import Found
+
+
+@dataclass(frozen=True)
+class Gated:
+    """``module`` computes what the model computes while all gates are 1; ``gates`` [1, H, 1, 1] by the site's name."""
+
+    module: fx.GraphModule
+    gates: Mapping[str, Tensor]
+
+
+def gated(gm: fx.GraphModule, found: Sequence[Found]) -> Gated:
+    """A copy of ``gm`` that shares its weights, with a gate behind each head of these sites."""
+    module, table = copy_program(gm)
+    gates: dict[str, Tensor] = {}
+    for n, f in enumerate(found):
+        raised = f.raised
+        node, out = table[raised.node], table[raised.out]
+        table[raised.region.out.node].replace_all_uses_with(out)
+        emit = Emitter(module.graph, node, {"site": f.site.name})
+        operands = dict(zip(ROLES, (a if isinstance(a, fx.Node) else None for a in node.args), strict=True))
+        lowered = inline(emit, raised.spec, Reference(), operands)
+        gate = nn.Parameter(torch.ones(1, raised.spec.num_heads, 1, 1, device=f.site.device))
+        gates[f.site.name] = gate
+        module.register_parameter(f"gate_{n}", gate)
+        with module.graph.inserting_before(node):
+            read = module.graph.get_attr(f"gate_{n}")
+        with emit.mode:
+            read.meta["val"] = torch.empty(gate.shape, device=gate.device)
+        cast = emit.call(aten._to_copy.default, read, dtype=lowered.meta["val"].dtype)
+        node.replace_all_uses_with(emit.call(aten.mul.Tensor, lowered, cast))
+    sweep(module)
+    return Gated(module, gates)

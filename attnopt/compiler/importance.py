@@ -1,0 +1,167 @@
+"""How much each head contributes, measured on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnopt.base.compile_lock import compiling
+from attnopt.base.display import shown
+from attnopt.base.options import choice
+from attnopt.capture.calibration import Batch, Calibration, Inputs, shapes_of
+from attnopt.capture.capture import capture, require_values
+from attnopt.capture.program import Program
+from attnopt.capture.signature import Signature
+from attnopt.compiler.check import fitting
+from attnopt.compiler.gate_scores import ablation, fisher, sensitivity, taylor
+from attnopt.compiler.stream import Stream
+from attnopt.errors import CalibrationError, PolicyError
+from attnopt.fit.head_scores import AT_SITE, scores_at
+from attnopt.fit.induction_score import retrieval
+from attnopt.ir.site import Site
+from attnopt.match.find import Found, find
+
+IN_MODEL = ("ablation", "taylor", "fisher")
+METHODS = (*AT_SITE, "retrieval", *IN_MODEL)
+
+Loss = Callable[[Any, Inputs], Tensor]  # (the model's output, the batch as args and kwargs) -> a scalar
+Behaviour = Callable[[Any], Tensor]  # the model's output -> logits [..., classes]
+
+
+@dataclass(frozen=True)
+class HeadImportance(Mapping[str, tuple[float, ...]]):
+    """By the site's name one number for each of its heads, higher means keep; ``heads`` are the heads' numbers.
+
+    Prints as a table; may be given to ``PruneHeads(importance=...)``.
+    """
+
+    method: str
+    scores: Mapping[str, tuple[float, ...]]
+    heads: Mapping[str, tuple[int, ...]]
+
+    def __getitem__(self, site: str) -> tuple[float, ...]:
+        return self.scores[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __str__(self) -> str:
+        return shown(self, "text")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return {
+            "method": self.method,
+            "scores": {site: list(scores) for site, scores in self.scores.items()},
+            "heads": {site: list(numbers) for site, numbers in self.heads.items()},
+        }
+
+
+@compiling()
+def head_importance(
+    model: nn.Module,
+    calibration: Iterable[Batch] | Calibration,
+    method: str = "obs",
+    *,
+    sites: Sequence[Site] | None = None,
+    loss: Loss | None = None,
+    behaviour: Behaviour | None = None,
+    seed: int = 0,
+) -> HeadImportance:
+    """For each site the score of each of its heads, in the order of ``site.spec.heads``; higher means keep.
+
+    Each site by itself, from its weights and from what it computes on ``calibration``:
+    ``"obs"``: the rise of the layer's squared error without the head when the others make up for it as they can
+    (OSSCAR, arXiv:2403.12983); ``"output-norm"``: mean length of what the head adds to the layer's output; ``"flap"``:
+    the variance of that (arXiv:2312.11983); ``"wanda"`` (arXiv:2306.11695); ``"weights"``: norm of value times output
+    weights; ``"entropy"``: how far attention is from uniform; ``"locality"``: how near it stays; ``"retrieval"``: how
+    much goes to what followed an earlier occurrence of the query's token (induction heads, arXiv:2209.11895), for
+    models that take token ids; ``"random"``.
+
+    With the whole model: ``"ablation"``: how much its output changes with that head silenced, relative; with
+    ``behaviour`` (output -> logits) the KL divergence of what these say (SHIPS, arXiv:2410.13708).  ``"taylor"``: mean
+    over batches of |d loss / d gate| (arXiv:1905.10650); ``"fisher"``: mean of its square (arXiv:2204.09656).  Without
+    ``loss`` (output, batch -> scalar) taylor is label-free: the squared length of d output / d gate (Gauss-Newton).
+
+    Padding does not count.  A site whose module runs several times (shared weights) has an entry for each run.
+    ``sites``: only those of these names, with the heads that they have left.  Raises CalibrationError where there is no
+    batch or a site cannot be scored, PolicyError for an unknown method.
+    """
+    choice("head_importance", "method", method, METHODS)
+    if loss is not None and method not in ("taylor", "fisher"):
+        raise PolicyError(f"head_importance: loss is not used by {method!r}; leave it out or give method='taylor'")
+    if behaviour is not None and method != "ablation":
+        raise PolicyError("head_importance: behaviour is only used by 'ablation'; leave it out or give that method")
+    if method == "fisher" and loss is None:
+        raise PolicyError(
+            "head_importance: 'fisher' needs a loss; give loss=, or method='taylor', which can do without"
+        )
+    program, batches, found = _captured(model, Calibration.of(calibration), sites)
+    if method in IN_MODEL:
+        scores = _in_model(program, batches, found, method, loss, behaviour, seed)
+    else:
+        scores = {f.site.name: _one(site, batches, method, seed) for f, site in _seen(program, batches, found)}
+    wanted = {site.name: site.spec.heads for site in sites or ()}
+    heads = {name: wanted.get(name, f.site.spec.heads) for name, f in zip(scores, found, strict=True)}
+    chosen = {
+        name: tuple(s[f.site.spec.heads.index(h)] for h in heads[name]) if len(s) > len(heads[name]) else tuple(s)
+        for (name, s), f in zip(scores.items(), found, strict=True)
+    }
+    for name, s in chosen.items():
+        if not all(torch.tensor(s).isfinite()):
+            raise CalibrationError(
+                f"its {method} on the calibration data is not finite", site=name, hint="leave such batches out"
+            )
+    return HeadImportance(method, chosen, heads)
+
+
+def _captured(
+    model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
+) -> tuple[Program, list[Inputs], list[Found]]:
+    """The model in its mode for inference, the batches as its graph takes them, and the sites to score."""
+    require_values(model)
+    args, kwargs = calibration.batches[0]
+    shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
+    was_training = model.training
+    try:
+        program = capture(model.eval(), args, kwargs, shapes)
+    finally:
+        model.train(was_training)
+    signature = Signature.of(model.forward, args, kwargs)
+    batches = [
+        fitting(program.module, signature, batch, i, program.form, fixed=program.fixed_axes)
+        for i, batch in enumerate(calibration)
+    ]
+    found = [f for f in find(program).found if sites is None or f.site.name in {s.name for s in sites}]
+    missing = {s.name for s in sites or ()} - {f.site.name for f in found}
+    if missing or not found:
+        names = ", ".join(repr(n) for n in sorted(missing)) or "any name"
+        raise CalibrationError(f"no attention of {names} was found", hint="see attnopt.inspect for the sites")
+    return program, batches, found
+
+
+def _seen(program: Program, batches: Sequence[Inputs], found: Sequence[Found]) -> Iterator[tuple[Found, Site]]:
+    for f, activations in Stream(program.module, found, batches).sites():
+        yield f, replace(f.site, activations=activations)
+
+
+def _one(site: Site, batches: Sequence[Inputs], method: str, seed: int) -> tuple[float, ...]:
+    return retrieval(site, batches) if method == "retrieval" else scores_at(site, method, seed)
+
+
+def _in_model(
+    program: Program, batches: Sequence[Inputs], found: Sequence[Found], method: str, loss: Loss | None,
+    behaviour: Behaviour | None, seed: int,
+) -> dict[str, tuple[float, ...]]:  # fmt: skip
+    if method == "ablation":
+        return ablation(program.module, found, batches, behaviour)
+    if loss is None:
+        return sensitivity(program.module, found, batches, seed)
+    return (taylor if method == "taylor" else fisher)(program.module, found, batches, loss)

@@ -1,0 +1,48 @@
+"""Where an optimized graph comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+if TYPE_CHECKING:
+    pass
+
+
+from dataclasses import dataclass, field
+
+from attnopt.capture.flat_call import Form
+from attnopt.capture.signature import Signature
+from attnopt.ir.site import Site
+from attnopt.report.report import Report
+
+
+@dataclass(frozen=True)
+class FileOrigin:
+    """The ONNX file that a graph was captured of: its module, the graph before anything was rewritten, and what was planned."""
+
+    model: Any
+    captured: fx.GraphModule
+    plans: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an optimized graph comes from: what was done, how it is called, and the inputs that it was captured with."""
+
+    report: Report
+    sites: tuple[Site, ...]
+    signature: Signature
+    args: tuple[Any, ...] = field(repr=False, default=())
+    kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    shapes: Any = None
+    trains_otherwise: bool = False  # captured for inference, and the model has dropout or batch normalisation
+    form: Form | None = None  # where objects are among the inputs or outputs; args and kwargs are flat then
+    file: FileOrigin | None = field(repr=False, default=None)
+
+
+def is_file(model: Any) -> bool:
+    """A module that stands for an ONNX file."""
+    return hasattr(model, "source") and type(model).__module__ == "attnopt.onnx.load.module"

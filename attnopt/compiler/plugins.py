@@ -1,0 +1,143 @@
+"""The kinds of things that a third party writes, and what is installed of each."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from attnopt.base.registry import OURS, Plugin, Registry
+from attnopt.errors import PluginError
+from attnopt.ir.block_scores import SCORES
+from attnopt.ir.head_routing import HEAD_EDITS
+from attnopt.ir.interfaces import Backend, Pass
+from attnopt.patterns import PATTERNS
+
+__all__ = ["OURS", "Description", "backends", "describe", "load_backend", "load_pass", "passes", "register"]
+
+PASSES = Registry(
+    "attnopt.passes",
+    "pass",
+    Pass,  # type: ignore[type-abstract]
+    {
+        "fuse": "attnopt.passes.fuse:Fuse",
+        "local-window": "attnopt.passes.local_window:LocalWindow",
+        "sparse": "attnopt.passes.sparse:Sparse",
+        "dynamic-sparse": "attnopt.passes.dynamic_sparse:DynamicSparse",
+        "prune-heads": "attnopt.passes.prune_heads:PruneHeads",
+        "grouped-query": "attnopt.passes.grouped_query:GroupedQuery",
+        "scale-heads": "attnopt.passes.scale_heads:ScaleHeads",
+        "route-heads": "attnopt.passes.route_heads:RouteHeads",
+        "soft-pag": "attnopt.passes.soft_pag:SoftPAG",
+        "head-patch": "attnopt.passes.head_patch:HeadPatch",
+    },
+    lambda cls: getattr(cls, "name", None),
+)
+BACKENDS = Registry(
+    "attnopt.backends",
+    "backend",
+    Backend,  # type: ignore[type-abstract]
+    {
+        "reference": "attnopt.backends.reference:Reference",
+        "sdpa": "attnopt.backends.sdpa:Sdpa",
+        "blocked": "attnopt.backends.blocked:Blocked",
+    },
+    lambda cls: getattr(cls, "name", None),
+)
+KINDS: tuple[Registry[Any], ...] = (PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES)
+_LISTED = (PASSES, BACKENDS)
+
+C = TypeVar("C", bound=type[Any])
+
+
+def register(cls: C) -> C:
+    """Make a pass, backend, pattern, head edit or block score known by its name in this process; a decorator.
+
+    Policies, texts and saved models can then name it.  An installed distribution does the same with an entry point, in the
+    group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits`` or ``attnopt.block_scores``.
+    Raises PluginError where the name is taken, or something is missing in the class.
+    """
+    kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
+    if kind is None:
+        known = ", ".join(k.base.__name__ for k in KINDS)
+        raise PluginError(f"{cls!r} is nothing that can be registered", hint=f"derive it from one of {known}")
+    kind.register(cls)
+    return cls
+
+
+@dataclass(frozen=True)
+class Description:
+    """A row of a listing.
+
+    ``options``: option names and defaults ("required" where there is none); ``exact``: None for all but passes; ``error``:
+    why it cannot be loaded, "" if it can.
+    """
+
+    kind: str
+    name: str
+    exact: bool | None
+    options: dict[str, str]
+    summary: str
+    distribution: str
+    error: str = ""
+
+
+def passes() -> dict[str, Plugin]:
+    """All known passes by name, none of them imported."""
+    return PASSES.listed()
+
+
+def backends() -> dict[str, Plugin]:
+    """All known backends by name, none of them imported."""
+    return BACKENDS.listed()
+
+
+def load_pass(name: str) -> type[Pass]:
+    """The pass class of this name.  Raises PolicyError for an unknown name, PluginError for a broken plugin."""
+    return PASSES.load(name)
+
+
+def load_backend(name: str) -> type[Backend]:
+    """The backend class of this name.  Raises PolicyError for an unknown name, PluginError for a broken plugin."""
+    return BACKENDS.load(name)
+
+
+def typical_pass(name: str) -> Pass | None:
+    """The pass to ask where no options are given; None where the answer depends on them, or it cannot be loaded."""
+    try:
+        return load_pass(name).typical()
+    except Exception:  # of a third party; it is told where it is used, and in the listing
+        return None
+
+
+def make_backend(name: str) -> Backend:
+    """The backend of this name with its default options.  Raises as ``load_backend``, PluginError where it has none."""
+    cls = load_backend(name)
+    try:
+        return cls()
+    except Exception as e:
+        whose = f"backend {name!r} of {backends()[name].distribution}"
+        raise PluginError(
+            f"{whose} cannot be made by its name alone: {type(e).__name__}: {e}", hint="give an object"
+        ) from e
+
+
+def describe() -> list[Description]:
+    """Every pass, every backend, and what third parties add of the other kinds; what cannot be loaded has its error."""
+    found = [(kind, plugin) for kind in KINDS for plugin in kind.listed().values()]
+    return [_described(kind, p) for kind, p in found if kind in _LISTED or p.distribution != OURS]
+
+
+def _described(kind: Registry[Any], plugin: Plugin) -> Description:
+    try:
+        loaded = kind.load(plugin.name)
+    except PluginError as error:
+        return Description(plugin.kind, plugin.name, None, {}, "", plugin.distribution, error.message)
+    summary = (inspect.getdoc(loaded) or "").partition("\n")[0]
+    exact = getattr(loaded, "exact", None)
+    return Description(plugin.kind, plugin.name, exact, _options(loaded), summary, plugin.distribution)
+
+
+def _options(loaded: type[Any]) -> dict[str, str]:
+    parameters = inspect.signature(loaded).parameters.values()
+    return {p.name: "required" if p.default is p.empty else repr(p.default) for p in parameters}

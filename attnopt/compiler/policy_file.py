@@ -1,0 +1,113 @@
+"""Reading a policy file: YAML or JSON, small, without aliases or tags, and with no key that stands twice."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnopt.base.notation import distinct
+from attnopt.errors import PolicyError
+
+if TYPE_CHECKING:
+    import yaml
+
+SUFFIXES = (".yaml", ".yml", ".json")
+LARGEST = 1 << 20  # bytes
+DEEPEST = 100  # collections in one another; the YAML parser's time grows with the square of it
+LONGEST_NUMBER = 400  # characters; the time for YAML's numbers of base 60 grows with the square of it
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+def read_file(path: Path) -> Any:
+    """The plain data in a policy file.  Raises PolicyError that names the file."""
+    if path.suffix not in SUFFIXES:
+        raise PolicyError(f"{path}: a policy file ends in {', '.join(SUFFIXES)}")
+    try:
+        text = _text(path)
+    except (OSError, ValueError) as error:  # bytes that are no UTF-8, and paths that hold a NUL, are ValueErrors
+        raise PolicyError(f"{path}: cannot be read: {error}") from error
+    try:
+        return _json(text) if path.suffix == ".json" else _yaml(text)
+    except RecursionError as error:
+        raise PolicyError(f"{path}: is nested too deeply") from error
+    except (PolicyError, ValueError, OverflowError) as error:
+        raise PolicyError(f"{path}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    size = path.stat().st_size
+    if not path.is_file():  # reading a pipe or a device could block or never end
+        raise OSError("it is no plain file")
+    if size > LARGEST:
+        raise PolicyError(f"{path}: {size} bytes are too many for a policy; at most {LARGEST} are read")
+    return path.read_text(encoding="utf-8")
+
+
+def _json(text: str) -> Any:
+    data = json.loads(text, object_pairs_hook=distinct, parse_int=_integer)
+    level = [data]
+    for _ in range(DEEPEST + 1):
+        level = [v for c in level for v in (c.values() if isinstance(c, dict) else c if isinstance(c, list) else ())]
+        if not level:
+            return data
+    raise RecursionError
+
+
+def _integer(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} characters is too long")
+    return int(text)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML: {error}".expandtabs(1)) from error
+
+
+@cache
+def _loader() -> type[yaml.SafeLoader]:
+    """YAML's plain values and nothing that stands for something else."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            if isinstance(event, yaml.AliasEvent):
+                raise _refused(event, "aliases (*name) are not read; write the value out")
+            if event.tag is not None:
+                raise _refused(event, "tags (!name) are not read; write a plain value")
+            if self.depth == DEEPEST:
+                raise RecursionError
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            if node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
+                raise _refused(node, f"a number of {len(node.value)} characters is too long")
+            return super().construct_object(node, deep)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            found = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):  # a key that stands twice would silently lose its first value
+                seen = set()
+                for key, _ in node.value:
+                    if (said := self.construct_object(key)) in seen:
+                        raise _refused(key, f"{said!r} stands twice")
+                    seen.add(said)
+            return found
+
+    return Loader
+
+
+def _refused(there: Any, why: str) -> ValueError:
+    return ValueError(f"line {there.start_mark.line + 1}: {why}")

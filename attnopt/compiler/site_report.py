@@ -1,0 +1,83 @@
+"""What the report says of one site: its fate, and its meaning and cost before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from attnopt.compiler.decide import Decision
+from attnopt.graph.nodes import value
+from attnopt.ir.cost import cost_of
+from attnopt.ir.spec import AttentionSpec
+from attnopt.report.report import Form, SiteReport, Status
+
+
+def site_report(d: Decision) -> SiteReport:
+    before, after = d.found.site, d.site
+    status: Status = "rewritten" if d.plan is not None else "refused" if d.refusals else "unchanged"
+    return SiteReport(
+        name=before.name,
+        status=status,
+        where=before.where,
+        num_heads=after.num_heads,
+        num_kv_heads=after.num_kv_heads,
+        head_dim=after.head_dim,
+        value_dim=after.value_dim,
+        scale=after.scale,
+        is_cross=after.is_cross,
+        spec_before=_described(before.spec),
+        spec_after=_described(after.spec, before.spec.heads),
+        cost_before=cost_of(before, before.spec, before.spec, _element_sizes(d)),
+        cost_after=cost_of(before, after.spec, before.spec, _element_sizes(d), rows=_rows(d)),
+        passes=() if d.plan is None else d.plan.passes,
+        refusals=dict(d.refusals),
+        backend=None if d.plan is None else d.plan.backend.name,
+        error=d.found.error,
+        notes=(*before.notes, *d.notes),
+        q_len=before.q_len,
+        kv_len=before.kv_len,
+        form_before=Form.of(before.spec),
+        form_after=Form.of(after.spec),
+    )
+
+
+def _rows(d: Decision) -> float:
+    """Of all pairs of a query and a head those that are computed."""
+    route = d.site.spec.route
+    return route.share if d.plan is not None and d.plan.backend.skips_rows and route is not None else 1.0
+
+
+def _element_sizes(d: Decision) -> tuple[int, int]:
+    """Bytes of one number of the keys and of the values."""
+    of_key, of_value = (value(n).element_size() for n in d.found.raised.node.args[1:3] if isinstance(n, fx.Node))
+    return of_key, of_value
+
+
+def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
+    """A spec in a few words: "12 heads, Causal() & Window(255, 0)"."""
+    heads = (
+        f"{spec.num_heads} heads"
+        if spec.num_kv_heads == spec.num_heads
+        else f"{spec.num_heads} heads / {spec.num_kv_heads} kv"
+    )
+    gone = [h for h in originally if h not in spec.heads]
+    extras = [
+        w
+        for w, has in (
+            ("bias", spec.has_bias),
+            ("mask", spec.has_mask),
+            ("sinks", spec.has_sinks),
+            ("softcap", spec.softcap),
+        )
+        if has
+    ]
+    parts = [heads, str(spec.pattern), *extras]
+    if spec.selection is not None:
+        parts.append(str(spec.selection))
+    parts += [str(edit) for edit in spec.after]
+    if gone:
+        parts.append(f"without heads {', '.join(map(str, gone))}")
+    if spec.gains is not None:
+        parts.append("gains " + ", ".join(f"{g:g}" for g in spec.gains))
+    return ", ".join(parts)

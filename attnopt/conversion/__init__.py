@@ -1,0 +1,1 @@
+"""Rewrites as a model of the user's own class."""

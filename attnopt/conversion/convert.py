@@ -1,0 +1,240 @@
+"""Rewriting a model inside its own class, so that it goes on generating, saving and training as before."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+from attnopt.base.compile_lock import compiling
+from attnopt.base.user_warning import warn
+from attnopt.capture.calibration import Batch, Calibration, Inputs
+from attnopt.compiler.compile import Options
+from attnopt.conversion.class_settings import Counts, Setting, attributes, configurations, settle
+from attnopt.conversion.judge import Decoding, Judge
+from attnopt.conversion.partial_capture import Part, joined_report, parts_of
+from attnopt.conversion.reordered_weights import REMEDY, head_order, put_into, reshaped
+from attnopt.errors import ConversionError, PolicyError
+from attnopt.lower.lower import Plan, lower
+from attnopt.patterns import Sinks, Window
+from attnopt.patterns.algebra import Full, Pattern
+
+Model = TypeVar("Model", bound=nn.Module)
+
+LEAST = 4  # tokens, for a pattern to show
+
+
+@compiling()
+def convert(
+    model: Model,
+    policy: Any,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    calibration: Iterable[Batch] | Calibration | None = None,
+    tolerance: float | None = None,
+    strict: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Model:
+    """A copy of ``model``, of its own class, with the rewrites of ``policy`` in its weights, settings and attention layers.
+
+    Heads that are removed or merged make the projections smaller; the numbers of heads are changed in the configuration
+    where the class then makes the same model of it, so that the saved copy is an ordinary checkpoint, or else in the
+    modules, with an AttnoptWarning.  Patterns go through transformers' AttentionInterface, and caches keep only what a
+    pattern can still see (see ``apply_patterns``).  The copy computes what ``optimize``'s graph does: compared on the example
+    inputs, at other sizes, and token by token with a cache where the model has one.  ``copy.attnopt_report`` is its report.
+
+    A model that cannot be captured whole is looked at module by module, with the inputs that come to each attention.
+
+    ``args``, ``kwargs``: example inputs, of 4 tokens at least where there are patterns; the model is captured without a
+    cache.  The other options are those of ``optimize``, which takes whatever a class cannot hold.
+
+    Raises ConversionError where the class cannot hold what the policy asks for, and what ``optimize`` raises.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
+    inputs, batches = _inputs(model, args, kwargs, calibration)
+    parts = parts_of(model, policy, inputs, batches, Options(tolerance, strict, limit, seed))
+    plans = [plan for part in parts for plan in part.plans]
+    for plan in plans:
+        _check_class(plan)
+    values = reshaped(model, plans)
+    converted = copy.deepcopy(model)
+    put_into(converted, values)
+    patterns = {_name(p): seen for p in plans if (seen := _new_pattern(p)) is not None}
+    found = [d.found for part in parts for d in part.made.decisions]
+    made = {_name(plan): plan.spec for plan in plans}
+    counts = {f.site.name: Counts.of(f.raised.spec, made.get(f.site.name, f.raised.spec)) for f in found}
+    meant, decoding = [(part, part.made.module) for part in parts], Decoding(model, inputs)
+    if patterns:
+        _check_lengths(plans)
+        narrow = {name: _probe(pattern) for name, pattern in patterns.items()}
+        _install(converted, {name: pattern & narrow[name] for name, pattern in patterns.items()})
+        _settle(converted, counts, Judge([(part, _narrowed(part, narrow)) for part in parts], decoding))
+        _install(converted, patterns)
+        if not Judge(meant, decoding).agrees(converted):
+            raise _differs(converted)
+    else:
+        _settle(converted, counts, Judge(meant, decoding))
+    converted.attnopt_report = joined_report(parts)  # type: ignore[assignment]
+    return converted
+
+
+def apply_patterns(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = None) -> None:
+    """Restrict attention modules of a transformers model to patterns, in place.
+
+    ``patterns``: names of attention modules -> patterns; without, those that the model's configuration holds, where
+    ``convert`` put them: a checkpoint that was loaded with ``from_pretrained`` gets its patterns back so.
+    A pattern's positions are those of the tokens in the sequence, padding included; the last query is aligned with the last
+    key.  Where it bounds what can be seen of the past, the caches that the model is given or makes keep no more than that.
+
+    Raises ConversionError where the model's class does not take attentions from AttentionInterface.
+    """
+    from attnopt.conversion.hf_attention import install
+
+    install(model, patterns)
+
+
+def _inputs(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, calibration: Iterable[Batch] | Calibration | None
+) -> tuple[Inputs, list[Inputs]]:
+    """The example inputs and the calibration batches, all without a cache: a captured cache would not be updated."""
+    batches = [] if calibration is None else list(Calibration.of(calibration).batches)
+    example = (args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
+    if not any(example):
+        if not batches:
+            raise PolicyError("convert needs example inputs", hint="give args, kwargs or calibration")
+        example = batches[0]
+    parameters = list(inspect.signature(model.forward).parameters)
+
+    def without_cache(given: Inputs) -> Inputs:
+        positional, named = given
+        known = "use_cache" in parameters and parameters.index("use_cache") >= len(positional)
+        return positional, {**named, "use_cache": False} if known else named
+
+    return without_cache(example), [without_cache(b) for b in batches]
+
+
+def _check_class(plan: Plan) -> None:
+    """What no class has a place for."""
+    before, after = plan.found.raised.spec, plan.spec
+    if after.selection is not None:
+        raise ConversionError("blocks that are chosen at run time have no place in it", site=_name(plan), hint=REMEDY)
+    kept = replace(
+        after,
+        heads=before.heads,
+        kv_heads=before.kv_heads,
+        kv_of_head=before.kv_of_head,
+        gains=before.gains,
+        after=before.after,  # both of these: see ``reshaped``
+        pattern=before.pattern,
+        seen_as=before.seen_as,
+    )
+    if kept != before:
+        raise ConversionError(
+            f"{', '.join(plan.passes)} changes more than heads and patterns", site=_name(plan), hint=REMEDY
+        )
+
+
+def _name(plan: Plan) -> str:
+    return plan.found.site.name
+
+
+def _new_pattern(plan: Plan) -> Pattern | None:
+    """All that is known of what the site sees after the passes, in the order of the converted heads; None if that stays."""
+    before, after = plan.found.raised.spec, plan.spec
+    seen, was = (spec.pattern if spec.seen_as is None else spec.seen_as for spec in (after, before))
+    order = [after.heads.index(h) for h in head_order(plan).queries]
+    if seen == was.for_heads([before.heads.index(h) for h in after.heads]):
+        return None
+    return seen.for_heads(order)
+
+
+def _probe(pattern: Pattern) -> Pattern:
+    """So narrow a pattern that it shows on few tokens; without sinks where ``pattern`` has none."""
+    past = pattern.look_back
+    return Window(1, 1) if past is not None and past.sinks == 0 else Window(1, 1) | Sinks(1)
+
+
+def _narrowed(part: Part, narrow: Mapping[str, Pattern]) -> fx.GraphModule:
+    """The graph of a part in which the sites that get a pattern see less still."""
+    probes = [replace(p, spec=p.spec.restricted(narrow.get(_name(p), Full()))) for p in part.plans]
+    return lower(part.made.program.module, probes, plain=True)
+
+
+def _check_lengths(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        if plan.found.site.q_len < LEAST:
+            raise ConversionError(
+                f"the example inputs have {plan.found.site.q_len} tokens, too few for a pattern to show",
+                site=_name(plan),
+                hint=f"give example inputs of {LEAST} tokens or more",
+            )
+
+
+def _homes(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost models of transformers' in ``model``, by name with a dot behind it ("" for itself)."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return {}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, transformers.PreTrainedModel) and not any(name.startswith(home) for home in found):
+            found[f"{name}." if name else ""] = module
+    return found
+
+
+def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
+    homes = _homes(model)
+    for name in patterns:
+        if not any(name.startswith(home) for home in homes):
+            raise ConversionError(
+                f"{type(model).__name__} is no model of transformers', and has no place for a pattern",
+                site=name,
+                hint=REMEDY,
+            )
+    for home, module in homes.items():
+        own = {name.removeprefix(home): p for name, p in patterns.items() if name.startswith(home)}
+        if own:
+            apply_patterns(module, own)
+
+
+def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> None:
+    """Find the settings with which ``model``, whose weights are new, computes what it should.  Raises ConversionError."""
+    changed = any(c.change for c in counts.values())
+    candidates: Iterator[tuple[Setting, ...]] = iter([()])
+    if changed:
+        distinct = set(counts.values())
+        ordinary = (configurations(home, c) for home in _homes(model).values() for c in distinct if len(distinct) == 1)
+        around = [(_modules_around(model, name), c) for name, c in counts.items()]
+        candidates = chain(*ordinary, [()], attributes(around))
+    found = settle(candidates, lambda: judge.agrees(model))
+    if found is None:
+        raise _differs(model)
+    in_configuration = any(not isinstance(s.owner, nn.Module) for s in found)
+    if changed and _homes(model) and not in_configuration:
+        warn(
+            f"no configuration of {type(model).__name__} makes a model with these heads: the converted model runs, but "
+            "from_pretrained cannot load what it saves"
+        )
+
+
+def _modules_around(model: nn.Module, site: str) -> list[nn.Module]:
+    """The module of a site and the one that it is in."""
+    name = site.partition("#")[0]
+    return [model.get_submodule(name), *([model.get_submodule(name.rpartition(".")[0])] if name else [])]
+
+
+def _differs(model: nn.Module) -> ConversionError:
+    return ConversionError(
+        f"{type(model).__name__} cannot hold what the policy asks for: with no numbers of heads in its configuration or its "
+        "modules does it compute what the rewritten graph computes",
+        hint=REMEDY,
+    )

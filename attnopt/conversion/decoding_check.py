@@ -1,0 +1,53 @@
+"""Teacher forcing: a language model that reads token by token from its cache must say what it says of the whole text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnopt.base.closeness import difference
+from attnopt.capture.run_unchanged import cloned, kept
+
+
+def decoding_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+    """Largest relative difference of the logits on the example text when half of it is read at once, some tokens one by one
+    and the rest at once; None for a model that has no cache of its own, or takes more than token ids and their mask."""
+    text = _text(model, *cloned((args, dict(kwargs))))
+    if text is None:
+        return None
+    ids, mask = text["input_ids"], text.get("attention_mask")
+    length = ids.shape[1]
+    stops = [length // 2, *range(length // 2 + 1, min(length // 2 + 4, length)), length]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), kept(model):
+        whole = model(**text, use_cache=False).logits
+        cache, pieces, start = None, list[Tensor](), 0
+        for stop in stops:
+            part = {"input_ids": ids[:, start:stop]}
+            if mask is not None:
+                part["attention_mask"] = mask[:, :stop]
+            out = model(**part, past_key_values=cache, use_cache=True)
+            cache, start = getattr(out, "past_key_values", None), stop
+            if cache is None:
+                return None
+            pieces.append(out.logits)
+    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    return difference([torch.cat(pieces, dim=1)[seen]], [whole[seen]])
+
+
+def _text(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The token ids [B, L] and their mask among the example inputs, where these are all that the model is given."""
+    parameters = inspect.signature(model.forward).parameters
+    if not {"past_key_values", "use_cache"} <= set(parameters) or not getattr(model, "can_generate", bool)():
+        return None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    text = {name: value for name, value in given.items() if isinstance(value, Tensor) and name != "labels"}
+    ids = text.get("input_ids")
+    if ids is None or ids.dim() != 2 or ids.shape[1] < 4 or not set(text) <= {"input_ids", "attention_mask"}:
+        return None
+    return text

@@ -1,0 +1,190 @@
+"""Patterns in a model of transformers': through its AttentionInterface and AttentionMaskInterface, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from attnopt.backends.blocked import Blocked
+from attnopt.backends.reference import Reference
+from attnopt.backends.sdpa import Sdpa
+from attnopt.base.intervals import clipped
+from attnopt.conversion.hf_cache import UseRollingCache
+from attnopt.errors import ConversionError
+from attnopt.ir.interfaces import Backend
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns import Causal, is_readable, parse
+from attnopt.patterns.algebra import Full, Pattern
+from attnopt.patterns.lookback import Past
+
+# The attention implementation that takes the place of another, and the masks that the other one works on: where a query of
+# padding sees no key at all, float masks leave it an average and bool masks nothing, and that shall stay as it was.
+NAMES = {"eager": ("attnopt-eager", eager_mask)}
+OTHERWISE = ("attnopt", sdpa_mask)
+PATTERN = "attnopt_pattern"  # attribute of an attention module
+PATTERNS = "attnopt_patterns"  # entry of a configuration: module name -> pattern, in its notation
+
+
+def install(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = None) -> None:
+    """Give the attention modules of ``model`` that are named in ``patterns`` their patterns; see ``attnopt.apply_patterns``."""
+    if not isinstance(model, PreTrainedModel):
+        raise ConversionError(
+            f"{type(model).__name__} is no model of transformers', and has no place for a pattern",
+            hint="use attnopt.optimize",
+        )
+    given = patterns if patterns is not None else getattr(model.config, PATTERNS, None)
+    if not given:
+        raise ConversionError("the model's configuration holds no patterns", hint="give patterns=")
+    modules = dict(model.named_modules())
+    found = {name: p if isinstance(p, Pattern) else parse(p) for name, p in given.items()}
+    _check(model, modules, found)
+    _switch(model)
+    for name, pattern in found.items():
+        module = modules[name]
+        setattr(module, PATTERN, pattern)
+        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, UseRollingCache)]:
+            module._forward_pre_hooks.pop(key)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.register_forward_pre_hook(UseRollingCache(pattern.look_back), with_kwargs=True)
+    known = getattr(model.config, PATTERNS, None) or {}
+    setattr(model.config, PATTERNS, {**known, **{name: pattern.to_json() for name, pattern in found.items()}})
+
+
+def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping[str, Pattern]) -> None:
+    unknown = [name for name in patterns if name not in modules]
+    if unknown:
+        raise ConversionError(f"{type(model).__name__} has no module {', '.join(map(repr, unknown))}")
+    unnamed = [pattern for pattern in patterns.values() if not is_readable(pattern)]
+    if unnamed:
+        raise ConversionError(
+            f"pattern {unnamed[0]} is not what attnopt.patterns.parse reads from its text in the model's configuration",
+            hint="put @attnopt.register on its class",
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ConversionError(
+            f"{type(model).__name__} does not take attentions from transformers' AttentionInterface",
+            hint="use attnopt.optimize, whose graph holds the pattern",
+        )
+
+
+def _switch(model: PreTrainedModel) -> None:
+    for name, masks in (*NAMES.values(), OTHERWISE):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, masks)
+    now = model.config._attn_implementation
+    if now in {name for name, _ in (*NAMES.values(), OTHERWISE)}:
+        return
+    name, _ = NAMES.get(now, OTHERWISE)
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise ConversionError(
+            f"{type(model).__name__} does not let its attention implementation be set",
+            hint="use attnopt.optimize, whose graph holds the pattern",
+        )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: q [B, H, L, D], k and v [B, G, S, D] -> [B, L, H, Dv].
+
+    The last query is aligned with the last key.  Keys that a ``RollingLayer`` dropped are missing after the sinks, and are
+    left out of the mask here.
+    """
+    found: Pattern = getattr(module, PATTERN, Full())
+    own_scores = softcap is not None or s_aux is not None
+    if isinstance(found, Full) and not own_scores:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
+        )
+        return out, None
+    mask = None if attention_mask is None else _left(attention_mask, key.shape[2], found.look_back)
+    if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        found = Causal() & found  # what a missing mask means to transformers
+    if dropout == 0.0 and (query.shape[2] > 1 or own_scores):
+        return _computed(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
+    if own_scores:
+        raise ConversionError(
+            "softcap and sink logits cannot be computed with dropout", hint="set attention_dropout to 0"
+        )
+    allowed = _with_pattern(mask, found, query, key)
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, allowed, dropout, scaling, False, position_bias, **kwargs
+    )
+    return out, None
+
+
+def _left(mask: Tensor, kv_len: int, past: Past | None) -> Tensor:
+    """The columns of ``mask`` [.., all tokens] whose keys are left."""
+    if mask.shape[-1] == kv_len:
+        return mask
+    if past is None or mask.shape[-1] < kv_len:
+        raise ConversionError(
+            f"the mask is for {mask.shape[-1]} keys, the cache gave {kv_len}",
+            hint="generate with the default cache, or give the window to all layers that slide",
+        )
+    return torch.cat([mask[..., : past.sinks], mask[..., mask.shape[-1] - kv_len + past.sinks :]], dim=-1)
+
+
+def _with_pattern(mask: Tensor | None, pattern: Pattern, q: Tensor, k: Tensor) -> Tensor | None:
+    """Mask and pattern as one dense mask; None where everything is seen."""
+    L, S = q.shape[2], k.shape[2]
+    if not pattern.is_per_head and clipped(pattern.reach(S - L, S - 1, S).all, S) == ((0, S),):
+        return mask
+    seen = pattern.mask(L, S, num_heads=q.shape[1], device=q.device).unsqueeze(0)
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+
+
+def _computed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    position_bias: Tensor | None,
+    pattern: Pattern,
+) -> Tensor:
+    is_bool = mask is not None and mask.dtype == torch.bool
+    bias = position_bias if mask is None or is_bool else mask if position_bias is None else mask + position_bias
+    H, G, D = q.shape[1], k.shape[1], q.shape[3]
+    spec = AttentionSpec(
+        heads=tuple(range(H)),
+        kv_heads=tuple(range(G)),
+        kv_of_head=tuple(h // (H // G) for h in range(H)),
+        head_dim=D,
+        value_dim=v.shape[3],
+        scale=D**-0.5 if scaling is None else scaling,
+        pattern=pattern,
+        has_bias=bias is not None,
+        has_mask=is_bool,
+        has_sinks=s_aux is not None,
+        softcap=softcap,
+    )
+    sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
+    backend: Backend = Blocked()
+    if torch.compiler.is_exporting():  # as operators that `convert` can read again
+        backend = Sdpa() if Sdpa().check(spec) is None else Reference()
+    o = backend.lower(spec)(q, k, v, bias=bias, mask=mask if is_bool else None, sinks=sinks)
+    return o.transpose(1, 2).contiguous()

@@ -1,0 +1,141 @@
+"""A cache layer of transformers' that keeps only what a pattern can still see: the first tokens and the recent ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+
+from attnopt.errors import AttnoptError
+from attnopt.patterns.lookback import Past
+
+SPARE = 64  # tokens of the last update that can be taken back
+
+
+class RollingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [B, G, at most sinks + recent + SPARE, D] of the first tokens and the last ones.
+
+    ``update`` returns those that new queries can see, followed by the new ones; memory does not grow with the number of
+    tokens.  Keys are kept as they come: rotary positions are those that the tokens had.
+    """
+
+    is_croppable = False
+
+    def __init__(self, past: Past) -> None:
+        super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
+        self.past = past
+        self.cumulative_length = 0  # all tokens that were ever added
+        self.record_past = False
+        self._removable = 0  # tokens that `crop` can take back after something was dropped
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The kept and the new keys and values, [B, G, S, D] each."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        sinks, recent = self.past.sinks, self.past.recent
+        keys, values = (
+            torch.cat([*([old] if self.record_past else _ends(old, sinks, recent)), new], dim=-2)
+            for old, new in ((self.keys, key_states), (self.values, value_states))
+        )
+        added = key_states.shape[-2]
+        self.cumulative_length += added
+        if self.record_past or keys.shape[-2] <= sinks + recent + SPARE:
+            self.keys, self.values = keys, values
+            self._removable = self._removable + added if self.record_past else added
+        else:  # copied, so that what is dropped is freed
+            self.keys, self.values = (torch.cat(_ends(t, sinks, recent + SPARE), dim=-2) for t in (keys, values))
+            self._removable = min(added, SPARE)
+        return keys, values
+
+    def activate_past_recording(self) -> None:
+        """Keep everything until ``crop`` is called, which can then take back all that came in between."""
+        self.record_past = True
+        self._removable = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last ``-tokens_to_remove`` tokens, as assisted generation does after each of its steps."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the number of tokens to remove, as a negative number")
+        if not self.is_initialized:
+            return
+        if self.keys.shape[-2] < self.cumulative_length and -tokens_to_remove > self._removable:
+            raise RuntimeError(
+                f"{-tokens_to_remove} tokens cannot be taken back, because earlier ones were dropped from the cache; "
+                "a model with patterns can be assisted, but cannot assist"
+            )
+        if tokens_to_remove:
+            self.keys, self.values = self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]
+            self.cumulative_length += tokens_to_remove
+        ends = (_ends(t, self.past.sinks, self.past.recent) for t in (self.keys, self.values))
+        self.keys, self.values = (torch.cat(parts, dim=-2) for parts in ends)
+        self._removable = 0
+
+    def reset(self) -> None:
+        super().reset()
+        self._removable = 0
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of a cache that keeps everything: masks are made for all tokens, and cut to what is left where they are used."""
+        return self.cumulative_length + query_length, 0
+
+
+def _ends(t: Tensor, sinks: int, recent: int) -> list[Tensor]:
+    """The first and the last tokens of [.., S, D], as views; all of them where there are no more."""
+    length = t.shape[-2] if t.dim() > 1 else 0  # nothing at all, before the first update
+    return [t] if length <= sinks + recent else [t[..., :sinks, :], t[..., length - recent :, :]]
+
+
+class UseRollingCache:
+    """A forward pre-hook of an attention module: a fresh cache that is handed to it gets a ``RollingLayer`` for its layer.
+
+    ``past`` is None for a pattern that may see the whole past.
+    """
+
+    def __init__(self, past: Past | None) -> None:
+        self.past = past
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for cache in _caches((*args, *kwargs.values())):
+            self._prepare(cache, module.layer_idx)  # type: ignore[arg-type]
+
+    def _prepare(self, cache: Any, layer: int) -> None:
+        if isinstance(cache, DynamicCache) and cache.layer_class_to_replicate is not None:
+            while len(cache.layers) <= layer:
+                cache.layers.append(cache.layer_class_to_replicate())
+        now = cache.layers[layer]
+        if type(now) is DynamicLayer and self.past is not None and not now.is_initialized:
+            cache.layers[layer] = RollingLayer(self.past)
+            return
+        from_the_end = self.past is not None and self.past.sinks == 0
+        if isinstance(now, DynamicSlidingWindowLayer) and not from_the_end:
+            raise AttnoptError(
+                f"layer {layer} has a sliding window of its own, whose cache drops tokens that the pattern counts from",
+                hint="leave the layer out of the policy, or give it a window without sinks",
+            )
+        if not isinstance(now, DynamicLayer):
+            raise AttnoptError(
+                f"layer {layer} of the cache is a {type(now).__name__}, whose keys do not end with the newest",
+                hint="generate with the default cache, or another dynamic one",
+            )
+
+
+def _caches(values: tuple[Any, ...]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, EncoderDecoderCache):
+            yield value.self_attention_cache
+        elif isinstance(value, Cache):
+            yield value

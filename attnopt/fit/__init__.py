@@ -1,0 +1,1 @@
+"""Statistics of calibration data, and closed-form weights of one site."""

@@ -1,0 +1,110 @@
+"""Which linear maps of a head's features can be moved into its projection, found by trying them.
+
+With ``M`` [D, D], the rows of a head in the projection become ``M' W`` and its bias ``M' b``.  Where the features reach the
+core as they are projected (or scaled), the core then sees ``x M`` for any M.  After a rotary position encoding that holds
+only for maps that act on each rotated pair of features as one complex number; after a norm it holds for none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from attnopt.base.closeness import tolerance
+from attnopt.ir.head_weights import HeadWeights
+from attnopt.ir.site import Site
+
+T = TypeVar("T")
+Pairs = tuple[tuple[int, int], ...]
+ROUNDING = 3.0  # how much more than one operator's rounding a whole projection may show
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """``pairs`` is None where any map may be moved; else the pairs of features that stay together as complex numbers."""
+
+    pairs: Pairs | None = None
+
+
+def mixing_of_scores(site: Site) -> Mixing | None:
+    """What can be moved into both the query and the key projection; None where nothing can."""
+
+    def found() -> Mixing | None:
+        for candidate in (None, *_pairings(site.head_dim)):
+            maps = _trial(candidate, site.head_dim)
+            if all(_moves(site, role, maps) for role in ("q", "k")):
+                return Mixing(candidate)
+        return None
+
+    return _once(site, "mixing of scores", found)
+
+
+def mixes_values(site: Site) -> bool:
+    """Any map can be moved into the value projection."""
+    return _once(site, "mixing of values", lambda: _moves(site, "v", _trial(None, site.value_dim)))
+
+
+def edit(site: Site, role: str, head: int, maps: Mapping[int, Tensor]) -> HeadWeights:
+    """Head ``head`` of ``role`` as the sum of today's ``x_g M_g`` over the heads g of ``maps``."""
+    weights = [(site.head_weight(role, g), site.head_bias(role, g), m) for g, m in maps.items()]
+    made: list[Tensor] = []
+    bias: list[Tensor] = []
+    for w, b, m in weights:
+        assert w is not None
+        m = m.to(w.device)
+        made.append(m.T @ w.double())
+        if b is not None:
+            bias.append(m.T @ b.double())
+    return HeadWeights(role, head, sum(made[1:], made[0]), sum(bias[1:], bias[0]) if bias else None)
+
+
+def as_real(pairs: Sequence[tuple[int, int]], values: Tensor, size: int) -> Tensor:
+    """The map [D, D] of row vectors that multiplies the pair of features n, read as a complex number, by ``values[n]``."""
+    m = torch.zeros(size, size, dtype=torch.float64)
+    for (i, j), z in zip(pairs, values.tolist(), strict=True):
+        m[i, i] = m[j, j] = z.real
+        m[i, j], m[j, i] = z.imag, -z.imag
+    return m
+
+
+def _once(site: Site, what: str, find: Callable[[], T]) -> T:
+    return find() if site.activations is None else site.activations.once(what, site.spec, find)
+
+
+def _moves(site: Site, role: str, maps: Tensor) -> bool:
+    now = site.activations
+    p = site.projections.get(role)
+    if now is None or p is None or p.rows is None:
+        return False
+    heads = site.spec.heads if role == "q" else site.spec.kv_heads
+    there = now.edited([edit(site, role, h, {h: maps}) for h in heads], first_alone=True)
+    wanted: Tensor = getattr(now.batches[0], role)[:, list(heads)].double() @ maps
+    got: Tensor = getattr(there.batches[0], role)[:, list(heads)]
+    apart = float((got.double() - wanted).abs().max())
+    return apart <= ROUNDING * tolerance([got]) * float(wanted.abs().max())
+
+
+def _trial(pairs: Pairs | None, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    if pairs is None:
+        m = torch.randn(size, size, generator=generator, dtype=torch.float64) / math.sqrt(size)
+        return m + torch.eye(size, dtype=torch.float64)
+    z = torch.randn(len(pairs), generator=generator, dtype=torch.complex128)
+    return as_real(pairs, z, size)
+
+
+def _pairings(size: int) -> list[Pairs]:
+    """Halves or neighbours, of all features or of the first half or quarter where only these are rotated."""
+    found: list[Pairs] = []
+    for part in (size, size // 2, size // 4):
+        if part < 2 or part % 2 or size % 2:
+            continue
+        rest = tuple((i, i + 1) for i in range(part, size, 2))
+        found.append((*((i, i + part // 2) for i in range(part // 2)), *rest))
+        found.append((*((i, i + 1) for i in range(0, part, 2)), *rest))
+    return list(dict.fromkeys(found))

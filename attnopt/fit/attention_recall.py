@@ -1,0 +1,71 @@
+"""How much of the attention a selection of blocks keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.backends.reference import Reference
+from attnopt.graph.nodes import ancestors
+from attnopt.ir.semantics import selected
+from attnopt.ir.spec import AttentionSpec
+
+
+def kept_mass(
+    q_BHLD: Tensor,
+    k_BGSD: Tensor,
+    spec: AttentionSpec,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """For each sequence and head the share of attention probability on the blocks that ``spec.selection`` keeps: [B, H].
+
+    Operands as of ``Attend``.  Without a selection it is 1.
+    """
+    q_len, kv_len = q_BHLD.shape[2], k_BGSD.shape[2]
+    if spec.selection is None:
+        return torch.ones(q_BHLD.shape[:2], device=q_BHLD.device)
+    block = spec.selection.block
+    kept = selected(spec, q_BHLD, k_BGSD).index_select(2, torch.arange(q_len, device=q_BHLD.device) // block)
+    of_block = torch.arange(kv_len, device=k_BGSD.device).unsqueeze(1) // block
+    values = (of_block == torch.arange(kept.shape[3], device=k_BGSD.device)).to(torch.float32)
+    whole = replace(spec, selection=None, gains=None, value_dim=kept.shape[3])
+    v_BGSM = values.expand(*k_BGSD.shape[:2], -1, -1)
+    mass_BHLM = Reference().lower(whole)(q_BHLD, k_BGSD, v_BGSM, bias=bias, mask=mask, sinks=sinks)
+    return (mass_BHLM * kept).sum((2, 3)) / mass_BHLM.sum((2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def measured(
+    gm: fx.GraphModule, specs: Mapping[fx.Node, AttentionSpec], batches: Sequence[Sequence[Any]]
+) -> dict[fx.Node, Tensor]:
+    """For each canonical attention in ``gm`` the kept mass of every head [H], averaged over the sequences of the batches,
+    which hold a value for each placeholder."""
+    found: dict[fx.Node, list[Tensor]] = {node: [] for node in specs}
+    with torch.no_grad():
+        for batch in batches:
+            _Operands(gm, specs, found).run(*batch)
+    return {node: torch.cat(masses).mean(0) for node, masses in found.items()}
+
+
+class _Operands(fx.Interpreter):
+    """Runs what the operands of the attentions need, and nothing else."""
+
+    def __init__(
+        self, gm: fx.GraphModule, specs: Mapping[fx.Node, AttentionSpec], found: Mapping[fx.Node, list[Tensor]]
+    ) -> None:
+        super().__init__(gm)
+        self.specs, self.found = specs, found
+        self.needed = {n for node in specs for n in ancestors(node)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.specs:
+            (q, k, _, bias, mask, sinks), _ = self.fetch_args_kwargs_from_env(n)
+            self.found[n].append(kept_mass(q, k, self.specs[n], bias=bias, mask=mask, sinks=sinks))
+            return None
+        return super().run_node(n) if n in self.needed or n.op == "placeholder" else None

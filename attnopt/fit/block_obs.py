@@ -1,0 +1,105 @@
+"""Which heads to keep: block optimal brain surgeon on the layer's least squares.
+
+OSSCAR, arXiv:2403.12983; Optimal BERT Surgeon, arXiv:2203.07259.
+
+With A = Z'Z + reg I over the features of the heads that are left and W the best output weights for them, taking head h
+out raises the squared error by tr(W_h' [(A^-1)_hh]^-1 W_h), and what is left has its best weights again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from attnopt.fit.least_squares import Moments
+
+SHRINKAGE = 1e-3  # of the mean square of a feature
+ENUMERATED = 64  # at most so many sets are tried one by one
+
+
+@dataclass(frozen=True)
+class Surgeon:
+    """The least squares of one layer: ``moments`` over ``heads`` heads of ``width`` features each and a column of ones."""
+
+    moments: Moments
+    today: Tensor
+    heads: int
+    width: int
+    has_bias: bool
+
+    def removal_costs(self, places: Sequence[int]) -> list[float]:
+        """For each head at ``places``, by how much the squared error rises, relative to the targets', without it."""
+        inverse, weights = self._solved(places)
+        return [c / max(self.moments.yy, 1e-300) for c in self._costs(inverse, weights, len(places))]
+
+    def nested(self, protected: Sequence[int] = (), least: int = 1) -> dict[int, tuple[int, ...]]:
+        """For each number of heads the best set of places that was found: the cheapest head goes, then heads outside are
+        swapped in as long as that helps; all sets are tried where they are few.  ``protected`` places stay."""
+        places = tuple(range(self.heads))
+        found = {self.heads: places}
+        while len(places) > max(least, len(protected)):
+            if math.comb(self.heads, len(places) - 1) <= ENUMERATED:
+                sets = combinations(range(self.heads), len(places) - 1)
+                places = min((s for s in sets if set(protected) <= set(s)), key=self.error)
+            else:
+                places = self._swapped(self._without_cheapest(places, protected), protected)
+            found[len(places)] = places
+        return found
+
+    def error(self, places: Sequence[int], compensate: str = "least-squares") -> float:
+        """Squared error with these heads alone, relative to the targets, their weights as ``compensate`` leaves them."""
+        if compensate == "least-squares":
+            a, r, features = self._system(places)
+            return self.moments.of(features).error(torch.linalg.solve(a, r))
+        features = self._features(places)
+        weights = torch.zeros_like(self.today)
+        weights[features] = self.today[features]
+        if compensate == "bias" and self.has_bias:
+            wrong = self.moments.zy[-1] - self.moments.zz[-1] @ weights
+            weights[-1] = wrong / self.moments.zz[-1, -1]
+        return self.moments.error(weights)
+
+    def _without_cheapest(self, places: Sequence[int], protected: Sequence[int]) -> tuple[int, ...]:
+        costs = dict(zip(places, self.removal_costs(places), strict=True))
+        least = min((p for p in places if p not in protected), key=costs.__getitem__)
+        return tuple(p for p in places if p != least)
+
+    def _swapped(self, places: tuple[int, ...], protected: Sequence[int]) -> tuple[int, ...]:
+        """Bring in the head that helps most, take out the one that is missed least; until these are the same."""
+        error = self.error(places)
+        while True:
+            outside = [p for p in range(self.heads) if p not in places]
+            helped = [tuple(sorted((*places, p))) for p in outside]
+            larger = min(helped, key=self.error)
+            smaller = self._without_cheapest(larger, protected)
+            if smaller == places or not self.error(smaller) < error * (1 - 1e-9):
+                return places
+            places, error = smaller, self.error(smaller)
+
+    def _features(self, places: Sequence[int]) -> Tensor:
+        found = [p * self.width + i for p in places for i in range(self.width)]
+        return torch.tensor(found + [self.heads * self.width] * self.has_bias)
+
+    def _system(self, places: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        features = self._features(places)
+        m = self.moments.of(features)
+        reg = SHRINKAGE * max(float(self.moments.zz.diagonal()[:-1].mean()), 1e-300)
+        a = m.zz + reg * torch.eye(len(m.zz), dtype=m.zz.dtype)
+        return a, m.zy + reg * self.today[features], features
+
+    def _solved(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        a, r, _ = self._system(places)
+        inverse = torch.linalg.inv(a)
+        return inverse, inverse @ r
+
+    def _costs(self, inverse: Tensor, weights: Tensor, count: int) -> list[float]:
+        found: list[float] = []
+        for i in range(count):
+            s = slice(i * self.width, (i + 1) * self.width)
+            found.append(float((weights[s] * torch.linalg.solve(inverse[s, s], weights[s])).sum()))
+        return found

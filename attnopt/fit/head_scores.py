@@ -1,0 +1,159 @@
+"""How much each head of one site is worth, from its weights and from what it computes on calibration data."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import CalibrationError
+from attnopt.fit.compensation import surgeon_of
+from attnopt.fit.least_squares import output_weights
+from attnopt.ir.activations import Activations
+from attnopt.ir.site import Site
+
+
+def scores_at(site: Site, method: str, seed: int = 0) -> tuple[float, ...]:
+    """One number for each head that is left, higher means keep.  Raises CalibrationError."""
+    if method == "random":
+        return tuple(torch.rand(site.num_heads, generator=_generator(site, seed)).tolist())
+    found = torch.tensor(_METHODS[method](site), dtype=torch.float64)
+    if not bool(found.isfinite().all()):
+        raise CalibrationError(
+            f"its {method} on the calibration data is not finite", site=site.name, hint="leave such batches out"
+        )
+    return tuple(found.tolist())
+
+
+def weight_norms(site: Site) -> list[float]:
+    """Frobenius norm of what each head does to its input: value weights times output weights times gain."""
+    return [_norm(site, place) for place in range(site.num_heads)]
+
+
+def _norm(site: Site, place: int) -> float:
+    spec = site.spec
+    value = site.head_weight("v", spec.kv_heads[spec.kv_of_head[place]])
+    out = site.head_weight("out", spec.heads[place])
+    if value is None or out is None:
+        raise CalibrationError("its value or output projection is not known", site=site.name)
+    value, out = value.double(), out.double()
+    squared = ((value @ value.mT) * (out @ out.mT)).sum()  # |V'O|^2 without the [in, out] product
+    return float(squared.clamp(min=0).sqrt()) * abs(1.0 if spec.gains is None else spec.gains[place])
+
+
+def output_norms(site: Site) -> list[float]:
+    """Mean over tokens of |z_h W_o,h|: the length of what the head adds to the layer's output."""
+    total, tokens = torch.zeros(site.num_heads, dtype=torch.float64), 0
+    out = output_maps(site)
+    for z_NHD in _outputs(site):
+        total += torch.einsum("nhd,hde->hne", z_NHD, out).norm(dim=-1).sum(1)
+        tokens += len(z_NHD)
+    return (total / max(tokens, 1)).tolist()
+
+
+def fluctuations(site: Site) -> list[float]:
+    """FLAP (arXiv:2312.11983): the variance of each feature over tokens times its output weights' squared norm."""
+    mean, square, _ = _feature_moments(site)
+    return ((square - mean.square()) * output_maps(site).square().sum(-1)).sum(-1).tolist()
+
+
+def wanda(site: Site) -> list[float]:
+    """Wanda (arXiv:2306.11695): absolute output weight times the feature's root mean square, summed over the head."""
+    _, square, _ = _feature_moments(site)
+    return (square.sqrt() * output_maps(site).abs().sum(-1)).sum(-1).tolist()
+
+
+def mean_outputs(site: Site) -> Tensor:
+    """[H, Dv] in float64: what each head gives on average over the calibration tokens that are no padding."""
+    return _feature_moments(site)[0]
+
+
+def removal_costs(site: Site) -> list[float]:
+    """Block OBS: the rise of the layer's squared error without the head, when the others make up for it as they can."""
+    return surgeon_of(site).removal_costs(range(site.num_heads))
+
+
+def focus(site: Site) -> list[float]:
+    """One minus the entropy of the head's attention weights, relative to that of uniform weights over what is seen."""
+    total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
+    for p_NHS, _ in _weights(site):
+        entropy = torch.special.entr(p_NHS).sum(-1)
+        most = (p_NHS > 0).sum(-1).double().log().clamp(min=1e-9)
+        total += (1 - entropy / most).sum(0)
+        rows += len(p_NHS)
+    return (total / max(rows, 1)).tolist()
+
+
+def locality(site: Site) -> list[float]:
+    """Minus the mean distance, in tokens, between a query and what it attends to."""
+    total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
+    for p_NHS, distance_NS in _weights(site):
+        total -= (p_NHS * distance_NS[:, None]).sum(-1).sum(0)
+        rows += len(p_NHS)
+    return (total / max(rows, 1)).tolist()
+
+
+_METHODS: dict[str, Callable[[Site], list[float]]] = {
+    "weights": weight_norms,
+    "output-norm": output_norms,
+    "flap": fluctuations,
+    "wanda": wanda,
+    "obs": removal_costs,
+    "entropy": focus,
+    "locality": locality,
+}
+AT_SITE = (*_METHODS, "random")
+
+
+def _generator(site: Site, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
+
+
+def _seen(site: Site) -> Activations:
+    if site.activations is None or site.activations.tokens == 0:
+        raise CalibrationError("there is no calibration data for it", site=site.name, hint="give calibration batches")
+    return site.activations
+
+
+def output_maps(site: Site) -> Tensor:
+    """Output weights [H, Dv, out] of the heads that are left, in float64.  Raises CalibrationError where they are unknown."""
+    weights = output_weights(site, site.original)
+    if weights is None:
+        out = site.projections.get("out")
+        why = out.why if out is not None and out.why else "it was not found"
+        raise CalibrationError(f"the output projection is not known: {why}", site=site.name)
+    if not site.projections["out"].direct:
+        raise CalibrationError(
+            "what its heads give is scaled on the way to the output projection",
+            site=site.name,
+            hint='choose "ablation", which needs no projection',
+        )
+    return weights[:-1].reshape(site.num_heads, site.value_dim, -1)
+
+
+def _outputs(site: Site) -> Iterator[Tensor]:
+    """Heads' outputs of the tokens that count, [N, H, Dv] in float64."""
+    seen = _seen(site)
+    for z, operands in zip(seen.outputs(site.spec), seen.batches, strict=True):
+        yield z.transpose(1, 2)[operands.real].double()
+
+
+def _feature_moments(site: Site) -> tuple[Tensor, Tensor, int]:
+    """Mean and mean square [H, Dv] of the heads' outputs, and the number of tokens."""
+    total, square, tokens = torch.zeros(()), torch.zeros(()), 0
+    for z in _outputs(site):
+        total, square, tokens = total + z.sum(0), square + z.square().sum(0), tokens + len(z)
+    return total / tokens, square / tokens, tokens
+
+
+def _weights(site: Site) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attention weights of the tokens that count [N, H, S] in float64, and the distance of each query to each key."""
+    seen = _seen(site)
+    for p, operands in zip(seen.weights(site.spec), seen.batches, strict=True):
+        L, S = p.shape[2:]
+        apart = (torch.arange(L)[:, None] + (S - L) - torch.arange(S)).abs().double()
+        for b in range(len(p)):
+            real = operands.real[b]
+            yield p[b].transpose(0, 1)[real].double(), apart[real]

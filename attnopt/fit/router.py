@@ -1,0 +1,68 @@
+"""A router for heads, fitted in closed form to how much each head gives a token; and how much of that a route keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import CalibrationError
+from attnopt.fit.head_scores import output_maps
+from attnopt.fit.least_squares import Moments, Sums, fit, with_ones
+from attnopt.ir.constant import Constant
+from attnopt.ir.head_routing import Routed
+from attnopt.ir.site import Site
+
+
+def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
+    """[H * D + 1, heads], float32: from the queries of a token to the norms of what these heads give it, by least squares.
+
+    Shrinkage is chosen on held-back tokens.  Raises CalibrationError.
+    """
+    assert site.activations is not None
+    features = site.num_heads * site.head_dim
+    if site.activations.tokens < features:
+        raise CalibrationError(
+            f"{site.activations.tokens} calibration tokens are fewer than the {features} features of the queries",
+            site=site.name,
+            hint='give more calibration data, or router="query-norm"',
+        )
+    places = [site.spec.heads.index(h) for h in heads]
+    fitting, held = _moments(site, places)
+    start = torch.zeros_like(fitting.zy)
+    start[-1] = fitting.zy[-1] / fitting.tokens  # the mean of each head
+    found = fit(fitting, held if held.tokens else fitting, start, has_bias=True)
+    return Constant.of(found.weights.float())
+
+
+def used_share(site: Site, route: Routed) -> float:
+    """Of the norms of what all heads give, the share of those that a route uses, on held-back tokens."""
+    assert site.activations is not None
+    used = total = 0.0
+    for (q, norms), counted in zip(_contributions(site), site.activations.counted(True), strict=True):
+        gates = route.gates(site.spec, q, [c.tensor(q.device) for c in route.constants])
+        used += float(norms[counted][gates.transpose(1, 2)[counted]].sum())
+        total += float(norms[counted].sum())
+    return used / total if total else 1.0
+
+
+def _moments(site: Site, places: Sequence[int]) -> tuple[Moments, Moments]:
+    """On the tokens to fit on, and on those that are held back."""
+    assert site.activations is not None
+    fitting, held = Sums(), Sums()
+    counts = zip(site.activations.counted(False), site.activations.counted(True), strict=True)
+    for (q, norms), (fit_on, hold) in zip(_contributions(site), counts, strict=True):
+        for sums, counted in ((fitting, fit_on), (held, hold)):
+            sums.add(with_ones(q, counted), norms[counted][:, places])
+    return fitting.moments(), held.moments()
+
+
+def _contributions(site: Site) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch the queries [B, H, L, D], and |o_h W_o,h| [B, L, H] in float64."""
+    now = site.activations
+    assert now is not None
+    out = output_maps(site)
+    for o, operands in zip(now.outputs(site.spec), now.batches, strict=True):
+        given = torch.einsum("blhd,hde->blhe", o.transpose(1, 2).double(), out)
+        yield operands.q[:, list(site.spec.heads)], given.norm(dim=-1)

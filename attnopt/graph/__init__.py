@@ -1,0 +1,1 @@
+"""Tools on fx graphs: operators, sizes, emitter, evaluation, the normal form."""

@@ -1,0 +1,162 @@
+"""Axes as products of atoms: what einops writes as ``(b h) l d``, followed through any chain of layout operators.
+
+An axis is a tuple of atoms, the outermost first; an axis of length 1 is the empty tuple.  An atom that a reshape cuts is
+split once and for all, so every tensor that shares it sees the same parts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from attnopt.graph.nodes import CASTS, RESHAPES, arg, aten, is_call, is_tensor, operand, shape, wrap
+
+
+@dataclass(eq=False)
+class Atom:
+    """One indivisible axis; ``size`` at the example inputs."""
+
+    size: int
+    name: str = ""
+    parts: tuple[Atom, ...] | None = field(default=None)
+
+    def __repr__(self) -> str:
+        return f"{self.name or 'a'}:{self.size}"
+
+
+Axis = tuple[Atom, ...]
+Axes = tuple[Axis, ...]
+
+
+def resolve(axis: Axis) -> Axis:
+    """The axis in terms of atoms that were not split."""
+    if all(a.parts is None for a in axis):
+        return axis
+    return tuple(b for a in axis for b in (resolve(a.parts) if a.parts is not None else (a,)))
+
+
+def resolve_all(axes: Axes) -> Axes:
+    return tuple(resolve(a) for a in axes)
+
+
+def fresh(sizes: tuple[int, ...], names: str = "") -> Axes:
+    """New axes of these lengths."""
+    return tuple((Atom(s, names[i : i + 1]),) if s != 1 else () for i, s in enumerate(sizes))
+
+
+def length(axis: Axis) -> int:
+    return math.prod(a.size for a in axis)
+
+
+def reshape(axes: Axes, sizes: tuple[int, ...]) -> Axes | None:
+    """Axes of a tensor after a reshape to ``sizes``; None if an axis would be cut unevenly."""
+    atoms = [a for axis in resolve_all(axes) for a in axis]
+    if math.prod(a.size for a in atoms) != math.prod(sizes):
+        return None
+    result: list[Axis] = []
+    for size in sizes:
+        axis: list[Atom] = []
+        rest = size
+        while rest > 1:
+            if not atoms:
+                return None
+            atom = atoms.pop(0)
+            if rest % atom.size == 0:
+                axis.append(atom)
+                rest //= atom.size
+            elif atom.size % rest == 0:
+                outer, inner = Atom(rest, atom.name), Atom(atom.size // rest, atom.name)
+                atom.parts = (outer, inner)
+                axis.append(outer)
+                atoms.insert(0, inner)
+                rest = 1
+            else:
+                return None
+        result.append(tuple(axis))
+    return tuple(result)
+
+
+def follow(node: fx.Node, axes: Axes) -> Axes | None:
+    """Axes of ``node``, a layout operator, from those of its input; None if it is no layout operator.
+
+    Casts and operators that keep every element in its place count as layout operators.
+    """
+    axes = resolve_all(axes)
+    n = len(axes)
+    if is_call(node, *RESHAPES):
+        return reshape(axes, shape(node))
+    if is_call(node, *CASTS, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default):
+        return axes
+    if is_call(node, aten.permute.default):
+        return tuple(axes[wrap(d, n)] for d in _ints(arg(node, 1)))
+    if is_call(node, aten.transpose.int):
+        order = list(range(n))
+        i, j = wrap(arg(node, 1), n), wrap(arg(node, 2), n)
+        order[i], order[j] = order[j], order[i]
+        return tuple(axes[d] for d in order)
+    if is_call(node, aten.t.default, aten.mT.default, aten.numpy_T.default):
+        return (*axes[:-2], axes[-1], axes[-2]) if n >= 2 else axes
+    if is_call(node, aten.unsqueeze.default):
+        at = wrap(arg(node, 1), n + 1)
+        return (*axes[:at], (), *axes[at:])
+    if is_call(node, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+        dims = range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(arg(node, 1))]
+        return tuple(a for i, a in enumerate(axes) if not (i in dims and not a))
+    if is_call(node, aten.expand.default):
+        out = shape(node)
+        axes = ((),) * (len(out) - n) + axes
+        return axes if all(length(a) == s for a, s in zip(axes, out, strict=True)) else None
+    if is_call(node, aten.slice.Tensor):
+        return axes if shape(node) == tuple(length(a) for a in axes) else None
+    return None
+
+
+def unfollow(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
+    """(input, its axes) of a layout operator, or a product with a number, whose result has ``axes``; else None."""
+    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
+        return None
+    x = operand(node)
+    if is_call(node, *RESHAPES):
+        found = reshape(axes, shape(x))
+        return None if found is None else (x, found)
+    if is_call(node, *CASTS, aten.clone.default, aten.contiguous.default):
+        return x, axes
+    if is_call(node, aten.permute.default, aten.transpose.int, aten.mT.default, aten.t.default):
+        trial = fresh(shape(x)) if 1 not in shape(x) else tuple((Atom(s),) for s in shape(x))
+        moved = follow(node, trial)
+        if moved is None:
+            return None
+        return x, tuple(axes[moved.index(ax)] for ax in trial)
+    if is_call(node, aten.unsqueeze.default):
+        at = wrap(arg(node, 1), len(axes))
+        return x, (*axes[:at], *axes[at + 1 :])
+    if is_call(node, aten.expand.default):
+        shift = len(axes) - len(shape(x))
+        return x, tuple(ax if s != 1 else () for s, ax in zip(shape(x), axes[shift:], strict=True))
+    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not is_tensor(arg(node, 1)):
+        return x, axes
+    return None
+
+
+def _ints(x: Any) -> list[int]:
+    return [int(i) for i in x] if isinstance(x, (list, tuple)) else [int(x)]
+
+
+def broadcast(node: fx.Node, frame: Axes) -> Axes | None:
+    """Axes of an operand that is broadcast against a tensor with the axes ``frame``."""
+    sizes = shape(node)
+    frame = resolve_all(frame)
+    if len(sizes) > len(frame):
+        if any(s != 1 for s in sizes[: len(sizes) - len(frame)]):
+            return None
+        frame = ((),) * (len(sizes) - len(frame)) + frame
+    aligned = frame[len(frame) - len(sizes) :]
+    axes: list[Axis] = []
+    for size, axis in zip(sizes, aligned, strict=True):
+        if size != 1 and size != length(axis):
+            return None
+        axes.append(axis if size != 1 else ())
+    return tuple(axes)

@@ -1,0 +1,79 @@
+"""Removing nodes that nothing uses, and those that compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.graph.emitter import _key
+from attnopt.graph.nodes import is_state, opname, value
+
+
+def sweep(gm: fx.GraphModule) -> None:
+    """Remove what nothing uses.  torch keeps an unused fused attention, because it might draw random numbers."""
+    gm.graph.eliminate_dead_code(is_impure_node=_has_effects)
+    gm.recompile()
+
+
+def _has_effects(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output", "call_module") or "attnopt.call" in node.meta:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    name = opname(node)
+    return name.startswith(("_assert", "sym_constrain")) or bool(schema is not None and schema.is_mutable)
+
+
+def share(gm: fx.GraphModule) -> None:
+    """Compute equal things once: every layer of a model may have made the same mask."""
+    known: dict[Any, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or _has_effects(node) or _draws(node):
+            continue
+        same = known.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            gm.graph.erase_node(node)
+
+
+def computes_same(a: fx.Node, b: fx.Node) -> bool:
+    """The same operators on the same tensors, written once or twice."""
+    stack, seen = [(a, b)], set[tuple[fx.Node, fx.Node]]()
+    while stack:
+        a, b = pair = stack.pop()
+        if a is b or pair in seen:
+            continue
+        seen.add(pair)
+        if a.op != b.op or a.target != b.target or a.op not in ("call_function", "get_attr") or is_state(a):
+            return False
+        if a.op == "call_function" and (_draws(a) or _numbers_of(a) != _numbers_of(b)):
+            return False
+        above = a.all_input_nodes, b.all_input_nodes
+        if len(above[0]) != len(above[1]):
+            return False
+        stack += zip(*above, strict=True)
+    return True
+
+
+def _numbers_of(node: fx.Node) -> Any:
+    """The arguments of a call, with the place of each node among its inputs."""
+    place = {n: i for i, n in enumerate(node.all_input_nodes)}
+    return _key(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))
+
+
+def _draws(node: fx.Node) -> bool:
+    """The operator may give something else each time."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or "empty" in opname(node) or not isinstance(value(node), Tensor)
+
+
+def prune_unused_state(gm: fx.GraphModule) -> None:
+    """Drop parameters, buffers and empty submodules that no node reads any more."""
+    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    for name in [
+        n for n, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    ]:
+        if name not in used and not any(name.startswith(u + ".") for u in used):
+            owner, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(owner), leaf)

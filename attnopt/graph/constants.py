@@ -1,0 +1,27 @@
+"""One number everywhere, in the form of another tensor."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attnopt.graph.nodes import arg, aten, is_call
+
+IN_THE_FORM_OF = (
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.full_like.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+    aten.fill.Scalar,
+)  # one number everywhere, in the form of another tensor, whatever that one holds
+
+
+def filling(node: fx.Node) -> float | None:
+    """The number that stands everywhere in what one of torch's functions fills; None where it is no literal."""
+    if is_call(node, aten.ones_like.default, aten.new_ones.default):
+        return 1
+    if is_call(node, aten.zeros_like.default, aten.new_zeros.default):
+        return 0
+    made = arg(node, 2 if is_call(node, aten.new_full.default) else 1)
+    return made if isinstance(made, (int, float)) else None

@@ -1,0 +1,167 @@
+"""Running the part of a graph that makes a mask or a number, at any sizes of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from attnopt.base.sizes import hint, is_static
+from attnopt.graph.nodes import (
+    ancestors,
+    constant_of,
+    get_attr,
+    is_number,
+    is_state,
+    opname,
+    run_call,
+    value,
+    with_values,
+)
+
+HEAVY = (
+    "linear",
+    "matmul",
+    "bmm",
+    "mm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "embedding",
+    "scaled_dot_product_attention",
+    "softmax",
+    "layer_norm",
+)
+_RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "uniform", "normal")
+
+
+def inputs_behind(node: fx.Node) -> set[fx.Node]:
+    """The inputs, and the state that calls leave, whose values (not merely sizes) ``node`` depends on."""
+    known = node.meta.get(_INPUTS)
+    if known is None:
+        _note_inputs(node)
+        known = node.meta[_INPUTS]
+    return set(known)
+
+
+_INPUTS = "attnopt.inputs"  # remembered on the nodes: a graph that only grows keeps its answers
+
+
+def _note_inputs(node: fx.Node) -> None:
+    stack = [node]
+    while stack:
+        n = stack[-1]
+        above = [] if is_number(n) else [i for i in n.all_input_nodes if _INPUTS not in i.meta]
+        if above:
+            stack.extend(above)
+            continue
+        stack.pop()
+        own = {n} if n.op == "placeholder" or is_state(n) else set()
+        n.meta[_INPUTS] = frozenset(
+            own.union(*(i.meta[_INPUTS] for i in n.all_input_nodes)) if not is_number(n) else own
+        )
+
+
+def is_plain(node: fx.Node) -> bool:
+    """``node`` is made of index arithmetic and constants alone: cheap to run, and the same at every call.
+
+    A parameter is no constant, whatever it holds now: a bias table of zeros is still to be learned.  Nor is a buffer on the
+    meta device, which holds nothing yet.
+    """
+    return not any(_is_varying(n) for n in ancestors(node, stop=is_number))
+
+
+def _is_varying(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return constant_of(node) is None
+    return opname(node) in HEAVY or opname(node) in _RANDOM
+
+
+def size_at(size: Any, sizes: Mapping[Any, int]) -> Any:
+    """A size, or another number that is computed from sizes, when the graph's symbols have ``sizes``."""
+    return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else size
+
+
+def symbols(graph: fx.Graph) -> dict[Any, int]:
+    """Every symbol of the graph's sizes with its example value."""
+    sizes = _sizes(graph)
+    found = {s.node.expr: hint(s) for s in sizes if s.node.expr.is_symbol}
+    for s in sizes:
+        for symbol in s.node.expr.free_symbols - found.keys():  # where a multiple of it alone is a size
+            solved = sympy.solve(s.node.expr.subs(found) - hint(s), symbol)
+            if len(solved) == 1 and solved[0].is_Integer:
+                found[symbol] = int(solved[0])
+    return found
+
+
+def within(graph: fx.Graph, sizes: Mapping[Any, int]) -> dict[Any, int]:
+    """These sizes of the graph's symbols, brought into the bounds within which it holds."""
+    found = dict(sizes)
+    for s in _sizes(graph):
+        for symbol in s.node.expr.free_symbols & found.keys():
+            lower, upper = _ends(s, symbol)
+            found[symbol] = max(lower, found[symbol] if upper is None else min(upper, found[symbol]))
+    return found
+
+
+def _sizes(graph: fx.Graph) -> list[torch.SymInt]:
+    """The inputs' sizes that are not fixed."""
+    found = [value(n) for n in graph.nodes if n.op == "placeholder"]
+    sizes = [s for val in found for s in (val.shape if isinstance(val, Tensor) else (val,))]
+    return [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.free_symbols]
+
+
+def bounds(size: torch.SymInt) -> tuple[int, int | None]:
+    """The sizes from and to which a graph holds; None without an end."""
+    return _ends(size, size.node.expr)
+
+
+def _ends(size: torch.SymInt, of: Any) -> tuple[int, int | None]:
+    known = size.node.shape_env.bound_sympy(of)
+    lower, upper = (int(b) if getattr(b, "is_Integer", False) else None for b in (known.lower, known.upper))
+    return lower or 0, upper
+
+
+def dynamic_axes(graph: fx.Graph) -> set[tuple[str, int]]:
+    """The input axes whose size may vary, by the input's name."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
+    return {(n.name, axis) for n in inputs for axis, size in enumerate(value(n).shape) if not is_static(size)}
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: Any = None) -> Tensor:
+    """The value of ``node`` when the graph's symbols have ``sizes``; placeholders are filled with ``fill``.
+
+    Raises ValueError where an input's value is needed and ``fill`` is None.
+    """
+    env: dict[fx.Node, Any] = {}
+
+    def concrete(n: fx.Node) -> Any:
+        val = value(n)
+        if isinstance(val, torch.SymInt):
+            return size_at(val, sizes)
+        if n.op == "get_attr" and not is_state(n):
+            return get_attr(gm, str(n.target)).detach()
+        if n.op in ("placeholder", "get_attr"):
+            if fill is None or not isinstance(val, Tensor):
+                raise ValueError(f"depends on the input {n.name}")
+            dims = [size_at(s, sizes) for s in val.shape]
+            return torch.full(dims, fill, dtype=val.dtype, device=with_values(val.device))
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
+        return run_call(n, args, kwargs)
+
+    wanted = set(ancestors(node, stop=is_number))
+    with torch.no_grad():
+        for n in gm.graph.nodes:
+            if n in wanted:
+                env[n] = concrete(n)
+            if n is node:
+                break
+    found = env[node]
+    assert isinstance(found, Tensor)
+    return found

@@ -1,0 +1,245 @@
+"""Spellings that only hide the meaning, removed or made one from the start."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.base.sizes import hint, is_static, same_size
+from attnopt.graph.cleanup import sweep
+from attnopt.graph.constants import IN_THE_FORM_OF, filling
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import (
+    CASTS,
+    RESHAPES,
+    arg,
+    aten,
+    dtype,
+    get_attr,
+    is_call,
+    is_state,
+    is_tensor,
+    operand,
+    opname,
+    run_call,
+    shape,
+    value,
+    wrap,
+)
+from attnopt.graph.scatters import filled, full, joined, sizes_of, written
+from attnopt.graph.select import restrict
+from attnopt.graph.value_names import inherit
+
+STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
+_ALIASES: dict[Any, Any] = {
+    aten.clip.default: aten.clamp.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.divide.Scalar: aten.div.Scalar,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.linalg_matmul.default: aten.matmul.default,
+    aten.multiply.Scalar: aten.mul.Scalar,
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.negative.default: aten.neg.default,
+    aten.special_exp2.default: aten.exp2.default,
+    aten.special_expit.default: aten.sigmoid.default,
+    aten.special_logsumexp.default: aten.logsumexp.default,
+    aten.subtract.Scalar: aten.sub.Scalar,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.true_divide.Scalar: aten.div.Scalar,
+    aten.true_divide.Tensor: aten.div.Tensor,
+}  # other names of the same operators
+_SPELLED_SHORT = (
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.expand_as.default,
+    aten.type_as.default,
+)
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
+LINKS = 6  # operators, one behind the other, as in arange(heads) // group
+FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
+
+
+def tidy(gm: fx.GraphModule) -> None:
+    """Remove what only hides the meaning: metadata asserts, copies, casts and slices that change nothing.
+
+    Every ``view`` becomes a ``reshape``, so that nothing depends on the strides that a removed copy had made.
+    """
+    outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
+    strides_matter = any(is_call(n, *STRIDED) for n in gm.graph.nodes)
+    for node in list(gm.graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata.default):
+            gm.graph.erase_node(node)
+        elif node.target in _ALIASES:
+            node.target = _ALIASES[node.target]
+        elif is_call(node, *RESHAPES):
+            node.target = aten.reshape.default
+        elif is_call(node, *_SPELLED_SHORT):
+            _spell_out(node)
+        elif is_call(node, aten.amax.default, aten.amin.default) and not (arg(node, 1) or node.kwargs):
+            node.args = (operand(node), list(range(len(shape(operand(node))))), *node.args[2:])  # ONNX wants them named
+        elif is_call(node, operator.getitem) and is_call(
+            arg(node, 0), aten._native_batch_norm_legit_no_training.default
+        ):
+            _as_batch_norm(node)
+        elif is_call(node, operator.getitem) and opname(operand(node)).startswith("_scaled_dot_product_"):
+            _as_attention(node)
+        elif is_call(node, aten.squeeze.dim, aten.squeeze.dims):
+            _squeeze_ones(node)
+        elif is_call(node, *IN_THE_FORM_OF) and node not in outputs and (number := filling(node)) is not None:
+            node = _replaced(node, full(Emitter(gm.graph, node), node, number))
+        elif is_call(node, aten.index.Tensor, aten.index_select.default) and node not in outputs:
+            node = _as_slices(gm, node)
+        elif is_call(node, aten.slice_scatter.default, aten.select_scatter.default) and node not in outputs:
+            node = _replaced(node, joined(Emitter(gm.graph, node), node))
+        elif is_call(node, aten.index_put.default) and node not in outputs:
+            node = _replaced(node, filled(Emitter(gm.graph, node), node))
+        elif is_call(node, aten.copy.default) and node not in outputs:
+            node = _replaced(node, written(Emitter(gm.graph, node), node))
+        if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
+            continue
+        if node in outputs and not is_call(node, *_DROPOUTS):  # what an idle dropout gives is the tensor itself
+            continue
+        if is_tensor(node) and (same := _changes_nothing(node)) is not None:
+            inherit(same, node)
+            node.replace_all_uses_with(same)
+            gm.graph.erase_node(node)
+    sweep(gm)
+
+
+def _spell_out(node: fx.Node) -> None:
+    """flatten, unflatten, expand_as and type_as as the reshape, expand or cast that they are."""
+    if is_call(node, aten.type_as.default):
+        like, x = value(node), operand(node)
+        moved = {} if value(x).device == like.device else {"device": like.device}
+        node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": like.dtype, **moved}
+    elif is_call(node, aten.expand_as.default):
+        sizes = sizes_of(Emitter(node.graph, node), node)
+        if sizes is not None:
+            node.target, node.args = aten.expand.default, (operand(node), sizes)
+    elif all(map(is_static, value(node).shape)):
+        node.target, node.kwargs = aten.reshape.default, {}
+        node.args = (operand(node), [hint(s) for s in value(node).shape])
+
+
+def _squeeze_ones(node: fx.Node) -> None:
+    """Longer axes stay in torch, and ONNX's Squeeze must not name them."""
+    x, axes = operand(node), arg(node, 1)
+    ones = [a for a in ([axes] if isinstance(axes, int) else axes) if same_size(value(x).shape[a], 1)]
+    if not ones:
+        node.target, node.args = aten.alias.default, (x,)
+    elif is_call(node, aten.squeeze.dims):
+        node.args = (x, ones)
+
+
+def _as_batch_norm(node: fx.Node) -> None:
+    """The first result of torch's decomposed batch norm, as the batch norm that it was."""
+    if arg(node, 1) != 0:
+        return
+    *tensors, momentum, eps = operand(node).args
+    node.target, node.args = aten.batch_norm.default, (*tensors, False, momentum, eps, False)
+
+
+def _as_attention(node: fx.Node) -> None:
+    """The first result of one of torch's kernels for attention, as the attention that it is of."""
+    if arg(node, 1) != 0:
+        return
+    kernel = operand(node)
+    arguments = kernel.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in arguments), kernel.args, strict=False)) | kernel.kwargs
+    bias = given.get("attn_mask", given.get("attn_bias"))
+    node.target = aten.scaled_dot_product_attention.default
+    node.args = (*(given[name] for name in ("query", "key", "value")), bias, given["dropout_p"], given["is_causal"])
+    node.kwargs = {name: given[name] for name in ("scale", "enable_gqa") if name in given}
+
+
+def _as_slices(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """What takes known places of one axis, as the slices that it joins; ``node`` itself where it is something else."""
+    found = _known_places(gm, node)
+    if found is None:
+        return node
+    x, axis, places = found
+    return _replaced(node, restrict(Emitter(gm.graph, node), x, {axis: places}))
+
+
+def _replaced(node: fx.Node, made: fx.Node | None) -> fx.Node:
+    """``made`` in the place of ``node``; ``node`` where there is nothing to put there."""
+    if made is None:
+        return node
+    inherit(made, node)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    return made
+
+
+def _known_places(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int, tuple[int, ...]] | None:
+    """(the tensor, the axis, the places that are taken along it), where these are few and known numbers."""
+    x = operand(node)
+    if is_call(node, aten.index_select.default):
+        axis, index = wrap(arg(node, 1), len(shape(x))), arg(node, 2)
+    else:
+        by_axis = [(a, i) for a, i in enumerate(arg(node, 1)) if i is not None]
+        if len(by_axis) != 1:
+            return None
+        ((axis, index),) = by_axis
+    size = value(x).shape[axis]
+    if x.op == "get_attr" or not isinstance(size, int) or not isinstance(index, fx.Node):
+        return None
+    if value(index).dtype not in (torch.int32, torch.int64) or len(shape(index)) != 1 or not 0 < shape(index)[0] <= FEW:
+        return None
+    places = _known_value(gm, index, LINKS)
+    return None if places is None else (x, axis, tuple(wrap(i, size) for i in places.tolist()))
+
+
+def _known_value(gm: fx.GraphModule, node: fx.Node, links: int) -> Tensor | None:
+    """What the graph computes from stored numbers alone, in a few operators."""
+    if node.op == "get_attr":
+        found = get_attr(gm, str(node.target))
+        return None if found.is_meta or is_state(node) else found
+    if node.op != "call_function" or links == 0 or not is_tensor(node):
+        return None
+    above = {n: _known_value(gm, n, links - 1) for n in node.all_input_nodes}
+    if any(v is None for v in above.values()) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return None
+    made: Tensor = run_call(node, *fx.node.map_arg((node.args, node.kwargs), lambda n: above[n]))
+    return made
+
+
+def _changes_nothing(node: fx.Node) -> fx.Node | None:
+    if is_call(node, aten.cat.default):
+        return _only_part(node)
+    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
+        return None
+    x = operand(node)
+    before, after = value(x), value(node)
+    if is_call(node, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten.alias.default):
+        return x
+    if is_call(node, *_DROPOUTS, aten.native_dropout.default):
+        return x if not arg(node, 2) or arg(node, 1) == 0 else None
+    same_shape = len(before.shape) == len(after.shape) and all(map(same_size, before.shape, after.shape))
+    if not same_shape or before.dtype != after.dtype or before.device != after.device:
+        return None
+    if is_call(node, *RESHAPES, *CASTS, aten.expand.default, aten.slice.Tensor):
+        step = arg(node, 4, 1)
+        return x if not is_call(node, aten.slice.Tensor) or step == 1 else None
+    scalar = arg(node, 1)
+    if is_call(node, aten.add.Tensor, aten.sub.Tensor) and not isinstance(scalar, fx.Node) and scalar == 0:
+        return x
+    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(scalar, fx.Node) and scalar == 1:
+        return x
+    return None
+
+
+def _only_part(node: fx.Node) -> fx.Node | None:
+    """The one tensor that a concatenation joins with nothing: a cache that is still empty."""
+    parts = [p for p in arg(node, 0) if math.prod(shape(p)) != 0]
+    if len(parts) != 1 or len(shape(parts[0])) != len(shape(node)):
+        return None
+    part = parts[0]
+    assert isinstance(part, fx.Node)
+    return part if dtype(part) == dtype(node) and all(map(same_size, value(part).shape, value(node).shape)) else None

@@ -1,0 +1,112 @@
+"""What one attention computes on calibration data, for passes that fit new weights to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.head_weights import HeadWeights
+from attnopt.ir.operands import Operands
+from attnopt.ir.projection import Projected
+from attnopt.ir.reference import reference
+from attnopt.ir.semantics import edited
+from attnopt.ir.spec import AttentionSpec
+
+T = TypeVar("T")
+HELD_BACK = 8  # one sequence of so many; with fewer sequences, so much of each one's end
+
+
+Compute = Callable[[Sequence[HeadWeights], bool], Sequence[Operands]]  # weights; whether for the first batch alone
+
+
+@dataclass(frozen=True)
+class Activations:
+    """``batches`` are the site's operands with its heads in their original places; ``edited`` gives them for other
+    weights.  Tokens that are padding never count; every eighth sequence is held back for checking what was fitted."""
+
+    site: Projected  # as it is in the original model
+    batches: tuple[Operands, ...]
+    compute: Compute
+    edits: tuple[HeadWeights, ...] = ()
+    first: Activations | None = None  # with the original weights, where these are others
+    calls: int = 1  # of the site's weights: ``batches`` are those of one call, then those of the next
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what has been computed from these
+
+    @property
+    def original(self) -> Activations:
+        return self.first or self
+
+    def edited(self, edits: Sequence[HeadWeights], first_alone: bool = False) -> Activations:
+        """The same where the projections have these weights; if ``first_alone``, of the first batch only."""
+        if not edits:
+            return self
+        inner, batches = tuple(e for e in edits if e.role != "out"), self.batches
+        everything = merged(self.edits, inner)
+        if inner:
+            batches = tuple(self.compute(everything, first_alone))
+        return replace(self, batches=batches, edits=everything, first=self.original, memo={})
+
+    def once(self, what: str, spec: AttentionSpec, find: Callable[[], T]) -> T:
+        """``find()``, which depends on these activations and ``spec`` alone, computed the first time only."""
+        if (what, spec) not in self.memo:
+            self.memo[what, spec] = find()
+        found: T = self.memo[what, spec]
+        return found
+
+    @cached_property
+    def given(self) -> list[Tensor]:
+        """For each batch the heads' outputs [B, H, L, Dv] in the original model."""
+        first = self.original
+        return list(first.outputs(first.site.spec)) if first is self else first.given
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(o.real.sum()) for o in self.batches)
+
+    def counted(self, held: bool) -> list[Tensor]:
+        """For each batch bool [B, L]: the tokens to fit on, or those that are held back."""
+        each = len(self.batches) // self.calls
+        total, at, found = sum(len(o.q) for o in self.batches[:each]), 0, list[Tensor]()
+        for i, o in enumerate(self.batches):
+            B, at = len(o.real), at if i % each else 0
+            if total >= HELD_BACK:
+                back = (torch.arange(at, at + B, device=o.real.device) % HELD_BACK == HELD_BACK - 1)[:, None]
+            else:
+                rank = o.real.cumsum(1)
+                back = rank > rank[:, -1:] * (HELD_BACK - 1) // HELD_BACK
+            at += B
+            found.append(o.real & (back if held else ~back))
+        return found
+
+    def weights(self, spec: AttentionSpec) -> Iterator[Tensor]:
+        """For each batch the attention weights [B, H, L, S] under ``spec``, which chooses heads by their numbers."""
+        for o in self.batches:
+            eye = torch.eye(o.k.shape[2], dtype=o.v.dtype, device=o.v.device).expand(*o.k.shape[:3], -1)
+            yield _attend(replace(spec, gains=None, after=()), replace(o, v=eye))
+
+    def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
+        """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, edits and gains included."""
+        return (_attend(spec, o) for o in self.batches)
+
+
+def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[HeadWeights, ...]:
+    """Both, the later edit of a head in the place of the earlier one."""
+    replaced = {(e.role, e.head) for e in new}
+    return (*(e for e in old if (e.role, e.head) not in replaced), *new)
+
+
+def _attend(spec: AttentionSpec, o: Operands) -> Tensor:
+    def of_heads(x: Tensor | None) -> Tensor | None:
+        if x is None or x.dim() < 4 or x.shape[1] == 1:
+            return x
+        return x[:, list(spec.heads)]
+
+    q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
+    with torch.no_grad():
+        attend = edited(spec, reference(replace(spec, after=(), gains=None)))
+        return attend(q, k, v, bias=of_heads(o.bias), mask=of_heads(o.mask), sinks=of_heads(o.sinks))

@@ -1,0 +1,35 @@
+"""An attention as a function of tensors."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Attend(Protocol):
+    """A lowered attention: a plain function of tensors.
+
+    ``q`` [B, H, L, D], ``k`` [B, G, S, D], ``v`` [B, G, S, Dv]; ``bias`` and ``mask`` broadcast to [B, H, L, S], ``sinks``
+    to [B, H, L, 1]; each of the last three is None unless the spec has it.  Returns [B, H, L, Dv].
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor: ...
+
+
+class RoutedAttend(Protocol):
+    """As ``Attend``; rows outside ``wanted``, bool [B, H, L], may be anything finite."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor: ...

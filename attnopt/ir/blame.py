@@ -1,0 +1,65 @@
+"""A fault of what a third party wrote, as an error that names the plugin and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.base.registry import OURS, distribution_of, target_of
+from attnopt.base.sizes import hint
+from attnopt.errors import AttnoptError, PluginError
+from attnopt.ir.head_edits import HeadEdit
+from attnopt.ir.spec import AttentionSpec
+
+
+def applied(e: HeadEdit, spec: AttentionSpec, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    """``o`` after the edit.  Raises PluginError without the site."""
+    with blamed(e, "head edit", "apply"):
+        made = e.apply(spec, o, q, v, constants)
+    check_output(e, "head edit", made, tuple(o.shape), o.dtype)
+    return made
+
+
+def is_ours(plugin: Any) -> bool:
+    return type(plugin).__module__.partition(".")[0] == OURS
+
+
+def told(plugin: Any, kind: str) -> str:
+    """Whose fault it is: "pass 'acme.last-k' of acme-attnopt (acme_attnopt:LastK)"."""
+    cls = type(plugin)
+    name = next((n for n in (getattr(plugin, "name", None), getattr(plugin, "kind", None)) if n), cls.__name__)
+    distribution = distribution_of(cls)
+    return f"{kind} {name!r}{' of ' + distribution if distribution else ''} ({target_of(cls)})"
+
+
+def fault(plugin: Any, kind: str, what: str, site: str | None = None) -> PluginError:
+    remedy = "report the model" if is_ours(plugin) else f"repair the {kind}"
+    return PluginError(
+        f"{told(plugin, kind)}: {what}", hint=f"leave the site out of the policy, and {remedy}", site=site
+    )
+
+
+def check_output(plugin: Any, kind: str, o: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    wanted = list(map(hint, sizes))
+    if not isinstance(o, Tensor):
+        raise fault(plugin, kind, f"it gave {type(o).__name__}, expected a tensor {wanted}")
+    got = list(map(hint, o.shape))
+    if got != wanted or o.dtype != dtype:
+        raise fault(plugin, kind, f"it gave {got} in {o.dtype}, expected {wanted} in {dtype}")
+
+
+@contextmanager
+def blamed(plugin: Any, kind: str, method: str, site: str | None = None) -> Iterator[None]:
+    """Deliberate errors, and our own faults, stay what they are."""
+    try:
+        yield
+    except AttnoptError:
+        raise
+    except Exception as e:
+        if is_ours(plugin):
+            raise
+        raise fault(plugin, kind, f"{method} failed: {type(e).__name__}: {e}", site) from e

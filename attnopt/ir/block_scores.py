@@ -1,0 +1,120 @@
+"""How much a block of queries is likely to attend to each block of keys, guessed from queries and keys alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnopt.base.notation import Lookup, evaluate
+from attnopt.base.options import whole
+from attnopt.base.registry import Registry
+from attnopt.errors import PolicyError
+
+
+class BlockScores(ABC):
+    """A way to score blocks: a frozen dataclass, so that it prints as it is written."""
+
+    def check(self, block: int) -> None:
+        """Raises PolicyError where blocks of this size cannot be scored."""
+        return
+
+    @abstractmethod
+    def score(self, q_BHNTD: Tensor, k_BHMTD: Tensor, known_NM: Tensor, is_causal: bool) -> Tensor:
+        """Scores [B, H, N, M] of N blocks of T queries (the scale of the attention is in them) and M blocks of T keys.
+
+        They are compared within a row.  ``known_NM`` (bool): of which key blocks a row may know; what it gives these
+        must not depend on the others, except on the first block, which every row after the first may know.
+        """
+
+    def to_json(self) -> str:
+        """The text that ``parse_scores`` reads back."""
+        return repr(self)
+
+
+@dataclass(frozen=True)
+class Pooled(BlockScores):
+    """The product of the mean query and the mean key (MInference, arXiv:2407.02490)."""
+
+    def score(self, q_BHNTD: Tensor, k_BHMTD: Tensor, known_NM: Tensor, is_causal: bool) -> Tensor:
+        return q_BHNTD.mean(3) @ k_BHMTD.mean(3).mT
+
+
+@dataclass(frozen=True)
+class Antidiagonal(BlockScores):
+    """Sums along every ``stride``-th antidiagonal of a block, softmax over them (XAttention, arXiv:2503.16428)."""
+
+    stride: int = 8
+
+    def __post_init__(self) -> None:
+        whole("Antidiagonal", "stride", self.stride, least=1)
+
+    def check(self, block: int) -> None:
+        if block % self.stride:
+            raise PolicyError(f"Antidiagonal: stride={self.stride} does not divide blocks of {block} tokens")
+
+    def score(self, q_BHNTD: Tensor, k_BHMTD: Tensor, known_NM: Tensor, is_causal: bool) -> Tensor:
+        B, H, N, T, D = q_BHNTD.shape
+        M, parts = k_BHMTD.shape[2], T // self.stride
+        q = q_BHNTD.reshape(B, H, N * parts, self.stride, D).flip(3).flatten(3)
+        k = k_BHMTD.reshape(B, H, M * parts, self.stride * D)
+        known = known_NM.repeat_interleave(parts, 0).repeat_interleave(parts, 1)
+        s = (q @ k.mT / self.stride).masked_fill(~known, torch.finfo(q.dtype).min)
+        return s.softmax(-1).reshape(B, H, N, parts, M, parts).sum((3, 5))
+
+
+@dataclass(frozen=True)
+class KMeans(BlockScores):
+    """The share of pairs of a query and a key that are nearest to the same centroid (Routing Transformer, arXiv:2003.05997).
+
+    The centroids come from ``steps`` steps of spherical k-means on the keys themselves, from ``clusters`` of them at even
+    distances.  In a causal attention only the keys of the first block take part: later rows know no other key in common.
+    """
+
+    clusters: int = 16
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        whole("KMeans", "clusters", self.clusters, least=1)
+        whole("KMeans", "steps", self.steps)
+
+    def score(self, q_BHNTD: Tensor, k_BHMTD: Tensor, known_NM: Tensor, is_causal: bool) -> Tensor:
+        q, k = F.normalize(q_BHNTD, dim=-1), F.normalize(k_BHMTD, dim=-1)
+        source = k[:, :, 0] if is_causal else k.flatten(2, 3)
+        count = source.shape[2]
+        centroids = source.index_select(2, torch.arange(self.clusters, device=k.device) * count // self.clusters)
+        for _ in range(self.steps):
+            member = self._nearest(source, centroids)
+            moved = F.normalize(member.mT @ source, dim=-1)
+            centroids = torch.where(member.sum(2).unsqueeze(-1) > 0, moved, centroids)
+        centroids = centroids.unsqueeze(2)
+        return self._nearest(q, centroids).mean(3) @ self._nearest(k, centroids).mean(3).mT
+
+    def _nearest(self, vectors: Tensor, centroids: Tensor) -> Tensor:
+        """One-hot [..., clusters]."""
+        nearest = (vectors @ centroids.mT).argmax(-1, keepdim=True)
+        return (nearest == torch.arange(self.clusters, device=vectors.device)).to(vectors.dtype)
+
+
+SCORES = Registry(
+    "attnopt.block_scores",
+    "block score",
+    BlockScores,  # type: ignore[type-abstract]
+    {kind.__name__: kind for kind in (Pooled, Antidiagonal, KMeans)},
+)
+
+
+def constructor(name: str) -> type[BlockScores]:
+    """The kind of scores of this name, in any case; raises PolicyError."""
+    return SCORES.load(next((known for known in SCORES.listed() if known.lower() == name.lower()), name))
+
+
+def parse_scores(text: str, lookup: Lookup = constructor) -> BlockScores:
+    """Read a name with or without options, such as ``"antidiagonal(stride=16)"``; raises PolicyError."""
+    value = evaluate(text, lookup)
+    if isinstance(value, BlockScores):
+        return value
+    raise PolicyError(f"{text!r} are no block scores", hint=f"give one of {', '.join(SCORES.listed()).lower()}")

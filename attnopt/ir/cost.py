@@ -1,0 +1,71 @@
+"""What one attention costs, counted from its spec and the sizes of its projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call at the example's sizes: ``flops`` of the two products and the projections, ``parameters`` of the
+    projections, bytes of K and V that a cache holds for a token."""
+
+    flops: int
+    parameters: int
+    kv_bytes_per_token: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.parameters + other.parameters,
+            self.kv_bytes_per_token + other.kv_bytes_per_token,
+        )
+
+
+def cost_of(
+    site: Site, spec: AttentionSpec, before: AttentionSpec, element_sizes: tuple[int, int], rows: float = 1.0
+) -> Cost:
+    """FLOPs of the two products over what the pattern keeps and of the projections, for one sequence of the example's
+    length; parameters of the projections; bytes of keys and values that a cache holds for a token.
+
+    ``element_sizes``: bytes of one number of a key and of a value.
+    ``rows``: the share of the pairs of a query and a head that are computed."""
+    density = spec.pattern.density(site.q_len, site.kv_len, num_heads=spec.num_heads)
+    pairs = density * site.q_len * site.kv_len
+    products = rows * 2 * spec.num_heads * pairs * (spec.head_dim + spec.value_dim)
+    parameters = _projection_parameters(site, site.parameters, spec, before)
+    tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
+    flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
+    of_key, of_value = element_sizes
+    cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
+    if spec.is_constant:  # nothing reads the queries, keys and values
+        return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)
+    return Cost(int(flops), sum(parameters.values()), cached)
+
+
+def _projection_parameters(
+    site: Site, parameters: Mapping[str, Tensor], spec: AttentionSpec, before: AttentionSpec
+) -> dict[str, int]:
+    """For each projection whose rows are known, the numbers in the rows that are left."""
+    left = {
+        "q": (spec.num_heads, before.num_heads),
+        "k": (spec.num_kv_heads, before.num_kv_heads),
+        "v": (spec.num_kv_heads, before.num_kv_heads),
+        "out": (spec.num_heads, before.num_heads),
+    }
+    counts: dict[str, int] = {}
+    for role, (now, was) in left.items():
+        p = site.projections.get(role)
+        if p is None or p.rows is None or p.weight is None:
+            continue
+        weight = parameters[p.weight]
+        rows = sum(len(r) for r in p.rows)
+        axis = 1 if p.transposed != (role == "out") else 0
+        counts[role] = weight.numel() // weight.shape[axis] * rows * now // was
+    return counts

@@ -1,0 +1,225 @@
+"""What becomes of the heads' outputs between the attention and the output projection, as frozen values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.constant import Constant
+
+
+class HeadMap(Protocol):
+    """The heads of an attention by their numbers, and the place of the K/V head that each reads."""
+
+    @property
+    def heads(self) -> tuple[int, ...]: ...
+
+    @property
+    def kv_of_head(self) -> tuple[int, ...]: ...
+
+
+class HeadEdit(ABC):
+    """A change of the heads' outputs.  Heads go by their numbers in the trained model."""
+
+    kind: ClassVar[str]
+    overwrites: ClassVar[bool] = False  # what the changed heads gave before makes no difference
+    fits_other_values: ClassVar[bool] = True  # it means the same where values and output projection take another basis
+
+    @property
+    @abstractmethod
+    def changed(self) -> tuple[int, ...]:
+        """The heads whose outputs are made into something else than a multiple of themselves."""
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """The numbers that ``apply`` gets as tensors."""
+        return ()
+
+    @abstractmethod
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+        """``o`` [B, H, L, Dv] after the edit; ``q`` and ``v`` as the attention was given them.
+
+        ``spec``: the attention's ``AttentionSpec``, of which an edit reads the heads alone."""
+
+    @abstractmethod
+    def keeping(self, kept: Collection[int]) -> HeadEdit | None:
+        """The same edit where only these heads are left; None where it does nothing then.  ValueError where it cannot be."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with its ``kind``; by default the fields of a dataclass of numbers, texts and tuples of these."""
+        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_json``."""
+        return cls(**{name: _tuples(value) for name, value in data.items() if name != "kind"})
+
+    def __str__(self) -> str:
+        """In a few words, for reports."""
+        return repr(self)
+
+
+@dataclass(frozen=True)
+class Scaled(HeadEdit):
+    """Some heads' outputs times a factor, before an edit that follows: pairs of a head and its factor."""
+
+    kind: ClassVar[str] = "scaled"
+    gains: tuple[tuple[int, float], ...]
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        return ()
+
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+        places = {spec.heads.index(h): g for h, g in self.gains}
+        return with_heads(o, {place: o[:, place : place + 1] * gain for place, gain in places.items()})
+
+    def keeping(self, kept: Collection[int]) -> Scaled | None:
+        left = tuple((h, g) for h, g in self.gains if h in kept)
+        return Scaled(left) if left else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "gains": [list(pair) for pair in self.gains]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(tuple((int(h), float(g)) for h, g in data["gains"]))
+
+    def __str__(self) -> str:
+        return "gains " + ", ".join(f"{g:g} of head {h}" for h, g in self.gains)
+
+
+@dataclass(frozen=True)
+class TowardValues(HeadEdit):
+    """``o_h -> (1 - u) o_h + u v_h`` for pairs of a head and its u; as many queries as keys."""
+
+    kind: ClassVar[str] = "toward-values"
+    amounts: tuple[tuple[int, float], ...]
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        return tuple(h for h, _ in self.amounts)
+
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+        made: dict[int, Tensor] = {}
+        for head, u in self.amounts:
+            place = spec.heads.index(head)
+            own, group = o[:, place : place + 1], spec.kv_of_head[place]
+            value = v[:, group : group + 1].reshape(own.shape)  # not broadcast: a token goes to its own value
+            made[place] = value if u == 1.0 else own * (1.0 - u) + value * u
+        return with_heads(o, made)
+
+    def keeping(self, kept: Collection[int]) -> TowardValues | None:
+        left = tuple((h, u) for h, u in self.amounts if h in kept)
+        return TowardValues(left) if left else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "amounts": [list(pair) for pair in self.amounts]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(tuple((int(h), float(u)) for h, u in data["amounts"]))
+
+    def __str__(self) -> str:
+        return "toward its values " + ", ".join(f"by {u:g} of head {h}" for h, u in self.amounts)
+
+
+@dataclass(frozen=True)
+class Replaced(HeadEdit):
+    """Other outputs for some heads: ``values`` [heads, Dv], the same for every token, or [B or 1, heads, L, Dv]."""
+
+    kind: ClassVar[str] = "replaced"
+    overwrites: ClassVar[bool] = True
+    fits_other_values: ClassVar[bool] = False
+    heads: tuple[int, ...]
+    values: Constant
+    origin: str = "given values"  # what the values are, for reports
+
+    def __post_init__(self) -> None:
+        axis = 0 if self.is_constant else 1
+        if len(self.values.shape) not in (2, 4) or self.values.shape[axis] != len(self.heads):
+            raise ValueError(f"values of shape {list(self.values.shape)} for {len(self.heads)} heads")
+
+    @property
+    def is_constant(self) -> bool:
+        """The values are the same for every token."""
+        return len(self.values.shape) == 2
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        return self.heads
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        return (self.values,)
+
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+        (given,) = constants
+        values = given[None, :, None] if self.is_constant else given
+        made: dict[int, Tensor] = {}
+        for i, head in enumerate(self.heads):
+            place = spec.heads.index(head)
+            own, value = o[:, place : place + 1], values[:, i : i + 1].to(o.dtype)
+            if not self.is_constant and value.shape[2] != own.shape[2]:
+                raise ValueError(f"values for {value.shape[2]} tokens, where there are {own.shape[2]}")
+            made[place] = value.expand(own.shape)
+        return with_heads(o, made)
+
+    def keeping(self, kept: Collection[int]) -> Replaced | None:
+        places = [i for i, h in enumerate(self.heads) if h in kept]
+        if not places:
+            return None
+        values = self.values.tensor().index_select(0 if self.is_constant else 1, torch.tensor(places))
+        return replace(self, heads=tuple(self.heads[i] for i in places), values=Constant.of(values))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind, "heads": list(self.heads), "values": self.values.to_json(), "origin": self.origin,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(tuple(map(int, data["heads"])), Constant.from_json(data["values"]), str(data["origin"]))
+
+    def __str__(self) -> str:
+        return f"{self.origin} for head{'s' if len(self.heads) > 1 else ''} {', '.join(map(str, self.heads))}"
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, at any depth: JSON knows no tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:
+    """The heads that give the same [Dv], float64, for every token before their gain, as far as their edits tell."""
+    known: dict[int, Tensor] = {}
+    for edit in edits:
+        match edit:
+            case Replaced(is_constant=True):
+                known.update(zip(edit.heads, edit.values.tensor().double().unbind(), strict=True))
+            case Scaled():
+                known.update({h: known[h] * g for h, g in edit.gains if h in known})
+            case Replaced() | TowardValues():
+                known = {h: value for h, value in known.items() if h not in edit.changed}
+            case _:
+                return {}  # a route reads the queries of all heads
+    return known
+
+
+def with_heads(o: Tensor, new: Mapping[int, Tensor]) -> Tensor:
+    """``o`` [B, H, L, Dv] with the heads at these places replaced by tensors [B, 1, L, Dv]."""
+    pieces: list[Tensor] = []
+    start = 0
+    for place in sorted(new):
+        if start < place:
+            pieces.append(o[:, start:place])
+        pieces.append(new[place])
+        start = place + 1
+    if start < o.shape[1]:
+        pieces.append(o[:, start:])
+    return torch.cat(pieces, 1)

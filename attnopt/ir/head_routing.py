@@ -1,0 +1,111 @@
+"""Heads that a token uses or does without, chosen by a router from the token's queries."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from attnopt.base.registry import Registry
+from attnopt.ir.constant import Constant
+from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues
+
+
+@dataclass(frozen=True)
+class Routed(HeadEdit):
+    """Heads ``shared`` are every token's; of the heads ``routed`` each token uses the ``count`` with the highest scores, of
+    equal ones the first, and the output of the others is zero.
+
+    ``router`` None: the score of a head is the norm of its query.  Else float32 [H * D + 1, len(routed)]: scores linear in
+    the queries of all heads, one after the other, and a last row that is added.  A NaN score counts as the highest.
+    """
+
+    kind: ClassVar[str] = "routed"
+    shared: tuple[int, ...]
+    routed: tuple[int, ...]
+    count: int
+    router: Constant | None = None
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def share(self) -> float:
+        """Of all pairs of a token and a head those that are used."""
+        return (len(self.shared) + self.count) / (len(self.shared) + len(self.routed))
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        return () if self.router is None else (self.router,)
+
+    def gates(self, spec: HeadMap, q: Tensor, constants: Sequence[Tensor]) -> Tensor:
+        """Bool [B, H, L]: the heads that each token uses."""
+        chosen = _highest(self._scores(spec, q, constants), self.count)
+        order = {h: i for i, h in enumerate(self.routed)}
+        always = torch.ones_like(chosen[:, :1])
+        return torch.cat([chosen[:, i : i + 1] if (i := order.get(h)) is not None else always for h in spec.heads], 1)
+
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+        return o.masked_fill(~self.gates(spec, q, constants).unsqueeze(-1), 0.0)
+
+    def _scores(self, spec: HeadMap, q: Tensor, constants: Sequence[Tensor]) -> Tensor:
+        """[B, len(routed), L]"""
+        wide = q.to(torch.promote_types(q.dtype, torch.float32))
+        if self.router is None:
+            squared = wide.square().sum(-1)
+            places = [spec.heads.index(h) for h in self.routed]
+            return torch.cat([squared[:, place : place + 1] for place in places], 1)
+        (router,) = constants
+        router = router.to(wide.dtype)
+        return (wide.transpose(1, 2).flatten(2) @ router[:-1] + router[-1]).transpose(1, 2)
+
+    def keeping(self, kept: Collection[int]) -> Routed:
+        if not {*self.shared, *self.routed} <= set(kept):
+            raise ValueError("heads between which tokens are routed cannot be removed; remove heads first")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        router = None if self.router is None else self.router.to_json()
+        return {
+            "kind": self.kind, "shared": list(self.shared), "routed": list(self.routed), "count": self.count,
+            "router": router,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        router = None if data["router"] is None else Constant.from_json(data["router"])
+        shared, routed = (tuple(map(int, data[name])) for name in ("shared", "routed"))
+        return cls(shared, routed, int(data["count"]), router)
+
+    def __str__(self) -> str:
+        always = f"heads {', '.join(map(str, self.shared))} and " if self.shared else ""
+        by = "query norm" if self.router is None else "a linear router"
+        return f"{always}{self.count} of {len(self.routed)} heads for each token by {by}"
+
+
+def _highest(scores_BRL: Tensor, count: int) -> Tensor:
+    """Bool: the ``count`` highest over the second axis, of equal ones the first."""
+    if count == 0:
+        return torch.zeros_like(scores_BRL, dtype=torch.bool)
+    least = scores_BRL.topk(count, 1).values[:, -1:]
+    above, tied = scores_BRL > least, scores_BRL == least
+    left = count - above.sum(1, keepdim=True)
+    return above | (tied & (tied.cumsum(1) <= left)) | scores_BRL.isnan()
+
+
+HEAD_EDITS = Registry(
+    "attnopt.head_edits",
+    "head edit",
+    HeadEdit,  # type: ignore[type-abstract]
+    {edit.kind: edit for edit in (Scaled, TowardValues, Replaced, Routed)},
+    lambda cls: getattr(cls, "kind", None),
+)
+
+
+def edit_from_json(data: Mapping[str, Any]) -> HeadEdit:
+    """The edit that its ``to_json`` wrote.  Raises PolicyError for an unknown kind."""
+    return HEAD_EDITS.load(data["kind"]).from_json(data)

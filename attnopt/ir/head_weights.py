@@ -1,0 +1,22 @@
+"""New weights of one head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """New weights of one head in one projection: ``weight`` [D, in] and ``bias`` [D] or None.
+
+    In "out" the weight is [Dv, out]; its bias belongs to no head and stands in ``Rewrite.out_bias``.
+
+    ``head`` is an original number (of a K/V head for "k" and "v").
+    """
+
+    role: str
+    head: int
+    weight: Tensor = field(repr=False)
+    bias: Tensor | None = field(default=None, repr=False)

@@ -1,0 +1,103 @@
+"""Calls of what a third party wrote: whatever goes wrong is an error that names the plugin, where it comes from, and the site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from attnopt.errors import PluginError
+from attnopt.ir.attend import Attend
+from attnopt.ir.blame import blamed, check_output, fault
+from attnopt.ir.interfaces import Backend, Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.semantics import edited
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.spec_rules import broken_rules
+
+
+def check(p: Pass, site: Site) -> Refusal | None:
+    """The pass's answer.  Raises PluginError."""
+    _require_name(p, "pass", site)
+    if not is_dataclass(p):
+        raise fault(p, "pass", "its class is no dataclass, whose fields are the options", site.name)
+    with blamed(p, "pass", "check", site.name):
+        return _refusal(p.check(site))
+
+
+def rewrite(p: Pass, site: Site) -> Rewrite:
+    """What the pass makes of the site, which keeps every rule.  Raises PluginError."""
+    with blamed(p, "pass", "rewrite", site.name):
+        made = p.rewrite(site)
+    if not isinstance(made, Rewrite) or not isinstance(made.spec, AttentionSpec):
+        got = f"a Rewrite of {type(made.spec).__name__}" if isinstance(made, Rewrite) else type(made).__name__
+        raise fault(p, "pass", f"rewrite gave {got}, expected a Rewrite of an AttentionSpec", site.name)
+    if (broken := next(broken_rules(site, made), None)) is not None:
+        raise fault(p, "pass", broken, site.name)
+    return made
+
+
+def accepts(backend: Backend, site: Site) -> Refusal | None:
+    """The backend's answer for the site's spec.  Raises PluginError."""
+    _require_name(backend, "backend", site)
+    with blamed(backend, "backend", "check", site.name):
+        return _refusal(backend.check(site.spec))
+
+
+def cost(backend: Backend, site: Site) -> float:
+    """Seconds.  Raises PluginError."""
+    with blamed(backend, "backend", "cost", site.name):
+        seconds = backend.cost(site)
+    if not isinstance(seconds, (int, float)) or math.isnan(seconds):
+        raise fault(backend, "backend", f"cost gave {seconds!r}, expected seconds", site.name)
+    return seconds
+
+
+def notes(backend: Backend, site: Site) -> tuple[str, ...]:
+    """Of the site's spec.  Raises PluginError."""
+    with blamed(backend, "backend", "notes", site.name):
+        return tuple(map(str, backend.notes(site.spec)))
+
+
+def lower(backend: Backend, spec: AttentionSpec) -> Any:
+    """``backend.lower(spec)``, whose output is looked at.  Raises PluginError without the site."""
+    with blamed(backend, "backend", "lower"):
+        attend = backend.lower(spec)
+
+    def checked(q: Tensor, k: Tensor, v: Tensor, **others: Any) -> Tensor:
+        with blamed(backend, "backend", "the lowered attention"):
+            o = attend(q, k, v, **others)
+        check_output(backend, "backend", o, (q.shape[0], spec.num_heads, q.shape[2], v.shape[3]), v.dtype)
+        return o
+
+    return checked
+
+
+def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None = None) -> Attend:
+    """``spec`` with all that is in ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
+    if not spec.after:
+        plain: Attend = lower(backend, spec)
+        return plain
+    core = lower(backend, replace(spec, after=(), gains=None))
+    return edited(spec, core, constants, skips_rows=backend.skips_rows)
+
+
+def no_answer(site: Site, e: PluginError) -> Refusal:
+    """In the place of the answer of a plugin that was only asked, where nothing depends on it."""
+    hint = "repair or uninstall the plugin"
+    return site.refuse("plugin-failed", expected="an answer of the plugin", found=e.message, hint=hint)
+
+
+def _require_name(plugin: Any, kind: str, site: Site) -> None:
+    if not isinstance(getattr(plugin, "name", None), str):
+        raise fault(plugin, kind, "its class has no name", site.name)
+
+
+def _refusal(answer: Any) -> Refusal | None:
+    if answer is None or isinstance(answer, Refusal):
+        return answer
+    raise TypeError(f"it gave {answer!r}, expected a Refusal or None")

@@ -1,0 +1,45 @@
+"""The specification as code: the formula of ``AttentionSpec``, line by line, for any spec, as slow as it is plain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.attend import Attend
+from attnopt.ir.semantics import heads_of, visible, with_gains
+from attnopt.ir.spec import AttentionSpec
+
+
+def reference(spec: AttentionSpec) -> Attend:
+    """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  ``spec`` has no edits."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        k_BHSD, v_BHSD = heads_of(spec, k).to(wide), heads_of(spec, v).to(wide)
+        s = spec.scale * (q.to(wide) @ k_BHSD.mT)
+        if spec.softcap is not None:
+            s = spec.softcap * torch.tanh(s / spec.softcap)
+        if bias is not None:
+            s = s + bias.to(wide)
+        seen = visible(spec, q, k, mask)
+        if seen is not None:
+            s = s.masked_fill(~seen, -torch.inf)
+        o = _softmax(s, None if sinks is None else sinks.to(wide)) @ v_BHSD
+        return with_gains(spec, o).to(v.dtype)
+
+    return attend
+
+
+def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last axis, with the sink logit beside the scores; a row of nothing but -inf becomes zeros."""
+    top = s.amax(-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    p = torch.exp(s - top)
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
+    return p / total.masked_fill(total == 0.0, 1.0)

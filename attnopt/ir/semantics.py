@@ -1,0 +1,114 @@
+"""What the parts of a spec mean: visible keys, the K/V head of each head, edits and gains.
+
+All of it traces to plain operators, with no constant lifted into the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from attnopt.ir.attend import Attend, RoutedAttend
+from attnopt.ir.blame import applied
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns import Full
+
+
+def edited(
+    spec: AttentionSpec,
+    core: RoutedAttend | Attend,
+    constants: Sequence[Tensor] | None = None,
+    *,
+    skips_rows: bool = False,
+) -> Attend:
+    """``core``, which computes ``spec`` without its edits and gains, with all of them.
+
+    ``constants`` are those of ``spec.constants`` as tensors, so that a graph can hold them; None: made at each call.
+    ``skips_rows``: ``core`` is a ``RoutedAttend``.
+    """
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        held = iter([c.tensor(q.device) for c in spec.constants] if constants is None else constants)
+        own = [[next(held) for _ in edit.constants] for edit in spec.after]
+        wanted = {}
+        if skips_rows and spec.route is not None:
+            wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
+        o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
+        for edit, numbers in zip(spec.after, own, strict=True):
+            o = applied(edit, spec, o, q, v, numbers)
+        return with_gains(replace(spec, after=()), o)
+
+    return attend
+
+
+def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Bool [B|1, H|1, L|1, S]: the mask operand, the pattern and the selected blocks together; None where every query sees
+    every key."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    seen = [] if mask is None else [mask]
+    if not _sees_all(spec, q_len, kv_len):
+        seen.append(spec.pattern.mask(q_len, kv_len, num_heads=spec.num_heads, device=q.device).unsqueeze(0))
+    if spec.selection is not None:
+        seen.append(spec.selection.spread(selected(spec, q, k), q_len, kv_len))
+    return reduce(Tensor.__and__, seen) if seen else None
+
+
+def selected(spec: AttentionSpec, q: Tensor, k: Tensor) -> Tensor:
+    """Bool [B, H, block rows, block columns]: the blocks of keys that ``spec.selection`` keeps."""
+    assert spec.selection is not None
+    return spec.selection.select(q, heads_of(spec, k), spec.scale, spec.is_causal)
+
+
+def of_masked_blocks(backend: str, spec: AttentionSpec) -> tuple[str, ...]:
+    """What a backend that masks has to tell of blocks that are selected at run time."""
+    if spec.selection is None:
+        return ()
+    return (f"{backend}: blocks that are not kept are masked, not skipped, which saves no time",)
+
+
+def heads_of(spec: AttentionSpec, kv: Tensor) -> Tensor:
+    """Keys or values [B, G, S, D] as [B, H, S, D]: the one that each query head reads."""
+    if spec.kv_of_head == tuple(range(spec.num_kv_heads)):
+        return kv
+    return kv.index_select(1, _indices(spec.kv_of_head, kv.device))
+
+
+def with_gains(spec: AttentionSpec, o: Tensor) -> Tensor:
+    """Output [B, H, L, Dv] times each head's gain, which come after all edits.  ValueError where there are any left."""
+    if spec.after:
+        raise ValueError("lower the spec without its edits, or with attnopt.ir.semantics.attention_of")
+    if spec.gains is None:
+        return o
+    if len(set(spec.gains)) == 1:
+        return o * spec.gains[0]
+    runs = [(gain, len(list(run))) for gain, run in groupby(spec.gains)]
+    column = torch.cat([torch.full((n,), gain, dtype=o.dtype, device=o.device) for gain, n in runs])
+    return o * column.reshape(1, -1, 1, 1)
+
+
+def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
+    """Whether the pattern hides nothing.  A symbolic length is not decided upon: that would guard the graph."""
+    if spec.pattern == Full():
+        return True
+    if not (is_concrete_int(q_len) and is_concrete_int(kv_len)):
+        return False
+    return spec.pattern.covers(int(q_len), int(kv_len), num_heads=spec.num_heads)
+
+
+def _indices(values: Sequence[int], device: torch.device) -> Tensor:
+    """``values`` as an int64 tensor, made of ranges: ``torch.tensor`` would become a constant of the traced graph."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return torch.cat([torch.arange(run[0], run[-1] + 1, device=device) for run in runs])

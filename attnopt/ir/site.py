@@ -1,0 +1,60 @@
+"""What matching found: sites, near misses, and the inspection that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from attnopt.ir.activations import Activations
+from attnopt.ir.projection import Projected
+from attnopt.ir.refusal import Refusal
+
+Alignment = Literal["first", "last", "none"]
+
+
+@dataclass(frozen=True)
+class Site(Projected):
+    """One attention of the model, as it stands after the passes that were already applied to it."""
+
+    where: str = ""  # source line of the user's model
+    notes: tuple[str, ...] = ()  # what a reader should know: weights returned to the user, shared weights, ...
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)
+    batch: int = 1  # B, L and S at the sizes of the example inputs
+    q_len: int = 0
+    kv_len: int = 0
+    activations: Activations | None = field(default=None, repr=False, compare=False)  # where there is calibration data
+    is_dynamic: bool = False  # L or S may vary with the inputs
+    device: str = "cpu"  # the kind of device that the attention runs on
+    # "first": query i stands at key i.  "last": keys of a past come first, the last query stands at the last key.  "none":
+    # the lengths are equal in the examples at most, and vary apart.
+    alignment: Alignment = "first"
+
+    @property
+    def scale(self) -> float:
+        return self.spec.scale
+
+    @property
+    def is_cross(self) -> bool:
+        return self.spec.is_cross
+
+    @property
+    def original(self) -> Projected | None:
+        """As it is in the user's model, where there is calibration data."""
+        return None if self.activations is None else self.activations.site
+
+    def refuse(self, code: str, *, expected: str = "", found: object = "", hint: str = "") -> Refusal:
+        """A refusal that points at this site."""
+        return Refusal(code, expected, str(found), self.where, hint)
+
+    def without_activations(self) -> Site:
+        return replace(self, activations=None)
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that begins like an attention and is none, or is one that attnopt cannot yet express."""
+
+    name: str
+    refusal: Refusal
+    where: str = ""

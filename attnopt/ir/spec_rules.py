@@ -1,0 +1,150 @@
+"""What has to hold of a spec and its new weights after every pass, whoever wrote it: a list of rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnopt.base.intervals import Ranges, clipped
+from attnopt.base.registry import distribution_of
+from attnopt.errors import PluginError
+from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.head_edits import HeadEdit
+from attnopt.ir.head_weights import HeadWeights
+from attnopt.ir.interfaces import Rewrite
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns.algebra import Pattern
+
+_SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared with its own mask
+_RUN = 64  # queries whose reach is asked together
+_FIXED = ("head_dim", "value_dim", "is_cross", "has_bias", "has_mask", "has_sinks")
+
+
+def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
+    """What is wrong with what a pass made of ``site``."""
+    yield from verify_spec(site.spec, made.spec)
+    for edit in made.edits:
+        yield from _of_weights(site, made.spec, edit)
+    if made.out_bias is not None:
+        yield from _of_out_bias(site, made.out_bias)
+    if not isinstance(made.notes, tuple) or not all(isinstance(note, str) for note in made.notes):
+        yield f"notes is {made.notes!r}, expected a tuple of texts"
+    try:
+        yield from _of_foreign_patterns(site, made.spec)
+    except PluginError as e:
+        yield e.message
+    except Exception as e:
+        yield f"pattern {made.spec.pattern} failed: {type(e).__name__}: {e}"
+
+
+def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
+    """The rules that ``after`` breaks as a rewrite of ``before``, which has the operands and the weights that there are."""
+    for name in _FIXED:
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now:
+            yield f"{name} is {now!r}, and the attention itself has {was!r}"
+    for name, known in (("heads", before.heads), ("kv_heads", before.kv_heads)):
+        named = getattr(after, name)
+        if not named or len(set(named)) < len(named) or not set(named) <= set(known):
+            yield f"{name} is {named!r}, expected some of {known!r}, each once"
+    if len(after.kv_of_head) != len(after.heads) or not set(after.kv_of_head) <= set(range(len(after.kv_heads))):
+        yield f"kv_of_head is {after.kv_of_head!r} for {len(after.heads)} heads and {len(after.kv_heads)} K/V heads"
+    if not _is_finite(after.scale):
+        yield f"scale is {after.scale!r}, expected a finite number"
+    if after.softcap is not None and not (_is_finite(after.softcap) and after.softcap > 0):
+        yield f"softcap is {after.softcap!r}, expected None or a number above 0"
+    if after.gains is not None and not (len(after.gains) == len(after.heads) and all(map(_is_finite, after.gains))):
+        yield f"gains is {after.gains!r}, expected a finite number for each of {len(after.heads)} heads"
+    if after.selection is not None and not isinstance(after.selection, DynamicBlocks):
+        yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
+    for name, pattern in (("pattern", after.pattern), ("seen_as", after.seen_as)):
+        if name == "seen_as" and pattern is None:
+            continue
+        if not isinstance(pattern, Pattern):
+            yield f"{name} is {pattern!r}, expected a Pattern"
+        elif pattern.named_heads > len(after.heads):
+            yield f"{name} names head {pattern.named_heads - 1} by its place, and there are {len(after.heads)} heads"
+    for edit in after.after:
+        if not isinstance(edit, HeadEdit):
+            yield f"after holds {edit!r}, expected a HeadEdit"
+        elif not set(edit.changed) <= set(after.heads):
+            yield f"the edit {edit} changes heads {edit.changed!r} of {after.heads!r}"
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _of_weights(site: Site, spec: AttentionSpec, edit: HeadWeights) -> Iterator[str]:
+    if not isinstance(edit, HeadWeights):
+        yield f"edits holds {edit!r}, expected HeadWeights"
+        return
+    what = f"new {edit.role!r} weights of head {edit.head!r}"
+    heads: dict[str, Collection[int]] = {
+        "q": spec.heads, "k": spec.kv_heads, "v": spec.kv_heads, "out": spec.heads,
+    }  # fmt: skip
+    if edit.head not in heads.get(edit.role, ()):
+        yield f"{what}: expected one of {tuple(heads.get(edit.role, ()))!r} in q, k, v or out"
+        return
+    weight, bias = site.head_weight(edit.role, edit.head), site.head_bias(edit.role, edit.head)
+    if weight is None:
+        yield f"{what}: the projection is not known"
+        return
+    yield from _of_tensor(f"{what}", edit.weight, weight)
+    if edit.bias is not None and bias is None:
+        yield f"{what} come with a bias, and the projection has none for a head"
+    elif edit.bias is not None and bias is not None:
+        yield from _of_tensor(f"the bias of {what}", edit.bias, bias)
+
+
+def _of_out_bias(site: Site, made: Tensor) -> Iterator[str]:
+    known = site.out_bias()
+    if known is None:
+        yield "there is a new bias of the output projection, which has none"
+    else:
+        yield from _of_tensor("the new bias of the output projection", made, known)
+
+
+def _of_tensor(what: str, made: Tensor, known: Tensor) -> Iterator[str]:
+    if not isinstance(made, Tensor) or made.shape != known.shape:
+        got = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        yield f"{what}: expected a tensor {list(known.shape)}, got {got}"
+    elif not made.is_floating_point() or (made.device.type != "meta" and not bool(made.isfinite().all())):
+        yield f"{what}: expected finite floating-point numbers"
+
+
+def _of_foreign_patterns(site: Site, spec: AttentionSpec) -> Iterator[str]:
+    """Where a pattern's own ``reach`` denies what its ``visible`` says: what is computed would depend on the backend."""
+    pattern, q_len, kv_len = spec.pattern, site.q_len, site.kv_len
+    if not isinstance(pattern, Pattern) or not 0 < q_len * kv_len <= _SMALL or not _foreign(pattern):
+        return
+    for one in {pattern.for_head(h) for h in range(spec.num_heads)}:
+        seen_LS = one.mask(q_len, kv_len)[0].numpy()
+        runs = [(i, i) for i in range(q_len)] + [(i, min(i + _RUN, q_len) - 1) for i in range(0, q_len, _RUN)]
+        if any(_denies(one, seen_LS[first : last + 1], first + kv_len - q_len) for first, last in runs):
+            yield f"pattern {one}: reach denies what visible says at {q_len} queries and {kv_len} keys"
+
+
+def _denies(pattern: Pattern, seen_LS: NDArray[np.bool_], first: int) -> bool:
+    """A key that all of a run see is hidden from one of them, or one that none of them may see is seen."""
+    q_len, kv_len = seen_LS.shape
+    reach = pattern.reach(first, first + q_len - 1, kv_len)
+    surely, maybe = (_marked(ranges, kv_len) for ranges in (reach.all, reach.some))
+    return bool((surely & ~seen_LS).any() or (seen_LS & ~(maybe | surely)).any())
+
+
+def _marked(ranges: Ranges, length: int) -> NDArray[np.bool_]:
+    marks = np.zeros(length, np.bool_)
+    for start, stop in clipped(ranges, length):
+        marks[start:stop] = True
+    return marks
+
+
+def _foreign(pattern: Pattern) -> bool:
+    """It, or a part of it, is not attnopt's own."""
+    return distribution_of(type(pattern)) != "attnopt" or any(map(_foreign, pattern.parts))

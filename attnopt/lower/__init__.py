@@ -1,0 +1,1 @@
+"""A canonical attention and what was decided about it become operators."""

@@ -1,0 +1,69 @@
+"""What of a plan costs nothing at run time, because the output projection takes it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from attnopt.ir.head_edits import constant_heads
+from attnopt.ir.head_weights import HeadWeights
+from attnopt.ir.spec import AttentionSpec
+from attnopt.match.find import Found
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What is left to compute, and the weights for it."""
+
+    spec: AttentionSpec
+    edits: tuple[HeadWeights, ...]
+    out_bias: Tensor | None = None
+
+
+def folded(found: Found, plan: Folded) -> Folded:
+    """Heads that give the same for every token moved into the output bias, and gains into the output weights."""
+    if found.site.projections["out"].rows is None or found.output_op is None:
+        return plan
+    return _gains(found, _constants(found, plan))
+
+
+def _gains(found: Found, plan: Folded) -> Folded:
+    spec = plan.spec
+    if spec.gains is None:
+        return plan
+    scaled = [
+        HeadWeights("out", h, weight * gain)
+        for h, gain in zip(spec.heads, spec.gains, strict=True)
+        if (weight := _out_weight(found, plan, h)) is not None
+    ]
+    inner = (e for e in plan.edits if e.role != "out")
+    return replace(plan, spec=replace(spec, gains=None), edits=(*inner, *scaled))
+
+
+def _constants(found: Found, plan: Folded) -> Folded:
+    spec, site = plan.spec, found.site
+    known = constant_heads(spec.after)
+    silent = {h for h, value in known.items() if not bool(value.any())}
+    bias = site.out_bias() if plan.out_bias is None else plan.out_bias
+    can_move = bias is not None and site.projections["out"].direct
+    gone = [h for h in known if h in silent or can_move]
+    if len(gone) == spec.num_heads:
+        gone = gone[1:]  # one head has to stay; `lower` then computes no attention
+    for h in gone:
+        if h not in silent:
+            weight = _out_weight(found, plan, h)
+            assert weight is not None
+            assert bias is not None
+            gain = 1.0 if spec.gains is None else spec.gains[spec.heads.index(h)]
+            bias = bias.double() + gain * known[h].to(weight.device) @ weight.double()
+    if not gone:
+        return plan
+    moved = any(h not in silent for h in gone)
+    return replace(plan, spec=spec.keeping(set(spec.heads) - {*gone}), out_bias=bias if moved else plan.out_bias)
+
+
+def _out_weight(found: Found, plan: Folded, head: int) -> Tensor | None:
+    """Today's output weights [Dv, out] of a head."""
+    new = {e.head: e.weight for e in plan.edits if e.role == "out"}
+    return new.get(head, found.site.head_weight("out", head))

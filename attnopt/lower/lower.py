@@ -1,0 +1,244 @@
+"""Put chosen attentions in canonical form, apply what the passes decided, and lower them to ordinary operators.
+
+Two ways of doing it serve as each other's check.  "optimized" moves head selections into the weights, folds gains into
+the output projection and uses the chosen backend; "plain" computes the same meaning with the reference backend on
+full-size weights, with dense masks and zeros in the place of pruned heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.backends.reference import Reference
+from attnopt.capture.flex_attention import restore_calls
+from attnopt.errors import PluginError, RewriteError
+from attnopt.graph.cleanup import prune_unused_state, share
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import aten, shape, value
+from attnopt.graph.normalize import tidy
+from attnopt.graph.scatters import sizes_of
+from attnopt.graph.select import restrict, spread
+from attnopt.ir.head_edits import constant_heads
+from attnopt.ir.head_weights import HeadWeights
+from attnopt.ir.interfaces import Backend
+from attnopt.ir.operands import ROLES
+from attnopt.ir.plugin_calls import attention_of
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
+from attnopt.lower.fold import Folded, folded
+from attnopt.match.find import Found
+from attnopt.match.projections import weight_path
+from attnopt.slicing.fuse_projections import join
+from attnopt.slicing.packed_projections import built_anew, forks
+from attnopt.slicing.selection import trim
+from attnopt.slicing.selector import Selector, push_down
+from attnopt.slicing.weight_store import Weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of one site: its meaning after the passes, new weights, and the backend that computes it."""
+
+    found: Found
+    spec: AttentionSpec
+    edits: tuple[HeadWeights, ...]
+    backend: Backend
+    passes: tuple[str, ...]
+    out_bias: Tensor | None = None  # of the output projection, where it changes
+
+    @property
+    def changes_nothing(self) -> bool:
+        """The meaning of the site stays as it is: the plan only fuses it."""
+        return self.spec == self.found.raised.spec and not self.edits and self.out_bias is None
+
+
+def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of the graph that shares every weight, and the map from old nodes to new ones."""
+    graph = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, table)
+    old = next(iter(reversed(gm.graph.nodes)))
+    new = graph.output(result)
+    new.meta.update(old.meta)
+    graph.set_codegen(gm.graph._codegen)
+    module = fx.GraphModule(gm, graph)
+    for name in ("_in_spec", "_out_spec"):
+        if hasattr(gm, name):
+            setattr(module, name, getattr(gm, name))
+    return module, table
+
+
+def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins: bool = True) -> fx.GraphModule:
+    """A copy of ``gm`` with each plan carried out; ``gm`` itself is left as it is.
+
+    ``joins``: projections of one input become one.
+    """
+    module, table = copy_program(gm)
+    weights = Weights(module)
+    for plan in plans:
+        try:
+            _carry_out(module, weights, plan, table, plain)
+        except PluginError as e:
+            raise PluginError(e.message, hint=e.hint, site=plan.found.site.name) from e.__cause__
+        except Exception as e:
+            raise RewriteError(
+                f"{', '.join(plan.passes)} cannot be carried out: {type(e).__name__}: {e}",
+                site=plan.found.site.name,
+                hint="leave the site out of the policy and report the model",
+            ) from e
+    restore_calls(module)
+    share(module)
+    tidy(module)
+    if joins and not plain:
+        join(module, weights)
+    weights.settle()
+    prune_unused_state(module)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], plain: bool) -> None:
+    raised = plan.found.raised
+    node, out, region_out = table[raised.node], table[raised.out], table[raised.region.out.node]
+    region_out.replace_all_uses_with(out)
+    whole = Folded(plan.spec, plan.edits, plan.out_bias)
+    made = whole if plain else folded(plan.found, whole)
+    emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
+    if made.spec.is_constant and not plain:
+        lowered = _constant(emit, node, made.spec)
+    else:
+        lowered = _attention(emit, weights, plan, table, made, plain)
+    _edit_output(gm, weights, plan.found, table, replace(made, edits=tuple(e for e in made.edits if e.role == "out")))
+    chosen = trim(node, {1: made.spec.heads})
+    if not chosen:
+        node.replace_all_uses_with(lowered)
+    elif plain:
+        node.replace_all_uses_with(spread(emit, lowered, node, chosen))
+    else:
+        push_down(gm.graph, weights, emit.origin, node, lowered, chosen)
+
+
+def _attention(
+    emit: Emitter, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], made: Folded, plain: bool
+) -> fx.Node:
+    """The attention computed from operands whose heads are selected, as far up as that goes."""
+    node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
+    projected = {r: n for r, n in zip(ROLES, node.args, strict=True) if r in "qkv" and isinstance(n, fx.Node)}
+    ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
+    shared = forks(projected, ways)
+    editing = {role: _edits_for(plan.found.site, edits, role) for role in ROLES}
+    edited = any(editing.values())
+    before = plan.found.raised.spec
+    rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
+    dirty = built_anew(shared, projected, ways) if rebuilt else []
+    selectors = {
+        chosen: Selector(emit, weights, edited_parameters(plan.found.site, chosen), dirty, shared)
+        for chosen in set(editing.values())
+    }
+    kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
+    operands: dict[str, fx.Node | None] = {}
+    for role, operand in zip(ROLES, node.args, strict=True):
+        if not isinstance(operand, fx.Node):
+            operands[role] = None
+            continue
+        wanted = kept.get(role, {1: spec.heads} if shape(operand)[1] != 1 else {})
+        select = selectors[editing[role]]
+        operands[role] = (
+            restrict(emit, select.select(operand, {}), trim(operand, wanted))
+            if plain
+            else select.select(operand, wanted)
+        )
+    return inline(emit, spec, Reference() if plain else plan.backend, operands)
+
+
+def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:
+    """The new weights that an operand is made with: not those that another role has, of rows that make both."""
+    mine = site.projections.get(role)
+    own = set() if mine is None or mine.rows is None else {row for rows in mine.rows for row in rows}
+
+    def is_another(edit: HeadWeights) -> bool:
+        p = site.projections[edit.role]
+        assert p.rows is not None
+        return mine is not None and p.weight == mine.weight and bool(own & set(p.rows[edit.head]))
+
+    return tuple(e for e in edits if e.role == role or (e.role != "out" and not is_another(e)))
+
+
+def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
+    """What ``node`` gives where every head gives the same for every token: nothing of the attention is computed."""
+    known = constant_heads(spec.after)
+    gains = spec.gains or (1.0,) * spec.num_heads
+    values = torch.stack([known[h] * gain for h, gain in zip(spec.heads, gains, strict=True)])
+    wanted = value(node)
+    sizes = sizes_of(emit, node)
+    assert sizes is not None, "an attention has the batch and the queries of its inputs"
+    held = emit.constant(values.to(wanted.dtype).to(wanted.device)[None, :, None])
+    return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
+
+
+def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
+    given = [name for name, node in operands.items() if node is not None]
+    q = operands["q"]
+    assert q is not None
+    held = [emit.constant(c.tensor(value(q).device)) for c in spec.constants]
+
+    def call(*tensors: Tensor) -> Tensor:
+        found: dict[str, Tensor | None] = dict.fromkeys(operands)
+        found.update(zip(given, tensors[: len(given)], strict=True))
+        q, k, v = found["q"], found["k"], found["v"]
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        attend = attention_of(backend, spec, tensors[len(given) :])
+        return attend(q, k, v, bias=found["bias"], mask=found["mask"], sinks=found["sinks"])
+
+    return emit.inline(call, *(node for node in operands.values() if node is not None), *held)
+
+
+def edited_parameters(site: Site, edits: Sequence[HeadWeights], out_bias: Tensor | None = None) -> dict[str, Tensor]:
+    """Whole parameters with the edited heads in place, by name."""
+    made: dict[str, Tensor] = {}
+    if out_bias is not None:
+        name = site.projections["out"].bias
+        assert name is not None
+        made[name] = out_bias.to(site.parameters[name].dtype)
+    for edit in edits:
+        p = site.projections[edit.role]
+        assert p.rows is not None
+        assert p.weight is not None
+        rows = list(p.rows[edit.head])
+        _write(made, site, p.weight, rows, edit.weight, by_column=p.transposed != (edit.role == "out"))
+        if edit.bias is not None and p.bias is not None and edit.role != "out":
+            _write(made, site, p.bias, rows, edit.bias, by_column=False)
+    return made
+
+
+def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new: Tensor, by_column: bool) -> None:
+    if name not in made:
+        made[name] = site.parameters[name].detach().clone()
+    target = made[name]
+    index = torch.as_tensor(rows, device=target.device)
+    if by_column:
+        target[:, index] = new.to(target.dtype).mT.reshape(target[:, index].shape)
+    else:
+        target[index] = new.to(target.dtype).reshape(target[index].shape)
+
+
+def _edit_output(
+    gm: fx.GraphModule, weights: Weights, found: Found, table: Mapping[fx.Node, fx.Node], made: Folded
+) -> None:
+    """New columns, and where it changes a new bias, in the output projection of this site alone."""
+    op = found.output_op
+    edited = edited_parameters(found.site, made.edits, made.out_bias)
+    if op is None:
+        return
+    here = table[op]
+    for name in edited:
+        path = weight_path(here, {name})
+        select = Selector(Emitter(gm.graph, here, {"site": found.site.name}), weights, edited, path)
+        here.replace_input_with(path[0], select.select(path[0], {}))

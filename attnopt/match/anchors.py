@@ -1,0 +1,119 @@
+"""Anchors: every form in which a graph normalises scores over keys.
+
+A softmax may be one operator, ``exp`` of its logarithm, exponentials divided by their sum, or exponentials whose sum
+divides only after the product with the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from attnopt.graph.nodes import arg, aten, is_call, is_tensor, operand, shape, wrap
+from attnopt.match.overwrites import zeros_of
+from attnopt.match.row_sums import behind_layout, is_shifted, of_rows, row_sums
+
+SDPA = aten.scaled_dot_product_attention.default
+_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
+_LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """``weights`` = softmax of ``rate`` * ``scores`` over ``axis`` of the scores.
+
+    ``late_sum`` is the sum of the exponentials where it divides after the product with the values; ``weights`` are then
+    the bare exponentials.  ``masked``: the exponentials, and what they are before they are summed, where that is not the same.
+    """
+
+    scores: fx.Node
+    weights: fx.Node
+    axis: int
+    late_sum: fx.Node | None = None
+    masked: tuple[fx.Node, fx.Node] | None = None
+    rate: float = 1.0
+
+    @property
+    def may_overflow(self) -> bool:
+        """Exponentials of scores as they are: what is not a number among the weights need not be a row without a key."""
+        written_out = self.late_sum is not None or is_call(self.weights, aten.div.Tensor, aten.mul.Tensor)
+        return written_out and not is_shifted(self.scores, self.axis)
+
+
+def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
+    """Every normaliser in the order in which it runs: a ``Softmax``, or the node of a fused attention operator."""
+    for node in graph.nodes:
+        if is_call(node, SDPA):
+            yield node
+        elif is_call(node, *_SOFTMAX):
+            x = operand(node)
+            yield Softmax(x, node, wrap(arg(node, 1), len(shape(x))))
+        elif (power := _power(node)) is not None:
+            yield from _of_power(node, *power)
+
+
+def _power(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(x, rate), where ``node`` is e to the power of rate * x."""
+    if is_call(node, aten.exp.default):
+        return operand(node), 1.0
+    if is_call(node, aten.exp2.default):
+        return operand(node), math.log(2)
+    if is_call(node, aten.pow.Scalar) and arg(node, 0) > 1:
+        return operand(node, 1), math.log(arg(node, 0))
+    return None
+
+
+def _of_power(node: fx.Node, x: fx.Node, rate: float) -> Iterator[Softmax]:
+    if rate == 1 and (found := _of_logarithm(node, x)) is not None:
+        yield found
+        return
+    for kept in (node, *(u for u in node.users if is_call(u, aten.mul.Tensor) or zeros_of(u, node) is not None)):
+        for total in row_sums(kept, x if kept is node else None):
+            weights = next((u for u in kept.users if total.divides(u)), None)
+            if weights is None and all(is_call(u, aten.log.default) for u in total.node.users):
+                return  # part of a logarithm of a softmax, or of something else's
+            masked = None if kept is node else (node, kept)
+            late = None if weights is not None else total.node
+            yield Softmax(x, weights or kept, total.axis, late, masked, rate)
+            return
+
+
+def _of_logarithm(node: fx.Node, x: fx.Node) -> Softmax | None:
+    """``node`` = exp(x), and ``x`` is the logarithm of a softmax: one operator, or scores less the logarithm of a sum."""
+    if is_call(x, *_LOG_SOFTMAX):
+        return Softmax(operand(x), node, wrap(arg(x, 1), len(shape(x))))
+    if not is_call(x, aten.sub.Tensor) or x.kwargs:
+        return None
+    scores, taken = arg(x, 0), arg(x, 1)
+    if not is_tensor(scores):
+        return None
+    axes = (a for a in range(len(shape(x))) if _is_logarithm_of_sum(taken, scores, a))
+    axis = next(axes, None)
+    return None if axis is None else Softmax(scores, node, axis)
+
+
+def _is_logarithm_of_sum(node: object, scores: fx.Node, axis: int) -> bool:
+    """``node`` = log(sum(exp(scores))) over ``axis``, or m + log(sum(exp(scores - m))), once for each row."""
+    root = of_rows(node, scores, axis)
+    if is_call(root, aten.logsumexp.default):
+        return arg(root, 0) is scores and [wrap(d, len(shape(scores))) for d in arg(root, 1)] == [axis]
+    if root is not None and is_call(root, aten.add.Tensor) and not root.kwargs:
+        left, right = arg(root, 0), arg(root, 1)
+        return any(_is_logarithm_less(a, scores, m, axis) for a, m in ((left, right), (right, left)))
+    return _is_logarithm_less(node, scores, None, axis)
+
+
+def _is_logarithm_less(node: object, scores: fx.Node, shift: object, axis: int) -> bool:
+    """``node`` = log(sum(exp(scores - shift))) over ``axis``, or of the scores themselves where ``shift`` is None."""
+    root = of_rows(node, scores, axis)
+    if root is None or not is_call(root, aten.log.default):
+        return False
+    total = behind_layout(operand(root))
+    terms: fx.Node = arg(total, 0)
+    if not is_call(terms, aten.exp.default) or not any(r.node is total and r.axis == axis for r in row_sums(terms)):
+        return False
+    x = operand(terms)
+    return x is scores if shift is None else is_call(x, aten.sub.Tensor) and x.args == (scores, shift) and not x.kwargs

@@ -1,0 +1,181 @@
+"""Which axes of a recognised attention are heads, queries, keys and batch: read off where each comes from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from attnopt.base.sizes import same_size
+from attnopt.graph.axes import Atom, Axes, Axis, length, resolve, resolve_all, unfollow
+from attnopt.graph.nodes import shape, source_line, value
+from attnopt.ir.refusal import Refusal
+from attnopt.match.projections import chooses_weights, landings, signature
+from attnopt.match.read_scores import Operand, is_projected
+from attnopt.match.region import NotAttentionError, Region, atoms_of
+
+
+def assign_roles(r: Region) -> Region:
+    frames = list(r.frames)
+    for read in (r.q, r.k, r.v):
+        frames += _walk_up(read)
+    frame = _ordered(r)
+    not_queries = atoms_of(r.k.axes) | atoms_of(r.v.axes)
+    heads = tuple(c for c in frame if _is_feature(r.q, c))
+    if not heads:  # a norm over all features hides the heads of the queries, not those of keys and values
+        told = next((t for o in (r.k, r.v) if (t := {c for c in atoms_of(o.axes) if _is_feature(o, c)})), set[Atom]())
+        beside = _beside_features(r)
+        copied = {c for c in frame if told and _is_copied(r.k, c) and _is_copied(r.v, c)}
+        heads = tuple(c for c in frame if c in told | beside | copied)
+    free = [c for c in frame if c not in heads]
+    queries = _query_atoms(r, [c for c in free if c not in not_queries])
+    batch = [c for c in free if c not in queries]
+    if not heads and not _is_projected(r):
+        heads, batch = _guess_heads(r, batch, queries)
+    _refuse_channels(r)
+    return replace(
+        r,
+        heads=heads,
+        queries=queries,
+        batch=tuple(batch),
+        frames=tuple((n, resolve_all(a)) for n, a in frames),
+        q=_resolved(r.q),
+        k=_resolved(r.k),
+        v=_resolved(r.v),
+        out=_resolved(r.out),
+        keys=resolve(r.keys),
+        features=resolve(r.features),
+        value_features=resolve(r.value_features),
+    )
+
+
+def _resolved(o: Operand) -> Operand:
+    return Operand(o.node, resolve_all(o.axes))
+
+
+def _ordered(r: Region) -> list[Atom]:
+    """Atoms of the scores other than keys, in the order of the output's axes."""
+    own = set(resolve(r.value_features))
+    return [c for ax in resolve_all(r.out.axes) for c in ax if c not in own]
+
+
+def _is_feature(o: Operand, atom: Atom, behind: bool = False) -> bool:
+    """Neighbours along the atom come from different rows of a weight, at its end too: a first token may be made alone."""
+    pairs = {(0, 1), (atom.size - 2, atom.size - 1)}
+    return all(chooses_weights(o.node, _pick(o, atom, a), _pick(o, atom, b), behind) for a, b in pairs)
+
+
+def _is_projected(r: Region) -> bool:
+    """Weights make queries, keys or values, and no axis beside their features: there is one head."""
+    told = ((r.q, r.features), (r.k, r.features), (r.v, r.value_features))
+    return any(is_projected(o.node) or _is_feature(o, f) for o, features in told for f in resolve(features))
+
+
+def _is_copied(o: Operand, atom: Atom) -> bool:
+    """The operand holds the same along ``atom``: keys and values that several query heads share."""
+    if atom not in atoms_of(o.axes):
+        return False
+    return signature(o.node, _pick(o, atom, 0)) == signature(o.node, _pick(o, atom, 1))
+
+
+def _beside_features(r: Region) -> set[Atom]:
+    """Atoms of the queries that come from the same axis of a tensor as the features of a head: heads, split from it later."""
+
+    def read(atom: Atom, index: int) -> dict[tuple[fx.Node, int], set[int]]:
+        """Of each axis of each source the places that one of the atom's values is made from."""
+        found: dict[tuple[fx.Node, int], set[int]] = {}
+        for x in landings(r.q.node, _pick(r.q, atom, index)):
+            for axis, size in enumerate(shape(x.node)):
+                found.setdefault((x.node, axis), set()).update(x.selection.get(axis, range(size)))
+        return found
+
+    def sources(atom: Atom) -> set[tuple[fx.Node, int]]:
+        """The axes along which the atom chooses.  Neighbours may be rotated together, and then read the same places."""
+        first, last = read(atom, 0), read(atom, atom.size - 1)
+        return {key for key in first.keys() & last if first[key] != last[key]}
+
+    features = set(resolve(r.features))
+    own = set[tuple[fx.Node, int]]().union(*map(sources, features))
+    return {c for c in atoms_of(r.q.axes) - features if sources(c) & own}
+
+
+def _pick(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:
+    """Selection of one of ``atom``'s values on the operand."""
+    for i, axis in enumerate(resolve_all(o.axes)):
+        if atom not in axis:
+            continue
+        inner = math.prod(c.size for c in axis[axis.index(atom) + 1 :])
+        return {i: tuple(j for j in range(length(axis)) if j // inner % atom.size == index)}
+    return {}
+
+
+def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:
+    """Axes of the tensors above an operand as far as only layout changes: this is what cuts a merged batch x heads axis."""
+    found: list[tuple[fx.Node, Axes]] = []
+    node, axes = o.node, resolve_all(o.axes)
+    while True:
+        above = unfollow(node, axes)
+        if above is None:
+            return found
+        node, axes = above
+        found.append(above)
+
+
+def _query_atoms(r: Region, candidates: list[Atom]) -> Axis:
+    """Of the atoms that only queries have, those of the innermost axis: the others are a batch that keys are shared over."""
+    if not candidates:
+        return ()
+    for axis in reversed(resolve_all(r.out.axes)):
+        mine = tuple(c for c in axis if c in candidates)
+        if mine:
+            return mine
+    return ()
+
+
+def _guess_heads(r: Region, batch: list[Atom], queries: Axis) -> tuple[Axis, list[Atom]]:
+    """Where no projection tells: by convention heads are the axis before the queries, behind at least one batch axis.
+
+    An axis of length 1 there is a single head.
+    """
+    features = set(resolve(r.features))
+    axes = [ax for ax in resolve_all(r.q.axes) if not set(ax) & features or not ax]
+    place = axes.index(queries) if queries in axes else len(axes) - 1
+    if place < 2 or not axes[place - 1] or not set(axes[place - 1]) <= set(batch):
+        return (), batch
+    heads = axes[place - 1]
+    return heads, [c for c in batch if c not in heads]
+
+
+def _refuse_channels(r: Region) -> None:
+    """A softmax over features attends between channels, not between tokens.
+
+    Mixtures of tokens come from a weight too, but what is multiplied are then features behind it.
+    """
+    for atom in resolve(r.keys):
+        if _is_feature(r.k, atom) and not any(_is_feature(r.k, f, behind=True) for f in resolve(r.features)):
+            raise NotAttentionError(
+                Refusal(
+                    "channel-attention",
+                    "keys that are tokens",
+                    "a softmax over features that a projection makes",
+                    source_line(r.anchor) if r.anchor is not None else "",
+                    "attention between channels is left as it is",
+                )
+            )
+
+
+def squares(r: Region) -> bool:
+    """As many queries as keys, whatever the inputs' sizes."""
+    q, k = value(r.q.node), value(r.k.node)
+    return same_size(_size(q, r.q.axes, r.queries), _size(k, r.k.axes, r.keys))
+
+
+def _size(tensor: torch.Tensor, axes: Axes, wanted: Axis) -> int | torch.SymInt:
+    if not wanted:
+        return 1
+    for size, axis in zip(tensor.shape, resolve_all(axes), strict=True):
+        if axis == wanted:
+            return size
+    return -length(wanted)

@@ -1,0 +1,281 @@
+"""Find every attention of a captured program: match, raise, prove, name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from attnopt.base.sizes import is_static
+from attnopt.capture.flex_attention import is_flex, is_written_out, why_unread
+from attnopt.capture.program import Program
+from attnopt.graph.axes import resolve, resolve_all
+from attnopt.graph.nodes import (
+    ancestors,
+    get_attr,
+    is_call,
+    module_path,
+    operand,
+    opname,
+    shape,
+    source_line,
+    stored,
+    value,
+)
+from attnopt.ir.projection import Projection
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Alignment, NearMiss, Site
+from attnopt.match.anchors import SDPA, Softmax, normalisers
+from attnopt.match.escapes import where_used
+from attnopt.match.masks import keeps_a_mask
+from attnopt.match.projections import read_output, read_projection
+from attnopt.match.prove import example_values, region_key, site_error, site_tolerance
+from attnopt.match.raise_region import Raised, raise_region
+from attnopt.match.recognize import recognise
+from attnopt.match.region import NotAttentionError, Region
+from attnopt.match.token_streams import positions, relation
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site with its place in the graph.  ``dirty``: for each role the nodes between the core and the weights."""
+
+    site: Site
+    raised: Raised
+    dirty: dict[str, tuple[fx.Node, ...]]
+    output_op: fx.Node | None
+    error: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was found, and how many normalisers were looked at."""
+
+    found: tuple[Found, ...]
+    near_misses: tuple[NearMiss, ...]
+    candidates: int
+
+
+def find(program: Program) -> Findings:
+    """Every attention of ``program``, in the order in which they run."""
+    gm = program.module
+    examples = example_values(gm, program.args, program.kwargs)
+    parameters = stored(gm)
+    found: list[Found] = []
+    near: list[NearMiss] = []
+    names: Counter[str] = Counter()
+    proofs: dict[object, float] = {}
+    anchors, unread = list(normalisers(gm.graph)), _unread(gm)
+    for anchor in anchors:
+        node = anchor.weights if isinstance(anchor, Softmax) else anchor
+        try:
+            region = recognise(anchor)
+            owner = _owner(region)
+            name = owner if not names[owner] else f"{owner}#{names[owner] + 1}"
+            raised = raise_region(gm, region, name)
+            key = region_key(raised)
+            if key not in proofs:
+                proofs[key] = site_error(gm, raised, examples)
+            error = proofs[key]
+            if not error <= site_tolerance(raised):
+                raise NotAttentionError(_not_equal(raised, error))
+            found.append(_describe(gm, raised, name, parameters, error, examples))
+            names[owner] += 1
+        except NotAttentionError as e:
+            if e.near or is_written_out(node):
+                near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
+            else:
+                near += [miss for n in _beside(node) for miss in _in_onnx_runtime(gm, n, every=True)[:1]]
+        except Exception as e:
+            near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
+    return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread))
+
+
+def _unread(gm: fx.GraphModule) -> list[NearMiss]:
+    """What lies in a branch or a loop, and operators that are a whole attention."""
+    found: list[NearMiss] = []
+    for path, owner in gm.named_modules():
+        if not isinstance(owner, fx.GraphModule):
+            continue
+        inside = {a.weights if isinstance(a, Softmax) else a for a in normalisers(owner.graph)} if path else set()
+        for node in owner.graph.nodes:
+            if node in inside:  # traced from generated code: no line of the user's is known
+                hint = "take the branch or the loop out of the model, or optimize the module inside of it by itself"
+                found.append(NearMiss(path, Refusal("in-a-region", "code that always runs", path, "", hint)))
+            elif is_flex(node):
+                if (unread := why_unread(node)) is not None:
+                    found.append(NearMiss(module_path(node) or path, unread, source_line(node)))
+            elif opname(node) == "onnx_nodes":
+                found += _in_onnx_runtime(gm, node)
+            elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
+                hint = "capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)"
+                refusal = Refusal(
+                    "opaque-operator", "operators that can be read", opname(node), source_line(node), hint
+                )
+                found.append(NearMiss(module_path(node) or path, refusal, source_line(node)))
+    return found
+
+
+def _beside(node: fx.Node) -> list[fx.Node]:
+    """The nodes of a file that are left to ONNX Runtime and make the scores of a softmax, or read its weights."""
+    above = [n.args[0] if opname(n) == "getitem" else n for n in node.all_input_nodes]
+    return [n for n in (*above, *node.users) if isinstance(n, fx.Node) and opname(n) == "onnx_nodes"]
+
+
+def _in_onnx_runtime(gm: fx.GraphModule, node: fx.Node, every: bool = False) -> list[NearMiss]:
+    """Attentions and softmaxes of a file among the nodes that are left to ONNX Runtime; ``every``: all these nodes."""
+    from attnopt.onnx.load.runtime_nodes import kinds
+
+    hint = "give the file from before it was optimized or quantized, with its attentions outside of branches and loops"
+    model = get_attr(gm, str(operand(node).target))
+    return [
+        NearMiss(module_path(node), Refusal("opaque-operator", "operators that can be read", kind, "", hint))
+        for kind in kinds(model)
+        if every or "attention" in kind.lower() or "softmax" in kind.lower()
+    ]
+
+
+def _is_whole(name: str) -> bool:
+    return "attention" in name or "transformer_encoder" in name
+
+
+def _not_equal(raised: Raised, error: float) -> Refusal:
+    return Refusal(
+        "not-equal",
+        "the raised attention to compute what the model computes",
+        f"a relative difference of {error:.2g}",
+        source_line(raised.region.out.node),
+        _BLIND if raised.hides_for_good else _GAP,
+    )
+
+
+_GAP = "please report the model: this is a gap in matching, and the site is left as it is"
+_BLIND = (
+    f"if the example inputs hide every key of a query, as padding on the left does, pad on the right; if not, {_GAP}"
+)
+
+
+def _defeated(node: fx.Node, e: Exception) -> Refusal:
+    if 0 in (sizes := shape(node)):
+        return Refusal(
+            "no-elements",
+            "scores with elements",
+            f"scores of {' x '.join(map(str, sizes))}",
+            source_line(node),
+            "give example inputs with at least one sequence and one token",
+        )
+    return Refusal(
+        "not-understood",
+        "a layout that the matcher can follow",
+        f"{type(e).__name__}: {e}",
+        source_line(node),
+        "please report the model: this is a gap in matching, and the attention is left as it is",
+    )
+
+
+def _owner(region: Region) -> str:
+    """The deepest module in which both the core and the query projection run."""
+    core = _common([module_path(n) for n in region.nodes if n.meta.get("nn_module_stack")] or [""])
+    paths = [module_path(n) for n in _nearest_projections(region.q.node)]
+    return ".".join(_common([".".join(core), *paths]) or core)
+
+
+def _common(paths: list[str]) -> list[str]:
+    """The modules that all these paths begin with."""
+    shared: list[str] = []
+    for parts in zip(*(p.split(".") for p in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return shared
+
+
+def _nearest_projections(node: fx.Node) -> list[fx.Node]:
+    stop = {"linear", "addmm", "convolution", "conv1d", "conv2d", "matmul", "einsum"}
+    found = [n for n in ancestors(node, stop=lambda n: opname(n) in stop) if opname(n) in stop]
+    return found[:1] if len(found) == 1 else []
+
+
+def _describe(
+    gm: fx.GraphModule,
+    raised: Raised,
+    name: str,
+    parameters: dict[str, Tensor],
+    error: float,
+    examples: Mapping[fx.Node, Any],
+) -> Found:
+    spec, region = raised.spec, raised.region
+    operands = raised.operands
+    projections: dict[str, Projection] = {}
+    dirty: dict[str, tuple[fx.Node, ...]] = {}
+    for role, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
+        node = operands[role]
+        assert node is not None
+        projections[role], dirty[role] = read_projection(node, 1, heads, alone=role != "q")
+    projections["out"], op = _read_out(raised)
+    q, k, v = operands["q"], operands["k"], operands["v"]
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    related = relation(q, k, v, examples)
+    spec = replace(spec, is_cross=related in ("other", "inputs-apart"), positions=positions(q))
+    notes: tuple[str, ...] = ()
+    if related == "assumed":
+        notes += ("queries, keys and values are three inputs of one length: they are taken for one sequence",)
+    if region.escapes:
+        notes += (f"the attention weights are still computed: {where_used(region)}",)
+    if raised.hides_for_good:
+        notes += (
+            "a query whose every key is hidden, as by padding on the left of a causal mask, may get other numbers than the "
+            "model's: a finite number hides keys there",
+        )
+    if keeps_a_mask(gm, (operands["bias"], operands["mask"])):
+        notes += ("the model's own mask is kept: no pattern was shown to equal it at every length",)
+    device = value(q).device.type
+    if device == "meta":
+        notes += ("proved with random values: on the meta device the model holds none",)
+    site = Site(
+        name,
+        spec,
+        projections,
+        source_line(region.out.node),
+        notes,
+        parameters=parameters,
+        batch=shape(q)[0],
+        q_len=shape(q)[2],
+        kv_len=shape(k)[2],
+        is_dynamic=not (is_static(value(q).shape[2]) and is_static(value(k).shape[2])),
+        device=device,
+        alignment=_ALIGNMENT.get(related, "first"),
+    )
+    return Found(site, replace(raised, spec=spec), dirty, op, error)
+
+
+_ALIGNMENT: dict[str, Alignment] = {"past": "last", "apart": "none", "inputs-apart": "none"}
+
+
+def _read_out(raised: Raised) -> tuple[Projection, fx.Node | None]:
+    """The output projection, read from the region's own output: the canonical node is not connected yet."""
+    region = raised.region
+    return read_output(region.out.node, [_head_of(region, h) for h in range(raised.spec.num_heads)])
+
+
+def _head_of(region: Region, head: int) -> dict[int, tuple[int, ...]]:
+    """The selection of one head on the region's output; with a single head, of its features."""
+    wanted = resolve(region.heads) or resolve(region.value_features)
+    index = dict.fromkeys(wanted, range(0)) if region.heads else {a: range(a.size) for a in wanted}
+    for atom in reversed(resolve(region.heads)):
+        head, here = divmod(head, atom.size)
+        index[atom] = range(here, here + 1)
+    chosen: dict[int, tuple[int, ...]] = {}
+    for i, axis in enumerate(resolve_all(region.out.axes)):
+        if not set(axis) & set(wanted):
+            continue
+        flat = [0]
+        for atom in axis:
+            flat = [f * atom.size + j for f in flat for j in index.get(atom, range(atom.size))]
+        chosen[i] = tuple(flat)
+    return chosen

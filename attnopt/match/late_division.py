@@ -1,0 +1,91 @@
+"""A softmax whose sum divides after the product with the values, however both were laid out in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from attnopt.graph.axes import Axes, follow, resolve_all
+from attnopt.graph.nodes import CASTS, RESHAPES, arg, aten, is_call, source_line
+from attnopt.graph.products import Product
+from attnopt.ir.refusal import Refusal
+from attnopt.match.read_scores import Operand
+from attnopt.match.region import NotAttentionError, unreadable
+from attnopt.match.row_sums import divisors, way_down
+
+PASSIVE = (
+    *RESHAPES,
+    *CASTS,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.mT.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.squeeze.dims,
+    aten.slice.Tensor,
+    aten.squeeze.default,
+)  # what changes no number
+_LONGEST = 8  # layout changes between the product and the division
+
+
+@dataclass(frozen=True)
+class LateQuotient:
+    """``node`` = the product with the values, after ``over``, divided by the sum of exponentials, after ``under``."""
+
+    node: fx.Node
+    over: tuple[fx.Node, ...]
+    under: tuple[fx.Node, ...]  # the first one is the sum itself
+
+    def divided(self, product: Product, scores: Axes, axis: int) -> Operand:
+        """The quotient with its axes; ``scores`` are those of the exponentials, summed over ``axis``.
+
+        Raises NotAttentionError where a row of the product does not meet its own sum.
+        """
+        axes = _followed(self.over, product.axes)
+        scores = resolve_all(scores)
+        kept = bool(arg(self.under[0], 2, False))
+        total = tuple(() if i == axis else a for i, a in enumerate(scores) if kept or i != axis)
+        below = _followed(self.under[1:], total)
+        axes, below = resolve_all(axes), resolve_all(below)
+        aligned = axes[len(axes) - len(below) :] if len(below) <= len(axes) else ()
+        if len(aligned) != len(below) or any(own and own != other for own, other in zip(below, aligned, strict=True)):
+            raise NotAttentionError(
+                Refusal(
+                    "late-division",
+                    "each query's output divided by its own sum of exponentials",
+                    f"{self.node.name}, which divides by another's",
+                    source_line(self.node),
+                )
+            )
+        return Operand(self.node, axes)
+
+
+def _followed(nodes: tuple[fx.Node, ...], axes: Axes) -> Axes:
+    for node in nodes:
+        found = follow(node, axes)
+        if found is None:
+            raise unreadable(node, "a layout between the values and the late division that can be followed")
+        axes = found
+    return axes
+
+
+def late_quotient(product: fx.Node, total: fx.Node) -> LateQuotient | None:
+    """The division of ``product`` by ``total``, the two behind layout changes or not; None if there is none."""
+    stack: list[tuple[fx.Node, ...]] = [()]
+    while stack:
+        over = stack.pop(0)
+        end = over[-1] if over else product
+        for user in end.users:
+            for divisor, inverse in divisors(user, end):
+                under = way_down(divisor, total, inverse, lambda n: is_call(n, *PASSIVE))
+                if under is not None:
+                    return LateQuotient(user, over, under)
+            if is_call(user, *PASSIVE) and len(over) < _LONGEST:
+                stack.append((*over, user))
+    return None

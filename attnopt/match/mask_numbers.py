@@ -1,0 +1,290 @@
+"""The numbers at which a mask that is made of index arithmetic can change; none are told where other things can change it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from attnopt.base.sizes import is_static
+from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain
+from attnopt.graph.nodes import ancestors, arg, constant_of, is_number, is_tensor, opname, value
+
+FARTHEST = 131_072  # no mask is looked at beyond this length
+_TOO_FAR = 3 * FARTHEST  # nor is one named that may change beyond this one, at which the sum of two numbers is
+_NO_LENGTH = 1 << 24  # a number from here on is no length, but as good as infinite
+
+Lengths = tuple[int | torch.SymInt, int | torch.SymInt]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """``places``: whole numbers around which a mask may change.  ``sizes``: the graph's symbols that it depends on.
+
+    ``reach``: a length beyond what the numbers make of each other, or FARTHEST.  ``anywhere``: the mask may hold anything
+    anywhere, as what is cut from something stored.
+    """
+
+    places: frozenset[int]
+    sizes: frozenset[Any]
+    reach: int
+    anywhere: bool
+
+
+def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths) -> Numbers | None:
+    """None where a number goes beyond FARTHEST, and where the nodes vary with a size by more than sums, products with
+    numbers, and steps: a logarithm or a power may change far away from every number in it.
+
+    Numbers that are filled in, as what hides a score is, are none, unless they are compared.
+    """
+    every = list(dict.fromkeys(n for node in nodes for n in ancestors(node, stop=is_number)))
+    sizes = frozenset(s for n in every for s in _symbols(value(n)))
+    fixed = _fixed(every, nodes) if sizes else {n: constant_of(n) for n in every if n.op == "get_attr"}
+    made = [n for n in every if n in fixed or _varies(n) or not sizes]
+    is_regular = all(_is_regular(n, lengths) for n in made if n not in fixed and not is_number(n))
+    anywhere = not is_regular or any(sum(s > 1 for s in t.shape) > 1 for t in fixed.values() if t is not None)
+    counts_up = any(opname(n) == "cumsum" for n in made)
+    stepped = _stepped(made)
+    numbers = {n: list(_numbers(n, fixed, n in stepped, counts_up)) for n in made}
+    found = {n for given in numbers.values() for x in given for n in _whole(abs(x))}
+    if not sizes:
+        return Numbers(frozenset(found), sizes, FARTHEST, anywhere)
+    times = math.prod(max(1.0, abs(x)) for n in made if n not in fixed for x in _factors(n, counts_up))
+    near = {x for x in found if x < _NO_LENGTH * times}
+    if not is_regular or any(x > FARTHEST for x in near) or (near < found and any(map(_multiplies, made))):
+        return None
+    reach = _reach(nodes, {n: [x for x in given if abs(x) < _NO_LENGTH * times] for n, given in numbers.items()}, fixed)
+    return None if reach > _TOO_FAR else Numbers(frozenset(near), sizes, min(FARTHEST, reach), anywhere)
+
+
+_PRODUCTS = frozenset((
+    "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "remainder", "fmod", "index", "gather", "index_select",
+    "bucketize", "searchsorted",
+))  # fmt: skip
+
+
+def _reach(nodes: Sequence[fx.Node], numbers: dict[fx.Node, list[float]], stored: Collection[fx.Node]) -> int:
+    """A length beyond which nothing new is seen: numbers on one way multiply, those of two ways add up, and periods multiply."""
+    known: dict[fx.Node, float] = {}
+    periods = set[float]()
+    for node in nodes[0].graph.nodes:
+        if node not in numbers:
+            continue
+        own = [max(abs(x), 1 / abs(x)) for x in numbers[node] if x]
+        below = [known[n] for n in node.all_input_nodes if n in known]
+        together = math.prod(below) if opname(node) in _PRODUCTS else sum(below) or 1
+        times = max(own, default=1) if node in stored else math.prod(max(1.0, x) for x in own)
+        known[node] = min(1e18, max(1, together) * times)
+        if opname(node) in _PRODUCTS:
+            periods.update(x for x in own if x > 1)
+    return math.ceil(min(1e18, sum(known[n] for n in nodes) * math.prod(sorted(periods)[:-1])))
+
+
+def _fixed(every: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> dict[fx.Node, Tensor | None]:
+    """What is stored, or computed, the same at all sizes, and used by something that varies."""
+    same = {n for n in every if is_tensor(n) and not _varies(n)}
+    return {n: _held(n) for n in same if n in nodes or any(_varies(u) for u in n.users)}
+
+
+def _varies(node: fx.Node) -> bool:
+    """With a size or an input."""
+    return bool(inputs_behind(node)) or any(_symbols(value(n)) for n in ancestors(node, stop=is_number))
+
+
+def _symbols(val: Any) -> set[Any]:
+    numbers = [val] if isinstance(val, torch.SymInt) else list(val.shape) if isinstance(val, Tensor) else []
+    return {s for n in numbers if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+
+
+def _held(node: fx.Node) -> Tensor | None:
+    """What is the same at all sizes; None where it is not the same at every call."""
+    if node.op == "get_attr":
+        return constant_of(node)
+    gm = node.graph.owning_module
+    assert isinstance(gm, fx.GraphModule)
+    return evaluate(gm, node, {}) if is_plain(node) else None
+
+
+_STEPS = frozenset((
+    "lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal", "isin", "sign", "clamp",
+    "clamp_min", "clamp_max", "clip", "minimum", "maximum", "bucketize", "searchsorted", "floor", "ceil", "trunc", "round",
+    "relu", "remainder", "fmod", "floor_divide", "logical_not", "logical_and", "logical_or", "logical_xor", "_to_copy", "to",
+))  # fmt: skip
+_FILLED = frozenset(("full", "new_full", "full_like", "scalar_tensor"))
+_CREATED = _FILLED | frozenset((
+    "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty", "zeros_like", "ones_like", "empty_like", "arange", "eye",
+))  # fmt: skip
+_MOVED = frozenset((
+    "tril", "triu", "cat", "stack", "index", "gather", "index_select", "index_put", "repeat", "repeat_interleave", "flip", "roll",
+    "split", "split_with_sizes", "chunk", "unbind", "getitem", "tile", "meshgrid", "constant_pad_nd", "pad", "broadcast_to",
+    "broadcast_tensors", "lift_fresh_copy", "copy", "diagonal", "diag", "view_as", "reshape_as", "narrow", "movedim", "one_hot",
+    "slice", "select", "slice_scatter", "select_scatter", "expand", "expand_as", "view", "_unsafe_view", "reshape", "flatten",
+    "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "mT", "swapaxes", "unfold", "to", "_to_copy", "type_as",
+    "clone", "alias", "detach", "contiguous", "_assert_tensor_metadata",
+))  # fmt: skip
+_STRETCHED = frozenset((
+    "repeat", "repeat_interleave", "expand", "view", "_unsafe_view", "reshape", "unflatten", "unfold", "pad", "constant_pad_nd",
+    "index_put",
+))  # fmt: skip
+_SUMS = frozenset((
+    "add", "sub", "subtract", "rsub", "neg", "negative", "abs", "absolute", "mul", "multiply", "div", "divide", "true_divide",
+    "cumsum", "diff", "any", "all", "isinf", "isneginf", "isfinite", "isnan", "nan_to_num", "where", "masked_fill", "fill",
+))  # fmt: skip
+_OF_FLAGS = frozenset((
+    "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "__and__", "__or__", "__xor__", "prod", "amax", "amin",
+))  # fmt: skip
+_PLACES = {
+    "tril": (1,),
+    "triu": (1,),
+    "slice": (2, 4),
+    "select": (2,),
+    "roll": (1,),
+}  # what of a size is a place in these
+_EXACT = {
+    torch.int8: 7,
+    torch.uint8: 8,
+    torch.int16: 15,
+    torch.float16: 11,
+    torch.bfloat16: 8,
+}  # whole numbers up to 2^n
+
+
+def _is_regular(node: fx.Node, lengths: Lengths) -> bool:
+    """Beyond its numbers, the node goes on as it does near them, and at every size."""
+    if node.op != "call_function" or is_number(node):
+        return True
+    name, val = opname(node), value(node)
+    if name not in _STEPS | _CREATED | _MOVED | _SUMS and not (name in _OF_FLAGS and _takes_flags(node)):
+        return False
+    if not all(_is_offset(x, lengths) for x in _given_numbers(node)):
+        return False
+    if name not in _STEPS or not isinstance(val, Tensor) or not all(is_static(s) and s == 1 for s in val.shape):
+        return True
+    return not any(_symbols(value(n)) for n in ancestors(node, stop=is_number))  # else it compares nothing but sizes
+
+
+def _given_numbers(node: fx.Node) -> list[Any]:
+    """Numbers that become values or places, not sizes."""
+    name = opname(node)
+    if name in _MOVED:
+        given = [arg(node, place) for place in _PLACES.get(name, ())]
+    elif name == "arange":
+        given = [arg(node, 0), arg(node, 2)] if len(node.args) > 1 else []
+    elif name in _CREATED:
+        given = [arg(node, 0 if name == "scalar_tensor" else 2 if name == "new_full" else 1)] if name in _FILLED else []
+    else:
+        given = list(node.args)
+    return [value(x) for x in given if isinstance(x, fx.Node) and is_number(x)]
+
+
+def _is_offset(number: Any, lengths: Lengths) -> bool:
+    """A number, beside by how many keys there are more than queries: a length itself may change a mask at any size."""
+    if not isinstance(number, torch.SymInt):
+        return isinstance(number, (int, float))
+    q_len, kv_len = (n.node.expr if isinstance(n, torch.SymInt) else n for n in lengths)
+    more = kv_len - q_len
+    return any(not sympy.expand(number.node.expr - part).free_symbols for part in (0, more, -more))
+
+
+def _takes_flags(node: fx.Node) -> bool:
+    return all(_is_flag(n) for n in node.all_input_nodes if is_tensor(n))
+
+
+def _is_flag(node: fx.Node) -> bool:
+    """It holds two numbers alone: a comparison, and what copies, sums and products with numbers make of one."""
+    while value(node).dtype != torch.bool:
+        above = [n for n in node.all_input_nodes if is_tensor(n)]
+        if not above:
+            return opname(node) in _CREATED - {"arange"}
+        if len(above) > 1 or opname(node) not in _MOVED | {
+            "add",
+            "sub",
+            "rsub",
+            "neg",
+            "mul",
+            "div",
+            "ones_like",
+            "zeros_like",
+        }:
+            return False
+        node = above[0]
+    return True
+
+
+def _multiplies(node: fx.Node) -> bool:
+    """Places with places, as squares of distances are made, or sums over them."""
+    of_places = [n for n in node.all_input_nodes if not is_tensor(n) or not _is_flag(n)]
+    return opname(node) == "cumsum" or (opname(node) in ("mul", "multiply") and len(of_places) > 1)
+
+
+def _factors(node: fx.Node, counts_up: bool) -> Iterator[float]:
+    """The literals with which places are multiplied."""
+    if _takes_flags(node) and not counts_up:
+        return
+    literals = [float(x) for x in node.args if isinstance(x, (int, float)) and x]
+    if opname(node) in ("mul", "multiply"):
+        yield from literals
+    elif opname(node) in ("div", "divide", "true_divide"):
+        yield from (1 / x for x in literals)
+
+
+def _stepped(made: Sequence[fx.Node]) -> set[fx.Node]:
+    return {a for n in made if opname(n) in _STEPS for a in ancestors(n, stop=is_number)}
+
+
+def _numbers(node: fx.Node, fixed: dict[fx.Node, Tensor | None], stepped: bool, counts_up: bool) -> Iterator[float]:
+    """What may be a length or a distance in this node."""
+    val = value(node)
+    if isinstance(val, torch.SymInt):
+        yield from _numbers_of(val)
+    elif isinstance(val, Tensor):
+        if opname(node) in _CREATED:
+            yield from {n for s in val.shape for n in _numbers_of(s)}
+        if val.dtype in _EXACT and stepped and not _is_flag(node):
+            yield 2 << _EXACT[val.dtype]
+    if node in fixed:
+        yield from _numbers_in(fixed[node], stepped)
+    elif node.op == "call_function" and _counts(node, stepped, counts_up):
+        leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
+        yield from (x for x in leaves if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x))
+
+
+def _whole(x: float) -> tuple[int, ...]:
+    """The whole numbers on both sides of ``x``, and how many of it make one."""
+    if x == int(x):
+        return (int(x),)
+    return (int(x), int(x) + 1, *((math.ceil(1 / x),) if x < 1 else ()))
+
+
+def _counts(node: fx.Node, stepped: bool, counts_up: bool) -> bool:
+    """Its numbers may be lengths: it computes whole numbers or flags, or what is compared, or cuts a triangle or a slice."""
+    if opname(node) in ("tril", "triu", "slice", "roll"):
+        return True
+    if any(is_tensor(n) for n in node.all_input_nodes) and _takes_flags(node) and not counts_up:
+        return False
+    if opname(node) in _MOVED - _STRETCHED:
+        return False
+    val = value(node)
+    return stepped or (isinstance(val, Tensor) and not (val.is_floating_point() or val.is_complex()))
+
+
+def _numbers_of(size: int | torch.SymInt) -> list[int]:
+    """The numbers with which a size is computed from the graph's symbols."""
+    return [int(x) for x in size.node.expr.atoms() if x.is_Integer] if isinstance(size, torch.SymInt) else []
+
+
+def _numbers_in(held: Tensor | None, stepped: bool) -> Iterator[float]:
+    if held is None:
+        return
+    yield max(held.shape, default=1)
+    is_whole = not (held.is_floating_point() or held.is_complex() or held.dtype == torch.bool)
+    if not is_whole and (held.dtype == torch.bool or held.is_complex() or not (stepped or held.numel() == 1)):
+        return
+    known = held[held.isfinite() & (held != 0)].abs()
+    if known.numel():
+        yield from (float(known.min()), float(known.max()))

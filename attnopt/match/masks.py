@@ -1,0 +1,248 @@
+"""Masks and biases: what the steps between scores and softmax amount to, and which pattern that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.graph.axes import Axes
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain, symbols
+from attnopt.graph.nodes import aten, dtype, source_line, value
+from attnopt.ir.refusal import Refusal
+from attnopt.match.axis_roles import squares
+from attnopt.match.mask_numbers import Lengths
+from attnopt.match.mask_patterns import Sample, as_visible, may_hide, name_pattern, samples
+from attnopt.match.read_scores import Hide, Multiply, Term
+from attnopt.match.rearrange import Arranger
+from attnopt.match.region import NotAttentionError, Region
+from attnopt.patterns import Causal, Full, Pattern
+
+_FAR = -1e8  # a score that this is added to counts for nothing beside one that it is not added to
+_EFFACING = -1e12  # nothing is left of a score that this is added to
+_LOST = 1e4  # a score beside which this is added to another counts for nothing
+FLOOR = -1e30  # so is every other, and what is added to it later
+
+
+def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | None, fx.Node | None, bool]:
+    """The bias and the visible-mask that the steps amount to, and whether a constant was dropped from the scores."""
+    bias: fx.Node | None = None
+    mask: fx.Node | None = None
+    constant = False
+    groups: Axes = (r.batch, r.heads, r.queries, r.keys)
+    if r.top_left_causal and not squares(r):
+        mask = _top_left(emit, at, r)
+    for step in r.steps:
+        if isinstance(step, Multiply):
+            if step.factor < 0 and mask is not None:
+                raise NotAttentionError(
+                    Refusal("negated-mask", "a positive factor after a mask", str(step.factor), source_line(r.out.node))
+                )
+            bias = None if bias is None else emit.call(aten.mul.Tensor, bias, step.factor)
+        elif isinstance(step, Term):
+            constant = constant or step.operand is None
+            bias = _plus(emit, at, bias, step, groups)
+        else:
+            condition = at.arrange(step.condition.node, step.condition.axes, groups)
+            if dtype(condition) != torch.bool:
+                condition = emit.call(aten._to_copy.default, condition, dtype=torch.bool)
+            hidden = condition if step.when else emit.call(aten.bitwise_not.default, condition)
+            fill = _fill(_module_of(emit), r, step, hidden)
+            if fill == -math.inf:
+                visible = emit.call(aten.bitwise_not.default, condition) if step.when else condition
+                mask = visible if mask is None else emit.call(aten.bitwise_and.Tensor, mask, visible)
+            else:
+                bias = _filled(emit, bias, hidden, fill, dtype(r.q.node))
+    return bias, mask, constant
+
+
+def _module_of(emit: Emitter) -> fx.GraphModule:
+    owner = emit.graph.owning_module
+    assert isinstance(owner, fx.GraphModule)
+    return owner
+
+
+def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
+    """What hides the same when it is added to the scores; -inf where no row can be hidden whole.
+
+    Beside a number of moderate size a score can still be seen: adding it is not the same as writing it.  In a row that is
+    all hidden, scores of some size can be seen beside a larger one too (see ``hides_for_good``).
+    """
+    if step.fill <= _EFFACING:
+        return step.fill
+    if step.fill <= _FAR:
+        return FLOOR if _hides_alone(r, step) else step.fill
+    if _never_blind(gm, hidden):
+        return -math.inf
+    if not _hides_alone(r, step):
+        raise NotAttentionError(_moderate_mask(step, r))
+    return FLOOR
+
+
+def _hides_alone(r: Region, step: Hide) -> bool:
+    """A row that is all hidden is hidden by this number alone: its weights are equal then, whatever the number is."""
+    if torch.finfo(dtype(r.q.node)).min > FLOOR or (r.sinks is not None and may_hide(r.sinks.node, step.fill)):
+        return False
+    place = r.steps.index(step)
+    added = [(i, s.operand.node) for i, s in enumerate(r.steps) if isinstance(s, Term) and s.operand is not None]
+    if any(i > place or may_hide(node, step.fill) for i, node in added):
+        return False
+    return all(s.fill in (-math.inf, step.fill) for s in r.steps if isinstance(s, Hide))
+
+
+def _moderate_mask(step: Hide, r: Region) -> Refusal:
+    return Refusal(
+        "moderate-mask",
+        "a mask of -inf or the dtype's minimum",
+        f"{step.fill:g} written over scores, on rows that may be all hidden",
+        source_line(step.condition.node) or source_line(r.out.node),
+        "mask with -inf or torch.finfo(dtype).min",
+    )
+
+
+def _never_blind(gm: fx.GraphModule, hidden: fx.Node) -> bool:
+    """The condition is known without the inputs, and leaves each query a key."""
+    if inputs_behind(hidden) or not is_plain(hidden):
+        return False
+    seen = samples(gm, [hidden])
+    return seen is not None and all(bool((~s.values[0]).any(-1).all()) for s in seen if s.whole_rows)
+
+
+def _plus(emit: Emitter, at: Arranger, bias: fx.Node | None, step: Term, groups: Axes) -> fx.Node | None:
+    if step.operand is None:
+        return bias if bias is None else emit.call(aten.add.Tensor, bias, step.constant)
+    term = at.arrange(step.operand.node, step.operand.axes, groups)
+    if step.coefficient != 1.0:
+        term = emit.call(aten.mul.Tensor, term, step.coefficient)
+    return term if bias is None else emit.call(aten.add.Tensor, bias, term)
+
+
+def _filled(emit: Emitter, bias: fx.Node | None, hidden: fx.Node, fill: float, kind: torch.dtype) -> fx.Node:
+    kind = kind if bias is None else dtype(bias)
+    device = value(hidden).device
+    written = emit.call(aten.full.default, [], fill, dtype=kind, device=device)
+    return emit.call(
+        aten.where.self, hidden, written, bias or emit.call(aten.full.default, [], 0.0, dtype=kind, device=device)
+    )
+
+
+def _top_left(emit: Emitter, at: Arranger, r: Region) -> fx.Node:
+    """The fused operator's causal flag where queries and keys differ in number: query i sees keys 0..i."""
+    device = value(r.q.node).device
+    rows = emit.call(aten.arange.default, at.length(r.queries), device=device)
+    columns = emit.call(aten.arange.default, at.length(r.keys), device=device)
+    visible = emit.call(
+        aten.le.Tensor, emit.call(aten.unsqueeze.default, columns, 0), emit.call(aten.unsqueeze.default, rows, 1)
+    )
+    return emit.call(aten.unsqueeze.default, emit.call(aten.unsqueeze.default, visible, 0), 0)
+
+
+def read_masks(
+    gm: fx.GraphModule, r: Region, bias: fx.Node | None, mask: fx.Node | None, q: fx.Node, k: fx.Node
+) -> tuple[Pattern, Pattern | None, fx.Node | None, fx.Node | None]:
+    """(static pattern, what it amounts to on unpadded inputs, bias operand, mask operand)."""
+    pattern: Pattern = Causal() if r.top_left_causal and squares(r) else Full()
+    lengths = (value(q).shape[2], value(k).shape[2])
+    both = [n for n in (bias, mask) if n is not None]
+    if not both:
+        return pattern, None, None, None
+    if (found := _named(gm, both, lengths, None)) is not None:
+        return _and(pattern, found), None, None, None
+    if mask is not None and (found := _named(gm, [mask], lengths, None)) is not None:
+        return _and(pattern, found), None, bias, None
+    if bias is not None and (found := _named(gm, [bias], lengths, None)) is not None:
+        pattern, bias = _and(pattern, found), None
+    elif bias is not None and (found := _named(gm, [bias], lengths, None, beside=True)) is not None:
+        pattern = _and(pattern, found)
+    seen = _named(gm, both, lengths, 1) if all(_from_flags(n) for n in both) else None
+    return pattern, None if seen is None else _and(pattern, seen), bias, mask
+
+
+def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
+    """Whether a query that is left without a key here may see, in the model, what a finite number hides there.
+
+    A pattern or a mask hides for good.  Where a number is as good as that for each query that sees something else, it is not
+    for one whose every other key the inputs hide, as padding on the left does under a causal mask.  Nor is a number that is
+    added here as good as one that the model writes: something is left of the score.
+    """
+    hides = [s for s in r.steps if isinstance(s, Hide)]
+    added = [(s.operand.node, s.coefficient) for s in r.steps if isinstance(s, Term) and s.operand is not None]
+    given = any(inputs_behind(s.condition.node) for s in hides)
+    if not given and not any(inputs_behind(n) and may_hide(n, -_LOST) for n, _ in added):
+        return False
+    named = not isinstance(pattern, Full)
+    for i, step in enumerate(hides):
+        if step.fill == -math.inf:
+            continue
+        if _EFFACING < step.fill <= _FAR and not _hides_alone(r, step) and _hides_whole_rows(step, hides, added):
+            return True
+        if any(s.fill == -math.inf for s in hides[:i]):
+            return True
+        if not inputs_behind(step.condition.node) and (named or step.fill > _FAR):
+            return True
+    return named and any(_hides_by_a_number(gm, *term) for term in added)
+
+
+def _hides_whole_rows(step: Hide, hides: list[Hide], added: list[tuple[fx.Node, float]]) -> bool:
+    """Some row may be hidden whole by ``step`` and others that hide as far as it does."""
+    others = [h for h in hides if h is not step and h.fill <= _FAR]
+    return bool(inputs_behind(step.condition.node) or others) or any(may_hide(node, _FAR) for node, _ in added)
+
+
+def keeps_a_mask(gm: fx.GraphModule, operands: Iterable[fx.Node | None]) -> bool:
+    """Of these biases and masks one is the same at every call and hides keys, and yet no pattern was shown to equal it."""
+    fixed = [n for n in operands if n is not None and is_plain(n) and not inputs_behind(n)]
+    return any(dtype(n) == torch.bool or bool((evaluate(gm, n, symbols(gm.graph)) <= -_LOST).any()) for n in fixed)
+
+
+def _hides_by_a_number(gm: fx.GraphModule, node: fx.Node, coefficient: float) -> bool:
+    if inputs_behind(node) or not is_plain(node):
+        return False
+    found = evaluate(gm, node, symbols(gm.graph)) * coefficient
+    return bool((found.isfinite() & (found <= -_LOST)).any())
+
+
+def _and(a: Pattern, b: Pattern) -> Pattern:
+    return b if isinstance(a, Full) or a == b else a if isinstance(b, Full) else a & b
+
+
+def _from_flags(node: fx.Node) -> bool:
+    """Made from integer or boolean inputs alone, as padding masks are."""
+    return all(not value(n).dtype.is_floating_point for n in inputs_behind(node) if isinstance(value(n), Tensor))
+
+
+def _named(
+    gm: fx.GraphModule, nodes: list[fx.Node], lengths: Lengths, fill: Any, beside: bool = False
+) -> Pattern | None:
+    """The pattern that the nodes (biases and masks) together are, at every size at which the graph holds.
+
+    ``beside``: a bias may hold other values where it does not hide.
+    """
+    if any(not is_plain(n) or (fill is None and inputs_behind(n)) for n in nodes):
+        return None
+    found: list[tuple[Sample, Tensor]] = []
+    for sample in samples(gm, nodes, lengths, fill) or ():
+        masks = [as_visible(x, beside=beside, whole_rows=sample.whole_rows) for x in sample.values]
+        visible = [m for m in masks if m is not None]
+        if len(visible) < len(masks):
+            return None
+        found.append((sample, reduce(Tensor.__and__, visible)))
+    return name_pattern(found) if found else None
+
+
+def hides_what_is_zeroed(gm: fx.GraphModule, bias: fx.Node | None, factor: fx.Node) -> bool:
+    """``scores * m + bias`` with m of 0 and 1 means a mask, if the bias hides every key whose score m wipes out."""
+    if bias is None or not all(is_plain(n) and not inputs_behind(n) for n in (bias, factor)):
+        return False
+    seen = samples(gm, [factor, bias])
+    return seen is not None and all(_wipes_what_is_hidden(s) for s in seen)
+
+
+def _wipes_what_is_hidden(sample: Sample) -> bool:
+    kept, visible = sample.values[0], as_visible(sample.values[1], beside=True, whole_rows=sample.whole_rows)
+    return visible is not None and bool(((kept == 1) | ((kept == 0) & ~visible)).all())

@@ -1,0 +1,206 @@
+"""Proof by evaluation: a raised attention, run by the reference backend, must give what the original operators give.
+
+Both are run on random values of the nearest projections above them, so that nothing depends on the weights or on how
+telling the example inputs are; masks are made from the example inputs as they are.  What lies on the meta device, which
+holds no values, takes random ones too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.backends.reference import Reference
+from attnopt.base.closeness import TOLERANCE, difference
+from attnopt.base.double_precision import widened_arguments, widened_inputs
+from attnopt.base.sizes import hint
+from attnopt.capture.flex_attention import call_behind
+from attnopt.graph.nodes import get_attr, opname, run_call, shape, value, with_values
+from attnopt.match.raise_region import Raised
+from attnopt.slicing.weight_store import fingerprint
+
+_CUTS = {
+    "linear",
+    "addmm",
+    "mm",
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "embedding",
+    "layer_norm",
+    "native_layer_norm",
+    "scaled_dot_product_attention",
+    "group_norm",
+    "batch_norm",
+}
+
+
+def example_values(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """The example input of each placeholder."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
+    return dict(zip(placeholders, leaves, strict=True)) if len(leaves) == len(placeholders) else {}
+
+
+def site_error(gm: fx.GraphModule, raised: Raised, examples: Mapping[fx.Node, Any], seed: int = 0) -> float:
+    """Largest relative difference between the raised attention and the original; NaN rows count as zeros.
+
+    Where half precision rounds by more than it should, the two are compared in double precision.
+    """
+    error = _error(_Slice(gm, examples, seed), raised)
+    if error <= site_tolerance(raised) or site_tolerance(raised) <= TOLERANCE[torch.float32]:
+        return error
+    exact = _error(_Slice(gm, examples, seed, wide=True), raised)
+    return exact if exact <= TOLERANCE[torch.float64] else error
+
+
+def _error(run: _Slice, raised: Raised) -> float:
+    region = raised.region
+    inside = set(region.nodes)
+    run.inside = inside
+    with torch.no_grad():
+        want = run(call_behind(region.out.node))
+        operands = {n: None if o is None else run(o) for n, o in raised.operands.items()}
+        q, k, v = operands.pop("q"), operands.pop("k"), operands.pop("v")
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        run.env[raised.node] = Reference().lower(raised.spec)(q, k, v, **operands)
+        got = run(raised.out)
+    blind = torch.isnan(want)
+    return difference([got], [want.masked_fill(blind, 0.0)])
+
+
+def region_key(raised: Raised) -> object:
+    """Equal for two sites only if the original and the raised operators between the nearest projections and the output are
+    the same, with the same sizes and constants: one proof serves both."""
+    inside = set(raised.region.nodes)
+    number: dict[fx.Node, int] = {}
+    lines: list[object] = [raised.spec]
+    gm = raised.node.graph.owning_module
+    assert isinstance(gm, fx.GraphModule)
+
+    def visit(target: fx.Node) -> None:
+        stack = [target]
+        while stack:
+            node = stack[-1]
+            if node in number:
+                stack.pop()
+                continue
+            leaf = is_leaf(node, inside)
+            waiting = [] if leaf else [n for n in node.all_input_nodes if n not in number]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            number[node] = len(number)
+            lines.append(
+                _leaf_key(gm, node)
+                if leaf
+                else (node.target, str(fx.node.map_arg((node.args, node.kwargs), number.get)))
+            )
+
+    visit(raised.region.out.node)
+    visit(raised.out)
+    return tuple(lines)
+
+
+def _leaf_key(gm: fx.GraphModule, node: fx.Node) -> object:
+    val = value(node)
+    if node.op == "get_attr":
+        found = get_attr(gm, str(node.target))
+        is_small = not isinstance(found, torch.nn.Parameter) and found.numel() < 2**20
+        return (
+            ("constant", *fingerprint(found))
+            if is_small and not found.is_meta
+            else ("weight", tuple(found.shape), found.dtype)
+        )
+    if isinstance(val, Tensor):
+        name = node.name if node.op == "placeholder" else ""
+        return ("value", name, tuple(map(str, val.shape)), val.dtype)
+    return ("number", str(val))
+
+
+def is_leaf(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Where the proof stops and takes a random value, a weight or an example input."""
+    if node.op != "call_function":
+        return True
+    val = value(node)
+    if isinstance(val, (torch.SymInt, int)):
+        return hint(val) >= 0
+    if not isinstance(val, Tensor):
+        return False
+    return node not in inside and opname(node) in _CUTS and -1 not in shape(node)
+
+
+def site_tolerance(raised: Raised) -> float:
+    kind = value(raised.region.out.node).dtype
+    return TOLERANCE.get(kind, 0.0)
+
+
+class _Slice:
+    """Runs nodes on demand; what a projection makes is random."""
+
+    def __init__(self, gm: fx.GraphModule, examples: Mapping[fx.Node, Any], seed: int, wide: bool = False) -> None:
+        self.wide = wide
+        self.gm, self.env, self.inside = gm, dict[fx.Node, Any](), set[fx.Node]()
+        self.examples = examples
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, target: fx.Node) -> Tensor:
+        stack = [target]
+        while stack:
+            node = stack[-1]
+            if node in self.env:
+                stack.pop()
+                continue
+            if is_leaf(node, self.inside):
+                leaf = self._leaf(node)
+                self.env[node] = widened_inputs(leaf) if self.wide else leaf
+                continue
+            waiting = [n for n in node.all_input_nodes if n not in self.env]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+            if self.wide:
+                args, kwargs = widened_arguments((args, kwargs))
+            self.env[node] = run_call(node, args, kwargs)
+        found = self.env[target]
+        assert isinstance(found, Tensor)
+        return found
+
+    def _leaf(self, node: fx.Node) -> Any:
+        val = value(node)
+        if node.op == "get_attr":
+            found = operator.attrgetter(str(node.target))(self.gm)
+            if isinstance(found, fx.GraphModule):
+                return found
+            held = found.detach()
+            return self._stand_in(held) if held.is_meta else held
+        if not isinstance(val, Tensor):
+            return (
+                hint(val)
+                if isinstance(val, (int, torch.SymInt)) and node.op != "placeholder"
+                else self.examples.get(node, val)
+            )
+        if node in self.examples and not self.examples[node].is_meta:
+            return self.examples[node]
+        return self._stand_in(val)
+
+    def _stand_in(self, val: Tensor) -> Tensor:
+        """Random values of this form.  Numbers that may be flags, token ids or positions are 0 and 1, and of flags that
+        hide keys each row leaves the first."""
+        size, strides = [hint(s) for s in val.shape], [hint(s) for s in val.stride()]
+        made = torch.empty_strided(size, strides, dtype=val.dtype, device=with_values(val.device))
+        if val.is_floating_point() or val.is_complex():
+            return made.copy_(torch.randn(size, generator=self.random))
+        made.copy_(torch.randint(2, size, generator=self.random))
+        if made.dim():
+            made[..., :1] = 1
+        return made

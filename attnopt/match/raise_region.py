@@ -1,0 +1,173 @@
+"""From a recognised region to one canonical attention node with its spec."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.graph.axes import Axis, resolve, resolve_all
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import aten, dtype, shape, source_line
+from attnopt.ir.operands import ROLES
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.spec import AttentionSpec
+from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
+from attnopt.match.projections import signature
+from attnopt.match.read_scores import Operand
+from attnopt.match.rearrange import Arranger
+from attnopt.match.region import NotAttentionError, Region
+from attnopt.match.wiped_scores import hides_beside_flags
+from attnopt.slicing.selector import Selector
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """The canonical node: [B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv].  Lowered before anything runs it."""
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A site in canonical form: ``node`` calls ``attention``, ``out`` has the layout of the region's output.
+
+    ``hides_for_good``: a query that sees no key may see, in the model, what a finite number hides there.
+    """
+
+    region: Region
+    spec: AttentionSpec
+    node: fx.Node
+    out: fx.Node
+    hides_for_good: bool = False
+
+    @property
+    def operands(self) -> dict[str, fx.Node | None]:
+        return dict(zip(ROLES, self.node.args, strict=True))  # type: ignore[arg-type]
+
+
+def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
+    """Put the canonical form of ``region`` before its output; nothing uses it yet.  Raises NotAttentionError."""
+    emit = Emitter(gm.graph, region.out.node, {"site": name})
+    at = Arranger(emit, region)
+    r = region
+    kv_atoms = {a for ax in (*r.k.axes, *r.v.axes) for a in resolve(ax)}
+    kv_heads: Axis = tuple(a for a in r.heads if a in kv_atoms)
+    q = at.arrange(r.q.node, r.q.axes, (r.batch, r.heads, r.queries, r.features), expand=True)
+    k = at.arrange(r.k.node, r.k.axes, (r.batch, kv_heads, r.keys, r.features), expand=True)
+    v = at.arrange(r.v.node, r.v.axes, (r.batch, kv_heads, r.keys, r.value_features), expand=True)
+    q, k, zeroing = _with_factors(emit, at, r, q, k, kv_heads)
+    q, k, v = _one_dtype(emit, q, k, v)
+    bias, mask, constant = bias_and_mask(emit, at, r)
+    sinks = None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
+    if sinks is not None and (constant or len(shape(sinks)) != 4):
+        raise NotAttentionError(
+            Refusal(
+                "sink-and-constant", "a sink beside plain scores", "a constant added to them", source_line(r.out.node)
+            )
+        )
+    if sinks is not None and r.sink_rate != 1:
+        sinks = emit.call(aten.mul.Tensor, sinks, r.sink_rate)
+    beside_flags = False
+    for factor in (*zeroing, *r.wipes):
+        arranged = at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, r.keys))
+        if hides_what_is_zeroed(gm, bias, arranged):
+            continue
+        if not hides_beside_flags(gm, bias, arranged):
+            raise NotAttentionError(_multiplied(factor))
+        beside_flags = True
+    pattern, seen, bias, mask = read_masks(gm, r, bias, mask, q, k)
+    kv_of_head = _kv_of_head(r.heads, kv_heads)
+    k, v, kv_of_head = _without_copies(emit, k, v, kv_of_head)
+    node = emit.call(attention, q, k, v, bias, mask, sinks)
+    node.name = f"attention_{node.name}"
+    out = at.arrange(node, (r.batch, r.heads, r.queries, r.value_features), resolve_all(r.out.axes))
+    if dtype(out) != dtype(r.out.node):
+        out = emit.call(aten._to_copy.default, out, dtype=dtype(r.out.node))
+    spec = AttentionSpec(
+        heads=tuple(range(shape(q)[1])),
+        kv_heads=tuple(range(shape(k)[1])),
+        kv_of_head=kv_of_head,
+        head_dim=shape(q)[3],
+        value_dim=shape(v)[3],
+        scale=r.scale,
+        pattern=pattern,
+        has_bias=bias is not None,
+        has_mask=mask is not None,
+        has_sinks=sinks is not None,
+        softcap=r.softcap,
+        seen_as=seen,
+    )
+    return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
+
+
+def _with_factors(
+    emit: Emitter, at: Arranger, r: Region, q: fx.Node, k: fx.Node, kv_heads: Axis
+) -> tuple[fx.Node, fx.Node, list[Operand]]:
+    """Tensors that multiply the scores, moved to the side whose axes they have; those that vary over both are returned."""
+    both: list[Operand] = []
+    for factor in r.factors:
+        applied = aten.div.Tensor if factor.divides else aten.mul.Tensor
+        atoms = {a for ax in resolve_all(factor.axes) for a in ax}
+        if not atoms & set(r.keys):
+            q = emit.call(applied, q, at.arrange(factor.node, factor.axes, (r.batch, r.heads, r.queries, ())))
+        elif not atoms & (set(r.queries) | (set(r.heads) - set(kv_heads))):
+            k = emit.call(applied, k, at.arrange(factor.node, factor.axes, (r.batch, kv_heads, r.keys, ())))
+        elif factor.divides:
+            raise NotAttentionError(_multiplied(factor))
+        else:
+            both.append(factor)
+    return q, k, both
+
+
+def _multiplied(factor: Operand) -> Refusal:
+    return Refusal(
+        "scores-multiplied",
+        "a factor of queries or of keys, or a mask of 0 and 1 that a bias hides",
+        f"{factor.node.name}, which varies over both",
+        source_line(factor.node),
+    )
+
+
+def _one_dtype(emit: Emitter, *nodes: fx.Node) -> tuple[fx.Node, ...]:
+    common = dtype(nodes[0])
+    for n in nodes[1:]:
+        common = torch.promote_types(common, dtype(n))
+    return tuple(n if dtype(n) == common else emit.call(aten._to_copy.default, n, dtype=common) for n in nodes)
+
+
+def _kv_of_head(heads: Axis, kv_heads: Axis) -> tuple[int, ...]:
+    """Which K/V head each query head reads, from the atoms that the two share."""
+    total = math.prod(a.size for a in heads)
+    found: list[int] = []
+    for h in range(total):
+        rest, place = h, {}
+        for atom in reversed(heads):
+            rest, place[atom] = divmod(rest, atom.size)
+        g = 0
+        for atom in kv_heads:
+            g = g * atom.size + place[atom]
+        found.append(g)
+    return tuple(found)
+
+
+def _without_copies(
+    emit: Emitter, k: fx.Node, v: fx.Node, kv_of_head: tuple[int, ...]
+) -> tuple[fx.Node, fx.Node, tuple[int, ...]]:
+    """Keys and values without the copies of a head that other heads share."""
+    seen: dict[object, int] = {}
+    first: list[int] = []
+    group: list[int] = []
+    for g in range(shape(k)[1]):
+        mark = (signature(k, {1: (g,)}), signature(v, {1: (g,)}))
+        if mark not in seen:
+            seen[mark] = len(first)
+            first.append(g)
+        group.append(seen[mark])
+    if len(first) == shape(k)[1]:
+        return k, v, kv_of_head
+    select = Selector(emit, None)  # the proof takes projections as they are
+    kept = {1: tuple(first)}
+    return select.select(k, kept), select.select(v, kept), tuple(group[g] for g in kv_of_head)

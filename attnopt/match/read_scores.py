@@ -1,0 +1,317 @@
+"""From the normaliser back to the product of queries and keys, reading everything that happens to the scores in between."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnopt.graph.axes import Axes, broadcast, follow, resolve_all
+from attnopt.graph.evaluate import inputs_behind
+from attnopt.graph.nodes import (
+    CASTS,
+    RESHAPES,
+    ancestors,
+    arg,
+    aten,
+    dtype,
+    is_call,
+    is_tensor,
+    shape,
+    source_line,
+    wrap,
+)
+from attnopt.graph.products import Product, product_of
+from attnopt.ir.refusal import Refusal
+from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of
+
+_LAYOUT = (
+    *RESHAPES,
+    *CASTS,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.mT.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.slice.Tensor,
+)
+_ADD = (aten.add.Tensor, aten.add.Scalar)
+_SUB = (aten.sub.Tensor, aten.sub.Scalar)
+_MUL = (aten.mul.Tensor, aten.mul.Scalar)
+_DIV = (aten.div.Tensor, aten.div.Scalar)
+_RSUB = (aten.rsub.Scalar, aten.rsub.Tensor)
+_FLOORS = (aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten.max.other)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that meets the scores: ``axes`` in terms of the scores' atoms."""
+
+    node: fx.Node
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Factor(Operand):
+    """It multiplies the scores, or ``divides`` them."""
+
+    divides: bool = False
+
+
+@dataclass(frozen=True)
+class Term:
+    """The bias becomes bias + coefficient * operand."""
+
+    operand: Operand | None
+    coefficient: float
+    constant: float = 0.0
+
+
+@dataclass(frozen=True)
+class Hide:
+    """The bias becomes ``fill`` (or 1 * the filling operand) wherever ``condition`` is ``when``."""
+
+    condition: Operand
+    when: bool
+    fill: float
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """The bias so far is multiplied by a number."""
+
+    factor: float
+
+
+Step = Term | Hide | Multiply
+
+
+@dataclass(frozen=True)
+class Scores:
+    """softmax input = softcap(scale * product) with ``steps`` applied to the bias, in their order.
+
+    ``axes`` are those of the softmax input; ``factors`` are tensors that multiply or divide the product and do not vary
+    over both queries and keys; ``wipes`` multiply scores that were capped or biased before, which only a mask of 0 and 1 may do;
+    ``sinks``, multiplied by ``sink_rate``, is a logit that joins each row.
+    """
+
+    product: Product
+    axes: Axes
+    scale: float = 1.0
+    softcap: float | None = None
+    steps: tuple[Step, ...] = ()
+    factors: tuple[Factor, ...] = ()
+    wipes: tuple[Operand, ...] = ()
+    sinks: Operand | None = None
+    sink_rate: float = 1.0
+    before_sinks: int = 0  # steps that came before that logit
+    path: tuple[fx.Node, ...] = ()
+    frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
+
+
+class NotScoresError(Exception):
+    """Carries the refusal that says which node could not be understood."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        self.refusal = refusal
+        super().__init__(str(refusal))
+
+
+def read_scores(node: fx.Node, axis: int, rate: float = 1.0) -> Scores:
+    """Understand ``node``, which a softmax over ``axis`` gets multiplied by ``rate``.  Raises NotScoresError."""
+    found, blocked = _search(node, axis, 0)
+    if found is None:
+        raise NotScoresError(_no_product(blocked or node))
+    return found if rate == 1 else _scaled(found, rate)
+
+
+def _no_product(node: fx.Node) -> Refusal:
+    return Refusal(
+        "no-query-key-product",
+        "scores made from a product of queries and keys",
+        f"{node.name} = {getattr(node.target, '__name__', node.target)}",
+        source_line(node),
+    )
+
+
+def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Node | None]:
+    """(the scores that end in ``node``, or None and the deepest node that stopped the search)."""
+    if (product := product_of(node)) is not None and is_query_key(product):
+        return _start(product), None
+    if depth > 40 or node.op != "call_function" or not tensor_like(node):
+        return None, node
+    blocked: fx.Node | None = None
+    for source in _candidates(node):
+        inner, stopped = _search(source, axis, depth + 1)
+        if inner is None:
+            blocked = blocked or stopped
+            continue
+        stepped = _step(node, source, inner)
+        if stepped is not None:
+            return replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))), None
+        blocked = node
+    return None, blocked or node
+
+
+def tensor_like(node: fx.Node) -> bool:
+    return is_tensor(node) and len(shape(node)) >= 2
+
+
+def is_query_key(product: Product) -> bool:
+    """Both operands are activations, or one is a learned query: never a plain projection by weights."""
+    left, right = (bool(inputs_behind(n)) for n in (product.left, product.right))
+    if is_call(product.node, aten.linear.default):
+        return left and right
+    return left or right or (is_projected(product.left) and is_projected(product.right))
+
+
+def is_projected(node: fx.Node) -> bool:
+    """Made by a projection, be it of learned queries only, as in the first layer of a decoder that detects objects."""
+    return any(is_call(n, *_PROJECTIONS) for n in ancestors(node))
+
+
+_PROJECTIONS = (aten.linear.default, aten.addmm.default, aten.conv1d.default, aten.conv2d.default)
+
+
+def _start(product: Product) -> Scores:
+    scores = Scores(product, product.axes, product.alpha, path=(product.node,), frames=((product.node, product.axes),))
+    if product.addend is None:
+        return scores
+    axes = broadcast(product.addend, product.axes)
+    if axes is None:
+        raise NotScoresError(_no_product(product.node))
+    return replace(scores, steps=(Term(Operand(product.addend, axes), product.beta),))
+
+
+def _candidates(node: fx.Node) -> list[fx.Node]:
+    """The arguments through which the scores may run."""
+    if is_call(node, *WHERE):
+        return [n for n in (arg(node, 1), arg(node, 2)) if is_tensor(n) and tensor_like(n)]
+    if is_call(node, aten.cat.default):
+        return [n for n in arg(node, 0) if tensor_like(n)]
+    known = (*_LAYOUT, *_ADD, *_SUB, *_MUL, *_DIV, *_RSUB, *MASKED_FILL, *_FLOORS, aten.tanh.default, aten.neg.default)
+    if not is_call(node, *known):
+        return []
+    same = [n for n in (arg(node, 0), arg(node, 1)) if is_tensor(n) and tensor_like(n)]
+    return [n for n in same if math.prod(shape(n)) == math.prod(shape(node))]
+
+
+def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    """The scores after ``node``, which got them as ``source``."""
+    if is_call(node, *_LAYOUT):
+        axes = follow(node, s.axes)
+        return None if axes is None else replace(s, axes=axes)
+    if is_call(node, *_MUL, *_DIV):
+        return _multiply(node, source, s)
+    if is_call(node, aten.neg.default):
+        return _scaled(s, -1.0)
+    if is_call(node, *_ADD, *_SUB, *_RSUB):
+        return _add(node, source, s)
+    if (written := overwrite_of(node, source)) is not None:
+        return _hide(s, written)
+    if is_call(node, *_FLOORS):
+        floor = number(arg(node, 1))
+        least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
+        return s if floor is not None and floor <= least and len(node.args) < 3 else None
+    if is_call(node, aten.tanh.default):
+        return replace(s, softcap=1.0) if s.softcap is None and not s.steps and s.sinks is None else None
+    if is_call(node, aten.cat.default):
+        return _sink(node, source, s)
+    return None
+
+
+def _other(node: fx.Node, source: fx.Node) -> Any:
+    return arg(node, 1) if arg(node, 0) is source else arg(node, 0)
+
+
+def _scaled(s: Scores, factor: float) -> Scores:
+    """Everything so far multiplied by a number; a capped product keeps its shape only if the cap moves with it."""
+    steps = (*s.steps, Multiply(factor)) if s.steps else ()
+    s = replace(s, sink_rate=s.sink_rate * factor) if s.sinks is not None else s
+    if s.softcap is None:
+        return replace(s, scale=s.scale * factor, steps=steps)
+    return replace(s, softcap=s.softcap * abs(factor), scale=s.scale * factor, steps=steps)
+
+
+def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    other = _other(node, source)
+    divides = is_call(node, *_DIV)
+    if divides and (arg(node, 0) is not source or node.kwargs.get("rounding_mode")):
+        return None
+    factor = number(other)
+    if factor is not None:
+        return None if factor == 0 and s.softcap is not None else _scaled(s, 1.0 / factor if divides else factor)
+    if not is_tensor(other):
+        return None
+    axes = broadcast(other, s.axes)
+    if axes is None:
+        return None
+    if not s.steps and s.softcap is None:
+        return replace(s, factors=(*s.factors, Factor(other, axes, divides)))
+    return None if divides else replace(s, wipes=(*s.wipes, Operand(other, axes)))
+
+
+def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    other = _other(node, source)
+    alpha = node.kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)) or alpha == 0:
+        return None
+    sign = float(alpha)
+    if is_call(node, *_RSUB):  # other - alpha * scores
+        if arg(node, 0) is not source:
+            return None
+        s, sign = _scaled(s, -sign), 1.0
+    elif is_call(node, *_SUB):
+        if arg(node, 0) is not source:
+            s, sign = _scaled(s, -sign), 1.0
+        else:
+            sign = -sign
+    elif arg(node, 0) is not source:  # other + alpha * scores
+        s, sign = (_scaled(s, sign) if sign != 1 else s), 1.0
+    constant = number(other)
+    if constant is not None:
+        return replace(s, steps=(*s.steps, Term(None, 1.0, sign * constant)))
+    while is_call(other, aten.expand.default, aten.detach.default):
+        other = arg(other, 0)
+    if not is_tensor(other):
+        return None
+    axes = broadcast(other, s.axes)
+    return None if axes is None else replace(s, steps=(*s.steps, Term(Operand(other, axes), sign)))
+
+
+def _hide(s: Scores, written: Overwrite) -> Scores | None:
+    hide = hiding(written, s.axes)
+    return None if hide is None else replace(s, steps=(*s.steps, hide))
+
+
+def hiding(written: Overwrite, frame: Axes) -> Hide | None:
+    """What is written over a tensor with the axes ``frame``; None if the condition does not broadcast to it."""
+    axes = broadcast(written.condition, frame)
+    return None if axes is None else Hide(Operand(written.condition, axes), written.when, written.fill)
+
+
+def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    """``cat([scores, sink], -1)``, or the other way round: one more column that takes weight and gives nothing."""
+    parts = arg(node, 0)
+    dim = wrap(arg(node, 1, 0), len(s.axes))
+    if len(parts) != 2 or s.sinks is not None or not s.axes[dim]:
+        return None
+    column = parts[1] if parts[0] is source else parts[0]
+    if not is_tensor(column) or shape(column)[dim] != 1:
+        return None
+    around: Axes = tuple(() if i == dim else a for i, a in enumerate(resolve_all(s.axes)))
+    if any(size not in (1, math.prod(a.size for a in axis)) for size, axis in zip(shape(column), around, strict=True)):
+        return None
+    axes: Axes = tuple(ax if n != 1 else () for n, ax in zip(shape(column), around, strict=True))
+    return replace(s, sinks=Operand(column, axes), before_sinks=len(s.steps))

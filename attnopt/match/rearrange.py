@@ -1,0 +1,126 @@
+"""Tensors brought into given axes, with as few operators as it takes: einops' rearrange, as graph nodes."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+from torch import fx
+
+from attnopt.base.sizes import is_static, same_size
+from attnopt.graph.axes import Atom, Axes, Axis, follow, resolve_all
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import aten, is_call, source_line, value
+from attnopt.ir.refusal import Refusal
+from attnopt.match.region import NotAttentionError, Region
+
+
+class Arranger:
+    """Brings tensors into given axes, with as few operators as it takes."""
+
+    def __init__(self, emit: Emitter, region: Region) -> None:
+        self.emit = emit
+        self.alone: dict[Atom, tuple[fx.Node, int]] = {}
+        self.inside: dict[Atom, tuple[fx.Node, int, Axis]] = {}
+        for node, axes in region.frames:
+            if len(value(node).shape) != len(axes):
+                continue
+            for i, axis in enumerate(resolve_all(axes)):
+                if len(axis) == 1:
+                    self.alone.setdefault(axis[0], (node, i))
+                for atom in axis:
+                    self.inside.setdefault(atom, (node, i, axis))
+
+    def size(self, atom: Atom) -> int | fx.Node:
+        if atom in self.alone:
+            node, i = self.alone[atom]
+            return self.emit.size(node, i)
+        if atom not in self.inside:
+            return atom.size
+        node, i, axis = self.inside[atom]
+        if is_static(value(node).shape[i]):
+            return atom.size
+        others = [self.size(a) for a in axis if a is not atom and a in self.alone]
+        unknown = [a for a in axis if a is not atom and a not in self.alone]
+        rest = self._times([*others, *(a.size for a in unknown)])
+        return atom.size if unknown else self.emit.call(operator.floordiv, self.emit.size(node, i), rest)
+
+    def _times(self, sizes: list[int | fx.Node]) -> int | fx.Node:
+        known = math.prod(s for s in sizes if isinstance(s, int))
+        total: int | fx.Node = known
+        for s in (s for s in sizes if isinstance(s, fx.Node)):
+            total = s if total == 1 else self.emit.call(operator.mul, s, total)
+        return total
+
+    def length(self, axis: Axis) -> int | fx.Node:
+        return self._times([self.size(a) for a in axis])
+
+    def arrange(self, node: fx.Node, axes: Axes, groups: Axes, expand: bool = False) -> fx.Node:
+        """``node`` with one axis for each of ``groups``; atoms that it lacks are repeated if ``expand``, else length 1.
+
+        A group of which only some atoms are there is always completed.
+        """
+        axes, groups = resolve_all(axes), resolve_all(groups)
+        present = [a for ax in axes for a in ax]
+        wanted = [tuple(a for a in g if a in present) for g in groups]
+        missing = [bool(set(g) - set(w)) and (expand or bool(w)) for g, w in zip(groups, wanted, strict=True)]
+        flat = [a for g, w, m in zip(groups, wanted, missing, strict=True) for a in (g if m else w)]
+        if set(present) - set(flat):
+            raise NotAttentionError(
+                Refusal(
+                    "unreadable-layout",
+                    "axes that the attention has",
+                    f"{node.name} with another axis",
+                    source_line(node),
+                )
+            )
+        order = [a for a in flat if a in present]
+        blocks = _blocks(axes, order, groups)
+        node = self.reshape(node, [self.length(b) for b in blocks])
+        positions = sorted(range(len(blocks)), key=lambda i: order.index(blocks[i][0]))
+        node = self.permute(node, positions)
+        if any(missing):
+            ones: list[int | fx.Node] = [self.size(a) if a in present else 1 for a in flat]
+            node = self.reshape(node, ones)
+            node = self.emit.call(aten.expand.default, node, [self.size(a) for a in flat])
+        return self.reshape(node, [self.length(g if m else w) for g, w, m in zip(groups, wanted, missing, strict=True)])
+
+    def permute(self, node: fx.Node, order: list[int]) -> fx.Node:
+        """A permutation; none where it undoes the one that made ``node``."""
+        if is_call(node, aten.transpose.int, aten.permute.default, aten.mT.default, aten.t.default):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            trial = tuple((Atom(i + 2),) for i in range(len(order)))
+            moved = follow(node, trial)
+            if moved is not None and tuple(moved[i] for i in order) == trial:
+                return source
+        return node if order == sorted(order) else self.emit.call(aten.permute.default, node, order)
+
+    def reshape(self, node: fx.Node, sizes: list[int | fx.Node]) -> fx.Node:
+        """A reshape; none where the node, or what it was reshaped from, has that shape already."""
+        made = self.emit.call(aten.reshape.default, node, sizes)
+        base = node
+        while True:
+            if len(value(base).shape) == len(sizes) and all(map(same_size, value(base).shape, value(made).shape)):
+                return base
+            if getattr(base, "target", None) is not aten.reshape.default:
+                return made
+            base = base.args[0]  # type: ignore[assignment]
+
+
+def _blocks(axes: Axes, order: list[Atom], groups: Axes) -> list[Axis]:
+    """Runs of atoms that stay together from the source's axes to the groups, in the source's order."""
+    group_of = {a: i for i, g in enumerate(groups) for a in g}
+    blocks: list[list[Atom]] = []
+    for axis in axes:
+        last: Atom | None = None
+        for atom in axis:
+            joined = (
+                last is not None and group_of[last] == group_of[atom] and order.index(atom) == order.index(last) + 1
+            )
+            if joined:
+                blocks[-1].append(atom)
+            else:
+                blocks.append([atom])
+            last = atom
+    return [tuple(b) for b in blocks]

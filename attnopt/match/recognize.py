@@ -1,0 +1,341 @@
+"""Recognise an attention around a normaliser: which tensors are queries, keys, values and output, and what their axes are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+
+import networkx as nx
+from torch import fx
+
+from attnopt.graph.axes import Axes, Axis, follow, length, resolve, resolve_all
+from attnopt.graph.evaluate import inputs_behind
+from attnopt.graph.nodes import aten, is_call, is_tensor, opname, shape, source_line
+from attnopt.graph.products import Product, product_of
+from attnopt.ir.refusal import Refusal
+from attnopt.match.anchors import Softmax
+from attnopt.match.axis_roles import assign_roles
+from attnopt.match.late_division import PASSIVE, LateQuotient, late_quotient
+from attnopt.match.overwrites import zeros_of
+from attnopt.match.read_scores import (
+    Hide,
+    NotScoresError,
+    Operand,
+    Scores,
+    Step,
+    Term,
+    hiding,
+    is_projected,
+    is_query_key,
+    read_scores,
+)
+from attnopt.match.region import NotAttentionError, Region, atoms_of, unreadable
+from attnopt.match.row_sums import renormalises
+from attnopt.match.sdpa import from_fused
+from attnopt.match.zeroed_weights import cleans, with_zeros
+
+
+def recognise(anchor: Softmax | fx.Node) -> Region:
+    """The attention whose normaliser is ``anchor``.  Raises NotAttentionError."""
+    if isinstance(anchor, Softmax):
+        return assign_roles(_from_softmax(anchor))
+    return assign_roles(from_fused(anchor))
+
+
+def _from_softmax(a: Softmax) -> Region:
+    follows = _follow_weights(a)
+    try:
+        scores = read_scores(a.scores, a.axis, a.rate)
+    except NotScoresError as e:
+        raise NotAttentionError(e.refusal, near=follows is not None or _comes_from_product(a)) from None
+    if follows is None:
+        raise NotAttentionError(
+            Refusal(
+                "no-value-product",
+                "weights that are multiplied with values",
+                _first_use(a.weights),
+                source_line(a.weights),
+            )
+        )
+    product, quotient, inner = follows
+    keys = resolve(scores.axes[a.axis])
+    scores = _orient(scores, keys, a)
+    weights_axes, zeroed = _through(inner, scores.axes, a.axis)
+    _unify(product.left_axes, weights_axes, product.node)
+    out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
+    path = tuple(_between(scores.product.node, out.node))
+    scores = replace(scores, steps=_without_shifts(scores, set(path), keys))
+    scores = replace(scores, steps=_with_zeros(scores, a, keys, zeroed))
+    return _assemble(a, scores, product, keys, out, path)
+
+
+def _first_use(node: fx.Node) -> str:
+    user = next(iter(node.users), None)
+    return "no use" if user is None else f"{user.name} = {opname(user)}"
+
+
+def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.Node, ...]] | None:
+    """(product with the values, oriented so that its left operand is the weights; the late division, if there is one; the
+    nodes from the weights to the product), or None if no path leads to a product over the keys."""
+    stack: list[tuple[fx.Node, ...]] = [(a.weights,)]
+    masked: fx.Node | None = None
+    while stack:
+        path = stack.pop(0)
+        for user in path[-1].users:
+            product = _product_with(path[-1], user)
+            if product is not None and product.addend is None:
+                oriented = product if product.left is path[-1] else product.swapped()
+                values = oriented.right
+                if (inputs_behind(values) or is_projected(values)) and oriented.left is not values:
+                    quotient = None if a.late_sum is None else late_quotient(product.node, a.late_sum)
+                    if a.late_sum is None or quotient is not None:
+                        return oriented, quotient, path
+            same = a.late_sum is None and path[-1] is a.weights and renormalises(user, a.weights, a.axis)
+            zeroes = zeros_of(user, path[-1]) is not None or (cleans(user, path[-1]) and not a.may_overflow)
+            if (same or zeroes or is_call(user, *PASSIVE)) and len(path) < 12:
+                stack.append((*path, user))
+            elif is_call(
+                user, aten.mul.Tensor, aten.masked_fill.Scalar, aten.add.Tensor, aten.where.self, aten.cat.default
+            ):
+                masked = masked or user
+    if masked is not None and _leads_to_product(masked):
+        raise _changed(masked)
+    return None
+
+
+def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
+    """The product that ``user`` computes, or whose factors it multiplies one by one before they are summed.
+
+    The latter only where the other factor has axes of its own: a sum of weights times a mask is no mixture of values.
+    """
+    if not is_call(user, aten.mul.Tensor):
+        return product_of(user)
+    for total in user.users:
+        product = product_of(total)
+        if product is None or user in (product.left, product.right):
+            continue
+        left, right = atoms_of(product.left_axes), atoms_of(product.right_axes)
+        if (right - left) if product.left is weights else (left - right):
+            return product
+    return None
+
+
+def _changed(node: fx.Node) -> NotAttentionError:
+    return NotAttentionError(
+        Refusal(
+            "weights-changed",
+            "weights that go straight to the values",
+            f"{node.name} = {opname(node)} on the weights",
+            source_line(node),
+            "weights that are mixed or gated after the softmax, or masked by what does not mask the scores, are left as they are",
+        )
+    )
+
+
+def _comes_from_product(a: Softmax) -> bool:
+    """A product over as many keys stands a few operators above: an attention whose scores are changed on the way."""
+    keys = shape(a.scores)[a.axis]
+    frontier = [a.scores]
+    for _ in range(8):
+        frontier = [i for n in frontier for i in n.all_input_nodes if is_tensor(i)]
+        if any(keys in shape(n) and (p := product_of(n)) is not None and is_query_key(p) for n in frontier):
+            return True
+    return False
+
+
+def _leads_to_product(node: fx.Node) -> bool:
+    frontier = [node]
+    for _ in range(8):
+        frontier = [u for n in frontier for u in n.users]
+        if any(product_of(u) is not None for u in frontier):
+            return True
+    return False
+
+
+def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, dict[fx.Node, Hide]]:
+    """Axes at the end of ``path``, whose first node has ``axes``, and what the nodes between put zeros in.
+
+    A slice that drops a sink's column is passed.
+    """
+    zeroed: dict[fx.Node, Hide] = {}
+    for before, node in pairwise(path):
+        if cleans(node, before) or renormalises(node, before, axis):
+            continue
+        if (zeros := zeros_of(node, before)) is not None:
+            if (hide := hiding(zeros, axes)) is None:
+                raise _changed(node)
+            zeroed[node] = hide
+            continue
+        if is_call(node, aten.slice.Tensor) and shape(node) == tuple(length(x) for x in resolve_all(axes)):
+            continue
+        found = follow(node, axes)
+        if found is None:
+            raise unreadable(node, "weights whose axes can be followed")
+        axes = found
+    return resolve_all(axes), zeroed
+
+
+def _with_zeros(scores: Scores, a: Softmax, keys: Axis, zeroed: Mapping[fx.Node, Hide]) -> tuple[Step, ...]:
+    """The steps of the scores where weights are ``zeroed`` before or after they are divided by their sum."""
+    steps = scores.steps
+    if a.masked is not None:
+        exponentials, masked = a.masked
+        zeros = zeros_of(masked, exponentials)
+        hide = None if zeros is None else hiding(zeros, scores.axes)
+        if hide is None:
+            raise _changed(masked)
+        steps = (*steps, replace(hide, fill=-math.inf))
+    found = with_zeros(steps, tuple(zeroed.values()), a, scores.axes, keys)
+    if found is None:
+        raise _changed(next(iter(zeroed)))
+    return found
+
+
+def _unify(product_axes: Axes, axes: Axes, node: fx.Node) -> None:
+    """Make the fresh atoms of a product's operand the atoms that are already known."""
+    for new, old in zip(product_axes, resolve_all(axes), strict=True):
+        if not new and not old:
+            continue
+        if len(new) != 1 or new[0].size != length(old):
+            raise unreadable(node, "weights whose axes fit the values")
+        if new != old:
+            new[0].parts = old
+
+
+def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
+    """Make the right operand the one that has the keys."""
+    p = scores.product
+    left, right = ({c for ax in resolve_all(x) for c in ax} for x in (p.left_axes, p.right_axes))
+    if not keys:
+        raise NotAttentionError(
+            Refusal("one-key", "more than one key", "a softmax over a single element", source_line(a.weights))
+        )
+    if set(keys) <= right and not set(keys) & left:
+        return scores
+    if set(keys) <= left and not set(keys) & right:
+        return replace(scores, product=p.swapped())
+    raise NotAttentionError(
+        Refusal(
+            "softmax-axis",
+            "a softmax over the keys of one operand",
+            "an axis that both operands share",
+            source_line(a.weights),
+        )
+    )
+
+
+def _assemble(
+    a: Softmax, scores: Scores, product: Product, keys: Axis, out: Operand, path: tuple[fx.Node, ...]
+) -> Region:
+    p = scores.product
+    frame = atoms_of(scores.axes)
+    features = [c for ax in resolve_all(p.left_axes) for c in ax if c not in frame]
+    v_atoms, weights = atoms_of(product.right_axes), atoms_of(product.left_axes)
+    contracted = weights & v_atoms - atoms_of(product.axes)
+    if contracted != set(keys):
+        raise NotAttentionError(
+            Refusal(
+                "value-axis", "values summed over the keys", "a product over another axis", source_line(product.node)
+            )
+        )
+    value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
+    _refuse_self_dependence(scores, path)
+    escapes = _escaping(path, out.node)
+    frames = (
+        *scores.frames,
+        (p.left, p.left_axes),
+        (p.right, p.right_axes),
+        (product.right, product.right_axes),
+        (product.node, product.axes),
+        (out.node, out.axes),
+    )
+    return Region(
+        q=Operand(p.left, resolve_all(p.left_axes)),
+        k=Operand(p.right, resolve_all(p.right_axes)),
+        v=Operand(product.right, resolve_all(product.right_axes)),
+        out=Operand(out.node, resolve_all(out.axes)),
+        scale=scores.scale,
+        batch=(),
+        heads=(),
+        queries=(),
+        keys=resolve(keys),
+        features=tuple(features),
+        value_features=tuple(value_features),
+        steps=scores.steps,
+        factors=scores.factors,
+        wipes=scores.wipes,
+        softcap=scores.softcap,
+        sinks=scores.sinks,
+        sink_rate=scores.sink_rate,
+        nodes=path,
+        escapes=escapes,
+        frames=frames,
+        anchor=a.weights,
+    )
+
+
+def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[Step, ...]:
+    """The steps that a softmax sees: not what is made from the scores and is the same for all keys, as a row's maximum is.
+
+    A sink that joins later would see it too.
+    """
+    seen_by_sinks = scores.before_sinks if scores.sinks is not None else 0
+
+    def shifts(i: int, step: Step) -> bool:
+        if not isinstance(step, Term) or step.operand is None or i < seen_by_sinks:
+            return False
+        return step.operand.node in inside and not atoms_of(step.operand.axes) & set(keys)
+
+    return tuple(s for i, s in enumerate(scores.steps) if not shifts(i, s))
+
+
+def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
+    """A mask or bias made from the scores that it changes (top-k, smoothing) is no mask or bias.
+
+    ``path`` is everything between the product and the output, so what such an operand is made from lies on it too.
+    """
+    inside = set(path)
+    operands = [s.operand if isinstance(s, Term) else s.condition for s in scores.steps if isinstance(s, (Term, Hide))]
+    for given in (*operands, *scores.factors, *scores.wipes):
+        if given is not None and given.node in inside:
+            raise NotAttentionError(
+                Refusal(
+                    "scores-feed-back",
+                    "masks and biases that are made without the scores",
+                    f"{given.node.name}, which is made from them",
+                    source_line(given.node),
+                )
+            )
+
+
+def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Every node on a path from ``start`` to ``end``, both included: the convex region between them."""
+    dag: nx.DiGraph[fx.Node] = nx.DiGraph()
+    order = {n: i for i, n in enumerate(start.graph.nodes)}
+    frontier, seen = [start], {start}
+    while frontier:
+        n = frontier.pop()
+        for user in n.users:
+            if order[user] <= order[end]:
+                dag.add_edge(n, user)
+                if user not in seen:
+                    seen.add(user)
+                    frontier.append(user)
+    if end not in dag:
+        return [end]
+    inner = (nx.descendants(dag, start) | {start}) & (nx.ancestors(dag, end) | {end})
+    return sorted(inner, key=lambda n: order[n])
+
+
+def _escaping(path: Iterable[fx.Node], out: fx.Node) -> tuple[fx.Node, ...]:
+    """Nodes inside the region that something outside uses."""
+    inside = set(path)
+    return tuple(
+        n for n in dict.fromkeys(path) if n is not out and any(u not in inside and not _dead(u) for u in n.users)
+    )
+
+
+def _dead(node: fx.Node) -> bool:
+    return node.op == "call_function" and not node.users and is_tensor(node)

@@ -1,0 +1,166 @@
+"""Sums of exponentials over keys, and how they divide: written as a sum or a norm, kept from zero, inverted, laid out."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from attnopt.base.sizes import same_size
+from attnopt.graph.nodes import RESHAPES, arg, aten, dtype, is_call, is_tensor, operand, shape, value, wrap
+from attnopt.match.overwrites import number
+
+_MAXIMA = (aten.amax.default, aten.max.dim)
+_CLAMPS = (aten.clamp.default, aten.clamp_min.default)
+_LAYOUT = (*RESHAPES, aten.unsqueeze.default, aten.detach.default)
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """``node`` = the sum of ``terms``, none of which is negative, over ``axis``.
+
+    ``shifted``: one of a row's terms is 1, so that the sum is no less.
+    """
+
+    node: fx.Node
+    terms: fx.Node
+    axis: int
+    shifted: bool
+
+    def divides(self, quotient: fx.Node) -> bool:
+        """``quotient`` is the terms, each divided by the sum of its row, whatever keeps that from zero without a trace."""
+        return any(self._is_under(node, inverse) for node, inverse in divisors(quotient, self.terms))
+
+    def _is_under(self, divisor: object, inverse: bool) -> bool:
+        node = _unspread(divisor)
+        if node is None or not _is_by_row(node, self.terms, self.axis):
+            return False
+        return way_down(node, self.node, inverse, lambda n: is_call(n, *_LAYOUT), self._keeps_from_zero) is not None
+
+    def _keeps_from_zero(self, node: fx.Node) -> bool:
+        """What is added is rounded off beside a sum of 1 or more; what is less than 1 is no bound for it."""
+        least = number(arg(node, 1)) if is_call(node, aten.add.Tensor, *_CLAMPS) and not node.kwargs else None
+        if not self.shifted or least is None or least < 0:
+            return False
+        if is_call(node, aten.add.Tensor):
+            return least <= torch.finfo(dtype(node)).eps / 4
+        return least <= 1 and arg(node, 2) is None
+
+
+def row_sums(terms: fx.Node, shifted_on: fx.Node | None = None) -> list[RowSum]:
+    """Every sum of ``terms`` over one axis; ``shifted_on``: the exponents, where these may have been shifted."""
+    found: list[RowSum] = []
+    for user in terms.users:
+        dims = _summed(user, terms)
+        if dims is not None and len(dims) == 1:
+            axis = wrap(dims[0], len(shape(terms)))
+            found.append(RowSum(user, terms, axis, shifted_on is not None and is_shifted(shifted_on, axis)))
+    return found
+
+
+def _summed(node: fx.Node, terms: fx.Node) -> list[int] | None:
+    if is_call(node, aten.sum.dim_IntList) and arg(node, 0) is terms:
+        dims = arg(node, 1)
+    elif is_call(node, aten.linalg_vector_norm.default) and arg(node, 0) is terms and arg(node, 1) == 1:
+        dims = arg(node, 2)
+    else:
+        return None
+    return dims if isinstance(dims, list) else None
+
+
+def divisors(quotient: fx.Node, x: fx.Node) -> Iterator[tuple[object, bool]]:
+    """What ``quotient`` may divide ``x`` by, and whether it multiplies with the inverse of that."""
+    left, right = arg(quotient, 0), arg(quotient, 1)
+    if is_call(quotient, aten.div.Tensor) and left is x and not quotient.kwargs:
+        yield right, False
+    if is_call(quotient, aten.mul.Tensor):
+        yield from ((other, True) for own, other in ((left, right), (right, left)) if own is x)
+
+
+def way_down(
+    divisor: object,
+    total: fx.Node,
+    inverse: bool,
+    is_layout: Callable[[fx.Node], bool],
+    passes: Callable[[fx.Node], bool] = lambda n: False,
+) -> tuple[fx.Node, ...] | None:
+    """The nodes from ``total`` to ``divisor``, without the one that inverts; None where others than these are among them.
+
+    ``passes``: what may be done to the sum itself, before it is inverted.
+    """
+    path, node = list[fx.Node](), divisor
+    while node is not total:
+        if not isinstance(node, fx.Node):
+            return None
+        if inverse and (above := _inverse_of(node)) is not None:
+            node, inverse = above, False
+        elif is_layout(node) or (not inverse and passes(node)):
+            path.append(node)
+            node = arg(node, 0)
+        else:
+            return None
+    return None if inverse else (total, *reversed(path))
+
+
+def _inverse_of(node: fx.Node) -> fx.Node | None:
+    """x, where ``node`` is 1 / x."""
+    if is_call(node, aten.reciprocal.default) or (is_call(node, aten.pow.Tensor_Scalar) and arg(node, 1) == -1):
+        found: fx.Node = arg(node, 0)
+        return found
+    return None
+
+
+def renormalises(node: fx.Node, weights: fx.Node, axis: int) -> bool:
+    """``node`` divides the weights of a softmax by their sum over ``axis``, which is 1."""
+    return any(replace(s, shifted=True).divides(node) for s in row_sums(weights) if s.axis == axis)
+
+
+def is_shifted(exponents: fx.Node, axis: int) -> bool:
+    """A row's maximum was taken off, so that the largest exponent is 0, with a positive factor or without."""
+    while is_call(exponents, aten.mul.Tensor, aten.div.Tensor) and (number(arg(exponents, 1)) or 0) > 0:
+        exponents = operand(exponents)
+    if not is_call(exponents, aten.sub.Tensor) or exponents.kwargs or not is_tensor(arg(exponents, 0)):
+        return False
+    return is_maximum_of(arg(exponents, 1), operand(exponents), axis)
+
+
+def is_maximum_of(node: object, scores: fx.Node, axis: int) -> bool:
+    """``node`` is the maximum of ``scores`` over ``axis``, once for each row: subtracting it changes no softmax."""
+    root = of_rows(node, scores, axis)
+    if root is not None and is_call(root, operator.getitem) and arg(root, 1) == 0:
+        root = operand(root)
+    if root is None or not is_call(root, *_MAXIMA) or arg(root, 0) is not scores:
+        return False
+    dims = arg(root, 1)
+    only = dims if isinstance(dims, int) else dims[0] if isinstance(dims, (list, tuple)) and len(dims) == 1 else None
+    return isinstance(only, int) and wrap(only, len(shape(scores))) == axis
+
+
+def of_rows(node: object, rows: fx.Node, axis: int) -> fx.Node | None:
+    """What ``node`` is behind its layout, where it has one number for each of the ``rows`` along ``axis``; or None."""
+    found = _unspread(node)
+    return behind_layout(found) if found is not None and _is_by_row(found, rows, axis) else None
+
+
+def behind_layout(node: fx.Node) -> fx.Node:
+    """The tensor whose numbers ``node`` has, in the same order."""
+    while is_call(node, *_LAYOUT):
+        node = operand(node)
+    return node
+
+
+def _unspread(node: object) -> fx.Node | None:
+    while is_call(node, aten.expand.default, aten.detach.default):
+        node = arg(node, 0)
+    return node if isinstance(node, fx.Node) and is_tensor(node) else None
+
+
+def _is_by_row(node: fx.Node, rows: fx.Node, axis: int) -> bool:
+    """It has the axes of ``rows``, with one place along ``axis``: however it was reshaped to that, row meets row."""
+    sizes = list(value(rows).shape)
+    sizes[axis] = 1
+    own = value(node).shape
+    return len(own) == len(sizes) and all(map(same_size, own, sizes))

@@ -1,0 +1,80 @@
+"""An attention that is already one operator: torch's ``scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from attnopt.graph.axes import Axes, broadcast, fresh, reshape, resolve_all
+from attnopt.graph.nodes import (
+    arg,
+    dtype,
+    shape,
+    source_line,
+)
+from attnopt.ir.refusal import Refusal
+from attnopt.match.read_scores import Hide, Operand, Step, Term
+from attnopt.match.region import NotAttentionError, Region, unreadable
+
+
+def from_fused(node: fx.Node) -> Region:
+    q, k, v = arg(node, 0), arg(node, 1), arg(node, 2)
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
+    mask = arg(node, 3, node.kwargs.get("attn_mask"))
+    dropout = arg(node, 4, node.kwargs.get("dropout_p", 0.0))
+    causal = arg(node, 5, node.kwargs.get("is_causal", False))
+    scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
+    if dropout:
+        raise NotAttentionError(
+            Refusal(
+                "active-dropout",
+                "an attention without dropout",
+                f"dropout of {dropout}",
+                source_line(node),
+                "call model.eval() first",
+            )
+        )
+    sq, sk, sv = shape(q), shape(k), shape(v)
+    ndim = len(sq)
+    frame = fresh((*sq[:-1], sk[-2]))
+    lead, rows, columns = list(frame[:-2]), frame[-2], frame[-1]
+    (d,), (e,) = fresh((sq[-1],)), fresh((sv[-1],))
+    kv_lead = [ax if s != 1 else () for s, ax in zip(sk[:-2], lead[ndim - len(sk) :], strict=True)]
+    if grouped and sk[-3] != sq[-3]:
+        group = reshape((lead[-1],), (sk[-3], sq[-3] // sk[-3]))
+        assert group is not None
+        kv_lead[-1] = group[0]
+    if len(sk) != len(sv) or sk[:-2] != sv[:-2] or len(sk) > ndim:
+        raise unreadable(node, "keys and values with the same leading axes")
+    scores: Axes = (*resolve_all(tuple(lead)), rows, columns)
+    steps: tuple[Step, ...] = ()
+    if isinstance(mask, fx.Node):
+        axes = broadcast(mask, scores)
+        if axes is None:
+            raise unreadable(node, "a mask that broadcasts to the scores")
+        operand = Operand(mask, axes)
+        steps = (Hide(operand, False, -math.inf) if dtype(mask) == torch.bool else Term(operand, 1.0),)
+    q_axes, k_axes, v_axes = (*lead, rows, d), (*kv_lead, columns, d), (*kv_lead, columns, e)
+    out_axes = (*lead, rows, e)
+    return Region(
+        q=Operand(q, q_axes),
+        k=Operand(k, k_axes),
+        v=Operand(v, v_axes),
+        out=Operand(node, out_axes),
+        scale=float(scale) if isinstance(scale, (int, float)) else sq[-1] ** -0.5,
+        batch=(),
+        heads=(),
+        queries=(),
+        keys=columns,
+        features=d,
+        value_features=e,
+        steps=steps,
+        top_left_causal=bool(causal),
+        nodes=(node,),
+        anchor=node,
+        frames=((q, q_axes), (k, k_axes), (v, v_axes), (node, out_axes)),
+    )

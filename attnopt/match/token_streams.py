@@ -1,0 +1,191 @@
+"""Which sequence the queries and the keys of an attention are made of, and how their positions are written into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnopt.base.sizes import hint, same_size
+from attnopt.graph.nodes import ancestors, arg, aten, is_call, is_number, is_state, is_tensor, opname, value, wrap
+from attnopt.slicing.pull import pull
+
+Relation = Literal["same", "assumed", "past", "apart", "inputs-apart", "other"]
+
+_SOURCES = {
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "linear",
+    "addmm",
+    "mm",
+    "matmul",
+    "bmm",
+    "baddbmm",
+    "einsum",
+    "embedding",
+    "softmax",
+    "scaled_dot_product_attention",
+}
+
+_OF_EACH_TOKEN = {
+    "linear",
+    "layer_norm",
+    "native_layer_norm",
+    "rms_norm",
+    "mean",
+    "var",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "getitem",
+    "_to_copy",
+}  # beside what works number by number
+
+
+def relation(q: fx.Node, k: fx.Node, v: fx.Node, examples: Mapping[fx.Node, Any]) -> Relation:
+    """How the tokens of the canonical operands ``q`` and ``k`` are related.
+
+    "same": one sequence.  "past": the keys are those of earlier tokens and then the queries' own.  "apart": one sequence,
+    with another number of keys than of queries.  "assumed": q, k and v are three inputs of one length, which is all that
+    is known.  "inputs-apart": such inputs, of lengths that vary apart.  "other": keys of another sequence.
+    """
+    q_len, kv_len = value(q).shape[2], value(k).shape[2]
+    as_long = statically_known_true(q_len == kv_len)
+    if _streams(q) & _streams(k):
+        if as_long:
+            return "same"
+        return "past" if _has_past(q, k) else "apart"
+    if hint(q_len) != hint(kv_len) or not _are_three_inputs((q, k, v), examples):
+        return "other"
+    return "assumed" if as_long else "inputs-apart"
+
+
+def _are_three_inputs(operands: tuple[fx.Node, fx.Node, fx.Node], examples: Mapping[fx.Node, Any]) -> bool:
+    """Each operand is made of one input of its own, all of them by projections or none.
+
+    Keys and values of one sequence, given twice beside other queries, are a memory.
+    """
+    streams = [_streams(n) for n in operands]
+    inputs = [next(iter(found)) for found in streams if len(found) == 1]
+    if len(set(inputs)) != 3 or any(n.op != "placeholder" for n in inputs):
+        return False
+    if len({any(map(_is_source, ancestors(n, stop=_ends))) for n in operands}) != 1:
+        return False
+    q, k, v = (examples.get(n) for n in inputs)
+    return not _hold_same(k, v) or _hold_same(q, k)
+
+
+def _hold_same(a: object, b: object) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    return a is b or (a.shape == b.shape and not a.is_meta and not b.is_meta and torch.equal(a, b))
+
+
+def _has_past(q: fx.Node, k: fx.Node) -> bool:
+    """The keys are joined of what the caller holds and, at the end, one key for each query, made of its own token."""
+    joins = _joins(k)
+    return bool(joins) and all(_ends_with_own(q, join, axis) for join, axis in joins)
+
+
+def _joins(k: fx.Node) -> list[tuple[fx.Node, int]]:
+    """What joins the keys along their own axis, with that axis; nothing where a projection makes them all."""
+    found: list[tuple[fx.Node, int]] = []
+    stack, seen = [(k, 2)], set[tuple[fx.Node, int]]()
+    while stack:
+        node, axis = place = stack.pop()
+        if place in seen or node.op != "call_function" or not _streams(node):
+            continue
+        seen.add(place)
+        if is_call(node, aten.cat.default) and wrap(arg(node, 1, 0), len(value(node).shape)) == axis:
+            found.append(place)
+            continue
+        pulled = None if _is_source(node) else pull(node, {axis: (0,)})
+        if pulled is None or pulled.across:
+            return []
+        stack += [(below, a) for below, chosen in pulled.demands for a in chosen]
+    return found
+
+
+def _ends_with_own(q: fx.Node, join: fx.Node, axis: int) -> bool:
+    *earlier, own = arg(join, 0)
+    as_long = statically_known_true(value(own).shape[axis] == value(q).shape[2])
+    return as_long and bool(_streams(own) & _streams(q)) and all(map(_is_held, earlier))
+
+
+def _is_held(node: fx.Node) -> bool:
+    """Straight from an input or from state: no projection makes it."""
+    above = list(ancestors(node, stop=_ends))
+    return not any(map(_is_source, above)) and any(
+        is_tensor(n) and (n.op == "placeholder" or is_state(n)) for n in above
+    )
+
+
+def positions(q: fx.Node) -> tuple[str, ...]:
+    """Rotary encodings show themselves as a sine and a cosine between the projection and the core."""
+    names = {opname(n) for n in ancestors(q, stop=_ends)}
+    return ("rope",) if {"sin", "cos"} <= names or "view_as_complex" in names else ()
+
+
+def _is_source(node: fx.Node) -> bool:
+    return opname(node) in _SOURCES
+
+
+def _ends(node: fx.Node) -> bool:
+    """A projection; or a size, which says nothing about the tokens of what it is the size of."""
+    return _is_source(node) or is_number(node)
+
+
+def _streams(node: fx.Node) -> set[fx.Node]:
+    """What feeds the first projection above ``node``: the nodes that write into that sequence."""
+    found: set[fx.Node] = set()
+    for first in ancestors(node, stop=_ends):
+        if first.op == "placeholder":
+            found.add(first)
+        elif _is_source(first):
+            found |= _fed_by(first)
+    return found
+
+
+def _fed_by(projection: fx.Node) -> set[fx.Node]:
+    """The same for one projection; of two, one behind the other as of low rank, what feeds the first."""
+    while True:
+        found: set[fx.Node] = set()
+        for x in projection.all_input_nodes:
+            if not is_tensor(x) or x.op == "get_attr":
+                continue
+            above = list(ancestors(x, stop=_ends))
+            streams = {n for n in above if _is_source(n) or (n.op == "placeholder" and is_tensor(n))}
+            if not streams and opname(projection) == "linear" and x is arg(projection, 0):
+                streams = {n for n in above if n.op == "get_attr"}  # learned queries alone
+            found |= streams
+        if len(found) != 1 or not _keeps_tokens(behind := next(iter(found)), projection):
+            return found
+        projection = behind
+
+
+def _keeps_tokens(first: fx.Node, second: fx.Node) -> bool:
+    """Between two projections nothing moves a token, nor makes several into one."""
+    if opname(first) != "linear" or opname(second) != "linear":
+        return False
+    above = set(ancestors(second, stop=lambda n: n is first))
+    between, open_ends = {first}, [first]
+    while open_ends:
+        fresh = [n for n in open_ends.pop().users if n in above and n not in between]
+        between.update(fresh)
+        open_ends.extend(fresh)
+    return all(_is_of_each_token(n, value(first).shape[:-1]) for n in between)
+
+
+def _is_of_each_token(node: fx.Node, tokens: tuple[int, ...]) -> bool:
+    if opname(node) not in _OF_EACH_TOKEN and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return False
+    if not is_tensor(node):
+        return True
+    sizes = value(node).shape
+    return len(sizes) == len(tokens) + 1 and all(map(same_size, sizes, tokens))

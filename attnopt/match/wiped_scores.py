@@ -1,0 +1,36 @@
+"""``scores * m + bias`` with a mask m of 0 and 1, beside a padding mask that the inputs make."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from attnopt.graph.evaluate import inputs_behind, is_plain
+from attnopt.graph.nodes import value
+from attnopt.match.mask_patterns import Sample, as_visible, samples
+
+_HIDDEN = -1e4
+
+
+def hides_beside_flags(gm: fx.GraphModule, bias: fx.Node | None, factor: fx.Node) -> bool:
+    """Every key whose score ``factor`` wipes out is hidden by the bias, whether the inputs' flags hide others or none.
+
+    A query whose other keys the flags hide all may see what is wiped: its score is 0 there, and not the product.
+    """
+    if bias is None or not is_plain(bias) or not is_plain(factor) or inputs_behind(factor):
+        return False
+    flags = [value(n) for n in inputs_behind(bias)]
+    if not flags or any(not isinstance(x, Tensor) or x.dtype.is_floating_point for x in flags):
+        return False
+    flagged, unflagged = (samples(gm, [factor, bias], fill=fill) for fill in (1, 0))
+    if flagged is None or unflagged is None:
+        return False
+    return all(_hides(*pair) for pair in zip(flagged, unflagged, strict=True))
+
+
+def _hides(flagged: Sample, unflagged: Sample) -> bool:
+    kept, hidden = flagged.values[0], unflagged.values[1]
+    visible = as_visible(flagged.values[1], beside=True, whole_rows=flagged.whole_rows)
+    if visible is None:
+        return False
+    wiped = (kept == 0) & ~visible & (hidden <= _HIDDEN)
+    return bool(((kept == 1) | wiped).all())

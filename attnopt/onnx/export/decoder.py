@@ -1,0 +1,165 @@
+"""A language model as one ONNX file for prompt and generation, in the folder layout of onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from attnopt.base.atomic_files import atomic_folder
+from attnopt.base.compile_lock import compiling
+from attnopt.base.sizes import is_static
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
+from attnopt.graph.nodes import value
+from attnopt.ir.spec import AttentionSpec
+from attnopt.onnx.export.choose_form import OnnxSite
+from attnopt.onnx.export.kv_cache import PAST, PRESENT
+from attnopt.onnx.export.mark import Marked, mark
+from attnopt.onnx.export.translate import OPSETS, expand, translated
+from attnopt.onnx.export.write_file import ROOM_IN_FILE, finish, save, weights_size
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+CONFIG, FILE = "genai_config.json", "model.onnx"
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@compiling()
+def export_decoder(
+    gm: fx.GraphModule,
+    origin: Origin,
+    folder: str | os.PathLike[str],
+    *,
+    context_length: int,
+    eos_token_id: int | Sequence[int],
+    tokenizer: Any,
+) -> None:
+    """Write the folder, whole or not at all.  Raises ExportError."""
+    from attnopt.onnx.export.kv_cache import Cache, cached
+    from attnopt.onnx.export.peephole import settle
+    from attnopt.onnx.export.verify_decoder import verify
+
+    if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
+        raise ExportError(f"context_length={context_length!r} is no number of tokens", hint="give the model's longest")
+    tokens = _tokens(eos_token_id, tokenizer)
+    _check_inputs(gm, origin.report.fixed_axes)
+    specs = {s.name: s.spec for s in origin.sites}
+    marked_gm, marked = mark(gm, {}, cached(specs))
+    _check_sites(marked, specs)
+    with atomic_folder(folder, marker=CONFIG) as made:
+        model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens come apart
+        cache = Cache.of(model.graph)
+        expand(model.graph, marked, cache.write)
+        settle(model, contrib=True)
+        finish(model, origin, "onnxruntime", marked)
+        logits = _logits(model.graph.outputs)
+        data = made / f"{FILE}.data" if weights_size(gm) > ROOM_IN_FILE else None
+        save(model, made / FILE, data)
+        verify(gm, origin, made / FILE, str(logits.name))
+        config = _config(model.graph, logits, [m.site for m in marked], context_length, tokens)
+        (made / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(made))
+
+
+def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
+    """Tokens, and what goes with them, with free batch and length."""
+    inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)}
+    if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
+        raise ExportError(
+            f"a decoder takes input_ids, and besides attention_mask and position_ids; this model takes {list(inputs)}",
+            hint="capture the model with these inputs alone, and with use_cache=False where it has a cache of its own",
+        )
+    for name, node in inputs.items():
+        sizes = value(node).shape
+        if len(sizes) != 2 or any(map(is_static, sizes)):
+            raise ExportError(
+                f"{name} is [{', '.join(map(str, sizes))}], not [batch, length] with both free",
+                hint="give an example of several sequences of several tokens"
+                if any(f.startswith(f"{name}[") for f in fixed)
+                else 'optimize the model with dynamic_shapes="auto"',
+            )
+
+
+def _check_sites(marked: Sequence[Marked], specs: Mapping[str, AttentionSpec]) -> None:
+    there = {m.site.name for m in marked}
+    for name in specs:
+        if name not in there:
+            raise ExportError(
+                "this attention is no fused operator, so its keys and values cannot be kept",
+                site=name,
+                hint='the report says why; with backend="sdpa" all that were rewritten are',
+            )
+    sizes = {(m.site.kv_heads if m.site.is_evenly_shared else m.site.heads, m.site.head_dim) for m in marked}
+    if len(sizes) != 1:
+        listed = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
+        raise ExportError(
+            f"the layers' keys and values have different sizes ({listed or 'there are none'}), and the cache has one",
+            hint="leave as many K/V heads in each layer",
+        )
+
+
+def _logits(outputs: Sequence[ir.Value]) -> ir.Value:
+    """The model's one output, beside the cache's."""
+    found = [o for o in outputs if not str(o.name).startswith(PRESENT.partition(".")[0] + ".")]
+    named = [o for o in found if o.name == "logits"] or found
+    if len(named) != 1 or named[0].shape is None or len(named[0].shape) != 3:
+        raise ExportError(
+            f"the model returns {[o.name for o in found]}, and a decoder returns logits [batch, length, vocabulary]",
+            hint="wrap the model so that it returns its logits alone",
+        )
+    return named[0]
+
+
+def _tokens(eos_token_id: int | Sequence[int], tokenizer: Any) -> dict[str, Any]:
+    """The special tokens, as the runtime wants to know them."""
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ExportError(f"a {type(tokenizer).__name__} is no tokenizer", hint="give one of transformers, or none")
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if not ends or not all(isinstance(end, int) for end in ends):
+        raise ExportError(
+            f"eos_token_id={eos_token_id!r} is no token", hint="give the number of the token that ends a text"
+        )
+    begin, pad = (getattr(tokenizer, name, None) for name in ("bos_token_id", "pad_token_id"))
+    return {
+        "bos_token_id": ends[0] if begin is None else begin,
+        "eos_token_id": ends,
+        "pad_token_id": ends[0] if pad is None else pad,
+    }
+
+
+def _config(
+    graph: ir.Graph, logits: ir.Value, sites: Sequence[OnnxSite], context_length: int, tokens: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What onnxruntime-genai reads beside the file."""
+    site, names = sites[0], {i.name for i in graph.inputs}
+    assert logits.shape is not None
+    vocabulary, ends = logits.shape[2], tokens["eos_token_id"]
+    if isinstance(vocabulary, int) and not all(0 <= end < vocabulary for end in ends):
+        raise ExportError(f"{ends} are no tokens of a vocabulary of {vocabulary}", hint="correct eos_token_id")
+    decoder = {
+        "session_options": {"provider_options": []},
+        "filename": FILE,
+        "head_size": site.head_dim,
+        "hidden_size": site.heads * site.head_dim,
+        "inputs": {name: name for name in INPUTS if name in names}
+        | {f"past_{what}_names": PAST.format("%d", what) for what in ("key", "value")},
+        "outputs": {"logits": logits.name}
+        | {f"present_{what}_names": PRESENT.format("%d", what) for what in ("key", "value")},
+        "num_attention_heads": site.heads,
+        "num_hidden_layers": len(sites),
+        "num_key_value_heads": site.kv_heads if site.is_evenly_shared else site.heads,
+    }
+    model = {
+        "type": "decoder",
+        "context_length": context_length,
+        "vocab_size": vocabulary,
+        "decoder": decoder,
+        **tokens,
+    }
+    return {"model": model, "search": {"max_length": context_length, "past_present_share_buffer": True}}

@@ -1,0 +1,73 @@
+"""ONNX for ONNX Runtime: exported by torch, every attention in its fastest form, run and compared before it gets its name."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import fx
+
+from attnopt.base.compile_lock import compiling
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
+from attnopt.onnx.export.mark import fastest, mark
+from attnopt.onnx.export.translate import OPSETS, expand, translated
+from attnopt.onnx.export.write_file import ROOM_IN_FILE, finish, save, weights_size, written_to
+
+if TYPE_CHECKING:
+    pass
+
+Flavor = Literal["onnxruntime", "standard"]
+
+
+@compiling()
+def export_onnx(
+    gm: fx.GraphModule,
+    origin: Origin,
+    path: str | os.PathLike[str],
+    *,
+    flavor: Flavor,
+    opset: int | None,
+    external_data: bool | Literal["auto"],
+    verify: bool,
+) -> None:
+    """Write an optimized graph to ``path``.  Raises ExportError, and then leaves what was at ``path`` as it was."""
+    if flavor not in get_args(Flavor):
+        raise ExportError(f"there is no flavor {flavor!r}", hint=f"choose one of {', '.join(get_args(Flavor))}")
+    if origin.file is None and opset is not None and opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
+    if external_data not in (True, False, "auto"):
+        raise ExportError(f"external_data={external_data!r} is not possible", hint='give True, False or "auto"')
+    if origin.file is not None:
+        from attnopt.onnx.export.in_place import export_in_place
+
+        options: dict[str, Any] = {"flavor": flavor, "external_data": external_data, "verify": verify}
+        export_in_place(gm, origin, path, opset=opset, **options)
+        return
+    size = weights_size(gm)
+    if external_data is False and size > ROOM_IN_FILE:
+        raise ExportError(
+            f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB",
+            hint='leave external_data at "auto"',
+        )
+    from attnopt.onnx.export.cache_names import with_names
+    from attnopt.onnx.export.peephole import settle
+    from attnopt.onnx.export.size_checks import check_sizes
+    from attnopt.onnx.export.write_form import write
+
+    with written_to(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
+        contrib = flavor == "onnxruntime"
+        gm, names = with_names(gm, origin)
+        marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, fastest(contrib))
+        model, held = translated(marked_gm, origin, opset or OPSETS[0])
+        expand(model.graph, marked, write)
+        settle(model, contrib)
+        check_sizes(model.graph, held)
+        if names is not None:
+            names.give(model.graph)
+        finish(model, origin, flavor, marked)
+        save(model, file, data)
+        if verify:
+            from attnopt.onnx.export.verify import verify as run_and_compare
+
+            run_and_compare(gm, origin, file, marked, {} if names is None else names.inputs)

@@ -1,0 +1,269 @@
+"""A file rewritten in place: the attentions that change get new nodes, everything else stays byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from attnopt.base.atomic_files import atomic_write
+from attnopt.base.sizes import is_static
+from attnopt.compiler.origin import FileOrigin, Origin
+from attnopt.errors import AttnoptWarning, ExportError
+from attnopt.graph.nodes import get_attr, value
+from attnopt.graph.value_names import names_of
+from attnopt.lower.lower import copy_program
+from attnopt.onnx.export.builder import ORT
+from attnopt.onnx.export.correspondence import SHARED, Change, changed, inputs_of
+from attnopt.onnx.export.mark import Marked
+from attnopt.onnx.export.older import WRITTEN, older
+from attnopt.onnx.export.packed_weights import NotSliceableError, Slices, places, refuse
+from attnopt.onnx.export.part import Part, parts_of
+from attnopt.onnx.export.splicing import Insert, renamed, spliced
+from attnopt.onnx.export.translate import OPSETS
+from attnopt.onnx.export.worth import worthwhile
+from attnopt.onnx.export.write_file import METADATA, said, written_to
+from attnopt.onnx.load.grouping import used_by
+from attnopt.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
+
+PREFIX = "attnopt/"  # of the names of new nodes, values and weights
+CONSTANT = "attnopt_"  # of constants that are named for what they hold
+
+
+def export_in_place(
+    gm: fx.GraphModule,
+    origin: Origin,
+    path: str | os.PathLike[str],
+    *,
+    flavor: str,
+    opset: int | None,
+    external_data: Any,
+    verify: bool,
+) -> None:
+    """Write the file that ``gm`` was captured of with what was rewritten.  Raises ExportError.
+
+    An attention that is only fused, and is no faster for it in this file's opset, is left as it is.
+    """
+    file = origin.file
+    assert file is not None
+    source = file.model.source
+    if opset is not None and opset != source.opset:
+        raise ExportError(
+            f"{source.path} has opset {source.opset}, and is written in that opset",
+            hint="leave opset out, or convert the file with onnx.version_converter first",
+        )
+    contrib = flavor == "onnxruntime"
+    gm, _ = copy_program(worthwhile(gm, origin, contrib, source.opset))
+    change = changed(gm, file)
+    if not change.made:
+        _copied(source, path)
+        return
+    parts = parts_of(gm, origin, change, min(source.opset, OPSETS[-1]), contrib)
+    insert = _insert(gm, file, change, parts, source.opset)
+    model = spliced(_base(file, change), insert)
+    fixed = _fix_axes(model, gm, file)
+    _sign(model, origin, flavor, [m for part in parts for m in part.marked])
+    is_external = _is_external(source.stored) if external_data == "auto" else external_data
+    with written_to(path, is_external) as (temporary, data):
+        _save(model, source, temporary, data)
+        if verify:
+            from attnopt.onnx.export.verify import verify_file
+
+            verify_file(gm, origin, temporary)
+    if fixed:
+        warnings.warn(
+            f"{path} holds only at the sizes of the example inputs: {', '.join(fixed)}", AttnoptWarning, stacklevel=4
+        )
+
+
+def _copied(source: Any, path: str | os.PathLike[str]) -> None:
+    """Nothing was rewritten: the same bytes, and the weights beside them."""
+    target, folder = Path(path).resolve(), source.path.resolve().parent
+    if target == source.path.resolve():
+        return
+    from attnopt.onnx.load.read import places_of_data
+
+    for name in places_of_data(source.stored):
+        if target.parent != folder:
+            (target.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, target.parent / name)
+    with atomic_write(path) as temporary:
+        shutil.copyfile(source.path, temporary)
+
+
+def _base(file: FileOrigin, change: Change) -> onnx.ModelProto:
+    """The model as it lies in the file; with its functions in their places where one of them changes."""
+    stored: onnx.ModelProto = file.model.source.stored
+    whole: onnx.ModelProto = file.model.source.model
+    graph = stored.graph
+    there = {o for n in graph.node for o in n.output} | {i.name for i in graph.input}
+    there |= {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    if {*(n for n in change.made if not n.startswith(SHARED)), *change.read.values()} <= there:
+        return stored
+    return whole
+
+
+def _insert(gm: fx.GraphModule, file: FileOrigin, change: Change, parts: Sequence[Part], opset: int) -> Insert:
+    import onnx
+
+    prefix = _free_prefix(_names(file.model.source.model))
+    own = {
+        node: name.replace(SHARED, prefix, 1) if name.startswith(SHARED) else name for name, node in change.made.items()
+    }
+    stored = {where: name for name, where in file.model.places.items()}
+    packed = file.model.derived
+    slices, cut = Slices(file.model.source, prefix), set[str]()
+    nodes: list[onnx.NodeProto] = []
+    weights: dict[str, onnx.TensorProto] = {}
+    for number, part in enumerate(parts):
+        inner = f"{prefix}{number}/" if len(parts) > 1 else prefix
+        names: list[str] = []
+        for given in part.inputs:
+            if isinstance(given, str) or given in own:
+                names.append(given if isinstance(given, str) else own[given])
+                continue
+            origin = stored.get(re.sub(r"__\d+$", "", str(given.target)), str(given.target))
+            tensor = get_attr(gm, str(given.target)).detach().cpu().contiguous()
+            name = f"{prefix}{stored.get(str(given.target), str(given.target))}"
+            names.append(name)
+            if origin in packed:
+                if name not in cut:
+                    cut.add(name)
+                    _cut(slices, origin, packed[origin], tensor.numpy(), name)
+            else:
+                weights[name] = onnx.numpy_helper.from_array(tensor.numpy(), name)
+        made, constants = _nodes_of(part, names, own[change.made[part.output]], inner, opset)
+        nodes += made
+        weights |= {t.name: t for t in constants}
+    nodes = [*slices.nodes, *nodes]
+    weights |= slices.weights
+    used = {name for node in nodes for name in used_by(node)}
+    before = {name: n for n in file.captured.graph.nodes for name in names_of(n)}
+    reshaped = {n for n, node in change.made.items() if n in before and _sizes(node) != _sizes(before[n])}
+    found = [t for name, t in weights.items() if name in used]
+    infos = [_info(name, node) for node, name in own.items()]
+    return Insert(nodes, found, frozenset(own.values()), frozenset(reshaped), infos, {ORT: 1})
+
+
+def _info(name: str, node: fx.Node) -> onnx.ValueInfoProto:
+    import onnx
+
+    kind = onnx.helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=value(node).dtype).numpy().dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, [int(n) if is_static(n) else None for n in value(node).shape])
+
+
+def _nodes_of(
+    part: Part, inputs: Sequence[str], output: str, prefix: str, opset: int
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """The part's nodes and constants, with the file's names."""
+    import onnx
+    import onnx_ir as ir
+
+    graph = ir.serde.serialize_model(part.model).graph
+    names = {i.name: name for i, name in zip(graph.input, inputs, strict=True)}
+    made = graph.output[0].name
+    nodes = list(graph.node)
+    if made in names or made not in {o for n in nodes for o in n.output}:
+        nodes.append(onnx.helper.make_node("Identity", [made], ["made"]))
+        made = "made"
+    names[made] = output
+    stored = list(graph.initializer)
+    if opset < WRITTEN:
+        nodes, more = older(nodes, stored, opset)
+        stored += more
+    for number, tensor in enumerate(stored):
+        names[tensor.name] = tensor.name if tensor.name.startswith(CONSTANT) else f"{prefix}c{number}"
+        tensor.name = names[tensor.name]
+    return renamed(nodes, names, prefix), stored
+
+
+def _cut(slices: Slices, origin: str, whole: Any, part: Any, name: str) -> None:
+    try:
+        slices.take(origin, *places(whole, part), out=name)
+    except NotSliceableError:
+        raise refuse(origin) from None
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    return [int(n) if is_static(n) else -1 for n in value(node).shape]
+
+
+def _free_prefix(taken: Collection[str]) -> str:
+    prefix = PREFIX
+    while any(name.startswith(prefix) for name in taken):
+        prefix = f"{prefix[:-1]}_/"
+    return prefix
+
+
+def _names(model: onnx.ModelProto) -> set[str]:
+    graph = model.graph
+    return {o for n in graph.node for o in (*n.output, n.name)} | {t.name for t in (*graph.initializer, *graph.input)}
+
+
+def _fix_axes(model: onnx.ModelProto, gm: fx.GraphModule, file: FileOrigin) -> list[str]:
+    """Axes that the file leaves open and the graph was captured without: the file has to say their size."""
+    inputs = {i.name: i for i in model.graph.input}
+    placeholders = dict(zip(file.model.inputs, inputs_of(gm), strict=True))
+    fixed = []
+    for name, axis, label in file.model.source.free:
+        node = placeholders.get(name)
+        if node is None or not is_static(value(node).shape[axis]):
+            continue
+        size = int(value(node).shape[axis])
+        inputs[name].type.tensor_type.shape.dim[axis].dim_value = size
+        fixed.append(f"{label or f'axis {axis}'} of {name} = {size}")
+    if fixed:
+        for output in model.graph.output:
+            for dim in output.type.tensor_type.shape.dim:
+                if not dim.HasField("dim_value"):
+                    dim.ClearField("dim_param")
+    return fixed
+
+
+def _sign(model: onnx.ModelProto, origin: Origin, flavor: str, marked: Sequence[Marked]) -> None:
+    report = origin.report.to_json()
+    texts = {
+        "version": __version__,
+        "flavor": flavor,
+        "policy": json.dumps(report["policy"]),
+        "attention": json.dumps([said(m.site, m.form) for m in marked]),
+    }
+    kept = [p for p in model.metadata_props if p.key not in {METADATA + k for k in texts}]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    for key, text in texts.items():
+        model.metadata_props.add(key=METADATA + key, value=text)
+
+
+def _is_external(model: onnx.ModelProto) -> bool:
+    import onnx
+
+    return any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
+
+
+def _save(model: onnx.ModelProto, source: Any, file: Path, data: Path | None) -> None:
+    import onnx
+
+    onnx.load_external_data_for_model(model, str(source.path.resolve().parent))
+    if data is None:
+        file.write_bytes(model.SerializeToString())
+        return
+    onnx.save_model(
+        model,
+        str(file),
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=data.name,
+        size_threshold=1024,
+    )

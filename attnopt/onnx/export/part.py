@@ -1,0 +1,127 @@
+"""The part of an optimized graph that a file gets anew, as ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnopt.base.sizes import is_static
+from attnopt.capture.signature import Signature
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
+from attnopt.graph.nodes import ancestors, value
+from attnopt.onnx.export.correspondence import Change
+from attnopt.onnx.export.mark import Marked, fastest, mark
+from attnopt.onnx.export.older import WRITTEN
+from attnopt.onnx.export.translate import expand, translated
+from attnopt.report.report import Report
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes that make one value.  ``inputs``: a value of the file, or a node: a new weight or a value of another part."""
+
+    model: ir.Model
+    inputs: tuple[str | fx.Node, ...]
+    output: str
+    marked: tuple[Marked, ...]
+
+
+def parts_of(gm: fx.GraphModule, origin: Origin, change: Change, opset: int, contrib: bool) -> list[Part]:
+    """The nodes that make each of ``change.made``, in the operators of ``opset``.  Raises ExportError.
+
+    They are exported one by one: torch takes a size from whatever input has it, and together they would read each other.
+    """
+    given: dict[fx.Node, str | fx.Node] = {
+        **{n: n for n in change.made.values()},
+        **change.read,
+        **{w: w for w in change.weights},
+    }
+    values = _Recorder(gm, set(given)).record((origin.args, dict(origin.kwargs)))
+    patterns = {s.name: s.spec.pattern for s in origin.sites}
+    return [
+        _part(gm, name, node, {n: g for n, g in given.items() if n is not node}, values, patterns, opset, contrib)
+        for name, node in change.made.items()
+    ]
+
+
+def _part(
+    gm: fx.GraphModule,
+    name: str,
+    node: fx.Node,
+    given: Mapping[fx.Node, str | fx.Node],
+    values: Mapping[fx.Node, Tensor],
+    patterns: Mapping[str, Any],
+    opset: int,
+    contrib: bool,
+) -> Part:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    from attnopt.onnx.export.peephole import settle
+    from attnopt.onnx.export.size_checks import check_sizes
+    from attnopt.onnx.export.write_form import write
+
+    module, order = _cut(gm, node, given)
+    inner = Origin(Report(sites=()), (), Signature((), (), ()), tuple(values[n] for n in order), {})
+    marked_gm, marked = mark(module, patterns, fastest(contrib, opset), takes_apart=False)
+    model, held = translated(marked_gm, inner, max(opset, WRITTEN))
+    _check_axes(model, order)
+    expand(model.graph, marked, write, opset)
+    settle(model, contrib, opset)
+    check_sizes(model.graph, held)
+    RemoveUnusedNodesPass()(model)
+    return Part(model, tuple(given[n] for n in order), name, marked)
+
+
+def _cut(gm: fx.GraphModule, node: fx.Node, given: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """A module of the nodes between ``given`` and ``node``, and its inputs in order."""
+    needed = set(ancestors(node, stop=given.__contains__))
+    graph, table, order = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()
+    for n in gm.graph.nodes:
+        if n in needed and n in given:
+            table[n] = graph.placeholder(f"given_{len(order)}")
+            table[n].meta["val"] = value(n)
+            order.append(n)
+    for n in gm.graph.nodes:
+        if n in needed and n not in table:
+            table[n] = graph.node_copy(n, lambda n: table[n])
+    graph.output((table[node],)).meta["val"] = (value(node),)
+    return fx.GraphModule(gm, graph), order
+
+
+def _check_axes(model: ir.Model, order: Sequence[fx.Node]) -> None:
+    """What is free in the graph is free in its part."""
+    for node, made in zip(order, model.graph.inputs, strict=True):
+        for axis, size in enumerate(value(node).shape):
+            if not is_static(size) and made.shape is not None and isinstance(made.shape[axis], int):
+                raise ExportError(
+                    f"the rewritten part of the file would hold only where a size is {made.shape[axis]}",
+                    hint="optimize with larger example inputs",
+                )
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what some of its nodes give."""
+
+    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.nodes, self.found = nodes, dict[fx.Node, Tensor]()
+
+    def record(self, inputs: Any) -> dict[fx.Node, Tensor]:
+        with torch.no_grad():
+            self.run(*pytree.tree_leaves(inputs))
+        return self.found
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.nodes:
+            self.found[n] = result.detach().clone() if isinstance(result, Tensor) else result
+        return result

@@ -1,0 +1,58 @@
+"""An attention in operators that every opset has, for files from before ONNX's own Attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from attnopt.onnx.export.builder import Builder
+from attnopt.onnx.export.choose_form import OnnxSite
+
+if TYPE_CHECKING:
+    from attnopt.onnx.export.operands import Operands
+
+
+def attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
+    """[B, H, L, Dv], or [B, L, H * Dv] for flat operands; zeros for a query that sees nothing."""
+    kind: Any = np.float64 if site.dtype == torch.float64 else np.float32
+    q, k, v = (_heads(b, site, x, role) for role in "qkv")
+    if site.kv_heads != site.heads:
+        k, v = (b.op("Gather", t, b.ints(*site.kv_of_head), axis=1) for t in (k, v))
+    scores = b.op(
+        "MatMul", b.op("Mul", q, b.constant(np.asarray(site.scale, kind))), b.op("Transpose", k, perm=[0, 1, 3, 2])
+    )
+    if site.softcap is not None:
+        cap = b.constant(np.asarray(site.softcap, kind))
+        scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap)
+    if x.bias is not None:
+        scores = b.op("Add", scores, x.bias)
+    if x.mask is not None:
+        scores = b.op("Where", x.mask, scores, b.constant(np.asarray(-np.inf, kind)))
+    weights = _softmax(b, scores, x.sinks)
+    if x.mask is not None:
+        weights = b.op("Where", x.mask, weights, b.constant(np.asarray(0.0, kind)))
+    elif x.bias is not None:
+        weights = b.op("Where", b.op("IsNaN", weights), b.constant(np.asarray(0.0, kind)), weights)
+    made = b.op("MatMul", weights, v)
+    return b.op("Reshape", b.op("Transpose", made, perm=[0, 2, 1, 3]), b.ints(0, 0, -1)) if x.is_flat else made
+
+
+def _softmax(b: Builder, scores: ir.Value, sinks: ir.Value | None) -> ir.Value:
+    if sinks is None:
+        return b.op("Softmax", scores, axis=3)
+    lengths = [b.op("Shape", scores, start=i, end=i + 1) for i in range(3)]
+    column = b.op("Expand", sinks, b.op("Concat", *lengths, b.ints(1), axis=0))
+    joined = b.op("Softmax", b.op("Concat", scores, column, axis=3), axis=3)
+    return b.op("Slice", joined, b.ints(0), b.op("Shape", scores, start=3, end=4), b.ints(3))
+
+
+def _heads(b: Builder, site: OnnxSite, x: Operands, role: str) -> ir.Value:
+    value: ir.Value = getattr(x, role)
+    if not x.is_flat:
+        return value
+    heads = site.heads if role == "q" else site.kv_heads
+    size = site.value_dim if role == "v" else site.head_dim
+    return b.op("Transpose", b.op("Reshape", value, b.ints(0, 0, heads, size)), perm=[0, 2, 1, 3])

@@ -1,0 +1,138 @@
+"""A graph translated into a model of ONNX, its attentions in the forms that were chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from attnopt.base.quiet import quiet
+from attnopt.capture.exported_program import exported
+from attnopt.capture.guards import relations
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
+from attnopt.graph.nodes import ancestors, aten, is_call, is_state
+from attnopt.ir.operands import ROLES
+from attnopt.onnx.export.choose_form import Form, OnnxSite
+from attnopt.onnx.export.complex_as_real import in_pairs
+from attnopt.onnx.export.grouped_matmul import grouped_products
+from attnopt.onnx.export.mark import DOMAIN, OP, Marked
+from attnopt.onnx.export.promote_dtypes import promoted
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from attnopt.onnx.export.builder import Builder
+
+
+Write = Callable[["Builder", OnnxSite, Form, "Mapping[str, ir.Value | None]"], "ir.Value"]
+
+
+OPSETS = (23, 24, 25)  # below, there is no Attention; opset 26 is silently written wrong by torch 2.13
+
+
+def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model, tuple[str, ...]]:
+    """torch's own export of a graph, which is changed to what torch can export, and the relations between the sizes of its
+    inputs for which it was captured.  Raises ExportError."""
+    from onnx_ir.passes.common import NameFixPass
+    from onnxscript.optimizer import optimize_ir
+
+    _drop_state(gm)
+    try:
+        with quiet():
+            in_pairs(gm)
+            promoted(gm)
+            program = exported(gm, origin.args, origin.kwargs)
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                output_names=_output_names(gm),
+                custom_translation_table=grouped_products(gm),
+                optimize=False,  # its rotary fusion makes a node that refuses tables with a batch of one
+                verbose=False,
+            )
+            assert made is not None
+            model: ir.Model = made.model
+            NameFixPass()(model)  # two values may have got one name, which the optimizer does not stand
+            optimize_ir(model)
+            return model, relations(program, gm.forward, origin.args, origin.kwargs)
+    except Exception as e:
+        if isinstance(e, OSError):
+            raise
+        raise ExportError(
+            f"torch.onnx could not export the graph: {_first_cause(e)}",
+            hint="the named operator has no ONNX form in this opset",
+        ) from e
+
+
+def _drop_state(gm: fx.GraphModule) -> None:
+    """An ONNX file keeps nothing from one call to the next.  Raises ExportError where an output depends on that."""
+    read = set(ancestors(gm.graph.output_node()))
+    for node in list(gm.graph.nodes):
+        if not is_state(node):
+            continue
+        if node in read:
+            raise ExportError(
+                f"the model writes {node.target} at each call and reads it at the next, which an ONNX file cannot",
+                hint=f"let the model take {node.target} as an input and return it",
+            )
+        for writer in [u for u in node.users if is_call(u, aten.copy_.default)]:
+            gm.graph.erase_node(writer)
+
+
+def _output_names(gm: fx.GraphModule) -> list[str] | None:
+    """What the model calls its outputs: the fields of what it returns; None where these have no names."""
+    spec = getattr(gm, "_out_spec", None)
+    if spec is None:
+        return None
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(leaves)[0]]
+    names = ["_".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in p) for p in paths]
+    taken = {n.name for n in gm.graph.nodes if n.op == "placeholder"}
+    is_named = all(re.fullmatch(r"[A-Za-z_]\w*", n) and n not in taken for n in names)
+    return names if is_named and len(set(names)) == len(names) else None
+
+
+def _first_cause(e: BaseException) -> str:
+    while e.__cause__ is not None:
+        e = e.__cause__
+    text = re.sub("\x1b\\[[0-9;]*m", "", str(e))
+    return f"{type(e).__name__}: " + " | ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
+
+
+def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write, opset: int = OPSETS[0]) -> None:
+    """Put each attention's form, as ``write`` makes it, in the place of its placeholder."""
+    from attnopt.onnx.export.builder import SWAPPED, Builder, before_swap, is_swap
+
+    for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:
+        number = node.attributes["site"].as_int()
+        builder = Builder(graph, f"attention_{number}", opset=opset)
+        out = node.outputs[0]
+        made = write(builder, marked[number].site, marked[number].form, dict(zip(ROLES, node.inputs, strict=False)))
+        made.name, made.shape, made.type = f"attention_{number}", out.shape, out.type
+        graph.insert_before(node, builder.nodes)
+        if (swapped := before_swap(made)) is not None:
+            swapped.name = f"attention_{number}{SWAPPED}"
+            for user in [n for n in out.consumers() if is_swap(n)]:
+                _replace(graph, user.outputs[0], swapped)
+        _replace(graph, out, made)
+        graph.remove(node, safe=True)
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Use ``new`` everywhere; an output of the graph keeps its name."""
+    import onnx_ir as ir
+
+    maker = old.producer()
+    if old.is_graph_output() and maker is not None:
+        copy = ir.node("Identity", [new])
+        named = copy.outputs[0]
+        named.name, named.shape, named.type = old.name, old.shape, old.type
+        graph.insert_after(maker, copy)
+        new = named
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

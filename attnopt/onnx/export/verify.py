@@ -1,0 +1,181 @@
+"""An exported file run in ONNX Runtime: it must give what torch gives, at the example's sizes and at others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnopt.base.closeness import ROOM, difference, tensors, tolerance
+from attnopt.base.ort_session import cpu_session
+from attnopt.capture.calibration import Inputs
+from attnopt.capture.flat_call import Form
+from attnopt.capture.run_unchanged import outputs_of
+from attnopt.compiler.check import coarsest, resized
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
+from attnopt.onnx.export.builder import SWAPPED
+from attnopt.onnx.export.mark import Marked
+
+
+
+def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
+    """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``.
+
+    ``named``: what the file calls inputs of the graph, where it gives them names of its own."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file))
+    except Exception as e:
+        raise ExportError(f"the exported model is not valid ONNX: {str(e)[:300]}") from e
+    _compare_at_sizes(gm, origin, file, marked, named)
+
+
+def in_bfloat16(gm: fx.GraphModule) -> str:
+    """What to do where ONNX Runtime on a CPU lacks operators for this type."""
+    found = (n.meta.get("val") for n in gm.graph.nodes)
+    if not any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in found):
+        return ""
+    return (
+        "ONNX Runtime on a CPU has few operators for bfloat16: optimize model.float() and export that, "
+        "or give verify=False for a machine that has them"
+    )
+
+
+def verify_file(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
+    """As ``verify``, for a file that was rewritten in place: its inputs and outputs have the file's own names."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file))
+    except Exception as e:
+        raise ExportError(f"the rewritten file is not valid ONNX: {str(e)[:300]}") from e
+    _compare_at_sizes(gm, origin, file, (), {})
+
+
+def _compare_at_sizes(
+    gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]
+) -> None:
+    session = open_session(file, in_bfloat16(gm))
+    _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked, named, origin.form)
+    for inputs in resized(gm, origin.args, origin.kwargs, origin.report.fixed_axes):
+        try:
+            outputs_of(gm, inputs)
+        except Exception:
+            continue  # a size that the graph does not hold at
+        _compare(gm, inputs, session, file, marked, named, origin.form)
+        return
+
+
+def open_session(model: Path | bytes, hint: str = "") -> Any:
+    """ONNX Runtime's session on a CPU.  Raises ExportError."""
+    try:
+        return cpu_session(model, exact=True)
+    except Exception as e:
+        raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}", hint=hint or None) from e
+
+
+def _compare(
+    gm: fx.GraphModule,
+    inputs: Inputs,
+    session: Any,
+    file: Path,
+    marked: Sequence[Marked],
+    named: Mapping[str, str],
+    form: Form | None,
+) -> None:
+    want = outputs_of(gm, inputs, form=form)
+    feed = _feed([i.name for i in session.get_inputs()], gm, inputs, named)
+    try:
+        got = [torch.from_numpy(o) for o in session.run(None, feed)]
+    except Exception as e:
+        raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
+    error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
+    if len(got) == len(want) and error <= ROOM * max(tolerance(want), coarsest(gm)):
+        return
+    sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
+    raise ExportError(
+        f"ONNX Runtime gives other numbers than torch (relative difference {error:.2g}, inputs of {sizes}), "
+        "so nothing was written",
+        hint="please report the model; another opset may work",
+        site=_first_that_differs(gm, inputs, file, marked, feed),
+    )
+
+
+def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs, named: Mapping[str, str]) -> dict[str, Any]:
+    """The session's inputs; an input that the graph does not use may be missing from it."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [
+        (n, x if isinstance(x, Tensor) else torch.tensor(x))
+        for n, x in zip(placeholders, pytree.tree_leaves(inputs), strict=True)
+        if isinstance(x, Tensor) or isinstance(n.meta.get("val"), torch.SymInt)
+    ]
+    if len(names) == len(values) and not named:
+        return {name: _array(v) for name, (_, v) in zip(names, values, strict=True)}
+    by_name = {named.get(n.name, n.name): v for n, v in values}
+    if not set(names) <= set(by_name):
+        raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")
+    return {n: _array(by_name[n]) for n in names}
+
+
+def _array(value: Tensor) -> Any:
+    try:
+        return value.detach().cpu().numpy()
+    except TypeError as e:
+        raise ExportError(
+            f"the exported model cannot be checked, because numpy has no {value.dtype}",
+            hint="convert the model to float32 before optimizing it",
+        ) from e
+
+
+def _first_that_differs(
+    gm: fx.GraphModule, inputs: Inputs, file: Path, marked: Sequence[Marked], feed: Mapping[str, Any]
+) -> str | None:
+    """The name of the first attention whose output is not torch's; None where all are the same."""
+    import onnx_ir as ir
+
+    model = ir.load(str(file))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    there = {name: m for i, m in enumerate(marked) for name in _names(i) if name in values}
+    model.graph.outputs.extend(values[name] for name in there if not values[name].is_graph_output())
+    probe = file.with_name(file.name + ".probe")
+    try:
+        ir.save(model, str(probe))
+        got = open_session(probe).run(list(there), dict(feed))
+    finally:
+        probe.unlink(missing_ok=True)
+    want = _Recorder(gm, {m.node for m in marked}).record(inputs)
+    for (name, m), o in zip(there.items(), got, strict=True):
+        w = want[m.node]
+        g = torch.from_numpy(o).transpose(1, 2) if name.endswith(SWAPPED) else torch.from_numpy(o)
+        if not difference([g.reshape(w.shape).to(w.dtype)], [w]) <= ROOM * tolerance([w]):
+            return m.site.name
+    return None
+
+
+def _names(number: int) -> tuple[str, str]:
+    return f"attention_{number}", f"attention_{number}{SWAPPED}"
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what some of its nodes give."""
+
+    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.nodes, self.found = nodes, dict[fx.Node, Tensor]()
+
+    def record(self, inputs: Inputs) -> dict[fx.Node, Tensor]:
+        with torch.no_grad():
+            self.run(*pytree.tree_leaves(inputs))
+        return self.found
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.nodes:
+            self.found[n] = result
+        return result

@@ -1,0 +1,111 @@
+"""A decoder's file run as its users run it: a prompt, then token by token, each sequence of its own length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnopt.base.closeness import ROOM, difference, tolerance
+from attnopt.capture.run_unchanged import outputs_of
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
+from attnopt.onnx.export.verify import in_bfloat16, open_session
+
+LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
+
+
+def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str) -> None:
+    """Raises ExportError where the file gives other logits than ``gm``, which reads whole sequences."""
+    ids = _two_sequences(gm, origin)
+    want = _whole(gm, origin, ids)
+    length = ids.shape[1] - STEPS
+    lengths = torch.tensor([length, length - 2])  # the second prompt is padded at its end
+    run = _Run(file, logits, ids.shape[1] + 5, in_bfloat16(gm))
+    got = run(ids[:, :length], torch.arange(length).expand(2, -1), lengths)
+    prompt = torch.cat([got[b, :n] for b, n in enumerate(lengths)])
+    _compare(prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt")
+    for _ in range(STEPS):
+        at = lengths[:, None]
+        lengths = lengths + 1
+        got = run(ids.gather(1, at), at, lengths)
+        _compare(got, want.take_along_dim(at[..., None], 1), "for a token after its prompt")
+
+
+def _two_sequences(gm: fx.GraphModule, origin: Origin) -> Tensor:
+    ids = _inputs(gm, origin)["input_ids"]
+    length = min(max(ids.shape[1], 8), LONGEST) + STEPS
+    first = ids[:1, torch.arange(length) % ids.shape[1]]
+    return torch.cat([first, first.flip(1)])
+
+
+def _inputs(gm: fx.GraphModule, origin: Origin) -> dict[str, Any]:
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    return dict(zip(names, pytree.tree_leaves((origin.args, dict(origin.kwargs))), strict=True))
+
+
+def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
+    """[B, L, V] of the graph itself."""
+    new = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1])}
+    given = _inputs(gm, origin)
+    leaves = [new[n].expand_as(ids).to(x.dtype) if isinstance(x, Tensor) else x for n, x in given.items()]
+    args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((origin.args, dict(origin.kwargs))))
+    try:
+        found = outputs_of(gm, (args, kwargs))
+    except Exception as e:
+        raise ExportError(
+            f"the captured graph does not hold for {tuple(ids.shape)} tokens: {type(e).__name__}: {str(e)[:200]}",
+            hint="optimize the model with an example of several sequences of several tokens",
+        ) from e
+    return next(t for t in found if t.dim() == 3)
+
+
+class _Run:
+    """A session with one buffer for past and present, ``capacity`` tokens long."""
+
+    def __init__(self, file: Path, logits: str, capacity: int, hint: str) -> None:
+        self.session, self.logits = open_session(file, hint), logits
+        inputs = self.session.get_inputs()
+        self.names = {i.name: np.int32 if "int32" in i.type else np.int64 for i in inputs}
+        self.cache = {
+            i.name: _ort(np.zeros((2, i.shape[1], capacity, i.shape[3]), np.float32))
+            for i in inputs
+            if len(i.shape) == 4
+        }
+
+    def __call__(self, ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+        seen = torch.arange(int(lengths.max())) < lengths[:, None]
+        given = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+        feed = {name: _ort(given[name].numpy().astype(self.names[name])) for name in given if name in self.names}
+        binding = self.session.io_binding()
+        for name, value in (feed | self.cache).items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in self.cache.items():
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        binding.bind_output(self.logits)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as e:
+            raise ExportError(f"ONNX Runtime cannot run the exported decoder: {str(e)[:300]}") from e
+        return torch.from_numpy(binding.get_outputs()[-1].numpy())
+
+
+def _ort(array: NDArray[Any]) -> Any:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _compare(got: Tensor, want: Tensor, when: str) -> None:
+    error = difference([got], [want])
+    if error <= ROOM * tolerance([want]):
+        return
+    raise ExportError(
+        f"the decoder gives other logits than the model {when} (relative difference {error:.2g}), so nothing was written",
+        hint="positions have to come from position_ids, and nothing but the attentions may mix tokens",
+    )

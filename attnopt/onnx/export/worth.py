@@ -1,0 +1,31 @@
+"""Which attentions of a file are worth new nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from attnopt.compiler.origin import Origin
+from attnopt.lower.lower import lower
+from attnopt.onnx.export.choose_form import WITH_ATTENTION
+from attnopt.onnx.export.mark import fastest, mark
+
+
+def worthwhile(gm: fx.GraphModule, origin: Origin, contrib: bool, opset: int) -> fx.GraphModule:
+    """The graph without the rewrites that only fuse an attention into a form that is no faster than the file's own."""
+    file = origin.file
+    assert file is not None
+    fused = {p.found.site.name: p for p in file.plans if p.changes_nothing}
+    if not fused:
+        return gm
+    _, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, fastest(contrib, opset), takes_apart=False)
+    slow = {m.site.name for m in marked if m.site.name in fused and _is_no_faster(m, opset)}
+    if not slow:
+        return gm
+    return lower(file.captured, [p for p in file.plans if p.found.site.name not in slow], joins=False)
+
+
+def _is_no_faster(marked: Any, opset: int) -> bool:
+    """The dense form under a mask, or in plain operators, is what the file has already."""
+    return marked.form.kind == "Attention" and (opset < WITH_ATTENTION or bool({"bias", "mask"} & marked.given))

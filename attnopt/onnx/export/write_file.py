@@ -1,0 +1,94 @@
+"""A model written as a file, whole or not at all, with what it says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from attnopt.base.atomic_files import atomic_write
+from attnopt.compiler.origin import Origin
+from attnopt.onnx.export.choose_form import Form, OnnxSite
+from attnopt.onnx.export.mark import Marked
+from attnopt.version import __version__
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+METADATA = "attnopt."  # how the names of the model's properties begin
+
+
+ROOM_IN_FILE = 2**31 - 2**26  # protobuf holds 2 GiB, the graph included
+
+
+def weights_size(gm: fx.GraphModule) -> int:
+    """Bytes."""
+    return sum(t.numel() * t.element_size() for t in (*gm.parameters(), *gm.buffers()))
+
+
+def finish(model: ir.Model, origin: Origin, flavor: str, marked: Sequence[Marked]) -> None:
+    """Drop what nothing uses, and say in the model where it comes from."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+    RemoveUnusedNodesPass()(model)
+    RemoveUnusedOpsetsPass()(model)
+    if any(node.domain == "com.microsoft" for node in model.graph.all_nodes()):
+        model.opset_imports["com.microsoft"] = 1
+    model.producer_name, model.producer_version = "attnopt", __version__
+    report = origin.report.to_json()
+    texts = {
+        "version": __version__,
+        "flavor": flavor,
+        "policy": json.dumps(report["policy"]),
+        "report": json.dumps(report),
+        "attention": json.dumps([said(m.site, m.form) for m in marked]),
+    }
+    model.metadata_props.update({METADATA + key: text for key, text in texts.items()})
+
+
+def said(site: OnnxSite, form: Form) -> dict[str, object]:
+    return {"site": site.name, "form": form.kind, "pattern": repr(site.pattern), "block": form.block or None}
+
+
+def save(model: ir.Model, file: Path, data: Path | None) -> None:
+    import onnx_ir as ir
+
+    if data is None:
+        ir.save(model, str(file))
+        return
+    ir.save(model, str(file), external_data=data.name)
+    with data.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+@contextlib.contextmanager
+def written_to(path: str | os.PathLike[str], with_data: bool) -> Iterator[tuple[Path, Path | None]]:
+    """A file to write the model to and, ``with_data``, one for its weights; both are there when the block ends well.
+
+    The weights' file has a name of its own each time, so that an older model goes on finding its weights until the new
+    one takes its place in one step; only then are the older weights removed.
+    """
+    target = Path(path).resolve()
+    older = [file for file in target.parent.glob("*") if _is_data_of(file, target)]
+    data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data") if with_data else None
+    try:
+        with atomic_write(path) as temporary:
+            yield temporary, data
+    except BaseException:
+        if data is not None:
+            data.unlink(missing_ok=True)
+        raise
+    for file in older:
+        file.unlink(missing_ok=True)
+
+
+def _is_data_of(file: Path, target: Path) -> bool:
+    return re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", file.name) is not None

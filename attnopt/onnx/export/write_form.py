@@ -1,0 +1,111 @@
+"""Writes an attention in its chosen form into an ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+import torch
+
+from attnopt.ir.operands import ROLES
+from attnopt.onnx.export.block_loop import blocks, gathered, is_one
+from attnopt.onnx.export.builder import Builder, before_swap
+from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, group_form, groups, kv_heads_of
+from attnopt.onnx.export.fused_ops import attention, group_query_attention, multi_head_attention
+from attnopt.onnx.export.operands import Operands
+
+_ELEMENT = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+_FLAT_ONLY = ("MultiHeadAttention", "GroupQueryAttention")
+
+
+def write(b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Value | None]) -> ir.Value:
+    """[B, H, L, Dv] of the attention, computed in float32 or wider."""
+    q, k, v, bias, mask, sinks = (operands.get(role) for role in ROLES)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    if not site.is_evenly_shared:
+        k, v = heads_of(b, k, site.kv_of_head), heads_of(b, v, site.kv_of_head)
+        site = replace(site, kv_of_head=tuple(range(site.heads)), kv_heads=site.heads)
+    is_dense = form.kind == "per head" or (form.kind == "Attention" and b.opset < WITH_ATTENTION)
+    is_flat = form.kind in _FLAT_ONLY or (not is_dense and all(before_swap(x) is not None for x in (k, v)))
+    narrow = _ELEMENT.get(site.dtype)
+    q, k, v = (flat(b, x) if is_flat else x for x in (q, k, v))
+    if narrow is not None:
+        q, k, v = (b.op("Cast", x, to=ir.DataType.FLOAT) for x in (q, k, v))
+        bias, sinks = (None if x is None else _keeping_shape(b, x) for x in (bias, sinks))
+    made = _made(b, site, form, Operands(q, k, v, bias, mask, sinks, is_flat))
+    if narrow is not None:
+        made = b.op("Cast", made, to=narrow)
+    if not is_flat:
+        return made
+    return b.op("Transpose", b.op("Reshape", made, b.ints(0, 0, site.heads, site.value_dim)), perm=[0, 2, 1, 3])
+
+
+def _made(b: Builder, site: OnnxSite, form: Form, x: Operands) -> ir.Value:
+    match form.kind:
+        case "MultiHeadAttention":
+            return multi_head_attention(b, site, x)
+        case "GroupQueryAttention":
+            return group_query_attention(b, site, x)
+        case "blocks":
+            return blocks(b, site, x, form.block)
+        case "gathered":
+            return gathered(b, site, x, form.block)
+        case "per head":
+            return _per_head(b, site, x)
+    return attention(b, site, x)
+
+
+def _per_head(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
+    """Heads with one pattern together, then all heads back in their order."""
+    given = {role for role in ("bias", "mask", "sinks") if getattr(x, role) is not None}
+    made: list[ir.Value] = []
+    order: list[int] = []
+    for heads, alone in groups(site):
+        form = group_form(alone, given)
+        assert form is not None
+        kv_heads = kv_heads_of(site, heads)
+        part = replace(
+            x,
+            q=heads_of(b, x.q, heads),
+            k=heads_of(b, x.k, kv_heads),
+            v=heads_of(b, x.v, kv_heads),
+            bias=_heads_of_operand(b, x.bias, heads),
+            mask=_heads_of_operand(b, x.mask, heads),
+            sinks=_heads_of_operand(b, x.sinks, heads),
+        )
+        if not alone.is_evenly_shared:
+            part = replace(part, k=heads_of(b, part.k, alone.kv_of_head), v=heads_of(b, part.v, alone.kv_of_head))
+            alone = replace(alone, kv_of_head=tuple(range(alone.heads)), kv_heads=alone.heads)
+        made.append(_made(b, alone, form, part))
+        order += heads
+    joined = b.op("Concat", *made, axis=1)
+    return heads_of(b, joined, [order.index(h) for h in range(site.heads)])
+
+
+def heads_of(b: Builder, x: ir.Value, heads: Sequence[int]) -> ir.Value:
+    """Some heads of [B, H, ...]."""
+    return b.op("Gather", x, b.ints(*heads), axis=1)
+
+
+def _heads_of_operand(b: Builder, x: ir.Value | None, heads: Sequence[int]) -> ir.Value | None:
+    if x is None or is_one(x, 1):
+        return x
+    taken = heads_of(b, x, heads)
+    assert x.shape is not None
+    taken.shape = ir.Shape([x.shape[0], len(heads), x.shape[2], x.shape[3]])
+    return taken
+
+
+def _keeping_shape(b: Builder, x: ir.Value) -> ir.Value:
+    """The operand in float32; which of its axes are broadcast is still to be seen."""
+    cast = b.op("Cast", x, to=ir.DataType.FLOAT)
+    cast.shape = x.shape
+    return cast
+
+
+def flat(b: Builder, x: ir.Value) -> ir.Value:
+    """[B, H, L, D] as [B, L, H * D]."""
+    return b.op("Reshape", b.swapped(x), b.ints(0, 0, -1))

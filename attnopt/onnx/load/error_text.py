@@ -1,0 +1,18 @@
+"""What a file and the libraries that read it say, as words for a message."""
+
+from __future__ import annotations
+
+from attnopt.base.notation import shortened
+
+
+def quoted(text: str, length: int = 300) -> str:
+    """At most so many characters, without those that a terminal would take for commands."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return shortened(shown, length)
+
+
+def reason(error: Exception) -> str:
+    """The kind of the error, what it says, and the notes on it."""
+    return quoted(f"{type(error).__name__}: {error}") + "".join(
+        f" ({quoted(note)})" for note in getattr(error, "__notes__", ())
+    )

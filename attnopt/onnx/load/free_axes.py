@@ -1,0 +1,49 @@
+"""The axes that a file leaves open, kept open while its module is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.export import Dim
+
+from attnopt.onnx.load.module import OnnxModule
+from attnopt.onnx.load.unread import Runs, repeated
+
+SMALLEST = 2  # a tracer takes an axis of one element for a fixed one
+
+
+def as_declared(
+    model: OnnxModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Example inputs, and dynamic shapes that say what the file says; those that the caller gives stay as they are."""
+    if dynamic_shapes not in (None, "auto") or not (args or kwargs):
+        return args, dict(kwargs), dynamic_shapes
+    given = model.signature.bind(*args, **kwargs).arguments
+    larger = _larger(model, given)
+    free = model.free
+    shapes = {said: dict.fromkeys(free.get(said, []), Dim.AUTO) or None for said in given}
+    named = list(given)[: len(args)]
+    return (
+        tuple(larger[said] for said in named),
+        {said: larger[said] for said in kwargs},
+        shapes if free else {},
+    )
+
+
+def _larger(model: OnnxModule, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The example with its rows repeated along free axes of one element, where the file runs on that."""
+    source = model.source
+    sizes = [max(SMALLEST, given[model.inputs[name]].shape[axis]) for name, axis, _ in source.free]
+    feed = {name: given[said].detach().cpu().numpy() for name, said in model.inputs.items()}
+    larger = repeated(source, feed, sizes)
+    try:
+        Runs(source, (larger,)).values([])
+    except Exception:
+        return dict(given)
+    import torch
+
+    return {
+        said: given[said] if larger[name].shape == feed[name].shape else torch.from_numpy(larger[name])
+        for name, said in model.inputs.items()
+    }

@@ -1,0 +1,186 @@
+"""A file as a module that gives what ONNX Runtime gives: what torch computes otherwise is left to ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from attnopt.base.closeness import ROOM, TOLERANCE, difference, tolerance
+from attnopt.base.compile_lock import compiling
+from attnopt.errors import CaptureError
+from attnopt.onnx.load.error_text import reason
+from attnopt.onnx.load.folding import Folded, folded
+from attnopt.onnx.load.module import OnnxModule, module_of, signature_of
+from attnopt.onnx.load.read import read
+from attnopt.onnx.load.risks import check_in_a_process, check_trap, risky
+from attnopt.onnx.load.source import Source
+from attnopt.onnx.load.unread import Runs, as_models, is_half, never_read
+from attnopt.onnx.load.values import tensor
+
+TRIES = 20  # each leaves some nodes more to ONNX Runtime
+_INPUTS = "give inputs of the types and sizes that the file takes"
+_FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must not be asked for it either
+
+
+@compiling()
+def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OnnxModule:
+    """The module of an ONNX file.  Raises CaptureError where ONNX Runtime cannot run the file on the example inputs.
+
+    A node that is not known, that cannot be traced, or that gives other numbers in torch is left to ONNX Runtime.
+    """
+    source = read(path)
+    signature = signature_of(source)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as e:
+        raise CaptureError(
+            f"{path} takes {', '.join(signature.parameters)}: {e}",
+            hint="give example inputs, by place or by name",
+        ) from None
+    for name, value in bound.items():
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"{name} is a {type(value).__name__}, not a tensor", hint="give a tensor for each input")
+    try:
+        with torch.no_grad(), np.errstate(all="ignore"):
+            return _Opening(source, bound).module()
+    except CaptureError:
+        raise
+    except Exception as e:
+        raise CaptureError(f"{path} cannot be run on these inputs: {reason(e)}", hint=_INPUTS) from e
+
+
+@dataclass
+class _Opening:
+    source: Source
+    bound: Mapping[str, Tensor]
+
+    def module(self) -> OnnxModule:
+        self.feed = {
+            i.name: x.detach().cpu().numpy() for i, x in zip(self.source.inputs, self.bound.values(), strict=True)
+        }
+        unread = never_read(self.source)
+        self.folded = Folded()
+        readable = self._alone(unread)
+        unread |= self._failing(readable, readable.given(self.bound))
+        if risky(self.source, unread):
+            check_in_a_process(self.source, self.feed)
+        runs = Runs.of(self.source, self.feed)
+        self.least = TOLERANCE[torch.float16] if is_half(self.source) else 0.0
+        self.folded = folded(self.source, self.feed)
+        outputs = dict(zip(self.source.outputs, runs.values(self.source.outputs)[0].values(), strict=False))
+        is_checked = False
+        for _ in range(TRIES):
+            groups, unread = as_models(self.source, unread - self.folded.nodes, runs)
+            made = module_of(self.source, groups, self.folded.values, self.folded.nodes).eval()
+            worse = self._untraceable(made)
+            if not worse and (groups or not self._agrees(made, outputs)) and not is_checked:
+                worse, is_checked = self._that_differ(made, runs), True
+            if not worse:
+                return self._checked(made, outputs)
+            unread = unread | worse
+        raise CaptureError(f"{self.source.path} holds too many operators that torch cannot trace")
+
+    def _alone(self, unread: set[int]) -> OnnxModule:
+        """The nodes that are read, without anything in the place of the others."""
+        return module_of(self.source, (), None, unread).eval()
+
+    def _failing(
+        self, module: OnnxModule, values: dict[str, Any], seen: Callable[[Any], set[int]] | None = None
+    ) -> set[int]:
+        """The nodes that raise on these values.  What reads nothing that is there is passed over."""
+        failing: set[int] = set()
+        sizes = module.free_sizes(self.bound)
+        for step in module.steps():
+            if not all(name in values for name in step.inputs if name):
+                continue
+            try:
+                check_trap(step, values)
+                values.update(zip(step.outputs, step.run(values, sizes), strict=False))
+            except _FATAL:
+                raise
+            except Exception:
+                failing |= {step.number}
+        return failing
+
+    def _untraceable(self, module: OnnxModule) -> set[int]:
+        """The nodes that raise where only the sizes are known."""
+        env = ShapeEnv()
+        with FakeTensorMode(shape_env=env, allow_non_fake_inputs=True) as mode:
+            free = module.free
+            fake = {
+                said: mode.from_tensor(x, symbolic_context=_axes(x, free.get(said, [])))
+                for said, x in self.bound.items()
+            }
+            values, failing = module.given(fake), set[int]()
+            sizes = module.free_sizes(fake)
+            for step in module.steps():
+                if not all(name in values for name in step.inputs if name):
+                    continue
+                try:
+                    values.update(zip(step.outputs, step.run(values, sizes), strict=False))
+                except Exception:
+                    if step.number < 0:
+                        raise
+                    failing.add(step.number)
+        return failing
+
+    def _that_differ(self, module: OnnxModule, runs: Runs) -> set[int]:
+        """The nodes that give something else than in ONNX Runtime, or fail behind those that are not read."""
+        steps = module.steps()
+        want = runs.example([name for step in steps for name in step.outputs if name])
+        values, found = module.given(self.bound), set[int]()
+        sizes = module.free_sizes(self.bound)
+        for step in steps:
+            there = {n: torch.from_numpy(np.asarray(want[n])) for n in step.outputs if n in want}
+            if step.number >= 0:
+                try:
+                    check_trap(step, values)
+                    made = dict(zip(step.outputs, step.run(values, sizes), strict=False))
+                except _FATAL:
+                    raise
+                except Exception:
+                    made = {}
+                if made and all(_same(made[n], x, self.least) for n, x in there.items() if n in made):
+                    values.update(made)
+                    continue
+                found.add(step.number)
+            values.update(there)
+        return found
+
+    def _agrees(self, module: OnnxModule, want: Mapping[str, Any]) -> bool:
+        values = module.values(self.bound)
+        return all(_same(values[name], torch.from_numpy(np.asarray(x)), self.least) for name, x in want.items())
+
+    def _checked(self, module: OnnxModule, want: Mapping[str, Any]) -> OnnxModule:
+        if self._agrees(module, want) or not self._is_steady(want):
+            return module
+        raise CaptureError(
+            f"{self.source.path} gives other numbers in torch than in ONNX Runtime",
+            hint="please report the file, or export the model anew",
+        )
+
+    def _is_steady(self, want: Mapping[str, Any]) -> bool:
+        """ONNX Runtime gives the same a second time: the file draws no random numbers."""
+        again = Runs(self.source, (self.feed,)).values(self.source.outputs)[0]
+        return all(
+            _same(torch.from_numpy(np.asarray(again[n])), torch.from_numpy(np.asarray(x))) for n, x in want.items()
+        )
+
+
+def _axes(x: Tensor, free: list[int]) -> StatelessSymbolicContext[Any, Any]:
+    kinds = [DimDynamic.DYNAMIC if axis in free and x.shape[axis] > 1 else DimDynamic.STATIC for axis in range(x.dim())]
+    return StatelessSymbolicContext(dynamic_sizes=kinds)
+
+
+def _same(value: Any, want: Tensor, least: float = 0.0) -> bool:
+    """``least``: what rounding in the file explains, whatever dtype this value has."""
+    got = tensor(value).to(want.dtype)
+    return difference([got], [want]) <= ROOM * max(tolerance([want]), least if want.is_floating_point() else 0.0)

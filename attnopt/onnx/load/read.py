@@ -1,0 +1,149 @@
+"""An ONNX file read from disk: nothing outside its folder is touched, and what is broken is named."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnopt.errors import CaptureError
+from attnopt.onnx.load.error_text import reason
+from attnopt.onnx.load.grouping import in_order, used_by
+from attnopt.onnx.load.source import Source, dense
+
+if TYPE_CHECKING:
+    import onnx
+
+LARGEST = 2**31 - 1  # bytes of a file, without its external data: more cannot be in one protocol buffer
+SHARED = 4  # so many times the bytes of their files weights may take; tied ones are stored once
+
+
+def read(path: str | os.PathLike[str]) -> Source:
+    """The file, with the weights that lie beside it.  Raises CaptureError."""
+    import onnx
+    from onnx import inliner
+
+    file = Path(path)
+    stored = structure(file)
+    with _refusing(file):
+        _check_external_data(stored, file)
+        stored = _checked(stored, file)
+        model = onnx.ModelProto()
+        model.CopyFrom(stored)
+        if model.functions:
+            with contextlib.suppress(Exception):  # a function that cannot be taken apart is called as it is
+                model = inliner.inline_local_functions(model)
+        onnx.load_external_data_for_model(model, str(file.parent))
+        model.graph.initializer.extend(dense(s) for s in model.graph.sparse_initializer)
+        del model.graph.sparse_initializer[:]
+        return Source(file, stored, model)
+
+
+def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
+    """The model, its nodes in order: ONNX Runtime does not mind where they stand, and onnxruntime's converters neither."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file))
+    except onnx.checker.ValidationError as e:
+        if "topologically sorted" not in str(e) or places_of_data(model):
+            raise
+        nodes = [n.__deepcopy__() for n in in_order(list(model.graph.node), used_by, lambda n: n.output)]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        onnx.checker.check_model(model)
+    return model
+
+
+def structure(file: Path) -> onnx.ModelProto:
+    """What the file itself holds, without the weights that lie beside it.  Raises CaptureError."""
+    import onnx
+
+    with _refusing(file):
+        _check_file(file)
+        return onnx.load(file, load_external_data=False)
+
+
+@contextlib.contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Whatever fails is a CaptureError that names the file."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except Exception as e:
+        raise CaptureError(
+            f"{file} cannot be read as an ONNX model: {reason(e)}",
+            hint="give a complete .onnx file, beside it the files that hold its weights",
+        ) from e
+
+
+def _check_file(file: Path) -> None:
+    """Reading a pipe or a device could block or never end."""
+    size = file.stat().st_size
+    if not file.is_file():
+        raise OSError("it is no plain file")
+    with file.open("rb") as opened:
+        if opened.read(8)[4:] == b"ORTM":
+            raise CaptureError(
+                f"{file} is in ONNX Runtime's own format, which cannot be read",
+                hint="give the .onnx file that it was made of",
+            )
+    if size > LARGEST:
+        raise OSError(f"{size} bytes are more than an ONNX file can have")
+
+
+def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
+    """Weights lie in files of the same folder, and wholly in them."""
+    import onnx
+
+    folder = file.resolve().parent
+    sizes: dict[Path, int] = {}
+    wanted = 0
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        if len(said) < len(tensor.external_data):  # which of them counts, others may see otherwise
+            raise CaptureError(f"{file} says twice where the weights {tensor.name!r} are")
+        place = (folder / said.get("location", "")).resolve()
+        if not place.is_relative_to(folder) or not place.is_file():
+            raise CaptureError(
+                f"{file} wants the weights {tensor.name!r} from {said.get('location')!r}, which is no file in its folder",
+                hint="put the files that hold the weights beside the model",
+            )
+        size = sizes.setdefault(place, place.stat().st_size)
+        start = int(said.get("offset") or 0)
+        length = int(said.get("length") or size - start)
+        if start < 0 or length < 0 or start + length > size:
+            raise CaptureError(
+                f"{place} ends before the weights {tensor.name!r} of {file}", hint="copy both files again"
+            )
+        wanted += length
+    if wanted > SHARED * sum(sizes.values()):
+        raise CaptureError(f"{file} wants {wanted} bytes of weights from files of {sum(sizes.values())}")
+
+
+def places_of_data(model: onnx.ModelProto) -> list[str]:
+    """The files that hold weights, relative to the model's folder."""
+    import onnx
+
+    found = [t for t in _tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]
+    return list(dict.fromkeys(e.value for t in found for e in t.external_data if e.key == "location"))
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every stored tensor, wherever it is: in attributes, inner graphs, functions and sparse weights too."""
+    import onnx
+
+    stack: list[Any] = [model]
+    while stack:
+        here = stack.pop()
+        if isinstance(here, onnx.TensorProto):
+            yield here
+            continue
+        for field, value in here.ListFields():
+            if field.message_type is not None:
+                stack.extend([value] if hasattr(value, "ListFields") else value)

@@ -1,0 +1,73 @@
+"""``attnopt::onnx_nodes``: nodes of a file that are not read, run by ONNX Runtime as they are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from attnopt.base.ort_session import cpu_session
+from attnopt.errors import CaptureError
+from attnopt.onnx.load.sizes import Sized, parse
+
+_sessions = WeakTensorKeyDictionary()
+_lock = threading.Lock()
+
+
+@torch.library.custom_op("attnopt::onnx_nodes", mutates_args=())
+def onnx_nodes(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], outputs: str) -> list[Tensor]:
+    """What the nodes of ``model``, the bytes of an ONNX model, give for ``inputs``, in the order of its inputs.
+
+    ``outputs``: the dtype and the sizes of each output, as ``Sized`` prints them, one a line: in terms of the inputs' sizes
+    and of ``sizes``, those of the file's free axes.  An output of other sizes is an error: what reads it was captured for these.
+    """
+    session = _session(model)
+    feed = {i.name: x.detach().cpu().contiguous().numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
+    made = [torch.from_numpy(o) for o in session.run(None, feed)]
+    shapes = [list(x.shape) for x in inputs]
+    for text, name, got in zip(outputs.splitlines(), (o.name for o in session.get_outputs()), made, strict=True):
+        said = parse(text)
+        want = said.at(shapes, list(sizes))
+        if len(want) != got.dim() or any(w is not None and w != g for w, g in zip(want, got.shape, strict=True)):
+            raise CaptureError(
+                f"{name!r} has the sizes {list(got.shape)}, and the model was captured for {want}",
+                hint="the sizes depend on the values of the inputs: leave the attentions behind it as they are",
+            )
+    device = inputs[0].device if inputs else torch.device("cpu")
+    return [x.to(device) for x in made]
+
+
+@onnx_nodes.register_fake
+def _(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], outputs: str) -> list[Tensor]:
+    shapes = [list(x.shape) for x in inputs]
+    device = inputs[0].device if inputs else model.device
+    return [_empty(parse(text), shapes, list(sizes), device) for text in outputs.splitlines()]
+
+
+def _empty(said: Sized, shapes: list[list[Any]], sizes: list[Any], device: torch.device) -> Tensor:
+    shape = [torch.library.get_ctx().new_dynamic_size() if n is None else n for n in said.at(shapes, sizes)]
+    return torch.empty(shape, dtype=said.dtype, device=device)
+
+
+def kinds(model: Tensor) -> list[str]:
+    """The operator of each node, with its domain where that is not ONNX's own; those of branches and loops too."""
+    import onnx
+
+    found: list[str] = []
+    graphs = [onnx.ModelProto.FromString(model.numpy().tobytes()).graph]
+    while graphs:
+        for node in graphs.pop().node:
+            found.append(f"{node.domain}.{node.op_type}" if node.domain else node.op_type)
+            graphs += [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+    return found
+
+
+def _session(model: Tensor) -> Any:
+    with _lock:
+        if model not in _sessions:
+            _sessions[model] = cpu_session(model.numpy().tobytes(), threads=torch.get_num_threads(), exact=True)
+        return _sessions[model]

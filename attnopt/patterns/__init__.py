@@ -1,0 +1,34 @@
+"""Which key each query sees, as programs that print themselves: ``Causal() & (Window(left=255, right=0) | Sinks(4))``."""
+
+from attnopt.patterns.algebra import And, Full, Not, Or, Pattern
+from attnopt.patterns.block import BlockLayout, RandomBlocks
+from attnopt.patterns.grid import Neighborhood, Prefix
+from attnopt.patterns.per_head import PerHead
+from attnopt.patterns.registry import PATTERNS, is_readable, parse
+from attnopt.patterns.segments import Segments
+from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Periodic, Sinks, Strided, Window
+
+__all__ = [
+    "PATTERNS",
+    "And",
+    "BlockLayout",
+    "Blocks",
+    "Causal",
+    "Dilated",
+    "Full",
+    "Global",
+    "Neighborhood",
+    "Not",
+    "Or",
+    "Pattern",
+    "PerHead",
+    "Periodic",
+    "Prefix",
+    "RandomBlocks",
+    "Segments",
+    "Sinks",
+    "Strided",
+    "Window",
+    "is_readable",
+    "parse",
+]

@@ -1,0 +1,372 @@
+"""The algebra of patterns: what a pattern is, and how patterns are joined and given to heads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import reduce
+from itertools import groupby
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnopt.base.display import shown
+from attnopt.base.intervals import Reach
+from attnopt.errors import PluginError, PolicyError
+from attnopt.patterns.bands import Band, Bands, intersection, union
+from attnopt.patterns.block_layout import Layout, count, count_blind, layout
+from attnopt.patterns.lookback import Past, widest
+
+
+class Pattern(ABC):
+    """A frozen, hashable set of visible (query, key) pairs; joined with ``&``, ``|`` and ``~``.
+
+    Query i of L stands at position ``i + S - L``: the last query is at the last of the S keys.  A new pattern is a
+    dataclass (``frozen=True, repr=False``) that defines ``visible``, and ``reach``, ``is_causal``, ``look_back``, ``bands``
+    and ``neighbours`` where it can: each has a default that is right for any pattern.  ``attnopt.register`` lets texts and
+    saved models name it.
+    """
+
+    @abstractmethod
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        """Bool, for query positions ``i`` and key positions ``j`` that broadcast against each other: [L, 1] and [1, S]
+        for a whole mask, [n, b, 1] and [n, 1, c] for n blocks.  Tensor comparisons only, so that it can be traced."""
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        """What the queries at positions ``first`` to ``last`` see; the narrower, the less has to be looked at."""
+        return Reach.between(0, kv_len, 0, 0)
+
+    def order(self, q_len: int) -> NDArray[np.int64] | None:
+        """An order of the queries in which neighbours see much the same keys, where there is a better one than theirs."""
+        return next((found for p in self.parts if (found := p.order(q_len)) is not None), None)
+
+    @property
+    def look_back(self) -> Past | None:
+        """What later queries can see of earlier tokens; None: all of it, as far as is known."""
+        return None
+
+    @property
+    def bands(self) -> Bands | None:
+        """The same pairs as bands, none inside another; None where they are no few bands."""
+        return None
+
+    def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
+        """Patterns with one window changed so that it may fit tiles better; no window gets smaller."""
+        return iter(())
+
+    def box(self, tile: int | Sequence[int] | None) -> tuple[int, ...] | None:
+        """The tile of a kernel whose tiles are boxes of a grid, by default of 64 tokens; None where there is no grid."""
+        return None
+
+    def box_share(self, box: tuple[int, ...]) -> float:
+        """Of all pairs those that a kernel with such tiles computes."""
+        return 1.0
+
+    @property
+    def parts(self) -> tuple[Pattern, ...]:
+        """The patterns that this one is made of."""
+        return ()
+
+    def leaves(self) -> Iterator[Pattern]:
+        """The named patterns inside, itself included; joins have no names."""
+        if not isinstance(self, (_Joined, Not)):
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
+    @property
+    def lengths(self) -> range | None:
+        """The sequence lengths that the pattern is made for, None for any; at others it has a meaning, but no use."""
+        made_for = [lengths for p in self.parts if (lengths := p.lengths) is not None]
+        return reduce(_overlap, made_for) if made_for else None
+
+    @property
+    def is_causal(self) -> bool:
+        """No query sees a later key, as far as the structure tells; False may also mean that it cannot be told."""
+        return False
+
+    @property
+    def is_positional(self) -> bool:
+        """Positions of queries and keys are compared, so both must belong to one sequence."""
+        return any(p.is_positional for p in self.parts) if self.parts else True
+
+    @property
+    def is_per_head(self) -> bool:
+        """Heads may see different keys: there is a ``PerHead`` inside."""
+        return any(p.is_per_head for p in self.parts)
+
+    @property
+    def named_heads(self) -> int:
+        """The highest head place that is named inside, plus one; 0 where none is."""
+        return max((p.named_heads for p in self.parts), default=0)
+
+    def for_head(self, place: int) -> Pattern:
+        """What the head at this place sees: a pattern with no ``PerHead`` inside."""
+        return self
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        """The pattern of only these head places, which are counted anew in the given order."""
+        return self
+
+    def visible_pairs(self, i: Tensor, j: Tensor) -> Tensor:
+        """``visible`` at the full size of ``i`` and ``j`` together.  PluginError where it gives no bool tensor."""
+        made = self.visible(i, j)
+        if not isinstance(made, Tensor) or made.dtype != torch.bool:
+            got = made.dtype if isinstance(made, Tensor) else type(made).__name__
+            raise PluginError(f"pattern {self!r}: visible gives {got}, expected a bool tensor")
+        if made.dim() == i.dim() and all(map(_is_full, made.shape, i.shape, j.shape)):
+            return made
+        return made & (i == i) & (j == j)
+
+    def mask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        num_heads: int | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Bool [1, q_len, kv_len], or [H, q_len, kv_len] where ``is_per_head``; True means visible.
+
+        H is ``num_heads`` or else ``named_heads``; fewer than ``named_heads`` are a PolicyError.  SymInt lengths work.
+        """
+        i = torch.arange(q_len, device=device).unsqueeze(1) + (kv_len - q_len)
+        j = torch.arange(kv_len, device=device).unsqueeze(0)
+        if not self.is_per_head:
+            return self.visible_pairs(i, j).unsqueeze(0)
+        runs = [(p, len(list(run))) for p, run in groupby(self._heads(num_heads))]
+        masks = {p: p.visible_pairs(i, j).unsqueeze(0) for p, _ in runs}
+        return torch.cat([masks[p].expand(n, -1, -1) for p, n in runs])
+
+    def density(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> float:
+        """The exact share of visible pairs, 0 to 1, averaged over the heads (see ``mask``)."""
+        heads = self._heads(num_heads)
+        seen = {p: count(p, q_len, kv_len) for p in set(heads)}
+        return sum(seen[p] for p in heads) / (max(1, q_len * kv_len) * len(heads))
+
+    def covers(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> bool:
+        """Every query of every head sees every key; without ``num_heads`` also in heads beyond those that are named."""
+        heads = self._heads(self.named_heads + 1 if num_heads is None else num_heads)
+        return all(count(p, q_len, kv_len) == q_len * kv_len for p in set(heads))
+
+    def blind(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> tuple[int, ...]:
+        """For each head (see ``mask``) the number of queries that see no key at all; their output is zero."""
+        return tuple(count_blind(p, q_len, kv_len) for p in self._heads(num_heads))
+
+    def layout(self, q_len: int, kv_len: int, block_q: int = 64, block_kv: int = 64) -> Layout:
+        """The blocks that are visited, without the dense mask; of ``for_head(h)`` where the pattern is per head."""
+        return layout(self, q_len, kv_len, block_q, block_kv)
+
+    def to_json(self) -> str:
+        """The notation that ``attnopt.patterns.parse`` reads back."""
+        return repr(self)
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return all_of((self, other)) if isinstance(other, Pattern) else NotImplemented
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return any_of((self, other)) if isinstance(other, Pattern) else NotImplemented
+
+    def __invert__(self) -> Pattern:
+        return Not(self)
+
+    def __repr__(self) -> str:
+        values = {f.name: repr(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        named = values.values() if len(values) == 1 else [f"{name}={value}" for name, value in values.items()]
+        return f"{type(self).__name__}({', '.join(named)})"
+
+    def _repr_html_(self) -> str:
+        return shown(self, "html")
+
+    def _heads(self, num_heads: int | None) -> list[Pattern]:
+        if not self.is_per_head:
+            return [self]
+        if num_heads is not None and num_heads < self.named_heads:
+            raise PolicyError(f"{self} names head {self.named_heads - 1}, but there are only {num_heads} heads")
+        return [self.for_head(h) for h in range(max(1, self.named_heads) if num_heads is None else num_heads)]
+
+
+@dataclass(frozen=True, repr=False)
+class Full(Pattern):
+    """Every query sees every key."""
+
+    @property
+    def is_positional(self) -> bool:
+        return False
+
+    @property
+    def bands(self) -> Bands:
+        return (Band(),)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i == i) & (j == j)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach.between(0, kv_len, 0, kv_len)
+
+
+@dataclass(frozen=True, repr=False)
+class _Joined(Pattern):
+    """A flat join of distinct patterns; made by ``&`` and ``|``."""
+
+    joined: tuple[Pattern, ...]
+    sign: ClassVar[str]
+
+    @property
+    def parts(self) -> tuple[Pattern, ...]:
+        return self.joined
+
+    @staticmethod
+    @abstractmethod
+    def join(parts: Iterable[Pattern]) -> Pattern:
+        """What the sign means."""
+
+    def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
+        for place, part in enumerate(self.joined):
+            for changed in part.neighbours(tile):
+                yield self.join((*self.joined[:place], changed, *self.joined[place + 1 :]))
+
+    def __repr__(self) -> str:
+        return f" {self.sign} ".join(f"({p!r})" if isinstance(p, _Joined) else repr(p) for p in self.joined)
+
+
+@dataclass(frozen=True, repr=False)
+class And(_Joined):
+    """Visible in every part; written ``a & b``."""
+
+    sign: ClassVar[str] = "&"
+
+    @staticmethod
+    def join(parts: Iterable[Pattern]) -> Pattern:
+        return all_of(parts)
+
+    @property
+    def look_back(self) -> Past | None:
+        return widest(p.look_back for p in self.joined if not _hides_later_keys_alone(p))
+
+    @property
+    def bands(self) -> Bands | None:
+        return intersection(p.bands for p in self.joined)
+
+    @property
+    def is_causal(self) -> bool:
+        return any(p.is_causal for p in self.joined)
+
+    def for_head(self, place: int) -> Pattern:
+        return all_of(p.for_head(place) for p in self.joined)
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        return all_of(p.for_heads(places) for p in self.joined)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return reduce(Tensor.__and__, (p.visible(i, j) for p in self.joined))
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return reduce(Reach.__and__, (p.reach(first, last, kv_len) for p in self.joined))
+
+
+@dataclass(frozen=True, repr=False)
+class Or(_Joined):
+    """Visible in at least one part; written ``a | b``."""
+
+    sign: ClassVar[str] = "|"
+
+    @staticmethod
+    def join(parts: Iterable[Pattern]) -> Pattern:
+        return any_of(parts)
+
+    @property
+    def look_back(self) -> Past | None:
+        return widest(p.look_back for p in self.joined)
+
+    @property
+    def bands(self) -> Bands | None:
+        return union(p.bands for p in self.joined)
+
+    @property
+    def is_causal(self) -> bool:
+        return all(p.is_causal for p in self.joined)
+
+    def for_head(self, place: int) -> Pattern:
+        return any_of(p.for_head(place) for p in self.joined)
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        return any_of(p.for_heads(places) for p in self.joined)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return reduce(Tensor.__or__, (p.visible(i, j) for p in self.joined))
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return reduce(Reach.__or__, (p.reach(first, last, kv_len) for p in self.joined))
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Pattern):
+    """Visible where the inner pattern is not; written ``~a``."""
+
+    inner: Pattern
+
+    @property
+    def parts(self) -> tuple[Pattern, ...]:
+        return (self.inner,)
+
+    def for_head(self, place: int) -> Pattern:
+        return ~self.inner.for_head(place)
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        return ~self.inner.for_heads(places)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        return ~self.inner.visible(i, j)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return self.inner.reach(first, last, kv_len).outside(kv_len)
+
+    def __invert__(self) -> Pattern:
+        return self.inner
+
+    def __repr__(self) -> str:
+        return f"~({self.inner!r})" if isinstance(self.inner, _Joined) else f"~{self.inner!r}"
+
+
+def all_of(patterns: Iterable[Pattern]) -> Pattern:
+    """The join by ``&``: flat, each part once, without ``Full``."""
+    flat = _flat(And, patterns)
+    parts = tuple(p for p in flat if p != Full())
+    return And(parts) if len(parts) > 1 else next(iter(parts), Full())
+
+
+def any_of(patterns: Iterable[Pattern]) -> Pattern:
+    """The join by ``|``: flat, each part once; ``Full`` if any part is (``patterns`` must not be empty)."""
+    parts = _flat(Or, patterns)
+    if Full() in parts:
+        return Full()
+    return Or(parts) if len(parts) > 1 else parts[0]
+
+
+def _is_full(made: Any, of_queries: Any, of_keys: Any) -> bool:
+    """The size is not broadcast, as far as it is a number."""
+    is_one = [isinstance(size, int) and size == 1 for size in (made, of_queries, of_keys)]
+    return not is_one[0] or all(is_one)
+
+
+def _hides_later_keys_alone(p: Pattern) -> bool:
+    return p.bands is not None and all(band == Band(high=band.high) for band in p.bands)
+
+
+def _overlap(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
+    flat: dict[Pattern, Any] = {}
+    for p in patterns:
+        try:
+            flat.update(dict.fromkeys(p.parts if isinstance(p, kind) else (p,)))
+        except TypeError as e:
+            raise PluginError(f"pattern {p!r}: {e}", hint="make it a dataclass(frozen=True, repr=False)") from e
+    return tuple(flat)

@@ -1,0 +1,63 @@
+"""The patterns that a text may name, and the texts that patterns are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from attnopt.base.notation import evaluate
+from attnopt.base.registry import Registry
+from attnopt.errors import PolicyError
+from attnopt.patterns.algebra import Full, Pattern
+from attnopt.patterns.block import BlockLayout, RandomBlocks
+from attnopt.patterns.grid import Neighborhood, Prefix
+from attnopt.patterns.per_head import PerHead
+from attnopt.patterns.segments import Segments
+from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Periodic, Sinks, Strided, Window
+
+PATTERNS = Registry(
+    "attnopt.patterns",
+    "pattern",
+    Pattern,  # type: ignore[type-abstract]
+    {
+        kind.__name__: kind
+        for kind in (
+            Full,
+            Causal,
+            Window,
+            Dilated,
+            Sinks,
+            Global,
+            Strided,
+            Periodic,
+            Blocks,
+            Neighborhood,
+            Prefix,
+            Segments,
+            RandomBlocks,
+            BlockLayout,
+            PerHead,
+        )
+    },
+)
+
+
+def constructor(name: str) -> Callable[..., Any]:
+    """The pattern class of this name; an unknown name raises a PolicyError that lists those there are."""
+    return PATTERNS.load(name)
+
+
+def is_readable(pattern: Pattern) -> bool:
+    """``parse`` makes the same pattern of its text.  Not so of a class that is not registered, or whose name another has."""
+    try:
+        return parse(pattern.to_json()) == pattern
+    except Exception:  # whatever a third party's constructor says of what its repr wrote
+        return False
+
+
+def parse(text: str) -> Pattern:
+    """Read the notation that patterns print, e.g. ``"Causal() & (Window(3, 0) | Sinks(4))"``; raises PolicyError."""
+    value = evaluate(text, constructor)
+    if isinstance(value, Pattern):
+        return value
+    raise PolicyError(f"{text!r} is not a pattern", hint='write it as in "Causal() & Window(left=3, right=0)"')

@@ -1,0 +1,115 @@
+"""Tokens that belong to segments (documents, images, modalities, regions), and which segments see which."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+
+from attnopt.base.bit_table import looked_up, stretched
+from attnopt.base.intervals import Ranges, Reach, common, merged
+from attnopt.base.options import whole
+from attnopt.errors import PolicyError
+from attnopt.patterns.algebra import Pattern
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Segments(Pattern):
+    """A query of segment a sees a key of segment b if ``(a, b)`` is one of ``pairs``; by default its own segment only.
+
+    ``ids``: the segment of every token, numbers from 0; ``(id, count)`` stands for so many tokens in a row.  Positions
+    beyond these tokens see nothing.  Raises PolicyError.
+    """
+
+    ids: tuple[tuple[int, int], ...]  # runs of neighbouring tokens: id and count
+    pairs: tuple[tuple[int, int], ...] | None
+
+    def __init__(self, ids: Any, pairs: Sequence[tuple[int, int]] | None = None) -> None:
+        listed = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(listed, (list, tuple)) or not listed:
+            raise PolicyError(f"Segments: ids={ids!r} is not possible; give the segment of every token")
+        runs: list[list[int]] = []
+        for entry in listed:
+            number, count = _run(entry)
+            if runs and runs[-1][0] == number:
+                runs[-1][1] += count
+            else:
+                runs.append([number, count])
+        object.__setattr__(self, "ids", tuple((number, count) for number, count in runs))
+        object.__setattr__(self, "pairs", None if pairs is None else _pairs(pairs))
+
+    @property
+    def lengths(self) -> range:
+        return range(self._tokens, self._tokens + 1)
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        tokens = self._tokens
+        inside = (i >= 0) & (i < tokens) & (j >= 0) & (j < tokens)
+        segment = stretched(((self._place[number], count) for number, count in self.ids), i.device)
+        query, key = segment[i.clamp(0, tokens - 1)], segment[j.clamp(0, tokens - 1)]
+        if self.pairs is None:
+            return inside & (query == key)
+        rows = [0] * len(self._place)
+        for a, b in self.pairs:
+            if a in self._place and b in self._place:
+                rows[self._place[a]] |= 1 << self._place[b]
+        return inside & looked_up(rows, len(rows), query, key)
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        begin, end = max(0, first), min(last, self._tokens - 1)
+        if begin > end:
+            return Reach((), ())
+        touched = self.ids[bisect_right(self._starts, begin) - 1 : bisect_right(self._starts, end)]
+        seen = [self._keys[number] for number in {number for number, _ in touched}]
+        sure = reduce(common, seen) if (begin, end) == (first, last) else ()
+        return Reach(all=sure, some=merged(r for ranges in seen for r in ranges))
+
+    def __repr__(self) -> str:
+        runs = ", ".join(str(number) if count == 1 else f"({number}, {count})" for number, count in self.ids)
+        ids = f"({runs},)" if len(self.ids) == 1 else f"({runs})"
+        return f"Segments({ids})" if self.pairs is None else f"Segments({ids}, pairs={self.pairs})"
+
+    @cached_property
+    def _place(self) -> dict[int, int]:
+        """The distinct segments, numbered as they come."""
+        return {number: place for place, number in enumerate(dict.fromkeys(number for number, _ in self.ids))}
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The first token of each run."""
+        return [0, *accumulate(count for _, count in self.ids)][:-1]
+
+    @cached_property
+    def _tokens(self) -> int:
+        return sum(count for _, count in self.ids)
+
+    @cached_property
+    def _keys(self) -> dict[int, Ranges]:
+        """What the queries of each segment see."""
+        own: dict[int, list[tuple[int, int]]] = {number: [] for number in self._place}
+        for start, (number, count) in zip(self._starts, self.ids, strict=True):
+            own[number].append((start, start + count))
+        if self.pairs is None:
+            return {number: tuple(ranges) for number, ranges in own.items()}
+        seen: dict[int, list[tuple[int, int]]] = {number: [] for number in own}
+        for a, b in self.pairs:
+            if a in seen:
+                seen[a] += own.get(b, [])
+        return {number: merged(ranges) for number, ranges in seen.items()}
+
+
+def _run(entry: Any) -> tuple[int, int]:
+    if isinstance(entry, (tuple, list)) and len(entry) == 2:
+        return whole("Segments", "ids", entry[0]), whole("Segments", "ids", entry[1], least=1)
+    return whole("Segments", "ids", entry), 1
+
+
+def _pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
+    if isinstance(pairs, Sequence) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        return tuple(sorted({(whole("Segments", "pairs", a), whole("Segments", "pairs", b)) for a, b in pairs}))
+    raise PolicyError(f"Segments: pairs={pairs!r} is not possible; give pairs of a query's and a key's segment")

@@ -1,0 +1,99 @@
+"""The report as one HTML page, and what notebooks show of reports, inspections and patterns: no network, no script."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from attnopt.render.numbers import amount, numbers, percent, relative, times
+from attnopt.report.axis_text import told
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    from attnopt.patterns.algebra import Pattern
+    from attnopt.report.inspection import Inspection
+    from attnopt.report.report import Report
+
+NOTEBOOK_LENGTH = 64  # of the sequence that a pattern is drawn for where nobody says how long it is
+
+
+def report_page(report: Report) -> str:
+    """The whole page.  Everything that comes from the report is escaped."""
+    from attnopt.render.page_view import lanes, measures, policy_text, site_views
+
+    views = site_views(report)
+    return _render(
+        "report.html.j2",
+        report=report,
+        fixed_axes=told(report.fixed_axes),
+        views=views,
+        lanes=lanes(views),
+        measures=measures(report),
+        policy=policy_text(report.policy),
+    )
+
+
+def report_frame(report: Report) -> str:
+    """The page inside another one, such as a notebook, neither touching the other's style."""
+    from markupsafe import escape
+
+    page = report_page(report)
+    return f'<iframe srcdoc="{escape(page)}" title="attnopt report" style="width:100%;height:36rem;border:0"></iframe>'
+
+
+def pattern_fragment(pattern: Pattern, length: int = NOTEBOOK_LENGTH) -> str:
+    """A pattern's picture at a sequence of ``length``, with its name and density."""
+    from attnopt.render.pattern_cells import pictures
+
+    drawn = pictures(pattern, length, length, max(1, pattern.named_heads))
+    return _render("pattern.html.j2", pictures=drawn, pattern=str(pattern), length=length)
+
+
+def inspection_fragment(inspection: Inspection) -> str:
+    """What was found, as a table with pictures."""
+    from attnopt.render.pattern_cells import pictures
+    from attnopt.render.tables import pattern_text, spec_extras
+
+    rows = [
+        (s, pattern_text(s.spec), spec_extras(s.spec), pictures(pattern_text(s.spec), s.q_len, s.kv_len, s.num_heads))
+        for s in inspection.sites
+    ]
+    return _render("inspection.html.j2", rows=rows, inspection=inspection)
+
+
+def picture_svg(pattern: Pattern, length: int) -> str:
+    """The pictures of a pattern alone, as SVG in the colour of the text around them."""
+    from attnopt.render.pattern_cells import pictures
+
+    return _render("svg.html.j2", pictures=pictures(pattern, length, length, max(1, pattern.named_heads)))
+
+
+def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(**values)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("attnopt.render"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        amount=amount, relative=relative, breakable=_breakable, percent=percent, numbers=numbers, times=times
+    )
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """A qualified name that may be broken after a dot."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=\.)", name))

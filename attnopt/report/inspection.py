@@ -1,0 +1,23 @@
+"""What ``attnopt.inspect`` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnopt.base.display import shown
+from attnopt.ir.site import NearMiss, Site
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``attnopt.inspect`` found, in the order in which it runs."""
+
+    sites: tuple[Site, ...]
+    near_misses: tuple[NearMiss, ...]
+    candidates: int  # how many normalisers were looked at
+
+    def __str__(self) -> str:
+        return shown(self, "text")
+
+    def _repr_html_(self) -> str:
+        return shown(self, "html")

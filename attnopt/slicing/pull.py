@@ -1,0 +1,26 @@
+"""Selections pulled upwards: ``select(op(x), i)`` rewritten as ``op(select(x, i'))``, operator by operator.
+
+This is how attnopt knows which weight rows make a head, and how it removes one: the selection of some heads at an
+attention's input is moved up through views, rotations, norms and concatenations until it reaches weights, where it
+becomes a smaller weight.  Each rule is an exact identity; where there is none, the selection stays where it is.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attnopt.graph.nodes import opname
+from attnopt.graph.select import Selection
+from attnopt.slicing.pull_compute import COMPUTE, elementwise_rule
+from attnopt.slicing.pull_layout import LAYOUT
+from attnopt.slicing.selection import Pulled
+
+_RULES = {**LAYOUT, **COMPUTE}
+
+
+def pull(node: fx.Node, selection: Selection) -> Pulled | None:
+    """How to make ``select(node, selection)`` from selections of what ``node`` is computed from; None: no rule."""
+    if node.op != "call_function":
+        return None
+    rule = _RULES.get(opname(node)) or elementwise_rule(node)
+    return None if rule is None else rule(node, selection)

@@ -1,0 +1,83 @@
+"""Selections that no operator's own rule can move, followed head by head through a whole run of layout changes.
+
+In a projection that packs each group's queries with its keys and values, the heads that are left may be others in each group.
+They are no product of groups and places, yet each of them is some features of the projection, and so all of them are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from attnopt.base.sizes import same_size
+from attnopt.graph.nodes import opname, shape, value
+from attnopt.graph.select import Selection
+from attnopt.slicing.pull import pull
+from attnopt.slicing.selection import trim
+
+_LAYOUT = {
+    "view", "reshape", "_unsafe_view", "permute", "transpose", "unsqueeze", "squeeze", "select", "slice", "getitem",
+    "clone", "contiguous",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """The selection is ``source`` at these ``rows`` of its last axis, which becomes the axes of these ``sizes``."""
+
+    source: fx.Node
+    rows: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def scattered(node: fx.Node, selection: Selection) -> Scattered | None:
+    """Where ``node`` at ``selection``, which is along one axis, comes from; None: not by layout changes of a last axis alone.
+
+    ``node`` is [*tokens, heads, features] or [*tokens, features], and what it comes from [*tokens, more features].
+    """
+    sizes = shape(node)
+    axis = next(iter(selection))
+    if len(selection) != 1 or axis < len(sizes) - 2:
+        return None
+    first = {axis: (selection[axis][0],)}
+    source = next((n for n, chosen in _above(node, first) if _is_source(n, chosen, node, axis)), None)
+    if source is None:
+        return None
+    last, rows = len(shape(source)) - 1, list[int]()
+    for i in selection[axis]:
+        mine = _at(source, node, {axis: (i,)})
+        if mine is None or set(mine) != {last} or len(mine[last]) != math.prod(sizes[axis + 1 :]):
+            return None
+        for other in range(len(sizes)):  # every axis runs as the source's does
+            back = tuple(reversed(range(sizes[other])))
+            expected = {last: mine[last][::-1]} if other > axis else {other: back, last: mine[last]}
+            if other != axis and _at(source, node, {axis: (i,), other: back}) != trim(source, expected):
+                return None
+        rows += mine[last]
+    return Scattered(source, tuple(rows), (len(selection[axis]), *sizes[axis + 1 :]))
+
+
+def _above(node: fx.Node, chosen: Selection) -> Iterator[tuple[fx.Node, dict[int, tuple[int, ...]]]]:
+    """The tensors that a run of layout changes above ``node`` goes through, and the selection there."""
+    chosen = trim(node, chosen)
+    while opname(node) in _LAYOUT and (pulled := pull(node, chosen)) is not None and len(pulled.demands) == 1:
+        node, below = (pulled.exact or pulled.demands)[0]
+        chosen = trim(node, below)
+        yield node, chosen
+
+
+def _at(source: fx.Node, node: fx.Node, chosen: Selection) -> dict[int, tuple[int, ...]] | None:
+    return next((found for n, found in _above(node, chosen) if n is source), None)
+
+
+def _is_source(source: fx.Node, chosen: Selection, node: fx.Node, axis: int) -> bool:
+    return set(chosen) == {len(shape(source)) - 1} and _same_tokens(node, axis, source)
+
+
+def _same_tokens(node: fx.Node, axis: int, source: fx.Node) -> bool:
+    """The axes before ``axis`` are those before the source's last one."""
+    mine, theirs = value(node).shape[:axis], value(source).shape[:-1]
+    return len(mine) == len(theirs) and all(same_size(a, b) for a, b in zip(mine, theirs, strict=True))

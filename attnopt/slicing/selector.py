@@ -1,0 +1,172 @@
+"""Removing and replacing heads in a graph: selections are moved to the weights, which become smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from attnopt.base.sizes import is_static
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import RESHAPES, arg, aten, is_call, opname, shape, value
+from attnopt.graph.select import Selection, restrict, spread
+from attnopt.slicing.pull import pull
+from attnopt.slicing.push import push
+from attnopt.slicing.scattered import Scattered, scattered
+from attnopt.slicing.selection import Pulled, order_of, regroup, trim
+from attnopt.slicing.weight_store import Weights
+
+_SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+_PIECES = ("slice", "select", "getitem")
+
+
+class _DynamicAxisError(Exception):
+    """A selection came to an axis that joins heads with a dynamic batch, and can go no further up: its indices hold at the
+    sizes of the example inputs only, so it has to be made below, where heads have an axis of their own."""
+
+
+class Selector:
+    """Builds selections of nodes, moved up as far as they go.
+
+    ``forks`` are tensors that serve several roles (a packed projection): of these only what is needed is taken.
+    Without ``weights`` selections stay behind projections and parameters, which are left as they are.
+    ``edited`` holds new values of parameters for this site alone; every node on the way to one (``dirty``) is built anew
+    even where nothing is selected.
+    """
+
+    def __init__(
+        self,
+        emit: Emitter,
+        weights: Weights | None,
+        edited: Mapping[str, Tensor] | None = None,
+        dirty: Sequence[fx.Node] = (),
+        forks: Collection[fx.Node] = (),
+    ) -> None:
+        self.emit, self.weights, self.edited, self.dirty = emit, weights, dict(edited or {}), set(dirty)
+        self.forks = forks
+        self._sources = {*forks, *(n for fork in forks for n in fork.users if opname(n) in _SPLITS)}
+        self._known: dict[Any, fx.Node] = {}
+
+    def select(self, node: fx.Node, selection: Selection) -> fx.Node:
+        """A node whose value is ``node`` restricted to ``selection``."""
+        selection = trim(node, selection)
+        if not selection and node not in self.dirty:
+            return node
+        key = (node, tuple(selection.items()))
+        if key not in self._known:
+            self._known[key] = self._build(node, selection)
+        return self._known[key]
+
+    def _build(self, node: fx.Node, selection: Selection) -> fx.Node:
+        if node.op == "get_attr":
+            return self._parameter(node, selection)
+        if not selection and opname(node) in _PIECES and node.all_input_nodes[0] in self._sources:
+            return self._piece(node)
+        if not selection:
+            table = {n: self.select(n, {}) for n in node.all_input_nodes}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: table[n])
+            return self.emit.call(node.target, *args, **kwargs)
+        pulled = pull(node, selection)
+        if pulled is None and (found := scattered(node, selection)) is not None:
+            return self._gathered(node, found)
+        if pulled is None or pulled.across or (pulled.weights and self.weights is None):
+            return self._stay(node, selection)
+        try:
+            if pulled.exact is not None and pulled.exact[0][0] in self.forks:
+                return self.select(*pulled.exact[0])
+            return self._made_from(pulled)
+        except _DynamicAxisError:
+            return self._stay(node, selection)
+
+    def _piece(self, node: fx.Node) -> fx.Node:
+        """One role's part of a packed projection, made by itself."""
+        pulled = pull(node, {})
+        if pulled is None:
+            return node
+        return self.select(*pulled.exact[0]) if pulled.exact is not None else self._made_from(pulled)
+
+    def _gathered(self, node: fx.Node, found: Scattered) -> fx.Node:
+        rows = self.select(found.source, {len(shape(found.source)) - 1: found.rows})
+        tokens = [self.emit.size(rows, axis) for axis in range(len(shape(rows)) - 1)]
+        return self.emit.call(aten.reshape.default, rows, [*tokens, *found.sizes])
+
+    def _made_from(self, pulled: Pulled) -> fx.Node:
+        found = [self.select(n, s) for n, s in pulled.demands]
+        if pulled.build is None:
+            return found[0]
+        target, args, kwargs = pulled.build(found)
+        made: fx.Node = self.emit.call(target, *args, **kwargs)
+        return made
+
+    def _stay(self, node: fx.Node, selection: Selection) -> fx.Node:
+        """Pull up the axes that can be, and select the others here."""
+        if len(selection) > 1:
+            for axis, idx in selection.items():
+                if pull(node, {axis: idx}) is not None:
+                    rest = {a: i for a, i in selection.items() if a != axis}
+                    return restrict(self.emit, self.select(node, {axis: idx}), rest)
+        if not all(is_static(value(node).shape[axis]) for axis in selection):
+            raise _DynamicAxisError
+        return restrict(self.emit, self.select(node, {}) if node in self.dirty else node, selection)
+
+    def _parameter(self, node: fx.Node, selection: Selection) -> fx.Node:
+        if self.weights is None:
+            return restrict(self.emit, node, selection)
+        name = str(node.target)
+        return self.weights.read(self.emit, self.weights.derive(name, selection, self.edited.get(name)))
+
+
+def push_down(
+    graph: fx.Graph, weights: Weights, origin: dict[str, Any], old: fx.Node, new: fx.Node, selection: Selection
+) -> None:
+    """Let everything that uses ``old`` use ``new``, which lacks the slices outside ``selection`` (they count as zero)."""
+    _straighten(old)
+    for user in list(old.users):
+        emit = Emitter(graph, user, origin)
+        pushed = push(user, old, selection)
+        if pushed is None:
+            user.replace_input_with(old, spread(emit, new, old, selection))
+            continue
+        select = Selector(emit, weights)
+        target, args, kwargs = pushed.build(new, [select.select(n, s) for n, s in pushed.demands])
+        below = emit.call(target, *args, **kwargs)
+        if pushed.selection is None:
+            user.replace_all_uses_with(below)
+        else:
+            push_down(graph, weights, origin, user, below, pushed.selection)
+
+
+def _straighten(node: fx.Node) -> None:
+    """What splits heads into groups and puts these together again, done with the heads as they are: groups that lost different
+    heads have no shape in between."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if not is_call(user, *RESHAPES):
+            continue
+        for below in list(user.users):
+            if is_call(below, *RESHAPES):
+                below.replace_input_with(user, node)
+                pending.append(below)
+            elif is_call(below, aten.permute.default, aten.transpose.int):
+                _permute_first(node, user, below)
+        if not user.users:
+            user.graph.erase_node(user)
+
+
+def _permute_first(node: fx.Node, split: fx.Node, permute: fx.Node) -> None:
+    """permute(split(node)) as split(permute(node)), where the parts of each axis stay together."""
+    groups = regroup(shape(node), shape(split))
+    if groups is None or any(len(mine) != 1 for mine, _ in groups):
+        return
+    part_of = {part: mine[0] for mine, parts in groups for part in parts}
+    order = order_of(permute)
+    axes = list(dict.fromkeys(part_of[a] for a in order))
+    if order != [part for axis in axes for part, whole in part_of.items() if whole == axis]:
+        return
+    emit = Emitter(node.graph, permute)
+    sizes = arg(split, 1)
+    moved = emit.call(aten.permute.default, node, axes)
+    permute.replace_all_uses_with(emit.call(aten.reshape.default, moved, [sizes[a] for a in order]))
+    node.graph.erase_node(permute)
