@@ -60,10 +60,10 @@ conformance: .venv/.test ## run a zoo of models: make conformance ZOO=path/to/ru
 	$(PY) $(ZOO) $(ARGS)
 
 fuzz: .venv/.test ## random models, every law on each: make fuzz N=10000 SEED=1
-	$(PY) tests/fuzz.py $(N) --seed $(SEED) --jobs $(JOBS) $(ARGS)
+	$(PY) tests/support/fuzz.py $(N) --seed $(SEED) --jobs $(JOBS) $(ARGS)
 
 mutants: .venv/.test ## plant faults in a copy of the package; the tests have to notice every one
-	JOBS=$(JOBS) $(PY) tests/mutations.py $(ARGS)
+	JOBS=$(JOBS) $(PY) tests/support/mutations.py $(ARGS)
 
 .venv/.bench: .venv/.test
 	$(PIP) install -q $(PINS) -e '.[bench]'

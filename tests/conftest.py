@@ -43,6 +43,14 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder as torch's older exporter wrote it."""
+    from older_onnx import written
+
+    return written(tmp_path_factory.mktemp("onnx") / "old.onnx")
+
+
 # The same examples at every `make test`, new ones at every `make fuzz`.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)  # no test is timed
 if not os.environ.get("ATTNOPT_EXAMPLES"):

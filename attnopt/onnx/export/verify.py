@@ -22,7 +22,6 @@ from attnopt.onnx.export.builder import SWAPPED
 from attnopt.onnx.export.mark import Marked
 
 
-
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
     """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``.
 

@@ -1,0 +1,205 @@
+"""The documentation is true: its code runs and prints what it says, its commands exist, its tables are complete."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib
+import pytest
+import test_refusals
+import torch
+from matplotlib import pyplot
+from models import Spelling
+from must_match import MUST_MATCH
+from places import ROOT
+from torch import nn
+
+from attnopt import patterns
+from attnopt.cli import main as cli
+from attnopt.compiler import plugins
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(r'^--8<-- "([^":]+)"$', re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of each block, with the files that it includes."""
+    text = SNIPPET.sub(lambda m: (ROOT / m[1]).read_text("utf-8"), page.read_text("utf-8"))
+    return BLOCK.findall(text)
+
+
+@pytest.fixture(scope="module")
+def generated() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generated", DOCS / "generated.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------- code
+@pytest.fixture
+def page_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Where the code of one page runs, block after block, in an empty folder."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for kind in plugins.KINDS:
+        monkeypatch.setattr(kind, "_registered", {})
+    yield module
+    pyplot.close("all")
+
+
+def run(text: str, module: ModuleType) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(text, "page", "exec"), module.__dict__)
+    return printed.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning")
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text("utf-8")], ids=lambda p: p.stem)
+def test_code_runs_and_prints_what_the_page_says(page: Path, page_module: ModuleType) -> None:
+    printed = ""
+    for language, text in blocks(page):
+        if language == "python":
+            printed = run(text, page_module)
+        elif language == "text":
+            assert text.strip() == printed.strip()
+
+
+class Layer(nn.Module):
+    """What the README's site names fit: ``encoder.layer.N.attention``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return x + found
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(Layer() for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.encoder.layer:
+            x = layer(x)
+        return x
+
+
+def test_the_readme_runs(page_module: ModuleType) -> None:
+    page_module.__dict__.update(model=Encoder().eval(), args=(torch.randn(2, 160, 64),))
+    code = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
+    assert code
+    for text in code:
+        run(text, page_module)
+    assert Path("model.onnx").is_file()
+
+
+# ---------------------------------------------------------------- commands and links
+def commands(page: Path) -> list[str]:
+    text = page.read_text("utf-8")
+    indented = re.findall(r"^ {4}(attnopt \w.*)$", text, re.MULTILINE)
+    return [
+        *indented,
+        *(line for language, block in blocks(page) if language == "console" for line in block.splitlines()),
+    ]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)
+def test_commands_exist(page: Path) -> None:
+    import shlex
+
+    for command in commands(page):
+        program, *argv = shlex.split(command)
+        assert program == "attnopt"
+        cli._parser().parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.stem
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+# ---------------------------------------------------------------- tables
+def test_every_spelling_has_a_meaning(generated: ModuleType) -> None:
+    shown = [s for s, _ in MUST_MATCH]
+    for field, (_, meanings) in generated.SPELLINGS.items():
+        assert set(meanings) == generated._values(field, shown, Spelling()), field
+    for flag in generated.FLAGS:
+        assert any(getattr(s, flag) for s in shown), flag
+    assert f"{len(shown)} combinations" in generated.spellings()
+
+
+def test_every_refusal_code_is_listed(generated: ModuleType) -> None:
+    assert set(test_refusals.CASES) <= set(generated.refusal_codes())
+    table = generated.refusals()
+    assert all(f"| `{code}` |" in table for code in generated.refusal_codes())
+
+
+def test_every_pass_and_backend_has_a_section(generated: ModuleType) -> None:
+    page = (DOCS / "passes.md").read_text("utf-8")
+    ours = [p for p in plugins.passes().values() if p.distribution == plugins.OURS]
+    sections = {s.partition("\n")[0]: s for s in page.split("\n## ")}
+    for one in ours:
+        assert f"<!-- pass: {one.name} -->" in sections[one.name]
+        assert "**Law.**" in sections[one.name]
+        assert "**Cost.**" in sections[one.name]
+    assert all(
+        f"### {p.name}" in generated.about_backends()
+        for p in plugins.backends().values()
+        if p.distribution == plugins.OURS
+    )
+
+
+def test_every_pattern_is_shown() -> None:
+    page = (DOCS / "patterns.md").read_text("utf-8")
+    for name in patterns.__all__:
+        if name not in ("And", "Or", "Not", "Pattern", "parse"):
+            assert name in page, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_markers_are_filled(page: Path, generated: ModuleType) -> None:
+    filled = generated.on_page_markdown(page.read_text("utf-8"))
+    assert "<!--" not in filled
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE))
+    assert listed == {p.name for p in PAGES}
+
+
+def test_it_builds(tmp_path: Path) -> None:
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed; `make docs` installs it")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment: dict[str, Any] = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "site").glob("*.html"))
+    assert len(pages) == len(PAGES) + 1  # and the one for what is not found
+    for page in pages:
+        loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text("utf-8"))
+        assert not loaded, page.name

@@ -1,0 +1,157 @@
+"""A third party's distribution is installed, and each kind of thing in it used on every path."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import ROOT, SUPPORT
+
+import attnopt
+from attnopt.passes import Sparse
+from attnopt.patterns import PATTERNS, Window
+
+HERE = Path(__file__).parent
+
+USE = """
+import torch, attnopt, tiny_models
+model, args = tiny_models.causal()
+model.eval()
+window = attnopt.optimize(model, "local-window(left=3, right=0)", args)
+last = attnopt.optimize(model, "acme.last-k(keys=4)", args, backend="acme.plain")
+assert [site.status for site in last.report.sites] == ["rewritten"] * 2, str(last.report)
+assert {site.backend for site in last.report.sites} == {"acme.plain"}, str(last.report)
+with torch.no_grad():
+    torch.testing.assert_close(last(*args), window(*args))
+    assert not torch.allclose(last(*args), model(*args))
+model, args, kwargs = tiny_models.full()
+refused = attnopt.optimize(model.eval(), "acme.last-k(keys=4)", args, kwargs)
+assert refused.report.sites[0].refusals["acme.last-k"].code == "needs-causal", str(refused.report)
+"""
+
+
+POLICIES = {  # and what reports say of them
+    "acme.last-k(keys=4)": "Window(left=3, right=0)",
+    "sparse(pattern=Every(n=3) | Window(left=1, right=0))": "Every(3)",
+    "acme.clip(bound=0.1)": "Clipped",
+    "dynamic-sparse(scores='keynorm', keep=0.5, block=64)": "KeyNorm()",
+}
+
+EVERY_PATH = """
+import sys, torch, attnopt, tiny_models
+from attnopt.compiler.explain import explain
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model, args = tiny_models.Attention().eval(), (torch.randn(2, 12, 16),)
+policy, told, folder = sys.argv[1:]
+chosen = attnopt.Policy.of(policy)
+assert attnopt.Policy.from_json(chosen.to_json()) == chosen
+reference = attnopt.optimize(model, policy, args, backend="reference")
+for backend in ("auto", "blocked"):
+    fast = attnopt.optimize(model, policy, args, backend=backend)
+    assert [s.status for s in fast.report.sites] == ["rewritten"], str(fast.report)
+    torch.testing.assert_close(fast(*args), reference(*args))
+    assert told in str(fast.report), str(fast.report)
+    fast.save(folder + "/saved")
+    assert torch.equal(attnopt.load(folder + "/saved")(*args), fast(*args))
+fast.report.to_html(folder + "/report.html")
+fast.export_onnx(folder + "/model.onnx")
+(found,) = explain(model, "(root)", args, {})
+assert {"acme.clip", "backend acme.plain"} <= set(found.accepted), found
+assert "acme.last-k" not in found.accepted, found
+(found,) = explain(model, "(root)", args, {}, chosen)
+assert policy.partition("(")[0] in found.accepted, found
+assert len(attnopt.inspect(model, args).sites) == 1
+"""
+
+NOT_INSTALLED = """
+import sys, attnopt
+try:
+    attnopt.load(sys.argv[2] + "/saved")
+except attnopt.ArchiveError as error:
+    assert f"the saved model needs {sys.argv[1]} of acme-attnopt: there is no " in str(error), error
+    assert error.hint.startswith("install acme-attnopt, or import the module that registers it"), error
+else:
+    assert not sys.argv[1]
+"""
+MISSING = dict(zip(POLICIES, ("", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with acme-attnopt installed; built from a copy, because a build writes beside the source."""
+    folder = tmp_path_factory.mktemp("acme")
+    source = shutil.copytree(HERE, folder / "source")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    _run([*pip, "--target", str(folder / "site"), str(source)], dict(os.environ))
+    path = [folder / "site", ROOT, SUPPORT]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+
+
+def _run(command: list[str], environment: dict[str, str]) -> str:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_it_is_listed(environment: dict[str, str]) -> None:
+    rows = json.loads(_run([sys.executable, "-m", "attnopt", "passes", "--json"], environment))
+    found = {row["name"]: row for row in rows}
+    assert {"acme.last-k", "acme.plain"} <= found.keys()
+    assert found["acme.last-k"]["distribution"].startswith("acme-attnopt")
+    assert "keys" in json.dumps(found["acme.last-k"]["options"])
+
+
+def test_it_is_used_by_its_name(environment: dict[str, str]) -> None:
+    _run([sys.executable, "-W", "ignore", "-c", USE], environment)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_kind_on_every_path(policy: str, environment: dict[str, str], tmp_path: Path) -> None:
+    quiet = [sys.executable, "-W", "ignore", "-c"]
+    _run([*quiet, EVERY_PATH, policy, POLICIES[policy], str(tmp_path)], environment)
+    without = {**environment, "PYTHONPATH": os.pathsep.join(environment["PYTHONPATH"].split(os.pathsep)[1:])}
+    _run([*quiet, NOT_INSTALLED, MISSING[policy], str(tmp_path)], without)
+
+
+def test_a_pattern_in_a_converted_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(HERE)
+    from acme_attnopt import Every
+
+    monkeypatch.setattr(PATTERNS, "_registered", {})
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50,
+    }  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    for p in model.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    ids, policy = torch.randint(50, (1, 12)), Sparse(Every(3) | Window(1, 0))
+    with pytest.raises(
+        attnopt.ConversionError, match=r"pattern .*Every\(3\).* is not what attnopt.patterns.parse reads"
+    ):
+        attnopt.convert(model, policy, (ids,))
+    attnopt.register(Every)
+    converted = attnopt.convert(model, policy, (ids,))
+    fast = attnopt.optimize(model, policy, (ids,), {"use_cache": False})
+    with torch.no_grad():
+        torch.testing.assert_close(converted(ids).logits, fast(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(converted(ids).logits, model(ids).logits, atol=1e-2)
+
+
+def test_the_example_imports_what_is_public() -> None:
+    """And shows each kind in at most twenty lines."""
+    for file in (HERE / "acme_attnopt").glob("*.py"):
+        tree = ast.parse(file.read_text())
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        assert {m for m in imported if m.startswith("attnopt")} <= {"attnopt"}
+        for cls in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+            assert cls.end_lineno is not None
+            assert cls.end_lineno - cls.lineno < 20, cls.name

@@ -1,0 +1,491 @@
+"""The golden text of every refusal code: what a user reads when an attention is left as it is."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import decoys
+import pytest
+import torch
+import torch.nn.functional as F
+from decoys import Decoy, E, H, L
+from models import Attention, Spelling, inputs
+from places import ROOT
+from torch import Tensor, nn
+
+import attnopt
+from attnopt.capture.capture import capture
+from attnopt.ir.refusal import Refusal
+from attnopt.match.anchors import normalisers
+from attnopt.match.recognize import recognise
+from attnopt.match.region import NotAttentionError
+from attnopt.passes import (
+    DynamicSparse,
+    GroupedQuery,
+    HeadPatch,
+    LocalWindow,
+    PruneHeads,
+    RouteHeads,
+    ScaleHeads,
+    Sparse,
+)
+from attnopt.patterns import Neighborhood, Window
+
+
+class Scored(Decoy):
+    """Attention with something done to its scores."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], dim: int = -1) -> None:
+        super().__init__()
+        self.change, self.dim = change, dim
+        self.gate = nn.Parameter(torch.rand(L, L))
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / 2
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -1e4)
+        return self.merged(self.change(scores).softmax(self.dim)[..., :L] @ v)
+
+
+class Gated(Scored):
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged((q @ k.transpose(-1, -2) * self.gate).softmax(-1) @ v)
+
+
+class Unused(Decoy):
+    """Weights that meet no values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, _ = self.heads(x)
+        return (q @ k.transpose(-1, -2)).softmax(-1).square()
+
+
+class OneKey(Decoy):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        k, v = k.mean(-2, keepdim=True), v.mean(-2, keepdim=True)
+        return self.merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+
+
+class Misdivided(Decoy):
+    """Each feature is divided by the sum of the query with its number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(len(x), L, E // L, L).transpose(1, 2) for f in (self.q, self.k, self.v))
+        e = torch.exp(q @ k.transpose(-1, -2) / 8)
+        return self.merged(e @ v / e.sum(-1).unsqueeze(-2))
+
+
+class Dropping(Decoy):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merged(F.scaled_dot_product_attention(*self.heads(x), dropout_p=0.1))
+
+
+def first_key(scores: Tensor) -> Tensor:
+    return torch.cat([scores, scores[..., :1].detach() * 0 + 1.0], -1)
+
+
+def missed(model: nn.Module, **more: Any) -> Refusal:
+    """Why the only candidate of ``model`` is no attention; also where that is too common to be reported."""
+    args = (torch.randn(2, L, E),)
+    near = attnopt.inspect(model.eval(), args, more).near_misses
+    if near:
+        (miss,) = near
+        return miss.refusal
+    (anchor,) = normalisers(capture(model, args, more).module.graph)
+    with pytest.raises(NotAttentionError) as caught:
+        recognise(anchor)
+    return caught.value.refusal
+
+
+def refused(s: Spelling, policy: Any, **options: Any) -> Refusal:
+    """Why the only attention of ``s`` is left as it is."""
+    model, given = Attention(s), inputs(s)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnopt.AttnoptWarning)
+        fast = attnopt.optimize(model, policy, (), given, **options)
+    (entry,) = fast.report.sites
+    assert entry.status == "refused"
+    (refusal,) = entry.refusals.values()
+    assert str(refusal).splitlines()[0][:20] in str(fast.report).replace(" refused", "")
+    return refusal
+
+
+def selected_twice() -> Refusal:
+    policy = [DynamicSparse(), DynamicSparse(keep=2)]
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
+    return entry.refusals["dynamic-sparse"]
+
+
+def routed_and_pruned() -> Refusal:
+    policy = [RouteHeads([0], 1), PruneHeads(heads=[1])]
+    model, given = Attention(Spelling()), inputs(Spelling())
+    (entry,) = attnopt.optimize(model, policy, (), given, backend="sdpa").report.sites
+    return entry.refusals["prune-heads"]
+
+
+class Twice(Decoy):
+    """One set of weights, two calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            q, k, v = self.heads(x)
+            x = x + self.merged((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+        return x
+
+
+def patched_in_both_calls() -> Refusal:
+    x = torch.randn(2, L, E)
+    with pytest.warns(attnopt.AttnoptWarning, match="changes nothing"):
+        fast = attnopt.optimize(Twice().eval(), HeadPatch([1], "run"), (x,), calibration=[x])
+    assert len(fast.sites) == 2
+    return fast.report.sites[1].refusals["head-patch"]
+
+
+def sink_and_constant() -> Refusal:
+    sink = torch.zeros(1, H, 1, 1)
+    return missed(Scored(lambda s: torch.cat([s + 1.0, sink.expand(s.shape[0], -1, L, 1)], -1)))
+
+
+class Normed(nn.Module):
+    """Queries and keys pass a norm without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (4, 2)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = (nn.functional.layer_norm(t, (2,)) for t in (q, k))
+        out: Tensor = self.o((q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+        return out
+
+
+class NormedTogether(Decoy):
+    """Norms over all heads before the core, and a sum behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (F.layer_norm(f(x), (E,)).view(*x.shape[:2], H, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        made: Tensor = self.o(y + x)
+        return made
+
+
+def heads_that_no_weight_has() -> Refusal:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = attnopt.optimize(NormedTogether(), PruneHeads(heads=[1]), (torch.randn(2, L, E),))
+    assert fast.report.sites[0].status == "refused"
+    return fast.report.sites[0].refusals["prune-heads"]
+
+
+def behind_a_norm() -> Refusal:
+    x = torch.randn(4, 6, 8)
+    policy = GroupedQuery(kv_heads=2, merge="svd")
+    with pytest.warns(attnopt.AttnoptWarning, match="changes nothing"):
+        fast = attnopt.optimize(Normed().eval(), policy, (x,), calibration=[x])
+    return fast.report.sites[0].refusals["grouped-query"]
+
+
+CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
+    # ---- matching
+    "no-query-key-product": (
+        lambda: missed(decoys.CubedScores()),
+        "[no-query-key-product] expected scores made from a product of queries and keys, found relu = "
+        "relu.default (at LINE)",
+    ),
+    "no-value-product": (
+        lambda: missed(Unused()),
+        "[no-value-product] expected weights that are multiplied with values, found square = square (at LINE)",
+    ),
+    "weights-changed": (
+        lambda: missed(decoys.MaskedAfter()),
+        "[weights-changed] expected weights that go straight to the values, found mul = mul on the "
+        "weights (at LINE)\n  hint: weights that are mixed or gated after the softmax, or masked by what "
+        "does not mask the scores, are left as they are",
+    ),
+    "one-key": (
+        lambda: missed(OneKey()),
+        "[one-key] expected more than one key, found a softmax over a single element (at LINE)",
+    ),
+    "softmax-axis": (
+        lambda: missed(Scored(lambda s: s, dim=1)),
+        "[softmax-axis] expected a softmax over the keys of one operand, found an axis that both "
+        "operands share (at LINE)",
+    ),
+    "value-axis": (
+        lambda: missed(decoys.WrongAxisValues()),
+        "[value-axis] expected values summed over the keys, found a product over another axis (at LINE)",
+    ),
+    "unreadable-layout": (
+        lambda: missed(decoys.DroppedColumn()),
+        "[unreadable-layout] expected weights whose axes can be followed, found slice_1 = slice (at LINE)",
+    ),
+    "late-division": (
+        lambda: missed(Misdivided()),
+        "[late-division] expected each query's output divided by its own sum of exponentials, found div_1, which "
+        "divides by another's (at LINE)",
+    ),
+    "channel-attention": (
+        lambda: missed(decoys.OverChannels()),
+        "[channel-attention] expected keys that are tokens, found a softmax over features that a "
+        "projection makes (at LINE)\n  hint: attention between channels is left as it is",
+    ),
+    "active-dropout": (
+        lambda: missed(Dropping()),
+        "[active-dropout] expected an attention without dropout, found dropout of 0.1 (at LINE)\n  hint: "
+        "call model.eval() first",
+    ),
+    "negated-mask": (
+        lambda: missed(Scored(lambda s: -s.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -torch.inf))),
+        "[negated-mask] expected a positive factor after a mask, found -1.0 (at LINE)",
+    ),
+    "moderate-mask": (
+        lambda: missed(Scored(lambda s: s + torch.arange(float(L))), seen=torch.ones(L, dtype=torch.bool)),
+        "[moderate-mask] expected a mask of -inf or the dtype's minimum, found -10000 written over "
+        "scores, on rows that may be all hidden (at LINE)\n  hint: mask with -inf or "
+        "torch.finfo(dtype).min",
+    ),
+    "sink-and-constant": (
+        sink_and_constant,
+        "[sink-and-constant] expected a sink beside plain scores, found a constant added to them (at LINE)",
+    ),
+    "scores-feed-back": (
+        lambda: missed(decoys.TopK()),
+        "[scores-feed-back] expected masks and biases that are made without the scores, found lt, which "
+        "is made from them (at LINE)",
+    ),
+    "scores-multiplied": (
+        lambda: missed(Gated(lambda s: s)),
+        "[scores-multiplied] expected a factor of queries or of keys, or a mask of 0 and 1 that a bias "
+        "hides, found gate, which varies over both",
+    ),
+    # ---- the driver
+    "escapes": (
+        lambda: refused(Spelling(returns="weights"), LocalWindow(1)),
+        "[escapes] expected scores and weights that only the attention uses, found softmax used by the "
+        "model's output (at LINE)\n  hint: call the model without returning attention weights",
+    ),
+    # ---- passes
+    "needs-self-attention": (
+        lambda: refused(Spelling(cross=True), Sparse(Window(1))),
+        "[needs-self-attention] expected queries and keys of one sequence, found keys of another "
+        "sequence (at LINE)\n  hint: leave cross-attention out with a mapping such as "
+        '{"decoder.*.cross": []}',
+    ),
+    "unknown-head": (
+        lambda: refused(Spelling(), PruneHeads(heads=[1, 4, 7])),
+        "[unknown-head] expected heads from 0 to 3, found head 4, 7 (at LINE)",
+    ),
+    "wrong-length": (
+        lambda: refused(Spelling(), Sparse(Neighborhood((2, 3), 1))),
+        "[wrong-length] expected a sequence of 6 tokens, found 7 tokens (at LINE)\n  hint: write class and register "
+        "tokens in front of a grid as Prefix(n, ...)",
+    ),
+    "already-selected": (
+        selected_twice,
+        "[already-selected] expected an attention that sees every block, found DynamicBlocks(scores=Pooled(), keep=0.25, "
+        "block=64, sinks=1, local=1) (at LINE)\n  hint: give the site one dynamic-sparse only",
+    ),
+    "already-edited": (
+        routed_and_pruned,
+        "[already-edited] expected outputs of heads that nothing is done to yet, found heads 0 and 1 of 3 heads for each "
+        "token by query norm (at LINE)\n  hint: prune heads before tokens are routed to them",
+    ),
+    "other-sizes": (
+        lambda: refused(Spelling(), HeadPatch([1], torch.zeros(1, 1, 9, 4))),
+        "[other-sizes] expected values for the 7 tokens of every call, found values for 9 tokens (at LINE)",
+    ),
+    "several-calls": (
+        patched_in_both_calls,
+        "[several-calls] expected one call of the site's weights, found 2 calls, each with values of its own (at LINE)\n"
+        "  hint: name each call in the policy, as in {'attention#2': ...}",
+    ),
+    "all-heads": (
+        lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
+        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)\n  hint: give whole_layers=True to "
+        "remove the attention as a whole",
+    ),
+    "nothing-to-remove": (
+        heads_that_no_weight_has,
+        "[nothing-to-remove] expected weights that belong to single heads, found q: heads cannot be told apart before layer_norm "
+        "(LINE); k: heads cannot be told apart before layer_norm (LINE); v: heads cannot be told apart before layer_norm (LINE); "
+        "out: heads cannot be told apart before add (LINE) (at LINE)\n  hint: silence heads with scale-heads and gains of 0, "
+        "which removes no parameter either",
+    ),
+    "no-such-site-size": (
+        lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),
+        "[no-such-site-size] expected an importance for each of 4 heads, found 3 numbers (at LINE)",
+    ),
+    "wrong-number-of-gains": (
+        lambda: refused(Spelling(), ScaleHeads([1.0, 2.0])),
+        "[wrong-number-of-gains] expected one gain for each of 4 heads, found 2 gains (at LINE)",
+    ),
+    "kv-heads-do-not-fit": (
+        lambda: refused(Spelling(), GroupedQuery(kv_heads=3)),
+        "[kv-heads-do-not-fit] expected kv_heads to be one of 1, 2, 4, found 3 (at LINE)",
+    ),
+    "unknown-projection": (
+        lambda: refused(Spelling(norm="across"), GroupedQuery(kv_heads=2)),
+        "[unknown-projection] expected known key and value projections, found k: heads cannot be told "
+        "apart before layer_norm (LINE) (at LINE)",
+    ),
+    "needs-calibration": (
+        lambda: refused(Spelling(), GroupedQuery(kv_heads=2, merge="svd")),
+        "[needs-calibration] expected calibration data, found none (at LINE)\n  hint: give calibration= to attnopt.optimize",
+    ),
+    "features-are-not-linear": (
+        behind_a_norm,
+        "[features-are-not-linear] expected heads that reach the core as they are projected, or rotated, found a norm or "
+        'another map between projection and core (at LINE)\n  hint: give merge="mean" and grouping="adjacent"',
+    ),
+    # ---- backends
+    "no-softcap": (
+        lambda: refused(Spelling(softcap=5.0), LocalWindow(1), backend="sdpa"),
+        "[no-softcap] expected scores without softcap, found softcap 5.0",
+    ),
+    "other-blocks": (
+        lambda: refused(Spelling(), DynamicSparse(block=32), backend="blocked"),
+        "[other-blocks] expected a selection of blocks of 64, or several of these, found blocks of 32",
+    ),
+    "no-sinks": (
+        lambda: refused(Spelling(sinks=True), LocalWindow(1), backend="sdpa"),
+        "[no-sinks] expected no sink logits, found a sink logit for each head",
+    ),
+}
+
+
+def generic(refusal: Refusal) -> str:
+    """Its text, with LINE for a source line."""
+    return re.sub(r"\w+\.py:\d+", "LINE", str(refusal))
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_golden_text(code: str) -> None:
+    make, text = CASES[code]
+    refusal = make()
+    assert refusal.code == code
+    assert generic(refusal) == text
+
+
+def test_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnopt.match.find.site_error", lambda *_: 0.25)
+    assert generic(missed(Scored(lambda s: s))) == OTHERS["not-equal"]
+
+
+def test_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("axis")
+
+    monkeypatch.setattr("attnopt.match.find.recognise", broken)
+    assert generic(missed(Scored(lambda s: s))) == OTHERS["not-understood"]
+
+
+def only_miss(model: nn.Module, *args: Tensor) -> str:
+    (miss,) = attnopt.inspect(model.eval(), args).near_misses
+    return generic(miss.refusal)
+
+
+def test_no_elements() -> None:
+    x = torch.zeros(0, 5, 16)
+    assert only_miss(nn.MultiheadAttention(16, 2, batch_first=True), x, x, x) == OTHERS["no-elements"]
+
+
+def test_in_a_region() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(16, 16)
+
+        def attend(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.q(x), x, x)
+
+        def forward(self, x: Tensor) -> Any:
+            return torch.cond(x.sum() > 0, lambda t: self.attend(t), lambda t: 2 * t, (x,))
+
+    assert only_miss(Branching(), torch.randn(1, 5, 16)) == OTHERS["in-a-region"]
+
+
+def test_opaque_operator() -> None:
+    class Kernel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Any:
+            weights = self.wide.weight, self.wide.bias, self.out.weight, self.out.bias
+            return torch.ops.aten._native_multi_head_attention(x, x, x, 16, 2, *weights)[0]
+
+    assert only_miss(Kernel(), torch.randn(1, 5, 16)) == OTHERS["opaque-operator"]
+
+
+def test_no_such_scale() -> None:
+    from attnopt.backends import Sdpa
+    from attnopt.ir.spec import AttentionSpec
+
+    refusal = Sdpa().check(AttentionSpec((0,), (0,), (0,), 4, 4, -0.5))
+    assert refusal is not None
+    assert generic(refusal) == OTHERS["no-such-scale"]
+
+
+def test_unnamed_pattern() -> None:
+    from dataclasses import dataclass
+
+    from attnopt.backends import Blocked
+    from attnopt.ir.spec import AttentionSpec
+    from attnopt.patterns import Pattern
+
+    @dataclass(frozen=True, repr=False)
+    class Even(Pattern):
+        def visible(self, i: Tensor, j: Tensor) -> Tensor:
+            return (i == i) & (j % 2 == 0)
+
+    refusal = Blocked().check(AttentionSpec((0,), (0,), (0,), 4, 4, 0.5, pattern=Even()))
+    assert refusal is not None
+    assert generic(refusal) == OTHERS["unnamed-pattern"]
+
+
+def test_plugin_failed() -> None:
+    from attnopt.ir.plugin_calls import no_answer
+    from attnopt.ir.site import Site
+    from attnopt.ir.spec import AttentionSpec
+
+    site = Site("", AttentionSpec((0,), (0,), (0,), 4, 4, 0.5), {})
+    error = attnopt.PluginError("pass 'acme.last-k' of acme (acme:LastK): check failed: OSError: no licence")
+    assert generic(no_answer(site, error)) == OTHERS["plugin-failed"]
+
+
+def test_every_code_is_tested() -> None:
+    found: set[str] = set()
+    for folder in ("attnopt", "passes", "backends"):
+        for file in (ROOT / folder).rglob("*.py"):
+            found |= set(re.findall(r'\b(?:Refusal|refuse)\(\s*"([a-z-]+)"', file.read_text(encoding="utf-8")))
+    tested = {*CASES, *OTHERS}
+    assert found == tested
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in found)
+
+
+OTHERS = {
+    "not-equal": "[not-equal] expected the raised attention to compute what the model computes, found a relative "
+    "difference of 0.25 (at LINE)\n  hint: please report the model: this is a gap in matching, and "
+    "the site is left as it is",
+    "not-understood": "[not-understood] expected a layout that the matcher can follow, found KeyError: 'axis' (at "
+    "LINE)\n  hint: please report the model: this is a gap in matching, and the attention is left as "
+    "it is",
+    "no-elements": "[no-elements] expected scores with elements, found scores of 0 x 5 x 5 (at LINE)\n"
+    "  hint: give example inputs with at least one sequence and one token",
+    "in-a-region": "[in-a-region] expected code that always runs, found true_graph_0\n"
+    "  hint: take the branch or the loop out of the model, or optimize the module inside of it by itself",
+    "opaque-operator": "[opaque-operator] expected operators that can be read, found _native_multi_head_attention (at LINE)\n"
+    "  hint: capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)",
+    "unnamed-pattern": "[unnamed-pattern] expected a pattern that its text names, found Even()\n"
+    "  hint: put @attnopt.register on its class, and let its repr be the call that makes it",
+    "plugin-failed": "[plugin-failed] expected an answer of the plugin, found pass 'acme.last-k' of acme (acme:LastK): "
+    "check failed: OSError: no licence\n  hint: repair or uninstall the plugin",
+    "no-such-scale": "[no-such-scale] expected a scale above 0, found -0.5",
+}

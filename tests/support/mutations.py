@@ -1,0 +1,418 @@
+"""Is every fault noticed?  Each of these is planted in a copy of the package, and a few tests have to fail there.
+
+Run by ``make mutants``; the tree itself is never touched.  A fault that survives fails the command, as does one whose
+place is no longer in the source.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+COPIED = ("attnopt", "passes", "backends", "tests", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old`` in ``file`` becomes ``new``; ``tests`` are pytest's arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = (
+    # matching and raising
+    Fault("a permuted key", "attnopt/match/raise_region.py", "r.k.node, r.k.axes, (r.batch, kv_heads, r.keys, r.features)",
+          "r.k.node, r.k.axes[:-2] + r.k.axes[:-3:-1], (r.batch, kv_heads, r.keys, r.features)",
+          "test_laws.py -k law_fuse-and-roberta"),
+    Fault("wrong scale of a fused call", "attnopt/match/sdpa.py", "else sq[-1] ** -0.5", "else sq[-1] ** -0.49",
+          "test_dynamic_batch.py -k other_batches"),
+    Fault("which K/V head a query head reads", "attnopt/match/raise_region.py", "            g = g * atom.size + place[atom]",
+          "            g = (g * atom.size + place[atom] + 1) % math.prod(a.size for a in kv_heads)",
+          "test_laws.py -k law_fuse-and-qwen3"),
+    Fault("a dropped mask", "attnopt/match/masks.py",
+          "mask = visible if mask is None else emit.call(aten.bitwise_and.Tensor, mask, visible)", "mask = mask",
+          "test_meta.py -k without_values"),
+    Fault("a mask the other way round", "attnopt/match/masks.py",
+          "visible = emit.call(aten.bitwise_not.default, condition) if step.when else condition",
+          "visible = condition if step.when else emit.call(aten.bitwise_not.default, condition)",
+          "test_meta.py -k without_values"),
+    Fault("a large number written on what is seen", "attnopt/match/masks.py",
+          "hidden = condition if step.when else emit.call(aten.bitwise_not.default, condition)",
+          "hidden = emit.call(aten.bitwise_not.default, condition) if step.when else condition",
+          "test_spellings.py -k must_match"),
+    Fault("a proof that always holds", "attnopt/match/prove.py", "    return difference([got], [want.masked_fill(blind, 0.0)])",
+          "    return 0.0", "test_meta.py -k one"),
+    Fault("a bias with the wrong sign", "attnopt/match/masks.py", "    if step.coefficient != 1.0:",
+          "    term = emit.call(aten.neg.default, term)\n    if step.coefficient != 1.0:",
+          "test_laws.py -k law_fuse-and-bloom"),
+    Fault("weights that another mask zeroes", "attnopt/match/zeroed_weights.py", "    return place == where and computes_same(node, other)",
+          "    return place == where", "test_zeroed_weights.py -k another_attention"),
+    Fault("a mask transposed on the weights", "attnopt/match/zeroed_weights.py", "    return place == where and computes_same(node, other)",
+          "    return computes_same(node, other)", "test_zeroed_weights.py -k another_attention"),
+    Fault("a moderate number that another mask leaves to be seen", "attnopt/match/masks.py",
+          "    if any(i > place or may_hide(node, step.fill) for i, node in added):", "    if False:",
+          "test_zeroed_weights.py -k another_attention"),
+    Fault("a mask taken for a bias", "attnopt/match/mask_patterns.py", "        return bool(large) or any(", "        return any(",
+          "test_zeroed_weights.py -k another_attention"),
+    Fault("a mask that is subtracted, taken for a bias", "attnopt/match/mask_patterns.py", "if abs(x) > limit]", "if x < -limit]",
+          "test_zeroed_weights.py -k another_attention"),
+    Fault("numbers that hide for good, unsaid", "attnopt/match/masks.py", "    if not given and not any(", "    if not any(",
+          "test_fully_masked_rows.py"),
+    Fault("an overwritten -inf, unsaid", "attnopt/match/masks.py", "        if any(s.fill == -math.inf for s in hides[:i]):",
+          "        if False:", "test_fully_masked_rows.py"),
+    Fault("a shift that a sink sees", "attnopt/match/recognize.py",
+          "seen_by_sinks = scores.before_sinks if scores.sinks is not None else 0", "seen_by_sinks = 0",
+          "test_zeroed_weights.py -k another_attention"),
+    Fault("powers of 2 taken for powers of e", "attnopt/match/anchors.py", "return operand(node), math.log(2)",
+          "return operand(node), 1.0", "test_anchors.py -k one_attention"),
+    Fault("a sink that keeps its size where scores are scaled", "attnopt/match/read_scores.py", "sink_rate=s.sink_rate * factor",
+          "sink_rate=s.sink_rate", "test_anchors.py -k sink"),
+    Fault("known numbers taken for flags", "attnopt/match/overwrites.py", "bool(((x == 0) | (x == 1)).all())", "True",
+          "test_anchors.py -k no_flags"),
+    Fault("ones for zeros", "attnopt/match/overwrites.py", "        return 1\n", "        return 0\n",
+          "test_anchors.py -k form_of"),
+    Fault("a shift along the queries", "attnopt/match/recognize.py",
+          "step.operand.node in inside and not atoms_of(step.operand.axes) & set(keys)", "step.operand.node in inside",
+          "test_zeroed_weights.py -k another_attention"),
+    Fault("a sum of weights taken for values", "attnopt/match/recognize.py",
+          "        if (right - left) if product.left is weights else (left - right):", "        if left or right:",
+          "test_seen_in_models.py -k no_mixture"),
+    Fault("a mask looked at nearby alone", "attnopt/match/mask_patterns.py", "    if growing and times > 2:", "    if False:",
+          "test_lengths.py -k longer"),
+    Fault("multiples of a size forgotten", "attnopt/graph/evaluate.py",
+          "    for s in sizes:\n        for symbol in", "    for s in ():\n        for symbol in",
+          "test_lengths.py -k multiple"),
+    Fault("operators that change anywhere", "attnopt/match/mask_numbers.py", "    if not is_regular or any(x", "    if any(x",
+          "test_lengths.py -k far_from"),
+    Fault("lengths as values", "attnopt/match/mask_numbers.py", "for part in (0, more, -more))", "for part in (0, q_len, more))",
+          "test_lengths.py -k far_from"),
+    Fault("sums of numbers in the place of products", "attnopt/match/mask_numbers.py",
+          "        known[node] = min(1e18, max(1, together) * times)",
+          "        known[node] = max(1, together) + times", "test_lengths.py -k far_from"),
+    Fault("whole numbers alone", "attnopt/match/mask_numbers.py", "max(abs(x), 1 / abs(x)) for x", "abs(x) for x",
+          "test_lengths.py -k far_from"),
+    Fault("a table looked at in some lines", "attnopt/match/mask_patterns.py", "    if numbers.anywhere:", "    if False:",
+          "test_lengths.py -k far_from"),
+    Fault("batches near the example's alone", "attnopt/match/mask_patterns.py", "    if others:", "    if False:",
+          "test_lengths.py -k batch"),
+    Fault("lengths that are equal in every sample", "attnopt/match/mask_patterns.py",
+          "within(graph, sizes) for sizes in wanted", "within(graph, {s: example[s] + 3 for s in sizes}) for sizes in wanted",
+          "test_lengths.py -k two_lengths"),
+    Fault("the end of a band that was never seen", "attnopt/match/mask_patterns.py", "    if varies and not (",
+          "    if False and not (",
+          "test_lengths.py -k longer"),
+    Fault("a length beyond every sample", "attnopt/match/mask_numbers.py",
+          "    return None if reach > _TOO_FAR else", "    return", "test_lengths.py -k longer"),
+    Fault("entries of a slice that starts at 0", "attnopt/graph/entries.py", "start + step * index[axis]", "step * index[axis]",
+          "test_entries.py"),
+    Fault("places counted from the end", "attnopt/graph/entries.py", "torch.where(inner < 0, inner + sizes[axis], inner)", "inner",
+          "test_entries.py"),
+    Fault("windows taken for heads", "attnopt/match/axis_roles.py", "    if not heads and not _is_projected(r):", "    if not heads:",
+          "test_lengths.py -k windows"),
+    Fault("a number that leaves something of a score", "attnopt/match/masks.py",
+          "return FLOOR if _hides_alone(r, step) else step.fill", "return step.fill", "test_fully_masked_rows.py"),
+    Fault("a mask that is kept, unsaid", "attnopt/match/find.py", "    if keeps_a_mask(", "    if False and keeps_a_mask(",
+          "test_lengths.py -k longer"),
+    Fault("sizes taken for a stream of tokens", "attnopt/match/token_streams.py", "return _is_source(node) or is_number(node)",
+          "return _is_source(node)", "test_token_streams.py -k another_sequence"),
+    Fault("a memory given twice taken for one sequence", "attnopt/match/token_streams.py",
+          "return not _hold_same(k, v) or _hold_same(q, k)", "return True", "test_token_streams.py -k another_sequence"),
+    Fault("a memory projected before taken for one sequence", "attnopt/match/token_streams.py",
+          "    if len({any(map(_is_source, ancestors(n, stop=_ends))) for n in operands}) != 1:", "    if False:",
+          "test_token_streams.py -k another_sequence"),
+    Fault("inputs of two lengths taken for one sequence", "attnopt/match/token_streams.py",
+          'return "assumed" if as_long else "inputs-apart"', 'return "assumed"', "test_token_streams.py -k vary_apart"),
+    Fault("keys at the end taken for a past", "attnopt/match/token_streams.py", "    *earlier, own = arg(join, 0)",
+          "    own, *earlier = arg(join, 0)", "test_token_streams.py -k other_joined"),
+    Fault("learned keys taken for a past", "attnopt/match/token_streams.py", " and all(map(_is_held, earlier))", "",
+          "test_token_streams.py -k other_joined"),
+    Fault("one tensor's axes in two roles", "attnopt/match/sdpa.py", "q=Operand(q, q_axes)", "q=Operand(q, k_axes)",
+          "test_one_tensor_in_two_roles.py -k vary"),
+    Fault("keys' new weights in queries of the same rows", "attnopt/lower/lower.py",
+          "p.weight == mine.weight and bool(own & set(p.rows[edit.head]))", "False",
+          "test_one_tensor_in_two_roles.py -k merged"),
+    Fault("a bare tanh that is no softcap of 1", "attnopt/match/read_scores.py", "return replace(s, softcap=1.0)",
+          "return replace(s, softcap=2.0)", "test_seen_in_models.py -k bare_tanh"),
+    Fault("a softcap that keeps its sign", "attnopt/match/read_scores.py", "softcap=s.softcap * abs(factor)",
+          "softcap=s.softcap * factor", "test_seen_in_models.py -k bare_tanh"),
+    Fault("a factor that a low floor does not hide", "attnopt/match/wiped_scores.py", "(kept == 0) & ~visible & (hidden <= _HIDDEN)",
+          "kept == 0", "test_seen_in_models.py -k nothing_hides"),
+    Fault("blocks that are not asked", "attnopt/capture/flex_attention.py", "    if _blocks_disagree(gm, block_mask, scores, seen):",
+          "    if False:", "test_flex_attention.py -k hide_more"),
+    Fault("a call that loses its kernel", "attnopt/capture/flex_attention.py", "        form.replace_all_uses_with(result)\n", "",
+          "test_flex_attention.py -k keeps_its_kernel"),
+    Fault("a mask_mod the other way round", "attnopt/capture/flex_attention.py", "modified, hidden, -math.inf", "modified, seen, -math.inf",
+          "test_flex_attention.py -k compiled"),
+    Fault("heads pruned that no weight has", "passes/prune_heads.py", "    if len(roles) < 4 or not site.parameters:",
+          "    if True:", "test_refusals.py -k nothing-to-remove"),
+    Fault("names that a second optimization loses", "attnopt/capture/capture.py", "    graph.forward = named\n",
+          "    graph.forward = graph.forward\n", "test_optimized_again.py -k names"),
+    # patterns
+    Fault("a window one too short", "attnopt/patterns/sequence.py", "return (j >= i - self.left) &", "return (j > i - self.left) &",
+          "test_algebra.py"),
+    Fault("a causal triangle one too wide", "attnopt/patterns/sequence.py", "        return j <= i\n", "        return j <= i + 1\n",
+          "test_algebra.py"),
+    Fault("queries aligned with the first key", "attnopt/patterns/algebra.py", ".unsqueeze(1) + (kv_len - q_len)", ".unsqueeze(1)",
+          "test_algebra.py"),
+    Fault("a block layout that lacks blocks", "attnopt/patterns/sequence.py",
+          "return Reach.between(first - self.left, last + self.right + 1, last - self.left, first + self.right + 1)",
+          "return Reach.between(first - self.left + 8, last + self.right + 1, last - self.left + 8, first + self.right + 1)",
+          "test_algebra.py"),
+    # spec and passes
+    Fault("pruned heads keep their places' K/V", "attnopt/ir/spec.py", "tuple(used.index(self.kv_of_head[i]) for i in places)",
+          "tuple(used.index(self.kv_of_head[places[-1 - n]]) for n, i in enumerate(places))", "test_passes.py"),
+    Fault("a window shifted by one", "passes/local_window.py", "Window(self.left, ahead)", "Window(self.left + 1, ahead)",
+          "test_passes.py"),
+    Fault("a causal window that looks ahead", "passes/local_window.py", "(0 if is_causal else self.left)", "(self.left)",
+          "test_passes.py"),
+    Fault("gains of other heads", "passes/scale_heads.py", "of_head.get(h, 1.0) for h in site.spec.heads",
+          "of_head.get(h, 1.0) for h in reversed(site.spec.heads)", "test_passes.py"),
+    Fault("the wrong heads pruned", "passes/prune_heads.py", "if h not in self.heads]", "if h + 1 not in self.heads]",
+          "test_passes.py"),
+    Fault("a sparse pattern forgotten", "attnopt/ir/spec.py", "pattern=_both(self.pattern, pattern)", "pattern=self.pattern",
+          "test_passes.py"),
+    # surgery
+    Fault("two heads swapped in the weights", "attnopt/slicing/weight_store.py", "torch.as_tensor(idx, device=tensor.device)",
+          "torch.as_tensor(list(idx)[::-1], device=tensor.device)", "test_dynamic_batch.py"),
+    Fault("joined biases in another order", "attnopt/slicing/fuse_projections.py", "weights.join(names, 0)", "weights.join(names[::-1], 0)",
+          "test_selector.py -k smaller_projections"),
+    Fault("uneven groups in another order", "attnopt/slicing/scattered.py", "rows += mine[last]", "rows = [*mine[last], *rows]",
+          "test_selector.py -k groups_that_lose"),
+    Fault("a packed weight kept whole for another role", "attnopt/slicing/packed_projections.py", "for one, other in permutations(operands, 2)",
+          "for one, other in permutations([], 2)", "test_selector.py -k norm_across"),
+    Fault("an output projection that keeps its columns", "attnopt/lower/fold.py", "weight * gain)", "weight)",
+          "test_laws.py -k law_gains-and-roberta"),
+    # lowerings
+    Fault("the reference forgets the scale", "backends/reference.py", "s = spec.scale * (q.to(wide)", "s = (q.to(wide)",
+          "test_backends.py -k formula"),
+    Fault("the reference forgets the sink", "backends/reference.py", "total = total + torch.exp(sinks - top)",
+          "total = total + 0", "test_backends.py -k formula"),
+    Fault("SDPA aligns its triangle with the first key", "backends/sdpa.py", "statically_known_true(q.shape[2] == k.shape[2])",
+          "True", "test_backends.py -k equals_reference"),
+    Fault("SDPA shares K/V heads in another order", "backends/sdpa.py", "all(g == h // r for h, g", "all(True for h, g",
+          "test_backends.py -k equals_reference"),
+    Fault("a block that reads its neighbour's keys", "backends/block_gather.py", "_keys(t.k, of_cols, cols)",
+          "_keys(t.k, of_cols - (of_cols > 0), cols)", "test_blocked.py -k equal_the_reference"),
+    Fault("blocks without their inner mask", "backends/block_gather.py", "mask=_folded(seen, B, H)",
+          "mask=_folded(torch.ones_like(seen), B, H)", "test_blocked.py -k equal_the_reference"),
+    # ONNX
+    Fault("an ONNX band one too wide", "attnopt/patterns/sequence.py", "return (Band(-self.left, self.right),)",
+          "return (Band(-self.left - 1, self.right),)", "test_forms.py"),
+    Fault("ONNX heads back in the wrong order", "attnopt/onnx/export/write_form.py", "[order.index(h) for h in range(site.heads)]",
+          "order", "test_forms.py -k fixed_lengths-and-PerHead"),
+    Fault("ONNX heads that share K/V read other heads'", "attnopt/onnx/export/write_form.py",
+          "k, v = heads_of(b, k, site.kv_of_head), heads_of(b, v, site.kv_of_head)",
+          "k, v = heads_of(b, k, site.kv_of_head[::-1]), heads_of(b, v, site.kv_of_head[::-1])",
+          "test_forms.py -k share_keys"),
+    Fault("a group of ONNX heads with K/V of other heads", "attnopt/onnx/export/choose_form.py", "used.index(site.kv_of_head[h])",
+          "used.index(site.kv_of_head[heads[0]])", "test_forms.py -k share_keys"),
+    Fault("an ONNX file taken at its word", "attnopt/onnx/load/load.py",
+          "return difference([got], [want]) <= ROOM", "return True or ROOM",
+          "test_in_place.py -k computes_otherwise"),
+    Fault("a softmax of today in an old file", "attnopt/onnx/load/operators.py", "if opset < _CHANGED.get(kind, 0)",
+          "if opset < 0", "test_in_place.py -k opset_says"),
+    Fault("a size that depends on values taken for fixed", "attnopt/onnx/load/unread.py",
+          "            if readers <= unread:", "            if True:", "test_in_place.py -k depend_on_values"),
+    Fault("rows of packed weights by the next one's scale", "attnopt/onnx/export/packed_weights.py",
+          "np.take(array, list(index), axis)", "np.take(array, [i - 1 for i in index], axis)",
+          "test_in_place.py -k packed"),
+    Fault("a free axis that is fixed without a word", "attnopt/onnx/export/in_place.py", "    if fixed:\n        warnings.warn(",
+          "    if not fixed:\n        warnings.warn(", "test_in_place.py -k fixed_by_the_caller"),
+    Fault("old nodes beside the new ones", "attnopt/onnx/export/splicing.py", "dead = before - after", "dead = set()",
+          "test_in_place.py -k every_opset[17]"),
+    Fault("an axis of one row that a tracer fixes", "attnopt/onnx/load/free_axes.py", "SMALLEST = 2", "SMALLEST = 1",
+          "test_in_place.py -k not_read"),
+    Fault("another default of an ONNX attribute", "attnopt/onnx/load/operators.py", 'a.get("keepdims", 1)',
+          'a.get("keepdims", 0)', "test_load.py -k an_operator_is"),
+    Fault("another default axis of an ONNX softmax", "attnopt/onnx/load/operators.py",
+          'torch.softmax(tensor(x), a.get("axis", -1))', 'torch.softmax(tensor(x), a.get("axis", 1))',
+          "test_load.py -k an_operator_is"),
+    Fault("another default epsilon", "attnopt/onnx/load/operators.py", 'a.get("epsilon", 1e-5)', 'a.get("epsilon", 1e-3)',
+          "test_load.py -k an_operator_is"),
+    Fault("the other default triangle", "attnopt/onnx/load/operators.py", 'if a.get("upper", 1)', 'if a.get("upper", 0)',
+          "test_load.py -k an_operator_is"),
+    Fault("another default axis of an ONNX split", "attnopt/onnx/load/layout_operators.py", 'axis = a.get("axis", 0)\n    given',
+          'axis = a.get("axis", -1)\n    given', "test_load.py -k an_operator_is"),
+    # generation
+    Fault("a cache that keeps one token too few", "attnopt/conversion/hf_cache.py", "t[..., length - recent :, :]",
+          "t[..., length - recent + 1 :, :]", "test_hf_cache.py -k thousands"),
+    Fault("a cropped cache that counts on", "attnopt/conversion/hf_cache.py",
+          "            self.cumulative_length += tokens_to_remove\n", "", "test_hf_cache.py -k taken_back"),
+    Fault("a cropped cache that loses the first tokens", "attnopt/conversion/hf_cache.py",
+          "self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]",
+          "self.keys[..., -tokens_to_remove:, :], self.values[..., -tokens_to_remove:, :]",
+          "test_hf_cache.py -k taken_back"),
+    Fault("a past without its dilation", "attnopt/patterns/sequence.py", "Past(0, self.left * self.dilation)", "Past(0, self.left)",
+          "test_hf_cache.py -k how_much"),
+    Fault("a past for the narrowest of its patterns", "attnopt/patterns/lookback.py", "max(p.recent for p in known)",
+          "min(p.recent for p in known)", "test_hf_cache.py -k how_much"),
+    # what third parties write
+    Fault("operands that a pass makes up, unsaid", "attnopt/ir/spec_rules.py", '"has_bias", "has_mask", "has_sinks")', ")",
+          "test_plugin_faults.py -k broken_rule"),
+    Fault("new weights of any size", "attnopt/ir/spec_rules.py", "made.shape != known.shape", "made.dim() != known.dim()",
+          "test_plugin_faults.py -k broken_rule"),
+    Fault("heads that a pass makes up, unsaid", "attnopt/ir/spec_rules.py", "or not set(named) <= set(known)", "",
+          "test_plugin_faults.py -k broken_rule"),
+    Fault("a reach that is believed", "attnopt/ir/spec_rules.py", "(surely & ~seen_LS).any() or (seen_LS & ~(maybe | surely)).any()",
+          "(surely & ~seen_LS).any()", "test_plugin_faults.py -k contradict"),
+    Fault("a backend's sizes that are believed", "attnopt/ir/plugin_calls.py", "if got != wanted or o.dtype != dtype:",
+          "if o.dtype != dtype:", "test_plugin_faults.py -k looked_at"),
+    Fault("a backend's fault said to be the pass's", "attnopt/compiler/check.py", "        if is_ours(plan.backend):",
+          "        if True:", "test_plugin_faults.py -k wrong_numbers"),
+    Fault("keys that are not broadcast to the queries", "attnopt/patterns/algebra.py", "        return made & (i == i) & (j == j)",
+          "        return made", "test_plugin_faults.py -k nobody_knows"),
+    Fault("a namesake taken for ours", "attnopt/patterns/sequence.py", "        return parse(pattern.to_json()) == pattern",
+          "        return bool(parse(pattern.to_json()))", "test_plugin_faults.py -k another_class_has"),
+    Fault("a text that keeps the meaning of a class that is gone", "attnopt/base/registry.py", "        self.changes += 1",
+          "        pass", "test_plugin_faults.py -k defined_again"),
+    Fault("a name that any class may take", "attnopt/base/registry.py",
+          "if holder is not None and not _is_same(holder, made):", "if False:", "test_plugin_faults.py -k registering"),
+    Fault("plugins that a saved model does not name", "attnopt/archive/site_json.py", "    _require(data)\n", "",
+          "test_plugin_faults.py -k not_saved"),
+    Fault("passes said to accept that were not asked", "attnopt/compiler/explain.py", "        asked = list(answers)",
+          "        asked = list(plugins.passes())", "test_plugin_faults.py -k asked_accept"),
+    Fault("a cache of bfloat16 counted as float32", "attnopt/compiler/site_report.py", "value(n).element_size()", "4",
+          "test_plugin_faults.py -k half_precision"),
+    Fault("a warning that points at torch", "attnopt/base/user_warning.py", '("attnopt", "torch", "contextlib", "functools")',
+          '("attnopt",)', "test_plugin_faults.py -k users_line"),
+    Fault("an import of everything", "attnopt/__init__.py", "from attnopt import attention_operator as attention_operator",
+          "from attnopt import attention_operator as attention_operator, optimizing", "test_imports.py -k heavy"),
+    # heads for each token
+    Fault("tokens routed to the worst heads", "attnopt/ir/head_routing.py", "scores_BRL.topk(count, 1)",
+          "scores_BRL.topk(count, 1, largest=False)", "test_head_routing.py -k gates_by_hand"),
+    Fault("routes of other heads", "attnopt/ir/head_routing.py", "{h: i for i, h in enumerate(self.routed)}",
+          "{h: i for i, h in enumerate(reversed(self.routed))}", "test_head_routing.py -k gates_by_hand"),
+    Fault("a router that forgets its last row", "attnopt/ir/head_routing.py", "@ router[:-1] + router[-1]", "@ router[:-1]",
+          "test_head_routing.py -k linear_router_by_hand"),
+    Fault("ties that route to too many heads", "attnopt/ir/head_routing.py", "(tied & (tied.cumsum(1) <= left))", "tied",
+          "test_head_routing.py -k gates_by_hand"),
+    # calibration
+    Fault("a refit toward nothing", "attnopt/fit/least_squares.py", "right = m.zy + reg * toward", "right = m.zy - reg * toward",
+          "test_compensation.py -k argmin"),
+    Fault("a compensating bias of the wrong sign", "attnopt/fit/compensation.py", "out_bias=bias.double() + wrong",
+          "out_bias=bias.double() - wrong", "test_compensation.py -k bias_takes"),
+    # files
+    Fault("damage that is not noticed", "attnopt/archive/save.py", "if _digest_of_file(file) != digest:", "if False:",
+          "test_untrusted.py -k flipped"),
+    Fault("ONNX weights from any folder", "attnopt/onnx/load/read.py",
+          "if not place.is_relative_to(folder) or not place.is_file():", "if not place.is_file():",
+          "test_hostile_onnx.py -k elsewhere"),
+    Fault("a policy's tags that are read", "attnopt/compiler/policy_file.py", "if event.tag is not None:", "if False:",
+          "test_policy.py -k bad_files"),
+    Fault("a function that is no operator let through", "attnopt/archive/save.py", "        check_operators(",
+          "        (lambda _: None)(", "test_untrusted.py -k hostile"),
+    # which axes vary
+    Fault("a remainder taken for certain", "attnopt/capture/size_algebra.py",
+          "return rest if _is_within(rest, b, bounds) else _mod(rest, b)", "return rest", "test_guards.py -k can_fail"),
+    Fault("an unequal size taken for an equal one", "attnopt/capture/size_algebra.py", "if c == -d:", "if True:",
+          "test_guards.py -k equal_sizes"),
+    Fault("a lower bound from the wrong end", "attnopt/capture/size_algebra.py", "(low if coefficient > 0 else high)",
+          "(high if coefficient > 0 else low)", "test_guards.py -k always"),
+    Fault("a second example of another meaning", "attnopt/capture/second_example.py",
+          "return difference(got, longer) <= 10 * tolerance(longer)", "return True",
+          "test_dynamic_axes.py -k one_from_several"),
+    Fault("the user's own example that is left out", "attnopt/capture/auto_axes.py", "        if _takes(program, model, inputs):",
+          "        if True:", "test_dynamic_axes.py -k own_example"),
+    Fault("a batch that len fixes", "attnopt/capture/tensor_lengths.py",
+          "return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)",
+          "return len(x)", "test_dynamic_axes.py -k len_tells"),
+    Fault("keywords under one name", "attnopt/capture/dynamic_axes.py",
+          "    if is_variadic(forward):\n        return named_arguments(forward, args, kwargs)[0]\n", "",
+          "test_dynamic_axes.py -k land_in_kwargs-and-auto-and-keyword"),
+    Fault("a remedy that is not told", "attnopt/capture/capture.py",
+          "        if any(\"/torch/distributions/\" in",
+          "        if False and any(\"/torch/distributions/\" in",
+          "test_bad_input.py -k distributions_checks"),
+    Fault("axes that nobody hears of", "attnopt/report/axis_text.py", "if (found := _FIXED.fullmatch(text)) is None:",
+          "if (found := _FIXED.match(text)) is None:", "test_dynamic_axes.py -k report_is_short"),
+    Fault("torch's fast path in the comparison", "attnopt/base/compile_lock.py",
+          "            torch.backends.mha.set_fastpath_enabled(False)", "            pass",
+          "test_dynamic_axes.py -k padding_of_torchs"),
+    Fault("no end of relations", "attnopt/capture/auto_axes.py", "if self._length > LONGEST:", "if False:",
+          "test_dynamic_axes.py -k too_much"),
+    # caches and other objects
+    Fault("a cache that is not brought up to date", "attnopt/capture/flat_call.py", "            build.fill(taken.objects[place], node)",
+          "            pass", "test_caches.py -k an_empty_cache"),
+    Fault("a buffer that is not written", "attnopt/capture/flat_call.py", "                taken.leaves[to].copy_(leaves[place])",
+          "                pass", "test_caches.py -k caller_holds"),
+    Fault("memory that two tensors share", "attnopt/capture/flat_call.py", "_overlap(leaves[i], other):", "False:",
+          "test_caches.py -k memory_that"),
+    Fault("a fixed number that may be another", "attnopt/base/containers.py", "if not (Fixed(x) == part or", "if not (True or",
+          "test_caches.py -k number_that_a_call"),
+    Fault("a counter that stays", "attnopt/capture/flat_capture.py", "if path in after and after[path] != x)", "if False)",
+          "test_caches.py -k shapes_for_all"),
+    Fault("a file that names any class", "attnopt/archive/form_json.py", "or _cache_class(name)",
+          "or _cache_class(name) or __import__('pydoc').locate(name.replace(':', '.'))",
+          "test_caches.py -k class_that_a_file"),
+    Fault("an attribute that a file sets", "attnopt/archive/form_json.py", "if not str(key).isidentifier() or", "if False and",
+          "test_caches.py -k attribute_that_no_file"),
+)  # fmt: skip
+
+
+def misplaced() -> list[str]:
+    """The faults whose place is no longer in the source, or is there more than once."""
+    counts = ((f, (HERE / f.file).read_text(encoding="utf-8").count(f.old)) for f in FAULTS)
+    return [f"{f.name}: {f.old!r} stands {n} times in {f.file}" for f, n in counts if n != 1]
+
+
+def planted(fault: Fault, folder: Path) -> None:
+    """A copy of the package and its tests with the fault in it."""
+    for name in COPIED:
+        source = HERE / name
+        ignored = shutil.ignore_patterns("__pycache__", "passes", "backends")
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignored)
+        else:
+            shutil.copy(source, folder / name)
+    for name in ("passes", "backends"):
+        (folder / "attnopt" / name).symlink_to(f"../{name}")
+    file = folder / fault.file
+    file.write_text(file.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
+
+
+def caught_by(fault: Fault) -> tuple[str | None, float]:
+    """The first test that fails with the fault in place, None where all pass; and the seconds that it took."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        planted(fault, Path(folder))
+        file, *chosen = fault.tests.replace("-and-", " and ").split(" ", 2)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", *chosen]
+        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+    seconds = time.monotonic() - start
+    if done.returncode == 0:
+        return None, seconds
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode != 1 or not failed:
+        raise SystemExit(f"{fault.name}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return failed[0].split(" ", 1)[1].partition(" - ")[0], seconds
+
+
+def main(names: list[str]) -> int:
+    if lost := misplaced():
+        print(*lost, sep="\n", file=sys.stderr)
+        return 1
+    chosen = [f for f in FAULTS if not names or any(n in f.name for n in names)]
+    start, survived = time.monotonic(), 0
+    with ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))) as pool:
+        for fault, (test, seconds) in zip(chosen, pool.map(caught_by, chosen), strict=True):
+            survived += test is None
+            print(f"{seconds:4.0f} s  {fault.name:50} {test or 'SURVIVED'}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} faults caught in {time.monotonic() - start:.0f} s")
+    return 1 if survived or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

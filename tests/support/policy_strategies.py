@@ -1,0 +1,74 @@
+"""Random policies."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from attnopt.compiler.policy import Policy
+from attnopt.passes import (
+    DynamicSparse,
+    Fuse,
+    GroupedQuery,
+    HeadPatch,
+    LocalWindow,
+    PruneHeads,
+    RouteHeads,
+    ScaleHeads,
+    SoftPAG,
+    Sparse,
+)
+from attnopt.patterns import (
+    BlockLayout,
+    Blocks,
+    Causal,
+    Dilated,
+    Full,
+    Global,
+    Neighborhood,
+    PerHead,
+    Periodic,
+    Prefix,
+    RandomBlocks,
+    Segments,
+    Sinks,
+    Strided,
+    Window,
+)
+
+PATTERNS = [
+    Segments([0, 0, 1], pairs=[(0, 1)]), Neighborhood((3, 4), 3, edge="clip"), BlockLayout(["0-1", "1"], 4), Global([5, 2]),
+    Prefix(1, Strided(3)), RandomBlocks(4, 2, seed=7), Blocks(8, 1) | Dilated(2, 2, 3), Periodic(4, 1), Full(),
+]  # fmt: skip
+
+
+PASSES = st.one_of(
+    st.just(Fuse()),
+    st.builds(
+        LocalWindow, st.integers(0, 9), st.none() | st.integers(0, 9), heads=st.none() | st.lists(st.integers(0, 9))
+    ),
+    st.sampled_from([Sparse(Causal() & ~Window(3, 0)), Sparse(PerHead({(0, 1): Sinks(2), 3: Causal()}, Window(2)))]),
+    st.builds(lambda heads: PruneHeads(heads=heads), st.lists(st.integers(0, 9))),
+    st.sampled_from([PruneHeads(0.25), PruneHeads(0.5, importance=[1, 2.5])]),
+    st.builds(
+        RouteHeads, st.sets(st.integers(0, 9), max_size=3) | st.integers(0, 3), st.integers(1, 3), st.just("linear")
+    ),
+    st.builds(SoftPAG, st.none() | st.lists(st.integers(0, 9)), st.floats(0, 1)),
+    st.builds(
+        lambda scores, keep: DynamicSparse(scores, keep), st.sampled_from(["pooled", "kmeans"]), st.floats(0.1, 1)
+    ),
+    st.sampled_from(
+        [HeadPatch([2, 1], "mean"), HeadPatch([0], torch.arange(3.0)[None]), PruneHeads(0.1, whole_layers=True)]
+    ),
+    st.sampled_from(PATTERNS).map(Sparse),
+    st.builds(GroupedQuery, st.integers(1, 9), st.sampled_from(["mean", "first"])),
+    st.builds(
+        ScaleHeads, st.lists(st.floats(-2, 2)) | st.dictionaries(st.integers(0, 9), st.floats(-2, 2), min_size=1)
+    ),
+)
+
+
+GLOBS = st.text(st.sampled_from("abc.*?#2"), max_size=8)
+
+
+POLICIES = st.dictionaries(GLOBS, st.lists(PASSES, max_size=3), max_size=4).map(Policy.of)
