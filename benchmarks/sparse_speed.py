@@ -18,7 +18,7 @@ from common import alone, interleaved, let_transformers_import, memory, one_thre
 from torch import Tensor
 
 from attnopt.backends import block_gather
-from attnopt.backends.attention_op import attention
+from attnopt.backends.attention_operator import attention
 from attnopt.ir.operands import Operands
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, Strided, Window

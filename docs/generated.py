@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"^<!-- (\w+)(?:: (.+?))? -->$", re.MULTILINE)
 PICTURE_LENGTH = 32
 
-# What the values of ``tests/models.py``'s Spelling mean; a test holds these to the spellings that must match.
+# What the values of ``tests/support/models.py``'s Spelling mean; a test holds these to the spellings that must match.
 SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
     "op": (
         "Projection",
@@ -215,7 +215,7 @@ def refusal_codes() -> dict[str, str]:
     """Code -> the part of attnopt that gives it."""
     found: dict[str, str] = {}
     for folder, stage in (("attnopt", "matching"), ("passes", "passes"), ("backends", "backends")):
-        for file in sorted((ROOT / folder).glob("*.py")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
             for code in re.findall(r'\b(?:Refusal|refuse)\(\s*"([a-z-]+)"', file.read_text(encoding="utf-8")):
                 found.setdefault(code, stage)
     return found
@@ -264,8 +264,9 @@ def _tested(module: str) -> Any:
     """A module of the tests."""
     import importlib
 
-    if str(ROOT / "tests") not in sys.path:
-        sys.path.insert(0, str(ROOT / "tests"))
+    for folder in ("tests/support", "tests/spellings"):
+        if str(ROOT / folder) not in sys.path:
+            sys.path.insert(0, str(ROOT / folder))
     return importlib.import_module(module)
 
 

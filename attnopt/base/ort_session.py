@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 
 def cpu_session(model: Path | bytes, threads: int = 0, folder: Path | None = None, exact: bool = False) -> Any:
     """``threads``: as many as ONNX Runtime likes if 0.  ``folder``: where weights outside of ``model``'s bytes lie.
@@ -24,3 +26,16 @@ def cpu_session(model: Path | bytes, threads: int = 0, folder: Path | None = Non
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     source = str(model) if isinstance(model, Path) else model
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def operator_kinds(model: Tensor) -> list[str]:
+    """The operator of each node of ``model``, the bytes of an ONNX model, with its domain where that is not ONNX's own; those of branches and loops too."""
+    import onnx
+
+    found: list[str] = []
+    graphs = [onnx.ModelProto.FromString(model.numpy().tobytes()).graph]
+    while graphs:
+        for node in graphs.pop().node:
+            found.append(f"{node.domain}.{node.op_type}" if node.domain else node.op_type)
+            graphs += [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+    return found

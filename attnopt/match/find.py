@@ -127,13 +127,13 @@ def _beside(node: fx.Node) -> list[fx.Node]:
 
 def _in_onnx_runtime(gm: fx.GraphModule, node: fx.Node, every: bool = False) -> list[NearMiss]:
     """Attentions and softmaxes of a file among the nodes that are left to ONNX Runtime; ``every``: all these nodes."""
-    from attnopt.onnx.load.runtime_nodes import kinds
+    from attnopt.base.ort_session import operator_kinds
 
     hint = "give the file from before it was optimized or quantized, with its attentions outside of branches and loops"
     model = get_attr(gm, str(operand(node).target))
     return [
         NearMiss(module_path(node), Refusal("opaque-operator", "operators that can be read", kind, "", hint))
-        for kind in kinds(model)
+        for kind in operator_kinds(model)
         if every or "attention" in kind.lower() or "softmax" in kind.lower()
     ]
 

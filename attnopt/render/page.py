@@ -37,10 +37,14 @@ def report_page(report: Report) -> str:
 
 
 def report_frame(report: Report) -> str:
-    """The page inside another one, such as a notebook, neither touching the other's style."""
+    """The page inside another one, such as a notebook."""
+    return framed(report_page(report))
+
+
+def framed(page: str) -> str:
+    """A whole page inside another one, neither touching the other's style."""
     from markupsafe import escape
 
-    page = report_page(report)
     return f'<iframe srcdoc="{escape(page)}" title="attnopt report" style="width:100%;height:36rem;border:0"></iframe>'
 
 

@@ -165,17 +165,17 @@ def test_disagreement_names_the_first_site(
     fast: attnopt.OptimizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window that is off by one in the second attention alone."""
-    from attnopt.onnx.export import blocks
+    from attnopt.onnx.export import block_loop
 
-    honest, turn = blocks._inside, [0]
+    honest, turn = block_loop._inside, [0]
 
     def off_by_one(b: Any, site: Any, found: Any, *rest: Any) -> Any:
         turn[0] += 1
         wrong = [Band(band.low + 1, band.high) for band in found] if turn[0] == 2 else found
         table = honest(b, site, found, *rest)
-        return table if turn[0] != 2 else b.op("And", table, blocks._seen(b, wrong, rest[0], *rest[1:3]))
+        return table if turn[0] != 2 else b.op("And", table, block_loop._seen(b, wrong, rest[0], *rest[1:3]))
 
-    monkeypatch.setattr(blocks, "_inside", off_by_one)
+    monkeypatch.setattr(block_loop, "_inside", off_by_one)
     with pytest.raises(attnopt.ExportError, match="other numbers than torch") as caught:
         fast.export_onnx(tmp_path / "m.onnx", external_data=True)
     assert caught.value.site == fast.sites[1].name

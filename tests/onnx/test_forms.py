@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attnopt.ir.spec import AttentionSpec
-from attnopt.onnx.export import choice
+from attnopt.onnx.export import choose_form
 from attnopt.onnx.export.export import export_onnx
 from attnopt.patterns import Blocks, Causal, Dilated, Full, Pattern, Sinks, Strided, Window
 from attnopt.patterns.bands import Band
@@ -25,9 +25,9 @@ from attnopt.patterns.bands import Band
 @pytest.fixture
 def sparse_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forms of long sequences, at lengths that a test can afford."""
-    monkeypatch.setattr(choice, "ITERATION", 0.0)
-    monkeypatch.setattr(choice, "DENSE", 100.0)
-    choice._gathered.cache_clear()
+    monkeypatch.setattr(choose_form, "ITERATION", 0.0)
+    monkeypatch.setattr(choose_form, "DENSE", 100.0)
+    choose_form._gathered.cache_clear()
 
 
 # ---------------------------------------------------------------- every form equals the reference

@@ -53,19 +53,6 @@ def _empty(said: Sized, shapes: list[list[Any]], sizes: list[Any], device: torch
     return torch.empty(shape, dtype=said.dtype, device=device)
 
 
-def kinds(model: Tensor) -> list[str]:
-    """The operator of each node, with its domain where that is not ONNX's own; those of branches and loops too."""
-    import onnx
-
-    found: list[str] = []
-    graphs = [onnx.ModelProto.FromString(model.numpy().tobytes()).graph]
-    while graphs:
-        for node in graphs.pop().node:
-            found.append(f"{node.domain}.{node.op_type}" if node.domain else node.op_type)
-            graphs += [g for a in node.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
-    return found
-
-
 def _session(model: Tensor) -> Any:
     with _lock:
         if model not in _sessions:
