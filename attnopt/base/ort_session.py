@@ -29,7 +29,8 @@ def cpu_session(model: Path | bytes, threads: int = 0, folder: Path | None = Non
 
 
 def operator_kinds(model: Tensor) -> list[str]:
-    """The operator of each node of ``model``, the bytes of an ONNX model, with its domain where that is not ONNX's own; those of branches and loops too."""
+    """The operator of each node of ``model``, the bytes of an ONNX model, those of branches and loops too; with its domain
+    where that is not ONNX's own."""
     import onnx
 
     found: list[str] = []

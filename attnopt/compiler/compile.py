@@ -109,6 +109,8 @@ def backends_of(backend: str | Backend) -> tuple[Backend, ...]:
 
 @dataclass
 class Job:
+    """One model to compile under one policy."""
+
     model: nn.Module
     policy: Policy
     args: tuple[Any, ...]

@@ -1,1 +1,1 @@
-"""What an attention means: its frozen spec, its site, its edits, the reference semantics, and the interfaces of passes and backends."""
+"""What an attention means: spec, site, edits, reference semantics, and the interfaces of passes and backends."""

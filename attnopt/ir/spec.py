@@ -9,9 +9,7 @@ from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
-from attnopt.patterns import Full, Pattern
-
-FULL = Full()
+from attnopt.patterns.algebra import FULL, Full, Pattern
 
 
 @dataclass(frozen=True)

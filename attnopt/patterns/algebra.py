@@ -209,6 +209,9 @@ class Full(Pattern):
         return Reach.between(0, kv_len, 0, kv_len)
 
 
+FULL = Full()
+
+
 @dataclass(frozen=True, repr=False)
 class _Joined(Pattern):
     """A flat join of distinct patterns; made by ``&`` and ``|``."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnopt.base.options import wholes
 from attnopt.errors import PolicyError
-from attnopt.patterns.algebra import Full, Pattern
+from attnopt.patterns.algebra import FULL, Full, Pattern
 from attnopt.patterns.lookback import Past, widest
 
 
@@ -24,7 +24,7 @@ class PerHead(Pattern):
     groups: tuple[tuple[tuple[int, ...], Pattern], ...]  # disjoint places, in the order of each group's first place
     default: Pattern
 
-    def __init__(self, heads: Mapping[Any, Pattern], default: Pattern = Full()) -> None:
+    def __init__(self, heads: Mapping[Any, Pattern], default: Pattern = FULL) -> None:
         if not isinstance(heads, Mapping) or not all(isinstance(p, Pattern) for p in (*heads.values(), default)):
             raise PolicyError(f"PerHead: {heads!r} is not possible; give a mapping from heads to patterns")
         of_place: dict[int, Pattern] = {}

@@ -1,4 +1,4 @@
-"""Any number of random cases: ``python tests/support/fuzz.py 10000 --seed 1``.  Prints the figures; failures are shrunk and kept."""
+"""Any number of random cases: ``python tests/support/fuzz.py 10000``.  Prints the figures; failures are shrunk and kept."""
 
 from __future__ import annotations
 
