@@ -12,8 +12,8 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from attnopt.base.sizes import is_static
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.blame import applied
 from attnopt.ir.spec import AttentionSpec
@@ -98,7 +98,7 @@ def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     """Whether the pattern hides nothing.  A symbolic length is not decided upon: that would guard the graph."""
     if spec.pattern == Full():
         return True
-    if not (is_concrete_int(q_len) and is_concrete_int(kv_len)):
+    if not (is_static(q_len) and is_static(kv_len)):
         return False
     return spec.pattern.covers(int(q_len), int(kv_len), num_heads=spec.num_heads)
 

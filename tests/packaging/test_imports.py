@@ -35,7 +35,8 @@ def test_what_is_heavy_is_not_imported(statement: str) -> None:
 
 
 def test_the_package_alone_is_next_to_nothing() -> None:
-    assert loaded("import attnopt") == {"attnopt", "attnopt.backends.attention_operator"}
+    light = {"base", "base.display", "render", "backends", "backends.attention_operator"}
+    assert loaded("import attnopt") == {"attnopt", *(f"attnopt.{module}" for module in light)}
 
 
 def test_the_operator_is_there_at_once() -> None:
