@@ -42,10 +42,11 @@ demo: .venv/.demo ## optimize a trained sentence encoder, deploy it to ONNX Runt
 test: .venv/.test ## run the tests
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
-lint: .venv/.dev ## ruff and mypy
+lint: .venv/.dev ## ruff, mypy and the layers of the packages
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-cache --no-logo
 
 .venv/.docs: .venv/.test
 	$(PIP) install -q $(PINS) -e '.[docs]'

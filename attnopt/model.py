@@ -19,7 +19,7 @@ from attnopt.capture.exported_program import exported
 from attnopt.capture.signature import check_inputs, is_guard
 from attnopt.compiler.origin import Origin
 from attnopt.errors import AttnoptError, CaptureError
-from attnopt.ir.site import Site
+from attnopt.report.optimized_site import OptimizedSite
 from attnopt.report.report import Report
 
 Build = Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, Origin]]
@@ -60,9 +60,9 @@ class OptimizedModel(nn.Module):
         return self.origin.report
 
     @property
-    def sites(self) -> tuple[Site, ...]:
-        """Every attention as it is now, in the order in which they run."""
-        return self.origin.sites
+    def sites(self) -> tuple[OptimizedSite, ...]:
+        """Every attention as it is now, in the order in which they run, with its fate."""
+        return tuple(map(OptimizedSite.of, self.origin.sites, self.report.sites))
 
     @property
     def graph_module(self) -> fx.GraphModule:

@@ -44,14 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from attnopt.cli import compare as cli_compare
-    from attnopt.cli import demo
-    from attnopt.cli import optimize as cli_run
-
     parser = argparse.ArgumentParser(prog="attnopt", description="A compiler for attention in PyTorch.")
     commands = parser.add_subparsers(metavar="command", required=True)
+    for add in (_add_inspect, _add_optimize, _add_export, _add_explain, _add_diff, _add_bench, _add_demo, _add_passes):
+        add(commands)
+    return parser
 
-    inspect = _command(
+
+def _add_inspect(commands: Any) -> None:
+    from attnopt.cli import optimize as cli_run
+
+    parser = _command(
         commands,
         "inspect",
         cli_run.inspect,
@@ -59,10 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         "attnopt inspect my_models:encoder",
         "attnopt inspect model.onnx",
     )
-    _add_model(inspect, OR_SAVED)
-    _add_dynamic(inspect)
+    _add_model(parser, OR_SAVED)
+    _add_dynamic(parser)
 
-    optimize = _command(
+
+def _add_optimize(commands: Any) -> None:
+    from attnopt.cli import optimize as cli_run
+
+    parser = _command(
         commands,
         "optimize",
         cli_run.optimize,
@@ -70,14 +77,18 @@ def _parser() -> argparse.ArgumentParser:
         'attnopt optimize my_models:encoder --policy "local-window(left=128)" --out fast --html report.html',
         'attnopt optimize model.onnx --dynamic --policy "local-window(left=128)" --onnx fast.onnx',
     )
-    _add_model(optimize, OR_FILE)
-    _add_optimizing(optimize)
-    optimize.add_argument("--out", metavar="DIR", help="save the optimized model in this folder")
-    optimize.add_argument("--onnx", metavar="FILE", help="also export it to ONNX")
-    optimize.add_argument("--html", metavar="FILE", help="write the report as a page")
-    optimize.add_argument("--time", action="store_true", help="measure one call of both models for the report")
+    _add_model(parser, OR_FILE)
+    _add_optimizing(parser)
+    parser.add_argument("--out", metavar="DIR", help="save the optimized model in this folder")
+    parser.add_argument("--onnx", metavar="FILE", help="also export it to ONNX")
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page")
+    parser.add_argument("--time", action="store_true", help="measure one call of both models for the report")
 
-    export = _command(
+
+def _add_export(commands: Any) -> None:
+    from attnopt.cli import optimize as cli_run
+
+    parser = _command(
         commands,
         "export",
         cli_run.export,
@@ -85,35 +96,47 @@ def _parser() -> argparse.ArgumentParser:
         "attnopt export my_models:encoder --dynamic --onnx encoder.onnx",
         "attnopt export model.onnx --size batch=1 --size length=128 --onnx fused.onnx",
     )
-    _add_model(export, OR_SAVED)
-    _add_optimizing(export)
-    export.add_argument("--onnx", metavar="FILE", required=True, help="the file to write")
-    export.add_argument("--html", metavar="FILE", help="write the report as a page")
+    _add_model(parser, OR_SAVED)
+    _add_optimizing(parser)
+    parser.add_argument("--onnx", metavar="FILE", required=True, help="the file to write")
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page")
 
-    explain = _command(
+
+def _add_explain(commands: Any) -> None:
+    from attnopt.cli import compare as cli_compare
+
+    parser = _command(
         commands,
         "explain",
         cli_compare.explain,
         "replay why one attention was matched, missed or refused",
         'attnopt explain my_models:encoder encoder.layer.0.attention.self --policy "grouped-query(kv_heads=4)"',
     )
-    _add_model(explain, OR_FILE)
-    explain.add_argument("site", help="name of an attention or near miss; (root) for the model itself")
-    _add_dynamic(explain)
-    explain.add_argument("--policy", help="whose passes to ask (default: the built-in ones, whatever their options)")
+    _add_model(parser, OR_FILE)
+    parser.add_argument("site", help="name of an attention or near miss; (root) for the model itself")
+    _add_dynamic(parser)
+    parser.add_argument("--policy", help="whose passes to ask (default: the built-in ones, whatever their options)")
 
-    diff = _command(
+
+def _add_diff(commands: Any) -> None:
+    from attnopt.cli import compare as cli_compare
+
+    parser = _command(
         commands,
         "diff",
         cli_compare.diff,
         "show what a policy changes in the graph, as code",
         'attnopt diff my_models:encoder --policy "local-window(left=128)" --site encoder.layer.0.attention.self',
     )
-    _add_model(diff, OR_FILE)
-    _add_optimizing(diff)
-    diff.add_argument("--site", help="only what belongs to this attention")
+    _add_model(parser, OR_FILE)
+    _add_optimizing(parser)
+    parser.add_argument("--site", help="only what belongs to this attention")
 
-    bench = _command(
+
+def _add_bench(commands: Any) -> None:
+    from attnopt.cli import compare as cli_compare
+
+    parser = _command(
         commands,
         "bench",
         cli_compare.bench,
@@ -121,19 +144,27 @@ def _parser() -> argparse.ArgumentParser:
         "attnopt bench my_models:encoder fast --rounds 31",
         "attnopt bench model.onnx fast.onnx --size batch=1 --size length=512",
     )
-    bench.add_argument("first", help=OR_SAVED + ". An .onnx file runs in ONNX Runtime")
-    bench.add_argument("second", help="the same")
-    _add_inputs(bench)
-    bench.add_argument("--rounds", type=_rounds, default=15, metavar="N", help="calls of each model (default: 15)")
+    parser.add_argument("first", help=OR_SAVED + ". An .onnx file runs in ONNX Runtime")
+    parser.add_argument("second", help="the same")
+    _add_inputs(parser)
+    parser.add_argument("--rounds", type=_rounds, default=15, metavar="N", help="calls of each model (default: 15)")
 
-    demonstration = _command(
+
+def _add_demo(commands: Any) -> None:
+    from attnopt.cli import demo
+
+    parser = _command(
         commands,
         "demo",
         demo.run,
         "optimize and deploy a trained sentence encoder",
         "attnopt demo --out build/demo --quick",
     )
-    demo.add_arguments(demonstration)
+    demo.add_arguments(parser)
+
+
+def _add_passes(commands: Any) -> None:
+    from attnopt.cli import optimize as cli_run
 
     _command(
         commands,
@@ -142,7 +173,6 @@ def _parser() -> argparse.ArgumentParser:
         "list the installed passes and backends with their options",
         "attnopt passes --json",
     )
-    return parser
 
 
 def _command(commands: Any, name: str, run: Any, summary: str, *examples: str) -> argparse.ArgumentParser:

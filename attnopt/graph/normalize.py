@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ LINKS = 6  # operators, one behind the other, as in arange(heads) // group
 FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
 
 
+Rule = Callable[[fx.GraphModule, fx.Node], fx.Node]  # what stands in the node's place then: it may be the node, changed
+
+
 def tidy(gm: fx.GraphModule) -> None:
     """Remove what only hides the meaning: metadata asserts, copies, casts and slices that change nothing.
 
@@ -74,44 +78,60 @@ def tidy(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)
-        elif node.target in _ALIASES:
-            node.target = _ALIASES[node.target]
-        elif is_call(node, *RESHAPES):
-            node.target = aten.reshape.default
-        elif is_call(node, *_SPELLED_SHORT):
-            _spell_out(node)
-        elif is_call(node, aten.amax.default, aten.amin.default) and not (arg(node, 1) or node.kwargs):
-            node.args = (operand(node), list(range(len(shape(operand(node))))), *node.args[2:])  # ONNX wants them named
-        elif is_call(node, operator.getitem) and is_call(
-            arg(node, 0), aten._native_batch_norm_legit_no_training.default
+            continue
+        node.target = _ALIASES.get(node.target, node.target)
+        if (rule := _RULES.get(node.target)) is not None or (
+            node not in outputs and (rule := _REPLACED.get(node.target)) is not None
         ):
-            _as_batch_norm(node)
-        elif is_call(node, operator.getitem) and opname(operand(node)).startswith("_scaled_dot_product_"):
-            _as_attention(node)
-        elif is_call(node, aten.squeeze.dim, aten.squeeze.dims):
-            _squeeze_ones(node)
-        elif is_call(node, *IN_THE_FORM_OF) and node not in outputs and (number := filling(node)) is not None:
-            node = _replaced(node, full(Emitter(gm.graph, node), node, number))
-        elif is_call(node, aten.index.Tensor, aten.index_select.default) and node not in outputs:
-            node = _as_slices(gm, node)
-        elif is_call(node, aten.slice_scatter.default, aten.select_scatter.default) and node not in outputs:
-            node = _replaced(node, joined(Emitter(gm.graph, node), node))
-        elif is_call(node, aten.index_put.default) and node not in outputs:
-            node = _replaced(node, filled(Emitter(gm.graph, node), node))
-        elif is_call(node, aten.copy.default) and node not in outputs:
-            node = _replaced(node, written(Emitter(gm.graph, node), node))
+            node = rule(gm, node)
         if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
             continue
         if node in outputs and not is_call(node, *_DROPOUTS):  # what an idle dropout gives is the tensor itself
             continue
         if is_tensor(node) and (same := _changes_nothing(node)) is not None:
-            inherit(same, node)
-            node.replace_all_uses_with(same)
-            gm.graph.erase_node(node)
+            _replaced(node, same)
     sweep(gm)
 
 
-def _spell_out(node: fx.Node) -> None:
+def _as_reshape(_: fx.GraphModule, node: fx.Node) -> fx.Node:
+    node.target = aten.reshape.default
+    return node
+
+
+def _over_named_axes(_: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """A reduction over all axes names them: ONNX wants that."""
+    if not (arg(node, 1) or node.kwargs):
+        node.args = (operand(node), list(range(len(shape(operand(node))))), *node.args[2:])
+    return node
+
+
+def _result(_: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """One result of an operator that has several."""
+    if is_call(arg(node, 0), aten._native_batch_norm_legit_no_training.default):
+        _as_batch_norm(node)
+    elif opname(operand(node)).startswith("_scaled_dot_product_"):
+        _as_attention(node)
+    return node
+
+
+def _as_filled(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    number = filling(node)
+    return node if number is None else _replaced(node, full(Emitter(gm.graph, node), node, number))
+
+
+def _as_joined(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    return _replaced(node, joined(Emitter(gm.graph, node), node))
+
+
+def _as_put(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    return _replaced(node, filled(Emitter(gm.graph, node), node))
+
+
+def _as_written(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    return _replaced(node, written(Emitter(gm.graph, node), node))
+
+
+def _spell_out(_: fx.GraphModule, node: fx.Node) -> fx.Node:
     """flatten, unflatten, expand_as and type_as as the reshape, expand or cast that they are."""
     if is_call(node, aten.type_as.default):
         like, x = value(node), operand(node)
@@ -124,9 +144,10 @@ def _spell_out(node: fx.Node) -> None:
     elif all(map(is_static, value(node).shape)):
         node.target, node.kwargs = aten.reshape.default, {}
         node.args = (operand(node), [hint(s) for s in value(node).shape])
+    return node
 
 
-def _squeeze_ones(node: fx.Node) -> None:
+def _squeeze_ones(_: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Longer axes stay in torch, and ONNX's Squeeze must not name them."""
     x, axes = operand(node), arg(node, 1)
     ones = [a for a in ([axes] if isinstance(axes, int) else axes) if same_size(value(x).shape[a], 1)]
@@ -134,6 +155,7 @@ def _squeeze_ones(node: fx.Node) -> None:
         node.target, node.args = aten.alias.default, (x,)
     elif is_call(node, aten.squeeze.dims):
         node.args = (x, ones)
+    return node
 
 
 def _as_batch_norm(node: fx.Node) -> None:
@@ -243,3 +265,19 @@ def _only_part(node: fx.Node) -> fx.Node | None:
     part = parts[0]
     assert isinstance(part, fx.Node)
     return part if dtype(part) == dtype(node) and all(map(same_size, value(part).shape, value(node).shape)) else None
+
+
+_RULES: dict[Any, Rule] = {
+    **dict.fromkeys(RESHAPES, _as_reshape),
+    **dict.fromkeys(_SPELLED_SHORT, _spell_out),
+    **dict.fromkeys((aten.amax.default, aten.amin.default), _over_named_axes),
+    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _squeeze_ones),
+    operator.getitem: _result,
+}
+_REPLACED: dict[Any, Rule] = {  # of nodes that are no outputs, whose names would be lost
+    **dict.fromkeys(IN_THE_FORM_OF, _as_filled),
+    **dict.fromkeys((aten.index.Tensor, aten.index_select.default), _as_slices),
+    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _as_joined),
+    aten.index_put.default: _as_put,
+    aten.copy.default: _as_written,
+}

@@ -48,23 +48,35 @@ def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
         was, now = getattr(before, name), getattr(after, name)
         if was != now:
             yield f"{name} is {now!r}, and the attention itself has {was!r}"
+    yield from _of_heads(before, after)
+    yield from _of_numbers(after)
+    yield from _of_kinds(after)
+
+
+def _of_heads(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
     for name, known in (("heads", before.heads), ("kv_heads", before.kv_heads)):
         named = getattr(after, name)
         if not named or len(set(named)) < len(named) or not set(named) <= set(known):
             yield f"{name} is {named!r}, expected some of {known!r}, each once"
     if len(after.kv_of_head) != len(after.heads) or not set(after.kv_of_head) <= set(range(len(after.kv_heads))):
         yield f"kv_of_head is {after.kv_of_head!r} for {len(after.heads)} heads and {len(after.kv_heads)} K/V heads"
+
+
+def _of_numbers(after: AttentionSpec) -> Iterator[str]:
     if not _is_finite(after.scale):
         yield f"scale is {after.scale!r}, expected a finite number"
     if after.softcap is not None and not (_is_finite(after.softcap) and after.softcap > 0):
         yield f"softcap is {after.softcap!r}, expected None or a number above 0"
     if after.gains is not None and not (len(after.gains) == len(after.heads) and all(map(_is_finite, after.gains))):
         yield f"gains is {after.gains!r}, expected a finite number for each of {len(after.heads)} heads"
+
+
+def _of_kinds(after: AttentionSpec) -> Iterator[str]:
+    """Patterns, a selection and edits that are none, or that name heads that there are not."""
     if after.selection is not None and not isinstance(after.selection, DynamicBlocks):
         yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
-    for name, pattern in (("pattern", after.pattern), ("seen_as", after.seen_as)):
-        if name == "seen_as" and pattern is None:
-            continue
+    patterns = {"pattern": after.pattern} | ({} if after.seen_as is None else {"seen_as": after.seen_as})
+    for name, pattern in patterns.items():
         if not isinstance(pattern, Pattern):
             yield f"{name} is {pattern!r}, expected a Pattern"
         elif pattern.named_heads > len(after.heads):
