@@ -171,7 +171,7 @@ def test_diff(capsys: pytest.CaptureFixture[str]) -> None:
     assert [hunk["site"] for hunk in found] == ["layers.0", "layers.1"]
     assert cli.main(["diff", "tiny_models:causal", *policy, "--site", "layers.1", "--dynamic"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(" layers.1: local-window   tiny_models.py:")
+    assert out.startswith("@@ layers.1: local-window   tiny_models.py:")
     assert "layers.0" not in out
     assert "nothing was changed" in error_of(capsys, "diff", "tiny_models:causal", "--site", "layers.2")
 
