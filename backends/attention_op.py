@@ -16,7 +16,8 @@ from attnopt.backends import block_gather, flex, native, row_gather
 from attnopt.base.user_warning import warn
 from attnopt.ir.operands import ROLES, Operands
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns import PATTERNS, parse
+from attnopt.patterns import parse
+from attnopt.patterns.registry import PATTERNS
 
 
 def forward(

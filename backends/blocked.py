@@ -17,7 +17,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import selected, with_gains
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns import is_readable
+from attnopt.patterns.registry import is_readable
 from attnopt.patterns.tile_cost import COMPILED, FLEX
 
 _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes

@@ -15,7 +15,8 @@ from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
 from attnopt.ir.projection import Projection
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns import PATTERNS, Pattern, is_readable, parse
+from attnopt.patterns import Pattern, parse
+from attnopt.patterns.registry import PATTERNS, is_readable
 
 
 def site_to_json(site: Site) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from attnopt.errors import PluginError
 from attnopt.ir.block_scores import SCORES
 from attnopt.ir.head_routing import HEAD_EDITS
 from attnopt.ir.interfaces import Backend, Pass
-from attnopt.patterns import PATTERNS
+from attnopt.patterns.registry import PATTERNS
 
 __all__ = ["OURS", "Description", "backends", "describe", "load_backend", "load_pass", "passes", "register"]
 

@@ -19,9 +19,10 @@ from attnopt.conversion.hf_cache import UseRollingCache
 from attnopt.errors import ConversionError
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns import Causal, is_readable, parse
+from attnopt.patterns import Causal, parse
 from attnopt.patterns.algebra import Full, Pattern
 from attnopt.patterns.lookback import Past
+from attnopt.patterns.registry import is_readable
 
 # The attention implementation that takes the place of another, and the masks that the other one works on: where a query of
 # padding sees no key at all, float masks leave it an average and bool masks nothing, and that shall stay as it was.

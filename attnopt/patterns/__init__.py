@@ -4,12 +4,11 @@ from attnopt.patterns.algebra import And, Full, Not, Or, Pattern
 from attnopt.patterns.block import BlockLayout, RandomBlocks
 from attnopt.patterns.grid import Neighborhood, Prefix
 from attnopt.patterns.per_head import PerHead
-from attnopt.patterns.registry import PATTERNS, is_readable, parse
+from attnopt.patterns.registry import parse
 from attnopt.patterns.segments import Segments
 from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Periodic, Sinks, Strided, Window
 
 __all__ = [
-    "PATTERNS",
     "And",
     "BlockLayout",
     "Blocks",
@@ -29,6 +28,5 @@ __all__ = [
     "Sinks",
     "Strided",
     "Window",
-    "is_readable",
     "parse",
 ]

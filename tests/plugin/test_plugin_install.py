@@ -15,7 +15,8 @@ from places import ROOT, SUPPORT
 
 import attnopt
 from attnopt.passes import Sparse
-from attnopt.patterns import PATTERNS, Window
+from attnopt.patterns import Window
+from attnopt.patterns.registry import PATTERNS
 
 HERE = Path(__file__).parent
 
