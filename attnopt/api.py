@@ -12,13 +12,14 @@ from torch import fx, nn
 
 from attnopt.base.compile_lock import compiling
 from attnopt.capture.calibration import Batch, Calibration
-from attnopt.capture.capture import capture, check_call, without_values
-from attnopt.compiler.compile import Job, Options, backends_of
+from attnopt.capture.capture import check_call, without_values
+from attnopt.compiler.analyze import analyze
+from attnopt.compiler.compile import carried_out
 from attnopt.compiler.decide import standing_refusals
+from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.compiler.origin import Origin, is_file
 from attnopt.compiler.policy import Policy
 from attnopt.ir.interfaces import Backend
-from attnopt.match.find import find
 from attnopt.model import OptimizedModel
 from attnopt.report.inspection import Inspection
 
@@ -43,10 +44,9 @@ def inspect(
     """
     inputs = _inputs(args, kwargs)
     model = _opened(model, *inputs)
-    program = capture(model, *inputs, dynamic_shapes)
+    findings = analyze(model, *inputs, dynamic_shapes).findings
     if isinstance(model, nn.Module) and without_values(model) is None:
         check_call(model, *inputs)
-    findings = find(program)
     sites = tuple(replace(f.site, refusals=standing_refusals(f)) for f in findings.found)
     return Inspection(sites, findings.near_misses, findings.candidates)
 
@@ -99,7 +99,7 @@ def optimize(
 
     @compiling()
     def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
-        made = Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, options).run()
+        made = carried_out(Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, options))
         return made.module, made.origin
 
     if not args and not given:

@@ -1,16 +1,16 @@
-"""The driver: capture, find, let the passes decide, lower, verify, report."""
+"""The driver: capture, match, decide, lower, verify."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Inputs
@@ -18,29 +18,139 @@ from attnopt.capture.capture import capture, require_values
 from attnopt.capture.dynamic_axes import Auto
 from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import trains_otherwise
-from attnopt.capture.signature import Signature
-from attnopt.compiler import plugins
-from attnopt.compiler.check import Checker, fitting
-from attnopt.compiler.decide import Decision, decide, limited
-from attnopt.compiler.head_budget import allot
+from attnopt.compiler.check import Checker
+from attnopt.compiler.decide import Decision
+from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.compiler.origin import FileOrigin, Origin, is_file
+from attnopt.compiler.plan import plan, without_effect
 from attnopt.compiler.policy import Policy
+from attnopt.compiler.recall import with_recall
 from attnopt.compiler.site_report import site_report
-from attnopt.compiler.stream import Stream
-from attnopt.compiler.tied_weights import jointly, of_all, tied
-from attnopt.errors import CaptureError, PolicyError, RewriteError, VerificationError
-from attnopt.fit.attention_recall import measured
+from attnopt.errors import CaptureError, RewriteError, VerificationError
 from attnopt.graph.evaluate import dynamic_axes
 from attnopt.graph.nodes import stored
-from attnopt.ir.interfaces import Backend
 from attnopt.lower.lower import lower
-from attnopt.match.find import Findings, Found, find
-from attnopt.match.prove import example_values
+from attnopt.match.find import find
 from attnopt.report.report import Report
 from attnopt.version import __version__
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True)
+class Compiled:
+    """An optimized graph with where it comes from, the program that it was made of, and what the passes decided."""
+
+    module: fx.GraphModule
+    origin: Origin
+    program: Program
+    decisions: tuple[Decision, ...]
+
+
+def compiled(
+    model: nn.Module,
+    policy: Any,
+    inputs: Inputs,
+    batches: Sequence[Inputs],
+    options: Options,
+    dynamic_shapes: Any = "auto",
+) -> Compiled:
+    """What ``optimize`` does on these inputs."""
+    return carried_out(Job(model, Policy.of(policy), *inputs, dynamic_shapes, batches, backends_of("auto"), options))
+
+
+def carried_out(job: Job) -> Compiled:
+    """The job with as many dynamic axes as the model and the result allow.  Raises AttnoptError."""
+    require_values(job.model)
+    clock, shapes = _Clock(), job.dynamic_shapes
+    while True:
+        with clock.stage("capture"):
+            program = capture(job.model, job.args, dict(job.kwargs), shapes)
+        try:
+            return _of_program(job, program, clock)
+        except (CaptureError, VerificationError) as e:
+            if program.narrower is None or (isinstance(e, VerificationError) and program.narrower != Auto(2)):
+                raise  # with fewer axes it would be the same
+        shapes = program.narrower
+
+
+def _of_program(job: Job, program: Program, clock: _Clock) -> Compiled:
+    told = _Warnings()
+    told.all_of(_broken_weights(program))
+    with clock.stage("match"):
+        findings = find(program)
+    with clock.stage("rewrite"):
+        decisions = plan(job, program, findings)
+    told.all_of(without_effect(job, findings, decisions))
+    plans = [d.plan for d in decisions if d.plan is not None]
+    with clock.stage("lower"):
+        module = lower(program.module, plans, joins=not is_file(job.model))
+    _check_axes(program.module, module)
+    with clock.stage("verify"):
+        checker = Checker(job.model, program, plans, job.options.seed)
+        error, found = checker.check(module)
+        told.all_of(found)
+        error = max(error, checker.error_on(module, job.batches, job.signature(module)))
+        _check_tolerance(error, job.options.tolerance)
+        decisions = with_recall(job, program, decisions)
+    report = Report(
+        sites=tuple(map(site_report, decisions)),
+        near_misses=findings.near_misses,
+        policy=job.policy.to_json(),
+        error=error,
+        seconds=dict(clock.seconds),
+        warnings=tuple(told.texts),
+        versions={"attnopt": __version__, "torch": torch.__version__},
+        fixed_axes=program.fixed_axes,
+    )
+    if any(p.edits for p in plans):
+        gc.collect()  # graphs refer to themselves: what was only compared would keep its new weights for long
+    return Compiled(module, _origin(job, program, decisions, module, report), program, tuple(decisions))
+
+
+def _origin(
+    job: Job, program: Program, decisions: Sequence[Decision], module: fx.GraphModule, report: Report
+) -> Origin:
+    live = stored(module)
+    plans = tuple(d.plan for d in decisions if d.plan is not None)
+    return Origin(
+        report=report,
+        sites=tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions),
+        signature=job.signature(module),
+        args=program.args,
+        kwargs=program.kwargs,
+        shapes=program.shapes,
+        trains_otherwise=trains_otherwise(job.model),
+        form=program.form,
+        file=FileOrigin(job.model, program.module, plans) if is_file(job.model) else None,
+    )
+
+
+def _broken_weights(program: Program) -> Iterator[str]:
+    """NaN in the weights makes every comparison blind."""
+    floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point())
+    broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
+    if broken:
+        listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+        yield f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared"
+
+
+def _check_axes(before: fx.GraphModule, after: fx.GraphModule) -> None:
+    """An axis that was dynamic has to stay so."""
+    lost = dynamic_axes(before.graph) - dynamic_axes(after.graph)
+    if lost:
+        listed = ", ".join(f"axis {axis} of {name}" for name, axis in sorted(lost))
+        raise RewriteError(
+            f"the rewritten graph holds only at the example's size of {listed}",
+            hint="give dynamic_shapes without it, find the site with limit=1, 2, ..., and report the model",
+        )
+
+
+def _check_tolerance(error: float, tolerance: float | None) -> None:
+    if tolerance is not None and not error <= tolerance:
+        raise VerificationError(
+            f"the rewritten model differs from the original by {error:.3g} (relative), "
+            f"more than the tolerance {tolerance:g}",
+            hint="choose a milder policy, or fewer sites",
+        )
 
 
 @dataclass
@@ -56,266 +166,13 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """An optimized graph with where it comes from, the program that it was made of, and what the passes decided."""
-
-    module: fx.GraphModule
-    origin: Origin
-    program: Program
-    decisions: tuple[Decision, ...]
-
-
-@dataclass(frozen=True)
-class Options:
-    """As of ``optimize``.  Raises PolicyError."""
-
-    tolerance: float | None = None
-    strict: bool = False
-    limit: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        limit, tolerance = self.limit, self.tolerance
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise PolicyError(f"limit must be a number of rewrites, not {limit!r}")
-        if tolerance is not None and not tolerance >= 0:
-            raise PolicyError(f"tolerance must be a number from 0, not {tolerance!r}")
-
-
-def compiled(
-    model: nn.Module,
-    policy: Any,
-    inputs: Inputs,
-    batches: Sequence[Inputs],
-    options: Options,
-    dynamic_shapes: Any = "auto",
-) -> Compiled:
-    """What ``optimize`` does on these inputs."""
-    return Job(model, Policy.of(policy), *inputs, dynamic_shapes, batches, backends_of("auto"), options).run()
-
-
-def backends_of(backend: str | Backend) -> tuple[Backend, ...]:
-    """The backends to choose from, those of third parties only where they are named."""
-    if isinstance(backend, Backend):
-        return (backend,)
-    if not isinstance(backend, str):
-        raise PolicyError(f"backend must be a name or a Backend, not {type(backend).__name__}")
-    if backend != "auto":
-        return (plugins.make_backend(backend),)
-    ours = [p for p in plugins.backends().values() if p.distribution == plugins.OURS]
-    return tuple(plugins.make_backend(p.name) for p in ours)
-
-
 @dataclass
-class Job:
-    """One model to compile under one policy."""
+class _Warnings:
+    """Warnings as they are raised, kept for the report."""
 
-    model: nn.Module
-    policy: Policy
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    dynamic_shapes: Any
-    batches: Sequence[Inputs]
-    backends: tuple[Backend, ...]
-    options: Options
+    texts: list[str] = field(default_factory=list)
 
-    def run(self) -> Compiled:
-        require_values(self.model)
-        self.clock, shapes = _Clock(), self.dynamic_shapes
-        while True:
-            with self.clock.stage("capture"):
-                program = capture(self.model, self.args, self.kwargs, shapes)
-            try:
-                return self._made_of(program)
-            except (CaptureError, VerificationError) as e:
-                if program.narrower is None or (isinstance(e, VerificationError) and program.narrower != Auto(2)):
-                    raise  # with fewer axes it would be the same
-            shapes = program.narrower
-
-    def _made_of(self, program: Program) -> Compiled:
-        self.warnings = list[str]()
-        self._look_at_weights(program)
-        dynamic = dynamic_axes(program.module.graph)
-        with self.clock.stage("match"):
-            findings = find(program)
-        with self.clock.stage("rewrite"):
-            decisions = limited(self._decided(program, findings.found), self.options.limit)
-        self._check_policy(findings, decisions)
-        if self.options.strict:
-            _raise_refusal(decisions)
-        plans = [d.plan for d in decisions if d.plan is not None]
-        with self.clock.stage("lower"):
-            module = lower(program.module, plans, joins=not is_file(self.model))
-        _check_axes(dynamic - dynamic_axes(module.graph))
-        with self.clock.stage("verify"):
-            error = self._verify(Checker(self.model, program, plans, self.options.seed), module)
-            decisions = self._with_kept_mass(program, decisions)
-        origin = self._origin(program, findings, decisions, module, error)
-        if any(p.edits for p in plans):
-            gc.collect()  # graphs refer to themselves: what was only compared would keep its new weights for long
-        return Compiled(module, origin, program, tuple(decisions))
-
-    def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
-        """What the passes make of each site; those that can use calibration data see what the site computes on them."""
-        passes = {f.site.name: self.policy.passes_for(f.site.name) for f in found}
-        learning = [f for f in found if any(p.calibrates for p in passes[f.site.name])]
-        if not learning or not self.batches:
-            return [decide(f, passes[f.site.name], self.backends) for f in found]
-        batches = self._arranged(program)
-        shares = allot(program.module, learning, self.policy, self.backends, batches)
-        made = dict(shares.ready)
-        undecided = [f for f in learning if f.site.name not in made]
-        for group, activations in jointly(Stream(program.module, undecided, batches), tied(undecided, passes)):
-            name = group[0].site.name
-            chosen = [shares.passes.get((name, p), p) for p in passes[name]]
-            decisions = of_all(group, decide(group[0], chosen, self.backends, activations))
-            made.update({d.found.site.name: d for d in decisions})
-        return [made.get(f.site.name) or decide(f, passes[f.site.name], self.backends) for f in found]
-
-    def _arranged(self, program: Program) -> list[Inputs]:
-        """The calibration batches in the form in which the graph takes them."""
-        signature, made = self._signature(program.module), list[Inputs]()
-        for i, (args, kwargs) in enumerate(self.batches):
-            made.append(fitting(program.module, signature, (args, kwargs), i, program.form, fixed=program.fixed_axes))
-        return made
-
-    def _look_at_weights(self, program: Program) -> None:
-        """NaN in the weights makes every comparison blind."""
-        floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point())
-        broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
-        if broken:
-            listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
-            self._warn(f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared")
-
-    def _check_policy(self, findings: Findings, decisions: Sequence[Decision]) -> None:
-        names = [f.site.name for f in findings.found]
-        unmatched = [g for g in self.policy.unmatched(names) if g != "*"]
-        if unmatched and names:
-            listed = ", ".join(repr(n) for n in names[:6]) + (", ..." if len(names) > 6 else "")
-            raise PolicyError(
-                f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}"
-            )
-        if overruled := self.policy.overruled(names):
-            listed = ", ".join(map(repr, overruled))
-            self._warn(f"{listed} in the policy decides no attention: of the rules that match one, the last counts")
-        if not names:
-            self._warn(
-                f"no attention was found among {findings.candidates} candidates"
-                + (
-                    f", {len(findings.near_misses)} of them near misses: see report.near_misses"
-                    if findings.near_misses
-                    else ""
-                )
-            )
-        elif not any(d.plan is not None for d in decisions):
-            self._warn("the policy changes nothing: " + _why_nothing(decisions, self.options.limit))
-
-    def _warn(self, text: str) -> None:
-        self.warnings.append(text)
-        warn(text)
-
-    def _verify(self, checker: Checker, module: fx.GraphModule) -> float:
-        error, found = checker.check(module)
-        for text in found:
-            self._warn(text)
-        error = max(error, checker.error_on(module, self.batches, self._signature(module)))
-        if self.options.tolerance is not None and not error <= self.options.tolerance:
-            raise VerificationError(
-                f"the rewritten model differs from the original by {error:.3g} (relative), "
-                f"more than the tolerance {self.options.tolerance:g}",
-                hint="choose a milder policy, or fewer sites",
-            )
-        return error
-
-    def _with_kept_mass(self, program: Program, decisions: list[Decision]) -> list[Decision]:
-        """What the sites with blocks that are chosen at run time keep, as notes."""
-        specs = {
-            d.found.raised.node: replace(d.found.raised.spec, selection=d.site.spec.selection)
-            for d in decisions
-            if d.plan is not None and d.site.spec.selection is not None
-        }
-        if not specs:
-            return decisions
-        inputs = self._arranged(program) or [(program.args, program.kwargs)]
-        values = [list(example_values(program.module, *given).values()) for given in inputs]
-        if not all(values):
-            return decisions
-        data = "calibration data" if self.batches else "example inputs"
-        found = measured(program.module, specs, values)
-        return [
-            replace(d, notes=(*d.notes, _kept(found[d.found.raised.node], data))) if d.found.raised.node in found else d
-            for d in decisions
-        ]
-
-    def _signature(self, module: fx.GraphModule) -> Signature:
-        return Signature.of(getattr(self.model, "forward", module.forward), self.args, self.kwargs)
-
-    def _origin(
-        self, program: Program, findings: Findings, decisions: Sequence[Decision], module: fx.GraphModule, error: float
-    ) -> Origin:
-        report = Report(
-            sites=tuple(site_report(d) for d in decisions),
-            near_misses=findings.near_misses,
-            policy=self.policy.to_json(),
-            error=error,
-            seconds=dict(self.clock.seconds),
-            warnings=tuple(self.warnings),
-            versions=_versions(),
-            fixed_axes=program.fixed_axes,
-        )
-        live = stored(module)
-        sites = tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions)
-        signature = self._signature(module)
-        file = (
-            FileOrigin(self.model, program.module, tuple(d.plan for d in decisions if d.plan is not None))
-            if is_file(self.model)
-            else None
-        )
-        return Origin(
-            report,
-            sites,
-            signature,
-            program.args,
-            program.kwargs,
-            program.shapes,
-            trains_otherwise(self.model),
-            program.form,
-            file,
-        )
-
-
-def _kept(mass_H: Tensor, data: str) -> str:
-    least = int(mass_H.argmin())
-    return f"{mass_H.mean():.1%} of the attention is kept on the {data}, least in head {least}: {mass_H[least]:.1%}"
-
-
-def _check_axes(lost: set[tuple[str, int]]) -> None:
-    if lost:
-        listed = ", ".join(f"axis {axis} of {name}" for name, axis in sorted(lost))
-        raise RewriteError(
-            f"the rewritten graph holds only at the example's size of {listed}",
-            hint="give dynamic_shapes without it, find the site with limit=1, 2, ..., and report the model",
-        )
-
-
-def _raise_refusal(decisions: Sequence[Decision]) -> None:
-    for d in decisions:
-        for name, refusal in d.refusals.items():
-            raise RewriteError(
-                f"{name} refused {refusal}", site=d.found.site.name, hint=refusal.hint or "choose other sites for it"
-            )
-
-
-def _why_nothing(decisions: Sequence[Decision], limit: int | None) -> str:
-    if limit == 0:
-        return "limit=0"
-    refused = [next(iter(d.refusals.items())) for d in decisions if d.refusals]
-    if not refused:
-        return "it has passes for no site"
-    (name, first), *_ = refused
-    return f"{len(refused)} of {len(decisions)} sites refused, the first by {name} {first}"
-
-
-def _versions() -> dict[str, str]:
-    return {"attnopt": __version__, "torch": torch.__version__}
+    def all_of(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.texts.append(text)
+            warn(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from attnopt.backends.reference import Reference
 from attnopt.base.compile_lock import compiling
-from attnopt.capture.capture import capture
 from attnopt.compiler import plugins
+from attnopt.compiler.analyze import analyze
 from attnopt.compiler.decide import decide, standing_answers
 from attnopt.compiler.policy import Policy
 from attnopt.errors import AttnoptError, PluginError
@@ -25,10 +25,7 @@ from attnopt.ir import plugin_calls
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.match.anchors import Softmax, normalisers
-from attnopt.match.find import Findings, Found, find
-from attnopt.match.recognize import recognise
-from attnopt.match.region import NotAttentionError
+from attnopt.match.find import Found, Rejected
 
 ROOT = "(root)"
 
@@ -77,12 +74,11 @@ def explain(
     With a ``policy`` its passes are asked, else all installed passes whose answer does not depend on their options.
     Raises AttnoptError, with the names that there are, where there is none of this name.
     """
-    program = capture(model, args, dict(kwargs), dynamic_shapes)
-    graph = program.module.graph
-    refused = dict(_refused(graph))
-    findings = find(program)
+    analyzed = analyze(model, args, kwargs, dynamic_shapes)
+    graph, findings = analyzed.program.module.graph, analyzed.findings
     made = [_of_site(f, policy) for f in findings.found]
-    made += [_of_other(graph, node, refusal, near) for node, refusal, near in _others(graph, refused, findings)]
+    inside = {n for f in findings.found for n in (*f.raised.region.nodes, f.raised.region.anchor)}
+    made += [_of_other(graph, r) for r in findings.rejected if r.anchor not in inside]
     chosen = tuple(e for e in made if e.name == (name if name != ROOT else ""))
     if chosen:
         return chosen
@@ -149,60 +145,15 @@ def _described(found: Found) -> str:
     return ", ".join([size, kind, str(seen), *extras, *spec.positions, f"scale {spec.scale:.4g}"])
 
 
-def _of_other(graph: fx.Graph, anchor: fx.Node, refusal: Refusal, near: bool) -> Explanation:
-    differing = differing_node(graph, anchor, refusal)
-    path = _path(graph, anchor, differing)
+def _of_other(graph: fx.Graph, rejected: Rejected) -> Explanation:
+    path = _path(graph, rejected.anchor, rejected.node)
     return Explanation(
-        name=module_path(anchor),
-        kind="near miss" if near else "no candidate",
-        where=source_line(anchor),
-        steps=tuple(_step(n, n is differing) for n in path),
-        refusals={"matching": refusal},
+        name=module_path(rejected.anchor),
+        kind="near miss" if rejected.near else "no candidate",
+        where=source_line(rejected.anchor),
+        steps=tuple(_step(n, n is rejected.node) for n in path),
+        refusals={"matching": rejected.refusal},
     )
-
-
-def _refused(graph: fx.Graph) -> Iterable[tuple[fx.Node, Refusal]]:
-    """What matching alone says of each normaliser that it does not take; asked before raising adds to the graph."""
-    for anchor in normalisers(graph):
-        try:
-            recognise(anchor)
-        except NotAttentionError as e:
-            yield _node(anchor), e.refusal
-        except Exception:  # told as a near miss by ``find``
-            continue
-
-
-def _others(
-    graph: fx.Graph, refused: Mapping[fx.Node, Refusal], findings: Findings
-) -> Iterable[tuple[fx.Node, Refusal, bool]]:
-    """(normaliser, why it is no attention, whether it is a near miss) of those that are no site."""
-    near = {(miss.name, miss.where): miss.refusal for miss in findings.near_misses}
-    taken = {n for f in findings.found for n in (*f.raised.region.nodes, f.raised.region.anchor)}
-    for anchor in normalisers(graph):
-        node = _node(anchor)
-        if node in taken:
-            continue
-        place = module_path(node), source_line(node)
-        if place in near:
-            yield node, near[place], True
-        elif node in refused:
-            yield node, refused[node], False
-
-
-def _node(anchor: Softmax | fx.Node) -> fx.Node:
-    return anchor.weights if isinstance(anchor, Softmax) else anchor
-
-
-def differing_node(graph: fx.Graph, anchor: fx.Node, refusal: Refusal) -> fx.Node:
-    """The node that a refusal by matching is about: the one that it names, else the nearest on the line that it gives."""
-    named = re.match(r"(\w+)(?: = | on |, | used by )", refusal.found)
-    by_name: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
-    if named is not None and named[1] in by_name:
-        return by_name[named[1]]
-    distance = nx.single_source_shortest_path_length(_undirected(graph), anchor)
-    there = [n for n in distance if refusal.where and source_line(n) == refusal.where and n.op == "call_function"]
-    nearest: fx.Node = min(there, key=lambda n: int(distance[n]), default=anchor)
-    return nearest
 
 
 def _path(graph: fx.Graph, anchor: fx.Node, node: fx.Node) -> list[fx.Node]:

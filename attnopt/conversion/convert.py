@@ -15,7 +15,7 @@ from torch import fx, nn
 from attnopt.base.compile_lock import compiling
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration, Inputs
-from attnopt.compiler.compile import Options
+from attnopt.compiler.job import Options
 from attnopt.conversion.class_settings import Counts, Setting, attributes, configurations, settle
 from attnopt.conversion.judge import Decoding, Judge
 from attnopt.conversion.partial_capture import Part, joined_report, parts_of

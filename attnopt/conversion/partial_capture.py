@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Inputs
 from attnopt.capture.submodules import InPlace, Region, attention_regions
-from attnopt.compiler.compile import Compiled, Options, compiled
+from attnopt.compiler.compile import Compiled, compiled
+from attnopt.compiler.job import Options
 from attnopt.compiler.policy import Policy
 from attnopt.errors import AttnoptWarning, CaptureError, PolicyError
 from attnopt.lower.fold import Folded, folded

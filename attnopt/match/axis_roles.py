@@ -10,11 +10,11 @@ from torch import fx
 
 from attnopt.base.sizes import same_size
 from attnopt.graph.axes import Atom, Axes, Axis, length, resolve, resolve_all, unfollow
-from attnopt.graph.nodes import shape, source_line, value
-from attnopt.ir.refusal import Refusal
+from attnopt.graph.nodes import shape, value
 from attnopt.match.projections import chooses_weights, landings, signature
 from attnopt.match.read_scores import Operand, is_projected
-from attnopt.match.region import NotAttentionError, Region, atoms_of
+from attnopt.match.region import Region, atoms_of
+from attnopt.match.rejection import rejected
 
 
 def assign_roles(r: Region) -> Region:
@@ -155,14 +155,12 @@ def _refuse_channels(r: Region) -> None:
     """
     for atom in resolve(r.keys):
         if _is_feature(r.k, atom) and not any(_is_feature(r.k, f, behind=True) for f in resolve(r.features)):
-            raise NotAttentionError(
-                Refusal(
-                    "channel-attention",
-                    "keys that are tokens",
-                    "a softmax over features that a projection makes",
-                    source_line(r.anchor) if r.anchor is not None else "",
-                    "attention between channels is left as it is",
-                )
+            raise rejected(
+                r.anchor or r.out.node,
+                "channel-attention",
+                "keys that are tokens",
+                "a softmax over features that a projection makes",
+                "attention between channels is left as it is",
             )
 
 

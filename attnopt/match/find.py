@@ -35,7 +35,8 @@ from attnopt.match.projections import read_output, read_projection
 from attnopt.match.prove import example_values, region_key, site_error, site_tolerance
 from attnopt.match.raise_region import Raised, raise_region
 from attnopt.match.recognize import recognise
-from attnopt.match.region import NotAttentionError, Region
+from attnopt.match.region import Region
+from attnopt.match.rejection import NotAttentionError
 from attnopt.match.token_streams import positions, relation
 
 
@@ -51,12 +52,23 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A normaliser that is no site: the first ``node`` that differs from an attention, and whether it is a near miss."""
+
+    anchor: fx.Node
+    refusal: Refusal
+    node: fx.Node
+    near: bool
+
+
+@dataclass(frozen=True)
 class Findings:
-    """Everything that was found, and how many normalisers were looked at."""
+    """Everything that was found, what was rejected, and how many normalisers were looked at."""
 
     found: tuple[Found, ...]
     near_misses: tuple[NearMiss, ...]
     candidates: int
+    rejected: tuple[Rejected, ...] = ()
 
 
 def find(program: Program) -> Findings:
@@ -66,6 +78,7 @@ def find(program: Program) -> Findings:
     parameters = stored(gm)
     found: list[Found] = []
     near: list[NearMiss] = []
+    rejected: list[Rejected] = []
     names: Counter[str] = Counter()
     proofs: dict[object, float] = {}
     anchors, unread = list(normalisers(gm.graph)), _unread(gm)
@@ -81,17 +94,20 @@ def find(program: Program) -> Findings:
                 proofs[key] = site_error(gm, raised, examples)
             error = proofs[key]
             if not error <= site_tolerance(raised):
-                raise NotAttentionError(_not_equal(raised, error))
+                raise NotAttentionError(_not_equal(raised, error), raised.region.out.node)
             found.append(_describe(gm, raised, name, parameters, error, examples))
             names[owner] += 1
         except NotAttentionError as e:
-            if e.near or is_written_out(node):
+            is_near = e.near or is_written_out(node)
+            rejected.append(Rejected(node, e.refusal, e.node or node, is_near))
+            if is_near:
                 near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
             else:
                 near += [miss for n in _beside(node) for miss in _in_onnx_runtime(gm, n, every=True)[:1]]
         except Exception as e:
+            rejected.append(Rejected(node, _defeated(node, e), node, True))
             near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
-    return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread))
+    return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread), tuple(rejected))
 
 
 def _unread(gm: fx.GraphModule) -> list[NearMiss]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from attnopt.graph.axes import Axes, follow, resolve_all
-from attnopt.graph.nodes import CASTS, RESHAPES, arg, aten, is_call, source_line
+from attnopt.graph.nodes import CASTS, RESHAPES, arg, aten, is_call
 from attnopt.graph.products import Product
-from attnopt.ir.refusal import Refusal
 from attnopt.match.read_scores import Operand
-from attnopt.match.region import NotAttentionError, unreadable
+from attnopt.match.rejection import rejected, unreadable
 from attnopt.match.row_sums import divisors, way_down
 
 PASSIVE = (
@@ -55,13 +54,11 @@ class LateQuotient:
         axes, below = resolve_all(axes), resolve_all(below)
         aligned = axes[len(axes) - len(below) :] if len(below) <= len(axes) else ()
         if len(aligned) != len(below) or any(own and own != other for own, other in zip(below, aligned, strict=True)):
-            raise NotAttentionError(
-                Refusal(
-                    "late-division",
-                    "each query's output divided by its own sum of exponentials",
-                    f"{self.node.name}, which divides by another's",
-                    source_line(self.node),
-                )
+            raise rejected(
+                self.node,
+                "late-division",
+                "each query's output divided by its own sum of exponentials",
+                f"{self.node.name}, which divides by another's",
             )
         return Operand(self.node, axes)
 

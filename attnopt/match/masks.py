@@ -14,13 +14,13 @@ from attnopt.graph.axes import Axes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain, symbols
 from attnopt.graph.nodes import aten, dtype, source_line, value
-from attnopt.ir.refusal import Refusal
 from attnopt.match.axis_roles import squares
 from attnopt.match.mask_numbers import Lengths
 from attnopt.match.mask_patterns import Sample, as_visible, may_hide, name_pattern, samples
 from attnopt.match.read_scores import Hide, Multiply, Term
 from attnopt.match.rearrange import Arranger
-from attnopt.match.region import NotAttentionError, Region
+from attnopt.match.region import Region
+from attnopt.match.rejection import NotAttentionError, rejected
 from attnopt.patterns import Causal, Full, Pattern
 
 _FAR = -1e8  # a score that this is added to counts for nothing beside one that it is not added to
@@ -40,9 +40,7 @@ def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | Non
     for step in r.steps:
         if isinstance(step, Multiply):
             if step.factor < 0 and mask is not None:
-                raise NotAttentionError(
-                    Refusal("negated-mask", "a positive factor after a mask", str(step.factor), source_line(r.out.node))
-                )
+                raise rejected(r.out.node, "negated-mask", "a positive factor after a mask", str(step.factor))
             bias = None if bias is None else emit.call(aten.mul.Tensor, bias, step.factor)
         elif isinstance(step, Term):
             constant = constant or step.operand is None
@@ -80,7 +78,7 @@ def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
     if _never_blind(gm, hidden):
         return -math.inf
     if not _hides_alone(r, step):
-        raise NotAttentionError(_moderate_mask(step, r))
+        raise _moderate_mask(step, r)
     return FLOOR
 
 
@@ -95,12 +93,13 @@ def _hides_alone(r: Region, step: Hide) -> bool:
     return all(s.fill in (-math.inf, step.fill) for s in r.steps if isinstance(s, Hide))
 
 
-def _moderate_mask(step: Hide, r: Region) -> Refusal:
-    return Refusal(
+def _moderate_mask(step: Hide, r: Region) -> NotAttentionError:
+    known = step.condition.node if source_line(step.condition.node) else r.out.node
+    return rejected(
+        known,
         "moderate-mask",
         "a mask of -inf or the dtype's minimum",
         f"{step.fill:g} written over scores, on rows that may be all hidden",
-        source_line(step.condition.node) or source_line(r.out.node),
         "mask with -inf or torch.finfo(dtype).min",
     )
 

@@ -10,15 +10,15 @@ from torch import Tensor, fx
 
 from attnopt.graph.axes import Axis, resolve, resolve_all
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, dtype, shape, source_line
+from attnopt.graph.nodes import aten, dtype, shape
 from attnopt.ir.operands import ROLES
-from attnopt.ir.refusal import Refusal
 from attnopt.ir.spec import AttentionSpec
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
 from attnopt.match.projections import signature
 from attnopt.match.read_scores import Operand
 from attnopt.match.rearrange import Arranger
-from attnopt.match.region import NotAttentionError, Region
+from attnopt.match.region import Region
+from attnopt.match.rejection import NotAttentionError, rejected
 from attnopt.match.wiped_scores import hides_beside_flags
 from attnopt.slicing.selector import Selector
 
@@ -63,11 +63,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     bias, mask, constant = bias_and_mask(emit, at, r)
     sinks = None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
     if sinks is not None and (constant or len(shape(sinks)) != 4):
-        raise NotAttentionError(
-            Refusal(
-                "sink-and-constant", "a sink beside plain scores", "a constant added to them", source_line(r.out.node)
-            )
-        )
+        raise rejected(r.out.node, "sink-and-constant", "a sink beside plain scores", "a constant added to them")
     if sinks is not None and r.sink_rate != 1:
         sinks = emit.call(aten.mul.Tensor, sinks, r.sink_rate)
     beside_flags = False
@@ -76,7 +72,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         if hides_what_is_zeroed(gm, bias, arranged):
             continue
         if not hides_beside_flags(gm, bias, arranged):
-            raise NotAttentionError(_multiplied(factor))
+            raise _multiplied(factor)
         beside_flags = True
     pattern, seen, bias, mask = read_masks(gm, r, bias, mask, q, k)
     kv_of_head = _kv_of_head(r.heads, kv_heads)
@@ -116,18 +112,18 @@ def _with_factors(
         elif not atoms & (set(r.queries) | (set(r.heads) - set(kv_heads))):
             k = emit.call(applied, k, at.arrange(factor.node, factor.axes, (r.batch, kv_heads, r.keys, ())))
         elif factor.divides:
-            raise NotAttentionError(_multiplied(factor))
+            raise _multiplied(factor)
         else:
             both.append(factor)
     return q, k, both
 
 
-def _multiplied(factor: Operand) -> Refusal:
-    return Refusal(
+def _multiplied(factor: Operand) -> NotAttentionError:
+    return rejected(
+        factor.node,
         "scores-multiplied",
         "a factor of queries or of keys, or a mask of 0 and 1 that a bias hides",
         f"{factor.node.name}, which varies over both",
-        source_line(factor.node),
     )
 
 

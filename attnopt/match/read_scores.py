@@ -21,12 +21,11 @@ from attnopt.graph.nodes import (
     is_call,
     is_tensor,
     shape,
-    source_line,
     wrap,
 )
 from attnopt.graph.products import Product, product_of
-from attnopt.ir.refusal import Refusal
 from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of
+from attnopt.match.rejection import NotAttentionError, rejected
 
 _LAYOUT = (
     *RESHAPES,
@@ -120,28 +119,20 @@ class Scores:
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
 
 
-class NotScoresError(Exception):
-    """Carries the refusal that says which node could not be understood."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        self.refusal = refusal
-        super().__init__(str(refusal))
-
-
 def read_scores(node: fx.Node, axis: int, rate: float = 1.0) -> Scores:
-    """Understand ``node``, which a softmax over ``axis`` gets multiplied by ``rate``.  Raises NotScoresError."""
+    """Understand ``node``, which a softmax over ``axis`` gets multiplied by ``rate``.  Raises NotAttentionError."""
     found, blocked = _search(node, axis, 0)
     if found is None:
-        raise NotScoresError(_no_product(blocked or node))
+        raise _no_product(blocked or node)
     return found if rate == 1 else _scaled(found, rate)
 
 
-def _no_product(node: fx.Node) -> Refusal:
-    return Refusal(
+def _no_product(node: fx.Node) -> NotAttentionError:
+    return rejected(
+        node,
         "no-query-key-product",
         "scores made from a product of queries and keys",
         f"{node.name} = {getattr(node.target, '__name__', node.target)}",
-        source_line(node),
     )
 
 
@@ -190,7 +181,7 @@ def _start(product: Product) -> Scores:
         return scores
     axes = broadcast(product.addend, product.axes)
     if axes is None:
-        raise NotScoresError(_no_product(product.node))
+        raise _no_product(product.node)
     return replace(scores, steps=(Term(Operand(product.addend, axes), product.beta),))
 
 

@@ -10,9 +10,9 @@ from torch import fx
 from attnopt.base.sizes import is_static, same_size
 from attnopt.graph.axes import Atom, Axes, Axis, follow, resolve_all
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, is_call, source_line, value
-from attnopt.ir.refusal import Refusal
-from attnopt.match.region import NotAttentionError, Region
+from attnopt.graph.nodes import aten, is_call, value
+from attnopt.match.region import Region
+from attnopt.match.rejection import rejected
 
 
 class Arranger:
@@ -66,14 +66,7 @@ class Arranger:
         missing = [bool(set(g) - set(w)) and (expand or bool(w)) for g, w in zip(groups, wanted, strict=True)]
         flat = [a for g, w, m in zip(groups, wanted, missing, strict=True) for a in (g if m else w)]
         if set(present) - set(flat):
-            raise NotAttentionError(
-                Refusal(
-                    "unreadable-layout",
-                    "axes that the attention has",
-                    f"{node.name} with another axis",
-                    source_line(node),
-                )
-            )
+            raise rejected(node, "unreadable-layout", "axes that the attention has", f"{node.name} with another axis")
         order = [a for a in flat if a in present]
         blocks = _blocks(axes, order, groups)
         node = self.reshape(node, [self.length(b) for b in blocks])

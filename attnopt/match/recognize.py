@@ -21,7 +21,6 @@ from attnopt.match.late_division import PASSIVE, LateQuotient, late_quotient
 from attnopt.match.overwrites import zeros_of
 from attnopt.match.read_scores import (
     Hide,
-    NotScoresError,
     Operand,
     Scores,
     Step,
@@ -31,7 +30,8 @@ from attnopt.match.read_scores import (
     is_query_key,
     read_scores,
 )
-from attnopt.match.region import NotAttentionError, Region, atoms_of, unreadable
+from attnopt.match.region import Region, atoms_of
+from attnopt.match.rejection import NotAttentionError, rejected, unreadable
 from attnopt.match.row_sums import renormalises
 from attnopt.match.sdpa import from_fused
 from attnopt.match.zeroed_weights import cleans, with_zeros
@@ -48,17 +48,10 @@ def _from_softmax(a: Softmax) -> Region:
     follows = _follow_weights(a)
     try:
         scores = read_scores(a.scores, a.axis, a.rate)
-    except NotScoresError as e:
-        raise NotAttentionError(e.refusal, near=follows is not None or _comes_from_product(a)) from None
+    except NotAttentionError as e:
+        raise NotAttentionError(e.refusal, e.node, near=follows is not None or _comes_from_product(a)) from None
     if follows is None:
-        raise NotAttentionError(
-            Refusal(
-                "no-value-product",
-                "weights that are multiplied with values",
-                _first_use(a.weights),
-                source_line(a.weights),
-            )
-        )
+        raise _without_values(a.weights)
     product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
@@ -71,9 +64,11 @@ def _from_softmax(a: Softmax) -> Region:
     return _assemble(a, scores, product, keys, out, path)
 
 
-def _first_use(node: fx.Node) -> str:
-    user = next(iter(node.users), None)
-    return "no use" if user is None else f"{user.name} = {opname(user)}"
+def _without_values(weights: fx.Node) -> NotAttentionError:
+    user = next(iter(weights.users), None)
+    used = "no use" if user is None else f"{user.name} = {opname(user)}"
+    refusal = Refusal("no-value-product", "weights that are multiplied with values", used, source_line(weights))
+    return NotAttentionError(refusal, user)
 
 
 def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.Node, ...]] | None:
@@ -123,14 +118,12 @@ def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
 
 
 def _changed(node: fx.Node) -> NotAttentionError:
-    return NotAttentionError(
-        Refusal(
-            "weights-changed",
-            "weights that go straight to the values",
-            f"{node.name} = {opname(node)} on the weights",
-            source_line(node),
-            "weights that are mixed or gated after the softmax, or masked by what does not mask the scores, are left as they are",
-        )
+    return rejected(
+        node,
+        "weights-changed",
+        "weights that go straight to the values",
+        f"{node.name} = {opname(node)} on the weights",
+        "weights that are mixed or gated after the softmax, or masked by what does not mask the scores, are left as they are",
     )
 
 
@@ -209,20 +202,13 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     p = scores.product
     left, right = ({c for ax in resolve_all(x) for c in ax} for x in (p.left_axes, p.right_axes))
     if not keys:
-        raise NotAttentionError(
-            Refusal("one-key", "more than one key", "a softmax over a single element", source_line(a.weights))
-        )
+        raise rejected(a.weights, "one-key", "more than one key", "a softmax over a single element")
     if set(keys) <= right and not set(keys) & left:
         return scores
     if set(keys) <= left and not set(keys) & right:
         return replace(scores, product=p.swapped())
-    raise NotAttentionError(
-        Refusal(
-            "softmax-axis",
-            "a softmax over the keys of one operand",
-            "an axis that both operands share",
-            source_line(a.weights),
-        )
+    raise rejected(
+        a.weights, "softmax-axis", "a softmax over the keys of one operand", "an axis that both operands share"
     )
 
 
@@ -235,11 +221,7 @@ def _assemble(
     v_atoms, weights = atoms_of(product.right_axes), atoms_of(product.left_axes)
     contracted = weights & v_atoms - atoms_of(product.axes)
     if contracted != set(keys):
-        raise NotAttentionError(
-            Refusal(
-                "value-axis", "values summed over the keys", "a product over another axis", source_line(product.node)
-            )
-        )
+        raise rejected(product.node, "value-axis", "values summed over the keys", "a product over another axis")
     value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
     _refuse_self_dependence(scores, path)
     escapes = _escaping(path, out.node)
@@ -300,13 +282,11 @@ def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
     operands = [s.operand if isinstance(s, Term) else s.condition for s in scores.steps if isinstance(s, (Term, Hide))]
     for given in (*operands, *scores.factors, *scores.wipes):
         if given is not None and given.node in inside:
-            raise NotAttentionError(
-                Refusal(
-                    "scores-feed-back",
-                    "masks and biases that are made without the scores",
-                    f"{given.node.name}, which is made from them",
-                    source_line(given.node),
-                )
+            raise rejected(
+                given.node,
+                "scores-feed-back",
+                "masks and biases that are made without the scores",
+                f"{given.node.name}, which is made from them",
             )
 
 

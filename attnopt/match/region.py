@@ -7,11 +7,6 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from attnopt.graph.axes import Atom, Axes, Axis, resolve_all
-from attnopt.graph.nodes import (
-    opname,
-    source_line,
-)
-from attnopt.ir.refusal import Refusal
 from attnopt.match.read_scores import Factor, Operand, Step
 
 
@@ -44,18 +39,6 @@ class Region:
     escapes: tuple[fx.Node, ...] = ()
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
     anchor: fx.Node | None = None
-
-
-class NotAttentionError(Exception):
-    """What looked like an attention is none, or none that can be expressed; ``near``: it came close enough to be told."""
-
-    def __init__(self, refusal: Refusal, near: bool = True) -> None:
-        self.refusal, self.near = refusal, near
-        super().__init__(str(refusal))
-
-
-def unreadable(node: fx.Node, expected: str) -> NotAttentionError:
-    return NotAttentionError(Refusal("unreadable-layout", expected, f"{node.name} = {opname(node)}", source_line(node)))
 
 
 def atoms_of(axes: Axes) -> set[Atom]:

@@ -12,11 +12,10 @@ from attnopt.graph.nodes import (
     arg,
     dtype,
     shape,
-    source_line,
 )
-from attnopt.ir.refusal import Refusal
 from attnopt.match.read_scores import Hide, Operand, Step, Term
-from attnopt.match.region import NotAttentionError, Region, unreadable
+from attnopt.match.region import Region
+from attnopt.match.rejection import rejected, unreadable
 
 
 def from_fused(node: fx.Node) -> Region:
@@ -29,14 +28,8 @@ def from_fused(node: fx.Node) -> Region:
     causal = arg(node, 5, node.kwargs.get("is_causal", False))
     scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
     if dropout:
-        raise NotAttentionError(
-            Refusal(
-                "active-dropout",
-                "an attention without dropout",
-                f"dropout of {dropout}",
-                source_line(node),
-                "call model.eval() first",
-            )
+        raise rejected(
+            node, "active-dropout", "an attention without dropout", f"dropout of {dropout}", "call model.eval() first"
         )
     sq, sk, sv = shape(q), shape(k), shape(v)
     ndim = len(sq)

@@ -21,7 +21,7 @@ from attnopt.capture.capture import capture
 from attnopt.ir.refusal import Refusal
 from attnopt.match.anchors import normalisers
 from attnopt.match.recognize import recognise
-from attnopt.match.region import NotAttentionError
+from attnopt.match.rejection import NotAttentionError
 from attnopt.passes import (
     DynamicSparse,
     GroupedQuery,
@@ -464,7 +464,7 @@ def test_every_code_is_tested() -> None:
     found: set[str] = set()
     for folder in ("attnopt", "passes", "backends"):
         for file in (ROOT / folder).rglob("*.py"):
-            found |= set(re.findall(r'\b(?:Refusal|refuse)\(\s*"([a-z-]+)"', file.read_text(encoding="utf-8")))
+            found |= set(re.findall(r'\b(?:Refusal\(|refuse\(|rejected\([^"]*?,)\s*"([a-z-]+)"', file.read_text(encoding="utf-8")))
     tested = {*CASES, *OTHERS}
     assert found == tested
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in found)

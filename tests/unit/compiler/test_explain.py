@@ -12,12 +12,12 @@ from models import Attention, Spelling, inputs
 
 import attnopt
 from attnopt.capture.capture import capture
-from attnopt.compiler.explain import Explanation, differing_node, explain
+from attnopt.compiler.analyze import analyze
+from attnopt.compiler.explain import Explanation, explain
 from attnopt.compiler.policy import Policy
 from attnopt.errors import AttnoptError
 from attnopt.graph.listing import Hunk, differences, listing
 from attnopt.graph.nodes import source_line
-from attnopt.match.anchors import Softmax, normalisers
 from attnopt.render.tables import to_text
 from attnopt.render.trees import inspection_tree
 from attnopt.report.inspection import Inspection
@@ -85,14 +85,9 @@ def test_an_unknown_name_lists_those_there_are() -> None:
 @pytest.mark.parametrize("kind", NEVER, ids=lambda kind: kind.__name__)
 def test_every_decoy_has_a_node_that_differs(kind: Any) -> None:
     model, args = kind().eval(), (torch.randn(2, L, E),)
-    near = attnopt.inspect(model, args).near_misses
-    graph = capture(model, args, {}).module.graph
-    anchors = [a.weights if isinstance(a, Softmax) else a for a in normalisers(graph)]
-    for miss in near:
-        anchor = next(a for a in anchors if source_line(a) == miss.where)
-        node = differing_node(graph, anchor, miss.refusal)
-        named = re.match(r"(\w+) = ", miss.refusal.found)
-        assert node.name == named[1] if named else source_line(node) == miss.refusal.where
+    for r in analyze(model, args, {}).findings.rejected:
+        named = re.match(r"(\w+) = ", r.refusal.found)
+        assert r.node.name == named[1] if named else source_line(r.node) == r.refusal.where
 
 
 # ---------------------------------------------------------------- differences

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.capture.capture import capture
-from attnopt.compiler.compile import Options, compiled
+from attnopt.compiler.compile import compiled
+from attnopt.compiler.job import Options
 from attnopt.compiler.stream import Stream
 from attnopt.fit.least_squares import Moments, fit, ridge
 from attnopt.ir.activations import HELD_BACK

@@ -1,0 +1,30 @@
+"""The first half of everything that looks at a model: capture it, and find its attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from attnopt.capture.capture import capture
+from attnopt.capture.program import Program
+from attnopt.match.find import Findings, find
+
+
+@dataclass(frozen=True)
+class Analyzed:
+    """A captured program, and the attentions that were found in it."""
+
+    program: Program
+    findings: Findings
+
+
+def analyze(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> Analyzed:
+    """``dynamic_shapes``: as of ``capture``.  Raises CaptureError."""
+    program = capture(model, args, dict(kwargs), dynamic_shapes)
+    return Analyzed(program, find(program))

@@ -1,0 +1,73 @@
+"""What is asked of the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from attnopt.capture.calibration import Inputs
+from attnopt.capture.program import Program
+from attnopt.capture.signature import Signature
+from attnopt.compiler import plugins
+from attnopt.compiler.check import fitting
+from attnopt.compiler.policy import Policy
+from attnopt.errors import PolicyError
+from attnopt.ir.interfaces import Backend
+
+
+@dataclass(frozen=True)
+class Options:
+    """As of ``optimize``.  Raises PolicyError."""
+
+    tolerance: float | None = None
+    strict: bool = False
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        limit, tolerance = self.limit, self.tolerance
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise PolicyError(f"limit must be a number of rewrites, not {limit!r}")
+        if tolerance is not None and not tolerance >= 0:
+            raise PolicyError(f"tolerance must be a number from 0, not {tolerance!r}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to compile under one policy, with its example inputs and calibration batches."""
+
+    model: nn.Module
+    policy: Policy
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    dynamic_shapes: Any
+    batches: Sequence[Inputs]
+    backends: tuple[Backend, ...]
+    options: Options
+
+    def signature(self, module: fx.GraphModule) -> Signature:
+        """How the model is called; ``module`` stands for an ExportedProgram, which has no ``forward`` of its own."""
+        return Signature.of(getattr(self.model, "forward", module.forward), self.args, self.kwargs)
+
+    def arranged(self, program: Program) -> list[Inputs]:
+        """The calibration batches in the form in which the graph takes them.  Raises CalibrationError."""
+        signature = self.signature(program.module)
+        return [
+            fitting(program.module, signature, batch, i, program.form, fixed=program.fixed_axes)
+            for i, batch in enumerate(self.batches)
+        ]
+
+
+def backends_of(backend: str | Backend) -> tuple[Backend, ...]:
+    """The backends to choose from, those of third parties only where they are named."""
+    if isinstance(backend, Backend):
+        return (backend,)
+    if not isinstance(backend, str):
+        raise PolicyError(f"backend must be a name or a Backend, not {type(backend).__name__}")
+    if backend != "auto":
+        return (plugins.make_backend(backend),)
+    ours = [p for p in plugins.backends().values() if p.distribution == plugins.OURS]
+    return tuple(plugins.make_backend(p.name) for p in ours)

@@ -1,0 +1,84 @@
+"""What a policy makes of a model's attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from attnopt.capture.program import Program
+from attnopt.compiler.decide import Decision, decide, limited
+from attnopt.compiler.head_budget import allot
+from attnopt.compiler.job import Job
+from attnopt.compiler.stream import Stream
+from attnopt.compiler.tied_weights import jointly, of_all, tied
+from attnopt.errors import PolicyError, RewriteError
+from attnopt.match.find import Findings, Found
+
+
+def plan(job: Job, program: Program, findings: Findings) -> list[Decision]:
+    """For each site, in the order of ``findings``, what is to be done to it.
+
+    Raises PolicyError where the policy names sites that there are not, RewriteError for a refusal under ``strict``.
+    """
+    decisions = limited(_decided(job, program, findings.found), job.options.limit)
+    _check_names(job, findings)
+    if job.options.strict:
+        _raise_refusal(decisions)
+    return decisions
+
+
+def _decided(job: Job, program: Program, found: Sequence[Found]) -> list[Decision]:
+    """What the passes make of each site; those that can use calibration data see what the site computes on them."""
+    passes = {f.site.name: job.policy.passes_for(f.site.name) for f in found}
+    learning = [f for f in found if any(p.calibrates for p in passes[f.site.name])]
+    if not learning or not job.batches:
+        return [decide(f, passes[f.site.name], job.backends) for f in found]
+    batches = job.arranged(program)
+    shares = allot(program.module, learning, job.policy, job.backends, batches)
+    made = dict(shares.ready)
+    undecided = [f for f in learning if f.site.name not in made]
+    for group, activations in jointly(Stream(program.module, undecided, batches), tied(undecided, passes)):
+        name = group[0].site.name
+        chosen = [shares.passes.get((name, p), p) for p in passes[name]]
+        decisions = of_all(group, decide(group[0], chosen, job.backends, activations))
+        made.update({d.found.site.name: d for d in decisions})
+    return [made.get(f.site.name) or decide(f, passes[f.site.name], job.backends) for f in found]
+
+
+def _check_names(job: Job, findings: Findings) -> None:
+    names = [f.site.name for f in findings.found]
+    unmatched = [g for g in job.policy.unmatched(names) if g != "*"]
+    if unmatched and names:
+        listed = ", ".join(repr(n) for n in names[:6]) + (", ..." if len(names) > 6 else "")
+        raise PolicyError(f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}")
+
+
+def without_effect(job: Job, findings: Findings, decisions: Sequence[Decision]) -> Iterator[str]:
+    """Warnings of rules, or of a whole policy, that change nothing."""
+    names = [f.site.name for f in findings.found]
+    if overruled := job.policy.overruled(names):
+        listed = ", ".join(map(repr, overruled))
+        yield f"{listed} in the policy decides no attention: of the rules that match one, the last counts"
+    if not names:
+        misses = f", {len(findings.near_misses)} of them near misses: see report.near_misses"
+        near = misses if findings.near_misses else ""
+        yield f"no attention was found among {findings.candidates} candidates{near}"
+    elif not any(d.plan is not None for d in decisions):
+        yield "the policy changes nothing: " + _why_nothing(decisions, job.options.limit)
+
+
+def _raise_refusal(decisions: Sequence[Decision]) -> None:
+    for d in decisions:
+        for name, refusal in d.refusals.items():
+            raise RewriteError(
+                f"{name} refused {refusal}", site=d.found.site.name, hint=refusal.hint or "choose other sites for it"
+            )
+
+
+def _why_nothing(decisions: Sequence[Decision], limit: int | None) -> str:
+    if limit == 0:
+        return "limit=0"
+    refused = [next(iter(d.refusals.items())) for d in decisions if d.refusals]
+    if not refused:
+        return "it has passes for no site"
+    (name, first), *_ = refused
+    return f"{len(refused)} of {len(decisions)} sites refused, the first by {name} {first}"
