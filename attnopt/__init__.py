@@ -37,13 +37,16 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from attnopt.fit.attention_recall import kept_mass
+    from attnopt.ir.activations import Activations
     from attnopt.ir.attend import Attend
     from attnopt.ir.block_scores import BlockScores
     from attnopt.ir.constant import Constant
     from attnopt.ir.dynamic_blocks import DynamicBlocks
     from attnopt.ir.head_edits import HeadEdit, HeadMap
     from attnopt.ir.head_weights import HeadWeights
+    from attnopt.ir.importance import Importance
     from attnopt.ir.interfaces import Backend, Pass, Rewrite
+    from attnopt.ir.kv_merge import KvMerge
     from attnopt.ir.projection import Projection
     from attnopt.ir.refusal import Refusal
     from attnopt.ir.site import NearMiss, Site
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from attnopt.version import __version__
 
 __all__ = [
+    "Activations",
     "Advice",
     "ArchiveError",
     "Attend",
@@ -78,7 +82,9 @@ __all__ = [
     "HeadImportance",
     "HeadMap",
     "HeadWeights",
+    "Importance",
     "Inspection",
+    "KvMerge",
     "NearMiss",
     "OptimizedModel",
     "Pass",
@@ -123,13 +129,16 @@ _NAMES = {
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
     "ConversionError ExportError PluginError PolicyError RewriteError VerificationError",
     "fit.attention_recall": "kept_mass",
+    "ir.activations": "Activations",
     "ir.attend": "Attend",
     "ir.block_scores": "BlockScores",
     "ir.constant": "Constant",
     "ir.dynamic_blocks": "DynamicBlocks",
     "ir.head_edits": "HeadEdit HeadMap",
     "ir.head_weights": "HeadWeights",
+    "ir.importance": "Importance",
     "ir.interfaces": "Backend Pass Rewrite",
+    "ir.kv_merge": "KvMerge",
     "ir.projection": "Projection",
     "ir.refusal": "Refusal",
     "ir.site": "NearMiss Site",

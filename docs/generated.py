@@ -216,7 +216,9 @@ def refusal_codes() -> dict[str, str]:
     found: dict[str, str] = {}
     for folder, stage in (("attnopt", "matching"), ("passes", "passes"), ("backends", "backends")):
         for file in sorted((ROOT / folder).rglob("*.py")):
-            for code in re.findall(r'\b(?:Refusal\(|refuse\(|rejected\([^"]*?,)\s*"([a-z-]+)"', file.read_text(encoding="utf-8")):
+            for code in re.findall(
+                r'\b(?:Refusal\(|refuse\(|rejected\([^"]*?,)\s*"([a-z-]+)"', file.read_text(encoding="utf-8")
+            ):
                 found.setdefault(code, stage)
     return found
 

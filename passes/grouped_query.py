@@ -15,6 +15,7 @@ from attnopt.fit.absorbable_maps import edit, mixes_values, mixing_of_scores
 from attnopt.fit.compensation import refitted
 from attnopt.fit.kv_merge import Merged, Side, keys_of, values_of
 from attnopt.fit.kv_partition import Group, adjacent, agglomerated, optimal, queries_by_norm
+from attnopt.fit.kv_pooling import KV_MERGES, Mean, merged
 from attnopt.fit.least_squares import out_edits, output_weights, require_tokens
 from attnopt.fit.shared_values import better_values
 from attnopt.ir.head_routing import Routed
@@ -23,11 +24,10 @@ from attnopt.ir.interfaces import Pass, Rewrite, Share, SharesBudget
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
-from attnopt.passes.heads import BUDGETS, refuse_edits, refuse_unknown_projections
+from attnopt.passes.heads import BUDGETS, expected_projections, refuse_edits, refuse_unknown_projections
 
 GROUPINGS = ("adjacent", "similarity", "key-norm", "optimal")
 SEARCHED = ("similarity", "optimal")  # groupings that look at what the heads compute
-POOLED = ("mean", "first")
 ALIGNED = ("procrustes", "svd", "score-optimal")
 COMPENSATIONS = ("none", "least-squares")
 
@@ -39,10 +39,11 @@ class GroupedQuery(Pass, SharesBudget):
     ``grouping``: which heads become one: ``"adjacent"`` runs; ``"similarity"``: those whose keys and values share most,
     joined pair by pair; ``"key-norm"``: adjacent ones, with more queries for larger keys (KDGQA,
     arXiv:2408.08454); ``"optimal"``: the partition that loses least; or for each of today's heads the number of its group.
-    ``merge``: ``"mean"`` or ``"first"`` of the group's weights; ``"procrustes"``: the mean after turning each head toward
-    the first (arXiv:2412.20677); ``"svd"``: the subspace that holds most of the group's keys, and of its values;
-    ``"score-optimal"``: the subspace that keeps most of the scores, and of the layer's output.  The last three fold the
-    change of basis into the query and output projections; through a rotary encoding they turn each frequency alone.
+    ``merge``: ``"mean"`` or ``"first"`` of the group's weights, or the name of a registered ``KvMerge``; ``"procrustes"``: the
+    mean after turning each head toward the first (arXiv:2412.20677); ``"svd"``: the subspace that holds most of the group's
+    keys, and of its values; ``"score-optimal"``: the subspace that keeps most of the scores, and of the layer's output.  The
+    last three fold the change of basis into the query and output projections; through a rotary encoding they turn each
+    frequency alone.
     ``compensate``: ``"none"``, or ``"least-squares"``: shared values and output projection are fitted to what the layer
     gave before.  ``budget``: ``kv_heads`` at each site (``"site"``), or on average (``"global"``), more where the model's
     output needs them.
@@ -63,7 +64,7 @@ class GroupedQuery(Pass, SharesBudget):
     def __post_init__(self) -> None:
         whole(self.name, "kv_heads", self.kv_heads, least=1)
         if self.merge is not None:
-            choice(self.name, "merge", self.merge, (*POOLED, *ALIGNED))
+            self._checked_merge(self.merge)
         if isinstance(self.grouping, str):
             choice(self.name, "grouping", self.grouping, GROUPINGS)
         elif self.grouping is not None:
@@ -77,6 +78,11 @@ class GroupedQuery(Pass, SharesBudget):
                 f"grouped-query: merge={self.merge!r} is not possible with grouping='key-norm', where queries read other "
                 "heads than their own; give merge='mean'"
             )
+
+    def _checked_merge(self, merge: str) -> None:
+        known = (*ALIGNED, *KV_MERGES.listed())
+        if choice(self.name, "merge", merge, known) not in ALIGNED:
+            KV_MERGES.load(merge)
 
     def _checked(self, grouping: Any) -> tuple[int, ...]:
         """The number of each head's group, which must be 0 to kv_heads - 1, each of them used."""
@@ -102,7 +108,7 @@ class GroupedQuery(Pass, SharesBudget):
 
     def shares(self, site: Site) -> Mapping[int, Share]:
         heads = site.num_kv_heads
-        if self._merge(site) in POOLED:
+        if self._merge(site) not in ALIGNED:
             return {min(self.kv_heads, heads): Share(0.0, replace(self, budget="site"))}
         sides = self._sides(site)
         found: dict[int, Share] = {}
@@ -125,13 +131,13 @@ class GroupedQuery(Pass, SharesBudget):
         refused = refuse_edits(site, edits=edited, hint="group key/value heads before heads are routed or replaced")
         refused = refused or self._refuse_sizes(site) or self._refuse_data(site)
         roles = ("q", "k", "v", "out") if self.merge in ALIGNED else ("k", "v")
-        return refused or refuse_unknown_projections(site, roles, _expected(roles), "")
+        return refused or refuse_unknown_projections(site, roles, expected_projections(roles), "")
 
     def rewrite(self, site: Site) -> Rewrite:
         if self.kv_heads == site.num_kv_heads:
             return Rewrite(site.spec)
         merge = self._merge(site)
-        if merge in POOLED:
+        if merge not in ALIGNED:
             return self._pooled(site, merge)
         sides = self._sides(site)
         groups = self._partitions(site, sides, [self.kv_heads])[self.kv_heads]
@@ -143,9 +149,7 @@ class GroupedQuery(Pass, SharesBudget):
         if self.grouping == "key-norm":
             counts = queries_by_norm([_key_norm(site, group) for group in groups], site.num_heads)
             spec = replace(spec, kv_of_head=tuple(g for g, n in enumerate(counts) for _ in range(n)))
-        edits = (
-            () if merge == "first" else tuple(_mean(site, role, g) for role in ("k", "v") for g in _named(site, groups))
-        )
+        edits = merged(merge, site, _named(site, groups))
         notes = _told(site, groups, merge)
         if not self._refits(site):
             return Rewrite(spec, edits, notes=notes)
@@ -237,12 +241,15 @@ class GroupedQuery(Pass, SharesBudget):
         return None
 
     def _refuse_data(self, site: Site) -> Refusal | None:
-        needs = self.merge in ALIGNED or self.grouping in SEARCHED or self.compensate == "least-squares"
+        learns = self.merge in ALIGNED or (self.merge is not None and KV_MERGES.load(self.merge).needs_calibration)
+        needs = learns or self.grouping in SEARCHED or self.compensate == "least-squares"
         if needs and site.activations is None:
             hint = "give calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         if self.merge in ALIGNED or self.grouping in SEARCHED:
-            known = refuse_unknown_projections(site, ("q", "k", "v", "out"), _expected(("q", "k", "v", "out")), "")
+            known = refuse_unknown_projections(
+                site, ("q", "k", "v", "out"), expected_projections(("q", "k", "v", "out")), ""
+            )
             if known is not None:
                 return known
             if mixing_of_scores(site) is None or not mixes_values(site):
@@ -253,12 +260,6 @@ class GroupedQuery(Pass, SharesBudget):
                     hint='give merge="mean" and grouping="adjacent"',
                 )
         return None
-
-
-def _expected(roles: Sequence[str]) -> str:
-    names = {"q": "query", "k": "key", "v": "value", "out": "output"}
-    *first, last = [names[r] for r in roles]
-    return f"known {', '.join(first)} and {last} projections"
 
 
 def _by_number(numbers: Sequence[int]) -> tuple[Group, ...]:
@@ -284,17 +285,10 @@ def _told(site: Site, groups: Sequence[Group], merge: str) -> tuple[str, ...]:
     return (f"grouped-query: key/value heads {text} merged by {merge}",)
 
 
-def _mean(site: Site, role: str, group: Group) -> HeadWeights:
-    """The mean over the group, summed in float64 and given in the dtype of the heads."""
-    weights = [w for g in group if (w := site.head_weight(role, g)) is not None]
-    biases = [b for g in group if (b := site.head_bias(role, g)) is not None]
-    weight = torch.stack([w.double() for w in weights]).mean(0).to(weights[0].dtype)
-    bias = torch.stack([b.double() for b in biases]).mean(0).to(biases[0].dtype) if biases else None
-    return HeadWeights(role, group[0], weight, bias)
-
-
 def _key_norm(site: Site, group: Group) -> float:
-    return float(_mean(site, "k", tuple(site.spec.kv_heads[g] for g in group)).weight.double().norm())
+    mean = Mean().merge(site, "k", tuple(site.spec.kv_heads[g] for g in group))
+    assert mean is not None
+    return float(mean.weight.double().norm())
 
 
 def _key_edits(site: Site, spec: AttentionSpec, groups: Sequence[Group], keys: Sequence[Merged]) -> list[HeadWeights]:

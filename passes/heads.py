@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.refusal import Refusal
@@ -55,6 +55,13 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
         return None
     expected = "outputs of heads that nothing is done to yet"
     return site.refuse("already-edited", expected=expected, found=str(edit), hint=hint)
+
+
+def expected_projections(roles: Sequence[str]) -> str:
+    """ "known value and output projections", "a known output projection"."""
+    names = {"q": "query", "k": "key", "v": "value", "out": "output"}
+    *first, last = [names[r] for r in roles]
+    return f"known {', '.join(first)} and {last} projections" if first else f"a known {last} projection"
 
 
 def refuse_unknown_projections(

@@ -12,7 +12,7 @@ from attnopt.base.options import choice, number, numbers, switch, wholes
 from attnopt.errors import PolicyError
 from attnopt.fit.block_obs import Surgeon
 from attnopt.fit.compensation import bias_for, refitted, surgeon_of
-from attnopt.fit.head_scores import AT_SITE, scores_at
+from attnopt.fit.importance_methods import IMPORTANCE, scores_at
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_edits import Replaced
 from attnopt.ir.interfaces import Pass, Rewrite, Share, SharesBudget
@@ -20,6 +20,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.passes.heads import (
     BUDGETS,
+    expected_projections,
     original_heads,
     refuse_edits,
     refuse_unknown_heads,
@@ -83,7 +84,8 @@ class PruneHeads(Pass, SharesBudget):
         """The option in a form that can be compared and saved: a name, numbers, or pairs of a site and its numbers."""
         given: Any = self.importance
         if isinstance(given, str):
-            return choice(self.name, "importance", given, AT_SITE)
+            IMPORTANCE.load(given)
+            return given
         pairs = list(given.items()) if isinstance(given, Mapping) else list(given) if _is_pairs(given) else None
         if pairs is None:
             return numbers(self.name, "importance", given)
@@ -229,20 +231,19 @@ class PruneHeads(Pass, SharesBudget):
         return site.refuse("no-such-site-size", expected=f"an importance for each of {count} heads", found=found)
 
     def _refuse_projections(self, site: Site) -> Refusal | None:
-        method = self._method(site) if self.heads is None else "given"
-        fits = self._compensation(site) != "none"
-        needs_data = fits or method not in ("given", "weights", "random")
-        if needs_data and site.activations is None:
+        name = "given" if self.heads is not None else self._method(site)
+        method = None if name == "given" else IMPORTANCE.load(name)
+        fits, learns = self._compensation(site) != "none", method is not None and method.needs_calibration
+        if (fits or learns) and site.activations is None:
             hint = "give calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
-        if fits or method in ("obs", "flap", "wanda", "output-norm"):
-            return refuse_unknown_projections(
-                site, ("out",), "a known output projection", 'compensate="none" and scores'
-            )
-        if method != "weights":
+        if fits:
+            expected, hint = "a known output projection", 'compensate="none" and scores'
+            return refuse_unknown_projections(site, ("out",), expected, hint)
+        if method is None or not method.needs:
             return None
         hint = "importance=, one number for each head"
-        return refuse_unknown_projections(site, ("v", "out"), "known value and output projections", hint, False)
+        return refuse_unknown_projections(site, method.needs, expected_projections(method.needs), hint, direct=learns)
 
 
 def _refuse_kept(site: Site) -> Refusal | None:

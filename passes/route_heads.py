@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from attnopt.base.options import choice, whole, wholes
 from attnopt.errors import PolicyError
-from attnopt.fit.head_scores import scores_at
+from attnopt.fit.importance_methods import scores_at
 from attnopt.fit.router import fitted_router, used_share
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.interfaces import Pass, Rewrite

@@ -20,13 +20,12 @@ from attnopt.compiler.check import fitting
 from attnopt.compiler.gate_scores import ablation, fisher, sensitivity, taylor
 from attnopt.compiler.stream import Stream
 from attnopt.errors import CalibrationError, PolicyError
-from attnopt.fit.head_scores import AT_SITE, scores_at
+from attnopt.fit.importance_methods import IMPORTANCE, scores_at
 from attnopt.fit.induction_score import retrieval
 from attnopt.ir.site import Site
 from attnopt.match.find import Found, find
 
 IN_MODEL = ("ablation", "taylor", "fisher")
-METHODS = (*AT_SITE, "retrieval", *IN_MODEL)
 
 Loss = Callable[[Any, Inputs], Tensor]  # (the model's output, the batch as args and kwargs) -> a scalar
 Behaviour = Callable[[Any], Tensor]  # the model's output -> logits [..., classes]
@@ -64,6 +63,11 @@ class HeadImportance(Mapping[str, tuple[float, ...]]):
         }
 
 
+def methods() -> tuple[str, ...]:
+    """Every method that there is, those of third parties included."""
+    return (*IMPORTANCE.listed(), "retrieval", *IN_MODEL)
+
+
 @compiling()
 def head_importance(
     model: nn.Module,
@@ -94,7 +98,7 @@ def head_importance(
     ``sites``: only those of these names, with the heads that they have left.  Raises CalibrationError where there is no
     batch or a site cannot be scored, PolicyError for an unknown method.
     """
-    choice("head_importance", "method", method, METHODS)
+    choice("head_importance", "method", method, methods())
     if loss is not None and method not in ("taylor", "fisher"):
         raise PolicyError(f"head_importance: loss is not used by {method!r}; leave it out or give method='taylor'")
     if behaviour is not None and method != "ablation":

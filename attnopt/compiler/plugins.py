@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from attnopt.base.registry import OURS, Plugin, Registry
 from attnopt.errors import PluginError
+from attnopt.fit.importance_methods import IMPORTANCE
+from attnopt.fit.kv_pooling import KV_MERGES
 from attnopt.ir.block_scores import SCORES
 from attnopt.ir.head_routing import HEAD_EDITS
 from attnopt.ir.interfaces import Backend, Pass
@@ -44,18 +46,19 @@ BACKENDS = Registry(
     },
     lambda cls: getattr(cls, "name", None),
 )
-KINDS: tuple[Registry[Any], ...] = (PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES)
+KINDS: tuple[Registry[Any], ...] = (PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES, IMPORTANCE, KV_MERGES)
 _LISTED = (PASSES, BACKENDS)
 
 C = TypeVar("C", bound=type[Any])
 
 
 def register(cls: C) -> C:
-    """Make a pass, backend, pattern, head edit or block score known by its name in this process; a decorator.
+    """Make a pass, backend, pattern, head edit, block score, importance method or KV merge known by its name in this process.
 
-    Policies, texts and saved models can then name it.  An installed distribution does the same with an entry point, in the
-    group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits`` or ``attnopt.block_scores``.
-    Raises PluginError where the name is taken, or something is missing in the class.
+    A decorator.  Policies, texts and saved models can then name it.  An installed distribution does the same with an entry
+    point, in the group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits``,
+    ``attnopt.block_scores``, ``attnopt.importance`` or ``attnopt.kv_merges``.  Raises PluginError where the name is taken, or
+    something is missing in the class.
     """
     kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
     if kind is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,18 +12,6 @@ from attnopt.fit.compensation import surgeon_of
 from attnopt.fit.least_squares import output_weights
 from attnopt.ir.activations import Activations
 from attnopt.ir.site import Site
-
-
-def scores_at(site: Site, method: str, seed: int = 0) -> tuple[float, ...]:
-    """One number for each head that is left, higher means keep.  Raises CalibrationError."""
-    if method == "random":
-        return tuple(torch.rand(site.num_heads, generator=_generator(site, seed)).tolist())
-    found = torch.tensor(_METHODS[method](site), dtype=torch.float64)
-    if not bool(found.isfinite().all()):
-        raise CalibrationError(
-            f"its {method} on the calibration data is not finite", site=site.name, hint="leave such batches out"
-        )
-    return tuple(found.tolist())
 
 
 def weight_norms(site: Site) -> list[float]:
@@ -93,22 +80,6 @@ def locality(site: Site) -> list[float]:
         total -= (p_NHS * distance_NS[:, None]).sum(-1).sum(0)
         rows += len(p_NHS)
     return (total / max(rows, 1)).tolist()
-
-
-_METHODS: dict[str, Callable[[Site], list[float]]] = {
-    "weights": weight_norms,
-    "output-norm": output_norms,
-    "flap": fluctuations,
-    "wanda": wanda,
-    "obs": removal_costs,
-    "entropy": focus,
-    "locality": locality,
-}
-AT_SITE = (*_METHODS, "random")
-
-
-def _generator(site: Site, seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.name}".encode()))
 
 
 def _seen(site: Site) -> Activations:

@@ -239,7 +239,7 @@ def plugin_table(found: Sequence[Description]) -> RenderableType:
     head = ("name", "exact", "options", "summary", "from")
     others = [_plugin(one) for one in found if one.kind not in ("pass", "backend")]
     tables = [_table("Passes", head, passes), _table("Backends", head, backends)]
-    return Group(*tables, *([_table("Patterns, head edits and block scores", head, others)] if others else []))
+    return Group(*tables, *([_table("Others", head, others)] if others else []))
 
 
 def _plugin(one: Description) -> tuple[str, ...]:

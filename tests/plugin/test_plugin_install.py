@@ -42,6 +42,8 @@ POLICIES = {  # and what reports say of them
     "sparse(pattern=Every(n=3) | Window(left=1, right=0))": "Every(3)",
     "acme.clip(bound=0.1)": "Clipped",
     "dynamic-sparse(scores='keynorm', keep=0.5, block=64)": "KeyNorm()",
+    "prune-heads(fraction=0.5, importance='acme.l1')": "by the importance acme.l1",
+    "grouped-query(kv_heads=1, merge='acme.median')": "merged by acme.median",
 }
 
 EVERY_PATH = """
@@ -81,7 +83,8 @@ except attnopt.ArchiveError as error:
 else:
     assert not sys.argv[1]
 """
-MISSING = dict(zip(POLICIES, ("", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'"), strict=True))
+NEEDED = ("", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'", "", "")  # by the saved model
+MISSING = dict(zip(POLICIES, NEEDED, strict=True))
 
 
 @pytest.fixture(scope="module")

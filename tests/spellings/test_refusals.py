@@ -464,7 +464,11 @@ def test_every_code_is_tested() -> None:
     found: set[str] = set()
     for folder in ("attnopt", "passes", "backends"):
         for file in (ROOT / folder).rglob("*.py"):
-            found |= set(re.findall(r'\b(?:Refusal\(|refuse\(|rejected\([^"]*?,)\s*"([a-z-]+)"', file.read_text(encoding="utf-8")))
+            found |= set(
+                re.findall(
+                    r'\b(?:Refusal\(|refuse\(|rejected\([^"]*?,)\s*"([a-z-]+)"', file.read_text(encoding="utf-8")
+                )
+            )
     tested = {*CASES, *OTHERS}
     assert found == tested
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in found)

@@ -9,12 +9,12 @@ from stacks import batches, head_inputs, stack
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.compiler.importance import METHODS, head_importance
+from attnopt.compiler.importance import head_importance, methods
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.passes import PruneHeads
 
 H, D = 4, 4
-NEEDS_NO_MORE = [m for m in METHODS if m not in ("fisher", "retrieval")]
+NEEDS_NO_MORE = [m for m in methods() if m not in ("fisher", "retrieval")]
 
 
 def contributions(model: nn.Module, data: list[Tensor], layer: int) -> Tensor:
