@@ -80,7 +80,14 @@ def decide(
     if site.spec.route is not None:
         backend, told = faster(site, backend, backends)
         notes += told
-    plan = Plan(found, site.spec, tuple(_kept(e, found.site) for e in edits), backend, tuple(applied), out_bias)
+    plan = Plan(
+        site.spec,
+        tuple(_kept(e, found.site) for e in edits),
+        out_bias,
+        found=found,
+        backend=backend,
+        passes=tuple(applied),
+    )
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
         return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
     return Decision(
@@ -179,8 +186,7 @@ def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
     """Where a pattern leaves no key to some query."""
     if spec.pattern == site.spec.pattern:
         return ()
-    known = spec.pattern if spec.seen_as is None else spec.seen_as
-    counts = known.blind(site.q_len, site.kv_len, num_heads=spec.num_heads)
+    counts = spec.visible_pattern.blind(site.q_len, site.kv_len, num_heads=spec.num_heads)
     return tuple(
         f"{count} of {site.q_len} queries see no key{_of_heads(spec, counts, count)}: their output is zero"
         for count in sorted({*counts} - {0})

@@ -139,10 +139,9 @@ def _described(found: Found) -> str:
     kv = "" if spec.num_kv_heads == spec.num_heads else f" / {spec.num_kv_heads} kv"
     extras = [n for n in ("bias", "mask", "sinks") if getattr(spec, f"has_{n}")]
     extras += [f"softcap {spec.softcap:g}"] if spec.softcap is not None else []
-    seen = spec.pattern if spec.seen_as is None else spec.seen_as
     kind = "cross" if spec.is_cross else "self"
     size = f"{spec.num_heads}{kv} heads x {spec.head_dim}"
-    return ", ".join([size, kind, str(seen), *extras, *spec.positions, f"scale {spec.scale:.4g}"])
+    return ", ".join([size, kind, str(spec.visible_pattern), *extras, *spec.positions, f"scale {spec.scale:.4g}"])
 
 
 def _of_other(graph: fx.Graph, rejected: Rejected) -> Explanation:

@@ -150,7 +150,7 @@ def _name(plan: Plan) -> str:
 def _new_pattern(plan: Plan) -> Pattern | None:
     """All that is known of what the site sees after the passes, in the order of the converted heads; None if that stays."""
     before, after = plan.found.raised.spec, plan.spec
-    seen, was = (spec.pattern if spec.seen_as is None else spec.seen_as for spec in (after, before))
+    seen, was = (spec.visible_pattern for spec in (after, before))
     order = [after.heads.index(h) for h in head_order(plan).queries]
     if seen == was.for_heads([before.heads.index(h) for h in after.heads]):
         return None

@@ -19,7 +19,7 @@ from attnopt.compiler.compile import Compiled, compiled
 from attnopt.compiler.job import Options
 from attnopt.compiler.policy import Policy
 from attnopt.errors import AttnoptWarning, CaptureError, PolicyError
-from attnopt.lower.fold import Folded, folded
+from attnopt.lower.fold import folded
 from attnopt.lower.lower import Plan
 from attnopt.report.report import Report
 
@@ -39,11 +39,7 @@ class Part:
     def plans(self) -> list[Plan]:
         """What is to be changed, with all that can be in the weights moved there."""
         plans = [d.plan for d in self.made.decisions if d.plan is not None and not d.plan.changes_nothing]
-        left = [folded(plan.found, Folded(plan.spec, plan.edits, plan.out_bias)) for plan in plans]
-        return [
-            replace(plan, spec=made.spec, edits=made.edits, out_bias=made.out_bias)
-            for plan, made in zip(plans, left, strict=True)
-        ]
+        return [folded(plan.found, plan) for plan in plans]
 
 
 def parts_of(model: nn.Module, policy: Any, inputs: Inputs, batches: Sequence[Inputs], options: Options) -> list[Part]:

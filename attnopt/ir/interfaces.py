@@ -8,22 +8,17 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import ClassVar
 
-from torch import Tensor
-
 from attnopt.ir.attend import Attend
-from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
+from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
-class Rewrite:
-    """What a pass makes of a site: the new spec, and new weights for heads that stay."""
+class Rewrite(SiteEdit):
+    """What a pass makes of a site."""
 
-    spec: AttentionSpec
-    edits: tuple[HeadWeights, ...] = ()
-    out_bias: Tensor | None = None  # of the output projection [out], where it changes
     notes: tuple[str, ...] = ()  # what the report should tell: which default was taken, what was not saved, ...
 
 

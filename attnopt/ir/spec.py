@@ -66,10 +66,14 @@ class AttentionSpec:
         return len(self.kv_heads)
 
     @property
+    def visible_pattern(self) -> Pattern:
+        """What queries see, a mask operand included where it is known what it amounts to."""
+        return self.pattern if self.seen_as is None else self.seen_as
+
+    @property
     def is_causal(self) -> bool:
         """No query sees a later key, as far as that is known without the inputs' values."""
-        known = self.pattern if self.seen_as is None else self.seen_as
-        return known.is_causal
+        return self.visible_pattern.is_causal
 
     @property
     def route(self) -> Routed | None:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
-from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.site_edit import SiteEdit
 from attnopt.match.find import Found
 
-
-@dataclass(frozen=True)
-class Folded:
-    """What is left to compute, and the weights for it."""
-
-    spec: AttentionSpec
-    edits: tuple[HeadWeights, ...]
-    out_bias: Tensor | None = None
+E = TypeVar("E", bound=SiteEdit)
 
 
-def folded(found: Found, plan: Folded) -> Folded:
+def folded(found: Found, plan: E) -> E:
     """Heads that give the same for every token moved into the output bias, and gains into the output weights."""
     if found.site.projections["out"].rows is None or found.output_op is None:
         return plan
     return _gains(found, _constants(found, plan))
 
 
-def _gains(found: Found, plan: Folded) -> Folded:
+def _gains(found: Found, plan: E) -> E:
     spec = plan.spec
     if spec.gains is None:
         return plan
@@ -41,7 +35,7 @@ def _gains(found: Found, plan: Folded) -> Folded:
     return replace(plan, spec=replace(spec, gains=None), edits=(*inner, *scaled))
 
 
-def _constants(found: Found, plan: Folded) -> Folded:
+def _constants(found: Found, plan: E) -> E:
     spec, site = plan.spec, found.site
     known = constant_heads(spec.after)
     silent = {h for h, value in known.items() if not bool(value.any())}
@@ -63,7 +57,7 @@ def _constants(found: Found, plan: Folded) -> Folded:
     return replace(plan, spec=spec.keeping(set(spec.heads) - {*gone}), out_bias=bias if moved else plan.out_bias)
 
 
-def _out_weight(found: Found, plan: Folded, head: int) -> Tensor | None:
+def _out_weight(found: Found, plan: SiteEdit, head: int) -> Tensor | None:
     """Today's output weights [Dv, out] of a head."""
     new = {e.head: e.weight for e in plan.edits if e.role == "out"}
     return new.get(head, found.site.head_weight("out", head))

@@ -28,8 +28,9 @@ from attnopt.ir.interfaces import Backend
 from attnopt.ir.operands import ROLES
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.site import Site
+from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
-from attnopt.lower.fold import Folded, folded
+from attnopt.lower.fold import folded
 from attnopt.match.find import Found
 from attnopt.match.projections import weight_path
 from attnopt.slicing.fuse_projections import join
@@ -39,16 +40,13 @@ from attnopt.slicing.selector import Selector, push_down
 from attnopt.slicing.weight_store import Weights
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to become of one site: its meaning after the passes, new weights, and the backend that computes it."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(SiteEdit):
+    """The edit of one site, with the passes that made it and the backend that computes it."""
 
     found: Found
-    spec: AttentionSpec
-    edits: tuple[HeadWeights, ...]
     backend: Backend
     passes: tuple[str, ...]
-    out_bias: Tensor | None = None  # of the output projection, where it changes
 
     @property
     def changes_nothing(self) -> bool:
@@ -106,8 +104,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     raised = plan.found.raised
     node, out, region_out = table[raised.node], table[raised.out], table[raised.region.out.node]
     region_out.replace_all_uses_with(out)
-    whole = Folded(plan.spec, plan.edits, plan.out_bias)
-    made = whole if plain else folded(plan.found, whole)
+    made: SiteEdit = plan if plain else folded(plan.found, plan)
     emit = Emitter(gm.graph, node, {"site": plan.found.site.name, "passes": ", ".join(plan.passes)})
     if made.spec.is_constant and not plain:
         lowered = _constant(emit, node, made.spec)
@@ -124,7 +121,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
 
 
 def _attention(
-    emit: Emitter, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], made: Folded, plain: bool
+    emit: Emitter, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], made: SiteEdit, plain: bool
 ) -> fx.Node:
     """The attention computed from operands whose heads are selected, as far up as that goes."""
     node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
@@ -230,7 +227,7 @@ def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new:
 
 
 def _edit_output(
-    gm: fx.GraphModule, weights: Weights, found: Found, table: Mapping[fx.Node, fx.Node], made: Folded
+    gm: fx.GraphModule, weights: Weights, found: Found, table: Mapping[fx.Node, fx.Node], made: SiteEdit
 ) -> None:
     """New columns, and where it changes a new bias, in the output projection of this site alone."""
     op = found.output_op

@@ -188,7 +188,7 @@ def _size(head_dim: int, value_dim: int) -> str:
 
 def pattern_text(spec: AttentionSpec) -> str:
     """What the queries see, a mask operand included where it is known what it amounts to."""
-    return str(spec.pattern if spec.seen_as is None else spec.seen_as)
+    return str(spec.visible_pattern)
 
 
 def spec_extras(spec: AttentionSpec) -> list[str]:

@@ -41,9 +41,8 @@ class Form:
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> Self:
-        seen = spec.pattern if spec.seen_as is None else spec.seen_as
         selection = "" if spec.selection is None else str(spec.selection)
-        return cls(spec.heads, tuple(spec.kv_heads[g] for g in spec.kv_of_head), str(seen), selection)
+        return cls(spec.heads, tuple(spec.kv_heads[g] for g in spec.kv_of_head), str(spec.visible_pattern), selection)
 
 
 @dataclass(frozen=True)

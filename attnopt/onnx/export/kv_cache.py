@@ -61,7 +61,7 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
     }.items():
         if given:
             raise _error(site.name, f"it has {what}, which GroupQueryAttention does not know")
-    pattern = spec.pattern if spec.seen_as is None else spec.seen_as
+    pattern = spec.visible_pattern
     match pattern.bands:
         case (Band(high=0, step=1, first=None),):
             return pattern
