@@ -80,7 +80,7 @@ class GroupedQuery(Pass, SharesBudget):
             )
 
     def _checked_merge(self, merge: str) -> None:
-        known = (*ALIGNED, *KV_MERGES.listed())
+        known = (*KV_MERGES.listed(), *ALIGNED)
         if choice(self.name, "merge", merge, known) not in ALIGNED:
             KV_MERGES.load(merge)
 

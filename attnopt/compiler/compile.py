@@ -75,6 +75,7 @@ def carried_out(job: Job) -> Compiled:
 def _of_program(job: Job, program: Program, clock: _Clock) -> Compiled:
     told = _Warnings()
     told.all_of(_broken_weights(program))
+    dynamic = dynamic_axes(program.module.graph)  # asked now: lowering can fix a symbol, and the captured graph shares it
     with clock.stage("match"):
         findings = find(program)
     with clock.stage("rewrite"):
@@ -83,7 +84,7 @@ def _of_program(job: Job, program: Program, clock: _Clock) -> Compiled:
     plans = [d.plan for d in decisions if d.plan is not None]
     with clock.stage("lower"):
         module = lower(program.module, plans, joins=not is_file(job.model))
-    _check_axes(program.module, module)
+    _check_axes(dynamic - dynamic_axes(module.graph))
     with clock.stage("verify"):
         checker = Checker(job.model, program, plans, job.options.seed)
         error, found = checker.check(module)
@@ -133,9 +134,8 @@ def _broken_weights(program: Program) -> Iterator[str]:
         yield f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared"
 
 
-def _check_axes(before: fx.GraphModule, after: fx.GraphModule) -> None:
+def _check_axes(lost: set[tuple[str, int]]) -> None:
     """An axis that was dynamic has to stay so."""
-    lost = dynamic_axes(before.graph) - dynamic_axes(after.graph)
     if lost:
         listed = ", ".join(f"axis {axis} of {name}" for name, axis in sorted(lost))
         raise RewriteError(
