@@ -75,7 +75,9 @@ def carried_out(job: Job) -> Compiled:
 def _of_program(job: Job, program: Program, clock: _Clock) -> Compiled:
     told = _Warnings()
     told.all_of(_broken_weights(program))
-    dynamic = dynamic_axes(program.module.graph)  # asked now: lowering can fix a symbol, and the captured graph shares it
+    dynamic = dynamic_axes(
+        program.module.graph
+    )  # asked now: lowering can fix a symbol, and the captured graph shares it
     with clock.stage("match"):
         findings = find(program)
     with clock.stage("rewrite"):

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from attnopt.base.sizes import is_static
 from attnopt.capture.signature import Signature
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import ancestors, value
+from attnopt.graph.record import recorded
 from attnopt.onnx.export.correspondence import Change
 from attnopt.onnx.export.mark import Marked, fastest, mark
 from attnopt.onnx.export.older import WRITTEN
@@ -45,7 +44,7 @@ def parts_of(gm: fx.GraphModule, origin: Origin, change: Change, opset: int, con
         **change.read,
         **{w: w for w in change.weights},
     }
-    values = _Recorder(gm, set(given)).record((origin.args, dict(origin.kwargs)))
+    values = recorded(gm, set(given), (origin.args, dict(origin.kwargs)))
     patterns = {s.name: s.spec.pattern for s in origin.sites}
     return [
         _part(gm, name, node, {n: g for n, g in given.items() if n is not node}, values, patterns, opset, contrib)
@@ -106,22 +105,3 @@ def _check_axes(model: ir.Model, order: Sequence[fx.Node]) -> None:
                     f"the rewritten part of the file would hold only where a size is {made.shape[axis]}",
                     hint="optimize with larger example inputs",
                 )
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what some of its nodes give."""
-
-    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
-        super().__init__(gm)
-        self.nodes, self.found = nodes, dict[fx.Node, Tensor]()
-
-    def record(self, inputs: Any) -> dict[fx.Node, Tensor]:
-        with torch.no_grad():
-            self.run(*pytree.tree_leaves(inputs))
-        return self.found
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.nodes:
-            self.found[n] = result.detach().clone() if isinstance(result, Tensor) else result
-        return result

@@ -18,6 +18,7 @@ from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.check import coarsest, resized
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
+from attnopt.graph.record import recorded
 from attnopt.onnx.export.builder import SWAPPED
 from attnopt.onnx.export.mark import Marked
 
@@ -148,7 +149,7 @@ def _first_that_differs(
         got = open_session(probe).run(list(there), dict(feed))
     finally:
         probe.unlink(missing_ok=True)
-    want = _Recorder(gm, {m.node for m in marked}).record(inputs)
+    want = recorded(gm, {m.node for m in marked}, inputs)
     for (name, m), o in zip(there.items(), got, strict=True):
         w = want[m.node]
         g = torch.from_numpy(o).transpose(1, 2) if name.endswith(SWAPPED) else torch.from_numpy(o)
@@ -159,22 +160,3 @@ def _first_that_differs(
 
 def _names(number: int) -> tuple[str, str]:
     return f"attention_{number}", f"attention_{number}{SWAPPED}"
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what some of its nodes give."""
-
-    def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
-        super().__init__(gm)
-        self.nodes, self.found = nodes, dict[fx.Node, Tensor]()
-
-    def record(self, inputs: Inputs) -> dict[fx.Node, Tensor]:
-        with torch.no_grad():
-            self.run(*pytree.tree_leaves(inputs))
-        return self.found
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.nodes:
-            self.found[n] = result
-        return result
