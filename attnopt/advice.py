@@ -37,12 +37,12 @@ def advise(
     if isinstance(attention, Site):
         q_len, kv_len = attention.q_len if q_len is None else q_len, attention.kv_len if kv_len is None else kv_len
     if q_len is None:
-        raise PolicyError("advise: a spec alone has no lengths", hint="give q_len, and kv_len where it differs")
+        raise PolicyError("advise: a spec has no sequence lengths", hint="pass q_len, and kv_len if it differs")
     kv_len = q_len if kv_len is None else kv_len
     wanted = (parse(pattern) if isinstance(pattern, str) else pattern).for_heads(spec.heads)
     if wanted.lengths is not None and kv_len not in wanted.lengths:
         raise PolicyError(
-            f"advise: {wanted} is not made for {kv_len} tokens", hint="give the lengths that it is made for"
+            f"advise: {wanted} does not fit {kv_len} tokens", hint="pass the lengths that the pattern was built for"
         )
     return _advice(spec, wanted, q_len, kv_len, tile)
 

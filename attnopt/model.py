@@ -78,7 +78,7 @@ class OptimizedModel(nn.Module):
         try:
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
-            raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
+            raise CaptureError(f"wrong inputs: {e}", hint="call it like the original model") from None
         form, fixed = self.origin.form, self.origin.report.fixed_axes
         taken = None if form is None else form.take(args, kwargs)
         if form is None or taken is None:
@@ -92,7 +92,7 @@ class OptimizedModel(nn.Module):
             if not is_guard(e):
                 raise
             raise CaptureError(
-                f"these inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
+                f"the inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
             ) from None
         return out if form is None or taken is None else form.give(out, taken)
 
@@ -101,8 +101,8 @@ class OptimizedModel(nn.Module):
         if mode and self._origin is not None and self._origin.trains_otherwise:
             self._origin = replace(self._origin, trains_otherwise=False)
             warn(
-                "the model was captured in eval mode: its dropout stays off and its batch normalisation as it is; optimize the "
-                "model in train mode for a graph to be trained with them"
+                "the model was captured in eval mode: dropout stays off and batch normalization stays fixed; optimize the "
+                "model in train mode to train with them"
             )
         for module in self.modules():  # the graph's own train() refuses
             module.training = mode
@@ -122,8 +122,8 @@ class OptimizedModel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AttnoptError(
-            "an optimized model cannot be pickled: its graph holds what torch knows of this process alone",
-            hint="write it with fast.save(path) and read it with attnopt.load(path); its state_dict can be pickled",
+            "an optimized model cannot be pickled: its graph contains process-local torch objects",
+            hint="save it with fast.save(path) and load it with attnopt.load(path); its state_dict can be pickled",
         )
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class OptimizedModel(nn.Module):
 
 
 def _not_captured() -> AttnoptError:
-    return AttnoptError("the model has not been captured yet", hint="call it once, or give example inputs to optimize")
+    return AttnoptError("the model has not been captured yet", hint="call it once, or pass example inputs to optimize")
 
 
 def load(path: str | os.PathLike[str], *, classes: Iterable[type] = ()) -> OptimizedModel:

@@ -50,7 +50,8 @@ def importance(scores: Mapping[str, Sequence[float]] | Report, *, ax: Axes | Non
     rows = dict(scores) if isinstance(scores, Mapping) else _held(scores)
     if not rows:
         raise AttnoptError(
-            "there is no importance to draw", hint="give report.with_importance(attnopt.head_importance(model, data))"
+            "there is no head importance to plot",
+            hint="use report.with_importance(attnopt.head_importance(model, data))",
         )
     grid = np.full((len(rows), max(map(len, rows.values()))), np.nan)
     for i, row in enumerate(rows.values()):
@@ -66,7 +67,7 @@ def errors(report: Report, *, ax: Axes | None = None) -> Axes:
     """The error of each attention on a logarithmic scale; AttnoptError if none was measured."""
     found = {site.name: site.error for site in report.sites if site.error is not None}
     if not found:
-        raise AttnoptError("the report holds no errors")
+        raise AttnoptError("the report contains no errors")
     ax = _axes(ax, (5.5, 0.8 + 0.28 * len(found)))
     ax.barh(range(len(found)), [max(error, 1e-12) for error in found.values()], color="#4878a8")
     ax.set(xscale="log", xlabel="largest relative difference", yticks=range(len(found)), yticklabels=_names(found))
@@ -96,7 +97,7 @@ def pareto(points: Iterable[Point], *, ax: Axes | None = None, xlabel: str = "co
     """Every point, and the line through those that no other beats in both; AttnoptError if there is no point."""
     given = list(points)
     if not given:
-        raise AttnoptError("there is no point to draw")
+        raise AttnoptError("there are no points to plot")
     ax = _axes(ax, (5.5, 4))
     best = front(given)
     ax.scatter([p.cost for p in given], [p.error for p in given], color="#9bb8d3", zorder=2)
@@ -113,7 +114,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise AttnoptError("figures need matplotlib", hint='pip install "attnopt[plot]"') from error
+        raise AttnoptError("plotting needs matplotlib", hint='pip install "attnopt[plot]"') from error
     made: Any = pyplot.subplots(figsize=size, layout="constrained")[1]
     axes: Axes = made
     return axes

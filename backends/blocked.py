@@ -39,13 +39,14 @@ class Blocked(Backend):
     def check(self, spec: AttentionSpec) -> Refusal | None:
         if spec.selection is not None and spec.selection.block % BLOCK:
             found = f"blocks of {spec.selection.block}"
-            return Refusal(
-                "other-blocks", expected=f"a selection of blocks of {BLOCK}, or several of these", found=found
-            )
+            return Refusal("other-blocks", expected=f"a block size that is a multiple of {BLOCK}", found=found)
         if not is_readable(spec.pattern):
-            hint = "put @attnopt.register on its class, and let its repr be the call that makes it"
+            hint = "decorate its class with @attnopt.register, and make its repr the call that constructs it"
             return Refusal(
-                "unnamed-pattern", expected="a pattern that its text names", found=str(spec.pattern), hint=hint
+                "unnamed-pattern",
+                expected="a pattern that can be reconstructed from its text",
+                found=str(spec.pattern),
+                hint=hint,
             )
         return None
 
@@ -84,6 +85,4 @@ class Blocked(Backend):
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         reason = native.why_not()
-        return (
-            () if reason is None else (f"blocked: torch's operators instead of the compiled kernel, because {reason}",)
-        )
+        return () if reason is None else (f"blocked: using torch operators instead of the compiled kernel: {reason}",)

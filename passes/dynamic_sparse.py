@@ -37,9 +37,9 @@ class DynamicSparse(Pass):
         if site.spec.selection is not None:
             return site.refuse(
                 "already-selected",
-                expected="an attention that sees every block",
+                expected="an attention without block selection",
                 found=str(site.spec.selection),
-                hint="give the site one dynamic-sparse only",
+                hint="apply dynamic-sparse only once per site",
             )
         return refuse_other_keys(site)
 

@@ -74,21 +74,21 @@ class GroupedQuery(Pass, SharesBudget):
             choice(self.name, "budget", self.budget, BUDGETS)
         if self.grouping == "key-norm" and self.merge in ALIGNED:
             raise PolicyError(
-                f"grouped-query: merge={self.merge!r} is not possible with grouping='key-norm', where queries read other "
-                "heads than their own; give merge='mean'"
+                f"grouped-query: invalid value merge={self.merge!r} with grouping='key-norm', which changes the "
+                "head that a query reads: expected merge='mean'"
             )
 
     def _checked(self, grouping: Any) -> tuple[int, ...]:
         """The number of each head's group, which must be 0 to kv_heads - 1, each of them used."""
         if not isinstance(grouping, (list, tuple)):
             raise PolicyError(
-                f"grouped-query: grouping={grouping!r} is not possible; give one of {GROUPINGS} or numbers"
+                f"grouped-query: invalid value grouping={grouping!r}: expected one of {GROUPINGS} or numbers"
             )
         numbers = tuple(whole(self.name, "grouping", g) for g in grouping)
         if len(set(numbers)) != self.kv_heads or max(numbers) >= self.kv_heads:
             raise PolicyError(
-                f"grouped-query: grouping={grouping!r} is not possible; with kv_heads={self.kv_heads} give each head a "
-                f"number from 0 to {self.kv_heads - 1}, and each number to a head"
+                f"grouped-query: invalid value grouping={grouping!r}: expected one group per head, "
+                f"numbered 0 to {self.kv_heads - 1}, with every group used"
             )
         return numbers
 
@@ -122,7 +122,7 @@ class GroupedQuery(Pass, SharesBudget):
         if self.kv_heads == site.num_kv_heads:
             return None
         edited = [e for e in site.spec.after if isinstance(e, Routed) or not e.fits_other_values]
-        refused = refuse_edits(site, edits=edited, hint="group key/value heads before heads are routed or replaced")
+        refused = refuse_edits(site, edits=edited, hint="apply grouped-query before heads are routed or replaced")
         refused = refused or self._refuse_sizes(site) or self._refuse_data(site)
         roles = ("q", "k", "v", "out") if self.merge in ALIGNED else ("k", "v")
         return refused or refuse_unknown_projections(site, roles, _expected(roles), "")
@@ -228,7 +228,7 @@ class GroupedQuery(Pass, SharesBudget):
         grouping = self.grouping
         if grouping is not None and not isinstance(grouping, str) and len(grouping) != heads:
             found = f"{len(grouping)} numbers"
-            return site.refuse("kv-heads-do-not-fit", expected=f"a group for each of {heads} heads", found=found)
+            return site.refuse("kv-heads-do-not-fit", expected=f"one group per head ({heads})", found=found)
         by_runs = grouping in (None, "adjacent", "key-norm") and (site.activations is None or grouping is not None)
         if (by_runs and heads % self.kv_heads) or self.kv_heads > heads:
             fits = [n for n in range(1, heads + 1) if heads % n == 0 or not by_runs]
@@ -239,7 +239,7 @@ class GroupedQuery(Pass, SharesBudget):
     def _refuse_data(self, site: Site) -> Refusal | None:
         needs = self.merge in ALIGNED or self.grouping in SEARCHED or self.compensate == "least-squares"
         if needs and site.activations is None:
-            hint = "give calibration= to attnopt.optimize"
+            hint = "pass calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         if self.merge in ALIGNED or self.grouping in SEARCHED:
             known = refuse_unknown_projections(site, ("q", "k", "v", "out"), _expected(("q", "k", "v", "out")), "")
@@ -248,9 +248,9 @@ class GroupedQuery(Pass, SharesBudget):
             if mixing_of_scores(site) is None or not mixes_values(site):
                 return site.refuse(
                     "features-are-not-linear",
-                    expected="heads that reach the core as they are projected, or rotated",
-                    found="a norm or another map between projection and core",
-                    hint='give merge="mean" and grouping="adjacent"',
+                    expected="queries and keys that are only projected or rotated before the scores",
+                    found="a norm or another transform after the projection",
+                    hint='use merge="mean" and grouping="adjacent"',
                 )
         return None
 

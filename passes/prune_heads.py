@@ -60,10 +60,10 @@ class PruneHeads(Pass, SharesBudget):
 
     def __post_init__(self) -> None:
         if sum(o is not None for o in (self.fraction, self.heads)) != 1:
-            raise PolicyError("prune-heads: give either fraction or heads")
+            raise PolicyError("prune-heads: expected exactly one of fraction and heads")
         if self.fraction is not None and not 0 <= number(self.name, "fraction", self.fraction) < 1:
             raise PolicyError(
-                f"prune-heads: fraction={self.fraction!r} is not possible; give a number from 0 to below 1"
+                f"prune-heads: invalid value fraction={self.fraction!r}: expected a number from 0 to below 1"
             )
         if self.heads is not None:
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
@@ -75,7 +75,7 @@ class PruneHeads(Pass, SharesBudget):
         switch(self.name, "whole_layers", self.whole_layers)
         if self.heads is not None and (self.importance is not None or self.budget == "global"):
             what = "importance" if self.importance is not None else "budget"
-            raise PolicyError(f"prune-heads: {what} is only used with fraction; leave it out or give fraction")
+            raise PolicyError(f"prune-heads: {what} is only used with fraction; omit it or pass fraction")
         if self.importance is not None:
             object.__setattr__(self, "importance", self._scores())
 
@@ -90,8 +90,8 @@ class PruneHeads(Pass, SharesBudget):
         named = {site: scores for site, scores in pairs if isinstance(site, str)}
         if not named or len(named) < len(pairs):
             raise PolicyError(
-                f"prune-heads: importance={given!r} is not possible; give a sequence of numbers, a mapping from site "
-                "names to those, or the name of a method"
+                f"prune-heads: invalid value importance={given!r}: expected a sequence of numbers, a mapping from site "
+                "names to such sequences, or the name of a method"
             )
         return tuple((site, numbers(self.name, "importance", scores)) for site, scores in named.items())
 
@@ -119,7 +119,7 @@ class PruneHeads(Pass, SharesBudget):
 
     # ------------------------------------------------------------ one site
     def check(self, site: Site) -> Refusal | None:
-        routed = refuse_edits(site, [site.spec.route], "prune heads before tokens are routed to them")
+        routed = refuse_edits(site, [site.spec.route], "apply prune-heads before route-heads")
         unknown = routed or refuse_unknown_heads(site, (*(self.heads or ()), *self.protect))
         return unknown or self._refuse_sizes(site) or _refuse_kept(site) or self._refuse_projections(site)
 
@@ -129,7 +129,7 @@ class PruneHeads(Pass, SharesBudget):
             return self._keeping(site, kept, ())
         count = site.num_heads - self._removed(site)
         if count == site.num_heads:
-            return Rewrite(site.spec, notes=("prune-heads: the fraction is less than one head, none was removed",))
+            return Rewrite(site.spec, notes=("prune-heads: the fraction is less than one head, so none was removed",))
         if self._method(site) == "obs":
             kept, by = [site.spec.heads[p] for p in self._sets(site, surgeon_of(site), count)[count]], "block OBS"
         else:
@@ -143,7 +143,10 @@ class PruneHeads(Pass, SharesBudget):
         spec = site.spec.keeping(kept)
         gone = site.num_kv_heads - spec.num_kv_heads
         if gone and site.num_kv_heads < site.num_heads:
-            notes = (*notes, f"prune-heads: {gone} of {site.num_kv_heads} key/value heads went with all their queries")
+            notes = (
+                *notes,
+                f"prune-heads: {gone} of {site.num_kv_heads} key/value heads removed along with all their query heads",
+            )
         how = self._compensation(site)
         if how == "none" or spec == site.spec:
             return Rewrite(spec, notes=notes)
@@ -156,7 +159,7 @@ class PruneHeads(Pass, SharesBudget):
         last = site.spec.heads[:1]  # stands for the layer, and gives nothing
         zeros = Replaced(last, Constant.of(torch.zeros(1, site.value_dim)), "zeros")
         spec = site.spec.keeping(last).followed_by(zeros)
-        notes = ("prune-heads: every head is removed, the layer gives the same for every token",)
+        notes = ("prune-heads: every head is removed; the layer outputs the same for every token",)
         if self._compensation(site) == "none":
             return Rewrite(spec, notes=notes)
         made = bias_for(site, spec, heads=())
@@ -214,26 +217,26 @@ class PruneHeads(Pass, SharesBudget):
     def _refuse_sizes(self, site: Site) -> Refusal | None:
         present = set(site.spec.heads)
         if self.heads is not None and not present - set(self.heads) and not self.whole_layers:
-            found, hint = f"all {len(present)} removed", "give whole_layers=True to remove the attention as a whole"
-            return site.refuse("all-heads", expected="at least one head to stay", found=found, hint=hint)
+            found, hint = f"all {len(present)} heads removed", "use whole_layers=True to remove the whole attention"
+            return site.refuse("all-heads", expected="at least one remaining head", found=found, hint=hint)
         given: Any = self.importance
         if given is None or isinstance(given, str):
             return None
         count = original_heads(site)
         if _is_pairs(given) and site.name not in dict(given):
-            return site.refuse("no-such-site-size", expected=f"an importance for {site.name}", found="none")
+            return site.refuse("no-such-site-size", expected=f"importance scores for {site.name}", found="none")
         scores = dict(given)[site.name] if _is_pairs(given) else given
         if len(scores) in ({count, len(present)} if _is_pairs(given) else {count}):
             return None
         found = f"{len(scores)} numbers"
-        return site.refuse("no-such-site-size", expected=f"an importance for each of {count} heads", found=found)
+        return site.refuse("no-such-site-size", expected=f"one importance score per head ({count})", found=found)
 
     def _refuse_projections(self, site: Site) -> Refusal | None:
         method = self._method(site) if self.heads is None else "given"
         fits = self._compensation(site) != "none"
         needs_data = fits or method not in ("given", "weights", "random")
         if needs_data and site.activations is None:
-            hint = "give calibration= to attnopt.optimize"
+            hint = "pass calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         if fits or method in ("obs", "flap", "wanda", "output-norm"):
             return refuse_unknown_projections(
@@ -241,7 +244,7 @@ class PruneHeads(Pass, SharesBudget):
             )
         if method != "weights":
             return None
-        hint = "importance=, one number for each head"
+        hint = "importance=, one number per head"
         return refuse_unknown_projections(site, ("v", "out"), "known value and output projections", hint, False)
 
 
@@ -252,9 +255,9 @@ def _refuse_kept(site: Site) -> Refusal | None:
         return None
     return site.refuse(
         "nothing-to-remove",
-        expected="weights that belong to single heads",
+        expected="weights that can be separated by head",
         found="; ".join(f"{role}: {p.why}" for role, p in roles.items()),
-        hint="silence heads with scale-heads and gains of 0, which removes no parameter either",
+        hint="zero the heads with scale-heads and gains of 0 (their parameters stay)",
     )
 
 

@@ -33,7 +33,7 @@ class ScaleHeads(Pass):
             return
         of_head = {whole(self.name, "gains", head): number(self.name, "gains", gain) for head, gain in pairs}
         if len(of_head) < len(pairs):
-            raise PolicyError(f"{self.name}: gains={gains!r} is not possible; give each head one number")
+            raise PolicyError(f"{self.name}: invalid value gains={gains!r}: expected one number per head")
         object.__setattr__(self, "gains", tuple(sorted(of_head.items())))
 
     def check(self, site: Site) -> Refusal | None:
@@ -44,7 +44,7 @@ class ScaleHeads(Pass):
         if len(self.gains) == count:
             return None
         found = f"{len(self.gains)} gains"
-        return site.refuse("wrong-number-of-gains", expected=f"one gain for each of {count} heads", found=found)
+        return site.refuse("wrong-number-of-gains", expected=f"one gain per head ({count})", found=found)
 
     def rewrite(self, site: Site) -> Rewrite:
         of_head = dict(_pairs(self.gains) or enumerate(numbers(self.name, "gains", self.gains)))
@@ -57,6 +57,6 @@ def _pairs(gains: Any) -> list[tuple[int, float]] | None:
         return None
     if any(len(pair) != 2 for pair in gains):
         raise PolicyError(
-            f"scale-heads: gains={gains!r} is not possible; give numbers, or pairs of a head and its gain"
+            f"scale-heads: invalid value gains={gains!r}: expected numbers, or pairs of a head and its gain"
         )
     return [(head, gain) for head, gain in gains]

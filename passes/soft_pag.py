@@ -35,7 +35,7 @@ class SoftPAG(Pass):
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
         u = number(self.name, "u", self.u)
         if not 0.0 <= u <= 1.0:
-            raise PolicyError(f"{self.name}: u={self.u!r} is not possible; give a number from 0 to 1")
+            raise PolicyError(f"{self.name}: invalid value u={self.u!r}: expected a number from 0 to 1")
         object.__setattr__(self, "u", u)
 
     def check(self, site: Site) -> Refusal | None:

@@ -28,7 +28,9 @@ class Sparse(Pass):
     def __init__(self, pattern: Pattern | str) -> None:
         read = parse(pattern) if isinstance(pattern, str) else pattern
         if not isinstance(read, Pattern):
-            raise PolicyError(f"sparse: pattern={pattern!r} is not possible; give one of attnopt.patterns or its text")
+            raise PolicyError(
+                f"sparse: invalid value pattern={pattern!r}: expected a pattern from attnopt.patterns or its text"
+            )
         object.__setattr__(self, "pattern", read)
 
     @classmethod

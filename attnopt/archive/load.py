@@ -72,33 +72,38 @@ def _blamed(file: Path, hint: str = "save the model again") -> Iterator[None]:
 def _check_file(file: Path, digest: str) -> None:
     """A plain file (no pipe or device, which could block or never end) with the bytes that were written."""
     if not file.is_file():
-        raise ArchiveError(f"{file} is not there or is no plain file", hint="save the model again")
+        raise ArchiveError(f"{file} is missing or not a regular file", hint="save the model again")
     if file.name == GRAPH:
         _check_size(file)
     if digest_of_file(file) != digest:
-        raise ArchiveError(f"{file} is damaged: it is not what was saved", hint="save the model again")
+        raise ArchiveError(
+            f"{file}: checksum mismatch: the file changed after it was saved", hint="save the model again"
+        )
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
     file = folder / MARKER
     if not file.is_file():
-        raise ArchiveError(f"{folder} holds no saved attnopt model", hint="give the folder that save was given")
+        raise ArchiveError(f"{folder} does not contain a saved attnopt model", hint="pass the folder that save() wrote")
     with _blamed(file):
         _check_size(file)
         about = json.loads(file.read_bytes())
         found = about.get("format") if isinstance(about, dict) else None
         if found != FORMAT:
             raise ArchiveError(
-                f"{file} has format {found!r}, this version reads {FORMAT}", hint="save it again with this version"
+                f"{file} has format {found!r}; this version reads format {FORMAT}",
+                hint="save it again with this version",
             )
         if about.pop("self_sha256", None) != digest(about):
-            raise ArchiveError(f"{file} is damaged: it is not what was saved", hint="save the model again")
+            raise ArchiveError(
+                f"{file}: checksum mismatch: the file changed after it was saved", hint="save the model again"
+            )
     return dict(about)
 
 
 def _check_size(file: Path) -> None:
     if (size := file.stat().st_size) > LARGEST:
-        raise ArchiveError(f"{file}: {size} bytes are too many for a description; at most {LARGEST} are read")
+        raise ArchiveError(f"{file} is too large: {size} bytes, at most {LARGEST} are read")
 
 
 def _read_module(folder: Path, about: Mapping[str, Any]) -> tuple[fx.GraphModule, Inputs]:

@@ -26,11 +26,11 @@ class NotAGraphError(ValueError):
 def check_graph(parsed: Any) -> None:
     """Raises NotAGraphError."""
     if not isinstance(parsed, dict):
-        raise NotAGraphError(f"it holds a {type(parsed).__name__} where a graph belongs")
+        raise NotAGraphError(f"expected a graph, found a {type(parsed).__name__}")
     for key, value in _items(parsed):
         check = _CHECKS.get(key, _name)
         if isinstance(value, str) and not check(value):
-            raise NotAGraphError(f"it holds {value[:60]!r} as {key or 'a name'}")
+            raise NotAGraphError(f"the graph contains {value[:60]!r} as {key or 'a name'}")
 
 
 def check_operators(module: nn.Module) -> None:
@@ -45,7 +45,7 @@ def check_operators(module: nn.Module) -> None:
                 a for a in pytree.tree_leaves((node.args, node.kwargs)) if callable(a) and not isinstance(a, fx.Node)
             ]
             if wrong := [c for c in called if not _is_operator(c)]:
-                raise NotAGraphError(f"it calls {str(wrong[0])[:60]}, which is no operator")
+                raise NotAGraphError(f"the graph calls {str(wrong[0])[:60]}, which is not a known operator")
 
 
 def _is_operator(target: Any) -> bool:

@@ -25,7 +25,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _beside(target, "tmp")
     with _reported(target), _removed(temporary):
         if target.is_dir():
-            raise ArchiveError(f"cannot write {target}: it is a folder", hint="name a file")
+            raise ArchiveError(f"cannot write {target}: it is a folder", hint="give the path of a file")
         yield temporary
         _flush(temporary)
         os.replace(temporary, target)
@@ -84,11 +84,11 @@ def _refuse_foreign(target: Path, marker: str) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ArchiveError(f"cannot write {target}: it is a file", hint="name a folder")
+        raise ArchiveError(f"cannot write {target}: it is a file", hint="give the path of a folder")
     if any(target.iterdir()) and not (target / marker).is_file():
         raise ArchiveError(
-            f"{target} is not empty and holds no saved attnopt model, so it is left alone",
-            hint="name a new folder, or remove this one first",
+            f"{target} is not empty and contains no saved attnopt model; it was not overwritten",
+            hint="choose a new folder, or remove this one first",
         )
 
 

@@ -28,7 +28,7 @@ _VALUES = (
 )  # fmt: skip
 _SEQUENCES, _MAPPINGS = (list, deque), (dict, OrderedDict)
 _OWN_FIELDS = (object, *_SEQUENCES, tuple, torch.Size, *_MAPPINGS)
-HINT = "let the cache hold tensors, numbers and plain lists or dicts of them"
+HINT = "use a cache that holds only tensors, numbers, and plain lists or dicts of them"
 
 
 @dataclass(frozen=True)
@@ -296,12 +296,12 @@ class Match:
     def _leaf(self, place: int, x: Any, path: Path) -> None:
         if self.leaves.setdefault(place, x) is not x and not (isinstance(x, int) and self.leaves[place] == x):
             raise CaptureError(
-                f"{text(path)} was one tensor with another when captured, and is not now", hint=OF_EACH_KIND
+                f"{text(path)} shared its tensor with another input at capture, but does not now", hint=OF_EACH_KIND
             )
 
     def _same(self, x: Any, wanted: Any, path: Path) -> None:
         if x is not wanted and not (isinstance(x, (int, float)) and x == wanted):
-            raise CaptureError(f"{text(path)} is another object than it was when captured", hint=OF_EACH_KIND)
+            raise CaptureError(f"{text(path)} is not the same object as at capture", hint=OF_EACH_KIND)
 
 
 def differs(path: Path, found: Any, wanted: Any) -> CaptureError:
@@ -401,4 +401,4 @@ def copied(inputs: Any) -> Any:
     return mapped(tree, lambda _, __: False, lambda part, _: build.part(part))
 
 
-OF_EACH_KIND = "optimize the model with an example of this kind too, and keep the two results side by side"
+OF_EACH_KIND = "optimize the model once more with an example of this structure, and keep both results"

@@ -26,11 +26,11 @@ def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:
     which quotes ``shown`` instead of ``text`` where that is given.
     """
     if len(text) > LONGEST:
-        raise PolicyError(f"a text of {len(text)} characters is too long; at most {LONGEST} are read")
+        raise PolicyError(f"text too long: {len(text)} characters, at most {LONGEST} are read")
     try:
         return _value(ast.parse(text.strip(), mode="eval").body, lookup)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        why = error.msg if isinstance(error, SyntaxError) else str(error) or "it is nested too deeply"
+        why = error.msg if isinstance(error, SyntaxError) else str(error) or "nested too deeply"
         raise PolicyError(f"cannot read {shortened(shown or text)!r}: {why}") from error
 
 
@@ -51,7 +51,7 @@ def construct(name: str, make: Callable[..., Any], args: list[Any], options: dic
 def _value(node: ast.expr, lookup: Lookup) -> Any:
     match node:
         case ast.Constant(int(value)) if value.bit_length() > LARGEST_NUMBER:
-            raise PolicyError(f"a number of {value.bit_length()} bits is too large")
+            raise PolicyError(f"number too large ({value.bit_length()} bits)")
         case ast.Constant(value):
             return value
         case ast.List(elements) | ast.Tuple(elements):
@@ -70,13 +70,13 @@ def _value(node: ast.expr, lookup: Lookup) -> Any:
             name = _dotted(func)
             options = distinct([(_keyword(k), _value(k.value, lookup)) for k in keywords])
             return construct(name, lookup(name), [_value(a, lookup) for a in args], options)
-    raise PolicyError(f"{_source(node)} cannot be read", hint="write names with arguments, literals, and &, |, ~")
+    raise PolicyError(f"{_source(node)} cannot be read", hint="use only names with arguments, literals, and &, |, ~")
 
 
 def _joinable(node: ast.expr, lookup: Lookup) -> Any:
     value = _value(node, lookup)
     if isinstance(value, _PLAIN) or not hasattr(value, "__and__"):
-        raise PolicyError(f"{_source(node)} cannot be joined with &, | or ~", hint="only patterns can")
+        raise PolicyError(f"{_source(node)} cannot be combined with &, | or ~", hint="only patterns can")
     return value
 
 
@@ -87,7 +87,7 @@ def _key(node: ast.expr | None, lookup: Lookup) -> Any:
     except TypeError:
         key = None
     if key is None:
-        raise PolicyError("a mapping's key must be a number, a text or a tuple")
+        raise PolicyError("a mapping key must be a number, a string or a tuple")
     return key
 
 
@@ -96,14 +96,14 @@ def distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise PolicyError(f"{key!r} stands twice")
+            raise PolicyError(f"duplicate key {key!r}")
         found[key] = value
     return found
 
 
 def _keyword(keyword: ast.keyword) -> str:
     if keyword.arg is None:
-        raise PolicyError("** cannot be read", hint="write every option as name=value")
+        raise PolicyError("** is not supported", hint="write every option as name=value")
     return keyword.arg
 
 

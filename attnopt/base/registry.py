@@ -40,7 +40,7 @@ class Plugin:
         """The class; PluginError, naming the distribution, where it cannot be imported or its name is contested."""
         if self.rivals:
             claims = ", ".join((self.distribution, *self.rivals))
-            raise PluginError(f"{self.kind} {self.name!r} is claimed by {claims}", hint="uninstall all but one of them")
+            raise PluginError(f"{self.kind} {self.name!r} is defined by {claims}", hint="uninstall all but one of them")
         if self.ready is not None:
             return self.ready
         module, _, attribute = self.target.partition(":")
@@ -51,7 +51,7 @@ class Plugin:
         except Exception as error:  # a plugin may fail in any way while it is imported
             why = f"{type(error).__name__}: {error}"
             message = f"{self.kind} {self.name!r} of {self.distribution} ({self.target}) cannot be loaded: {why}"
-            raise PluginError(message, hint=f"repair or uninstall {self.distribution}") from error
+            raise PluginError(message, hint=f"fix or uninstall {self.distribution}") from error
         return found
 
 
@@ -98,14 +98,17 @@ class Registry(Generic[T]):
         if name not in listed:
             near = difflib.get_close_matches(name, listed, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else None
-            raise PolicyError(f"there is no {self.kind} {name!r}; there are {', '.join(listed)}", hint=hint)
+            raise PolicyError(f"unknown {self.kind} {name!r}; available: {', '.join(listed)}", hint=hint)
         plugin = listed[name]
         loaded = plugin.load()
         whose = f"{plugin.target} of {plugin.distribution}"
         if not (isinstance(loaded, type) and issubclass(loaded, self.base)):
             raise PluginError(f"{whose} is not a subclass of attnopt's {self.base.__name__}")
         if (own := self._named(loaded)) != name:
-            raise PluginError(f"{whose} is installed as {name!r}, but calls itself {own!r}", hint="give both one name")
+            raise PluginError(
+                f"{whose} is installed as {name!r}, but its own name is {own!r}",
+                hint="use the same name in both places",
+            )
         return loaded
 
     def register(self, cls: type[T]) -> None:
@@ -115,7 +118,7 @@ class Registry(Generic[T]):
         """
         name = self._named(cls)
         if not isinstance(name, str) or not name:
-            raise PluginError(f"{target_of(cls)} has no name as a {self.kind}")
+            raise PluginError(f"{target_of(cls)} does not define a {self.kind} name")
         if inspect.isabstract(cls):
             missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
             raise PluginError(f"{self.kind} {name!r} ({target_of(cls)}) does not define {missing}")
@@ -123,8 +126,8 @@ class Registry(Generic[T]):
         made = Plugin(name, self.kind, target_of(cls), HERE, ready=cls)
         if holder is not None and not _is_same(holder, made):
             raise PluginError(
-                f"{self.kind} {name!r} is {holder.target} of {holder.distribution} already",
-                hint=f"give {target_of(cls)} another name",
+                f"{self.kind} {name!r} is already {holder.target} of {holder.distribution}",
+                hint=f"rename {target_of(cls)}",
             )
         self._registered[name] = made
         self.changes += 1

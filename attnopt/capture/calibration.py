@@ -40,10 +40,10 @@ class Calibration:
         except TypeError:
             raise CalibrationError(
                 f"calibration must be an iterable of batches, not {type(batches).__name__}",
-                hint="give a list of inputs",
+                hint="pass a list of inputs",
             ) from None
         if not items:
-            raise CalibrationError("calibration holds no batch", hint="leave it out, or give at least one batch")
+            raise CalibrationError("calibration is empty", hint="omit it, or pass at least one batch")
         return cls(tuple(as_inputs(batch, f"calibration batch {i}") for i, batch in enumerate(items)))
 
     def __iter__(self) -> Iterator[Inputs]:
@@ -89,9 +89,7 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(tuple(_restored(batch, tensors) for batch in about))
         except Exception as e:
-            raise ArchiveError(
-                f"{path} holds no calibration data: {type(e).__name__}: {e}", hint="save it again"
-            ) from e
+            raise ArchiveError(f"{path} is not calibration data: {type(e).__name__}: {e}", hint="save it again") from e
 
 
 def as_inputs(batch: Any, name: str = "a batch") -> Inputs:
@@ -104,7 +102,7 @@ def as_inputs(batch: Any, name: str = "a batch") -> Inputs:
         return tuple(batch), {}
     raise CalibrationError(
         f"{name} is a {type(batch).__name__}, expected a tensor, a tuple of args or a dict of kwargs",
-        hint="give a tensor, a tuple of args or a dict of kwargs",
+        hint="pass a tensor, a tuple of args or a dict of kwargs",
     )
 
 

@@ -55,11 +55,13 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         scripted := next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     ) is not None:
         raise CaptureError(
-            f"{scripted or 'the model'} is TorchScript, which holds no Python code to capture",
-            hint="give the model that it was made from",
+            f"{scripted or 'the model'} is TorchScript, which has no Python code to capture",
+            hint="pass the model that it was scripted from",
         )
     if (lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)) is not None:
-        raise CaptureError(f"{lazy} gets its size at the model's first call", hint="call the model once first")
+        raise CaptureError(
+            f"{lazy} is a lazy parameter: its size is set by the model's first call", hint="call the model once first"
+        )
     _check_arguments(model, args, kwargs)
     if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
@@ -97,11 +99,11 @@ def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_c
         )
     check_call(model, *inputs)
     raise CaptureError(
-        "the model could not be captured\n  " + "\n  ".join(failures),
-        hint="call torch.distributions.Distribution.set_default_validate_args(False) first: its checks look at values"
+        "cannot capture the model\n  " + "\n  ".join(failures),
+        hint="call torch.distributions.Distribution.set_default_validate_args(False) first: its checks depend on tensor values"
         if validates
-        else "make the named operation independent of the inputs' values"
-        + (", or leave the named axes out of dynamic_shapes" if shapes else ""),
+        else "make the named operation independent of input values"
+        + (", or remove the named axes from dynamic_shapes" if shapes else ""),
     )
 
 
@@ -143,7 +145,7 @@ def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     except TypeError as e:
         raise CaptureError(
             f"the example inputs do not fit {type(model).__name__}.forward: {e}",
-            hint="pass args and kwargs as the model takes them",
+            hint="pass args and kwargs that the model accepts",
         ) from None
 
 
@@ -154,7 +156,7 @@ def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",
-            hint="give inputs that the model takes",
+            hint="pass inputs that the model accepts",
         ) from e
 
 
@@ -167,8 +169,8 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
     """Raises CaptureError for a model without weights: what would be made of it could be neither run nor compared."""
     if isinstance(model, (nn.Module, ExportedProgram)) and (name := without_values(model)) is not None:
         raise CaptureError(
-            f"{name} is on the meta device and holds no values, so that nothing could be verified",
-            hint="load the weights first; attnopt.inspect does without them",
+            f"{name} is on the meta device and has no values, so nothing can be verified",
+            hint="load the weights first; attnopt.inspect works without them",
         )
 
 
@@ -267,8 +269,8 @@ def _refuse_own_generator(module: fx.GraphModule) -> None:
     drawing = next((n for n in module.graph.nodes if n.kwargs.get("generator") is not None), None)
     if drawing is not None:
         raise CaptureError(
-            f"{opname(drawing)} at {source_line(drawing)} draws from a torch.Generator of the model's own",
-            hint="draw from torch's default generator, or give the numbers to the model as an input",
+            f"{opname(drawing)} at {source_line(drawing)} draws from the model's own torch.Generator",
+            hint="use torch's default generator, or pass the random numbers to the model as an input",
         )
 
 

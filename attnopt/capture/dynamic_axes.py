@@ -106,8 +106,8 @@ def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             spread[name] = shapes
     if unknown := [n for n in spread if n not in named]:
         raise CaptureError(
-            f"dynamic_shapes names {', '.join(unknown)}, and the inputs are {', '.join(named)}",
-            hint="name the example inputs, those in **kwargs by their keywords",
+            f"dynamic_shapes names unknown inputs {', '.join(unknown)}; the inputs are {', '.join(named)}",
+            hint="use the names of the example inputs; those in **kwargs go by keyword",
         )
     return {name: spread.get(name) for name in named}
 

@@ -204,7 +204,7 @@ class Form:
             match.leaves[place] = leaves[to]
         for place, (x, before) in enumerate(zip(leaves, versions, strict=True)):
             if _version(x) != before and place not in self.inputs.writes:
-                raise CaptureError(f"{text(self.inputs.paths[place])} is written to, which it was not when captured")
+                raise CaptureError(f"{text(self.inputs.paths[place])} is written to, which it was not at capture")
         return [match.leaves[i] for i in range(len(self.results.paths))]
 
 
@@ -238,8 +238,8 @@ def take(inputs: Inputs, args: Args, kwargs: Mapping[str, Any]) -> Taken:
         wanted, part = next(places, (None, None))
         if part is None or path != wanted or isinstance(part, Leaf) == inputs.stop(x, path):
             raise CaptureError(
-                f"{text(path)} is {type(x).__name__}, and the example had other values there",
-                hint="pass inputs of the same structure as the example's",
+                f"{text(path)} is {type(x).__name__}, but the example had a value of another type there",
+                hint="pass inputs with the same structure as the example",
             )
         if isinstance(part, Leaf):
             match.leaves[part.place] = x
@@ -251,8 +251,8 @@ def take(inputs: Inputs, args: Args, kwargs: Mapping[str, Any]) -> Taken:
     flat = mapped(inputs.named(args, kwargs), inputs.stop, apart)
     if next(places, None) is not None:
         raise CaptureError(
-            f"called with {len(match.leaves)} values, captured with {len(inputs.paths)}",
-            hint="pass inputs of the same structure as the example's",
+            f"called with {len(match.leaves)} values, but captured with {len(inputs.paths)}",
+            hint="pass inputs with the same structure as the example",
         )
     leaves = tuple(match.leaves[i] for i in range(len(inputs.paths)))
     _check_apart(inputs, leaves)
@@ -266,8 +266,8 @@ def _check_apart(inputs: Inputs, leaves: tuple[Any, ...]) -> None:
         for j, other in enumerate(leaves):
             if i != j and isinstance(other, Tensor) and _overlap(leaves[i], other):
                 raise CaptureError(
-                    f"{text(inputs.paths[i])} is written to, and shares its memory with {text(inputs.paths[j])}",
-                    hint="give the two tensors memory of their own",
+                    f"{text(inputs.paths[i])} is written to, but shares memory with {text(inputs.paths[j])}",
+                    hint="pass tensors that do not share memory",
                 )
 
 

@@ -39,15 +39,15 @@ def write_out(gm: fx.GraphModule) -> bool:
     for call in [n for n in gm.graph.nodes if is_flex(n)]:
         results = [u for u in call.users if u.users]
         if len(results) != 1 or not is_call(results[0], operator.getitem) or arg(results[0], 1) != 0:
-            call.meta[_WHY] = "flex_attention, whose log-sum-exp or largest score is used"
+            call.meta[_WHY] = "flex_attention whose log-sum-exp or maximum score is used"
             continue
         try:
             made = _written_out(gm, call, results[0])
         except Exception as e:  # a score_mod is any code of the user's
-            call.meta[_WHY] = f"flex_attention, whose score_mod or mask_mod cannot be read: {type(e).__name__}: {e}"
+            call.meta[_WHY] = f"flex_attention whose score_mod or mask_mod cannot be read: {type(e).__name__}: {e}"
             continue
         if made is None:
-            call.meta[_WHY] = "flex_attention with a BlockMask whose blocks hide other keys than its mask_mod"
+            call.meta[_WHY] = "flex_attention whose BlockMask blocks and mask_mod hide different keys"
             continue
         results[0].replace_all_uses_with(made)
         made.meta[KEPT] = results[0].meta[KEPT] = results[0].name
@@ -103,8 +103,8 @@ def why_unread(call: fx.Node) -> Refusal | None:
     found = call.meta.get(_WHY)
     if found is None:
         return None
-    hint = "return the output alone, and make the BlockMask with create_block_mask"
-    return Refusal("opaque-operator", "operators that can be read", found, source_line(call), hint)
+    hint = "return only the output, and build the BlockMask with create_block_mask"
+    return Refusal("opaque-operator", "supported operators", found, source_line(call), hint)
 
 
 def is_written_out(node: fx.Node) -> bool:

@@ -63,15 +63,15 @@ class Signature:
         extra = [n for n, v in given.items() if n not in wanted and not _is_default(v, defaults.get(n))]
         if extra:
             raise CaptureError(
-                f"called with {', '.join(extra)}, which {'was' if len(extra) == 1 else 'were'} not among the example inputs",
-                hint=f"optimize the model with example inputs that hold {', '.join(extra)}",
+                f"called with {', '.join(extra)}, which {'was' if len(extra) == 1 else 'were'} not in the example inputs",
+                hint=f"optimize the model with example inputs that include {', '.join(extra)}",
             )
         missing = [
             n for n in wanted if n not in given and defaults.get(n, inspect.Parameter.empty) is inspect.Parameter.empty
         ]
         if missing:
             raise CaptureError(
-                f"called without {', '.join(missing)}", hint="give every input that was among the example inputs"
+                f"called without {', '.join(missing)}", hint="pass every input that was in the example inputs"
             )
         values = {**defaults, **given}
         return tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords}
@@ -134,8 +134,8 @@ def check_inputs(
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(leaves) != len(nodes):
         raise CaptureError(
-            f"called with {len(leaves)} values, captured with {len(nodes)}",
-            hint="pass inputs of the same structure as the example's",
+            f"called with {len(leaves)} values, but captured with {len(nodes)}",
+            hint="pass inputs with the same structure as the example",
         )
     symbols: dict[Any, int] = {}
     for number, (node, leaf) in enumerate(zip(nodes, leaves, strict=True)):
@@ -167,16 +167,16 @@ def _check_shape(
         if isinstance(want, int):
             if size != want:
                 raise CaptureError(
-                    f"{name} has length {size} along axis {axis}, captured for {want} alone",
+                    f"{name} has length {size} along axis {axis}, but was captured for {want} only",
                     hint=remedy or _remedy(name, axis, size, f"{name}[{axis}] = {want}" in fixed),
                 )
         elif want.node.expr.is_symbol and symbols.setdefault(want.node.expr, size) != size:
             raise CaptureError(
-                f"{name} has length {size} along axis {axis}, another input has {symbols[want.node.expr]} for it"
+                f"{name} has length {size} along axis {axis}, but another input has {symbols[want.node.expr]} for it"
             )
 
 
 def _remedy(name: str, axis: int, size: int, is_stuck: bool) -> str:
     if is_stuck:
-        return f"the model does not let it vary: optimize with an example of length {size} there"
+        return f"the model fixes this axis: optimize with an example of length {size} there"
     return f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}'

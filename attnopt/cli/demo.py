@@ -39,8 +39,8 @@ class Contender:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="build/demo", help="where the files go (default: build/demo)")
-    parser.add_argument("--quick", action="store_true", help="fewer calibration texts and timing repeats")
+    parser.add_argument("--out", metavar="DIR", default="build/demo", help="output folder (default: build/demo)")
+    parser.add_argument("--quick", action="store_true", help="use fewer calibration texts and timing repeats")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,7 +202,7 @@ def _onnx_encode(path: Path) -> Encode:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
     if len(names) != 2:
-        raise ExportError(f"{path} takes {names}, expected token ids and attention mask")
+        raise ExportError(f"{path} takes {names}, expected token ids and an attention mask")
 
     def encode(ids: Tensor, mask: Tensor) -> Any:
         return session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))[0]
@@ -264,7 +264,7 @@ def _print_measured(table: dict[str, dict[str, float]], columns: list[str]) -> N
     for row, values in table.items():
         digits = 3 if row.startswith(("Lee", "WordSim", "SimLex")) else 2
         shown.add_row(row, *(f"{values[column]:.{digits}f}" for column in columns))
-    print("Measured in this run, one thread, nothing trained afterwards")
+    print("Measured in this run: one thread, no retraining")
     print(to_text(shown, width=110), end="\n\n")
 
 
@@ -274,7 +274,7 @@ def _folder(name: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AttnoptError(
-            f"cannot make the folder {path}: {error.strerror}", hint="choose another with --out"
+            f"cannot create the folder {path}: {error.strerror}", hint="choose another folder with --out"
         ) from error
     return path
 

@@ -46,14 +46,14 @@ def resolve(name: str, given: Given) -> Named:
         return Named(opened(name, inputs, {}), inputs)
     if name.endswith(".ort"):
         raise AttnoptError(
-            f"{name} is in ONNX Runtime's own format, which cannot be read",
-            hint="give the .onnx file that it was made of",
+            f"{name} is in ONNX Runtime's own format, which is not supported",
+            hint="pass the .onnx file that it was converted from",
         )
     module_name, separator, attribute = name.partition(":")
     if not (separator and module_name and attribute):
         raise AttnoptError(
-            f"{name!r} names no model: there is no such folder, and it is not of the form package.module:factory",
-            hint="write for instance my_models:encoder, or name a folder that attnopt saved or an .onnx file",
+            f"{name!r} is not a model: there is no such folder, and it does not have the form package.module:factory",
+            hint="pass for instance my_models:encoder, a folder that attnopt saved, or an .onnx file",
         )
     return _built(name, _factory(module_name, attribute))
 

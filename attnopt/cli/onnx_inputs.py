@@ -51,8 +51,8 @@ def require_onnx(given: Given, *names: str) -> None:
     """AttnoptError where there is no ONNX file for ``--inputs`` or ``--size``."""
     if given and not any(map(is_onnx, names)):
         raise AttnoptError(
-            "--inputs and --size are for a model that is an ONNX file",
-            hint="a factory returns its example inputs itself",
+            "--inputs and --size only apply to ONNX files",
+            hint="a factory returns its own example inputs",
         )
 
 
@@ -68,7 +68,7 @@ def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
     generator = np.random.default_rng(0)
     made = {i.name: _made_up(i, shapes[i.name], file, generator) for i in taken}
     told = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in made.items())
-    warn(f"inputs of {file} are made up: {told}")
+    warn(f"using synthetic inputs for {file}: {told}")
     return made
 
 
@@ -87,16 +87,16 @@ def _read(arrays: Path, file: Path, names: list[str]) -> dict[str, Tensor]:
     except Exception as e:
         raise AttnoptError(
             f"{arrays} cannot be read: {type(e).__name__}: {str(e)[:200]}",
-            hint=f"numpy.savez writes such a file: {_WANTED}",
+            hint=f"write the file with numpy.savez, {_WANTED}",
         ) from e
     if set(made) != set(names):
         raise AttnoptError(
-            f"{arrays} holds {', '.join(made) or 'nothing'}, and {file} takes {', '.join(names)}", hint=_WANTED
+            f"{arrays} contains {', '.join(made) or 'nothing'}, but {file} takes {', '.join(names)}", hint=_WANTED
         )
     return {name: made[name] for name in names}
 
 
-_WANTED = "one array for each input, by its name"
+_WANTED = "one array per input, under the name of the input"
 
 
 def _axes(taken: onnx.ValueInfoProto) -> Iterator[tuple[str, int | None]]:
@@ -112,13 +112,13 @@ def _sizes(file: Path, taken: list[onnx.ValueInfoProto], given: Given) -> dict[s
     if unknown := [name for name in given.sizes if name not in free]:
         raise AttnoptError(
             f"{file} has no free axis {', '.join(unknown)}",
-            hint=f"its free axes are {', '.join(free) or 'none at all'}",
+            hint=f"its free axes are {', '.join(free) or '(none)'}",
         )
     missing = [name for name in free if name not in given.sizes]
     if missing and given.needs_sizes:
         raise AttnoptError(
-            f"{file} leaves the size of {', '.join(missing)} open",
-            hint=f"fix it, as in --size {missing[0]}=128, give inputs with --inputs, or keep the axes free with --dynamic",
+            f"{file} does not fix the size of {', '.join(missing)}",
+            hint=f"set it, as in --size {missing[0]}=128, pass inputs with --inputs, or keep the axes dynamic with --dynamic",
         )
     free |= given.sizes
     return {name: [free[n] if size is None else size for n, size in found] for name, found in axes.items()}
@@ -133,7 +133,9 @@ def _made_up(taken: onnx.ValueInfoProto, shape: list[int], file: Path, generator
     if dtype.kind == "f":
         return torch.from_numpy(np.asarray(generator.standard_normal(shape), dtype))
     if dtype.kind not in "iub":
-        raise AttnoptError(f"{file} takes {taken.name}, for which nothing can be made up", hint="give it with --inputs")
+        raise AttnoptError(
+            f"{file}: no synthetic input can be generated for {taken.name}", hint="pass it with --inputs"
+        )
     values = torch.from_numpy(np.asarray(generator.integers(0, 2, shape), dtype))
     values.reshape(-1, shape[-1] if shape else 1)[:, :1] = 1
     return values

@@ -48,10 +48,11 @@ def resolved(arguments: argparse.Namespace, needs_sizes: bool = False) -> Named:
 def require_model(name: str, named: Named, why: str) -> None:
     """AttnoptError for a saved model, or one without example inputs."""
     if named.saved is not None:
-        raise AttnoptError(f"{name} is a saved model: {why}", hint="name the model that it was made from")
+        raise AttnoptError(f"{name} is a saved model: {why}", hint="pass the original model")
     if not named.args and not named.kwargs:
         raise AttnoptError(
-            f"{name} gave a model without example inputs", hint="let it return (model, args) or (model, args, kwargs)"
+            f"{name} returned a model without example inputs",
+            hint="make it return (model, args) or (model, args, kwargs)",
         )
 
 

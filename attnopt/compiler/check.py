@@ -87,22 +87,26 @@ class Checker:
         if apart <= ROOM * tolerance(meant):
             return difference(got, original), ()
         if any(bool(torch.isnan(t).any()) for t in meant):
-            return apart, ("the model's own output holds NaN on the example inputs, so it could not be compared",)
+            return apart, (
+                "the model's own output contains NaN on the example inputs, so the outputs could not be compared",
+            )
         choosing = [p.found.site.name for p in self.plans if p.spec.chooses]
         exactly = math.inf if choosing else self._apart_in_double(module, plain, inputs, original)
         if exactly <= VANISHES * apart:
             return difference(got, original), (
-                f"this model makes rounding grow: two ways of computing the same differ by {apart:.2g}, and by "
+                f"the model amplifies rounding error: two equivalent computations differ by {apart:.2g}, and by "
                 f"{exactly:.2g} in double precision (relative)",
             )
         self._blame(inputs, apart)
         if choosing:
-            told = f"{len(choosing)} attentions choose blocks or heads from their inputs; each alone computes what it means, but"
+            told = (
+                f"{len(choosing)} attentions choose blocks or heads from their inputs; each is correct on its own, but"
+            )
             return difference(got, original), (
-                f"{told} rounding in one changes choices of the next ({apart:.2g} relative)",
+                f"{told} rounding in one changes the choices of the next ({apart:.2g} relative)",
             )
         raise VerificationError(
-            f"the rewritten model differs from what it was meant to compute by {apart:.2g} (relative)",
+            f"the rewritten model differs from the reference computation by {apart:.2g} (relative)",
             hint="bisect with limit=1, 2, ... to find the site",
         )
 
@@ -152,7 +156,7 @@ class Checker:
                 sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
                 raise CaptureError(
                     f"the captured graph does not hold at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
-                    hint="give dynamic_shapes without the axes that cannot vary",
+                    hint="remove the axes that cannot vary from dynamic_shapes",
                 ) from e
         return tuple(chain.from_iterable(found))
 
@@ -188,10 +192,10 @@ class Checker:
             if not difference(alone, plain) <= ROOM * tolerance(plain):
                 self._blame_backend(plan, plain, inputs, error)
                 raise VerificationError(
-                    f"the rewritten model does not compute what {', '.join(plan.passes)} means "
+                    f"the rewritten model does not compute what {', '.join(plan.passes)} specifies "
                     f"(relative difference {error:.2g})",
                     site=plan.found.site.name,
-                    hint="leave the site out of the policy and report the model",
+                    hint="exclude the site from the policy and report the model",
                 )
 
     def _blame_backend(self, plan: Plan, plain: list[Tensor], inputs: Inputs, error: float) -> None:
@@ -202,9 +206,9 @@ class Checker:
         if not difference(self._outputs(by_reference, inputs), plain) <= ROOM * tolerance(plain):
             return
         raise VerificationError(
-            f"{told(plan.backend, 'backend')} does not compute what the attention means (relative difference {error:.2g})",
+            f"{told(plan.backend, 'backend')} does not compute what the spec says (relative difference {error:.2g})",
             site=plan.found.site.name,
-            hint="give another backend",
+            hint="choose another backend",
         )
 
 
@@ -212,7 +216,7 @@ def _told(counted: Sequence[str]) -> tuple[str, ...]:
     if not counted:
         return ()
     listed = ", ".join(counted[:3]) + (", ..." if len(counted) > 3 else "")
-    return (f"each call of the model changes its attribute {listed}: the graph has what it was when it was captured",)
+    return (f"each call of the model changes its attribute {listed}: the graph uses its value at capture",)
 
 
 def coarsest(gm: fx.GraphModule) -> float:
@@ -242,7 +246,7 @@ def fitting(
     except (CaptureError, TypeError) as e:
         raise CalibrationError(
             f"calibration batch {number} does not fit the example inputs: {str(e).splitlines()[0]}",
-            hint="give batches of the same form and size"
+            hint="pass batches of the same structure and size"
             + ("" if fixed or dynamic_axes(module.graph) else ', or optimize with dynamic_shapes="auto"'),
         ) from e
     return arranged

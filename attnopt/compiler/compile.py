@@ -78,9 +78,9 @@ class Options:
     def __post_init__(self) -> None:
         limit, tolerance = self.limit, self.tolerance
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise PolicyError(f"limit must be a number of rewrites, not {limit!r}")
+            raise PolicyError(f"limit must be a non-negative integer, not {limit!r}")
         if tolerance is not None and not tolerance >= 0:
-            raise PolicyError(f"tolerance must be a number from 0, not {tolerance!r}")
+            raise PolicyError(f"tolerance must be a number of at least 0, not {tolerance!r}")
 
 
 def compiled(
@@ -186,7 +186,7 @@ class Job:
         broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
         if broken:
             listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
-            self._warn(f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared")
+            self._warn(f"NaN or infinities in the weights ({listed}): the result could not be compared")
 
     def _check_policy(self, findings: Findings, decisions: Sequence[Decision]) -> None:
         names = [f.site.name for f in findings.found]
@@ -198,12 +198,12 @@ class Job:
             )
         if overruled := self.policy.overruled(names):
             listed = ", ".join(map(repr, overruled))
-            self._warn(f"{listed} in the policy decides no attention: of the rules that match one, the last counts")
+            self._warn(f"policy rules without effect: {listed}; later rules override them at every site")
         if not names:
             self._warn(
                 f"no attention was found among {findings.candidates} candidates"
                 + (
-                    f", {len(findings.near_misses)} of them near misses: see report.near_misses"
+                    f", {len(findings.near_misses)} of them near misses; see report.near_misses"
                     if findings.near_misses
                     else ""
                 )
@@ -224,7 +224,7 @@ class Job:
             raise VerificationError(
                 f"the rewritten model differs from the original by {error:.3g} (relative), "
                 f"more than the tolerance {self.options.tolerance:g}",
-                hint="choose a milder policy, or fewer sites",
+                hint="choose a less aggressive policy, or fewer sites",
             )
         return error
 
@@ -287,7 +287,7 @@ class Job:
 
 def _kept(mass_H: Tensor, data: str) -> str:
     least = int(mass_H.argmin())
-    return f"{mass_H.mean():.1%} of the attention is kept on the {data}, least in head {least}: {mass_H[least]:.1%}"
+    return f"{mass_H.mean():.1%} attention recall on the {data}, lowest in head {least}: {mass_H[least]:.1%}"
 
 
 def _check_axes(lost: set[tuple[str, int]]) -> None:
@@ -295,7 +295,7 @@ def _check_axes(lost: set[tuple[str, int]]) -> None:
         listed = ", ".join(f"axis {axis} of {name}" for name, axis in sorted(lost))
         raise RewriteError(
             f"the rewritten graph holds only at the example's size of {listed}",
-            hint="give dynamic_shapes without it, find the site with limit=1, 2, ..., and report the model",
+            hint="remove it from dynamic_shapes, find the site with limit=1, 2, ..., and report the model",
         )
 
 
@@ -303,7 +303,9 @@ def _raise_refusal(decisions: Sequence[Decision]) -> None:
     for d in decisions:
         for name, refusal in d.refusals.items():
             raise RewriteError(
-                f"{name} refused {refusal}", site=d.found.site.name, hint=refusal.hint or "choose other sites for it"
+                f"{name} refused {refusal}",
+                site=d.found.site.name,
+                hint=refusal.hint or "exclude the site from this pass",
             )
 
 
@@ -312,7 +314,7 @@ def _why_nothing(decisions: Sequence[Decision], limit: int | None) -> str:
         return "limit=0"
     refused = [next(iter(d.refusals.items())) for d in decisions if d.refusals]
     if not refused:
-        return "it has passes for no site"
+        return "it assigns no pass to any site"
     (name, first), *_ = refused
     return f"{len(refused)} of {len(decisions)} sites refused, the first by {name} {first}"
 

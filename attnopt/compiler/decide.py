@@ -118,7 +118,7 @@ def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:
     kept: list[Decision] = []
     for d in decisions:
         if d.plan is not None and limit <= sum(k.plan is not None for k in kept):
-            d = Decision(d.found, d.found.site, notes=(f"left out by limit={limit}",))
+            d = Decision(d.found, d.found.site, notes=(f"skipped because of limit={limit}",))
         kept.append(d)
     return kept
 
@@ -130,9 +130,9 @@ def escapes(found: Found) -> Refusal:
     used_by = next((u.name for u in users if u.op != "output"), "the model's output")
     return found.site.refuse(
         "escapes",
-        expected="scores and weights that only the attention uses",
+        expected="scores and weights that are used only inside the attention",
         found=f"{nodes[0].name} used by {used_by}",
-        hint="call the model without returning attention weights",
+        hint="call the model so that it does not return attention weights",
     )
 
 
@@ -171,7 +171,7 @@ def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backen
     better = [b.name for b in backends if b.skips and b.check(site.spec) is None]
     lengths = f"{site.q_len} queries and {site.kv_len} keys"
     return tuple(
-        f"{chosen.name} computes all pairs and masks: {name} would take longer at {lengths}" for name in better
+        f"{chosen.name} computes all pairs under a mask, because {name} would be slower at {lengths}" for name in better
     )
 
 
@@ -182,7 +182,7 @@ def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
     known = spec.pattern if spec.seen_as is None else spec.seen_as
     counts = known.blind(site.q_len, site.kv_len, num_heads=spec.num_heads)
     return tuple(
-        f"{count} of {site.q_len} queries see no key{_of_heads(spec, counts, count)}: their output is zero"
+        f"{count} of {site.q_len} queries are fully masked{_of_heads(spec, counts, count)}: their output is zero"
         for count in sorted({*counts} - {0})
     )
 
@@ -199,5 +199,5 @@ def _kept_whole(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
     if spec.num_heads == site.num_heads and spec.num_kv_heads == site.num_kv_heads:
         return ()
     return tuple(
-        f"the {role} weights keep their size: {p.why}" for role, p in site.projections.items() if p.rows is None
+        f"the {role} weights were not reduced: {p.why}" for role, p in site.projections.items() if p.rows is None
     )

@@ -113,9 +113,9 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
         wrong = sum(squared_difference(outputs_of(module, b), want) for b, want in zip(some, original, strict=True))
         if not math.isfinite(wrong):
             raise CalibrationError(
-                "the model's output is not finite on the calibration data",
+                "the model output is not finite on the calibration data",
                 site=share.site.name,
-                hint='leave such batches out, or give each site its own budget with budget="site"',
+                hint='remove such batches, or use a budget per site with budget="site"',
             )
         found.append(wrong / share.errors[share.probed])
     return found
@@ -133,5 +133,7 @@ def _spend(curves: Sequence[Mapping[int, float]], budget: int) -> list[int]:
                     longer[total] = (cost + more, [*counts, n])
         best = longer
     if not best:
-        raise CalibrationError(f"{budget} heads are too few for {len(curves)} sites", hint="allow at least one each")
+        raise CalibrationError(
+            f"{budget} heads are too few for {len(curves)} sites", hint="allow at least one head per site"
+        )
     return min(best.values())[1]

@@ -96,12 +96,12 @@ def head_importance(
     """
     choice("head_importance", "method", method, METHODS)
     if loss is not None and method not in ("taylor", "fisher"):
-        raise PolicyError(f"head_importance: loss is not used by {method!r}; leave it out or give method='taylor'")
+        raise PolicyError(f"head_importance: loss is not used by {method!r}; omit it or use method='taylor'")
     if behaviour is not None and method != "ablation":
-        raise PolicyError("head_importance: behaviour is only used by 'ablation'; leave it out or give that method")
+        raise PolicyError("head_importance: behaviour is only used by 'ablation'; omit it or use that method")
     if method == "fisher" and loss is None:
         raise PolicyError(
-            "head_importance: 'fisher' needs a loss; give loss=, or method='taylor', which can do without"
+            "head_importance: 'fisher' needs a loss; pass loss=, or use method='taylor', which needs none"
         )
     program, batches, found = _captured(model, Calibration.of(calibration), sites)
     if method in IN_MODEL:
@@ -117,7 +117,7 @@ def head_importance(
     for name, s in chosen.items():
         if not all(torch.tensor(s).isfinite()):
             raise CalibrationError(
-                f"its {method} on the calibration data is not finite", site=name, hint="leave such batches out"
+                f"its {method} on the calibration data is not finite", site=name, hint="remove such batches"
             )
     return HeadImportance(method, chosen, heads)
 
@@ -143,7 +143,7 @@ def _captured(
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}
     if missing or not found:
         names = ", ".join(repr(n) for n in sorted(missing)) or "any name"
-        raise CalibrationError(f"no attention of {names} was found", hint="see attnopt.inspect for the sites")
+        raise CalibrationError(f"no attention of {names} was found", hint="attnopt.inspect lists the sites")
     return program, batches, found
 
 

@@ -60,7 +60,7 @@ def register(cls: C) -> C:
     kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
     if kind is None:
         known = ", ".join(k.base.__name__ for k in KINDS)
-        raise PluginError(f"{cls!r} is nothing that can be registered", hint=f"derive it from one of {known}")
+        raise PluginError(f"{cls!r} cannot be registered", hint=f"make it a subclass of one of {known}")
     kind.register(cls)
     return cls
 
@@ -118,7 +118,7 @@ def make_backend(name: str) -> Backend:
     except Exception as e:
         whose = f"backend {name!r} of {backends()[name].distribution}"
         raise PluginError(
-            f"{whose} cannot be made by its name alone: {type(e).__name__}: {e}", hint="give an object"
+            f"{whose} cannot be constructed without arguments: {type(e).__name__}: {e}", hint="pass an instance"
         ) from e
 
 

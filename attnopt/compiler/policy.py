@@ -40,7 +40,7 @@ class Policy:
     def __post_init__(self) -> None:
         twice = next((glob for glob, n in Counter(glob for glob, _ in self.rules).items() if n > 1), None)
         if twice is not None:
-            raise PolicyError(f"there are two rules for {twice!r}", hint="write one rule with the passes of both")
+            raise PolicyError(f"duplicate rule {twice!r}", hint="merge them into one rule with the passes of both")
 
     @classmethod
     def of(cls, given: Any) -> Policy:
@@ -104,7 +104,7 @@ def _from_file(path: Path) -> Policy:
 
 def _rule(glob: Any, passes: Any) -> Rule:
     if not isinstance(glob, str):
-        raise PolicyError(f"rule {glob!r}: a site name must be text", hint='put it in quotes, as in "encoder.*"')
+        raise PolicyError(f"rule {glob!r}: a site name must be a string", hint='put it in quotes, as in "encoder.*"')
     try:
         return glob, _passes(passes)
     except PolicyError as error:
@@ -121,7 +121,7 @@ def _passes(given: Any) -> tuple[Pass, ...]:
     if isinstance(given, Iterable):
         return tuple(p for item in given for p in _passes(item))
     raise PolicyError(
-        f"{given!r} is not a pass", hint="give a pass, a list of passes, or text such as 'local-window(left=8)'"
+        f"{given!r} is not a pass", hint="use a pass, a list of passes, or text such as 'local-window(left=8)'"
     )
 
 
@@ -145,7 +145,9 @@ def _from_mapping(given: Mapping[Any, Any]) -> Pass:
     options = dict(given)
     name = options.pop("pass", None)
     if not isinstance(name, str):
-        raise PolicyError(f"{dict(given)!r} names no pass", hint='write it as {"pass": "local-window", "left": 128}')
+        raise PolicyError(
+            f"{dict(given)!r} does not name a pass", hint='write it as {"pass": "local-window", "left": 128}'
+        )
     if not all(isinstance(option, str) for option in options):
         raise PolicyError(f"{name}: options must be names, not {[o for o in options if not isinstance(o, str)]}")
     made = construct(name, plugins.load_pass(name), [], options)

@@ -43,7 +43,7 @@ class Stream:
         """Each site, in the order in which they run, with what it computes on the batches; what that is computed from
         is kept as long as the activations are."""
         at, environments = 0, [example_values(self.gm, *batch) for batch in self.batches]
-        for f in watched(self.found, "calibrating, one attention after the other"):
+        for f in watched(self.found, "calibrating one attention after another"):
             end = self.place[f.raised.node]
             with torch.no_grad():
                 for values in environments:
@@ -102,7 +102,7 @@ class Stream:
                 raise CalibrationError(
                     f"queries, keys or values are not finite on calibration batch {i}",
                     site=f.site.name,
-                    hint="leave that batch out, or repair the model's weights",
+                    hint="remove that batch, or fix the weights of the model",
                 )
         return Activations(f.site, tuple(found), compute)
 

@@ -110,7 +110,7 @@ def _inputs(
     example = (args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
     if not any(example):
         if not batches:
-            raise PolicyError("convert needs example inputs", hint="give args, kwargs or calibration")
+            raise PolicyError("convert needs example inputs", hint="pass args, kwargs or calibration")
         example = batches[0]
     parameters = list(inspect.signature(model.forward).parameters)
 
@@ -126,7 +126,9 @@ def _check_class(plan: Plan) -> None:
     """What no class has a place for."""
     before, after = plan.found.raised.spec, plan.spec
     if after.selection is not None:
-        raise ConversionError("blocks that are chosen at run time have no place in it", site=_name(plan), hint=REMEDY)
+        raise ConversionError(
+            "blocks chosen at run time cannot be represented in this model class", site=_name(plan), hint=REMEDY
+        )
     kept = replace(
         after,
         heads=before.heads,
@@ -139,7 +141,9 @@ def _check_class(plan: Plan) -> None:
     )
     if kept != before:
         raise ConversionError(
-            f"{', '.join(plan.passes)} changes more than heads and patterns", site=_name(plan), hint=REMEDY
+            f"{', '.join(plan.passes)} changes more than heads and patterns, which no model class can represent",
+            site=_name(plan),
+            hint=REMEDY,
         )
 
 
@@ -173,9 +177,9 @@ def _check_lengths(plans: Sequence[Plan]) -> None:
     for plan in plans:
         if plan.found.site.q_len < LEAST:
             raise ConversionError(
-                f"the example inputs have {plan.found.site.q_len} tokens, too few for a pattern to show",
+                f"the example inputs have {plan.found.site.q_len} tokens, too few to see the effect of a pattern",
                 site=_name(plan),
-                hint=f"give example inputs of {LEAST} tokens or more",
+                hint=f"pass example inputs of at least {LEAST} tokens",
             )
 
 
@@ -196,7 +200,7 @@ def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
     for name in patterns:
         if not any(name.startswith(home) for home in homes):
             raise ConversionError(
-                f"{type(model).__name__} is no model of transformers', and has no place for a pattern",
+                f"{type(model).__name__} is not a transformers model, so a pattern cannot be represented in it",
                 site=name,
                 hint=REMEDY,
             )
@@ -221,7 +225,7 @@ def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> Non
     in_configuration = any(not isinstance(s.owner, nn.Module) for s in found)
     if changed and _homes(model) and not in_configuration:
         warn(
-            f"no configuration of {type(model).__name__} makes a model with these heads: the converted model runs, but "
+            f"no configuration of {type(model).__name__} describes these heads: the converted model runs, but "
             "from_pretrained cannot load what it saves"
         )
 
@@ -234,7 +238,7 @@ def _modules_around(model: nn.Module, site: str) -> list[nn.Module]:
 
 def _differs(model: nn.Module) -> ConversionError:
     return ConversionError(
-        f"{type(model).__name__} cannot hold what the policy asks for: with no numbers of heads in its configuration or its "
-        "modules does it compute what the rewritten graph computes",
+        f"{type(model).__name__} cannot represent what the policy asks for: no head counts in its configuration or its "
+        "modules make it compute what the rewritten graph computes",
         hint=REMEDY,
     )

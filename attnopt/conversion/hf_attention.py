@@ -35,12 +35,12 @@ def install(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = Non
     """Give the attention modules of ``model`` that are named in ``patterns`` their patterns; see ``attnopt.apply_patterns``."""
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(
-            f"{type(model).__name__} is no model of transformers', and has no place for a pattern",
+            f"{type(model).__name__} is not a transformers model, so a pattern cannot be represented in it",
             hint="use attnopt.optimize",
         )
     given = patterns if patterns is not None else getattr(model.config, PATTERNS, None)
     if not given:
-        raise ConversionError("the model's configuration holds no patterns", hint="give patterns=")
+        raise ConversionError("the configuration of the model contains no patterns", hint="give patterns=")
     modules = dict(model.named_modules())
     found = {name: p if isinstance(p, Pattern) else parse(p) for name, p in given.items()}
     _check(model, modules, found)
@@ -64,13 +64,13 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping
     unnamed = [pattern for pattern in patterns.values() if not is_readable(pattern)]
     if unnamed:
         raise ConversionError(
-            f"pattern {unnamed[0]} is not what attnopt.patterns.parse reads from its text in the model's configuration",
-            hint="put @attnopt.register on its class",
+            f"pattern {unnamed[0]} is not reproduced by attnopt.patterns.parse from its text in the model configuration",
+            hint="decorate its class with @attnopt.register",
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise ConversionError(
-            f"{type(model).__name__} does not take attentions from transformers' AttentionInterface",
-            hint="use attnopt.optimize, whose graph holds the pattern",
+            f"{type(model).__name__} does not use transformers' AttentionInterface",
+            hint="use attnopt.optimize, whose graph applies the pattern",
         )
 
 
@@ -86,7 +86,7 @@ def _switch(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != name:
         raise ConversionError(
             f"{type(model).__name__} does not let its attention implementation be set",
-            hint="use attnopt.optimize, whose graph holds the pattern",
+            hint="use attnopt.optimize, whose graph applies the pattern",
         )
 
 
@@ -123,7 +123,7 @@ def attend(
         return _computed(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
     if own_scores:
         raise ConversionError(
-            "softcap and sink logits cannot be computed with dropout", hint="set attention_dropout to 0"
+            "softcap and sink logits are not supported with dropout", hint="set attention_dropout to 0"
         )
     allowed = _with_pattern(mask, found, query, key)
     out, _ = sdpa_attention_forward(
@@ -138,8 +138,8 @@ def _left(mask: Tensor, kv_len: int, past: Past | None) -> Tensor:
         return mask
     if past is None or mask.shape[-1] < kv_len:
         raise ConversionError(
-            f"the mask is for {mask.shape[-1]} keys, the cache gave {kv_len}",
-            hint="generate with the default cache, or give the window to all layers that slide",
+            f"the mask has {mask.shape[-1]} keys, but the cache returned {kv_len}",
+            hint="generate with the default cache, or apply the window to all sliding layers",
         )
     return torch.cat([mask[..., : past.sinks], mask[..., mask.shape[-1] - kv_len + past.sinks :]], dim=-1)
 

@@ -71,8 +71,8 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
             return
         if self.keys.shape[-2] < self.cumulative_length and -tokens_to_remove > self._removable:
             raise RuntimeError(
-                f"{-tokens_to_remove} tokens cannot be taken back, because earlier ones were dropped from the cache; "
-                "a model with patterns can be assisted, but cannot assist"
+                f"{-tokens_to_remove} tokens cannot be removed: the cache has already dropped earlier ones; "
+                "a model with patterns can use an assistant model, but cannot be one"
             )
         if tokens_to_remove:
             self.keys, self.values = self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]
@@ -123,13 +123,13 @@ class UseRollingCache:
         from_the_end = self.past is not None and self.past.sinks == 0
         if isinstance(now, DynamicSlidingWindowLayer) and not from_the_end:
             raise AttnoptError(
-                f"layer {layer} has a sliding window of its own, whose cache drops tokens that the pattern counts from",
-                hint="leave the layer out of the policy, or give it a window without sinks",
+                f"layer {layer} has its own sliding window, whose cache drops tokens that the pattern needs",
+                hint="exclude the layer from the policy, or use a window without sinks",
             )
         if not isinstance(now, DynamicLayer):
             raise AttnoptError(
-                f"layer {layer} of the cache is a {type(now).__name__}, whose keys do not end with the newest",
-                hint="generate with the default cache, or another dynamic one",
+                f"layer {layer} of the cache is a {type(now).__name__}, whose last keys are not the newest",
+                hint="generate with the default cache or another dynamic cache",
             )
 
 

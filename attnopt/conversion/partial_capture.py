@@ -59,7 +59,7 @@ def parts_of(model: nn.Module, policy: Any, inputs: Inputs, batches: Sequence[In
     if unmatched:
         listed = ", ".join(map(repr, names))
         raise PolicyError(f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}")
-    warn(f"the model could not be captured whole: {len(found)} of its modules were, each with the inputs that it gets")
+    warn(f"the model could not be captured as a whole: {len(found)} of its modules were captured separately")
     return found
 
 

@@ -15,7 +15,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.lower import Plan, edited_parameters
 from attnopt.match.projections import landings
 
-REMEDY = "use attnopt.optimize, whose graph can hold any heads"
+REMEDY = "use attnopt.optimize, whose graph can represent any heads"
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def head_order(plan: Plan) -> HeadOrder:
     sizes = sorted({len(heads) for heads in readers})
     if len(sizes) != 1:
         raise ConversionError(
-            f"its key/value heads would serve {' and '.join(map(str, sizes))} query heads, and a class holds groups of one size",
+            f"its key/value heads would serve {' and '.join(map(str, sizes))} query heads, but model classes need equal groups",
             site=plan.found.site.name,
-            hint=f'keep as many query heads for each key/value head (GroupedQuery: grouping="adjacent"), or {REMEDY}',
+            hint=f'keep the same number of query heads per key/value head (GroupedQuery: grouping="adjacent"), or {REMEDY}',
         )
     by_turns = list(zip(*readers, strict=True)) if _is_tiled(before) else readers
     return HeadOrder(tuple(h for run in by_turns for h in run), after.kv_heads)
@@ -64,14 +64,14 @@ def reshaped(model: nn.Module, plans: Sequence[Plan]) -> dict[str, Tensor]:
         for name, value in _of_site(plan).items():
             if name not in known:
                 raise ConversionError(
-                    f"{name} is no parameter of {type(model).__name__}", site=plan.found.site.name, hint=REMEDY
+                    f"{name} is not a parameter of {type(model).__name__}", site=plan.found.site.name, hint=REMEDY
                 )
             others = made.setdefault(name, value)
             if others is not value and not torch.equal(others, value):
                 raise ConversionError(
-                    f"{name} serves several attentions, which would need different weights",
+                    f"{name} is shared by several attentions, which would need different weights",
                     site=plan.found.site.name,
-                    hint=f"give all of them the same heads, or {REMEDY}",
+                    hint=f"rewrite all of them to the same heads, or {REMEDY}",
                 )
     return made
 
@@ -80,7 +80,7 @@ def _of_site(plan: Plan) -> dict[str, Tensor]:
     site, order = plan.found.site, head_order(plan)
     if plan.spec.gains is not None or plan.spec.after:
         raise ConversionError(
-            "what the passes do to the outputs of its heads cannot be folded into an output projection",
+            "the edits of its head outputs cannot be folded into the output projection",
             site=site.name,
             hint=REMEDY,
         )
@@ -103,7 +103,7 @@ def _axes(site: Site, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]]]
     for role in ("q", "k", "v", "out"):
         p = site.projections[role]
         if p.rows is None or p.weight is None:
-            raise ConversionError(f"its {role} weights cannot be made smaller: {p.why}", site=site.name, hint=REMEDY)
+            raise ConversionError(f"its {role} weights cannot be reduced: {p.why}", site=site.name, hint=REMEDY)
         found.setdefault((p.weight, int(p.transposed != (role == "out"))), []).append(role)
         if p.bias is not None and role != "out":
             found.setdefault((p.bias, 0), []).append(role)

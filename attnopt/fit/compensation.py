@@ -32,12 +32,16 @@ def bias_for(site: Site, spec: AttentionSpec, heads: Sequence[int] | None = None
     heads = spec.heads if heads is None else heads
     bias = site.out_bias()
     if bias is None:
-        return Rewrite(spec, notes=("the output projection has no bias, nothing was compensated",))
+        return Rewrite(spec, notes=("the output projection has no bias, so nothing was compensated",))
     now, _ = _learned(site)
     both = combined([m.of(_features(site, heads)) for m in moments(now, site.spec)])
     left = _weights_of(site, heads)
     wrong = (both.zy[-1] - both.zz[-1] @ left) / both.zz[-1, -1]
-    return Rewrite(spec, out_bias=bias.double() + wrong, notes=("the mean of what is gone is in the output bias",))
+    return Rewrite(
+        spec,
+        out_bias=bias.double() + wrong,
+        notes=("the mean output of the removed heads was added to the output bias",),
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, st
     )
     found = fit(fitting, held if held.tokens else fitting, start, site.out_bias() is not None)
     note = (
-        f"least squares on {fitting.tokens} tokens: error of the layer on {held.tokens} held-back ones "
+        f"least squares on {fitting.tokens} tokens: layer error on {held.tokens} held-out tokens "
         f"{found.before:.3f} -> {found.after:.3f} (step {found.step:g})"
     )
     return Refitted(site, spec, found.weights, found.after, note)
@@ -80,9 +84,9 @@ def _learned(site: Site) -> tuple[Activations, Tensor]:
     weights = output_weights(site, site.original)
     if site.activations is None or weights is None or not site.projections["out"].direct:
         raise CalibrationError(
-            "its output projection cannot be fitted without calibration data, known columns and heads that reach it as they are",
+            "fitting its output projection needs calibration data, known columns and heads that reach it unchanged",
             site=site.name,
-            hint="give calibration= to attnopt.optimize",
+            hint="pass calibration= to attnopt.optimize",
         )
     return site.activations, weights
 

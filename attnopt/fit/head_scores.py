@@ -22,7 +22,7 @@ def scores_at(site: Site, method: str, seed: int = 0) -> tuple[float, ...]:
     found = torch.tensor(_METHODS[method](site), dtype=torch.float64)
     if not bool(found.isfinite().all()):
         raise CalibrationError(
-            f"its {method} on the calibration data is not finite", site=site.name, hint="leave such batches out"
+            f"its {method} on the calibration data is not finite", site=site.name, hint="remove such batches"
         )
     return tuple(found.tolist())
 
@@ -37,7 +37,7 @@ def _norm(site: Site, place: int) -> float:
     value = site.head_weight("v", spec.kv_heads[spec.kv_of_head[place]])
     out = site.head_weight("out", spec.heads[place])
     if value is None or out is None:
-        raise CalibrationError("its value or output projection is not known", site=site.name)
+        raise CalibrationError("its value or output projection is unknown", site=site.name)
     value, out = value.double(), out.double()
     squared = ((value @ value.mT) * (out @ out.mT)).sum()  # |V'O|^2 without the [in, out] product
     return float(squared.clamp(min=0).sqrt()) * abs(1.0 if spec.gains is None else spec.gains[place])
@@ -113,7 +113,7 @@ def _generator(site: Site, seed: int) -> torch.Generator:
 
 def _seen(site: Site) -> Activations:
     if site.activations is None or site.activations.tokens == 0:
-        raise CalibrationError("there is no calibration data for it", site=site.name, hint="give calibration batches")
+        raise CalibrationError("there is no calibration data for it", site=site.name, hint="pass calibration batches")
     return site.activations
 
 
@@ -123,10 +123,10 @@ def output_maps(site: Site) -> Tensor:
     if weights is None:
         out = site.projections.get("out")
         why = out.why if out is not None and out.why else "it was not found"
-        raise CalibrationError(f"the output projection is not known: {why}", site=site.name)
+        raise CalibrationError(f"the output projection is unknown: {why}", site=site.name)
     if not site.projections["out"].direct:
         raise CalibrationError(
-            "what its heads give is scaled on the way to the output projection",
+            "the head outputs are scaled before the output projection",
             site=site.name,
             hint='choose "ablation", which needs no projection',
         )

@@ -29,9 +29,7 @@ def retrieval(site: Site, batches: Sequence[Inputs]) -> tuple[float, ...]:
         total += mass.sum(0)
         rows += len(mass)
     if not rows:
-        raise CalibrationError(
-            "no token occurs twice in the calibration data", site=site.name, hint="give longer texts"
-        )
+        raise CalibrationError("no token occurs twice in the calibration data", site=site.name, hint="use longer texts")
     return tuple((total / rows).tolist())
 
 
@@ -41,5 +39,5 @@ def _token_ids(site: Site, batch: Inputs, p: Tensor) -> Tensor:
         if isinstance(x, Tensor) and not x.is_floating_point() and tuple(x.shape) == (B, L) and L == S:
             return x
     raise CalibrationError(
-        f"the model takes no token ids of shape {(B, L)}", site=site.name, hint="choose another method"
+        f"the model has no token ids input of shape {(B, L)}", site=site.name, hint="choose another method"
     )

@@ -147,7 +147,7 @@ def require_tokens(site: Site, activations: Activations) -> None:
         raise CalibrationError(
             f"{activations.tokens} calibration tokens are fewer than the {features} features of the output projection",
             site=site.name,
-            hint='give more calibration data, or compensate="none"',
+            hint='pass more calibration data, or use compensate="none"',
         )
 
 

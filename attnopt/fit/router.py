@@ -26,7 +26,7 @@ def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
         raise CalibrationError(
             f"{site.activations.tokens} calibration tokens are fewer than the {features} features of the queries",
             site=site.name,
-            hint='give more calibration data, or router="query-norm"',
+            hint='pass more calibration data, or use router="query-norm"',
         )
     places = [site.spec.heads.index(h) for h in heads]
     fitting, held = _moments(site, places)

@@ -78,7 +78,7 @@ class Emitter:
         """A tensor of known numbers, as a buffer of the graph's module."""
         real = getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else tensor
         if real is None:
-            raise TypeError("a lowering made a constant tensor whose numbers are not known while it is traced")
+            raise TypeError("a lowering created a constant tensor whose values are unknown during tracing")
         gm = self.graph.owning_module
         assert gm is not None
         name = f"constant_{sum(1 for _ in gm.buffers(recurse=False))}"

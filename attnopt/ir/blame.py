@@ -37,19 +37,19 @@ def told(plugin: Any, kind: str) -> str:
 
 
 def fault(plugin: Any, kind: str, what: str, site: str | None = None) -> PluginError:
-    remedy = "report the model" if is_ours(plugin) else f"repair the {kind}"
+    remedy = "report the model" if is_ours(plugin) else f"fix the {kind}"
     return PluginError(
-        f"{told(plugin, kind)}: {what}", hint=f"leave the site out of the policy, and {remedy}", site=site
+        f"{told(plugin, kind)}: {what}", hint=f"exclude the site from the policy, and {remedy}", site=site
     )
 
 
 def check_output(plugin: Any, kind: str, o: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     wanted = list(map(hint, sizes))
     if not isinstance(o, Tensor):
-        raise fault(plugin, kind, f"it gave {type(o).__name__}, expected a tensor {wanted}")
+        raise fault(plugin, kind, f"it returned {type(o).__name__}, expected a tensor {wanted}")
     got = list(map(hint, o.shape))
     if got != wanted or o.dtype != dtype:
-        raise fault(plugin, kind, f"it gave {got} in {o.dtype}, expected {wanted} in {dtype}")
+        raise fault(plugin, kind, f"it returned {got} in {o.dtype}, expected {wanted} in {dtype}")
 
 
 @contextmanager

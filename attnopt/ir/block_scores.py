@@ -117,4 +117,4 @@ def parse_scores(text: str, lookup: Lookup = constructor) -> BlockScores:
     value = evaluate(text, lookup)
     if isinstance(value, BlockScores):
         return value
-    raise PolicyError(f"{text!r} are no block scores", hint=f"give one of {', '.join(SCORES.listed()).lower()}")
+    raise PolicyError(f"unknown block scores {text!r}", hint=f"use one of {', '.join(SCORES.listed()).lower()}")

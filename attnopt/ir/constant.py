@@ -26,7 +26,7 @@ class Constant:
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.dtype!r} is not one of {', '.join(_DTYPES)}")
         if not self.shape or min(self.shape) < 1 or len(self.data) != prod(self.shape) * _DTYPES[self.dtype].itemsize:
-            raise ValueError(f"{len(self.data)} bytes are no {self.dtype} numbers of shape {list(self.shape)}")
+            raise ValueError(f"{len(self.data)} bytes do not fit {self.dtype} values of shape {list(self.shape)}")
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:

@@ -47,9 +47,9 @@ class DynamicBlocks:
         owner = "DynamicBlocks"
         read = parse_scores(scores) if isinstance(scores, str) else scores
         if not isinstance(read, BlockScores):
-            raise PolicyError(f"{owner}: scores={scores!r} is not possible; give block scores or their text")
+            raise PolicyError(f"{owner}: invalid value scores={scores!r}: expected block scores or their text")
         if isinstance(keep, float) and not 0 < number(owner, "keep", keep) <= 1:
-            raise PolicyError(f"{owner}: keep={keep!r} is not possible; give a share above 0 and up to 1.0")
+            raise PolicyError(f"{owner}: invalid value keep={keep!r}: expected a fraction above 0 and at most 1.0")
         if not isinstance(keep, float):
             whole(owner, "keep", keep, least=1)
         read.check(whole(owner, "block", block, least=1))
@@ -107,7 +107,7 @@ class DynamicBlocks:
         value = evaluate(text, _constructor)
         if isinstance(value, DynamicBlocks):
             return value
-        raise PolicyError(f"{text!r} is no selection of blocks")
+        raise PolicyError(f"{text!r} is not a block selection")
 
     def _split(self, x: Tensor, count: int, lag: int) -> Tensor:
         """[B, H, tokens, D] as [B, H, count, block, D], ``lag`` tokens earlier; beyond an end its last token is repeated."""

@@ -166,7 +166,7 @@ class Replaced(HeadEdit):
             place = spec.heads.index(head)
             own, value = o[:, place : place + 1], values[:, i : i + 1].to(o.dtype)
             if not self.is_constant and value.shape[2] != own.shape[2]:
-                raise ValueError(f"values for {value.shape[2]} tokens, where there are {own.shape[2]}")
+                raise ValueError(f"values for {value.shape[2]} tokens, expected {own.shape[2]}")
             made[place] = value.expand(own.shape)
         return with_heads(o, made)
 

@@ -65,7 +65,7 @@ class Routed(HeadEdit):
 
     def keeping(self, kept: Collection[int]) -> Routed:
         if not {*self.shared, *self.routed} <= set(kept):
-            raise ValueError("heads between which tokens are routed cannot be removed; remove heads first")
+            raise ValueError("heads that tokens are routed to cannot be removed; prune before routing")
         return self
 
     def to_json(self) -> dict[str, Any]:

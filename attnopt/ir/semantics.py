@@ -71,7 +71,7 @@ def of_masked_blocks(backend: str, spec: AttentionSpec) -> tuple[str, ...]:
     """What a backend that masks has to tell of blocks that are selected at run time."""
     if spec.selection is None:
         return ()
-    return (f"{backend}: blocks that are not kept are masked, not skipped, which saves no time",)
+    return (f"{backend}: blocks that are not kept are masked, not skipped: no time is saved",)
 
 
 def heads_of(spec: AttentionSpec, kv: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
     if made.out_bias is not None:
         yield from _of_out_bias(site, made.out_bias)
     if not isinstance(made.notes, tuple) or not all(isinstance(note, str) for note in made.notes):
-        yield f"notes is {made.notes!r}, expected a tuple of texts"
+        yield f"notes is {made.notes!r}, expected a tuple of strings"
     try:
         yield from _of_foreign_patterns(site, made.spec)
     except PluginError as e:
@@ -47,7 +47,7 @@ def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
     for name in _FIXED:
         was, now = getattr(before, name), getattr(after, name)
         if was != now:
-            yield f"{name} is {now!r}, and the attention itself has {was!r}"
+            yield f"{name} is {now!r}, but the attention has {was!r}"
     yield from _of_heads(before, after)
     yield from _of_numbers(after)
     yield from _of_kinds(after)
@@ -57,7 +57,7 @@ def _of_heads(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
     for name, known in (("heads", before.heads), ("kv_heads", before.kv_heads)):
         named = getattr(after, name)
         if not named or len(set(named)) < len(named) or not set(named) <= set(known):
-            yield f"{name} is {named!r}, expected some of {known!r}, each once"
+            yield f"{name} is {named!r}, expected a subset of {known!r} without duplicates"
     if len(after.kv_of_head) != len(after.heads) or not set(after.kv_of_head) <= set(range(len(after.kv_heads))):
         yield f"kv_of_head is {after.kv_of_head!r} for {len(after.heads)} heads and {len(after.kv_heads)} K/V heads"
 
@@ -68,7 +68,7 @@ def _of_numbers(after: AttentionSpec) -> Iterator[str]:
     if after.softcap is not None and not (_is_finite(after.softcap) and after.softcap > 0):
         yield f"softcap is {after.softcap!r}, expected None or a number above 0"
     if after.gains is not None and not (len(after.gains) == len(after.heads) and all(map(_is_finite, after.gains))):
-        yield f"gains is {after.gains!r}, expected a finite number for each of {len(after.heads)} heads"
+        yield f"gains is {after.gains!r}, expected one finite number per head ({len(after.heads)})"
 
 
 def _of_kinds(after: AttentionSpec) -> Iterator[str]:
@@ -80,7 +80,7 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
         if not isinstance(pattern, Pattern):
             yield f"{name} is {pattern!r}, expected a Pattern"
         elif pattern.named_heads > len(after.heads):
-            yield f"{name} names head {pattern.named_heads - 1} by its place, and there are {len(after.heads)} heads"
+            yield f"{name} refers to head position {pattern.named_heads - 1}, but there are only {len(after.heads)} heads"
     for edit in after.after:
         if not isinstance(edit, HeadEdit):
             yield f"after holds {edit!r}, expected a HeadEdit"
@@ -105,11 +105,11 @@ def _of_weights(site: Site, spec: AttentionSpec, edit: HeadWeights) -> Iterator[
         return
     weight, bias = site.head_weight(edit.role, edit.head), site.head_bias(edit.role, edit.head)
     if weight is None:
-        yield f"{what}: the projection is not known"
+        yield f"{what}: the projection is unknown"
         return
     yield from _of_tensor(f"{what}", edit.weight, weight)
     if edit.bias is not None and bias is None:
-        yield f"{what} come with a bias, and the projection has none for a head"
+        yield f"{what} have a bias, but the projection has none per head"
     elif edit.bias is not None and bias is not None:
         yield from _of_tensor(f"the bias of {what}", edit.bias, bias)
 
@@ -117,7 +117,7 @@ def _of_weights(site: Site, spec: AttentionSpec, edit: HeadWeights) -> Iterator[
 def _of_out_bias(site: Site, made: Tensor) -> Iterator[str]:
     known = site.out_bias()
     if known is None:
-        yield "there is a new bias of the output projection, which has none"
+        yield "a new bias for the output projection, which has no bias"
     else:
         yield from _of_tensor("the new bias of the output projection", made, known)
 
@@ -139,7 +139,7 @@ def _of_foreign_patterns(site: Site, spec: AttentionSpec) -> Iterator[str]:
         seen_LS = one.mask(q_len, kv_len)[0].numpy()
         runs = [(i, i) for i in range(q_len)] + [(i, min(i + _RUN, q_len) - 1) for i in range(0, q_len, _RUN)]
         if any(_denies(one, seen_LS[first : last + 1], first + kv_len - q_len) for first, last in runs):
-            yield f"pattern {one}: reach denies what visible says at {q_len} queries and {kv_len} keys"
+            yield f"pattern {one}: reach contradicts visible at {q_len} queries and {kv_len} keys"
 
 
 def _denies(pattern: Pattern, seen_LS: NDArray[np.bool_], first: int) -> bool:

@@ -86,9 +86,9 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins:
             raise PluginError(e.message, hint=e.hint, site=plan.found.site.name) from e.__cause__
         except Exception as e:
             raise RewriteError(
-                f"{', '.join(plan.passes)} cannot be carried out: {type(e).__name__}: {e}",
+                f"{', '.join(plan.passes)} failed: {type(e).__name__}: {e}",
                 site=plan.found.site.name,
-                hint="leave the site out of the policy and report the model",
+                hint="exclude the site from the policy and report the model",
             ) from e
     restore_calls(module)
     share(module)

@@ -158,10 +158,10 @@ def _refuse_channels(r: Region) -> None:
             raise NotAttentionError(
                 Refusal(
                     "channel-attention",
-                    "keys that are tokens",
-                    "a softmax over features that a projection makes",
+                    "tokens as keys",
+                    "a softmax over the features of a projection",
                     source_line(r.anchor) if r.anchor is not None else "",
-                    "attention between channels is left as it is",
+                    "attention between channels is not supported",
                 )
             )
 

@@ -58,8 +58,8 @@ class LateQuotient:
             raise NotAttentionError(
                 Refusal(
                     "late-division",
-                    "each query's output divided by its own sum of exponentials",
-                    f"{self.node.name}, which divides by another's",
+                    "the output of each query divided by its own sum of exponentials",
+                    f"{self.node.name}, which divides by the sum of another query",
                     source_line(self.node),
                 )
             )
@@ -70,7 +70,7 @@ def _followed(nodes: tuple[fx.Node, ...], axes: Axes) -> Axes:
     for node in nodes:
         found = follow(node, axes)
         if found is None:
-            raise unreadable(node, "a layout between the values and the late division that can be followed")
+            raise unreadable(node, "a supported layout between the values and the late division")
         axes = found
     return axes
 

@@ -99,7 +99,7 @@ def _moderate_mask(step: Hide, r: Region) -> Refusal:
     return Refusal(
         "moderate-mask",
         "a mask of -inf or the dtype's minimum",
-        f"{step.fill:g} written over scores, on rows that may be all hidden",
+        f"{step.fill:g} written over scores in rows that may be fully masked",
         source_line(step.condition.node) or source_line(r.out.node),
         "mask with -inf or torch.finfo(dtype).min",
     )

@@ -137,23 +137,25 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
         return Projection(why=_stopped_at(blocked.node), keeps_size=True), dirty
     part = next((x for found in each for x in found if x.kind == "part"), None)
     if part is not None and part.node.op == "call_function":
-        return Projection(why=f"heads are computed apart, by a {opname(part.node)} each{_at(part.node)}"), dirty
+        return Projection(why=f"heads are computed separately, by one {opname(part.node)} each{_at(part.node)}"), dirty
     constant = next((x for found in each for x in found if x.kind == "constant" and not _is_shared(x, each)), None)
     if constant is not None and alone:
-        return Projection(why=f"heads also differ by {_named(constant.node)}, which is no projection"), dirty
+        return Projection(why=f"heads also differ by {_named(constant.node)}, which is not a projection"), dirty
     weights = [[x for x in found if x.kind == "weight"] for found in each]
     matrices = {x.node for found in weights for x in found if len(shape(x.node)) >= 2}
     vectors = {x.node for found in weights for x in found if len(shape(x.node)) == 1}
     if not matrices:
-        why = "no weight makes these features: they come straight from an input or a constant"
+        why = "no weight produces these features: they come directly from an input or a constant"
         return Projection(why=why, keeps_size=True), dirty
     if len(matrices) > 1 or len(vectors) > 1:
         names = ", ".join(sorted(str(m.target) for m in (*matrices, *vectors)))
-        return Projection(why=f"made by several weights: {names}"), dirty
+        return Projection(why=f"produced by several weights: {names}"), dirty
     matrix, vector = next(iter(matrices)), next(iter(vectors), None)
     projection = _from_weights(matrix, vector, weights)
     if vector is not None and projection.rows is not None and not _same_rows(vector, projection.rows, weights):
-        return Projection(projection.weight, why=f"the bias {vector.target} has other rows than the weight"), dirty
+        return Projection(
+            projection.weight, why=f"the rows of the bias {vector.target} differ from those of the weight"
+        ), dirty
     return projection, dirty
 
 
@@ -210,11 +212,11 @@ def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Seq
     for found in weights:
         mine = [x for x in found if x.node is matrix]
         if len({x.selection.keys().__iter__().__next__() if x.selection else -1 for x in mine}) != 1:
-            return Projection(str(matrix.target), why="a head's rows lie along several axes of the weight")
+            return Projection(str(matrix.target), why="the rows of a head span several axes of the weight")
         indices: dict[int, None] = {}
         for x in mine:
             if len(x.selection) > 1:
-                return Projection(str(matrix.target), why="a head's rows lie along several axes of the weight")
+                return Projection(str(matrix.target), why="the rows of a head span several axes of the weight")
             (axis, idx), *_ = list(x.selection.items()) or [(0, tuple(range(shape(matrix)[0])))]
             axes.add(axis)
             indices.update(dict.fromkeys(idx))
@@ -241,7 +243,7 @@ def _named(node: fx.Node) -> str:
 
 
 def _stopped_at(node: fx.Node) -> str:
-    return f"heads cannot be told apart before {opname(node)}{_at(node)}"
+    return f"heads cannot be separated before {opname(node)}{_at(node)}"
 
 
 def _at(node: fx.Node) -> str:
@@ -273,7 +275,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
             landings(weight, chosen) if weight.op != "get_attr" else [Landing("constant", weight, chosen, (weight,))]
         )
         if not is_weight(weight) or len(found) != 1 or len(found[0].selection) > 1:
-            return Projection(why="the output projection's weight is computed"), None
+            return Projection(why="the weight of the output projection is computed at run time"), None
         target = found[0].node
         (at, idx), *_ = list(found[0].selection.items()) or [column]
         if end not in (None, (users[0], target, at)):
@@ -286,7 +288,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
         return Projection(str(target.target), why=f"the weight has {len(shape(target))} axes"), op
     added = [weight_behind(a) for a in op.all_input_nodes if is_tensor(a) and len(shape(a)) == 1]
     if None in added:
-        return Projection(str(target.target), why="the output projection's bias is computed"), op
+        return Projection(str(target.target), why="the bias of the output projection is computed at run time"), op
     return Projection(
         str(target.target),
         next((str(bias.target) for bias in added if bias is not None), None),

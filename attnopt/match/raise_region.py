@@ -65,7 +65,10 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     if sinks is not None and (constant or len(shape(sinks)) != 4):
         raise NotAttentionError(
             Refusal(
-                "sink-and-constant", "a sink beside plain scores", "a constant added to them", source_line(r.out.node)
+                "sink-and-constant",
+                "a sink without an added constant",
+                "a constant added to the scores",
+                source_line(r.out.node),
             )
         )
     if sinks is not None and r.sink_rate != 1:
@@ -125,8 +128,8 @@ def _with_factors(
 def _multiplied(factor: Operand) -> Refusal:
     return Refusal(
         "scores-multiplied",
-        "a factor of queries or of keys, or a mask of 0 and 1 that a bias hides",
-        f"{factor.node.name}, which varies over both",
+        "a factor that depends on queries or keys alone, or a 0/1 mask with a matching bias",
+        f"{factor.node.name}, which depends on both",
         source_line(factor.node),
     )
 

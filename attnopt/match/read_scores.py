@@ -139,7 +139,7 @@ def read_scores(node: fx.Node, axis: int, rate: float = 1.0) -> Scores:
 def _no_product(node: fx.Node) -> Refusal:
     return Refusal(
         "no-query-key-product",
-        "scores made from a product of queries and keys",
+        "scores computed from a product of queries and keys",
         f"{node.name} = {getattr(node.target, '__name__', node.target)}",
         source_line(node),
     )

@@ -69,8 +69,8 @@ class Arranger:
             raise NotAttentionError(
                 Refusal(
                     "unreadable-layout",
-                    "axes that the attention has",
-                    f"{node.name} with another axis",
+                    "only axes of the attention",
+                    f"{node.name} with an additional axis",
                     source_line(node),
                 )
             )

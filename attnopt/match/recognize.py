@@ -54,7 +54,7 @@ def _from_softmax(a: Softmax) -> Region:
         raise NotAttentionError(
             Refusal(
                 "no-value-product",
-                "weights that are multiplied with values",
+                "weights multiplied with values",
                 _first_use(a.weights),
                 source_line(a.weights),
             )
@@ -126,10 +126,10 @@ def _changed(node: fx.Node) -> NotAttentionError:
     return NotAttentionError(
         Refusal(
             "weights-changed",
-            "weights that go straight to the values",
+            "weights that feed directly into the value product",
             f"{node.name} = {opname(node)} on the weights",
             source_line(node),
-            "weights that are mixed or gated after the softmax, or masked by what does not mask the scores, are left as they are",
+            "weights that are mixed or gated after the softmax, or masked unlike the scores, are not supported",
         )
     )
 
@@ -172,7 +172,7 @@ def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, di
             continue
         found = follow(node, axes)
         if found is None:
-            raise unreadable(node, "weights whose axes can be followed")
+            raise unreadable(node, "weights with traceable axes")
         axes = found
     return resolve_all(axes), zeroed
 
@@ -199,7 +199,7 @@ def _unify(product_axes: Axes, axes: Axes, node: fx.Node) -> None:
         if not new and not old:
             continue
         if len(new) != 1 or new[0].size != length(old):
-            raise unreadable(node, "weights whose axes fit the values")
+            raise unreadable(node, "weights whose axes match the values")
         if new != old:
             new[0].parts = old
 
@@ -219,8 +219,8 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     raise NotAttentionError(
         Refusal(
             "softmax-axis",
-            "a softmax over the keys of one operand",
-            "an axis that both operands share",
+            "a softmax over an axis of the keys alone",
+            "an axis shared by both operands",
             source_line(a.weights),
         )
     )
@@ -303,8 +303,8 @@ def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
             raise NotAttentionError(
                 Refusal(
                     "scores-feed-back",
-                    "masks and biases that are made without the scores",
-                    f"{given.node.name}, which is made from them",
+                    "masks and biases independent of the scores",
+                    f"{given.node.name}, which depends on the scores",
                     source_line(given.node),
                 )
             )

@@ -32,7 +32,7 @@ def from_fused(node: fx.Node) -> Region:
         raise NotAttentionError(
             Refusal(
                 "active-dropout",
-                "an attention without dropout",
+                "no active dropout",
                 f"dropout of {dropout}",
                 source_line(node),
                 "call model.eval() first",

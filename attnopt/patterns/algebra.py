@@ -117,7 +117,7 @@ class Pattern(ABC):
         made = self.visible(i, j)
         if not isinstance(made, Tensor) or made.dtype != torch.bool:
             got = made.dtype if isinstance(made, Tensor) else type(made).__name__
-            raise PluginError(f"pattern {self!r}: visible gives {got}, expected a bool tensor")
+            raise PluginError(f"pattern {self!r}: visible returned {got}, expected a bool tensor")
         if made.dim() == i.dim() and all(map(_is_full, made.shape, i.shape, j.shape)):
             return made
         return made & (i == i) & (j == j)

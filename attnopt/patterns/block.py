@@ -82,7 +82,7 @@ class BlockLayout(Pattern):
     def __init__(self, table: Any, block: int) -> None:
         rows = table.tolist() if hasattr(table, "tolist") else table
         if not isinstance(rows, (list, tuple)) or not rows:
-            raise PolicyError(f"BlockLayout: table={table!r} is not possible; give a square table of 0 and 1")
+            raise PolicyError(f"BlockLayout: invalid value table={table!r}: expected a square table of 0s and 1s")
         read = tuple(_row(number, row, len(rows)) for number, row in enumerate(rows))
         object.__setattr__(self, "table", read)
         object.__setattr__(self, "block", whole("BlockLayout", "block", block, least=1))
@@ -133,17 +133,19 @@ def _row(number: int, row: Any, columns: int) -> Ranges:
     if isinstance(row, str):
         listed = [part.strip() for part in row.split(",")] if row.strip() else []
         if not all(re.fullmatch(r"\d{1,10}(-\d{1,10})?", part) for part in listed):
-            raise PolicyError(f'{where}: {row!r} is not possible; list columns as in "0-3, 7"')
+            raise PolicyError(f'{where}: invalid value {row!r}: expected columns such as "0-3, 7"')
         found = merged((int(a), int(b or a) + 1) for a, _, b in (part.partition("-") for part in listed))
     elif isinstance(row, Iterable) and all(isinstance(cell, (int, float)) and cell in (0, 1) for cell in row):
         cells = list(row)
         if len(cells) != columns:
-            raise PolicyError(f"{where} has {len(cells)} columns, the table {columns} rows; give a square table")
+            raise PolicyError(
+                f"{where} has {len(cells)} columns, but the table has {columns} rows; the table must be square"
+            )
         found = merged((col, col + 1) for col, cell in enumerate(cells) if cell)
     else:
-        raise PolicyError(f"{where}: {row!r} is not possible; give a row of 0 and 1")
+        raise PolicyError(f"{where}: invalid value {row!r}: expected a row of 0s and 1s")
     if found and found[-1][1] > columns:
-        raise PolicyError(f"{where} names column {found[-1][1] - 1}, but the table has {columns} rows and columns")
+        raise PolicyError(f"{where} names column {found[-1][1] - 1}, but the table has only {columns} columns")
     return found
 
 

@@ -53,14 +53,14 @@ class Neighborhood(Pattern):
         owner = "Neighborhood"
         sizes = whole_tuple(owner, "grid", grid, None, least=1)
         if not 1 <= len(sizes) <= 3:
-            raise PolicyError(f"{owner}: grid={grid!r} is not possible; give one, two or three sizes")
+            raise PolicyError(f"{owner}: invalid value grid={grid!r}: expected one, two or three sizes")
         values: dict[str, Any] = {"grid": sizes}
         for option, given in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
             values[option] = whole_tuple(owner, option, given, len(sizes), least=1)
         if any(s > k for s, k in zip(values["stride"], values["kernel"], strict=True)):
             raise PolicyError(
                 f"{owner}: stride={stride!r} is larger than kernel={kernel!r}",
-                hint="some queries would not see themselves; give a stride of at most the kernel",
+                hint="some queries would not see themselves; use a stride no larger than the kernel",
             )
         values["causal"] = switches(owner, "causal", causal, len(sizes))
         values["edge"] = choice(owner, "edge", edge, ("shift", "clip"))
@@ -200,7 +200,7 @@ class Prefix(Pattern):
     def __post_init__(self) -> None:
         whole("Prefix", "n", self.n)
         if not isinstance(self.rest, Pattern):
-            raise PolicyError(f"Prefix: rest={self.rest!r} is not possible; give a pattern")
+            raise PolicyError(f"Prefix: invalid value rest={self.rest!r}: expected a pattern")
 
     @property
     def parts(self) -> tuple[Pattern, ...]:

@@ -26,12 +26,12 @@ class PerHead(Pattern):
 
     def __init__(self, heads: Mapping[Any, Pattern], default: Pattern = FULL) -> None:
         if not isinstance(heads, Mapping) or not all(isinstance(p, Pattern) for p in (*heads.values(), default)):
-            raise PolicyError(f"PerHead: {heads!r} is not possible; give a mapping from heads to patterns")
+            raise PolicyError(f"PerHead: invalid value {heads!r}: expected a mapping from heads to patterns")
         of_place: dict[int, Pattern] = {}
         for named, pattern in heads.items():
             for place in wholes("PerHead", "heads", named):
                 if place in of_place:
-                    raise PolicyError(f"PerHead: head {place} is named twice")
+                    raise PolicyError(f"PerHead: duplicate head {place}")
                 of_place[place] = pattern
         by_pattern: dict[Pattern, list[int]] = {}
         for place in sorted(of_place):
@@ -78,7 +78,7 @@ class PerHead(Pattern):
         return PerHead(own, self.default.for_heads(places))
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        raise TypeError("a PerHead pattern has one set of pairs for each head; use mask() or for_head()")
+        raise TypeError("a PerHead pattern differs by head; use mask() or for_head()")
 
     def __repr__(self) -> str:
         heads = ", ".join(f"{places if len(places) > 1 else places[0]}: {p!r}" for places, p in self.groups)

@@ -32,7 +32,7 @@ class Segments(Pattern):
     def __init__(self, ids: Any, pairs: Sequence[tuple[int, int]] | None = None) -> None:
         listed = ids.tolist() if hasattr(ids, "tolist") else ids
         if not isinstance(listed, (list, tuple)) or not listed:
-            raise PolicyError(f"Segments: ids={ids!r} is not possible; give the segment of every token")
+            raise PolicyError(f"Segments: invalid value ids={ids!r}: expected one segment id per token")
         runs: list[list[int]] = []
         for entry in listed:
             number, count = _run(entry)
@@ -112,4 +112,4 @@ def _run(entry: Any) -> tuple[int, int]:
 def _pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
     if isinstance(pairs, Sequence) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         return tuple(sorted({(whole("Segments", "pairs", a), whole("Segments", "pairs", b)) for a, b in pairs}))
-    raise PolicyError(f"Segments: pairs={pairs!r} is not possible; give pairs of a query's and a key's segment")
+    raise PolicyError(f"Segments: invalid value pairs={pairs!r}: expected pairs of a query segment and a key segment")

@@ -199,7 +199,7 @@ class Periodic(Pattern):
         whole("Periodic", "start", self.start)
         whole("Periodic", "count", self.count)
         if self.start + self.count > self.period:
-            raise PolicyError(f"Periodic: start={self.start} and count={self.count} go beyond period={self.period}")
+            raise PolicyError(f"Periodic: start={self.start} and count={self.count} exceed period={self.period}")
 
     @property
     def is_positional(self) -> bool:
@@ -231,7 +231,7 @@ class Blocks(Pattern):
         whole("Blocks", "size", self.size, least=1)
         whole("Blocks", "halo", self.halo)
         if whole("Blocks", "shift", self.shift) >= self.size:
-            raise PolicyError(f"Blocks: shift={self.shift} is not possible; give a shift below size={self.size}")
+            raise PolicyError(f"Blocks: invalid value shift={self.shift}: expected a shift below size={self.size}")
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         start: Tensor = self._start(i)

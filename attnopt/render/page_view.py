@@ -151,15 +151,15 @@ def measures(report: Report) -> list[Measure]:
     found = _of_cost(report.cost_before, report.cost_after)
     if {"before", "after"} <= report.cpu_seconds.keys():
         seconds = report.cpu_seconds
-        found.append(Measure("CPU time of one call, measured", seconds["before"], seconds["after"], "s"))
+        found.append(Measure("CPU time per call, measured", seconds["before"], seconds["after"], "s"))
     return found
 
 
 def _of_cost(before: Cost, after: Cost) -> list[Measure]:
     return [
-        Measure("FLOPs of one call", before.flops, after.flops),
+        Measure("FLOPs per call", before.flops, after.flops),
         Measure("Parameters", before.parameters, after.parameters),
-        Measure("K/V bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token),
+        Measure("K/V bytes per token", before.kv_bytes_per_token, after.kv_bytes_per_token),
     ]
 
 

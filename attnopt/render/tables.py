@@ -204,7 +204,7 @@ def _projections(projections: Mapping[str, Projection]) -> str:
 
 def _misses(misses: tuple[NearMiss, ...]) -> RenderableType:
     rows = [(miss.name or "(root)", miss.refusal.code, _reason(miss), miss.where) for miss in misses]
-    return _table("Near misses, left untouched", ("place", "code", "reason", "source"), rows)
+    return _table("Near misses (rejected candidates)", ("place", "code", "reason", "source"), rows)
 
 
 def _reason(miss: NearMiss) -> str:

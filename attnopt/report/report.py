@@ -137,7 +137,7 @@ class Report:
         for miss in self.near_misses:
             lines.append(f"  {_titled(miss.name, miss.where)}")
             lines += [f"  {line}" for line in _refused("not matched", miss.refusal, miss.where)]
-        lines += [f"  not free: {axis}" for axis in told(self.fixed_axes)]
+        lines += [f"  {line}" for line in told(self.fixed_axes)]
         lines += [f"  warning: {text}" for text in self.warnings]
         if self.error is not None:
             lines.append(f"  largest relative difference of the outputs on the example inputs: {self.error:.1e}")
@@ -153,12 +153,12 @@ class Report:
         try:
             return cls._read(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArchiveError(f"this is no attnopt report: {type(error).__name__}: {error}") from error
+            raise ArchiveError(f"not an attnopt report: {type(error).__name__}: {error}") from error
 
     @classmethod
     def _read(cls, data: Mapping[str, Any]) -> Self:
         if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
+            raise ValueError(f"format {data['format']!r}; this version reads format {FORMAT}")
         return cls(
             sites=tuple(_site(entry) for entry in data["sites"]),
             near_misses=tuple(

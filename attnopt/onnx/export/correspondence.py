@@ -117,7 +117,7 @@ class _Comparison:
             self._look_behind(self.unread.pop())
         self._hoist()
         if clash := [name for node, name in self.read.items() if self.is_old[node] and name in self.made]:
-            raise ExportError(f"{clash[0]!r} is wanted both as it was and as it is now")
+            raise ExportError(f"{clash[0]!r} is needed in both its old and its new version")
         return Change(self.made, self.read, tuple(self.weights))
 
     def _want(self, name: str, now: fx.Node, before: fx.Node) -> None:
@@ -128,7 +128,7 @@ class _Comparison:
             if self.same.of[now] == self.same.of[before] or self.done.get(name) is now:
                 continue
             if name in self.done:
-                raise ExportError(f"two rewrites want another value in the place of {name!r}")
+                raise ExportError(f"two rewrites replace {name!r} with different values")
             self.done[name] = now
             inner = self._kept_with_layout(now, before)
             if inner is None:

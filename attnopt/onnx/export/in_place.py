@@ -60,8 +60,8 @@ def export_in_place(
     source = file.model.source
     if opset is not None and opset != source.opset:
         raise ExportError(
-            f"{source.path} has opset {source.opset}, and is written in that opset",
-            hint="leave opset out, or convert the file with onnx.version_converter first",
+            f"{source.path} has opset {source.opset} and can only be written in that opset",
+            hint="omit opset, or convert the file with onnx.version_converter first",
         )
     contrib = flavor == "onnxruntime"
     gm, _ = copy_program(worthwhile(gm, origin, contrib, source.opset))
@@ -83,7 +83,7 @@ def export_in_place(
             verify_file(gm, origin, temporary)
     if fixed:
         warnings.warn(
-            f"{path} holds only at the sizes of the example inputs: {', '.join(fixed)}", AttnoptWarning, stacklevel=4
+            f"{path} is valid only at the sizes of the example inputs: {', '.join(fixed)}", AttnoptWarning, stacklevel=4
         )
 
 

@@ -74,7 +74,7 @@ def older(
 
     if opset < OLDEST:
         raise ExportError(
-            f"the rewritten part of the file has no form in opset {opset}",
+            f"the rewritten part of the file cannot be expressed in opset {opset}",
             hint=f"convert the file to opset {WRITTEN} or later with onnx.version_converter",
         )
     made = _Older(opset, {t.name: onnx.numpy_helper.to_array(t) for t in stored})
@@ -84,7 +84,7 @@ def older(
 
 def _cannot(node: onnx.NodeProto, opset: int) -> ExportError:
     return ExportError(
-        f"{node.op_type} of the rewritten part of the file has no form in opset {opset}",
+        f"{node.op_type} in the rewritten part of the file is not available in opset {opset}",
         hint=f"convert the file to opset {WRITTEN} or later with onnx.version_converter",
     )
 

@@ -125,6 +125,6 @@ class Slices:
 
 def refuse(name: str) -> ExportError:
     return ExportError(
-        f"the weight {name!r} is stored in few bits, and what became of it is no part of these",
-        hint="choose a pass that only removes heads, or rewrite the file from before it was quantized",
+        f"the weight {name!r} is quantized, and the rewrite is not a selection of its values",
+        hint="use a pass that only removes heads, or rewrite the file before quantization",
     )

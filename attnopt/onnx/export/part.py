@@ -103,7 +103,7 @@ def _check_axes(model: ir.Model, order: Sequence[fx.Node]) -> None:
         for axis, size in enumerate(value(node).shape):
             if not is_static(size) and made.shape is not None and isinstance(made.shape[axis], int):
                 raise ExportError(
-                    f"the rewritten part of the file would hold only where a size is {made.shape[axis]}",
+                    f"the rewritten part of the file would be valid only for a size of {made.shape[axis]}",
                     hint="optimize with larger example inputs",
                 )
 

@@ -33,8 +33,8 @@ def check_sizes(graph: ir.Graph, relations: Sequence[str]) -> None:
             holds = _written(b, inputs, tree)
         except (KeyError, TypeError) as e:
             raise ExportError(
-                f"the graph holds only where {text}, which a file cannot check",
-                hint="give dynamic_shapes without these axes",
+                f"the graph is valid only where {text}, which an ONNX file cannot check",
+                hint="remove these axes from dynamic_shapes",
             ) from e
         zero = b.op("Gather", b.ints(0), b.op("Cast", b.op("Not", holds), to=ir.DataType.INT64))
         b.nodes[-1].name = f"requires {text}"

@@ -45,7 +45,7 @@ def spliced(model: onnx.ModelProto, insert: Insert) -> onnx.ModelProto:
     try:
         nodes = in_order(nodes, used_by, lambda n: n.output)
     except ValueError:
-        raise ExportError("the rewritten part of the file would read what it makes") from None
+        raise ExportError("the rewritten part of the file would depend on its own output") from None
     copies = [_copied(n) for n in nodes]
     del graph.node[:]
     graph.node.extend(copies)

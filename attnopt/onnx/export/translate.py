@@ -66,7 +66,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
             raise
         raise ExportError(
             f"torch.onnx could not export the graph: {_first_cause(e)}",
-            hint="the named operator has no ONNX form in this opset",
+            hint="the named operator has no ONNX equivalent in this opset",
         ) from e
 
 
@@ -78,8 +78,8 @@ def _drop_state(gm: fx.GraphModule) -> None:
             continue
         if node in read:
             raise ExportError(
-                f"the model writes {node.target} at each call and reads it at the next, which an ONNX file cannot",
-                hint=f"let the model take {node.target} as an input and return it",
+                f"the model carries state in {node.target} from call to call, which an ONNX file cannot",
+                hint=f"make the model take {node.target} as an input and return it",
             )
         for writer in [u for u in node.users if is_call(u, aten.copy_.default)]:
             gm.graph.erase_node(writer)

@@ -41,8 +41,8 @@ def in_bfloat16(gm: fx.GraphModule) -> str:
     if not any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in found):
         return ""
     return (
-        "ONNX Runtime on a CPU has few operators for bfloat16: optimize model.float() and export that, "
-        "or give verify=False for a machine that has them"
+        "ONNX Runtime supports few bfloat16 operators on CPU: optimize and export model.float(), "
+        "or use verify=False for a machine that supports them"
     )
 
 
@@ -99,8 +99,7 @@ def _compare(
         return
     sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
     raise ExportError(
-        f"ONNX Runtime gives other numbers than torch (relative difference {error:.2g}, inputs of {sizes}), "
-        "so nothing was written",
+        f"ONNX Runtime and torch disagree (relative difference {error:.2g}, inputs of {sizes}), so nothing was written",
         hint="please report the model; another opset may work",
         site=_first_that_differs(gm, inputs, file, marked, feed),
     )
@@ -118,7 +117,7 @@ def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs, named: Mapping[s
         return {name: _array(v) for name, (_, v) in zip(names, values, strict=True)}
     by_name = {named.get(n.name, n.name): v for n, v in values}
     if not set(names) <= set(by_name):
-        raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")
+        raise ExportError(f"the exported model has inputs {names}, but the model has {sorted(by_name)}")
     return {n: _array(by_name[n]) for n in names}
 
 
@@ -127,7 +126,7 @@ def _array(value: Tensor) -> Any:
         return value.detach().cpu().numpy()
     except TypeError as e:
         raise ExportError(
-            f"the exported model cannot be checked, because numpy has no {value.dtype}",
+            f"the exported model cannot be checked: numpy has no {value.dtype}",
             hint="convert the model to float32 before optimizing it",
         ) from e
 

@@ -59,7 +59,7 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
         found = outputs_of(gm, (args, kwargs))
     except Exception as e:
         raise ExportError(
-            f"the captured graph does not hold for {tuple(ids.shape)} tokens: {type(e).__name__}: {str(e)[:200]}",
+            f"the captured graph is not valid for {tuple(ids.shape)} tokens: {type(e).__name__}: {str(e)[:200]}",
             hint="optimize the model with an example of several sequences of several tokens",
         ) from e
     return next(t for t in found if t.dim() == 3)
@@ -106,6 +106,6 @@ def _compare(got: Tensor, want: Tensor, when: str) -> None:
     if error <= ROOM * tolerance([want]):
         return
     raise ExportError(
-        f"the decoder gives other logits than the model {when} (relative difference {error:.2g}), so nothing was written",
-        hint="positions have to come from position_ids, and nothing but the attentions may mix tokens",
+        f"the logits of the decoder and the model differ {when} (relative difference {error:.2g}), so nothing was written",
+        hint="positions must come from position_ids, and only the attentions may mix tokens",
     )

@@ -127,5 +127,5 @@ def in_order(
             if not waiting[user]:
                 heappush(ready, user)
     if len(ordered) < len(items):
-        raise ValueError("the nodes read each other")
+        raise ValueError("the nodes depend on each other")
     return ordered

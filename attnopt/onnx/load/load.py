@@ -26,7 +26,7 @@ from attnopt.onnx.load.unread import Runs, as_models, is_half, never_read
 from attnopt.onnx.load.values import tensor
 
 TRIES = 20  # each leaves some nodes more to ONNX Runtime
-_INPUTS = "give inputs of the types and sizes that the file takes"
+_INPUTS = "pass inputs of the types and sizes that the file takes"
 _FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must not be asked for it either
 
 
@@ -43,11 +43,11 @@ def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[
     except TypeError as e:
         raise CaptureError(
             f"{path} takes {', '.join(signature.parameters)}: {e}",
-            hint="give example inputs, by place or by name",
+            hint="pass example inputs, by position or by name",
         ) from None
     for name, value in bound.items():
         if not isinstance(value, Tensor):
-            raise CaptureError(f"{name} is a {type(value).__name__}, not a tensor", hint="give a tensor for each input")
+            raise CaptureError(f"{name} is a {type(value).__name__}, not a tensor", hint="pass a tensor for each input")
     try:
         with torch.no_grad(), np.errstate(all="ignore"):
             return _Opening(source, bound).module()
@@ -86,7 +86,7 @@ class _Opening:
             if not worse:
                 return self._checked(made, outputs)
             unread = unread | worse
-        raise CaptureError(f"{self.source.path} holds too many operators that torch cannot trace")
+        raise CaptureError(f"{self.source.path} contains too many operators that torch cannot trace")
 
     def _alone(self, unread: set[int]) -> OnnxModule:
         """The nodes that are read, without anything in the place of the others."""
@@ -163,8 +163,8 @@ class _Opening:
         if self._agrees(module, want) or not self._is_steady(want):
             return module
         raise CaptureError(
-            f"{self.source.path} gives other numbers in torch than in ONNX Runtime",
-            hint="please report the file, or export the model anew",
+            f"torch and ONNX Runtime disagree on {self.source.path}",
+            hint="please report the file, or export the model again",
         )
 
     def _is_steady(self, want: Mapping[str, Any]) -> bool:

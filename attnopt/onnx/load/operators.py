@@ -154,7 +154,7 @@ def _layer_norm(a: Attributes, x: Value, scale: Value, bias: Value | None = None
 
 def _batch_norm(a: Attributes, x: Value, *given: Value) -> Value:
     if a.get("training_mode") or not a.get("spatial", 1):
-        raise NotImplementedError("a normalization that learns")
+        raise NotImplementedError("a normalization in training mode")
     scale, bias, mean, variance = map(tensor, given)
     epsilon = float(a["epsilon"]) if "epsilon" in a else 1e-5
     return F.batch_norm(tensor(x), mean.detach(), variance.detach(), scale, bias, False, 0.0, epsilon)

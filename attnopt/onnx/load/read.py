@@ -75,8 +75,8 @@ def _refusing(file: Path) -> Iterator[None]:
         raise
     except Exception as e:
         raise CaptureError(
-            f"{file} cannot be read as an ONNX model: {reason(e)}",
-            hint="give a complete .onnx file, beside it the files that hold its weights",
+            f"{file} is not a readable ONNX model: {reason(e)}",
+            hint="pass a complete .onnx file, with its external weight files beside it",
         ) from e
 
 
@@ -84,15 +84,15 @@ def _check_file(file: Path) -> None:
     """Reading a pipe or a device could block or never end."""
     size = file.stat().st_size
     if not file.is_file():
-        raise OSError("it is no plain file")
+        raise OSError("it is not a regular file")
     with file.open("rb") as opened:
         if opened.read(8)[4:] == b"ORTM":
             raise CaptureError(
-                f"{file} is in ONNX Runtime's own format, which cannot be read",
-                hint="give the .onnx file that it was made of",
+                f"{file} is in ONNX Runtime's own format, which is not supported",
+                hint="pass the .onnx file that it was converted from",
             )
     if size > LARGEST:
-        raise OSError(f"{size} bytes are more than an ONNX file can have")
+        raise OSError(f"{size} bytes exceed the size limit of an ONNX file")
 
 
 def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
@@ -107,12 +107,12 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
             continue
         said = {entry.key: entry.value for entry in tensor.external_data}
         if len(said) < len(tensor.external_data):  # which of them counts, others may see otherwise
-            raise CaptureError(f"{file} says twice where the weights {tensor.name!r} are")
+            raise CaptureError(f"{file} gives two locations for the weights {tensor.name!r}")
         place = (folder / said.get("location", "")).resolve()
         if not place.is_relative_to(folder) or not place.is_file():
             raise CaptureError(
-                f"{file} wants the weights {tensor.name!r} from {said.get('location')!r}, which is no file in its folder",
-                hint="put the files that hold the weights beside the model",
+                f"{file} refers to the weights {tensor.name!r} in {said.get('location')!r}, which is not a file in its folder",
+                hint="put the weight files beside the model",
             )
         size = sizes.setdefault(place, place.stat().st_size)
         start = int(said.get("offset") or 0)
@@ -123,7 +123,7 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
             )
         wanted += length
     if wanted > SHARED * sum(sizes.values()):
-        raise CaptureError(f"{file} wants {wanted} bytes of weights from files of {sum(sizes.values())}")
+        raise CaptureError(f"{file} refers to {wanted} bytes of weights in files of {sum(sizes.values())} bytes")
 
 
 def places_of_data(model: onnx.ModelProto) -> list[str]:

@@ -92,6 +92,6 @@ def check_in_a_process(source: Source, feed: Mapping[str, Any]) -> None:
         )
     if done.returncode < 0:
         raise CaptureError(
-            f"{source.path} ends ONNX Runtime's process with signal {-done.returncode} on these inputs",
-            hint="look for a division of whole numbers by zero",
+            f"{source.path} crashes ONNX Runtime with signal {-done.returncode} on these inputs",
+            hint="look for an integer division by zero",
         )

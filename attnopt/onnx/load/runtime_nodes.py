@@ -34,8 +34,8 @@ def onnx_nodes(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], ou
         want = said.at(shapes, list(sizes))
         if len(want) != got.dim() or any(w is not None and w != g for w, g in zip(want, got.shape, strict=True)):
             raise CaptureError(
-                f"{name!r} has the sizes {list(got.shape)}, and the model was captured for {want}",
-                hint="the sizes depend on the values of the inputs: leave the attentions behind it as they are",
+                f"{name!r} has shape {list(got.shape)}, but the model was captured for {want}",
+                hint="the shape depends on input values: exclude the attentions that use it from the policy",
             )
     device = inputs[0].device if inputs else torch.device("cpu")
     return [x.to(device) for x in made]

@@ -59,7 +59,7 @@ def number(text: str, known: Mapping[str, Any]) -> Any:
     """The value of an expression.  ValueError, KeyError or SyntaxError where it is none of whole numbers."""
     above, below = _fraction(ast.parse(text, mode="eval").body, known)
     if below != 1:
-        raise ValueError(f"{text} is no whole number")
+        raise ValueError(f"{text} is not an integer")
     return above
 
 
@@ -83,7 +83,7 @@ def _fraction(node: ast.expr, known: Mapping[str, Any]) -> tuple[Any, int]:
         case ast.BinOp(left, (ast.Div() | ast.FloorDiv()) as how, right):
             (a, b), (c, d) = _fraction(left, known), _fraction(right, known)
             if not isinstance(c, int) or c <= 0:
-                raise ValueError("a divisor that is no known number")
+                raise ValueError("a divisor that is not a known number")
             return (a * d, b * c) if isinstance(how, ast.Div) else ((a * d) // (b * c), 1)
         case ast.Call(ast.Name("floor"), [inner], []):
             above, below = _fraction(inner, known)
@@ -91,4 +91,4 @@ def _fraction(node: ast.expr, known: Mapping[str, Any]) -> tuple[Any, int]:
         case ast.Call(ast.Name("ceiling"), [inner], []):
             above, below = _fraction(inner, known)
             return (above if below == 1 else -(-above // below)), 1
-    raise ValueError(f"{ast.dump(node)[:60]} is no size")
+    raise ValueError(f"{ast.dump(node)[:60]} is not a size")

@@ -190,7 +190,7 @@ def as_models(source: Source, unread: set[int], runs: Runs) -> tuple[list[Unread
                 return found, unread
             hidden = readers
         unread = unread | hidden
-    raise CaptureError(f"{source.path}: sizes that depend on values run through all of it")
+    raise CaptureError(f"{source.path}: value-dependent sizes affect the whole graph")
 
 
 def _constants(source: Source) -> list[int]:
@@ -204,7 +204,7 @@ def _as_model(source: Source, group: Group, runs: Runs) -> Unread:
     values = runs.values(wanted)
     for name in wanted:
         if not all(isinstance(v[name], np.ndarray) and v[name].dtype.kind in "fiub" for v in values):
-            raise CaptureError(f"{source.path}: {quoted(name)} is no tensor of numbers")
+            raise CaptureError(f"{source.path}: {quoted(name)} is not a numeric tensor")
     graph = onnx.GraphProto(name="nodes")
     reads = {n for i in group.nodes for n in used_by(source.nodes[i])}
     graph.node.extend(source.constant_nodes[n] for n in sorted(reads & source.constant_nodes.keys()))

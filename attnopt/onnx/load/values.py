@@ -52,7 +52,7 @@ def operand(value: Value, beside: Value) -> Tensor | float | int | bool:
 def numbers(value: Value) -> list[Any]:
     """Sizes or axes as a list; symbolic ones among them."""
     if not isinstance(value, np.ndarray):
-        raise TypeError("sizes that are computed from the values of inputs")
+        raise TypeError("sizes computed from input values")
     return [n if isinstance(n, torch.SymInt) else int(n) for n in value.reshape(-1)]
 
 

@@ -100,7 +100,7 @@ def test_heads_that_share_key_value_heads() -> None:
 
 
 def test_measures(report: Report) -> None:
-    assert [m.name for m in measures(report)][-1] == "CPU time of one call, measured"
+    assert [m.name for m in measures(report)][-1] == "CPU time per call, measured"
     assert measures(report)[-1].share == 50
     assert len(measures(replace(report, cpu_seconds={}))) == 3
 
