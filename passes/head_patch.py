@@ -61,7 +61,7 @@ class HeadPatch(Pass):
             shown = f"of shape {list(given.shape)}" if isinstance(given, Tensor) else repr(given)[:60]
             n = len(self.heads)
             raise PolicyError(
-                f"{self.name}: invalid value values: {shown}",
+                f"{self.name}: invalid values {shown}",
                 hint=f"use {named}, or a floating-point tensor [{n}, Dv] or [batch, {n}, tokens, Dv]",
             ) from error
         return found

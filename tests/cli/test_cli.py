@@ -137,7 +137,7 @@ def test_optimize_save_and_look_again(tmp_path: Path, capsys: pytest.CaptureFixt
     assert done["written"] == {"saved": str(saved), "html": str(page)}
     assert page.is_file()
     assert json_of(capsys, "inspect", str(saved))["sites"] == done["report"]["sites"]
-    assert "optimized already" in error_of(capsys, "optimize", str(saved))
+    assert "already optimized" in error_of(capsys, "optimize", str(saved))
 
 
 def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +194,7 @@ def test_bench(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (("bench", "tiny_models:causal", "tiny_models:causal"), "the two models have the same name"),
         (("bench", "tiny_models:causal", "odd_models:other_inputs"), "odd_models:other_inputs fails on the inputs"),
         (("explain", "tiny_models:without_inputs", "a"), "without example inputs"),
-        (("explain", "tiny_models:causal", "layers.0", "--policy", "dance()"), "there is no pass 'dance'"),
+        (("explain", "tiny_models:causal", "layers.0", "--policy", "dance()"), "unknown pass 'dance'"),
     ],
 )
 def test_what_cannot_be_compared(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

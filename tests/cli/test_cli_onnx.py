@@ -88,7 +88,7 @@ def test_inputs_from_a_file(file: str, tmp_path: Path, capsys: pytest.CaptureFix
     arrays, folder = tmp_path / "x.npz", str(tmp_path / "fast")
     np.savez(arrays, **{"x.1": np.zeros((2, 7, 16), np.float32)})
     assert cli.main(["optimize", file, "--inputs", str(arrays), "--out", folder]) == 0
-    assert "made up" not in capsys.readouterr().err
+    assert "synthetic inputs" not in capsys.readouterr().err
     assert attnopt.load(folder)(torch.randn(2, 7, 16))
 
 

@@ -169,7 +169,7 @@ def test_an_assistant_may_have_no_patterns() -> None:
         "constant",
         0,
     )
-    with pytest.raises(RuntimeError, match="cannot assist"):
+    with pytest.raises(RuntimeError, match="cannot be one"):
         helper.generate(tokens(1, 120), assistant_model=made, **{**options, "max_new_tokens": 100})
 
 

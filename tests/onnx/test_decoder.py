@@ -167,8 +167,8 @@ def test_a_model_of_transformers_with_its_tokenizer(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- refusals
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "looks ahead": ({"pattern": None}, r"queries see Full\(\)"),
-    "sinks": ({"policy": LocalWindow(3, 0, sinks=1)}, "GroupQueryAttention knows"),
+    "looks ahead": ({"pattern": None}, r"the pattern is Full\(\)"),
+    "sinks": ({"policy": LocalWindow(3, 0, sinks=1)}, "GroupQueryAttention supports"),
     "counts positions itself": ({"absolute": True}, "for a token after its prompt"),
     "mixes tokens elsewhere": ({"mixes": True}, "for a token after its prompt"),
     "fixed sizes": ({"dynamic": None}, "expected .batch, length. with both axes dynamic"),
@@ -222,5 +222,5 @@ def test_the_folder_says_what_it_is(fast: attnopt.OptimizedModel, tmp_path: Path
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    with pytest.raises(attnopt.AttnoptError, match="left alone"):
+    with pytest.raises(attnopt.AttnoptError, match="it was not overwritten"):
         fast.export_decoder(other, context_length=32, eos_token_id=1)

@@ -106,8 +106,8 @@ def weights(role: str, head: int, *sizes: int, bias: Tensor | None = None) -> Ca
         (lambda site: Rewrite(site.spec, out_bias=torch.zeros(3)), "expected a tensor [16], got [3]"),
         (lambda site: Rewrite(site.spec, ("q",)), "edits holds 'q', expected HeadWeights"),
         (lambda site: Rewrite(site.spec, notes="done"), "notes is 'done', expected a tuple of strings"),  # type: ignore[arg-type]
-        (lambda site: None, "rewrite gave NoneType, expected a Rewrite of an AttentionSpec"),
-        (lambda site: Rewrite(None), "rewrite gave a Rewrite of NoneType"),  # type: ignore[arg-type]
+        (lambda site: None, "rewrite returned NoneType, expected a Rewrite of an AttentionSpec"),
+        (lambda site: Rewrite(None), "rewrite returned a Rewrite of NoneType"),  # type: ignore[arg-type]
         (lambda site: 1 / 0, "rewrite failed: ZeroDivisionError: division by zero"),
     ],
 )
@@ -123,7 +123,7 @@ def test_a_broken_rule_names_pass_and_site(make: Any, told: str) -> None:
 @pytest.mark.parametrize("answer", [True, "no", ()])
 def test_an_answer_that_is_no_refusal(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Makes, "check", lambda self, site: answer)
-    with pytest.raises(PluginError, match=r"check failed: TypeError: it gave .*, expected a Refusal or None"):
+    with pytest.raises(PluginError, match=r"check failed: TypeError: it returned .*, expected a Refusal or None"):
         optimized(Makes(spec()))
 
 
@@ -169,10 +169,10 @@ class Wrong(Reference):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda o: o[:, :1], "it gave [2, 1, 12, 8] in torch.float32, expected [2, 2, 12, 8] in torch.float32"),
-        (lambda o: o.transpose(1, 2), "it gave [2, 12, 2, 8]"),
-        (lambda o: o.double(), "it gave [2, 2, 12, 8] in torch.float64, expected [2, 2, 12, 8] in torch.float32"),
-        (lambda o: (o,), "it gave tuple, expected a tensor [2, 2, 12, 8]"),
+        (lambda o: o[:, :1], "it returned [2, 1, 12, 8] in torch.float32, expected [2, 2, 12, 8] in torch.float32"),
+        (lambda o: o.transpose(1, 2), "it returned [2, 12, 2, 8]"),
+        (lambda o: o.double(), "it returned [2, 2, 12, 8] in torch.float64, expected [2, 2, 12, 8] in torch.float32"),
+        (lambda o: (o,), "it returned tuple, expected a tensor [2, 2, 12, 8]"),
         (lambda o: o.missing, "the lowered attention failed: AttributeError: "),
     ],
 )
@@ -196,9 +196,9 @@ def test_wrong_numbers_are_the_backends() -> None:
     ("method", "answer", "told"),
     [
         ("check", lambda *_: 1 / 0, "check failed: ZeroDivisionError"),
-        ("check", lambda *_: False, "check failed: TypeError: it gave False, expected a Refusal or None"),
-        ("cost", lambda *_: None, "cost gave None, expected seconds"),
-        ("cost", lambda *_: float("nan"), "cost gave nan, expected seconds"),
+        ("check", lambda *_: False, "check failed: TypeError: it returned False, expected a Refusal or None"),
+        ("cost", lambda *_: None, "cost returned None, expected seconds"),
+        ("cost", lambda *_: float("nan"), "cost returned nan, expected seconds"),
         ("lower", lambda *_: 1 / 0, "lower failed: ZeroDivisionError"),
     ],
 )
@@ -283,7 +283,7 @@ def test_what_is_not_registered_is_not_saved(tmp_path: Path, monkeypatch: pytest
     made = optimized(Sparse(Third()))
     with pytest.raises(attnopt.ArchiveError) as caught:
         made.save(tmp_path / "saved")
-    assert "pattern Third() is of test_plugin_faults:Third" in str(caught.value)
+    assert "pattern Third() is an instance of test_plugin_faults:Third" in str(caught.value)
     assert caught.value.hint == "decorate the class with @attnopt.register, or declare it as an entry point"
     assert not (tmp_path / "saved").exists()
     attnopt.register(Third)
@@ -318,7 +318,7 @@ def test_a_pass_needs_a_name_and_fields() -> None:
     [
         (Liar(), "pattern Causal() & Liar(): reach contradicts visible at 12 queries and 12 keys"),
         (Broken(), "pattern Causal() & Broken() failed: OverflowError: too far"),
-        (Number(), "Number(): visible gives torch.int64, expected a bool tensor"),
+        (Number(), "Number(): visible returned torch.int64, expected a bool tensor"),
     ],
 )
 def test_patterns_that_contradict_themselves(pattern: Pattern, told: str) -> None:
@@ -371,7 +371,7 @@ def test_head_edits_and_scores_are_found_again(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_edit_that_changes_sizes() -> None:
-    with pytest.raises(PluginError, match=r"head edit 'acme.halved' .*it gave \[2, 2, 12, 1\]") as caught:
+    with pytest.raises(PluginError, match=r"head edit 'acme.halved' .*it returned \[2, 2, 12, 1\]") as caught:
         optimized(edited(Halved((0, 1), narrow=True)))
     assert caught.value.site == "layers.0"
     with pytest.raises(PluginError, match="changes heads"):

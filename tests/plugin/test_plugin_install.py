@@ -75,7 +75,7 @@ import sys, attnopt
 try:
     attnopt.load(sys.argv[2] + "/saved")
 except attnopt.ArchiveError as error:
-    assert f"the saved model needs {sys.argv[1]} of acme-attnopt: there is no " in str(error), error
+    assert f"the saved model needs {sys.argv[1]} of acme-attnopt: unknown " in str(error), error
     assert error.hint.startswith("install acme-attnopt, or import the module that registers it"), error
 else:
     assert not sys.argv[1]

@@ -109,8 +109,10 @@ class WithItsOwnNoise(nn.Module):
 
 def test_a_generator_of_the_model(model: nn.Module) -> None:
     """torch.export would keep the generator, and every call would draw on; that of torch 2.11 cannot trace it."""
-    told = r"rand at test_bad_input.py:[0-9]+ draws from the model's own torch.Generator"
+    told = (
+        r"rand at test_bad_input.py:[0-9]+ draws from the model's own torch.Generator"
         r"|argument of type: <class 'torch._C.Generator'>"
+    )
     with pytest.raises(attnopt.CaptureError, match=told):
         attnopt.optimize(WithItsOwnNoise().eval(), "fuse", (X,))
 

@@ -143,9 +143,9 @@ def test_nobody_can_replace_a_built_in(site_packages: Path) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(PolicyError) as caught:
         plugins.load_pass("local-windows")
-    assert "there is no pass 'local-windows'; there are fuse, local-window, sparse," in str(caught.value)
+    assert "unknown pass 'local-windows'; available: fuse, local-window, sparse," in str(caught.value)
     assert "hint: did you mean local-window?" in str(caught.value)
-    with pytest.raises(PolicyError, match="there is no backend 'zzz'; there are reference, sdpa"):
+    with pytest.raises(PolicyError, match="unknown backend 'zzz'; available: reference, sdpa"):
         plugins.load_backend("zzz")
 
 

@@ -267,7 +267,7 @@ def test_names_of_scores() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": "poold"}, "there is no block score 'poold'; there are Pooled, Antidiagonal, KMeans"),
+        ({"scores": "poold"}, "unknown block score 'poold'; available: Pooled, Antidiagonal, KMeans"),
         ({"scores": "1"}, "unknown block scores '1'"),
         ({"scores": 3}, "invalid value scores=3: expected block scores or their text"),
         ({"scores": "antidiagonal(6)"}, "Antidiagonal: stride=6 does not divide blocks of 64 tokens"),

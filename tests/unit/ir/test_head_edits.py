@@ -333,7 +333,7 @@ def test_no_backend_leaves_edits_out() -> None:
 
 
 def test_unknown_edits() -> None:
-    with pytest.raises(PolicyError, match="there is no head edit 'other'"):
+    with pytest.raises(PolicyError, match="unknown head edit 'other'"):
         edit_from_json({"kind": "other"})
     with pytest.raises(ValueError, match="values of shape"):
         Replaced((1, 2), Constant.of(torch.zeros(1, 8)))
@@ -378,10 +378,10 @@ def test_policies_with_edits_read_back() -> None:
         (lambda: SoftPAG(heads=[-1]), "invalid value heads=-1"),
         (lambda: HeadPatch([]), "invalid value heads=[]: expected at least one head, each listed once"),
         (lambda: HeadPatch([1, 1]), "invalid value heads=[1, 1]"),
-        (lambda: HeadPatch([1], "means"), "invalid value values: 'means'"),
-        (lambda: HeadPatch([1], torch.zeros(2, 3)), "invalid value values: of shape [2, 3]"),
-        (lambda: HeadPatch([1], torch.zeros(1, 3, dtype=torch.long)), "invalid value values: of shape [1, 3]"),
-        (lambda: HeadPatch([1], wrong(7)), "invalid value values: 7"),
+        (lambda: HeadPatch([1], "means"), "invalid values 'means'"),
+        (lambda: HeadPatch([1], torch.zeros(2, 3)), "invalid values of shape [2, 3]"),
+        (lambda: HeadPatch([1], torch.zeros(1, 3, dtype=torch.long)), "invalid values of shape [1, 3]"),
+        (lambda: HeadPatch([1], wrong(7)), "invalid values 7"),
     ],
 )
 def test_bad_options(make: Any, message: str) -> None:

@@ -196,7 +196,7 @@ def test_prune_by_weights() -> None:
 def test_prune_needs_importance_where_weights_are_unknown() -> None:
     assert refusal(PruneHeads(0.25), a_site(weights=False)) == (
         "[unknown-projection] expected known value and output projections, found v: a pooling stands in between "
-        "(at model.py:88)\n  hint: give importance=, one number for each head"
+        "(at model.py:88)\n  hint: use importance=, one number per head"
     )
     assert PruneHeads(0.25, importance=[1, 2, 3, 4]).check(a_site(weights=False)) is None
 
@@ -295,7 +295,7 @@ def test_passes_are_hashable_values() -> None:
             lambda: Sparse(wrong(3)),
             "sparse: invalid value pattern=3: expected a pattern from attnopt.patterns or its text",
         ),
-        (lambda: Sparse("Causl()"), "there is no pattern 'Causl'"),
+        (lambda: Sparse("Causl()"), "unknown pattern 'Causl'"),
         (lambda: PruneHeads(), "prune-heads: expected exactly one of fraction and heads"),
         (lambda: PruneHeads(0.5, heads=[1]), "prune-heads: expected exactly one of fraction and heads"),
         (lambda: PruneHeads(1.0), "prune-heads: invalid value fraction=1.0: expected a number from 0 to below 1"),

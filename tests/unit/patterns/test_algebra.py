@@ -263,7 +263,7 @@ def test_per_head_normal_form() -> None:
         ("Global([1, -1])", "Global: invalid value positions=-1"),
         (
             "Windw(3)",
-            "there is no pattern 'Windw'; there are Full, Causal, Window, Dilated, Sinks, Global, Strided, Periodic, Blocks, "
+            "unknown pattern 'Windw'; available: Full, Causal, Window, Dilated, Sinks, Global, Strided, Periodic, Blocks, "
             "Neighborhood, Prefix, Segments, RandomBlocks, BlockLayout, PerHead",
         ),
         ("Windw(3)", "did you mean Window?"),
@@ -280,7 +280,7 @@ def test_per_head_normal_form() -> None:
         ("Neighborhood(4, 3, causal=1)", "Neighborhood: invalid value causal=1: expected True or False, or 1 of them"),
         ("Neighborhood(4, 3, edge='wrap')", "invalid value edge='wrap': expected one of 'shift', 'clip'"),
         ("Blocks(4, shift=4)", "Blocks: invalid value shift=4: expected a shift below size=4"),
-        ("Periodic(4, 3, 2)", "Periodic: start=3 and count=2 go beyond period=4"),
+        ("Periodic(4, 3, 2)", "Periodic: start=3 and count=2 exceed period=4"),
         ("Prefix(1, 2)", "Prefix: invalid value rest=2: expected a pattern"),
         ("Prefix(-1, Full())", "Prefix: invalid value n=-1"),
         ("Segments([])", "Segments: invalid value ids=(): expected one segment id per token"),
@@ -304,7 +304,7 @@ def test_per_head_normal_form() -> None:
         ("PerHead({**{}})", "a mapping key must be a number, a string or a tuple"),
         ("PerHead({(0, 1): Causal(), 1: Full()})", "PerHead: duplicate head 1"),
         ("PerHead({0: 1})", "PerHead: invalid value {0: 1}: expected a mapping from heads to patterns"),
-        ("__import__('os')", "there is no pattern '__import__'"),
+        ("__import__('os')", "unknown pattern '__import__'"),
         ("Causal().mask(1, 1)", "'Causal()' is not a name"),
         ("~" * 100_000 + "Causal()", "cannot read"),
         (" " * 2_000_000, "text too long: 2000000 characters"),

@@ -115,7 +115,7 @@ def test_blocks_that_are_chosen_at_run_time_are_told() -> None:
     model, args = tiny_models.causal()
     found = attnopt.optimize(model.eval(), "dynamic-sparse(keep=0.5, block=4)", args).report
     assert "DynamicBlocks(" in found.sites[0].form_after.selection  # type: ignore[union-attr]
-    assert "each input keeps the blocks that" in report_page(found)
+    assert "selects the blocks to keep for each input" in report_page(found)
     assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 

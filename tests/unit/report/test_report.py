@@ -224,7 +224,7 @@ def test_page_escapes_everything(tmp_path: Path) -> None:
 
 
 def test_page_of_nothing(tmp_path: Path) -> None:
-    assert "No attention was found" in _page(Report(sites=()), tmp_path).text
+    assert "No attention found" in _page(Report(sites=()), tmp_path).text
 
 
 def test_page_that_cannot_be_written(tmp_path: Path) -> None:
