@@ -1,4 +1,6 @@
-"""Before anything runs: what a pattern can gain at most, what each kernel can reach of it, and what would fit it better."""
+"""Predictions before anything runs: the possible gain of a pattern, what each kernel reaches of it, and better fitting
+patterns.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,11 @@ def advise(
     *,
     tile: int | Sequence[int] | None = None,
 ) -> Advice:
-    """What ``Sparse(pattern)`` could gain on an attention, at its own lengths or at those given.
+    """Predict the gain of ``Sparse(pattern)`` on an attention, at its own or the given lengths.
 
-    A ``Neighborhood`` is also judged for kernels whose tiles are boxes of the grid, of the sizes ``tile`` (by default of 64
-    tokens).  The speed-ups compare with a kernel that computes exactly the pairs that are visible so far.  Raises
-    PolicyError where lengths are missing, or are not those that the pattern is made for.
+    For a ``Neighborhood``, this includes kernels whose tiles are boxes of the grid, with the sizes ``tile`` (default:
+    64 tokens).  Speed-ups are relative to a kernel that computes exactly the currently visible pairs.
+    Raises PolicyError if lengths are missing or do not fit the pattern.
     """
     spec = attention.spec if isinstance(attention, Site) else attention
     if isinstance(attention, Site):

@@ -1,7 +1,7 @@
-"""Figures for notebooks and papers: patterns, head importance, errors, and what a saving costs.
+"""Figures for notebooks and papers: patterns, head importance, errors, and trade-offs.
 
-Each function draws into ``ax``, or into a new figure, and returns the axes; matplotlib (``pip install "attnopt[plot]"``)
-is imported at the first call.
+Each function draws into ``ax`` or a new figure and returns the axes.  matplotlib (``pip install "attnopt[plot]"``) is
+imported at the first call.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CELLS = 256  # of a side of a drawn pattern; longer sequences show shares of vis
 def pattern(
     shown: Pattern | str, q_len: int = 64, kv_len: int | None = None, *, head: int | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Which key each query sees: queries downwards, keys to the right.
+    """Which keys each query sees: queries run downwards, keys to the right.
 
-    ``head``: of which head, where the pattern is per head; by default the mean over all that it names.
+    ``head``: the head to draw if the pattern is per head; by default the mean over all named heads.
     """
     ax = _axes(ax, (4.2, 4.2))
     kv_len = q_len if kv_len is None else kv_len
@@ -43,9 +43,10 @@ def pattern(
 
 
 def importance(scores: Mapping[str, Sequence[float]] | Report, *, ax: Axes | None = None) -> Axes:
-    """A heat map of head importance, a row for each attention; each row is divided by its largest value.
+    """A heat map of head importance with one row per attention; each row is divided by its maximum.
 
-    ``scores`` is what ``attnopt.head_importance`` gives, or a report that holds it.  AttnoptError if there are none.
+    ``scores``: the result of ``attnopt.head_importance``, or a report that contains it.  Raises AttnoptError if there
+    are none.
     """
     rows = dict(scores) if isinstance(scores, Mapping) else _held(scores)
     if not rows:
@@ -64,7 +65,7 @@ def importance(scores: Mapping[str, Sequence[float]] | Report, *, ax: Axes | Non
 
 
 def errors(report: Report, *, ax: Axes | None = None) -> Axes:
-    """The error of each attention on a logarithmic scale; AttnoptError if none was measured."""
+    """The error of each attention on a logarithmic scale.  Raises AttnoptError if none was measured."""
     found = {site.name: site.error for site in report.sites if site.error is not None}
     if not found:
         raise AttnoptError("the report contains no errors")
@@ -77,7 +78,7 @@ def errors(report: Report, *, ax: Axes | None = None) -> Axes:
 
 @dataclass(frozen=True)
 class Point:
-    """One way to rewrite a model: what it costs to run and how much it changes; less of either is better."""
+    """One rewritten model: its cost and how much it changes the output; lower is better for both."""
 
     cost: float
     error: float
@@ -85,7 +86,7 @@ class Point:
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other beats in both (the Pareto front), by rising cost."""
+    """The Pareto front: the points that no other point beats in both respects, by increasing cost."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, p.error)):
         if not best or point.error < best[-1].error:
@@ -94,7 +95,7 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 def pareto(points: Iterable[Point], *, ax: Axes | None = None, xlabel: str = "cost", ylabel: str = "error") -> Axes:
-    """Every point, and the line through those that no other beats in both; AttnoptError if there is no point."""
+    """All points, and the line through the Pareto front.  Raises AttnoptError if there are no points."""
     given = list(points)
     if not given:
         raise AttnoptError("there are no points to plot")

@@ -1,7 +1,7 @@
-"""``attnopt::attention``: the operator that stays in an optimized graph where none of torch's does as well.
+"""``attnopt::attention``: the operator in an optimized graph where no torch operator is as good.
 
-It is ``AttentionSpec`` as a call, without gains.  ``import attnopt`` makes it known to torch; what computes it, decided where
-it runs, is imported at its first call.
+It is ``AttentionSpec`` as a call, without gains.  ``import attnopt`` registers it with torch; its implementation is
+chosen at run time and imported at the first call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention that computes only the blocks its pattern keeps: time and memory grow with those, not with the square."""
+"""Attention that computes only the blocks its pattern keeps: time and memory grow with these, not quadratically."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 
 @dataclass(frozen=True)
 class Blocked(Backend):
-    """One ``attnopt::attention`` call: a kernel compiled for this CPU, FlexAttention, or torch's operators block by block.
+    """One ``attnopt::attention`` call: a kernel compiled for this CPU, FlexAttention, or torch operators block by
+    block.
 
-    Accepts every spec whose selection is of whole blocks, at lengths that may vary; its block layout is made when the
-    lengths are known, and kept.  ``skips_rows``: where tokens are routed to heads, only the routed pairs of a token and a
-    head are computed, on a CPU.
+    Accepts every spec whose selection has whole blocks, with static or dynamic lengths; its block layout is computed
+    once the lengths are known, and cached.  ``skips_rows``: if tokens are routed to heads, only the routed (token,
+    head) pairs are computed, on CPU.
     """
 
     name: ClassVar[str] = "blocked"

@@ -1,4 +1,4 @@
-"""``attnopt::attention`` by torch's FlexAttention (arXiv:2412.05496), for GPUs: compiled, and with gradients of its own."""
+"""``attnopt::attention`` by torch's FlexAttention (arXiv:2412.05496), for GPUs: compiled and differentiable."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def attend(spec: AttentionSpec, t: Operands) -> Tensor:
 
 @lru_cache
 def _flex(device_type: str) -> Callable[..., Any]:
-    """Compiled on a GPU.  Elsewhere as it is, which computes all pairs: good for checking alone."""
+    """Compiled on a GPU.  Elsewhere eager, which computes all pairs and is only useful for testing."""
     plain: Callable[..., Any] = flex_attention
     return torch.compile(plain, dynamic=False) if device_type == "cuda" else plain
 
@@ -75,7 +75,7 @@ def _operand(t: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 
 def _narrowed(blocks: BlockMask, seen: list[Callable[..., Tensor]]) -> BlockMask:
-    """The same blocks, none of them taken as visible in full any more, with further conditions."""
+    """The same blocks under further conditions, none of them treated as fully visible."""
     before = blocks.mask_mod
 
     def narrower(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Builds ``attend.cpp`` for this machine on first use, keeps the library in the user's cache, and calls it."""
+"""Builds ``attend.cpp`` for this machine on first use, caches the library in the user's cache folder, and calls it."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """What the kernel reads of a spec at given lengths: addresses, and the arrays that lie there."""
+    """What the kernel reads of a spec at given lengths: addresses, and the arrays that they point to."""
 
     addresses: ctypes.Array[ctypes.c_void_p]
     arrays: tuple[NDArray[np.generic], ...]
 
 
 def attend(spec: AttentionSpec, t: Operands) -> Tensor:
-    """``spec`` without its gains, computed in float32 on a CPU.
+    """``spec`` without its gains, computed in float32 on CPU.
 
-    The output has the strides of [B, L, H, Dv], so that merging the heads copies nothing.  Raises NoKernelError.
+    The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """
     kernel = library()
     B, H, L, D = t.q.shape
@@ -124,7 +124,7 @@ def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
 
 
 def why_not() -> str | None:
-    """Why there is no kernel here, or None where there is one."""
+    """Why there is no kernel here, or None if there is one."""
     try:
         library()
     except NoKernelError as e:

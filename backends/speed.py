@@ -1,4 +1,6 @@
-"""How fast this machine's CPU computes each form of attention: measured once, then kept in the user's cache."""
+"""How fast the CPU of this machine computes each form of attention: measured once, then stored in the user's cache
+folder.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ GPU_RATE = 1e13  # only ratios matter where nothing was measured
 
 @dataclass(frozen=True)
 class Speed:
-    """Floating-point operations a second, of the pairs that a form computes, and the seconds of an empty call."""
+    """Floating-point operations per second for the pairs that a form computes, and the seconds of an empty call."""
 
     dense: float  # SDPA without a mask
     causal: float  # SDPA with is_causal, all pairs counted

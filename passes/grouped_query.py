@@ -1,4 +1,4 @@
-"""Let several query heads share one key/value head."""
+"""Share key/value heads between query heads."""
 
 from __future__ import annotations
 
@@ -34,21 +34,23 @@ COMPENSATIONS = ("none", "least-squares")
 
 @dataclass(frozen=True)
 class GroupedQuery(Pass, SharesBudget):
-    """Merge key/value heads until ``kv_heads`` are left (GQA, arXiv:2305.13245); a group keeps its first head's number.
+    """Merge key/value heads down to ``kv_heads`` (GQA, arXiv:2305.13245); a group keeps the number of its first head.
 
-    ``grouping``: which heads become one: ``"adjacent"`` runs; ``"similarity"``: those whose keys and values share most,
-    joined pair by pair; ``"key-norm"``: adjacent ones, with more queries for larger keys (KDGQA,
-    arXiv:2408.08454); ``"optimal"``: the partition that loses least; or for each of today's heads the number of its group.
-    ``merge``: ``"mean"`` or ``"first"`` of the group's weights; ``"procrustes"``: the mean after turning each head toward
-    the first (arXiv:2412.20677); ``"svd"``: the subspace that holds most of the group's keys, and of its values;
-    ``"score-optimal"``: the subspace that keeps most of the scores, and of the layer's output.  The last three fold the
-    change of basis into the query and output projections; through a rotary encoding they turn each frequency alone.
-    ``compensate``: ``"none"``, or ``"least-squares"``: shared values and output projection are fitted to what the layer
-    gave before.  ``budget``: ``kv_heads`` at each site (``"site"``), or on average (``"global"``), more where the model's
-    output needs them.
+    ``grouping``: which heads are merged: ``"adjacent"`` runs; ``"similarity"``: heads with the most similar keys and
+    values, joined pair by pair; ``"key-norm"``: adjacent heads, with more queries for larger keys (KDGQA,
+    arXiv:2408.08454); ``"optimal"``: the partition with the least loss; or the group number of each current head.
+    ``merge``: ``"mean"`` or ``"first"`` of the weights in the group; ``"procrustes"``: the mean after aligning each
+    head with the first (arXiv:2412.20677); ``"svd"``: the subspace with most of the energy of the keys, and of the
+    values; ``"score-optimal"``: the subspace that best preserves the scores and the layer output.  The last three fold
+    the change of basis into the query and output projections; with rotary positions they act on each frequency
+    separately.
+    ``compensate``: ``"none"``, or ``"least-squares"``: fit shared values and the output projection to the original
+    layer output.
+    ``budget``: ``kv_heads`` at each site (``"site"``), or on average (``"global"``), with more where the model output
+    is more sensitive.
 
-    Defaults: with calibration data optimal, score-optimal, least squares and a global budget, as far as the site's
-    projections allow; without, adjacent and mean.  Raises PolicyError.
+    Defaults: with calibration data, optimal, score-optimal, least squares and a global budget, if the projections of
+    the site allow it; otherwise adjacent and mean.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "grouped-query"
@@ -79,7 +81,7 @@ class GroupedQuery(Pass, SharesBudget):
             )
 
     def _checked(self, grouping: Any) -> tuple[int, ...]:
-        """The number of each head's group, which must be 0 to kv_heads - 1, each of them used."""
+        """The group number of each head: 0 to kv_heads - 1, each of them used."""
         if not isinstance(grouping, (list, tuple)):
             raise PolicyError(
                 f"grouped-query: invalid value grouping={grouping!r}: expected one of {GROUPINGS} or numbers"
@@ -313,7 +315,7 @@ def _value_edits(site: Site, groups: Sequence[Group], maps: Sequence[Tensor]) ->
 
 
 def _output(site: Site, groups: Sequence[Group], values: Sequence[Merged]) -> Tensor:
-    """Today's output weights, read from the shared values."""
+    """The current output weights, applied to the shared values."""
     out = output_weights(site, site.original)
     assert out is not None
     made = out.clone()

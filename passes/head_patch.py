@@ -1,4 +1,4 @@
-"""Replace heads' outputs: by nothing, by their mean, or by those of another run."""
+"""Replace head outputs by zeros, their mean, or the values of another run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ NAMED = ("silence", "mean", "run")
 
 @dataclass(frozen=True)
 class HeadPatch(Pass):
-    """The outputs of ``heads`` are replaced, before their gains and the output projection.
+    """Replace the outputs of ``heads``, before their gains and the output projection.
 
-    ``values``: "silence", zeros; "mean", what each head gives on average over the calibration tokens that are no padding,
-    in all calls of its weights (mean ablation); "run", what they gave in the first calibration batch (activation
-    patching); or a tensor, [heads, Dv] for every token alike or [batch or 1, heads, tokens, Dv] for sequences of just this
-    length, with the heads in the order of ``heads``.  Heads that were pruned are ignored.  Give it after the passes that
-    change weights: what these fit is fitted to the model as it was trained.  Raises PolicyError.
+    ``values``: "silence": zeros; "mean": the mean output of each head over the calibration tokens without padding, in
+    all calls of its weights (mean ablation); "run": the outputs in the first calibration batch (activation patching);
+    or a tensor, [heads, Dv] for every token alike, or [batch or 1, heads, tokens, Dv] for sequences of exactly this
+    length, in the order of ``heads``.
+    Heads that were already pruned are ignored.  Apply it after passes that change weights: their fit uses the trained
+    model.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "head-patch"
@@ -101,7 +102,7 @@ class HeadPatch(Pass):
         return Replaced(tuple(kept), Constant.of(first[:, places]), "values of the first calibration batch")
 
     def _refuse_sizes(self, site: Site) -> Refusal | None:
-        """Values that do not fit what the heads give."""
+        """Refuse values that do not fit the head outputs."""
         sizes: list[int] = []
         if isinstance(self.values, Constant):
             shape = self.values.shape

@@ -1,4 +1,4 @@
-"""Heads as the user numbers them: by their place in the model as it was trained, also after some have been pruned."""
+"""Head numbers of the trained model, which stay valid after pruning, and shared refusals."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ BUDGETS = ("site", "global")  # heads counted at each site, or over all sites to
 
 
 def original_heads(site: Site) -> int:
-    """How many query heads the model was trained with, as far as the projections or the remaining heads tell."""
+    """The number of query heads in the trained model, according to the projections or the remaining heads."""
     known = [len(p.rows) for role in ("q", "out") if (p := site.projections.get(role)) and p.rows is not None]
     return max([*known, *(h + 1 for h in site.spec.heads)])
 
 
 def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
-    """A refusal of heads that the model never had; heads that were pruned are none of these."""
+    """Refuse heads that the model never had; pruned heads are accepted."""
     count = original_heads(site)
     unknown = sorted(h for h in set(heads) if not 0 <= h < count)
     if not unknown:
@@ -29,7 +29,7 @@ def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
 
 
 def refuse_other_keys(site: Site, past: bool = False) -> Refusal | None:
-    """A refusal of keys that do not stand at the positions of the queries; ``past``: keys of earlier tokens may come first."""
+    """Refuse keys that are not at the positions of the queries; ``past``: earlier tokens may precede them."""
     hint = 'exclude cross-attention with a mapping such as {"decoder.*.cross": []}'
     found = ""
     if site.is_cross and site.alignment == "none":
@@ -51,7 +51,7 @@ def refuse_other_keys(site: Site, past: bool = False) -> Refusal | None:
 
 
 def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Refusal | None:
-    """A refusal of the first of these edits of the heads' outputs, which would not mean the same afterwards."""
+    """Refuse the first of these head edits, whose meaning would change."""
     edit = next((e for e in edits if e is not None), None)
     if edit is None:
         return None
@@ -62,8 +62,9 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
 def refuse_unknown_projections(
     site: Site, roles: Iterable[str], expected: str, give: str, direct: bool = True
 ) -> Refusal | None:
-    """A refusal where one of the projections ``roles`` is not known, or, if ``direct``, where the output projection reads
-    something else than what the heads give; ``give`` says what to give instead."""
+    """Refuse if a projection in ``roles`` is unknown or, if ``direct``, the output projection reads anything but the
+    head outputs.  ``give`` names the alternative.
+    """
     for role in roles:
         p = site.projections.get(role)
         if p is not None and p.rows is not None and (p.direct or not direct):
@@ -76,7 +77,7 @@ def refuse_unknown_projections(
 
 
 def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:
-    """A refusal of a sequence that does not have the length for which the pattern is made."""
+    """Refuse a sequence length that the pattern does not fit."""
     made_for = pattern.lengths
     if made_for is None or (site.kv_len in made_for and not site.is_dynamic):
         return None

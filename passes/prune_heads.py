@@ -1,4 +1,4 @@
-"""Take heads out of an attention, and their parameters out of the model."""
+"""Remove heads from an attention, and their parameters from the model."""
 
 from __future__ import annotations
 
@@ -31,20 +31,23 @@ COMPENSATIONS = ("none", "bias", "least-squares")
 
 @dataclass(frozen=True)
 class PruneHeads(Pass, SharesBudget):
-    """Remove ``heads`` (numbers in the trained model), or the least important ``fraction`` of the heads that are left.
+    """Remove ``heads`` (numbers in the trained model), or the least important ``fraction`` of the remaining heads.
 
-    ``importance``: the name of a method of ``attnopt.head_importance`` that looks at one site, or one number for each head
-    of the trained model, or what ``head_importance`` returned; higher means keep, ties keep the lower head.
-    ``protect``: heads that stay in any case.  ``compensate``: what is done for the heads that remain: ``"none"``;
-    ``"bias"``, the mean of what is gone goes into the output bias (FLAP, arXiv:2312.11983); ``"least-squares"``, the
-    output projection is fitted to what the layer gave before (OSSCAR, arXiv:2403.12983).  ``budget``: a fraction of each
-    site's heads (``"site"``), or of all sites' together (``"global"``), spent where the model's output needs them.
-    ``whole_layers``: all heads of a site may go; it then gives the same for every token, and no attention is computed.
+    ``importance``: the name of a per-site method of ``attnopt.head_importance``, one number per head of the trained
+    model, or the result of ``head_importance``.  Higher means keep; ties keep the lower head.
+    ``protect``: heads that are never removed.
+    ``compensate``: ``"none"``; ``"bias"``: add the mean of the removed output to the output bias (FLAP,
+    arXiv:2312.11983); ``"least-squares"``: fit the output projection to the original layer output (OSSCAR,
+    arXiv:2403.12983).
+    ``budget``: the fraction applies to each site (``"site"``) or to all sites together (``"global"``), allocated by the
+    sensitivity of the model output.
+    ``whole_layers``: all heads of a site may be removed; the site then outputs the same for every token, and no
+    attention is computed.
 
-    Defaults: with calibration data block OBS, least squares and a global budget; without, the Frobenius norm of the
-    head's value projection times its output projection (times its gain), nothing and each site its own.  A fraction is
-    rounded down to whole heads; heads that are pruned already are ignored.  Raises PolicyError, and CalibrationError
-    where an option needs calibration data that are missing or too few.
+    Defaults: with calibration data, block OBS, least squares and a global budget; without, the Frobenius norm of the
+    value projection times the output projection of the head (times its gain), no compensation and a budget per site.  A
+    fraction is rounded down to whole heads; heads that were already pruned are ignored.
+    Raises PolicyError, and CalibrationError if an option needs calibration data that is missing or insufficient.
     """
 
     name: ClassVar[str] = "prune-heads"
@@ -80,7 +83,7 @@ class PruneHeads(Pass, SharesBudget):
             object.__setattr__(self, "importance", self._scores())
 
     def _scores(self) -> str | tuple[float, ...] | tuple[tuple[str, tuple[float, ...]], ...]:
-        """The option in a form that can be compared and saved: a name, numbers, or pairs of a site and its numbers."""
+        """The option in comparable, serializable form: a name, numbers, or pairs of a site and its numbers."""
         given: Any = self.importance
         if isinstance(given, str):
             return choice(self.name, "importance", given, AT_SITE)
@@ -190,7 +193,7 @@ class PruneHeads(Pass, SharesBudget):
         return named.get(method, f"the importance {method}")
 
     def _value(self, site: Site) -> dict[int, float]:
-        """The importance of each head that is left."""
+        """The importance of each remaining head."""
         present = site.spec.heads
         given: Any = self.importance
         if given is None or isinstance(given, str):
@@ -206,7 +209,7 @@ class PruneHeads(Pass, SharesBudget):
         return sorted(ranked[:count])
 
     def _sets(self, site: Site, surgeon: Surgeon, at_least: int = 1) -> dict[int, tuple[int, ...]]:
-        """For each number of heads the places that stay."""
+        """For each number of heads, the positions that stay."""
         protected = [p for p, h in enumerate(site.spec.heads) if h in self.protect]
         if self._method(site) == "obs":
             return surgeon.nested(protected, max(at_least, len(protected), 1))
@@ -249,7 +252,7 @@ class PruneHeads(Pass, SharesBudget):
 
 
 def _refuse_kept(site: Site) -> Refusal | None:
-    """A refusal where not one parameter would go with the heads."""
+    """Refuse if no parameter would be removed with the heads."""
     roles = {role: p for role, p in site.projections.items() if p.keeps_size}
     if len(roles) < 4 or not site.parameters:
         return None

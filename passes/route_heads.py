@@ -23,14 +23,15 @@ ROUTERS = ("query-norm", "linear")
 class RouteHeads(Pass):
     """Each token uses the ``shared`` heads and ``routed`` of the others (MoH, arXiv:2410.11842).
 
-    What the other heads would give a token is zero.
+    The outputs of its unused heads are zero.
 
-    ``shared``: numbers of heads, or how many: those that give most on the calibration data.
-    ``router``: "query-norm", the heads with the longest queries, needs no data; "linear", scores linear in the queries of
-    all heads, fitted by least squares to the norm of what each head gives on the calibration data.  Of equal scores the
-    first head counts.  A head is used or not: MoH trains its router with the model and weighs the heads, nothing is
-    trained here.  Heads that were pruned are ignored.  Raises PolicyError, and CalibrationError where there are fewer
-    calibration tokens than the queries have features.
+    ``shared``: head numbers, or how many: those with the largest outputs on the calibration data.
+    ``router``: "query-norm": the heads with the largest query norm, needs no data; "linear": scores linear in the
+    queries of all heads, fitted by least squares to the output norm of each head on the calibration data.  Ties go to
+    the first head.
+    A head is either used or not: unlike MoH, which trains its router and weights the heads, nothing is trained.  Heads
+    that were already pruned are ignored.  Raises PolicyError, and CalibrationError if there are fewer calibration
+    tokens than query features.
     """
 
     name: ClassVar[str] = "route-heads"

@@ -1,4 +1,4 @@
-"""Multiply each head's output by a factor."""
+"""Multiply each head output by a factor."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from attnopt.passes.heads import original_heads, refuse_unknown_heads
 
 @dataclass(frozen=True, init=False)
 class ScaleHeads(Pass):
-    """Head h's output becomes ``gains[h]`` times what it was.
+    """Multiply the output of head h by ``gains[h]``.
 
-    ``gains``: one number for each head of the trained model, or a mapping from some heads to their numbers (kept as
-    sorted pairs).  Heads that were pruned are ignored.  Raises PolicyError.
+    ``gains``: one number per head of the trained model, or a mapping from some heads to their gains (stored as sorted
+    pairs).  Heads that were already pruned are ignored.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "scale-heads"
@@ -52,7 +52,7 @@ class ScaleHeads(Pass):
 
 
 def _pairs(gains: Any) -> list[tuple[int, float]] | None:
-    """``gains`` as pairs of a head and its gain, or None where it is not a sequence of pairs."""
+    """``gains`` as pairs of a head and its gain, or None if it is not a sequence of pairs."""
     if not isinstance(gains, (list, tuple)) or not gains or not all(isinstance(g, (list, tuple)) for g in gains):
         return None
     if any(len(pair) != 2 for pair in gains):

@@ -1,4 +1,4 @@
-"""Calibration data: batches of the model's inputs, checked once, kept and saved."""
+"""Calibration data: batches of model inputs, checked once, reusable, serializable."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of the model's inputs, to be used as often as wanted: ``attnopt.optimize(..., calibration=c)``,
+    """Batches of model inputs for repeated use: ``attnopt.optimize(..., calibration=c)``,
     ``attnopt.head_importance(model, c)``.
 
     ``Calibration.of(batches)``: each batch is a tensor, a tuple of args or a dict of kwargs.  Every eighth sequence is
-    held back: what was fitted on the others is accepted only if it holds on these.  Evaluate on other data than these.
+    held out: a fit on the others is only accepted if it holds on these.  Evaluate on different data.
     """
 
     batches: tuple[Inputs, ...] = field(repr=False)
 
     @classmethod
     def of(cls, batches: Iterable[Batch] | Calibration) -> Calibration:
-        """Raises CalibrationError where there is no batch, or one of another form."""
+        """Raises CalibrationError for no batch, or a malformed one."""
         if isinstance(batches, Calibration):
             return batches
         try:
@@ -53,9 +53,9 @@ class Calibration:
         return len(self.batches)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the batches to one safetensors file, whole or not at all.
+        """Write the batches atomically to one safetensors file.
 
-        Raises ArchiveError where a batch holds something else than tensors, numbers, text and None in plain containers.
+        Raises ArchiveError if a batch contains anything but tensors, numbers, strings and None in plain containers.
         """
         from safetensors.torch import save_file
 
@@ -80,7 +80,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """What ``save`` wrote.  Raises ArchiveError; runs nothing that it reads."""
+        """Load what ``save`` wrote.  Raises ArchiveError.  Nothing in the file is executed."""
         from safetensors import safe_open
 
         try:
@@ -107,7 +107,7 @@ def as_inputs(batch: Any, name: str = "a batch") -> Inputs:
 
 
 def shapes_of(inputs: Inputs) -> tuple[Any, ...]:
-    """Equal for batches that one graph with fixed sizes can take."""
+    """Equal for batches that one graph with static sizes accepts."""
     return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in pytree.tree_leaves(inputs))
 
 

@@ -1,4 +1,4 @@
-"""The kinds of things that a third party writes, and what is installed of each."""
+"""The kinds of plugins, and the installed plugins of each kind."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ C = TypeVar("C", bound=type[Any])
 
 
 def register(cls: C) -> C:
-    """Make a pass, backend, pattern, head edit or block score known by its name in this process; a decorator.
+    """Register a pass, backend, pattern, head edit or block score under its name in this process; a decorator.
 
-    Policies, texts and saved models can then name it.  An installed distribution does the same with an entry point, in the
-    group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits`` or ``attnopt.block_scores``.
-    Raises PluginError where the name is taken, or something is missing in the class.
+    Policies, texts and saved models can then use the name.  An installed distribution does the same with an entry point
+    in the group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits`` or
+    ``attnopt.block_scores``.  Raises PluginError if the name is taken or the class is incomplete.
     """
     kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
     if kind is None:
@@ -103,7 +103,7 @@ def load_backend(name: str) -> type[Backend]:
 
 
 def typical_pass(name: str) -> Pass | None:
-    """The pass to ask where no options are given; None where the answer depends on them, or it cannot be loaded."""
+    """The pass to check without options; None if the answer depends on options, or it cannot be loaded."""
     try:
         return load_pass(name).typical()
     except Exception:  # of a third party; it is told where it is used, and in the listing
@@ -123,7 +123,7 @@ def make_backend(name: str) -> Backend:
 
 
 def describe() -> list[Description]:
-    """Every pass, every backend, and what third parties add of the other kinds; what cannot be loaded has its error."""
+    """Every pass and backend, and third-party plugins of other kinds; plugins that cannot be loaded carry their error."""
     found = [(kind, plugin) for kind in KINDS for plugin in kind.listed().values()]
     return [_described(kind, p) for kind, p in found if kind in _LISTED or p.distribution != OURS]
 

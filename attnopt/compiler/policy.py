@@ -1,4 +1,4 @@
-"""Which passes each attention gets: rules from site names to passes, written in Python, text, YAML or JSON."""
+"""Which passes each attention gets: rules from site names to passes, in Python, text, YAML or JSON."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Rule = tuple[str, tuple[Pass, ...]]
 
 @dataclass(frozen=True)
 class Policy:
-    """Ordered rules, each a glob over site names and the passes for the sites that it matches.
+    """Ordered rules, each a glob over site names with the passes for the sites that it matches.
 
-    A rule whose glob IS the site's name wins; otherwise the LAST rule whose glob matches; where none does, the site
-    gets no passes.  A site in the root module is named "" and is matched by "" and "*".  Raises PolicyError for a glob
-    that stands twice.
+    A rule whose glob is exactly the name of the site takes precedence; otherwise the LAST matching rule applies;
+    without a match, the site gets no passes.  A site in the root module has the name "" and is matched by "" and "*".
+    Raises PolicyError for a duplicate glob.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -44,11 +44,11 @@ class Policy:
 
     @classmethod
     def of(cls, given: Any) -> Policy:
-        """A policy from a pass, a sequence of passes, a mapping from globs to those, a YAML or JSON file, or text.
+        """A policy from a pass, a sequence of passes, a mapping from globs to passes, a YAML or JSON file, or text.
 
-        Text is calls separated by commas, such as ``"prune-heads(heads=[0, 1]), local-window(left=128)"``; it may stand
-        wherever a pass may, and so may a mapping such as ``{"pass": "local-window", "left": 128}``.  What names no
-        sites applies to all.  Raises PolicyError that names the file, rule or option.
+        Text is a comma-separated list of calls, such as ``"prune-heads(heads=[0, 1]), local-window(left=128)"``.  It
+        may replace a pass anywhere, and so may a mapping such as ``{"pass": "local-window", "left": 128}``.  Passes
+        without a site name apply to all sites.  Raises PolicyError that names the file, rule or option.
         """
         if isinstance(given, Policy):
             return given
@@ -57,7 +57,7 @@ class Policy:
         return _from_data(given)
 
     def passes_for(self, site_name: str) -> tuple[Pass, ...]:
-        """The passes for the site of this name, in the order in which they apply."""
+        """The passes for the site of this name, in order of application."""
         glob = self._deciding(site_name)
         return () if glob is None else dict(self.rules)[glob]
 
@@ -67,7 +67,7 @@ class Policy:
         return [glob for glob, _ in self.rules if not any(glob == n or fnmatchcase(n, glob) for n in names)]
 
     def overruled(self, site_names: Iterable[str]) -> list[str]:
-        """The globs that match some of these sites, while other rules decide all of them."""
+        """The globs that match some of these sites but are overridden by other rules at all of them."""
         names = list(site_names)
         deciding = {self._deciding(n) for n in names}
         return [glob for glob, _ in self.rules if glob not in {*deciding, *self.unmatched(names)}]

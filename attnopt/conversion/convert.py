@@ -1,4 +1,4 @@
-"""Rewriting a model inside its own class, so that it goes on generating, saving and training as before."""
+"""Rewriting a model inside its own class, so that generation, saving and training keep working."""
 
 from __future__ import annotations
 
@@ -43,20 +43,22 @@ def convert(
     limit: int | None = None,
     seed: int = 0,
 ) -> Model:
-    """A copy of ``model``, of its own class, with the rewrites of ``policy`` in its weights, settings and attention layers.
+    """Return a copy of ``model``, of its own class, with the rewrites of ``policy`` in its weights, settings and
+    attention layers.
 
-    Heads that are removed or merged make the projections smaller; the numbers of heads are changed in the configuration
-    where the class then makes the same model of it, so that the saved copy is an ordinary checkpoint, or else in the
-    modules, with an AttnoptWarning.  Patterns go through transformers' AttentionInterface, and caches keep only what a
-    pattern can still see (see ``apply_patterns``).  The copy computes what ``optimize``'s graph does: compared on the example
-    inputs, at other sizes, and token by token with a cache where the model has one.  ``copy.attnopt_report`` is its report.
+    Removed or merged heads make the projections smaller.  The head counts are changed in the configuration if the class
+    then builds the same model, so that the saved copy is an ordinary checkpoint; otherwise in the modules, with an
+    AttnoptWarning.
+    Patterns are applied through transformers' AttentionInterface, and caches keep only what a pattern can still see
+    (see ``apply_patterns``).
+    The copy computes what the graph of ``optimize`` computes: compared on the example inputs, at other sizes, and token
+    by token if the model has a cache.  ``copy.attnopt_report`` is its report.
+    If the model cannot be captured as a whole, its attention modules are captured separately.
 
-    A model that cannot be captured whole is looked at module by module, with the inputs that come to each attention.
+    ``args``, ``kwargs``: example inputs, of at least 4 tokens with patterns; the model is captured without a cache.
+    The other options are those of ``optimize``, which supports what a class cannot represent.
 
-    ``args``, ``kwargs``: example inputs, of 4 tokens at least where there are patterns; the model is captured without a
-    cache.  The other options are those of ``optimize``, which takes whatever a class cannot hold.
-
-    Raises ConversionError where the class cannot hold what the policy asks for, and what ``optimize`` raises.
+    Raises ConversionError if the class cannot represent the result of the policy, and whatever ``optimize`` raises.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
@@ -90,12 +92,12 @@ def convert(
 def apply_patterns(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = None) -> None:
     """Restrict attention modules of a transformers model to patterns, in place.
 
-    ``patterns``: names of attention modules -> patterns; without, those that the model's configuration holds, where
-    ``convert`` put them: a checkpoint that was loaded with ``from_pretrained`` gets its patterns back so.
-    A pattern's positions are those of the tokens in the sequence, padding included; the last query is aligned with the last
-    key.  Where it bounds what can be seen of the past, the caches that the model is given or makes keep no more than that.
+    ``patterns``: names of attention modules -> patterns; by default those that ``convert`` stored in the configuration,
+    which restores the patterns of a checkpoint loaded with ``from_pretrained``.
+    Positions are those of the tokens in the sequence, including padding; the last query is aligned with the last key.
+    If a pattern bounds the visible past, the caches of the model keep no more than that.
 
-    Raises ConversionError where the model's class does not take attentions from AttentionInterface.
+    Raises ConversionError if the class does not use AttentionInterface.
     """
     from attnopt.conversion.hf_attention import install
 
@@ -123,7 +125,7 @@ def _inputs(
 
 
 def _check_class(plan: Plan) -> None:
-    """What no class has a place for."""
+    """Raise ConversionError for what no model class can represent."""
     before, after = plan.found.raised.spec, plan.spec
     if after.selection is not None:
         raise ConversionError(
@@ -162,13 +164,13 @@ def _new_pattern(plan: Plan) -> Pattern | None:
 
 
 def _probe(pattern: Pattern) -> Pattern:
-    """So narrow a pattern that it shows on few tokens; without sinks where ``pattern`` has none."""
+    """A pattern narrow enough to have an effect on few tokens; without sinks if ``pattern`` has none."""
     past = pattern.look_back
     return Window(1, 1) if past is not None and past.sinks == 0 else Window(1, 1) | Sinks(1)
 
 
 def _narrowed(part: Part, narrow: Mapping[str, Pattern]) -> fx.GraphModule:
-    """The graph of a part in which the sites that get a pattern see less still."""
+    """The graph of a part in which sites with a pattern see even less."""
     probes = [replace(p, spec=p.spec.restricted(narrow.get(_name(p), Full()))) for p in part.plans]
     return lower(part.made.program.module, probes, plain=True)
 

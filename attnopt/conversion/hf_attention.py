@@ -1,4 +1,4 @@
-"""Patterns in a model of transformers': through its AttentionInterface and AttentionMaskInterface, layer by layer."""
+"""Patterns in a transformers model, through its AttentionInterface and AttentionMaskInterface, layer by layer."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def attend(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: q [B, H, L, D], k and v [B, G, S, D] -> [B, L, H, Dv].
+    """The function that transformers calls: q [B, H, L, D], k and v [B, G, S, D] -> [B, L, H, Dv].
 
-    The last query is aligned with the last key.  Keys that a ``RollingLayer`` dropped are missing after the sinks, and are
-    left out of the mask here.
+    The last query is aligned with the last key.  Keys that a ``RollingLayer`` dropped are missing after the sinks; the
+    mask skips them here.
     """
     found: Pattern = getattr(module, PATTERN, Full())
     own_scores = softcap is not None or s_aux is not None
@@ -145,7 +145,7 @@ def _left(mask: Tensor, kv_len: int, past: Past | None) -> Tensor:
 
 
 def _with_pattern(mask: Tensor | None, pattern: Pattern, q: Tensor, k: Tensor) -> Tensor | None:
-    """Mask and pattern as one dense mask; None where everything is seen."""
+    """Mask and pattern as one dense mask; None if everything is visible."""
     L, S = q.shape[2], k.shape[2]
     if not pattern.is_per_head and clipped(pattern.reach(S - L, S - 1, S).all, S) == ((0, S),):
         return mask

@@ -15,7 +15,7 @@ Alignment = Literal["first", "last", "none"]
 
 @dataclass(frozen=True)
 class Site(Projected):
-    """One attention of the model, as it stands after the passes that were already applied to it."""
+    """One attention of the model, in its form after the passes applied so far."""
 
     where: str = ""  # source line of the user's model
     notes: tuple[str, ...] = ()  # what a reader should know: weights returned to the user, shared weights, ...
@@ -40,11 +40,11 @@ class Site(Projected):
 
     @property
     def original(self) -> Projected | None:
-        """As it is in the user's model, where there is calibration data."""
+        """Its form in the original model, if there is calibration data."""
         return None if self.activations is None else self.activations.site
 
     def refuse(self, code: str, *, expected: str = "", found: object = "", hint: str = "") -> Refusal:
-        """A refusal that points at this site."""
+        """A refusal that refers to this site."""
         return Refusal(code, expected, str(found), self.where, hint)
 
     def without_activations(self) -> Site:
@@ -53,7 +53,7 @@ class Site(Projected):
 
 @dataclass(frozen=True)
 class NearMiss:
-    """Something that begins like an attention and is none, or is one that attnopt cannot yet express."""
+    """A rejected candidate: it resembles an attention and is none, or is one that attnopt cannot represent."""
 
     name: str
     refusal: Refusal

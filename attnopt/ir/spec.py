@@ -67,37 +67,37 @@ class AttentionSpec:
 
     @property
     def is_causal(self) -> bool:
-        """No query sees a later key, as far as that is known without the inputs' values."""
+        """No query sees a later key, as far as known without input values."""
         known = self.pattern if self.seen_as is None else self.seen_as
         return known.is_causal
 
     @property
     def route(self) -> Routed | None:
-        """The edit that routes tokens to heads, where there is one."""
+        """The edit that routes tokens to heads, if any."""
         return next((edit for edit in self.after if isinstance(edit, Routed)), None)
 
     @property
     def chooses(self) -> bool:
-        """What is computed depends on comparisons that rounding may turn: of blocks, or of heads."""
+        """The result depends on comparisons that rounding may flip: of blocks, or of heads."""
         return self.selection is not None or self.route is not None
 
     @property
     def is_constant(self) -> bool:
-        """Every head gives the same for every token, whatever the queries, keys and values."""
+        """Every head outputs the same for every token, whatever the queries, keys and values."""
         return len(constant_heads(self.after)) == self.num_heads
 
     @property
     def constants(self) -> tuple[Constant, ...]:
-        """The numbers of all edits, in their order."""
+        """The constants of all edits, in order."""
         return tuple(c for edit in self.after for c in edit.constants)
 
     def restricted(self, pattern: Pattern) -> AttentionSpec:
-        """The same attention, in which a query sees a key only if ``pattern`` allows it too."""
+        """The same attention, restricted to the pairs that ``pattern`` also allows."""
         seen = None if self.seen_as is None else _both(self.seen_as, pattern)
         return replace(self, pattern=_both(self.pattern, pattern), seen_as=seen)
 
     def keeping(self, heads: Iterable[int]) -> AttentionSpec:
-        """The same attention with only these query heads (original numbers); K/V heads that nobody reads go too."""
+        """The same attention with only these query heads (original numbers); unused K/V heads are removed, too."""
         kept = set(heads)
         places = [i for i, h in enumerate(self.heads) if h in kept]
         used = sorted({self.kv_of_head[i] for i in places})
@@ -113,12 +113,12 @@ class AttentionSpec:
         )
 
     def scaled(self, gains: Iterable[float]) -> AttentionSpec:
-        """The same attention with each remaining head's output multiplied by its gain."""
+        """The same attention with the output of each remaining head multiplied by its gain."""
         old = self.gains or (1.0,) * self.num_heads
         return replace(self, gains=tuple(a * float(b) for a, b in zip(old, gains, strict=True)))
 
     def followed_by(self, edit: HeadEdit) -> AttentionSpec:
-        """The same attention with its heads' outputs, gains included, edited."""
+        """The same attention with an edit of its head outputs, after the gains."""
         gains = dict(zip(self.heads, self.gains or (1.0,) * self.num_heads, strict=True))
         first = tuple((h, gains[h]) for h in edit.changed if gains[h] != 1.0)
         before = (Scaled(first),) if first and not edit.overwrites else ()

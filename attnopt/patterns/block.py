@@ -1,4 +1,4 @@
-"""Patterns of whole blocks: drawn by a hash, or written down as a table."""
+"""Block patterns: random by hash, or given as a table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PRIME = 2**31 - 1  # x**5 permutes the numbers below it, and products of two of 
 
 @dataclass(frozen=True, repr=False)
 class RandomBlocks(Pattern):
-    """Every block of ``size`` queries sees ``count`` blocks of ``size`` keys, drawn at random (BigBird, arXiv:2007.14062).
+    """Every block of ``size`` queries sees ``count`` random blocks of ``size`` keys (BigBird, arXiv:2007.14062).
 
-    They are drawn among ``blocks`` blocks, or among those up to the queries' own where that is None: then a longer
-    sequence changes nothing for the tokens that it begins with.  One block is drawn from each of ``count`` equal parts;
-    where there are fewer blocks than ``count``, all are seen.  The same ``seed`` draws the same blocks everywhere.
+    The blocks are drawn from ``blocks`` blocks or, if that is None, from those up to the query's own; then a longer
+    sequence does not change its prefix.  One block is drawn from each of ``count`` equal parts; with fewer than
+    ``count`` blocks, all are visible.  The same ``seed`` draws the same blocks on every machine.
     """
 
     size: int
@@ -70,10 +70,10 @@ class RandomBlocks(Pattern):
 
 @dataclass(frozen=True, repr=False, init=False)
 class BlockLayout(Pattern):
-    """Every block of ``block`` queries sees the blocks of ``block`` keys that a square table names.
+    """Every block of ``block`` queries sees the blocks of ``block`` keys listed in a square table.
 
-    ``table``: rows of 0 and 1 (lists, an array or a tensor), or a text for each row that lists its columns, such as
-    "0-3, 7".  Positions beyond the table see nothing.  Raises PolicyError.
+    ``table``: rows of 0s and 1s (lists, an array or a tensor), or a text per row that lists its columns, such as "0-3,
+    7".  Positions beyond the table see nothing.  Raises PolicyError.
     """
 
     table: tuple[Ranges, ...]
@@ -89,7 +89,7 @@ class BlockLayout(Pattern):
 
     @classmethod
     def per_head(cls, tables: Any, block: int) -> Pattern:
-        """One table for each head, e.g. a tensor [heads, rows, rows]."""
+        """One table per head, such as a tensor [heads, rows, rows]."""
         return PerHead({head: cls(table, block) for head, table in enumerate(tables)})
 
     @property
@@ -119,7 +119,7 @@ class BlockLayout(Pattern):
 
 
 def _hashed(*numbers: Any) -> Any:
-    """A number below PRIME that looks random, of ints or tensors; the same whatever computes it."""
+    """A pseudo-random number below PRIME from ints or tensors; deterministic on every machine."""
     mixed: Any = 1
     for number in numbers:
         mixed = (mixed * 48271 + number + 11) % PRIME

@@ -16,9 +16,10 @@ from attnopt.patterns.lookback import Past, widest
 
 @dataclass(frozen=True, repr=False, init=False)
 class PerHead(Pattern):
-    """Each head its own pattern: a mapping from a head place, or a tuple of them, to a pattern; ``default`` for others.
+    """One pattern per head: a mapping from a head position, or a tuple of them, to a pattern; ``default`` for the
+    others.
 
-    Raises PolicyError for a head that is named twice.
+    Raises PolicyError for a duplicate head.
     """
 
     groups: tuple[tuple[tuple[int, ...], Pattern], ...]  # disjoint places, in the order of each group's first place

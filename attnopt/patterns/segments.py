@@ -1,4 +1,4 @@
-"""Tokens that belong to segments (documents, images, modalities, regions), and which segments see which."""
+"""Segments of tokens (documents, images, modalities, regions), and which segments see which."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from attnopt.patterns.algebra import Pattern
 
 @dataclass(frozen=True, repr=False, init=False)
 class Segments(Pattern):
-    """A query of segment a sees a key of segment b if ``(a, b)`` is one of ``pairs``; by default its own segment only.
+    """A query of segment a sees a key of segment b if ``(a, b)`` is in ``pairs``; by default only its own segment.
 
-    ``ids``: the segment of every token, numbers from 0; ``(id, count)`` stands for so many tokens in a row.  Positions
+    ``ids``: the segment of every token, numbered from 0; ``(id, count)`` means ``count`` tokens in a row.  Positions
     beyond these tokens see nothing.  Raises PolicyError.
     """
 
@@ -76,7 +76,7 @@ class Segments(Pattern):
 
     @cached_property
     def _place(self) -> dict[int, int]:
-        """The distinct segments, numbered as they come."""
+        """The distinct segments, in order of appearance."""
         return {number: place for place, number in enumerate(dict.fromkeys(number for number, _ in self.ids))}
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What ``attnopt.inspect`` returns."""
+"""The result of ``attnopt.inspect``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attnopt.ir.site import NearMiss, Site
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``attnopt.inspect`` found, in the order in which it runs."""
+    """What ``attnopt.inspect`` found, in execution order."""
 
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]

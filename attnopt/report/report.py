@@ -1,4 +1,4 @@
-"""What happened to every attention of a model: as data, as text, as JSON and as a page."""
+"""What was done to every attention of a model: as data, text, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FORMAT = 1  # of the JSON form
 
 @dataclass(frozen=True)
 class Form:
-    """What of an attention can be drawn: its heads, the K/V head that each reads, and which keys they see.
+    """What can be drawn of an attention: its heads, the K/V head that each reads, and its pattern.
 
-    Heads are named by their numbers in the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``, and
-    ``selection`` says which of its blocks are chosen at run time, if any are.
+    Heads have their numbers from the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``, and
+    ``selection`` describes the blocks chosen at run time, if any.
     """
 
     heads: tuple[int, ...]
@@ -48,7 +48,7 @@ class Form:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention and its fate."""
+    """One attention and its outcome."""
 
     name: str
     status: Status
@@ -93,7 +93,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every attention that was found, in the order in which they run, and what was done to it."""
+    """Every attention found, in execution order, and what was done to it."""
 
     sites: tuple[SiteReport, ...]
     near_misses: tuple[NearMiss, ...] = ()
@@ -149,7 +149,7 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The report that ``to_json`` wrote; ArchiveError if ``data`` is none."""
+        """The inverse of ``to_json``.  Raises ArchiveError if ``data`` is not a report."""
         try:
             return cls._read(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -177,7 +177,7 @@ class Report:
         return shown(self, "html")
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one self-contained page, whole or not at all, and gives its path."""
+        """Write one self-contained page atomically, and return its path."""
         with atomic_write(path) as temporary:
             temporary.write_text(shown(self, "page"), encoding="utf-8")
         return Path(path)

@@ -122,7 +122,7 @@ def test_open_sizes_are_asked_for(command: tuple[str, ...], file: str, capsys: p
 def test_what_does_not_fit_the_file(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arrays = str(tmp_path / "x.npz")
     np.savez(arrays, y=np.zeros((2, 7, 16), np.float32))
-    assert f"{arrays} holds y, and {file} takes x.1" in error_of(capsys, "inspect", file, "--inputs", arrays)
+    assert f"{arrays} contains y, but {file} takes x.1" in error_of(capsys, "inspect", file, "--inputs", arrays)
     np.savez(arrays, **{"x.1": np.zeros((2, 7, 5), np.float32)})
     assert "cannot be run on these inputs" in error_of(capsys, "inspect", file, "--inputs", arrays)
     (tmp_path / "text.npz").write_text("no arrays")
