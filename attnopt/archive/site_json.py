@@ -19,7 +19,7 @@ from attnopt.patterns import PATTERNS, Pattern, is_readable, parse
 
 
 def site_to_json(site: Site) -> dict[str, Any]:
-    """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError where a class in it could not be found again."""
+    """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError if load() could not find one of its classes."""
     spec = site.spec
     return {
         "plugins": _plugins(site),

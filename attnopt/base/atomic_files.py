@@ -17,9 +17,9 @@ MARKER = "attnopt.json"  # the file by which a saved model's folder is known
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path in the same folder to write to; it takes the place of ``path`` when the block ends well.
+    """Yields a path in the same folder to write to; it replaces ``path`` when the block succeeds.
 
-    Otherwise ``path`` is as it was and nothing is left behind.  An OSError becomes an ArchiveError that names ``path``.
+    Otherwise ``path`` is unchanged, without leftovers.  An OSError becomes an ArchiveError that names ``path``.
     """
     target = Path(path).resolve()
     temporary = _beside(target, "tmp")
@@ -34,9 +34,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, marker: str = MARKER) -> Iterator[Path]:
-    """Yields an empty folder to fill; it takes the place of ``path`` when the block ends well.
+    """Yields an empty folder to fill; it replaces ``path`` when the block succeeds.
 
-    An existing ``path`` is replaced only if it is empty or holds a file named ``marker``; on a failure it is as before.
+    An existing ``path`` is replaced only if it is empty or contains a file named ``marker``; on failure it is unchanged.
     """
     target = Path(path).resolve()
     temporary, old = _beside(target, "tmp"), _beside(target, "old")
@@ -70,9 +70,9 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and 
 
 
 def _exchanged(new: Path, target: Path) -> bool:
-    """The two have taken each other's place in one step, so that a kill finds the one or the other at ``target``.
+    """Exchanges the two atomically, so a kill leaves one or the other at ``target``.
 
-    False where the system or the file system cannot do that (it is Linux's renameat2).
+    False if the system or file system does not support it (Linux's renameat2).
     """
     import ctypes
 

@@ -20,7 +20,7 @@ def looked_up(rows: Sequence[int], columns: int, row: Tensor, col: Tensor) -> Te
 
 
 def stretched(runs: Iterable[tuple[int, int]], device: torch.device) -> Tensor:
-    """Each value of the (value, count) pairs so many times in a row: int64."""
+    """Each value of the (value, count) pairs, repeated count times: int64."""
     joined: list[tuple[int, int]] = []
     for value, count in runs:
         if joined and joined[-1][0] == value:

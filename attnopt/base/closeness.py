@@ -17,7 +17,7 @@ PIECE = 1 << 20  # elements that are compared at a time
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output, whatever its structure, those in caches and other objects included."""
+    """Every tensor in a model's output of any structure, including those in caches and other objects."""
     return tensors_in(output)
 
 
@@ -65,7 +65,7 @@ def _squared_difference(got: Tensor, want: Tensor) -> float:
 
 
 def _pieces(got: Tensor, want: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of the two, so that a language model's logits are not there in double precision all at once."""
+    """The two in chunks, so the logits of a language model are never all in double precision at once."""
     g, w = got.reshape(-1), want.reshape(-1)
     return ((g[i : i + PIECE], w[i : i + PIECE]) for i in range(0, len(w), PIECE))
 

@@ -1,4 +1,4 @@
-"""The process around a compilation: one at a time, in a plain state, whatever the caller has switched on."""
+"""The process state of a compilation: one at a time, in a neutral state, regardless of the caller's modes."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ def as_called() -> Iterator[None]:
 
 
 def mode_of(model: nn.Module) -> AbstractContextManager[Any]:
-    """The mode for torch.export, which sets marks that weights made in inference mode take nowhere else."""
+    """The mode for torch.export, which sets marks that weights created in inference mode only accept there."""
     is_inference = any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
     return torch.inference_mode() if is_inference else nullcontext()

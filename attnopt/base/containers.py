@@ -1,4 +1,4 @@
-"""Objects that hold tensors, as caches do: taken apart into their tensors and a template, and put together again."""
+"""Objects that hold tensors, such as caches: flattened into tensors and a template, and rebuilt."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def text(path: Path) -> str:
 
 @dataclass
 class Walk:
-    """Takes objects apart.  ``given`` and ``passed``: what the caller passed in, by its identity.
+    """Flattens objects.  ``given`` and ``passed``: what the caller passed in, by its identity.
 
     ``counters`` are the paths of numbers that are leaves; all other numbers are fixed."""
 
@@ -206,7 +206,7 @@ class Walk:
         return made
 
     def part(self, x: Any, path: Path) -> Part:
-        """Raises CaptureError for what would not be the same object, or not hold the same, in a copy."""
+        """Raises CaptureError for anything whose identity or content a copy would not preserve."""
         if isinstance(x, (Tensor, *NUMBERS)):
             if id(x) in self.passed:
                 return Passed(self.passed[id(x)])
@@ -360,7 +360,7 @@ class Build:
         return made
 
     def fill(self, x: Any, node: Node) -> None:
-        """Let an object hold what ``node`` says, and nothing else."""
+        """Set the contents of an object to exactly those of ``node``."""
         attributes = {name: self.part(part) for name, part in node.attributes}
         items = [(key, self.part(part)) for key, part in node.items]
         if isinstance(x, deque):

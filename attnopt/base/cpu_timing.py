@@ -1,4 +1,4 @@
-"""CPU time of calls that take turns, so that a busy machine is unkind to all of them alike."""
+"""CPU time of interleaved calls, so background load affects every candidate equally."""
 
 from __future__ import annotations
 

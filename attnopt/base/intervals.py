@@ -43,7 +43,7 @@ class Reach:
 def stepped(first: int, last: int, step: int, low: int, high: int, length: int) -> Ranges:
     """The numbers ``first`` to ``last`` moved by ``step`` times every number from ``low`` to ``high``, below ``length``.
 
-    One range where the moved copies touch each other.
+    One range if the moved copies touch.
     """
     low, high = max(low, -(last // step)), min(high, (length - 1 - first) // step)
     if step <= last - first + 1:

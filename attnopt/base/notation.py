@@ -23,7 +23,7 @@ def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:
     """The value of ``text``: literals, calls of the names that ``lookup`` knows, and ``&``, ``|``, ``~`` between calls.
 
     A name without parentheses is a call without arguments.  Raises PolicyError for anything else,
-    which quotes ``shown`` instead of ``text`` where that is given.
+    which quotes ``shown`` instead of ``text`` if given.
     """
     if len(text) > LONGEST:
         raise PolicyError(f"text too long: {len(text)} characters, at most {LONGEST} are read")
@@ -35,13 +35,13 @@ def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:
 
 
 def construct(name: str, make: Callable[..., Any], args: list[Any], options: dict[str, Any]) -> Any:
-    """``make(*args, **options)``; arguments that it does not take are a PolicyError that lists those it takes."""
+    """``make(*args, **options)``; unknown arguments raise a PolicyError that lists the known ones."""
     own = getattr(make, "name", None)
-    name = own if isinstance(own, str) else name  # "local-window", where the text had to say local_window
+    name = own if isinstance(own, str) else name  # "local-window", which the text had to write as local_window
     signature = inspect.signature(make)
     hint = f"{name} takes {', '.join(signature.parameters) or 'no arguments'}"
     try:
-        signature.bind_partial(**options)  # first, so that a misspelt option is not reported as a missing one
+        signature.bind_partial(**options)  # first, so a misspelt option is not reported as a missing one
         signature.bind(*args, **options)
     except TypeError as error:
         raise PolicyError(f"{name}: {error}", hint=hint) from error
@@ -92,7 +92,7 @@ def _key(node: ast.expr | None, lookup: Lookup) -> Any:
 
 
 def distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """The pairs as a mapping; a key that stands twice would silently lose its first value."""
+    """The pairs as a mapping; a duplicate key would silently lose its first value."""
     found: dict[Any, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -121,5 +121,5 @@ def _source(node: ast.expr) -> str:
 
 
 def shortened(text: str, length: int = 80) -> str:
-    """At most so many characters of it."""
+    """Truncated to this many characters."""
     return text if len(text) <= length else text[: length - 3] + "..."

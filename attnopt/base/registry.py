@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from attnopt.errors import PluginError, PolicyError
 
 OURS = "attnopt"
-HERE = "this process"  # in the place of the distribution of a class that was registered by a call
+HERE = "this process"  # instead of the distribution of a class that was registered by a call
 
 T = TypeVar("T")
 
@@ -34,10 +34,10 @@ class Plugin:
     target: str
     distribution: str
     rivals: tuple[str, ...] = ()  # others that claim the name
-    ready: Any = None  # the class, where it was registered by a call
+    ready: Any = None  # the class, if it was registered by a call
 
     def load(self) -> Any:
-        """The class; PluginError, naming the distribution, where it cannot be imported or its name is contested."""
+        """The class.  Raises PluginError that names the distribution if it cannot be imported or its name is ambiguous."""
         if self.rivals:
             claims = ", ".join((self.distribution, *self.rivals))
             raise PluginError(f"{self.kind} {self.name!r} is defined by {claims}", hint="uninstall all but one of them")
@@ -58,7 +58,7 @@ class Plugin:
 class Registry(Generic[T]):
     """The classes of one kind by name.  ``own``: attnopt's, as classes or as targets that are imported when asked for.
 
-    ``named`` reads the name off a class; it has to be the one that the class is registered by.
+    ``named`` returns the name of a class; it must match the name of its registration.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Registry(Generic[T]):
         return str(self._named(cls))
 
     def listed(self) -> dict[str, Plugin]:
-        """All that are known, none of them imported for it."""
+        """All known entries, without importing them."""
         found = {name: [plugin] for name, plugin in self._own.items()}
         for entry in _offered(self.group):
             plugin = _plugin(entry.name, self.kind, _distribution(entry), entry.value)
@@ -114,7 +114,7 @@ class Registry(Generic[T]):
     def register(self, cls: type[T]) -> None:
         """Make a class known by its name in this process.  Raises PluginError where another has the name.
 
-        The same class again, or one that takes its place in the same module (a notebook's cell that runs again), is no clash.
+        The same class again, or a redefinition in the same module (a rerun notebook cell), is not a clash.
         """
         name = self._named(cls)
         if not isinstance(name, str) or not name:
@@ -133,7 +133,7 @@ class Registry(Generic[T]):
         self.changes += 1
 
     def knows(self, cls: type[Any]) -> bool:
-        """Whether the name of this class stands for it, so that a file that names it can be read."""
+        """Whether the name of this class resolves to it, so a file that contains the name can be read."""
         name = self._named(cls)
         if name not in self.listed():
             return False
@@ -158,7 +158,7 @@ def target_of(cls: type[Any]) -> str:
 
 
 def distribution_of(cls: type[Any]) -> str:
-    """The installed distribution that a class comes from; "" where it comes from none."""
+    """The installed distribution of a class; "" if there is none."""
     return _distribution_of(cls.__module__.partition(".")[0])
 
 
@@ -196,6 +196,6 @@ def _changed(place: str) -> int:
         return 0
 
 
-@lru_cache(32)  # reading what all distributions offer takes longer than all else about a rule of a policy
+@lru_cache(32)  # reading the entry points of all distributions dominates the cost of parsing a policy rule
 def _installed(group: str, places: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))

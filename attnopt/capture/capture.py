@@ -42,8 +42,8 @@ from attnopt.graph.value_names import number, unmark
 def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dynamic_shapes: Any = None) -> Program:
     """Capture ``model`` on example inputs.
 
-    ``dynamic_shapes``: None (all sizes fixed), torch.export's notation, or "auto" (every axis of every input as far as the
-    model lets it vary).  Raises CaptureError, which tells what stopped each way of capturing.
+    ``dynamic_shapes``: None (all sizes static), torch.export's notation, or "auto" (every axis of every input that the
+    model allows).  Raises CaptureError, which says what stopped each way of capturing.
     """
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise CaptureError(
@@ -71,7 +71,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
 
 
 def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_cheap: bool) -> Program:
-    """``is_cheap``: tried in the first way alone, and only as far as the sizes stay simple."""
+    """``is_cheap``: try only the first way, and only while the sizes stay simple."""
     calls = _calls(model, *inputs)
     shapes = shapes_for(calls, model, *inputs, shapes, is_auto)
     args, kwargs = calls.flat(*inputs)
@@ -117,7 +117,7 @@ def _is_validation(e: BaseException | None) -> bool:
 
 
 def _without_backward(way: Callable[[], ExportedProgram]) -> ExportedProgram:
-    """Some of torch's operators (flex_attention on a CPU) run only where no gradient may be asked for."""
+    """Some torch operators (flex_attention on a CPU) only run without gradients."""
     try:
         return way()
     except NotImplementedError as e:
@@ -150,7 +150,7 @@ def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
 
 
 def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
+    """A model that fails on its own cannot be captured; the error should not blame tracing."""
     try:
         outputs_of(structural_copy(model), (args, kwargs))
     except Exception as e:
@@ -161,12 +161,12 @@ def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
 
 
 def without_values(model: nn.Module | ExportedProgram) -> str | None:
-    """The first weight that lies on the meta device, which knows shapes and holds nothing."""
+    """The first weight on the meta device, which has shapes but no values."""
     return next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
 
 
 def require_values(model: nn.Module | ExportedProgram) -> None:
-    """Raises CaptureError for a model without weights: what would be made of it could be neither run nor compared."""
+    """Raises CaptureError for a model without weights: its result could neither run nor be verified."""
     if isinstance(model, (nn.Module, ExportedProgram)) and (name := without_values(model)) is not None:
         raise CaptureError(
             f"{name} is on the meta device and has no values, so nothing can be verified",
@@ -175,7 +175,7 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Calls | None = None) -> ExportedProgram:
-    """``calls``: what stands for the model's calls; strict without."""
+    """``calls``: wraps the calls of the model; strict if absent."""
     args, kwargs = cloned((args, kwargs))
     with (
         _without_partial_graph(),
@@ -191,7 +191,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Ca
 
 @contextmanager
 def _with_its_names(model: nn.Module) -> Iterator[None]:
-    """A graph that was captured before, as an optimized model holds it, knows which module and line each operator is of."""
+    """An already captured graph, as in an optimized model, records the module and line of each operator."""
     graph = model if isinstance(model, fx.GraphModule) else getattr(model, "module", None)
     if not isinstance(graph, fx.GraphModule) or not isinstance(graph.graph._codegen, _PyTreeCodeGen):
         yield
@@ -212,7 +212,7 @@ def _with_its_names(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_partial_graph() -> Iterator[None]:
-    """torch.export prints what it has of a graph that it gives up; whatever else is written to stderr stays."""
+    """torch.export prints partial graphs that it abandons; other stderr output is kept."""
     written, unwanted = io.StringIO(), ""
     try:
         with redirect_stderr(written):
@@ -265,7 +265,7 @@ def _settle_sizes(module: fx.GraphModule) -> None:
 
 
 def _refuse_own_generator(module: fx.GraphModule) -> None:
-    """The graph holds the generator as it was when it was traced, and would draw on where the model starts anew."""
+    """The graph contains the generator in its state at tracing and would continue where the model restarts."""
     drawing = next((n for n in module.graph.nodes if n.kwargs.get("generator") is not None), None)
     if drawing is not None:
         raise CaptureError(
@@ -288,14 +288,14 @@ def _condensed(e: BaseException) -> str:
 
 
 def _own_state(module: fx.GraphModule) -> None:
-    """What the graph writes is its own: the user's model keeps what it holds."""
+    """State that the graph writes is a copy: the user's model keeps its own."""
     for name in written(module):
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, get_attr(module, name).detach().clone())
 
 
 def _declared(module: fx.GraphModule, asked: list[Axes]) -> set[str]:
-    """The bounds that the user gave with a named Dim."""
+    """The bounds of the user's named Dims."""
     names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     dims = [
         (f"{name}[{axis}]", dim)

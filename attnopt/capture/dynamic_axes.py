@@ -1,4 +1,4 @@
-"""Which axes of a model's inputs may vary: what was asked for, said of each tensor under the name of its own argument."""
+"""Dynamic axes of model inputs: the request, expressed per tensor under the name of its argument."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True)
 class Auto:
-    """The first ``axes`` axes of every tensor, as far as the model lets them vary; None for all."""
+    """The first ``axes`` axes of every tensor that the model allows to vary; None for all."""
 
     axes: int | None = None
 
@@ -29,7 +29,7 @@ class Auto:
 def named_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int]:
-    """Every argument under a name of its own, in the order of the call, and how many are given by position.
+    """Every argument under a unique name, in call order, and the number of positional ones.
 
     What lands in ``*args`` is called ``args_0``, ``args_1``, ...; what lands in ``**kwargs`` has its keyword."""
     parameters = inspect.signature(forward).parameters.values()
@@ -131,7 +131,7 @@ def _automatic(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 def axes_of_leaves(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
 ) -> list[Axes]:
-    """For every leaf of the inputs the axes that are to vary, with what was asked for them."""
+    """For every leaf of the inputs, the requested dynamic axes."""
     named, _ = named_arguments(forward, args, kwargs)
     if isinstance(shapes, (list, tuple)):
         shapes = dict(zip(inspect.signature(forward).bind(*args, **kwargs).arguments, shapes, strict=False))
@@ -190,7 +190,7 @@ def without(shapes: Mapping[str, Any], named: Mapping[str, Any], fixed: set[tupl
 
 
 def fixed_axes(module: fx.GraphModule, asked: list[Axes]) -> tuple[str, ...]:
-    """Axes that were asked to vary and do not, as ``x[1] = 8``."""
+    """Requested axes that stayed static, as ``x[1] = 8``."""
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(inputs) != len(asked):
         return ()

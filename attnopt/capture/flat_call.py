@@ -1,6 +1,6 @@
-"""A call with objects among its inputs and outputs, such as caches, as a graph can make it: with their tensors alone.
+"""Calls with objects among their inputs and outputs, such as caches, in the form of a graph: only their tensors.
 
-A graph takes and returns tensors.  Here objects are taken apart on the way in, put together on the way out, and what the call
+A graph takes and returns tensors.  Objects are flattened on input and rebuilt on output, and what the call
 changes in the caller's own objects is written there.
 """
 
@@ -56,7 +56,7 @@ pytree.register_pytree_node(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What stands among the inputs: ``places`` are the leaves of the tree of arguments, ``paths`` those of its tensors.
+    """Objects among the inputs: ``places`` are the leaves of the tree of arguments, ``paths`` those of its tensors.
 
     ``writes``: leaves into which the call writes.  ``counters``: numbers that the call changes.  ``varying``: axes of leaves
     that other calls may give other sizes."""
@@ -130,7 +130,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Taken:
-    """One call's inputs, taken apart."""
+    """The flattened inputs of one call."""
 
     args: Args
     kwargs: Kwargs
@@ -140,17 +140,17 @@ class Taken:
 
 @dataclass(frozen=True)
 class Form:
-    """How a graph stands for a call with objects."""
+    """How a graph represents a call with objects."""
 
     inputs: Inputs
     results: Results
 
     def take(self, args: Args, kwargs: Mapping[str, Any]) -> Taken:
-        """The inputs as the graph takes them.  Raises CaptureError where they are not built as the example was."""
+        """The inputs of the graph.  Raises CaptureError if their structure differs from the example."""
         return take(self.inputs, args, kwargs)
 
     def give(self, out: Any, taken: Taken) -> Any:
-        """The model's own output, made of the graph's; the caller's own objects are brought up to date."""
+        """The output of the model, built from that of the graph; the caller's objects are updated."""
         leaves = _kept_apart(pytree.tree_leaves(out), self.results, taken)
         build = Build(self.results.nodes, leaves, taken.objects, taken.leaves)
         parts, plain = iter(self.results.objects), iter(leaves)
@@ -171,9 +171,9 @@ class Form:
         return made
 
     def run(self, model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> list[Any]:
-        """The graph's leaves as the model itself gives them, from inputs as the graph takes them.
+        """The leaves of the graph as computed by the model itself, from the inputs of the graph.
 
-        Raises OtherObjectsError where the model makes other objects of them than when it was captured."""
+        Raises OtherObjectsError if the model builds other objects than at capture."""
         own_args, own_kwargs, build, leaves = put_together(self.inputs, args, kwargs)
         versions = [_version(x) for x in leaves]
         out = model(*own_args, **own_kwargs)
@@ -213,7 +213,7 @@ def _version(x: Any) -> int:
 
 
 def as_given(node: Node) -> Node:
-    """What an object holds that a call leaves as it is."""
+    """The contents of an object that a call does not change."""
 
     def same(part: Part) -> Part:
         match part:
@@ -261,7 +261,7 @@ def take(inputs: Inputs, args: Args, kwargs: Mapping[str, Any]) -> Taken:
 
 
 def _check_apart(inputs: Inputs, leaves: tuple[Any, ...]) -> None:
-    """A graph writes into one tensor at a time: what lies in the same memory would keep what it held."""
+    """A graph writes into one tensor at a time: a tensor that shares the memory would keep its old values."""
     for i in inputs.writes:
         for j, other in enumerate(leaves):
             if i != j and isinstance(other, Tensor) and _overlap(leaves[i], other):
@@ -284,7 +284,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def _kept_apart(leaves: list[Any], results: Results, taken: Taken) -> list[Any]:
-    """The graph may return what it was given: before that is written to, other results get memory of their own."""
+    """The graph may return its inputs: before these are written to, other results are copied."""
     written = [taken.leaves[to] for to, _ in results.writes]
     return [x.clone() if isinstance(x, Tensor) and any(_overlap(x, w) for w in written) else x for x in leaves]
 
@@ -293,7 +293,7 @@ def put_together(inputs: Inputs, args: Args, kwargs: Mapping[str, Any], clones: 
     """(args, kwargs) of the model itself, what they were made with, and their leaves."""
     named = inputs.named(args, kwargs)
     leaves = pytree.tree_leaves(named)
-    if clones:  # so that the graph reads its inputs and does not write them
+    if clones:  # so the graph reads its inputs without writing them
         leaves = [x.clone() if i in inputs.writes else x for i, x in enumerate(leaves)]
     build, parts = Build(inputs.nodes, leaves), dict(inputs.places)
 

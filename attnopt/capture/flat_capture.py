@@ -1,4 +1,4 @@
-"""A model with objects among its inputs and outputs while it is captured: what they hold, and what a call changes in them."""
+"""Capture of a model with objects among its inputs and outputs: their contents, and what a call changes in them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from attnopt.capture.signature import Signature
 
 @dataclass
 class Calls:
-    """A model's calls while it is captured.  ``form`` is known once it was traced; None where no object takes part."""
+    """The calls of a model during capture.  ``form`` is known after tracing; None without objects."""
 
     inputs: Inputs | None = None
     results: Results | None = field(default=None, init=False)
@@ -160,7 +160,7 @@ def _tensors(tree: Any) -> list[tuple[Path, Tensor]]:
 
 
 def _lists(tree: Any) -> list[tuple[Path, Any]]:
-    """The lists and dicts of a tree of values, beside the one of the arguments themselves."""
+    """The lists and dicts of a tree of values, except that of the arguments themselves."""
     found: list[tuple[Path, Any]] = []
 
     def look(x: Any, path: Path) -> bool:
@@ -197,7 +197,7 @@ def _numbers(tree: Any) -> dict[Path, int]:
 
 
 def _apart(inputs: Inputs, out: Any, build: Build, leaves: list[Any]) -> tuple[Any, Results]:
-    """The output with the tensors of its objects in their places, and what it takes to put them together."""
+    """The output with its objects replaced by their tensors, and what is needed to rebuild them."""
     objects = [build.made[i] for i in range(len(inputs.nodes))]
     passed = {id(x): i for i, x in enumerate(leaves) if isinstance(x, (Tensor, *NUMBERS))}
     walk = Walk(given={id(x): i for i, x in enumerate(objects)}, passed=passed)

@@ -99,7 +99,7 @@ def _held(mod: fx.GraphModule, node: Any) -> Tensor | None:
 
 
 def why_unread(call: fx.Node) -> Refusal | None:
-    """Why a call is not written out; None where it is."""
+    """Why a call is not expanded; None if it is."""
     found = call.meta.get(_WHY)
     if found is None:
         return None
@@ -108,12 +108,12 @@ def why_unread(call: fx.Node) -> Refusal | None:
 
 
 def is_written_out(node: fx.Node) -> bool:
-    """``node`` belongs to the written-out form of a call."""
+    """``node`` is part of the expanded form of a call."""
     return "call" in node.meta.get("attnopt", {})
 
 
 def call_behind(node: fx.Node) -> fx.Node:
-    """The result of the call that ``node`` stands for; ``node`` itself where it stands for none."""
+    """The result of the call that ``node`` represents; otherwise ``node`` itself."""
     name = node.meta.get(KEPT)
     return node if name is None else next(n for n in node.graph.nodes if n.meta.get(KEPT) == name and n is not node)
 
@@ -139,7 +139,7 @@ def restore_calls(gm: fx.GraphModule) -> None:
 
 
 def _written_out(gm: fx.GraphModule, call: fx.Node, result: fx.Node) -> fx.Node | None:
-    """The operators of torch's eager implementation; None where the blocks hide what the mask shows."""
+    """The operators of torch's eager implementation; None if the blocks hide what the mask shows."""
     q, k, v, score_mod, block_mask, scale, _, captured, mask_captured = (arg(call, i) for i in range(9))
     if not isinstance(scale, (int, float)):
         raise TypeError(f"a scale of {scale}")
@@ -202,7 +202,7 @@ def _cast(emit: Emitter, node: fx.Node, kind: torch.dtype) -> fx.Node:
 
 
 def _blocks_disagree(gm: fx.GraphModule, block_mask: Any, scores: fx.Node, seen: fx.Node) -> bool:
-    """Blocks that are left out hide what ``seen`` shows, or whole ones show what it hides, as far as both are known."""
+    """Skipped blocks hide what ``seen`` shows, or full blocks show what it hides, as far as both are known."""
     tables = [n for n in block_mask[2:6] if isinstance(n, fx.Node)]
     if any(inputs_behind(n) or not is_plain(n) for n in (*tables, seen)):
         return False

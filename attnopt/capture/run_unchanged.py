@@ -1,4 +1,4 @@
-"""Running a model only to see what it gives: it and its inputs stay as they are."""
+"""Running a model without side effects: it and its inputs stay unchanged."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def holds(module: nn.Module, name: str) -> bool:
 
 
 def cloned(inputs: Inputs) -> Inputs:
-    """The inputs with tensors and objects of their own, for a callee that may change or mark them."""
+    """The inputs with copied tensors and objects, for a callee that may change or mark them."""
     made: Inputs = copied(inputs)
     return made
 
@@ -110,7 +110,7 @@ def kept(module: nn.Module) -> Iterator[None]:
 
 
 def trains_otherwise(module: nn.Module) -> bool:
-    """``module`` is in its mode for inference, and computes something else in training."""
+    """``module`` is in eval mode and computes something else in training."""
     if module.training:
         return False
     return any(_has_modes(m) for m in module.modules())

@@ -115,7 +115,7 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 def is_guard(e: BaseException) -> bool:
-    """torch's word for sizes between which what was captured does not hold (see ``relations``)."""
+    """torch's error for size constraints that do not hold (see ``relations``)."""
     return isinstance(e, AssertionError) and str(e).startswith("Guard failed")
 
 
@@ -128,7 +128,7 @@ def check_inputs(
 ) -> None:
     """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError.
 
-    ``fixed``: what the report says of axes that were to vary and do not.  ``is_inside``: the input of this number is part of
+    ``fixed``: the report's lines about requested axes that stayed static.  ``is_inside``: the input of this number is part of
     an object, such as a cache."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]

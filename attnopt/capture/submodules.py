@@ -1,4 +1,4 @@
-"""The attention modules of a model that no exporter takes whole, each with the inputs that it is called with."""
+"""The attention modules of a model that cannot be captured as a whole, each with the inputs of its call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Region:
 
 
 class InPlace(nn.Module):
-    """A module alone, under the name that it has in its model: what is found in it is named as there."""
+    """A module on its own, under its name in the model, so that findings get the same names as there."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()

@@ -113,7 +113,7 @@ def _ms(seconds: tuple[float, ...]) -> list[float]:
 
 
 def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...], dict[str, Any], str]:
-    """What the command line says, or example inputs of the first model that has some.
+    """The inputs of the command line, or the example inputs of the first model that has some.
 
     Where none has: zeros of the sizes that one was captured with, or made-up values for a file without free axes.
     """
@@ -135,7 +135,7 @@ def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...],
 
 
 def _fed(models: Mapping[str, Named], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """By name where all models are files with these inputs, in whatever order; else by place."""
+    """By name if all models are files with these inputs, in any order; otherwise by position."""
     from attnopt.cli.onnx_inputs import InRuntime
 
     files = [named.model for named in models.values() if isinstance(named.model, InRuntime)]

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The demo alone; raises AttnoptError."""
+    """Run the demo.  Raises AttnoptError."""
     parser = argparse.ArgumentParser(prog="attnopt demo", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_arguments(parser)
@@ -137,9 +137,9 @@ def _policy(
     model: nn.Module, optimize: Callable[[nn.Module, Any], Any], tokenizer: Any, texts: Sequence[str],
     heads: dict[str, tuple[int, ...]],
 ) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
-    """What each site gets, and what a window on it alone costs: the mean of 1 - cosine of the embeddings of ``texts``.
+    """The policy of each site, and the cost of a window on it alone: the mean of 1 - cosine of the embeddings of ``texts``.
 
-    The half of the sites where that is least gets the window, the other half loses its weakest heads.
+    The cheaper half of the sites gets the window, the other half loses its weakest heads.
     """
     from attnopt.cli.demo_data import embed
     from attnopt.passes.local_window import LocalWindow
@@ -179,7 +179,7 @@ def _megabytes(model: nn.Module) -> float:
 
 
 def _file_megabytes(path: Path) -> float:
-    """With the files that hold a large ONNX model's weights beside it."""
+    """Including the external weight files of a large ONNX model."""
     return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6
 
 
@@ -194,7 +194,7 @@ def _torch_encode(model: nn.Module) -> Encode:
 
 
 def _onnx_encode(path: Path) -> Encode:
-    """One thread, so that processor time means work and not waiting."""
+    """One thread, so CPU time measures work, not waiting."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -240,7 +240,7 @@ def _call(encode: Encode, ids: Tensor, mask: Tensor) -> Callable[[], Any]:
 
 
 def _interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median processor time in milliseconds; the contenders take turns, so that a busy machine is unkind to all."""
+    """Median CPU time in milliseconds; candidates are interleaved, so background load affects all of them equally."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 2):
         for name, call in calls.items():

@@ -32,7 +32,7 @@ class Named:
 
 
 def resolve(name: str, given: Given) -> Named:
-    """The model that ``name`` stands for, an ONNX file with the inputs that are ``given``; AttnoptError if there is none."""
+    """The model called ``name``, an ONNX file with the ``given`` inputs.  Raises AttnoptError if there is none."""
     if Path(name).is_dir():
         import attnopt
 

@@ -20,7 +20,7 @@ OR_SAVED = OR_FILE + "; or a saved folder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and gives its exit code."""
+    """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
         with warnings_told():

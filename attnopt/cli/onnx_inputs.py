@@ -48,7 +48,7 @@ class Given:
 
 
 def require_onnx(given: Given, *names: str) -> None:
-    """AttnoptError where there is no ONNX file for ``--inputs`` or ``--size``."""
+    """Raises AttnoptError if ``--inputs`` or ``--size`` is given without an ONNX file."""
     if given and not any(map(is_onnx, names)):
         raise AttnoptError(
             "--inputs and --size only apply to ONNX files",
@@ -57,9 +57,9 @@ def require_onnx(given: Given, *names: str) -> None:
 
 
 def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
-    """Tensors by the names of the file's inputs: those of ``--inputs``, else made-up ones, which a warning tells.
+    """Tensors by input name of the file: those of ``--inputs``, otherwise synthetic ones, with a warning.
 
-    Raises AttnoptError where inputs are missing, or sizes of free axes on which the result would depend.
+    Raises AttnoptError for missing inputs, or missing sizes of free axes on which the result would depend.
     """
     taken = _taken(file)
     if given.inputs is not None:
@@ -125,7 +125,7 @@ def _sizes(file: Path, taken: list[onnx.ValueInfoProto], given: Given) -> dict[s
 
 
 def _made_up(taken: onnx.ValueInfoProto, shape: list[int], file: Path, generator: np.random.Generator) -> Tensor:
-    """Noise, or zeros and ones, which are places in any table.  Rows begin with 1, so that no mask hides everything."""
+    """Noise, or zeros and ones, which are valid indices of any table.  Rows begin with 1, so no mask hides everything."""
     import onnx
 
     kind = taken.type.tensor_type.elem_type
@@ -142,9 +142,9 @@ def _made_up(taken: onnx.ValueInfoProto, shape: list[int], file: Path, generator
 
 
 class InRuntime(nn.Module):
-    """A file in ONNX Runtime on one thread.  Called with its inputs by place or by name, gives its outputs in order.
+    """A file in ONNX Runtime on one thread.  Called with inputs by position or name, returns outputs in order.
 
-    Raises AttnoptError where ONNX Runtime cannot load the file.
+    Raises AttnoptError if ONNX Runtime cannot load the file.
     """
 
     def __init__(self, file: Path) -> None:

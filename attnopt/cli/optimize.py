@@ -82,7 +82,7 @@ def shapes_of(arguments: argparse.Namespace) -> Any:
 
 
 def _timed(named: Named, fast: Any) -> Any:
-    """The same model, whose report holds the CPU time per call before and after."""
+    """The same model with the CPU time per call, before and after, in its report."""
     from dataclasses import replace
 
     import torch
@@ -101,7 +101,7 @@ def _timed(named: Named, fast: Any) -> Any:
 
 
 def _written(arguments: argparse.Namespace, model: Any) -> int:
-    """Writes what was asked for, then shows the report and where things are."""
+    """Write the requested files, then show the report and their paths."""
     from attnopt.render.tables import report_table
 
     report, written = model.report, {}

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def show(arguments: argparse.Namespace, data: Any, table: RenderableType) -> None:
-    """``data`` as JSON where that was asked for, else the table."""
+    """``data`` as JSON if requested, otherwise the table."""
     from attnopt.render.tables import to_text
 
     if arguments.json:
         print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
         return
     if not sys.stdout.isatty():
-        print(to_text(table, width=160))  # a pipe has no width of its own
+        print(to_text(table, width=160))  # a pipe has no width
         return
     from rich.console import Console
 

@@ -235,7 +235,7 @@ def fitting(
 ) -> Inputs:
     """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError.
 
-    ``fixed``: what the report says of axes that were to vary and do not."""
+    ``fixed``: the report's lines about requested axes that stayed static."""
     try:
         arranged = signature.arrange(*batch)
         if form is not None:
