@@ -1,4 +1,4 @@
-"""The whole model checked: it must compute what its plans mean, at the example sizes and, where they may vary, at others."""
+"""Verification of the whole model: it must compute what its plans specify, at the example sizes and at other dynamic sizes."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Checker:
     def check(self, module: fx.GraphModule) -> tuple[float, tuple[str, ...]]:
         """(largest relative difference from the user's model on the example inputs, warnings).
 
-        Raises VerificationError if the module does not compute what its plans mean, CaptureError if it does not hold at
-        other sizes although these were asked for.
+        Raises VerificationError if the module does not compute what its plans specify, CaptureError if it is not valid at
+        other, requested sizes.
         """
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             plain = (
@@ -113,7 +113,7 @@ class Checker:
     def _apart_in_double(
         self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
     ) -> float:
-        """The difference in double precision; infinite where the model has no such form."""
+        """The difference in double precision; infinite if the model has no such form."""
         wide = widened_inputs(inputs)
         try:
             got, want = (self._outputs(m, wide) for m in self._in_double(module, plain, inputs, original))
@@ -152,7 +152,7 @@ class Checker:
                 raise
             except Exception as e:
                 if is_guard(e):
-                    continue  # the report says what has to hold
+                    continue  # the report lists the constraint
                 sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
                 raise CaptureError(
                     f"the captured graph does not hold at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
@@ -185,7 +185,7 @@ class Checker:
         return [name for name in written(self.program.module) if holds(self.model, name)]
 
     def _blame(self, inputs: Inputs, error: float) -> None:
-        """Name the first site that alone makes a difference from its meaning."""
+        """Name the first site that on its own differs from its spec."""
         for plan in self.plans:
             alone = self._outputs(lower(self.program.module, [plan]), inputs)
             plain = self._outputs(lower(self.program.module, [plan], plain=True), inputs)
@@ -199,7 +199,7 @@ class Checker:
                 )
 
     def _blame_backend(self, plan: Plan, plain: list[Tensor], inputs: Inputs, error: float) -> None:
-        """Where the reference backend computes what is meant, it is not the passes that are wrong."""
+        """If the reference backend agrees with the spec, the passes are not at fault."""
         if is_ours(plan.backend):
             return
         by_reference = lower(self.program.module, [replace(plan, backend=Reference())])
@@ -233,7 +233,7 @@ def fitting(
     form: Form | None = None,
     fixed: Sequence[str] = (),
 ) -> Inputs:
-    """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError.
+    """The calibration batch in the form that the graph takes, on its device.  Raises CalibrationError.
 
     ``fixed``: the report's lines about requested axes that stayed static."""
     try:

@@ -58,7 +58,7 @@ class _Clock:
 
 @dataclass(frozen=True)
 class Compiled:
-    """An optimized graph with where it comes from, the program that it was made of, and what the passes decided."""
+    """An optimized graph with its origin, its program, and the decisions of the passes."""
 
     module: fx.GraphModule
     origin: Origin
@@ -96,7 +96,7 @@ def compiled(
 
 
 def backends_of(backend: str | Backend) -> tuple[Backend, ...]:
-    """The backends to choose from, those of third parties only where they are named."""
+    """The candidate backends; those of third parties only if named."""
     if isinstance(backend, Backend):
         return (backend,)
     if not isinstance(backend, str):
@@ -130,7 +130,7 @@ class Job:
                 return self._made_of(program)
             except (CaptureError, VerificationError) as e:
                 if program.narrower is None or (isinstance(e, VerificationError) and program.narrower != Auto(2)):
-                    raise  # with fewer axes it would be the same
+                    raise  # fewer axes would give the same result
             shapes = program.narrower
 
     def _made_of(self, program: Program) -> Compiled:
@@ -153,11 +153,11 @@ class Job:
             decisions = self._with_kept_mass(program, decisions)
         origin = self._origin(program, findings, decisions, module, error)
         if any(p.edits for p in plans):
-            gc.collect()  # graphs refer to themselves: what was only compared would keep its new weights for long
+            gc.collect()  # graphs refer to themselves: a temporary graph would keep its new weights alive for long
         return Compiled(module, origin, program, tuple(decisions))
 
     def _decided(self, program: Program, found: Sequence[Found]) -> list[Decision]:
-        """What the passes make of each site; those that can use calibration data see what the site computes on them."""
+        """The result of the passes at each site; passes that use calibration data get the activations of the site."""
         passes = {f.site.name: self.policy.passes_for(f.site.name) for f in found}
         learning = [f for f in found if any(p.calibrates for p in passes[f.site.name])]
         if not learning or not self.batches:
@@ -174,14 +174,14 @@ class Job:
         return [made.get(f.site.name) or decide(f, passes[f.site.name], self.backends) for f in found]
 
     def _arranged(self, program: Program) -> list[Inputs]:
-        """The calibration batches in the form in which the graph takes them."""
+        """The calibration batches in the form that the graph takes."""
         signature, made = self._signature(program.module), list[Inputs]()
         for i, (args, kwargs) in enumerate(self.batches):
             made.append(fitting(program.module, signature, (args, kwargs), i, program.form, fixed=program.fixed_axes))
         return made
 
     def _look_at_weights(self, program: Program) -> None:
-        """NaN in the weights makes every comparison blind."""
+        """NaN in the weights defeats every comparison."""
         floats = ((n, p) for n, p in program.module.named_parameters() if p.is_floating_point())
         broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
         if broken:
@@ -229,7 +229,7 @@ class Job:
         return error
 
     def _with_kept_mass(self, program: Program, decisions: list[Decision]) -> list[Decision]:
-        """What the sites with blocks that are chosen at run time keep, as notes."""
+        """The attention recall of sites with blocks chosen at run time, as notes."""
         specs = {
             d.found.raised.node: replace(d.found.raised.spec, selection=d.site.spec.selection)
             for d in decisions

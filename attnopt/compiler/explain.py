@@ -1,4 +1,4 @@
-"""Why an attention is as it is: matching and the passes' answers replayed, down to the node that differs."""
+"""Explanations: matching and the answers of passes, replayed down to the node that differs."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was made of one softmax or fused attention.
+    """The outcome for one softmax or fused attention.
 
     ``kind``: "attention", "near miss" (it begins like an attention) or "no candidate".  ``steps``: for an attention its
-    operations, else those from the normaliser to the first that differs.  ``refusals``: by matching, passes or backends.
+    operations, otherwise those from the softmax anchor to the first difference.  ``refusals``: by matching, passes or backends.
     ``accepted``: passes and backends that do not refuse it.
     """
 
@@ -162,7 +162,7 @@ def _of_other(graph: fx.Graph, anchor: fx.Node, refusal: Refusal, near: bool) ->
 
 
 def _refused(graph: fx.Graph) -> Iterable[tuple[fx.Node, Refusal]]:
-    """What matching alone says of each normaliser that it does not take; asked before raising adds to the graph."""
+    """The refusal of each rejected softmax anchor; computed before raising changes the graph."""
     for anchor in normalisers(graph):
         try:
             recognise(anchor)
@@ -175,7 +175,7 @@ def _refused(graph: fx.Graph) -> Iterable[tuple[fx.Node, Refusal]]:
 def _others(
     graph: fx.Graph, refused: Mapping[fx.Node, Refusal], findings: Findings
 ) -> Iterable[tuple[fx.Node, Refusal, bool]]:
-    """(normaliser, why it is no attention, whether it is a near miss) of those that are no site."""
+    """(softmax anchor, why it is not an attention, whether it is a near miss) for anchors without a site."""
     near = {(miss.name, miss.where): miss.refusal for miss in findings.near_misses}
     taken = {n for f in findings.found for n in (*f.raised.region.nodes, f.raised.region.anchor)}
     for anchor in normalisers(graph):
@@ -194,7 +194,7 @@ def _node(anchor: Softmax | fx.Node) -> fx.Node:
 
 
 def differing_node(graph: fx.Graph, anchor: fx.Node, refusal: Refusal) -> fx.Node:
-    """The node that a refusal by matching is about: the one that it names, else the nearest on the line that it gives."""
+    """The node of a refusal by matching: the one that it names, otherwise the nearest on its source line."""
     named = re.match(r"(\w+)(?: = | on |, | used by )", refusal.found)
     by_name: dict[str, fx.Node] = {n.name: n for n in graph.nodes}
     if named is not None and named[1] in by_name:

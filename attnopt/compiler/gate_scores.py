@@ -1,4 +1,4 @@
-"""What the whole model makes of each head: scores from gates that are closed, or that the output is differentiated by."""
+"""Whole-model head scores: from closing gates, or from the gradient of the output with respect to gates."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""One budget of heads for all sites: it is spent where the model's output depends most on them.
+"""Budget allocation: one head budget for all sites, spent where the model output is most sensitive.
 
-Weights that several sites share (calls of one module) are one site here.
+Sites with shared weights (calls of one module) count as one site here.
 
-What the layer at a site loses with n heads is known from its own least squares; what the model's output makes of such a
-loss is measured once for each site, by running the model with that site alone rewritten.  The sum is minimised exactly.
+The loss of a layer with n heads is known from its own least squares; how strongly the model output depends on such a
+loss is measured once per site, by running the model with only that site rewritten.  The sum is minimized exactly.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _allot_one(
 
 
 def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
-    """For each site the model's error over the layer's error, where that site alone is rewritten."""
+    """For each site, the ratio of model error to layer error with only that site rewritten."""
     some = batches[:: max(1, len(batches) // MEASURED)][:MEASURED]
     original = [outputs_of(gm, batch) for batch in some]
     found: list[float] = []

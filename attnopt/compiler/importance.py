@@ -126,7 +126,7 @@ def head_importance(
 def _captured(
     model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
 ) -> tuple[Program, list[Inputs], list[Found]]:
-    """The model in its mode for inference, the batches as its graph takes them, and the sites to score."""
+    """The model in eval mode, the batches in the form of its graph, and the sites to score."""
     require_values(model)
     args, kwargs = calibration.batches[0]
     shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None

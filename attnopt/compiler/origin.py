@@ -44,5 +44,5 @@ class Origin:
 
 
 def is_file(model: Any) -> bool:
-    """A module that stands for an ONNX file."""
+    """A module that represents an ONNX file."""
     return hasattr(model, "source") and type(model).__module__ == "attnopt.onnx.load.module"

@@ -106,7 +106,7 @@ def typical_pass(name: str) -> Pass | None:
     """The pass to check without options; None if the answer depends on options, or it cannot be loaded."""
     try:
         return load_pass(name).typical()
-    except Exception:  # of a third party; it is told where it is used, and in the listing
+    except Exception:  # of a third party; reported on use, and in the listing
         return None
 
 

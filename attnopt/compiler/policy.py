@@ -21,7 +21,7 @@ from attnopt.patterns import Pattern
 from attnopt.patterns.registry import constructor
 
 _QUOTED = r"'(?:\\[\s\S]|[^'\\])*+'?|\"(?:\\[\s\S]|[^\"\\])*+\"?"
-_KEBAB = re.compile(rf"{_QUOTED}|(?<![\w.])[A-Za-z_][\w.]*+(?:-\w++)+")  # the exponent of 1e-5 is no name
+_KEBAB = re.compile(rf"{_QUOTED}|(?<![\w.])[A-Za-z_][\w.]*+(?:-\w++)+")  # the exponent of 1e-5 is not a name
 
 Rule = tuple[str, tuple[Pass, ...]]
 

@@ -1,4 +1,4 @@
-"""Reading a policy file: YAML or JSON, small, without aliases or tags, and with no key that stands twice."""
+"""Reading a policy file: YAML or JSON, small, without aliases, tags or duplicate keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_file(path: Path) -> Any:
         raise PolicyError(f"{path}: the name of a policy file must end in {', '.join(SUFFIXES)}")
     try:
         text = _text(path)
-    except (OSError, ValueError) as error:  # bytes that are no UTF-8, and paths that hold a NUL, are ValueErrors
+    except (OSError, ValueError) as error:  # invalid UTF-8, and paths with a NUL, are ValueErrors
         raise PolicyError(f"{path}: cannot be read: {error}") from error
     try:
         return _json(text) if path.suffix == ".json" else _yaml(text)
@@ -72,7 +72,7 @@ def _yaml(text: str) -> Any:
 
 @cache
 def _loader() -> type[yaml.SafeLoader]:
-    """YAML's plain values and nothing that stands for something else."""
+    """Only plain YAML values, no aliases or tags."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -98,7 +98,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             found = super().construct_mapping(node, deep)
-            if len(found) < len(node.value):  # a key that stands twice would silently lose its first value
+            if len(found) < len(node.value):  # a duplicate key would silently lose its first value
                 seen = set()
                 for key, _ in node.value:
                     if (said := self.construct_object(key)) in seen:

@@ -23,10 +23,10 @@ Values = dict[fx.Node, Any]
 
 
 class Stream:
-    """All batches run side by side up to one attention, which is looked at, then up to the next.
+    """All batches run together up to one attention, which is processed, then up to the next.
 
     The model runs once.  Of each batch only those values are kept that something later still reads, so the memory is that
-    of one layer, whatever the depth of the model.
+    of one layer, regardless of model depth.
     """
 
     def __init__(self, gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs]) -> None:
@@ -66,7 +66,7 @@ class Stream:
         return run_call(node, args, kwargs)
 
     def _last_use(self) -> dict[fx.Node, int]:
-        """For each node that the attentions need, the place after which nobody reads it."""
+        """For each node that the attentions need, the position of its last use."""
         last: dict[fx.Node, int] = {}
         for f in self.found:
             end = self.place[f.raised.node]

@@ -1,4 +1,4 @@
-"""Attentions that are calls of one set of weights: they are decided together, so that the set stays one.
+"""Weight sharing: attentions that call the same weights are decided together, so the weights stay shared.
 
 A module that a model runs twelve times (ALBERT, arXiv:1909.11942) gets one rewrite, fitted on what all its calls compute.
 """

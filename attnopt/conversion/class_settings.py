@@ -1,4 +1,4 @@
-"""Which attributes and configuration entries of a class hold head counts, found by trying what the class makes of them."""
+"""Which attributes and configuration entries of a class hold head counts, found by trying changed values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Counts:
 
     @property
     def quantities(self) -> dict[str, tuple[int, int]]:
-        """What an attention module may hold as a number: name -> (before, after)."""
+        """Integer attributes of an attention module: name -> (before, after)."""
         (H, h), (G, g), D, Dv = self.heads, self.kv_heads, self.head_dim, self.value_dim
         return {
             "heads": (H, h),
@@ -66,7 +66,7 @@ class Counts:
 
 
 def settle(candidates: Iterator[tuple[Setting, ...]], agrees: Callable[[], bool]) -> tuple[Setting, ...] | None:
-    """The first candidate with which ``agrees`` is true, set; None, and nothing set, where there is none."""
+    """Apply the first candidate for which ``agrees`` is true; None, with nothing changed, if there is none."""
     for settings in candidates:
         undo = [s.swap() for s in settings]
         if agrees():
@@ -140,11 +140,11 @@ def _within(config: Any, path: Path) -> Any:
 
 
 def _empty(kind: type[nn.Module], config: Any, data: Mapping[str, Any]) -> nn.Module | None:
-    """A model of this class without any weights; None where the class does not take the configuration."""
+    """A model of this class without weights; None if the class rejects the configuration."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return kind(type(config).from_dict(copy.deepcopy(dict(data))))
-    except Exception:  # whatever a class raises for numbers that do not fit together
+    except Exception:  # anything that a class raises for inconsistent numbers
         return None
 
 

@@ -154,7 +154,7 @@ def _name(plan: Plan) -> str:
 
 
 def _new_pattern(plan: Plan) -> Pattern | None:
-    """All that is known of what the site sees after the passes, in the order of the converted heads; None if that stays."""
+    """The effective mask of the site after the passes, in the order of the converted heads; None if unchanged."""
     before, after = plan.found.raised.spec, plan.spec
     seen, was = (spec.pattern if spec.seen_as is None else spec.seen_as for spec in (after, before))
     order = [after.heads.index(h) for h in head_order(plan).queries]
@@ -186,7 +186,7 @@ def _check_lengths(plans: Sequence[Plan]) -> None:
 
 
 def _homes(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost models of transformers' in ``model``, by name with a dot behind it ("" for itself)."""
+    """The outermost transformers models in ``model``, by name with a trailing dot ("" for itself)."""
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return {}
@@ -213,7 +213,7 @@ def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
 
 
 def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> None:
-    """Find the settings with which ``model``, whose weights are new, computes what it should.  Raises ConversionError."""
+    """Find the settings with which ``model`` computes the expected result on its new weights.  Raises ConversionError."""
     changed = any(c.change for c in counts.values())
     candidates: Iterator[tuple[Setting, ...]] = iter([()])
     if changed:

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 from attnopt.errors import AttnoptError
 from attnopt.patterns.lookback import Past
 
-SPARE = 64  # tokens of the last update that can be taken back
+SPARE = 64  # tokens of the last update that can be removed again
 
 
 class RollingLayer(DynamicLayer):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         self.past = past
         self.cumulative_length = 0  # all tokens that were ever added
         self.record_past = False
-        self._removable = 0  # tokens that `crop` can take back after something was dropped
+        self._removable = 0  # tokens that `crop` can remove after something was dropped
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The kept and the new keys and values, [B, G, S, D] each."""
@@ -53,13 +53,13 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         if self.record_past or keys.shape[-2] <= sinks + recent + SPARE:
             self.keys, self.values = keys, values
             self._removable = self._removable + added if self.record_past else added
-        else:  # copied, so that what is dropped is freed
+        else:  # copied, so dropped tokens are freed
             self.keys, self.values = (torch.cat(_ends(t, sinks, recent + SPARE), dim=-2) for t in (keys, values))
             self._removable = min(added, SPARE)
         return keys, values
 
     def activate_past_recording(self) -> None:
-        """Keep everything until ``crop`` is called, which can then take back all that came in between."""
+        """Keep everything until ``crop`` is called, which can then remove all tokens added in between."""
         self.record_past = True
         self._removable = 0
 
@@ -89,12 +89,12 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As of a cache that keeps everything: masks are made for all tokens, and cut to what is left where they are used."""
+        """As in a cache that keeps everything: masks cover all tokens, and are cut to the kept ones on use."""
         return self.cumulative_length + query_length, 0
 
 
 def _ends(t: Tensor, sinks: int, recent: int) -> list[Tensor]:
-    """The first and the last tokens of [.., S, D], as views; all of them where there are no more."""
+    """The first and the last tokens of [.., S, D], as views; all of them if there are no more."""
     length = t.shape[-2] if t.dim() > 1 else 0  # nothing at all, before the first update
     return [t] if length <= sinks + recent else [t[..., :sinks, :], t[..., length - recent :, :]]
 

@@ -20,7 +20,7 @@ REMEDY = "use attnopt.optimize, whose graph can represent any heads"
 
 @dataclass(frozen=True)
 class HeadOrder:
-    """Original numbers of query and key/value heads, in the order in which a converted module holds them."""
+    """Original numbers of query and key/value heads, in the order of a converted module."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
@@ -31,9 +31,9 @@ class HeadOrder:
 
 
 def head_order(plan: Plan) -> HeadOrder:
-    """Query heads beside those that read the same keys, as classes with grouped heads take them: every group of one size.
+    """Query heads ordered by the keys that they read, as classes with grouped heads require: all groups of equal size.
 
-    Raises ConversionError where the groups are of several sizes.
+    Raises ConversionError if group sizes differ.
     """
     before, after = plan.found.raised.spec, plan.spec
     readers = [
@@ -51,7 +51,7 @@ def head_order(plan: Plan) -> HeadOrder:
 
 
 def _is_tiled(spec: AttentionSpec) -> bool:
-    """Query head h reads key/value head h % G where there are several groups of several heads."""
+    """Query head h reads key/value head h % G, with several groups of several heads."""
     G = spec.num_kv_heads
     return 1 < G < spec.num_heads and all(g == h % G for h, g in enumerate(spec.kv_of_head))
 
@@ -98,7 +98,7 @@ Held = tuple[Sequence[Sequence[int]], Sequence[int]]  # the places of each head,
 
 
 def _axes(site: Site, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]]]:
-    """Each projection that holds heads, the axis along which it holds them, and which these are."""
+    """Each projection with heads, the head axis, and the heads."""
     found: dict[tuple[str, int], list[str]] = {}
     for role in ("q", "k", "v", "out"):
         p = site.projections[role]
@@ -149,7 +149,7 @@ def _arranged(held: Sequence[Held], length: int) -> list[int]:
 
 
 def put_into(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Replace parameters of ``model``, everywhere they are used, and let the layers that hold them know their sizes."""
+    """Replace parameters of ``model`` everywhere, and update the sizes in the layers that own them."""
     known = dict(model.named_parameters(remove_duplicate=False))
     new: dict[int, nn.Parameter] = {}
     for name, value in values.items():
@@ -170,5 +170,5 @@ def _resize(layer: nn.Module) -> None:
         layer.out_features, layer.in_features = weight.shape
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = weight.shape
-    elif weight.dim() == 2 and hasattr(layer, "nf"):  # transformers' Conv1D, which holds the weight as (in, out)
+    elif weight.dim() == 2 and hasattr(layer, "nf"):  # transformers' Conv1D, which stores the weight as (in, out)
         layer.nx, layer.nf = weight.shape  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Which linear maps of a head's features can be moved into its projection, found by trying them.
 
 With ``M`` [D, D], the rows of a head in the projection become ``M' W`` and its bias ``M' b``.  Where the features reach the
-core as they are projected (or scaled), the core then sees ``x M`` for any M.  After a rotary position encoding that holds
+core directly from the projection (or scaled), the core then sees ``x M`` for any M.  After rotary positions this holds
 only for maps that act on each rotated pair of features as one complex number; after a norm it holds for none.
 """
 

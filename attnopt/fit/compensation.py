@@ -1,4 +1,4 @@
-"""What the heads that remain do for those that are gone: a new output bias, or a new output projection."""
+"""Compensation for removed heads: a new output bias, or a new output projection."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def surgeon_of(site: Site) -> Surgeon:
 
 
 def bias_for(site: Site, spec: AttentionSpec, heads: Sequence[int] | None = None) -> Rewrite:
-    """The ``heads`` (of ``spec``, unless given) as they are, the mean of what the others gave in the bias (FLAP,
+    """Keep the ``heads`` (of ``spec`` by default) and add the mean output of the others to the bias (FLAP,
     arXiv:2312.11983)."""
     heads = spec.heads if heads is None else heads
     bias = site.out_bias()
@@ -55,13 +55,13 @@ class Refitted:
     note: str
 
     def rewrite(self, name: str, edits: Sequence[HeadWeights] = (), notes: Sequence[str] = ()) -> Rewrite:
-        """With the edits and notes of the pass ``name`` that asked for it."""
+        """With the edits and notes of the pass ``name``."""
         out, bias = out_edits(self.site, self.spec, self.weights)
         return Rewrite(self.spec, (*edits, *out), bias, (*notes, f"{name}: {self.note}"))
 
 
 def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, start: Tensor | None = None) -> Refitted:
-    """The output projection of the heads of ``spec`` fitted to what the layer gives in the original model.
+    """Fit the output projection of the heads of ``spec`` to the layer output in the original model.
 
     ``now``: what the site computes, where its weights are others by now; ``start``: the output weights to start from.
     Raises CalibrationError.

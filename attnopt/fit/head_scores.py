@@ -1,4 +1,4 @@
-"""How much each head of one site is worth, from its weights and from what it computes on calibration data."""
+"""Head scores of one site, from its weights and its activations on calibration data."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def wanda(site: Site) -> list[float]:
 
 
 def mean_outputs(site: Site) -> Tensor:
-    """[H, Dv] in float64: what each head gives on average over the calibration tokens that are no padding."""
+    """[H, Dv] in float64: mean output of each head over the calibration tokens without padding."""
     return _feature_moments(site)[0]
 
 
@@ -87,7 +87,7 @@ def focus(site: Site) -> list[float]:
 
 
 def locality(site: Site) -> list[float]:
-    """Minus the mean distance, in tokens, between a query and what it attends to."""
+    """Negative mean distance, in tokens, between a query and the keys that it attends to."""
     total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
     for p_NHS, distance_NS in _weights(site):
         total -= (p_NHS * distance_NS[:, None]).sum(-1).sum(0)
@@ -118,7 +118,7 @@ def _seen(site: Site) -> Activations:
 
 
 def output_maps(site: Site) -> Tensor:
-    """Output weights [H, Dv, out] of the heads that are left, in float64.  Raises CalibrationError where they are unknown."""
+    """Output weights [H, Dv, out] of the remaining heads, in float64.  Raises CalibrationError if unknown."""
     weights = output_weights(site, site.original)
     if weights is None:
         out = site.projections.get("out")
@@ -141,7 +141,7 @@ def _outputs(site: Site) -> Iterator[Tensor]:
 
 
 def _feature_moments(site: Site) -> tuple[Tensor, Tensor, int]:
-    """Mean and mean square [H, Dv] of the heads' outputs, and the number of tokens."""
+    """Mean and mean square [H, Dv] of the head outputs, and the number of tokens."""
     total, square, tokens = torch.zeros(()), torch.zeros(()), 0
     for z in _outputs(site):
         total, square, tokens = total + z.sum(0), square + z.square().sum(0), tokens + len(z)

@@ -15,7 +15,7 @@ from attnopt.ir.site import Site
 
 def retrieval(site: Site, batches: Sequence[Inputs]) -> tuple[float, ...]:
     """Mean attention from each token to those that followed its earlier occurrences (arXiv:2209.11895), over the tokens
-    that have any.  Raises CalibrationError where the model takes no token ids."""
+    that have any.  Raises CalibrationError if the model takes no token ids."""
     assert site.activations is not None
     total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
     seen = site.activations

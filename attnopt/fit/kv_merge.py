@@ -1,9 +1,9 @@
-"""Several key/value heads as one: which maps take each head to the shared one, and what of it is lost.
+"""Merging key/value heads: the maps from each head to the shared one, and the loss.
 
 Keys of head g are seen as ``N_g = K_g S_g``, where S_g S_g' is the second moment of the queries that read them, so that an
 error in N_g is an error in the scores.  A shared key ``c = sum_g N_g U_g`` with U the leading eigenvectors of the group's
 joint moments gives back ``N_g ~ c U_g'``: the best approximation of the scores of its rank (Eckart-Young).  Values go the
-same way with the output weights in the place of the queries.  Where positions are rotated, this holds per frequency, with
+same way with the output weights instead of the queries.  With rotary positions, this holds per frequency, with
 complex numbers.
 """
 
@@ -44,7 +44,7 @@ class Side:
     pairs: tuple[tuple[int, int], ...] | None = None
 
     def loss(self, groups: Sequence[Sequence[int]]) -> Tensor:
-        """For each group (all of one size) the share of all moments that one head cannot carry."""
+        """For each group (all of equal size), the fraction of the moments that one head cannot represent."""
         total = _trace(self.moments)
         if len(groups[0]) == 1:
             return torch.zeros(len(groups), dtype=torch.float64)
@@ -67,7 +67,7 @@ class Side:
         )
 
     def align(self, group: Sequence[int]) -> Merged:
-        """The mean of the heads, each turned toward the first (arXiv:2412.20677): orthogonal maps lose nothing."""
+        """The mean of the heads, each aligned with the first (arXiv:2412.20677): orthogonal maps are lossless."""
         turns = [self._turn(g, group[0]) for g in group]
         return Merged(tuple(t / len(group) for t in turns), tuple(turns))
 

@@ -1,6 +1,6 @@
-"""The output projection fitted anew in closed form, so that the layer gives what it gave before its heads were changed.
+"""Closed-form refit of the output projection to the layer output before the heads were changed.
 
-Least squares with shrinkage toward today's weights, from moments in float64; accepted as far as held-back data agree
+Least squares with shrinkage toward the current weights, from float64 moments; accepted as far as held-out data agree
 (OSSCAR, arXiv:2403.12983; the guard is a line search between the old weights and the new ones).
 """
 
@@ -38,13 +38,13 @@ class Moments:
         return max(squared, 0.0) / max(self.yy, torch.finfo(torch.float64).tiny)
 
     def of(self, features: Tensor) -> Moments:
-        """Of some of the features alone."""
+        """Restricted to some features."""
         return replace(self, zz=self.zz[features][:, features], zy=self.zy[features])
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Weights [features, out], the share of the way that was taken, and the held-back error before and after."""
+    """Weights [features, out], the step size, and the held-out error before and after."""
 
     weights: Tensor
     step: float
@@ -54,7 +54,7 @@ class Fitted:
 
 def output_weights(site: Projected, original: Projected | None = None) -> Tensor | None:
     """Today's [H * Dv + 1, out] of the heads that are left, in the last row how far the bias is from the original
-    model's; None where they are not known."""
+    model's; None if unknown."""
     found = [w.double() for h in site.spec.heads if (w := site.head_weight("out", h)) is not None]
     if len(found) < site.num_heads:
         return None
@@ -141,7 +141,7 @@ def out_edits(site: Site, spec: AttentionSpec, weights: Tensor) -> tuple[tuple[H
 
 
 def require_tokens(site: Site, activations: Activations) -> None:
-    """CalibrationError where there are too few tokens to fit a layer's output weights."""
+    """Raises CalibrationError if there are too few tokens to fit the output weights of a layer."""
     features = site.num_heads * site.value_dim
     if activations.tokens < features:
         raise CalibrationError(

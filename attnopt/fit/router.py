@@ -1,4 +1,4 @@
-"""A router for heads, fitted in closed form to how much each head gives a token; and how much of that a route keeps."""
+"""A closed-form router fitted to the output norm of each head per token, and the fraction of the norm that a route keeps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnopt.ir.site import Site
 
 
 def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
-    """[H * D + 1, heads], float32: from the queries of a token to the norms of what these heads give it, by least squares.
+    """[H * D + 1, heads], float32: least-squares map from the queries of a token to the output norms of these heads.
 
     Shrinkage is chosen on held-back tokens.  Raises CalibrationError.
     """
@@ -37,7 +37,7 @@ def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
 
 
 def used_share(site: Site, route: Routed) -> float:
-    """Of the norms of what all heads give, the share of those that a route uses, on held-back tokens."""
+    """The fraction of the output norm of all heads that a route uses, on held-out tokens."""
     assert site.activations is not None
     used = total = 0.0
     for (q, norms), counted in zip(_contributions(site), site.activations.counted(True), strict=True):

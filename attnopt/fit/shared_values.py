@@ -1,6 +1,6 @@
-"""Values that several heads share, fitted on what attention makes of them: one half of alternating least squares.
+"""Shared values, fitted under the attention weights: one half of alternating least squares.
 
-With the new attention weights p_h and today's values v of a group, the shared value is ``v T``; the layer gives
+With the new attention weights p_h and the current values v of a group, the shared value is ``v T``; the layer outputs
 ``sum_h (p_h v) T O_h``.  For fixed output weights O_h that is linear in the T of all groups, and solved for them together
 by conjugate gradients.
 """
@@ -37,7 +37,7 @@ def better_values(
     site: Site, now: Activations, spec: AttentionSpec, groups: Sequence[Sequence[int]], maps: Sequence[Tensor],
     out: Tensor,
 ) -> list[Tensor] | None:  # fmt: skip
-    """For each group the map [len(group) * Dv, Dv] from today's values to the shared one; None where that is too large.
+    """For each group, the map [len(group) * Dv, Dv] from the current values to the shared one; None if too large.
 
     ``now``: what the site computes with its new weights under ``spec``; ``maps``: the maps so far; ``out``
     [H * Dv + 1, out]: the output weights that are kept meanwhile.

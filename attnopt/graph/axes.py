@@ -80,9 +80,9 @@ def reshape(axes: Axes, sizes: tuple[int, ...]) -> Axes | None:
 
 
 def follow(node: fx.Node, axes: Axes) -> Axes | None:
-    """Axes of ``node``, a layout operator, from those of its input; None if it is no layout operator.
+    """Axes of ``node``, a layout operator, from those of its input; None for other operators.
 
-    Casts and operators that keep every element in its place count as layout operators.
+    Casts and operators that keep every element in position count as layout operators.
     """
     axes = resolve_all(axes)
     n = len(axes)

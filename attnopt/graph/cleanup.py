@@ -63,7 +63,7 @@ def _numbers_of(node: fx.Node) -> Any:
 
 
 def _draws(node: fx.Node) -> bool:
-    """The operator may give something else each time."""
+    """The operator may return a different result each time."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags or "empty" in opname(node) or not isinstance(value(node), Tensor)
 

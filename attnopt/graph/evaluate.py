@@ -69,10 +69,10 @@ def _note_inputs(node: fx.Node) -> None:
 
 
 def is_plain(node: fx.Node) -> bool:
-    """``node`` is made of index arithmetic and constants alone: cheap to run, and the same at every call.
+    """``node`` depends only on index arithmetic and constants: cheap to run, and the same at every call.
 
-    A parameter is no constant, whatever it holds now: a bias table of zeros is still to be learned.  Nor is a buffer on the
-    meta device, which holds nothing yet.
+    A parameter is not a constant, whatever its value: a bias table of zeros may still be trained.  Nor is a buffer on the
+    meta device, which has no values yet.
     """
     return not any(_is_varying(n) for n in ancestors(node, stop=is_number))
 
@@ -93,7 +93,7 @@ def symbols(graph: fx.Graph) -> dict[Any, int]:
     sizes = _sizes(graph)
     found = {s.node.expr: hint(s) for s in sizes if s.node.expr.is_symbol}
     for s in sizes:
-        for symbol in s.node.expr.free_symbols - found.keys():  # where a multiple of it alone is a size
+        for symbol in s.node.expr.free_symbols - found.keys():  # if only a multiple of it is a size
             solved = sympy.solve(s.node.expr.subs(found) - hint(s), symbol)
             if len(solved) == 1 and solved[0].is_Integer:
                 found[symbol] = int(solved[0])
@@ -101,7 +101,7 @@ def symbols(graph: fx.Graph) -> dict[Any, int]:
 
 
 def within(graph: fx.Graph, sizes: Mapping[Any, int]) -> dict[Any, int]:
-    """These sizes of the graph's symbols, brought into the bounds within which it holds."""
+    """These sizes of the graph's symbols, clamped to the bounds of its validity."""
     found = dict(sizes)
     for s in _sizes(graph):
         for symbol in s.node.expr.free_symbols & found.keys():
@@ -118,7 +118,7 @@ def _sizes(graph: fx.Graph) -> list[torch.SymInt]:
 
 
 def bounds(size: torch.SymInt) -> tuple[int, int | None]:
-    """The sizes from and to which a graph holds; None without an end."""
+    """The range of sizes for which a graph is valid; None for an open end."""
     return _ends(size, size.node.expr)
 
 

@@ -17,7 +17,7 @@ CONTEXT = 2  # lines around a change
 
 @dataclass(frozen=True)
 class Line:
-    """One operation: ``text`` as it is read, and where it comes from."""
+    """One operation: its ``text`` and its origin."""
 
     text: str
     module: str
@@ -52,12 +52,12 @@ class Hunk:
 
 
 def listing(graph: fx.Graph) -> list[Line]:
-    """Every operation in order; weights are written where they are used, as ``self.layers.0.q.weight``."""
+    """Every operation in order; weights are inlined, as ``self.layers.0.q.weight``."""
     return [_line(node) for node in graph.nodes if node.op not in ("get_attr", "call_module")]
 
 
 def differences(before: Sequence[Line], after: Sequence[Line]) -> Iterator[Hunk]:
-    """The places where two listings differ, in order.  Only the names of nodes differing is no difference."""
+    """The differences between two listings, in order.  Node names alone do not count."""
     old, new = ([f"{line.module} {line.skeleton}" for line in lines] for lines in (before, after))
     opcodes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     gathered: list[tuple[str, Line]] = []

@@ -1,4 +1,4 @@
-"""Every product of two tensors in one normal form, whatever the operator: matmul, bmm, linear, einsum, tensordot, mul + sum."""
+"""Every product of two tensors in one normal form, for any operator: matmul, bmm, linear, einsum, tensordot, mul + sum."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import ancestors, arg, aten, dtype, is_call, is_tensor, operand, shape, value, wrap
 
-PIECES = 64  # more are left as they were written
+PIECES = 64  # more pieces are left unchanged
 
 Place = tuple[fx.Node, int]  # a tensor, and an index along the axis
 
@@ -48,7 +48,7 @@ def filled(emit: Emitter, node: fx.Node) -> fx.Node | None:
 
 
 def full(emit: Emitter, node: fx.Node, number: float) -> fx.Node | None:
-    """One number everywhere, in the form of ``node``, from sizes alone: of whose form it is made is not needed."""
+    """One number everywhere, with the shape of ``node``, from sizes alone: its template is not needed."""
     sizes, kind = sizes_of(emit, node), value(node)
     if sizes is None:
         return None
@@ -94,7 +94,7 @@ def joined(emit: Emitter, node: fx.Node) -> fx.Node | None:
 
 
 def _places(node: fx.Node, axis: int, links: int = PIECES) -> list[Place] | None:
-    """What stands where along the axis; None where that is not known."""
+    """The pieces along the axis; None if unknown."""
     ndim = len(shape(node))
     if is_call(node, aten.cat.default) and wrap(arg(node, 1, 0), ndim) == axis:
         parts = [_whole(p, axis) for p in arg(node, 0)]

@@ -32,7 +32,7 @@ def unmark(gm: fx.GraphModule) -> None:
 
 
 def number(gm: fx.GraphModule) -> None:
-    """Note on each node which one it is, so that copies of the graph can be compared with this one."""
+    """Tag each node with its identity, so copies of the graph can be compared with this one."""
     for node in gm.graph.nodes:
         node.meta[ORIGIN] = node.name
 

@@ -1,4 +1,4 @@
-"""A fault of what a third party wrote, as an error that names the plugin and where it comes from."""
+"""Plugin faults as errors that name the plugin and its distribution."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_ours(plugin: Any) -> bool:
 
 
 def told(plugin: Any, kind: str) -> str:
-    """Whose fault it is: "pass 'acme.last-k' of acme-attnopt (acme_attnopt:LastK)"."""
+    """Description of a plugin: "pass 'acme.last-k' of acme-attnopt (acme_attnopt:LastK)"."""
     cls = type(plugin)
     name = next((n for n in (getattr(plugin, "name", None), getattr(plugin, "kind", None)) if n), cls.__name__)
     distribution = distribution_of(cls)
@@ -54,7 +54,7 @@ def check_output(plugin: Any, kind: str, o: Any, sizes: tuple[int, ...], dtype: 
 
 @contextmanager
 def blamed(plugin: Any, kind: str, method: str, site: str | None = None) -> Iterator[None]:
-    """Deliberate errors, and our own faults, stay what they are."""
+    """Wrap faults of third-party plugins in a PluginError; attnopt's own errors and faults pass through."""
     try:
         yield
     except AttnoptError:

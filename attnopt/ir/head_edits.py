@@ -27,8 +27,8 @@ class HeadEdit(ABC):
     """A change of head outputs.  Heads have their numbers from the trained model."""
 
     kind: ClassVar[str]
-    overwrites: ClassVar[bool] = False  # what the changed heads gave before makes no difference
-    fits_other_values: ClassVar[bool] = True  # it means the same where values and output projection take another basis
+    overwrites: ClassVar[bool] = False  # the previous outputs of the changed heads have no effect
+    fits_other_values: ClassVar[bool] = True  # invariant under a change of basis of values and output projection
 
     @property
     @abstractmethod

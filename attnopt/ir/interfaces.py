@@ -24,7 +24,7 @@ class Rewrite:
     spec: AttentionSpec
     edits: tuple[HeadWeights, ...] = ()
     out_bias: Tensor | None = None  # of the output projection [out], where it changes
-    notes: tuple[str, ...] = ()  # what the report should tell: which default was taken, what was not saved, ...
+    notes: tuple[str, ...] = ()  # notes for the report: which default was used, what was not saved, ...
 
 
 class Pass(ABC):
@@ -83,7 +83,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     skips: ClassVar[bool] = False  # True: what a pattern hides is not computed
-    skips_rows: bool = False  # True: ``lower`` gives a ``RoutedAttend``, which computes no more rows than are wanted
+    skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
         """Why this backend cannot compute ``spec`` exactly, or None."""

@@ -1,4 +1,4 @@
-"""Calls of what a third party wrote: whatever goes wrong is an error that names the plugin, where it comes from, and the site."""
+"""Plugin calls: any failure is an error that names the plugin, its distribution and the site."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(p: Pass, site: Site) -> Refusal | None:
 
 
 def rewrite(p: Pass, site: Site) -> Rewrite:
-    """What the pass makes of the site, which keeps every rule.  Raises PluginError."""
+    """The verified rewrite of the site.  Raises PluginError."""
     with blamed(p, "pass", "rewrite", site.name):
         made = p.rewrite(site)
     if not isinstance(made, Rewrite) or not isinstance(made.spec, AttentionSpec):
@@ -64,7 +64,7 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
 
 
 def lower(backend: Backend, spec: AttentionSpec) -> Any:
-    """``backend.lower(spec)``, whose output is looked at.  Raises PluginError without the site."""
+    """``backend.lower(spec)`` with checked output.  Raises PluginError without the site."""
     with blamed(backend, "backend", "lower"):
         attend = backend.lower(spec)
 
@@ -78,7 +78,7 @@ def lower(backend: Backend, spec: AttentionSpec) -> Any:
 
 
 def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None = None) -> Attend:
-    """``spec`` with all that is in ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
+    """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
     if not spec.after:
         plain: Attend = lower(backend, spec)
         return plain
@@ -87,7 +87,7 @@ def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tens
 
 
 def no_answer(site: Site, e: PluginError) -> Refusal:
-    """In the place of the answer of a plugin that was only asked, where nothing depends on it."""
+    """Replaces the answer of a failing plugin where nothing depends on it."""
     hint = "fix or uninstall the plugin"
     return site.refuse("plugin-failed", expected="an answer from the plugin", found=e.message, hint=hint)
 

@@ -23,11 +23,11 @@ class Site(Projected):
     batch: int = 1  # B, L and S at the sizes of the example inputs
     q_len: int = 0
     kv_len: int = 0
-    activations: Activations | None = field(default=None, repr=False, compare=False)  # where there is calibration data
+    activations: Activations | None = field(default=None, repr=False, compare=False)  # if there is calibration data
     is_dynamic: bool = False  # L or S may vary with the inputs
     device: str = "cpu"  # the kind of device that the attention runs on
-    # "first": query i stands at key i.  "last": keys of a past come first, the last query stands at the last key.  "none":
-    # the lengths are equal in the examples at most, and vary apart.
+    # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
+    # the lengths vary independently, even if equal in the example.
     alignment: Alignment = "first"
 
     @property

@@ -19,16 +19,16 @@ class AttentionSpec:
     With query head h reading K/V head g = ``kv_of_head[h]``::
 
         s = scale * q_h @ k_g.T                    # [L, S]
-        s = softcap * tanh(s / softcap)            # where there is a softcap
-        s = s + bias                               # where there is a bias operand, [B|1, H|1, L|1, S]
+        s = softcap * tanh(s / softcap)            # if there is a softcap
+        s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
-        p = softmax([s, sink_h])[:S]               # a sink logit takes probability and gives nothing
+        p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
         o_h = p @ v_g                              # [L, value_dim]
         o = edit(o), for each edit of ``after``    # all heads together, in their order
         o_h = gain_h * o_h
 
     ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
-    run time; all keys where it is None.  A query that sees no key at all gets zeros.
+    run time; all keys where it is None.  A fully masked query gives zeros.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -44,10 +44,10 @@ class AttentionSpec:
     softcap: float | None = None
     gains: tuple[float, ...] | None = None  # one factor for each remaining query head
     is_cross: bool = False  # keys come from another sequence than queries
-    seen_as: Pattern | None = None  # what pattern and mask together amount to on unpadded inputs, where that is known
+    seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
-    positions: tuple[str, ...] = ()  # position encodings seen on the way, e.g. ("rope",)
-    after: tuple[HeadEdit, ...] = ()  # what becomes of the heads' outputs, before the gains
+    positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
+    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs, before the gains
 
     def __post_init__(self) -> None:
         if len(self.kv_of_head) != len(self.heads):

@@ -1,4 +1,4 @@
-"""What has to hold of a spec and its new weights after every pass, whoever wrote it: a list of rules."""
+"""Verification of a spec and its new weights after every pass: a list of rules."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import Pattern
 
 _SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared with its own mask
-_RUN = 64  # queries whose reach is asked together
+_RUN = 64  # queries per call of reach
 _FIXED = ("head_dim", "value_dim", "is_cross", "has_bias", "has_mask", "has_sinks")
 
 
 def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
-    """What is wrong with what a pass made of ``site``."""
+    """The violations in a rewrite of ``site``."""
     yield from verify_spec(site.spec, made.spec)
     for edit in made.edits:
         yield from _of_weights(site, made.spec, edit)
@@ -43,7 +43,7 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
 
 
 def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
-    """The rules that ``after`` breaks as a rewrite of ``before``, which has the operands and the weights that there are."""
+    """The rules that ``after`` violates as a rewrite of ``before``, which has the existing operands and weights."""
     for name in _FIXED:
         was, now = getattr(before, name), getattr(after, name)
         if was != now:
@@ -72,7 +72,7 @@ def _of_numbers(after: AttentionSpec) -> Iterator[str]:
 
 
 def _of_kinds(after: AttentionSpec) -> Iterator[str]:
-    """Patterns, a selection and edits that are none, or that name heads that there are not."""
+    """Patterns, selections and edits of a wrong type, or with unknown heads."""
     if after.selection is not None and not isinstance(after.selection, DynamicBlocks):
         yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
     patterns = {"pattern": after.pattern} | ({} if after.seen_as is None else {"seen_as": after.seen_as})
@@ -131,7 +131,7 @@ def _of_tensor(what: str, made: Tensor, known: Tensor) -> Iterator[str]:
 
 
 def _of_foreign_patterns(site: Site, spec: AttentionSpec) -> Iterator[str]:
-    """Where a pattern's own ``reach`` denies what its ``visible`` says: what is computed would depend on the backend."""
+    """A pattern whose ``reach`` contradicts its ``visible``: the result would depend on the backend."""
     pattern, q_len, kv_len = spec.pattern, site.q_len, site.kv_len
     if not isinstance(pattern, Pattern) or not 0 < q_len * kv_len <= _SMALL or not _foreign(pattern):
         return
@@ -143,7 +143,7 @@ def _of_foreign_patterns(site: Site, spec: AttentionSpec) -> Iterator[str]:
 
 
 def _denies(pattern: Pattern, seen_LS: NDArray[np.bool_], first: int) -> bool:
-    """A key that all of a run see is hidden from one of them, or one that none of them may see is seen."""
+    """A key in ``all`` is hidden from some query of the run, or a key outside ``some`` is visible."""
     q_len, kv_len = seen_LS.shape
     reach = pattern.reach(first, first + q_len - 1, kv_len)
     surely, maybe = (_marked(ranges, kv_len) for ranges in (reach.all, reach.some))

@@ -2,7 +2,7 @@
 
 Two ways of doing it serve as each other's check.  "optimized" moves head selections into the weights, folds gains into
 the output projection and uses the chosen backend; "plain" computes the same meaning with the reference backend on
-full-size weights, with dense masks and zeros in the place of pruned heads.
+full-size weights, with dense masks and zeros instead of pruned heads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from attnopt.slicing.weight_store import Weights
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to become of one site: its meaning after the passes, new weights, and the backend that computes it."""
+    """The plan for one site: its spec after the passes, new weights, and the backend."""
 
     found: Found
     spec: AttentionSpec
@@ -73,9 +73,9 @@ def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.N
 
 
 def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins: bool = True) -> fx.GraphModule:
-    """A copy of ``gm`` with each plan carried out; ``gm`` itself is left as it is.
+    """A copy of ``gm`` with every plan applied; ``gm`` itself is unchanged.
 
-    ``joins``: projections of one input become one.
+    ``joins``: fuse projections of the same input.
     """
     module, table = copy_program(gm)
     weights = Weights(module)
@@ -170,7 +170,7 @@ def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[Hea
 
 
 def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
-    """What ``node`` gives where every head gives the same for every token: nothing of the attention is computed."""
+    """The output of ``node`` if every head is constant: no attention is computed."""
     known = constant_heads(spec.after)
     gains = spec.gains or (1.0,) * spec.num_heads
     values = torch.stack([known[h] * gain for h, gain in zip(spec.heads, gains, strict=True)])
@@ -232,7 +232,7 @@ def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new:
 def _edit_output(
     gm: fx.GraphModule, weights: Weights, found: Found, table: Mapping[fx.Node, fx.Node], made: Folded
 ) -> None:
-    """New columns, and where it changes a new bias, in the output projection of this site alone."""
+    """New columns and, if changed, a new bias in the output projection of this site only."""
     op = found.output_op
     edited = edited_parameters(found.site, made.edits, made.out_bias)
     if op is None:

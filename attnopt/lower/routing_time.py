@@ -1,4 +1,4 @@
-"""Whether routing tokens to heads saves time at a site: both forms are run on this machine, and the faster is taken."""
+"""Whether routing tokens to heads saves time at a site: both forms run on this machine, and the faster is used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def faster(site: Site, masking: Backend, backends: Sequence[Backend]) -> tuple[B
     """``masking``, which computes every head of a site with a route, or the fastest of ``backends`` that computes only what is
     routed; and what the report should tell.
 
-    Measured once for each kind of site in a process, so that equal sites are lowered alike.
+    Measured once per kind of site and process, so equal sites are lowered alike.
     """
     skipping = [b for b in (o.skipping_rows() for o in backends) if b is not None and b.check(site.spec) is None]
     everything = f"{masking.name} computes every head and masks those that are not routed"

@@ -25,7 +25,7 @@ _LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default, aten.special_lo
 class Softmax:
     """``weights`` = softmax of ``rate`` * ``scores`` over ``axis`` of the scores.
 
-    ``late_sum`` is the sum of the exponentials where it divides after the product with the values; ``weights`` are then
+    ``late_sum``: the sum of the exponentials if it divides after the product with the values; ``weights`` are then
     the bare exponentials.  ``masked``: the exponentials, and what they are before they are summed, where that is not the same.
     """
 
@@ -44,7 +44,7 @@ class Softmax:
 
 
 def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
-    """Every normaliser in the order in which it runs: a ``Softmax``, or the node of a fused attention operator."""
+    """Every softmax anchor in execution order: a ``Softmax``, or the node of a fused attention operator."""
     for node in graph.nodes:
         if is_call(node, SDPA):
             yield node

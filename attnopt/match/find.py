@@ -41,7 +41,7 @@ from attnopt.match.token_streams import positions, relation
 
 @dataclass(frozen=True)
 class Found:
-    """A site with its place in the graph.  ``dirty``: for each role the nodes between the core and the weights."""
+    """A site with its position in the graph.  ``dirty``: the affected nodes of each role, between the core and the weights."""
 
     site: Site
     raised: Raised
@@ -52,7 +52,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that was found, and how many normalisers were looked at."""
+    """All findings, and the number of softmax anchors examined."""
 
     found: tuple[Found, ...]
     near_misses: tuple[NearMiss, ...]
@@ -95,14 +95,14 @@ def find(program: Program) -> Findings:
 
 
 def _unread(gm: fx.GraphModule) -> list[NearMiss]:
-    """What lies in a branch or a loop, and operators that are a whole attention."""
+    """Attentions in a branch or a loop, and operators that are a whole attention."""
     found: list[NearMiss] = []
     for path, owner in gm.named_modules():
         if not isinstance(owner, fx.GraphModule):
             continue
         inside = {a.weights if isinstance(a, Softmax) else a for a in normalisers(owner.graph)} if path else set()
         for node in owner.graph.nodes:
-            if node in inside:  # traced from generated code: no line of the user's is known
+            if node in inside:  # traced from generated code: the user's line is unknown
                 hint = "remove the branch or loop from the model, or optimize the module inside it on its own"
                 found.append(NearMiss(path, Refusal("in-a-region", "code that runs unconditionally", path, "", hint)))
             elif is_flex(node):
@@ -118,13 +118,13 @@ def _unread(gm: fx.GraphModule) -> list[NearMiss]:
 
 
 def _beside(node: fx.Node) -> list[fx.Node]:
-    """The nodes of a file that are left to ONNX Runtime and make the scores of a softmax, or read its weights."""
+    """The nodes of a file executed by ONNX Runtime that produce the scores of a softmax, or read its weights."""
     above = [n.args[0] if opname(n) == "getitem" else n for n in node.all_input_nodes]
     return [n for n in (*above, *node.users) if isinstance(n, fx.Node) and opname(n) == "onnx_nodes"]
 
 
 def _in_onnx_runtime(gm: fx.GraphModule, node: fx.Node, every: bool = False) -> list[NearMiss]:
-    """Attentions and softmaxes of a file among the nodes that are left to ONNX Runtime; ``every``: all these nodes."""
+    """Attentions and softmaxes of a file among the nodes executed by ONNX Runtime; ``every``: all these nodes."""
     from attnopt.base.ort_session import operator_kinds
 
     hint = "use the file before optimization or quantization, with no attention inside a branch or loop"

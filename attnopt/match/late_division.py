@@ -45,7 +45,7 @@ class LateQuotient:
     def divided(self, product: Product, scores: Axes, axis: int) -> Operand:
         """The quotient with its axes; ``scores`` are those of the exponentials, summed over ``axis``.
 
-        Raises NotAttentionError where a row of the product does not meet its own sum.
+        Raises NotAttentionError if a row of the product is not divided by its own sum.
         """
         axes = _followed(self.over, product.axes)
         scores = resolve_all(scores)
@@ -76,7 +76,7 @@ def _followed(nodes: tuple[fx.Node, ...], axes: Axes) -> Axes:
 
 
 def late_quotient(product: fx.Node, total: fx.Node) -> LateQuotient | None:
-    """The division of ``product`` by ``total``, the two behind layout changes or not; None if there is none."""
+    """The division of ``product`` by ``total``, possibly after layout changes; None if there is none."""
     stack: list[tuple[fx.Node, ...]] = [()]
     while stack:
         over = stack.pop(0)

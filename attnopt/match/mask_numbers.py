@@ -1,4 +1,4 @@
-"""The numbers at which a mask that is made of index arithmetic can change; none are told where other things can change it."""
+"""The numbers at which a mask from index arithmetic can change; None if anything else can change it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from attnopt.base.sizes import is_static
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain
 from attnopt.graph.nodes import ancestors, arg, constant_of, is_number, is_tensor, opname, value
 
-FARTHEST = 131_072  # no mask is looked at beyond this length
+FARTHEST = 131_072  # masks are not evaluated beyond this length
 _TOO_FAR = 3 * FARTHEST  # nor is one named that may change beyond this one, at which the sum of two numbers is
-_NO_LENGTH = 1 << 24  # a number from here on is no length, but as good as infinite
+_NO_LENGTH = 1 << 24  # larger numbers are not lengths, but effectively infinite
 
 Lengths = tuple[int | torch.SymInt, int | torch.SymInt]
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """``places``: whole numbers around which a mask may change.  ``sizes``: the graph's symbols that it depends on.
+    """``places``: integers around which a mask may change.  ``sizes``: the graph's symbols that it depends on.
 
-    ``reach``: a length beyond what the numbers make of each other, or FARTHEST.  ``anywhere``: the mask may hold anything
+    ``reach``: a length beyond all combinations of the numbers, or FARTHEST.  ``anywhere``: the mask may hold anything
     anywhere, as what is cut from something stored.
     """
 
@@ -37,7 +37,7 @@ class Numbers:
 
 
 def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths) -> Numbers | None:
-    """None where a number goes beyond FARTHEST, and where the nodes vary with a size by more than sums, products with
+    """None if a number exceeds FARTHEST, or if the nodes depend on a size by more than sums, products with
     numbers, and steps: a logarithm or a power may change far away from every number in it.
 
     Numbers that are filled in, as what hides a score is, are none, unless they are compared.
@@ -102,7 +102,7 @@ def _symbols(val: Any) -> set[Any]:
 
 
 def _held(node: fx.Node) -> Tensor | None:
-    """What is the same at all sizes; None where it is not the same at every call."""
+    """The value at all sizes; None if it differs between calls."""
     if node.op == "get_attr":
         return constant_of(node)
     gm = node.graph.owning_module
@@ -151,11 +151,11 @@ _EXACT = {
     torch.int16: 15,
     torch.float16: 11,
     torch.bfloat16: 8,
-}  # whole numbers up to 2^n
+}  # integers up to 2^n
 
 
 def _is_regular(node: fx.Node, lengths: Lengths) -> bool:
-    """Beyond its numbers, the node goes on as it does near them, and at every size."""
+    """Beyond its numbers, the node continues regularly, at every size."""
     if node.op != "call_function" or is_number(node):
         return True
     name, val = opname(node), value(node)
@@ -165,7 +165,7 @@ def _is_regular(node: fx.Node, lengths: Lengths) -> bool:
         return False
     if name not in _STEPS or not isinstance(val, Tensor) or not all(is_static(s) and s == 1 for s in val.shape):
         return True
-    return not any(_symbols(value(n)) for n in ancestors(node, stop=is_number))  # else it compares nothing but sizes
+    return not any(_symbols(value(n)) for n in ancestors(node, stop=is_number))  # otherwise it compares only sizes
 
 
 def _given_numbers(node: fx.Node) -> list[Any]:
@@ -183,7 +183,7 @@ def _given_numbers(node: fx.Node) -> list[Any]:
 
 
 def _is_offset(number: Any, lengths: Lengths) -> bool:
-    """A number, beside by how many keys there are more than queries: a length itself may change a mask at any size."""
+    """A number apart from the excess of keys over queries: a length itself may change a mask at any size."""
     if not isinstance(number, torch.SymInt):
         return isinstance(number, (int, float))
     q_len, kv_len = (n.node.expr if isinstance(n, torch.SymInt) else n for n in lengths)
@@ -196,7 +196,7 @@ def _takes_flags(node: fx.Node) -> bool:
 
 
 def _is_flag(node: fx.Node) -> bool:
-    """It holds two numbers alone: a comparison, and what copies, sums and products with numbers make of one."""
+    """It has only two values: a comparison, and copies, sums and products with numbers of one."""
     while value(node).dtype != torch.bool:
         above = [n for n in node.all_input_nodes if is_tensor(n)]
         if not above:
@@ -255,14 +255,14 @@ def _numbers(node: fx.Node, fixed: dict[fx.Node, Tensor | None], stepped: bool, 
 
 
 def _whole(x: float) -> tuple[int, ...]:
-    """The whole numbers on both sides of ``x``, and how many of it make one."""
+    """The integers on both sides of ``x``, and those of its reciprocal."""
     if x == int(x):
         return (int(x),)
     return (int(x), int(x) + 1, *((math.ceil(1 / x),) if x < 1 else ()))
 
 
 def _counts(node: fx.Node, stepped: bool, counts_up: bool) -> bool:
-    """Its numbers may be lengths: it computes whole numbers or flags, or what is compared, or cuts a triangle or a slice."""
+    """Its numbers may be lengths: it computes integers or flags, operands of comparisons, or cuts a triangle or a slice."""
     if opname(node) in ("tril", "triu", "slice", "roll"):
         return True
     if any(is_tensor(n) for n in node.all_input_nodes) and _takes_flags(node) and not counts_up:

@@ -23,9 +23,9 @@ from attnopt.match.rearrange import Arranger
 from attnopt.match.region import NotAttentionError, Region
 from attnopt.patterns import Causal, Full, Pattern
 
-_FAR = -1e8  # a score that this is added to counts for nothing beside one that it is not added to
+_FAR = -1e8  # a score with this addend is negligible next to one without it
 _EFFACING = -1e12  # nothing is left of a score that this is added to
-_LOST = 1e4  # a score beside which this is added to another counts for nothing
+_LOST = 1e4  # a score is negligible next to another with this addend
 FLOOR = -1e30  # so is every other, and what is added to it later
 
 
@@ -68,10 +68,10 @@ def _module_of(emit: Emitter) -> fx.GraphModule:
 
 
 def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
-    """What hides the same when it is added to the scores; -inf where no row can be hidden whole.
+    """The addend that hides the same; -inf if no row can be fully masked.
 
     Beside a number of moderate size a score can still be seen: adding it is not the same as writing it.  In a row that is
-    all hidden, scores of some size can be seen beside a larger one too (see ``hides_for_good``).
+    fully masked, large scores can be visible next to a larger one, too (see ``hides_for_good``).
     """
     if step.fill <= _EFFACING:
         return step.fill
@@ -85,7 +85,7 @@ def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
 
 
 def _hides_alone(r: Region, step: Hide) -> bool:
-    """A row that is all hidden is hidden by this number alone: its weights are equal then, whatever the number is."""
+    """A fully masked row is hidden by this number alone: its weights are then equal, for any number."""
     if torch.finfo(dtype(r.q.node)).min > FLOOR or (r.sinks is not None and may_hide(r.sinks.node, step.fill)):
         return False
     place = r.steps.index(step)
@@ -166,7 +166,7 @@ def read_masks(
 def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
     """Whether a query that is left without a key here may see, in the model, what a finite number hides there.
 
-    A pattern or a mask hides for good.  Where a number is as good as that for each query that sees something else, it is not
+    A pattern or a mask hides completely.  A finite number does so for each query that sees another key, but not
     for one whose every other key the inputs hide, as padding on the left does under a causal mask.  Nor is a number that is
     added here as good as one that the model writes: something is left of the score.
     """
@@ -189,7 +189,7 @@ def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
 
 
 def _hides_whole_rows(step: Hide, hides: list[Hide], added: list[tuple[fx.Node, float]]) -> bool:
-    """Some row may be hidden whole by ``step`` and others that hide as far as it does."""
+    """Some row may be fully masked by ``step`` and others that hide as strongly."""
     others = [h for h in hides if h is not step and h.fill <= _FAR]
     return bool(inputs_behind(step.condition.node) or others) or any(may_hide(node, _FAR) for node, _ in added)
 
@@ -212,16 +212,16 @@ def _and(a: Pattern, b: Pattern) -> Pattern:
 
 
 def _from_flags(node: fx.Node) -> bool:
-    """Made from integer or boolean inputs alone, as padding masks are."""
+    """Derived only from integer or boolean inputs, like padding masks."""
     return all(not value(n).dtype.is_floating_point for n in inputs_behind(node) if isinstance(value(n), Tensor))
 
 
 def _named(
     gm: fx.GraphModule, nodes: list[fx.Node], lengths: Lengths, fill: Any, beside: bool = False
 ) -> Pattern | None:
-    """The pattern that the nodes (biases and masks) together are, at every size at which the graph holds.
+    """The pattern of the nodes (biases and masks) combined, at every valid size of the graph.
 
-    ``beside``: a bias may hold other values where it does not hide.
+    ``beside``: a bias may have other values where it does not hide.
     """
     if any(not is_plain(n) or (fill is None and inputs_behind(n)) for n in nodes):
         return None

@@ -19,7 +19,7 @@ from attnopt.slicing.selection import Pulled, is_weight, trim, weight_behind
 @dataclass(frozen=True)
 class Landing:
     """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer, or numbers made
-    of sizes alone), "token" (a projection's input), "input" (of the model), "part" (all of what is one of several joined
+    of sizes alone), "token" (the input of a projection), "input" (of the model), "part" (all of one of several joined
     tensors), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the nodes of every other path too:
     a rotation or a norm reads the same features twice."""
 
@@ -31,9 +31,9 @@ class Landing:
 
 
 def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[Landing]:
-    """Where the selection of ``node`` ends when it is pulled up as far as it goes.
+    """The slice sources of a selection of ``node``: the ends of its backward propagation.
 
-    ``exact``: with what slices on the way choose along other axes, as a role in a packed projection.
+    ``exact``: including slices along other axes, such as a role in a packed projection.
     """
     found: dict[tuple[fx.Node, str, tuple[tuple[int, tuple[int, ...]], ...]], Landing] = {}
 
@@ -71,11 +71,11 @@ def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[La
 
 
 def _is_computed(node: fx.Node) -> bool:
-    """From sizes alone, as positions are."""
+    """From sizes alone, like positions."""
     return all(n.op == "call_function" for n in ancestors(node, stop=lambda n: not is_tensor(n)))
 
 
-# What gives the same elements in the same order, whatever it chooses of them.
+# Operators that return the same elements in the same order, for any selection.
 _ARRANGES = (
     "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "select", "slice", "getitem", "cat", "stack",
     "repeat_interleave", "repeat",
@@ -102,7 +102,7 @@ def _pulled(node: fx.Node, selection: Selection) -> tuple[Pulled | None, Selecti
 
 
 def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
-    """Equal for two selections only if they take the same values for the same reason."""
+    """Equal for two selections only if they select the same values for the same reason."""
     return frozenset(
         (x.kind, x.node, tuple(sorted(x.selection.items())), frozenset(n for n in x.ways if opname(n) not in _ARRANGES))
         for x in landings(node, selection)
@@ -111,7 +111,7 @@ def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
 
 def chooses_weights(node: fx.Node, one: Selection, other: Selection, behind: bool = False) -> bool:
     """The axis along which the two selections differ is one of features that a projection makes, not one of tokens or of
-    the batch: they come from different rows of a weight.  ``behind``: or of one that is behind the first."""
+    the batch: they come from different rows of a weight.  ``behind``: or of one above the first."""
     first, second = ({(n, tuple(sorted(c.items()))) for n, c in _rows(node, chosen, behind)} for chosen in (one, other))
     return first != second
 
@@ -128,7 +128,7 @@ def _rows(node: fx.Node, chosen: Selection, behind: bool) -> Iterator[tuple[fx.N
 def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) -> tuple[Projection, tuple[fx.Node, ...]]:
     """The projection that makes the heads along ``axis`` of ``node``, and the nodes between the two.
 
-    ``alone``: nothing but the projection may tell the heads apart, as merging them asks for.
+    ``alone``: heads may differ only by the projection, as merging requires.
     """
     each = [_of_head(node, axis, h) for h in range(heads)]
     dirty = _ways(each)
@@ -174,14 +174,14 @@ def _ways(each: Sequence[Sequence[Landing]]) -> tuple[fx.Node, ...]:
 
 
 def _is_shared(constant: Landing, each: Sequence[Sequence[Landing]]) -> bool:
-    """Every head takes the same of it, as of a norm's weight that serves them all."""
+    """Every head uses the same selection, as with the weight of a shared norm."""
     return len(each) > 1 and all(
         any(x.node is constant.node and x.selection == constant.selection for x in found) for found in each
     )
 
 
 def _as_bias(landing: Landing) -> Landing:
-    """A vector that an operator of its own adds to what a weight made belongs to the projection."""
+    """A vector that a separate operator adds to the product with a weight is the bias of the projection."""
     adds = len(landing.path) > 1 and opname(landing.path[-2]) == "add"
     is_added = adds and is_tensor(arg(landing.path[-2], 1)) and len(shape(landing.node)) == 1  # 1 + weight is a factor
     return replace(landing, kind="weight") if landing.kind == "constant" and is_added else landing
@@ -201,7 +201,7 @@ def _same_rows(vector: fx.Node, rows: Sequence[tuple[int, ...]], weights: Sequen
 
 
 def _one_head(node: fx.Node) -> Selection:
-    """With a single head every feature belongs to it; select all features but spelled as a choice of each."""
+    """With a single head, all features belong to it; select all features explicitly, in reverse order."""
     last = len(shape(node)) - 1
     return {last: tuple(reversed(range(shape(node)[last])))}
 
@@ -252,7 +252,7 @@ def _at(node: fx.Node) -> str:
 
 
 def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, fx.Node | None]:
-    """The projection that takes the heads of ``node``, each a selection of it, and the operator that applies it."""
+    """The projection that reads the heads of ``node``, each a selection of it, and its operator."""
     rows: list[tuple[int, ...]] = []
     end: tuple[fx.Node, fx.Node, int] | None = None
     direct = True

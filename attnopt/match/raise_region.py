@@ -171,6 +171,6 @@ def _without_copies(
         group.append(seen[mark])
     if len(first) == shape(k)[1]:
         return k, v, kv_of_head
-    select = Selector(emit, None)  # the proof takes projections as they are
+    select = Selector(emit, None)  # verification uses the outputs of projections
     kept = {1: tuple(first)}
     return select.select(k, kept), select.select(v, kept), tuple(group[g] for g in kv_of_head)

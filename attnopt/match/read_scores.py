@@ -1,4 +1,4 @@
-"""From the normaliser back to the product of queries and keys, reading everything that happens to the scores in between."""
+"""From the softmax anchor back to the product of queries and keys, reading every operation on the scores in between."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Scores:
 
 
 class NotScoresError(Exception):
-    """Carries the refusal that says which node could not be understood."""
+    """Carries the refusal that names the unsupported node."""
 
     def __init__(self, refusal: Refusal) -> None:
         self.refusal = refusal
@@ -302,7 +302,7 @@ def hiding(written: Overwrite, frame: Axes) -> Hide | None:
 
 
 def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
-    """``cat([scores, sink], -1)``, or the other way round: one more column that takes weight and gives nothing."""
+    """``cat([scores, sink], -1)``, or in reverse order: an extra column that takes weight without a value."""
     parts = arg(node, 0)
     dim = wrap(arg(node, 1, 0), len(s.axes))
     if len(parts) != 2 or s.sinks is not None or not s.axes[dim]:

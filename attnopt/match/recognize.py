@@ -1,4 +1,4 @@
-"""Recognise an attention around a normaliser: which tensors are queries, keys, values and output, and what their axes are."""
+"""Recognize an attention around a softmax anchor: its queries, keys, values and output, and their axes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from attnopt.match.zeroed_weights import cleans, with_zeros
 
 
 def recognise(anchor: Softmax | fx.Node) -> Region:
-    """The attention whose normaliser is ``anchor``.  Raises NotAttentionError."""
+    """The attention around ``anchor``.  Raises NotAttentionError."""
     if isinstance(anchor, Softmax):
         return assign_roles(_from_softmax(anchor))
     return assign_roles(from_fused(anchor))
@@ -108,7 +108,7 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
 def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
     """The product that ``user`` computes, or whose factors it multiplies one by one before they are summed.
 
-    The latter only where the other factor has axes of its own: a sum of weights times a mask is no mixture of values.
+    The latter only if the other factor has its own axes: a sum of weights times a mask is not a mixture of values.
     """
     if not is_call(user, aten.mul.Tensor):
         return product_of(user)
@@ -135,7 +135,7 @@ def _changed(node: fx.Node) -> NotAttentionError:
 
 
 def _comes_from_product(a: Softmax) -> bool:
-    """A product over as many keys stands a few operators above: an attention whose scores are changed on the way."""
+    """A product over as many keys is a few operators above: an attention with modified scores."""
     keys = shape(a.scores)[a.axis]
     frontier = [a.scores]
     for _ in range(8):
@@ -279,7 +279,7 @@ def _assemble(
 def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[Step, ...]:
     """The steps that a softmax sees: not what is made from the scores and is the same for all keys, as a row's maximum is.
 
-    A sink that joins later would see it too.
+    A sink that joins later would see it, too.
     """
     seen_by_sinks = scores.before_sinks if scores.sinks is not None else 0
 
@@ -292,9 +292,9 @@ def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[S
 
 
 def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
-    """A mask or bias made from the scores that it changes (top-k, smoothing) is no mask or bias.
+    """A mask or bias derived from the scores that it changes (top-k, smoothing) is not a mask or bias.
 
-    ``path`` is everything between the product and the output, so what such an operand is made from lies on it too.
+    ``path`` is everything between the product and the output, so the inputs of such an operand are on it, too.
     """
     inside = set(path)
     operands = [s.operand if isinstance(s, Term) else s.condition for s in scores.steps if isinstance(s, (Term, Hide))]

@@ -1,4 +1,4 @@
-"""One attention as it stands in the graph, before it becomes a canonical node."""
+"""One attention in the original graph, before it becomes a canonical node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attnopt.match.read_scores import Factor, Operand, Step
 
 @dataclass(frozen=True)
 class Region:
-    """One attention as it stands in the graph, before it becomes a canonical node.
+    """One attention in the original graph, before it becomes a canonical node.
 
     All axes are in terms of shared atoms; ``batch``, ``heads``, ``queries``, ``keys`` say which atoms play which role.
     """
@@ -47,7 +47,7 @@ class Region:
 
 
 class NotAttentionError(Exception):
-    """What looked like an attention is none, or none that can be expressed; ``near``: it came close enough to be told."""
+    """A candidate is not an attention, or not representable; ``near``: close enough to report."""
 
     def __init__(self, refusal: Refusal, near: bool = True) -> None:
         self.refusal, self.near = refusal, near

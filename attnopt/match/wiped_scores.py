@@ -1,4 +1,4 @@
-"""``scores * m + bias`` with a mask m of 0 and 1, beside a padding mask that the inputs make."""
+"""Multiplicative masks: ``scores * m + bias`` with a 0/1 mask m, together with a padding mask from the inputs."""
 
 from __future__ import annotations
 
