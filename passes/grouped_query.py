@@ -111,7 +111,7 @@ class GroupedQuery(Pass, SharesBudget):
         for count, groups in self._partitions(site, sides, range(1, heads + 1)).items():
             numbers = tuple(next(n for n, g in enumerate(groups) if h in g) for h in range(heads))
             lost = sum(float(side.loss([g])[0]) for side in sides for g in groups)
-            error = lost * lost  # small losses are mended by fitting: what is left after it grows with the square
+            error = lost * lost  # fitting repairs small losses: the remaining loss grows with the square
             found[count] = Share(error, replace(self, kv_heads=count, grouping=numbers, budget="site"))
         return found
 

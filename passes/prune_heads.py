@@ -159,7 +159,7 @@ class PruneHeads(Pass, SharesBudget):
         return replace(made, notes=(*notes, *(f"prune-heads: {n}" for n in made.notes)))
 
     def _without_any(self, site: Site) -> Rewrite:
-        last = site.spec.heads[:1]  # stands for the layer, and gives nothing
+        last = site.spec.heads[:1]  # represents the layer, with zero output
         zeros = Replaced(last, Constant.of(torch.zeros(1, site.value_dim)), "zeros")
         spec = site.spec.keeping(last).followed_by(zeros)
         notes = ("prune-heads: every head is removed; the layer outputs the same for every token",)

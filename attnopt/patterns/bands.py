@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-MANY = 16  # bands that are worth telling apart
+MANY = 16  # more bands are not worth it
 
 
 @dataclass(frozen=True)

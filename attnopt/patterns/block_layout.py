@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnopt.base.intervals import Reach, clipped, merged, without
 
 FULL_TILE = -1
-_PAIRS = 1 << 22  # pairs of a query and a key that are looked at in one go
+_PAIRS = 1 << 22  # (query, key) pairs per evaluation
 
 
 class Visible(Protocol):

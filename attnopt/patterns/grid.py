@@ -261,7 +261,7 @@ def _short(values: tuple[Any, ...]) -> Any:
 
 
 def _boxes(first: int, last: int, grid: tuple[int, ...]) -> list[Box]:
-    """The run of tokens from ``first`` to ``last`` as boxes of the grid; none where it is empty."""
+    """The run of tokens from ``first`` to ``last`` as boxes of the grid; none if empty."""
     if first > last:
         return []
     if len(grid) == 1:
@@ -278,7 +278,7 @@ def _boxes(first: int, last: int, grid: tuple[int, ...]) -> list[Box]:
 
 
 def _flat(sides: list[Ranges], grid: tuple[int, ...]) -> Ranges:
-    """The tokens whose coordinate along every axis lies in that axis' ranges."""
+    """The tokens whose coordinate along every axis is in the ranges of that axis."""
     tokens, size = sides[-1], grid[-1]
     for ranges, length in zip(sides[-2::-1], grid[-2::-1], strict=True):
         if tokens == ((0, size),):

@@ -53,7 +53,7 @@ def is_readable(pattern: Pattern) -> bool:
     """
     try:
         return parse(pattern.to_json()) == pattern
-    except Exception:  # whatever a third party's constructor says of what its repr wrote
+    except Exception:  # any error of a third-party constructor on its own repr
         return False
 
 

@@ -17,7 +17,7 @@ def amount(n: float) -> str:
 
 
 def relative(after: float, before: float) -> str:
-    """The change in per cent, "-25 %"; "" where there is none or nothing to compare with."""
+    """The change in percent, "-25 %"; "" if unchanged or nothing to compare with."""
     if not before or after == before:
         return ""
     return f"{100 * (after / before - 1):+.1f} %"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attnopt.report.inspection import Inspection
     from attnopt.report.report import Report
 
-NOTEBOOK_LENGTH = 64  # of the sequence that a pattern is drawn for where nobody says how long it is
+NOTEBOOK_LENGTH = 64  # default sequence length of a drawn pattern
 
 
 def report_page(report: Report) -> str:
@@ -69,7 +69,7 @@ def inspection_fragment(inspection: Inspection) -> str:
 
 
 def picture_svg(pattern: Pattern, length: int) -> str:
-    """The pictures of a pattern alone, as SVG in the colour of the text around them."""
+    """The pictures of a pattern as SVG, in the surrounding text colour."""
     from attnopt.render.pattern_cells import pictures
 
     return _render("svg.html.j2", pictures=pictures(pattern, length, length, max(1, pattern.named_heads)))

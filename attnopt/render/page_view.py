@@ -1,4 +1,4 @@
-"""What the report's page shows, worked out before the template: drawings, lanes of the map, bars and the way back."""
+"""The data of the report page, computed before the template: drawings, lanes, bars, and the policy that undoes a rewrite."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SiteView:
 
     @property
     def label(self) -> str:
-        """What tells it from the others of its lane: the numbers in its name, or else its last word."""
+        """The distinguishing part within its lane: the numbers in its name, otherwise its last word."""
         numbers = re.findall(r"\d+", self.site.name)
         return ".".join(numbers) if numbers else self.name.rpartition(".")[2]
 
@@ -101,7 +101,7 @@ class SiteView:
 
     @property
     def decade(self) -> float | None:
-        """Where the error stands on the logarithmic scale, in per cent; None where none was measured."""
+        """Position of the error on the logarithmic scale, in percent; None if not measured."""
         return None if self.site.error is None else _on_scale(self.site.error)
 
     @property
@@ -170,7 +170,7 @@ def policy_text(policy: Mapping[str, Any]) -> str:
 
 
 def _pattern_of(form: Form, heads: Sequence[int]) -> Any:
-    """The pattern of a form for only these heads, so that it can be compared with a later one."""
+    """The pattern of a form for only these heads, for comparison with a later one."""
     place = {h: i for i, h in enumerate(form.heads)}
     try:
         return parse(form.pattern).for_heads([place[h] for h in heads if h in place])

@@ -17,7 +17,7 @@ from attnopt.patterns.tile_cost import COMPILED
 
 CELLS = 32
 LEVELS = 4  # of opacity
-LONGEST = 1 << 15  # a cell of a longer sequence would hold too many pairs to be counted for a picture
+LONGEST = 1 << 15  # in a longer sequence, a cell would have too many pairs to count for a picture
 
 
 @lru_cache(maxsize=512)
@@ -62,7 +62,7 @@ class Picture:
 def pictures(
     pattern: str | Pattern, q_len: int, kv_len: int, num_heads: int, before: str | Pattern | None = None
 ) -> tuple[Picture, ...]:
-    """One picture for each distinct pattern of the heads; none where the pattern or the lengths cannot be drawn.
+    """One picture for each distinct pattern of the heads; none if the pattern or the lengths cannot be drawn.
 
     ``before`` is a pattern of as many heads.
     """

@@ -90,7 +90,7 @@ def report_table(report: Report) -> RenderableType:
 
 
 def advice_table(advice: Advice) -> RenderableType:
-    """What each kernel can reach, and below it the patterns that would fit better."""
+    """The reachable speed-up of each kernel, and better fitting patterns."""
     from rich.console import Group
 
     lengths = f"{advice.q_len} queries and {advice.kv_len} keys"
@@ -187,12 +187,12 @@ def _size(head_dim: int, value_dim: int) -> str:
 
 
 def pattern_text(spec: AttentionSpec) -> str:
-    """What the queries see, a mask operand included where it is known what it amounts to."""
+    """The effective mask: what the queries see, including a mask operand if known."""
     return str(spec.pattern if spec.seen_as is None else spec.seen_as)
 
 
 def spec_extras(spec: AttentionSpec) -> list[str]:
-    """What there is beside the pattern, in a word each."""
+    """Features besides the pattern, one word each."""
     named = {"bias": spec.has_bias, "mask": spec.has_mask, "softcap": spec.softcap is not None, "sinks": spec.has_sinks}
     return [name for name, there in named.items() if there] + list(spec.positions)
 
@@ -227,7 +227,7 @@ def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
         table.add_column(head[i], overflow="fold", no_wrap=longest <= (12 if i else 40))
     for row in rows:
         table.add_row(*(Text(row[i]) for i in shown))
-    return Group(Text(title), table)  # a table's own title would be folded to its width
+    return Group(Text(title), table)  # a table's own title would wrap to its width
 
 
 def plugin_table(found: Sequence[Description]) -> RenderableType:

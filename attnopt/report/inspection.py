@@ -14,7 +14,7 @@ class Inspection:
 
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
-    candidates: int  # how many normalisers were looked at
+    candidates: int  # number of softmax anchors examined
 
     def __str__(self) -> str:
         return shown(self, "text")

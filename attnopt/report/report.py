@@ -72,7 +72,7 @@ class SiteReport:
     kv_len: int = 0
     form_before: Form | None = None
     form_after: Form | None = None
-    importance: tuple[float, ...] | None = None  # of each head of ``form_before``, where it was measured
+    importance: tuple[float, ...] | None = None  # of each head of ``form_before``, if measured
 
     def lines(self) -> Iterable[str]:
         """The entry's text, without indentation."""
@@ -102,8 +102,8 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)  # by stage
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-    fixed_axes: tuple[str, ...] = ()  # axes that were to be dynamic and are not, or up to a bound
-    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  # of one call, "before" and "after", where measured
+    fixed_axes: tuple[str, ...] = ()  # requested axes that are static or bounded, and size constraints
+    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  # of one call, "before" and "after", if measured
 
     def count(self, status: Status) -> int:
         return sum(site.status == status for site in self.sites)

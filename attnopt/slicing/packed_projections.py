@@ -19,12 +19,12 @@ def forks(operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]
 def built_anew(
     forked: set[fx.Node], operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]
 ) -> list[fx.Node]:
-    """What has to be computed anew for each role, so that none needs a fork as it is."""
+    """The nodes to recompute for each role, so that none needs a packed tensor."""
     return [*chain(*ways.values()), *_below(forked, operands)]
 
 
 def _below(forked: set[fx.Node], operands: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """What is computed from a fork on the way to an operand, as the length that a norm divides by is."""
+    """Values computed from a packed tensor between it and an operand, such as the length that a norm divides by."""
     above = {n for node in operands.values() for n in ancestors(node)}
     reached = {n for n in forked if n.op == "call_function"}
     made = []

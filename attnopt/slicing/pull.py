@@ -1,8 +1,8 @@
 """Selections pulled upwards: ``select(op(x), i)`` rewritten as ``op(select(x, i'))``, operator by operator.
 
 This is how attnopt knows which weight rows make a head, and how it removes one: the selection of some heads at an
-attention's input is moved up through views, rotations, norms and concatenations until it reaches weights, where it
-becomes a smaller weight.  Each rule is an exact identity; where there is none, the selection stays where it is.
+attention's input is propagated backward through views, rotations, norms and concatenations to the weights, where it
+becomes a smaller weight.  Each rule is an exact identity; without a rule, the selection stops.
 """
 
 from __future__ import annotations

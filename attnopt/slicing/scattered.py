@@ -1,7 +1,7 @@
 """Selections that no operator's own rule can move, followed head by head through a whole run of layout changes.
 
 In a projection that packs each group's queries with its keys and values, the heads that are left may be others in each group.
-They are no product of groups and places, yet each of them is some features of the projection, and so all of them are.
+They are not a product of groups and positions, but each is a set of features of the projection, and so is their union.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Scattered:
 
 
 def scattered(node: fx.Node, selection: Selection) -> Scattered | None:
-    """Where ``node`` at ``selection``, which is along one axis, comes from; None: not by layout changes of a last axis alone.
+    """The source of ``node`` at ``selection`` along one axis; None if not only through layout changes of the last axis.
 
     ``node`` is [*tokens, heads, features] or [*tokens, features], and what it comes from [*tokens, more features].
     """

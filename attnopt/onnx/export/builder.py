@@ -1,4 +1,4 @@
-"""Writing ONNX nodes: constants are stored once for a model, sizes are numbers where they are known."""
+"""Writing ONNX nodes: constants are stored once per model, known sizes are numbers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Builder:
         return self.op("Range", self.op("Squeeze", start), self.op("Squeeze", stop), self.number(1))
 
     def swapped(self, value: ir.Value) -> ir.Value:
-        """Axes 1 and 2 of four changed with each other; a swap that made ``value`` is taken back."""
+        """Axes 1 and 2 of four swapped; a swap that produced ``value`` is undone."""
         source = before_swap(value)
         return self.op("Transpose", value, perm=SWAP) if source is None else source
 
@@ -89,7 +89,7 @@ SWAPPED = "_by_token"  # how the name of an attention's output ends before heads
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node of one of these operators of ONNX's own that makes ``value``."""
+    """The node of one of these standard operators that produces ``value``."""
     node = None if value is None else value.producer()
     return node if node is not None and is_a(node, *op_types) else None
 
@@ -104,7 +104,7 @@ def is_swap(node: ir.Node) -> bool:
 
 
 def before_swap(value: ir.Value) -> ir.Value | None:
-    """What ``value`` was before its axes 1 and 2 changed places; None where they did not."""
+    """``value`` before its axes 1 and 2 were swapped; None if they were not."""
     node = made_by(value, "Transpose")
     return node.inputs[0] if node is not None and is_swap(node) else None
 

@@ -47,7 +47,7 @@ class Names:
 
 
 def with_names(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, Names | None]:
-    """The graph without the outputs that no file needs: constants of objects, and numbers that no input goes on from."""
+    """The graph without outputs that the file does not need: constants of objects, and numbers that no input continues."""
     form = origin.form
     if form is None:
         return gm, None

@@ -55,7 +55,7 @@ def export_decoder(
     marked_gm, marked = mark(gm, {}, cached(specs))
     _check_sites(marked, specs)
     with atomic_folder(folder, marker=CONFIG) as made:
-        model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens come apart
+        model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
         cache = Cache.of(model.graph)
         expand(model.graph, marked, cache.write)
         settle(model, contrib=True)
@@ -108,7 +108,7 @@ def _check_sites(marked: Sequence[Marked], specs: Mapping[str, AttentionSpec]) -
 
 
 def _logits(outputs: Sequence[ir.Value]) -> ir.Value:
-    """The model's one output, beside the cache's."""
+    """The model's only output besides those of the cache."""
     found = [o for o in outputs if not str(o.name).startswith(PRESENT.partition(".")[0] + ".")]
     named = [o for o in found if o.name == "logits"] or found
     if len(named) != 1 or named[0].shape is None or len(named[0].shape) != 3:
@@ -142,7 +142,7 @@ def _tokens(eos_token_id: int | Sequence[int], tokenizer: Any) -> dict[str, Any]
 def _config(
     graph: ir.Graph, logits: ir.Value, sites: Sequence[OnnxSite], context_length: int, tokens: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What onnxruntime-genai reads beside the file."""
+    """The configuration files of onnxruntime-genai."""
     site, names = sites[0], {i.name for i in graph.inputs}
     assert logits.shape is not None
     vocabulary, ends = logits.shape[2], tokens["eos_token_id"]

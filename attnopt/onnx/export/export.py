@@ -1,4 +1,4 @@
-"""ONNX for ONNX Runtime: exported by torch, every attention in its fastest form, run and compared before it gets its name."""
+"""ONNX for ONNX Runtime: exported by torch, every attention in its fastest form, checked before it is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One fused operator for some queries and the keys that they look at: what every form of attention is made of."""
+"""One fused operator for some queries and their keys: the building block of every form of attention."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def multi_head_attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
 
 def group_query_attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
     """The causal triangle of a square, flat operands."""
-    if site.q_len >= 0:  # a constant: ONNX Runtime's shape inference chokes on one that it has to work out
+    if site.q_len >= 0:  # a constant: ONNX Runtime's shape inference fails on a computed one
         length = b.constant(np.asarray([site.q_len], np.int32))
         total = b.constant(np.asarray(site.q_len, np.int32))
     else:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import onnx
 
 PREFIX = "attnopt/"  # of the names of new nodes, values and weights
-CONSTANT = "attnopt_"  # of constants that are named for what they hold
+CONSTANT = "attnopt_"  # of constants that are named after their values
 
 
 def export_in_place(
@@ -53,7 +53,7 @@ def export_in_place(
 ) -> None:
     """Write the file that ``gm`` was captured of with what was rewritten.  Raises ExportError.
 
-    An attention that is only fused, and is no faster for it in this file's opset, is left as it is.
+    An attention that is only fused, without being faster in this file's opset, stays unchanged.
     """
     file = origin.file
     assert file is not None
@@ -88,7 +88,7 @@ def export_in_place(
 
 
 def _copied(source: Any, path: str | os.PathLike[str]) -> None:
-    """Nothing was rewritten: the same bytes, and the weights beside them."""
+    """Nothing was rewritten: the same bytes, and the external weights."""
     target, folder = Path(path).resolve(), source.path.resolve().parent
     if target == source.path.resolve():
         return
@@ -103,7 +103,7 @@ def _copied(source: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _base(file: FileOrigin, change: Change) -> onnx.ModelProto:
-    """The model as it lies in the file; with its functions in their places where one of them changes."""
+    """The model as stored in the file; with its functions inlined if one of them changes."""
     stored: onnx.ModelProto = file.model.source.stored
     whole: onnx.ModelProto = file.model.source.model
     graph = stored.graph
@@ -212,7 +212,7 @@ def _names(model: onnx.ModelProto) -> set[str]:
 
 
 def _fix_axes(model: onnx.ModelProto, gm: fx.GraphModule, file: FileOrigin) -> list[str]:
-    """Axes that the file leaves open and the graph was captured without: the file has to say their size."""
+    """Free axes of the file that are static in the graph: the file must declare their size."""
     inputs = {i.name: i for i in model.graph.input}
     placeholders = dict(zip(file.model.inputs, inputs_of(gm), strict=True))
     fixed = []

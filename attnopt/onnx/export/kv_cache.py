@@ -29,7 +29,7 @@ from attnopt.patterns.bands import Band
 
 
 def cached(specs: Mapping[str, AttentionSpec]) -> Settle:
-    """Every attention over a cache.  ``specs``: what the sites mean, by name.  Raises ExportError where one cannot be."""
+    """Every attention over a cache.  ``specs``: the specs of the sites, by name.  Raises ExportError if one is unsupported."""
 
     def settle(emit: Emitter, site: OnnxSite, operands: Operands) -> tuple[Operands, OnnxSite, Form]:
         spec = specs.get(site.name)
@@ -82,7 +82,7 @@ class Cache:
     """The graph's inputs and outputs for keys and values: [B, G, length, D] each, all attentions alike in G and D.
 
     Past and present may be one buffer, longer than what is filled.  The padding mask [B, total length] counts the tokens
-    of each sequence, those of this call included; padding stands at the end.
+    of each sequence, including those of this call; padding is at the end.
     """
 
     graph: ir.Graph

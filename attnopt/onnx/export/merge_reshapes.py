@@ -1,4 +1,4 @@
-"""Reshapes that undo each other, as they do where one way to lay heads out meets another, left out.
+"""Removes reshapes that cancel each other, as between different head layouts.
 
 Each costs ONNX Runtime a few microseconds: of a small encoder on short inputs a fiftieth of the time.
 """
@@ -15,7 +15,7 @@ Size = int | str | None  # of an axis: a number, a name, or not known
 
 
 def join_reshapes(graph: ir.Graph) -> None:
-    """Take each Reshape straight from what the one before it takes, and leave out those that change nothing."""
+    """Feed each Reshape from the input of the one before it, and remove those that change nothing."""
     for node in graph.all_nodes():
         if not is_a(node, "Reshape"):
             continue
@@ -65,7 +65,7 @@ def _wanted(node: ir.Node) -> list[int] | None:
 
 
 def _sizes(value: ir.Value | None) -> list[Size]:
-    """Empty where the number of axes is not known."""
+    """Empty if the number of axes is unknown."""
     if value is None or value.shape is None:
         return []
     return [size if isinstance(size, int) else size.value for size in value.shape]

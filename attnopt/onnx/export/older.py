@@ -69,7 +69,7 @@ class _Older:
 def older(
     nodes: Any, stored: Sequence[onnx.TensorProto], opset: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """The same nodes in ``opset``, and constants that they need beside those that are ``stored``.  Raises ExportError."""
+    """The same nodes in ``opset``, and the constants that they need besides the ``stored`` ones.  Raises ExportError."""
     import onnx
 
     if opset < OLDEST:

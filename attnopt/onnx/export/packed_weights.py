@@ -17,7 +17,7 @@ _ELEMENTWISE = ("Mul", "Add", "Sub", "Div", "Cast", "Identity")
 
 
 class NotSliceableError(Exception):
-    """The numbers are no part of those that the file stores."""
+    """The numbers are not a selection of those that the file stores."""
 
 
 def places(whole: Any, part: Any) -> tuple[int, tuple[int, ...]]:

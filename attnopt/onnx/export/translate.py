@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Write = Callable[["Builder", OnnxSite, Form, "Mapping[str, ir.Value | None]"], "ir.Value"]
 
 
-OPSETS = (23, 24, 25)  # below, there is no Attention; opset 26 is silently written wrong by torch 2.13
+OPSETS = (23, 24, 25)  # below, there is no Attention; torch 2.13 silently writes opset 26 wrong
 
 
 def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model, tuple[str, ...]]:
@@ -53,12 +53,12 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
                 opset_version=opset,
                 output_names=_output_names(gm),
                 custom_translation_table=grouped_products(gm),
-                optimize=False,  # its rotary fusion makes a node that refuses tables with a batch of one
+                optimize=False,  # its rotary fusion creates a node that rejects tables with a batch of one
                 verbose=False,
             )
             assert made is not None
             model: ir.Model = made.model
-            NameFixPass()(model)  # two values may have got one name, which the optimizer does not stand
+            NameFixPass()(model)  # two values may share a name, which breaks the optimizer
             optimize_ir(model)
             return model, relations(program, gm.forward, origin.args, origin.kwargs)
     except Exception as e:
@@ -106,7 +106,7 @@ def _first_cause(e: BaseException) -> str:
 
 
 def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write, opset: int = OPSETS[0]) -> None:
-    """Put each attention's form, as ``write`` makes it, in the place of its placeholder."""
+    """Replace each placeholder by the form of its attention, from ``write``."""
     from attnopt.onnx.export.builder import SWAPPED, Builder, before_swap, is_swap
 
     for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:

@@ -1,4 +1,4 @@
-"""An exported file run in ONNX Runtime: it must give what torch gives, at the example's sizes and at others."""
+"""Verification of an exported file: ONNX Runtime must agree with torch, at the sizes of the example and at others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from attnopt.onnx.export.mark import Marked
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
     """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``.
 
-    ``named``: what the file calls inputs of the graph, where it gives them names of its own."""
+    ``named``: the file's names of graph inputs, if they differ."""
     import onnx
 
     try:
@@ -66,7 +66,7 @@ def _compare_at_sizes(
         try:
             outputs_of(gm, inputs)
         except Exception:
-            continue  # a size that the graph does not hold at
+            continue  # a size for which the graph is not valid
         _compare(gm, inputs, session, file, marked, named, origin.form)
         return
 
@@ -134,7 +134,7 @@ def _array(value: Tensor) -> Any:
 def _first_that_differs(
     gm: fx.GraphModule, inputs: Inputs, file: Path, marked: Sequence[Marked], feed: Mapping[str, Any]
 ) -> str | None:
-    """The name of the first attention whose output is not torch's; None where all are the same."""
+    """The name of the first attention whose output differs from torch; None if all agree."""
     import onnx_ir as ir
 
     model = ir.load(str(file))
@@ -161,7 +161,7 @@ def _names(number: int) -> tuple[str, str]:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what some of its nodes give."""
+    """Runs a graph and records the values of some nodes."""
 
     def __init__(self, gm: fx.GraphModule, nodes: set[fx.Node]) -> None:
         super().__init__(gm)

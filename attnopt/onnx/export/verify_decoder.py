@@ -1,4 +1,4 @@
-"""A decoder's file run as its users run it: a prompt, then token by token, each sequence of its own length."""
+"""Verification of a decoder file in actual use: a prompt, then token by token, with sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
 
 
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str) -> None:
-    """Raises ExportError where the file gives other logits than ``gm``, which reads whole sequences."""
+    """Raises ExportError if the logits of the file differ from those of ``gm`` on whole sequences."""
     ids = _two_sequences(gm, origin)
     want = _whole(gm, origin, ids)
     length = ids.shape[1] - STEPS

@@ -13,7 +13,7 @@ from attnopt.onnx.export.mark import fastest, mark
 
 
 def worthwhile(gm: fx.GraphModule, origin: Origin, contrib: bool, opset: int) -> fx.GraphModule:
-    """The graph without the rewrites that only fuse an attention into a form that is no faster than the file's own."""
+    """The graph without rewrites that only fuse an attention and are not faster than the original nodes."""
     file = origin.file
     assert file is not None
     fused = {p.found.site.name: p for p in file.plans if p.changes_nothing}

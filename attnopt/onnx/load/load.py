@@ -1,4 +1,4 @@
-"""A file as a module that gives what ONNX Runtime gives: what torch computes otherwise is left to ONNX Runtime."""
+"""A file as a module that agrees with ONNX Runtime, which executes the nodes that torch computes differently."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from attnopt.onnx.load.values import tensor
 
 TRIES = 20  # each leaves some nodes more to ONNX Runtime
 _INPUTS = "pass inputs of the types and sizes that the file takes"
-_FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must not be asked for it either
+_FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must not run it either
 
 
 @compiling()
 def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OnnxModule:
     """The module of an ONNX file.  Raises CaptureError where ONNX Runtime cannot run the file on the example inputs.
 
-    A node that is not known, that cannot be traced, or that gives other numbers in torch is left to ONNX Runtime.
+    ONNX Runtime executes nodes that are unknown, cannot be traced, or compute something else in torch.
     """
     source = read(path)
     signature = signature_of(source)
@@ -133,7 +133,7 @@ class _Opening:
         return failing
 
     def _that_differ(self, module: OnnxModule, runs: Runs) -> set[int]:
-        """The nodes that give something else than in ONNX Runtime, or fail behind those that are not read."""
+        """The nodes that differ from ONNX Runtime, or fail after unsupported ones."""
         steps = module.steps()
         want = runs.example([name for step in steps for name in step.outputs if name])
         values, found = module.given(self.bound), set[int]()
@@ -168,7 +168,7 @@ class _Opening:
         )
 
     def _is_steady(self, want: Mapping[str, Any]) -> bool:
-        """ONNX Runtime gives the same a second time: the file draws no random numbers."""
+        """ONNX Runtime returns the same result twice: the file draws no random numbers."""
         again = Runs(self.source, (self.feed,)).values(self.source.outputs)[0]
         return all(
             _same(torch.from_numpy(np.asarray(again[n])), torch.from_numpy(np.asarray(x))) for n, x in want.items()
@@ -181,6 +181,6 @@ def _axes(x: Tensor, free: list[int]) -> StatelessSymbolicContext[Any, Any]:
 
 
 def _same(value: Any, want: Tensor, least: float = 0.0) -> bool:
-    """``least``: what rounding in the file explains, whatever dtype this value has."""
+    """``least``: the difference that rounding in the file explains, for any dtype of this value."""
     got = tensor(value).to(want.dtype)
     return difference([got], [want]) <= ROOM * max(tolerance([want]), least if want.is_floating_point() else 0.0)

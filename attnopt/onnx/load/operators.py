@@ -131,7 +131,7 @@ def _log_softmax(a: Attributes, x: Value) -> Value:
 
 
 def _over_the_rest(function: Callable[..., Tensor]) -> Operator:
-    """Before opset 13: over all axes from the given one on, taken for one."""
+    """Before opset 13: over all axes from the given one on, flattened."""
 
     def run(a: Attributes, x: Value) -> Value:
         x = tensor(x)
@@ -283,7 +283,7 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Cos": _one(torch.cos),
     "IsNaN": _one(torch.isnan),
 }
-_CHANGED = {"Softmax": 13, "LogSoftmax": 13}  # since which opset they mean what they mean today
+_CHANGED = {"Softmax": 13, "LogSoftmax": 13}  # the opset since which their semantics are unchanged
 
 
 def meant(kind: str, opset: int) -> str:

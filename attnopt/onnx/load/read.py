@@ -1,4 +1,4 @@
-"""An ONNX file read from disk: nothing outside its folder is touched, and what is broken is named."""
+"""Reading an ONNX file from disk: nothing outside its folder is accessed, and damage is reported by name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import onnx
 
 LARGEST = 2**31 - 1  # bytes of a file, without its external data: more cannot be in one protocol buffer
-SHARED = 4  # so many times the bytes of their files weights may take; tied ones are stored once
+SHARED = 4  # weights may take this many times the bytes of their files; tied ones are stored once
 
 
 def read(path: str | os.PathLike[str]) -> Source:
-    """The file, with the weights that lie beside it.  Raises CaptureError."""
+    """The file with its external weights.  Raises CaptureError."""
     import onnx
     from onnx import inliner
 
@@ -33,7 +33,7 @@ def read(path: str | os.PathLike[str]) -> Source:
         model = onnx.ModelProto()
         model.CopyFrom(stored)
         if model.functions:
-            with contextlib.suppress(Exception):  # a function that cannot be taken apart is called as it is
+            with contextlib.suppress(Exception):  # a function that cannot be inlined is called
                 model = inliner.inline_local_functions(model)
         onnx.load_external_data_for_model(model, str(file.parent))
         model.graph.initializer.extend(dense(s) for s in model.graph.sparse_initializer)
@@ -42,7 +42,7 @@ def read(path: str | os.PathLike[str]) -> Source:
 
 
 def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
-    """The model, its nodes in order: ONNX Runtime does not mind where they stand, and onnxruntime's converters neither."""
+    """The model with its nodes in order: neither ONNX Runtime nor onnxruntime's converters require it."""
     import onnx
 
     try:
@@ -58,7 +58,7 @@ def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
 
 
 def structure(file: Path) -> onnx.ModelProto:
-    """What the file itself holds, without the weights that lie beside it.  Raises CaptureError."""
+    """The contents of the file, without external weights.  Raises CaptureError."""
     import onnx
 
     with _refusing(file):
@@ -96,7 +96,7 @@ def _check_file(file: Path) -> None:
 
 
 def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
-    """Weights lie in files of the same folder, and wholly in them."""
+    """Weights must be in files of the same folder, completely."""
     import onnx
 
     folder = file.resolve().parent
@@ -127,7 +127,7 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
 
 
 def places_of_data(model: onnx.ModelProto) -> list[str]:
-    """The files that hold weights, relative to the model's folder."""
+    """The weight files, relative to the folder of the model."""
     import onnx
 
     found = [t for t in _tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]

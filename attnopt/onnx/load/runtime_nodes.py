@@ -20,7 +20,7 @@ _lock = threading.Lock()
 
 @torch.library.custom_op("attnopt::onnx_nodes", mutates_args=())
 def onnx_nodes(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], outputs: str) -> list[Tensor]:
-    """What the nodes of ``model``, the bytes of an ONNX model, give for ``inputs``, in the order of its inputs.
+    """The results of ``model``, the bytes of an ONNX model, for ``inputs`` in its input order.
 
     ``outputs``: the dtype and the sizes of each output, as ``Sized`` prints them, one a line: in terms of the inputs' sizes
     and of ``sizes``, those of the file's free axes.  An output of other sizes is an error: what reads it was captured for these.

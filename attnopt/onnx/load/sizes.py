@@ -31,7 +31,7 @@ class Sized:
         return UNKNOWN not in self.sizes
 
     def at(self, shapes: Sequence[Sequence[Any]], free: Sequence[Any]) -> list[Any]:
-        """The sizes for inputs of these shapes, None where they are not known.  Symbolic sizes give symbolic ones."""
+        """The sizes for inputs of these shapes, None if unknown.  Symbolic sizes give symbolic ones."""
         known = {f"x{i}_{a}": n for i, shape in enumerate(shapes) for a, n in enumerate(shape)}
         known |= {f"d{i}": n for i, n in enumerate(free)}
         return [None if text == UNKNOWN else number(text, known) for text in self.sizes]
@@ -46,7 +46,7 @@ def parse(text: str) -> Sized:
 
 
 def names(text: str) -> set[str]:
-    """The sizes that an expression is made of; {"?"} where it is none."""
+    """The sizes in an expression; {"?"} if it is not an expression."""
     try:
         tree = ast.parse(text, mode="eval")
     except SyntaxError:
@@ -56,7 +56,7 @@ def names(text: str) -> set[str]:
 
 
 def number(text: str, known: Mapping[str, Any]) -> Any:
-    """The value of an expression.  ValueError, KeyError or SyntaxError where it is none of whole numbers."""
+    """The value of an expression.  ValueError, KeyError or SyntaxError if it is not an integer expression."""
     above, below = _fraction(ast.parse(text, mode="eval").body, known)
     if below != 1:
         raise ValueError(f"{text} is not an integer")

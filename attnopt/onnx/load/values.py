@@ -1,6 +1,6 @@
 """What flows along an ONNX graph: tensors, and small arrays that are known while it is traced.
 
-Sizes, axes and single constants stay in numpy, so that a reshape sees the sizes that it is given and a matcher the scale.
+Sizes, axes and scalar constants stay in numpy, so a reshape gets its sizes and the matcher the scale.
 """
 
 from __future__ import annotations
