@@ -99,7 +99,7 @@ def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_c
         )
     check_call(model, *inputs)
     raise CaptureError(
-        "cannot capture the model\n  " + "\n  ".join(failures),
+        "the model could not be captured\n  " + "\n  ".join(failures),
         hint="call torch.distributions.Distribution.set_default_validate_args(False) first: its checks depend on tensor values"
         if validates
         else "make the named operation independent of input values"

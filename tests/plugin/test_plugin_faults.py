@@ -26,9 +26,9 @@ from attnopt import (
     Reach,
     Rewrite,
     Site,
-    plugins,
 )
 from attnopt.backends import Reference
+from attnopt.compiler import plugins
 from attnopt.compiler.explain import explain
 from attnopt.passes import DynamicSparse, Sparse
 from attnopt.patterns import PerHead, Window, parse
@@ -392,7 +392,7 @@ def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
         PluginError, match=r"backend 'acme.wrong' of this process cannot be constructed without arguments"
     ):
         optimized("fuse", backend="acme.wrong")
-    with pytest.raises(PluginError, match=r"pattern 'Window' is attnopt.patterns:Window of attnopt already"):
+    with pytest.raises(PluginError, match=r"pattern 'Window' is already attnopt.patterns.sequence:Window of attnopt"):
         attnopt.register(type("Window", (Third,), {}))
     rival = type("Third", (Third,), {"__module__": "elsewhere"})
     with pytest.raises(PluginError, match="pattern 'Third' is already test_plugin_faults:Third of this process"):
