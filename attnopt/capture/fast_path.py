@@ -45,7 +45,9 @@ def leaves_out_padding(model: nn.Module, inputs: Inputs, state: Sequence[str]) -
                 return ()
     fast, plain = given
     apart = difference(fast, plain)
-    if apart <= max(ROOM * tolerance(plain), TOLERANCE[torch.bfloat16]):  # allows for rounding of a part in half precision
+    if apart <= max(
+        ROOM * tolerance(plain), TOLERANCE[torch.bfloat16]
+    ):  # allows for rounding of a part in half precision
         return ()
     zeros = ", where it writes zeros" if _differs_in_zeros(fast, plain) else ""
     return (

@@ -29,7 +29,10 @@ class Emitter:
             return self._known[key]
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        with self.mode, enable_python_dispatcher():  # some kernels, such as linear in torch 2.11, do not accept symbolic sizes
+        with (
+            self.mode,
+            enable_python_dispatcher(),
+        ):  # some kernels, such as linear in torch 2.11, do not accept symbolic sizes
             node.meta["val"] = target(*fake_args(args), **fake_args(kwargs))
         self._mark(node)
         self._known[key] = node
