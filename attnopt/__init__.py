@@ -142,7 +142,7 @@ _NAMES = {
     "report.inspection": "Inspection",
     "report.report": "Report",
     "version": "__version__",
-}  # module -> what it has of the public names
+}  # module -> its public names
 _MODULE_OF = {name: f"attnopt.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 

@@ -15,7 +15,7 @@ from attnopt.patterns import Pattern, parse
 from attnopt.patterns.tile_cost import KERNELS
 from attnopt.report.advice import Advice, Better, Reached
 
-_NOTICEABLE = 1.01  # smaller factors are no reason to change a pattern
+_NOTICEABLE = 1.01  # smaller gains do not justify another pattern
 _SHOWN = 3  # of the better patterns, for each kernel
 
 Share = Callable[[Pattern], float]

@@ -1,6 +1,6 @@
-"""The form of a call with objects, as plain data: a file may name classes, and only those that are known are made.
+"""The form of a call with objects, as plain data: a file may name classes, but only known ones are instantiated.
 
-What is read is made without calling anything of a class: its instances get their attributes, which are tensors of the graph,
+Reading calls no code of a class: instances only get their attributes, which are tensors of the graph,
 numbers, text, and objects of the same kind.
 """
 
@@ -29,7 +29,7 @@ Resolve = Callable[[str], type]
 
 
 def form_to_json(form: Form) -> dict[str, Any]:
-    """Raises ArchiveError for what could not be read back without running code."""
+    """Raises ArchiveError for anything that could not be loaded without running code."""
     inputs, results = form.inputs, form.results
     return {
         "names": list(inputs.names),
@@ -53,7 +53,7 @@ def form_to_json(form: Form) -> dict[str, Any]:
 
 
 def form_from_json(data: Mapping[str, Any], classes: Iterable[type] = ()) -> Form:
-    """``classes``: of the user's own, which may be made too.  Raises ArchiveError for any other class."""
+    """``classes``: the user's own, which may be instantiated, too.  Raises ArchiveError for any other class."""
     made = data["results"]
     resolve = partial(_resolved, {Kind.of(c).name: c for c in classes})
     inputs = Inputs(
@@ -157,7 +157,7 @@ def _resolved(own: Mapping[str, type], name: str) -> type:
 
 
 def _cache_class(name: str) -> type | None:
-    """A class of transformers' that is a cache or a part of one."""
+    """A transformers cache class, or a part of one."""
     if re.fullmatch(r"transformers(\.\w+)+:\w+", name) is None:
         return None
     module, _, attribute = name.partition(":")

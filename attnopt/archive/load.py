@@ -1,4 +1,4 @@
-"""Reading a saved model; nothing is run that is read."""
+"""Reading a saved model without executing any of it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ LARGEST = 1 << 28  # bytes of a description or of a graph
 
 @compiling()
 def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx.GraphModule, Origin]:
-    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run.
+    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing in the files is executed.
 
-    ``classes``: of the user's own, whose instances the model may return."""
+    ``classes``: the user's own, whose instances the model may return."""
     folder = Path(path)
     about = _read_about(folder)
     for name in (GRAPH, WEIGHTS):

@@ -1,7 +1,7 @@
-"""Saving and loading: a folder with two JSON files and one of weights, in which nothing is pickled.
+"""Saving: a folder with two JSON files and one weight file, without pickling.
 
 ``graph.json`` is torch.export's own serialized program, ``weights.safetensors`` its tensors, ``attnopt.json`` the rest, with
-the digests by which damage is noticed.
+the digests that detect damage.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _refuse_unread(module: fx.GraphModule) -> None:
 
 
 def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Every tensor once, by a number, and what it is called where: weights that are shared stay shared."""
+    """Every tensor once, by number, and its names: shared weights stay shared."""
     stored: dict[str, Tensor] = {}
     known: dict[Any, str] = {}
     entries: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """What a saved graph may contain: checked before torch, which would trust it, sees it.
 
-torch's reader of graphs makes source code of names and guards, imports modules that a structure of inputs names, evaluates
+torch's graph reader turns names and guards into source code, imports modules named in a structure of inputs, evaluates
 size expressions, and looks any dotted name up as an operator.  An untrusted file must contain nothing of the kind.
 """
 
@@ -88,7 +88,7 @@ def _name(text: str) -> bool:
 
 
 def _structure(text: str) -> bool:
-    """A structure of inputs or outputs, as torch writes it: it names no module to import and makes no name of code."""
+    """A structure of inputs or outputs, as torch writes it: no module to import, and only plain names."""
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError):
@@ -181,7 +181,7 @@ def _is_small(node: ast.AST) -> bool:
 
 
 def _guard(text: str) -> bool:
-    """A relation between sizes of inputs, which torch makes code of: arithmetic, and ``L['x'].size()[1]``, on one line."""
+    """A relation between input sizes, which torch turns into code: arithmetic, and ``L['x'].size()[1]``, on one line."""
     if len(text) > _LONGEST or re.search(r"[#\"\\\n\r]", text):
         return False
     try:
@@ -217,7 +217,7 @@ _COUNTING = ("max", "min", "abs", "float", "round", "math.floor", "math.ceil", "
 
 
 def _is_input(node: ast.expr) -> bool:
-    """``L['x']['y'][0]``, whose names go into text that torch puts in quotes."""
+    """``L['x']['y'][0]``, whose names end up in quoted text in torch."""
     match node:
         case ast.Name("L"):
             return True
@@ -226,7 +226,7 @@ def _is_input(node: ast.expr) -> bool:
     return False
 
 
-_SAID = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "as_string")  # text that is no name
+_SAID = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "as_string")  # text that is not a name
 _TEXT = ("metadata", "custom", "from_node")  # metadata of a node that is never read
 _CHECKS: dict[str, Callable[[str], bool]] = {
     **dict.fromkeys(_SAID, _anything), "expr_str": _expression, "guards_code": _guard, "in_spec": _inputs, "out_spec": _structure,

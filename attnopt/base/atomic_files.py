@@ -116,7 +116,7 @@ def _reported(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _removed(temporary: Path) -> Iterator[None]:
-    """Whatever happens, nothing stays at ``temporary``."""
+    """Always removes ``temporary``."""
     try:
         yield
     finally:
@@ -127,7 +127,7 @@ def _removed(temporary: Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be made again: $ATTNOPT_CACHE, or "attnopt" in the user's cache folder."""
+    """The cache folder: $ATTNOPT_CACHE, or "attnopt" in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("ATTNOPT_CACHE") or Path(base) / "attnopt")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

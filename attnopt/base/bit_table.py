@@ -1,4 +1,4 @@
-"""Tables of bools as plain operators: made from numbers inside a traced graph, without a constant tensor."""
+"""Bool tables as plain operators: built from numbers inside a traced graph, without a constant tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-WORD = 32  # columns that one number of a row holds
+WORD = 32  # columns per number of a row
 
 
 def looked_up(rows: Sequence[int], columns: int, row: Tensor, col: Tensor) -> Tensor:

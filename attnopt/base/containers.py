@@ -33,28 +33,28 @@ HINT = "use a cache that holds only tensors, numbers, and plain lists or dicts o
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor or number, by its place among the leaves."""
+    """A tensor or number, by its index among the leaves."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Passed:
-    """A tensor or number that the caller passed in, by its place among the input's leaves."""
+    """A tensor or number passed by the caller, by its index among the leaves of the input."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Made:
-    """An object, by its place among the template's nodes."""
+    """An object, by its index among the nodes of the template."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Given:
-    """An object that the caller passed in, by its place among the input's nodes."""
+    """An object passed by the caller, by its index among the nodes of the input."""
 
     place: int
 
@@ -77,7 +77,7 @@ Part = Leaf | Passed | Made | Given | Fixed
 
 @dataclass(frozen=True)
 class Kind:
-    """A class by its name; ``cls`` is None where it was read from a file and nothing of it is to be made."""
+    """A class by name; ``cls`` is None if it was read from a file and must not be instantiated."""
 
     name: str
     cls: type | None = field(default=None, compare=False)
@@ -89,7 +89,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Node:
-    """An object: its attributes by name, and what it holds as a sequence or a mapping."""
+    """An object: its attributes by name, and its items as a sequence or a mapping."""
 
     kind: Kind
     attributes: tuple[tuple[str, Part], ...]
@@ -101,7 +101,7 @@ class Node:
 
 
 def is_object(x: Any) -> bool:
-    """No value, and no tree of values that torch.export takes apart by itself: it may hold tensors of its own."""
+    """Neither a value nor a tree of values that torch.export flattens: it may hold tensors."""
     if isinstance(x, _VALUES):
         return False
     if pytree.tree_is_leaf(x):
@@ -110,7 +110,7 @@ def is_object(x: Any) -> bool:
 
 
 def mapped(x: Any, stop: Callable[[Any, Path], bool], f: Callable[[Any, Path], Any], path: Path = ()) -> Any:
-    """A tree of values with ``f`` of each leaf in its place; ``stop`` says what is a leaf although torch would enter it."""
+    """A tree of values with ``f`` applied to each leaf; ``stop`` marks leaves that torch would enter."""
     if stop(x, path) or pytree.tree_is_leaf(x):
         return f(x, path)
     children, spec = pytree.tree_flatten(x, is_leaf=lambda y: y is not x)
@@ -140,7 +140,7 @@ def _keys(x: Any, count: int) -> list[Any]:
 
 
 def base_of(cls: type) -> type | None:
-    """The built-in class that makes the instances of ``cls``; None where that is one that keeps a state out of sight."""
+    """The built-in class that creates the instances of ``cls``; None if it has hidden state."""
     for c in cls.__mro__:
         if c in _OWN_FIELDS:
             return c
@@ -176,7 +176,7 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 
 def text(path: Path) -> str:
-    """A path as it is written in Python."""
+    """A path in Python notation."""
     parts = [f"[{p!r}]" if not isinstance(p, str) or not p.isidentifier() else f".{p}" for p in path]
     return "".join(parts).removeprefix(".")
 
@@ -185,7 +185,7 @@ def text(path: Path) -> str:
 class Walk:
     """Flattens objects.  ``given`` and ``passed``: what the caller passed in, by its identity.
 
-    ``counters`` are the paths of numbers that are leaves; all other numbers are fixed."""
+    ``counters`` are the paths of numbers that are leaves; all other numbers are constant."""
 
     given: Mapping[int, int] = field(default_factory=dict)
     passed: Mapping[int, int] = field(default_factory=dict)
@@ -236,7 +236,7 @@ class Walk:
         return made
 
     def node(self, x: Any, path: Path) -> Node:
-        """What an object holds now."""
+        """The current contents of an object."""
         found = _fields(x)
         assert found is not None
         attributes, items = found
@@ -249,7 +249,7 @@ class Walk:
 
 @dataclass
 class Match:
-    """Compares objects with a template, and finds their leaves.  Raises CaptureError where they differ."""
+    """Compares objects with a template, and finds their leaves.  Raises CaptureError if they differ."""
 
     nodes: Sequence[Node]
     given: Sequence[Any] = ()
@@ -392,7 +392,7 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def copied(inputs: Any) -> Any:
-    """A tree of values with tensors and objects of its own."""
+    """A tree of values with copied tensors and objects."""
     walk = Walk()
     tree = mapped(
         inputs, lambda x, _: is_object(x), lambda x, path: walk.part(x, path) if is_object(x) else walk.leaf(x, path)

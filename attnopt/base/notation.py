@@ -10,13 +10,13 @@ from typing import Any
 
 from attnopt.errors import PolicyError
 
-LONGEST = 1 << 20  # characters of one text
+LONGEST = 1 << 20  # characters per text
 LARGEST_NUMBER = 64  # bits of an integer
 
 _JOINS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
 _PLAIN = (int, float, complex, str, bytes, tuple, list, dict, type(None), type(...))
 
-Lookup = Callable[[str], Callable[..., Any]]  # a name to what it constructs; raises PolicyError for an unknown name
+Lookup = Callable[[str], Callable[..., Any]]  # name -> constructor; raises PolicyError for an unknown name
 
 
 def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:

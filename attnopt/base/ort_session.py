@@ -29,7 +29,7 @@ def cpu_session(model: Path | bytes, threads: int = 0, folder: Path | None = Non
 
 
 def operator_kinds(model: Tensor) -> list[str]:
-    """The operator of each node of ``model``, the bytes of an ONNX model, those of branches and loops too; with its domain
+    """The operator of each node of ``model``, the bytes of an ONNX model, including branches and loops; with its domain
     where that is not ONNX's own."""
     import onnx
 

@@ -1,4 +1,4 @@
-"""What a long job is at, on stderr where somebody watches."""
+"""Progress of long jobs on stderr, if interactive."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What goes by a name: attnopt's own classes, what this process registers, and what installed distributions offer.
+"""Classes by name: attnopt's own, those registered in this process, and those of installed distributions.
 
 A third party writes ``[project.entry-points."attnopt.passes"]`` and ``"acme.last-k" = "acme:LastK"`` in its pyproject, or
-puts ``@attnopt.register`` on the class.  Listing names imports nothing, and a file only ever names what is listed.
+decorates the class with ``@attnopt.register``.  Listing names imports nothing, and a file can only name listed classes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Plugin:
     kind: str
     target: str
     distribution: str
-    rivals: tuple[str, ...] = ()  # others that claim the name
+    rivals: tuple[str, ...] = ()  # others with the same name
     ready: Any = None  # the class, if it was registered by a call
 
     def load(self) -> Any:
@@ -56,7 +56,7 @@ class Plugin:
 
 
 class Registry(Generic[T]):
-    """The classes of one kind by name.  ``own``: attnopt's, as classes or as targets that are imported when asked for.
+    """The classes of one kind by name.  ``own``: attnopt's, as classes or as targets that are imported on demand.
 
     ``named`` returns the name of a class; it must match the name of its registration.
     """
@@ -72,7 +72,7 @@ class Registry(Generic[T]):
         self.group, self.kind, self.base, self._named = group, kind, base, named
         self._own = {n: _plugin(n, kind, OURS, target) for n, target in own.items()}
         self._registered: dict[str, Plugin] = {}
-        self.changes = 0  # how often something was registered: what was read before may read otherwise now
+        self.changes = 0  # number of registrations: texts parsed before may parse differently now
 
     def name_of(self, cls: type[T]) -> str:
         """What the class calls itself."""
@@ -112,7 +112,7 @@ class Registry(Generic[T]):
         return loaded
 
     def register(self, cls: type[T]) -> None:
-        """Make a class known by its name in this process.  Raises PluginError where another has the name.
+        """Register a class under its name in this process.  Raises PluginError if the name is taken.
 
         The same class again, or a redefinition in the same module (a rerun notebook cell), is not a clash.
         """

@@ -1,4 +1,4 @@
-"""Sizes that may be symbols: what they are at the example inputs, and what is known of them."""
+"""Possibly symbolic sizes: their values for the example inputs, and facts about them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from attnopt.capture.program import Program
 
 LONGEST = 6000  # characters of torch's size expressions with all axes dynamic: beyond, each operator takes seconds
-Captured = Callable[[Inputs, Any, bool], "Program"]  # inputs, shapes, whether only as far as it is cheap
+Captured = Callable[[Inputs, Any, bool], "Program"]  # inputs, shapes, whether to stop when it becomes expensive
 
 
 class TooManyRelationsError(Exception):
@@ -87,7 +87,7 @@ def as_far_as_it_goes(model: nn.Module, inputs: Inputs, auto: Auto, captured: Ca
 
 
 def _with_every_axis(model: nn.Module, inputs: Inputs, captured: Captured) -> Program | None:
-    """None where more than the first two axes of a tensor cannot be had, or only at the cost of these."""
+    """None if more than the first two axes of a tensor cannot be dynamic, or only at the expense of these."""
     shapes = asked_shapes(model, *inputs, Auto())
     asked = axes_of_leaves(model.forward, *inputs, shapes)
     try:

@@ -1,4 +1,4 @@
-"""From a model and example inputs to a graph: torch.export first, symbolic tracing for what only it can trace."""
+"""Capture: from a model and example inputs to a graph, by torch.export, otherwise by symbolic tracing."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _calls(model: nn.Module, args: Args, kwargs: Kwargs) -> Calls:
 
 
 def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    """Wrong inputs are the user's to see as they are, not through a tracer."""
+    """Report wrong inputs directly, not through a tracer."""
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as e:
@@ -225,7 +225,7 @@ def _without_partial_graph() -> Iterator[None]:
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares every parameter and buffer: what tracing leaves in attributes stays out of the user's model."""
+    """A copy with shared parameters and buffers, so attributes set by tracing do not affect the user's model."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, shared)
@@ -254,7 +254,7 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
 
 
 def _settle_sizes(module: fx.GraphModule) -> None:
-    """A size that was to vary and turned out to be fixed while the model was traced is a number like any other."""
+    """A requested dynamic size that became static during tracing is an ordinary number."""
     mode = fake_mode(module.graph)
     for node in module.graph.nodes:
         val = node.meta.get("val")
@@ -275,7 +275,7 @@ def _refuse_own_generator(module: fx.GraphModule) -> None:
 
 
 def _condensed(e: BaseException) -> str:
-    """The telling lines of a tracer's message: what stopped it, and the user's line."""
+    """The relevant lines of a tracer's message: the cause, and the user's line."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     telling = [
         x

@@ -31,7 +31,7 @@ def named_arguments(
 ) -> tuple[dict[str, Any], int]:
     """Every argument under a unique name, in call order, and the number of positional ones.
 
-    What lands in ``*args`` is called ``args_0``, ``args_1``, ...; what lands in ``**kwargs`` has its keyword."""
+    Arguments in ``*args`` are called ``args_0``, ``args_1``, ...; those in ``**kwargs`` have their keyword."""
     parameters = inspect.signature(forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
@@ -48,7 +48,7 @@ def is_variadic(forward: Callable[..., Any]) -> bool:
 
 
 def arguments_by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, in the order in which torch.export names it: each keyword that lands in ``**kwargs`` under its own name."""
+    """The given arguments, in the order of torch.export: each keyword in ``**kwargs`` under its own name."""
     if is_variadic(forward):
         return named_arguments(forward, args, kwargs)[0]
     return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
@@ -56,7 +56,7 @@ def arguments_by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 @contextmanager
 def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, ``forward`` names each argument of this call: torch.export knows no axes of what lands in ``**kwargs``."""
+    """Inside, ``forward`` names each argument of this call: torch.export supports no axes for ``**kwargs``."""
     if not is_variadic(model.forward):
         yield
         return
@@ -82,7 +82,7 @@ def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: Any) -> Any:
-    """torch.export's notation for this call, with a name for each argument; ``asked`` is that notation or an ``Auto``."""
+    """torch.export's notation for this call, with a name for each argument; ``asked`` is that notation or ``Auto``."""
     if isinstance(asked, Auto):
         return _automatic(model.forward, args, kwargs, asked)
     if isinstance(asked, ShapesCollection):
@@ -168,7 +168,7 @@ def _varying(axes: Iterable[tuple[Any, Any]]) -> Axes:
 
 
 def without(shapes: Mapping[str, Any], named: Mapping[str, Any], fixed: set[tuple[int, int]]) -> dict[str, Any]:
-    """``shapes`` of all arguments without these axes, given by the number of the leaf."""
+    """``shapes`` of all arguments without these axes, by leaf index."""
     place = iter(range(len(pytree.tree_leaves(dict(named)))))
 
     def of(x: Any, asked: Any) -> Any:

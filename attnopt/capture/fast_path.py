@@ -1,4 +1,4 @@
-"""torch's own fast path of nn.TransformerEncoder, which a model takes in eval mode without gradients.
+"""torch's fast path of nn.TransformerEncoder, used in eval mode without gradients.
 
 It skips padded positions and writes zeros there.  A graph never takes it, so everything here is compared with the
 model outside it, and a warning reports a model that differs on it.
@@ -37,7 +37,7 @@ def leaves_out_padding(model: nn.Module, inputs: Inputs, state: Sequence[str]) -
     given = []
     for is_on in (True, False):
         with torch.random.fork_rng(devices=[]), fast_path(is_on), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of tensors that it makes on this path
+            warnings.simplefilter("ignore")  # torch's own warnings about tensors that it creates on this path
             torch.manual_seed(0)
             try:
                 given.append(outputs_of(model, inputs, state))

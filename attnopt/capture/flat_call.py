@@ -36,11 +36,11 @@ Kwargs = dict[str, Any]
 
 
 class OtherObjectsError(CaptureError):
-    """The model makes other objects of these inputs than it did when it was captured."""
+    """The model builds other objects from these inputs than at capture."""
 
 
 class Parts(dict[str, Any]):
-    """The tensors of one object, in a graph's output."""
+    """The tensors of one object in the output of a graph."""
 
 
 pytree.register_pytree_node(
@@ -58,8 +58,8 @@ pytree.register_pytree_node(
 class Inputs:
     """Objects among the inputs: ``places`` are the leaves of the tree of arguments, ``paths`` those of its tensors.
 
-    ``writes``: leaves into which the call writes.  ``counters``: numbers that the call changes.  ``varying``: axes of leaves
-    that other calls may give other sizes."""
+    ``writes``: leaves that the call writes.  ``counters``: numbers that the call changes.  ``varying``: axes of leaves
+    whose size may differ between calls."""
 
     names: tuple[str, ...]
     positional: int
@@ -112,7 +112,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Results:
-    """What the call gives: ``objects`` among its outputs, ``states`` of the caller's objects that it changes, ``writes`` from
+    """The results of a call: ``objects`` among its outputs, ``states`` of the caller's objects that it changes, ``writes`` from
     its leaves to the inputs'.  ``paths`` are those of its leaves, ``outer`` how much of each leads to the object it is in."""
 
     nodes: tuple[Node, ...]
@@ -121,7 +121,7 @@ class Results:
     writes: tuple[tuple[int, int], ...]
     paths: tuple[Path, ...]
     outer: tuple[int, ...]
-    visible: int  # leaves of the output; the others are of states and writes
+    visible: int  # leaves of the output; the others belong to states and writes
 
     @property
     def has_state(self) -> bool:
@@ -290,7 +290,7 @@ def _kept_apart(leaves: list[Any], results: Results, taken: Taken) -> list[Any]:
 
 
 def put_together(inputs: Inputs, args: Args, kwargs: Mapping[str, Any], clones: bool = False) -> Any:
-    """(args, kwargs) of the model itself, what they were made with, and their leaves."""
+    """(args, kwargs) of the model itself, their builder, and their leaves."""
     named = inputs.named(args, kwargs)
     leaves = pytree.tree_leaves(named)
     if clones:  # so the graph reads its inputs without writing them

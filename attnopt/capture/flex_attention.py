@@ -1,8 +1,8 @@
-"""Calls of torch's ``flex_attention``, written out as operators that the matcher reads.
+"""Calls of torch's ``flex_attention``, expanded to operators that the matcher reads.
 
-A call stays in the graph beside its written-out form until something is put in the place of that: what is not raised runs
-the model's own kernel.  What the call means is torch's eager implementation: ``mask_mod`` decides, and the blocks of a
-``BlockMask`` only say where it has to be asked.
+A call stays in the graph beside its expanded form until that is replaced: an attention that is not raised runs
+the model's own kernel.  Semantics are those of torch's eager implementation: ``mask_mod`` decides, and the blocks of a
+``BlockMask`` only say where to evaluate it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain, symbols
 from attnopt.graph.nodes import arg, aten, dtype, is_call, opname, shape, source_line, value
 from attnopt.ir.refusal import Refusal
 
-KEPT = "attnopt.call"  # in ``meta`` of a call's result and of what stands for it: the name that pairs the two
+KEPT = "attnopt.call"  # in ``meta`` of the result of a call and of its expansion: the name that links the two
 _WHY = "attnopt.unread"  # in ``meta`` of a call that is not written out
 _INDICES = 4  # batch, head, query and key
 
@@ -34,7 +34,7 @@ def is_flex(node: fx.Node) -> bool:
 
 
 def write_out(gm: fx.GraphModule) -> bool:
-    """Let what uses a call use its written-out form; a call that has none keeps the reason.  Whether any was written out."""
+    """Redirect users of a call to its expanded form; otherwise record the reason.  Returns whether any was expanded."""
     found = False
     for call in [n for n in gm.graph.nodes if is_flex(n)]:
         results = [u for u in call.users if u.users]
@@ -57,8 +57,8 @@ def write_out(gm: fx.GraphModule) -> bool:
 
 @contextmanager
 def freshly_traced() -> Iterator[None]:
-    """A call outside of torch.compile is traced by dynamo, which remembers it from calls at other sizes, and then makes sizes
-    symbolic that an export knows nothing of."""
+    """A call outside torch.compile is traced by dynamo, which remembers it from calls at other sizes, and then makes sizes
+    symbolic that the export does not know."""
     library = sys.modules.get("torch.nn.attention.flex_attention")
     if library is None:
         yield
@@ -119,7 +119,7 @@ def call_behind(node: fx.Node) -> fx.Node:
 
 
 def restore_calls(gm: fx.GraphModule) -> None:
-    """Calls again where their written-out form is still in use; elsewhere they go."""
+    """Restore calls whose expanded form is still in use; remove the others."""
     for result in [n for n in gm.graph.nodes if KEPT in n.meta and is_call(n, operator.getitem)]:
         form = call_behind(result)
         form.replace_all_uses_with(result)
@@ -182,7 +182,7 @@ def _on_grid(
         n for n in emit.graph.nodes if is_call(n, aten._to_copy.default) and isinstance(n.args[0], (int, float))
     ]:
         number = node.args[0]
-        node.replace_all_uses_with(number)  # vmap's own spelling of a number beside tensors
+        node.replace_all_uses_with(number)  # vmap's form of a number next to tensors
         emit.graph.erase_node(node)
     return made
 

@@ -27,8 +27,8 @@ _READ = (
 def functional(exported: ExportedProgram) -> ExportedProgram:
     """The program without in-place writes, regions and unsupported composite operators.
 
-    Tracing it a second time, which is what torch does for that, costs more than the export did; most graphs are
-    functional already.
+    torch retraces for this, which costs more than the export itself; most graphs are
+    already functional.
     """
     if all(map(_is_functional, exported.graph.nodes)):
         return exported

@@ -24,8 +24,8 @@ from attnopt.graph.evaluate import bounds
 def relations(
     program: ExportedProgram, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Python expressions in which ``x[1]`` is the length of the input ``x`` along axis 1, beyond what fixed axes and axes of
-    one symbol say by themselves.  ``forward`` is called with ``args`` and ``kwargs`` as the program was captured."""
+    """Python expressions in which ``x[1]`` is the length of the input ``x`` along axis 1, beyond what static axes and axes of
+    the same symbol imply.  ``args`` and ``kwargs`` are those of ``forward`` at capture."""
     inputs = user_inputs(program)
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     paths = ["L" + pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(dict(bound))]

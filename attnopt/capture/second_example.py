@@ -46,7 +46,7 @@ def longer_axes(model: nn.Module, inputs: Inputs, asked: Sequence[Axes]) -> froz
 
 
 def repeated(inputs: Inputs, places: frozenset[Place], fades: bool = True) -> Inputs:
-    """The inputs, repeated along these axes to a length that no other axis has.
+    """The inputs, repeated along these axes to a unique length.
 
     ``fades``: no two copies of floating-point numbers are equal, so mixing them up is detected."""
     leaves, spec = pytree.tree_flatten(inputs)

@@ -17,7 +17,7 @@ from attnopt.errors import CaptureError
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the model's ``forward``: its default is shown as text, as it may be any object."""
+    """One parameter of the model's ``forward``; its default, which may be any object, is stored as text."""
 
     name: str
     kind: str
@@ -26,7 +26,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of ``forward`` and which of them were given, and how, when the model was captured."""
+    """The parameters of ``forward``, and which of them were passed at capture, and how."""
 
     parameters: tuple[Parameter, ...]
     positional: tuple[str, ...]

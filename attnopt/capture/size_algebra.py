@@ -17,7 +17,7 @@ import sympy
 
 Bounds = Mapping[str, tuple[int, int | None]]
 LONGEST = 400  # characters: a longer relation stays unchanged
-_COMPARED = 40  # relations that are held against each other
+_COMPARED = 40  # relations that are compared with each other
 _floordiv, _mod = sympy.Function("floordiv", integer=True), sympy.Function("mod", integer=True)
 
 
@@ -30,7 +30,7 @@ class Relation:
 
 
 def told_once(relations: Iterable[str], bounds: Bounds) -> tuple[str, ...]:
-    """Those that could fail, one of each meaning, and none that follows from another one."""
+    """Those that could fail, without equivalents and implied ones."""
     trees = [(text, ast.parse(text, mode="eval").body if len(text) <= LONGEST else None) for text in relations]
     same = _equal_sizes([tree for _, tree in trees if tree is not None], bounds)
     known: dict[object, tuple[str, Relation | None]] = {
@@ -89,7 +89,7 @@ def always_holds(tree: ast.expr, bounds: Bounds) -> bool:
 
 
 def _follows(relation: Relation | None, others: Sequence[Relation | None], bounds: Bounds) -> bool:
-    """From another one that asks for more."""
+    """Implied by a stronger relation."""
     if relation is None or relation.form != ">=" or len(others) > _COMPARED:
         return False
     return any(

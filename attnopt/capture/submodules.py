@@ -43,9 +43,9 @@ class InPlace(nn.Module):
 
 
 def attention_regions(model: nn.Module, calls: Sequence[Inputs]) -> list[Region]:
-    """The modules whose own code normalises something, as attentions do, in the order in which they run.
+    """The modules whose own code contains a softmax, in execution order.
 
-    What they normalise is for the matcher to tell; a router of experts is among them too.
+    The matcher decides whether it is an attention; an expert router is included, too.
     """
     regions = {name: Region(name) for name in _normalising(model, calls[0])}
     handles = [

@@ -1,4 +1,4 @@
-"""``len(x)`` of a tensor under torch.export: Python makes a plain number of what ``__len__`` returns, and so fixes the axis."""
+"""``len(x)`` of a tensor under torch.export: Python converts the result of ``__len__`` to an int, which fixes the axis."""
 
 from __future__ import annotations
 

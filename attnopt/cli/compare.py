@@ -100,7 +100,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _loaded(name: str, given: Given) -> Named:
-    """An ONNX file runs in ONNX Runtime, which is what it is for."""
+    """An ONNX file runs in ONNX Runtime."""
     from attnopt.cli.load_model import Named, resolve
     from attnopt.cli.onnx_inputs import InRuntime, is_onnx
 
@@ -115,7 +115,7 @@ def _ms(seconds: tuple[float, ...]) -> list[float]:
 def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...], dict[str, Any], str]:
     """The inputs of the command line, or the example inputs of the first model that has some.
 
-    Where none has: zeros of the sizes that one was captured with, or made-up values for a file without free axes.
+    Otherwise zeros of the captured sizes, or synthetic values for a file without free axes.
     """
     from attnopt.cli.onnx_inputs import example_inputs, is_onnx
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from attnopt.cli.demo_data import Encode
 
-# Half of the layers get a window, the other half lose their weakest heads: that much is fixed here.  Which layers and
+# Half of the layers get a window, the other half lose their weakest heads; this is fixed.  Which layers and
 # which heads is decided by news texts (Lee's background) that the table's evaluation sets do not contain.
 WINDOW, SINKS = 16, 1
 PRUNED_PER_LAYER = 2

@@ -82,7 +82,7 @@ def load_encoder() -> tuple[SentenceEncoder, Any]:
 
 
 def let_transformers_import() -> None:
-    """transformers imports torchvision if it is there; its CUDA build beside CPU torch lacks two operators.
+    """transformers imports torchvision if installed; a CUDA build of it with CPU torch lacks two operators.
 
     If they exist, defining them would crash the process.
     """

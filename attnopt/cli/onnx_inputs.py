@@ -27,12 +27,12 @@ from attnopt.onnx.load.error_text import quoted
 if TYPE_CHECKING:
     import onnx
 
-BATCH, LENGTH = 2, 16  # made-up sizes of free axes: the first one of an input, and any other
+BATCH, LENGTH = 2, 16  # default sizes of free axes: the first one of an input, and any other
 
 
 @dataclass(frozen=True)
 class Given:
-    """``--inputs``: a file of arrays.  ``--size``: free axes by name.  ``needs_sizes``: what is made depends on them."""
+    """``--inputs``: a file of arrays.  ``--size``: free axes by name.  ``needs_sizes``: the result depends on them."""
 
     inputs: Path | None
     sizes: Mapping[str, int]

@@ -35,7 +35,7 @@ def show(arguments: argparse.Namespace, data: Any, table: RenderableType) -> Non
 
 
 def resolved(arguments: argparse.Namespace, needs_sizes: bool = False) -> Named:
-    """The command's model.  ``needs_sizes``: what comes out depends on the sizes of an ONNX file's free axes."""
+    """The model of the command.  ``needs_sizes``: the result depends on the sizes of an ONNX file's free axes."""
     from attnopt.cli.load_model import resolve
     from attnopt.cli.onnx_inputs import Given, require_onnx
 
@@ -58,7 +58,7 @@ def require_model(name: str, named: Named, why: str) -> None:
 
 @contextlib.contextmanager
 def warnings_told() -> Iterator[None]:
-    """attnopt's own warnings as one line each; those of others as they are."""
+    """attnopt's own warnings as one line each; others unchanged."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", AttnoptWarning)
         as_before = warnings.showwarning

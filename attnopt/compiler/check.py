@@ -32,8 +32,8 @@ from attnopt.graph.nodes import is_tensor, opname, value, written
 from attnopt.ir.blame import is_ours, told
 from attnopt.lower.lower import Plan, lower
 
-RESIZED = 2  # other sizes that are compared: one nearby, and one that a strided layer in front makes another one too
-VANISHES = 1e-3  # of a difference is left in double precision where it is rounding, which shrinks by 1e-9
+RESIZED = 2  # other sizes to compare: one nearby, and one that still differs after a strided layer
+VANISHES = 1e-3  # fraction of a difference left in double precision if it is rounding, which shrinks by 1e-9
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Checker:
     def _in_double(
         self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
     ) -> tuple[nn.Module, nn.Module]:
-        """The module, and what it means: the plain form, or the captured graph as far as that is seen to be the model, in
+        """The module and its reference: the plain form, or the captured graph if verified to equal the model, in
         which parts in half precision are in double precision too."""
         meant = self.program.module if plain is None else plain
         if plain is None:
@@ -220,7 +220,7 @@ def _told(counted: Sequence[str]) -> tuple[str, ...]:
 
 
 def coarsest(gm: fx.GraphModule) -> float:
-    """The tolerance for the least precise products in the graph, which may be in half precision between others."""
+    """The tolerance for the least precise products in the graph, some of which may be in half precision."""
     found = {value(n).dtype for n in gm.graph.nodes if opname(n) in HEAVY and is_tensor(n)}
     return max((TOLERANCE[d] for d in found if d in TOLERANCE), default=0.0)
 
@@ -265,8 +265,8 @@ def resized(
 ) -> list[Inputs]:
     """The example inputs at other sizes of the module's dynamic axes, by repeating them; the module may refuse some.
 
-    First at larger, odd sizes of which no two are equal, then at multiples, then at sizes that grow or shrink alike, then
-    each size alone: what fits the bounds of the graph and the relations ``held`` between its sizes (see ``Report.fixed_axes``).
+    First at larger, distinct odd sizes, then at multiples, then at sizes that grow or shrink together, then
+    each size alone, within the bounds of the graph and the constraints ``held`` between its sizes (see ``Report.fixed_axes``).
     """
     sizes = symbols(module.graph)
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]

@@ -82,7 +82,7 @@ def decide(
         notes += told
     plan = Plan(found, site.spec, tuple(_kept(e, found.site) for e in edits), backend, tuple(applied), out_bias)
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
-        return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
+        return Decision(found, found.site, refusals={**refusals, **reasons})  # it already has plain operators
     return Decision(
         found,
         site,

@@ -35,7 +35,7 @@ ROOT = "(root)"
 
 @dataclass(frozen=True)
 class Step:
-    """An operation on the way: ``code`` in the graph, ``where`` and ``source`` in the user's model."""
+    """One operation: ``code`` in the graph, ``where`` and ``source`` in the user's model."""
 
     code: str
     where: str
@@ -72,10 +72,10 @@ def explain(
     *,
     dynamic_shapes: Any = None,
 ) -> tuple[Explanation, ...]:
-    """Everything of this name; a module may hold several.
+    """Every explanation for this name; a module may contain several.
 
-    With a ``policy`` its passes are asked, else all installed passes whose answer does not depend on their options.
-    Raises AttnoptError, with the names that there are, where there is none of this name.
+    With a ``policy``, its passes are checked; otherwise all installed passes whose answer does not depend on options.
+    Raises AttnoptError with the known names if there is none of this name.
     """
     program = capture(model, args, dict(kwargs), dynamic_shapes)
     graph = program.module.graph
@@ -123,7 +123,7 @@ def _of_site(found: Found, policy: Policy | None) -> Explanation:
 
 
 def _backends() -> list[Backend]:
-    """Every installed backend that can be made by its name."""
+    """Every installed backend that can be constructed without arguments."""
     made: list[Backend] = []
     for name in plugins.backends():
         with contextlib.suppress(PluginError):
@@ -168,7 +168,7 @@ def _refused(graph: fx.Graph) -> Iterable[tuple[fx.Node, Refusal]]:
             recognise(anchor)
         except NotAttentionError as e:
             yield _node(anchor), e.refusal
-        except Exception:  # told as a near miss by ``find``
+        except Exception:  # reported as a near miss by ``find``
             continue
 
 
@@ -214,7 +214,7 @@ def _path(graph: fx.Graph, anchor: fx.Node, node: fx.Node) -> list[fx.Node]:
 
 
 def _undirected(graph: fx.Graph) -> nx.Graph[fx.Node]:
-    """Operations and what they use; weights and inputs join nothing, because everything uses them."""
+    """Operations and their operands; weights and inputs connect nothing, because everything uses them."""
     joined: nx.Graph[fx.Node] = nx.Graph()
     operations = [n for n in graph.nodes if n.op == "call_function"]
     joined.add_nodes_from(graph.nodes)
@@ -227,7 +227,7 @@ def _step(node: fx.Node, differs: bool) -> Step:
 
 
 def source_text(node: fx.Node) -> str:
-    """The line of the user's model that made ``node``; "" where it is not known."""
+    """The line of the user's model that created ``node``; "" if unknown."""
     frames = re.split(r"^\s*File ", node.meta.get("stack_trace") or "", flags=re.MULTILINE)[1:]
     own = [f for f in frames if "/torch/" not in f.partition("\n")[0]] or frames
     lines = own[-1].splitlines()[1:] if own else []

@@ -32,8 +32,8 @@ MEASURED = 4  # batches, spread over the calibration data, on which a site's inf
 
 @dataclass(frozen=True)
 class Allotment:
-    """``passes``: (site, the pass as the policy has it) -> the pass with the site's share; ``ready``: by the site's name
-    the decision, where it came up on the way."""
+    """``passes``: (site, the pass of the policy) -> the pass with the allocation of the site; ``ready``: by site name
+    the decision, if it was already computed."""
 
     passes: Mapping[tuple[str, Pass], Pass]
     ready: Mapping[str, Decision]
@@ -53,7 +53,7 @@ class _Shares:
 def allot(
     gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs]
 ) -> Allotment:
-    """Each site's share of every pass of the policy whose budget is one for all sites."""
+    """The allocation of each site for every pass of the policy with a shared budget."""
     made: dict[tuple[str, Pass], Pass] = {}
     ready: dict[str, Decision] = {}
     shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}

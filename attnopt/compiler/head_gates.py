@@ -19,7 +19,7 @@ from attnopt.match.find import Found
 
 @dataclass(frozen=True)
 class Gated:
-    """``module`` computes what the model computes while all gates are 1; ``gates`` [1, H, 1, 1] by the site's name."""
+    """``module`` equals the model while all gates are 1; ``gates`` [1, H, 1, 1] by site name."""
 
     module: fx.GraphModule
     gates: Mapping[str, Tensor]

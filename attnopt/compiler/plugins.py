@@ -69,7 +69,7 @@ def register(cls: C) -> C:
 class Description:
     """A row of a listing.
 
-    ``options``: option names and defaults ("required" where there is none); ``exact``: None for all but passes; ``error``:
+    ``options``: option names and defaults ("required" without a default); ``exact``: None for all but passes; ``error``:
     why it cannot be loaded, "" if it can.
     """
 
@@ -83,12 +83,12 @@ class Description:
 
 
 def passes() -> dict[str, Plugin]:
-    """All known passes by name, none of them imported."""
+    """All known passes by name, without importing them."""
     return PASSES.listed()
 
 
 def backends() -> dict[str, Plugin]:
-    """All known backends by name, none of them imported."""
+    """All known backends by name, without importing them."""
     return BACKENDS.listed()
 
 
@@ -111,7 +111,7 @@ def typical_pass(name: str) -> Pass | None:
 
 
 def make_backend(name: str) -> Backend:
-    """The backend of this name with its default options.  Raises as ``load_backend``, PluginError where it has none."""
+    """The backend of this name with default options.  Raises like ``load_backend``, and PluginError if it has required options."""
     cls = load_backend(name)
     try:
         return cls()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".yaml", ".yml", ".json")
 LARGEST = 1 << 20  # bytes
-DEEPEST = 100  # collections in one another; the YAML parser's time grows with the square of it
+DEEPEST = 100  # nested collections; the YAML parser is quadratic in this
 LONGEST_NUMBER = 400  # characters; the time for YAML's numbers of base 60 grows with the square of it
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 

@@ -40,8 +40,8 @@ class Stream:
             self.dying.setdefault(last, []).append(n)
 
     def sites(self) -> Iterator[tuple[Found, Activations]]:
-        """Each site, in the order in which they run, with what it computes on the batches; what that is computed from
-        is kept as long as the activations are."""
+        """Each site in execution order with its activations on the batches; their inputs
+        live as long as the activations."""
         at, environments = 0, [example_values(self.gm, *batch) for batch in self.batches]
         for f in watched(self.found, "calibrating one attention after another"):
             end = self.place[f.raised.node]
@@ -109,7 +109,7 @@ class Stream:
     def _anew(
         self, node: fx.Node, dirty: Sequence[fx.Node], values: Mapping[fx.Node, Any], new: Mapping[str, Tensor]
     ) -> Tensor:
-        """The value of ``node``, where parameters have the values ``new``."""
+        """The value of ``node`` with the parameters ``new``."""
         reached: set[fx.Node] = set()
         for n in sorted(dirty, key=self.place.__getitem__):
             if str(n.target) in new if n.op == "get_attr" else reached & set(n.all_input_nodes):
@@ -125,7 +125,7 @@ class Stream:
 
 
 def _read_by(f: Found) -> set[fx.Node]:
-    """What the site's operands are computed from, with its own weights or with others."""
+    """The inputs of the site's operands, with its own or other weights."""
     return {
         *f.raised.node.all_input_nodes,
         *(i for nodes in f.dirty.values() for n in nodes for i in n.all_input_nodes),

@@ -26,7 +26,7 @@ class Setting:
     value: Any
 
     def swap(self) -> Setting:
-        """Set it, and tell how to undo that."""
+        """Set it, and return the inverse."""
         before = Setting(self.owner, self.name, getattr(self.owner, self.name, None))
         setattr(self.owner, self.name, self.value)
         return before
@@ -76,10 +76,10 @@ def settle(candidates: Iterator[tuple[Setting, ...]], agrees: Callable[[], bool]
     return None
 
 
-# ------------------------------------------------------------ a configuration from which the class makes the same shapes
+# ------------------------------------------------------------ a configuration from which the class builds the same shapes
 def configurations(home: Any, counts: Counts) -> Iterator[tuple[Setting, ...]]:
-    """Changes of the configuration of ``home``, a model of transformers' with its new weights in it, from which its class
-    makes a model of exactly these shapes; with them the attributes that the class then sets otherwise."""
+    """Changes of the configuration of ``home``, a transformers model with its new weights, from which its class
+    builds a model of exactly these shapes; including the attributes that the class then sets differently."""
     kind, config = type(home), home.config
     data = config.to_dict()
     wanted, before = _shapes(home), _empty(kind, config, data)
@@ -100,7 +100,7 @@ Path = tuple[str, ...]
 
 
 def _changed_entries(config: Any, data: Mapping[str, Any], counts: Counts) -> Iterator[dict[Path, int]]:
-    """Combinations of new counts in the entries that hold an old one, those that change names with "head" first."""
+    """Combinations of new counts in the entries with an old one, names with "head" first."""
     moves = [move for move in (counts.heads, counts.kv_heads) if move[0] != move[1]]
     options: dict[Path, list[int | None]] = {}
     for path, value in _entries(config, data):
@@ -174,7 +174,7 @@ Slot = tuple[type[nn.Module], str]
 
 def attributes(sites: Sequence[tuple[Sequence[nn.Module], Counts]]) -> Iterator[tuple[Setting, ...]]:
     """Changes of numbers in the modules around all sites; one attribute of a class means the same at each of them, also at
-    those that stay as they are.  Candidates that change most come first."""
+    unchanged ones.  Candidates with the most changes come first."""
     options: dict[Slot, list[str]] = {}
     for modules, counts in sites:
         for module in modules:

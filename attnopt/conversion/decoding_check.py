@@ -39,7 +39,7 @@ def decoding_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _text(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The token ids [B, L] and their mask among the example inputs, where these are all that the model is given."""
+    """The token ids [B, L] and their mask among the example inputs, if these are the only inputs."""
     parameters = inspect.signature(model.forward).parameters
     if not {"past_key_values", "use_cache"} <= set(parameters) or not getattr(model, "can_generate", bool)():
         return None

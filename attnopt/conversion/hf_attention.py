@@ -23,8 +23,8 @@ from attnopt.patterns import Causal, is_readable, parse
 from attnopt.patterns.algebra import Full, Pattern
 from attnopt.patterns.lookback import Past
 
-# The attention implementation that takes the place of another, and the masks that the other one works on: where a query of
-# padding sees no key at all, float masks leave it an average and bool masks nothing, and that shall stay as it was.
+# The attention implementation that replaces another, and the masks of that one: for fully masked padding queries,
+# float masks give an average and bool masks nothing, which must stay the same.
 NAMES = {"eager": ("attnopt-eager", eager_mask)}
 OTHERWISE = ("attnopt", sdpa_mask)
 PATTERN = "attnopt_pattern"  # attribute of an attention module
@@ -118,7 +118,7 @@ def attend(
         return out, None
     mask = None if attention_mask is None else _left(attention_mask, key.shape[2], found.look_back)
     if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        found = Causal() & found  # what a missing mask means to transformers
+        found = Causal() & found  # the meaning of a missing mask in transformers
     if dropout == 0.0 and (query.shape[2] > 1 or own_scores):
         return _computed(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
     if own_scores:

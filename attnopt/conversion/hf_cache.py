@@ -1,4 +1,4 @@
-"""A cache layer of transformers' that keeps only what a pattern can still see: the first tokens and the recent ones."""
+"""A transformers cache layer that keeps only what a pattern can still see: the first tokens and the recent ones."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
 
 def _ends(t: Tensor, sinks: int, recent: int) -> list[Tensor]:
     """The first and the last tokens of [.., S, D], as views; all of them if there are no more."""
-    length = t.shape[-2] if t.dim() > 1 else 0  # nothing at all, before the first update
+    length = t.shape[-2] if t.dim() > 1 else 0  # empty before the first update
     return [t] if length <= sinks + recent else [t[..., :sinks, :], t[..., length - recent :, :]]
 
 

@@ -36,7 +36,7 @@ class Part:
 
     @property
     def plans(self) -> list[Plan]:
-        """What is to be changed, with all that can be in the weights moved there."""
+        """The changes, with everything possible folded into the weights."""
         plans = [d.plan for d in self.made.decisions if d.plan is not None and not d.plan.changes_nothing]
         left = [folded(plan.found, Folded(plan.spec, plan.edits, plan.out_bias)) for plan in plans]
         return [

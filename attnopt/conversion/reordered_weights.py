@@ -94,7 +94,7 @@ def _of_site(plan: Plan) -> dict[str, Tensor]:
     return values
 
 
-Held = tuple[Sequence[Sequence[int]], Sequence[int]]  # the places of each head, and the heads that stay, in their order
+Held = tuple[Sequence[Sequence[int]], Sequence[int]]  # the indices of each head, and the remaining heads, in order
 
 
 def _axes(site: Site, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]]]:
@@ -138,7 +138,7 @@ def _is_parameter(node: fx.Node) -> bool:
 
 
 def _arranged(held: Sequence[Held], length: int) -> list[int]:
-    """For each place that remains along the axis, the old place that comes there; places of no head stay as they are."""
+    """For each remaining index along the axis, its old index; indices outside heads are unchanged."""
     source: dict[int, int | None] = {}
     for rows, wanted in held:
         taken = dict(zip(sorted(wanted), wanted, strict=True))  # a slot that stays -> the head that comes into it
