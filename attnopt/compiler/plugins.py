@@ -111,7 +111,7 @@ def typical_pass(name: str) -> Pass | None:
 
 
 def make_backend(name: str) -> Backend:
-    """The backend of this name with default options.  Raises like ``load_backend``, and PluginError if it has required options."""
+    """The backend of this name with default options.  Raises like ``load_backend``, or PluginError if options are required."""
     cls = load_backend(name)
     try:
         return cls()

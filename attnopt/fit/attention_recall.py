@@ -56,7 +56,7 @@ def measured(
 
 
 class _Operands(fx.Interpreter):
-    """Runs what the operands of the attentions need, and nothing else."""
+    """Runs only what the operands of the attentions need."""
 
     def __init__(
         self, gm: fx.GraphModule, specs: Mapping[fx.Node, AttentionSpec], found: Mapping[fx.Node, list[Tensor]]

@@ -33,12 +33,12 @@ class Surgeon:
     has_bias: bool
 
     def removal_costs(self, places: Sequence[int]) -> list[float]:
-        """For each head at ``places``, by how much the squared error rises, relative to the targets', without it."""
+        """For each head at ``places``, the increase of the squared error without it, relative to the targets."""
         inverse, weights = self._solved(places)
         return [c / max(self.moments.yy, 1e-300) for c in self._costs(inverse, weights, len(places))]
 
     def nested(self, protected: Sequence[int] = (), least: int = 1) -> dict[int, tuple[int, ...]]:
-        """For each number of heads the best set of places that was found: the cheapest head goes, then heads outside are
+        """For each number of heads, the best set of positions found: the cheapest head is removed, then outside heads are
         swapped in while that helps; few sets are tried exhaustively.  ``protected`` positions stay."""
         places = tuple(range(self.heads))
         found = {self.heads: places}

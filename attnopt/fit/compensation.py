@@ -63,7 +63,7 @@ class Refitted:
 def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, start: Tensor | None = None) -> Refitted:
     """Fit the output projection of the heads of ``spec`` to the layer output in the original model.
 
-    ``now``: what the site computes, where its weights are others by now; ``start``: the output weights to start from.
+    ``now``: the current activations of the site, if its weights have changed; ``start``: the initial output weights.
     Raises CalibrationError.
     """
     known, _ = _learned(site)
@@ -98,7 +98,7 @@ def _weights_of(site: Site, heads: Sequence[int]) -> Tensor:
 
 
 def _features(site: Site, heads: Sequence[int]) -> Tensor:
-    """Where the features of ``heads``, which are some of the site's, stand among the site's, and the ones."""
+    """The columns of ``heads``, a subset of the site's heads, and of the ones."""
     Dv = site.value_dim
     places = [site.spec.heads.index(h) for h in heads]
     return torch.tensor([*(p * Dv + i for p in places for i in range(Dv)), site.num_heads * Dv])

@@ -28,7 +28,7 @@ def scores_at(site: Site, method: str, seed: int = 0) -> tuple[float, ...]:
 
 
 def weight_norms(site: Site) -> list[float]:
-    """Frobenius norm of what each head does to its input: value weights times output weights times gain."""
+    """Frobenius norm of the map of each head: value weights times output weights times gain."""
     return [_norm(site, place) for place in range(site.num_heads)]
 
 
@@ -44,7 +44,7 @@ def _norm(site: Site, place: int) -> float:
 
 
 def output_norms(site: Site) -> list[float]:
-    """Mean over tokens of |z_h W_o,h|: the length of what the head adds to the layer's output."""
+    """Mean over tokens of |z_h W_o,h|: the norm of the head's contribution to the layer output."""
     total, tokens = torch.zeros(site.num_heads, dtype=torch.float64), 0
     out = output_maps(site)
     for z_NHD in _outputs(site):
@@ -71,12 +71,12 @@ def mean_outputs(site: Site) -> Tensor:
 
 
 def removal_costs(site: Site) -> list[float]:
-    """Block OBS: the rise of the layer's squared error without the head, when the others make up for it as they can."""
+    """Block OBS: the increase of the layer's squared error without the head, with optimal compensation by the others."""
     return surgeon_of(site).removal_costs(range(site.num_heads))
 
 
 def focus(site: Site) -> list[float]:
-    """One minus the entropy of the head's attention weights, relative to that of uniform weights over what is seen."""
+    """One minus the entropy of the attention weights, relative to uniform weights over the visible keys."""
     total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
     for p_NHS, _ in _weights(site):
         entropy = torch.special.entr(p_NHS).sum(-1)

@@ -1,4 +1,4 @@
-"""Heads that look up what came after the same token before."""
+"""Induction heads: attention to the successor of an earlier occurrence of the query token."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from attnopt.fit.absorbable_maps import Mixing, as_real
 from attnopt.ir.activations import Activations
 from attnopt.ir.site import Site
 
-FLOOR = 1e-6  # of the largest eigenvalue: what is smaller counts as that
+FLOOR = 1e-6  # of the largest eigenvalue: smaller ones are clamped to it
 
 
 @dataclass(frozen=True)
 class Merged:
-    """For each head of a group the map into the shared head, and the map from the shared head to what reads it."""
+    """For each head of a group, the map into the shared head, and the map from the shared head to its readers."""
 
     into: tuple[Tensor, ...]
     back: tuple[Tensor, ...]
@@ -93,7 +93,7 @@ class Side:
 
 
 def keys_of(site: Site, activations: Activations, mixing: Mixing, weighted: bool) -> Side:
-    """Keys, centred in each sequence (what all keys share changes no attention).  ``weighted``: by the queries."""
+    """Keys, centred in each sequence (a common offset does not change the attention).  ``weighted``: by the queries."""
     spec = site.spec
     G, D = site.num_kv_heads, site.head_dim
     readers = [[n for n, g in enumerate(spec.kv_of_head) if g == kv] for kv in range(G)]
@@ -164,7 +164,7 @@ def _paired(k_moments: Tensor, q_moments: Tensor | None, pairs: tuple[tuple[int,
 
 def _rest(blocks: Tensor, kept: int) -> Tensor:
     """The sum of all but the ``kept`` largest eigenvalues of each matrix."""
-    narrow = torch.complex64 if blocks.is_complex() else torch.float32  # groups are only compared with each other
+    narrow = torch.complex64 if blocks.is_complex() else torch.float32  # only compared between groups
     rest: Tensor = torch.linalg.eigvalsh(blocks.to(narrow)).double()[..., :-kept].clamp(min=0).sum(-1)
     return rest
 

@@ -36,10 +36,10 @@ def agglomerated(heads: int, loss: Loss) -> dict[int, tuple[Group, ...]]:
 
 
 def optimal(heads: int, loss: Loss, counts: Sequence[int]) -> dict[int, tuple[Group, ...]]:
-    """For each of ``counts`` the partition whose losses add up to least.
+    """For each of ``counts``, the partition with the least total loss.
 
-    Exact among groups that are small enough to weigh them all (dynamic programming over subsets); compared with what
-    joining pair by pair gives, where groups may be larger.
+    Exact for few enough groups (dynamic programming over subsets); compared with the result of
+    pairwise joining, where groups may be larger.
     """
     joined = agglomerated(heads, loss)
     largest = 1

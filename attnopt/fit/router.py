@@ -48,7 +48,7 @@ def used_share(site: Site, route: Routed) -> float:
 
 
 def _moments(site: Site, places: Sequence[int]) -> tuple[Moments, Moments]:
-    """On the tokens to fit on, and on those that are held back."""
+    """On the tokens to fit on, and on the held-out ones."""
     assert site.activations is not None
     fitting, held = Sums(), Sums()
     counts = zip(site.activations.counted(False), site.activations.counted(True), strict=True)

@@ -1,7 +1,7 @@
-"""Axes as products of atoms: what einops writes as ``(b h) l d``, followed through any chain of layout operators.
+"""Axes as products of atoms, as in einops' ``(b h) l d``, traced through any chain of layout operators.
 
-An axis is a tuple of atoms, the outermost first; an axis of length 1 is the empty tuple.  An atom that a reshape cuts is
-split once and for all, so every tensor that shares it sees the same parts.
+An axis is a tuple of atoms, outermost first; an axis of length 1 is the empty tuple.  An atom that a reshape splits is
+split globally, so every tensor that shares it sees the same parts.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, value
 
 
 class Emitter:
-    """Appends nodes at one place of a graph, with their fake values, and never the same node twice."""
+    """Appends nodes at one position of a graph, with fake values, without duplicates."""
 
     def __init__(self, graph: fx.Graph, before: fx.Node, origin: dict[str, Any] | None = None) -> None:
         self.graph, self.before, self.origin = graph, before, origin or {}

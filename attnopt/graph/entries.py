@@ -20,7 +20,7 @@ from attnopt.graph.nodes import arg, aten, get_attr, is_number, is_state, run_ca
 
 _WHOLE = 1 << 20  # a tensor of at most this many elements is computed as a whole
 
-Index = tuple[Tensor, ...]  # one tensor of places for each axis, which broadcast against each other
+Index = tuple[Tensor, ...]  # one index tensor per axis, which broadcast against each other
 
 
 class UnsupportedError(Exception):
@@ -72,7 +72,7 @@ class Entries:
                 raise InvalidSizesError(str(e)) from e
 
     def at(self, node: fx.Node, index: Index) -> Tensor:
-        """The entries at ``index``, with as many axes as it, that broadcast to its shape.  Raises UnsupportedError."""
+        """The entries at ``index``, with as many axes, that broadcast to its shape.  Raises UnsupportedError."""
         found = self._at(node, index)
         ndim = max((i.dim() for i in index), default=0)
         return found.reshape((1,) * (ndim - found.dim()) + found.shape)
@@ -257,7 +257,7 @@ def _stacked(entries: Entries, node: fx.Node, index: Index) -> Tensor:
 
 
 def _indexed(entries: Entries, node: fx.Node, index: Index) -> Tensor:
-    """``x[places]`` where every given place is a tensor, one next to the other."""
+    """``x[places]`` with adjacent index tensors."""
     source, given = arg(node, 0), list(arg(node, 1))
     named = [axis for axis, g in enumerate(given) if g is not None]
     places = [given[axis] for axis in named]

@@ -1,4 +1,4 @@
-"""Running the part of a graph that makes a mask or a number, at any sizes of the inputs."""
+"""Evaluating the subgraph of a mask or a number at any input sizes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _is_varying(node: fx.Node) -> bool:
 
 
 def size_at(size: Any, sizes: Mapping[Any, int]) -> Any:
-    """A size, or another number that is computed from sizes, when the graph's symbols have ``sizes``."""
+    """A size, or another number computed from sizes, with the graph's symbols at ``sizes``."""
     return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else size
 
 
@@ -135,9 +135,9 @@ def dynamic_axes(graph: fx.Graph) -> set[tuple[str, int]]:
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: Any = None) -> Tensor:
-    """The value of ``node`` when the graph's symbols have ``sizes``; placeholders are filled with ``fill``.
+    """The value of ``node`` with the graph's symbols at ``sizes``; placeholders are filled with ``fill``.
 
-    Raises ValueError where an input's value is needed and ``fill`` is None.
+    Raises ValueError if an input value is needed and ``fill`` is None.
     """
     env: dict[fx.Node, Any] = {}
 

@@ -1,4 +1,4 @@
-"""A graph as readable code, a node a line, and what differs between two of them."""
+"""A graph as readable code, one node per line, and the differences between two graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Line:
     where: str
     site: str | None = None  # the rewritten attention that it belongs to
     passes: str = ""
-    skeleton: str = ""  # the text without the names of other nodes: equal for operations that do the same
+    skeleton: str = ""  # the text without the names of other nodes: equal for equivalent operations
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Hunk:
 
     @cached_property
     def site(self) -> str | None:
-        """The attention whose rewrite made the difference; None for what became unused or shared elsewhere."""
+        """The attention whose rewrite caused the difference; None for nodes that became unused or shared elsewhere."""
         return _site(self.lines)
 
     @property
@@ -85,7 +85,7 @@ def _site(lines: Sequence[tuple[str, Line]]) -> str | None:
 
 
 def code(node: fx.Node) -> str:
-    """ "softmax = softmax(masked_fill, -1)": one node as it is read."""
+    """ "softmax = softmax(masked_fill, -1)": one node as text."""
     return _code(node, lambda n: n.name)
 
 

@@ -140,7 +140,7 @@ def getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:
 
 
 def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool] = lambda n: False) -> Iterator[fx.Node]:
-    """``node`` and everything that it is computed from; ``stop(n)`` keeps n but not what n is computed from."""
+    """``node`` and its ancestors; ``stop(n)`` includes n without its ancestors."""
     seen, stack = {node}, [node]
     while stack:
         n = stack.pop()
@@ -180,5 +180,5 @@ def is_state(node: fx.Node) -> bool:
 
 
 def written(gm: fx.GraphModule) -> tuple[str, ...]:
-    """The names of what is state."""
+    """The names of state tensors."""
     return tuple(dict.fromkeys(str(n.target) for n in gm.graph.nodes if is_state(n)))

@@ -1,4 +1,4 @@
-"""Spellings that only hide the meaning, removed or made one from the start."""
+"""Canonicalization: remove or unify spellings without semantic difference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _ALIASES: dict[Any, Any] = {
     aten.subtract.Tensor: aten.sub.Tensor,
     aten.true_divide.Scalar: aten.div.Scalar,
     aten.true_divide.Tensor: aten.div.Tensor,
-}  # other names of the same operators
+}  # aliases of the same operators
 _SPELLED_SHORT = (
     aten.flatten.using_ints,
     aten.unflatten.int,
@@ -62,14 +62,14 @@ _SPELLED_SHORT = (
 )
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 LINKS = 6  # chained operators, as in arange(heads) // group
-FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
+FEW = 64  # indices of one axis, such as a choice of heads or of a packed role, to write as slices
 
 
-Rule = Callable[[fx.GraphModule, fx.Node], fx.Node]  # what stands in the node's place then: it may be the node, changed
+Rule = Callable[[fx.GraphModule, fx.Node], fx.Node]  # returns the replacement of the node, possibly the node itself, changed
 
 
 def tidy(gm: fx.GraphModule) -> None:
-    """Remove what only hides the meaning: metadata asserts, copies, casts and slices that change nothing.
+    """Canonicalize: remove metadata asserts, and copies, casts and slices that change nothing.
 
     Every ``view`` becomes a ``reshape``, so nothing depends on the strides of a removed copy.
     """
@@ -181,7 +181,7 @@ def _as_attention(node: fx.Node) -> None:
 
 
 def _as_slices(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """What takes known places of one axis, as the slices that it joins; ``node`` itself where it is something else."""
+    """A selection of known indices of one axis as joined slices; otherwise ``node`` itself."""
     found = _known_places(gm, node)
     if found is None:
         return node
@@ -200,7 +200,7 @@ def _replaced(node: fx.Node, made: fx.Node | None) -> fx.Node:
 
 
 def _known_places(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int, tuple[int, ...]] | None:
-    """(the tensor, the axis, the places that are taken along it), where these are few and known numbers."""
+    """(the tensor, the axis, the selected indices), if these are few and known."""
     x = operand(node)
     if is_call(node, aten.index_select.default):
         axis, index = wrap(arg(node, 1), len(shape(x))), arg(node, 2)
@@ -258,7 +258,7 @@ def _changes_nothing(node: fx.Node) -> fx.Node | None:
 
 
 def _only_part(node: fx.Node) -> fx.Node | None:
-    """The one tensor that a concatenation joins with nothing: a cache that is still empty."""
+    """The only non-empty tensor of a concatenation, as with an empty cache."""
     parts = [p for p in arg(node, 0) if math.prod(shape(p)) != 0]
     if len(parts) != 1 or len(shape(parts[0])) != len(shape(node)):
         return None

@@ -1,7 +1,7 @@
-"""What is written piece by piece into another tensor, as the concatenation that it is.
+"""Scatters: tensors assembled piece by piece, as concatenations.
 
-``k = empty(...); k[..., :16] = a; k[..., 16:] = b`` reaches the graph as one ``slice_scatter`` behind another, each of which
-passes on a whole tensor to change a part of it.
+``k = empty(...); k[..., :16] = a; k[..., 16:] = b`` becomes a chain of ``slice_scatter``, each of which
+copies a whole tensor to change a part of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def written(emit: Emitter, node: fx.Node) -> fx.Node:
 
 
 def filled(emit: Emitter, node: fx.Node) -> fx.Node | None:
-    """``x[..., mask] = number`` as the ``masked_fill`` that it is; None where indices are taken or numbers are added."""
+    """``x[..., mask] = number`` as ``masked_fill``; None for indices or accumulation."""
     x, indices, written_in = operand(node), arg(node, 1), operand(node, 2)
     masks = [(axis, i) for axis, i in enumerate(indices) if i is not None]
     if len(masks) != 1 or arg(node, 3, False) or dtype(masks[0][1]) != torch.bool or math.prod(shape(written_in)) != 1:
@@ -56,7 +56,7 @@ def full(emit: Emitter, node: fx.Node, number: float) -> fx.Node | None:
 
 
 def sizes_of(emit: Emitter, node: fx.Node) -> list[int | fx.Node] | None:
-    """The sizes of ``node`` as numbers, or as what computes them from the first tensor above it that has them."""
+    """The sizes of ``node`` as numbers, or computed from the first tensor above it that has them."""
     wanted = list(value(node).shape)
     if all(map(is_static, wanted)):
         return [hint(s) for s in wanted]
@@ -123,7 +123,7 @@ def _piece(emit: Emitter, places: Sequence[Place], axis: int) -> fx.Node:
 
 
 def _in_turns(places: Sequence[Place], axis: int) -> list[fx.Node] | None:
-    """Tensors of more than one place each, whose first places come first, then their second ones, and so on."""
+    """Interleaves tensors with several entries each: all first entries, then all second ones, and so on."""
     sources = list(dict.fromkeys(source for source, _ in places))
     lengths = {shape(s)[axis] for s in sources}
     if len(sources) == 1 or lengths == {1} or lengths != {len(places) // len(sources)}:
@@ -132,7 +132,7 @@ def _in_turns(places: Sequence[Place], axis: int) -> list[fx.Node] | None:
 
 
 def _interleaved(emit: Emitter, sources: Sequence[fx.Node], axis: int) -> fx.Node:
-    """``x[0::n] = a; x[1::n] = b; ...``: the n tensors stacked, and the two axes made one."""
+    """``x[0::n] = a; x[1::n] = b; ...``: the n tensors stacked, and the two axes merged."""
     stacked = emit.call(aten.stack.default, sources, axis + 1)
     sizes = [emit.size(stacked, a) for a in range(len(shape(stacked)))]
     length = shape(stacked)[axis] * len(sources)

@@ -21,21 +21,21 @@ T = TypeVar("T")
 HELD_BACK = 8  # one sequence in this many; with fewer sequences, this fraction at the end of each
 
 
-Compute = Callable[[Sequence[HeadWeights], bool], Sequence[Operands]]  # weights; whether for the first batch alone
+Compute = Callable[[Sequence[HeadWeights], bool], Sequence[Operands]]  # weights; whether only for the first batch
 
 
 @dataclass(frozen=True)
 class Activations:
     """``batches`` are the operands of the site with its heads in original order; ``edited`` returns them for other
-    weights.  Tokens that are padding never count; every eighth sequence is held back for checking what was fitted."""
+    weights.  Padding tokens never count; every eighth sequence is held out to check fits."""
 
-    site: Projected  # as it is in the original model
+    site: Projected  # in the original model
     batches: tuple[Operands, ...]
     compute: Compute
     edits: tuple[HeadWeights, ...] = ()
-    first: Activations | None = None  # with the original weights, where these are others
+    first: Activations | None = None  # with the original weights, if different
     calls: int = 1  # of the site's weights: ``batches`` lists those of one call, then those of the next
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what has been computed from these
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # cached results
 
     @property
     def original(self) -> Activations:

@@ -46,7 +46,7 @@ def cost_of(
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     of_key, of_value = element_sizes
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
-    if spec.is_constant:  # nothing reads the queries, keys and values
+    if spec.is_constant:  # queries, keys and values are unused
         return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)
     return Cost(int(flops), sum(parameters.values()), cached)
 

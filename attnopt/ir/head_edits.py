@@ -111,7 +111,7 @@ class TowardValues(HeadEdit):
         for head, u in self.amounts:
             place = spec.heads.index(head)
             own, group = o[:, place : place + 1], spec.kv_of_head[place]
-            value = v[:, group : group + 1].reshape(own.shape)  # not broadcast: a token goes to its own value
+            value = v[:, group : group + 1].reshape(own.shape)  # not broadcast: each token uses its own value
             made[place] = value if u == 1.0 else own * (1.0 - u) + value * u
         return with_heads(o, made)
 
@@ -139,7 +139,7 @@ class Replaced(HeadEdit):
     fits_other_values: ClassVar[bool] = False
     heads: tuple[int, ...]
     values: Constant
-    origin: str = "given values"  # what the values are, for reports
+    origin: str = "given values"  # description of the values for reports
 
     def __post_init__(self) -> None:
         axis = 0 if self.is_constant else 1
@@ -213,7 +213,7 @@ def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:
 
 
 def with_heads(o: Tensor, new: Mapping[int, Tensor]) -> Tensor:
-    """``o`` [B, H, L, Dv] with the heads at these places replaced by tensors [B, 1, L, Dv]."""
+    """``o`` [B, H, L, Dv] with the heads at these positions replaced by tensors [B, 1, L, Dv]."""
     pieces: list[Tensor] = []
     start = 0
     for place in sorted(new):

@@ -23,7 +23,7 @@ class Rewrite:
 
     spec: AttentionSpec
     edits: tuple[HeadWeights, ...] = ()
-    out_bias: Tensor | None = None  # of the output projection [out], where it changes
+    out_bias: Tensor | None = None  # of the output projection [out], if changed
     notes: tuple[str, ...] = ()  # notes for the report: which default was used, what was not saved, ...
 
 
@@ -32,7 +32,7 @@ class Pass(ABC):
 
     name: ClassVar[str]
     exact: ClassVar[bool]  # True: the model computes the same as before
-    calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` where calibration data are given
+    calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
 
     def check(self, site: Site) -> Refusal | None:
         """Why this pass does not apply to ``site``, or None."""
@@ -82,7 +82,7 @@ class Backend(ABC):
     """A way to compute an attention.  ``lower`` returns a plain tensor function, which attnopt traces into the graph."""
 
     name: ClassVar[str]
-    skips: ClassVar[bool] = False  # True: what a pattern hides is not computed
+    skips: ClassVar[bool] = False  # True: hidden pairs are not computed
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
     def check(self, spec: AttentionSpec) -> Refusal | None:

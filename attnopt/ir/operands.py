@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of the canonical attention, in their order
-BLOCK = 64  # queries, and keys, of one block of a selection
+BLOCK = 64  # queries and keys per block of a selection
 
 
 @dataclass(frozen=True)

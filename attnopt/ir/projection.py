@@ -27,7 +27,7 @@ class Projection:
     rows: tuple[tuple[int, ...], ...] | None = None
     why: str | None = None
     direct: bool = True
-    keeps_size: bool = False  # no weight becomes smaller where heads are removed
+    keeps_size: bool = False  # removing heads reduces no weight
 
     def __repr__(self) -> str:
         rows = "unknown" if self.rows is None else f"{len(self.rows)} heads of {len(self.rows[0])}"

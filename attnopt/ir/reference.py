@@ -1,4 +1,4 @@
-"""The specification as code: the formula of ``AttentionSpec``, line by line, for any spec, as slow as it is plain."""
+"""The specification as code: the formula of ``AttentionSpec``, line by line, for any spec; simple and slow."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def edited(
 
 
 def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Bool [B|1, H|1, L|1, S]: the mask operand, the pattern and the selected blocks together; None where every query sees
+    """Bool [B|1, H|1, L|1, S]: the mask operand, the pattern and the selected blocks combined; None if every query sees
     every key."""
     q_len, kv_len = q.shape[2], k.shape[2]
     seen = [] if mask is None else [mask]

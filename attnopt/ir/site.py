@@ -18,7 +18,7 @@ class Site(Projected):
     """One attention of the model, in its form after the passes applied so far."""
 
     where: str = ""  # source line of the user's model
-    notes: tuple[str, ...] = ()  # what a reader should know: weights returned to the user, shared weights, ...
+    notes: tuple[str, ...] = ()  # notes: weights returned to the user, shared weights, ...
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     batch: int = 1  # B, L and S at the sizes of the example inputs
     q_len: int = 0

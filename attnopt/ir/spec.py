@@ -43,7 +43,7 @@ class AttentionSpec:
     has_sinks: bool = False
     softcap: float | None = None
     gains: tuple[float, ...] | None = None  # one factor for each remaining query head
-    is_cross: bool = False  # keys come from another sequence than queries
+    is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)

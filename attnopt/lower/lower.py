@@ -1,7 +1,7 @@
-"""Put chosen attentions in canonical form, apply what the passes decided, and lower them to ordinary operators.
+"""Replace attentions by their canonical form, apply the plans, and lower them to ordinary operators.
 
-Two ways of doing it serve as each other's check.  "optimized" moves head selections into the weights, folds gains into
-the output projection and uses the chosen backend; "plain" computes the same meaning with the reference backend on
+There are two ways, which verify each other.  "optimized" moves head selections into the weights, folds gains into
+the output projection and uses the chosen backend; "plain" computes the same spec with the reference backend on
 full-size weights, with dense masks and zeros instead of pruned heads.
 """
 
@@ -48,11 +48,11 @@ class Plan:
     edits: tuple[HeadWeights, ...]
     backend: Backend
     passes: tuple[str, ...]
-    out_bias: Tensor | None = None  # of the output projection, where it changes
+    out_bias: Tensor | None = None  # of the output projection, if changed
 
     @property
     def changes_nothing(self) -> bool:
-        """The meaning of the site stays as it is: the plan only fuses it."""
+        """The spec of the site is unchanged: the plan only fuses it."""
         return self.spec == self.found.raised.spec and not self.edits and self.out_bias is None
 
 
@@ -126,7 +126,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
 def _attention(
     emit: Emitter, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], made: Folded, plain: bool
 ) -> fx.Node:
-    """The attention computed from operands whose heads are selected, as far up as that goes."""
+    """The attention computed from operands with selected heads, propagated backward as far as possible."""
     node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
     projected = {r: n for r, n in zip(ROLES, node.args, strict=True) if r in "qkv" and isinstance(n, fx.Node)}
     ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
@@ -157,7 +157,7 @@ def _attention(
 
 
 def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:
-    """The new weights that an operand is made with: not those that another role has, of rows that make both."""
+    """The new weights of an operand, without those of another role that shares its rows."""
     mine = site.projections.get(role)
     own = set() if mine is None or mine.rows is None else {row for rows in mine.rows for row in rows}
 

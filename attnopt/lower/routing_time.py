@@ -19,8 +19,8 @@ _ROUNDS = 3
 
 
 def faster(site: Site, masking: Backend, backends: Sequence[Backend]) -> tuple[Backend, tuple[str, ...]]:
-    """``masking``, which computes every head of a site with a route, or the fastest of ``backends`` that computes only what is
-    routed; and what the report should tell.
+    """``masking``, which computes every head of a routed site, or the fastest of ``backends`` that computes only the
+    routed pairs; with notes for the report.
 
     Measured once per kind of site and process, so equal sites are lowered alike.
     """

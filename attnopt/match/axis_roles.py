@@ -1,4 +1,4 @@
-"""Which axes of a recognised attention are heads, queries, keys and batch: read off where each comes from."""
+"""The roles of the axes of a recognized attention (heads, queries, keys, batch), from their origin."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _beside_features(r: Region) -> set[Atom]:
     """Atoms of the queries that come from the same axis of a tensor as the features of a head: heads, split from it later."""
 
     def read(atom: Atom, index: int) -> dict[tuple[fx.Node, int], set[int]]:
-        """Of each axis of each source the places that one of the atom's values is made from."""
+        """For each axis of each source, the indices that one value of the atom depends on."""
         found: dict[tuple[fx.Node, int], set[int]] = {}
         for x in landings(r.q.node, _pick(r.q, atom, index)):
             for axis, size in enumerate(shape(x.node)):
@@ -92,7 +92,7 @@ def _beside_features(r: Region) -> set[Atom]:
         return found
 
     def sources(atom: Atom) -> set[tuple[fx.Node, int]]:
-        """The axes along which the atom chooses.  Neighbours may be rotated together, and then read the same places."""
+        """The axes along which the atom selects.  Neighbours may be rotated together, and then read the same indices."""
         first, last = read(atom, 0), read(atom, atom.size - 1)
         return {key for key in first.keys() & last if first[key] != last[key]}
 
@@ -124,7 +124,7 @@ def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:
 
 
 def _query_atoms(r: Region, candidates: list[Atom]) -> Axis:
-    """Of the atoms that only queries have, those of the innermost axis: the others are a batch that keys are shared over."""
+    """Of the atoms that only queries have, those of the innermost axis: the others are a batch with shared keys."""
     if not candidates:
         return ()
     for axis in reversed(resolve_all(r.out.axes)):

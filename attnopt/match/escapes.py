@@ -1,4 +1,4 @@
-"""Where the scores or weights of an attention go that something else uses too."""
+"""Users of the scores or weights of an attention outside it."""
 
 from __future__ import annotations
 

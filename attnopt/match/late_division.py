@@ -30,7 +30,7 @@ PASSIVE = (
     aten.squeeze.dims,
     aten.slice.Tensor,
     aten.squeeze.default,
-)  # what changes no number
+)  # operators that change no values
 _LONGEST = 8  # layout changes between the product and the division
 
 

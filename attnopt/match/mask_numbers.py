@@ -27,7 +27,7 @@ class Numbers:
     """``places``: integers around which a mask may change.  ``sizes``: the graph's symbols that it depends on.
 
     ``reach``: a length beyond all combinations of the numbers, or FARTHEST.  ``anywhere``: the mask may hold anything
-    anywhere, as what is cut from something stored.
+    anywhere, such as slices of stored tensors.
     """
 
     places: frozenset[int]
@@ -38,9 +38,9 @@ class Numbers:
 
 def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths) -> Numbers | None:
     """None if a number exceeds FARTHEST, or if the nodes depend on a size by more than sums, products with
-    numbers, and steps: a logarithm or a power may change far away from every number in it.
+    numbers, and steps: a logarithm or a power may change far away from all its numbers.
 
-    Numbers that are filled in, as what hides a score is, are none, unless they are compared.
+    Fill values, such as mask values, do not count unless they are compared.
     """
     every = list(dict.fromkeys(n for node in nodes for n in ancestors(node, stop=is_number)))
     sizes = frozenset(s for n in every for s in _symbols(value(n)))
@@ -69,7 +69,7 @@ _PRODUCTS = frozenset((
 
 
 def _reach(nodes: Sequence[fx.Node], numbers: dict[fx.Node, list[float]], stored: Collection[fx.Node]) -> int:
-    """A length beyond which nothing new is seen: numbers on one way multiply, those of two ways add up, and periods multiply."""
+    """A length beyond which nothing changes: numbers on one path multiply, those of two paths add, and periods multiply."""
     known: dict[fx.Node, float] = {}
     periods = set[float]()
     for node in nodes[0].graph.nodes:
@@ -144,7 +144,7 @@ _PLACES = {
     "slice": (2, 4),
     "select": (2,),
     "roll": (1,),
-}  # what of a size is a place in these
+}  # operators in which part of a size is an index
 _EXACT = {
     torch.int8: 7,
     torch.uint8: 8,
@@ -169,7 +169,7 @@ def _is_regular(node: fx.Node, lengths: Lengths) -> bool:
 
 
 def _given_numbers(node: fx.Node) -> list[Any]:
-    """Numbers that become values or places, not sizes."""
+    """Numbers that become values or indices, not sizes."""
     name = opname(node)
     if name in _MOVED:
         given = [arg(node, place) for place in _PLACES.get(name, ())]
@@ -217,13 +217,13 @@ def _is_flag(node: fx.Node) -> bool:
 
 
 def _multiplies(node: fx.Node) -> bool:
-    """Places with places, as squares of distances are made, or sums over them."""
+    """Products of indices, such as squared distances, or sums over them."""
     of_places = [n for n in node.all_input_nodes if not is_tensor(n) or not _is_flag(n)]
     return opname(node) == "cumsum" or (opname(node) in ("mul", "multiply") and len(of_places) > 1)
 
 
 def _factors(node: fx.Node, counts_up: bool) -> Iterator[float]:
-    """The literals with which places are multiplied."""
+    """The literals that multiply indices."""
     if _takes_flags(node) and not counts_up:
         return
     literals = [float(x) for x in node.args if isinstance(x, (int, float)) and x]

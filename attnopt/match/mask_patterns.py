@@ -172,7 +172,7 @@ def _lines_of(entries: Entries, node: fx.Node, rows: Tensor, columns: Tensor) ->
 
 
 def _few(size: int, beside: int) -> Tensor:
-    """Every place of an axis, or its ends and some between."""
+    """Every index of an axis, or its ends and some in between."""
     most = max(3, (1 << 22) // max(1, beside))
     return torch.arange(size) if size <= most else torch.unique(torch.linspace(0, size - 1, most).long())
 
@@ -227,8 +227,8 @@ def _distinct(graph: fx.Graph, example: Sizes, wanted: list[Sizes]) -> list[Size
 def may_hide(node: fx.Node, fill: float) -> bool:
     """An addend of the scores may be a mask next to which a score of ``fill`` is visible.
 
-    It is none where activations made it and no number as large stands in it (what is large may be subtracted), or where its
-    own numbers are known.
+    It is not if it comes from activations without such a large number (possibly subtracted), or if its
+    values are known.
     """
     gm = node.graph.owning_module
     assert isinstance(gm, fx.GraphModule)
@@ -270,9 +270,9 @@ def name_pattern(seen: Sequence[tuple[Sample, Tensor]]) -> Pattern | None:
 
 
 def _candidates(sample: Sample, mask: Tensor, varies: bool) -> list[Pattern]:
-    """Full, causal, and the band that the rows show.
+    """Full, causal, and the band visible in the rows.
 
-    Where lengths vary, a band is shown only where keys beyond both of its ends are seen to be hidden.
+    With dynamic lengths, a band counts only if keys beyond both its ends are observed to be hidden.
     """
     steps = sample.columns[None, :] - sample.rows[:, None] - (sample.kv_len - sample.q_len)
     found: list[Pattern] = [Full(), Causal()]
@@ -287,7 +287,7 @@ def _candidates(sample: Sample, mask: Tensor, varies: bool) -> list[Pattern]:
 def as_visible(bias: Tensor, floor: float = -1e4, beside: bool = False, whole_rows: bool = True) -> Tensor | None:
     """A bias that only hides, as a bool mask: 0 where visible, at most ``floor`` elsewhere, no query without a key.
 
-    In such a bias the hidden keys' weights underflow to exactly 0, so that it means the same as a mask.  ``beside``:
+    In such a bias, the weights of hidden keys underflow to exactly 0, so it equals a mask.  ``beside``:
     visible keys may have a bias, as long as hidden ones are that far below it.  Without ``whole_rows`` a query
     may have its keys elsewhere.
     """

@@ -1,4 +1,4 @@
-"""Masks and biases: what the steps between scores and softmax amount to, and which pattern that is."""
+"""Masks and biases: the combined effect of the steps between scores and softmax, and its pattern."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from attnopt.match.region import NotAttentionError, Region
 from attnopt.patterns import Causal, Full, Pattern
 
 _FAR = -1e8  # a score with this addend is negligible next to one without it
-_EFFACING = -1e12  # nothing is left of a score that this is added to
+_EFFACING = -1e12  # a score with this addend vanishes
 _LOST = 1e4  # a score is negligible next to another with this addend
-FLOOR = -1e30  # so is every other, and what is added to it later
+FLOOR = -1e30  # like every other score, and later addends
 
 
 def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | None, fx.Node | None, bool]:
@@ -70,7 +70,7 @@ def _module_of(emit: Emitter) -> fx.GraphModule:
 def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
     """The addend that hides the same; -inf if no row can be fully masked.
 
-    Beside a number of moderate size a score can still be seen: adding it is not the same as writing it.  In a row that is
+    Next to a number of moderate size, a score still matters: adding it differs from writing it.  In a row that is
     fully masked, large scores can be visible next to a larger one, too (see ``hides_for_good``).
     """
     if step.fill <= _EFFACING:
@@ -132,7 +132,7 @@ def _filled(emit: Emitter, bias: fx.Node | None, hidden: fx.Node, fill: float, k
 
 
 def _top_left(emit: Emitter, at: Arranger, r: Region) -> fx.Node:
-    """The fused operator's causal flag where queries and keys differ in number: query i sees keys 0..i."""
+    """The causal flag of the fused operator with different numbers of queries and keys: query i sees keys 0..i."""
     device = value(r.q.node).device
     rows = emit.call(aten.arange.default, at.length(r.queries), device=device)
     columns = emit.call(aten.arange.default, at.length(r.keys), device=device)
@@ -145,7 +145,7 @@ def _top_left(emit: Emitter, at: Arranger, r: Region) -> fx.Node:
 def read_masks(
     gm: fx.GraphModule, r: Region, bias: fx.Node | None, mask: fx.Node | None, q: fx.Node, k: fx.Node
 ) -> tuple[Pattern, Pattern | None, fx.Node | None, fx.Node | None]:
-    """(static pattern, what it amounts to on unpadded inputs, bias operand, mask operand)."""
+    """(static pattern, effective mask on unpadded inputs, bias operand, mask operand)."""
     pattern: Pattern = Causal() if r.top_left_causal and squares(r) else Full()
     lengths = (value(q).shape[2], value(k).shape[2])
     both = [n for n in (bias, mask) if n is not None]
@@ -164,11 +164,11 @@ def read_masks(
 
 
 def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
-    """Whether a query that is left without a key here may see, in the model, what a finite number hides there.
+    """Whether a fully masked query may see, in the model, keys hidden by a finite number.
 
     A pattern or a mask hides completely.  A finite number does so for each query that sees another key, but not
-    for one whose every other key the inputs hide, as padding on the left does under a causal mask.  Nor is a number that is
-    added here as good as one that the model writes: something is left of the score.
+    for one whose other keys are all masked by the inputs, such as left padding under a causal mask.  Nor is a number that is
+    added as good as one that the model writes: part of the score remains.
     """
     hides = [s for s in r.steps if isinstance(s, Hide)]
     added = [(s.operand.node, s.coefficient) for s in r.steps if isinstance(s, Term) and s.operand is not None]
@@ -195,7 +195,7 @@ def _hides_whole_rows(step: Hide, hides: list[Hide], added: list[tuple[fx.Node, 
 
 
 def keeps_a_mask(gm: fx.GraphModule, operands: Iterable[fx.Node | None]) -> bool:
-    """Of these biases and masks one is the same at every call and hides keys, and yet no pattern was shown to equal it."""
+    """One of these biases and masks is the same at every call and hides keys, but was not proven equal to a pattern."""
     fixed = [n for n in operands if n is not None and is_plain(n) and not inputs_behind(n)]
     return any(dtype(n) == torch.bool or bool((evaluate(gm, n, symbols(gm.graph)) <= -_LOST).any()) for n in fixed)
 

@@ -98,7 +98,7 @@ def _known_values(node: fx.Node) -> list[Tensor] | None:
 
 
 def number(x: Any) -> float | None:
-    """A constant number: a literal, a tensor of one element made from known numbers alone, or one that is filled with it."""
+    """A constant number: a literal, a one-element tensor from known numbers only, or a filled tensor."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     while is_call(x, *_COPIES):

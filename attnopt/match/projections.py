@@ -18,9 +18,9 @@ from attnopt.slicing.selection import Pulled, is_weight, trim, weight_behind
 
 @dataclass(frozen=True)
 class Landing:
-    """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer, or numbers made
+    """A slice source.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer, or numbers
     of sizes alone), "token" (the input of a projection), "input" (of the model), "part" (all of one of several joined
-    tensors), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the nodes of every other path too:
+    tensors), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the nodes of all paths:
     a rotation or a norm reads the same features twice."""
 
     kind: str
@@ -87,8 +87,8 @@ def _joined_along(node: fx.Node) -> int | None:
 
 
 def _pulled(node: fx.Node, selection: Selection) -> tuple[Pulled | None, Selection]:
-    """The selection pulled up, and the axes of it that could not be: what a norm mixes, or tokens beside features, which
-    lead to weights and tokens do not."""
+    """The selection propagated backward, and the axes that could not be: mixed by a norm, or tokens beside features, which
+    lead to weights, unlike tokens."""
     across: tuple[Pulled | None, Selection] = None, {}
     for size in range(len(selection), 0, -1) if selection else (0,):
         for axes in combinations(sorted(selection), size):
@@ -110,7 +110,7 @@ def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
 
 
 def chooses_weights(node: fx.Node, one: Selection, other: Selection, behind: bool = False) -> bool:
-    """The axis along which the two selections differ is one of features that a projection makes, not one of tokens or of
+    """The two selections differ along a feature axis of a projection, not along tokens or
     the batch: they come from different rows of a weight.  ``behind``: or of one above the first."""
     first, second = ({(n, tuple(sorted(c.items()))) for n, c in _rows(node, chosen, behind)} for chosen in (one, other))
     return first != second
@@ -126,7 +126,7 @@ def _rows(node: fx.Node, chosen: Selection, behind: bool) -> Iterator[tuple[fx.N
 
 
 def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) -> tuple[Projection, tuple[fx.Node, ...]]:
-    """The projection that makes the heads along ``axis`` of ``node``, and the nodes between the two.
+    """The projection that produces the heads along ``axis`` of ``node``, and the nodes in between.
 
     ``alone``: heads may differ only by the projection, as merging requires.
     """

@@ -144,7 +144,7 @@ def site_tolerance(raised: Raised) -> float:
 
 
 class _Slice:
-    """Runs nodes on demand; what a projection makes is random."""
+    """Runs nodes on demand; outputs of projections are random."""
 
     def __init__(self, gm: fx.GraphModule, examples: Mapping[fx.Node, Any], seed: int, wide: bool = False) -> None:
         self.wide = wide

@@ -34,7 +34,7 @@ def attention(
 class Raised:
     """A site in canonical form: ``node`` calls ``attention``, ``out`` has the layout of the region's output.
 
-    ``hides_for_good``: a query that sees no key may see, in the model, what a finite number hides there.
+    ``hides_for_good``: a fully masked query may see, in the model, keys hidden by a finite number.
     """
 
     region: Region
@@ -49,7 +49,7 @@ class Raised:
 
 
 def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
-    """Put the canonical form of ``region`` before its output; nothing uses it yet.  Raises NotAttentionError."""
+    """Insert the canonical form of ``region`` before its output, still unused.  Raises NotAttentionError."""
     emit = Emitter(gm.graph, region.out.node, {"site": name})
     at = Arranger(emit, region)
     r = region
@@ -142,7 +142,7 @@ def _one_dtype(emit: Emitter, *nodes: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _kv_of_head(heads: Axis, kv_heads: Axis) -> tuple[int, ...]:
-    """Which K/V head each query head reads, from the atoms that the two share."""
+    """Which K/V head each query head reads, from their common atoms."""
     total = math.prod(a.size for a in heads)
     found: list[int] = []
     for h in range(total):
@@ -159,7 +159,7 @@ def _kv_of_head(heads: Axis, kv_heads: Axis) -> tuple[int, ...]:
 def _without_copies(
     emit: Emitter, k: fx.Node, v: fx.Node, kv_of_head: tuple[int, ...]
 ) -> tuple[fx.Node, fx.Node, tuple[int, ...]]:
-    """Keys and values without the copies of a head that other heads share."""
+    """Keys and values without the copies of shared heads."""
     seen: dict[object, int] = {}
     first: list[int] = []
     group: list[int] = []

@@ -78,7 +78,7 @@ def _first_use(node: fx.Node) -> str:
 
 def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.Node, ...]] | None:
     """(product with the values, oriented so that its left operand is the weights; the late division, if there is one; the
-    nodes from the weights to the product), or None if no path leads to a product over the keys."""
+    nodes from the weights to the product), or None without a path to a product over the keys."""
     stack: list[tuple[fx.Node, ...]] = [(a.weights,)]
     masked: fx.Node | None = None
     while stack:
@@ -155,9 +155,9 @@ def _leads_to_product(node: fx.Node) -> bool:
 
 
 def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, dict[fx.Node, Hide]]:
-    """Axes at the end of ``path``, whose first node has ``axes``, and what the nodes between put zeros in.
+    """Axes at the end of ``path``, whose first node has ``axes``, and the nodes in between that write zeros.
 
-    A slice that drops a sink's column is passed.
+    A slice that drops the column of a sink is skipped.
     """
     zeroed: dict[fx.Node, Hide] = {}
     for before, node in pairwise(path):
@@ -178,7 +178,7 @@ def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, di
 
 
 def _with_zeros(scores: Scores, a: Softmax, keys: Axis, zeroed: Mapping[fx.Node, Hide]) -> tuple[Step, ...]:
-    """The steps of the scores where weights are ``zeroed`` before or after they are divided by their sum."""
+    """The steps of the scores if weights are ``zeroed`` before or after division by their sum."""
     steps = scores.steps
     if a.masked is not None:
         exponentials, masked = a.masked
@@ -277,7 +277,7 @@ def _assemble(
 
 
 def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[Step, ...]:
-    """The steps that a softmax sees: not what is made from the scores and is the same for all keys, as a row's maximum is.
+    """The steps that affect a softmax: without terms from the scores that are equal for all keys, such as the row maximum.
 
     A sink that joins later would see it, too.
     """

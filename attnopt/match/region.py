@@ -19,7 +19,7 @@ from attnopt.match.read_scores import Factor, Operand, Step
 class Region:
     """One attention in the original graph, before it becomes a canonical node.
 
-    All axes are in terms of shared atoms; ``batch``, ``heads``, ``queries``, ``keys`` say which atoms play which role.
+    All axes consist of shared atoms; ``batch``, ``heads``, ``queries``, ``keys`` give the role of the atoms.
     """
 
     q: Operand

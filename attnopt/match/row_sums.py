@@ -20,7 +20,7 @@ _LAYOUT = (*RESHAPES, aten.unsqueeze.default, aten.detach.default)
 
 @dataclass(frozen=True)
 class RowSum:
-    """``node`` = the sum of ``terms``, none of which is negative, over ``axis``.
+    """``node`` = the sum of the non-negative ``terms`` over ``axis``.
 
     ``shifted``: one term of each row is 1, so the sum is at least 1.
     """
@@ -51,7 +51,7 @@ class RowSum:
 
 
 def row_sums(terms: fx.Node, shifted_on: fx.Node | None = None) -> list[RowSum]:
-    """Every sum of ``terms`` over one axis; ``shifted_on``: the exponents, where these may have been shifted."""
+    """Every sum of ``terms`` over one axis; ``shifted_on``: the exponents, if possibly shifted."""
     found: list[RowSum] = []
     for user in terms.users:
         dims = _summed(user, terms)
@@ -87,9 +87,9 @@ def way_down(
     is_layout: Callable[[fx.Node], bool],
     passes: Callable[[fx.Node], bool] = lambda n: False,
 ) -> tuple[fx.Node, ...] | None:
-    """The nodes from ``total`` to ``divisor``, without the one that inverts; None where others than these are among them.
+    """The nodes from ``total`` to ``divisor``, without the inversion; None if there are unsupported ones.
 
-    ``passes``: what may be done to the sum itself, before it is inverted.
+    ``passes``: the operators allowed on the sum before inversion.
     """
     path, node = list[fx.Node](), divisor
     while node is not total:
@@ -106,7 +106,7 @@ def way_down(
 
 
 def _inverse_of(node: fx.Node) -> fx.Node | None:
-    """x, where ``node`` is 1 / x."""
+    """x, if ``node`` is 1 / x."""
     if is_call(node, aten.reciprocal.default) or (is_call(node, aten.pow.Tensor_Scalar) and arg(node, 1) == -1):
         found: fx.Node = arg(node, 0)
         return found
@@ -159,7 +159,7 @@ def _unspread(node: object) -> fx.Node | None:
 
 
 def _is_by_row(node: fx.Node, rows: fx.Node, axis: int) -> bool:
-    """It has the axes of ``rows``, with one place along ``axis``: however it was reshaped to that, row meets row."""
+    """It has the axes of ``rows``, with length 1 along ``axis``: rows match, regardless of reshapes."""
     sizes = list(value(rows).shape)
     sizes[axis] = 1
     own = value(node).shape

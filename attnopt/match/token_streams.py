@@ -119,7 +119,7 @@ def _ends_with_own(q: fx.Node, join: fx.Node, axis: int) -> bool:
 
 
 def _is_held(node: fx.Node) -> bool:
-    """Straight from an input or from state: no projection makes it."""
+    """Directly from an input or state, without a projection."""
     above = list(ancestors(node, stop=_ends))
     return not any(map(_is_source, above)) and any(
         is_tensor(n) and (n.op == "placeholder" or is_state(n)) for n in above
@@ -170,7 +170,7 @@ def _fed_by(projection: fx.Node) -> set[fx.Node]:
 
 
 def _keeps_tokens(first: fx.Node, second: fx.Node) -> bool:
-    """Between two projections nothing moves a token, nor makes several into one."""
+    """Between two projections, tokens are neither moved nor merged."""
     if opname(first) != "linear" or opname(second) != "linear":
         return False
     above = set(ancestors(second, stop=lambda n: n is first))

@@ -1,4 +1,4 @@
-"""Zeros that are written over the weights of a softmax, where these are the weights of what a mask hides.
+"""Zeros written over softmax weights of masked keys.
 
 Speech models mask the scores and then the weights again, so a fully masked query gives zeros; others replace
 the 0 / 0 of such a row by zeros.  Both match the semantics of a mask in an ``AttentionSpec``.
@@ -60,7 +60,7 @@ def with_zeros(
 
 
 def _is_seen(steps: Sequence[Step], fill: float) -> bool:
-    """Beside the other steps a score of ``fill`` may still have weight."""
+    """Next to the other steps, a score of ``fill`` may still have weight."""
     return any(isinstance(s, Term) and s.operand is not None and may_hide(s.operand.node, fill) for s in steps)
 
 
