@@ -92,7 +92,7 @@ def _warn(reason: str) -> None:
 def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
     """What ``backward`` needs."""
     q, k, v, bias, mask, sinks, *options = inputs
-    selected = options[4] if len(options) > 4 else None  # rows that are not wanted get no gradient from what uses them
+    selected = options[4] if len(options) > 4 else None  # unwanted rows get no gradient
     pattern, kv_of_head, scale, softcap = options[:4]
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     ctx.spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)

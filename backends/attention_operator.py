@@ -31,7 +31,7 @@ def attention(
     """[B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv] in v's dtype; the others as in ``Attend``.
 
     ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected`` as in ``Operands``.
-    Rows outside ``wanted``, bool [B, H, L], are of no use to the caller, and may be zeros.
+    Rows outside ``wanted``, bool [B, H, L], are unused by the caller, and may be zeros.
     """
     from attnopt.backends import attention_op
 

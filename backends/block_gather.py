@@ -118,7 +118,7 @@ def _seen(layout: Layout, entries: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _keys(t: Tensor, cols: NDArray[np.int32], at: Tensor) -> Tensor:
-    """Blocks [B, H, blocks, BLOCK, D] as [B * H, n, m * BLOCK, D], copied only where they are no sliding window."""
+    """Blocks [B, H, blocks, BLOCK, D] as [B * H, n, m * BLOCK, D], copied only if they are not a sliding window."""
     n, m = cols.shape
     first = int(cols[0, 0])
     if n > 1 and (cols == first + np.arange(n)[:, None] + np.arange(m)).all():

@@ -65,7 +65,7 @@ def _score_mod(softcap: float | None, bias: Tensor | None) -> Callable[..., Tens
 
 
 def _operand(t: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Reads [B|1, H|1, L|1, S|1] at a place of the full size."""
+    """Reads [B|1, H|1, L|1, S|1] at an index of the full size."""
     wide = [size != 1 for size in t.shape]
 
     def read(*place: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _columns(layout: Layout, chosen: np.ndarray[Any, Any]) -> tuple[np.ndarray[A
 
 
 def _tables(layouts: list[Layout]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Distinct tiles, the first with nothing and the second with everything visible, and which one each block has."""
+    """Distinct tiles, the first with nothing and the second with everything visible, and the tile of each block."""
     tiles = [np.zeros((1, TILE, TILE), np.bool_), np.ones((1, TILE, TILE), np.bool_)]
     table = np.zeros((len(layouts), layouts[0].num_rows, layouts[0].num_cols), np.int32)
     first = 2

@@ -84,7 +84,7 @@ def _blocks(length: int) -> int:
 
 
 def _of_heads(spec: AttentionSpec, t: Operands, heads: Sequence[int]) -> tuple[AttentionSpec, Operands]:
-    """The attention of some heads alone."""
+    """The attention of some heads only."""
     alone = spec.keeping(heads)
     at, groups = (torch.as_tensor(x, device=t.q.device) for x in (heads, alone.kv_heads))
 

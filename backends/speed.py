@@ -25,7 +25,7 @@ from attnopt.ir.site import Site
 
 _LENGTH, _HEADS, _HEAD_DIM = 1024, 4, 64
 _ROUNDS = 3
-GPU_RATE = 1e13  # only ratios matter where nothing was measured
+GPU_RATE = 1e13  # without a measurement, only ratios matter
 
 
 @dataclass(frozen=True)

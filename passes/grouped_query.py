@@ -26,7 +26,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.passes.heads import BUDGETS, refuse_edits, refuse_unknown_projections
 
 GROUPINGS = ("adjacent", "similarity", "key-norm", "optimal")
-SEARCHED = ("similarity", "optimal")  # groupings that look at what the heads compute
+SEARCHED = ("similarity", "optimal")  # groupings that use activations
 POOLED = ("mean", "first")
 ALIGNED = ("procrustes", "svd", "score-optimal")
 COMPENSATIONS = ("none", "least-squares")
@@ -287,7 +287,7 @@ def _told(site: Site, groups: Sequence[Group], merge: str) -> tuple[str, ...]:
 
 
 def _mean(site: Site, role: str, group: Group) -> HeadWeights:
-    """The mean over the group, summed in float64 and given in the dtype of the heads."""
+    """The mean over the group, accumulated in float64 and returned in the dtype of the heads."""
     weights = [w for g in group if (w := site.head_weight(role, g)) is not None]
     biases = [b for g in group if (b := site.head_bias(role, g)) is not None]
     weight = torch.stack([w.double() for w in weights]).mean(0).to(weights[0].dtype)

@@ -42,7 +42,9 @@ def resolve(name: str, given: Given) -> Named:
     if is_onnx(name):
         from attnopt.onnx.load.load import opened
 
-        inputs = tuple(example_inputs(Path(name), given).values())  # by position: a name in a file may not be an identifier
+        inputs = tuple(
+            example_inputs(Path(name), given).values()
+        )  # by position: a name in a file may not be an identifier
         return Named(opened(name, inputs, {}), inputs)
     if name.endswith(".ort"):
         raise AttnoptError(

@@ -65,7 +65,9 @@ LINKS = 6  # chained operators, as in arange(heads) // group
 FEW = 64  # indices of one axis, such as a choice of heads or of a packed role, to write as slices
 
 
-Rule = Callable[[fx.GraphModule, fx.Node], fx.Node]  # returns the replacement of the node, possibly the node itself, changed
+Rule = Callable[
+    [fx.GraphModule, fx.Node], fx.Node
+]  # returns the replacement of the node, possibly the node itself, changed
 
 
 def tidy(gm: fx.GraphModule) -> None:

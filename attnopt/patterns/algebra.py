@@ -34,7 +34,7 @@ class Pattern(ABC):
     @abstractmethod
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         """Bool, for query positions ``i`` and key positions ``j`` that broadcast against each other: [L, 1] and [1, S]
-        for a whole mask, [n, b, 1] and [n, 1, c] for n blocks.  Tensor comparisons only, so that it can be traced."""
+        for a whole mask, [n, b, 1] and [n, 1, c] for n blocks.  Use only tensor comparisons, so it can be traced."""
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         """What the queries at positions ``first`` to ``last`` see; a tighter answer means less work."""
@@ -311,7 +311,7 @@ class Or(_Joined):
 
 @dataclass(frozen=True, repr=False)
 class Not(Pattern):
-    """Visible where the inner pattern is not; written ``~a``."""
+    """The complement; written ``~a``."""
 
     inner: Pattern
 
@@ -354,7 +354,7 @@ def any_of(patterns: Iterable[Pattern]) -> Pattern:
 
 
 def _is_full(made: Any, of_queries: Any, of_keys: Any) -> bool:
-    """The size is not broadcast, as far as it is a number."""
+    """The size is not broadcast, if it is a number."""
     is_one = [isinstance(size, int) and size == 1 for size in (made, of_queries, of_keys)]
     return not is_one[0] or all(is_one)
 

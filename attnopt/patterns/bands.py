@@ -12,7 +12,7 @@ MANY = 16  # more bands are not worth it
 
 @dataclass(frozen=True)
 class Band:
-    """Query position i sees key j where ``low <= j - i <= high``, ``(j - i) % step == 0`` and ``j < first``."""
+    """Query position i sees key j if ``low <= j - i <= high``, ``(j - i) % step == 0`` and ``j < first``."""
 
     low: int | None = None
     high: int | None = None

@@ -32,7 +32,7 @@ class Layout:
     """A pattern at fixed lengths, as compressed sparse rows of blocks.
 
     Block row r holds the queries ``r * block_q`` and on; its key blocks are ``cols[row_ptr[r]:row_ptr[r + 1]]``,
-    ascending.  Entry e is entirely visible where ``tile[e]`` is ``FULL_TILE``, else its pairs are ``tiles[tile[e]]``.
+    ascending.  Entry e is fully visible if ``tile[e]`` is ``FULL_TILE``, otherwise its pairs are ``tiles[tile[e]]``.
     """
 
     q_len: int
@@ -143,7 +143,7 @@ class _Portion:
     row: NDArray[np.int64]  # [n]
     col: NDArray[np.int64]  # [n]
     seen: NDArray[np.bool_]  # the visible pairs [n, block_q, block_kv]; False outside the lengths
-    pairs: NDArray[np.int64]  # [n]: how many pairs lie inside the lengths
+    pairs: NDArray[np.int64]  # [n]: number of pairs within the lengths
 
 
 def _block_ranges(

@@ -22,7 +22,9 @@ class PerHead(Pattern):
     Raises PolicyError for a duplicate head.
     """
 
-    groups: tuple[tuple[tuple[int, ...], Pattern], ...]  # disjoint places, in the order of each group's first place
+    groups: tuple[
+        tuple[tuple[int, ...], Pattern], ...
+    ]  # disjoint positions, ordered by the first position of each group
     default: Pattern
 
     def __init__(self, heads: Mapping[Any, Pattern], default: Pattern = FULL) -> None:

@@ -29,7 +29,7 @@ def percent(share: float) -> str:
 
 
 def times(share: float) -> str:
-    """How many times less a share of the work is: 0.25 -> "4"; "∞" for none at all."""
+    """The reciprocal of a fraction of work: 0.25 -> "4"; "∞" for 0."""
     return f"{1 / share:.3g}" if share else "∞"
 
 

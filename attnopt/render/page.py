@@ -1,4 +1,4 @@
-"""The report as one HTML page, and what notebooks show of reports, inspections and patterns: no network, no script."""
+"""The report as one HTML page, and notebook views of reports, inspections and patterns: no network, no scripts."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def report_page(report: Report) -> str:
 
 
 def report_frame(report: Report) -> str:
-    """The page inside another one, such as a notebook."""
+    """The page embedded in another one, such as a notebook."""
     return framed(report_page(report))
 
 
 def framed(page: str) -> str:
-    """A whole page inside another one, neither touching the other's style."""
+    """A whole page embedded in another one, with isolated styles."""
     from markupsafe import escape
 
     return f'<iframe srcdoc="{escape(page)}" title="attnopt report" style="width:100%;height:36rem;border:0"></iframe>'

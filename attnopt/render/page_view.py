@@ -32,7 +32,7 @@ class Head:
 
 @dataclass(frozen=True)
 class SiteView:
-    """A site with what is drawn of it."""
+    """A site with its drawings."""
 
     number: int
     site: SiteReport
@@ -84,7 +84,7 @@ class SiteView:
 
     @property
     def kv_heads(self) -> tuple[Head, ...]:
-        """Those that several query heads read, or none where each head has its own."""
+        """The shared K/V heads, or none if each head has its own."""
         after, at = self.site.form_after, self._kv_places
         if after is None or len(at) == len(after.heads):
             return ()
@@ -116,7 +116,7 @@ class SiteView:
 
     @property
     def undone(self) -> str:
-        """The policy that leaves this site as it was: a rule of a site's own name comes before every other."""
+        """The policy that leaves this site unchanged: a rule with the exact site name takes precedence."""
         return policy_text({**self.policy, self.site.name: []})
 
 
@@ -125,7 +125,7 @@ def site_views(report: Report) -> list[SiteView]:
 
 
 def lanes(views: Sequence[SiteView]) -> dict[str, list[SiteView]]:
-    """The sites by lane, each lane where its first site is."""
+    """The sites by lane, ordered by the first site of each lane."""
     found: dict[str, list[SiteView]] = {}
     for view in views:
         found.setdefault(view.lane, []).append(view)

@@ -1,4 +1,4 @@
-"""Patterns as small pictures: the share of visible pairs in each cell of a coarse grid, never the dense mask."""
+"""Patterns as small pictures: the fraction of visible pairs in each cell of a coarse grid, never the dense mask."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ LONGEST = 1 << 15  # in a longer sequence, a cell would have too many pairs to c
 
 @lru_cache(maxsize=512)
 def shares(pattern: Pattern, q_len: int, kv_len: int, cells: int = CELLS) -> NDArray[np.float64]:
-    """[rows, columns], at most ``cells`` each: the exact share of visible pairs in each cell, 0 to 1.
+    """[rows, columns], at most ``cells`` each: the exact fraction of visible pairs in each cell, 0 to 1.
 
-    ``pattern`` is one that is not per head; see ``Pattern.for_head``.
+    ``pattern`` must not be per head; see ``Pattern.for_head``.
     """
     tall, wide = max(1, -(-q_len // cells)), max(1, -(-kv_len // cells))
     found = pattern.layout(q_len, kv_len, tall, wide)
@@ -47,16 +47,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Picture:
-    """What the heads at ``places`` see now, drawn over what they saw ``before``."""
+    """The current pattern of the heads at ``places``, drawn over the one ``before``."""
 
     rows: int
     columns: int
     layers: tuple[Layer, ...]
     before: tuple[Layer, ...]
     pattern: str
-    places: tuple[int, ...]  # () stands for all
-    density: float  # share of visible pairs
-    computed: float  # share of the pairs that the compiled CPU kernel computes, which works in blocks
+    places: tuple[int, ...]  # () means all
+    density: float  # fraction of visible pairs
+    computed: float  # fraction of pairs that the compiled CPU kernel computes in blocks
 
 
 def pictures(

@@ -47,7 +47,7 @@ def importance_text(importance: HeadImportance) -> str:
 
 
 def inspection_table(inspection: Inspection) -> RenderableType:
-    """One row an attention; what came near in a second table."""
+    """One row per attention; near misses in a second table."""
     from rich.console import Group
 
     rows = [_inspected(site) for site in inspection.sites]
@@ -71,7 +71,7 @@ def _notes(sites: Sequence[Site]) -> list[tuple[str, str]]:
 
 
 def report_table(report: Report) -> RenderableType:
-    """One row an attention: what was done to it and what that cost."""
+    """One row per attention: what was done, and its cost."""
     from rich.console import Group
 
     rows = [_reported(site) for site in report.sites]
@@ -231,7 +231,7 @@ def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
 
 
 def plugin_table(found: Sequence[Description]) -> RenderableType:
-    """The installed passes and backends, and what else third parties offer; what cannot be loaded shows why."""
+    """The installed passes and backends, and other third-party plugins; those that cannot be loaded show the reason."""
     from rich.console import Group
 
     passes = [_plugin(one) for one in found if one.kind == "pass"]

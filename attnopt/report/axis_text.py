@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 MOST = 5  # relations that are written out
-LONGEST = 160  # characters of one
+LONGEST = 160  # characters per constraint
 _FIXED = re.compile(r"(\w+)\[(\d+)\] = (\d+)")
 
 

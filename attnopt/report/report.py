@@ -123,7 +123,7 @@ class Report:
         return text + (f", {len(self.near_misses)} not matched" if self.near_misses else "")
 
     def with_importance(self, scores: Mapping[str, Iterable[float]]) -> Self:
-        """The same report with the scores of each site's heads, as ``attnopt.head_importance`` gives them."""
+        """The same report with the head scores of each site, as returned by ``attnopt.head_importance``."""
         sites = tuple(
             replace(site, importance=tuple(map(float, scores[site.name]))) if site.name in scores else site
             for site in self.sites

@@ -1,7 +1,7 @@
-"""Smaller projections of the same input joined into one.
+"""Fused projections: smaller projections of the same input joined into one.
 
-A matrix product of few columns runs slower for each of them: where heads were removed, queries, keys and values are projected
-together, as the user's model may have done before they were cut.
+A matrix product with few columns is slower per column: if heads were removed, queries, keys and values are projected
+together, as the original model may have done.
 """
 
 from __future__ import annotations

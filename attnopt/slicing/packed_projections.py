@@ -1,4 +1,4 @@
-"""Tensors that are projected together for several roles of an attention, and what is computed from them for each."""
+"""Packed projections: tensors projected together for several roles of an attention, and the nodes of each role."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnopt.graph.nodes import ancestors
 
 
 def forks(operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]) -> set[fx.Node]:
-    """Of the nodes between one role and its weights (``ways``), those that another role is computed from too."""
+    """Of the nodes between one role and its weights (``ways``), those that another role also depends on."""
     above = {role: set(ancestors(node)) for role, node in operands.items()}
     return {n for one, other in permutations(operands, 2) for n in above[other].intersection(ways[one])}
 

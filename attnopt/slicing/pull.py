@@ -19,7 +19,7 @@ _RULES = {**LAYOUT, **COMPUTE}
 
 
 def pull(node: fx.Node, selection: Selection) -> Pulled | None:
-    """How to make ``select(node, selection)`` from selections of what ``node`` is computed from; None: no rule."""
+    """How to compute ``select(node, selection)`` from selections of the operands of ``node``; None: no rule."""
     if node.op != "call_function":
         return None
     rule = _RULES.get(opname(node)) or elementwise_rule(node)

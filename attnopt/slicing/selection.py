@@ -18,11 +18,11 @@ Demand = tuple[fx.Node, Selection]
 
 @dataclass(frozen=True)
 class Pulled:
-    """``select(node)`` equals ``target(*args, **kwargs)`` made by ``build`` from the demanded selections, in their order.
+    """``select(node)`` equals ``target(*args, **kwargs)`` built by ``build`` from the demanded selections, in order.
 
     ``weights``: the demands on weights of a projection rather than on its data;
-    ``across`` means that the selection is along the tokens or batch of a projection.  ``exact`` are the same demands
-    without what a later slice would drop, where the two differ.
+    ``across``: the selection is along the tokens or batch of a projection.  ``exact`` are the same demands
+    without what a later slice would drop, if different.
     """
 
     demands: tuple[Demand, ...]
@@ -85,9 +85,9 @@ def regroup(outer: Sequence[int], inner: Sequence[int]) -> list[tuple[list[int],
 def unravel(
     sizes: Sequence[int], chosen: Mapping[int, Sequence[int]], target: Sequence[int]
 ) -> list[tuple[int, ...]] | None:
-    """Indices along each axis of ``target`` that a choice along the axes of ``sizes`` amounts to, both in C order.
+    """Indices along each axis of ``target`` that correspond to a choice along the axes of ``sizes``, both in C order.
 
-    None unless what is chosen is a product of choices along the target's axes, in the same order.
+    None unless the choice is a product of choices along the target's axes, in the same order.
     """
     flat = [0]
     for axis, size in enumerate(sizes):

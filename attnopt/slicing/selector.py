@@ -32,7 +32,7 @@ class Selector:
     ``forks`` are packed projections, which serve several roles: only the needed part is selected.
     Without ``weights``, selections stay after projections and parameters, which are unchanged.
     ``edited`` holds new values of parameters for this site alone; every affected node (``dirty``) is rebuilt
-    even where nothing is selected.
+    even if nothing is selected.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Selector:
         return made
 
     def _stay(self, node: fx.Node, selection: Selection) -> fx.Node:
-        """Pull up the axes that can be, and select the others here."""
+        """Propagate the axes that can be, and select the others here."""
         if len(selection) > 1:
             for axis, idx in selection.items():
                 if pull(node, {axis: idx}) is not None:
@@ -138,7 +138,7 @@ def push_down(
 
 
 def _straighten(node: fx.Node) -> None:
-    """What splits heads into groups and puts these together again, done with the heads as they are: groups that lost different
+    """Splitting heads into groups and concatenating them, on the heads directly: groups that lost different
     heads have no shape in between."""
     pending = list(node.users)
     while pending:

@@ -1,4 +1,4 @@
-"""New parameters of a graph module, made from its old ones: smaller, edited, or several in one."""
+"""New parameters of a graph module, derived from its old ones: reduced, edited, or concatenated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Weights:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self.origin: dict[str, str] = {}  # new name -> the name that it was made from
+        self.origin: dict[str, str] = {}  # new name -> the name of its origin
         self._made: dict[Any, str] = {}
 
     def derive(self, name: str, selection: Selection, edited: Tensor | None = None) -> str:

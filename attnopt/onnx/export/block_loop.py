@@ -1,4 +1,4 @@
-"""Attention one block of queries at a time, each with only the keys that it can see: time linear in what is kept.
+"""Attention one block of queries at a time, each with only its visible keys: time linear in the number of kept pairs.
 
 A loop keeps the scores of one block in the CPU cache, needs no padding, and supports any length and batch.
 """
@@ -184,11 +184,11 @@ def _seen_in(b: Builder, band: Band, keys: ir.Value, ahead: ir.Value) -> ir.Valu
 # ---------------------------------------------------------------- keys in lists
 @dataclass(frozen=True)
 class _Lists:
-    """The keys of each turn one after the other, and their visible pairs: from ``key_ptr[r]`` and ``pair_ptr[r]`` on."""
+    """The concatenated keys of all iterations, and their visible pairs: from ``key_ptr[r]`` and ``pair_ptr[r]`` on."""
 
     keys: NDArray[Any]
     key_ptr: NDArray[Any]
-    pairs: NDArray[Any] | None  # None where every listed key is visible to its whole block
+    pairs: NDArray[Any] | None  # None if every listed key is visible to its whole block
     pair_ptr: NDArray[Any]
 
 
@@ -210,7 +210,7 @@ def _lists(site: OnnxSite, block: int) -> _Lists:
             kept = tile_seen.any(0)
             seen = np.concatenate([seen, tile_seen[:, kept]], 1)
             at = np.concatenate([at, col + np.flatnonzero(kept)])
-        if not len(at):  # nothing to see, but the operator wants a key
+        if not len(at):  # no visible key, but the operator needs one
             seen, at = np.zeros((tall, 1), bool), np.zeros(1, np.int64)
         keys.append(at)
         packed = seen.tobytes() + bytes(str(seen.shape), "ascii")

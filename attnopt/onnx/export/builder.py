@@ -33,7 +33,7 @@ class Builder:
         return node.outputs[0]
 
     def name(self, of: str) -> str:
-        """A name that nothing else in the model has."""
+        """A unique name in the model."""
         self._count += 1
         return f"{self.prefix}/{of}_{self._count}"
 
@@ -85,7 +85,7 @@ class Builder:
 
 
 SWAP = [0, 2, 1, 3]
-SWAPPED = "_by_token"  # how the name of an attention's output ends before heads and tokens change places
+SWAPPED = "_by_token"  # name suffix of an attention output before heads and tokens are swapped
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -99,7 +99,7 @@ def is_a(node: ir.Node, *op_types: str) -> bool:
 
 
 def is_swap(node: ir.Node) -> bool:
-    """The node changes axes 1 and 2 of four with each other."""
+    """The node swaps axes 1 and 2 of four."""
     return is_a(node, "Transpose") and list(node.attributes["perm"].as_ints()) == SWAP
 
 

@@ -18,7 +18,7 @@ WITH_ATTENTION = 23  # the first opset with the operator
 WITH_LOOPS = 13  # the first opset whose loops carry sequences
 DENSE = 1.5  # Attention, which first writes the whole mask into the scores
 BLOCKS = 1.6  # Attention on one block of queries at a time, with copies of the keys and values that it sees
-ROWS = 1.3  # the same where every block sees all keys: nothing is copied
+ROWS = 1.3  # the same if every block sees all keys: nothing is copied
 ITERATION = 8e6  # one more turn of a loop
 _LONG = 1024  # from here on GroupQueryAttention is the faster causal form
 _SHORT = 384 * 384  # pairs up to which Attention is as fast as MultiHeadAttention
@@ -75,7 +75,7 @@ class Form:
 def choose(site: OnnxSite, given: Collection[str], contrib: bool, opset: int = WITH_ATTENTION) -> Form:
     """The cheapest form for the operands in ``given``; "Attention" needs the pattern as a mask operand.
 
-    In opsets before that operator, its form is one of plain operators.
+    In opsets without that operator, its form consists of plain operators.
     """
     has_attention = opset >= WITH_ATTENTION
     if opset < WITH_LOOPS and site.pattern != Full():
@@ -130,7 +130,7 @@ def _apart(site: OnnxSite, given: Collection[str]) -> list[Form]:
 
 
 def group_form(site: OnnxSite, given: Collection[str]) -> Form | None:
-    """The form of heads whose pattern the others do not share."""
+    """The form of heads with a pattern of their own."""
     if site.pattern == Full() and not {"bias", "mask"} & set(given):
         return _all_keys(site, given, contrib=False)
     return sparse_form(site)

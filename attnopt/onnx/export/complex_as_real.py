@@ -1,6 +1,6 @@
-"""Complex numbers as pairs of real ones, where torch's exporter has no form for an operator on them.
+"""Complex numbers as pairs of real ones, for operators that torch's exporter does not support on them.
 
-The exporter writes a complex tensor as a real one with an axis of two at its end, and knows few operators on it.  Those that
+The exporter writes a complex tensor as a real one with a last axis of length two, and supports few operators on it.  Those that
 only rearrange elements become the same operators on pairs, with the last axis unchanged.
 """
 

@@ -29,7 +29,7 @@ SHARED = "shared "  # how the names of values begin that the file does not have
 
 @dataclass(frozen=True)
 class Change:
-    """Values of the file that other nodes make from now on, and what of the file these read.
+    """Values of the file that new nodes compute, and the values of the file that these read.
 
     ``made``: name of a value -> node of the optimized graph.  ``read``: node of the optimized graph -> name of a value.
     ``weights``: stored tensors of the optimized graph that the file does not have.
@@ -94,9 +94,7 @@ class _Comparison:
         self.weights: dict[fx.Node, None] = {}
         self.unread: list[fx.Node] = []
         self.seen: set[fx.Node] = set()
-        self.arranged: set[fx.Node] = (
-            set()
-        )  # what only arranges the operands of a new attention, and is written with it
+        self.arranged: set[fx.Node] = set()  # layout operators on the operands of a new attention, written with it
 
     def _take_sizes_from_inputs(self) -> None:
         """A size that an input also has is read from the input: its previous source may be unused now."""
@@ -246,13 +244,13 @@ def inputs_of(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _is_a_number_of_sizes(node: fx.Node) -> bool:
-    """As a scale is the root of a head's size: what had that size may be needed for nothing else any more."""
+    """Such as a scale from the head size: the tensor that had this size may be unused now."""
     is_one = all(is_static(n) and int(n) == 1 for n in value(node).shape)
     return node.op == "call_function" and is_one and not inputs_behind(node)
 
 
 def _arranged_by(node: fx.Node) -> list[fx.Node]:
-    """The queries, keys and values of an attention, and the inputs of what arranges them."""
+    """The queries, keys and values of an attention, and the inputs of their layout operators."""
     name = str(getattr(getattr(node.target, "_schema", None), "name", ""))
     if name in ("aten::scaled_dot_product_attention", "attnopt::attention"):
         return [n for n in node.args[:3] if isinstance(n, fx.Node)]

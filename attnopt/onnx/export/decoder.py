@@ -71,7 +71,7 @@ def export_decoder(
 
 
 def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
-    """Tokens, and what goes with them, with free batch and length."""
+    """Token ids and related inputs, with dynamic batch and length."""
     inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)}
     if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
         raise ExportError(

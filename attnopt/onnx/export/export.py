@@ -31,7 +31,7 @@ def export_onnx(
     external_data: bool | Literal["auto"],
     verify: bool,
 ) -> None:
-    """Write an optimized graph to ``path``.  Raises ExportError, and then leaves what was at ``path`` as it was."""
+    """Write an optimized graph to ``path``.  Raises ExportError, in which case ``path`` is unchanged."""
     if flavor not in get_args(Flavor):
         raise ExportError(f"unknown flavor {flavor!r}", hint=f"choose one of {', '.join(get_args(Flavor))}")
     if origin.file is None and opset is not None and opset not in OPSETS:

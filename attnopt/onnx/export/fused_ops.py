@@ -19,7 +19,7 @@ _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def attention(b: Builder, site: OnnxSite, x: Operands, is_full: bool = False) -> ir.Value:
     """ai.onnx Attention on these operands; ``is_full``: the last two axes of bias or mask are already L and S.
 
-    In opsets from before it, what it computes in plain operators.
+    In older opsets, the same in plain operators.
     """
     if b.opset < WITH_ATTENTION:
         return plain.attention(b, site, x)
@@ -31,7 +31,9 @@ def attention(b: Builder, site: OnnxSite, x: Operands, is_full: bool = False) ->
         mask = _with_column(b, site, x, mask)
         k, v = _with_blank_key(b, k, x.axis), _with_blank_key(b, v, x.axis)
     scale = site.scale
-    if not scale > 0 or site.dtype == torch.float64:  # the operator refuses the one, and rounds the other to float32
+    if (
+        not scale > 0 or site.dtype == torch.float64
+    ):  # the operator rejects the former, and rounds the latter to float32
         q, scale = b.op("Mul", q, b.constant(np.asarray(scale, _float(site)))), 1.0
     attributes: dict[str, Any] = {"scale": scale}
     if site.softcap is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-GROUPED = "transformers::grouped_mm_fallback"  # what torch.export sees of transformers' experts, except in bfloat16
+GROUPED = "transformers::grouped_mm_fallback"  # the form of transformers' experts in torch.export, except in bfloat16
 
 
 def grouped_products(gm: fx.GraphModule) -> dict[Any, Callable[..., Any]]:

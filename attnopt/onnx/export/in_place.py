@@ -1,4 +1,4 @@
-"""A file rewritten in place: the attentions that change get new nodes, everything else stays byte for byte."""
+"""A file rewritten in place: changed attentions get new nodes, everything else stays byte for byte the same."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def export_in_place(
     external_data: Any,
     verify: bool,
 ) -> None:
-    """Write the file that ``gm`` was captured of with what was rewritten.  Raises ExportError.
+    """Write the file from which ``gm`` was captured, with its rewrites.  Raises ExportError.
 
     An attention that is only fused, without being faster in this file's opset, stays unchanged.
     """

@@ -81,7 +81,7 @@ def _error(site: str, why: str) -> ExportError:
 class Cache:
     """The graph's inputs and outputs for keys and values: [B, G, length, D] each, all attentions alike in G and D.
 
-    Past and present may be one buffer, longer than what is filled.  The padding mask [B, total length] counts the tokens
+    Past and present may be one buffer, longer than its filled part.  The padding mask [B, total length] counts the tokens
     of each sequence, including those of this call; padding is at the end.
     """
 
@@ -92,7 +92,7 @@ class Cache:
 
     @classmethod
     def of(cls, graph: ir.Graph) -> Cache:
-        """With its mask and its counts in a graph whose attentions ask for no mask any more.  Raises ExportError."""
+        """With its mask and its counts, in a graph whose attentions no longer use a mask.  Raises ExportError."""
         given = {i.name: i for i in graph.inputs}
         ids, mask = given["input_ids"], given.get("attention_mask")
         assert ids.shape is not None
@@ -104,7 +104,7 @@ class Cache:
                 raise ExportError(
                     "the model uses attention_mask outside its attentions", hint="pass position_ids as well"
                 )
-            node.replace_input_with(place, ids)  # the mask grows with what was generated before, the tokens do not
+            node.replace_input_with(place, ids)  # the mask grows with the generated tokens, the input does not
         mask.shape = ir.Shape([ids.shape[0], "total_length"])
         b = Builder(graph, "cache")
         count = b.op("ReduceSum", b.op("Cast", mask, to=ir.DataType.INT32), b.ints(1), keepdims=0)

@@ -29,7 +29,7 @@ DOMAIN, OP = "attnopt", "Attention"  # the placeholder's name in the exported gr
 
 @dataclass(frozen=True)
 class _Call:
-    """The operands of an attention call, 4-D, and what it says about them."""
+    """The 4-D operands of an attention call, and its options."""
 
     operands: Mapping[str, fx.Node | None]
     pattern: Pattern
@@ -146,7 +146,7 @@ def _sdpa(emit: Emitter, node: fx.Node, known: Pattern) -> _Call | None:
 def _four_axes(
     emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None
 ) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
-    """Operands of 3 axes, or of more than 4, with one head for each place of their leading axes."""
+    """Operands of 3 axes, or of more than 4, with one head per index of their leading axes."""
 
     def four(x: Tensor) -> Tensor:
         return x.reshape(-1, 1, *x.shape[-2:])

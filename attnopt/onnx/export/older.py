@@ -159,7 +159,7 @@ def _slice(o: _Older, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _negated(kind: str) -> _Rule:
-    """As the opposite, and that the other way round."""
+    """As the inverse, in reverse order."""
 
     def rule(o: _Older, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         import onnx
@@ -176,7 +176,7 @@ def _absent(o: _Older, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _softmax(o: _Older, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    if _get(node, "axis", -1) != 3:  # ours; of four axes the last is what it always was
+    if _get(node, "axis", -1) != 3:  # ours; with four axes, the last is unambiguous
         raise _cannot(node, o.opset)
     return [node]
 

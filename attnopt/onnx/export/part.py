@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Nodes that make one value.  ``inputs``: a value of the file, or a node: a new weight or a value of another part."""
+    """Nodes that compute one value.  ``inputs``: a value of the file, or a node: a new weight or a value of another part."""
 
     model: ir.Model
     inputs: tuple[str | fx.Node, ...]
@@ -36,7 +36,7 @@ class Part:
 
 
 def parts_of(gm: fx.GraphModule, origin: Origin, change: Change, opset: int, contrib: bool) -> list[Part]:
-    """The nodes that make each of ``change.made``, in the operators of ``opset``.  Raises ExportError.
+    """The nodes that compute each of ``change.made``, in the operators of ``opset``.  Raises ExportError.
 
     They are exported one by one: torch reads a size from any input that has it, and together they could form a cycle.
     """

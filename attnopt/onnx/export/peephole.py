@@ -75,7 +75,7 @@ def _is_product(value: ir.Value | None) -> bool:
 
 
 def _sum_at_once(node: ir.Node) -> None:
-    """A bias and what is added after it in one pass over the numbers, in the same order."""
+    """A bias and the next addend in one pass, in the same order."""
     for place, value in enumerate(node.inputs):
         inner = made_by(value, "Sum")
         if inner is None or value is None or value.is_graph_output() or len(value.uses()) > 1:

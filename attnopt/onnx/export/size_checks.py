@@ -1,6 +1,6 @@
 """Size constraints as checks in the file: outside them, its results would differ from the model.
 
-ONNX has no assertion.  A Gather from one element at place 0 or 1 is one: ONNX Runtime stops there and names the node.
+ONNX has no assertion.  A Gather from one element at index 0 or 1 is one: ONNX Runtime stops there and names the node.
 """
 
 from __future__ import annotations

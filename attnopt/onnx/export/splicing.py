@@ -20,13 +20,13 @@ class Insert:
     nodes: Sequence[onnx.NodeProto]
     weights: Sequence[onnx.TensorProto]
     made: frozenset[str]
-    reshaped: frozenset[str] = frozenset()  # of these, what has other sizes than before
-    infos: Sequence[onnx.ValueInfoProto] = ()  # of what is made: tools cannot infer it from ONNX Runtime's operators
+    reshaped: frozenset[str] = frozenset()  # those with changed shapes
+    infos: Sequence[onnx.ValueInfoProto] = ()  # of new values: tools cannot infer it from ONNX Runtime's operators
     opsets: Mapping[str, int] = field(default_factory=dict)
 
 
 def spliced(model: onnx.ModelProto, insert: Insert) -> onnx.ModelProto:
-    """A copy of ``model`` with the nodes of ``insert``, without the nodes and weights that nothing uses any more."""
+    """A copy of ``model`` with the nodes of ``insert``, without the nodes and weights that are now unused."""
     import onnx
 
     made = onnx.ModelProto()

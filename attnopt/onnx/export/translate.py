@@ -36,8 +36,8 @@ OPSETS = (23, 24, 25)  # below, there is no Attention; torch 2.13 silently write
 
 
 def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model, tuple[str, ...]]:
-    """torch's own export of a graph, which is changed to what torch can export, and the relations between the sizes of its
-    inputs for which it was captured.  Raises ExportError."""
+    """torch's export of a graph, which is modified so that torch can export it, and the relations between the sizes of its
+    inputs at capture.  Raises ExportError."""
     from onnx_ir.passes.common import NameFixPass
     from onnxscript.optimizer import optimize_ir
 
@@ -71,7 +71,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
 
 
 def _drop_state(gm: fx.GraphModule) -> None:
-    """An ONNX file keeps nothing from one call to the next.  Raises ExportError where an output depends on that."""
+    """An ONNX file has no state.  Raises ExportError if an output depends on state."""
     read = set(ancestors(gm.graph.output_node()))
     for node in list(gm.graph.nodes):
         if not is_state(node):
@@ -86,7 +86,7 @@ def _drop_state(gm: fx.GraphModule) -> None:
 
 
 def _output_names(gm: fx.GraphModule) -> list[str] | None:
-    """What the model calls its outputs: the fields of what it returns; None where these have no names."""
+    """The output names of the model: the fields of its result; None if unnamed."""
     spec = getattr(gm, "_out_spec", None)
     if spec is None:
         return None

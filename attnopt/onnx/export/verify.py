@@ -23,7 +23,7 @@ from attnopt.onnx.export.mark import Marked
 
 
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
-    """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``.
+    """Raises ExportError with the first differing attention if ONNX Runtime does not agree with ``gm``.
 
     ``named``: the file's names of graph inputs, if they differ."""
     import onnx
@@ -36,7 +36,7 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
 
 
 def in_bfloat16(gm: fx.GraphModule) -> str:
-    """What to do where ONNX Runtime on a CPU lacks operators for this type."""
+    """The hint if ONNX Runtime on CPU lacks operators for this type."""
     found = (n.meta.get("val") for n in gm.graph.nodes)
     if not any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in found):
         return ""
@@ -47,7 +47,7 @@ def in_bfloat16(gm: fx.GraphModule) -> str:
 
 
 def verify_file(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
-    """As ``verify``, for a file that was rewritten in place: its inputs and outputs have the file's own names."""
+    """Like ``verify``, for a file rewritten in place: its inputs and outputs have the names of the file."""
     import onnx
 
     try:

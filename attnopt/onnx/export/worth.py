@@ -27,5 +27,5 @@ def worthwhile(gm: fx.GraphModule, origin: Origin, contrib: bool, opset: int) ->
 
 
 def _is_no_faster(marked: Any, opset: int) -> bool:
-    """The dense form under a mask, or in plain operators, is what the file has already."""
+    """The file already has the dense form under a mask, or in plain operators."""
     return marked.form.kind == "Attention" and (opset < WITH_ATTENTION or bool({"bias", "mask"} & marked.given))

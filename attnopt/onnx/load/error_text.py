@@ -1,4 +1,4 @@
-"""What a file and the libraries that read it say, as words for a message."""
+"""Untrusted text from files and their libraries, for messages."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Places of nodes in the file's graph, what they read of the rest, and what the rest reads of them."""
+    """Indices of nodes in the file's graph, their inputs from the rest, and their outputs to the rest."""
 
     nodes: tuple[int, ...]
     inputs: tuple[str, ...]

@@ -32,7 +32,7 @@ _FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must no
 
 @compiling()
 def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OnnxModule:
-    """The module of an ONNX file.  Raises CaptureError where ONNX Runtime cannot run the file on the example inputs.
+    """The module of an ONNX file.  Raises CaptureError if ONNX Runtime cannot run the file on the example inputs.
 
     ONNX Runtime executes nodes that are unknown, cannot be traced, or compute something else in torch.
     """
@@ -89,13 +89,13 @@ class _Opening:
         raise CaptureError(f"{self.source.path} contains too many operators that torch cannot trace")
 
     def _alone(self, unread: set[int]) -> OnnxModule:
-        """The nodes that are read, without anything in the place of the others."""
+        """The supported nodes only."""
         return module_of(self.source, (), None, unread).eval()
 
     def _failing(
         self, module: OnnxModule, values: dict[str, Any], seen: Callable[[Any], set[int]] | None = None
     ) -> set[int]:
-        """The nodes that raise on these values.  What reads nothing that is there is passed over."""
+        """The nodes that raise on these values.  Nodes without available inputs are skipped."""
         failing: set[int] = set()
         sizes = module.free_sizes(self.bound)
         for step in module.steps():
@@ -111,7 +111,7 @@ class _Opening:
         return failing
 
     def _untraceable(self, module: OnnxModule) -> set[int]:
-        """The nodes that raise where only the sizes are known."""
+        """The nodes that raise if only the sizes are known."""
         env = ShapeEnv()
         with FakeTensorMode(shape_env=env, allow_non_fake_inputs=True) as mode:
             free = module.free

@@ -135,7 +135,7 @@ class OnnxModule(nn.Module):
         return inspect.signature(self.forward)
 
     def given(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What there is before a node runs: the inputs, and what is stored."""
+        """The values before any node runs: inputs and stored tensors."""
         values: dict[str, Any] = dict(self._known) | {name: inputs[said] for name, said in self.inputs.items()}
         for name, place in self.places.items():
             owner, _, last = place.rpartition(".")
@@ -164,7 +164,7 @@ class OnnxModule(nn.Module):
         return {said: tensor(values[name]) for said, name in zip(self.output_names(), self.outputs, strict=True)}
 
     def output_names(self) -> list[str]:
-        """What the outputs are called in what ``forward`` returns."""
+        """The output names in the result of ``forward``."""
         return list(_distinct(self.outputs, _identifier).values())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnopt.onnx.load.layout_operators import LAYOUT, Attributes, Operator, torch_dtype
 from attnopt.onnx.load.values import Known, Value, is_known, numbers, operand, tensor
 
-SAFE_SOFTMAX = "attnopt.SafeSoftmax"  # zeros where everything is hidden; no file has it
+SAFE_SOFTMAX = "attnopt.SafeSoftmax"  # zeros for fully masked rows; not in any file
 
 
 def _both(on_tensors: Callable[..., Any], on_known: Callable[..., Any] | None = None) -> Operator:
@@ -287,5 +287,5 @@ _CHANGED = {"Softmax": 13, "LogSoftmax": 13}  # the opset since which their sema
 
 
 def meant(kind: str, opset: int) -> str:
-    """The name in ``OPERATORS`` of what ``kind`` means in this opset."""
+    """The name in ``OPERATORS`` for ``kind`` in this opset."""
     return f"{kind}-1" if opset < _CHANGED.get(kind, 0) else kind

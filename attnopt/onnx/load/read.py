@@ -106,7 +106,7 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         said = {entry.key: entry.value for entry in tensor.external_data}
-        if len(said) < len(tensor.external_data):  # which of them counts, others may see otherwise
+        if len(said) < len(tensor.external_data):  # other readers may disagree on which one counts
             raise CaptureError(f"{file} gives two locations for the weights {tensor.name!r}")
         place = (folder / said.get("location", "")).resolve()
         if not place.is_relative_to(folder) or not place.is_file():

@@ -1,4 +1,4 @@
-"""``attnopt::onnx_nodes``: nodes of a file that are not read, run by ONNX Runtime as they are."""
+"""``attnopt::onnx_nodes``: unsupported nodes of a file, run by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _lock = threading.Lock()
 def onnx_nodes(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], outputs: str) -> list[Tensor]:
     """The results of ``model``, the bytes of an ONNX model, for ``inputs`` in its input order.
 
-    ``outputs``: the dtype and the sizes of each output, as ``Sized`` prints them, one a line: in terms of the inputs' sizes
-    and of ``sizes``, those of the file's free axes.  An output of other sizes is an error: what reads it was captured for these.
+    ``outputs``: the dtype and sizes of each output, as printed by ``Sized``, one per line: in terms of the input sizes
+    and of ``sizes``, those of the file's free axes.  An output of other sizes is an error: its users were captured for these.
     """
     session = _session(model)
     feed = {i.name: x.detach().cpu().contiguous().numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}

@@ -1,4 +1,4 @@
-"""Which nodes of a file are not read, and what ONNX Runtime's work on them looks like from outside."""
+"""Unsupported nodes of a file, and the interface of their groups in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
 READ = {*(k for k in OPERATORS if k != SAFE_SOFTMAX and "-" not in k), "Split", "Constant"}
-ROUNDS = 12  # a size that depends on values makes what reads it unread, and so on
+ROUNDS = 12  # users of a value-dependent size become unsupported, and so on
 
 Feed = Mapping[str, Any]
 
@@ -165,7 +165,7 @@ def repeated(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Any]
 
 
 def _resized(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Any]:
-    """The example at these sizes with other numbers."""
+    """The example at these sizes with other values."""
     made = repeated(source, feed, sizes)
     return {name: (x * np.asarray(1.25, x.dtype) if x.dtype.kind == "f" else x) for name, x in made.items()}
 

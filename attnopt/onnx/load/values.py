@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Known = NDArray[Any]  # of numbers, or of objects where some are symbolic sizes
+Known = NDArray[Any]  # of numbers, or of objects if some are symbolic sizes
 Value = Tensor | Known
 LARGEST = 64  # integers of a constant that may be sizes or axes
 
@@ -57,7 +57,7 @@ def numbers(value: Value) -> list[Any]:
 
 
 def known(sizes: Any) -> Known:
-    """Sizes as a value; plain integers where none is symbolic."""
+    """Sizes as a value; plain integers if none is symbolic."""
     listed = list(sizes)
     if all(isinstance(n, int) for n in listed):
         return np.asarray(listed, np.int64)
