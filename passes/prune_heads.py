@@ -243,7 +243,7 @@ class PruneHeads(Pass, SharesBudget):
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         if fits or method in ("obs", "flap", "wanda", "output-norm"):
             return refuse_unknown_projections(
-                site, ("out",), "a known output projection", 'compensate="none" and scores'
+                site, ("out",), "a known output projection", 'compensate="none" and importance scores'
             )
         if method != "weights":
             return None

@@ -227,7 +227,7 @@ class Walk:
 
     def _object(self, x: Any, path: Path) -> Made:
         if len(self.nodes) == LARGEST:
-            raise CaptureError(f"{text(path[:1])} holds more than {LARGEST} objects", hint=HINT)
+            raise CaptureError(f"{text(path[:1])} contains more than {LARGEST} objects", hint=HINT)
         made = Made(len(self.nodes))
         self._seen[id(x)] = made
         self.nodes.append(Node(Kind.of(type(x)), (), ()))

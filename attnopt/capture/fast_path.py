@@ -45,14 +45,12 @@ def leaves_out_padding(model: nn.Module, inputs: Inputs, state: Sequence[str]) -
                 return ()
     fast, plain = given
     apart = difference(fast, plain)
-    if apart <= max(
-        ROOM * tolerance(plain), TOLERANCE[torch.bfloat16]
-    ):  # allows for rounding of a part in half precision
+    if apart <= max(ROOM * tolerance(plain), TOLERANCE[torch.bfloat16]):  # rounding of a part in half precision
         return ()
     zeros = ", where it writes zeros" if _differs_in_zeros(fast, plain) else ""
     return (
-        f"without gradients torch's fast path for nn.TransformerEncoder leaves out padded positions{zeros}: there the model's "
-        f"own outputs differ by {apart:.2g} (relative) from what it computes otherwise, which is what was kept",
+        f"without gradients torch's fast path for nn.TransformerEncoder skips padded positions{zeros}: there, the model's "
+        f"own outputs differ by {apart:.2g} (relative) from its other path, which attnopt keeps",
     )
 
 

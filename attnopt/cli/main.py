@@ -116,7 +116,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("site", help="name of an attention or near miss; (root) for the model itself")
     _add_dynamic(parser)
     parser.add_argument(
-        "--policy", help="policy whose passes are checked (default: every installed pass, with its default options)"
+        "--policy", help="policy whose passes are checked (default: every installed pass that needs no options)"
     )
 
 

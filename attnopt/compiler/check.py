@@ -155,7 +155,7 @@ class Checker:
                     continue  # the report lists the constraint
                 sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
                 raise CaptureError(
-                    f"the captured graph does not hold at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
+                    f"the captured graph is not valid at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
                     hint="remove the axes that cannot vary from dynamic_shapes",
                 ) from e
         return tuple(chain.from_iterable(found))

@@ -294,7 +294,7 @@ def _check_axes(lost: set[tuple[str, int]]) -> None:
     if lost:
         listed = ", ".join(f"axis {axis} of {name}" for name, axis in sorted(lost))
         raise RewriteError(
-            f"the rewritten graph holds only at the example's size of {listed}",
+            f"the rewritten graph is valid only at the size of the example for {listed}",
             hint="remove it from dynamic_shapes, find the site with limit=1, 2, ..., and report the model",
         )
 

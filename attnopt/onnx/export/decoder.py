@@ -75,7 +75,7 @@ def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
     inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)}
     if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
         raise ExportError(
-            f"a decoder takes input_ids, attention_mask and position_ids; this model takes {list(inputs)}",
+            f"a decoder takes input_ids, and optionally attention_mask and position_ids; this model takes {list(inputs)}",
             hint="capture the model with these inputs only, and with use_cache=False if it has its own cache",
         )
     for name, node in inputs.items():

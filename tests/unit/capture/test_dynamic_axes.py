@@ -376,7 +376,7 @@ def test_padding_of_torchs_encoder_is_told() -> None:
     model, given = encoder(), x(2, 6)
     padding = torch.zeros(2, 6, dtype=torch.bool)
     padding[0, 4:] = True
-    with pytest.warns(AttnoptWarning, match="leaves out padded positions, where it writes zeros"):
+    with pytest.warns(AttnoptWarning, match="skips padded positions, where it writes zeros"):
         fast = attnopt.optimize(model, "fuse", (given,), {"src_key_padding_mask": padding}, dynamic_shapes="auto")
     assert torch.backends.mha.get_fastpath_enabled()
     with torch.no_grad(), warnings.catch_warnings():
