@@ -96,7 +96,7 @@ def test_an_empty_cache_that_is_passed_in() -> None:
     close(fast(tokens(8), cache=ours), model(tokens(8), cache=theirs))
     assert plain(ours) == plain(theirs)
     with pytest.raises(
-        CaptureError, match=r"cache\.k\[0\] is Tensor, captured with None\n  hint: optimize the model with an"
+        CaptureError, match=r"cache\.k\[0\] is Tensor, captured with None\n  hint: optimize the model once more with an"
     ):
         fast(tokens(8), cache=ours)
 
