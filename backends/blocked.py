@@ -25,8 +25,7 @@ _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 
 @dataclass(frozen=True)
 class Blocked(Backend):
-    """One ``attnopt::attention`` call: a kernel compiled for this CPU, FlexAttention, or torch operators block by
-    block.
+    """One ``attnopt::attention`` call: a compiled CPU kernel, FlexAttention, or torch operators block by block.
 
     Accepts every spec whose selection has whole blocks, with static or dynamic lengths; its block layout is computed
     once the lengths are known, and cached.  ``skips_rows``: if tokens are routed to heads, only the routed (token,
