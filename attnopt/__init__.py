@@ -1,6 +1,6 @@
 """attnopt: a compiler for attention.
 
-found = attnopt.inspect(model, args, kwargs)              # every attention, whoever wrote it
+found = attnopt.inspect(model, args, kwargs)              # every attention, however it is written
 fast = attnopt.optimize(model, policy, args, kwargs)      # rewritten, verified, on fused operators
 fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 """
@@ -151,12 +151,12 @@ _NAMES = {
     "report.inspection": "Inspection",
     "report.report": "Report",
     "version": "__version__",
-}  # module -> what it has of the public names
+}  # module -> its public names
 _MODULE_OF = {name: f"attnopt.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first asked for (PEP 562), so that ``import attnopt`` itself costs nothing."""
+    """Imported on first access (PEP 562), so ``import attnopt`` itself is cheap."""
     if name in _MODULE_OF:
         found: Any = getattr(import_module(_MODULE_OF[name]), name)
     elif name in __all__:

@@ -1,4 +1,6 @@
-"""Before anything runs: what a pattern can gain at most, what each kernel can reach of it, and what would fit it better."""
+"""Predictions before anything runs: the possible gain of a pattern, what each kernel reaches of it, and better fitting
+patterns.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from attnopt.patterns import Pattern, parse
 from attnopt.patterns.tile_cost import KERNELS
 from attnopt.report.advice import Advice, Better, Reached
 
-_NOTICEABLE = 1.01  # smaller factors are no reason to change a pattern
+_NOTICEABLE = 1.01  # smaller gains do not justify another pattern
 _SHOWN = 3  # of the better patterns, for each kernel
 
 Share = Callable[[Pattern], float]
@@ -27,22 +29,22 @@ def advise(
     *,
     tile: int | Sequence[int] | None = None,
 ) -> Advice:
-    """What ``Sparse(pattern)`` could gain on an attention, at its own lengths or at those given.
+    """Predict the gain of ``Sparse(pattern)`` on an attention, at its own or the given lengths.
 
-    A ``Neighborhood`` is also judged for kernels whose tiles are boxes of the grid, of the sizes ``tile`` (by default of 64
-    tokens).  The speed-ups compare with a kernel that computes exactly the pairs that are visible so far.  Raises
-    PolicyError where lengths are missing, or are not those that the pattern is made for.
+    For a ``Neighborhood``, this includes kernels whose tiles are boxes of the grid, with the sizes ``tile`` (default:
+    64 tokens).  Speed-ups are relative to a kernel that computes exactly the currently visible pairs.
+    Raises PolicyError if lengths are missing or do not fit the pattern.
     """
     spec = attention.spec if isinstance(attention, Site) else attention
     if isinstance(attention, Site):
         q_len, kv_len = attention.q_len if q_len is None else q_len, attention.kv_len if kv_len is None else kv_len
     if q_len is None:
-        raise PolicyError("advise: a spec alone has no lengths", hint="give q_len, and kv_len where it differs")
+        raise PolicyError("advise: a spec has no sequence lengths", hint="pass q_len, and kv_len if it differs")
     kv_len = q_len if kv_len is None else kv_len
     wanted = (parse(pattern) if isinstance(pattern, str) else pattern).for_heads(spec.heads)
     if wanted.lengths is not None and kv_len not in wanted.lengths:
         raise PolicyError(
-            f"advise: {wanted} is not made for {kv_len} tokens", hint="give the lengths that it is made for"
+            f"advise: {wanted} does not fit {kv_len} tokens", hint="pass the lengths that the pattern was built for"
         )
     return _advice(spec, wanted, q_len, kv_len, tile)
 

@@ -1,4 +1,4 @@
-"""The two doors: find the attentions of a model, and rewrite them."""
+"""The entry points: find the attentions of a model, and rewrite them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ def inspect(
     *,
     dynamic_shapes: Any = None,
 ) -> Inspection:
-    """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.  An ONNX file is a model too.
+    """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.
 
-    Returns an ``Inspection``: ``.sites`` in the order in which they run, each with the passes that cannot rewrite it in
-    ``.refusals``; ``.near_misses``; it prints as a table.  A model on the meta device needs no memory for its weights: each
-    site is proved with random values in place of them, and what only they could tell (a mask in a buffer) stays unknown.
-    ``dynamic_shapes``: as of ``optimize``.  Raises CaptureError if the model cannot be captured.
+    ``model`` may also be the path of an ONNX file.  Returns an ``Inspection``: ``.sites`` in execution order, each with
+    the passes that cannot rewrite it in ``.refusals``, and ``.near_misses``, the rejected candidates.  It prints as a
+    table.
+    A model on the meta device needs no memory for weights: each site is verified with random values, and whatever
+    depends on real ones (a mask in a buffer) stays unknown.  ``dynamic_shapes``: see ``optimize``.
+
+    Raises CaptureError if the model cannot be captured.
     """
     inputs = _inputs(args, kwargs)
     model = _opened(model, *inputs)
@@ -65,25 +68,25 @@ def optimize(
     limit: int | None = None,
     seed: int = 0,
 ) -> OptimizedModel:
-    """Rewrite the attentions of ``model`` as ``policy`` says and lower them to fused operators.
+    """Rewrite the attentions of ``model`` according to ``policy`` and lower them to fused operators.
 
-    The model itself is never changed; weights that stay the same are shared with it.  An ONNX file and an
-    ExportedProgram are models too.
+    The model itself is never changed; unchanged weights are shared with it.  ``model`` may also be an ONNX file or an
+    ExportedProgram.
 
-    ``policy``: a pass, a list of passes, a mapping from site-name globs to those, a ``Policy``, a YAML or JSON file, or text
-    such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
-    ``args``, ``kwargs``: example inputs.  Without any, the model is captured at its first call.
-    ``dynamic_shapes``: torch.export's notation, or ``"auto"``: every axis of every input that the model lets vary.  The
-    report tells which do not, and what has to hold between sizes.  The axes that an ONNX file leaves open stay open; ``{}``
-    fixes them as the example inputs have them.
-    ``calibration``: batches (a tensor, a tuple of args or a dict of kwargs each), or a ``Calibration``.  Passes that can
-    learn from them do; the change is measured on them as well.
-    ``backend``: a name, a ``Backend``, or ``"auto"``: for each site the cheapest one that can compute it.
-    ``tolerance``: largest relative difference from the model that is accepted, else VerificationError.
-    ``strict``: a refusal is a RewriteError.  ``limit``: carry out only the first so many rewrites.  ``seed``: of every
-    random choice.
+    ``policy``: a pass, a list of passes, a mapping from site-name globs to passes, a ``Policy``, a YAML or JSON file,
+    or text such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
+    ``args``, ``kwargs``: example inputs.  Without them, the model is captured at its first call.
+    ``dynamic_shapes``: torch.export's notation, or ``"auto"``: every axis of every input that the model allows to vary.
+    The report lists static axes and size constraints.  Free axes of an ONNX file stay dynamic; ``{}`` fixes them at the
+    sizes of the example inputs.
+    ``calibration``: batches (each a tensor, a tuple of args or a dict of kwargs), or a ``Calibration``.  Passes use
+    them if they can; the error is measured on them as well.
+    ``backend``: a name, a ``Backend``, or ``"auto"``: for each site the cheapest backend that supports it.
+    ``tolerance``: largest accepted relative difference from the model; beyond it, VerificationError.
+    ``strict``: turn a refusal into a RewriteError.  ``limit``: apply only the first ``limit`` rewrites.  ``seed``:
+    random seed.
 
-    Raises AttnoptError (CaptureError, PolicyError, RewriteError, VerificationError) and then has changed nothing.
+    Raises AttnoptError (CaptureError, PolicyError, RewriteError, VerificationError), in which case nothing was changed.
     """
     chosen = Policy.of(policy)
     options, backends = Options(tolerance, strict, limit, seed), backends_of(backend)

@@ -1,12 +1,12 @@
-"""Every error that attnopt raises on purpose.  Each names what it is about and what to do next."""
+"""The exceptions of attnopt.  Each message says what is wrong and what to do."""
 
 from __future__ import annotations
 
 
 class AttnoptError(Exception):
-    """Base of every deliberate error.
+    """Base class of all expected errors.
 
-    ``message`` says what happened, ``hint`` what the user can do about it, ``site`` which attention it is about (if any).
+    ``message``: what happened; ``hint``: what the user can do; ``site``: the attention concerned, if any.
     """
 
     def __init__(self, message: str, *, hint: str | None = None, site: str | None = None) -> None:
@@ -20,7 +20,7 @@ class AttnoptError(Exception):
 
 
 class CaptureError(AttnoptError):
-    """The model could not be turned into a graph, or was called in a way that its graph does not cover."""
+    """The model could not be captured, or a call does not fit the captured graph."""
 
 
 class PolicyError(AttnoptError):
@@ -28,15 +28,15 @@ class PolicyError(AttnoptError):
 
 
 class RewriteError(AttnoptError):
-    """A pass could not be applied to a site that it had accepted, or ``strict=True`` met a refusal."""
+    """A pass failed on a site that it had accepted, or ``strict=True`` met a refusal."""
 
 
 class VerificationError(AttnoptError):
-    """A rewritten model does not compute what it was meant to compute, or exceeds the user's tolerance."""
+    """The rewritten model does not compute what its specs say, or exceeds the tolerance."""
 
 
 class ConversionError(AttnoptError):
-    """What the policy asks for cannot be held by a model of the user's class; ``optimize`` can do it."""
+    """The class of the model cannot represent the result of the policy; ``optimize`` can."""
 
 
 class ArchiveError(AttnoptError):
@@ -48,12 +48,12 @@ class ExportError(AttnoptError):
 
 
 class CalibrationError(AttnoptError):
-    """Calibration data is missing, of the wrong form, or too little."""
+    """Calibration data is missing, malformed or insufficient."""
 
 
 class PluginError(AttnoptError):
-    """A plugin could not be loaded or registered, or does not do what its kind has to do."""
+    """A plugin could not be loaded or registered, or violates the contract of its kind."""
 
 
 class AttnoptWarning(UserWarning):
-    """Something that the user should hear of but that stops nothing: no attention found, a policy that changes nothing."""
+    """A non-fatal finding that the user should know: no attention found, a policy without effect."""

@@ -1,4 +1,4 @@
-"""What ``optimize`` returns: a module with the model's own signature, its report, and ways to keep and to deploy it."""
+"""The result of ``optimize``: a module with the model's own signature, its report, and methods to save and export it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Build = Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, Origin
 
 
 class OptimizedModel(nn.Module):
-    """The rewritten model, called as the user's model is.
+    """The rewritten model, called like the original model.
 
-    ``report`` tells every site's fate, ``sites`` what each attention is now.  Inputs of other sizes than those that the
-    model was captured for raise CaptureError, unless their axes were made dynamic.
+    ``report`` lists what was done to every site, ``sites`` what each attention is now.  Inputs of other sizes than at
+    capture raise CaptureError, unless their axes are dynamic.
     """
 
     def __init__(self, module: fx.GraphModule, origin: Origin) -> None:
@@ -41,7 +41,7 @@ class OptimizedModel(nn.Module):
 
     @classmethod
     def deferred(cls, model: nn.Module, build: Build) -> OptimizedModel:
-        """A model that is captured at its first call, with that call's inputs."""
+        """A model that is captured at its first call, with the inputs of that call."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.module, made._origin, made._build = None, None, build
@@ -56,12 +56,12 @@ class OptimizedModel(nn.Module):
 
     @property
     def report(self) -> Report:
-        """What was found, what was done to it, and why not to the others."""
+        """What was found, what was rewritten, and why the rest was not."""
         return self.origin.report
 
     @property
     def sites(self) -> tuple[OptimizedSite, ...]:
-        """Every attention as it is now, in the order in which they run, with its fate."""
+        """Every attention in its current form, in execution order, with its status."""
         return tuple(map(OptimizedSite.of, self.origin.sites, self.report.sites))
 
     @property
@@ -72,13 +72,13 @@ class OptimizedModel(nn.Module):
         return self.module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the user's model."""
+        """The forward of the original model."""
         if self._build is not None:
             self._capture(args, kwargs)
         try:
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
-            raise CaptureError(f"wrong inputs: {e}", hint="call it as the original model") from None
+            raise CaptureError(f"wrong inputs: {e}", hint="call it like the original model") from None
         form, fixed = self.origin.form, self.origin.report.fixed_axes
         taken = None if form is None else form.take(args, kwargs)
         if form is None or taken is None:
@@ -92,17 +92,17 @@ class OptimizedModel(nn.Module):
             if not is_guard(e):
                 raise
             raise CaptureError(
-                f"these inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
+                f"the inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
             ) from None
         return out if form is None or taken is None else form.give(out, taken)
 
     def train(self, mode: bool = True) -> Self:
-        """As of every module; a graph that was captured for inference stays one, which a warning tells once."""
+        """As in every module.  A graph captured for inference stays one; a warning says so once."""
         if mode and self._origin is not None and self._origin.trains_otherwise:
             self._origin = replace(self._origin, trains_otherwise=False)
             warn(
-                "the model was captured in eval mode: its dropout stays off and its batch normalisation as it is; optimize the "
-                "model in train mode for a graph to be trained with them"
+                "the model was captured in eval mode: dropout stays off and batch normalization stays fixed; optimize the "
+                "model in train mode to train with them"
             )
         for module in self.modules():  # the graph's own train() refuses
             module.training = mode
@@ -122,8 +122,8 @@ class OptimizedModel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AttnoptError(
-            "an optimized model cannot be pickled: its graph holds what torch knows of this process alone",
-            hint="write it with fast.save(path) and read it with attnopt.load(path); its state_dict can be pickled",
+            "an optimized model cannot be pickled: its graph contains process-local torch objects",
+            hint="save it with fast.save(path) and load it with attnopt.load(path); its state_dict can be pickled",
         )
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ class OptimizedModel(nn.Module):
             self._build, self._model = None, []
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to the folder ``path``, whole or not at all.  ``attnopt.load`` reads it.  Raises ArchiveError."""
+        """Write the model atomically to the folder ``path``, for ``attnopt.load``.  Raises ArchiveError."""
         save(self.graph_module, self.origin, path)
 
     def export_onnx(
@@ -146,11 +146,13 @@ class OptimizedModel(nn.Module):
         external_data: bool | Literal["auto"] = "auto",
         verify: bool = True,
     ) -> None:
-        """Write an ONNX model that was run in ONNX Runtime and compared with this one.  Raises ExportError.
+        """Write an ONNX model, checked against ONNX Runtime before it is written.  Raises ExportError.
 
-        Each attention takes the fastest form that ONNX Runtime has on a CPU; ``flavor="standard"`` uses no operators but
-        ONNX's own.  ``opset``: 23 (the default) to 25.  ``external_data``: weights in a file beside the model; "auto" where
-        they do not fit into it.  What was done is in the model's metadata, under names that begin with "attnopt.".
+        Each attention takes its fastest form in ONNX Runtime on CPU; ``flavor="standard"`` uses only standard ONNX
+        operators.
+        ``opset``: 23 (the default) to 25.  ``external_data``: store weights in a file beside the model; "auto" does so
+        if they exceed the size limit.  The metadata of the model records what was done, under keys that begin with
+        "attnopt.".
         """
         from attnopt.onnx.export.export import export_onnx
 
@@ -172,13 +174,15 @@ class OptimizedModel(nn.Module):
         eos_token_id: int | Sequence[int],
         tokenizer: Any = None,
     ) -> None:
-        """Write a language model that keeps keys and values, as a folder that onnxruntime-genai reads.  Raises ExportError.
+        """Write a language model with a key/value cache as a folder for onnxruntime-genai.  Raises ExportError.
 
-        The model takes ``input_ids``, and if it wants ``attention_mask`` and ``position_ids``, all [batch, length] and free
-        in both, and returns logits [batch, length, vocabulary]; its attentions are causal or have a causal window.  One
-        file serves prompt and generation, over one buffer of at most ``context_length`` tokens.  ``tokenizer``: of
-        transformers, written beside it.  Before anything is written, ONNX Runtime reads two prompts and goes on token by
-        token, and has to give the logits of this model.
+        The model takes ``input_ids`` and optionally ``attention_mask`` and ``position_ids``, all [batch, length] with
+        both axes dynamic, and returns logits [batch, length, vocabulary].  Its attentions are causal or have a causal
+        window.
+        One file serves prompt and generation, with one buffer of at most ``context_length`` tokens.  ``tokenizer``: a
+        transformers tokenizer to save in the folder.
+        Before anything is written, ONNX Runtime processes two prompts, continues token by token, and must reproduce the
+        logits of this model.
         """
         from attnopt.onnx.export.decoder import export_decoder
 
@@ -192,18 +196,18 @@ class OptimizedModel(nn.Module):
         )
 
     def export_program(self) -> torch.export.ExportedProgram:
-        """The graph as an ExportedProgram, with the dynamic shapes that the model was captured with."""
+        """The graph as an ExportedProgram, with the dynamic shapes of the capture."""
         return exported(self.graph_module, self.origin.args, self.origin.kwargs)
 
 
 def _not_captured() -> AttnoptError:
-    return AttnoptError("the model has not been captured yet", hint="call it once, or give example inputs to optimize")
+    return AttnoptError("the model has not been captured yet", hint="call it once, or pass example inputs to optimize")
 
 
 def load(path: str | os.PathLike[str], *, classes: Iterable[type] = ()) -> OptimizedModel:
-    """The model that ``save`` wrote to the folder ``path``, giving the same bits.
+    """Load the model that ``save`` wrote to the folder ``path``, bit for bit.
 
-    ``classes``: of your own, such as a cache's, that the model makes and returns; those of transformers are known.
-    Raises ArchiveError; runs nothing that it reads.
+    ``classes``: your own classes that the model builds and returns, such as a cache; those of transformers are known.
+    Raises ArchiveError.  Nothing in the files is executed.
     """
     return OptimizedModel(*read(path, classes))

@@ -1,7 +1,7 @@
-"""Figures for notebooks and papers: patterns, head importance, errors, and what a saving costs.
+"""Figures for notebooks and papers: patterns, head importance, errors, and trade-offs.
 
-Each function draws into ``ax``, or into a new figure, and returns the axes; matplotlib (``pip install "attnopt[plot]"``)
-is imported at the first call.
+Each function draws into ``ax`` or a new figure and returns the axes.  matplotlib (``pip install "attnopt[plot]"``) is
+imported at the first call.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CELLS = 256  # of a side of a drawn pattern; longer sequences show shares of vis
 def pattern(
     shown: Pattern | str, q_len: int = 64, kv_len: int | None = None, *, head: int | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Which key each query sees: queries downwards, keys to the right.
+    """Which keys each query sees: queries run downwards, keys to the right.
 
-    ``head``: of which head, where the pattern is per head; by default the mean over all that it names.
+    ``head``: the head to draw if the pattern is per head; by default the mean over all named heads.
     """
     ax = _axes(ax, (4.2, 4.2))
     kv_len = q_len if kv_len is None else kv_len
@@ -43,14 +43,16 @@ def pattern(
 
 
 def importance(scores: Mapping[str, Sequence[float]] | Report, *, ax: Axes | None = None) -> Axes:
-    """A heat map of head importance, a row for each attention; each row is divided by its largest value.
+    """A heat map of head importance with one row per attention; each row is divided by its maximum.
 
-    ``scores`` is what ``attnopt.head_importance`` gives, or a report that holds it.  AttnoptError if there are none.
+    ``scores``: the result of ``attnopt.head_importance``, or a report that contains it.  Raises AttnoptError if there
+    are none.
     """
     rows = dict(scores) if isinstance(scores, Mapping) else _held(scores)
     if not rows:
         raise AttnoptError(
-            "there is no importance to draw", hint="give report.with_importance(attnopt.head_importance(model, data))"
+            "there is no head importance to plot",
+            hint="use report.with_importance(attnopt.head_importance(model, data))",
         )
     grid = np.full((len(rows), max(map(len, rows.values()))), np.nan)
     for i, row in enumerate(rows.values()):
@@ -63,10 +65,10 @@ def importance(scores: Mapping[str, Sequence[float]] | Report, *, ax: Axes | Non
 
 
 def errors(report: Report, *, ax: Axes | None = None) -> Axes:
-    """The error of each attention on a logarithmic scale; AttnoptError if none was measured."""
+    """The error of each attention on a logarithmic scale.  Raises AttnoptError if none was measured."""
     found = {site.name: site.error for site in report.sites if site.error is not None}
     if not found:
-        raise AttnoptError("the report holds no errors")
+        raise AttnoptError("the report contains no errors")
     ax = _axes(ax, (5.5, 0.8 + 0.28 * len(found)))
     ax.barh(range(len(found)), [max(error, 1e-12) for error in found.values()], color="#4878a8")
     ax.set(xscale="log", xlabel="largest relative difference", yticks=range(len(found)), yticklabels=_names(found))
@@ -76,7 +78,7 @@ def errors(report: Report, *, ax: Axes | None = None) -> Axes:
 
 @dataclass(frozen=True)
 class Point:
-    """One way to rewrite a model: what it costs to run and how much it changes; less of either is better."""
+    """One rewritten model: its cost and how much it changes the output; lower is better for both."""
 
     cost: float
     error: float
@@ -84,7 +86,7 @@ class Point:
 
 
 def front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other beats in both (the Pareto front), by rising cost."""
+    """The Pareto front: the points that no other point beats in both respects, by increasing cost."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, p.error)):
         if not best or point.error < best[-1].error:
@@ -93,10 +95,10 @@ def front(points: Iterable[Point]) -> list[Point]:
 
 
 def pareto(points: Iterable[Point], *, ax: Axes | None = None, xlabel: str = "cost", ylabel: str = "error") -> Axes:
-    """Every point, and the line through those that no other beats in both; AttnoptError if there is no point."""
+    """All points, and the line through the Pareto front.  Raises AttnoptError if there are no points."""
     given = list(points)
     if not given:
-        raise AttnoptError("there is no point to draw")
+        raise AttnoptError("there are no points to plot")
     ax = _axes(ax, (5.5, 4))
     best = front(given)
     ax.scatter([p.cost for p in given], [p.error for p in given], color="#9bb8d3", zorder=2)
@@ -113,7 +115,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise AttnoptError("figures need matplotlib", hint='pip install "attnopt[plot]"') from error
+        raise AttnoptError("plotting needs matplotlib", hint='pip install "attnopt[plot]"') from error
     made: Any = pyplot.subplots(figsize=size, layout="constrained")[1]
     axes: Axes = made
     return axes

@@ -1,4 +1,4 @@
-"""Published sparse attentions as one-liners: each gives a pattern, in the terms of the paper that it is named after."""
+"""Published sparse attentions as one-liners: each returns a pattern, with the parameters of its paper."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ Sizes = int | Sequence[int]  # one for all axes of a grid, or one for each
 
 
 def longformer(window: int, global_tokens: int | Sequence[int] = (), dilation: int = 1) -> Pattern:
-    """``window // 2`` tokens on each side, and tokens that see all and are seen by all (arXiv:2004.05150)."""
+    """``window // 2`` tokens on each side, and global tokens that see all tokens and are visible to all
+    (arXiv:2004.05150).
+    """
     side = whole("longformer", "window", window) // 2
     near = Window(side) if dilation == 1 else Dilated(side, side, dilation)
     positions = wholes("longformer", "global_tokens", global_tokens)
@@ -40,7 +42,7 @@ def bigbird(
 ) -> Pattern:
     """A window of blocks, random blocks and global first blocks, all counted in blocks (arXiv:2007.14062, ITC).
 
-    ``blocks`` is the number of blocks of the sequence; None draws the random ones among those up to the queries' own.
+    ``blocks``: number of blocks in the sequence; None draws the random blocks from those up to the query's own.
     """
     side = whole("bigbird", "window", window, least=1) // 2
     others = None if blocks is None else blocks - whole("bigbird", "global_blocks", global_blocks)
@@ -49,12 +51,14 @@ def bigbird(
 
 
 def sparse_transformer_strided(stride: int) -> Pattern:
-    """The last ``stride`` tokens and every ``stride``-th token before (arXiv:1904.10509, both in one head)."""
+    """The last ``stride`` tokens and every ``stride``-th earlier token (arXiv:1904.10509, both in one head)."""
     return Causal() & (Window(stride, 0) | Strided(stride))
 
 
 def sparse_transformer_fixed(stride: int, c: int) -> Pattern:
-    """The own block of ``stride`` tokens and the last ``c`` tokens of every block before (arXiv:1904.10509, in one head)."""
+    """The own block of ``stride`` tokens and the last ``c`` tokens of every earlier block (arXiv:1904.10509, in one
+    head).
+    """
     return Causal() & (Blocks(stride) | Periodic(stride, stride - whole("sparse_transformer_fixed", "c", c), c))
 
 
@@ -64,10 +68,10 @@ def streaming_llm(window: int, sinks: int = 4) -> Pattern:
 
 
 def s2_attn(group: int, heads: int, causal: bool = True, sinks: int = 0) -> Pattern:
-    """Groups of tokens; in the second half of the heads they are shifted by half a group (LongLoRA, arXiv:2309.12307).
+    """Groups of tokens, shifted by half a group in the second half of the heads (LongLoRA, arXiv:2309.12307).
 
-    The paper rolls the sequence, so that its first half group also sees the END of the text, in causal models too.  Here
-    that half group stands alone.  ``sinks``: so many first tokens are seen by all (SinkLoRA, arXiv:2406.05678).
+    The paper rolls the sequence, so its first half group also sees the END of the text, even in causal models.  Here,
+    that half group is separate.  ``sinks``: number of first tokens visible to all (SinkLoRA, arXiv:2406.05678).
     """
     whole("s2_attn", "group", group, least=2)
     shifted = tuple(range(whole("s2_attn", "heads", heads, least=2) // 2, heads))
@@ -77,10 +81,10 @@ def s2_attn(group: int, heads: int, causal: bool = True, sinks: int = 0) -> Patt
 
 
 def longnet(segments: Sequence[int], dilations: Sequence[int], heads: int, causal: bool = True) -> Pattern:
-    """Segments of several lengths, in each of which head h keeps the tokens h, h + r, h + 2r, ... (arXiv:2307.02486).
+    """Segments of several lengths; in each, head h keeps the tokens h, h + r, h + 2r, ... (arXiv:2307.02486).
 
-    The paper sums over the segment lengths with the weight of their softmax denominators, in which a pair that several
-    of them hold counts so often; here it counts once.  Each dilation must divide its segment length.
+    The paper sums over segment lengths, weighted by their softmax denominators, so a pair in several segments counts
+    several times; here it counts once.  Each dilation must divide its segment length.
     """
     lengths = whole_tuple("longnet", "segments", segments, None, least=1)
     steps = whole_tuple("longnet", "dilations", dilations, len(lengths), least=1)
@@ -99,9 +103,9 @@ def longnet(segments: Sequence[int], dilations: Sequence[int], heads: int, causa
 
 
 def swin(grid: Sizes, window: Sizes, shift: Sizes = 0) -> Pattern:
-    """Windows that tile an image, in every other layer shifted by ``shift`` (arXiv:2103.14030).
+    """Windows that tile an image, shifted by ``shift`` in every other layer (arXiv:2103.14030).
 
-    As in the paper, tokens that the cyclic shift brings together from opposite borders do not see each other.
+    As in the paper, tokens that the cyclic shift joins from opposite borders do not see each other.
     """
     sizes = whole_tuple("swin", "grid", grid, None, least=1)
     windows = whole_tuple("swin", "window", window, len(sizes), least=1)
@@ -115,7 +119,7 @@ def swin(grid: Sizes, window: Sizes, shift: Sizes = 0) -> Pattern:
 
 
 def halonet(grid: Sizes, block: Sizes, halo: Sizes) -> Pattern:
-    """Blocks of an image see themselves and ``halo`` tokens around, as far as the image goes (arXiv:2103.12731)."""
+    """Blocks of an image see themselves and ``halo`` tokens around them, clipped at the border (arXiv:2103.12731)."""
     sizes = whole_tuple("halonet", "grid", grid, None, least=1)
     blocks = whole_tuple("halonet", "block", block, len(sizes), least=1)
     halos = whole_tuple("halonet", "halo", halo, len(sizes))
@@ -124,34 +128,35 @@ def halonet(grid: Sizes, block: Sizes, halo: Sizes) -> Pattern:
 
 
 def nat(grid: Sizes, kernel: Sizes) -> Pattern:
-    """Every token of an image sees the ``kernel`` nearest ones along each axis (arXiv:2204.07143)."""
+    """Every token of an image sees its ``kernel`` nearest tokens along each axis (arXiv:2204.07143)."""
     return Neighborhood(grid, kernel)
 
 
 def dinat(grid: Sizes, kernel: Sizes, dilation: Sizes) -> Pattern:
-    """The same among every ``dilation``-th token, in turn with undilated layers (arXiv:2209.15001)."""
+    """``nat`` among every ``dilation``-th token, alternating with undilated layers (arXiv:2209.15001)."""
     return Neighborhood(grid, kernel, dilation=dilation)
 
 
 def gna(
     grid: Sizes, kernel: Sizes, stride: Sizes, dilation: Sizes = 1, causal: bool | Sequence[bool] = False
 ) -> Pattern:
-    """Neighbourhoods that groups of ``stride`` tokens share, which tiles can skip around (arXiv:2504.16922)."""
+    """Neighbourhoods shared by groups of ``stride`` tokens, so that tiles can be skipped (arXiv:2504.16922)."""
     return Neighborhood(grid, kernel, stride, dilation, causal)
 
 
 def axial(grid: Sequence[int]) -> Pattern:
-    """Every token sees those that differ from it along one axis only (arXiv:1912.12180, all axes in one head)."""
+    """Every token sees the tokens that differ from it along one axis only (arXiv:1912.12180, all axes in one head)."""
     sizes = whole_tuple("axial", "grid", grid, None, least=1)
     lines = ([n if a == axis else 1 for a, n in enumerate(sizes)] for axis in range(len(sizes)))
     return any_of(Neighborhood(sizes, line) for line in lines)
 
 
 def local_global_heads(global_heads: int | Sequence[int], window: int, sinks: int = 0, causal: bool = True) -> Pattern:
-    """``global_heads`` see all, the others ``window`` tokens, the query included, and ``sinks`` first ones.
+    """``global_heads`` see all tokens; the others see ``window`` tokens, including the query, and ``sinks`` first
+    tokens.
 
-    LS-attention (arXiv:2505.15548); with sinks the retrieval and streaming heads of DuoAttention (arXiv:2410.10819).
-    ``causal``: the window is of the latest tokens and no head looks ahead; otherwise it reaches as far to both sides.
+    LS-attention (arXiv:2505.15548); with sinks, the retrieval and streaming heads of DuoAttention (arXiv:2410.10819).
+    ``causal``: the window covers the latest tokens, and no head looks ahead; otherwise it is symmetric.
     """
     side = whole("local_global_heads", "window", window, least=1) - 1
     near: Pattern = Window(side, 0 if causal else side)

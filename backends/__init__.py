@@ -1,4 +1,4 @@
-"""The built-in ways to compute an attention, one file each."""
+"""The built-in backends, one file each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Blocked", "Reference", "Sdpa"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first asked for: ``import attnopt`` needs the operator alone."""
+    """Imported on first use: ``import attnopt`` only needs the operator."""
     if name not in __all__:
         raise AttributeError(f"module 'attnopt.backends' has no attribute {name!r}")
     return getattr(import_module(f"attnopt.backends.{name.lower()}"), name)

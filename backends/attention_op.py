@@ -1,5 +1,5 @@
-"""What ``attnopt::attention`` computes, as is decided where it runs: the compiled kernel on a CPU, FlexAttention on a GPU,
-elsewhere torch's own operators block by block.
+"""The implementation of ``attnopt::attention``, chosen at run time: the compiled kernel on a CPU, FlexAttention on a
+GPU, otherwise torch operators block by block.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _spec(
     softcap: float | None,
     changes: int,
 ) -> AttentionSpec:
-    """``changes`` of the registry of patterns: the same text may mean another class then."""
+    """``changes`` of the pattern registry: the same text may then mean another class."""
     return AttentionSpec(
         heads=tuple(range(H)),
         kv_heads=tuple(range(G)),
@@ -80,7 +80,7 @@ def _spec(
 
 
 def _in_torch(q: Tensor) -> ModuleType:
-    """What computes the attention where the kernel does not: differentiable, and for any device."""
+    """The implementation where the kernel does not apply: differentiable, and for any device."""
     return flex if q.device.type == "cuda" and q.dtype != torch.float64 else block_gather
 
 
@@ -93,7 +93,7 @@ def _warn(reason: str) -> None:
 def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
     """What ``backward`` needs."""
     q, k, v, bias, mask, sinks, *options = inputs
-    selected = options[4] if len(options) > 4 else None  # rows that are not wanted get no gradient from what uses them
+    selected = options[4] if len(options) > 4 else None  # unwanted rows get no gradient
     pattern, kv_of_head, scale, softcap = options[:4]
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     ctx.spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
@@ -101,7 +101,7 @@ def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Computes the blocks again with differentiable operators, as memory-saving attention does."""
+    """Recomputes the blocks with differentiable operators, like memory-efficient attention."""
     names = (*ROLES, "selected")
     given = {name: t for name, t in zip(names, ctx.saved_tensors, strict=True) if t is not None}
     wanted = [name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed and name in given]

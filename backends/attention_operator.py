@@ -1,7 +1,7 @@
-"""``attnopt::attention``: the operator that stays in an optimized graph where none of torch's does as well.
+"""``attnopt::attention``: the operator in an optimized graph where no torch operator is as good.
 
-It is ``AttentionSpec`` as a call, without gains.  ``import attnopt`` makes it known to torch; what computes it, decided where
-it runs, is imported at its first call.
+It is ``AttentionSpec`` as a call, without gains.  ``import attnopt`` registers it with torch; its implementation is
+chosen at run time and imported at the first call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def attention(
     """[B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv] in v's dtype; the others as in ``Attend``.
 
     ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected`` as in ``Operands``.
-    Rows outside ``wanted``, bool [B, H, L], are of no use to the caller, and may be zeros.
+    Rows outside ``wanted``, bool [B, H, L], are unused by the caller, and may be zeros.
     """
     from attnopt.backends import attention_op
 

@@ -1,4 +1,4 @@
-"""The kept blocks of an attention in torch's own operators: on any device, in any dtype, and with gradients."""
+"""The kept blocks of an attention in torch operators: any device, any dtype, differentiable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnopt.patterns.block_layout import FULL_TILE, Layout
 
 
 def attend(spec: AttentionSpec, t: Operands) -> Tensor:
-    """``spec`` without its gains, at lengths that are known."""
+    """``spec`` without its gains, at known lengths."""
     B, H, L, _ = t.q.shape
     out = t.v.new_zeros(B, H, -(-L // BLOCK) * BLOCK, t.v.shape[3])
     for pattern, heads in _by_pattern(spec.pattern, H):
@@ -53,9 +53,9 @@ def _blocks(t: Tensor, axis: int) -> Tensor:
 
 
 def _rows(spec: AttentionSpec, t: Operands, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
-    """Block rows that visit equally many blocks, together: (rows [n], output [B, H, n * BLOCK, Dv]).
+    """Block rows with the same number of visited blocks, together: (rows [n], output [B, H, n * BLOCK, Dv]).
 
-    Queries, keys and values come as blocks [B, H, blocks, BLOCK, D].
+    Queries, keys and values are blocks [B, H, blocks, BLOCK, D].
     """
     B, H = t.q.shape[:2]
     counts = np.diff(layout.row_ptr)
@@ -86,7 +86,7 @@ def _rows(spec: AttentionSpec, t: Operands, layout: Layout) -> Iterator[tuple[Te
 
 
 def _of_blocks(spec: AttentionSpec, n: int, has_bias: bool, has_sinks: bool) -> AttentionSpec:
-    """The attention of n blocks, each in the place of a head."""
+    """The attention of n blocks, each in the position of a head."""
     each = tuple(range(n))
     return AttentionSpec(
         heads=each,
@@ -118,7 +118,7 @@ def _seen(layout: Layout, entries: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _keys(t: Tensor, cols: NDArray[np.int32], at: Tensor) -> Tensor:
-    """Blocks [B, H, blocks, BLOCK, D] as [B * H, n, m * BLOCK, D], copied only where they are no sliding window."""
+    """Blocks [B, H, blocks, BLOCK, D] as [B * H, n, m * BLOCK, D], copied only if they are not a sliding window."""
     n, m = cols.shape
     first = int(cols[0, 0])
     if n > 1 and (cols == first + np.arange(n)[:, None] + np.arange(m)).all():

@@ -1,4 +1,4 @@
-"""Attention that computes only the blocks its pattern keeps: time and memory grow with those, not with the square."""
+"""Attention that computes only the blocks its pattern keeps: time and memory grow with these, not quadratically."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 
 @dataclass(frozen=True)
 class Blocked(Backend):
-    """One ``attnopt::attention`` call: a kernel compiled for this CPU, FlexAttention, or torch's operators block by block.
+    """One ``attnopt::attention`` call: a compiled CPU kernel, FlexAttention, or torch operators block by block.
 
-    Accepts every spec whose selection is of whole blocks, at lengths that may vary; its block layout is made when the
-    lengths are known, and kept.  ``skips_rows``: where tokens are routed to heads, only the routed pairs of a token and a
-    head are computed, on a CPU.
+    Accepts every spec whose selection has whole blocks, with static or dynamic lengths; its block layout is computed
+    once the lengths are known, and cached.  ``skips_rows``: if tokens are routed to heads, only the routed (token,
+    head) pairs are computed, on CPU.
     """
 
     name: ClassVar[str] = "blocked"
@@ -39,13 +39,14 @@ class Blocked(Backend):
     def check(self, spec: AttentionSpec) -> Refusal | None:
         if spec.selection is not None and spec.selection.block % BLOCK:
             found = f"blocks of {spec.selection.block}"
-            return Refusal(
-                "other-blocks", expected=f"a selection of blocks of {BLOCK}, or several of these", found=found
-            )
+            return Refusal("other-blocks", expected=f"a block size that is a multiple of {BLOCK}", found=found)
         if not is_readable(spec.pattern):
-            hint = "put @attnopt.register on its class, and let its repr be the call that makes it"
+            hint = "decorate its class with @attnopt.register, and make its repr the call that constructs it"
             return Refusal(
-                "unnamed-pattern", expected="a pattern that its text names", found=str(spec.pattern), hint=hint
+                "unnamed-pattern",
+                expected="a pattern that can be reconstructed from its text",
+                found=str(spec.pattern),
+                hint=hint,
             )
         return None
 
@@ -84,6 +85,4 @@ class Blocked(Backend):
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         reason = native.why_not()
-        return (
-            () if reason is None else (f"blocked: torch's operators instead of the compiled kernel, because {reason}",)
-        )
+        return () if reason is None else (f"blocked: using torch operators instead of the compiled kernel: {reason}",)

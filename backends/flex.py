@@ -1,4 +1,4 @@
-"""``attnopt::attention`` by torch's FlexAttention (arXiv:2412.05496), for GPUs: compiled, and with gradients of its own."""
+"""``attnopt::attention`` by torch's FlexAttention (arXiv:2412.05496), for GPUs: compiled and differentiable."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def attend(spec: AttentionSpec, t: Operands) -> Tensor:
 
 @lru_cache
 def _flex(device_type: str) -> Callable[..., Any]:
-    """Compiled on a GPU.  Elsewhere as it is, which computes all pairs: good for checking alone."""
+    """Compiled on a GPU.  Elsewhere eager, which computes all pairs and is only useful for testing."""
     plain: Callable[..., Any] = flex_attention
     return torch.compile(plain, dynamic=False) if device_type == "cuda" else plain
 
@@ -65,7 +65,7 @@ def _score_mod(softcap: float | None, bias: Tensor | None) -> Callable[..., Tens
 
 
 def _operand(t: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Reads [B|1, H|1, L|1, S|1] at a place of the full size."""
+    """Reads [B|1, H|1, L|1, S|1] at an index of the full size."""
     wide = [size != 1 for size in t.shape]
 
     def read(*place: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def _operand(t: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 
 def _narrowed(blocks: BlockMask, seen: list[Callable[..., Tensor]]) -> BlockMask:
-    """The same blocks, none of them taken as visible in full any more, with further conditions."""
+    """The same blocks under further conditions, none of them treated as fully visible."""
     before = blocks.mask_mod
 
     def narrower(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _columns(layout: Layout, chosen: np.ndarray[Any, Any]) -> tuple[np.ndarray[A
 
 
 def _tables(layouts: list[Layout]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Distinct tiles, the first with nothing and the second with everything visible, and which one each block has."""
+    """Distinct tiles, the first with nothing and the second with everything visible, and the tile of each block."""
     tiles = [np.zeros((1, TILE, TILE), np.bool_), np.ones((1, TILE, TILE), np.bool_)]
     table = np.zeros((len(layouts), layouts[0].num_rows, layouts[0].num_cols), np.int32)
     first = 2

@@ -1,4 +1,4 @@
-"""Builds ``attend.cpp`` for this machine on first use, keeps the library in the user's cache, and calls it."""
+"""Builds ``attend.cpp`` for this machine on first use, caches the library in the user's cache folder, and calls it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from attnopt.patterns.query_order import order_of, ordered_layout
 
 _SOURCE = Path(__file__).with_name("attend.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_SECONDS = 300  # more than any compiler needs, so that a stuck one does not hang the program
+_SECONDS = 300  # more than any compiler needs, so a stuck one does not hang the program
 
 
 class NoKernelError(Exception):
@@ -49,16 +49,16 @@ class _Arguments(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """What the kernel reads of a spec at given lengths: addresses, and the arrays that lie there."""
+    """What the kernel reads of a spec at given lengths: addresses, and the arrays that they point to."""
 
     addresses: ctypes.Array[ctypes.c_void_p]
     arrays: tuple[NDArray[np.generic], ...]
 
 
 def attend(spec: AttentionSpec, t: Operands) -> Tensor:
-    """``spec`` without its gains, computed in float32 on a CPU.
+    """``spec`` without its gains, computed in float32 on CPU.
 
-    The output has the strides of [B, L, H, Dv], so that merging the heads copies nothing.  Raises NoKernelError.
+    The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """
     kernel = library()
     B, H, L, D = t.q.shape
@@ -67,7 +67,7 @@ def attend(spec: AttentionSpec, t: Operands) -> Tensor:
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.float(), t.k.float(), t.v.float()))
     bias, sinks = (None if x is None else x.float() for x in (t.bias, t.sinks))
     if bias is not None and bias.shape[2] != 1 and bias.shape[3] != 1 and bias.stride(3) != 1:
-        bias = bias.contiguous()  # the kernel takes a row of it in one piece
+        bias = bias.contiguous()  # the kernel needs contiguous rows
     operands = (q, k, v, bias, sinks, t.mask, t.selected, out)
     table = _table(spec, L, S, t.selected is None)
     arguments = _Arguments(
@@ -84,7 +84,7 @@ def attend(spec: AttentionSpec, t: Operands) -> Tensor:
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:
-    """0 where an axis is broadcast."""
+    """0 for a broadcast axis."""
     if t is None:
         return 0, 0, 0, 0
     return tuple(0 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True))
@@ -124,7 +124,7 @@ def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
 
 
 def why_not() -> str | None:
-    """Why there is no kernel here, or None where there is one."""
+    """Why there is no kernel here, or None if there is one."""
     try:
         library()
     except NoKernelError as e:

@@ -1,4 +1,4 @@
-"""Only some rows of an attention: the queries of each head that are wanted, gathered, and their blocks computed."""
+"""Attention for some rows only: gathers the wanted queries of each head and computes their blocks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ AllRows = Callable[[AttentionSpec, Operands], Tensor]
 
 
 def attend(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
-    """``spec`` without its gains where ``wanted_BHL``, anything finite elsewhere; ``all_rows`` computes what is gathered.
+    """``spec`` without its gains where ``wanted_BHL``, anything finite elsewhere; ``all_rows`` computes what is
+    gathered.
 
-    The output has the strides of [B, L, H, Dv], so that merging the heads copies nothing.
+    The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.
     """
     B, H, L, _ = t.q.shape
     out = t.v.new_zeros(B, L, H, t.v.shape[3]).transpose(1, 2)
@@ -34,7 +35,7 @@ def attend(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRo
 
 
 def _gathered(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
-    """[B, H, L, Dv]: the wanted rows of each head come first, and blocks that hold none of them are left out."""
+    """[B, H, L, Dv]: the wanted rows of each head come first, and blocks without any of them are skipped."""
     B, H, L, _ = t.q.shape
     count = wanted_BHL.sum(2)
     n = min(L, _blocks(int(count.max())) * BLOCK)
@@ -66,7 +67,7 @@ def _of_rows(x: Tensor, rows_BHN: Tensor) -> Tensor:
 
 
 def _any_key(seen: Tensor) -> Tensor:
-    """Bool [..., S] for every block of keys: whether one of them is seen."""
+    """Bool [..., S] for every block of keys: whether one of them is visible."""
     S = seen.shape[-1]
     return F.pad(seen, (0, _blocks(S) * BLOCK - S)).reshape(*seen.shape[:-1], -1, BLOCK).any(-1)
 
@@ -83,7 +84,7 @@ def _blocks(length: int) -> int:
 
 
 def _of_heads(spec: AttentionSpec, t: Operands, heads: Sequence[int]) -> tuple[AttentionSpec, Operands]:
-    """The attention of some heads alone."""
+    """The attention of some heads only."""
     alone = spec.keeping(heads)
     at, groups = (torch.as_tensor(x, device=t.q.device) for x in (heads, alone.kv_heads))
 

@@ -20,9 +20,9 @@ from attnopt.patterns import Causal, Full
 
 
 class Sdpa(Backend):
-    """One 4-D SDPA call; a pattern becomes a dense mask, except all keys and the square causal triangle.
+    """One 4-D SDPA call; a pattern becomes a dense mask, except full visibility and the square causal triangle.
 
-    A query that sees no key gets zeros from SDPA itself (torch >= 2.11; the tests hold it to that).
+    SDPA itself returns zeros for a fully masked query (torch >= 2.11; tested).
     """
 
     name: ClassVar[str] = "sdpa"
@@ -68,7 +68,7 @@ class Sdpa(Backend):
 
 
 def _is_evenly_shared(spec: AttentionSpec) -> bool:
-    """Fewer K/V heads than query heads, and query head h reads h // r: what ``enable_gqa`` means."""
+    """Fewer K/V heads than query heads, and query head h reads h // r, as ``enable_gqa`` requires."""
     if spec.num_kv_heads >= spec.num_heads or spec.num_heads % spec.num_kv_heads:
         return False
     r = spec.num_heads // spec.num_kv_heads
@@ -76,7 +76,7 @@ def _is_evenly_shared(spec: AttentionSpec) -> bool:
 
 
 def _as_mask(bias: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """One mask for SDPA: bool where only visibility is known, else additive in the queries' dtype."""
+    """One mask for SDPA: bool if it only expresses visibility, otherwise additive in the dtype of the queries."""
     if bias is None:
         return seen
     bias = bias.to(dtype)

@@ -1,4 +1,6 @@
-"""How fast this machine's CPU computes each form of attention: measured once, then kept in the user's cache."""
+"""How fast the CPU of this machine computes each form of attention: measured once, then stored in the user's cache
+folder.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,12 @@ from attnopt.ir.site import Site
 
 _LENGTH, _HEADS, _HEAD_DIM = 1024, 4, 64
 _ROUNDS = 3
-GPU_RATE = 1e13  # only ratios matter where nothing was measured
+GPU_RATE = 1e13  # without a measurement, only ratios matter
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Floating-point operations a second, of the pairs that a form computes, and the seconds of an empty call."""
+    """Floating-point operations per second for the pairs that a form computes, and the seconds of an empty call."""
 
     dense: float  # SDPA without a mask
     causal: float  # SDPA with is_causal, all pairs counted

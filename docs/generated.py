@@ -1,4 +1,4 @@
-"""The parts of the documentation that are made from the code and its tests, so that they cannot fall behind.
+"""The parts of the documentation that are generated from the code and its tests, so they stay up to date.
 
 A page asks for one with a line such as ``<!-- pass: local-window -->``.  MkDocs calls ``on_page_markdown``.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"^<!-- (\w+)(?:: (.+?))? -->$", re.MULTILINE)
 PICTURE_LENGTH = 32
 
-# What the values of ``tests/support/models.py``'s Spelling mean; a test holds these to the spellings that must match.
+# The meaning of the values of Spelling in ``tests/support/models.py``; a test compares them with the required spellings.
 SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
     "op": (
         "Projection",
@@ -27,7 +27,7 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
     "packing": (
         "Packing of q, k and v",
         {
-            "separate": "three projections", "fused": "one projection, q, k and v one after the other in any order",
+            "separate": "three projections", "fused": "one projection, q, k and v concatenated in any order",
             "kv": "one projection for k and v", "per-head": "one projection, q, k and v of each head together",
             "per-group": "one projection, the queries of each group with its key and value",
         },
@@ -71,9 +71,9 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
     "scale": (
         "Scale",
         {
-            "q": "on the queries", "k": "on the keys", "mul": "multiplied onto the scores", "div": "divided out of the scores",
+            "q": "on the queries", "k": "on the keys", "mul": "multiplied with the scores", "div": "scores divided by a number",
             "alpha": "`alpha` of `baddbmm`", "none": "none", "buffer": "a buffer",
-            "temperature": "a learned temperature of each head",
+            "temperature": "a learned temperature per head",
             "over": "divided by one", "root": "divided by the root of a tensor",
         },
     ),
@@ -89,17 +89,17 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
     "apply": (
         "Application of the mask",
         {
-            "where": "`where`", "masked_fill": "`masked_fill`", "add-inf": "-inf is added",
-            "add-min": "the dtype's minimum is added",
-            "lerp": "a mask of 0 and 1, times the minimum", "old-gpt": "scores times mask, minus 10000 elsewhere",
-            "moderate": "-10000 is written", "assigned": "`scores[mask] = -inf`",
+            "where": "`where`", "masked_fill": "`masked_fill`", "add-inf": "add -inf",
+            "add-min": "add the minimum of the dtype",
+            "lerp": "a 0/1 mask times the minimum", "old-gpt": "scores times mask, -10000 elsewhere",
+            "moderate": "write -10000", "assigned": "`scores[mask] = -inf`",
         },
     ),
     "after": (
         "Weights after the softmax",
         {
-            "": "as they are", "again": "masked once more", "flags": "times a mask of 0 and 1",
-            "rows": "0 for a query without a key", "clean": "`nan_to_num`",
+            "": "unchanged", "again": "masked again", "flags": "times a 0/1 mask",
+            "rows": "0 for fully masked queries", "clean": "`nan_to_num`",
         },
     ),
     "bias_kind": (
@@ -111,9 +111,9 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
     "softmax": (
         "Softmax",
         {
-            "F": "`F.softmax`", "positive": "with a positive axis", "float32": "in float32", "upcast": "scores cast before it",
+            "F": "`F.softmax`", "positive": "with a positive axis", "float32": "in float32", "upcast": "scores cast before",
             "shifted": "scores minus their overall maximum",
-            "exp": "`exp` over its sum", "stable-exp": "the same after subtracting the maximum",
+            "exp": "`exp` over its sum", "stable-exp": "the same, after subtracting the maximum",
             "eps": "the same with 1e-9 added to the sum", "inverse": "the same times the inverse of the sum",
             "exp2": "powers of 2 over their sum", "again": "`softmax`, divided by its sum again",
             "log": "`exp` of `log_softmax`",
@@ -133,7 +133,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def picture(pattern: str) -> str:
-    """A pattern drawn for 32 tokens, beside the one before it."""
+    """A pattern drawn for 32 tokens, next to the previous one."""
     from html import escape
 
     from attnopt.patterns import parse
@@ -148,14 +148,14 @@ def picture(pattern: str) -> str:
 
 
 def about_pass(name: str) -> str:
-    """What the code says of a pass, and its options."""
+    """The docstring of a pass, and its options."""
     from attnopt.compiler import plugins
 
     return _about(plugins.load_pass(name), name)
 
 
 def about_backends() -> str:
-    """Every built-in backend, as the code describes it."""
+    """The docstring of every built-in backend."""
     from attnopt.compiler import plugins
 
     ours = [p for p in plugins.backends().values() if p.distribution == plugins.OURS]
@@ -166,7 +166,7 @@ def _about(kind: type[Any], name: str) -> str:
     parameters = inspect.signature(kind).parameters.values()
     rows = [f"| `{p.name}` | {'required' if p.default is p.empty else f'`{p.default!r}`'} |" for p in parameters]
     table = ["| option | default |", "|---|---|", *rows] if rows else []
-    exact = "It is exact: the model computes what it did." if kind.exact else "It changes what the model computes."
+    exact = "Exact: the model output does not change." if kind.exact else "Not exact: the model output changes."
     return "\n".join(
         [_prose(kind), "", f"{exact} As text: `{name}({', '.join(p.name + '=...' for p in parameters)})`", "", *table]
     )
@@ -182,16 +182,16 @@ def _markdown(text: str) -> str:
 
 
 def spellings() -> str:
-    """What the tests hold the matcher to, part by part."""
+    """The spellings that the tests require, part by part."""
     from models import Spelling
 
     must_match = _tested("test_spellings").MUST_MATCH
     plain = Spelling()
-    lines = ["| part | ways of writing it, each with a test |", "|---|---|"]
+    lines = ["| part | tested spellings |", "|---|---|"]
     for field, (title, meanings) in SPELLINGS.items():
         values = _values(field, [s for s, _ in must_match], plain)
         lines.append(f"| {title} | {'; '.join(meanings[v] for v in meanings if v in values)} |")
-    told = f"{len(must_match)} combinations must match and are compared with what they mean, to the last weight row."
+    told = f"{len(must_match)} combinations must match and are verified down to single weight rows."
     return "\n".join([*lines, f"| And with | {'; '.join(FLAGS.values())} |", "", told])
 
 
@@ -201,10 +201,10 @@ def _values(field: str, shown: list[Any], plain: Any) -> set[Any]:
 
 
 def refusals() -> str:
-    """Every refusal code of the source, by the part that gives it, with the text that a test holds it to."""
+    """Every refusal code in the source, by stage, with its golden text from the tests."""
     tests = _tested("test_refusals")
     golden = {code: text for code, (_, text) in tests.CASES.items()} | tests.OTHERS
-    lines = ["| code | given by | for example |", "|---|---|---|"]
+    lines = ["| code | issued by | example |", "|---|---|---|"]
     for code, stage in sorted(refusal_codes().items(), key=lambda pair: (pair[1], pair[0])):
         text = golden[code].removeprefix(f"[{code}]").replace(" (at LINE)", "").replace("\n  hint:", "; hint:")
         lines.append(f"| `{code}` | {stage} | {_cell(text)} |")
@@ -212,7 +212,7 @@ def refusals() -> str:
 
 
 def refusal_codes() -> dict[str, str]:
-    """Code -> the part of attnopt that gives it."""
+    """Code -> the part of attnopt that issues it."""
     found: dict[str, str] = {}
     for folder, stage in (("attnopt", "matching"), ("passes", "passes"), ("backends", "backends")):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -225,7 +225,7 @@ def refusal_codes() -> dict[str, str]:
 
 def _cell(text: str) -> str:
     told = " ".join(text.split())
-    for sign in "|<*{}_":  # which Markdown would take for its own
+    for sign in "|<*{}_":  # special in Markdown
         told = told.replace(sign, f"&#{ord(sign)};")
     return told
 
@@ -252,7 +252,7 @@ def commands() -> str:
 
 
 def results() -> str:
-    """The table and the picture of each benchmark that was run."""
+    """The table and figure of each benchmark result."""
     sections = []
     for table in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
         text = re.sub(r"^#", "##", table.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
@@ -279,7 +279,7 @@ MAKERS: dict[str, Any] = {
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Called by MkDocs once: the pictures of the benchmarks are pages' pictures too."""
+    """Called by MkDocs once: adds the benchmark figures to the files of the site."""
     from mkdocs.structure.files import File
 
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.png")):

@@ -1,4 +1,4 @@
-"""SmolLM2 with a local window and a few sinks in all of its layers, chatting: the cache does not grow with the conversation.
+"""Chat with SmolLM2 with a local window and a few sinks in every layer: the cache does not grow with the conversation.
 
 python examples/chat_with_window.py "What is the capital of France?" "And of Italy?"
 """
@@ -15,12 +15,12 @@ from attnopt.passes import LocalWindow
 
 
 def windowed(model: Any, prompt: torch.Tensor, window: int, sinks: int) -> Any:
-    """A copy of the model in which each token sees the first ``sinks`` tokens and the last ``window``, itself included."""
+    """A copy of the model in which each token sees the first ``sinks`` tokens and the last ``window``, including itself."""
     return attnopt.convert(model, LocalWindow(window - 1, sinks=sinks), prompt)
 
 
 def chat(model: Any, tokenizer: Any, questions: Sequence[str], length: int = 60) -> list[str]:
-    """The answers, one after the other in one conversation; one cache serves them all."""
+    """The answers of one conversation, with one shared cache."""
     from transformers import DynamicCache
 
     cache, answers, ids = DynamicCache(config=model.config), list[str](), torch.empty(1, 0, dtype=torch.int64)
@@ -42,7 +42,7 @@ def chat(model: Any, tokenizer: Any, questions: Sequence[str], length: int = 60)
 
 
 def turn(tokenizer: Any, question: str, before: torch.Tensor) -> torch.Tensor:
-    """The tokens of a question, after those of the conversation so far, which stay as they were generated."""
+    """The tokens of a question after those of the conversation so far, which are kept as generated."""
     message = {"role": "user", "content": question}
     if not before.numel():
         text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

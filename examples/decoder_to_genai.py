@@ -25,7 +25,7 @@ inputs = {
     "input_ids": ids,
     "attention_mask": torch.ones_like(ids),
     "position_ids": torch.arange(16).expand(2, -1),
-    "use_cache": False,  # the exported model has one of its own
+    "use_cache": False,  # the exported model has its own cache
 }
 policy = {"*": "fuse", "*layers.1.*": LocalWindow(left=31, right=0)}  # a token sees itself and 31 before it
 fast = attnopt.optimize(model, policy, (), inputs, dynamic_shapes="auto")
@@ -33,7 +33,7 @@ print(fast.report)
 
 folder = Path("build") / "decoder"
 folder.parent.mkdir(exist_ok=True)
-fast.export_decoder(folder, context_length=128, eos_token_id=0)  # with tokenizer=..., its files lie there too
+fast.export_decoder(folder, context_length=128, eos_token_id=0)  # tokenizer=... would save its files there, too
 
 runtime = onnxruntime_genai.Model(str(folder))
 parameters = onnxruntime_genai.GeneratorParams(runtime)

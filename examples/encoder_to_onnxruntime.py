@@ -1,4 +1,4 @@
-"""An encoder written by hand, with a local window on half of its layers, in ONNX Runtime.  The weights are random."""
+"""A hand-written encoder in ONNX Runtime, with a local window on half of its layers.  The weights are random."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from attnopt.passes import LocalWindow
 
 
 class Layer(nn.Module):
-    """Self-attention and a feed-forward network, as one might write them."""
+    """Self-attention and a feed-forward network."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ model = Encoder().eval()
 ids = torch.randint(1, 1000, (2, 96))
 print(attnopt.inspect(model, ids))
 
-policy = {"layers.[01]": LocalWindow(left=16, right=16, sinks=1)}  # the other layers are left as they are
+policy = {"layers.[01]": LocalWindow(left=16, right=16, sinks=1)}  # the other layers stay unchanged
 fast = attnopt.optimize(model, policy, ids, dynamic_shapes="auto")
 print(fast.report)
 
@@ -58,7 +58,7 @@ path.parent.mkdir(exist_ok=True)
 fast.export_onnx(path)
 
 session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-longer = torch.randint(1, 1000, (3, 150))  # batch and length are free
+longer = torch.randint(1, 1000, (3, 150))  # batch and length are dynamic
 from_onnx = session.run(None, {session.get_inputs()[0].name: longer.numpy()})[0]
 with torch.no_grad():
     from_torch = fast(longer).numpy()

@@ -1,7 +1,7 @@
-"""A sentence encoder with a quarter of its heads, trained to give what the whole one gives: a few hundred steps, no labels.
+"""A sentence encoder with a quarter of its heads, distilled from the full one in a few hundred steps, without labels.
 
-An optimized model trains like any ``nn.Module``.  ``python examples/fine_tune.py`` prunes MiniLM (three of twelve heads a
-layer are left), distils it on sentences of news, and compares both with the original on film reviews, which it never saw.
+An optimized model trains like any ``nn.Module``.  ``python examples/fine_tune.py`` prunes MiniLM to three of
+twelve heads per layer, distils it on news sentences, and compares both with the original on unseen film reviews.
 It needs the packages of the demo (``make demo``), and writes ``build/fine_tune.png``.
 """
 
@@ -28,8 +28,8 @@ REVIEWS = 48
 def distil(
     student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], steps: int, rate: float, loss: Loss
 ) -> Iterator[float]:
-    """One AdamW step for each number: how far ``student`` was from ``teacher`` on the next batch.  Weights that both share
-    would change in both, so let one of them have copies."""
+    """One AdamW step per yielded number, the distance of ``student`` from ``teacher`` on the next batch.  Shared weights
+    would change in both, so copy them in one of the two."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for batch in islice(cycle(batches), steps):
@@ -60,12 +60,12 @@ def main() -> None:
 
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     shapes = {"input_ids": axes, "attention_mask": dict(axes)}
-    original, _ = similarity.load_encoder()  # the student shares what stays as it is, and will be trained
+    original, _ = similarity.load_encoder()  # the student shares unchanged weights, and will be trained
     calibration = batches[:16]
     student = attnopt.optimize(
         original, PruneHeads(fraction=0.75), calibration[0], dynamic_shapes=shapes, calibration=calibration
     )
-    print(f"{sum(site.num_heads for site in student.sites)} heads are left of {6 * 12}")
+    print(f"{sum(site.num_heads for site in student.sites)} of {6 * 12} heads remain")
 
     def agreement() -> float:
         with torch.no_grad():
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _in_turn(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Texts of like length together."""
+    """Batches of texts with similar length."""
     ordered = sorted(texts, key=len)
     return (ordered[i : i + size] for i in range(0, len(ordered), size))
 

@@ -1,9 +1,9 @@
-"""From a key/value head for each query head to groups: a smaller checkpoint, which transformers loads without attnopt.
+"""From one key/value head per query head to groups: a smaller checkpoint, which transformers loads without attnopt.
 
     python examples/heads_to_groups.py build/grouped
 
-SmolLM2's 3 key/value heads are written out as 9 first, one for each query head, so that there is something to find: merged
-by groups of three again, the model says exactly what it said, from a cache of a third of the size.
+First, the 3 key/value heads of SmolLM2 are expanded to 9, one per query head, as an input with redundancy.  Merged in groups of
+three again, the model gives identical output with a third of the cache.
 """
 
 import copy
@@ -19,7 +19,7 @@ from attnopt.passes import GroupedQuery
 
 
 def with_repeated_heads(model: Any) -> Any:
-    """The same model with a key/value head of its own for each query head."""
+    """The same model with a separate key/value head per query head."""
     config = copy.deepcopy(model.config)
     groups, config.num_key_value_heads = config.num_key_value_heads, config.num_attention_heads
     repeated, weights = type(model)(config).eval(), dict(model.state_dict())
@@ -32,7 +32,7 @@ def with_repeated_heads(model: Any) -> Any:
 
 
 def regrouped(model: Any, prompt: torch.Tensor, kv_heads: int, folder: Path) -> Any:
-    """The model with fewer key/value heads, saved to ``folder`` and loaded from there."""
+    """The model with fewer key/value heads, saved to ``folder`` and loaded again."""
     converted = attnopt.convert(model, GroupedQuery(kv_heads, merge="mean"), prompt)
     print(converted.attnopt_report.headline)
     converted.save_pretrained(folder)

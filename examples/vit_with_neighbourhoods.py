@@ -1,4 +1,4 @@
-"""A ViT whose patches see the patches around them on the image, and all see the class token.  The weights are random."""
+"""A ViT whose patches see neighbouring patches and the class token.  The weights are random."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ print(attnopt.inspect(model, images))
 side = config.image_size // config.patch_size
 near = Prefix(1, Neighborhood((side, side), kernel=5))  # 5 x 5 patches, and the class token
 print(f"{near} keeps {near.density(1 + side**2, 1 + side**2):.0%} of the pairs")
-policy = {"*": "fuse", "*[13]*": Sparse(near)}  # every other layer still sees the whole image
+policy = {"*": "fuse", "*[13]*": Sparse(near)}  # every other layer sees the whole image
 fast = attnopt.optimize(model, policy, images, dynamic_shapes={"pixel_values": {0: torch.export.Dim.AUTO}})
 print(fast.report)
 
@@ -30,7 +30,7 @@ path = Path("build") / "vit.onnx"
 path.parent.mkdir(exist_ok=True)
 fast.export_onnx(path)
 session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-others = torch.randn(3, 3, 96, 96)  # the number of images is free
+others = torch.randn(3, 3, 96, 96)  # the number of images is dynamic
 from_onnx = session.run(None, {session.get_inputs()[0].name: others.numpy()})[0]
 with torch.no_grad():
     from_torch = fast(others).last_hidden_state.numpy()

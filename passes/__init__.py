@@ -1,4 +1,4 @@
-"""The built-in rewrites, one file each."""
+"""The built-in passes, one file each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Let every query see only the blocks of keys that look important for the input at hand."""
+"""Restrict every query to the key blocks that look important for the current input."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from attnopt.passes.heads import refuse_other_keys
 
 @dataclass(frozen=True)
 class DynamicSparse(Pass):
-    """Each block of queries keeps the ``keep`` blocks of keys that score highest, anew for every input, without training.
+    """Each block of queries keeps the ``keep`` key blocks with the highest scores, chosen per input, without training.
 
-    ``scores``: "pooled" (MInference, arXiv:2407.02490), "antidiagonal" (XAttention, arXiv:2503.16428), "kmeans" (Routing
-    Transformer, arXiv:2003.05997), each with its options as in "antidiagonal(stride=16)", or ``BlockScores``.  The other
-    options are those of ``DynamicBlocks``.  A causal attention stays causal.  Raises PolicyError.
+    ``scores``: "pooled" (MInference, arXiv:2407.02490), "antidiagonal" (XAttention, arXiv:2503.16428), "kmeans"
+    (Routing Transformer, arXiv:2003.05997), each with options as in "antidiagonal(stride=16)", or ``BlockScores``.  The
+    other options are those of ``DynamicBlocks``.  A causal attention stays causal.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "dynamic-sparse"
@@ -37,9 +37,9 @@ class DynamicSparse(Pass):
         if site.spec.selection is not None:
             return site.refuse(
                 "already-selected",
-                expected="an attention that sees every block",
+                expected="an attention without block selection",
                 found=str(site.spec.selection),
-                hint="give the site one dynamic-sparse only",
+                hint="apply dynamic-sparse only once per site",
             )
         return refuse_other_keys(site)
 

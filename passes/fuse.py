@@ -1,4 +1,4 @@
-"""Change nothing: the attention is only raised, and lowered to the best backend."""
+"""Change nothing except the implementation: make the attention canonical and lower it to the best backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Let several query heads share one key/value head."""
+"""Share key/value heads between query heads."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.passes.heads import BUDGETS, expected_projections, refuse_edits, refuse_unknown_projections
 
 GROUPINGS = ("adjacent", "similarity", "key-norm", "optimal")
-SEARCHED = ("similarity", "optimal")  # groupings that look at what the heads compute
+SEARCHED = ("similarity", "optimal")  # groupings that use activations
 ALIGNED = ("procrustes", "svd", "score-optimal")
 COMPENSATIONS = ("none", "least-squares")
 
 
 @dataclass(frozen=True)
 class GroupedQuery(Pass, SharesBudget):
-    """Merge key/value heads until ``kv_heads`` are left (GQA, arXiv:2305.13245); a group keeps its first head's number.
+    """Merge key/value heads down to ``kv_heads`` (GQA, arXiv:2305.13245); a group keeps the number of its first head.
 
-    ``grouping``: which heads become one: ``"adjacent"`` runs; ``"similarity"``: those whose keys and values share most,
-    joined pair by pair; ``"key-norm"``: adjacent ones, with more queries for larger keys (KDGQA,
-    arXiv:2408.08454); ``"optimal"``: the partition that loses least; or for each of today's heads the number of its group.
-    ``merge``: ``"mean"`` or ``"first"`` of the group's weights, or the name of a registered ``KvMerge``; ``"procrustes"``: the
-    mean after turning each head toward the first (arXiv:2412.20677); ``"svd"``: the subspace that holds most of the group's
-    keys, and of its values; ``"score-optimal"``: the subspace that keeps most of the scores, and of the layer's output.  The
-    last three fold the change of basis into the query and output projections; through a rotary encoding they turn each
-    frequency alone.
-    ``compensate``: ``"none"``, or ``"least-squares"``: shared values and output projection are fitted to what the layer
-    gave before.  ``budget``: ``kv_heads`` at each site (``"site"``), or on average (``"global"``), more where the model's
-    output needs them.
+    ``grouping``: which heads are merged: ``"adjacent"`` runs; ``"similarity"``: heads with the most similar keys and
+    values, joined pair by pair; ``"key-norm"``: adjacent heads, with more queries for larger keys (KDGQA,
+    arXiv:2408.08454); ``"optimal"``: the partition with the least loss; or the group number of each current head.
+    ``merge``: ``"mean"`` or ``"first"`` of the weights in the group, or the name of a registered ``KvMerge``;
+    ``"procrustes"``: the mean after aligning each head with the first (arXiv:2412.20677); ``"svd"``: the subspace with
+    most of the energy of the keys, and of the values; ``"score-optimal"``: the subspace that best preserves the scores
+    and the layer output.  The last three fold the change of basis into the query and output projections; with rotary
+    positions they act on each frequency separately.
+    ``compensate``: ``"none"``, or ``"least-squares"``: fit shared values and the output projection to the original
+    layer output.
+    ``budget``: ``kv_heads`` at each site (``"site"``), or on average (``"global"``), with more where the model output
+    is more sensitive.
 
-    Defaults: with calibration data optimal, score-optimal, least squares and a global budget, as far as the site's
-    projections allow; without, adjacent and mean.  Raises PolicyError.
+    Defaults: with calibration data, optimal, score-optimal, least squares and a global budget, if the projections of
+    the site allow it; otherwise adjacent and mean.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "grouped-query"
@@ -75,8 +76,8 @@ class GroupedQuery(Pass, SharesBudget):
             choice(self.name, "budget", self.budget, BUDGETS)
         if self.grouping == "key-norm" and self.merge in ALIGNED:
             raise PolicyError(
-                f"grouped-query: merge={self.merge!r} is not possible with grouping='key-norm', where queries read other "
-                "heads than their own; give merge='mean'"
+                f"grouped-query: invalid value merge={self.merge!r} with grouping='key-norm', which changes the "
+                "head that a query reads: expected merge='mean'"
             )
 
     def _checked_merge(self, merge: str) -> None:
@@ -85,16 +86,16 @@ class GroupedQuery(Pass, SharesBudget):
             KV_MERGES.load(merge)
 
     def _checked(self, grouping: Any) -> tuple[int, ...]:
-        """The number of each head's group, which must be 0 to kv_heads - 1, each of them used."""
+        """The group number of each head: 0 to kv_heads - 1, each of them used."""
         if not isinstance(grouping, (list, tuple)):
             raise PolicyError(
-                f"grouped-query: grouping={grouping!r} is not possible; give one of {GROUPINGS} or numbers"
+                f"grouped-query: invalid value grouping={grouping!r}: expected one of {GROUPINGS} or numbers"
             )
         numbers = tuple(whole(self.name, "grouping", g) for g in grouping)
         if len(set(numbers)) != self.kv_heads or max(numbers) >= self.kv_heads:
             raise PolicyError(
-                f"grouped-query: grouping={grouping!r} is not possible; with kv_heads={self.kv_heads} give each head a "
-                f"number from 0 to {self.kv_heads - 1}, and each number to a head"
+                f"grouped-query: invalid value grouping={grouping!r}: expected one group per head, "
+                f"numbered 0 to {self.kv_heads - 1}, with every group used"
             )
         return numbers
 
@@ -115,7 +116,7 @@ class GroupedQuery(Pass, SharesBudget):
         for count, groups in self._partitions(site, sides, range(1, heads + 1)).items():
             numbers = tuple(next(n for n, g in enumerate(groups) if h in g) for h in range(heads))
             lost = sum(float(side.loss([g])[0]) for side in sides for g in groups)
-            error = lost * lost  # small losses are mended by fitting: what is left after it grows with the square
+            error = lost * lost  # fitting repairs small losses: the remaining loss grows with the square
             found[count] = Share(error, replace(self, kv_heads=count, grouping=numbers, budget="site"))
         return found
 
@@ -128,7 +129,7 @@ class GroupedQuery(Pass, SharesBudget):
         if self.kv_heads == site.num_kv_heads:
             return None
         edited = [e for e in site.spec.after if isinstance(e, Routed) or not e.fits_other_values]
-        refused = refuse_edits(site, edits=edited, hint="group key/value heads before heads are routed or replaced")
+        refused = refuse_edits(site, edits=edited, hint="apply grouped-query before heads are routed or replaced")
         refused = refused or self._refuse_sizes(site) or self._refuse_data(site)
         roles = ("q", "k", "v", "out") if self.merge in ALIGNED else ("k", "v")
         return refused or refuse_unknown_projections(site, roles, expected_projections(roles), "")
@@ -232,7 +233,7 @@ class GroupedQuery(Pass, SharesBudget):
         grouping = self.grouping
         if grouping is not None and not isinstance(grouping, str) and len(grouping) != heads:
             found = f"{len(grouping)} numbers"
-            return site.refuse("kv-heads-do-not-fit", expected=f"a group for each of {heads} heads", found=found)
+            return site.refuse("kv-heads-do-not-fit", expected=f"one group per head ({heads})", found=found)
         by_runs = grouping in (None, "adjacent", "key-norm") and (site.activations is None or grouping is not None)
         if (by_runs and heads % self.kv_heads) or self.kv_heads > heads:
             fits = [n for n in range(1, heads + 1) if heads % n == 0 or not by_runs]
@@ -244,7 +245,7 @@ class GroupedQuery(Pass, SharesBudget):
         learns = self.merge in ALIGNED or (self.merge is not None and KV_MERGES.load(self.merge).needs_calibration)
         needs = learns or self.grouping in SEARCHED or self.compensate == "least-squares"
         if needs and site.activations is None:
-            hint = "give calibration= to attnopt.optimize"
+            hint = "pass calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         if self.merge in ALIGNED or self.grouping in SEARCHED:
             known = refuse_unknown_projections(
@@ -255,9 +256,9 @@ class GroupedQuery(Pass, SharesBudget):
             if mixing_of_scores(site) is None or not mixes_values(site):
                 return site.refuse(
                     "features-are-not-linear",
-                    expected="heads that reach the core as they are projected, or rotated",
-                    found="a norm or another map between projection and core",
-                    hint='give merge="mean" and grouping="adjacent"',
+                    expected="queries and keys that are only projected or rotated before the scores",
+                    found="a norm or another transform after the projection",
+                    hint='use merge="mean" and grouping="adjacent"',
                 )
         return None
 
@@ -307,7 +308,7 @@ def _value_edits(site: Site, groups: Sequence[Group], maps: Sequence[Tensor]) ->
 
 
 def _output(site: Site, groups: Sequence[Group], values: Sequence[Merged]) -> Tensor:
-    """Today's output weights, read from the shared values."""
+    """The current output weights, applied to the shared values."""
     out = output_weights(site, site.original)
     assert out is not None
     made = out.clone()

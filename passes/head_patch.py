@@ -1,4 +1,4 @@
-"""Replace heads' outputs: by nothing, by their mean, or by those of another run."""
+"""Replace head outputs by zeros, their mean, or the values of another run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ NAMED = ("silence", "mean", "run")
 
 @dataclass(frozen=True)
 class HeadPatch(Pass):
-    """The outputs of ``heads`` are replaced, before their gains and the output projection.
+    """Replace the outputs of ``heads``, before their gains and the output projection.
 
-    ``values``: "silence", zeros; "mean", what each head gives on average over the calibration tokens that are no padding,
-    in all calls of its weights (mean ablation); "run", what they gave in the first calibration batch (activation
-    patching); or a tensor, [heads, Dv] for every token alike or [batch or 1, heads, tokens, Dv] for sequences of just this
-    length, with the heads in the order of ``heads``.  Heads that were pruned are ignored.  Give it after the passes that
-    change weights: what these fit is fitted to the model as it was trained.  Raises PolicyError.
+    ``values``: "silence": zeros; "mean": the mean output of each head over the calibration tokens without padding, in
+    all calls of its weights (mean ablation); "run": the outputs in the first calibration batch (activation patching);
+    or a tensor, [heads, Dv] for every token alike, or [batch or 1, heads, tokens, Dv] for sequences of exactly this
+    length, in the order of ``heads``.
+    Heads that were already pruned are ignored.  Apply it after passes that change weights: their fit uses the trained
+    model.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "head-patch"
@@ -43,7 +44,7 @@ class HeadPatch(Pass):
         heads = whole_tuple(self.name, "heads", self.heads, None)
         if not heads or len(set(heads)) < len(heads):
             raise PolicyError(
-                f"{self.name}: heads={self.heads!r} is not possible; give each head once, and at least one"
+                f"{self.name}: invalid value heads={self.heads!r}: expected at least one head, each listed once"
             )
         object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "values", self._read(self.values))
@@ -61,20 +62,20 @@ class HeadPatch(Pass):
             shown = f"of shape {list(given.shape)}" if isinstance(given, Tensor) else repr(given)[:60]
             n = len(self.heads)
             raise PolicyError(
-                f"{self.name}: values {shown} are not possible",
-                hint=f"give {named}, or floating-point numbers [{n}, Dv] or [batch, {n}, tokens, Dv]",
+                f"{self.name}: invalid values {shown}",
+                hint=f"use {named}, or a floating-point tensor [{n}, Dv] or [batch, {n}, tokens, Dv]",
             ) from error
         return found
 
     def check(self, site: Site) -> Refusal | None:
         refused = refuse_unknown_heads(site, self.heads)
         if refused is None and self.values in ("mean", "run") and site.activations is None:
-            hint = "give calibration= to attnopt.optimize"
+            hint = "pass calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         if refused is None and self.values == "run" and site.activations is not None and site.activations.calls > 1:
-            found = f"{site.activations.calls} calls, each with values of its own"
-            hint = "name each call in the policy, as in {'attention#2': ...}"
-            return site.refuse("several-calls", expected="one call of the site's weights", found=found, hint=hint)
+            found = f"{site.activations.calls} calls with different values"
+            hint = "give each call its own rule, as in {'attention#2': ...}"
+            return site.refuse("several-calls", expected="weights that are used by one call", found=found, hint=hint)
         return refused or self._refuse_sizes(site)
 
     def rewrite(self, site: Site) -> Rewrite:
@@ -101,7 +102,7 @@ class HeadPatch(Pass):
         return Replaced(tuple(kept), Constant.of(first[:, places]), "values of the first calibration batch")
 
     def _refuse_sizes(self, site: Site) -> Refusal | None:
-        """Values that do not fit what the heads give."""
+        """Refuse values that do not fit the head outputs."""
         sizes: list[int] = []
         if isinstance(self.values, Constant):
             shape = self.values.shape
@@ -113,6 +114,6 @@ class HeadPatch(Pass):
             sizes = [site.activations.batches[0].q.shape[2]]
         if not sizes or (sizes == [site.q_len] and not site.is_dynamic):
             return None
-        expected, found = f"values for the {site.q_len} tokens of every call", f"values for {sizes[0]} tokens"
-        hint = "give dynamic_shapes without the sequence axis" if site.is_dynamic else ""
+        expected, found = f"values for {site.q_len} tokens in every call", f"values for {sizes[0]} tokens"
+        hint = "remove the sequence axis from dynamic_shapes" if site.is_dynamic else ""
         return site.refuse("other-sizes", expected=expected, found=found, hint=hint)

@@ -1,4 +1,4 @@
-"""Heads as the user numbers them: by their place in the model as it was trained, also after some have been pruned."""
+"""Head numbers of the trained model, which stay valid after pruning, and shared refusals."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ BUDGETS = ("site", "global")  # heads counted at each site, or over all sites to
 
 
 def original_heads(site: Site) -> int:
-    """How many query heads the model was trained with, as far as the projections or the remaining heads tell."""
+    """The number of query heads in the trained model, according to the projections or the remaining heads."""
     known = [len(p.rows) for role in ("q", "out") if (p := site.projections.get(role)) and p.rows is not None]
     return max([*known, *(h + 1 for h in site.spec.heads)])
 
 
 def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
-    """A refusal of heads that the model never had; heads that were pruned are none of these."""
+    """Refuse heads that the model never had; pruned heads are accepted."""
     count = original_heads(site)
     unknown = sorted(h for h in set(heads) if not 0 <= h < count)
     if not unknown:
@@ -29,31 +29,33 @@ def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
 
 
 def refuse_other_keys(site: Site, past: bool = False) -> Refusal | None:
-    """A refusal of keys that do not stand at the positions of the queries; ``past``: keys of earlier tokens may come first."""
-    hint = 'leave cross-attention out with a mapping such as {"decoder.*.cross": []}'
+    """Refuse keys that are not at the positions of the queries; ``past``: earlier tokens may precede them."""
+    hint = 'exclude cross-attention with a mapping such as {"decoder.*.cross": []}'
     found = ""
     if site.is_cross and site.alignment == "none":
-        found = "queries and keys that are inputs of lengths that vary apart"
-        hint = "give both lengths one torch.export.Dim in dynamic_shapes, or leave them out of it"
+        found = "query and key inputs with independent lengths"
+        hint = "use one torch.export.Dim for both lengths in dynamic_shapes, or remove both"
     elif site.is_cross:
-        found = "keys of another sequence"
+        found = "keys from another sequence"
     elif site.alignment == "last":
-        found = "" if past else f"{site.q_len} queries behind a past of {site.kv_len - site.q_len} keys"
+        found = "" if past else f"{site.q_len} queries after {site.kv_len - site.q_len} past keys"
     elif site.q_len != site.kv_len:
         found = f"{site.q_len} queries and {site.kv_len} keys"
     elif site.alignment == "none":
-        found = "queries and keys whose numbers vary apart"
+        found = "queries and keys with independent lengths"
     if not found:
         return None
-    return site.refuse("needs-self-attention", expected="queries and keys of one sequence", found=found, hint=hint)
+    return site.refuse(
+        "needs-self-attention", expected="queries and keys from the same sequence", found=found, hint=hint
+    )
 
 
 def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Refusal | None:
-    """A refusal of the first of these edits of the heads' outputs, which would not mean the same afterwards."""
+    """Refuse the first of these head edits, whose meaning would change."""
     edit = next((e for e in edits if e is not None), None)
     if edit is None:
         return None
-    expected = "outputs of heads that nothing is done to yet"
+    expected = "head outputs that are not edited yet"
     return site.refuse("already-edited", expected=expected, found=str(edit), hint=hint)
 
 
@@ -67,21 +69,22 @@ def expected_projections(roles: Sequence[str]) -> str:
 def refuse_unknown_projections(
     site: Site, roles: Iterable[str], expected: str, give: str, direct: bool = True
 ) -> Refusal | None:
-    """A refusal where one of the projections ``roles`` is not known, or, if ``direct``, where the output projection reads
-    something else than what the heads give; ``give`` says what to give instead."""
+    """Refuse if a projection in ``roles`` is unknown or, if ``direct``, the output projection reads anything but the
+    head outputs.  ``give`` names the alternative.
+    """
     for role in roles:
         p = site.projections.get(role)
         if p is not None and p.rows is not None and (p.direct or not direct):
             continue
         is_known = p is not None and p.rows is not None
-        why = "what the heads give is scaled on the way" if is_known else (p and p.why) or "not found"
-        hint = f"give {give}" if give else ""
+        why = "the head outputs are scaled before it" if is_known else (p and p.why) or "not found"
+        hint = f"use {give}" if give else ""
         return site.refuse("unknown-projection", expected=expected, found=f"{role}: {why}", hint=hint)
     return None
 
 
 def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:
-    """A refusal of a sequence that does not have the length for which the pattern is made."""
+    """Refuse a sequence length that the pattern does not fit."""
     made_for = pattern.lengths
     if made_for is None or (site.kv_len in made_for and not site.is_dynamic):
         return None
@@ -90,7 +93,7 @@ def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:
     least, most = made_for[0], made_for[-1]
     expected = f"a sequence of {least} tokens" if least == most else f"a sequence of {least} to {most} tokens"
     if site.is_dynamic:
-        hint = "give dynamic_shapes without the sequence axis"
-        return site.refuse("wrong-length", expected=expected, found="a length that may vary", hint=hint)
-    hint = "write class and register tokens in front of a grid as Prefix(n, ...)" if site.kv_len > most else ""
+        hint = "remove the sequence axis from dynamic_shapes"
+        return site.refuse("wrong-length", expected=expected, found="a dynamic length", hint=hint)
+    hint = "put class and register tokens before a grid with Prefix(n, ...)" if site.kv_len > most else ""
     return site.refuse("wrong-length", expected=expected, found=f"{site.kv_len} tokens", hint=hint)

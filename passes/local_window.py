@@ -1,4 +1,4 @@
-"""Let every query see only the keys near it."""
+"""Restrict every query to nearby keys."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from attnopt.patterns import Dilated, Pattern, PerHead, Sinks, Window
 class LocalWindow(Pass):
     """Each query sees itself, ``left`` keys before and ``right`` keys after it (Longformer, arXiv:2004.05150).
 
-    ``right=None``: none on a causal attention, else as many as ``left``.  ``sinks``: so many first keys stay visible to
-    all (arXiv:2309.17453).  ``dilation``: only every so-many-th key is seen; ``left`` and ``right`` count those.
-    ``heads``: only these, by their numbers in the trained model; the others stay as they are.  Raises PolicyError.
+    ``right=None``: 0 for a causal attention, otherwise ``left``.  ``sinks``: number of first keys visible to all
+    (arXiv:2309.17453).
+    ``dilation``: only every ``dilation``-th key is visible; ``left`` and ``right`` count these.
+    ``heads``: only these heads, by their number in the trained model; the others stay unchanged.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "local-window"

@@ -1,4 +1,4 @@
-"""Take heads out of an attention, and their parameters out of the model."""
+"""Remove heads from an attention, and their parameters from the model."""
 
 from __future__ import annotations
 
@@ -32,20 +32,23 @@ COMPENSATIONS = ("none", "bias", "least-squares")
 
 @dataclass(frozen=True)
 class PruneHeads(Pass, SharesBudget):
-    """Remove ``heads`` (numbers in the trained model), or the least important ``fraction`` of the heads that are left.
+    """Remove ``heads`` (numbers in the trained model), or the least important ``fraction`` of the remaining heads.
 
-    ``importance``: the name of a method of ``attnopt.head_importance`` that looks at one site, or one number for each head
-    of the trained model, or what ``head_importance`` returned; higher means keep, ties keep the lower head.
-    ``protect``: heads that stay in any case.  ``compensate``: what is done for the heads that remain: ``"none"``;
-    ``"bias"``, the mean of what is gone goes into the output bias (FLAP, arXiv:2312.11983); ``"least-squares"``, the
-    output projection is fitted to what the layer gave before (OSSCAR, arXiv:2403.12983).  ``budget``: a fraction of each
-    site's heads (``"site"``), or of all sites' together (``"global"``), spent where the model's output needs them.
-    ``whole_layers``: all heads of a site may go; it then gives the same for every token, and no attention is computed.
+    ``importance``: the name of a per-site method of ``attnopt.head_importance``, one number per head of the trained
+    model, or the result of ``head_importance``.  Higher means keep; ties keep the lower head.
+    ``protect``: heads that are never removed.
+    ``compensate``: ``"none"``; ``"bias"``: add the mean of the removed output to the output bias (FLAP,
+    arXiv:2312.11983); ``"least-squares"``: fit the output projection to the original layer output (OSSCAR,
+    arXiv:2403.12983).
+    ``budget``: the fraction applies to each site (``"site"``) or to all sites together (``"global"``), allocated by the
+    sensitivity of the model output.
+    ``whole_layers``: all heads of a site may be removed; the site then outputs the same for every token, and no
+    attention is computed.
 
-    Defaults: with calibration data block OBS, least squares and a global budget; without, the Frobenius norm of the
-    head's value projection times its output projection (times its gain), nothing and each site its own.  A fraction is
-    rounded down to whole heads; heads that are pruned already are ignored.  Raises PolicyError, and CalibrationError
-    where an option needs calibration data that are missing or too few.
+    Defaults: with calibration data, block OBS, least squares and a global budget; without, the Frobenius norm of the
+    value projection times the output projection of the head (times its gain), no compensation and a budget per site.  A
+    fraction is rounded down to whole heads; heads that were already pruned are ignored.
+    Raises PolicyError, and CalibrationError if an option needs calibration data that is missing or insufficient.
     """
 
     name: ClassVar[str] = "prune-heads"
@@ -61,10 +64,10 @@ class PruneHeads(Pass, SharesBudget):
 
     def __post_init__(self) -> None:
         if sum(o is not None for o in (self.fraction, self.heads)) != 1:
-            raise PolicyError("prune-heads: give either fraction or heads")
+            raise PolicyError("prune-heads: expected exactly one of fraction and heads")
         if self.fraction is not None and not 0 <= number(self.name, "fraction", self.fraction) < 1:
             raise PolicyError(
-                f"prune-heads: fraction={self.fraction!r} is not possible; give a number from 0 to below 1"
+                f"prune-heads: invalid value fraction={self.fraction!r}: expected a number from 0 to below 1"
             )
         if self.heads is not None:
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
@@ -76,12 +79,12 @@ class PruneHeads(Pass, SharesBudget):
         switch(self.name, "whole_layers", self.whole_layers)
         if self.heads is not None and (self.importance is not None or self.budget == "global"):
             what = "importance" if self.importance is not None else "budget"
-            raise PolicyError(f"prune-heads: {what} is only used with fraction; leave it out or give fraction")
+            raise PolicyError(f"prune-heads: {what} is only used with fraction; omit it or pass fraction")
         if self.importance is not None:
             object.__setattr__(self, "importance", self._scores())
 
     def _scores(self) -> str | tuple[float, ...] | tuple[tuple[str, tuple[float, ...]], ...]:
-        """The option in a form that can be compared and saved: a name, numbers, or pairs of a site and its numbers."""
+        """The option in comparable, serializable form: a name, numbers, or pairs of a site and its numbers."""
         given: Any = self.importance
         if isinstance(given, str):
             IMPORTANCE.load(given)
@@ -92,8 +95,8 @@ class PruneHeads(Pass, SharesBudget):
         named = {site: scores for site, scores in pairs if isinstance(site, str)}
         if not named or len(named) < len(pairs):
             raise PolicyError(
-                f"prune-heads: importance={given!r} is not possible; give a sequence of numbers, a mapping from site "
-                "names to those, or the name of a method"
+                f"prune-heads: invalid value importance={given!r}: expected a sequence of numbers, a mapping from site "
+                "names to such sequences, or the name of a method"
             )
         return tuple((site, numbers(self.name, "importance", scores)) for site, scores in named.items())
 
@@ -121,7 +124,7 @@ class PruneHeads(Pass, SharesBudget):
 
     # ------------------------------------------------------------ one site
     def check(self, site: Site) -> Refusal | None:
-        routed = refuse_edits(site, [site.spec.route], "prune heads before tokens are routed to them")
+        routed = refuse_edits(site, [site.spec.route], "apply prune-heads before route-heads")
         unknown = routed or refuse_unknown_heads(site, (*(self.heads or ()), *self.protect))
         return unknown or self._refuse_sizes(site) or _refuse_kept(site) or self._refuse_projections(site)
 
@@ -131,7 +134,7 @@ class PruneHeads(Pass, SharesBudget):
             return self._keeping(site, kept, ())
         count = site.num_heads - self._removed(site)
         if count == site.num_heads:
-            return Rewrite(site.spec, notes=("prune-heads: the fraction is less than one head, none was removed",))
+            return Rewrite(site.spec, notes=("prune-heads: the fraction is less than one head, so none was removed",))
         if self._method(site) == "obs":
             kept, by = [site.spec.heads[p] for p in self._sets(site, surgeon_of(site), count)[count]], "block OBS"
         else:
@@ -145,7 +148,10 @@ class PruneHeads(Pass, SharesBudget):
         spec = site.spec.keeping(kept)
         gone = site.num_kv_heads - spec.num_kv_heads
         if gone and site.num_kv_heads < site.num_heads:
-            notes = (*notes, f"prune-heads: {gone} of {site.num_kv_heads} key/value heads went with all their queries")
+            notes = (
+                *notes,
+                f"prune-heads: {gone} of {site.num_kv_heads} key/value heads removed along with all their query heads",
+            )
         how = self._compensation(site)
         if how == "none" or spec == site.spec:
             return Rewrite(spec, notes=notes)
@@ -155,10 +161,10 @@ class PruneHeads(Pass, SharesBudget):
         return replace(made, notes=(*notes, *(f"prune-heads: {n}" for n in made.notes)))
 
     def _without_any(self, site: Site) -> Rewrite:
-        last = site.spec.heads[:1]  # stands for the layer, and gives nothing
+        last = site.spec.heads[:1]  # represents the layer, with zero output
         zeros = Replaced(last, Constant.of(torch.zeros(1, site.value_dim)), "zeros")
         spec = site.spec.keeping(last).followed_by(zeros)
-        notes = ("prune-heads: every head is removed, the layer gives the same for every token",)
+        notes = ("prune-heads: every head is removed; the layer outputs the same for every token",)
         if self._compensation(site) == "none":
             return Rewrite(spec, notes=notes)
         made = bias_for(site, spec, heads=())
@@ -189,7 +195,7 @@ class PruneHeads(Pass, SharesBudget):
         return named.get(method, f"the importance {method}")
 
     def _value(self, site: Site) -> dict[int, float]:
-        """The importance of each head that is left."""
+        """The importance of each remaining head."""
         present = site.spec.heads
         given: Any = self.importance
         if given is None or isinstance(given, str):
@@ -205,7 +211,7 @@ class PruneHeads(Pass, SharesBudget):
         return sorted(ranked[:count])
 
     def _sets(self, site: Site, surgeon: Surgeon, at_least: int = 1) -> dict[int, tuple[int, ...]]:
-        """For each number of heads the places that stay."""
+        """For each number of heads, the positions that stay."""
         protected = [p for p, h in enumerate(site.spec.heads) if h in self.protect]
         if self._method(site) == "obs":
             return surgeon.nested(protected, max(at_least, len(protected), 1))
@@ -216,46 +222,46 @@ class PruneHeads(Pass, SharesBudget):
     def _refuse_sizes(self, site: Site) -> Refusal | None:
         present = set(site.spec.heads)
         if self.heads is not None and not present - set(self.heads) and not self.whole_layers:
-            found, hint = f"all {len(present)} removed", "give whole_layers=True to remove the attention as a whole"
-            return site.refuse("all-heads", expected="at least one head to stay", found=found, hint=hint)
+            found, hint = f"all {len(present)} heads removed", "use whole_layers=True to remove the whole attention"
+            return site.refuse("all-heads", expected="at least one remaining head", found=found, hint=hint)
         given: Any = self.importance
         if given is None or isinstance(given, str):
             return None
         count = original_heads(site)
         if _is_pairs(given) and site.name not in dict(given):
-            return site.refuse("no-such-site-size", expected=f"an importance for {site.name}", found="none")
+            return site.refuse("no-such-site-size", expected=f"importance scores for {site.name}", found="none")
         scores = dict(given)[site.name] if _is_pairs(given) else given
         if len(scores) in ({count, len(present)} if _is_pairs(given) else {count}):
             return None
         found = f"{len(scores)} numbers"
-        return site.refuse("no-such-site-size", expected=f"an importance for each of {count} heads", found=found)
+        return site.refuse("no-such-site-size", expected=f"one importance score per head ({count})", found=found)
 
     def _refuse_projections(self, site: Site) -> Refusal | None:
         name = "given" if self.heads is not None else self._method(site)
         method = None if name == "given" else IMPORTANCE.load(name)
         fits, learns = self._compensation(site) != "none", method is not None and method.needs_calibration
         if (fits or learns) and site.activations is None:
-            hint = "give calibration= to attnopt.optimize"
+            hint = "pass calibration= to attnopt.optimize"
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         if fits:
-            expected, hint = "a known output projection", 'compensate="none" and scores'
+            expected, hint = "a known output projection", 'compensate="none" and importance scores'
             return refuse_unknown_projections(site, ("out",), expected, hint)
         if method is None or not method.needs:
             return None
-        hint = "importance=, one number for each head"
+        hint = "importance=, one number per head"
         return refuse_unknown_projections(site, method.needs, expected_projections(method.needs), hint, direct=learns)
 
 
 def _refuse_kept(site: Site) -> Refusal | None:
-    """A refusal where not one parameter would go with the heads."""
+    """Refuse if no parameter would be removed with the heads."""
     roles = {role: p for role, p in site.projections.items() if p.keeps_size}
     if len(roles) < 4 or not site.parameters:
         return None
     return site.refuse(
         "nothing-to-remove",
-        expected="weights that belong to single heads",
+        expected="weights that can be separated by head",
         found="; ".join(f"{role}: {p.why}" for role, p in roles.items()),
-        hint="silence heads with scale-heads and gains of 0, which removes no parameter either",
+        hint="zero the heads with scale-heads and gains of 0 (their parameters stay)",
     )
 
 

@@ -23,14 +23,15 @@ ROUTERS = ("query-norm", "linear")
 class RouteHeads(Pass):
     """Each token uses the ``shared`` heads and ``routed`` of the others (MoH, arXiv:2410.11842).
 
-    What the other heads would give a token is zero.
+    The outputs of its unused heads are zero.
 
-    ``shared``: numbers of heads, or how many: those that give most on the calibration data.
-    ``router``: "query-norm", the heads with the longest queries, needs no data; "linear", scores linear in the queries of
-    all heads, fitted by least squares to the norm of what each head gives on the calibration data.  Of equal scores the
-    first head counts.  A head is used or not: MoH trains its router with the model and weighs the heads, nothing is
-    trained here.  Heads that were pruned are ignored.  Raises PolicyError, and CalibrationError where there are fewer
-    calibration tokens than the queries have features.
+    ``shared``: head numbers, or how many: those with the largest outputs on the calibration data.
+    ``router``: "query-norm": the heads with the largest query norm, needs no data; "linear": scores linear in the
+    queries of all heads, fitted by least squares to the output norm of each head on the calibration data.  Ties go to
+    the first head.
+    A head is either used or not: unlike MoH, which trains its router and weights the heads, nothing is trained.  Heads
+    that were already pruned are ignored.  Raises PolicyError, and CalibrationError if there are fewer calibration
+    tokens than query features.
     """
 
     name: ClassVar[str] = "route-heads"
@@ -47,24 +48,26 @@ class RouteHeads(Pass):
         whole(self.name, "routed", self.routed)
         choice(self.name, "router", self.router, ROUTERS)
         if not shared and not self.routed:
-            raise PolicyError(f"{self.name}: shared={self.shared!r} and routed=0 leave no head; give one of them")
+            raise PolicyError(
+                f"{self.name}: shared={self.shared!r} and routed=0 leave no head; set at least one of them"
+            )
 
     def check(self, site: Site) -> Refusal | None:
         numbers = () if isinstance(self.shared, int) else self.shared
-        refused = refuse_edits(site, [site.spec.route], "give a site one route-heads only")
+        refused = refuse_edits(site, [site.spec.route], "apply route-heads only once per site")
         refused = refused or refuse_unknown_heads(site, numbers)
         if refused is not None:
             return refused
         if not self.routed and not isinstance(self.shared, int) and not {*numbers} & {*site.spec.heads}:
             return site.refuse(
-                "all-heads", expected="at least one head to stay", found="all shared heads removed before"
+                "all-heads", expected="at least one remaining head", found="all shared heads already removed"
             )
         if not self._learns:
             return None
         if site.activations is None:
-            hint = 'give calibration= to attnopt.optimize, or numbers of shared heads and router="query-norm"'
+            hint = 'pass calibration= to attnopt.optimize, or list the shared heads and use router="query-norm"'
             return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
-        give = 'numbers of shared heads and router="query-norm"'
+        give = 'a list of shared heads and router="query-norm"'
         return refuse_unknown_projections(site, ("out",), "a known output projection", give)
 
     def rewrite(self, site: Site) -> Rewrite:
@@ -94,4 +97,4 @@ def _told(site: Site, route: Routed) -> tuple[str, ...]:
     if site.activations is None or refuse_unknown_projections(site, ("out",), "", "") is not None:
         return ()
     share = used_share(site, route)
-    return (f"route-heads: what is used has {share:.1%} of the norm of what the heads give, on held-back data",)
+    return (f"route-heads: the used heads carry {share:.1%} of the output norm on held-out data",)

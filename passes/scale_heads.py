@@ -1,4 +1,4 @@
-"""Multiply each head's output by a factor."""
+"""Multiply each head output by a factor."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from attnopt.passes.heads import original_heads, refuse_unknown_heads
 
 @dataclass(frozen=True, init=False)
 class ScaleHeads(Pass):
-    """Head h's output becomes ``gains[h]`` times what it was.
+    """Multiply the output of head h by ``gains[h]``.
 
-    ``gains``: one number for each head of the trained model, or a mapping from some heads to their numbers (kept as
-    sorted pairs).  Heads that were pruned are ignored.  Raises PolicyError.
+    ``gains``: one number per head of the trained model, or a mapping from some heads to their gains (stored as sorted
+    pairs).  Heads that were already pruned are ignored.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "scale-heads"
@@ -33,7 +33,7 @@ class ScaleHeads(Pass):
             return
         of_head = {whole(self.name, "gains", head): number(self.name, "gains", gain) for head, gain in pairs}
         if len(of_head) < len(pairs):
-            raise PolicyError(f"{self.name}: gains={gains!r} is not possible; give each head one number")
+            raise PolicyError(f"{self.name}: invalid value gains={gains!r}: expected one number per head")
         object.__setattr__(self, "gains", tuple(sorted(of_head.items())))
 
     def check(self, site: Site) -> Refusal | None:
@@ -44,7 +44,7 @@ class ScaleHeads(Pass):
         if len(self.gains) == count:
             return None
         found = f"{len(self.gains)} gains"
-        return site.refuse("wrong-number-of-gains", expected=f"one gain for each of {count} heads", found=found)
+        return site.refuse("wrong-number-of-gains", expected=f"one gain per head ({count})", found=found)
 
     def rewrite(self, site: Site) -> Rewrite:
         of_head = dict(_pairs(self.gains) or enumerate(numbers(self.name, "gains", self.gains)))
@@ -52,11 +52,11 @@ class ScaleHeads(Pass):
 
 
 def _pairs(gains: Any) -> list[tuple[int, float]] | None:
-    """``gains`` as pairs of a head and its gain, or None where it is not a sequence of pairs."""
+    """``gains`` as pairs of a head and its gain, or None if it is not a sequence of pairs."""
     if not isinstance(gains, (list, tuple)) or not gains or not all(isinstance(g, (list, tuple)) for g in gains):
         return None
     if any(len(pair) != 2 for pair in gains):
         raise PolicyError(
-            f"scale-heads: gains={gains!r} is not possible; give numbers, or pairs of a head and its gain"
+            f"scale-heads: invalid value gains={gains!r}: expected numbers, or pairs of a head and its gain"
         )
     return [(head, gain) for head, gain in gains]

@@ -1,4 +1,4 @@
-"""Blend heads' outputs with the tokens' own values."""
+"""Blend head outputs with the tokens' own values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from attnopt.passes.heads import refuse_other_keys, refuse_unknown_heads
 class SoftPAG(Pass):
     """The attention map A of the chosen heads becomes ``(1 - u) A + u I``: each token keeps more of its own value.
 
-    That is ``(1 - u) o + u v`` and needs no map.  It is the weak branch of perturbed-attention guidance (PAG,
-    arXiv:2403.17377), softened and chosen by head as in HeadHunter (arXiv:2506.10978); the guidance itself is
-    ``strong + scale * (strong - weak)``, outside the model.  ``heads`` None: all.  ``u`` from 0 to 1.  Masks do not hide a
-    token's own value.  A head that shares its values with others goes towards the shared ones.  Raises PolicyError.
+    This equals ``(1 - u) o + u v`` and does not need the map.  It is the weak branch of perturbed-attention guidance
+    (PAG, arXiv:2403.17377), softened and applied per head as in HeadHunter (arXiv:2506.10978); the guidance itself is
+    ``strong + scale * (strong - weak)``, outside the model.
+    ``heads``: None for all.  ``u``: from 0 to 1.  Masks do not hide a token's own value.  A head with shared values
+    moves toward the shared values.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "soft-pag"
@@ -35,7 +36,7 @@ class SoftPAG(Pass):
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
         u = number(self.name, "u", self.u)
         if not 0.0 <= u <= 1.0:
-            raise PolicyError(f"{self.name}: u={self.u!r} is not possible; give a number from 0 to 1")
+            raise PolicyError(f"{self.name}: invalid value u={self.u!r}: expected a number from 0 to 1")
         object.__setattr__(self, "u", u)
 
     def check(self, site: Site) -> Refusal | None:

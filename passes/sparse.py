@@ -1,4 +1,4 @@
-"""Let every query see only the keys that a pattern allows."""
+"""Restrict every query to the keys that a pattern allows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from attnopt.patterns import Pattern, Window, parse
 
 @dataclass(frozen=True, init=False)
 class Sparse(Pass):
-    """A query sees a key only if ``pattern`` allows it too.
+    """Restrict the attention to the pairs that ``pattern`` also allows.
 
-    ``pattern``: one of ``attnopt.patterns``, or its text.  Heads in it are counted as in the trained model.  A causal
-    attention stays causal; a query for which no key is left gives zeros.  Raises PolicyError.
+    ``pattern``: a pattern from ``attnopt.patterns``, or its text.  Its heads are numbered as in the trained model.  A
+    causal attention stays causal; a fully masked query gives zeros.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "sparse"
@@ -28,7 +28,9 @@ class Sparse(Pass):
     def __init__(self, pattern: Pattern | str) -> None:
         read = parse(pattern) if isinstance(pattern, str) else pattern
         if not isinstance(read, Pattern):
-            raise PolicyError(f"sparse: pattern={pattern!r} is not possible; give one of attnopt.patterns or its text")
+            raise PolicyError(
+                f"sparse: invalid value pattern={pattern!r}: expected a pattern from attnopt.patterns or its text"
+            )
         object.__setattr__(self, "pattern", read)
 
     @classmethod

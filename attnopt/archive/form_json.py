@@ -1,6 +1,6 @@
-"""The form of a call with objects, as plain data: a file may name classes, and only those that are known are made.
+"""The form of a call with objects, as plain data: a file may name classes, but only known ones are instantiated.
 
-What is read is made without calling anything of a class: its instances get their attributes, which are tensors of the graph,
+Reading calls no code of a class: instances only get their attributes, which are tensors of the graph,
 numbers, text, and objects of the same kind.
 """
 
@@ -29,7 +29,7 @@ Resolve = Callable[[str], type]
 
 
 def form_to_json(form: Form) -> dict[str, Any]:
-    """Raises ArchiveError for what could not be read back without running code."""
+    """Raises ArchiveError for anything that could not be loaded without running code."""
     inputs, results = form.inputs, form.results
     return {
         "names": list(inputs.names),
@@ -53,7 +53,7 @@ def form_to_json(form: Form) -> dict[str, Any]:
 
 
 def form_from_json(data: Mapping[str, Any], classes: Iterable[type] = ()) -> Form:
-    """``classes``: of the user's own, which may be made too.  Raises ArchiveError for any other class."""
+    """``classes``: the user's own, which may be instantiated, too.  Raises ArchiveError for any other class."""
     made = data["results"]
     resolve = partial(_resolved, {Kind.of(c).name: c for c in classes})
     inputs = Inputs(
@@ -99,14 +99,14 @@ def _part(part: Part, where: str = "an input") -> list[Any]:
             return ["class", Kind.of(cls).name]
     raise ArchiveError(
         f"{where} is a {type(part.value).__name__}, which cannot be saved without pickling",
-        hint="let the objects that the model takes and returns hold tensors, numbers, text, and lists or dicts of them",
+        hint="let the inputs and outputs of the model hold only tensors, numbers, strings, and lists or dicts of them",
     )
 
 
 def _key(key: Any) -> Any:
     if isinstance(key, (str, int)) and not isinstance(key, bool):
         return key
-    raise ArchiveError(f"{key!r} is a key in an object, and only text and whole numbers can be saved as keys")
+    raise ArchiveError(f"key {key!r} cannot be saved: keys must be strings or integers")
 
 
 def _path(path: Path) -> list[Any]:
@@ -121,7 +121,7 @@ def _node_of(data: Mapping[str, Any], resolve: Resolve, is_made: bool = False) -
     name = str(data["kind"])
     for key, _ in data["attributes"]:
         if not str(key).isidentifier() or str(key).startswith("__"):
-            raise ArchiveError(f"{key!r} is no attribute that a file may set")
+            raise ArchiveError(f"a file may not set the attribute {key!r}")
     return Node(
         Kind(name, resolve(name) if is_made else None),
         tuple((str(key), _part_of(part, resolve)) for key, part in data["attributes"]),
@@ -142,7 +142,7 @@ def _part_of(data: Any, resolve: Resolve) -> Part:
             return Fixed(torch.device(value))
         case "class", str():
             return Fixed(resolve(value))
-    raise ArchiveError(f"{str(data)[:60]!r} is no value that a file may hold")
+    raise ArchiveError(f"a file may not contain the value {str(data)[:60]!r}")
 
 
 def _resolved(own: Mapping[str, type], name: str) -> type:
@@ -150,14 +150,14 @@ def _resolved(own: Mapping[str, type], name: str) -> type:
     found = own.get(name) or _BUILTIN.get(name) or _cache_class(name)
     if found is None:
         raise ArchiveError(
-            f"the model returns a {name}, and files may not name the classes that are made",
-            hint=f"give it: attnopt.load(path, classes=[{name.rpartition(':')[2]}])",
+            f"the model returns a {name}, and load() does not instantiate classes named by a file",
+            hint=f"pass the class: attnopt.load(path, classes=[{name.rpartition(':')[2]}])",
         )
     return found
 
 
 def _cache_class(name: str) -> type | None:
-    """A class of transformers' that is a cache or a part of one."""
+    """A transformers cache class, or a part of one."""
     if re.fullmatch(r"transformers(\.\w+)+:\w+", name) is None:
         return None
     module, _, attribute = name.partition(":")

@@ -1,4 +1,4 @@
-"""Reading a saved model; nothing is run that is read."""
+"""Reading a saved model without executing any of it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ LARGEST = 1 << 28  # bytes of a description or of a graph
 
 @compiling()
 def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx.GraphModule, Origin]:
-    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing that the files say is run.
+    """What ``save`` wrote to ``path``.  Raises ArchiveError; nothing in the files is executed.
 
-    ``classes``: of the user's own, whose instances the model may return."""
+    ``classes``: the user's own, whose instances the model may return."""
     folder = Path(path)
     about = _read_about(folder)
     for name in (GRAPH, WEIGHTS):
@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx
 
 @contextlib.contextmanager
 def _blamed(file: Path, hint: str = "save the model again") -> Iterator[None]:
-    """Whatever goes wrong inside is said of ``file``: a damaged or hostile one may make any part of its reader fail."""
+    """Attribute any failure inside to ``file``: a damaged or hostile one may make any part of its reader fail."""
     try:
         yield
     except ArchiveError:
@@ -72,33 +72,38 @@ def _blamed(file: Path, hint: str = "save the model again") -> Iterator[None]:
 def _check_file(file: Path, digest: str) -> None:
     """A plain file (no pipe or device, which could block or never end) with the bytes that were written."""
     if not file.is_file():
-        raise ArchiveError(f"{file} is not there or is no plain file", hint="save the model again")
+        raise ArchiveError(f"{file} is missing or not a regular file", hint="save the model again")
     if file.name == GRAPH:
         _check_size(file)
     if digest_of_file(file) != digest:
-        raise ArchiveError(f"{file} is damaged: it is not what was saved", hint="save the model again")
+        raise ArchiveError(
+            f"{file}: checksum mismatch: the file changed after it was saved", hint="save the model again"
+        )
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
     file = folder / MARKER
     if not file.is_file():
-        raise ArchiveError(f"{folder} holds no saved attnopt model", hint="give the folder that save was given")
+        raise ArchiveError(f"{folder} does not contain a saved attnopt model", hint="pass the folder that save() wrote")
     with _blamed(file):
         _check_size(file)
         about = json.loads(file.read_bytes())
         found = about.get("format") if isinstance(about, dict) else None
         if found != FORMAT:
             raise ArchiveError(
-                f"{file} has format {found!r}, this version reads {FORMAT}", hint="save it again with this version"
+                f"{file} has format {found!r}; this version reads format {FORMAT}",
+                hint="save it again with this version",
             )
         if about.pop("self_sha256", None) != digest(about):
-            raise ArchiveError(f"{file} is damaged: it is not what was saved", hint="save the model again")
+            raise ArchiveError(
+                f"{file}: checksum mismatch: the file changed after it was saved", hint="save the model again"
+            )
     return dict(about)
 
 
 def _check_size(file: Path) -> None:
     if (size := file.stat().st_size) > LARGEST:
-        raise ArchiveError(f"{file}: {size} bytes are too many for a description; at most {LARGEST} are read")
+        raise ArchiveError(f"{file} is too large: {size} bytes, at most {LARGEST} are read")
 
 
 def _read_module(folder: Path, about: Mapping[str, Any]) -> tuple[fx.GraphModule, Inputs]:
@@ -112,7 +117,7 @@ def _read_module(folder: Path, about: Mapping[str, Any]) -> tuple[fx.GraphModule
     _import_output_classes(graph)
     with _blamed(folder / WEIGHTS):
         state, constants = _read_tensors(folder / WEIGHTS, about)
-    tables: tuple[Any, Any, Any] = (state, constants, ())  # dicts are taken as they are, bytes would be unpickled
+    tables: tuple[Any, Any, Any] = (state, constants, ())  # dicts are used directly, bytes would be unpickled
     with _blamed(file), quiet():
         try:
             program = deserialize(SerializedArtifact(graph, *tables))
@@ -134,17 +139,17 @@ _LIBRARIES = ("transformers", "diffusers")  # whose output classes torch can reb
 
 
 def _import_output_classes(graph: bytes) -> None:
-    """Import the modules of these libraries, and of no others, whose classes the model takes or returns."""
+    """Import the modules that define the input and output classes of the model, from these libraries only."""
     pattern = rf"((?:{'|'.join(_LIBRARIES)})(?:\.\w+)+)\.\w+"
     for name in set(re.findall(pattern, graph.decode("utf-8", "replace"))):
-        with contextlib.suppress(Exception):  # a library that does not import is missed where its class is needed
+        with contextlib.suppress(Exception):  # a failed import is reported where the class is needed
             importlib.import_module(name)
 
 
 def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors.torch import load_file
 
-    # Copied: a tensor that lies in the file at an odd address takes other kernels, and gives other bits.
+    # Copied: a tensor at an unaligned address in the file would use other kernels and give other bits.
     stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
     tables: dict[str, dict[str, Any]] = {"state": {}, "constants": {}}
     parameters: dict[str, torch.nn.Parameter] = {}
@@ -159,7 +164,7 @@ def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def _examples(program: ExportedProgram) -> Inputs:
-    """Inputs of the captured sizes, made anew: an archive holds none."""
+    """New inputs of the captured sizes: an archive contains none."""
     values = [n.meta.get("val") for n in user_inputs(program)]
     leaves = [
         _zeros(val) if isinstance(val, Tensor) else hint(val) if isinstance(val, torch.SymInt) else val
@@ -170,7 +175,7 @@ def _examples(program: ExportedProgram) -> Inputs:
 
 
 def _zeros(val: Tensor) -> Tensor:
-    """Zeros that take no memory before they are used: their number is the file's word."""
+    """Zeros that use no memory until touched: their number comes from the untrusted file."""
     sizes = [max(1, hint(s)) for s in val.shape]
     data = np.zeros(math.prod(sizes) * val.element_size(), dtype=np.uint8)
     return torch.from_numpy(data).view(val.dtype).view(sizes).to(val.device)

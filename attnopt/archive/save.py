@@ -1,7 +1,7 @@
-"""Saving and loading: a folder with two JSON files and one of weights, in which nothing is pickled.
+"""Saving: a folder with two JSON files and one weight file, without pickling.
 
 ``graph.json`` is torch.export's own serialized program, ``weights.safetensors`` its tensors, ``attnopt.json`` the rest, with
-the digests by which damage is noticed.
+the digests that detect damage.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
             graph = serialize(program).exported_program
     except Exception as e:
         raise ArchiveError(
-            f"torch cannot write down the graph: {type(e).__name__}: {str(e)[:300]}",
-            hint="let the model take and return plain tuples, lists and dicts of tensors",
+            f"torch cannot serialize the graph: {type(e).__name__}: {str(e)[:300]}",
+            hint="make the model take and return plain tuples, lists and dicts of tensors",
         ) from e
     try:
         check_graph(json.loads(graph))
     except NotAGraphError as e:
-        raise ArchiveError(f"the model cannot be saved: no file that it is read from may say that {e}") from e
+        raise ArchiveError(f"cannot save: {e}, which load() would reject") from e
     with atomic_folder(path) as folder:
         (folder / GRAPH).write_bytes(graph)
         try:
@@ -76,13 +76,13 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
 def _refuse_unread(module: fx.GraphModule) -> None:
     if any(n.op == "call_function" and str(n.target).startswith("attnopt.onnx_nodes") for n in module.graph.nodes):
         raise ArchiveError(
-            "the model was made of an ONNX file with nodes that are left to ONNX Runtime, which cannot be saved",
-            hint="keep it as an ONNX file: export_onnx writes one",
+            "cannot save: the model comes from an ONNX file, and some of its nodes run in ONNX Runtime",
+            hint="write it as an ONNX file with export_onnx()",
         )
 
 
 def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Every tensor once, by a number, and what it is called where: weights that are shared stay shared."""
+    """Every tensor once, by number, and its names: shared weights stay shared."""
     stored: dict[str, Tensor] = {}
     known: dict[Any, str] = {}
     entries: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[
         for name, tensor in found.items():
             if not isinstance(tensor, Tensor):
                 raise ArchiveError(
-                    f"the graph holds {name}, a {type(tensor).__name__}, which cannot be saved without pickling"
+                    f"the graph contains {name}, a {type(tensor).__name__}, which cannot be saved without pickling"
                 )
             view = (
                 tensor.untyped_storage().data_ptr(),

@@ -20,7 +20,7 @@ from attnopt.patterns.registry import PATTERNS, is_readable
 
 
 def site_to_json(site: Site) -> dict[str, Any]:
-    """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError where a class in it could not be found again."""
+    """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError if load() could not find one of its classes."""
     spec = site.spec
     return {
         "plugins": _plugins(site),
@@ -113,17 +113,17 @@ def _plugins(site: Site) -> list[dict[str, str]]:
         cls = type(thing)
         if not kind.knows(cls):
             raise ArchiveError(
-                f"cannot save: {kind.kind} {thing} is of {target_of(cls)}, which nothing would find again by its name",
+                f"cannot save: {kind.kind} {thing} is an instance of {target_of(cls)}, which load() cannot find by name",
                 site=site.name,
-                hint="put @attnopt.register on the class, or offer it as an entry point",
+                hint="decorate the class with @attnopt.register, or declare it as an entry point",
             )
         if (distribution := distribution_of(cls)) != OURS:
             found.append({"kind": kind.kind, "name": kind.name_of(cls), "distribution": distribution or target_of(cls)})
     if not all(map(is_readable, _patterns(site.spec))):
         raise ArchiveError(
-            f"cannot save: pattern {site.spec.pattern} is not what attnopt.patterns.parse reads from its text",
+            f"cannot save: attnopt.patterns.parse does not reproduce pattern {site.spec.pattern} from its text",
             site=site.name,
-            hint="let repr() of the pattern write the call that makes it",
+            hint="make repr() of the pattern return the call that constructs it",
         )
     return found
 

@@ -1,7 +1,7 @@
-"""What a saved graph may hold: checked before torch sees it, which would take it at its word.
+"""What a saved graph may contain: checked before torch, which would trust it, sees it.
 
-torch's reader of graphs makes source code of names and guards, imports modules that a structure of inputs names, evaluates
-size expressions, and looks any dotted name up as an operator.  A file from elsewhere has to hold nothing for these.
+torch's graph reader turns names and guards into source code, imports modules named in a structure of inputs, evaluates
+size expressions, and looks any dotted name up as an operator.  An untrusted file must contain nothing of the kind.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch.utils import _pytree as pytree
 
 
 class NotAGraphError(ValueError):
-    """The file holds something that no graph written by ``save`` holds."""
+    """The file contains something that ``save`` never writes."""
 
 
 def check_graph(parsed: Any) -> None:
     """Raises NotAGraphError."""
     if not isinstance(parsed, dict):
-        raise NotAGraphError(f"it holds a {type(parsed).__name__} where a graph belongs")
+        raise NotAGraphError(f"expected a graph, found a {type(parsed).__name__}")
     for key, value in _items(parsed):
         check = _CHECKS.get(key, _name)
         if isinstance(value, str) and not check(value):
-            raise NotAGraphError(f"it holds {value[:60]!r} as {key or 'a name'}")
+            raise NotAGraphError(f"the graph contains {value[:60]!r} as {key or 'a name'}")
 
 
 def check_operators(module: nn.Module) -> None:
@@ -45,7 +45,7 @@ def check_operators(module: nn.Module) -> None:
                 a for a in pytree.tree_leaves((node.args, node.kwargs)) if callable(a) and not isinstance(a, fx.Node)
             ]
             if wrong := [c for c in called if not _is_operator(c)]:
-                raise NotAGraphError(f"it calls {str(wrong[0])[:60]}, which is no operator")
+                raise NotAGraphError(f"the graph calls {str(wrong[0])[:60]}, which is not a known operator")
 
 
 def _is_operator(target: Any) -> bool:
@@ -66,7 +66,7 @@ _ARITHMETIC = {
 
 
 def _items(parsed: Any) -> Iterator[tuple[str, Any]]:
-    """Every value with the key that it stands under, and every key that is a name."""
+    """Every value with its key, and every key that is a name."""
     stack: list[tuple[str, Any]] = [("", parsed)]
     while stack:
         key, value = stack.pop()
@@ -83,12 +83,12 @@ def _anything(_: str) -> bool:
 
 
 def _name(text: str) -> bool:
-    """Nothing that would be more than a name in source code."""
+    """Only what is a plain name in source code."""
     return re.fullmatch(r"[\w .:/@+-]*", text) is not None
 
 
 def _structure(text: str) -> bool:
-    """A structure of inputs or outputs, as torch writes it: it names no module to import and makes no name of code."""
+    """A structure of inputs or outputs, as torch writes it: no module to import, and only plain names."""
     try:
         spec = json.loads(text)
     except (ValueError, RecursionError):
@@ -96,7 +96,7 @@ def _structure(text: str) -> bool:
     stack: list[Any] = [spec]
     while stack:
         value = stack.pop()
-        if isinstance(value, str) and value[:1] in ("[", "{"):  # a context, written as text of its own
+        if isinstance(value, str) and value[:1] in ("[", "{"):  # a context, serialized separately
             try:
                 stack.append(json.loads(value))
             except (ValueError, RecursionError):
@@ -126,7 +126,7 @@ _LARGEST_POWER, _LONGEST = 8, 2_000
 
 
 def _expression(text: str) -> bool:
-    """Arithmetic of symbols and numbers that sympy can work out at once."""
+    """Arithmetic on symbols and numbers that sympy evaluates quickly."""
     try:
         tree = ast.parse(text.strip(), mode="eval") if len(text) <= _LONGEST else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -161,7 +161,7 @@ def _is_arithmetic(node: ast.AST) -> bool:
 
 
 def _is_number(node: ast.AST) -> bool:
-    """No symbol in it: its power would be worked out."""
+    """Without symbols: sympy would evaluate its power."""
     return not any(
         (isinstance(n, ast.Name) and n.id not in _FUNCTIONS)
         or (isinstance(n, ast.Constant) and isinstance(n.value, str))
@@ -181,7 +181,7 @@ def _is_small(node: ast.AST) -> bool:
 
 
 def _guard(text: str) -> bool:
-    """A relation between sizes of inputs, which torch makes code of: arithmetic, and ``L['x'].size()[1]``, on one line."""
+    """A relation between input sizes, which torch turns into code: arithmetic, and ``L['x'].size()[1]``, on one line."""
     if len(text) > _LONGEST or re.search(r"[#\"\\\n\r]", text):
         return False
     try:
@@ -217,7 +217,7 @@ _COUNTING = ("max", "min", "abs", "float", "round", "math.floor", "math.ceil", "
 
 
 def _is_input(node: ast.expr) -> bool:
-    """``L['x']['y'][0]``, whose names go into text that torch puts in quotes."""
+    """``L['x']['y'][0]``, whose names end up in quoted text in torch."""
     match node:
         case ast.Name("L"):
             return True
@@ -226,8 +226,8 @@ def _is_input(node: ast.expr) -> bool:
     return False
 
 
-_SAID = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "as_string")  # text that is no name
-_TEXT = ("metadata", "custom", "from_node")  # said about a node, read by nobody
+_SAID = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "as_string")  # text that is not a name
+_TEXT = ("metadata", "custom", "from_node")  # metadata of a node that is never read
 _CHECKS: dict[str, Callable[[str], bool]] = {
     **dict.fromkeys(_SAID, _anything), "expr_str": _expression, "guards_code": _guard, "in_spec": _inputs, "out_spec": _structure,
 }  # fmt: skip

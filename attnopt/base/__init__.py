@@ -1,1 +1,1 @@
-"""What knows nothing of attention or of graphs: options, notation, files, closeness of tensors, locks, the registry."""
+"""Helpers independent of attention and graphs: options, notation, files, closeness of tensors, locks, the registry."""

@@ -17,15 +17,15 @@ MARKER = "attnopt.json"  # the file by which a saved model's folder is known
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path in the same folder to write to; it takes the place of ``path`` when the block ends well.
+    """Yields a path in the same folder to write to; it replaces ``path`` when the block succeeds.
 
-    Otherwise ``path`` is as it was and nothing is left behind.  An OSError becomes an ArchiveError that names ``path``.
+    Otherwise ``path`` is unchanged, without leftovers.  An OSError becomes an ArchiveError that names ``path``.
     """
     target = Path(path).resolve()
     temporary = _beside(target, "tmp")
     with _reported(target), _removed(temporary):
         if target.is_dir():
-            raise ArchiveError(f"cannot write {target}: it is a folder", hint="name a file")
+            raise ArchiveError(f"cannot write {target}: it is a folder", hint="give the path of a file")
         yield temporary
         _flush(temporary)
         os.replace(temporary, target)
@@ -34,9 +34,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, marker: str = MARKER) -> Iterator[Path]:
-    """Yields an empty folder to fill; it takes the place of ``path`` when the block ends well.
+    """Yields an empty folder to fill; it replaces ``path`` when the block succeeds.
 
-    An existing ``path`` is replaced only if it is empty or holds a file named ``marker``; on a failure it is as before.
+    An existing ``path`` is replaced only if it is empty or contains a file named ``marker``; on failure it is unchanged.
     """
     target = Path(path).resolve()
     temporary, old = _beside(target, "tmp"), _beside(target, "old")
@@ -70,9 +70,9 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and 
 
 
 def _exchanged(new: Path, target: Path) -> bool:
-    """The two have taken each other's place in one step, so that a kill finds the one or the other at ``target``.
+    """Exchanges the two atomically, so a kill leaves one or the other at ``target``.
 
-    False where the system or the file system cannot do that (it is Linux's renameat2).
+    False if the system or file system does not support it (Linux's renameat2).
     """
     import ctypes
 
@@ -84,11 +84,11 @@ def _refuse_foreign(target: Path, marker: str) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ArchiveError(f"cannot write {target}: it is a file", hint="name a folder")
+        raise ArchiveError(f"cannot write {target}: it is a file", hint="give the path of a folder")
     if any(target.iterdir()) and not (target / marker).is_file():
         raise ArchiveError(
-            f"{target} is not empty and holds no saved attnopt model, so it is left alone",
-            hint="name a new folder, or remove this one first",
+            f"{target} is not empty and contains no saved attnopt model; it was not overwritten",
+            hint="choose a new folder, or remove this one first",
         )
 
 
@@ -116,7 +116,7 @@ def _reported(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _removed(temporary: Path) -> Iterator[None]:
-    """Whatever happens, nothing stays at ``temporary``."""
+    """Always removes ``temporary``."""
     try:
         yield
     finally:
@@ -127,7 +127,7 @@ def _removed(temporary: Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be made again: $ATTNOPT_CACHE, or "attnopt" in the user's cache folder."""
+    """The cache folder: $ATTNOPT_CACHE, or "attnopt" in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("ATTNOPT_CACHE") or Path(base) / "attnopt")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tables of bools as plain operators: made from numbers inside a traced graph, without a constant tensor."""
+"""Bool tables as plain operators: built from numbers inside a traced graph, without a constant tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-WORD = 32  # columns that one number of a row holds
+WORD = 32  # columns per number of a row
 
 
 def looked_up(rows: Sequence[int], columns: int, row: Tensor, col: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def looked_up(rows: Sequence[int], columns: int, row: Tensor, col: Tensor) -> Te
 
 
 def stretched(runs: Iterable[tuple[int, int]], device: torch.device) -> Tensor:
-    """Each value of the (value, count) pairs so many times in a row: int64."""
+    """Each value of the (value, count) pairs, repeated count times: int64."""
     joined: list[tuple[int, int]] = []
     for value, count in runs:
         if joined and joined[-1][0] == value:

@@ -12,19 +12,19 @@ from torch import Tensor
 from attnopt.base.containers import tensors_in
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-ROOM = 10.0  # tolerances that a whole model's output, or another runtime's order of sums, may show
+ROOM = 10.0  # tolerance multiple for the output of a whole model, or another runtime's order of sums
 PIECE = 1 << 20  # elements that are compared at a time
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output, whatever its structure, those in caches and other objects included."""
+    """Every tensor in a model's output of any structure, including those in caches and other objects."""
     return tensors_in(output)
 
 
 def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """Largest difference, relative to the largest magnitude of the tensor it is in (but at least to 1).
 
-    Infinite where shapes, the number of tensors, integers, or the places of NaN and infinities differ.
+    Infinite if shapes, the number of tensors, integers, or the positions of NaN and infinities differ.
     """
     if len(got) != len(want):
         return math.inf
@@ -52,7 +52,7 @@ def _difference(got: Tensor, want: Tensor) -> float:
 
 
 def squared_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Sum over floating point tensors of their squared difference, relative to the square of what is wanted."""
+    """Sum of squared differences over floating-point tensors, relative to the squared norm of the expected ones."""
     return sum(_squared_difference(g, w) for g, w in zip(got, want, strict=True) if w.is_floating_point())
 
 
@@ -65,7 +65,7 @@ def _squared_difference(got: Tensor, want: Tensor) -> float:
 
 
 def _pieces(got: Tensor, want: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of the two, so that a language model's logits are not there in double precision all at once."""
+    """The two in chunks, so the logits of a language model are never all in double precision at once."""
     g, w = got.reshape(-1), want.reshape(-1)
     return ((g[i : i + PIECE], w[i : i + PIECE]) for i in range(0, len(w), PIECE))
 

@@ -1,4 +1,4 @@
-"""The process around a compilation: one at a time, in a plain state, whatever the caller has switched on."""
+"""The process state of a compilation: one at a time, in a neutral state, regardless of the caller's modes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _callers_device: ContextVar[torch.device | None] = ContextVar("callers_device", 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Everything that traces, proves or writes a graph runs inside of this, which also serves as a decorator.
+    """Context manager and decorator around everything that traces, verifies or writes a graph.
 
     One thread at a time: torch.export patches ``nn.Module`` and keeps its modes in globals, and the filters of warnings and
-    logs and the random state that verification seeds belong to the process.  Outside inference mode, so that new weights
-    can be trained.  Without autocast, which is of a call and not of the model.  New tensors lie on the CPU unless the code
-    says otherwise; the user's model alone, inside ``as_called``, sees the default device that its caller has set.
+    logs and the random state that verification seeds are global.  Outside inference mode, so new weights
+    can be trained.  Without autocast, which belongs to a call, not to the model.  New tensors are on the CPU unless the code
+    says otherwise; only the user's model, inside ``as_called``, sees the default device of its caller.
     """
     with _ONE_AT_A_TIME, ExitStack() as state:
         if torch.is_inference_mode_enabled():
@@ -32,7 +32,7 @@ def compiling() -> Iterator[None]:
         for kind in _AUTOCASTING:
             if torch.is_autocast_enabled(kind):
                 state.enter_context(torch.autocast(kind, enabled=False))
-        if torch.backends.mha.get_fastpath_enabled():  # which writes zeros where keys are hidden, and no graph has
+        if torch.backends.mha.get_fastpath_enabled():  # which writes zeros where keys are hidden, unlike any graph
             torch.backends.mha.set_fastpath_enabled(False)
             state.callback(torch.backends.mha.set_fastpath_enabled, True)
         device = torch.get_default_device()
@@ -54,6 +54,6 @@ def as_called() -> Iterator[None]:
 
 
 def mode_of(model: nn.Module) -> AbstractContextManager[Any]:
-    """The mode for torch.export, which sets marks that weights made in inference mode take nowhere else."""
+    """The mode for torch.export, which sets marks that weights created in inference mode only accept there."""
     is_inference = any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
     return torch.inference_mode() if is_inference else nullcontext()

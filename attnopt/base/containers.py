@@ -1,4 +1,4 @@
-"""Objects that hold tensors, as caches do: taken apart into their tensors and a template, and put together again."""
+"""Objects that hold tensors, such as caches: flattened into tensors and a template, and rebuilt."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ _VALUES = (
 )  # fmt: skip
 _SEQUENCES, _MAPPINGS = (list, deque), (dict, OrderedDict)
 _OWN_FIELDS = (object, *_SEQUENCES, tuple, torch.Size, *_MAPPINGS)
-HINT = "let the cache hold tensors, numbers and plain lists or dicts of them"
+HINT = "use a cache that holds only tensors, numbers, and plain lists or dicts of them"
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor or number, by its place among the leaves."""
+    """A tensor or number, by its index among the leaves."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Passed:
-    """A tensor or number that the caller passed in, by its place among the input's leaves."""
+    """A tensor or number passed by the caller, by its index among the leaves of the input."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Made:
-    """An object, by its place among the template's nodes."""
+    """An object, by its index among the nodes of the template."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Given:
-    """An object that the caller passed in, by its place among the input's nodes."""
+    """An object passed by the caller, by its index among the nodes of the input."""
 
     place: int
 
@@ -77,7 +77,7 @@ Part = Leaf | Passed | Made | Given | Fixed
 
 @dataclass(frozen=True)
 class Kind:
-    """A class by its name; ``cls`` is None where it was read from a file and nothing of it is to be made."""
+    """A class by name; ``cls`` is None if it was read from a file and must not be instantiated."""
 
     name: str
     cls: type | None = field(default=None, compare=False)
@@ -89,7 +89,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Node:
-    """An object: its attributes by name, and what it holds as a sequence or a mapping."""
+    """An object: its attributes by name, and its items as a sequence or a mapping."""
 
     kind: Kind
     attributes: tuple[tuple[str, Part], ...]
@@ -101,7 +101,7 @@ class Node:
 
 
 def is_object(x: Any) -> bool:
-    """No value, and no tree of values that torch.export takes apart by itself: it may hold tensors of its own."""
+    """Neither a value nor a tree of values that torch.export flattens: it may hold tensors."""
     if isinstance(x, _VALUES):
         return False
     if pytree.tree_is_leaf(x):
@@ -110,7 +110,7 @@ def is_object(x: Any) -> bool:
 
 
 def mapped(x: Any, stop: Callable[[Any, Path], bool], f: Callable[[Any, Path], Any], path: Path = ()) -> Any:
-    """A tree of values with ``f`` of each leaf in its place; ``stop`` says what is a leaf although torch would enter it."""
+    """A tree of values with ``f`` applied to each leaf; ``stop`` marks leaves that torch would enter."""
     if stop(x, path) or pytree.tree_is_leaf(x):
         return f(x, path)
     children, spec = pytree.tree_flatten(x, is_leaf=lambda y: y is not x)
@@ -140,7 +140,7 @@ def _keys(x: Any, count: int) -> list[Any]:
 
 
 def base_of(cls: type) -> type | None:
-    """The built-in class that makes the instances of ``cls``; None where that is one that keeps a state out of sight."""
+    """The built-in class that creates the instances of ``cls``; None if it has hidden state."""
     for c in cls.__mro__:
         if c in _OWN_FIELDS:
             return c
@@ -176,16 +176,16 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 
 def text(path: Path) -> str:
-    """A path as it is written in Python."""
+    """A path in Python notation."""
     parts = [f"[{p!r}]" if not isinstance(p, str) or not p.isidentifier() else f".{p}" for p in path]
     return "".join(parts).removeprefix(".")
 
 
 @dataclass
 class Walk:
-    """Takes objects apart.  ``given`` and ``passed``: what the caller passed in, by its identity.
+    """Flattens objects.  ``given`` and ``passed``: what the caller passed in, by its identity.
 
-    ``counters`` are the paths of numbers that are leaves; all other numbers are fixed."""
+    ``counters`` are the paths of numbers that are leaves; all other numbers are constant."""
 
     given: Mapping[int, int] = field(default_factory=dict)
     passed: Mapping[int, int] = field(default_factory=dict)
@@ -206,7 +206,7 @@ class Walk:
         return made
 
     def part(self, x: Any, path: Path) -> Part:
-        """Raises CaptureError for what would not be the same object, or not hold the same, in a copy."""
+        """Raises CaptureError for anything whose identity or content a copy would not preserve."""
         if isinstance(x, (Tensor, *NUMBERS)):
             if id(x) in self.passed:
                 return Passed(self.passed[id(x)])
@@ -227,7 +227,7 @@ class Walk:
 
     def _object(self, x: Any, path: Path) -> Made:
         if len(self.nodes) == LARGEST:
-            raise CaptureError(f"{text(path[:1])} holds more than {LARGEST} objects", hint=HINT)
+            raise CaptureError(f"{text(path[:1])} contains more than {LARGEST} objects", hint=HINT)
         made = Made(len(self.nodes))
         self._seen[id(x)] = made
         self.nodes.append(Node(Kind.of(type(x)), (), ()))
@@ -236,7 +236,7 @@ class Walk:
         return made
 
     def node(self, x: Any, path: Path) -> Node:
-        """What an object holds now."""
+        """The current contents of an object."""
         found = _fields(x)
         assert found is not None
         attributes, items = found
@@ -249,7 +249,7 @@ class Walk:
 
 @dataclass
 class Match:
-    """Compares objects with a template, and finds their leaves.  Raises CaptureError where they differ."""
+    """Compares objects with a template, and finds their leaves.  Raises CaptureError if they differ."""
 
     nodes: Sequence[Node]
     given: Sequence[Any] = ()
@@ -296,12 +296,12 @@ class Match:
     def _leaf(self, place: int, x: Any, path: Path) -> None:
         if self.leaves.setdefault(place, x) is not x and not (isinstance(x, int) and self.leaves[place] == x):
             raise CaptureError(
-                f"{text(path)} was one tensor with another when captured, and is not now", hint=OF_EACH_KIND
+                f"{text(path)} shared its tensor with another input at capture, but does not now", hint=OF_EACH_KIND
             )
 
     def _same(self, x: Any, wanted: Any, path: Path) -> None:
         if x is not wanted and not (isinstance(x, (int, float)) and x == wanted):
-            raise CaptureError(f"{text(path)} is another object than it was when captured", hint=OF_EACH_KIND)
+            raise CaptureError(f"{text(path)} is not the same object as at capture", hint=OF_EACH_KIND)
 
 
 def differs(path: Path, found: Any, wanted: Any) -> CaptureError:
@@ -360,7 +360,7 @@ class Build:
         return made
 
     def fill(self, x: Any, node: Node) -> None:
-        """Let an object hold what ``node`` says, and nothing else."""
+        """Set the contents of an object to exactly those of ``node``."""
         attributes = {name: self.part(part) for name, part in node.attributes}
         items = [(key, self.part(part)) for key, part in node.items]
         if isinstance(x, deque):
@@ -392,7 +392,7 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def copied(inputs: Any) -> Any:
-    """A tree of values with tensors and objects of its own."""
+    """A tree of values with copied tensors and objects."""
     walk = Walk()
     tree = mapped(
         inputs, lambda x, _: is_object(x), lambda x, path: walk.part(x, path) if is_object(x) else walk.leaf(x, path)
@@ -401,4 +401,4 @@ def copied(inputs: Any) -> Any:
     return mapped(tree, lambda _, __: False, lambda part, _: build.part(part))
 
 
-OF_EACH_KIND = "optimize the model with an example of this kind too, and keep the two results side by side"
+OF_EACH_KIND = "optimize the model once more with an example of this structure, and keep both results"

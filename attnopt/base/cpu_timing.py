@@ -1,4 +1,4 @@
-"""CPU time of calls that take turns, so that a busy machine is unkind to all of them alike."""
+"""CPU time of interleaved calls, so background load affects every candidate equally."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Times:
         return statistics.median(self.of[name])
 
     def ratio(self, name: str, base: str) -> float:
-        """Median over the rounds of one call's time relative to another's in the same round."""
+        """Median over rounds of the time ratio of two calls within a round."""
         return statistics.median(self._ratios(name, base))
 
     def spread(self, name: str, base: str) -> tuple[float, float]:
@@ -39,10 +39,10 @@ def interleaved(
     warm_up: int = 1,
     watched: Callable[[range], Iterable[int]] = iter,
 ) -> Times:
-    """Every round runs each call once, in turning order.
+    """Every round runs each call once, in rotating order.
 
-    What one call left to the garbage collector is not counted as the next one's work.  ``watched`` is given the rounds,
-    and may show how far they are.
+    Garbage of one call is not charged to the next.  ``watched`` receives the rounds,
+    and may show progress.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)

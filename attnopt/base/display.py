@@ -11,7 +11,7 @@ _FUNCTIONS: dict[tuple[str, Form], str] = {}  # ("module:class", form) -> "modul
 
 
 def shown_by(cls: str, form: Form, function: str) -> None:
-    """Objects of ``cls``, "module:name", are rendered by ``function``, "module:name"; nothing is imported for it."""
+    """Objects of ``cls``, "module:name", are rendered by ``function``, "module:name"; without importing either."""
     _FUNCTIONS[cls, form] = function
 
 

@@ -1,4 +1,4 @@
-"""A graph in double precision throughout: what two graphs still differ by there is no rounding."""
+"""A graph entirely in double precision: a remaining difference between two graphs is not rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets of whole numbers as ascending, disjoint, half-open ranges."""
+"""Sets of integers as ascending, disjoint, half-open ranges."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Reach:
-    """What is known of the keys that a run of neighbouring queries sees: ``all`` of them see these, ``some`` may see those.
+    """The keys that a run of neighbouring queries sees: ``all`` of them see these, ``some`` may see those.
 
-    Keys outside ``some`` are hidden from every query of the run; between the two, it has to be looked at.
+    Keys outside ``some`` are hidden from every query of the run; those in between must be evaluated.
     """
 
     all: Ranges
@@ -20,7 +20,7 @@ class Reach:
 
     @staticmethod
     def between(start: int, stop: int, sure_start: int, sure_stop: int) -> Reach:
-        """One range each; an empty one where the start is not before the stop."""
+        """One range each; empty if the start is not before the stop."""
         sure = ((sure_start, sure_stop),) if sure_start < sure_stop else ()
         return Reach(all=sure, some=((start, stop),) if start < stop else ())
 
@@ -36,14 +36,14 @@ class Reach:
         return Reach(all=without(everything, self.some), some=without(everything, self.all))
 
     def moved(self, by: int) -> Reach:
-        """The reach of keys that stand ``by`` positions later."""
+        """The reach with the keys moved by ``by`` positions."""
         return Reach(*(tuple((start + by, stop + by) for start, stop in ranges) for ranges in (self.all, self.some)))
 
 
 def stepped(first: int, last: int, step: int, low: int, high: int, length: int) -> Ranges:
     """The numbers ``first`` to ``last`` moved by ``step`` times every number from ``low`` to ``high``, below ``length``.
 
-    One range where the moved copies touch each other.
+    One range if the moved copies touch.
     """
     low, high = max(low, -(last // step)), min(high, (length - 1 - first) // step)
     if step <= last - first + 1:

@@ -10,38 +10,38 @@ from typing import Any
 
 from attnopt.errors import PolicyError
 
-LONGEST = 1 << 20  # characters of one text
+LONGEST = 1 << 20  # characters per text
 LARGEST_NUMBER = 64  # bits of an integer
 
 _JOINS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
 _PLAIN = (int, float, complex, str, bytes, tuple, list, dict, type(None), type(...))
 
-Lookup = Callable[[str], Callable[..., Any]]  # a name to what it constructs; raises PolicyError for an unknown name
+Lookup = Callable[[str], Callable[..., Any]]  # name -> constructor; raises PolicyError for an unknown name
 
 
 def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:
     """The value of ``text``: literals, calls of the names that ``lookup`` knows, and ``&``, ``|``, ``~`` between calls.
 
     A name without parentheses is a call without arguments.  Raises PolicyError for anything else,
-    which quotes ``shown`` instead of ``text`` where that is given.
+    which quotes ``shown`` instead of ``text`` if given.
     """
     if len(text) > LONGEST:
-        raise PolicyError(f"a text of {len(text)} characters is too long; at most {LONGEST} are read")
+        raise PolicyError(f"text too long: {len(text)} characters, at most {LONGEST} are read")
     try:
         return _value(ast.parse(text.strip(), mode="eval").body, lookup)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        why = error.msg if isinstance(error, SyntaxError) else str(error) or "it is nested too deeply"
+        why = error.msg if isinstance(error, SyntaxError) else str(error) or "nested too deeply"
         raise PolicyError(f"cannot read {shortened(shown or text)!r}: {why}") from error
 
 
 def construct(name: str, make: Callable[..., Any], args: list[Any], options: dict[str, Any]) -> Any:
-    """``make(*args, **options)``; arguments that it does not take are a PolicyError that lists those it takes."""
+    """``make(*args, **options)``; unknown arguments raise a PolicyError that lists the known ones."""
     own = getattr(make, "name", None)
-    name = own if isinstance(own, str) else name  # "local-window", where the text had to say local_window
+    name = own if isinstance(own, str) else name  # "local-window", which the text had to write as local_window
     signature = inspect.signature(make)
     hint = f"{name} takes {', '.join(signature.parameters) or 'no arguments'}"
     try:
-        signature.bind_partial(**options)  # first, so that a misspelt option is not reported as a missing one
+        signature.bind_partial(**options)  # first, so a misspelt option is not reported as a missing one
         signature.bind(*args, **options)
     except TypeError as error:
         raise PolicyError(f"{name}: {error}", hint=hint) from error
@@ -51,7 +51,7 @@ def construct(name: str, make: Callable[..., Any], args: list[Any], options: dic
 def _value(node: ast.expr, lookup: Lookup) -> Any:
     match node:
         case ast.Constant(int(value)) if value.bit_length() > LARGEST_NUMBER:
-            raise PolicyError(f"a number of {value.bit_length()} bits is too large")
+            raise PolicyError(f"number too large ({value.bit_length()} bits)")
         case ast.Constant(value):
             return value
         case ast.List(elements) | ast.Tuple(elements):
@@ -70,13 +70,13 @@ def _value(node: ast.expr, lookup: Lookup) -> Any:
             name = _dotted(func)
             options = distinct([(_keyword(k), _value(k.value, lookup)) for k in keywords])
             return construct(name, lookup(name), [_value(a, lookup) for a in args], options)
-    raise PolicyError(f"{_source(node)} cannot be read", hint="write names with arguments, literals, and &, |, ~")
+    raise PolicyError(f"{_source(node)} cannot be read", hint="use only names with arguments, literals, and &, |, ~")
 
 
 def _joinable(node: ast.expr, lookup: Lookup) -> Any:
     value = _value(node, lookup)
     if isinstance(value, _PLAIN) or not hasattr(value, "__and__"):
-        raise PolicyError(f"{_source(node)} cannot be joined with &, | or ~", hint="only patterns can")
+        raise PolicyError(f"{_source(node)} cannot be combined with &, | or ~", hint="only patterns can")
     return value
 
 
@@ -87,23 +87,23 @@ def _key(node: ast.expr | None, lookup: Lookup) -> Any:
     except TypeError:
         key = None
     if key is None:
-        raise PolicyError("a mapping's key must be a number, a text or a tuple")
+        raise PolicyError("a mapping key must be a number, a string or a tuple")
     return key
 
 
 def distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """The pairs as a mapping; a key that stands twice would silently lose its first value."""
+    """The pairs as a mapping; a duplicate key would silently lose its first value."""
     found: dict[Any, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise PolicyError(f"{key!r} stands twice")
+            raise PolicyError(f"duplicate key {key!r}")
         found[key] = value
     return found
 
 
 def _keyword(keyword: ast.keyword) -> str:
     if keyword.arg is None:
-        raise PolicyError("** cannot be read", hint="write every option as name=value")
+        raise PolicyError("** is not supported", hint="write every option as name=value")
     return keyword.arg
 
 
@@ -121,5 +121,5 @@ def _source(node: ast.expr) -> str:
 
 
 def shortened(text: str, length: int = 80) -> str:
-    """At most so many characters of it."""
+    """Truncated to this many characters."""
     return text if len(text) <= length else text[: length - 3] + "..."

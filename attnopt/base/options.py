@@ -15,20 +15,20 @@ def whole(owner: str, option: str, value: Any, least: int = 0) -> int:
     """``value`` as an int of at least ``least``."""
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST:
         return value
-    raise PolicyError(f"{owner}: {option}={value!r} is not possible; give a whole number from {least} to {LARGEST}")
+    raise PolicyError(f"{owner}: invalid value {option}={value!r}: expected an integer from {least} to {LARGEST}")
 
 
 def wholes(owner: str, option: str, values: Any) -> tuple[int, ...]:
     """``values`` (one number or any iterable of numbers) as sorted distinct ints of at least 0."""
-    many = _sequence(owner, option, [values] if isinstance(values, int) else values, "whole numbers")
+    many = _sequence(owner, option, [values] if isinstance(values, int) else values, "integers")
     return tuple(sorted({whole(owner, option, v) for v in many}))
 
 
 def whole_tuple(owner: str, option: str, values: Any, count: int | None, least: int = 0) -> tuple[int, ...]:
     """``values`` as ``count`` ints of at least ``least``: one for all or as many; ``count=None``: however many."""
-    many = [values] * (count or 1) if isinstance(values, int) else _sequence(owner, option, values, "whole numbers")
+    many = [values] * (count or 1) if isinstance(values, int) else _sequence(owner, option, values, "integers")
     if count is not None and len(many) != count:
-        raise PolicyError(f"{owner}: {option}={values!r} is not possible; give one whole number or {count} of them")
+        raise PolicyError(f"{owner}: invalid value {option}={values!r}: expected one integer or {count} of them")
     return tuple(whole(owner, option, v, least) for v in many)
 
 
@@ -37,21 +37,21 @@ def switches(owner: str, option: str, values: Any, count: int) -> tuple[bool, ..
     many = [values] * count if isinstance(values, bool) else values
     if isinstance(many, (list, tuple)) and len(many) == count and all(isinstance(v, bool) for v in many):
         return tuple(many)
-    raise PolicyError(f"{owner}: {option}={values!r} is not possible; give True or False, or {count} of them")
+    raise PolicyError(f"{owner}: invalid value {option}={values!r}: expected True or False, or {count} of them")
 
 
 def switch(owner: str, option: str, value: Any) -> bool:
     """``value``, which must be True or False."""
     if isinstance(value, bool):
         return value
-    raise PolicyError(f"{owner}: {option}={value!r} is not possible; give True or False")
+    raise PolicyError(f"{owner}: invalid value {option}={value!r}: expected True or False")
 
 
 def number(owner: str, option: str, value: Any) -> float:
     """``value`` as a finite float."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
-    raise PolicyError(f"{owner}: {option}={value!r} is not possible; give a finite number")
+    raise PolicyError(f"{owner}: invalid value {option}={value!r}: expected a finite number")
 
 
 def numbers(owner: str, option: str, values: Any) -> tuple[float, ...]:
@@ -64,10 +64,10 @@ def choice(owner: str, option: str, value: Any, allowed: tuple[str, ...]) -> str
     """``value``, which must be one of ``allowed``."""
     if isinstance(value, str) and value in allowed:
         return value
-    raise PolicyError(f"{owner}: {option}={value!r} is not possible; give one of {', '.join(map(repr, allowed))}")
+    raise PolicyError(f"{owner}: invalid value {option}={value!r}: expected one of {', '.join(map(repr, allowed))}")
 
 
 def _sequence(owner: str, option: str, values: Any, what: str) -> list[Any]:
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
         return list(values)
-    raise PolicyError(f"{owner}: {option}={values!r} is not possible; give a sequence of {what}")
+    raise PolicyError(f"{owner}: invalid value {option}={values!r}: expected a sequence of {what}")

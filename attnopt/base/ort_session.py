@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def cpu_session(model: Path | bytes, threads: int = 0, folder: Path | None = None, exact: bool = False) -> Any:
-    """``threads``: as many as ONNX Runtime likes if 0.  ``folder``: where weights outside of ``model``'s bytes lie.
-    ``exact``: as the file says, where ONNX Runtime would join quantized operators into others that round otherwise.
+    """``threads``: 0 lets ONNX Runtime choose.  ``folder``: location of external weights of ``model``.
+    ``exact``: follow the file; ONNX Runtime would otherwise fuse quantized operators into ones that round differently.
 
-    Raises whatever it raises for a file that it cannot load.
+    Raises the errors of ONNX Runtime for a file that it cannot load.
     """
     import onnxruntime
 
@@ -29,7 +29,7 @@ def cpu_session(model: Path | bytes, threads: int = 0, folder: Path | None = Non
 
 
 def operator_kinds(model: Tensor) -> list[str]:
-    """The operator of each node of ``model``, the bytes of an ONNX model, those of branches and loops too; with its domain
+    """The operator of each node of ``model``, the bytes of an ONNX model, including branches and loops; with its domain
     where that is not ONNX's own."""
     import onnx
 

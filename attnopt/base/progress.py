@@ -1,4 +1,4 @@
-"""What a long job is at, on stderr where somebody watches."""
+"""Progress of long jobs on stderr, if interactive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _shown: Progress | None = None  # the display of the outermost job; jobs inside 
 
 @contextmanager
 def working(what: str, steps: int | None = None) -> Iterator[Callable[[], None]]:
-    """A line while the job lasts, with a bar where the number of steps is known; call what this gives after each step."""
+    """A line while the job runs, with a bar if the number of steps is known; call the result after each step."""
     if not sys.stderr.isatty():
         yield lambda: None
         return

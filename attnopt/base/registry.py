@@ -1,7 +1,7 @@
-"""What goes by a name: attnopt's own classes, what this process registers, and what installed distributions offer.
+"""Classes by name: attnopt's own, those registered in this process, and those of installed distributions.
 
 A third party writes ``[project.entry-points."attnopt.passes"]`` and ``"acme.last-k" = "acme:LastK"`` in its pyproject, or
-puts ``@attnopt.register`` on the class.  Listing names imports nothing, and a file only ever names what is listed.
+decorates the class with ``@attnopt.register``.  Listing names imports nothing, and a file can only name listed classes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from attnopt.errors import PluginError, PolicyError
 
 OURS = "attnopt"
-HERE = "this process"  # in the place of the distribution of a class that was registered by a call
+HERE = "this process"  # instead of the distribution of a class that was registered by a call
 
 T = TypeVar("T")
 
@@ -33,14 +33,14 @@ class Plugin:
     kind: str
     target: str
     distribution: str
-    rivals: tuple[str, ...] = ()  # others that claim the name
-    ready: Any = None  # the class, where it was registered by a call
+    rivals: tuple[str, ...] = ()  # others with the same name
+    ready: Any = None  # the class, if it was registered by a call
 
     def load(self) -> Any:
-        """The class; PluginError, naming the distribution, where it cannot be imported or its name is contested."""
+        """The class.  Raises PluginError that names the distribution if it cannot be imported or its name is ambiguous."""
         if self.rivals:
             claims = ", ".join((self.distribution, *self.rivals))
-            raise PluginError(f"{self.kind} {self.name!r} is claimed by {claims}", hint="uninstall all but one of them")
+            raise PluginError(f"{self.kind} {self.name!r} is defined by {claims}", hint="uninstall all but one of them")
         if self.ready is not None:
             return self.ready
         module, _, attribute = self.target.partition(":")
@@ -51,14 +51,14 @@ class Plugin:
         except Exception as error:  # a plugin may fail in any way while it is imported
             why = f"{type(error).__name__}: {error}"
             message = f"{self.kind} {self.name!r} of {self.distribution} ({self.target}) cannot be loaded: {why}"
-            raise PluginError(message, hint=f"repair or uninstall {self.distribution}") from error
+            raise PluginError(message, hint=f"fix or uninstall {self.distribution}") from error
         return found
 
 
 class Registry(Generic[T]):
-    """The classes of one kind by name.  ``own``: attnopt's, as classes or as targets that are imported when asked for.
+    """The classes of one kind by name.  ``own``: attnopt's, as classes or as targets that are imported on demand.
 
-    ``named`` reads the name off a class; it has to be the one that the class is registered by.
+    ``named`` returns the name of a class; it must match the name of its registration.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Registry(Generic[T]):
         self.group, self.kind, self.base, self._named = group, kind, base, named
         self._own = {n: _plugin(n, kind, OURS, target) for n, target in own.items()}
         self._registered: dict[str, Plugin] = {}
-        self.changes = 0  # how often something was registered: what was read before may read otherwise now
+        self.changes = 0  # number of registrations: texts parsed before may parse differently now
 
     def name_of(self, cls: type[T]) -> str:
         """What the class calls itself."""
         return str(self._named(cls))
 
     def listed(self) -> dict[str, Plugin]:
-        """All that are known, none of them imported for it."""
+        """All known entries, without importing them."""
         found = {name: [plugin] for name, plugin in self._own.items()}
         for entry in _offered(self.group):
             plugin = _plugin(entry.name, self.kind, _distribution(entry), entry.value)
@@ -98,24 +98,27 @@ class Registry(Generic[T]):
         if name not in listed:
             near = difflib.get_close_matches(name, listed, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else None
-            raise PolicyError(f"there is no {self.kind} {name!r}; there are {', '.join(listed)}", hint=hint)
+            raise PolicyError(f"unknown {self.kind} {name!r}; available: {', '.join(listed)}", hint=hint)
         plugin = listed[name]
         loaded = plugin.load()
         whose = f"{plugin.target} of {plugin.distribution}"
         if not (isinstance(loaded, type) and issubclass(loaded, self.base)):
             raise PluginError(f"{whose} is not a subclass of attnopt's {self.base.__name__}")
         if (own := self._named(loaded)) != name:
-            raise PluginError(f"{whose} is installed as {name!r}, but calls itself {own!r}", hint="give both one name")
+            raise PluginError(
+                f"{whose} is installed as {name!r}, but its own name is {own!r}",
+                hint="use the same name in both places",
+            )
         return loaded
 
     def register(self, cls: type[T]) -> None:
-        """Make a class known by its name in this process.  Raises PluginError where another has the name.
+        """Register a class under its name in this process.  Raises PluginError if the name is taken.
 
-        The same class again, or one that takes its place in the same module (a notebook's cell that runs again), is no clash.
+        The same class again, or a redefinition in the same module (a rerun notebook cell), is not a clash.
         """
         name = self._named(cls)
         if not isinstance(name, str) or not name:
-            raise PluginError(f"{target_of(cls)} has no name as a {self.kind}")
+            raise PluginError(f"{target_of(cls)} does not define a {self.kind} name")
         if inspect.isabstract(cls):
             missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
             raise PluginError(f"{self.kind} {name!r} ({target_of(cls)}) does not define {missing}")
@@ -123,14 +126,14 @@ class Registry(Generic[T]):
         made = Plugin(name, self.kind, target_of(cls), HERE, ready=cls)
         if holder is not None and not _is_same(holder, made):
             raise PluginError(
-                f"{self.kind} {name!r} is {holder.target} of {holder.distribution} already",
-                hint=f"give {target_of(cls)} another name",
+                f"{self.kind} {name!r} is already {holder.target} of {holder.distribution}",
+                hint=f"rename {target_of(cls)}",
             )
         self._registered[name] = made
         self.changes += 1
 
     def knows(self, cls: type[Any]) -> bool:
-        """Whether the name of this class stands for it, so that a file that names it can be read."""
+        """Whether the name of this class resolves to it, so a file that contains the name can be read."""
         name = self._named(cls)
         if name not in self.listed():
             return False
@@ -155,7 +158,7 @@ def target_of(cls: type[Any]) -> str:
 
 
 def distribution_of(cls: type[Any]) -> str:
-    """The installed distribution that a class comes from; "" where it comes from none."""
+    """The installed distribution of a class; "" if there is none."""
     return _distribution_of(cls.__module__.partition(".")[0])
 
 
@@ -193,6 +196,6 @@ def _changed(place: str) -> int:
         return 0
 
 
-@lru_cache(32)  # reading what all distributions offer takes longer than all else about a rule of a policy
+@lru_cache(32)  # reading the entry points of all distributions dominates the cost of parsing a policy rule
 def _installed(group: str, places: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))

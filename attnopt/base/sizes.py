@@ -1,4 +1,4 @@
-"""Sizes that may be symbols: what they are at the example inputs, and what is known of them."""
+"""Possibly symbolic sizes: their values for the example inputs, and facts about them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """The size that an axis has for the example inputs; -1 where it depends on their values."""
+    """The size of an axis for the example inputs; -1 if it depends on their values."""
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.hint is not None else -1
     return int(size)
@@ -17,7 +17,7 @@ def is_static(size: int | torch.SymInt) -> bool:
 
 
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """The two sizes are equal whatever the inputs' sizes are."""
+    """The two sizes are equal for all input sizes."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     left = a if isinstance(a, int) else a.node.expr

@@ -1,4 +1,4 @@
-"""attnopt's warnings, said of the user's line: the first one on the way here that is neither attnopt's nor torch's."""
+"""attnopt's warnings, attributed to the user's line: the innermost frame outside attnopt and torch."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ from attnopt.graph.evaluate import bounds, symbols
 if TYPE_CHECKING:
     from attnopt.capture.program import Program
 
-LONGEST = 6000  # characters of what torch notes about sizes, where all axes vary: beyond, each operator takes seconds
-Captured = Callable[[Inputs, Any, bool], "Program"]  # inputs, shapes, whether only as far as it is cheap
+LONGEST = 6000  # characters of torch's size expressions with all axes dynamic: beyond, each operator takes seconds
+Captured = Callable[[Inputs, Any, bool], "Program"]  # inputs, shapes, whether to stop when it becomes expensive
 
 
 class TooManyRelationsError(Exception):
@@ -54,7 +54,7 @@ class Limited(TorchFunctionMode):
 
 
 def captured_with_own(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: bool, captured: Captured) -> Program:
-    """Captured so that axes of length 1 vary too, where the model lets them; the user's example still has to fit."""
+    """Captured with dynamic axes of length 1 too, if the model allows; the user's example must still fit."""
     asked = axes_of_leaves(model.forward, *inputs, shapes)
     longer = longer_axes(model, inputs, asked)
     while longer:
@@ -70,7 +70,7 @@ def captured_with_own(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: b
 
 
 def as_far_as_it_goes(model: nn.Module, inputs: Inputs, auto: Auto, captured: Captured) -> Program:
-    """Raises CaptureError where the model cannot be captured even with all axes fixed."""
+    """Raises CaptureError if the model cannot be captured even with all axes static."""
     every = axes_of_leaves(model.forward, *inputs, asked_shapes(model, *inputs, Auto()))
     if auto.axes is None and (program := _with_every_axis(model, inputs, captured)) is not None:
         return replace(program, narrower=Auto(2))
@@ -82,12 +82,12 @@ def as_far_as_it_goes(model: nn.Module, inputs: Inputs, auto: Auto, captured: Ca
             program = captured_with_own(model, inputs, shapes, False, captured)
             return replace(program.told(every), narrower=Auto(axes - 1))
         except CaptureError:
-            fixed = fixed or captured(inputs, None, False)  # which tells why, if that fails too
+            fixed = fixed or captured(inputs, None, False)  # which reports the reason if that fails too
     return (fixed or captured(inputs, None, False)).told(every)
 
 
 def _with_every_axis(model: nn.Module, inputs: Inputs, captured: Captured) -> Program | None:
-    """None where more than the first two axes of a tensor cannot be had, or only at the cost of these."""
+    """None if more than the first two axes of a tensor cannot be dynamic, or only at the expense of these."""
     shapes = asked_shapes(model, *inputs, Auto())
     asked = axes_of_leaves(model.forward, *inputs, shapes)
     try:
@@ -116,7 +116,7 @@ def _static(module: fx.GraphModule) -> set[Place]:
 
 
 def _takes(program: Program, model: nn.Module, own: Inputs) -> bool:
-    """The graph of another example holds for the user's own, too."""
+    """The graph of another example is valid for the user's, too."""
     try:
         check_inputs(program.module, *own)
         got, want = (seeded_outputs(m, own) for m in (program.module, model))
@@ -126,7 +126,7 @@ def _takes(program: Program, model: nn.Module, own: Inputs) -> bool:
 
 
 def cannot_vary(program: Program) -> set[Place]:
-    """Axes that have a symbol and yet no other length, among many that were tried, that fits what has to hold."""
+    """Axes with a symbol for which no other length, among many tried, satisfies the constraints."""
     graph = program.module.graph
     sizes, fits = symbols(graph), sizes_that_fit(graph, program.fixed_axes)
     stuck = {s for s in sizes if not any(fits(new) for new in other_sizes(sizes, s))}
@@ -140,7 +140,7 @@ def cannot_vary(program: Program) -> set[Place]:
 
 
 def sizes_that_fit(graph: fx.Graph, held: Sequence[str]) -> Callable[[Mapping[Any, int]], bool]:
-    """Whether sizes of the graph's symbols fit their bounds and what has to hold between them, as the report words it."""
+    """Whether sizes of the graph's symbols satisfy their bounds and the constraints between them, as the report lists them."""
     inputs = [n for n in _inputs(graph) if isinstance(n.meta.get("val"), Tensor)]
     predicates = _predicates(held, inputs)
     axes = [size for n in inputs for size in n.meta["val"].shape if isinstance(size, torch.SymInt)]
@@ -167,7 +167,7 @@ def _shape(node: fx.Node, sizes: Mapping[Any, int]) -> tuple[int, ...]:
 
 
 def _predicates(texts: Sequence[str], inputs: Sequence[fx.Node]) -> list[Any]:
-    """The relations that speak of nothing but the inputs' sizes, ready to be asked."""
+    """The relations that involve only input sizes, ready for evaluation."""
     known = {n.name for n in inputs} | {"min", "max"}
     trees = [ast.parse(t, mode="eval") for t in texts if not re.fullmatch(r"\w+\[\d+\] = \d+", t)]
     return [
@@ -179,7 +179,7 @@ def _predicates(texts: Sequence[str], inputs: Sequence[fx.Node]) -> list[Any]:
 
 
 def other_sizes(sizes: Mapping[Any, int], symbol: Any) -> Iterator[dict[Any, int]]:
-    """Sizes at which the symbol is another: alone, with one other symbol, and with all."""
+    """Sizes that change the symbol: alone, with one other symbol, and with all."""
     n = sizes[symbol]
     steps = [d for k in (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 28, 32, 48, 64, 128) for d in (k, -k)]
     for new in (*(n + d for d in steps), 2 * n, 3 * n, 4 * n, n // 2):

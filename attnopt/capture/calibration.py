@@ -1,4 +1,4 @@
-"""Calibration data: batches of the model's inputs, checked once, kept and saved."""
+"""Calibration data: batches of model inputs, checked once, reusable, serializable."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of the model's inputs, to be used as often as wanted: ``attnopt.optimize(..., calibration=c)``,
+    """Batches of model inputs for repeated use: ``attnopt.optimize(..., calibration=c)``,
     ``attnopt.head_importance(model, c)``.
 
     ``Calibration.of(batches)``: each batch is a tensor, a tuple of args or a dict of kwargs.  Every eighth sequence is
-    held back: what was fitted on the others is accepted only if it holds on these.  Evaluate on other data than these.
+    held out: a fit on the others is only accepted if it holds on these.  Evaluate on different data.
     """
 
     batches: tuple[Inputs, ...] = field(repr=False)
 
     @classmethod
     def of(cls, batches: Iterable[Batch] | Calibration) -> Calibration:
-        """Raises CalibrationError where there is no batch, or one of another form."""
+        """Raises CalibrationError for no batch, or a malformed one."""
         if isinstance(batches, Calibration):
             return batches
         try:
@@ -40,10 +40,10 @@ class Calibration:
         except TypeError:
             raise CalibrationError(
                 f"calibration must be an iterable of batches, not {type(batches).__name__}",
-                hint="give a list of inputs",
+                hint="pass a list of inputs",
             ) from None
         if not items:
-            raise CalibrationError("calibration holds no batch", hint="leave it out, or give at least one batch")
+            raise CalibrationError("calibration is empty", hint="omit it, or pass at least one batch")
         return cls(tuple(as_inputs(batch, f"calibration batch {i}") for i, batch in enumerate(items)))
 
     def __iter__(self) -> Iterator[Inputs]:
@@ -53,9 +53,9 @@ class Calibration:
         return len(self.batches)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the batches to one safetensors file, whole or not at all.
+        """Write the batches atomically to one safetensors file.
 
-        Raises ArchiveError where a batch holds something else than tensors, numbers, text and None in plain containers.
+        Raises ArchiveError if a batch contains anything but tensors, numbers, strings and None in plain containers.
         """
         from safetensors.torch import save_file
 
@@ -80,7 +80,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """What ``save`` wrote.  Raises ArchiveError; runs nothing that it reads."""
+        """Load what ``save`` wrote.  Raises ArchiveError.  Nothing in the file is executed."""
         from safetensors import safe_open
 
         try:
@@ -89,9 +89,7 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(tuple(_restored(batch, tensors) for batch in about))
         except Exception as e:
-            raise ArchiveError(
-                f"{path} holds no calibration data: {type(e).__name__}: {e}", hint="save it again"
-            ) from e
+            raise ArchiveError(f"{path} is not calibration data: {type(e).__name__}: {e}", hint="save it again") from e
 
 
 def as_inputs(batch: Any, name: str = "a batch") -> Inputs:
@@ -104,12 +102,12 @@ def as_inputs(batch: Any, name: str = "a batch") -> Inputs:
         return tuple(batch), {}
     raise CalibrationError(
         f"{name} is a {type(batch).__name__}, expected a tensor, a tuple of args or a dict of kwargs",
-        hint="give a tensor, a tuple of args or a dict of kwargs",
+        hint="pass a tensor, a tuple of args or a dict of kwargs",
     )
 
 
 def shapes_of(inputs: Inputs) -> tuple[Any, ...]:
-    """Equal for batches that one graph with fixed sizes can take."""
+    """Equal for batches that one graph with static sizes accepts."""
     return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in pytree.tree_leaves(inputs))
 
 

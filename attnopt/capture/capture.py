@@ -1,4 +1,4 @@
-"""From a model and example inputs to a graph: torch.export first, symbolic tracing for what only it can trace."""
+"""Capture: from a model and example inputs to a graph, by torch.export, otherwise by symbolic tracing."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from attnopt.graph.value_names import number, unmark
 def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dynamic_shapes: Any = None) -> Program:
     """Capture ``model`` on example inputs.
 
-    ``dynamic_shapes``: None (all sizes fixed), torch.export's notation, or "auto" (every axis of every input as far as the
-    model lets it vary).  Raises CaptureError, which tells what stopped each way of capturing.
+    ``dynamic_shapes``: None (all sizes static), torch.export's notation, or "auto" (every axis of every input that the
+    model allows).  Raises CaptureError, which says what stopped each way of capturing.
     """
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise CaptureError(
@@ -55,11 +55,13 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         scripted := next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     ) is not None:
         raise CaptureError(
-            f"{scripted or 'the model'} is TorchScript, which holds no Python code to capture",
-            hint="give the model that it was made from",
+            f"{scripted or 'the model'} is TorchScript, which has no Python code to capture",
+            hint="pass the model that it was scripted from",
         )
     if (lazy := next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)) is not None:
-        raise CaptureError(f"{lazy} gets its size at the model's first call", hint="call the model once first")
+        raise CaptureError(
+            f"{lazy} is a lazy parameter: its size is set by the model's first call", hint="call the model once first"
+        )
     _check_arguments(model, args, kwargs)
     if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
@@ -69,7 +71,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
 
 
 def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_cheap: bool) -> Program:
-    """``is_cheap``: tried in the first way alone, and only as far as the sizes stay simple."""
+    """``is_cheap``: try only the first way, and only while the sizes stay simple."""
     calls = _calls(model, *inputs)
     shapes = shapes_for(calls, model, *inputs, shapes, is_auto)
     args, kwargs = calls.flat(*inputs)
@@ -98,10 +100,10 @@ def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_c
     check_call(model, *inputs)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),
-        hint="call torch.distributions.Distribution.set_default_validate_args(False) first: its checks look at values"
+        hint="call torch.distributions.Distribution.set_default_validate_args(False) first: its checks depend on tensor values"
         if validates
-        else "make the named operation independent of the inputs' values"
-        + (", or leave the named axes out of dynamic_shapes" if shapes else ""),
+        else "make the named operation independent of input values"
+        + (", or remove the named axes from dynamic_shapes" if shapes else ""),
     )
 
 
@@ -115,7 +117,7 @@ def _is_validation(e: BaseException | None) -> bool:
 
 
 def _without_backward(way: Callable[[], ExportedProgram]) -> ExportedProgram:
-    """Some of torch's operators (flex_attention on a CPU) run only where no gradient may be asked for."""
+    """Some torch operators (flex_attention on a CPU) only run without gradients."""
     try:
         return way()
     except NotImplementedError as e:
@@ -137,43 +139,43 @@ def _calls(model: nn.Module, args: Args, kwargs: Kwargs) -> Calls:
 
 
 def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    """Wrong inputs are the user's to see as they are, not through a tracer."""
+    """Report wrong inputs directly, not through a tracer."""
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as e:
         raise CaptureError(
             f"the example inputs do not fit {type(model).__name__}.forward: {e}",
-            hint="pass args and kwargs as the model takes them",
+            hint="pass args and kwargs that the model accepts",
         ) from None
 
 
 def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
-    """A model that fails by itself cannot be captured, and should not be blamed for being hard to trace."""
+    """A model that fails on its own cannot be captured; the error should not blame tracing."""
     try:
         outputs_of(structural_copy(model), (args, kwargs))
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",
-            hint="give inputs that the model takes",
+            hint="pass inputs that the model accepts",
         ) from e
 
 
 def without_values(model: nn.Module | ExportedProgram) -> str | None:
-    """The first weight that lies on the meta device, which knows shapes and holds nothing."""
+    """The first weight on the meta device, which has shapes but no values."""
     return next((name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), None)
 
 
 def require_values(model: nn.Module | ExportedProgram) -> None:
-    """Raises CaptureError for a model without weights: what would be made of it could be neither run nor compared."""
+    """Raises CaptureError for a model without weights: its result could neither run nor be verified."""
     if isinstance(model, (nn.Module, ExportedProgram)) and (name := without_values(model)) is not None:
         raise CaptureError(
-            f"{name} is on the meta device and holds no values, so that nothing could be verified",
-            hint="load the weights first; attnopt.inspect does without them",
+            f"{name} is on the meta device and has no values, so nothing can be verified",
+            hint="load the weights first; attnopt.inspect works without them",
         )
 
 
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Calls | None = None) -> ExportedProgram:
-    """``calls``: what stands for the model's calls; strict without."""
+    """``calls``: wraps the calls of the model; strict if absent."""
     args, kwargs = cloned((args, kwargs))
     with (
         _without_partial_graph(),
@@ -189,7 +191,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Ca
 
 @contextmanager
 def _with_its_names(model: nn.Module) -> Iterator[None]:
-    """A graph that was captured before, as an optimized model holds it, knows which module and line each operator is of."""
+    """An already captured graph, as in an optimized model, records the module and line of each operator."""
     graph = model if isinstance(model, fx.GraphModule) else getattr(model, "module", None)
     if not isinstance(graph, fx.GraphModule) or not isinstance(graph.graph._codegen, _PyTreeCodeGen):
         yield
@@ -210,7 +212,7 @@ def _with_its_names(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_partial_graph() -> Iterator[None]:
-    """torch.export prints what it has of a graph that it gives up; whatever else is written to stderr stays."""
+    """torch.export prints partial graphs that it abandons; other stderr output is kept."""
     written, unwanted = io.StringIO(), ""
     try:
         with redirect_stderr(written):
@@ -223,7 +225,7 @@ def _without_partial_graph() -> Iterator[None]:
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares every parameter and buffer: what tracing leaves in attributes stays out of the user's model."""
+    """A copy with shared parameters and buffers, so attributes set by tracing do not affect the user's model."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, shared)
@@ -252,7 +254,7 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
 
 
 def _settle_sizes(module: fx.GraphModule) -> None:
-    """A size that was to vary and turned out to be fixed while the model was traced is a number like any other."""
+    """A requested dynamic size that became static during tracing is an ordinary number."""
     mode = fake_mode(module.graph)
     for node in module.graph.nodes:
         val = node.meta.get("val")
@@ -263,17 +265,17 @@ def _settle_sizes(module: fx.GraphModule) -> None:
 
 
 def _refuse_own_generator(module: fx.GraphModule) -> None:
-    """The graph holds the generator as it was when it was traced, and would draw on where the model starts anew."""
+    """The graph contains the generator in its state at tracing and would continue where the model restarts."""
     drawing = next((n for n in module.graph.nodes if n.kwargs.get("generator") is not None), None)
     if drawing is not None:
         raise CaptureError(
-            f"{opname(drawing)} at {source_line(drawing)} draws from a torch.Generator of the model's own",
-            hint="draw from torch's default generator, or give the numbers to the model as an input",
+            f"{opname(drawing)} at {source_line(drawing)} draws from the model's own torch.Generator",
+            hint="use torch's default generator, or pass the random numbers to the model as an input",
         )
 
 
 def _condensed(e: BaseException) -> str:
-    """The telling lines of a tracer's message: what stopped it, and the user's line."""
+    """The relevant lines of a tracer's message: the cause, and the user's line."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     telling = [
         x
@@ -286,14 +288,14 @@ def _condensed(e: BaseException) -> str:
 
 
 def _own_state(module: fx.GraphModule) -> None:
-    """What the graph writes is its own: the user's model keeps what it holds."""
+    """State that the graph writes is a copy: the user's model keeps its own."""
     for name in written(module):
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, get_attr(module, name).detach().clone())
 
 
 def _declared(module: fx.GraphModule, asked: list[Axes]) -> set[str]:
-    """The bounds that the user gave with a named Dim."""
+    """The bounds of the user's named Dims."""
     names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     dims = [
         (f"{name}[{axis}]", dim)

@@ -1,4 +1,4 @@
-"""Which axes of a model's inputs may vary: what was asked for, said of each tensor under the name of its own argument."""
+"""Dynamic axes of model inputs: the request, expressed per tensor under the name of its argument."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True)
 class Auto:
-    """The first ``axes`` axes of every tensor, as far as the model lets them vary; None for all."""
+    """The first ``axes`` axes of every tensor that the model allows to vary; None for all."""
 
     axes: int | None = None
 
@@ -29,9 +29,9 @@ class Auto:
 def named_arguments(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int]:
-    """Every argument under a name of its own, in the order of the call, and how many are given by position.
+    """Every argument under a unique name, in call order, and the number of positional ones.
 
-    What lands in ``*args`` is called ``args_0``, ``args_1``, ...; what lands in ``**kwargs`` has its keyword."""
+    Arguments in ``*args`` are called ``args_0``, ``args_1``, ...; those in ``**kwargs`` have their keyword."""
     parameters = inspect.signature(forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
@@ -48,7 +48,7 @@ def is_variadic(forward: Callable[..., Any]) -> bool:
 
 
 def arguments_by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, in the order in which torch.export names it: each keyword that lands in ``**kwargs`` under its own name."""
+    """The given arguments, in the order of torch.export: each keyword in ``**kwargs`` under its own name."""
     if is_variadic(forward):
         return named_arguments(forward, args, kwargs)[0]
     return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
@@ -56,7 +56,7 @@ def arguments_by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 @contextmanager
 def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, ``forward`` names each argument of this call: torch.export knows no axes of what lands in ``**kwargs``."""
+    """Inside, ``forward`` names each argument of this call: torch.export supports no axes for ``**kwargs``."""
     if not is_variadic(model.forward):
         yield
         return
@@ -82,7 +82,7 @@ def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: Any) -> Any:
-    """torch.export's notation for this call, with a name for each argument; ``asked`` is that notation or an ``Auto``."""
+    """torch.export's notation for this call, with a name for each argument; ``asked`` is that notation or ``Auto``."""
     if isinstance(asked, Auto):
         return _automatic(model.forward, args, kwargs, asked)
     if isinstance(asked, ShapesCollection):
@@ -106,8 +106,8 @@ def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             spread[name] = shapes
     if unknown := [n for n in spread if n not in named]:
         raise CaptureError(
-            f"dynamic_shapes names {', '.join(unknown)}, and the inputs are {', '.join(named)}",
-            hint="name the example inputs, those in **kwargs by their keywords",
+            f"dynamic_shapes names unknown inputs {', '.join(unknown)}; the inputs are {', '.join(named)}",
+            hint="use the names of the example inputs; those in **kwargs go by keyword",
         )
     return {name: spread.get(name) for name in named}
 
@@ -131,7 +131,7 @@ def _automatic(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 def axes_of_leaves(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
 ) -> list[Axes]:
-    """For every leaf of the inputs the axes that are to vary, with what was asked for them."""
+    """For every leaf of the inputs, the requested dynamic axes."""
     named, _ = named_arguments(forward, args, kwargs)
     if isinstance(shapes, (list, tuple)):
         shapes = dict(zip(inspect.signature(forward).bind(*args, **kwargs).arguments, shapes, strict=False))
@@ -168,7 +168,7 @@ def _varying(axes: Iterable[tuple[Any, Any]]) -> Axes:
 
 
 def without(shapes: Mapping[str, Any], named: Mapping[str, Any], fixed: set[tuple[int, int]]) -> dict[str, Any]:
-    """``shapes`` of all arguments without these axes, given by the number of the leaf."""
+    """``shapes`` of all arguments without these axes, by leaf index."""
     place = iter(range(len(pytree.tree_leaves(dict(named)))))
 
     def of(x: Any, asked: Any) -> Any:
@@ -190,7 +190,7 @@ def without(shapes: Mapping[str, Any], named: Mapping[str, Any], fixed: set[tupl
 
 
 def fixed_axes(module: fx.GraphModule, asked: list[Axes]) -> tuple[str, ...]:
-    """Axes that were asked to vary and do not, as ``x[1] = 8``."""
+    """Requested axes that stayed static, as ``x[1] = 8``."""
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(inputs) != len(asked):
         return ()

@@ -17,7 +17,7 @@ from attnopt.base.sizes import is_static
 
 @compiling()
 def exported(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
-    """The graph, with example inputs, as an ExportedProgram, dynamic where it was captured so."""
+    """The graph with example inputs as an ExportedProgram, with the dynamic axes of its capture."""
     with quiet(), mode_of(module):
         return torch.export.export(
             module,
@@ -29,7 +29,7 @@ def exported(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Dynamic shapes read from the graph itself: an axis with a symbol is dynamic, and may turn out fixed no more."""
+    """Dynamic shapes read from the graph: an axis with a symbol is dynamic and must not become static."""
     shapes = [_dynamic(n.meta.get("val")) for n in module.graph.nodes if n.op == "placeholder"]
     if not any(shapes):
         return None

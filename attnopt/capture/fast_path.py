@@ -1,7 +1,7 @@
-"""torch's own fast path of nn.TransformerEncoder, which a model takes in eval mode without gradients.
+"""torch's fast path of nn.TransformerEncoder, used in eval mode without gradients.
 
-It leaves padded positions out and writes zeros there.  A graph never takes it, so that everything here is compared with the
-model outside of it, and a model that differs on it is told of.
+It skips padded positions and writes zeros there.  A graph never takes it, so everything here is compared with the
+model outside it, and a warning reports a model that differs on it.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ def fast_path(is_on: bool) -> Iterator[None]:
 
 
 def leaves_out_padding(model: nn.Module, inputs: Inputs, state: Sequence[str]) -> tuple[str, ...]:
-    """A warning, where the model itself gives something else on its fast path."""
+    """A warning if the model itself returns something else on its fast path."""
     if model.training or not any(isinstance(m, _HAS_ONE) for m in model.modules()):
         return ()
     given = []
     for is_on in (True, False):
         with torch.random.fork_rng(devices=[]), fast_path(is_on), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of tensors that it makes on this path
+            warnings.simplefilter("ignore")  # torch's own warnings about tensors that it creates on this path
             torch.manual_seed(0)
             try:
                 given.append(outputs_of(model, inputs, state))
-            except Exception:  # sizes that this path does not take
+            except Exception:  # sizes that this path does not support
                 return ()
     fast, plain = given
     apart = difference(fast, plain)
-    if apart <= max(ROOM * tolerance(plain), TOLERANCE[torch.bfloat16]):  # as far as a part in half precision may round
+    if apart <= max(ROOM * tolerance(plain), TOLERANCE[torch.bfloat16]):  # rounding of a part in half precision
         return ()
     zeros = ", where it writes zeros" if _differs_in_zeros(fast, plain) else ""
     return (
-        f"without gradients torch's fast path for nn.TransformerEncoder leaves out padded positions{zeros}: there the model's "
-        f"own outputs differ by {apart:.2g} (relative) from what it computes otherwise, which is what was kept",
+        f"without gradients torch's fast path for nn.TransformerEncoder skips padded positions{zeros}: there, the model's "
+        f"own outputs differ by {apart:.2g} (relative) from its other path, which attnopt keeps",
     )
 
 

@@ -1,6 +1,6 @@
-"""A call with objects among its inputs and outputs, such as caches, as a graph can make it: with their tensors alone.
+"""Calls with objects among their inputs and outputs, such as caches, in the form of a graph: only their tensors.
 
-A graph takes and returns tensors.  Here objects are taken apart on the way in, put together on the way out, and what the call
+A graph takes and returns tensors.  Objects are flattened on input and rebuilt on output, and what the call
 changes in the caller's own objects is written there.
 """
 
@@ -36,11 +36,11 @@ Kwargs = dict[str, Any]
 
 
 class OtherObjectsError(CaptureError):
-    """The model makes other objects of these inputs than it did when it was captured."""
+    """The model builds other objects from these inputs than at capture."""
 
 
 class Parts(dict[str, Any]):
-    """The tensors of one object, in a graph's output."""
+    """The tensors of one object in the output of a graph."""
 
 
 pytree.register_pytree_node(
@@ -56,10 +56,10 @@ pytree.register_pytree_node(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What stands among the inputs: ``places`` are the leaves of the tree of arguments, ``paths`` those of its tensors.
+    """Objects among the inputs: ``places`` are the leaves of the tree of arguments, ``paths`` those of its tensors.
 
-    ``writes``: leaves into which the call writes.  ``counters``: numbers that the call changes.  ``varying``: axes of leaves
-    that other calls may give other sizes."""
+    ``writes``: leaves that the call writes.  ``counters``: numbers that the call changes.  ``varying``: axes of leaves
+    whose size may differ between calls."""
 
     names: tuple[str, ...]
     positional: int
@@ -112,7 +112,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Results:
-    """What the call gives: ``objects`` among its outputs, ``states`` of the caller's objects that it changes, ``writes`` from
+    """The results of a call: ``objects`` among its outputs, ``states`` of the caller's objects that it changes, ``writes`` from
     its leaves to the inputs'.  ``paths`` are those of its leaves, ``outer`` how much of each leads to the object it is in."""
 
     nodes: tuple[Node, ...]
@@ -121,7 +121,7 @@ class Results:
     writes: tuple[tuple[int, int], ...]
     paths: tuple[Path, ...]
     outer: tuple[int, ...]
-    visible: int  # leaves of the output; the others are of states and writes
+    visible: int  # leaves of the output; the others belong to states and writes
 
     @property
     def has_state(self) -> bool:
@@ -130,7 +130,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Taken:
-    """One call's inputs, taken apart."""
+    """The flattened inputs of one call."""
 
     args: Args
     kwargs: Kwargs
@@ -140,17 +140,17 @@ class Taken:
 
 @dataclass(frozen=True)
 class Form:
-    """How a graph stands for a call with objects."""
+    """How a graph represents a call with objects."""
 
     inputs: Inputs
     results: Results
 
     def take(self, args: Args, kwargs: Mapping[str, Any]) -> Taken:
-        """The inputs as the graph takes them.  Raises CaptureError where they are not built as the example was."""
+        """The inputs of the graph.  Raises CaptureError if their structure differs from the example."""
         return take(self.inputs, args, kwargs)
 
     def give(self, out: Any, taken: Taken) -> Any:
-        """The model's own output, made of the graph's; the caller's own objects are brought up to date."""
+        """The output of the model, built from that of the graph; the caller's objects are updated."""
         leaves = _kept_apart(pytree.tree_leaves(out), self.results, taken)
         build = Build(self.results.nodes, leaves, taken.objects, taken.leaves)
         parts, plain = iter(self.results.objects), iter(leaves)
@@ -171,9 +171,9 @@ class Form:
         return made
 
     def run(self, model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> list[Any]:
-        """The graph's leaves as the model itself gives them, from inputs as the graph takes them.
+        """The leaves of the graph as computed by the model itself, from the inputs of the graph.
 
-        Raises OtherObjectsError where the model makes other objects of them than when it was captured."""
+        Raises OtherObjectsError if the model builds other objects than at capture."""
         own_args, own_kwargs, build, leaves = put_together(self.inputs, args, kwargs)
         versions = [_version(x) for x in leaves]
         out = model(*own_args, **own_kwargs)
@@ -204,7 +204,7 @@ class Form:
             match.leaves[place] = leaves[to]
         for place, (x, before) in enumerate(zip(leaves, versions, strict=True)):
             if _version(x) != before and place not in self.inputs.writes:
-                raise CaptureError(f"{text(self.inputs.paths[place])} is written to, which it was not when captured")
+                raise CaptureError(f"{text(self.inputs.paths[place])} is written to, which it was not at capture")
         return [match.leaves[i] for i in range(len(self.results.paths))]
 
 
@@ -213,7 +213,7 @@ def _version(x: Any) -> int:
 
 
 def as_given(node: Node) -> Node:
-    """What an object holds that a call leaves as it is."""
+    """The contents of an object that a call does not change."""
 
     def same(part: Part) -> Part:
         match part:
@@ -238,8 +238,8 @@ def take(inputs: Inputs, args: Args, kwargs: Mapping[str, Any]) -> Taken:
         wanted, part = next(places, (None, None))
         if part is None or path != wanted or isinstance(part, Leaf) == inputs.stop(x, path):
             raise CaptureError(
-                f"{text(path)} is {type(x).__name__}, and the example had other values there",
-                hint="pass inputs of the same structure as the example's",
+                f"{text(path)} is {type(x).__name__}, but the example had a value of another type there",
+                hint="pass inputs with the same structure as the example",
             )
         if isinstance(part, Leaf):
             match.leaves[part.place] = x
@@ -251,8 +251,8 @@ def take(inputs: Inputs, args: Args, kwargs: Mapping[str, Any]) -> Taken:
     flat = mapped(inputs.named(args, kwargs), inputs.stop, apart)
     if next(places, None) is not None:
         raise CaptureError(
-            f"called with {len(match.leaves)} values, captured with {len(inputs.paths)}",
-            hint="pass inputs of the same structure as the example's",
+            f"called with {len(match.leaves)} values, but captured with {len(inputs.paths)}",
+            hint="pass inputs with the same structure as the example",
         )
     leaves = tuple(match.leaves[i] for i in range(len(inputs.paths)))
     _check_apart(inputs, leaves)
@@ -261,13 +261,13 @@ def take(inputs: Inputs, args: Args, kwargs: Mapping[str, Any]) -> Taken:
 
 
 def _check_apart(inputs: Inputs, leaves: tuple[Any, ...]) -> None:
-    """A graph writes into one tensor at a time: what lies in the same memory would keep what it held."""
+    """A graph writes into one tensor at a time: a tensor that shares the memory would keep its old values."""
     for i in inputs.writes:
         for j, other in enumerate(leaves):
             if i != j and isinstance(other, Tensor) and _overlap(leaves[i], other):
                 raise CaptureError(
-                    f"{text(inputs.paths[i])} is written to, and shares its memory with {text(inputs.paths[j])}",
-                    hint="give the two tensors memory of their own",
+                    f"{text(inputs.paths[i])} is written to, but shares memory with {text(inputs.paths[j])}",
+                    hint="pass tensors that do not share memory",
                 )
 
 
@@ -284,16 +284,16 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def _kept_apart(leaves: list[Any], results: Results, taken: Taken) -> list[Any]:
-    """The graph may return what it was given: before that is written to, other results get memory of their own."""
+    """The graph may return its inputs: before these are written to, other results are copied."""
     written = [taken.leaves[to] for to, _ in results.writes]
     return [x.clone() if isinstance(x, Tensor) and any(_overlap(x, w) for w in written) else x for x in leaves]
 
 
 def put_together(inputs: Inputs, args: Args, kwargs: Mapping[str, Any], clones: bool = False) -> Any:
-    """(args, kwargs) of the model itself, what they were made with, and their leaves."""
+    """(args, kwargs) of the model itself, their builder, and their leaves."""
     named = inputs.named(args, kwargs)
     leaves = pytree.tree_leaves(named)
-    if clones:  # so that the graph reads its inputs and does not write them
+    if clones:  # so the graph reads its inputs without writing them
         leaves = [x.clone() if i in inputs.writes else x for i, x in enumerate(leaves)]
     build, parts = Build(inputs.nodes, leaves), dict(inputs.places)
 

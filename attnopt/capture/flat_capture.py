@@ -1,4 +1,4 @@
-"""A model with objects among its inputs and outputs while it is captured: what they hold, and what a call changes in them."""
+"""Capture of a model with objects among its inputs and outputs: their contents, and what a call changes in them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from attnopt.capture.signature import Signature
 
 @dataclass
 class Calls:
-    """A model's calls while it is captured.  ``form`` is known once it was traced; None where no object takes part."""
+    """The calls of a model during capture.  ``form`` is known after tracing; None without objects."""
 
     inputs: Inputs | None = None
     results: Results | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, model: nn.Module, args: Args, kwargs: Mapping[str, Any], run: Callable[..., Any] | None) -> Calls:
-        """``run`` calls a model so that it stays as it is, which is done once, with copies, where objects or lists are passed
+        """``run`` calls a model without changing it: once, with copies, if objects or lists are passed
         in; None for a model that cannot be run."""
         found = _inputs_of(model, args, kwargs)
         if found is None:
@@ -96,7 +96,7 @@ class Calls:
 
 
 def _inputs_of(model: nn.Module, args: Args, kwargs: Mapping[str, Any], found: Inputs | None = None) -> Inputs | None:
-    """What stands among the inputs; ``found`` as far as that is known by now; None where they do not fit the model."""
+    """The objects among the inputs; ``found``: what is known so far; None if they do not fit the model."""
     names = tuple(n for p in (Signature.of(model.forward, args, kwargs),) for n in (*p.positional, *p.keywords))
     if len(set(names)) != len(args) + len(kwargs):
         return None
@@ -113,7 +113,7 @@ def _inputs_of(model: nn.Module, args: Args, kwargs: Mapping[str, Any], found: I
 def _watched(
     model: nn.Module, inputs: Inputs, args: Args, kwargs: Mapping[str, Any], run: Callable[..., Any]
 ) -> Inputs:
-    """The inputs with what a call of the model changes in them: lists, numbers and tensors."""
+    """The inputs with everything that a call of the model changes in them: lists, numbers and tensors."""
     own = copied(inputs.named(args, kwargs))
     lists = {path: list(_content(x)) for path, x in _lists(own)}
     before = _numbers(own)
@@ -138,7 +138,7 @@ def _watched(
 def _varying(
     before: Mapping[Path, tuple[int, ...]], after: Mapping[Path, tuple[int, ...]], plain: set[Path]
 ) -> frozenset[tuple[Path, int]]:
-    """Axes in objects that the call makes longer, or that are as long as one of an input: its batch, or what it masks."""
+    """Axes in objects that grow in the call, or that have the length of an input axis: its batch, or its mask."""
     given = [sizes for path, sizes in before.items() if path in plain and sizes]
     batch = {sizes[0] for sizes in given}
     lengths = {size for sizes in given for size in sizes[1:]}
@@ -160,7 +160,7 @@ def _tensors(tree: Any) -> list[tuple[Path, Tensor]]:
 
 
 def _lists(tree: Any) -> list[tuple[Path, Any]]:
-    """The lists and dicts of a tree of values, beside the one of the arguments themselves."""
+    """The lists and dicts of a tree of values, except that of the arguments themselves."""
     found: list[tuple[Path, Any]] = []
 
     def look(x: Any, path: Path) -> bool:
@@ -197,7 +197,7 @@ def _numbers(tree: Any) -> dict[Path, int]:
 
 
 def _apart(inputs: Inputs, out: Any, build: Build, leaves: list[Any]) -> tuple[Any, Results]:
-    """The output with the tensors of its objects in their places, and what it takes to put them together."""
+    """The output with its objects replaced by their tensors, and what is needed to rebuild them."""
     objects = [build.made[i] for i in range(len(inputs.nodes))]
     passed = {id(x): i for i, x in enumerate(leaves) if isinstance(x, (Tensor, *NUMBERS))}
     walk = Walk(given={id(x): i for i, x in enumerate(objects)}, passed=passed)
@@ -230,7 +230,7 @@ def _apart(inputs: Inputs, out: Any, build: Build, leaves: list[Any]) -> tuple[A
 
 
 def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, Any], shapes: Any, auto: bool) -> Any:
-    """Dynamic shapes for the leaves of objects: those that are given for one count for every tensor in it.
+    """Dynamic shapes for the leaves of objects: a shape given for an object applies to every tensor in it.
 
     ``auto``: every axis that may vary, and every number that the call changes."""
     inputs = calls.inputs

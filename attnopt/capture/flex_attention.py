@@ -1,8 +1,8 @@
-"""Calls of torch's ``flex_attention``, written out as operators that the matcher reads.
+"""Calls of torch's ``flex_attention``, expanded to operators that the matcher reads.
 
-A call stays in the graph beside its written-out form until something is put in the place of that: what is not raised runs
-the model's own kernel.  What the call means is torch's eager implementation: ``mask_mod`` decides, and the blocks of a
-``BlockMask`` only say where it has to be asked.
+A call stays in the graph beside its expanded form until that is replaced: an attention that is not raised runs
+the model's own kernel.  Semantics are those of torch's eager implementation: ``mask_mod`` decides, and the blocks of a
+``BlockMask`` only say where to evaluate it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain, symbols
 from attnopt.graph.nodes import arg, aten, dtype, is_call, opname, shape, source_line, value
 from attnopt.ir.refusal import Refusal
 
-KEPT = "attnopt.call"  # in ``meta`` of a call's result and of what stands for it: the name that pairs the two
+KEPT = "attnopt.call"  # in ``meta`` of the result of a call and of its expansion: the name that links the two
 _WHY = "attnopt.unread"  # in ``meta`` of a call that is not written out
 _INDICES = 4  # batch, head, query and key
 
@@ -34,20 +34,20 @@ def is_flex(node: fx.Node) -> bool:
 
 
 def write_out(gm: fx.GraphModule) -> bool:
-    """Let what uses a call use its written-out form; a call that has none keeps the reason.  Whether any was written out."""
+    """Redirect users of a call to its expanded form; otherwise record the reason.  Returns whether any was expanded."""
     found = False
     for call in [n for n in gm.graph.nodes if is_flex(n)]:
         results = [u for u in call.users if u.users]
         if len(results) != 1 or not is_call(results[0], operator.getitem) or arg(results[0], 1) != 0:
-            call.meta[_WHY] = "flex_attention, whose log-sum-exp or largest score is used"
+            call.meta[_WHY] = "flex_attention whose log-sum-exp or maximum score is used"
             continue
         try:
             made = _written_out(gm, call, results[0])
         except Exception as e:  # a score_mod is any code of the user's
-            call.meta[_WHY] = f"flex_attention, whose score_mod or mask_mod cannot be read: {type(e).__name__}: {e}"
+            call.meta[_WHY] = f"flex_attention whose score_mod or mask_mod cannot be read: {type(e).__name__}: {e}"
             continue
         if made is None:
-            call.meta[_WHY] = "flex_attention with a BlockMask whose blocks hide other keys than its mask_mod"
+            call.meta[_WHY] = "flex_attention whose BlockMask blocks and mask_mod hide different keys"
             continue
         results[0].replace_all_uses_with(made)
         made.meta[KEPT] = results[0].meta[KEPT] = results[0].name
@@ -57,8 +57,8 @@ def write_out(gm: fx.GraphModule) -> bool:
 
 @contextmanager
 def freshly_traced() -> Iterator[None]:
-    """A call outside of torch.compile is traced by dynamo, which remembers it from calls at other sizes, and then makes sizes
-    symbolic that an export knows nothing of."""
+    """A call outside torch.compile is traced by dynamo, which remembers it from calls at other sizes, and then makes sizes
+    symbolic that the export does not know."""
     library = sys.modules.get("torch.nn.attention.flex_attention")
     if library is None:
         yield
@@ -99,27 +99,27 @@ def _held(mod: fx.GraphModule, node: Any) -> Tensor | None:
 
 
 def why_unread(call: fx.Node) -> Refusal | None:
-    """Why a call is not written out; None where it is."""
+    """Why a call is not expanded; None if it is."""
     found = call.meta.get(_WHY)
     if found is None:
         return None
-    hint = "return the output alone, and make the BlockMask with create_block_mask"
-    return Refusal("opaque-operator", "operators that can be read", found, source_line(call), hint)
+    hint = "return only the output, and build the BlockMask with create_block_mask"
+    return Refusal("opaque-operator", "supported operators", found, source_line(call), hint)
 
 
 def is_written_out(node: fx.Node) -> bool:
-    """``node`` belongs to the written-out form of a call."""
+    """``node`` is part of the expanded form of a call."""
     return "call" in node.meta.get("attnopt", {})
 
 
 def call_behind(node: fx.Node) -> fx.Node:
-    """The result of the call that ``node`` stands for; ``node`` itself where it stands for none."""
+    """The result of the call that ``node`` represents; otherwise ``node`` itself."""
     name = node.meta.get(KEPT)
     return node if name is None else next(n for n in node.graph.nodes if n.meta.get(KEPT) == name and n is not node)
 
 
 def restore_calls(gm: fx.GraphModule) -> None:
-    """Calls again where their written-out form is still in use; elsewhere they go."""
+    """Restore calls whose expanded form is still in use; remove the others."""
     for result in [n for n in gm.graph.nodes if KEPT in n.meta and is_call(n, operator.getitem)]:
         form = call_behind(result)
         form.replace_all_uses_with(result)
@@ -139,7 +139,7 @@ def restore_calls(gm: fx.GraphModule) -> None:
 
 
 def _written_out(gm: fx.GraphModule, call: fx.Node, result: fx.Node) -> fx.Node | None:
-    """The operators of torch's eager implementation; None where the blocks hide what the mask shows."""
+    """The operators of torch's eager implementation; None if the blocks hide what the mask shows."""
     q, k, v, score_mod, block_mask, scale, _, captured, mask_captured = (arg(call, i) for i in range(9))
     if not isinstance(scale, (int, float)):
         raise TypeError(f"a scale of {scale}")
@@ -182,7 +182,7 @@ def _on_grid(
         n for n in emit.graph.nodes if is_call(n, aten._to_copy.default) and isinstance(n.args[0], (int, float))
     ]:
         number = node.args[0]
-        node.replace_all_uses_with(number)  # vmap's own spelling of a number beside tensors
+        node.replace_all_uses_with(number)  # vmap's form of a number next to tensors
         emit.graph.erase_node(node)
     return made
 
@@ -202,7 +202,7 @@ def _cast(emit: Emitter, node: fx.Node, kind: torch.dtype) -> fx.Node:
 
 
 def _blocks_disagree(gm: fx.GraphModule, block_mask: Any, scores: fx.Node, seen: fx.Node) -> bool:
-    """Blocks that are left out hide what ``seen`` shows, or whole ones show what it hides, as far as both are known."""
+    """Skipped blocks hide what ``seen`` shows, or full blocks show what it hides, as far as both are known."""
     tables = [n for n in block_mask[2:6] if isinstance(n, fx.Node)]
     if any(inputs_behind(n) or not is_plain(n) for n in (*tables, seen)):
         return False

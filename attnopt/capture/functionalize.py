@@ -16,7 +16,7 @@ from attnopt.capture.flex_attention import index_plainly
 higher_order = torch.ops.higher_order
 
 
-# Composite operators that the rest of attnopt reads as they are, or that ``tidy`` turns into others.
+# Composite operators that the rest of attnopt reads directly, or that ``tidy`` rewrites.
 _READ = (
     "matmul", "linear", "softmax", "log_softmax", "scaled_dot_product_attention", "einsum", "layer_norm", "rms_norm",
     "dropout", "contiguous", "reshape", "to", "chunk", "flatten", "unflatten", "expand_as", "batch_norm", "conv1d", "conv2d",
@@ -25,10 +25,10 @@ _READ = (
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
-    """The program without writes into tensors, without regions and without composite operators that nobody reads.
+    """The program without in-place writes, regions and unsupported composite operators.
 
-    Tracing it a second time, which is what torch does for that, costs more than the export did; most graphs are
-    functional already.
+    torch retraces for this, which costs more than the export itself; most graphs are
+    already functional.
     """
     if all(map(_is_functional, exported.graph.nodes)):
         return exported
@@ -40,7 +40,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
 
 @contextmanager
 def _node_by_node(gm: fx.GraphModule) -> Iterator[None]:
-    """Regions of a mode (autocast, no_grad) are interpreted where they are traced: their nodes keep names and source lines."""
+    """Regions of a mode (autocast, no_grad) are inlined: their nodes keep names and source lines."""
     found = [
         region
         for owner in gm.modules()

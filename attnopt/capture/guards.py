@@ -1,6 +1,6 @@
-"""What has to hold between the sizes of a captured program's inputs: torch's guards, as text that can be read and written.
+"""Constraints between the input sizes of a captured program: torch's guards, as text that can be parsed and printed.
 
-A model that asks for its inputs' sizes ("is the length even?") is captured with the answers that the example gave.
+A model that checks its input sizes ("is the length even?") is captured with the answers for the example.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from attnopt.graph.evaluate import bounds
 def relations(
     program: ExportedProgram, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Python expressions in which ``x[1]`` is the length of the input ``x`` along axis 1, beyond what fixed axes and axes of
-    one symbol say by themselves.  ``forward`` is called with ``args`` and ``kwargs`` as the program was captured."""
+    """Python expressions in which ``x[1]`` is the length of the input ``x`` along axis 1, beyond what static axes and axes of
+    the same symbol imply.  ``args`` and ``kwargs`` are those of ``forward`` at capture."""
     inputs = user_inputs(program)
     bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     paths = ["L" + pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(dict(bound))]
@@ -50,7 +50,7 @@ def _axes(inputs: list[fx.Node]) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
 
 
 def _bounds(inputs: list[fx.Node]) -> dict[str, tuple[int, int | None]]:
-    """The sizes from and to which the graph holds, of the first axis of each symbol; below 3 torch makes no difference."""
+    """The range of sizes for which the graph is valid, for the first axis of each symbol; torch does not distinguish below 3."""
     found: dict[str, tuple[int, int | None]] = {}
     seen = set[Any]()
     for n, axis, size in _axes(inputs):
@@ -70,7 +70,7 @@ def _told(known: Mapping[str, tuple[int, int | None]]) -> Iterator[str]:
 
 
 class _Named(ast.NodeTransformer):
-    """Puts names and numbers of axes in the place of what torch calls the inputs' sizes; axes of one symbol get one name."""
+    """Replaces torch's names of input sizes by input names and axis numbers; axes with the same symbol get the same name."""
 
     def __init__(self, of_path: Mapping[str, fx.Node], inputs: list[fx.Node]) -> None:
         self.of_path, self.inputs = of_path, inputs
@@ -79,7 +79,7 @@ class _Named(ast.NodeTransformer):
             self.first.setdefault(size.node.expr, (n.name, axis))
 
     def read(self, code: str) -> str | None:
-        """None where nothing is said about sizes."""
+        """None if there is no statement about sizes."""
         tree = self.visit(ast.parse(code.strip(), mode="eval")).body
         numbers = {n.name for n in self.of_path.values()}
         is_about_sizes = any(

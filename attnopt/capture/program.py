@@ -22,8 +22,8 @@ class Program:
     """A captured model: ``module`` is a graph of functional aten operators, called as the model is.
 
     ``shapes`` are the dynamic shapes in torch.export's notation, ``fixed_axes`` the axes that were to be dynamic and are not,
-    and what has to hold between the others.  ``own`` is the user's example, where the program was captured with another one;
-    ``narrower`` is what to ask for should so many dynamic axes prove too many.
+    and the constraints between the others.  ``own`` is the user's example if the program was captured with another one;
+    ``narrower`` is the fallback request if the dynamic axes prove too many.
     """
 
     module: fx.GraphModule
@@ -34,7 +34,7 @@ class Program:
     route: str = "export"
     own: Inputs | None = None
     narrower: Auto | None = None
-    form: Form | None = None  # where objects are among what the model takes or returns; args and kwargs are flat then
+    form: Form | None = None  # if the model takes or returns objects; args and kwargs are then flat
 
     @property
     def examples(self) -> tuple[Inputs, ...]:
@@ -42,6 +42,6 @@ class Program:
         return ((self.args, self.kwargs), *(() if self.own is None else (self.own,)))
 
     def told(self, asked: list[Axes]) -> Program:
-        """With every axis among ``asked`` that is not dynamic named as fixed."""
+        """With every axis in ``asked`` that is not dynamic listed as static."""
         fixed = fixed_axes(self.module, asked)
         return replace(self, fixed_axes=(*fixed, *(t for t in self.fixed_axes if t not in fixed)))

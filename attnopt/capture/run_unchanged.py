@@ -1,4 +1,4 @@
-"""Running a model only to see what it gives: it and its inputs stay as they are."""
+"""Running a model without side effects: it and its inputs stay unchanged."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def outputs_of(
     counted: list[str] | None = None,
     form: Form | None = None,
 ) -> list[Tensor]:
-    """Every tensor of the output, then what the call leaves in the buffers named ``state``.
+    """Every tensor of the output, then the buffers named ``state`` after the call.
 
-    ``counted`` gets the names of the attributes that hold another number after the call.  ``form``: of a model that is called
+    ``counted`` receives the names of number attributes that the call changes.  ``form``: of a model that is called
     with objects where a graph takes their tensors; then numbers are given as tensors."""
     args, kwargs = cloned(inputs)
     with torch.no_grad(), as_called(), kept(module):
@@ -54,7 +54,7 @@ def _with_numbers(leaves: Sequence[Any]) -> list[Tensor]:
 
 
 def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call ``module`` for what it does to these very inputs."""
+    """Call ``module`` for its effects on these inputs."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), as_called(), kept(module):
         module(*args, **kwargs)
 
@@ -77,7 +77,7 @@ def holds(module: nn.Module, name: str) -> bool:
 
 
 def cloned(inputs: Inputs) -> Inputs:
-    """The inputs with tensors and objects of their own, for a callee that may change or mark them."""
+    """The inputs with copied tensors and objects, for a callee that may change or mark them."""
     made: Inputs = copied(inputs)
     return made
 
@@ -110,7 +110,7 @@ def kept(module: nn.Module) -> Iterator[None]:
 
 
 def trains_otherwise(module: nn.Module) -> bool:
-    """``module`` is in its mode for inference, and computes something else in training."""
+    """``module`` is in eval mode and computes something else in training."""
     if module.training:
         return False
     return any(_has_modes(m) for m in module.modules())
@@ -136,7 +136,7 @@ def _tables(module: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _is_lazy(module: nn.Module) -> bool:
-    """The first call of ``module`` is to change it."""
+    """The first call of ``module`` will change it."""
     return any(p is not None and nn.parameter.is_lazy(p) for p in module._parameters.values())
 
 

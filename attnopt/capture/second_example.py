@@ -1,5 +1,5 @@
-"""An example of length 1 along an axis says nothing of other lengths, and torch.export makes a constant of it: another example,
-in which the axis is longer, made of the user's own by repeating it."""
+"""An axis of length 1 in the example says nothing about other lengths, and torch.export makes it constant: another example,
+with a longer axis, built by repeating the user's example."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _PLAIN = (Tensor, int, float, str, type(None))
 
 
 def longer_axes(model: nn.Module, inputs: Inputs, asked: Sequence[Axes]) -> frozenset[Place]:
-    """Axes of length 1 among those that are asked for, along which the model takes the inputs repeated and does the same.
+    """Requested axes of length 1 along which the model accepts repeated inputs and computes the same.
 
-    First the first axes of all inputs together, which are mostly the batch; then each alone, and the others in the same way."""
+    First the first axes of all inputs together, usually the batch; then each alone, and the others likewise."""
     leaves = pytree.tree_leaves(inputs)
     if not all(isinstance(x, _PLAIN) for x in leaves):
         return frozenset()
@@ -46,9 +46,9 @@ def longer_axes(model: nn.Module, inputs: Inputs, asked: Sequence[Axes]) -> froz
 
 
 def repeated(inputs: Inputs, places: frozenset[Place], fades: bool = True) -> Inputs:
-    """The inputs, repeated along these axes to a length that no other axis has.
+    """The inputs, repeated along these axes to a unique length.
 
-    ``fades``: no two copies of floating-point numbers are alike, so that what mixes them up is seen."""
+    ``fades``: no two copies of floating-point numbers are equal, so mixing them up is detected."""
     leaves, spec = pytree.tree_flatten(inputs)
     length = times(leaves)
     for i, axis in sorted(places):

@@ -17,7 +17,7 @@ from attnopt.errors import CaptureError
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the model's ``forward``: its default is shown as text, as it may be any object."""
+    """One parameter of the model's ``forward``; its default, which may be any object, is stored as text."""
 
     name: str
     kind: str
@@ -26,7 +26,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """The parameters of ``forward`` and which of them were given, and how, when the model was captured."""
+    """The parameters of ``forward``, and which of them were passed at capture, and how."""
 
     parameters: tuple[Parameter, ...]
     positional: tuple[str, ...]
@@ -63,15 +63,15 @@ class Signature:
         extra = [n for n, v in given.items() if n not in wanted and not _is_default(v, defaults.get(n))]
         if extra:
             raise CaptureError(
-                f"called with {', '.join(extra)}, which {'was' if len(extra) == 1 else 'were'} not among the example inputs",
-                hint=f"optimize the model with example inputs that hold {', '.join(extra)}",
+                f"called with {', '.join(extra)}, which {'was' if len(extra) == 1 else 'were'} not in the example inputs",
+                hint=f"optimize the model with example inputs that include {', '.join(extra)}",
             )
         missing = [
             n for n in wanted if n not in given and defaults.get(n, inspect.Parameter.empty) is inspect.Parameter.empty
         ]
         if missing:
             raise CaptureError(
-                f"called without {', '.join(missing)}", hint="give every input that was among the example inputs"
+                f"called without {', '.join(missing)}", hint="pass every input that was in the example inputs"
             )
         values = {**defaults, **given}
         return tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords}
@@ -115,7 +115,7 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 def is_guard(e: BaseException) -> bool:
-    """torch's word for sizes between which what was captured does not hold (see ``relations``)."""
+    """torch's error for size constraints that do not hold (see ``relations``)."""
     return isinstance(e, AssertionError) and str(e).startswith("Guard failed")
 
 
@@ -128,14 +128,14 @@ def check_inputs(
 ) -> None:
     """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError.
 
-    ``fixed``: what the report says of axes that were to vary and do not.  ``is_inside``: the input of this number is part of
+    ``fixed``: the report's lines about requested axes that stayed static.  ``is_inside``: the input of this number is part of
     an object, such as a cache."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(leaves) != len(nodes):
         raise CaptureError(
-            f"called with {len(leaves)} values, captured with {len(nodes)}",
-            hint="pass inputs of the same structure as the example's",
+            f"called with {len(leaves)} values, but captured with {len(nodes)}",
+            hint="pass inputs with the same structure as the example",
         )
     symbols: dict[Any, int] = {}
     for number, (node, leaf) in enumerate(zip(nodes, leaves, strict=True)):
@@ -167,16 +167,16 @@ def _check_shape(
         if isinstance(want, int):
             if size != want:
                 raise CaptureError(
-                    f"{name} has length {size} along axis {axis}, captured for {want} alone",
+                    f"{name} has length {size} along axis {axis}, but was captured for {want} only",
                     hint=remedy or _remedy(name, axis, size, f"{name}[{axis}] = {want}" in fixed),
                 )
         elif want.node.expr.is_symbol and symbols.setdefault(want.node.expr, size) != size:
             raise CaptureError(
-                f"{name} has length {size} along axis {axis}, another input has {symbols[want.node.expr]} for it"
+                f"{name} has length {size} along axis {axis}, but another input has {symbols[want.node.expr]} for it"
             )
 
 
 def _remedy(name: str, axis: int, size: int, is_stuck: bool) -> str:
     if is_stuck:
-        return f"the model does not let it vary: optimize with an example of length {size} there"
+        return f"the model fixes this axis: optimize with an example of length {size} there"
     return f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}'

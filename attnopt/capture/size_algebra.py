@@ -1,7 +1,7 @@
-"""Relations between sizes, decided by algebra: which always hold, and which say the same.
+"""Algebra on size relations: which always hold, and which are equivalent.
 
-Sizes are positive whole numbers between known bounds.  Every step is an identity or a bound, so that what might fail at some
-sizes is never taken for certain; what is not understood is left as it is.
+Sizes are positive integers between known bounds.  Every step is an identity or a bound, so what might fail at some
+sizes is never considered certain; unsupported expressions stay unchanged.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import sympy
 
 Bounds = Mapping[str, tuple[int, int | None]]
-LONGEST = 400  # characters: a longer relation is left as it is
-_COMPARED = 40  # relations that are held against each other
+LONGEST = 400  # characters: a longer relation stays unchanged
+_COMPARED = 40  # relations that are compared with each other
 _floordiv, _mod = sympy.Function("floordiv", integer=True), sympy.Function("mod", integer=True)
 
 
@@ -30,7 +30,7 @@ class Relation:
 
 
 def told_once(relations: Iterable[str], bounds: Bounds) -> tuple[str, ...]:
-    """Those that could fail, one of each meaning, and none that follows from another one."""
+    """Those that could fail, without equivalents and implied ones."""
     trees = [(text, ast.parse(text, mode="eval").body if len(text) <= LONGEST else None) for text in relations]
     same = _equal_sizes([tree for _, tree in trees if tree is not None], bounds)
     known: dict[object, tuple[str, Relation | None]] = {
@@ -49,7 +49,7 @@ def told_once(relations: Iterable[str], bounds: Bounds) -> tuple[str, ...]:
 
 
 def _equal_sizes(trees: Sequence[ast.expr], bounds: Bounds) -> dict[str, str]:
-    """Sizes that have to equal another one, by that one's name.  Their own bounds have to hold for it, too."""
+    """Sizes that must equal another one, by its name.  Their own bounds apply to it, too."""
     same: dict[str, str] = {}
     for tree in trees:
         made = _read(_Renamed(same).visit(copy.deepcopy(tree)), bounds)
@@ -89,7 +89,7 @@ def always_holds(tree: ast.expr, bounds: Bounds) -> bool:
 
 
 def _follows(relation: Relation | None, others: Sequence[Relation | None], bounds: Bounds) -> bool:
-    """From another one that asks for more."""
+    """Implied by a stronger relation."""
     if relation is None or relation.form != ">=" or len(others) > _COMPARED:
         return False
     return any(
@@ -129,7 +129,7 @@ def _read(tree: ast.expr, bounds: Bounds) -> Relation | None:
 
 
 def _without_factor(x: sympy.Expr) -> sympy.Expr:
-    """What is 0 where ``x`` is: without the number and the sizes by which all of it is multiplied, none of which is 0."""
+    """An expression with the same zeros as ``x``: without common factors, none of which is 0."""
     if x == 0 or not x.is_polynomial(*x.free_symbols) or x.atoms(sympy.core.function.AppliedUndef):
         return x
     _, terms = x.primitive()
@@ -138,7 +138,7 @@ def _without_factor(x: sympy.Expr) -> sympy.Expr:
 
 
 def _worked_out(node: ast.expr, bounds: Bounds) -> Any:
-    """None for what is no sum, product, quotient, remainder, minimum or maximum of sizes."""
+    """None for anything but a sum, product, quotient, remainder, minimum or maximum of sizes."""
     match node:
         case ast.Constant(bool()):
             return None
@@ -192,7 +192,7 @@ def _is_within(rest: sympy.Expr, by: sympy.Expr, bounds: Bounds) -> bool:
 
 
 def _divided(a: sympy.Expr, by: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    """(whole, rest) in whole numbers, with a = whole * by + rest."""
+    """(quotient, remainder) in integers, with a = quotient * by + remainder."""
     if by.is_Integer:
         number = int(by)
         terms = a.as_coefficients_dict()
@@ -207,7 +207,7 @@ def _divided(a: sympy.Expr, by: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
 
 
 def _at_least(x: sympy.Expr, least: int, bounds: Bounds) -> bool:
-    """``x >= least`` at all sizes within the bounds; False where that is not seen."""
+    """``x >= least`` at all sizes within the bounds; False if unproven."""
     for atom in sorted(x.atoms(sympy.Min, sympy.Max), key=str):
         times = x.coeff(atom)
         is_linear = times.is_Number and not sympy.expand(x - times * atom).has(atom)

@@ -1,4 +1,4 @@
-"""The attention modules of a model that no exporter takes whole, each with the inputs that it is called with."""
+"""The attention modules of a model that cannot be captured as a whole, each with the inputs of its call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Region:
 
 
 class InPlace(nn.Module):
-    """A module alone, under the name that it has in its model: what is found in it is named as there."""
+    """A module on its own, under its name in the model, so that findings get the same names as there."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class InPlace(nn.Module):
 
 
 def attention_regions(model: nn.Module, calls: Sequence[Inputs]) -> list[Region]:
-    """The modules whose own code normalises something, as attentions do, in the order in which they run.
+    """The modules whose own code contains a softmax, in execution order.
 
-    What they normalise is for the matcher to tell; a router of experts is among them too.
+    The matcher decides whether it is an attention; an expert router is included, too.
     """
     regions = {name: Region(name) for name in _normalising(model, calls[0])}
     handles = [

@@ -1,4 +1,4 @@
-"""``len(x)`` of a tensor under torch.export: Python makes a plain number of what ``__len__`` returns, and so fixes the axis."""
+"""``len(x)`` of a tensor under torch.export: Python converts the result of ``__len__`` to an int, which fixes the axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def lengths_vary(model: nn.Module) -> Iterator[None]:
-    """Inside, ``len`` in the Python modules that define the model's classes gives a tensor's first size as it is."""
+    """Inside, ``len`` in the Python modules of the model's classes returns a tensor's first size symbolically."""
     names = {c.__module__ for m in model.modules() for c in type(m).__mro__ if not _is_torch(c.__module__)}
     spaces = [vars(sys.modules[n]) for n in sorted(names) if n in sys.modules and "len" not in vars(sys.modules[n])]
     for space in spaces:

@@ -27,7 +27,9 @@ def explain(arguments: argparse.Namespace) -> int:
     from attnopt.render.trees import explanation_text
 
     named = resolved(arguments)
-    require_model(arguments.model, named, "its report tells why, see `attnopt inspect`")
+    require_model(
+        arguments.model, named, "`explain` needs the original model; `attnopt inspect` shows the saved report"
+    )
     policy = None if arguments.policy is None else Policy.of(arguments.policy)
     with working("replaying"):
         shapes = "auto" if arguments.dynamic else None
@@ -43,7 +45,7 @@ def diff(arguments: argparse.Namespace) -> int:
     from attnopt.render.trees import hunks_text
 
     named = resolved(arguments, needs_sizes=not arguments.dynamic)
-    require_model(arguments.model, named, "it holds no graph from before")
+    require_model(arguments.model, named, "it does not contain the original graph")
     with working("capturing"), compiling():
         shapes = "auto" if arguments.dynamic else None
         before = listing(capture(named.model, named.args, named.kwargs, shapes).module.graph)
@@ -51,7 +53,7 @@ def diff(arguments: argparse.Namespace) -> int:
     hunks = [h for h in differences(before, after) if arguments.site is None or h.site == arguments.site]
     if arguments.site is not None and not hunks:
         raise AttnoptError(
-            f"nothing was changed for an attention {arguments.site!r}", hint="`attnopt inspect` lists their names"
+            f"no change belongs to an attention {arguments.site!r}", hint="`attnopt inspect` lists the names"
         )
     show(arguments, [_hunk_json(h) for h in hunks], hunks_text(hunks))
     return 0
@@ -75,7 +77,7 @@ def bench(arguments: argparse.Namespace) -> int:
     from attnopt.cli.onnx_inputs import Given, require_onnx
 
     if arguments.first == arguments.second:
-        raise AttnoptError("the two models have the same name", hint="name two models to compare")
+        raise AttnoptError("the two models have the same name", hint="give two models to compare")
     names, given = (arguments.first, arguments.second), Given.of(arguments, needs_sizes=True)
     require_onnx(given, *names)
     models = {name: _loaded(name, given) for name in names}
@@ -98,7 +100,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _loaded(name: str, given: Given) -> Named:
-    """An ONNX file runs in ONNX Runtime, which is what it is for."""
+    """An ONNX file runs in ONNX Runtime."""
     from attnopt.cli.load_model import Named, resolve
     from attnopt.cli.onnx_inputs import InRuntime, is_onnx
 
@@ -111,15 +113,15 @@ def _ms(seconds: tuple[float, ...]) -> list[float]:
 
 
 def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...], dict[str, Any], str]:
-    """What the command line says, or example inputs of the first model that has some.
+    """The inputs of the command line, or the example inputs of the first model that has some.
 
-    Where none has: zeros of the sizes that one was captured with, or made-up values for a file without free axes.
+    Otherwise zeros of the captured sizes, or synthetic values for a file without free axes.
     """
     from attnopt.cli.onnx_inputs import example_inputs, is_onnx
 
     file = next(filter(is_onnx, models), None)
     if file is not None and given:
-        return *_fed(models, example_inputs(Path(file), given)), "inputs as said"
+        return *_fed(models, example_inputs(Path(file), given)), "the given inputs"
     for name, named in models.items():
         if named.args or named.kwargs:
             return named.args, named.kwargs, f"the example inputs of {name}"
@@ -128,12 +130,12 @@ def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...],
             model: Any = named.model
             return model.origin.args, dict(model.origin.kwargs), f"zeros of the sizes that {name} was captured with"
     if file is not None:
-        return *_fed(models, example_inputs(Path(file), given)), f"made-up inputs for {file}"
-    raise AttnoptError("neither model has example inputs", hint="let one of them return (model, args)")
+        return *_fed(models, example_inputs(Path(file), given)), f"synthetic inputs for {file}"
+    raise AttnoptError("neither model has example inputs", hint="make one of the factories return (model, args)")
 
 
 def _fed(models: Mapping[str, Named], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """By name where all models are files with these inputs, in whatever order; else by place."""
+    """By name if all models are files with these inputs, in any order; otherwise by position."""
     from attnopt.cli.onnx_inputs import InRuntime
 
     files = [named.model for named in models.values() if isinstance(named.model, InRuntime)]
@@ -154,7 +156,7 @@ def _answer(name: str, call: Callable[[], Any]) -> Any:
     except Exception as error:
         raise AttnoptError(
             f"{name} fails on the inputs: {type(error).__name__}: {str(error)[:300]}",
-            hint="compare two models that take the same inputs",
+            hint="compare models that take the same inputs",
         ) from error
 
 
@@ -167,9 +169,9 @@ def _bench_table(measured: Mapping[str, Any]) -> Any:
     (first, a), (second, b) = measured["models"].items()
     low, high = measured["quartiles"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for head in ("model", "CPU ms of one call", "ratio", "quartiles"):
+    for head in ("model", "CPU ms per call", "ratio", "quartiles"):
         table.add_column(head, justify="left" if head == "model" else "right")
     table.add_row(Text(first), f"{a['cpu_ms']:.3f}", "1", "")
     table.add_row(Text(second), f"{b['cpu_ms']:.3f}", f"{measured['ratio']:.3f}", f"{low:.3f}-{high:.3f}")
-    about = f"medians of {measured['rounds']} rounds in turn, one thread, {measured['inputs']}"
+    about = f"medians of {measured['rounds']} interleaved rounds, one thread, {measured['inputs']}"
     return Group(Text(about), table, Text(f"largest relative difference of the outputs: {measured['difference']:.1e}"))

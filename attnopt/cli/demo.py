@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from attnopt.cli.demo_data import Encode
 
-# Half of the layers get a window, the other half lose their weakest heads: that much is fixed here.  Which layers and
+# Half of the layers get a window, the other half lose their weakest heads; this is fixed.  Which layers and
 # which heads is decided by news texts (Lee's background) that the table's evaluation sets do not contain.
 WINDOW, SINKS = 16, 1
 PRUNED_PER_LAYER = 2
@@ -39,12 +39,12 @@ class Contender:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="build/demo", help="where the files go (default: build/demo)")
-    parser.add_argument("--quick", action="store_true", help="fewer calibration texts and timing repeats")
+    parser.add_argument("--out", metavar="DIR", default="build/demo", help="output folder (default: build/demo)")
+    parser.add_argument("--quick", action="store_true", help="use fewer calibration texts and timing repeats")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The demo alone; raises AttnoptError."""
+    """Run the demo.  Raises AttnoptError."""
     parser = argparse.ArgumentParser(prog="attnopt demo", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_arguments(parser)
@@ -137,9 +137,9 @@ def _policy(
     model: nn.Module, optimize: Callable[[nn.Module, Any], Any], tokenizer: Any, texts: Sequence[str],
     heads: dict[str, tuple[int, ...]],
 ) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
-    """What each site gets, and what a window on it alone costs: the mean of 1 - cosine of the embeddings of ``texts``.
+    """The policy of each site, and the cost of a window on it alone: the mean of 1 - cosine of the embeddings of ``texts``.
 
-    The half of the sites where that is least gets the window, the other half loses its weakest heads.
+    The cheaper half of the sites gets the window, the other half loses its weakest heads.
     """
     from attnopt.cli.demo_data import embed
     from attnopt.passes.local_window import LocalWindow
@@ -179,7 +179,7 @@ def _megabytes(model: nn.Module) -> float:
 
 
 def _file_megabytes(path: Path) -> float:
-    """With the files that hold a large ONNX model's weights beside it."""
+    """Including the external weight files of a large ONNX model."""
     return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6
 
 
@@ -194,7 +194,7 @@ def _torch_encode(model: nn.Module) -> Encode:
 
 
 def _onnx_encode(path: Path) -> Encode:
-    """One thread, so that processor time means work and not waiting."""
+    """One thread, so CPU time measures work, not waiting."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -202,7 +202,7 @@ def _onnx_encode(path: Path) -> Encode:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
     if len(names) != 2:
-        raise ExportError(f"{path} takes {names}, expected token ids and attention mask")
+        raise ExportError(f"{path} takes {names}, expected token ids and an attention mask")
 
     def encode(ids: Tensor, mask: Tensor) -> Any:
         return session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))[0]
@@ -240,7 +240,7 @@ def _call(encode: Encode, ids: Tensor, mask: Tensor) -> Callable[[], Any]:
 
 
 def _interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median processor time in milliseconds; the contenders take turns, so that a busy machine is unkind to all."""
+    """Median CPU time in milliseconds; candidates are interleaved, so background load affects all of them equally."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 2):
         for name, call in calls.items():
@@ -264,7 +264,7 @@ def _print_measured(table: dict[str, dict[str, float]], columns: list[str]) -> N
     for row, values in table.items():
         digits = 3 if row.startswith(("Lee", "WordSim", "SimLex")) else 2
         shown.add_row(row, *(f"{values[column]:.{digits}f}" for column in columns))
-    print("Measured in this run, one thread, nothing trained afterwards")
+    print("Measured in this run: one thread, no retraining")
     print(to_text(shown, width=110), end="\n\n")
 
 
@@ -274,7 +274,7 @@ def _folder(name: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AttnoptError(
-            f"cannot make the folder {path}: {error.strerror}", hint="choose another with --out"
+            f"cannot create the folder {path}: {error.strerror}", hint="choose another folder with --out"
         ) from error
     return path
 

@@ -27,7 +27,7 @@ INSTALLED_WITH = {
 
 
 class SentenceEncoder(nn.Module):
-    """A text's tokens to one unit vector: the mean of the last hidden states, without padding."""
+    """One unit vector per text: the mean of the last hidden states, without padding."""
 
     def __init__(self, bert: nn.Module) -> None:
         super().__init__()
@@ -82,9 +82,9 @@ def load_encoder() -> tuple[SentenceEncoder, Any]:
 
 
 def let_transformers_import() -> None:
-    """transformers imports torchvision if it is there; its CUDA build beside CPU torch lacks two operators.
+    """transformers imports torchvision if installed; a CUDA build of it with CPU torch lacks two operators.
 
-    Where they are not lacking, defining them would end the process.
+    If they exist, defining them would crash the process.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
@@ -136,7 +136,7 @@ def _spearman(encode: Encode, tokenizer: Any, judged: Judged) -> float:
 
 
 def embed(encode: Encode, tokenizer: Any, texts: Sequence[str], batch: int = 64) -> Array:
-    """Unit vectors [len(texts), d].  Batches hold texts of like length, so that little is padding."""
+    """Unit vectors [len(texts), d].  Batches contain texts of similar length to minimize padding."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = [
         encode(*tokens(tokenizer, [texts[i] for i in order[start : start + batch]]))

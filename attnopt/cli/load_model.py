@@ -32,7 +32,7 @@ class Named:
 
 
 def resolve(name: str, given: Given) -> Named:
-    """The model that ``name`` stands for, an ONNX file with the inputs that are ``given``; AttnoptError if there is none."""
+    """The model called ``name``, an ONNX file with the ``given`` inputs.  Raises AttnoptError if there is none."""
     if Path(name).is_dir():
         import attnopt
 
@@ -42,18 +42,20 @@ def resolve(name: str, given: Given) -> Named:
     if is_onnx(name):
         from attnopt.onnx.load.load import opened
 
-        inputs = tuple(example_inputs(Path(name), given).values())  # by place: a name in a file may be no identifier
+        inputs = tuple(
+            example_inputs(Path(name), given).values()
+        )  # by position: a name in a file may not be an identifier
         return Named(opened(name, inputs, {}), inputs)
     if name.endswith(".ort"):
         raise AttnoptError(
-            f"{name} is in ONNX Runtime's own format, which cannot be read",
-            hint="give the .onnx file that it was made of",
+            f"{name} is in ONNX Runtime's own format, which is not supported",
+            hint="pass the .onnx file that it was converted from",
         )
     module_name, separator, attribute = name.partition(":")
     if not (separator and module_name and attribute):
         raise AttnoptError(
-            f"{name!r} names no model: there is no such folder, and it is not of the form package.module:factory",
-            hint="write for instance my_models:encoder, or name a folder that attnopt saved or an .onnx file",
+            f"{name!r} is not a model: there is no such folder, and it does not have the form package.module:factory",
+            hint="pass for instance my_models:encoder, a folder that attnopt saved, or an .onnx file",
         )
     return _built(name, _factory(module_name, attribute))
 

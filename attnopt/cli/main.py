@@ -20,7 +20,7 @@ OR_SAVED = OR_FILE + "; or a saved folder"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and gives its exit code."""
+    """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
         with warnings_told():
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"attnopt: internal error, please report it: {_told(error)}", file=sys.stderr)
-        print("  hint: the same command with --debug shows where it came from", file=sys.stderr)
+        print("  hint: rerun the command with --debug for a traceback", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("attnopt: interrupted", file=sys.stderr)
@@ -58,7 +58,7 @@ def _add_inspect(commands: Any) -> None:
         commands,
         "inspect",
         cli_run.inspect,
-        "draw every attention of a model in a tree of its modules",
+        "show every attention of a model in its module tree",
         "attnopt inspect my_models:encoder",
         "attnopt inspect model.onnx",
     )
@@ -81,7 +81,7 @@ def _add_optimize(commands: Any) -> None:
     _add_optimizing(parser)
     parser.add_argument("--out", metavar="DIR", help="save the optimized model in this folder")
     parser.add_argument("--onnx", metavar="FILE", help="also export it to ONNX")
-    parser.add_argument("--html", metavar="FILE", help="write the report as a page")
+    parser.add_argument("--html", metavar="FILE", help="write the report as an HTML page")
     parser.add_argument("--time", action="store_true", help="measure one call of both models for the report")
 
 
@@ -92,14 +92,14 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         cli_run.export,
-        "write a model as ONNX and check it in ONNX Runtime",
+        "export a model to ONNX and check it against ONNX Runtime",
         "attnopt export my_models:encoder --dynamic --onnx encoder.onnx",
         "attnopt export model.onnx --size batch=1 --size length=128 --onnx fused.onnx",
     )
     _add_model(parser, OR_SAVED)
     _add_optimizing(parser)
     parser.add_argument("--onnx", metavar="FILE", required=True, help="the file to write")
-    parser.add_argument("--html", metavar="FILE", help="write the report as a page")
+    parser.add_argument("--html", metavar="FILE", help="write the report as an HTML page")
 
 
 def _add_explain(commands: Any) -> None:
@@ -109,13 +109,15 @@ def _add_explain(commands: Any) -> None:
         commands,
         "explain",
         cli_compare.explain,
-        "replay why one attention was matched, missed or refused",
+        "show step by step why one attention was matched, missed or refused",
         'attnopt explain my_models:encoder encoder.layer.0.attention.self --policy "grouped-query(kv_heads=4)"',
     )
     _add_model(parser, OR_FILE)
     parser.add_argument("site", help="name of an attention or near miss; (root) for the model itself")
     _add_dynamic(parser)
-    parser.add_argument("--policy", help="whose passes to ask (default: the built-in ones, whatever their options)")
+    parser.add_argument(
+        "--policy", help="policy whose passes are checked (default: every installed pass that needs no options)"
+    )
 
 
 def _add_diff(commands: Any) -> None:
@@ -130,7 +132,7 @@ def _add_diff(commands: Any) -> None:
     )
     _add_model(parser, OR_FILE)
     _add_optimizing(parser)
-    parser.add_argument("--site", help="only what belongs to this attention")
+    parser.add_argument("--site", help="show only the changes of this attention")
 
 
 def _add_bench(commands: Any) -> None:
@@ -140,7 +142,7 @@ def _add_bench(commands: Any) -> None:
         commands,
         "bench",
         cli_compare.bench,
-        "compare the CPU time of two models, which take turns",
+        "compare the CPU time of two models in interleaved runs",
         "attnopt bench my_models:encoder fast --rounds 31",
         "attnopt bench model.onnx fast.onnx --size batch=1 --size length=512",
     )
@@ -196,7 +198,7 @@ def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--inputs", metavar="FILE", help="example inputs of an .onnx file: .npz, one array by each input's name"
+        "--inputs", metavar="FILE", help="example inputs of an .onnx file: an .npz with one array per input name"
     )
     parser.add_argument(
         "--size",
@@ -204,26 +206,24 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="AXIS=N",
-        help="size of a free axis of an .onnx file, whose inputs are then made up; may be given several times",
+        help="size of a free axis of an .onnx file, for which synthetic inputs are generated; repeatable",
     )
 
 
 def _add_optimizing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--policy", default="fuse", help="a short text or a YAML or JSON file (default: fuse, which is exact)"
+        "--policy", default="fuse", help="policy text, or a YAML or JSON file (default: fuse, which is exact)"
     )
-    parser.add_argument(
-        "--backend", default="auto", help="a backend's name (default: auto, the cheapest that is exact)"
-    )
+    parser.add_argument("--backend", default="auto", help="backend name (default: auto, the cheapest exact one)")
     _add_dynamic(parser)
     parser.add_argument("--limit", type=_count, metavar="N", help="apply only the first N rewrites")
     parser.add_argument("--strict", action="store_true", help="fail if a pass refuses an attention")
-    parser.add_argument("--tolerance", type=_positive, help="fail if the output changes by more than this, relatively")
-    parser.add_argument("--seed", type=int, default=0, help="for passes that use chance (default: 0)")
+    parser.add_argument("--tolerance", type=_positive, help="fail if the relative change of the output exceeds this")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the passes (default: 0)")
 
 
 def _add_dynamic(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dynamic", action="store_true", help="keep every axis dynamic that the model lets vary")
+    parser.add_argument("--dynamic", action="store_true", help="make every axis dynamic that the model allows")
 
 
 def _told(error: Exception) -> str:

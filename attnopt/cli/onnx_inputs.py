@@ -27,12 +27,12 @@ from attnopt.onnx.load.error_text import quoted
 if TYPE_CHECKING:
     import onnx
 
-BATCH, LENGTH = 2, 16  # made-up sizes of free axes: the first one of an input, and any other
+BATCH, LENGTH = 2, 16  # default sizes of free axes: the first one of an input, and any other
 
 
 @dataclass(frozen=True)
 class Given:
-    """``--inputs``: a file of arrays.  ``--size``: free axes by name.  ``needs_sizes``: what is made depends on them."""
+    """``--inputs``: a file of arrays.  ``--size``: free axes by name.  ``needs_sizes``: the result depends on them."""
 
     inputs: Path | None
     sizes: Mapping[str, int]
@@ -48,18 +48,18 @@ class Given:
 
 
 def require_onnx(given: Given, *names: str) -> None:
-    """AttnoptError where there is no ONNX file for ``--inputs`` or ``--size``."""
+    """Raises AttnoptError if ``--inputs`` or ``--size`` is given without an ONNX file."""
     if given and not any(map(is_onnx, names)):
         raise AttnoptError(
-            "--inputs and --size are for a model that is an ONNX file",
-            hint="a factory returns its example inputs itself",
+            "--inputs and --size only apply to ONNX files",
+            hint="a factory returns its own example inputs",
         )
 
 
 def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
-    """Tensors by the names of the file's inputs: those of ``--inputs``, else made-up ones, which a warning tells.
+    """Tensors by input name of the file: those of ``--inputs``, otherwise synthetic ones, with a warning.
 
-    Raises AttnoptError where inputs are missing, or sizes of free axes on which the result would depend.
+    Raises AttnoptError for missing inputs, or missing sizes of free axes on which the result would depend.
     """
     taken = _taken(file)
     if given.inputs is not None:
@@ -68,7 +68,7 @@ def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
     generator = np.random.default_rng(0)
     made = {i.name: _made_up(i, shapes[i.name], file, generator) for i in taken}
     told = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in made.items())
-    warn(f"inputs of {file} are made up: {told}")
+    warn(f"using synthetic inputs for {file}: {told}")
     return made
 
 
@@ -87,16 +87,16 @@ def _read(arrays: Path, file: Path, names: list[str]) -> dict[str, Tensor]:
     except Exception as e:
         raise AttnoptError(
             f"{arrays} cannot be read: {type(e).__name__}: {str(e)[:200]}",
-            hint=f"numpy.savez writes such a file: {_WANTED}",
+            hint=f"write the file with numpy.savez, {_WANTED}",
         ) from e
     if set(made) != set(names):
         raise AttnoptError(
-            f"{arrays} holds {', '.join(made) or 'nothing'}, and {file} takes {', '.join(names)}", hint=_WANTED
+            f"{arrays} contains {', '.join(made) or 'nothing'}, but {file} takes {', '.join(names)}", hint=_WANTED
         )
     return {name: made[name] for name in names}
 
 
-_WANTED = "one array for each input, by its name"
+_WANTED = "one array per input, under the name of the input"
 
 
 def _axes(taken: onnx.ValueInfoProto) -> Iterator[tuple[str, int | None]]:
@@ -112,20 +112,20 @@ def _sizes(file: Path, taken: list[onnx.ValueInfoProto], given: Given) -> dict[s
     if unknown := [name for name in given.sizes if name not in free]:
         raise AttnoptError(
             f"{file} has no free axis {', '.join(unknown)}",
-            hint=f"its free axes are {', '.join(free) or 'none at all'}",
+            hint=f"its free axes are {', '.join(free) or '(none)'}",
         )
     missing = [name for name in free if name not in given.sizes]
     if missing and given.needs_sizes:
         raise AttnoptError(
-            f"{file} leaves the size of {', '.join(missing)} open",
-            hint=f"fix it, as in --size {missing[0]}=128, give inputs with --inputs, or keep the axes free with --dynamic",
+            f"{file} does not fix the size of {', '.join(missing)}",
+            hint=f"set it, as in --size {missing[0]}=128, pass inputs with --inputs, or keep the axes dynamic with --dynamic",
         )
     free |= given.sizes
     return {name: [free[n] if size is None else size for n, size in found] for name, found in axes.items()}
 
 
 def _made_up(taken: onnx.ValueInfoProto, shape: list[int], file: Path, generator: np.random.Generator) -> Tensor:
-    """Noise, or zeros and ones, which are places in any table.  Rows begin with 1, so that no mask hides everything."""
+    """Noise, or zeros and ones, which are valid indices of any table.  Rows begin with 1, so no mask hides everything."""
     import onnx
 
     kind = taken.type.tensor_type.elem_type
@@ -133,16 +133,18 @@ def _made_up(taken: onnx.ValueInfoProto, shape: list[int], file: Path, generator
     if dtype.kind == "f":
         return torch.from_numpy(np.asarray(generator.standard_normal(shape), dtype))
     if dtype.kind not in "iub":
-        raise AttnoptError(f"{file} takes {taken.name}, for which nothing can be made up", hint="give it with --inputs")
+        raise AttnoptError(
+            f"{file}: no synthetic input can be generated for {taken.name}", hint="pass it with --inputs"
+        )
     values = torch.from_numpy(np.asarray(generator.integers(0, 2, shape), dtype))
     values.reshape(-1, shape[-1] if shape else 1)[:, :1] = 1
     return values
 
 
 class InRuntime(nn.Module):
-    """A file in ONNX Runtime on one thread.  Called with its inputs by place or by name, gives its outputs in order.
+    """A file in ONNX Runtime on one thread.  Called with inputs by position or name, returns outputs in order.
 
-    Raises AttnoptError where ONNX Runtime cannot load the file.
+    Raises AttnoptError if ONNX Runtime cannot load the file.
     """
 
     def __init__(self, file: Path) -> None:

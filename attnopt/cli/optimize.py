@@ -39,8 +39,8 @@ def optimize(arguments: argparse.Namespace) -> int:
     named = resolved(arguments, needs_sizes=not arguments.dynamic)
     if named.saved is not None:
         raise AttnoptError(
-            f"{arguments.model} is a saved model: it is optimized already",
-            hint="optimize the model that it was made from; `attnopt export` turns a saved one into ONNX",
+            f"{arguments.model} is a saved model: it is already optimized",
+            hint="optimize the original model; `attnopt export` exports a saved one to ONNX",
         )
     return _written(arguments, optimized(arguments, named))
 
@@ -55,7 +55,7 @@ def optimized(arguments: argparse.Namespace, named: Named) -> Any:
     """The model as the command line's options want it."""
     import attnopt
 
-    require_model(arguments.model, named, "it is optimized already")
+    require_model(arguments.model, named, "it is already optimized")
     with working("optimizing"):
         fast = attnopt.optimize(
             named.model,
@@ -82,7 +82,7 @@ def shapes_of(arguments: argparse.Namespace) -> Any:
 
 
 def _timed(named: Named, fast: Any) -> Any:
-    """The same model, whose report holds the CPU time of one call before and after."""
+    """The same model with the CPU time per call, before and after, in its report."""
     from dataclasses import replace
 
     import torch
@@ -101,7 +101,7 @@ def _timed(named: Named, fast: Any) -> Any:
 
 
 def _written(arguments: argparse.Namespace, model: Any) -> int:
-    """Writes what was asked for, then shows the report and where things are."""
+    """Write the requested files, then show the report and their paths."""
     from attnopt.render.tables import report_table
 
     report, written = model.report, {}
@@ -121,7 +121,7 @@ def _written(arguments: argparse.Namespace, model: Any) -> int:
         return 0
     if report.cpu_seconds:
         before, after = report.cpu_seconds["before"], report.cpu_seconds["after"]
-        print(f"CPU time of one call: {1e3 * before:.2f} ms before, {1e3 * after:.2f} ms after")
+        print(f"CPU time per call: {1e3 * before:.2f} ms before, {1e3 * after:.2f} ms after")
     for kind, path in written.items():
         print(f"{kind}: {path}")
     return 0

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def show(arguments: argparse.Namespace, data: Any, table: RenderableType) -> None:
-    """``data`` as JSON where that was asked for, else the table."""
+    """``data`` as JSON if requested, otherwise the table."""
     from attnopt.render.tables import to_text
 
     if arguments.json:
         print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
         return
     if not sys.stdout.isatty():
-        print(to_text(table, width=160))  # a pipe has no width of its own
+        print(to_text(table, width=160))  # a pipe has no width
         return
     from rich.console import Console
 
@@ -35,7 +35,7 @@ def show(arguments: argparse.Namespace, data: Any, table: RenderableType) -> Non
 
 
 def resolved(arguments: argparse.Namespace, needs_sizes: bool = False) -> Named:
-    """The command's model.  ``needs_sizes``: what comes out depends on the sizes of an ONNX file's free axes."""
+    """The model of the command.  ``needs_sizes``: the result depends on the sizes of an ONNX file's free axes."""
     from attnopt.cli.load_model import resolve
     from attnopt.cli.onnx_inputs import Given, require_onnx
 
@@ -48,16 +48,17 @@ def resolved(arguments: argparse.Namespace, needs_sizes: bool = False) -> Named:
 def require_model(name: str, named: Named, why: str) -> None:
     """AttnoptError for a saved model, or one without example inputs."""
     if named.saved is not None:
-        raise AttnoptError(f"{name} is a saved model: {why}", hint="name the model that it was made from")
+        raise AttnoptError(f"{name} is a saved model: {why}", hint="pass the original model")
     if not named.args and not named.kwargs:
         raise AttnoptError(
-            f"{name} gave a model without example inputs", hint="let it return (model, args) or (model, args, kwargs)"
+            f"{name} returned a model without example inputs",
+            hint="make it return (model, args) or (model, args, kwargs)",
         )
 
 
 @contextlib.contextmanager
 def warnings_told() -> Iterator[None]:
-    """attnopt's own warnings as one line each; those of others as they are."""
+    """attnopt's own warnings as one line each; others unchanged."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", AttnoptWarning)
         as_before = warnings.showwarning

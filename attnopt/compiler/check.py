@@ -1,4 +1,4 @@
-"""The whole model checked: it must compute what its plans mean, at the example sizes and, where they may vary, at others."""
+"""Verification of the whole model: it must compute what its plans specify, at the example sizes and at other dynamic sizes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from attnopt.graph.nodes import is_tensor, opname, value, written
 from attnopt.ir.blame import is_ours, told
 from attnopt.lower.lower import Plan, lower
 
-RESIZED = 2  # other sizes that are compared: one nearby, and one that a strided layer in front makes another one too
-VANISHES = 1e-3  # of a difference is left in double precision where it is rounding, which shrinks by 1e-9
+RESIZED = 2  # other sizes to compare: one nearby, and one that still differs after a strided layer
+VANISHES = 1e-3  # fraction of a difference left in double precision if it is rounding, which shrinks by 1e-9
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Checker:
     def check(self, module: fx.GraphModule) -> tuple[float, tuple[str, ...]]:
         """(largest relative difference from the user's model on the example inputs, warnings).
 
-        Raises VerificationError if the module does not compute what its plans mean, CaptureError if it does not hold at
-        other sizes although these were asked for.
+        Raises VerificationError if the module does not compute what its plans specify, CaptureError if it is not valid at
+        other, requested sizes.
         """
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             plain = (
@@ -87,29 +87,33 @@ class Checker:
         if apart <= ROOM * tolerance(meant):
             return difference(got, original), ()
         if any(bool(torch.isnan(t).any()) for t in meant):
-            return apart, ("the model's own output holds NaN on the example inputs, so it could not be compared",)
+            return apart, (
+                "the model's own output contains NaN on the example inputs, so the outputs could not be compared",
+            )
         choosing = [p.found.site.name for p in self.plans if p.spec.chooses]
         exactly = math.inf if choosing else self._apart_in_double(module, plain, inputs, original)
         if exactly <= VANISHES * apart:
             return difference(got, original), (
-                f"this model makes rounding grow: two ways of computing the same differ by {apart:.2g}, and by "
+                f"the model amplifies rounding error: two equivalent computations differ by {apart:.2g}, and by "
                 f"{exactly:.2g} in double precision (relative)",
             )
         self._blame(inputs, apart)
         if choosing:
-            told = f"{len(choosing)} attentions choose blocks or heads from their inputs; each alone computes what it means, but"
+            told = (
+                f"{len(choosing)} attentions choose blocks or heads from their inputs; each is correct on its own, but"
+            )
             return difference(got, original), (
-                f"{told} rounding in one changes choices of the next ({apart:.2g} relative)",
+                f"{told} rounding in one changes the choices of the next ({apart:.2g} relative)",
             )
         raise VerificationError(
-            f"the rewritten model differs from what it was meant to compute by {apart:.2g} (relative)",
+            f"the rewritten model differs from the reference computation by {apart:.2g} (relative)",
             hint="bisect with limit=1, 2, ... to find the site",
         )
 
     def _apart_in_double(
         self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
     ) -> float:
-        """The difference in double precision; infinite where the model has no such form."""
+        """The difference in double precision; infinite if the model has no such form."""
         wide = widened_inputs(inputs)
         try:
             got, want = (self._outputs(m, wide) for m in self._in_double(module, plain, inputs, original))
@@ -120,7 +124,7 @@ class Checker:
     def _in_double(
         self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
     ) -> tuple[nn.Module, nn.Module]:
-        """The module, and what it means: the plain form, or the captured graph as far as that is seen to be the model, in
+        """The module and its reference: the plain form, or the captured graph if verified to equal the model, in
         which parts in half precision are in double precision too."""
         meant = self.program.module if plain is None else plain
         if plain is None:
@@ -148,11 +152,11 @@ class Checker:
                 raise
             except Exception as e:
                 if is_guard(e):
-                    continue  # the report says what has to hold
+                    continue  # the report lists the constraint
                 sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
                 raise CaptureError(
-                    f"the captured graph does not hold at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
-                    hint="give dynamic_shapes without the axes that cannot vary",
+                    f"the captured graph is not valid at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
+                    hint="remove the axes that cannot vary from dynamic_shapes",
                 ) from e
         return tuple(chain.from_iterable(found))
 
@@ -181,30 +185,30 @@ class Checker:
         return [name for name in written(self.program.module) if holds(self.model, name)]
 
     def _blame(self, inputs: Inputs, error: float) -> None:
-        """Name the first site that alone makes a difference from its meaning."""
+        """Name the first site that on its own differs from its spec."""
         for plan in self.plans:
             alone = self._outputs(lower(self.program.module, [plan]), inputs)
             plain = self._outputs(lower(self.program.module, [plan], plain=True), inputs)
             if not difference(alone, plain) <= ROOM * tolerance(plain):
                 self._blame_backend(plan, plain, inputs, error)
                 raise VerificationError(
-                    f"the rewritten model does not compute what {', '.join(plan.passes)} means "
+                    f"the rewritten model does not compute what {', '.join(plan.passes)} specifies "
                     f"(relative difference {error:.2g})",
                     site=plan.found.site.name,
-                    hint="leave the site out of the policy and report the model",
+                    hint="exclude the site from the policy and report the model",
                 )
 
     def _blame_backend(self, plan: Plan, plain: list[Tensor], inputs: Inputs, error: float) -> None:
-        """Where the reference backend computes what is meant, it is not the passes that are wrong."""
+        """If the reference backend agrees with the spec, the passes are not at fault."""
         if is_ours(plan.backend):
             return
         by_reference = lower(self.program.module, [replace(plan, backend=Reference())])
         if not difference(self._outputs(by_reference, inputs), plain) <= ROOM * tolerance(plain):
             return
         raise VerificationError(
-            f"{told(plan.backend, 'backend')} does not compute what the attention means (relative difference {error:.2g})",
+            f"{told(plan.backend, 'backend')} does not compute what the spec says (relative difference {error:.2g})",
             site=plan.found.site.name,
-            hint="give another backend",
+            hint="choose another backend",
         )
 
 
@@ -212,11 +216,11 @@ def _told(counted: Sequence[str]) -> tuple[str, ...]:
     if not counted:
         return ()
     listed = ", ".join(counted[:3]) + (", ..." if len(counted) > 3 else "")
-    return (f"each call of the model changes its attribute {listed}: the graph has what it was when it was captured",)
+    return (f"each call of the model changes its attribute {listed}: the graph uses its value at capture",)
 
 
 def coarsest(gm: fx.GraphModule) -> float:
-    """The tolerance for the least precise products in the graph, which may be in half precision between others."""
+    """The tolerance for the least precise products in the graph, some of which may be in half precision."""
     found = {value(n).dtype for n in gm.graph.nodes if opname(n) in HEAVY and is_tensor(n)}
     return max((TOLERANCE[d] for d in found if d in TOLERANCE), default=0.0)
 
@@ -229,9 +233,9 @@ def fitting(
     form: Form | None = None,
     fixed: Sequence[str] = (),
 ) -> Inputs:
-    """The calibration batch in the form in which the graph takes it, on its device.  Raises CalibrationError.
+    """The calibration batch in the form that the graph takes, on its device.  Raises CalibrationError.
 
-    ``fixed``: what the report says of axes that were to vary and do not."""
+    ``fixed``: the report's lines about requested axes that stayed static."""
     try:
         arranged = signature.arrange(*batch)
         if form is not None:
@@ -242,7 +246,7 @@ def fitting(
     except (CaptureError, TypeError) as e:
         raise CalibrationError(
             f"calibration batch {number} does not fit the example inputs: {str(e).splitlines()[0]}",
-            hint="give batches of the same form and size"
+            hint="pass batches of the same structure and size"
             + ("" if fixed or dynamic_axes(module.graph) else ', or optimize with dynamic_shapes="auto"'),
         ) from e
     return arranged
@@ -261,8 +265,8 @@ def resized(
 ) -> list[Inputs]:
     """The example inputs at other sizes of the module's dynamic axes, by repeating them; the module may refuse some.
 
-    First at larger, odd sizes of which no two are equal, then at multiples, then at sizes that grow or shrink alike, then
-    each size alone: what fits the bounds of the graph and the relations ``held`` between its sizes (see ``Report.fixed_axes``).
+    First at larger, distinct odd sizes, then at multiples, then at sizes that grow or shrink together, then
+    each size alone, within the bounds of the graph and the constraints ``held`` between its sizes (see ``Report.fixed_axes``).
     """
     sizes = symbols(module.graph)
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]

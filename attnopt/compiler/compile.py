@@ -68,7 +68,7 @@ def carried_out(job: Job) -> Compiled:
             return _of_program(job, program, clock)
         except (CaptureError, VerificationError) as e:
             if program.narrower is None or (isinstance(e, VerificationError) and program.narrower != Auto(2)):
-                raise  # with fewer axes it would be the same
+                raise  # fewer axes would give the same result
         shapes = program.narrower
 
 
@@ -105,7 +105,7 @@ def _of_program(job: Job, program: Program, clock: _Clock) -> Compiled:
         fixed_axes=program.fixed_axes,
     )
     if any(p.edits for p in plans):
-        gc.collect()  # graphs refer to themselves: what was only compared would keep its new weights for long
+        gc.collect()  # graphs refer to themselves: a temporary graph would keep its new weights alive for long
     return Compiled(module, _origin(job, program, decisions, module, report), program, tuple(decisions))
 
 
@@ -133,7 +133,7 @@ def _broken_weights(program: Program) -> Iterator[str]:
     broken = [name for name, p in floats if not bool(torch.isfinite(p.detach()).all())]
     if broken:
         listed = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
-        yield f"NaN or infinities in the weights ({listed}): what becomes of them could not be compared"
+        yield f"NaN or infinities in the weights ({listed}): the result could not be compared"
 
 
 def _check_axes(lost: set[tuple[str, int]]) -> None:
@@ -141,8 +141,8 @@ def _check_axes(lost: set[tuple[str, int]]) -> None:
     if lost:
         listed = ", ".join(f"axis {axis} of {name}" for name, axis in sorted(lost))
         raise RewriteError(
-            f"the rewritten graph holds only at the example's size of {listed}",
-            hint="give dynamic_shapes without it, find the site with limit=1, 2, ..., and report the model",
+            f"the rewritten graph is valid only at the size of the example for {listed}",
+            hint="remove it from dynamic_shapes, find the site with limit=1, 2, ..., and report the model",
         )
 
 
@@ -151,7 +151,7 @@ def _check_tolerance(error: float, tolerance: float | None) -> None:
         raise VerificationError(
             f"the rewritten model differs from the original by {error:.3g} (relative), "
             f"more than the tolerance {tolerance:g}",
-            hint="choose a milder policy, or fewer sites",
+            hint="choose a less aggressive policy, or fewer sites",
         )
 
 

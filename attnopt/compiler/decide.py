@@ -1,4 +1,4 @@
-"""What the passes make of each site: a plan to carry out, or the reasons why it stays as it is."""
+"""The decision for each site: a plan, or the reasons why it stays unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Decision:
     notes: tuple[str, ...] = ()
 
     def seen(self, activations: Activations) -> Site:
-        """The site as the next pass would see it."""
+        """The site as the next pass sees it."""
         edits, out_bias = ((), None) if self.plan is None else (self.plan.edits, self.plan.out_bias)
         parameters = _with_new(self.found, edits, out_bias)
         return replace(self.site, parameters=parameters, activations=activations.edited(edits))
@@ -89,7 +89,7 @@ def decide(
         passes=tuple(applied),
     )
     if plan.changes_nothing and reasons and isinstance(backend, Reference):
-        return Decision(found, found.site, refusals={**refusals, **reasons})  # plain operators are what it has already
+        return Decision(found, found.site, refusals={**refusals, **reasons})  # it already has plain operators
     return Decision(
         found,
         site,
@@ -106,12 +106,12 @@ def decide(
 
 
 def _with_new(found: Found, edits: Sequence[HeadWeights], out_bias: Tensor | None) -> dict[str, Tensor]:
-    """The site's parameters, the new ones in the place of the old."""
+    """The parameters of the site, with new ones replacing the old."""
     return {**found.site.parameters, **edited_parameters(found.site, edits, out_bias)}
 
 
 def _kept(edit: HeadWeights, site: Site) -> HeadWeights:
-    """Not in the double precision in which it was fitted: a whole model's new weights would take twice their room."""
+    """Not in the double precision of the fit: the new weights of a whole model would need twice the memory."""
     weight = site.projections[edit.role].weight
     assert weight is not None
     dtype = torch.promote_types(site.parameters[weight].dtype, torch.float32)
@@ -125,33 +125,33 @@ def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:
     kept: list[Decision] = []
     for d in decisions:
         if d.plan is not None and limit <= sum(k.plan is not None for k in kept):
-            d = Decision(d.found, d.found.site, notes=(f"left out by limit={limit}",))
+            d = Decision(d.found, d.found.site, notes=(f"skipped because of limit={limit}",))
         kept.append(d)
     return kept
 
 
 def escapes(found: Found) -> Refusal:
-    """Why a site whose inner values are used elsewhere is left as it is."""
+    """Why a site whose inner values are used elsewhere stays unchanged."""
     nodes = found.raised.region.escapes
     users = [u for n in nodes for u in n.users if u not in found.raised.region.nodes]
     used_by = next((u.name for u in users if u.op != "output"), "the model's output")
     return found.site.refuse(
         "escapes",
-        expected="scores and weights that only the attention uses",
+        expected="scores and weights that are used only inside the attention",
         found=f"{nodes[0].name} used by {used_by}",
-        hint="call the model without returning attention weights",
+        hint="call the model so that it does not return attention weights",
     )
 
 
 def standing_answers(found: Found) -> dict[str, Refusal | None]:
-    """What each installed pass that was asked says of this site, as far as that does not depend on its options."""
+    """Applicability: the answer of each checked pass for this site, where it does not depend on its options."""
     if found.raised.region.escapes:
         return dict.fromkeys(plugins.passes(), escapes(found))
     return {name: _asked(name, found.site) for name in plugins.passes() if plugins.typical_pass(name) is not None}
 
 
 def standing_refusals(found: Found) -> dict[str, Refusal]:
-    """The passes that this site rules out whatever their options."""
+    """The passes that do not apply to this site, regardless of their options."""
     return {name: refusal for name, refusal in standing_answers(found).items() if refusal is not None}
 
 
@@ -165,30 +165,30 @@ def _asked(name: str, site: Site) -> Refusal | None:
 
 
 def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:
-    """The cheapest backend that can compute the site, or None and every backend's reason."""
+    """The cheapest backend that supports the site, or None with the reason of every backend."""
     reasons = {b.name: r for b in backends if (r := plugin_calls.accepts(b, site)) is not None}
     able = [b for b in backends if b.name not in reasons]
     return min(able, key=lambda b: plugin_calls.cost(b, site), default=None), reasons
 
 
 def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backend]) -> tuple[str, ...]:
-    """Where a pattern is no more than a mask, because the sequences are too short for more."""
+    """A note if a pattern is only a mask, because the sequences are too short to gain from skipping."""
     if site.spec.pattern == before.spec.pattern or chosen.skips:
         return ()
     better = [b.name for b in backends if b.skips and b.check(site.spec) is None]
     lengths = f"{site.q_len} queries and {site.kv_len} keys"
     return tuple(
-        f"{chosen.name} computes all pairs and masks: {name} would take longer at {lengths}" for name in better
+        f"{chosen.name} computes all pairs under a mask, because {name} would be slower at {lengths}" for name in better
     )
 
 
 def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
-    """Where a pattern leaves no key to some query."""
+    """A note about fully masked queries of a pattern."""
     if spec.pattern == site.spec.pattern:
         return ()
     counts = spec.visible_pattern.blind(site.q_len, site.kv_len, num_heads=spec.num_heads)
     return tuple(
-        f"{count} of {site.q_len} queries see no key{_of_heads(spec, counts, count)}: their output is zero"
+        f"{count} of {site.q_len} queries are fully masked{_of_heads(spec, counts, count)}: their output is zero"
         for count in sorted({*counts} - {0})
     )
 
@@ -201,9 +201,9 @@ def _of_heads(spec: AttentionSpec, counts: tuple[int, ...], count: int) -> str:
 
 
 def _kept_whole(site: Site, spec: AttentionSpec) -> tuple[str, ...]:
-    """Where heads went but their weights could not."""
+    """A note if heads were removed but their weights could not be."""
     if spec.num_heads == site.num_heads and spec.num_kv_heads == site.num_kv_heads:
         return ()
     return tuple(
-        f"the {role} weights keep their size: {p.why}" for role, p in site.projections.items() if p.rows is None
+        f"the {role} weights were not reduced: {p.why}" for role, p in site.projections.items() if p.rows is None
     )

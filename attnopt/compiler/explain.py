@@ -1,4 +1,4 @@
-"""Why an attention is as it is: matching and the passes' answers replayed, down to the node that differs."""
+"""Explanations: matching and the answers of passes, replayed down to the node that differs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = "(root)"
 
 @dataclass(frozen=True)
 class Step:
-    """An operation on the way: ``code`` in the graph, ``where`` and ``source`` in the user's model."""
+    """One operation: ``code`` in the graph, ``where`` and ``source`` in the user's model."""
 
     code: str
     where: str
@@ -42,10 +42,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was made of one softmax or fused attention.
+    """The outcome for one softmax or fused attention.
 
     ``kind``: "attention", "near miss" (it begins like an attention) or "no candidate".  ``steps``: for an attention its
-    operations, else those from the normaliser to the first that differs.  ``refusals``: by matching, passes or backends.
+    operations, otherwise those from the softmax anchor to the first difference.  ``refusals``: by matching, passes or backends.
     ``accepted``: passes and backends that do not refuse it.
     """
 
@@ -69,10 +69,10 @@ def explain(
     *,
     dynamic_shapes: Any = None,
 ) -> tuple[Explanation, ...]:
-    """Everything of this name; a module may hold several.
+    """Every explanation for this name; a module may contain several.
 
-    With a ``policy`` its passes are asked, else all installed passes whose answer does not depend on their options.
-    Raises AttnoptError, with the names that there are, where there is none of this name.
+    With a ``policy``, its passes are checked; otherwise all installed passes whose answer does not depend on options.
+    Raises AttnoptError with the known names if there is none of this name.
     """
     analyzed = analyze(model, args, kwargs, dynamic_shapes)
     graph, findings = analyzed.program.module.graph, analyzed.findings
@@ -119,7 +119,7 @@ def _of_site(found: Found, policy: Policy | None) -> Explanation:
 
 
 def _backends() -> list[Backend]:
-    """Every installed backend that can be made by its name."""
+    """Every installed backend that can be constructed without arguments."""
     made: list[Backend] = []
     for name in plugins.backends():
         with contextlib.suppress(PluginError):
@@ -164,7 +164,7 @@ def _path(graph: fx.Graph, anchor: fx.Node, node: fx.Node) -> list[fx.Node]:
 
 
 def _undirected(graph: fx.Graph) -> nx.Graph[fx.Node]:
-    """Operations and what they use; weights and inputs join nothing, because everything uses them."""
+    """Operations and their operands; weights and inputs connect nothing, because everything uses them."""
     joined: nx.Graph[fx.Node] = nx.Graph()
     operations = [n for n in graph.nodes if n.op == "call_function"]
     joined.add_nodes_from(graph.nodes)
@@ -177,7 +177,7 @@ def _step(node: fx.Node, differs: bool) -> Step:
 
 
 def source_text(node: fx.Node) -> str:
-    """The line of the user's model that made ``node``; "" where it is not known."""
+    """The line of the user's model that created ``node``; "" if unknown."""
     frames = re.split(r"^\s*File ", node.meta.get("stack_trace") or "", flags=re.MULTILINE)[1:]
     own = [f for f in frames if "/torch/" not in f.partition("\n")[0]] or frames
     lines = own[-1].splitlines()[1:] if own else []

@@ -1,4 +1,4 @@
-"""What the whole model makes of each head: scores from gates that are closed, or that the output is differentiated by."""
+"""Whole-model head scores: from closing gates, or from the gradient of the output with respect to gates."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def _gradients(model: Gated, batches: Sequence[Inputs], loss: Callable[[Any, Inp
             value = loss(model.module(*batch[0], **batch[1]), batch)
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise CalibrationError(
-                    "the loss gives no scalar that depends on the model's output",
-                    hint="return one number, computed from the output by torch",
+                    "the loss does not return a scalar that depends on the model output",
+                    hint="return a scalar tensor computed from the output",
                 )
             grads = torch.autograd.grad(value.sum(), gates, allow_unused=True)
         given = zip(gates, grads, strict=True)

@@ -1,9 +1,9 @@
-"""One budget of heads for all sites: it is spent where the model's output depends most on them.
+"""Budget allocation: one head budget for all sites, spent where the model output is most sensitive.
 
-Weights that several sites share (calls of one module) are one site here.
+Sites with shared weights (calls of one module) count as one site here.
 
-What the layer at a site loses with n heads is known from its own least squares; what the model's output makes of such a
-loss is measured once for each site, by running the model with that site alone rewritten.  The sum is minimised exactly.
+The loss of a layer with n heads is known from its own least squares; how strongly the model output depends on such a
+loss is measured once per site, by running the model with only that site rewritten.  The sum is minimized exactly.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MEASURED = 4  # batches, spread over the calibration data, on which a site's inf
 
 @dataclass(frozen=True)
 class Allotment:
-    """``passes``: (site, the pass as the policy has it) -> the pass with the site's share; ``ready``: by the site's name
-    the decision, where it came up on the way."""
+    """``passes``: (site, the pass of the policy) -> the pass with the allocation of the site; ``ready``: by site name
+    the decision, if it was already computed."""
 
     passes: Mapping[tuple[str, Pass], Pass]
     ready: Mapping[str, Decision]
@@ -53,7 +53,7 @@ class _Shares:
 def allot(
     gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs]
 ) -> Allotment:
-    """Each site's share of every pass of the policy whose budget is one for all sites."""
+    """The allocation of each site for every pass of the policy with a shared budget."""
     made: dict[tuple[str, Pass], Pass] = {}
     ready: dict[str, Decision] = {}
     shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}
@@ -100,7 +100,7 @@ def _allot_one(
 
 
 def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
-    """For each site the model's error over the layer's error, where that site alone is rewritten."""
+    """For each site, the ratio of model error to layer error with only that site rewritten."""
     some = batches[:: max(1, len(batches) // MEASURED)][:MEASURED]
     original = [outputs_of(gm, batch) for batch in some]
     found: list[float] = []
@@ -113,9 +113,9 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
         wrong = sum(squared_difference(outputs_of(module, b), want) for b, want in zip(some, original, strict=True))
         if not math.isfinite(wrong):
             raise CalibrationError(
-                "the model's output is not finite on the calibration data",
+                "the model output is not finite on the calibration data",
                 site=share.site.name,
-                hint='leave such batches out, or give each site its own budget with budget="site"',
+                hint='remove such batches, or use a budget per site with budget="site"',
             )
         found.append(wrong / share.errors[share.probed])
     return found
@@ -133,5 +133,7 @@ def _spend(curves: Sequence[Mapping[int, float]], budget: int) -> list[int]:
                     longer[total] = (cost + more, [*counts, n])
         best = longer
     if not best:
-        raise CalibrationError(f"{budget} heads are too few for {len(curves)} sites", hint="allow at least one each")
+        raise CalibrationError(
+            f"{budget} heads are too few for {len(curves)} sites", hint="allow at least one head per site"
+        )
     return min(best.values())[1]

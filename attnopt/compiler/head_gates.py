@@ -1,4 +1,4 @@
-"""A captured model in which every head's output passes a gate: a number to set, or to take the gradient of."""
+"""A captured model with a gate on every head output: a number to set or to differentiate by."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from attnopt.match.find import Found
 
 @dataclass(frozen=True)
 class Gated:
-    """``module`` computes what the model computes while all gates are 1; ``gates`` [1, H, 1, 1] by the site's name."""
+    """``module`` equals the model while all gates are 1; ``gates`` [1, H, 1, 1] by site name."""
 
     module: fx.GraphModule
     gates: Mapping[str, Tensor]
 
 
 def gated(gm: fx.GraphModule, found: Sequence[Found]) -> Gated:
-    """A copy of ``gm`` that shares its weights, with a gate behind each head of these sites."""
+    """A copy of ``gm`` with shared weights and a gate after each head of these sites."""
     module, table = copy_program(gm)
     gates: dict[str, Tensor] = {}
     for n, f in enumerate(found):

@@ -33,9 +33,9 @@ Behaviour = Callable[[Any], Tensor]  # the model's output -> logits [..., classe
 
 @dataclass(frozen=True)
 class HeadImportance(Mapping[str, tuple[float, ...]]):
-    """By the site's name one number for each of its heads, higher means keep; ``heads`` are the heads' numbers.
+    """Scores by site name: one number per head, higher means keep; ``heads`` holds the head numbers.
 
-    Prints as a table; may be given to ``PruneHeads(importance=...)``.
+    Prints as a table; can be passed to ``PruneHeads(importance=...)``.
     """
 
     method: str
@@ -79,33 +79,34 @@ def head_importance(
     behaviour: Behaviour | None = None,
     seed: int = 0,
 ) -> HeadImportance:
-    """For each site the score of each of its heads, in the order of ``site.spec.heads``; higher means keep.
+    """For each site, the score of each of its heads, in the order of ``site.spec.heads``; higher means keep.
 
-    Each site by itself, from its weights and from what it computes on ``calibration``:
-    ``"obs"``: the rise of the layer's squared error without the head when the others make up for it as they can
-    (OSSCAR, arXiv:2403.12983); ``"output-norm"``: mean length of what the head adds to the layer's output; ``"flap"``:
+    Per site, from its weights and from what it computes on ``calibration``:
+    ``"obs"``: the increase of the squared error of the layer without the head, after the others compensate optimally
+    (OSSCAR, arXiv:2403.12983); ``"output-norm"``: mean norm of the head's contribution to the layer output; ``"flap"``:
     the variance of that (arXiv:2312.11983); ``"wanda"`` (arXiv:2306.11695); ``"weights"``: norm of value times output
-    weights; ``"entropy"``: how far attention is from uniform; ``"locality"``: how near it stays; ``"retrieval"``: how
-    much goes to what followed an earlier occurrence of the query's token (induction heads, arXiv:2209.11895), for
-    models that take token ids; ``"random"``.
+    weights; ``"entropy"``: distance of the attention from uniform; ``"locality"``: how local the attention is;
+    ``"retrieval"``: attention to the successor of an earlier occurrence of the query token (induction heads,
+    arXiv:2209.11895), for models that take token ids; ``"random"``.
 
-    With the whole model: ``"ablation"``: how much its output changes with that head silenced, relative; with
-    ``behaviour`` (output -> logits) the KL divergence of what these say (SHIPS, arXiv:2410.13708).  ``"taylor"``: mean
-    over batches of |d loss / d gate| (arXiv:1905.10650); ``"fisher"``: mean of its square (arXiv:2204.09656).  Without
-    ``loss`` (output, batch -> scalar) taylor is label-free: the squared length of d output / d gate (Gauss-Newton).
+    With the whole model:
+    ``"ablation"``: relative change of the model output with that head silenced; with ``behaviour`` (output -> logits),
+    the KL divergence of these (SHIPS, arXiv:2410.13708). ``"taylor"``: mean over batches of |d loss / d gate|
+    (arXiv:1905.10650); ``"fisher"``: mean of its square (arXiv:2204.09656).  Without ``loss`` (output, batch ->
+    scalar), taylor is label-free: the squared norm of d output / d gate (Gauss-Newton).
 
     Padding does not count.  A site whose module runs several times (shared weights) has an entry for each run.
-    ``sites``: only those of these names, with the heads that they have left.  Raises CalibrationError where there is no
-    batch or a site cannot be scored, PolicyError for an unknown method.
+    ``sites``: only the sites of these names, with their remaining heads.  Raises CalibrationError if there is no batch
+    or a site cannot be scored, PolicyError for an unknown method.
     """
     choice("head_importance", "method", method, methods())
     if loss is not None and method not in ("taylor", "fisher"):
-        raise PolicyError(f"head_importance: loss is not used by {method!r}; leave it out or give method='taylor'")
+        raise PolicyError(f"head_importance: loss is not used by {method!r}; omit it or use method='taylor'")
     if behaviour is not None and method != "ablation":
-        raise PolicyError("head_importance: behaviour is only used by 'ablation'; leave it out or give that method")
+        raise PolicyError("head_importance: behaviour is only used by 'ablation'; omit it or use that method")
     if method == "fisher" and loss is None:
         raise PolicyError(
-            "head_importance: 'fisher' needs a loss; give loss=, or method='taylor', which can do without"
+            "head_importance: 'fisher' needs a loss; pass loss=, or use method='taylor', which needs none"
         )
     program, batches, found = _captured(model, Calibration.of(calibration), sites)
     if method in IN_MODEL:
@@ -121,7 +122,7 @@ def head_importance(
     for name, s in chosen.items():
         if not all(torch.tensor(s).isfinite()):
             raise CalibrationError(
-                f"its {method} on the calibration data is not finite", site=name, hint="leave such batches out"
+                f"its {method} on the calibration data is not finite", site=name, hint="remove such batches"
             )
     return HeadImportance(method, chosen, heads)
 
@@ -129,7 +130,7 @@ def head_importance(
 def _captured(
     model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
 ) -> tuple[Program, list[Inputs], list[Found]]:
-    """The model in its mode for inference, the batches as its graph takes them, and the sites to score."""
+    """The model in eval mode, the batches in the form of its graph, and the sites to score."""
     require_values(model)
     args, kwargs = calibration.batches[0]
     shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
@@ -147,7 +148,7 @@ def _captured(
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}
     if missing or not found:
         names = ", ".join(repr(n) for n in sorted(missing)) or "any name"
-        raise CalibrationError(f"no attention of {names} was found", hint="see attnopt.inspect for the sites")
+        raise CalibrationError(f"no attention of {names} was found", hint="attnopt.inspect lists the sites")
     return program, batches, found
 
 

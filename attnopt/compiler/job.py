@@ -30,9 +30,9 @@ class Options:
     def __post_init__(self) -> None:
         limit, tolerance = self.limit, self.tolerance
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise PolicyError(f"limit must be a number of rewrites, not {limit!r}")
+            raise PolicyError(f"limit must be a non-negative integer, not {limit!r}")
         if tolerance is not None and not tolerance >= 0:
-            raise PolicyError(f"tolerance must be a number from 0, not {tolerance!r}")
+            raise PolicyError(f"tolerance must be a number of at least 0, not {tolerance!r}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
 
 
 def backends_of(backend: str | Backend) -> tuple[Backend, ...]:
-    """The backends to choose from, those of third parties only where they are named."""
+    """The candidate backends; those of third parties only if named."""
     if isinstance(backend, Backend):
         return (backend,)
     if not isinstance(backend, str):

@@ -21,7 +21,7 @@ from attnopt.report.report import Report
 
 @dataclass(frozen=True)
 class FileOrigin:
-    """The ONNX file that a graph was captured of: its module, the graph before anything was rewritten, and what was planned."""
+    """The ONNX file of a graph: its module, the original graph, and the plans."""
 
     model: Any
     captured: fx.GraphModule
@@ -30,7 +30,7 @@ class FileOrigin:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an optimized graph comes from: what was done, how it is called, and the inputs that it was captured with."""
+    """The origin of an optimized graph: what was done, its signature, and the inputs of its capture."""
 
     report: Report
     sites: tuple[Site, ...]
@@ -39,10 +39,10 @@ class Origin:
     kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
     shapes: Any = None
     trains_otherwise: bool = False  # captured for inference, and the model has dropout or batch normalisation
-    form: Form | None = None  # where objects are among the inputs or outputs; args and kwargs are flat then
+    form: Form | None = None  # if objects are among the inputs or outputs; args and kwargs are then flat
     file: FileOrigin | None = field(repr=False, default=None)
 
 
 def is_file(model: Any) -> bool:
-    """A module that stands for an ONNX file."""
+    """A module that represents an ONNX file."""
     return hasattr(model, "source") and type(model).__module__ == "attnopt.onnx.load.module"

@@ -27,7 +27,7 @@ def plan(job: Job, program: Program, findings: Findings) -> list[Decision]:
 
 
 def _decided(job: Job, program: Program, found: Sequence[Found]) -> list[Decision]:
-    """What the passes make of each site; those that can use calibration data see what the site computes on them."""
+    """The result of the passes at each site; passes that use calibration data get the activations of the site."""
     passes = {f.site.name: job.policy.passes_for(f.site.name) for f in found}
     learning = [f for f in found if any(p.calibrates for p in passes[f.site.name])]
     if not learning or not job.batches:
@@ -57,9 +57,9 @@ def without_effect(job: Job, findings: Findings, decisions: Sequence[Decision]) 
     names = [f.site.name for f in findings.found]
     if overruled := job.policy.overruled(names):
         listed = ", ".join(map(repr, overruled))
-        yield f"{listed} in the policy decides no attention: of the rules that match one, the last counts"
+        yield f"policy rules without effect: {listed}; later rules override them at every site"
     if not names:
-        misses = f", {len(findings.near_misses)} of them near misses: see report.near_misses"
+        misses = f", {len(findings.near_misses)} of them near misses; see report.near_misses"
         near = misses if findings.near_misses else ""
         yield f"no attention was found among {findings.candidates} candidates{near}"
     elif not any(d.plan is not None for d in decisions):
@@ -70,7 +70,9 @@ def _raise_refusal(decisions: Sequence[Decision]) -> None:
     for d in decisions:
         for name, refusal in d.refusals.items():
             raise RewriteError(
-                f"{name} refused {refusal}", site=d.found.site.name, hint=refusal.hint or "choose other sites for it"
+                f"{name} refused {refusal}",
+                site=d.found.site.name,
+                hint=refusal.hint or "exclude the site from this pass",
             )
 
 
@@ -79,6 +81,6 @@ def _why_nothing(decisions: Sequence[Decision], limit: int | None) -> str:
         return "limit=0"
     refused = [next(iter(d.refusals.items())) for d in decisions if d.refusals]
     if not refused:
-        return "it has passes for no site"
+        return "it assigns no pass to any site"
     (name, first), *_ = refused
     return f"{len(refused)} of {len(decisions)} sites refused, the first by {name} {first}"

@@ -1,4 +1,4 @@
-"""The kinds of things that a third party writes, and what is installed of each."""
+"""The kinds of plugins, and the installed plugins of each kind."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ C = TypeVar("C", bound=type[Any])
 
 
 def register(cls: C) -> C:
-    """Make a pass, backend, pattern, head edit, block score, importance method or KV merge known by its name in this process.
+    """Register a pass, backend, pattern, head edit, block score, importance method or KV merge under its name; a decorator.
 
-    A decorator.  Policies, texts and saved models can then name it.  An installed distribution does the same with an entry
-    point, in the group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits``,
-    ``attnopt.block_scores``, ``attnopt.importance`` or ``attnopt.kv_merges``.  Raises PluginError where the name is taken, or
-    something is missing in the class.
+    Policies, texts and saved models can then use the name, in this process.  An installed distribution does the same with
+    an entry point in the group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits``,
+    ``attnopt.block_scores``, ``attnopt.importance`` or ``attnopt.kv_merges``.  Raises PluginError if the name is taken or the
+    class is incomplete.
     """
     kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
     if kind is None:
         known = ", ".join(k.base.__name__ for k in KINDS)
-        raise PluginError(f"{cls!r} is nothing that can be registered", hint=f"derive it from one of {known}")
+        raise PluginError(f"{cls!r} cannot be registered", hint=f"make it a subclass of one of {known}")
     kind.register(cls)
     return cls
 
@@ -72,7 +72,7 @@ def register(cls: C) -> C:
 class Description:
     """A row of a listing.
 
-    ``options``: option names and defaults ("required" where there is none); ``exact``: None for all but passes; ``error``:
+    ``options``: option names and defaults ("required" without a default); ``exact``: None for all but passes; ``error``:
     why it cannot be loaded, "" if it can.
     """
 
@@ -86,12 +86,12 @@ class Description:
 
 
 def passes() -> dict[str, Plugin]:
-    """All known passes by name, none of them imported."""
+    """All known passes by name, without importing them."""
     return PASSES.listed()
 
 
 def backends() -> dict[str, Plugin]:
-    """All known backends by name, none of them imported."""
+    """All known backends by name, without importing them."""
     return BACKENDS.listed()
 
 
@@ -106,27 +106,27 @@ def load_backend(name: str) -> type[Backend]:
 
 
 def typical_pass(name: str) -> Pass | None:
-    """The pass to ask where no options are given; None where the answer depends on them, or it cannot be loaded."""
+    """The pass to check without options; None if the answer depends on options, or it cannot be loaded."""
     try:
         return load_pass(name).typical()
-    except Exception:  # of a third party; it is told where it is used, and in the listing
+    except Exception:  # of a third party; reported on use, and in the listing
         return None
 
 
 def make_backend(name: str) -> Backend:
-    """The backend of this name with its default options.  Raises as ``load_backend``, PluginError where it has none."""
+    """The backend of this name with default options.  Raises like ``load_backend``, or PluginError if options are required."""
     cls = load_backend(name)
     try:
         return cls()
     except Exception as e:
         whose = f"backend {name!r} of {backends()[name].distribution}"
         raise PluginError(
-            f"{whose} cannot be made by its name alone: {type(e).__name__}: {e}", hint="give an object"
+            f"{whose} cannot be constructed without arguments: {type(e).__name__}: {e}", hint="pass an instance"
         ) from e
 
 
 def describe() -> list[Description]:
-    """Every pass, every backend, and what third parties add of the other kinds; what cannot be loaded has its error."""
+    """Every pass and backend, and third-party plugins of other kinds; plugins that cannot be loaded carry their error."""
     found = [(kind, plugin) for kind in KINDS for plugin in kind.listed().values()]
     return [_described(kind, p) for kind, p in found if kind in _LISTED or p.distribution != OURS]
 

@@ -1,4 +1,4 @@
-"""Which passes each attention gets: rules from site names to passes, written in Python, text, YAML or JSON."""
+"""Which passes each attention gets: rules from site names to passes, in Python, text, YAML or JSON."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from attnopt.patterns import Pattern
 from attnopt.patterns.registry import constructor
 
 _QUOTED = r"'(?:\\[\s\S]|[^'\\])*+'?|\"(?:\\[\s\S]|[^\"\\])*+\"?"
-_KEBAB = re.compile(rf"{_QUOTED}|(?<![\w.])[A-Za-z_][\w.]*+(?:-\w++)+")  # the exponent of 1e-5 is no name
+_KEBAB = re.compile(rf"{_QUOTED}|(?<![\w.])[A-Za-z_][\w.]*+(?:-\w++)+")  # the exponent of 1e-5 is not a name
 
 Rule = tuple[str, tuple[Pass, ...]]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Ordered rules, each a glob over site names and the passes for the sites that it matches.
+    """Ordered rules, each a glob over site names with the passes for the sites that it matches.
 
-    A rule whose glob IS the site's name wins; otherwise the LAST rule whose glob matches; where none does, the site
-    gets no passes.  A site in the root module is named "" and is matched by "" and "*".  Raises PolicyError for a glob
-    that stands twice.
+    A rule whose glob is exactly the name of the site takes precedence; otherwise the LAST matching rule applies;
+    without a match, the site gets no passes.  A site in the root module has the name "" and is matched by "" and "*".
+    Raises PolicyError for a duplicate glob.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -40,15 +40,15 @@ class Policy:
     def __post_init__(self) -> None:
         twice = next((glob for glob, n in Counter(glob for glob, _ in self.rules).items() if n > 1), None)
         if twice is not None:
-            raise PolicyError(f"there are two rules for {twice!r}", hint="write one rule with the passes of both")
+            raise PolicyError(f"duplicate rule {twice!r}", hint="merge them into one rule with the passes of both")
 
     @classmethod
     def of(cls, given: Any) -> Policy:
-        """A policy from a pass, a sequence of passes, a mapping from globs to those, a YAML or JSON file, or text.
+        """A policy from a pass, a sequence of passes, a mapping from globs to passes, a YAML or JSON file, or text.
 
-        Text is calls separated by commas, such as ``"prune-heads(heads=[0, 1]), local-window(left=128)"``; it may stand
-        wherever a pass may, and so may a mapping such as ``{"pass": "local-window", "left": 128}``.  What names no
-        sites applies to all.  Raises PolicyError that names the file, rule or option.
+        Text is a comma-separated list of calls, such as ``"prune-heads(heads=[0, 1]), local-window(left=128)"``.  It
+        may replace a pass anywhere, and so may a mapping such as ``{"pass": "local-window", "left": 128}``.  Passes
+        without a site name apply to all sites.  Raises PolicyError that names the file, rule or option.
         """
         if isinstance(given, Policy):
             return given
@@ -57,7 +57,7 @@ class Policy:
         return _from_data(given)
 
     def passes_for(self, site_name: str) -> tuple[Pass, ...]:
-        """The passes for the site of this name, in the order in which they apply."""
+        """The passes for the site of this name, in order of application."""
         glob = self._deciding(site_name)
         return () if glob is None else dict(self.rules)[glob]
 
@@ -67,7 +67,7 @@ class Policy:
         return [glob for glob, _ in self.rules if not any(glob == n or fnmatchcase(n, glob) for n in names)]
 
     def overruled(self, site_names: Iterable[str]) -> list[str]:
-        """The globs that match some of these sites, while other rules decide all of them."""
+        """The globs that match some of these sites but are overridden by other rules at all of them."""
         names = list(site_names)
         deciding = {self._deciding(n) for n in names}
         return [glob for glob, _ in self.rules if glob not in {*deciding, *self.unmatched(names)}]
@@ -104,7 +104,7 @@ def _from_file(path: Path) -> Policy:
 
 def _rule(glob: Any, passes: Any) -> Rule:
     if not isinstance(glob, str):
-        raise PolicyError(f"rule {glob!r}: a site name must be text", hint='put it in quotes, as in "encoder.*"')
+        raise PolicyError(f"rule {glob!r}: a site name must be a string", hint='put it in quotes, as in "encoder.*"')
     try:
         return glob, _passes(passes)
     except PolicyError as error:
@@ -121,7 +121,7 @@ def _passes(given: Any) -> tuple[Pass, ...]:
     if isinstance(given, Iterable):
         return tuple(p for item in given for p in _passes(item))
     raise PolicyError(
-        f"{given!r} is not a pass", hint="give a pass, a list of passes, or text such as 'local-window(left=8)'"
+        f"{given!r} is not a pass", hint="use a pass, a list of passes, or text such as 'local-window(left=8)'"
     )
 
 
@@ -145,7 +145,9 @@ def _from_mapping(given: Mapping[Any, Any]) -> Pass:
     options = dict(given)
     name = options.pop("pass", None)
     if not isinstance(name, str):
-        raise PolicyError(f"{dict(given)!r} names no pass", hint='write it as {"pass": "local-window", "left": 128}')
+        raise PolicyError(
+            f"{dict(given)!r} does not name a pass", hint='write it as {"pass": "local-window", "left": 128}'
+        )
     if not all(isinstance(option, str) for option in options):
         raise PolicyError(f"{name}: options must be names, not {[o for o in options if not isinstance(o, str)]}")
     made = construct(name, plugins.load_pass(name), [], options)

@@ -1,4 +1,4 @@
-"""Reading a policy file: YAML or JSON, small, without aliases or tags, and with no key that stands twice."""
+"""Reading a policy file: YAML or JSON, small, without aliases, tags or duplicate keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".yaml", ".yml", ".json")
 LARGEST = 1 << 20  # bytes
-DEEPEST = 100  # collections in one another; the YAML parser's time grows with the square of it
+DEEPEST = 100  # nested collections; the YAML parser is quadratic in this
 LONGEST_NUMBER = 400  # characters; the time for YAML's numbers of base 60 grows with the square of it
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -23,10 +23,10 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 def read_file(path: Path) -> Any:
     """The plain data in a policy file.  Raises PolicyError that names the file."""
     if path.suffix not in SUFFIXES:
-        raise PolicyError(f"{path}: a policy file ends in {', '.join(SUFFIXES)}")
+        raise PolicyError(f"{path}: the name of a policy file must end in {', '.join(SUFFIXES)}")
     try:
         text = _text(path)
-    except (OSError, ValueError) as error:  # bytes that are no UTF-8, and paths that hold a NUL, are ValueErrors
+    except (OSError, ValueError) as error:  # invalid UTF-8, and paths with a NUL, are ValueErrors
         raise PolicyError(f"{path}: cannot be read: {error}") from error
     try:
         return _json(text) if path.suffix == ".json" else _yaml(text)
@@ -39,9 +39,9 @@ def read_file(path: Path) -> Any:
 def _text(path: Path) -> str:
     size = path.stat().st_size
     if not path.is_file():  # reading a pipe or a device could block or never end
-        raise OSError("it is no plain file")
+        raise OSError("it is not a regular file")
     if size > LARGEST:
-        raise PolicyError(f"{path}: {size} bytes are too many for a policy; at most {LARGEST} are read")
+        raise PolicyError(f"{path}: too large for a policy: {size} bytes, at most {LARGEST} are read")
     return path.read_text(encoding="utf-8")
 
 
@@ -57,7 +57,7 @@ def _json(text: str) -> Any:
 
 def _integer(text: str) -> int:
     if len(text) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(text)} characters is too long")
+        raise ValueError(f"number too long ({len(text)} characters)")
     return int(text)
 
 
@@ -72,7 +72,7 @@ def _yaml(text: str) -> Any:
 
 @cache
 def _loader() -> type[yaml.SafeLoader]:
-    """YAML's plain values and nothing that stands for something else."""
+    """Only plain YAML values, no aliases or tags."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -81,9 +81,9 @@ def _loader() -> type[yaml.SafeLoader]:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             if isinstance(event, yaml.AliasEvent):
-                raise _refused(event, "aliases (*name) are not read; write the value out")
+                raise _refused(event, "aliases (*name) are not supported; write the value out")
             if event.tag is not None:
-                raise _refused(event, "tags (!name) are not read; write a plain value")
+                raise _refused(event, "tags (!name) are not supported; write a plain value")
             if self.depth == DEEPEST:
                 raise RecursionError
             self.depth += 1
@@ -93,16 +93,16 @@ def _loader() -> type[yaml.SafeLoader]:
 
         def construct_object(self, node: Any, deep: bool = False) -> Any:
             if node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
-                raise _refused(node, f"a number of {len(node.value)} characters is too long")
+                raise _refused(node, f"number too long ({len(node.value)} characters)")
             return super().construct_object(node, deep)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             found = super().construct_mapping(node, deep)
-            if len(found) < len(node.value):  # a key that stands twice would silently lose its first value
+            if len(found) < len(node.value):  # a duplicate key would silently lose its first value
                 seen = set()
                 for key, _ in node.value:
                     if (said := self.construct_object(key)) in seen:
-                        raise _refused(key, f"{said!r} stands twice")
+                        raise _refused(key, f"duplicate key {said!r}")
                     seen.add(said)
             return found
 

@@ -1,4 +1,4 @@
-"""How much of the attention blocks keep that are chosen at run time, measured on data."""
+"""Attention recall of blocks chosen at run time, measured on data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnopt.match.prove import example_values
 
 
 def with_recall(job: Job, program: Program, decisions: list[Decision]) -> list[Decision]:
-    """What the sites with blocks that are chosen at run time keep, as notes."""
+    """The attention recall of sites with blocks chosen at run time, as notes."""
     specs = {
         d.found.raised.node: replace(d.found.raised.spec, selection=d.site.spec.selection)
         for d in decisions
@@ -36,4 +36,4 @@ def with_recall(job: Job, program: Program, decisions: list[Decision]) -> list[D
 
 def _kept(mass_H: Tensor, data: str) -> str:
     least = int(mass_H.argmin())
-    return f"{mass_H.mean():.1%} of the attention is kept on the {data}, least in head {least}: {mass_H[least]:.1%}"
+    return f"{mass_H.mean():.1%} attention recall on the {data}, lowest in head {least}: {mass_H[least]:.1%}"

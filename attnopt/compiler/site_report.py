@@ -1,4 +1,4 @@
-"""What the report says of one site: its fate, and its meaning and cost before and after."""
+"""The report entry of one site: its status, and its spec and cost before and after."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _rows(d: Decision) -> float:
 
 
 def _element_sizes(d: Decision) -> tuple[int, int]:
-    """Bytes of one number of the keys and of the values."""
+    """Bytes per element of the keys and of the values."""
     of_key, of_value = (value(n).element_size() for n in d.found.raised.node.args[1:3] if isinstance(n, fx.Node))
     return of_key, of_value
 

@@ -23,10 +23,10 @@ Values = dict[fx.Node, Any]
 
 
 class Stream:
-    """All batches run side by side up to one attention, which is looked at, then up to the next.
+    """All batches run together up to one attention, which is processed, then up to the next.
 
     The model runs once.  Of each batch only those values are kept that something later still reads, so the memory is that
-    of one layer, whatever the depth of the model.
+    of one layer, regardless of model depth.
     """
 
     def __init__(self, gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs]) -> None:
@@ -40,10 +40,10 @@ class Stream:
             self.dying.setdefault(last, []).append(n)
 
     def sites(self) -> Iterator[tuple[Found, Activations]]:
-        """Each site, in the order in which they run, with what it computes on the batches; what that is computed from
-        is kept as long as the activations are."""
+        """Each site in execution order with its activations on the batches; their inputs
+        live as long as the activations."""
         at, environments = 0, [example_values(self.gm, *batch) for batch in self.batches]
-        for f in watched(self.found, "calibrating, one attention after the other"):
+        for f in watched(self.found, "calibrating one attention after another"):
             end = self.place[f.raised.node]
             with torch.no_grad():
                 for values in environments:
@@ -66,7 +66,7 @@ class Stream:
         return run_call(node, args, kwargs)
 
     def _last_use(self) -> dict[fx.Node, int]:
-        """For each node that the attentions need, the place after which nobody reads it."""
+        """For each node that the attentions need, the position of its last use."""
         last: dict[fx.Node, int] = {}
         for f in self.found:
             end = self.place[f.raised.node]
@@ -102,14 +102,14 @@ class Stream:
                 raise CalibrationError(
                     f"queries, keys or values are not finite on calibration batch {i}",
                     site=f.site.name,
-                    hint="leave that batch out, or repair the model's weights",
+                    hint="remove that batch, or fix the weights of the model",
                 )
         return Activations(f.site, tuple(found), compute)
 
     def _anew(
         self, node: fx.Node, dirty: Sequence[fx.Node], values: Mapping[fx.Node, Any], new: Mapping[str, Tensor]
     ) -> Tensor:
-        """The value of ``node``, where parameters have the values ``new``."""
+        """The value of ``node`` with the parameters ``new``."""
         reached: set[fx.Node] = set()
         for n in sorted(dirty, key=self.place.__getitem__):
             if str(n.target) in new if n.op == "get_attr" else reached & set(n.all_input_nodes):
@@ -125,7 +125,7 @@ class Stream:
 
 
 def _read_by(f: Found) -> set[fx.Node]:
-    """What the site's operands are computed from, with its own weights or with others."""
+    """The inputs of the site's operands, with its own or other weights."""
     return {
         *f.raised.node.all_input_nodes,
         *(i for nodes in f.dirty.values() for n in nodes for i in n.all_input_nodes),

@@ -1,6 +1,6 @@
-"""Attentions that are calls of one set of weights: they are decided together, so that the set stays one.
+"""Weight sharing: attentions that call the same weights are decided together, so the weights stay shared.
 
-A module that a model runs twelve times (ALBERT, arXiv:1909.11942) gets one rewrite, fitted on what all its calls compute.
+A module that runs twelve times (ALBERT, arXiv:1909.11942) gets one rewrite, fitted on the activations of all its calls.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def tied(found: Sequence[Found], passes: Mapping[str, tuple[Pass, ...]]) -> list
 
 
 def jointly(stream: Stream, groups: Sequence[Group]) -> Iterator[tuple[Group, Activations]]:
-    """Each group, when its last call has run, with what all its calls compute."""
+    """Each group after its last call, with the activations of all its calls."""
     group_of = {f.site.name: n for n, group in enumerate(groups) for f in group}
     waiting: dict[int, list[Activations]] = {}
     for f, activations in stream.sites():

@@ -1,4 +1,4 @@
-"""Which attributes and configuration entries of a class hold head counts, found by trying what the class makes of them."""
+"""Which attributes and configuration entries of a class hold head counts, found by trying changed values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Setting:
     value: Any
 
     def swap(self) -> Setting:
-        """Set it, and tell how to undo that."""
+        """Set it, and return the inverse."""
         before = Setting(self.owner, self.name, getattr(self.owner, self.name, None))
         setattr(self.owner, self.name, self.value)
         return before
@@ -51,7 +51,7 @@ class Counts:
 
     @property
     def quantities(self) -> dict[str, tuple[int, int]]:
-        """What an attention module may hold as a number: name -> (before, after)."""
+        """Integer attributes of an attention module: name -> (before, after)."""
         (H, h), (G, g), D, Dv = self.heads, self.kv_heads, self.head_dim, self.value_dim
         return {
             "heads": (H, h),
@@ -66,7 +66,7 @@ class Counts:
 
 
 def settle(candidates: Iterator[tuple[Setting, ...]], agrees: Callable[[], bool]) -> tuple[Setting, ...] | None:
-    """The first candidate with which ``agrees`` is true, set; None, and nothing set, where there is none."""
+    """Apply the first candidate for which ``agrees`` is true; None, with nothing changed, if there is none."""
     for settings in candidates:
         undo = [s.swap() for s in settings]
         if agrees():
@@ -76,10 +76,10 @@ def settle(candidates: Iterator[tuple[Setting, ...]], agrees: Callable[[], bool]
     return None
 
 
-# ------------------------------------------------------------ a configuration from which the class makes the same shapes
+# ------------------------------------------------------------ a configuration from which the class builds the same shapes
 def configurations(home: Any, counts: Counts) -> Iterator[tuple[Setting, ...]]:
-    """Changes of the configuration of ``home``, a model of transformers' with its new weights in it, from which its class
-    makes a model of exactly these shapes; with them the attributes that the class then sets otherwise."""
+    """Changes of the configuration of ``home``, a transformers model with its new weights, from which its class
+    builds a model of exactly these shapes; including the attributes that the class then sets differently."""
     kind, config = type(home), home.config
     data = config.to_dict()
     wanted, before = _shapes(home), _empty(kind, config, data)
@@ -100,7 +100,7 @@ Path = tuple[str, ...]
 
 
 def _changed_entries(config: Any, data: Mapping[str, Any], counts: Counts) -> Iterator[dict[Path, int]]:
-    """Combinations of new counts in the entries that hold an old one, those that change names with "head" first."""
+    """Combinations of new counts in the entries with an old one, names with "head" first."""
     moves = [move for move in (counts.heads, counts.kv_heads) if move[0] != move[1]]
     options: dict[Path, list[int | None]] = {}
     for path, value in _entries(config, data):
@@ -140,11 +140,11 @@ def _within(config: Any, path: Path) -> Any:
 
 
 def _empty(kind: type[nn.Module], config: Any, data: Mapping[str, Any]) -> nn.Module | None:
-    """A model of this class without any weights; None where the class does not take the configuration."""
+    """A model of this class without weights; None if the class rejects the configuration."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return kind(type(config).from_dict(copy.deepcopy(dict(data))))
-    except Exception:  # whatever a class raises for numbers that do not fit together
+    except Exception:  # anything that a class raises for inconsistent numbers
         return None
 
 
@@ -174,7 +174,7 @@ Slot = tuple[type[nn.Module], str]
 
 def attributes(sites: Sequence[tuple[Sequence[nn.Module], Counts]]) -> Iterator[tuple[Setting, ...]]:
     """Changes of numbers in the modules around all sites; one attribute of a class means the same at each of them, also at
-    those that stay as they are.  Candidates that change most come first."""
+    unchanged ones.  Candidates with the most changes come first."""
     options: dict[Slot, list[str]] = {}
     for modules, counts in sites:
         for module in modules:

@@ -1,4 +1,4 @@
-"""Rewriting a model inside its own class, so that it goes on generating, saving and training as before."""
+"""Rewriting a model inside its own class, so that generation, saving and training keep working."""
 
 from __future__ import annotations
 
@@ -43,20 +43,22 @@ def convert(
     limit: int | None = None,
     seed: int = 0,
 ) -> Model:
-    """A copy of ``model``, of its own class, with the rewrites of ``policy`` in its weights, settings and attention layers.
+    """Return a copy of ``model``, of its own class, with the rewrites of ``policy`` in its weights, settings and
+    attention layers.
 
-    Heads that are removed or merged make the projections smaller; the numbers of heads are changed in the configuration
-    where the class then makes the same model of it, so that the saved copy is an ordinary checkpoint, or else in the
-    modules, with an AttnoptWarning.  Patterns go through transformers' AttentionInterface, and caches keep only what a
-    pattern can still see (see ``apply_patterns``).  The copy computes what ``optimize``'s graph does: compared on the example
-    inputs, at other sizes, and token by token with a cache where the model has one.  ``copy.attnopt_report`` is its report.
+    Removed or merged heads make the projections smaller.  The head counts are changed in the configuration if the class
+    then builds the same model, so that the saved copy is an ordinary checkpoint; otherwise in the modules, with an
+    AttnoptWarning.
+    Patterns are applied through transformers' AttentionInterface, and caches keep only what a pattern can still see
+    (see ``apply_patterns``).
+    The copy computes what the graph of ``optimize`` computes: compared on the example inputs, at other sizes, and token
+    by token if the model has a cache.  ``copy.attnopt_report`` is its report.
+    If the model cannot be captured as a whole, its attention modules are captured separately.
 
-    A model that cannot be captured whole is looked at module by module, with the inputs that come to each attention.
+    ``args``, ``kwargs``: example inputs, of at least 4 tokens with patterns; the model is captured without a cache.
+    The other options are those of ``optimize``, which supports what a class cannot represent.
 
-    ``args``, ``kwargs``: example inputs, of 4 tokens at least where there are patterns; the model is captured without a
-    cache.  The other options are those of ``optimize``, which takes whatever a class cannot hold.
-
-    Raises ConversionError where the class cannot hold what the policy asks for, and what ``optimize`` raises.
+    Raises ConversionError if the class cannot represent the result of the policy, and whatever ``optimize`` raises.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
@@ -90,12 +92,12 @@ def convert(
 def apply_patterns(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = None) -> None:
     """Restrict attention modules of a transformers model to patterns, in place.
 
-    ``patterns``: names of attention modules -> patterns; without, those that the model's configuration holds, where
-    ``convert`` put them: a checkpoint that was loaded with ``from_pretrained`` gets its patterns back so.
-    A pattern's positions are those of the tokens in the sequence, padding included; the last query is aligned with the last
-    key.  Where it bounds what can be seen of the past, the caches that the model is given or makes keep no more than that.
+    ``patterns``: names of attention modules -> patterns; by default those that ``convert`` stored in the configuration,
+    which restores the patterns of a checkpoint loaded with ``from_pretrained``.
+    Positions are those of the tokens in the sequence, including padding; the last query is aligned with the last key.
+    If a pattern bounds the visible past, the caches of the model keep no more than that.
 
-    Raises ConversionError where the model's class does not take attentions from AttentionInterface.
+    Raises ConversionError if the class does not use AttentionInterface.
     """
     from attnopt.conversion.hf_attention import install
 
@@ -110,7 +112,7 @@ def _inputs(
     example = (args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
     if not any(example):
         if not batches:
-            raise PolicyError("convert needs example inputs", hint="give args, kwargs or calibration")
+            raise PolicyError("convert needs example inputs", hint="pass args, kwargs or calibration")
         example = batches[0]
     parameters = list(inspect.signature(model.forward).parameters)
 
@@ -123,10 +125,12 @@ def _inputs(
 
 
 def _check_class(plan: Plan) -> None:
-    """What no class has a place for."""
+    """Raise ConversionError for what no model class can represent."""
     before, after = plan.found.raised.spec, plan.spec
     if after.selection is not None:
-        raise ConversionError("blocks that are chosen at run time have no place in it", site=_name(plan), hint=REMEDY)
+        raise ConversionError(
+            "blocks chosen at run time cannot be represented in this model class", site=_name(plan), hint=REMEDY
+        )
     kept = replace(
         after,
         heads=before.heads,
@@ -139,7 +143,9 @@ def _check_class(plan: Plan) -> None:
     )
     if kept != before:
         raise ConversionError(
-            f"{', '.join(plan.passes)} changes more than heads and patterns", site=_name(plan), hint=REMEDY
+            f"{', '.join(plan.passes)} changes more than heads and patterns, which no model class can represent",
+            site=_name(plan),
+            hint=REMEDY,
         )
 
 
@@ -148,7 +154,7 @@ def _name(plan: Plan) -> str:
 
 
 def _new_pattern(plan: Plan) -> Pattern | None:
-    """All that is known of what the site sees after the passes, in the order of the converted heads; None if that stays."""
+    """The effective mask of the site after the passes, in the order of the converted heads; None if unchanged."""
     before, after = plan.found.raised.spec, plan.spec
     seen, was = (spec.visible_pattern for spec in (after, before))
     order = [after.heads.index(h) for h in head_order(plan).queries]
@@ -158,13 +164,13 @@ def _new_pattern(plan: Plan) -> Pattern | None:
 
 
 def _probe(pattern: Pattern) -> Pattern:
-    """So narrow a pattern that it shows on few tokens; without sinks where ``pattern`` has none."""
+    """A pattern narrow enough to have an effect on few tokens; without sinks if ``pattern`` has none."""
     past = pattern.look_back
     return Window(1, 1) if past is not None and past.sinks == 0 else Window(1, 1) | Sinks(1)
 
 
 def _narrowed(part: Part, narrow: Mapping[str, Pattern]) -> fx.GraphModule:
-    """The graph of a part in which the sites that get a pattern see less still."""
+    """The graph of a part in which sites with a pattern see even less."""
     probes = [replace(p, spec=p.spec.restricted(narrow.get(_name(p), Full()))) for p in part.plans]
     return lower(part.made.program.module, probes, plain=True)
 
@@ -173,14 +179,14 @@ def _check_lengths(plans: Sequence[Plan]) -> None:
     for plan in plans:
         if plan.found.site.q_len < LEAST:
             raise ConversionError(
-                f"the example inputs have {plan.found.site.q_len} tokens, too few for a pattern to show",
+                f"the example inputs have {plan.found.site.q_len} tokens, too few to see the effect of a pattern",
                 site=_name(plan),
-                hint=f"give example inputs of {LEAST} tokens or more",
+                hint=f"pass example inputs of at least {LEAST} tokens",
             )
 
 
 def _homes(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost models of transformers' in ``model``, by name with a dot behind it ("" for itself)."""
+    """The outermost transformers models in ``model``, by name with a trailing dot ("" for itself)."""
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return {}
@@ -196,7 +202,7 @@ def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
     for name in patterns:
         if not any(name.startswith(home) for home in homes):
             raise ConversionError(
-                f"{type(model).__name__} is no model of transformers', and has no place for a pattern",
+                f"{type(model).__name__} is not a transformers model, so a pattern cannot be represented in it",
                 site=name,
                 hint=REMEDY,
             )
@@ -207,7 +213,7 @@ def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
 
 
 def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> None:
-    """Find the settings with which ``model``, whose weights are new, computes what it should.  Raises ConversionError."""
+    """Find the settings with which ``model`` computes the expected result on its new weights.  Raises ConversionError."""
     changed = any(c.change for c in counts.values())
     candidates: Iterator[tuple[Setting, ...]] = iter([()])
     if changed:
@@ -221,7 +227,7 @@ def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> Non
     in_configuration = any(not isinstance(s.owner, nn.Module) for s in found)
     if changed and _homes(model) and not in_configuration:
         warn(
-            f"no configuration of {type(model).__name__} makes a model with these heads: the converted model runs, but "
+            f"no configuration of {type(model).__name__} describes these heads: the converted model runs, but "
             "from_pretrained cannot load what it saves"
         )
 
@@ -234,7 +240,7 @@ def _modules_around(model: nn.Module, site: str) -> list[nn.Module]:
 
 def _differs(model: nn.Module) -> ConversionError:
     return ConversionError(
-        f"{type(model).__name__} cannot hold what the policy asks for: with no numbers of heads in its configuration or its "
-        "modules does it compute what the rewritten graph computes",
+        f"{type(model).__name__} cannot represent what the policy asks for: no head counts in its configuration or its "
+        "modules make it compute what the rewritten graph computes",
         hint=REMEDY,
     )

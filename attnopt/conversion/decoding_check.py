@@ -1,4 +1,4 @@
-"""Teacher forcing: a language model that reads token by token from its cache must say what it says of the whole text."""
+"""Teacher forcing: a language model that decodes token by token from its cache must match its logits on the whole text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from attnopt.capture.run_unchanged import cloned, kept
 
 
 def decoding_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
-    """Largest relative difference of the logits on the example text when half of it is read at once, some tokens one by one
-    and the rest at once; None for a model that has no cache of its own, or takes more than token ids and their mask."""
+    """Largest relative difference of the logits on the example text if half of it is read at once, some tokens one by one
+    and the rest at once; None for a model without a cache, or with inputs other than token ids and their mask."""
     text = _text(model, *cloned((args, dict(kwargs))))
     if text is None:
         return None
@@ -39,7 +39,7 @@ def decoding_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _text(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The token ids [B, L] and their mask among the example inputs, where these are all that the model is given."""
+    """The token ids [B, L] and their mask among the example inputs, if these are the only inputs."""
     parameters = inspect.signature(model.forward).parameters
     if not {"past_key_values", "use_cache"} <= set(parameters) or not getattr(model, "can_generate", bool)():
         return None

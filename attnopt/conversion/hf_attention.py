@@ -1,4 +1,4 @@
-"""Patterns in a model of transformers': through its AttentionInterface and AttentionMaskInterface, layer by layer."""
+"""Patterns in a transformers model, through its AttentionInterface and AttentionMaskInterface, layer by layer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from attnopt.patterns.algebra import Full, Pattern
 from attnopt.patterns.lookback import Past
 from attnopt.patterns.registry import is_readable
 
-# The attention implementation that takes the place of another, and the masks that the other one works on: where a query of
-# padding sees no key at all, float masks leave it an average and bool masks nothing, and that shall stay as it was.
+# The attention implementation that replaces another, and the masks of that one: for fully masked padding queries,
+# float masks give an average and bool masks nothing, which must stay the same.
 NAMES = {"eager": ("attnopt-eager", eager_mask)}
 OTHERWISE = ("attnopt", sdpa_mask)
 PATTERN = "attnopt_pattern"  # attribute of an attention module
@@ -36,12 +36,12 @@ def install(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = Non
     """Give the attention modules of ``model`` that are named in ``patterns`` their patterns; see ``attnopt.apply_patterns``."""
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(
-            f"{type(model).__name__} is no model of transformers', and has no place for a pattern",
+            f"{type(model).__name__} is not a transformers model, so a pattern cannot be represented in it",
             hint="use attnopt.optimize",
         )
     given = patterns if patterns is not None else getattr(model.config, PATTERNS, None)
     if not given:
-        raise ConversionError("the model's configuration holds no patterns", hint="give patterns=")
+        raise ConversionError("the configuration of the model contains no patterns", hint="give patterns=")
     modules = dict(model.named_modules())
     found = {name: p if isinstance(p, Pattern) else parse(p) for name, p in given.items()}
     _check(model, modules, found)
@@ -65,13 +65,13 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping
     unnamed = [pattern for pattern in patterns.values() if not is_readable(pattern)]
     if unnamed:
         raise ConversionError(
-            f"pattern {unnamed[0]} is not what attnopt.patterns.parse reads from its text in the model's configuration",
-            hint="put @attnopt.register on its class",
+            f"pattern {unnamed[0]} is not reproduced by attnopt.patterns.parse from its text in the model configuration",
+            hint="decorate its class with @attnopt.register",
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise ConversionError(
-            f"{type(model).__name__} does not take attentions from transformers' AttentionInterface",
-            hint="use attnopt.optimize, whose graph holds the pattern",
+            f"{type(model).__name__} does not use transformers' AttentionInterface",
+            hint="use attnopt.optimize, whose graph applies the pattern",
         )
 
 
@@ -87,7 +87,7 @@ def _switch(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != name:
         raise ConversionError(
             f"{type(model).__name__} does not let its attention implementation be set",
-            hint="use attnopt.optimize, whose graph holds the pattern",
+            hint="use attnopt.optimize, whose graph applies the pattern",
         )
 
 
@@ -105,10 +105,10 @@ def attend(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: q [B, H, L, D], k and v [B, G, S, D] -> [B, L, H, Dv].
+    """The function that transformers calls: q [B, H, L, D], k and v [B, G, S, D] -> [B, L, H, Dv].
 
-    The last query is aligned with the last key.  Keys that a ``RollingLayer`` dropped are missing after the sinks, and are
-    left out of the mask here.
+    The last query is aligned with the last key.  Keys that a ``RollingLayer`` dropped are missing after the sinks; the
+    mask skips them here.
     """
     found: Pattern = getattr(module, PATTERN, Full())
     own_scores = softcap is not None or s_aux is not None
@@ -119,12 +119,12 @@ def attend(
         return out, None
     mask = None if attention_mask is None else _left(attention_mask, key.shape[2], found.look_back)
     if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        found = Causal() & found  # what a missing mask means to transformers
+        found = Causal() & found  # the meaning of a missing mask in transformers
     if dropout == 0.0 and (query.shape[2] > 1 or own_scores):
         return _computed(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
     if own_scores:
         raise ConversionError(
-            "softcap and sink logits cannot be computed with dropout", hint="set attention_dropout to 0"
+            "softcap and sink logits are not supported with dropout", hint="set attention_dropout to 0"
         )
     allowed = _with_pattern(mask, found, query, key)
     out, _ = sdpa_attention_forward(
@@ -139,14 +139,14 @@ def _left(mask: Tensor, kv_len: int, past: Past | None) -> Tensor:
         return mask
     if past is None or mask.shape[-1] < kv_len:
         raise ConversionError(
-            f"the mask is for {mask.shape[-1]} keys, the cache gave {kv_len}",
-            hint="generate with the default cache, or give the window to all layers that slide",
+            f"the mask has {mask.shape[-1]} keys, but the cache returned {kv_len}",
+            hint="generate with the default cache, or apply the window to all sliding layers",
         )
     return torch.cat([mask[..., : past.sinks], mask[..., mask.shape[-1] - kv_len + past.sinks :]], dim=-1)
 
 
 def _with_pattern(mask: Tensor | None, pattern: Pattern, q: Tensor, k: Tensor) -> Tensor | None:
-    """Mask and pattern as one dense mask; None where everything is seen."""
+    """Mask and pattern as one dense mask; None if everything is visible."""
     L, S = q.shape[2], k.shape[2]
     if not pattern.is_per_head and clipped(pattern.reach(S - L, S - 1, S).all, S) == ((0, S),):
         return mask

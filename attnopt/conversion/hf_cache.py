@@ -1,4 +1,4 @@
-"""A cache layer of transformers' that keeps only what a pattern can still see: the first tokens and the recent ones."""
+"""A transformers cache layer that keeps only what a pattern can still see: the first tokens and the recent ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 from attnopt.errors import AttnoptError
 from attnopt.patterns.lookback import Past
 
-SPARE = 64  # tokens of the last update that can be taken back
+SPARE = 64  # tokens of the last update that can be removed again
 
 
 class RollingLayer(DynamicLayer):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         self.past = past
         self.cumulative_length = 0  # all tokens that were ever added
         self.record_past = False
-        self._removable = 0  # tokens that `crop` can take back after something was dropped
+        self._removable = 0  # tokens that `crop` can remove after something was dropped
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The kept and the new keys and values, [B, G, S, D] each."""
@@ -53,13 +53,13 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         if self.record_past or keys.shape[-2] <= sinks + recent + SPARE:
             self.keys, self.values = keys, values
             self._removable = self._removable + added if self.record_past else added
-        else:  # copied, so that what is dropped is freed
+        else:  # copied, so dropped tokens are freed
             self.keys, self.values = (torch.cat(_ends(t, sinks, recent + SPARE), dim=-2) for t in (keys, values))
             self._removable = min(added, SPARE)
         return keys, values
 
     def activate_past_recording(self) -> None:
-        """Keep everything until ``crop`` is called, which can then take back all that came in between."""
+        """Keep everything until ``crop`` is called, which can then remove all tokens added in between."""
         self.record_past = True
         self._removable = 0
 
@@ -71,8 +71,8 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
             return
         if self.keys.shape[-2] < self.cumulative_length and -tokens_to_remove > self._removable:
             raise RuntimeError(
-                f"{-tokens_to_remove} tokens cannot be taken back, because earlier ones were dropped from the cache; "
-                "a model with patterns can be assisted, but cannot assist"
+                f"{-tokens_to_remove} tokens cannot be removed: the cache has already dropped earlier ones; "
+                "a model with patterns can use an assistant model, but cannot be one"
             )
         if tokens_to_remove:
             self.keys, self.values = self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]
@@ -89,13 +89,13 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As of a cache that keeps everything: masks are made for all tokens, and cut to what is left where they are used."""
+        """As in a cache that keeps everything: masks cover all tokens, and are cut to the kept ones on use."""
         return self.cumulative_length + query_length, 0
 
 
 def _ends(t: Tensor, sinks: int, recent: int) -> list[Tensor]:
-    """The first and the last tokens of [.., S, D], as views; all of them where there are no more."""
-    length = t.shape[-2] if t.dim() > 1 else 0  # nothing at all, before the first update
+    """The first and the last tokens of [.., S, D], as views; all of them if there are no more."""
+    length = t.shape[-2] if t.dim() > 1 else 0  # empty before the first update
     return [t] if length <= sinks + recent else [t[..., :sinks, :], t[..., length - recent :, :]]
 
 
@@ -123,13 +123,13 @@ class UseRollingCache:
         from_the_end = self.past is not None and self.past.sinks == 0
         if isinstance(now, DynamicSlidingWindowLayer) and not from_the_end:
             raise AttnoptError(
-                f"layer {layer} has a sliding window of its own, whose cache drops tokens that the pattern counts from",
-                hint="leave the layer out of the policy, or give it a window without sinks",
+                f"layer {layer} has its own sliding window, whose cache drops tokens that the pattern needs",
+                hint="exclude the layer from the policy, or use a window without sinks",
             )
         if not isinstance(now, DynamicLayer):
             raise AttnoptError(
-                f"layer {layer} of the cache is a {type(now).__name__}, whose keys do not end with the newest",
-                hint="generate with the default cache, or another dynamic one",
+                f"layer {layer} of the cache is a {type(now).__name__}, whose last keys are not the newest",
+                hint="generate with the default cache or another dynamic cache",
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether a converted model computes what it should, and decodes as well as the model that it comes from."""
+"""Verification of a converted model: its outputs, and its decoding compared with the original model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Decoding:
 
 
 class Judge:
-    """Compares models with graphs of their parts, on the example inputs and at another size where a graph has room for it,
+    """Compares models with graphs of their parts, on the example inputs and at another size if a graph allows it,
     and reads the example text token by token."""
 
     def __init__(self, graphs: Sequence[tuple[Part, fx.GraphModule]], decoding: Decoding) -> None:

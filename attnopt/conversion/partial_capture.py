@@ -1,4 +1,4 @@
-"""A model as one captured program, or where none takes it whole as one for each of its attention modules."""
+"""A model as one captured program or, if that is impossible, as one per attention module."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Part:
 
     @property
     def plans(self) -> list[Plan]:
-        """What is to be changed, with all that can be in the weights moved there."""
+        """The changes, with everything possible folded into the weights."""
         plans = [d.plan for d in self.made.decisions if d.plan is not None and not d.plan.changes_nothing]
         return [folded(plan.found, plan) for plan in plans]
 
 
 def parts_of(model: nn.Module, policy: Any, inputs: Inputs, batches: Sequence[Inputs], options: Options) -> list[Part]:
-    """The whole model, or its attention modules as the example inputs come to them.  Raises CaptureError."""
+    """The whole model, or its attention modules with the inputs they receive from the example.  Raises CaptureError."""
     chosen = Policy.of(policy)
     try:
         return [Part(compiled(model, chosen, inputs, batches, options))]
@@ -56,7 +56,7 @@ def parts_of(model: nn.Module, policy: Any, inputs: Inputs, batches: Sequence[In
     if unmatched:
         listed = ", ".join(map(repr, names))
         raise PolicyError(f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}")
-    warn(f"the model could not be captured whole: {len(found)} of its modules were, each with the inputs that it gets")
+    warn(f"the model could not be captured as a whole: {len(found)} of its modules were captured separately")
     return found
 
 
@@ -81,7 +81,7 @@ def _regions(
     left = options.limit
     for region in attention_regions(model, [inputs, *batches]):
         if not region.inputs or any(_holds_cache(given) for given in region.inputs):
-            continue  # a cache inside a captured region would not be updated
+            continue  # a cache inside a captured module would not be updated
         made = _captured(model, region, policy, bool(batches), replace(options, limit=left))
         if made is None or not made.decisions:
             continue
@@ -95,7 +95,7 @@ def _captured(model: nn.Module, region: Region, policy: Policy, calibrates: bool
     own = Policy((("*", policy.passes_for(region.name)),))
     example, *batches = region.inputs
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AttnoptWarning)  # that a region holds no attention is no news
+        warnings.simplefilter("ignore", AttnoptWarning)  # a module without attention needs no warning
         try:
             return compiled(InPlace(model, region.name), own, example, batches if calibrates else [], options, None)
         except CaptureError:

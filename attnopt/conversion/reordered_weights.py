@@ -15,12 +15,12 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.lower import Plan, edited_parameters
 from attnopt.match.projections import landings
 
-REMEDY = "use attnopt.optimize, whose graph can hold any heads"
+REMEDY = "use attnopt.optimize, whose graph can represent any heads"
 
 
 @dataclass(frozen=True)
 class HeadOrder:
-    """Original numbers of query and key/value heads, in the order in which a converted module holds them."""
+    """Original numbers of query and key/value heads, in the order of a converted module."""
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
@@ -31,9 +31,9 @@ class HeadOrder:
 
 
 def head_order(plan: Plan) -> HeadOrder:
-    """Query heads beside those that read the same keys, as classes with grouped heads take them: every group of one size.
+    """Query heads ordered by the keys that they read, as classes with grouped heads require: all groups of equal size.
 
-    Raises ConversionError where the groups are of several sizes.
+    Raises ConversionError if group sizes differ.
     """
     before, after = plan.found.raised.spec, plan.spec
     readers = [
@@ -42,16 +42,16 @@ def head_order(plan: Plan) -> HeadOrder:
     sizes = sorted({len(heads) for heads in readers})
     if len(sizes) != 1:
         raise ConversionError(
-            f"its key/value heads would serve {' and '.join(map(str, sizes))} query heads, and a class holds groups of one size",
+            f"its key/value heads would serve {' and '.join(map(str, sizes))} query heads, but model classes need equal groups",
             site=plan.found.site.name,
-            hint=f'keep as many query heads for each key/value head (GroupedQuery: grouping="adjacent"), or {REMEDY}',
+            hint=f'keep the same number of query heads per key/value head (GroupedQuery: grouping="adjacent"), or {REMEDY}',
         )
     by_turns = list(zip(*readers, strict=True)) if _is_tiled(before) else readers
     return HeadOrder(tuple(h for run in by_turns for h in run), after.kv_heads)
 
 
 def _is_tiled(spec: AttentionSpec) -> bool:
-    """Query head h reads key/value head h % G where there are several groups of several heads."""
+    """Query head h reads key/value head h % G, with several groups of several heads."""
     G = spec.num_kv_heads
     return 1 < G < spec.num_heads and all(g == h % G for h, g in enumerate(spec.kv_of_head))
 
@@ -64,14 +64,14 @@ def reshaped(model: nn.Module, plans: Sequence[Plan]) -> dict[str, Tensor]:
         for name, value in _of_site(plan).items():
             if name not in known:
                 raise ConversionError(
-                    f"{name} is no parameter of {type(model).__name__}", site=plan.found.site.name, hint=REMEDY
+                    f"{name} is not a parameter of {type(model).__name__}", site=plan.found.site.name, hint=REMEDY
                 )
             others = made.setdefault(name, value)
             if others is not value and not torch.equal(others, value):
                 raise ConversionError(
-                    f"{name} serves several attentions, which would need different weights",
+                    f"{name} is shared by several attentions, which would need different weights",
                     site=plan.found.site.name,
-                    hint=f"give all of them the same heads, or {REMEDY}",
+                    hint=f"rewrite all of them to the same heads, or {REMEDY}",
                 )
     return made
 
@@ -80,7 +80,7 @@ def _of_site(plan: Plan) -> dict[str, Tensor]:
     site, order = plan.found.site, head_order(plan)
     if plan.spec.gains is not None or plan.spec.after:
         raise ConversionError(
-            "what the passes do to the outputs of its heads cannot be folded into an output projection",
+            "the edits of its head outputs cannot be folded into the output projection",
             site=site.name,
             hint=REMEDY,
         )
@@ -94,16 +94,16 @@ def _of_site(plan: Plan) -> dict[str, Tensor]:
     return values
 
 
-Held = tuple[Sequence[Sequence[int]], Sequence[int]]  # the places of each head, and the heads that stay, in their order
+Held = tuple[Sequence[Sequence[int]], Sequence[int]]  # the indices of each head, and the remaining heads, in order
 
 
 def _axes(site: Site, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]]]:
-    """Each projection that holds heads, the axis along which it holds them, and which these are."""
+    """Each projection with heads, the head axis, and the heads."""
     found: dict[tuple[str, int], list[str]] = {}
     for role in ("q", "k", "v", "out"):
         p = site.projections[role]
         if p.rows is None or p.weight is None:
-            raise ConversionError(f"its {role} weights cannot be made smaller: {p.why}", site=site.name, hint=REMEDY)
+            raise ConversionError(f"its {role} weights cannot be reduced: {p.why}", site=site.name, hint=REMEDY)
         found.setdefault((p.weight, int(p.transposed != (role == "out"))), []).append(role)
         if p.bias is not None and role != "out":
             found.setdefault((p.bias, 0), []).append(role)
@@ -138,7 +138,7 @@ def _is_parameter(node: fx.Node) -> bool:
 
 
 def _arranged(held: Sequence[Held], length: int) -> list[int]:
-    """For each place that remains along the axis, the old place that comes there; places of no head stay as they are."""
+    """For each remaining index along the axis, its old index; indices outside heads are unchanged."""
     source: dict[int, int | None] = {}
     for rows, wanted in held:
         taken = dict(zip(sorted(wanted), wanted, strict=True))  # a slot that stays -> the head that comes into it
@@ -149,7 +149,7 @@ def _arranged(held: Sequence[Held], length: int) -> list[int]:
 
 
 def put_into(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Replace parameters of ``model``, everywhere they are used, and let the layers that hold them know their sizes."""
+    """Replace parameters of ``model`` everywhere, and update the sizes in the layers that own them."""
     known = dict(model.named_parameters(remove_duplicate=False))
     new: dict[int, nn.Parameter] = {}
     for name, value in values.items():
@@ -170,5 +170,5 @@ def _resize(layer: nn.Module) -> None:
         layer.out_features, layer.in_features = weight.shape
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = weight.shape
-    elif weight.dim() == 2 and hasattr(layer, "nf"):  # transformers' Conv1D, which holds the weight as (in, out)
+    elif weight.dim() == 2 and hasattr(layer, "nf"):  # transformers' Conv1D, which stores the weight as (in, out)
         layer.nx, layer.nf = weight.shape  # type: ignore[assignment]

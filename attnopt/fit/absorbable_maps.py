@@ -1,8 +1,8 @@
-"""Which linear maps of a head's features can be moved into its projection, found by trying them.
+"""Absorbable transforms: linear maps of head features that can be folded into the projection, found by trial.
 
-With ``M`` [D, D], the rows of a head in the projection become ``M' W`` and its bias ``M' b``.  Where the features reach the
-core as they are projected (or scaled), the core then sees ``x M`` for any M.  After a rotary position encoding that holds
-only for maps that act on each rotated pair of features as one complex number; after a norm it holds for none.
+With ``M`` [D, D], the rows of a head in the projection become ``M' W`` and its bias ``M' b``.  If the features reach the
+core directly from the projection (or scaled), the core then sees ``x M`` for any M.  After rotary positions this holds
+only for maps that act on each rotated pair of features as one complex number; after a norm, for none.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ROUNDING = 3.0  # how much more than one operator's rounding a whole projection 
 
 @dataclass(frozen=True)
 class Mixing:
-    """``pairs`` is None where any map may be moved; else the pairs of features that stay together as complex numbers."""
+    """``pairs``: None if any map can be folded; otherwise the pairs of features that act as complex numbers."""
 
     pairs: Pairs | None = None
 
 
 def mixing_of_scores(site: Site) -> Mixing | None:
-    """What can be moved into both the query and the key projection; None where nothing can."""
+    """The maps that can be folded into both the query and the key projection; None if there are none."""
 
     def found() -> Mixing | None:
         for candidate in (None, *_pairings(site.head_dim)):
@@ -99,7 +99,7 @@ def _trial(pairs: Pairs | None, size: int) -> Tensor:
 
 
 def _pairings(size: int) -> list[Pairs]:
-    """Halves or neighbours, of all features or of the first half or quarter where only these are rotated."""
+    """Halves or neighbours, of all features or of the rotated first half or quarter."""
     found: list[Pairs] = []
     for part in (size, size // 2, size // 4):
         if part < 2 or part % 2 or size % 2:

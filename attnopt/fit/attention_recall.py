@@ -1,4 +1,4 @@
-"""How much of the attention a selection of blocks keeps."""
+"""Attention recall: how much of the attention probability a block selection keeps."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def kept_mass(
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """For each sequence and head the share of attention probability on the blocks that ``spec.selection`` keeps: [B, H].
+    """The attention recall of ``spec.selection`` for each sequence and head: the probability on its kept blocks, [B,
+    H].
 
-    Operands as of ``Attend``.  Without a selection it is 1.
+    Operands as in ``Attend``.  Without a selection it is 1.
     """
     q_len, kv_len = q_BHLD.shape[2], k_BGSD.shape[2]
     if spec.selection is None:
@@ -44,8 +45,9 @@ def kept_mass(
 def measured(
     gm: fx.GraphModule, specs: Mapping[fx.Node, AttentionSpec], batches: Sequence[Sequence[Any]]
 ) -> dict[fx.Node, Tensor]:
-    """For each canonical attention in ``gm`` the kept mass of every head [H], averaged over the sequences of the batches,
-    which hold a value for each placeholder."""
+    """For each canonical attention in ``gm``, the attention recall of every head [H], averaged over the sequences of
+    the batches, which hold a value for each placeholder.
+    """
     found: dict[fx.Node, list[Tensor]] = {node: [] for node in specs}
     with torch.no_grad():
         for batch in batches:
@@ -54,7 +56,7 @@ def measured(
 
 
 class _Operands(fx.Interpreter):
-    """Runs what the operands of the attentions need, and nothing else."""
+    """Runs only what the operands of the attentions need."""
 
     def __init__(
         self, gm: fx.GraphModule, specs: Mapping[fx.Node, AttentionSpec], found: Mapping[fx.Node, list[Tensor]]

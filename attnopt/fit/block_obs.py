@@ -3,7 +3,7 @@
 OSSCAR, arXiv:2403.12983; Optimal BERT Surgeon, arXiv:2203.07259.
 
 With A = Z'Z + reg I over the features of the heads that are left and W the best output weights for them, taking head h
-out raises the squared error by tr(W_h' [(A^-1)_hh]^-1 W_h), and what is left has its best weights again.
+out raises the squared error by tr(W_h' [(A^-1)_hh]^-1 W_h), and the remaining heads have optimal weights again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from attnopt.fit.least_squares import Moments
 
 SHRINKAGE = 1e-3  # of the mean square of a feature
-ENUMERATED = 64  # at most so many sets are tried one by one
+ENUMERATED = 64  # at most this many sets are tried exhaustively
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Surgeon:
     has_bias: bool
 
     def removal_costs(self, places: Sequence[int]) -> list[float]:
-        """For each head at ``places``, by how much the squared error rises, relative to the targets', without it."""
+        """For each head at ``places``, the increase of the squared error without it, relative to the targets."""
         inverse, weights = self._solved(places)
         return [c / max(self.moments.yy, 1e-300) for c in self._costs(inverse, weights, len(places))]
 
     def nested(self, protected: Sequence[int] = (), least: int = 1) -> dict[int, tuple[int, ...]]:
-        """For each number of heads the best set of places that was found: the cheapest head goes, then heads outside are
-        swapped in as long as that helps; all sets are tried where they are few.  ``protected`` places stay."""
+        """For each number of heads, the best set of positions found: the cheapest head is removed, then outside heads are
+        swapped in while that helps; few sets are tried exhaustively.  ``protected`` positions stay."""
         places = tuple(range(self.heads))
         found = {self.heads: places}
         while len(places) > max(least, len(protected)):
@@ -52,7 +52,7 @@ class Surgeon:
         return found
 
     def error(self, places: Sequence[int], compensate: str = "least-squares") -> float:
-        """Squared error with these heads alone, relative to the targets, their weights as ``compensate`` leaves them."""
+        """Squared error with only these heads, relative to the targets, with weights according to ``compensate``."""
         if compensate == "least-squares":
             a, r, features = self._system(places)
             return self.moments.of(features).error(torch.linalg.solve(a, r))
@@ -70,7 +70,7 @@ class Surgeon:
         return tuple(p for p in places if p != least)
 
     def _swapped(self, places: tuple[int, ...], protected: Sequence[int]) -> tuple[int, ...]:
-        """Bring in the head that helps most, take out the one that is missed least; until these are the same."""
+        """Add the most useful head and remove the least useful one, until both are the same."""
         error = self.error(places)
         while True:
             outside = [p for p in range(self.heads) if p not in places]

@@ -1,4 +1,4 @@
-"""What the heads that remain do for those that are gone: a new output bias, or a new output projection."""
+"""Compensation for removed heads: a new output bias, or a new output projection."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ def surgeon_of(site: Site) -> Surgeon:
 
 
 def bias_for(site: Site, spec: AttentionSpec, heads: Sequence[int] | None = None) -> Rewrite:
-    """The ``heads`` (of ``spec``, unless given) as they are, the mean of what the others gave in the bias (FLAP,
+    """Keep the ``heads`` (of ``spec`` by default) and add the mean output of the others to the bias (FLAP,
     arXiv:2312.11983)."""
     heads = spec.heads if heads is None else heads
     bias = site.out_bias()
     if bias is None:
-        return Rewrite(spec, notes=("the output projection has no bias, nothing was compensated",))
+        return Rewrite(spec, notes=("the output projection has no bias, so nothing was compensated",))
     now, _ = _learned(site)
     both = combined([m.of(_features(site, heads)) for m in moments(now, site.spec)])
     left = _weights_of(site, heads)
     wrong = (both.zy[-1] - both.zz[-1] @ left) / both.zz[-1, -1]
-    return Rewrite(spec, out_bias=bias.double() + wrong, notes=("the mean of what is gone is in the output bias",))
+    return Rewrite(
+        spec,
+        out_bias=bias.double() + wrong,
+        notes=("the mean output of the removed heads was added to the output bias",),
+    )
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,15 @@ class Refitted:
     note: str
 
     def rewrite(self, name: str, edits: Sequence[HeadWeights] = (), notes: Sequence[str] = ()) -> Rewrite:
-        """With the edits and notes of the pass ``name`` that asked for it."""
+        """With the edits and notes of the pass ``name``."""
         out, bias = out_edits(self.site, self.spec, self.weights)
         return Rewrite(self.spec, (*edits, *out), bias, (*notes, f"{name}: {self.note}"))
 
 
 def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, start: Tensor | None = None) -> Refitted:
-    """The output projection of the heads of ``spec`` fitted to what the layer gives in the original model.
+    """Fit the output projection of the heads of ``spec`` to the layer output in the original model.
 
-    ``now``: what the site computes, where its weights are others by now; ``start``: the output weights to start from.
+    ``now``: the current activations of the site, if its weights have changed; ``start``: the initial output weights.
     Raises CalibrationError.
     """
     known, _ = _learned(site)
@@ -70,7 +74,7 @@ def refitted(site: Site, spec: AttentionSpec, now: Activations | None = None, st
     )
     found = fit(fitting, held if held.tokens else fitting, start, site.out_bias() is not None)
     note = (
-        f"least squares on {fitting.tokens} tokens: error of the layer on {held.tokens} held-back ones "
+        f"least squares on {fitting.tokens} tokens: layer error on {held.tokens} held-out tokens "
         f"{found.before:.3f} -> {found.after:.3f} (step {found.step:g})"
     )
     return Refitted(site, spec, found.weights, found.after, note)
@@ -80,9 +84,9 @@ def _learned(site: Site) -> tuple[Activations, Tensor]:
     weights = output_weights(site, site.original)
     if site.activations is None or weights is None or not site.projections["out"].direct:
         raise CalibrationError(
-            "its output projection cannot be fitted without calibration data, known columns and heads that reach it as they are",
+            "fitting its output projection needs calibration data, known columns and heads that reach it unchanged",
             site=site.name,
-            hint="give calibration= to attnopt.optimize",
+            hint="pass calibration= to attnopt.optimize",
         )
     return site.activations, weights
 
@@ -94,7 +98,7 @@ def _weights_of(site: Site, heads: Sequence[int]) -> Tensor:
 
 
 def _features(site: Site, heads: Sequence[int]) -> Tensor:
-    """Where the features of ``heads``, which are some of the site's, stand among the site's, and the ones."""
+    """The columns of ``heads``, a subset of the site's heads, and of the ones."""
     Dv = site.value_dim
     places = [site.spec.heads.index(h) for h in heads]
     return torch.tensor([*(p * Dv + i for p in places for i in range(Dv)), site.num_heads * Dv])

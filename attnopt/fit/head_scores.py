@@ -1,4 +1,4 @@
-"""How much each head of one site is worth, from its weights and from what it computes on calibration data."""
+"""Head scores of one site, from its weights and its activations on calibration data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnopt.ir.site import Site
 
 
 def weight_norms(site: Site) -> list[float]:
-    """Frobenius norm of what each head does to its input: value weights times output weights times gain."""
+    """Frobenius norm of the map of each head: value weights times output weights times gain."""
     return [_norm(site, place) for place in range(site.num_heads)]
 
 
@@ -24,14 +24,14 @@ def _norm(site: Site, place: int) -> float:
     value = site.head_weight("v", spec.kv_heads[spec.kv_of_head[place]])
     out = site.head_weight("out", spec.heads[place])
     if value is None or out is None:
-        raise CalibrationError("its value or output projection is not known", site=site.name)
+        raise CalibrationError("its value or output projection is unknown", site=site.name)
     value, out = value.double(), out.double()
     squared = ((value @ value.mT) * (out @ out.mT)).sum()  # |V'O|^2 without the [in, out] product
     return float(squared.clamp(min=0).sqrt()) * abs(1.0 if spec.gains is None else spec.gains[place])
 
 
 def output_norms(site: Site) -> list[float]:
-    """Mean over tokens of |z_h W_o,h|: the length of what the head adds to the layer's output."""
+    """Mean over tokens of |z_h W_o,h|: the norm of the head's contribution to the layer output."""
     total, tokens = torch.zeros(site.num_heads, dtype=torch.float64), 0
     out = output_maps(site)
     for z_NHD in _outputs(site):
@@ -53,17 +53,17 @@ def wanda(site: Site) -> list[float]:
 
 
 def mean_outputs(site: Site) -> Tensor:
-    """[H, Dv] in float64: what each head gives on average over the calibration tokens that are no padding."""
+    """[H, Dv] in float64: mean output of each head over the calibration tokens without padding."""
     return _feature_moments(site)[0]
 
 
 def removal_costs(site: Site) -> list[float]:
-    """Block OBS: the rise of the layer's squared error without the head, when the others make up for it as they can."""
+    """Block OBS: the increase of the layer's squared error without the head, with optimal compensation by the others."""
     return surgeon_of(site).removal_costs(range(site.num_heads))
 
 
 def focus(site: Site) -> list[float]:
-    """One minus the entropy of the head's attention weights, relative to that of uniform weights over what is seen."""
+    """One minus the entropy of the attention weights, relative to uniform weights over the visible keys."""
     total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
     for p_NHS, _ in _weights(site):
         entropy = torch.special.entr(p_NHS).sum(-1)
@@ -74,7 +74,7 @@ def focus(site: Site) -> list[float]:
 
 
 def locality(site: Site) -> list[float]:
-    """Minus the mean distance, in tokens, between a query and what it attends to."""
+    """Negative mean distance, in tokens, between a query and the keys that it attends to."""
     total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
     for p_NHS, distance_NS in _weights(site):
         total -= (p_NHS * distance_NS[:, None]).sum(-1).sum(0)
@@ -84,20 +84,20 @@ def locality(site: Site) -> list[float]:
 
 def _seen(site: Site) -> Activations:
     if site.activations is None or site.activations.tokens == 0:
-        raise CalibrationError("there is no calibration data for it", site=site.name, hint="give calibration batches")
+        raise CalibrationError("there is no calibration data for it", site=site.name, hint="pass calibration batches")
     return site.activations
 
 
 def output_maps(site: Site) -> Tensor:
-    """Output weights [H, Dv, out] of the heads that are left, in float64.  Raises CalibrationError where they are unknown."""
+    """Output weights [H, Dv, out] of the remaining heads, in float64.  Raises CalibrationError if unknown."""
     weights = output_weights(site, site.original)
     if weights is None:
         out = site.projections.get("out")
         why = out.why if out is not None and out.why else "it was not found"
-        raise CalibrationError(f"the output projection is not known: {why}", site=site.name)
+        raise CalibrationError(f"the output projection is unknown: {why}", site=site.name)
     if not site.projections["out"].direct:
         raise CalibrationError(
-            "what its heads give is scaled on the way to the output projection",
+            "the head outputs are scaled before the output projection",
             site=site.name,
             hint='choose "ablation", which needs no projection',
         )
@@ -112,7 +112,7 @@ def _outputs(site: Site) -> Iterator[Tensor]:
 
 
 def _feature_moments(site: Site) -> tuple[Tensor, Tensor, int]:
-    """Mean and mean square [H, Dv] of the heads' outputs, and the number of tokens."""
+    """Mean and mean square [H, Dv] of the head outputs, and the number of tokens."""
     total, square, tokens = torch.zeros(()), torch.zeros(()), 0
     for z in _outputs(site):
         total, square, tokens = total + z.sum(0), square + z.square().sum(0), tokens + len(z)

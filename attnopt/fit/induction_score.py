@@ -1,4 +1,4 @@
-"""Heads that look up what came after the same token before."""
+"""Induction heads: attention to the successor of an earlier occurrence of the query token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnopt.ir.site import Site
 
 def retrieval(site: Site, batches: Sequence[Inputs]) -> tuple[float, ...]:
     """Mean attention from each token to those that followed its earlier occurrences (arXiv:2209.11895), over the tokens
-    that have any.  Raises CalibrationError where the model takes no token ids."""
+    that have any.  Raises CalibrationError if the model takes no token ids."""
     assert site.activations is not None
     total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
     seen = site.activations
@@ -29,9 +29,7 @@ def retrieval(site: Site, batches: Sequence[Inputs]) -> tuple[float, ...]:
         total += mass.sum(0)
         rows += len(mass)
     if not rows:
-        raise CalibrationError(
-            "no token occurs twice in the calibration data", site=site.name, hint="give longer texts"
-        )
+        raise CalibrationError("no token occurs twice in the calibration data", site=site.name, hint="use longer texts")
     return tuple((total / rows).tolist())
 
 
@@ -41,5 +39,5 @@ def _token_ids(site: Site, batch: Inputs, p: Tensor) -> Tensor:
         if isinstance(x, Tensor) and not x.is_floating_point() and tuple(x.shape) == (B, L) and L == S:
             return x
     raise CalibrationError(
-        f"the model takes no token ids of shape {(B, L)}", site=site.name, hint="choose another method"
+        f"the model has no token ids input of shape {(B, L)}", site=site.name, hint="choose another method"
     )

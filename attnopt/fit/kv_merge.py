@@ -1,9 +1,9 @@
-"""Several key/value heads as one: which maps take each head to the shared one, and what of it is lost.
+"""Merging key/value heads: the maps from each head to the shared one, and the loss.
 
 Keys of head g are seen as ``N_g = K_g S_g``, where S_g S_g' is the second moment of the queries that read them, so that an
 error in N_g is an error in the scores.  A shared key ``c = sum_g N_g U_g`` with U the leading eigenvectors of the group's
 joint moments gives back ``N_g ~ c U_g'``: the best approximation of the scores of its rank (Eckart-Young).  Values go the
-same way with the output weights in the place of the queries.  Where positions are rotated, this holds per frequency, with
+same way with the output weights instead of the queries.  With rotary positions, this holds per frequency, with
 complex numbers.
 """
 
@@ -19,12 +19,12 @@ from attnopt.fit.absorbable_maps import Mixing, as_real
 from attnopt.ir.activations import Activations
 from attnopt.ir.site import Site
 
-FLOOR = 1e-6  # of the largest eigenvalue: what is smaller counts as that
+FLOOR = 1e-6  # of the largest eigenvalue: smaller ones are clamped to it
 
 
 @dataclass(frozen=True)
 class Merged:
-    """For each head of a group the map into the shared head, and the map from the shared head to what reads it."""
+    """For each head of a group, the map into the shared head, and the map from the shared head to its readers."""
 
     into: tuple[Tensor, ...]
     back: tuple[Tensor, ...]
@@ -44,7 +44,7 @@ class Side:
     pairs: tuple[tuple[int, int], ...] | None = None
 
     def loss(self, groups: Sequence[Sequence[int]]) -> Tensor:
-        """For each group (all of one size) the share of all moments that one head cannot carry."""
+        """For each group (all of equal size), the fraction of the moments that one head cannot represent."""
         total = _trace(self.moments)
         if len(groups[0]) == 1:
             return torch.zeros(len(groups), dtype=torch.float64)
@@ -67,7 +67,7 @@ class Side:
         )
 
     def align(self, group: Sequence[int]) -> Merged:
-        """The mean of the heads, each turned toward the first (arXiv:2412.20677): orthogonal maps lose nothing."""
+        """The mean of the heads, each aligned with the first (arXiv:2412.20677): orthogonal maps are lossless."""
         turns = [self._turn(g, group[0]) for g in group]
         return Merged(tuple(t / len(group) for t in turns), tuple(turns))
 
@@ -93,7 +93,7 @@ class Side:
 
 
 def keys_of(site: Site, activations: Activations, mixing: Mixing, weighted: bool) -> Side:
-    """Keys, centred in each sequence (what all keys share changes no attention).  ``weighted``: by the queries."""
+    """Keys, centred in each sequence (a common offset does not change the attention).  ``weighted``: by the queries."""
     spec = site.spec
     G, D = site.num_kv_heads, site.head_dim
     readers = [[n for n, g in enumerate(spec.kv_of_head) if g == kv] for kv in range(G)]
@@ -164,7 +164,7 @@ def _paired(k_moments: Tensor, q_moments: Tensor | None, pairs: tuple[tuple[int,
 
 def _rest(blocks: Tensor, kept: int) -> Tensor:
     """The sum of all but the ``kept`` largest eigenvalues of each matrix."""
-    narrow = torch.complex64 if blocks.is_complex() else torch.float32  # groups are only compared with each other
+    narrow = torch.complex64 if blocks.is_complex() else torch.float32  # only compared between groups
     rest: Tensor = torch.linalg.eigvalsh(blocks.to(narrow)).double()[..., :-kept].clamp(min=0).sum(-1)
     return rest
 

@@ -10,8 +10,8 @@ from itertools import combinations, pairwise
 import torch
 
 Group = tuple[int, ...]
-Loss = Callable[[Sequence[Group]], torch.Tensor]  # groups of one size -> what each loses
-SEARCHED = 800  # at most so many groups are weighed one by one for the exact search
+Loss = Callable[[Sequence[Group]], torch.Tensor]  # groups of equal size -> the loss of each
+SEARCHED = 800  # at most this many groups in the exact search
 
 
 def adjacent(heads: int, count: int) -> tuple[Group, ...]:
@@ -36,10 +36,10 @@ def agglomerated(heads: int, loss: Loss) -> dict[int, tuple[Group, ...]]:
 
 
 def optimal(heads: int, loss: Loss, counts: Sequence[int]) -> dict[int, tuple[Group, ...]]:
-    """For each of ``counts`` the partition whose losses add up to least.
+    """For each of ``counts``, the partition with the least total loss.
 
-    Exact among groups that are small enough to weigh them all (dynamic programming over subsets); compared with what
-    joining pair by pair gives, where groups may be larger.
+    Exact for few enough groups (dynamic programming over subsets); compared with the result of
+    pairwise joining, where groups may be larger.
     """
     joined = agglomerated(heads, loss)
     largest = 1
@@ -91,7 +91,7 @@ def _partitions(heads: int, known: dict[Group, float]) -> Callable[[int, int], t
 def queries_by_norm(norms: Sequence[float], heads: int) -> tuple[int, ...]:
     """KDGQA (arXiv:2408.08454): how many query heads each key/value head gets, by the size of its keys.
 
-    Proportional to the norms above their least; then the largest give to those without any until none is starved.
+    Proportional to the norms above their minimum; then the largest give to empty groups until none is empty.
     """
     least, most = min(norms), max(norms)
     share = [(n - least) / (most - least) if most > least else 1.0 for n in norms]

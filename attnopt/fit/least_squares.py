@@ -1,6 +1,6 @@
-"""The output projection fitted anew in closed form, so that the layer gives what it gave before its heads were changed.
+"""Closed-form refit of the output projection to the layer output before the heads were changed.
 
-Least squares with shrinkage toward today's weights, from moments in float64; accepted as far as held-back data agree
+Least squares with shrinkage toward the current weights, from float64 moments; accepted as far as held-out data agree
 (OSSCAR, arXiv:2403.12983; the guard is a line search between the old weights and the new ones).
 """
 
@@ -38,13 +38,13 @@ class Moments:
         return max(squared, 0.0) / max(self.yy, torch.finfo(torch.float64).tiny)
 
     def of(self, features: Tensor) -> Moments:
-        """Of some of the features alone."""
+        """Restricted to some features."""
         return replace(self, zz=self.zz[features][:, features], zy=self.zy[features])
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Weights [features, out], the share of the way that was taken, and the held-back error before and after."""
+    """Weights [features, out], the step size, and the held-out error before and after."""
 
     weights: Tensor
     step: float
@@ -54,7 +54,7 @@ class Fitted:
 
 def output_weights(site: Projected, original: Projected | None = None) -> Tensor | None:
     """Today's [H * Dv + 1, out] of the heads that are left, in the last row how far the bias is from the original
-    model's; None where they are not known."""
+    model's; None if unknown."""
     found = [w.double() for h in site.spec.heads if (w := site.head_weight("out", h)) is not None]
     if len(found) < site.num_heads:
         return None
@@ -71,8 +71,8 @@ def with_ones(z_BHLD: Tensor, counted: Tensor) -> Tensor:
 
 
 def moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
-    """Of what the heads of ``spec`` give now, against what the layer's heads give together in the original model: on the
-    tokens to fit on, and on those that are held back."""
+    """Of the current outputs of the heads of ``spec`` against the output of the layer in the original model: on the
+    tokens to fit on, and on the held-out ones."""
     return now.once("moments", spec, lambda: _moments(now, spec))
 
 
@@ -105,7 +105,7 @@ class Sums:
 
 
 def ridge(m: Moments, toward: Tensor, strength: float) -> Tensor:
-    """argmin |Y - Z w|^2 + reg |w - toward|^2, the column of ones not shrunk more than its scale asks for."""
+    """argmin |Y - Z w|^2 + reg |w - toward|^2, with the column of ones regularized according to its scale."""
     scale = float(m.zz.diagonal()[:-1].mean()) if len(m.zz) > 1 else 1.0
     reg = strength * max(scale, torch.finfo(torch.float64).tiny)
     a = m.zz + reg * torch.eye(len(m.zz), dtype=m.zz.dtype, device=m.zz.device)
@@ -115,8 +115,8 @@ def ridge(m: Moments, toward: Tensor, strength: float) -> Tensor:
 
 
 def fit(fitting: Moments, held: Moments, today: Tensor, has_bias: bool) -> Fitted:
-    """The weights with the least error on the held-back moments, among ridge solutions and steps toward them; today's
-    where none is better.  ``has_bias``: the column of ones may be used."""
+    """The weights with the least error on the held-out moments, among ridge solutions and steps toward them; the current
+    ones if none is better.  ``has_bias``: the column of ones may be used."""
     features = torch.arange(len(today) if has_bias else len(today) - 1, device=today.device)
     some, check, start = fitting.of(features), held.of(features), today[features]
     best = Fitted(start, 0.0, check.error(start), check.error(start))
@@ -133,7 +133,7 @@ def fit(fitting: Moments, held: Moments, today: Tensor, has_bias: bool) -> Fitte
 
 
 def out_edits(site: Site, spec: AttentionSpec, weights: Tensor) -> tuple[tuple[HeadWeights, ...], Tensor | None]:
-    """``weights`` [H * Dv + 1, out] as edits of the heads of ``spec``, and the new bias where there is one."""
+    """``weights`` [H * Dv + 1, out] as edits of the heads of ``spec``, and the new bias if any."""
     per_head = weights[:-1].reshape(spec.num_heads, spec.value_dim, -1)
     edits = tuple(HeadWeights("out", h, w) for h, w in zip(spec.heads, per_head, strict=True))
     original = (site.original or site).out_bias()
@@ -141,13 +141,13 @@ def out_edits(site: Site, spec: AttentionSpec, weights: Tensor) -> tuple[tuple[H
 
 
 def require_tokens(site: Site, activations: Activations) -> None:
-    """CalibrationError where there are too few tokens to fit a layer's output weights."""
+    """Raises CalibrationError if there are too few tokens to fit the output weights of a layer."""
     features = site.num_heads * site.value_dim
     if activations.tokens < features:
         raise CalibrationError(
             f"{activations.tokens} calibration tokens are fewer than the {features} features of the output projection",
             site=site.name,
-            hint='give more calibration data, or compensate="none"',
+            hint='pass more calibration data, or use compensate="none"',
         )
 
 

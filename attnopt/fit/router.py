@@ -1,4 +1,4 @@
-"""A router for heads, fitted in closed form to how much each head gives a token; and how much of that a route keeps."""
+"""A closed-form router fitted to the output norm of each head per token, and the fraction of the norm that a route keeps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnopt.ir.site import Site
 
 
 def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
-    """[H * D + 1, heads], float32: from the queries of a token to the norms of what these heads give it, by least squares.
+    """[H * D + 1, heads], float32: least-squares map from the queries of a token to the output norms of these heads.
 
     Shrinkage is chosen on held-back tokens.  Raises CalibrationError.
     """
@@ -26,7 +26,7 @@ def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
         raise CalibrationError(
             f"{site.activations.tokens} calibration tokens are fewer than the {features} features of the queries",
             site=site.name,
-            hint='give more calibration data, or router="query-norm"',
+            hint='pass more calibration data, or use router="query-norm"',
         )
     places = [site.spec.heads.index(h) for h in heads]
     fitting, held = _moments(site, places)
@@ -37,7 +37,7 @@ def fitted_router(site: Site, heads: Sequence[int]) -> Constant:
 
 
 def used_share(site: Site, route: Routed) -> float:
-    """Of the norms of what all heads give, the share of those that a route uses, on held-back tokens."""
+    """The fraction of the output norm of all heads that a route uses, on held-out tokens."""
     assert site.activations is not None
     used = total = 0.0
     for (q, norms), counted in zip(_contributions(site), site.activations.counted(True), strict=True):
@@ -48,7 +48,7 @@ def used_share(site: Site, route: Routed) -> float:
 
 
 def _moments(site: Site, places: Sequence[int]) -> tuple[Moments, Moments]:
-    """On the tokens to fit on, and on those that are held back."""
+    """On the tokens to fit on, and on the held-out ones."""
     assert site.activations is not None
     fitting, held = Sums(), Sums()
     counts = zip(site.activations.counted(False), site.activations.counted(True), strict=True)

@@ -1,6 +1,6 @@
-"""Values that several heads share, fitted on what attention makes of them: one half of alternating least squares.
+"""Shared values, fitted under the attention weights: one half of alternating least squares.
 
-With the new attention weights p_h and today's values v of a group, the shared value is ``v T``; the layer gives
+With the new attention weights p_h and the current values v of a group, the shared value is ``v T``; the layer outputs
 ``sum_h (p_h v) T O_h``.  For fixed output weights O_h that is linear in the T of all groups, and solved for them together
 by conjugate gradients.
 """
@@ -26,9 +26,9 @@ LARGEST = 2560  # regressors beyond which the values stay as they are
 
 @dataclass(frozen=True)
 class _Block:
-    """The regressors of one reader: (p_h v) of its group's heads."""
+    """The regressors of one query head: (p_h v) of the heads in its group."""
 
-    head: int  # place of the query head
+    head: int  # index of the query head
     group: int
     at: slice
 
@@ -37,10 +37,10 @@ def better_values(
     site: Site, now: Activations, spec: AttentionSpec, groups: Sequence[Sequence[int]], maps: Sequence[Tensor],
     out: Tensor,
 ) -> list[Tensor] | None:  # fmt: skip
-    """For each group the map [len(group) * Dv, Dv] from today's values to the shared one; None where that is too large.
+    """For each group, the map [len(group) * Dv, Dv] from the current values to the shared one; None if too large.
 
-    ``now``: what the site computes with its new weights under ``spec``; ``maps``: the maps so far; ``out``
-    [H * Dv + 1, out]: the output weights that are kept meanwhile.
+    ``now``: the activations of the site with its new weights under ``spec``; ``maps``: the current maps; ``out``
+    [H * Dv + 1, out]: the output weights, fixed meanwhile.
     """
     blocks, start = list[_Block](), 0
     for head, group in enumerate(spec.kv_of_head):
@@ -54,7 +54,7 @@ def better_values(
     maps, per_head = [m.float() for m in maps], per_head.float()
 
     def through(image: Tensor) -> list[Tensor]:
-        """[regressors, out] seen from the maps."""
+        """[regressors, out] with respect to the maps."""
         found = [torch.zeros_like(m) for m in maps]
         for b in blocks:
             found[b.group] += image[b.at] @ per_head[b.head].T
@@ -72,7 +72,7 @@ def _moments(
     site: Site, now: Activations, spec: AttentionSpec, groups: Sequence[Sequence[int]], blocks: Sequence[_Block],
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of the regressors, and with what the layer still gets wrong."""
+    """Of the regressors, and with the residual of the layer."""
     wanted, before = output_weights(now.site), site.activations
     assert wanted is not None
     assert before is not None

@@ -1,7 +1,7 @@
-"""Axes as products of atoms: what einops writes as ``(b h) l d``, followed through any chain of layout operators.
+"""Axes as products of atoms, as in einops' ``(b h) l d``, traced through any chain of layout operators.
 
-An axis is a tuple of atoms, the outermost first; an axis of length 1 is the empty tuple.  An atom that a reshape cuts is
-split once and for all, so every tensor that shares it sees the same parts.
+An axis is a tuple of atoms, outermost first; an axis of length 1 is the empty tuple.  An atom that a reshape splits is
+split globally, so every tensor that shares it sees the same parts.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def reshape(axes: Axes, sizes: tuple[int, ...]) -> Axes | None:
 
 
 def follow(node: fx.Node, axes: Axes) -> Axes | None:
-    """Axes of ``node``, a layout operator, from those of its input; None if it is no layout operator.
+    """Axes of ``node``, a layout operator, from those of its input; None for other operators.
 
-    Casts and operators that keep every element in its place count as layout operators.
+    Casts and operators that keep every element in position count as layout operators.
     """
     axes = resolve_all(axes)
     n = len(axes)

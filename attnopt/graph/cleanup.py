@@ -1,4 +1,4 @@
-"""Removing nodes that nothing uses, and those that compute the same."""
+"""Dead code and common subexpression elimination."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnopt.graph.nodes import is_state, opname, value
 
 
 def sweep(gm: fx.GraphModule) -> None:
-    """Remove what nothing uses.  torch keeps an unused fused attention, because it might draw random numbers."""
+    """Remove unused nodes.  torch would keep an unused fused attention, because it might draw random numbers."""
     gm.graph.eliminate_dead_code(is_impure_node=_has_effects)
     gm.recompile()
 
@@ -26,7 +26,7 @@ def _has_effects(node: fx.Node) -> bool:
 
 
 def share(gm: fx.GraphModule) -> None:
-    """Compute equal things once: every layer of a model may have made the same mask."""
+    """Common subexpression elimination: every layer of a model may compute the same mask."""
     known: dict[Any, fx.Node] = {}
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or _has_effects(node) or _draws(node):
@@ -57,13 +57,13 @@ def computes_same(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _numbers_of(node: fx.Node) -> Any:
-    """The arguments of a call, with the place of each node among its inputs."""
+    """The arguments of a call, with each node replaced by its index among the inputs."""
     place = {n: i for i, n in enumerate(node.all_input_nodes)}
     return _key(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))
 
 
 def _draws(node: fx.Node) -> bool:
-    """The operator may give something else each time."""
+    """The operator may return a different result each time."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags or "empty" in opname(node) or not isinstance(value(node), Tensor)
 

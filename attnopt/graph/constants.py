@@ -1,4 +1,4 @@
-"""One number everywhere, in the form of another tensor."""
+"""Tensors filled with one number, with the shape of another tensor."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ IN_THE_FORM_OF = (
     aten.new_zeros.default,
     aten.new_full.default,
     aten.fill.Scalar,
-)  # one number everywhere, in the form of another tensor, whatever that one holds
+)  # one number everywhere, with the shape of another tensor, regardless of its values
 
 
 def filling(node: fx.Node) -> float | None:
-    """The number that stands everywhere in what one of torch's functions fills; None where it is no literal."""
+    """The fill value of one of torch's fill functions; None if it is not a literal."""
     if is_call(node, aten.ones_like.default, aten.new_ones.default):
         return 1
     if is_call(node, aten.zeros_like.default, aten.new_zeros.default):

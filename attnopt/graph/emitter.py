@@ -16,7 +16,7 @@ from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, value
 
 
 class Emitter:
-    """Appends nodes at one place of a graph, with their fake values, and never the same node twice."""
+    """Appends nodes at one position of a graph, with fake values, without duplicates."""
 
     def __init__(self, graph: fx.Graph, before: fx.Node, origin: dict[str, Any] | None = None) -> None:
         self.graph, self.before, self.origin = graph, before, origin or {}
@@ -29,7 +29,10 @@ class Emitter:
             return self._known[key]
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        with self.mode, enable_python_dispatcher():  # some kernels, as linear's in torch 2.11, take no symbolic sizes
+        with (
+            self.mode,
+            enable_python_dispatcher(),
+        ):  # some kernels, such as linear in torch 2.11, do not accept symbolic sizes
             node.meta["val"] = target(*fake_args(args), **fake_args(kwargs))
         self._mark(node)
         self._known[key] = node
@@ -78,7 +81,7 @@ class Emitter:
         """A tensor of known numbers, as a buffer of the graph's module."""
         real = getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else tensor
         if real is None:
-            raise TypeError("a lowering made a constant tensor whose numbers are not known while it is traced")
+            raise TypeError("a lowering created a constant tensor whose values are unknown during tracing")
         gm = self.graph.owning_module
         assert gm is not None
         name = f"constant_{sum(1 for _ in gm.buffers(recurse=False))}"

@@ -1,4 +1,4 @@
-"""Single entries of a tensor that a graph makes, at sizes at which the whole of it would be too large to make."""
+"""Single entries of a tensor computed by a graph, at sizes where the whole tensor would be too large."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import (
 from attnopt.graph.evaluate import evaluate, size_at
 from attnopt.graph.nodes import arg, aten, get_attr, is_number, is_state, run_call, value, wrap
 
-_WHOLE = 1 << 20  # a tensor of no more numbers is made at once
+_WHOLE = 1 << 20  # a tensor of at most this many elements is computed as a whole
 
-Index = tuple[Tensor, ...]  # one tensor of places for each axis, which broadcast against each other
+Index = tuple[Tensor, ...]  # one index tensor per axis, which broadcast against each other
 
 
 class UnsupportedError(Exception):
@@ -32,7 +32,7 @@ class InvalidSizesError(Exception):
 
 
 class Entries:
-    """Entries of any node of ``gm`` when the graph's symbols have ``sizes`` and its inputs hold ``fill`` everywhere."""
+    """Entries of any node of ``gm``, with the graph's symbols at ``sizes`` and its inputs filled with ``fill``."""
 
     def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], fill: Any = None) -> None:
         self._gm, self._sizes, self._fill = gm, sizes, fill
@@ -41,7 +41,7 @@ class Entries:
         self._whole: dict[fx.Node, Tensor] = {}
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Raises InvalidSizesError for sizes at which the nodes above do not run, UnsupportedError where that cannot be told."""
+        """Raises InvalidSizesError for sizes at which the nodes above fail, UnsupportedError if unknown."""
         stack = [node]
         while stack:
             n = stack[-1]
@@ -72,7 +72,7 @@ class Entries:
                 raise InvalidSizesError(str(e)) from e
 
     def at(self, node: fx.Node, index: Index) -> Tensor:
-        """The entries at ``index``, with as many axes as it, that broadcast to its shape.  Raises UnsupportedError."""
+        """The entries at ``index``, with as many axes, that broadcast to its shape.  Raises UnsupportedError."""
         found = self._at(node, index)
         ndim = max((i.dim() for i in index), default=0)
         return found.reshape((1,) * (ndim - found.dim()) + found.shape)
@@ -257,7 +257,7 @@ def _stacked(entries: Entries, node: fx.Node, index: Index) -> Tensor:
 
 
 def _indexed(entries: Entries, node: fx.Node, index: Index) -> Tensor:
-    """``x[places]`` where every given place is a tensor, one next to the other."""
+    """``x[places]`` with adjacent index tensors."""
     source, given = arg(node, 0), list(arg(node, 1))
     named = [axis for axis, g in enumerate(given) if g is not None]
     places = [given[axis] for axis in named]

@@ -1,4 +1,4 @@
-"""Running the part of a graph that makes a mask or a number, at any sizes of the inputs."""
+"""Evaluating the subgraph of a mask or a number at any input sizes."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def _note_inputs(node: fx.Node) -> None:
 
 
 def is_plain(node: fx.Node) -> bool:
-    """``node`` is made of index arithmetic and constants alone: cheap to run, and the same at every call.
+    """``node`` depends only on index arithmetic and constants: cheap to run, and the same at every call.
 
-    A parameter is no constant, whatever it holds now: a bias table of zeros is still to be learned.  Nor is a buffer on the
-    meta device, which holds nothing yet.
+    A parameter is not a constant, whatever its value: a bias table of zeros may still be trained.  Nor is a buffer on the
+    meta device, which has no values yet.
     """
     return not any(_is_varying(n) for n in ancestors(node, stop=is_number))
 
@@ -84,7 +84,7 @@ def _is_varying(node: fx.Node) -> bool:
 
 
 def size_at(size: Any, sizes: Mapping[Any, int]) -> Any:
-    """A size, or another number that is computed from sizes, when the graph's symbols have ``sizes``."""
+    """A size, or another number computed from sizes, with the graph's symbols at ``sizes``."""
     return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else size
 
 
@@ -93,7 +93,7 @@ def symbols(graph: fx.Graph) -> dict[Any, int]:
     sizes = _sizes(graph)
     found = {s.node.expr: hint(s) for s in sizes if s.node.expr.is_symbol}
     for s in sizes:
-        for symbol in s.node.expr.free_symbols - found.keys():  # where a multiple of it alone is a size
+        for symbol in s.node.expr.free_symbols - found.keys():  # if only a multiple of it is a size
             solved = sympy.solve(s.node.expr.subs(found) - hint(s), symbol)
             if len(solved) == 1 and solved[0].is_Integer:
                 found[symbol] = int(solved[0])
@@ -101,7 +101,7 @@ def symbols(graph: fx.Graph) -> dict[Any, int]:
 
 
 def within(graph: fx.Graph, sizes: Mapping[Any, int]) -> dict[Any, int]:
-    """These sizes of the graph's symbols, brought into the bounds within which it holds."""
+    """These sizes of the graph's symbols, clamped to the bounds of its validity."""
     found = dict(sizes)
     for s in _sizes(graph):
         for symbol in s.node.expr.free_symbols & found.keys():
@@ -118,7 +118,7 @@ def _sizes(graph: fx.Graph) -> list[torch.SymInt]:
 
 
 def bounds(size: torch.SymInt) -> tuple[int, int | None]:
-    """The sizes from and to which a graph holds; None without an end."""
+    """The range of sizes for which a graph is valid; None for an open end."""
     return _ends(size, size.node.expr)
 
 
@@ -135,9 +135,9 @@ def dynamic_axes(graph: fx.Graph) -> set[tuple[str, int]]:
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: Any = None) -> Tensor:
-    """The value of ``node`` when the graph's symbols have ``sizes``; placeholders are filled with ``fill``.
+    """The value of ``node`` with the graph's symbols at ``sizes``; placeholders are filled with ``fill``.
 
-    Raises ValueError where an input's value is needed and ``fill`` is None.
+    Raises ValueError if an input value is needed and ``fill`` is None.
     """
     env: dict[fx.Node, Any] = {}
 

@@ -1,4 +1,4 @@
-"""A graph as readable code, a node a line, and what differs between two of them."""
+"""A graph as readable code, one node per line, and the differences between two graphs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CONTEXT = 2  # lines around a change
 
 @dataclass(frozen=True)
 class Line:
-    """One operation: ``text`` as it is read, and where it comes from."""
+    """One operation: its ``text`` and its origin."""
 
     text: str
     module: str
     where: str
     site: str | None = None  # the rewritten attention that it belongs to
     passes: str = ""
-    skeleton: str = ""  # the text without the names of other nodes: equal for operations that do the same
+    skeleton: str = ""  # the text without the names of other nodes: equal for equivalent operations
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Hunk:
 
     @cached_property
     def site(self) -> str | None:
-        """The attention whose rewrite made the difference; None for what became unused or shared elsewhere."""
+        """The attention whose rewrite caused the difference; None for nodes that became unused or shared elsewhere."""
         return _site(self.lines)
 
     @property
@@ -52,12 +52,12 @@ class Hunk:
 
 
 def listing(graph: fx.Graph) -> list[Line]:
-    """Every operation in order; weights are written where they are used, as ``self.layers.0.q.weight``."""
+    """Every operation in order; weights are inlined, as ``self.layers.0.q.weight``."""
     return [_line(node) for node in graph.nodes if node.op not in ("get_attr", "call_module")]
 
 
 def differences(before: Sequence[Line], after: Sequence[Line]) -> Iterator[Hunk]:
-    """The places where two listings differ, in order.  Only the names of nodes differing is no difference."""
+    """The differences between two listings, in order.  Node names alone do not count."""
     old, new = ([f"{line.module} {line.skeleton}" for line in lines] for lines in (before, after))
     opcodes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     gathered: list[tuple[str, Line]] = []
@@ -85,7 +85,7 @@ def _site(lines: Sequence[tuple[str, Line]]) -> str | None:
 
 
 def code(node: fx.Node) -> str:
-    """ "softmax = softmax(masked_fill, -1)": one node as it is read."""
+    """ "softmax = softmax(masked_fill, -1)": one node as text."""
     return _code(node, lambda n: n.name)
 
 

@@ -26,7 +26,7 @@ def is_call(node: object, *targets: Any) -> bool:
 
 
 def arg(node: Any, index: int, default: Any = None) -> Any:
-    """A positional argument of a call, or ``default`` where it was not given."""
+    """A positional argument of a call, or ``default`` if absent."""
     return node.args[index] if len(node.args) > index else default
 
 
@@ -38,7 +38,7 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
 
 
 def run_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the called operator gives for these values; on the CPU where the graph means the meta device, which has none."""
+    """The result of the called operator for these values; on the CPU instead of the meta device, which has none."""
     target: Any = node.target
     args, kwargs = fx.node.map_aggregate((args, kwargs), _off_meta)
     return target(*args, **kwargs)
@@ -92,7 +92,7 @@ def wrap(axis: int, ndim: int) -> int:
 
 
 def source_line(node: fx.Node) -> str:
-    """ "file.py:88" of the innermost frame of the user's model that made ``node``; "" where it is not known."""
+    """ "file.py:88" of the innermost frame of the user's model that created ``node``; "" if unknown."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     frames = [
@@ -140,7 +140,7 @@ def getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:
 
 
 def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool] = lambda n: False) -> Iterator[fx.Node]:
-    """``node`` and everything that it is computed from; ``stop(n)`` keeps n but not what n is computed from."""
+    """``node`` and its ancestors; ``stop(n)`` includes n without its ancestors."""
     seen, stack = {node}, [node]
     while stack:
         n = stack.pop()
@@ -166,7 +166,7 @@ def stored(gm: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def constant_of(node: fx.Node) -> Tensor | None:
-    """What a stored tensor holds where that is the same at every call: no parameter, no state, and not on the meta device."""
+    """The value of a stored tensor that is the same at every call: not a parameter, not state, not on the meta device."""
     owner = node.graph.owning_module
     if owner is None or is_state(node):
         return None
@@ -175,10 +175,10 @@ def constant_of(node: fx.Node) -> Tensor | None:
 
 
 def is_state(node: fx.Node) -> bool:
-    """A stored tensor that the graph writes, as a cache is: what it holds now says nothing about the next call."""
+    """A stored tensor that the graph writes, such as a cache: its current value says nothing about the next call."""
     return node.op == "get_attr" and any(is_call(u, aten.copy_.default) and arg(u, 0) is node for u in node.users)
 
 
 def written(gm: fx.GraphModule) -> tuple[str, ...]:
-    """The names of what is state."""
+    """The names of state tensors."""
     return tuple(dict.fromkeys(str(n.target) for n in gm.graph.nodes if is_state(n)))

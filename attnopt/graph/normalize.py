@@ -1,4 +1,4 @@
-"""Spellings that only hide the meaning, removed or made one from the start."""
+"""Canonicalization: remove or unify spellings without semantic difference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _ALIASES: dict[Any, Any] = {
     aten.subtract.Tensor: aten.sub.Tensor,
     aten.true_divide.Scalar: aten.div.Scalar,
     aten.true_divide.Tensor: aten.div.Tensor,
-}  # other names of the same operators
+}  # aliases of the same operators
 _SPELLED_SHORT = (
     aten.flatten.using_ints,
     aten.unflatten.int,
@@ -61,17 +61,19 @@ _SPELLED_SHORT = (
     aten.type_as.default,
 )
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
-LINKS = 6  # operators, one behind the other, as in arange(heads) // group
-FEW = 64  # places of one axis, as a choice of heads or of what is packed with them, that are written as slices
+LINKS = 6  # chained operators, as in arange(heads) // group
+FEW = 64  # indices of one axis, such as a choice of heads or of a packed role, to write as slices
 
 
-Rule = Callable[[fx.GraphModule, fx.Node], fx.Node]  # what stands in the node's place then: it may be the node, changed
+Rule = Callable[
+    [fx.GraphModule, fx.Node], fx.Node
+]  # returns the replacement of the node, possibly the node itself, changed
 
 
 def tidy(gm: fx.GraphModule) -> None:
-    """Remove what only hides the meaning: metadata asserts, copies, casts and slices that change nothing.
+    """Canonicalize: remove metadata asserts, and copies, casts and slices that change nothing.
 
-    Every ``view`` becomes a ``reshape``, so that nothing depends on the strides that a removed copy had made.
+    Every ``view`` becomes a ``reshape``, so nothing depends on the strides of a removed copy.
     """
     outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
     strides_matter = any(is_call(n, *STRIDED) for n in gm.graph.nodes)
@@ -86,7 +88,7 @@ def tidy(gm: fx.GraphModule) -> None:
             node = rule(gm, node)
         if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
             continue
-        if node in outputs and not is_call(node, *_DROPOUTS):  # what an idle dropout gives is the tensor itself
+        if node in outputs and not is_call(node, *_DROPOUTS):  # an inactive dropout returns the tensor itself
             continue
         if is_tensor(node) and (same := _changes_nothing(node)) is not None:
             _replaced(node, same)
@@ -167,7 +169,7 @@ def _as_batch_norm(node: fx.Node) -> None:
 
 
 def _as_attention(node: fx.Node) -> None:
-    """The first result of one of torch's kernels for attention, as the attention that it is of."""
+    """The first result of one of torch's attention kernels, as a plain attention."""
     if arg(node, 1) != 0:
         return
     kernel = operand(node)
@@ -181,7 +183,7 @@ def _as_attention(node: fx.Node) -> None:
 
 
 def _as_slices(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """What takes known places of one axis, as the slices that it joins; ``node`` itself where it is something else."""
+    """A selection of known indices of one axis as joined slices; otherwise ``node`` itself."""
     found = _known_places(gm, node)
     if found is None:
         return node
@@ -190,7 +192,7 @@ def _as_slices(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 
 def _replaced(node: fx.Node, made: fx.Node | None) -> fx.Node:
-    """``made`` in the place of ``node``; ``node`` where there is nothing to put there."""
+    """``made`` instead of ``node``; ``node`` if there is no replacement."""
     if made is None:
         return node
     inherit(made, node)
@@ -200,7 +202,7 @@ def _replaced(node: fx.Node, made: fx.Node | None) -> fx.Node:
 
 
 def _known_places(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int, tuple[int, ...]] | None:
-    """(the tensor, the axis, the places that are taken along it), where these are few and known numbers."""
+    """(the tensor, the axis, the selected indices), if these are few and known."""
     x = operand(node)
     if is_call(node, aten.index_select.default):
         axis, index = wrap(arg(node, 1), len(shape(x))), arg(node, 2)
@@ -219,7 +221,7 @@ def _known_places(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int, tupl
 
 
 def _known_value(gm: fx.GraphModule, node: fx.Node, links: int) -> Tensor | None:
-    """What the graph computes from stored numbers alone, in a few operators."""
+    """Constant folding: what a few operators compute from stored numbers alone."""
     if node.op == "get_attr":
         found = get_attr(gm, str(node.target))
         return None if found.is_meta or is_state(node) else found
@@ -258,7 +260,7 @@ def _changes_nothing(node: fx.Node) -> fx.Node | None:
 
 
 def _only_part(node: fx.Node) -> fx.Node | None:
-    """The one tensor that a concatenation joins with nothing: a cache that is still empty."""
+    """The only non-empty tensor of a concatenation, as with an empty cache."""
     parts = [p for p in arg(node, 0) if math.prod(shape(p)) != 0]
     if len(parts) != 1 or len(shape(parts[0])) != len(shape(node)):
         return None
@@ -274,7 +276,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _squeeze_ones),
     operator.getitem: _result,
 }
-_REPLACED: dict[Any, Rule] = {  # of nodes that are no outputs, whose names would be lost
+_REPLACED: dict[Any, Rule] = {  # only nodes that are not outputs, whose names would be lost
     **dict.fromkeys(IN_THE_FORM_OF, _as_filled),
     **dict.fromkeys((aten.index.Tensor, aten.index_select.default), _as_slices),
     **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _as_joined),

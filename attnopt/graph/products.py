@@ -1,4 +1,4 @@
-"""Every product of two tensors in one normal form, whatever the operator: matmul, bmm, linear, einsum, tensordot, mul + sum."""
+"""Every product of two tensors in one normal form, for any operator: matmul, bmm, linear, einsum, tensordot, mul + sum."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from attnopt.graph.nodes import arg, aten, is_call, is_tensor, shape, wrap
 class Product:
     """``node`` = alpha * sum over the contracted axes of left * right (+ beta * addend).
 
-    The axes of the three tensors share atoms: one that stands in both operands and in the result is a batch axis, one
-    that stands in both operands alone is contracted.
+    The axes of the three tensors share atoms: one in both operands and in the result is a batch axis, one
+    in both operands only is contracted.
     """
 
     node: fx.Node

@@ -1,7 +1,7 @@
-"""What is written piece by piece into another tensor, as the concatenation that it is.
+"""Scatters: tensors assembled piece by piece, as concatenations.
 
-``k = empty(...); k[..., :16] = a; k[..., 16:] = b`` reaches the graph as one ``slice_scatter`` behind another, each of which
-passes on a whole tensor to change a part of it.
+``k = empty(...); k[..., :16] = a; k[..., 16:] = b`` becomes a chain of ``slice_scatter``, each of which
+copies a whole tensor to change a part of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import ancestors, arg, aten, dtype, is_call, is_tensor, operand, shape, value, wrap
 
-PIECES = 64  # more are left as they were written
+PIECES = 64  # more pieces are left unchanged
 
 Place = tuple[fx.Node, int]  # a tensor, and an index along the axis
 
@@ -34,7 +34,7 @@ def written(emit: Emitter, node: fx.Node) -> fx.Node:
 
 
 def filled(emit: Emitter, node: fx.Node) -> fx.Node | None:
-    """``x[..., mask] = number`` as the ``masked_fill`` that it is; None where indices are taken or numbers are added."""
+    """``x[..., mask] = number`` as ``masked_fill``; None for indices or accumulation."""
     x, indices, written_in = operand(node), arg(node, 1), operand(node, 2)
     masks = [(axis, i) for axis, i in enumerate(indices) if i is not None]
     if len(masks) != 1 or arg(node, 3, False) or dtype(masks[0][1]) != torch.bool or math.prod(shape(written_in)) != 1:
@@ -48,7 +48,7 @@ def filled(emit: Emitter, node: fx.Node) -> fx.Node | None:
 
 
 def full(emit: Emitter, node: fx.Node, number: float) -> fx.Node | None:
-    """One number everywhere, in the form of ``node``, from sizes alone: of whose form it is made is not needed."""
+    """One number everywhere, with the shape of ``node``, from sizes alone: its template is not needed."""
     sizes, kind = sizes_of(emit, node), value(node)
     if sizes is None:
         return None
@@ -56,7 +56,7 @@ def full(emit: Emitter, node: fx.Node, number: float) -> fx.Node | None:
 
 
 def sizes_of(emit: Emitter, node: fx.Node) -> list[int | fx.Node] | None:
-    """The sizes of ``node`` as numbers, or as what computes them from the first tensor above it that has them."""
+    """The sizes of ``node`` as numbers, or computed from the first tensor above it that has them."""
     wanted = list(value(node).shape)
     if all(map(is_static, wanted)):
         return [hint(s) for s in wanted]
@@ -94,7 +94,7 @@ def joined(emit: Emitter, node: fx.Node) -> fx.Node | None:
 
 
 def _places(node: fx.Node, axis: int, links: int = PIECES) -> list[Place] | None:
-    """What stands where along the axis; None where that is not known."""
+    """The pieces along the axis; None if unknown."""
     ndim = len(shape(node))
     if is_call(node, aten.cat.default) and wrap(arg(node, 1, 0), ndim) == axis:
         parts = [_whole(p, axis) for p in arg(node, 0)]
@@ -123,7 +123,7 @@ def _piece(emit: Emitter, places: Sequence[Place], axis: int) -> fx.Node:
 
 
 def _in_turns(places: Sequence[Place], axis: int) -> list[fx.Node] | None:
-    """Tensors of more than one place each, whose first places come first, then their second ones, and so on."""
+    """Interleaves tensors with several entries each: all first entries, then all second ones, and so on."""
     sources = list(dict.fromkeys(source for source, _ in places))
     lengths = {shape(s)[axis] for s in sources}
     if len(sources) == 1 or lengths == {1} or lengths != {len(places) // len(sources)}:
@@ -132,7 +132,7 @@ def _in_turns(places: Sequence[Place], axis: int) -> list[fx.Node] | None:
 
 
 def _interleaved(emit: Emitter, sources: Sequence[fx.Node], axis: int) -> fx.Node:
-    """``x[0::n] = a; x[1::n] = b; ...``: the n tensors stacked, and the two axes made one."""
+    """``x[0::n] = a; x[1::n] = b; ...``: the n tensors stacked, and the two axes merged."""
     stacked = emit.call(aten.stack.default, sources, axis + 1)
     sizes = [emit.size(stacked, a) for a in range(len(shape(stacked)))]
     length = shape(stacked)[axis] * len(sources)

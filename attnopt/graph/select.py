@@ -13,11 +13,11 @@ from attnopt.graph.nodes import (
     shape,
 )
 
-Selection = Mapping[int, tuple[int, ...]]  # axis -> the indices that stay, in their order; other axes stay whole
+Selection = Mapping[int, tuple[int, ...]]  # axis -> the selected indices, in order; other axes are complete
 
 
 def restrict(emit: Emitter, node: fx.Node, selection: Selection) -> fx.Node:
-    """``node`` restricted to ``selection`` by slices, or by an index where the indices are no range."""
+    """``node`` restricted to ``selection`` by slices, or by an index if the indices are not a range."""
     for axis, idx in selection.items():
         steps = {b - a for a, b in pairwise(idx)}
         if not steps or steps == {1}:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 NAMES = "onnx"  # in a node's meta: the names that the file has for the value
-ORIGIN = "onnx_origin"  # and the node's own name in the graph as it was captured
+ORIGIN = "onnx_origin"  # and the name of the node in the captured graph
 
 
 @torch.library.custom_op("attnopt::named", mutates_args=())
@@ -32,7 +32,7 @@ def unmark(gm: fx.GraphModule) -> None:
 
 
 def number(gm: fx.GraphModule) -> None:
-    """Note on each node which one it is, so that copies of the graph can be compared with this one."""
+    """Tag each node with its identity, so copies of the graph can be compared with this one."""
     for node in gm.graph.nodes:
         node.meta[ORIGIN] = node.name
 
@@ -43,6 +43,6 @@ def names_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def inherit(made: fx.Node, replaced: fx.Node) -> None:
-    """``made`` has the value of ``replaced``, and its names with it."""
+    """``made`` has the value of ``replaced``, and takes its names."""
     if names := names_of(replaced):
         made.meta[NAMES] = tuple(dict.fromkeys((*names_of(made), *names)))

@@ -18,31 +18,31 @@ from attnopt.ir.semantics import edited
 from attnopt.ir.spec import AttentionSpec
 
 T = TypeVar("T")
-HELD_BACK = 8  # one sequence of so many; with fewer sequences, so much of each one's end
+HELD_BACK = 8  # one sequence in this many; with fewer sequences, this fraction at the end of each
 
 
-Compute = Callable[[Sequence[HeadWeights], bool], Sequence[Operands]]  # weights; whether for the first batch alone
+Compute = Callable[[Sequence[HeadWeights], bool], Sequence[Operands]]  # weights; whether only for the first batch
 
 
 @dataclass(frozen=True)
 class Activations:
-    """``batches`` are the site's operands with its heads in their original places; ``edited`` gives them for other
-    weights.  Tokens that are padding never count; every eighth sequence is held back for checking what was fitted."""
+    """``batches`` are the operands of the site with its heads in original order; ``edited`` returns them for other
+    weights.  Padding tokens never count; every eighth sequence is held out to check fits."""
 
-    site: Projected  # as it is in the original model
+    site: Projected  # in the original model
     batches: tuple[Operands, ...]
     compute: Compute
     edits: tuple[HeadWeights, ...] = ()
-    first: Activations | None = None  # with the original weights, where these are others
-    calls: int = 1  # of the site's weights: ``batches`` are those of one call, then those of the next
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # what has been computed from these
+    first: Activations | None = None  # with the original weights, if different
+    calls: int = 1  # of the site's weights: ``batches`` lists those of one call, then those of the next
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # cached results
 
     @property
     def original(self) -> Activations:
         return self.first or self
 
     def edited(self, edits: Sequence[HeadWeights], first_alone: bool = False) -> Activations:
-        """The same where the projections have these weights; if ``first_alone``, of the first batch only."""
+        """The same with these projection weights; if ``first_alone``, of the first batch only."""
         if not edits:
             return self
         inner, batches = tuple(e for e in edits if e.role != "out"), self.batches
@@ -52,7 +52,7 @@ class Activations:
         return replace(self, batches=batches, edits=everything, first=self.original, memo={})
 
     def once(self, what: str, spec: AttentionSpec, find: Callable[[], T]) -> T:
-        """``find()``, which depends on these activations and ``spec`` alone, computed the first time only."""
+        """``find()``, which depends only on these activations and ``spec``, cached."""
         if (what, spec) not in self.memo:
             self.memo[what, spec] = find()
         found: T = self.memo[what, spec]
@@ -95,7 +95,7 @@ class Activations:
 
 
 def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[HeadWeights, ...]:
-    """Both, the later edit of a head in the place of the earlier one."""
+    """Both; the later edit of a head replaces the earlier one."""
     replaced = {(e.role, e.head) for e in new}
     return (*(e for e in old if (e.role, e.head) not in replaced), *new)
 

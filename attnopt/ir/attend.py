@@ -10,8 +10,8 @@ from torch import Tensor
 class Attend(Protocol):
     """A lowered attention: a plain function of tensors.
 
-    ``q`` [B, H, L, D], ``k`` [B, G, S, D], ``v`` [B, G, S, Dv]; ``bias`` and ``mask`` broadcast to [B, H, L, S], ``sinks``
-    to [B, H, L, 1]; each of the last three is None unless the spec has it.  Returns [B, H, L, Dv].
+    ``q`` [B, H, L, D], ``k`` [B, G, S, D], ``v`` [B, G, S, Dv]; ``bias`` and ``mask`` broadcast to [B, H, L, S],
+    ``sinks`` to [B, H, L, 1]; each of the last three is None unless the spec has it.  Returns [B, H, L, Dv].
     """
 
     def __call__(

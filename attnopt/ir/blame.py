@@ -1,4 +1,4 @@
-"""A fault of what a third party wrote, as an error that names the plugin and where it comes from."""
+"""Plugin faults as errors that name the plugin and its distribution."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_ours(plugin: Any) -> bool:
 
 
 def told(plugin: Any, kind: str) -> str:
-    """Whose fault it is: "pass 'acme.last-k' of acme-attnopt (acme_attnopt:LastK)"."""
+    """Description of a plugin: "pass 'acme.last-k' of acme-attnopt (acme_attnopt:LastK)"."""
     cls = type(plugin)
     name = next((n for n in (getattr(plugin, "name", None), getattr(plugin, "kind", None)) if n), cls.__name__)
     distribution = distribution_of(cls)
@@ -37,24 +37,24 @@ def told(plugin: Any, kind: str) -> str:
 
 
 def fault(plugin: Any, kind: str, what: str, site: str | None = None) -> PluginError:
-    remedy = "report the model" if is_ours(plugin) else f"repair the {kind}"
+    remedy = "report the model" if is_ours(plugin) else f"fix the {kind}"
     return PluginError(
-        f"{told(plugin, kind)}: {what}", hint=f"leave the site out of the policy, and {remedy}", site=site
+        f"{told(plugin, kind)}: {what}", hint=f"exclude the site from the policy, and {remedy}", site=site
     )
 
 
 def check_output(plugin: Any, kind: str, o: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     wanted = list(map(hint, sizes))
     if not isinstance(o, Tensor):
-        raise fault(plugin, kind, f"it gave {type(o).__name__}, expected a tensor {wanted}")
+        raise fault(plugin, kind, f"it returned {type(o).__name__}, expected a tensor {wanted}")
     got = list(map(hint, o.shape))
     if got != wanted or o.dtype != dtype:
-        raise fault(plugin, kind, f"it gave {got} in {o.dtype}, expected {wanted} in {dtype}")
+        raise fault(plugin, kind, f"it returned {got} in {o.dtype}, expected {wanted} in {dtype}")
 
 
 @contextmanager
 def blamed(plugin: Any, kind: str, method: str, site: str | None = None) -> Iterator[None]:
-    """Deliberate errors, and our own faults, stay what they are."""
+    """Wrap faults of third-party plugins in a PluginError; attnopt's own errors and faults pass through."""
     try:
         yield
     except AttnoptError:

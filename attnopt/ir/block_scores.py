@@ -1,4 +1,4 @@
-"""How much a block of queries is likely to attend to each block of keys, guessed from queries and keys alone."""
+"""Estimates of how much a block of queries attends to each block of keys, from queries and keys alone."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from attnopt.errors import PolicyError
 
 
 class BlockScores(ABC):
-    """A way to score blocks: a frozen dataclass, so that it prints as it is written."""
+    """A way to score blocks: a frozen dataclass whose repr is the call that constructs it."""
 
     def check(self, block: int) -> None:
-        """Raises PolicyError where blocks of this size cannot be scored."""
+        """Raises PolicyError if blocks of this size cannot be scored."""
         return
 
     @abstractmethod
     def score(self, q_BHNTD: Tensor, k_BHMTD: Tensor, known_NM: Tensor, is_causal: bool) -> Tensor:
-        """Scores [B, H, N, M] of N blocks of T queries (the scale of the attention is in them) and M blocks of T keys.
+        """Scores [B, H, N, M] of N blocks of T queries (which include the attention scale) and M blocks of T keys.
 
-        They are compared within a row.  ``known_NM`` (bool): of which key blocks a row may know; what it gives these
-        must not depend on the others, except on the first block, which every row after the first may know.
+        Scores are compared within a row.  ``known_NM`` (bool): the key blocks that a row may depend on; the scores of
+        these must not depend on the others, except on the first block, which every row after the first may use.
         """
 
     def to_json(self) -> str:
@@ -68,10 +68,10 @@ class Antidiagonal(BlockScores):
 
 @dataclass(frozen=True)
 class KMeans(BlockScores):
-    """The share of pairs of a query and a key that are nearest to the same centroid (Routing Transformer, arXiv:2003.05997).
+    """The fraction of (query, key) pairs assigned to the same centroid (Routing Transformer, arXiv:2003.05997).
 
-    The centroids come from ``steps`` steps of spherical k-means on the keys themselves, from ``clusters`` of them at even
-    distances.  In a causal attention only the keys of the first block take part: later rows know no other key in common.
+    The centroids result from ``steps`` steps of spherical k-means on the keys, starting from ``clusters`` evenly spaced
+    ones.  In a causal attention, only the keys of the first block are used: later rows have no other key in common.
     """
 
     clusters: int = 16
@@ -108,7 +108,7 @@ SCORES = Registry(
 
 
 def constructor(name: str) -> type[BlockScores]:
-    """The kind of scores of this name, in any case; raises PolicyError."""
+    """The block score class of this name, case-insensitive; raises PolicyError."""
     return SCORES.load(next((known for known in SCORES.listed() if known.lower() == name.lower()), name))
 
 
@@ -117,4 +117,4 @@ def parse_scores(text: str, lookup: Lookup = constructor) -> BlockScores:
     value = evaluate(text, lookup)
     if isinstance(value, BlockScores):
         return value
-    raise PolicyError(f"{text!r} are no block scores", hint=f"give one of {', '.join(SCORES.listed()).lower()}")
+    raise PolicyError(f"unknown block scores {text!r}", hint=f"use one of {', '.join(SCORES.listed()).lower()}")

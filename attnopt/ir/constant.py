@@ -1,4 +1,4 @@
-"""A tensor as a value: it can be compared, hashed, kept in a frozen spec and written as JSON."""
+"""A tensor as a value: comparable, hashable, usable in a frozen spec, serializable to JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloa
 
 @dataclass(frozen=True)
 class Constant:
-    """Numbers of one floating-point ``dtype`` (its name in torch), bit for bit.  Raises ValueError where they do not fit."""
+    """Numbers of one floating-point ``dtype`` (its torch name), bit for bit.  Raises ValueError if they do not fit."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -26,7 +26,7 @@ class Constant:
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.dtype!r} is not one of {', '.join(_DTYPES)}")
         if not self.shape or min(self.shape) < 1 or len(self.data) != prod(self.shape) * _DTYPES[self.dtype].itemsize:
-            raise ValueError(f"{len(self.data)} bytes are no {self.dtype} numbers of shape {list(self.shape)}")
+            raise ValueError(f"{len(self.data)} bytes do not fit {self.dtype} values of shape {list(self.shape)}")
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
@@ -35,7 +35,7 @@ class Constant:
         return cls(str(held.dtype).removeprefix("torch."), tuple(held.shape), data)
 
     def tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        """A tensor of its own, each time."""
+        """A new tensor each time."""
         made = torch.frombuffer(bytearray(self.data), dtype=_DTYPES[self.dtype])
         return made.reshape(self.shape).to(device)
 

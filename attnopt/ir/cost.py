@@ -1,4 +1,4 @@
-"""What one attention costs, counted from its spec and the sizes of its projections."""
+"""The cost of one attention, computed from its spec and the sizes of its projections."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from attnopt.ir.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call at the example's sizes: ``flops`` of the two products and the projections, ``parameters`` of the
-    projections, bytes of K and V that a cache holds for a token."""
+    """Per call at the sizes of the example: ``flops`` of the two products and the projections, ``parameters`` of the
+    projections, and cached K and V bytes per token.
+    """
 
     flops: int
     parameters: int
@@ -31,11 +32,12 @@ class Cost:
 def cost_of(
     site: Site, spec: AttentionSpec, before: AttentionSpec, element_sizes: tuple[int, int], rows: float = 1.0
 ) -> Cost:
-    """FLOPs of the two products over what the pattern keeps and of the projections, for one sequence of the example's
-    length; parameters of the projections; bytes of keys and values that a cache holds for a token.
+    """FLOPs of the two products over the visible pairs and of the projections, for one sequence of the length of the
+    example; parameters of the projections; cached key and value bytes per token.
 
-    ``element_sizes``: bytes of one number of a key and of a value.
-    ``rows``: the share of the pairs of a query and a head that are computed."""
+    ``element_sizes``: bytes per element of a key and of a value.
+    ``rows``: the fraction of (query, head) pairs that are computed.
+    """
     density = spec.pattern.density(site.q_len, site.kv_len, num_heads=spec.num_heads)
     pairs = density * site.q_len * site.kv_len
     products = rows * 2 * spec.num_heads * pairs * (spec.head_dim + spec.value_dim)
@@ -44,7 +46,7 @@ def cost_of(
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     of_key, of_value = element_sizes
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
-    if spec.is_constant:  # nothing reads the queries, keys and values
+    if spec.is_constant:  # queries, keys and values are unused
         return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)
     return Cost(int(flops), sum(parameters.values()), cached)
 
@@ -52,7 +54,7 @@ def cost_of(
 def _projection_parameters(
     site: Site, parameters: Mapping[str, Tensor], spec: AttentionSpec, before: AttentionSpec
 ) -> dict[str, int]:
-    """For each projection whose rows are known, the numbers in the rows that are left."""
+    """For each projection with known rows, the number of parameters in the remaining rows."""
     left = {
         "q": (spec.num_heads, before.num_heads),
         "k": (spec.num_kv_heads, before.num_kv_heads),

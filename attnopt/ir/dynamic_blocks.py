@@ -1,4 +1,4 @@
-"""Sparsity that depends on the input: of the blocks of keys, each block of queries keeps those that score highest."""
+"""Input-dependent sparsity: each block of queries keeps the key blocks with the highest scores."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from attnopt.ir.block_scores import BlockScores, constructor, parse_scores
 
 @dataclass(frozen=True, init=False)
 class DynamicBlocks:
-    """Which blocks of keys a block of queries keeps, decided at run time for every sequence and head.
+    """Which key blocks a block of queries keeps, decided at run time for every sequence and head.
 
-    ``scores``: a ``BlockScores`` or its text.  ``keep``: a share of the blocks that causality leaves to the row, above 0 and
-    up to 1.0, rounded up, or their number as an int.  ``block``: tokens of a block.  ``sinks``: so many first blocks are
-    always kept, and ``local``: so many blocks up to the queries' own, itself included (without causality also as many
-    on the other side); both count towards ``keep``.  Raises PolicyError.
+    ``scores``: a ``BlockScores`` or its text.
+    ``keep``: a fraction (above 0, at most 1.0, rounded up) of the blocks that causality leaves to the row, or a number
+    of blocks as an int.
+    ``block``: tokens per block.
+    ``sinks``: number of first blocks that are always kept; ``local``: number of blocks up to the query's own, including
+    itself (without causality also on the other side).  Both count towards ``keep``.  Raises PolicyError.
 
-    In a causal attention, what is kept never depends on a later token: row r is scored with the ``block`` queries that end
-    at its first one, and only blocks whose keys are not later than that query compete; the row's own block is kept.
-    Rows begin at the first query of a call, so that a text that comes in parts may keep other blocks than in one piece.
-    Masks, biases and the pattern are left out of the scores.
+    In a causal attention, the choice never depends on a later token: row r is scored with the ``block`` queries that
+    end at its first one, and only blocks whose keys are not later than that query compete; the row's own block is kept.
+    Rows begin at the first query of a call, so a text processed in parts may keep other blocks than in one piece.
+    Scores ignore masks, biases and the pattern.
     """
 
     scores: BlockScores
@@ -47,9 +49,9 @@ class DynamicBlocks:
         owner = "DynamicBlocks"
         read = parse_scores(scores) if isinstance(scores, str) else scores
         if not isinstance(read, BlockScores):
-            raise PolicyError(f"{owner}: scores={scores!r} is not possible; give block scores or their text")
+            raise PolicyError(f"{owner}: invalid value scores={scores!r}: expected block scores or their text")
         if isinstance(keep, float) and not 0 < number(owner, "keep", keep) <= 1:
-            raise PolicyError(f"{owner}: keep={keep!r} is not possible; give a share above 0 and up to 1.0")
+            raise PolicyError(f"{owner}: invalid value keep={keep!r}: expected a fraction above 0 and at most 1.0")
         if not isinstance(keep, float):
             whole(owner, "keep", keep, least=1)
         read.check(whole(owner, "block", block, least=1))
@@ -60,7 +62,7 @@ class DynamicBlocks:
         object.__setattr__(self, "local", whole(owner, "local", local, least=1))
 
     def select(self, q_BHLD: Tensor, k_BHSD: Tensor, scale: float, is_causal: bool) -> Tensor:
-        """Bool [B, H, rows, columns]: the blocks that are kept; query i stands at position ``i + S - L``."""
+        """Bool [B, H, rows, columns]: the kept blocks; query i is at position ``i + S - L``."""
         L, S = q_BHLD.shape[2], k_BHSD.shape[2]
         rows, cols = _blocks(L, self.block), _blocks(S, self.block)
         row, col = torch.arange(rows, device=q_BHLD.device).unsqueeze(1), torch.arange(cols, device=q_BHLD.device)
@@ -94,7 +96,7 @@ class DynamicBlocks:
         return kept.index_select(2, row).index_select(3, col)
 
     def share(self, kv_len: int) -> float:
-        """About how much of what causality leaves is kept at this length."""
+        """Approximate fraction that is kept of what causality leaves, at this length."""
         return self.keep if isinstance(self.keep, float) else min(1.0, self.keep * self.block / max(1, kv_len))
 
     def to_json(self) -> str:
@@ -107,7 +109,7 @@ class DynamicBlocks:
         value = evaluate(text, _constructor)
         if isinstance(value, DynamicBlocks):
             return value
-        raise PolicyError(f"{text!r} is no selection of blocks")
+        raise PolicyError(f"{text!r} is not a block selection")
 
     def _split(self, x: Tensor, count: int, lag: int) -> Tensor:
         """[B, H, tokens, D] as [B, H, count, block, D], ``lag`` tokens earlier; beyond an end its last token is repeated."""

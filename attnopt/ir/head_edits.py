@@ -1,4 +1,4 @@
-"""What becomes of the heads' outputs between the attention and the output projection, as frozen values."""
+"""Edits of head outputs between the attention and the output projection, as frozen values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnopt.ir.constant import Constant
 
 
 class HeadMap(Protocol):
-    """The heads of an attention by their numbers, and the place of the K/V head that each reads."""
+    """The head numbers of an attention, and the position of the K/V head that each reads."""
 
     @property
     def heads(self) -> tuple[int, ...]: ...
@@ -24,34 +24,35 @@ class HeadMap(Protocol):
 
 
 class HeadEdit(ABC):
-    """A change of the heads' outputs.  Heads go by their numbers in the trained model."""
+    """A change of head outputs.  Heads have their numbers from the trained model."""
 
     kind: ClassVar[str]
-    overwrites: ClassVar[bool] = False  # what the changed heads gave before makes no difference
-    fits_other_values: ClassVar[bool] = True  # it means the same where values and output projection take another basis
+    overwrites: ClassVar[bool] = False  # the previous outputs of the changed heads have no effect
+    fits_other_values: ClassVar[bool] = True  # invariant under a change of basis of values and output projection
 
     @property
     @abstractmethod
     def changed(self) -> tuple[int, ...]:
-        """The heads whose outputs are made into something else than a multiple of themselves."""
+        """The heads whose outputs change by more than a factor."""
 
     @property
     def constants(self) -> tuple[Constant, ...]:
-        """The numbers that ``apply`` gets as tensors."""
+        """The constants that ``apply`` receives as tensors."""
         return ()
 
     @abstractmethod
     def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
-        """``o`` [B, H, L, Dv] after the edit; ``q`` and ``v`` as the attention was given them.
+        """``o`` [B, H, L, Dv] after the edit; ``q`` and ``v`` are the operands of the attention.
 
-        ``spec``: the attention's ``AttentionSpec``, of which an edit reads the heads alone."""
+        ``spec``: the ``AttentionSpec`` of the attention; an edit only reads its heads.
+        """
 
     @abstractmethod
     def keeping(self, kept: Collection[int]) -> HeadEdit | None:
-        """The same edit where only these heads are left; None where it does nothing then.  ValueError where it cannot be."""
+        """The same edit restricted to these heads; None if it then does nothing.  Raises ValueError if impossible."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, with its ``kind``; by default the fields of a dataclass of numbers, texts and tuples of these."""
+        """Plain data, with its ``kind``; by default the fields of a dataclass of numbers, strings and tuples of these."""
         return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
 
     @classmethod
@@ -60,13 +61,13 @@ class HeadEdit(ABC):
         return cls(**{name: _tuples(value) for name, value in data.items() if name != "kind"})
 
     def __str__(self) -> str:
-        """In a few words, for reports."""
+        """A short description for reports."""
         return repr(self)
 
 
 @dataclass(frozen=True)
 class Scaled(HeadEdit):
-    """Some heads' outputs times a factor, before an edit that follows: pairs of a head and its factor."""
+    """Scale head outputs before the next edit: pairs of a head and its factor."""
 
     kind: ClassVar[str] = "scaled"
     gains: tuple[tuple[int, float], ...]
@@ -110,7 +111,7 @@ class TowardValues(HeadEdit):
         for head, u in self.amounts:
             place = spec.heads.index(head)
             own, group = o[:, place : place + 1], spec.kv_of_head[place]
-            value = v[:, group : group + 1].reshape(own.shape)  # not broadcast: a token goes to its own value
+            value = v[:, group : group + 1].reshape(own.shape)  # not broadcast: each token uses its own value
             made[place] = value if u == 1.0 else own * (1.0 - u) + value * u
         return with_heads(o, made)
 
@@ -131,14 +132,14 @@ class TowardValues(HeadEdit):
 
 @dataclass(frozen=True)
 class Replaced(HeadEdit):
-    """Other outputs for some heads: ``values`` [heads, Dv], the same for every token, or [B or 1, heads, L, Dv]."""
+    """Replace the outputs of some heads: ``values`` [heads, Dv], the same for every token, or [B or 1, heads, L, Dv]."""
 
     kind: ClassVar[str] = "replaced"
     overwrites: ClassVar[bool] = True
     fits_other_values: ClassVar[bool] = False
     heads: tuple[int, ...]
     values: Constant
-    origin: str = "given values"  # what the values are, for reports
+    origin: str = "given values"  # description of the values for reports
 
     def __post_init__(self) -> None:
         axis = 0 if self.is_constant else 1
@@ -166,7 +167,7 @@ class Replaced(HeadEdit):
             place = spec.heads.index(head)
             own, value = o[:, place : place + 1], values[:, i : i + 1].to(o.dtype)
             if not self.is_constant and value.shape[2] != own.shape[2]:
-                raise ValueError(f"values for {value.shape[2]} tokens, where there are {own.shape[2]}")
+                raise ValueError(f"values for {value.shape[2]} tokens, expected {own.shape[2]}")
             made[place] = value.expand(own.shape)
         return with_heads(o, made)
 
@@ -196,7 +197,7 @@ def _tuples(value: Any) -> Any:
 
 
 def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:
-    """The heads that give the same [Dv], float64, for every token before their gain, as far as their edits tell."""
+    """The heads that output the same [Dv], float64, for every token before their gain, as far as their edits show."""
     known: dict[int, Tensor] = {}
     for edit in edits:
         match edit:
@@ -212,7 +213,7 @@ def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:
 
 
 def with_heads(o: Tensor, new: Mapping[int, Tensor]) -> Tensor:
-    """``o`` [B, H, L, Dv] with the heads at these places replaced by tensors [B, 1, L, Dv]."""
+    """``o`` [B, H, L, Dv] with the heads at these positions replaced by tensors [B, 1, L, Dv]."""
     pieces: list[Tensor] = []
     start = 0
     for place in sorted(new):

@@ -1,4 +1,4 @@
-"""Heads that a token uses or does without, chosen by a router from the token's queries."""
+"""Routing of tokens to heads, by a router that reads the queries of the token."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardVal
 
 @dataclass(frozen=True)
 class Routed(HeadEdit):
-    """Heads ``shared`` are every token's; of the heads ``routed`` each token uses the ``count`` with the highest scores, of
-    equal ones the first, and the output of the others is zero.
+    """Heads ``shared`` serve every token; of the heads ``routed``, each token uses the ``count`` with the highest
+    scores (ties go to the first), and the output of the others is zero.
 
-    ``router`` None: the score of a head is the norm of its query.  Else float32 [H * D + 1, len(routed)]: scores linear in
-    the queries of all heads, one after the other, and a last row that is added.  A NaN score counts as the highest.
+    ``router`` None: the score of a head is the norm of its query.  Otherwise float32 [H * D + 1, len(routed)]: scores
+    linear in the concatenated queries of all heads, with the bias in the last row.  NaN counts as the highest score.
     """
 
     kind: ClassVar[str] = "routed"
@@ -35,7 +35,7 @@ class Routed(HeadEdit):
 
     @property
     def share(self) -> float:
-        """Of all pairs of a token and a head those that are used."""
+        """The fraction of (token, head) pairs that are used."""
         return (len(self.shared) + self.count) / (len(self.shared) + len(self.routed))
 
     @property
@@ -65,7 +65,7 @@ class Routed(HeadEdit):
 
     def keeping(self, kept: Collection[int]) -> Routed:
         if not {*self.shared, *self.routed} <= set(kept):
-            raise ValueError("heads between which tokens are routed cannot be removed; remove heads first")
+            raise ValueError("heads that tokens are routed to cannot be removed; prune before routing")
         return self
 
     def to_json(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 class HeadWeights:
     """New weights of one head in one projection: ``weight`` [D, in] and ``bias`` [D] or None.
 
-    In "out" the weight is [Dv, out]; its bias belongs to no head and stands in ``Rewrite.out_bias``.
+    For "out" the weight is [Dv, out]; its bias does not belong to a head: see ``Rewrite.out_bias``.
 
     ``head`` is an original number (of a K/V head for "k" and "v").
     """

@@ -1,4 +1,4 @@
-"""What a pass and a backend are: the two things that a third party writes."""
+"""The interfaces of passes and backends, which third parties implement."""
 
 from __future__ import annotations
 
@@ -17,66 +17,68 @@ from attnopt.ir.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Rewrite(SiteEdit):
-    """What a pass makes of a site."""
+    """The result of a pass."""
 
-    notes: tuple[str, ...] = ()  # what the report should tell: which default was taken, what was not saved, ...
+    notes: tuple[str, ...] = ()  # notes for the report: which default was used, what was not saved, ...
 
 
 class Pass(ABC):
-    """A rewrite of one attention.  Subclasses are frozen dataclasses whose fields are the pass's options."""
+    """A rewrite of one attention.  Subclasses are frozen dataclasses whose fields are the options of the pass."""
 
     name: ClassVar[str]
     exact: ClassVar[bool]  # True: the model computes the same as before
-    calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` where calibration data are given
+    calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
 
     def check(self, site: Site) -> Refusal | None:
-        """Why this pass cannot be applied to ``site``, or None."""
+        """Why this pass does not apply to ``site``, or None."""
         return None
 
     @classmethod
     def typical(cls) -> Pass | None:
-        """The pass with options under which it refuses no more than it has to: ``inspect`` and ``explain`` ask this one.
-        None where every answer depends on the options, which is so by default where one has no default."""
+        """The pass with the options under which it refuses least: ``inspect`` and ``explain`` check this one.  None if
+        every answer depends on the options; by default, if an option has no default.
+        """
         needed = (p.default is p.empty for p in signature(cls).parameters.values())
         return None if any(needed) else cls()
 
     @abstractmethod
     def rewrite(self, site: Site) -> Rewrite:
-        """The site's new meaning.  Called only where ``check`` returned None; must not change anything."""
+        """The new spec and weights of the site.  Only called if ``check`` returned None; must have no side effects."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one site can have of a budget: the relative error of its layer then, and the pass that does it."""
+    """One allocation for a site: the resulting relative error of its layer, and the pass that achieves it."""
 
     error: float
     rewrite: Pass
 
 
 class SharesBudget(ABC):
-    """A pass that may spend a number of heads where they are worth most, instead of the same number at each site."""
+    """A pass that can allocate a number of heads over all sites instead of the same number at each site."""
 
     @property
     @abstractmethod
     def is_shared(self) -> bool:
-        """Whether the budget is one for all sites."""
+        """Whether one budget covers all sites."""
 
     @abstractmethod
     def total(self, sites: Sequence[Site]) -> int:
-        """How many heads these sites may keep altogether."""
+        """How many heads these sites may keep in total."""
 
     @abstractmethod
     def shares(self, site: Site) -> Mapping[int, Share]:
-        """By the number of heads that ``site`` can be left with; empty where that cannot be told, and the site then has
-        its own budget."""
+        """The allocations of ``site`` by number of remaining heads; empty if unknown, and the site then has its own
+        budget.
+        """
 
 
 class Backend(ABC):
     """A way to compute an attention.  ``lower`` returns a plain tensor function, which attnopt traces into the graph."""
 
     name: ClassVar[str]
-    skips: ClassVar[bool] = False  # True: what a pattern hides is not computed
-    skips_rows: bool = False  # True: ``lower`` gives a ``RoutedAttend``, which computes no more rows than are wanted
+    skips: ClassVar[bool] = False  # True: hidden pairs are not computed
+    skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
         """Why this backend cannot compute ``spec`` exactly, or None."""
@@ -84,18 +86,20 @@ class Backend(ABC):
 
     @abstractmethod
     def lower(self, spec: AttentionSpec) -> Attend:
-        """The function that computes ``spec``; gains included.  What is in ``spec.after`` is done to what it returns, and
-        the spec that it is given has none."""
+        """The function that computes ``spec``, including gains.  ``spec.after`` is applied to its result separately;
+        the given spec has none.
+        """
 
     @abstractmethod
     def cost(self, site: Site) -> float:
-        """Seconds of one call for a batch of one at ``site.q_len`` and ``site.kv_len``, as far as that can be told; of the
-        backends that accept the spec, the cheapest is taken."""
+        """Estimated seconds of one call for a batch of one at ``site.q_len`` and ``site.kv_len``; the cheapest backend
+        that accepts the spec is used.
+        """
 
     def skipping_rows(self) -> Backend | None:
-        """The same backend, computing only the rows that a route asks for; None where it cannot."""
+        """The same backend, computing only the rows that a route requests; None if not supported."""
         return None
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
-        """What the report should tell of this lowering."""
+        """What the report should say about this lowering."""
         return ()

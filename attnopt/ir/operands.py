@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of the canonical attention, in their order
-BLOCK = 64  # queries, and keys, of one block of a selection
+BLOCK = 64  # queries and keys per block of a selection
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Operands:
 
     @cached_property
     def real(self) -> Tensor:
-        """Bool [B, L]: the tokens that are no padding, those that some query can see.
+        """Bool [B, L]: the tokens that are not padding, i.e. visible to some query.
 
-        Keys of another sequence tell nothing of the queries: there every query counts.
+        Keys from another sequence say nothing about the queries: every query then counts.
         """
         B, L = self.q.shape[0], self.q.shape[2]
         return self.seen if self.k.shape[2] == L else torch.ones(B, L, dtype=torch.bool, device=self.q.device)

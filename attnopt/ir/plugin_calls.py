@@ -1,4 +1,4 @@
-"""Calls of what a third party wrote: whatever goes wrong is an error that names the plugin, where it comes from, and the site."""
+"""Plugin calls: any failure is an error that names the plugin, its distribution and the site."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def check(p: Pass, site: Site) -> Refusal | None:
     """The pass's answer.  Raises PluginError."""
     _require_name(p, "pass", site)
     if not is_dataclass(p):
-        raise fault(p, "pass", "its class is no dataclass, whose fields are the options", site.name)
+        raise fault(p, "pass", "its class is not a dataclass (its fields are the options)", site.name)
     with blamed(p, "pass", "check", site.name):
         return _refusal(p.check(site))
 
 
 def rewrite(p: Pass, site: Site) -> Rewrite:
-    """What the pass makes of the site, which keeps every rule.  Raises PluginError."""
+    """The verified rewrite of the site.  Raises PluginError."""
     with blamed(p, "pass", "rewrite", site.name):
         made = p.rewrite(site)
     if not isinstance(made, Rewrite) or not isinstance(made.spec, AttentionSpec):
         got = f"a Rewrite of {type(made.spec).__name__}" if isinstance(made, Rewrite) else type(made).__name__
-        raise fault(p, "pass", f"rewrite gave {got}, expected a Rewrite of an AttentionSpec", site.name)
+        raise fault(p, "pass", f"rewrite returned {got}, expected a Rewrite of an AttentionSpec", site.name)
     if (broken := next(broken_rules(site, made), None)) is not None:
         raise fault(p, "pass", broken, site.name)
     return made
@@ -53,7 +53,7 @@ def cost(backend: Backend, site: Site) -> float:
     with blamed(backend, "backend", "cost", site.name):
         seconds = backend.cost(site)
     if not isinstance(seconds, (int, float)) or math.isnan(seconds):
-        raise fault(backend, "backend", f"cost gave {seconds!r}, expected seconds", site.name)
+        raise fault(backend, "backend", f"cost returned {seconds!r}, expected seconds", site.name)
     return seconds
 
 
@@ -64,7 +64,7 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
 
 
 def lower(backend: Backend, spec: AttentionSpec) -> Any:
-    """``backend.lower(spec)``, whose output is looked at.  Raises PluginError without the site."""
+    """``backend.lower(spec)`` with checked output.  Raises PluginError without the site."""
     with blamed(backend, "backend", "lower"):
         attend = backend.lower(spec)
 
@@ -78,7 +78,7 @@ def lower(backend: Backend, spec: AttentionSpec) -> Any:
 
 
 def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None = None) -> Attend:
-    """``spec`` with all that is in ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
+    """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
     if not spec.after:
         plain: Attend = lower(backend, spec)
         return plain
@@ -87,9 +87,9 @@ def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tens
 
 
 def no_answer(site: Site, e: PluginError) -> Refusal:
-    """In the place of the answer of a plugin that was only asked, where nothing depends on it."""
-    hint = "repair or uninstall the plugin"
-    return site.refuse("plugin-failed", expected="an answer of the plugin", found=e.message, hint=hint)
+    """Replaces the answer of a failing plugin where nothing depends on it."""
+    hint = "fix or uninstall the plugin"
+    return site.refuse("plugin-failed", expected="an answer from the plugin", found=e.message, hint=hint)
 
 
 def _require_name(plugin: Any, kind: str, site: Site) -> None:
@@ -100,4 +100,4 @@ def _require_name(plugin: Any, kind: str, site: Site) -> None:
 def _refusal(answer: Any) -> Refusal | None:
     if answer is None or isinstance(answer, Refusal):
         return answer
-    raise TypeError(f"it gave {answer!r}, expected a Refusal or None")
+    raise TypeError(f"it returned {answer!r}, expected a Refusal or None")

@@ -1,4 +1,4 @@
-"""Where queries, keys, values and outputs are projected, and the weights of each head there."""
+"""Where queries, keys, values and outputs are projected, and the weights of each head."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from attnopt.ir.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Projection:
-    """Where a site's queries, keys, values or outputs are projected.
+    """Where the queries, keys, values or outputs of a site are projected.
 
-    ``rows[h]`` are the indices of head h's output features ("out": input features) in the weight, in the order in which
-    they stand in the head; None where they cannot be told, and then ``why`` says so.  ``transposed``: the weight is stored
-    as (in, out).  ``direct``: of "out", that what the heads give reaches it as it is, only laid out anew.
+    ``rows[h]``: the indices of the output features of head h ("out": input features) in the weight, in head order; None
+    if unknown, with the reason in ``why``.
+    ``transposed``: the weight is stored as (in, out).
+    ``direct``: for "out", the head outputs reach it unchanged apart from their layout.
     """
 
     weight: str | None = None
@@ -26,7 +27,7 @@ class Projection:
     rows: tuple[tuple[int, ...], ...] | None = None
     why: str | None = None
     direct: bool = True
-    keeps_size: bool = False  # no weight becomes smaller where heads are removed
+    keeps_size: bool = False  # removing heads reduces no weight
 
     def __repr__(self) -> str:
         rows = "unknown" if self.rows is None else f"{len(self.rows)} heads of {len(self.rows[0])}"
@@ -36,7 +37,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Projected:
-    """An attention with its projections and what they hold."""
+    """An attention with its projections and their parameters."""
 
     name: str
     spec: AttentionSpec
@@ -62,7 +63,7 @@ class Projected:
     def head_weight(self, role: str, head: int) -> Tensor | None:
         """Rows of one head in the projection ``role`` ("q", "k", "v"): [D, in], or its columns for "out": [Dv, out].
 
-        ``head`` is an original number (of a K/V head for "k" and "v").  None where the projection is not known.
+        ``head`` is an original number (of a K/V head for "k" and "v").  None if the projection is unknown.
         """
         p = self.projections.get(role)
         if p is None or p.rows is None or p.weight is None:
@@ -73,7 +74,7 @@ class Projected:
         return weight[:, rows].transpose(0, 1).flatten(1) if stored_by_input else weight[rows].flatten(1)
 
     def head_bias(self, role: str, head: int) -> Tensor | None:
-        """Bias of one head in the projection ``role``: [D]; None where there is none."""
+        """Bias of one head in the projection ``role``: [D]; None if there is none."""
         p = self.projections.get(role)
         if p is None or p.rows is None or p.bias is None or role == "out":
             return None
@@ -81,6 +82,6 @@ class Projected:
         return bias[torch.as_tensor(p.rows[head], device=bias.device)]
 
     def out_bias(self) -> Tensor | None:
-        """Bias of the output projection [out]; None where there is none."""
+        """Bias of the output projection [out]; None if there is none."""
         p = self.projections.get("out")
         return None if p is None or p.bias is None else self.parameters[p.bias].detach()

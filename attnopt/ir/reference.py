@@ -1,4 +1,4 @@
-"""The specification as code: the formula of ``AttentionSpec``, line by line, for any spec, as slow as it is plain."""
+"""The specification as code: the formula of ``AttentionSpec``, line by line, for any spec; simple and slow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reference(spec: AttentionSpec) -> Attend:
 
 
 def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the last axis, with the sink logit beside the scores; a row of nothing but -inf becomes zeros."""
+    """Softmax over the last axis and the sink logit; a row of only -inf becomes zeros."""
     top = s.amax(-1, keepdim=True)
     if sinks is not None:
         top = torch.maximum(top, sinks)

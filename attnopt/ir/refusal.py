@@ -1,4 +1,4 @@
-"""A refusal: why an attention was left as it was.  Data first, text only when printed."""
+"""A refusal: why an attention was left unchanged.  Data first, text only when printed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refusal:
-    """``code`` is a stable kebab-case word; ``expected`` and ``found`` say what differed, ``where`` at which operation or
-    source line of the user's model, ``hint`` what the user can do."""
+    """``code``: a stable kebab-case word; ``expected`` and ``found``: what differed; ``where``: the operation or source
+    line in the model; ``hint``: what the user can do.
+    """
 
     code: str
     expected: str = ""

@@ -1,4 +1,4 @@
-"""What the parts of a spec mean: visible keys, the K/V head of each head, edits and gains.
+"""Semantics of the parts of a spec: visible keys, the K/V head of each head, edits and gains.
 
 All of it traces to plain operators, with no constant lifted into the graph.
 """
@@ -29,7 +29,7 @@ def edited(
 ) -> Attend:
     """``core``, which computes ``spec`` without its edits and gains, with all of them.
 
-    ``constants`` are those of ``spec.constants`` as tensors, so that a graph can hold them; None: made at each call.
+    ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.
     ``skips_rows``: ``core`` is a ``RoutedAttend``.
     """
 
@@ -50,7 +50,7 @@ def edited(
 
 
 def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Bool [B|1, H|1, L|1, S]: the mask operand, the pattern and the selected blocks together; None where every query sees
+    """Bool [B|1, H|1, L|1, S]: the mask operand, the pattern and the selected blocks combined; None if every query sees
     every key."""
     q_len, kv_len = q.shape[2], k.shape[2]
     seen = [] if mask is None else [mask]
@@ -68,10 +68,10 @@ def selected(spec: AttentionSpec, q: Tensor, k: Tensor) -> Tensor:
 
 
 def of_masked_blocks(backend: str, spec: AttentionSpec) -> tuple[str, ...]:
-    """What a backend that masks has to tell of blocks that are selected at run time."""
+    """The note of a masking backend about blocks selected at run time."""
     if spec.selection is None:
         return ()
-    return (f"{backend}: blocks that are not kept are masked, not skipped, which saves no time",)
+    return (f"{backend}: blocks that are not kept are masked, not skipped: no time is saved",)
 
 
 def heads_of(spec: AttentionSpec, kv: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def heads_of(spec: AttentionSpec, kv: Tensor) -> Tensor:
 
 
 def with_gains(spec: AttentionSpec, o: Tensor) -> Tensor:
-    """Output [B, H, L, Dv] times each head's gain, which come after all edits.  ValueError where there are any left."""
+    """Output [B, H, L, Dv] times the head gains, which follow all edits.  Raises ValueError if edits remain."""
     if spec.after:
         raise ValueError("lower the spec without its edits, or with attnopt.ir.semantics.attention_of")
     if spec.gains is None:
@@ -95,7 +95,7 @@ def with_gains(spec: AttentionSpec, o: Tensor) -> Tensor:
 
 
 def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
-    """Whether the pattern hides nothing.  A symbolic length is not decided upon: that would guard the graph."""
+    """Whether the pattern hides nothing.  Never decided on a symbolic length, which would add a guard."""
     if spec.pattern == Full():
         return True
     if not (is_static(q_len) and is_static(kv_len)):
@@ -104,7 +104,7 @@ def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
 
 
 def _indices(values: Sequence[int], device: torch.device) -> Tensor:
-    """``values`` as an int64 tensor, made of ranges: ``torch.tensor`` would become a constant of the traced graph."""
+    """``values`` as an int64 tensor built from ranges: ``torch.tensor`` would become a constant of the traced graph."""
     runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][-1] + 1:

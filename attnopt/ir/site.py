@@ -15,19 +15,19 @@ Alignment = Literal["first", "last", "none"]
 
 @dataclass(frozen=True)
 class Site(Projected):
-    """One attention of the model, as it stands after the passes that were already applied to it."""
+    """One attention of the model, in its form after the passes applied so far."""
 
     where: str = ""  # source line of the user's model
-    notes: tuple[str, ...] = ()  # what a reader should know: weights returned to the user, shared weights, ...
+    notes: tuple[str, ...] = ()  # notes: weights returned to the user, shared weights, ...
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     batch: int = 1  # B, L and S at the sizes of the example inputs
     q_len: int = 0
     kv_len: int = 0
-    activations: Activations | None = field(default=None, repr=False, compare=False)  # where there is calibration data
+    activations: Activations | None = field(default=None, repr=False, compare=False)  # if there is calibration data
     is_dynamic: bool = False  # L or S may vary with the inputs
     device: str = "cpu"  # the kind of device that the attention runs on
-    # "first": query i stands at key i.  "last": keys of a past come first, the last query stands at the last key.  "none":
-    # the lengths are equal in the examples at most, and vary apart.
+    # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
+    # the lengths vary independently, even if equal in the example.
     alignment: Alignment = "first"
 
     @property
@@ -40,11 +40,11 @@ class Site(Projected):
 
     @property
     def original(self) -> Projected | None:
-        """As it is in the user's model, where there is calibration data."""
+        """Its form in the original model, if there is calibration data."""
         return None if self.activations is None else self.activations.site
 
     def refuse(self, code: str, *, expected: str = "", found: object = "", hint: str = "") -> Refusal:
-        """A refusal that points at this site."""
+        """A refusal that refers to this site."""
         return Refusal(code, expected, str(found), self.where, hint)
 
     def without_activations(self) -> Site:
@@ -53,7 +53,7 @@ class Site(Projected):
 
 @dataclass(frozen=True)
 class NearMiss:
-    """Something that begins like an attention and is none, or is one that attnopt cannot yet express."""
+    """A rejected candidate: it resembles an attention and is none, or is one that attnopt cannot represent."""
 
     name: str
     refusal: Refusal

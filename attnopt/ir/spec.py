@@ -19,16 +19,16 @@ class AttentionSpec:
     With query head h reading K/V head g = ``kv_of_head[h]``::
 
         s = scale * q_h @ k_g.T                    # [L, S]
-        s = softcap * tanh(s / softcap)            # where there is a softcap
-        s = s + bias                               # where there is a bias operand, [B|1, H|1, L|1, S]
+        s = softcap * tanh(s / softcap)            # if there is a softcap
+        s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
-        p = softmax([s, sink_h])[:S]               # a sink logit takes probability and gives nothing
+        p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
         o_h = p @ v_g                              # [L, value_dim]
         o = edit(o), for each edit of ``after``    # all heads together, in their order
         o_h = gain_h * o_h
 
     ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
-    run time; all keys where it is None.  A query that sees no key at all gets zeros.
+    run time; all keys where it is None.  A fully masked query gives zeros.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -43,11 +43,11 @@ class AttentionSpec:
     has_sinks: bool = False
     softcap: float | None = None
     gains: tuple[float, ...] | None = None  # one factor for each remaining query head
-    is_cross: bool = False  # keys come from another sequence than queries
-    seen_as: Pattern | None = None  # what pattern and mask together amount to on unpadded inputs, where that is known
+    is_cross: bool = False  # keys and queries come from different sequences
+    seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
-    positions: tuple[str, ...] = ()  # position encodings seen on the way, e.g. ("rope",)
-    after: tuple[HeadEdit, ...] = ()  # what becomes of the heads' outputs, before the gains
+    positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
+    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs, before the gains
 
     def __post_init__(self) -> None:
         if len(self.kv_of_head) != len(self.heads):
@@ -72,36 +72,36 @@ class AttentionSpec:
 
     @property
     def is_causal(self) -> bool:
-        """No query sees a later key, as far as that is known without the inputs' values."""
+        """No query sees a later key, as far as known without input values."""
         return self.visible_pattern.is_causal
 
     @property
     def route(self) -> Routed | None:
-        """The edit that routes tokens to heads, where there is one."""
+        """The edit that routes tokens to heads, if any."""
         return next((edit for edit in self.after if isinstance(edit, Routed)), None)
 
     @property
     def chooses(self) -> bool:
-        """What is computed depends on comparisons that rounding may turn: of blocks, or of heads."""
+        """The result depends on comparisons that rounding may flip: of blocks, or of heads."""
         return self.selection is not None or self.route is not None
 
     @property
     def is_constant(self) -> bool:
-        """Every head gives the same for every token, whatever the queries, keys and values."""
+        """Every head outputs the same for every token, whatever the queries, keys and values."""
         return len(constant_heads(self.after)) == self.num_heads
 
     @property
     def constants(self) -> tuple[Constant, ...]:
-        """The numbers of all edits, in their order."""
+        """The constants of all edits, in order."""
         return tuple(c for edit in self.after for c in edit.constants)
 
     def restricted(self, pattern: Pattern) -> AttentionSpec:
-        """The same attention, in which a query sees a key only if ``pattern`` allows it too."""
+        """The same attention, restricted to the pairs that ``pattern`` also allows."""
         seen = None if self.seen_as is None else _both(self.seen_as, pattern)
         return replace(self, pattern=_both(self.pattern, pattern), seen_as=seen)
 
     def keeping(self, heads: Iterable[int]) -> AttentionSpec:
-        """The same attention with only these query heads (original numbers); K/V heads that nobody reads go too."""
+        """The same attention with only these query heads (original numbers); unused K/V heads are removed, too."""
         kept = set(heads)
         places = [i for i, h in enumerate(self.heads) if h in kept]
         used = sorted({self.kv_of_head[i] for i in places})
@@ -117,12 +117,12 @@ class AttentionSpec:
         )
 
     def scaled(self, gains: Iterable[float]) -> AttentionSpec:
-        """The same attention with each remaining head's output multiplied by its gain."""
+        """The same attention with the output of each remaining head multiplied by its gain."""
         old = self.gains or (1.0,) * self.num_heads
         return replace(self, gains=tuple(a * float(b) for a, b in zip(old, gains, strict=True)))
 
     def followed_by(self, edit: HeadEdit) -> AttentionSpec:
-        """The same attention with its heads' outputs, gains included, edited."""
+        """The same attention with an edit of its head outputs, after the gains."""
         gains = dict(zip(self.heads, self.gains or (1.0,) * self.num_heads, strict=True))
         first = tuple((h, gains[h]) for h in edit.changed if gains[h] != 1.0)
         before = (Scaled(first),) if first and not edit.overwrites else ()

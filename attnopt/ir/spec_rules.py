@@ -1,4 +1,4 @@
-"""What has to hold of a spec and its new weights after every pass, whoever wrote it: a list of rules."""
+"""Verification of a spec and its new weights after every pass: a list of rules."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import Pattern
 
 _SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared with its own mask
-_RUN = 64  # queries whose reach is asked together
+_RUN = 64  # queries per call of reach
 _FIXED = ("head_dim", "value_dim", "is_cross", "has_bias", "has_mask", "has_sinks")
 
 
 def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
-    """What is wrong with what a pass made of ``site``."""
+    """The violations in a rewrite of ``site``."""
     yield from verify_spec(site.spec, made.spec)
     for edit in made.edits:
         yield from _of_weights(site, made.spec, edit)
     if made.out_bias is not None:
         yield from _of_out_bias(site, made.out_bias)
     if not isinstance(made.notes, tuple) or not all(isinstance(note, str) for note in made.notes):
-        yield f"notes is {made.notes!r}, expected a tuple of texts"
+        yield f"notes is {made.notes!r}, expected a tuple of strings"
     try:
         yield from _of_foreign_patterns(site, made.spec)
     except PluginError as e:
@@ -43,11 +43,11 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
 
 
 def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
-    """The rules that ``after`` breaks as a rewrite of ``before``, which has the operands and the weights that there are."""
+    """The rules that ``after`` violates as a rewrite of ``before``, which has the existing operands and weights."""
     for name in _FIXED:
         was, now = getattr(before, name), getattr(after, name)
         if was != now:
-            yield f"{name} is {now!r}, and the attention itself has {was!r}"
+            yield f"{name} is {now!r}, but the attention has {was!r}"
     yield from _of_heads(before, after)
     yield from _of_numbers(after)
     yield from _of_kinds(after)
@@ -57,7 +57,7 @@ def _of_heads(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
     for name, known in (("heads", before.heads), ("kv_heads", before.kv_heads)):
         named = getattr(after, name)
         if not named or len(set(named)) < len(named) or not set(named) <= set(known):
-            yield f"{name} is {named!r}, expected some of {known!r}, each once"
+            yield f"{name} is {named!r}, expected a subset of {known!r} without duplicates"
     if len(after.kv_of_head) != len(after.heads) or not set(after.kv_of_head) <= set(range(len(after.kv_heads))):
         yield f"kv_of_head is {after.kv_of_head!r} for {len(after.heads)} heads and {len(after.kv_heads)} K/V heads"
 
@@ -68,11 +68,11 @@ def _of_numbers(after: AttentionSpec) -> Iterator[str]:
     if after.softcap is not None and not (_is_finite(after.softcap) and after.softcap > 0):
         yield f"softcap is {after.softcap!r}, expected None or a number above 0"
     if after.gains is not None and not (len(after.gains) == len(after.heads) and all(map(_is_finite, after.gains))):
-        yield f"gains is {after.gains!r}, expected a finite number for each of {len(after.heads)} heads"
+        yield f"gains is {after.gains!r}, expected one finite number per head ({len(after.heads)})"
 
 
 def _of_kinds(after: AttentionSpec) -> Iterator[str]:
-    """Patterns, a selection and edits that are none, or that name heads that there are not."""
+    """Patterns, selections and edits of a wrong type, or with unknown heads."""
     if after.selection is not None and not isinstance(after.selection, DynamicBlocks):
         yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
     patterns = {"pattern": after.pattern} | ({} if after.seen_as is None else {"seen_as": after.seen_as})
@@ -80,7 +80,7 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
         if not isinstance(pattern, Pattern):
             yield f"{name} is {pattern!r}, expected a Pattern"
         elif pattern.named_heads > len(after.heads):
-            yield f"{name} names head {pattern.named_heads - 1} by its place, and there are {len(after.heads)} heads"
+            yield f"{name} refers to head position {pattern.named_heads - 1}, but there are only {len(after.heads)} heads"
     for edit in after.after:
         if not isinstance(edit, HeadEdit):
             yield f"after holds {edit!r}, expected a HeadEdit"
@@ -105,11 +105,11 @@ def _of_weights(site: Site, spec: AttentionSpec, edit: HeadWeights) -> Iterator[
         return
     weight, bias = site.head_weight(edit.role, edit.head), site.head_bias(edit.role, edit.head)
     if weight is None:
-        yield f"{what}: the projection is not known"
+        yield f"{what}: the projection is unknown"
         return
     yield from _of_tensor(f"{what}", edit.weight, weight)
     if edit.bias is not None and bias is None:
-        yield f"{what} come with a bias, and the projection has none for a head"
+        yield f"{what} have a bias, but the projection has none per head"
     elif edit.bias is not None and bias is not None:
         yield from _of_tensor(f"the bias of {what}", edit.bias, bias)
 
@@ -117,7 +117,7 @@ def _of_weights(site: Site, spec: AttentionSpec, edit: HeadWeights) -> Iterator[
 def _of_out_bias(site: Site, made: Tensor) -> Iterator[str]:
     known = site.out_bias()
     if known is None:
-        yield "there is a new bias of the output projection, which has none"
+        yield "a new bias for the output projection, which has no bias"
     else:
         yield from _of_tensor("the new bias of the output projection", made, known)
 
@@ -131,7 +131,7 @@ def _of_tensor(what: str, made: Tensor, known: Tensor) -> Iterator[str]:
 
 
 def _of_foreign_patterns(site: Site, spec: AttentionSpec) -> Iterator[str]:
-    """Where a pattern's own ``reach`` denies what its ``visible`` says: what is computed would depend on the backend."""
+    """A pattern whose ``reach`` contradicts its ``visible``: the result would depend on the backend."""
     pattern, q_len, kv_len = spec.pattern, site.q_len, site.kv_len
     if not isinstance(pattern, Pattern) or not 0 < q_len * kv_len <= _SMALL or not _foreign(pattern):
         return
@@ -139,11 +139,11 @@ def _of_foreign_patterns(site: Site, spec: AttentionSpec) -> Iterator[str]:
         seen_LS = one.mask(q_len, kv_len)[0].numpy()
         runs = [(i, i) for i in range(q_len)] + [(i, min(i + _RUN, q_len) - 1) for i in range(0, q_len, _RUN)]
         if any(_denies(one, seen_LS[first : last + 1], first + kv_len - q_len) for first, last in runs):
-            yield f"pattern {one}: reach denies what visible says at {q_len} queries and {kv_len} keys"
+            yield f"pattern {one}: reach contradicts visible at {q_len} queries and {kv_len} keys"
 
 
 def _denies(pattern: Pattern, seen_LS: NDArray[np.bool_], first: int) -> bool:
-    """A key that all of a run see is hidden from one of them, or one that none of them may see is seen."""
+    """A key in ``all`` is hidden from some query of the run, or a key outside ``some`` is visible."""
     q_len, kv_len = seen_LS.shape
     reach = pattern.reach(first, first + q_len - 1, kv_len)
     surely, maybe = (_marked(ranges, kv_len) for ranges in (reach.all, reach.some))

@@ -1,1 +1,1 @@
-"""A canonical attention and what was decided about it become operators."""
+"""Lowering: from canonical attentions and plans to operators."""

@@ -1,4 +1,4 @@
-"""What of a plan costs nothing at run time, because the output projection takes it in."""
+"""Folding: parts of a plan that the output projection absorbs, at no run-time cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ E = TypeVar("E", bound=SiteEdit)
 
 
 def folded(found: Found, plan: E) -> E:
-    """Heads that give the same for every token moved into the output bias, and gains into the output weights."""
+    """Constant heads folded into the output bias, and gains into the output weights."""
     if found.site.projections["out"].rows is None or found.output_op is None:
         return plan
     return _gains(found, _constants(found, plan))
@@ -43,7 +43,7 @@ def _constants(found: Found, plan: E) -> E:
     can_move = bias is not None and site.projections["out"].direct
     gone = [h for h in known if h in silent or can_move]
     if len(gone) == spec.num_heads:
-        gone = gone[1:]  # one head has to stay; `lower` then computes no attention
+        gone = gone[1:]  # one head must stay; `lower` then computes no attention
     for h in gone:
         if h not in silent:
             weight = _out_weight(found, plan, h)

@@ -1,8 +1,8 @@
-"""Put chosen attentions in canonical form, apply what the passes decided, and lower them to ordinary operators.
+"""Replace attentions by their canonical form, apply the plans, and lower them to ordinary operators.
 
-Two ways of doing it serve as each other's check.  "optimized" moves head selections into the weights, folds gains into
-the output projection and uses the chosen backend; "plain" computes the same meaning with the reference backend on
-full-size weights, with dense masks and zeros in the place of pruned heads.
+There are two ways, which verify each other.  "optimized" moves head selections into the weights, folds gains into
+the output projection and uses the chosen backend; "plain" computes the same spec with the reference backend on
+full-size weights, with dense masks and zeros instead of pruned heads.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Plan(SiteEdit):
 
     @property
     def changes_nothing(self) -> bool:
-        """The meaning of the site stays as it is: the plan only fuses it."""
+        """The spec of the site is unchanged: the plan only fuses it."""
         return self.spec == self.found.raised.spec and not self.edits and self.out_bias is None
 
 
@@ -71,9 +71,9 @@ def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.N
 
 
 def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins: bool = True) -> fx.GraphModule:
-    """A copy of ``gm`` with each plan carried out; ``gm`` itself is left as it is.
+    """A copy of ``gm`` with every plan applied; ``gm`` itself is unchanged.
 
-    ``joins``: projections of one input become one.
+    ``joins``: fuse projections of the same input.
     """
     module, table = copy_program(gm)
     weights = Weights(module)
@@ -84,9 +84,9 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins:
             raise PluginError(e.message, hint=e.hint, site=plan.found.site.name) from e.__cause__
         except Exception as e:
             raise RewriteError(
-                f"{', '.join(plan.passes)} cannot be carried out: {type(e).__name__}: {e}",
+                f"{', '.join(plan.passes)} failed: {type(e).__name__}: {e}",
                 site=plan.found.site.name,
-                hint="leave the site out of the policy and report the model",
+                hint="exclude the site from the policy and report the model",
             ) from e
     restore_calls(module)
     share(module)
@@ -123,7 +123,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
 def _attention(
     emit: Emitter, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], made: SiteEdit, plain: bool
 ) -> fx.Node:
-    """The attention computed from operands whose heads are selected, as far up as that goes."""
+    """The attention computed from operands with selected heads, propagated backward as far as possible."""
     node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
     projected = {r: n for r, n in zip(ROLES, node.args, strict=True) if r in "qkv" and isinstance(n, fx.Node)}
     ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
@@ -154,7 +154,7 @@ def _attention(
 
 
 def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:
-    """The new weights that an operand is made with: not those that another role has, of rows that make both."""
+    """The new weights of an operand, without those of another role that shares its rows."""
     mine = site.projections.get(role)
     own = set() if mine is None or mine.rows is None else {row for rows in mine.rows for row in rows}
 
@@ -167,7 +167,7 @@ def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[Hea
 
 
 def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
-    """What ``node`` gives where every head gives the same for every token: nothing of the attention is computed."""
+    """The output of ``node`` if every head is constant: no attention is computed."""
     known = constant_heads(spec.after)
     gains = spec.gains or (1.0,) * spec.num_heads
     values = torch.stack([known[h] * gain for h, gain in zip(spec.heads, gains, strict=True)])
@@ -229,7 +229,7 @@ def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new:
 def _edit_output(
     gm: fx.GraphModule, weights: Weights, found: Found, table: Mapping[fx.Node, fx.Node], made: SiteEdit
 ) -> None:
-    """New columns, and where it changes a new bias, in the output projection of this site alone."""
+    """New columns and, if changed, a new bias in the output projection of this site only."""
     op = found.output_op
     edited = edited_parameters(found.site, made.edits, made.out_bias)
     if op is None:

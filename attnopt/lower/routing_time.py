@@ -1,4 +1,4 @@
-"""Whether routing tokens to heads saves time at a site: both forms are run on this machine, and the faster is taken."""
+"""Whether routing tokens to heads saves time at a site: both forms run on this machine, and the faster is used."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _ROUNDS = 3
 
 
 def faster(site: Site, masking: Backend, backends: Sequence[Backend]) -> tuple[Backend, tuple[str, ...]]:
-    """``masking``, which computes every head of a site with a route, or the fastest of ``backends`` that computes only what is
-    routed; and what the report should tell.
+    """``masking``, which computes every head of a routed site, or the fastest of ``backends`` that computes only the
+    routed pairs; with notes for the report.
 
-    Measured once for each kind of site in a process, so that equal sites are lowered alike.
+    Measured once per kind of site and process, so equal sites are lowered alike.
     """
     skipping = [b for b in (o.skipping_rows() for o in backends) if b is not None and b.check(site.spec) is None]
-    everything = f"{masking.name} computes every head and leaves out what is not routed"
+    everything = f"{masking.name} computes every head and masks those that are not routed"
     if site.device != "cpu" or not skipping:
-        return masking, (f"{everything}, which saves no time",)
+        return masking, (f"{everything}: no time is saved",)
     seconds = _known(replace(site.spec, positions=(), seen_as=None), site.q_len, site.kv_len, (masking, *skipping))
     best = min(skipping, key=lambda b: seconds[skipping.index(b) + 1])
     whole, routed = seconds[0], seconds[skipping.index(best) + 1]
-    on = f"for one sequence of {site.q_len} tokens, measured on random numbers"
+    on = f"for one sequence of {site.q_len} tokens, measured on random data"
     if routed < whole:
-        told = f"{best.name} computes only the routed pairs of a token and a head: {_ms(routed)} of CPU time {on}; "
-        return best, (f"{told}every head would take {_ms(whole)} on {masking.name}",)
-    told = f"{everything}, which saves no time: {_ms(whole)} of CPU time {on}; "
-    return masking, (f"{told}the routed pairs alone would take {_ms(routed)} on {best.name}",)
+        told = f"{best.name} computes only the routed (token, head) pairs: {_ms(routed)} of CPU time {on}; "
+        return best, (f"{told}computing every head would take {_ms(whole)} on {masking.name}",)
+    told = f"{everything}, so no time is saved: {_ms(whole)} of CPU time {on}; "
+    return masking, (f"{told}computing only the routed pairs would take {_ms(routed)} on {best.name}",)
 
 
 def _ms(seconds: float) -> str:

@@ -25,8 +25,8 @@ _LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default, aten.special_lo
 class Softmax:
     """``weights`` = softmax of ``rate`` * ``scores`` over ``axis`` of the scores.
 
-    ``late_sum`` is the sum of the exponentials where it divides after the product with the values; ``weights`` are then
-    the bare exponentials.  ``masked``: the exponentials, and what they are before they are summed, where that is not the same.
+    ``late_sum``: the sum of the exponentials if it divides after the product with the values; ``weights`` are then
+    the bare exponentials.  ``masked``: the exponentials, and their form before summation, if different.
     """
 
     scores: fx.Node
@@ -38,13 +38,13 @@ class Softmax:
 
     @property
     def may_overflow(self) -> bool:
-        """Exponentials of scores as they are: what is not a number among the weights need not be a row without a key."""
+        """Exponentials of unshifted scores: NaN among the weights need not mean a fully masked row."""
         written_out = self.late_sum is not None or is_call(self.weights, aten.div.Tensor, aten.mul.Tensor)
         return written_out and not is_shifted(self.scores, self.axis)
 
 
 def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
-    """Every normaliser in the order in which it runs: a ``Softmax``, or the node of a fused attention operator."""
+    """Every softmax anchor in execution order: a ``Softmax``, or the node of a fused attention operator."""
     for node in graph.nodes:
         if is_call(node, SDPA):
             yield node
@@ -56,7 +56,7 @@ def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
 
 
 def _power(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(x, rate), where ``node`` is e to the power of rate * x."""
+    """(x, rate) if ``node`` is exp(rate * x)."""
     if is_call(node, aten.exp.default):
         return operand(node), 1.0
     if is_call(node, aten.exp2.default):
@@ -107,7 +107,7 @@ def _is_logarithm_of_sum(node: object, scores: fx.Node, axis: int) -> bool:
 
 
 def _is_logarithm_less(node: object, scores: fx.Node, shift: object, axis: int) -> bool:
-    """``node`` = log(sum(exp(scores - shift))) over ``axis``, or of the scores themselves where ``shift`` is None."""
+    """``node`` = log(sum(exp(scores - shift))) over ``axis``, or of the unshifted scores if ``shift`` is None."""
     root = of_rows(node, scores, axis)
     if root is None or not is_call(root, aten.log.default):
         return False

@@ -1,4 +1,4 @@
-"""Which axes of a recognised attention are heads, queries, keys and batch: read off where each comes from."""
+"""The roles of the axes of a recognized attention (heads, queries, keys, batch), from their origin."""
 
 from __future__ import annotations
 
@@ -56,25 +56,25 @@ def _resolved(o: Operand) -> Operand:
 
 
 def _ordered(r: Region) -> list[Atom]:
-    """Atoms of the scores other than keys, in the order of the output's axes."""
+    """Atoms of the scores except keys, in the order of the output axes."""
     own = set(resolve(r.value_features))
     return [c for ax in resolve_all(r.out.axes) for c in ax if c not in own]
 
 
 def _is_feature(o: Operand, atom: Atom, behind: bool = False) -> bool:
-    """Neighbours along the atom come from different rows of a weight, at its end too: a first token may be made alone."""
+    """Neighbours along the atom come from different weight rows, also at its end: the first token may be separate."""
     pairs = {(0, 1), (atom.size - 2, atom.size - 1)}
     return all(chooses_weights(o.node, _pick(o, atom, a), _pick(o, atom, b), behind) for a, b in pairs)
 
 
 def _is_projected(r: Region) -> bool:
-    """Weights make queries, keys or values, and no axis beside their features: there is one head."""
+    """Weights produce queries, keys or values with only a feature axis: there is one head."""
     told = ((r.q, r.features), (r.k, r.features), (r.v, r.value_features))
     return any(is_projected(o.node) or _is_feature(o, f) for o, features in told for f in resolve(features))
 
 
 def _is_copied(o: Operand, atom: Atom) -> bool:
-    """The operand holds the same along ``atom``: keys and values that several query heads share."""
+    """The operand is constant along ``atom``: keys and values shared by several query heads."""
     if atom not in atoms_of(o.axes):
         return False
     return signature(o.node, _pick(o, atom, 0)) == signature(o.node, _pick(o, atom, 1))
@@ -84,7 +84,7 @@ def _beside_features(r: Region) -> set[Atom]:
     """Atoms of the queries that come from the same axis of a tensor as the features of a head: heads, split from it later."""
 
     def read(atom: Atom, index: int) -> dict[tuple[fx.Node, int], set[int]]:
-        """Of each axis of each source the places that one of the atom's values is made from."""
+        """For each axis of each source, the indices that one value of the atom depends on."""
         found: dict[tuple[fx.Node, int], set[int]] = {}
         for x in landings(r.q.node, _pick(r.q, atom, index)):
             for axis, size in enumerate(shape(x.node)):
@@ -92,7 +92,7 @@ def _beside_features(r: Region) -> set[Atom]:
         return found
 
     def sources(atom: Atom) -> set[tuple[fx.Node, int]]:
-        """The axes along which the atom chooses.  Neighbours may be rotated together, and then read the same places."""
+        """The axes along which the atom selects.  Neighbours may be rotated together, and then read the same indices."""
         first, last = read(atom, 0), read(atom, atom.size - 1)
         return {key for key in first.keys() & last if first[key] != last[key]}
 
@@ -102,7 +102,7 @@ def _beside_features(r: Region) -> set[Atom]:
 
 
 def _pick(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:
-    """Selection of one of ``atom``'s values on the operand."""
+    """Selection of one value of ``atom`` on the operand."""
     for i, axis in enumerate(resolve_all(o.axes)):
         if atom not in axis:
             continue
@@ -112,7 +112,7 @@ def _pick(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:
 
 
 def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:
-    """Axes of the tensors above an operand as far as only layout changes: this is what cuts a merged batch x heads axis."""
+    """Axes of the tensors above an operand through layout changes: this splits a merged batch x heads axis."""
     found: list[tuple[fx.Node, Axes]] = []
     node, axes = o.node, resolve_all(o.axes)
     while True:
@@ -124,7 +124,7 @@ def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:
 
 
 def _query_atoms(r: Region, candidates: list[Atom]) -> Axis:
-    """Of the atoms that only queries have, those of the innermost axis: the others are a batch that keys are shared over."""
+    """Of the atoms that only queries have, those of the innermost axis: the others are a batch with shared keys."""
     if not candidates:
         return ()
     for axis in reversed(resolve_all(r.out.axes)):
@@ -135,7 +135,7 @@ def _query_atoms(r: Region, candidates: list[Atom]) -> Axis:
 
 
 def _guess_heads(r: Region, batch: list[Atom], queries: Axis) -> tuple[Axis, list[Atom]]:
-    """Where no projection tells: by convention heads are the axis before the queries, behind at least one batch axis.
+    """Without a projection: by convention, heads are the axis before the queries, after at least one batch axis.
 
     An axis of length 1 there is a single head.
     """
@@ -151,21 +151,21 @@ def _guess_heads(r: Region, batch: list[Atom], queries: Axis) -> tuple[Axis, lis
 def _refuse_channels(r: Region) -> None:
     """A softmax over features attends between channels, not between tokens.
 
-    Mixtures of tokens come from a weight too, but what is multiplied are then features behind it.
+    Token mixtures also come from a weight, but then its features are multiplied.
     """
     for atom in resolve(r.keys):
         if _is_feature(r.k, atom) and not any(_is_feature(r.k, f, behind=True) for f in resolve(r.features)):
             raise rejected(
                 r.anchor or r.out.node,
                 "channel-attention",
-                "keys that are tokens",
-                "a softmax over features that a projection makes",
-                "attention between channels is left as it is",
+                "tokens as keys",
+                "a softmax over the features of a projection",
+                "attention between channels is not supported",
             )
 
 
 def squares(r: Region) -> bool:
-    """As many queries as keys, whatever the inputs' sizes."""
+    """As many queries as keys, at all input sizes."""
     q, k = value(r.q.node), value(r.k.node)
     return same_size(_size(q, r.q.axes, r.queries), _size(k, r.k.axes, r.keys))
 

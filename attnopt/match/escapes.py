@@ -1,4 +1,4 @@
-"""Where the scores or weights of an attention go that something else uses too."""
+"""Users of the scores or weights of an attention outside it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _end(user: fx.Node, value: fx.Node) -> str:
 
 
 def _place(output: fx.Node, value: fx.Node) -> str:
-    """The name that the output has for it, where there are several."""
+    """Its name in the output, if there are several."""
     leaves = pytree.tree_leaves(output.args[0])
     spec = getattr(output.graph.owning_module, "_out_spec", None)
     if spec is None or spec.num_leaves != len(leaves):

@@ -42,7 +42,7 @@ from attnopt.match.token_streams import positions, relation
 
 @dataclass(frozen=True)
 class Found:
-    """A site with its place in the graph.  ``dirty``: for each role the nodes between the core and the weights."""
+    """A site with its position in the graph.  ``dirty``: the affected nodes of each role, between the core and the weights."""
 
     site: Site
     raised: Raised
@@ -53,7 +53,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A normaliser that is no site: the first ``node`` that differs from an attention, and whether it is a near miss."""
+    """A softmax anchor that is no site: the first ``node`` that differs from an attention; ``near``: a near miss."""
 
     anchor: fx.Node
     refusal: Refusal
@@ -63,7 +63,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that was found, what was rejected, and how many normalisers were looked at."""
+    """All findings, what was rejected, and the number of softmax anchors examined."""
 
     found: tuple[Found, ...]
     near_misses: tuple[NearMiss, ...]
@@ -111,44 +111,42 @@ def find(program: Program) -> Findings:
 
 
 def _unread(gm: fx.GraphModule) -> list[NearMiss]:
-    """What lies in a branch or a loop, and operators that are a whole attention."""
+    """Attentions in a branch or a loop, and operators that are a whole attention."""
     found: list[NearMiss] = []
     for path, owner in gm.named_modules():
         if not isinstance(owner, fx.GraphModule):
             continue
         inside = {a.weights if isinstance(a, Softmax) else a for a in normalisers(owner.graph)} if path else set()
         for node in owner.graph.nodes:
-            if node in inside:  # traced from generated code: no line of the user's is known
-                hint = "take the branch or the loop out of the model, or optimize the module inside of it by itself"
-                found.append(NearMiss(path, Refusal("in-a-region", "code that always runs", path, "", hint)))
+            if node in inside:  # traced from generated code: the user's line is unknown
+                hint = "remove the branch or loop from the model, or optimize the module inside it on its own"
+                found.append(NearMiss(path, Refusal("in-a-region", "code that runs unconditionally", path, "", hint)))
             elif is_flex(node):
                 if (unread := why_unread(node)) is not None:
                     found.append(NearMiss(module_path(node) or path, unread, source_line(node)))
             elif opname(node) == "onnx_nodes":
                 found += _in_onnx_runtime(gm, node)
             elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
-                hint = "capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)"
-                refusal = Refusal(
-                    "opaque-operator", "operators that can be read", opname(node), source_line(node), hint
-                )
+                hint = "disable the inference fast path before capture: torch.backends.mha.set_fastpath_enabled(False)"
+                refusal = Refusal("opaque-operator", "supported operators", opname(node), source_line(node), hint)
                 found.append(NearMiss(module_path(node) or path, refusal, source_line(node)))
     return found
 
 
 def _beside(node: fx.Node) -> list[fx.Node]:
-    """The nodes of a file that are left to ONNX Runtime and make the scores of a softmax, or read its weights."""
+    """The nodes of a file executed by ONNX Runtime that produce the scores of a softmax, or read its weights."""
     above = [n.args[0] if opname(n) == "getitem" else n for n in node.all_input_nodes]
     return [n for n in (*above, *node.users) if isinstance(n, fx.Node) and opname(n) == "onnx_nodes"]
 
 
 def _in_onnx_runtime(gm: fx.GraphModule, node: fx.Node, every: bool = False) -> list[NearMiss]:
-    """Attentions and softmaxes of a file among the nodes that are left to ONNX Runtime; ``every``: all these nodes."""
+    """Attentions and softmaxes of a file among the nodes executed by ONNX Runtime; ``every``: all these nodes."""
     from attnopt.base.ort_session import operator_kinds
 
-    hint = "give the file from before it was optimized or quantized, with its attentions outside of branches and loops"
+    hint = "use the file before optimization or quantization, with no attention inside a branch or loop"
     model = get_attr(gm, str(operand(node).target))
     return [
-        NearMiss(module_path(node), Refusal("opaque-operator", "operators that can be read", kind, "", hint))
+        NearMiss(module_path(node), Refusal("opaque-operator", "supported operators", kind, "", hint))
         for kind in operator_kinds(model)
         if every or "attention" in kind.lower() or "softmax" in kind.lower()
     ]
@@ -161,34 +159,32 @@ def _is_whole(name: str) -> bool:
 def _not_equal(raised: Raised, error: float) -> Refusal:
     return Refusal(
         "not-equal",
-        "the raised attention to compute what the model computes",
+        "the canonical attention to equal the model's own computation",
         f"a relative difference of {error:.2g}",
         source_line(raised.region.out.node),
         _BLIND if raised.hides_for_good else _GAP,
     )
 
 
-_GAP = "please report the model: this is a gap in matching, and the site is left as it is"
-_BLIND = (
-    f"if the example inputs hide every key of a query, as padding on the left does, pad on the right; if not, {_GAP}"
-)
+_GAP = "please report the model: this is a gap in matching, and the site was left unchanged"
+_BLIND = f"if the example inputs mask every key of some query, as left padding does, pad on the right; otherwise {_GAP}"
 
 
 def _defeated(node: fx.Node, e: Exception) -> Refusal:
     if 0 in (sizes := shape(node)):
         return Refusal(
             "no-elements",
-            "scores with elements",
+            "non-empty scores",
             f"scores of {' x '.join(map(str, sizes))}",
             source_line(node),
-            "give example inputs with at least one sequence and one token",
+            "pass example inputs with at least one sequence and one token",
         )
     return Refusal(
         "not-understood",
-        "a layout that the matcher can follow",
+        "a layout that the matcher supports",
         f"{type(e).__name__}: {e}",
         source_line(node),
-        "please report the model: this is a gap in matching, and the attention is left as it is",
+        "please report the model: this is a gap in matching, and the attention was left unchanged",
     )
 
 
@@ -240,19 +236,19 @@ def _describe(
     spec = replace(spec, is_cross=related in ("other", "inputs-apart"), positions=positions(q))
     notes: tuple[str, ...] = ()
     if related == "assumed":
-        notes += ("queries, keys and values are three inputs of one length: they are taken for one sequence",)
+        notes += ("queries, keys and values are three inputs of the same length: assumed to be one sequence",)
     if region.escapes:
-        notes += (f"the attention weights are still computed: {where_used(region)}",)
+        notes += (f"the attention weights are still computed, because they are {where_used(region)}",)
     if raised.hides_for_good:
         notes += (
-            "a query whose every key is hidden, as by padding on the left of a causal mask, may get other numbers than the "
-            "model's: a finite number hides keys there",
+            "queries with all keys masked (such as left padding under a causal mask) may differ from the "
+            "model, which masks with a finite number",
         )
     if keeps_a_mask(gm, (operands["bias"], operands["mask"])):
-        notes += ("the model's own mask is kept: no pattern was shown to equal it at every length",)
+        notes += ("the model's own mask is kept: no pattern was proven equal to it at every length",)
     device = value(q).device.type
     if device == "meta":
-        notes += ("proved with random values: on the meta device the model holds none",)
+        notes += ("verified on random weights: on the meta device the model has none",)
     site = Site(
         name,
         spec,

@@ -29,7 +29,7 @@ PASSIVE = (
     aten.squeeze.dims,
     aten.slice.Tensor,
     aten.squeeze.default,
-)  # what changes no number
+)  # operators that change no values
 _LONGEST = 8  # layout changes between the product and the division
 
 
@@ -44,7 +44,7 @@ class LateQuotient:
     def divided(self, product: Product, scores: Axes, axis: int) -> Operand:
         """The quotient with its axes; ``scores`` are those of the exponentials, summed over ``axis``.
 
-        Raises NotAttentionError where a row of the product does not meet its own sum.
+        Raises NotAttentionError if a row of the product is not divided by its own sum.
         """
         axes = _followed(self.over, product.axes)
         scores = resolve_all(scores)
@@ -57,8 +57,8 @@ class LateQuotient:
             raise rejected(
                 self.node,
                 "late-division",
-                "each query's output divided by its own sum of exponentials",
-                f"{self.node.name}, which divides by another's",
+                "the output of each query divided by its own sum of exponentials",
+                f"{self.node.name}, which divides by the sum of another query",
             )
         return Operand(self.node, axes)
 
@@ -67,13 +67,13 @@ def _followed(nodes: tuple[fx.Node, ...], axes: Axes) -> Axes:
     for node in nodes:
         found = follow(node, axes)
         if found is None:
-            raise unreadable(node, "a layout between the values and the late division that can be followed")
+            raise unreadable(node, "a supported layout between the values and the late division")
         axes = found
     return axes
 
 
 def late_quotient(product: fx.Node, total: fx.Node) -> LateQuotient | None:
-    """The division of ``product`` by ``total``, the two behind layout changes or not; None if there is none."""
+    """The division of ``product`` by ``total``, possibly after layout changes; None if there is none."""
     stack: list[tuple[fx.Node, ...]] = [()]
     while stack:
         over = stack.pop(0)

@@ -1,4 +1,4 @@
-"""The numbers at which a mask that is made of index arithmetic can change; none are told where other things can change it."""
+"""The numbers at which a mask from index arithmetic can change; None if anything else can change it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from attnopt.base.sizes import is_static
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain
 from attnopt.graph.nodes import ancestors, arg, constant_of, is_number, is_tensor, opname, value
 
-FARTHEST = 131_072  # no mask is looked at beyond this length
+FARTHEST = 131_072  # masks are not evaluated beyond this length
 _TOO_FAR = 3 * FARTHEST  # nor is one named that may change beyond this one, at which the sum of two numbers is
-_NO_LENGTH = 1 << 24  # a number from here on is no length, but as good as infinite
+_NO_LENGTH = 1 << 24  # larger numbers are not lengths, but effectively infinite
 
 Lengths = tuple[int | torch.SymInt, int | torch.SymInt]
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """``places``: whole numbers around which a mask may change.  ``sizes``: the graph's symbols that it depends on.
+    """``places``: integers around which a mask may change.  ``sizes``: the graph's symbols that it depends on.
 
-    ``reach``: a length beyond what the numbers make of each other, or FARTHEST.  ``anywhere``: the mask may hold anything
-    anywhere, as what is cut from something stored.
+    ``reach``: a length beyond all combinations of the numbers, or FARTHEST.  ``anywhere``: the mask may hold anything
+    anywhere, such as slices of stored tensors.
     """
 
     places: frozenset[int]
@@ -37,10 +37,10 @@ class Numbers:
 
 
 def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths) -> Numbers | None:
-    """None where a number goes beyond FARTHEST, and where the nodes vary with a size by more than sums, products with
-    numbers, and steps: a logarithm or a power may change far away from every number in it.
+    """None if a number exceeds FARTHEST, or if the nodes depend on a size by more than sums, products with
+    numbers, and steps: a logarithm or a power may change far away from all its numbers.
 
-    Numbers that are filled in, as what hides a score is, are none, unless they are compared.
+    Fill values, such as mask values, do not count unless they are compared.
     """
     every = list(dict.fromkeys(n for node in nodes for n in ancestors(node, stop=is_number)))
     sizes = frozenset(s for n in every for s in _symbols(value(n)))
@@ -69,7 +69,7 @@ _PRODUCTS = frozenset((
 
 
 def _reach(nodes: Sequence[fx.Node], numbers: dict[fx.Node, list[float]], stored: Collection[fx.Node]) -> int:
-    """A length beyond which nothing new is seen: numbers on one way multiply, those of two ways add up, and periods multiply."""
+    """A length beyond which nothing changes: numbers on one path multiply, those of two paths add, and periods multiply."""
     known: dict[fx.Node, float] = {}
     periods = set[float]()
     for node in nodes[0].graph.nodes:
@@ -102,7 +102,7 @@ def _symbols(val: Any) -> set[Any]:
 
 
 def _held(node: fx.Node) -> Tensor | None:
-    """What is the same at all sizes; None where it is not the same at every call."""
+    """The value at all sizes; None if it differs between calls."""
     if node.op == "get_attr":
         return constant_of(node)
     gm = node.graph.owning_module
@@ -144,18 +144,18 @@ _PLACES = {
     "slice": (2, 4),
     "select": (2,),
     "roll": (1,),
-}  # what of a size is a place in these
+}  # operators in which part of a size is an index
 _EXACT = {
     torch.int8: 7,
     torch.uint8: 8,
     torch.int16: 15,
     torch.float16: 11,
     torch.bfloat16: 8,
-}  # whole numbers up to 2^n
+}  # integers up to 2^n
 
 
 def _is_regular(node: fx.Node, lengths: Lengths) -> bool:
-    """Beyond its numbers, the node goes on as it does near them, and at every size."""
+    """Beyond its numbers, the node continues regularly, at every size."""
     if node.op != "call_function" or is_number(node):
         return True
     name, val = opname(node), value(node)
@@ -165,11 +165,11 @@ def _is_regular(node: fx.Node, lengths: Lengths) -> bool:
         return False
     if name not in _STEPS or not isinstance(val, Tensor) or not all(is_static(s) and s == 1 for s in val.shape):
         return True
-    return not any(_symbols(value(n)) for n in ancestors(node, stop=is_number))  # else it compares nothing but sizes
+    return not any(_symbols(value(n)) for n in ancestors(node, stop=is_number))  # otherwise it compares only sizes
 
 
 def _given_numbers(node: fx.Node) -> list[Any]:
-    """Numbers that become values or places, not sizes."""
+    """Numbers that become values or indices, not sizes."""
     name = opname(node)
     if name in _MOVED:
         given = [arg(node, place) for place in _PLACES.get(name, ())]
@@ -183,7 +183,7 @@ def _given_numbers(node: fx.Node) -> list[Any]:
 
 
 def _is_offset(number: Any, lengths: Lengths) -> bool:
-    """A number, beside by how many keys there are more than queries: a length itself may change a mask at any size."""
+    """A number apart from the excess of keys over queries: a length itself may change a mask at any size."""
     if not isinstance(number, torch.SymInt):
         return isinstance(number, (int, float))
     q_len, kv_len = (n.node.expr if isinstance(n, torch.SymInt) else n for n in lengths)
@@ -196,7 +196,7 @@ def _takes_flags(node: fx.Node) -> bool:
 
 
 def _is_flag(node: fx.Node) -> bool:
-    """It holds two numbers alone: a comparison, and what copies, sums and products with numbers make of one."""
+    """It has only two values: a comparison, and copies, sums and products with numbers of one."""
     while value(node).dtype != torch.bool:
         above = [n for n in node.all_input_nodes if is_tensor(n)]
         if not above:
@@ -217,13 +217,13 @@ def _is_flag(node: fx.Node) -> bool:
 
 
 def _multiplies(node: fx.Node) -> bool:
-    """Places with places, as squares of distances are made, or sums over them."""
+    """Products of indices, such as squared distances, or sums over them."""
     of_places = [n for n in node.all_input_nodes if not is_tensor(n) or not _is_flag(n)]
     return opname(node) == "cumsum" or (opname(node) in ("mul", "multiply") and len(of_places) > 1)
 
 
 def _factors(node: fx.Node, counts_up: bool) -> Iterator[float]:
-    """The literals with which places are multiplied."""
+    """The literals that multiply indices."""
     if _takes_flags(node) and not counts_up:
         return
     literals = [float(x) for x in node.args if isinstance(x, (int, float)) and x]
@@ -255,14 +255,14 @@ def _numbers(node: fx.Node, fixed: dict[fx.Node, Tensor | None], stepped: bool, 
 
 
 def _whole(x: float) -> tuple[int, ...]:
-    """The whole numbers on both sides of ``x``, and how many of it make one."""
+    """The integers on both sides of ``x``, and those of its reciprocal."""
     if x == int(x):
         return (int(x),)
     return (int(x), int(x) + 1, *((math.ceil(1 / x),) if x < 1 else ()))
 
 
 def _counts(node: fx.Node, stepped: bool, counts_up: bool) -> bool:
-    """Its numbers may be lengths: it computes whole numbers or flags, or what is compared, or cuts a triangle or a slice."""
+    """Its numbers may be lengths: it computes integers or flags, operands of comparisons, or cuts a triangle or a slice."""
     if opname(node) in ("tril", "triu", "slice", "roll"):
         return True
     if any(is_tensor(n) for n in node.all_input_nodes) and _takes_flags(node) and not counts_up:

@@ -1,4 +1,4 @@
-"""Reading masks by evaluation: what a mask holds at many sizes of the inputs, and the pattern that it equals at all of them."""
+"""Reading masks by evaluation: the values of a mask at many input sizes, and the pattern that equals it at all of them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from attnopt.graph.nodes import ancestors, get_attr, is_number, is_state, opname
 from attnopt.match.mask_numbers import Lengths, Numbers, numbers_behind
 from attnopt.patterns import Causal, Full, Pattern, Window
 
-_WHOLE = 1 << 20  # a mask of no more entries is looked at whole
-_LINES = 48  # of a larger one so many rows, and so many columns
-_APART = 200.0  # a softmax sees nothing of a score that lies this far below another, both with room for their products
+_WHOLE = 1 << 20  # a mask of at most this many entries is evaluated fully
+_LINES = 48  # of a larger one, this many rows and columns
+_APART = 200.0  # a softmax ignores a score this far below another, both with room for their products
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What tensors hold at one choice of sizes: ``values`` [..., rows, columns] of each.
+    """The values of tensors at one choice of sizes: ``values`` [..., rows, columns] of each.
 
     ``whole_rows``: every column is there.
     """
@@ -47,10 +47,10 @@ class Sample:
 def samples(
     gm: fx.GraphModule, nodes: Sequence[fx.Node], lengths: Lengths | None = None, fill: Any = None
 ) -> tuple[Sample, ...] | None:
-    """What ``nodes``, whose last two axes are queries and keys, hold at the example's sizes and at others.
+    """The values of ``nodes``, whose last two axes are queries and keys, at the sizes of the example and at others.
 
-    Sizes that are independent of each other take values that differ from each other, and lengths go beyond every whole
-    number that stands in what makes the nodes.  None where that cannot be shown.  Inputs hold ``fill`` everywhere.
+    Independent sizes take different values, and lengths exceed every integer
+    constant above the nodes.  None if that cannot be shown.  Inputs are filled with ``fill``.
     """
     known = _KNOWN.setdefault(gm, _Known(gm))
     return known.samples(tuple(nodes), lengths or _lengths(nodes), fill)
@@ -68,7 +68,7 @@ def _varies(size: int | torch.SymInt) -> bool:
 
 
 class _Known:
-    """Samples of one graph.  Nodes that compute the same share them: every layer may have its own copy of a mask."""
+    """Samples of one graph, shared by nodes that compute the same: every layer may have its own copy of a mask."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
@@ -159,7 +159,7 @@ def _some(length: int, numbers: frozenset[int], offset: int) -> Tensor:
 
 
 def _lines_of(entries: Entries, node: fx.Node, rows: Tensor, columns: Tensor) -> Tensor:
-    """The entries of a node in these rows and columns, at some places of its other axes where there are many."""
+    """The entries of a node in these rows and columns, sampled along long other axes."""
     sizes = (1, 1, *entries.shape(node))
     lead = [_few(n, len(rows) * len(columns)) for n in entries.shape(node)[:-2]]
     ndim = len(lead) + 2
@@ -172,7 +172,7 @@ def _lines_of(entries: Entries, node: fx.Node, rows: Tensor, columns: Tensor) ->
 
 
 def _few(size: int, beside: int) -> Tensor:
-    """Every place of an axis, or its ends and some between."""
+    """Every index of an axis, or its ends and some in between."""
     most = max(3, (1 << 22) // max(1, beside))
     return torch.arange(size) if size <= most else torch.unique(torch.linspace(0, size - 1, most).long())
 
@@ -181,8 +181,8 @@ Sizes = dict[Any, int]
 
 
 def _choices(graph: fx.Graph, lengths: Lengths, numbers: Numbers) -> list[tuple[list[Sizes], bool]]:
-    """Groups of sizes, with whether one of each group has to be valid: the example's; near ones, no two symbols alike; those at
-    which the lengths are beyond all numbers; sizes on the way there, around each number, and below the example's."""
+    """Groups of sizes, with whether one of each group must be valid: the example; near ones, all symbols distinct; those where
+    the lengths exceed all numbers; sizes in between, around each number, and below the example."""
     example = symbols(graph)
     order = list(example)
     last = len(order) - 1
@@ -225,10 +225,10 @@ def _distinct(graph: fx.Graph, example: Sizes, wanted: list[Sizes]) -> list[Size
 
 
 def may_hide(node: fx.Node, fill: float) -> bool:
-    """What is added to the scores may be a mask, beside which a score of ``fill`` is seen.
+    """An addend of the scores may be a mask next to which a score of ``fill`` is visible.
 
-    It is none where activations made it and no number as large stands in it (what is large may be subtracted), or where its
-    own numbers are known.
+    It is not if it comes from activations without such a large number (possibly subtracted), or if its
+    values are known.
     """
     gm = node.graph.owning_module
     assert isinstance(gm, fx.GraphModule)
@@ -270,9 +270,9 @@ def name_pattern(seen: Sequence[tuple[Sample, Tensor]]) -> Pattern | None:
 
 
 def _candidates(sample: Sample, mask: Tensor, varies: bool) -> list[Pattern]:
-    """Full, causal, and the band that the rows show.
+    """Full, causal, and the band visible in the rows.
 
-    Where lengths vary, a band is shown only where keys beyond both of its ends are seen to be hidden.
+    With dynamic lengths, a band counts only if keys beyond both its ends are observed to be hidden.
     """
     steps = sample.columns[None, :] - sample.rows[:, None] - (sample.kv_len - sample.q_len)
     found: list[Pattern] = [Full(), Causal()]
@@ -287,8 +287,8 @@ def _candidates(sample: Sample, mask: Tensor, varies: bool) -> list[Pattern]:
 def as_visible(bias: Tensor, floor: float = -1e4, beside: bool = False, whole_rows: bool = True) -> Tensor | None:
     """A bias that only hides, as a bool mask: 0 where visible, at most ``floor`` elsewhere, no query without a key.
 
-    In such a bias the hidden keys' weights underflow to exactly 0, so that it means the same as a mask.  ``beside``:
-    visible keys may have a bias of their own, as long as hidden ones lie that far below it.  Without ``whole_rows`` a query
+    In such a bias, the weights of hidden keys underflow to exactly 0, so it equals a mask.  ``beside``:
+    visible keys may have a bias, as long as hidden ones are that far below it.  Without ``whole_rows`` a query
     may have its keys elsewhere.
     """
     if bias.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""Masks and biases: what the steps between scores and softmax amount to, and which pattern that is."""
+"""Masks and biases: the combined effect of the steps between scores and softmax, and its pattern."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError, rejected
 from attnopt.patterns import Causal, Full, Pattern
 
-_FAR = -1e8  # a score that this is added to counts for nothing beside one that it is not added to
-_EFFACING = -1e12  # nothing is left of a score that this is added to
-_LOST = 1e4  # a score beside which this is added to another counts for nothing
-FLOOR = -1e30  # so is every other, and what is added to it later
+_FAR = -1e8  # a score with this addend is negligible next to one without it
+_EFFACING = -1e12  # a score with this addend vanishes
+_LOST = 1e4  # a score is negligible next to another with this addend
+FLOOR = -1e30  # like every other score, and later addends
 
 
 def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | None, fx.Node | None, bool]:
@@ -66,10 +66,10 @@ def _module_of(emit: Emitter) -> fx.GraphModule:
 
 
 def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
-    """What hides the same when it is added to the scores; -inf where no row can be hidden whole.
+    """The addend that hides the same; -inf if no row can be fully masked.
 
-    Beside a number of moderate size a score can still be seen: adding it is not the same as writing it.  In a row that is
-    all hidden, scores of some size can be seen beside a larger one too (see ``hides_for_good``).
+    Next to a number of moderate size, a score still matters: adding it differs from writing it.  In a row that is
+    fully masked, large scores can be visible next to a larger one, too (see ``hides_for_good``).
     """
     if step.fill <= _EFFACING:
         return step.fill
@@ -83,7 +83,7 @@ def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
 
 
 def _hides_alone(r: Region, step: Hide) -> bool:
-    """A row that is all hidden is hidden by this number alone: its weights are equal then, whatever the number is."""
+    """A fully masked row is hidden by this number alone: its weights are then equal, for any number."""
     if torch.finfo(dtype(r.q.node)).min > FLOOR or (r.sinks is not None and may_hide(r.sinks.node, step.fill)):
         return False
     place = r.steps.index(step)
@@ -99,7 +99,7 @@ def _moderate_mask(step: Hide, r: Region) -> NotAttentionError:
         known,
         "moderate-mask",
         "a mask of -inf or the dtype's minimum",
-        f"{step.fill:g} written over scores, on rows that may be all hidden",
+        f"{step.fill:g} written over scores in rows that may be fully masked",
         "mask with -inf or torch.finfo(dtype).min",
     )
 
@@ -131,7 +131,7 @@ def _filled(emit: Emitter, bias: fx.Node | None, hidden: fx.Node, fill: float, k
 
 
 def _top_left(emit: Emitter, at: Arranger, r: Region) -> fx.Node:
-    """The fused operator's causal flag where queries and keys differ in number: query i sees keys 0..i."""
+    """The causal flag of the fused operator with different numbers of queries and keys: query i sees keys 0..i."""
     device = value(r.q.node).device
     rows = emit.call(aten.arange.default, at.length(r.queries), device=device)
     columns = emit.call(aten.arange.default, at.length(r.keys), device=device)
@@ -144,7 +144,7 @@ def _top_left(emit: Emitter, at: Arranger, r: Region) -> fx.Node:
 def read_masks(
     gm: fx.GraphModule, r: Region, bias: fx.Node | None, mask: fx.Node | None, q: fx.Node, k: fx.Node
 ) -> tuple[Pattern, Pattern | None, fx.Node | None, fx.Node | None]:
-    """(static pattern, what it amounts to on unpadded inputs, bias operand, mask operand)."""
+    """(static pattern, effective mask on unpadded inputs, bias operand, mask operand)."""
     pattern: Pattern = Causal() if r.top_left_causal and squares(r) else Full()
     lengths = (value(q).shape[2], value(k).shape[2])
     both = [n for n in (bias, mask) if n is not None]
@@ -163,11 +163,11 @@ def read_masks(
 
 
 def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
-    """Whether a query that is left without a key here may see, in the model, what a finite number hides there.
+    """Whether a fully masked query may see, in the model, keys hidden by a finite number.
 
-    A pattern or a mask hides for good.  Where a number is as good as that for each query that sees something else, it is not
-    for one whose every other key the inputs hide, as padding on the left does under a causal mask.  Nor is a number that is
-    added here as good as one that the model writes: something is left of the score.
+    A pattern or a mask hides completely.  A finite number does so for each query that sees another key, but not
+    for one whose other keys are all masked by the inputs, such as left padding under a causal mask.  Nor is a number that is
+    added as good as one that the model writes: part of the score remains.
     """
     hides = [s for s in r.steps if isinstance(s, Hide)]
     added = [(s.operand.node, s.coefficient) for s in r.steps if isinstance(s, Term) and s.operand is not None]
@@ -188,13 +188,13 @@ def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
 
 
 def _hides_whole_rows(step: Hide, hides: list[Hide], added: list[tuple[fx.Node, float]]) -> bool:
-    """Some row may be hidden whole by ``step`` and others that hide as far as it does."""
+    """Some row may be fully masked by ``step`` and others that hide as strongly."""
     others = [h for h in hides if h is not step and h.fill <= _FAR]
     return bool(inputs_behind(step.condition.node) or others) or any(may_hide(node, _FAR) for node, _ in added)
 
 
 def keeps_a_mask(gm: fx.GraphModule, operands: Iterable[fx.Node | None]) -> bool:
-    """Of these biases and masks one is the same at every call and hides keys, and yet no pattern was shown to equal it."""
+    """One of these biases and masks is the same at every call and hides keys, but was not proven equal to a pattern."""
     fixed = [n for n in operands if n is not None and is_plain(n) and not inputs_behind(n)]
     return any(dtype(n) == torch.bool or bool((evaluate(gm, n, symbols(gm.graph)) <= -_LOST).any()) for n in fixed)
 
@@ -211,16 +211,16 @@ def _and(a: Pattern, b: Pattern) -> Pattern:
 
 
 def _from_flags(node: fx.Node) -> bool:
-    """Made from integer or boolean inputs alone, as padding masks are."""
+    """Derived only from integer or boolean inputs, like padding masks."""
     return all(not value(n).dtype.is_floating_point for n in inputs_behind(node) if isinstance(value(n), Tensor))
 
 
 def _named(
     gm: fx.GraphModule, nodes: list[fx.Node], lengths: Lengths, fill: Any, beside: bool = False
 ) -> Pattern | None:
-    """The pattern that the nodes (biases and masks) together are, at every size at which the graph holds.
+    """The pattern of the nodes (biases and masks) combined, at every valid size of the graph.
 
-    ``beside``: a bias may hold other values where it does not hide.
+    ``beside``: a bias may have other values where it does not hide.
     """
     if any(not is_plain(n) or (fill is None and inputs_behind(n)) for n in nodes):
         return None

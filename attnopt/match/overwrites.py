@@ -1,4 +1,4 @@
-"""Numbers that are written over a tensor where a condition holds: ``masked_fill``, ``where``, and products with flags."""
+"""Conditional overwrites with a number: ``masked_fill``, ``where``, and multiplicative masks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COPIES = (
 
 @dataclass(frozen=True)
 class Overwrite:
-    """A tensor becomes ``fill`` wherever ``condition`` is ``when``; of a condition that is no bool, 0 counts as False."""
+    """A tensor becomes ``fill`` wherever ``condition`` is ``when``; in a non-bool condition, 0 counts as False."""
 
     condition: fx.Node
     when: bool
@@ -70,7 +70,7 @@ def zeros_of(node: fx.Node, source: fx.Node) -> Overwrite | None:
 
 
 def _are_flags(node: fx.Node) -> bool:
-    """0 and 1 alone: made of a bool tensor by casts and layout changes, or of numbers that are the same at every call."""
+    """Only 0 and 1: a bool tensor after casts and layout changes, or numbers that are the same at every call."""
     while dtype(node) != torch.bool:
         above = None if is_call(node, aten.mul.Tensor, aten.div.Tensor) else unfollow(node, ((),) * len(shape(node)))
         if above is None:
@@ -85,7 +85,7 @@ def _holds_flags(node: fx.Node) -> bool:
 
 
 def _known_values(node: fx.Node) -> list[Tensor] | None:
-    """What ``node`` holds at several sizes, where that is the same at every call."""
+    """The values of ``node`` at several sizes, if they are the same at every call."""
     if node.op == "get_attr":
         stored = constant_of(node)
         return None if stored is None else [stored]
@@ -98,7 +98,7 @@ def _known_values(node: fx.Node) -> list[Tensor] | None:
 
 
 def number(x: Any) -> float | None:
-    """A constant number: a literal, a tensor of one element made from known numbers alone, or one that is filled with it."""
+    """A constant number: a literal, a one-element tensor from known numbers only, or a filled tensor."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     while is_call(x, *_COPIES):
@@ -117,7 +117,7 @@ def number(x: Any) -> float | None:
 
 
 def _known_number(x: Any) -> float | None:
-    """The value of one element that is stored, or computed from what is known, whatever the sizes are."""
+    """The value of a one-element tensor, stored or computed from known values, at all sizes."""
     if not isinstance(x, fx.Node) or not is_tensor(x) or math.prod(shape(x)) != 1:
         return None
     found = _known_values(x)

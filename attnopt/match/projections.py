@@ -18,9 +18,9 @@ from attnopt.slicing.selection import Pulled, is_weight, trim, weight_behind
 
 @dataclass(frozen=True)
 class Landing:
-    """Where a selection ends.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer, or numbers made
-    of sizes alone), "token" (a projection's input), "input" (of the model), "part" (all of what is one of several joined
-    tensors), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the nodes of every other path too:
+    """A slice source.  ``kind``: "weight" (of a projection), "constant" (another parameter or buffer, or numbers
+    of sizes alone), "token" (the input of a projection), "input" (of the model), "part" (all of one of several joined
+    tensors), "blocked" (no rule for ``node``).  ``path`` leads there, and ``ways`` has the nodes of all paths:
     a rotation or a norm reads the same features twice."""
 
     kind: str
@@ -31,9 +31,9 @@ class Landing:
 
 
 def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[Landing]:
-    """Where the selection of ``node`` ends when it is pulled up as far as it goes.
+    """The slice sources of a selection of ``node``: the ends of its backward propagation.
 
-    ``exact``: with what slices on the way choose along other axes, as a role in a packed projection.
+    ``exact``: including slices along other axes, such as a role in a packed projection.
     """
     found: dict[tuple[fx.Node, str, tuple[tuple[int, tuple[int, ...]], ...]], Landing] = {}
 
@@ -71,11 +71,11 @@ def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[La
 
 
 def _is_computed(node: fx.Node) -> bool:
-    """From sizes alone, as positions are."""
+    """From sizes alone, like positions."""
     return all(n.op == "call_function" for n in ancestors(node, stop=lambda n: not is_tensor(n)))
 
 
-# What gives the same elements in the same order, whatever it chooses of them.
+# Operators that return the same elements in the same order, for any selection.
 _ARRANGES = (
     "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "select", "slice", "getitem", "cat", "stack",
     "repeat_interleave", "repeat",
@@ -87,8 +87,8 @@ def _joined_along(node: fx.Node) -> int | None:
 
 
 def _pulled(node: fx.Node, selection: Selection) -> tuple[Pulled | None, Selection]:
-    """The selection pulled up, and the axes of it that could not be: what a norm mixes, or tokens beside features, which
-    lead to weights and tokens do not."""
+    """The selection propagated backward, and the axes that could not be: mixed by a norm, or tokens beside features, which
+    lead to weights, unlike tokens."""
     across: tuple[Pulled | None, Selection] = None, {}
     for size in range(len(selection), 0, -1) if selection else (0,):
         for axes in combinations(sorted(selection), size):
@@ -102,7 +102,7 @@ def _pulled(node: fx.Node, selection: Selection) -> tuple[Pulled | None, Selecti
 
 
 def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
-    """Equal for two selections only if they take the same values for the same reason."""
+    """Equal for two selections only if they select the same values for the same reason."""
     return frozenset(
         (x.kind, x.node, tuple(sorted(x.selection.items())), frozenset(n for n in x.ways if opname(n) not in _ARRANGES))
         for x in landings(node, selection)
@@ -110,8 +110,8 @@ def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
 
 
 def chooses_weights(node: fx.Node, one: Selection, other: Selection, behind: bool = False) -> bool:
-    """The axis along which the two selections differ is one of features that a projection makes, not one of tokens or of
-    the batch: they come from different rows of a weight.  ``behind``: or of one that is behind the first."""
+    """The two selections differ along a feature axis of a projection, not along tokens or
+    the batch: they come from different rows of a weight.  ``behind``: or of one above the first."""
     first, second = ({(n, tuple(sorted(c.items()))) for n, c in _rows(node, chosen, behind)} for chosen in (one, other))
     return first != second
 
@@ -126,9 +126,9 @@ def _rows(node: fx.Node, chosen: Selection, behind: bool) -> Iterator[tuple[fx.N
 
 
 def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) -> tuple[Projection, tuple[fx.Node, ...]]:
-    """The projection that makes the heads along ``axis`` of ``node``, and the nodes between the two.
+    """The projection that produces the heads along ``axis`` of ``node``, and the nodes in between.
 
-    ``alone``: nothing but the projection may tell the heads apart, as merging them asks for.
+    ``alone``: heads may differ only by the projection, as merging requires.
     """
     each = [_of_head(node, axis, h) for h in range(heads)]
     dirty = _ways(each)
@@ -137,23 +137,25 @@ def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) ->
         return Projection(why=_stopped_at(blocked.node), keeps_size=True), dirty
     part = next((x for found in each for x in found if x.kind == "part"), None)
     if part is not None and part.node.op == "call_function":
-        return Projection(why=f"heads are computed apart, by a {opname(part.node)} each{_at(part.node)}"), dirty
+        return Projection(why=f"heads are computed separately, by one {opname(part.node)} each{_at(part.node)}"), dirty
     constant = next((x for found in each for x in found if x.kind == "constant" and not _is_shared(x, each)), None)
     if constant is not None and alone:
-        return Projection(why=f"heads also differ by {_named(constant.node)}, which is no projection"), dirty
+        return Projection(why=f"heads also differ by {_named(constant.node)}, which is not a projection"), dirty
     weights = [[x for x in found if x.kind == "weight"] for found in each]
     matrices = {x.node for found in weights for x in found if len(shape(x.node)) >= 2}
     vectors = {x.node for found in weights for x in found if len(shape(x.node)) == 1}
     if not matrices:
-        why = "no weight makes these features: they come straight from an input or a constant"
+        why = "no weight produces these features: they come directly from an input or a constant"
         return Projection(why=why, keeps_size=True), dirty
     if len(matrices) > 1 or len(vectors) > 1:
         names = ", ".join(sorted(str(m.target) for m in (*matrices, *vectors)))
-        return Projection(why=f"made by several weights: {names}"), dirty
+        return Projection(why=f"produced by several weights: {names}"), dirty
     matrix, vector = next(iter(matrices)), next(iter(vectors), None)
     projection = _from_weights(matrix, vector, weights)
     if vector is not None and projection.rows is not None and not _same_rows(vector, projection.rows, weights):
-        return Projection(projection.weight, why=f"the bias {vector.target} has other rows than the weight"), dirty
+        return Projection(
+            projection.weight, why=f"the rows of the bias {vector.target} differ from those of the weight"
+        ), dirty
     return projection, dirty
 
 
@@ -172,14 +174,14 @@ def _ways(each: Sequence[Sequence[Landing]]) -> tuple[fx.Node, ...]:
 
 
 def _is_shared(constant: Landing, each: Sequence[Sequence[Landing]]) -> bool:
-    """Every head takes the same of it, as of a norm's weight that serves them all."""
+    """Every head uses the same selection, as with the weight of a shared norm."""
     return len(each) > 1 and all(
         any(x.node is constant.node and x.selection == constant.selection for x in found) for found in each
     )
 
 
 def _as_bias(landing: Landing) -> Landing:
-    """A vector that an operator of its own adds to what a weight made belongs to the projection."""
+    """A vector that a separate operator adds to the product with a weight is the bias of the projection."""
     adds = len(landing.path) > 1 and opname(landing.path[-2]) == "add"
     is_added = adds and is_tensor(arg(landing.path[-2], 1)) and len(shape(landing.node)) == 1  # 1 + weight is a factor
     return replace(landing, kind="weight") if landing.kind == "constant" and is_added else landing
@@ -199,7 +201,7 @@ def _same_rows(vector: fx.Node, rows: Sequence[tuple[int, ...]], weights: Sequen
 
 
 def _one_head(node: fx.Node) -> Selection:
-    """With a single head every feature belongs to it; select all features but spelled as a choice of each."""
+    """With a single head, all features belong to it; select all features explicitly, in reverse order."""
     last = len(shape(node)) - 1
     return {last: tuple(reversed(range(shape(node)[last])))}
 
@@ -210,11 +212,11 @@ def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Seq
     for found in weights:
         mine = [x for x in found if x.node is matrix]
         if len({x.selection.keys().__iter__().__next__() if x.selection else -1 for x in mine}) != 1:
-            return Projection(str(matrix.target), why="a head's rows lie along several axes of the weight")
+            return Projection(str(matrix.target), why="the rows of a head span several axes of the weight")
         indices: dict[int, None] = {}
         for x in mine:
             if len(x.selection) > 1:
-                return Projection(str(matrix.target), why="a head's rows lie along several axes of the weight")
+                return Projection(str(matrix.target), why="the rows of a head span several axes of the weight")
             (axis, idx), *_ = list(x.selection.items()) or [(0, tuple(range(shape(matrix)[0])))]
             axes.add(axis)
             indices.update(dict.fromkeys(idx))
@@ -241,7 +243,7 @@ def _named(node: fx.Node) -> str:
 
 
 def _stopped_at(node: fx.Node) -> str:
-    return f"heads cannot be told apart before {opname(node)}{_at(node)}"
+    return f"heads cannot be separated before {opname(node)}{_at(node)}"
 
 
 def _at(node: fx.Node) -> str:
@@ -250,7 +252,7 @@ def _at(node: fx.Node) -> str:
 
 
 def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, fx.Node | None]:
-    """The projection that takes the heads of ``node``, each a selection of it, and the operator that applies it."""
+    """The projection that reads the heads of ``node``, each a selection of it, and its operator."""
     rows: list[tuple[int, ...]] = []
     end: tuple[fx.Node, fx.Node, int] | None = None
     direct = True
@@ -273,7 +275,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
             landings(weight, chosen) if weight.op != "get_attr" else [Landing("constant", weight, chosen, (weight,))]
         )
         if not is_weight(weight) or len(found) != 1 or len(found[0].selection) > 1:
-            return Projection(why="the output projection's weight is computed"), None
+            return Projection(why="the weight of the output projection is computed at run time"), None
         target = found[0].node
         (at, idx), *_ = list(found[0].selection.items()) or [column]
         if end not in (None, (users[0], target, at)):
@@ -286,7 +288,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
         return Projection(str(target.target), why=f"the weight has {len(shape(target))} axes"), op
     added = [weight_behind(a) for a in op.all_input_nodes if is_tensor(a) and len(shape(a)) == 1]
     if None in added:
-        return Projection(str(target.target), why="the output projection's bias is computed"), op
+        return Projection(str(target.target), why="the bias of the output projection is computed at run time"), op
     return Projection(
         str(target.target),
         next((str(bias.target) for bias in added if bias is not None), None),

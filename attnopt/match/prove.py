@@ -1,8 +1,8 @@
-"""Proof by evaluation: a raised attention, run by the reference backend, must give what the original operators give.
+"""Verification by evaluation: a canonical attention, run by the reference backend, must equal the original operators.
 
-Both are run on random values of the nearest projections above them, so that nothing depends on the weights or on how
-telling the example inputs are; masks are made from the example inputs as they are.  What lies on the meta device, which
-holds no values, takes random ones too.
+Both run on random values of the nearest projections above them, so nothing depends on the weights or on how
+representative the example inputs are; masks are computed from the example inputs.  Tensors on the meta device, which
+have no values, take random ones too.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _leaf_key(gm: fx.GraphModule, node: fx.Node) -> object:
 
 
 def is_leaf(node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Where the proof stops and takes a random value, a weight or an example input."""
+    """Where verification stops and uses a random value, a weight or an example input."""
     if node.op != "call_function":
         return True
     val = value(node)
@@ -144,7 +144,7 @@ def site_tolerance(raised: Raised) -> float:
 
 
 class _Slice:
-    """Runs nodes on demand; what a projection makes is random."""
+    """Runs nodes on demand; outputs of projections are random."""
 
     def __init__(self, gm: fx.GraphModule, examples: Mapping[fx.Node, Any], seed: int, wide: bool = False) -> None:
         self.wide = wide

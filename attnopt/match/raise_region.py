@@ -34,7 +34,7 @@ def attention(
 class Raised:
     """A site in canonical form: ``node`` calls ``attention``, ``out`` has the layout of the region's output.
 
-    ``hides_for_good``: a query that sees no key may see, in the model, what a finite number hides there.
+    ``hides_for_good``: a fully masked query may see, in the model, keys hidden by a finite number.
     """
 
     region: Region
@@ -49,7 +49,7 @@ class Raised:
 
 
 def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
-    """Put the canonical form of ``region`` before its output; nothing uses it yet.  Raises NotAttentionError."""
+    """Insert the canonical form of ``region`` before its output, still unused.  Raises NotAttentionError."""
     emit = Emitter(gm.graph, region.out.node, {"site": name})
     at = Arranger(emit, region)
     r = region
@@ -63,7 +63,9 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     bias, mask, constant = bias_and_mask(emit, at, r)
     sinks = None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
     if sinks is not None and (constant or len(shape(sinks)) != 4):
-        raise rejected(r.out.node, "sink-and-constant", "a sink beside plain scores", "a constant added to them")
+        raise rejected(
+            r.out.node, "sink-and-constant", "a sink without an added constant", "a constant added to the scores"
+        )
     if sinks is not None and r.sink_rate != 1:
         sinks = emit.call(aten.mul.Tensor, sinks, r.sink_rate)
     beside_flags = False
@@ -122,8 +124,8 @@ def _multiplied(factor: Operand) -> NotAttentionError:
     return rejected(
         factor.node,
         "scores-multiplied",
-        "a factor of queries or of keys, or a mask of 0 and 1 that a bias hides",
-        f"{factor.node.name}, which varies over both",
+        "a factor that depends on queries or keys alone, or a 0/1 mask with a matching bias",
+        f"{factor.node.name}, which depends on both",
     )
 
 
@@ -135,7 +137,7 @@ def _one_dtype(emit: Emitter, *nodes: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _kv_of_head(heads: Axis, kv_heads: Axis) -> tuple[int, ...]:
-    """Which K/V head each query head reads, from the atoms that the two share."""
+    """Which K/V head each query head reads, from their common atoms."""
     total = math.prod(a.size for a in heads)
     found: list[int] = []
     for h in range(total):
@@ -152,7 +154,7 @@ def _kv_of_head(heads: Axis, kv_heads: Axis) -> tuple[int, ...]:
 def _without_copies(
     emit: Emitter, k: fx.Node, v: fx.Node, kv_of_head: tuple[int, ...]
 ) -> tuple[fx.Node, fx.Node, tuple[int, ...]]:
-    """Keys and values without the copies of a head that other heads share."""
+    """Keys and values without the copies of shared heads."""
     seen: dict[object, int] = {}
     first: list[int] = []
     group: list[int] = []
@@ -164,6 +166,6 @@ def _without_copies(
         group.append(seen[mark])
     if len(first) == shape(k)[1]:
         return k, v, kv_of_head
-    select = Selector(emit, None)  # the proof takes projections as they are
+    select = Selector(emit, None)  # verification uses the outputs of projections
     kept = {1: tuple(first)}
     return select.select(k, kept), select.select(v, kept), tuple(group[g] for g in kv_of_head)

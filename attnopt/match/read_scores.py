@@ -1,4 +1,4 @@
-"""From the normaliser back to the product of queries and keys, reading everything that happens to the scores in between."""
+"""From the softmax anchor back to the product of queries and keys, reading every operation on the scores in between."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _no_product(node: fx.Node) -> NotAttentionError:
     return rejected(
         node,
         "no-query-key-product",
-        "scores made from a product of queries and keys",
+        "scores computed from a product of queries and keys",
         f"{node.name} = {getattr(node.target, '__name__', node.target)}",
     )
 
@@ -293,7 +293,7 @@ def hiding(written: Overwrite, frame: Axes) -> Hide | None:
 
 
 def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
-    """``cat([scores, sink], -1)``, or the other way round: one more column that takes weight and gives nothing."""
+    """``cat([scores, sink], -1)``, or in reverse order: an extra column that takes weight without a value."""
     parts = arg(node, 0)
     dim = wrap(arg(node, 1, 0), len(s.axes))
     if len(parts) != 2 or s.sinks is not None or not s.axes[dim]:

@@ -1,4 +1,4 @@
-"""Tensors brought into given axes, with as few operators as it takes: einops' rearrange, as graph nodes."""
+"""einops' rearrange as graph nodes: tensors in given axes, with the fewest operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnopt.match.rejection import rejected
 
 
 class Arranger:
-    """Brings tensors into given axes, with as few operators as it takes."""
+    """Rearranges tensors to given axes with the fewest operators."""
 
     def __init__(self, emit: Emitter, region: Region) -> None:
         self.emit = emit
@@ -66,7 +66,9 @@ class Arranger:
         missing = [bool(set(g) - set(w)) and (expand or bool(w)) for g, w in zip(groups, wanted, strict=True)]
         flat = [a for g, w, m in zip(groups, wanted, missing, strict=True) for a in (g if m else w)]
         if set(present) - set(flat):
-            raise rejected(node, "unreadable-layout", "axes that the attention has", f"{node.name} with another axis")
+            raise rejected(
+                node, "unreadable-layout", "only axes of the attention", f"{node.name} with an additional axis"
+            )
         order = [a for a in flat if a in present]
         blocks = _blocks(axes, order, groups)
         node = self.reshape(node, [self.length(b) for b in blocks])
@@ -79,7 +81,7 @@ class Arranger:
         return self.reshape(node, [self.length(g if m else w) for g, w, m in zip(groups, wanted, missing, strict=True)])
 
     def permute(self, node: fx.Node, order: list[int]) -> fx.Node:
-        """A permutation; none where it undoes the one that made ``node``."""
+        """A permutation; none if it inverts the one that created ``node``."""
         if is_call(node, aten.transpose.int, aten.permute.default, aten.mT.default, aten.t.default):
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -90,7 +92,7 @@ class Arranger:
         return node if order == sorted(order) else self.emit.call(aten.permute.default, node, order)
 
     def reshape(self, node: fx.Node, sizes: list[int | fx.Node]) -> fx.Node:
-        """A reshape; none where the node, or what it was reshaped from, has that shape already."""
+        """A reshape; none if the node, or the input of its reshape, already has that shape."""
         made = self.emit.call(aten.reshape.default, node, sizes)
         base = node
         while True:

@@ -1,4 +1,4 @@
-"""Recognise an attention around a normaliser: which tensors are queries, keys, values and output, and what their axes are."""
+"""Recognize an attention around a softmax anchor: its queries, keys, values and output, and their axes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from attnopt.match.zeroed_weights import cleans, with_zeros
 
 
 def recognise(anchor: Softmax | fx.Node) -> Region:
-    """The attention whose normaliser is ``anchor``.  Raises NotAttentionError."""
+    """The attention around ``anchor``.  Raises NotAttentionError."""
     if isinstance(anchor, Softmax):
         return assign_roles(_from_softmax(anchor))
     return assign_roles(from_fused(anchor))
@@ -67,13 +67,13 @@ def _from_softmax(a: Softmax) -> Region:
 def _without_values(weights: fx.Node) -> NotAttentionError:
     user = next(iter(weights.users), None)
     used = "no use" if user is None else f"{user.name} = {opname(user)}"
-    refusal = Refusal("no-value-product", "weights that are multiplied with values", used, source_line(weights))
+    refusal = Refusal("no-value-product", "weights multiplied with values", used, source_line(weights))
     return NotAttentionError(refusal, user)
 
 
 def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.Node, ...]] | None:
     """(product with the values, oriented so that its left operand is the weights; the late division, if there is one; the
-    nodes from the weights to the product), or None if no path leads to a product over the keys."""
+    nodes from the weights to the product), or None without a path to a product over the keys."""
     stack: list[tuple[fx.Node, ...]] = [(a.weights,)]
     masked: fx.Node | None = None
     while stack:
@@ -103,7 +103,7 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
 def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
     """The product that ``user`` computes, or whose factors it multiplies one by one before they are summed.
 
-    The latter only where the other factor has axes of its own: a sum of weights times a mask is no mixture of values.
+    The latter only if the other factor has its own axes: a sum of weights times a mask is not a mixture of values.
     """
     if not is_call(user, aten.mul.Tensor):
         return product_of(user)
@@ -121,14 +121,14 @@ def _changed(node: fx.Node) -> NotAttentionError:
     return rejected(
         node,
         "weights-changed",
-        "weights that go straight to the values",
+        "weights that feed directly into the value product",
         f"{node.name} = {opname(node)} on the weights",
-        "weights that are mixed or gated after the softmax, or masked by what does not mask the scores, are left as they are",
+        "weights that are mixed or gated after the softmax, or masked unlike the scores, are not supported",
     )
 
 
 def _comes_from_product(a: Softmax) -> bool:
-    """A product over as many keys stands a few operators above: an attention whose scores are changed on the way."""
+    """A product over as many keys is a few operators above: an attention with modified scores."""
     keys = shape(a.scores)[a.axis]
     frontier = [a.scores]
     for _ in range(8):
@@ -148,9 +148,9 @@ def _leads_to_product(node: fx.Node) -> bool:
 
 
 def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, dict[fx.Node, Hide]]:
-    """Axes at the end of ``path``, whose first node has ``axes``, and what the nodes between put zeros in.
+    """Axes at the end of ``path``, whose first node has ``axes``, and the nodes in between that write zeros.
 
-    A slice that drops a sink's column is passed.
+    A slice that drops the column of a sink is skipped.
     """
     zeroed: dict[fx.Node, Hide] = {}
     for before, node in pairwise(path):
@@ -165,13 +165,13 @@ def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, di
             continue
         found = follow(node, axes)
         if found is None:
-            raise unreadable(node, "weights whose axes can be followed")
+            raise unreadable(node, "weights with traceable axes")
         axes = found
     return resolve_all(axes), zeroed
 
 
 def _with_zeros(scores: Scores, a: Softmax, keys: Axis, zeroed: Mapping[fx.Node, Hide]) -> tuple[Step, ...]:
-    """The steps of the scores where weights are ``zeroed`` before or after they are divided by their sum."""
+    """The steps of the scores if weights are ``zeroed`` before or after division by their sum."""
     steps = scores.steps
     if a.masked is not None:
         exponentials, masked = a.masked
@@ -192,7 +192,7 @@ def _unify(product_axes: Axes, axes: Axes, node: fx.Node) -> None:
         if not new and not old:
             continue
         if len(new) != 1 or new[0].size != length(old):
-            raise unreadable(node, "weights whose axes fit the values")
+            raise unreadable(node, "weights whose axes match the values")
         if new != old:
             new[0].parts = old
 
@@ -208,7 +208,7 @@ def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     if set(keys) <= left and not set(keys) & right:
         return replace(scores, product=p.swapped())
     raise rejected(
-        a.weights, "softmax-axis", "a softmax over the keys of one operand", "an axis that both operands share"
+        a.weights, "softmax-axis", "a softmax over an axis of the keys alone", "an axis shared by both operands"
     )
 
 
@@ -259,9 +259,9 @@ def _assemble(
 
 
 def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[Step, ...]:
-    """The steps that a softmax sees: not what is made from the scores and is the same for all keys, as a row's maximum is.
+    """The steps that affect a softmax: without terms from the scores that are equal for all keys, such as the row maximum.
 
-    A sink that joins later would see it too.
+    A sink that joins later would see it, too.
     """
     seen_by_sinks = scores.before_sinks if scores.sinks is not None else 0
 
@@ -274,9 +274,9 @@ def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[S
 
 
 def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
-    """A mask or bias made from the scores that it changes (top-k, smoothing) is no mask or bias.
+    """A mask or bias derived from the scores that it changes (top-k, smoothing) is not a mask or bias.
 
-    ``path`` is everything between the product and the output, so what such an operand is made from lies on it too.
+    ``path`` is everything between the product and the output, so the inputs of such an operand are on it, too.
     """
     inside = set(path)
     operands = [s.operand if isinstance(s, Term) else s.condition for s in scores.steps if isinstance(s, (Term, Hide))]
@@ -285,8 +285,8 @@ def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
             raise rejected(
                 given.node,
                 "scores-feed-back",
-                "masks and biases that are made without the scores",
-                f"{given.node.name}, which is made from them",
+                "masks and biases independent of the scores",
+                f"{given.node.name}, which depends on the scores",
             )
 
 

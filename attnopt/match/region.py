@@ -1,4 +1,4 @@
-"""One attention as it stands in the graph, before it becomes a canonical node."""
+"""One attention in the original graph, before it becomes a canonical node."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from attnopt.match.read_scores import Factor, Operand, Step
 
 @dataclass(frozen=True)
 class Region:
-    """One attention as it stands in the graph, before it becomes a canonical node.
+    """One attention in the original graph, before it becomes a canonical node.
 
-    All axes are in terms of shared atoms; ``batch``, ``heads``, ``queries``, ``keys`` say which atoms play which role.
+    All axes consist of shared atoms; ``batch``, ``heads``, ``queries``, ``keys`` give the role of the atoms.
     """
 
     q: Operand

@@ -20,9 +20,9 @@ _LAYOUT = (*RESHAPES, aten.unsqueeze.default, aten.detach.default)
 
 @dataclass(frozen=True)
 class RowSum:
-    """``node`` = the sum of ``terms``, none of which is negative, over ``axis``.
+    """``node`` = the sum of the non-negative ``terms`` over ``axis``.
 
-    ``shifted``: one of a row's terms is 1, so that the sum is no less.
+    ``shifted``: one term of each row is 1, so the sum is at least 1.
     """
 
     node: fx.Node
@@ -31,7 +31,7 @@ class RowSum:
     shifted: bool
 
     def divides(self, quotient: fx.Node) -> bool:
-        """``quotient`` is the terms, each divided by the sum of its row, whatever keeps that from zero without a trace."""
+        """``quotient`` is the terms, each divided by the sum of its row, up to negligible guards against zero."""
         return any(self._is_under(node, inverse) for node, inverse in divisors(quotient, self.terms))
 
     def _is_under(self, divisor: object, inverse: bool) -> bool:
@@ -41,7 +41,7 @@ class RowSum:
         return way_down(node, self.node, inverse, lambda n: is_call(n, *_LAYOUT), self._keeps_from_zero) is not None
 
     def _keeps_from_zero(self, node: fx.Node) -> bool:
-        """What is added is rounded off beside a sum of 1 or more; what is less than 1 is no bound for it."""
+        """An addend is rounded off next to a sum of at least 1; a clamp below 1 has no effect on it."""
         least = number(arg(node, 1)) if is_call(node, aten.add.Tensor, *_CLAMPS) and not node.kwargs else None
         if not self.shifted or least is None or least < 0:
             return False
@@ -51,7 +51,7 @@ class RowSum:
 
 
 def row_sums(terms: fx.Node, shifted_on: fx.Node | None = None) -> list[RowSum]:
-    """Every sum of ``terms`` over one axis; ``shifted_on``: the exponents, where these may have been shifted."""
+    """Every sum of ``terms`` over one axis; ``shifted_on``: the exponents, if possibly shifted."""
     found: list[RowSum] = []
     for user in terms.users:
         dims = _summed(user, terms)
@@ -87,9 +87,9 @@ def way_down(
     is_layout: Callable[[fx.Node], bool],
     passes: Callable[[fx.Node], bool] = lambda n: False,
 ) -> tuple[fx.Node, ...] | None:
-    """The nodes from ``total`` to ``divisor``, without the one that inverts; None where others than these are among them.
+    """The nodes from ``total`` to ``divisor``, without the inversion; None if there are unsupported ones.
 
-    ``passes``: what may be done to the sum itself, before it is inverted.
+    ``passes``: the operators allowed on the sum before inversion.
     """
     path, node = list[fx.Node](), divisor
     while node is not total:
@@ -106,7 +106,7 @@ def way_down(
 
 
 def _inverse_of(node: fx.Node) -> fx.Node | None:
-    """x, where ``node`` is 1 / x."""
+    """x, if ``node`` is 1 / x."""
     if is_call(node, aten.reciprocal.default) or (is_call(node, aten.pow.Tensor_Scalar) and arg(node, 1) == -1):
         found: fx.Node = arg(node, 0)
         return found
@@ -119,7 +119,7 @@ def renormalises(node: fx.Node, weights: fx.Node, axis: int) -> bool:
 
 
 def is_shifted(exponents: fx.Node, axis: int) -> bool:
-    """A row's maximum was taken off, so that the largest exponent is 0, with a positive factor or without."""
+    """The row maximum was subtracted, so the largest exponent is 0, with or without a positive factor."""
     while is_call(exponents, aten.mul.Tensor, aten.div.Tensor) and (number(arg(exponents, 1)) or 0) > 0:
         exponents = operand(exponents)
     if not is_call(exponents, aten.sub.Tensor) or exponents.kwargs or not is_tensor(arg(exponents, 0)):
@@ -140,7 +140,7 @@ def is_maximum_of(node: object, scores: fx.Node, axis: int) -> bool:
 
 
 def of_rows(node: object, rows: fx.Node, axis: int) -> fx.Node | None:
-    """What ``node`` is behind its layout, where it has one number for each of the ``rows`` along ``axis``; or None."""
+    """``node`` without layout changes, if it has one number per row of ``rows`` along ``axis``; otherwise None."""
     found = _unspread(node)
     return behind_layout(found) if found is not None and _is_by_row(found, rows, axis) else None
 
@@ -159,7 +159,7 @@ def _unspread(node: object) -> fx.Node | None:
 
 
 def _is_by_row(node: fx.Node, rows: fx.Node, axis: int) -> bool:
-    """It has the axes of ``rows``, with one place along ``axis``: however it was reshaped to that, row meets row."""
+    """It has the axes of ``rows``, with length 1 along ``axis``: rows match, regardless of reshapes."""
     sizes = list(value(rows).shape)
     sizes[axis] = 1
     own = value(node).shape

@@ -28,9 +28,7 @@ def from_fused(node: fx.Node) -> Region:
     causal = arg(node, 5, node.kwargs.get("is_causal", False))
     scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
     if dropout:
-        raise rejected(
-            node, "active-dropout", "an attention without dropout", f"dropout of {dropout}", "call model.eval() first"
-        )
+        raise rejected(node, "active-dropout", "no active dropout", f"dropout of {dropout}", "call model.eval() first")
     sq, sk, sv = shape(q), shape(k), shape(v)
     ndim = len(sq)
     frame = fresh((*sq[:-1], sk[-2]))

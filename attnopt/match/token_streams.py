@@ -1,4 +1,4 @@
-"""Which sequence the queries and the keys of an attention are made of, and how their positions are written into them."""
+"""Token streams: the sequences of the queries and keys of an attention, and their position encodings."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ _OF_EACH_TOKEN = {
     "chunk",
     "getitem",
     "_to_copy",
-}  # beside what works number by number
+}  # besides elementwise operators
 
 
 def relation(q: fx.Node, k: fx.Node, v: fx.Node, examples: Mapping[fx.Node, Any]) -> Relation:
     """How the tokens of the canonical operands ``q`` and ``k`` are related.
 
-    "same": one sequence.  "past": the keys are those of earlier tokens and then the queries' own.  "apart": one sequence,
-    with another number of keys than of queries.  "assumed": q, k and v are three inputs of one length, which is all that
-    is known.  "inputs-apart": such inputs, of lengths that vary apart.  "other": keys of another sequence.
+    "same": one sequence.  "past": the keys of earlier tokens, then those of the queries.  "apart": one sequence,
+    with different numbers of keys and queries.  "assumed": q, k and v are three inputs of equal length, which is all that
+    is known.  "inputs-apart": such inputs with independent lengths.  "other": keys from another sequence.
     """
     q_len, kv_len = value(q).shape[2], value(k).shape[2]
     as_long = statically_known_true(q_len == kv_len)
@@ -67,9 +67,9 @@ def relation(q: fx.Node, k: fx.Node, v: fx.Node, examples: Mapping[fx.Node, Any]
 
 
 def _are_three_inputs(operands: tuple[fx.Node, fx.Node, fx.Node], examples: Mapping[fx.Node, Any]) -> bool:
-    """Each operand is made of one input of its own, all of them by projections or none.
+    """Each operand comes from its own input, either all through projections or none.
 
-    Keys and values of one sequence, given twice beside other queries, are a memory.
+    Keys and values from the same input, with different queries, are a memory.
     """
     streams = [_streams(n) for n in operands]
     inputs = [next(iter(found)) for found in streams if len(found) == 1]
@@ -88,13 +88,13 @@ def _hold_same(a: object, b: object) -> bool:
 
 
 def _has_past(q: fx.Node, k: fx.Node) -> bool:
-    """The keys are joined of what the caller holds and, at the end, one key for each query, made of its own token."""
+    """The keys are concatenated from the caller's past and, at the end, one key per query, from its own token."""
     joins = _joins(k)
     return bool(joins) and all(_ends_with_own(q, join, axis) for join, axis in joins)
 
 
 def _joins(k: fx.Node) -> list[tuple[fx.Node, int]]:
-    """What joins the keys along their own axis, with that axis; nothing where a projection makes them all."""
+    """The concatenation of the keys along the key axis, with that axis; nothing if one projection produces them all."""
     found: list[tuple[fx.Node, int]] = []
     stack, seen = [(k, 2)], set[tuple[fx.Node, int]]()
     while stack:
@@ -119,7 +119,7 @@ def _ends_with_own(q: fx.Node, join: fx.Node, axis: int) -> bool:
 
 
 def _is_held(node: fx.Node) -> bool:
-    """Straight from an input or from state: no projection makes it."""
+    """Directly from an input or state, without a projection."""
     above = list(ancestors(node, stop=_ends))
     return not any(map(_is_source, above)) and any(
         is_tensor(n) and (n.op == "placeholder" or is_state(n)) for n in above
@@ -137,7 +137,7 @@ def _is_source(node: fx.Node) -> bool:
 
 
 def _ends(node: fx.Node) -> bool:
-    """A projection; or a size, which says nothing about the tokens of what it is the size of."""
+    """A projection; or a size, which says nothing about the tokens of its tensor."""
     return _is_source(node) or is_number(node)
 
 
@@ -153,7 +153,7 @@ def _streams(node: fx.Node) -> set[fx.Node]:
 
 
 def _fed_by(projection: fx.Node) -> set[fx.Node]:
-    """The same for one projection; of two, one behind the other as of low rank, what feeds the first."""
+    """Equal for the same projection; for two in series (low rank), the input of the first."""
     while True:
         found: set[fx.Node] = set()
         for x in projection.all_input_nodes:
@@ -162,7 +162,7 @@ def _fed_by(projection: fx.Node) -> set[fx.Node]:
             above = list(ancestors(x, stop=_ends))
             streams = {n for n in above if _is_source(n) or (n.op == "placeholder" and is_tensor(n))}
             if not streams and opname(projection) == "linear" and x is arg(projection, 0):
-                streams = {n for n in above if n.op == "get_attr"}  # learned queries alone
+                streams = {n for n in above if n.op == "get_attr"}  # only learned queries
             found |= streams
         if len(found) != 1 or not _keeps_tokens(behind := next(iter(found)), projection):
             return found
@@ -170,7 +170,7 @@ def _fed_by(projection: fx.Node) -> set[fx.Node]:
 
 
 def _keeps_tokens(first: fx.Node, second: fx.Node) -> bool:
-    """Between two projections nothing moves a token, nor makes several into one."""
+    """Between two projections, tokens are neither moved nor merged."""
     if opname(first) != "linear" or opname(second) != "linear":
         return False
     above = set(ancestors(second, stop=lambda n: n is first))

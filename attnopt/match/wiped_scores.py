@@ -1,4 +1,4 @@
-"""``scores * m + bias`` with a mask m of 0 and 1, beside a padding mask that the inputs make."""
+"""Multiplicative masks: ``scores * m + bias`` with a 0/1 mask m, together with a padding mask from the inputs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _HIDDEN = -1e4
 
 
 def hides_beside_flags(gm: fx.GraphModule, bias: fx.Node | None, factor: fx.Node) -> bool:
-    """Every key whose score ``factor`` wipes out is hidden by the bias, whether the inputs' flags hide others or none.
+    """Every key whose score ``factor`` zeroes is hidden by the bias, whatever the inputs' flags hide.
 
-    A query whose other keys the flags hide all may see what is wiped: its score is 0 there, and not the product.
+    A query whose other keys are all hidden by the flags may see zeroed keys: their score is 0, not the product.
     """
     if bias is None or not is_plain(bias) or not is_plain(factor) or inputs_behind(factor):
         return False

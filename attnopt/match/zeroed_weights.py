@@ -1,7 +1,7 @@
-"""Zeros that are written over the weights of a softmax, where these are the weights of what a mask hides.
+"""Zeros written over softmax weights of masked keys.
 
-Speech models mask the scores and then the weights again, so that a query that sees no key takes nothing; others put zeros
-in the place of the 0 / 0 of such a row.  Both are what a mask means in an ``AttentionSpec``.
+Speech models mask the scores and then the weights again, so a fully masked query gives zeros; others replace
+the 0 / 0 of such a row by zeros.  Both match the semantics of a mask in an ``AttentionSpec``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnopt.match.region import atoms_of
 
 
 def cleans(node: fx.Node, weights: fx.Node) -> bool:
-    """``node`` is ``weights`` with 0 in the place of what is not a number."""
+    """``node`` is ``weights`` with NaN replaced by 0."""
     if is_call(node, aten.nan_to_num.default):
         return arg(node, 0) is weights and not arg(node, 1)
     zeros = zeros_of(node, weights)
@@ -37,10 +37,10 @@ def cleans(node: fx.Node, weights: fx.Node) -> bool:
 def with_zeros(
     steps: Sequence[Step], zeroed: Sequence[Hide], a: Softmax, frame: Axes, keys: Axis
 ) -> tuple[Step, ...] | None:
-    """The steps of an attention whose weights are ``zeroed``; None where that takes weight from keys that were seen.
+    """The steps of an attention whose weights are ``zeroed``; None if that removes weight from visible keys.
 
     A row that is zeroed whole is a query that sees no key.  Where all that is written over the scores is zeroed in the
-    weights too, it is hidden for good, whatever was written.
+    weights too, it is fully hidden, whatever number was written.
     """
     left = [z for z in zeroed if not _is_undefined(z, a, frame, keys)]
     if not left:
@@ -60,7 +60,7 @@ def with_zeros(
 
 
 def _is_seen(steps: Sequence[Step], fill: float) -> bool:
-    """Beside the other steps a score of ``fill`` may still have weight."""
+    """Next to the other steps, a score of ``fill`` may still have weight."""
     return any(isinstance(s, Term) and s.operand is not None and may_hide(s.operand.node, fill) for s in steps)
 
 
@@ -70,7 +70,7 @@ def _mean_the_same(a: Hide, b: Hide) -> bool:
 
 
 def _root(h: Hide) -> tuple[fx.Node, Axes, bool]:
-    """The tensor behind casts, negations and layout changes, its axes, and whether 0 or anything else hides."""
+    """The tensor before casts, negations and layout changes, its axes, and whether 0 or nonzero hides."""
     node, axes, when = h.condition.node, resolve_all(h.condition.axes), h.when
     while True:
         if is_call(node, *NOT) and dtype(node) == torch.bool:
@@ -91,7 +91,7 @@ def _rounds(node: fx.Node) -> bool:
 
 
 def _of_all_keys(z: Hide, keys: Axis) -> Hide | None:
-    """The condition on single keys that has to hold for all of a row."""
+    """The condition on single keys that must hold for a whole row."""
     node, axes, when = _root(z)
     if not is_call(node, aten.all.dim if when else aten.any.dim):
         return None

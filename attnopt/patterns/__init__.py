@@ -1,4 +1,6 @@
-"""Which key each query sees, as programs that print themselves: ``Causal() & (Window(left=255, right=0) | Sinks(4))``."""
+"""Which keys each query sees, as expressions that print themselves: ``Causal() & (Window(left=255, right=0) |
+Sinks(4))``.
+"""
 
 from attnopt.patterns.algebra import And, Full, Not, Or, Pattern
 from attnopt.patterns.block import BlockLayout, RandomBlocks

@@ -1,4 +1,4 @@
-"""The algebra of patterns: what a pattern is, and how patterns are joined and given to heads."""
+"""The algebra of patterns: what a pattern is, and how patterns are combined and assigned to heads."""
 
 from __future__ import annotations
 
@@ -23,56 +23,56 @@ from attnopt.patterns.lookback import Past, widest
 
 
 class Pattern(ABC):
-    """A frozen, hashable set of visible (query, key) pairs; joined with ``&``, ``|`` and ``~``.
+    """A frozen, hashable set of visible (query, key) pairs; combined with ``&``, ``|`` and ``~``.
 
-    Query i of L stands at position ``i + S - L``: the last query is at the last of the S keys.  A new pattern is a
-    dataclass (``frozen=True, repr=False``) that defines ``visible``, and ``reach``, ``is_causal``, ``look_back``, ``bands``
-    and ``neighbours`` where it can: each has a default that is right for any pattern.  ``attnopt.register`` lets texts and
-    saved models name it.
+    Query i of L is at position ``i + S - L``: the last query is aligned with the last of the S keys.  A new pattern is
+    a dataclass (``frozen=True, repr=False``) that defines ``visible`` and, if it can, ``reach``, ``is_causal``,
+    ``look_back``, ``bands`` and ``neighbours``, whose defaults are correct for any pattern.  ``attnopt.register`` makes
+    its name known to texts and saved models.
     """
 
     @abstractmethod
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         """Bool, for query positions ``i`` and key positions ``j`` that broadcast against each other: [L, 1] and [1, S]
-        for a whole mask, [n, b, 1] and [n, 1, c] for n blocks.  Tensor comparisons only, so that it can be traced."""
+        for a whole mask, [n, b, 1] and [n, 1, c] for n blocks.  Use only tensor comparisons, so it can be traced."""
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
-        """What the queries at positions ``first`` to ``last`` see; the narrower, the less has to be looked at."""
+        """What the queries at positions ``first`` to ``last`` see; a tighter answer means less work."""
         return Reach.between(0, kv_len, 0, 0)
 
     def order(self, q_len: int) -> NDArray[np.int64] | None:
-        """An order of the queries in which neighbours see much the same keys, where there is a better one than theirs."""
+        """A query order in which neighbours see similar keys; None if the natural order is good."""
         return next((found for p in self.parts if (found := p.order(q_len)) is not None), None)
 
     @property
     def look_back(self) -> Past | None:
-        """What later queries can see of earlier tokens; None: all of it, as far as is known."""
+        """What later queries can see of earlier tokens; None: possibly all of it."""
         return None
 
     @property
     def bands(self) -> Bands | None:
-        """The same pairs as bands, none inside another; None where they are no few bands."""
+        """The same pairs as bands, none inside another; None if they are not a few bands."""
         return None
 
     def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
-        """Patterns with one window changed so that it may fit tiles better; no window gets smaller."""
+        """Variants with one window changed so that it may fit tiles better; no window shrinks."""
         return iter(())
 
     def box(self, tile: int | Sequence[int] | None) -> tuple[int, ...] | None:
-        """The tile of a kernel whose tiles are boxes of a grid, by default of 64 tokens; None where there is no grid."""
+        """The tile of a kernel with box-shaped tiles, by default of 64 tokens; None without a grid."""
         return None
 
     def box_share(self, box: tuple[int, ...]) -> float:
-        """Of all pairs those that a kernel with such tiles computes."""
+        """The fraction of all pairs that a kernel with such tiles computes."""
         return 1.0
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
-        """The patterns that this one is made of."""
+        """The operand patterns."""
         return ()
 
     def leaves(self) -> Iterator[Pattern]:
-        """The named patterns inside, itself included; joins have no names."""
+        """The named patterns inside, including itself; combinations have no names."""
         if not isinstance(self, (_Joined, Not)):
             yield self
         for part in self.parts:
@@ -80,18 +80,18 @@ class Pattern(ABC):
 
     @property
     def lengths(self) -> range | None:
-        """The sequence lengths that the pattern is made for, None for any; at others it has a meaning, but no use."""
+        """The sequence lengths that the pattern was built for; None for any."""
         made_for = [lengths for p in self.parts if (lengths := p.lengths) is not None]
         return reduce(_overlap, made_for) if made_for else None
 
     @property
     def is_causal(self) -> bool:
-        """No query sees a later key, as far as the structure tells; False may also mean that it cannot be told."""
+        """No query sees a later key, as far as the structure shows; False may also mean unknown."""
         return False
 
     @property
     def is_positional(self) -> bool:
-        """Positions of queries and keys are compared, so both must belong to one sequence."""
+        """Compares positions of queries and keys, so both must belong to the same sequence."""
         return any(p.is_positional for p in self.parts) if self.parts else True
 
     @property
@@ -101,23 +101,25 @@ class Pattern(ABC):
 
     @property
     def named_heads(self) -> int:
-        """The highest head place that is named inside, plus one; 0 where none is."""
+        """The highest head position named inside, plus one; 0 if none is named."""
         return max((p.named_heads for p in self.parts), default=0)
 
     def for_head(self, place: int) -> Pattern:
-        """What the head at this place sees: a pattern with no ``PerHead`` inside."""
+        """The pattern of the head at this position, without ``PerHead``."""
         return self
 
     def for_heads(self, places: Sequence[int]) -> Pattern:
-        """The pattern of only these head places, which are counted anew in the given order."""
+        """The pattern restricted to these head positions, renumbered in the given order."""
         return self
 
     def visible_pairs(self, i: Tensor, j: Tensor) -> Tensor:
-        """``visible`` at the full size of ``i`` and ``j`` together.  PluginError where it gives no bool tensor."""
+        """``visible`` at the broadcast size of ``i`` and ``j``.  Raises PluginError if it does not return a bool
+        tensor.
+        """
         made = self.visible(i, j)
         if not isinstance(made, Tensor) or made.dtype != torch.bool:
             got = made.dtype if isinstance(made, Tensor) else type(made).__name__
-            raise PluginError(f"pattern {self!r}: visible gives {got}, expected a bool tensor")
+            raise PluginError(f"pattern {self!r}: visible returned {got}, expected a bool tensor")
         if made.dim() == i.dim() and all(map(_is_full, made.shape, i.shape, j.shape)):
             return made
         return made & (i == i) & (j == j)
@@ -130,9 +132,9 @@ class Pattern(ABC):
         num_heads: int | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Bool [1, q_len, kv_len], or [H, q_len, kv_len] where ``is_per_head``; True means visible.
+        """Bool [1, q_len, kv_len], or [H, q_len, kv_len] if ``is_per_head``; True means visible.
 
-        H is ``num_heads`` or else ``named_heads``; fewer than ``named_heads`` are a PolicyError.  SymInt lengths work.
+        H is ``num_heads`` or else ``named_heads``; fewer than ``named_heads`` raise PolicyError.  SymInt lengths work.
         """
         i = torch.arange(q_len, device=device).unsqueeze(1) + (kv_len - q_len)
         j = torch.arange(kv_len, device=device).unsqueeze(0)
@@ -143,22 +145,22 @@ class Pattern(ABC):
         return torch.cat([masks[p].expand(n, -1, -1) for p, n in runs])
 
     def density(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> float:
-        """The exact share of visible pairs, 0 to 1, averaged over the heads (see ``mask``)."""
+        """The exact fraction of visible pairs, 0 to 1, averaged over the heads (see ``mask``)."""
         heads = self._heads(num_heads)
         seen = {p: count(p, q_len, kv_len) for p in set(heads)}
         return sum(seen[p] for p in heads) / (max(1, q_len * kv_len) * len(heads))
 
     def covers(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> bool:
-        """Every query of every head sees every key; without ``num_heads`` also in heads beyond those that are named."""
+        """Every query of every head sees every key; without ``num_heads``, also in heads beyond the named ones."""
         heads = self._heads(self.named_heads + 1 if num_heads is None else num_heads)
         return all(count(p, q_len, kv_len) == q_len * kv_len for p in set(heads))
 
     def blind(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> tuple[int, ...]:
-        """For each head (see ``mask``) the number of queries that see no key at all; their output is zero."""
+        """For each head (see ``mask``), the number of fully masked queries; their output is zero."""
         return tuple(count_blind(p, q_len, kv_len) for p in self._heads(num_heads))
 
     def layout(self, q_len: int, kv_len: int, block_q: int = 64, block_kv: int = 64) -> Layout:
-        """The blocks that are visited, without the dense mask; of ``for_head(h)`` where the pattern is per head."""
+        """The visited blocks, without the dense mask; use ``for_head(h)`` if the pattern is per head."""
         return layout(self, q_len, kv_len, block_q, block_kv)
 
     def to_json(self) -> str:
@@ -214,7 +216,7 @@ FULL = Full()
 
 @dataclass(frozen=True, repr=False)
 class _Joined(Pattern):
-    """A flat join of distinct patterns; made by ``&`` and ``|``."""
+    """A flat combination of distinct patterns, built by ``&`` and ``|``."""
 
     joined: tuple[Pattern, ...]
     sign: ClassVar[str]
@@ -239,7 +241,7 @@ class _Joined(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class And(_Joined):
-    """Visible in every part; written ``a & b``."""
+    """Visible in every operand; written ``a & b``."""
 
     sign: ClassVar[str] = "&"
 
@@ -274,7 +276,7 @@ class And(_Joined):
 
 @dataclass(frozen=True, repr=False)
 class Or(_Joined):
-    """Visible in at least one part; written ``a | b``."""
+    """Visible in at least one operand; written ``a | b``."""
 
     sign: ClassVar[str] = "|"
 
@@ -309,7 +311,7 @@ class Or(_Joined):
 
 @dataclass(frozen=True, repr=False)
 class Not(Pattern):
-    """Visible where the inner pattern is not; written ``~a``."""
+    """The complement; written ``~a``."""
 
     inner: Pattern
 
@@ -337,14 +339,14 @@ class Not(Pattern):
 
 
 def all_of(patterns: Iterable[Pattern]) -> Pattern:
-    """The join by ``&``: flat, each part once, without ``Full``."""
+    """The conjunction: flat, each operand once, without ``Full``."""
     flat = _flat(And, patterns)
     parts = tuple(p for p in flat if p != Full())
     return And(parts) if len(parts) > 1 else next(iter(parts), Full())
 
 
 def any_of(patterns: Iterable[Pattern]) -> Pattern:
-    """The join by ``|``: flat, each part once; ``Full`` if any part is (``patterns`` must not be empty)."""
+    """The disjunction: flat, each operand once; ``Full`` if any operand is (``patterns`` must not be empty)."""
     parts = _flat(Or, patterns)
     if Full() in parts:
         return Full()
@@ -352,7 +354,7 @@ def any_of(patterns: Iterable[Pattern]) -> Pattern:
 
 
 def _is_full(made: Any, of_queries: Any, of_keys: Any) -> bool:
-    """The size is not broadcast, as far as it is a number."""
+    """The size is not broadcast, if it is a number."""
     is_one = [isinstance(size, int) and size == 1 for size in (made, of_queries, of_keys)]
     return not is_one[0] or all(is_one)
 

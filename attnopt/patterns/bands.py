@@ -1,4 +1,4 @@
-"""Bands of pairs: the patterns that need no mask and no length to say which keys a run of queries sees."""
+"""Bands of pairs: patterns that need neither a mask nor the length to say which keys a run of queries sees."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-MANY = 16  # bands that are worth telling apart
+MANY = 16  # more bands are not worth it
 
 
 @dataclass(frozen=True)
 class Band:
-    """Query position i sees key j where ``low <= j - i <= high``, ``(j - i) % step == 0`` and ``j < first``."""
+    """Query position i sees key j if ``low <= j - i <= high``, ``(j - i) % step == 0`` and ``j < first``."""
 
     low: int | None = None
     high: int | None = None
@@ -28,7 +28,7 @@ class Band:
         )
 
     def __le__(self, other: Band) -> bool:
-        """Every pair of this band is one of the other's."""
+        """Every pair of this band is in the other."""
         return (self & other) == self
 
 
@@ -36,8 +36,7 @@ Bands = tuple[Band, ...]
 
 
 def union(parts: Iterable[Bands | None]) -> Bands | None:
-    """The pairs of any of these, as bands none of which lies inside another; None where there are too many, or unknown
-    ones."""
+    """The union as bands, none inside another; None if there are too many, or an operand is unknown."""
     kept: list[Band] = []
     for part in parts:
         if part is None:
@@ -49,7 +48,7 @@ def union(parts: Iterable[Bands | None]) -> Bands | None:
 
 
 def intersection(parts: Iterable[Bands | None]) -> Bands | None:
-    """The pairs that all of these have; as ``union``."""
+    """The intersection, as in ``union``."""
     found: Bands | None = (Band(),)
     for part in parts:
         if part is None or found is None:

@@ -1,4 +1,4 @@
-"""Patterns of whole blocks: drawn by a hash, or written down as a table."""
+"""Block patterns: random by hash, or given as a table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PRIME = 2**31 - 1  # x**5 permutes the numbers below it, and products of two of 
 
 @dataclass(frozen=True, repr=False)
 class RandomBlocks(Pattern):
-    """Every block of ``size`` queries sees ``count`` blocks of ``size`` keys, drawn at random (BigBird, arXiv:2007.14062).
+    """Every block of ``size`` queries sees ``count`` random blocks of ``size`` keys (BigBird, arXiv:2007.14062).
 
-    They are drawn among ``blocks`` blocks, or among those up to the queries' own where that is None: then a longer
-    sequence changes nothing for the tokens that it begins with.  One block is drawn from each of ``count`` equal parts;
-    where there are fewer blocks than ``count``, all are seen.  The same ``seed`` draws the same blocks everywhere.
+    The blocks are drawn from ``blocks`` blocks or, if that is None, from those up to the query's own; then a longer
+    sequence does not change its prefix.  One block is drawn from each of ``count`` equal parts; with fewer than
+    ``count`` blocks, all are visible.  The same ``seed`` draws the same blocks on every machine.
     """
 
     size: int
@@ -70,10 +70,10 @@ class RandomBlocks(Pattern):
 
 @dataclass(frozen=True, repr=False, init=False)
 class BlockLayout(Pattern):
-    """Every block of ``block`` queries sees the blocks of ``block`` keys that a square table names.
+    """Every block of ``block`` queries sees the blocks of ``block`` keys listed in a square table.
 
-    ``table``: rows of 0 and 1 (lists, an array or a tensor), or a text for each row that lists its columns, such as
-    "0-3, 7".  Positions beyond the table see nothing.  Raises PolicyError.
+    ``table``: rows of 0s and 1s (lists, an array or a tensor), or a text per row that lists its columns, such as "0-3,
+    7".  Positions beyond the table see nothing.  Raises PolicyError.
     """
 
     table: tuple[Ranges, ...]
@@ -82,14 +82,14 @@ class BlockLayout(Pattern):
     def __init__(self, table: Any, block: int) -> None:
         rows = table.tolist() if hasattr(table, "tolist") else table
         if not isinstance(rows, (list, tuple)) or not rows:
-            raise PolicyError(f"BlockLayout: table={table!r} is not possible; give a square table of 0 and 1")
+            raise PolicyError(f"BlockLayout: invalid value table={table!r}: expected a square table of 0s and 1s")
         read = tuple(_row(number, row, len(rows)) for number, row in enumerate(rows))
         object.__setattr__(self, "table", read)
         object.__setattr__(self, "block", whole("BlockLayout", "block", block, least=1))
 
     @classmethod
     def per_head(cls, tables: Any, block: int) -> Pattern:
-        """One table for each head, e.g. a tensor [heads, rows, rows]."""
+        """One table per head, such as a tensor [heads, rows, rows]."""
         return PerHead({head: cls(table, block) for head, table in enumerate(tables)})
 
     @property
@@ -119,7 +119,7 @@ class BlockLayout(Pattern):
 
 
 def _hashed(*numbers: Any) -> Any:
-    """A number below PRIME that looks random, of ints or tensors; the same whatever computes it."""
+    """A pseudo-random number below PRIME from ints or tensors; deterministic on every machine."""
     mixed: Any = 1
     for number in numbers:
         mixed = (mixed * 48271 + number + 11) % PRIME
@@ -133,17 +133,19 @@ def _row(number: int, row: Any, columns: int) -> Ranges:
     if isinstance(row, str):
         listed = [part.strip() for part in row.split(",")] if row.strip() else []
         if not all(re.fullmatch(r"\d{1,10}(-\d{1,10})?", part) for part in listed):
-            raise PolicyError(f'{where}: {row!r} is not possible; list columns as in "0-3, 7"')
+            raise PolicyError(f'{where}: invalid value {row!r}: expected columns such as "0-3, 7"')
         found = merged((int(a), int(b or a) + 1) for a, _, b in (part.partition("-") for part in listed))
     elif isinstance(row, Iterable) and all(isinstance(cell, (int, float)) and cell in (0, 1) for cell in row):
         cells = list(row)
         if len(cells) != columns:
-            raise PolicyError(f"{where} has {len(cells)} columns, the table {columns} rows; give a square table")
+            raise PolicyError(
+                f"{where} has {len(cells)} columns, but the table has {columns} rows; the table must be square"
+            )
         found = merged((col, col + 1) for col, cell in enumerate(cells) if cell)
     else:
-        raise PolicyError(f"{where}: {row!r} is not possible; give a row of 0 and 1")
+        raise PolicyError(f"{where}: invalid value {row!r}: expected a row of 0s and 1s")
     if found and found[-1][1] > columns:
-        raise PolicyError(f"{where} names column {found[-1][1] - 1}, but the table has {columns} rows and columns")
+        raise PolicyError(f"{where} names column {found[-1][1] - 1}, but the table has only {columns} columns")
     return found
 
 

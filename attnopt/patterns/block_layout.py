@@ -1,4 +1,4 @@
-"""Which blocks of keys each block of queries visits, worked out without ever making the dense mask."""
+"""Which key blocks each query block visits, computed without the dense mask."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnopt.base.intervals import Reach, clipped, merged, without
 
 FULL_TILE = -1
-_PAIRS = 1 << 22  # pairs of a query and a key that are looked at in one go
+_PAIRS = 1 << 22  # (query, key) pairs per evaluation
 
 
 class Visible(Protocol):
-    """What is asked of a pattern, one that is not per head."""
+    """The part of the interface of a pattern that layouts need; not per head."""
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach: ...
 
@@ -32,7 +32,7 @@ class Layout:
     """A pattern at fixed lengths, as compressed sparse rows of blocks.
 
     Block row r holds the queries ``r * block_q`` and on; its key blocks are ``cols[row_ptr[r]:row_ptr[r + 1]]``,
-    ascending.  Entry e is entirely visible where ``tile[e]`` is ``FULL_TILE``, else its pairs are ``tiles[tile[e]]``.
+    ascending.  Entry e is fully visible if ``tile[e]`` is ``FULL_TILE``, otherwise its pairs are ``tiles[tile[e]]``.
     """
 
     q_len: int
@@ -59,7 +59,7 @@ class Layout:
 
     @cached_property
     def visits(self) -> float:
-        """The share of all pairs that lie in a visited block: what a kernel with these tiles computes."""
+        """The fraction of all pairs in visited blocks: what a kernel with these tiles computes."""
         if not self.q_len * self.kv_len:
             return 0.0
         tall = np.minimum(self.block_q, self.q_len - self.rows.astype(np.int64) * self.block_q)
@@ -69,7 +69,7 @@ class Layout:
 
 @lru_cache(maxsize=256)
 def layout(pattern: Visible, q_len: int, kv_len: int, block_q: int, block_kv: int) -> Layout:
-    """The blocks of ``pattern`` (one that is not per head); time and memory grow with the blocks that are kept."""
+    """The blocks of ``pattern`` (not per head); time and memory grow with the number of visited blocks."""
     rows, cols, tile = [], [], []
     shapes: dict[bytes, int] = {}
     full, looked_at = _block_ranges(pattern, q_len, kv_len, block_q, block_kv)
@@ -90,7 +90,7 @@ def layout(pattern: Visible, q_len: int, kv_len: int, block_q: int, block_kv: in
 
 @lru_cache(maxsize=256)
 def count(pattern: Visible, q_len: int, kv_len: int, block: int = 64) -> int:
-    """The exact number of visible pairs of ``pattern`` (one that is not per head)."""
+    """The exact number of visible pairs of ``pattern`` (not per head)."""
     full, looked_at = _block_ranges(pattern, q_len, kv_len, block, block)
     portions = _looked_at(pattern, looked_at, q_len, kv_len, block, block)
     seen = sum(int(np.count_nonzero(portion.seen)) for portion in portions)
@@ -101,7 +101,7 @@ def count(pattern: Visible, q_len: int, kv_len: int, block: int = 64) -> int:
 
 @lru_cache(maxsize=256)
 def count_blind(pattern: Visible, q_len: int, kv_len: int, block: int = 64) -> int:
-    """The exact number of queries that see no key at all in ``pattern`` (one that is not per head)."""
+    """The exact number of fully masked queries of ``pattern`` (not per head)."""
     full, looked_at = _block_ranges(pattern, q_len, kv_len, block, block)
     sees = np.zeros((-(-q_len // block), block), np.bool_)
     sees[full[:, 0]] = True
@@ -138,18 +138,18 @@ def _sorted(
 
 @dataclass(frozen=True, eq=False)
 class _Portion:
-    """Some blocks that were looked at."""
+    """Some evaluated blocks."""
 
     row: NDArray[np.int64]  # [n]
     col: NDArray[np.int64]  # [n]
     seen: NDArray[np.bool_]  # the visible pairs [n, block_q, block_kv]; False outside the lengths
-    pairs: NDArray[np.int64]  # [n]: how many pairs lie inside the lengths
+    pairs: NDArray[np.int64]  # [n]: number of pairs within the lengths
 
 
 def _block_ranges(
     pattern: Visible, q_len: int, kv_len: int, block_q: int, block_kv: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Block row, first key block and the one after the last: where all is visible, and where it has to be looked at."""
+    """Block row, first key block and the one after the last: fully visible ranges, and ranges to evaluate."""
     offset = kv_len - q_len
     last_block = -(-kv_len // block_kv)
     whole: list[tuple[int, int, int]] = []

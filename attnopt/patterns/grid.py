@@ -1,4 +1,4 @@
-"""Patterns of tokens that lie on a grid: neighbourhoods in one, two or three dimensions, and tokens beside the grid."""
+"""Patterns of tokens on a grid: neighbourhoods in one, two or three dimensions, and tokens beside the grid."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ Box = tuple[tuple[int, int], ...]  # first and last coordinate along each axis
 class Neighborhood(Pattern):
     """Tokens on a grid, in row-major order, see the keys around them (NATTEN, arXiv:2204.07143; GNA, arXiv:2504.16922).
 
-    Along every axis, query c of n sees a window of ``kernel`` keys around the leader of its group of ``stride`` queries,
-    ``c // stride * stride + stride // 2``; an even kernel has one key more before the leader than after it.  ``dilation``:
-    only tokens of the same remainder count, so a window spans ``kernel * dilation`` tokens.  ``causal``: the window ends
-    at the query, and starts where that of the group's last query does.  ``edge``: at the border the window is moved
-    inside ("shift") or loses the keys that are not there ("clip").  ``kernel``, ``stride``, ``dilation`` and ``causal``
-    are one value for all axes or one for each.  Positions beyond the grid see nothing.  Raises PolicyError.
+    Along every axis, query c of n sees a window of ``kernel`` keys around the leader of its group of ``stride``
+    queries, ``c // stride * stride + stride // 2``; an even kernel has one more key before the leader than after it.
+    ``dilation``: only tokens with the same remainder count, so a window spans ``kernel * dilation`` tokens.
+    ``causal``: the window ends at the query, and starts where that of the last query in the group does.
+    ``edge``: at the border, the window is shifted inside ("shift") or clipped ("clip").
+    ``kernel``, ``stride``, ``dilation`` and ``causal`` are one value for all axes, or one per axis.  Positions beyond
+    the grid see nothing.  Raises PolicyError.
     """
 
     grid: tuple[int, ...]
@@ -53,14 +54,14 @@ class Neighborhood(Pattern):
         owner = "Neighborhood"
         sizes = whole_tuple(owner, "grid", grid, None, least=1)
         if not 1 <= len(sizes) <= 3:
-            raise PolicyError(f"{owner}: grid={grid!r} is not possible; give one, two or three sizes")
+            raise PolicyError(f"{owner}: invalid value grid={grid!r}: expected one, two or three sizes")
         values: dict[str, Any] = {"grid": sizes}
         for option, given in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
             values[option] = whole_tuple(owner, option, given, len(sizes), least=1)
         if any(s > k for s, k in zip(values["stride"], values["kernel"], strict=True)):
             raise PolicyError(
                 f"{owner}: stride={stride!r} is larger than kernel={kernel!r}",
-                hint="some queries would not see themselves; give a stride of at most the kernel",
+                hint="some queries would not see themselves; use a stride no larger than the kernel",
             )
         values["causal"] = switches(owner, "causal", causal, len(sizes))
         values["edge"] = choice(owner, "edge", edge, ("shift", "clip"))
@@ -89,7 +90,7 @@ class Neighborhood(Pattern):
         return seen
 
     def order(self, q_len: int) -> NDArray[np.int64]:
-        """Tile by tile: a tile of queries shares more keys than a row of them.  By remainder first, where dilated."""
+        """Tile by tile: a tile of queries shares more keys than a row.  With dilation, by remainder first."""
         sides = np.meshgrid(*(np.arange(n) for n in self.grid), indexing="ij")
         tile = min(_tiles(len(self.grid)), key=lambda t: prod(a + k - 1 for a, k in zip(t, self.kernel, strict=True)))
         within = [side // d for side, d in zip(sides, self.dilation, strict=True)]
@@ -111,7 +112,7 @@ class Neighborhood(Pattern):
         return Reach(all=reduce(common, sure), some=some)
 
     def neighbours(self, tile: tuple[int, ...]) -> Iterator[Pattern]:
-        """Strides that share tiles, and kernels that then begin and end with a tile."""
+        """Strides that share tiles, and kernels aligned with tiles."""
         sizes = tile if len(tile) == len(self.grid) else (1,) * (len(self.grid) - 1) + tile
         options = []
         for n, kernel, stride, size in zip(self.grid, self.kernel, self.stride, sizes, strict=True):
@@ -128,7 +129,7 @@ class Neighborhood(Pattern):
         return whole_tuple("tile", "sizes", sizes, dimensions, least=1)
 
     def box_share(self, box: tuple[int, ...]) -> float:
-        """Such kernels put the tokens of a box next to each other (NATTEN's "token permutation", arXiv:2504.16922)."""
+        """Such kernels store the tokens of a box contiguously (NATTEN's "token permutation", arXiv:2504.16922)."""
         axes = zip(self.grid, self.kernel, self.stride, self.dilation, self.causal, strict=True)
         lines = (
             Neighborhood(n, k, s, d, c, self.edge).layout(n, n, t, t)
@@ -189,9 +190,10 @@ class Neighborhood(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class Prefix(Pattern):
-    """The first ``n`` tokens (class token, registers) see all and are seen by all; the others see what ``rest`` says.
+    """The first ``n`` tokens (class token, registers) see all tokens and are visible to all; the others follow
+    ``rest``.
 
-    In ``rest`` the first token after the prefix stands at position 0.
+    In ``rest``, the first token after the prefix is at position 0.
     """
 
     n: int
@@ -200,7 +202,7 @@ class Prefix(Pattern):
     def __post_init__(self) -> None:
         whole("Prefix", "n", self.n)
         if not isinstance(self.rest, Pattern):
-            raise PolicyError(f"Prefix: rest={self.rest!r} is not possible; give a pattern")
+            raise PolicyError(f"Prefix: invalid value rest={self.rest!r}: expected a pattern")
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
@@ -246,7 +248,7 @@ class Prefix(Pattern):
 
 
 def _tiles(axes: int, queries: int = 32) -> list[tuple[int, ...]]:
-    """The ways to write ``queries``, a power of two, as a product of powers of two, one for each axis."""
+    """The factorizations of ``queries``, a power of two, into powers of two, one per axis."""
     if axes == 1:
         return [(queries,)]
     sizes = [2**n for n in range(queries.bit_length())]
@@ -254,12 +256,12 @@ def _tiles(axes: int, queries: int = 32) -> list[tuple[int, ...]]:
 
 
 def _short(values: tuple[Any, ...]) -> Any:
-    """One value for all axes where they have the same."""
+    """One value instead of one per axis if all are equal."""
     return values[0] if len(set(values)) == 1 else values
 
 
 def _boxes(first: int, last: int, grid: tuple[int, ...]) -> list[Box]:
-    """The run of tokens from ``first`` to ``last`` as boxes of the grid; none where it is empty."""
+    """The run of tokens from ``first`` to ``last`` as boxes of the grid; none if empty."""
     if first > last:
         return []
     if len(grid) == 1:
@@ -276,7 +278,7 @@ def _boxes(first: int, last: int, grid: tuple[int, ...]) -> list[Box]:
 
 
 def _flat(sides: list[Ranges], grid: tuple[int, ...]) -> Ranges:
-    """The tokens whose coordinate along every axis lies in that axis' ranges."""
+    """The tokens whose coordinate along every axis is in the ranges of that axis."""
     tokens, size = sides[-1], grid[-1]
     for ranges, length in zip(sides[-2::-1], grid[-2::-1], strict=True):
         if tokens == ((0, size),):

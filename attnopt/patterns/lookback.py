@@ -1,4 +1,4 @@
-"""How much of the past a pattern can still see: what a cache of keys and values has to keep."""
+"""How far back a pattern can see: what a cache of keys and values must keep."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Past:
-    """The first ``sinks`` tokens, and the ``recent`` tokens before the query's own; no query sees any other earlier key.
+    """The first ``sinks`` tokens, and the ``recent`` tokens before the query; no query sees any other earlier key.
 
-    Where keys are dropped between the two, the pattern still means the same on what is left, counted from the last key: a
-    sink then stands more than ``recent`` places before every query, so no window takes it for a neighbour.
+    If the keys in between are dropped, the pattern keeps its meaning on the remaining ones, counted from the last key:
+    a sink is then still more than ``recent`` positions before every query, so no window includes it.
     """
 
     sinks: int
@@ -19,7 +19,7 @@ class Past:
 
 
 def widest(parts: Iterable[Past | None]) -> Past | None:
-    """Enough for each of the parts; None where there are none, or one may see all of the past."""
+    """Enough for each of the operands; None if there are none, or one may see the whole past."""
     found = list(parts)
     known = [p for p in found if p is not None]
     if not known or len(known) < len(found):

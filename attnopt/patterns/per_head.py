@@ -16,22 +16,25 @@ from attnopt.patterns.lookback import Past, widest
 
 @dataclass(frozen=True, repr=False, init=False)
 class PerHead(Pattern):
-    """Each head its own pattern: a mapping from a head place, or a tuple of them, to a pattern; ``default`` for others.
+    """One pattern per head: a mapping from a head position, or a tuple of them, to a pattern; ``default`` for the
+    others.
 
-    Raises PolicyError for a head that is named twice.
+    Raises PolicyError for a duplicate head.
     """
 
-    groups: tuple[tuple[tuple[int, ...], Pattern], ...]  # disjoint places, in the order of each group's first place
+    groups: tuple[
+        tuple[tuple[int, ...], Pattern], ...
+    ]  # disjoint positions, ordered by the first position of each group
     default: Pattern
 
     def __init__(self, heads: Mapping[Any, Pattern], default: Pattern = FULL) -> None:
         if not isinstance(heads, Mapping) or not all(isinstance(p, Pattern) for p in (*heads.values(), default)):
-            raise PolicyError(f"PerHead: {heads!r} is not possible; give a mapping from heads to patterns")
+            raise PolicyError(f"PerHead: invalid value {heads!r}: expected a mapping from heads to patterns")
         of_place: dict[int, Pattern] = {}
         for named, pattern in heads.items():
             for place in wholes("PerHead", "heads", named):
                 if place in of_place:
-                    raise PolicyError(f"PerHead: head {place} is named twice")
+                    raise PolicyError(f"PerHead: duplicate head {place}")
                 of_place[place] = pattern
         by_pattern: dict[Pattern, list[int]] = {}
         for place in sorted(of_place):
@@ -78,7 +81,7 @@ class PerHead(Pattern):
         return PerHead(own, self.default.for_heads(places))
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        raise TypeError("a PerHead pattern has one set of pairs for each head; use mask() or for_head()")
+        raise TypeError("a PerHead pattern differs by head; use mask() or for_head()")
 
     def __repr__(self) -> str:
         heads = ", ".join(f"{places if len(places) > 1 else places[0]}: {p!r}" for places, p in self.groups)

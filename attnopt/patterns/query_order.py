@@ -1,4 +1,4 @@
-"""Queries taken in another order, so that those of one block see much the same keys."""
+"""Reordered queries, so that the queries of a block see similar keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attnopt.patterns.block_layout import Layout
 
 @lru_cache(maxsize=64)
 def order_of(pattern: Pattern, q_len: int) -> NDArray[np.int64] | None:
-    """Query places [q_len] in the order that ``pattern`` asks for; None for the order in which they stand."""
+    """Query indices [q_len] in the order that ``pattern`` asks for; None for the natural order."""
     order = pattern.order(q_len)
     return None if order is None or (np.diff(order) == 1).all() else order
 
@@ -31,7 +31,7 @@ def ordered_layout(pattern: Pattern, q_len: int, kv_len: int, block_q: int, bloc
 
 @dataclass(frozen=True, repr=False)
 class _Ordered(Pattern):
-    """``inner`` at fixed lengths with its queries in that order; made for its layout alone."""
+    """``inner`` at fixed lengths with reordered queries; only used for its layout."""
 
     inner: Pattern
     q_len: int

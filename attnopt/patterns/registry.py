@@ -1,4 +1,4 @@
-"""The patterns that a text may name, and the texts that patterns are read from."""
+"""The patterns that texts may name, and the parser of pattern texts."""
 
 from __future__ import annotations
 
@@ -43,15 +43,17 @@ PATTERNS = Registry(
 
 
 def constructor(name: str) -> Callable[..., Any]:
-    """The pattern class of this name; an unknown name raises a PolicyError that lists those there are."""
+    """The pattern class of this name; an unknown name raises a PolicyError that lists the known ones."""
     return PATTERNS.load(name)
 
 
 def is_readable(pattern: Pattern) -> bool:
-    """``parse`` makes the same pattern of its text.  Not so of a class that is not registered, or whose name another has."""
+    """``parse`` reproduces the pattern from its text.  False for unregistered classes, and for classes whose name
+    belongs to another.
+    """
     try:
         return parse(pattern.to_json()) == pattern
-    except Exception:  # whatever a third party's constructor says of what its repr wrote
+    except Exception:  # any error of a third-party constructor on its own repr
         return False
 
 

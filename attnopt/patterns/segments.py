@@ -1,4 +1,4 @@
-"""Tokens that belong to segments (documents, images, modalities, regions), and which segments see which."""
+"""Segments of tokens (documents, images, modalities, regions), and which segments see which."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from attnopt.patterns.algebra import Pattern
 
 @dataclass(frozen=True, repr=False, init=False)
 class Segments(Pattern):
-    """A query of segment a sees a key of segment b if ``(a, b)`` is one of ``pairs``; by default its own segment only.
+    """A query of segment a sees a key of segment b if ``(a, b)`` is in ``pairs``; by default only its own segment.
 
-    ``ids``: the segment of every token, numbers from 0; ``(id, count)`` stands for so many tokens in a row.  Positions
+    ``ids``: the segment of every token, numbered from 0; ``(id, count)`` means ``count`` tokens in a row.  Positions
     beyond these tokens see nothing.  Raises PolicyError.
     """
 
@@ -32,7 +32,7 @@ class Segments(Pattern):
     def __init__(self, ids: Any, pairs: Sequence[tuple[int, int]] | None = None) -> None:
         listed = ids.tolist() if hasattr(ids, "tolist") else ids
         if not isinstance(listed, (list, tuple)) or not listed:
-            raise PolicyError(f"Segments: ids={ids!r} is not possible; give the segment of every token")
+            raise PolicyError(f"Segments: invalid value ids={ids!r}: expected one segment id per token")
         runs: list[list[int]] = []
         for entry in listed:
             number, count = _run(entry)
@@ -76,7 +76,7 @@ class Segments(Pattern):
 
     @cached_property
     def _place(self) -> dict[int, int]:
-        """The distinct segments, numbered as they come."""
+        """The distinct segments, in order of appearance."""
         return {number: place for place, number in enumerate(dict.fromkeys(number for number, _ in self.ids))}
 
     @cached_property
@@ -112,4 +112,4 @@ def _run(entry: Any) -> tuple[int, int]:
 def _pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
     if isinstance(pairs, Sequence) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         return tuple(sorted({(whole("Segments", "pairs", a), whole("Segments", "pairs", b)) for a, b in pairs}))
-    raise PolicyError(f"Segments: pairs={pairs!r} is not possible; give pairs of a query's and a key's segment")
+    raise PolicyError(f"Segments: invalid value pairs={pairs!r}: expected pairs of a query segment and a key segment")

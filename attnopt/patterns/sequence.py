@@ -1,6 +1,6 @@
-"""Which key each query sees, as programs that print themselves: ``Causal() & (Window(left=255, right=0) | Sinks(4))``.
+"""The patterns over one-dimensional sequences.
 
-Below, "query i" is the query at position i; with fewer queries than keys the last query is at the last key's position.
+Below, "query i" is the query at position i; with fewer queries than keys, the last query is aligned with the last key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnopt.patterns.lookback import Past
 
 @dataclass(frozen=True, repr=False)
 class Causal(Pattern):
-    """Query i sees keys up to i, itself included."""
+    """Query i sees keys up to i, including itself."""
 
     @property
     def is_causal(self) -> bool:
@@ -43,7 +43,7 @@ class Causal(Pattern):
 
 @dataclass(frozen=True, repr=False, init=False)
 class Window(Pattern):
-    """Query i sees keys ``i - left`` to ``i + right``, itself included; ``right=None`` means as many as ``left``."""
+    """Query i sees keys ``i - left`` to ``i + right``, including itself; ``right=None`` means ``left``."""
 
     left: int
     right: int
@@ -76,7 +76,7 @@ class Window(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class Dilated(Pattern):
-    """Query i sees keys ``i + dilation * step`` for each step from ``-left`` to ``right``: reach counts steps."""
+    """Query i sees keys ``i + dilation * step`` for each step from ``-left`` to ``right``."""
 
     left: int
     right: int
@@ -113,7 +113,7 @@ class Dilated(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class Sinks(Pattern):
-    """The first ``n`` keys are seen by every query (StreamingLLM, arXiv:2309.17453)."""
+    """The first ``n`` keys are visible to every query (StreamingLLM, arXiv:2309.17453)."""
 
     n: int
 
@@ -141,7 +141,7 @@ class Sinks(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class Global(Pattern):
-    """The tokens at these positions are seen by all and see all (Longformer, arXiv:2004.05150)."""
+    """The tokens at these positions are visible to all and see all (Longformer, arXiv:2004.05150)."""
 
     positions: tuple[int, ...]
 
@@ -199,7 +199,7 @@ class Periodic(Pattern):
         whole("Periodic", "start", self.start)
         whole("Periodic", "count", self.count)
         if self.start + self.count > self.period:
-            raise PolicyError(f"Periodic: start={self.start} and count={self.count} go beyond period={self.period}")
+            raise PolicyError(f"Periodic: start={self.start} and count={self.count} exceed period={self.period}")
 
     @property
     def is_positional(self) -> bool:
@@ -220,7 +220,7 @@ class Periodic(Pattern):
 class Blocks(Pattern):
     """Query i sees the keys of its own block of ``size`` tokens, and ``halo`` keys on each side of it.
 
-    Blocks begin at position ``shift`` and every ``size`` tokens from there; the first is shorter where there is a shift.
+    Blocks begin at position ``shift`` and every ``size`` tokens after it; with a shift, the first block is shorter.
     """
 
     size: int
@@ -231,7 +231,7 @@ class Blocks(Pattern):
         whole("Blocks", "size", self.size, least=1)
         whole("Blocks", "halo", self.halo)
         if whole("Blocks", "shift", self.shift) >= self.size:
-            raise PolicyError(f"Blocks: shift={self.shift} is not possible; give a shift below size={self.size}")
+            raise PolicyError(f"Blocks: invalid value shift={self.shift}: expected a shift below size={self.size}")
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         start: Tensor = self._start(i)
@@ -251,5 +251,5 @@ class Blocks(Pattern):
 
 
 def _by_remainder(length: int, divisor: int) -> NDArray[np.int64]:
-    """Places 0 to ``length``, those of the same remainder together."""
+    """Indices 0 to ``length``, grouped by remainder."""
     return np.argsort(np.arange(length) % divisor, kind="stable")

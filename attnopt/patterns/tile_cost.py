@@ -1,4 +1,4 @@
-"""What share of all pairs a kernel computes for a pattern, given the tiles in which it works."""
+"""The fraction of pairs that a kernel computes for a pattern, given its tiles."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from attnopt.patterns.query_order import ordered_layout
 class Tiles:
     """A kernel that works in blocks of ``block_q`` queries and ``block_kv`` keys.
 
-    ``group``: in a block that is partly visible, it skips the keys that none of so many neighbouring queries sees; None:
-    it computes such a block as a whole.  ``reorders``: it takes the queries in the order that the pattern asks for.
+    ``group``: in a partly visible block, it skips keys that none of ``group`` neighbouring queries sees; None: it
+    computes the whole block.  ``reorders``: it takes the queries in the order that the pattern asks for.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Tiles:
     reorders: bool = False
 
     def share(self, pattern: Pattern, q_len: int, kv_len: int, num_heads: int) -> float:
-        """Pairs computed, of all pairs, averaged over the heads."""
+        """Computed pairs as a fraction of all pairs, averaged over the heads."""
         of_head = [pattern.for_head(h) for h in range(num_heads)]
         shares = {p: self._share(p, q_len, kv_len) for p in set(of_head)}
         return sum(shares[p] for p in of_head) / max(1, num_heads)

@@ -17,7 +17,7 @@ def amount(n: float) -> str:
 
 
 def relative(after: float, before: float) -> str:
-    """The change in per cent, "-25 %"; "" where there is none or nothing to compare with."""
+    """The change in percent, "-25 %"; "" if unchanged or nothing to compare with."""
     if not before or after == before:
         return ""
     return f"{100 * (after / before - 1):+.1f} %"
@@ -29,7 +29,7 @@ def percent(share: float) -> str:
 
 
 def times(share: float) -> str:
-    """How many times less a share of the work is: 0.25 -> "4"; "∞" for none at all."""
+    """The reciprocal of a fraction of work: 0.25 -> "4"; "∞" for 0."""
     return f"{1 / share:.3g}" if share else "∞"
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page, and what notebooks show of reports, inspections and patterns: no network, no script."""
+"""The report as one HTML page, and notebook views of reports, inspections and patterns: no network, no scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attnopt.report.inspection import Inspection
     from attnopt.report.report import Report
 
-NOTEBOOK_LENGTH = 64  # of the sequence that a pattern is drawn for where nobody says how long it is
+NOTEBOOK_LENGTH = 64  # default sequence length of a drawn pattern
 
 
 def report_page(report: Report) -> str:
@@ -37,12 +37,12 @@ def report_page(report: Report) -> str:
 
 
 def report_frame(report: Report) -> str:
-    """The page inside another one, such as a notebook."""
+    """The page embedded in another one, such as a notebook."""
     return framed(report_page(report))
 
 
 def framed(page: str) -> str:
-    """A whole page inside another one, neither touching the other's style."""
+    """A whole page embedded in another one, with isolated styles."""
     from markupsafe import escape
 
     return f'<iframe srcdoc="{escape(page)}" title="attnopt report" style="width:100%;height:36rem;border:0"></iframe>'
@@ -69,7 +69,7 @@ def inspection_fragment(inspection: Inspection) -> str:
 
 
 def picture_svg(pattern: Pattern, length: int) -> str:
-    """The pictures of a pattern alone, as SVG in the colour of the text around them."""
+    """The pictures of a pattern as SVG, in the surrounding text colour."""
     from attnopt.render.pattern_cells import pictures
 
     return _render("svg.html.j2", pictures=pictures(pattern, length, length, max(1, pattern.named_heads)))

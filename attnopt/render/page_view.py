@@ -1,4 +1,4 @@
-"""What the report's page shows, worked out before the template: drawings, lanes of the map, bars and the way back."""
+"""The data of the report page, computed before the template: drawings, lanes, bars, and the policy that undoes a rewrite."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Head:
 
 @dataclass(frozen=True)
 class SiteView:
-    """A site with what is drawn of it."""
+    """A site with its drawings."""
 
     number: int
     site: SiteReport
@@ -48,7 +48,7 @@ class SiteView:
 
     @property
     def label(self) -> str:
-        """What tells it from the others of its lane: the numbers in its name, or else its last word."""
+        """The distinguishing part within its lane: the numbers in its name, otherwise its last word."""
         numbers = re.findall(r"\d+", self.site.name)
         return ".".join(numbers) if numbers else self.name.rpartition(".")[2]
 
@@ -84,7 +84,7 @@ class SiteView:
 
     @property
     def kv_heads(self) -> tuple[Head, ...]:
-        """Those that several query heads read, or none where each head has its own."""
+        """The shared K/V heads, or none if each head has its own."""
         after, at = self.site.form_after, self._kv_places
         if after is None or len(at) == len(after.heads):
             return ()
@@ -101,7 +101,7 @@ class SiteView:
 
     @property
     def decade(self) -> float | None:
-        """Where the error stands on the logarithmic scale, in per cent; None where none was measured."""
+        """Position of the error on the logarithmic scale, in percent; None if not measured."""
         return None if self.site.error is None else _on_scale(self.site.error)
 
     @property
@@ -116,7 +116,7 @@ class SiteView:
 
     @property
     def undone(self) -> str:
-        """The policy that leaves this site as it was: a rule of a site's own name comes before every other."""
+        """The policy that leaves this site unchanged: a rule with the exact site name takes precedence."""
         return policy_text({**self.policy, self.site.name: []})
 
 
@@ -125,7 +125,7 @@ def site_views(report: Report) -> list[SiteView]:
 
 
 def lanes(views: Sequence[SiteView]) -> dict[str, list[SiteView]]:
-    """The sites by lane, each lane where its first site is."""
+    """The sites by lane, ordered by the first site of each lane."""
     found: dict[str, list[SiteView]] = {}
     for view in views:
         found.setdefault(view.lane, []).append(view)
@@ -151,15 +151,15 @@ def measures(report: Report) -> list[Measure]:
     found = _of_cost(report.cost_before, report.cost_after)
     if {"before", "after"} <= report.cpu_seconds.keys():
         seconds = report.cpu_seconds
-        found.append(Measure("CPU time of one call, measured", seconds["before"], seconds["after"], "s"))
+        found.append(Measure("CPU time per call, measured", seconds["before"], seconds["after"], "s"))
     return found
 
 
 def _of_cost(before: Cost, after: Cost) -> list[Measure]:
     return [
-        Measure("FLOPs of one call", before.flops, after.flops),
+        Measure("FLOPs per call", before.flops, after.flops),
         Measure("Parameters", before.parameters, after.parameters),
-        Measure("K/V bytes a token", before.kv_bytes_per_token, after.kv_bytes_per_token),
+        Measure("K/V bytes per token", before.kv_bytes_per_token, after.kv_bytes_per_token),
     ]
 
 
@@ -170,7 +170,7 @@ def policy_text(policy: Mapping[str, Any]) -> str:
 
 
 def _pattern_of(form: Form, heads: Sequence[int]) -> Any:
-    """The pattern of a form for only these heads, so that it can be compared with a later one."""
+    """The pattern of a form for only these heads, for comparison with a later one."""
     place = {h: i for i, h in enumerate(form.heads)}
     try:
         return parse(form.pattern).for_heads([place[h] for h in heads if h in place])

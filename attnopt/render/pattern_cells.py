@@ -1,4 +1,4 @@
-"""Patterns as small pictures: the share of visible pairs in each cell of a coarse grid, never the dense mask."""
+"""Patterns as small pictures: the fraction of visible pairs in each cell of a coarse grid, never the dense mask."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from attnopt.patterns.tile_cost import COMPILED
 
 CELLS = 32
 LEVELS = 4  # of opacity
-LONGEST = 1 << 15  # a cell of a longer sequence would hold too many pairs to be counted for a picture
+LONGEST = 1 << 15  # in a longer sequence, a cell would have too many pairs to count for a picture
 
 
 @lru_cache(maxsize=512)
 def shares(pattern: Pattern, q_len: int, kv_len: int, cells: int = CELLS) -> NDArray[np.float64]:
-    """[rows, columns], at most ``cells`` each: the exact share of visible pairs in each cell, 0 to 1.
+    """[rows, columns], at most ``cells`` each: the exact fraction of visible pairs in each cell, 0 to 1.
 
-    ``pattern`` is one that is not per head; see ``Pattern.for_head``.
+    ``pattern`` must not be per head; see ``Pattern.for_head``.
     """
     tall, wide = max(1, -(-q_len // cells)), max(1, -(-kv_len // cells))
     found = pattern.layout(q_len, kv_len, tall, wide)
@@ -47,22 +47,22 @@ class Layer:
 
 @dataclass(frozen=True)
 class Picture:
-    """What the heads at ``places`` see now, drawn over what they saw ``before``."""
+    """The current pattern of the heads at ``places``, drawn over the one ``before``."""
 
     rows: int
     columns: int
     layers: tuple[Layer, ...]
     before: tuple[Layer, ...]
     pattern: str
-    places: tuple[int, ...]  # () stands for all
-    density: float  # share of visible pairs
-    computed: float  # share of the pairs that the compiled CPU kernel computes, which works in blocks
+    places: tuple[int, ...]  # () means all
+    density: float  # fraction of visible pairs
+    computed: float  # fraction of pairs that the compiled CPU kernel computes in blocks
 
 
 def pictures(
     pattern: str | Pattern, q_len: int, kv_len: int, num_heads: int, before: str | Pattern | None = None
 ) -> tuple[Picture, ...]:
-    """One picture for each distinct pattern of the heads; none where the pattern or the lengths cannot be drawn.
+    """One picture for each distinct pattern of the heads; none if the pattern or the lengths cannot be drawn.
 
     ``before`` is a pattern of as many heads.
     """

@@ -47,7 +47,7 @@ def importance_text(importance: HeadImportance) -> str:
 
 
 def inspection_table(inspection: Inspection) -> RenderableType:
-    """One row an attention; what came near in a second table."""
+    """One row per attention; near misses in a second table."""
     from rich.console import Group
 
     rows = [_inspected(site) for site in inspection.sites]
@@ -71,7 +71,7 @@ def _notes(sites: Sequence[Site]) -> list[tuple[str, str]]:
 
 
 def report_table(report: Report) -> RenderableType:
-    """One row an attention: what was done to it and what that cost."""
+    """One row per attention: what was done, and its cost."""
     from rich.console import Group
 
     rows = [_reported(site) for site in report.sites]
@@ -90,7 +90,7 @@ def report_table(report: Report) -> RenderableType:
 
 
 def advice_table(advice: Advice) -> RenderableType:
-    """What each kernel can reach, and below it the patterns that would fit better."""
+    """The reachable speed-up of each kernel, and better fitting patterns."""
     from rich.console import Group
 
     lengths = f"{advice.q_len} queries and {advice.kv_len} keys"
@@ -187,12 +187,12 @@ def _size(head_dim: int, value_dim: int) -> str:
 
 
 def pattern_text(spec: AttentionSpec) -> str:
-    """What the queries see, a mask operand included where it is known what it amounts to."""
+    """The effective mask: what the queries see, including a mask operand if known."""
     return str(spec.visible_pattern)
 
 
 def spec_extras(spec: AttentionSpec) -> list[str]:
-    """What there is beside the pattern, in a word each."""
+    """Features besides the pattern, one word each."""
     named = {"bias": spec.has_bias, "mask": spec.has_mask, "softcap": spec.softcap is not None, "sinks": spec.has_sinks}
     return [name for name, there in named.items() if there] + list(spec.positions)
 
@@ -204,7 +204,7 @@ def _projections(projections: Mapping[str, Projection]) -> str:
 
 def _misses(misses: tuple[NearMiss, ...]) -> RenderableType:
     rows = [(miss.name or "(root)", miss.refusal.code, _reason(miss), miss.where) for miss in misses]
-    return _table("Near misses, left untouched", ("place", "code", "reason", "source"), rows)
+    return _table("Near misses (rejected candidates)", ("place", "code", "reason", "source"), rows)
 
 
 def _reason(miss: NearMiss) -> str:
@@ -227,11 +227,11 @@ def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
         table.add_column(head[i], overflow="fold", no_wrap=longest <= (12 if i else 40))
     for row in rows:
         table.add_row(*(Text(row[i]) for i in shown))
-    return Group(Text(title), table)  # a table's own title would be folded to its width
+    return Group(Text(title), table)  # a table's own title would wrap to its width
 
 
 def plugin_table(found: Sequence[Description]) -> RenderableType:
-    """The installed passes and backends, and what else third parties offer; what cannot be loaded shows why."""
+    """The installed passes and backends, and other third-party plugins; those that cannot be loaded show the reason."""
     from rich.console import Group
 
     passes = [_plugin(one) for one in found if one.kind == "pass"]

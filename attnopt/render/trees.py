@@ -107,7 +107,7 @@ def _site_line(site: Site) -> str:
 
 
 def _site_notes(site: Site) -> list[str]:
-    unknown = [f"{role} is not known: {p.why}" for role, p in site.projections.items() if p.rows is None and p.why]
+    unknown = [f"{role} is unknown: {p.why}" for role, p in site.projections.items() if p.rows is None and p.why]
     return [*unknown, *site.notes]
 
 
@@ -133,7 +133,7 @@ def _explained(e: Explanation) -> Iterable[RenderableType]:
 
     yield Text(f"{e.name or ROOT}   {e.where}".rstrip(), style="bold")
     yield Text(f"  {e.kind}{': ' + e.spec if e.spec else ''}")
-    title = "what was matched" if e.kind == "attention" else "from the normaliser to what differs"
+    title = "what was matched" if e.kind == "attention" else "from the softmax anchor to the first difference"
     yield Text(f"\n  {title}", style="dim")
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for _ in range(4):
@@ -147,7 +147,7 @@ def _explained(e: Explanation) -> Iterable[RenderableType]:
     for stage, refusal in e.refusals.items():
         yield Text(f"  {stage} refuses it: {_one_line(refusal)}", style="red")
     if e.accepted:
-        yield Text(f"  no objection from {', '.join(e.accepted)}", style="green")
+        yield Text(f"  accepted by {', '.join(e.accepted)}", style="green")
     for note in e.notes:
         yield Text(f"  note: {note}", style="yellow")
 

@@ -1,4 +1,4 @@
-"""What ``attnopt.advise`` returns."""
+"""The result of ``attnopt.advise``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from attnopt.base.display import shown
 
 @dataclass(frozen=True)
 class Reached:
-    """``share`` of all pairs that a kernel computes, the speed-up that this allows, and that as a part of the bound."""
+    """``share``: the fraction of pairs that a kernel computes, with the speed-up that this allows, absolute and
+    relative to the bound.
+    """
 
     kernel: str
     share: float
@@ -20,7 +22,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Better:
-    """A pattern whose windows are nowhere smaller, and which ``kernel`` computes faster, or for no more while it sees more."""
+    """A pattern with no smaller window that ``kernel`` computes faster, or at the same cost with more visible pairs."""
 
     kernel: str
     pattern: str
@@ -30,7 +32,7 @@ class Better:
 
 @dataclass(frozen=True)
 class Advice:
-    """``bound`` is how many times fewer pairs are visible than before; the speed-ups count pairs, not seconds."""
+    """``bound``: how many times fewer pairs are visible than before; speed-ups count pairs, not seconds."""
 
     pattern: str
     q_len: int

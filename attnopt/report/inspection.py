@@ -1,4 +1,4 @@
-"""What ``attnopt.inspect`` returns."""
+"""The result of ``attnopt.inspect``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from attnopt.ir.site import NearMiss, Site
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``attnopt.inspect`` found, in the order in which it runs."""
+    """What ``attnopt.inspect`` found, in execution order."""
 
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
-    candidates: int  # how many normalisers were looked at
+    candidates: int  # number of softmax anchors examined
 
     def __str__(self) -> str:
         return shown(self, "text")

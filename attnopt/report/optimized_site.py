@@ -12,8 +12,9 @@ from attnopt.report.report import SiteReport, Status
 
 @dataclass(frozen=True)
 class OptimizedSite(Site):
-    """A site as it is now, with what was done to it: ``status`` "rewritten", "unchanged" or "refused", the relative
-    ``error`` of its lowered form where it has one, and its cost before and after."""
+    """A site in its current form, with what was done to it: ``status`` "rewritten", "unchanged" or "refused", the
+    relative ``error`` of its lowered form if it has one, and its cost before and after.
+    """
 
     status: Status = "unchanged"
     error: float | None = None

@@ -1,4 +1,4 @@
-"""What happened to every attention of a model: as data, as text, as JSON and as a page."""
+"""What was done to every attention of a model: as data, text, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FORMAT = 1  # of the JSON form
 
 @dataclass(frozen=True)
 class Form:
-    """What of an attention can be drawn: its heads, the K/V head that each reads, and which keys they see.
+    """What can be drawn of an attention: its heads, the K/V head that each reads, and its pattern.
 
-    Heads are named by their numbers in the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``, and
-    ``selection`` says which of its blocks are chosen at run time, if any are.
+    Heads have their numbers from the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``, and
+    ``selection`` describes the blocks chosen at run time, if any.
     """
 
     heads: tuple[int, ...]
@@ -47,7 +47,7 @@ class Form:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention and its fate."""
+    """One attention and its outcome."""
 
     name: str
     status: Status
@@ -71,7 +71,7 @@ class SiteReport:
     kv_len: int = 0
     form_before: Form | None = None
     form_after: Form | None = None
-    importance: tuple[float, ...] | None = None  # of each head of ``form_before``, where it was measured
+    importance: tuple[float, ...] | None = None  # of each head of ``form_before``, if measured
 
     def lines(self) -> Iterable[str]:
         """The entry's text, without indentation."""
@@ -92,7 +92,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Every attention that was found, in the order in which they run, and what was done to it."""
+    """Every attention found, in execution order, and what was done to it."""
 
     sites: tuple[SiteReport, ...]
     near_misses: tuple[NearMiss, ...] = ()
@@ -101,8 +101,8 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)  # by stage
     warnings: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-    fixed_axes: tuple[str, ...] = ()  # axes that were to be dynamic and are not, or up to a bound
-    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  # of one call, "before" and "after", where measured
+    fixed_axes: tuple[str, ...] = ()  # requested axes that are static or bounded, and size constraints
+    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  # of one call, "before" and "after", if measured
 
     def count(self, status: Status) -> int:
         return sum(site.status == status for site in self.sites)
@@ -122,7 +122,7 @@ class Report:
         return text + (f", {len(self.near_misses)} not matched" if self.near_misses else "")
 
     def with_importance(self, scores: Mapping[str, Iterable[float]]) -> Self:
-        """The same report with the scores of each site's heads, as ``attnopt.head_importance`` gives them."""
+        """The same report with the head scores of each site, as returned by ``attnopt.head_importance``."""
         sites = tuple(
             replace(site, importance=tuple(map(float, scores[site.name]))) if site.name in scores else site
             for site in self.sites
@@ -136,7 +136,7 @@ class Report:
         for miss in self.near_misses:
             lines.append(f"  {_titled(miss.name, miss.where)}")
             lines += [f"  {line}" for line in _refused("not matched", miss.refusal, miss.where)]
-        lines += [f"  not free: {axis}" for axis in told(self.fixed_axes)]
+        lines += [f"  {line}" for line in told(self.fixed_axes)]
         lines += [f"  warning: {text}" for text in self.warnings]
         if self.error is not None:
             lines.append(f"  largest relative difference of the outputs on the example inputs: {self.error:.1e}")
@@ -148,16 +148,16 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The report that ``to_json`` wrote; ArchiveError if ``data`` is none."""
+        """The inverse of ``to_json``.  Raises ArchiveError if ``data`` is not a report."""
         try:
             return cls._read(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArchiveError(f"this is no attnopt report: {type(error).__name__}: {error}") from error
+            raise ArchiveError(f"not an attnopt report: {type(error).__name__}: {error}") from error
 
     @classmethod
     def _read(cls, data: Mapping[str, Any]) -> Self:
         if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
+            raise ValueError(f"format {data['format']!r}; this version reads format {FORMAT}")
         return cls(
             sites=tuple(_site(entry) for entry in data["sites"]),
             near_misses=tuple(
@@ -176,7 +176,7 @@ class Report:
         return shown(self, "html")
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one self-contained page, whole or not at all, and gives its path."""
+        """Write one self-contained page atomically, and return its path."""
         with atomic_write(path) as temporary:
             temporary.write_text(shown(self, "page"), encoding="utf-8")
         return Path(path)

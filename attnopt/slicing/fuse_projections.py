@@ -1,7 +1,7 @@
-"""Smaller projections of the same input joined into one.
+"""Fused projections: smaller projections of the same input joined into one.
 
-A matrix product of few columns runs slower for each of them: where heads were removed, queries, keys and values are projected
-together, as the user's model may have done before they were cut.
+A matrix product with few columns is slower per column: if heads were removed, queries, keys and values are projected
+together, as the original model may have done.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Form:
     axis: int
 
     def held(self, node: fx.Node) -> list[Any]:
-        """The weight, and the bias where there is one."""
+        """The weight, and the bias if any."""
         bias = node.args[self.bias] if self.bias is not None and self.bias < len(node.args) else None
         return [node.args[self.weight], *([] if bias is None else [bias])]
 
@@ -45,9 +45,9 @@ _FORMS: dict[Any, _Form] = {
 
 
 def join(gm: fx.GraphModule, weights: Weights) -> None:
-    """Join what reads the same input and has weights that ``weights`` made, none of which anything else reads."""
+    """Fuse projections of the same input whose weights ``weights`` created and nothing else uses."""
     if any(is_call(n, *STRIDED) for n in gm.graph.nodes):
-        return  # these read memory as it lies
+        return  # these depend on the memory layout
     groups = [g for g in _siblings(gm, weights) if len(g) > 1]
     together = Counter(_names(group) for group in groups)
     readers = Counter(n.target for node in gm.graph.nodes for n in node.all_input_nodes if n.op == "get_attr")
@@ -59,7 +59,7 @@ def join(gm: fx.GraphModule, weights: Weights) -> None:
 
 
 def _siblings(gm: fx.GraphModule, weights: Weights) -> Iterable[list[fx.Node]]:
-    """Products with new weights, by what has to be equal for one product to give them all."""
+    """Products with new weights, grouped by what must be equal to fuse them."""
     found: dict[object, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         form = _FORMS.get(node.target)

@@ -1,4 +1,4 @@
-"""Tensors that are projected together for several roles of an attention, and what is computed from them for each."""
+"""Packed projections: tensors projected together for several roles of an attention, and the nodes of each role."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnopt.graph.nodes import ancestors
 
 
 def forks(operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]) -> set[fx.Node]:
-    """Of the nodes between one role and its weights (``ways``), those that another role is computed from too."""
+    """Of the nodes between one role and its weights (``ways``), those that another role also depends on."""
     above = {role: set(ancestors(node)) for role, node in operands.items()}
     return {n for one, other in permutations(operands, 2) for n in above[other].intersection(ways[one])}
 
@@ -19,12 +19,12 @@ def forks(operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]
 def built_anew(
     forked: set[fx.Node], operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]
 ) -> list[fx.Node]:
-    """What has to be computed anew for each role, so that none needs a fork as it is."""
+    """The nodes to recompute for each role, so that none needs a packed tensor."""
     return [*chain(*ways.values()), *_below(forked, operands)]
 
 
 def _below(forked: set[fx.Node], operands: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """What is computed from a fork on the way to an operand, as the length that a norm divides by is."""
+    """Values computed from a packed tensor between it and an operand, such as the length that a norm divides by."""
     above = {n for node in operands.values() for n in ancestors(node)}
     reached = {n for n in forked if n.op == "call_function"}
     made = []

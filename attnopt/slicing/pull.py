@@ -1,8 +1,8 @@
 """Selections pulled upwards: ``select(op(x), i)`` rewritten as ``op(select(x, i'))``, operator by operator.
 
 This is how attnopt knows which weight rows make a head, and how it removes one: the selection of some heads at an
-attention's input is moved up through views, rotations, norms and concatenations until it reaches weights, where it
-becomes a smaller weight.  Each rule is an exact identity; where there is none, the selection stays where it is.
+attention's input is propagated backward through views, rotations, norms and concatenations to the weights, where it
+becomes a smaller weight.  Each rule is an exact identity; without a rule, the selection stops.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RULES = {**LAYOUT, **COMPUTE}
 
 
 def pull(node: fx.Node, selection: Selection) -> Pulled | None:
-    """How to make ``select(node, selection)`` from selections of what ``node`` is computed from; None: no rule."""
+    """How to compute ``select(node, selection)`` from selections of the operands of ``node``; None: no rule."""
     if node.op != "call_function":
         return None
     rule = _RULES.get(opname(node)) or elementwise_rule(node)

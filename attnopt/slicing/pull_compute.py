@@ -237,7 +237,7 @@ COMPUTE: dict[str, Callable[[fx.Node, Selection], Pulled | None]] = {
 
 
 def elementwise_rule(node: fx.Node) -> Callable[[fx.Node, Selection], Pulled | None] | None:
-    """The rule of an operator that is known by its kind alone."""
+    """The rule of an operator that is known only by its kind."""
     name = opname(node)
     if is_call(node, *CASTS) or name in _BINARY or (name in _UNARY and not any(is_tensor(a) for a in node.args[1:])):
         return _elementwise

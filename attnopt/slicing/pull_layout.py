@@ -88,7 +88,7 @@ def _slice(node: fx.Node, selection: Selection) -> Pulled:
 
 
 def _taken(node: fx.Node) -> range:
-    """The places along its axis that a slice takes."""
+    """The indices along its axis that a slice selects."""
     x, start, end, step = operand(node), arg(node, 2, 0), arg(node, 3, 2**63 - 1), arg(node, 4, 1)
     return range(shape(x)[wrap(arg(node, 1, 0), len(shape(x)))])[slice(_bound(start), _bound(end), _bound(step))]
 
@@ -131,7 +131,7 @@ def _getitem(node: fx.Node, selection: Selection) -> Pulled | None:
 
 def _cat(node: fx.Node, selection: Selection) -> Pulled | None:
     n = len(shape(node))
-    parts = [p for p in arg(node, 0) if len(shape(p)) == n]  # torch takes empty 1-D ones
+    parts = [p for p in arg(node, 0) if len(shape(p)) == n]  # torch accepts empty 1-D ones
     at = wrap(arg(node, 1, 0), n)
     others = {a: idx for a, idx in selection.items() if a != at}
     if at not in selection:
@@ -155,7 +155,7 @@ def _cat(node: fx.Node, selection: Selection) -> Pulled | None:
 
 
 def _slices_of_one(parts: Sequence[fx.Node], axis: int) -> tuple[fx.Node, list[int]] | None:
-    """(the tensor, which of its places) where all parts are slices of one tensor along the axis: a choice of its heads."""
+    """(the tensor, its indices) if all parts are slices of one tensor along the axis: a selection of its heads."""
     places: list[int] = []
     for p in parts:
         if opname(p) != "slice" or operand(p) is not operand(parts[0]) or wrap(arg(p, 1, 0), len(shape(p))) != axis:

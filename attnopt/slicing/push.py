@@ -1,7 +1,7 @@
-"""Selections pushed downwards: what follows a tensor of which only some slices are not zero.
+"""Forward slice propagation: through the users of a tensor of which only some slices are nonzero.
 
-The dual of ``selection``: where heads are removed from an attention's output, the zeros that would stand in their place
-are moved down through layout operators to the output projection, where they become a weight with fewer columns.
+The dual of ``selection``: if heads are removed from an attention's output, the zeros that would replace them
+are propagated forward through layout operators to the output projection, which becomes a weight with fewer columns.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from attnopt.slicing.selection import Demand, aligned, is_weight, kept_by_squeez
 
 @dataclass(frozen=True)
 class Pushed:
-    """``user`` applied to the slices that are left.
+    """``user`` applied to the remaining slices.
 
-    ``selection`` says which slices of the user's result are left (None: all of it, the user is where the zeros end).
-    ``demands`` are selections of its other operands, ``build`` makes the call from (the slices, the demanded operands).
-    ``linear``: the result is linear in the slices, so that factors may move past it.
+    ``selection``: the remaining slices of the user's result (None: all of it, the zeros end at this user).
+    ``demands`` are selections of its other operands, ``build`` creates the call from (the slices, the demanded operands).
+    ``linear``: the result is linear in the slices, so factors may move past it.
     """
 
     selection: Selection | None

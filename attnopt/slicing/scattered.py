@@ -1,7 +1,7 @@
-"""Selections that no operator's own rule can move, followed head by head through a whole run of layout changes.
+"""Selections that no single operator rule can propagate, traced head by head through a run of layout changes.
 
-In a projection that packs each group's queries with its keys and values, the heads that are left may be others in each group.
-They are no product of groups and places, yet each of them is some features of the projection, and so all of them are.
+If a projection packs the queries of each group with its keys and values, the remaining heads may differ between groups.
+They are not a product of groups and positions, but each is a set of features of the projection, and so is their union.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Scattered:
 
 
 def scattered(node: fx.Node, selection: Selection) -> Scattered | None:
-    """Where ``node`` at ``selection``, which is along one axis, comes from; None: not by layout changes of a last axis alone.
+    """The source of ``node`` at ``selection`` along one axis; None if not only through layout changes of the last axis.
 
-    ``node`` is [*tokens, heads, features] or [*tokens, features], and what it comes from [*tokens, more features].
+    ``node`` is [*tokens, heads, features] or [*tokens, features], and its source [*tokens, more features].
     """
     sizes = shape(node)
     axis = next(iter(selection))
@@ -61,7 +61,7 @@ def scattered(node: fx.Node, selection: Selection) -> Scattered | None:
 
 
 def _above(node: fx.Node, chosen: Selection) -> Iterator[tuple[fx.Node, dict[int, tuple[int, ...]]]]:
-    """The tensors that a run of layout changes above ``node`` goes through, and the selection there."""
+    """The tensors in a run of layout changes above ``node``, and the selection on each."""
     chosen = trim(node, chosen)
     while opname(node) in _LAYOUT and (pulled := pull(node, chosen)) is not None and len(pulled.demands) == 1:
         node, below = (pulled.exact or pulled.demands)[0]

@@ -1,4 +1,4 @@
-"""The vocabulary of selections: some indices of some axes of a tensor, and what it takes to move one past an operator."""
+"""Selections: some indices of some axes of a tensor, and the types for propagating one past an operator."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Demand = tuple[fx.Node, Selection]
 
 @dataclass(frozen=True)
 class Pulled:
-    """``select(node)`` equals ``target(*args, **kwargs)`` made by ``build`` from the demanded selections, in their order.
+    """``select(node)`` equals ``target(*args, **kwargs)`` built by ``build`` from the demanded selections, in order.
 
-    ``weights`` says which demands are on weights of a projection rather than on the data that runs through it;
-    ``across`` means that the selection is along the tokens or batch of a projection.  ``exact`` are the same demands
-    without what a later slice would drop, where the two differ.
+    ``weights``: the demands on weights of a projection rather than on its data;
+    ``across``: the selection is along the tokens or batch of a projection.  ``exact`` are the same demands
+    without what a later slice would drop, if different.
     """
 
     demands: tuple[Demand, ...]
@@ -63,7 +63,7 @@ def aligned(operand: fx.Node, ndim: int, selection: Selection) -> dict[int, tupl
 
 
 def regroup(outer: Sequence[int], inner: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
-    """Axes of two shapes of one size, in the smallest groups whose products agree."""
+    """Axes of two shapes of equal size, in the smallest groups whose products agree."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(outer) or j < len(inner):
@@ -85,9 +85,9 @@ def regroup(outer: Sequence[int], inner: Sequence[int]) -> list[tuple[list[int],
 def unravel(
     sizes: Sequence[int], chosen: Mapping[int, Sequence[int]], target: Sequence[int]
 ) -> list[tuple[int, ...]] | None:
-    """Indices along each axis of ``target`` that a choice along the axes of ``sizes`` amounts to, both in C order.
+    """Indices along each axis of ``target`` that correspond to a choice along the axes of ``sizes``, both in C order.
 
-    None unless what is chosen is a product of choices along the target's axes, in the same order.
+    None unless the choice is a product of choices along the target's axes, in the same order.
     """
     flat = [0]
     for axis, size in enumerate(sizes):
@@ -143,7 +143,7 @@ def order_of(node: fx.Node) -> list[int]:
 
 
 def kept_by_squeeze(node: fx.Node) -> list[int] | None:
-    """The input's axes that a squeeze of named axes keeps; None where it names none."""
+    """The input axes that a squeeze of named axes keeps; None if it names none."""
     if len(node.args) < 2:
         return None
     sizes = shape(operand(node))

@@ -22,17 +22,17 @@ _PIECES = ("slice", "select", "getitem")
 
 
 class _DynamicAxisError(Exception):
-    """A selection came to an axis that joins heads with a dynamic batch, and can go no further up: its indices hold at the
-    sizes of the example inputs only, so it has to be made below, where heads have an axis of their own."""
+    """A selection reached an axis that merges heads with a dynamic batch and cannot propagate further: its indices hold at the
+    sizes of the example inputs only, so it must be applied below, where heads have a separate axis."""
 
 
 class Selector:
-    """Builds selections of nodes, moved up as far as they go.
+    """Builds selections of nodes, propagated backward as far as possible.
 
-    ``forks`` are tensors that serve several roles (a packed projection): of these only what is needed is taken.
-    Without ``weights`` selections stay behind projections and parameters, which are left as they are.
-    ``edited`` holds new values of parameters for this site alone; every node on the way to one (``dirty``) is built anew
-    even where nothing is selected.
+    ``forks`` are packed projections, which serve several roles: only the needed part is selected.
+    Without ``weights``, selections stay after projections and parameters, which are unchanged.
+    ``edited`` holds new values of parameters for this site alone; every affected node (``dirty``) is rebuilt
+    even if nothing is selected.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Selector:
             return self._stay(node, selection)
 
     def _piece(self, node: fx.Node) -> fx.Node:
-        """One role's part of a packed projection, made by itself."""
+        """One role of a packed projection, computed separately."""
         pulled = pull(node, {})
         if pulled is None:
             return node
@@ -100,7 +100,7 @@ class Selector:
         return made
 
     def _stay(self, node: fx.Node, selection: Selection) -> fx.Node:
-        """Pull up the axes that can be, and select the others here."""
+        """Propagate the axes that can be, and select the others here."""
         if len(selection) > 1:
             for axis, idx in selection.items():
                 if pull(node, {axis: idx}) is not None:
@@ -138,7 +138,7 @@ def push_down(
 
 
 def _straighten(node: fx.Node) -> None:
-    """What splits heads into groups and puts these together again, done with the heads as they are: groups that lost different
+    """Splitting heads into groups and concatenating them, on the heads directly: groups that lost different
     heads have no shape in between."""
     pending = list(node.users)
     while pending:
@@ -156,7 +156,7 @@ def _straighten(node: fx.Node) -> None:
 
 
 def _permute_first(node: fx.Node, split: fx.Node, permute: fx.Node) -> None:
-    """permute(split(node)) as split(permute(node)), where the parts of each axis stay together."""
+    """permute(split(node)) as split(permute(node)), if the parts of each axis stay together."""
     groups = regroup(shape(node), shape(split))
     if groups is None or any(len(mine) != 1 for mine, _ in groups):
         return

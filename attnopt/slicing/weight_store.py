@@ -1,4 +1,4 @@
-"""New parameters of a graph module, made from its old ones: smaller, edited, or several in one."""
+"""New parameters of a graph module, derived from its old ones: reduced, edited, or concatenated."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from attnopt.graph.select import Selection
 
 
 class Weights:
-    """New parameters of a graph module, made from its old ones.  The same derivation gives the same parameter."""
+    """New parameters of a graph module, derived from its old ones.  The same derivation gives the same parameter."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self.origin: dict[str, str] = {}  # new name -> the name that it was made from
+        self.origin: dict[str, str] = {}  # new name -> the name of its origin
         self._made: dict[Any, str] = {}
 
     def derive(self, name: str, selection: Selection, edited: Tensor | None = None) -> str:
-        """The name of the parameter ``name`` restricted to ``selection``; ``edited`` takes the place of its value."""
+        """The name of the parameter ``name`` restricted to ``selection``; ``edited`` replaces its value."""
         key = (name, tuple(sorted(selection.items())), None if edited is None else fingerprint(edited))
         if key not in self._made:
             source = get_attr(self.gm, name)
@@ -35,7 +35,7 @@ class Weights:
         return self._made[key]
 
     def join(self, names: Sequence[str], axis: int) -> str:
-        """The name of one parameter that holds these along ``axis``, in this order."""
+        """The name of one parameter with these concatenated along ``axis``, in this order."""
         key = (tuple(names), axis)
         if key not in self._made:
             parts = [get_attr(self.gm, n) for n in names]
@@ -75,7 +75,7 @@ class Weights:
         return new
 
     def settle(self) -> None:
-        """Give each new parameter its origin's name where the origin is no longer used."""
+        """Give each new parameter the name of its origin if that is no longer used."""
         used = {str(n.target) for n in self.gm.graph.nodes if n.op == "get_attr"}
         for new, old in self.origin.items():
             rivals = [m for m, o in self.origin.items() if o == old and m in used]
@@ -96,7 +96,7 @@ class Weights:
 
 
 def _together(names: Sequence[str]) -> str:
-    """A name for what holds all these parameters, where they all are: ``attention.query_key_value.weight``."""
+    """A name for the concatenation of these parameters in their module: ``attention.query_key_value.weight``."""
     if len(names) == 1:
         return names[0]
     paths = [n.split(".") for n in names]
@@ -108,6 +108,6 @@ def _together(names: Sequence[str]) -> str:
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for equal tensors alone."""
+    """Equal only for equal tensors."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return tuple(tensor.shape), tensor.dtype, hashlib.sha256(data.numpy().data).hexdigest()

@@ -68,8 +68,8 @@ def test_a_wrong_command_line(argv: tuple[str, ...], capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("no_such_folder", "not of the form package.module:factory"),
-        ("tiny_models:", "not of the form package.module:factory"),
+        ("no_such_folder", "does not have the form package.module:factory"),
+        ("tiny_models:", "does not have the form package.module:factory"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
         ("tiny_models:no_such", "it has causal, failing, full, without_attention"),
         ("tiny_models:constant", "is a int, expected a function"),
@@ -137,7 +137,7 @@ def test_optimize_save_and_look_again(tmp_path: Path, capsys: pytest.CaptureFixt
     assert done["written"] == {"saved": str(saved), "html": str(page)}
     assert page.is_file()
     assert json_of(capsys, "inspect", str(saved))["sites"] == done["report"]["sites"]
-    assert "optimized already" in error_of(capsys, "optimize", str(saved))
+    assert "already optimized" in error_of(capsys, "optimize", str(saved))
 
 
 def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +150,7 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_optimize_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path / "fast")
     assert cli.main(["optimize", "tiny_models:causal", "--time", "--out", folder]) == 0
-    assert "CPU time of one call" in capsys.readouterr().out
+    assert "CPU time per call" in capsys.readouterr().out
     assert set(attnopt.load(folder).report.cpu_seconds) == {"before", "after"}
 
 
@@ -173,7 +173,7 @@ def test_diff(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith("@@ layers.1: local-window   tiny_models.py:")
     assert "layers.0" not in out
-    assert "nothing was changed" in error_of(capsys, "diff", "tiny_models:causal", "--site", "layers.2")
+    assert "no change belongs" in error_of(capsys, "diff", "tiny_models:causal", "--site", "layers.2")
 
 
 def test_bench(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +194,7 @@ def test_bench(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (("bench", "tiny_models:causal", "tiny_models:causal"), "the two models have the same name"),
         (("bench", "tiny_models:causal", "odd_models:other_inputs"), "odd_models:other_inputs fails on the inputs"),
         (("explain", "tiny_models:without_inputs", "a"), "without example inputs"),
-        (("explain", "tiny_models:causal", "layers.0", "--policy", "dance()"), "there is no pass 'dance'"),
+        (("explain", "tiny_models:causal", "layers.0", "--policy", "dance()"), "unknown pass 'dance'"),
     ],
 )
 def test_what_cannot_be_compared(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +221,7 @@ def test_the_demo_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_the_demo_needs_a_folder_that_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(AttnoptError, match="cannot make the folder"):
+    with pytest.raises(AttnoptError, match="cannot create the folder"):
         demo._folder(str(tmp_path / "file" / "out"))
 
 

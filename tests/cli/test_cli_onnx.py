@@ -55,7 +55,7 @@ def test_inspect(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = json_of(capsys, "inspect", file)
     assert [(site["name"], site["num_heads"]) for site in found["sites"]] == [("layers.0", 2), ("layers.1", 2)]
     assert cli.main(["inspect", file]) == 0
-    assert f"inputs of {file} are made up: x.1 float32 [2, 16, 16]" in capsys.readouterr().err
+    assert f"using synthetic inputs for {file}: x.1 float32 [2, 16, 16]" in capsys.readouterr().err
 
 
 def test_optimize_gives_the_file_that_the_model_would_give(
@@ -88,7 +88,7 @@ def test_inputs_from_a_file(file: str, tmp_path: Path, capsys: pytest.CaptureFix
     arrays, folder = tmp_path / "x.npz", str(tmp_path / "fast")
     np.savez(arrays, **{"x.1": np.zeros((2, 7, 16), np.float32)})
     assert cli.main(["optimize", file, "--inputs", str(arrays), "--out", folder]) == 0
-    assert "made up" not in capsys.readouterr().err
+    assert "synthetic inputs" not in capsys.readouterr().err
     assert attnopt.load(folder)(torch.randn(2, 7, 16))
 
 
@@ -115,14 +115,14 @@ def test_bench_runs_files_in_onnx_runtime(file: str, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize("command", [("optimize",), ("export", "--onnx", "out.onnx"), ("diff",)])
 def test_open_sizes_are_asked_for(command: tuple[str, ...], file: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = error_of(capsys, *command, file)
-    assert "leaves the size of batch, length open" in told
+    assert "does not fix the size of batch, length" in told
     assert "--size batch=128" in told
 
 
 def test_what_does_not_fit_the_file(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arrays = str(tmp_path / "x.npz")
     np.savez(arrays, y=np.zeros((2, 7, 16), np.float32))
-    assert f"{arrays} holds y, and {file} takes x.1" in error_of(capsys, "inspect", file, "--inputs", arrays)
+    assert f"{arrays} contains y, but {file} takes x.1" in error_of(capsys, "inspect", file, "--inputs", arrays)
     np.savez(arrays, **{"x.1": np.zeros((2, 7, 5), np.float32)})
     assert "cannot be run on these inputs" in error_of(capsys, "inspect", file, "--inputs", arrays)
     (tmp_path / "text.npz").write_text("no arrays")
@@ -134,14 +134,14 @@ def test_what_does_not_fit_the_file(file: str, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_file_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a model")
-    assert "cannot be read as an ONNX model" in error_of(capsys, "inspect", str(tmp_path / "m.onnx"))
-    assert "cannot be read as an ONNX model" in error_of(capsys, "inspect", str(tmp_path / "missing.onnx"))
+    assert "is not a readable ONNX model" in error_of(capsys, "inspect", str(tmp_path / "m.onnx"))
+    assert "is not a readable ONNX model" in error_of(capsys, "inspect", str(tmp_path / "missing.onnx"))
     assert "ONNX Runtime cannot load" in error_of(capsys, "bench", str(tmp_path / "m.onnx"), "tiny_models:full")
 
 
 def test_inputs_are_for_files(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (("inspect", "tiny_models:causal"), ("bench", "tiny_models:causal", "tiny_models:full")):
-        assert "are for a model that is an ONNX file" in error_of(capsys, *argv, "--size", "length=3")
+        assert "only apply to ONNX files" in error_of(capsys, *argv, "--size", "length=3")
 
 
 @pytest.mark.parametrize("size", ["length", "length=0", "=3", "length=-1", "length=two"])
@@ -163,7 +163,7 @@ def test_integers_are_made_up_as_places_in_any_table(tmp_path: Path, capsys: pyt
     ]
     graph = onnx.helper.make_graph([], "g", given, [])
     onnx.save(onnx.helper.make_model(graph), str(path))
-    with pytest.warns(attnopt.AttnoptWarning, match="are made up"):
+    with pytest.warns(attnopt.AttnoptWarning, match="synthetic inputs"):
         made = example_inputs(path, Given(None, {"ids.1": 40}, needs_sizes=False))
     assert made["ids"].shape == (2, 40)
     assert set(made["ids"].flatten().tolist()) == {0, 1}
@@ -173,4 +173,4 @@ def test_integers_are_made_up_as_places_in_any_table(tmp_path: Path, capsys: pyt
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "m.onnx")
-    assert "no plain file" in error_of(capsys, "inspect", str(tmp_path / "m.onnx"))
+    assert "not a regular file" in error_of(capsys, "inspect", str(tmp_path / "m.onnx"))

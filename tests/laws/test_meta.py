@@ -66,8 +66,8 @@ def test_the_same_is_found_as_with_weights() -> None:
     assert plain(got) == plain(want)
     (site,) = got.sites
     assert site.device == "meta"
-    assert "proved with random values" in str(got)
-    assert "proved with random values" not in str(want)
+    assert "verified on random weights" in str(got)
+    assert "verified on random weights" not in str(want)
 
 
 def test_a_mask_without_values_stays_unknown() -> None:

@@ -167,18 +167,18 @@ def test_a_model_of_transformers_with_its_tokenizer(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- refusals
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "looks ahead": ({"pattern": None}, r"queries see Full\(\)"),
-    "sinks": ({"policy": LocalWindow(3, 0, sinks=1)}, "GroupQueryAttention knows"),
+    "looks ahead": ({"pattern": None}, r"the pattern is Full\(\)"),
+    "sinks": ({"policy": LocalWindow(3, 0, sinks=1)}, "GroupQueryAttention supports"),
     "counts positions itself": ({"absolute": True}, "for a token after its prompt"),
     "mixes tokens elsewhere": ({"mixes": True}, "for a token after its prompt"),
-    "fixed sizes": ({"dynamic": None}, "not .batch, length. with both free"),
-    "left alone": ({"policy": {"*1*": "fuse"}}, "left as it is"),
+    "fixed sizes": ({"dynamic": None}, "expected .batch, length. with both axes dynamic"),
+    "left alone": ({"policy": {"*1*": "fuse"}}, "left unchanged"),
 }
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no end": ({"eos_token_id": "x"}, "eos_token_id='x'"),
-    "no such end": ({"eos_token_id": [1, VOCABULARY]}, "no tokens of a vocabulary of 50"),
+    "no such end": ({"eos_token_id": [1, VOCABULARY]}, "outside the vocabulary of 50"),
     "no length": ({"context_length": 0}, "context_length=0"),
-    "no tokenizer": ({"tokenizer": "gpt2"}, "a str is no tokenizer"),
+    "no tokenizer": ({"tokenizer": "gpt2"}, "a str is not a tokenizer"),
 }
 
 
@@ -207,7 +207,7 @@ def test_other_inputs_are_refused(tmp_path: Path) -> None:
 def test_a_window_that_is_off_by_one_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = optimized(LocalWindow(3, 0))
     monkeypatch.setattr(Window, "bands", property(lambda self: (attnopt.Band(-self.left - 1, self.right),)))
-    with pytest.raises(attnopt.ExportError, match="other logits than the model for a prompt"):
+    with pytest.raises(attnopt.ExportError, match="logits of the decoder and the model differ for a prompt"):
         fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=1)
 
 
@@ -222,5 +222,5 @@ def test_the_folder_says_what_it_is(fast: attnopt.OptimizedModel, tmp_path: Path
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    with pytest.raises(attnopt.AttnoptError, match="left alone"):
+    with pytest.raises(attnopt.AttnoptError, match="it was not overwritten"):
         fast.export_decoder(other, context_length=32, eos_token_id=1)

@@ -105,21 +105,21 @@ def test_inputs_are_asked_for(old: Path) -> None:
 def test_what_is_no_model(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "m.onnx").write_bytes(content)
-    refused(tmp_path / "m.onnx", "cannot be read as an ONNX model")
+    refused(tmp_path / "m.onnx", "is not a readable ONNX model")
 
 
 def test_a_truncated_model(old: Path, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(old.read_bytes()[:-500])
-    refused(tmp_path / "m.onnx", "cannot be read as an ONNX model")
+    refused(tmp_path / "m.onnx", "is not a readable ONNX model")
 
 
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ({"location": "../secret.bin"}, "which is no file in its folder"),
-        ({"location": "/etc/passwd"}, "which is no file in its folder"),
-        ({"location": "link.bin"}, "which is no file in its folder"),
-        ({"location": "gone.bin"}, "which is no file in its folder"),
+        ({"location": "../secret.bin"}, "which is not a file in its folder"),
+        ({"location": "/etc/passwd"}, "which is not a file in its folder"),
+        ({"location": "link.bin"}, "which is not a file in its folder"),
+        ({"location": "gone.bin"}, "which is not a file in its folder"),
         ({"location": "short.bin", "offset": "8"}, "ends before the weights"),
         ({"location": "short.bin", "offset": "-8"}, "ends before the weights"),
     ],

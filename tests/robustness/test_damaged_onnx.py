@@ -103,7 +103,7 @@ def test_something_in_it_changed(old: Path, tmp_path: Path, case: str | None, da
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
-        ([("Add", ["x", "b"], "a"), ("Neg", ["a"], "b"), ("Neg", ["b"], "y")], "read each other"),
+        ([("Add", ["x", "b"], "a"), ("Neg", ["a"], "b"), ("Neg", ["b"], "y")], "depend on each other"),
         ([("Add", ["x", "nowhere"], "y")], "topologically sorted"),
         ([("Neg", ["x"], "z")], "Graph output 'y' is not an output of any node"),
         ([("Neg", ["x"], "y"), ("Abs", ["x"], "y")], "single static assignment"),

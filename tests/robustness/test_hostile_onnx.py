@@ -64,7 +64,9 @@ def test_weights_from_elsewhere(place: Callable[[onnx.ModelProto], None], tmp_pa
     model = graph(chain(["Neg:"]), {"x": [2, 3, 4]}, {})
     place(model)
     (folder / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(attnopt.CaptureError, match=r"wants the weights 'c' from '\.\./secret\.bin', which is no file"):
+    with pytest.raises(
+        attnopt.CaptureError, match=r"refers to the weights 'c' in '\.\./secret\.bin', which is not a file"
+    ):
         opened(folder / "m.onnx", (torch.ones(2, 3, 4),), {})
 
 
@@ -78,7 +80,7 @@ def test_a_folder_that_is_a_link_to_elsewhere(tmp_path: Path) -> None:
     weights.external_data[0].value = "here/secret.bin"
     model.graph.initializer.append(weights)
     (folder / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(attnopt.CaptureError, match="which is no file in its folder"):
+    with pytest.raises(attnopt.CaptureError, match="which is not a file in its folder"):
         opened(folder / "m.onnx", (torch.ones(2, 3, 4),), {})
 
 
@@ -87,7 +89,7 @@ def test_weights_that_are_in_two_places(tmp_path: Path) -> None:
     model.graph.initializer[0].CopyFrom(outside("w"))
     model.graph.initializer[0].external_data.add(key="location", value="m.onnx")
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(attnopt.CaptureError, match="says twice where the weights 'w' are"):
+    with pytest.raises(attnopt.CaptureError, match="gives two locations for the weights 'w'"):
         opened(tmp_path / "m.onnx", (torch.ones(2, 3, 4),), {})
 
 

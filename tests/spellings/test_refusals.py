@@ -196,18 +196,18 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     # ---- matching
     "no-query-key-product": (
         lambda: missed(decoys.CubedScores()),
-        "[no-query-key-product] expected scores made from a product of queries and keys, found relu = "
+        "[no-query-key-product] expected scores computed from a product of queries and keys, found relu = "
         "relu.default (at LINE)",
     ),
     "no-value-product": (
         lambda: missed(Unused()),
-        "[no-value-product] expected weights that are multiplied with values, found square = square (at LINE)",
+        "[no-value-product] expected weights multiplied with values, found square = square (at LINE)",
     ),
     "weights-changed": (
         lambda: missed(decoys.MaskedAfter()),
-        "[weights-changed] expected weights that go straight to the values, found mul = mul on the "
-        "weights (at LINE)\n  hint: weights that are mixed or gated after the softmax, or masked by what "
-        "does not mask the scores, are left as they are",
+        "[weights-changed] expected weights that feed directly into the value product, found mul = mul on the "
+        "weights (at LINE)\n  hint: weights that are mixed or gated after the softmax, or masked unlike the scores, "
+        "are not supported",
     ),
     "one-key": (
         lambda: missed(OneKey()),
@@ -215,8 +215,8 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "softmax-axis": (
         lambda: missed(Scored(lambda s: s, dim=1)),
-        "[softmax-axis] expected a softmax over the keys of one operand, found an axis that both "
-        "operands share (at LINE)",
+        "[softmax-axis] expected a softmax over an axis of the keys alone, found an axis shared by both operands (at "
+        "LINE)",
     ),
     "value-axis": (
         lambda: missed(decoys.WrongAxisValues()),
@@ -224,22 +224,21 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "unreadable-layout": (
         lambda: missed(decoys.DroppedColumn()),
-        "[unreadable-layout] expected weights whose axes can be followed, found slice_1 = slice (at LINE)",
+        "[unreadable-layout] expected weights with traceable axes, found slice_1 = slice (at LINE)",
     ),
     "late-division": (
         lambda: missed(Misdivided()),
-        "[late-division] expected each query's output divided by its own sum of exponentials, found div_1, which "
-        "divides by another's (at LINE)",
+        "[late-division] expected the output of each query divided by its own sum of exponentials, found div_1, "
+        "which divides by the sum of another query (at LINE)",
     ),
     "channel-attention": (
         lambda: missed(decoys.OverChannels()),
-        "[channel-attention] expected keys that are tokens, found a softmax over features that a "
-        "projection makes (at LINE)\n  hint: attention between channels is left as it is",
+        "[channel-attention] expected tokens as keys, found a softmax over the features of a projection (at LINE)\n  "
+        "hint: attention between channels is not supported",
     ),
     "active-dropout": (
         lambda: missed(Dropping()),
-        "[active-dropout] expected an attention without dropout, found dropout of 0.1 (at LINE)\n  hint: "
-        "call model.eval() first",
+        "[active-dropout] expected no active dropout, found dropout of 0.1 (at LINE)\n  hint: call model.eval() first",
     ),
     "negated-mask": (
         lambda: missed(Scored(lambda s: -s.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -torch.inf))),
@@ -247,36 +246,34 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "moderate-mask": (
         lambda: missed(Scored(lambda s: s + torch.arange(float(L))), seen=torch.ones(L, dtype=torch.bool)),
-        "[moderate-mask] expected a mask of -inf or the dtype's minimum, found -10000 written over "
-        "scores, on rows that may be all hidden (at LINE)\n  hint: mask with -inf or "
-        "torch.finfo(dtype).min",
+        "[moderate-mask] expected a mask of -inf or the dtype's minimum, found -10000 written over scores in rows "
+        "that may be fully masked (at LINE)\n  hint: mask with -inf or torch.finfo(dtype).min",
     ),
     "sink-and-constant": (
         sink_and_constant,
-        "[sink-and-constant] expected a sink beside plain scores, found a constant added to them (at LINE)",
+        "[sink-and-constant] expected a sink without an added constant, found a constant added to the scores (at LINE)",
     ),
     "scores-feed-back": (
         lambda: missed(decoys.TopK()),
-        "[scores-feed-back] expected masks and biases that are made without the scores, found lt, which "
-        "is made from them (at LINE)",
+        "[scores-feed-back] expected masks and biases independent of the scores, found lt, which depends on the "
+        "scores (at LINE)",
     ),
     "scores-multiplied": (
         lambda: missed(Gated(lambda s: s)),
-        "[scores-multiplied] expected a factor of queries or of keys, or a mask of 0 and 1 that a bias "
-        "hides, found gate, which varies over both",
+        "[scores-multiplied] expected a factor that depends on queries or keys alone, or a 0/1 mask with a matching "
+        "bias, found gate, which depends on both",
     ),
     # ---- the driver
     "escapes": (
         lambda: refused(Spelling(returns="weights"), LocalWindow(1)),
-        "[escapes] expected scores and weights that only the attention uses, found softmax used by the "
-        "model's output (at LINE)\n  hint: call the model without returning attention weights",
+        "[escapes] expected scores and weights that are used only inside the attention, found softmax used by the "
+        "model's output (at LINE)\n  hint: call the model so that it does not return attention weights",
     ),
     # ---- passes
     "needs-self-attention": (
         lambda: refused(Spelling(cross=True), Sparse(Window(1))),
-        "[needs-self-attention] expected queries and keys of one sequence, found keys of another "
-        "sequence (at LINE)\n  hint: leave cross-attention out with a mapping such as "
-        '{"decoder.*.cross": []}',
+        "[needs-self-attention] expected queries and keys from the same sequence, found keys from another sequence "
+        '(at LINE)\n  hint: exclude cross-attention with a mapping such as {"decoder.*.cross": []}',
     ),
     "unknown-head": (
         lambda: refused(Spelling(), PruneHeads(heads=[1, 4, 7])),
@@ -284,47 +281,47 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "wrong-length": (
         lambda: refused(Spelling(), Sparse(Neighborhood((2, 3), 1))),
-        "[wrong-length] expected a sequence of 6 tokens, found 7 tokens (at LINE)\n  hint: write class and register "
-        "tokens in front of a grid as Prefix(n, ...)",
+        "[wrong-length] expected a sequence of 6 tokens, found 7 tokens (at LINE)\n  hint: put class and register "
+        "tokens before a grid with Prefix(n, ...)",
     ),
     "already-selected": (
         selected_twice,
-        "[already-selected] expected an attention that sees every block, found DynamicBlocks(scores=Pooled(), keep=0.25, "
-        "block=64, sinks=1, local=1) (at LINE)\n  hint: give the site one dynamic-sparse only",
+        "[already-selected] expected an attention without block selection, found DynamicBlocks(scores=Pooled(), "
+        "keep=0.25, block=64, sinks=1, local=1) (at LINE)\n  hint: apply dynamic-sparse only once per site",
     ),
     "already-edited": (
         routed_and_pruned,
-        "[already-edited] expected outputs of heads that nothing is done to yet, found heads 0 and 1 of 3 heads for each "
-        "token by query norm (at LINE)\n  hint: prune heads before tokens are routed to them",
+        "[already-edited] expected head outputs that are not edited yet, found heads 0 and 1 of 3 heads for each "
+        "token by query norm (at LINE)\n  hint: apply prune-heads before route-heads",
     ),
     "other-sizes": (
         lambda: refused(Spelling(), HeadPatch([1], torch.zeros(1, 1, 9, 4))),
-        "[other-sizes] expected values for the 7 tokens of every call, found values for 9 tokens (at LINE)",
+        "[other-sizes] expected values for 7 tokens in every call, found values for 9 tokens (at LINE)",
     ),
     "several-calls": (
         patched_in_both_calls,
-        "[several-calls] expected one call of the site's weights, found 2 calls, each with values of its own (at LINE)\n"
-        "  hint: name each call in the policy, as in {'attention#2': ...}",
+        "[several-calls] expected weights that are used by one call, found 2 calls with different values (at LINE)\n  "
+        "hint: give each call its own rule, as in {'attention#2': ...}",
     ),
     "all-heads": (
         lambda: refused(Spelling(), PruneHeads(heads=[0, 1, 2, 3])),
-        "[all-heads] expected at least one head to stay, found all 4 removed (at LINE)\n  hint: give whole_layers=True to "
-        "remove the attention as a whole",
+        "[all-heads] expected at least one remaining head, found all 4 heads removed (at LINE)\n  hint: use "
+        "whole_layers=True to remove the whole attention",
     ),
     "nothing-to-remove": (
         heads_that_no_weight_has,
-        "[nothing-to-remove] expected weights that belong to single heads, found q: heads cannot be told apart before layer_norm "
-        "(LINE); k: heads cannot be told apart before layer_norm (LINE); v: heads cannot be told apart before layer_norm (LINE); "
-        "out: heads cannot be told apart before add (LINE) (at LINE)\n  hint: silence heads with scale-heads and gains of 0, "
-        "which removes no parameter either",
+        "[nothing-to-remove] expected weights that can be separated by head, found q: heads cannot be separated "
+        "before layer_norm (LINE); k: heads cannot be separated before layer_norm (LINE); v: heads cannot be "
+        "separated before layer_norm (LINE); out: heads cannot be separated before add (LINE) (at LINE)\n  hint: zero "
+        "the heads with scale-heads and gains of 0 (their parameters stay)",
     ),
     "no-such-site-size": (
         lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),
-        "[no-such-site-size] expected an importance for each of 4 heads, found 3 numbers (at LINE)",
+        "[no-such-site-size] expected one importance score per head (4), found 3 numbers (at LINE)",
     ),
     "wrong-number-of-gains": (
         lambda: refused(Spelling(), ScaleHeads([1.0, 2.0])),
-        "[wrong-number-of-gains] expected one gain for each of 4 heads, found 2 gains (at LINE)",
+        "[wrong-number-of-gains] expected one gain per head (4), found 2 gains (at LINE)",
     ),
     "kv-heads-do-not-fit": (
         lambda: refused(Spelling(), GroupedQuery(kv_heads=3)),
@@ -332,17 +329,18 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "unknown-projection": (
         lambda: refused(Spelling(norm="across"), GroupedQuery(kv_heads=2)),
-        "[unknown-projection] expected known key and value projections, found k: heads cannot be told "
-        "apart before layer_norm (LINE) (at LINE)",
+        "[unknown-projection] expected known key and value projections, found k: heads cannot be separated before "
+        "layer_norm (LINE) (at LINE)",
     ),
     "needs-calibration": (
         lambda: refused(Spelling(), GroupedQuery(kv_heads=2, merge="svd")),
-        "[needs-calibration] expected calibration data, found none (at LINE)\n  hint: give calibration= to attnopt.optimize",
+        "[needs-calibration] expected calibration data, found none (at LINE)\n  hint: pass calibration= to attnopt.optimize",
     ),
     "features-are-not-linear": (
         behind_a_norm,
-        "[features-are-not-linear] expected heads that reach the core as they are projected, or rotated, found a norm or "
-        'another map between projection and core (at LINE)\n  hint: give merge="mean" and grouping="adjacent"',
+        "[features-are-not-linear] expected queries and keys that are only projected or rotated before the scores, "
+        'found a norm or another transform after the projection (at LINE)\n  hint: use merge="mean" and '
+        'grouping="adjacent"',
     ),
     # ---- backends
     "no-softcap": (
@@ -351,7 +349,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "other-blocks": (
         lambda: refused(Spelling(), DynamicSparse(block=32), backend="blocked"),
-        "[other-blocks] expected a selection of blocks of 64, or several of these, found blocks of 32",
+        "[other-blocks] expected a block size that is a multiple of 64, found blocks of 32",
     ),
     "no-sinks": (
         lambda: refused(Spelling(sinks=True), LocalWindow(1), backend="sdpa"),
@@ -475,21 +473,22 @@ def test_every_code_is_tested() -> None:
 
 
 OTHERS = {
-    "not-equal": "[not-equal] expected the raised attention to compute what the model computes, found a relative "
-    "difference of 0.25 (at LINE)\n  hint: please report the model: this is a gap in matching, and "
-    "the site is left as it is",
-    "not-understood": "[not-understood] expected a layout that the matcher can follow, found KeyError: 'axis' (at "
-    "LINE)\n  hint: please report the model: this is a gap in matching, and the attention is left as "
-    "it is",
-    "no-elements": "[no-elements] expected scores with elements, found scores of 0 x 5 x 5 (at LINE)\n"
-    "  hint: give example inputs with at least one sequence and one token",
-    "in-a-region": "[in-a-region] expected code that always runs, found true_graph_0\n"
-    "  hint: take the branch or the loop out of the model, or optimize the module inside of it by itself",
-    "opaque-operator": "[opaque-operator] expected operators that can be read, found _native_multi_head_attention (at LINE)\n"
-    "  hint: capture the model outside of inference's fast paths: torch.backends.mha.set_fastpath_enabled(False)",
-    "unnamed-pattern": "[unnamed-pattern] expected a pattern that its text names, found Even()\n"
-    "  hint: put @attnopt.register on its class, and let its repr be the call that makes it",
-    "plugin-failed": "[plugin-failed] expected an answer of the plugin, found pass 'acme.last-k' of acme (acme:LastK): "
-    "check failed: OSError: no licence\n  hint: repair or uninstall the plugin",
+    "not-equal": "[not-equal] expected the canonical attention to equal the model's own computation, found a "
+    "relative difference of 0.25 (at LINE)\n  hint: please report the model: this is a gap in matching, "
+    "and the site was left unchanged",
+    "not-understood": "[not-understood] expected a layout that the matcher supports, found KeyError: 'axis' (at "
+    "LINE)\n  hint: please report the model: this is a gap in matching, and the attention was left "
+    "unchanged",
+    "no-elements": "[no-elements] expected non-empty scores, found scores of 0 x 5 x 5 (at LINE)\n  hint: pass "
+    "example inputs with at least one sequence and one token",
+    "in-a-region": "[in-a-region] expected code that runs unconditionally, found true_graph_0\n  hint: remove the "
+    "branch or loop from the model, or optimize the module inside it on its own",
+    "opaque-operator": "[opaque-operator] expected supported operators, found _native_multi_head_attention (at LINE)\n"
+    "  hint: disable the inference fast path before capture: torch.backends.mha.set_fastpath_enabled(False)",
+    "unnamed-pattern": "[unnamed-pattern] expected a pattern that can be reconstructed from its text, found Even()\n  "
+    "hint: decorate its class with @attnopt.register, and make its repr the call that constructs "
+    "it",
+    "plugin-failed": "[plugin-failed] expected an answer from the plugin, found pass 'acme.last-k' of acme "
+    "(acme:LastK): check failed: OSError: no licence\n  hint: fix or uninstall the plugin",
     "no-such-scale": "[no-such-scale] expected a scale above 0, found -0.5",
 }

@@ -145,7 +145,7 @@ Fits better
 
 
 def test_what_it_needs_to_know() -> None:
-    with pytest.raises(PolicyError, match="a spec alone has no lengths\n  hint: give q_len"):
+    with pytest.raises(PolicyError, match="a spec has no sequence lengths\n  hint: pass q_len"):
         attnopt.advise(a_site().spec, Window(1))
-    with pytest.raises(PolicyError, match="is not made for 12 tokens"):
+    with pytest.raises(PolicyError, match="does not fit 12 tokens"):
         attnopt.advise(a_site(), Neighborhood((3, 5), 3))

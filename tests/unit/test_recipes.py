@@ -206,15 +206,15 @@ def test_random_blocks_of_bigbird() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: recipes.longformer(-2), "longformer: window=-2 is not possible"),
-        (lambda: recipes.bigbird(window=0), "bigbird: window=0 is not possible"),
-        (lambda: recipes.sparse_transformer_fixed(4, 5), "Periodic: start=-1 is not possible"),
-        (lambda: recipes.streaming_llm(0), "streaming_llm: window=0 is not possible"),
-        (lambda: recipes.s2_attn(1, 4), "s2_attn: group=1 is not possible"),
+        (lambda: recipes.longformer(-2), "longformer: invalid value window=-2"),
+        (lambda: recipes.bigbird(window=0), "bigbird: invalid value window=0"),
+        (lambda: recipes.sparse_transformer_fixed(4, 5), "Periodic: invalid value start=-1"),
+        (lambda: recipes.streaming_llm(0), "streaming_llm: invalid value window=0"),
+        (lambda: recipes.s2_attn(1, 4), "s2_attn: invalid value group=1"),
         (lambda: recipes.longnet([4, 6], [1, 4], 2), "longnet: dilation 4 does not divide segments of 6 tokens"),
-        (lambda: recipes.longnet([4, 6], [1], 2), "longnet: dilations=[1] is not possible"),
-        (lambda: recipes.swin((4, 4), (2, 2, 2)), "swin: window=(2, 2, 2) is not possible"),
-        (lambda: recipes.local_global_heads([0], 0), "local_global_heads: window=0 is not possible"),
+        (lambda: recipes.longnet([4, 6], [1], 2), "longnet: invalid value dilations=[1]"),
+        (lambda: recipes.swin((4, 4), (2, 2, 2)), "swin: invalid value window=(2, 2, 2)"),
+        (lambda: recipes.local_global_heads([0], 0), "local_global_heads: invalid value window=0"),
     ],
 )
 def test_bad_values(make: Callable[[], Any], message: str) -> None:

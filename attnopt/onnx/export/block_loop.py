@@ -1,6 +1,6 @@
-"""Attention one block of queries at a time, each with only the keys that it can see: time linear in what is kept.
+"""Attention one block of queries at a time, each with only its visible keys: time linear in the number of kept pairs.
 
-A loop keeps the scores of one block in the cache, knows no padding, and takes any length and batch.
+A loop keeps the scores of one block in the CPU cache, needs no padding, and supports any length and batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from attnopt.patterns.block_layout import FULL_TILE
 
 @dataclass(frozen=True)
 class _Rows:
-    """The queries of one turn: rows ``start`` to ``stop``, at positions ``first`` to ``last`` (exclusive); 1-D numbers."""
+    """The queries of one iteration: rows ``start`` to ``stop``, at positions ``first`` to ``last`` (exclusive); 1-D numbers."""
 
     turn: ir.Value
     start: ir.Value
@@ -36,14 +36,14 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Keys:
-    """How to take the keys of one turn from an axis, and which of them are visible: bool [rows, keys] or None for all."""
+    """How to slice the keys of one iteration from an axis, and which are visible: bool [rows, keys] or None for all."""
 
     take: Callable[[ir.Value, int], ir.Value]
     visible: ir.Value | None
 
 
 def blocks(b: Builder, site: OnnxSite, x: Operands, block: int) -> ir.Value:
-    """Keys that lie in bands around the queries, or at the beginning; lengths may be dynamic."""
+    """Keys in bands around the queries, or at the beginning; lengths may be dynamic."""
     found = site.pattern.bands
     assert found is not None
     return _loop(b, site, x, block, lambda body, rows: _keys_of_bands(body, site, x, found, rows, block))
@@ -81,7 +81,7 @@ def _loop(b: Builder, site: OnnxSite, x: Operands, block: int, keys_of: Callable
 
 
 def _part(b: Builder, x: Operands, rows: _Rows, keys: _Keys) -> tuple[Operands, bool]:
-    """The operands of one turn, and whether their mask is known to have both lengths."""
+    """The operands of one iteration, and whether their mask is known to have both lengths."""
 
     def of_rows(value: ir.Value, axis: int) -> ir.Value:
         return value if is_one(value, axis) else b.slice(value, rows.start, rows.stop, axis)
@@ -144,7 +144,7 @@ def _shifted(b: Builder, number: ir.Value, by: int) -> ir.Value:
 def _inside(
     b: Builder, site: OnnxSite, found: Sequence[Band], rows: _Rows, start: ir.Value, stop: ir.Value, block: int
 ) -> ir.Value:
-    """What is visible of keys ``start`` to ``stop``: cut from one constant where the whole reach is known."""
+    """Visibility of keys ``start`` to ``stop``: sliced from one constant if the whole reach is known."""
     low, high = hull(found)
     if low is None or high is None or not site.is_square or any(band.first is not None for band in found):
         return _seen(b, found, rows, start, stop)
@@ -184,11 +184,11 @@ def _seen_in(b: Builder, band: Band, keys: ir.Value, ahead: ir.Value) -> ir.Valu
 # ---------------------------------------------------------------- keys in lists
 @dataclass(frozen=True)
 class _Lists:
-    """The keys of each turn one after the other, and their visible pairs: from ``key_ptr[r]`` and ``pair_ptr[r]`` on."""
+    """The concatenated keys of all iterations, and their visible pairs: from ``key_ptr[r]`` and ``pair_ptr[r]`` on."""
 
     keys: NDArray[Any]
     key_ptr: NDArray[Any]
-    pairs: NDArray[Any] | None  # None where every listed key is visible to its whole block
+    pairs: NDArray[Any] | None  # None if every listed key is visible to its whole block
     pair_ptr: NDArray[Any]
 
 
@@ -210,7 +210,7 @@ def _lists(site: OnnxSite, block: int) -> _Lists:
             kept = tile_seen.any(0)
             seen = np.concatenate([seen, tile_seen[:, kept]], 1)
             at = np.concatenate([at, col + np.flatnonzero(kept)])
-        if not len(at):  # nothing to see, but the operator wants a key
+        if not len(at):  # no visible key, but the operator needs one
             seen, at = np.zeros((tall, 1), bool), np.zeros(1, np.int64)
         keys.append(at)
         packed = seen.tobytes() + bytes(str(seen.shape), "ascii")

@@ -1,4 +1,4 @@
-"""Writing ONNX nodes: constants are stored once for a model, sizes are numbers where they are known."""
+"""Writing ONNX nodes: constants are stored once per model, known sizes are numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Builder:
         return node.outputs[0]
 
     def name(self, of: str) -> str:
-        """A name that nothing else in the model has."""
+        """A unique name in the model."""
         self._count += 1
         return f"{self.prefix}/{of}_{self._count}"
 
@@ -79,17 +79,17 @@ class Builder:
         return self.op("Range", self.op("Squeeze", start), self.op("Squeeze", stop), self.number(1))
 
     def swapped(self, value: ir.Value) -> ir.Value:
-        """Axes 1 and 2 of four changed with each other; a swap that made ``value`` is taken back."""
+        """Axes 1 and 2 of four swapped; a swap that produced ``value`` is undone."""
         source = before_swap(value)
         return self.op("Transpose", value, perm=SWAP) if source is None else source
 
 
 SWAP = [0, 2, 1, 3]
-SWAPPED = "_by_token"  # how the name of an attention's output ends before heads and tokens change places
+SWAPPED = "_by_token"  # name suffix of an attention output before heads and tokens are swapped
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node of one of these operators of ONNX's own that makes ``value``."""
+    """The node of one of these standard operators that produces ``value``."""
     node = None if value is None else value.producer()
     return node if node is not None and is_a(node, *op_types) else None
 
@@ -99,12 +99,12 @@ def is_a(node: ir.Node, *op_types: str) -> bool:
 
 
 def is_swap(node: ir.Node) -> bool:
-    """The node changes axes 1 and 2 of four with each other."""
+    """The node swaps axes 1 and 2 of four."""
     return is_a(node, "Transpose") and list(node.attributes["perm"].as_ints()) == SWAP
 
 
 def before_swap(value: ir.Value) -> ir.Value | None:
-    """What ``value`` was before its axes 1 and 2 changed places; None where they did not."""
+    """``value`` before its axes 1 and 2 were swapped; None if they were not."""
     node = made_by(value, "Transpose")
     return node.inputs[0] if node is not None and is_swap(node) else None
 

@@ -1,4 +1,4 @@
-"""What a file calls the tensors of caches: ``past_key_values.0.key`` comes in, ``present.0.key`` goes out."""
+"""File names of cache tensors: input ``past_key_values.0.key``, output ``present.0.key``."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 PAST, PRESENT = "past_key_values", "present"
 _SIDES = {"self_attention_cache": "decoder", "cross_attention_cache": "encoder"}
-_RETURNED = "_orig"  # what torch adds to the name of an input that is an output too
+_RETURNED = "_orig"  # torch's suffix for an input that is also an output
 _SINGULAR = {"keys": "key", "values": "value"}
 
 
 @dataclass(frozen=True)
 class Names:
-    """``inputs``: by the graph's own names, those in objects; ``plain`` the others.  ``outputs``: all, in order."""
+    """``inputs``: those in objects, by graph name; ``plain``: the others.  ``outputs``: all, in order."""
 
     inputs: dict[str, str]
     plain: frozenset[str]
     outputs: tuple[str, ...]
 
     def give(self, graph: ir.Graph) -> None:
-        """Rename, and drop inputs in objects that nothing uses."""
+        """Rename, and drop unused inputs in objects."""
         for x in list(graph.inputs):
             if str(x.name).removesuffix(_RETURNED) in self.plain:
                 x.name = str(x.name).removesuffix(_RETURNED)
@@ -47,7 +47,7 @@ class Names:
 
 
 def with_names(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, Names | None]:
-    """The graph without the outputs that no file needs: constants of objects, and numbers that no input goes on from."""
+    """The graph without outputs that the file does not need: constants of objects, and numbers that no input continues."""
     form = origin.form
     if form is None:
         return gm, None

@@ -1,4 +1,4 @@
-"""Which form an attention takes in ONNX, by what each form costs in ONNX Runtime on a CPU.
+"""The ONNX form of an attention, chosen by the cost of each form in ONNX Runtime on CPU.
 
 Costs are floating-point operations, weighted by how much slower than MultiHeadAttention a form was measured to do them.
 """
@@ -18,7 +18,7 @@ WITH_ATTENTION = 23  # the first opset with the operator
 WITH_LOOPS = 13  # the first opset whose loops carry sequences
 DENSE = 1.5  # Attention, which first writes the whole mask into the scores
 BLOCKS = 1.6  # Attention on one block of queries at a time, with copies of the keys and values that it sees
-ROWS = 1.3  # the same where every block sees all keys: nothing is copied
+ROWS = 1.3  # the same if every block sees all keys: nothing is copied
 ITERATION = 8e6  # one more turn of a loop
 _LONG = 1024  # from here on GroupQueryAttention is the faster causal form
 _SHORT = 384 * 384  # pairs up to which Attention is as fast as MultiHeadAttention
@@ -27,7 +27,7 @@ _MASKED_ROWS = 256
 
 @dataclass(frozen=True)
 class OnnxSite:
-    """One attention as ``AttentionSpec`` means it, with what is known of its lengths; -1 where they are dynamic."""
+    """One attention in terms of ``AttentionSpec``, with its known lengths; -1 if dynamic."""
 
     name: str
     pattern: Pattern
@@ -40,7 +40,7 @@ class OnnxSite:
     dtype: torch.dtype
     q_len: int
     kv_len: int
-    is_square: bool  # as many queries as keys, whatever the sizes
+    is_square: bool  # as many queries as keys, at all sizes
     typical: tuple[int, int, int]  # batch and both lengths in the example
 
     @property
@@ -75,7 +75,7 @@ class Form:
 def choose(site: OnnxSite, given: Collection[str], contrib: bool, opset: int = WITH_ATTENTION) -> Form:
     """The cheapest form for the operands in ``given``; "Attention" needs the pattern as a mask operand.
 
-    In opsets before that operator, its form is one of plain operators.
+    In opsets without that operator, its form consists of plain operators.
     """
     has_attention = opset >= WITH_ATTENTION
     if opset < WITH_LOOPS and site.pattern != Full():
@@ -95,7 +95,7 @@ def choose(site: OnnxSite, given: Collection[str], contrib: bool, opset: int = W
 
 
 def sparse_form(site: OnnxSite) -> Form | None:
-    """The form that visits only what the pattern keeps, whatever it costs; None where the lengths have to be known first."""
+    """The form that computes only what the pattern keeps, regardless of cost; None if the lengths must be known first."""
     found = site.pattern.bands
     if found is not None and any(band.first is None for band in found):
         return _blocks(site, found)
@@ -103,7 +103,7 @@ def sparse_form(site: OnnxSite) -> Form | None:
 
 
 def groups(site: OnnxSite) -> tuple[tuple[tuple[int, ...], OnnxSite], ...]:
-    """The query heads that share a pattern, and the attention of these heads alone."""
+    """The query heads that share a pattern, and the attention of only these heads."""
     found: dict[Pattern, list[int]] = {}
     for head in range(site.heads):
         found.setdefault(site.pattern.for_head(head), []).append(head)
@@ -121,7 +121,7 @@ def kv_heads_of(site: OnnxSite, heads: Sequence[int]) -> list[int]:
 
 
 def _apart(site: OnnxSite, given: Collection[str]) -> list[Form]:
-    """Each group of heads in a sparse form of its own, where all of them have one."""
+    """A separate sparse form for each group of heads, if all of them have one."""
     forms = [group_form(alone, given) for _, alone in groups(site)]
     known = [form for form in forms if form is not None]
     if len(known) < len(forms):
@@ -130,14 +130,14 @@ def _apart(site: OnnxSite, given: Collection[str]) -> list[Form]:
 
 
 def group_form(site: OnnxSite, given: Collection[str]) -> Form | None:
-    """The form of heads whose pattern the others do not share."""
+    """The form of heads with a pattern of their own."""
     if site.pattern == Full() and not {"bias", "mask"} & set(given):
         return _all_keys(site, given, contrib=False)
     return sparse_form(site)
 
 
 def hull(found: Sequence[Band]) -> tuple[int | None, int | None]:
-    """The lowest and the highest ``j - i`` of the bands that reach along the whole sequence; None where there is no end."""
+    """The lowest and the highest ``j - i`` of the bands along the whole sequence; None if unbounded."""
     near = [band for band in found if band.first is None]
     lows, highs = [band.low for band in near], [band.high for band in near]
     return (

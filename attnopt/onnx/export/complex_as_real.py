@@ -1,7 +1,7 @@
-"""Complex numbers as pairs of real ones, where torch's exporter has no form for an operator on them.
+"""Complex numbers as pairs of real ones, for operators that torch's exporter does not support on them.
 
-The exporter writes a complex tensor as a real one with an axis of two at its end, and knows few operators on it.  Those that
-only arrange elements are the same operators on the pairs, with that last axis left where it is.
+The exporter writes a complex tensor as a real one with a last axis of length two, and supports few operators on it.  Those that
+only rearrange elements become the same operators on pairs, with the last axis unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from attnopt.graph.cleanup import sweep
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import arg, aten, is_call, operand, value, wrap
 
-# What becomes of an operator's second argument, for a complex tensor with ``rank`` axes.
+# The new second argument of an operator, for a complex tensor with ``rank`` axes.
 ON_PAIRS: Mapping[Any, Callable[[int, Any], Any]] = {
     aten.unsqueeze.default: lambda rank, dim: wrap(dim, rank + 1),
     aten.squeeze.dims: lambda rank, dims: [wrap(dim, rank) for dim in dims],

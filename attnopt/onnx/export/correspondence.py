@@ -29,7 +29,7 @@ SHARED = "shared "  # how the names of values begin that the file does not have
 
 @dataclass(frozen=True)
 class Change:
-    """Values of the file that other nodes make from now on, and what of the file these read.
+    """Values of the file that new nodes compute, and the values of the file that these read.
 
     ``made``: name of a value -> node of the optimized graph.  ``read``: node of the optimized graph -> name of a value.
     ``weights``: stored tensors of the optimized graph that the file does not have.
@@ -62,7 +62,7 @@ class _Identities:
 
 
 def changed(gm: fx.GraphModule, file: FileOrigin) -> Change:
-    """What of the file has to be made anew for it to compute what ``gm`` does.  ``gm`` may be changed in form."""
+    """The parts of the file to rebuild so that it computes what ``gm`` does.  ``gm`` may be restructured."""
     return _Comparison(gm, file).change()
 
 
@@ -94,12 +94,10 @@ class _Comparison:
         self.weights: dict[fx.Node, None] = {}
         self.unread: list[fx.Node] = []
         self.seen: set[fx.Node] = set()
-        self.arranged: set[fx.Node] = (
-            set()
-        )  # what only arranges the operands of a new attention, and is written with it
+        self.arranged: set[fx.Node] = set()  # layout operators on the operands of a new attention, written with it
 
     def _take_sizes_from_inputs(self) -> None:
-        """A size that an input has too is read from there: what had it before may be needed for nothing else any more."""
+        """A size that an input also has is read from the input: its previous source may be unused now."""
         known = {
             size.node.expr: (node, axis)
             for node in reversed(inputs_of(self.gm))
@@ -117,18 +115,18 @@ class _Comparison:
             self._look_behind(self.unread.pop())
         self._hoist()
         if clash := [name for node, name in self.read.items() if self.is_old[node] and name in self.made]:
-            raise ExportError(f"{clash[0]!r} is wanted both as it was and as it is now")
+            raise ExportError(f"{clash[0]!r} is needed in both its old and its new version")
         return Change(self.made, self.read, tuple(self.weights))
 
     def _want(self, name: str, now: fx.Node, before: fx.Node) -> None:
-        """The file is to have the value of ``now`` under ``name``, where it had that of ``before``."""
+        """The file gets the value of ``now`` under ``name``, instead of that of ``before``."""
         waiting = [(name, now, before)]
         while waiting:
             name, now, before = waiting.pop()
             if self.same.of[now] == self.same.of[before] or self.done.get(name) is now:
                 continue
             if name in self.done:
-                raise ExportError(f"two rewrites want another value in the place of {name!r}")
+                raise ExportError(f"two rewrites replace {name!r} with different values")
             self.done[name] = now
             inner = self._kept_with_layout(now, before)
             if inner is None:
@@ -159,7 +157,7 @@ class _Comparison:
             stack += node.all_input_nodes
 
     def _hoist(self) -> None:
-        """What several new values are computed from becomes a value of its own, so that it is computed once."""
+        """Common inputs of several new values become separate values, so they are computed once."""
         reached: dict[fx.Node, set[str]] = {}
         for name, node in self.made.items():
             for n in ancestors(node, stop=self.read.__contains__):
@@ -172,7 +170,7 @@ class _Comparison:
             self.made[f"{SHARED}{node.name}"] = node
 
     def _in_file(self, node: fx.Node) -> str | None:
-        """The file's name for what ``node`` gives, where the file's own nodes make it."""
+        """The file's name for the value of ``node``, if the file's own nodes compute it."""
         if not is_tensor(node) or node in self.arranged or _is_a_number_of_sizes(node):
             return None
         if self.is_old[node]:
@@ -198,11 +196,11 @@ class _Comparison:
         return self.names.get(self.same.of[before], ())
 
     def _first(self, names: tuple[str, ...]) -> str:
-        """Of several names for one value the one that is made first: the others are made of it."""
+        """Of several names for one value, the first computed: the others derive from it."""
         return min(names, key=lambda n: self.order.get(n, -1))
 
     def _kept(self, now: fx.Node, before: fx.Node) -> list[tuple[str, fx.Node, fx.Node]] | None:
-        """The values that the file's own node for ``before`` would have to be given; None where it computes something else."""
+        """The inputs that the file's own node for ``before`` would need; None if it computes something else."""
         found: list[tuple[str, fx.Node, fx.Node]] = []
         stack = [(now, before)]
         while stack:
@@ -219,7 +217,7 @@ class _Comparison:
         return found
 
     def _lays_out_what_is_new(self, now: fx.Node, before: fx.Node) -> bool:
-        """The node only arranges something that is made anew, and is made anew with it."""
+        """The node only rearranges a rebuilt value, and is rebuilt with it."""
         n, b, moved = now, before, False
         while b.target in _LAYOUT and _corresponds(n, b):
             n, b, moved = n.all_input_nodes[0], b.all_input_nodes[0], True
@@ -246,13 +244,13 @@ def inputs_of(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _is_a_number_of_sizes(node: fx.Node) -> bool:
-    """As a scale is the root of a head's size: what had that size may be needed for nothing else any more."""
+    """Such as a scale from the head size: the tensor that had this size may be unused now."""
     is_one = all(is_static(n) and int(n) == 1 for n in value(node).shape)
     return node.op == "call_function" and is_one and not inputs_behind(node)
 
 
 def _arranged_by(node: fx.Node) -> list[fx.Node]:
-    """The queries, keys and values of an attention, and the inputs of what arranges them."""
+    """The queries, keys and values of an attention, and the inputs of their layout operators."""
     name = str(getattr(getattr(node.target, "_schema", None), "name", ""))
     if name in ("aten::scaled_dot_product_attention", "attnopt::attention"):
         return [n for n in node.args[:3] if isinstance(n, fx.Node)]

@@ -45,14 +45,17 @@ def export_decoder(
     from attnopt.onnx.export.verify_decoder import verify
 
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
-        raise ExportError(f"context_length={context_length!r} is no number of tokens", hint="give the model's longest")
+        raise ExportError(
+            f"invalid value context_length={context_length!r}: expected a number of tokens",
+            hint="pass the longest context of the model",
+        )
     tokens = _tokens(eos_token_id, tokenizer)
     _check_inputs(gm, origin.report.fixed_axes)
     specs = {s.name: s.spec for s in origin.sites}
     marked_gm, marked = mark(gm, {}, cached(specs))
     _check_sites(marked, specs)
     with atomic_folder(folder, marker=CONFIG) as made:
-        model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens come apart
+        model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
         cache = Cache.of(model.graph)
         expand(model.graph, marked, cache.write)
         settle(model, contrib=True)
@@ -68,19 +71,19 @@ def export_decoder(
 
 
 def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
-    """Tokens, and what goes with them, with free batch and length."""
+    """Token ids and related inputs, with dynamic batch and length."""
     inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)}
     if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
         raise ExportError(
-            f"a decoder takes input_ids, and besides attention_mask and position_ids; this model takes {list(inputs)}",
-            hint="capture the model with these inputs alone, and with use_cache=False where it has a cache of its own",
+            f"a decoder takes input_ids, and optionally attention_mask and position_ids; this model takes {list(inputs)}",
+            hint="capture the model with these inputs only, and with use_cache=False if it has its own cache",
         )
     for name, node in inputs.items():
         sizes = value(node).shape
         if len(sizes) != 2 or any(map(is_static, sizes)):
             raise ExportError(
-                f"{name} is [{', '.join(map(str, sizes))}], not [batch, length] with both free",
-                hint="give an example of several sequences of several tokens"
+                f"{name} is [{', '.join(map(str, sizes))}], expected [batch, length] with both axes dynamic",
+                hint="pass an example of several sequences of several tokens"
                 if any(f.startswith(f"{name}[") for f in fixed)
                 else 'optimize the model with dynamic_shapes="auto"',
             )
@@ -91,27 +94,27 @@ def _check_sites(marked: Sequence[Marked], specs: Mapping[str, AttentionSpec]) -
     for name in specs:
         if name not in there:
             raise ExportError(
-                "this attention is no fused operator, so its keys and values cannot be kept",
+                "this attention is not a fused operator, so its keys and values cannot be cached",
                 site=name,
-                hint='the report says why; with backend="sdpa" all that were rewritten are',
+                hint='see the report for the reason; with backend="sdpa" every rewritten attention is fused',
             )
     sizes = {(m.site.kv_heads if m.site.is_evenly_shared else m.site.heads, m.site.head_dim) for m in marked}
     if len(sizes) != 1:
         listed = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
         raise ExportError(
-            f"the layers' keys and values have different sizes ({listed or 'there are none'}), and the cache has one",
-            hint="leave as many K/V heads in each layer",
+            f"the layers' keys and values have different sizes ({listed or 'none found'}), but the cache needs a single size",
+            hint="keep the same number of K/V heads in each layer",
         )
 
 
 def _logits(outputs: Sequence[ir.Value]) -> ir.Value:
-    """The model's one output, beside the cache's."""
+    """The model's only output besides those of the cache."""
     found = [o for o in outputs if not str(o.name).startswith(PRESENT.partition(".")[0] + ".")]
     named = [o for o in found if o.name == "logits"] or found
     if len(named) != 1 or named[0].shape is None or len(named[0].shape) != 3:
         raise ExportError(
-            f"the model returns {[o.name for o in found]}, and a decoder returns logits [batch, length, vocabulary]",
-            hint="wrap the model so that it returns its logits alone",
+            f"the model returns {[o.name for o in found]}, expected logits [batch, length, vocabulary]",
+            hint="wrap the model so that it returns only the logits",
         )
     return named[0]
 
@@ -119,11 +122,14 @@ def _logits(outputs: Sequence[ir.Value]) -> ir.Value:
 def _tokens(eos_token_id: int | Sequence[int], tokenizer: Any) -> dict[str, Any]:
     """The special tokens, as the runtime wants to know them."""
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise ExportError(f"a {type(tokenizer).__name__} is no tokenizer", hint="give one of transformers, or none")
+        raise ExportError(
+            f"a {type(tokenizer).__name__} is not a tokenizer", hint="pass a transformers tokenizer, or none"
+        )
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     if not ends or not all(isinstance(end, int) for end in ends):
         raise ExportError(
-            f"eos_token_id={eos_token_id!r} is no token", hint="give the number of the token that ends a text"
+            f"invalid value eos_token_id={eos_token_id!r}: expected a token id",
+            hint="pass the id of the end-of-text token",
         )
     begin, pad = (getattr(tokenizer, name, None) for name in ("bos_token_id", "pad_token_id"))
     return {
@@ -136,12 +142,12 @@ def _tokens(eos_token_id: int | Sequence[int], tokenizer: Any) -> dict[str, Any]
 def _config(
     graph: ir.Graph, logits: ir.Value, sites: Sequence[OnnxSite], context_length: int, tokens: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What onnxruntime-genai reads beside the file."""
+    """The configuration files of onnxruntime-genai."""
     site, names = sites[0], {i.name for i in graph.inputs}
     assert logits.shape is not None
     vocabulary, ends = logits.shape[2], tokens["eos_token_id"]
     if isinstance(vocabulary, int) and not all(0 <= end < vocabulary for end in ends):
-        raise ExportError(f"{ends} are no tokens of a vocabulary of {vocabulary}", hint="correct eos_token_id")
+        raise ExportError(f"{ends} are outside the vocabulary of {vocabulary} tokens", hint="correct eos_token_id")
     decoder = {
         "session_options": {"provider_options": []},
         "filename": FILE,

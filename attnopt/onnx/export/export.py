@@ -1,4 +1,4 @@
-"""ONNX for ONNX Runtime: exported by torch, every attention in its fastest form, run and compared before it gets its name."""
+"""ONNX for ONNX Runtime: exported by torch, every attention in its fastest form, checked before it is written."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def export_onnx(
     external_data: bool | Literal["auto"],
     verify: bool,
 ) -> None:
-    """Write an optimized graph to ``path``.  Raises ExportError, and then leaves what was at ``path`` as it was."""
+    """Write an optimized graph to ``path``.  Raises ExportError, in which case ``path`` is unchanged."""
     if flavor not in get_args(Flavor):
-        raise ExportError(f"there is no flavor {flavor!r}", hint=f"choose one of {', '.join(get_args(Flavor))}")
+        raise ExportError(f"unknown flavor {flavor!r}", hint=f"choose one of {', '.join(get_args(Flavor))}")
     if origin.file is None and opset is not None and opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
     if external_data not in (True, False, "auto"):
-        raise ExportError(f"external_data={external_data!r} is not possible", hint='give True, False or "auto"')
+        raise ExportError(f"invalid value external_data={external_data!r}", hint='use True, False or "auto"')
     if origin.file is not None:
         from attnopt.onnx.export.in_place import export_in_place
 
@@ -47,8 +47,8 @@ def export_onnx(
     size = weights_size(gm)
     if external_data is False and size > ROOM_IN_FILE:
         raise ExportError(
-            f"the model's {size / 2**30:.1f} GiB of weights do not fit into one ONNX file, which holds 2 GiB",
-            hint='leave external_data at "auto"',
+            f"the model's {size / 2**30:.1f} GiB of weights exceed the 2 GiB limit of one ONNX file",
+            hint='use external_data="auto"',
         )
     from attnopt.onnx.export.cache_names import with_names
     from attnopt.onnx.export.peephole import settle

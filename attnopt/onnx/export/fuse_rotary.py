@@ -13,7 +13,7 @@ SCALING = ("Mul", "Div")
 
 
 def fuse_rotations(graph: ir.Graph) -> None:
-    """RotaryEmbedding for each rotation of float32 heads [B, H, L, D] whose tables say the same of both halves."""
+    """RotaryEmbedding for each rotation of float32 heads [B, H, L, D] whose tables are equal in both halves."""
     builder, tables = Builder(graph, "rotary"), dict[tuple[ir.Value, object], ir.Value]()
     for node in [n for n in graph if is_a(n, "Add")]:
         rotation = _rotation(node)

@@ -1,4 +1,4 @@
-"""One fused operator for some queries and the keys that they look at: what every form of attention is made of."""
+"""One fused operator for some queries and their keys: the building block of every form of attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 def attention(b: Builder, site: OnnxSite, x: Operands, is_full: bool = False) -> ir.Value:
     """ai.onnx Attention on these operands; ``is_full``: the last two axes of bias or mask are already L and S.
 
-    In opsets from before it, what it computes in plain operators.
+    In older opsets, the same in plain operators.
     """
     if b.opset < WITH_ATTENTION:
         return plain.attention(b, site, x)
@@ -31,7 +31,9 @@ def attention(b: Builder, site: OnnxSite, x: Operands, is_full: bool = False) ->
         mask = _with_column(b, site, x, mask)
         k, v = _with_blank_key(b, k, x.axis), _with_blank_key(b, v, x.axis)
     scale = site.scale
-    if not scale > 0 or site.dtype == torch.float64:  # the operator refuses the one, and rounds the other to float32
+    if (
+        not scale > 0 or site.dtype == torch.float64
+    ):  # the operator rejects the former, and rounds the latter to float32
         q, scale = b.op("Mul", q, b.constant(np.asarray(scale, _float(site)))), 1.0
     attributes: dict[str, Any] = {"scale": scale}
     if site.softcap is not None:
@@ -48,7 +50,7 @@ def multi_head_attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
 
 def group_query_attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
     """The causal triangle of a square, flat operands."""
-    if site.q_len >= 0:  # a constant: ONNX Runtime's shape inference chokes on one that it has to work out
+    if site.q_len >= 0:  # a constant: ONNX Runtime's shape inference fails on a computed one
         length = b.constant(np.asarray([site.q_len], np.int32))
         total = b.constant(np.asarray(site.q_len, np.int32))
     else:

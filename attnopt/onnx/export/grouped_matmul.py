@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-GROUPED = "transformers::grouped_mm_fallback"  # what torch.export sees of transformers' experts, except in bfloat16
+GROUPED = "transformers::grouped_mm_fallback"  # the form of transformers' experts in torch.export, except in bfloat16
 
 
 def grouped_products(gm: fx.GraphModule) -> dict[Any, Callable[..., Any]]:
@@ -17,14 +17,14 @@ def grouped_products(gm: fx.GraphModule) -> dict[Any, Callable[..., Any]]:
 
 
 def _by_rows(rows: Any, matrices: Any, ends: Any) -> Any:
-    """[S, N] of ``rows`` [S, K], ``matrices`` [E, K, N] and the groups' ``ends`` [E].  Rows behind the last end give 0.
+    """[S, N] of ``rows`` [S, K], ``matrices`` [E, K, N] and the groups' ``ends`` [E].  Rows after the last end give 0.
 
-    One product a group, of as many rows as it has, so that nothing is computed for other groups.
+    One product per group, over only its rows, so nothing is computed for other groups.
     """
     from onnxscript import opset18 as op
 
     groups, _, columns = matrices.shape
-    ends = op.Cast(ends, to=7)  # int64, as Slice takes it
+    ends = op.Cast(ends, to=7)  # int64, as Slice requires
     start, first_axis, parts = op.Constant(value_ints=[0]), op.Constant(value_ints=[0]), []
     for group in range(groups):
         end = op.Gather(ends, op.Constant(value_ints=[group]))

@@ -1,4 +1,4 @@
-"""A file rewritten in place: the attentions that change get new nodes, everything else stays byte for byte."""
+"""A file rewritten in place: changed attentions get new nodes, everything else stays byte for byte the same."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import onnx
 
 PREFIX = "attnopt/"  # of the names of new nodes, values and weights
-CONSTANT = "attnopt_"  # of constants that are named for what they hold
+CONSTANT = "attnopt_"  # of constants that are named after their values
 
 
 def export_in_place(
@@ -51,17 +51,17 @@ def export_in_place(
     external_data: Any,
     verify: bool,
 ) -> None:
-    """Write the file that ``gm`` was captured of with what was rewritten.  Raises ExportError.
+    """Write the file from which ``gm`` was captured, with its rewrites.  Raises ExportError.
 
-    An attention that is only fused, and is no faster for it in this file's opset, is left as it is.
+    An attention that is only fused, without being faster in this file's opset, stays unchanged.
     """
     file = origin.file
     assert file is not None
     source = file.model.source
     if opset is not None and opset != source.opset:
         raise ExportError(
-            f"{source.path} has opset {source.opset}, and is written in that opset",
-            hint="leave opset out, or convert the file with onnx.version_converter first",
+            f"{source.path} has opset {source.opset} and can only be written in that opset",
+            hint="omit opset, or convert the file with onnx.version_converter first",
         )
     contrib = flavor == "onnxruntime"
     gm, _ = copy_program(worthwhile(gm, origin, contrib, source.opset))
@@ -83,12 +83,12 @@ def export_in_place(
             verify_file(gm, origin, temporary)
     if fixed:
         warnings.warn(
-            f"{path} holds only at the sizes of the example inputs: {', '.join(fixed)}", AttnoptWarning, stacklevel=4
+            f"{path} is valid only at the sizes of the example inputs: {', '.join(fixed)}", AttnoptWarning, stacklevel=4
         )
 
 
 def _copied(source: Any, path: str | os.PathLike[str]) -> None:
-    """Nothing was rewritten: the same bytes, and the weights beside them."""
+    """Nothing was rewritten: the same bytes, and the external weights."""
     target, folder = Path(path).resolve(), source.path.resolve().parent
     if target == source.path.resolve():
         return
@@ -103,7 +103,7 @@ def _copied(source: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _base(file: FileOrigin, change: Change) -> onnx.ModelProto:
-    """The model as it lies in the file; with its functions in their places where one of them changes."""
+    """The model as stored in the file; with its functions inlined if one of them changes."""
     stored: onnx.ModelProto = file.model.source.stored
     whole: onnx.ModelProto = file.model.source.model
     graph = stored.graph
@@ -212,7 +212,7 @@ def _names(model: onnx.ModelProto) -> set[str]:
 
 
 def _fix_axes(model: onnx.ModelProto, gm: fx.GraphModule, file: FileOrigin) -> list[str]:
-    """Axes that the file leaves open and the graph was captured without: the file has to say their size."""
+    """Free axes of the file that are static in the graph: the file must declare their size."""
     inputs = {i.name: i for i in model.graph.input}
     placeholders = dict(zip(file.model.inputs, inputs_of(gm), strict=True))
     fixed = []

@@ -29,15 +29,15 @@ from attnopt.patterns.bands import Band
 
 
 def cached(specs: Mapping[str, AttentionSpec]) -> Settle:
-    """Every attention over a cache.  ``specs``: what the sites mean, by name.  Raises ExportError where one cannot be."""
+    """Every attention over a cache.  ``specs``: the specs of the sites, by name.  Raises ExportError if one is unsupported."""
 
     def settle(emit: Emitter, site: OnnxSite, operands: Operands) -> tuple[Operands, OnnxSite, Form]:
         spec = specs.get(site.name)
         if spec is None:
             raise ExportError(
-                "this attention was left as it is, so its keys and values cannot be kept",
+                "this attention was left unchanged, so its keys and values cannot be cached",
                 site=site.name,
-                hint='let the policy fuse every attention: {"*": "fuse", ...}',
+                hint='use a policy that fuses every attention: {"*": "fuse", ...}',
             )
         pattern = _pattern(site, spec)
         kept = {role: operands[role] if role in ("q", "k", "v") else None for role in operands}
@@ -49,27 +49,31 @@ def cached(specs: Mapping[str, AttentionSpec]) -> Settle:
 def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
     """What queries see of unpadded inputs: everything before them, or a window of that."""
     if spec.is_cross or not site.is_square:
-        raise _error(site.name, "its keys come from another sequence than its queries")
+        raise _error(site.name, "its keys and queries come from different sequences")
     for what, given in {
         "a bias on its scores": spec.has_bias,
         "sinks": spec.has_sinks,
-        "blocks that are chosen at run time": spec.selection is not None,
-        "a mask that is no padding mask": spec.has_mask and spec.seen_as is None,
+        "blocks chosen at run time": spec.selection is not None,
+        "a mask other than a padding mask": spec.has_mask and spec.seen_as is None,
         f"elements of type {site.dtype}": site.dtype != torch.float32,
         f"heads of {site.head_dim} and {site.value_dim} features": site.head_dim % 8 or site.value_dim != site.head_dim,
         f"a scale of {site.scale:g}": not site.scale > 0,
     }.items():
         if given:
-            raise _error(site.name, f"it has {what}, which GroupQueryAttention does not know")
+            raise _error(site.name, f"it has {what}, which GroupQueryAttention does not support")
     pattern = spec.visible_pattern
     match pattern.bands:
         case (Band(high=0, step=1, first=None),):
             return pattern
-    raise _error(site.name, f"queries see {pattern}, and GroupQueryAttention knows Causal() and a causal window alone")
+    raise _error(
+        site.name, f"the pattern is {pattern}, but GroupQueryAttention supports only Causal() and a causal window"
+    )
 
 
 def _error(site: str, why: str) -> ExportError:
-    hint = "a decoder needs causal attentions, each with its keys and values in one cache; export_onnx takes all others"
+    hint = (
+        "a decoder needs causal attentions, each with its keys and values in one cache; use export_onnx for all others"
+    )
     return ExportError(why, site=site, hint=hint)
 
 
@@ -77,8 +81,8 @@ def _error(site: str, why: str) -> ExportError:
 class Cache:
     """The graph's inputs and outputs for keys and values: [B, G, length, D] each, all attentions alike in G and D.
 
-    Past and present may be one buffer, longer than what is filled.  The padding mask [B, total length] counts the tokens
-    of each sequence, those of this call included; padding stands at the end.
+    Past and present may be one buffer, longer than its filled part.  The padding mask [B, total length] counts the tokens
+    of each sequence, including those of this call; padding is at the end.
     """
 
     graph: ir.Graph
@@ -88,7 +92,7 @@ class Cache:
 
     @classmethod
     def of(cls, graph: ir.Graph) -> Cache:
-        """With its mask and its counts in a graph whose attentions ask for no mask any more.  Raises ExportError."""
+        """With its mask and its counts, in a graph whose attentions no longer use a mask.  Raises ExportError."""
         given = {i.name: i for i in graph.inputs}
         ids, mask = given["input_ids"], given.get("attention_mask")
         assert ids.shape is not None
@@ -98,9 +102,9 @@ class Cache:
         for node, place in list(mask.uses()):
             if node.op_type != "Shape":
                 raise ExportError(
-                    "the model uses attention_mask outside of its attentions", hint="give it position_ids as well"
+                    "the model uses attention_mask outside its attentions", hint="pass position_ids as well"
                 )
-            node.replace_input_with(place, ids)  # the mask grows with what was generated before, the tokens do not
+            node.replace_input_with(place, ids)  # the mask grows with the generated tokens, the input does not
         mask.shape = ir.Shape([ids.shape[0], "total_length"])
         b = Builder(graph, "cache")
         count = b.op("ReduceSum", b.op("Cast", mask, to=ir.DataType.INT32), b.ints(1), keepdims=0)

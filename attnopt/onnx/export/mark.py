@@ -29,7 +29,7 @@ DOMAIN, OP = "attnopt", "Attention"  # the placeholder's name in the exported gr
 
 @dataclass(frozen=True)
 class _Call:
-    """The operands of an attention call, 4-D, and what it says about them."""
+    """The 4-D operands of an attention call, and its options."""
 
     operands: Mapping[str, fx.Node | None]
     pattern: Pattern
@@ -40,7 +40,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class Marked:
-    """A placeholder's attention, the form that was chosen for it, and the node of the graph that it stands for."""
+    """The attention of a placeholder, its chosen form, and the graph node that it replaces."""
 
     site: OnnxSite
     form: Form
@@ -53,8 +53,8 @@ def mark(
 ) -> tuple[fx.GraphModule, tuple[Marked, ...]]:
     """A copy of ``gm`` with placeholders for its attentions, numbered in the order in which they run.
 
-    ``patterns``: what is known of the sites by name; a mask that only says the same is left out.  ``settle`` says which
-    form each attention takes.  ``takes_apart``: packed projections become separate ones.
+    ``patterns``: the known patterns of the sites, by name; a mask that only repeats one is dropped.  ``settle`` says which
+    form each attention takes.  ``takes_apart``: unpack packed projections.
     """
     module, table = copy_program(gm)
     original = {new: old for old, new in table.items()}
@@ -118,7 +118,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _sdpa(emit: Emitter, node: fx.Node, known: Pattern) -> _Call | None:
-    """None where the call draws random numbers."""
+    """None if the call draws random numbers."""
     given = _arguments(node)
     if given["dropout_p"]:
         return None
@@ -132,7 +132,7 @@ def _sdpa(emit: Emitter, node: fx.Node, known: Pattern) -> _Call | None:
     bias = mask = None
     if is_causal and same_size(value(q).shape[2], value(k).shape[2]):
         pattern = Causal()
-    elif is_causal:  # the triangle stands at the first key; a pattern's is at the last
+    elif is_causal:  # the triangle is aligned with the first key; a pattern's with the last
         mask = emit.inline(lambda a, b: a.new_ones(a.shape[2], b.shape[2], dtype=torch.bool).tril(), q, k)
     elif attn_mask is not None:
         bias, mask = (None, attn_mask) if dtype(attn_mask) == torch.bool else (attn_mask, None)
@@ -146,7 +146,7 @@ def _sdpa(emit: Emitter, node: fx.Node, known: Pattern) -> _Call | None:
 def _four_axes(
     emit: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None
 ) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
-    """Operands of 3 axes, or of more than 4, with one head for each place of their leading axes."""
+    """Operands of 3 axes, or of more than 4, with one head per index of their leading axes."""
 
     def four(x: Tensor) -> Tensor:
         return x.reshape(-1, 1, *x.shape[-2:])

@@ -1,4 +1,4 @@
-"""Masks of an exported attention: what a known pattern already says is left out, floors are softened."""
+"""Masks of an exported attention: parts covered by a known pattern are dropped, minimum values are raised."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _AND = (aten.bitwise_and.Tensor, aten.logical_and.default)
 
 
 def soft_floor(emit: Emitter, bias: fx.Node) -> fx.Node:
-    """The bias stopped at -1e30, with -inf left as it is.
+    """The bias clamped at -1e30, with -inf unchanged.
 
-    ONNX Runtime's Attention takes the dtype's minimum for "hidden" and gives zeros to a query with nothing else, where
-    torch gives the mean of all values.  -1e30 hides just as well and means the same to both.
+    ONNX Runtime's Attention takes the dtype's minimum for "hidden" and gives zeros to a query without other keys, where
+    torch gives the mean of all values.  -1e30 hides just as well and has the same meaning in both.
     """
     if torch.finfo(dtype(bias)).min > FLOOR:
         return bias
@@ -32,9 +32,9 @@ def soft_floor(emit: Emitter, bias: fx.Node) -> fx.Node:
 def without_pattern(
     emit: Emitter, bias: fx.Node | None, mask: fx.Node | None, pattern: Pattern, heads: int
 ) -> tuple[fx.Node | None, fx.Node | None, bool]:
-    """Bias and mask less the parts that hide only what ``pattern`` hides, and whether together they hid all of that.
+    """Bias and mask without the parts that hide only what ``pattern`` hides, and whether together they hid all of it.
 
-    Where they did not, they are as they were.
+    Otherwise, they are unchanged.
     """
     hidden = mask
     if bias is not None and is_call(bias, aten.masked_fill.Scalar) and arg(bias, 2) == -math.inf:
@@ -66,7 +66,7 @@ class _Known:
 
 
 def _split(emit: Emitter, mask: fx.Node, known: _Known) -> tuple[fx.Node | None, bool]:
-    """What is left of ``mask`` beside the pattern, and whether the pattern was all there."""
+    """The rest of ``mask`` without the pattern, and whether the whole pattern was in it."""
     shows, equals = known.compare(mask)
     if equals:
         return None, True

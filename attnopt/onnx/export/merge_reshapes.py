@@ -1,4 +1,4 @@
-"""Reshapes that undo each other, as they do where one way to lay heads out meets another, left out.
+"""Removes reshapes that cancel each other, as between different head layouts.
 
 Each costs ONNX Runtime a few microseconds: of a small encoder on short inputs a fiftieth of the time.
 """
@@ -15,7 +15,7 @@ Size = int | str | None  # of an axis: a number, a name, or not known
 
 
 def join_reshapes(graph: ir.Graph) -> None:
-    """Take each Reshape straight from what the one before it takes, and leave out those that change nothing."""
+    """Feed each Reshape from the input of the one before it, and remove those that change nothing."""
     for node in graph.all_nodes():
         if not is_a(node, "Reshape"):
             continue
@@ -27,7 +27,7 @@ def join_reshapes(graph: ir.Graph) -> None:
 
 
 def _fits(node: ir.Node, before: ir.Node) -> bool:
-    """What ``node`` copies from its input's shape, which a zero asks for, is the same in the input of ``before``."""
+    """The sizes that ``node`` copies from its input's shape (zeros) are the same in the input of ``before``."""
     if node.attributes.get_int("allowzero", 0):
         return True
     wanted, old, new = _wanted(node), _sizes(before.inputs[0]), _result(before)
@@ -40,12 +40,12 @@ def _fits(node: ir.Node, before: ir.Node) -> bool:
 
 def _changes_nothing(node: ir.Node) -> bool:
     old, new = _sizes(node.inputs[0]), _result(node)
-    unsure = [b for a, b in zip(old, new, strict=False) if a is None or a != b]  # one follows from the others
+    unsure = [b for a, b in zip(old, new, strict=False) if a is None or a != b]  # implied by the others
     return len(old) == len(new) > 0 and unsure in ([], [None])
 
 
 def _result(node: ir.Node) -> list[Size]:
-    """The sizes of what the node makes."""
+    """The shape of the node's output."""
     known = _sizes(node.outputs[0])
     wanted = _wanted(node) if node.op_type == "Reshape" else None
     if known or wanted is None:
@@ -59,13 +59,13 @@ def _result(node: ir.Node) -> list[Size]:
 
 
 def _wanted(node: ir.Node) -> list[int] | None:
-    """The numbers that the node is given, where these are constant."""
+    """The numbers passed to the node, if constant."""
     shape = node.inputs[1]
     return None if shape is None or shape.const_value is None else [int(i) for i in shape.const_value.numpy()]
 
 
 def _sizes(value: ir.Value | None) -> list[Size]:
-    """Empty where the number of axes is not known."""
+    """Empty if the number of axes is unknown."""
     if value is None or value.shape is None:
         return []
     return [size if isinstance(size, int) else size.value for size in value.shape]

@@ -69,12 +69,12 @@ class _Older:
 def older(
     nodes: Any, stored: Sequence[onnx.TensorProto], opset: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """The same nodes in ``opset``, and constants that they need beside those that are ``stored``.  Raises ExportError."""
+    """The same nodes in ``opset``, and the constants that they need besides the ``stored`` ones.  Raises ExportError."""
     import onnx
 
     if opset < OLDEST:
         raise ExportError(
-            f"the rewritten part of the file has no form in opset {opset}",
+            f"the rewritten part of the file cannot be expressed in opset {opset}",
             hint=f"convert the file to opset {WRITTEN} or later with onnx.version_converter",
         )
     made = _Older(opset, {t.name: onnx.numpy_helper.to_array(t) for t in stored})
@@ -84,7 +84,7 @@ def older(
 
 def _cannot(node: onnx.NodeProto, opset: int) -> ExportError:
     return ExportError(
-        f"{node.op_type} of the rewritten part of the file has no form in opset {opset}",
+        f"{node.op_type} in the rewritten part of the file is not available in opset {opset}",
         hint=f"convert the file to opset {WRITTEN} or later with onnx.version_converter",
     )
 
@@ -159,7 +159,7 @@ def _slice(o: _Older, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _negated(kind: str) -> _Rule:
-    """As the opposite, and that the other way round."""
+    """As the inverse, in reverse order."""
 
     def rule(o: _Older, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         import onnx
@@ -176,7 +176,7 @@ def _absent(o: _Older, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _softmax(o: _Older, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    if _get(node, "axis", -1) != 3:  # ours; of four axes the last is what it always was
+    if _get(node, "axis", -1) != 3:  # ours; with four axes, the last is unambiguous
         raise _cannot(node, o.opset)
     return [node]
 

@@ -1,4 +1,4 @@
-"""Weights that a file stores in fewer bits, cut where heads were removed: the stored numbers and their scales, exactly."""
+"""Quantized weights of a file, sliced where heads were removed: the stored numbers and their scales, exactly."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ELEMENTWISE = ("Mul", "Add", "Sub", "Div", "Cast", "Identity")
 
 
 class NotSliceableError(Exception):
-    """The numbers are no part of those that the file stores."""
+    """The numbers are not a selection of those that the file stores."""
 
 
 def places(whole: Any, part: Any) -> tuple[int, tuple[int, ...]]:
-    """(axis, which of its places) of ``whole`` are ``part``.  Raises NotSliceableError."""
+    """(axis, indices) of ``part`` in ``whole``.  Raises NotSliceableError."""
     if whole.ndim == part.ndim:
         for axis in range(whole.ndim):
             others = [n for a, n in enumerate(whole.shape) if a != axis]
@@ -46,7 +46,7 @@ class Slices:
         self.weights: dict[str, onnx.TensorProto] = {}
 
     def take(self, name: str, axis: int, index: Sequence[int], out: str | None = None) -> str:
-        """The name of what the value ``name`` is at these places.  Raises NotSliceableError."""
+        """The name of the value ``name`` sliced to these indices.  Raises NotSliceableError."""
         import onnx
 
         if name in self.source.constants:
@@ -113,7 +113,7 @@ class Slices:
 
         array = self._array(name)
         if axis < 0 or (array.shape[axis] == 1 and tuple(index) != (0,)):
-            return name  # one for all places
+            return name  # one for all indices
         made = f"{self.prefix}{name}"
         part = onnx.numpy_helper.from_array(np.ascontiguousarray(np.take(array, list(index), axis)), made)
         if self.weights.setdefault(made, part) != part:
@@ -125,6 +125,6 @@ class Slices:
 
 def refuse(name: str) -> ExportError:
     return ExportError(
-        f"the weight {name!r} is stored in few bits, and what became of it is no part of these",
-        hint="choose a pass that only removes heads, or rewrite the file from before it was quantized",
+        f"the weight {name!r} is quantized, and the rewrite is not a selection of its values",
+        hint="use a pass that only removes heads, or rewrite the file before quantization",
     )

@@ -1,4 +1,4 @@
-"""The part of an optimized graph that a file gets anew, as ONNX nodes."""
+"""The rebuilt part of a file, from an optimized graph, as ONNX nodes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Nodes that make one value.  ``inputs``: a value of the file, or a node: a new weight or a value of another part."""
+    """Nodes that compute one value.  ``inputs``: a value of the file, or a node: a new weight or a value of another part."""
 
     model: ir.Model
     inputs: tuple[str | fx.Node, ...]
@@ -35,9 +35,9 @@ class Part:
 
 
 def parts_of(gm: fx.GraphModule, origin: Origin, change: Change, opset: int, contrib: bool) -> list[Part]:
-    """The nodes that make each of ``change.made``, in the operators of ``opset``.  Raises ExportError.
+    """The nodes that compute each of ``change.made``, in the operators of ``opset``.  Raises ExportError.
 
-    They are exported one by one: torch takes a size from whatever input has it, and together they would read each other.
+    They are exported one by one: torch reads a size from any input that has it, and together they could form a cycle.
     """
     given: dict[fx.Node, str | fx.Node] = {
         **{n: n for n in change.made.values()},
@@ -97,11 +97,11 @@ def _cut(gm: fx.GraphModule, node: fx.Node, given: Mapping[fx.Node, Any]) -> tup
 
 
 def _check_axes(model: ir.Model, order: Sequence[fx.Node]) -> None:
-    """What is free in the graph is free in its part."""
+    """Dynamic axes of the graph are dynamic in its part."""
     for node, made in zip(order, model.graph.inputs, strict=True):
         for axis, size in enumerate(value(node).shape):
             if not is_static(size) and made.shape is not None and isinstance(made.shape[axis], int):
                 raise ExportError(
-                    f"the rewritten part of the file would hold only where a size is {made.shape[axis]}",
+                    f"the rewritten part of the file would be valid only for a size of {made.shape[axis]}",
                     hint="optimize with larger example inputs",
                 )

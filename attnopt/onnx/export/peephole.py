@@ -1,4 +1,4 @@
-"""What stands around the attentions, in the form in which ONNX Runtime is fastest on a CPU."""
+"""Operators around the attentions, in the form that is fastest in ONNX Runtime on CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnopt.onnx.export.merge_reshapes import join_reshapes
 
 
 def settle(model: ir.Model, contrib: bool, opset: int = WITH_ATTENTION) -> None:
-    """Change the neighbours' form, never what they compute.  ``contrib``: the file is for ONNX Runtime alone."""
+    """Change the form of neighbouring operators, never their result.  ``contrib``: the file is only for ONNX Runtime."""
     if opset >= WITH_ATTENTION:
         _RMS_NORMALIZATIONS.apply_to_model(model)
         fuse_rotations(model.graph)
@@ -27,7 +27,7 @@ WITH_BROADCAST_SUM = 8  # the first opset whose Sum broadcasts
 
 
 class _RmsNormalization(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """``x / sqrt(mean(x ** 2) + epsilon) * scale`` as the one operator that ONNX has for it."""
+    """``x / sqrt(mean(x ** 2) + epsilon) * scale`` as one ONNX operator."""
 
     def pattern(self, op: Any, x: Any, scale: Any, epsilon: Any) -> Any:
         mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1, noop_with_empty_axes=0)
@@ -54,8 +54,8 @@ _RMS_NORMALIZATIONS = pattern.RewriteRuleSet([_RmsNormalization.rule()], commute
 def _keep_sums_apart(graph: ir.Graph) -> None:
     """Write ``Sum`` for an ``Add`` that ONNX Runtime would fuse with its neighbour when it loads the file.
 
-    With a layer normalization behind it it would become an operator that takes 5 to 7 times as long on a CPU as the two
-    apart; with a product of three axes before it a product of two, between two reshapes.
+    Before a layer normalization, it would become an operator that takes 5 to 7 times as long on CPU as the two
+    separately; after a product of three axes, a product of two between two reshapes.
     """
     for node in graph.all_nodes():
         if is_a(node, "LayerNormalization") and (added := made_by(node.inputs[0], "Add")) is not None:
@@ -75,7 +75,7 @@ def _is_product(value: ir.Value | None) -> bool:
 
 
 def _sum_at_once(node: ir.Node) -> None:
-    """A bias and what is added after it in one pass over the numbers, in the same order."""
+    """A bias and the next addend in one pass, in the same order."""
     for place, value in enumerate(node.inputs):
         inner = made_by(value, "Sum")
         if inner is None or value is None or value.is_graph_output() or len(value.uses()) > 1:

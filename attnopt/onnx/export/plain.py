@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
-    """[B, H, L, Dv], or [B, L, H * Dv] for flat operands; zeros for a query that sees nothing."""
+    """[B, H, L, Dv], or [B, L, H * Dv] for flat operands; zeros for a fully masked query."""
     kind: Any = np.float64 if site.dtype == torch.float64 else np.float32
     q, k, v = (_heads(b, site, x, role) for role in "qkv")
     if site.kv_heads != site.heads:

@@ -1,4 +1,4 @@
-"""Conversions that an operator makes by itself, written out where torch's exporter cannot.
+"""Implicit dtype promotion made explicit where torch's exporter cannot.
 
 ``1.0 - mask`` of integers becomes a subtraction whose first operand is a number, and the exporter's type promotion has no
 form for that one.

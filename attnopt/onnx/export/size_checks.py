@@ -1,6 +1,6 @@
-"""Relations between sizes of inputs as a check in the file: outside of them it would give numbers that the model does not.
+"""Size constraints as checks in the file: outside them, its results would differ from the model.
 
-ONNX has no assertion.  A Gather from one element at place 0 or 1 is one: ONNX Runtime stops there and names the node.
+ONNX has no assertion.  A Gather from one element at index 0 or 1 is one: ONNX Runtime stops there and names the node.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _FUNCTIONS = {"max": "Max", "min": "Min"}
 
 
 def check_sizes(graph: ir.Graph, relations: Sequence[str]) -> None:
-    """Let the file fail where one of ``relations`` does not hold, naming it.  Raises ExportError where ONNX cannot say it."""
+    """Make the file fail with the name of a violated relation.  Raises ExportError if ONNX cannot express it."""
     inputs = {str(i.name): i for i in graph.inputs}
     for number, text in enumerate(relations):
         tree = ast.parse(text, mode="eval").body
         about = list(_inputs_of(tree))
         if not inputs.keys() >= set(about):
-            continue  # the file does not take what the graph does not use
+            continue  # the file does not take inputs that the graph does not use
         b = Builder(graph, f"sizes_{number}")
         try:
             holds = _written(b, inputs, tree)
         except (KeyError, TypeError) as e:
             raise ExportError(
-                f"the graph holds only where {text}, which a file cannot check",
-                hint="give dynamic_shapes without these axes",
+                f"the graph is valid only where {text}, which an ONNX file cannot check",
+                hint="remove these axes from dynamic_shapes",
             ) from e
         zero = b.op("Gather", b.ints(0), b.op("Cast", b.op("Not", holds), to=ir.DataType.INT64))
         b.nodes[-1].name = f"requires {text}"
@@ -56,7 +56,7 @@ def _inputs_of(tree: ast.AST) -> Iterator[str]:
 
 
 def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Value:
-    """An int64 or bool without axes.  KeyError, TypeError: ONNX has no such operator on whole numbers."""
+    """An int64 or bool scalar.  KeyError, TypeError: ONNX has no such operator on integers."""
 
     def of(part: ast.expr) -> ir.Value:
         return _written(b, inputs, part)

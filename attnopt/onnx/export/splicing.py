@@ -1,4 +1,4 @@
-"""New nodes put into a file in the place of others; whatever does not have to change stays as it is."""
+"""Replaces nodes of a file by new ones; everything else stays unchanged."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Insert:
-    """``nodes`` make values of the file, named in ``made``, from others of it and from ``weights`` of their own."""
+    """``nodes`` compute values of the file, named in ``made``, from other values and from their own ``weights``."""
 
     nodes: Sequence[onnx.NodeProto]
     weights: Sequence[onnx.TensorProto]
     made: frozenset[str]
-    reshaped: frozenset[str] = frozenset()  # of these, what has other sizes than before
-    infos: Sequence[onnx.ValueInfoProto] = ()  # of what is made: tools cannot infer it from ONNX Runtime's operators
+    reshaped: frozenset[str] = frozenset()  # those with changed shapes
+    infos: Sequence[onnx.ValueInfoProto] = ()  # of new values: tools cannot infer it from ONNX Runtime's operators
     opsets: Mapping[str, int] = field(default_factory=dict)
 
 
 def spliced(model: onnx.ModelProto, insert: Insert) -> onnx.ModelProto:
-    """A copy of ``model`` with the nodes of ``insert``, without the nodes and weights that nothing uses any more."""
+    """A copy of ``model`` with the nodes of ``insert``, without the nodes and weights that are now unused."""
     import onnx
 
     made = onnx.ModelProto()
@@ -36,7 +36,7 @@ def spliced(model: onnx.ModelProto, insert: Insert) -> onnx.ModelProto:
     before = _live(old, graph)
     kept = [n for n in old if not _is_replaced(n, insert)]
     place = next((i for i, n in enumerate(old) if _is_replaced(n, insert)), len(old))
-    together = [*kept[:place], *insert.nodes, *kept[place:]]  # what is replaced comes behind ``place``
+    together = [*kept[:place], *insert.nodes, *kept[place:]]  # the replaced nodes come after ``place``
     after = _live(together, graph)
     dead = before - after
     nodes = [n for n in together if id(n) not in dead]
@@ -45,7 +45,7 @@ def spliced(model: onnx.ModelProto, insert: Insert) -> onnx.ModelProto:
     try:
         nodes = in_order(nodes, used_by, lambda n: n.output)
     except ValueError:
-        raise ExportError("the rewritten part of the file would read what it makes") from None
+        raise ExportError("the rewritten part of the file would depend on its own output") from None
     copies = [_copied(n) for n in nodes]
     del graph.node[:]
     graph.node.extend(copies)
@@ -116,7 +116,7 @@ def _drop(items: object, unwanted: object) -> None:
 
 
 def renamed(nodes: Sequence[onnx.NodeProto], names: Mapping[str, str], prefix: str) -> list[onnx.NodeProto]:
-    """The nodes with values named as ``names`` says, and every other value by a number behind ``prefix``."""
+    """The nodes with values renamed by ``names``, and every other value to ``prefix`` with a number."""
 
     known = dict(names)
 
@@ -126,7 +126,7 @@ def renamed(nodes: Sequence[onnx.NodeProto], names: Mapping[str, str], prefix: s
     def walk(found: Iterable[onnx.NodeProto]) -> None:
         for node in found:
             node.name = ""
-            node.ClearField("metadata_props")  # torch's notes on where it comes from are longer than the node
+            node.ClearField("metadata_props")  # torch's source annotations are longer than the node
             node.ClearField("doc_string")
             for values in (node.input, node.output):
                 said = [of(v) for v in values]

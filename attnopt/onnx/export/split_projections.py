@@ -1,4 +1,4 @@
-"""Packed projections taken apart: ONNX Runtime would copy what a Split makes of one, and each of three products may as well
+"""Unpacked projections: ONNX Runtime would copy the outputs of a Split, and each of three products may as well
 write its own result."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from attnopt.slicing.weight_store import Weights
 
 
 def apart(emit: Emitter, weights: Weights, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """The same queries, keys and values, [B, H, L, D] each, none computed from what makes another one too."""
+    """The same queries, keys and values, [B, H, L, D] each, without common projections."""
     operands = {"q": q, "k": k, "v": v}
     ways = {role: ways_of_head(node, 1) for role, node in operands.items()}
     shared = forks(operands, ways)

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 Write = Callable[["Builder", OnnxSite, Form, "Mapping[str, ir.Value | None]"], "ir.Value"]
 
 
-OPSETS = (23, 24, 25)  # below, there is no Attention; opset 26 is silently written wrong by torch 2.13
+OPSETS = (23, 24, 25)  # below, there is no Attention; torch 2.13 silently writes opset 26 wrong
 
 
 def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model, tuple[str, ...]]:
-    """torch's own export of a graph, which is changed to what torch can export, and the relations between the sizes of its
-    inputs for which it was captured.  Raises ExportError."""
+    """torch's export of a graph, which is modified so that torch can export it, and the relations between the sizes of its
+    inputs at capture.  Raises ExportError."""
     from onnx_ir.passes.common import NameFixPass
     from onnxscript.optimizer import optimize_ir
 
@@ -53,12 +53,12 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
                 opset_version=opset,
                 output_names=_output_names(gm),
                 custom_translation_table=grouped_products(gm),
-                optimize=False,  # its rotary fusion makes a node that refuses tables with a batch of one
+                optimize=False,  # its rotary fusion creates a node that rejects tables with a batch of one
                 verbose=False,
             )
             assert made is not None
             model: ir.Model = made.model
-            NameFixPass()(model)  # two values may have got one name, which the optimizer does not stand
+            NameFixPass()(model)  # two values may share a name, which breaks the optimizer
             optimize_ir(model)
             return model, relations(program, gm.forward, origin.args, origin.kwargs)
     except Exception as e:
@@ -66,27 +66,27 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
             raise
         raise ExportError(
             f"torch.onnx could not export the graph: {_first_cause(e)}",
-            hint="the named operator has no ONNX form in this opset",
+            hint="the named operator has no ONNX equivalent in this opset",
         ) from e
 
 
 def _drop_state(gm: fx.GraphModule) -> None:
-    """An ONNX file keeps nothing from one call to the next.  Raises ExportError where an output depends on that."""
+    """An ONNX file has no state.  Raises ExportError if an output depends on state."""
     read = set(ancestors(gm.graph.output_node()))
     for node in list(gm.graph.nodes):
         if not is_state(node):
             continue
         if node in read:
             raise ExportError(
-                f"the model writes {node.target} at each call and reads it at the next, which an ONNX file cannot",
-                hint=f"let the model take {node.target} as an input and return it",
+                f"the model carries state in {node.target} from call to call, which an ONNX file cannot",
+                hint=f"make the model take {node.target} as an input and return it",
             )
         for writer in [u for u in node.users if is_call(u, aten.copy_.default)]:
             gm.graph.erase_node(writer)
 
 
 def _output_names(gm: fx.GraphModule) -> list[str] | None:
-    """What the model calls its outputs: the fields of what it returns; None where these have no names."""
+    """The output names of the model: the fields of its result; None if unnamed."""
     spec = getattr(gm, "_out_spec", None)
     if spec is None:
         return None
@@ -106,7 +106,7 @@ def _first_cause(e: BaseException) -> str:
 
 
 def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write, opset: int = OPSETS[0]) -> None:
-    """Put each attention's form, as ``write`` makes it, in the place of its placeholder."""
+    """Replace each placeholder by the form of its attention, from ``write``."""
     from attnopt.onnx.export.builder import SWAPPED, Builder, before_swap, is_swap
 
     for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, OP)]:

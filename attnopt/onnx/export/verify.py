@@ -1,4 +1,4 @@
-"""An exported file run in ONNX Runtime: it must give what torch gives, at the example's sizes and at others."""
+"""Verification of an exported file: ONNX Runtime must agree with torch, at the sizes of the example and at others."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from attnopt.onnx.export.mark import Marked
 
 
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
-    """Raises ExportError, with the first attention that differs, where ONNX Runtime does not agree with ``gm``.
+    """Raises ExportError with the first differing attention if ONNX Runtime does not agree with ``gm``.
 
-    ``named``: what the file calls inputs of the graph, where it gives them names of its own."""
+    ``named``: the file's names of graph inputs, if they differ."""
     import onnx
 
     try:
@@ -37,18 +37,18 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
 
 
 def in_bfloat16(gm: fx.GraphModule) -> str:
-    """What to do where ONNX Runtime on a CPU lacks operators for this type."""
+    """The hint if ONNX Runtime on CPU lacks operators for this type."""
     found = (n.meta.get("val") for n in gm.graph.nodes)
     if not any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in found):
         return ""
     return (
-        "ONNX Runtime on a CPU has few operators for bfloat16: optimize model.float() and export that, "
-        "or give verify=False for a machine that has them"
+        "ONNX Runtime supports few bfloat16 operators on CPU: optimize and export model.float(), "
+        "or use verify=False for a machine that supports them"
     )
 
 
 def verify_file(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
-    """As ``verify``, for a file that was rewritten in place: its inputs and outputs have the file's own names."""
+    """Like ``verify``, for a file rewritten in place: its inputs and outputs have the names of the file."""
     import onnx
 
     try:
@@ -67,7 +67,7 @@ def _compare_at_sizes(
         try:
             outputs_of(gm, inputs)
         except Exception:
-            continue  # a size that the graph does not hold at
+            continue  # a size for which the graph is not valid
         _compare(gm, inputs, session, file, marked, named, origin.form)
         return
 
@@ -100,8 +100,7 @@ def _compare(
         return
     sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
     raise ExportError(
-        f"ONNX Runtime gives other numbers than torch (relative difference {error:.2g}, inputs of {sizes}), "
-        "so nothing was written",
+        f"ONNX Runtime and torch disagree (relative difference {error:.2g}, inputs of {sizes}), so nothing was written",
         hint="please report the model; another opset may work",
         site=_first_that_differs(gm, inputs, file, marked, feed),
     )
@@ -119,7 +118,7 @@ def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs, named: Mapping[s
         return {name: _array(v) for name, (_, v) in zip(names, values, strict=True)}
     by_name = {named.get(n.name, n.name): v for n, v in values}
     if not set(names) <= set(by_name):
-        raise ExportError(f"the exported model has inputs {names}, the model has {sorted(by_name)}")
+        raise ExportError(f"the exported model has inputs {names}, but the model has {sorted(by_name)}")
     return {n: _array(by_name[n]) for n in names}
 
 
@@ -128,7 +127,7 @@ def _array(value: Tensor) -> Any:
         return value.detach().cpu().numpy()
     except TypeError as e:
         raise ExportError(
-            f"the exported model cannot be checked, because numpy has no {value.dtype}",
+            f"the exported model cannot be checked: numpy has no {value.dtype}",
             hint="convert the model to float32 before optimizing it",
         ) from e
 
@@ -136,7 +135,7 @@ def _array(value: Tensor) -> Any:
 def _first_that_differs(
     gm: fx.GraphModule, inputs: Inputs, file: Path, marked: Sequence[Marked], feed: Mapping[str, Any]
 ) -> str | None:
-    """The name of the first attention whose output is not torch's; None where all are the same."""
+    """The name of the first attention whose output differs from torch; None if all agree."""
     import onnx_ir as ir
 
     model = ir.load(str(file))

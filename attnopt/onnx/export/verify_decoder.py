@@ -1,4 +1,4 @@
-"""A decoder's file run as its users run it: a prompt, then token by token, each sequence of its own length."""
+"""Verification of a decoder file in actual use: a prompt, then token by token, with sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
 
 
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str) -> None:
-    """Raises ExportError where the file gives other logits than ``gm``, which reads whole sequences."""
+    """Raises ExportError if the logits of the file differ from those of ``gm`` on whole sequences."""
     ids = _two_sequences(gm, origin)
     want = _whole(gm, origin, ids)
     length = ids.shape[1] - STEPS
@@ -59,7 +59,7 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
         found = outputs_of(gm, (args, kwargs))
     except Exception as e:
         raise ExportError(
-            f"the captured graph does not hold for {tuple(ids.shape)} tokens: {type(e).__name__}: {str(e)[:200]}",
+            f"the captured graph is not valid for {tuple(ids.shape)} tokens: {type(e).__name__}: {str(e)[:200]}",
             hint="optimize the model with an example of several sequences of several tokens",
         ) from e
     return next(t for t in found if t.dim() == 3)
@@ -106,6 +106,6 @@ def _compare(got: Tensor, want: Tensor, when: str) -> None:
     if error <= ROOM * tolerance([want]):
         return
     raise ExportError(
-        f"the decoder gives other logits than the model {when} (relative difference {error:.2g}), so nothing was written",
-        hint="positions have to come from position_ids, and nothing but the attentions may mix tokens",
+        f"the logits of the decoder and the model differ {when} (relative difference {error:.2g}), so nothing was written",
+        hint="positions must come from position_ids, and only the attentions may mix tokens",
     )

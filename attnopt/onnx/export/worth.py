@@ -13,7 +13,7 @@ from attnopt.onnx.export.mark import fastest, mark
 
 
 def worthwhile(gm: fx.GraphModule, origin: Origin, contrib: bool, opset: int) -> fx.GraphModule:
-    """The graph without the rewrites that only fuse an attention into a form that is no faster than the file's own."""
+    """The graph without rewrites that only fuse an attention and are not faster than the original nodes."""
     file = origin.file
     assert file is not None
     fused = {p.found.site.name: p for p in file.plans if p.changes_nothing}
@@ -27,5 +27,5 @@ def worthwhile(gm: fx.GraphModule, origin: Origin, contrib: bool, opset: int) ->
 
 
 def _is_no_faster(marked: Any, opset: int) -> bool:
-    """The dense form under a mask, or in plain operators, is what the file has already."""
+    """The file already has the dense form under a mask, or in plain operators."""
     return marked.form.kind == "Attention" and (opset < WITH_ATTENTION or bool({"bias", "mask"} & marked.given))

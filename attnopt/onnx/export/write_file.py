@@ -1,4 +1,4 @@
-"""A model written as a file, whole or not at all, with what it says of itself."""
+"""Atomic writing of a model file with its metadata."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 METADATA = "attnopt."  # how the names of the model's properties begin
 
 
-ROOM_IN_FILE = 2**31 - 2**26  # protobuf holds 2 GiB, the graph included
+ROOM_IN_FILE = 2**31 - 2**26  # the protobuf limit is 2 GiB, including the graph
 
 
 def weights_size(gm: fx.GraphModule) -> int:
@@ -35,7 +35,7 @@ def weights_size(gm: fx.GraphModule) -> int:
 
 
 def finish(model: ir.Model, origin: Origin, flavor: str, marked: Sequence[Marked]) -> None:
-    """Drop what nothing uses, and say in the model where it comes from."""
+    """Drop unused parts, and record the origin in the model."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
     RemoveUnusedNodesPass()(model)
@@ -73,8 +73,8 @@ def save(model: ir.Model, file: Path, data: Path | None) -> None:
 def written_to(path: str | os.PathLike[str], with_data: bool) -> Iterator[tuple[Path, Path | None]]:
     """A file to write the model to and, ``with_data``, one for its weights; both are there when the block ends well.
 
-    The weights' file has a name of its own each time, so that an older model goes on finding its weights until the new
-    one takes its place in one step; only then are the older weights removed.
+    The weight file gets a unique name each time, so an older model keeps its weights until the new
+    one replaces it atomically; only then are the older weights removed.
     """
     target = Path(path).resolve()
     older = [file for file in target.parent.glob("*") if _is_data_of(file, target)]

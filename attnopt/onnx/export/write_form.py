@@ -100,7 +100,7 @@ def _heads_of_operand(b: Builder, x: ir.Value | None, heads: Sequence[int]) -> i
 
 
 def _keeping_shape(b: Builder, x: ir.Value) -> ir.Value:
-    """The operand in float32; which of its axes are broadcast is still to be seen."""
+    """The operand in float32; its broadcast axes are still unknown."""
     cast = b.op("Cast", x, to=ir.DataType.FLOAT)
     cast.shape = x.shape
     return cast

@@ -1,1 +1,1 @@
-"""ONNX files as torch modules, for models that exist as nothing else."""
+"""ONNX files as torch modules, for models without PyTorch code."""

@@ -1,4 +1,4 @@
-"""What a file and the libraries that read it say, as words for a message."""
+"""Untrusted text from files and their libraries, for messages."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from attnopt.base.notation import shortened
 
 
 def quoted(text: str, length: int = 300) -> str:
-    """At most so many characters, without those that a terminal would take for commands."""
+    """Truncated, and without terminal control characters."""
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return shortened(shown, length)
 
 
 def reason(error: Exception) -> str:
-    """The kind of the error, what it says, and the notes on it."""
+    """The type, message and notes of the error."""
     return quoted(f"{type(error).__name__}: {error}") + "".join(
         f" ({quoted(note)})" for note in getattr(error, "__notes__", ())
     )

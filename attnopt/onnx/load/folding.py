@@ -1,4 +1,4 @@
-"""Weights that a file stores in fewer bits and makes whole with nodes of its own, as the numbers that come out."""
+"""Constant folding of quantized weights: weights that the file dequantizes with its own nodes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STEPS = {
 
 @dataclass(frozen=True)
 class Folded:
-    """``values``: what the rest of the graph reads of the nodes in ``nodes``, which read constants alone."""
+    """``values``: the results of ``nodes``, which read only constants, that the rest of the graph uses."""
 
     values: dict[str, Any] = field(default_factory=dict)
     nodes: frozenset[int] = frozenset()

@@ -10,13 +10,13 @@ from torch.export import Dim
 from attnopt.onnx.load.module import OnnxModule
 from attnopt.onnx.load.unread import Runs, repeated
 
-SMALLEST = 2  # a tracer takes an axis of one element for a fixed one
+SMALLEST = 2  # a tracer treats an axis of one element as static
 
 
 def as_declared(
     model: OnnxModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Example inputs, and dynamic shapes that say what the file says; those that the caller gives stay as they are."""
+    """Example inputs, and the dynamic shapes that the file declares; those of the caller stay unchanged."""
     if dynamic_shapes not in (None, "auto") or not (args or kwargs):
         return args, dict(kwargs), dynamic_shapes
     given = model.signature.bind(*args, **kwargs).arguments
@@ -32,7 +32,7 @@ def as_declared(
 
 
 def _larger(model: OnnxModule, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The example with its rows repeated along free axes of one element, where the file runs on that."""
+    """The example with its rows repeated along free axes of one element, if the file runs on it."""
     source = model.source
     sizes = [max(SMALLEST, given[model.inputs[name]].shape[axis]) for name, axis, _ in source.free]
     feed = {name: given[said].detach().cpu().numpy() for name, said in model.inputs.items()}

@@ -1,4 +1,4 @@
-"""Several ONNX nodes that say one thing, as one node."""
+"""Fusion of several ONNX nodes into one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def fused(nodes: Sequence[onnx.NodeProto], zeros: frozenset[str] = frozenset()) -> list[onnx.NodeProto]:
-    """``Where(IsNaN(p), 0, p)`` of a softmax p, as torch writes its fused attention: a query that sees nothing gets zeros.
+    """``Where(IsNaN(p), 0, p)`` of a softmax p, as torch writes its fused attention: zeros for fully masked queries.
 
     ``zeros``: the names of constants that are 0.
     """

@@ -1,4 +1,4 @@
-"""Nodes that are not read, in groups that ONNX Runtime runs at once."""
+"""Unsupported nodes in groups that ONNX Runtime runs together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Places of nodes in the file's graph, what they read of the rest, and what the rest reads of them."""
+    """Indices of nodes in the file's graph, their inputs from the rest, and their outputs to the rest."""
 
     nodes: tuple[int, ...]
     inputs: tuple[str, ...]
@@ -20,7 +20,7 @@ class Group:
 
 
 def used_by(node: onnx.NodeProto) -> list[str]:
-    """Every value that the node reads: its inputs, and what its inner graphs take from around them."""
+    """Every value that the node reads: its inputs, and the outer values used in its subgraphs."""
     found = dict.fromkeys(name for name in node.input if name)
     for graph in _inner(node):
         found |= dict.fromkeys(_free_in(graph))
@@ -47,7 +47,7 @@ def groups(
     constants: Collection[str],
     outputs: Sequence[str],
 ) -> list[Group]:
-    """The nodes in ``unread``, joined where no other node lies between them.  ``constants`` are no inputs of a group."""
+    """The nodes in ``unread``, grouped if no other node is in between.  ``constants`` are not inputs of a group."""
     made_by = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     uses = [[n for n in used_by(node) if n not in constants] for node in nodes]
     depth: list[int] = []
@@ -107,7 +107,7 @@ def between(nodes: Sequence[onnx.NodeProto], group: Sequence[int], name: str) ->
 def in_order(
     items: Sequence[Any], reads: Callable[[Any], Sequence[str]], gives: Callable[[Any], Sequence[str]]
 ) -> list[Any]:
-    """The items, each as early as it was, but behind what it reads."""
+    """The items in their order, but each after its inputs."""
     made_by = {name: k for k, item in enumerate(items) for name in gives(item) if name}
     waiting = [{made_by[n] for n in reads(item) if n in made_by} - {k} for k, item in enumerate(items)]
     users: list[list[int]] = [[] for _ in items]
@@ -127,5 +127,5 @@ def in_order(
             if not waiting[user]:
                 heappush(ready, user)
     if len(ordered) < len(items):
-        raise ValueError("the nodes read each other")
+        raise ValueError("the nodes depend on each other")
     return ordered

@@ -1,4 +1,4 @@
-"""ONNX's operators that move and cut values, on tensors and on what is known while a graph is traced."""
+"""ONNX layout operators, on tensors and on values known during tracing."""
 
 from __future__ import annotations
 

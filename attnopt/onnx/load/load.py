@@ -1,4 +1,4 @@
-"""A file as a module that gives what ONNX Runtime gives: what torch computes otherwise is left to ONNX Runtime."""
+"""A file as a module that agrees with ONNX Runtime, which executes the nodes that torch computes differently."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from attnopt.onnx.load.unread import Runs, as_models, is_half, never_read
 from attnopt.onnx.load.values import tensor
 
 TRIES = 20  # each leaves some nodes more to ONNX Runtime
-_INPUTS = "give inputs of the types and sizes that the file takes"
-_FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must not be asked for it either
+_INPUTS = "pass inputs of the types and sizes that the file takes"
+_FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must not run it either
 
 
 @compiling()
 def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OnnxModule:
-    """The module of an ONNX file.  Raises CaptureError where ONNX Runtime cannot run the file on the example inputs.
+    """The module of an ONNX file.  Raises CaptureError if ONNX Runtime cannot run the file on the example inputs.
 
-    A node that is not known, that cannot be traced, or that gives other numbers in torch is left to ONNX Runtime.
+    ONNX Runtime executes nodes that are unknown, cannot be traced, or compute something else in torch.
     """
     source = read(path)
     signature = signature_of(source)
@@ -43,11 +43,11 @@ def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[
     except TypeError as e:
         raise CaptureError(
             f"{path} takes {', '.join(signature.parameters)}: {e}",
-            hint="give example inputs, by place or by name",
+            hint="pass example inputs, by position or by name",
         ) from None
     for name, value in bound.items():
         if not isinstance(value, Tensor):
-            raise CaptureError(f"{name} is a {type(value).__name__}, not a tensor", hint="give a tensor for each input")
+            raise CaptureError(f"{name} is a {type(value).__name__}, not a tensor", hint="pass a tensor for each input")
     try:
         with torch.no_grad(), np.errstate(all="ignore"):
             return _Opening(source, bound).module()
@@ -86,16 +86,16 @@ class _Opening:
             if not worse:
                 return self._checked(made, outputs)
             unread = unread | worse
-        raise CaptureError(f"{self.source.path} holds too many operators that torch cannot trace")
+        raise CaptureError(f"{self.source.path} contains too many operators that torch cannot trace")
 
     def _alone(self, unread: set[int]) -> OnnxModule:
-        """The nodes that are read, without anything in the place of the others."""
+        """The supported nodes only."""
         return module_of(self.source, (), None, unread).eval()
 
     def _failing(
         self, module: OnnxModule, values: dict[str, Any], seen: Callable[[Any], set[int]] | None = None
     ) -> set[int]:
-        """The nodes that raise on these values.  What reads nothing that is there is passed over."""
+        """The nodes that raise on these values.  Nodes without available inputs are skipped."""
         failing: set[int] = set()
         sizes = module.free_sizes(self.bound)
         for step in module.steps():
@@ -111,7 +111,7 @@ class _Opening:
         return failing
 
     def _untraceable(self, module: OnnxModule) -> set[int]:
-        """The nodes that raise where only the sizes are known."""
+        """The nodes that raise if only the sizes are known."""
         env = ShapeEnv()
         with FakeTensorMode(shape_env=env, allow_non_fake_inputs=True) as mode:
             free = module.free
@@ -133,7 +133,7 @@ class _Opening:
         return failing
 
     def _that_differ(self, module: OnnxModule, runs: Runs) -> set[int]:
-        """The nodes that give something else than in ONNX Runtime, or fail behind those that are not read."""
+        """The nodes that differ from ONNX Runtime, or fail after unsupported ones."""
         steps = module.steps()
         want = runs.example([name for step in steps for name in step.outputs if name])
         values, found = module.given(self.bound), set[int]()
@@ -163,12 +163,12 @@ class _Opening:
         if self._agrees(module, want) or not self._is_steady(want):
             return module
         raise CaptureError(
-            f"{self.source.path} gives other numbers in torch than in ONNX Runtime",
-            hint="please report the file, or export the model anew",
+            f"torch and ONNX Runtime disagree on {self.source.path}",
+            hint="please report the file, or export the model again",
         )
 
     def _is_steady(self, want: Mapping[str, Any]) -> bool:
-        """ONNX Runtime gives the same a second time: the file draws no random numbers."""
+        """ONNX Runtime returns the same result twice: the file draws no random numbers."""
         again = Runs(self.source, (self.feed,)).values(self.source.outputs)[0]
         return all(
             _same(torch.from_numpy(np.asarray(again[n])), torch.from_numpy(np.asarray(x))) for n, x in want.items()
@@ -181,6 +181,6 @@ def _axes(x: Tensor, free: list[int]) -> StatelessSymbolicContext[Any, Any]:
 
 
 def _same(value: Any, want: Tensor, least: float = 0.0) -> bool:
-    """``least``: what rounding in the file explains, whatever dtype this value has."""
+    """``least``: the difference that rounding in the file explains, for any dtype of this value."""
     got = tensor(value).to(want.dtype)
     return difference([got], [want]) <= ROOM * max(tolerance([want]), least if want.is_floating_point() else 0.0)

@@ -1,4 +1,4 @@
-"""An ONNX graph as a torch module: node for node where they are read, ONNX Runtime's own work where they are not."""
+"""An ONNX graph as a torch module: supported nodes one by one, the others in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unread:
-    """A group of nodes as a model of its own: the bytes of it, its inputs and outputs, and what ``Sized`` says of these."""
+    """A group of nodes as a separate model: its bytes, its inputs and outputs, and their ``Sized``."""
 
     nodes: tuple[int, ...]
     model: bytes
@@ -39,7 +39,7 @@ class Unread:
 
 
 class OnnxModule(nn.Module):
-    """Called with the file's inputs, by place or by name; gives its outputs by name.
+    """Called with the inputs of the file, by position or by name; returns its outputs by name.
 
     Weights keep their names.  ``source``: the file.
     """
@@ -57,7 +57,7 @@ class OnnxModule(nn.Module):
         self.source = source
         self._known: dict[str, Any] = {}
         self.places: dict[str, str] = {}  # of weights: name in the file -> name in this module
-        self._steps: list[_Node | _Group] = []  # these are set before there are weights, which may have the same names
+        self._steps: list[_Node | _Group] = []  # set before the weights, which may have the same names
         self.outputs = source.outputs
         self.inputs = arguments(source)
         self.derived = dict(derived or {})  # weights that the file stores in fewer bits
@@ -106,7 +106,7 @@ class OnnxModule(nn.Module):
         self.places[name] = ".".join((*place, last))
 
     def _placed(self, node: onnx.NodeProto, number: int) -> _Node:
-        """The node as a module in the folder that its name says: that is how a site gets its name."""
+        """The node as a module under the path in its name, which gives a site its name."""
         made = _Node(node, self.source.opset, number)
         owner, _ = self._folder(map(_attribute_name, _scope(node)))
         owner.add_module(f"node{number}", made)
@@ -135,7 +135,7 @@ class OnnxModule(nn.Module):
         return inspect.signature(self.forward)
 
     def given(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What there is before a node runs: the inputs, and what is stored."""
+        """The values before any node runs: inputs and stored tensors."""
         values: dict[str, Any] = dict(self._known) | {name: inputs[said] for name, said in self.inputs.items()}
         for name, place in self.places.items():
             owner, _, last = place.rpartition(".")
@@ -164,7 +164,7 @@ class OnnxModule(nn.Module):
         return {said: tensor(values[name]) for said, name in zip(self.output_names(), self.outputs, strict=True)}
 
     def output_names(self) -> list[str]:
-        """What the outputs are called in what ``forward`` returns."""
+        """The output names in the result of ``forward``."""
         return list(_distinct(self.outputs, _identifier).values())
 
 
@@ -183,7 +183,7 @@ def module_of(
 ) -> OnnxModule:
     """The graph as a module whose ``forward`` has the names of the file's inputs.
 
-    ``derived``: constants that the nodes in ``skip`` make of those that are stored.
+    ``derived``: constants that the nodes in ``skip`` compute from stored ones.
     """
     made = OnnxModule(source, unread, derived, skip)
 
@@ -198,7 +198,7 @@ def module_of(
 
 
 def _scope(node: onnx.NodeProto) -> list[str]:
-    """Where in the original model the node was, as far as the exporter noted it."""
+    """The position of the node in the original model, if the exporter recorded it."""
     noted = {p.key: p.value for p in node.metadata_props}.get("pkg.torch.onnx.name_scopes")
     if noted is None:
         return [part for level in node.name.split("/")[:-1] for part in level.split(".") if part]
@@ -270,7 +270,7 @@ def _attribute(value: Any) -> Any:
 
 
 def _distinct(names: Iterable[str], make: Callable[[str], str]) -> dict[str, str]:
-    """What ``make`` makes of the names, each one of its own."""
+    """The names transformed by ``make``, each unique."""
     found: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnopt.onnx.load.layout_operators import LAYOUT, Attributes, Operator, torch_dtype
 from attnopt.onnx.load.values import Known, Value, is_known, numbers, operand, tensor
 
-SAFE_SOFTMAX = "attnopt.SafeSoftmax"  # zeros where everything is hidden; no file has it
+SAFE_SOFTMAX = "attnopt.SafeSoftmax"  # zeros for fully masked rows; not in any file
 
 
 def _both(on_tensors: Callable[..., Any], on_known: Callable[..., Any] | None = None) -> Operator:
@@ -131,7 +131,7 @@ def _log_softmax(a: Attributes, x: Value) -> Value:
 
 
 def _over_the_rest(function: Callable[..., Tensor]) -> Operator:
-    """Before opset 13: over all axes from the given one on, taken for one."""
+    """Before opset 13: over all axes from the given one on, flattened."""
 
     def run(a: Attributes, x: Value) -> Value:
         x = tensor(x)
@@ -154,7 +154,7 @@ def _layer_norm(a: Attributes, x: Value, scale: Value, bias: Value | None = None
 
 def _batch_norm(a: Attributes, x: Value, *given: Value) -> Value:
     if a.get("training_mode") or not a.get("spatial", 1):
-        raise NotImplementedError("a normalization that learns")
+        raise NotImplementedError("a normalization in training mode")
     scale, bias, mean, variance = map(tensor, given)
     epsilon = float(a["epsilon"]) if "epsilon" in a else 1e-5
     return F.batch_norm(tensor(x), mean.detach(), variance.detach(), scale, bias, False, 0.0, epsilon)
@@ -283,9 +283,9 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Cos": _one(torch.cos),
     "IsNaN": _one(torch.isnan),
 }
-_CHANGED = {"Softmax": 13, "LogSoftmax": 13}  # since which opset they mean what they mean today
+_CHANGED = {"Softmax": 13, "LogSoftmax": 13}  # the opset since which their semantics are unchanged
 
 
 def meant(kind: str, opset: int) -> str:
-    """The name in ``OPERATORS`` of what ``kind`` means in this opset."""
+    """The name in ``OPERATORS`` for ``kind`` in this opset."""
     return f"{kind}-1" if opset < _CHANGED.get(kind, 0) else kind

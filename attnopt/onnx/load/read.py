@@ -1,4 +1,4 @@
-"""An ONNX file read from disk: nothing outside its folder is touched, and what is broken is named."""
+"""Reading an ONNX file from disk: nothing outside its folder is accessed, and damage is reported by name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import onnx
 
 LARGEST = 2**31 - 1  # bytes of a file, without its external data: more cannot be in one protocol buffer
-SHARED = 4  # so many times the bytes of their files weights may take; tied ones are stored once
+SHARED = 4  # weights may take this many times the bytes of their files; tied ones are stored once
 
 
 def read(path: str | os.PathLike[str]) -> Source:
-    """The file, with the weights that lie beside it.  Raises CaptureError."""
+    """The file with its external weights.  Raises CaptureError."""
     import onnx
     from onnx import inliner
 
@@ -33,7 +33,7 @@ def read(path: str | os.PathLike[str]) -> Source:
         model = onnx.ModelProto()
         model.CopyFrom(stored)
         if model.functions:
-            with contextlib.suppress(Exception):  # a function that cannot be taken apart is called as it is
+            with contextlib.suppress(Exception):  # a function that cannot be inlined is called
                 model = inliner.inline_local_functions(model)
         onnx.load_external_data_for_model(model, str(file.parent))
         model.graph.initializer.extend(dense(s) for s in model.graph.sparse_initializer)
@@ -42,7 +42,7 @@ def read(path: str | os.PathLike[str]) -> Source:
 
 
 def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
-    """The model, its nodes in order: ONNX Runtime does not mind where they stand, and onnxruntime's converters neither."""
+    """The model with its nodes in order: neither ONNX Runtime nor onnxruntime's converters require it."""
     import onnx
 
     try:
@@ -58,7 +58,7 @@ def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
 
 
 def structure(file: Path) -> onnx.ModelProto:
-    """What the file itself holds, without the weights that lie beside it.  Raises CaptureError."""
+    """The contents of the file, without external weights.  Raises CaptureError."""
     import onnx
 
     with _refusing(file):
@@ -75,8 +75,8 @@ def _refusing(file: Path) -> Iterator[None]:
         raise
     except Exception as e:
         raise CaptureError(
-            f"{file} cannot be read as an ONNX model: {reason(e)}",
-            hint="give a complete .onnx file, beside it the files that hold its weights",
+            f"{file} is not a readable ONNX model: {reason(e)}",
+            hint="pass a complete .onnx file, with its external weight files beside it",
         ) from e
 
 
@@ -84,19 +84,19 @@ def _check_file(file: Path) -> None:
     """Reading a pipe or a device could block or never end."""
     size = file.stat().st_size
     if not file.is_file():
-        raise OSError("it is no plain file")
+        raise OSError("it is not a regular file")
     with file.open("rb") as opened:
         if opened.read(8)[4:] == b"ORTM":
             raise CaptureError(
-                f"{file} is in ONNX Runtime's own format, which cannot be read",
-                hint="give the .onnx file that it was made of",
+                f"{file} is in ONNX Runtime's own format, which is not supported",
+                hint="pass the .onnx file that it was converted from",
             )
     if size > LARGEST:
-        raise OSError(f"{size} bytes are more than an ONNX file can have")
+        raise OSError(f"{size} bytes exceed the size limit of an ONNX file")
 
 
 def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
-    """Weights lie in files of the same folder, and wholly in them."""
+    """Weights must be in files of the same folder, completely."""
     import onnx
 
     folder = file.resolve().parent
@@ -106,13 +106,13 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         said = {entry.key: entry.value for entry in tensor.external_data}
-        if len(said) < len(tensor.external_data):  # which of them counts, others may see otherwise
-            raise CaptureError(f"{file} says twice where the weights {tensor.name!r} are")
+        if len(said) < len(tensor.external_data):  # other readers may disagree on which one counts
+            raise CaptureError(f"{file} gives two locations for the weights {tensor.name!r}")
         place = (folder / said.get("location", "")).resolve()
         if not place.is_relative_to(folder) or not place.is_file():
             raise CaptureError(
-                f"{file} wants the weights {tensor.name!r} from {said.get('location')!r}, which is no file in its folder",
-                hint="put the files that hold the weights beside the model",
+                f"{file} refers to the weights {tensor.name!r} in {said.get('location')!r}, which is not a file in its folder",
+                hint="put the weight files beside the model",
             )
         size = sizes.setdefault(place, place.stat().st_size)
         start = int(said.get("offset") or 0)
@@ -123,11 +123,11 @@ def _check_external_data(model: onnx.ModelProto, file: Path) -> None:
             )
         wanted += length
     if wanted > SHARED * sum(sizes.values()):
-        raise CaptureError(f"{file} wants {wanted} bytes of weights from files of {sum(sizes.values())}")
+        raise CaptureError(f"{file} refers to {wanted} bytes of weights in files of {sum(sizes.values())} bytes")
 
 
 def places_of_data(model: onnx.ModelProto) -> list[str]:
-    """The files that hold weights, relative to the model's folder."""
+    """The weight files, relative to the folder of the model."""
     import onnx
 
     found = [t for t in _tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]

@@ -1,4 +1,4 @@
-"""Divisions of whole numbers that end the process, torch's or ONNX Runtime's."""
+"""Integer divisions that crash the process, in torch or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS = 600
 
 
 def check_trap(step: Any, values: Mapping[str, Any]) -> None:
-    """OverflowError or ZeroDivisionError for a node of whole numbers that would end the process."""
+    """OverflowError or ZeroDivisionError for an integer node that would crash the process."""
     if getattr(step, "kind", "") not in ("Div", "Mod"):
         return
     a, b = (tensor(values[name]) for name in step.inputs[:2])
@@ -36,7 +36,7 @@ def check_trap(step: Any, values: Mapping[str, Any]) -> None:
 
 
 def risky(source: Source, unread: Collection[int]) -> bool:
-    """A division whose operands nobody has looked at: in an inner graph, or behind a node that is not read."""
+    """A division with unchecked operands: in a subgraph, or after an unsupported node."""
     graph = source.model.graph
     inner = [node for i in unread for node in _inside(source.nodes[i])]
     inner += [node for f in source.model.functions for node in f.node]
@@ -79,7 +79,7 @@ except Exception:
 
 
 def check_in_a_process(source: Source, feed: Mapping[str, Any]) -> None:
-    """CaptureError where the file ends the process that runs it."""
+    """Raises CaptureError if the file crashes the process that runs it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "inputs.npz"
         with place.open("wb") as file:
@@ -92,6 +92,6 @@ def check_in_a_process(source: Source, feed: Mapping[str, Any]) -> None:
         )
     if done.returncode < 0:
         raise CaptureError(
-            f"{source.path} ends ONNX Runtime's process with signal {-done.returncode} on these inputs",
-            hint="look for a division of whole numbers by zero",
+            f"{source.path} crashes ONNX Runtime with signal {-done.returncode} on these inputs",
+            hint="look for an integer division by zero",
         )

@@ -1,4 +1,4 @@
-"""``attnopt::onnx_nodes``: nodes of a file that are not read, run by ONNX Runtime as they are."""
+"""``attnopt::onnx_nodes``: unsupported nodes of a file, run by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _lock = threading.Lock()
 
 @torch.library.custom_op("attnopt::onnx_nodes", mutates_args=())
 def onnx_nodes(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], outputs: str) -> list[Tensor]:
-    """What the nodes of ``model``, the bytes of an ONNX model, give for ``inputs``, in the order of its inputs.
+    """The results of ``model``, the bytes of an ONNX model, for ``inputs`` in its input order.
 
-    ``outputs``: the dtype and the sizes of each output, as ``Sized`` prints them, one a line: in terms of the inputs' sizes
-    and of ``sizes``, those of the file's free axes.  An output of other sizes is an error: what reads it was captured for these.
+    ``outputs``: the dtype and sizes of each output, as printed by ``Sized``, one per line: in terms of the input sizes
+    and of ``sizes``, those of the file's free axes.  An output of other sizes is an error: its users were captured for these.
     """
     session = _session(model)
     feed = {i.name: x.detach().cpu().contiguous().numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
@@ -34,8 +34,8 @@ def onnx_nodes(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], ou
         want = said.at(shapes, list(sizes))
         if len(want) != got.dim() or any(w is not None and w != g for w, g in zip(want, got.shape, strict=True)):
             raise CaptureError(
-                f"{name!r} has the sizes {list(got.shape)}, and the model was captured for {want}",
-                hint="the sizes depend on the values of the inputs: leave the attentions behind it as they are",
+                f"{name!r} has shape {list(got.shape)}, but the model was captured for {want}",
+                hint="the shape depends on input values: exclude the attentions that use it from the policy",
             )
     device = inputs[0].device if inputs else torch.device("cpu")
     return [x.to(device) for x in made]

@@ -31,7 +31,7 @@ class Sized:
         return UNKNOWN not in self.sizes
 
     def at(self, shapes: Sequence[Sequence[Any]], free: Sequence[Any]) -> list[Any]:
-        """The sizes for inputs of these shapes, None where they are not known.  Symbolic sizes give symbolic ones."""
+        """The sizes for inputs of these shapes, None if unknown.  Symbolic sizes give symbolic ones."""
         known = {f"x{i}_{a}": n for i, shape in enumerate(shapes) for a, n in enumerate(shape)}
         known |= {f"d{i}": n for i, n in enumerate(free)}
         return [None if text == UNKNOWN else number(text, known) for text in self.sizes]
@@ -46,7 +46,7 @@ def parse(text: str) -> Sized:
 
 
 def names(text: str) -> set[str]:
-    """The sizes that an expression is made of; {"?"} where it is none."""
+    """The sizes in an expression; {"?"} if it is not an expression."""
     try:
         tree = ast.parse(text, mode="eval")
     except SyntaxError:
@@ -56,10 +56,10 @@ def names(text: str) -> set[str]:
 
 
 def number(text: str, known: Mapping[str, Any]) -> Any:
-    """The value of an expression.  ValueError, KeyError or SyntaxError where it is none of whole numbers."""
+    """The value of an expression.  ValueError, KeyError or SyntaxError if it is not an integer expression."""
     above, below = _fraction(ast.parse(text, mode="eval").body, known)
     if below != 1:
-        raise ValueError(f"{text} is no whole number")
+        raise ValueError(f"{text} is not an integer")
     return above
 
 
@@ -83,7 +83,7 @@ def _fraction(node: ast.expr, known: Mapping[str, Any]) -> tuple[Any, int]:
         case ast.BinOp(left, (ast.Div() | ast.FloorDiv()) as how, right):
             (a, b), (c, d) = _fraction(left, known), _fraction(right, known)
             if not isinstance(c, int) or c <= 0:
-                raise ValueError("a divisor that is no known number")
+                raise ValueError("a divisor that is not a known number")
             return (a * d, b * c) if isinstance(how, ast.Div) else ((a * d) // (b * c), 1)
         case ast.Call(ast.Name("floor"), [inner], []):
             above, below = _fraction(inner, known)
@@ -91,4 +91,4 @@ def _fraction(node: ast.expr, known: Mapping[str, Any]) -> tuple[Any, int]:
         case ast.Call(ast.Name("ceiling"), [inner], []):
             above, below = _fraction(inner, known)
             return (above if below == 1 else -(-above // below)), 1
-    raise ValueError(f"{ast.dump(node)[:60]} is no size")
+    raise ValueError(f"{ast.dump(node)[:60]} is not a size")

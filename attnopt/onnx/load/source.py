@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """An ONNX file.  ``stored``: the model as it lies there; ``model``: with its weights and without functions."""
+    """An ONNX file.  ``stored``: the model as stored; ``model``: with its weights and without functions."""
 
     path: Path
     stored: onnx.ModelProto
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """Those that a caller gives."""
+        """The inputs of a caller."""
         return [i for i in self.model.graph.input if i.name not in self.weights]
 
     @property

@@ -1,4 +1,4 @@
-"""Which nodes of a file are not read, and what ONNX Runtime's work on them looks like from outside."""
+"""Unsupported nodes of a file, and the interface of their groups in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
 READ = {*(k for k in OPERATORS if k != SAFE_SOFTMAX and "-" not in k), "Split", "Constant"}
-ROUNDS = 12  # a size that depends on values makes what reads it unread, and so on
+ROUNDS = 12  # users of a value-dependent size become unsupported, and so on
 
 Feed = Mapping[str, Any]
 
@@ -64,7 +64,7 @@ def is_half(source: Source) -> bool:
 
 
 def _types(source: Source) -> dict[str, int]:
-    """The type of the elements of each value, as far as it is known; -1 for what is no tensor."""
+    """The known element type of each value; -1 for non-tensors."""
     import onnx
 
     graph = source.model.graph
@@ -93,7 +93,7 @@ class Runs:
 
     @classmethod
     def of(cls, source: Source, feed: Feed) -> Runs:
-        """At the example's sizes, and as far as the file runs there at two others, with other values."""
+        """At the sizes of the example and, if the file runs there, at two others, with other values."""
         made = cls(source, (feed,))
         others: list[Feed] = []
         for sizes in _other_sizes(source, feed):
@@ -139,7 +139,7 @@ def _session(source: Source, wanted: Sequence[str]) -> Any:
 
 
 def _other_sizes(source: Source, feed: Feed) -> Iterator[list[int]]:
-    """Sizes of the free axes: axes of one name alike, others apart."""
+    """Sizes of the free axes: equal for the same name, otherwise distinct."""
     labels = [name or f"{i} {axis}" for i, axis, name in source.free]
     different = list(dict.fromkeys(labels))
     here = [np.shape(feed[i])[axis] for i, axis, _ in source.free]
@@ -165,13 +165,13 @@ def repeated(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Any]
 
 
 def _resized(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Any]:
-    """The example at these sizes with other numbers."""
+    """The example at these sizes with other values."""
     made = repeated(source, feed, sizes)
     return {name: (x * np.asarray(1.25, x.dtype) if x.dtype.kind == "f" else x) for name, x in made.items()}
 
 
 def as_models(source: Source, unread: set[int], runs: Runs) -> tuple[list[Unread], set[int]]:
-    """The unread nodes in groups, and what has to be unread too: the readers of sizes that depend on values."""
+    """The unsupported nodes in groups, including the users of value-dependent sizes."""
     types = _types(source)
     for _ in range(ROUNDS):
         made = groups(source.nodes, unread - set(_constants(source)), source.constants, source.outputs)
@@ -190,7 +190,7 @@ def as_models(source: Source, unread: set[int], runs: Runs) -> tuple[list[Unread
                 return found, unread
             hidden = readers
         unread = unread | hidden
-    raise CaptureError(f"{source.path}: sizes that depend on values run through all of it")
+    raise CaptureError(f"{source.path}: value-dependent sizes affect the whole graph")
 
 
 def _constants(source: Source) -> list[int]:
@@ -204,7 +204,7 @@ def _as_model(source: Source, group: Group, runs: Runs) -> Unread:
     values = runs.values(wanted)
     for name in wanted:
         if not all(isinstance(v[name], np.ndarray) and v[name].dtype.kind in "fiub" for v in values):
-            raise CaptureError(f"{source.path}: {quoted(name)} is no tensor of numbers")
+            raise CaptureError(f"{source.path}: {quoted(name)} is not a numeric tensor")
     graph = onnx.GraphProto(name="nodes")
     reads = {n for i in group.nodes for n in used_by(source.nodes[i])}
     graph.node.extend(source.constant_nodes[n] for n in sorted(reads & source.constant_nodes.keys()))
@@ -254,7 +254,7 @@ def _sized(
 
 
 def _size(said: str, sizes: Sequence[int], known: Sequence[Mapping[str, int]], runs: Runs) -> str:
-    """What is inferred where it holds in every run; else what all runs agree on, if sizes were varied."""
+    """The inferred shape if it holds in every run; otherwise what all runs agree on, if sizes varied."""
     if names(said) <= known[0].keys() and _holds(said, sizes, known):
         return said
     if not runs.is_varied:
@@ -297,7 +297,7 @@ def _inferred(
     try:
         from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
-        # Its own driver writes files into the working directory where it does not find every size.
+        # Its own driver writes files into the working directory if a size is unknown.
         tool = SymbolicShapeInference(int_max=2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
         tool._preprocess(asked)
         while tool.run_:

@@ -1,6 +1,6 @@
 """What flows along an ONNX graph: tensors, and small arrays that are known while it is traced.
 
-Sizes, axes and single constants stay in numpy, so that a reshape sees the sizes that it is given and a matcher the scale.
+Sizes, axes and scalar constants stay in numpy, so a reshape gets its sizes and the matcher the scale.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Known = NDArray[Any]  # of numbers, or of objects where some are symbolic sizes
+Known = NDArray[Any]  # of numbers, or of objects if some are symbolic sizes
 Value = Tensor | Known
 LARGEST = 64  # integers of a constant that may be sizes or axes
 
@@ -52,12 +52,12 @@ def operand(value: Value, beside: Value) -> Tensor | float | int | bool:
 def numbers(value: Value) -> list[Any]:
     """Sizes or axes as a list; symbolic ones among them."""
     if not isinstance(value, np.ndarray):
-        raise TypeError("sizes that are computed from the values of inputs")
+        raise TypeError("sizes computed from input values")
     return [n if isinstance(n, torch.SymInt) else int(n) for n in value.reshape(-1)]
 
 
 def known(sizes: Any) -> Known:
-    """Sizes as a value; plain integers where none is symbolic."""
+    """Sizes as a value; plain integers if none is symbolic."""
     listed = list(sizes)
     if all(isinstance(n, int) for n in listed):
         return np.asarray(listed, np.int64)

@@ -1,4 +1,4 @@
-"""A head edit: what is done to the heads' outputs, and a pass that asks for it."""
+"""A head edit, and a pass that requests it."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from attnopt import AttentionSpec, HeadEdit, Pass, Rewrite, Site
 
 @dataclass(frozen=True)
 class Clipped(HeadEdit):
-    """Outputs of some heads, no further from zero than ``bound``."""
+    """Clip the outputs of some heads to ``bound``."""
 
     kind: ClassVar[str] = "acme.clipped"
     heads: tuple[int, ...]
@@ -33,7 +33,7 @@ class Clipped(HeadEdit):
 
 @dataclass(frozen=True)
 class Clip(Pass):
-    """Keep every head's outputs within ``bound`` of zero."""
+    """Clip every head output to ``bound``."""
 
     name: ClassVar[str] = "acme.clip"
     exact: ClassVar[bool] = False

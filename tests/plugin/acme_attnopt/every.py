@@ -1,4 +1,4 @@
-"""A pattern: which key each query sees."""
+"""A pattern: which keys each query sees."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from attnopt import Pattern, Reach, register
 @register
 @dataclass(frozen=True, repr=False)
 class Every(Pattern):
-    """Every query sees each ``n``-th key."""
+    """Every query sees every ``n``-th key."""
 
     n: int
 

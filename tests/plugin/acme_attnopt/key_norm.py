@@ -1,4 +1,4 @@
-"""A block score: how much a block of queries is likely to attend to a block of keys."""
+"""A block score: how much a block of queries probably attends to a block of keys."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from attnopt import BlockScores
 
 @dataclass(frozen=True)
 class KeyNorm(BlockScores):
-    """The length of the longest key of a block."""
+    """The largest key norm in a block."""
 
     def score(self, q_BHNTD: Tensor, k_BHMTD: Tensor, known_NM: Tensor, is_causal: bool) -> Tensor:
         longest_BHM = k_BHMTD.norm(dim=-1).amax(-1)

@@ -1,4 +1,4 @@
-"""A pass: a spec becomes another spec."""
+"""A pass: from a spec to a spec."""
 
 from dataclasses import dataclass
 from typing import ClassVar

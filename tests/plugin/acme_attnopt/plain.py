@@ -1,4 +1,4 @@
-"""A backend: a spec becomes a function of tensors."""
+"""A backend: from a spec to a function of tensors."""
 
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ from attnopt import Attend, AttentionSpec, Backend, Refusal, Site
 
 
 class Plain(Backend):
-    """Scores, mask and softmax, one after the other."""
+    """Scores, mask and softmax, step by step."""
 
     name: ClassVar[str] = "acme.plain"
 
@@ -22,7 +22,7 @@ class Plain(Backend):
             seen = spec.pattern.mask(q.shape[2], k.shape[2], num_heads=spec.num_heads, device=q.device)
             seen, groups = seen if mask is None else seen & mask, list(spec.kv_of_head)
             o = (q @ k[:, groups].mT * spec.scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, groups]
-            return torch.where(seen.any(-1, keepdim=True), o, 0)  # a query that sees no key gets zeros
+            return torch.where(seen.any(-1, keepdim=True), o, 0)  # zeros for fully masked queries
 
         return attend
 

@@ -245,7 +245,7 @@ def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch: pytest.Monkey
         with pytest.warns(AttnoptWarning, match=r"without its compiled kernel: there is no C\+\+ compiler"):
             got = run(Blocked(), spec, t)
         assert Blocked().notes(spec) == (
-            "blocked: torch's operators instead of the compiled kernel, because there is no C++ compiler "
+            "blocked: using torch operators instead of the compiled kernel: there is no C++ compiler "
             "(g++, clang++, or the one that CXX names)",
         )
     finally:

@@ -124,7 +124,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "thesis"
     target.mkdir()
     (target / "chapter1.tex").write_text("years of work")
-    with pytest.raises(ArchiveError, match="left alone"), atomic_folder(target):
+    with pytest.raises(ArchiveError, match="it was not overwritten"), atomic_folder(target):
         pytest.fail("not reached")
     assert _names(target) == {"chapter1.tex"}
 

@@ -167,7 +167,7 @@ class BlocksAlone(Flex):
 def test_blocks_that_hide_more_than_the_mask_are_left() -> None:
     fast = attnopt.optimize(BlocksAlone(), "fuse", (torch.randn(2, L, E),))
     (miss,) = fast.report.near_misses
-    assert miss.refusal.found == "flex_attention with a BlockMask whose blocks hide other keys than its mask_mod"
+    assert miss.refusal.found == "flex_attention whose BlockMask blocks and mask_mod hide different keys"
 
 
 class Twice(nn.Module):

@@ -33,7 +33,7 @@ class Chaotic(nn.Module):
 
 @pytest.mark.parametrize("policy", ["fuse", LocalWindow(2)], ids=["fuse", "window"])
 def test_rounding_that_grows_is_told(policy: Any) -> None:
-    with pytest.warns(attnopt.AttnoptWarning, match="makes rounding grow"):
+    with pytest.warns(attnopt.AttnoptWarning, match="amplifies rounding error"):
         fast = attnopt.optimize(Chaotic(18).eval(), policy, (X,))
     assert fast.report.sites[0].status == "rewritten"
     assert attnopt.optimize(Chaotic(2).eval(), policy, (X,)).report.warnings == ()

@@ -141,4 +141,4 @@ def test_a_tree_of_nothing_is_a_line() -> None:
 def test_what_is_not_known_is_told_in_the_tree() -> None:
     spelling = Spelling(norm="across")
     text = to_text(inspection_tree(attnopt.inspect(Attention(spelling), (), inputs(spelling))), width=200)
-    assert "k is not known: heads cannot be told apart" in text
+    assert "k is unknown: heads cannot be separated" in text

@@ -176,7 +176,7 @@ def test_retrieval_is_attention_to_what_followed() -> None:
     assert scores == pytest.approx(wanted.tolist(), rel=1e-4)
     with pytest.raises(CalibrationError, match="no token occurs twice"):
         head_importance(model, [torch.tensor([[1, 2, 3]])], "retrieval")
-    with pytest.raises(CalibrationError, match="takes no token ids"):
+    with pytest.raises(CalibrationError, match="has no token ids input"):
         head_importance(stack(1), batches(1), "retrieval")
 
 
@@ -215,12 +215,12 @@ def test_batches_of_several_sizes_and_the_model_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "gradient"}, PolicyError, "method='gradient' is not possible; give one of 'weights'"),
+        ({"method": "gradient"}, PolicyError, "invalid value method='gradient': expected one of 'weights'"),
         ({"method": "fisher"}, PolicyError, "'fisher' needs a loss"),
         ({"method": "flap", "loss": lambda o, b: o.sum()}, PolicyError, "loss is not used by 'flap'"),
         ({"method": "flap", "behaviour": lambda o: o}, PolicyError, "behaviour is only used by 'ablation'"),
-        ({"method": "taylor", "loss": lambda o, b: o}, CalibrationError, "the loss gives no scalar"),
-        ({"calibration": []}, CalibrationError, "calibration holds no batch"),
+        ({"method": "taylor", "loss": lambda o, b: o}, CalibrationError, "the loss does not return a scalar"),
+        ({"calibration": []}, CalibrationError, "calibration is empty"),
         ({"calibration": ["text"]}, CalibrationError, "calibration batch 0 is a str"),
         ({"calibration": [torch.full((8, 12, 16), torch.nan)]}, CalibrationError, "not finite on calibration batch 0"),
     ],

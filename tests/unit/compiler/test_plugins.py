@@ -115,11 +115,11 @@ def test_broken_plugins(site_packages: Path) -> None:
     assert str(caught.value) == (
         "pass 'broken' of acme (acme_broken:X) cannot be loaded: "
         "ModuleNotFoundError: No module named 'nowhere_to_be_found'"
-        "\n  hint: repair or uninstall acme"
+        "\n  hint: fix or uninstall acme"
     )
     with pytest.raises(PluginError, match=r"pass 'gone' of acme \(acme_wrong:Gone\) cannot be loaded: AttributeError"):
         plugins.load_pass("gone")
-    with pytest.raises(PluginError, match=r"pass 'wrong' is claimed by (acme, rival|rival, acme)"):
+    with pytest.raises(PluginError, match=r"pass 'wrong' is defined by (acme, rival|rival, acme)"):
         plugins.load_pass("wrong")
     rows = {d.name: d for d in plugins.describe()}
     assert "cannot be loaded" in rows["broken"].error
@@ -136,16 +136,16 @@ def test_what_is_no_backend(site_packages: Path) -> None:
 
 def test_nobody_can_replace_a_built_in(site_packages: Path) -> None:
     install(site_packages, "acme", "attnopt.passes", {"fuse": "acme_fuse:Fuse"})
-    with pytest.raises(PluginError, match="pass 'fuse' is claimed by attnopt, acme"):
+    with pytest.raises(PluginError, match="pass 'fuse' is defined by attnopt, acme"):
         plugins.load_pass("fuse")
 
 
 def test_unknown_names() -> None:
     with pytest.raises(PolicyError) as caught:
         plugins.load_pass("local-windows")
-    assert "there is no pass 'local-windows'; there are fuse, local-window, sparse," in str(caught.value)
+    assert "unknown pass 'local-windows'; available: fuse, local-window, sparse," in str(caught.value)
     assert "hint: did you mean local-window?" in str(caught.value)
-    with pytest.raises(PolicyError, match="there is no backend 'zzz'; there are reference, sdpa"):
+    with pytest.raises(PolicyError, match="unknown backend 'zzz'; available: reference, sdpa"):
         plugins.load_backend("zzz")
 
 

@@ -141,7 +141,7 @@ def test_calibration_is_saved_and_loaded(tmp_path: Path) -> None:
     assert again.batches[2][1]["flag"] is True
     assert attnopt.Calibration.of(again) is again
     (tmp_path / "broken").write_bytes(b"no tensors")
-    with pytest.raises(attnopt.ArchiveError, match="holds no calibration data"):
+    with pytest.raises(attnopt.ArchiveError, match="is not calibration data"):
         attnopt.Calibration.load(tmp_path / "broken")
     with pytest.raises(attnopt.ArchiveError, match="holds a Linear"):
         attnopt.Calibration.of([(nn.Linear(1, 1),)]).save(tmp_path / "d")
@@ -164,7 +164,7 @@ def test_bad_calibration_names_the_site(policy: Any) -> None:
     assert caught.value.site == "layers.0"
     with pytest.raises(attnopt.CalibrationError, match="batch 1 does not fit"):
         attnopt.optimize(model, policy, (few[0],), calibration=[few[0], torch.randn(1, 5, 16)])
-    with pytest.raises(attnopt.CalibrationError, match="holds no batch"):
+    with pytest.raises(attnopt.CalibrationError, match="calibration is empty"):
         attnopt.optimize(model, policy, (few[0],), calibration=[])
 
 

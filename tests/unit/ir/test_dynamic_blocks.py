@@ -155,14 +155,14 @@ def test_blocked_follows_the_reference(block: int, pattern: Any) -> None:
     torch.testing.assert_close(found, want)
     assert pattern != Full() or not torch.allclose(want, everything)
     other = Blocked().check(replace(spec, selection=DynamicBlocks(block=32)))
-    assert str(other) == "[other-blocks] expected a selection of blocks of 64, or several of these, found blocks of 32"
+    assert str(other) == "[other-blocks] expected a block size that is a multiple of 64, found blocks of 32"
 
 
 def test_reports_tell_where_nothing_is_skipped() -> None:
     model, (x,) = tiny_models.causal()
     for backend in ("reference", "sdpa"):
         site = attnopt.optimize(model, DynamicSparse(), (x,), backend=backend).report.sites[0]
-        assert site.notes[0] == f"{backend}: blocks that are not kept are masked, not skipped, which saves no time"
+        assert site.notes[0] == f"{backend}: blocks that are not kept are masked, not skipped: no time is saved"
     blocked = attnopt.optimize(model, DynamicSparse(keep=1), (x,), backend="blocked")
     assert not any("masked" in note for note in blocked.report.sites[0].notes)
     assert DynamicBlocks(keep=2).share(1024) == 1 / 8
@@ -179,13 +179,13 @@ def test_reports_tell_the_mass_that_is_kept() -> None:
     block = torch.arange(12) // 4
     mass = (p * ((block == 0) | (block == block[:, None]))).sum(-1).mean((0, 2))
     least = int(mass.argmin())
-    text = f"{mass.mean():.1%} of the attention is kept on the example inputs, least in head {least}: {mass[least]:.1%}"
+    text = f"{mass.mean():.1%} attention recall on the example inputs, lowest in head {least}: {mass[least]:.1%}"
     assert fast.report.sites[1].notes[-1] == text
     assert fast.report.sites[0].notes == ()
     with_data = attnopt.optimize(model, policy, (x,), calibration=[torch.randn(2, 12, 16), x])
-    assert "of the attention is kept on the calibration data" in with_data.report.sites[1].notes[-1]
+    assert "attention recall on the calibration data" in with_data.report.sites[1].notes[-1]
     everything = attnopt.optimize(model, DynamicSparse(keep=1.0), (x,))
-    assert everything.report.sites[0].notes[-1].startswith("100.0% of the attention is kept")
+    assert everything.report.sites[0].notes[-1].startswith("100.0% attention recall")
 
 
 @settings(deadline=None)
@@ -267,19 +267,19 @@ def test_names_of_scores() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": "poold"}, "there is no block score 'poold'; there are Pooled, Antidiagonal, KMeans"),
-        ({"scores": "1"}, "'1' are no block scores"),
-        ({"scores": 3}, "scores=3 is not possible; give block scores or their text"),
+        ({"scores": "poold"}, "unknown block score 'poold'; available: Pooled, Antidiagonal, KMeans"),
+        ({"scores": "1"}, "unknown block scores '1'"),
+        ({"scores": 3}, "invalid value scores=3: expected block scores or their text"),
         ({"scores": "antidiagonal(6)"}, "Antidiagonal: stride=6 does not divide blocks of 64 tokens"),
-        ({"scores": "antidiagonal(0)"}, "Antidiagonal: stride=0 is not possible"),
-        ({"scores": "kmeans(0)"}, "KMeans: clusters=0 is not possible"),
-        ({"keep": 0.0}, "keep=0.0 is not possible; give a share above 0 and up to 1.0"),
-        ({"keep": 1.5}, "keep=1.5 is not possible"),
-        ({"keep": 0}, "keep=0 is not possible; give a whole number from 1"),
-        ({"keep": float("nan")}, "keep=nan is not possible"),
-        ({"block": 0}, "block=0 is not possible"),
-        ({"sinks": -1}, "sinks=-1 is not possible"),
-        ({"local": 0}, "local=0 is not possible"),
+        ({"scores": "antidiagonal(0)"}, "Antidiagonal: invalid value stride=0"),
+        ({"scores": "kmeans(0)"}, "KMeans: invalid value clusters=0"),
+        ({"keep": 0.0}, "invalid value keep=0.0: expected a fraction above 0 and at most 1.0"),
+        ({"keep": 1.5}, "invalid value keep=1.5"),
+        ({"keep": 0}, "invalid value keep=0: expected an integer from 1"),
+        ({"keep": float("nan")}, "invalid value keep=nan"),
+        ({"block": 0}, "invalid value block=0"),
+        ({"sinks": -1}, "invalid value sinks=-1"),
+        ({"local": 0}, "invalid value local=0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -292,7 +292,7 @@ def test_where_it_cannot_be_applied() -> None:
     assert "[needs-self-attention]" in refusal(DynamicSparse(), a_site(is_cross=True))
     twice = applied(DynamicSparse(), a_site())
     assert refusal(DynamicSparse(), twice).startswith(
-        "[already-selected] expected an attention that sees every block, found DynamicBlocks("
+        "[already-selected] expected an attention without block selection, found DynamicBlocks("
     )
 
 

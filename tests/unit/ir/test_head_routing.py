@@ -226,15 +226,15 @@ def test_the_faster_form_is_taken_and_both_times_are_told(monkeypatch: pytest.Mo
     (site,) = attnopt.optimize(model, RouteHeads(routed=1), (x,)).report.sites
     if saves:
         assert site.notes[-1] == (
-            "blocked computes only the routed pairs of a token and a head: 1 ms of CPU time for one sequence of 12 tokens, "
-            "measured on random numbers; every head would take 2 ms on sdpa"
+            "blocked computes only the routed (token, head) pairs: 1 ms of CPU time for one sequence of 12 tokens, "
+            "measured on random data; computing every head would take 2 ms on sdpa"
         )
         assert site.backend == "blocked"
         assert site.cost_after.flops < site.cost_before.flops
         return
     assert site.notes[-1] == (
-        "sdpa computes every head and leaves out what is not routed, which saves no time: 2 ms of CPU time for one sequence "
-        "of 12 tokens, measured on random numbers; the routed pairs alone would take 3 ms on blocked"
+        "sdpa computes every head and masks those that are not routed, so no time is saved: 2 ms of CPU time for one sequence "
+        "of 12 tokens, measured on random data; computing only the routed pairs would take 3 ms on blocked"
     )
     assert site.cost_after.flops == site.cost_before.flops
 
@@ -253,7 +253,7 @@ def test_times_are_measured_once_for_equal_sites(monkeypatch: pytest.MonkeyPatch
 def test_a_backend_that_masks_says_so() -> None:
     model, x = tiny_models.Attention(), torch.randn(2, 12, 16)
     (site,) = attnopt.optimize(model, RouteHeads(routed=1), (x,), backend="sdpa").report.sites
-    assert site.notes == ("sdpa computes every head and leaves out what is not routed, which saves no time",)
+    assert site.notes == ("sdpa computes every head and masks those that are not routed",)
 
 
 # ---------------------------------------------------------------- calibration
@@ -285,7 +285,7 @@ def test_the_linear_router_is_the_least_squares_fit() -> None:
     assert error(edit.router.tensor().double()) < error(mean)
     used = edit.gates(fast.sites[0].spec, q[held].float(), [edit.router.tensor()])
     share = float(given_[held][used].sum() / given_[held].sum())
-    assert f"what is used has {share:.1%} of the norm of what the heads give" in " ".join(fast.report.sites[0].notes)
+    assert f"the used heads carry {share:.1%} of the output norm" in " ".join(fast.report.sites[0].notes)
 
 
 def test_shared_heads_are_those_that_give_most() -> None:
@@ -325,10 +325,10 @@ def test_choices_that_rounding_turns_are_told_and_mistakes_are_not() -> None:
                 heads = p.view(4, 4, -1)
                 heads[:] = torch.stack([heads[0].roll(h, 0) for h in range(4)])
     with pytest.warns(
-        AttnoptWarning, match="3 attentions choose blocks or heads from their inputs; each alone computes"
+        AttnoptWarning, match="3 attentions choose blocks or heads from their inputs; each is correct on its own"
     ):
         attnopt.optimize(model, RouteHeads(routed=1), (x,), backend="sdpa")
-    with pytest.raises(VerificationError, match=r"1: backend .wrong. .* does not compute what the attention means"):
+    with pytest.raises(VerificationError, match=r"1: backend .wrong. .* does not compute what the spec says"):
         attnopt.optimize(model, RouteHeads(routed=1), (x,), backend=Wrong())
 
 
@@ -361,7 +361,7 @@ def test_what_is_refused() -> None:
     routed_ = applied(RouteHeads([0], 1), a_site())
     for p in (RouteHeads(), PruneHeads(heads=[0]), GroupedQuery(kv_heads=2)):
         assert refusal(p, routed_).startswith("[already-edited]")
-    with pytest.raises(ValueError, match="remove heads first"):
+    with pytest.raises(ValueError, match="prune before routing"):
         routed_.spec.keeping([0, 1, 2])
     assert applied(DynamicSparse(), routed_).spec.route == routed_.spec.route
     assert "[unknown-head]" in refusal(RouteHeads([4]), a_site())
@@ -376,11 +376,11 @@ def test_what_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"routed": -1}, "routed=-1 is not possible"),
-        ({"shared": -1}, "shared=-1 is not possible"),
-        ({"shared": True}, "shared=True is not possible"),
+        ({"routed": -1}, "invalid value routed=-1"),
+        ({"shared": -1}, "invalid value shared=-1"),
+        ({"shared": True}, "invalid value shared=True"),
         ({"routed": 0}, "shared=() and routed=0 leave no head"),
-        ({"router": "softmax"}, "router='softmax' is not possible; give one of 'query-norm', 'linear'"),
+        ({"router": "softmax"}, "invalid value router='softmax': expected one of 'query-norm', 'linear'"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -146,7 +146,7 @@ def test_three_inputs_of_one_length_are_taken_for_one_sequence(name: str, p: Pas
     fast = attnopt.optimize(model, p, args)
     (entry,) = fast.report.sites
     assert entry.status == "rewritten"
-    assert "queries, keys and values are three inputs of one length: they are taken for one sequence" in entry.notes
+    assert "queries, keys and values are three inputs of the same length: assumed to be one sequence" in entry.notes
     oracle.assert_same(oracle.run(fast, args), meant(model, args))
     oracle.assert_differs(meant(model, args), oracle.run(model, args))
 
@@ -168,7 +168,7 @@ def test_three_inputs_of_lengths_that_vary_apart_are_two_sequences(shapes: str) 
         fast = attnopt.optimize(Projected(), LocalWindow(2), (tokens(), tokens(), tokens()), dynamic_shapes=given)
     assert fast.sites[0].is_cross
     refusal = fast.report.sites[0].refusals["local-window"]
-    assert refusal.found == "queries and keys that are inputs of lengths that vary apart"
+    assert refusal.found == "query and key inputs with independent lengths"
     assert "torch.export.Dim" in refusal.hint
 
 
@@ -234,7 +234,7 @@ def test_a_past_is_kept_in_a_saved_model(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("p", [SoftPAG(), DynamicSparse()], ids=lambda p: p.name)
 def test_passes_without_a_meaning_behind_a_past_refuse(p: Pass) -> None:
-    with pytest.warns(AttnoptWarning, match="3 queries behind a past of 9 keys"):
+    with pytest.warns(AttnoptWarning, match="3 queries after 9 past keys"):
         attnopt.optimize(Step(), p, (tokens(3), split(), split()))
 
 

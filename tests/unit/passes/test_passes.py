@@ -81,9 +81,8 @@ def test_heads_keep_their_original_numbers() -> None:
 @pytest.mark.parametrize("p", [LocalWindow(3), Sparse(Window(3)), Sparse(PerHead({0: Causal()}))])
 def test_positions_need_one_sequence(p: Pass) -> None:
     assert refusal(p, a_site(is_cross=True)) == (
-        "[needs-self-attention] expected queries and keys of one sequence, found keys of another sequence "
-        "(at model.py:88)"
-        '\n  hint: leave cross-attention out with a mapping such as {"decoder.*.cross": []}'
+        "[needs-self-attention] expected queries and keys from the same sequence, found keys from another sequence "
+        '(at model.py:88)\n  hint: exclude cross-attention with a mapping such as {"decoder.*.cross": []}'
     )
     assert "found 12 queries and 15 keys (at" in refusal(p, a_site(kv_len=15))
     assert "[needs-self-attention]" in refusal(p, a_site(kv_len=15, pattern=Causal()))
@@ -131,8 +130,8 @@ def test_a_pattern_for_this_length(pattern: Pattern) -> None:
     if pattern.lengths is None:
         assert Sparse(pattern).check(varying) is None
     else:
-        assert "found a length that may vary" in refusal(Sparse(pattern), varying)
-        assert "hint: give dynamic_shapes without the sequence axis" in refusal(Sparse(pattern), varying)
+        assert "found a dynamic length" in refusal(Sparse(pattern), varying)
+        assert "hint: remove the sequence axis from dynamic_shapes" in refusal(Sparse(pattern), varying)
 
 
 @pytest.mark.parametrize("pattern", [Window(2, 5), ~Causal(), Full(), Blocks(4, 1), Neighborhood((3, 4), 3)])
@@ -163,8 +162,8 @@ def test_prune_named_heads() -> None:
 
 def test_prune_all_heads_is_refused() -> None:
     assert refusal(PruneHeads(heads=range(4)), a_site()) == (
-        "[all-heads] expected at least one head to stay, found all 4 removed (at model.py:88)\n"
-        "  hint: give whole_layers=True to remove the attention as a whole"
+        "[all-heads] expected at least one remaining head, found all 4 heads removed (at model.py:88)\n  hint: use "
+        "whole_layers=True to remove the whole attention"
     )
     assert "[all-heads]" in refusal(PruneHeads(heads=[1]), applied(PruneHeads(heads=[0, 2, 3]), a_site()))
 
@@ -177,7 +176,7 @@ def test_prune_by_given_importance() -> None:
     ties = PruneHeads(0.5, importance=[1.0] * 4)
     assert ties.rewrite(a_site()).spec.heads == (0, 1)
     assert refusal(PruneHeads(0.5, importance=[1.0] * 3), a_site()) == (
-        "[no-such-site-size] expected an importance for each of 4 heads, found 3 numbers (at model.py:88)"
+        "[no-such-site-size] expected one importance score per head (4), found 3 numbers (at model.py:88)"
     )
 
 
@@ -197,7 +196,7 @@ def test_prune_by_weights() -> None:
 def test_prune_needs_importance_where_weights_are_unknown() -> None:
     assert refusal(PruneHeads(0.25), a_site(weights=False)) == (
         "[unknown-projection] expected known value and output projections, found v: a pooling stands in between "
-        "(at model.py:88)\n  hint: give importance=, one number for each head"
+        "(at model.py:88)\n  hint: use importance=, one number per head"
     )
     assert PruneHeads(0.25, importance=[1, 2, 3, 4]).check(a_site(weights=False)) is None
 
@@ -205,7 +204,7 @@ def test_prune_needs_importance_where_weights_are_unknown() -> None:
 def test_prune_less_than_one_head() -> None:
     rewrite = PruneHeads(0.2).rewrite(a_site())
     assert rewrite.spec == a_site().spec
-    assert rewrite.notes == ("prune-heads: the fraction is less than one head, none was removed",)
+    assert rewrite.notes == ("prune-heads: the fraction is less than one head, so none was removed",)
     assert PruneHeads(0.7, importance=range(10)).rewrite(a_site(10, 10)).spec.heads == (7, 8, 9)
 
 
@@ -261,7 +260,7 @@ def test_scale_heads() -> None:
     assert ScaleHeads({2: 1, 0: 3}) == ScaleHeads([(0, 3.0), (2, 1.0)]) == ScaleHeads([[2, 1], [0, 3]])  # type: ignore[arg-type]
     assert ScaleHeads(torch.tensor([1.0, 2.0])) == ScaleHeads([1, 2])  # type: ignore[arg-type]
     assert refusal(ScaleHeads([1, 2]), a_site()) == (
-        "[wrong-number-of-gains] expected one gain for each of 4 heads, found 2 gains (at model.py:88)"
+        "[wrong-number-of-gains] expected one gain per head (4), found 2 gains (at model.py:88)"
     )
 
 
@@ -283,38 +282,41 @@ def test_passes_are_hashable_values() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LocalWindow(-1), "local-window: left=-1 is not possible; give a whole number from 0 to"),
-        (lambda: LocalWindow(1, right=wrong(1.5)), "local-window: right=1.5 is not possible"),
-        (lambda: LocalWindow(1, sinks=-1), "local-window: sinks=-1 is not possible"),
-        (lambda: LocalWindow(1, dilation=0), "local-window: dilation=0 is not possible; give a whole number from 1 to"),
+        (lambda: LocalWindow(-1), "local-window: invalid value left=-1: expected an integer from 0 to"),
+        (lambda: LocalWindow(1, right=wrong(1.5)), "local-window: invalid value right=1.5"),
+        (lambda: LocalWindow(1, sinks=-1), "local-window: invalid value sinks=-1"),
+        (lambda: LocalWindow(1, dilation=0), "local-window: invalid value dilation=0: expected an integer from 1 to"),
         (
             lambda: LocalWindow(1, heads=wrong("01")),
-            "local-window: heads='01' is not possible; give a sequence of whole numbers",
+            "local-window: invalid value heads='01': expected a sequence of integers",
         ),
-        (lambda: LocalWindow(1, heads=[-1]), "local-window: heads=-1 is not possible"),
-        (lambda: Sparse(wrong(3)), "sparse: pattern=3 is not possible; give one of attnopt.patterns or its text"),
-        (lambda: Sparse("Causl()"), "there is no pattern 'Causl'"),
-        (lambda: PruneHeads(), "prune-heads: give either fraction or heads"),
-        (lambda: PruneHeads(0.5, heads=[1]), "prune-heads: give either fraction or heads"),
-        (lambda: PruneHeads(1.0), "prune-heads: fraction=1.0 is not possible; give a number from 0 to below 1"),
-        (lambda: PruneHeads(float("nan")), "prune-heads: fraction=nan is not possible; give a finite number"),
+        (lambda: LocalWindow(1, heads=[-1]), "local-window: invalid value heads=-1"),
+        (
+            lambda: Sparse(wrong(3)),
+            "sparse: invalid value pattern=3: expected a pattern from attnopt.patterns or its text",
+        ),
+        (lambda: Sparse("Causl()"), "unknown pattern 'Causl'"),
+        (lambda: PruneHeads(), "prune-heads: expected exactly one of fraction and heads"),
+        (lambda: PruneHeads(0.5, heads=[1]), "prune-heads: expected exactly one of fraction and heads"),
+        (lambda: PruneHeads(1.0), "prune-heads: invalid value fraction=1.0: expected a number from 0 to below 1"),
+        (lambda: PruneHeads(float("nan")), "prune-heads: invalid value fraction=nan: expected a finite number"),
         (lambda: PruneHeads(heads=[1], importance=[1]), "prune-heads: importance is only used with fraction"),
-        (lambda: PruneHeads(0.5, importance=[float("inf")]), "prune-heads: importance=inf is not possible"),
+        (lambda: PruneHeads(0.5, importance=[float("inf")]), "prune-heads: invalid value importance=inf"),
         (
             lambda: PruneHeads(0.5, importance=wrong({0: 1})),
-            "prune-heads: importance={0: 1} is not possible; give a sequence of",
+            "prune-heads: invalid value importance={0: 1}: expected a sequence of",
         ),
-        (lambda: GroupedQuery(0), "grouped-query: kv_heads=0 is not possible; give a whole number from 1 to"),
+        (lambda: GroupedQuery(0), "grouped-query: invalid value kv_heads=0: expected an integer from 1 to"),
         (
             lambda: GroupedQuery(2, merge="max"),
-            "grouped-query: merge='max' is not possible; give one of 'mean', 'first'",
+            "grouped-query: invalid value merge='max': expected one of 'mean', 'first'",
         ),
-        (lambda: ScaleHeads([1.0, float("nan")]), "scale-heads: gains=nan is not possible; give a finite number"),
-        (lambda: ScaleHeads({0: float("inf")}), "scale-heads: gains=inf is not possible; give a finite number"),
-        (lambda: ScaleHeads({-1: 1.0}), "scale-heads: gains=-1 is not possible; give a whole number from 0"),
-        (lambda: ScaleHeads([(0, 1.0), (0, 2.0)]), "is not possible; give each head one number"),
-        (lambda: ScaleHeads(wrong([(0, 1.0, 2.0)])), "give numbers, or pairs of a head and its gain"),
-        (lambda: ScaleHeads(wrong(3)), "scale-heads: gains=3 is not possible; give a sequence of finite numbers"),
+        (lambda: ScaleHeads([1.0, float("nan")]), "scale-heads: invalid value gains=nan: expected a finite number"),
+        (lambda: ScaleHeads({0: float("inf")}), "scale-heads: invalid value gains=inf: expected a finite number"),
+        (lambda: ScaleHeads({-1: 1.0}), "scale-heads: invalid value gains=-1: expected an integer from 0"),
+        (lambda: ScaleHeads([(0, 1.0), (0, 2.0)]), "expected one number per head"),
+        (lambda: ScaleHeads(wrong([(0, 1.0, 2.0)])), "expected numbers, or pairs of a head and its gain"),
+        (lambda: ScaleHeads(wrong(3)), "scale-heads: invalid value gains=3: expected a sequence of finite numbers"),
     ],
 )
 def test_bad_options_say_what_is_allowed(make: Any, message: str) -> None:

@@ -100,7 +100,7 @@ def test_heads_that_share_key_value_heads() -> None:
 
 
 def test_measures(report: Report) -> None:
-    assert [m.name for m in measures(report)][-1] == "CPU time of one call, measured"
+    assert [m.name for m in measures(report)][-1] == "CPU time per call, measured"
     assert measures(report)[-1].share == 50
     assert len(measures(replace(report, cpu_seconds={}))) == 3
 
@@ -115,7 +115,7 @@ def test_blocks_that_are_chosen_at_run_time_are_told() -> None:
     model, args = tiny_models.causal()
     found = attnopt.optimize(model.eval(), "dynamic-sparse(keep=0.5, block=4)", args).report
     assert "DynamicBlocks(" in found.sites[0].form_after.selection  # type: ignore[union-attr]
-    assert "each input keeps the blocks that" in report_page(found)
+    assert "selects the blocks to keep for each input" in report_page(found)
     assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 

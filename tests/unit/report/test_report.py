@@ -96,7 +96,7 @@ attnopt: 3 attentions found, 1 rewritten, 2 left as they were, 1 not matched
       hint: leave cross-attention out with {"decoder.*.cross": []}
   decoder.layers.3.attn   model.py:141
     not matched [escapes]: found scores used by `aux_head` (model.py:150)
-  not free: input_ids axis 1: 12, because of `view` in model.py:9
+  size constraint: input_ids axis 1: 12, because of `view` in model.py:9
   warning: one warning
   largest relative difference of the outputs on the example inputs: 3.0e-02"""
 
@@ -133,7 +133,7 @@ def test_json_of_strange_policies_is_plain() -> None:
     ],
 )
 def test_a_damaged_report_is_an_archive_error(damage: dict[str, object]) -> None:
-    with pytest.raises(ArchiveError, match="no attnopt report"):
+    with pytest.raises(ArchiveError, match="not an attnopt report"):
         Report.from_json({**REPORT.to_json(), **damage})
 
 
@@ -224,7 +224,7 @@ def test_page_escapes_everything(tmp_path: Path) -> None:
 
 
 def test_page_of_nothing(tmp_path: Path) -> None:
-    assert "No attention was found" in _page(Report(sites=()), tmp_path).text
+    assert "No attention found" in _page(Report(sites=()), tmp_path).text
 
 
 def test_page_that_cannot_be_written(tmp_path: Path) -> None:
