@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from older_onnx import written
 
     return written(tmp_path_factory.mktemp("onnx") / "old.onnx")
+
+
+@pytest.fixture(scope="module")
+def one_capture() -> Iterator[None]:
+    """A test file asks for this where its tests optimize one model over and over; see ``captures``."""
+    from captures import captured_once
+
+    with captured_once():
+        yield
 
 
 # The same examples at every `make test`, new ones at every `make fuzz`.

@@ -225,6 +225,7 @@ def test_the_demo_needs_a_folder_that_can_be_made(tmp_path: Path) -> None:
         demo._folder(str(tmp_path / "file" / "out"))
 
 
+@pytest.mark.subprocess
 def test_listing_the_commands_imports_little() -> None:
     heavy = "{'onnx', 'onnxruntime', 'transformers'}"
     code = f"import sys, attnopt.cli.main as cli; cli._parser(); sys.exit(bool({heavy} & set(sys.modules)))"

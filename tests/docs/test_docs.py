@@ -227,6 +227,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {p.name for p in PAGES}
 
 
+@pytest.mark.subprocess
 def test_it_builds(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:

@@ -21,6 +21,7 @@ from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sp
 from attnopt.patterns import PerHead, Sinks, Window
 
 pytestmark = [
+    pytest.mark.usefixtures("one_capture"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' and timm's own
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:transformers"),

@@ -100,6 +100,7 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.subprocess
 def test_it_is_listed(environment: dict[str, str]) -> None:
     rows = json.loads(_run([sys.executable, "-m", "attnopt", "passes", "--json"], environment))
     found = {row["name"]: row for row in rows}
@@ -108,10 +109,12 @@ def test_it_is_listed(environment: dict[str, str]) -> None:
     assert "keys" in json.dumps(found["acme.last-k"]["options"])
 
 
+@pytest.mark.subprocess
 def test_it_is_used_by_its_name(environment: dict[str, str]) -> None:
     _run([sys.executable, "-W", "ignore", "-c", USE], environment)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_kind_on_every_path(policy: str, environment: dict[str, str], tmp_path: Path) -> None:
     quiet = [sys.executable, "-W", "ignore", "-c"]
