@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs conformance fuzz mutants bench test-gpu clean
+.PHONY: help demo test test-fast lint docs conformance fuzz mutants bench test-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ demo: .venv/.demo ## optimize a trained sentence encoder, deploy it to ONNX Runt
 
 test: .venv/.test ## run the tests
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+test-fast: .venv/.test ## unit tests, and the laws on tiny models: under a minute
+	$(PY) -m pytest -n $(JOBS) -m "not gpu and not slow and not subprocess" $(FAST) $(ARGS)
 
 lint: .venv/.dev ## ruff, mypy and the layers of the packages
 	$(PY) -m ruff check .

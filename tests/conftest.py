@@ -61,6 +61,29 @@ def one_capture() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def one_torchlib() -> Iterator[None]:
+    """torch reads the source of its 500 ONNX functions anew at every export; here once for all of them."""
+    from unittest import mock
+
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    known: dict[object, ONNXRegistry] = {}
+    real = ONNXRegistry.from_torchlib
+
+    def copied(**options: int) -> ONNXRegistry:
+        key = tuple(options.items())
+        if key not in known:
+            known[key] = real(**options)
+        made = ONNXRegistry()
+        made._opset_version = known[key].opset_version
+        made.functions = {name: [*functions] for name, functions in known[key].functions.items()}
+        return made
+
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(copied)):
+        yield
+
+
 # The same examples at every `make test`, new ones at every `make fuzz`.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None)  # no test is timed
 if not os.environ.get("ATTNOPT_EXAMPLES"):

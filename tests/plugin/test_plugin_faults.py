@@ -26,12 +26,14 @@ from attnopt import (
     Reach,
     Rewrite,
     Site,
-    plugins,
 )
 from attnopt.backends import Reference
+from attnopt.compiler import plugins
 from attnopt.compiler.explain import explain
 from attnopt.passes import DynamicSparse, Sparse
 from attnopt.patterns import PerHead, Window, parse
+
+pytestmark = pytest.mark.usefixtures("one_capture")
 
 MODEL, ARGS = tiny_models.causal()
 MODEL.eval()
@@ -392,7 +394,7 @@ def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
     attnopt.register(Wrong)
     with pytest.raises(PluginError, match=r"backend 'acme.wrong' of this process cannot be made by its name alone"):
         optimized("fuse", backend="acme.wrong")
-    with pytest.raises(PluginError, match=r"pattern 'Window' is attnopt.patterns:Window of attnopt already"):
+    with pytest.raises(PluginError, match=r"pattern 'Window' is attnopt.patterns.sequence:Window of attnopt already"):
         attnopt.register(type("Window", (Third,), {}))
     rival = type("Third", (Third,), {"__module__": "elsewhere"})
     with pytest.raises(PluginError, match="pattern 'Third' is test_plugin_faults:Third of this process already"):

@@ -29,7 +29,7 @@ def captured_once() -> Iterator[None]:
     def once(model: nn.Module, is_auto: bool, inputs: Any, shapes: Any, is_cheap: bool) -> Program:
         if shapes is not None:
             return real(model, is_auto, inputs, shapes, is_cheap)
-        key = (id(model), model.training, *_marks(inputs))
+        key = (*_state(model), *_marks(inputs))
         if key not in known:
             program = real(model, is_auto, inputs, shapes, is_cheap)
             if written(program.module):
@@ -40,6 +40,13 @@ def captured_once() -> Iterator[None]:
 
     with mock.patch.object(capturing, "_captured", once):
         yield
+
+
+def _state(model: nn.Module) -> Iterator[object]:
+    """Everything that a capture looks at: what is in a model by its identity, plain attributes by value."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        yield name, id(module), repr({k: v for k, v in vars(module).items() if _is_plain(v)})
+        yield from ((k, id(t)) for k, t in (*module._parameters.items(), *module._buffers.items()))
 
 
 def _marks(inputs: Any) -> Iterator[object]:

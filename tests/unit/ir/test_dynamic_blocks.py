@@ -27,6 +27,8 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.passes import DynamicSparse, LocalWindow, PruneHeads
 from attnopt.patterns import Causal, Full, Sinks, Window
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 SCORES = st.sampled_from([Pooled(), Antidiagonal(2), Antidiagonal(4), KMeans(3, 2), KMeans(20, 1)])
 KEEP = st.one_of(st.integers(1, 4), st.sampled_from([0.01, 0.25, 0.5, 0.8, 1.0]))
 SELECTIONS = st.builds(DynamicBlocks, SCORES, KEEP, st.sampled_from([4, 8]), st.integers(0, 2), st.integers(1, 2))

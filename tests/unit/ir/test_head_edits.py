@@ -32,6 +32,7 @@ from attnopt.ir.plugin_calls import attention_of
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, PruneHeads, ScaleHeads, SoftPAG
 
 pytestmark = [
+    pytest.mark.usefixtures("one_capture"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

@@ -42,6 +42,7 @@ from attnopt.passes import (
 from attnopt.patterns import Causal, Full, Pattern, PerHead, Sinks, Window
 
 pytestmark = [
+    pytest.mark.usefixtures("one_capture"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
