@@ -165,6 +165,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'cubed'" in error_of(capsys, "explain", "odd_models:mixed", "cube")
 
 
+@pytest.mark.slow
 def test_diff(capsys: pytest.CaptureFixture[str]) -> None:
     policy = ("--policy", "local-window(left=3)")
     found = json_of(capsys, "diff", "tiny_models:causal", *policy)

@@ -68,6 +68,7 @@ def run(text: str, module: ModuleType) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text("utf-8")], ids=lambda p: p.stem)
 def test_code_runs_and_prints_what_the_page_says(page: Path, page_module: ModuleType) -> None:
@@ -103,6 +104,7 @@ class Encoder(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_the_readme_runs(page_module: ModuleType) -> None:
     page_module.__dict__.update(model=Encoder().eval(), args=(torch.randn(2, 160, 64),))
     code = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
@@ -227,6 +229,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {p.name for p in PAGES}
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_it_builds(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings"):

@@ -28,6 +28,7 @@ HONEST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
 def test_random_cases(first: int) -> None:
     for number in range(first, first + CHUNK):

@@ -76,6 +76,7 @@ def test_the_sdist_holds_the_licence_and_the_readme(sdist: Path) -> None:
     assert {"LICENSE", "README.md", "pyproject.toml", "passes/fuse.py", "backends/sdpa.py"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_the_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"

@@ -41,6 +41,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_users_are_checked(tmp_path: Path) -> None:
     (tmp_path / "right.py").write_text(SCRIPT)

@@ -116,6 +116,7 @@ def test_it_is_listed(environment: dict[str, str]) -> None:
     assert "keys" in json.dumps(found["acme.last-k"]["options"])
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_it_is_used_by_its_name(environment: dict[str, str]) -> None:
     _run([sys.executable, "-W", "ignore", "-c", USE], environment)

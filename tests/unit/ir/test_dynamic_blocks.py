@@ -89,6 +89,7 @@ def test_nan_is_not_hidden() -> None:
         assert DynamicBlocks(scores, keep=1, block=4, sinks=0).select(q, k, 1.0, True)[0, 0, 2:, 1].all()
 
 
+@pytest.mark.slow
 def test_in_onnx_runtime(tmp_path: Any) -> None:
     scores = ("pooled", "antidiagonal(2)", "kmeans")
     model, x = torch.nn.Sequential(*(tiny_models.Attention() for _ in scores)), torch.randn(2, 12, 16)
@@ -298,6 +299,7 @@ def test_where_it_cannot_be_applied() -> None:
     )
 
 
+@pytest.mark.slow
 def test_in_a_model(tmp_path: Any) -> None:
     model, x = tiny_models.Attention(), torch.randn(2, 12, 16)
     everything = attnopt.optimize(model, DynamicSparse(keep=1.0, block=4), (x,))

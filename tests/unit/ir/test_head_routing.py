@@ -193,6 +193,7 @@ def test_skipping_rows_with_selected_blocks_and_in_float64() -> None:
         torch.testing.assert_close(routed(Blocked(True), spec, t), routed(Reference(), spec, t))
 
 
+@pytest.mark.slow
 def test_a_skipping_model_trains_runs_anywhere_and_is_exported(tmp_path: Path) -> None:
     model, x = tiny_models.Stack(), torch.randn(2, 12, 16)
     plain, fast = (
@@ -240,6 +241,7 @@ def test_the_faster_form_is_taken_and_both_times_are_told(monkeypatch: pytest.Mo
     assert site.cost_after.flops == site.cost_before.flops
 
 
+@pytest.mark.slow
 def test_times_are_measured_once_for_equal_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[Any] = []
     own = route_timing._seconds
