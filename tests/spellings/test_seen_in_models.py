@@ -15,8 +15,6 @@ import attnopt
 from attnopt.errors import AttnoptWarning, CaptureError
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 WIDTH, HEADS, DIM = 16, 4, 4
 
 

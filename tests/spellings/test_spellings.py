@@ -15,8 +15,6 @@ from must_match import MUST_MATCH
 import attnopt
 from attnopt.passes import GroupedQuery, PruneHeads, ScaleHeads
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 
 # ---------------------------------------------------------------- helpers
 @dataclass(frozen=True)

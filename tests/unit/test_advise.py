@@ -17,8 +17,6 @@ from attnopt.errors import PolicyError
 from attnopt.patterns import Causal, Full, Neighborhood, Pattern, PerHead, Prefix, Sinks, Window
 from attnopt.patterns.tile_cost import KERNELS, Tiles
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 
 @settings(deadline=None)
 @given(LEAVES, st.integers(1, 40), st.integers(1, 40), st.sampled_from([(8, 4, None), (8, 4, 4), (8, 8, 8)]))

@@ -16,8 +16,6 @@ from attnopt import recipes
 from attnopt.errors import PolicyError
 from attnopt.patterns import Pattern, RandomBlocks, parse
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 Sees = Callable[[int, int, int], bool]  # head, query, key
 
 

@@ -25,8 +25,6 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, PerHead, Sinks, Strided, Window
 from attnopt.patterns.query_order import order_of, ordered_layout
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason="there is no C++ compiler")
 
 MORE: list[Pattern] = [

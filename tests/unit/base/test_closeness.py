@@ -12,8 +12,6 @@ from models import Attention, Spelling
 import attnopt
 from attnopt.base.closeness import TOLERANCE, difference, tensors, tolerance
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 X = torch.linspace(-3, 3, 24).reshape(4, 6)
 
 

@@ -22,8 +22,6 @@ from attnopt.render.tables import to_text
 from attnopt.render.trees import inspection_tree
 from attnopt.report.inspection import Inspection
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 
 def explained(name: str, policy: Any = None) -> Explanation:
     model, args = odd_models.mixed()

@@ -13,8 +13,6 @@ from attnopt.compiler.importance import METHODS, head_importance
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.passes import PruneHeads
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 H, D = 4, 4
 NEEDS_NO_MORE = [m for m in METHODS if m not in ("fisher", "retrieval")]
 

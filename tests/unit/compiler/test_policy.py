@@ -30,8 +30,6 @@ from attnopt.patterns import (
     Window,
 )
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 
 @given(POLICIES)
 def test_json_reads_back(policy: Policy) -> None:

@@ -103,6 +103,7 @@ def queries_of(model: nn.Module, name: str, head_dim: int, seen: dict[str, Tenso
     model.get_submodule(name).register_forward_hook(hook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), [("starcoder2", Blocked(True)), ("mbart", "sdpa")])
 def test_law_unrouted_heads_give_zero(name: str, backend: Any, tmp_path: Path) -> None:
     model, args, kwargs = zoo.BY_NAME[name].build()

@@ -17,8 +17,6 @@ import attnopt
 from attnopt.passes import LocalWindow
 from attnopt.patterns import Causal, Full, Window
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 WIDTH, HEADS, LENGTH = 12, 3, 7
 INF, LOG2_E = math.inf, math.log2(math.e)
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 import attnopt
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 WIDTH, HEADS, LENGTH, PADDED = 12, 3, 7, 3
 LOW = torch.finfo(torch.float32).min
 

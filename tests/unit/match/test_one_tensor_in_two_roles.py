@@ -16,8 +16,6 @@ from attnopt.ir.interfaces import Pass
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
 from attnopt.patterns import Window
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 E, H, D = 12, 3, 4
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 

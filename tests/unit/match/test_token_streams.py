@@ -17,8 +17,6 @@ from attnopt.ir.interfaces import Pass
 from attnopt.passes import DynamicSparse, LocalWindow, SoftPAG, Sparse
 from attnopt.patterns import Window
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 E, H, D = 12, 3, 4
 WINDOW = Window(2, 2)
 

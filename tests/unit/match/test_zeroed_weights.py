@@ -14,8 +14,6 @@ import attnopt
 from attnopt.passes import LocalWindow
 from attnopt.patterns import Window
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 WIDTH, HEADS, LENGTH = 12, 3, 7
 INF, LOW = math.inf, torch.finfo(torch.float32).min
 

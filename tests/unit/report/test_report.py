@@ -20,8 +20,6 @@ from attnopt.render.tables import inspection_json, inspection_table, report_tabl
 from attnopt.report.inspection import Inspection
 from attnopt.report.report import Report, SiteReport
 
-pytestmark = pytest.mark.usefixtures("one_capture")
-
 KNOWN = Projection(weight="w", rows=((0, 1), (2, 3)))
 UNKNOWN = Projection(why="it is computed from an input")
 
