@@ -44,10 +44,10 @@ demo: .venv/.demo ## optimize a trained sentence encoder, deploy it to ONNX Runt
 	$(PY) -m attnopt demo
 
 test: .venv/.test ## run the tests
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-fast: .venv/.test ## unit tests, and the laws on tiny models: under a minute
-	$(PY) -m pytest -n $(JOBS) -m "not gpu and not slow and not subprocess" $(FAST) $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not slow and not subprocess" $(FAST) $(ARGS)
 
 lint: .venv/.dev ## ruff, mypy and the layers of the packages
 	$(PY) -m ruff check .
