@@ -6,11 +6,15 @@ PINS := -c constraints.txt
 JOBS ?= 2
 N ?= 1000
 SEED ?= 0
+# What `make test-fast` runs: specs, patterns, passes, policies and graph tools, and every law on tiny models.
+FAST := $(addprefix tests/unit/,base/test_atomic_files.py base/test_closeness.py graph ir passes patterns report slicing) \
+	$(addprefix tests/unit/compiler/,test_plugins.py test_policy.py test_policy_file.py) \
+	tests/spellings/test_refusals.py tests/laws/test_tiny_laws.py tests/laws/test_driver.py
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs conformance fuzz mutants bench test-gpu clean
+.PHONY: help demo test test-fast lint docs conformance fuzz mutants bench test-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,7 +44,10 @@ demo: .venv/.demo ## optimize a trained sentence encoder, deploy it to ONNX Runt
 	$(PY) -m attnopt demo
 
 test: .venv/.test ## run the tests
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-fast: .venv/.test ## unit tests, and the laws on tiny models: under a minute
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not slow and not subprocess" $(FAST) $(ARGS)
 
 lint: .venv/.dev ## ruff, mypy and the layers of the packages
 	$(PY) -m ruff check .

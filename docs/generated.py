@@ -185,7 +185,7 @@ def spellings() -> str:
     """The spellings that the tests require, part by part."""
     from models import Spelling
 
-    must_match = _tested("test_spellings").MUST_MATCH
+    must_match = _beside("test_spellings").MUST_MATCH
     plain = Spelling()
     lines = ["| part | tested spellings |", "|---|---|"]
     for field, (title, meanings) in SPELLINGS.items():
@@ -202,7 +202,7 @@ def _values(field: str, shown: list[Any], plain: Any) -> set[Any]:
 
 def refusals() -> str:
     """Every refusal code in the source, by stage, with its golden text from the tests."""
-    tests = _tested("test_refusals")
+    tests = _beside("test_refusals")
     golden = {code: text for code, (_, text) in tests.CASES.items()} | tests.OTHERS
     lines = ["| code | issued by | example |", "|---|---|---|"]
     for code, stage in sorted(refusal_codes().items(), key=lambda pair: (pair[1], pair[0])):
@@ -262,11 +262,17 @@ def results() -> str:
     return "\n\n".join(sections)
 
 
-def _tested(module: str) -> Any:
-    """A module of the tests."""
+def layers(part: str) -> str:
+    """The packages and their imports: ``figure`` or ``table``."""
+    made: str = getattr(_beside("layers"), part)()
+    return made
+
+
+def _beside(module: str) -> Any:
+    """A module of the documentation or of the tests."""
     import importlib
 
-    for folder in ("tests/support", "tests/spellings"):
+    for folder in ("docs", "tests/support", "tests/spellings"):
         if str(ROOT / folder) not in sys.path:
             sys.path.insert(0, str(ROOT / folder))
     return importlib.import_module(module)
@@ -274,7 +280,7 @@ def _tested(module: str) -> Any:
 
 MAKERS: dict[str, Any] = {
     "picture": picture, "pass": about_pass, "backends": about_backends, "spellings": spellings, "refusals": refusals,
-    "commands": commands, "results": results,
+    "commands": commands, "results": results, "layers": layers,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,6 +50,38 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from older_onnx import written
 
     return written(tmp_path_factory.mktemp("onnx") / "old.onnx")
+
+
+@pytest.fixture(scope="module")
+def one_capture() -> Iterator[None]:
+    """A test file asks for this where its tests optimize one model over and over; see ``captures``."""
+    from captures import captured_once
+
+    with captured_once():
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_torchlib() -> Iterator[None]:
+    """torch reads the source of its 500 ONNX functions anew at every export; here once for all of them."""
+    from unittest import mock
+
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    known: dict[object, ONNXRegistry] = {}
+    real = ONNXRegistry.from_torchlib
+
+    def copied(**options: int) -> ONNXRegistry:
+        key = tuple(options.items())
+        if key not in known:
+            known[key] = real(**options)
+        made = ONNXRegistry()
+        made._opset_version = known[key].opset_version
+        made.functions = {name: [*functions] for name, functions in known[key].functions.items()}
+        return made
+
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(copied)):
+        yield
 
 
 # The same examples at every `make test`, new ones at every `make fuzz`.

@@ -165,6 +165,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'cubed'" in error_of(capsys, "explain", "odd_models:mixed", "cube")
 
 
+@pytest.mark.slow
 def test_diff(capsys: pytest.CaptureFixture[str]) -> None:
     policy = ("--policy", "local-window(left=3)")
     found = json_of(capsys, "diff", "tiny_models:causal", *policy)
@@ -225,6 +226,7 @@ def test_the_demo_needs_a_folder_that_can_be_made(tmp_path: Path) -> None:
         demo._folder(str(tmp_path / "file" / "out"))
 
 
+@pytest.mark.subprocess
 def test_listing_the_commands_imports_little() -> None:
     heavy = "{'onnx', 'onnxruntime', 'transformers'}"
     code = f"import sys, attnopt.cli.main as cli; cli._parser(); sys.exit(bool({heavy} & set(sys.modules)))"

@@ -115,6 +115,7 @@ def test_a_table_of_relative_positions_loses_the_heads_too(tmp_path: Path) -> No
         attnopt.convert(model, {"*block.0*": PruneHeads(heads=[1]), "*block.1*": PruneHeads(heads=[2])}, ids())
 
 
+@pytest.mark.subprocess
 def test_repeated_heads_are_folded_back_into_an_ordinary_checkpoint(tmp_path: Path) -> None:
     grouped = llama(kv_heads=2)
     repeated = llama(kv_heads=4)

@@ -59,6 +59,7 @@ class Words:
         return "".join(chr(97 + int(i) % 26) for i in ids)
 
 
+@pytest.mark.slow
 def test_chat_with_window(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     module = example("chat_with_window")
     converted = module.windowed(small(), torch.arange(1, 13).view(1, 12), window=8, sinks=2)
@@ -71,6 +72,7 @@ def test_chat_with_window(example: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert cache.layers[0].past == Past(2, 7)
 
 
+@pytest.mark.slow
 def test_heads_to_groups(example: Any, tmp_path: Path) -> None:
     module, model, ids = example("heads_to_groups"), small(), torch.arange(1, 13).view(1, 12)
     repeated = module.with_repeated_heads(model)

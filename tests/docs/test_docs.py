@@ -68,6 +68,7 @@ def run(text: str, module: ModuleType) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text("utf-8")], ids=lambda p: p.stem)
 def test_code_runs_and_prints_what_the_page_says(page: Path, page_module: ModuleType) -> None:
@@ -103,6 +104,7 @@ class Encoder(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_the_readme_runs(page_module: ModuleType) -> None:
     page_module.__dict__.update(model=Encoder().eval(), args=(torch.randn(2, 160, 64),))
     code = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
@@ -183,11 +185,52 @@ def test_markers_are_filled(page: Path, generated: ModuleType) -> None:
     assert "<!--" not in filled
 
 
+# ---------------------------------------------------------------- the code's own shape
+WITH_PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+NAMED = re.compile(r"`(\w+)` in `([\w/.]+\.py)`")
+PATH = re.compile(r"`((?:attnopt|passes|backends|tests|docs|benchmarks|examples)/[\w/.-]*)`")
+
+
+@pytest.mark.parametrize("page", WITH_PATHS, ids=lambda p: p.stem)
+def test_files_and_what_is_in_them_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for path in PATH.findall(text):
+        assert (ROOT / path).exists(), path
+    for name, path in NAMED.findall(text):
+        known = rf"^\s*(?:def|class) {name}\b|^{name}\b.* = "
+        assert re.search(known, (ROOT / path).read_text("utf-8"), re.MULTILINE), f"{name} in {path}"
+
+
+def test_the_pages_on_the_code_name_files() -> None:
+    for page, least in ((DOCS / "architecture.md", 30), (ROOT / "CONTRIBUTING.md", 10)):
+        assert len(NAMED.findall(page.read_text("utf-8"))) >= least, page.name
+
+
+def test_the_layers_hold_every_package(generated: ModuleType) -> None:
+    """import-linter holds the layers to the imports; this holds the figure and the table to both."""
+    layers = generated._beside("layers")
+    rank = {name: number for number, row in enumerate(layers.layers()) for name in row}
+    graph = layers.imports()
+    assert set(graph) == set(rank)
+    assert all(rank[a] < rank[b] for a, b in graph.edges)
+    assert {("match", "slicing"), ("passes", "ir"), ("cli", "model")} <= set(graph.edges)
+    drawn = re.findall(r"<title>(.+?)</title>.*?<text [^>]+>(.+?)</text>", generated.layers("figure"))
+    assert {name: told.rpartition(" Imports ")[2] for told, name in drawn} == {
+        name: f"{', '.join(sorted(graph[name])) or 'nothing of attnopt'}." for name in rank
+    }
+    sources = {f for name in rank for f in layers.files(name)}
+    for package in ("attnopt", "passes", "backends"):
+        missing = set((ROOT / package).rglob("*.py")) - sources
+        assert missing <= {ROOT / "attnopt" / "__init__.py", ROOT / "attnopt" / "onnx" / "__init__.py"}, missing
+
+
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE))
     assert listed == {p.name for p in PAGES}
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_it_builds(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:

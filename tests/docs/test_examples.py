@@ -18,6 +18,7 @@ ELSEWHERE = {
 EXAMPLES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ELSEWHERE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -108,6 +108,7 @@ def greedy(model: Any, prompt: list[int], length: int) -> list[int]:
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     ["fuse", {"*": "fuse", "*1*": LocalWindow(2, 0)}, PruneHeads(heads=(0,))],
@@ -123,6 +124,7 @@ def test_a_policy_generates_what_it_means(policy: Any, tmp_path: Path) -> None:
     assert generated(tmp_path / "m", prompts[:1], 24) == wanted[:1]
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_with_its_tokenizer(tmp_path: Path) -> None:
     """Text to tokens and on to new tokens, as ``generate`` does it."""
     import tokenizers

@@ -25,6 +25,7 @@ def in_runtime(path: Path, x: dict[str, Tensor]) -> Tensor:
     return torch.from_numpy(session.run(None, {name: t.numpy() for name, t in x.items()})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_new", [False, True], ids=["TorchScript exporter", "dynamo exporter"])
 def test_a_file_becomes_a_faster_file(is_new: bool, tmp_path: Path) -> None:
     """The same sites and weights as in the model that it was made of, and the same numbers at another size."""

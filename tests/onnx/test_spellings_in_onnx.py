@@ -75,6 +75,7 @@ def fast(request: pytest.FixtureRequest, model: Together) -> tuple[attnopt.Optim
     return made, [(2, LENGTH)] if request.param else [(2, LENGTH), (3, 11), (1, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavor", ["onnxruntime", "standard"])
 def test_every_spelling_in_one_file(fast: Any, flavor: Any, model: Together, tmp_path: Path) -> None:
     made, sizes = fast

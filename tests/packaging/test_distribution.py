@@ -53,6 +53,7 @@ def wheel(sdist: Path) -> Path:
     return made
 
 
+@pytest.mark.subprocess
 def test_the_wheel_holds_every_module_once_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
@@ -68,12 +69,15 @@ def test_the_wheel_holds_every_module_once_and_nothing_else(wheel: Path) -> None
     assert "# attnopt" in about  # the README
 
 
+@pytest.mark.subprocess
 def test_the_sdist_holds_the_licence_and_the_readme(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "passes/fuse.py", "backends/sdpa.py"} <= names
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_the_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]

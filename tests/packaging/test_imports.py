@@ -29,16 +29,19 @@ def loaded(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("statement", ["import attnopt", f"from attnopt import {OF_A_PLUGIN}, patterns"])
 def test_what_is_heavy_is_not_imported(statement: str) -> None:
     assert not {m for m in loaded(statement) if m.startswith(HEAVY)}
 
 
+@pytest.mark.subprocess
 def test_the_package_alone_is_next_to_nothing() -> None:
     light = {"base", "base.display", "render", "backends", "backends.attention_operator"}
     assert loaded("import attnopt") == {"attnopt", *(f"attnopt.{module}" for module in light)}
 
 
+@pytest.mark.subprocess
 def test_the_operator_is_there_at_once() -> None:
     assert loaded("import attnopt; torch.ops.attnopt.attention.default")
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from places import ROOT
 
 SCRIPT = """
@@ -40,6 +41,8 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_users_are_checked(tmp_path: Path) -> None:
     (tmp_path / "right.py").write_text(SCRIPT)
     wrong = SCRIPT

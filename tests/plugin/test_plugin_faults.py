@@ -33,6 +33,8 @@ from attnopt.compiler.explain import explain
 from attnopt.passes import DynamicSparse, Sparse
 from attnopt.patterns import PerHead, Window, parse
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 MODEL, ARGS = tiny_models.causal()
 MODEL.eval()
 

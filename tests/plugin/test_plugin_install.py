@@ -47,44 +47,50 @@ POLICIES = {  # and what reports say of them
 }
 
 EVERY_PATH = """
-import sys, torch, attnopt, tiny_models
+import json, sys, torch, attnopt, tiny_models
+from pathlib import Path
 from attnopt.compiler.explain import explain
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model, args = tiny_models.Attention().eval(), (torch.randn(2, 12, 16),)
-policy, told, folder = sys.argv[1:]
-chosen = attnopt.Policy.of(policy)
-assert attnopt.Policy.from_json(chosen.to_json()) == chosen
-reference = attnopt.optimize(model, policy, args, backend="reference")
-for backend in ("auto", "blocked"):
-    fast = attnopt.optimize(model, policy, args, backend=backend)
-    assert [s.status for s in fast.report.sites] == ["rewritten"], str(fast.report)
-    torch.testing.assert_close(fast(*args), reference(*args))
-    assert told in str(fast.report), str(fast.report)
-    fast.save(folder + "/saved")
-    assert torch.equal(attnopt.load(folder + "/saved")(*args), fast(*args))
-fast.report.to_html(folder + "/report.html")
-fast.export_onnx(folder + "/model.onnx")
-(found,) = explain(model, "(root)", args, {})
-assert {"acme.clip", "backend acme.plain"} <= set(found.accepted), found
-assert "acme.last-k" not in found.accepted, found
-(found,) = explain(model, "(root)", args, {}, chosen)
-assert policy.partition("(")[0] in found.accepted, found
+policies, root = json.loads(sys.argv[1]), Path(sys.argv[2])
+for number, (policy, told) in enumerate(policies.items()):
+    print(policy, file=sys.stderr, flush=True)  # what fails is in the last one
+    folder = root / str(number)
+    folder.mkdir()
+    chosen = attnopt.Policy.of(policy)
+    assert attnopt.Policy.from_json(chosen.to_json()) == chosen
+    reference = attnopt.optimize(model, policy, args, backend="reference")
+    for backend in ("auto", "blocked"):
+        fast = attnopt.optimize(model, policy, args, backend=backend)
+        assert [s.status for s in fast.report.sites] == ["rewritten"], str(fast.report)
+        torch.testing.assert_close(fast(*args), reference(*args))
+        assert told in str(fast.report), str(fast.report)
+        fast.save(folder / "saved")
+        assert torch.equal(attnopt.load(folder / "saved")(*args), fast(*args))
+    fast.report.to_html(folder / "report.html")
+    fast.export_onnx(folder / "model.onnx")
+    (found,) = explain(model, "(root)", args, {})
+    assert {"acme.clip", "backend acme.plain"} <= set(found.accepted), found
+    assert "acme.last-k" not in found.accepted, found
+    (found,) = explain(model, "(root)", args, {}, chosen)
+    assert policy.partition("(")[0] in found.accepted, found
 assert len(attnopt.inspect(model, args).sites) == 1
 """
 
 NOT_INSTALLED = """
-import sys, attnopt
-try:
-    attnopt.load(sys.argv[2] + "/saved")
-except attnopt.ArchiveError as error:
-    assert f"the saved model needs {sys.argv[1]} of acme-attnopt: unknown " in str(error), error
-    assert error.hint.startswith("install acme-attnopt, or import the module that registers it"), error
-else:
-    assert not sys.argv[1]
+import json, sys, attnopt
+from pathlib import Path
+for number, missing in enumerate(json.loads(sys.argv[1])):
+    try:
+        attnopt.load(Path(sys.argv[2]) / str(number) / "saved")
+    except attnopt.ArchiveError as error:
+        assert f"the saved model needs {missing} of acme-attnopt: unknown " in str(error), error
+        assert error.hint.startswith("install acme-attnopt, or import the module that registers it"), error
+    else:
+        assert not missing
 """
-NEEDED = ("", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'", "", "")  # by the saved model
-MISSING = dict(zip(POLICIES, NEEDED, strict=True))
+MISSING = ("", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'", "", "")  # policy by policy
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,7 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.subprocess
 def test_it_is_listed(environment: dict[str, str]) -> None:
     rows = json.loads(_run([sys.executable, "-m", "attnopt", "passes", "--json"], environment))
     found = {row["name"]: row for row in rows}
@@ -112,16 +119,19 @@ def test_it_is_listed(environment: dict[str, str]) -> None:
     assert "keys" in json.dumps(found["acme.last-k"]["options"])
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_it_is_used_by_its_name(environment: dict[str, str]) -> None:
     _run([sys.executable, "-W", "ignore", "-c", USE], environment)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_kind_on_every_path(policy: str, environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_every_kind_on_every_path(environment: dict[str, str], tmp_path: Path) -> None:
     quiet = [sys.executable, "-W", "ignore", "-c"]
-    _run([*quiet, EVERY_PATH, policy, POLICIES[policy], str(tmp_path)], environment)
+    _run([*quiet, EVERY_PATH, json.dumps(POLICIES), str(tmp_path)], environment)
     without = {**environment, "PYTHONPATH": os.pathsep.join(environment["PYTHONPATH"].split(os.pathsep)[1:])}
-    _run([*quiet, NOT_INSTALLED, MISSING[policy], str(tmp_path)], without)
+    _run([*quiet, NOT_INSTALLED, json.dumps(MISSING), str(tmp_path)], without)
 
 
 def test_a_pattern_in_a_converted_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,7 @@ BOMBS = [
 ]  # fmt: skip
 
 
+@pytest.mark.subprocess
 def test_bombs(tmp_path: Path) -> None:
     """Read one after the other in a process of limited memory: each is refused by name, costs little and ends nothing."""
     files = []

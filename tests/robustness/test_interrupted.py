@@ -73,6 +73,7 @@ def moments(work: Callable[[], Any], folder: Path, step: int = 1) -> Iterator[in
         moment += step
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("exchanges", [True, False], ids=["one step", "two steps"])
 def test_a_folder(tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system cannot swap folders in one step, the old one may be found under its other name."""
@@ -101,6 +102,7 @@ def test_a_folder(tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPat
     assert (target / MARKER).read_text() == "new"
 
 
+@pytest.mark.subprocess
 def test_a_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old" * 1000)
@@ -116,6 +118,7 @@ def test_a_file(tmp_path: Path) -> None:
     assert count > 3
 
 
+@pytest.mark.subprocess
 def test_save(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
     target = tmp_path / "saved"
     fast.save(target)
@@ -123,6 +126,7 @@ def test_save(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
         assert torch.equal(attnopt.load(target)(X), fast(X))
 
 
+@pytest.mark.subprocess
 def test_export(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
     target = tmp_path / "m.onnx"
     target.write_bytes(b"old")
@@ -143,6 +147,7 @@ def _nobody() -> None:
     os.setuid(NOBODY)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("what", ["save", "export_onnx"])
 def test_a_full_disk(fast: attnopt.OptimizedModel, tmp_path: Path, what: str) -> None:
     target = tmp_path / "m"
@@ -155,6 +160,7 @@ def test_a_full_disk(fast: attnopt.OptimizedModel, tmp_path: Path, what: str) ->
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 @pytest.mark.parametrize("what", ["save", "export_onnx"])
 def test_a_folder_of_somebody_else(fast: attnopt.OptimizedModel, tmp_path: Path, what: str) -> None:

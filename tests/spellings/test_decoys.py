@@ -17,6 +17,8 @@ from torch import nn
 import attnopt
 from attnopt.passes import LocalWindow, PruneHeads, ScaleHeads
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 VARIANTS: list[tuple[str, Callable[[], nn.Module]]] = [
     *((kind.__name__, kind) for kind in NEVER),
     ("Routing, best two", partial(decoys.Routing, top=2)),

@@ -6,23 +6,19 @@ import copy
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import oracle
 import torch
 from caches import Lists
+from captures import captured_once
 from models import MAX, Attention, Spelling
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.capture import capture as capture
-from attnopt.compiler import compile as optimizing
-from attnopt.lower import lower as lowering
 from fuzzing.edits import Call, Edit, calls, edit_of, meant
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import build, inputs
@@ -70,7 +66,7 @@ def _check(case: Case, outcome: Outcome) -> None:
     if case.branch == "data":
         outcome.missed = [(_capture_error(model, given), c.block.spelling) for c in ran]
         return
-    with _captured_once():
+    with captured_once():
         fast = attnopt.optimize(model, "fuse", (), given)
         _same(case, oracle.run(fast, (), given), own, "fuse", lambda: _exact(model, given))
         outcome.laws.append("fuse")
@@ -150,20 +146,6 @@ def _exact(model: nn.Module, given: Mapping[str, Tensor]) -> list[Tensor]:
 def _in_single(model: nn.Module, given: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
     wide = {name: t.float() if t.is_floating_point() else t for name, t in given.items()}
     return copy.deepcopy(model).float(), wide
-
-
-@contextmanager
-def _captured_once() -> Iterator[None]:
-    """A case's model is captured once; every later ``optimize`` gets a copy of the graph."""
-    known: list[capture.Program] = []
-
-    def once(*args: Any) -> capture.Program:
-        if not known:
-            known.append(capture.capture(*args))
-        return replace(known[0], module=lowering.copy_program(known[0].module)[0])
-
-    with mock.patch.object(optimizing, "capture", once):
-        yield
 
 
 def _capture_error(model: nn.Module, given: Mapping[str, Tensor]) -> str:

@@ -22,6 +22,7 @@ from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
 H, D = 4, 4
 
 pytestmark = [
+    pytest.mark.usefixtures("one_capture"),
     pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning"),  # a refusal leaves a policy without effect
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own
 ]
@@ -164,10 +165,16 @@ def copied(kv_heads: int, of: tuple[int, ...]) -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def alternating() -> tuple[nn.Module, list[Tensor]]:
+    """Heads 0 and 2, and heads 1 and 3, have the same keys and values; with its data."""
+    return copied(2, (0, 1, 0, 1)), batches()
+
+
 @pytest.mark.parametrize("merge", ["procrustes", "svd", "score-optimal", "mean", "first"])
 @pytest.mark.parametrize("grouping", ["optimal", "similarity", (0, 1, 0, 1)])
-def test_equal_heads_are_found_and_merged_without_loss(merge: str, grouping: Any) -> None:
-    model, data = copied(2, (0, 1, 0, 1)), batches()
+def test_equal_heads_are_found_and_merged_without_loss(merge: str, grouping: Any, alternating: Any) -> None:
+    model, data = alternating
     fast = optimized(model, GroupedQuery(2, merge=merge, grouping=grouping), data)
     assert fast.sites[0].spec.kv_of_head == (0, 1, 0, 1)
     assert error(fast, model, batches(seed=9)) < 1e-8
@@ -224,9 +231,9 @@ def llama() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("merge", [None, "procrustes", "svd", "score-optimal"])
-def test_rotary_keys_are_turned_per_frequency(merge: str | None) -> None:
-    """Head 1 is head 0 with each frequency turned by an angle of its own, values in another basis."""
+@pytest.fixture(scope="module")
+def turned() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Head 1 is head 0 with each frequency turned by an angle of its own, values in another basis; with its data."""
     model = llama()
     generator = torch.Generator().manual_seed(5)
     for layer in model.model.layers:
@@ -238,7 +245,12 @@ def test_rotary_keys_are_turned_per_frequency(merge: str | None) -> None:
         basis = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
         a.k_proj.weight.data[8:16] = turn @ a.k_proj.weight.data[:8]
         a.v_proj.weight.data[8:16] = basis @ a.v_proj.weight.data[:8]
-    data = [{"input_ids": zoo.ids(batch=8, length=9, seed=s)} for s in range(4)]
+    return model, [{"input_ids": zoo.ids(batch=8, length=9, seed=s)} for s in range(4)]
+
+
+@pytest.mark.parametrize("merge", [None, "procrustes", "svd", "score-optimal"])
+def test_rotary_keys_are_turned_per_frequency(merge: str | None, turned: Any) -> None:
+    model, data = turned
     policy = GroupedQuery(3, merge=merge, grouping=(0, 0, 1, 2), compensate="none")
     fast = attnopt.optimize(model, policy, (), data[0], calibration=data)
     assert [s.num_kv_heads for s in fast.sites] == [3, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,8 +49,9 @@ index = st.integers(-SIZE, SIZE - 1)
 piece = st.builds(slice, st.none() | index, st.none() | index, st.none() | st.integers(1, 4))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2), st.lists(piece | index, min_size=1, max_size=5))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_random_pieces(axis: int, writes: list[slice | int]) -> None:
     assert not check(Writing(axis, writes))
 

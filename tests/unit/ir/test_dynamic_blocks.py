@@ -27,6 +27,8 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.passes import DynamicSparse, LocalWindow, PruneHeads
 from attnopt.patterns import Causal, Full, Sinks, Window
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 SCORES = st.sampled_from([Pooled(), Antidiagonal(2), Antidiagonal(4), KMeans(3, 2), KMeans(20, 1)])
 KEEP = st.one_of(st.integers(1, 4), st.sampled_from([0.01, 0.25, 0.5, 0.8, 1.0]))
 SELECTIONS = st.builds(DynamicBlocks, SCORES, KEEP, st.sampled_from([4, 8]), st.integers(0, 2), st.integers(1, 2))
@@ -87,6 +89,7 @@ def test_nan_is_not_hidden() -> None:
         assert DynamicBlocks(scores, keep=1, block=4, sinks=0).select(q, k, 1.0, True)[0, 0, 2:, 1].all()
 
 
+@pytest.mark.slow
 def test_in_onnx_runtime(tmp_path: Any) -> None:
     scores = ("pooled", "antidiagonal(2)", "kmeans")
     model, x = torch.nn.Sequential(*(tiny_models.Attention() for _ in scores)), torch.randn(2, 12, 16)
@@ -296,6 +299,7 @@ def test_where_it_cannot_be_applied() -> None:
     )
 
 
+@pytest.mark.slow
 def test_in_a_model(tmp_path: Any) -> None:
     model, x = tiny_models.Attention(), torch.randn(2, 12, 16)
     everything = attnopt.optimize(model, DynamicSparse(keep=1.0, block=4), (x,))

@@ -32,6 +32,7 @@ from attnopt.ir.plugin_calls import attention_of
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, PruneHeads, ScaleHeads, SoftPAG
 
 pytestmark = [
+    pytest.mark.usefixtures("one_capture"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -85,6 +86,7 @@ def test_law_soft_pag_is_the_map_moved_to_the_identity(s: Spelling) -> None:
         oracle.assert_differs(want, oracle.run(model, (), given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "mbart"])
 def test_law_soft_pag_in_models(name: str) -> None:
     model, args, kwargs = zoo.BY_NAME[name].build()
@@ -132,6 +134,7 @@ def test_gains_before_and_after_an_edit() -> None:
 
 
 # ---------------------------------------------------------------- replaced
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit", "starcoder2"])
 def test_law_patched_heads_give_what_a_hook_gives(name: str, tmp_path: Path) -> None:
     model, args, kwargs = zoo.BY_NAME[name].build()
@@ -228,6 +231,7 @@ def test_recorded_values_must_fit_the_call() -> None:
 
 
 # ---------------------------------------------------------------- with other passes and forms
+@pytest.mark.slow
 def test_edits_at_dynamic_lengths_in_onnx_runtime(tmp_path: Path) -> None:
     model, x = tiny_models.Stack(), torch.randn(2, 12, 16)
     policy = {

@@ -42,6 +42,7 @@ from attnopt.passes import (
 from attnopt.patterns import Causal, Full, Pattern, PerHead, Sinks, Window
 
 pytestmark = [
+    pytest.mark.usefixtures("one_capture"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # transformers' own
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -102,6 +103,7 @@ def queries_of(model: nn.Module, name: str, head_dim: int, seen: dict[str, Tenso
     model.get_submodule(name).register_forward_hook(hook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), [("starcoder2", Blocked(True)), ("mbart", "sdpa")])
 def test_law_unrouted_heads_give_zero(name: str, backend: Any, tmp_path: Path) -> None:
     model, args, kwargs = zoo.BY_NAME[name].build()
@@ -192,6 +194,7 @@ def test_skipping_rows_with_selected_blocks_and_in_float64() -> None:
         torch.testing.assert_close(routed(Blocked(True), spec, t), routed(Reference(), spec, t))
 
 
+@pytest.mark.slow
 def test_a_skipping_model_trains_runs_anywhere_and_is_exported(tmp_path: Path) -> None:
     model, x = tiny_models.Stack(), torch.randn(2, 12, 16)
     plain, fast = (
@@ -239,6 +242,7 @@ def test_the_faster_form_is_taken_and_both_times_are_told(monkeypatch: pytest.Mo
     assert site.cost_after.flops == site.cost_before.flops
 
 
+@pytest.mark.slow
 def test_times_are_measured_once_for_equal_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[Any] = []
     own = route_timing._seconds

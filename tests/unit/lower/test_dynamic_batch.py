@@ -29,6 +29,7 @@ def model() -> nn.TransformerEncoder:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["prune-heads(heads=[1])", "grouped-query(kv_heads=2)"])
 def test_at_other_batches(policy: str) -> None:
     original = model()
@@ -39,6 +40,7 @@ def test_at_other_batches(policy: str) -> None:
         oracle.assert_same(oracle.run(fast, (x,)), oracle.run(original, (x,)), f"{batch} x {length}")
 
 
+@pytest.mark.slow
 def test_a_bias_whose_heads_are_joined_with_the_batch() -> None:
     """BLOOM repeats its ALiBi for the batch: heads can only be told apart further down."""
     (entry,) = (e for e in zoo.ENTRIES if e.name == "bloom")

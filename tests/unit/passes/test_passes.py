@@ -325,6 +325,7 @@ def test_bad_options_say_what_is_allowed(make: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("package", ["passes", "backends"])
 def test_a_second_copy_of_a_package_is_refused(package: str) -> None:
     root = ROOT

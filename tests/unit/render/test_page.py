@@ -222,6 +222,7 @@ def _seen(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
     return dict(json.loads(html.unescape(title)))
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (1200, True)])
 def test_in_a_browser(report: Report, tmp_path: Path, width: int, dark: bool) -> None:

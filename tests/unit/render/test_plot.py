@@ -83,6 +83,7 @@ def test_nothing_to_draw_is_told(report: Report) -> None:
             draw()
 
 
+@pytest.mark.subprocess
 def test_matplotlib_is_imported_when_something_is_drawn() -> None:
     code = "import sys, attnopt.plot; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.passes import GroupedQuery, PruneHeads
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 WIDTH, HEADS, GROUPS, DIM = 48, 6, 3, 8
 Q, KV = HEADS * DIM, GROUPS * DIM
 
