@@ -47,5 +47,5 @@ def test_a_small_error_that_grows_is_no_rounding(monkeypatch: pytest.MonkeyPatch
         return lambda q, k, v, **given: attend(q, k, v, **given) * (1 + 3e-6)
 
     monkeypatch.setattr(Reference, "lower", wrong)
-    with pytest.raises(attnopt.VerificationError, match="does not compute what local-window means"):
+    with pytest.raises(attnopt.VerificationError, match="does not compute what local-window specifies"):
         attnopt.optimize(Chaotic(18).eval(), LocalWindow(2), (X,))

@@ -371,7 +371,7 @@ def test_refusals_name_what_is_missing(policy: Any, message: str) -> None:
         (lambda: PruneHeads(heads=[1], budget="global"), "budget is only used with fraction"),
         (lambda: PruneHeads(0.5, importance={}), "a mapping from site"),
         (lambda: GroupedQuery(2, grouping="random"), "invalid value grouping='random'"),
-        (lambda: GroupedQuery(2, grouping=(0, 2)), "a number from 0 to 1"),
+        (lambda: GroupedQuery(2, grouping=(0, 2)), "one group per head, numbered 0 to 1"),
         (lambda: GroupedQuery(2, grouping="key-norm", merge="svd"), "changes the head that a query reads"),
         (lambda: GroupedQuery(2, compensate="bias"), "invalid value compensate='bias'"),
     ],

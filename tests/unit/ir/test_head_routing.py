@@ -257,7 +257,7 @@ def test_times_are_measured_once_for_equal_sites(monkeypatch: pytest.MonkeyPatch
 def test_a_backend_that_masks_says_so() -> None:
     model, x = tiny_models.Attention(), torch.randn(2, 12, 16)
     (site,) = attnopt.optimize(model, RouteHeads(routed=1), (x,), backend="sdpa").report.sites
-    assert site.notes == ("sdpa computes every head and masks those that are not routed",)
+    assert site.notes == ("sdpa computes every head and masks those that are not routed: no time is saved",)
 
 
 # ---------------------------------------------------------------- calibration
