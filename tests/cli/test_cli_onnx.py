@@ -18,6 +18,8 @@ from places import SUPPORT
 import attnopt
 from attnopt.cli import main as cli
 
+pytestmark = pytest.mark.usefixtures("one_torchlib")
+
 BANDED = ("--policy", "local-window(left=3)")
 SIZES = ("--size", "batch=3", "--size", "length=9")
 

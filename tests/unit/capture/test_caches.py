@@ -21,6 +21,8 @@ from attnopt.base.closeness import difference, tensors
 from attnopt.base.containers import copied
 from attnopt.errors import ArchiveError, CaptureError
 
+pytestmark = pytest.mark.usefixtures("one_torchlib")
+
 KINDS = (Lists, Counting, Buffers)
 
 
@@ -298,6 +300,7 @@ def test_saved_and_loaded(kind: type[Lists], tmp_path: Path) -> None:
     assert plain(ours) == plain(theirs)
 
 
+@pytest.mark.slow
 def test_a_class_that_a_file_names_is_not_made(tmp_path: Path) -> None:
     model = Decoder().eval()
     prompt = attnopt.optimize(model, "fuse", (tokens(5),), dynamic_shapes="auto")
@@ -360,6 +363,7 @@ def run(file: Path, feed: dict[str, Any]) -> dict[str, Any]:
     return dict(zip((o.name for o in session.get_outputs()), session.run(None, feed), strict=True))
 
 
+@pytest.mark.slow
 def test_a_file_goes_on_from_its_own_outputs(tmp_path: Path) -> None:
     """A cache with a counter, token by token in ONNX Runtime: what goes out under ``present`` comes in again."""
     pytest.importorskip("onnx")
@@ -405,6 +409,7 @@ def read(model: Any, cache: Any, length: int = 7) -> Any:
         return model(input_ids=tokens(length), past_key_values=cache)
 
 
+@pytest.mark.slow
 def test_an_output_with_its_cache(tmp_path: Path) -> None:
     model = tiny("Llama")
     fast = attnopt.optimize(model, "fuse", (), {"input_ids": tokens(6)}, dynamic_shapes="auto")
@@ -460,6 +465,7 @@ def test_caches_of_transformers(name: str) -> None:
             step(input_ids=tokens(1), past_key_values=short)
 
 
+@pytest.mark.slow
 def test_names_in_files(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     transformers = pytest.importorskip("transformers")
@@ -474,6 +480,7 @@ def test_names_in_files(tmp_path: Path) -> None:
     assert [o.name for o in session.get_outputs()] == ["logits", *(f"present.{n}" for n in layers)]
 
 
+@pytest.mark.slow
 def test_names_of_an_encoder_decoder(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     transformers = pytest.importorskip("transformers")

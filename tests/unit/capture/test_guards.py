@@ -23,6 +23,8 @@ from attnopt.capture.size_algebra import always_holds, told_once
 from attnopt.errors import CaptureError, ExportError
 from attnopt.onnx.export.size_checks import check_sizes
 
+pytestmark = pytest.mark.usefixtures("one_torchlib")
+
 STOPPED = onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.errors import ArchiveError, CaptureError, ExportError
 
+pytestmark = pytest.mark.usefixtures("one_torchlib")
+
 
 class Pair(NamedTuple):
     x: Tensor
