@@ -187,7 +187,7 @@ def test_markers_are_filled(page: Path, generated: ModuleType) -> None:
 
 # ---------------------------------------------------------------- the code's own shape
 WITH_PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
-NAMED = re.compile(r"`(\w+)` in `([\w/.]+\.py)`")
+NAMED = re.compile(r"`(\w+)` in `([\w.]+/[\w/.]+\.py)`")
 PATH = re.compile(r"`((?:attnopt|passes|backends|tests|docs|benchmarks|examples)/[\w/.-]*)`")
 
 
