@@ -87,6 +87,7 @@ class PruneHeads(Pass, SharesBudget):
         """The option in comparable, serializable form: a name, numbers, or pairs of a site and its numbers."""
         given: Any = self.importance
         if isinstance(given, str):
+            choice(self.name, "importance", given, tuple(IMPORTANCE.listed()))
             IMPORTANCE.load(given)
             return given
         pairs = list(given.items()) if isinstance(given, Mapping) else list(given) if _is_pairs(given) else None
