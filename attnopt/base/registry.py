@@ -10,11 +10,11 @@ import difflib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points, packages_distributions
+from importlib.metadata import entry_points, packages_distributions
 from typing import Any, Generic, TypeVar
 
 from attnopt.errors import PluginError, PolicyError
@@ -81,8 +81,8 @@ class Registry(Generic[T]):
     def listed(self) -> dict[str, Plugin]:
         """All known entries, without importing them."""
         found = {name: [plugin] for name, plugin in self._own.items()}
-        for entry in _offered(self.group):
-            plugin = _plugin(entry.name, self.kind, _distribution(entry), entry.value)
+        for name, target, distribution in _offered(self.group):
+            plugin = _plugin(name, self.kind, distribution, target)
             claims = found.setdefault(plugin.name, [])
             if all(plugin.distribution != other.distribution for other in claims):
                 claims.append(plugin)
@@ -180,11 +180,10 @@ def _contested(claims: list[Plugin]) -> Plugin:
     return Plugin(first.name, first.kind, first.target, first.distribution, tuple(p.distribution for p in others))
 
 
-def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "an unknown distribution"
+Offer = tuple[str, str, str]  # the name, the target and the distribution of an entry point
 
 
-def _offered(group: str) -> Iterable[EntryPoint]:
+def _offered(group: str) -> tuple[Offer, ...]:
     return _installed(group, tuple((str(place), _changed(place)) for place in sys.path))
 
 
@@ -196,6 +195,8 @@ def _changed(place: str) -> int:
         return 0
 
 
-@lru_cache(32)  # reading the entry points of all distributions dominates the cost of parsing a policy rule
-def _installed(group: str, places: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=group))
+@lru_cache(32)  # reading the metadata of every distribution takes longer than all else about a rule of a policy
+def _installed(group: str, places: tuple[tuple[str, int], ...]) -> tuple[Offer, ...]:
+    return tuple(
+        (e.name, e.value, e.dist.name if e.dist else "an unknown distribution") for e in entry_points(group=group)
+    )
