@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from attnopt.errors import CaptureError
 
 Path = tuple[Any, ...]  # of attributes, keys and indices
+OF_EACH_KIND = "optimize the model once more with an example of this structure, and keep both results"
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 LARGEST = 100_000  # objects in one container
 
@@ -399,6 +400,3 @@ def copied(inputs: Any) -> Any:
     )
     build = Build(walk.nodes, [x.clone() if isinstance(x, Tensor) else x for x in walk.leaves])
     return mapped(tree, lambda _, __: False, lambda part, _: build.part(part))
-
-
-OF_EACH_KIND = "optimize the model once more with an example of this structure, and keep both results"

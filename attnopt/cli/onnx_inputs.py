@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from attnopt.errors import AttnoptError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-
 import argparse
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +14,7 @@ from torch import Tensor, nn
 
 from attnopt.base.ort_session import cpu_session
 from attnopt.base.user_warning import warn
+from attnopt.errors import AttnoptError
 from attnopt.onnx.load.error_text import quoted
 
 if TYPE_CHECKING:

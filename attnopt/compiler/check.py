@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -250,6 +250,12 @@ def fitting(
             + ("" if fixed or dynamic_axes(module.graph) else ', or optimize with dynamic_shapes="auto"'),
         ) from e
     return arranged
+
+
+def all_fitting(program: Program, signature: Signature, batches: Iterable[Inputs]) -> list[Inputs]:
+    """The calibration batches in the form that the graph of ``program`` takes.  Raises CalibrationError."""
+    form, fixed = program.form, program.fixed_axes
+    return [fitting(program.module, signature, batch, i, form, fixed) for i, batch in enumerate(batches)]
 
 
 def _moved(module: fx.GraphModule, inputs: Inputs) -> Inputs:

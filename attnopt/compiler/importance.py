@@ -13,17 +13,18 @@ from attnopt.base.compile_lock import compiling
 from attnopt.base.display import shown
 from attnopt.base.options import choice
 from attnopt.capture.calibration import Batch, Calibration, Inputs, shapes_of
-from attnopt.capture.capture import capture, require_values
+from attnopt.capture.capture import require_values
 from attnopt.capture.program import Program
 from attnopt.capture.signature import Signature
-from attnopt.compiler.check import fitting
+from attnopt.compiler.analyze import analyze
+from attnopt.compiler.check import all_fitting
 from attnopt.compiler.gate_scores import ablation, fisher, sensitivity, taylor
 from attnopt.compiler.stream import Stream
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.fit.importance_methods import IMPORTANCE, scores_at
 from attnopt.fit.induction_score import retrieval
 from attnopt.ir.site import Site
-from attnopt.match.find import Found, find
+from attnopt.match.find import Found
 
 IN_MODEL = ("ablation", "taylor", "fisher")
 
@@ -136,20 +137,16 @@ def _captured(
     shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
     was_training = model.training
     try:
-        program = capture(model.eval(), args, kwargs, shapes)
+        analyzed = analyze(model.eval(), args, kwargs, shapes)
     finally:
         model.train(was_training)
-    signature = Signature.of(model.forward, args, kwargs)
-    batches = [
-        fitting(program.module, signature, batch, i, program.form, fixed=program.fixed_axes)
-        for i, batch in enumerate(calibration)
-    ]
-    found = [f for f in find(program).found if sites is None or f.site.name in {s.name for s in sites}]
+    batches = all_fitting(analyzed.program, Signature.of(model.forward, args, kwargs), calibration)
+    found = [f for f in analyzed.findings.found if sites is None or f.site.name in {s.name for s in sites}]
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}
     if missing or not found:
         names = ", ".join(repr(n) for n in sorted(missing)) or "any name"
         raise CalibrationError(f"no attention of {names} was found", hint="attnopt.inspect lists the sites")
-    return program, batches, found
+    return analyzed.program, batches, found
 
 
 def _seen(program: Program, batches: Sequence[Inputs], found: Sequence[Found]) -> Iterator[tuple[Found, Site]]:

@@ -12,7 +12,7 @@ from attnopt.capture.calibration import Inputs
 from attnopt.capture.program import Program
 from attnopt.capture.signature import Signature
 from attnopt.compiler import plugins
-from attnopt.compiler.check import fitting
+from attnopt.compiler.check import all_fitting
 from attnopt.compiler.policy import Policy
 from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Backend
@@ -54,11 +54,7 @@ class Job:
 
     def arranged(self, program: Program) -> list[Inputs]:
         """The calibration batches in the form in which the graph takes them.  Raises CalibrationError."""
-        signature = self.signature(program.module)
-        return [
-            fitting(program.module, signature, batch, i, program.form, fixed=program.fixed_axes)
-            for i, batch in enumerate(self.batches)
-        ]
+        return all_fitting(program, self.signature(program.module), self.batches)
 
 
 def backends_of(backend: str | Backend) -> tuple[Backend, ...]:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
-
-if TYPE_CHECKING:
-    pass
-
-
-from dataclasses import dataclass, field
 
 from attnopt.capture.flat_call import Form
 from attnopt.capture.signature import Signature

@@ -17,7 +17,6 @@ aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 NOT = (aten.logical_not.default, aten.bitwise_not.default)
-_LAST = 9223372036854775807
 
 
 def is_call(node: object, *targets: Any) -> bool:

@@ -60,6 +60,10 @@ class Rejected:
     node: fx.Node
     near: bool
 
+    @property
+    def told(self) -> NearMiss:
+        return NearMiss(module_path(self.anchor), self.refusal, source_line(self.anchor))
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -68,7 +72,7 @@ class Findings:
     found: tuple[Found, ...]
     near_misses: tuple[NearMiss, ...]
     candidates: int
-    rejected: tuple[Rejected, ...] = ()
+    rejected: tuple[Rejected, ...]
 
 
 def find(program: Program) -> Findings:
@@ -101,12 +105,12 @@ def find(program: Program) -> Findings:
             is_near = e.near or is_written_out(node)
             rejected.append(Rejected(node, e.refusal, e.node or node, is_near))
             if is_near:
-                near.append(NearMiss(module_path(node), e.refusal, source_line(node)))
+                near.append(rejected[-1].told)
             else:
                 near += [miss for n in _beside(node) for miss in _in_onnx_runtime(gm, n, every=True)[:1]]
         except Exception as e:
             rejected.append(Rejected(node, _defeated(node, e), node, True))
-            near.append(NearMiss(module_path(node), _defeated(node, e), source_line(node)))
+            near.append(rejected[-1].told)
     return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread), tuple(rejected))
 
 

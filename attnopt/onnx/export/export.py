@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import fx
 
@@ -13,9 +13,6 @@ from attnopt.errors import ExportError
 from attnopt.onnx.export.mark import fastest, mark
 from attnopt.onnx.export.translate import OPSETS, expand, translated
 from attnopt.onnx.export.write_file import ROOM_IN_FILE, finish, save, weights_size, written_to
-
-if TYPE_CHECKING:
-    pass
 
 Flavor = Literal["onnxruntime", "standard"]
 

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from attnopt.errors import ExportError
-from attnopt.ir.spec import AttentionSpec
-from attnopt.onnx.export.choose_form import OnnxSite
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from attnopt.errors import ExportError
 from attnopt.graph.emitter import Emitter
+from attnopt.ir.spec import AttentionSpec
 from attnopt.onnx.export.builder import ORT, Builder
-from attnopt.onnx.export.choose_form import Form
+from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.mark import Operands, Settle
 from attnopt.onnx.export.write_form import flat, heads_of
 from attnopt.patterns import Pattern
 from attnopt.patterns.bands import Band
+
+PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" or "value"
 
 
 def cached(specs: Mapping[str, AttentionSpec]) -> Settle:
@@ -144,6 +138,3 @@ class Cache:
     def _entry(self, site: OnnxSite, name: str, length: str) -> ir.Value:
         shape = ir.Shape([self.batch, site.kv_heads, length, site.head_dim])
         return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
-
-
-PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" or "value"

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnopt.onnx.load.grouping import used_by
 from attnopt.onnx.load.source import Source
-
-if TYPE_CHECKING:
-    pass
 
 _STEPS = {
     "Cast",
