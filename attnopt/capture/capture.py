@@ -28,7 +28,7 @@ from attnopt.capture.calibration import Inputs
 from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
 from attnopt.capture.flat_capture import Calls, shapes_for
 from attnopt.capture.flex_attention import freshly_traced, write_out
-from attnopt.capture.functionalize import functional
+from attnopt.capture.functionalize import expand_views, functional
 from attnopt.capture.guards import relations
 from attnopt.capture.program import Args, Kwargs, Program
 from attnopt.capture.run_unchanged import called, cloned, outputs_of
@@ -243,6 +243,7 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     _refuse_own_generator(module)
     _own_state(module)
     _settle_sizes(module)
+    expand_views(module)
     tidy(module)
     if write_out(module):
         tidy(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,20 +13,21 @@ from torch.export import ExportedProgram
 
 from attnopt.base.sizes import is_static
 from attnopt.capture.flex_attention import index_plainly
+from attnopt.graph.cleanup import sweep
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import aten, is_call, value
+from attnopt.graph.value_names import inherit
 
 higher_order = torch.ops.higher_order
 
 
 # Composite operators that the rest of attnopt reads directly, or that ``tidy`` rewrites.
-_READ = (
-    "matmul", "linear", "softmax", "log_softmax", "scaled_dot_product_attention", "einsum", "layer_norm", "rms_norm",
-    "dropout", "contiguous", "reshape", "to", "chunk", "flatten", "unflatten", "expand_as", "batch_norm", "conv1d", "conv2d",
-    "where", "__and__", "__or__", "repeat_interleave", "type_as", "alias", "detach", "silu", "gelu", "embedding", "group_norm",
-)  # fmt: skip
+_READ = ("contiguous", "reshape", "to", "chunk", "expand_as", "type_as", "alias", "detach")
+_VIEWS_UNSAID = ("atleast_1d", "atleast_2d", "atleast_3d", "unsafe_chunk")  # by their schemas
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
-    """The program without in-place writes, regions and unsupported composite operators.
+    """The program without in-place writes and regions.
 
     torch retraces for this, which costs more than the export itself; most graphs are
     already functional.
@@ -67,10 +69,53 @@ def _is_functional(node: fx.Node) -> bool:
     op = node.target
     if not isinstance(op, torch._ops.OpOverload):
         return not isinstance(op, torch._ops.HigherOrderOperator) and op.__module__ != "torch._functorch.predispatch"
-    if op._schema.is_mutable:
+    return not op._schema.is_mutable or op is aten.detach_.default
+
+
+def expand_views(gm: fx.GraphModule) -> None:
+    """Replace each composite view (``x.T``, ``x.narrow(...)``, a flatten of free sizes) by the operators it consists of.
+
+    Node by node: torch's own decomposition retraces the whole program.
+    """
+    nodes = list(gm.graph.nodes)
+    emit = Emitter(gm.graph, nodes[0])
+    for node in nodes:
+        if is_call(node, aten.sym_size.int):
+            emit.reuse(node)
+        elif is_call(node, aten.detach_.default):  # changes no value
+            node.target = aten.alias.default
+        elif node.op == "call_function" and _is_composite_view(node):
+            emit.before = node
+            _expand(node, emit)
+    sweep(gm)
+
+
+def _expand(node: fx.Node, emit: Emitter) -> None:
+    target: Any = node.target
+    parts = list(node.users) if isinstance(value(node), (tuple, list)) else [None]  # getitems of a split
+    for part in parts:
+
+        def run(*inputs: Any, part: fx.Node | None = part) -> Any:
+            given = dict(zip(node.all_input_nodes, inputs, strict=True))
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
+            made = target(*args, **kwargs)
+            return made if part is None else made[part.args[1]]
+
+        made = emit.inline(run, *node.all_input_nodes, pre_dispatch=False)
+        inherit(made, part or node)
+        (part or node).replace_all_uses_with(made)
+
+
+def _is_composite_view(node: fx.Node) -> bool:
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
         return False
-    if op.overloadpacket.__name__ in ("flatten", "unflatten") and not all(map(is_static, node.meta["val"].shape)):
+    name: str = op.overloadpacket.__name__
+    if name in ("flatten", "unflatten"):
+        return not all(map(is_static, value(node).shape))
+    if name in _READ or not (name in _VIEWS_UNSAID or any(r.alias_info for r in op._schema.returns)):
         return False
-    name: str = op._schema.name + ("." + op._overloadname if op._overloadname != "default" else "")
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-    return not composite or op.overloadpacket.__name__ in _READ or op.namespace != "aten"
+    composite: bool = torch._C._dispatch_has_kernel_for_dispatch_key(
+        op._schema.name + ("." + op._overloadname if op._overloadname != "default" else ""), "CompositeImplicitAutograd"
+    )
+    return composite

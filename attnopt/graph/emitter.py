@@ -38,6 +38,10 @@ class Emitter:
         self._known[key] = node
         return node
 
+    def reuse(self, node: fx.Node) -> None:
+        """``node``, which stands before this place, is not to be computed again."""
+        self._known.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+
     def size(self, node: fx.Node, axis: int) -> int | fx.Node:
         """The length of an axis, as a number or as a node that computes it."""
         found = value(node).shape[axis]

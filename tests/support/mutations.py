@@ -34,6 +34,10 @@ class Fault:
 
 
 FAULTS = (
+    # capturing
+    Fault("another part of a split", "return made if part is None else made[part.args[1]]",
+          "return made if part is None else made[0]",
+          "test_functionalize.py -k hsplit"),
     # matching and raising
     Fault("a permuted key", "r.k.node, r.k.axes, (r.batch, kv_heads, r.keys, r.features)",
           "r.k.node, r.k.axes[:-2] + r.k.axes[:-3:-1], (r.batch, kv_heads, r.keys, r.features)",
