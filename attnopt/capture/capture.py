@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from attnopt.base.compile_lock import as_called, mode_of
 from attnopt.base.quiet import quiet
-from attnopt.base.sizes import is_static
 from attnopt.capture.auto_axes import Limited, as_far_as_it_goes, captured_with_own
 from attnopt.capture.calibration import Inputs
 from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
+from attnopt.capture.fixed_sizes import settle_sizes
 from attnopt.capture.flat_capture import Calls, shapes_for
 from attnopt.capture.flex_attention import freshly_traced, write_out
 from attnopt.capture.functionalize import expand_views, functional
@@ -34,7 +34,7 @@ from attnopt.capture.program import Args, Kwargs, Program
 from attnopt.capture.run_unchanged import called, cloned, outputs_of
 from attnopt.capture.tensor_lengths import lengths_vary
 from attnopt.errors import CaptureError
-from attnopt.graph.nodes import fake_mode, get_attr, opname, source_line, written
+from attnopt.graph.nodes import get_attr, opname, source_line, written
 from attnopt.graph.normalize import tidy
 from attnopt.graph.value_names import number, unmark
 
@@ -242,7 +242,7 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     unmark(module)
     _refuse_own_generator(module)
     _own_state(module)
-    _settle_sizes(module)
+    settle_sizes(module)
     expand_views(module)
     tidy(module)
     if write_out(module):
@@ -252,17 +252,6 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     declared = _declared(module, asked)
     held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]
     return Program(module, args, kwargs, shapes, (*fixed_axes(module, asked), *held), route)
-
-
-def _settle_sizes(module: fx.GraphModule) -> None:
-    """A requested dynamic size that became static during tracing is an ordinary number."""
-    mode = fake_mode(module.graph)
-    for node in module.graph.nodes:
-        val = node.meta.get("val")
-        if isinstance(val, Tensor) and any(isinstance(s, torch.SymInt) and is_static(s) for s in val.shape):
-            sizes, strides = ([int(s) if is_static(s) else s for s in given] for given in (val.shape, val.stride()))
-            with mode:
-                node.meta["val"] = torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
 
 
 def _refuse_own_generator(module: fx.GraphModule) -> None:
