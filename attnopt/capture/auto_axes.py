@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
@@ -19,8 +16,8 @@ from attnopt.capture.calibration import Inputs
 from attnopt.capture.dynamic_axes import Auto, asked_shapes, axes_of_leaves, named_arguments, without
 from attnopt.capture.second_example import Place, longer_axes, repeated, seeded_outputs
 from attnopt.capture.signature import check_inputs
+from attnopt.capture.valid_sizes import cannot_vary
 from attnopt.errors import AttnoptError, CaptureError
-from attnopt.graph.evaluate import bounds, symbols
 
 if TYPE_CHECKING:
     from attnopt.capture.program import Program
@@ -123,72 +120,3 @@ def _takes(program: Program, model: nn.Module, own: Inputs) -> bool:
         return difference(got, want) <= ROOM * tolerance(want)
     except Exception:
         return False
-
-
-def cannot_vary(program: Program) -> set[Place]:
-    """Axes with a symbol for which no other length, among many tried, satisfies the constraints."""
-    graph = program.module.graph
-    sizes, fits = symbols(graph), sizes_that_fit(graph, program.fixed_axes)
-    stuck = {s for s in sizes if not any(fits(new) for new in other_sizes(sizes, s))}
-    return {
-        (i, axis)
-        for i, n in enumerate(_inputs(graph))
-        if isinstance(n.meta.get("val"), Tensor)
-        for axis, size in enumerate(n.meta["val"].shape)
-        if not is_static(size) and size.node.expr.free_symbols & stuck
-    }
-
-
-def sizes_that_fit(graph: fx.Graph, held: Sequence[str]) -> Callable[[Mapping[Any, int]], bool]:
-    """Whether sizes of the graph's symbols satisfy their bounds and the constraints between them, as the report lists them."""
-    inputs = [n for n in _inputs(graph) if isinstance(n.meta.get("val"), Tensor)]
-    predicates = _predicates(held, inputs)
-    axes = [size for n in inputs for size in n.meta["val"].shape if isinstance(size, torch.SymInt)]
-    limits = {size.node.expr: bounds(size) for size in axes if size.node.expr.is_symbol}
-
-    def fits(new: Mapping[Any, int]) -> bool:
-        for symbol, (lower, upper) in limits.items():
-            if new[symbol] < max(1, lower) or (upper is not None and new[symbol] > upper):
-                return False
-        named = {n.name: _shape(n, new) for n in inputs}
-        return all(
-            eval(code, {"__builtins__": {}, "min": min, "max": max}, named) for code in predicates
-        )  # torch's guards
-
-    return fits
-
-
-def _inputs(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder"]
-
-
-def _shape(node: fx.Node, sizes: Mapping[Any, int]) -> tuple[int, ...]:
-    return tuple(s if isinstance(s, int) else int(s.node.expr.subs(sizes)) for s in node.meta["val"].shape)
-
-
-def _predicates(texts: Sequence[str], inputs: Sequence[fx.Node]) -> list[Any]:
-    """The relations that involve only input sizes, ready for evaluation."""
-    known = {n.name for n in inputs} | {"min", "max"}
-    trees = [ast.parse(t, mode="eval") for t in texts if not re.fullmatch(r"\w+\[\d+\] = \d+", t)]
-    return [
-        compile(tree, "sizes", "eval")
-        for tree in trees
-        if {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} <= known
-        and not any(isinstance(n, ast.Attribute) for n in ast.walk(tree))
-    ]
-
-
-def other_sizes(sizes: Mapping[Any, int], symbol: Any) -> Iterator[dict[Any, int]]:
-    """Sizes that change the symbol: alone, with one other symbol, and with all."""
-    n = sizes[symbol]
-    steps = [d for k in (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 28, 32, 48, 64, 128) for d in (k, -k)]
-    for new in (*(n + d for d in steps), 2 * n, 3 * n, 4 * n, n // 2):
-        if new != n:
-            yield {**sizes, symbol: new}
-    for factor in (2, 3):
-        yield {s: factor * m for s, m in sizes.items()}
-        for other in sizes:
-            yield {**sizes, symbol: factor * n, other: factor * sizes[other]}
-    for step in steps:
-        for other in sizes:
-            yield {**sizes, symbol: n + step, other: sizes[other] + step}

@@ -25,7 +25,6 @@ from attnopt.base.quiet import quiet
 from attnopt.capture.auto_axes import Limited, as_far_as_it_goes, captured_with_own
 from attnopt.capture.calibration import Inputs
 from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
-from attnopt.capture.fixed_sizes import settle_sizes
 from attnopt.capture.flat_capture import Calls, shapes_for
 from attnopt.capture.flex_attention import freshly_traced, write_out
 from attnopt.capture.functionalize import expand_views, functional
@@ -33,8 +32,9 @@ from attnopt.capture.guards import relations
 from attnopt.capture.program import Args, Kwargs, Program
 from attnopt.capture.run_unchanged import called, cloned, outputs_of
 from attnopt.capture.tensor_lengths import lengths_vary
+from attnopt.capture.valid_sizes import settle_sizes, without_pinned
 from attnopt.errors import CaptureError
-from attnopt.graph.nodes import get_attr, opname, source_line, written
+from attnopt.graph.nodes import get_attr, input_name, opname, source_line, written
 from attnopt.graph.normalize import tidy
 from attnopt.graph.value_names import number, unmark
 
@@ -65,9 +65,11 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
     _check_arguments(model, args, kwargs)
     if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
-        return as_far_as_it_goes(model, (args, kwargs), auto, partial(_captured, model, True))
-    shapes = asked_shapes(model, args, kwargs, dynamic_shapes)
-    return captured_with_own(model, (args, kwargs), shapes, False, partial(_captured, model, False))
+        program = as_far_as_it_goes(model, (args, kwargs), auto, partial(_captured, model, True))
+    else:
+        shapes = asked_shapes(model, args, kwargs, dynamic_shapes)
+        program = captured_with_own(model, (args, kwargs), shapes, False, partial(_captured, model, False))
+    return without_pinned(program, axes_of_leaves(model.forward, args, kwargs, program.shapes))
 
 
 def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_cheap: bool) -> Program:
@@ -286,7 +288,7 @@ def _own_state(module: fx.GraphModule) -> None:
 
 def _declared(module: fx.GraphModule, asked: list[Axes]) -> set[str]:
     """The bounds of the user's named Dims."""
-    names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    names = [input_name(n) for n in module.graph.nodes if n.op == "placeholder"]
     dims = [
         (f"{name}[{axis}]", dim)
         for name, axes in zip(names, asked, strict=False)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.sizes import is_static
 from attnopt.errors import CaptureError
+from attnopt.graph.nodes import input_name
 
 Axes = dict[int, Any]
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -194,7 +195,7 @@ def fixed_axes(module: fx.GraphModule, asked: list[Axes]) -> tuple[str, ...]:
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     if len(inputs) != len(asked):
         return ()
-    sizes = [(n.name, n.meta["val"].shape, axes) for n, axes in zip(inputs, asked, strict=True) if axes]
+    sizes = [(input_name(n), n.meta["val"].shape, axes) for n, axes in zip(inputs, asked, strict=True) if axes]
     return tuple(
         f"{name}[{axis}] = {shape[axis]}"
         for name, shape, axes in sizes

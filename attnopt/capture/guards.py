@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.sizes import is_static
 from attnopt.capture.size_algebra import told_once
 from attnopt.graph.evaluate import bounds
+from attnopt.graph.nodes import input_name
 
 
 def relations(
@@ -57,7 +58,7 @@ def _bounds(inputs: list[fx.Node]) -> dict[str, tuple[int, int | None]]:
         if size.node.expr not in seen:
             seen.add(size.node.expr)
             lower, upper = bounds(size)
-            found[f"{n.name}[{axis}]"] = lower if lower > 2 else 1, upper
+            found[f"{input_name(n)}[{axis}]"] = lower if lower > 2 else 1, upper
     return found
 
 
@@ -76,12 +77,12 @@ class _Named(ast.NodeTransformer):
         self.of_path, self.inputs = of_path, inputs
         self.first: dict[Any, tuple[str, int]] = {}
         for n, axis, size in _axes(inputs):
-            self.first.setdefault(size.node.expr, (n.name, axis))
+            self.first.setdefault(size.node.expr, (input_name(n), axis))
 
     def read(self, code: str) -> str | None:
         """None if there is no statement about sizes."""
         tree = self.visit(ast.parse(code.strip(), mode="eval")).body
-        numbers = {n.name for n in self.of_path.values()}
+        numbers = {input_name(n) for n in self.of_path.values()}
         is_about_sizes = any(
             isinstance(n, ast.Subscript) or (isinstance(n, ast.Name) and n.id in numbers) for n in ast.walk(tree)
         )
@@ -94,7 +95,7 @@ class _Named(ast.NodeTransformer):
                 if n is not None:
                     return self._axis(n, axis)
         number = self.of_path.get(ast.unparse(node))
-        return node if number is None else ast.Name(number.name, ast.Load())
+        return node if number is None else ast.Name(input_name(number), ast.Load())
 
     def _by_place(self, path: ast.expr) -> fx.Node | None:
         """An input as strict tracing calls it."""

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.containers import OF_EACH_KIND
 from attnopt.errors import CaptureError
+from attnopt.graph.nodes import input_name
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,16 @@ def check_inputs(
         expected = node.meta.get("val")
         if not isinstance(expected, Tensor):
             continue
+        name = input_name(node)
         if not isinstance(leaf, Tensor):
-            raise CaptureError(f"{node.name} is {type(leaf).__name__}, captured as a tensor")
+            raise CaptureError(f"{name} is {type(leaf).__name__}, captured as a tensor")
         if leaf.dtype != expected.dtype:
             raise CaptureError(
-                f"{node.name} has dtype {leaf.dtype}, captured with {expected.dtype}",
+                f"{name} has dtype {leaf.dtype}, captured with {expected.dtype}",
                 hint=f"convert it to {expected.dtype}",
             )
         remedy = OF_EACH_KIND if is_inside(number) else None
-        _check_shape(node.name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed, remedy)
+        _check_shape(name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed, remedy)
 
 
 def _check_shape(

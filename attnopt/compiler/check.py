@@ -18,7 +18,6 @@ from attnopt.backends.reference import Reference
 from attnopt.base.closeness import ROOM, TOLERANCE, difference, tensors, tolerance
 from attnopt.base.double_precision import widened, widened_inputs
 from attnopt.base.sizes import hint
-from attnopt.capture.auto_axes import other_sizes, sizes_that_fit
 from attnopt.capture.calibration import Inputs
 from attnopt.capture.capture import check_call
 from attnopt.capture.fast_path import leaves_out_padding
@@ -26,6 +25,7 @@ from attnopt.capture.flat_call import Form, OtherObjectsError
 from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import holds, outputs_of
 from attnopt.capture.signature import Signature, check_inputs, is_guard
+from attnopt.capture.valid_sizes import other_sizes, sizes_that_fit
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.graph.evaluate import HEAVY, dynamic_axes, symbols, within
 from attnopt.graph.nodes import is_tensor, opname, value, written

@@ -14,6 +14,7 @@ from attnopt.graph.nodes import (
     ancestors,
     constant_of,
     get_attr,
+    input_name,
     is_number,
     is_state,
     opname,
@@ -131,7 +132,7 @@ def _ends(size: torch.SymInt, of: Any) -> tuple[int, int | None]:
 def dynamic_axes(graph: fx.Graph) -> set[tuple[str, int]]:
     """The input axes whose size may vary, by the input's name."""
     inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
-    return {(n.name, axis) for n in inputs for axis, size in enumerate(value(n).shape) if not is_static(size)}
+    return {(input_name(n), axis) for n in inputs for axis, size in enumerate(value(n).shape) if not is_static(size)}
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: Any = None) -> Tensor:

@@ -60,6 +60,11 @@ def opname(node: fx.Node) -> str:
     return str(getattr(packet, "__name__", packet))
 
 
+def input_name(node: fx.Node) -> str:
+    """The argument's name.  fx gives the node of an argument that is called as a builtin, such as ``input``, another."""
+    return str(node.target)
+
+
 def value(node: fx.Node) -> Any:
     return node.meta.get("val")
 

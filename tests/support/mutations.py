@@ -35,6 +35,12 @@ class Fault:
 
 FAULTS = (
     # capturing
+    Fault("inputs under the names of their nodes", "named = {input_name(n): _shape(n, new) for n in inputs}",
+          "named = {n.name: _shape(n, new) for n in inputs}",
+          "test_valid_sizes.py -k builtins"),
+    Fault("a size that only the example has, left free", "    stuck = cannot_vary(program)\n    if not stuck:",
+          "    stuck = set[Place]()\n    if not stuck:",
+          "test_valid_sizes.py -k example"),
     Fault("another part of a split", "return made if part is None else made[part.args[1]]",
           "return made if part is None else made[0]",
           "test_functionalize.py -k hsplit"),

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 
 import attnopt
 from attnopt.base.sizes import is_static
-from attnopt.capture.auto_axes import cannot_vary
 from attnopt.capture.capture import capture
 from attnopt.capture.dynamic_axes import Auto
 from attnopt.capture.second_example import longer_axes, repeated
 from attnopt.capture.tensor_lengths import lengths_vary
+from attnopt.capture.valid_sizes import cannot_vary
 from attnopt.errors import AttnoptWarning, CalibrationError, CaptureError, ExportError
 from attnopt.report.axis_text import told
 

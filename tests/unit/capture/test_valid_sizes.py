@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from attnopt.capture.capture import capture
+from attnopt.capture.signature import check_inputs
+from attnopt.capture.valid_sizes import sizes_that_fit
+from attnopt.errors import CaptureError
+from attnopt.graph.evaluate import symbols
 
 
 class _Folded(nn.Module):
@@ -20,6 +24,24 @@ class _Folded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         apart = x.unflatten(0, (-1, self.windows))
         return (apart @ apart.transpose(-1, -2)).flatten(0, 1)
+
+
+class _NamedAsBuiltins(nn.Module):
+    """fx calls these arguments ``input_1`` and ``max_1``."""
+
+    def forward(self, input: Tensor, max: Tensor) -> Tensor:
+        return _Folded(2)(input) + max.sum() * (2 if max.shape[0] % 3 == 0 else 1)
+
+
+def test_arguments_that_are_called_as_builtins() -> None:
+    program = capture(_NamedAsBuiltins(), (torch.randn(2, 5, 4), torch.randn(6)), {}, "auto")
+    assert {"input[0] = 2", "input[2] = 4", "max[0] % 3 == 0"} <= set(program.fixed_axes)
+    with pytest.raises(CaptureError, match=r"input has length 4 along axis 0, but was captured for 2 only"):
+        check_inputs(program.module, (torch.randn(4, 5, 4), torch.randn(6)), {}, program.fixed_axes)
+    fits = sizes_that_fit(program.module.graph, program.fixed_axes)
+    length, other = symbols(program.module.graph)
+    assert fits({length: 7, other: 9})
+    assert not fits({length: 7, other: 8})
 
 
 @pytest.mark.parametrize(("batch", "windows", "fixed"), [(2, 2, True), (6, 2, False), (9, 9, True), (18, 9, False)])
