@@ -1,6 +1,6 @@
 """``attnopt::attention``: the operator in an optimized graph where no torch operator is as good.
 
-It is ``AttentionSpec`` as a call, without gains.  ``import attnopt`` registers it with torch; its implementation is
+It is ``AttentionSpec`` as a call, without edits.  ``import attnopt`` registers it with torch; its implementation is
 chosen at run time and imported at the first call.
 """
 

@@ -19,7 +19,7 @@ from attnopt.patterns.block_layout import FULL_TILE, Layout
 
 
 def attend(spec: AttentionSpec, t: Operands) -> Tensor:
-    """``spec`` without its gains, at known lengths."""
+    """``spec`` without its edits, at known lengths."""
     B, H, L, _ = t.q.shape
     out = t.v.new_zeros(B, H, -(-L // BLOCK) * BLOCK, t.v.shape[3])
     for pattern, heads in _by_pattern(spec.pattern, H):

@@ -14,7 +14,7 @@ from attnopt.ir.attend import RoutedAttend
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.operands import BLOCK
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.semantics import selected, with_gains
+from attnopt.ir.semantics import require_no_edits, selected
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.registry import is_readable
@@ -51,6 +51,8 @@ class Blocked(Backend):
         return None
 
     def lower(self, spec: AttentionSpec) -> RoutedAttend:
+        require_no_edits(spec)
+
         def attend(
             q: Tensor,
             k: Tensor,
@@ -65,8 +67,10 @@ class Blocked(Backend):
             if spec.selection is not None:
                 kept = spec.selection.spread(selected(spec, q, k), q.shape[2], k.shape[2], BLOCK)
             pattern = spec.pattern.to_json()
-            o = attention(q, k, v, bias, mask, sinks, pattern, spec.kv_of_head, spec.scale, spec.softcap, kept, wanted)
-            return with_gains(spec, o)
+            o: Tensor = attention(
+                q, k, v, bias, mask, sinks, pattern, spec.kv_of_head, spec.scale, spec.softcap, kept, wanted
+            )
+            return o
 
         return attend
 

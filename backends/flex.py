@@ -21,7 +21,7 @@ TILE = 128  # FlexAttention's own
 
 
 def attend(spec: AttentionSpec, t: Operands) -> Tensor:
-    """``spec`` without its gains."""
+    """``spec`` without its edits."""
     H, L, S = t.q.shape[1], t.q.shape[2], t.k.shape[2]
     blocks = _block_mask(spec.pattern, H, L, S, t.q.device)
     hidden = [_operand(x) for x in (t.mask,) if x is not None]

@@ -56,7 +56,7 @@ class _Table:
 
 
 def attend(spec: AttentionSpec, t: Operands) -> Tensor:
-    """``spec`` without its gains, computed in float32 on CPU.
+    """``spec`` without its edits, computed in float32 on CPU.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """

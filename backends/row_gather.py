@@ -18,7 +18,7 @@ AllRows = Callable[[AttentionSpec, Operands], Tensor]
 
 
 def attend(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
-    """``spec`` without its gains where ``wanted_BHL``, anything finite elsewhere; ``all_rows`` computes what is
+    """``spec`` without its edits where ``wanted_BHL``, anything finite elsewhere; ``all_rows`` computes what is
     gathered.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.

@@ -13,7 +13,7 @@ from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
 from attnopt.ir.attend import Attend
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.semantics import heads_of, of_masked_blocks, visible, with_gains
+from attnopt.ir.semantics import heads_of, of_masked_blocks, require_no_edits, visible
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Causal, Full
@@ -37,6 +37,8 @@ class Sdpa(Backend):
         return None
 
     def lower(self, spec: AttentionSpec) -> Attend:
+        require_no_edits(spec)
+
         def attend(
             q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
         ) -> Tensor:
@@ -46,10 +48,9 @@ class Sdpa(Backend):
             is_plain = spec.pattern == Causal() and spec.selection is None and bias is None and mask is None
             is_causal = is_plain and statically_known_true(q.shape[2] == k.shape[2])
             attn_mask = None if is_causal else _as_mask(bias, visible(spec, q, k, mask), q.dtype)
-            o = F.scaled_dot_product_attention(
+            return F.scaled_dot_product_attention(
                 q, keys, values, attn_mask, is_causal=is_causal, scale=spec.scale, enable_gqa=is_shared
             )
-            return with_gains(spec, o)
 
         return attend
 

@@ -48,7 +48,7 @@ class ScaleHeads(Pass):
 
     def rewrite(self, site: Site) -> Rewrite:
         of_head = dict(_pairs(self.gains) or enumerate(numbers(self.name, "gains", self.gains)))
-        return Rewrite(site.spec.scaled(of_head.get(h, 1.0) for h in site.spec.heads))
+        return Rewrite(site.spec.scaled(of_head))
 
 
 def _pairs(gains: Any) -> list[tuple[int, float]] | None:

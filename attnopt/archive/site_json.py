@@ -55,7 +55,6 @@ def site_to_json(site: Site) -> dict[str, Any]:
             "has_sinks": spec.has_sinks,
             "softcap": spec.softcap,
             "selection": None if spec.selection is None else spec.selection.to_json(),
-            "gains": None if spec.gains is None else list(spec.gains),
             "is_cross": spec.is_cross,
             "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
             "positions": list(spec.positions),
@@ -73,7 +72,6 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
     spec = dict(data["spec"])
     for key in ("heads", "kv_heads", "kv_of_head", "positions"):
         spec[key] = tuple(spec[key])
-    spec["gains"] = None if spec["gains"] is None else tuple(spec["gains"])
     spec["pattern"] = parse(spec["pattern"])
     spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])

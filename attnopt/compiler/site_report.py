@@ -78,6 +78,4 @@ def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
     parts += [str(edit) for edit in spec.after]
     if gone:
         parts.append(f"without heads {', '.join(map(str, gone))}")
-    if spec.gains is not None:
-        parts.append("gains " + ", ".join(f"{g:g}" for g in spec.gains))
     return ", ".join(parts)

@@ -136,8 +136,7 @@ def _check_class(plan: Plan) -> None:
         heads=before.heads,
         kv_heads=before.kv_heads,
         kv_of_head=before.kv_of_head,
-        gains=before.gains,
-        after=before.after,  # both of these: see ``reshaped``
+        after=before.after,  # see ``reshaped``
         pattern=before.pattern,
         seen_as=before.seen_as,
     )

@@ -78,7 +78,7 @@ def reshaped(model: nn.Module, plans: Sequence[Plan]) -> dict[str, Tensor]:
 
 def _of_site(plan: Plan) -> dict[str, Tensor]:
     site, order = plan.found.site, head_order(plan)
-    if plan.spec.gains is not None or plan.spec.after:
+    if plan.spec.after:
         raise ConversionError(
             "the edits of its head outputs cannot be folded into the output projection",
             site=site.name,

@@ -27,7 +27,7 @@ def _norm(site: Site, place: int) -> float:
         raise CalibrationError("its value or output projection is unknown", site=site.name)
     value, out = value.double(), out.double()
     squared = ((value @ value.mT) * (out @ out.mT)).sum()  # |V'O|^2 without the [in, out] product
-    return float(squared.clamp(min=0).sqrt()) * abs(1.0 if spec.gains is None else spec.gains[place])
+    return float(squared.clamp(min=0).sqrt()) * abs(spec.gains.get(spec.heads[place], 1.0))
 
 
 def output_norms(site: Site) -> list[float]:

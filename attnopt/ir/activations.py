@@ -87,10 +87,10 @@ class Activations:
         """For each batch the attention weights [B, H, L, S] under ``spec``, which chooses heads by their numbers."""
         for o in self.batches:
             eye = torch.eye(o.k.shape[2], dtype=o.v.dtype, device=o.v.device).expand(*o.k.shape[:3], -1)
-            yield _attend(replace(spec, gains=None, after=()), replace(o, v=eye))
+            yield _attend(replace(spec, after=()), replace(o, v=eye))
 
     def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
-        """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, edits and gains included."""
+        """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, edits included."""
         return (_attend(spec, o) for o in self.batches)
 
 
@@ -108,5 +108,5 @@ def _attend(spec: AttentionSpec, o: Operands) -> Tensor:
 
     q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
     with torch.no_grad():
-        attend = edited(spec, reference(replace(spec, after=(), gains=None)))
+        attend = edited(spec, reference(replace(spec, after=())))
         return attend(q, k, v, bias=of_heads(o.bias), mask=of_heads(o.mask), sinks=of_heads(o.sinks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -67,7 +68,7 @@ class HeadEdit(ABC):
 
 @dataclass(frozen=True)
 class Scaled(HeadEdit):
-    """Scale head outputs before the next edit: pairs of a head and its factor."""
+    """Multiply head outputs: pairs of a head and its factor."""
 
     kind: ClassVar[str] = "scaled"
     gains: tuple[tuple[int, float], ...]
@@ -77,8 +78,12 @@ class Scaled(HeadEdit):
         return ()
 
     def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
-        places = {spec.heads.index(h): g for h, g in self.gains}
-        return with_heads(o, {place: o[:, place : place + 1] * gain for place, gain in places.items()})
+        gains = dict(self.gains)
+        runs = [(gain, len(list(run))) for gain, run in groupby(gains.get(h, 1.0) for h in spec.heads)]
+        if len(runs) == 1:
+            return o * runs[0][0]
+        column = torch.cat([torch.full((n,), gain, dtype=o.dtype, device=o.device) for gain, n in runs])
+        return o * column.reshape(1, -1, 1, 1)
 
     def keeping(self, kept: Collection[int]) -> Scaled | None:
         left = tuple((h, g) for h, g in self.gains if h in kept)
@@ -197,7 +202,7 @@ def _tuples(value: Any) -> Any:
 
 
 def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:
-    """The heads that output the same [Dv], float64, for every token before their gain, as far as their edits show."""
+    """The heads that output the same [Dv], float64, for every token, as far as their edits show."""
     known: dict[int, Tensor] = {}
     for edit in edits:
         match edit:

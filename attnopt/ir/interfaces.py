@@ -86,9 +86,7 @@ class Backend(ABC):
 
     @abstractmethod
     def lower(self, spec: AttentionSpec) -> Attend:
-        """The function that computes ``spec``, including gains.  ``spec.after`` is applied to its result separately;
-        the given spec has none.
-        """
+        """The function that computes ``spec``.  ``spec.after`` is applied to its result separately; the given spec has none."""
 
     @abstractmethod
     def cost(self, site: Site) -> float:

@@ -82,7 +82,7 @@ def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tens
     if not spec.after:
         plain: Attend = lower(backend, spec)
         return plain
-    core = lower(backend, replace(spec, after=(), gains=None))
+    core = lower(backend, replace(spec, after=()))
     return edited(spec, core, constants, skips_rows=backend.skips_rows)
 
 

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.attend import Attend
-from attnopt.ir.semantics import heads_of, visible, with_gains
+from attnopt.ir.semantics import heads_of, require_no_edits, visible
 from attnopt.ir.spec import AttentionSpec
 
 
 def reference(spec: AttentionSpec) -> Attend:
-    """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  ``spec`` has no edits."""
+    """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  Raises ValueError if
+    ``spec`` has edits: see ``semantics.edited``."""
+    require_no_edits(spec)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
@@ -27,7 +29,7 @@ def reference(spec: AttentionSpec) -> Attend:
         if seen is not None:
             s = s.masked_fill(~seen, -torch.inf)
         o = _softmax(s, None if sinks is None else sinks.to(wide)) @ v_BHSD
-        return with_gains(spec, o).to(v.dtype)
+        return o.to(v.dtype)
 
     return attend
 

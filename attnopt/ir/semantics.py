@@ -1,4 +1,4 @@
-"""Semantics of the parts of a spec: visible keys, the K/V head of each head, edits and gains.
+"""Semantics of the parts of a spec: visible keys, the K/V head of each head, and edits.
 
 All of it traces to plain operators, with no constant lifted into the graph.
 """
@@ -6,9 +6,7 @@ All of it traces to plain operators, with no constant lifted into the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -27,7 +25,7 @@ def edited(
     *,
     skips_rows: bool = False,
 ) -> Attend:
-    """``core``, which computes ``spec`` without its edits and gains, with all of them.
+    """``core``, which computes ``spec`` without its edits, with all of them.
 
     ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.
     ``skips_rows``: ``core`` is a ``RoutedAttend``.
@@ -44,9 +42,15 @@ def edited(
         o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
         for edit, numbers in zip(spec.after, own, strict=True):
             o = applied(edit, spec, o, q, v, numbers)
-        return with_gains(replace(spec, after=()), o)
+        return o
 
     return attend
+
+
+def require_no_edits(spec: AttentionSpec) -> None:
+    """Raises ValueError: a backend computes a spec without its edits."""
+    if spec.after:
+        raise ValueError("lower the spec without its edits, or with attnopt.ir.plugin_calls.attention_of")
 
 
 def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -79,19 +83,6 @@ def heads_of(spec: AttentionSpec, kv: Tensor) -> Tensor:
     if spec.kv_of_head == tuple(range(spec.num_kv_heads)):
         return kv
     return kv.index_select(1, _indices(spec.kv_of_head, kv.device))
-
-
-def with_gains(spec: AttentionSpec, o: Tensor) -> Tensor:
-    """Output [B, H, L, Dv] times the head gains, which follow all edits.  Raises ValueError if edits remain."""
-    if spec.after:
-        raise ValueError("lower the spec without its edits, or with attnopt.ir.semantics.attention_of")
-    if spec.gains is None:
-        return o
-    if len(set(spec.gains)) == 1:
-        return o * spec.gains[0]
-    runs = [(gain, len(list(run))) for gain, run in groupby(spec.gains)]
-    column = torch.cat([torch.full((n,), gain, dtype=o.dtype, device=o.device) for gain, n in runs])
-    return o * column.reshape(1, -1, 1, 1)
 
 
 def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from attnopt.ir.constant import Constant
@@ -25,7 +25,6 @@ class AttentionSpec:
         p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
         o_h = p @ v_g                              # [L, value_dim]
         o = edit(o), for each edit of ``after``    # all heads together, in their order
-        o_h = gain_h * o_h
 
     ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
     run time; all keys where it is None.  A fully masked query gives zeros.
@@ -42,20 +41,17 @@ class AttentionSpec:
     has_mask: bool = False
     has_sinks: bool = False
     softcap: float | None = None
-    gains: tuple[float, ...] | None = None  # one factor for each remaining query head
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
-    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs, before the gains
+    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
 
     def __post_init__(self) -> None:
         if len(self.kv_of_head) != len(self.heads):
             raise ValueError(f"kv_of_head has {len(self.kv_of_head)} entries for {len(self.heads)} heads")
         if any(not 0 <= g < len(self.kv_heads) for g in self.kv_of_head):
             raise ValueError(f"kv_of_head {self.kv_of_head} points outside the {len(self.kv_heads)} key/value heads")
-        if self.gains is not None and len(self.gains) != len(self.heads):
-            raise ValueError(f"{len(self.gains)} gains for {len(self.heads)} heads")
 
     @property
     def num_heads(self) -> int:
@@ -110,24 +106,46 @@ class AttentionSpec:
             heads=tuple(self.heads[i] for i in places),
             kv_heads=tuple(self.kv_heads[g] for g in used),
             kv_of_head=tuple(used.index(self.kv_of_head[i]) for i in places),
-            gains=None if self.gains is None else tuple(self.gains[i] for i in places),
             pattern=self.pattern.for_heads(places),
             seen_as=None if self.seen_as is None else self.seen_as.for_heads(places),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 
-    def scaled(self, gains: Iterable[float]) -> AttentionSpec:
-        """The same attention with the output of each remaining head multiplied by its gain."""
-        old = self.gains or (1.0,) * self.num_heads
-        return replace(self, gains=tuple(a * float(b) for a, b in zip(old, gains, strict=True)))
+    def scaled(self, gains: Mapping[int, float]) -> AttentionSpec:
+        """The same attention with the outputs of these heads multiplied by their gains."""
+        before, last = self._unscaled
+        product = {h: last.get(h, 1.0) * float(gains.get(h, 1.0)) for h in self.heads}
+        return replace(self, after=(*before, *_scaled(product)))
 
     def followed_by(self, edit: HeadEdit) -> AttentionSpec:
-        """The same attention with an edit of its head outputs, after the gains."""
-        gains = dict(zip(self.heads, self.gains or (1.0,) * self.num_heads, strict=True))
-        first = tuple((h, gains[h]) for h in edit.changed if gains[h] != 1.0)
-        before = (Scaled(first),) if first and not edit.overwrites else ()
-        left = tuple(1.0 if h in edit.changed else gains[h] for h in self.heads)
-        return replace(self, after=(*self.after, *before, edit), gains=None if self.gains is None else left)
+        """The same attention with another edit of its head outputs.  Gains of heads that it leaves alone stay last, where the
+        output projection can absorb them."""
+        before, last = self._unscaled
+        own = {} if edit.overwrites else {h: g for h, g in last.items() if h in edit.changed}
+        left = {h: g for h, g in last.items() if h not in edit.changed}
+        return replace(self, after=(*before, *_scaled(own), edit, *_scaled(left)))
+
+    @property
+    def gains(self) -> Mapping[int, float]:
+        """The factors of heads after all other edits."""
+        return self._unscaled[1]
+
+    def without_gains(self) -> AttentionSpec:
+        return replace(self, after=self._unscaled[0])
+
+    @property
+    def _unscaled(self) -> tuple[tuple[HeadEdit, ...], dict[int, float]]:
+        """The edits up to a last ``Scaled``, and its factors."""
+        match self.after:
+            case (*before, Scaled(gains)):
+                return tuple(before), dict(gains)
+        return self.after, {}
+
+
+def _scaled(gains: Mapping[int, float]) -> tuple[Scaled, ...]:
+    """No edit if all gains are 1."""
+    changed = tuple((h, g) for h, g in gains.items() if g != 1.0)
+    return (Scaled(changed),) if changed else ()
 
 
 def _both(a: Pattern, b: Pattern) -> Pattern:

@@ -13,7 +13,7 @@ from attnopt.base.intervals import Ranges, clipped
 from attnopt.base.registry import distribution_of
 from attnopt.errors import PluginError
 from attnopt.ir.dynamic_blocks import DynamicBlocks
-from attnopt.ir.head_edits import HeadEdit
+from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Rewrite
 from attnopt.ir.site import Site
@@ -67,8 +67,6 @@ def _of_numbers(after: AttentionSpec) -> Iterator[str]:
         yield f"scale is {after.scale!r}, expected a finite number"
     if after.softcap is not None and not (_is_finite(after.softcap) and after.softcap > 0):
         yield f"softcap is {after.softcap!r}, expected None or a number above 0"
-    if after.gains is not None and not (len(after.gains) == len(after.heads) and all(map(_is_finite, after.gains))):
-        yield f"gains is {after.gains!r}, expected one finite number per head ({len(after.heads)})"
 
 
 def _of_kinds(after: AttentionSpec) -> Iterator[str]:
@@ -86,6 +84,8 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
             yield f"after holds {edit!r}, expected a HeadEdit"
         elif not set(edit.changed) <= set(after.heads):
             yield f"the edit {edit} changes heads {edit.changed!r} of {after.heads!r}"
+        elif isinstance(edit, Scaled) and not all(h in after.heads and _is_finite(g) for h, g in edit.gains):
+            yield f"the edit {edit}: expected a finite number for each of some heads of {after.heads!r}"
 
 
 def _is_finite(value: object) -> bool:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from attnopt.ir.activations import merged
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.site_edit import SiteEdit
@@ -24,15 +25,12 @@ def folded(found: Found, plan: E) -> E:
 
 def _gains(found: Found, plan: E) -> E:
     spec = plan.spec
-    if spec.gains is None:
-        return plan
     scaled = [
         HeadWeights("out", h, weight * gain)
-        for h, gain in zip(spec.heads, spec.gains, strict=True)
+        for h, gain in spec.gains.items()
         if (weight := _out_weight(found, plan, h)) is not None
     ]
-    inner = (e for e in plan.edits if e.role != "out")
-    return replace(plan, spec=replace(spec, gains=None), edits=(*inner, *scaled))
+    return replace(plan, spec=spec.without_gains(), edits=merged(plan.edits, scaled))
 
 
 def _constants(found: Found, plan: E) -> E:
@@ -49,8 +47,7 @@ def _constants(found: Found, plan: E) -> E:
             weight = _out_weight(found, plan, h)
             assert weight is not None
             assert bias is not None
-            gain = 1.0 if spec.gains is None else spec.gains[spec.heads.index(h)]
-            bias = bias.double() + gain * known[h].to(weight.device) @ weight.double()
+            bias = bias.double() + known[h].to(weight.device) @ weight.double()
     if not gone:
         return plan
     moved = any(h not in silent for h in gone)

@@ -169,8 +169,7 @@ def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[Hea
 def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     """The output of ``node`` if every head is constant: no attention is computed."""
     known = constant_heads(spec.after)
-    gains = spec.gains or (1.0,) * spec.num_heads
-    values = torch.stack([known[h] * gain for h, gain in zip(spec.heads, gains, strict=True)])
+    values = torch.stack([known[h] for h in spec.heads])
     wanted = value(node)
     sizes = sizes_of(emit, node)
     assert sizes is not None, "an attention has the batch and the queries of its inputs"

@@ -30,6 +30,7 @@ from attnopt import (
 from attnopt.backends import Reference
 from attnopt.compiler import plugins
 from attnopt.compiler.explain import explain
+from attnopt.ir.head_edits import Scaled
 from attnopt.passes import DynamicSparse, Sparse
 from attnopt.patterns import PerHead, Window, parse
 
@@ -90,8 +91,11 @@ def weights(role: str, head: int, *sizes: int, bias: Tensor | None = None) -> Ca
         (spec(kv_heads=(0, 2)), "kv_heads is (0, 2)"),
         (spec(heads=(), kv_heads=(), kv_of_head=()), "heads is ()"),
         (unchecked(kv_of_head=(0, 2)), "kv_of_head is (0, 2) for 2 heads and 2 K/V heads"),
-        (unchecked(gains=(1.0,)), "gains is (1.0,), expected one finite number per head (2)"),
-        (spec(gains=(1.0, float("nan"))), "gains is (1.0, nan)"),
+        (
+            spec(after=(Scaled(((5, 2.0),)),)),
+            "the edit gains 2 of head 5: expected a finite number for each of some heads",
+        ),
+        (spec(after=(Scaled(((0, float("nan")),)),)), "the edit gains nan of head 0: expected a finite number"),
         (spec(scale=float("inf")), "scale is inf"),
         (spec(scale="1"), "scale is '1'"),
         (spec(softcap=0.0), "softcap is 0.0"),
@@ -130,7 +134,7 @@ def test_an_answer_that_is_no_refusal(answer: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_keeps_the_rules_is_done() -> None:
-    made = optimized(Makes(lambda site: Rewrite(site.spec.scaled((2.0, 1.0)))))
+    made = optimized(Makes(lambda site: Rewrite(site.spec.scaled({0: 2.0}))))
     assert [s.status for s in made.report.sites] == ["rewritten"] * 2
     same = weights_of(1.0)
     torch.testing.assert_close(optimized(Makes(same))(*ARGS), MODEL(*ARGS))

@@ -14,7 +14,7 @@ class Plain(Backend):
     name: ClassVar[str] = "acme.plain"
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
-        extra = [n for n in ("softcap", "selection", "gains", "has_bias", "has_sinks") if getattr(spec, n)]
+        extra = [n for n in ("softcap", "selection", "has_bias", "has_sinks") if getattr(spec, n)]
         return Refusal("not-plain", expected="a plain softmax", found=", ".join(extra)) if extra else None
 
     def lower(self, spec: AttentionSpec) -> Attend:

@@ -45,7 +45,7 @@ def by_hand(spec: AttentionSpec, t: dict[str, Any]) -> Tensor:
                     math.exp(float(t["sinks"][0, h, 0, 0])) if t["sinks"] is not None else 0
                 )
                 for j, w in weights.items():
-                    out[b, h, i] += w / total * v[b, g, j] * (1.0 if spec.gains is None else spec.gains[h])
+                    out[b, h, i] += w / total * v[b, g, j]
     return out
 
 
@@ -70,7 +70,6 @@ SPECS = st.builds(
     pattern=st.sampled_from(PATTERNS),
     has_bias=st.booleans(),
     has_mask=st.booleans(),
-    gains=st.sampled_from([None, (1.0, 1.0, 1.0, 1.0), (0.0, -1.0, 2.0, 2.0), (3.0, 3.0, 3.0, 3.0)]),
 )
 
 

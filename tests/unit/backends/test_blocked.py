@@ -20,7 +20,6 @@ from attnopt.backends import Blocked, Reference, attention_op, block_gather, fle
 from attnopt.backends.attention_operator import attention
 from attnopt.errors import AttnoptWarning
 from attnopt.ir.operands import Operands
-from attnopt.ir.semantics import with_gains
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, PerHead, Sinks, Strided, Window
 from attnopt.patterns.query_order import order_of, ordered_layout
@@ -48,7 +47,6 @@ SPECS = st.builds(
     has_mask=st.booleans(),
     has_sinks=st.booleans(),
     softcap=st.sampled_from([None, None, 2.0]),
-    gains=st.sampled_from([None, (0.0, -1.0, 2.0, 2.0)]),
 )
 
 
@@ -75,7 +73,7 @@ def test_both_forms_equal_the_reference(
     near = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(run(Blocked(), spec, t), expected, **near)
     gathered = block_gather.attend(spec, Operands(**t))
-    torch.testing.assert_close(with_gains(spec, gathered), expected, **near)
+    torch.testing.assert_close(gathered, expected, **near)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # that is what is wanted here
@@ -92,7 +90,7 @@ def test_flex_attention_equals_the_reference(
 ) -> None:
     """FlexAttention as it is on a CPU: every pair is computed and looked up, so the tables are checked, not the skipping."""
     t = narrowed(tensors(spec, 2, L, S, torch.float32, seed), narrow)
-    got = with_gains(spec, flex.attend(spec, Operands(**t)))
+    got = flex.attend(spec, Operands(**t))
     torch.testing.assert_close(got, run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
     if not spec.has_mask:
         blocks = flex._block_mask(spec.pattern, 4, L, S, torch.device("cpu")).to_dense()

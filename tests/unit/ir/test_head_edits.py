@@ -123,14 +123,12 @@ def test_gains_before_and_after_an_edit() -> None:
     spec = a_spec()
     t = operands(spec)
     own, v, gains = computed(spec, t), t["v"], torch.tensor([2.0, 3.0, 0.0, 1.0]).reshape(1, 4, 1, 1).double()
-    before = spec.scaled(gains.flatten().tolist()).followed_by(TowardValues(((1, 0.5), (2, 0.5))))
-    assert before.gains == (2.0, 1.0, 1.0, 1.0)
+    before = spec.scaled(dict(enumerate(gains.flatten().tolist()))).followed_by(TowardValues(((1, 0.5), (2, 0.5))))
+    assert before.gains == {0: 2.0}
     want = own * gains
     want[:, 1:3] = 0.5 * want[:, 1:3] + 0.5 * v[:, 1:3]
     torch.testing.assert_close(computed(before, t), want)
-    torch.testing.assert_close(
-        computed(before.scaled([1, 1, 4, 1]), t), want * torch.tensor([1, 1, 4, 1])[:, None, None]
-    )
+    torch.testing.assert_close(computed(before.scaled({2: 4.0}), t), want * torch.tensor([1, 1, 4, 1])[:, None, None])
 
 
 # ---------------------------------------------------------------- replaced
@@ -257,7 +255,7 @@ def test_passes_in_a_row() -> None:
         [SoftPAG([0, 1, 2], 0.5), ScaleHeads([1, 1, 3, 1]), PruneHeads(heads=[0])],
     ):
         fast = attnopt.optimize(model, policy, (), given)
-        assert fast.sites[0].spec.after == (TowardValues(((1, 0.5), (2, 0.5))),)
+        assert fast.sites[0].spec.after == (TowardValues(((1, 0.5), (2, 0.5))), Scaled(((2, 3.0),)))
         edit = oracle.Edit(own=(0.0, 0.5, 0.5, 0.0), gains=(0.0, 1.0, 3.0, 1.0))
         oracle.assert_same(oracle.run(fast, (), given), oracle.run_edited(model, (), given, {0: edit}))
 

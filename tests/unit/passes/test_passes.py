@@ -13,6 +13,7 @@ from places import ROOT
 from sites import D, a_site, applied, refusal, wrong
 
 from attnopt.errors import PolicyError
+from attnopt.ir.head_edits import Scaled
 from attnopt.ir.interfaces import Pass
 from attnopt.passes import Fuse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import (
@@ -73,8 +74,8 @@ def test_heads_keep_their_original_numbers() -> None:
     other_way = applied(PruneHeads(heads=[0, 3]), applied(LocalWindow(3, heads=[2, 3]), a_site()))
     assert other_way.spec == windowed.spec
     assert applied(Sparse("PerHead({(2, 3): Window(3)})"), pruned).spec == windowed.spec
-    assert applied(ScaleHeads([1, 2, 3, 4]), pruned).spec.gains == (2.0, 3.0)
-    assert applied(ScaleHeads({2: 5.0, 3: 7.0}), pruned).spec.gains == (1.0, 5.0)
+    assert applied(ScaleHeads([1, 2, 3, 4]), pruned).spec.gains == {1: 2.0, 2: 3.0}
+    assert applied(ScaleHeads({2: 5.0, 3: 7.0}), pruned).spec.gains == {2: 5.0}
     assert applied(PruneHeads(heads=[0, 1]), pruned).spec.heads == (2,)
 
 
@@ -181,7 +182,7 @@ def test_prune_by_given_importance() -> None:
 
 
 def test_prune_by_weights() -> None:
-    site = a_site(heads=4, kv_heads=2, gains=(1.0, 9.0, 1.0, 1.0))
+    site = a_site(heads=4, kv_heads=2, after=(Scaled(((1, 9.0),)),))
     by_hand = []
     for h in range(4):
         value = site.parameters["v.weight"][h // 2 * D : h // 2 * D + D]
@@ -255,8 +256,8 @@ def test_grouped_query_needs_projections() -> None:
 
 def test_scale_heads() -> None:
     once = applied(ScaleHeads([1, 2, 3, 4]), a_site())
-    assert once.spec.gains == (1.0, 2.0, 3.0, 4.0)
-    assert applied(ScaleHeads({1: 0.5}), once).spec.gains == (1.0, 1.0, 3.0, 4.0)
+    assert once.spec.gains == {1: 2.0, 2: 3.0, 3: 4.0}
+    assert applied(ScaleHeads({1: 0.5}), once).spec.gains == {2: 3.0, 3: 4.0}
     assert ScaleHeads({2: 1, 0: 3}) == ScaleHeads([(0, 3.0), (2, 1.0)]) == ScaleHeads([[2, 1], [0, 3]])  # type: ignore[arg-type]
     assert ScaleHeads(torch.tensor([1.0, 2.0])) == ScaleHeads([1, 2])  # type: ignore[arg-type]
     assert refusal(ScaleHeads([1, 2]), a_site()) == (
