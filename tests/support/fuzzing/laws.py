@@ -95,7 +95,8 @@ def _check(case: Case, outcome: Outcome) -> None:
 
 def _without_overflow(case: Case) -> Case:
     """Bare exponentials of large scores overflow in the user's model too: there the maximum is taken off first."""
-    if _finite(oracle.run(build(case), (), inputs(case))):
+    given = [inputs(case), *(_at_others(case) if case.dynamic else ())]
+    if all(_finite(oracle.run(build(case), (), g)) for g in given):
         return case
     stable = {"exp": "stable-exp", "late": "later"}
     blocks = [
@@ -275,6 +276,12 @@ def _in_onnx(fast: attnopt.OptimizedModel, given: dict[str, Tensor]) -> None:
     oracle.assert_same([torch.from_numpy(g) for g in got], oracle.run(fast, (), given), "ONNX Runtime")
 
 
+def _at_others(case: Case) -> list[dict[str, Tensor]]:
+    """Inputs of other lengths and batches than at capture."""
+    sizes = (case.length + 3, case.batch + 1), (MAX - 3, case.batch + 2)
+    return [inputs(case, length=length, batch=batch) for length, batch in sizes]
+
+
 def _at_other_sizes(case: Case, model: nn.Module, given: dict[str, Tensor]) -> None:
     shapes: Any = "auto"
     if case.axes == "folded":  # the length is behind two axes, and "auto" means the first two
@@ -282,8 +289,7 @@ def _at_other_sizes(case: Case, model: nn.Module, given: dict[str, Tensor]) -> N
     fast = attnopt.optimize(model, "fuse", (), given, dynamic_shapes=shapes)
     own = oracle.run(model, (), given)
     _same(case, oracle.run(fast, (), given), own, "dynamic, at the traced sizes", lambda: _exact(model, given))
-    for length, batch in ((case.length + 3, case.batch + 1), (MAX - 3, case.batch + 2)):
-        other = inputs(case, length=length, batch=batch)
+    for other in _at_others(case):
         want = oracle.run(model, (), other)
         try:
             got = oracle.run(fast, (), other)
