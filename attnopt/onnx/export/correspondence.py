@@ -15,8 +15,9 @@ from attnopt.compiler.origin import FileOrigin
 from attnopt.errors import ExportError
 from attnopt.graph.emitter import _key as key_of
 from attnopt.graph.evaluate import inputs_behind
-from attnopt.graph.nodes import RESHAPES, ancestors, aten, get_attr, is_call, is_tensor, value
+from attnopt.graph.nodes import RESHAPES, ancestors, aten, get_attr, is_call, is_tensor, operand, value
 from attnopt.graph.value_names import ORIGIN, names_of
+from attnopt.lower.attention_calls import is_attention_call
 
 _LAYOUT = (
     *RESHAPES, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
@@ -251,10 +252,7 @@ def _is_a_number_of_sizes(node: fx.Node) -> bool:
 
 def _arranged_by(node: fx.Node) -> list[fx.Node]:
     """The queries, keys and values of an attention, and the inputs of their layout operators."""
-    name = str(getattr(getattr(node.target, "_schema", None), "name", ""))
-    if name in ("aten::scaled_dot_product_attention", "attnopt::attention"):
-        return [n for n in node.args[:3] if isinstance(n, fx.Node)]
-    return []
+    return [operand(node, i) for i in range(3)] if is_attention_call(node) else []
 
 
 def _named_outputs(gm: fx.GraphModule) -> Mapping[str, fx.Node]:

@@ -55,7 +55,7 @@ def export_onnx(
     with written_to(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
         contrib = flavor == "onnxruntime"
         gm, names = with_names(gm, origin)
-        marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, fastest(contrib))
+        marked_gm, marked = mark(gm, fastest(contrib))
         model, held = translated(marked_gm, origin, opset or OPSETS[0])
         expand(model.graph, marked, write)
         settle(model, contrib)

@@ -1,23 +1,49 @@
-"""The operands of an attention as values of a file."""
+"""The operands of an attention: nodes of a graph, or values of a file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import onnx_ir as ir
+if TYPE_CHECKING:
+    pass
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Operands:
-    """Queries, keys and values as [B, H, L, D], or with ``is_flat`` as [B, L, H * D], and the rest as 4-D or None."""
+class Operands(Generic[T]):
+    """As in ``AttentionSpec``; bias, mask and sinks are 4-D or None."""
 
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    bias: ir.Value | None
-    mask: ir.Value | None
-    sinks: ir.Value | None
-    is_flat: bool
+    q: T
+    k: T
+    v: T
+    bias: T | None = None
+    mask: T | None = None
+    sinks: T | None = None
+
+    @property
+    def given(self) -> dict[str, T]:
+        """Those that are there, by role."""
+        found = {f.name: getattr(self, f.name) for f in fields(Operands)}
+        return {role: operand for role, operand in found.items() if operand is not None}
+
+    @classmethod
+    def of(cls, values: Sequence[T | None]) -> Operands[T]:
+        """In the order of ``ROLES``; those at the end may be missing."""
+        q, k, v, *rest = values
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        return Operands(q, k, v, *rest)
+
+
+@dataclass(frozen=True)
+class Values(Operands["ir.Value"]):
+    """Values of a file: queries, keys and values are [B, H, L, D], or with ``is_flat`` [B, L, H * D]."""
+
+    is_flat: bool = False
 
     @property
     def axis(self) -> int:

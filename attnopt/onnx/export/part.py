@@ -45,9 +45,8 @@ def parts_of(gm: fx.GraphModule, origin: Origin, change: Change, opset: int, con
         **{w: w for w in change.weights},
     }
     values = recorded(gm, set(given), (origin.args, dict(origin.kwargs)))
-    patterns = {s.name: s.spec.pattern for s in origin.sites}
     return [
-        _part(gm, name, node, {n: g for n, g in given.items() if n is not node}, values, patterns, opset, contrib)
+        _part(gm, name, node, {n: g for n, g in given.items() if n is not node}, values, opset, contrib)
         for name, node in change.made.items()
     ]
 
@@ -58,7 +57,6 @@ def _part(
     node: fx.Node,
     given: Mapping[fx.Node, str | fx.Node],
     values: Mapping[fx.Node, Tensor],
-    patterns: Mapping[str, Any],
     opset: int,
     contrib: bool,
 ) -> Part:
@@ -70,7 +68,7 @@ def _part(
 
     module, order = _cut(gm, node, given)
     inner = Origin(Report(sites=()), (), Signature((), (), ()), tuple(values[n] for n in order), {})
-    marked_gm, marked = mark(module, patterns, fastest(contrib, opset), takes_apart=False)
+    marked_gm, marked = mark(module, fastest(contrib, opset), takes_apart=False)
     model, held = translated(marked_gm, inner, max(opset, WRITTEN))
     _check_axes(model, order)
     expand(model.graph, marked, write, opset)

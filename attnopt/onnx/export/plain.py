@@ -12,20 +12,20 @@ from attnopt.onnx.export.builder import Builder
 from attnopt.onnx.export.choose_form import OnnxSite
 
 if TYPE_CHECKING:
-    from attnopt.onnx.export.operands import Operands
+    from attnopt.onnx.export.operands import Values
 
 
-def attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
+def attention(b: Builder, site: OnnxSite, x: Values) -> ir.Value:
     """[B, H, L, Dv], or [B, L, H * Dv] for flat operands; zeros for a fully masked query."""
     kind: Any = np.float64 if site.dtype == torch.float64 else np.float32
     q, k, v = (_heads(b, site, x, role) for role in "qkv")
-    if site.kv_heads != site.heads:
-        k, v = (b.op("Gather", t, b.ints(*site.kv_of_head), axis=1) for t in (k, v))
+    if site.spec.num_kv_heads != site.spec.num_heads:
+        k, v = (b.op("Gather", t, b.ints(*site.spec.kv_of_head), axis=1) for t in (k, v))
     scores = b.op(
-        "MatMul", b.op("Mul", q, b.constant(np.asarray(site.scale, kind))), b.op("Transpose", k, perm=[0, 1, 3, 2])
+        "MatMul", b.op("Mul", q, b.constant(np.asarray(site.spec.scale, kind))), b.op("Transpose", k, perm=[0, 1, 3, 2])
     )
-    if site.softcap is not None:
-        cap = b.constant(np.asarray(site.softcap, kind))
+    if site.spec.softcap is not None:
+        cap = b.constant(np.asarray(site.spec.softcap, kind))
         scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap)
     if x.bias is not None:
         scores = b.op("Add", scores, x.bias)
@@ -49,10 +49,10 @@ def _softmax(b: Builder, scores: ir.Value, sinks: ir.Value | None) -> ir.Value:
     return b.op("Slice", joined, b.ints(0), b.op("Shape", scores, start=3, end=4), b.ints(3))
 
 
-def _heads(b: Builder, site: OnnxSite, x: Operands, role: str) -> ir.Value:
+def _heads(b: Builder, site: OnnxSite, x: Values, role: str) -> ir.Value:
     value: ir.Value = getattr(x, role)
     if not x.is_flat:
         return value
-    heads = site.heads if role == "q" else site.kv_heads
-    size = site.value_dim if role == "v" else site.head_dim
+    heads = site.spec.num_heads if role == "q" else site.spec.num_kv_heads
+    size = site.spec.value_dim if role == "v" else site.spec.head_dim
     return b.op("Transpose", b.op("Reshape", value, b.ints(0, 0, heads, size)), perm=[0, 2, 1, 3])
