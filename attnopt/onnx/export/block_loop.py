@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from attnopt.onnx.export.builder import Builder
 from attnopt.onnx.export.choose_form import OnnxSite, hull
 from attnopt.onnx.export.fused_ops import attention
-from attnopt.onnx.export.operands import Values
+from attnopt.onnx.export.values import Values
 from attnopt.patterns.bands import Band
 from attnopt.patterns.block_layout import FULL_TILE
 
@@ -186,16 +185,16 @@ def _seen_in(b: Builder, band: Band, keys: ir.Value, ahead: ir.Value) -> ir.Valu
 class _Lists:
     """The concatenated keys of all iterations, and their visible pairs: from ``key_ptr[r]`` and ``pair_ptr[r]`` on."""
 
-    keys: NDArray[Any]
-    key_ptr: NDArray[Any]
-    pairs: NDArray[Any] | None  # None if every listed key is visible to its whole block
-    pair_ptr: NDArray[Any]
+    keys: NDArray[np.int64]
+    key_ptr: NDArray[np.int64]
+    pairs: NDArray[np.bool_] | None  # None if every listed key is visible to its whole block
+    pair_ptr: NDArray[np.int64]
 
 
 def _lists(site: OnnxSite, block: int) -> _Lists:
     layout = site.spec.pattern.layout(site.q_len, site.kv_len, block, block)
-    keys: list[NDArray[Any]] = []
-    pairs: list[NDArray[Any]] = []
+    keys: list[NDArray[np.int64]] = []
+    pairs: list[NDArray[np.bool_]] = []
     stored: dict[bytes, int] = {}
     pair_ptr: list[int] = []
     size = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,14 +45,14 @@ class _Identities:
     """A number for each node, the same for nodes that compute the same of the same inputs and weights."""
 
     def __init__(self) -> None:
-        self._table: dict[Any, int] = {}
+        self._table: dict[Hashable, int] = {}
         self.of: dict[fx.Node, int] = {}
 
     def add(self, gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:
             self.of[node] = self._table.setdefault(self._key(gm, node), len(self._table))
 
-    def _key(self, gm: fx.GraphModule, node: fx.Node) -> Any:
+    def _key(self, gm: fx.GraphModule, node: fx.Node) -> Hashable:
         if node.op == "placeholder":
             return ("input", node.target)
         if node.op == "get_attr":
@@ -231,12 +231,13 @@ def _corresponds(now: fx.Node, before: fx.Node) -> bool:
         return False
     if now.op != "call_function" or len(now.all_input_nodes) != len(before.all_input_nodes):
         return False
-    return bool(_shape_of_call(now) == _shape_of_call(before))
+    return _shape_of_call(now) == _shape_of_call(before)
 
 
-def _shape_of_call(node: fx.Node) -> Any:
+def _shape_of_call(node: fx.Node) -> Hashable:
     place = {n: i for i, n in enumerate(node.all_input_nodes)}
-    return key_of(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))
+    found: Hashable = key_of(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))
+    return found
 
 
 def inputs_of(gm: fx.GraphModule) -> list[fx.Node]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from attnopt.ir.spec import AttentionSpec
 from attnopt.onnx.export import plain
 from attnopt.onnx.export.builder import ORT, Builder
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, OnnxSite
-from attnopt.onnx.export.operands import Values
+from attnopt.onnx.export.values import Values
 
 _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -35,12 +34,10 @@ def attention(b: Builder, site: OnnxSite, x: Values, is_full: bool = False) -> i
         not scale > 0 or site.dtype == torch.float64
     ):  # the operator rejects the former, and rounds the latter to float32
         q, scale = b.op("Mul", q, b.constant(np.asarray(scale, _float(site)))), 1.0
-    attributes: dict[str, Any] = {"scale": scale}
-    if site.spec.softcap is not None:
-        attributes["softcap"] = site.spec.softcap
-    if x.is_flat:
-        attributes |= {"q_num_heads": site.spec.num_heads, "kv_num_heads": site.spec.num_kv_heads}
-    return b.op("Attention", q, k, v, mask, **attributes)
+    heads, kv_heads = (site.spec.num_heads, site.spec.num_kv_heads) if x.is_flat else (None, None)
+    return b.op(
+        "Attention", q, k, v, mask, scale=scale, softcap=site.spec.softcap, q_num_heads=heads, kv_num_heads=kv_heads
+    )
 
 
 def multi_head_attention(b: Builder, site: OnnxSite, x: Values) -> ir.Value:
@@ -57,11 +54,22 @@ def group_query_attention(b: Builder, site: OnnxSite, x: Values) -> ir.Value:
         length = b.op("Cast", b.size(x.q, 1), to=ir.DataType.INT32)
         total = b.op("Squeeze", length)
     last = b.op("Expand", b.op("Sub", length, b.constant(np.asarray([1], np.int32))), b.size(x.q, 0))
-    attributes = {"num_heads": site.spec.num_heads, "kv_num_heads": site.spec.num_kv_heads, "scale": site.spec.scale}
-    if site.spec.softcap is not None:
-        attributes["softcap"] = site.spec.softcap
-    inputs = (x.q, x.k, x.v, None, None, last, total)
-    return b.op("GroupQueryAttention", *inputs, domain=ORT, outputs=3, **attributes)
+    return group_query(b, site.spec, x.q, x.k, x.v, None, None, last, total)
+
+
+def group_query(b: Builder, spec: AttentionSpec, *inputs: ir.Value | None, window: int | None = None) -> ir.Value:
+    """``window``: how many keys a query sees, its own included."""
+    return b.op(
+        "GroupQueryAttention",
+        *inputs,
+        domain=ORT,
+        outputs=3,
+        num_heads=spec.num_heads,
+        kv_num_heads=spec.num_kv_heads,
+        scale=spec.scale,
+        softcap=spec.softcap,
+        local_window_size=window,
+    )
 
 
 def _one_mask(b: Builder, site: OnnxSite, bias: ir.Value | None, visible: ir.Value | None) -> ir.Value | None:
@@ -91,5 +99,5 @@ def _with_blank_key(b: Builder, x: ir.Value, axis: int) -> ir.Value:
     return b.op("Concat", x, b.op("Expand", zero, b.op("Concat", *dims, axis=0)), axis=axis)
 
 
-def _float(site: OnnxSite) -> Any:
+def _float(site: OnnxSite) -> type[np.float32] | type[np.float64]:
     return np.float64 if site.dtype == torch.float64 else np.float32

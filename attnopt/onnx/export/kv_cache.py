@@ -11,9 +11,10 @@ import torch
 from attnopt.errors import ExportError
 from attnopt.graph.emitter import Emitter
 from attnopt.ir.spec import AttentionSpec
-from attnopt.onnx.export.builder import ORT, Builder
+from attnopt.onnx.export.builder import Builder
 from attnopt.onnx.export.canonical import Canonical
 from attnopt.onnx.export.choose_form import Form, OnnxSite
+from attnopt.onnx.export.fused_ops import group_query
 from attnopt.onnx.export.operands import Operands
 from attnopt.onnx.export.write_form import evenly_shared, flat
 from attnopt.patterns import Pattern
@@ -106,16 +107,11 @@ class Cache:
         """[B, H, L, D] of an attention, over the next entry of the cache."""
         site, operands = evenly_shared(b, site, operands)
         spec = site.spec
-        attributes = {"num_heads": spec.num_heads, "kv_num_heads": spec.num_kv_heads, "scale": spec.scale}
-        if spec.softcap is not None:
-            attributes["softcap"] = spec.softcap
-        for band in spec.pattern.bands or ():
-            if band.low is not None:
-                attributes["local_window_size"] = 1 - band.low  # the query's own key included
+        lows = [band.low for band in spec.pattern.bands or () if band.low is not None]
         layer = sum(str(i.name).endswith(".key") for i in self.graph.inputs)
         past = [self._entry(spec, PAST.format(layer, what), "past_length") for what in ("key", "value")]
         inputs = (*(flat(b, x) for x in (operands.q, operands.k, operands.v)), *past, self.last, self.total)
-        made = b.op("GroupQueryAttention", *inputs, domain=ORT, outputs=3, **attributes)
+        made = group_query(b, spec, *inputs, window=1 - lows[0] if lows else None)
         node = made.producer()
         assert node is not None
         for output, what in zip(node.outputs[1:], ("key", "value"), strict=True):

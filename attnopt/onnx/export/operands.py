@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Generic, TypeVar
-
-if TYPE_CHECKING:
-    pass
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -37,15 +34,3 @@ class Operands(Generic[T]):
         assert k is not None
         assert v is not None
         return Operands(q, k, v, *rest)
-
-
-@dataclass(frozen=True)
-class Values(Operands["ir.Value"]):
-    """Values of a file: queries, keys and values are [B, H, L, D], or with ``is_flat`` [B, L, H * D]."""
-
-    is_flat: bool = False
-
-    @property
-    def axis(self) -> int:
-        """Where the tokens are."""
-        return 1 if self.is_flat else 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
@@ -78,7 +78,9 @@ def _part(
     return Part(model, tuple(given[n] for n in order), name, marked)
 
 
-def _cut(gm: fx.GraphModule, node: fx.Node, given: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
+def _cut(
+    gm: fx.GraphModule, node: fx.Node, given: Mapping[fx.Node, str | fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
     """A module of the nodes between ``given`` and ``node``, and its inputs in order."""
     needed = set(ancestors(node, stop=given.__contains__))
     graph, table, order = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()

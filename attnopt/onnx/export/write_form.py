@@ -13,7 +13,8 @@ from attnopt.onnx.export.block_loop import blocks, gathered, is_one
 from attnopt.onnx.export.builder import Builder, before_swap
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, group_form, groups
 from attnopt.onnx.export.fused_ops import attention, group_query_attention, multi_head_attention
-from attnopt.onnx.export.operands import Operands, Values
+from attnopt.onnx.export.operands import Operands
+from attnopt.onnx.export.values import Values
 
 X = TypeVar("X", bound=Operands[ir.Value])
 _ELEMENT = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
