@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph.cleanup import prune_unused_state, sweep
+from attnopt.graph.cleanup import prune_unused_state, share, sweep
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import RESHAPES, aten, is_call, value
 from attnopt.ir.operands import ROLES
@@ -63,6 +63,7 @@ def mark(gm: fx.GraphModule, settle: Settle, takes_apart: bool = True) -> tuple[
     for node in module.graph.nodes:
         if is_call(node, *RESHAPES):  # a placeholder's strides are not the attention's
             node.target = aten.reshape.default
+    share(module)  # layers with one pattern have one mask
     sweep(module)
     weights.settle()
     prune_unused_state(module)
