@@ -33,7 +33,7 @@ class Canonical:
     operands: Operands[fx.Node]
     lowered: Lowered | None
 
-    def with_(self, operands: Operands[fx.Node], pattern: Pattern) -> Canonical:
+    def having(self, operands: Operands[fx.Node], pattern: Pattern) -> Canonical:
         """The same attention with other operands beside queries, keys and values, and the pattern that is left."""
         spec = _having(operands, replace(self.site.spec, pattern=pattern))
         return replace(self, site=replace(self.site, spec=spec), operands=operands)

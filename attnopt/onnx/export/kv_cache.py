@@ -32,7 +32,7 @@ def cached(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
             hint='use a policy that fuses every attention: {"*": "fuse", ...}',
         )
     given = call.operands
-    bare = call.with_(Operands(given.q, given.k, given.v), _pattern(call.site, call.lowered.spec))
+    bare = call.having(Operands(given.q, given.k, given.v), _pattern(call.site, call.lowered.spec))
     return bare, Form("GroupQueryAttention over a cache", 0.0)
 
 

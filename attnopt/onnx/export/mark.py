@@ -79,12 +79,12 @@ def fastest(contrib: bool, opset: int = WITH_ATTENTION) -> Settle:
     def settle(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
         site, operands, pattern = call.site, call.operands, call.site.spec.pattern
         if site.is_static and pattern.covers(site.q_len, site.kv_len, num_heads=site.spec.num_heads):
-            call = call.with_(operands, pattern := Full())
+            call = call.having(operands, pattern := Full())
         form = choose(call.site, contrib, opset)
         if form.kind == "Attention" and pattern != Full():
             mask = hidden_by_both(emit, _dense_mask(emit, operands, pattern, site.spec.num_heads), operands.mask)
             operands = replace(operands, mask=mask)
-            call = call.with_(operands, Full())
+            call = call.having(operands, Full())
             form = choose(call.site, contrib, opset)
         given = {role: _with_four_axes(emit, operand) for role, operand in operands.given.items() if role not in "qkv"}
         if "bias" in given and opset >= WITH_ATTENTION:
