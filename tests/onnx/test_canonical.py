@@ -36,9 +36,9 @@ def said(file: Path) -> Any:
 def test_calls_know_their_site_and_spec(backend: str) -> None:
     fast = two_windows(backend)
     found = [lowered_at(call) for call in attention_calls(fast.graph_module.graph)]
-    assert [(f.site, f.spec.pattern, f.spec.gains) for f in found if f] == [
-        ("", Window(4, 4), None),
-        ("#2", Window(2, 2), None),
+    assert [(f.site, f.spec.pattern, f.spec.after) for f in found if f] == [
+        ("", Window(4, 4), ()),
+        ("#2", Window(2, 2), ()),
     ]
 
 
