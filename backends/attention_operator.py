@@ -57,3 +57,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attention.register_autograd(_backward, setup_context=_keep)
+
+ATTENTION = torch.ops.attnopt.attention.default  # in a graph

@@ -42,7 +42,7 @@ class Sdpa(Backend):
         def attend(
             q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
         ) -> Tensor:
-            is_shared = _is_evenly_shared(spec)
+            is_shared = spec.is_evenly_shared and spec.num_kv_heads < spec.num_heads  # as ``enable_gqa`` requires
             keys, values = (k, v) if is_shared else (heads_of(spec, k), heads_of(spec, v))
             # SDPA aligns its causal triangle with the first key, a pattern with the last.
             is_plain = spec.pattern == Causal() and spec.selection is None and bias is None and mask is None
@@ -66,14 +66,6 @@ class Sdpa(Backend):
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         return of_masked_blocks(self.name, spec)
-
-
-def _is_evenly_shared(spec: AttentionSpec) -> bool:
-    """Fewer K/V heads than query heads, and query head h reads h // r, as ``enable_gqa`` requires."""
-    if spec.num_kv_heads >= spec.num_heads or spec.num_heads % spec.num_kv_heads:
-        return False
-    r = spec.num_heads // spec.num_kv_heads
-    return all(g == h // r for h, g in enumerate(spec.kv_of_head))
 
 
 def _as_mask(bias: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.archive.folder import FORMAT, GRAPH, WEIGHTS, digest, digest_of_file
 from attnopt.archive.form_json import form_from_json
-from attnopt.archive.site_json import site_from_json
+from attnopt.archive.site_json import site_from_json, spec_from_json
 from attnopt.archive.untrusted_graph import check_graph, check_operators
 from attnopt.base.atomic_files import MARKER
 from attnopt.base.compile_lock import compiling
@@ -32,6 +32,7 @@ from attnopt.capture.signature import Signature
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ArchiveError
 from attnopt.graph.nodes import stored
+from attnopt.lower.attention_calls import Lowered, attention_calls, note
 from attnopt.report.report import Report
 
 LARGEST = 1 << 28  # bytes of a description or of a graph
@@ -53,9 +54,17 @@ def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx
         signature = Signature.from_json(about["signature"])
         live = stored(module)
         sites = tuple(site_from_json(s, live) for s in about["sites"])
+        _note_attentions(module, about["attentions"])
         trains_otherwise = bool(about["trains_otherwise"])
         form = None if about["form"] is None else form_from_json(about["form"], classes)
     return module, Origin(report, sites, signature, *examples, trains_otherwise=trains_otherwise, form=form)
+
+
+def _note_attentions(module: fx.GraphModule, stored: Sequence[Mapping[str, Any] | None]) -> None:
+    """What each attention call computes: a serialized graph keeps its calls in their order, and nothing that is noted there."""
+    for call, computed in zip(attention_calls(module.graph), stored, strict=True):
+        if computed is not None:
+            note(call, Lowered(str(computed["site"]), spec_from_json(computed["spec"])))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from attnopt.archive.folder import FORMAT, GRAPH, WEIGHTS, digest, digest_of_file
 from attnopt.archive.form_json import form_to_json
-from attnopt.archive.site_json import site_to_json
+from attnopt.archive.site_json import site_to_json, spec_to_json
 from attnopt.archive.untrusted_graph import NotAGraphError, check_graph
 from attnopt.base.atomic_files import MARKER, atomic_folder
 from attnopt.base.compile_lock import compiling
@@ -24,6 +24,7 @@ from attnopt.base.quiet import quiet
 from attnopt.capture.exported_program import exported
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ArchiveError
+from attnopt.lower.attention_calls import Lowered, attention_calls, lowered_at
 
 
 @compiling()
@@ -66,11 +67,16 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
             "trains_otherwise": origin.trains_otherwise,
             "form": form,
             "sites": [site_to_json(s) for s in origin.sites],
+            "attentions": [_call_to_json(lowered_at(call)) for call in attention_calls(module.graph)],
             "tensors": about_tensors,
             "sha256": {name: digest_of_file(folder / name) for name in (GRAPH, WEIGHTS)},
         }
         about["self_sha256"] = digest(json.loads(json.dumps(about)))
         (folder / MARKER).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _call_to_json(computed: Lowered | None) -> dict[str, Any] | None:
+    return None if computed is None else {"site": computed.site, "spec": spec_to_json(computed.spec)}
 
 
 def _refuse_unread(module: fx.GraphModule) -> None:

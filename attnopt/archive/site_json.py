@@ -1,4 +1,4 @@
-"""A site as JSON and back, for saved models."""
+"""A site, and the spec of one attention call, as JSON and back, for saved models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from attnopt.patterns.registry import PATTERNS, is_readable
 
 def site_to_json(site: Site) -> dict[str, Any]:
     """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError if load() could not find one of its classes."""
-    spec = site.spec
     return {
         "plugins": _plugins(site),
         "name": site.name,
@@ -42,24 +41,7 @@ def site_to_json(site: Site) -> dict[str, Any]:
             }
             for role, p in site.projections.items()
         },
-        "spec": {
-            "heads": list(spec.heads),
-            "kv_heads": list(spec.kv_heads),
-            "kv_of_head": list(spec.kv_of_head),
-            "head_dim": spec.head_dim,
-            "value_dim": spec.value_dim,
-            "scale": spec.scale,
-            "pattern": spec.pattern.to_json(),
-            "has_bias": spec.has_bias,
-            "has_mask": spec.has_mask,
-            "has_sinks": spec.has_sinks,
-            "softcap": spec.softcap,
-            "selection": None if spec.selection is None else spec.selection.to_json(),
-            "is_cross": spec.is_cross,
-            "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
-            "positions": list(spec.positions),
-            "after": [edit.to_json() for edit in spec.after],
-        },
+        "spec": spec_to_json(site.spec),
     }
 
 
@@ -69,13 +51,6 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
     Its classes are those that are installed or registered by their names; ArchiveError names one that is not.
     """
     _require(data)
-    spec = dict(data["spec"])
-    for key in ("heads", "kv_heads", "kv_of_head", "positions"):
-        spec[key] = tuple(spec[key])
-    spec["pattern"] = parse(spec["pattern"])
-    spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
-    spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
-    spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     projections = {
         role: Projection(
             p["weight"],
@@ -89,7 +64,7 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
     }
     return Site(
         data["name"],
-        AttentionSpec(**spec),
+        spec_from_json(data["spec"]),
         projections,
         data["where"],
         tuple(data["notes"]),
@@ -99,6 +74,38 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
         is_dynamic=data["is_dynamic"],
         alignment=data.get("alignment", "first"),
     )
+
+
+def spec_to_json(spec: AttentionSpec) -> dict[str, Any]:
+    return {
+        "heads": list(spec.heads),
+        "kv_heads": list(spec.kv_heads),
+        "kv_of_head": list(spec.kv_of_head),
+        "head_dim": spec.head_dim,
+        "value_dim": spec.value_dim,
+        "scale": spec.scale,
+        "pattern": spec.pattern.to_json(),
+        "has_bias": spec.has_bias,
+        "has_mask": spec.has_mask,
+        "has_sinks": spec.has_sinks,
+        "softcap": spec.softcap,
+        "selection": None if spec.selection is None else spec.selection.to_json(),
+        "is_cross": spec.is_cross,
+        "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
+        "positions": list(spec.positions),
+        "after": [edit.to_json() for edit in spec.after],
+    }
+
+
+def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
+    spec = dict(data)
+    for key in ("heads", "kv_heads", "kv_of_head", "positions"):
+        spec[key] = tuple(spec[key])
+    spec["pattern"] = parse(spec["pattern"])
+    spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
+    spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
+    spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
+    return AttentionSpec(**spec)
 
 
 _KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, SCORES)

@@ -32,6 +32,7 @@ from attnopt.graph.nodes import (
     wrap,
 )
 from attnopt.graph.scatters import filled, full, joined, sizes_of, written
+from attnopt.graph.sdpa import SDPA, call_arguments
 from attnopt.graph.select import restrict
 from attnopt.graph.value_names import inherit
 
@@ -172,12 +173,9 @@ def _as_attention(node: fx.Node) -> None:
     """The first result of one of torch's attention kernels, as a plain attention."""
     if arg(node, 1) != 0:
         return
-    kernel = operand(node)
-    arguments = kernel.target._schema.arguments  # type: ignore[union-attr]
-    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    given |= dict(zip((a.name for a in arguments), kernel.args, strict=False)) | kernel.kwargs
+    given = call_arguments(operand(node))
     bias = given.get("attn_mask", given.get("attn_bias"))
-    node.target = aten.scaled_dot_product_attention.default
+    node.target = SDPA
     node.args = (*(given[name] for name in ("query", "key", "value")), bias, given["dropout_p"], given["is_causal"])
     node.kwargs = {name: given[name] for name in ("scale", "enable_gqa") if name in given}
 

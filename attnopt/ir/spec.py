@@ -62,6 +62,12 @@ class AttentionSpec:
         return len(self.kv_heads)
 
     @property
+    def is_evenly_shared(self) -> bool:
+        """Query head h reads K/V head h // r, for one number r of query heads to each."""
+        r = self.num_heads // self.num_kv_heads
+        return r * self.num_kv_heads == self.num_heads and all(g == h // r for h, g in enumerate(self.kv_of_head))
+
+    @property
     def visible_pattern(self) -> Pattern:
         """What queries see, a mask operand included where it is known what it amounts to."""
         return self.pattern if self.seen_as is None else self.seen_as

@@ -30,6 +30,7 @@ from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.site import Site
 from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
+from attnopt.lower.attention_calls import Lowered, note_between
 from attnopt.lower.fold import folded
 from attnopt.match.find import Found
 from attnopt.match.projections import weight_path
@@ -150,7 +151,9 @@ def _attention(
             if plain
             else select.select(operand, wanted)
         )
-    return inline(emit, spec, Reference() if plain else plan.backend, operands)
+    lowered = inline(emit, spec, Reference() if plain else plan.backend, operands)
+    note_between([n for n in operands.values() if n is not None], lowered, Lowered(plan.found.site.name, spec))
+    return lowered
 
 
 def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from attnopt.graph.nodes import arg, aten, is_call, is_tensor, operand, shape, wrap
+from attnopt.graph.sdpa import SDPA
 from attnopt.match.overwrites import zeros_of
 from attnopt.match.row_sums import behind_layout, is_shifted, of_rows, row_sums
 
-SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
 _LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
 

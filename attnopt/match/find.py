@@ -25,10 +25,11 @@ from attnopt.graph.nodes import (
     stored,
     value,
 )
+from attnopt.graph.sdpa import SDPA
 from attnopt.ir.projection import Projection
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Alignment, NearMiss, Site
-from attnopt.match.anchors import SDPA, Softmax, normalisers
+from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.escapes import where_used
 from attnopt.match.masks import keeps_a_mask
 from attnopt.match.projections import read_output, read_projection

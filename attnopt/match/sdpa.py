@@ -8,34 +8,28 @@ import torch
 from torch import fx
 
 from attnopt.graph.axes import Axes, broadcast, fresh, reshape, resolve_all
-from attnopt.graph.nodes import (
-    arg,
-    dtype,
-    shape,
-)
+from attnopt.graph.nodes import dtype, shape
+from attnopt.graph.sdpa import sdpa_arguments
 from attnopt.match.read_scores import Hide, Operand, Step, Term
 from attnopt.match.region import Region
 from attnopt.match.rejection import rejected, unreadable
 
 
 def from_fused(node: fx.Node) -> Region:
-    q, k, v = arg(node, 0), arg(node, 1), arg(node, 2)
-    assert isinstance(q, fx.Node)
-    assert isinstance(k, fx.Node)
-    assert isinstance(v, fx.Node)
-    mask = arg(node, 3, node.kwargs.get("attn_mask"))
-    dropout = arg(node, 4, node.kwargs.get("dropout_p", 0.0))
-    causal = arg(node, 5, node.kwargs.get("is_causal", False))
-    scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
-    if dropout:
-        raise rejected(node, "active-dropout", "no active dropout", f"dropout of {dropout}", "call model.eval() first")
+    given = sdpa_arguments(node)
+    q, k, v, mask = given.query, given.key, given.value, given.attn_mask
+    if given.dropout_p:
+        found = f"dropout of {given.dropout_p}"
+        raise rejected(node, "active-dropout", "no active dropout", found, "call model.eval() first")
+    if given.scale is None:
+        raise unreadable(node, "a scale that is a number")
     sq, sk, sv = shape(q), shape(k), shape(v)
     ndim = len(sq)
     frame = fresh((*sq[:-1], sk[-2]))
     lead, rows, columns = list(frame[:-2]), frame[-2], frame[-1]
     (d,), (e,) = fresh((sq[-1],)), fresh((sv[-1],))
     kv_lead = [ax if s != 1 else () for s, ax in zip(sk[:-2], lead[ndim - len(sk) :], strict=True)]
-    if grouped and sk[-3] != sq[-3]:
+    if given.enable_gqa and sk[-3] != sq[-3]:
         group = reshape((lead[-1],), (sk[-3], sq[-3] // sk[-3]))
         assert group is not None
         kv_lead[-1] = group[0]
@@ -43,7 +37,7 @@ def from_fused(node: fx.Node) -> Region:
         raise unreadable(node, "keys and values with the same leading axes")
     scores: Axes = (*resolve_all(tuple(lead)), rows, columns)
     steps: tuple[Step, ...] = ()
-    if isinstance(mask, fx.Node):
+    if mask is not None:
         axes = broadcast(mask, scores)
         if axes is None:
             raise unreadable(node, "a mask that broadcasts to the scores")
@@ -56,7 +50,7 @@ def from_fused(node: fx.Node) -> Region:
         k=Operand(k, k_axes),
         v=Operand(v, v_axes),
         out=Operand(node, out_axes),
-        scale=float(scale) if isinstance(scale, (int, float)) else sq[-1] ** -0.5,
+        scale=given.scale,
         batch=(),
         heads=(),
         queries=(),
@@ -64,7 +58,7 @@ def from_fused(node: fx.Node) -> Region:
         features=d,
         value_features=e,
         steps=steps,
-        top_left_causal=bool(causal),
+        top_left_causal=given.is_causal,
         nodes=(node,),
         anchor=node,
         frames=((q, q_axes), (k, k_axes), (v, v_axes), (node, out_axes)),

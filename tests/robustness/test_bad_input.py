@@ -317,7 +317,7 @@ def test_the_files_of_a_save(saved: Path) -> None:
     assert sorted(f.name for f in saved.iterdir()) == sorted(FILES)
 
 
-@pytest.mark.parametrize("key", ["report", "signature", "sites", "format"])
+@pytest.mark.parametrize("key", ["report", "signature", "sites", "attentions", "format"])
 @pytest.mark.parametrize("value", [None, -3, [3], {"a": 1}], ids=str)
 def test_a_damaged_description(saved: Path, key: str, value: Any) -> None:
     about = json.loads((saved / "attnopt.json").read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from attnopt.onnx.export.builder import Builder
 from attnopt.onnx.export.choose_form import OnnxSite, hull
 from attnopt.onnx.export.fused_ops import attention
-from attnopt.onnx.export.operands import Operands
+from attnopt.onnx.export.values import Values
 from attnopt.patterns.bands import Band
 from attnopt.patterns.block_layout import FULL_TILE
 
@@ -42,20 +41,20 @@ class _Keys:
     visible: ir.Value | None
 
 
-def blocks(b: Builder, site: OnnxSite, x: Operands, block: int) -> ir.Value:
+def blocks(b: Builder, site: OnnxSite, x: Values, block: int) -> ir.Value:
     """Keys in bands around the queries, or at the beginning; lengths may be dynamic."""
-    found = site.pattern.bands
+    found = site.spec.pattern.bands
     assert found is not None
     return _loop(b, site, x, block, lambda body, rows: _keys_of_bands(body, site, x, found, rows, block))
 
 
-def gathered(b: Builder, site: OnnxSite, x: Operands, block: int) -> ir.Value:
+def gathered(b: Builder, site: OnnxSite, x: Values, block: int) -> ir.Value:
     """Any keys, gathered by lists that are constants of the model; both lengths are fixed."""
     lists = _lists(site, block)
     return _loop(b, site, x, block, lambda body, rows: _keys_of_lists(body, lists, rows))
 
 
-def _loop(b: Builder, site: OnnxSite, x: Operands, block: int, keys_of: Callable[[Builder, _Rows], _Keys]) -> ir.Value:
+def _loop(b: Builder, site: OnnxSite, x: Values, block: int, keys_of: Callable[[Builder, _Rows], _Keys]) -> ir.Value:
     length = b.size(x.q, x.axis)
     offset = None if site.is_square else b.op("Sub", b.size(x.k, x.axis), length)
     turns = b.op("Div", b.op("Add", length, b.ints(block - 1)), b.ints(block))
@@ -80,7 +79,7 @@ def _loop(b: Builder, site: OnnxSite, x: Operands, block: int, keys_of: Callable
     return b.op("ConcatFromSequence", every, axis=x.axis)
 
 
-def _part(b: Builder, x: Operands, rows: _Rows, keys: _Keys) -> tuple[Operands, bool]:
+def _part(b: Builder, x: Values, rows: _Rows, keys: _Keys) -> tuple[Values, bool]:
     """The operands of one iteration, and whether their mask is known to have both lengths."""
 
     def of_rows(value: ir.Value, axis: int) -> ir.Value:
@@ -108,7 +107,7 @@ def _part(b: Builder, x: Operands, rows: _Rows, keys: _Keys) -> tuple[Operands, 
 
 
 # ---------------------------------------------------------------- keys in bands
-def _keys_of_bands(b: Builder, site: OnnxSite, x: Operands, found: Sequence[Band], rows: _Rows, block: int) -> _Keys:
+def _keys_of_bands(b: Builder, site: OnnxSite, x: Values, found: Sequence[Band], rows: _Rows, block: int) -> _Keys:
     low, high = hull(found)
     total = b.size(x.k, x.axis)
     start, stop = b.ints(0), total
@@ -186,16 +185,16 @@ def _seen_in(b: Builder, band: Band, keys: ir.Value, ahead: ir.Value) -> ir.Valu
 class _Lists:
     """The concatenated keys of all iterations, and their visible pairs: from ``key_ptr[r]`` and ``pair_ptr[r]`` on."""
 
-    keys: NDArray[Any]
-    key_ptr: NDArray[Any]
-    pairs: NDArray[Any] | None  # None if every listed key is visible to its whole block
-    pair_ptr: NDArray[Any]
+    keys: NDArray[np.int64]
+    key_ptr: NDArray[np.int64]
+    pairs: NDArray[np.bool_] | None  # None if every listed key is visible to its whole block
+    pair_ptr: NDArray[np.int64]
 
 
 def _lists(site: OnnxSite, block: int) -> _Lists:
-    layout = site.pattern.layout(site.q_len, site.kv_len, block, block)
-    keys: list[NDArray[Any]] = []
-    pairs: list[NDArray[Any]] = []
+    layout = site.spec.pattern.layout(site.q_len, site.kv_len, block, block)
+    keys: list[NDArray[np.int64]] = []
+    pairs: list[NDArray[np.bool_]] = []
     stored: dict[bytes, int] = {}
     pair_ptr: list[int] = []
     size = 0

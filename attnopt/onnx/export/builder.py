@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from attnopt.onnx.export.choose_form import WITH_ATTENTION
 
 ORT = "com.microsoft"
+Array: TypeAlias = NDArray[np.generic]
+Attribute: TypeAlias = "int | float | str | Sequence[int] | ir.Graph | None"
 
 
 class Builder:
@@ -23,10 +26,11 @@ class Builder:
         self._sizes: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def op(
-        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Attribute
     ) -> ir.Value:
-        """A node, of which only the first output is used."""
-        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=self.name(op_type))
+        """A node, of which only the first output is used, without attributes that are None."""
+        given = {name: value for name, value in attributes.items() if value is not None}
+        node = ir.node(op_type, inputs, given, domain=domain, num_outputs=outputs, name=self.name(op_type))
         for output in node.outputs:
             output.name = self.name(op_type)
         self.nodes.append(node)
@@ -41,7 +45,7 @@ class Builder:
         """For the body of a loop in this graph, which may use this graph's values."""
         return Builder(self.graph, self.name("block"), outer=self, opset=self.opset)
 
-    def constant(self, array: NDArray[Any]) -> ir.Value:
+    def constant(self, array: Array) -> ir.Value:
         """An initializer of the outermost graph; equal arrays are one."""
         name = f"attnopt_{array.dtype}_{'x'.join(map(str, array.shape))}_{_digest(array)}"
         if name not in self.graph.initializers:
@@ -109,7 +113,7 @@ def before_swap(value: ir.Value) -> ir.Value | None:
     return node.inputs[0] if node is not None and is_swap(node) else None
 
 
-def _digest(array: NDArray[Any]) -> str:
+def _digest(array: Array) -> str:
     from hashlib import sha1
 
     return sha1(np.ascontiguousarray(array).tobytes(), usedforsecurity=False).hexdigest()[:16]

@@ -5,12 +5,13 @@ Costs are floating-point operations, weighted by how much slower than MultiHeadA
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
+from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Causal, Full, Pattern
 from attnopt.patterns.bands import Band
 
@@ -27,40 +28,38 @@ _MASKED_ROWS = 256
 
 @dataclass(frozen=True)
 class OnnxSite:
-    """One attention in terms of ``AttentionSpec``, with its known lengths; -1 if dynamic."""
+    """One attention as it is written: ``spec``, whose heads are numbered from 0, of operands of these sizes in the example.
+
+    ``is_static``: both lengths are always those.  ``is_square``: as many queries as keys, at all sizes.
+    """
 
     name: str
-    pattern: Pattern
-    kv_of_head: tuple[int, ...]
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    scale: float
-    softcap: float | None
+    spec: AttentionSpec
     dtype: torch.dtype
+    batch: int
     q_len: int
     kv_len: int
-    is_square: bool  # as many queries as keys, at all sizes
-    typical: tuple[int, int, int]  # batch and both lengths in the example
-
-    @property
-    def heads(self) -> int:
-        return len(self.kv_of_head)
-
-    @property
-    def is_static(self) -> bool:
-        return self.q_len >= 0 and self.kv_len >= 0
-
-    @property
-    def is_evenly_shared(self) -> bool:
-        """Query head h reads K/V head ``h // r``."""
-        r = self.heads // self.kv_heads
-        return r * self.kv_heads == self.heads and all(g == h // r for h, g in enumerate(self.kv_of_head))
+    is_static: bool
+    is_square: bool
 
     @property
     def pair_cost(self) -> float:
         """Floating-point operations for one query and one key, of all heads."""
-        return 2.0 * self.typical[0] * self.heads * (self.head_dim + self.value_dim)
+        return 2.0 * self.batch * self.spec.num_heads * (self.spec.head_dim + self.spec.value_dim)
+
+    @property
+    def pairs(self) -> float:
+        return float(self.q_len * self.kv_len)
+
+    @property
+    def is_bare(self) -> bool:
+        """Every query sees every key, with no bias."""
+        return self.spec.pattern == Full() and not (self.spec.has_bias or self.spec.has_mask)
+
+    def unshared(self) -> OnnxSite:
+        """The same attention of keys and values that were repeated for each query head."""
+        heads = tuple(range(self.spec.num_heads))
+        return replace(self, spec=replace(self.spec, kv_heads=heads, kv_of_head=heads))
 
 
 @dataclass(frozen=True)
@@ -72,67 +71,61 @@ class Form:
     block: int = 0  # queries in one turn of the loop of "blocks" and "gathered"
 
 
-def choose(site: OnnxSite, given: Collection[str], contrib: bool, opset: int = WITH_ATTENTION) -> Form:
-    """The cheapest form for the operands in ``given``; "Attention" needs the pattern as a mask operand.
+def choose(site: OnnxSite, contrib: bool, opset: int = WITH_ATTENTION) -> Form:
+    """The cheapest form; "Attention" needs the pattern as a mask operand.
 
     In opsets without that operator, its form consists of plain operators.
     """
-    has_attention = opset >= WITH_ATTENTION
-    if opset < WITH_LOOPS and site.pattern != Full():
+    pattern = site.spec.pattern
+    if opset < WITH_LOOPS and pattern != Full():
         return _dense(site)
-    if site.pattern.is_per_head:
-        return min([_dense(site), *_apart(site, given)], key=_cost)
-    if site.pattern == Full() and not {"bias", "mask"} & set(given):
-        return _all_keys(site, given, contrib, has_attention)
-    if site.pattern == Causal() and site.is_square and contrib and _group_query_takes(site, given):
-        return Form("GroupQueryAttention", DENSE * site.pair_cost * _pairs(site) / 2)
+    if pattern.is_per_head:
+        return min([_dense(site), *_apart(site)], key=_cost)
+    if site.is_bare:
+        return _all_keys(site, contrib, opset >= WITH_ATTENTION)
+    if pattern == Causal() and site.is_square and contrib and _group_query_takes(site):
+        return Form("GroupQueryAttention", DENSE * site.pair_cost * site.pairs / 2)
     sparse = sparse_form(site)
     if sparse is None:
         return _dense(site)
-    if sparse.kind == "blocks" and not site.is_static and None not in hull(site.pattern.bands or ()):
+    if sparse.kind == "blocks" and not site.is_static and None not in hull(pattern.bands or ()):
         return sparse
     return min(_dense(site), sparse, key=_cost)
 
 
 def sparse_form(site: OnnxSite) -> Form | None:
     """The form that computes only what the pattern keeps, regardless of cost; None if the lengths must be known first."""
-    found = site.pattern.bands
+    found = site.spec.pattern.bands
     if found is not None and any(band.first is None for band in found):
         return _blocks(site, found)
     return min((_gathered(site, block) for block in (64, 128)), key=_cost) if site.is_static else None
 
 
-def groups(site: OnnxSite) -> tuple[tuple[tuple[int, ...], OnnxSite], ...]:
-    """The query heads that share a pattern, and the attention of only these heads."""
+def groups(site: OnnxSite) -> tuple[OnnxSite, ...]:
+    """The attention of each set of query heads that share a pattern, with the numbers of its heads in ``site``."""
     found: dict[Pattern, list[int]] = {}
-    for head in range(site.heads):
-        found.setdefault(site.pattern.for_head(head), []).append(head)
-    return tuple((tuple(heads), _only(site, heads, pattern)) for pattern, heads in found.items())
+    for head in range(site.spec.num_heads):
+        found.setdefault(site.spec.pattern.for_head(head), []).append(head)
+    return tuple(_only(site, heads, pattern) for pattern, heads in found.items())
 
 
 def _only(site: OnnxSite, heads: Sequence[int], pattern: Pattern) -> OnnxSite:
-    used = kv_heads_of(site, heads)
-    kv_of_head = tuple(used.index(site.kv_of_head[h]) for h in heads)
-    return replace(site, pattern=pattern, kv_of_head=kv_of_head, kv_heads=len(used))
+    return replace(site, spec=replace(site.spec.keeping(heads), pattern=pattern))
 
 
-def kv_heads_of(site: OnnxSite, heads: Sequence[int]) -> list[int]:
-    return sorted({site.kv_of_head[h] for h in heads})
-
-
-def _apart(site: OnnxSite, given: Collection[str]) -> list[Form]:
+def _apart(site: OnnxSite) -> list[Form]:
     """A separate sparse form for each group of heads, if all of them have one."""
-    forms = [group_form(alone, given) for _, alone in groups(site)]
+    forms = [group_form(alone) for alone in groups(site)]
     known = [form for form in forms if form is not None]
     if len(known) < len(forms):
         return []
     return [Form("per head", sum(form.cost + ITERATION for form in known))]
 
 
-def group_form(site: OnnxSite, given: Collection[str]) -> Form | None:
+def group_form(site: OnnxSite) -> Form | None:
     """The form of heads with a pattern of their own."""
-    if site.pattern == Full() and not {"bias", "mask"} & set(given):
-        return _all_keys(site, given, contrib=False)
+    if site.is_bare:
+        return _all_keys(site, contrib=False)
     return sparse_form(site)
 
 
@@ -150,25 +143,25 @@ def _cost(form: Form) -> float:
     return form.cost
 
 
-def _pairs(site: OnnxSite) -> float:
-    return float(site.typical[1] * site.typical[2])
-
-
 def _dense(site: OnnxSite) -> Form:
-    return Form("Attention", DENSE * site.pair_cost * _pairs(site))
+    return Form("Attention", DENSE * site.pair_cost * site.pairs)
 
 
-def _all_keys(site: OnnxSite, given: Collection[str], contrib: bool, has_attention: bool = True) -> Form:
+def _all_keys(site: OnnxSite, contrib: bool, has_attention: bool = True) -> Form:
     """Every query sees every key: MultiHeadAttention knows one float32 and one head for each query head, no more."""
-    plain = site.softcap is None and "sinks" not in given and site.kv_heads == site.heads and site.is_evenly_shared
-    if contrib and plain and _is_narrow(site) and (_pairs(site) > _SHORT or not has_attention):
-        return Form("MultiHeadAttention", site.pair_cost * _pairs(site))
-    return Form("Attention", site.pair_cost * _pairs(site))
+    spec = site.spec
+    owns_keys = spec.num_kv_heads == spec.num_heads and spec.is_evenly_shared
+    plain = spec.softcap is None and not spec.has_sinks and owns_keys
+    if contrib and plain and _is_narrow(site) and (site.pairs > _SHORT or not has_attention):
+        return Form("MultiHeadAttention", site.pair_cost * site.pairs)
+    return Form("Attention", site.pair_cost * site.pairs)
 
 
-def _group_query_takes(site: OnnxSite, given: Collection[str]) -> bool:
-    fits = site.head_dim % 8 == 0 and site.value_dim == site.head_dim and site.is_evenly_shared
-    return fits and not {"bias", "mask", "sinks"} & set(given) and _is_narrow(site) and site.typical[1] >= _LONG
+def _group_query_takes(site: OnnxSite) -> bool:
+    spec = site.spec
+    fits = spec.head_dim % 8 == 0 and spec.value_dim == spec.head_dim and spec.is_evenly_shared
+    has_more = spec.has_bias or spec.has_mask or spec.has_sinks
+    return fits and not has_more and _is_narrow(site) and site.q_len >= _LONG
 
 
 def _is_narrow(site: OnnxSite) -> bool:
@@ -176,7 +169,7 @@ def _is_narrow(site: OnnxSite) -> bool:
 
 
 def _blocks(site: OnnxSite, found: Sequence[Band]) -> Form:
-    _, q_len, kv_len = site.typical
+    q_len, kv_len = site.q_len, site.kv_len
     low, high = hull(found)
     if low is None and high is None:
         block = _MASKED_ROWS
@@ -194,7 +187,6 @@ def _blocks(site: OnnxSite, found: Sequence[Band]) -> Form:
 
 @lru_cache(maxsize=256)
 def _gathered(site: OnnxSite, block: int) -> Form:
-    layout = site.pattern.layout(site.q_len, site.kv_len, block, block)
+    layout = site.spec.pattern.layout(site.q_len, site.kv_len, block, block)
     turns = -(-site.q_len // block)
-    pairs = layout.visits * site.q_len * site.kv_len
-    return Form("gathered", BLOCKS * site.pair_cost * pairs + turns * ITERATION, block)
+    return Form("gathered", BLOCKS * site.pair_cost * layout.visits * site.pairs + turns * ITERATION, block)

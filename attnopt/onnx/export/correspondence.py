@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ from attnopt.compiler.origin import FileOrigin
 from attnopt.errors import ExportError
 from attnopt.graph.emitter import _key as key_of
 from attnopt.graph.evaluate import inputs_behind
-from attnopt.graph.nodes import RESHAPES, ancestors, aten, get_attr, is_call, is_tensor, value
+from attnopt.graph.nodes import RESHAPES, ancestors, aten, get_attr, is_call, is_tensor, operand, value
 from attnopt.graph.value_names import ORIGIN, names_of
+from attnopt.lower.attention_calls import is_attention_call
 
 _LAYOUT = (
     *RESHAPES, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
@@ -44,14 +45,14 @@ class _Identities:
     """A number for each node, the same for nodes that compute the same of the same inputs and weights."""
 
     def __init__(self) -> None:
-        self._table: dict[Any, int] = {}
+        self._table: dict[Hashable, int] = {}
         self.of: dict[fx.Node, int] = {}
 
     def add(self, gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:
             self.of[node] = self._table.setdefault(self._key(gm, node), len(self._table))
 
-    def _key(self, gm: fx.GraphModule, node: fx.Node) -> Any:
+    def _key(self, gm: fx.GraphModule, node: fx.Node) -> Hashable:
         if node.op == "placeholder":
             return ("input", node.target)
         if node.op == "get_attr":
@@ -230,12 +231,13 @@ def _corresponds(now: fx.Node, before: fx.Node) -> bool:
         return False
     if now.op != "call_function" or len(now.all_input_nodes) != len(before.all_input_nodes):
         return False
-    return bool(_shape_of_call(now) == _shape_of_call(before))
+    return _shape_of_call(now) == _shape_of_call(before)
 
 
-def _shape_of_call(node: fx.Node) -> Any:
+def _shape_of_call(node: fx.Node) -> Hashable:
     place = {n: i for i, n in enumerate(node.all_input_nodes)}
-    return key_of(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))
+    found: Hashable = key_of(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))
+    return found
 
 
 def inputs_of(gm: fx.GraphModule) -> list[fx.Node]:
@@ -251,10 +253,7 @@ def _is_a_number_of_sizes(node: fx.Node) -> bool:
 
 def _arranged_by(node: fx.Node) -> list[fx.Node]:
     """The queries, keys and values of an attention, and the inputs of their layout operators."""
-    name = str(getattr(getattr(node.target, "_schema", None), "name", ""))
-    if name in ("aten::scaled_dot_product_attention", "attnopt::attention"):
-        return [n for n in node.args[:3] if isinstance(n, fx.Node)]
-    return []
+    return [operand(node, i) for i in range(3)] if is_attention_call(node) else []
 
 
 def _named_outputs(gm: fx.GraphModule) -> Mapping[str, fx.Node]:

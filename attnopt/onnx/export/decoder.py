@@ -16,7 +16,6 @@ from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import value
 from attnopt.ir.spec import AttentionSpec
-from attnopt.onnx.export.choose_form import OnnxSite
 from attnopt.onnx.export.kv_cache import PAST, PRESENT
 from attnopt.onnx.export.mark import Marked, mark
 from attnopt.onnx.export.translate import OPSETS, expand, translated
@@ -51,9 +50,8 @@ def export_decoder(
         )
     tokens = _tokens(eos_token_id, tokenizer)
     _check_inputs(gm, origin.report.fixed_axes)
-    specs = {s.name: s.spec for s in origin.sites}
-    marked_gm, marked = mark(gm, {}, cached(specs))
-    _check_sites(marked, specs)
+    marked_gm, marked = mark(gm, cached)
+    _check_sites(marked, [s.name for s in origin.sites])
     with atomic_folder(folder, marker=CONFIG) as made:
         model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
         cache = Cache.of(model.graph)
@@ -64,7 +62,7 @@ def export_decoder(
         data = made / f"{FILE}.data" if weights_size(gm) > ROOM_IN_FILE else None
         save(model, made / FILE, data)
         verify(gm, origin, made / FILE, str(logits.name))
-        config = _config(model.graph, logits, [m.site for m in marked], context_length, tokens)
+        config = _config(model.graph, logits, [m.site.spec for m in marked], context_length, tokens)
         (made / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
@@ -89,22 +87,27 @@ def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
             )
 
 
-def _check_sites(marked: Sequence[Marked], specs: Mapping[str, AttentionSpec]) -> None:
+def _check_sites(marked: Sequence[Marked], sites: Sequence[str]) -> None:
     there = {m.site.name for m in marked}
-    for name in specs:
+    for name in sites:
         if name not in there:
             raise ExportError(
                 "this attention is not a fused operator, so its keys and values cannot be cached",
                 site=name,
                 hint='see the report for the reason; with backend="sdpa" every rewritten attention is fused',
             )
-    sizes = {(m.site.kv_heads if m.site.is_evenly_shared else m.site.heads, m.site.head_dim) for m in marked}
+    sizes = {(_stored_heads(m.site.spec), m.site.spec.head_dim) for m in marked}
     if len(sizes) != 1:
         listed = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
         raise ExportError(
             f"the layers' keys and values have different sizes ({listed or 'none found'}), but the cache needs a single size",
             hint="keep the same number of K/V heads in each layer",
         )
+
+
+def _stored_heads(spec: AttentionSpec) -> int:
+    """Of the keys in the cache."""
+    return spec.num_kv_heads if spec.is_evenly_shared else spec.num_heads
 
 
 def _logits(outputs: Sequence[ir.Value]) -> ir.Value:
@@ -140,10 +143,10 @@ def _tokens(eos_token_id: int | Sequence[int], tokenizer: Any) -> dict[str, Any]
 
 
 def _config(
-    graph: ir.Graph, logits: ir.Value, sites: Sequence[OnnxSite], context_length: int, tokens: Mapping[str, Any]
+    graph: ir.Graph, logits: ir.Value, specs: Sequence[AttentionSpec], context_length: int, tokens: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The configuration files of onnxruntime-genai."""
-    site, names = sites[0], {i.name for i in graph.inputs}
+    spec, names = specs[0], {i.name for i in graph.inputs}
     assert logits.shape is not None
     vocabulary, ends = logits.shape[2], tokens["eos_token_id"]
     if isinstance(vocabulary, int) and not all(0 <= end < vocabulary for end in ends):
@@ -151,15 +154,15 @@ def _config(
     decoder = {
         "session_options": {"provider_options": []},
         "filename": FILE,
-        "head_size": site.head_dim,
-        "hidden_size": site.heads * site.head_dim,
+        "head_size": spec.head_dim,
+        "hidden_size": spec.num_heads * spec.head_dim,
         "inputs": {name: name for name in INPUTS if name in names}
         | {f"past_{what}_names": PAST.format("%d", what) for what in ("key", "value")},
         "outputs": {"logits": logits.name}
         | {f"present_{what}_names": PRESENT.format("%d", what) for what in ("key", "value")},
-        "num_attention_heads": site.heads,
-        "num_hidden_layers": len(sites),
-        "num_key_value_heads": site.kv_heads if site.is_evenly_shared else site.heads,
+        "num_attention_heads": spec.num_heads,
+        "num_hidden_layers": len(specs),
+        "num_key_value_heads": _stored_heads(spec),
     }
     model = {
         "type": "decoder",

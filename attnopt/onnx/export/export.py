@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import fx
 
@@ -38,8 +38,7 @@ def export_onnx(
     if origin.file is not None:
         from attnopt.onnx.export.in_place import export_in_place
 
-        options: dict[str, Any] = {"flavor": flavor, "external_data": external_data, "verify": verify}
-        export_in_place(gm, origin, path, opset=opset, **options)
+        export_in_place(gm, origin, path, flavor=flavor, opset=opset, external_data=external_data, verify=verify)
         return
     size = weights_size(gm)
     if external_data is False and size > ROOM_IN_FILE:
@@ -55,7 +54,7 @@ def export_onnx(
     with written_to(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
         contrib = flavor == "onnxruntime"
         gm, names = with_names(gm, origin)
-        marked_gm, marked = mark(gm, {s.name: s.spec.pattern for s in origin.sites}, fastest(contrib))
+        marked_gm, marked = mark(gm, fastest(contrib))
         model, held = translated(marked_gm, origin, opset or OPSETS[0])
         expand(model.graph, marked, write)
         settle(model, contrib)

@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import fx
@@ -21,7 +21,7 @@ from attnopt.errors import AttnoptWarning, ExportError
 from attnopt.graph.nodes import get_attr, value
 from attnopt.graph.value_names import names_of
 from attnopt.lower.lower import copy_program
-from attnopt.onnx.export.builder import ORT
+from attnopt.onnx.export.builder import ORT, Array
 from attnopt.onnx.export.correspondence import SHARED, Change, changed, inputs_of
 from attnopt.onnx.export.mark import Marked
 from attnopt.onnx.export.older import WRITTEN, older
@@ -32,6 +32,7 @@ from attnopt.onnx.export.translate import OPSETS
 from attnopt.onnx.export.worth import worthwhile
 from attnopt.onnx.export.write_file import METADATA, said, written_to
 from attnopt.onnx.load.grouping import used_by
+from attnopt.onnx.load.source import Source
 from attnopt.version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def export_in_place(
     *,
     flavor: str,
     opset: int | None,
-    external_data: Any,
+    external_data: bool | Literal["auto"],
     verify: bool,
 ) -> None:
     """Write the file from which ``gm`` was captured, with its rewrites.  Raises ExportError.
@@ -87,7 +88,7 @@ def export_in_place(
         )
 
 
-def _copied(source: Any, path: str | os.PathLike[str]) -> None:
+def _copied(source: Source, path: str | os.PathLike[str]) -> None:
     """Nothing was rewritten: the same bytes, and the external weights."""
     target, folder = Path(path).resolve(), source.path.resolve().parent
     if target == source.path.resolve():
@@ -188,7 +189,7 @@ def _nodes_of(
     return renamed(nodes, names, prefix), stored
 
 
-def _cut(slices: Slices, origin: str, whole: Any, part: Any, name: str) -> None:
+def _cut(slices: Slices, origin: str, whole: Array, part: Array, name: str) -> None:
     try:
         slices.take(origin, *places(whole, part), out=name)
     except NotSliceableError:
@@ -252,7 +253,7 @@ def _is_external(model: onnx.ModelProto) -> bool:
     return any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
 
 
-def _save(model: onnx.ModelProto, source: Any, file: Path, data: Path | None) -> None:
+def _save(model: onnx.ModelProto, source: Source, file: Path, data: Path | None) -> None:
     import onnx
 
     onnx.load_external_data_for_model(model, str(source.path.resolve().parent))

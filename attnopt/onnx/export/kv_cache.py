@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -12,36 +11,33 @@ import torch
 from attnopt.errors import ExportError
 from attnopt.graph.emitter import Emitter
 from attnopt.ir.spec import AttentionSpec
-from attnopt.onnx.export.builder import ORT, Builder
+from attnopt.onnx.export.builder import Builder
+from attnopt.onnx.export.canonical import Canonical
 from attnopt.onnx.export.choose_form import Form, OnnxSite
-from attnopt.onnx.export.mark import Operands, Settle
-from attnopt.onnx.export.write_form import flat, heads_of
+from attnopt.onnx.export.fused_ops import group_query
+from attnopt.onnx.export.operands import Operands
+from attnopt.onnx.export.write_form import evenly_shared, flat
 from attnopt.patterns import Pattern
 from attnopt.patterns.bands import Band
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" or "value"
 
 
-def cached(specs: Mapping[str, AttentionSpec]) -> Settle:
-    """Every attention over a cache.  ``specs``: the specs of the sites, by name.  Raises ExportError if one is unsupported."""
-
-    def settle(emit: Emitter, site: OnnxSite, operands: Operands) -> tuple[Operands, OnnxSite, Form]:
-        spec = specs.get(site.name)
-        if spec is None:
-            raise ExportError(
-                "this attention was left unchanged, so its keys and values cannot be cached",
-                site=site.name,
-                hint='use a policy that fuses every attention: {"*": "fuse", ...}',
-            )
-        pattern = _pattern(site, spec)
-        kept = {role: operands[role] if role in ("q", "k", "v") else None for role in operands}
-        return kept, replace(site, pattern=pattern), Form("GroupQueryAttention over a cache", 0.0)
-
-    return settle
+def cached(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
+    """An attention over a cache.  Raises ExportError if it is unsupported."""
+    if call.lowered is None:
+        raise ExportError(
+            "this attention was left unchanged, so its keys and values cannot be cached",
+            site=call.site.name,
+            hint='use a policy that fuses every attention: {"*": "fuse", ...}',
+        )
+    given = call.operands
+    bare = call.having(Operands(given.q, given.k, given.v), _pattern(call.site, call.lowered.spec))
+    return bare, Form("GroupQueryAttention over a cache", 0.0)
 
 
 def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
-    """What queries see of unpadded inputs: everything before them, or a window of that."""
+    """What queries see of unpadded inputs: everything before them, or a window of that.  ``spec`` is what lowering noted."""
     if spec.is_cross or not site.is_square:
         raise _error(site.name, "its keys and queries come from different sequences")
     for what, given in {
@@ -50,8 +46,8 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
         "blocks chosen at run time": spec.selection is not None,
         "a mask other than a padding mask": spec.has_mask and spec.seen_as is None,
         f"elements of type {site.dtype}": site.dtype != torch.float32,
-        f"heads of {site.head_dim} and {site.value_dim} features": site.head_dim % 8 or site.value_dim != site.head_dim,
-        f"a scale of {site.scale:g}": not site.scale > 0,
+        f"heads of {spec.head_dim} and {spec.value_dim} features": spec.head_dim % 8 or spec.value_dim != spec.head_dim,
+        f"a scale of {spec.scale:g}": not spec.scale > 0,
     }.items():
         if given:
             raise _error(site.name, f"it has {what}, which GroupQueryAttention does not support")
@@ -107,34 +103,24 @@ class Cache:
         graph.insert_before(graph[0], b.nodes)
         return cls(graph, ids.shape[0], last, total)
 
-    def write(self, b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Value | None]) -> ir.Value:
+    def write(self, b: Builder, site: OnnxSite, form: Form, operands: Operands[ir.Value]) -> ir.Value:
         """[B, H, L, D] of an attention, over the next entry of the cache."""
-        q, k, v = (operands[role] for role in ("q", "k", "v"))
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        if not site.is_evenly_shared:
-            k, v = heads_of(b, k, site.kv_of_head), heads_of(b, v, site.kv_of_head)
-            site = replace(site, kv_heads=site.heads)
-        attributes = {"num_heads": site.heads, "kv_num_heads": site.kv_heads, "scale": site.scale}
-        if site.softcap is not None:
-            attributes["softcap"] = site.softcap
-        for band in site.pattern.bands or ():
-            if band.low is not None:
-                attributes["local_window_size"] = 1 - band.low  # the query's own key included
+        site, operands = evenly_shared(b, site, operands)
+        spec = site.spec
+        lows = [band.low for band in spec.pattern.bands or () if band.low is not None]
         layer = sum(str(i.name).endswith(".key") for i in self.graph.inputs)
-        past = [self._entry(site, PAST.format(layer, what), "past_length") for what in ("key", "value")]
-        inputs = (flat(b, q), flat(b, k), flat(b, v), *past, self.last, self.total)
-        made = b.op("GroupQueryAttention", *inputs, domain=ORT, outputs=3, **attributes)
+        past = [self._entry(spec, PAST.format(layer, what), "past_length") for what in ("key", "value")]
+        inputs = (*(flat(b, x) for x in (operands.q, operands.k, operands.v)), *past, self.last, self.total)
+        made = group_query(b, spec, *inputs, window=1 - lows[0] if lows else None)
         node = made.producer()
         assert node is not None
         for output, what in zip(node.outputs[1:], ("key", "value"), strict=True):
-            entry = self._entry(site, PRESENT.format(layer, what), "present_length")
+            entry = self._entry(spec, PRESENT.format(layer, what), "present_length")
             output.name, output.shape, output.type = entry.name, entry.shape, entry.type
         self.graph.inputs.extend(past)
         self.graph.outputs.extend(node.outputs[1:])
-        return b.op("Transpose", b.op("Reshape", made, b.ints(0, 0, site.heads, site.head_dim)), perm=[0, 2, 1, 3])
+        return b.op("Transpose", b.op("Reshape", made, b.ints(0, 0, spec.num_heads, spec.head_dim)), perm=[0, 2, 1, 3])
 
-    def _entry(self, site: OnnxSite, name: str, length: str) -> ir.Value:
-        shape = ir.Shape([self.batch, site.kv_heads, length, site.head_dim])
+    def _entry(self, spec: AttentionSpec, name: str, length: str) -> ir.Value:
+        shape = ir.Shape([self.batch, spec.num_kv_heads, length, spec.head_dim])
         return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))

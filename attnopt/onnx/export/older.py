@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attnopt.errors import ExportError
+from attnopt.onnx.export.builder import Array
 
 if TYPE_CHECKING:
     import onnx
@@ -16,15 +17,15 @@ WRITTEN = 18  # the oldest opset that torch writes
 OLDEST = 7  # before it, ONNX broadcasts otherwise
 
 
-_Rule = Callable[["_Older", Any], "list[onnx.NodeProto]"]
+_Rule = Callable[["_Older", "onnx.NodeProto"], "list[onnx.NodeProto]"]
 
 
 class _Older:
-    def __init__(self, opset: int, constants: Mapping[str, Any]) -> None:
+    def __init__(self, opset: int, constants: Mapping[str, Array]) -> None:
         self.opset, self.constants, self.count = opset, dict(constants), 0
-        self.stored: dict[str, Any] = {}  # constants that had to be added
+        self.stored: dict[str, Array] = {}  # constants that had to be added
 
-    def nodes(self, nodes: Any) -> list[onnx.NodeProto]:
+    def nodes(self, nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
         made: list[onnx.NodeProto] = []
         for node in nodes:
             self._remember(node)
@@ -67,7 +68,7 @@ class _Older:
 
 
 def older(
-    nodes: Any, stored: Sequence[onnx.TensorProto], opset: int
+    nodes: Iterable[onnx.NodeProto], stored: Sequence[onnx.TensorProto], opset: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The same nodes in ``opset``, and the constants that they need besides the ``stored`` ones.  Raises ExportError."""
     import onnx
@@ -89,7 +90,7 @@ def _cannot(node: onnx.NodeProto, opset: int) -> ExportError:
     )
 
 
-def _get(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+def _get(node: onnx.NodeProto, name: str, default: int | None = None) -> Any:
     import onnx
 
     return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
@@ -102,7 +103,7 @@ def _without(node: onnx.NodeProto, *names: str) -> onnx.NodeProto:
     return node
 
 
-def _with(node: onnx.NodeProto, **attributes: Any) -> onnx.NodeProto:
+def _with(node: onnx.NodeProto, **attributes: Sequence[int]) -> onnx.NodeProto:
     import onnx
 
     node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnopt.errors import ExportError
+from attnopt.onnx.export.builder import Array
 from attnopt.onnx.load.source import Source
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class NotSliceableError(Exception):
     """The numbers are not a selection of those that the file stores."""
 
 
-def places(whole: Any, part: Any) -> tuple[int, tuple[int, ...]]:
+def places(whole: Array, part: Array) -> tuple[int, tuple[int, ...]]:
     """(axis, indices) of ``part`` in ``whole``.  Raises NotSliceableError."""
     if whole.ndim == part.ndim:
         for axis in range(whole.ndim):
@@ -93,7 +94,7 @@ class Slices:
             *(self.take(name, a, index) if name and a == 0 else name for name, a in zip(others, at, strict=True)),
         ]
 
-    def _array(self, name: str) -> Any:
+    def _array(self, name: str) -> Array:
         import onnx
 
         if name in self.source.weights:

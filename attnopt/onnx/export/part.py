@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
@@ -45,9 +45,8 @@ def parts_of(gm: fx.GraphModule, origin: Origin, change: Change, opset: int, con
         **{w: w for w in change.weights},
     }
     values = recorded(gm, set(given), (origin.args, dict(origin.kwargs)))
-    patterns = {s.name: s.spec.pattern for s in origin.sites}
     return [
-        _part(gm, name, node, {n: g for n, g in given.items() if n is not node}, values, patterns, opset, contrib)
+        _part(gm, name, node, {n: g for n, g in given.items() if n is not node}, values, opset, contrib)
         for name, node in change.made.items()
     ]
 
@@ -58,7 +57,6 @@ def _part(
     node: fx.Node,
     given: Mapping[fx.Node, str | fx.Node],
     values: Mapping[fx.Node, Tensor],
-    patterns: Mapping[str, Any],
     opset: int,
     contrib: bool,
 ) -> Part:
@@ -70,7 +68,7 @@ def _part(
 
     module, order = _cut(gm, node, given)
     inner = Origin(Report(sites=()), (), Signature((), (), ()), tuple(values[n] for n in order), {})
-    marked_gm, marked = mark(module, patterns, fastest(contrib, opset), takes_apart=False)
+    marked_gm, marked = mark(module, fastest(contrib, opset), takes_apart=False)
     model, held = translated(marked_gm, inner, max(opset, WRITTEN))
     _check_axes(model, order)
     expand(model.graph, marked, write, opset)
@@ -80,7 +78,9 @@ def _part(
     return Part(model, tuple(given[n] for n in order), name, marked)
 
 
-def _cut(gm: fx.GraphModule, node: fx.Node, given: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, list[fx.Node]]:
+def _cut(
+    gm: fx.GraphModule, node: fx.Node, given: Mapping[fx.Node, str | fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
     """A module of the nodes between ``given`` and ``node``, and its inputs in order."""
     needed = set(ancestors(node, stop=given.__contains__))
     graph, table, order = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -12,20 +12,23 @@ from attnopt.onnx.export.builder import Builder
 from attnopt.onnx.export.choose_form import OnnxSite
 
 if TYPE_CHECKING:
-    from attnopt.onnx.export.operands import Operands
+    from attnopt.onnx.export.values import Values
 
 
-def attention(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
+def attention(b: Builder, site: OnnxSite, x: Values) -> ir.Value:
     """[B, H, L, Dv], or [B, L, H * Dv] for flat operands; zeros for a fully masked query."""
-    kind: Any = np.float64 if site.dtype == torch.float64 else np.float32
-    q, k, v = (_heads(b, site, x, role) for role in "qkv")
-    if site.kv_heads != site.heads:
-        k, v = (b.op("Gather", t, b.ints(*site.kv_of_head), axis=1) for t in (k, v))
+    kind = np.float64 if site.dtype == torch.float64 else np.float32
+    spec = site.spec
+    q = _heads(b, x, x.q, spec.num_heads, spec.head_dim)
+    k = _heads(b, x, x.k, spec.num_kv_heads, spec.head_dim)
+    v = _heads(b, x, x.v, spec.num_kv_heads, spec.value_dim)
+    if spec.num_kv_heads != spec.num_heads:
+        k, v = (b.op("Gather", t, b.ints(*spec.kv_of_head), axis=1) for t in (k, v))
     scores = b.op(
-        "MatMul", b.op("Mul", q, b.constant(np.asarray(site.scale, kind))), b.op("Transpose", k, perm=[0, 1, 3, 2])
+        "MatMul", b.op("Mul", q, b.constant(np.asarray(spec.scale, kind))), b.op("Transpose", k, perm=[0, 1, 3, 2])
     )
-    if site.softcap is not None:
-        cap = b.constant(np.asarray(site.softcap, kind))
+    if spec.softcap is not None:
+        cap = b.constant(np.asarray(spec.softcap, kind))
         scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap)
     if x.bias is not None:
         scores = b.op("Add", scores, x.bias)
@@ -49,10 +52,8 @@ def _softmax(b: Builder, scores: ir.Value, sinks: ir.Value | None) -> ir.Value:
     return b.op("Slice", joined, b.ints(0), b.op("Shape", scores, start=3, end=4), b.ints(3))
 
 
-def _heads(b: Builder, site: OnnxSite, x: Operands, role: str) -> ir.Value:
-    value: ir.Value = getattr(x, role)
+def _heads(b: Builder, x: Values, operand: ir.Value, heads: int, size: int) -> ir.Value:
+    """[B, H, L, D]."""
     if not x.is_flat:
-        return value
-    heads = site.heads if role == "q" else site.kv_heads
-    size = site.value_dim if role == "v" else site.head_dim
-    return b.op("Transpose", b.op("Reshape", value, b.ints(0, 0, heads, size)), perm=[0, 2, 1, 3])
+        return operand
+    return b.op("Transpose", b.op("Reshape", operand, b.ints(0, 0, heads, size)), perm=[0, 2, 1, 3])

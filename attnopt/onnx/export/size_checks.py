@@ -93,7 +93,7 @@ def _written(b: Builder, inputs: dict[str, ir.Value], node: ast.expr) -> ir.Valu
 
 def _needed_for(b: Builder, graph: ir.Graph, x: ir.Value, zero: ir.Value) -> None:
     """Nothing that reads ``x`` runs before the check: ``zero`` is added to it."""
-    assert x.type is not None
+    assert x.dtype is not None
     asking = ("Shape",) if x.shape is None or len(x.shape) else ("Squeeze",)  # of a size, and of a number
     users = [(node, place) for node, place in x.uses() if node.op_type not in asking]
     made = b.op("Or" if x.dtype == ir.DataType.BOOL else "Add", x, b.op("Cast", zero, to=x.dtype))

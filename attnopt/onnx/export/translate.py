@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +16,11 @@ from attnopt.capture.guards import relations
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import ancestors, aten, is_call, is_state
-from attnopt.ir.operands import ROLES
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.complex_as_real import in_pairs
 from attnopt.onnx.export.grouped_matmul import grouped_products
 from attnopt.onnx.export.mark import DOMAIN, OP, Marked
+from attnopt.onnx.export.operands import Operands
 from attnopt.onnx.export.promote_dtypes import promoted
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from attnopt.onnx.export.builder import Builder
 
 
-Write = Callable[["Builder", OnnxSite, Form, "Mapping[str, ir.Value | None]"], "ir.Value"]
+Write = Callable[["Builder", OnnxSite, Form, "Operands[ir.Value]"], "ir.Value"]
 
 
 OPSETS = (23, 24, 25)  # below, there is no Attention; torch 2.13 silently writes opset 26 wrong
@@ -113,7 +113,7 @@ def expand(graph: ir.Graph, marked: Sequence[Marked], write: Write, opset: int =
         number = node.attributes["site"].as_int()
         builder = Builder(graph, f"attention_{number}", opset=opset)
         out = node.outputs[0]
-        made = write(builder, marked[number].site, marked[number].form, dict(zip(ROLES, node.inputs, strict=False)))
+        made = write(builder, marked[number].site, marked[number].form, Operands.of(node.inputs))
         made.name, made.shape, made.type = f"attention_{number}", out.shape, out.type
         graph.insert_before(node, builder.nodes)
         if (swapped := before_swap(made)) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -19,8 +19,11 @@ from attnopt.compiler.check import coarsest, resized
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.record import recorded
-from attnopt.onnx.export.builder import SWAPPED
+from attnopt.onnx.export.builder import SWAPPED, Array
 from attnopt.onnx.export.mark import Marked
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
@@ -72,7 +75,7 @@ def _compare_at_sizes(
         return
 
 
-def open_session(model: Path | bytes, hint: str = "") -> Any:
+def open_session(model: Path | bytes, hint: str = "") -> InferenceSession:
     """ONNX Runtime's session on a CPU.  Raises ExportError."""
     try:
         return cpu_session(model, exact=True)
@@ -83,7 +86,7 @@ def open_session(model: Path | bytes, hint: str = "") -> Any:
 def _compare(
     gm: fx.GraphModule,
     inputs: Inputs,
-    session: Any,
+    session: InferenceSession,
     file: Path,
     marked: Sequence[Marked],
     named: Mapping[str, str],
@@ -106,7 +109,7 @@ def _compare(
     )
 
 
-def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs, named: Mapping[str, str]) -> dict[str, Any]:
+def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs, named: Mapping[str, str]) -> dict[str, Array]:
     """The session's inputs; an input that the graph does not use may be missing from it."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [
@@ -122,9 +125,10 @@ def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs, named: Mapping[s
     return {n: _array(by_name[n]) for n in names}
 
 
-def _array(value: Tensor) -> Any:
+def _array(value: Tensor) -> Array:
     try:
-        return value.detach().cpu().numpy()
+        made: Array = value.detach().cpu().numpy()
+        return made
     except TypeError as e:
         raise ExportError(
             f"the exported model cannot be checked: numpy has no {value.dtype}",
@@ -133,7 +137,7 @@ def _array(value: Tensor) -> Any:
 
 
 def _first_that_differs(
-    gm: fx.GraphModule, inputs: Inputs, file: Path, marked: Sequence[Marked], feed: Mapping[str, Any]
+    gm: fx.GraphModule, inputs: Inputs, file: Path, marked: Sequence[Marked], feed: Mapping[str, Array]
 ) -> str | None:
     """The name of the first attention whose output differs from torch; None if all agree."""
     import onnx_ir as ir

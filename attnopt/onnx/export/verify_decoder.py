@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -15,7 +14,11 @@ from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
+from attnopt.onnx.export.builder import Array
 from attnopt.onnx.export.verify import in_bfloat16, open_session
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
 
 LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
 
@@ -39,12 +42,13 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str) -> None:
 
 def _two_sequences(gm: fx.GraphModule, origin: Origin) -> Tensor:
     ids = _inputs(gm, origin)["input_ids"]
+    assert isinstance(ids, Tensor)
     length = min(max(ids.shape[1], 8), LONGEST) + STEPS
     first = ids[:1, torch.arange(length) % ids.shape[1]]
     return torch.cat([first, first.flip(1)])
 
 
-def _inputs(gm: fx.GraphModule, origin: Origin) -> dict[str, Any]:
+def _inputs(gm: fx.GraphModule, origin: Origin) -> dict[str, Tensor | int]:
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     return dict(zip(names, pytree.tree_leaves((origin.args, dict(origin.kwargs))), strict=True))
 
@@ -95,7 +99,7 @@ class _Run:
         return torch.from_numpy(binding.get_outputs()[-1].numpy())
 
 
-def _ort(array: NDArray[Any]) -> Any:
+def _ort(array: Array) -> OrtValue:
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -55,7 +55,7 @@ def finish(model: ir.Model, origin: Origin, flavor: str, marked: Sequence[Marked
 
 
 def said(site: OnnxSite, form: Form) -> dict[str, object]:
-    return {"site": site.name, "form": form.kind, "pattern": repr(site.pattern), "block": form.block or None}
+    return {"site": site.name, "form": form.kind, "pattern": repr(site.spec.pattern), "block": form.block or None}
 
 
 def save(model: ir.Model, file: Path, data: Path | None) -> None:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import onnx_ir as ir
 import torch
 
-from attnopt.ir.operands import ROLES
 from attnopt.onnx.export.block_loop import blocks, gathered, is_one
 from attnopt.onnx.export.builder import Builder, before_swap
-from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, group_form, groups, kv_heads_of
+from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, group_form, groups
 from attnopt.onnx.export.fused_ops import attention, group_query_attention, multi_head_attention
 from attnopt.onnx.export.operands import Operands
+from attnopt.onnx.export.values import Values
 
+X = TypeVar("X", bound=Operands[ir.Value])
 _ELEMENT = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 _FLAT_ONLY = ("MultiHeadAttention", "GroupQueryAttention")
 
 
-def write(b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Value | None]) -> ir.Value:
+def write(b: Builder, site: OnnxSite, form: Form, operands: Operands[ir.Value]) -> ir.Value:
     """[B, H, L, Dv] of the attention, computed in float32 or wider."""
-    q, k, v, bias, mask, sinks = (operands.get(role) for role in ROLES)
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    if not site.is_evenly_shared:
-        k, v = heads_of(b, k, site.kv_of_head), heads_of(b, v, site.kv_of_head)
-        site = replace(site, kv_of_head=tuple(range(site.heads)), kv_heads=site.heads)
+    site, operands = evenly_shared(b, site, operands)
+    q, k, v, bias, sinks = operands.q, operands.k, operands.v, operands.bias, operands.sinks
     is_dense = form.kind == "per head" or (form.kind == "Attention" and b.opset < WITH_ATTENTION)
     is_flat = form.kind in _FLAT_ONLY or (not is_dense and all(before_swap(x) is not None for x in (k, v)))
     narrow = _ELEMENT.get(site.dtype)
@@ -35,15 +32,17 @@ def write(b: Builder, site: OnnxSite, form: Form, operands: Mapping[str, ir.Valu
     if narrow is not None:
         q, k, v = (b.op("Cast", x, to=ir.DataType.FLOAT) for x in (q, k, v))
         bias, sinks = (None if x is None else _keeping_shape(b, x) for x in (bias, sinks))
-    made = _made(b, site, form, Operands(q, k, v, bias, mask, sinks, is_flat))
+    made = _made(b, site, form, Values(q, k, v, bias, operands.mask, sinks, is_flat))
     if narrow is not None:
         made = b.op("Cast", made, to=narrow)
     if not is_flat:
         return made
-    return b.op("Transpose", b.op("Reshape", made, b.ints(0, 0, site.heads, site.value_dim)), perm=[0, 2, 1, 3])
+    return b.op(
+        "Transpose", b.op("Reshape", made, b.ints(0, 0, site.spec.num_heads, site.spec.value_dim)), perm=[0, 2, 1, 3]
+    )
 
 
-def _made(b: Builder, site: OnnxSite, form: Form, x: Operands) -> ir.Value:
+def _made(b: Builder, site: OnnxSite, form: Form, x: Values) -> ir.Value:
     match form.kind:
         case "MultiHeadAttention":
             return multi_head_attention(b, site, x)
@@ -58,15 +57,14 @@ def _made(b: Builder, site: OnnxSite, form: Form, x: Operands) -> ir.Value:
     return attention(b, site, x)
 
 
-def _per_head(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
+def _per_head(b: Builder, site: OnnxSite, x: Values) -> ir.Value:
     """Heads with one pattern together, then all heads back in their order."""
-    given = {role for role in ("bias", "mask", "sinks") if getattr(x, role) is not None}
     made: list[ir.Value] = []
     order: list[int] = []
-    for heads, alone in groups(site):
-        form = group_form(alone, given)
+    for alone in groups(site):
+        form = group_form(alone)
         assert form is not None
-        kv_heads = kv_heads_of(site, heads)
+        heads, kv_heads = alone.spec.heads, alone.spec.kv_heads
         part = replace(
             x,
             q=heads_of(b, x.q, heads),
@@ -76,13 +74,19 @@ def _per_head(b: Builder, site: OnnxSite, x: Operands) -> ir.Value:
             mask=_heads_of_operand(b, x.mask, heads),
             sinks=_heads_of_operand(b, x.sinks, heads),
         )
-        if not alone.is_evenly_shared:
-            part = replace(part, k=heads_of(b, part.k, alone.kv_of_head), v=heads_of(b, part.v, alone.kv_of_head))
-            alone = replace(alone, kv_of_head=tuple(range(alone.heads)), kv_heads=alone.heads)
+        alone, part = evenly_shared(b, alone, part)
         made.append(_made(b, alone, form, part))
         order += heads
     joined = b.op("Concat", *made, axis=1)
-    return heads_of(b, joined, [order.index(h) for h in range(site.heads)])
+    return heads_of(b, joined, [order.index(h) for h in range(site.spec.num_heads)])
+
+
+def evenly_shared(b: Builder, site: OnnxSite, x: X) -> tuple[OnnxSite, X]:
+    """The same attention with keys and values repeated for each query head, if ONNX could not share them as they are."""
+    if site.spec.is_evenly_shared:
+        return site, x
+    shared = site.spec.kv_of_head
+    return site.unshared(), replace(x, k=heads_of(b, x.k, shared), v=heads_of(b, x.v, shared))
 
 
 def heads_of(b: Builder, x: ir.Value, heads: Sequence[int]) -> ir.Value:
