@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.capture import check_call, without_values
@@ -46,10 +47,10 @@ def inspect(
     Raises CaptureError if the model cannot be captured.
     """
     inputs = _inputs(args, kwargs)
-    model = _opened(model, *inputs)
-    findings = analyze(model, *inputs, dynamic_shapes).findings
+    model = _opened(model, inputs)
+    findings = analyze(model, inputs, dynamic_shapes).findings
     if isinstance(model, nn.Module) and without_values(model) is None:
-        check_call(model, *inputs)
+        check_call(model, inputs)
     sites = tuple(replace(f.site, refusals=standing_refusals(f)) for f in findings.found)
     return Inspection(sites, findings.near_misses, findings.candidates)
 
@@ -91,33 +92,33 @@ def optimize(
     chosen = Policy.of(policy)
     options, backends = Options(tolerance, strict, limit, seed), backends_of(backend)
     batches = None if calibration is None else Calibration.of(calibration).batches
-    args, given = _inputs(args, kwargs)
-    if not args and not given and batches:
-        args, given = batches[0]
-    model = model.module() if isinstance(model, torch.export.ExportedProgram) else _opened(model, args, given)
+    inputs = _inputs(args, kwargs)
+    if not any(inputs) and batches:
+        inputs = batches[0]
+    model = model.module() if isinstance(model, torch.export.ExportedProgram) else _opened(model, inputs)
     if is_file(model):
         from attnopt.onnx.load.free_axes import as_declared
 
-        args, given, dynamic_shapes = as_declared(cast("OnnxModule", model), args, given, dynamic_shapes)
+        inputs, dynamic_shapes = as_declared(cast("OnnxModule", model), inputs, dynamic_shapes)
 
     @compiling()
-    def build(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Origin]:
-        made = carried_out(Job(model, chosen, args, kwargs, dynamic_shapes, batches or [], backends, options))
+    def build(inputs: CallInputs) -> tuple[fx.GraphModule, Origin]:
+        made = carried_out(Job(model, chosen, inputs, dynamic_shapes, batches or [], backends, options))
         return made.module, made.origin
 
-    if not args and not given:
+    if not any(inputs):
         return OptimizedModel.deferred(model, build)
-    module, origin = build(args, given)
+    module, origin = build(inputs)
     return OptimizedModel(module, origin)
 
 
-def _opened(model: nn.Module | str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+def _opened(model: nn.Module | str | os.PathLike[str], inputs: CallInputs) -> nn.Module:
     if not isinstance(model, (str, os.PathLike)):
         return model
     from attnopt.onnx.load.load import opened
 
-    return opened(model, args, kwargs)
+    return opened(model, *inputs)
 
 
-def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (args if isinstance(args, tuple) else (args,)), dict(kwargs or {})
+def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> CallInputs:
+    return CallInputs(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from attnopt.archive.load import read
 from attnopt.archive.save import save
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.user_warning import warn
 from attnopt.capture.exported_program import exported
@@ -22,7 +23,7 @@ from attnopt.errors import AttnoptError, CaptureError
 from attnopt.report.optimized_site import OptimizedSite
 from attnopt.report.report import Report
 
-Build = Callable[[tuple[Any, ...], dict[str, Any]], tuple[fx.GraphModule, Origin]]
+Build = Callable[[CallInputs], tuple[fx.GraphModule, Origin]]
 
 
 class OptimizedModel(nn.Module):
@@ -74,7 +75,7 @@ class OptimizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the original model."""
         if self._build is not None:
-            self._capture(args, kwargs)
+            self._capture(CallInputs(args, kwargs))
         try:
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
@@ -126,11 +127,11 @@ class OptimizedModel(nn.Module):
             hint="save it with fast.save(path) and load it with attnopt.load(path); its state_dict can be pickled",
         )
 
-    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _capture(self, inputs: CallInputs) -> None:
         with compiling():
             if self._build is None:  # another thread was faster
                 return
-            self.module, self._origin = self._build(args, dict(kwargs))
+            self.module, self._origin = self._build(inputs)
             self._build, self._model = None, []
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -197,7 +198,7 @@ class OptimizedModel(nn.Module):
 
     def export_program(self) -> torch.export.ExportedProgram:
         """The graph as an ExportedProgram, with the dynamic shapes of the capture."""
-        return exported(self.graph_module, self.origin.args, self.origin.kwargs)
+        return exported(self.graph_module, self.origin.inputs)
 
 
 def _not_captured() -> AttnoptError:

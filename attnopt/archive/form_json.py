@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from attnopt.base.containers import Fixed, Given, Kind, Leaf, Made, Node, Part, Passed, Path
-from attnopt.capture.flat_call import Form, Inputs, Results
+from attnopt.capture.flat_call import Form, InputForm, Results
 from attnopt.errors import ArchiveError
 
 _BUILTIN = {Kind.of(c).name: c for c in (list, dict, tuple, OrderedDict, deque, torch.Size)}
@@ -56,7 +56,7 @@ def form_from_json(data: Mapping[str, Any], classes: Iterable[type] = ()) -> For
     """``classes``: the user's own, which may be instantiated, too.  Raises ArchiveError for any other class."""
     made = data["results"]
     resolve = partial(_resolved, {Kind.of(c).name: c for c in classes})
-    inputs = Inputs(
+    inputs = InputForm(
         names=tuple(map(str, data["names"])),
         positional=int(data["positional"]),
         places=tuple((_path_of(path), _part_of(part, resolve)) for path, part in data["places"]),

@@ -23,10 +23,10 @@ from attnopt.archive.form_json import form_from_json
 from attnopt.archive.site_json import site_from_json, spec_from_json
 from attnopt.archive.untrusted_graph import check_graph, check_operators
 from attnopt.base.atomic_files import MARKER
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.quiet import quiet
 from attnopt.base.sizes import hint
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.guards import user_inputs
 from attnopt.capture.signature import Signature
 from attnopt.compiler.origin import Origin
@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx
         _note_attentions(module, about["attentions"])
         trains_otherwise = bool(about["trains_otherwise"])
         form = None if about["form"] is None else form_from_json(about["form"], classes)
-    return module, Origin(report, sites, signature, *examples, trains_otherwise=trains_otherwise, form=form)
+    return module, Origin(report, sites, signature, examples, trains_otherwise=trains_otherwise, form=form)
 
 
 def _note_attentions(module: fx.GraphModule, stored: Sequence[Mapping[str, Any] | None]) -> None:
@@ -115,7 +115,7 @@ def _check_size(file: Path) -> None:
         raise ArchiveError(f"{file} is too large: {size} bytes, at most {LARGEST} are read")
 
 
-def _read_module(folder: Path, about: Mapping[str, Any]) -> tuple[fx.GraphModule, Inputs]:
+def _read_module(folder: Path, about: Mapping[str, Any]) -> tuple[fx.GraphModule, CallInputs]:
     """The graph, and inputs of the sizes that it was captured with."""
     from torch._export.serde.serialize import SerializedArtifact, deserialize
 
@@ -172,7 +172,7 @@ def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any],
     return tables["state"], tables["constants"]
 
 
-def _examples(program: ExportedProgram) -> Inputs:
+def _examples(program: ExportedProgram) -> CallInputs:
     """New inputs of the captured sizes: an archive contains none."""
     values = [n.meta.get("val") for n in user_inputs(program)]
     leaves = [
@@ -180,7 +180,7 @@ def _examples(program: ExportedProgram) -> Inputs:
         for val in values
     ]
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
-    return tuple(args), dict(kwargs)
+    return CallInputs(tuple(args), dict(kwargs))
 
 
 def _zeros(val: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
 
     _refuse_unread(module)
     form = None if origin.form is None else form_to_json(origin.form)
-    program = exported(module, origin.args, origin.kwargs)
+    program = exported(module, origin.inputs)
     tensors, about_tensors = _tensors_of(program)
     empty = {
         name: type(t)(torch.empty(0)) if isinstance(t, torch.nn.Parameter) else torch.empty(0)

@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.base.sizes import is_static
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.dynamic_axes import Auto, asked_shapes, axes_of_leaves, named_arguments, without
 from attnopt.capture.second_example import Place, longer_axes, repeated, seeded_outputs
 from attnopt.capture.signature import check_inputs
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from attnopt.capture.program import Program
 
 LONGEST = 6000  # characters of torch's size expressions with all axes dynamic: beyond, each operator takes seconds
-Captured = Callable[[Inputs, Any, bool], "Program"]  # inputs, shapes, whether to stop when it becomes expensive
+Captured = Callable[[CallInputs, Any, bool], "Program"]  # inputs, shapes, whether to stop when it becomes expensive
 
 
 class TooManyRelationsError(Exception):
@@ -50,7 +50,7 @@ class Limited(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def captured_with_own(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: bool, captured: Captured) -> Program:
+def captured_with_own(model: nn.Module, inputs: CallInputs, shapes: Any, is_cheap: bool, captured: Captured) -> Program:
     """Captured with dynamic axes of length 1 too, if the model allows; the user's example must still fit."""
     asked = axes_of_leaves(model.forward, *inputs, shapes)
     longer = longer_axes(model, inputs, asked)
@@ -66,7 +66,7 @@ def captured_with_own(model: nn.Module, inputs: Inputs, shapes: Any, is_cheap: b
     return captured(inputs, shapes, is_cheap)
 
 
-def as_far_as_it_goes(model: nn.Module, inputs: Inputs, auto: Auto, captured: Captured) -> Program:
+def as_far_as_it_goes(model: nn.Module, inputs: CallInputs, auto: Auto, captured: Captured) -> Program:
     """Raises CaptureError if the model cannot be captured even with all axes static."""
     every = axes_of_leaves(model.forward, *inputs, asked_shapes(model, *inputs, Auto()))
     if auto.axes is None and (program := _with_every_axis(model, inputs, captured)) is not None:
@@ -83,7 +83,7 @@ def as_far_as_it_goes(model: nn.Module, inputs: Inputs, auto: Auto, captured: Ca
     return (fixed or captured(inputs, None, False)).told(every)
 
 
-def _with_every_axis(model: nn.Module, inputs: Inputs, captured: Captured) -> Program | None:
+def _with_every_axis(model: nn.Module, inputs: CallInputs, captured: Captured) -> Program | None:
     """None if more than the first two axes of a tensor cannot be dynamic, or only at the expense of these."""
     shapes = asked_shapes(model, *inputs, Auto())
     asked = axes_of_leaves(model.forward, *inputs, shapes)
@@ -112,7 +112,7 @@ def _static(module: fx.GraphModule) -> set[Place]:
     }
 
 
-def _takes(program: Program, model: nn.Module, own: Inputs) -> bool:
+def _takes(program: Program, model: nn.Module, own: CallInputs) -> bool:
     """The graph of another example is valid for the user's, too."""
     try:
         check_inputs(program.module, *own)

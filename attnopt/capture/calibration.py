@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attnopt.base.atomic_files import atomic_write
+from attnopt.base.call_inputs import CallInputs
 from attnopt.errors import ArchiveError, CalibrationError
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
@@ -28,7 +28,7 @@ class Calibration:
     held out: a fit on the others is only accepted if it holds on these.  Evaluate on different data.
     """
 
-    batches: tuple[Inputs, ...] = field(repr=False)
+    batches: tuple[CallInputs, ...] = field(repr=False)
 
     @classmethod
     def of(cls, batches: Iterable[Batch] | Calibration) -> Calibration:
@@ -46,7 +46,7 @@ class Calibration:
             raise CalibrationError("calibration is empty", hint="omit it, or pass at least one batch")
         return cls(tuple(as_inputs(batch, f"calibration batch {i}") for i, batch in enumerate(items)))
 
-    def __iter__(self) -> Iterator[Inputs]:
+    def __iter__(self) -> Iterator[CallInputs]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Calibration:
                 return {"value": x}
             raise ArchiveError(f"a calibration batch holds a {type(x).__name__}, which cannot be saved")
 
-        about = json.dumps([stored(batch) for batch in self.batches])
+        about = json.dumps([stored(tuple(batch)) for batch in self.batches])
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"attnopt": about})
 
@@ -87,26 +87,26 @@ class Calibration:
             with safe_open(Path(path), framework="pt") as file:
                 about = json.loads(file.metadata()["attnopt"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(tuple(_restored(batch, tensors) for batch in about))
+            return cls(tuple(CallInputs(*_restored(batch, tensors)) for batch in about))
         except Exception as e:
             raise ArchiveError(f"{path} is not calibration data: {type(e).__name__}: {e}", hint="save it again") from e
 
 
-def as_inputs(batch: Any, name: str = "a batch") -> Inputs:
+def as_inputs(batch: Any, name: str = "a batch") -> CallInputs:
     """One batch as args and kwargs."""
     if isinstance(batch, Tensor):
-        return (batch,), {}
+        return CallInputs((batch,), {})
     if isinstance(batch, Mapping):
-        return (), dict(batch)
+        return CallInputs((), dict(batch))
     if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
+        return CallInputs(tuple(batch), {})
     raise CalibrationError(
         f"{name} is a {type(batch).__name__}, expected a tensor, a tuple of args or a dict of kwargs",
         hint="pass a tensor, a tuple of args or a dict of kwargs",
     )
 
 
-def shapes_of(inputs: Inputs) -> tuple[Any, ...]:
+def shapes_of(inputs: CallInputs) -> tuple[Any, ...]:
     """Equal for batches that one graph with static sizes accepts."""
     return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in pytree.tree_leaves(inputs))
 

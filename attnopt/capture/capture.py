@@ -20,16 +20,16 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import as_called, mode_of
 from attnopt.base.quiet import quiet
 from attnopt.capture.auto_axes import Limited, as_far_as_it_goes, captured_with_own
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
 from attnopt.capture.flat_capture import Calls, shapes_for
 from attnopt.capture.flex_attention import freshly_traced, write_out
 from attnopt.capture.functionalize import expand_views, functional
 from attnopt.capture.guards import relations
-from attnopt.capture.program import Args, Kwargs, Program
+from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import called, cloned, outputs_of
 from attnopt.capture.tensor_lengths import lengths_vary
 from attnopt.capture.valid_sizes import settle_sizes, without_pinned
@@ -39,7 +39,7 @@ from attnopt.graph.normalize import tidy
 from attnopt.graph.value_names import number, unmark
 
 
-def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dynamic_shapes: Any = None) -> Program:
+def capture(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shapes: Any = None) -> Program:
     """Capture ``model`` on example inputs.
 
     ``dynamic_shapes``: None (all sizes static), torch.export's notation, or "auto" (every axis of every input that the
@@ -50,7 +50,7 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
             f"expected an nn.Module or an ExportedProgram, found {type(model).__name__}", hint="pass the model itself"
         )
     if isinstance(model, ExportedProgram):
-        return _finish(model, args, kwargs, None, "exported program")
+        return _finish(model, inputs, None, "exported program")
     if (
         scripted := next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     ) is not None:
@@ -62,30 +62,30 @@ def capture(model: nn.Module | ExportedProgram, args: Args, kwargs: Kwargs, dyna
         raise CaptureError(
             f"{lazy} is a lazy parameter: its size is set by the model's first call", hint="call the model once first"
         )
-    _check_arguments(model, args, kwargs)
+    _check_arguments(model, inputs)
     if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
-        program = as_far_as_it_goes(model, (args, kwargs), auto, partial(_captured, model, True))
+        program = as_far_as_it_goes(model, inputs, auto, partial(_captured, model, True))
     else:
-        shapes = asked_shapes(model, args, kwargs, dynamic_shapes)
-        program = captured_with_own(model, (args, kwargs), shapes, False, partial(_captured, model, False))
-    return without_pinned(program, axes_of_leaves(model.forward, args, kwargs, program.shapes))
+        shapes = asked_shapes(model, *inputs, dynamic_shapes)
+        program = captured_with_own(model, inputs, shapes, False, partial(_captured, model, False))
+    return without_pinned(program, axes_of_leaves(model.forward, *inputs, program.shapes))
 
 
-def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_cheap: bool) -> Program:
+def _captured(model: nn.Module, is_auto: bool, inputs: CallInputs, shapes: Any, is_cheap: bool) -> Program:
     """``is_cheap``: try only the first way, and only while the sizes stay simple."""
-    calls = _calls(model, *inputs)
+    calls = _calls(model, inputs)
     shapes = shapes_for(calls, model, *inputs, shapes, is_auto)
-    args, kwargs = calls.flat(*inputs)
+    flat = CallInputs(*calls.flat(*inputs))
     copied = partial(structural_copy, model)
     failures: list[str] = []
     validates = False
     ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
-        ("torch.export", lambda: _export(copied(), args, kwargs, shapes, calls)),
-        ("torch.export (strict)", lambda: _export(copied(), args, kwargs, shapes)),
+        ("torch.export", lambda: _export(copied(), flat, shapes, calls)),
+        ("torch.export (strict)", lambda: _export(copied(), flat, shapes)),
         (
             "torch.fx.symbolic_trace",
-            lambda: _export(fx.symbolic_trace(copied()), args, kwargs, shapes, Calls()),
+            lambda: _export(fx.symbolic_trace(copied()), flat, shapes, Calls()),
         ),
     )
     for route, way in ways[:1] if is_cheap or calls.has_objects else ways:
@@ -96,10 +96,8 @@ def _captured(model: nn.Module, is_auto: bool, inputs: Inputs, shapes: Any, is_c
             failures.append(f"{route}: {_condensed(e)}")
             validates = validates or _is_validation(e)
             continue
-        return replace(
-            _finish(exported, args, kwargs, shapes, route), form=calls.form if route == "torch.export" else None
-        )
-    check_call(model, *inputs)
+        return replace(_finish(exported, flat, shapes, route), form=calls.form if route == "torch.export" else None)
+    check_call(model, inputs)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),
         hint="call torch.distributions.Distribution.set_default_validate_args(False) first: its checks depend on tensor values"
@@ -129,21 +127,21 @@ def _without_backward(way: Callable[[], ExportedProgram]) -> ExportedProgram:
             return way()
 
 
-def _calls(model: nn.Module, args: Args, kwargs: Kwargs) -> Calls:
+def _calls(model: nn.Module, inputs: CallInputs) -> Calls:
     run = None if without_values(model) is not None else lambda m, a, k: called(structural_copy(m), a, k)
     try:
-        return Calls.of(model, args, kwargs, run)
+        return Calls.of(model, *inputs, run)
     except CaptureError:
         raise
     except Exception:
-        check_call(model, args, kwargs)
+        check_call(model, inputs)
         raise
 
 
-def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+def _check_arguments(model: nn.Module, inputs: CallInputs) -> None:
     """Report wrong inputs directly, not through a tracer."""
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
     except TypeError as e:
         raise CaptureError(
             f"the example inputs do not fit {type(model).__name__}.forward: {e}",
@@ -151,10 +149,10 @@ def _check_arguments(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         ) from None
 
 
-def check_call(model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+def check_call(model: nn.Module, inputs: CallInputs) -> None:
     """A model that fails on its own cannot be captured; the error should not blame tracing."""
     try:
-        outputs_of(structural_copy(model), (args, kwargs))
+        outputs_of(structural_copy(model), inputs)
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",
@@ -176,18 +174,18 @@ def require_values(model: nn.Module | ExportedProgram) -> None:
         )
 
 
-def _export(model: nn.Module, args: Args, kwargs: Kwargs, shapes: Any, calls: Calls | None = None) -> ExportedProgram:
+def _export(model: nn.Module, inputs: CallInputs, shapes: Any, calls: Calls | None = None) -> ExportedProgram:
     """``calls``: wraps the calls of the model; strict if absent."""
-    args, kwargs = cloned((args, kwargs))
+    given = cloned(inputs)
     with (
         _without_partial_graph(),
         freshly_traced(),
         lengths_vary(model) if calls is not None else nullcontext(),
         _with_its_names(model),
         Calls().traced(model) if calls is None else calls.traced(model) as traced,
-        nullcontext() if shapes is None else plain_signature(traced, args, kwargs),
+        nullcontext() if shapes is None else plain_signature(traced, *given),
     ):
-        exported = torch.export.export(traced, args, kwargs, dynamic_shapes=shapes, strict=calls is None)
+        exported = torch.export.export(traced, *given, dynamic_shapes=shapes, strict=calls is None)
     return functional(exported)
 
 
@@ -235,7 +233,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
         return model
 
 
-def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, route: str) -> Program:
+def _finish(exported: ExportedProgram, inputs: CallInputs, shapes: Any, route: str) -> Program:
     if route == "exported program":
         exported = functional(exported)
     with quiet():
@@ -250,10 +248,10 @@ def _finish(exported: ExportedProgram, args: Args, kwargs: Kwargs, shapes: Any, 
     if write_out(module):
         tidy(module)
     number(module)
-    asked = axes_of_leaves(module.forward, args, kwargs, shapes)
+    asked = axes_of_leaves(module.forward, *inputs, shapes)
     declared = _declared(module, asked)
-    held = [r for r in relations(exported, module.forward, args, kwargs) if r not in declared]
-    return Program(module, args, kwargs, shapes, (*fixed_axes(module, asked), *held), route)
+    held = [r for r in relations(exported, module.forward, *inputs) if r not in declared]
+    return Program(module, inputs, shapes, (*fixed_axes(module, asked), *held), route)
 
 
 def _refuse_own_generator(module: fx.GraphModule) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling, mode_of
 from attnopt.base.containers import in_lists
 from attnopt.base.quiet import quiet
@@ -16,28 +16,27 @@ from attnopt.base.sizes import is_static
 
 
 @compiling()
-def exported(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
+def exported(module: fx.GraphModule, inputs: CallInputs) -> ExportedProgram:
     """The graph with example inputs as an ExportedProgram, with the dynamic axes of its capture."""
     with quiet(), mode_of(module):
         return torch.export.export(
             module,
-            args,
-            dict(kwargs),
-            dynamic_shapes=_shapes_of(module, args, kwargs),
+            *inputs,
+            dynamic_shapes=_shapes_of(module, inputs),
             strict=False,
         )
 
 
-def _shapes_of(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _shapes_of(module: fx.GraphModule, inputs: CallInputs) -> Any:
     """Dynamic shapes read from the graph: an axis with a symbol is dynamic and must not become static."""
     shapes = [_dynamic(n.meta.get("val")) for n in module.graph.nodes if n.op == "placeholder"]
     if not any(shapes):
         return None
     left = iter(shapes)
-    positional, keywords = in_lists((args, dict(kwargs)), lambda _: next(left))
+    positional, keywords = in_lists(tuple(inputs), lambda _: next(left))
     from torch.export._trace import _get_forward_arg_names
 
-    names = _get_forward_arg_names(module, args, dict(kwargs))
+    names = _get_forward_arg_names(module, *inputs)
     return dict(zip(names, (*positional, *keywords.values()), strict=True))
 
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, TOLERANCE, difference, tolerance
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.run_unchanged import outputs_of
 
 _HAS_ONE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -30,7 +30,7 @@ def fast_path(is_on: bool) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def leaves_out_padding(model: nn.Module, inputs: Inputs, state: Sequence[str]) -> tuple[str, ...]:
+def leaves_out_padding(model: nn.Module, inputs: CallInputs, state: Sequence[str]) -> tuple[str, ...]:
     """A warning if the model itself returns something else on its fast path."""
     if model.training or not any(isinstance(m, _HAS_ONE) for m in model.modules()):
         return ()

@@ -55,7 +55,7 @@ pytree.register_pytree_node(
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputForm:
     """Objects among the inputs: ``places`` are the leaves of the tree of arguments, ``paths`` those of its tensors.
 
     ``writes``: leaves that the call writes.  ``counters``: numbers that the call changes.  ``varying``: axes of leaves
@@ -142,7 +142,7 @@ class Taken:
 class Form:
     """How a graph represents a call with objects."""
 
-    inputs: Inputs
+    inputs: InputForm
     results: Results
 
     def take(self, args: Args, kwargs: Mapping[str, Any]) -> Taken:
@@ -230,7 +230,7 @@ def as_given(node: Node) -> Node:
     )
 
 
-def take(inputs: Inputs, args: Args, kwargs: Mapping[str, Any]) -> Taken:
+def take(inputs: InputForm, args: Args, kwargs: Mapping[str, Any]) -> Taken:
     match = Match(inputs.nodes)
     places = iter(inputs.places)
 
@@ -260,7 +260,7 @@ def take(inputs: Inputs, args: Args, kwargs: Mapping[str, Any]) -> Taken:
     return Taken(*inputs.split(flat), objects, leaves)
 
 
-def _check_apart(inputs: Inputs, leaves: tuple[Any, ...]) -> None:
+def _check_apart(inputs: InputForm, leaves: tuple[Any, ...]) -> None:
     """A graph writes into one tensor at a time: a tensor that shares the memory would keep its old values."""
     for i in inputs.writes:
         for j, other in enumerate(leaves):
@@ -289,7 +289,7 @@ def _kept_apart(leaves: list[Any], results: Results, taken: Taken) -> list[Any]:
     return [x.clone() if isinstance(x, Tensor) and any(_overlap(x, w) for w in written) else x for x in leaves]
 
 
-def put_together(inputs: Inputs, args: Args, kwargs: Mapping[str, Any], clones: bool = False) -> Any:
+def put_together(inputs: InputForm, args: Args, kwargs: Mapping[str, Any], clones: bool = False) -> Any:
     """(args, kwargs) of the model itself, their builder, and their leaves."""
     named = inputs.named(args, kwargs)
     leaves = pytree.tree_leaves(named)

@@ -18,7 +18,7 @@ from attnopt.capture.dynamic_axes import arguments_by_name
 from attnopt.capture.flat_call import (
     Args,
     Form,
-    Inputs,
+    InputForm,
     Kwargs,
     Parts,
     Results,
@@ -35,7 +35,7 @@ from attnopt.capture.signature import Signature
 class Calls:
     """The calls of a model during capture.  ``form`` is known after tracing; None without objects."""
 
-    inputs: Inputs | None = None
+    inputs: InputForm | None = None
     results: Results | None = field(default=None, init=False)
 
     @classmethod
@@ -95,12 +95,14 @@ class Calls:
                 model.forward = before
 
 
-def _inputs_of(model: nn.Module, args: Args, kwargs: Mapping[str, Any], found: Inputs | None = None) -> Inputs | None:
+def _inputs_of(
+    model: nn.Module, args: Args, kwargs: Mapping[str, Any], found: InputForm | None = None
+) -> InputForm | None:
     """The objects among the inputs; ``found``: what is known so far; None if they do not fit the model."""
     names = tuple(n for p in (Signature.of(model.forward, args, kwargs),) for n in (*p.positional, *p.keywords))
     if len(set(names)) != len(args) + len(kwargs):
         return None
-    made = found or Inputs(names, len(args), (), (), ())
+    made = found or InputForm(names, len(args), (), (), ())
     walk, places = Walk(counters=made.counters), list[tuple[Path, Part]]()
 
     def look(x: Any, path: Path) -> None:
@@ -111,8 +113,8 @@ def _inputs_of(model: nn.Module, args: Args, kwargs: Mapping[str, Any], found: I
 
 
 def _watched(
-    model: nn.Module, inputs: Inputs, args: Args, kwargs: Mapping[str, Any], run: Callable[..., Any]
-) -> Inputs:
+    model: nn.Module, inputs: InputForm, args: Args, kwargs: Mapping[str, Any], run: Callable[..., Any]
+) -> InputForm:
     """The inputs with everything that a call of the model changes in them: lists, numbers and tensors."""
     own = copied(inputs.named(args, kwargs))
     lists = {path: list(_content(x)) for path, x in _lists(own)}
@@ -196,7 +198,7 @@ def _numbers(tree: Any) -> dict[Path, int]:
     return {p: x for p, x in {**plain, **walk.fixed}.items() if isinstance(x, int) and not isinstance(x, bool)}
 
 
-def _apart(inputs: Inputs, out: Any, build: Build, leaves: list[Any]) -> tuple[Any, Results]:
+def _apart(inputs: InputForm, out: Any, build: Build, leaves: list[Any]) -> tuple[Any, Results]:
     """The output with its objects replaced by their tensors, and what is needed to rebuild them."""
     objects = [build.made[i] for i in range(len(inputs.nodes))]
     passed = {id(x): i for i, x in enumerate(leaves) if isinstance(x, (Tensor, *NUMBERS))}
@@ -256,7 +258,7 @@ def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, 
     return {name: spread(x, flat[name], shapes.get(name)) for name, x in own.items()} | unknown
 
 
-def _of_leaf(inputs: Inputs, place: int, leaf: Any, asked: Any, auto: bool) -> Any:
+def _of_leaf(inputs: InputForm, place: int, leaf: Any, asked: Any, auto: bool) -> Any:
     path = inputs.paths[place]
     if auto and isinstance(leaf, Tensor):
         return {axis: Dim.AUTO for axis in range(leaf.dim()) if (path, axis) in inputs.varying} or None

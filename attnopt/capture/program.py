@@ -7,14 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.capture.calibration import Inputs
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.dynamic_axes import Auto, Axes, fixed_axes
 from attnopt.capture.flat_call import Form
-
-Args = tuple[Any, ...]
-
-
-Kwargs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,19 +22,18 @@ class Program:
     """
 
     module: fx.GraphModule
-    args: Args
-    kwargs: Kwargs
+    inputs: CallInputs
     shapes: Any = None
     fixed_axes: tuple[str, ...] = ()
     route: str = "export"
-    own: Inputs | None = None
+    own: CallInputs | None = None
     narrower: Auto | None = None
-    form: Form | None = None  # if the model takes or returns objects; args and kwargs are then flat
+    form: Form | None = None  # if the model takes or returns objects; the inputs are then flat
 
     @property
-    def examples(self) -> tuple[Inputs, ...]:
+    def examples(self) -> tuple[CallInputs, ...]:
         """What was captured with first."""
-        return ((self.args, self.kwargs), *(() if self.own is None else (self.own,)))
+        return (self.inputs, *(() if self.own is None else (self.own,)))
 
     def told(self, asked: list[Axes]) -> Program:
         """With every axis in ``asked`` that is not dynamic listed as static."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import tensors
 from attnopt.base.compile_lock import as_called
 from attnopt.base.containers import copied
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.flat_call import Form
 from attnopt.graph.nodes import get_attr
 
@@ -24,7 +24,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 def outputs_of(
     module: nn.Module,
-    inputs: Inputs,
+    inputs: CallInputs,
     state: Sequence[str] = (),
     counted: list[str] | None = None,
     form: Form | None = None,
@@ -76,9 +76,9 @@ def holds(module: nn.Module, name: str) -> bool:
         return False
 
 
-def cloned(inputs: Inputs) -> Inputs:
+def cloned(inputs: CallInputs) -> CallInputs:
     """The inputs with copied tensors and objects, for a callee that may change or mark them."""
-    made: Inputs = copied(inputs)
+    made: CallInputs = copied(inputs)
     return made
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import difference, tolerance
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.dynamic_axes import Axes
 from attnopt.capture.run_unchanged import outputs_of
 
@@ -20,7 +20,7 @@ Place = tuple[int, int]  # number of a leaf, axis
 _PLAIN = (Tensor, int, float, str, type(None))
 
 
-def longer_axes(model: nn.Module, inputs: Inputs, asked: Sequence[Axes]) -> frozenset[Place]:
+def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> frozenset[Place]:
     """Requested axes of length 1 along which the model accepts repeated inputs and computes the same.
 
     First the first axes of all inputs together, usually the batch; then each alone, and the others likewise."""
@@ -45,7 +45,7 @@ def longer_axes(model: nn.Module, inputs: Inputs, asked: Sequence[Axes]) -> froz
     return chosen
 
 
-def repeated(inputs: Inputs, places: frozenset[Place], fades: bool = True) -> Inputs:
+def repeated(inputs: CallInputs, places: frozenset[Place], fades: bool = True) -> CallInputs:
     """The inputs, repeated along these axes to a unique length.
 
     ``fades``: no two copies of floating-point numbers are equal, so mixing them up is detected."""
@@ -53,8 +53,8 @@ def repeated(inputs: Inputs, places: frozenset[Place], fades: bool = True) -> In
     length = times(leaves)
     for i, axis in sorted(places):
         leaves[i] = torch.cat([_faded(leaves[i], n if fades else 0) for n in range(length)], axis)
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return tuple(args), dict(kwargs)
+    made: CallInputs = pytree.tree_unflatten(leaves, spec)
+    return made
 
 
 def times(leaves: Sequence[Any]) -> int:
@@ -70,13 +70,13 @@ def _faded(x: Tensor, n: int) -> Tensor:
     return x * (1 - n / 16) if n and x.is_floating_point() else x
 
 
-def seeded_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def seeded_outputs(model: nn.Module, inputs: CallInputs) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return outputs_of(model, inputs)
 
 
-def _does_the_same(model: nn.Module, inputs: Inputs, places: frozenset[Place], want: Sequence[Tensor]) -> bool:
+def _does_the_same(model: nn.Module, inputs: CallInputs, places: frozenset[Place], want: Sequence[Tensor]) -> bool:
     """The outputs are those of the user's example, or these repeated as the inputs are."""
     length = times(pytree.tree_leaves(inputs))
     try:

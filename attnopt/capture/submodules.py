@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnopt.capture.calibration import Inputs
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.run_unchanged import cloned, outputs_of
 
 
@@ -20,7 +20,7 @@ class Region:
     """A module by its name in the model, and its inputs in each of the model's calls: only the first in a call."""
 
     name: str
-    inputs: list[Inputs] = field(default_factory=list)
+    inputs: list[CallInputs] = field(default_factory=list)
 
 
 class InPlace(nn.Module):
@@ -42,7 +42,7 @@ class InPlace(nn.Module):
         return self.get_submodule(self.name)(*args, **kwargs)
 
 
-def attention_regions(model: nn.Module, calls: Sequence[Inputs]) -> list[Region]:
+def attention_regions(model: nn.Module, calls: Sequence[CallInputs]) -> list[Region]:
     """The modules whose own code contains a softmax, in execution order.
 
     The matcher decides whether it is an attention; an expert router is included, too.
@@ -68,15 +68,15 @@ class _Recorder:
         self.region = region
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.region.inputs.append(cloned((args, dict(kwargs))))
+        self.region.inputs.append(cloned(CallInputs(args, dict(kwargs))))
 
 
-def _run(model: nn.Module, call: Inputs) -> None:
+def _run(model: nn.Module, call: CallInputs) -> None:
     with torch.random.fork_rng(devices=[]):
         outputs_of(model, call)
 
 
-def _normalising(model: nn.Module, call: Inputs) -> list[str]:
+def _normalising(model: nn.Module, call: CallInputs) -> list[str]:
     """Names of the modules that are running when a softmax or a fused attention is called."""
     found: dict[str, None] = {}
     with _running(model) as stack, _Watch(stack, found):

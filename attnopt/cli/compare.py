@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.progress import watched, working
 from attnopt.cli.optimize import optimized
 from attnopt.cli.output import require_model, resolved, show
@@ -48,7 +49,7 @@ def diff(arguments: argparse.Namespace) -> int:
     require_model(arguments.model, named, "it does not contain the original graph")
     with working("capturing"), compiling():
         shapes = "auto" if arguments.dynamic else None
-        before = listing(capture(named.model, named.args, named.kwargs, shapes).module.graph)
+        before = listing(capture(named.model, CallInputs(named.args, dict(named.kwargs)), shapes).module.graph)
     after = listing(optimized(arguments, named).graph_module.graph)
     hunks = [h for h in differences(before, after) if arguments.site is None or h.site == arguments.site]
     if arguments.site is not None and not hunks:
@@ -128,7 +129,7 @@ def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...],
     for name, named in models.items():
         if named.saved is not None:
             model: Any = named.model
-            return model.origin.args, dict(model.origin.kwargs), f"zeros of the sizes that {name} was captured with"
+            return *model.origin.inputs, f"zeros of the sizes that {name} was captured with"
     if file is not None:
         return *_fed(models, example_inputs(Path(file), given)), f"synthetic inputs for {file}"
     raise AttnoptError("neither model has example inputs", hint="make one of the factories return (model, args)")

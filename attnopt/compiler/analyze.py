@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.capture.program import Program
 from attnopt.match.find import Findings, find
@@ -22,9 +22,7 @@ class Analyzed:
     findings: Findings
 
 
-def analyze(
-    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
-) -> Analyzed:
+def analyze(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shapes: Any = None) -> Analyzed:
     """``dynamic_shapes``: as of ``capture``.  Raises CaptureError."""
-    program = capture(model, args, dict(kwargs), dynamic_shapes)
+    program = capture(model, inputs, dynamic_shapes)
     return Analyzed(program, find(program))

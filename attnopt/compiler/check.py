@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.backends.reference import Reference
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, TOLERANCE, difference, tensors, tolerance
 from attnopt.base.double_precision import widened, widened_inputs
 from attnopt.base.sizes import hint
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.capture import check_call
 from attnopt.capture.fast_path import leaves_out_padding
 from attnopt.capture.flat_call import Form, OtherObjectsError
@@ -57,7 +57,7 @@ class Checker:
                 if all(p.changes_nothing for p in self.plans)
                 else lower(self.program.module, self.plans, plain=True)
             )
-            inputs: Inputs = (self.program.args, self.program.kwargs)
+            inputs = self.program.inputs
             counted: list[str] = []
             original = self._original(inputs, counted)
             error, warnings = self._compare(module, plain, inputs, original)
@@ -69,17 +69,17 @@ class Checker:
             zeroed = leaves_out_padding(self.model, self.program.own or inputs, self._state)
         return error, tuple(dict.fromkeys((*_told(counted), *warnings, *others, *zeroed)))
 
-    def error_on(self, module: fx.GraphModule, batches: Sequence[Inputs], signature: Signature) -> float:
+    def error_on(self, module: fx.GraphModule, batches: Sequence[CallInputs], signature: Signature) -> float:
         """Largest relative difference from the user's model on these inputs.  Raises CalibrationError."""
         worst = 0.0
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for i, (args, kwargs) in enumerate(batches):
-                batch = fitting(module, signature, (args, kwargs), i, self.program.form, fixed=self.program.fixed_axes)
+            for i, given in enumerate(batches):
+                batch = fitting(module, signature, given, i, self.program.form, fixed=self.program.fixed_axes)
                 worst = max(worst, difference(self._outputs(module, batch), self._outputs(self.model, batch)))
         return worst
 
     def _compare(
-        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
+        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: CallInputs, original: list[Tensor]
     ) -> tuple[float, tuple[str, ...]]:
         got = self._outputs(module, inputs)
         meant = original if plain is None else self._outputs(plain, inputs)
@@ -111,7 +111,7 @@ class Checker:
         )
 
     def _apart_in_double(
-        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
+        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: CallInputs, original: list[Tensor]
     ) -> float:
         """The difference in double precision; infinite if the model has no such form."""
         wide = widened_inputs(inputs)
@@ -122,7 +122,7 @@ class Checker:
         return difference(got, want)
 
     def _in_double(
-        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: Inputs, original: list[Tensor]
+        self, module: fx.GraphModule, plain: fx.GraphModule | None, inputs: CallInputs, original: list[Tensor]
     ) -> tuple[nn.Module, nn.Module]:
         """The module and its reference: the plain form, or the captured graph if verified to equal the model, in
         which parts in half precision are in double precision too."""
@@ -135,7 +135,7 @@ class Checker:
 
     def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> tuple[str, ...]:
         found: list[tuple[str, ...]] = []
-        for inputs in resized(self.program.module, self.program.args, self.program.kwargs, self.program.fixed_axes):
+        for inputs in resized(self.program.module, self.program.inputs, self.program.fixed_axes):
             if len(found) == RESIZED:
                 break
             try:
@@ -160,22 +160,22 @@ class Checker:
                 ) from e
         return tuple(chain.from_iterable(found))
 
-    def _refuses(self, module: fx.GraphModule, inputs: Inputs) -> bool:
+    def _refuses(self, module: fx.GraphModule, inputs: CallInputs) -> bool:
         try:
             self._outputs(module, inputs)
         except Exception:
             return True
         return False
 
-    def _original(self, inputs: Inputs, counted: list[str]) -> list[Tensor]:
+    def _original(self, inputs: CallInputs, counted: list[str]) -> list[Tensor]:
         try:
             return self._outputs(self.model, inputs, counted)
         except Exception:
             if self.program.form is None:
-                check_call(self.model, *inputs)
+                check_call(self.model, inputs)
             raise
 
-    def _outputs(self, module: nn.Module, inputs: Inputs, counted: list[str] | None = None) -> list[Tensor]:
+    def _outputs(self, module: nn.Module, inputs: CallInputs, counted: list[str] | None = None) -> list[Tensor]:
         torch.manual_seed(self.seed)
         return outputs_of(module, inputs, self._state, counted, self.program.form)
 
@@ -184,7 +184,7 @@ class Checker:
         """What both the graph and the user's model call so."""
         return [name for name in written(self.program.module) if holds(self.model, name)]
 
-    def _blame(self, inputs: Inputs, error: float) -> None:
+    def _blame(self, inputs: CallInputs, error: float) -> None:
         """Name the first site that on its own differs from its spec."""
         for plan in self.plans:
             alone = self._outputs(lower(self.program.module, [plan]), inputs)
@@ -198,7 +198,7 @@ class Checker:
                     hint="exclude the site from the policy and report the model",
                 )
 
-    def _blame_backend(self, plan: Plan, plain: list[Tensor], inputs: Inputs, error: float) -> None:
+    def _blame_backend(self, plan: Plan, plain: list[Tensor], inputs: CallInputs, error: float) -> None:
         """If the reference backend agrees with the spec, the passes are not at fault."""
         if is_ours(plan.backend):
             return
@@ -228,19 +228,19 @@ def coarsest(gm: fx.GraphModule) -> float:
 def fitting(
     module: fx.GraphModule,
     signature: Signature,
-    batch: Inputs,
+    batch: CallInputs,
     number: int,
     form: Form | None = None,
     fixed: Sequence[str] = (),
-) -> Inputs:
+) -> CallInputs:
     """The calibration batch in the form that the graph takes, on its device.  Raises CalibrationError.
 
     ``fixed``: the report's lines about requested axes that stayed static."""
     try:
-        arranged = signature.arrange(*batch)
+        arranged = CallInputs(*signature.arrange(*batch))
         if form is not None:
             taken = form.take(*arranged)
-            arranged = taken.args, taken.kwargs
+            arranged = CallInputs(taken.args, taken.kwargs)
         check_inputs(module, *arranged)
         arranged = _moved(module, arranged)
     except (CaptureError, TypeError) as e:
@@ -252,23 +252,21 @@ def fitting(
     return arranged
 
 
-def all_fitting(program: Program, signature: Signature, batches: Iterable[Inputs]) -> list[Inputs]:
+def all_fitting(program: Program, signature: Signature, batches: Iterable[CallInputs]) -> list[CallInputs]:
     """The calibration batches in the form that the graph of ``program`` takes.  Raises CalibrationError."""
     form, fixed = program.form, program.fixed_axes
     return [fitting(program.module, signature, batch, i, form, fixed) for i, batch in enumerate(batches)]
 
 
-def _moved(module: fx.GraphModule, inputs: Inputs) -> Inputs:
+def _moved(module: fx.GraphModule, inputs: CallInputs) -> CallInputs:
     wanted = iter([value(n) for n in module.graph.nodes if n.op == "placeholder"])
-    moved: Inputs = pytree.tree_map(
+    moved: CallInputs = pytree.tree_map(
         lambda x: x.to(to.device) if isinstance(to := next(wanted), Tensor) and isinstance(x, Tensor) else x, inputs
     )
     return moved
 
 
-def resized(
-    module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], held: Sequence[str] = ()
-) -> list[Inputs]:
+def resized(module: fx.GraphModule, inputs: CallInputs, held: Sequence[str] = ()) -> list[CallInputs]:
     """The example inputs at other sizes of the module's dynamic axes, by repeating them; the module may refuse some.
 
     First at larger, distinct odd sizes, then at multiples, then at sizes that grow or shrink together, then
@@ -276,19 +274,18 @@ def resized(
     """
     sizes = symbols(module.graph)
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    leaves, spec = pytree.tree_flatten(inputs)
     if not sizes or len(leaves) != len(nodes):
         return []
     fits = sizes_that_fit(module.graph, held)
     wanted = [within(module.graph, new) for new in _other_sizes(sizes)]
     wanted += [new for s in sizes if (new := next(filter(fits, other_sizes(sizes, s)), None)) is not None]
-    found: list[Inputs] = []
+    found: list[CallInputs] = []
     for k, new in enumerate(wanted):
         if new == sizes or new in wanted[:k] or not fits(new):
             continue
         fitted = [_fitted(leaf, n, new) for leaf, n in zip(leaves, nodes, strict=True)]
-        new_args, new_kwargs = pytree.tree_unflatten(fitted, spec)
-        found.append((tuple(new_args), dict(new_kwargs)))
+        found.append(pytree.tree_unflatten(fitted, spec))
     return found
 
 

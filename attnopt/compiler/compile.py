@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.user_warning import warn
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.capture import capture, require_values
 from attnopt.capture.dynamic_axes import Auto
 from attnopt.capture.program import Program
@@ -48,13 +48,13 @@ class Compiled:
 def compiled(
     model: nn.Module,
     policy: Any,
-    inputs: Inputs,
-    batches: Sequence[Inputs],
+    inputs: CallInputs,
+    batches: Sequence[CallInputs],
     options: Options,
     dynamic_shapes: Any = "auto",
 ) -> Compiled:
     """What ``optimize`` does on these inputs."""
-    return carried_out(Job(model, Policy.of(policy), *inputs, dynamic_shapes, batches, backends_of("auto"), options))
+    return carried_out(Job(model, Policy.of(policy), inputs, dynamic_shapes, batches, backends_of("auto"), options))
 
 
 def carried_out(job: Job) -> Compiled:
@@ -63,7 +63,7 @@ def carried_out(job: Job) -> Compiled:
     clock, shapes = _Clock(), job.dynamic_shapes
     while True:
         with clock.stage("capture"):
-            program = capture(job.model, job.args, dict(job.kwargs), shapes)
+            program = capture(job.model, job.inputs, shapes)
         try:
             return _of_program(job, program, clock)
         except (CaptureError, VerificationError) as e:
@@ -118,8 +118,7 @@ def _origin(
         report=report,
         sites=tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions),
         signature=job.signature(module),
-        args=program.args,
-        kwargs=program.kwargs,
+        inputs=program.inputs,
         shapes=program.shapes,
         trains_otherwise=trains_otherwise(job.model),
         form=program.form,

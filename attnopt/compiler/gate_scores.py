@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import tensors
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.run_unchanged import kept
 from attnopt.compiler.head_gates import Gated, gated
 from attnopt.errors import CalibrationError
@@ -21,12 +21,12 @@ Scores = dict[str, tuple[float, ...]]
 
 
 def ablation(
-    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs], behaviour: Callable[[Any], Tensor] | None
+    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs], behaviour: Callable[[Any], Tensor] | None
 ) -> Scores:
     """The mean divergence of the model's output from the original's with one head silenced."""
     model = gated(gm, found)
 
-    def told(batch: Inputs) -> list[Tensor]:
+    def told(batch: CallInputs) -> list[Tensor]:
         with kept(model.module):
             output = model.module(*batch[0], **batch[1])
         if behaviour is not None:
@@ -51,24 +51,24 @@ def ablation(
 
 
 def taylor(
-    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs], loss: Callable[[Any, Inputs], Tensor]
+    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs], loss: Callable[[Any, CallInputs], Tensor]
 ) -> Scores:
     """Mean over batches of |d loss / d gate|."""
     return _mean([[g.abs() for g in grads] for grads in _gradients(gated(gm, found), batches, loss)], found)
 
 
 def fisher(
-    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs], loss: Callable[[Any, Inputs], Tensor]
+    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs], loss: Callable[[Any, CallInputs], Tensor]
 ) -> Scores:
     """Mean over batches of (d loss / d gate)^2."""
     return _mean([[g.square() for g in grads] for grads in _gradients(gated(gm, found), batches, loss)], found)
 
 
-def sensitivity(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs], seed: int) -> Scores:
+def sensitivity(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs], seed: int) -> Scores:
     """|d output / d gate|^2 relative to |output|^2, estimated with random signs (Hutchinson)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def probe(output: Any, _: Inputs) -> Tensor:
+    def probe(output: Any, _: CallInputs) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for t in tensors(output):
             if t.is_floating_point():
@@ -80,7 +80,9 @@ def sensitivity(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[In
     return _mean([[g.square() for g in grads] for grads in _gradients(gated(gm, found), repeated, probe)], found)
 
 
-def _gradients(model: Gated, batches: Sequence[Inputs], loss: Callable[[Any, Inputs], Tensor]) -> list[list[Tensor]]:
+def _gradients(
+    model: Gated, batches: Sequence[CallInputs], loss: Callable[[Any, CallInputs], Tensor]
+) -> list[list[Tensor]]:
     """For each batch the gradient of each site's gates [H]."""
     found: list[list[Tensor]] = []
     gates = list(model.gates.values())

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import squared_difference
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.decide import Decision, decide
 from attnopt.compiler.policy import Policy
@@ -51,7 +51,11 @@ class _Shares:
 
 
 def allot(
-    gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs]
+    gm: fx.GraphModule,
+    found: Sequence[Found],
+    policy: Policy,
+    backends: Sequence[Backend],
+    batches: Sequence[CallInputs],
 ) -> Allotment:
     """The allocation of each site for every pass of the policy with a shared budget."""
     made: dict[tuple[str, Pass], Pass] = {}
@@ -68,7 +72,7 @@ def allot(
 
 
 def _allot_one(
-    gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[Inputs],
+    gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[CallInputs],
     p: Pass,
 ) -> list[tuple[_Shares, int]]:  # fmt: skip
     """What each set of weights can have, and how many heads it gets."""
@@ -99,7 +103,7 @@ def _allot_one(
     return list(zip(shares, counts, strict=True))
 
 
-def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[Inputs]) -> list[float]:
+def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[CallInputs]) -> list[float]:
     """For each site, the ratio of model error to layer error with only that site rewritten."""
     some = batches[:: max(1, len(batches) // MEASURED)][:MEASURED]
     original = [outputs_of(gm, batch) for batch in some]

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.display import shown
 from attnopt.base.options import choice
-from attnopt.capture.calibration import Batch, Calibration, Inputs, shapes_of
+from attnopt.capture.calibration import Batch, Calibration, shapes_of
 from attnopt.capture.capture import require_values
 from attnopt.capture.program import Program
 from attnopt.capture.signature import Signature
@@ -28,7 +29,7 @@ from attnopt.match.find import Found
 
 IN_MODEL = ("ablation", "taylor", "fisher")
 
-Loss = Callable[[Any, Inputs], Tensor]  # (the model's output, the batch as args and kwargs) -> a scalar
+Loss = Callable[[Any, CallInputs], Tensor]  # (the model's output, the batch as args and kwargs) -> a scalar
 Behaviour = Callable[[Any], Tensor]  # the model's output -> logits [..., classes]
 
 
@@ -130,17 +131,17 @@ def head_importance(
 
 def _captured(
     model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
-) -> tuple[Program, list[Inputs], list[Found]]:
+) -> tuple[Program, list[CallInputs], list[Found]]:
     """The model in eval mode, the batches in the form of its graph, and the sites to score."""
     require_values(model)
-    args, kwargs = calibration.batches[0]
+    first = calibration.batches[0]
     shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
     was_training = model.training
     try:
-        analyzed = analyze(model.eval(), args, kwargs, shapes)
+        analyzed = analyze(model.eval(), first, shapes)
     finally:
         model.train(was_training)
-    batches = all_fitting(analyzed.program, Signature.of(model.forward, args, kwargs), calibration)
+    batches = all_fitting(analyzed.program, Signature.of(model.forward, *first), calibration)
     found = [f for f in analyzed.findings.found if sites is None or f.site.name in {s.name for s in sites}]
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}
     if missing or not found:
@@ -149,17 +150,17 @@ def _captured(
     return analyzed.program, batches, found
 
 
-def _seen(program: Program, batches: Sequence[Inputs], found: Sequence[Found]) -> Iterator[tuple[Found, Site]]:
+def _seen(program: Program, batches: Sequence[CallInputs], found: Sequence[Found]) -> Iterator[tuple[Found, Site]]:
     for f, activations in Stream(program.module, found, batches).sites():
         yield f, replace(f.site, activations=activations)
 
 
-def _one(site: Site, batches: Sequence[Inputs], method: str, seed: int) -> tuple[float, ...]:
+def _one(site: Site, batches: Sequence[CallInputs], method: str, seed: int) -> tuple[float, ...]:
     return retrieval(site, batches) if method == "retrieval" else scores_at(site, method, seed)
 
 
 def _in_model(
-    program: Program, batches: Sequence[Inputs], found: Sequence[Found], method: str, loss: Loss | None,
+    program: Program, batches: Sequence[CallInputs], found: Sequence[Found], method: str, loss: Loss | None,
     behaviour: Behaviour | None, seed: int,
 ) -> dict[str, tuple[float, ...]]:  # fmt: skip
     if method == "ablation":

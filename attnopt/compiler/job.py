@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from attnopt.capture.calibration import Inputs
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.program import Program
 from attnopt.capture.signature import Signature
 from attnopt.compiler import plugins
@@ -41,18 +41,17 @@ class Job:
 
     model: nn.Module
     policy: Policy
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    inputs: CallInputs
     dynamic_shapes: Any
-    batches: Sequence[Inputs]
+    batches: Sequence[CallInputs]
     backends: tuple[Backend, ...]
     options: Options
 
     def signature(self, module: fx.GraphModule) -> Signature:
         """How the model is called; ``module`` stands for an ExportedProgram, which has no ``forward`` of its own."""
-        return Signature.of(getattr(self.model, "forward", module.forward), self.args, self.kwargs)
+        return Signature.of(getattr(self.model, "forward", module.forward), *self.inputs)
 
-    def arranged(self, program: Program) -> list[Inputs]:
+    def arranged(self, program: Program) -> list[CallInputs]:
         """The calibration batches in the form in which the graph takes them.  Raises CalibrationError."""
         return all_fitting(program, self.signature(program.module), self.batches)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.flat_call import Form
 from attnopt.capture.signature import Signature
 from attnopt.ir.site import Site
@@ -30,11 +30,10 @@ class Origin:
     report: Report
     sites: tuple[Site, ...]
     signature: Signature
-    args: tuple[Any, ...] = field(repr=False, default=())
-    kwargs: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    inputs: CallInputs = field(repr=False, default=CallInputs((), {}))
     shapes: Any = None
     trains_otherwise: bool = False  # captured for inference, and the model has dropout or batch normalisation
-    form: Form | None = None  # if objects are among the inputs or outputs; args and kwargs are then flat
+    form: Form | None = None  # if objects are among the inputs or outputs; the inputs are then flat
     file: FileOrigin | None = field(repr=False, default=None)
 
 

@@ -22,7 +22,7 @@ def with_recall(job: Job, program: Program, decisions: list[Decision]) -> list[D
     }
     if not specs:
         return decisions
-    inputs = job.arranged(program) or [(program.args, program.kwargs)]
+    inputs = job.arranged(program) or [program.inputs]
     values = [list(example_values(program.module, *given).values()) for given in inputs]
     if not all(values):
         return decisions

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.progress import watched
-from attnopt.capture.calibration import Inputs
 from attnopt.errors import CalibrationError
 from attnopt.graph.nodes import ancestors, get_attr, run_call
 from attnopt.ir.activations import Activations
@@ -29,7 +29,7 @@ class Stream:
     of one layer, regardless of model depth.
     """
 
-    def __init__(self, gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Inputs]) -> None:
+    def __init__(self, gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs]) -> None:
         self.gm, self.batches = gm, batches
         self.nodes: list[fx.Node] = list(gm.graph.nodes)
         self.place = {n: i for i, n in enumerate(self.nodes)}

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.user_warning import warn
-from attnopt.capture.calibration import Batch, Calibration, Inputs
+from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.job import Options
 from attnopt.conversion.class_settings import Counts, Setting, attributes, configurations, settle
 from attnopt.conversion.judge import Decoding, Judge
@@ -106,20 +107,20 @@ def apply_patterns(model: nn.Module, patterns: Mapping[str, Pattern | str] | Non
 
 def _inputs(
     model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, calibration: Iterable[Batch] | Calibration | None
-) -> tuple[Inputs, list[Inputs]]:
+) -> tuple[CallInputs, list[CallInputs]]:
     """The example inputs and the calibration batches, all without a cache: a captured cache would not be updated."""
     batches = [] if calibration is None else list(Calibration.of(calibration).batches)
-    example = (args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
+    example = CallInputs(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
     if not any(example):
         if not batches:
             raise PolicyError("convert needs example inputs", hint="pass args, kwargs or calibration")
         example = batches[0]
     parameters = list(inspect.signature(model.forward).parameters)
 
-    def without_cache(given: Inputs) -> Inputs:
+    def without_cache(given: CallInputs) -> CallInputs:
         positional, named = given
         known = "use_cache" in parameters and parameters.index("use_cache") >= len(positional)
-        return positional, {**named, "use_cache": False} if known else named
+        return CallInputs(positional, {**named, "use_cache": False} if known else named)
 
     return without_cache(example), [without_cache(b) for b in batches]
 

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import difference
 from attnopt.capture.run_unchanged import cloned, kept
 
 
-def decoding_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+def decoding_error(model: nn.Module, inputs: CallInputs) -> float | None:
     """Largest relative difference of the logits on the example text if half of it is read at once, some tokens one by one
     and the rest at once; None for a model without a cache, or with inputs other than token ids and their mask."""
-    text = _text(model, *cloned((args, dict(kwargs))))
+    text = _text(model, *cloned(inputs))
     if text is None:
         return None
     ids, mask = text["input_ids"], text.get("attention_mask")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.check import resized
 from attnopt.conversion.decoding_check import decoding_error
@@ -19,16 +19,16 @@ from attnopt.errors import AttnoptError
 class Decoding:
     """A converted model must decode from its cache as well as the original does."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: CallInputs) -> None:
         self.inputs = inputs
         self.allowed = ROOM * tolerance([p for p in model.parameters() if p.is_floating_point()])
-        before = decoding_error(model, *inputs)
+        before = decoding_error(model, inputs)
         self.matters = before is not None and before <= self.allowed
 
     def works(self, model: nn.Module) -> bool:
         if not self.matters:
             return True
-        after = decoding_error(model, *self.inputs)
+        after = decoding_error(model, self.inputs)
         return after is not None and after <= self.allowed
 
 
@@ -53,10 +53,10 @@ class Judge:
                 return False
 
 
-def _answers(part: Part, graph: fx.GraphModule) -> Iterator[tuple[Inputs, list[Tensor]]]:
+def _answers(part: Part, graph: fx.GraphModule) -> Iterator[tuple[CallInputs, list[Tensor]]]:
     program, found = part.made.program, 0
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for inputs in (*program.examples, *resized(program.module, program.args, program.kwargs, program.fixed_axes)):
+        for inputs in (*program.examples, *resized(program.module, program.inputs, program.fixed_axes)):
             try:
                 yield inputs, outputs_of(graph, inputs)
             except Exception:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.user_warning import warn
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.submodules import InPlace, Region, attention_regions
 from attnopt.compiler.compile import Compiled, compiled
 from attnopt.compiler.job import Options
@@ -42,7 +42,9 @@ class Part:
         return [folded(plan.found, plan) for plan in plans]
 
 
-def parts_of(model: nn.Module, policy: Any, inputs: Inputs, batches: Sequence[Inputs], options: Options) -> list[Part]:
+def parts_of(
+    model: nn.Module, policy: Any, inputs: CallInputs, batches: Sequence[CallInputs], options: Options
+) -> list[Part]:
     """The whole model, or its attention modules with the inputs they receive from the example.  Raises CaptureError."""
     chosen = Policy.of(policy)
     try:
@@ -75,7 +77,7 @@ def joined_report(parts: Sequence[Part]) -> Report:
 
 
 def _regions(
-    model: nn.Module, policy: Policy, inputs: Inputs, batches: Sequence[Inputs], options: Options
+    model: nn.Module, policy: Policy, inputs: CallInputs, batches: Sequence[CallInputs], options: Options
 ) -> list[Part]:
     found: list[Part] = []
     left = options.limit
@@ -102,6 +104,6 @@ def _captured(model: nn.Module, region: Region, policy: Policy, calibrates: bool
             return None
 
 
-def _holds_cache(given: Inputs) -> bool:
+def _holds_cache(given: CallInputs) -> bool:
     transformers = sys.modules.get("transformers")
     return transformers is not None and any(isinstance(x, transformers.Cache) for x in pytree.tree_leaves(given))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from attnopt.capture.calibration import Inputs
+from attnopt.base.call_inputs import CallInputs
 from attnopt.errors import CalibrationError
 from attnopt.ir.site import Site
 
 
-def retrieval(site: Site, batches: Sequence[Inputs]) -> tuple[float, ...]:
+def retrieval(site: Site, batches: Sequence[CallInputs]) -> tuple[float, ...]:
     """Mean attention from each token to those that followed its earlier occurrences (arXiv:2209.11895), over the tokens
     that have any.  Raises CalibrationError if the model takes no token ids."""
     assert site.activations is not None
@@ -33,7 +33,7 @@ def retrieval(site: Site, batches: Sequence[Inputs]) -> tuple[float, ...]:
     return tuple((total / rows).tolist())
 
 
-def _token_ids(site: Site, batch: Inputs, p: Tensor) -> Tensor:
+def _token_ids(site: Site, batch: CallInputs, p: Tensor) -> Tensor:
     B, L, S = p.shape[0], p.shape[2], p.shape[3]
     for x in pytree.tree_leaves(batch):
         if isinstance(x, Tensor) and not x.is_floating_point() and tuple(x.shape) == (B, L) and L == S:

@@ -79,7 +79,7 @@ class Findings:
 def find(program: Program) -> Findings:
     """Every attention of ``program``, in the order in which they run."""
     gm = program.module
-    examples = example_values(gm, program.args, program.kwargs)
+    examples = example_values(gm, *program.inputs)
     parameters = stored(gm)
     found: list[Found] = []
     near: list[NearMiss] = []

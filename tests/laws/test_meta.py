@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.backends import Blocked, Reference, Sdpa
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.capture.signature import Signature
 from attnopt.compiler.check import fitting
@@ -154,7 +155,7 @@ def test_what_is_made_lies_where_the_model_does(policy: str) -> None:
     """An operator of tensors on two devices raises on the meta device too; ``optimize`` would go on to verify."""
     chosen, backend = POLICIES[policy]
     model, x = on_meta(Attention(causal=False).eval(), torch.randn(2, 12, 16))
-    program = capture(model, (x,), {})
+    program = capture(model, CallInputs((x,), {}))
     (found,) = find(program).found
     decision = decide(found, [chosen], [backend])
     assert decision.plan is not None, decision.refusals
@@ -166,6 +167,6 @@ def test_what_is_made_lies_where_the_model_does(policy: str) -> None:
 
 def test_calibration_goes_where_the_model_is() -> None:
     model, x = on_meta(Attention(causal=False).eval(), torch.randn(2, 12, 16))
-    module = capture(model, (x,), {}).module
+    module = capture(model, CallInputs((x,), {})).module
     (args, _) = fitting(module, Signature.of(model.forward, (x,), {}), ((torch.randn(2, 12, 16),), {}), 0)
     assert args[0].device == META

@@ -17,6 +17,7 @@ from places import ROOT
 from torch import Tensor, nn
 
 import attnopt
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.ir.refusal import Refusal
 from attnopt.match.anchors import normalisers
@@ -97,7 +98,7 @@ def missed(model: nn.Module, **more: Any) -> Refusal:
     if near:
         (miss,) = near
         return miss.refusal
-    (anchor,) = normalisers(capture(model, args, more).module.graph)
+    (anchor,) = normalisers(capture(model, CallInputs(args, more)).module.graph)
     with pytest.raises(NotAttentionError) as caught:
         recognise(anchor)
     return caught.value.refusal

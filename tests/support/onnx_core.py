@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from attnopt.backends import Blocked, Reference
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import TOLERANCE, difference
 from attnopt.capture.signature import Signature
 from attnopt.compiler.origin import Origin
@@ -98,7 +99,7 @@ def laid_out(x: dict[str, Tensor], by_token: bool) -> tuple[Tensor, ...]:
 
 def captured(core: nn.Module, args: tuple[Tensor, ...], shapes: Any = None) -> tuple[torch.fx.GraphModule, Origin]:
     program = torch.export.export(core, args, dynamic_shapes=shapes, strict=False).run_decompositions({})
-    return program.module(), Origin(Report(sites=()), (), Signature((), (), ()), args, {})
+    return program.module(), Origin(Report(sites=()), (), Signature((), (), ()), CallInputs(tuple(args), {}))
 
 
 def moving(x: dict[str, Tensor], by_token: bool, is_square: bool) -> Any:

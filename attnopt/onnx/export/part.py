@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.sizes import is_static
 from attnopt.capture.signature import Signature
 from attnopt.compiler.origin import Origin
@@ -44,7 +45,7 @@ def parts_of(gm: fx.GraphModule, origin: Origin, change: Change, opset: int, con
         **change.read,
         **{w: w for w in change.weights},
     }
-    values = recorded(gm, set(given), (origin.args, dict(origin.kwargs)))
+    values = recorded(gm, set(given), origin.inputs)
     return [
         _part(gm, name, node, {n: g for n, g in given.items() if n is not node}, values, opset, contrib)
         for name, node in change.made.items()
@@ -67,7 +68,7 @@ def _part(
     from attnopt.onnx.export.write_form import write
 
     module, order = _cut(gm, node, given)
-    inner = Origin(Report(sites=()), (), Signature((), (), ()), tuple(values[n] for n in order), {})
+    inner = Origin(Report(sites=()), (), Signature((), (), ()), CallInputs(tuple(values[n] for n in order), {}))
     marked_gm, marked = mark(module, fastest(contrib, opset), takes_apart=False)
     model, held = translated(marked_gm, inner, max(opset, WRITTEN))
     _check_axes(model, order)

@@ -46,7 +46,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
         with quiet():
             in_pairs(gm)
             promoted(gm)
-            program = exported(gm, origin.args, origin.kwargs)
+            program = exported(gm, origin.inputs)
             made = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -60,7 +60,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
             model: ir.Model = made.model
             NameFixPass()(model)  # two values may share a name, which breaks the optimizer
             optimize_ir(model)
-            return model, relations(program, gm.forward, origin.args, origin.kwargs)
+            return model, relations(program, gm.forward, *origin.inputs)
     except Exception as e:
         if isinstance(e, OSError):
             raise

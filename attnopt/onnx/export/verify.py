@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tensors, tolerance
 from attnopt.base.ort_session import cpu_session
-from attnopt.capture.calibration import Inputs
 from attnopt.capture.flat_call import Form
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.check import coarsest, resized
@@ -65,8 +65,8 @@ def _compare_at_sizes(
     gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]
 ) -> None:
     session = open_session(file, in_bfloat16(gm))
-    _compare(gm, (origin.args, dict(origin.kwargs)), session, file, marked, named, origin.form)
-    for inputs in resized(gm, origin.args, origin.kwargs, origin.report.fixed_axes):
+    _compare(gm, origin.inputs, session, file, marked, named, origin.form)
+    for inputs in resized(gm, origin.inputs, origin.report.fixed_axes):
         try:
             outputs_of(gm, inputs)
         except Exception:
@@ -85,7 +85,7 @@ def open_session(model: Path | bytes, hint: str = "") -> InferenceSession:
 
 def _compare(
     gm: fx.GraphModule,
-    inputs: Inputs,
+    inputs: CallInputs,
     session: InferenceSession,
     file: Path,
     marked: Sequence[Marked],
@@ -109,7 +109,7 @@ def _compare(
     )
 
 
-def _feed(names: list[str], gm: fx.GraphModule, inputs: Inputs, named: Mapping[str, str]) -> dict[str, Array]:
+def _feed(names: list[str], gm: fx.GraphModule, inputs: CallInputs, named: Mapping[str, str]) -> dict[str, Array]:
     """The session's inputs; an input that the graph does not use may be missing from it."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = [
@@ -137,7 +137,7 @@ def _array(value: Tensor) -> Array:
 
 
 def _first_that_differs(
-    gm: fx.GraphModule, inputs: Inputs, file: Path, marked: Sequence[Marked], feed: Mapping[str, Array]
+    gm: fx.GraphModule, inputs: CallInputs, file: Path, marked: Sequence[Marked], feed: Mapping[str, Array]
 ) -> str | None:
     """The name of the first attention whose output differs from torch; None if all agree."""
     import onnx_ir as ir

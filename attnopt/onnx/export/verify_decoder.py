@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.origin import Origin
@@ -50,7 +51,7 @@ def _two_sequences(gm: fx.GraphModule, origin: Origin) -> Tensor:
 
 def _inputs(gm: fx.GraphModule, origin: Origin) -> dict[str, Tensor | int]:
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-    return dict(zip(names, pytree.tree_leaves((origin.args, dict(origin.kwargs))), strict=True))
+    return dict(zip(names, pytree.tree_leaves(origin.inputs), strict=True))
 
 
 def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
@@ -58,9 +59,9 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
     new = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1])}
     given = _inputs(gm, origin)
     leaves = [new[n].expand_as(ids).to(x.dtype) if isinstance(x, Tensor) else x for n, x in given.items()]
-    args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((origin.args, dict(origin.kwargs))))
+    inputs: CallInputs = pytree.tree_unflatten(leaves, pytree.tree_structure(origin.inputs))
     try:
-        found = outputs_of(gm, (args, kwargs))
+        found = outputs_of(gm, inputs)
     except Exception as e:
         raise ExportError(
             f"the captured graph is not valid for {tuple(ids.shape)} tokens: {type(e).__name__}: {str(e)[:200]}",

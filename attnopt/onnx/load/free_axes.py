@@ -7,28 +7,24 @@ from typing import Any
 
 from torch.export import Dim
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.onnx.load.module import OnnxModule
 from attnopt.onnx.load.unread import Runs, repeated
 
 SMALLEST = 2  # a tracer treats an axis of one element as static
 
 
-def as_declared(
-    model: OnnxModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
-) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+def as_declared(model: OnnxModule, inputs: CallInputs, dynamic_shapes: Any) -> tuple[CallInputs, Any]:
     """Example inputs, and the dynamic shapes that the file declares; those of the caller stay unchanged."""
-    if dynamic_shapes not in (None, "auto") or not (args or kwargs):
-        return args, dict(kwargs), dynamic_shapes
-    given = model.signature.bind(*args, **kwargs).arguments
+    if dynamic_shapes not in (None, "auto") or not any(inputs):
+        return inputs, dynamic_shapes
+    given = model.signature.bind(*inputs.args, **inputs.kwargs).arguments
     larger = _larger(model, given)
     free = model.free
     shapes = {said: dict.fromkeys(free.get(said, []), Dim.AUTO) or None for said in given}
-    named = list(given)[: len(args)]
-    return (
-        tuple(larger[said] for said in named),
-        {said: larger[said] for said in kwargs},
-        shapes if free else {},
-    )
+    named = list(given)[: len(inputs.args)]
+    made = CallInputs(tuple(larger[said] for said in named), {said: larger[said] for said in inputs.kwargs})
+    return made, shapes if free else {}
 
 
 def _larger(model: OnnxModule, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import attnopt
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.sizes import is_static
 from attnopt.capture.capture import capture
 from attnopt.capture.dynamic_axes import Auto
@@ -172,10 +173,10 @@ def test_what_cannot_vary_is_seen() -> None:
             return x.sum(2) + (1 if 2 * x.shape[2] == 12 and y.shape[2] % 3 == 0 else 0)
 
     program = capture(
-        Tied(), (torch.randn(2, 4, 6), torch.randn(2, 4, 9)), {}, {"x": {2: Dim.AUTO}, "y": {2: Dim.AUTO}}
+        Tied(), CallInputs((torch.randn(2, 4, 6), torch.randn(2, 4, 9)), {}), {"x": {2: Dim.AUTO}, "y": {2: Dim.AUTO}}
     )
     assert cannot_vary(program) <= {(0, 2)}
-    program = capture(Tied(), (torch.randn(2, 4, 6), torch.randn(2, 4, 9)), {}, "auto")
+    program = capture(Tied(), CallInputs((torch.randn(2, 4, 6), torch.randn(2, 4, 9)), {}), "auto")
     assert "x[2] = 6" in program.fixed_axes
     assert not any("y[2] =" in t for t in program.fixed_axes)
 
@@ -303,14 +304,14 @@ def test_the_users_own_example_has_to_fit() -> None:
     """With two heads a mask of one is taken repeated, and then for two alone."""
     given = (x(1, 5), causal(5, 1))
     assert (1, 1) in longer_axes(Attend(2), (given, {}), [{}, {1: Dim.AUTO}])
-    program = capture(Attend(2).eval(), given, {}, "auto")
+    program = capture(Attend(2).eval(), CallInputs(given, {}), "auto")
     assert "mask[1] = 1" in program.fixed_axes
     assert program.own is not None
     assert program.own[0] is given
 
 
 def test_own_example_of_one_is_kept_beside_the_second() -> None:
-    program = capture(Attend(2).eval(), (x(1, 5), causal(5, 1)), {}, "auto")
+    program = capture(Attend(2).eval(), CallInputs((x(1, 5), causal(5, 1)), {}), "auto")
     assert [pytree.tree_leaves(e)[0].shape[0] for e in program.examples] == [2, 1]
     assert program.module(*program.examples[1][0]) is not None
 
@@ -361,7 +362,7 @@ def test_inspect_takes_dynamic_shapes() -> None:
 
 def test_narrower_steps_give_fewer_axes() -> None:
     given = (x(2, 5), causal(5, 2))
-    free = [{n.name: n.meta["val"].shape for n in capture(Attend(), given, {}, Auto(k)).module.graph.nodes
+    free = [{n.name: n.meta["val"].shape for n in capture(Attend(), CallInputs(given, {}), Auto(k)).module.graph.nodes
              if n.op == "placeholder"} for k in (None, 2, 1)]  # fmt: skip
     assert [sum(not is_static(s) for shape in f.values() for s in shape) for f in free] == [5, 2, 2]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture import functionalize
 from attnopt.capture.capture import capture
 
@@ -42,7 +43,7 @@ class _Viewed(nn.Module):
 def test_composite_views_need_no_second_trace(name: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExportedProgram, "run_decompositions", _retraced)
     shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) if free else None
-    program = capture(_Viewed(name), (torch.randn(5, 7),), {}, shapes)
+    program = capture(_Viewed(name), CallInputs((torch.randn(5, 7),), {}), shapes)
     assert not [
         n for n in program.module.graph.nodes if n.op == "call_function" and functionalize._is_composite_view(n)
     ]
@@ -63,4 +64,4 @@ def test_a_write_in_place_is_carried_out() -> None:
             return y + x.T.T
 
     x = torch.randn(4, 3)
-    torch.testing.assert_close(capture(Written(), (x,), {}).module(x), Written()(x), rtol=0, atol=0)
+    torch.testing.assert_close(capture(Written(), CallInputs((x,), {})).module(x), Written()(x), rtol=0, atol=0)

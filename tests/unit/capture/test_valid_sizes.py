@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.capture.signature import check_inputs
 from attnopt.capture.valid_sizes import sizes_that_fit
@@ -34,7 +35,7 @@ class _NamedAsBuiltins(nn.Module):
 
 
 def test_arguments_that_are_called_as_builtins() -> None:
-    program = capture(_NamedAsBuiltins(), (torch.randn(2, 5, 4), torch.randn(6)), {}, "auto")
+    program = capture(_NamedAsBuiltins(), CallInputs((torch.randn(2, 5, 4), torch.randn(6)), {}), "auto")
     assert {"input[0] = 2", "input[2] = 4", "max[0] % 3 == 0"} <= set(program.fixed_axes)
     with pytest.raises(CaptureError, match=r"input has length 4 along axis 0, but was captured for 2 only"):
         check_inputs(program.module, (torch.randn(4, 5, 4), torch.randn(6)), {}, program.fixed_axes)
@@ -47,7 +48,7 @@ def test_arguments_that_are_called_as_builtins() -> None:
 @pytest.mark.parametrize(("batch", "windows", "fixed"), [(2, 2, True), (6, 2, False), (9, 9, True), (18, 9, False)])
 def test_a_size_that_only_the_example_has(batch: int, windows: int, fixed: bool) -> None:
     model, x = _Folded(windows), torch.randn(batch, 5, 4)
-    program = capture(model, (x,), {}, ({0: Dim.AUTO, 1: Dim.AUTO},))
+    program = capture(model, CallInputs((x,), {}), ({0: Dim.AUTO, 1: Dim.AUTO},))
     sizes = next(n for n in program.module.graph.nodes if n.op == "placeholder").meta["val"].shape
     assert isinstance(sizes[0], int) == fixed
     assert not isinstance(sizes[1], int)

@@ -11,6 +11,7 @@ from decoys import NEVER, E, L
 from models import Attention, Spelling, inputs
 
 import attnopt
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.compiler.analyze import analyze
 from attnopt.compiler.explain import Explanation, explain
@@ -85,7 +86,7 @@ def test_an_unknown_name_lists_those_there_are() -> None:
 @pytest.mark.parametrize("kind", NEVER, ids=lambda kind: kind.__name__)
 def test_every_decoy_has_a_node_that_differs(kind: Any) -> None:
     model, args = kind().eval(), (torch.randn(2, L, E),)
-    for r in analyze(model, args, {}).findings.rejected:
+    for r in analyze(model, CallInputs(args, {})).findings.rejected:
         named = re.match(r"(\w+) = ", r.refusal.found)
         assert r.node.name == named[1] if named else source_line(r.node) == r.refusal.where
 
@@ -93,7 +94,7 @@ def test_every_decoy_has_a_node_that_differs(kind: Any) -> None:
 # ---------------------------------------------------------------- differences
 def hunks(policy: Any) -> list[Hunk]:
     model, args = tiny_models.causal()
-    before = listing(capture(model.eval(), args, {}).module.graph)
+    before = listing(capture(model.eval(), CallInputs(args, {})).module.graph)
     return list(differences(before, listing(attnopt.optimize(model, policy, args).graph_module.graph)))
 
 
@@ -108,7 +109,7 @@ def test_every_rewritten_site_has_its_own_place() -> None:
 
 def test_every_change_is_told_once() -> None:
     model, args = tiny_models.causal()
-    before = listing(capture(model.eval(), args, {}).module.graph)
+    before = listing(capture(model.eval(), CallInputs(args, {})).module.graph)
     after = listing(attnopt.optimize(model, {"layers.1": "local-window(left=1)"}, args).graph_module.graph)
     found = list(differences(before, after))
     assert {h.site for h in found} == {"layers.1"}
@@ -119,7 +120,7 @@ def test_every_change_is_told_once() -> None:
 
 def test_equal_listings_differ_nowhere() -> None:
     model, args = tiny_models.causal()
-    lines = listing(capture(model.eval(), args, {}).module.graph)
+    lines = listing(capture(model.eval(), CallInputs(args, {})).module.graph)
     assert list(differences(lines, lines)) == []
 
 

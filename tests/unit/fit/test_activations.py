@@ -13,6 +13,7 @@ from stacks import batches, head_inputs, stack
 from torch import Tensor, nn
 
 import attnopt
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.compiler.compile import compiled
 from attnopt.compiler.job import Options
@@ -26,7 +27,7 @@ from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
 
 def test_stream_gives_what_hooks_see() -> None:
     model, data = stack(), batches()
-    program = capture(model, (data[0],), {})
+    program = capture(model, CallInputs((data[0],), {}))
     found = find(program).found
     inputs = [((x,), {}) for x in data]
     wanted = head_inputs(model, data)
@@ -41,7 +42,7 @@ def test_stream_gives_what_hooks_see() -> None:
 
 def test_stream_holds_one_layer_however_deep_the_model_is() -> None:
     model, data = stack(layers=7), batches()
-    program = capture(model, (data[0],), {})
+    program = capture(model, CallInputs((data[0],), {}))
     held: list[int] = []
     for _f, _activations in Stream(program.module, find(program).found, [((x,), {}) for x in data]).sites():
         gc.collect()
@@ -71,7 +72,7 @@ def _flat(masks: list[Tensor]) -> list[Tensor]:
 
 def test_activations_with_other_weights() -> None:
     model, data = stack(), batches(1)
-    program = capture(model, (data[0],), {})
+    program = capture(model, CallInputs((data[0],), {}))
     found = find(program).found
     for f, activations in Stream(program.module, found, [((data[0],), {})]).sites():
         weight = torch.randn(4, 16)

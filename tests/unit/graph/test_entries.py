@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.graph import entries
 from attnopt.graph.entries import Entries, InvalidSizesError, UnsupportedError
@@ -54,7 +55,7 @@ class Made(nn.Module):
 
 
 def program(make: Callable[[int], Tensor]) -> tuple[fx.GraphModule, fx.Node]:
-    captured = capture(Made(make), (torch.zeros(7),), {}, {"x": {0: Dim.DYNAMIC}})
+    captured = capture(Made(make), CallInputs((torch.zeros(7),), {}), {"x": {0: Dim.DYNAMIC}})
     returned = next(n for n in captured.module.graph.nodes if n.op == "output").args[0]
     return captured.module, returned[0] if isinstance(returned, (tuple, list)) else returned
 

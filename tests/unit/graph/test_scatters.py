@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import assert_same
 from torch import Tensor, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 
 SIZE = 12
@@ -37,7 +38,7 @@ class Writing(nn.Module):
 def check(model: Writing) -> list[str]:
     """The result is as before; returns the writing operators that are left."""
     x = torch.randn(SIZE, SIZE, SIZE)
-    module = capture(model, (x,), {}).module
+    module = capture(model, CallInputs((x,), {})).module
     assert_same([module(x)], [model(x)])
     names = [
         str(n.target).split(".")[1] for n in module.graph.nodes if n.op == "call_function" and "." in str(n.target)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.graph.nodes import is_call
 from attnopt.graph.sdpa import SDPA, SdpaArguments, sdpa_arguments
@@ -38,7 +39,7 @@ def called(call: Callable[..., Tensor]) -> fx.Node:
     length = torch.export.Dim("length")
     q, m = torch.randn(1, 4, 6, 16), torch.ones(6, 6, dtype=torch.bool)
     axes = ({2: length}, {2: length}, {2: length}, {0: length, 1: length})
-    graph = capture(Call(call), (q, q, q, m), {}, axes).module.graph
+    graph = capture(Call(call), CallInputs((q, q, q, m), {}), axes).module.graph
     (node,) = (n for n in graph.nodes if is_call(n, SDPA))
     return node
 
