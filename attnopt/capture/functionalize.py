@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from attnopt.base.sizes import is_static
 from attnopt.capture.flex_attention import index_plainly
 from attnopt.graph.cleanup import sweep
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, is_call, value
+from attnopt.graph.nodes import aten, is_call, operand, value
 from attnopt.graph.value_names import inherit
 
 higher_order = torch.ops.higher_order
@@ -87,7 +87,24 @@ def expand_views(gm: fx.GraphModule) -> None:
         elif node.op == "call_function" and _is_composite_view(node):
             emit.before = node
             _expand(node, emit)
+    _read_sizes_of_inputs(gm.graph)
     sweep(gm)
+
+
+def _read_sizes_of_inputs(graph: fx.Graph) -> None:
+    """Each size that an input has is read from it.  Read from a projection, it would keep that when a smaller one replaces it."""
+    place: dict[Any, tuple[fx.Node, int]] = {}
+    for n in graph.nodes:
+        sizes = value(n).shape if n.op == "placeholder" and isinstance(value(n), Tensor) else ()
+        for axis, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt):
+                place.setdefault(size.node.expr, (n, axis))
+    emit = Emitter(graph, next(n for n in graph.nodes if n.op not in ("get_attr", "placeholder")))
+    for node in list(graph.nodes):
+        if not is_call(node, aten.sym_size.int) or operand(node).op == "placeholder":
+            continue
+        if isinstance(size := value(node), torch.SymInt) and size.node.expr in place:
+            node.replace_all_uses_with(emit.call(aten.sym_size.int, *place[size.node.expr]))
 
 
 def _expand(node: fx.Node, emit: Emitter) -> None:

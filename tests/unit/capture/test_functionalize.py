@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnopt.capture import functionalize
-from attnopt.capture.capture import capture
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+
+from attnopt.capture import functionalize
+from attnopt.capture.capture import capture
 
 VIEWS = {
     "T": lambda x: x.T,
@@ -36,13 +37,15 @@ class _Viewed(nn.Module):
         return self.view(x) * 2
 
 
-@pytest.mark.parametrize("free", (False, True), ids=("fixed", "free"))
+@pytest.mark.parametrize("free", [False, True], ids=("fixed", "free"))
 @pytest.mark.parametrize("name", VIEWS)
 def test_composite_views_need_no_second_trace(name: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExportedProgram, "run_decompositions", _retraced)
     shapes = ({0: Dim.AUTO, 1: Dim.AUTO},) if free else None
     program = capture(_Viewed(name), (torch.randn(5, 7),), {}, shapes)
-    assert not [n for n in program.module.graph.nodes if n.op == "call_function" and functionalize._is_composite_view(n)]
+    assert not [
+        n for n in program.module.graph.nodes if n.op == "call_function" and functionalize._is_composite_view(n)
+    ]
     for sizes in ((5, 7), (11, 8), (6, 13))[: None if free else 1]:
         x = torch.randn(sizes)
         torch.testing.assert_close(program.module(x), _Viewed(name)(x), rtol=0, atol=0)
