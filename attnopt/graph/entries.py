@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from attnopt.graph.evaluate import evaluate, size_at
+from attnopt.graph.interpreter import COMPUTED, Interpreter
 from attnopt.graph.nodes import arg, aten, get_attr, is_number, is_state, run_call, value, wrap
 
 _WHOLE = 1 << 20  # a tensor of at most this many elements is computed as a whole
@@ -31,45 +32,46 @@ class InvalidSizesError(Exception):
     """The graph itself does not run at these sizes."""
 
 
+class _Formal(Interpreter):
+    """Sizes, and tensors that have a shape and no values."""
+
+    def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int]) -> None:
+        super().__init__(gm)
+        self.sizes, self.mode = sizes, FakeTensorMode(allow_non_fake_inputs=True)
+
+    def leaf(self, node: fx.Node) -> Any:
+        val = value(node)
+        if node.op == "call_function" and not is_number(node):
+            return COMPUTED
+        if not isinstance(val, Tensor):
+            return size_at(val, self.sizes)
+        with self.mode:
+            return torch.empty([size_at(s, self.sizes) for s in val.shape], dtype=val.dtype, device=val.device)
+
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target: Any = node.target
+        try:
+            with self.mode:
+                return target(*args, **kwargs)
+        except (UnsupportedFakeTensorException, DynamicOutputShapeException, DataDependentOutputException) as e:
+            raise UnsupportedError(str(e)) from e
+        except NotImplementedError as e:
+            raise UnsupportedError(str(e)) from e
+        except Exception as e:
+            raise InvalidSizesError(str(e)) from e
+
+
 class Entries:
     """Entries of any node of ``gm``, with the graph's symbols at ``sizes`` and its inputs filled with ``fill``."""
 
     def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], fill: Any = None) -> None:
         self._gm, self._sizes, self._fill = gm, sizes, fill
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._formal: dict[fx.Node, Any] = {}  # sizes, and tensors that have a shape and no values
+        self._formal = _Formal(gm, sizes)
         self._whole: dict[fx.Node, Tensor] = {}
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Raises InvalidSizesError for sizes at which the nodes above fail, UnsupportedError if unknown."""
-        stack = [node]
-        while stack:
-            n = stack[-1]
-            waiting = [] if is_number(n) else [i for i in n.all_input_nodes if i not in self._formal]
-            if n in self._formal or waiting:
-                stack.extend(waiting) if n not in self._formal else stack.pop()
-                continue
-            stack.pop()
-            self._formal[n] = self._formally(n)
-        return tuple(self._formal[node].shape)
-
-    def _formally(self, node: fx.Node) -> Any:
-        val = value(node)
-        if not isinstance(val, Tensor):
-            return size_at(val, self._sizes)
-        target: Any = node.target
-        with self._mode, torch.no_grad():
-            if node.op != "call_function":
-                return torch.empty([size_at(s, self._sizes) for s in val.shape], dtype=val.dtype, device=val.device)
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._formal[n])
-            try:
-                return target(*args, **kwargs)
-            except (UnsupportedFakeTensorException, DynamicOutputShapeException, DataDependentOutputException) as e:
-                raise UnsupportedError(str(e)) from e
-            except NotImplementedError as e:
-                raise UnsupportedError(str(e)) from e
-            except Exception as e:
-                raise InvalidSizesError(str(e)) from e
+        return tuple(self._formal(node).shape)
 
     def at(self, node: fx.Node, index: Index) -> Tensor:
         """The entries at ``index``, with as many axes, that broadcast to its shape.  Raises UnsupportedError."""

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.base.sizes import hint, is_static
+from attnopt.graph.interpreter import Interpreter
 from attnopt.graph.nodes import (
     ancestors,
     constant_of,
-    get_attr,
     is_number,
     is_state,
     opname,
-    run_call,
     value,
     with_values,
 )
@@ -139,29 +138,25 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
 
     Raises ValueError if an input value is needed and ``fill`` is None.
     """
-    env: dict[fx.Node, Any] = {}
-
-    def concrete(n: fx.Node) -> Any:
-        val = value(n)
-        if isinstance(val, torch.SymInt):
-            return size_at(val, sizes)
-        if n.op == "get_attr" and not is_state(n):
-            return get_attr(gm, str(n.target)).detach()
-        if n.op in ("placeholder", "get_attr"):
-            if fill is None or not isinstance(val, Tensor):
-                raise ValueError(f"depends on the input {n.name}")
-            dims = [size_at(s, sizes) for s in val.shape]
-            return torch.full(dims, fill, dtype=val.dtype, device=with_values(val.device))
-        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
-        return run_call(n, args, kwargs)
-
-    wanted = set(ancestors(node, stop=is_number))
-    with torch.no_grad():
-        for n in gm.graph.nodes:
-            if n in wanted:
-                env[n] = concrete(n)
-            if n is node:
-                break
-    found = env[node]
+    found = _AtSizes(gm, sizes, fill)(node)
     assert isinstance(found, Tensor)
     return found
+
+
+class _AtSizes(Interpreter):
+    """Numbers come from the sizes, and inputs and state are filled."""
+
+    def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], fill: Any) -> None:
+        super().__init__(gm)
+        self.sizes, self.fill = sizes, fill
+
+    def leaf(self, node: fx.Node) -> Any:
+        val = value(node)
+        if isinstance(val, torch.SymInt):
+            return size_at(val, self.sizes)
+        if node.op != "placeholder" and not is_state(node):
+            return super().leaf(node)
+        if self.fill is None or not isinstance(val, Tensor):
+            raise ValueError(f"depends on the input {node.name}")
+        dims = [size_at(s, self.sizes) for s in val.shape]
+        return torch.full(dims, self.fill, dtype=val.dtype, device=with_values(val.device))

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.cleanup import sweep
 from attnopt.graph.constants import IN_THE_FORM_OF, filling
 from attnopt.graph.emitter import Emitter
+from attnopt.graph.interpreter import Interpreter
 from attnopt.graph.nodes import (
     CASTS,
     RESHAPES,
@@ -26,7 +27,6 @@ from attnopt.graph.nodes import (
     is_tensor,
     operand,
     opname,
-    run_call,
     shape,
     value,
     wrap,
@@ -216,22 +216,19 @@ def _known_places(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int, tupl
         return None
     if value(index).dtype not in (torch.int32, torch.int64) or len(shape(index)) != 1 or not 0 < shape(index)[0] <= FEW:
         return None
-    places = _known_value(gm, index, LINKS)
-    return None if places is None else (x, axis, tuple(wrap(i, size) for i in places.tolist()))
+    if not _is_known(gm, index, LINKS):
+        return None
+    return x, axis, tuple(wrap(i, size) for i in Interpreter(gm)(index).tolist())
 
 
-def _known_value(gm: fx.GraphModule, node: fx.Node, links: int) -> Tensor | None:
-    """Constant folding: what a few operators compute from stored numbers alone."""
+def _is_known(gm: fx.GraphModule, node: fx.Node, links: int) -> bool:
+    """At most ``links`` operators compute it, from stored numbers alone."""
     if node.op == "get_attr":
-        found = get_attr(gm, str(node.target))
-        return None if found.is_meta or is_state(node) else found
+        return not is_state(node) and not get_attr(gm, str(node.target)).is_meta
     if node.op != "call_function" or links == 0 or not is_tensor(node):
-        return None
-    above = {n: _known_value(gm, n, links - 1) for n in node.all_input_nodes}
-    if any(v is None for v in above.values()) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return None
-    made: Tensor = run_call(node, *fx.node.map_arg((node.args, node.kwargs), lambda n: above[n]))
-    return made
+        return False
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not random and all(_is_known(gm, n, links - 1) for n in node.all_input_nodes)
 
 
 def _changes_nothing(node: fx.Node) -> fx.Node | None:
