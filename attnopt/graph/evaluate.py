@@ -13,31 +13,21 @@ from attnopt.base.sizes import hint, is_static
 from attnopt.graph.interpreter import Interpreter
 from attnopt.graph.nodes import (
     ancestors,
+    calls,
     constant_of,
     is_number,
     is_state,
-    opname,
     value,
     with_values,
 )
+from attnopt.graph.ops import Kind, is_random, of
 
-HEAVY = (
-    "linear",
-    "matmul",
-    "bmm",
-    "mm",
-    "addmm",
-    "baddbmm",
-    "einsum",
-    "convolution",
-    "conv1d",
-    "conv2d",
-    "embedding",
-    "scaled_dot_product_attention",
-    "softmax",
-    "layer_norm",
-)
-_RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "uniform", "normal")
+_HEAVY = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION)
+
+
+def is_heavy(node: fx.Node) -> bool:
+    """It computes activations: a product, a norm or an attention, unlike masks and index arithmetic."""
+    return calls(node, _HEAVY)
 
 
 def inputs_behind(node: fx.Node) -> set[fx.Node]:
@@ -79,7 +69,7 @@ def is_plain(node: fx.Node) -> bool:
 def _is_varying(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return constant_of(node) is None
-    return opname(node) in HEAVY or opname(node) in _RANDOM
+    return is_heavy(node) or is_random(node.target)
 
 
 def size_at(size: Any, sizes: Mapping[Any, int]) -> Any:

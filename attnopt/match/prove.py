@@ -19,25 +19,13 @@ from attnopt.base.double_precision import widened_arguments, widened_inputs
 from attnopt.base.sizes import hint
 from attnopt.capture.flex_attention import call_behind
 from attnopt.graph.interpreter import COMPUTED, Interpreter
-from attnopt.graph.nodes import get_attr, opname, shape, value, with_values
+from attnopt.graph.nodes import calls, get_attr, shape, value, with_values
+from attnopt.graph.ops import Kind, named, of
 from attnopt.match.raise_region import Raised
 from attnopt.slicing.weight_store import fingerprint
 
-_CUTS = {
-    "linear",
-    "addmm",
-    "mm",
-    "convolution",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "embedding",
-    "layer_norm",
-    "native_layer_norm",
-    "scaled_dot_product_attention",
-    "group_norm",
-    "batch_norm",
-}
+# Projections and norms.  Other products may be the attention's own.
+_CUTS = named("linear addmm mm") | of(Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.ATTENTION)
 
 
 def example_values(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
@@ -135,7 +123,7 @@ def is_leaf(node: fx.Node, inside: set[fx.Node]) -> bool:
         return hint(val) >= 0
     if not isinstance(val, Tensor):
         return False
-    return node not in inside and opname(node) in _CUTS and -1 not in shape(node)
+    return node not in inside and calls(node, _CUTS) and -1 not in shape(node)
 
 
 def site_tolerance(raised: Raised) -> float:

@@ -18,6 +18,7 @@ from attnopt.graph.cleanup import sweep
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, get_attr, is_call, shape
 from attnopt.graph.normalize import STRIDED
+from attnopt.graph.ops import rules
 from attnopt.slicing.weight_store import Weights
 
 
@@ -36,12 +37,13 @@ class _Form:
         return [node.args[self.weight], *([] if bias is None else [bias])]
 
 
-_FORMS: dict[Any, _Form] = {
-    aten.linear.default: _Form(0, 1, 2, 0),
-    aten.addmm.default: _Form(1, 2, 0, 1),
-    aten.matmul.default: _Form(0, 1, None, 1),
-    aten.mm.default: _Form(0, 1, None, 1),
-}
+_FORMS = rules(
+    {
+        "linear": _Form(0, 1, 2, 0),
+        "addmm": _Form(1, 2, 0, 1),
+        "matmul mm": _Form(0, 1, None, 1),
+    }
+)
 
 
 def join(gm: fx.GraphModule, weights: Weights) -> None:
