@@ -34,7 +34,7 @@ from attnopt.graph.scatters import filled, full, joined, sizes_of, written
 from attnopt.graph.select import restrict
 from attnopt.graph.value_names import inherit
 
-STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
+STRIDED = named("view_as_complex as_strided view.dtype")  # these depend on the memory layout
 _ALIASES = aliases()
 _DROPOUTS = of(Kind.DROPOUT)
 _SAME_IF_AS_LARGE = of(Kind.RESHAPE, Kind.CAST, Kind.EXPAND) | named("slice")
@@ -54,7 +54,7 @@ def tidy(gm: fx.GraphModule) -> None:
     Every ``view`` becomes a ``reshape``, so nothing depends on the strides of a removed copy.
     """
     outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
-    strides_matter = any(is_call(n, *STRIDED) for n in gm.graph.nodes)
+    strides_matter = any(calls(n, STRIDED) for n in gm.graph.nodes)
     for node in list(gm.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)

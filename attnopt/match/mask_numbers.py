@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from attnopt.base.sizes import is_static
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain
 from attnopt.graph.nodes import ancestors, arg, aten, calls, constant_of, is_call, is_number, is_tensor, value
-from attnopt.graph.ops import IN_ORDER, Kind, named, of, rules
+from attnopt.graph.ops import LAYOUT, Kind, named, of, rules
 
 FARTHEST = 131_072  # masks are not evaluated beyond this length
 _TOO_FAR = 3 * FARTHEST  # nor is one named that may change beyond this one, at which the sum of two numbers is
@@ -69,35 +69,20 @@ def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths) -> Numbers | None
 _MULTIPLY = named("mul") | {operator.mul}
 _DIVIDE = named("div")
 _PRODUCTS = _MULTIPLY | _DIVIDE | named("floor_divide remainder fmod index gather index_select bucketize searchsorted")
+_ON_NUMBERS = {operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne}
 _STEPS = (
-    named(
+    of(Kind.CAST)
+    | _ON_NUMBERS
+    | named(
         "lt le gt ge eq ne isin sign clamp clamp_min clamp_max minimum maximum bucketize searchsorted floor ceil trunc round relu"
         " remainder fmod floor_divide logical_not logical_and logical_or logical_xor"
     )
-    | of(Kind.CAST)
-    | {operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne}
 )
 _FILLED = named("full new_full full_like scalar_tensor")
 _CREATED = of(Kind.MAKE, Kind.FILL) - named("fill")
 _STRETCHED = of(Kind.REPEAT, Kind.RESHAPE, Kind.PAD) | named("expand unfold index_put")
-_MOVED = (
-    _STRETCHED
-    | IN_ORDER
-    | of(
-        Kind.PERMUTE,
-        Kind.CAST,
-        Kind.EXPAND,
-        Kind.SLICE,
-        Kind.SPLIT,
-        Kind.PIECE,
-        Kind.JOIN,
-        Kind.MOVE,
-        Kind.LOOKUP,
-        Kind.SHORT,
-        Kind.WRITE,
-        Kind.TRIANGLE,
-    )
-    | named("tile meshgrid broadcast_tensors diagonal diag one_hot")
+_MOVED = of(*LAYOUT, Kind.SHORT, Kind.WRITE, Kind.TRIANGLE) - of(Kind.PAIRS) | named(
+    "tile meshgrid broadcast_tensors diagonal diag one_hot unfold"
 )
 _SUMS = named(
     "add sub rsub neg abs mul div cumsum diff any all isinf isneginf isfinite isnan nan_to_num where masked_fill fill"

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from attnopt.graph.cleanup import sweep
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, get_attr, is_call, shape
+from attnopt.graph.nodes import aten, calls, get_attr, shape
 from attnopt.graph.normalize import STRIDED
 from attnopt.graph.ops import rules
 from attnopt.slicing.weight_store import Weights
@@ -48,8 +48,8 @@ _FORMS = rules(
 
 def join(gm: fx.GraphModule, weights: Weights) -> None:
     """Fuse projections of the same input whose weights ``weights`` created and nothing else uses."""
-    if any(is_call(n, *STRIDED) for n in gm.graph.nodes):
-        return  # these depend on the memory layout
+    if any(calls(n, STRIDED) for n in gm.graph.nodes):
+        return
     groups = [g for g in _siblings(gm, weights) if len(g) > 1]
     together = Counter(_names(group) for group in groups)
     readers = Counter(n.target for node in gm.graph.nodes for n in node.all_input_nodes if n.op == "get_attr")
