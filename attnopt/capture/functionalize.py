@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from attnopt.base.sizes import is_static
+from attnopt.base.sizes import hint, is_static
 from attnopt.capture.flex_attention import index_plainly
 from attnopt.graph.cleanup import sweep
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, is_call, value
+from attnopt.graph.nodes import RESHAPES, arg, aten, is_call, operand, value
 from attnopt.graph.value_names import inherit
 
 higher_order = torch.ops.higher_order
@@ -87,7 +87,36 @@ def expand_views(gm: fx.GraphModule) -> None:
         elif node.op == "call_function" and _is_composite_view(node):
             emit.before = node
             _expand(node, emit)
+    _write_sizes(gm.graph)
     sweep(gm)
+
+
+def _write_sizes(graph: fx.Graph) -> None:
+    """Each size that an input has is read from it, also the -1 of a reshape: read from a projection, a size would keep that
+    when a smaller one replaces it, and a selection of heads may need the -1 itself."""
+    place: dict[Any, tuple[fx.Node, int]] = {}
+    for n in graph.nodes:
+        sizes = value(n).shape if n.op == "placeholder" and isinstance(value(n), Tensor) else ()
+        for axis, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt):
+                place.setdefault(size.node.expr, (n, axis))
+    emit = Emitter(graph, next(n for n in graph.nodes if n.op not in ("get_attr", "placeholder")))
+    for node in list(graph.nodes):
+        if is_call(node, aten.sym_size.int) and operand(node).op != "placeholder":
+            size = value(node)
+            if isinstance(size, torch.SymInt) and size.node.expr in place:
+                node.replace_all_uses_with(emit.call(aten.sym_size.int, *place[size.node.expr]))
+        elif is_call(node, *RESHAPES) and -1 in arg(node, 1):
+            sizes = [_written(emit, place, *s) for s in zip(arg(node, 1), value(node).shape, strict=True)]
+            node.args = (operand(node), sizes)
+
+
+def _written(emit: Emitter, place: Mapping[Any, tuple[fx.Node, int]], asked: Any, size: int | torch.SymInt) -> Any:
+    if asked != -1:
+        return asked
+    if isinstance(size, int) or is_static(size):
+        return hint(size)
+    return emit.call(aten.sym_size.int, *place[size.node.expr]) if size.node.expr in place else asked
 
 
 def _expand(node: fx.Node, emit: Emitter) -> None:

@@ -27,8 +27,8 @@ from attnopt.capture.run_unchanged import holds, outputs_of
 from attnopt.capture.signature import Signature, check_inputs, is_guard
 from attnopt.capture.valid_sizes import other_sizes, sizes_that_fit
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
-from attnopt.graph.evaluate import HEAVY, dynamic_axes, symbols, within
-from attnopt.graph.nodes import is_tensor, opname, value, written
+from attnopt.graph.evaluate import dynamic_axes, is_heavy, symbols, within
+from attnopt.graph.nodes import is_tensor, value, written
 from attnopt.ir.blame import is_ours, told
 from attnopt.lower.lower import Plan, lower
 
@@ -221,7 +221,7 @@ def _told(counted: Sequence[str]) -> tuple[str, ...]:
 
 def coarsest(gm: fx.GraphModule) -> float:
     """The tolerance for the least precise products in the graph, some of which may be in half precision."""
-    found = {value(n).dtype for n in gm.graph.nodes if opname(n) in HEAVY and is_tensor(n)}
+    found = {value(n).dtype for n in gm.graph.nodes if is_heavy(n) and is_tensor(n)}
     return max((TOLERANCE[d] for d in found if d in TOLERANCE), default=0.0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.progress import watched
 from attnopt.errors import CalibrationError
-from attnopt.graph.nodes import ancestors, get_attr, run_call
+from attnopt.graph.interpreter import Forward, Interpreter, Schedule
 from attnopt.ir.activations import Activations
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.operands import ROLES, Operands
@@ -31,51 +31,17 @@ class Stream:
 
     def __init__(self, gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs]) -> None:
         self.gm, self.batches = gm, batches
-        self.nodes: list[fx.Node] = list(gm.graph.nodes)
-        self.place = {n: i for i, n in enumerate(self.nodes)}
-        self.found = sorted(found, key=lambda f: self.place[f.raised.node])
-        self.last_use = self._last_use()
-        self.dying: dict[int, list[fx.Node]] = {}
-        for n, last in self.last_use.items():
-            self.dying.setdefault(last, []).append(n)
+        self.schedule = Schedule(gm.graph, {f.raised.node: _read_by(f) for f in found})
+        self.found = sorted(found, key=lambda f: self.schedule.place[f.raised.node])
 
     def sites(self) -> Iterator[tuple[Found, Activations]]:
         """Each site in execution order with its activations on the batches; their inputs
         live as long as the activations."""
-        at, environments = 0, [example_values(self.gm, *batch) for batch in self.batches]
+        runs = [Forward(self.gm, example_values(self.gm, *batch), self.schedule) for batch in self.batches]
         for f in watched(self.found, "calibrating one attention after another"):
-            end = self.place[f.raised.node]
-            with torch.no_grad():
-                for values in environments:
-                    self._run(values, at, end)
-            at = end
-            yield f, self._activations(f, environments)
-
-    def _run(self, values: Values, start: int, end: int) -> None:
-        for i in range(start, end):
-            node = self.nodes[i]
-            if node in self.last_use and node not in values:
-                values[node] = self._evaluate(node, values)
-            for n in self.dying.get(i, ()):
-                values.pop(n, None)
-
-    def _evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        if node.op == "get_attr":
-            return get_attr(self.gm, str(node.target)).detach()
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-        return run_call(node, args, kwargs)
-
-    def _last_use(self) -> dict[fx.Node, int]:
-        """For each node that the attentions need, the position of its last use."""
-        last: dict[fx.Node, int] = {}
-        for f in self.found:
-            end = self.place[f.raised.node]
-            for n in _read_by(f):
-                last[n] = max(last.get(n, 0), end)
-                for above in ancestors(n):
-                    for i in above.all_input_nodes:
-                        last[i] = max(last.get(i, 0), self.place[above])
-        return last
+            for run in runs:
+                run.up_to(f.raised.node)
+            yield f, self._activations(f, [run.values for run in runs])
 
     def _activations(self, f: Found, environments: Sequence[Values]) -> Activations:
         read = _read_by(f)
@@ -111,16 +77,16 @@ class Stream:
     ) -> Tensor:
         """The value of ``node`` with the parameters ``new``."""
         reached: set[fx.Node] = set()
-        for n in sorted(dirty, key=self.place.__getitem__):
+        for n in sorted(dirty, key=self.schedule.place.__getitem__):
             if str(n.target) in new if n.op == "get_attr" else reached & set(n.all_input_nodes):
                 reached.add(n)
         if node not in reached:
             found: Tensor = values[node]
             return found
-        made: Values = {}
-        for n in sorted(reached, key=self.place.__getitem__):
-            made[n] = new[str(n.target)] if n.op == "get_attr" else self._evaluate(n, {**values, **made})
-        result: Tensor = made[node]
+        known = {n: x for n, x in values.items() if n not in reached}
+        result: Tensor = Interpreter(self.gm, known | {n: new[str(n.target)] for n in reached if n.op == "get_attr"})(
+            node
+        )
         return result
 
 

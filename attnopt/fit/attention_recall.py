@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
-from attnopt.graph.nodes import ancestors
+from attnopt.graph.interpreter import Forward, Schedule
 from attnopt.ir.semantics import selected
 from attnopt.ir.spec import AttentionSpec
 
@@ -49,25 +49,15 @@ def measured(
     the batches, which hold a value for each placeholder.
     """
     found: dict[fx.Node, list[Tensor]] = {node: [] for node in specs}
-    with torch.no_grad():
-        for batch in batches:
-            _Operands(gm, specs, found).run(*batch)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    schedule = Schedule(gm.graph, {node: node.all_input_nodes for node in specs})
+    for batch in batches:
+        run = Forward(gm, dict(zip(placeholders, batch, strict=True)), schedule)
+        for node in schedule.stops:
+            run.up_to(node)
+            q, k, _, bias, mask, sinks = (run(x) if isinstance(x, fx.Node) else None for x in node.args)
+            assert q is not None
+            assert k is not None
+            with torch.no_grad():
+                found[node].append(kept_mass(q, k, specs[node], bias=bias, mask=mask, sinks=sinks))
     return {node: torch.cat(masses).mean(0) for node, masses in found.items()}
-
-
-class _Operands(fx.Interpreter):
-    """Runs only what the operands of the attentions need."""
-
-    def __init__(
-        self, gm: fx.GraphModule, specs: Mapping[fx.Node, AttentionSpec], found: Mapping[fx.Node, list[Tensor]]
-    ) -> None:
-        super().__init__(gm)
-        self.specs, self.found = specs, found
-        self.needed = {n for node in specs for n in ancestors(node)}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n in self.specs:
-            (q, k, _, bias, mask, sinks), _ = self.fetch_args_kwargs_from_env(n)
-            self.found[n].append(kept_mass(q, k, self.specs[n], bias=bias, mask=mask, sinks=sinks))
-            return None
-        return super().run_node(n) if n in self.needed or n.op == "placeholder" else None

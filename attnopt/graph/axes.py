@@ -7,12 +7,14 @@ split globally, so every tensor that shares it sees the same parts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from attnopt.graph.nodes import CASTS, RESHAPES, arg, aten, is_call, is_tensor, operand, shape, wrap
+from attnopt.graph.nodes import arg, aten, is_call, is_tensor, operand, shape, wrap
+from attnopt.graph.ops import FACTORS, Kind, rules
 
 
 @dataclass(eq=False)
@@ -84,61 +86,116 @@ def follow(node: fx.Node, axes: Axes) -> Axes | None:
 
     Casts and operators that keep every element in position count as layout operators.
     """
-    axes = resolve_all(axes)
+    rule = FOLLOWED.get(node.target)
+    return None if rule is None else rule(node, resolve_all(axes))
+
+
+def _permuted(node: fx.Node, axes: Axes) -> Axes:
     n = len(axes)
-    if is_call(node, *RESHAPES):
-        return reshape(axes, shape(node))
-    if is_call(node, *CASTS, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default):
-        return axes
     if is_call(node, aten.permute.default):
         return tuple(axes[wrap(d, n)] for d in _ints(arg(node, 1)))
-    if is_call(node, aten.transpose.int):
-        order = list(range(n))
-        i, j = wrap(arg(node, 1), n), wrap(arg(node, 2), n)
-        order[i], order[j] = order[j], order[i]
-        return tuple(axes[d] for d in order)
-    if is_call(node, aten.t.default, aten.mT.default, aten.numpy_T.default):
+    if not is_call(node, aten.transpose.int):
         return (*axes[:-2], axes[-1], axes[-2]) if n >= 2 else axes
-    if is_call(node, aten.unsqueeze.default):
-        at = wrap(arg(node, 1), n + 1)
-        return (*axes[:at], (), *axes[at:])
-    if is_call(node, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
-        dims = range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(arg(node, 1))]
-        return tuple(a for i, a in enumerate(axes) if not (i in dims and not a))
-    if is_call(node, aten.expand.default):
-        out = shape(node)
-        axes = ((),) * (len(out) - n) + axes
-        return axes if all(length(a) == s for a, s in zip(axes, out, strict=True)) else None
-    if is_call(node, aten.slice.Tensor):
-        return axes if shape(node) == tuple(length(a) for a in axes) else None
-    return None
+    order = list(range(n))
+    i, j = wrap(arg(node, 1), n), wrap(arg(node, 2), n)
+    order[i], order[j] = order[j], order[i]
+    return tuple(axes[d] for d in order)
+
+
+def _unsqueezed(node: fx.Node, axes: Axes) -> Axes:
+    at = wrap(arg(node, 1), len(axes) + 1)
+    return (*axes[:at], (), *axes[at:])
+
+
+def _squeezed(node: fx.Node, axes: Axes) -> Axes:
+    n = len(axes)
+    dims = range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(arg(node, 1))]
+    return tuple(a for i, a in enumerate(axes) if not (i in dims and not a))
+
+
+def _expanded(node: fx.Node, axes: Axes) -> Axes | None:
+    out = shape(node)
+    axes = ((),) * (len(out) - len(axes)) + axes
+    return axes if all(length(a) == s for a, s in zip(axes, out, strict=True)) else None
+
+
+def _sliced(node: fx.Node, axes: Axes) -> Axes | None:
+    return axes if shape(node) == tuple(length(a) for a in axes) else None
+
+
+FOLLOWED: dict[Any, Callable[[fx.Node, Axes], Axes | None]] = rules(
+    {
+        Kind.RESHAPE: lambda node, axes: reshape(axes, shape(node)),
+        Kind.COPY: lambda node, axes: axes,
+        Kind.CAST: lambda node, axes: axes,
+        Kind.PERMUTE: _permuted,
+        "unsqueeze": _unsqueezed,
+        "squeeze": _squeezed,
+        Kind.EXPAND: _expanded,  # of axes that the tensor lacks
+        "slice": _sliced,  # that takes all
+    }
+)
+NOT_FOLLOWED = {
+    "select": "drops an axis",
+    "repeat repeat_interleave": "repeats elements in a way that atoms cannot name",
+    "split split_with_sizes chunk unbind tensor_split getitem": "a part of an axis is not an atom",
+    "cat stack": "joined axes have no atoms in common",
+    "flip roll": "the elements of an atom are counted from its start",
+    "constant_pad_nd pad": "the axis has other elements, too",
+    "index index_select gather": "the order of the elements is in a tensor",
+    "view_as_complex view_as_real": "two numbers become one element",
+}
 
 
 def unfollow(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
     """(input, its axes) of a layout operator, or a product with a number, whose result has ``axes``; else None."""
-    if node.op != "call_function" or not node.args or not is_tensor(arg(node, 0)):
+    rule = UNFOLLOWED.get(node.target)
+    if rule is None or not node.args or not is_tensor(arg(node, 0)):
         return None
-    x = operand(node)
-    if is_call(node, *RESHAPES):
-        found = reshape(axes, shape(x))
-        return None if found is None else (x, found)
-    if is_call(node, *CASTS, aten.clone.default, aten.contiguous.default):
-        return x, axes
-    if is_call(node, aten.permute.default, aten.transpose.int, aten.mT.default, aten.t.default):
-        trial = fresh(shape(x)) if 1 not in shape(x) else tuple((Atom(s),) for s in shape(x))
-        moved = follow(node, trial)
-        if moved is None:
-            return None
-        return x, tuple(axes[moved.index(ax)] for ax in trial)
-    if is_call(node, aten.unsqueeze.default):
-        at = wrap(arg(node, 1), len(axes))
-        return x, (*axes[:at], *axes[at + 1 :])
-    if is_call(node, aten.expand.default):
-        shift = len(axes) - len(shape(x))
-        return x, tuple(ax if s != 1 else () for s, ax in zip(shape(x), axes[shift:], strict=True))
-    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not is_tensor(arg(node, 1)):
-        return x, axes
-    return None
+    found = rule(node, operand(node), axes)
+    return None if found is None else (operand(node), found)
+
+
+def _before_permute(node: fx.Node, x: fx.Node, axes: Axes) -> Axes:
+    trial = fresh(shape(x)) if 1 not in shape(x) else tuple((Atom(s),) for s in shape(x))
+    moved = _permuted(node, trial)
+    return tuple(axes[moved.index(ax)] for ax in trial)
+
+
+def _before_unsqueeze(node: fx.Node, x: fx.Node, axes: Axes) -> Axes:
+    at = wrap(arg(node, 1), len(axes))
+    return (*axes[:at], *axes[at + 1 :])
+
+
+def _before_squeeze(node: fx.Node, x: fx.Node, axes: Axes) -> Axes:
+    kept = iter(axes)
+    n = len(shape(x))
+    dims = range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(arg(node, 1))]
+    return tuple(() if i in dims and s == 1 else next(kept) for i, s in enumerate(shape(x)))
+
+
+def _before_expand(node: fx.Node, x: fx.Node, axes: Axes) -> Axes:
+    shift = len(axes) - len(shape(x))
+    return tuple(ax if s != 1 else () for s, ax in zip(shape(x), axes[shift:], strict=True))
+
+
+def _before_factor(node: fx.Node, x: fx.Node, axes: Axes) -> Axes | None:
+    return None if is_tensor(arg(node, 1)) else axes
+
+
+UNFOLLOWED: dict[Any, Callable[[fx.Node, fx.Node, Axes], Axes | None]] = rules(
+    {
+        Kind.RESHAPE: lambda node, x, axes: reshape(axes, shape(x)),
+        Kind.COPY: lambda node, x, axes: axes,
+        Kind.CAST: lambda node, x, axes: axes,
+        Kind.PERMUTE: _before_permute,
+        "unsqueeze": _before_unsqueeze,
+        "squeeze": _before_squeeze,
+        Kind.EXPAND: _before_expand,
+        FACTORS: _before_factor,
+    }
+)
+NOT_UNFOLLOWED = NOT_FOLLOWED | {"slice": "the operand has more elements than the axes say"}
 
 
 def _ints(x: Any) -> list[int]:

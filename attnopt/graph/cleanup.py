@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from attnopt.graph.emitter import _key
 from attnopt.graph.nodes import is_state, opname, value
+from attnopt.graph.ops import is_random
 
 
 def sweep(gm: fx.GraphModule) -> None:
@@ -64,8 +64,7 @@ def _numbers_of(node: fx.Node) -> Any:
 
 def _draws(node: fx.Node) -> bool:
     """The operator may return a different result each time."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or "empty" in opname(node) or not isinstance(value(node), Tensor)
+    return is_random(node.target) or "empty" in opname(node) or not isinstance(value(node), Tensor)
 
 
 def prune_unused_state(gm: fx.GraphModule) -> None:

@@ -6,16 +6,6 @@ from torch import fx
 
 from attnopt.graph.nodes import arg, aten, is_call
 
-IN_THE_FORM_OF = (
-    aten.ones_like.default,
-    aten.zeros_like.default,
-    aten.full_like.default,
-    aten.new_ones.default,
-    aten.new_zeros.default,
-    aten.new_full.default,
-    aten.fill.Scalar,
-)  # one number everywhere, with the shape of another tensor, regardless of its values
-
 
 def filling(node: fx.Node) -> float | None:
     """The fill value of one of torch's fill functions; None if it is not a literal."""

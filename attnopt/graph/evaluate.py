@@ -10,36 +10,25 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.base.sizes import hint, is_static
+from attnopt.graph.interpreter import Interpreter
 from attnopt.graph.nodes import (
     ancestors,
+    calls,
     constant_of,
-    get_attr,
     input_name,
     is_number,
     is_state,
-    opname,
-    run_call,
     value,
     with_values,
 )
+from attnopt.graph.ops import Kind, is_random, of
 
-HEAVY = (
-    "linear",
-    "matmul",
-    "bmm",
-    "mm",
-    "addmm",
-    "baddbmm",
-    "einsum",
-    "convolution",
-    "conv1d",
-    "conv2d",
-    "embedding",
-    "scaled_dot_product_attention",
-    "softmax",
-    "layer_norm",
-)
-_RANDOM = ("rand", "randn", "randint", "bernoulli", "dropout", "randperm", "uniform", "normal")
+_HEAVY = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION)
+
+
+def is_heavy(node: fx.Node) -> bool:
+    """It computes activations: a product, a norm or an attention, unlike masks and index arithmetic."""
+    return calls(node, _HEAVY)
 
 
 def inputs_behind(node: fx.Node) -> set[fx.Node]:
@@ -81,7 +70,7 @@ def is_plain(node: fx.Node) -> bool:
 def _is_varying(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return constant_of(node) is None
-    return opname(node) in HEAVY or opname(node) in _RANDOM
+    return is_heavy(node) or is_random(node.target)
 
 
 def size_at(size: Any, sizes: Mapping[Any, int]) -> Any:
@@ -140,29 +129,25 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
 
     Raises ValueError if an input value is needed and ``fill`` is None.
     """
-    env: dict[fx.Node, Any] = {}
-
-    def concrete(n: fx.Node) -> Any:
-        val = value(n)
-        if isinstance(val, torch.SymInt):
-            return size_at(val, sizes)
-        if n.op == "get_attr" and not is_state(n):
-            return get_attr(gm, str(n.target)).detach()
-        if n.op in ("placeholder", "get_attr"):
-            if fill is None or not isinstance(val, Tensor):
-                raise ValueError(f"depends on the input {n.name}")
-            dims = [size_at(s, sizes) for s in val.shape]
-            return torch.full(dims, fill, dtype=val.dtype, device=with_values(val.device))
-        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda i: env[i])
-        return run_call(n, args, kwargs)
-
-    wanted = set(ancestors(node, stop=is_number))
-    with torch.no_grad():
-        for n in gm.graph.nodes:
-            if n in wanted:
-                env[n] = concrete(n)
-            if n is node:
-                break
-    found = env[node]
+    found = _AtSizes(gm, sizes, fill)(node)
     assert isinstance(found, Tensor)
     return found
+
+
+class _AtSizes(Interpreter):
+    """Numbers come from the sizes, and inputs and state are filled."""
+
+    def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], fill: Any) -> None:
+        super().__init__(gm)
+        self.sizes, self.fill = sizes, fill
+
+    def leaf(self, node: fx.Node) -> Any:
+        val = value(node)
+        if isinstance(val, torch.SymInt):
+            return size_at(val, self.sizes)
+        if node.op != "placeholder" and not is_state(node):
+            return super().leaf(node)
+        if self.fill is None or not isinstance(val, Tensor):
+            raise ValueError(f"depends on the input {node.name}")
+        dims = [size_at(s, self.sizes) for s in val.shape]
+        return torch.full(dims, self.fill, dtype=val.dtype, device=with_values(val.device))

@@ -11,17 +11,23 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attnopt.base.sizes import hint
+from attnopt.graph.ops import Kind, Operators, named, of
 
 aten = torch.ops.aten
 
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
-NOT = (aten.logical_not.default, aten.bitwise_not.default)
+RESHAPES = of(Kind.RESHAPE)
+CASTS = of(Kind.CAST)
+NOT = named("logical_not bitwise_not")
 
 
 def is_call(node: object, *targets: Any) -> bool:
     """``node`` calls one of these operators (overloads are named exactly)."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def calls(node: object, operators: Operators) -> bool:
+    """``node`` calls one of a set of ``graph/ops.py``."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in operators
 
 
 def arg(node: Any, index: int, default: Any = None) -> Any:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.cleanup import sweep
-from attnopt.graph.constants import IN_THE_FORM_OF, filling
+from attnopt.graph.constants import filling
 from attnopt.graph.emitter import Emitter
+from attnopt.graph.interpreter import Interpreter
 from attnopt.graph.nodes import (
-    CASTS,
-    RESHAPES,
     arg,
     aten,
+    calls,
     dtype,
     get_attr,
     is_call,
@@ -26,42 +25,21 @@ from attnopt.graph.nodes import (
     is_tensor,
     operand,
     opname,
-    run_call,
     shape,
     value,
     wrap,
 )
+from attnopt.graph.ops import ADD, COPIES, FACTORS, SUB, Kind, aliases, is_random, named, of, rules
 from attnopt.graph.scatters import filled, full, joined, sizes_of, written
 from attnopt.graph.sdpa import SDPA, call_arguments
 from attnopt.graph.select import restrict
 from attnopt.graph.value_names import inherit
 
-STRIDED = (aten.view_as_complex.default, aten.as_strided.default, aten.view.dtype)
-_ALIASES: dict[Any, Any] = {
-    aten.clip.default: aten.clamp.default,
-    aten.concat.default: aten.cat.default,
-    aten.concatenate.default: aten.cat.default,
-    aten.divide.Scalar: aten.div.Scalar,
-    aten.divide.Tensor: aten.div.Tensor,
-    aten.linalg_matmul.default: aten.matmul.default,
-    aten.multiply.Scalar: aten.mul.Scalar,
-    aten.multiply.Tensor: aten.mul.Tensor,
-    aten.negative.default: aten.neg.default,
-    aten.special_exp2.default: aten.exp2.default,
-    aten.special_expit.default: aten.sigmoid.default,
-    aten.special_logsumexp.default: aten.logsumexp.default,
-    aten.subtract.Scalar: aten.sub.Scalar,
-    aten.subtract.Tensor: aten.sub.Tensor,
-    aten.true_divide.Scalar: aten.div.Scalar,
-    aten.true_divide.Tensor: aten.div.Tensor,
-}  # aliases of the same operators
-_SPELLED_SHORT = (
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.expand_as.default,
-    aten.type_as.default,
-)
-_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
+STRIDED = named("view_as_complex as_strided view.dtype")  # these depend on the memory layout
+_ALIASES = aliases()
+_DROPOUTS = of(Kind.DROPOUT)
+_SAME_IF_AS_LARGE = of(Kind.RESHAPE, Kind.CAST, Kind.EXPAND) | named("slice")
+_UNCHANGED = COPIES - named("detach")  # which stops gradients
 LINKS = 6  # chained operators, as in arange(heads) // group
 FEW = 64  # indices of one axis, such as a choice of heads or of a packed role, to write as slices
 
@@ -77,7 +55,7 @@ def tidy(gm: fx.GraphModule) -> None:
     Every ``view`` becomes a ``reshape``, so nothing depends on the strides of a removed copy.
     """
     outputs = set(next(iter(reversed(gm.graph.nodes))).all_input_nodes)
-    strides_matter = any(is_call(n, *STRIDED) for n in gm.graph.nodes)
+    strides_matter = any(calls(n, STRIDED) for n in gm.graph.nodes)
     for node in list(gm.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)
@@ -89,7 +67,7 @@ def tidy(gm: fx.GraphModule) -> None:
             node = rule(gm, node)
         if strides_matter and is_call(node, aten.clone.default, aten.contiguous.default):
             continue
-        if node in outputs and not is_call(node, *_DROPOUTS):  # an inactive dropout returns the tensor itself
+        if node in outputs and not calls(node, _DROPOUTS):  # an inactive dropout returns the tensor itself
             continue
         if is_tensor(node) and (same := _changes_nothing(node)) is not None:
             _replaced(node, same)
@@ -214,22 +192,18 @@ def _known_places(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, int, tupl
         return None
     if value(index).dtype not in (torch.int32, torch.int64) or len(shape(index)) != 1 or not 0 < shape(index)[0] <= FEW:
         return None
-    places = _known_value(gm, index, LINKS)
-    return None if places is None else (x, axis, tuple(wrap(i, size) for i in places.tolist()))
+    if not _is_known(gm, index, LINKS):
+        return None
+    return x, axis, tuple(wrap(i, size) for i in Interpreter(gm)(index).tolist())
 
 
-def _known_value(gm: fx.GraphModule, node: fx.Node, links: int) -> Tensor | None:
-    """Constant folding: what a few operators compute from stored numbers alone."""
+def _is_known(gm: fx.GraphModule, node: fx.Node, links: int) -> bool:
+    """At most ``links`` operators compute it, from stored numbers alone."""
     if node.op == "get_attr":
-        found = get_attr(gm, str(node.target))
-        return None if found.is_meta or is_state(node) else found
+        return not is_state(node) and not get_attr(gm, str(node.target)).is_meta
     if node.op != "call_function" or links == 0 or not is_tensor(node):
-        return None
-    above = {n: _known_value(gm, n, links - 1) for n in node.all_input_nodes}
-    if any(v is None for v in above.values()) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return None
-    made: Tensor = run_call(node, *fx.node.map_arg((node.args, node.kwargs), lambda n: above[n]))
-    return made
+        return False
+    return not is_random(node.target) and all(_is_known(gm, n, links - 1) for n in node.all_input_nodes)
 
 
 def _changes_nothing(node: fx.Node) -> fx.Node | None:
@@ -239,20 +213,20 @@ def _changes_nothing(node: fx.Node) -> fx.Node | None:
         return None
     x = operand(node)
     before, after = value(x), value(node)
-    if is_call(node, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten.alias.default):
+    if calls(node, _UNCHANGED):
         return x
-    if is_call(node, *_DROPOUTS, aten.native_dropout.default):
+    if calls(node, _DROPOUTS):
         return x if not arg(node, 2) or arg(node, 1) == 0 else None
     same_shape = len(before.shape) == len(after.shape) and all(map(same_size, before.shape, after.shape))
     if not same_shape or before.dtype != after.dtype or before.device != after.device:
         return None
-    if is_call(node, *RESHAPES, *CASTS, aten.expand.default, aten.slice.Tensor):
+    if calls(node, _SAME_IF_AS_LARGE):
         step = arg(node, 4, 1)
         return x if not is_call(node, aten.slice.Tensor) or step == 1 else None
     scalar = arg(node, 1)
-    if is_call(node, aten.add.Tensor, aten.sub.Tensor) and not isinstance(scalar, fx.Node) and scalar == 0:
+    if calls(node, ADD | SUB) and not isinstance(scalar, fx.Node) and scalar == 0:
         return x
-    if is_call(node, aten.mul.Tensor, aten.div.Tensor) and not isinstance(scalar, fx.Node) and scalar == 1:
+    if calls(node, FACTORS) and not isinstance(scalar, fx.Node) and scalar == 1:
         return x
     return None
 
@@ -267,17 +241,21 @@ def _only_part(node: fx.Node) -> fx.Node | None:
     return part if dtype(part) == dtype(node) and all(map(same_size, value(part).shape, value(node).shape)) else None
 
 
-_RULES: dict[Any, Rule] = {
-    **dict.fromkeys(RESHAPES, _as_reshape),
-    **dict.fromkeys(_SPELLED_SHORT, _spell_out),
-    **dict.fromkeys((aten.amax.default, aten.amin.default), _over_named_axes),
-    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _squeeze_ones),
-    operator.getitem: _result,
-}
-_REPLACED: dict[Any, Rule] = {  # only nodes that are not outputs, whose names would be lost
-    **dict.fromkeys(IN_THE_FORM_OF, _as_filled),
-    **dict.fromkeys((aten.index.Tensor, aten.index_select.default), _as_slices),
-    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _as_joined),
-    aten.index_put.default: _as_put,
-    aten.copy.default: _as_written,
-}
+_RULES: dict[Any, Rule] = rules(
+    {
+        Kind.RESHAPE: _as_reshape,
+        Kind.SHORT: _spell_out,
+        "amax amin": _over_named_axes,
+        "squeeze.dim squeeze.dims": _squeeze_ones,
+        "getitem": _result,
+    }
+)
+_REPLACED: dict[Any, Rule] = rules(
+    {  # only nodes that are not outputs, whose names would be lost
+        Kind.FILL: _as_filled,
+        "index index_select": _as_slices,
+        "slice_scatter select_scatter": _as_joined,
+        "index_put": _as_put,
+        "copy": _as_written,
+    }
+)

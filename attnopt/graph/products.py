@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import fx
 
 from attnopt.graph.axes import Atom, Axes, Axis, fresh
 from attnopt.graph.nodes import arg, aten, is_call, is_tensor, shape, wrap
+from attnopt.graph.ops import rules
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,12 @@ class Product:
 
 def product_of(node: fx.Node) -> Product | None:
     """The product that ``node`` computes, or None."""
-    if is_call(node, aten.matmul.default, aten.bmm.default, aten.mm.default):
-        return _matmul(node, arg(node, 0), arg(node, 1))
-    if is_call(node, aten.baddbmm.default, aten.addmm.default):
-        return _with_addend(node)
-    if is_call(node, aten.linear.default) and len(node.args) == 2:
-        return _linear(node)
-    if is_call(node, aten.einsum.default):
-        return _einsum(node)
-    if is_call(node, aten.tensordot.default, aten.inner.default):
-        return _tensordot(node)
-    if is_call(node, aten.sum.dim_IntList):
-        return _mul_sum(node)
-    return None
+    rule = PRODUCTS.get(node.target)
+    return None if rule is None else rule(node)
+
+
+def _of_two(node: fx.Node) -> Product | None:
+    return _matmul(node, arg(node, 0), arg(node, 1))
 
 
 def _matmul(node: fx.Node, a: Any, b: Any, **extra: Any) -> Product | None:
@@ -87,7 +82,7 @@ def _with_addend(node: fx.Node) -> Product | None:
 
 def _linear(node: fx.Node) -> Product | None:
     a, b = arg(node, 0), arg(node, 1)
-    if not (is_tensor(a) and is_tensor(b)):
+    if not (is_tensor(a) and is_tensor(b)) or len(node.args) != 2:  # a bias
         return None
     if len(shape(b)) != 2:
         return None
@@ -173,3 +168,15 @@ def _mul_sum(node: fx.Node) -> Product | None:
     shared = {c for i in summed for c in frame[i]}
     both = {c for ax in of(a) for c in ax} & {c for ax in of(b) for c in ax}
     return Product(node, a, b, of(a), of(b), tuple(out)) if shared <= both else None
+
+
+PRODUCTS: dict[Any, Callable[[fx.Node], Product | None]] = rules(
+    {
+        "matmul bmm mm": _of_two,
+        "baddbmm addmm": _with_addend,
+        "linear": _linear,
+        "einsum": _einsum,
+        "tensordot inner": _tensordot,
+        "sum.dim_IntList": _mul_sum,
+    }
+)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnopt.graph.nodes import arg, aten, is_call, is_tensor, operand, shape, wrap
+from attnopt.graph.nodes import arg, aten, calls, is_call, is_tensor, operand, shape, wrap
+from attnopt.graph.ops import FACTORS, Kind, of
 from attnopt.graph.sdpa import SDPA
 from attnopt.match.overwrites import zeros_of
 from attnopt.match.row_sums import behind_layout, is_shifted, of_rows, row_sums
 
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default)
-_LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
+_SOFTMAX, _LOG_SOFTMAX = of(Kind.SOFTMAX), of(Kind.LOG_SOFTMAX)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Softmax:
     @property
     def may_overflow(self) -> bool:
         """Exponentials of unshifted scores: NaN among the weights need not mean a fully masked row."""
-        written_out = self.late_sum is not None or is_call(self.weights, aten.div.Tensor, aten.mul.Tensor)
+        written_out = self.late_sum is not None or calls(self.weights, FACTORS)
         return written_out and not is_shifted(self.scores, self.axis)
 
 
@@ -48,7 +48,7 @@ def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
     for node in graph.nodes:
         if is_call(node, SDPA):
             yield node
-        elif is_call(node, *_SOFTMAX):
+        elif calls(node, _SOFTMAX):
             x = operand(node)
             yield Softmax(x, node, wrap(arg(node, 1), len(shape(x))))
         elif (power := _power(node)) is not None:
@@ -83,7 +83,7 @@ def _of_power(node: fx.Node, x: fx.Node, rate: float) -> Iterator[Softmax]:
 
 def _of_logarithm(node: fx.Node, x: fx.Node) -> Softmax | None:
     """``node`` = exp(x), and ``x`` is the logarithm of a softmax: one operator, or scores less the logarithm of a sum."""
-    if is_call(x, *_LOG_SOFTMAX):
+    if calls(x, _LOG_SOFTMAX):
         return Softmax(operand(x), node, wrap(arg(x, 1), len(shape(x))))
     if not is_call(x, aten.sub.Tensor) or x.kwargs:
         return None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnopt.graph.nodes import module_path, opname, source_line
+from attnopt.graph.nodes import calls, module_path, source_line
+from attnopt.graph.ops import REARRANGED, Kind, named, of
 from attnopt.match.region import Region
 
-_ON_THE_WAY = ("reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "clone", "detach", "_to_copy", "mean")
+_ON_THE_WAY = REARRANGED | of(Kind.CAST) | named("mean")
 
 
 def where_used(region: Region) -> str:
@@ -23,7 +24,7 @@ def where_used(region: Region) -> str:
 
 def _end(user: fx.Node, value: fx.Node) -> str:
     first = user
-    while user.op != "output" and opname(user) in _ON_THE_WAY and len(user.users) == 1:
+    while user.op != "output" and calls(user, _ON_THE_WAY) and len(user.users) == 1:
         user, value = next(iter(user.users)), user
     if user.op == "output":
         return f"returned{_place(user, value)}"

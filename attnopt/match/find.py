@@ -15,6 +15,7 @@ from attnopt.capture.program import Program
 from attnopt.graph.axes import resolve, resolve_all
 from attnopt.graph.nodes import (
     ancestors,
+    calls,
     get_attr,
     is_call,
     module_path,
@@ -25,6 +26,7 @@ from attnopt.graph.nodes import (
     stored,
     value,
 )
+from attnopt.graph.ops import Kind, of
 from attnopt.graph.sdpa import SDPA
 from attnopt.ir.projection import Projection
 from attnopt.ir.refusal import Refusal
@@ -171,6 +173,7 @@ def _not_equal(raised: Raised, error: float) -> Refusal:
     )
 
 
+_PROJECTIONS = of(Kind.PRODUCT, Kind.CONVOLUTION)
 _GAP = "please report the model: this is a gap in matching, and the site was left unchanged"
 _BLIND = f"if the example inputs mask every key of some query, as left padding does, pad on the right; otherwise {_GAP}"
 
@@ -210,9 +213,12 @@ def _common(paths: list[str]) -> list[str]:
     return shared
 
 
+def _projects(node: fx.Node) -> bool:
+    return calls(node, _PROJECTIONS)
+
+
 def _nearest_projections(node: fx.Node) -> list[fx.Node]:
-    stop = {"linear", "addmm", "convolution", "conv1d", "conv2d", "matmul", "einsum"}
-    found = [n for n in ancestors(node, stop=lambda n: opname(n) in stop) if opname(n) in stop]
+    found = [n for n in ancestors(node, stop=_projects) if _projects(n)]
     return found[:1] if len(found) == 1 else []
 
 

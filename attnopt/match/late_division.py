@@ -6,30 +6,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnopt.graph.axes import Axes, follow, resolve_all
-from attnopt.graph.nodes import CASTS, RESHAPES, arg, aten, is_call
+from attnopt.graph.axes import FOLLOWED, Axes, follow, resolve_all
+from attnopt.graph.nodes import arg
 from attnopt.graph.products import Product
 from attnopt.match.read_scores import Operand
 from attnopt.match.rejection import rejected, unreadable
 from attnopt.match.row_sums import divisors, way_down
 
-PASSIVE = (
-    *RESHAPES,
-    *CASTS,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.mT.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.squeeze.default,
-)  # operators that change no values
 _LONGEST = 8  # layout changes between the product and the division
 
 
@@ -80,9 +63,9 @@ def late_quotient(product: fx.Node, total: fx.Node) -> LateQuotient | None:
         end = over[-1] if over else product
         for user in end.users:
             for divisor, inverse in divisors(user, end):
-                under = way_down(divisor, total, inverse, lambda n: is_call(n, *PASSIVE))
+                under = way_down(divisor, total, inverse, lambda n: n.target in FOLLOWED)
                 if under is not None:
                     return LateQuotient(user, over, under)
-            if is_call(user, *PASSIVE) and len(over) < _LONGEST:
+            if user.target in FOLLOWED and len(over) < _LONGEST:
                 stack.append((*over, user))
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, fx
 
 from attnopt.base.sizes import is_static
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain
-from attnopt.graph.nodes import ancestors, arg, constant_of, is_number, is_tensor, opname, value
+from attnopt.graph.nodes import ancestors, arg, aten, calls, constant_of, is_call, is_number, is_tensor, value
+from attnopt.graph.ops import LAYOUT, Kind, named, of, rules
 
 FARTHEST = 131_072  # masks are not evaluated beyond this length
 _TOO_FAR = 3 * FARTHEST  # nor is one named that may change beyond this one, at which the sum of two numbers is
@@ -48,7 +50,7 @@ def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths) -> Numbers | None
     made = [n for n in every if n in fixed or _varies(n) or not sizes]
     is_regular = all(_is_regular(n, lengths) for n in made if n not in fixed and not is_number(n))
     anywhere = not is_regular or any(sum(s > 1 for s in t.shape) > 1 for t in fixed.values() if t is not None)
-    counts_up = any(opname(n) == "cumsum" for n in made)
+    counts_up = any(is_call(n, aten.cumsum.default) for n in made)
     stepped = _stepped(made)
     numbers = {n: list(_numbers(n, fixed, n in stepped, counts_up)) for n in made}
     found = {n for given in numbers.values() for x in given for n in _whole(abs(x))}
@@ -62,10 +64,48 @@ def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths) -> Numbers | None
     return None if reach > _TOO_FAR else Numbers(frozenset(near), sizes, min(FARTHEST, reach), anywhere)
 
 
-_PRODUCTS = frozenset((
-    "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "remainder", "fmod", "index", "gather", "index_select",
-    "bucketize", "searchsorted",
-))  # fmt: skip
+# These sets say what an operator does to the numbers at which a mask changes: facts of this module alone.  Numbers that are
+# computed from sizes call Python's operators.
+_MULTIPLY = named("mul") | {operator.mul}
+_DIVIDE = named("div")
+_PRODUCTS = _MULTIPLY | _DIVIDE | named("floor_divide remainder fmod index gather index_select bucketize searchsorted")
+_ON_NUMBERS = {operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne}
+_STEPS = (
+    of(Kind.CAST)
+    | _ON_NUMBERS
+    | named(
+        "lt le gt ge eq ne isin sign clamp clamp_min clamp_max minimum maximum bucketize searchsorted floor ceil trunc round relu"
+        " remainder fmod floor_divide logical_not logical_and logical_or logical_xor"
+    )
+)
+_FILLED = named("full new_full full_like scalar_tensor")
+_CREATED = of(Kind.MAKE, Kind.FILL) - named("fill")
+_STRETCHED = of(Kind.REPEAT, Kind.RESHAPE, Kind.PAD) | named("expand unfold index_put")
+_MOVED = of(*LAYOUT, Kind.SHORT, Kind.WRITE, Kind.TRIANGLE) - of(Kind.PAIRS) | named(
+    "tile meshgrid broadcast_tensors diagonal diag one_hot unfold"
+)
+_SUMS = named(
+    "add sub rsub neg abs mul div cumsum diff any all isinf isneginf isfinite isnan nan_to_num where masked_fill fill"
+)
+_OF_FLAGS = named("bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__ prod amax amin")
+_REGULAR = _STEPS | _CREATED | _MOVED | _SUMS
+_PLACES: dict[Any, tuple[int, ...]] = rules(
+    {
+        "tril triu roll": (1,),
+        "slice": (2, 4),
+        "select": (2,),
+    }
+)  # operators in which part of a size is an index
+_PLACED = named("tril triu slice roll")
+_OF_ONE_FLAG = _MOVED | named("add sub rsub neg mul div ones_like zeros_like")
+_COUNTED = named("arange")
+_EXACT = {
+    torch.int8: 7,
+    torch.uint8: 8,
+    torch.int16: 15,
+    torch.float16: 11,
+    torch.bfloat16: 8,
+}  # integers up to 2^n
 
 
 def _reach(nodes: Sequence[fx.Node], numbers: dict[fx.Node, list[float]], stored: Collection[fx.Node]) -> int:
@@ -77,10 +117,10 @@ def _reach(nodes: Sequence[fx.Node], numbers: dict[fx.Node, list[float]], stored
             continue
         own = [max(abs(x), 1 / abs(x)) for x in numbers[node] if x]
         below = [known[n] for n in node.all_input_nodes if n in known]
-        together = math.prod(below) if opname(node) in _PRODUCTS else sum(below) or 1
+        together = math.prod(below) if calls(node, _PRODUCTS) else sum(below) or 1
         times = max(own, default=1) if node in stored else math.prod(max(1.0, x) for x in own)
         known[node] = min(1e18, max(1, together) * times)
-        if opname(node) in _PRODUCTS:
+        if calls(node, _PRODUCTS):
             periods.update(x for x in own if x > 1)
     return math.ceil(min(1e18, sum(known[n] for n in nodes) * math.prod(sorted(periods)[:-1])))
 
@@ -110,73 +150,31 @@ def _held(node: fx.Node) -> Tensor | None:
     return evaluate(gm, node, {}) if is_plain(node) else None
 
 
-_STEPS = frozenset((
-    "lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal", "isin", "sign", "clamp",
-    "clamp_min", "clamp_max", "clip", "minimum", "maximum", "bucketize", "searchsorted", "floor", "ceil", "trunc", "round",
-    "relu", "remainder", "fmod", "floor_divide", "logical_not", "logical_and", "logical_or", "logical_xor", "_to_copy", "to",
-))  # fmt: skip
-_FILLED = frozenset(("full", "new_full", "full_like", "scalar_tensor"))
-_CREATED = _FILLED | frozenset((
-    "zeros", "ones", "empty", "new_zeros", "new_ones", "new_empty", "zeros_like", "ones_like", "empty_like", "arange", "eye",
-))  # fmt: skip
-_MOVED = frozenset((
-    "tril", "triu", "cat", "stack", "index", "gather", "index_select", "index_put", "repeat", "repeat_interleave", "flip", "roll",
-    "split", "split_with_sizes", "chunk", "unbind", "getitem", "tile", "meshgrid", "constant_pad_nd", "pad", "broadcast_to",
-    "broadcast_tensors", "lift_fresh_copy", "copy", "diagonal", "diag", "view_as", "reshape_as", "narrow", "movedim", "one_hot",
-    "slice", "select", "slice_scatter", "select_scatter", "expand", "expand_as", "view", "_unsafe_view", "reshape", "flatten",
-    "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "mT", "swapaxes", "unfold", "to", "_to_copy", "type_as",
-    "clone", "alias", "detach", "contiguous", "_assert_tensor_metadata",
-))  # fmt: skip
-_STRETCHED = frozenset((
-    "repeat", "repeat_interleave", "expand", "view", "_unsafe_view", "reshape", "unflatten", "unfold", "pad", "constant_pad_nd",
-    "index_put",
-))  # fmt: skip
-_SUMS = frozenset((
-    "add", "sub", "subtract", "rsub", "neg", "negative", "abs", "absolute", "mul", "multiply", "div", "divide", "true_divide",
-    "cumsum", "diff", "any", "all", "isinf", "isneginf", "isfinite", "isnan", "nan_to_num", "where", "masked_fill", "fill",
-))  # fmt: skip
-_OF_FLAGS = frozenset((
-    "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "__and__", "__or__", "__xor__", "prod", "amax", "amin",
-))  # fmt: skip
-_PLACES = {
-    "tril": (1,),
-    "triu": (1,),
-    "slice": (2, 4),
-    "select": (2,),
-    "roll": (1,),
-}  # operators in which part of a size is an index
-_EXACT = {
-    torch.int8: 7,
-    torch.uint8: 8,
-    torch.int16: 15,
-    torch.float16: 11,
-    torch.bfloat16: 8,
-}  # integers up to 2^n
-
-
 def _is_regular(node: fx.Node, lengths: Lengths) -> bool:
     """Beyond its numbers, the node continues regularly, at every size."""
     if node.op != "call_function" or is_number(node):
         return True
-    name, val = opname(node), value(node)
-    if name not in _STEPS | _CREATED | _MOVED | _SUMS and not (name in _OF_FLAGS and _takes_flags(node)):
+    val = value(node)
+    if not calls(node, _REGULAR) and not (calls(node, _OF_FLAGS) and _takes_flags(node)):
         return False
     if not all(_is_offset(x, lengths) for x in _given_numbers(node)):
         return False
-    if name not in _STEPS or not isinstance(val, Tensor) or not all(is_static(s) and s == 1 for s in val.shape):
+    if not calls(node, _STEPS) or not isinstance(val, Tensor) or not all(is_static(s) and s == 1 for s in val.shape):
         return True
     return not any(_symbols(value(n)) for n in ancestors(node, stop=is_number))  # otherwise it compares only sizes
 
 
 def _given_numbers(node: fx.Node) -> list[Any]:
     """Numbers that become values or indices, not sizes."""
-    name = opname(node)
-    if name in _MOVED:
-        given = [arg(node, place) for place in _PLACES.get(name, ())]
-    elif name == "arange":
+    if calls(node, _MOVED):
+        given = [arg(node, place) for place in _PLACES.get(node.target, ())]
+    elif calls(node, _COUNTED):
         given = [arg(node, 0), arg(node, 2)] if len(node.args) > 1 else []
-    elif name in _CREATED:
-        given = [arg(node, 0 if name == "scalar_tensor" else 2 if name == "new_full" else 1)] if name in _FILLED else []
+    elif calls(node, _FILLED):
+        place = 0 if is_call(node, aten.scalar_tensor.default) else 2 if is_call(node, aten.new_full.default) else 1
+        given = [arg(node, place)]
+    elif calls(node, _CREATED):
+        given = []
     else:
         given = list(node.args)
     return [value(x) for x in given if isinstance(x, fx.Node) and is_number(x)]
@@ -200,17 +198,8 @@ def _is_flag(node: fx.Node) -> bool:
     while value(node).dtype != torch.bool:
         above = [n for n in node.all_input_nodes if is_tensor(n)]
         if not above:
-            return opname(node) in _CREATED - {"arange"}
-        if len(above) > 1 or opname(node) not in _MOVED | {
-            "add",
-            "sub",
-            "rsub",
-            "neg",
-            "mul",
-            "div",
-            "ones_like",
-            "zeros_like",
-        }:
+            return calls(node, _CREATED - _COUNTED)
+        if len(above) > 1 or not calls(node, _OF_ONE_FLAG):
             return False
         node = above[0]
     return True
@@ -219,7 +208,7 @@ def _is_flag(node: fx.Node) -> bool:
 def _multiplies(node: fx.Node) -> bool:
     """Products of indices, such as squared distances, or sums over them."""
     of_places = [n for n in node.all_input_nodes if not is_tensor(n) or not _is_flag(n)]
-    return opname(node) == "cumsum" or (opname(node) in ("mul", "multiply") and len(of_places) > 1)
+    return is_call(node, aten.cumsum.default) or (calls(node, _MULTIPLY) and len(of_places) > 1)
 
 
 def _factors(node: fx.Node, counts_up: bool) -> Iterator[float]:
@@ -227,14 +216,14 @@ def _factors(node: fx.Node, counts_up: bool) -> Iterator[float]:
     if _takes_flags(node) and not counts_up:
         return
     literals = [float(x) for x in node.args if isinstance(x, (int, float)) and x]
-    if opname(node) in ("mul", "multiply"):
+    if calls(node, _MULTIPLY):
         yield from literals
-    elif opname(node) in ("div", "divide", "true_divide"):
+    elif calls(node, _DIVIDE):
         yield from (1 / x for x in literals)
 
 
 def _stepped(made: Sequence[fx.Node]) -> set[fx.Node]:
-    return {a for n in made if opname(n) in _STEPS for a in ancestors(n, stop=is_number)}
+    return {a for n in made if calls(n, _STEPS) for a in ancestors(n, stop=is_number)}
 
 
 def _numbers(node: fx.Node, fixed: dict[fx.Node, Tensor | None], stepped: bool, counts_up: bool) -> Iterator[float]:
@@ -243,7 +232,7 @@ def _numbers(node: fx.Node, fixed: dict[fx.Node, Tensor | None], stepped: bool, 
     if isinstance(val, torch.SymInt):
         yield from _numbers_of(val)
     elif isinstance(val, Tensor):
-        if opname(node) in _CREATED:
+        if calls(node, _CREATED):
             yield from {n for s in val.shape for n in _numbers_of(s)}
         if val.dtype in _EXACT and stepped and not _is_flag(node):
             yield 2 << _EXACT[val.dtype]
@@ -263,11 +252,11 @@ def _whole(x: float) -> tuple[int, ...]:
 
 def _counts(node: fx.Node, stepped: bool, counts_up: bool) -> bool:
     """Its numbers may be lengths: it computes integers or flags, operands of comparisons, or cuts a triangle or a slice."""
-    if opname(node) in ("tril", "triu", "slice", "roll"):
+    if calls(node, _PLACED):
         return True
     if any(is_tensor(n) for n in node.all_input_nodes) and _takes_flags(node) and not counts_up:
         return False
-    if opname(node) in _MOVED - _STRETCHED:
+    if calls(node, _MOVED - _STRETCHED):
         return False
     val = value(node)
     return stepped or (isinstance(val, Tensor) and not (val.is_floating_point() or val.is_complex()))

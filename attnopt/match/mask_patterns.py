@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph.entries import Entries, InvalidSizesError, UnsupportedError
-from attnopt.graph.evaluate import HEAVY, inputs_behind, size_at, symbols, within
-from attnopt.graph.nodes import ancestors, get_attr, is_number, is_state, opname, value
+from attnopt.graph.entries import Entries, InvalidSizesError
+from attnopt.graph.entry_rules import UnsupportedError
+from attnopt.graph.evaluate import inputs_behind, is_heavy, size_at, symbols, within
+from attnopt.graph.nodes import ancestors, get_attr, is_number, is_state, value
 from attnopt.match.mask_numbers import Lengths, Numbers, numbers_behind
 from attnopt.patterns import Causal, Full, Pattern, Window
 
@@ -232,7 +233,7 @@ def may_hide(node: fx.Node, fill: float) -> bool:
     """
     gm = node.graph.owning_module
     assert isinstance(gm, fx.GraphModule)
-    made = list(ancestors(node, stop=lambda n: opname(n) in HEAVY))
+    made = list(ancestors(node, stop=is_heavy))
     constants = [get_attr(gm, str(n.target)) for n in made if n.op == "get_attr"]
     if any((n.op == "placeholder" and not is_number(n)) or is_state(n) for n in made):
         return True

@@ -12,27 +12,24 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.graph.axes import unfollow
-from attnopt.graph.constants import IN_THE_FORM_OF, filling
+from attnopt.graph.constants import filling
 from attnopt.graph.evaluate import inputs_behind, is_plain
-from attnopt.graph.nodes import CASTS, RESHAPES, arg, aten, constant_of, dtype, is_call, is_tensor, shape
+from attnopt.graph.nodes import arg, aten, calls, constant_of, dtype, is_call, is_tensor, shape
+from attnopt.graph.ops import FACTORS, REARRANGED, Kind, named, of, rules
 from attnopt.match.mask_patterns import samples
 
-WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-MASKED_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-_ARITHMETIC: dict[Any, Callable[..., float]] = {
-    aten.add.Tensor: operator.add,
-    aten.sub.Tensor: operator.sub,
-    aten.mul.Tensor: operator.mul,
-    aten.neg.default: operator.neg,
-}
-_COPIES = (
-    *CASTS,
-    *RESHAPES,
-    aten.expand.default,
-    aten.clone.default,
-    aten.lift_fresh_copy.default,
-    aten.detach.default,
-)  # as many numbers as before, or one of them again and again
+WHERE = named("where")
+MASKED_FILL = named("masked_fill")
+_ARITHMETIC: dict[Any, Callable[..., float]] = rules(
+    {
+        "add.Tensor": operator.add,
+        "sub.Tensor": operator.sub,
+        "mul.Tensor": operator.mul,
+        "neg": operator.neg,
+    }
+)
+_REPEATED = REARRANGED | of(Kind.CAST, Kind.EXPAND)  # the same numbers, or one of them again and again
+_FILLED = of(Kind.FILL) | named("full")
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,10 @@ class Overwrite:
 
 def overwrite_of(node: fx.Node, source: fx.Node) -> Overwrite | None:
     """What ``node`` writes over ``source``; None if that is not known, or if it does something else."""
-    if is_call(node, *MASKED_FILL):
+    if calls(node, MASKED_FILL):
         condition, fill, when = arg(node, 1), number(arg(node, 2)), True
         kept = arg(node, 0)
-    elif is_call(node, *WHERE):
+    elif calls(node, WHERE):
         when = arg(node, 1) is not source
         condition, fill = arg(node, 0), number(arg(node, 1 if when else 2))
         kept = arg(node, 2 if when else 1)
@@ -72,7 +69,7 @@ def zeros_of(node: fx.Node, source: fx.Node) -> Overwrite | None:
 def _are_flags(node: fx.Node) -> bool:
     """Only 0 and 1: a bool tensor after casts and layout changes, or numbers that are the same at every call."""
     while dtype(node) != torch.bool:
-        above = None if is_call(node, aten.mul.Tensor, aten.div.Tensor) else unfollow(node, ((),) * len(shape(node)))
+        above = None if calls(node, FACTORS) else unfollow(node, ((),) * len(shape(node)))
         if above is None:
             return _holds_flags(node)
         node = above[0]
@@ -101,9 +98,9 @@ def number(x: Any) -> float | None:
     """A constant number: a literal, a one-element tensor from known numbers only, or a filled tensor."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
-    while is_call(x, *_COPIES):
+    while calls(x, _REPEATED):
         x = arg(x, 0)
-    if is_call(x, aten.full.default, *IN_THE_FORM_OF):
+    if calls(x, _FILLED):
         made = filling(x)
         return None if made is None else float(made)
     if is_call(x, aten.scalar_tensor.default):

@@ -8,7 +8,8 @@ from itertools import combinations
 
 from torch import fx, nn
 
-from attnopt.graph.nodes import ancestors, arg, get_attr, is_state, is_tensor, opname, shape, source_line, wrap
+from attnopt.graph.nodes import ancestors, arg, calls, get_attr, is_state, is_tensor, opname, shape, source_line, wrap
+from attnopt.graph.ops import ADD, IN_ORDER, REARRANGED, Kind, of
 from attnopt.graph.select import Selection
 from attnopt.ir.projection import Projection
 from attnopt.slicing.pull import pull
@@ -39,7 +40,7 @@ def landings(node: fx.Node, selection: Selection, exact: bool = True) -> list[La
 
     def walk(n: fx.Node, chosen: Selection, path: tuple[fx.Node, ...], in_weight: bool, is_part: bool) -> None:
         chosen = trim(n, chosen)
-        if not chosen and not in_weight and not (is_part and opname(n) in _ARRANGES):
+        if not chosen and not in_weight and not (is_part and calls(n, _ARRANGES)):
             if is_part:
                 add("part", n, chosen, path)
             return
@@ -75,15 +76,15 @@ def _is_computed(node: fx.Node) -> bool:
     return all(n.op == "call_function" for n in ancestors(node, stop=lambda n: not is_tensor(n)))
 
 
-# Operators that return the same elements in the same order, for any selection.
-_ARRANGES = (
-    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "select", "slice", "getitem", "cat", "stack",
-    "repeat_interleave", "repeat",
-)  # fmt: skip
+# Operators that return the same elements in the same order, for any selection.  A permute returns others axis by axis.
+_ARRANGES = IN_ORDER | of(Kind.EXPAND, Kind.REPEAT, Kind.SLICE, Kind.PIECE, Kind.JOIN)
+_JOINS = of(Kind.JOIN)
+_CONVOLUTIONS = of(Kind.CONVOLUTION)
+_DIRECT = REARRANGED | of(Kind.CAST, Kind.DROPOUT)
 
 
 def _joined_along(node: fx.Node) -> int | None:
-    return wrap(arg(node, 1, 0), len(shape(node))) if opname(node) in ("cat", "stack") else None
+    return wrap(arg(node, 1, 0), len(shape(node))) if calls(node, _JOINS) else None
 
 
 def _pulled(node: fx.Node, selection: Selection) -> tuple[Pulled | None, Selection]:
@@ -104,7 +105,7 @@ def _pulled(node: fx.Node, selection: Selection) -> tuple[Pulled | None, Selecti
 def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
     """Equal for two selections only if they select the same values for the same reason."""
     return frozenset(
-        (x.kind, x.node, tuple(sorted(x.selection.items())), frozenset(n for n in x.ways if opname(n) not in _ARRANGES))
+        (x.kind, x.node, tuple(sorted(x.selection.items())), frozenset(n for n in x.ways if not calls(n, _ARRANGES)))
         for x in landings(node, selection)
     )
 
@@ -182,7 +183,7 @@ def _is_shared(constant: Landing, each: Sequence[Sequence[Landing]]) -> bool:
 
 def _as_bias(landing: Landing) -> Landing:
     """A vector that a separate operator adds to the product with a weight is the bias of the projection."""
-    adds = len(landing.path) > 1 and opname(landing.path[-2]) == "add"
+    adds = len(landing.path) > 1 and calls(landing.path[-2], ADD)
     is_added = adds and is_tensor(arg(landing.path[-2], 1)) and len(shape(landing.node)) == 1  # 1 + weight is a factor
     return replace(landing, kind="weight") if landing.kind == "constant" and is_added else landing
 
@@ -235,7 +236,7 @@ def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Seq
 
 
 def is_convolution(node: fx.Node) -> bool:
-    return opname(node).startswith("conv")
+    return calls(node, _CONVOLUTIONS)
 
 
 def _named(node: fx.Node) -> str:
@@ -268,7 +269,7 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
             if pushed.selection is None:
                 break
             x, selection = users[0], pushed.selection
-            direct = direct and opname(x) in _LAYOUT
+            direct = direct and calls(x, _DIRECT)
         weight, chosen = pushed.demands[-1]
         column, target = next(iter(chosen.items())), weight
         found = (
@@ -296,12 +297,6 @@ def read_output(node: fx.Node, heads: Sequence[Selection]) -> tuple[Projection, 
         tuple(rows),
         direct=direct and not {"alpha", "beta"} & set(op.kwargs),
     ), op
-
-
-_LAYOUT = {
-    "reshape", "view", "_unsafe_view", "permute", "transpose", "t", "squeeze", "unsqueeze", "flatten", "unflatten", "clone",
-    "contiguous", "detach", "alias", "dropout", "to", "_to_copy", "type_as",
-}  # fmt: skip
 
 
 def weight_path(op: fx.Node, names: set[str]) -> list[fx.Node]:

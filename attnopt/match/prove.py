@@ -7,7 +7,6 @@ have no values, take random ones too.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,25 +18,14 @@ from attnopt.base.closeness import TOLERANCE, difference
 from attnopt.base.double_precision import widened_arguments, widened_inputs
 from attnopt.base.sizes import hint
 from attnopt.capture.flex_attention import call_behind
-from attnopt.graph.nodes import get_attr, opname, run_call, shape, value, with_values
+from attnopt.graph.interpreter import COMPUTED, Interpreter
+from attnopt.graph.nodes import calls, get_attr, shape, value, with_values
+from attnopt.graph.ops import Kind, named, of
 from attnopt.match.raise_region import Raised
 from attnopt.slicing.weight_store import fingerprint
 
-_CUTS = {
-    "linear",
-    "addmm",
-    "mm",
-    "convolution",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "embedding",
-    "layer_norm",
-    "native_layer_norm",
-    "scaled_dot_product_attention",
-    "group_norm",
-    "batch_norm",
-}
+# Projections and norms.  Other products may be the attention's own.
+_CUTS = named("linear addmm mm") | of(Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.ATTENTION)
 
 
 def example_values(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
@@ -70,7 +58,7 @@ def _error(run: _Slice, raised: Raised) -> float:
         assert q is not None
         assert k is not None
         assert v is not None
-        run.env[raised.node] = Reference().lower(raised.spec)(q, k, v, **operands)
+        run.values[raised.node] = Reference().lower(raised.spec)(q, k, v, **operands)
         got = run(raised.out)
     blind = torch.isnan(want)
     return difference([got], [want.masked_fill(blind, 0.0)])
@@ -135,7 +123,7 @@ def is_leaf(node: fx.Node, inside: set[fx.Node]) -> bool:
         return hint(val) >= 0
     if not isinstance(val, Tensor):
         return False
-    return node not in inside and opname(node) in _CUTS and -1 not in shape(node)
+    return node not in inside and calls(node, _CUTS) and -1 not in shape(node)
 
 
 def site_tolerance(raised: Raised) -> float:
@@ -143,52 +131,34 @@ def site_tolerance(raised: Raised) -> float:
     return TOLERANCE.get(kind, 0.0)
 
 
-class _Slice:
-    """Runs nodes on demand; outputs of projections are random."""
+class _Slice(Interpreter):
+    """Stops at projections outside the attention, whose results are random."""
 
     def __init__(self, gm: fx.GraphModule, examples: Mapping[fx.Node, Any], seed: int, wide: bool = False) -> None:
-        self.wide = wide
-        self.gm, self.env, self.inside = gm, dict[fx.Node, Any](), set[fx.Node]()
-        self.examples = examples
+        super().__init__(gm)
+        self.examples, self.wide = examples, wide
+        self.inside = set[fx.Node]()
         self.random = torch.Generator().manual_seed(seed)
 
-    def __call__(self, target: fx.Node) -> Tensor:
-        stack = [target]
-        while stack:
-            node = stack[-1]
-            if node in self.env:
-                stack.pop()
-                continue
-            if is_leaf(node, self.inside):
-                leaf = self._leaf(node)
-                self.env[node] = widened_inputs(leaf) if self.wide else leaf
-                continue
-            waiting = [n for n in node.all_input_nodes if n not in self.env]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-            if self.wide:
-                args, kwargs = widened_arguments((args, kwargs))
-            self.env[node] = run_call(node, args, kwargs)
-        found = self.env[target]
-        assert isinstance(found, Tensor)
-        return found
+    def leaf(self, node: fx.Node) -> Any:
+        if not is_leaf(node, self.inside):
+            return COMPUTED
+        given = self._given(node)
+        return widened_inputs(given) if self.wide else given
 
-    def _leaf(self, node: fx.Node) -> Any:
+    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.wide:
+            args, kwargs = widened_arguments((args, kwargs))
+        return super().call(node, args, kwargs)
+
+    def _given(self, node: fx.Node) -> Any:
         val = value(node)
         if node.op == "get_attr":
-            found = operator.attrgetter(str(node.target))(self.gm)
-            if isinstance(found, fx.GraphModule):
-                return found
-            held = found.detach()
-            return self._stand_in(held) if held.is_meta else held
+            held = self.stored(node)
+            return self._stand_in(held) if isinstance(held, Tensor) and held.is_meta else held
         if not isinstance(val, Tensor):
-            return (
-                hint(val)
-                if isinstance(val, (int, torch.SymInt)) and node.op != "placeholder"
-                else self.examples.get(node, val)
-            )
+            is_size = isinstance(val, (int, torch.SymInt)) and node.op != "placeholder"
+            return hint(val) if is_size else self.examples.get(node, val)
         if node in self.examples and not self.examples[node].is_meta:
             return self.examples[node]
         return self._stand_in(val)

@@ -9,48 +9,30 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.graph.axes import Axes, broadcast, follow, resolve_all
+from attnopt.graph.axes import FOLLOWED, Axes, broadcast, follow, resolve_all
 from attnopt.graph.evaluate import inputs_behind
 from attnopt.graph.nodes import (
-    CASTS,
-    RESHAPES,
     ancestors,
     arg,
     aten,
+    calls,
     dtype,
     is_call,
     is_tensor,
     shape,
     wrap,
 )
+from attnopt.graph.ops import ADD, COPIES, DIV, FACTORS, SUB, Kind, named, of
 from attnopt.graph.products import Product, product_of
 from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of
 from attnopt.match.rejection import NotAttentionError, rejected
 
-_LAYOUT = (
-    *RESHAPES,
-    *CASTS,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.mT.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.expand.default,
-    aten.slice.Tensor,
-)
-_ADD = (aten.add.Tensor, aten.add.Scalar)
-_SUB = (aten.sub.Tensor, aten.sub.Scalar)
-_MUL = (aten.mul.Tensor, aten.mul.Scalar)
-_DIV = (aten.div.Tensor, aten.div.Scalar)
-_RSUB = (aten.rsub.Scalar, aten.rsub.Tensor)
-_FLOORS = (aten.clamp.default, aten.clamp_min.default, aten.maximum.default, aten.max.other)
+_RSUB = named("rsub")
+_SUMS = ADD | SUB | _RSUB
+_FLOORS = named("clamp clamp_min maximum max.other")
+_ONE_BY_ONE = frozenset(FOLLOWED) | _SUMS | FACTORS | _FLOORS | MASKED_FILL | named("tanh neg")
+_PROJECTIONS = named("linear addmm") | of(Kind.CONVOLUTION)  # products of weights, unlike those of activations
+_SPREAD = COPIES | of(Kind.EXPAND)
 
 
 @dataclass(frozen=True)
@@ -169,10 +151,7 @@ def is_query_key(product: Product) -> bool:
 
 def is_projected(node: fx.Node) -> bool:
     """Made by a projection, be it of learned queries only, as in the first layer of a decoder that detects objects."""
-    return any(is_call(n, *_PROJECTIONS) for n in ancestors(node))
-
-
-_PROJECTIONS = (aten.linear.default, aten.addmm.default, aten.conv1d.default, aten.conv2d.default)
+    return any(calls(n, _PROJECTIONS) for n in ancestors(node))
 
 
 def _start(product: Product) -> Scores:
@@ -187,12 +166,11 @@ def _start(product: Product) -> Scores:
 
 def _candidates(node: fx.Node) -> list[fx.Node]:
     """The arguments through which the scores may run."""
-    if is_call(node, *WHERE):
+    if calls(node, WHERE):
         return [n for n in (arg(node, 1), arg(node, 2)) if is_tensor(n) and tensor_like(n)]
     if is_call(node, aten.cat.default):
         return [n for n in arg(node, 0) if tensor_like(n)]
-    known = (*_LAYOUT, *_ADD, *_SUB, *_MUL, *_DIV, *_RSUB, *MASKED_FILL, *_FLOORS, aten.tanh.default, aten.neg.default)
-    if not is_call(node, *known):
+    if not calls(node, _ONE_BY_ONE):
         return []
     same = [n for n in (arg(node, 0), arg(node, 1)) if is_tensor(n) and tensor_like(n)]
     return [n for n in same if math.prod(shape(n)) == math.prod(shape(node))]
@@ -200,21 +178,21 @@ def _candidates(node: fx.Node) -> list[fx.Node]:
 
 def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     """The scores after ``node``, which got them as ``source``."""
-    if is_call(node, *_LAYOUT):
+    if node.target in FOLLOWED:
         axes = follow(node, s.axes)
         return None if axes is None else replace(s, axes=axes)
-    if is_call(node, *_MUL, *_DIV):
+    if calls(node, FACTORS):
         return _multiply(node, source, s)
     if is_call(node, aten.neg.default):
         return _scaled(s, -1.0)
-    if is_call(node, *_ADD, *_SUB, *_RSUB):
+    if calls(node, _SUMS):
         return _add(node, source, s)
     if (written := overwrite_of(node, source)) is not None:
         return _hide(s, written)
-    if is_call(node, *_FLOORS):
+    if calls(node, _FLOORS):
         floor = number(arg(node, 1))
         least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
-        return s if floor is not None and floor <= least and len(node.args) < 3 else None
+        return s if floor is not None and floor <= least and len(node.args) < 3 and not node.kwargs else None
     if is_call(node, aten.tanh.default):
         return replace(s, softcap=1.0) if s.softcap is None and not s.steps and s.sinks is None else None
     if is_call(node, aten.cat.default):
@@ -237,8 +215,8 @@ def _scaled(s: Scores, factor: float) -> Scores:
 
 def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     other = _other(node, source)
-    divides = is_call(node, *_DIV)
-    if divides and (arg(node, 0) is not source or node.kwargs.get("rounding_mode")):
+    divides = calls(node, DIV)
+    if divides and arg(node, 0) is not source:
         return None
     factor = number(other)
     if factor is not None:
@@ -259,11 +237,11 @@ def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     if not isinstance(alpha, (int, float)) or alpha == 0:
         return None
     sign = float(alpha)
-    if is_call(node, *_RSUB):  # other - alpha * scores
+    if calls(node, _RSUB):  # other - alpha * scores
         if arg(node, 0) is not source:
             return None
         s, sign = _scaled(s, -sign), 1.0
-    elif is_call(node, *_SUB):
+    elif calls(node, SUB):
         if arg(node, 0) is not source:
             s, sign = _scaled(s, -sign), 1.0
         else:
@@ -273,7 +251,7 @@ def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     constant = number(other)
     if constant is not None:
         return replace(s, steps=(*s.steps, Term(None, 1.0, sign * constant)))
-    while is_call(other, aten.expand.default, aten.detach.default):
+    while calls(other, _SPREAD):
         other = arg(other, 0)
     if not is_tensor(other):
         return None

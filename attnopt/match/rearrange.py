@@ -10,7 +10,8 @@ from torch import fx
 from attnopt.base.sizes import is_static, same_size
 from attnopt.graph.axes import Atom, Axes, Axis, follow, resolve_all
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, is_call, value
+from attnopt.graph.nodes import aten, calls, value
+from attnopt.graph.ops import PERMUTES
 from attnopt.match.region import Region
 from attnopt.match.rejection import rejected
 
@@ -82,7 +83,7 @@ class Arranger:
 
     def permute(self, node: fx.Node, order: list[int]) -> fx.Node:
         """A permutation; none if it inverts the one that created ``node``."""
-        if is_call(node, aten.transpose.int, aten.permute.default, aten.mT.default, aten.t.default):
+        if calls(node, PERMUTES):
             source = node.args[0]
             assert isinstance(source, fx.Node)
             trial = tuple((Atom(i + 2),) for i in range(len(order)))

@@ -10,14 +10,15 @@ from itertools import pairwise
 import networkx as nx
 from torch import fx
 
-from attnopt.graph.axes import Axes, Axis, follow, length, resolve, resolve_all
+from attnopt.graph.axes import FOLLOWED, Axes, Axis, follow, length, resolve, resolve_all
 from attnopt.graph.evaluate import inputs_behind
-from attnopt.graph.nodes import aten, is_call, is_tensor, opname, shape, source_line
+from attnopt.graph.nodes import aten, calls, is_call, is_tensor, opname, shape, source_line
+from attnopt.graph.ops import named
 from attnopt.graph.products import Product, product_of
 from attnopt.ir.refusal import Refusal
 from attnopt.match.anchors import Softmax
 from attnopt.match.axis_roles import assign_roles
-from attnopt.match.late_division import PASSIVE, LateQuotient, late_quotient
+from attnopt.match.late_division import LateQuotient, late_quotient
 from attnopt.match.overwrites import zeros_of
 from attnopt.match.read_scores import (
     Hide,
@@ -35,6 +36,8 @@ from attnopt.match.rejection import NotAttentionError, rejected, unreadable
 from attnopt.match.row_sums import renormalises
 from attnopt.match.sdpa import from_fused
 from attnopt.match.zeroed_weights import cleans, with_zeros
+
+_CHANGING = named("mul masked_fill add where cat")
 
 
 def recognise(anchor: Softmax | fx.Node) -> Region:
@@ -89,11 +92,9 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
                         return oriented, quotient, path
             same = a.late_sum is None and path[-1] is a.weights and renormalises(user, a.weights, a.axis)
             zeroes = zeros_of(user, path[-1]) is not None or (cleans(user, path[-1]) and not a.may_overflow)
-            if (same or zeroes or is_call(user, *PASSIVE)) and len(path) < 12:
+            if (same or zeroes or user.target in FOLLOWED) and len(path) < 12:
                 stack.append((*path, user))
-            elif is_call(
-                user, aten.mul.Tensor, aten.masked_fill.Scalar, aten.add.Tensor, aten.where.self, aten.cat.default
-            ):
+            elif calls(user, _CHANGING):
                 masked = masked or user
     if masked is not None and _leads_to_product(masked):
         raise _changed(masked)

@@ -10,12 +10,14 @@ import torch
 from torch import fx
 
 from attnopt.base.sizes import same_size
-from attnopt.graph.nodes import RESHAPES, arg, aten, dtype, is_call, is_tensor, operand, shape, value, wrap
+from attnopt.graph.nodes import arg, aten, calls, dtype, is_call, is_tensor, operand, shape, value, wrap
+from attnopt.graph.ops import ADD, COPIES, FACTORS, IN_ORDER, Kind, named, of
 from attnopt.match.overwrites import number
 
-_MAXIMA = (aten.amax.default, aten.max.dim)
-_CLAMPS = (aten.clamp.default, aten.clamp_min.default)
-_LAYOUT = (*RESHAPES, aten.unsqueeze.default, aten.detach.default)
+_MAXIMA = named("amax max.dim")
+_CLAMPS = named("clamp clamp_min")
+_KEEPING = _CLAMPS | ADD
+_SPREAD = COPIES | of(Kind.EXPAND)
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class RowSum:
         node = _unspread(divisor)
         if node is None or not _is_by_row(node, self.terms, self.axis):
             return False
-        return way_down(node, self.node, inverse, lambda n: is_call(n, *_LAYOUT), self._keeps_from_zero) is not None
+        return way_down(node, self.node, inverse, lambda n: calls(n, IN_ORDER), self._keeps_from_zero) is not None
 
     def _keeps_from_zero(self, node: fx.Node) -> bool:
         """An addend is rounded off next to a sum of at least 1; a clamp below 1 has no effect on it."""
-        least = number(arg(node, 1)) if is_call(node, aten.add.Tensor, *_CLAMPS) and not node.kwargs else None
+        least = number(arg(node, 1)) if calls(node, _KEEPING) and not node.kwargs else None
         if not self.shifted or least is None or least < 0:
             return False
-        if is_call(node, aten.add.Tensor):
+        if not calls(node, _CLAMPS):
             return least <= torch.finfo(dtype(node)).eps / 4
         return least <= 1 and arg(node, 2) is None
 
@@ -120,7 +122,7 @@ def renormalises(node: fx.Node, weights: fx.Node, axis: int) -> bool:
 
 def is_shifted(exponents: fx.Node, axis: int) -> bool:
     """The row maximum was subtracted, so the largest exponent is 0, with or without a positive factor."""
-    while is_call(exponents, aten.mul.Tensor, aten.div.Tensor) and (number(arg(exponents, 1)) or 0) > 0:
+    while calls(exponents, FACTORS) and (number(arg(exponents, 1)) or 0) > 0:
         exponents = operand(exponents)
     if not is_call(exponents, aten.sub.Tensor) or exponents.kwargs or not is_tensor(arg(exponents, 0)):
         return False
@@ -132,7 +134,7 @@ def is_maximum_of(node: object, scores: fx.Node, axis: int) -> bool:
     root = of_rows(node, scores, axis)
     if root is not None and is_call(root, operator.getitem) and arg(root, 1) == 0:
         root = operand(root)
-    if root is None or not is_call(root, *_MAXIMA) or arg(root, 0) is not scores:
+    if root is None or not calls(root, _MAXIMA) or arg(root, 0) is not scores:
         return False
     dims = arg(root, 1)
     only = dims if isinstance(dims, int) else dims[0] if isinstance(dims, (list, tuple)) and len(dims) == 1 else None
@@ -147,13 +149,13 @@ def of_rows(node: object, rows: fx.Node, axis: int) -> fx.Node | None:
 
 def behind_layout(node: fx.Node) -> fx.Node:
     """The tensor whose numbers ``node`` has, in the same order."""
-    while is_call(node, *_LAYOUT):
+    while calls(node, IN_ORDER):
         node = operand(node)
     return node
 
 
 def _unspread(node: object) -> fx.Node | None:
-    while is_call(node, aten.expand.default, aten.detach.default):
+    while calls(node, _SPREAD):
         node = arg(node, 0)
     return node if isinstance(node, fx.Node) and is_tensor(node) else None
 

@@ -10,42 +10,17 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.base.sizes import hint, same_size
-from attnopt.graph.nodes import ancestors, arg, aten, is_call, is_number, is_state, is_tensor, opname, value, wrap
+from attnopt.graph.nodes import ancestors, arg, aten, calls, is_call, is_number, is_state, is_tensor, value, wrap
+from attnopt.graph.ops import Kind, is_pointwise, named, of
 from attnopt.slicing.pull import pull
 
 Relation = Literal["same", "assumed", "past", "apart", "inputs-apart", "other"]
 
-_SOURCES = {
-    "convolution",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "linear",
-    "addmm",
-    "mm",
-    "matmul",
-    "bmm",
-    "baddbmm",
-    "einsum",
-    "embedding",
-    "softmax",
-    "scaled_dot_product_attention",
-}
-
-_OF_EACH_TOKEN = {
-    "linear",
-    "layer_norm",
-    "native_layer_norm",
-    "rms_norm",
-    "mean",
-    "var",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "getitem",
-    "_to_copy",
-}  # besides elementwise operators
+_SOURCES = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.SOFTMAX, Kind.ATTENTION)
+# Besides elementwise operators; a softmax or a running sum over tokens would keep their number, too.
+_OF_EACH_TOKEN = of(Kind.REDUCE, Kind.SPLIT, Kind.PIECE, Kind.COPY, Kind.CAST) | named(
+    "linear layer_norm native_layer_norm rms_norm slice"
+)
 
 
 def relation(q: fx.Node, k: fx.Node, v: fx.Node, examples: Mapping[fx.Node, Any]) -> Relation:
@@ -128,12 +103,13 @@ def _is_held(node: fx.Node) -> bool:
 
 def positions(q: fx.Node) -> tuple[str, ...]:
     """Rotary encodings show themselves as a sine and a cosine between the projection and the core."""
-    names = {opname(n) for n in ancestors(q, stop=_ends)}
-    return ("rope",) if {"sin", "cos"} <= names or "view_as_complex" in names else ()
+    made = {n.target for n in ancestors(q, stop=_ends)}
+    turned = {aten.sin.default, aten.cos.default} <= made or aten.view_as_complex.default in made
+    return ("rope",) if turned else ()
 
 
 def _is_source(node: fx.Node) -> bool:
-    return opname(node) in _SOURCES
+    return calls(node, _SOURCES)
 
 
 def _ends(node: fx.Node) -> bool:
@@ -161,7 +137,7 @@ def _fed_by(projection: fx.Node) -> set[fx.Node]:
                 continue
             above = list(ancestors(x, stop=_ends))
             streams = {n for n in above if _is_source(n) or (n.op == "placeholder" and is_tensor(n))}
-            if not streams and opname(projection) == "linear" and x is arg(projection, 0):
+            if not streams and is_call(projection, aten.linear.default) and x is arg(projection, 0):
                 streams = {n for n in above if n.op == "get_attr"}  # only learned queries
             found |= streams
         if len(found) != 1 or not _keeps_tokens(behind := next(iter(found)), projection):
@@ -171,7 +147,7 @@ def _fed_by(projection: fx.Node) -> set[fx.Node]:
 
 def _keeps_tokens(first: fx.Node, second: fx.Node) -> bool:
     """Between two projections, tokens are neither moved nor merged."""
-    if opname(first) != "linear" or opname(second) != "linear":
+    if not all(is_call(n, aten.linear.default) for n in (first, second)):
         return False
     above = set(ancestors(second, stop=lambda n: n is first))
     between, open_ends = {first}, [first]
@@ -183,7 +159,7 @@ def _keeps_tokens(first: fx.Node, second: fx.Node) -> bool:
 
 
 def _is_of_each_token(node: fx.Node, tokens: tuple[int, ...]) -> bool:
-    if opname(node) not in _OF_EACH_TOKEN and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+    if not calls(node, _OF_EACH_TOKEN) and not is_pointwise(node.target):
         return False
     if not is_tensor(node):
         return True

@@ -15,7 +15,8 @@ from torch import fx
 
 from attnopt.graph.axes import Axes, Axis, length, resolve_all, unfollow
 from attnopt.graph.cleanup import computes_same
-from attnopt.graph.nodes import CASTS, NOT, arg, aten, dtype, is_call, is_tensor, operand, shape, wrap
+from attnopt.graph.nodes import CASTS, NOT, arg, aten, calls, dtype, is_call, is_tensor, operand, shape, wrap
+from attnopt.graph.ops import FACTORS
 from attnopt.match.anchors import Softmax
 from attnopt.match.mask_patterns import may_hide
 from attnopt.match.overwrites import zeros_of
@@ -73,12 +74,12 @@ def _root(h: Hide) -> tuple[fx.Node, Axes, bool]:
     """The tensor before casts, negations and layout changes, its axes, and whether 0 or nonzero hides."""
     node, axes, when = h.condition.node, resolve_all(h.condition.axes), h.when
     while True:
-        if is_call(node, *NOT) and dtype(node) == torch.bool:
+        if calls(node, NOT) and dtype(node) == torch.bool:
             node, when = operand(node), not when
         elif is_call(node, aten.eq.Scalar, aten.ne.Scalar) and arg(node, 1) == 0:
             when ^= is_call(node, aten.eq.Scalar)
             node = operand(node)
-        elif is_call(node, aten.mul.Tensor, aten.div.Tensor) or _rounds(node):
+        elif calls(node, FACTORS) or _rounds(node):
             return node, axes, when
         elif (above := unfollow(node, axes)) is not None:
             node, axes = above
@@ -87,7 +88,7 @@ def _root(h: Hide) -> tuple[fx.Node, Axes, bool]:
 
 
 def _rounds(node: fx.Node) -> bool:
-    return is_call(node, *CASTS) and dtype(operand(node)).is_floating_point and dtype(node) != torch.bool
+    return calls(node, CASTS) and dtype(operand(node)).is_floating_point and dtype(node) != torch.bool
 
 
 def _of_all_keys(z: Hide, keys: Axis) -> Hide | None:
@@ -114,6 +115,6 @@ def _is_undefined(z: Hide, a: Softmax, frame: Axes, keys: Axis) -> bool:
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    while is_call(node, *CASTS) and is_tensor(arg(node, 0)):
+    while calls(node, CASTS) and is_tensor(arg(node, 0)):
         node = operand(node)
     return node

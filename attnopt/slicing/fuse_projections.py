@@ -16,8 +16,9 @@ from torch import fx, nn
 
 from attnopt.graph.cleanup import sweep
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, get_attr, is_call, shape
+from attnopt.graph.nodes import aten, calls, get_attr, shape
 from attnopt.graph.normalize import STRIDED
+from attnopt.graph.ops import rules
 from attnopt.slicing.weight_store import Weights
 
 
@@ -36,18 +37,19 @@ class _Form:
         return [node.args[self.weight], *([] if bias is None else [bias])]
 
 
-_FORMS: dict[Any, _Form] = {
-    aten.linear.default: _Form(0, 1, 2, 0),
-    aten.addmm.default: _Form(1, 2, 0, 1),
-    aten.matmul.default: _Form(0, 1, None, 1),
-    aten.mm.default: _Form(0, 1, None, 1),
-}
+_FORMS = rules(
+    {
+        "linear": _Form(0, 1, 2, 0),
+        "addmm": _Form(1, 2, 0, 1),
+        "matmul mm": _Form(0, 1, None, 1),
+    }
+)
 
 
 def join(gm: fx.GraphModule, weights: Weights) -> None:
     """Fuse projections of the same input whose weights ``weights`` created and nothing else uses."""
-    if any(is_call(n, *STRIDED) for n in gm.graph.nodes):
-        return  # these depend on the memory layout
+    if any(calls(n, STRIDED) for n in gm.graph.nodes):
+        return
     groups = [g for g in _siblings(gm, weights) if len(g) > 1]
     together = Counter(_names(group) for group in groups)
     readers = Counter(n.target for node in gm.graph.nodes for n in node.all_input_nodes if n.op == "get_attr")

@@ -8,22 +8,22 @@ from typing import Any
 from torch import fx
 
 from attnopt.graph.nodes import (
-    CASTS,
     arg,
     aten,
+    calls,
     is_call,
     is_tensor,
     operand,
-    opname,
     shape,
     wrap,
 )
+from attnopt.graph.ops import Kind, named, rules
 from attnopt.graph.products import expand_equation
 from attnopt.graph.select import Selection
 from attnopt.slicing.selection import Demand, Pulled, aligned, is_weight, replaced
 
 
-def _elementwise(node: fx.Node, selection: Selection) -> Pulled:
+def elementwise(node: fx.Node, selection: Selection) -> Pulled:
     operands = list(dict.fromkeys(n for n in node.all_input_nodes if is_tensor(n)))
     ndim = len(shape(node))
     return Pulled(tuple((n, aligned(n, ndim, selection)) for n in operands), replaced(node, operands))
@@ -116,6 +116,14 @@ def _convolution(node: fx.Node, selection: Selection) -> Pulled | None:
     return Pulled(tuple(depthwise), build)
 
 
+def _embedding(node: fx.Node, selection: Selection) -> Pulled | None:
+    w = operand(node)
+    last = len(shape(node)) - 1
+    if set(selection) != {last}:
+        return None
+    return Pulled(((w, {1: selection[last]}),), replaced(node, [w]), weights=frozenset((0,)))
+
+
 def _norm(node: fx.Node, selection: Selection) -> Pulled | None:
     """layer_norm and rms_norm: whole along the normalised axes."""
     x, normalized = arg(node, 0), arg(node, 1)
@@ -134,9 +142,12 @@ def _batch_norm(node: fx.Node, selection: Selection) -> Pulled | None:
     return Pulled(demands, replaced(node, operands))
 
 
+_NORMS = named("linalg_vector_norm norm")
+
+
 def _reduction(node: fx.Node, selection: Selection) -> Pulled | None:
     x = arg(node, 0)
-    position = 2 if opname(node) in ("linalg_vector_norm", "norm") else 1
+    position = 2 if calls(node, _NORMS) else 1
     dims = node.args[position] if len(node.args) > position else None
     if not is_tensor(x) or not isinstance(dims, (list, tuple, int)):
         return None
@@ -154,91 +165,18 @@ def _softmax(node: fx.Node, selection: Selection) -> Pulled | None:
     return None if at in selection else Pulled(((x, selection),), replaced(node, [x]))
 
 
-_UNARY = {
-    "neg",
-    "relu",
-    "gelu",
-    "silu",
-    "sigmoid",
-    "tanh",
-    "exp",
-    "log",
-    "sqrt",
-    "rsqrt",
-    "reciprocal",
-    "abs",
-    "sin",
-    "cos",
-    "square",
-    "pow",
-    "clone",
-    "contiguous",
-    "detach",
-    "alias",
-    "dropout",
-    "elu",
-    "leaky_relu",
-    "softplus",
-    "hardtanh",
-    "clamp",
-    "clamp_min",
-    "nan_to_num",
-    "conj",
-    "_conj",
-    "resolve_conj",
-    "resolve_neg",
-    "bitwise_not",
-    "logical_not",
-    "conj_physical",
-}
-_BINARY = {
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "rsub",
-    "maximum",
-    "minimum",
-    "where",
-    "masked_fill",
-    "addcmul",
-    "pow",
-    "bitwise_and",
-    "bitwise_or",
-    "eq",
-    "ne",
-    "ge",
-    "gt",
-    "le",
-    "lt",
-    "__and__",
-    "__or__",
-    "logical_and",
-    "logical_or",
-}
-_REDUCTIONS = {"mean", "sum", "amax", "amin", "linalg_vector_norm", "norm", "var", "std", "any", "all"}
-
-
-COMPUTE: dict[str, Callable[[fx.Node, Selection], Pulled | None]] = {
-    "linear": _linear,
-    "addmm": _addmm,
-    "matmul": _matmul,
-    "bmm": _matmul,
-    "mm": _matmul,
-    "einsum": _einsum,
-    "conv1d": _convolution,
-    "conv2d": _convolution,
-    "convolution": _convolution,
-    "layer_norm": _norm,
-    "rms_norm": _norm,
-    "batch_norm": _batch_norm,
-    "softmax": _softmax,
-}
-
-
-def elementwise_rule(node: fx.Node) -> Callable[[fx.Node, Selection], Pulled | None] | None:
-    """The rule of an operator that is known only by its kind."""
-    name = opname(node)
-    if is_call(node, *CASTS) or name in _BINARY or (name in _UNARY and not any(is_tensor(a) for a in node.args[1:])):
-        return _elementwise
-    return _reduction if name in _REDUCTIONS else None
+COMPUTE: dict[Any, Callable[[fx.Node, Selection], Pulled | None]] = rules(
+    {
+        "linear": _linear,
+        "addmm": _addmm,
+        "matmul bmm mm": _matmul,
+        "einsum": _einsum,
+        Kind.CONVOLUTION: _convolution,
+        "embedding": _embedding,
+        "layer_norm rms_norm": _norm,
+        "batch_norm": _batch_norm,
+        Kind.SOFTMAX: _softmax,
+        Kind.LOG_SOFTMAX: _softmax,
+        Kind.REDUCE: _reduction,
+    }
+)

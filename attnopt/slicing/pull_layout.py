@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from attnopt.base.sizes import is_static
-from attnopt.graph.nodes import arg, aten, getitem_source, is_tensor, operand, opname, shape, value, wrap
+from attnopt.graph.nodes import arg, aten, calls, getitem_source, is_call, is_tensor, operand, shape, value, wrap
+from attnopt.graph.ops import Kind, of, rules
 from attnopt.graph.select import Selection
 from attnopt.slicing.selection import (
     Demand,
@@ -23,6 +24,8 @@ from attnopt.slicing.selection import (
     unravel,
     with_args,
 )
+
+SPLITS = of(Kind.SPLIT)
 
 
 def _reshape(node: fx.Node, selection: Selection) -> Pulled | None:
@@ -107,12 +110,11 @@ def _getitem(node: fx.Node, selection: Selection) -> Pulled | None:
         return None
     source, index = found
     x = arg(source, 0)
-    name = opname(source)
-    if not is_tensor(x) or name not in ("split", "split_with_sizes", "chunk", "unbind", "tensor_split"):
+    if not is_tensor(x) or not calls(source, SPLITS):
         return None
-    default = 1 if name == "unbind" else 2
-    at = wrap(arg(source, default, source.kwargs.get("dim", 0)), len(shape(x)))
-    if name == "unbind":
+    unbinds = is_call(source, aten.unbind.int)
+    at = wrap(arg(source, 1 if unbinds else 2, source.kwargs.get("dim", 0)), len(shape(x)))
+    if unbinds:
         below = {a + (a >= at): idx for a, idx in selection.items()}
         below[at] = (index,)
         return Pulled(((x, below),), lambda f: (aten.squeeze.dim, (f[0], at), {}))
@@ -158,7 +160,11 @@ def _slices_of_one(parts: Sequence[fx.Node], axis: int) -> tuple[fx.Node, list[i
     """(the tensor, its indices) if all parts are slices of one tensor along the axis: a selection of its heads."""
     places: list[int] = []
     for p in parts:
-        if opname(p) != "slice" or operand(p) is not operand(parts[0]) or wrap(arg(p, 1, 0), len(shape(p))) != axis:
+        if (
+            not is_call(p, aten.slice.Tensor)
+            or operand(p) is not operand(parts[0])
+            or wrap(arg(p, 1, 0), len(shape(p))) != axis
+        ):
             return None
         places += _taken(p)
     return operand(parts[0]), places
@@ -217,14 +223,6 @@ def _complex_view(node: fx.Node, selection: Selection) -> Pulled | None:
     )
 
 
-def _embedding(node: fx.Node, selection: Selection) -> Pulled | None:
-    w = operand(node)
-    last = len(shape(node)) - 1
-    if set(selection) != {last}:
-        return None
-    return Pulled(((w, {1: selection[last]}),), replaced(node, [w]), weights=frozenset((0,)))
-
-
 def _roll(node: fx.Node, selection: Selection) -> Pulled | None:
     dims = arg(node, 2, ())
     n = len(shape(node))
@@ -243,31 +241,30 @@ def _pad(node: fx.Node, selection: Selection) -> Pulled | None:
     return None if padded & set(selection) else _elementwise_first(node, selection)
 
 
-LAYOUT: dict[str, Callable[[fx.Node, Selection], Pulled | None]] = {
-    "view": _reshape,
-    "reshape": _reshape,
-    "_unsafe_view": _reshape,
-    "permute": _permute,
-    "transpose": _permute,
-    "t": _permute,
-    "mT": _permute,
-    "numpy_T": _permute,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "expand": _expand,
-    "select": _select,
-    "slice": _slice,
-    "getitem": _getitem,
-    "cat": _cat,
-    "stack": _stack,
-    "repeat_interleave": _repeat_interleave,
-    "repeat": _repeat,
-    "index_select": _index_select,
-    "view_as_complex": _complex_view,
-    "view_as_real": _complex_view,
-    "embedding": _embedding,
-    "roll": _roll,
-    "flip": _flip,
-    "constant_pad_nd": _pad,
-    "pad": _pad,
+LAYOUT: dict[Any, Callable[[fx.Node, Selection], Pulled | None]] = rules(
+    {
+        Kind.RESHAPE: _reshape,
+        Kind.PERMUTE: _permute,
+        "unsqueeze": _unsqueeze,
+        "squeeze": _squeeze,
+        Kind.COPY: _elementwise_first,
+        Kind.CAST: _elementwise_first,
+        Kind.EXPAND: _expand,
+        "select": _select,
+        "slice": _slice,
+        "getitem": _getitem,
+        "cat": _cat,
+        "stack": _stack,
+        "repeat_interleave": _repeat_interleave,
+        "repeat": _repeat,
+        "index_select": _index_select,
+        Kind.PAIRS: _complex_view,
+        "roll": _roll,
+        "flip": _flip,
+        Kind.PAD: _pad,
+    }
+)
+NOT_PULLED = {
+    "split split_with_sizes chunk unbind tensor_split": "several tensors: getitem has the rule",
+    "index gather": "which elements are read is known only at run time",
 }

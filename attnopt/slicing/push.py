@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import fx
 
-from attnopt.graph.nodes import CASTS, arg, aten, is_call, is_tensor, opname, shape, wrap
+from attnopt.graph.nodes import arg, aten, calls, is_call, is_tensor, shape, wrap
+from attnopt.graph.ops import DIV, FACTORS, LINEAR, ZERO, Kind, rules
 from attnopt.graph.products import expand_equation
 from attnopt.graph.select import Selection
 from attnopt.slicing.selection import Demand, aligned, is_weight, kept_by_squeeze, order_of, regroup, resized, unravel
@@ -33,33 +34,13 @@ class Pushed:
     linear: bool = True
 
 
-_KEEP_ZERO = {
-    "neg",
-    "relu",
-    "gelu",
-    "silu",
-    "tanh",
-    "abs",
-    "sin",
-    "square",
-    "clone",
-    "contiguous",
-    "detach",
-    "alias",
-    "dropout",
-    "sqrt",
-}
-_LINEAR = {"neg", "clone", "contiguous", "detach", "alias", "dropout"}
-
-
 def push(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
     """``user`` of ``x``, when ``x`` is zero outside ``selection``; None if the zeros cannot move past it."""
     if user.op != "call_function" or user.all_input_nodes.count(x) != 1:
         return None
-    name = opname(user)
-    if is_call(user, *CASTS) or name in _KEEP_ZERO:
-        return _same(user, x, selection, linear=is_call(user, *CASTS) or name in _LINEAR)
-    rule = _RULES.get(name)
+    if user.target in ZERO:
+        return _same(user, x, selection, linear=user.target in LINEAR)
+    rule = PUSHED.get(user.target)
     return None if rule is None else rule(user, x, selection)
 
 
@@ -116,7 +97,7 @@ def _slice(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
 
 def _product(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
     """x * other, x / other: zeros stay zeros."""
-    if arg(user, 0) is not x and opname(user) == "div":
+    if arg(user, 0) is not x and calls(user, DIV):
         return None
     if shape(user) != shape(x):
         return None
@@ -176,25 +157,26 @@ def _convolution(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | No
     return Pushed(None, ((w, {1: selection[1]}),), lambda new, found: _swap(user, {x: new, w: found[0]}))
 
 
-_RULES: dict[str, Callable[[fx.Node, fx.Node, Selection], Pushed | None]] = {
-    "reshape": _reshape,
-    "view": _reshape,
-    "_unsafe_view": _reshape,
-    "permute": _permute,
-    "transpose": _permute,
-    "t": _permute,
-    "mT": _permute,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "slice": _slice,
-    "mul": _product,
-    "div": _product,
-    "linear": _linear,
-    "addmm": _addmm,
-    "matmul": _matmul,
-    "mm": _matmul,
-    "einsum": _einsum,
-    "conv1d": _convolution,
-    "conv2d": _convolution,
-    "convolution": _convolution,
+PUSHED: dict[Any, Callable[[fx.Node, fx.Node, Selection], Pushed | None]] = rules(
+    {
+        Kind.RESHAPE: _reshape,
+        Kind.PERMUTE: _permute,
+        "unsqueeze": _unsqueeze,
+        "squeeze": _squeeze,
+        "slice": _slice,
+        "linear": _linear,
+        "addmm": _addmm,
+        "matmul mm": _matmul,
+        "einsum": _einsum,
+        Kind.CONVOLUTION: _convolution,
+        FACTORS: _product,
+    }
+)
+NOT_PUSHED = {
+    "expand repeat repeat_interleave": "no model repeats the heads of an output",
+    "select split split_with_sizes chunk unbind tensor_split getitem": "heads that go different ways have several projections",
+    "cat stack": "what the heads are joined with is not zero",
+    "flip roll constant_pad_nd pad": "no model moves heads before it projects them",
+    "index index_select gather": "which elements are read is known only at run time",
+    "view_as_complex view_as_real": "no model rotates an output",
 }

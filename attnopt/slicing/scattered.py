@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from attnopt.base.sizes import same_size
-from attnopt.graph.nodes import opname, shape, value
+from attnopt.graph.nodes import calls, shape, value
+from attnopt.graph.ops import REARRANGED, Kind, of
 from attnopt.graph.select import Selection
 from attnopt.slicing.pull import pull
 from attnopt.slicing.selection import trim
 
-_LAYOUT = {
-    "view", "reshape", "_unsafe_view", "permute", "transpose", "unsqueeze", "squeeze", "select", "slice", "getitem",
-    "clone", "contiguous",
-}  # fmt: skip
+_SAME_ELEMENTS = REARRANGED | of(Kind.SLICE, Kind.PIECE)  # the dtype, too
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def scattered(node: fx.Node, selection: Selection) -> Scattered | None:
 def _above(node: fx.Node, chosen: Selection) -> Iterator[tuple[fx.Node, dict[int, tuple[int, ...]]]]:
     """The tensors in a run of layout changes above ``node``, and the selection on each."""
     chosen = trim(node, chosen)
-    while opname(node) in _LAYOUT and (pulled := pull(node, chosen)) is not None and len(pulled.demands) == 1:
+    while calls(node, _SAME_ELEMENTS) and (pulled := pull(node, chosen)) is not None and len(pulled.demands) == 1:
         node, below = (pulled.exact or pulled.demands)[0]
         chosen = trim(node, below)
         yield node, chosen

@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx
 
 from attnopt.base.sizes import is_static
-from attnopt.graph.nodes import CASTS, RESHAPES, arg, aten, is_call, is_state, operand, shape, value, wrap
+from attnopt.graph.nodes import RESHAPES, arg, aten, calls, is_call, is_state, operand, shape, value, wrap
+from attnopt.graph.ops import REARRANGED, Kind, of
 from attnopt.graph.select import Selection
 
 Demand = tuple[fx.Node, Selection]
@@ -106,6 +107,9 @@ def unravel(
     return per_axis if again == flat else None
 
 
+_LAYOUT_OF_A_WEIGHT = REARRANGED | of(Kind.CAST)
+
+
 def is_weight(node: fx.Node) -> bool:
     """``node`` is a parameter or buffer, or a layout change of one."""
     return weight_behind(node) is not None
@@ -113,17 +117,7 @@ def is_weight(node: fx.Node) -> bool:
 
 def weight_behind(node: fx.Node) -> fx.Node | None:
     """The parameter or buffer that ``node`` is, or is a layout change of."""
-    while is_call(
-        node,
-        *RESHAPES,
-        *CASTS,
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.mT.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-    ):
+    while calls(node, _LAYOUT_OF_A_WEIGHT):
         node = arg(node, 0)
     return node if node.op == "get_attr" and not is_state(node) else None
 
@@ -161,7 +155,7 @@ def resized(node: fx.Node, selection: Selection) -> list[Any]:
     sizes = list(arg(node, 1))
     for axis in range(len(sizes)):
         if axis in selection:
-            joined = is_call(node, *RESHAPES) and not is_static(value(node).shape[axis])
+            joined = calls(node, RESHAPES) and not is_static(value(node).shape[axis])
             sizes[axis] = -1 if joined else len(selection[axis])
         elif sizes[axis] == -1 and is_static(value(node).shape[axis]):
             sizes[axis] = shape(node)[axis]

@@ -9,16 +9,17 @@ from torch import Tensor, fx
 
 from attnopt.base.sizes import is_static
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import RESHAPES, arg, aten, is_call, opname, shape, value
+from attnopt.graph.nodes import RESHAPES, arg, aten, calls, shape, value
+from attnopt.graph.ops import PERMUTES, Kind, of
 from attnopt.graph.select import Selection, restrict, spread
 from attnopt.slicing.pull import pull
+from attnopt.slicing.pull_layout import SPLITS
 from attnopt.slicing.push import push
 from attnopt.slicing.scattered import Scattered, scattered
 from attnopt.slicing.selection import Pulled, order_of, regroup, trim
 from attnopt.slicing.weight_store import Weights
 
-_SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
-_PIECES = ("slice", "select", "getitem")
+_PIECES = of(Kind.SLICE, Kind.PIECE)
 
 
 class _DynamicAxisError(Exception):
@@ -45,7 +46,7 @@ class Selector:
     ) -> None:
         self.emit, self.weights, self.edited, self.dirty = emit, weights, dict(edited or {}), set(dirty)
         self.forks = forks
-        self._sources = {*forks, *(n for fork in forks for n in fork.users if opname(n) in _SPLITS)}
+        self._sources = {*forks, *(n for fork in forks for n in fork.users if calls(n, SPLITS))}
         self._known: dict[Any, fx.Node] = {}
 
     def select(self, node: fx.Node, selection: Selection) -> fx.Node:
@@ -61,7 +62,7 @@ class Selector:
     def _build(self, node: fx.Node, selection: Selection) -> fx.Node:
         if node.op == "get_attr":
             return self._parameter(node, selection)
-        if not selection and opname(node) in _PIECES and node.all_input_nodes[0] in self._sources:
+        if not selection and calls(node, _PIECES) and node.all_input_nodes[0] in self._sources:
             return self._piece(node)
         if not selection:
             table = {n: self.select(n, {}) for n in node.all_input_nodes}
@@ -143,13 +144,13 @@ def _straighten(node: fx.Node) -> None:
     pending = list(node.users)
     while pending:
         user = pending.pop()
-        if not is_call(user, *RESHAPES):
+        if not calls(user, RESHAPES):
             continue
         for below in list(user.users):
-            if is_call(below, *RESHAPES):
+            if calls(below, RESHAPES):
                 below.replace_input_with(user, node)
                 pending.append(below)
-            elif is_call(below, aten.permute.default, aten.transpose.int):
+            elif calls(below, PERMUTES):
                 _permute_first(node, user, below)
         if not user.users:
             user.graph.erase_node(user)

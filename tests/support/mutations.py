@@ -196,6 +196,15 @@ FAULTS = (
           "test_passes.py"),
     Fault("a sparse pattern forgotten", "pattern=_both(self.pattern, pattern)", "pattern=self.pattern",
           "test_passes.py"),
+    # operators
+    Fault("bytes read as other numbers taken for a reshape", 'Op("view", Kind.RESHAPE, only=("default",))',
+          'Op("view", Kind.RESHAPE)', "test_rules.py -k same_bytes"),
+    Fault("a rounded division taken for a factor", 'named("div.Tensor div.Scalar")', 'named("div")',
+          "test_rules.py -k rounds"),
+    Fault("a value that is not needed any more", "                self.values.pop(n, None)", "                pass",
+          "test_interpreter.py -k memory"),
+    Fault("sizes read from a projection", "    _read_sizes_of_inputs(gm.graph)\n", "",
+          "test_selector.py -k smaller_projections"),
     # surgery
     Fault("two heads swapped in the weights", "torch.as_tensor(idx, device=tensor.device)",
           "torch.as_tensor(list(idx)[::-1], device=tensor.device)", "test_dynamic_batch.py"),

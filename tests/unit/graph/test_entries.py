@@ -12,7 +12,8 @@ from torch.export import Dim
 from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.graph import entries
-from attnopt.graph.entries import Entries, InvalidSizesError, UnsupportedError
+from attnopt.graph.entries import Entries, InvalidSizesError
+from attnopt.graph.entry_rules import UnsupportedError
 from attnopt.graph.evaluate import evaluate, symbols
 
 TABLE = torch.arange(40 * 40).reshape(40, 40)
@@ -31,6 +32,14 @@ FORMS: dict[str, Callable[[int], Tensor]] = {
     "flipped": lambda n: torch.arange(n * n).view(n, n).flip(0),
     "repeated": lambda n: torch.arange(n).repeat(3, n, 1)[1],
     "stacked": lambda n: torch.stack([ij(n)[0].expand(n, n), ij(n)[1].expand(n, n)], 1)[:, 1],
+    "rolled": lambda n: torch.arange(n * n).view(n, n).roll((2, -1), (0, 1)),
+    "repeated one by one": lambda n: torch.arange(3 * n).view(3, n).repeat_interleave(n, 0)[:n],
+    "one of two parts": lambda n: torch.arange(n * 2 * n).view(n, 2 * n).chunk(2, -1)[1],
+    "one of uneven parts": lambda n: torch.arange(n * (n + 3)).view(n, n + 3).split([1, n, 2], 1)[1],
+    "one of many": lambda n: torch.arange(2 * n * n).view(2, n, n).unbind(0)[1],
+    "padded": lambda n: nn.functional.pad(torch.ones(n - 2, n - 3), (1, 2, 2, 0), value=-3.5),
+    "padded with zeros": lambda n: nn.functional.pad(torch.arange(n - 1) + torch.ones(n, 1), (1, 0)),
+    "chosen by index": lambda n: TABLE.index_select(0, torch.arange(n - 1, -1, -1))[:, :n],
     "joined": lambda n: torch.cat([torch.zeros(n, 2), ij(n)[0].expand(n, n - 2).float()], 1),
     "permuted": lambda n: torch.arange(n * n * 2).view(n, 2, n).permute(1, 2, 0).transpose(-1, -2)[0].mT,
     "looked up": lambda n: TABLE[ij(n)[0], ij(n)[1]],

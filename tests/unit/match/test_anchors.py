@@ -77,6 +77,8 @@ SAME: dict[str, Weigh] = {
     "times the inverse, spread later": lambda s: (e := s.exp()) * e.sum(-1).reciprocal()[..., None],
     "spread later": lambda s: (e := s.exp()) / e.sum(-1).unsqueeze(-1),
     "reshaped": lambda s: (e := s.exp()) / e.sum(-1).reshape(*s.shape[:-1], 1),
+    "squeezed, spread later": lambda s: (e := (s - top(s)).exp()) / total(e).squeeze(-1).unsqueeze(-1),
+    "a bound below in a tensor": lambda s: (e := (s - top(s)).exp()) / total(e).clamp(min=torch.tensor(1e-6)),
     "a norm": lambda s: (e := (s - top(s)).exp()) / e.norm(p=1, dim=-1, keepdim=True),
     "normalize": lambda s: F.normalize((s - top(s)).exp(), p=1.0, dim=-1),
     "powers of 2": lambda s: over(torch.exp2((s - top(s)) * LOG2_E)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -252,3 +253,37 @@ def test_other_joined_keys_are_left(model: nn.Module, args: tuple[Tensor, ...]) 
         fast = attnopt.optimize(model, LocalWindow(2), args)
     assert not fast.sites[0].is_cross
     oracle.assert_same(oracle.run(fast, args), oracle.run(model, args))
+
+
+class LowRank(Projected):
+    """Queries are made from a few features, scaled by their length, which ``length`` computes."""
+
+    def __init__(self, length: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.down, self.up, self.length = nn.Linear(E, 6), nn.Linear(6, E), length
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = self.down(x)
+        q, k, v = self.heads(x, x, x)
+        q = self.up(few / self.length(few)).unflatten(-1, (H, D)).transpose(1, 2)
+        return self.attended(q, k, v)
+
+
+LENGTHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda t: t.square().mean(-1, keepdim=True).sqrt(),
+    "sum": lambda t: (t * t).sum(-1, keepdim=True).sqrt(),
+    "norm": lambda t: t.norm(dim=-1, keepdim=True),
+    "largest": lambda t: t.abs().amax(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_a_norm_by_hand_leaves_each_token_in_its_place(name: str) -> None:
+    torch.manual_seed(0)
+    (site,) = attnopt.inspect(LowRank(LENGTHS[name]).eval(), (torch.randn(2, 7, E),)).sites
+    assert not site.is_cross
+
+
+def test_a_running_sum_mixes_tokens() -> None:
+    (site,) = attnopt.inspect(LowRank(lambda t: t.abs().cumsum(1)).eval(), (torch.randn(2, 7, E),)).sites
+    assert site.is_cross

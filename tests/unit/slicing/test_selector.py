@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -150,6 +151,34 @@ def test_groups_that_lose_different_heads(heads: tuple[int, ...], form: type[Pac
 def test_a_norm_across_heads_keeps_what_it_measures() -> None:
     """Queries and keys stay, as the norm takes all of them; the value of the group that went does not."""
     assert shapes(pruned(Packed(norm=True), 2, 3))["qkv.weight"] == (Q + KV + 2 * DIM, WIDTH)
+
+
+class Bent(Separate):
+    """Queries and keys go through a function of single elements."""
+
+    def __init__(self, bend: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bend = bend
+
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().projected(x)
+        return self.bend(q), self.bend(k), v
+
+
+@pytest.mark.parametrize("bend", [nn.functional.mish, nn.functional.hardswish, torch.erf, torch.expm1])
+def test_functions_of_single_elements_keep_heads_apart(bend: Callable[[Tensor], Tensor]) -> None:
+    got = shapes(pruned(Bent(bend), 0, 1))
+    assert got["q_k_v.weight"] == (4 * DIM + 2 * 2 * DIM, WIDTH)
+
+
+def test_detached_weights_are_cut() -> None:
+    class Detached(Separate):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (-1, DIM)).transpose(1, 2) for t in self.projected(x))
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+            return nn.functional.linear(mixed, self.out.weight.detach(), self.out.bias)
+
+    assert shapes(pruned(Detached(), 0, 1))["out.weight"] == (WIDTH, 4 * DIM)
 
 
 def test_weights_that_are_read_elsewhere_are_not_joined() -> None:
