@@ -203,7 +203,7 @@ FAULTS = (
           "test_rules.py -k rounds"),
     Fault("a value that is not needed any more", "                self.values.pop(n, None)", "                pass",
           "test_interpreter.py -k memory"),
-    Fault("sizes read from a projection", "    _read_sizes_of_inputs(gm.graph)\n", "",
+    Fault("sizes read from a projection", "    _write_sizes(gm.graph)\n", "",
           "test_selector.py -k smaller_projections"),
     # surgery
     Fault("two heads swapped in the weights", "torch.as_tensor(idx, device=tensor.device)",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.graph.evaluate import is_plain
 
@@ -28,6 +29,6 @@ def test_what_is_plain(name: str) -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, make(x)
 
-    gm = capture(Made(), (torch.zeros(3),), {}).module
+    gm = capture(Made(), CallInputs((torch.zeros(3),), {})).module
     (end,) = [n for n in gm.graph.nodes if n.op == "output"]
     assert is_plain(end.all_input_nodes[-1]) is plain

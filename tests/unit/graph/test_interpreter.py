@@ -9,6 +9,7 @@ import torch
 from oracle import assert_same
 from torch import Tensor, fx, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.graph.interpreter import COMPUTED, Forward, Interpreter, Schedule
 from attnopt.graph.nodes import is_call
@@ -32,7 +33,7 @@ class Layers(nn.Module):
 @pytest.fixture
 def graph() -> tuple[fx.GraphModule, Tensor]:
     x = torch.randn(2, 3)
-    return capture(Layers(), (x,), {}).module, x
+    return capture(Layers(), CallInputs((x,), {})).module, x
 
 
 def inputs(gm: fx.GraphModule) -> list[fx.Node]:

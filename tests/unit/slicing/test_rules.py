@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from oracle import assert_same
 from torch import Tensor, fx, nn
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.interpreter import Interpreter
@@ -60,7 +61,7 @@ def program(layout: Layout) -> tuple[fx.GraphModule, fx.Node, fx.Node, Tensor]:
             return layout(x)
 
     x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
-    gm = capture(Made(), (x,), {}).module
+    gm = capture(Made(), CallInputs((x,), {})).module
     given, *_, end = gm.graph.nodes
     result = end.args[0]
     return gm, given, result[0] if isinstance(result, (tuple, list)) else result, x
