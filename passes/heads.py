@@ -12,15 +12,9 @@ from attnopt.patterns import Pattern
 BUDGETS = ("site", "global")  # heads counted at each site, or over all sites together
 
 
-def original_heads(site: Site) -> int:
-    """The number of query heads in the trained model, according to the projections or the remaining heads."""
-    known = [len(p.rows) for role in ("q", "out") if (p := site.projections.get(role)) and p.rows is not None]
-    return max([*known, *(h + 1 for h in site.spec.heads)])
-
-
 def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
     """Refuse heads that the model never had; pruned heads are accepted."""
-    count = original_heads(site)
+    count = site.trained_heads
     unknown = sorted(h for h in set(heads) if not 0 <= h < count)
     if not unknown:
         return None

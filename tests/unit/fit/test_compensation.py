@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.fit.block_obs import Surgeon
-from attnopt.fit.kv_partition import adjacent, agglomerated, optimal, queries_by_norm
+from attnopt.fit.kv_search import adjacent, agglomerated, optimal, queries_by_norm
 from attnopt.fit.least_squares import Moments, ridge
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
 
