@@ -110,6 +110,10 @@ class PruneHeads(Pass, SharesBudget):
         return found
 
     # ------------------------------------------------------------ one site
+    @classmethod
+    def typical(cls) -> None:
+        return None  # there is nothing to prune by default
+
     def check(self, site: Site) -> Refusal | None:
         routed = refuse_edits(site, [site.spec.route], "apply prune-heads before route-heads")
         unknown = routed or refuse_unknown_heads(site, (*(self.heads or ()), *self.protect))
