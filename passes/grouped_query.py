@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from attnopt.base.options import choice, whole
 from attnopt.errors import PolicyError
-from attnopt.fit.absorbable_maps import is_linear
-from attnopt.fit.compensation_methods import COMPENSATIONS
+from attnopt.fit.compensation_methods import COMPENSATIONS, chosen
 from attnopt.fit.kv_sides import loss_at
 from attnopt.fit.merge_and_fit import merged_and_fitted
-from attnopt.fit.merge_methods import KV_MERGES
-from attnopt.fit.partition_methods import KV_PARTITIONS, Adjacent, ByNumber, fitting_counts, merged_spec, partitions
-from attnopt.ir.compensation import Compensation
+from attnopt.fit.merge_methods import KV_MERGES, best_merge
+from attnopt.fit.partition_methods import (
+    KV_PARTITIONS,
+    Adjacent,
+    ByNumber,
+    fitting_counts,
+    groups_of,
+    merged_spec,
+    partitions,
+)
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.interfaces import Pass, Rewrite, Share, SharesBudget
 from attnopt.ir.kv_merge import KvMerge
@@ -22,7 +28,14 @@ from attnopt.ir.kv_partition import Group, KvPartition
 from attnopt.ir.plugin_calls import check_part
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import BUDGETS, expected_projections, refuse_edits, refuse_unknown_projections
+from attnopt.passes.heads import (
+    BUDGETS,
+    expected_projections,
+    refuse_edits,
+    refuse_no_data,
+    refuse_transforms,
+    refuse_unknown_projections,
+)
 
 ROLES = ("q", "k", "v", "out")
 
@@ -69,26 +82,13 @@ class GroupedQuery(Pass, SharesBudget):
                     "the head that a query reads: expected merge='mean'"
                 )
         elif self.grouping is not None:
-            object.__setattr__(self, "grouping", self._checked(self.grouping))
+            object.__setattr__(self, "grouping", ByNumber.read(self.name, self.grouping, self.kv_heads))
         if self.compensate is not None and not COMPENSATIONS.choose(self.name, "compensate", self.compensate).merges:
             raise PolicyError(
                 f"grouped-query: invalid value compensate={self.compensate!r}: it does not make up for merged heads"
             )
         if self.budget is not None:
             choice(self.name, "budget", self.budget, BUDGETS)
-
-    def _checked(self, grouping: Any) -> tuple[int, ...]:
-        """The group number of each head: 0 to kv_heads - 1, each of them used."""
-        if not isinstance(grouping, (list, tuple)):
-            known = tuple(KV_PARTITIONS.listed())
-            raise PolicyError(f"grouped-query: invalid value grouping={grouping!r}: expected one of {known} or numbers")
-        numbers = tuple(whole(self.name, "grouping", g) for g in grouping)
-        if len(set(numbers)) != self.kv_heads or max(numbers) >= self.kv_heads:
-            raise PolicyError(
-                f"grouped-query: invalid value grouping={grouping!r}: expected one group per head, "
-                f"numbered 0 to {self.kv_heads - 1}, with every group used"
-            )
-        return numbers
 
     # ------------------------------------------------------------ a budget for all sites
     @property
@@ -126,8 +126,9 @@ class GroupedQuery(Pass, SharesBudget):
         if self.kv_heads == site.num_kv_heads:
             return Rewrite(site.spec)
         merge, partition = self._merge(site), self._partition(site)
-        groups = partitions(partition, site, [self.kv_heads], loss_at(site, merge.by_scores))[self.kv_heads]
-        made = merged_and_fitted(merge, site, groups, merged_spec(partition, site, groups), self._compensation(site))
+        groups = groups_of(partition, site, self.kv_heads, loss_at(site, merge.by_scores))
+        spec = merged_spec(partition, site, groups)
+        made = merged_and_fitted(merge, site, groups, spec, chosen(self.compensate, site))
         notes = (_told(groups, merge), *(f"grouped-query: {note}" for note in made.notes))
         return replace(made, notes=notes)
 
@@ -135,10 +136,8 @@ class GroupedQuery(Pass, SharesBudget):
     def _merge(self, site: Site) -> KvMerge:
         if self.merge is not None:
             return KV_MERGES.make(self.merge)
-        if site.activations is None or self._moves_queries or not site.knows(*ROLES):
-            return KV_MERGES.make("mean")
-        enough = site.activations.tokens >= site.num_heads * site.value_dim
-        return KV_MERGES.make("score-optimal" if enough and is_linear(site) else "mean")
+        moves_queries = isinstance(self.grouping, str) and KV_PARTITIONS.load(self.grouping).moves_queries
+        return KV_MERGES.make("mean") if moves_queries else best_merge(site)
 
     def _partition(self, site: Site) -> KvPartition:
         if isinstance(self.grouping, str):
@@ -148,15 +147,6 @@ class GroupedQuery(Pass, SharesBudget):
         if site.activations is None:
             return Adjacent()
         return KV_PARTITIONS.make("optimal") if self._merge(site).adapts_readers else Adjacent(even=False)
-
-    def _compensation(self, site: Site) -> Compensation:
-        if self.compensate is not None:
-            return COMPENSATIONS.make(self.compensate)
-        return COMPENSATIONS.make("least-squares" if site.activations is not None and site.knows("out") else "none")
-
-    @property
-    def _moves_queries(self) -> bool:
-        return isinstance(self.grouping, str) and KV_PARTITIONS.load(self.grouping).moves_queries
 
     # ------------------------------------------------------------ refusals
     def _refuse_sizes(self, site: Site) -> Refusal | None:
@@ -170,24 +160,18 @@ class GroupedQuery(Pass, SharesBudget):
         return site.refuse("kv-heads-do-not-fit", expected=expected, found=str(self.kv_heads))
 
     def _refuse_parts(self, site: Site) -> Refusal | None:
-        merge, partition, fit = self._merge(site), self._partition(site), self._compensation(site)
+        merge, partition, fit = self._merge(site), self._partition(site), chosen(self.compensate, site)
         linear = merge.adapts_readers or partition.needs_loss
         learns = linear or merge.needs_calibration or partition.needs_calibration or fit.needs_calibration
-        if learns and site.activations is None:
-            hint = "pass calibration= to attnopt.optimize"
-            return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
         needed = {*ROLES} if linear else {*merge.needs, *fit.needs}
         roles = [role for role in ROLES if role in needed]
-        if (unknown := refuse_unknown_projections(site, roles, expected_projections(roles), "")) is not None:
-            return unknown
-        if linear and not is_linear(site):
-            return site.refuse(
-                "features-are-not-linear",
-                expected="queries and keys that are only projected or rotated before the scores",
-                found="a norm or another transform after the projection",
-                hint='use merge="mean" and grouping="adjacent"',
-            )
-        return check_part(merge, KV_MERGES.kind, site) or check_part(fit, COMPENSATIONS.kind, site)
+        return (
+            (refuse_no_data(site) if learns else None)
+            or refuse_unknown_projections(site, roles, expected_projections(roles), "")
+            or (refuse_transforms(site) if linear else None)
+            or check_part(merge, KV_MERGES.kind, site)
+            or check_part(fit, COMPENSATIONS.kind, site)
+        )
 
 
 def _told(groups: Sequence[Group], merge: KvMerge) -> str:

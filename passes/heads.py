@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from attnopt.fit.absorbable_maps import is_linear
 from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
@@ -56,7 +57,9 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
 def expected_projections(roles: Sequence[str]) -> str:
     """ "known value and output projections", "a known output projection"."""
     names = {"q": "query", "k": "key", "v": "value", "out": "output"}
-    *first, last = [names[r] for r in roles]
+    if not roles:
+        return "no projection"
+    *first, last = [names.get(r, r) for r in roles]
     return f"known {', '.join(first)} and {last} projections" if first else f"a known {last} projection"
 
 
@@ -75,6 +78,25 @@ def refuse_unknown_projections(
         hint = f"use {give}" if give else ""
         return site.refuse("unknown-projection", expected=expected, found=f"{role}: {why}", hint=hint)
     return None
+
+
+def refuse_no_data(site: Site, hint: str = "pass calibration= to attnopt.optimize") -> Refusal | None:
+    """Refuse a site without calibration data."""
+    if site.activations is not None:
+        return None
+    return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+
+
+def refuse_transforms(site: Site) -> Refusal | None:
+    """Refuse if maps of keys, queries and values cannot be folded into their projections."""
+    if is_linear(site):
+        return None
+    return site.refuse(
+        "features-are-not-linear",
+        expected="queries and keys that are only projected or rotated before the scores",
+        found="a norm or another transform after the projection",
+        hint='use merge="mean" and grouping="adjacent"',
+    )
 
 
 def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:

@@ -10,9 +10,8 @@ import torch
 
 from attnopt.base.options import choice, number, switch, wholes
 from attnopt.errors import PolicyError
-from attnopt.fit.compensation_methods import COMPENSATIONS, compensated, error_without
+from attnopt.fit.compensation_methods import COMPENSATIONS, chosen, compensated, error_without
 from attnopt.fit.importance_methods import IMPORTANCE, Given, best_heads, plain_scores
-from attnopt.ir.compensation import Compensation
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_edits import Replaced
 from attnopt.ir.importance import Importance
@@ -25,6 +24,7 @@ from attnopt.passes.heads import (
     BUDGETS,
     expected_projections,
     refuse_edits,
+    refuse_no_data,
     refuse_unknown_heads,
     refuse_unknown_projections,
 )
@@ -97,7 +97,7 @@ class PruneHeads(Pass, SharesBudget):
     def shares(self, site: Site) -> Mapping[int, Share]:
         if not site.knows("out"):
             return {}
-        how, found = self._compensation(site), dict[int, Share]()
+        how, found = chosen(self.compensate, site), dict[int, Share]()
         protected = set(self.protect) & set(site.spec.heads)
         counts = range(max(1, len(protected)), site.num_heads + 1)
         for n, kept in best_heads(self._importance(site), site, counts, self.protect).items():
@@ -143,7 +143,7 @@ class PruneHeads(Pass, SharesBudget):
         return made if spec == site.spec else self._compensated(made, site)
 
     def _compensated(self, made: Rewrite, site: Site) -> Rewrite:
-        fit = compensated(self._compensation(site), site, made.spec)
+        fit = compensated(chosen(self.compensate, site), site, made.spec)
         return made.then(replace(fit, notes=tuple(f"prune-heads: {note}" for note in fit.notes)))
 
     def _removed_of(self, heads: int) -> int:
@@ -161,11 +161,6 @@ class PruneHeads(Pass, SharesBudget):
             return Given.of(self.importance)
         return IMPORTANCE.make("obs" if site.activations is not None and site.knows("out") else "weights")
 
-    def _compensation(self, site: Site) -> Compensation:
-        if self.compensate is not None:
-            return COMPENSATIONS.make(self.compensate)
-        return COMPENSATIONS.make("least-squares" if site.activations is not None and site.knows("out") else "none")
-
     # ------------------------------------------------------------ refusals
     def _refuse_sizes(self, site: Site) -> Refusal | None:
         present = set(site.spec.heads)
@@ -175,19 +170,17 @@ class PruneHeads(Pass, SharesBudget):
         return None
 
     def _refuse_parts(self, site: Site) -> Refusal | None:
-        fit, how = self._compensation(site), None if self.heads is not None else self._importance(site)
+        fit, how = chosen(self.compensate, site), None if self.heads is not None else self._importance(site)
         refused = None if how is None else check_part(how, IMPORTANCE.kind, site)
         if (refused := refused or check_part(fit, COMPENSATIONS.kind, site)) is not None:
             return refused
         learns = how is not None and how.needs_calibration
-        if (fit.needs_calibration or learns) and site.activations is None:
-            hint = "pass calibration= to attnopt.optimize"
-            return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
-        if fit.needs:
-            hint = 'compensate="none" and importance scores'
-            return refuse_unknown_projections(site, fit.needs, expected_projections(fit.needs), hint)
-        if how is None or not how.needs:
-            return None
+        if (fit.needs_calibration or learns) and (refused := refuse_no_data(site)) is not None:
+            return refused
+        hint = 'compensate="none" and importance scores'
+        refused = refuse_unknown_projections(site, fit.needs, expected_projections(fit.needs), hint)
+        if refused is not None or how is None:
+            return refused
         hint = "importance=, one number per head"
         return refuse_unknown_projections(site, how.needs, expected_projections(how.needs), hint, direct=learns)
 

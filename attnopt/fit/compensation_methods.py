@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -102,6 +103,12 @@ COMPENSATIONS = Registry(
 )
 
 
+def chosen(name: str | None, site: Site) -> Compensation:
+    """By its name, or the best for what is known of the site."""
+    able = site.activations is not None and site.knows("out")
+    return COMPENSATIONS.make(name or ("least-squares" if able else "none"))
+
+
 def compensated(how: Compensation, site: Site, spec: AttentionSpec) -> Rewrite:
     """The rewrite of ``site`` to ``spec``.  Raises CalibrationError, PluginError."""
     with blamed(how, KIND, "compensate", site.name):
@@ -120,6 +127,8 @@ def error_without(how: Compensation, site: Site, spec: AttentionSpec) -> float:
     with blamed(how, KIND, "error", site.name):
         known = how.error(site, _reaching(spec))
     if known is not None:
+        if not isinstance(known, (int, float)) or not math.isfinite(known):
+            raise fault(how, KIND, f"error returned {known!r}, expected a finite number or None", site.name)
         return known
     weights, heads = _weights(site, compensated(how, site, spec)), _reaching(spec)
     left = combined(LayerMoments().of(site)).of(_features(site, heads))

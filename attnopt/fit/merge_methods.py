@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnopt.base.registry import Registry
-from attnopt.fit.absorbable_maps import edit
+from attnopt.fit.absorbable_maps import edit, is_linear
 from attnopt.fit.kv_sides import Merged, Side, Sides
 from attnopt.fit.least_squares import output_weights
 from attnopt.fit.shared_values import better_values
@@ -132,6 +132,14 @@ KV_MERGES = Registry(
 )
 
 
+def best_merge(site: Site) -> KvMerge:
+    """The merge that loses least, as far as the calibration data and the projections of the site allow."""
+    now = site.activations
+    if now is None or not site.knows(*ScoreOptimal.needs) or now.tokens < site.num_heads * site.value_dim:
+        return Mean()
+    return ScoreOptimal() if is_linear(site) else Mean()
+
+
 def shared(how: KvMerge, site: Site, groups: Sequence[Group], spec: AttentionSpec) -> Rewrite:
     """The rewrite to ``spec``, which has one key/value head for each group.  Raises PluginError."""
     edits: list[HeadWeights] = []
@@ -146,6 +154,16 @@ def shared(how: KvMerge, site: Site, groups: Sequence[Group], spec: AttentionSpe
     if (broken := next(broken_rules(site, found), None)) is not None:
         raise fault(how, KIND, broken, site.name)
     return found
+
+
+def refined(how: KvMerge, site: Site, groups: Sequence[Group], after: Site) -> tuple[HeadWeights, ...] | None:
+    """Better values for the output projection of ``after``, if the merge has some.  Raises PluginError."""
+    with blamed(how, KIND, "refined", site.name):
+        found = how.refined(site, groups, after)
+        values = None if found is None else tuple(found)
+    if values is not None and (broken := next(broken_rules(site, Rewrite(after.spec, values)), None)) is not None:
+        raise fault(how, KIND, broken, site.name)
+    return values
 
 
 def _followed(how: KvMerge, site: Site, role: str, group: Group) -> list[HeadWeights]:

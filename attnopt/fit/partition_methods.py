@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from attnopt.base.options import whole
 from attnopt.base.registry import Registry
+from attnopt.errors import PolicyError
 from attnopt.fit.kv_search import adjacent, agglomerated, optimal, queries_by_norm
 from attnopt.fit.merge_methods import Mean
 from attnopt.ir.blame import blamed, fault
@@ -84,6 +86,20 @@ class ByNumber(KvPartition):
     name: ClassVar[str] = "given"
     numbers: tuple[int, ...]
 
+    @staticmethod
+    def read(owner: str, given: Any, count: int) -> tuple[int, ...]:
+        """The numbers, as an option gives them.  Raises PolicyError."""
+        if not isinstance(given, (list, tuple)):
+            known = tuple(KV_PARTITIONS.listed())
+            raise PolicyError(f"{owner}: invalid value grouping={given!r}: expected one of {known} or numbers")
+        numbers = tuple(whole(owner, "grouping", g) for g in given)
+        if len(set(numbers)) != count or max(numbers) >= count:
+            raise PolicyError(
+                f"{owner}: invalid value grouping={given!r}: expected one group per head, "
+                f"numbered 0 to {count - 1}, with every group used"
+            )
+        return numbers
+
     def check(self, site: Site) -> Refusal | None:
         heads, given = site.num_kv_heads, len(self.numbers)
         if given == heads:
@@ -125,6 +141,14 @@ def partitions(how: KvPartition, site: Site, counts: Sequence[int], loss: Loss) 
             wanted = f"{count} groups with each of the key/value heads {site.spec.kv_heads} in one"
             raise fault(how, KIND, f"groups gave {groups}, expected {wanted}", site.name)
     return found
+
+
+def groups_of(how: KvPartition, site: Site, count: int, loss: Loss) -> tuple[Group, ...]:
+    """``count`` groups.  Raises PluginError."""
+    found = partitions(how, site, [count], loss)
+    if count not in found:
+        raise fault(how, KIND, f"choices gave {[*found]} groups, expected {count}", site.name)
+    return found[count]
 
 
 def merged_spec(how: KvPartition, site: Site, groups: Sequence[Group]) -> AttentionSpec:

@@ -39,7 +39,8 @@ class KvMerge(ABC):
         return None
 
     def refined(self, site: Site, groups: Sequence[Sequence[int]], after: Site) -> tuple[HeadWeights, ...] | None:
-        """Better values for the output weights that were fitted to the first ones; None if there are none.
+        """Better values for the output weights that were fitted to the first ones; None if there are none.  Asked only of
+        a merge that ``adapts_readers``.
 
         ``after``: the site with its heads merged and its output projection fitted.
         """

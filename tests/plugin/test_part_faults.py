@@ -163,6 +163,11 @@ def merge(made: Callable[[Site, str, Any], Any], **more: Any) -> Any:
     return registered(KvMerge, merge=lambda self, site, role, heads: made(site, role, heads), **more)
 
 
+def turning(**more: Any) -> Any:
+    """A merge whose readers follow it by maps that change nothing."""
+    return merge(lambda s, r, h: None, **TURNS, readers=lambda self, s, r, h: [torch.eye(D).double()] * len(h), **more)
+
+
 def compensation(made: Callable[[Site, Any], Any], **more: Any) -> Any:
     more = {"needs_calibration": False, "compensate": lambda self, site, spec: made(site, spec), **more}
     return registered(Compensation, **more)
@@ -195,6 +200,7 @@ class Unhashable(Statistic[int]):
 
 GROUPS = GroupedQuery.__name__, {"grouping": "acme.part"}
 MERGES = GroupedQuery.__name__, {"merge": "acme.part"}
+BUDGET = PruneHeads.__name__, {"fraction": 0.25, "compensate": "acme.part"}
 MAKES_UP = PruneHeads.__name__, {"heads": [1], "compensate": "acme.part"}
 SCORES = PruneHeads.__name__, {"fraction": 0.25, "importance": "acme.part", "budget": "site"}
 KIND = {
@@ -253,7 +259,20 @@ TURNS = {"adapts_readers": True, "needs": ("q", "k", "v", "out"), "needs_calibra
         ),
         (lambda: merge(lambda s, r, h: None, **TURNS), MERGES, "readers failed: ValueError"),
         (lambda: merge(lambda s, r, h: None, **TURNS, readers=failing), MERGES, "readers failed: OSError"),
-        (lambda: merge(lambda s, r, h: None, refined=failing), MERGES, "refined failed: OSError: no licence"),
+        (lambda: turning(refined=failing), MERGES, "refined failed: OSError: no licence"),
+        (lambda: turning(refined=lambda *_: "v"), MERGES, "edits holds 'v', expected HeadWeights"),
+        (
+            lambda: turning(refined=lambda self, s, g, after: (HeadWeights("v", 0, torch.zeros(1, 16)),)),
+            MERGES,
+            "new 'v' weights of head 0: expected a tensor [4, 16], got [1, 16]",
+        ),
+        (lambda: partition(failing, choices=lambda *_: {}), GROUPS, "choices gave [] groups, expected 2"),
+        (
+            lambda: compensation(failing, error=lambda *_: torch.nan),
+            BUDGET,
+            "error returned nan, expected a finite number",
+        ),
+        (lambda: compensation(failing, error=failing), BUDGET, "error failed: OSError: no licence"),
         (lambda: compensation(failing), MAKES_UP, "compensate failed: OSError: no licence"),
         (lambda: compensation(lambda s, spec: None), MAKES_UP, "compensate returned NoneType, expected a Rewrite"),
         (lambda: compensation(lambda s, spec: Rewrite(s.spec)), MAKES_UP, "compensate returned the spec"),
