@@ -17,8 +17,8 @@ from attnopt.ir.interfaces import Backend, Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.lower.choose_backend import choose
 from attnopt.lower.lower import Plan
-from attnopt.lower.routing_time import faster
 from attnopt.match.find import Found
 
 
@@ -58,36 +58,21 @@ def decide(
     site = replace(site, parameters=found.site.parameters, activations=None)
     if not applied:
         return Decision(found, found.site, refusals=refusals)
-    backend, reasons = _cheapest(backends, site)
-    if backend is None:
-        return Decision(found, found.site, refusals={**refusals, **reasons})
-    told: tuple[str, ...] = ()
-    if site.spec.route is not None:
-        backend, told = faster(site, backend, backends)
+    choice = choose(backends, found.site, site)
+    if choice.backend is None:
+        return Decision(found, found.site, refusals={**refusals, **choice.reasons})
     plan = Plan(
         site.spec,
         tuple(_kept(e, found.site) for e in made.edits),
         made.out_bias,
         found=found,
-        backend=backend,
+        backend=choice.backend,
         passes=tuple(applied),
     )
-    if plan.changes_nothing and reasons and isinstance(backend, Reference):
-        return Decision(found, found.site, refusals={**refusals, **reasons})  # it already has plain operators
-    return Decision(
-        found,
-        site,
-        plan,
-        refusals,
-        (
-            *made.notes,
-            *told,
-            *plugin_calls.notes(backend, site),
-            *_masked(found.site, site, backend, backends),
-            *_blind(found.site, site.spec),
-            *_kept_whole(found.site, site.spec),
-        ),
-    )
+    if plan.changes_nothing and choice.reasons and isinstance(choice.backend, Reference):
+        return Decision(found, found.site, refusals={**refusals, **choice.reasons})  # it already has plain operators
+    notes = (*made.notes, *choice.notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec))
+    return Decision(found, site, plan, refusals, notes)
 
 
 def _kept(edit: HeadWeights, site: Site) -> HeadWeights:
@@ -142,24 +127,6 @@ def _asked(name: str, site: Site) -> Refusal | None:
         return plugin_calls.check(typical, site)
     except PluginError as e:
         return plugin_calls.no_answer(site, e)
-
-
-def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:
-    """The cheapest backend that supports the site, or None with the reason of every backend."""
-    reasons = {b.name: r for b in backends if (r := plugin_calls.accepts(b, site)) is not None}
-    able = [b for b in backends if b.name not in reasons]
-    return min(able, key=lambda b: plugin_calls.cost(b, site), default=None), reasons
-
-
-def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backend]) -> tuple[str, ...]:
-    """A note if a pattern is only a mask, because the sequences are too short to gain from skipping."""
-    if site.spec.pattern == before.spec.pattern or chosen.skips:
-        return ()
-    better = [b.name for b in backends if b.skips and b.check(site.spec) is None]
-    lengths = f"{site.q_len} queries and {site.kv_len} keys"
-    return tuple(
-        f"{chosen.name} computes all pairs under a mask, because {name} would be slower at {lengths}" for name in better
-    )
 
 
 def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:

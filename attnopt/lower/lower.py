@@ -54,6 +54,12 @@ class Plan(SiteEdit):
         """The spec of the site is unchanged: the plan only fuses it."""
         return self.spec == self.found.raised.spec and not self.edits and self.out_bias is None
 
+    @property
+    def rows(self) -> float:
+        """The fraction of (query, head) pairs that are computed."""
+        route = self.spec.route
+        return route.share if route is not None and self.backend.skips_rows else 1.0
+
 
 def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy of the graph that shares every weight, and the map from old nodes to new ones."""

@@ -121,7 +121,7 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
 def test_it_is_listed(environment: dict[str, str]) -> None:
     rows = json.loads(_run([sys.executable, "-m", "attnopt", "passes", "--json"], environment))
     found = {row["name"]: row for row in rows}
-    assert {"acme.last-k", "acme.plain"} <= found.keys()
+    assert {"acme.last-k", "acme.plain", "acme.peak", "acme.strided", "acme.median", "acme.rescale"} <= found.keys()
     assert found["acme.last-k"]["distribution"].startswith("acme-attnopt")
     assert "keys" in json.dumps(found["acme.last-k"]["options"])
 
