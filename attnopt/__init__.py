@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from attnopt.ir.activations import Activations
     from attnopt.ir.attend import Attend
     from attnopt.ir.block_scores import BlockScores
+    from attnopt.ir.compensation import Compensation
     from attnopt.ir.constant import Constant
     from attnopt.ir.dynamic_blocks import DynamicBlocks
     from attnopt.ir.head_edits import HeadEdit, HeadMap
@@ -47,10 +48,12 @@ if TYPE_CHECKING:
     from attnopt.ir.importance import Importance
     from attnopt.ir.interfaces import Backend, Pass, Rewrite
     from attnopt.ir.kv_merge import KvMerge
+    from attnopt.ir.kv_partition import KvPartition
     from attnopt.ir.projection import Projection
     from attnopt.ir.refusal import Refusal
     from attnopt.ir.site import NearMiss, Site
     from attnopt.ir.spec import AttentionSpec
+    from attnopt.ir.statistic import Statistic
     from attnopt.model import OptimizedModel, load
     from attnopt.patterns.algebra import Pattern
     from attnopt.patterns.bands import Band
@@ -74,6 +77,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CaptureError",
+    "Compensation",
     "Constant",
     "ConversionError",
     "DynamicBlocks",
@@ -85,6 +89,7 @@ __all__ = [
     "Importance",
     "Inspection",
     "KvMerge",
+    "KvPartition",
     "NearMiss",
     "OptimizedModel",
     "Pass",
@@ -100,6 +105,7 @@ __all__ = [
     "Rewrite",
     "RewriteError",
     "Site",
+    "Statistic",
     "VerificationError",
     "__version__",
     "advise",
@@ -132,6 +138,7 @@ _NAMES = {
     "ir.activations": "Activations",
     "ir.attend": "Attend",
     "ir.block_scores": "BlockScores",
+    "ir.compensation": "Compensation",
     "ir.constant": "Constant",
     "ir.dynamic_blocks": "DynamicBlocks",
     "ir.head_edits": "HeadEdit HeadMap",
@@ -139,10 +146,12 @@ _NAMES = {
     "ir.importance": "Importance",
     "ir.interfaces": "Backend Pass Rewrite",
     "ir.kv_merge": "KvMerge",
+    "ir.kv_partition": "KvPartition",
     "ir.projection": "Projection",
     "ir.refusal": "Refusal",
     "ir.site": "NearMiss Site",
     "ir.spec": "AttentionSpec",
+    "ir.statistic": "Statistic",
     "model": "OptimizedModel load",
     "patterns.algebra": "Pattern",
     "patterns.bands": "Band",

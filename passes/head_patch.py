@@ -17,14 +17,14 @@ from attnopt.ir.head_edits import Replaced
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_unknown_heads
+from attnopt.passes.heads import refuse_no_data, refuse_unknown_heads
 
 NAMED = ("silence", "mean", "run")
 
 
 @dataclass(frozen=True)
 class HeadPatch(Pass):
-    """Replace the outputs of ``heads``, before their gains and the output projection.
+    """Replace the outputs of ``heads`` before the output projection; earlier gains of theirs have no effect.
 
     ``values``: "silence": zeros; "mean": the mean output of each head over the calibration tokens without padding, in
     all calls of its weights (mean ablation); "run": the outputs in the first calibration batch (activation patching);
@@ -69,9 +69,8 @@ class HeadPatch(Pass):
 
     def check(self, site: Site) -> Refusal | None:
         refused = refuse_unknown_heads(site, self.heads)
-        if refused is None and self.values in ("mean", "run") and site.activations is None:
-            hint = "pass calibration= to attnopt.optimize"
-            return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+        if refused is None and self.values in ("mean", "run"):
+            refused = refuse_no_data(site)
         if refused is None and self.values == "run" and site.activations is not None and site.activations.calls > 1:
             found = f"{site.activations.calls} calls with different values"
             hint = "give each call its own rule, as in {'attention#2': ...}"

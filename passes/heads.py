@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from attnopt.fit.absorbable_maps import is_linear
 from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
@@ -12,15 +13,9 @@ from attnopt.patterns import Pattern
 BUDGETS = ("site", "global")  # heads counted at each site, or over all sites together
 
 
-def original_heads(site: Site) -> int:
-    """The number of query heads in the trained model, according to the projections or the remaining heads."""
-    known = [len(p.rows) for role in ("q", "out") if (p := site.projections.get(role)) and p.rows is not None]
-    return max([*known, *(h + 1 for h in site.spec.heads)])
-
-
 def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
     """Refuse heads that the model never had; pruned heads are accepted."""
-    count = original_heads(site)
+    count = site.trained_heads
     unknown = sorted(h for h in set(heads) if not 0 <= h < count)
     if not unknown:
         return None
@@ -62,7 +57,9 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
 def expected_projections(roles: Sequence[str]) -> str:
     """ "known value and output projections", "a known output projection"."""
     names = {"q": "query", "k": "key", "v": "value", "out": "output"}
-    *first, last = [names[r] for r in roles]
+    if not roles:
+        return "no projection"
+    *first, last = [names.get(r, r) for r in roles]
     return f"known {', '.join(first)} and {last} projections" if first else f"a known {last} projection"
 
 
@@ -81,6 +78,25 @@ def refuse_unknown_projections(
         hint = f"use {give}" if give else ""
         return site.refuse("unknown-projection", expected=expected, found=f"{role}: {why}", hint=hint)
     return None
+
+
+def refuse_no_data(site: Site, hint: str = "pass calibration= to attnopt.optimize") -> Refusal | None:
+    """Refuse a site without calibration data."""
+    if site.activations is not None:
+        return None
+    return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+
+
+def refuse_transforms(site: Site) -> Refusal | None:
+    """Refuse if maps of keys, queries and values cannot be folded into their projections."""
+    if is_linear(site):
+        return None
+    return site.refuse(
+        "features-are-not-linear",
+        expected="queries and keys that are only projected or rotated before the scores",
+        found="a norm or another transform after the projection",
+        hint='use merge="mean" and grouping="adjacent"',
+    )
 
 
 def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:

@@ -14,7 +14,7 @@ from attnopt.ir.head_routing import Routed
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_edits, refuse_unknown_heads, refuse_unknown_projections
+from attnopt.passes.heads import refuse_edits, refuse_no_data, refuse_unknown_heads, refuse_unknown_projections
 
 ROUTERS = ("query-norm", "linear")
 
@@ -64,11 +64,11 @@ class RouteHeads(Pass):
             )
         if not self._learns:
             return None
-        if site.activations is None:
-            hint = 'pass calibration= to attnopt.optimize, or list the shared heads and use router="query-norm"'
-            return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+        hint = 'pass calibration= to attnopt.optimize, or list the shared heads and use router="query-norm"'
         give = 'a list of shared heads and router="query-norm"'
-        return refuse_unknown_projections(site, ("out",), "a known output projection", give)
+        return refuse_no_data(site, hint) or refuse_unknown_projections(
+            site, ("out",), "a known output projection", give
+        )
 
     def rewrite(self, site: Site) -> Rewrite:
         shared = self._shared(site)
@@ -94,7 +94,7 @@ class RouteHeads(Pass):
 
 
 def _told(site: Site, route: Routed) -> tuple[str, ...]:
-    if site.activations is None or refuse_unknown_projections(site, ("out",), "", "") is not None:
+    if site.activations is None or not site.knows("out"):
         return ()
     share = used_share(site, route)
     return (f"route-heads: the used heads carry {share:.1%} of the output norm on held-out data",)

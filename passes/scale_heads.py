@@ -11,7 +11,7 @@ from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import original_heads, refuse_unknown_heads
+from attnopt.passes.heads import refuse_unknown_heads
 
 
 @dataclass(frozen=True, init=False)
@@ -40,7 +40,7 @@ class ScaleHeads(Pass):
         pairs = _pairs(self.gains)
         if pairs is not None:
             return refuse_unknown_heads(site, (head for head, _ in pairs))
-        count = original_heads(site)
+        count = site.trained_heads
         if len(self.gains) == count:
             return None
         found = f"{len(self.gains)} gains"

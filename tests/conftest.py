@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+os.environ["ATTNOPT_DEBUG"] = "1"  # a fault of attnopt fails the test, where a user gets a refusal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

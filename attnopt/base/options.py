@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -64,7 +65,11 @@ def choice(owner: str, option: str, value: Any, allowed: tuple[str, ...]) -> str
     """``value``, which must be one of ``allowed``."""
     if isinstance(value, str) and value in allowed:
         return value
-    raise PolicyError(f"{owner}: invalid value {option}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+    near = difflib.get_close_matches(value, allowed, n=2) if isinstance(value, str) else []
+    raise PolicyError(
+        f"{owner}: invalid value {option}={value!r}: expected one of {', '.join(map(repr, allowed))}",
+        hint=f"did you mean {' or '.join(map(repr, near))}?" if near else None,
+    )
 
 
 def _sequence(owner: str, option: str, values: Any, what: str) -> list[Any]:

@@ -17,6 +17,7 @@ from importlib import import_module
 from importlib.metadata import entry_points, packages_distributions
 from typing import Any, Generic, TypeVar
 
+from attnopt.base.options import choice
 from attnopt.errors import PluginError, PolicyError
 
 OURS = "attnopt"
@@ -110,6 +111,21 @@ class Registry(Generic[T]):
                 hint="use the same name in both places",
             )
         return loaded
+
+    def make(self, name: str, hint: str = "give every option a default") -> T:
+        """An instance without options.  Raises like ``load``, or PluginError if there must be some."""
+        cls = self.load(name)
+        try:
+            return cls()
+        except Exception as e:  # a plugin may fail in any way
+            whose = f"{self.kind} {name!r} of {self.listed()[name].distribution}"
+            raise PluginError(
+                f"{whose} cannot be constructed without arguments: {type(e).__name__}: {e}", hint=hint
+            ) from e
+
+    def choose(self, owner: str, option: str, name: Any) -> T:
+        """An instance for the value of an option.  Raises PolicyError that names the option, PluginError."""
+        return self.make(choice(owner, option, name, tuple(self.listed())))
 
     def register(self, cls: type[T]) -> None:
         """Register a class under its name in this process.  Raises PluginError if the name is taken.

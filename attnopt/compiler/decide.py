@@ -6,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from attnopt.backends.reference import Reference
 from attnopt.compiler import plugins
 from attnopt.errors import PluginError
 from attnopt.ir import plugin_calls
-from attnopt.ir.activations import Activations, merged
+from attnopt.ir.activations import Activations
 from attnopt.ir.head_weights import HeadWeights
-from attnopt.ir.interfaces import Backend, Pass
+from attnopt.ir.interfaces import Backend, Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
-from attnopt.lower.lower import Plan, edited_parameters
-from attnopt.lower.routing_time import faster
+from attnopt.lower.choose_backend import choose
+from attnopt.lower.lower import Plan
 from attnopt.match.find import Found
 
 
@@ -36,9 +35,8 @@ class Decision:
 
     def seen(self, activations: Activations) -> Site:
         """The site as the next pass sees it."""
-        edits, out_bias = ((), None) if self.plan is None else (self.plan.edits, self.plan.out_bias)
-        parameters = _with_new(self.found, edits, out_bias)
-        return replace(self.site, parameters=parameters, activations=activations.edited(edits))
+        site = replace(self.site, activations=activations)
+        return site if self.plan is None else site.edited(self.plan)
 
 
 def decide(
@@ -47,13 +45,7 @@ def decide(
     """Run the passes one after the other; each sees what the ones before it made."""
     if found.raised.region.escapes and passes:
         return Decision(found, found.site, refusals={p.name: escapes(found) for p in passes})
-    site, edits, applied, notes = (
-        replace(found.site, activations=activations),
-        tuple[HeadWeights, ...](),
-        list[str](),
-        list[str](),
-    )
-    out_bias: Tensor | None = None
+    site, made, applied = replace(found.site, activations=activations), Rewrite(found.site.spec), list[str]()
     refusals: dict[str, Refusal] = {}
     for p in passes:
         refusal = plugin_calls.check(p, site)
@@ -61,53 +53,26 @@ def decide(
             refusals[p.name] = refusal
             continue
         rewrite = plugin_calls.rewrite(p, site)
-        edits = merged(edits, rewrite.edits)
-        out_bias = out_bias if rewrite.out_bias is None else rewrite.out_bias
-        site = replace(
-            site,
-            spec=rewrite.spec,
-            parameters=_with_new(found, edits, out_bias),
-            activations=None if site.activations is None else site.activations.edited(rewrite.edits),
-        )
-        notes += rewrite.notes
+        made, site = made.then(rewrite), site.edited(rewrite)
         applied.append(p.name)
     site = replace(site, parameters=found.site.parameters, activations=None)
     if not applied:
         return Decision(found, found.site, refusals=refusals)
-    backend, reasons = _cheapest(backends, site)
-    if backend is None:
-        return Decision(found, found.site, refusals={**refusals, **reasons})
-    if site.spec.route is not None:
-        backend, told = faster(site, backend, backends)
-        notes += told
+    choice = choose(backends, found.site, site)
+    if choice.backend is None:
+        return Decision(found, found.site, refusals={**refusals, **choice.reasons})
     plan = Plan(
         site.spec,
-        tuple(_kept(e, found.site) for e in edits),
-        out_bias,
+        tuple(_kept(e, found.site) for e in made.edits),
+        made.out_bias,
         found=found,
-        backend=backend,
+        backend=choice.backend,
         passes=tuple(applied),
     )
-    if plan.changes_nothing and reasons and isinstance(backend, Reference):
-        return Decision(found, found.site, refusals={**refusals, **reasons})  # it already has plain operators
-    return Decision(
-        found,
-        site,
-        plan,
-        refusals,
-        (
-            *notes,
-            *plugin_calls.notes(backend, site),
-            *_masked(found.site, site, backend, backends),
-            *_blind(found.site, site.spec),
-            *_kept_whole(found.site, site.spec),
-        ),
-    )
-
-
-def _with_new(found: Found, edits: Sequence[HeadWeights], out_bias: Tensor | None) -> dict[str, Tensor]:
-    """The parameters of the site, with new ones replacing the old."""
-    return {**found.site.parameters, **edited_parameters(found.site, edits, out_bias)}
+    if plan.changes_nothing and choice.reasons and isinstance(choice.backend, Reference):
+        return Decision(found, found.site, refusals={**refusals, **choice.reasons})  # it already has plain operators
+    notes = (*made.notes, *choice.notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec))
+    return Decision(found, site, plan, refusals, notes)
 
 
 def _kept(edit: HeadWeights, site: Site) -> HeadWeights:
@@ -162,24 +127,6 @@ def _asked(name: str, site: Site) -> Refusal | None:
         return plugin_calls.check(typical, site)
     except PluginError as e:
         return plugin_calls.no_answer(site, e)
-
-
-def _cheapest(backends: Sequence[Backend], site: Site) -> tuple[Backend | None, dict[str, Refusal]]:
-    """The cheapest backend that supports the site, or None with the reason of every backend."""
-    reasons = {b.name: r for b in backends if (r := plugin_calls.accepts(b, site)) is not None}
-    able = [b for b in backends if b.name not in reasons]
-    return min(able, key=lambda b: plugin_calls.cost(b, site), default=None), reasons
-
-
-def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backend]) -> tuple[str, ...]:
-    """A note if a pattern is only a mask, because the sequences are too short to gain from skipping."""
-    if site.spec.pattern == before.spec.pattern or chosen.skips:
-        return ()
-    better = [b.name for b in backends if b.skips and b.check(site.spec) is None]
-    lengths = f"{site.q_len} queries and {site.kv_len} keys"
-    return tuple(
-        f"{chosen.name} computes all pairs under a mask, because {name} would be slower at {lengths}" for name in better
-    )
 
 
 def _blind(site: Site, spec: AttentionSpec) -> tuple[str, ...]:

@@ -29,7 +29,9 @@ def site_report(d: Decision) -> SiteReport:
         spec_before=_described(before.spec),
         spec_after=_described(after.spec, before.spec.heads),
         cost_before=cost_of(before, before.spec, before.spec, _element_sizes(d)),
-        cost_after=cost_of(before, after.spec, before.spec, _element_sizes(d), rows=_rows(d)),
+        cost_after=cost_of(
+            before, after.spec, before.spec, _element_sizes(d), rows=1.0 if d.plan is None else d.plan.rows
+        ),
         passes=() if d.plan is None else d.plan.passes,
         refusals=dict(d.refusals),
         backend=None if d.plan is None else d.plan.backend.name,
@@ -40,12 +42,6 @@ def site_report(d: Decision) -> SiteReport:
         form_before=Form.of(before.spec),
         form_after=Form.of(after.spec),
     )
-
-
-def _rows(d: Decision) -> float:
-    """Of all pairs of a query and a head those that are computed."""
-    route = d.site.spec.route
-    return route.share if d.plan is not None and d.plan.backend.skips_rows and route is not None else 1.0
 
 
 def _element_sizes(d: Decision) -> tuple[int, int]:

@@ -13,9 +13,9 @@ from attnopt.base.progress import watched
 from attnopt.errors import CalibrationError
 from attnopt.graph.interpreter import Forward, Interpreter, Schedule
 from attnopt.ir.activations import Activations
+from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.operands import ROLES, Operands
-from attnopt.lower.lower import edited_parameters
 from attnopt.match.find import Found
 from attnopt.match.prove import example_values
 

@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 from attnopt.errors import ConversionError
 from attnopt.graph.nodes import get_attr, shape
+from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
-from attnopt.lower.lower import Plan, edited_parameters
+from attnopt.lower.lower import Plan
 from attnopt.match.projections import landings
 
 REMEDY = "use attnopt.optimize, whose graph can represent any heads"

@@ -8,9 +8,8 @@ only for maps that act on each rotated pair of features as one complex number; a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from torch import Tensor
 from attnopt.base.closeness import tolerance
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.site import Site
+from attnopt.ir.statistic import Statistic
 
-T = TypeVar("T")
 Pairs = tuple[tuple[int, int], ...]
 ROUNDING = 3.0  # how much more than one operator's rounding a whole projection may show
 
@@ -31,22 +30,29 @@ class Mixing:
     pairs: Pairs | None = None
 
 
-def mixing_of_scores(site: Site) -> Mixing | None:
+@dataclass(frozen=True)
+class ScoreMixing(Statistic[Mixing | None]):
     """The maps that can be folded into both the query and the key projection; None if there are none."""
 
-    def found() -> Mixing | None:
+    def measure(self, site: Site) -> Mixing | None:
         for candidate in (None, *_pairings(site.head_dim)):
             maps = _trial(candidate, site.head_dim)
             if all(_moves(site, role, maps) for role in ("q", "k")):
                 return Mixing(candidate)
         return None
 
-    return _once(site, "mixing of scores", found)
+
+@dataclass(frozen=True)
+class ValueMixing(Statistic[bool]):
+    """Whether any map can be folded into the value projection."""
+
+    def measure(self, site: Site) -> bool:
+        return _moves(site, "v", _trial(None, site.value_dim))
 
 
-def mixes_values(site: Site) -> bool:
-    """Any map can be moved into the value projection."""
-    return _once(site, "mixing of values", lambda: _moves(site, "v", _trial(None, site.value_dim)))
+def is_linear(site: Site) -> bool:
+    """Whether maps of keys, queries and values can be folded into their projections."""
+    return ScoreMixing().of(site) is not None and ValueMixing().of(site)
 
 
 def edit(site: Site, role: str, head: int, maps: Mapping[int, Tensor]) -> HeadWeights:
@@ -70,10 +76,6 @@ def as_real(pairs: Sequence[tuple[int, int]], values: Tensor, size: int) -> Tens
         m[i, i] = m[j, j] = z.real
         m[i, j], m[j, i] = z.imag, -z.imag
     return m
-
-
-def _once(site: Site, what: str, find: Callable[[], T]) -> T:
-    return find() if site.activations is None else site.activations.once(what, site.spec, find)
 
 
 def _moves(site: Site, role: str, maps: Tensor) -> bool:

@@ -16,7 +16,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from attnopt.fit.least_squares import Moments
+from attnopt.fit.least_squares import LayerMoments, Moments, combined, fittable_weights
+from attnopt.ir.site import Site
 
 SHRINKAGE = 1e-3  # of the mean square of a feature
 ENUMERATED = 64  # at most this many sets are tried exhaustively
@@ -51,15 +52,17 @@ class Surgeon:
             found[len(places)] = places
         return found
 
-    def error(self, places: Sequence[int], compensate: str = "least-squares") -> float:
-        """Squared error with only these heads, relative to the targets, with weights according to ``compensate``."""
-        if compensate == "least-squares":
-            a, r, features = self._system(places)
-            return self.moments.of(features).error(torch.linalg.solve(a, r))
+    def error(self, places: Sequence[int]) -> float:
+        """Squared error with only these heads and the best weights for them, relative to the targets."""
+        a, r, features = self._system(places)
+        return self.moments.of(features).error(torch.linalg.solve(a, r))
+
+    def error_unfitted(self, places: Sequence[int], mean: bool = False) -> float:
+        """The same with the weights that these heads have now; ``mean``: the bias makes up for the mean of the others."""
         features = self._features(places)
         weights = torch.zeros_like(self.today)
         weights[features] = self.today[features]
-        if compensate == "bias" and self.has_bias:
+        if mean and self.has_bias:
             wrong = self.moments.zy[-1] - self.moments.zz[-1] @ weights
             weights[-1] = wrong / self.moments.zz[-1, -1]
         return self.moments.error(weights)
@@ -103,3 +106,10 @@ class Surgeon:
             s = slice(i * self.width, (i + 1) * self.width)
             found.append(float((weights[s] * torch.linalg.solve(inverse[s, s], weights[s])).sum()))
         return found
+
+
+def surgeon_of(site: Site) -> Surgeon:
+    """The least squares of the site's layer over all calibration data.  Raises CalibrationError."""
+    today = fittable_weights(site)
+    moments = combined(LayerMoments().of(site))
+    return Surgeon(moments, today, site.num_heads, site.value_dim, site.out_bias() is not None)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attnopt.errors import CalibrationError
-from attnopt.fit.compensation import surgeon_of
+from attnopt.fit.block_obs import surgeon_of
 from attnopt.fit.least_squares import output_weights
 from attnopt.ir.activations import Activations
 from attnopt.ir.site import Site
+from attnopt.ir.statistic import Statistic
 
 
 def weight_norms(site: Site) -> list[float]:
@@ -42,19 +44,19 @@ def output_norms(site: Site) -> list[float]:
 
 def fluctuations(site: Site) -> list[float]:
     """FLAP (arXiv:2312.11983): the variance of each feature over tokens times its output weights' squared norm."""
-    mean, square, _ = _feature_moments(site)
+    mean, square = FeatureMoments().of(site)
     return ((square - mean.square()) * output_maps(site).square().sum(-1)).sum(-1).tolist()
 
 
 def wanda(site: Site) -> list[float]:
     """Wanda (arXiv:2306.11695): absolute output weight times the feature's root mean square, summed over the head."""
-    _, square, _ = _feature_moments(site)
+    _, square = FeatureMoments().of(site)
     return (square.sqrt() * output_maps(site).abs().sum(-1)).sum(-1).tolist()
 
 
 def mean_outputs(site: Site) -> Tensor:
     """[H, Dv] in float64: mean output of each head over the calibration tokens without padding."""
-    return _feature_moments(site)[0]
+    return FeatureMoments().of(site)[0]
 
 
 def removal_costs(site: Site) -> list[float]:
@@ -111,12 +113,15 @@ def _outputs(site: Site) -> Iterator[Tensor]:
         yield z.transpose(1, 2)[operands.real].double()
 
 
-def _feature_moments(site: Site) -> tuple[Tensor, Tensor, int]:
-    """Mean and mean square [H, Dv] of the head outputs, and the number of tokens."""
-    total, square, tokens = torch.zeros(()), torch.zeros(()), 0
-    for z in _outputs(site):
-        total, square, tokens = total + z.sum(0), square + z.square().sum(0), tokens + len(z)
-    return total / tokens, square / tokens, tokens
+@dataclass(frozen=True)
+class FeatureMoments(Statistic[tuple[Tensor, Tensor]]):
+    """Mean and mean square [H, Dv] of the head outputs, in float64."""
+
+    def measure(self, site: Site) -> tuple[Tensor, Tensor]:
+        total, square, tokens = torch.zeros(()), torch.zeros(()), 0
+        for z in _outputs(site):
+            total, square, tokens = total + z.sum(0), square + z.square().sum(0), tokens + len(z)
+        return total / tokens, square / tokens
 
 
 def _weights(site: Site) -> Iterator[tuple[Tensor, Tensor]]:

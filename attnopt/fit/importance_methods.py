@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
+from attnopt.base.options import numbers
 from attnopt.base.registry import Registry
-from attnopt.errors import CalibrationError
+from attnopt.errors import CalibrationError, PolicyError
 from attnopt.fit import head_scores
+from attnopt.fit.block_obs import surgeon_of
 from attnopt.ir.blame import blamed, fault, is_ours
 from attnopt.ir.importance import Importance
+from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 
 
@@ -22,6 +26,10 @@ class Weights(Importance):
 
     name: ClassVar[str] = "weights"
     needs: ClassVar[tuple[str, ...]] = ("v", "out")
+
+    @property
+    def told(self) -> str:
+        return "the norm of value times output weights"
 
     def scores(self, site: Site) -> Sequence[float]:
         return head_scores.weight_norms(site)
@@ -67,6 +75,10 @@ class Obs(Importance):
     needs: ClassVar[tuple[str, ...]] = ("out",)
     needs_calibration: ClassVar[bool] = True
 
+    @property
+    def told(self) -> str:
+        return "block OBS"
+
     def scores(self, site: Site) -> Sequence[float]:
         return head_scores.removal_costs(site)
 
@@ -104,9 +116,70 @@ class Random(Importance):
         return torch.rand(site.num_heads, generator=generator).tolist()
 
 
+Numbers = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Given(Importance):
+    """One number for each head, the same for all sites or ``of_site``: pairs of a site's name and its numbers."""
+
+    name: ClassVar[str] = "given"
+    everywhere: Numbers = ()
+    of_site: tuple[tuple[str, Numbers], ...] = ()
+
+    @classmethod
+    def of(cls, plain: Any) -> Given:
+        """From what ``plain_scores`` gave."""
+        return cls(of_site=plain) if _is_pairs(plain) else cls(everywhere=plain)
+
+    @property
+    def told(self) -> str:
+        return "the given importance"
+
+    def check(self, site: Site) -> Refusal | None:
+        count, found = site.trained_heads, self._at(site)
+        if found is None:
+            return site.refuse("no-such-site-size", expected=f"importance scores for {site.name}", found="none")
+        if len(found) == count or (self.of_site and len(found) == site.num_heads):
+            return None
+        expected = f"one importance score per head ({count})"
+        return site.refuse("no-such-site-size", expected=expected, found=f"{len(found)} numbers")
+
+    def scores(self, site: Site) -> Sequence[float]:
+        found = self._at(site)
+        assert found is not None
+        return found if len(found) == site.num_heads else [found[h] for h in site.spec.heads]
+
+    def _at(self, site: Site) -> Numbers | None:
+        return dict(self.of_site).get(site.name) if self.of_site else self.everywhere
+
+
+def plain_scores(owner: str, given: Any) -> Numbers | tuple[tuple[str, Numbers], ...]:
+    """Numbers, or a mapping from sites to numbers, in comparable and serializable form.  Raises PolicyError."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else list(given) if _is_pairs(given) else None
+    if pairs is None:
+        return numbers(owner, "importance", given)
+    named = {site: scores for site, scores in pairs if isinstance(site, str)}
+    if not named or len(named) < len(pairs):
+        raise PolicyError(
+            f"{owner}: invalid value importance={given!r}: expected a sequence of numbers, a mapping from site "
+            "names to such sequences, or the name of a method"
+        )
+    return tuple((site, numbers(owner, "importance", scores)) for site, scores in named.items())
+
+
+def _is_pairs(given: Any) -> bool:
+    return (
+        isinstance(given, (list, tuple))
+        and bool(given)
+        and all(isinstance(g, (list, tuple)) and len(g) == 2 for g in given)
+    )
+
+
+KIND = "importance method"
 IMPORTANCE = Registry(
     "attnopt.importance",
-    "importance method",
+    KIND,
     Importance,  # type: ignore[type-abstract]
     {kind.name: kind for kind in (Weights, OutputNorm, Flap, Wanda, Obs, Entropy, Locality, Random)},
     lambda cls: getattr(cls, "name", None),
@@ -114,21 +187,36 @@ IMPORTANCE = Registry(
 
 
 def scores_at(site: Site, method: str, seed: int = 0) -> tuple[float, ...]:
-    """One number for each head that is left, higher means keep.
+    """``scored`` by name; ``seed``: of "random".  Raises PolicyError for an unknown method."""
+    how = IMPORTANCE.make(method)
+    return scored(Random(seed) if isinstance(how, Random) else how, site)
 
-    ``seed``: of "random".  Raises PolicyError for an unknown method, CalibrationError, PluginError.
-    """
-    kind = IMPORTANCE.load(method)
-    how = Random(seed) if kind is Random else kind()
-    with blamed(how, "importance method", "scores", site.name):
+
+def scored(how: Importance, site: Site) -> tuple[float, ...]:
+    """One number for each head that is left, higher means keep.  Raises CalibrationError, PluginError."""
+    with blamed(how, KIND, "scores", site.name):
         found = tuple(map(float, how.scores(site)))
     if len(found) != site.num_heads:
         wrong = f"scores gave {len(found)} numbers, expected one for each of {site.num_heads} heads"
-        raise fault(how, "importance method", wrong, site.name)
+        raise fault(how, KIND, wrong, site.name)
     if not all(map(math.isfinite, found)):
         if not is_ours(how):
-            raise fault(how, "importance method", f"scores gave {found}, expected finite numbers", site.name)
+            raise fault(how, KIND, f"scores gave {found}, expected finite numbers", site.name)
         raise CalibrationError(
-            f"its {method} on the calibration data is not finite", site=site.name, hint="leave such batches out"
+            f"its {how.name} on the calibration data is not finite", site=site.name, hint="leave such batches out"
         )
     return found
+
+
+def best_heads(
+    how: Importance, site: Site, counts: Sequence[int], protected: Collection[int] = ()
+) -> dict[int, tuple[int, ...]]:
+    """For each of ``counts`` the heads to keep; of equal ones the first.  Raises CalibrationError, PluginError."""
+    heads = site.spec.heads
+    if isinstance(how, Obs):  # what one head is worth depends on the others
+        places = [p for p, h in enumerate(heads) if h in protected]
+        nested = surgeon_of(site).nested(places, min(counts))
+        return {n: tuple(heads[p] for p in nested[n]) for n in counts}
+    value = dict(zip(heads, scored(how, site), strict=True))
+    ranked = sorted(heads, key=lambda h: (h in protected, value[h], -h), reverse=True)
+    return {n: tuple(sorted(ranked[:n])) for n in counts}

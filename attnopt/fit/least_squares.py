@@ -18,6 +18,7 @@ from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.projection import Projected
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.statistic import Statistic
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean square of a feature
 STEPS = (1.0, 0.5, 0.25)  # of the way from the old weights to the new ones
@@ -64,27 +65,40 @@ def output_weights(site: Projected, original: Projected | None = None) -> Tensor
     return torch.cat([*found, moved[None]])
 
 
+def fittable_weights(site: Site) -> Tensor:
+    """``output_weights``.  Raises CalibrationError if they cannot be fitted."""
+    weights = output_weights(site, site.original)
+    if site.activations is None or weights is None or not site.projections["out"].direct:
+        raise CalibrationError(
+            "fitting its output projection needs calibration data, known columns and heads that reach it unchanged",
+            site=site.name,
+            hint="pass calibration= to attnopt.optimize",
+        )
+    return weights
+
+
 def with_ones(z_BHLD: Tensor, counted: Tensor) -> Tensor:
     """[tokens, H * Dv + 1] in float64."""
     z = z_BHLD.transpose(1, 2)[counted].flatten(1).double()
     return torch.cat([z, torch.ones_like(z[:, :1])], 1)
 
 
-def moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
-    """Of the current outputs of the heads of ``spec`` against the output of the layer in the original model: on the
-    tokens to fit on, and on the held-out ones."""
-    return now.once("moments", spec, lambda: _moments(now, spec))
+@dataclass(frozen=True)
+class LayerMoments(Statistic[tuple[Moments, Moments]]):
+    """Of the heads' outputs against the output of the layer in the original model: on the tokens to fit on, and on the
+    held-out ones."""
 
-
-def _moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
-    wanted = output_weights(now.site)
-    assert wanted is not None
-    fitting, held = Sums(), Sums()
-    counts = zip(now.counted(False), now.counted(True), strict=True)
-    for z, y, (fit_on, hold) in zip(now.outputs(spec), now.given, counts, strict=True):
-        for sums, counted in ((fitting, fit_on), (held, hold)):
-            sums.add(with_ones(z, counted), with_ones(y, counted) @ wanted)
-    return fitting.moments(), held.moments()
+    def measure(self, site: Site) -> tuple[Moments, Moments]:
+        now = site.activations
+        assert now is not None
+        wanted = output_weights(now.site)
+        assert wanted is not None
+        fitting, held = Sums(), Sums()
+        counts = zip(now.counted(False), now.counted(True), strict=True)
+        for z, y, (fit_on, hold) in zip(now.outputs(site.spec), now.given, counts, strict=True):
+            for sums, counted in ((fitting, fit_on), (held, hold)):
+                sums.add(with_ones(z, counted), with_ones(y, counted) @ wanted)
+        return fitting.moments(), held.moments()
 
 
 class Sums:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from attnopt.ir.reference import reference
 from attnopt.ir.semantics import edited
 from attnopt.ir.spec import AttentionSpec
 
-T = TypeVar("T")
 HELD_BACK = 8  # one sequence in this many; with fewer sequences, this fraction at the end of each
 
 
@@ -35,7 +34,7 @@ class Activations:
     edits: tuple[HeadWeights, ...] = ()
     first: Activations | None = None  # with the original weights, if different
     calls: int = 1  # of the site's weights: ``batches`` lists those of one call, then those of the next
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # cached results
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # by statistic and spec
 
     @property
     def original(self) -> Activations:
@@ -50,13 +49,6 @@ class Activations:
         if inner:
             batches = tuple(self.compute(everything, first_alone))
         return replace(self, batches=batches, edits=everything, first=self.original, memo={})
-
-    def once(self, what: str, spec: AttentionSpec, find: Callable[[], T]) -> T:
-        """``find()``, which depends only on these activations and ``spec``, cached."""
-        if (what, spec) not in self.memo:
-            self.memo[what, spec] = find()
-        found: T = self.memo[what, spec]
-        return found
 
     @cached_property
     def given(self) -> list[Tensor]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 
 
@@ -15,6 +16,15 @@ class Importance(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()  # the projections ("q", "k", "v", "out") whose rows have to be known
     needs_calibration: ClassVar[bool] = False  # ``scores`` reads ``site.activations``
+
+    @property
+    def told(self) -> str:
+        """What the report says that heads were removed by."""
+        return f"the importance {self.name}"
+
+    def check(self, site: Site) -> Refusal | None:
+        """Why it does not apply to ``site``, or None."""
+        return None
 
     @abstractmethod
     def scores(self, site: Site) -> Sequence[float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import ClassVar
 
+from attnopt.ir.activations import merged
 from attnopt.ir.attend import Attend
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
@@ -20,6 +21,11 @@ class Rewrite(SiteEdit):
     """The result of a pass."""
 
     notes: tuple[str, ...] = ()  # notes for the report: which default was used, what was not saved, ...
+
+    def then(self, other: Rewrite) -> Rewrite:
+        """Both, one after the other."""
+        bias = self.out_bias if other.out_bias is None else other.out_bias
+        return Rewrite(other.spec, merged(self.edits, other.edits), bias, (*self.notes, *other.notes))
 
 
 class Pass(ABC):

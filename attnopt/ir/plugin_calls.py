@@ -12,12 +12,18 @@ from torch import Tensor
 from attnopt.errors import PluginError
 from attnopt.ir.attend import Attend
 from attnopt.ir.blame import blamed, check_output, fault
+from attnopt.ir.compensation import Compensation
+from attnopt.ir.importance import Importance
 from attnopt.ir.interfaces import Backend, Pass, Rewrite
+from attnopt.ir.kv_merge import KvMerge
+from attnopt.ir.kv_partition import KvPartition
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import edited
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.spec_rules import broken_rules
+
+Part = Importance | KvPartition | KvMerge | Compensation
 
 
 def check(p: Pass, site: Site) -> Refusal | None:
@@ -27,6 +33,12 @@ def check(p: Pass, site: Site) -> Refusal | None:
         raise fault(p, "pass", "its class is not a dataclass (its fields are the options)", site.name)
     with blamed(p, "pass", "check", site.name):
         return _refusal(p.check(site))
+
+
+def check_part(part: Part, kind: str, site: Site) -> Refusal | None:
+    """The answer of a part of a pass.  Raises PluginError."""
+    with blamed(part, kind, "check", site.name):
+        return _refusal(part.check(site))
 
 
 def rewrite(p: Pass, site: Site) -> Rewrite:

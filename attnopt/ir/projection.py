@@ -53,12 +53,23 @@ class Projected:
         return self.spec.num_kv_heads
 
     @property
+    def trained_heads(self) -> int:
+        """The number of query heads in the trained model, according to the projections or the remaining heads."""
+        known = [len(p.rows) for role in ("q", "out") if (p := self.projections.get(role)) and p.rows is not None]
+        return max([*known, *(h + 1 for h in self.spec.heads)])
+
+    @property
     def head_dim(self) -> int:
         return self.spec.head_dim
 
     @property
     def value_dim(self) -> int:
         return self.spec.value_dim
+
+    def knows(self, *roles: str) -> bool:
+        """Whether the rows of these projections are known, and the output projection, if asked, reads head outputs alone."""
+        found = [self.projections.get(role) for role in roles]
+        return all(p is not None and p.rows is not None and p.direct for p in found)
 
     def head_weight(self, role: str, head: int) -> Tensor | None:
         """Rows of one head in the projection ``role`` ("q", "k", "v"): [D, in], or its columns for "out": [Dv, out].

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from attnopt.ir.activations import Activations
+from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.projection import Projected
 from attnopt.ir.refusal import Refusal
+from attnopt.ir.site_edit import SiteEdit
 
 Alignment = Literal["first", "last", "none"]
 
@@ -46,6 +48,16 @@ class Site(Projected):
     def refuse(self, code: str, *, expected: str = "", found: object = "", hint: str = "") -> Refusal:
         """A refusal that refers to this site."""
         return Refusal(code, expected, str(found), self.where, hint)
+
+    def edited(self, made: SiteEdit) -> Site:
+        """As it is with this edit: the next pass sees this one."""
+        now = self.activations
+        return replace(
+            self,
+            spec=made.spec,
+            parameters={**self.parameters, **edited_parameters(self, made.edits, made.out_bias)},
+            activations=None if now is None else now.edited(made.edits),
+        )
 
     def without_activations(self) -> Site:
         return replace(self, activations=None)

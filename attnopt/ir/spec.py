@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attnopt.ir.constant import Constant
@@ -116,6 +116,19 @@ class AttentionSpec:
             seen_as=None if self.seen_as is None else self.seen_as.for_heads(places),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
+
+    def merging(self, groups: Sequence[Sequence[int]]) -> AttentionSpec:
+        """The same attention with one K/V head for each group (original numbers), which has the number of the first."""
+        place = {h: n for n, group in enumerate(groups) for h in group}
+        return replace(
+            self,
+            kv_heads=tuple(group[0] for group in groups),
+            kv_of_head=tuple(place[self.kv_heads[g]] for g in self.kv_of_head),
+        )
+
+    def reading(self, kv_of_head: Iterable[int]) -> AttentionSpec:
+        """The same attention with other K/V heads (their places) for its heads."""
+        return replace(self, kv_of_head=tuple(kv_of_head))
 
     def scaled(self, gains: Mapping[int, float]) -> AttentionSpec:
         """The same attention with the outputs of these heads multiplied by their gains."""

@@ -22,6 +22,7 @@ from attnopt.graph.nodes import aten, shape, value
 from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
 from attnopt.graph.select import restrict, spread
+from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Backend
@@ -53,6 +54,12 @@ class Plan(SiteEdit):
     def changes_nothing(self) -> bool:
         """The spec of the site is unchanged: the plan only fuses it."""
         return self.spec == self.found.raised.spec and not self.edits and self.out_bias is None
+
+    @property
+    def rows(self) -> float:
+        """The fraction of (query, head) pairs that are computed."""
+        route = self.spec.route
+        return route.share if route is not None and self.backend.skips_rows else 1.0
 
 
 def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
@@ -197,35 +204,6 @@ def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mappi
         return attend(q, k, v, bias=found["bias"], mask=found["mask"], sinks=found["sinks"])
 
     return emit.inline(call, *(node for node in operands.values() if node is not None), *held)
-
-
-def edited_parameters(site: Site, edits: Sequence[HeadWeights], out_bias: Tensor | None = None) -> dict[str, Tensor]:
-    """Whole parameters with the edited heads in place, by name."""
-    made: dict[str, Tensor] = {}
-    if out_bias is not None:
-        name = site.projections["out"].bias
-        assert name is not None
-        made[name] = out_bias.to(site.parameters[name].dtype)
-    for edit in edits:
-        p = site.projections[edit.role]
-        assert p.rows is not None
-        assert p.weight is not None
-        rows = list(p.rows[edit.head])
-        _write(made, site, p.weight, rows, edit.weight, by_column=p.transposed != (edit.role == "out"))
-        if edit.bias is not None and p.bias is not None and edit.role != "out":
-            _write(made, site, p.bias, rows, edit.bias, by_column=False)
-    return made
-
-
-def _write(made: dict[str, Tensor], site: Site, name: str, rows: list[int], new: Tensor, by_column: bool) -> None:
-    if name not in made:
-        made[name] = site.parameters[name].detach().clone()
-    target = made[name]
-    index = torch.as_tensor(rows, device=target.device)
-    if by_column:
-        target[:, index] = new.to(target.dtype).mT.reshape(target[:, index].shape)
-    else:
-        target[index] = new.to(target.dtype).reshape(target[index].shape)
 
 
 def _edit_output(

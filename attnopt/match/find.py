@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from attnopt.base.debug import debugging
 from attnopt.base.sizes import is_static
 from attnopt.capture.flex_attention import is_flex, is_written_out, why_unread
 from attnopt.capture.program import Program
@@ -112,6 +113,8 @@ def find(program: Program) -> Findings:
             else:
                 near += [miss for n in _beside(node) for miss in _in_onnx_runtime(gm, n, every=True)[:1]]
         except Exception as e:
+            if debugging() and not _is_empty(node):
+                raise
             rejected.append(Rejected(node, _defeated(node, e), node, True))
             near.append(rejected[-1].told)
     return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread), tuple(rejected))
@@ -179,11 +182,11 @@ _BLIND = f"if the example inputs mask every key of some query, as left padding d
 
 
 def _defeated(node: fx.Node, e: Exception) -> Refusal:
-    if 0 in (sizes := shape(node)):
+    if _is_empty(node):
         return Refusal(
             "no-elements",
             "non-empty scores",
-            f"scores of {' x '.join(map(str, sizes))}",
+            f"scores of {' x '.join(map(str, shape(node)))}",
             source_line(node),
             "pass example inputs with at least one sequence and one token",
         )
@@ -194,6 +197,10 @@ def _defeated(node: fx.Node, e: Exception) -> Refusal:
         source_line(node),
         "please report the model: this is a gap in matching, and the attention was left unchanged",
     )
+
+
+def _is_empty(node: fx.Node) -> bool:
+    return 0 in shape(node)
 
 
 def _owner(region: Region) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -382,7 +384,20 @@ def test_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("axis")
 
     monkeypatch.setattr("attnopt.match.find.recognise", broken)
+    monkeypatch.delenv("ATTNOPT_DEBUG")
     assert generic(missed(Scored(lambda s: s))) == OTHERS["not-understood"]
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_a_fault_of_the_matcher_surfaces_where_it_is_debugged(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("axis")
+
+    assert os.environ["ATTNOPT_DEBUG"] == "1", "in every test"
+    monkeypatch.setattr("attnopt.match.find.recognise", broken)
+    monkeypatch.setenv("ATTNOPT_DEBUG", value)
+    with pytest.raises(KeyError, match="axis") if value == "1" else contextlib.nullcontext():
+        assert missed(Scored(lambda s: s)).code == "not-understood"
 
 
 def only_miss(model: nn.Module, *args: Tensor) -> str:

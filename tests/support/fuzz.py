@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
+os.environ["ATTNOPT_DEBUG"] = "1"  # a fault of the matcher crashes its case, instead of counting as a miss
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every process has one core
 
 import torch

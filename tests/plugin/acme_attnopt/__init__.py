@@ -1,4 +1,4 @@
-"""A whole plugin for attnopt: a pass, a backend, a pattern, a head edit, a block score, an importance method, a KV merge."""
+"""A whole plugin for attnopt: an example of each kind."""
 
 from acme_attnopt.clipped import Clip, Clipped
 from acme_attnopt.every import Every
@@ -6,6 +6,9 @@ from acme_attnopt.key_norm import KeyNorm
 from acme_attnopt.l1 import L1
 from acme_attnopt.last_k import LastK
 from acme_attnopt.median import Median
+from acme_attnopt.peak import Peak
 from acme_attnopt.plain import Plain
+from acme_attnopt.rescale import Rescale
+from acme_attnopt.strided import Strided
 
-__all__ = ["L1", "Clip", "Clipped", "Every", "KeyNorm", "LastK", "Median", "Plain"]
+__all__ = ["L1", "Clip", "Clipped", "Every", "KeyNorm", "LastK", "Median", "Peak", "Plain", "Rescale", "Strided"]

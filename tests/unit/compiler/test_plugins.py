@@ -149,6 +149,14 @@ def test_unknown_names() -> None:
         plugins.load_backend("zzz")
 
 
+def test_a_fault_of_our_own_pass_surfaces_where_it_is_debugged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalWindow, "typical", classmethod(lambda cls: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        plugins.typical_pass("local-window")
+    monkeypatch.delenv("ATTNOPT_DEBUG")
+    assert plugins.typical_pass("local-window") is None
+
+
 def test_listing_is_data() -> None:
     rows = {d.name: d for d in plugins.describe()}
     assert rows["local-window"].options == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.fit.block_obs import Surgeon
-from attnopt.fit.kv_partition import adjacent, agglomerated, optimal, queries_by_norm
+from attnopt.fit.kv_search import adjacent, agglomerated, optimal, queries_by_norm
 from attnopt.fit.least_squares import Moments, ridge
+from attnopt.fit.merge_methods import KV_MERGES
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
 
 H, D = 4, 4
@@ -203,6 +205,20 @@ def test_heads_in_another_basis_are_no_loss(merge: str) -> None:
     assert error(fast, model, new) < 1e-6
     mean = optimized(model, GroupedQuery(3, merge="mean", grouping=groups, compensate="none"), data)
     assert error(mean, model, new) > 1e-3
+
+
+def test_values_are_refined_for_the_output_weights_that_were_fitted_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = stack(1), batches()
+
+    def left() -> float:
+        found = re.search(r"held-out tokens .* -> ([\d.]+)", optimized(model, policy, data).report.sites[0].notes[1])
+        assert found is not None
+        return float(found[1])
+
+    policy = GroupedQuery(1, budget="site")
+    refined = left()
+    monkeypatch.setattr(KV_MERGES.load("score-optimal"), "refined", lambda *_: None)
+    assert refined < left()
 
 
 def test_better_methods_lose_less() -> None:

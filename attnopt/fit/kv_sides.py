@@ -1,4 +1,4 @@
-"""Merging key/value heads: the maps from each head to the shared one, and the loss.
+"""Keys and values of all heads: the maps from each head to a shared one, and what is lost.
 
 Keys of head g are seen as ``N_g = K_g S_g``, where S_g S_g' is the second moment of the queries that read them, so that an
 error in N_g is an error in the scores.  A shared key ``c = sum_g N_g U_g`` with U the leading eigenvectors of the group's
@@ -15,9 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnopt.fit.absorbable_maps import Mixing, as_real
+from attnopt.fit.absorbable_maps import Mixing, ScoreMixing, as_real
+from attnopt.fit.least_squares import require_tokens
 from attnopt.ir.activations import Activations
+from attnopt.ir.kv_partition import Group, Loss
 from attnopt.ir.site import Site
+from attnopt.ir.statistic import Statistic
 
 FLOOR = 1e-6  # of the largest eigenvalue: smaller ones are clamped to it
 
@@ -92,7 +95,34 @@ class Side:
         return turn
 
 
-def keys_of(site: Site, activations: Activations, mixing: Mixing, weighted: bool) -> Side:
+@dataclass(frozen=True)
+class Sides(Statistic[tuple[Side, Side]]):
+    """Keys and values.  ``weighted``: by the queries and by the output projection.  Raises CalibrationError."""
+
+    weighted: bool
+
+    def measure(self, site: Site) -> tuple[Side, Side]:
+        mixing, now = ScoreMixing().of(site), site.activations
+        assert mixing is not None
+        assert now is not None
+        require_tokens(site, now)
+        return _keys(site, now, mixing, self.weighted), _values(site, now, self.weighted)
+
+
+def loss_at(site: Site, weighted: bool) -> Loss:
+    """What merging the heads (original numbers) of each group loses of the keys and of the values, measured at its first
+    call."""
+    place = {h: n for n, h in enumerate(site.spec.kv_heads)}
+
+    def loss(groups: Sequence[Group]) -> Tensor:
+        keys, values = Sides(weighted).of(site)
+        places = [[place[h] for h in group] for group in groups]
+        return keys.loss(places) + values.loss(places)
+
+    return loss
+
+
+def _keys(site: Site, activations: Activations, mixing: Mixing, weighted: bool) -> Side:
     """Keys, centred in each sequence (a common offset does not change the attention).  ``weighted``: by the queries."""
     spec = site.spec
     G, D = site.num_kv_heads, site.head_dim
@@ -115,7 +145,7 @@ def keys_of(site: Site, activations: Activations, mixing: Mixing, weighted: bool
     return Side(s.T @ k_moments @ s, scale, inverse, D)
 
 
-def values_of(site: Site, activations: Activations, weighted: bool) -> Side:
+def _values(site: Site, activations: Activations, weighted: bool) -> Side:
     """Values as attention mixes them, the mean over the heads' mixtures.  ``weighted``: by the output projection."""
     spec = site.spec
     G, D = site.num_kv_heads, site.value_dim

@@ -1,4 +1,4 @@
-"""Which key/value heads become one."""
+"""Searches for the key/value heads that lose least as one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import combinations, pairwise
 
-import torch
+from attnopt.ir.kv_partition import Group, Loss
 
-Group = tuple[int, ...]
-Loss = Callable[[Sequence[Group]], torch.Tensor]  # groups of equal size -> the loss of each
 SEARCHED = 800  # at most this many groups in the exact search
 
 
