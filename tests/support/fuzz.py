@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -14,9 +13,9 @@ from multiprocessing import get_context
 os.environ["ATTNOPT_DEBUG"] = "1"  # a fault of the matcher crashes its case, instead of counting as a miss
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every process has one core
 
-import torch
+from fuzzing.chunks import chunk
 from fuzzing.figures import Figures
-from fuzzing.grammar import Case, draw, to_json
+from fuzzing.grammar import Case, to_json
 from fuzzing.laws import Outcome, checked
 from fuzzing.shrinking import shrunk
 from fuzzing.stored import store
@@ -58,15 +57,6 @@ def _run(seed: int, first: int, last: int, jobs: int) -> Iterator[list[Outcome]]
             waiting = [pool.submit(chunk, seed, n, min(n + CHUNK, end)) for n in range(start, end, CHUNK)]
             for done in as_completed(waiting):
                 yield done.result()
-
-
-def chunk(seed: int, first: int, last: int) -> list[Outcome]:
-    """The outcomes of the cases with these numbers."""
-    torch.set_num_threads(1)
-    gc.disable()  # a fifth of the time: tracing makes many objects that live through a case
-    made = [checked(draw(seed, n)) for n in range(first, last)]
-    gc.collect()
-    return made
 
 
 def _fails_like(o: Outcome) -> Callable[[Case], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import warnings
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.base.closeness import TOLERANCE, difference
+from attnopt.base.compile_lock import compiling
 from attnopt.capture.capture import capture
 from attnopt.passes import DynamicSparse, Fuse, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import Blocks, Causal, Sinks
@@ -203,3 +205,17 @@ def test_a_model_runs_while_another_is_optimized() -> None:
         serving.result()
     assert runs
     assert all(runs)
+
+
+def test_garbage_is_searched_for_as_before() -> None:
+    own = gc.get_threshold()
+    with pytest.raises(KeyError), compiling(), compiling():
+        assert gc.get_threshold()[0] > own[0]
+        raise KeyError
+    assert gc.get_threshold() == own
+    gc.set_threshold(0)  # the user has turned it off
+    try:
+        with compiling():
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*own)

@@ -58,7 +58,7 @@ def test_stream_holds_one_layer_however_deep_the_model_is() -> None:
 
 def test_decisions_hold_new_weights_once_and_in_the_precision_of_the_model() -> None:
     model, data = stack(), batches()
-    made = compiled(model, GroupedQuery(2), ((data[0],), {}), [((x,), {}) for x in data], Options())
+    made = compiled(model, GroupedQuery(2), CallInputs((data[0],), {}), [CallInputs((x,), {}) for x in data], Options())
     for d in made.decisions:
         assert d.plan is not None
         assert d.plan.edits
