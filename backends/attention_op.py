@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnopt.backends import block_gather, flex, native, row_gather
 from attnopt.base.user_warning import warn
-from attnopt.ir.operands import ROLES, Operands
+from attnopt.ir.operands import ROLES, OperandTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import parse
 from attnopt.patterns.registry import PATTERNS
@@ -37,13 +37,13 @@ def forward(
     """See ``attnopt.backends.attention_operator``."""
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
-    operands = Operands(q, k, v, bias, mask, sinks, selected)
+    operands = OperandTensors(q, k, v, bias, mask, sinks, selected)
     if wanted is not None and q.device.type == "cpu":
         return row_gather.attend(spec, operands, wanted, _all_rows)
     return _all_rows(spec, operands)
 
 
-def _all_rows(spec: AttentionSpec, operands: Operands) -> Tensor:
+def _all_rows(spec: AttentionSpec, operands: OperandTensors) -> Tensor:
     q = operands.q
     if q.device.type == "cpu" and q.dtype != torch.float64:
         try:
@@ -107,12 +107,8 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed and name in given]
     with torch.enable_grad():
         leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in given.items()}
-        q, k, v, *others = (leaves.get(name) for name in names)
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        o = _in_torch(q).attend(ctx.spec, Operands(q, k, v, *others))
-        o = o + v.sum() * 0 if not o.requires_grad else o  # no query sees any key
+        o = _in_torch(leaves["q"]).attend(ctx.spec, OperandTensors(**leaves))
+        o = o + leaves["v"].sum() * 0 if not o.requires_grad else o  # no query sees any key
         of_leaves = [leaves[name] for name in wanted]
         found = torch.autograd.grad(o, of_leaves, grad, allow_unused=True, materialize_grads=True)
         grads = dict(zip(wanted, found, strict=True))

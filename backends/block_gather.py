@@ -12,20 +12,20 @@ from torch import Tensor
 
 from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
-from attnopt.ir.operands import BLOCK, Operands
+from attnopt.ir.operands import BLOCK, OperandTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.block_layout import FULL_TILE, Layout
 
 
-def attend(spec: AttentionSpec, t: Operands) -> Tensor:
+def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     """``spec`` without its edits, at known lengths."""
     B, H, L, _ = t.q.shape
     out = t.v.new_zeros(B, H, -(-L // BLOCK) * BLOCK, t.v.shape[3])
     for pattern, heads in _by_pattern(spec.pattern, H):
         of_heads = torch.as_tensor(heads, device=t.q.device)
         kv = torch.as_tensor([spec.kv_of_head[h] for h in heads], device=t.q.device)
-        operands = Operands(
+        operands = OperandTensors(
             _blocks(t.q[:, of_heads], 2),
             _blocks(t.k[:, kv], 2),
             _blocks(t.v[:, kv], 2),
@@ -52,7 +52,7 @@ def _blocks(t: Tensor, axis: int) -> Tensor:
     return t.reshape(*t.shape[:axis], -1, BLOCK, *t.shape[axis + 1 :])
 
 
-def _rows(spec: AttentionSpec, t: Operands, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows(spec: AttentionSpec, t: OperandTensors, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
     """Block rows with the same number of visited blocks, together: (rows [n], output [B, H, n * BLOCK, Dv]).
 
     Queries, keys and values are blocks [B, H, blocks, BLOCK, D].

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from attnopt.ir.operands import Operands, selected_pairs
+from attnopt.ir.operands import OperandTensors, selected_pairs
 from attnopt.ir.semantics import heads_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Pattern
@@ -20,7 +20,7 @@ from attnopt.patterns.block_layout import Layout
 TILE = 128  # FlexAttention's own
 
 
-def attend(spec: AttentionSpec, t: Operands) -> Tensor:
+def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     """``spec`` without its edits."""
     H, L, S = t.q.shape[1], t.q.shape[2], t.k.shape[2]
     blocks = _block_mask(spec.pattern, H, L, S, t.q.device)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.base.atomic_files import cache_folder
-from attnopt.ir.operands import BLOCK, Operands
+from attnopt.ir.operands import BLOCK, OperandTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.block_layout import FULL_TILE
 from attnopt.patterns.query_order import order_of, ordered_layout
@@ -55,7 +55,7 @@ class _Table:
     arrays: tuple[NDArray[np.generic], ...]
 
 
-def attend(spec: AttentionSpec, t: Operands) -> Tensor:
+def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     """``spec`` without its edits, computed in float32 on CPU.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.

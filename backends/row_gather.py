@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.ir.operands import BLOCK, Operands, selected_pairs
+from attnopt.ir.operands import BLOCK, OperandTensors, selected_pairs
 from attnopt.ir.semantics import visible
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Full
 
-AllRows = Callable[[AttentionSpec, Operands], Tensor]
+AllRows = Callable[[AttentionSpec, OperandTensors], Tensor]
 
 
-def attend(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
+def attend(spec: AttentionSpec, t: OperandTensors, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
     """``spec`` without its edits where ``wanted_BHL``, anything finite elsewhere; ``all_rows`` computes what is
     gathered.
 
@@ -34,7 +34,7 @@ def attend(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRo
     return out
 
 
-def _gathered(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
+def _gathered(spec: AttentionSpec, t: OperandTensors, wanted_BHL: Tensor, all_rows: AllRows) -> Tensor:
     """[B, H, L, Dv]: the wanted rows of each head come first, and blocks without any of them are skipped."""
     B, H, L, _ = t.q.shape
     count = wanted_BHL.sum(2)
@@ -48,9 +48,10 @@ def _gathered(spec: AttentionSpec, t: Operands, wanted_BHL: Tensor, all_rows: Al
     blocks = torch.ones(1, 1, 1, _blocks(t.k.shape[2]), dtype=torch.bool, device=count.device)
     if seen is not None:
         blocks = _any_row(_of_rows(_any_key(seen.expand(*seen.shape[:3], t.k.shape[2])), rows))
-    q, mask, bias, sinks = (None if x is None else _of_rows(x, rows) for x in (t.q, seen, t.bias, t.sinks))
-    assert q is not None
-    part = Operands(q, t.k, t.v, bias, mask, sinks, (has_rows.unsqueeze(-1) & blocks).contiguous())
+    mask, bias, sinks = (None if x is None else _of_rows(x, rows) for x in (seen, t.bias, t.sinks))
+    part = OperandTensors(
+        _of_rows(t.q, rows), t.k, t.v, bias, mask, sinks, (has_rows.unsqueeze(-1) & blocks).contiguous()
+    )
     made = all_rows(replace(spec, pattern=Full()), part)
     return made.new_zeros(B, H, L, made.shape[3]).scatter_(2, rows.unsqueeze(-1).expand(made.shape), made)
 
@@ -83,7 +84,7 @@ def _blocks(length: int) -> int:
     return -(-length // BLOCK)
 
 
-def _of_heads(spec: AttentionSpec, t: Operands, heads: Sequence[int]) -> tuple[AttentionSpec, Operands]:
+def _of_heads(spec: AttentionSpec, t: OperandTensors, heads: Sequence[int]) -> tuple[AttentionSpec, OperandTensors]:
     """The attention of some heads only."""
     alone = spec.keeping(heads)
     at, groups = (torch.as_tensor(x, device=t.q.device) for x in (heads, alone.kv_heads))
@@ -91,7 +92,7 @@ def _of_heads(spec: AttentionSpec, t: Operands, heads: Sequence[int]) -> tuple[A
     def part(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dim() < 4 or x.shape[1] == 1 else x.index_select(1, at)
 
-    operands = Operands(
+    operands = OperandTensors(
         t.q.index_select(1, at),
         t.k.index_select(1, groups),
         t.v.index_select(1, groups),

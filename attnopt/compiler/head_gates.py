@@ -12,7 +12,7 @@ from attnopt.backends.reference import Reference
 from attnopt.graph.cleanup import sweep
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten
-from attnopt.ir.operands import ROLES
+from attnopt.ir.operands import operands_of
 from attnopt.lower.lower import copy_program, inline
 from attnopt.match.find import Found
 
@@ -34,8 +34,7 @@ def gated(gm: fx.GraphModule, found: Sequence[Found]) -> Gated:
         node, out = table[raised.node], table[raised.out]
         table[raised.region.out.node].replace_all_uses_with(out)
         emit = Emitter(module.graph, node, {"site": f.site.name})
-        operands = dict(zip(ROLES, (a if isinstance(a, fx.Node) else None for a in node.args), strict=True))
-        lowered = inline(emit, raised.spec, Reference(), operands)
+        lowered = inline(emit, raised.spec, Reference(), operands_of(node))
         gate = nn.Parameter(torch.ones(1, raised.spec.num_heads, 1, 1, device=f.site.device))
         gates[f.site.name] = gate
         module.register_parameter(f"gate_{n}", gate)

@@ -15,7 +15,7 @@ from attnopt.graph.interpreter import Forward, Interpreter, Schedule
 from attnopt.ir.activations import Activations
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_weights import HeadWeights
-from attnopt.ir.operands import ROLES, Operands
+from attnopt.ir.operands import OperandTensors
 from attnopt.match.find import Found
 from attnopt.match.prove import example_values
 
@@ -47,17 +47,11 @@ class Stream:
         read = _read_by(f)
         kept = [{n: values[n] for n in read if n in values} for values in environments]
 
-        def operands(values: Values, new: Mapping[str, Tensor]) -> Operands:
-            q, k, v, bias, mask, sinks = (
-                self._anew(operand, f.dirty.get(role, ()), values, new) if isinstance(operand, fx.Node) else None
-                for role, operand in zip(ROLES, f.raised.node.args, strict=True)
-            )
-            assert q is not None
-            assert k is not None
-            assert v is not None
-            return Operands(q, k, v, bias, mask, sinks)
+        def operands(values: Values, new: Mapping[str, Tensor]) -> OperandTensors:
+            t = f.raised.operands.map(lambda role, operand: self._anew(operand, f.dirty.get(role, ()), values, new))
+            return OperandTensors(t.q, t.k, t.v, t.bias, t.mask, t.sinks)
 
-        def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[Operands]:
+        def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[OperandTensors]:
             new = edited_parameters(f.site, [e for e in edits if e.role != "out"])
             with torch.no_grad():
                 return [operands(values, new) for values in kept[: 1 if first_alone else None]]

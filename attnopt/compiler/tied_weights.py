@@ -13,7 +13,7 @@ from attnopt.compiler.stream import Stream
 from attnopt.ir.activations import Activations
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Pass
-from attnopt.ir.operands import Operands
+from attnopt.ir.operands import OperandTensors
 from attnopt.match.find import Found
 
 Group = tuple[Found, ...]
@@ -55,7 +55,7 @@ def _joined(calls: Sequence[Activations]) -> Activations:
     if len(calls) == 1:
         return calls[0]
 
-    def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[Operands]:
+    def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[OperandTensors]:
         return [o for call in calls[: 1 if first_alone else None] for o in call.compute(edits, first_alone)]
 
     return Activations(calls[0].site, tuple(o for call in calls for o in call.batches), compute, calls=len(calls))

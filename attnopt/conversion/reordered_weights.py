@@ -121,7 +121,7 @@ def _tables(plan: Plan, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]
     """The same for parameters that a bias or a sink reads by head, as T5's relative positions [buckets, heads]."""
     heads = range(plan.found.raised.spec.num_heads)
     for role in ("bias", "sinks"):
-        node = plan.found.raised.operands[role]
+        node = plan.found.raised.operands.given.get(role)
         if node is None or shape(node)[1] != len(heads):
             continue
         each = [{x.node: x.selection for x in landings(node, {1: (h,)}) if _is_parameter(x.node)} for h in heads]

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
 from attnopt.graph.interpreter import Forward, Schedule
+from attnopt.ir.operands import operands_of
 from attnopt.ir.semantics import selected
 from attnopt.ir.spec import AttentionSpec
 
@@ -55,9 +56,7 @@ def measured(
         run = Forward(gm, dict(zip(placeholders, batch, strict=True)), schedule)
         for node in schedule.stops:
             run.up_to(node)
-            q, k, _, bias, mask, sinks = (run(x) if isinstance(x, fx.Node) else None for x in node.args)
-            assert q is not None
-            assert k is not None
+            t = operands_of(node).map(lambda _, operand: run(operand))  # noqa: B023
             with torch.no_grad():
-                found[node].append(kept_mass(q, k, specs[node], bias=bias, mask=mask, sinks=sinks))
+                found[node].append(kept_mass(t.q, t.k, specs[node], bias=t.bias, mask=t.mask, sinks=t.sinks))
     return {node: torch.cat(masses).mean(0) for node, masses in found.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.head_weights import HeadWeights
-from attnopt.ir.operands import Operands
+from attnopt.ir.operands import OperandTensors
 from attnopt.ir.projection import Projected
 from attnopt.ir.reference import reference
 from attnopt.ir.semantics import edited
@@ -20,7 +20,7 @@ from attnopt.ir.spec import AttentionSpec
 HELD_BACK = 8  # one sequence in this many; with fewer sequences, this fraction at the end of each
 
 
-Compute = Callable[[Sequence[HeadWeights], bool], Sequence[Operands]]  # weights; whether only for the first batch
+Compute = Callable[[Sequence[HeadWeights], bool], Sequence[OperandTensors]]  # weights; whether only for the first batch
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Activations:
     weights.  Padding tokens never count; every eighth sequence is held out to check fits."""
 
     site: Projected  # in the original model
-    batches: tuple[Operands, ...]
+    batches: tuple[OperandTensors, ...]
     compute: Compute
     edits: tuple[HeadWeights, ...] = ()
     first: Activations | None = None  # with the original weights, if different
@@ -92,7 +92,7 @@ def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[Head
     return (*(e for e in old if (e.role, e.head) not in replaced), *new)
 
 
-def _attend(spec: AttentionSpec, o: Operands) -> Tensor:
+def _attend(spec: AttentionSpec, o: OperandTensors) -> Tensor:
     def of_heads(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() < 4 or x.shape[1] == 1:
             return x

@@ -1,30 +1,69 @@
-"""The tensors that one attention is computed from."""
+"""What one attention is computed from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+T = TypeVar("T")
+U = TypeVar("U")
 ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of the canonical attention, in their order
 BLOCK = 64  # queries and keys per block of a selection
 
 
 @dataclass(frozen=True)
-class Operands:
-    """q [B, H, L, D], k [B, G, S, D], v [B, G, S, Dv]; bias and mask broadcast to [B, H, L, S], sinks to [B, H, L, 1].
+class Operands(Generic[T]):
+    """Nodes of a graph, tensors, or values of a file.
 
-    ``selected``, bool [B, H, ceil(L / BLOCK), ceil(S / BLOCK)], further hides blocks of keys from blocks of queries.
+    q [B, H, L, D], k [B, G, S, D], v [B, G, S, Dv]; bias and mask broadcast to [B, H, L, S], sinks to [B, H, L, 1].
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None = None
-    mask: Tensor | None = None
-    sinks: Tensor | None = None
+    q: T
+    k: T
+    v: T
+    bias: T | None = None
+    mask: T | None = None
+    sinks: T | None = None
+
+    @property
+    def given(self) -> dict[str, T]:
+        """Those that are there, by role."""
+        return {role: x for role, x in ((role, getattr(self, role)) for role in ROLES) if x is not None}
+
+    @property
+    def others(self) -> dict[str, T | None]:
+        """All but q, k and v: the keywords of ``Attend``."""
+        return {"bias": self.bias, "mask": self.mask, "sinks": self.sinks}
+
+    @classmethod
+    def of(cls, values: Sequence[T | None]) -> Operands[T]:
+        """In the order of ``ROLES``; those at the end may be missing."""
+        q, k, v, *rest = values
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        return Operands(q, k, v, *rest)
+
+    def map(self, make: Callable[[str, T], U]) -> Operands[U]:
+        """What ``make`` gives for the role and the value of each that is there."""
+        made = {role: make(role, x) for role, x in self.given.items()}
+        return Operands.of([made.get(role) for role in ROLES])
+
+
+def operands_of(call: fx.Node) -> Operands[fx.Node]:
+    """The operands of a call of the canonical attention."""
+    return Operands.of([x if isinstance(x, fx.Node) else None for x in call.args])
+
+
+@dataclass(frozen=True)
+class OperandTensors(Operands[Tensor]):
+    """``selected``, bool [B, H, ceil(L / BLOCK), ceil(S / BLOCK)], further hides blocks of keys from blocks of queries."""
+
     selected: Tensor | None = None
 
     @cached_property

@@ -26,7 +26,7 @@ from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Backend
-from attnopt.ir.operands import ROLES
+from attnopt.ir.operands import ROLES, Operands, operands_of
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.site import Site
 from attnopt.ir.site_edit import SiteEdit
@@ -133,7 +133,8 @@ def _attention(
 ) -> fx.Node:
     """The attention computed from operands with selected heads, propagated backward as far as possible."""
     node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
-    projected = {r: n for r, n in zip(ROLES, node.args, strict=True) if r in "qkv" and isinstance(n, fx.Node)}
+    operands = operands_of(node)
+    projected = {"q": operands.q, "k": operands.k, "v": operands.v}
     ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
     shared = forks(projected, ways)
     editing = {role: _edits_for(plan.found.site, edits, role) for role in ROLES}
@@ -142,24 +143,21 @@ def _attention(
     rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
     dirty = built_anew(shared, projected, ways) if rebuilt else []
     selectors = {
-        chosen: Selector(emit, weights, edited_parameters(plan.found.site, chosen), dirty, shared)
-        for chosen in set(editing.values())
+        new: Selector(emit, weights, edited_parameters(plan.found.site, new), dirty, shared)
+        for new in set(editing.values())
     }
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
-    operands: dict[str, fx.Node | None] = {}
-    for role, operand in zip(ROLES, node.args, strict=True):
-        if not isinstance(operand, fx.Node):
-            operands[role] = None
-            continue
+
+    def selected(role: str, operand: fx.Node) -> fx.Node:
         wanted = kept.get(role, {1: spec.heads} if shape(operand)[1] != 1 else {})
         select = selectors[editing[role]]
-        operands[role] = (
-            restrict(emit, select.select(operand, {}), trim(operand, wanted))
-            if plain
-            else select.select(operand, wanted)
-        )
-    lowered = inline(emit, spec, Reference() if plain else plan.backend, operands)
-    note_between([n for n in operands.values() if n is not None], lowered, Lowered(plan.found.site.name, spec))
+        if plain:
+            return restrict(emit, select.select(operand, {}), trim(operand, wanted))
+        return select.select(operand, wanted)
+
+    chosen = operands.map(selected)
+    lowered = inline(emit, spec, Reference() if plain else plan.backend, chosen)
+    note_between(chosen.given.values(), lowered, Lowered(plan.found.site.name, spec))
     return lowered
 
 
@@ -187,23 +185,17 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
 
 
-def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Mapping[str, fx.Node | None]) -> fx.Node:
-    given = [name for name, node in operands.items() if node is not None]
-    q = operands["q"]
-    assert q is not None
-    held = [emit.constant(c.tensor(value(q).device)) for c in spec.constants]
+def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> fx.Node:
+    given = operands.given
+    held = [emit.constant(c.tensor(value(operands.q).device)) for c in spec.constants]
 
     def call(*tensors: Tensor) -> Tensor:
-        found: dict[str, Tensor | None] = dict.fromkeys(operands)
-        found.update(zip(given, tensors[: len(given)], strict=True))
-        q, k, v = found["q"], found["k"], found["v"]
-        assert q is not None
-        assert k is not None
-        assert v is not None
+        of_role = dict(zip(given, tensors, strict=False))
+        t = operands.map(lambda role, _: of_role[role])
         attend = attention_of(backend, spec, tensors[len(given) :])
-        return attend(q, k, v, bias=found["bias"], mask=found["mask"], sinks=found["sinks"])
+        return attend(t.q, t.k, t.v, bias=t.bias, mask=t.mask, sinks=t.sinks)
 
-    return emit.inline(call, *(node for node in operands.values() if node is not None), *held)
+    return emit.inline(call, *given.values(), *held)
 
 
 def _edit_output(

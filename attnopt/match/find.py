@@ -242,16 +242,10 @@ def _describe(
     projections: dict[str, Projection] = {}
     dirty: dict[str, tuple[fx.Node, ...]] = {}
     for role, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
-        node = operands[role]
-        assert node is not None
-        projections[role], dirty[role] = read_projection(node, 1, heads, alone=role != "q")
+        projections[role], dirty[role] = read_projection(operands.given[role], 1, heads, alone=role != "q")
     projections["out"], op = _read_out(raised)
-    q, k, v = operands["q"], operands["k"], operands["v"]
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    related = relation(q, k, v, examples)
-    spec = replace(spec, is_cross=related in ("other", "inputs-apart"), positions=positions(q))
+    related = relation(operands.q, operands.k, operands.v, examples)
+    spec = replace(spec, is_cross=related in ("other", "inputs-apart"), positions=positions(operands.q))
     notes: tuple[str, ...] = ()
     if related == "assumed":
         notes += ("queries, keys and values are three inputs of the same length: assumed to be one sequence",)
@@ -262,9 +256,9 @@ def _describe(
             "queries with all keys masked (such as left padding under a causal mask) may differ from the "
             "model, which masks with a finite number",
         )
-    if keeps_a_mask(gm, (operands["bias"], operands["mask"])):
+    if keeps_a_mask(gm, (operands.bias, operands.mask)):
         notes += ("the model's own mask is kept: no pattern was proven equal to it at every length",)
-    device = value(q).device.type
+    device = value(operands.q).device.type
     if device == "meta":
         notes += ("verified on random weights: on the meta device the model has none",)
     site = Site(
@@ -274,10 +268,10 @@ def _describe(
         source_line(region.out.node),
         notes,
         parameters=parameters,
-        batch=shape(q)[0],
-        q_len=shape(q)[2],
-        kv_len=shape(k)[2],
-        is_dynamic=not (is_static(value(q).shape[2]) and is_static(value(k).shape[2])),
+        batch=shape(operands.q)[0],
+        q_len=shape(operands.q)[2],
+        kv_len=shape(operands.k)[2],
+        is_dynamic=not (is_static(value(operands.q).shape[2]) and is_static(value(operands.k).shape[2])),
         device=device,
         alignment=_ALIGNMENT.get(related, "first"),
     )

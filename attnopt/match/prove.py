@@ -53,12 +53,8 @@ def _error(run: _Slice, raised: Raised) -> float:
     run.inside = inside
     with torch.no_grad():
         want = run(call_behind(region.out.node))
-        operands = {n: None if o is None else run(o) for n, o in raised.operands.items()}
-        q, k, v = operands.pop("q"), operands.pop("k"), operands.pop("v")
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        run.values[raised.node] = Reference().lower(raised.spec)(q, k, v, **operands)
+        t = raised.operands.map(lambda _, operand: run(operand))
+        run.values[raised.node] = Reference().lower(raised.spec)(t.q, t.k, t.v, bias=t.bias, mask=t.mask, sinks=t.sinks)
         got = run(raised.out)
     blind = torch.isnan(want)
     return difference([got], [want.masked_fill(blind, 0.0)])

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from attnopt.graph.axes import Axis, resolve, resolve_all
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, dtype, shape
-from attnopt.ir.operands import ROLES
+from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
 from attnopt.match.projections import signature
@@ -44,8 +44,8 @@ class Raised:
     hides_for_good: bool = False
 
     @property
-    def operands(self) -> dict[str, fx.Node | None]:
-        return dict(zip(ROLES, self.node.args, strict=True))  # type: ignore[arg-type]
+    def operands(self) -> Operands[fx.Node]:
+        return operands_of(self.node)
 
 
 def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:

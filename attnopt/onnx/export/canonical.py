@@ -16,12 +16,11 @@ from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, dtype, is_call, shape, value
 from attnopt.graph.sdpa import SdpaArguments, call_arguments, sdpa_arguments
-from attnopt.ir.operands import ROLES, selected_pairs
+from attnopt.ir.operands import ROLES, Operands, selected_pairs
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.attention_calls import Lowered, lowered_at
 from attnopt.onnx.export.choose_form import OnnxSite
 from attnopt.onnx.export.mask_split import without_pattern
-from attnopt.onnx.export.operands import Operands
 from attnopt.patterns import Causal, Full, Pattern, parse
 
 

@@ -10,12 +10,12 @@ import torch
 
 from attnopt.errors import ExportError
 from attnopt.graph.emitter import Emitter
+from attnopt.ir.operands import Operands
 from attnopt.ir.spec import AttentionSpec
 from attnopt.onnx.export.builder import Builder
 from attnopt.onnx.export.canonical import Canonical
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.fused_ops import group_query
-from attnopt.onnx.export.operands import Operands
 from attnopt.onnx.export.write_form import evenly_shared, flat
 from attnopt.patterns import Pattern
 from attnopt.patterns.bands import Band

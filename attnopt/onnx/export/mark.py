@@ -11,13 +11,12 @@ from torch import Tensor, fx
 from attnopt.graph.cleanup import prune_unused_state, share, sweep
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import RESHAPES, aten, is_call, value
-from attnopt.ir.operands import ROLES
+from attnopt.ir.operands import ROLES, Operands
 from attnopt.lower.attention_calls import attention_calls
 from attnopt.lower.lower import copy_program
 from attnopt.onnx.export.canonical import Canonical, canonical, hidden_by_both
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, choose
 from attnopt.onnx.export.mask_split import soft_floor
-from attnopt.onnx.export.operands import Operands
 from attnopt.onnx.export.split_projections import apart
 from attnopt.patterns import Full, Pattern
 from attnopt.slicing.weight_store import Weights

@@ -16,11 +16,11 @@ from attnopt.capture.guards import relations
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import ancestors, aten, is_call, is_state
+from attnopt.ir.operands import Operands
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.complex_as_real import in_pairs
 from attnopt.onnx.export.grouped_matmul import grouped_products
 from attnopt.onnx.export.mark import DOMAIN, OP, Marked
-from attnopt.onnx.export.operands import Operands
 from attnopt.onnx.export.promote_dtypes import promoted
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from attnopt.onnx.export.operands import Operands
+from attnopt.ir.operands import Operands
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import TypeVar
 import onnx_ir as ir
 import torch
 
+from attnopt.ir.operands import Operands
 from attnopt.onnx.export.block_loop import blocks, gathered, is_one
 from attnopt.onnx.export.builder import Builder, before_swap
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, group_form, groups
 from attnopt.onnx.export.fused_ops import attention, group_query_attention, multi_head_attention
-from attnopt.onnx.export.operands import Operands
 from attnopt.onnx.export.values import Values
 
 X = TypeVar("X", bound=Operands[ir.Value])

@@ -19,7 +19,7 @@ import attnopt
 from attnopt.backends import Blocked, Reference, attention_op, block_gather, flex, native
 from attnopt.backends.attention_operator import attention
 from attnopt.errors import AttnoptWarning
-from attnopt.ir.operands import Operands
+from attnopt.ir.operands import OperandTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, PerHead, Sinks, Strided, Window
 from attnopt.patterns.query_order import order_of, ordered_layout
@@ -72,7 +72,7 @@ def test_both_forms_equal_the_reference(
     expected = run(Reference(), spec, t)
     near = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(run(Blocked(), spec, t), expected, **near)
-    gathered = block_gather.attend(spec, Operands(**t))
+    gathered = block_gather.attend(spec, OperandTensors(**t))
     torch.testing.assert_close(gathered, expected, **near)
 
 
@@ -90,7 +90,7 @@ def test_flex_attention_equals_the_reference(
 ) -> None:
     """FlexAttention as it is on a CPU: every pair is computed and looked up, so the tables are checked, not the skipping."""
     t = narrowed(tensors(spec, 2, L, S, torch.float32, seed), narrow)
-    got = flex.attend(spec, Operands(**t))
+    got = flex.attend(spec, OperandTensors(**t))
     torch.testing.assert_close(got, run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
     if not spec.has_mask:
         blocks = flex._block_mask(spec.pattern, 4, L, S, torch.device("cpu")).to_dense()
@@ -161,7 +161,7 @@ def test_blocks_that_are_not_selected_are_hidden(pattern: Pattern, seed: int) ->
     got = attention(q, k, v, None, None, None, pattern.to_json(), spec.kv_of_head, spec.scale, None, selected)
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
     plain = replace(spec, has_mask=False)
-    gathered = block_gather.attend(plain, Operands(q, k, v, selected=selected))
+    gathered = block_gather.attend(plain, OperandTensors(q, k, v, selected=selected))
     torch.testing.assert_close(gathered, expected, rtol=2e-5, atol=2e-5)
 
 

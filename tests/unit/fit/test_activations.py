@@ -20,7 +20,7 @@ from attnopt.compiler.job import Options
 from attnopt.compiler.stream import Stream
 from attnopt.fit.least_squares import Moments, fit, ridge
 from attnopt.ir.activations import HELD_BACK
-from attnopt.ir.operands import Operands
+from attnopt.ir.operands import OperandTensors
 from attnopt.match.find import find
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
 
@@ -91,10 +91,12 @@ def test_padding_does_not_count() -> None:
     mask[1, ..., 3:] = False
     bias = torch.zeros(2, 1, 1, 5).masked_fill(~mask, torch.finfo(torch.float32).min)
     wanted = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    assert torch.equal(Operands(q, q, q, mask=mask).real, wanted)
-    assert torch.equal(Operands(q, q, q, bias=bias).real, wanted)
-    assert bool(Operands(q, q[:, :, :4], q[:, :, :4], mask=mask[..., :4]).real.all()), "queries of another sequence"
-    assert bool(Operands(q, q, q).real.all())
+    assert torch.equal(OperandTensors(q, q, q, mask=mask).real, wanted)
+    assert torch.equal(OperandTensors(q, q, q, bias=bias).real, wanted)
+    assert bool(OperandTensors(q, q[:, :, :4], q[:, :, :4], mask=mask[..., :4]).real.all()), (
+        "queries of another sequence"
+    )
+    assert bool(OperandTensors(q, q, q).real.all())
 
 
 def test_ridge_is_least_squares_toward_todays_weights() -> None:
