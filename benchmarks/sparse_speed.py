@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnopt.backends import block_gather
 from attnopt.backends.attention_operator import attention
-from attnopt.ir.operands import Operands
+from attnopt.ir.operands import OperandTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, Strided, Window
 
@@ -66,7 +66,7 @@ def kernel(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
 def gathered(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     heads = tuple(range(H))
     spec = AttentionSpec(heads, heads, heads, D, D, D**-0.5, form.pattern)
-    return lambda: block_gather.attend(spec, Operands(q, k, v))
+    return lambda: block_gather.attend(spec, OperandTensors(q, k, v))
 
 
 def flex(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
