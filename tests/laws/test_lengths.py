@@ -146,6 +146,7 @@ FAR_OFF: dict[str, tuple[Mask, Pattern]] = {
     "a ramp": (lambda n: torch.relu(before(n).abs() * 0.02 - 1) * -1e9, Window(50, 50)),
     "a period of a window": (near_and(lambda d: (d < 70) | (d % 70 == 0)), Full()),
     "wide blocks": (lambda n: (ij(n)[0] // 16 - ij(n)[1] // 16).abs() <= 5, Full()),
+    "steps up to half a million": (near_and(lambda d: d // 1000 < 500), Full()),
     "fractions of blocks": (lambda n: (ij(n)[0] * (1 / 64)).floor() == (ij(n)[1] * (1 / 64)).floor(), Full()),
     "few bits": (lambda n: before(n).to(torch.int8) >= 0, Full()),
     "half precision": (lambda n: ij(n)[1].bfloat16() <= ij(n)[0].bfloat16(), Full()),

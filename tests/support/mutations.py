@@ -126,7 +126,7 @@ FAULTS = (
           "    if False and not (",
           "test_lengths.py -k longer"),
     Fault("a length beyond every sample", "    return None if reach > _TOO_FAR else", "    return",
-          "test_lengths.py -k longer"),
+          "test_lengths.py -k far"),
     Fault("entries of a slice that starts at 0", "start + step * index[axis]", "step * index[axis]",
           "test_entries.py"),
     Fault("places counted from the end", "torch.where(inner < 0, inner + sizes[axis], inner)", "inner",

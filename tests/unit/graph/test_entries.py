@@ -44,6 +44,9 @@ FORMS: dict[str, Callable[[int], Tensor]] = {
     "permuted": lambda n: torch.arange(n * n * 2).view(n, 2, n).permute(1, 2, 0).transpose(-1, -2)[0].mT,
     "looked up": lambda n: TABLE[ij(n)[0], ij(n)[1]],
     "looked up backwards": lambda n: TABLE[-1 - ij(n)[0], ij(n)[1]],
+    "made, then looked up backwards": lambda n: (torch.arange(n)[:, None] * 3 + torch.arange(n))[
+        -1 - ij(n)[0], ij(n)[1]
+    ],
     "stored": lambda n: TABLE[:n, :n],
     "chosen": lambda n: torch.where(ij(n)[0] > ij(n)[1], ij(n)[0].float(), -2.5),
     "filled": lambda n: ij(n)[0].float().expand(n, n).masked_fill(ij(n)[1] > 3, -7.0),
