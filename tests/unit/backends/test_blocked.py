@@ -76,6 +76,15 @@ def test_both_forms_equal_the_reference(
     torch.testing.assert_close(gathered, expected, **near)
 
 
+@pytest.mark.parametrize("pattern", [Window(60, 0), Window(70, 70), Causal() & (Window(130) | Sinks(3))])
+def test_windows_that_leave_out_the_first_keys(pattern: Pattern) -> None:
+    """Their blocks are read as a sliding window where they are one."""
+    spec = a_spec(pattern=pattern)
+    t = tensors(spec, 2, 200, 520, torch.float32, 3)
+    gathered = block_gather.attend(spec, OperandTensors(**t))
+    torch.testing.assert_close(gathered, run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # that is what is wanted here
 @settings(max_examples=40, deadline=None)
 @given(
