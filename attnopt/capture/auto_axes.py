@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +18,7 @@ from attnopt.capture.second_example import Place, longer_axes, repeated, seeded_
 from attnopt.capture.signature import check_inputs
 from attnopt.capture.valid_sizes import cannot_vary
 from attnopt.errors import AttnoptError, CaptureError
+from attnopt.graph.nodes import input_axes, inputs_of
 
 if TYPE_CHECKING:
     from attnopt.capture.program import Program
@@ -102,14 +103,7 @@ def _with_every_axis(model: nn.Module, inputs: CallInputs, captured: Captured) -
 
 
 def _static(module: fx.GraphModule) -> set[Place]:
-    inputs = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
-    return {
-        (i, axis)
-        for i, x in enumerate(inputs)
-        if isinstance(x, Tensor)
-        for axis, size in enumerate(x.shape)
-        if is_static(size)
-    }
+    return {(i, axis) for i, _, axis, size in input_axes(inputs_of(module.graph)) if is_static(size)}
 
 
 def _takes(program: Program, model: nn.Module, own: CallInputs) -> bool:

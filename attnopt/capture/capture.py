@@ -34,7 +34,7 @@ from attnopt.capture.run_unchanged import called, cloned, outputs_of
 from attnopt.capture.tensor_lengths import lengths_vary
 from attnopt.capture.valid_sizes import settle_sizes, without_pinned
 from attnopt.errors import CaptureError
-from attnopt.graph.nodes import get_attr, input_name, opname, source_line, written
+from attnopt.graph.nodes import get_attr, input_name, inputs_of, opname, source_line, written
 from attnopt.graph.normalize import tidy
 from attnopt.graph.value_names import number, unmark
 
@@ -286,7 +286,7 @@ def _own_state(module: fx.GraphModule) -> None:
 
 def _declared(module: fx.GraphModule, asked: list[Axes]) -> set[str]:
     """The bounds of the user's named Dims."""
-    names = [input_name(n) for n in module.graph.nodes if n.op == "placeholder"]
+    names = map(input_name, inputs_of(module.graph))
     dims = [
         (f"{name}[{axis}]", dim)
         for name, axes in zip(names, asked, strict=False)

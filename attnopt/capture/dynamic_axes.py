@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.sizes import is_static
 from attnopt.errors import CaptureError
-from attnopt.graph.nodes import input_name
+from attnopt.graph.nodes import input_name, inputs_of
 
 Axes = dict[int, Any]
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -192,7 +192,7 @@ def without(shapes: Mapping[str, Any], named: Mapping[str, Any], fixed: set[tupl
 
 def fixed_axes(module: fx.GraphModule, asked: list[Axes]) -> tuple[str, ...]:
     """Requested axes that stayed static, as ``x[1] = 8``."""
-    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    inputs = inputs_of(module.graph)
     if len(inputs) != len(asked):
         return ()
     sizes = [(input_name(n), n.meta["val"].shape, axes) for n, axes in zip(inputs, asked, strict=True) if axes]

@@ -13,6 +13,7 @@ from attnopt.base.compile_lock import compiling, mode_of
 from attnopt.base.containers import in_lists
 from attnopt.base.quiet import quiet
 from attnopt.base.sizes import is_static
+from attnopt.graph.nodes import inputs_of, value
 
 
 @compiling()
@@ -29,7 +30,7 @@ def exported(module: fx.GraphModule, inputs: CallInputs) -> ExportedProgram:
 
 def _shapes_of(module: fx.GraphModule, inputs: CallInputs) -> Any:
     """Dynamic shapes read from the graph: an axis with a symbol is dynamic and must not become static."""
-    shapes = [_dynamic(n.meta.get("val")) for n in module.graph.nodes if n.op == "placeholder"]
+    shapes = [_dynamic(value(n)) for n in inputs_of(module.graph)]
     if not any(shapes):
         return None
     left = iter(shapes)

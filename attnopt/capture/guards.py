@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.sizes import is_static
 from attnopt.capture.size_algebra import told_once
 from attnopt.graph.evaluate import bounds
-from attnopt.graph.nodes import input_name
+from attnopt.graph.nodes import input_axes, input_name, inputs_of
 
 
 def relations(
@@ -38,16 +38,14 @@ def relations(
 
 def user_inputs(program: ExportedProgram) -> list[fx.Node]:
     """The placeholders of all that the program is called with, in its order; ``meta["val"]`` of a constant is the constant."""
-    named = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    named = {n.name: n for n in inputs_of(program.graph)}
     return [named[s.arg.name] for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
 
 
 def _axes(inputs: list[fx.Node]) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
-    for n in inputs:
-        val = n.meta.get("val")
-        for axis, size in enumerate(val.shape if isinstance(val, Tensor) else ()):
-            if isinstance(size, torch.SymInt) and not is_static(size):
-                yield n, axis, size
+    for _, n, axis, size in input_axes(inputs):
+        if isinstance(size, torch.SymInt) and not is_static(size):
+            yield n, axis, size
 
 
 def _bounds(inputs: list[fx.Node]) -> dict[str, tuple[int, int | None]]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.containers import OF_EACH_KIND
 from attnopt.errors import CaptureError
-from attnopt.graph.nodes import input_name
+from attnopt.graph.nodes import input_name, inputs_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def check_inputs(
     ``fixed``: the report's lines about requested axes that stayed static.  ``is_inside``: the input of this number is part of
     an object, such as a cache."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
-    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    nodes = inputs_of(module.graph)
     if len(leaves) != len(nodes):
         raise CaptureError(
             f"called with {len(leaves)} values, but captured with {len(nodes)}",

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.base.sizes import is_static
+from attnopt.capture.second_example import Place
 from attnopt.graph.evaluate import bounds, symbols
-from attnopt.graph.nodes import fake_mode, input_name
+from attnopt.graph.nodes import fake_mode, input_axes, input_name, inputs_of, is_tensor
 
 if TYPE_CHECKING:
     from attnopt.capture.dynamic_axes import Axes
     from attnopt.capture.program import Program
-
-Place = tuple[int, int]  # number of a leaf, axis
 
 
 def settle_sizes(module: fx.GraphModule) -> None:
@@ -40,10 +39,9 @@ def without_pinned(program: Program, asked: list[Axes]) -> Program:
     stuck = cannot_vary(program)
     if not stuck:
         return program
-    for i, node in enumerate(_inputs(program.module.graph)):
-        for leaf, axis in stuck:
-            if leaf == i:
-                int(node.meta["val"].shape[axis])  # torch records that it is this number
+    for place, _, axis, size in input_axes(inputs_of(program.module.graph)):
+        if (place, axis) in stuck:
+            int(size)  # torch records that it is this number
     settle_sizes(program.module)
     return program.told(asked)
 
@@ -54,19 +52,17 @@ def cannot_vary(program: Program) -> set[Place]:
     sizes, fits = symbols(graph), sizes_that_fit(graph, program.fixed_axes)
     stuck = {s for s in sizes if not any(fits(new) for new in other_sizes(sizes, s))}
     return {
-        (i, axis)
-        for i, n in enumerate(_inputs(graph))
-        if isinstance(n.meta.get("val"), Tensor)
-        for axis, size in enumerate(n.meta["val"].shape)
-        if not is_static(size) and size.node.expr.free_symbols & stuck
+        (place, axis)
+        for place, _, axis, size in input_axes(inputs_of(graph))
+        if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & stuck
     }
 
 
 def sizes_that_fit(graph: fx.Graph, held: Sequence[str]) -> Callable[[Mapping[Any, int]], bool]:
     """Whether sizes of the graph's symbols satisfy their bounds and the constraints between them, as the report lists them."""
-    inputs = [n for n in _inputs(graph) if isinstance(n.meta.get("val"), Tensor)]
+    inputs = list(filter(is_tensor, inputs_of(graph)))
     predicates = _predicates(held, inputs)
-    axes = [size for n in inputs for size in n.meta["val"].shape if isinstance(size, torch.SymInt)]
+    axes = [size for _, _, _, size in input_axes(inputs) if isinstance(size, torch.SymInt)]
     limits = {size.node.expr: bounds(size) for size in axes if size.node.expr.is_symbol}
 
     def fits(new: Mapping[Any, int]) -> bool:
@@ -79,10 +75,6 @@ def sizes_that_fit(graph: fx.Graph, held: Sequence[str]) -> Callable[[Mapping[An
         )  # torch's guards
 
     return fits
-
-
-def _inputs(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder"]
 
 
 def _shape(node: fx.Node, sizes: Mapping[Any, int]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from attnopt.capture.signature import Signature, check_inputs, is_guard
 from attnopt.capture.valid_sizes import other_sizes, sizes_that_fit
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
 from attnopt.graph.evaluate import dynamic_axes, is_heavy, symbols, within
-from attnopt.graph.nodes import is_tensor, value, written
+from attnopt.graph.nodes import inputs_of, is_tensor, value, written
 from attnopt.ir.blame import is_ours, told
 from attnopt.lower.lower import Plan, lower
 
@@ -259,7 +259,7 @@ def all_fitting(program: Program, signature: Signature, batches: Iterable[CallIn
 
 
 def _moved(module: fx.GraphModule, inputs: CallInputs) -> CallInputs:
-    wanted = iter([value(n) for n in module.graph.nodes if n.op == "placeholder"])
+    wanted = map(value, inputs_of(module.graph))
     moved: CallInputs = pytree.tree_map(
         lambda x: x.to(to.device) if isinstance(to := next(wanted), Tensor) and isinstance(x, Tensor) else x, inputs
     )
@@ -273,7 +273,7 @@ def resized(module: fx.GraphModule, inputs: CallInputs, held: Sequence[str] = ()
     each size alone, within the bounds of the graph and the constraints ``held`` between its sizes (see ``Report.fixed_axes``).
     """
     sizes = symbols(module.graph)
-    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    nodes = inputs_of(module.graph)
     leaves, spec = pytree.tree_flatten(inputs)
     if not sizes or len(leaves) != len(nodes):
         return []

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
 from attnopt.graph.interpreter import Forward, Schedule
+from attnopt.graph.nodes import inputs_of
 from attnopt.ir.operands import operands_of
 from attnopt.ir.semantics import selected
 from attnopt.ir.spec import AttentionSpec
@@ -50,7 +51,7 @@ def measured(
     the batches, which hold a value for each placeholder.
     """
     found: dict[fx.Node, list[Tensor]] = {node: [] for node in specs}
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = inputs_of(gm.graph)
     schedule = Schedule(gm.graph, {node: node.all_input_nodes for node in specs})
     for batch in batches:
         run = Forward(gm, dict(zip(placeholders, batch, strict=True)), schedule)

@@ -15,7 +15,9 @@ from attnopt.graph.nodes import (
     ancestors,
     calls,
     constant_of,
+    input_axes,
     input_name,
+    inputs_of,
     is_number,
     is_state,
     value,
@@ -102,7 +104,7 @@ def within(graph: fx.Graph, sizes: Mapping[Any, int]) -> dict[Any, int]:
 
 def _sizes(graph: fx.Graph) -> list[torch.SymInt]:
     """The inputs' sizes that are not fixed."""
-    found = [value(n) for n in graph.nodes if n.op == "placeholder"]
+    found = map(value, inputs_of(graph))
     sizes = [s for val in found for s in (val.shape if isinstance(val, Tensor) else (val,))]
     return [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.free_symbols]
 
@@ -120,8 +122,7 @@ def _ends(size: torch.SymInt, of: Any) -> tuple[int, int | None]:
 
 def dynamic_axes(graph: fx.Graph) -> set[tuple[str, int]]:
     """The input axes whose size may vary, by the input's name."""
-    inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
-    return {(input_name(n), axis) for n in inputs for axis, size in enumerate(value(n).shape) if not is_static(size)}
+    return {(input_name(n), axis) for _, n, axis, size in input_axes(inputs_of(graph)) if not is_static(size)}
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: Any = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -64,6 +64,19 @@ def opname(node: fx.Node) -> str:
         return node.op
     packet = getattr(node.target, "overloadpacket", node.target)
     return str(getattr(packet, "__name__", packet))
+
+
+def inputs_of(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of the graph, in their order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def input_axes(inputs: Iterable[fx.Node]) -> Iterator[tuple[int, fx.Node, int, int | torch.SymInt]]:
+    """(its place, the input, axis, size) of every axis of these inputs."""
+    for place, node in enumerate(inputs):
+        if is_tensor(node):
+            for axis, size in enumerate(value(node).shape):
+                yield place, node, axis, size
 
 
 def input_name(node: fx.Node) -> str:

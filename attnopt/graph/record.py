@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from attnopt.graph.interpreter import Forward, Schedule
+from attnopt.graph.nodes import inputs_of
 
 
 def recorded(gm: fx.GraphModule, nodes: Collection[fx.Node], inputs: Any) -> dict[fx.Node, Any]:
@@ -16,7 +17,7 @@ def recorded(gm: fx.GraphModule, nodes: Collection[fx.Node], inputs: Any) -> dic
 
     Nothing is written into the module's state.
     """
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = inputs_of(gm.graph)
     given = dict(zip(placeholders, pytree.tree_leaves(inputs), strict=True))
     run = Forward(gm, given, Schedule(gm.graph, {n: (n,) for n in nodes}))
     found: dict[fx.Node, Any] = {}

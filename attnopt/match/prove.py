@@ -19,7 +19,7 @@ from attnopt.base.double_precision import widened_arguments, widened_inputs
 from attnopt.base.sizes import hint
 from attnopt.capture.flex_attention import call_behind
 from attnopt.graph.interpreter import COMPUTED, Interpreter
-from attnopt.graph.nodes import calls, get_attr, shape, value, with_values
+from attnopt.graph.nodes import calls, get_attr, inputs_of, shape, value, with_values
 from attnopt.graph.ops import Kind, named, of
 from attnopt.match.raise_region import Raised
 from attnopt.slicing.weight_store import fingerprint
@@ -30,7 +30,7 @@ _CUTS = named("linear addmm mm") | of(Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NOR
 
 def example_values(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
     """The example input of each placeholder."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = inputs_of(gm.graph)
     leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
     return dict(zip(placeholders, leaves, strict=True)) if len(leaves) == len(placeholders) else {}
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.containers import Path
 from attnopt.capture.flat_call import Form
 from attnopt.compiler.origin import Origin
-from attnopt.graph.nodes import ancestors, value
+from attnopt.graph.nodes import ancestors, inputs_of, value
 from attnopt.lower.lower import copy_program
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def with_names(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, Name
     form = origin.form
     if form is None:
         return gm, None
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = inputs_of(gm.graph)
     inside = [i for i, n in enumerate(placeholders) if _is_inside(form, i)]
     counted = {form.inputs.paths[i] for i in inside if isinstance(value(placeholders[i]), torch.SymInt)}
     made, _ = copy_program(gm)

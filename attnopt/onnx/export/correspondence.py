@@ -15,7 +15,7 @@ from attnopt.compiler.origin import FileOrigin
 from attnopt.errors import ExportError
 from attnopt.graph.emitter import _key as key_of
 from attnopt.graph.evaluate import inputs_behind
-from attnopt.graph.nodes import RESHAPES, ancestors, aten, get_attr, is_call, is_tensor, operand, value
+from attnopt.graph.nodes import RESHAPES, ancestors, aten, get_attr, inputs_of, is_call, is_tensor, operand, value
 from attnopt.graph.value_names import ORIGIN, names_of
 from attnopt.lower.attention_calls import is_attention_call
 
@@ -77,7 +77,7 @@ class _Comparison:
         self.is_old = {n: self.same.of[n] < known for n in gm.graph.nodes}
         self.by_name = {n.name: n for n in file.captured.graph.nodes}
         self.order = {name: i for i, node in enumerate(self.model.source.nodes) for name in node.output}
-        inputs = dict(zip(inputs_of(file.captured), self.model.inputs, strict=True))
+        inputs = dict(zip(inputs_of(file.captured.graph), self.model.inputs, strict=True))
         stored = {place: name for name, place in self.model.places.items()}
         self.names: dict[int, tuple[str, ...]] = {}
         for node in file.captured.graph.nodes:
@@ -101,7 +101,7 @@ class _Comparison:
         """A size that an input also has is read from the input: its previous source may be unused now."""
         known = {
             size.node.expr: (node, axis)
-            for node in reversed(inputs_of(self.gm))
+            for node in reversed(inputs_of(self.gm.graph))
             for axis, size in enumerate(value(node).shape)
             if not is_static(size)
         }
@@ -238,11 +238,6 @@ def _shape_of_call(node: fx.Node) -> Hashable:
     place = {n: i for i, n in enumerate(node.all_input_nodes)}
     found: Hashable = key_of(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))
     return found
-
-
-def inputs_of(gm: fx.GraphModule) -> list[fx.Node]:
-    """In the order of the file's inputs."""
-    return [n for n in gm.graph.nodes if n.op == "placeholder"]
 
 
 def _is_a_number_of_sizes(node: fx.Node) -> bool:

@@ -7,14 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from attnopt.base.atomic_files import atomic_folder
 from attnopt.base.compile_lock import compiling
 from attnopt.base.sizes import is_static
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
-from attnopt.graph.nodes import value
+from attnopt.graph.nodes import inputs_of, is_tensor, value
 from attnopt.ir.spec import AttentionSpec
 from attnopt.onnx.export.kv_cache import PAST, PRESENT
 from attnopt.onnx.export.mark import Marked, mark
@@ -70,7 +70,7 @@ def export_decoder(
 
 def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
     """Token ids and related inputs, with dynamic batch and length."""
-    inputs = {n.name: n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(value(n), Tensor)}
+    inputs = {n.name: n for n in inputs_of(gm.graph) if is_tensor(n)}
     if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
         raise ExportError(
             f"a decoder takes input_ids, and optionally attention_mask and position_ids; this model takes {list(inputs)}",

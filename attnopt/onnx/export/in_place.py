@@ -18,11 +18,11 @@ from attnopt.base.atomic_files import atomic_write
 from attnopt.base.sizes import is_static
 from attnopt.compiler.origin import FileOrigin, Origin
 from attnopt.errors import AttnoptWarning, ExportError
-from attnopt.graph.nodes import get_attr, value
+from attnopt.graph.nodes import get_attr, inputs_of, value
 from attnopt.graph.value_names import names_of
 from attnopt.lower.lower import copy_program
 from attnopt.onnx.export.builder import ORT, Array
-from attnopt.onnx.export.correspondence import SHARED, Change, changed, inputs_of
+from attnopt.onnx.export.correspondence import SHARED, Change, changed
 from attnopt.onnx.export.mark import Marked
 from attnopt.onnx.export.older import WRITTEN, older
 from attnopt.onnx.export.packed_weights import NotSliceableError, Slices, places, refuse
@@ -215,7 +215,7 @@ def _names(model: onnx.ModelProto) -> set[str]:
 def _fix_axes(model: onnx.ModelProto, gm: fx.GraphModule, file: FileOrigin) -> list[str]:
     """Free axes of the file that are static in the graph: the file must declare their size."""
     inputs = {i.name: i for i in model.graph.input}
-    placeholders = dict(zip(file.model.inputs, inputs_of(gm), strict=True))
+    placeholders = dict(zip(file.model.inputs, inputs_of(gm.graph), strict=True))
     fixed = []
     for name, axis, label in file.model.source.free:
         node = placeholders.get(name)

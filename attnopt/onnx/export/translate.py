@@ -15,7 +15,7 @@ from attnopt.capture.exported_program import exported
 from attnopt.capture.guards import relations
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
-from attnopt.graph.nodes import ancestors, aten, is_call, is_state
+from attnopt.graph.nodes import ancestors, aten, inputs_of, is_call, is_state
 from attnopt.ir.operands import Operands
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.complex_as_real import in_pairs
@@ -93,7 +93,7 @@ def _output_names(gm: fx.GraphModule) -> list[str] | None:
     leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths = [path for path, _ in pytree.tree_flatten_with_path(leaves)[0]]
     names = ["_".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in p) for p in paths]
-    taken = {n.name for n in gm.graph.nodes if n.op == "placeholder"}
+    taken = {n.name for n in inputs_of(gm.graph)}
     is_named = all(re.fullmatch(r"[A-Za-z_]\w*", n) and n not in taken for n in names)
     return names if is_named and len(set(names)) == len(names) else None
 

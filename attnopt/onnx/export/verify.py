@@ -18,6 +18,7 @@ from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.check import coarsest, resized
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
+from attnopt.graph.nodes import inputs_of
 from attnopt.graph.record import recorded
 from attnopt.onnx.export.builder import SWAPPED, Array
 from attnopt.onnx.export.mark import Marked
@@ -111,7 +112,7 @@ def _compare(
 
 def _feed(names: list[str], gm: fx.GraphModule, inputs: CallInputs, named: Mapping[str, str]) -> dict[str, Array]:
     """The session's inputs; an input that the graph does not use may be missing from it."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = inputs_of(gm.graph)
     values = [
         (n, x if isinstance(x, Tensor) else torch.tensor(x))
         for n, x in zip(placeholders, pytree.tree_leaves(inputs), strict=True)

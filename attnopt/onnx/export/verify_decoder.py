@@ -15,6 +15,7 @@ from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
+from attnopt.graph.nodes import inputs_of
 from attnopt.onnx.export.builder import Array
 from attnopt.onnx.export.verify import in_bfloat16, open_session
 
@@ -50,7 +51,7 @@ def _two_sequences(gm: fx.GraphModule, origin: Origin) -> Tensor:
 
 
 def _inputs(gm: fx.GraphModule, origin: Origin) -> dict[str, Tensor | int]:
-    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    names = [n.name for n in inputs_of(gm.graph)]
     return dict(zip(names, pytree.tree_leaves(origin.inputs), strict=True))
 
 
