@@ -46,7 +46,7 @@ def inspect(
 
     Raises CaptureError if the model cannot be captured.
     """
-    inputs = _inputs(args, kwargs)
+    inputs = CallInputs.of(args, kwargs)
     model = _opened(model, inputs)
     findings = analyze(model, inputs, dynamic_shapes).findings
     if isinstance(model, nn.Module) and without_values(model) is None:
@@ -92,7 +92,7 @@ def optimize(
     chosen = Policy.of(policy)
     options, backends = Options(tolerance, strict, limit, seed), backends_of(backend)
     batches = None if calibration is None else Calibration.of(calibration).batches
-    inputs = _inputs(args, kwargs)
+    inputs = CallInputs.of(args, kwargs)
     if not any(inputs) and batches:
         inputs = batches[0]
     model = model.module() if isinstance(model, torch.export.ExportedProgram) else _opened(model, inputs)
@@ -118,7 +118,3 @@ def _opened(model: nn.Module | str | os.PathLike[str], inputs: CallInputs) -> nn
     from attnopt.onnx.load.load import opened
 
     return opened(model, *inputs)
-
-
-def _inputs(args: Any, kwargs: Mapping[str, Any] | None) -> CallInputs:
-    return CallInputs(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))

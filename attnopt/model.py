@@ -85,7 +85,7 @@ class OptimizedModel(nn.Module):
         if form is None or taken is None:
             check_inputs(self.graph_module, args, kwargs, fixed)
         else:
-            args, kwargs = taken.args, taken.kwargs
+            args, kwargs = taken.inputs
             check_inputs(self.graph_module, args, kwargs, fixed, form.inputs.is_inside)
         try:
             out = self.graph_module(*args, **kwargs)

@@ -60,9 +60,9 @@ def read(path: str | os.PathLike[str], classes: Iterable[type] = ()) -> tuple[fx
     return module, Origin(report, sites, signature, examples, trains_otherwise=trains_otherwise, form=form)
 
 
-def _note_attentions(module: fx.GraphModule, stored: Sequence[Mapping[str, Any] | None]) -> None:
+def _note_attentions(module: fx.GraphModule, noted: Sequence[Mapping[str, Any] | None]) -> None:
     """What each attention call computes: a serialized graph keeps its calls in their order, and nothing that is noted there."""
-    for call, computed in zip(attention_calls(module.graph), stored, strict=True):
+    for call, computed in zip(attention_calls(module.graph), noted, strict=True):
         if computed is not None:
             note(call, Lowered(str(computed["site"]), spec_from_json(computed["spec"])))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -10,3 +11,8 @@ class CallInputs(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Mapping[str, Any] | None = None) -> CallInputs:
+        """As users give them: a single argument needs no tuple."""
+        return cls(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))

@@ -76,7 +76,7 @@ def _captured(model: nn.Module, is_auto: bool, inputs: CallInputs, shapes: Any, 
     """``is_cheap``: try only the first way, and only while the sizes stay simple."""
     calls = _calls(model, inputs)
     shapes = shapes_for(calls, model, *inputs, shapes, is_auto)
-    flat = CallInputs(*calls.flat(*inputs))
+    flat = calls.flat(inputs)
     copied = partial(structural_copy, model)
     failures: list[str] = []
     validates = False

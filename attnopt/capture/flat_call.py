@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.containers import (
     Build,
     Given,
@@ -81,9 +82,9 @@ class InputForm:
     def named(self, args: Args, kwargs: Mapping[str, Any]) -> Kwargs:
         return dict(zip(self.names, (*args, *(kwargs[n] for n in self.names[self.positional :])), strict=True))
 
-    def split(self, named: Mapping[str, Any]) -> tuple[Args, Kwargs]:
+    def split(self, named: Mapping[str, Any]) -> CallInputs:
         values = list(named.items())
-        return tuple(v for _, v in values[: self.positional]), dict(values[self.positional :])
+        return CallInputs(tuple(v for _, v in values[: self.positional]), dict(values[self.positional :]))
 
     def is_inside(self, place: int) -> bool:
         """The leaf is part of an object."""
@@ -132,8 +133,7 @@ class Results:
 class Taken:
     """The flattened inputs of one call."""
 
-    args: Args
-    kwargs: Kwargs
+    inputs: CallInputs
     objects: tuple[Any, ...]
     leaves: tuple[Any, ...]
 
@@ -257,7 +257,7 @@ def take(inputs: InputForm, args: Args, kwargs: Mapping[str, Any]) -> Taken:
     leaves = tuple(match.leaves[i] for i in range(len(inputs.paths)))
     _check_apart(inputs, leaves)
     objects = tuple(match.objects[i] for i in range(len(inputs.nodes)))
-    return Taken(*inputs.split(flat), objects, leaves)
+    return Taken(inputs.split(flat), objects, leaves)
 
 
 def _check_apart(inputs: InputForm, leaves: tuple[Any, ...]) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import Dim
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.containers import NUMBERS, Build, Leaf, Part, Path, Walk, copied, is_object, mapped
 from attnopt.capture.dynamic_axes import arguments_by_name
 from attnopt.capture.flat_call import (
     Args,
     Form,
     InputForm,
-    Kwargs,
     Parts,
     Results,
     as_given,
@@ -64,11 +64,10 @@ class Calls:
     def has_objects(self) -> bool:
         return self.inputs is not None and self.inputs.has_objects
 
-    def flat(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    def flat(self, given: CallInputs) -> CallInputs:
         if self.inputs is None or not self.inputs.has_objects:
-            return args, kwargs
-        taken = take(self.inputs, args, kwargs)
-        return taken.args, taken.kwargs
+            return given
+        return take(self.inputs, *given).inputs
 
     @contextmanager
     def traced(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -238,7 +237,7 @@ def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, 
     inputs = calls.inputs
     if inputs is None or not isinstance(shapes, Mapping):
         return shapes
-    flat_args, flat_kwargs = calls.flat(args, dict(kwargs))
+    flat_args, flat_kwargs = calls.flat(CallInputs(args, dict(kwargs)))
     flat, own = arguments_by_name(model.forward, flat_args, flat_kwargs), arguments_by_name(model.forward, args, kwargs)
     leaves = {label: i for i, label in enumerate(inputs.labels)}
 

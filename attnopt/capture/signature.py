@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.containers import OF_EACH_KIND
 from attnopt.errors import CaptureError
 from attnopt.graph.nodes import input_name, inputs_of
@@ -45,7 +46,7 @@ class Signature:
         kinds = {k.name: k for k in inspect._ParameterKind}
         return inspect.Signature([inspect.Parameter(p.name, kinds[p.kind], default=p.default) for p in self.parameters])
 
-    def arrange(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arrange(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallInputs:
         """The arguments in the form in which the graph was captured.  Raises CaptureError."""
         bound = self.signature().bind(*args, **kwargs)
         given: dict[str, Any] = {}
@@ -75,7 +76,7 @@ class Signature:
                 f"called without {', '.join(missing)}", hint="pass every input that was in the example inputs"
             )
         values = {**defaults, **given}
-        return tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords}
+        return CallInputs(tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords})
 
     def to_json(self) -> dict[str, Any]:
         plain = (type(None), bool, int, float, str)

@@ -68,7 +68,7 @@ class _Recorder:
         self.region = region
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.region.inputs.append(cloned(CallInputs(args, dict(kwargs))))
+        self.region.inputs.append(cloned(CallInputs.of(args, kwargs)))
 
 
 def _run(model: nn.Module, call: CallInputs) -> None:

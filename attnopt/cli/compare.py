@@ -49,7 +49,7 @@ def diff(arguments: argparse.Namespace) -> int:
     require_model(arguments.model, named, "it does not contain the original graph")
     with working("capturing"), compiling():
         shapes = "auto" if arguments.dynamic else None
-        before = listing(capture(named.model, CallInputs(named.args, dict(named.kwargs)), shapes).module.graph)
+        before = listing(capture(named.model, CallInputs.of(named.args, named.kwargs), shapes).module.graph)
     after = listing(optimized(arguments, named).graph_module.graph)
     hunks = [h for h in differences(before, after) if arguments.site is None or h.site == arguments.site]
     if arguments.site is not None and not hunks:

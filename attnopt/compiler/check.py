@@ -237,10 +237,9 @@ def fitting(
 
     ``fixed``: the report's lines about requested axes that stayed static."""
     try:
-        arranged = CallInputs(*signature.arrange(*batch))
+        arranged = signature.arrange(*batch)
         if form is not None:
-            taken = form.take(*arranged)
-            arranged = CallInputs(taken.args, taken.kwargs)
+            arranged = form.take(*arranged).inputs
         check_inputs(module, *arranged)
         arranged = _moved(module, arranged)
     except (CaptureError, TypeError) as e:

@@ -75,7 +75,7 @@ def explain(
     With a ``policy``, its passes are checked; otherwise all installed passes whose answer does not depend on options.
     Raises AttnoptError with the known names if there is none of this name.
     """
-    analyzed = analyze(model, CallInputs(args, dict(kwargs)), dynamic_shapes)
+    analyzed = analyze(model, CallInputs.of(args, kwargs), dynamic_shapes)
     graph, findings = analyzed.program.module.graph, analyzed.findings
     made = [_of_site(f, policy) for f in findings.found]
     inside = {n for f in findings.found for n in (*f.raised.region.nodes, f.raised.region.anchor)}

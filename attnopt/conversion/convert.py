@@ -110,7 +110,7 @@ def _inputs(
 ) -> tuple[CallInputs, list[CallInputs]]:
     """The example inputs and the calibration batches, all without a cache: a captured cache would not be updated."""
     batches = [] if calibration is None else list(Calibration.of(calibration).batches)
-    example = CallInputs(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))
+    example = CallInputs.of(args, kwargs)
     if not any(example):
         if not batches:
             raise PolicyError("convert needs example inputs", hint="pass args, kwargs or calibration")

@@ -7,7 +7,7 @@ split globally, so every tensor that shares it sees the same parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,9 +108,13 @@ def _unsqueezed(node: fx.Node, axes: Axes) -> Axes:
 
 
 def _squeezed(node: fx.Node, axes: Axes) -> Axes:
-    n = len(axes)
-    dims = range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(arg(node, 1))]
+    dims = _named_by_squeeze(node)
     return tuple(a for i, a in enumerate(axes) if not (i in dims and not a))
+
+
+def _named_by_squeeze(node: fx.Node) -> Collection[int]:
+    n = len(shape(operand(node)))
+    return range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(arg(node, 1))]
 
 
 def _expanded(node: fx.Node, axes: Axes) -> Axes | None:
@@ -168,9 +172,7 @@ def _before_unsqueeze(node: fx.Node, x: fx.Node, axes: Axes) -> Axes:
 
 
 def _before_squeeze(node: fx.Node, x: fx.Node, axes: Axes) -> Axes:
-    kept = iter(axes)
-    n = len(shape(x))
-    dims = range(n) if len(node.args) < 2 else [wrap(d, n) for d in _ints(arg(node, 1))]
+    kept, dims = iter(axes), _named_by_squeeze(node)
     return tuple(() if i in dims and s == 1 else next(kept) for i, s in enumerate(shape(x)))
 
 

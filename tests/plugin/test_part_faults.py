@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from stacks import batches, head_inputs, stack
+from tiny_llama import tiny_llama
 from torch import Tensor, nn
 
 import attnopt
@@ -133,14 +134,7 @@ def test_a_statistic_is_measured_once_for_all(acme: Any, given: Any, monkeypatch
 
 @pytest.mark.parametrize("policy", ["acme.strided", "acme.rescale"])
 def test_in_a_converted_model(policy: str, acme: Any) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50,
-    }  # fmt: skip
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=4)).eval()
-    for p in model.parameters():
-        p.data.add_(0.3 * torch.randn_like(p))
+    model = tiny_llama(4)
     ids = torch.randint(50, (1, 12))
     chosen = GroupedQuery(2, grouping=policy) if policy == "acme.strided" else GroupedQuery(2, compensate=policy)
     converted = attnopt.convert(model, chosen, (ids,))

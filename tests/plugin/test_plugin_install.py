@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from places import ROOT, SUPPORT
+from tiny_llama import tiny_llama
 
 import attnopt
 from attnopt.passes import Sparse
@@ -142,18 +142,11 @@ def test_every_kind_on_every_path(environment: dict[str, str], tmp_path: Path) -
 
 
 def test_a_pattern_in_a_converted_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers = pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(HERE)
     from acme_attnopt import Every
 
     monkeypatch.setattr(PATTERNS, "_registered", {})
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50,
-    }  # fmt: skip
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
-    for p in model.parameters():
-        p.data.add_(0.3 * torch.randn_like(p))
+    model = tiny_llama(2)
     ids, policy = torch.randint(50, (1, 12)), Sparse(Every(3) | Window(1, 0))
     with pytest.raises(
         attnopt.ConversionError, match=r"pattern .*Every\(3\).* is not reproduced by attnopt.patterns.parse"
