@@ -241,7 +241,7 @@ FAULTS = (
     Fault("a group of ONNX heads with K/V of other heads", "heads, kv_heads = alone.spec.heads, alone.spec.kv_heads",
           "heads, kv_heads = alone.spec.heads, range(alone.spec.num_kv_heads)", "test_forms.py -k share_keys"),
     Fault("a loaded attention with the spec of another", "zip(attention_calls(module.graph), noted, strict=True)",
-          "zip(reversed([*attention_calls(module.graph)]), stored, strict=True)",
+          "zip(reversed([*attention_calls(module.graph)]), noted, strict=True)",
           "test_canonical.py -k a_loaded_model"),
     Fault("an attention whose pattern is forgotten", "note(node, bare)", "pass",
           "test_canonical.py -k know_their"),
