@@ -67,16 +67,7 @@ def _spec(
     changes: int,
 ) -> AttentionSpec:
     """``changes`` of the pattern registry: the same text may then mean another class."""
-    return AttentionSpec(
-        heads=tuple(range(H)),
-        kv_heads=tuple(range(G)),
-        kv_of_head=kv_of_head,
-        head_dim=D,
-        value_dim=Dv,
-        scale=scale,
-        pattern=parse(pattern),
-        softcap=softcap,
-    )
+    return AttentionSpec.of(H, G, D, Dv, scale=scale, kv_of_head=kv_of_head, pattern=parse(pattern), softcap=softcap)
 
 
 def _in_torch(q: Tensor) -> ModuleType:

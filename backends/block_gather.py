@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -87,19 +88,8 @@ def _rows(spec: AttentionSpec, t: OperandTensors, layout: Layout) -> Iterator[tu
 
 def _of_blocks(spec: AttentionSpec, n: int, has_bias: bool, has_sinks: bool) -> AttentionSpec:
     """The attention of n blocks, each in the position of a head."""
-    each = tuple(range(n))
-    return AttentionSpec(
-        heads=each,
-        kv_heads=each,
-        kv_of_head=each,
-        head_dim=spec.head_dim,
-        value_dim=spec.value_dim,
-        scale=spec.scale,
-        softcap=spec.softcap,
-        has_bias=has_bias,
-        has_mask=True,
-        has_sinks=has_sinks,
-    )
+    each = AttentionSpec.of(n, n, spec.head_dim, spec.value_dim, scale=spec.scale, softcap=spec.softcap)
+    return replace(each, has_bias=has_bias, has_mask=True, has_sinks=has_sinks)
 
 
 def _folded(t: Tensor, B: int, H: int) -> Tensor:

@@ -111,7 +111,7 @@ def _of_site(found: Found, policy: Policy | None) -> Explanation:
         name=site.name,
         kind="attention",
         where=site.where,
-        spec=_described(found),
+        spec=str(found.site.spec),
         steps=tuple(_step(n, n in region.escapes) for n in region.nodes),
         refusals=refusals,
         accepted=tuple(n for n in asked if n not in refusals),
@@ -133,16 +133,6 @@ def _answer(backend: Backend, site: Site) -> Refusal | None:
         return plugin_calls.accepts(backend, site)
     except PluginError as e:
         return plugin_calls.no_answer(site, e)
-
-
-def _described(found: Found) -> str:
-    spec = found.site.spec
-    kv = "" if spec.num_kv_heads == spec.num_heads else f" / {spec.num_kv_heads} kv"
-    extras = [n for n in ("bias", "mask", "sinks") if getattr(spec, f"has_{n}")]
-    extras += [f"softcap {spec.softcap:g}"] if spec.softcap is not None else []
-    kind = "cross" if spec.is_cross else "self"
-    size = f"{spec.num_heads}{kv} heads x {spec.head_dim}"
-    return ", ".join([size, kind, str(spec.visible_pattern), *extras, *spec.positions, f"scale {spec.scale:.4g}"])
 
 
 def _of_other(graph: fx.Graph, rejected: Rejected) -> Explanation:

@@ -52,26 +52,7 @@ def _element_sizes(d: Decision) -> tuple[int, int]:
 
 def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
     """A spec in a few words: "12 heads, Causal() & Window(255, 0)"."""
-    heads = (
-        f"{spec.num_heads} heads"
-        if spec.num_kv_heads == spec.num_heads
-        else f"{spec.num_heads} heads / {spec.num_kv_heads} kv"
-    )
     gone = [h for h in originally if h not in spec.heads]
-    extras = [
-        w
-        for w, has in (
-            ("bias", spec.has_bias),
-            ("mask", spec.has_mask),
-            ("sinks", spec.has_sinks),
-            ("softcap", spec.softcap),
-        )
-        if has
-    ]
-    parts = [heads, str(spec.pattern), *extras]
-    if spec.selection is not None:
-        parts.append(str(spec.selection))
-    parts += [str(edit) for edit in spec.after]
-    if gone:
-        parts.append(f"without heads {', '.join(map(str, gone))}")
-    return ", ".join(parts)
+    chosen = [] if spec.selection is None else [str(spec.selection)]
+    parts = [spec.head_counts, str(spec.pattern), *spec.features, *chosen, *map(str, spec.after)]
+    return ", ".join([*parts, f"without heads {', '.join(map(str, gone))}"] if gone else parts)

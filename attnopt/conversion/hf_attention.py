@@ -169,20 +169,10 @@ def _computed(
 ) -> Tensor:
     is_bool = mask is not None and mask.dtype == torch.bool
     bias = position_bias if mask is None or is_bool else mask if position_bias is None else mask + position_bias
-    H, G, D = q.shape[1], k.shape[1], q.shape[3]
-    spec = AttentionSpec(
-        heads=tuple(range(H)),
-        kv_heads=tuple(range(G)),
-        kv_of_head=tuple(h // (H // G) for h in range(H)),
-        head_dim=D,
-        value_dim=v.shape[3],
-        scale=D**-0.5 if scaling is None else scaling,
-        pattern=pattern,
-        has_bias=bias is not None,
-        has_mask=is_bool,
-        has_sinks=s_aux is not None,
-        softcap=softcap,
-    )
+    scale = q.shape[3] ** -0.5 if scaling is None else scaling
+    spec = AttentionSpec.of(
+        q.shape[1], k.shape[1], q.shape[3], v.shape[3], scale=scale, pattern=pattern, softcap=softcap
+    ).having(bias, mask if is_bool else None, s_aux)
     sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
     backend: Backend = Blocked()
     if torch.compiler.is_exporting():  # as operators that `convert` can read again

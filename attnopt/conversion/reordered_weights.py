@@ -14,7 +14,7 @@ from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.lower import Plan
-from attnopt.match.projections import landings
+from attnopt.slicing.sources import slice_sources
 
 REMEDY = "use attnopt.optimize, whose graph can represent any heads"
 
@@ -124,7 +124,7 @@ def _tables(plan: Plan, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]
         node = plan.found.raised.operands.given.get(role)
         if node is None or shape(node)[1] != len(heads):
             continue
-        each = [{x.node: x.selection for x in landings(node, {1: (h,)}) if _is_parameter(x.node)} for h in heads]
+        each = [{x.node: x.selection for x in slice_sources(node, {1: (h,)}) if _is_parameter(x.node)} for h in heads]
         for table in set[fx.Node]().union(*each):
             chosen = [found.get(table, {}) for found in each]
             axes = {axis for selection in chosen for axis in selection}

@@ -53,6 +53,59 @@ class AttentionSpec:
         if any(not 0 <= g < len(self.kv_heads) for g in self.kv_of_head):
             raise ValueError(f"kv_of_head {self.kv_of_head} points outside the {len(self.kv_heads)} key/value heads")
 
+    @classmethod
+    def of(
+        cls,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        scale: float,
+        kv_of_head: tuple[int, ...] | None = None,
+        pattern: Pattern = FULL,
+        softcap: float | None = None,
+    ) -> AttentionSpec:
+        """A plain attention with numbered heads.  ``kv_of_head`` None: consecutive query heads share a K/V head."""
+        return cls(
+            heads=tuple(range(heads)),
+            kv_heads=tuple(range(kv_heads)),
+            kv_of_head=tuple(h * kv_heads // heads for h in range(heads)) if kv_of_head is None else kv_of_head,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            scale=scale,
+            pattern=pattern,
+            softcap=softcap,
+        )
+
+    def having(self, bias: object = None, mask: object = None, sinks: object = None) -> AttentionSpec:
+        """The same attention with these operands, where they are not None."""
+        return replace(self, has_bias=bias is not None, has_mask=mask is not None, has_sinks=sinks is not None)
+
+    def __str__(self) -> str:
+        """ "12 heads / 4 kv x 64, self, Causal(), bias, rope, scale 0.125" """
+        kind = "cross" if self.is_cross else "self"
+        pattern, scale = str(self.visible_pattern), f"scale {self.scale:.4g}"
+        return ", ".join((f"{self.head_counts} x {self.sizes}", kind, pattern, *self.features, *self.positions, scale))
+
+    @property
+    def head_counts(self) -> str:
+        """ "12 heads", or "12 heads / 4 kv" """
+        heads = f"{self.num_heads} {'heads' if self.num_heads != 1 else 'head'}"
+        return heads if self.num_heads == self.num_kv_heads else f"{heads} / {self.num_kv_heads} kv"
+
+    @property
+    def sizes(self) -> str:
+        """ "64", or "64 / 32 v" where values have another size"""
+        return str(self.head_dim) if self.head_dim == self.value_dim else f"{self.head_dim} / {self.value_dim} v"
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What changes the scores besides scale and pattern, in words."""
+        softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
+        given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
+        return (*(name for name, has in given.items() if has), *softcap)
+
     @property
     def num_heads(self) -> int:
         return len(self.heads)

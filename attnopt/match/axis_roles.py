@@ -11,10 +11,10 @@ from torch import fx
 from attnopt.base.sizes import same_size
 from attnopt.graph.axes import Atom, Axes, Axis, length, resolve, resolve_all, unfollow
 from attnopt.graph.nodes import shape, value
-from attnopt.match.projections import chooses_weights, landings, signature
 from attnopt.match.read_scores import Operand, is_projected
 from attnopt.match.region import Region, atoms_of
 from attnopt.match.rejection import rejected
+from attnopt.slicing.sources import chooses_weights, signature, slice_sources
 
 
 def assign_roles(r: Region) -> Region:
@@ -86,7 +86,7 @@ def _beside_features(r: Region) -> set[Atom]:
     def read(atom: Atom, index: int) -> dict[tuple[fx.Node, int], set[int]]:
         """For each axis of each source, the indices that one value of the atom depends on."""
         found: dict[tuple[fx.Node, int], set[int]] = {}
-        for x in landings(r.q.node, _pick(r.q, atom, index)):
+        for x in slice_sources(r.q.node, _pick(r.q, atom, index)):
             for axis, size in enumerate(shape(x.node)):
                 found.setdefault((x.node, axis), set()).update(x.selection.get(axis, range(size)))
         return found

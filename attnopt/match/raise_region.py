@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -14,13 +14,13 @@ from attnopt.graph.nodes import aten, dtype, shape
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
-from attnopt.match.projections import signature
 from attnopt.match.read_scores import Operand
 from attnopt.match.rearrange import Arranger
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError, rejected
 from attnopt.match.wiped_scores import hides_beside_flags
 from attnopt.slicing.selector import Selector
+from attnopt.slicing.sources import signature
 
 
 def attention(
@@ -84,20 +84,17 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     out = at.arrange(node, (r.batch, r.heads, r.queries, r.value_features), resolve_all(r.out.axes))
     if dtype(out) != dtype(r.out.node):
         out = emit.call(aten._to_copy.default, out, dtype=dtype(r.out.node))
-    spec = AttentionSpec(
-        heads=tuple(range(shape(q)[1])),
-        kv_heads=tuple(range(shape(k)[1])),
-        kv_of_head=kv_of_head,
-        head_dim=shape(q)[3],
-        value_dim=shape(v)[3],
+    spec = AttentionSpec.of(
+        shape(q)[1],
+        shape(k)[1],
+        shape(q)[3],
+        shape(v)[3],
         scale=r.scale,
+        kv_of_head=kv_of_head,
         pattern=pattern,
-        has_bias=bias is not None,
-        has_mask=mask is not None,
-        has_sinks=sinks is not None,
         softcap=r.softcap,
-        seen_as=seen,
     )
+    spec = replace(spec.having(bias, mask, sinks), seen_as=seen)
     return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
 
 

@@ -27,6 +27,7 @@ from attnopt.graph.products import Product, product_of
 from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of
 from attnopt.match.rejection import NotAttentionError, rejected
 
+MAX_DEPTH = 40  # operators from the softmax to a product: no spelling of one attention comes near
 _RSUB = named("rsub")
 _SUMS = ADD | SUB | _RSUB
 _FLOORS = named("clamp clamp_min maximum max.other")
@@ -122,7 +123,7 @@ def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Nod
     """(the scores that end in ``node``, or None and the deepest node that stopped the search)."""
     if (product := product_of(node)) is not None and is_query_key(product):
         return _start(product), None
-    if depth > 40 or node.op != "call_function" or not tensor_like(node):
+    if depth > MAX_DEPTH or node.op != "call_function" or not tensor_like(node):
         return None, node
     blocked: fx.Node | None = None
     for source in _candidates(node):

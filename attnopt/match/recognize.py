@@ -21,6 +21,7 @@ from attnopt.match.axis_roles import assign_roles
 from attnopt.match.late_division import LateQuotient, late_quotient
 from attnopt.match.overwrites import zeros_of
 from attnopt.match.read_scores import (
+    MAX_DEPTH,
     Hide,
     Operand,
     Scores,
@@ -38,6 +39,7 @@ from attnopt.match.sdpa import from_fused
 from attnopt.match.zeroed_weights import cleans, with_zeros
 
 _CHANGING = named("mul masked_fill add where cat")
+_NEAR = 8  # operators within which a product makes a softmax a near miss; farther ones belong to another layer
 
 
 def recognise(anchor: Softmax | fx.Node) -> Region:
@@ -77,28 +79,41 @@ def _without_values(weights: fx.Node) -> NotAttentionError:
 def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.Node, ...]] | None:
     """(product with the values, oriented so that its left operand is the weights; the late division, if there is one; the
     nodes from the weights to the product), or None without a path to a product over the keys."""
-    stack: list[tuple[fx.Node, ...]] = [(a.weights,)]
-    masked: fx.Node | None = None
-    while stack:
-        path = stack.pop(0)
+    paths: list[tuple[fx.Node, ...]] = [(a.weights,)]
+    changed: fx.Node | None = None
+    for path in paths:  # it grows
         for user in path[-1].users:
-            product = _product_with(path[-1], user)
-            if product is not None and product.addend is None:
-                oriented = product if product.left is path[-1] else product.swapped()
-                values = oriented.right
-                if (inputs_behind(values) or is_projected(values)) and oriented.left is not values:
-                    quotient = None if a.late_sum is None else late_quotient(product.node, a.late_sum)
-                    if a.late_sum is None or quotient is not None:
-                        return oriented, quotient, path
-            same = a.late_sum is None and path[-1] is a.weights and renormalises(user, a.weights, a.axis)
-            zeroes = zeros_of(user, path[-1]) is not None or (cleans(user, path[-1]) and not a.may_overflow)
-            if (same or zeroes or user.target in FOLLOWED) and len(path) < 12:
-                stack.append((*path, user))
+            if (mixture := _mixture(a, path[-1], user)) is not None:
+                return *mixture, path
+            if _carries_on(a, path[-1], user) and len(path) < MAX_DEPTH:
+                paths.append((*path, user))
             elif calls(user, _CHANGING):
-                masked = masked or user
-    if masked is not None and _leads_to_product(masked):
-        raise _changed(masked)
+                changed = changed or user
+    if changed is not None and _leads_to_product(changed):
+        raise _changed(changed)
     return None
+
+
+def _mixture(a: Softmax, weights: fx.Node, user: fx.Node) -> tuple[Product, LateQuotient | None] | None:
+    """The product of ``weights`` and values that ``user`` computes, and the division by a sum that follows it."""
+    product = _product_with(weights, user)
+    if product is None or product.addend is not None:
+        return None
+    oriented = product if product.left is weights else product.swapped()
+    if oriented.left is oriented.right or not (inputs_behind(oriented.right) or is_projected(oriented.right)):
+        return None
+    if a.late_sum is None:
+        return oriented, None
+    quotient = late_quotient(product.node, a.late_sum)
+    return None if quotient is None else (oriented, quotient)
+
+
+def _carries_on(a: Softmax, weights: fx.Node, user: fx.Node) -> bool:
+    """``user`` gives weights, too: in another layout, normalised again, or with zeros where a mask hides keys."""
+    if a.late_sum is None and weights is a.weights and renormalises(user, a.weights, a.axis):
+        return True
+    zeroes = zeros_of(user, weights) is not None or (cleans(user, weights) and not a.may_overflow)
+    return zeroes or user.target in FOLLOWED
 
 
 def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
@@ -132,7 +147,7 @@ def _comes_from_product(a: Softmax) -> bool:
     """A product over as many keys is a few operators above: an attention with modified scores."""
     keys = shape(a.scores)[a.axis]
     frontier = [a.scores]
-    for _ in range(8):
+    for _ in range(_NEAR):
         frontier = [i for n in frontier for i in n.all_input_nodes if is_tensor(i)]
         if any(keys in shape(n) and (p := product_of(n)) is not None and is_query_key(p) for n in frontier):
             return True
@@ -141,7 +156,7 @@ def _comes_from_product(a: Softmax) -> bool:
 
 def _leads_to_product(node: fx.Node) -> bool:
     frontier = [node]
-    for _ in range(8):
+    for _ in range(_NEAR):
         frontier = [u for n in frontier for u in n.users]
         if any(product_of(u) is not None for u in frontier):
             return True

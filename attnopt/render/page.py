@@ -59,11 +59,9 @@ def pattern_fragment(pattern: Pattern, length: int = NOTEBOOK_LENGTH) -> str:
 def inspection_fragment(inspection: Inspection) -> str:
     """What was found, as a table with pictures."""
     from attnopt.render.pattern_cells import pictures
-    from attnopt.render.tables import pattern_text, spec_extras
 
     rows = [
-        (s, pattern_text(s.spec), spec_extras(s.spec), pictures(pattern_text(s.spec), s.q_len, s.kv_len, s.num_heads))
-        for s in inspection.sites
+        (s, s.spec, pictures(str(s.spec.visible_pattern), s.q_len, s.kv_len, s.num_heads)) for s in inspection.sites
     ]
     return _render("inspection.html.j2", rows=rows, inspection=inspection)
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from attnopt.compiler.plugins import Description
     from attnopt.ir.projection import Projection
     from attnopt.ir.site import NearMiss, Site
-    from attnopt.ir.spec import AttentionSpec
     from attnopt.report.advice import Advice
     from attnopt.report.inspection import Inspection
 
@@ -138,8 +137,8 @@ def _site_json(site: Site) -> dict[str, Any]:
         "value_dim": site.value_dim,
         "scale": site.scale,
         "is_cross": site.is_cross,
-        "pattern": pattern_text(site.spec),
-        "extras": spec_extras(site.spec),
+        "pattern": str(site.spec.visible_pattern),
+        "extras": [*site.spec.features, *site.spec.positions],
         "projections": {
             role: {"weight": p.weight, "bias": p.bias, "transposed": p.transposed, "rows": p.rows, "why": p.why}
             for role, p in site.projections.items()
@@ -153,11 +152,11 @@ def _inspected(site: Site) -> tuple[str, ...]:
     spec = site.spec
     return (
         site.name or "(root)",
-        _heads(spec.num_heads, spec.num_kv_heads),
-        _size(spec.head_dim, spec.value_dim),
+        str(spec.num_heads) if spec.num_heads == spec.num_kv_heads else f"{spec.num_heads} / {spec.num_kv_heads} kv",
+        spec.sizes,
         "cross" if spec.is_cross else "self",
-        pattern_text(spec),
-        ", ".join(spec_extras(spec)),
+        str(spec.visible_pattern),
+        ", ".join((*spec.features, *spec.positions)),
         f"{spec.scale:.4g}",
         _projections(site.projections),
         site.where,
@@ -176,25 +175,6 @@ def _reported(site: SiteReport) -> tuple[str, ...]:
         f"{amount(after.parameters)} {relative(after.parameters, before.parameters)}".rstrip(),
         "" if site.error is None else f"{site.error:.1e}",
     )
-
-
-def _heads(query: int, kv: int) -> str:
-    return str(query) if query == kv else f"{query} / {kv} kv"
-
-
-def _size(head_dim: int, value_dim: int) -> str:
-    return str(head_dim) if head_dim == value_dim else f"{head_dim} / {value_dim} v"
-
-
-def pattern_text(spec: AttentionSpec) -> str:
-    """The effective mask: what the queries see, including a mask operand if known."""
-    return str(spec.visible_pattern)
-
-
-def spec_extras(spec: AttentionSpec) -> list[str]:
-    """Features besides the pattern, one word each."""
-    named = {"bias": spec.has_bias, "mask": spec.has_mask, "softcap": spec.softcap is not None, "sinks": spec.has_sinks}
-    return [name for name, there in named.items() if there] + list(spec.positions)
 
 
 def _projections(projections: Mapping[str, Projection]) -> str:

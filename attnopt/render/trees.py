@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from attnopt.render.tables import pattern_text, spec_extras
-
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
@@ -99,11 +97,7 @@ def _content(module: _Module) -> object:
 
 
 def _site_line(site: Site) -> str:
-    spec = site.spec
-    heads = f"{spec.num_heads} heads" + (f" / {spec.num_kv_heads} kv" if spec.num_kv_heads != spec.num_heads else "")
-    size = f"{spec.head_dim}" + (f" / {spec.value_dim} v" if spec.value_dim != spec.head_dim else "")
-    parts = [f"{heads} x {size}", "cross" if spec.is_cross else "self", pattern_text(spec), *spec_extras(spec)]
-    return ", ".join([*parts, f"scale {spec.scale:.4g}"]) + (f"   {site.where}" if site.where else "")
+    return str(site.spec) + (f"   {site.where}" if site.where else "")
 
 
 def _site_notes(site: Site) -> list[str]:

@@ -34,7 +34,7 @@ class Canonical:
 
     def having(self, operands: Operands[fx.Node], pattern: Pattern) -> Canonical:
         """The same attention with other operands beside queries, keys and values, and the pattern that is left."""
-        spec = _having(operands, replace(self.site.spec, pattern=pattern))
+        spec = replace(self.site.spec, pattern=pattern).having(operands.bias, operands.mask, operands.sinks)
         return replace(self, site=replace(self.site, spec=spec), operands=operands)
 
 
@@ -110,22 +110,10 @@ def _spec(
     pattern: Pattern,
     softcap: float | None = None,
 ) -> AttentionSpec:
-    spec = AttentionSpec(
-        heads=tuple(range(shape(operands.q)[1])),
-        kv_heads=tuple(range(shape(operands.k)[1])),
-        kv_of_head=kv_of_head,
-        head_dim=shape(operands.q)[3],
-        value_dim=shape(operands.v)[3],
-        scale=scale,
-        pattern=pattern,
-        softcap=softcap,
-    )
-    return _having(operands, spec)
-
-
-def _having(operands: Operands[fx.Node], spec: AttentionSpec) -> AttentionSpec:
-    has_bias, has_mask, has_sinks = (x is not None for x in (operands.bias, operands.mask, operands.sinks))
-    return replace(spec, has_bias=has_bias, has_mask=has_mask, has_sinks=has_sinks)
+    q, k, v = (shape(n) for n in (operands.q, operands.k, operands.v))
+    return AttentionSpec.of(
+        q[1], k[1], q[3], v[3], scale=scale, kv_of_head=kv_of_head, pattern=pattern, softcap=softcap
+    ).having(operands.bias, operands.mask, operands.sinks)
 
 
 def _site(name: str, spec: AttentionSpec, operands: Operands[fx.Node]) -> OnnxSite:

@@ -281,7 +281,7 @@ def test_inspection_table() -> None:
 
 def test_inspection_json() -> None:
     data = json.loads(json.dumps(inspection_json(_inspection())))
-    assert data["sites"][1]["extras"] == ["bias", "mask", "softcap", "rope"]
+    assert data["sites"][1]["extras"] == ["bias", "mask", "softcap 30", "rope"]
     assert data["sites"][0]["projections"]["v"]["why"] == "it is computed from an input"
     assert data["near_misses"][0]["refusal"]["code"] == "escapes"
 
