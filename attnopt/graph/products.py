@@ -55,7 +55,7 @@ def _of_two(node: fx.Node) -> Product | None:
     return _matmul(node, arg(node, 0), arg(node, 1))
 
 
-def _matmul(node: fx.Node, a: Any, b: Any, **extra: Any) -> Product | None:
+def _matmul(node: fx.Node, a: object, b: object, **extra: Any) -> Product | None:
     if not (is_tensor(a) and is_tensor(b)):
         return None
     sa, sb, out = shape(a), shape(b), shape(node)
