@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class CallInputs(NamedTuple):
     """Positional and keyword arguments of one call."""
 
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
     @classmethod
     def of(cls, args: object, kwargs: Mapping[str, object] | None = None) -> CallInputs:

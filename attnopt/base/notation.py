@@ -13,7 +13,7 @@ from attnopt.errors import PolicyError
 LONGEST = 1 << 20  # characters per text
 LARGEST_NUMBER = 64  # bits of an integer
 
-_JOINS: dict[type[ast.operator], Callable[[object, object], object]] = {
+_JOINS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.BitAnd: operator.and_,
     ast.BitOr: operator.or_,
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -139,7 +140,7 @@ def check_inputs(
             f"called with {len(leaves)} values, but captured with {len(nodes)}",
             hint="pass inputs with the same structure as the example",
         )
-    symbols: dict[object, int] = {}
+    symbols: dict[sympy.Symbol, int] = {}
     for number, (node, leaf) in enumerate(zip(nodes, leaves, strict=True)):
         expected = node.meta.get("val")
         if not isinstance(expected, Tensor):
@@ -160,7 +161,7 @@ def _check_shape(
     name: str,
     got: tuple[int, ...],
     expected: tuple[int | torch.SymInt, ...],
-    symbols: dict[object, int],
+    symbols: dict[sympy.Symbol, int],
     fixed: Collection[str],
     remedy: str | None,
 ) -> None:

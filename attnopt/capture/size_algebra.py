@@ -158,7 +158,7 @@ def _worked_out(node: ast.expr, bounds: Bounds) -> Any:
     return None
 
 
-def _calculated(how: ast.operator, a: sympy.Expr, b: sympy.Expr, bounds: Bounds) -> Any:
+def _calculated(how: ast.operator, a: sympy.Expr, b: sympy.Expr, bounds: Bounds) -> object:
     match how:
         case ast.Add():
             return sympy.expand(a + b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class _Formal(Interpreter):
         with self.mode:
             return torch.empty([size_at(s, self.sizes) for s in val.shape], dtype=val.dtype, device=val.device)
 
-    def call(self, node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def call(self, node: fx.Node, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         target: Any = node.target
         try:
             with self.mode:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import sympy
@@ -26,7 +25,7 @@ from attnopt.graph.nodes import (
 from attnopt.graph.ops import Kind, is_random, of
 
 Number = TypeVar("Number")
-Sizes = Mapping[sympy.Symbol, int]  # the graph's symbols, each with a number
+Sizes = dict[sympy.Symbol, int]  # the graph's symbols, each with a number
 _HEAVY = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION)
 
 
@@ -82,7 +81,7 @@ def size_at(size: Number | torch.SymInt, sizes: Sizes) -> Number | int:
     return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else size
 
 
-def symbols(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+def symbols(graph: fx.Graph) -> Sizes:
     """Every symbol of the graph's sizes with its example value."""
     sizes = _sizes(graph)
     found = {s.node.expr: hint(s) for s in sizes if s.node.expr.is_symbol}
@@ -94,7 +93,7 @@ def symbols(graph: fx.Graph) -> dict[sympy.Symbol, int]:
     return found
 
 
-def within(graph: fx.Graph, sizes: Sizes) -> dict[sympy.Symbol, int]:
+def within(graph: fx.Graph, sizes: Sizes) -> Sizes:
     """These sizes of the graph's symbols, clamped to the bounds of its validity."""
     found = dict(sizes)
     for s in _sizes(graph):

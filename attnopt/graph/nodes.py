@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -43,7 +43,7 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
     return found
 
 
-def run_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_call(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The result of the called operator for these values; on the CPU instead of the meta device, which has none."""
     target: Any = node.target
     args, kwargs = fx.node.map_aggregate((args, kwargs), _off_meta)
