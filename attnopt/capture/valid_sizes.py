@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from types import CodeType
+from typing import TYPE_CHECKING
 
 import sympy
 import torch
@@ -82,7 +83,7 @@ def _shape(node: fx.Node, sizes: Sizes) -> tuple[int, ...]:
     return tuple(s if isinstance(s, int) else int(s.node.expr.subs(sizes)) for s in node.meta["val"].shape)
 
 
-def _predicates(texts: Sequence[str], inputs: Sequence[fx.Node]) -> list[Any]:
+def _predicates(texts: Sequence[str], inputs: Sequence[fx.Node]) -> list[CodeType]:
     """The relations that involve only input sizes, ready for evaluation."""
     known = {input_name(n) for n in inputs} | {"_min", "_max"}
     trees = [

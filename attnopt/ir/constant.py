@@ -39,7 +39,7 @@ class Constant:
         made = torch.frombuffer(bytearray(self.data), dtype=_DTYPES[self.dtype])
         return made.reshape(self.shape).to(device)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """Plain data, which ``from_json`` reads back."""
         return {"dtype": self.dtype, "shape": list(self.shape), "data": b64encode(self.data).decode("ascii")}
 

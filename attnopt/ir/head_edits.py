@@ -52,12 +52,12 @@ class HeadEdit(ABC):
     def keeping(self, kept: Collection[int]) -> HeadEdit | None:
         """The same edit restricted to these heads; None if it then does nothing.  Raises ValueError if impossible."""
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """Plain data, with its ``kind``; by default the fields of a dataclass of numbers, strings and tuples of these."""
         return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> Self:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of ``to_json``."""
         return cls(**{name: _tuples(value) for name, value in data.items() if name != "kind"})
 
@@ -89,7 +89,7 @@ class Scaled(HeadEdit):
         left = tuple((h, g) for h, g in self.gains if h in kept)
         return Scaled(left) if left else None
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "gains": [list(pair) for pair in self.gains]}
 
     @classmethod
@@ -124,7 +124,7 @@ class TowardValues(HeadEdit):
         left = tuple((h, u) for h, u in self.amounts if h in kept)
         return TowardValues(left) if left else None
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "amounts": [list(pair) for pair in self.amounts]}
 
     @classmethod
@@ -183,7 +183,7 @@ class Replaced(HeadEdit):
         values = self.values.tensor().index_select(0 if self.is_constant else 1, torch.tensor(places))
         return replace(self, heads=tuple(self.heads[i] for i in places), values=Constant.of(values))
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "heads": list(self.heads), "values": self.values.to_json(), "origin": self.origin,
         }  # fmt: skip

@@ -68,7 +68,7 @@ class Routed(HeadEdit):
             raise ValueError("heads that tokens are routed to cannot be removed; prune before routing")
         return self
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         router = None if self.router is None else self.router.to_json()
         return {
             "kind": self.kind, "shared": list(self.shared), "routed": list(self.routed), "count": self.count,
