@@ -7,7 +7,6 @@ chosen at run time and imported at the first call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +38,18 @@ def attention(
 
 
 @attention.register_fake
-def _shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def _shape(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     B, H, L, _D = q.shape
     return v.new_empty(B, L, H, v.shape[3]).transpose(1, 2)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
     from attnopt.backends import attention_op
 
     attention_op.keep(ctx, inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     from attnopt.backends import attention_op
 
     return attention_op.backward(ctx, grad)

@@ -19,7 +19,7 @@ from attnopt.patterns import Pattern, parse
 from attnopt.patterns.registry import PATTERNS, is_readable
 
 
-def site_to_json(site: Site) -> dict[str, Any]:
+def site_to_json(site: Site) -> dict[str, object]:
     """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError if load() could not find one of its classes."""
     return {
         "plugins": _plugins(site),
@@ -76,7 +76,7 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
     )
 
 
-def spec_to_json(spec: AttentionSpec) -> dict[str, Any]:
+def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
     return {
         "heads": list(spec.heads),
         "kv_heads": list(spec.kv_heads),
@@ -146,7 +146,7 @@ def _require(data: Mapping[str, Any]) -> None:
             ) from e
 
 
-def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], Any]]:
+def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], object]]:
     for pattern in _patterns(spec):
         yield from ((PATTERNS, p) for p in pattern.leaves())
     yield from ((HEAD_EDITS, edit) for edit in spec.after)

@@ -54,7 +54,7 @@ KINDS: tuple[Registry[Any], ...] = (
 )  # fmt: skip
 _LISTED = (PASSES, BACKENDS)
 
-C = TypeVar("C", bound=type[Any])
+C = TypeVar("C", bound=type)
 
 
 def register(cls: C) -> C:
@@ -142,6 +142,6 @@ def _described(kind: Registry[Any], plugin: Plugin) -> Description:
     return Description(plugin.kind, plugin.name, exact, _options(loaded), summary, plugin.distribution)
 
 
-def _options(loaded: type[Any]) -> dict[str, str]:
+def _options(loaded: type) -> dict[str, str]:
     parameters = inspect.signature(loaded).parameters.values()
     return {p.name: "required" if p.default is p.empty else repr(p.default) for p in parameters}

@@ -79,7 +79,7 @@ class BlockLayout(Pattern):
     table: tuple[Ranges, ...]
     block: int
 
-    def __init__(self, table: Any, block: int) -> None:
+    def __init__(self, table: object, block: int) -> None:
         rows = table.tolist() if hasattr(table, "tolist") else table
         if not isinstance(rows, (list, tuple)) or not rows:
             raise PolicyError(f"BlockLayout: invalid value table={table!r}: expected a square table of 0s and 1s")
@@ -128,7 +128,7 @@ def _hashed(*numbers: Any) -> Any:
     return mixed
 
 
-def _row(number: int, row: Any, columns: int) -> Ranges:
+def _row(number: int, row: object, columns: int) -> Ranges:
     where = f"BlockLayout: row {number} of table"
     if isinstance(row, str):
         listed = [part.strip() for part in row.split(",")] if row.strip() else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from attnopt.base.notation import evaluate
 from attnopt.base.registry import Registry
@@ -42,7 +41,7 @@ PATTERNS = Registry(
 )
 
 
-def constructor(name: str) -> Callable[..., Any]:
+def constructor(name: str) -> Callable[..., object]:
     """The pattern class of this name; an unknown name raises a PolicyError that lists the known ones."""
     return PATTERNS.load(name)
 

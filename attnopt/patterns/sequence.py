@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.bands import Band, Bands
 from attnopt.patterns.lookback import Past
+
+Position = TypeVar("Position", int, Tensor)
 
 
 @dataclass(frozen=True, repr=False)
@@ -234,7 +236,7 @@ class Blocks(Pattern):
             raise PolicyError(f"Blocks: invalid value shift={self.shift}: expected a shift below size={self.size}")
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        start: Tensor = self._start(i)
+        start = self._start(i)
         return (j >= start - self.halo) & (j < start + self.size + self.halo)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
@@ -245,7 +247,7 @@ class Blocks(Pattern):
     def __repr__(self) -> str:
         return super().__repr__() if self.shift else f"Blocks(size={self.size}, halo={self.halo})"
 
-    def _start(self, i: Any) -> Any:
+    def _start(self, i: Position) -> Position:
         """The first position of the block of a query, which is an int or a tensor."""
         return (i - self.shift) // self.size * self.size + self.shift
 
