@@ -29,9 +29,9 @@ _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 class Blocked(Backend):
     """One ``attnopt::attention`` call: a compiled CPU kernel, FlexAttention, or torch operators block by block.
 
-    Gains on weights take one call for each part of the pairs, and a merge.  Accepts every spec whose selection has whole blocks, with static or dynamic lengths; its block layout is computed
-    once the lengths are known, and cached.  ``skips_rows``: if tokens are routed to heads, only the routed (token,
-    head) pairs are computed, on CPU.
+    Gains on weights take one call for each part of the pairs, and a merge.  Accepts every spec whose selection has whole
+    blocks, with static or dynamic lengths; its block layout is computed once the lengths are known, and cached.
+    ``skips_rows``: if tokens are routed to heads, only the routed (token, head) pairs are computed, on CPU.
     """
 
     name: ClassVar[str] = "blocked"
