@@ -23,6 +23,11 @@ TILE = 128  # FlexAttention's own
 
 def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     """``spec`` without its edits."""
+    return attend_with_lse(spec, t)[0]
+
+
+def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor]:
+    """The same, and the log-sum-exp of each row, [B, H, L], float32."""
     H, L, S = t.q.shape[1], t.q.shape[2], t.k.shape[2]
     blocks = _block_mask(spec.pattern, H, L, S, t.q.device)
     hidden = [_operand(x) for x in (t.mask,) if x is not None]
@@ -40,9 +45,11 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
         return_aux=AuxRequest(lse=True),
     )
     out: Tensor = o
+    lse: Tensor = aux.lse
     if t.sinks is None:
-        return out
-    return out * torch.sigmoid(aux.lse.unsqueeze(-1) - t.sinks.to(aux.lse.dtype)).to(out.dtype)
+        return out, lse
+    sinks = t.sinks.to(lse.dtype).squeeze(-1).expand_as(lse)
+    return out * torch.sigmoid(lse - sinks).unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, sinks)
 
 
 @lru_cache

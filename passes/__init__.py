@@ -13,6 +13,7 @@ from attnopt.passes.local_window import LocalWindow
 from attnopt.passes.prune_heads import PruneHeads
 from attnopt.passes.route_heads import RouteHeads
 from attnopt.passes.scale_heads import ScaleHeads
+from attnopt.passes.segment_gain import SegmentGain
 from attnopt.passes.soft_pag import SoftPAG
 from attnopt.passes.sparse import Sparse
 
@@ -25,6 +26,7 @@ __all__ = [
     "PruneHeads",
     "RouteHeads",
     "ScaleHeads",
+    "SegmentGain",
     "SoftPAG",
     "Sparse",
 ]

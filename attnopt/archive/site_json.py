@@ -15,6 +15,7 @@ from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
 from attnopt.ir.projection import Projection
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.weight_gains import WeightGains
 from attnopt.patterns import Pattern, parse
 from attnopt.patterns.registry import PATTERNS, is_readable
 
@@ -92,6 +93,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "selection": None if spec.selection is None else spec.selection.to_json(),
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
+        "weight_gains": None if spec.weight_gains is None else spec.weight_gains.to_json(),
         "positions": list(spec.positions),
         "after": [edit.to_json() for edit in spec.after],
     }
@@ -104,6 +106,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["pattern"] = parse(spec["pattern"])
     spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
+    spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     return AttentionSpec(**spec)
 
@@ -155,4 +158,7 @@ def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], object]]:
 
 
 def _patterns(spec: AttentionSpec) -> list[Pattern]:
-    return [spec.pattern, *([] if spec.seen_as is None else [spec.seen_as])]
+    of_gains = (
+        [] if spec.weight_gains is None else [*(p.pattern for p in spec.weight_gains.parts), spec.weight_gains.to]
+    )
+    return [p for p in (spec.pattern, spec.seen_as, *of_gains) if p is not None]

@@ -33,6 +33,7 @@ PASSES = Registry(
         "grouped-query": "attnopt.passes.grouped_query:GroupedQuery",
         "scale-heads": "attnopt.passes.scale_heads:ScaleHeads",
         "route-heads": "attnopt.passes.route_heads:RouteHeads",
+        "segment-gain": "attnopt.passes.segment_gain:SegmentGain",
         "soft-pag": "attnopt.passes.soft_pag:SoftPAG",
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
     },

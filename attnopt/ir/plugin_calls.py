@@ -56,6 +56,10 @@ def rewrite(p: Pass, site: Site) -> Rewrite:
 def accepts(backend: Backend, site: Site) -> Refusal | None:
     """The backend's answer for the site's spec.  Raises PluginError."""
     _require_name(backend, "backend", site)
+    if site.spec.weight_gains is not None and not backend.weight_gains:
+        return site.refuse(
+            "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)
+        )
     with blamed(backend, "backend", "check", site.name):
         return _refusal(backend.check(site.spec))
 

@@ -12,7 +12,7 @@ from attnopt.patterns.block import BlockLayout, RandomBlocks
 from attnopt.patterns.grid import Neighborhood, Prefix
 from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.segments import Segments
-from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Periodic, Sinks, Strided, Window
+from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
 
 PATTERNS = Registry(
     "attnopt.patterns",
@@ -25,6 +25,7 @@ PATTERNS = Registry(
             Causal,
             Window,
             Dilated,
+            Keys,
             Sinks,
             Global,
             Strided,

@@ -5,7 +5,7 @@ Below, "query i" is the query at position i; with fewer queries than keys, the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnopt.base.intervals import Reach, merged, stepped, up
+from attnopt.base.intervals import Ranges, Reach, as_text, from_text, merged, stepped, up
 from attnopt.base.options import LARGEST, whole, wholes
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
@@ -139,6 +139,45 @@ class Sinks(Pattern):
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         return Reach.between(0, self.n, 0, self.n)
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Keys(Pattern):
+    """The keys at these positions are visible to every query: a segment of the sequence, such as an image.
+
+    ``positions``: a range, other integers, or a text such as "0-3, 7".  Raises PolicyError.
+    """
+
+    positions: Ranges
+
+    def __init__(self, positions: str | Iterable[int]) -> None:
+        if isinstance(positions, str):
+            found = from_text(positions)
+            if found is None:
+                raise PolicyError(f'Keys: invalid value positions={positions!r}: expected positions such as "0-3, 7"')
+        elif isinstance(positions, range) and positions.step == 1 and positions.start >= 0:
+            found = merged([(positions.start, positions.stop)])
+        else:
+            found = merged((p, p + 1) for p in wholes("Keys", "positions", positions))
+        if found:
+            whole("Keys", "positions", found[-1][1])
+        object.__setattr__(self, "positions", found)
+
+    @property
+    def is_positional(self) -> bool:
+        return False
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        seen = (i != i) | (j != j)
+        for start, stop in self.positions:
+            seen = seen | ((j >= start) & (j < stop))
+        return seen
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach(all=self.positions, some=self.positions)
+
+    def __repr__(self) -> str:
+        return f"Keys({as_text(self.positions)!r})"
 
 
 @dataclass(frozen=True, repr=False)

@@ -24,16 +24,18 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.b
 @dataclass(frozen=True)
 class Edit:
     """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output; ``own``: how far
-    each head's map goes to the identity; ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero."""
+    each head's map goes to the identity; ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
+    ``weights``: any other change of the map, [..., L, S], with the column of a sink last."""
 
     visible: Tensor | None = None
     gains: tuple[float, ...] | None = None
     own: tuple[float, ...] | None = None
     used: Tensor | Callable[[], Tensor] | None = None
+    weights: Callable[[Tensor], Tensor] | None = None
 
     @property
     def is_mask(self) -> bool:
-        return self.gains is None and self.own is None and self.used is None
+        return all(x is None for x in (self.gains, self.own, self.used, self.weights))
 
 
 Edits = Mapping[int, Edit] | Callable[[int, tuple[int, ...]], "Edit | None"]
@@ -93,6 +95,8 @@ def _weighed(weights: Tensor, edit: Edit | None, heads: int | None) -> Tensor:
         found = torch.tensor(values, dtype=weights.dtype)[:, None, None]
         return _per_head(found, weights.dim(), heads, tuple(weights.shape))
 
+    if edit.weights is not None:
+        weights = edit.weights(weights)
     if edit.own is not None:
         u = column(edit.own)
         weights = (1 - u) * weights + u * torch.eye(*weights.shape[-2:], dtype=weights.dtype)

@@ -15,7 +15,9 @@ DECOYS = (
     "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "WrongAxisValues", "Shuffled", "DroppedColumn",
     "FirstColumnDropped",
 )  # fmt: skip
-REWRITES = ("none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group")
+REWRITES = (
+    "none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group", "segment", "segment+window",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
