@@ -35,6 +35,8 @@ PASSES = Registry(
         "route-heads": "attnopt.passes.route_heads:RouteHeads",
         "soft-pag": "attnopt.passes.soft_pag:SoftPAG",
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
+        "steer": "attnopt.passes.steer:Steer",
+        "add-values": "attnopt.passes.add_values:AddValues",
     },
     lambda cls: getattr(cls, "name", None),
 )

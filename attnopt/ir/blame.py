@@ -16,10 +16,13 @@ from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.spec import AttentionSpec
 
 
-def applied(e: HeadEdit, spec: AttentionSpec, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+def applied(
+    e: HeadEdit, spec: AttentionSpec, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor], mask: Tensor | None
+) -> Tensor:
     """``o`` after the edit.  Raises PluginError without the site."""
+    more = {"mask": mask} if e.reads_mask else {}
     with blamed(e, "head edit", "apply"):
-        made = e.apply(spec, o, q, v, constants)
+        made = e.apply(spec, o, q, v, constants, **more)
     check_output(e, "head edit", made, tuple(o.shape), o.dtype)
     return made
 
