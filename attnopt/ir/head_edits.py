@@ -57,9 +57,10 @@ class HeadEdit(ABC):
     def keeping(self, kept: Collection[int]) -> HeadEdit | None:
         """The same edit restricted to these heads; None if it then does nothing.  Raises ValueError if impossible."""
 
-    def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The heads that output the same [Dv], float64, for every token, given those that did before this edit."""
-        return {}
+    def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
+        """The heads that output the same [Dv], float64, for every token, given those that did before this edit; None if the
+        edit may need all heads, so that none can be folded away."""
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with its ``kind``; by default the fields of a dataclass of numbers, strings and tuples of these."""
@@ -231,7 +232,10 @@ def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:
     """The heads that output the same [Dv], float64, for every token, as far as their edits show."""
     known: dict[int, Tensor] = {}
     for edit in edits:
-        known = edit.constant_heads(known)
+        after = edit.constant_heads(known)
+        if after is None:
+            return {}
+        known = after
     return known
 
 
