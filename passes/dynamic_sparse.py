@@ -41,7 +41,7 @@ class DynamicSparse(Pass):
                 found=str(site.spec.selection),
                 hint="apply dynamic-sparse only once per site",
             )
-        edits = [edit for edit in site.spec.after if edit.reads_mask]
+        edits = [edit for edit in site.spec.after if edit.reads_masks]
         hint = f"exclude the site from {self.name}, or leave the edit out: chosen blocks would hide its keys"
         return refuse_edits(site, edits, hint) or refuse_other_keys(site)
 

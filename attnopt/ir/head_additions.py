@@ -89,36 +89,44 @@ class ValuesAdded(HeadEdit):
     """``o_h -> o_h + alpha * (the sum of v_h over the keys at ``tokens`` that the query sees)``; None: all, sorted, negative
     from the end.
 
-    Hidden keys are those that the pattern or the mask operand hides.  A position that a sequence does not have is ignored.
+    Keys are hidden by the pattern, by the mask operand, and by a bias operand of at most ``hidden_below``.  A position that a
+    sequence does not have is ignored.
     """
 
     kind: ClassVar[str] = "values-added"
-    reads_mask: ClassVar[bool] = True
+    reads_masks: ClassVar[bool] = True
     heads: tuple[int, ...]
     alpha: float
     tokens: tuple[int, ...] | None = None
+    hidden_below: float | None = None
 
     @property
     def changed(self) -> tuple[int, ...]:
         return self.heads
 
     def apply(
-        self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor], mask: Tensor | None = None
-    ) -> Tensor:
+        self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor], *,
+        mask: Tensor | None = None, bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         queries, keys, wide = o.shape[2], v.shape[2], torch.promote_types(v.dtype, torch.float32)
-        at, real = (
-            (torch.arange(keys, device=v.device), None) if self.tokens is None else indices(self.tokens, keys, v.device)
-        )
-        chosen = (v if self.tokens is None else v.index_select(2, at)).to(wide)
-        sums: dict[tuple[int, Pattern, int], Tensor] = {}
+        if self.tokens is None:
+            at, real, chosen = torch.arange(keys, device=v.device), None, v.to(wide)
+        else:
+            at, real = indices(self.tokens, keys, v.device)
+            chosen = v.index_select(2, at).to(wide)
+        sees = [] if mask is None else [mask.index_select(3, at)]
+        if bias is not None:
+            if self.hidden_below is None:
+                raise ValueError("a bias may hide keys, and hidden_below does not say with which numbers")
+            sees.append(bias.index_select(3, at) > self.hidden_below)
+        sums: dict[tuple[int, Pattern, bool | int], Tensor] = {}
         made: dict[int, Tensor] = {}
         for place in map(spec.heads.index, self.heads):
             group, pattern = spec.kv_of_head[place], spec.pattern.for_head(place)
-            row = place if mask is not None and mask.shape[1] != 1 else 0
-            key = group, pattern, row
+            key = group, pattern, any(s.shape[1] != 1 for s in sees) and place
             if key not in sums:
-                hides = None if mask is None else mask[:, row : row + 1].index_select(3, at)
-                sums[key] = _sum(chosen[:, group : group + 1], real, _seen(pattern, at, queries, keys), hides)
+                own = [s if s.shape[1] == 1 else s[:, place : place + 1] for s in sees]
+                sums[key] = _sum(chosen[:, group : group + 1], [real, _seen(pattern, at, queries, keys), *own])
             made[place] = (o[:, place : place + 1].to(wide) + self.alpha * sums[key]).to(o.dtype)
         return with_heads(o, made)
 
@@ -141,7 +149,7 @@ def _seen(pattern: Pattern, at: Tensor, queries: int, keys: int) -> Tensor | Non
     return pattern.visible_pairs(i.unsqueeze(1), at.unsqueeze(0))
 
 
-def _sum(v_B1TD: Tensor, *shown: Tensor | None) -> Tensor:
+def _sum(v_B1TD: Tensor, shown: Sequence[Tensor | None]) -> Tensor:
     """[B, 1, L or 1, Dv]: the sum over the tokens that every one of ``shown`` (broadcast to [B, 1, L, T]) shows."""
     given = [s for s in shown if s is not None]
     if not given:

@@ -34,7 +34,7 @@ class HeadEdit(ABC):
     kind: ClassVar[str]
     overwrites: ClassVar[bool] = False  # the previous outputs of the changed heads have no effect
     fits_other_values: ClassVar[bool] = True  # invariant under a change of basis of values and output projection
-    reads_mask: ClassVar[bool] = False  # ``apply`` also gets ``mask=``: the mask operand, or None
+    reads_masks: ClassVar[bool] = False  # ``apply`` also gets ``mask=`` and ``bias=``: the operands, or None
 
     @property
     @abstractmethod

@@ -26,8 +26,7 @@ def indices(tokens: Sequence[int], length: int, device: torch.device) -> tuple[T
     """The positions [T] of ``tokens`` in a sequence of ``length`` (also a SymInt), and bool [T]: which of them are there and
     not listed before; None if all are.  The others have position 0."""
     if is_static(length):
-        there = {t % length for t in tokens if -length <= t < length}
-        return _ranges(sorted(there), device), None
+        return _ranges(sorted({t % length for t in tokens if -length <= t < length}), device), None
     first = [t for t in tokens if t >= 0]
     last = _ranges([t for t in tokens if t < 0], device) + length
     listed_once = (last >= 0) & ~among(first, last, length)

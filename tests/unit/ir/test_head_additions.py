@@ -27,6 +27,7 @@ from attnopt.ir.spec_rules import verify_spec
 from attnopt.patterns import Causal, Full, PerHead, Sinks, Strided, Window
 
 B, L, H, D, Dv = 2, 5, 4, 6, 3
+LOW = -0.5  # hides about a third of random numbers
 TOKENS = st.none() | st.sets(st.integers(-8, 8), max_size=4).map(lambda s: tuple(sorted(s)))
 HEADS = st.lists(st.integers(0, H - 1), min_size=1, max_size=H, unique=True).map(tuple)
 PATTERNS = (
@@ -51,7 +52,7 @@ def cases(draw: st.DrawFn, kv_lens: tuple[int, ...] = (L, 7)) -> Case:
     kv_of_head = draw(st.sampled_from([(0, 1, 2, 3), (0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 0)]))
     spec = AttentionSpec(
         tuple(range(H)), tuple(range(max(kv_of_head) + 1)), kv_of_head, D, Dv, 0.4,
-        pattern=draw(st.sampled_from(PATTERNS)), has_mask=draw(st.booleans()),
+        pattern=draw(st.sampled_from(PATTERNS)), has_mask=draw(st.booleans()), has_bias=draw(st.booleans()),
     )  # fmt: skip
     keys = draw(st.sampled_from(kv_lens))
     return Case(spec, tensors(spec, B, L, keys, torch.float64, draw(st.integers(0, 99))), keys)
@@ -65,7 +66,7 @@ def shifts(draw_tokens: st.SearchStrategy[Any] = TOKENS) -> st.SearchStrategy[Sh
     return st.builds(made, HEADS, draw_tokens, st.integers(0, 99), st.booleans())
 
 
-additions = st.builds(ValuesAdded, HEADS, st.floats(-2, 2), TOKENS)
+additions = st.builds(ValuesAdded, HEADS, st.floats(-2, 2), TOKENS, st.just(LOW))
 gains = st.dictionaries(st.integers(0, H - 1), st.floats(-2, 2), min_size=1).map(lambda g: Scaled(tuple(g.items())))
 others = st.one_of(
     gains,
@@ -75,19 +76,27 @@ others = st.one_of(
 
 
 def seen_keys(c: Case) -> Tensor:
-    """Bool [B, H, L, S], pair by pair."""
+    """Bool [B, H, L, S], pair by pair: the keys whose values may be added."""
     pattern = c.spec.pattern.mask(L, c.keys, num_heads=H).expand(H, -1, -1)
     seen = torch.zeros(B, H, L, c.keys, dtype=torch.bool)
     for b, h, i, j in torch.cartesian_prod(*map(torch.arange, seen.shape)).tolist():
-        mask = c.given["mask"]
-        seen[b, h, i, j] = pattern[h, i, j] and (mask is None or mask[b, 0, i, j])
+        mask, bias = c.given["mask"], c.given["bias"]
+        seen[b, h, i, j] = (
+            pattern[h, i, j] and (mask is None or mask[b, 0, i, j]) and (bias is None or bias[0, h, i, j] > LOW)
+        )
     return seen
 
 
 def maps(c: Case) -> tuple[Tensor, Tensor]:
     """The attention maps [B, H, L, S], and the values of each query head [B, H, S, Dv]."""
     k, v = (c.given[n][:, list(c.spec.kv_of_head)] for n in ("k", "v"))
-    scores = (c.spec.scale * c.given["q"] @ k.mT).masked_fill(~seen_keys(c), -torch.inf)
+    scores, mask = c.spec.scale * c.given["q"] @ k.mT + (c.given["bias"] if c.spec.has_bias else 0.0), c.given["mask"]
+    seen = (
+        c.spec.pattern.mask(L, c.keys, num_heads=H)
+        if mask is None
+        else c.spec.pattern.mask(L, c.keys, num_heads=H) & mask
+    )
+    scores = scores.masked_fill(~seen, -torch.inf)
     return scores.softmax(-1).nan_to_num(0.0), v
 
 
@@ -100,7 +109,7 @@ def by_hand(c: Case, edits: list[HeadEdit]) -> Tensor:
             case Scaled(given):
                 for h, g in given:
                     o[:, h] *= g
-            case ValuesAdded(heads, alpha, tokens):
+            case ValuesAdded(heads, alpha, tokens, _):
                 for h in heads:
                     more = torch.zeros_like(A[:, h])
                     for t in range(c.keys) if tokens is None else tokens:
@@ -248,6 +257,7 @@ def test_law_removed_heads_take_nothing_along(c: Case, edits: list[HeadEdit], ke
     spec = whole.keeping(kept)
     groups = [c.spec.kv_heads.index(g) for g in spec.kv_heads]
     t = {**c.given, "q": c.given["q"][:, list(spec.heads)], **{n: c.given[n][:, groups] for n in ("k", "v")}}
+    t["bias"] = None if t["bias"] is None else t["bias"][:, list(spec.heads)]
     o = attention_of(Reference(), spec)(t.pop("q"), t.pop("k"), t.pop("v"), **t)
     torch.testing.assert_close(o, by_hand(c, list(whole.after))[:, list(spec.heads)])
 
@@ -261,6 +271,9 @@ def test_texts() -> None:
 
 
 def test_what_does_not_fit() -> None:
+    spec = AttentionSpec.of(H, H, D, Dv, scale=0.4).having(bias=True)
+    with pytest.raises(ValueError, match="hidden_below does not say"):
+        computed(Case(spec, tensors(spec, B, L, L, torch.float64, 0), L), [EDITS[2]])
     for shape in ((2, 1, Dv), (1, Dv)):
         with pytest.raises(ValueError, match="a shift of shape"):
             Shifted((0, 1), Constant.of(torch.zeros(shape)))
