@@ -16,9 +16,9 @@ from attnopt.passes.heads import distinct_heads, note_absent_tokens, refuse_unkn
 
 @dataclass(frozen=True)
 class AddValues(Pass):
-    """The attention map A of the chosen heads becomes ``A[:, tokens] + alpha``, and is not normalized again: more, or for a
-    negative ``alpha`` less, of what these keys say, as MotionCLR emphasizes words (arXiv:2410.18977).
+    """The attention map A of the chosen heads becomes ``A[:, tokens] + alpha``, and is not normalized again.
 
+    The heads say more, or for a negative ``alpha`` less, of these keys, as MotionCLR emphasizes words (arXiv:2410.18977).
     This equals ``o + alpha * sum of v[tokens]`` and does not need the map.  A key that a mask or a pattern hides from a query,
     before or after this pass, is not added to it: nothing of a later token reaches a causal query.
     ``hidden_below``: where the attention has a bias, the numbers that hide, as they reach the scaled scores: those of at most

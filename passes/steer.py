@@ -21,9 +21,10 @@ from attnopt.passes.heads import distinct_heads, note_absent_tokens, refuse_unkn
 
 @dataclass(frozen=True)
 class Steer(Pass):
-    """Add ``delta`` to the outputs of ``heads`` before the output projection: activation steering by head, as in
-    inference-time intervention (arXiv:2306.03341) or the shift within heads of In-Context Brush (arXiv:2505.20271).
+    """Add ``delta`` to the outputs of ``heads`` before the output projection.
 
+    This is activation steering by head, as in inference-time intervention (arXiv:2306.03341) and in the shift within heads of
+    In-Context Brush (arXiv:2505.20271).
     ``delta``: a tensor or numbers, [Dv] for each of the heads, or [heads, Dv] in the order of ``heads``.  ``heads``: None for
     all heads of the trained model; those that were already pruned are ignored.  ``tokens``: the positions of the queries, as
     integers or a ``range``, negative from the end as in Python; None for all.  With a cache, positions count the earlier

@@ -15,7 +15,10 @@ DECOYS = (
     "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "WrongAxisValues", "Shuffled", "DroppedColumn",
     "FirstColumnDropped",
 )  # fmt: skip
-REWRITES = ("none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group")
+REWRITES = (
+    "none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group", "steer", "add", "steer+scale",
+    "window+add",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
