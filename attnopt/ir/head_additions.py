@@ -40,6 +40,10 @@ class Shifted(HeadEdit):
         return self.heads
 
     @property
+    def reads_positions(self) -> bool:
+        return self.tokens is not None
+
+    @property
     def constants(self) -> tuple[Constant, ...]:
         return (self.by,)
 
@@ -103,6 +107,10 @@ class ValuesAdded(HeadEdit):
     @property
     def changed(self) -> tuple[int, ...]:
         return self.heads
+
+    @property
+    def reads_positions(self) -> bool:
+        return True
 
     def apply(
         self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor], *,

@@ -46,6 +46,12 @@ class HeadEdit(ABC):
         """The constants that ``apply`` receives as tensors."""
         return ()
 
+    @property
+    def reads_positions(self) -> bool:
+        """What a token gets depends on its place in the sequence, or on other tokens: a decoder that sees one token at a time
+        cannot apply it."""
+        return False
+
     @abstractmethod
     def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
         """``o`` [B, H, L, Dv] after the edit; ``q`` and ``v`` are the operands of the attention.
