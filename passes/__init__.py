@@ -14,6 +14,7 @@ from attnopt.passes.local_window import LocalWindow
 from attnopt.passes.prune_heads import PruneHeads
 from attnopt.passes.route_heads import RouteHeads
 from attnopt.passes.scale_heads import ScaleHeads
+from attnopt.passes.segment_gain import SegmentGain
 from attnopt.passes.soft_pag import SoftPAG
 from attnopt.passes.sparse import Sparse
 from attnopt.passes.steer import Steer
@@ -28,6 +29,7 @@ __all__ = [
     "PruneHeads",
     "RouteHeads",
     "ScaleHeads",
+    "SegmentGain",
     "SoftPAG",
     "Sparse",
     "Steer",

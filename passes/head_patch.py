@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,13 +37,13 @@ class HeadPatch(Pass):
     exact: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
     heads: Sequence[int]
-    values: str | Tensor | Constant | Mapping[str, Any] = "silence"
+    values: str | Tensor | Constant | Mapping[str, object] = "silence"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", distinct_heads(self.name, self.heads))
         object.__setattr__(self, "values", self._read(self.values))
 
-    def _read(self, given: Any) -> str | Constant:
+    def _read(self, given: object) -> str | Constant:
         if isinstance(given, str) and given in NAMED:
             return given
         try:

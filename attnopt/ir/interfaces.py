@@ -84,6 +84,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     skips: ClassVar[bool] = False  # True: hidden pairs are not computed
+    weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
     def check(self, spec: AttentionSpec) -> Refusal | None:

@@ -56,6 +56,10 @@ def rewrite(p: Pass, site: Site) -> Rewrite:
 def accepts(backend: Backend, site: Site) -> Refusal | None:
     """The backend's answer for the site's spec.  Raises PluginError."""
     _require_name(backend, "backend", site)
+    if site.spec.weight_gains is not None and not backend.weight_gains:
+        return site.refuse(
+            "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)
+        )
     with blamed(backend, "backend", "check", site.name):
         return _refusal(backend.check(site.spec))
 
@@ -75,7 +79,7 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
         return tuple(map(str, backend.notes(site.spec)))
 
 
-def lower(backend: Backend, spec: AttentionSpec) -> Any:
+def lower(backend: Backend, spec: AttentionSpec) -> Attend:
     """``backend.lower(spec)`` with checked output.  Raises PluginError without the site."""
     with blamed(backend, "backend", "lower"):
         attend = backend.lower(spec)
@@ -92,8 +96,7 @@ def lower(backend: Backend, spec: AttentionSpec) -> Any:
 def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None = None) -> Attend:
     """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
     if not spec.after:
-        plain: Attend = lower(backend, spec)
-        return plain
+        return lower(backend, spec)
     core = lower(backend, replace(spec, after=()))
     return edited(spec, core, constants, skips_rows=backend.skips_rows)
 
@@ -104,12 +107,12 @@ def no_answer(site: Site, e: PluginError) -> Refusal:
     return site.refuse("plugin-failed", expected="an answer from the plugin", found=e.message, hint=hint)
 
 
-def _require_name(plugin: Any, kind: str, site: Site) -> None:
+def _require_name(plugin: object, kind: str, site: Site) -> None:
     if not isinstance(getattr(plugin, "name", None), str):
         raise fault(plugin, kind, "its class has no name", site.name)
 
 
-def _refusal(answer: Any) -> Refusal | None:
+def _refusal(answer: object) -> Refusal | None:
     if answer is None or isinstance(answer, Refusal):
         return answer
     raise TypeError(f"it returned {answer!r}, expected a Refusal or None")

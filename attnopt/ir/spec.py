@@ -9,6 +9,7 @@ from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
+from attnopt.ir.weight_gains import WeightGains
 from attnopt.patterns.algebra import FULL, Full, Pattern
 
 
@@ -23,6 +24,7 @@ class AttentionSpec:
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
+        p = weight_gains(p)                        # if there are any
         o_h = p @ v_g                              # [L, value_dim]
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
@@ -44,6 +46,7 @@ class AttentionSpec:
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
+    weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
     after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
 
@@ -104,7 +107,8 @@ class AttentionSpec:
         """What changes the scores besides scale and pattern, in words."""
         softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
-        return (*(name for name, has in given.items() if has), *softcap)
+        gains = () if self.weight_gains is None else (str(self.weight_gains),)
+        return (*(name for name, has in given.items() if has), *softcap, *gains)
 
     @property
     def num_heads(self) -> int:
@@ -137,8 +141,9 @@ class AttentionSpec:
 
     @property
     def chooses(self) -> bool:
-        """The result depends on comparisons that rounding may flip: of blocks, or of heads."""
-        return self.selection is not None or self.route is not None
+        """The result depends on comparisons that rounding may flip: of blocks, of heads, or of the weights of a row."""
+        gains = self.weight_gains
+        return self.selection is not None or self.route is not None or (gains is not None and gains.chooses)
 
     @property
     def is_constant(self) -> bool:
@@ -167,6 +172,7 @@ class AttentionSpec:
             kv_of_head=tuple(used.index(self.kv_of_head[i]) for i in places),
             pattern=self.pattern.for_heads(places),
             seen_as=None if self.seen_as is None else self.seen_as.for_heads(places),
+            weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 

@@ -25,7 +25,8 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.b
 class Edit:
     """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output; ``own``: how far
     each head's map goes to the identity; ``raised``: how much each head's map grows where ``shown``, bool [L, S] or [B, 1, L, S];
-    ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero."""
+    ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
+    ``weights``: any other change of the map, [..., L, S], with the column of a sink last."""
 
     visible: Tensor | None = None
     gains: tuple[float, ...] | None = None
@@ -33,10 +34,11 @@ class Edit:
     raised: tuple[float, ...] | None = None
     shown: Tensor | None = None
     used: Tensor | Callable[[], Tensor] | None = None
+    weights: Callable[[Tensor], Tensor] | None = None
 
     @property
     def is_mask(self) -> bool:
-        return self.gains is None and self.own is None and self.raised is None and self.used is None
+        return all(x is None for x in (self.gains, self.own, self.raised, self.used, self.weights))
 
 
 Edits = Mapping[int, Edit] | Callable[[int, tuple[int, ...]], "Edit | None"]
@@ -96,6 +98,8 @@ def _weighed(weights: Tensor, edit: Edit | None, heads: int | None, axis: int = 
         found = torch.tensor(values, dtype=weights.dtype)[:, None, None]
         return _per_head(found, weights.dim(), heads, tuple(weights.shape))
 
+    if edit.weights is not None:
+        weights = edit.weights(weights)
     if edit.own is not None:
         u = column(edit.own)
         weights = (1 - u) * weights + u * torch.eye(*weights.shape[-2:], dtype=weights.dtype)

@@ -18,6 +18,7 @@ DECOYS = (
 REWRITES = (
     "none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group", "steer", "add", "steer+scale",
     "window+add",
+    "segment", "segment+window",
 )  # fmt: skip
 
 
