@@ -348,6 +348,8 @@ FAULTS = (
           "test_add_values.py -k padded_keys"),
     Fault("a bias that may hide, unsaid", "if site.spec.has_bias and self.hidden_below is None:", "if False:",
           "test_refusals.py -k unknown-mask"),
+    Fault("positions that a decoder is given one at a time", "(e for e in site.spec.after if e.reads_positions)",
+          "(e for e in site.spec.after if False)", "test_decoder.py -k steered"),
     Fault("blocks chosen after values were added, unsaid", "for edit in site.spec.after if edit.reads_masks]",
           "for edit in site.spec.after if False]", "test_add_values.py -k what_is_refused"),
     # calibration
