@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import oracle
 import torch
 from models import Attention, Spelling, places
+from steering import steered
 from torch import Tensor, nn
 
 from attnopt.ir.interfaces import Pass
-from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, SegmentGain, Sparse
+from attnopt.passes import AddValues, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, SegmentGain, Sparse, Steer
 from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
@@ -40,14 +42,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Edit:
-    """The passes at one site, and by pass what each means: a mask, gains, a change of its map, or groups of K/V heads that
-    become one."""
+    """The passes at one site, and by pass what each means: a mask, gains, a change of its map, what is added to heads' outputs at
+    some queries, or to their maps where ``raised`` shows it, or groups of K/V heads that become one."""
 
     call: Call
     passes: tuple[Pass, ...]
     visible: Mapping[str, Tensor]
     gains: Mapping[str, Mapping[int, float]]
     maps: Mapping[str, Callable[[Tensor], Tensor]]
+    shift: Mapping[int, Tensor]
+    queries: tuple[int, ...] | None
+    raised: tuple[tuple[float, ...], Tensor] | None
     merged: int = 0
 
 
@@ -82,7 +87,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
     block, s, n = call.block, call.block.spelling, call.block.number
     passes, visible, gains = list[Pass](), dict[str, Tensor](), dict[str, Mapping[int, float]]()
     maps = dict[str, Callable[[Tensor], Tensor]]()
-    merged = 0
+    shift, queries, raised, merged = dict[int, Tensor](), None, None, 0
     for kind in block.rewrite.split("+"):
         if kind == "window":
             left, right, sinks = n % 4, n // 4 % 3, n // 12
@@ -120,7 +125,19 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
         elif kind == "group" and s.kv_heads > 1 and s.norm != "across" and not case.reuse:
             merged = group_target(block)
             passes.append(GroupedQuery(kv_heads=merged, merge="mean"))
-    return Edit(call, tuple(passes), visible, gains, maps, merged) if passes else None
+        elif kind == "steer":
+            queries = (None, (0,), (-1,), (0, -1))[n % 4]
+            numbers = torch.randn(s.heads, s.value_dim, generator=torch.Generator().manual_seed(n))
+            shift = {h: numbers[h] for h in sorted({n % s.heads, n // 4 % s.heads}, reverse=True)}
+            passes.append(Steer(torch.stack([*shift.values()]), [*shift], queries))
+        elif kind == "add" and _by_normaliser(s):
+            keys, heads = (
+                ((0,), (-1,), (0, -1), (call.kv_len // 2, -call.kv_len))[n % 4],
+                sorted({n % s.heads, n // 4 % s.heads}),
+            )
+            passes.append(AddValues(keys, 0.5, heads, hidden_below=-1e4))
+            raised = tuple(0.5 * (h in heads) for h in range(s.heads)), _shown(call, attention, keys, given)
+    return Edit(call, tuple(passes), visible, gains, maps, shift, queries, raised, merged) if passes else None
 
 
 def _segment_gain(n: int, kv_len: int) -> SegmentGain:
@@ -166,6 +183,15 @@ def _by_normaliser(s: Spelling) -> bool:
     return not s.exponentials and s.softmax not in ("log", "again")
 
 
+def _shown(call: Call, attention: Attention, keys: tuple[int, ...], given: Mapping[str, Tensor]) -> Tensor:
+    """Bool [L, S] or [B, 1, L, S]: these keys, for the queries that the model lets see them."""
+    shown = torch.zeros(call.q_len, call.kv_len, dtype=torch.bool)
+    shown[:, list(keys)] = True
+    for kind in (kind for kind in attention.s.mask if kind != "given"):
+        shown = shown & attention._visible(kind, call.q_len, call.kv_len, padding_of(call.block, given))
+    return shown
+
+
 def _leaves_keys(call: Call, attention: Attention, visible: Tensor, given: Mapping[str, Tensor]) -> bool:
     """A query that sees nothing gets zeros from attnopt and NaN, or the mean of hidden keys, from the model."""
     for kind in attention.s.mask:
@@ -180,6 +206,7 @@ def meant(
     """What the user's model gives with these edits, less the passes that refused at their sites."""
     model = copy.deepcopy(model)
     told: dict[int, oracle.Edit] = {}
+    shifts = ExitStack()
     for site, edit in edits.items():
         kept = [p.name for p in edit.passes if p.name not in refused[site]]
         masks = [edit.visible[name] for name in kept if name in edit.visible]
@@ -188,13 +215,23 @@ def meant(
         assert isinstance(attention, Attention)
         if edit.merged and "grouped-query" in kept:
             _average(attention, edit.merged)
+        if edit.shift and "steer" in kept:
+            later = gains if _by_normaliser(s) else {}  # those of the output projection scale what reaches it
+            by = {h: delta * later.get(h, 1.0) for h, delta in edit.shift.items()}
+            shifts.enter_context(steered(attention, by, edit.queries, edit.call.time))
         if gains and not _by_normaliser(s):
             attention.load_state_dict(attention.with_gains(gains).state_dict())
             gains = {}
         change = next((edit.maps[name] for name in kept if name in edit.maps), None)
         factors = tuple(gains.get(h, 1.0) for h in range(s.heads)) if gains else None
-        told[edit.call.normaliser] = oracle.Edit(masks[0] if masks else None, factors, weights=change)
-    return oracle.run_edited(model, (), given, told, exponentials=True)
+        alphas, shown = edit.raised if edit.raised is not None and "add-values" in kept else (None, None)
+        if shown is not None and masks:
+            shown = shown & masks[0]
+        told[edit.call.normaliser] = oracle.Edit(
+            masks[0] if masks else None, factors, raised=alphas, shown=shown, weights=change
+        )
+    with shifts:
+        return oracle.run_edited(model, (), given, told, exponentials=True)
 
 
 def _average(attention: Attention, groups: int) -> None:
