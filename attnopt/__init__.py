@@ -16,7 +16,7 @@ from attnopt.backends import attention_operator as attention_operator
 if TYPE_CHECKING:
     from attnopt import passes, patterns, plot, recipes
     from attnopt.advice import advise
-    from attnopt.api import inspect, optimize
+    from attnopt.api import guidance, inspect, optimize
     from attnopt.base.intervals import Reach
     from attnopt.capture.calibration import Calibration
     from attnopt.compiler.importance import HeadImportance, head_importance
@@ -111,6 +111,7 @@ __all__ = [
     "advise",
     "apply_patterns",
     "convert",
+    "guidance",
     "head_importance",
     "inspect",
     "kept_mass",
@@ -125,7 +126,7 @@ __all__ = [
 
 _NAMES = {
     "advice": "advise",
-    "api": "inspect optimize",
+    "api": "guidance inspect optimize",
     "base.intervals": "Reach",
     "capture.calibration": "Calibration",
     "compiler.importance": "HeadImportance head_importance",

@@ -12,14 +12,17 @@ from torch import fx, nn
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
+from attnopt.base.options import number
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.capture import check_call, without_values
 from attnopt.compiler.analyze import analyze
 from attnopt.compiler.compile import carried_out
 from attnopt.compiler.decide import standing_refusals
+from attnopt.compiler.guidance import guided
 from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.compiler.origin import Origin, is_file
 from attnopt.compiler.policy import Policy
+from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Backend
 from attnopt.model import OptimizedModel
 from attnopt.report.inspection import Inspection
@@ -110,6 +113,41 @@ def optimize(
         return OptimizedModel.deferred(model, build)
     module, origin = build(inputs)
     return OptimizedModel(module, origin)
+
+
+@compiling()
+def guidance(
+    model: nn.Module,
+    weak: object,
+    args: tuple[object, ...] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    scale: float,
+    dynamic_shapes: object = None,
+    calibration: Iterable[Batch] | Calibration | None = None,
+    backend: str | Backend = "auto",
+    strict: bool = False,
+    seed: int = 0,
+) -> OptimizedModel:
+    """The model pushed away from a weaker form of itself: ``strong + scale * (strong - weak)``.
+
+    This is perturbed-attention guidance (PAG, arXiv:2403.17377; by head in HeadHunter, arXiv:2506.10978) as one module, in which
+    both branches share every layer before the first one that differs.
+    ``weak``: a policy, as of ``optimize``, such as ``SoftPAG(heads=[0, 3], u=0.5)``; sites that it leaves alone are fused in
+    both.  ``scale``: a finite number; 0 gives the model itself.  Outputs that are no floating-point tensors are the model's.
+    The other arguments are those of ``optimize``.
+
+    The report is that of the weak branch; ``report.cpu_seconds`` has the measured time of the model alone ("before") and of
+    both ("after").  Raises AttnoptError; RewriteError if the model takes or returns objects such as caches, or changes its state.
+    """
+    pushed = number("guidance", "scale", scale)
+    inputs = CallInputs.of(args, kwargs)
+    batches = [] if calibration is None else Calibration.of(calibration).batches
+    if not any(inputs):
+        raise PolicyError("guidance needs example inputs", hint="pass args or kwargs")
+    options = Options(strict=strict, seed=seed)
+    made = guided(Job(model, Policy.of(weak), inputs, dynamic_shapes, batches, backends_of(backend), options), pushed)
+    return OptimizedModel(made.module, made.origin)
 
 
 def _opened(model: nn.Module | str | os.PathLike[str], inputs: CallInputs) -> nn.Module:

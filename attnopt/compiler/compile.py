@@ -29,18 +29,19 @@ from attnopt.errors import CaptureError, RewriteError, VerificationError
 from attnopt.graph.evaluate import dynamic_axes
 from attnopt.graph.nodes import stored
 from attnopt.lower.lower import lower
-from attnopt.match.find import find
+from attnopt.match.find import Findings, find
 from attnopt.report.report import Report
 from attnopt.version import __version__
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """An optimized graph with where it comes from, the program that it was made of, and what the passes decided."""
+    """An optimized graph with where it comes from, the program that it was made of, and what was found and decided."""
 
     module: fx.GraphModule
     origin: Origin
     program: Program
+    findings: Findings
     decisions: tuple[Decision, ...]
 
 
@@ -71,14 +72,22 @@ def carried_out(job: Job) -> Compiled:
         shapes = program.narrower
 
 
+def again(job: Job, made: Compiled) -> Compiled:
+    """Another job on a model whose attentions are found already.  Raises AttnoptError."""
+    return _with_findings(job, made.program, made.findings, _Clock(), _Warnings())
+
+
 def _of_program(job: Job, program: Program, clock: _Clock) -> Compiled:
     told = _Warnings()
     told.all_of(_broken_weights(program))
-    dynamic = dynamic_axes(
-        program.module.graph
-    )  # asked now: lowering can fix a symbol, and the captured graph shares it
     with clock.stage("match"):
         findings = find(program)
+    return _with_findings(job, program, findings, clock, told)
+
+
+def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock, told: _Warnings) -> Compiled:
+    # Asked now: lowering can fix a symbol, and the captured graph shares it.
+    dynamic = dynamic_axes(program.module.graph)
     with clock.stage("rewrite"):
         decisions = plan(job, program, findings)
     told.all_of(without_effect(job, findings, decisions))
@@ -105,7 +114,7 @@ def _of_program(job: Job, program: Program, clock: _Clock) -> Compiled:
     )
     if any(p.edits for p in plans):
         gc.collect()  # graphs refer to themselves: a temporary graph would keep its new weights alive for long
-    return Compiled(module, _origin(job, program, decisions, module, report), program, tuple(decisions))
+    return Compiled(module, _origin(job, program, decisions, module, report), program, findings, tuple(decisions))
 
 
 def _origin(

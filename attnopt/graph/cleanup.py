@@ -5,17 +5,19 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from attnopt.graph.emitter import _key
-from attnopt.graph.nodes import is_state, opname, value
+from attnopt.graph.nodes import aten, is_call, is_state, opname, value
 from attnopt.graph.ops import is_random
+from attnopt.graph.sdpa import SDPA, sdpa_arguments
 
 
 def sweep(gm: fx.GraphModule) -> None:
     """Remove unused nodes.  torch would keep an unused fused attention, because it might draw random numbers."""
-    gm.graph.eliminate_dead_code(is_impure_node=_has_effects)
+    gm.graph.eliminate_dead_code(is_impure_node=has_effects)
     gm.recompile()
 
 
-def _has_effects(node: fx.Node) -> bool:
+def has_effects(node: fx.Node) -> bool:
+    """It is not there for its result alone: an input, the output, a check, a write."""
     if node.op in ("placeholder", "output", "call_module") or "attnopt.call" in node.meta:
         return True
     schema = getattr(node.target, "_schema", None)
@@ -27,7 +29,7 @@ def share(gm: fx.GraphModule) -> None:
     """Common subexpression elimination: every layer of a model may compute the same mask."""
     known: dict[object, fx.Node] = {}
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or _has_effects(node) or _draws(node):
+        if node.op != "call_function" or has_effects(node) or _draws(node):
             continue
         same = known.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
         if same is not node:
@@ -62,6 +64,10 @@ def _numbers_of(node: fx.Node) -> object:
 
 def _draws(node: fx.Node) -> bool:
     """The operator may return a different result each time."""
+    if is_call(node, SDPA):
+        return bool(sdpa_arguments(node).dropout_p)
+    if is_call(node, aten.sym_size.int) or getattr(node.target, "__module__", "") == "_operator":
+        return False
     return is_random(node.target) or "empty" in opname(node) or not isinstance(value(node), Tensor)
 
 

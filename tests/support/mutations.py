@@ -408,6 +408,13 @@ FAULTS = (
           "test_dynamic_axes.py -k padding_of_torchs"),
     Fault("no end of relations", "if self._length > LONGEST:", "if False:",
           "test_dynamic_axes.py -k too_much"),
+    # guidance
+    Fault("tensors that copies of a graph share", "(value(n).detach() for n in inputs)", "(value(n) for n in inputs)",
+          "test_guidance.py -k told_apart"),
+    Fault("no layer runs once", "        return bool(sdpa_arguments(node).dropout_p)", "        return True",
+          "test_guidance.py -k run_once"),
+    Fault("a state that two branches change", "if n.op == \"call_function\" and has_effects(n)", "if False",
+          "test_guidance.py -k refused"),
     # gains on weights
     Fault("a log-sum-exp without its maximum", "= top[n][r] + std::log(total[n][r]);", "= std::log(total[n][r]);",
           "test_weight_gains.py -k log_sum_exps"),
