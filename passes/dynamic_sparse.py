@@ -10,7 +10,7 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_other_keys
+from attnopt.passes.heads import refuse_other_keys, refuse_pooled
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DynamicSparse(Pass):
                 found=str(site.spec.selection),
                 hint="apply dynamic-sparse only once per site",
             )
-        return refuse_other_keys(site)
+        return refuse_pooled(site, "use either dynamic-sparse or pool-keys at a site") or refuse_other_keys(site)
 
     def rewrite(self, site: Site) -> Rewrite:
         return Rewrite(replace(site.spec, selection=self._selection))

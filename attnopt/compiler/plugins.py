@@ -35,6 +35,7 @@ PASSES = Registry(
         "route-heads": "attnopt.passes.route_heads:RouteHeads",
         "soft-pag": "attnopt.passes.soft_pag:SoftPAG",
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
+        "pool-keys": "attnopt.passes.pool_keys:PoolKeys",
     },
     lambda cls: getattr(cls, "name", None),
 )

@@ -13,18 +13,22 @@ from attnopt.ir.spec import AttentionSpec
 def reference(spec: AttentionSpec) -> Attend:
     """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  Raises ValueError if
     ``spec`` has edits: see ``semantics.edited``."""
-    require_no_edits(spec)
+    require_no_edits(spec, pools=True)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         k_BHSD, v_BHSD = heads_of(spec, k).to(wide), heads_of(spec, v).to(wide)
+        if spec.pooling is not None:
+            k_BHSD, v_BHSD = spec.pooling.applied(spec.heads, k_BHSD), spec.pooling.applied(spec.heads, v_BHSD)
         s = spec.scale * (q.to(wide) @ k_BHSD.mT)
         if spec.softcap is not None:
             s = spec.softcap * torch.tanh(s / spec.softcap)
         if bias is not None:
             s = s + bias.to(wide)
+        if spec.pooling is not None:
+            s = s + spec.pooling.log_weights_of(spec.heads, k.shape[2], wide, k.device)
         seen = visible(spec, q, k, mask)
         if seen is not None:
             s = s.masked_fill(~seen, -torch.inf)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from attnopt.base.debug import debugging
-from attnopt.base.sizes import is_static
+from attnopt.base.sizes import is_static, step
 from attnopt.capture.flex_attention import is_flex, is_written_out, why_unread
 from attnopt.capture.program import Program
 from attnopt.graph.axes import resolve, resolve_all
@@ -272,6 +272,7 @@ def _describe(
         q_len=shape(operands.q)[2],
         kv_len=shape(operands.k)[2],
         is_dynamic=not (is_static(value(operands.q).shape[2]) and is_static(value(operands.k).shape[2])),
+        kv_step=step(value(operands.k).shape[2]),
         device=device,
         alignment=_ALIGNMENT.get(related, "first"),
     )
