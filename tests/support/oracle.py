@@ -24,16 +24,19 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.b
 @dataclass(frozen=True)
 class Edit:
     """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output; ``own``: how far
-    each head's map goes to the identity; ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero."""
+    each head's map goes to the identity; ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
+    ``pools``: [S, S] or [H, S, S], in each row the weights of the keys whose mean takes the place of a key.  Scores are then linear
+    in the keys, and the key itself counts as its own weight."""
 
     visible: Tensor | None = None
     gains: tuple[float, ...] | None = None
     own: tuple[float, ...] | None = None
     used: Tensor | Callable[[], Tensor] | None = None
+    pools: Tensor | None = None
 
     @property
     def is_mask(self) -> bool:
-        return self.gains is None and self.own is None and self.used is None
+        return self.gains is None and self.own is None and self.used is None and self.pools is None
 
 
 Edits = Mapping[int, Edit] | Callable[[int, tuple[int, ...]], "Edit | None"]
@@ -69,10 +72,25 @@ def _per_head(x: Tensor, ndim: int, heads: int | None, shape: tuple[int, ...]) -
     raise AssertionError(f"the oracle does not know where the heads of {shape} are")
 
 
+def _means(scores: Tensor, pools: Tensor, heads: int | None) -> Tensor:
+    """``Edit.pools`` where the heads of ``scores`` are; a sink's column stays as it is."""
+    missing = scores.shape[-1] - pools.shape[-1]
+    if missing:
+        pools = F.pad(pools, (0, missing, 0, missing)) + torch.diag(torch.arange(scores.shape[-1]) >= pools.shape[-1])
+    pools = pools.to(scores.dtype)
+    return _per_head(pools, scores.dim(), heads, tuple(scores.shape)) if pools.dim() == 3 else pools
+
+
 def _hidden(scores: Tensor, axis: int, edit: Edit | None, heads: int | None) -> Tensor:
-    if edit is None or edit.visible is None:
+    if edit is None:
         return scores
     axis %= scores.dim()
+    if edit.pools is not None:
+        assert axis == scores.dim() - 1, "the oracle pools only the last axis"
+        means = _means(scores, edit.pools, heads)
+        scores = scores @ means.mT + means.diagonal(dim1=-2, dim2=-1).log().unsqueeze(-2)
+    if edit.visible is None:
+        return scores
     visible = edit.visible
     missing = scores.shape[axis] - visible.shape[-1]  # a sink's column stays visible
     if missing:
@@ -93,6 +111,8 @@ def _weighed(weights: Tensor, edit: Edit | None, heads: int | None) -> Tensor:
         found = torch.tensor(values, dtype=weights.dtype)[:, None, None]
         return _per_head(found, weights.dim(), heads, tuple(weights.shape))
 
+    if edit.pools is not None:
+        weights = weights @ _means(weights, edit.pools, heads)
     if edit.own is not None:
         u = column(edit.own)
         weights = (1 - u) * weights + u * torch.eye(*weights.shape[-2:], dtype=weights.dtype)
