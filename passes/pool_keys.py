@@ -54,8 +54,7 @@ class PoolKeys(Pass):
         chosen = self._chosen(site)
         if not chosen or self._pools(chosen).tokens == 1:
             return Rewrite(site.spec, notes=("pool-keys: pools of one key change nothing",) if chosen else ())
-        notes = ("pool-keys: keys that a bias hides, such as padding, enter the means",) if site.spec.has_bias else ()
-        return Rewrite(replace(site.spec, pooling=self._pools(chosen)), notes=notes)
+        return Rewrite(replace(site.spec, pooling=self._pools(chosen)))
 
     def _chosen(self, site: Site) -> tuple[int, ...]:
         return tuple(h for h in site.spec.heads if self.heads is None or h in self.heads)
@@ -81,11 +80,11 @@ class PoolKeys(Pass):
                 found=str(causal),
                 hint="the mean of a pool mixes later keys into visible ones; use grouped-query or local-window",
             )
-        if site.spec.has_mask:
+        if site.spec.has_mask or site.bias_hides:
             return site.refuse(
                 "masked-pools",
-                expected="keys that no mask operand hides",
-                found="a mask operand",
+                expected="keys that are never hidden",
+                found="a mask operand" if site.spec.has_mask else "a bias that may be a mask",
                 hint="hidden keys, such as padding, would enter the means; capture the model without padding and its mask",
             )
         return None

@@ -30,6 +30,7 @@ def site_to_json(site: Site) -> dict[str, Any]:
         "q_len": site.q_len,
         "kv_len": site.kv_len,
         "is_dynamic": site.is_dynamic,
+        "bias_hides": site.bias_hides,
         "kv_step": site.kv_step,
         "alignment": site.alignment,
         "projections": {
@@ -74,6 +75,7 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
         q_len=data["q_len"],
         kv_len=data["kv_len"],
         is_dynamic=data["is_dynamic"],
+        bias_hides=data.get("bias_hides", False),
         kv_step=data.get("kv_step", int(data["is_dynamic"])),
         alignment=data.get("alignment", "first"),
     )

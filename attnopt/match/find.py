@@ -34,7 +34,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Alignment, NearMiss, Site
 from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.escapes import where_used
-from attnopt.match.masks import keeps_a_mask
+from attnopt.match.masks import hides_keys, keeps_a_mask
 from attnopt.match.projections import read_output, read_projection
 from attnopt.match.prove import example_values, region_key, site_error, site_tolerance
 from attnopt.match.raise_region import Raised, raise_region
@@ -272,6 +272,7 @@ def _describe(
         q_len=shape(operands.q)[2],
         kv_len=shape(operands.k)[2],
         is_dynamic=not (is_static(value(operands.q).shape[2]) and is_static(value(operands.k).shape[2])),
+        bias_hides=hides_keys(gm, operands.bias),
         kv_step=step(value(operands.k).shape[2]),
         device=device,
         alignment=_ALIGNMENT.get(related, "first"),

@@ -25,8 +25,8 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.b
 class Edit:
     """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output; ``own``: how far
     each head's map goes to the identity; ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
-    ``pools``: [S, S] or [H, S, S], in each row the weights of the keys whose mean takes the place of a key.  Scores are then linear
-    in the keys, and the key itself counts as its own weight."""
+    ``pools``: [S, S] or [H, S, S], in each row the weights of the keys whose mean takes the place of a key.
+    Scores are then linear in the keys, and a key counts as much as it weighs in its own row."""
 
     visible: Tensor | None = None
     gains: tuple[float, ...] | None = None

@@ -12,6 +12,7 @@ from attnopt.passes import (
     GroupedQuery,
     HeadPatch,
     LocalWindow,
+    PoolKeys,
     PruneHeads,
     RouteHeads,
     ScaleHeads,
@@ -61,6 +62,7 @@ PASSES = st.one_of(
         [HeadPatch([2, 1], "mean"), HeadPatch([0], torch.arange(3.0)[None]), PruneHeads(0.1, whole_layers=True)]
     ),
     st.sampled_from(PATTERNS).map(Sparse),
+    st.sampled_from([PoolKeys(4), PoolKeys((2, 3), (4, 6), heads=[1], prefix=1)]),
     st.builds(GroupedQuery, st.integers(1, 9), st.sampled_from(["mean", "first"])),
     st.builds(
         ScaleHeads, st.lists(st.floats(-2, 2)) | st.dictionaries(st.integers(0, 9), st.floats(-2, 2), min_size=1)

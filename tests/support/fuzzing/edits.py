@@ -12,7 +12,7 @@ from models import Attention, Spelling, places
 from torch import Tensor, nn
 
 from attnopt.ir.interfaces import Pass
-from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
+from attnopt.passes import GroupedQuery, LocalWindow, PoolKeys, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
@@ -40,13 +40,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Edit:
-    """The passes at one site, and by pass what each means: a mask, gains, or groups of K/V heads that become one."""
+    """The passes at one site, and by pass what each means: a mask, gains, groups of K/V heads that become one, or [H, S, S]
+    weights of the keys whose mean takes the place of a key."""
 
     call: Call
     passes: tuple[Pass, ...]
     visible: Mapping[str, Tensor]
     gains: Mapping[str, Mapping[int, float]]
     merged: int = 0
+    pools: Tensor | None = None
 
 
 def calls(case: Case, model: nn.Module, given: Mapping[str, Tensor]) -> list[Call]:
@@ -79,7 +81,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
     """What the block's rewrite makes of this run, or None where nothing is to be tried."""
     block, s, n = call.block, call.block.spelling, call.block.number
     passes, visible, gains = list[Pass](), dict[str, Tensor](), dict[str, Mapping[int, float]]()
-    merged = 0
+    merged, pools = 0, None
     for kind in block.rewrite.split("+"):
         if kind == "window":
             left, right, sinks = n % 4, n // 4 % 3, n // 12
@@ -114,7 +116,18 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
         elif kind == "group" and s.kv_heads > 1 and s.norm != "across" and not case.reuse:
             merged = group_target(block)
             passes.append(GroupedQuery(kv_heads=merged, merge="mean"))
-    return Edit(call, tuple(passes), visible, gains, merged) if passes else None
+        elif kind == "pool" and _pools_can_be_told(s):
+            sizes = [r for r in range(1, call.kv_len + 1) if call.kv_len % r == 0]
+            size, heads = sizes[-1 - n % len(sizes)], sorted({n % s.heads, n // 4 % s.heads})
+            passes.append(PoolKeys(size, heads=heads))
+            pools = torch.eye(call.kv_len).repeat(s.heads, 1, 1)
+            pools[heads] = torch.block_diag(*[torch.full((size, size), 1 / size)] * (call.kv_len // size))
+    return Edit(call, tuple(passes), visible, gains, merged, pools) if passes else None
+
+
+def _pools_can_be_told(s: Spelling) -> bool:
+    """The oracle averages scores, which have to be linear in the keys where they meet the normaliser."""
+    return _by_normaliser(s) and s.softcap is None and not s.bias_kind
 
 
 def _gains_can_be_told(case: Case, s: Spelling) -> bool:
@@ -152,7 +165,8 @@ def meant(
             attention.load_state_dict(attention.with_gains(gains).state_dict())
             gains = {}
         factors = tuple(gains.get(h, 1.0) for h in range(s.heads)) if gains else None
-        told[edit.call.normaliser] = oracle.Edit(masks[0] if masks else None, factors)
+        pools = edit.pools if "pool-keys" in kept else None
+        told[edit.call.normaliser] = oracle.Edit(masks[0] if masks else None, factors, pools=pools)
     return oracle.run_edited(model, (), given, told, exponentials=True)
 
 

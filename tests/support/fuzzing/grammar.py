@@ -15,7 +15,18 @@ DECOYS = (
     "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "WrongAxisValues", "Shuffled", "DroppedColumn",
     "FirstColumnDropped",
 )  # fmt: skip
-REWRITES = ("none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group")
+REWRITES = (
+    "none",
+    "window",
+    "sparse",
+    "prune",
+    "scale",
+    "window+prune",
+    "scale+sparse",
+    "group",
+    "pool",
+    "pool+sparse",
+)
 
 
 @dataclass(frozen=True)

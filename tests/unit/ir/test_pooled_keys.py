@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.backends import Blocked, Reference, Sdpa
-from attnopt.errors import ConversionError, PolicyError
+from attnopt.errors import PolicyError
 from attnopt.ir.head_edits import TowardValues
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.interfaces import Backend
@@ -37,9 +36,7 @@ from attnopt.passes import (
     LocalWindow,
     PoolKeys,
     PruneHeads,
-    RouteHeads,
     ScaleHeads,
-    SoftPAG,
     Sparse,
 )
 from attnopt.patterns import Blocks, Causal, Full, Neighborhood, Pattern, PerHead, Window
@@ -311,3 +308,320 @@ def test_in_a_vision_transformer(name: str, tmp_path: Any) -> None:
             (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
             want = oracle.run_edited(model, (x,), None, {0: edit, 1: edit})
             oracle.assert_same([torch.from_numpy(found)], want, "ONNX Runtime")
+
+
+SHARING = Spelling(heads=6, kv_heads=2, head_dim=5, value_dim=3, share="repeat_interleave", packing="fused")
+LAWS = {
+    "plain": (Spelling(), 7, [0, 3]),
+    "shared": (SHARING, 7, [0, 1, 5]),
+    "tiled": (replace(SHARING, share="tiled", packing="separate"), 1, [2, 3, 4]),
+    "sinks": (Spelling(sinks=True, core="bmm"), 7, [1, 2]),
+    "norm": (Spelling(norm="rms", rope="half", scale="buffer"), 7, None),
+    "cross": (Spelling(cross=True), 5, [1]),
+    "sdpa": (Spelling(core="sdpa", heads=6, kv_heads=3, share="enable_gqa"), 7, [0, 1, 2]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS)
+def test_it_equals_the_model_with_pooled_keys(law: str) -> None:
+    """Also behind patterns, after pruning, and with gains."""
+    s, size, heads = LAWS[law]
+    model, given = Attention(s), inputs(s)
+    S = given["memory" if s.cross else "x"].shape[1]
+    pool = PooledKeys(size, range(s.heads) if heads is None else heads)
+    edit = oracle.Edit(pools=means(pool, S, s.heads))
+    want = oracle.run_edited(model, (), given, {0: edit}, heads=s.heads)
+    assert size == 1 or oracle.distance(want, oracle.run(model, (), given)) > 1e-3
+    for backend in ("auto", "blocked"):
+        fast = attnopt.optimize(model, PoolKeys(size, heads=heads), (), given, backend=backend)
+        (site,) = fast.report.sites
+        assert not site.refusals
+        oracle.assert_same(oracle.run(fast, (), given), want, backend)
+    visible = None if s.cross else Window(3).mask(S, S).expand(s.heads, -1, -1)
+    gains = (1.0, 0.0, *(1.0,) * (s.heads - 3), 2.0)
+    edit = oracle.Edit(visible, gains, pools=edit.pools)
+    want = oracle.run_edited(model, (), given, {0: edit}, heads=s.heads)
+    edits = [PruneHeads(heads=[1]), ScaleHeads({s.heads - 1: 2.0}), *([] if s.cross else [LocalWindow(3)])]
+    for policy in ([PoolKeys(size, heads=heads), *edits], [*edits, PoolKeys(size, heads=heads)]):
+        fast = attnopt.optimize(model, policy, (), given)
+        assert not fast.report.sites[0].refusals
+        oracle.assert_same(oracle.run(fast, (), given), want)
+
+
+def test_one_key_in_a_pool_changes_nothing() -> None:
+    model, x = full()
+    for p in (PoolKeys(1), PoolKeys(1, (3, 4)), PoolKeys(2, heads=[])):
+        fast = attnopt.optimize(model, p, (x,))
+        (site,) = fast.report.sites
+        assert site.spec_before == site.spec_after
+        assert site.cost_before == site.cost_after
+        assert fast.sites[0].spec.pooling is None
+        torch.testing.assert_close(fast(x), model(x))
+    assert site.notes == ()
+    assert "pool-keys: pools of one key change nothing" in str(attnopt.optimize(model, PoolKeys(1), (x,)).report)
+
+
+def full() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return tiny_models.Attention(width=32, heads=4, causal=False).eval(), torch.randn(2, 12, 32)
+
+
+def pooled_by_hand(model: nn.Module, x: Tensor, p: PooledKeys) -> list[Tensor]:
+    return oracle.run_edited(model, (x,), None, {0: oracle.Edit(pools=means(p, x.shape[1], 4))})
+
+
+def test_reports_and_costs() -> None:
+    model, x = full()
+    fast = attnopt.optimize(model, PoolKeys(3, heads=[1, 2]), (x,), backend="sdpa")
+    (site,) = fast.report.sites
+    assert site.spec_after == "4 heads, Full(), heads 1, 2 read keys pooled by 3"
+    assert site.notes == ()
+    projections = 4 * 2 * 32 * 32 * 12
+    assert site.cost_before.flops - projections == 4 * (2 * 12 * 12 * 16)
+    assert site.cost_after.flops - projections == 2 * (2 * 12 * 12 * 16) + 2 * (2 * 12 * 4 * 16)
+    assert site.cost_after.parameters == site.cost_before.parameters
+    assert "heads 1, 2 read keys pooled by 3" in str(fast.sites[0].spec)
+    (kept,) = attnopt.optimize(model, [PoolKeys(3, heads=[1, 2]), LocalWindow(2)], (x,), backend="sdpa").report.sites
+    told = "the pools of heads 1, 2 are computed key by key under a pattern, bias or mask: no time is saved"
+    assert told in kept.notes
+    assert kept.cost_after.flops - projections == 4 * (2 * 54 * 16)
+    (plain,) = attnopt.optimize(model, PoolKeys(3), (x,), backend="reference").report.sites
+    assert plain.notes == ("reference: pooled keys are computed like all others: no time is saved",)
+
+
+def test_lengths_that_are_multiples(tmp_path: Any) -> None:
+    model, x = full()
+    pool = PooledKeys(3, [1, 3], None, 0)
+    batch, count = torch.export.Dim("batch"), torch.export.Dim("pools")
+    shapes = {"x": {0: batch, 1: 3 * count}}
+    fast = attnopt.optimize(model, PoolKeys(3, heads=[1, 3]), (x,), dynamic_shapes=shapes, backend="sdpa")
+    fast.export_onnx(tmp_path / "m.onnx")
+    fast.save(tmp_path / "saved")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for length in (12, 6, 21):
+        other = torch.randn(3, length, 32)
+        want = pooled_by_hand(model, other, pool)
+        oracle.assert_same(oracle.run(fast, (other,)), want)
+        oracle.assert_same([torch.from_numpy(session.run(None, {"x": other.numpy()})[0])], want)
+    again = attnopt.load(tmp_path / "saved")
+    assert torch.equal(again(x), fast(x))
+    assert again.sites[0].spec == fast.sites[0].spec
+    assert again.sites[0].spec.pooling == pool
+    assert again.sites[0].kv_step == fast.sites[0].kv_step == 3
+    again.export_onnx(tmp_path / "again.onnx")
+    (found,) = onnxruntime.InferenceSession(tmp_path / "again.onnx").run(None, {"x": x.numpy()})
+    oracle.assert_same([torch.from_numpy(found)], pooled_by_hand(model, x, pool))
+    for size, shapes_ in ((2, shapes), (3, "auto")):
+        with pytest.warns(attnopt.AttnoptWarning, match="the policy changes nothing"):
+            (site,) = attnopt.optimize(model, PoolKeys(size), (x,), dynamic_shapes=shapes_).report.sites
+        assert str(site.refusals["pool-keys"]).startswith(
+            f"[wrong-length] expected a multiple of {size} keys, found a dynamic number of keys"
+        )
+
+
+def test_a_prefix_moves_the_multiples() -> None:
+    model, _ = full()
+    x, p = torch.randn(2, 13, 32), PooledKeys(3, [0], None, 1)
+    shapes = {"x": {1: 3 * torch.export.Dim("pools") + 1}}
+    fast = attnopt.optimize(model, PoolKeys(3, heads=[0], prefix=1), (x,), dynamic_shapes=shapes)
+    for length in (13, 7, 22):
+        other = torch.randn(2, length, 32)
+        oracle.assert_same(oracle.run(fast, (other,)), pooled_by_hand(model, other, p))
+
+
+def test_steps_of_a_size() -> None:
+    for length, step in ((12, 0), (6 * torch.export.Dim("a"), 6), (4 * torch.export.Dim("b") + 4, 4)):
+        model, x = full()
+        shapes = None if length == 12 else {"x": {1: length}}
+        (site,) = attnopt.inspect(model, (x,), dynamic_shapes=shapes).sites
+        assert (site.kv_len, site.kv_step, site.is_dynamic) == (12, step, step > 0)
+
+
+def test_optimized_again() -> None:
+    model, x = full()
+    once = attnopt.optimize(model, PoolKeys(3, heads=[1, 2]), (x,), backend="sdpa")
+    again = attnopt.optimize(once, "fuse", (x,))
+    assert [s.num_heads for s in again.sites] == [2, 2]
+    torch.testing.assert_close(again(x), once(x))
+
+
+def test_merged_heads_and_calibration() -> None:
+    """K/V heads merged and refitted behind pools: what is fitted is what is computed."""
+    model, x = full()
+    data = [torch.randn(2, 12, 32) for _ in range(8)]
+    for merge in ("mean", "svd"):
+        policy = [PoolKeys(3, heads=[0, 3]), GroupedQuery(kv_heads=2, merge=merge)]
+        fast = attnopt.optimize(model, policy, (x,), calibration=data, backend="sdpa")
+        plain = attnopt.optimize(model, policy, (x,), calibration=data, backend="reference")
+        assert not fast.report.sites[0].refusals
+        torch.testing.assert_close(fast(x), plain(x))
+        assert fast.sites[0].spec.num_kv_heads == 2
+
+
+def test_half_precision() -> None:
+    model, x = full()
+    model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    fast = attnopt.optimize(model, PoolKeys(3, heads=[1, 2]), (x,), backend="sdpa")
+    got = fast(x).float()
+    want = pooled_by_hand(model.float(), x.float(), PooledKeys(3, [1, 2]))
+    oracle.assert_same([got], want, limit=oracle.LIMITS[torch.bfloat16])
+
+
+def test_training() -> None:
+    """Gradients reach the weights, as they do by hand."""
+    model, x = full()
+    fast = attnopt.optimize(model, PoolKeys(3, heads=[1, 2]), (x,), backend="sdpa")
+    fast(x).square().sum().backward()
+    got = [p.grad for p in (model.q.weight, model.k.weight, model.v.weight, model.o.weight)]
+    model.zero_grad()
+    with oracle.edited({0: oracle.Edit(pools=means(PooledKeys(3, [1, 2]), 12, 4))}):
+        model(x).square().sum().backward()
+    for a, p in zip(got, (model.q, model.k, model.v, model.o), strict=True):
+        torch.testing.assert_close(a, p.weight.grad)
+
+
+# ---------------------------------------------------------------- texts, and where it is refused
+def test_policies() -> None:
+    p = PoolKeys((2, 3), (4, 6), heads=[3, 1], prefix=1)
+    assert attnopt.Policy.from_json(attnopt.Policy.of(p).to_json()) == attnopt.Policy.of(p)
+    assert attnopt.Policy.of("pool-keys((2, 3), grid=(4, 6), heads=[1, 3], prefix=1)") == attnopt.Policy.of(p)
+    assert attnopt.Policy.of("pool-keys(2, [4, 6])") == attnopt.Policy.of(PoolKeys((2, 2), (4, 6)))
+    assert PoolKeys(2, (4, 6)).size == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "pool-keys: invalid value size=0: expected an integer from 1"),
+        ({"size": (2, 2)}, "pool-keys: invalid value size=(2, 2): expected one integer or 1 of them"),
+        ({"size": (2, 2, 2), "grid": (4, 4)}, "pool-keys: invalid value size=(2, 2, 2): expected one integer or 2 of"),
+        ({"size": 2, "grid": (4, 0)}, "pool-keys: invalid value grid=0"),
+        ({"size": 2, "prefix": -1}, "pool-keys: invalid value prefix=-1"),
+        ({"size": 2, "heads": [-1]}, "pool-keys: invalid value heads=-1"),
+        (
+            {"size": (2, 4), "grid": (4, 6)},
+            "pool-keys: grid=(4, 6) cannot be cut into pools of 2 x 4: 6 is not a multiple of 4\n"
+            "  hint: use a size that divides 6 (2, 3, 6), or pad the tokens to whole pools",
+        ),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        PoolKeys(**options)
+    assert message in str(caught.value)
+
+
+def test_texts_that_do_not_describe_pools() -> None:
+    for text in ("3", "Full()", "PooledKeys(0, [1])", "PooledKeys(2, [1], size=2)"):
+        with pytest.raises(PolicyError):
+            PooledKeys.from_json(text)
+
+
+REFUSED = {
+    "heads": (PoolKeys(3, heads=[4]), {}, "[unknown-head] expected heads from 0 to 3, found head 4"),
+    "length": (
+        PoolKeys(5), {}, "[wrong-length] expected a multiple of 5 keys, found 12 keys (at model.py:88)\n  hint: pad the "
+        "tokens to whole pools, or choose a size that divides their number",
+    ),
+    "class token": (
+        PoolKeys(11), {}, "[wrong-length] expected a multiple of 11 keys, found 12 keys (at model.py:88)\n  hint: pad the "
+        "tokens to whole pools, or choose a size that divides their number; leave a class token out of the pools with "
+        "prefix=1",
+    ),
+    "prefix": (PoolKeys(3, prefix=1), {}, "[wrong-length] expected 1 and a multiple of 3 keys, found 12 keys"),
+    "grid": (
+        PoolKeys(2, (2, 6), prefix=1), {}, "[wrong-length] expected 1 and 2 x 6 keys, 13 in all, found 12 keys (at "
+        "model.py:88)\n  hint: give the grid of the keys, with the number of class and register tokens before it as prefix=",
+    ),
+    "dynamic": (
+        PoolKeys(3), {"kv_step": 1}, "[wrong-length] expected a multiple of 3 keys, found a dynamic number of keys (at "
+        "model.py:88)\n  hint: remove their axis from dynamic_shapes, or make it a multiple, such as 3 * "
+        'torch.export.Dim("pools")',
+    ),
+    "dynamic grid": (
+        PoolKeys(2, (2, 6)), {"kv_step": 12}, "[wrong-length] expected 2 x 6 keys, 12 in all, found a dynamic number of "
+        "keys (at model.py:88)\n  hint: remove their axis from dynamic_shapes",
+    ),
+    "causal": (
+        PoolKeys(3), {"pattern": Causal()}, "[causal-pools] expected queries that may see later keys, found Causal() (at "
+        "model.py:88)\n  hint: the mean of a pool mixes later keys into visible ones; use grouped-query or local-window",
+    ),
+    "causal head": (PoolKeys(3, heads=[1]), {"pattern": PerHead({1: Window(2, 0)})}, "[causal-pools]"),
+    "mask": (
+        PoolKeys(3), {"has_mask": True}, "[masked-pools] expected keys that are never hidden, found a mask operand (at "
+        "model.py:88)\n  hint: hidden keys, such as padding, would enter the means; capture the model without padding and "
+        "its mask",
+    ),
+    "cache": (
+        PoolKeys(3), {"alignment": "last", "q_len": 2}, "[cached-keys] expected keys that are all computed in this call, "
+        "found 2 queries after 10 past keys (at model.py:88)\n  hint: pools would change with every new token; capture the "
+        "model without its cache",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_where_it_cannot_be_applied(name: str) -> None:
+    p, changes, text = REFUSED[name]
+    own = {k: v for k, v in changes.items() if k in ("kv_step", "alignment", "q_len")}
+    site = replace(a_site(**{k: v for k, v in changes.items() if k not in own}), **own)
+    assert refusal(p, site).startswith(text)
+
+
+def test_where_it_can_be_applied() -> None:
+    for p, site in (
+        (PoolKeys(3, heads=[0]), a_site(pattern=PerHead({1: Causal()}))),
+        (PoolKeys(3), a_site(is_cross=True)),
+        (PoolKeys(3), replace(a_site(q_len=5), kv_step=6, alignment="none")),
+        (PoolKeys((2, 3), (2, 5 + 1)), a_site(has_bias=True)),
+        (PoolKeys((2, 3), (2, 3), prefix=6), a_site()),
+    ):
+        assert applied(p, site).spec.pooling is not None
+
+
+def test_once_and_not_with_chosen_blocks() -> None:
+    pooled = applied(PoolKeys(3, heads=[0]), a_site())
+    text = "[already-pooled] expected an attention without pooled keys, found head 0 reads keys pooled by 3"
+    assert refusal(PoolKeys(2, heads=[1]), pooled).startswith(text)
+    assert refusal(DynamicSparse(), pooled).startswith(text)
+    assert refusal(PoolKeys(3), applied(DynamicSparse(), a_site())).startswith("[already-selected]")
+    without = applied(PruneHeads(heads=[0]), pooled)
+    assert applied(PoolKeys(2, heads=[0, 1]), without).spec.pooling == PooledKeys(2, [1])
+
+
+def test_rules_of_a_spec() -> None:
+    spec = a_spec(pooling=PooledKeys(2, [1]))
+    broken: list[tuple[dict[str, Any], str]] = [
+        ({"pooling": wrong("by 2")}, "pooling is 'by 2', expected PooledKeys or None"),
+        ({"pooling": PooledKeys(2, [7])}, "pooling names heads (7,), expected some heads of (0, 1, 2, 3, 4)"),
+        ({"pooling": PooledKeys(2, [])}, "pooling names heads (), expected some heads of"),
+        ({"selection": attnopt.DynamicBlocks()}, "pooling and selection: blocks of keys cannot be chosen"),
+    ]
+    for changes, text in broken:
+        (found,) = verify_spec(spec, replace(spec, **changes))
+        assert found.startswith(text)
+
+
+HIDING = [
+    Spelling(mask=(kind,), apply=how)
+    for kind in ("padding", "float-padding", "given")
+    for how in ("add-inf", "add-min", "where", "masked_fill", "moderate")
+]
+SHOWING = [Spelling(bias_kind=kind) for kind in ("alibi", "table")]
+
+
+@pytest.mark.parametrize("s", HIDING, ids=lambda s: f"{s.mask[0]}-{s.apply}")
+def test_padding_in_every_form_is_refused(s: Spelling) -> None:
+    """Also as a bias: the mean of a pool with a hidden key would not be hidden."""
+    (site,) = attnopt.inspect(Attention(s), (), inputs(s)).sites
+    refused = PoolKeys(7).check(site)
+    assert refused is not None
+    assert refused.code == "masked-pools"
+
+
+@pytest.mark.parametrize("s", SHOWING, ids=lambda s: s.bias_kind)
+def test_a_bias_of_positions_is_not_a_mask(s: Spelling) -> None:
+    (site,) = attnopt.inspect(Attention(s), (), inputs(s)).sites
+    assert site.spec.has_bias
+    assert PoolKeys(7).check(site) is None
