@@ -126,8 +126,10 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
 
 
 def _pools_can_be_told(s: Spelling) -> bool:
-    """The oracle averages scores, which have to be linear in the keys where they meet the normaliser."""
-    return _by_normaliser(s) and s.softcap is None and not s.bias_kind
+    """The oracle averages the scores of a query, which have to be linear in the keys where they meet the normaliser.  Other masks
+    are refused."""
+    is_linear = s.softcap is None and not s.bias_kind and not {"window", "far", "chunk"} & set(s.mask)
+    return _by_normaliser(s) and is_linear and s.core != "transposed"
 
 
 def _gains_can_be_told(case: Case, s: Spelling) -> bool:
