@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -132,14 +133,6 @@ def _in_order(made: Sequence[Tensor], of_parts: Sequence[Sequence[int]]) -> Tens
     """The heads of all outputs, each at its place."""
     if len(made) == 1:
         return made[0]
-    runs: list[
-        list[int]
-    ] = []  # part, first head, and the number of heads that follow each other in the part and the result
-    for part, i in (
-        at for _, at in sorted((p, (n, i)) for n, places in enumerate(of_parts) for i, p in enumerate(places))
-    ):
-        if runs and runs[-1][0] == part:
-            runs[-1][2] += 1
-        else:
-            runs.append([part, i, 1])
-    return torch.cat([_taken(made[part], range(first, first + count)) for part, first, count in runs], 1)
+    home = {place: (part, i) for part, places in enumerate(of_parts) for i, place in enumerate(places)}
+    runs = groupby((home[place] for place in sorted(home)), key=lambda at: at[0])
+    return torch.cat([_taken(made[part], [i for _, i in run]) for part, run in runs], 1)
