@@ -15,6 +15,7 @@ from attnopt.base.notation import evaluate
 from attnopt.base.options import whole, whole_tuple, wholes
 from attnopt.errors import PolicyError
 
+_LARGEST_SHOWN = 64  # pool size in a hint
 Sizes = int | Sequence[int]  # one for all axes of a grid, or one for each
 
 
@@ -44,9 +45,9 @@ class PooledKeys:
     ) -> None:
         sides = None if grid is None else whole_tuple(owner, "grid", grid, None, least=1)
         sizes = whole_tuple(owner, "size", size, 1 if sides is None else len(sides), least=1)
-        for side, n in zip(sides or (), sizes, strict=False):
+        for side, n in zip(sides or sizes, sizes, strict=True):
             if side % n:
-                divisors = ", ".join(str(d) for d in range(2, side + 1) if side % d == 0)
+                divisors = ", ".join(str(d) for d in range(1, min(side, _LARGEST_SHOWN) + 1) if side % d == 0)
                 raise PolicyError(
                     f"{owner}: grid={sides!r} cannot be cut into pools of {_times(sizes)}: {side} is not a multiple of {n}",
                     hint=f"use a size that divides {side} ({divisors}), or pad the tokens to whole pools",

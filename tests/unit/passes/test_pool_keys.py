@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from models import Attention, Spelling, inputs
 from pooled import full
 from sites import a_site, applied, refusal
 
 import attnopt
+from attnopt.compiler.explain import explain
 from attnopt.errors import PolicyError
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.passes import (
@@ -42,10 +44,11 @@ def test_policies() -> None:
         ({"size": 2, "grid": (4, 0)}, "pool-keys: invalid value grid=0"),
         ({"size": 2, "prefix": -1}, "pool-keys: invalid value prefix=-1"),
         ({"size": 2, "heads": [-1]}, "pool-keys: invalid value heads=-1"),
+        ({"size": 2, "grid": (2**31 - 1, 4)}, "use a size that divides 2147483647 (1), or pad the tokens"),
         (
             {"size": (2, 4), "grid": (4, 6)},
             "pool-keys: grid=(4, 6) cannot be cut into pools of 2 x 4: 6 is not a multiple of 4\n"
-            "  hint: use a size that divides 6 (2, 3, 6), or pad the tokens to whole pools",
+            "  hint: use a size that divides 6 (1, 2, 3, 6), or pad the tokens to whole pools",
         ),
     ],
 )
@@ -191,3 +194,16 @@ def test_a_bias_of_positions_is_not_a_mask(s: Spelling) -> None:
     (site,) = attnopt.inspect(Attention(s), (), inputs(s)).sites
     assert site.spec.has_bias
     assert PoolKeys(7).check(site) is None
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_where_it_applies_is_told(causal: bool) -> None:
+    """By ``inspect`` and ``explain``, whatever the options."""
+    model, x = tiny_models.Attention(causal=causal), torch.randn(2, 12, 16)
+    (site,) = attnopt.inspect(model, (x,)).sites
+    (explained,) = explain(model, "(root)", (x,), {})
+    for refusals in (site.refusals, explained.refusals):
+        assert ("pool-keys" in refusals) == causal
+    assert ("pool-keys" in explained.accepted) != causal
+    (explained,) = explain(model, "(root)", (x,), {}, attnopt.Policy.of(PoolKeys(5)))
+    assert explained.refusals["pool-keys"].code == ("causal-pools" if causal else "wrong-length")
