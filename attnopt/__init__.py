@@ -8,7 +8,7 @@ fast.report; fast.save("dir"); attnopt.load("dir"); fast.export_onnx("m.onnx")
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attnopt import render as render
 from attnopt.backends import attention_operator as attention_operator
@@ -167,10 +167,10 @@ _NAMES = {
 _MODULE_OF = {name: f"attnopt.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imported on first access (PEP 562), so ``import attnopt`` itself is cheap."""
     if name in _MODULE_OF:
-        found: Any = getattr(import_module(_MODULE_OF[name]), name)
+        found: object = getattr(import_module(_MODULE_OF[name]), name)
     elif name in __all__:
         found = import_module(f"attnopt.{name}")
     else:

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from attnopt.errors import PolicyError
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Pattern, parse
-from attnopt.patterns.tile_cost import KERNELS
+from attnopt.patterns.tile_cost import KERNELS, Tiles
 from attnopt.report.advice import Advice, Better, Reached
 
 _NOTICEABLE = 1.01  # smaller gains do not justify another pattern
@@ -56,7 +55,7 @@ def _advice(spec: AttentionSpec, wanted: Pattern, q_len: int, kv_len: int, tile:
     def density(p: Pattern) -> float:
         return spec.restricted(p).pattern.density(q_len, kv_len, num_heads=heads)
 
-    def computed(kernel: Any, p: Pattern) -> float:
+    def computed(kernel: Tiles, p: Pattern) -> float:
         return float(kernel.share(spec.restricted(p).pattern, q_len, kv_len, heads))
 
     shares: dict[str, Share] = {kernel.name: partial(computed, kernel) for kernel in KERNELS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import fx, nn
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 @compiling()
 def inspect(
     model: nn.Module | str | os.PathLike[str],
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: tuple[object, ...] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: object = None,
 ) -> Inspection:
     """Find every attention that ``model(*args, **kwargs)`` runs, without changing anything.
 
@@ -57,11 +57,11 @@ def inspect(
 
 def optimize(
     model: nn.Module | torch.export.ExportedProgram | str | os.PathLike[str],
-    policy: Any = "fuse",
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    policy: object = "fuse",
+    args: tuple[object, ...] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: object = None,
     calibration: Iterable[Batch] | Calibration | None = None,
     backend: str | Backend = "auto",
     tolerance: float | None = None,

@@ -72,7 +72,7 @@ class OptimizedModel(nn.Module):
             raise _not_captured()
         return self.module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """The forward of the original model."""
         if self._build is not None:
             self._capture(CallInputs(args, kwargs))
@@ -109,19 +109,19 @@ class OptimizedModel(nn.Module):
             module.training = mode
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+    def __deepcopy__(self, memo: dict[int, object]) -> OptimizedModel:
         return self._with_state({k: copy.deepcopy(v, memo) for k, v in vars(self).items()}, memo)
 
     def __copy__(self) -> OptimizedModel:
         return self._with_state(vars(self), {})
 
-    def _with_state(self, state: Mapping[str, Any], memo: dict[int, Any]) -> OptimizedModel:
+    def _with_state(self, state: Mapping[str, object], memo: dict[int, object]) -> OptimizedModel:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         vars(made).update(state)
         return made
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         raise AttnoptError(
             "an optimized model cannot be pickled: its graph contains process-local torch objects",
             hint="save it with fast.save(path) and load it with attnopt.load(path); its state_dict can be pickled",
@@ -173,7 +173,7 @@ class OptimizedModel(nn.Module):
         *,
         context_length: int,
         eos_token_id: int | Sequence[int],
-        tokenizer: Any = None,
+        tokenizer: object = None,
     ) -> None:
         """Write a language model with a key/value cache as a folder for onnxruntime-genai.  Raises ExportError.
 

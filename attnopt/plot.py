@@ -125,5 +125,5 @@ def _held(report: Report) -> dict[str, Sequence[float]]:
     return {site.name: site.importance for site in report.sites if site.importance is not None}
 
 
-def _names(rows: Mapping[str, Any]) -> list[str]:
+def _names(rows: Mapping[str, object]) -> list[str]:
     return [name or "(root)" for name in rows]

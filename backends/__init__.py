@@ -6,7 +6,7 @@ if __name__ != "attnopt.backends":
     raise ImportError(f"{__name__} would be a second copy of attnopt.backends; import attnopt.backends instead")
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attnopt.backends.blocked import Blocked
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Blocked", "Reference", "Sdpa"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imported on first use: ``import attnopt`` only needs the operator."""
     if name not in __all__:
         raise AttributeError(f"module 'attnopt.backends' has no attribute {name!r}")

@@ -33,9 +33,9 @@ struct Strides { int64_t batch, head, row, col; };  // in elements; 0 where an a
 struct Arguments {
     const float *q, *k, *v, *bias, *sinks;
     const uint8_t *mask, *selected;
-    float *out;
+    float *out, *lse;
     int64_t batches, heads, q_len, kv_len, head_dim, value_dim;
-    Strides q_at, k_at, v_at, bias_at, sinks_at, mask_at, selected_at, out_at;
+    Strides q_at, k_at, v_at, bias_at, sinks_at, mask_at, selected_at, out_at, lse_at;
     const int32_t *kv_of_head, *layout_of_head;
     const int64_t *row_ptr;  // [layouts, rows + 1]
     const int32_t *cols, *tile;
@@ -189,8 +189,10 @@ struct Group {
             }
     }
 
-    void store(const Vec *total) const {
+    void store(const Vec *top, const Vec *total) const {
         for (int n = 0; n < VECTORS; n++) {
+            for (int r = 0; a.lse && r < LANES && n * LANES + r < count; r++)
+                *element(a.lse, a.lse_at, n * LANES + r) = top[n][r] + std::log(total[n][r]);
             const Vec inverse = total[n] == Vec{} ? Vec{} : 1.f / total[n];
             for (int64_t d = 0; d < a.value_dim; d += LANES) {
                 Vec t[LANES];
@@ -290,7 +292,7 @@ struct Group {
             total[n] = top[n] == splat(-INFINITY) ? Vec{} : splat(1.f);
         }
         for (size_t next = 0; next < work.runs.size();) next = chunk(next, top, total);
-        store(total);
+        store(top, total);
     }
 
     // Takes in as many runs as there is room for; returns the first that is left.

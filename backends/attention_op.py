@@ -4,7 +4,7 @@ GPU, otherwise torch operators block by block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -35,23 +35,56 @@ def forward(
     wanted: Tensor | None,
 ) -> Tensor:
     """See ``attnopt.backends.attention_operator``."""
-    sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-    spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
+    spec = _spec(*_sizes(q, k, v), pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
     operands = OperandTensors(q, k, v, bias, mask, sinks, selected)
     if wanted is not None and q.device.type == "cpu":
         return row_gather.attend(spec, operands, wanted, _all_rows)
     return _all_rows(spec, operands)
 
 
+def forward_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    pattern: str,
+    kv_of_head: Sequence[int],
+    scale: float,
+    softcap: float | None,
+    selected: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See ``attnopt.backends.attention_operator``."""
+    spec = _spec(*_sizes(q, k, v), pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
+    operands = OperandTensors(q, k, v, bias, mask, sinks, selected)
+    found = _by_kernel(spec, operands)
+    o, lse = _in_torch(q).attend_with_lse(spec, operands) if found is None else found
+    return _heads_inside(o), lse.contiguous()
+
+
 def _all_rows(spec: AttentionSpec, operands: OperandTensors) -> Tensor:
-    q = operands.q
-    if q.device.type == "cpu" and q.dtype != torch.float64:
-        try:
-            return native.attend(spec, operands)
-        except native.NoKernelError as e:
-            _warn(str(e))
-    o: Tensor = _in_torch(q).attend(spec, operands)
+    found = _by_kernel(spec, operands)
+    return found[0] if found is not None else _heads_inside(_in_torch(operands.q).attend(spec, operands))
+
+
+def _by_kernel(spec: AttentionSpec, operands: OperandTensors) -> tuple[Tensor, Tensor] | None:
+    if operands.q.device.type != "cpu" or operands.q.dtype == torch.float64:
+        return None
+    try:
+        return native.attend(spec, operands)
+    except native.NoKernelError as e:
+        _warn(str(e))
+        return None
+
+
+def _heads_inside(o: Tensor) -> Tensor:
+    """With the strides of [B, L, H, Dv]."""
     return o.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    return q.shape[1], k.shape[1], q.shape[3], v.shape[3]
 
 
 @lru_cache(maxsize=256)
@@ -82,25 +115,34 @@ def _warn(reason: str) -> None:
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    """What ``backward`` needs."""
+    """What the backward pass needs."""
     q, k, v, bias, mask, sinks, *options = inputs
     selected = options[4] if len(options) > 4 else None  # unwanted rows get no gradient
     pattern, kv_of_head, scale, softcap = options[:4]
-    sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-    ctx.spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
+    ctx.spec = _spec(*_sizes(q, k, v), pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
     ctx.save_for_backward(q, k, v, bias, mask, sinks, selected)
 
 
-def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Recomputes the blocks with differentiable operators, like memory-efficient attention."""
+def backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Of the operands.  Recomputes the blocks with differentiable operators, like memory-efficient attention."""
+    return _gradients(ctx, lambda spec, t: (_in_torch(t.q).attend(spec, t),), (grad,))
+
+
+def backward_with_lse(ctx: Any, grad: Tensor, of_lse: Tensor) -> list[Tensor | None]:
+    return _gradients(ctx, lambda spec, t: _in_torch(t.q).attend_with_lse(spec, t), (grad, of_lse))
+
+
+def _gradients(
+    ctx: Any, compute: Callable[[AttentionSpec, OperandTensors], tuple[Tensor, ...]], grads: tuple[Tensor, ...]
+) -> list[Tensor | None]:
     names = (*ROLES, "selected")
     given = {name: t for name, t in zip(names, ctx.saved_tensors, strict=True) if t is not None}
     wanted = [name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed and name in given]
     with torch.enable_grad():
         leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in given.items()}
-        o = _in_torch(leaves["q"]).attend(ctx.spec, OperandTensors(**leaves))
-        o = o + leaves["v"].sum() * 0 if not o.requires_grad else o  # no query sees any key
+        nothing = leaves["v"].sum() * 0  # no query may see any key
+        made = [x if x.requires_grad else x + nothing for x in compute(ctx.spec, OperandTensors(**leaves))]
         of_leaves = [leaves[name] for name in wanted]
-        found = torch.autograd.grad(o, of_leaves, grad, allow_unused=True, materialize_grads=True)
-        grads = dict(zip(wanted, found, strict=True))
-    return (*(grads.get(name) for name in ROLES), None, None, None, None, None, None)
+        found = torch.autograd.grad(made, of_leaves, grads, allow_unused=True, materialize_grads=True)
+    of_names = dict(zip(wanted, found, strict=True))
+    return [of_names.get(name) for name in ROLES]

@@ -1,13 +1,13 @@
-"""``attnopt::attention``: the operator in an optimized graph where no torch operator is as good.
+"""The operators in an optimized graph where no torch operator is as good: ``attnopt::attention``, which is
+``AttentionSpec`` as a call, without edits and gains; and ``attnopt::attention_with_lse``, whose results over disjoint keys
+can be merged.
 
-It is ``AttentionSpec`` as a call, without edits.  ``import attnopt`` registers it with torch; its implementation is
-chosen at run time and imported at the first call.
+``import attnopt`` registers them with torch; their implementation is chosen at run time and imported at the first call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,24 +38,58 @@ def attention(
     return attention_op.forward(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected, wanted)
 
 
+@torch.library.custom_op("attnopt::attention_with_lse", mutates_args=())
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    pattern: str,
+    kv_of_head: Sequence[int],
+    scale: float,
+    softcap: float | None,
+    selected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``attention``, with the log-sum-exp of each row, as in ``AttendWithLse``."""
+    from attnopt.backends import attention_op
+
+    return attention_op.forward_with_lse(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
+
+
 @attention.register_fake
-def _shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def _shape(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     B, H, L, _D = q.shape
     return v.new_empty(B, L, H, v.shape[3]).transpose(1, 2)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+@attention_with_lse.register_fake
+def _shapes(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _shape(q, k, v, *others), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _keep(ctx: object, inputs: tuple[object, ...], output: object) -> None:
     from attnopt.backends import attention_op
 
     attention_op.keep(ctx, inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     from attnopt.backends import attention_op
 
-    return attention_op.backward(ctx, grad)
+    return (*attention_op.backward(ctx, grad), None, None, None, None, None, None)
+
+
+def _backward_with_lse(ctx: object, grad: Tensor, of_lse: Tensor) -> tuple[Tensor | None, ...]:
+    from attnopt.backends import attention_op
+
+    return (*attention_op.backward_with_lse(ctx, grad, of_lse), None, None, None, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_keep)
+attention_with_lse.register_autograd(_backward_with_lse, setup_context=_keep)
 
 ATTENTION = torch.ops.attnopt.attention.default  # in a graph
+ATTENTION_WITH_LSE = torch.ops.attnopt.attention_with_lse.default

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
+from attnopt.ir.attend import Attend
 from attnopt.ir.operands import BLOCK, OperandTensors
+from attnopt.ir.reference import reference_with_lse
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.block_layout import FULL_TILE, Layout
@@ -22,7 +24,25 @@ from attnopt.patterns.block_layout import FULL_TILE, Layout
 def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     """``spec`` without its edits, at known lengths."""
     B, H, L, _ = t.q.shape
-    out = t.v.new_zeros(B, H, -(-L // BLOCK) * BLOCK, t.v.shape[3])
+    return _filled(t.v.new_zeros(B, H, _padded(L), t.v.shape[3]), spec, t, _fastest)
+
+
+def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor]:
+    """The same, and the log-sum-exp of each row, [B, H, L], in float32 or wider."""
+    B, H, L, _ = t.q.shape
+    wide = torch.promote_types(t.v.dtype, torch.float32)
+    nothing = (
+        t.v.new_zeros(B, H, _padded(L), t.v.shape[3], dtype=wide),
+        t.v.new_full((B, H, _padded(L), 1), -torch.inf, dtype=wide),
+    )
+    both = _filled(torch.cat(nothing, -1), spec, t, _lse_beside)
+    return both[..., :-1].to(t.v.dtype), both[..., -1]
+
+
+def _filled(out: Tensor, spec: AttentionSpec, t: OperandTensors, core_of: Callable[[AttentionSpec], Attend]) -> Tensor:
+    """``out``, which holds what a query without keys gives, with the rows of all other queries."""
+    H, L = t.q.shape[1:3]
+    B = t.q.shape[0]
     for pattern, heads in _by_pattern(spec.pattern, H):
         of_heads = torch.as_tensor(heads, device=t.q.device)
         kv = torch.as_tensor([spec.kv_of_head[h] for h in heads], device=t.q.device)
@@ -32,10 +52,31 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
             _blocks(t.v[:, kv], 2),
             *(x if x is None or x.shape[1] == 1 else x[:, of_heads] for x in (t.bias, t.mask, t.sinks, t.selected)),
         )
-        for rows, o in _rows(spec, operands, pattern.layout(L, t.k.shape[2], BLOCK, BLOCK)):
+        for rows, o in _rows(spec, operands, pattern.layout(L, t.k.shape[2], BLOCK, BLOCK), core_of):
             places = (rows.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=t.q.device)).flatten()
             out = out.index_put((torch.arange(B, device=t.q.device).view(-1, 1, 1), of_heads.view(-1, 1), places), o)
     return out[:, :, :L]
+
+
+def _padded(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK
+
+
+def _fastest(spec: AttentionSpec) -> Attend:
+    return (Sdpa() if Sdpa().check(spec) is None else Reference()).lower(spec)
+
+
+def _lse_beside(spec: AttentionSpec) -> Attend:
+    """The output with the log-sum-exp as one more feature."""
+    both = reference_with_lse(spec)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        o, lse = both(q, k, v, bias=bias, mask=mask, sinks=sinks)
+        return torch.cat([o.to(lse.dtype), lse.unsqueeze(-1)], -1)
+
+    return attend
 
 
 def _by_pattern(pattern: Pattern, heads: int) -> Iterator[tuple[Pattern, list[int]]]:
@@ -53,7 +94,9 @@ def _blocks(t: Tensor, axis: int) -> Tensor:
     return t.reshape(*t.shape[:axis], -1, BLOCK, *t.shape[axis + 1 :])
 
 
-def _rows(spec: AttentionSpec, t: OperandTensors, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows(
+    spec: AttentionSpec, t: OperandTensors, layout: Layout, core_of: Callable[[AttentionSpec], Attend]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Block rows with the same number of visited blocks, together: (rows [n], output [B, H, n * BLOCK, Dv]).
 
     Queries, keys and values are blocks [B, H, blocks, BLOCK, D].
@@ -74,8 +117,7 @@ def _rows(spec: AttentionSpec, t: OperandTensors, layout: Layout) -> Iterator[tu
         bias = None if t.bias is None else _folded(_picked(t.bias, rows, cols), B, H)
         sinks = None if t.sinks is None else _folded(_picked(t.sinks, rows, cols), B, H)
         as_heads = _of_blocks(spec, len(of_rows), bias is not None, sinks is not None)
-        backend = Sdpa() if Sdpa().check(as_heads) is None else Reference()
-        o = backend.lower(as_heads)(
+        o = core_of(as_heads)(
             t.q[:, :, rows].flatten(0, 1),
             _keys(t.k, of_cols, cols),
             _keys(t.v, of_cols, cols),

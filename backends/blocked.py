@@ -8,15 +8,17 @@ from typing import ClassVar
 from torch import Tensor
 
 from attnopt.backends import native
-from attnopt.backends.attention_operator import attention
+from attnopt.backends.attention_operator import attention, attention_with_lse
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
-from attnopt.ir.attend import RoutedAttend
+from attnopt.ir.attend import Attend, AttendWithLse, RoutedAttend
 from attnopt.ir.interfaces import Backend
+from attnopt.ir.merged_parts import by_parts
 from attnopt.ir.operands import BLOCK
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import require_no_edits, selected
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.registry import is_readable
 from attnopt.patterns.tile_cost import COMPILED, FLEX
 
@@ -27,20 +29,21 @@ _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 class Blocked(Backend):
     """One ``attnopt::attention`` call: a compiled CPU kernel, FlexAttention, or torch operators block by block.
 
-    Accepts every spec whose selection has whole blocks, with static or dynamic lengths; its block layout is computed
-    once the lengths are known, and cached.  ``skips_rows``: if tokens are routed to heads, only the routed (token,
-    head) pairs are computed, on CPU.
+    Gains on weights take one call for each part of the pairs, and a merge.  Accepts every spec whose selection has whole
+    blocks, with static or dynamic lengths; its block layout is computed once the lengths are known, and cached.
+    ``skips_rows``: if tokens are routed to heads, only the routed (token, head) pairs are computed, on CPU.
     """
 
     name: ClassVar[str] = "blocked"
     skips: ClassVar[bool] = True
+    weight_gains: ClassVar[bool] = True
     skips_rows: bool = False
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
         if spec.selection is not None and spec.selection.block % BLOCK:
             found = f"blocks of {spec.selection.block}"
             return Refusal("other-blocks", expected=f"a block size that is a multiple of {BLOCK}", found=found)
-        if not is_readable(spec.pattern):
+        if not all(map(is_readable, (spec.pattern, *_pieces(spec)))):
             hint = "decorate its class with @attnopt.register, and make its repr the call that constructs it"
             return Refusal(
                 "unnamed-pattern",
@@ -50,8 +53,10 @@ class Blocked(Backend):
             )
         return None
 
-    def lower(self, spec: AttentionSpec) -> RoutedAttend:
+    def lower(self, spec: AttentionSpec) -> RoutedAttend | Attend:
         require_no_edits(spec)
+        if spec.weight_gains is not None:
+            return by_parts(spec, self._with_lse)
 
         def attend(
             q: Tensor,
@@ -63,30 +68,50 @@ class Blocked(Backend):
             sinks: Tensor | None,
             wanted: Tensor | None = None,
         ) -> Tensor:
-            kept = None
-            if spec.selection is not None:
-                kept = spec.selection.spread(selected(spec, q, k), q.shape[2], k.shape[2], BLOCK)
-            pattern = spec.pattern.to_json()
-            o: Tensor = attention(
-                q, k, v, bias, mask, sinks, pattern, spec.kv_of_head, spec.scale, spec.softcap, kept, wanted
-            )
+            o: Tensor = attention(q, k, v, bias, mask, sinks, *_options(spec, q, k), wanted)
             return o
+
+        return attend
+
+    def _with_lse(self, spec: AttentionSpec) -> AttendWithLse:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            o, lse = attention_with_lse(q, k, v, bias, mask, sinks, *_options(spec, q, k))
+            return o, lse
 
         return attend
 
     def cost(self, site: Site) -> float:
         tiles = COMPILED if site.device == "cpu" else FLEX
-        visits = tiles.share(site.spec.pattern, site.q_len, site.kv_len, site.spec.num_heads)
+        parts = [site.spec.pattern & piece for piece in _pieces(site.spec)] or [site.spec.pattern]
+        visits = sum(tiles.share(part, site.q_len, site.kv_len, site.spec.num_heads) for part in parts)
         if site.spec.selection is not None:
             visits *= site.spec.selection.share(site.kv_len)
         if site.device != "cpu":
             return visits * dense_flops(site) / (_FLEX_RATE * GPU_RATE)
         speed = of_cpu()
-        return speed.blocked_call + visits * dense_flops(site) / speed.blocked
+        return len(parts) * speed.blocked_call + visits * dense_flops(site) / speed.blocked
 
     def skipping_rows(self) -> Blocked:
         return replace(self, skips_rows=True)
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
-        reason = native.why_not()
-        return () if reason is None else (f"blocked: using torch operators instead of the compiled kernel: {reason}",)
+        reason, parts = native.why_not(), len(_pieces(spec))
+        merged = (f"blocked: computes {parts} parts of the pairs and merges them; ONNX Runtime computes each densely",)
+        slow = (f"blocked: using torch operators instead of the compiled kernel: {reason}",)
+        return (*(merged if parts else ()), *(() if reason is None else slow))
+
+
+def _options(
+    spec: AttentionSpec, q: Tensor, k: Tensor
+) -> tuple[str, tuple[int, ...], float, float | None, Tensor | None]:
+    """The arguments of the operators that follow the operands."""
+    kept = None
+    if spec.selection is not None:
+        kept = spec.selection.spread(selected(spec, q, k), q.shape[2], k.shape[2], BLOCK)
+    return spec.pattern.to_json(), spec.kv_of_head, spec.scale, spec.softcap, kept
+
+
+def _pieces(spec: AttentionSpec) -> tuple[Pattern, ...]:
+    return () if spec.weight_gains is None else spec.weight_gains.pieces

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -22,6 +23,11 @@ TILE = 128  # FlexAttention's own
 
 def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     """``spec`` without its edits."""
+    return attend_with_lse(spec, t)[0]
+
+
+def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor]:
+    """The same, and the log-sum-exp of each row, [B, H, L], float32."""
     H, L, S = t.q.shape[1], t.q.shape[2], t.k.shape[2]
     blocks = _block_mask(spec.pattern, H, L, S, t.q.device)
     hidden = [_operand(x) for x in (t.mask,) if x is not None]
@@ -39,9 +45,11 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
         return_aux=AuxRequest(lse=True),
     )
     out: Tensor = o
+    lse: Tensor = aux.lse
     if t.sinks is None:
-        return out
-    return out * torch.sigmoid(aux.lse.unsqueeze(-1) - t.sinks.to(aux.lse.dtype)).to(out.dtype)
+        return out, lse
+    sinks = t.sinks.to(lse.dtype).squeeze(-1).expand_as(lse)
+    return out * torch.sigmoid(lse - sinks).unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, sinks)
 
 
 @lru_cache
@@ -116,7 +124,7 @@ def _block_mask(pattern: Pattern, heads: int, q_len: int, kv_len: int, device: t
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return seen[tile_at[h if is_per_head else h * 0, i // TILE, j // TILE], i % TILE, j % TILE]
 
-    def stacked(parts: list[np.ndarray[Any, Any]]) -> Tensor:
+    def stacked(parts: list[NDArray[np.int32]]) -> Tensor:
         return torch.from_numpy(np.stack(parts)).unsqueeze(0).to(device)
 
     return BlockMask.from_kv_blocks(
@@ -130,7 +138,7 @@ def _block_mask(pattern: Pattern, heads: int, q_len: int, kv_len: int, device: t
     )
 
 
-def _columns(layout: Layout, chosen: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _columns(layout: Layout, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """How many of the chosen entries each block row has, and their columns [rows, cols], those first."""
     rows = layout.rows[chosen]
     counts = np.bincount(rows, minlength=layout.num_rows)
@@ -140,7 +148,7 @@ def _columns(layout: Layout, chosen: np.ndarray[Any, Any]) -> tuple[np.ndarray[A
     return counts.astype(np.int32), columns
 
 
-def _tables(layouts: list[Layout]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _tables(layouts: list[Layout]) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
     """Distinct tiles, the first with nothing and the second with everything visible, and the tile of each block."""
     tiles = [np.zeros((1, TILE, TILE), np.bool_), np.ones((1, TILE, TILE), np.bool_)]
     table = np.zeros((len(layouts), layouts[0].num_rows, layouts[0].num_cols), np.int32)

@@ -37,9 +37,9 @@ class _Arguments(ctypes.Structure):
     """``struct Arguments`` of attend.cpp; neighbours of one type are one array here."""
 
     _fields_ = [
-        ("operands", ctypes.c_void_p * 8),
+        ("operands", ctypes.c_void_p * 9),
         ("sizes", ctypes.c_int64 * 6),
-        ("strides", ctypes.c_int64 * 32),
+        ("strides", ctypes.c_int64 * 36),
         ("table", ctypes.c_void_p * 7),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -55,8 +55,8 @@ class _Table:
     arrays: tuple[NDArray[np.generic], ...]
 
 
-def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
-    """``spec`` without its edits, computed in float32 on CPU.
+def attend(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor]:
+    """``spec`` without its edits, computed in float32 on CPU: the output, and the log-sum-exp of each row [B, H, L], float32.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """
@@ -64,11 +64,12 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     B, H, L, D = t.q.shape
     S, Dv = t.k.shape[2], t.v.shape[3]
     out = t.q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
+    lse = t.q.new_empty(B, H, L, 1, dtype=torch.float32)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.float(), t.k.float(), t.v.float()))
     bias, sinks = (None if x is None else x.float() for x in (t.bias, t.sinks))
     if bias is not None and bias.shape[2] != 1 and bias.shape[3] != 1 and bias.stride(3) != 1:
         bias = bias.contiguous()  # the kernel needs contiguous rows
-    operands = (q, k, v, bias, sinks, t.mask, t.selected, out)
+    operands = (q, k, v, bias, sinks, t.mask, t.selected, out, lse)
     table = _table(spec, L, S, t.selected is None)
     arguments = _Arguments(
         tuple(None if x is None else x.data_ptr() for x in operands),
@@ -80,7 +81,7 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
         torch.get_num_threads(),
     )
     kernel.attnopt_attend(ctypes.byref(arguments))
-    return out.to(t.v.dtype)
+    return out.to(t.v.dtype), lse.squeeze(3)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:

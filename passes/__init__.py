@@ -14,6 +14,7 @@ from attnopt.passes.pool_keys import PoolKeys
 from attnopt.passes.prune_heads import PruneHeads
 from attnopt.passes.route_heads import RouteHeads
 from attnopt.passes.scale_heads import ScaleHeads
+from attnopt.passes.segment_gain import SegmentGain
 from attnopt.passes.soft_pag import SoftPAG
 from attnopt.passes.sparse import Sparse
 
@@ -27,6 +28,7 @@ __all__ = [
     "PruneHeads",
     "RouteHeads",
     "ScaleHeads",
+    "SegmentGain",
     "SoftPAG",
     "Sparse",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class HeadPatch(Pass):
     exact: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
     heads: Sequence[int]
-    values: str | Tensor | Constant | Mapping[str, Any] = "silence"
+    values: str | Tensor | Constant | Mapping[str, object] = "silence"
 
     def __post_init__(self) -> None:
         heads = whole_tuple(self.name, "heads", self.heads, None)
@@ -49,7 +49,7 @@ class HeadPatch(Pass):
         object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "values", self._read(self.values))
 
-    def _read(self, given: Any) -> str | Constant:
+    def _read(self, given: object) -> str | Constant:
         if isinstance(given, str) and given in NAMED:
             return given
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from attnopt.base.options import number, numbers, whole
 from attnopt.errors import PolicyError
@@ -51,7 +51,7 @@ class ScaleHeads(Pass):
         return Rewrite(site.spec.scaled(of_head))
 
 
-def _pairs(gains: Any) -> list[tuple[int, float]] | None:
+def _pairs(gains: object) -> list[tuple[int, float]] | None:
     """``gains`` as pairs of a head and its gain, or None if it is not a sequence of pairs."""
     if not isinstance(gains, (list, tuple)) or not gains or not all(isinstance(g, (list, tuple)) for g in gains):
         return None

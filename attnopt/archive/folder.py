@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 FORMAT = 4
 
@@ -14,7 +13,7 @@ FORMAT = 4
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 
 
-def digest(about: Mapping[str, Any]) -> str:
+def digest(about: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

@@ -28,7 +28,7 @@ _REFERENCES: dict[str, type[Leaf | Passed | Made | Given]] = {
 Resolve = Callable[[str], type]
 
 
-def form_to_json(form: Form) -> dict[str, Any]:
+def form_to_json(form: Form) -> dict[str, object]:
     """Raises ArchiveError for anything that could not be loaded without running code."""
     inputs, results = form.inputs, form.results
     return {
@@ -78,14 +78,14 @@ def form_from_json(data: Mapping[str, Any], classes: Iterable[type] = ()) -> For
     return Form(inputs, results)
 
 
-def _node(node: Node) -> dict[str, Any]:
-    def entries(found: Iterable[tuple[Any, Part]]) -> list[Any]:
+def _node(node: Node) -> dict[str, object]:
+    def entries(found: Iterable[tuple[object, Part]]) -> list[object]:
         return [[_key(key), _part(part, f"{node.kind.name}.{key}")] for key, part in found]
 
     return {"kind": node.kind.name, "attributes": entries(node.attributes), "items": entries(node.items)}
 
 
-def _part(part: Part, where: str = "an input") -> list[Any]:
+def _part(part: Part, where: str = "an input") -> list[object]:
     if not isinstance(part, Fixed):
         return [next(name for name, kind in _REFERENCES.items() if isinstance(part, kind)), part.place]
     match part.value:
@@ -103,17 +103,17 @@ def _part(part: Part, where: str = "an input") -> list[Any]:
     )
 
 
-def _key(key: Any) -> Any:
+def _key(key: object) -> str | int:
     if isinstance(key, (str, int)) and not isinstance(key, bool):
         return key
     raise ArchiveError(f"key {key!r} cannot be saved: keys must be strings or integers")
 
 
-def _path(path: Path) -> list[Any]:
+def _path(path: Path) -> list[str | int]:
     return [_key(p) for p in path]
 
 
-def _path_of(data: Any) -> Path:
+def _path_of(data: Iterable[object]) -> Path:
     return tuple(p if isinstance(p, int) else str(p) for p in data)
 
 

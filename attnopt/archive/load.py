@@ -155,12 +155,12 @@ def _import_output_classes(graph: bytes) -> None:
             importlib.import_module(name)
 
 
-def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_tensors(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     # Copied: a tensor at an unaligned address in the file would use other kernels and give other bits.
     stored = {key: tensor.clone() for key, tensor in load_file(file).items()}
-    tables: dict[str, dict[str, Any]] = {"state": {}, "constants": {}}
+    tables: dict[str, dict[str, Tensor]] = {"state": {}, "constants": {}}
     parameters: dict[str, torch.nn.Parameter] = {}
     for entry in about["tensors"]:
         key = entry["key"]

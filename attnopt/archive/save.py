@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -75,7 +74,7 @@ def save(module: fx.GraphModule, origin: Origin, path: str | os.PathLike[str]) -
         (folder / MARKER).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
-def _call_to_json(computed: Lowered | None) -> dict[str, Any] | None:
+def _call_to_json(computed: Lowered | None) -> dict[str, object] | None:
     return None if computed is None else {"site": computed.site, "spec": spec_to_json(computed.spec)}
 
 
@@ -87,11 +86,11 @@ def _refuse_unread(module: fx.GraphModule) -> None:
         )
 
 
-def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def _tensors_of(program: ExportedProgram) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
     """Every tensor once, by number, and its names: shared weights stay shared."""
     stored: dict[str, Tensor] = {}
-    known: dict[Any, str] = {}
-    entries: list[dict[str, Any]] = []
+    known: dict[object, str] = {}
+    entries: list[dict[str, object]] = []
     for table, found in (("state", program.state_dict), ("constants", program.constants)):
         for name, tensor in found.items():
             if not isinstance(tensor, Tensor):

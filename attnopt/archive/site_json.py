@@ -16,11 +16,12 @@ from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.projection import Projection
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.weight_gains import WeightGains
 from attnopt.patterns import Pattern, parse
 from attnopt.patterns.registry import PATTERNS, is_readable
 
 
-def site_to_json(site: Site) -> dict[str, Any]:
+def site_to_json(site: Site) -> dict[str, object]:
     """A site as plain dicts, lists, strings and numbers.  Raises ArchiveError if load() could not find one of its classes."""
     return {
         "plugins": _plugins(site),
@@ -81,7 +82,7 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
     )
 
 
-def spec_to_json(spec: AttentionSpec) -> dict[str, Any]:
+def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
     return {
         "heads": list(spec.heads),
         "kv_heads": list(spec.kv_heads),
@@ -98,6 +99,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, Any]:
         "pooling": None if spec.pooling is None else spec.pooling.to_json(),
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
+        "weight_gains": None if spec.weight_gains is None else spec.weight_gains.to_json(),
         "positions": list(spec.positions),
         "after": [edit.to_json() for edit in spec.after],
     }
@@ -111,6 +113,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
     spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
+    spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     return AttentionSpec(**spec)
 
@@ -153,7 +156,7 @@ def _require(data: Mapping[str, Any]) -> None:
             ) from e
 
 
-def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], Any]]:
+def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], object]]:
     for pattern in _patterns(spec):
         yield from ((PATTERNS, p) for p in pattern.leaves())
     yield from ((HEAD_EDITS, edit) for edit in spec.after)
@@ -162,4 +165,7 @@ def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], Any]]:
 
 
 def _patterns(spec: AttentionSpec) -> list[Pattern]:
-    return [spec.pattern, *([] if spec.seen_as is None else [spec.seen_as])]
+    of_gains = (
+        [] if spec.weight_gains is None else [*(p.pattern for p in spec.weight_gains.parts), spec.weight_gains.to]
+    )
+    return [p for p in (spec.pattern, spec.seen_as, *of_gains) if p is not None]

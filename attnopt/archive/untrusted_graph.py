@@ -12,7 +12,6 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -23,7 +22,7 @@ class NotAGraphError(ValueError):
     """The file contains something that ``save`` never writes."""
 
 
-def check_graph(parsed: Any) -> None:
+def check_graph(parsed: object) -> None:
     """Raises NotAGraphError."""
     if not isinstance(parsed, dict):
         raise NotAGraphError(f"expected a graph, found a {type(parsed).__name__}")
@@ -48,7 +47,7 @@ def check_operators(module: nn.Module) -> None:
                 raise NotAGraphError(f"the graph calls {str(wrong[0])[:60]}, which is not a known operator")
 
 
-def _is_operator(target: Any) -> bool:
+def _is_operator(target: object) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return not any(a.name in _FILES and str(a.type) == "str" for a in target._schema.arguments)
     return isinstance(target, torch._ops.HigherOrderOperator) or target in _ARITHMETIC
@@ -65,9 +64,9 @@ _ARITHMETIC = {
 }  # fmt: skip
 
 
-def _items(parsed: Any) -> Iterator[tuple[str, Any]]:
+def _items(parsed: object) -> Iterator[tuple[str, object]]:
     """Every value with its key, and every key that is a name."""
-    stack: list[tuple[str, Any]] = [("", parsed)]
+    stack: list[tuple[str, object]] = [("", parsed)]
     while stack:
         key, value = stack.pop()
         yield key, value
@@ -93,7 +92,7 @@ def _structure(text: str) -> bool:
         spec = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    stack: list[Any] = [spec]
+    stack: list[object] = [spec]
     while stack:
         value = stack.pop()
         if isinstance(value, str) and value[:1] in ("[", "{"):  # a context, serialized separately

@@ -13,6 +13,6 @@ class CallInputs(NamedTuple):
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, args: Any, kwargs: Mapping[str, Any] | None = None) -> CallInputs:
+    def of(cls, args: object, kwargs: Mapping[str, object] | None = None) -> CallInputs:
         """As users give them: a single argument needs no tuple."""
         return cls(args if isinstance(args, tuple) else (args,), dict(kwargs or {}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ ROOM = 10.0  # tolerance multiple for the output of a whole model, or another ru
 PIECE = 1 << 20  # elements that are compared at a time
 
 
-def tensors(output: Any) -> list[Tensor]:
+def tensors(output: object) -> list[Tensor]:
     """Every tensor in a model's output of any structure, including those in caches and other objects."""
     return tensors_in(output)
 

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +67,7 @@ def as_called() -> Iterator[None]:
         yield
 
 
-def mode_of(model: nn.Module) -> AbstractContextManager[Any]:
+def mode_of(model: nn.Module) -> AbstractContextManager[object]:
     """The mode for torch.export, which sets marks that weights created in inference mode only accept there."""
     is_inference = any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
     return torch.inference_mode() if is_inference else nullcontext()

@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.errors import CaptureError
 
+T = TypeVar("T")
 Path = tuple[Any, ...]  # of attributes, keys and indices
 OF_EACH_KIND = "optimize the model once more with an example of this structure, and keep both results"
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -64,7 +65,7 @@ class Given:
 class Fixed:
     """A value that is the same at every call."""
 
-    value: Any
+    value: object
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fixed) and _equal(other.value, self.value)
@@ -96,12 +97,12 @@ class Node:
     attributes: tuple[tuple[str, Part], ...]
     items: tuple[tuple[Any, Part], ...]
 
-    def parts(self) -> Iterator[tuple[Any, Part]]:
+    def parts(self) -> Iterator[tuple[object, Part]]:
         yield from self.attributes
         yield from self.items
 
 
-def is_object(x: Any) -> bool:
+def is_object(x: object) -> bool:
     """Neither a value nor a tree of values that torch.export flattens: it may hold tensors."""
     if isinstance(x, _VALUES):
         return False
@@ -110,7 +111,7 @@ def is_object(x: Any) -> bool:
     return not isinstance(x, (tuple, *_SEQUENCES, *_MAPPINGS)) and not dataclasses.is_dataclass(x)
 
 
-def mapped(x: Any, stop: Callable[[Any, Path], bool], f: Callable[[Any, Path], Any], path: Path = ()) -> Any:
+def mapped(x: object, stop: Callable[[object, Path], bool], f: Callable[[Any, Path], object], path: Path = ()) -> Any:
     """A tree of values with ``f`` applied to each leaf; ``stop`` marks leaves that torch would enter."""
     if stop(x, path) or pytree.tree_is_leaf(x):
         return f(x, path)
@@ -120,7 +121,7 @@ def mapped(x: Any, stop: Callable[[Any, Path], bool], f: Callable[[Any, Path], A
     return pytree.tree_unflatten(made, spec)
 
 
-def in_lists(x: Any, f: Callable[[Any], Any]) -> Any:
+def in_lists(x: object, f: Callable[[Any], object]) -> Any:
     """``f`` of each leaf in torch.export's notation of dynamic shapes, in which classes of a library's own are lists."""
     if pytree.tree_is_leaf(x):
         return f(x)
@@ -130,7 +131,7 @@ def in_lists(x: Any, f: Callable[[Any], Any]) -> Any:
     return pytree.tree_unflatten(made, spec) if known else made
 
 
-def _keys(x: Any, count: int) -> list[Any]:
+def _keys(x: object, count: int) -> Sequence[object]:
     if isinstance(x, Mapping) and len(x) == count:
         return list(x)
     if dataclasses.is_dataclass(x):
@@ -150,7 +151,7 @@ def base_of(cls: type) -> type | None:
     return None
 
 
-def _fields(x: Any) -> tuple[dict[str, Any], list[tuple[Any, Any]]] | None:
+def _fields(x: object) -> tuple[dict[str, object], list[tuple[object, object]]] | None:
     """(attributes, items) of an object; None for one that cannot be looked into."""
     if base_of(type(x)) is None:
         return None
@@ -192,13 +193,13 @@ class Walk:
     passed: Mapping[int, int] = field(default_factory=dict)
     counters: frozenset[Path] = frozenset()
     nodes: list[Node] = field(default_factory=list)
-    objects: list[Any] = field(default_factory=list)  # of the nodes, which keeps their identities theirs
-    leaves: list[Any] = field(default_factory=list)
+    objects: list[object] = field(default_factory=list)  # of the nodes, which keeps their identities theirs
+    leaves: list[object] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)  # of the leaves
-    fixed: dict[Path, Any] = field(default_factory=dict)
+    fixed: dict[Path, object] = field(default_factory=dict)
     _seen: dict[int, Part] = field(default_factory=dict)
 
-    def leaf(self, x: Any, path: Path) -> Leaf:
+    def leaf(self, x: object, path: Path) -> Leaf:
         made = Leaf(len(self.leaves))
         self.leaves.append(x)
         self.paths.append(path)
@@ -206,7 +207,7 @@ class Walk:
             self._seen.setdefault(id(x), made)
         return made
 
-    def part(self, x: Any, path: Path) -> Part:
+    def part(self, x: object, path: Path) -> Part:
         """Raises CaptureError for anything whose identity or content a copy would not preserve."""
         if isinstance(x, (Tensor, *NUMBERS)):
             if id(x) in self.passed:
@@ -226,7 +227,7 @@ class Walk:
             return Given(self.given[id(x)])
         return self._seen.get(id(x)) or self._object(x, path)
 
-    def _object(self, x: Any, path: Path) -> Made:
+    def _object(self, x: object, path: Path) -> Made:
         if len(self.nodes) == LARGEST:
             raise CaptureError(f"{text(path[:1])} contains more than {LARGEST} objects", hint=HINT)
         made = Made(len(self.nodes))
@@ -236,7 +237,7 @@ class Walk:
         self.nodes[made.place] = self.node(x, path)
         return made
 
-    def node(self, x: Any, path: Path) -> Node:
+    def node(self, x: object, path: Path) -> Node:
         """The current contents of an object."""
         found = _fields(x)
         assert found is not None
@@ -253,13 +254,13 @@ class Match:
     """Compares objects with a template, and finds their leaves.  Raises CaptureError if they differ."""
 
     nodes: Sequence[Node]
-    given: Sequence[Any] = ()
-    passed: Sequence[Any] = ()
+    given: Sequence[object] = ()
+    passed: Sequence[object] = ()
     ignores_dtypes: bool = False
-    objects: dict[int, Any] = field(default_factory=dict)
-    leaves: dict[int, Any] = field(default_factory=dict)
+    objects: dict[int, object] = field(default_factory=dict)
+    leaves: dict[int, object] = field(default_factory=dict)
 
-    def part(self, part: Part, x: Any, path: Path) -> None:
+    def part(self, part: Part, x: object, path: Path) -> None:
         match part:
             case Leaf(place):
                 self._leaf(place, x, path)
@@ -277,7 +278,7 @@ class Match:
                 self.objects[place] = x
                 self.node(self.nodes[place], x, path)
 
-    def node(self, node: Node, x: Any, path: Path) -> None:
+    def node(self, node: Node, x: object, path: Path) -> None:
         found = None if isinstance(x, _VALUES) else _fields(x)
         if found is None or Kind.of(type(x)) != node.kind:
             raise differs(path, x, node.kind.name.rpartition(":")[2])
@@ -294,24 +295,24 @@ class Match:
             for name, part in wanted:
                 self.part(part, there[name], (*path, name))
 
-    def _leaf(self, place: int, x: Any, path: Path) -> None:
+    def _leaf(self, place: int, x: object, path: Path) -> None:
         if self.leaves.setdefault(place, x) is not x and not (isinstance(x, int) and self.leaves[place] == x):
             raise CaptureError(
                 f"{text(path)} shared its tensor with another input at capture, but does not now", hint=OF_EACH_KIND
             )
 
-    def _same(self, x: Any, wanted: Any, path: Path) -> None:
+    def _same(self, x: object, wanted: object, path: Path) -> None:
         if x is not wanted and not (isinstance(x, (int, float)) and x == wanted):
             raise CaptureError(f"{text(path)} is not the same object as at capture", hint=OF_EACH_KIND)
 
 
-def differs(path: Path, found: Any, wanted: Any) -> CaptureError:
+def differs(path: Path, found: object, wanted: object) -> CaptureError:
     shown = type(found).__name__ if is_object(found) or isinstance(found, Tensor) else repr(found)[:60]
     told = wanted if isinstance(wanted, str) else repr(wanted)[:60]
     return CaptureError(f"{text(path)} is {shown}, captured with {told}", hint=OF_EACH_KIND)
 
 
-def _equal(x: Any, wanted: Any) -> bool:
+def _equal(x: object, wanted: object) -> bool:
     if x is wanted:
         return True
     if type(x) is not type(wanted) or isinstance(x, Tensor):
@@ -327,10 +328,10 @@ class Build:
     """Puts objects together from a template and leaves."""
 
     nodes: Sequence[Node]
-    leaves: Sequence[Any]
-    given: Sequence[Any] = ()
-    passed: Sequence[Any] = ()
-    made: dict[int, Any] = field(default_factory=dict)
+    leaves: Sequence[object]
+    given: Sequence[object] = ()
+    passed: Sequence[object] = ()
+    made: dict[int, object] = field(default_factory=dict)
 
     def part(self, part: Part) -> Any:
         match part:
@@ -345,7 +346,7 @@ class Build:
             case Made(place):
                 return self.made[place] if place in self.made else self._make(place)
 
-    def _make(self, place: int) -> Any:
+    def _make(self, place: int) -> object:
         node = self.nodes[place]
         cls = node.kind.cls
         assert cls is not None
@@ -360,7 +361,7 @@ class Build:
         self.fill(made, node)
         return made
 
-    def fill(self, x: Any, node: Node) -> None:
+    def fill(self, x: object, node: Node) -> None:
         """Set the contents of an object to exactly those of ``node``."""
         attributes = {name: self.part(part) for name, part in node.attributes}
         items = [(key, self.part(part)) for key, part in node.items]
@@ -383,7 +384,7 @@ class Build:
                 base.__setitem__(x, key, value)
 
 
-def tensors_in(output: Any) -> list[Tensor]:
+def tensors_in(output: object) -> list[Tensor]:
     """Every tensor of a tree of values and of the objects in it, each once."""
     walk = Walk()
     mapped(
@@ -392,11 +393,12 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [x for x in walk.leaves if isinstance(x, Tensor)]
 
 
-def copied(inputs: Any) -> Any:
+def copied(inputs: T) -> T:
     """A tree of values with copied tensors and objects."""
     walk = Walk()
     tree = mapped(
         inputs, lambda x, _: is_object(x), lambda x, path: walk.part(x, path) if is_object(x) else walk.leaf(x, path)
     )
     build = Build(walk.nodes, [x.clone() if isinstance(x, Tensor) else x for x in walk.leaves])
-    return mapped(tree, lambda _, __: False, lambda part, _: build.part(part))
+    made: T = mapped(tree, lambda _, __: False, lambda part, _: build.part(part))
+    return made

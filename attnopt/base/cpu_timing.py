@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Times:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], object]],
     rounds: int,
     warm_up: int = 1,
     watched: Callable[[range], Iterable[int]] = iter,

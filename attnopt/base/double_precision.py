@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -23,9 +23,9 @@ def widened(gm: fx.GraphModule) -> fx.GraphModule:
     return made
 
 
-def widened_arguments(arguments: tuple[Any, Any]) -> tuple[Any, Any]:
+def widened_arguments(arguments: T) -> T:
     """Of a call: every dtype that is narrower becomes double precision."""
-    made: tuple[Any, Any] = pytree.tree_map(_wide, arguments)
+    made: T = pytree.tree_map(_wide, arguments)
     return made
 
 
@@ -34,5 +34,5 @@ def widened_inputs(inputs: T) -> T:
     return made
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: object) -> object:
     return torch.float64 if isinstance(x, torch.dtype) and x in _NARROW else x

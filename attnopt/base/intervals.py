@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -108,3 +109,16 @@ def clipped(ranges: Ranges, length: int) -> Ranges:
 def up(number: int, step: int) -> int:
     """The next multiple of ``step``."""
     return -(-number // step) * step
+
+
+def from_text(text: str) -> Ranges | None:
+    """The numbers that a text such as "0-3, 7" lists; None if it is none."""
+    listed = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(re.fullmatch(r"\d{1,10}(-\d{1,10})?", part) for part in listed):
+        return None
+    return merged((int(a), int(b or a) + 1) for a, _, b in (part.partition("-") for part in listed))
+
+
+def as_text(ranges: Ranges) -> str:
+    """The inverse of ``from_text``."""
+    return ",".join(str(start) if stop == start + 1 else f"{start}-{stop - 1}" for start, stop in ranges)

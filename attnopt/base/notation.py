@@ -6,17 +6,22 @@ import ast
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from attnopt.errors import PolicyError
 
 LONGEST = 1 << 20  # characters per text
 LARGEST_NUMBER = 64  # bits of an integer
 
-_JOINS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
+_JOINS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+}
 _PLAIN = (int, float, complex, str, bytes, tuple, list, dict, type(None), type(...))
 
-Lookup = Callable[[str], Callable[..., Any]]  # name -> constructor; raises PolicyError for an unknown name
+K = TypeVar("K")
+V = TypeVar("V")
+Lookup = Callable[[str], Callable[..., object]]  # name -> constructor; raises PolicyError for an unknown name
 
 
 def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:
@@ -34,7 +39,7 @@ def evaluate(text: str, lookup: Lookup, *, shown: str | None = None) -> Any:
         raise PolicyError(f"cannot read {shortened(shown or text)!r}: {why}") from error
 
 
-def construct(name: str, make: Callable[..., Any], args: list[Any], options: dict[str, Any]) -> Any:
+def construct(name: str, make: Callable[..., object], args: list[object], options: dict[str, object]) -> object:
     """``make(*args, **options)``; unknown arguments raise a PolicyError that lists the known ones."""
     own = getattr(make, "name", None)
     name = own if isinstance(own, str) else name  # "local-window", which the text had to write as local_window
@@ -80,7 +85,7 @@ def _joinable(node: ast.expr, lookup: Lookup) -> Any:
     return value
 
 
-def _key(node: ast.expr | None, lookup: Lookup) -> Any:
+def _key(node: ast.expr | None, lookup: Lookup) -> object:
     key = None if node is None else _value(node, lookup)
     try:
         hash(key)
@@ -91,9 +96,9 @@ def _key(node: ast.expr | None, lookup: Lookup) -> Any:
     return key
 
 
-def distinct(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def distinct(pairs: list[tuple[K, V]]) -> dict[K, V]:
     """The pairs as a mapping; a duplicate key would silently lose its first value."""
-    found: dict[Any, Any] = {}
+    found: dict[K, V] = {}
     for key, value in pairs:
         if key in found:
             raise PolicyError(f"duplicate key {key!r}")

@@ -5,27 +5,26 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from attnopt.errors import PolicyError
 
 LARGEST = 2**31 - 1  # of any whole-number option; keeps position arithmetic inside int64
 
 
-def whole(owner: str, option: str, value: Any, least: int = 0) -> int:
+def whole(owner: str, option: str, value: object, least: int = 0) -> int:
     """``value`` as an int of at least ``least``."""
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST:
         return value
     raise PolicyError(f"{owner}: invalid value {option}={value!r}: expected an integer from {least} to {LARGEST}")
 
 
-def wholes(owner: str, option: str, values: Any) -> tuple[int, ...]:
+def wholes(owner: str, option: str, values: object) -> tuple[int, ...]:
     """``values`` (one number or any iterable of numbers) as sorted distinct ints of at least 0."""
     many = _sequence(owner, option, [values] if isinstance(values, int) else values, "integers")
     return tuple(sorted({whole(owner, option, v) for v in many}))
 
 
-def whole_tuple(owner: str, option: str, values: Any, count: int | None, least: int = 0) -> tuple[int, ...]:
+def whole_tuple(owner: str, option: str, values: object, count: int | None, least: int = 0) -> tuple[int, ...]:
     """``values`` as ``count`` ints of at least ``least``: one for all or as many; ``count=None``: however many."""
     many = [values] * (count or 1) if isinstance(values, int) else _sequence(owner, option, values, "integers")
     if count is not None and len(many) != count:
@@ -33,7 +32,7 @@ def whole_tuple(owner: str, option: str, values: Any, count: int | None, least: 
     return tuple(whole(owner, option, v, least) for v in many)
 
 
-def switches(owner: str, option: str, values: Any, count: int) -> tuple[bool, ...]:
+def switches(owner: str, option: str, values: object, count: int) -> tuple[bool, ...]:
     """``values`` as ``count`` bools: one for all or as many."""
     many = [values] * count if isinstance(values, bool) else values
     if isinstance(many, (list, tuple)) and len(many) == count and all(isinstance(v, bool) for v in many):
@@ -41,27 +40,27 @@ def switches(owner: str, option: str, values: Any, count: int) -> tuple[bool, ..
     raise PolicyError(f"{owner}: invalid value {option}={values!r}: expected True or False, or {count} of them")
 
 
-def switch(owner: str, option: str, value: Any) -> bool:
+def switch(owner: str, option: str, value: object) -> bool:
     """``value``, which must be True or False."""
     if isinstance(value, bool):
         return value
     raise PolicyError(f"{owner}: invalid value {option}={value!r}: expected True or False")
 
 
-def number(owner: str, option: str, value: Any) -> float:
+def number(owner: str, option: str, value: object) -> float:
     """``value`` as a finite float."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     raise PolicyError(f"{owner}: invalid value {option}={value!r}: expected a finite number")
 
 
-def numbers(owner: str, option: str, values: Any) -> tuple[float, ...]:
+def numbers(owner: str, option: str, values: object) -> tuple[float, ...]:
     """``values`` (any iterable, also a 1-D tensor) as finite floats."""
     listed = values.tolist() if hasattr(values, "tolist") else values
     return tuple(number(owner, option, v) for v in _sequence(owner, option, listed, "finite numbers"))
 
 
-def choice(owner: str, option: str, value: Any, allowed: tuple[str, ...]) -> str:
+def choice(owner: str, option: str, value: object, allowed: tuple[str, ...]) -> str:
     """``value``, which must be one of ``allowed``."""
     if isinstance(value, str) and value in allowed:
         return value
@@ -72,7 +71,7 @@ def choice(owner: str, option: str, value: Any, allowed: tuple[str, ...]) -> str
     )
 
 
-def _sequence(owner: str, option: str, values: Any, what: str) -> list[Any]:
+def _sequence(owner: str, option: str, values: object, what: str) -> list[object]:
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
         return list(values)
     raise PolicyError(f"{owner}: invalid value {option}={values!r}: expected a sequence of {what}")

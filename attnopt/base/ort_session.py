@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
-def cpu_session(model: Path | bytes, threads: int = 0, folder: Path | None = None, exact: bool = False) -> Any:
+
+def cpu_session(
+    model: Path | bytes, threads: int = 0, folder: Path | None = None, exact: bool = False
+) -> InferenceSession:
     """``threads``: 0 lets ONNX Runtime choose.  ``folder``: location of external weights of ``model``.
     ``exact``: follow the file; ONNX Runtime would otherwise fuse quantized operators into ones that round differently.
 

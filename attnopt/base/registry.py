@@ -35,9 +35,9 @@ class Plugin:
     target: str
     distribution: str
     rivals: tuple[str, ...] = ()  # others with the same name
-    ready: Any = None  # the class, if it was registered by a call
+    ready: type | None = None  # the class, if it was registered by a call
 
-    def load(self) -> Any:
+    def load(self) -> object:
         """The class.  Raises PluginError that names the distribution if it cannot be imported or its name is ambiguous."""
         if self.rivals:
             claims = ", ".join((self.distribution, *self.rivals))
@@ -46,7 +46,7 @@ class Plugin:
             return self.ready
         module, _, attribute = self.target.partition(":")
         try:
-            found: Any = import_module(module)
+            found: object = import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
         except Exception as error:  # a plugin may fail in any way while it is imported
@@ -68,7 +68,7 @@ class Registry(Generic[T]):
         kind: str,
         base: type[T],
         own: Mapping[str, str | type[T]],
-        named: Callable[[Any], Any] = lambda cls: cls.__name__,
+        named: Callable[[Any], object] = lambda cls: cls.__name__,
     ) -> None:
         self.group, self.kind, self.base, self._named = group, kind, base, named
         self._own = {n: _plugin(n, kind, OURS, target) for n, target in own.items()}
@@ -123,7 +123,7 @@ class Registry(Generic[T]):
                 f"{whose} cannot be constructed without arguments: {type(e).__name__}: {e}", hint=hint
             ) from e
 
-    def choose(self, owner: str, option: str, name: Any) -> T:
+    def choose(self, owner: str, option: str, name: object) -> T:
         """An instance for the value of an option.  Raises PolicyError that names the option, PluginError."""
         return self.make(choice(owner, option, name, tuple(self.listed())))
 
@@ -148,7 +148,7 @@ class Registry(Generic[T]):
         self._registered[name] = made
         self.changes += 1
 
-    def knows(self, cls: type[Any]) -> bool:
+    def knows(self, cls: type) -> bool:
         """Whether the name of this class resolves to it, so a file that contains the name can be read."""
         name = self._named(cls)
         if name not in self.listed():
@@ -168,12 +168,12 @@ def _is_same(a: Plugin, b: Plugin) -> bool:
     return (a.distribution == HERE) != (b.distribution == HERE) and tops[0] == tops[1] and name == other_name
 
 
-def target_of(cls: type[Any]) -> str:
+def target_of(cls: type) -> str:
     """Where a class is defined, as in an entry point."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def distribution_of(cls: type[Any]) -> str:
+def distribution_of(cls: type) -> str:
     """The installed distribution of a class; "" if there is none."""
     return _distribution_of(cls.__module__.partition(".")[0])
 
@@ -183,7 +183,7 @@ def _distribution_of(package: str) -> str:
     return OURS if package == OURS else next(iter(packages_distributions().get(package, ())), "")
 
 
-def _plugin(name: str, kind: str, distribution: str, target: str | type[Any]) -> Plugin:
+def _plugin(name: str, kind: str, distribution: str, target: str | type) -> Plugin:
     if isinstance(target, str):
         return Plugin(name, kind, target, distribution)
     return Plugin(name, kind, target_of(target), distribution, ready=target)

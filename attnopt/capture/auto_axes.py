@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from attnopt.capture.program import Program
 
 LONGEST = 6000  # characters of torch's size expressions with all axes dynamic: beyond, each operator takes seconds
-Captured = Callable[[CallInputs, Any, bool], "Program"]  # inputs, shapes, whether to stop when it becomes expensive
+Captured = Callable[[CallInputs, object, bool], "Program"]  # inputs, shapes, whether to stop when it becomes expensive
 
 
 class TooManyRelationsError(Exception):
@@ -39,7 +39,7 @@ class Limited(TorchFunctionMode):
         self._env: Any = None
         self._seen = self._length = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if self._env is None:
             fake = next((x for x in args if isinstance(x, FakeTensor)), None)
             self._env = None if fake is None else fake.fake_mode.shape_env
@@ -51,7 +51,9 @@ class Limited(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def captured_with_own(model: nn.Module, inputs: CallInputs, shapes: Any, is_cheap: bool, captured: Captured) -> Program:
+def captured_with_own(
+    model: nn.Module, inputs: CallInputs, shapes: object, is_cheap: bool, captured: Captured
+) -> Program:
     """Captured with dynamic axes of length 1 too, if the model allows; the user's example must still fit."""
     asked = axes_of_leaves(model.forward, *inputs, shapes)
     longer = longer_axes(model, inputs, asked)

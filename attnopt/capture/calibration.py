@@ -16,7 +16,7 @@ from attnopt.base.atomic_files import atomic_write
 from attnopt.base.call_inputs import CallInputs
 from attnopt.errors import ArchiveError, CalibrationError
 
-Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Batch = Tensor | tuple[object, ...] | list[Any] | Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Calibration:
 
         tensors: dict[str, Tensor] = {}
 
-        def stored(x: Any) -> Any:
+        def stored(x: object) -> object:
             if isinstance(x, Tensor):
                 name = f"t{len(tensors)}"
                 tensors[name] = x.detach().clone().contiguous()
@@ -92,7 +92,7 @@ class Calibration:
             raise ArchiveError(f"{path} is not calibration data: {type(e).__name__}: {e}", hint="save it again") from e
 
 
-def as_inputs(batch: Any, name: str = "a batch") -> CallInputs:
+def as_inputs(batch: object, name: str = "a batch") -> CallInputs:
     """One batch as args and kwargs."""
     if isinstance(batch, Tensor):
         return CallInputs((batch,), {})
@@ -106,7 +106,7 @@ def as_inputs(batch: Any, name: str = "a batch") -> CallInputs:
     )
 
 
-def shapes_of(inputs: CallInputs) -> tuple[Any, ...]:
+def shapes_of(inputs: CallInputs) -> tuple[object, ...]:
     """Equal for batches that one graph with static sizes accepts."""
     return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in pytree.tree_leaves(inputs))
 

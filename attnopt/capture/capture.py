@@ -39,7 +39,7 @@ from attnopt.graph.normalize import tidy
 from attnopt.graph.value_names import number, unmark
 
 
-def capture(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shapes: Any = None) -> Program:
+def capture(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shapes: object = None) -> Program:
     """Capture ``model`` on example inputs.
 
     ``dynamic_shapes``: None (all sizes static), torch.export's notation, or "auto" (every axis of every input that the
@@ -72,7 +72,7 @@ def capture(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shap
     return without_pinned(program, axes_of_leaves(model.forward, *inputs, program.shapes))
 
 
-def _captured(model: nn.Module, is_auto: bool, inputs: CallInputs, shapes: Any, is_cheap: bool) -> Program:
+def _captured(model: nn.Module, is_auto: bool, inputs: CallInputs, shapes: object, is_cheap: bool) -> Program:
     """``is_cheap``: try only the first way, and only while the sizes stay simple."""
     calls = _calls(model, inputs)
     shapes = shapes_for(calls, model, *inputs, shapes, is_auto)
@@ -198,7 +198,7 @@ def _with_its_names(model: nn.Module) -> Iterator[None]:
         return
     run = fx.Interpreter(graph).run
 
-    def named(*args: Any, **kwargs: Any) -> Any:
+    def named(*args: object, **kwargs: object) -> object:
         leaves = pytree.tree_leaves((args, kwargs))
         return graph.graph.process_outputs(run(*leaves, enable_io_processing=False))
 
@@ -233,7 +233,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
         return model
 
 
-def _finish(exported: ExportedProgram, inputs: CallInputs, shapes: Any, route: str) -> Program:
+def _finish(exported: ExportedProgram, inputs: CallInputs, shapes: object, route: str) -> Program:
     if route == "exported program":
         exported = functional(exported)
     with quiet():

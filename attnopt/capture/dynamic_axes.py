@@ -16,7 +16,7 @@ from attnopt.base.sizes import is_static
 from attnopt.errors import CaptureError
 from attnopt.graph.nodes import input_name, inputs_of
 
-Axes = dict[int, Any]
+Axes = dict[int, object]
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -28,8 +28,8 @@ class Auto:
 
 
 def named_arguments(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, Any], int]:
+    forward: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> tuple[dict[str, object], int]:
     """Every argument under a unique name, in call order, and the number of positional ones.
 
     Arguments in ``*args`` are called ``args_0``, ``args_1``, ...; those in ``**kwargs`` have their keyword."""
@@ -44,11 +44,13 @@ def named_arguments(
     return {**dict(zip(names, args, strict=True)), **kwargs}, len(args)
 
 
-def is_variadic(forward: Callable[..., Any]) -> bool:
+def is_variadic(forward: Callable[..., object]) -> bool:
     return any(p.kind in _VARIADIC for p in inspect.signature(forward).parameters.values())
 
 
-def arguments_by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_by_name(
+    forward: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
     """The given arguments, in the order of torch.export: each keyword in ``**kwargs`` under its own name."""
     if is_variadic(forward):
         return named_arguments(forward, args, kwargs)[0]
@@ -56,7 +58,7 @@ def arguments_by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 
 @contextmanager
-def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+def plain_signature(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Iterator[None]:
     """Inside, ``forward`` names each argument of this call: torch.export supports no axes for ``**kwargs``."""
     if not is_variadic(model.forward):
         yield
@@ -65,7 +67,7 @@ def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     names, known = list(named), vars(model).get("forward")
     taken = ", ".join(("self", *names[:positional], *(("*",) if kwargs else ()), *names[positional:]))
     given = ", ".join((*names[:positional], *(f"{n}={n}" for n in names[positional:])))
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     own = type(model)
     call = own.forward if known is None else lambda self, *a, **k: known(*a, **k)
     exec(
@@ -82,7 +84,7 @@ def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             model.forward = known
 
 
-def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: Any) -> Any:
+def asked_shapes(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], asked: Any) -> Any:
     """torch.export's notation for this call, with a name for each argument; ``asked`` is that notation or ``Auto``."""
     if isinstance(asked, Auto):
         return _automatic(model.forward, args, kwargs, asked)
@@ -95,7 +97,7 @@ def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     if isinstance(asked, (tuple, list)):
         asked = dict(zip(bound, asked, strict=True))
     named, positional = named_arguments(model.forward, args, kwargs)
-    spread: dict[str, Any] = {}
+    spread: dict[str, object] = {}
     for name, shapes in asked.items():
         kind = parameters[name].kind if name in parameters else None
         if kind is inspect.Parameter.VAR_KEYWORD:
@@ -113,8 +115,10 @@ def asked_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     return {name: spread.get(name) for name in named}
 
 
-def _automatic(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], auto: Auto) -> Any:
-    def of(x: Any) -> Any:
+def _automatic(
+    forward: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], auto: Auto
+) -> object:
+    def of(x: object) -> Any:
         if isinstance(x, Tensor):
             axes = x.dim() if auto.axes is None else min(auto.axes, x.dim())
             return dict.fromkeys(range(axes), Dim.AUTO)
@@ -130,7 +134,7 @@ def _automatic(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
 
 
 def axes_of_leaves(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
+    forward: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], shapes: object
 ) -> list[Axes]:
     """For every leaf of the inputs, the requested dynamic axes."""
     named, _ = named_arguments(forward, args, kwargs)
@@ -141,7 +145,7 @@ def axes_of_leaves(
     return [axes for name, x in named.items() for axes in _aligned(x, shapes.get(name))]
 
 
-def _aligned(x: Any, shapes: Any) -> Iterator[Axes]:
+def _aligned(x: object, shapes: object) -> Iterator[Axes]:
     match x, shapes:
         case _, None:
             yield from ({} for _ in pytree.tree_leaves(x))
@@ -162,17 +166,19 @@ def _aligned(x: Any, shapes: Any) -> Iterator[Axes]:
             yield from ({} for _ in pytree.tree_leaves(x))
 
 
-def _varying(axes: Iterable[tuple[Any, Any]]) -> Axes:
+def _varying(axes: Iterable[tuple[object, object]]) -> Axes:
     return {
         a: dim for a, dim in axes if isinstance(a, int) and not (dim is None or dim is Dim.STATIC or type(dim) is int)
     }
 
 
-def without(shapes: Mapping[str, Any], named: Mapping[str, Any], fixed: set[tuple[int, int]]) -> dict[str, Any]:
+def without(
+    shapes: Mapping[str, object], named: Mapping[str, object], fixed: set[tuple[int, int]]
+) -> dict[str, object]:
     """``shapes`` of all arguments without these axes, by leaf index."""
     place = iter(range(len(pytree.tree_leaves(dict(named)))))
 
-    def of(x: Any, asked: Any) -> Any:
+    def of(x: object, asked: Any) -> Any:
         if isinstance(x, Tensor):
             leaf = next(place)
             return {a: dim for a, dim in asked.items() if (leaf, a) not in fixed} or None

@@ -41,7 +41,7 @@ def _shapes_of(module: fx.GraphModule, inputs: CallInputs) -> Any:
     return dict(zip(names, (*positional, *keywords.values()), strict=True))
 
 
-def _dynamic(val: Any) -> Any:
+def _dynamic(val: object) -> object:
     if isinstance(val, torch.SymInt):
         return Dim.AUTO
     if not isinstance(val, Tensor):

@@ -32,15 +32,15 @@ from attnopt.base.containers import (
 )
 from attnopt.errors import CaptureError
 
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
+Args = tuple[object, ...]
+Kwargs = dict[str, object]
 
 
 class OtherObjectsError(CaptureError):
     """The model builds other objects from these inputs than at capture."""
 
 
-class Parts(dict[str, Any]):
+class Parts(dict[str, object]):
     """The tensors of one object in the output of a graph."""
 
 
@@ -76,13 +76,13 @@ class InputForm:
     def has_objects(self) -> bool:
         return any(isinstance(part, Made) for _, part in self.places)
 
-    def stop(self, x: Any, path: Path) -> bool:
+    def stop(self, x: object, path: Path) -> bool:
         return path in self.stops or is_object(x)
 
-    def named(self, args: Args, kwargs: Mapping[str, Any]) -> Kwargs:
+    def named(self, args: Args, kwargs: Mapping[str, object]) -> Kwargs:
         return dict(zip(self.names, (*args, *(kwargs[n] for n in self.names[self.positional :])), strict=True))
 
-    def split(self, named: Mapping[str, Any]) -> CallInputs:
+    def split(self, named: Mapping[str, object]) -> CallInputs:
         values = list(named.items())
         return CallInputs(tuple(v for _, v in values[: self.positional]), dict(values[self.positional :]))
 
@@ -134,7 +134,7 @@ class Taken:
     """The flattened inputs of one call."""
 
     inputs: CallInputs
-    objects: tuple[Any, ...]
+    objects: tuple[object, ...]
     leaves: tuple[Any, ...]
 
 
@@ -145,17 +145,17 @@ class Form:
     inputs: InputForm
     results: Results
 
-    def take(self, args: Args, kwargs: Mapping[str, Any]) -> Taken:
+    def take(self, args: Args, kwargs: Mapping[str, object]) -> Taken:
         """The inputs of the graph.  Raises CaptureError if their structure differs from the example."""
         return take(self.inputs, args, kwargs)
 
-    def give(self, out: Any, taken: Taken) -> Any:
+    def give(self, out: Any, taken: Taken) -> object:
         """The output of the model, built from that of the graph; the caller's objects are updated."""
         leaves = _kept_apart(pytree.tree_leaves(out), self.results, taken)
         build = Build(self.results.nodes, leaves, taken.objects, taken.leaves)
         parts, plain = iter(self.results.objects), iter(leaves)
 
-        def back(x: Any, _: Path) -> Any:
+        def back(x: object, _: Path) -> object:
             if not isinstance(x, Parts):
                 return next(plain)
             for _name in x:
@@ -170,7 +170,7 @@ class Form:
                 taken.leaves[to].copy_(leaves[place])
         return made
 
-    def run(self, model: nn.Module, args: Args, kwargs: Mapping[str, Any]) -> list[Any]:
+    def run(self, model: nn.Module, args: Args, kwargs: Mapping[str, object]) -> list[object]:
         """The leaves of the graph as computed by the model itself, from the inputs of the graph.
 
         Raises OtherObjectsError if the model builds other objects than at capture."""
@@ -184,13 +184,13 @@ class Form:
                 str(e).partition("\n")[0], hint="optimize with example inputs of this size"
             ) from None
 
-    def _leaves(self, out: Any, build: Build, leaves: list[Any], versions: list[int]) -> list[Any]:
+    def _leaves(self, out: object, build: Build, leaves: list[object], versions: list[int]) -> list[object]:
         objects = [build.made[i] for i in range(len(self.inputs.nodes))]
         match = Match(self.results.nodes, objects, leaves, ignores_dtypes=True)
         known = {id(x) for x in objects}
         parts = iter(self.results.objects)
 
-        def look(x: Any, path: Path) -> None:
+        def look(x: object, path: Path) -> None:
             if not (is_object(x) or id(x) in known):
                 match.leaves[len(match.leaves)] = x
             elif (part := next(parts, None)) is not None:
@@ -208,7 +208,7 @@ class Form:
         return [match.leaves[i] for i in range(len(self.results.paths))]
 
 
-def _version(x: Any) -> int:
+def _version(x: object) -> int:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
@@ -230,11 +230,11 @@ def as_given(node: Node) -> Node:
     )
 
 
-def take(inputs: InputForm, args: Args, kwargs: Mapping[str, Any]) -> Taken:
+def take(inputs: InputForm, args: Args, kwargs: Mapping[str, object]) -> Taken:
     match = Match(inputs.nodes)
     places = iter(inputs.places)
 
-    def apart(x: Any, path: Path) -> Any:
+    def apart(x: object, path: Path) -> object:
         wanted, part = next(places, (None, None))
         if part is None or path != wanted or isinstance(part, Leaf) == inputs.stop(x, path):
             raise CaptureError(
@@ -283,13 +283,15 @@ def _extent(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (steps + 1) * t.element_size()
 
 
-def _kept_apart(leaves: list[Any], results: Results, taken: Taken) -> list[Any]:
+def _kept_apart(leaves: list[object], results: Results, taken: Taken) -> list[object]:
     """The graph may return its inputs: before these are written to, other results are copied."""
     written = [taken.leaves[to] for to, _ in results.writes]
     return [x.clone() if isinstance(x, Tensor) and any(_overlap(x, w) for w in written) else x for x in leaves]
 
 
-def put_together(inputs: InputForm, args: Args, kwargs: Mapping[str, Any], clones: bool = False) -> Any:
+def put_together(
+    inputs: InputForm, args: Args, kwargs: Mapping[str, object], clones: bool = False
+) -> tuple[Args, Kwargs, Build, list[object]]:
     """(args, kwargs) of the model itself, their builder, and their leaves."""
     named = inputs.named(args, kwargs)
     leaves = pytree.tree_leaves(named)
@@ -297,7 +299,7 @@ def put_together(inputs: InputForm, args: Args, kwargs: Mapping[str, Any], clone
         leaves = [x.clone() if i in inputs.writes else x for i, x in enumerate(leaves)]
     build, parts = Build(inputs.nodes, leaves), dict(inputs.places)
 
-    def back(_: Any, path: Path) -> Any:
+    def back(_: object, path: Path) -> object:
         return build.part(parts[path])
 
     own = mapped(named, lambda _, path: path in parts, back)

@@ -30,6 +30,8 @@ from attnopt.capture.flat_call import (
 )
 from attnopt.capture.signature import Signature
 
+Container = list[object] | dict[object, object]
+
 
 @dataclass
 class Calls:
@@ -39,7 +41,7 @@ class Calls:
     results: Results | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, model: nn.Module, args: Args, kwargs: Mapping[str, Any], run: Callable[..., Any] | None) -> Calls:
+    def of(cls, model: nn.Module, args: Args, kwargs: Mapping[str, object], run: Callable[..., object] | None) -> Calls:
         """``run`` calls a model without changing it: once, with copies, if objects or lists are passed
         in; None for a model that cannot be run."""
         found = _inputs_of(model, args, kwargs)
@@ -78,7 +80,7 @@ class Calls:
         inputs, forward, before = self.inputs, model.forward, vars(model).get("forward")
 
         @functools.wraps(forward)
-        def flat(*args: Any, **kwargs: Any) -> Any:
+        def flat(*args: object, **kwargs: object) -> object:
             own_args, own_kwargs, build, leaves = put_together(inputs, args, kwargs, clones=True)
             out, self.results = _apart(inputs, forward(*own_args, **own_kwargs), build, leaves)
             return out
@@ -95,7 +97,7 @@ class Calls:
 
 
 def _inputs_of(
-    model: nn.Module, args: Args, kwargs: Mapping[str, Any], found: InputForm | None = None
+    model: nn.Module, args: Args, kwargs: Mapping[str, object], found: InputForm | None = None
 ) -> InputForm | None:
     """The objects among the inputs; ``found``: what is known so far; None if they do not fit the model."""
     names = tuple(n for p in (Signature.of(model.forward, args, kwargs),) for n in (*p.positional, *p.keywords))
@@ -104,7 +106,7 @@ def _inputs_of(
     made = found or InputForm(names, len(args), (), (), ())
     walk, places = Walk(counters=made.counters), list[tuple[Path, Part]]()
 
-    def look(x: Any, path: Path) -> None:
+    def look(x: object, path: Path) -> None:
         places.append((path, walk.part(x, path) if made.stop(x, path) else walk.leaf(x, path)))
 
     mapped(made.named(args, kwargs), made.stop, look)
@@ -112,7 +114,7 @@ def _inputs_of(
 
 
 def _watched(
-    model: nn.Module, inputs: InputForm, args: Args, kwargs: Mapping[str, Any], run: Callable[..., Any]
+    model: nn.Module, inputs: InputForm, args: Args, kwargs: Mapping[str, object], run: Callable[..., object]
 ) -> InputForm:
     """The inputs with everything that a call of the model changes in them: lists, numbers and tensors."""
     own = copied(inputs.named(args, kwargs))
@@ -154,17 +156,17 @@ def _varying(
     return frozenset(found)
 
 
-def _tensors(tree: Any) -> list[tuple[Path, Tensor]]:
+def _tensors(tree: object) -> list[tuple[Path, Tensor]]:
     walk = Walk()
     mapped(tree, lambda x, _: is_object(x), lambda x, p: walk.part(x, p) if is_object(x) else walk.leaf(x, p))
     return [(path, x) for path, x in zip(walk.paths, walk.leaves, strict=True) if isinstance(x, Tensor)]
 
 
-def _lists(tree: Any) -> list[tuple[Path, Any]]:
+def _lists(tree: object) -> list[tuple[Path, Container]]:
     """The lists and dicts of a tree of values, except that of the arguments themselves."""
-    found: list[tuple[Path, Any]] = []
+    found: list[tuple[Path, Container]] = []
 
-    def look(x: Any, path: Path) -> bool:
+    def look(x: object, path: Path) -> bool:
         if path and isinstance(x, (list, dict)) and not is_object(x) and type(x) in (list, dict):
             found.append((path, x))
         return is_object(x)
@@ -173,21 +175,21 @@ def _lists(tree: Any) -> list[tuple[Path, Any]]:
     return found
 
 
-def _content(x: Any) -> list[Any]:
+def _content(x: Container) -> list[object]:
     return [i for pair in x.items() for i in pair] if isinstance(x, dict) else list(x)
 
 
-def _same_objects(now: list[Any], before: list[Any]) -> bool:
+def _same_objects(now: list[object], before: list[object]) -> bool:
     return len(now) == len(before) and all(
         a is b or (not isinstance(a, Tensor) and type(a) is type(b) and isinstance(a, (int, float, str)) and a == b)
         for a, b in zip(now, before, strict=True)
     )
 
 
-def _numbers(tree: Any) -> dict[Path, int]:
-    walk, plain = Walk(), dict[Path, Any]()
+def _numbers(tree: object) -> dict[Path, int]:
+    walk, plain = Walk(), dict[Path, object]()
 
-    def look(x: Any, path: Path) -> Any:
+    def look(x: object, path: Path) -> object:
         if is_object(x):
             return walk.part(x, path)
         plain[path] = x
@@ -197,17 +199,17 @@ def _numbers(tree: Any) -> dict[Path, int]:
     return {p: x for p, x in {**plain, **walk.fixed}.items() if isinstance(x, int) and not isinstance(x, bool)}
 
 
-def _apart(inputs: InputForm, out: Any, build: Build, leaves: list[Any]) -> tuple[Any, Results]:
+def _apart(inputs: InputForm, out: object, build: Build, leaves: list[object]) -> tuple[object, Results]:
     """The output with its objects replaced by their tensors, and what is needed to rebuild them."""
     objects = [build.made[i] for i in range(len(inputs.nodes))]
     passed = {id(x): i for i, x in enumerate(leaves) if isinstance(x, (Tensor, *NUMBERS))}
     walk = Walk(given={id(x): i for i, x in enumerate(objects)}, passed=passed)
     parts, outer = list[Part](), list[int]()
 
-    def stop(x: Any, _: Path) -> bool:
+    def stop(x: object, _: Path) -> bool:
         return is_object(x) or id(x) in walk.given
 
-    def look(x: Any, path: Path) -> Any:
+    def look(x: object, path: Path) -> object:
         if not stop(x, path):
             walk.leaf(x, path)
             outer.append(len(path))
@@ -230,7 +232,9 @@ def _apart(inputs: InputForm, out: Any, build: Build, leaves: list[Any]) -> tupl
     return made, results
 
 
-def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, Any], shapes: Any, auto: bool) -> Any:
+def shapes_for(
+    calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, object], shapes: object, auto: bool
+) -> object:
     """Dynamic shapes for the leaves of objects: a shape given for an object applies to every tensor in it.
 
     ``auto``: every axis that may vary, and every number that the call changes."""
@@ -241,7 +245,7 @@ def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, 
     flat, own = arguments_by_name(model.forward, flat_args, flat_kwargs), arguments_by_name(model.forward, args, kwargs)
     leaves = {label: i for i, label in enumerate(inputs.labels)}
 
-    def spread(x: Any, apart: Any, asked: Any) -> Any:
+    def spread(x: object, apart: Any, asked: object) -> object:
         if is_object(x) or (isinstance(apart, dict) and not isinstance(x, dict)):
             return {label: _of_leaf(inputs, leaves[label], leaf, asked, auto) for label, leaf in apart.items()}
         if isinstance(x, (list, tuple)) and isinstance(asked, (list, tuple)):
@@ -257,7 +261,7 @@ def shapes_for(calls: Calls, model: nn.Module, args: Args, kwargs: Mapping[str, 
     return {name: spread(x, flat[name], shapes.get(name)) for name, x in own.items()} | unknown
 
 
-def _of_leaf(inputs: InputForm, place: int, leaf: Any, asked: Any, auto: bool) -> Any:
+def _of_leaf(inputs: InputForm, place: int, leaf: object, asked: Any, auto: bool) -> object:
     path = inputs.paths[place]
     if auto and isinstance(leaf, Tensor):
         return {axis: Dim.AUTO for axis in range(leaf.dim()) if (path, axis) in inputs.varying} or None

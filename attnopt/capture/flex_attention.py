@@ -181,7 +181,7 @@ def _on_grid(
     for node in [
         n for n in emit.graph.nodes if is_call(n, aten._to_copy.default) and isinstance(n.args[0], (int, float))
     ]:
-        number = node.args[0]
+        number: Any = node.args[0]
         node.replace_all_uses_with(number)  # vmap's form of a number next to tensors
         emit.graph.erase_node(node)
     return made

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx.node import Argument
 
 from attnopt.base.sizes import hint, is_static
 from attnopt.capture.flex_attention import index_plainly
@@ -94,7 +96,7 @@ def expand_views(gm: fx.GraphModule) -> None:
 def _write_sizes(graph: fx.Graph) -> None:
     """Each size that an input has is read from it, also the -1 of a reshape: read from a projection, a size would keep that
     when a smaller one replaces it, and a selection of heads may need the -1 itself."""
-    place: dict[Any, tuple[fx.Node, int]] = {}
+    place: dict[sympy.Expr, tuple[fx.Node, int]] = {}
     for _, n, axis, size in input_axes(inputs_of(graph)):
         if isinstance(size, torch.SymInt):
             place.setdefault(size.node.expr, (n, axis))
@@ -109,7 +111,9 @@ def _write_sizes(graph: fx.Graph) -> None:
             node.args = (operand(node), sizes)
 
 
-def _written(emit: Emitter, place: Mapping[Any, tuple[fx.Node, int]], asked: Any, size: int | torch.SymInt) -> Any:
+def _written(
+    emit: Emitter, place: Mapping[sympy.Expr, tuple[fx.Node, int]], asked: Argument, size: int | torch.SymInt
+) -> Argument:
     if asked != -1:
         return asked
     if isinstance(size, int) or is_static(size):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -23,7 +23,7 @@ from attnopt.graph.nodes import input_axes, input_name, inputs_of
 
 
 def relations(
-    program: ExportedProgram, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    program: ExportedProgram, forward: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> tuple[str, ...]:
     """Python expressions in which ``x[1]`` is the length of the input ``x`` along axis 1, beyond what static axes and axes of
     the same symbol imply.  ``args`` and ``kwargs`` are those of ``forward`` at capture."""
@@ -51,7 +51,7 @@ def _axes(inputs: list[fx.Node]) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
 def _bounds(inputs: list[fx.Node]) -> dict[str, tuple[int, int | None]]:
     """The range of sizes for which the graph is valid, for the first axis of each symbol; torch does not distinguish below 3."""
     found: dict[str, tuple[int, int | None]] = {}
-    seen = set[Any]()
+    seen = set[sympy.Expr]()
     for n, axis, size in _axes(inputs):
         if size.node.expr not in seen:
             seen.add(size.node.expr)
@@ -73,7 +73,7 @@ class _Named(ast.NodeTransformer):
 
     def __init__(self, of_path: Mapping[str, fx.Node], inputs: list[fx.Node]) -> None:
         self.of_path, self.inputs = of_path, inputs
-        self.first: dict[Any, tuple[str, int]] = {}
+        self.first: dict[sympy.Expr, tuple[str, int]] = {}
         for n, axis, size in _axes(inputs):
             self.first.setdefault(size.node.expr, (input_name(n), axis))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
 
@@ -23,7 +22,7 @@ class Program:
 
     module: fx.GraphModule
     inputs: CallInputs
-    shapes: Any = None
+    shapes: object = None
     fixed_axes: tuple[str, ...] = ()
     route: str = "export"
     own: CallInputs | None = None

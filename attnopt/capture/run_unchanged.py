@@ -47,13 +47,13 @@ def outputs_of(
         return [t.clone() for t in (*made, *(get_attr(module, name) for name in state))]
 
 
-def _with_numbers(leaves: Sequence[Any]) -> list[Tensor]:
+def _with_numbers(leaves: Sequence[object]) -> list[Tensor]:
     return [
         torch.tensor(x) if isinstance(x, (int, float)) else x for x in leaves if isinstance(x, (int, float, Tensor))
     ]
 
 
-def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def called(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     """Call ``module`` for its effects on these inputs."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), as_called(), kept(module):
         module(*args, **kwargs)
@@ -124,7 +124,7 @@ def _has_modes(module: nn.Module) -> bool:
     return any("dropout" in name and isinstance(x, float) and x > 0 for name, x in vars(module).items())
 
 
-def _same_objects(now: Collection[Any], before: Collection[Any]) -> bool:
+def _same_objects(now: Collection[object], before: Collection[object]) -> bool:
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ def repeated(inputs: CallInputs, places: frozenset[Place], fades: bool = True) -
     return made
 
 
-def times(leaves: Sequence[Any]) -> int:
+def times(leaves: Sequence[object]) -> int:
     lengths = {n for x in leaves if isinstance(x, Tensor) for n in x.shape}
     return next(n for n in count(2) if n not in lengths)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -23,7 +24,7 @@ class Parameter:
 
     name: str
     kind: str
-    default: Any = inspect.Parameter.empty
+    default: object = inspect.Parameter.empty
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Signature:
     keywords: tuple[str, ...]
 
     @classmethod
-    def of(cls, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
+    def of(cls, forward: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> Signature:
         found = inspect.signature(forward)
         names = [p for p in found.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         rest = [f"*{i}" for i in range(max(0, len(args) - len(names)))]
@@ -46,10 +47,10 @@ class Signature:
         kinds = {k.name: k for k in inspect._ParameterKind}
         return inspect.Signature([inspect.Parameter(p.name, kinds[p.kind], default=p.default) for p in self.parameters])
 
-    def arrange(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallInputs:
+    def arrange(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> CallInputs:
         """The arguments in the form in which the graph was captured.  Raises CaptureError."""
         bound = self.signature().bind(*args, **kwargs)
-        given: dict[str, Any] = {}
+        given: dict[str, object] = {}
         for p in self.parameters:
             if p.name not in bound.arguments:
                 continue
@@ -78,7 +79,7 @@ class Signature:
         values = {**defaults, **given}
         return CallInputs(tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         plain = (type(None), bool, int, float, str)
         return {
             "parameters": [
@@ -110,7 +111,7 @@ class Signature:
         return cls(parameters, tuple(map(str, data["positional"])), tuple(map(str, data["keywords"])))
 
 
-def _is_default(value: Any, default: Any) -> bool:
+def _is_default(value: object, default: object) -> bool:
     if isinstance(value, Tensor) or isinstance(default, Tensor):
         return False
     return value is default or value is None or bool(value == default)
@@ -123,8 +124,8 @@ def is_guard(e: BaseException) -> bool:
 
 def check_inputs(
     module: torch.fx.GraphModule,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     fixed: Collection[str] = (),
     is_inside: Callable[[int], bool] = lambda _: False,
 ) -> None:
@@ -139,7 +140,7 @@ def check_inputs(
             f"called with {len(leaves)} values, but captured with {len(nodes)}",
             hint="pass inputs with the same structure as the example",
         )
-    symbols: dict[Any, int] = {}
+    symbols: dict[sympy.Symbol, int] = {}
     for number, (node, leaf) in enumerate(zip(nodes, leaves, strict=True)):
         expected = node.meta.get("val")
         if not isinstance(expected, Tensor):
@@ -159,8 +160,8 @@ def check_inputs(
 def _check_shape(
     name: str,
     got: tuple[int, ...],
-    expected: tuple[Any, ...],
-    symbols: dict[Any, int],
+    expected: tuple[int | torch.SymInt, ...],
+    symbols: dict[sympy.Symbol, int],
     fixed: Collection[str],
     remedy: str | None,
 ) -> None:

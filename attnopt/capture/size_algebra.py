@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import sympy
 
@@ -137,7 +136,7 @@ def _without_factor(x: sympy.Expr) -> sympy.Expr:
     return sympy.expand(sympy.cancel(terms / common))
 
 
-def _worked_out(node: ast.expr, bounds: Bounds) -> Any:
+def _worked_out(node: ast.expr, bounds: Bounds) -> sympy.Expr | None:
     """None for anything but a sum, product, quotient, remainder, minimum or maximum of sizes."""
     match node:
         case ast.Constant(bool()):
@@ -158,7 +157,7 @@ def _worked_out(node: ast.expr, bounds: Bounds) -> Any:
     return None
 
 
-def _calculated(how: ast.operator, a: sympy.Expr, b: sympy.Expr, bounds: Bounds) -> Any:
+def _calculated(how: ast.operator, a: sympy.Expr, b: sympy.Expr, bounds: Bounds) -> sympy.Expr | None:
     match how:
         case ast.Add():
             return sympy.expand(a + b)

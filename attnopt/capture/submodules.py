@@ -38,7 +38,7 @@ class InPlace(nn.Module):
         self.name = name
         self.training = model.training  # of the module inside, each part keeps its own mode
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self.get_submodule(self.name)(*args, **kwargs)
 
 
@@ -67,7 +67,7 @@ class _Recorder:
     def __init__(self, region: Region) -> None:
         self.region = region
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         self.region.inputs.append(cloned(CallInputs.of(args, kwargs)))
 
 
@@ -89,7 +89,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack, self.found = stack, found
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if self.stack and any(word in func.__name__ for word in ("softmax", "attention")):
             self.found[self.stack[-1]] = None
         return func(*args, **(kwargs or {}))
@@ -101,7 +101,7 @@ def _running(model: nn.Module) -> Iterator[list[str]]:
     stack: list[str] = []
     handles = []
 
-    def left(*_: Any) -> None:
+    def left(*_: object) -> None:
         stack.pop()
 
     for name, module in model.named_modules():

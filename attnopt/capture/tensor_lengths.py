@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ def lengths_vary(model: nn.Module) -> Iterator[None]:
             del space["len"]
 
 
-def _len(x: Any, /) -> Any:
+def _len(x: Sized, /) -> int:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from attnopt.base.sizes import is_static
 from attnopt.capture.second_example import Place
-from attnopt.graph.evaluate import bounds, symbols
+from attnopt.graph.evaluate import Sizes, bounds, symbols
 from attnopt.graph.nodes import fake_mode, input_axes, input_name, inputs_of, is_tensor
 
 if TYPE_CHECKING:
@@ -58,14 +60,14 @@ def cannot_vary(program: Program) -> set[Place]:
     }
 
 
-def sizes_that_fit(graph: fx.Graph, held: Sequence[str]) -> Callable[[Mapping[Any, int]], bool]:
+def sizes_that_fit(graph: fx.Graph, held: Sequence[str]) -> Callable[[Sizes], bool]:
     """Whether sizes of the graph's symbols satisfy their bounds and the constraints between them, as the report lists them."""
     inputs = list(filter(is_tensor, inputs_of(graph)))
     predicates = _predicates(held, inputs)
     axes = [size for _, _, _, size in input_axes(inputs) if isinstance(size, torch.SymInt)]
     limits = {size.node.expr: bounds(size) for size in axes if size.node.expr.is_symbol}
 
-    def fits(new: Mapping[Any, int]) -> bool:
+    def fits(new: Sizes) -> bool:
         for symbol, (lower, upper) in limits.items():
             if new[symbol] < max(1, lower) or (upper is not None and new[symbol] > upper):
                 return False
@@ -77,11 +79,11 @@ def sizes_that_fit(graph: fx.Graph, held: Sequence[str]) -> Callable[[Mapping[An
     return fits
 
 
-def _shape(node: fx.Node, sizes: Mapping[Any, int]) -> tuple[int, ...]:
+def _shape(node: fx.Node, sizes: Sizes) -> tuple[int, ...]:
     return tuple(s if isinstance(s, int) else int(s.node.expr.subs(sizes)) for s in node.meta["val"].shape)
 
 
-def _predicates(texts: Sequence[str], inputs: Sequence[fx.Node]) -> list[Any]:
+def _predicates(texts: Sequence[str], inputs: Sequence[fx.Node]) -> list[CodeType]:
     """The relations that involve only input sizes, ready for evaluation."""
     known = {input_name(n) for n in inputs} | {"_min", "_max"}
     trees = [
@@ -108,7 +110,7 @@ class _Calls(ast.NodeTransformer):
         return node
 
 
-def other_sizes(sizes: Mapping[Any, int], symbol: Any) -> Iterator[dict[Any, int]]:
+def other_sizes(sizes: Sizes, symbol: sympy.Symbol) -> Iterator[Sizes]:
     """Sizes that change the symbol: alone, with one other symbol, and with all."""
     n = sizes[symbol]
     steps = [d for k in (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 28, 32, 48, 64, 128) for d in (k, -k)]

@@ -15,6 +15,8 @@ from attnopt.cli.output import require_model, resolved, show
 from attnopt.errors import AttnoptError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from attnopt.cli.load_model import Named
     from attnopt.cli.onnx_inputs import Given
     from attnopt.graph.listing import Hunk
@@ -60,7 +62,7 @@ def diff(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _hunk_json(hunk: Hunk) -> dict[str, Any]:
+def _hunk_json(hunk: Hunk) -> dict[str, object]:
     return {
         "site": hunk.site,
         "passes": hunk.passes,
@@ -113,7 +115,7 @@ def _ms(seconds: tuple[float, ...]) -> list[float]:
     return [1e3 * s for s in seconds]
 
 
-def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...], dict[str, Any], str]:
+def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[object, ...], dict[str, object], str]:
     """The inputs of the command line, or the example inputs of the first model that has some.
 
     Otherwise zeros of the captured sizes, or synthetic values for a file without free axes.
@@ -135,7 +137,7 @@ def _inputs(models: Mapping[str, Named], given: Given) -> tuple[tuple[Any, ...],
     raise AttnoptError("neither model has example inputs", hint="make one of the factories return (model, args)")
 
 
-def _fed(models: Mapping[str, Named], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _fed(models: Mapping[str, Named], inputs: Mapping[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
     """By name if all models are files with these inputs, in any order; otherwise by position."""
     from attnopt.cli.onnx_inputs import InRuntime
 
@@ -145,11 +147,11 @@ def _fed(models: Mapping[str, Named], inputs: Mapping[str, Any]) -> tuple[tuple[
     return tuple(inputs.values()), {}
 
 
-def _call(named: Named, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+def _call(named: Named, args: tuple[object, ...], kwargs: dict[str, object]) -> Callable[[], object]:
     return lambda: named.model(*args, **kwargs)
 
 
-def _answer(name: str, call: Callable[[], Any]) -> Any:
+def _answer(name: str, call: Callable[[], object]) -> object:
     try:
         return call()
     except AttnoptError:
@@ -161,7 +163,7 @@ def _answer(name: str, call: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _bench_table(measured: Mapping[str, Any]) -> Any:
+def _bench_table(measured: Mapping[str, Any]) -> RenderableType:
     from rich import box
     from rich.console import Group
     from rich.table import Table

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attnopt.base.progress import watched
 from attnopt.errors import AttnoptError, ExportError
@@ -19,7 +19,9 @@ from attnopt.errors import AttnoptError, ExportError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from attnopt.cli.demo_data import Encode
+    from attnopt.cli.demo_data import Array, Data, Encode
+    from attnopt.ir.site import Site
+    from attnopt.model import OptimizedModel
 
 # Half of the layers get a window, the other half lose their weakest heads; this is fixed.  Which layers and
 # which heads is decided by news texts (Lee's background) that the table's evaluation sets do not contain.
@@ -106,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _optimizer(example: tuple[Tensor, Tensor]) -> Callable[[nn.Module, Any], Any]:
+def _optimizer(example: tuple[Tensor, Tensor]) -> Callable[[nn.Module, object], OptimizedModel]:
     """``attnopt.optimize`` for any batch and length."""
     import torch
 
@@ -118,7 +120,7 @@ def _optimizer(example: tuple[Tensor, Tensor]) -> Callable[[nn.Module, Any], Any
 
 
 def _importance(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], sites: Sequence[Any]
+    model: nn.Module, tokenizer: object, texts: Sequence[str], sites: Sequence[Site]
 ) -> dict[str, tuple[float, ...]]:
     from attnopt.cli.demo_data import tokens
     from attnopt.compiler.importance import head_importance
@@ -127,16 +129,16 @@ def _importance(
     return dict(found)
 
 
-def _weakest(scores: dict[str, tuple[float, ...]], sites: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+def _weakest(scores: dict[str, tuple[float, ...]], sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
     """For each site the heads that add least to its layer's output."""
     ranked = {site.name: sorted(zip(scores[site.name], site.spec.heads, strict=True)) for site in sites}
     return {name: tuple(sorted(head for _, head in pairs[:PRUNED_PER_LAYER])) for name, pairs in ranked.items()}
 
 
 def _policy(
-    model: nn.Module, optimize: Callable[[nn.Module, Any], Any], tokenizer: Any, texts: Sequence[str],
+    model: nn.Module, optimize: Callable[[nn.Module, object], OptimizedModel], tokenizer: object, texts: Sequence[str],
     heads: dict[str, tuple[int, ...]],
-) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, object], dict[str, float]]:  # fmt: skip
     """The policy of each site, and the cost of a window on it alone: the mean of 1 - cosine of the embeddings of ``texts``.
 
     The cheaper half of the sites gets the window, the other half loses its weakest heads.
@@ -155,7 +157,7 @@ def _policy(
     return {name: window if name in windowed else PruneHeads(heads=heads[name]) for name in heads}, costs
 
 
-def _told(costs: dict[str, float], policy: dict[str, Any]) -> Iterable[str]:
+def _told(costs: dict[str, float], policy: dict[str, object]) -> Iterable[str]:
     yield "  1 - cosine of the embeddings with a window on this attention alone, and what it gets"
     for name, cost in costs.items():
         heads = getattr(policy[name], "heads", None)
@@ -186,9 +188,10 @@ def _file_megabytes(path: Path) -> float:
 def _torch_encode(model: nn.Module) -> Encode:
     import torch
 
-    def encode(ids: Tensor, mask: Tensor) -> Any:
+    def encode(ids: Tensor, mask: Tensor) -> Array:
         with torch.inference_mode():
-            return model(ids, mask).numpy()
+            vectors: Array = model(ids, mask).numpy()
+            return vectors
 
     return encode
 
@@ -204,13 +207,14 @@ def _onnx_encode(path: Path) -> Encode:
     if len(names) != 2:
         raise ExportError(f"{path} takes {names}, expected token ids and an attention mask")
 
-    def encode(ids: Tensor, mask: Tensor) -> Any:
-        return session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))[0]
+    def encode(ids: Tensor, mask: Tensor) -> Array:
+        vectors: Array = session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()), strict=True)))[0]
+        return vectors
 
     return encode
 
 
-def _measured(contenders: list[Contender], tokenizer: Any, data: Any, repeats: int) -> dict[str, dict[str, float]]:
+def _measured(contenders: list[Contender], tokenizer: object, data: Data, repeats: int) -> dict[str, dict[str, float]]:
     """Row -> column -> number."""
     import torch
 
@@ -235,11 +239,11 @@ def _measured(contenders: list[Contender], tokenizer: Any, data: Any, repeats: i
     return rows
 
 
-def _call(encode: Encode, ids: Tensor, mask: Tensor) -> Callable[[], Any]:
+def _call(encode: Encode, ids: Tensor, mask: Tensor) -> Callable[[], object]:
     return lambda: encode(ids, mask)
 
 
-def _interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def _interleaved(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median CPU time in milliseconds; candidates are interleaved, so background load affects all of them equally."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 2):
@@ -279,7 +283,7 @@ def _folder(name: str) -> Path:
     return path
 
 
-def _write_json(path: Path, data: Any) -> None:
+def _write_json(path: Path, data: object) -> None:
     from attnopt.base.atomic_files import atomic_write
 
     with atomic_write(path) as temporary:

@@ -69,7 +69,7 @@ def require_packages() -> None:
         )
 
 
-def load_encoder() -> tuple[SentenceEncoder, Any]:
+def load_encoder() -> tuple[SentenceEncoder, object]:
     """The encoder in eval mode, and its tokenizer."""
     let_transformers_import()
     from transformers import AutoModel, AutoTokenizer
@@ -113,7 +113,7 @@ def tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return found["input_ids"], found["attention_mask"]
 
 
-def quality(encode: Encode, tokenizer: Any, data: Data) -> dict[str, float]:
+def quality(encode: Encode, tokenizer: object, data: Data) -> dict[str, float]:
     """Pearson's r on Lee-50, Spearman's rho on WordSim353 and SimLex999; 1 is a perfect agreement with people."""
     from scipy.stats import pearsonr
 
@@ -126,7 +126,7 @@ def quality(encode: Encode, tokenizer: Any, data: Data) -> dict[str, float]:
     }
 
 
-def _spearman(encode: Encode, tokenizer: Any, judged: Judged) -> float:
+def _spearman(encode: Encode, tokenizer: object, judged: Judged) -> float:
     from scipy.stats import spearmanr
 
     words = sorted({word for pair in judged.pairs for word in pair})
@@ -135,7 +135,7 @@ def _spearman(encode: Encode, tokenizer: Any, judged: Judged) -> float:
     return float(spearmanr(cosines, judged.scores).statistic)
 
 
-def embed(encode: Encode, tokenizer: Any, texts: Sequence[str], batch: int = 64) -> Array:
+def embed(encode: Encode, tokenizer: object, texts: Sequence[str], batch: int = 64) -> Array:
     """Unit vectors [len(texts), d].  Batches contain texts of similar length to minimize padding."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = [

@@ -26,8 +26,8 @@ class Named:
     """A model with the example inputs to capture it with.  ``saved`` is the folder that it was loaded from, if any."""
 
     model: nn.Module
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: tuple[object, ...] = ()
+    kwargs: dict[str, object] = field(default_factory=dict)
     saved: Path | None = None
 
 
@@ -60,7 +60,7 @@ def resolve(name: str, given: Given) -> Named:
     return _built(name, _factory(module_name, attribute))
 
 
-def _factory(module_name: str, attribute: str) -> Callable[[], Any]:
+def _factory(module_name: str, attribute: str) -> Callable[[], object]:
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -111,7 +111,7 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def _alternatives(module: Any) -> str | None:
+def _alternatives(module: object) -> str | None:
     import inspect
 
     names = [name for name, _ in inspect.getmembers(module, inspect.isfunction) if not name.startswith("_")]

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from attnopt.cli.output import warnings_told
 from attnopt.errors import AttnoptError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # what add_subparsers returns
 
 MODEL_HELP = "package.module:factory, which returns (model, args) or (model, args, kwargs)"
 OR_FILE = MODEL_HELP + "; or an .onnx file"
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(commands: Commands) -> None:
     from attnopt.cli import optimize as cli_run
 
     parser = _command(
@@ -66,7 +69,7 @@ def _add_inspect(commands: Any) -> None:
     _add_dynamic(parser)
 
 
-def _add_optimize(commands: Any) -> None:
+def _add_optimize(commands: Commands) -> None:
     from attnopt.cli import optimize as cli_run
 
     parser = _command(
@@ -85,7 +88,7 @@ def _add_optimize(commands: Any) -> None:
     parser.add_argument("--time", action="store_true", help="measure one call of both models for the report")
 
 
-def _add_export(commands: Any) -> None:
+def _add_export(commands: Commands) -> None:
     from attnopt.cli import optimize as cli_run
 
     parser = _command(
@@ -102,7 +105,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--html", metavar="FILE", help="write the report as an HTML page")
 
 
-def _add_explain(commands: Any) -> None:
+def _add_explain(commands: Commands) -> None:
     from attnopt.cli import compare as cli_compare
 
     parser = _command(
@@ -120,7 +123,7 @@ def _add_explain(commands: Any) -> None:
     )
 
 
-def _add_diff(commands: Any) -> None:
+def _add_diff(commands: Commands) -> None:
     from attnopt.cli import compare as cli_compare
 
     parser = _command(
@@ -135,7 +138,7 @@ def _add_diff(commands: Any) -> None:
     parser.add_argument("--site", help="show only the changes of this attention")
 
 
-def _add_bench(commands: Any) -> None:
+def _add_bench(commands: Commands) -> None:
     from attnopt.cli import compare as cli_compare
 
     parser = _command(
@@ -152,7 +155,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--rounds", type=_rounds, default=15, metavar="N", help="calls of each model (default: 15)")
 
 
-def _add_demo(commands: Any) -> None:
+def _add_demo(commands: Commands) -> None:
     from attnopt.cli import demo
 
     parser = _command(
@@ -165,7 +168,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_arguments(parser)
 
 
-def _add_passes(commands: Any) -> None:
+def _add_passes(commands: Commands) -> None:
     from attnopt.cli import optimize as cli_run
 
     _command(
@@ -177,8 +180,10 @@ def _add_passes(commands: Any) -> None:
     )
 
 
-def _command(commands: Any, name: str, run: Any, summary: str, *examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+def _command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, *examples: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",

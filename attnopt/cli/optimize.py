@@ -12,6 +12,7 @@ from attnopt.errors import AttnoptError
 
 if TYPE_CHECKING:
     from attnopt.cli.load_model import Named
+    from attnopt.model import OptimizedModel
 
 ROUNDS = 15  # of --time
 
@@ -51,7 +52,7 @@ def export(arguments: argparse.Namespace) -> int:
     return _written(arguments, model)
 
 
-def optimized(arguments: argparse.Namespace, named: Named) -> Any:
+def optimized(arguments: argparse.Namespace, named: Named) -> OptimizedModel:
     """The model as the command line's options want it."""
     import attnopt
 
@@ -72,7 +73,7 @@ def optimized(arguments: argparse.Namespace, named: Named) -> Any:
     return _timed(named, fast) if getattr(arguments, "time", False) else fast
 
 
-def shapes_of(arguments: argparse.Namespace) -> Any:
+def shapes_of(arguments: argparse.Namespace) -> object:
     """``--dynamic``; without it a file's free axes are fixed too."""
     from attnopt.cli.onnx_inputs import is_onnx
 
@@ -81,7 +82,7 @@ def shapes_of(arguments: argparse.Namespace) -> Any:
     return {} if is_onnx(arguments.model) else None
 
 
-def _timed(named: Named, fast: Any) -> Any:
+def _timed(named: Named, fast: OptimizedModel) -> OptimizedModel:
     """The same model with the CPU time per call, before and after, in its report."""
     from dataclasses import replace
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attnopt.cli.load_model import Named
 
 
-def show(arguments: argparse.Namespace, data: Any, table: RenderableType) -> None:
+def show(arguments: argparse.Namespace, data: object, table: RenderableType) -> None:
     """``data`` as JSON if requested, otherwise the table."""
     from attnopt.render.tables import to_text
 

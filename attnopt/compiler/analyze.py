@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -22,7 +21,7 @@ class Analyzed:
     findings: Findings
 
 
-def analyze(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shapes: Any = None) -> Analyzed:
+def analyze(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shapes: object = None) -> Analyzed:
     """``dynamic_shapes``: as of ``capture``.  Raises CaptureError."""
     program = capture(model, inputs, dynamic_shapes)
     return Analyzed(program, find(program))

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +26,7 @@ from attnopt.capture.run_unchanged import holds, outputs_of
 from attnopt.capture.signature import Signature, check_inputs, is_guard
 from attnopt.capture.valid_sizes import other_sizes, sizes_that_fit
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
-from attnopt.graph.evaluate import dynamic_axes, is_heavy, symbols, within
+from attnopt.graph.evaluate import Sizes, dynamic_axes, is_heavy, symbols, within
 from attnopt.graph.nodes import inputs_of, is_tensor, value, written
 from attnopt.ir.blame import is_ours, told
 from attnopt.lower.lower import Plan, lower
@@ -288,8 +287,8 @@ def resized(module: fx.GraphModule, inputs: CallInputs, held: Sequence[str] = ()
     return found
 
 
-def _other_sizes(sizes: dict[Any, int]) -> list[dict[Any, int]]:
-    odd: dict[Any, int] = {}
+def _other_sizes(sizes: Sizes) -> list[Sizes]:
+    odd: Sizes = {}
     for symbol, n in sizes.items():
         larger = n + 3 + n % 2
         while larger in odd.values():
@@ -301,7 +300,7 @@ def _other_sizes(sizes: dict[Any, int]) -> list[dict[Any, int]]:
     return [odd, multiples, {s: 2 * n for s, n in sizes.items()}, *alike]
 
 
-def _fitted(leaf: Any, node: fx.Node, sizes: dict[Any, int]) -> Any:
+def _fitted(leaf: object, node: fx.Node, sizes: Sizes) -> object:
     if isinstance(leaf, int) and isinstance(value(node), torch.SymInt):
         return int(value(node).node.expr.subs(sizes))
     if not isinstance(leaf, Tensor) or not is_tensor(node):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -47,11 +46,11 @@ class Compiled:
 
 def compiled(
     model: nn.Module,
-    policy: Any,
+    policy: object,
     inputs: CallInputs,
     batches: Sequence[CallInputs],
     options: Options,
-    dynamic_shapes: Any = "auto",
+    dynamic_shapes: object = "auto",
 ) -> Compiled:
     """What ``optimize`` does on these inputs."""
     return carried_out(Job(model, Policy.of(policy), inputs, dynamic_shapes, batches, backends_of("auto"), options))

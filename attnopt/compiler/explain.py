@@ -7,7 +7,6 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import networkx as nx
 from torch import fx, nn
@@ -64,11 +63,11 @@ class Explanation:
 def explain(
     model: nn.Module,
     name: str,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
     policy: Policy | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: object = None,
 ) -> tuple[Explanation, ...]:
     """Every explanation for this name; a module may contain several.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 
@@ -42,7 +41,7 @@ class Job:
     model: nn.Module
     policy: Policy
     inputs: CallInputs
-    dynamic_shapes: Any
+    dynamic_shapes: object
     batches: Sequence[CallInputs]
     backends: tuple[Backend, ...]
     options: Options

@@ -31,12 +31,12 @@ class Origin:
     sites: tuple[Site, ...]
     signature: Signature
     inputs: CallInputs = field(repr=False, default=CallInputs((), {}))
-    shapes: Any = None
+    shapes: object = None
     trains_otherwise: bool = False  # captured for inference, and the model has dropout or batch normalisation
     form: Form | None = None  # if objects are among the inputs or outputs; the inputs are then flat
     file: FileOrigin | None = field(repr=False, default=None)
 
 
-def is_file(model: Any) -> bool:
+def is_file(model: object) -> bool:
     """A module that represents an ONNX file."""
     return hasattr(model, "source") and type(model).__module__ == "attnopt.onnx.load.module"

@@ -33,6 +33,7 @@ PASSES = Registry(
         "grouped-query": "attnopt.passes.grouped_query:GroupedQuery",
         "scale-heads": "attnopt.passes.scale_heads:ScaleHeads",
         "route-heads": "attnopt.passes.route_heads:RouteHeads",
+        "segment-gain": "attnopt.passes.segment_gain:SegmentGain",
         "soft-pag": "attnopt.passes.soft_pag:SoftPAG",
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
         "pool-keys": "attnopt.passes.pool_keys:PoolKeys",
@@ -55,7 +56,7 @@ KINDS: tuple[Registry[Any], ...] = (
 )  # fmt: skip
 _LISTED = (PASSES, BACKENDS)
 
-C = TypeVar("C", bound=type[Any])
+C = TypeVar("C", bound=type)
 
 
 def register(cls: C) -> C:
@@ -143,6 +144,6 @@ def _described(kind: Registry[Any], plugin: Plugin) -> Description:
     return Description(plugin.kind, plugin.name, exact, _options(loaded), summary, plugin.distribution)
 
 
-def _options(loaded: type[Any]) -> dict[str, str]:
+def _options(loaded: type) -> dict[str, str]:
     parameters = inspect.signature(loaded).parameters.values()
     return {p.name: "required" if p.default is p.empty else repr(p.default) for p in parameters}

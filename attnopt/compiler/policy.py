@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -43,7 +43,7 @@ class Policy:
             raise PolicyError(f"duplicate rule {twice!r}", hint="merge them into one rule with the passes of both")
 
     @classmethod
-    def of(cls, given: Any) -> Policy:
+    def of(cls, given: object) -> Policy:
         """A policy from a pass, a sequence of passes, a mapping from globs to passes, a YAML or JSON file, or text.
 
         Text is a comma-separated list of calls, such as ``"prune-heads(heads=[0, 1]), local-window(left=128)"``.  It
@@ -83,12 +83,12 @@ class Policy:
         return {glob: [_pass_to_json(p) for p in passes] for glob, passes in self.rules}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Policy:
+    def from_json(cls, data: Mapping[str, object]) -> Policy:
         """The inverse of ``to_json``; raises PolicyError."""
         return _from_data(data)
 
 
-def _from_data(data: Any) -> Policy:
+def _from_data(data: object) -> Policy:
     if isinstance(data, Mapping) and "pass" not in data:
         return Policy(tuple(_rule(glob, passes) for glob, passes in data.items()))
     return Policy((("*", _passes(data)),))
@@ -102,7 +102,7 @@ def _from_file(path: Path) -> Policy:
         raise PolicyError(f"{path}: {shortened(error.message, 1000)}", hint=error.hint) from error
 
 
-def _rule(glob: Any, passes: Any) -> Rule:
+def _rule(glob: object, passes: object) -> Rule:
     if not isinstance(glob, str):
         raise PolicyError(f"rule {glob!r}: a site name must be a string", hint='put it in quotes, as in "encoder.*"')
     try:
@@ -111,7 +111,7 @@ def _rule(glob: Any, passes: Any) -> Rule:
         raise PolicyError(f"rule {glob!r}: {error.message}", hint=error.hint) from error
 
 
-def _passes(given: Any) -> tuple[Pass, ...]:
+def _passes(given: object) -> tuple[Pass, ...]:
     if isinstance(given, Pass):
         return (given,)
     if isinstance(given, str):
@@ -134,14 +134,14 @@ def _from_text(text: str) -> tuple[Pass, ...]:
     return tuple(found)
 
 
-def _lookup(name: str) -> Any:
+def _lookup(name: str) -> Callable[..., object]:
     known = next((n for n in plugins.passes() if n.replace("-", "_") == name), None)
     if known is None and name[:1].isupper():
         return constructor(name)
     return plugins.load_pass(known or name.replace("_", "-"))
 
 
-def _from_mapping(given: Mapping[Any, Any]) -> Pass:
+def _from_mapping(given: Mapping[Any, object]) -> Pass:
     options = dict(given)
     name = options.pop("pass", None)
     if not isinstance(name, str):
@@ -155,12 +155,12 @@ def _from_mapping(given: Mapping[Any, Any]) -> Pass:
     return made
 
 
-def _pass_to_json(p: Pass) -> dict[str, Any]:
-    options: dict[str, Any] = {f.name: getattr(p, f.name) for f in fields(p) if f.init}  # type: ignore[arg-type]
+def _pass_to_json(p: Pass) -> dict[str, object]:
+    options: dict[str, object] = {f.name: getattr(p, f.name) for f in fields(p) if f.init}  # type: ignore[arg-type]
     return {"pass": p.name, **{option: _plain(value) for option, value in options.items()}}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, (Pattern, BlockScores, Constant)):
         return value.to_json()
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

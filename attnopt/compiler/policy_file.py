@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attnopt.base.notation import distinct
 from attnopt.errors import PolicyError
@@ -20,7 +21,7 @@ LONGEST_NUMBER = 400  # characters; the time for YAML's numbers of base 60 grows
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
-def read_file(path: Path) -> Any:
+def read_file(path: Path) -> object:
     """The plain data in a policy file.  Raises PolicyError that names the file."""
     if path.suffix not in SUFFIXES:
         raise PolicyError(f"{path}: the name of a policy file must end in {', '.join(SUFFIXES)}")
@@ -45,7 +46,7 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> object:
     data = json.loads(text, object_pairs_hook=distinct, parse_int=_integer)
     level = [data]
     for _ in range(DEEPEST + 1):
@@ -61,7 +62,7 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _yaml(text: str) -> Any:
+def _yaml(text: str) -> object:
     import yaml
 
     try:
@@ -78,7 +79,7 @@ def _loader() -> type[yaml.SafeLoader]:
     class Loader(yaml.SafeLoader):
         depth = 0
 
-        def compose_node(self, parent: Any, index: Any) -> Any:
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             if isinstance(event, yaml.AliasEvent):
                 raise _refused(event, "aliases (*name) are not supported; write the value out")
@@ -91,12 +92,12 @@ def _loader() -> type[yaml.SafeLoader]:
             self.depth -= 1
             return node
 
-        def construct_object(self, node: Any, deep: bool = False) -> Any:
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
             if node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
                 raise _refused(node, f"number too long ({len(node.value)} characters)")
             return super().construct_object(node, deep)
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
             found = super().construct_mapping(node, deep)
             if len(found) < len(node.value):  # a duplicate key would silently lose its first value
                 seen = set()
@@ -109,5 +110,6 @@ def _loader() -> type[yaml.SafeLoader]:
     return Loader
 
 
-def _refused(there: Any, why: str) -> ValueError:
+def _refused(there: yaml.Node | yaml.Event, why: str) -> ValueError:
+    assert there.start_mark is not None  # everything that is read from text has one
     return ValueError(f"line {there.start_mark.line + 1}: {why}")

@@ -19,7 +19,7 @@ from attnopt.ir.operands import OperandTensors
 from attnopt.match.find import Found
 from attnopt.match.prove import example_values
 
-Values = dict[fx.Node, Any]
+Values = dict[fx.Node, object]
 
 
 class Stream:

@@ -21,9 +21,9 @@ _PLAIN = (bool, int, float, str, type(None), tuple)
 class Setting:
     """An attribute of a module or of a configuration, and its new value."""
 
-    owner: Any
+    owner: object
     name: str
-    value: Any
+    value: object
 
     def swap(self) -> Setting:
         """Set it, and return the inverse."""
@@ -99,7 +99,7 @@ def configurations(home: Any, counts: Counts) -> Iterator[tuple[Setting, ...]]:
 Path = tuple[str, ...]
 
 
-def _changed_entries(config: Any, data: Mapping[str, Any], counts: Counts) -> Iterator[dict[Path, int]]:
+def _changed_entries(config: object, data: Mapping[str, object], counts: Counts) -> Iterator[dict[Path, int]]:
     """Combinations of new counts in the entries with an old one, names with "head" first."""
     moves = [move for move in (counts.heads, counts.kv_heads) if move[0] != move[1]]
     options: dict[Path, list[int | None]] = {}
@@ -118,7 +118,7 @@ def _changed_entries(config: Any, data: Mapping[str, Any], counts: Counts) -> It
     yield from sorted((c for c in combinations if c), key=lambda c: (sum("head" not in p[-1] for p in c), len(c)))
 
 
-def _entries(config: Any, data: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _entries(config: object, data: Mapping[str, object], path: Path = ()) -> Iterator[tuple[Path, object]]:
     """The plain entries of a configuration and of those inside it."""
     for name, value in data.items():
         if name in getattr(config, "sub_configs", {}) and isinstance(value, Mapping):
@@ -133,13 +133,13 @@ def _at(data: Any, path: Path) -> Any:
     return data
 
 
-def _within(config: Any, path: Path) -> Any:
+def _within(config: object, path: Path) -> object:
     for name in path:
         config = getattr(config, name)
     return config
 
 
-def _empty(kind: type[nn.Module], config: Any, data: Mapping[str, Any]) -> nn.Module | None:
+def _empty(kind: type[nn.Module], config: Any, data: Mapping[str, object]) -> nn.Module | None:
     """A model of this class without weights; None if the class rejects the configuration."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):

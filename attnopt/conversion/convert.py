@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import fx, nn
 
@@ -34,9 +34,9 @@ LEAST = 4  # tokens, for a pattern to show
 @compiling()
 def convert(
     model: Model,
-    policy: Any,
-    args: Any = (),
-    kwargs: Mapping[str, Any] | None = None,
+    policy: object,
+    args: object = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     calibration: Iterable[Batch] | Calibration | None = None,
     tolerance: float | None = None,
@@ -106,7 +106,10 @@ def apply_patterns(model: nn.Module, patterns: Mapping[str, Pattern | str] | Non
 
 
 def _inputs(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, calibration: Iterable[Batch] | Calibration | None
+    model: nn.Module,
+    args: object,
+    kwargs: Mapping[str, object] | None,
+    calibration: Iterable[Batch] | Calibration | None,
 ) -> tuple[CallInputs, list[CallInputs]]:
     """The example inputs and the calibration batches, all without a cache: a captured cache would not be updated."""
     batches = [] if calibration is None else list(Calibration.of(calibration).batches)

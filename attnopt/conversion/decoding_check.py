@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ def decoding_error(model: nn.Module, inputs: CallInputs) -> float | None:
     return difference([torch.cat(pieces, dim=1)[seen]], [whole[seen]])
 
 
-def _text(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+def _text(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor] | None:
     """The token ids [B, L] and their mask among the example inputs, if these are the only inputs."""
     parameters = inspect.signature(model.forward).parameters
     if not {"past_key_values", "use_cache"} <= set(parameters) or not getattr(model, "can_generate", bool)():

@@ -39,7 +39,9 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
         self.record_past = False
         self._removable = 0  # tokens that `crop` can remove after something was dropped
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """The kept and the new keys and values, [B, G, S, D] each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -108,7 +110,7 @@ class UseRollingCache:
     def __init__(self, past: Past | None) -> None:
         self.past = past
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         for cache in _caches((*args, *kwargs.values())):
             self._prepare(cache, module.layer_idx)  # type: ignore[arg-type]
 
@@ -133,7 +135,7 @@ class UseRollingCache:
             )
 
 
-def _caches(values: tuple[Any, ...]) -> Iterator[Any]:
+def _caches(values: tuple[object, ...]) -> Iterator[object]:
     for value in values:
         if isinstance(value, EncoderDecoderCache):
             yield value.self_attention_cache

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -43,7 +42,7 @@ class Part:
 
 
 def parts_of(
-    model: nn.Module, policy: Any, inputs: CallInputs, batches: Sequence[CallInputs], options: Options
+    model: nn.Module, policy: object, inputs: CallInputs, batches: Sequence[CallInputs], options: Options
 ) -> list[Part]:
     """The whole model, or its attention modules with the inputs they receive from the example.  Raises CaptureError."""
     chosen = Policy.of(policy)

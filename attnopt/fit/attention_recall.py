@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -45,7 +44,7 @@ def kept_mass(
 
 
 def measured(
-    gm: fx.GraphModule, specs: Mapping[fx.Node, AttentionSpec], batches: Sequence[Sequence[Any]]
+    gm: fx.GraphModule, specs: Mapping[fx.Node, AttentionSpec], batches: Sequence[Sequence[object]]
 ) -> dict[fx.Node, Tensor]:
     """For each canonical attention in ``gm``, the attention recall of every head [H], averaged over the sequences of
     the batches, which hold a value for each placeholder.

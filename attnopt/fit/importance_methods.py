@@ -168,7 +168,7 @@ def plain_scores(owner: str, given: Any) -> Numbers | tuple[tuple[str, Numbers],
     return tuple((site, numbers(owner, "importance", scores)) for site, scores in named.items())
 
 
-def _is_pairs(given: Any) -> bool:
+def _is_pairs(given: object) -> bool:
     return (
         isinstance(given, (list, tuple))
         and bool(given)

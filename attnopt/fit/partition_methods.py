@@ -87,7 +87,7 @@ class ByNumber(KvPartition):
     numbers: tuple[int, ...]
 
     @staticmethod
-    def read(owner: str, given: Any, count: int) -> tuple[int, ...]:
+    def read(owner: str, given: object, count: int) -> tuple[int, ...]:
         """The numbers, as an option gives them.  Raises PolicyError."""
         if not isinstance(given, (list, tuple)):
             known = tuple(KV_PARTITIONS.listed())

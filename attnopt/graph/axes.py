@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.fx.node import Target
 
 from attnopt.graph.nodes import arg, aten, is_call, is_tensor, operand, shape, wrap
 from attnopt.graph.ops import FACTORS, Kind, rules
@@ -127,7 +128,7 @@ def _sliced(node: fx.Node, axes: Axes) -> Axes | None:
     return axes if shape(node) == tuple(length(a) for a in axes) else None
 
 
-FOLLOWED: dict[Any, Callable[[fx.Node, Axes], Axes | None]] = rules(
+FOLLOWED: dict[Target, Callable[[fx.Node, Axes], Axes | None]] = rules(
     {
         Kind.RESHAPE: lambda node, axes: reshape(axes, shape(node)),
         Kind.COPY: lambda node, axes: axes,
@@ -185,7 +186,7 @@ def _before_factor(node: fx.Node, x: fx.Node, axes: Axes) -> Axes | None:
     return None if is_tensor(arg(node, 1)) else axes
 
 
-UNFOLLOWED: dict[Any, Callable[[fx.Node, fx.Node, Axes], Axes | None]] = rules(
+UNFOLLOWED: dict[Target, Callable[[fx.Node, fx.Node, Axes], Axes | None]] = rules(
     {
         Kind.RESHAPE: lambda node, x, axes: reshape(axes, shape(x)),
         Kind.COPY: lambda node, x, axes: axes,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, fx
 
 from attnopt.graph.emitter import _key
@@ -27,7 +25,7 @@ def _has_effects(node: fx.Node) -> bool:
 
 def share(gm: fx.GraphModule) -> None:
     """Common subexpression elimination: every layer of a model may compute the same mask."""
-    known: dict[Any, fx.Node] = {}
+    known: dict[object, fx.Node] = {}
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or _has_effects(node) or _draws(node):
             continue
@@ -56,7 +54,7 @@ def computes_same(a: fx.Node, b: fx.Node) -> bool:
     return True
 
 
-def _numbers_of(node: fx.Node) -> Any:
+def _numbers_of(node: fx.Node) -> object:
     """The arguments of a call, with each node replaced by its index among the inputs."""
     place = {n: i for i, n in enumerate(node.all_input_nodes)}
     return _key(fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {place[n]}"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument, Target
 
 from attnopt.base.sizes import hint
 from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, value
@@ -18,12 +18,13 @@ from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, value
 class Emitter:
     """Appends nodes at one position of a graph, with fake values, without duplicates."""
 
-    def __init__(self, graph: fx.Graph, before: fx.Node, origin: dict[str, Any] | None = None) -> None:
+    def __init__(self, graph: fx.Graph, before: fx.Node, origin: dict[str, object] | None = None) -> None:
         self.graph, self.before, self.origin = graph, before, origin or {}
         self.mode = fake_mode(graph)
-        self._known: dict[Any, fx.Node] = {}
+        self._known: dict[object, fx.Node] = {}
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Target, *args: Argument, **kwargs: Argument) -> fx.Node:
+        assert not isinstance(target, str)  # the name of a method
         key = (target, _key(args), _key(kwargs))
         if key in self._known:
             return self._known[key]
@@ -70,7 +71,7 @@ class Emitter:
                 here[node] = self.constant(getattr(traced, str(node.target)))
         raise AssertionError("a traced function without output")
 
-    def _copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+    def _copy(self, node: fx.Node, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> fx.Node:
         key = (node.target, _key(args), _key(kwargs))
         if key in self._known:
             return self._known[key]
@@ -106,7 +107,7 @@ class Emitter:
                 node.meta[key] = self.before.meta[key]
 
 
-def _key(x: Any) -> Any:
+def _key(x: object) -> object:
     if isinstance(x, (tuple, list)):
         return tuple(_key(i) for i in x)
     if isinstance(x, dict):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from attnopt.graph.entry_rules import MADE, MOVES, Index, UnsupportedError
-from attnopt.graph.evaluate import evaluate, size_at
+from attnopt.graph.evaluate import Sizes, evaluate, size_at
 from attnopt.graph.interpreter import COMPUTED, Interpreter
 from attnopt.graph.nodes import arg, calls, get_attr, is_number, is_state, run_call, value
 from attnopt.graph.ops import Kind, is_pointwise, of
@@ -33,11 +33,11 @@ class InvalidSizesError(Exception):
 class _Formal(Interpreter):
     """Sizes, and tensors that have a shape and no values."""
 
-    def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int]) -> None:
+    def __init__(self, gm: fx.GraphModule, sizes: Sizes) -> None:
         super().__init__(gm)
         self.sizes, self.mode = sizes, FakeTensorMode(allow_non_fake_inputs=True)
 
-    def leaf(self, node: fx.Node) -> Any:
+    def leaf(self, node: fx.Node) -> object:
         val = value(node)
         if node.op == "call_function" and not is_number(node):
             return COMPUTED
@@ -46,7 +46,7 @@ class _Formal(Interpreter):
         with self.mode:
             return torch.empty([size_at(s, self.sizes) for s in val.shape], dtype=val.dtype, device=val.device)
 
-    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, node: fx.Node, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         target: Any = node.target
         try:
             with self.mode:
@@ -62,7 +62,7 @@ class _Formal(Interpreter):
 class Entries:
     """Entries of any node of ``gm``, with the graph's symbols at ``sizes`` and its inputs filled with ``fill``."""
 
-    def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], fill: Any = None) -> None:
+    def __init__(self, gm: fx.GraphModule, sizes: Sizes, fill: float | None = None) -> None:
         self._gm, self._sizes, self._fill = gm, sizes, fill
         self._formal = _Formal(gm, sizes)
         self._whole: dict[fx.Node, Tensor] = {}
@@ -107,7 +107,7 @@ class Entries:
         made: Tensor = run_call(node, args, {k: v for k, v in kwargs.items() if k != "memory_format"})
         return made
 
-    def operand(self, node: fx.Node, index: Index) -> Any:
+    def operand(self, node: fx.Node, index: Index) -> Tensor | float:
         """The entries of an operand that is broadcast, or a number."""
         if not isinstance(value(node), Tensor):
             return size_at(value(node), self._sizes)

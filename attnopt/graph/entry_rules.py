@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Target
 
 from attnopt.graph.nodes import arg, aten, calls, is_call, value, wrap
 from attnopt.graph.ops import Kind, of, rules
@@ -109,7 +110,7 @@ def _repeated_each(entries: Entries, node: fx.Node, index: Index, source: tuple[
     return (*index[:at], index[at] // entries.number(times), *index[at + 1 :])
 
 
-MOVES: dict[Any, Move] = rules(
+MOVES: dict[Target, Move] = rules(
     {
         Kind.RESHAPE: _reshaped,
         "squeeze": _reshaped,
@@ -231,7 +232,7 @@ def _padded(entries: Entries, node: fx.Node, index: Index) -> Tensor:
     return torch.where(inside, found, torch.tensor(entries.number(filled) or 0, dtype=found.dtype))
 
 
-MADE: dict[Any, Callable[[Entries, fx.Node, Index], Tensor]] = rules(
+MADE: dict[Target, Callable[[Entries, fx.Node, Index], Tensor]] = rules(
     {
         Kind.TRIANGLE: _triangle,
         "arange": _counted,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -25,6 +24,8 @@ from attnopt.graph.nodes import (
 )
 from attnopt.graph.ops import Kind, is_random, of
 
+Number = TypeVar("Number")
+Sizes = dict[sympy.Symbol, int]  # the graph's symbols, each with a number
 _HEAVY = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION)
 
 
@@ -75,12 +76,12 @@ def _is_varying(node: fx.Node) -> bool:
     return is_heavy(node) or is_random(node.target)
 
 
-def size_at(size: Any, sizes: Mapping[Any, int]) -> Any:
+def size_at(size: Number | torch.SymInt, sizes: Sizes) -> Number | int:
     """A size, or another number computed from sizes, with the graph's symbols at ``sizes``."""
     return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else size
 
 
-def symbols(graph: fx.Graph) -> dict[Any, int]:
+def symbols(graph: fx.Graph) -> Sizes:
     """Every symbol of the graph's sizes with its example value."""
     sizes = _sizes(graph)
     found = {s.node.expr: hint(s) for s in sizes if s.node.expr.is_symbol}
@@ -92,7 +93,7 @@ def symbols(graph: fx.Graph) -> dict[Any, int]:
     return found
 
 
-def within(graph: fx.Graph, sizes: Mapping[Any, int]) -> dict[Any, int]:
+def within(graph: fx.Graph, sizes: Sizes) -> Sizes:
     """These sizes of the graph's symbols, clamped to the bounds of its validity."""
     found = dict(sizes)
     for s in _sizes(graph):
@@ -114,7 +115,7 @@ def bounds(size: torch.SymInt) -> tuple[int, int | None]:
     return _ends(size, size.node.expr)
 
 
-def _ends(size: torch.SymInt, of: Any) -> tuple[int, int | None]:
+def _ends(size: torch.SymInt, of: sympy.Expr) -> tuple[int, int | None]:
     known = size.node.shape_env.bound_sympy(of)
     lower, upper = (int(b) if getattr(b, "is_Integer", False) else None for b in (known.lower, known.upper))
     return lower or 0, upper
@@ -125,7 +126,7 @@ def dynamic_axes(graph: fx.Graph) -> set[tuple[str, int]]:
     return {(input_name(n), axis) for _, n, axis, size in input_axes(inputs_of(graph)) if not is_static(size)}
 
 
-def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: Any = None) -> Tensor:
+def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Sizes, fill: float | None = None) -> Tensor:
     """The value of ``node`` with the graph's symbols at ``sizes``; placeholders are filled with ``fill``.
 
     Raises ValueError if an input value is needed and ``fill`` is None.
@@ -138,7 +139,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[Any, int], fill: 
 class _AtSizes(Interpreter):
     """Numbers come from the sizes, and inputs and state are filled."""
 
-    def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], fill: Any) -> None:
+    def __init__(self, gm: fx.GraphModule, sizes: Sizes, fill: float | None) -> None:
         super().__init__(gm)
         self.sizes, self.fill = sizes, fill
 

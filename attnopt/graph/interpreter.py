@@ -25,7 +25,7 @@ class Interpreter:
     def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, Any] | None = None) -> None:
         self.gm, self.values = gm, dict(values or {})
 
-    def leaf(self, node: fx.Node) -> Any:
+    def leaf(self, node: fx.Node) -> object:
         """The value of ``node`` if it is given, or COMPUTED.  Here: what the module stores."""
         if node.op == "get_attr":
             return self.stored(node)
@@ -33,11 +33,11 @@ class Interpreter:
             return COMPUTED
         raise ValueError(f"depends on the input {node.name}")
 
-    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, node: fx.Node, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """What the operator of ``node`` gives for these values."""
         return run_call(node, args, kwargs)
 
-    def stored(self, node: fx.Node) -> Any:
+    def stored(self, node: fx.Node) -> object:
         """A tensor, or the submodule that a higher-order operator calls."""
         found = operator.attrgetter(str(node.target))(self.gm)
         return found.detach() if isinstance(found, Tensor) else found
@@ -86,7 +86,7 @@ class Schedule:
 class Forward(Interpreter):
     """Runs from stop to stop of a schedule.  It keeps only what something later reads: the memory is that of one layer."""
 
-    def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, Any], schedule: Schedule) -> None:
+    def __init__(self, gm: fx.GraphModule, values: Mapping[fx.Node, object], schedule: Schedule) -> None:
         super().__init__(gm, values)
         self.schedule, self.at = schedule, 0
 

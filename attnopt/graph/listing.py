@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -103,7 +102,7 @@ def _line(node: fx.Node) -> Line:
     )
 
 
-def _code(node: fx.Node, named: Any) -> str:
+def _code(node: fx.Node, named: Callable[[fx.Node], object]) -> str:
     if node.op == "placeholder":
         return f"{node.name} = input"
     arguments = [_text(a, named) for a in node.args]
@@ -115,7 +114,7 @@ def _code(node: fx.Node, named: Any) -> str:
     return f"{node.name} = {opname(node)}({', '.join(arguments)})"
 
 
-def _text(argument: Any, named: Any) -> str:
+def _text(argument: object, named: Callable[[fx.Node], object]) -> str:
     if isinstance(argument, fx.Node):
         return f"self.{argument.target}" if argument.op == "get_attr" else str(named(argument))
     if isinstance(argument, (list, tuple)):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import Argument
 
 from attnopt.base.sizes import hint
 from attnopt.graph.ops import Kind, Operators, named, of
@@ -20,17 +21,17 @@ CASTS = of(Kind.CAST)
 NOT = named("logical_not bitwise_not")
 
 
-def is_call(node: object, *targets: Any) -> bool:
+def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
     """``node`` calls one of these operators (overloads are named exactly)."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def calls(node: object, operators: Operators) -> bool:
+def calls(node: object, operators: Operators) -> TypeGuard[fx.Node]:
     """``node`` calls one of a set of ``graph/ops.py``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in operators
 
 
-def arg(node: Any, index: int, default: Any = None) -> Any:
+def arg(node: fx.Node, index: int, default: object = None) -> Any:
     """A positional argument of a call, or ``default`` if absent."""
     return node.args[index] if len(node.args) > index else default
 
@@ -42,7 +43,7 @@ def operand(node: fx.Node, index: int = 0) -> fx.Node:
     return found
 
 
-def run_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_call(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The result of the called operator for these values; on the CPU instead of the meta device, which has none."""
     target: Any = node.target
     args, kwargs = fx.node.map_aggregate((args, kwargs), _off_meta)
@@ -54,7 +55,7 @@ def with_values(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _off_meta(x: Any) -> Any:
+def _off_meta(x: object) -> Any:
     return with_values(x) if isinstance(x, torch.device) else x
 
 
@@ -88,7 +89,7 @@ def value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def is_tensor(node: object) -> bool:
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and isinstance(value(node), Tensor)
 
 
@@ -148,7 +149,7 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def fake_args(args: Any) -> Any:
+def fake_args(args: Argument) -> Any:
     return fx.node.map_arg(args, lambda n: n.meta["val"])
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Target
 
 from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.cleanup import sweep
@@ -241,7 +241,7 @@ def _only_part(node: fx.Node) -> fx.Node | None:
     return part if dtype(part) == dtype(node) and all(map(same_size, value(part).shape, value(node).shape)) else None
 
 
-_RULES: dict[Any, Rule] = rules(
+_RULES: dict[Target, Rule] = rules(
     {
         Kind.RESHAPE: _as_reshape,
         Kind.SHORT: _spell_out,
@@ -250,7 +250,7 @@ _RULES: dict[Any, Rule] = rules(
         "getitem": _result,
     }
 )
-_REPLACED: dict[Any, Rule] = rules(
+_REPLACED: dict[Target, Rule] = rules(
     {  # only nodes that are not outputs, whose names would be lost
         Kind.FILL: _as_filled,
         "index index_select": _as_slices,

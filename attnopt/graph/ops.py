@@ -8,16 +8,18 @@ call.  Rules of one package (how a selection moves past an operator, where an en
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from torch._ops import OpOverload
+from torch.fx.node import Target
 
 aten = torch.ops.aten
 Rule = TypeVar("Rule")
-Operators = frozenset[Callable[..., Any]]  # what a node may call: overloads, and Python's ``getitem``
+Operators = frozenset[Target]  # what a node may call: overloads, and Python's ``getitem``
 
 
 class Kind(Enum):
@@ -245,16 +247,16 @@ def _overloads(name: str, only: tuple[str, ...] = ()) -> Operators:
     return frozenset(op for _, op in found if _makes_tensors(op))
 
 
-def _makes_tensors(op: Any) -> bool:
+def _makes_tensors(op: OpOverload) -> bool:
     """It is no version for numbers alone, nor one that writes into an operand."""
     return not op._schema.is_mutable and any("Tensor" in str(r.type) for r in op._schema.returns)
 
 
 _ROWS = {op.name: (op, _overloads(op.name, op.only)) for op in OPS}
-_BY_TARGET: dict[Any, Op] = {target: op for op, targets in _ROWS.values() for target in targets}
+_BY_TARGET: dict[Target, Op] = {target: op for op, targets in _ROWS.values() for target in targets}
 
 
-def row(target: Any) -> Op | None:
+def row(target: Target) -> Op | None:
     """The row of what a node calls; None if it has none."""
     return _BY_TARGET.get(target)
 
@@ -276,7 +278,7 @@ def _named(name: str) -> Operators:
     return _ROWS[name][1] if name in _ROWS else _overloads(name)
 
 
-def rules(table: Mapping[Kind | str | Operators, Rule]) -> dict[Any, Rule]:
+def rules(table: Mapping[Kind | str | Operators, Rule]) -> dict[Target, Rule]:
     """The rule of each operator of these kinds, names and sets, which have none in common."""
     found = [(target, rule) for key, rule in table.items() for target in _meant(key)]
     made = dict(found)
@@ -288,7 +290,7 @@ def _meant(key: Kind | str | Operators) -> Operators:
     return of(key) if isinstance(key, Kind) else named(key) if isinstance(key, str) else key
 
 
-def aliases() -> dict[Any, Any]:
+def aliases() -> dict[OpOverload, OpOverload]:
     """For each overload with another name, the overload that it means."""
     pairs = ((getattr(aten, alias), getattr(aten, name)) for alias, name in ALIASES.items())
     return {
@@ -311,11 +313,11 @@ REARRANGED = IN_ORDER | PERMUTES  # the same elements, each once
 _EACH = of(Kind.POINTWISE, Kind.COPY, Kind.CAST, Kind.DROPOUT)
 
 
-def is_random(target: Any) -> bool:
+def is_random(target: object) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
-def is_pointwise(target: Any) -> bool:
+def is_pointwise(target: object) -> bool:
     """Each element of the result comes from the elements at the same place of the operands, broadcast."""
     if target in _EACH:
         return True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+from torch.fx.node import Target
 
 from attnopt.graph.axes import Atom, Axes, Axis, fresh
 from attnopt.graph.nodes import arg, aten, is_call, is_tensor, shape, wrap
@@ -55,7 +56,7 @@ def _of_two(node: fx.Node) -> Product | None:
     return _matmul(node, arg(node, 0), arg(node, 1))
 
 
-def _matmul(node: fx.Node, a: Any, b: Any, **extra: Any) -> Product | None:
+def _matmul(node: fx.Node, a: object, b: object, **extra: Any) -> Product | None:
     if not (is_tensor(a) and is_tensor(b)):
         return None
     sa, sb, out = shape(a), shape(b), shape(node)
@@ -170,7 +171,7 @@ def _mul_sum(node: fx.Node) -> Product | None:
     return Product(node, a, b, of(a), of(b), tuple(out)) if shared <= both else None
 
 
-PRODUCTS: dict[Any, Callable[[fx.Node], Product | None]] = rules(
+PRODUCTS: dict[Target, Callable[[fx.Node], Product | None]] = rules(
     {
         "matmul bmm mm": _of_two,
         "baddbmm addmm": _with_addend,

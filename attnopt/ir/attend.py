@@ -19,6 +19,15 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
+class AttendWithLse(Protocol):
+    """As ``Attend``, with the log-sum-exp of each row of scores, sink included: [B, H, L], float32 or wider; -inf where a
+    query sees nothing.  Outputs over disjoint keys merge into that over all of them with weights ``exp(lse)``."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class RoutedAttend(Protocol):
     """As ``Attend``; rows outside ``wanted``, bool [B, H, L], may be anything finite."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +23,11 @@ def applied(e: HeadEdit, spec: AttentionSpec, o: Tensor, q: Tensor, v: Tensor, c
     return made
 
 
-def is_ours(plugin: Any) -> bool:
+def is_ours(plugin: object) -> bool:
     return type(plugin).__module__.partition(".")[0] == OURS
 
 
-def told(plugin: Any, kind: str) -> str:
+def told(plugin: object, kind: str) -> str:
     """Description of a plugin: "pass 'acme.last-k' of acme-attnopt (acme_attnopt:LastK)"."""
     cls = type(plugin)
     name = next((n for n in (getattr(plugin, "name", None), getattr(plugin, "kind", None)) if n), cls.__name__)
@@ -36,14 +35,14 @@ def told(plugin: Any, kind: str) -> str:
     return f"{kind} {name!r}{' of ' + distribution if distribution else ''} ({target_of(cls)})"
 
 
-def fault(plugin: Any, kind: str, what: str, site: str | None = None) -> PluginError:
+def fault(plugin: object, kind: str, what: str, site: str | None = None) -> PluginError:
     remedy = "report the model" if is_ours(plugin) else f"fix the {kind}"
     return PluginError(
         f"{told(plugin, kind)}: {what}", hint=f"exclude the site from the policy, and {remedy}", site=site
     )
 
 
-def check_output(plugin: Any, kind: str, o: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_output(plugin: object, kind: str, o: object, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     wanted = list(map(hint, sizes))
     if not isinstance(o, Tensor):
         raise fault(plugin, kind, f"it returned {type(o).__name__}, expected a tensor {wanted}")
@@ -53,7 +52,7 @@ def check_output(plugin: Any, kind: str, o: Any, sizes: tuple[int, ...], dtype: 
 
 
 @contextmanager
-def blamed(plugin: Any, kind: str, method: str, site: str | None = None) -> Iterator[None]:
+def blamed(plugin: object, kind: str, method: str, site: str | None = None) -> Iterator[None]:
     """Wrap faults of third-party plugins in a PluginError; attnopt's own errors and faults pass through."""
     try:
         yield

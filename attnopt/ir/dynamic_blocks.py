@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,5 +126,5 @@ def _blocks(length: int, size: int) -> int:
     return (length + size - 1) // size  # not -(-length // size): ONNX rounds that towards zero
 
 
-def _constructor(name: str) -> Callable[..., Any]:
+def _constructor(name: str) -> Callable[..., object]:
     return DynamicBlocks if name == DynamicBlocks.__name__ else constructor(name)

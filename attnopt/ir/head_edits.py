@@ -196,7 +196,7 @@ class Replaced(HeadEdit):
         return f"{self.origin} for head{'s' if len(self.heads) > 1 else ''} {', '.join(map(str, self.heads))}"
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: object) -> object:
     """Lists as tuples, at any depth: JSON knows no tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 

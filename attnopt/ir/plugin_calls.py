@@ -58,6 +58,10 @@ def rewrite(p: Pass, site: Site) -> Rewrite:
 def accepts(backend: Backend, site: Site) -> Refusal | None:
     """The backend's answer for the site's spec.  Raises PluginError."""
     _require_name(backend, "backend", site)
+    if site.spec.weight_gains is not None and not backend.weight_gains:
+        return site.refuse(
+            "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)
+        )
     with blamed(backend, "backend", "check", site.name):
         return next((r for s in asked(backend, site) if (r := _refusal(backend.check(s.spec))) is not None), None)
 
@@ -94,10 +98,10 @@ def _of_pools(backend: Backend, spec: AttentionSpec) -> Iterator[str]:
     for part in parts_of(spec):
         if part.is_unreduced:
             which = f"head{'' if part.spec.num_heads == 1 else 's'} {', '.join(map(str, part.spec.heads))}"
-            yield f"the pools of {which} are computed key by key under a pattern, bias or mask: no time is saved"
+            yield f"the pools of {which} are computed key by key under a pattern, bias, mask or gain: no time is saved"
 
 
-def lower(backend: Backend, spec: AttentionSpec) -> Any:
+def lower(backend: Backend, spec: AttentionSpec) -> Attend:
     """``backend.lower(spec)`` with checked output.  Raises PluginError without the site."""
     with blamed(backend, "backend", "lower"):
         attend = backend.lower(spec)
@@ -125,12 +129,12 @@ def no_answer(site: Site, e: PluginError) -> Refusal:
     return site.refuse("plugin-failed", expected="an answer from the plugin", found=e.message, hint=hint)
 
 
-def _require_name(plugin: Any, kind: str, site: Site) -> None:
+def _require_name(plugin: object, kind: str, site: Site) -> None:
     if not isinstance(getattr(plugin, "name", None), str):
         raise fault(plugin, kind, "its class has no name", site.name)
 
 
-def _refusal(answer: Any) -> Refusal | None:
+def _refusal(answer: object) -> Refusal | None:
     if answer is None or isinstance(answer, Refusal):
         return answer
     raise TypeError(f"it returned {answer!r}, expected a Refusal or None")

@@ -53,14 +53,15 @@ class Part:
 
 def parts_of(spec: AttentionSpec) -> tuple[Part, ...]:
     """``spec`` without its edits: the heads that pool nothing, those that see nothing but their pools, and those with a
-    pattern, a bias or a mask, which tell keys of one pool apart."""
+    pattern, a bias, a mask or gains, which tell keys of one pool apart."""
     bare = replace(spec, after=())
     if bare.pooling is None:
         return (Part(tuple(range(bare.num_heads)), tuple(range(bare.num_kv_heads)), bare),)
     groups: dict[tuple[bool, bool], list[int]] = {}
     for place, head in enumerate(bare.heads):
         pools = head in bare.pooling.heads
-        is_reduced = pools and bare.pattern.for_head(place) == FULL and not (bare.has_bias or bare.has_mask)
+        tells_apart = bare.has_bias or bare.has_mask or bare.weight_gains is not None
+        is_reduced = pools and bare.pattern.for_head(place) == FULL and not tells_apart
         groups.setdefault((pools, is_reduced), []).append(place)
     return tuple(_part(bare, places, is_reduced) for (_, is_reduced), places in groups.items())
 

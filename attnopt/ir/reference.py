@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnopt.ir.attend import Attend
+from attnopt.ir.attend import Attend, AttendWithLse
 from attnopt.ir.semantics import heads_of, require_no_edits, visible
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.weight_gains import WeightGains
 
 
 def reference(spec: AttentionSpec) -> Attend:
@@ -18,28 +19,65 @@ def reference(spec: AttentionSpec) -> Attend:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        k_BHSD, v_BHSD = heads_of(spec, k).to(wide), heads_of(spec, v).to(wide)
-        if spec.pooling is not None:
-            k_BHSD, v_BHSD = spec.pooling.applied(spec.heads, k_BHSD), spec.pooling.applied(spec.heads, v_BHSD)
-        s = spec.scale * (q.to(wide) @ k_BHSD.mT)
-        if spec.softcap is not None:
-            s = spec.softcap * torch.tanh(s / spec.softcap)
-        if bias is not None:
-            s = s + bias.to(wide)
-        if spec.pooling is not None:
-            s = s + spec.pooling.log_weights_of(spec.heads, k.shape[2], wide, k.device)
-        seen = visible(spec, q, k, mask)
-        if seen is not None:
-            s = s.masked_fill(~seen, -torch.inf)
-        o = _softmax(s, None if sinks is None else sinks.to(wide)) @ v_BHSD
-        return o.to(v.dtype)
+        s, sinks = _scores(spec, q, k, bias, mask, sinks)
+        p, _ = _softmax(s, sinks)
+        if spec.weight_gains is not None:
+            p = _with_gains(spec, spec.weight_gains, p, s, sinks)
+        return (p @ _read(spec, v, p.dtype)).to(v.dtype)
 
     return attend
 
 
-def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the last axis and the sink logit; a row of only -inf becomes zeros."""
+def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
+    """As ``reference``, for a spec without gains on its weights."""
+    require_no_edits(spec, pools=True)
+    assert spec.weight_gains is None
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        p, lse = _softmax(*_scores(spec, q, k, bias, mask, sinks))
+        return (p @ _read(spec, v, p.dtype)).to(v.dtype), lse
+
+    return attend
+
+
+def _scores(
+    spec: AttentionSpec, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The scores [B, H, L, S], -inf where hidden, and the sink logits."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = spec.scale * (q.to(wide) @ _read(spec, k, wide).mT)
+    if spec.softcap is not None:
+        s = spec.softcap * torch.tanh(s / spec.softcap)
+    if bias is not None:
+        s = s + bias.to(wide)
+    if spec.pooling is not None:
+        s = s + spec.pooling.log_weights_of(spec.heads, k.shape[2], wide, k.device)
+    seen = visible(spec, q, k, mask)
+    if seen is not None:
+        s = s.masked_fill(~seen, -torch.inf)
+    return s, None if sinks is None else sinks.to(wide)
+
+
+def _read(spec: AttentionSpec, x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The keys or values that each head reads, [B, H, S, D]."""
+    x_BHSD = heads_of(spec, x_BGSD).to(dtype)
+    return x_BHSD if spec.pooling is None else spec.pooling.applied(spec.heads, x_BHSD)
+
+
+def _with_gains(spec: AttentionSpec, gains: WeightGains, p: Tensor, s: Tensor, sinks: Tensor | None) -> Tensor:
+    """The weights p = softmax(s) after their gains."""
+    pieces = [x.mask(*p.shape[2:], num_heads=spec.num_heads, device=p.device).unsqueeze(0) for x in gains.pieces]
+    masses = [p.masked_fill(~piece, 0.0).sum(-1) for piece in pieces]
+    factor = torch.ones_like(p)
+    for piece, gain in zip(pieces, gains.of_rows(masses), strict=True):
+        factor = torch.where(piece, gain.unsqueeze(-1) if isinstance(gain, Tensor) else gain, factor)
+    return _softmax(s + factor.log(), sinks)[0] if gains.normalise == "logits" else p * factor
+
+
+def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax over the last axis and the sink logit, and the log-sum-exp of each row; a row of only -inf becomes zeros."""
     top = s.amax(-1, keepdim=True)
     if sinks is not None:
         top = torch.maximum(top, sinks)
@@ -48,4 +86,7 @@ def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:
     total = p.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks - top)
-    return p / total.masked_fill(total == 0.0, 1.0)
+    is_empty = total == 0.0
+    total = total.masked_fill(is_empty, 1.0)
+    lse = (top + total.log()).masked_fill(is_empty, -torch.inf)
+    return p / total, lse.squeeze(-1)

@@ -10,6 +10,7 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
+from attnopt.ir.weight_gains import WeightGains
 from attnopt.patterns.algebra import FULL, Full, Pattern
 
 
@@ -26,6 +27,7 @@ class AttentionSpec:
         s = s - log(size)                          # if h pools: of the pool of each key, so that a pool counts as one key
         s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
+        p = weight_gains(p)                        # if there are any
         o_h = p @ v_g                              # [L, value_dim]
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
@@ -48,6 +50,7 @@ class AttentionSpec:
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
+    weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
     after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
 
@@ -109,7 +112,8 @@ class AttentionSpec:
         softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
         pooled = () if self.pooling is None else (str(self.pooling),)
-        return (*(name for name, has in given.items() if has), *softcap, *pooled)
+        gains = () if self.weight_gains is None else (str(self.weight_gains),)
+        return (*(name for name, has in given.items() if has), *softcap, *pooled, *gains)
 
     @property
     def num_heads(self) -> int:
@@ -142,8 +146,9 @@ class AttentionSpec:
 
     @property
     def chooses(self) -> bool:
-        """The result depends on comparisons that rounding may flip: of blocks, or of heads."""
-        return self.selection is not None or self.route is not None
+        """The result depends on comparisons that rounding may flip: of blocks, of heads, or of the weights of a row."""
+        gains = self.weight_gains
+        return self.selection is not None or self.route is not None or (gains is not None and gains.chooses)
 
     @property
     def is_constant(self) -> bool:
@@ -173,6 +178,7 @@ class AttentionSpec:
             pattern=self.pattern.for_heads(places),
             seen_as=None if self.seen_as is None else self.seen_as.for_heads(places),
             pooling=None if self.pooling is None else self.pooling.keeping(kept),
+            weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 

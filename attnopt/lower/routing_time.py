@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
-_measured: dict[Any, tuple[float, ...]] = {}
+_measured: dict[object, tuple[float, ...]] = {}
 
 
 def _known(spec: AttentionSpec, q_len: int, kv_len: int, backends: tuple[Backend, ...]) -> tuple[float, ...]:

@@ -6,11 +6,11 @@ import math
 import operator
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Target
 
 from attnopt.base.sizes import is_static
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain
@@ -33,7 +33,7 @@ class Numbers:
     """
 
     places: frozenset[int]
-    sizes: frozenset[Any]
+    sizes: frozenset[sympy.Symbol]
     reach: int
     anywhere: bool
 
@@ -89,7 +89,7 @@ _SUMS = named(
 )
 _OF_FLAGS = named("bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__ prod amax amin")
 _REGULAR = _STEPS | _CREATED | _MOVED | _SUMS
-_PLACES: dict[Any, tuple[int, ...]] = rules(
+_PLACES: dict[Target, tuple[int, ...]] = rules(
     {
         "tril triu roll": (1,),
         "slice": (2, 4),
@@ -136,7 +136,7 @@ def _varies(node: fx.Node) -> bool:
     return bool(inputs_behind(node)) or any(_symbols(value(n)) for n in ancestors(node, stop=is_number))
 
 
-def _symbols(val: Any) -> set[Any]:
+def _symbols(val: object) -> set[sympy.Symbol]:
     numbers = [val] if isinstance(val, torch.SymInt) else list(val.shape) if isinstance(val, Tensor) else []
     return {s for n in numbers if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
 
@@ -164,7 +164,7 @@ def _is_regular(node: fx.Node, lengths: Lengths) -> bool:
     return not any(_symbols(value(n)) for n in ancestors(node, stop=is_number))  # otherwise it compares only sizes
 
 
-def _given_numbers(node: fx.Node) -> list[Any]:
+def _given_numbers(node: fx.Node) -> list[object]:
     """Numbers that become values or indices, not sizes."""
     if calls(node, _MOVED):
         given = [arg(node, place) for place in _PLACES.get(node.target, ())]
@@ -180,7 +180,7 @@ def _given_numbers(node: fx.Node) -> list[Any]:
     return [value(x) for x in given if isinstance(x, fx.Node) and is_number(x)]
 
 
-def _is_offset(number: Any, lengths: Lengths) -> bool:
+def _is_offset(number: object, lengths: Lengths) -> bool:
     """A number apart from the excess of keys over queries: a length itself may change a mask at any size."""
     if not isinstance(number, torch.SymInt):
         return isinstance(number, (int, float))

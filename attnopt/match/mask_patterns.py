@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from attnopt.graph.entries import Entries, InvalidSizesError
 from attnopt.graph.entry_rules import UnsupportedError
-from attnopt.graph.evaluate import inputs_behind, is_heavy, size_at, symbols, within
+from attnopt.graph.evaluate import Sizes, inputs_behind, is_heavy, size_at, symbols, within
 from attnopt.graph.nodes import ancestors, get_attr, is_number, is_state, value
 from attnopt.match.mask_numbers import Lengths, Numbers, numbers_behind
 from attnopt.patterns import Causal, Full, Pattern, Window
@@ -46,7 +46,7 @@ class Sample:
 
 
 def samples(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], lengths: Lengths | None = None, fill: Any = None
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], lengths: Lengths | None = None, fill: float | None = None
 ) -> tuple[Sample, ...] | None:
     """The values of ``nodes``, whose last two axes are queries and keys, at the sizes of the example and at others.
 
@@ -73,11 +73,11 @@ class _Known:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
-        self._number: dict[Any, int] = {}
-        self._entries: dict[Any, Entries] = {}
-        self._samples: dict[Any, tuple[Sample, ...] | None] = {}
+        self._number: dict[object, int] = {}
+        self._entries: dict[object, Entries] = {}
+        self._samples: dict[object, tuple[Sample, ...] | None] = {}
 
-    def samples(self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: Any) -> tuple[Sample, ...] | None:
+    def samples(self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: float | None) -> tuple[Sample, ...] | None:
         numbers: dict[fx.Node, int] = {}
         key = (*(self._structure(n, numbers) for n in nodes), *map(str, lengths), fill)
         if key not in self._samples:
@@ -95,7 +95,7 @@ class _Known:
                 continue
             stack.pop()
             if is_number(node):
-                key: Any = str(value(node))
+                key: object = str(value(node))
             elif node.op == "call_function":
                 key = (node.target, str(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: f"%{numbers[n]}")))
             else:
@@ -103,7 +103,7 @@ class _Known:
             numbers[node] = self._number.setdefault(key, len(self._number))
         return numbers[target]
 
-    def _look(self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: Any) -> tuple[Sample, ...] | None:
+    def _look(self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: float | None) -> tuple[Sample, ...] | None:
         numbers = numbers_behind(nodes, lengths)
         if numbers is None:
             return None
@@ -123,7 +123,7 @@ class _Known:
         return tuple(found)
 
     def _at(
-        self, nodes: tuple[fx.Node, ...], lengths: Lengths, sizes: Mapping[Any, int], fill: Any, numbers: Numbers
+        self, nodes: tuple[fx.Node, ...], lengths: Lengths, sizes: Sizes, fill: float | None, numbers: Numbers
     ) -> Iterator[Sample]:
         key = (tuple(sizes.items()), fill)
         entries = self._entries.setdefault(key, Entries(self._gm, sizes, fill))
@@ -178,9 +178,6 @@ def _few(size: int, beside: int) -> Tensor:
     return torch.arange(size) if size <= most else torch.unique(torch.linspace(0, size - 1, most).long())
 
 
-Sizes = dict[Any, int]
-
-
 def _choices(graph: fx.Graph, lengths: Lengths, numbers: Numbers) -> list[tuple[list[Sizes], bool]]:
     """Groups of sizes, with whether one of each group must be valid: the example; near ones, all symbols distinct; those where
     the lengths exceed all numbers; sizes in between, around each number, and below the example."""
@@ -214,7 +211,7 @@ def _choices(graph: fx.Graph, lengths: Lengths, numbers: Numbers) -> list[tuple[
     return [([example], True), *((_distinct(graph, example, sizes), needed) for sizes, needed in groups)]
 
 
-def _is_beyond(example: Sizes, growing: list[Any], times: int, lengths: Lengths, reach: int) -> bool:
+def _is_beyond(example: Sizes, growing: list[sympy.Symbol], times: int, lengths: Lengths, reach: int) -> bool:
     sizes = example | {s: example[s] * times for s in growing}
     return all(size_at(n, sizes) > reach for n in lengths if isinstance(n, torch.SymInt))
 

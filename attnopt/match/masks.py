@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -223,7 +222,7 @@ def _from_flags(node: fx.Node) -> bool:
 
 
 def _named(
-    gm: fx.GraphModule, nodes: list[fx.Node], lengths: Lengths, fill: Any, beside: bool = False
+    gm: fx.GraphModule, nodes: list[fx.Node], lengths: Lengths, fill: float | None, beside: bool = False
 ) -> Pattern | None:
     """The pattern of the nodes (biases and masks) combined, at every valid size of the graph.
 

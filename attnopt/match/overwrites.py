@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Target
 
 from attnopt.graph.axes import unfollow
 from attnopt.graph.constants import filling
@@ -20,7 +21,7 @@ from attnopt.match.mask_patterns import samples
 
 WHERE = named("where")
 MASKED_FILL = named("masked_fill")
-_ARITHMETIC: dict[Any, Callable[..., float]] = rules(
+_ARITHMETIC: dict[Target, Callable[..., float]] = rules(
     {
         "add.Tensor": operator.add,
         "sub.Tensor": operator.sub,
@@ -113,7 +114,7 @@ def number(x: Any) -> float | None:
     return _known_number(x)
 
 
-def _known_number(x: Any) -> float | None:
+def _known_number(x: object) -> float | None:
     """The value of a one-element tensor, stored or computed from known values, at all sizes."""
     if not isinstance(x, fx.Node) or not is_tensor(x) or math.prod(shape(x)) != 1:
         return None

@@ -28,14 +28,14 @@ from attnopt.slicing.weight_store import fingerprint
 _CUTS = named("linear addmm mm") | of(Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.ATTENTION)
 
 
-def example_values(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+def example_values(gm: fx.GraphModule, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[fx.Node, object]:
     """The example input of each placeholder."""
     placeholders = inputs_of(gm.graph)
     leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
     return dict(zip(placeholders, leaves, strict=True)) if len(leaves) == len(placeholders) else {}
 
 
-def site_error(gm: fx.GraphModule, raised: Raised, examples: Mapping[fx.Node, Any], seed: int = 0) -> float:
+def site_error(gm: fx.GraphModule, raised: Raised, examples: Mapping[fx.Node, object], seed: int = 0) -> float:
     """Largest relative difference between the raised attention and the original; NaN rows count as zeros.
 
     Where half precision rounds by more than it should, the two are compared in double precision.
@@ -136,18 +136,18 @@ class _Slice(Interpreter):
         self.inside = set[fx.Node]()
         self.random = torch.Generator().manual_seed(seed)
 
-    def leaf(self, node: fx.Node) -> Any:
+    def leaf(self, node: fx.Node) -> object:
         if not is_leaf(node, self.inside):
             return COMPUTED
         given = self._given(node)
         return widened_inputs(given) if self.wide else given
 
-    def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, node: fx.Node, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         if self.wide:
             args, kwargs = widened_arguments((args, kwargs))
         return super().call(node, args, kwargs)
 
-    def _given(self, node: fx.Node) -> Any:
+    def _given(self, node: fx.Node) -> object:
         val = value(node)
         if node.op == "get_attr":
             held = self.stored(node)

@@ -10,14 +10,16 @@ from torch import Tensor, fx
 
 from attnopt.graph.axes import Axis, resolve, resolve_all
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, dtype, shape
+from attnopt.graph.nodes import aten, dtype, shape, value
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.weight_gains import WeightGains
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
 from attnopt.match.read_scores import Operand
 from attnopt.match.rearrange import Arranger
 from attnopt.match.region import Region
-from attnopt.match.rejection import NotAttentionError, rejected
+from attnopt.match.rejection import NotAttentionError, rejected, weights_changed
+from attnopt.match.weight_factors import gains_of
 from attnopt.match.wiped_scores import hides_beside_flags
 from attnopt.slicing.selector import Selector
 from attnopt.slicing.sources import signature
@@ -94,8 +96,20 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         pattern=pattern,
         softcap=r.softcap,
     )
-    spec = replace(spec.having(bias, mask, sinks), seen_as=seen)
+    gains = _weight_gains(gm, at, r, q, k)
+    spec = replace(spec.having(bias, mask, sinks), seen_as=seen, weight_gains=gains)
     return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
+
+
+def _weight_gains(gm: fx.GraphModule, at: Arranger, r: Region, q: fx.Node, k: fx.Node) -> WeightGains | None:
+    """Raises NotAttentionError."""
+    if r.weight_factor is None:
+        return None
+    factor = at.arrange(r.weight_factor.node, r.weight_factor.axes, (r.batch, r.heads, r.queries, r.keys))
+    found = gains_of(gm, factor, (value(q).shape[2], value(k).shape[2]), shape(q)[1])
+    if found is None:
+        raise weights_changed(r.weight_factor.node)
+    return found
 
 
 def _with_factors(

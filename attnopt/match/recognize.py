@@ -33,9 +33,10 @@ from attnopt.match.read_scores import (
     read_scores,
 )
 from attnopt.match.region import Region, atoms_of
-from attnopt.match.rejection import NotAttentionError, rejected, unreadable
+from attnopt.match.rejection import NotAttentionError, rejected, unreadable, weights_changed
 from attnopt.match.row_sums import renormalises
 from attnopt.match.sdpa import from_fused
+from attnopt.match.weight_factors import factor_of
 from attnopt.match.zeroed_weights import cleans, with_zeros
 
 _CHANGING = named("mul masked_fill add where cat")
@@ -60,13 +61,19 @@ def _from_softmax(a: Softmax) -> Region:
     product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
-    weights_axes, zeroed = _through(inner, scores.axes, a.axis)
+    weights_axes, zeroed, factors = _through(inner, scores.axes, a.axis)
     _unify(product.left_axes, weights_axes, product.node)
     out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
     path = tuple(_between(scores.product.node, out.node))
     scores = replace(scores, steps=_without_shifts(scores, set(path), keys))
-    scores = replace(scores, steps=_with_zeros(scores, a, keys, zeroed))
-    return _assemble(a, scores, product, keys, out, path)
+    steps = _with_zeros(scores, a, keys, zeroed)
+    if steps is None and a.late_sum is None:  # zeros unlike the mask of the scores: a factor of 0 and 1
+        factors = [*factors, *_factors_of(zeroed, inner, scores.axes)]
+        steps = _with_zeros(scores, a, keys, {})
+    if steps is None or len(factors) > 1:
+        raise weights_changed(next(iter(zeroed), product.node))
+    scores = replace(scores, steps=steps)
+    return replace(_assemble(a, scores, product, keys, out, path), weight_factor=next(iter(factors), None))
 
 
 def _without_values(weights: fx.Node) -> NotAttentionError:
@@ -90,7 +97,7 @@ def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.
             elif calls(user, _CHANGING):
                 changed = changed or user
     if changed is not None and _leads_to_product(changed):
-        raise _changed(changed)
+        raise weights_changed(changed)
     return None
 
 
@@ -109,11 +116,13 @@ def _mixture(a: Softmax, weights: fx.Node, user: fx.Node) -> tuple[Product, Late
 
 
 def _carries_on(a: Softmax, weights: fx.Node, user: fx.Node) -> bool:
-    """``user`` gives weights, too: in another layout, normalised again, or with zeros where a mask hides keys."""
+    """``user`` gives weights, too: in another layout, normalised again, with zeros where a mask hides keys, or times a
+    factor that is known."""
     if a.late_sum is None and weights is a.weights and renormalises(user, a.weights, a.axis):
         return True
     zeroes = zeros_of(user, weights) is not None or (cleans(user, weights) and not a.may_overflow)
-    return zeroes or user.target in FOLLOWED
+    is_scaled = a.late_sum is None and factor_of(user, weights) is not None
+    return zeroes or is_scaled or user.target in FOLLOWED
 
 
 def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
@@ -131,16 +140,6 @@ def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
         if (right - left) if product.left is weights else (left - right):
             return product
     return None
-
-
-def _changed(node: fx.Node) -> NotAttentionError:
-    return rejected(
-        node,
-        "weights-changed",
-        "weights that feed directly into the value product",
-        f"{node.name} = {opname(node)} on the weights",
-        "weights that are mixed or gated after the softmax, or masked unlike the scores, are not supported",
-    )
 
 
 def _comes_from_product(a: Softmax) -> bool:
@@ -163,19 +162,23 @@ def _leads_to_product(node: fx.Node) -> bool:
     return False
 
 
-def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, dict[fx.Node, Hide]]:
-    """Axes at the end of ``path``, whose first node has ``axes``, and the nodes in between that write zeros.
+def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, dict[fx.Node, Hide], list[Operand]]:
+    """Axes at the end of ``path``, whose first node has ``axes``, the nodes in between that write zeros, and other factors.
 
     A slice that drops the column of a sink is skipped.
     """
     zeroed: dict[fx.Node, Hide] = {}
+    factors: list[Operand] = []
     for before, node in pairwise(path):
         if cleans(node, before) or renormalises(node, before, axis):
             continue
         if (zeros := zeros_of(node, before)) is not None:
             if (hide := hiding(zeros, axes)) is None:
-                raise _changed(node)
+                raise weights_changed(node)
             zeroed[node] = hide
+            continue
+        if (factor := factor_of(node, before, axes)) is not None:
+            factors.append(factor)
             continue
         if is_call(node, aten.slice.Tensor) and shape(node) == tuple(length(x) for x in resolve_all(axes)):
             continue
@@ -183,23 +186,30 @@ def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, di
         if found is None:
             raise unreadable(node, "weights with traceable axes")
         axes = found
-    return resolve_all(axes), zeroed
+    return resolve_all(axes), zeroed, factors
 
 
-def _with_zeros(scores: Scores, a: Softmax, keys: Axis, zeroed: Mapping[fx.Node, Hide]) -> tuple[Step, ...]:
-    """The steps of the scores if weights are ``zeroed`` before or after division by their sum."""
+def _with_zeros(scores: Scores, a: Softmax, keys: Axis, zeroed: Mapping[fx.Node, Hide]) -> tuple[Step, ...] | None:
+    """The steps of the scores if weights are ``zeroed`` before or after division by their sum; None if no mask does that."""
     steps = scores.steps
     if a.masked is not None:
         exponentials, masked = a.masked
         zeros = zeros_of(masked, exponentials)
         hide = None if zeros is None else hiding(zeros, scores.axes)
         if hide is None:
-            raise _changed(masked)
+            raise weights_changed(masked)
         steps = (*steps, replace(hide, fill=-math.inf))
-    found = with_zeros(steps, tuple(zeroed.values()), a, scores.axes, keys)
-    if found is None:
-        raise _changed(next(iter(zeroed)))
-    return found
+    return with_zeros(steps, tuple(zeroed.values()), a, scores.axes, keys)
+
+
+def _factors_of(zeroed: Mapping[fx.Node, Hide], path: tuple[fx.Node, ...], axes: Axes) -> list[Operand]:
+    """What the nodes that write zeros multiply by.  Raises NotAttentionError."""
+    before = {node: above for above, node in pairwise(path)}
+    found = {node: factor_of(node, before[node], axes) for node in zeroed}
+    unknown = next((node for node, factor in found.items() if factor is None), None)
+    if unknown is not None:
+        raise weights_changed(unknown)
+    return [factor for factor in found.values() if factor is not None]
 
 
 def _unify(product_axes: Axes, axes: Axes, node: fx.Node) -> None:

@@ -33,6 +33,7 @@ class Region:
     wipes: tuple[Operand, ...] = ()
     softcap: float | None = None
     sinks: Operand | None = None
+    weight_factor: Operand | None = None  # of the weights, after the softmax
     sink_rate: float = 1.0
     top_left_causal: bool = False  # the fused operator's own flag: query i sees keys 0..i
     nodes: tuple[fx.Node, ...] = ()  # from the product of queries and keys to the output

@@ -24,3 +24,13 @@ def rejected(node: fx.Node, code: str, expected: str, found: str, hint: str = ""
 
 def unreadable(node: fx.Node, expected: str) -> NotAttentionError:
     return rejected(node, "unreadable-layout", expected, f"{node.name} = {opname(node)}")
+
+
+def weights_changed(node: fx.Node) -> NotAttentionError:
+    return rejected(
+        node,
+        "weights-changed",
+        "weights that feed directly into the value product",
+        f"{node.name} = {opname(node)} on the weights",
+        "weights that are mixed or gated after the softmax, or masked unlike the scores, are not supported",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ _OF_EACH_TOKEN = of(Kind.REDUCE, Kind.SPLIT, Kind.PIECE, Kind.COPY, Kind.CAST) |
 )
 
 
-def relation(q: fx.Node, k: fx.Node, v: fx.Node, examples: Mapping[fx.Node, Any]) -> Relation:
+def relation(q: fx.Node, k: fx.Node, v: fx.Node, examples: Mapping[fx.Node, object]) -> Relation:
     """How the tokens of the canonical operands ``q`` and ``k`` are related.
 
     "same": one sequence.  "past": the keys of earlier tokens, then those of the queries.  "apart": one sequence,
@@ -41,7 +41,7 @@ def relation(q: fx.Node, k: fx.Node, v: fx.Node, examples: Mapping[fx.Node, Any]
     return "assumed" if as_long else "inputs-apart"
 
 
-def _are_three_inputs(operands: tuple[fx.Node, fx.Node, fx.Node], examples: Mapping[fx.Node, Any]) -> bool:
+def _are_three_inputs(operands: tuple[fx.Node, fx.Node, fx.Node], examples: Mapping[fx.Node, object]) -> bool:
     """Each operand comes from its own input, either all through projections or none.
 
     Keys and values from the same input, with different queries, are a memory.

@@ -8,7 +8,7 @@ from attnopt.patterns.grid import Neighborhood, Prefix
 from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.registry import parse
 from attnopt.patterns.segments import Segments
-from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Periodic, Sinks, Strided, Window
+from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
 
 __all__ = [
     "And",
@@ -18,6 +18,7 @@ __all__ = [
     "Dilated",
     "Full",
     "Global",
+    "Keys",
     "Neighborhood",
     "Not",
     "Or",

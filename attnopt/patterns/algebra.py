@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -353,7 +353,7 @@ def any_of(patterns: Iterable[Pattern]) -> Pattern:
     return Or(parts) if len(parts) > 1 else parts[0]
 
 
-def _is_full(made: Any, of_queries: Any, of_keys: Any) -> bool:
+def _is_full(made: object, of_queries: object, of_keys: object) -> bool:
     """The size is not broadcast, if it is a number."""
     is_one = [isinstance(size, int) and size == 1 for size in (made, of_queries, of_keys)]
     return not is_one[0] or all(is_one)
@@ -368,7 +368,7 @@ def _overlap(a: range, b: range) -> range:
 
 
 def _flat(kind: type[_Joined], patterns: Iterable[Pattern]) -> tuple[Pattern, ...]:
-    flat: dict[Pattern, Any] = {}
+    flat: dict[Pattern, None] = {}
     for p in patterns:
         try:
             flat.update(dict.fromkeys(p.parts if isinstance(p, kind) else (p,)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from attnopt.base.bit_table import looked_up
-from attnopt.base.intervals import Ranges, Reach, common, merged
+from attnopt.base.intervals import Ranges, Reach, as_text, common, from_text, merged
 from attnopt.base.options import whole
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
@@ -79,7 +78,7 @@ class BlockLayout(Pattern):
     table: tuple[Ranges, ...]
     block: int
 
-    def __init__(self, table: Any, block: int) -> None:
+    def __init__(self, table: object, block: int) -> None:
         rows = table.tolist() if hasattr(table, "tolist") else table
         if not isinstance(rows, (list, tuple)) or not rows:
             raise PolicyError(f"BlockLayout: invalid value table={table!r}: expected a square table of 0s and 1s")
@@ -115,7 +114,7 @@ class BlockLayout(Pattern):
         return Reach(*(tuple((a * self.block, b * self.block) for a, b in ranges) for ranges in (sure, some)))
 
     def __repr__(self) -> str:
-        return f"BlockLayout(table={tuple(_listed(row) for row in self.table)}, block={self.block})"
+        return f"BlockLayout(table={tuple(map(as_text, self.table))}, block={self.block})"
 
 
 def _hashed(*numbers: Any) -> Any:
@@ -128,13 +127,13 @@ def _hashed(*numbers: Any) -> Any:
     return mixed
 
 
-def _row(number: int, row: Any, columns: int) -> Ranges:
+def _row(number: int, row: object, columns: int) -> Ranges:
     where = f"BlockLayout: row {number} of table"
     if isinstance(row, str):
-        listed = [part.strip() for part in row.split(",")] if row.strip() else []
-        if not all(re.fullmatch(r"\d{1,10}(-\d{1,10})?", part) for part in listed):
+        columns_of_row = from_text(row)
+        if columns_of_row is None:
             raise PolicyError(f'{where}: invalid value {row!r}: expected columns such as "0-3, 7"')
-        found = merged((int(a), int(b or a) + 1) for a, _, b in (part.partition("-") for part in listed))
+        found = columns_of_row
     elif isinstance(row, Iterable) and all(isinstance(cell, (int, float)) and cell in (0, 1) for cell in row):
         cells = list(row)
         if len(cells) != columns:
@@ -147,7 +146,3 @@ def _row(number: int, row: Any, columns: int) -> Ranges:
     if found and found[-1][1] > columns:
         raise PolicyError(f"{where} names column {found[-1][1] - 1}, but the table has only {columns} columns")
     return found
-
-
-def _listed(row: Ranges) -> str:
-    return ",".join(str(start) if stop == start + 1 else f"{start}-{stop - 1}" for start, stop in row)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from attnopt.base.options import choice, switches, whole, whole_tuple
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
 
+T = TypeVar("T")
 Box = tuple[tuple[int, int], ...]  # first and last coordinate along each axis
 
 
@@ -255,7 +256,7 @@ def _tiles(axes: int, queries: int = 32) -> list[tuple[int, ...]]:
     return [(size, *rest) for size in sizes for rest in _tiles(axes - 1, queries // size)]
 
 
-def _short(values: tuple[Any, ...]) -> Any:
+def _short(values: tuple[T, ...]) -> T | tuple[T, ...]:
     """One value instead of one per axis if all are equal."""
     return values[0] if len(set(values)) == 1 else values
 

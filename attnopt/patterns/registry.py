@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from attnopt.base.notation import evaluate
 from attnopt.base.registry import Registry
@@ -13,7 +12,7 @@ from attnopt.patterns.block import BlockLayout, RandomBlocks
 from attnopt.patterns.grid import Neighborhood, Prefix
 from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.segments import Segments
-from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Periodic, Sinks, Strided, Window
+from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
 
 PATTERNS = Registry(
     "attnopt.patterns",
@@ -26,6 +25,7 @@ PATTERNS = Registry(
             Causal,
             Window,
             Dilated,
+            Keys,
             Sinks,
             Global,
             Strided,
@@ -42,7 +42,7 @@ PATTERNS = Registry(
 )
 
 
-def constructor(name: str) -> Callable[..., Any]:
+def constructor(name: str) -> Callable[..., object]:
     """The pattern class of this name; an unknown name raises a PolicyError that lists the known ones."""
     return PATTERNS.load(name)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate
-from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +28,7 @@ class Segments(Pattern):
     ids: tuple[tuple[int, int], ...]  # runs of neighbouring tokens: id and count
     pairs: tuple[tuple[int, int], ...] | None
 
-    def __init__(self, ids: Any, pairs: Sequence[tuple[int, int]] | None = None) -> None:
+    def __init__(self, ids: object, pairs: Sequence[tuple[int, int]] | None = None) -> None:
         listed = ids.tolist() if hasattr(ids, "tolist") else ids
         if not isinstance(listed, (list, tuple)) or not listed:
             raise PolicyError(f"Segments: invalid value ids={ids!r}: expected one segment id per token")
@@ -103,13 +102,13 @@ class Segments(Pattern):
         return {number: merged(ranges) for number, ranges in seen.items()}
 
 
-def _run(entry: Any) -> tuple[int, int]:
+def _run(entry: object) -> tuple[int, int]:
     if isinstance(entry, (tuple, list)) and len(entry) == 2:
         return whole("Segments", "ids", entry[0]), whole("Segments", "ids", entry[1], least=1)
     return whole("Segments", "ids", entry), 1
 
 
-def _pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
+def _pairs(pairs: object) -> tuple[tuple[int, int], ...]:
     if isinstance(pairs, Sequence) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         return tuple(sorted({(whole("Segments", "pairs", a), whole("Segments", "pairs", b)) for a, b in pairs}))
     raise PolicyError(f"Segments: invalid value pairs={pairs!r}: expected pairs of a query segment and a key segment")

@@ -5,21 +5,23 @@ Below, "query i" is the query at position i; with fewer queries than keys, the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnopt.base.intervals import Reach, merged, stepped, up
+from attnopt.base.intervals import Ranges, Reach, as_text, from_text, merged, stepped, up
 from attnopt.base.options import LARGEST, whole, wholes
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.bands import Band, Bands
 from attnopt.patterns.lookback import Past
+
+Position = TypeVar("Position", int, Tensor)
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,6 +141,45 @@ class Sinks(Pattern):
         return Reach.between(0, self.n, 0, self.n)
 
 
+@dataclass(frozen=True, repr=False, init=False)
+class Keys(Pattern):
+    """The keys at these positions are visible to every query: a segment of the sequence, such as an image.
+
+    ``positions``: a range, other integers, or a text such as "0-3, 7".  Raises PolicyError.
+    """
+
+    positions: Ranges
+
+    def __init__(self, positions: str | Iterable[int]) -> None:
+        if isinstance(positions, str):
+            found = from_text(positions)
+            if found is None:
+                raise PolicyError(f'Keys: invalid value positions={positions!r}: expected positions such as "0-3, 7"')
+        elif isinstance(positions, range) and positions.step == 1 and positions.start >= 0:
+            found = merged([(positions.start, positions.stop)])
+        else:
+            found = merged((p, p + 1) for p in wholes("Keys", "positions", positions))
+        if found:
+            whole("Keys", "positions", found[-1][1])
+        object.__setattr__(self, "positions", found)
+
+    @property
+    def is_positional(self) -> bool:
+        return False
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        seen = (i != i) | (j != j)
+        for start, stop in self.positions:
+            seen = seen | ((j >= start) & (j < stop))
+        return seen
+
+    def reach(self, first: int, last: int, kv_len: int) -> Reach:
+        return Reach(all=self.positions, some=self.positions)
+
+    def __repr__(self) -> str:
+        return f"Keys({as_text(self.positions)!r})"
+
+
 @dataclass(frozen=True, repr=False)
 class Global(Pattern):
     """The tokens at these positions are visible to all and see all (Longformer, arXiv:2004.05150)."""
@@ -234,7 +275,7 @@ class Blocks(Pattern):
             raise PolicyError(f"Blocks: invalid value shift={self.shift}: expected a shift below size={self.size}")
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        start: Tensor = self._start(i)
+        start = self._start(i)
         return (j >= start - self.halo) & (j < start + self.size + self.halo)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
@@ -245,7 +286,7 @@ class Blocks(Pattern):
     def __repr__(self) -> str:
         return super().__repr__() if self.shift else f"Blocks(size={self.size}, halo={self.halo})"
 
-    def _start(self, i: Any) -> Any:
+    def _start(self, i: Position) -> Position:
         """The first position of the block of a query, which is an int or a tensor."""
         return (i - self.shift) // self.size * self.size + self.shift
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attnopt.render.numbers import amount, numbers, percent, relative, times
 from attnopt.report.axis_text import told
@@ -73,7 +73,7 @@ def picture_svg(pattern: Pattern, length: int) -> str:
     return _render("svg.html.j2", pictures=pictures(pattern, length, length, max(1, pattern.named_heads)))
 
 
-def _render(template: str, **values: Any) -> str:
+def _render(template: str, **values: object) -> str:
     return _environment().get_template(template).render(**values)
 
 

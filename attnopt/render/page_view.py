@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from attnopt.errors import AttnoptError
 from attnopt.ir.cost import Cost
-from attnopt.patterns import parse
+from attnopt.patterns import Pattern, parse
 from attnopt.render.pattern_cells import Picture, pictures
 from attnopt.report.report import Form, Report, SiteReport
 
@@ -36,7 +35,7 @@ class SiteView:
 
     number: int
     site: SiteReport
-    policy: Mapping[str, Any]
+    policy: Mapping[str, object]
 
     @property
     def anchor(self) -> str:
@@ -163,13 +162,13 @@ def _of_cost(before: Cost, after: Cost) -> list[Measure]:
     ]
 
 
-def policy_text(policy: Mapping[str, Any]) -> str:
+def policy_text(policy: Mapping[str, object]) -> str:
     """A policy as the JSON file that ``optimize`` reads, a rule a line."""
     rules = [f"  {json.dumps(glob)}: {json.dumps(passes, ensure_ascii=False)}" for glob, passes in policy.items()]
     return "{\n" + ",\n".join(rules) + "\n}" if rules else "{}"
 
 
-def _pattern_of(form: Form, heads: Sequence[int]) -> Any:
+def _pattern_of(form: Form, heads: Sequence[int]) -> Pattern | None:
     """The pattern of a form for only these heads, for comparison with a later one."""
     place = {h: i for i, h in enumerate(form.heads)}
     try:

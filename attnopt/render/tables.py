@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attnopt.render.numbers import amount, relative
 from attnopt.report.report import Report, SiteReport
@@ -114,7 +114,7 @@ def to_text(table: RenderableType, width: int = 120) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
 
 
-def inspection_json(inspection: Inspection) -> dict[str, Any]:
+def inspection_json(inspection: Inspection) -> dict[str, object]:
     """An inspection as plain dicts, lists, strings and numbers."""
     return {
         "sites": [_site_json(site) for site in inspection.sites],
@@ -126,7 +126,7 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _site_json(site: Site) -> dict[str, Any]:
+def _site_json(site: Site) -> dict[str, object]:
     return {
         "name": site.name,
         "where": site.where,

@@ -212,7 +212,7 @@ def _form(data: Mapping[str, Any] | None) -> Form | None:
     return Form(heads, kv_of_head, str(data["pattern"]), str(data.get("selection", "")), str(data.get("pooling", "")))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """The same with every container a dict or a list and every unknown leaf a string."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

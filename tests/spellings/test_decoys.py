@@ -22,7 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_capture")
 VARIANTS: list[tuple[str, Callable[[], nn.Module]]] = [
     *((kind.__name__, kind) for kind in NEVER),
     ("Routing, best two", partial(decoys.Routing, top=2)),
-    ("MaskedAfter, renormalised", partial(decoys.MaskedAfter, renormalised=True)),
     ("TalkingHeads, before alone", partial(decoys.TalkingHeads, after=False)),
     ("TalkingHeads, after alone", partial(decoys.TalkingHeads, before=False)),
 ]

@@ -34,6 +34,7 @@ from attnopt.passes import (
     PruneHeads,
     RouteHeads,
     ScaleHeads,
+    SegmentGain,
     Sparse,
 )
 from attnopt.patterns import Neighborhood, Window
@@ -105,6 +106,13 @@ def missed(model: nn.Module, **more: Any) -> Refusal:
     with pytest.raises(NotAttentionError) as caught:
         recognise(anchor)
     return caught.value.refusal
+
+
+def gained_twice() -> Refusal:
+    model, given = Attention(Spelling()), inputs(Spelling())
+    fast = attnopt.optimize(model, [SegmentGain([0], 0.5), SegmentGain([1], 0.5)], (), given)
+    (entry,) = fast.report.sites
+    return entry.refusals["segment-gain"]
 
 
 def refused(s: Spelling, policy: Any, **options: Any) -> Refusal:
@@ -229,7 +237,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "[no-value-product] expected weights multiplied with values, found square = square (at LINE)",
     ),
     "weights-changed": (
-        lambda: missed(decoys.MaskedAfter()),
+        lambda: missed(decoys.GatedWeights()),
         "[weights-changed] expected weights that feed directly into the value product, found mul = mul on the "
         "weights (at LINE)\n  hint: weights that are mixed or gated after the softmax, or masked unlike the scores, "
         "are not supported",
@@ -368,6 +376,15 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(), ScaleHeads([1.0, 2.0])),
         "[wrong-number-of-gains] expected one gain per head (4), found 2 gains (at LINE)",
     ),
+    "unknown-keys": (
+        lambda: refused(Spelling(), SegmentGain([7], 0.5)),
+        "[unknown-keys] expected key positions below 7, found position 7 (at LINE)",
+    ),
+    "already-gained": (
+        gained_twice,
+        "[already-gained] expected weights without gains, found weights x 0.5 in Keys('0') (logits) (at LINE)\n  hint: give "
+        "all segments to one segment-gain",
+    ),
     "kv-heads-do-not-fit": (
         lambda: refused(Spelling(), GroupedQuery(kv_heads=3)),
         "[kv-heads-do-not-fit] expected kv_heads to be one of 1, 2, 4, found 3 (at LINE)",
@@ -489,6 +506,20 @@ def test_no_such_scale() -> None:
     assert generic(refusal) == OTHERS["no-such-scale"]
 
 
+def test_no_weight_gains() -> None:
+    from attnopt.backends import Sdpa
+    from attnopt.ir.plugin_calls import accepts
+    from attnopt.ir.site import Site
+    from attnopt.ir.spec import AttentionSpec
+    from attnopt.ir.weight_gains import Part, WeightGains
+    from attnopt.patterns import Keys
+
+    gains = WeightGains((Part(Keys([0]), (0.5,)),))
+    refusal = accepts(Sdpa(), Site("", AttentionSpec((0,), (0,), (0,), 4, 4, 0.5, weight_gains=gains), {}))
+    assert refusal is not None
+    assert generic(refusal) == OTHERS["no-weight-gains"]
+
+
 def test_unnamed_pattern() -> None:
     from dataclasses import dataclass
 
@@ -531,6 +562,7 @@ def test_every_code_is_tested() -> None:
 
 
 OTHERS = {
+    "no-weight-gains": "[no-weight-gains] expected no gains on attention weights, found weights x 0.5 in Keys('0') (logits)",
     "not-equal": "[not-equal] expected the canonical attention to equal the model's own computation, found a "
     "relative difference of 0.25 (at LINE)\n  hint: please report the model: this is a gap in matching, "
     "and the site was left unchanged",

@@ -134,18 +134,12 @@ class OverHeads(Decoy):
 
 
 class MaskedAfter(Decoy):
-    """The mask is multiplied with the weights, which then no longer add up to one."""
-
-    def __init__(self, renormalised: bool = False) -> None:
-        super().__init__()
-        self.renormalised = renormalised
+    """The mask is multiplied with the weights, which are then divided by what is left of their sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         weights = (q @ k.transpose(-1, -2) / 2).softmax(-1) * torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril()
-        if self.renormalised:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return self.merged(weights @ v)
+        return self.merged(weights / weights.sum(-1, keepdim=True) @ v)
 
 
 class TalkingHeads(Decoy):

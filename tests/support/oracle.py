@@ -25,6 +25,7 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.b
 class Edit:
     """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output; ``own``: how far
     each head's map goes to the identity; ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
+    ``weights``: any other change of the map, [..., L, S], with the column of a sink last;
     ``pools``: [S, S] or [H, S, S], in each row the weights of the keys whose mean takes the place of a key.
     Scores are then linear in the keys, and a key counts as much as it weighs in its own row."""
 
@@ -32,11 +33,12 @@ class Edit:
     gains: tuple[float, ...] | None = None
     own: tuple[float, ...] | None = None
     used: Tensor | Callable[[], Tensor] | None = None
+    weights: Callable[[Tensor], Tensor] | None = None
     pools: Tensor | None = None
 
     @property
     def is_mask(self) -> bool:
-        return self.gains is None and self.own is None and self.used is None and self.pools is None
+        return all(x is None for x in (self.gains, self.own, self.used, self.weights, self.pools))
 
 
 Edits = Mapping[int, Edit] | Callable[[int, tuple[int, ...]], "Edit | None"]
@@ -111,6 +113,8 @@ def _weighed(weights: Tensor, edit: Edit | None, heads: int | None) -> Tensor:
         found = torch.tensor(values, dtype=weights.dtype)[:, None, None]
         return _per_head(found, weights.dim(), heads, tuple(weights.shape))
 
+    if edit.weights is not None:
+        weights = edit.weights(weights)
     if edit.pools is not None:
         weights = weights @ _means(weights, edit.pools, heads)
     if edit.own is not None:

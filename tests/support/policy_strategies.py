@@ -16,6 +16,7 @@ from attnopt.passes import (
     PruneHeads,
     RouteHeads,
     ScaleHeads,
+    SegmentGain,
     SoftPAG,
     Sparse,
 )
@@ -54,6 +55,7 @@ PASSES = st.one_of(
     st.builds(
         RouteHeads, st.sets(st.integers(0, 9), max_size=3) | st.integers(0, 3), st.integers(1, 3), st.just("linear")
     ),
+    st.builds(SegmentGain, st.sets(st.integers(0, 9), min_size=1), st.floats(0, 1e6)),
     st.builds(SoftPAG, st.none() | st.lists(st.integers(0, 9)), st.floats(0, 1)),
     st.builds(
         lambda scores, keep: DynamicSparse(scores, keep), st.sampled_from(["pooled", "kmeans"]), st.floats(0.1, 1)

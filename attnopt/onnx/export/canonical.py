@@ -42,7 +42,7 @@ def canonical(emit: Emitter, call: fx.Node) -> Canonical | None:
     """None if it stays as it is: it draws random numbers, or computes its scale at run time."""
     lowered = lowered_at(call)
     if is_call(call, ATTENTION):
-        operands, own = _of_operator(emit, call)
+        operands, own = of_operator(emit, call)
     else:
         given = sdpa_arguments(call)
         if given.dropout_p or given.scale is None:
@@ -51,7 +51,8 @@ def canonical(emit: Emitter, call: fx.Node) -> Canonical | None:
     return Canonical(_site(call.name if lowered is None else lowered.site, own, operands), operands, lowered)
 
 
-def _of_operator(emit: Emitter, call: fx.Node) -> tuple[Operands[fx.Node], AttentionSpec]:
+def of_operator(emit: Emitter, call: fx.Node) -> tuple[Operands[fx.Node], AttentionSpec]:
+    """Of a call of one of attnopt's own operators, a selection of blocks as a part of the mask."""
     given = call_arguments(call)
     operands: Operands[fx.Node] = Operands.of([given[role] for role in ROLES])
     if (selected := given["selected"]) is not None:

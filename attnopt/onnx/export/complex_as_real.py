@@ -11,13 +11,14 @@ from itertools import accumulate
 from typing import Any
 
 from torch import fx
+from torch.fx.node import Argument, Target
 
 from attnopt.graph.cleanup import sweep
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import arg, aten, is_call, operand, value, wrap
 
 # The new second argument of an operator, for a complex tensor with ``rank`` axes.
-ON_PAIRS: Mapping[Any, Callable[[int, Any], Any]] = {
+ON_PAIRS: Mapping[Target, Callable[[int, Any], Argument]] = {
     aten.unsqueeze.default: lambda rank, dim: wrap(dim, rank + 1),
     aten.squeeze.dims: lambda rank, dims: [wrap(dim, rank) for dim in dims],
     aten.expand.default: lambda _, sizes: [*sizes, 2],

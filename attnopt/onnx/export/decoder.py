@@ -122,7 +122,7 @@ def _logits(outputs: Sequence[ir.Value]) -> ir.Value:
     return named[0]
 
 
-def _tokens(eos_token_id: int | Sequence[int], tokenizer: Any) -> dict[str, Any]:
+def _tokens(eos_token_id: int | Sequence[int], tokenizer: object) -> dict[str, object]:
     """The special tokens, as the runtime wants to know them."""
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise ExportError(
@@ -144,7 +144,7 @@ def _tokens(eos_token_id: int | Sequence[int], tokenizer: Any) -> dict[str, Any]
 
 def _config(
     graph: ir.Graph, logits: ir.Value, specs: Sequence[AttentionSpec], context_length: int, tokens: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The configuration files of onnxruntime-genai."""
     spec, names = specs[0], {i.name for i in graph.inputs}
     assert logits.shape is not None

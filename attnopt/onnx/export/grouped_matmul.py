@@ -10,7 +10,7 @@ from torch import fx
 GROUPED = "transformers::grouped_mm_fallback"  # the form of transformers' experts in torch.export, except in bfloat16
 
 
-def grouped_products(gm: fx.GraphModule) -> dict[Any, Callable[..., Any]]:
+def grouped_products(gm: fx.GraphModule) -> dict[Callable[..., object], Callable[..., object]]:
     """For ``torch.onnx.export``: the operators of this meaning that the graph calls, each with its form in plain ONNX."""
     called = {n.target for n in gm.graph.nodes if n.op == "call_function"}
     return {op: _by_rows for op in called if (schema := getattr(op, "_schema", None)) and schema.name == GROUPED}

@@ -29,11 +29,11 @@ WITH_BROADCAST_SUM = 8  # the first opset whose Sum broadcasts
 class _RmsNormalization(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     """``x / sqrt(mean(x ** 2) + epsilon) * scale`` as one ONNX operator."""
 
-    def pattern(self, op: Any, x: Any, scale: Any, epsilon: Any) -> Any:
+    def pattern(self, op: Any, x: object, scale: object, epsilon: object) -> object:
         mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1, noop_with_empty_axes=0)
         return op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon)))) * scale
 
-    def check(self, context: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value, **_: Any) -> Any:
+    def check(self, context: object, x: ir.Value, scale: ir.Value, epsilon: ir.Value, **_: object) -> object:
         made = pattern.MatchResult()
         if x.dtype != ir.DataType.FLOAT or scale.dtype != ir.DataType.FLOAT:
             return made.fail("not float32", x)
@@ -43,7 +43,7 @@ class _RmsNormalization(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             return made.fail("epsilon is not one known number", epsilon)
         return made
 
-    def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value) -> Any:
+    def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value) -> object:
         assert epsilon.const_value is not None
         return op.RMSNormalization(x, scale, axis=-1, epsilon=epsilon.const_value.numpy().item())
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from attnopt.onnx.load.grouping import used_by
 from attnopt.onnx.load.source import Source
+from attnopt.onnx.load.values import Known
 
 _STEPS = {
     "Cast",
@@ -27,11 +28,11 @@ _STEPS = {
 class Folded:
     """``values``: the results of ``nodes``, which read only constants, that the rest of the graph uses."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Known] = field(default_factory=dict)
     nodes: frozenset[int] = frozenset()
 
 
-def folded(source: Source, feed: Any) -> Folded:
+def folded(source: Source, feed: Mapping[str, Known]) -> Folded:
     """Weights that come out of a cast or of a dequantization, as ONNX Runtime computes them."""
     from attnopt.onnx.load.unread import Runs
 

@@ -14,7 +14,7 @@ from attnopt.onnx.load.unread import Runs, repeated
 SMALLEST = 2  # a tracer treats an axis of one element as static
 
 
-def as_declared(model: OnnxModule, inputs: CallInputs, dynamic_shapes: Any) -> tuple[CallInputs, Any]:
+def as_declared(model: OnnxModule, inputs: CallInputs, dynamic_shapes: object) -> tuple[CallInputs, object]:
     """Example inputs, and the dynamic shapes that the file declares; those of the caller stay unchanged."""
     if dynamic_shapes not in (None, "auto") or not any(inputs):
         return inputs, dynamic_shapes

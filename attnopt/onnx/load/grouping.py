@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import onnx
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,7 @@ def between(nodes: Sequence[onnx.NodeProto], group: Sequence[int], name: str) ->
     return after & before
 
 
-def in_order(
-    items: Sequence[Any], reads: Callable[[Any], Sequence[str]], gives: Callable[[Any], Sequence[str]]
-) -> list[Any]:
+def in_order(items: Sequence[T], reads: Callable[[T], Sequence[str]], gives: Callable[[T], Sequence[str]]) -> list[T]:
     """The items in their order, but each after its inputs."""
     made_by = {name: k for k, item in enumerate(items) for name in gives(item) if name}
     waiting = [{made_by[n] for n in reads(item) if n in made_by} - {k} for k, item in enumerate(items)]
@@ -118,7 +118,7 @@ def in_order(
 
     ready = [k for k, needed in enumerate(waiting) if not needed]
     heapify(ready)
-    ordered: list[Any] = []
+    ordered: list[T] = []
     while ready:
         k = heappop(ready)
         ordered.append(items[k])

@@ -17,7 +17,7 @@ Attributes = Mapping[str, Any]
 Operator = Callable[..., Value]  # (attributes, *inputs), an input that is left out being None
 
 
-def torch_dtype(kind: Any) -> torch.dtype:
+def torch_dtype(kind: object) -> torch.dtype:
     """torch's name for a type of numpy."""
     made: torch.dtype = getattr(torch, str(kind))
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from attnopt.onnx.load.read import read
 from attnopt.onnx.load.risks import check_in_a_process, check_trap, risky
 from attnopt.onnx.load.source import Source
 from attnopt.onnx.load.unread import Runs, as_models, is_half, never_read
-from attnopt.onnx.load.values import tensor
+from attnopt.onnx.load.values import Known, Value, tensor
 
 TRIES = 20  # each leaves some nodes more to ONNX Runtime
 _INPUTS = "pass inputs of the types and sizes that the file takes"
@@ -31,7 +31,7 @@ _FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must no
 
 
 @compiling()
-def opened(path: str | os.PathLike[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OnnxModule:
+def opened(path: str | os.PathLike[str], args: tuple[object, ...], kwargs: Mapping[str, object]) -> OnnxModule:
     """The module of an ONNX file.  Raises CaptureError if ONNX Runtime cannot run the file on the example inputs.
 
     ONNX Runtime executes nodes that are unknown, cannot be traced, or compute something else in torch.
@@ -92,9 +92,7 @@ class _Opening:
         """The supported nodes only."""
         return module_of(self.source, (), None, unread).eval()
 
-    def _failing(
-        self, module: OnnxModule, values: dict[str, Any], seen: Callable[[Any], set[int]] | None = None
-    ) -> set[int]:
+    def _failing(self, module: OnnxModule, values: dict[str, Value]) -> set[int]:
         """The nodes that raise on these values.  Nodes without available inputs are skipped."""
         failing: set[int] = set()
         sizes = module.free_sizes(self.bound)
@@ -155,11 +153,11 @@ class _Opening:
             values.update(there)
         return found
 
-    def _agrees(self, module: OnnxModule, want: Mapping[str, Any]) -> bool:
+    def _agrees(self, module: OnnxModule, want: Mapping[str, Known]) -> bool:
         values = module.values(self.bound)
         return all(_same(values[name], torch.from_numpy(np.asarray(x)), self.least) for name, x in want.items())
 
-    def _checked(self, module: OnnxModule, want: Mapping[str, Any]) -> OnnxModule:
+    def _checked(self, module: OnnxModule, want: Mapping[str, Known]) -> OnnxModule:
         if self._agrees(module, want) or not self._is_steady(want):
             return module
         raise CaptureError(
@@ -167,7 +165,7 @@ class _Opening:
             hint="please report the file, or export the model again",
         )
 
-    def _is_steady(self, want: Mapping[str, Any]) -> bool:
+    def _is_steady(self, want: Mapping[str, Known]) -> bool:
         """ONNX Runtime returns the same result twice: the file draws no random numbers."""
         again = Runs(self.source, (self.feed,)).values(self.source.outputs)[0]
         return all(
@@ -180,7 +178,7 @@ def _axes(x: Tensor, free: list[int]) -> StatelessSymbolicContext[Any, Any]:
     return StatelessSymbolicContext(dynamic_sizes=kinds)
 
 
-def _same(value: Any, want: Tensor, least: float = 0.0) -> bool:
+def _same(value: Value, want: Tensor, least: float = 0.0) -> bool:
     """``least``: the difference that rounding in the file explains, for any dtype of this value."""
     got = tensor(value).to(want.dtype)
     return difference([got], [want]) <= ROOM * max(tolerance([want]), least if want.is_floating_point() else 0.0)

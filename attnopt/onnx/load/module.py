@@ -20,8 +20,9 @@ from attnopt.onnx.load.grouping import in_order
 from attnopt.onnx.load.layout_operators import split
 from attnopt.onnx.load.operators import OPERATORS, meant
 from attnopt.onnx.load.runtime_nodes import onnx_nodes
+from attnopt.onnx.load.sizes import Size
 from attnopt.onnx.load.source import Source
-from attnopt.onnx.load.values import Value, stays_known, tensor
+from attnopt.onnx.load.values import Known, Value, stays_known, tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -48,14 +49,14 @@ class OnnxModule(nn.Module):
         self,
         source: Source,
         unread: Sequence[Unread] = (),
-        derived: Mapping[str, Any] | None = None,
+        derived: Mapping[str, Known] | None = None,
         skip: Collection[int] = (),
     ) -> None:
         import onnx
 
         super().__init__()
         self.source = source
-        self._known: dict[str, Any] = {}
+        self._known: dict[str, Known] = {}
         self.places: dict[str, str] = {}  # of weights: name in the file -> name in this module
         self._steps: list[_Node | _Group] = []  # set before the weights, which may have the same names
         self.outputs = source.outputs
@@ -90,7 +91,7 @@ class OnnxModule(nn.Module):
             found[name] = next(iter(_Node(node, source.opset).attributes.values()))
         return frozenset(n for n, a in found.items() if getattr(a, "size", 0) == 1 and not a.any())
 
-    def _store(self, name: str, array: Any) -> None:
+    def _store(self, name: str, array: Known) -> None:
         if stays_known(array):
             self._known[name] = array
             return
@@ -134,15 +135,15 @@ class OnnxModule(nn.Module):
     def signature(self) -> inspect.Signature:
         return inspect.signature(self.forward)
 
-    def given(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def given(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """The values before any node runs: inputs and stored tensors."""
-        values: dict[str, Any] = dict(self._known) | {name: inputs[said] for name, said in self.inputs.items()}
+        values: dict[str, Value] = {**self._known, **{name: inputs[said] for name, said in self.inputs.items()}}
         for name, place in self.places.items():
             owner, _, last = place.rpartition(".")
             values[name] = getattr(self.get_submodule(owner), last)
         return values
 
-    def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def values(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """Every value of the graph, by its name in the file."""
         values = self.given(inputs)
         sizes = self.free_sizes(inputs)
@@ -152,14 +153,14 @@ class OnnxModule(nn.Module):
                 values[name] = named(made, name) if is_traced and isinstance(made, Tensor) else made
         return values
 
-    def free_sizes(self, inputs: Mapping[str, Any]) -> list[Any]:
+    def free_sizes(self, inputs: Mapping[str, Value]) -> list[Size]:
         return [inputs[self.inputs[name]].shape[axis] for name, axis, _ in self.source.free]
 
     def steps(self) -> list[_Node | _Group]:
         """In the order in which they run."""
         return list(self._steps)
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         values = self.values(self.signature.bind(*args, **kwargs).arguments)
         return {said: tensor(values[name]) for said, name in zip(self.output_names(), self.outputs, strict=True)}
 
@@ -179,7 +180,10 @@ def signature_of(source: Source) -> inspect.Signature:
 
 
 def module_of(
-    source: Source, unread: Sequence[Unread] = (), derived: Mapping[str, Any] | None = None, skip: Collection[int] = ()
+    source: Source,
+    unread: Sequence[Unread] = (),
+    derived: Mapping[str, Known] | None = None,
+    skip: Collection[int] = (),
 ) -> OnnxModule:
     """The graph as a module whose ``forward`` has the names of the file's inputs.
 
@@ -187,7 +191,7 @@ def module_of(
     """
     made = OnnxModule(source, unread, derived, skip)
 
-    def forward(self: OnnxModule, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: OnnxModule, *args: object, **kwargs: object) -> object:
         return OnnxModule.forward(self, *args, **kwargs)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -221,7 +225,7 @@ class _Node(nn.Module):
         self.inputs, self.outputs = list(node.input), list(node.output)
         self.attributes = {a.name: _attribute(onnx.helper.get_attribute_value(a)) for a in node.attribute}
 
-    def run(self, values: Mapping[str, Any], _: Sequence[Any]) -> list[Value]:
+    def run(self, values: Mapping[str, Value], _: Sequence[Size]) -> list[Value]:
         try:
             made: list[Value] = self([values[name] if name else None for name in self.inputs])
         except Exception as e:
@@ -252,16 +256,16 @@ class _Group(nn.Module):
         self.inputs, self.outputs, self.sized = list(unread.inputs), list(unread.outputs), "\n".join(unread.sized)
         self.register_buffer("model", torch.frombuffer(bytearray(unread.model), dtype=torch.uint8))
 
-    def run(self, values: Mapping[str, Any], sizes: Sequence[Any]) -> list[Value]:
+    def run(self, values: Mapping[str, Value], sizes: Sequence[Size]) -> list[Value]:
         made: list[Value] = self([values[name] for name in self.inputs], list(sizes))
         return made
 
-    def forward(self, inputs: list[Value], sizes: list[Any]) -> list[Tensor]:
+    def forward(self, inputs: list[Value], sizes: list[Size]) -> list[Tensor]:
         made: list[Tensor] = onnx_nodes(self.model, [tensor(x) for x in inputs], sizes, self.sized)
         return made
 
 
-def _attribute(value: Any) -> Any:
+def _attribute(value: object) -> Any:
     import onnx
 
     if isinstance(value, bytes):

@@ -14,7 +14,7 @@ import torch
 
 from attnopt.errors import CaptureError
 from attnopt.onnx.load.source import Source
-from attnopt.onnx.load.values import tensor
+from attnopt.onnx.load.values import Known, Value, tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SECONDS = 600
 
 
-def check_trap(step: Any, values: Mapping[str, Any]) -> None:
+def check_trap(step: Any, values: Mapping[str, Value]) -> None:
     """OverflowError or ZeroDivisionError for an integer node that would crash the process."""
     if getattr(step, "kind", "") not in ("Div", "Mod"):
         return
@@ -78,7 +78,7 @@ except Exception:
 """
 
 
-def check_in_a_process(source: Source, feed: Mapping[str, Any]) -> None:
+def check_in_a_process(source: Source, feed: Mapping[str, Known]) -> None:
     """Raises CaptureError if the file crashes the process that runs it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "inputs.npz"

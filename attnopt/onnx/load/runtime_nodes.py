@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attnopt.base.ort_session import cpu_session
 from attnopt.errors import CaptureError
 from attnopt.onnx.load.sizes import Sized, parse
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 _sessions = WeakTensorKeyDictionary()
 _lock = threading.Lock()
@@ -48,12 +51,12 @@ def _(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], outputs: st
     return [_empty(parse(text), shapes, list(sizes), device) for text in outputs.splitlines()]
 
 
-def _empty(said: Sized, shapes: list[list[Any]], sizes: list[Any], device: torch.device) -> Tensor:
+def _empty(said: Sized, shapes: list[list[int]], sizes: list[int], device: torch.device) -> Tensor:
     shape = [torch.library.get_ctx().new_dynamic_size() if n is None else n for n in said.at(shapes, sizes)]
     return torch.empty(shape, dtype=said.dtype, device=device)
 
 
-def _session(model: Tensor) -> Any:
+def _session(model: Tensor) -> InferenceSession:
     with _lock:
         if model not in _sessions:
             _sessions[model] = cpu_session(model.numpy().tobytes(), threads=torch.get_num_threads(), exact=True)

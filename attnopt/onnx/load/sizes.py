@@ -9,11 +9,11 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 UNKNOWN = "?"
+Size = int | torch.SymInt
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sized:
     def is_known(self) -> bool:
         return UNKNOWN not in self.sizes
 
-    def at(self, shapes: Sequence[Sequence[Any]], free: Sequence[Any]) -> list[Any]:
+    def at(self, shapes: Sequence[Sequence[Size]], free: Sequence[Size]) -> list[Size | None]:
         """The sizes for inputs of these shapes, None if unknown.  Symbolic sizes give symbolic ones."""
         known = {f"x{i}_{a}": n for i, shape in enumerate(shapes) for a, n in enumerate(shape)}
         known |= {f"d{i}": n for i, n in enumerate(free)}
@@ -55,7 +55,7 @@ def names(text: str) -> set[str]:
     return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - functions
 
 
-def number(text: str, known: Mapping[str, Any]) -> Any:
+def number(text: str, known: Mapping[str, Size]) -> Size:
     """The value of an expression.  ValueError, KeyError or SyntaxError if it is not an integer expression."""
     above, below = _fraction(ast.parse(text, mode="eval").body, known)
     if below != 1:
@@ -63,7 +63,7 @@ def number(text: str, known: Mapping[str, Any]) -> Any:
     return above
 
 
-def _fraction(node: ast.expr, known: Mapping[str, Any]) -> tuple[Any, int]:
+def _fraction(node: ast.expr, known: Mapping[str, Size]) -> tuple[Size, int]:
     """Numerator, which may be symbolic, and denominator."""
     match node:
         case ast.Constant(int(value)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,14 +17,16 @@ from attnopt.onnx.load.module import Unread
 from attnopt.onnx.load.operators import OPERATORS, SAFE_SOFTMAX
 from attnopt.onnx.load.sizes import UNKNOWN, Sized, names, number
 from attnopt.onnx.load.source import Source
+from attnopt.onnx.load.values import Known
 
 if TYPE_CHECKING:
     import onnx
+    from onnxruntime import InferenceSession
 
 READ = {*(k for k in OPERATORS if k != SAFE_SOFTMAX and "-" not in k), "Split", "Constant"}
 ROUNDS = 12  # users of a value-dependent size become unsupported, and so on
 
-Feed = Mapping[str, Any]
+Feed = Mapping[str, Known]
 
 
 def never_read(source: Source) -> set[int]:
@@ -111,22 +113,22 @@ class Runs:
     def is_varied(self) -> bool:
         return len(self.feeds) > 1 or not self.source.free
 
-    def values(self, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    def values(self, wanted: Sequence[str]) -> list[dict[str, Known]]:
         """The values of these names in each run."""
         return [dict(zip(wanted, self._run(feed, wanted), strict=True)) for feed in self.feeds]
 
-    def example(self, wanted: Sequence[str]) -> dict[str, Any]:
+    def example(self, wanted: Sequence[str]) -> dict[str, Known]:
         """The values in the first run."""
         return Runs(self.source, self.feeds[:1]).values(wanted)[0]
 
-    def _run(self, feed: Feed, wanted: Sequence[str]) -> list[Any]:
+    def _run(self, feed: Feed, wanted: Sequence[str]) -> list[Known]:
         given = [n for n in wanted if n in feed]
         made = [n for n in dict.fromkeys(wanted) if n not in feed]
         found = dict(zip(made, _session(self.source, made).run(made or None, dict(feed)), strict=bool(made)))
         return [feed[n] if n in given else found[n] for n in wanted]
 
 
-def _session(source: Source, wanted: Sequence[str]) -> Any:
+def _session(source: Source, wanted: Sequence[str]) -> InferenceSession:
     """The file with these values as further outputs."""
     import onnx
 
@@ -154,7 +156,7 @@ def _other_sizes(source: Source, feed: Feed) -> Iterator[list[int]]:
         yield [way(n, different.index(label)) for n, label in zip(here, labels, strict=True)]
 
 
-def repeated(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Any]:
+def repeated(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Known]:
     """The example repeated or cut along the free axes."""
     made = {name: np.asarray(x) for name, x in feed.items()}
     for (name, axis, _), size in zip(source.free, sizes, strict=True):
@@ -164,7 +166,7 @@ def repeated(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Any]
     return made
 
 
-def _resized(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Any]:
+def _resized(source: Source, feed: Feed, sizes: Sequence[int]) -> dict[str, Known]:
     """The example at these sizes with other values."""
     made = repeated(source, feed, sizes)
     return {name: (x * np.asarray(1.25, x.dtype) if x.dtype.kind == "f" else x) for name, x in made.items()}
@@ -220,7 +222,7 @@ def _as_model(source: Source, group: Group, runs: Runs) -> Unread:
     return Unread(group.nodes, model.SerializeToString(), group.inputs, group.outputs, tuple(map(str, sized)))
 
 
-def _declared(name: str, array: Any, sizes: Sequence[str | int | None]) -> onnx.ValueInfoProto:
+def _declared(name: str, array: Known, sizes: Sequence[str | int | None]) -> onnx.ValueInfoProto:
     import onnx
 
     kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -229,7 +231,7 @@ def _declared(name: str, array: Any, sizes: Sequence[str | int | None]) -> onnx.
 
 # ---------------------------------------------------------------- sizes
 def _sized(
-    source: Source, group: Group, model: onnx.ModelProto, values: Sequence[Mapping[str, Any]], runs: Runs
+    source: Source, group: Group, model: onnx.ModelProto, values: Sequence[Mapping[str, Known]], runs: Runs
 ) -> list[Sized]:
     """Each output's sizes in terms of the inputs': as ONNX Runtime's tool infers them, or as all runs have them."""
     shapes = [[list(v[n].shape) for n in group.inputs] for v in values]

@@ -5,6 +5,7 @@ Sizes, axes and scalar constants stay in numpy, so a reshape gets its sizes and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ Value = Tensor | Known
 LARGEST = 64  # integers of a constant that may be sizes or axes
 
 
-def is_known(value: Any) -> bool:
+def is_known(value: object) -> bool:
     return isinstance(value, np.ndarray)
 
 
@@ -56,7 +57,7 @@ def numbers(value: Value) -> list[Any]:
     return [n if isinstance(n, torch.SymInt) else int(n) for n in value.reshape(-1)]
 
 
-def known(sizes: Any) -> Known:
+def known(sizes: Iterable[int | torch.SymInt]) -> Known:
     """Sizes as a value; plain integers if none is symbolic."""
     listed = list(sizes)
     if all(isinstance(n, int) for n in listed):

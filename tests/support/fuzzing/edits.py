@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import oracle
@@ -12,7 +12,7 @@ from models import Attention, Spelling, places
 from torch import Tensor, nn
 
 from attnopt.ir.interfaces import Pass
-from attnopt.passes import GroupedQuery, LocalWindow, PoolKeys, PruneHeads, ScaleHeads, Sparse
+from attnopt.passes import GroupedQuery, LocalWindow, PoolKeys, PruneHeads, ScaleHeads, SegmentGain, Sparse
 from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
@@ -40,13 +40,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Edit:
-    """The passes at one site, and by pass what each means: a mask, gains, groups of K/V heads that become one, or [H, S, S]
-    weights of the keys whose mean takes the place of a key."""
+    """The passes at one site, and by pass what each means: a mask, gains, a change of its map, groups of K/V heads that become
+    one, or [H, S, S] weights of the keys whose mean takes the place of a key."""
 
     call: Call
     passes: tuple[Pass, ...]
     visible: Mapping[str, Tensor]
     gains: Mapping[str, Mapping[int, float]]
+    maps: Mapping[str, Callable[[Tensor], Tensor]]
     merged: int = 0
     pools: Tensor | None = None
 
@@ -82,6 +83,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
     block, s, n = call.block, call.block.spelling, call.block.number
     passes, visible, gains = list[Pass](), dict[str, Tensor](), dict[str, Mapping[int, float]]()
     merged, pools = 0, None
+    maps = dict[str, Callable[[Tensor], Tensor]]()
     for kind in block.rewrite.split("+"):
         if kind == "window":
             left, right, sinks = n % 4, n // 4 % 3, n // 12
@@ -113,6 +115,9 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             if given_gains:
                 passes.append(ScaleHeads(given_gains))
                 gains[passes[-1].name] = given_gains
+        elif kind == "segment" and _by_normaliser(s):
+            passes.append(_segment_gain(n, call.kv_len))
+            maps[passes[-1].name] = _map_of(n, call.kv_len, has_sink=s.sinks)
         elif kind == "group" and s.kv_heads > 1 and s.norm != "across" and not case.reuse:
             merged = group_target(block)
             passes.append(GroupedQuery(kv_heads=merged, merge="mean"))
@@ -122,7 +127,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             passes.append(PoolKeys(size, heads=heads))
             pools = torch.eye(call.kv_len).repeat(s.heads, 1, 1)
             pools[heads] = torch.block_diag(*[torch.full((size, size), 1 / size)] * (call.kv_len // size))
-    return Edit(call, tuple(passes), visible, gains, merged, pools) if passes else None
+    return Edit(call, tuple(passes), visible, gains, maps, merged, pools) if passes else None
 
 
 def _pools_can_be_told(s: Spelling) -> bool:
@@ -130,6 +135,40 @@ def _pools_can_be_told(s: Spelling) -> bool:
     are refused."""
     is_linear = s.softcap is None and not s.bias_kind and not {"window", "far", "chunk"} & set(s.mask)
     return _by_normaliser(s) and is_linear and s.core != "transposed"
+
+
+def _segment_gain(n: int, kv_len: int) -> SegmentGain:
+    segment, to = _segment(n, kv_len)
+    gain, how = (0.25, 0.0, 0.5, 1.0)[n // 3 % 4], ("logits", "none", "redistribute")[n % 3]
+    if how == "redistribute":
+        return SegmentGain(segment, gain, normalise="redistribute", to=to)
+    return SegmentGain(segment, gain * 3 or 0.125, normalise=how)  # type: ignore[arg-type]
+
+
+def _segment(n: int, kv_len: int) -> tuple[list[int], list[int]]:
+    """Some keys, never all of them, and those that receive."""
+    first = n % kv_len
+    segment = sorted({first, (first + n // 5) % kv_len})[: max(1, kv_len - 1)]
+    return segment, [j for j in range(kv_len) if j % 3 != 1]
+
+
+def _map_of(n: int, kv_len: int, has_sink: bool) -> Callable[[Tensor], Tensor]:
+    """What the gain makes of weights [..., L, S], a sink's column last."""
+    segment, to = _segment(n, kv_len)
+    gain, how = (0.25, 0.0, 0.5, 1.0)[n // 3 % 4], ("logits", "none", "redistribute")[n % 3]
+    inside = torch.tensor([j in segment for j in range(kv_len)] + [False] * has_sink)
+    receives = torch.tensor([j in to and j not in segment for j in range(kv_len)] + [False] * has_sink)
+
+    def change(p: Tensor) -> Tensor:
+        if how == "redistribute":
+            freed = torch.where(inside, (1 - gain) * p, 0.0).sum(-1, keepdim=True)
+            held = torch.where(receives, p, 0.0).sum(-1, keepdim=True)
+            moved = torch.where(receives, p + p * freed / held, torch.where(inside, gain * p, p))
+            return torch.where(held > 0, moved, p)
+        scaled = torch.where(inside, (gain * 3 or 0.125) * p, p)
+        return scaled if how == "none" else scaled / scaled.sum(-1, keepdim=True)
+
+    return change
 
 
 def _gains_can_be_told(case: Case, s: Spelling) -> bool:
@@ -166,9 +205,10 @@ def meant(
         if gains and not _by_normaliser(s):
             attention.load_state_dict(attention.with_gains(gains).state_dict())
             gains = {}
+        change = next((edit.maps[name] for name in kept if name in edit.maps), None)
         factors = tuple(gains.get(h, 1.0) for h in range(s.heads)) if gains else None
         pools = edit.pools if "pool-keys" in kept else None
-        told[edit.call.normaliser] = oracle.Edit(masks[0] if masks else None, factors, pools=pools)
+        told[edit.call.normaliser] = oracle.Edit(masks[0] if masks else None, factors, weights=change, pools=pools)
     return oracle.run_edited(model, (), given, told, exponentials=True)
 
 

@@ -16,17 +16,9 @@ DECOYS = (
     "FirstColumnDropped",
 )  # fmt: skip
 REWRITES = (
-    "none",
-    "window",
-    "sparse",
-    "prune",
-    "scale",
-    "window+prune",
-    "scale+sparse",
-    "group",
-    "pool",
-    "pool+sparse",
-)
+    "none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group", "segment", "segment+window",
+    "pool", "pool+sparse",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

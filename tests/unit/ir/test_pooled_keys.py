@@ -27,10 +27,11 @@ from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.pooling import parts_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.spec_rules import verify_spec
+from attnopt.ir.weight_gains import Part, WeightGains
 from attnopt.passes import (
     PoolKeys,
 )
-from attnopt.patterns import Blocks, Full, Pattern, PerHead, Window
+from attnopt.patterns import Blocks, Full, Keys, Pattern, PerHead, Window
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
@@ -39,7 +40,7 @@ B, L, D, DV = 2, 4, 6, 7
 SHARED = (0, 2, 1, 0, 2)  # H = 5 query heads read G = 3 K/V heads
 
 
-def by_hand(spec: AttentionSpec, t: dict[str, Any], *, over_pools: bool) -> Tensor:
+def by_hand(spec: AttentionSpec, t: dict[str, Any], *, over_pools: bool, gains: Tensor | None = None) -> Tensor:
     """Head by head.  ``over_pools``: a softmax over the pools; otherwise over all keys, where each of r in a pool counts 1/r."""
     S = t["k"].shape[2]
     outputs = []
@@ -67,7 +68,8 @@ def by_hand(spec: AttentionSpec, t: dict[str, Any], *, over_pools: bool) -> Tens
         total = e.sum(-1, keepdim=True)
         if t["sinks"] is not None:
             total = total + torch.exp(t["sinks"][:, h])
-        outputs.append((e / total.where(total > 0, 1.0)) @ v)
+        p = e / total.where(total > 0, 1.0)
+        outputs.append((p if gains is None else p * gains) @ v)
     return torch.stack(outputs, 1)
 
 
@@ -194,6 +196,17 @@ def test_edits_and_routes(made: tuple[AttentionSpec, dict[str, Any]], route: int
         backend, spec = Blocked(), spec.followed_by(TowardValues(((3, 0.3),)))
     torch.testing.assert_close(lowered(Reference(), spec, t), want)
     torch.testing.assert_close(lowered(backend, spec, t), want)
+
+
+@settings(deadline=None)
+@given(specs(), st.sampled_from([Reference(), Blocked()]))
+def test_gains_on_weights_count_keys(made: tuple[AttentionSpec, dict[str, Any]], backend: Backend) -> None:
+    """A gain of some keys of a pool leaves the others: those heads compute with every key."""
+    spec, t = made
+    gained = replace(spec, weight_gains=WeightGains((Part(Keys([1, 4]), (0.5,) * 5),), "none"))
+    gains = torch.ones(t["k"].shape[2], dtype=torch.float64)
+    gains[[1, 4]] = 0.5
+    torch.testing.assert_close(lowered(backend, gained, t), by_hand(spec, t, over_pools=False, gains=gains))
 
 
 def test_a_backend_is_not_given_pools() -> None:

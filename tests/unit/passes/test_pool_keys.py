@@ -83,7 +83,7 @@ def test_reports_and_costs() -> None:
     assert site.cost_after.parameters == site.cost_before.parameters
     assert "heads 1, 2 read keys pooled by 3" in str(fast.sites[0].spec)
     (kept,) = attnopt.optimize(model, [PoolKeys(3, heads=[1, 2]), LocalWindow(2)], (x,), backend="sdpa").report.sites
-    told = "the pools of heads 1, 2 are computed key by key under a pattern, bias or mask: no time is saved"
+    told = "the pools of heads 1, 2 are computed key by key under a pattern, bias, mask or gain: no time is saved"
     assert told in kept.notes
     assert kept.cost_after.flops - projections == 4 * (2 * 54 * 16)
     (plain,) = attnopt.optimize(model, PoolKeys(3), (x,), backend="reference").report.sites

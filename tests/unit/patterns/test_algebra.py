@@ -23,6 +23,7 @@ from attnopt.patterns import (
     Dilated,
     Full,
     Global,
+    Keys,
     Neighborhood,
     Not,
     Or,
@@ -68,6 +69,8 @@ def sees(p: Pattern, h: int, i: int, j: int) -> bool:
             return any(j == i + dilation * step for step in range(-left, right + 1))
         case Sinks(n):
             return j < n
+        case Keys(ranges):
+            return any(start <= j < stop for start, stop in ranges)
         case Global(positions):
             return i in positions or j in positions
         case Strided(stride):
@@ -263,7 +266,7 @@ def test_per_head_normal_form() -> None:
         ("Global([1, -1])", "Global: invalid value positions=-1"),
         (
             "Windw(3)",
-            "unknown pattern 'Windw'; available: Full, Causal, Window, Dilated, Sinks, Global, Strided, Periodic, Blocks, "
+            "unknown pattern 'Windw'; available: Full, Causal, Window, Dilated, Keys, Sinks, Global, Strided, Periodic, Blocks, "
             "Neighborhood, Prefix, Segments, RandomBlocks, BlockLayout, PerHead",
         ),
         ("Windw(3)", "did you mean Window?"),

@@ -1,0 +1,57 @@
+"""An attention computed in disjoint parts of its pairs, merged by their log-sum-exps: no map of weights exists.
+
+The merge is that of online softmax (Milakov and Gimelshein, arXiv:1805.02867) over whole parts, as in ring attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.attend import Attend, AttendWithLse
+from attnopt.ir.spec import AttentionSpec
+
+
+def by_parts(spec: AttentionSpec, core_of: Callable[[AttentionSpec], AttendWithLse]) -> Attend:
+    """``spec`` with its ``weight_gains``; ``core_of`` computes a spec without them."""
+    gains = spec.weight_gains
+    assert gains is not None
+    bare = replace(spec, weight_gains=None, has_sinks=False)
+    cores = [core_of(bare.restricted(piece)) for piece in gains.pieces]
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        made = [core(q, k, v, bias=bias, mask=mask, sinks=None) for core in cores]
+        lses = [lse for _, lse in made]
+        sink = None if sinks is None else sinks.to(lses[0].dtype).squeeze(-1).expand_as(lses[0])
+        masses = _shares(lses, sink)
+        factors = gains.of_rows(masses)
+        if gains.normalise == "logits":
+            masses = _shares([lse + _log(g, lse) for lse, g in zip(lses, factors, strict=True)], sink)
+            weights = masses
+        else:
+            weights = [mass * g for mass, g in zip(masses, factors, strict=True)]
+        parts = [w.unsqueeze(-1) * o for w, (o, _) in zip(weights, made, strict=True)]
+        return reduce(torch.add, parts).to(v.dtype)
+
+    return attend
+
+
+def _shares(lses: list[Tensor], sink: Tensor | None) -> list[Tensor]:
+    """The weight that each part has in a softmax over all of them and the sink; zeros in a row that sees nothing."""
+    every = lses if sink is None else [*lses, sink]
+    top = reduce(torch.maximum, every)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    exponentials = [torch.exp(lse - top) for lse in every]
+    total = reduce(torch.add, exponentials)
+    total = total.masked_fill(total == 0.0, 1.0)
+    return [e / total for e in exponentials[: len(lses)]]
+
+
+def _log(gain: Tensor | float, like: Tensor) -> Tensor:
+    return (like.new_full((), gain) if isinstance(gain, float) else gain).log()

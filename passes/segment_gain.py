@@ -1,0 +1,167 @@
+"""Multiply the attention that chosen keys receive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, ClassVar, get_args
+
+from attnopt.base.options import number, wholes
+from attnopt.errors import PolicyError
+from attnopt.ir.interfaces import Pass, Rewrite
+from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.weight_gains import Normalise, Part, WeightGains
+from attnopt.passes.heads import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
+from attnopt.patterns import Keys, Pattern, PerHead, parse
+from attnopt.patterns.algebra import any_of
+
+LARGEST = 1e6
+_CONDITIONS = ("mass", "share")
+
+
+@dataclass(frozen=True, init=False)
+class SegmentGain(Pass):
+    """Multiply attention weights by the segment of their keys, without ever holding a map of weights.
+
+    ``segments``: key positions (a range, integers, or a text such as "5-580"), a pattern, or a list of these, of which the
+    first that holds a pair counts.  ``gains``: a number for all segments or one for each, from 0 to 1e6.
+    ``heads``: None for all.
+
+    ``normalise``: what keeps the sum of a row.
+
+    - "logits": all keys do; a gain w is the same as adding log w to the scores, n is the same as n copies of the keys,
+      and 0 hides them.
+    - "redistribute": the keys of ``to`` receive what the segments lose, in proportion to their weights; gains up to 1.  With
+      the visual sinks of a picture as ``segments`` and its other tokens as ``to``, this is visual attention redistribution
+      (VAR, arXiv:2503.03321).
+    - "none": nothing; the sum changes.
+
+    ``when``: change only rows in which segments and ``to`` hold at least ``mass`` of the attention, and the segments at most
+    ``share`` of that, as in ``{"mass": 0.2, "share": 0.5}``.  Raises PolicyError.
+    """
+
+    name: ClassVar[str] = "segment-gain"
+    exact: ClassVar[bool] = False
+    segments: tuple[Pattern, ...]
+    gains: tuple[float, ...]
+    heads: tuple[int, ...] | None
+    normalise: Normalise
+    to: Pattern | None
+    when: Mapping[str, float] | None
+
+    def __init__(
+        self,
+        segments: Any,
+        gains: float | Iterable[float],
+        heads: Iterable[int] | None = None,
+        normalise: Normalise = "logits",
+        to: Any = None,
+        when: Mapping[str, float] | None = None,
+    ) -> None:
+        several = isinstance(segments, (list, tuple)) and not all(isinstance(s, int) for s in segments)
+        read = tuple(map(_segment, segments)) if several else (_segment(segments),)
+        if normalise not in get_args(Normalise):
+            names = ", ".join(map(repr, get_args(Normalise)))
+            raise PolicyError(f"{self.name}: invalid value normalise={normalise!r}: expected one of {names}")
+        if (normalise == "redistribute") != (to is not None):
+            told = "needs to=, the keys that receive" if to is None else f"does not use to={to!r}"
+            raise PolicyError(f"{self.name}: normalise={normalise!r} {told}")
+        object.__setattr__(self, "segments", read)
+        object.__setattr__(self, "gains", _gains(gains, len(read), 1.0 if normalise == "redistribute" else LARGEST))
+        object.__setattr__(self, "heads", None if heads is None else wholes(self.name, "heads", heads))
+        object.__setattr__(self, "normalise", normalise)
+        object.__setattr__(self, "to", None if to is None else _segment(to))
+        object.__setattr__(self, "when", _conditions(when))
+
+    @classmethod
+    def typical(cls) -> SegmentGain:
+        return cls(Keys([0]), 0.5)
+
+    def check(self, site: Site) -> Refusal | None:
+        patterns = (*self.segments, *([] if self.to is None else [self.to]))
+        named = max(p.named_heads for p in patterns)
+        found = refuse_unknown_heads(site, [*(self.heads or ()), *([named - 1] if named else [])])
+        for pattern in patterns:
+            if found is None and pattern.is_positional:
+                found = refuse_other_keys(site, past=True)
+            found = found or refuse_other_lengths(site, pattern) or self._refuse_beyond(site, pattern)
+        return found or self._refuse_twice(site)
+
+    def rewrite(self, site: Site) -> Rewrite:
+        spec = site.spec
+        chosen = set(spec.heads) if self.heads is None else {*self.heads} & {*spec.heads}
+        if not chosen or all(g == 1 for g in self.gains):
+            return Rewrite(spec)
+        listed = list(zip(self.segments, self.gains, strict=True))
+        if self.normalise == "logits" and self.when is None:  # keys without weight are hidden
+            hidden, listed = [s for s, g in listed if g == 0], [(s, g) for s, g in listed if g != 0]
+            spec = _without(spec, hidden, chosen) if hidden else spec
+        if all(gain == 1 for _, gain in listed):
+            return Rewrite(spec)
+        parts = tuple(
+            Part(
+                any_of(s for s, _ in run).for_heads(spec.heads), tuple(gain if h in chosen else 1.0 for h in spec.heads)
+            )
+            for gain, run in groupby(listed, key=itemgetter(1))
+        )
+        to = None if self.to is None else self.to.for_heads(spec.heads)
+        return Rewrite(replace(spec, weight_gains=WeightGains(parts, self.normalise, to, **(self.when or {}))))
+
+    def _refuse_beyond(self, site: Site, pattern: Pattern) -> Refusal | None:
+        """Refuse positions that no call has."""
+        last = max(
+            (k.positions[-1][1] - 1 for k in pattern.leaves() if isinstance(k, Keys) and k.positions), default=-1
+        )
+        if last < site.kv_len or site.is_dynamic:
+            return None
+        return site.refuse("unknown-keys", expected=f"key positions below {site.kv_len}", found=f"position {last}")
+
+    def _refuse_twice(self, site: Site) -> Refusal | None:
+        if site.spec.weight_gains is None:
+            return None
+        hint = "give all segments to one segment-gain"
+        found = str(site.spec.weight_gains)
+        return site.refuse("already-gained", expected="weights without gains", found=found, hint=hint)
+
+
+def _segment(given: Any) -> Pattern:
+    if isinstance(given, Pattern):
+        return given
+    if isinstance(given, str) and not given[:1].isdigit():
+        return parse(given)
+    return Keys(given)
+
+
+def _gains(given: Any, count: int, most: float) -> tuple[float, ...]:
+    listed = [given] * count if isinstance(given, (int, float)) else list(given)
+    if len(listed) != count:
+        raise PolicyError(f"segment-gain: invalid value gains={given!r}: expected one number or {count} of them")
+    read = tuple(number("segment-gain", "gains", g) for g in listed)
+    if any(not 0 <= g <= most for g in read):
+        raise PolicyError(f"segment-gain: invalid value gains={given!r}: expected numbers from 0 to {most:g}")
+    return read
+
+
+def _conditions(given: Any) -> dict[str, float] | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or not given or set(given) - set(_CONDITIONS):
+        raise PolicyError(
+            f'segment-gain: invalid value when={given!r}: expected a mapping such as {{"mass": 0.2, "share": 0.5}}'
+        )
+    read = {name: number("segment-gain", name, value) for name, value in given.items()}
+    if any(not 0 <= value <= 1 for value in read.values()):
+        raise PolicyError(f"segment-gain: invalid value when={given!r}: expected fractions from 0 to 1")
+    return read
+
+
+def _without(spec: AttentionSpec, segments: Sequence[Pattern], heads: set[int]) -> AttentionSpec:
+    """The same attention without these keys in ``heads``."""
+    hidden = ~any_of(segments)
+    if heads == set(spec.heads):
+        return spec.restricted(hidden.for_heads(spec.heads))
+    return spec.restricted(PerHead({tuple(sorted(heads)): hidden}).for_heads(spec.heads))
