@@ -47,10 +47,13 @@ def note(call: fx.Node, computed: Lowered) -> None:
 
 
 def note_between(operands: Iterable[fx.Node], made: fx.Node, computed: Sequence[Lowered]) -> None:
-    """Every attention call that computes ``made`` from ``operands``.  ``computed``: what is computed one after the other, with
-    as many calls for each."""
-    inside = set(ancestors(made, stop=set(operands).__contains__))
+    """Every attention call that computes ``made`` from ``operands``.  ``computed``: what is computed one after the other, each
+    with as many calls; if that cannot be, nothing is noted."""
+    given = set(operands)
+    inside = set(ancestors(made, stop=given.__contains__)) - given
     calls = [node for node in attention_calls(made.graph) if node in inside]
+    if len(calls) % len(computed):
+        return
     for i, node in enumerate(calls):
         part = computed[i * len(computed) // len(calls)]
         note(node, Lowered(part.site, replace(part.spec, after=())))
