@@ -31,11 +31,11 @@ def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Ten
     """The same, and the log-sum-exp of each row, [B, H, L], in float32 or wider."""
     B, H, L, _ = t.q.shape
     wide = torch.promote_types(t.v.dtype, torch.float32)
-    nothing = (
-        t.v.new_zeros(B, H, _padded(L), t.v.shape[3], dtype=wide),
-        t.v.new_full((B, H, _padded(L), 1), -torch.inf, dtype=wide),
-    )
-    both = _filled(torch.cat(nothing, -1), spec, t, _lse_beside)
+    o = t.v.new_zeros(B, H, _padded(L), t.v.shape[3], dtype=wide)
+    lse = o.new_full((B, H, _padded(L), 1), -torch.inf)
+    if t.sinks is not None:
+        lse[:, :, :L] = t.sinks
+    both = _filled(torch.cat([o, lse], -1), spec, t, _lse_beside)
     return both[..., :-1].to(t.v.dtype), both[..., -1]
 
 

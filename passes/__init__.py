@@ -5,6 +5,7 @@ from __future__ import annotations
 if __name__ != "attnopt.passes":
     raise ImportError(f"{__name__} would be a second copy of attnopt.passes; import attnopt.passes instead")
 
+from attnopt.passes.add_values import AddValues
 from attnopt.passes.dynamic_sparse import DynamicSparse
 from attnopt.passes.fuse import Fuse
 from attnopt.passes.grouped_query import GroupedQuery
@@ -17,8 +18,10 @@ from attnopt.passes.scale_heads import ScaleHeads
 from attnopt.passes.segment_gain import SegmentGain
 from attnopt.passes.soft_pag import SoftPAG
 from attnopt.passes.sparse import Sparse
+from attnopt.passes.steer import Steer
 
 __all__ = [
+    "AddValues",
     "DynamicSparse",
     "Fuse",
     "GroupedQuery",
@@ -31,4 +34,5 @@ __all__ = [
     "SegmentGain",
     "SoftPAG",
     "Sparse",
+    "Steer",
 ]

@@ -119,7 +119,9 @@ class GroupedQuery(Pass, SharesBudget):
         if self.kv_heads == site.num_kv_heads:
             return None
         edited = [e for e in site.spec.after if isinstance(e, Routed) or not e.fits_other_values]
-        refused = refuse_edits(site, edits=edited, hint="apply grouped-query before heads are routed or replaced")
+        refused = refuse_edits(
+            site, edits=edited, hint="apply grouped-query before heads are routed, replaced or steered"
+        )
         return refused or self._refuse_sizes(site) or self._refuse_parts(site)
 
     def rewrite(self, site: Site) -> Rewrite:

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnopt.base.options import whole_tuple
 from attnopt.errors import PolicyError
 from attnopt.fit.head_scores import mean_outputs
 from attnopt.ir.constant import Constant
@@ -17,7 +16,7 @@ from attnopt.ir.head_edits import Replaced
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_no_data, refuse_unknown_heads
+from attnopt.passes.heads import distinct_heads, refuse_no_data, refuse_unknown_heads
 
 NAMED = ("silence", "mean", "run")
 
@@ -41,12 +40,7 @@ class HeadPatch(Pass):
     values: str | Tensor | Constant | Mapping[str, object] = "silence"
 
     def __post_init__(self) -> None:
-        heads = whole_tuple(self.name, "heads", self.heads, None)
-        if not heads or len(set(heads)) < len(heads):
-            raise PolicyError(
-                f"{self.name}: invalid value heads={self.heads!r}: expected at least one head, each listed once"
-            )
-        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "heads", distinct_heads(self.name, self.heads))
         object.__setattr__(self, "values", self._read(self.values))
 
     def _read(self, given: object) -> str | Constant:

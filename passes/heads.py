@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from attnopt.base.options import whole_tuple
+from attnopt.errors import PolicyError
 from attnopt.fit.absorbable_maps import is_linear
 from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
+from attnopt.ir.tokens import out_of_range, shortest, told
 from attnopt.patterns import Pattern
 
 BUDGETS = ("site", "global")  # heads counted at each site, or over all sites together
@@ -21,6 +25,31 @@ def refuse_unknown_heads(site: Site, heads: Iterable[int]) -> Refusal | None:
         return None
     found = f"head {', '.join(map(str, unknown))}"
     return site.refuse("unknown-head", expected=f"heads from 0 to {count - 1}", found=found)
+
+
+def distinct_heads(owner: str, heads: Any) -> tuple[int, ...]:
+    """``heads`` as at least one int, each listed once, in their order.  Raises PolicyError."""
+    found = whole_tuple(owner, "heads", heads, None)
+    if not found or len(set(found)) < len(found):
+        raise PolicyError(f"{owner}: invalid value heads={heads!r}: expected at least one head, each listed once")
+    return found
+
+
+def refuse_unknown_tokens(site: Site, tokens: Iterable[int] | None, length: int) -> Refusal | None:
+    """Refuse positions that the example, of ``length`` tokens, does not have."""
+    unknown = out_of_range(tokens or (), length)
+    if not unknown:
+        return None
+    found = told(unknown)
+    return site.refuse("unknown-token", expected=f"tokens from {-length} to {length - 1}", found=found)
+
+
+def note_absent_tokens(owner: str, site: Site, tokens: Iterable[int] | None) -> tuple[str, ...]:
+    """What the report says about sequences that lack some of ``tokens``."""
+    least = shortest(tokens or ())
+    if not site.is_dynamic or least < 2:
+        return ()
+    return (f"{owner}: sequences of fewer than {least} tokens lack some of the positions, which are ignored there",)
 
 
 def refuse_other_keys(site: Site, past: bool = False) -> Refusal | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from attnopt.errors import PolicyError
 
 LARGEST = 2**31 - 1  # of any whole-number option; keeps position arithmetic inside int64
+MOST = 1_000_000  # token positions in one option
 
 
 def whole(owner: str, option: str, value: object, least: int = 0) -> int:
@@ -30,6 +31,14 @@ def whole_tuple(owner: str, option: str, values: object, count: int | None, leas
     if count is not None and len(many) != count:
         raise PolicyError(f"{owner}: invalid value {option}={values!r}: expected one integer or {count} of them")
     return tuple(whole(owner, option, v, least) for v in many)
+
+
+def positions(owner: str, option: str, values: object) -> tuple[int, ...]:
+    """``values`` (one position or any iterable of them) as sorted distinct ints; below 0 they count from the end."""
+    if isinstance(values, range) and len(values) > MOST:
+        raise PolicyError(f"{owner}: invalid value {option}={values!r}: expected at most {MOST} positions")
+    many = _sequence(owner, option, [values] if isinstance(values, int) else values, "integers")
+    return tuple(sorted({whole(owner, option, v, least=-LARGEST) for v in many}))
 
 
 def switches(owner: str, option: str, values: object, count: int) -> tuple[bool, ...]:

@@ -36,6 +36,8 @@ PASSES = Registry(
         "segment-gain": "attnopt.passes.segment_gain:SegmentGain",
         "soft-pag": "attnopt.passes.soft_pag:SoftPAG",
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
+        "steer": "attnopt.passes.steer:Steer",
+        "add-values": "attnopt.passes.add_values:AddValues",
         "pool-keys": "attnopt.passes.pool_keys:PoolKeys",
     },
     lambda cls: getattr(cls, "name", None),

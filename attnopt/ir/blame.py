@@ -15,10 +15,18 @@ from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.spec import AttentionSpec
 
 
-def applied(e: HeadEdit, spec: AttentionSpec, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
-    """``o`` after the edit.  Raises PluginError without the site."""
+def applied(
+    e: HeadEdit,
+    spec: AttentionSpec,
+    o: Tensor,
+    q: Tensor,
+    v: Tensor,
+    constants: Sequence[Tensor],
+    **masks: Tensor | None,
+) -> Tensor:
+    """``o`` after the edit; ``masks``: the operands ``mask`` and ``bias``.  Raises PluginError without the site."""
     with blamed(e, "head edit", "apply"):
-        made = e.apply(spec, o, q, v, constants)
+        made = e.apply(spec, o, q, v, constants, **(masks if e.reads_masks else {}))
     check_output(e, "head edit", made, tuple(o.shape), o.dtype)
     return made
 

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.constant import Constant
+from attnopt.patterns.algebra import Pattern
 
 
 class HeadMap(Protocol):
-    """The head numbers of an attention, and the position of the K/V head that each reads."""
+    """The head numbers of an attention, the position of the K/V head that each reads, and the keys that they see."""
 
     @property
     def heads(self) -> tuple[int, ...]: ...
 
     @property
     def kv_of_head(self) -> tuple[int, ...]: ...
+
+    @property
+    def pattern(self) -> Pattern: ...
 
 
 class HeadEdit(ABC):
@@ -30,6 +34,7 @@ class HeadEdit(ABC):
     kind: ClassVar[str]
     overwrites: ClassVar[bool] = False  # the previous outputs of the changed heads have no effect
     fits_other_values: ClassVar[bool] = True  # invariant under a change of basis of values and output projection
+    reads_masks: ClassVar[bool] = False  # ``apply`` also gets ``mask=`` and ``bias=``: the operands, or None
 
     @property
     @abstractmethod
@@ -41,6 +46,12 @@ class HeadEdit(ABC):
         """The constants that ``apply`` receives as tensors."""
         return ()
 
+    @property
+    def reads_positions(self) -> bool:
+        """What a token gets depends on its place in the sequence, or on other tokens: a decoder that sees one token at a time
+        cannot apply it."""
+        return False
+
     @abstractmethod
     def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
         """``o`` [B, H, L, Dv] after the edit; ``q`` and ``v`` are the operands of the attention.
@@ -51,6 +62,11 @@ class HeadEdit(ABC):
     @abstractmethod
     def keeping(self, kept: Collection[int]) -> HeadEdit | None:
         """The same edit restricted to these heads; None if it then does nothing.  Raises ValueError if impossible."""
+
+    def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
+        """The heads that output the same [Dv], float64, for every token, given those that did before this edit; None if the
+        edit may need all heads, so that none can be folded away."""
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with its ``kind``; by default the fields of a dataclass of numbers, strings and tuples of these."""
@@ -89,6 +105,15 @@ class Scaled(HeadEdit):
         left = tuple((h, g) for h, g in self.gains if h in kept)
         return Scaled(left) if left else None
 
+    def times(self, later: Scaled) -> Scaled:
+        """Both, one after the other."""
+        first, then = dict(self.gains), dict(later.gains)
+        return Scaled(tuple((h, first.get(h, 1.0) * then.get(h, 1.0)) for h in (first | then)))
+
+    def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        gains = dict(self.gains)
+        return {h: value * gains.get(h, 1.0) for h, value in known.items()}
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "gains": [list(pair) for pair in self.gains]}
 
@@ -123,6 +148,9 @@ class TowardValues(HeadEdit):
     def keeping(self, kept: Collection[int]) -> TowardValues | None:
         left = tuple((h, u) for h, u in self.amounts if h in kept)
         return TowardValues(left) if left else None
+
+    def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return without(known, self.changed)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "amounts": [list(pair) for pair in self.amounts]}
@@ -183,6 +211,11 @@ class Replaced(HeadEdit):
         values = self.values.tensor().index_select(0 if self.is_constant else 1, torch.tensor(places))
         return replace(self, heads=tuple(self.heads[i] for i in places), values=Constant.of(values))
 
+    def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        if not self.is_constant:
+            return without(known, self.heads)
+        return {**known, **dict(zip(self.heads, self.values.tensor().double().unbind(), strict=True))}
+
     def to_json(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "heads": list(self.heads), "values": self.values.to_json(), "origin": self.origin,
@@ -205,16 +238,16 @@ def constant_heads(edits: Sequence[HeadEdit]) -> dict[int, Tensor]:
     """The heads that output the same [Dv], float64, for every token, as far as their edits show."""
     known: dict[int, Tensor] = {}
     for edit in edits:
-        match edit:
-            case Replaced(is_constant=True):
-                known.update(zip(edit.heads, edit.values.tensor().double().unbind(), strict=True))
-            case Scaled():
-                known.update({h: known[h] * g for h, g in edit.gains if h in known})
-            case Replaced() | TowardValues():
-                known = {h: value for h, value in known.items() if h not in edit.changed}
-            case _:
-                return {}  # a route reads the queries of all heads
+        after = edit.constant_heads(known)
+        if after is None:
+            return {}
+        known = after
     return known
+
+
+def without(known: Mapping[int, Tensor], heads: Collection[int]) -> dict[int, Tensor]:
+    """``known`` without these heads."""
+    return {h: value for h, value in known.items() if h not in heads}
 
 
 def with_heads(o: Tensor, new: Mapping[int, Tensor]) -> Tensor:

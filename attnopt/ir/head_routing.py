@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnopt.base.registry import Registry
 from attnopt.ir.constant import Constant
+from attnopt.ir.head_additions import Shifted, ValuesAdded
 from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues
 
 
@@ -101,7 +102,7 @@ HEAD_EDITS = Registry(
     "attnopt.head_edits",
     "head edit",
     HeadEdit,  # type: ignore[type-abstract]
-    {edit.kind: edit for edit in (Scaled, TowardValues, Replaced, Routed)},
+    {edit.kind: edit for edit in (Scaled, TowardValues, Replaced, Shifted, ValuesAdded, Routed)},
     lambda cls: getattr(cls, "kind", None),
 )
 

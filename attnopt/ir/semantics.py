@@ -41,7 +41,7 @@ def edited(
             wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
         o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
         for edit, numbers in zip(spec.after, own, strict=True):
-            o = applied(edit, spec, o, q, v, numbers)
+            o = applied(edit, spec, o, q, v, numbers, mask=mask, bias=bias)
         return o
 
     return attend

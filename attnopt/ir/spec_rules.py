@@ -86,6 +86,8 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
             yield f"after holds {edit!r}, expected a HeadEdit"
         elif not set(edit.changed) <= set(after.heads):
             yield f"the edit {edit} changes heads {edit.changed!r} of {after.heads!r}"
+        elif edit.reads_masks and after.selection is not None:
+            yield f"the edit {edit} reads which keys are hidden, but {after.selection} hides keys at run time"
         elif isinstance(edit, Scaled) and not all(h in after.heads and _is_finite(g) for h, g in edit.gains):
             yield f"the edit {edit}: expected a finite number for each of some heads of {after.heads!r}"
 

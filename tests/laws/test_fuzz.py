@@ -58,7 +58,7 @@ def broken(*_: Any, **__: Any) -> Any:
     raise KeyError("axis")
 
 
-@pytest.mark.parametrize("rewrite", ["none", "window", "prune", "group"])
+@pytest.mark.parametrize("rewrite", ["none", "window", "prune", "group", "steer", "add"])
 def test_wrong_numbers_are_seen(rewrite: str) -> None:
     """A scale that is a little off, in what is lowered alone."""
     real = optimizing.lower

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attnopt
-from attnopt.passes import LocalWindow, PruneHeads
+from attnopt.passes import AddValues, LocalWindow, PruneHeads, Steer
 from attnopt.patterns import Full, Window
 
 VOCABULARY, END = 50, 49
@@ -122,6 +122,17 @@ def test_a_policy_generates_what_it_means(policy: Any, tmp_path: Path) -> None:
     assert wanted[0][7:] != wanted[1][7:]
     assert generated(tmp_path / "m", prompts, 24) == wanted
     assert generated(tmp_path / "m", prompts[:1], 24) == wanted[:1]
+
+
+def test_every_token_can_be_steered_and_none_of_them_alone(tmp_path: Path) -> None:
+    by = torch.linspace(-2, 2, 8)
+    fast = optimized(Steer(by, [1]))
+    fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=END)  # which verifies it token by token
+    for policy in (Steer(by, [1], [-1]), Steer(by, [1], [11]), AddValues([0], 0.5)):
+        with pytest.raises(attnopt.ExportError, match="depends on the positions of tokens") as caught:
+            optimized({"*": "fuse", "*1*": policy}).export_decoder(tmp_path / "n", context_length=32, eos_token_id=END)
+        assert caught.value.site == "layers.1"
+        assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.slow

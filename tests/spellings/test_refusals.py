@@ -26,6 +26,7 @@ from attnopt.match.anchors import normalisers
 from attnopt.match.recognize import recognise
 from attnopt.match.rejection import NotAttentionError
 from attnopt.passes import (
+    AddValues,
     DynamicSparse,
     GroupedQuery,
     HeadPatch,
@@ -311,6 +312,15 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "unknown-head": (
         lambda: refused(Spelling(), PruneHeads(heads=[1, 4, 7])),
         "[unknown-head] expected heads from 0 to 3, found head 4, 7 (at LINE)",
+    ),
+    "unknown-token": (
+        lambda: refused(Spelling(), AddValues([3, 7, -9, -8], 1.0)),
+        "[unknown-token] expected tokens from -7 to 6, found tokens 7 and -9 to -8 (at LINE)",
+    ),
+    "unknown-mask": (
+        lambda: refused(Spelling(bias_kind="alibi"), AddValues([0], 1.0)),
+        "[unknown-mask] expected keys that a pattern or a boolean mask hides, found a bias, which may hide some (at LINE)\n  "
+        "hint: say which of its numbers do, as in hidden_below=-1e4",
     ),
     "wrong-length": (
         lambda: refused(Spelling(), Sparse(Neighborhood((2, 3), 1))),

@@ -24,7 +24,8 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.b
 @dataclass(frozen=True)
 class Edit:
     """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output; ``own``: how far
-    each head's map goes to the identity; ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
+    each head's map goes to the identity; ``raised``: how much each head's map grows where ``shown``, bool [L, S] or [B, 1, L, S];
+    ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
     ``weights``: any other change of the map, [..., L, S], with the column of a sink last;
     ``pools``: [S, S] or [H, S, S], in each row the weights of the keys whose mean takes the place of a key.
     Scores are then linear in the keys, and a key counts as much as it weighs in its own row."""
@@ -32,13 +33,16 @@ class Edit:
     visible: Tensor | None = None
     gains: tuple[float, ...] | None = None
     own: tuple[float, ...] | None = None
+    raised: tuple[float, ...] | None = None
+    shown: Tensor | None = None
     used: Tensor | Callable[[], Tensor] | None = None
     weights: Callable[[Tensor], Tensor] | None = None
     pools: Tensor | None = None
 
     @property
     def is_mask(self) -> bool:
-        return all(x is None for x in (self.gains, self.own, self.used, self.weights, self.pools))
+        edits = (self.gains, self.own, self.raised, self.used, self.weights, self.pools)
+        return all(x is None for x in edits)
 
 
 Edits = Mapping[int, Edit] | Callable[[int, tuple[int, ...]], "Edit | None"]
@@ -104,7 +108,7 @@ def _hidden(scores: Tensor, axis: int, edit: Edit | None, heads: int | None) -> 
     return torch.where(visible, scores, -torch.inf)
 
 
-def _weighed(weights: Tensor, edit: Edit | None, heads: int | None) -> Tensor:
+def _weighed(weights: Tensor, edit: Edit | None, heads: int | None, axis: int = -1) -> Tensor:
     """Attention weights after the edits of their maps."""
     if edit is None:
         return weights
@@ -120,6 +124,11 @@ def _weighed(weights: Tensor, edit: Edit | None, heads: int | None) -> Tensor:
     if edit.own is not None:
         u = column(edit.own)
         weights = (1 - u) * weights + u * torch.eye(*weights.shape[-2:], dtype=weights.dtype)
+    if edit.raised is not None:
+        assert edit.shown is not None
+        shown = edit.shown if axis % weights.dim() == weights.dim() - 1 else edit.shown.transpose(-1, -2)
+        columns = weights.shape[axis] - edit.shown.shape[-1]  # a sink's column stays as it is
+        weights = weights + column(edit.raised) * F.pad(shown, (0, columns)).to(weights.dtype)
     if edit.used is not None:
         used = edit.used if isinstance(edit.used, Tensor) else edit.used()
         assert used.shape == weights.shape[:3], "the oracle routes only scores [B, H, L, S]"
@@ -142,7 +151,7 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         if counter.inside or x.dim() < 3:
             return softmax(x, dim, dtype)
         edit = counter.take(x)
-        return _weighed(softmax(_hidden(x, dim, edit, heads), dim, dtype), edit, heads)
+        return _weighed(softmax(_hidden(x, dim, edit, heads), dim, dtype), edit, heads, dim)
 
     def on_safe_softmax(x: Tensor, dim: int) -> Tensor:  # of flex_attention
         edit = counter.take(x)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from attnopt.compiler.policy import Policy
 from attnopt.passes import (
+    AddValues,
     DynamicSparse,
     Fuse,
     GroupedQuery,
@@ -19,6 +20,7 @@ from attnopt.passes import (
     SegmentGain,
     SoftPAG,
     Sparse,
+    Steer,
 )
 from attnopt.patterns import (
     BlockLayout,
@@ -62,6 +64,23 @@ PASSES = st.one_of(
     ),
     st.sampled_from(
         [HeadPatch([2, 1], "mean"), HeadPatch([0], torch.arange(3.0)[None]), PruneHeads(0.1, whole_layers=True)]
+    ),
+    st.builds(
+        lambda heads, rows, tokens: (
+            Steer(torch.arange(2.0 * rows).reshape(rows, 2) if rows else [0.5, 2], heads, tokens)
+            if heads is None
+            else Steer(torch.ones(len(heads), 2).bfloat16(), heads, tokens)
+        ),
+        st.none() | st.lists(st.integers(0, 9), min_size=1, unique=True),
+        st.integers(0, 3),
+        st.none() | st.lists(st.integers(-9, 9)) | st.just(range(2, 5)),
+    ),
+    st.builds(
+        AddValues,
+        st.none() | st.lists(st.integers(-9, 9)) | st.just(range(2, 5)),
+        st.floats(-2, 2),
+        st.none() | st.lists(st.integers(0, 9), min_size=1, unique=True),
+        st.none() | st.floats(-1e6, 0),
     ),
     st.sampled_from(PATTERNS).map(Sparse),
     st.sampled_from([PoolKeys(4), PoolKeys((2, 3), (4, 6), heads=[1], prefix=1)]),

@@ -15,6 +15,7 @@ from attnopt.base.sizes import is_static
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of, is_tensor, value
+from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.onnx.export.kv_cache import PAST, PRESENT
 from attnopt.onnx.export.mark import Marked, mark
@@ -51,6 +52,7 @@ def export_decoder(
     tokens = _tokens(eos_token_id, tokenizer)
     _check_inputs(gm, origin.report.fixed_axes)
     marked_gm, marked = mark(gm, cached)
+    _check_edits(origin.sites)
     _check_sites(marked, [s.name for s in origin.sites])
     with atomic_folder(folder, marker=CONFIG) as made:
         model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
@@ -84,6 +86,18 @@ def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
                 hint="pass an example of several sequences of several tokens"
                 if any(f.startswith(f"{name}[") for f in fixed)
                 else 'optimize the model with dynamic_shapes="auto"',
+            )
+
+
+def _check_edits(sites: Sequence[Site]) -> None:
+    """Its steps see one token at a time: what depends on others' places or values cannot be part of them."""
+    for site in sites:
+        edit = next((e for e in site.spec.after if e.reads_positions), None)
+        if edit is not None:
+            raise ExportError(
+                f"the edit of its head outputs depends on the positions of tokens: {edit}",
+                site=site.name,
+                hint="use export_onnx, or edit every token alike",
             )
 
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import oracle
 import torch
 from models import Attention, Spelling, places
+from steering import steered
 from torch import Tensor, nn
 
 from attnopt.ir.interfaces import Pass
-from attnopt.passes import GroupedQuery, LocalWindow, PoolKeys, PruneHeads, ScaleHeads, SegmentGain, Sparse
+from attnopt.passes import (
+    AddValues,
+    GroupedQuery,
+    LocalWindow,
+    PoolKeys,
+    PruneHeads,
+    ScaleHeads,
+    SegmentGain,
+    Sparse,
+    Steer,
+)  # fmt: skip
 from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
@@ -40,14 +52,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Edit:
-    """The passes at one site, and by pass what each means: a mask, gains, a change of its map, groups of K/V heads that become
-    one, or [H, S, S] weights of the keys whose mean takes the place of a key."""
+    """The passes at one site, and by pass what each means: a mask, gains, a change of its map, what is added to heads' outputs at
+    some queries, or to their maps where ``raised`` shows it, groups of K/V heads that become one, or [H, S, S] weights
+    of the keys whose mean takes the place of a key."""
 
     call: Call
     passes: tuple[Pass, ...]
     visible: Mapping[str, Tensor]
     gains: Mapping[str, Mapping[int, float]]
     maps: Mapping[str, Callable[[Tensor], Tensor]]
+    shift: Mapping[int, Tensor]
+    queries: tuple[int, ...] | None
+    raised: tuple[tuple[float, ...], Tensor] | None
     merged: int = 0
     pools: Tensor | None = None
 
@@ -84,6 +100,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
     passes, visible, gains = list[Pass](), dict[str, Tensor](), dict[str, Mapping[int, float]]()
     merged, pools = 0, None
     maps = dict[str, Callable[[Tensor], Tensor]]()
+    shift, queries, raised = dict[int, Tensor](), None, None
     for kind in block.rewrite.split("+"):
         if kind == "window":
             left, right, sinks = n % 4, n // 4 % 3, n // 12
@@ -127,7 +144,19 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             passes.append(PoolKeys(size, heads=heads))
             pools = torch.eye(call.kv_len).repeat(s.heads, 1, 1)
             pools[heads] = torch.block_diag(*[torch.full((size, size), 1 / size)] * (call.kv_len // size))
-    return Edit(call, tuple(passes), visible, gains, maps, merged, pools) if passes else None
+        elif kind == "steer":
+            queries = (None, (0,), (-1,), (0, -1))[n % 4]
+            numbers = torch.randn(s.heads, s.value_dim, generator=torch.Generator().manual_seed(n))
+            shift = {h: numbers[h] for h in sorted({n % s.heads, n // 4 % s.heads}, reverse=True)}
+            passes.append(Steer(torch.stack([*shift.values()]), [*shift], queries))
+        elif kind == "add" and _by_normaliser(s):
+            keys, heads = (
+                ((0,), (-1,), (0, -1), (call.kv_len // 2, -call.kv_len))[n % 4],
+                sorted({n % s.heads, n // 4 % s.heads}),
+            )
+            passes.append(AddValues(keys, 0.5, heads, hidden_below=-1e4))
+            raised = tuple(0.5 * (h in heads) for h in range(s.heads)), _shown(call, attention, keys, given)
+    return Edit(call, tuple(passes), visible, gains, maps, shift, queries, raised, merged, pools) if passes else None
 
 
 def _pools_can_be_told(s: Spelling) -> bool:
@@ -180,6 +209,15 @@ def _by_normaliser(s: Spelling) -> bool:
     return not s.exponentials and s.softmax not in ("log", "again")
 
 
+def _shown(call: Call, attention: Attention, keys: tuple[int, ...], given: Mapping[str, Tensor]) -> Tensor:
+    """Bool [L, S] or [B, 1, L, S]: these keys, for the queries that the model lets see them."""
+    shown = torch.zeros(call.q_len, call.kv_len, dtype=torch.bool)
+    shown[:, list(keys)] = True
+    for kind in (kind for kind in attention.s.mask if kind != "given"):
+        shown = shown & attention._visible(kind, call.q_len, call.kv_len, padding_of(call.block, given))
+    return shown
+
+
 def _leaves_keys(call: Call, attention: Attention, visible: Tensor, given: Mapping[str, Tensor]) -> bool:
     """A query that sees nothing gets zeros from attnopt and NaN, or the mean of hidden keys, from the model."""
     for kind in attention.s.mask:
@@ -194,6 +232,7 @@ def meant(
     """What the user's model gives with these edits, less the passes that refused at their sites."""
     model = copy.deepcopy(model)
     told: dict[int, oracle.Edit] = {}
+    shifts = ExitStack()
     for site, edit in edits.items():
         kept = [p.name for p in edit.passes if p.name not in refused[site]]
         masks = [edit.visible[name] for name in kept if name in edit.visible]
@@ -202,14 +241,24 @@ def meant(
         assert isinstance(attention, Attention)
         if edit.merged and "grouped-query" in kept:
             _average(attention, edit.merged)
+        if edit.shift and "steer" in kept:
+            later = gains if _by_normaliser(s) else {}  # those of the output projection scale what reaches it
+            by = {h: delta * later.get(h, 1.0) for h, delta in edit.shift.items()}
+            shifts.enter_context(steered(attention, by, edit.queries, edit.call.time))
         if gains and not _by_normaliser(s):
             attention.load_state_dict(attention.with_gains(gains).state_dict())
             gains = {}
         change = next((edit.maps[name] for name in kept if name in edit.maps), None)
         factors = tuple(gains.get(h, 1.0) for h in range(s.heads)) if gains else None
         pools = edit.pools if "pool-keys" in kept else None
-        told[edit.call.normaliser] = oracle.Edit(masks[0] if masks else None, factors, weights=change, pools=pools)
-    return oracle.run_edited(model, (), given, told, exponentials=True)
+        alphas, shown = edit.raised if edit.raised is not None and "add-values" in kept else (None, None)
+        if shown is not None and masks:
+            shown = shown & masks[0]
+        told[edit.call.normaliser] = oracle.Edit(
+            masks[0] if masks else None, factors, raised=alphas, shown=shown, weights=change, pools=pools
+        )
+    with shifts:
+        return oracle.run_edited(model, (), given, told, exponentials=True)
 
 
 def _average(attention: Attention, groups: int) -> None:

@@ -16,7 +16,9 @@ DECOYS = (
     "FirstColumnDropped",
 )  # fmt: skip
 REWRITES = (
-    "none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group", "segment", "segment+window",
+    "none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group", "steer", "add", "steer+scale",
+    "window+add",
+    "segment", "segment+window",
     "pool", "pool+sparse",
 )  # fmt: skip
 

@@ -32,7 +32,8 @@ ODD = st.one_of(
 )  # fmt: skip
 NAMES = [
     "fuse", "local-window", "sparse", "dynamic-sparse", "prune-heads", "grouped-query", "scale-heads", "route-heads",
-    "soft-pag", "head-patch", "pass", "left", "right", "sinks", "dilation", "heads", "pattern", "fraction", "importance",
+    "soft-pag", "head-patch", "steer", "add-values", "pass", "left", "right", "sinks", "dilation", "heads", "pattern",
+    "fraction", "importance", "delta", "tokens", "alpha", "hidden_below",
     "compensate", "kv_heads", "grouping", "merge", "gains", "keep", "block", "scores", "shared", "active", "router",
     "replacement", "amount", "Causal", "Window", "Blocks", "PerHead", "Global", "Segments", "BlockLayout", "Neighborhood",
     "RandomBlocks", "data", "shape", "dtype", "kind", "pool-keys", "size", "grid", "prefix",
