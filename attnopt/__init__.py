@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from attnopt.ir.interfaces import Backend, Pass, Rewrite
     from attnopt.ir.kv_merge import KvMerge
     from attnopt.ir.kv_partition import KvPartition
+    from attnopt.ir.pooled_keys import PooledKeys
     from attnopt.ir.projection import Projection
     from attnopt.ir.refusal import Refusal
     from attnopt.ir.site import NearMiss, Site
@@ -98,6 +99,7 @@ __all__ = [
     "PluginError",
     "Policy",
     "PolicyError",
+    "PooledKeys",
     "Projection",
     "Reach",
     "Refusal",
@@ -148,6 +150,7 @@ _NAMES = {
     "ir.interfaces": "Backend Pass Rewrite",
     "ir.kv_merge": "KvMerge",
     "ir.kv_partition": "KvPartition",
+    "ir.pooled_keys": "PooledKeys",
     "ir.projection": "Projection",
     "ir.refusal": "Refusal",
     "ir.site": "NearMiss Site",

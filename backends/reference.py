@@ -19,6 +19,7 @@ class Reference(Backend):
     """Plain tensor operations; accepts every spec; scores and softmax in float32 or wider, the output in v's dtype."""
 
     name: ClassVar[str] = "reference"
+    pools: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
 
     def lower(self, spec: AttentionSpec) -> Attend:

@@ -10,7 +10,7 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_edits, refuse_other_keys
+from attnopt.passes.heads import refuse_edits, refuse_other_keys, refuse_pooled
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class DynamicSparse(Pass):
             )
         edits = [edit for edit in site.spec.after if edit.reads_masks]
         hint = f"exclude the site from {self.name}, or leave the edit out: chosen blocks would hide its keys"
-        return refuse_edits(site, edits, hint) or refuse_other_keys(site)
+        pooled = refuse_pooled(site, "use either dynamic-sparse or pool-keys at a site")
+        return pooled or refuse_edits(site, edits, hint) or refuse_other_keys(site)
 
     def rewrite(self, site: Site) -> Rewrite:
         return Rewrite(replace(site.spec, selection=self._selection))

@@ -83,6 +83,14 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
     return site.refuse("already-edited", expected=expected, found=str(edit), hint=hint)
 
 
+def refuse_pooled(site: Site, hint: str) -> Refusal | None:
+    """Refuse heads that already pool their keys."""
+    if site.spec.pooling is None:
+        return None
+    expected = "an attention without pooled keys"
+    return site.refuse("already-pooled", expected=expected, found=str(site.spec.pooling), hint=hint)
+
+
 def expected_projections(roles: Sequence[str]) -> str:
     """ "known value and output projections", "a known output projection"."""
     names = {"q": "query", "k": "key", "v": "value", "out": "output"}

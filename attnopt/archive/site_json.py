@@ -12,6 +12,7 @@ from attnopt.errors import ArchiveError, AttnoptError
 from attnopt.ir.block_scores import SCORES
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
+from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.projection import Projection
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
@@ -30,6 +31,8 @@ def site_to_json(site: Site) -> dict[str, object]:
         "q_len": site.q_len,
         "kv_len": site.kv_len,
         "is_dynamic": site.is_dynamic,
+        "bias_hides": site.bias_hides,
+        "kv_step": site.kv_step,
         "alignment": site.alignment,
         "projections": {
             role: {
@@ -73,6 +76,8 @@ def site_from_json(data: Mapping[str, Any], live: Mapping[str, Tensor]) -> Site:
         q_len=data["q_len"],
         kv_len=data["kv_len"],
         is_dynamic=data["is_dynamic"],
+        bias_hides=data.get("bias_hides", False),
+        kv_step=data.get("kv_step", int(data["is_dynamic"])),
         alignment=data.get("alignment", "first"),
     )
 
@@ -91,6 +96,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "has_sinks": spec.has_sinks,
         "softcap": spec.softcap,
         "selection": None if spec.selection is None else spec.selection.to_json(),
+        "pooling": None if spec.pooling is None else spec.pooling.to_json(),
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
         "weight_gains": None if spec.weight_gains is None else spec.weight_gains.to_json(),
@@ -106,6 +112,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["pattern"] = parse(spec["pattern"])
     spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
+    spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
     spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     return AttentionSpec(**spec)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 
 
@@ -14,6 +16,15 @@ def hint(size: int | torch.SymInt) -> int:
 
 def is_static(size: int | torch.SymInt) -> bool:
     return isinstance(size, int) or size.node.expr.is_number
+
+
+def step(size: int | torch.SymInt) -> int:
+    """For all inputs, the size is ``hint(size)`` plus a multiple of this; 0 if it is static."""
+    if isinstance(size, int) or is_static(size):
+        return 0
+    terms = size.node.expr.expand().as_coefficients_dict()
+    factors = [factor for term, factor in terms.items() if not term.is_number]
+    return gcd(*map(int, factors)) if all(factor.is_integer for factor in factors) else 1
 
 
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:

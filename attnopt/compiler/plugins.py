@@ -38,6 +38,7 @@ PASSES = Registry(
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
         "steer": "attnopt.passes.steer:Steer",
         "add-values": "attnopt.passes.add_values:AddValues",
+        "pool-keys": "attnopt.passes.pool_keys:PoolKeys",
     },
     lambda cls: getattr(cls, "name", None),
 )

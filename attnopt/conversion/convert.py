@@ -135,6 +135,10 @@ def _check_class(plan: Plan) -> None:
         raise ConversionError(
             "blocks chosen at run time cannot be represented in this model class", site=_name(plan), hint=REMEDY
         )
+    if after.pooling is not None:
+        raise ConversionError(
+            "pooled keys and values cannot be represented in this model class", site=_name(plan), hint=REMEDY
+        )
     kept = replace(
         after,
         heads=before.heads,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from attnopt.ir.pooling import parts_of
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 
@@ -38,9 +39,7 @@ def cost_of(
     ``element_sizes``: bytes per element of a key and of a value.
     ``rows``: the fraction of (query, head) pairs that are computed.
     """
-    density = spec.pattern.density(site.q_len, site.kv_len, num_heads=spec.num_heads)
-    pairs = density * site.q_len * site.kv_len
-    products = rows * 2 * spec.num_heads * pairs * (spec.head_dim + spec.value_dim)
+    products = rows * sum(_products(part.spec, site.q_len, part.kv_len(site.kv_len)) for part in parts_of(spec))
     parameters = _projection_parameters(site, site.parameters, spec, before)
     tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
@@ -49,6 +48,11 @@ def cost_of(
     if spec.is_constant:  # queries, keys and values are unused
         return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)
     return Cost(int(flops), sum(parameters.values()), cached)
+
+
+def _products(spec: AttentionSpec, q_len: int, kv_len: int) -> float:
+    pairs = spec.pattern.density(q_len, kv_len, num_heads=spec.num_heads) * q_len * kv_len
+    return 2 * spec.num_heads * pairs * (spec.head_dim + spec.value_dim)
 
 
 def _projection_parameters(

@@ -84,6 +84,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     skips: ClassVar[bool] = False  # True: hidden pairs are not computed
+    pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
@@ -93,7 +94,8 @@ class Backend(ABC):
 
     @abstractmethod
     def lower(self, spec: AttentionSpec) -> Attend:
-        """The function that computes ``spec``.  ``spec.after`` is applied to its result separately; the given spec has none."""
+        """The function that computes ``spec``.  ``spec.after`` is applied to its result separately; the given spec has none,
+        and no pooling unless the backend ``pools``."""
 
     @abstractmethod
     def cost(self, site: Site) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from attnopt.ir.importance import Importance
 from attnopt.ir.interfaces import Backend, Pass, Rewrite
 from attnopt.ir.kv_merge import KvMerge
 from attnopt.ir.kv_partition import KvPartition
+from attnopt.ir.pooling import parts_of, pooled
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import edited
 from attnopt.ir.site import Site
@@ -61,22 +63,42 @@ def accepts(backend: Backend, site: Site) -> Refusal | None:
             "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)
         )
     with blamed(backend, "backend", "check", site.name):
-        return _refusal(backend.check(site.spec))
+        return next((r for s in asked(backend, site) if (r := _refusal(backend.check(s.spec))) is not None), None)
 
 
 def cost(backend: Backend, site: Site) -> float:
     """Seconds.  Raises PluginError."""
     with blamed(backend, "backend", "cost", site.name):
-        seconds = backend.cost(site)
-    if not isinstance(seconds, (int, float)) or math.isnan(seconds):
-        raise fault(backend, "backend", f"cost returned {seconds!r}, expected seconds", site.name)
-    return seconds
+        found = [backend.cost(s) for s in asked(backend, site)]
+    for seconds in found:
+        if not isinstance(seconds, (int, float)) or math.isnan(seconds):
+            raise fault(backend, "backend", f"cost returned {seconds!r}, expected seconds", site.name)
+    return sum(found)
 
 
 def notes(backend: Backend, site: Site) -> tuple[str, ...]:
     """Of the site's spec.  Raises PluginError."""
     with blamed(backend, "backend", "notes", site.name):
-        return tuple(map(str, backend.notes(site.spec)))
+        told = [str(note) for s in asked(backend, site) for note in backend.notes(s.spec)]
+    return (*dict.fromkeys(told), *_of_pools(backend, site.spec))
+
+
+def asked(backend: Backend, site: Site) -> list[Site]:
+    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys."""
+    if site.spec.pooling is None or backend.pools:
+        return [site]
+    return [replace(site, spec=part.spec, kv_len=part.kv_len(site.kv_len)) for part in parts_of(site.spec)]
+
+
+def _of_pools(backend: Backend, spec: AttentionSpec) -> Iterator[str]:
+    """Notes about pooled keys that save no time."""
+    if spec.pooling is not None and backend.pools:
+        yield f"{backend.name}: pooled keys are computed like all others: no time is saved"
+        return
+    for part in parts_of(spec):
+        if part.is_unreduced:
+            which = f"head{'' if part.spec.num_heads == 1 else 's'} {', '.join(map(str, part.spec.heads))}"
+            yield f"the pools of {which} are computed key by key under a pattern, bias, mask or gain: no time is saved"
 
 
 def lower(backend: Backend, spec: AttentionSpec) -> Attend:
@@ -95,10 +117,10 @@ def lower(backend: Backend, spec: AttentionSpec) -> Attend:
 
 def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None = None) -> Attend:
     """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
-    if not spec.after:
-        return lower(backend, spec)
-    core = lower(backend, replace(spec, after=()))
-    return edited(spec, core, constants, skips_rows=backend.skips_rows)
+    bare = replace(spec, after=())
+    splits = bare.pooling is not None and not backend.pools
+    core: Attend = pooled(bare, partial(lower, backend)) if splits else lower(backend, bare)
+    return edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
 
 
 def no_answer(site: Site, e: PluginError) -> Refusal:

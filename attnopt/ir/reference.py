@@ -14,7 +14,7 @@ from attnopt.ir.weight_gains import WeightGains
 def reference(spec: AttentionSpec) -> Attend:
     """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  Raises ValueError if
     ``spec`` has edits: see ``semantics.edited``."""
-    require_no_edits(spec)
+    require_no_edits(spec, pools=True)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
@@ -23,21 +23,21 @@ def reference(spec: AttentionSpec) -> Attend:
         p, _ = _softmax(s, sinks)
         if spec.weight_gains is not None:
             p = _with_gains(spec, spec.weight_gains, p, s, sinks)
-        return (p @ heads_of(spec, v).to(p.dtype)).to(v.dtype)
+        return (p @ _read(spec, v, p.dtype)).to(v.dtype)
 
     return attend
 
 
 def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
     """As ``reference``, for a spec without gains on its weights."""
-    require_no_edits(spec)
+    require_no_edits(spec, pools=True)
     assert spec.weight_gains is None
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         p, lse = _softmax(*_scores(spec, q, k, bias, mask, sinks))
-        return (p @ heads_of(spec, v).to(p.dtype)).to(v.dtype), lse
+        return (p @ _read(spec, v, p.dtype)).to(v.dtype), lse
 
     return attend
 
@@ -47,15 +47,23 @@ def _scores(
 ) -> tuple[Tensor, Tensor | None]:
     """The scores [B, H, L, S], -inf where hidden, and the sink logits."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    s = spec.scale * (q.to(wide) @ heads_of(spec, k).to(wide).mT)
+    s = spec.scale * (q.to(wide) @ _read(spec, k, wide).mT)
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
     if bias is not None:
         s = s + bias.to(wide)
+    if spec.pooling is not None:
+        s = s + spec.pooling.log_weights_of(spec.heads, k.shape[2], wide, k.device)
     seen = visible(spec, q, k, mask)
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)
     return s, None if sinks is None else sinks.to(wide)
+
+
+def _read(spec: AttentionSpec, x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The keys or values that each head reads, [B, H, S, D]."""
+    x_BHSD = heads_of(spec, x_BGSD).to(dtype)
+    return x_BHSD if spec.pooling is None else spec.pooling.applied(spec.heads, x_BHSD)
 
 
 def _with_gains(spec: AttentionSpec, gains: WeightGains, p: Tensor, s: Tensor, sinks: Tensor | None) -> Tensor:

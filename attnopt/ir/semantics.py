@@ -47,10 +47,11 @@ def edited(
     return attend
 
 
-def require_no_edits(spec: AttentionSpec) -> None:
-    """Raises ValueError: a backend computes a spec without its edits."""
-    if spec.after:
-        raise ValueError("lower the spec without its edits, or with attnopt.ir.plugin_calls.attention_of")
+def require_no_edits(spec: AttentionSpec, *, pools: bool = False) -> None:
+    """Raises ValueError: a backend computes a spec without its edits and, unless it ``pools``, without pooled keys."""
+    if spec.after or (spec.pooling is not None and not pools):
+        what = "edits" if spec.after else "pooled keys"
+        raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
 
 
 def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -82,7 +83,7 @@ def heads_of(spec: AttentionSpec, kv: Tensor) -> Tensor:
     """Keys or values [B, G, S, D] as [B, H, S, D]: the one that each query head reads."""
     if spec.kv_of_head == tuple(range(spec.num_kv_heads)):
         return kv
-    return kv.index_select(1, _indices(spec.kv_of_head, kv.device))
+    return kv.index_select(1, indices(spec.kv_of_head, kv.device))
 
 
 def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
@@ -94,7 +95,7 @@ def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     return spec.pattern.covers(int(q_len), int(kv_len), num_heads=spec.num_heads)
 
 
-def _indices(values: Sequence[int], device: torch.device) -> Tensor:
+def indices(values: Sequence[int], device: torch.device) -> Tensor:
     """``values`` as an int64 tensor built from ranges: ``torch.tensor`` would become a constant of the traced graph."""
     runs: list[list[int]] = []
     for value in values:

@@ -27,6 +27,8 @@ class Site(Projected):
     kv_len: int = 0
     activations: Activations | None = field(default=None, repr=False, compare=False)  # if there is calibration data
     is_dynamic: bool = False  # L or S may vary with the inputs
+    bias_hides: bool = False  # the bias may be a mask, such as one of padding
+    kv_step: int = 0  # every S is ``kv_len`` and a multiple of this; 0: it is fixed
     device: str = "cpu"  # the kind of device that the attention runs on
     # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
     # the lengths vary independently, even if equal in the example.

@@ -9,6 +9,7 @@ from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
+from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.patterns.algebra import FULL, Full, Pattern
 
@@ -19,9 +20,11 @@ class AttentionSpec:
 
     With query head h reading K/V head g = ``kv_of_head[h]``::
 
+        k_g, v_g = mean(k_g), mean(v_g)            # if h pools: over the pool of each key
         s = scale * q_h @ k_g.T                    # [L, S]
         s = softcap * tanh(s / softcap)            # if there is a softcap
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
+        s = s - log(size)                          # if h pools: of the pool of each key, so that a pool counts as one key
         s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
         p = weight_gains(p)                        # if there are any
@@ -29,7 +32,7 @@ class AttentionSpec:
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
     ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
-    run time; all keys where it is None.  A fully masked query gives zeros.
+    run time; all keys where it is None.  Only heads of ``pooling`` pool.  A fully masked query gives zeros.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -46,6 +49,7 @@ class AttentionSpec:
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
+    pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
     after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
@@ -107,8 +111,9 @@ class AttentionSpec:
         """What changes the scores besides scale and pattern, in words."""
         softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
+        pooled = () if self.pooling is None else (str(self.pooling),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
-        return (*(name for name, has in given.items() if has), *softcap, *gains)
+        return (*(name for name, has in given.items() if has), *softcap, *pooled, *gains)
 
     @property
     def num_heads(self) -> int:
@@ -172,6 +177,7 @@ class AttentionSpec:
             kv_of_head=tuple(used.index(self.kv_of_head[i]) for i in places),
             pattern=self.pattern.for_heads(places),
             seen_as=None if self.seen_as is None else self.seen_as.for_heads(places),
+            pooling=None if self.pooling is None else self.pooling.keeping(kept),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )

@@ -16,6 +16,7 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Rewrite
+from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import Pattern
@@ -73,6 +74,7 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     """Patterns, selections and edits of a wrong type, or with unknown heads."""
     if after.selection is not None and not isinstance(after.selection, DynamicBlocks):
         yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
+    yield from _of_pooling(after)
     patterns = {"pattern": after.pattern} | ({} if after.seen_as is None else {"seen_as": after.seen_as})
     for name, pattern in patterns.items():
         if not isinstance(pattern, Pattern):
@@ -88,6 +90,17 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
             yield f"the edit {edit} reads which keys are hidden, but {after.selection} hides keys at run time"
         elif isinstance(edit, Scaled) and not all(h in after.heads and _is_finite(g) for h, g in edit.gains):
             yield f"the edit {edit}: expected a finite number for each of some heads of {after.heads!r}"
+
+
+def _of_pooling(after: AttentionSpec) -> Iterator[str]:
+    if after.pooling is None:
+        return
+    if not isinstance(after.pooling, PooledKeys):
+        yield f"pooling is {after.pooling!r}, expected PooledKeys or None"
+    elif not after.pooling.heads or not set(after.pooling.heads) <= set(after.heads):
+        yield f"pooling names heads {after.pooling.heads!r}, expected some heads of {after.heads!r}"
+    elif after.selection is not None:
+        yield "pooling and selection: blocks of keys cannot be chosen among pooled keys"
 
 
 def _is_finite(value: object) -> bool:

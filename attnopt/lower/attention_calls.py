@@ -6,7 +6,7 @@ Whoever reads it then still needs the meaning of its masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -46,9 +46,14 @@ def note(call: fx.Node, computed: Lowered) -> None:
     call.meta[_META] = {**call.meta.get(_META, {}), "site": computed.site, "spec": computed.spec}
 
 
-def note_between(operands: Iterable[fx.Node], made: fx.Node, computed: Lowered) -> None:
-    """Every attention call that computes ``made`` from ``operands``."""
-    bare = Lowered(computed.site, replace(computed.spec, after=()))
-    for node in ancestors(made, stop=set(operands).__contains__):
-        if is_attention_call(node):
-            note(node, bare)
+def note_between(operands: Iterable[fx.Node], made: fx.Node, computed: Sequence[Lowered]) -> None:
+    """Every attention call that computes ``made`` from ``operands``.  ``computed``: what is computed one after the other, each
+    with as many calls; if that cannot be, nothing is noted."""
+    given = set(operands)
+    inside = set(ancestors(made, stop=given.__contains__)) - given
+    calls = [node for node in attention_calls(made.graph) if node in inside]
+    if len(calls) % len(computed):
+        return
+    for i, node in enumerate(calls):
+        part = computed[i * len(computed) // len(calls)]
+        note(node, Lowered(part.site, replace(part.spec, after=())))

@@ -39,7 +39,7 @@ def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backen
     """A note if a pattern is only a mask, because the sequences are too short to gain from skipping."""
     if site.spec.pattern == before.spec.pattern or chosen.skips:
         return ()
-    better = [b.name for b in backends if b.skips and b.check(site.spec) is None]
+    better = [b.name for b in backends if b.skips and plugin_calls.accepts(b, site) is None]
     lengths = f"{site.q_len} queries and {site.kv_len} keys"
     return tuple(
         f"{chosen.name} computes all pairs under a mask, because {name} would be slower at {lengths}" for name in better

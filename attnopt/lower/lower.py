@@ -28,6 +28,7 @@ from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.operands import ROLES, Operands, operands_of
 from attnopt.ir.plugin_calls import attention_of
+from attnopt.ir.pooling import parts_of
 from attnopt.ir.site import Site
 from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
@@ -157,7 +158,8 @@ def _attention(
 
     chosen = operands.map(selected)
     lowered = inline(emit, spec, Reference() if plain else plan.backend, chosen)
-    note_between(chosen.given.values(), lowered, Lowered(plan.found.site.name, spec))
+    parts = [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
+    note_between(chosen.given.values(), lowered, [Lowered(plan.found.site.name, part) for part in parts])
     return lowered
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnopt.base.cpu_timing import interleaved, one_thread
+from attnopt.ir import plugin_calls
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.site import Site
@@ -23,7 +24,9 @@ def faster(site: Site, masking: Backend, backends: Sequence[Backend]) -> tuple[B
 
     Measured once per kind of site and process, so equal sites are lowered alike.
     """
-    skipping = [b for b in (o.skipping_rows() for o in backends) if b is not None and b.check(site.spec) is None]
+    skipping = [
+        b for b in (o.skipping_rows() for o in backends) if b is not None and plugin_calls.accepts(b, site) is None
+    ]
     everything = f"{masking.name} computes every head and masks those that are not routed"
     if site.device != "cpu" or not skipping:
         return masking, (f"{everything}: no time is saved",)

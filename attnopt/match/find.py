@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from attnopt.base.debug import debugging
-from attnopt.base.sizes import is_static
+from attnopt.base.sizes import is_static, step
 from attnopt.capture.flex_attention import is_flex, is_written_out, why_unread
 from attnopt.capture.program import Program
 from attnopt.graph.axes import resolve, resolve_all
@@ -34,7 +34,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Alignment, NearMiss, Site
 from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.escapes import where_used
-from attnopt.match.masks import keeps_a_mask
+from attnopt.match.masks import hides_keys, keeps_a_mask
 from attnopt.match.projections import read_output, read_projection
 from attnopt.match.prove import example_values, region_key, site_error, site_tolerance
 from attnopt.match.raise_region import Raised, raise_region
@@ -272,6 +272,8 @@ def _describe(
         q_len=shape(operands.q)[2],
         kv_len=shape(operands.k)[2],
         is_dynamic=not (is_static(value(operands.q).shape[2]) and is_static(value(operands.k).shape[2])),
+        bias_hides=hides_keys(gm, operands.bias),
+        kv_step=step(value(operands.k).shape[2]),
         device=device,
         alignment=_ALIGNMENT.get(related, "first"),
     )

@@ -198,6 +198,13 @@ def keeps_a_mask(gm: fx.GraphModule, operands: Iterable[fx.Node | None]) -> bool
     return any(dtype(n) == torch.bool or bool((evaluate(gm, n, symbols(gm.graph)) <= -_LOST).any()) for n in fixed)
 
 
+def hides_keys(gm: fx.GraphModule, bias: fx.Node | None) -> bool:
+    """The bias may be a mask: of padding, which an input tells, or one that is the same at every call."""
+    if bias is None:
+        return False
+    return may_hide(bias, -_LOST) if inputs_behind(bias) else keeps_a_mask(gm, (bias,))
+
+
 def _hides_by_a_number(gm: fx.GraphModule, node: fx.Node, coefficient: float) -> bool:
     if inputs_behind(node) or not is_plain(node):
         return False

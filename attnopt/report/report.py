@@ -27,13 +27,14 @@ class Form:
     """What can be drawn of an attention: its heads, the K/V head that each reads, and its pattern.
 
     Heads have their numbers from the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``, and
-    ``selection`` describes the blocks chosen at run time, if any.
+    ``selection`` describes the blocks chosen at run time, if any, and ``pooling`` the heads that read pools of keys.
     """
 
     heads: tuple[int, ...]
     kv_of_head: tuple[int, ...]
     pattern: str
     selection: str = ""
+    pooling: str = ""
 
     def __post_init__(self) -> None:
         if len(self.heads) != len(self.kv_of_head):
@@ -42,7 +43,9 @@ class Form:
     @classmethod
     def of(cls, spec: AttentionSpec) -> Self:
         selection = "" if spec.selection is None else str(spec.selection)
-        return cls(spec.heads, tuple(spec.kv_heads[g] for g in spec.kv_of_head), str(spec.visible_pattern), selection)
+        pooling = "" if spec.pooling is None else str(spec.pooling)
+        kv_of_head = tuple(spec.kv_heads[g] for g in spec.kv_of_head)
+        return cls(spec.heads, kv_of_head, str(spec.visible_pattern), selection, pooling)
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ def _form(data: Mapping[str, Any] | None) -> Form | None:
     if data is None:
         return None
     heads, kv_of_head = (tuple(map(int, data[name])) for name in ("heads", "kv_of_head"))
-    return Form(heads, kv_of_head, str(data["pattern"]), str(data.get("selection", "")))
+    return Form(heads, kv_of_head, str(data["pattern"]), str(data.get("selection", "")), str(data.get("pooling", "")))
 
 
 def _plain(value: object) -> Any:

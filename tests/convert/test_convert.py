@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.errors import AttnoptError, AttnoptWarning, ConversionError
-from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads
+from attnopt.passes import GroupedQuery, LocalWindow, PoolKeys, PruneHeads, ScaleHeads
 
 transformers = pytest.importorskip("transformers")
 
@@ -358,6 +358,15 @@ def test_what_a_class_cannot_hold() -> None:
 def test_a_class_without_grouped_heads() -> None:
     with pytest.raises(ConversionError, match=r"(?s)no head counts.*attnopt\.optimize"):
         attnopt.convert(gpt2(), GroupedQuery(2, merge="mean"), ids())
+
+
+@pytest.mark.slow
+def test_pooled_keys_are_no_ones_class() -> None:
+    from zoo import deit
+
+    model, args, _ = deit()
+    with pytest.raises(ConversionError, match="pooled keys and values cannot be represented in this model class"):
+        attnopt.convert(model, PoolKeys(2, (4, 4), prefix=2), args)
 
 
 def test_a_pattern_needs_an_attention_interface() -> None:

@@ -24,7 +24,7 @@ from attnopt.lower.lower import lower
 from attnopt.match import find as finding
 from attnopt.match.find import find
 from attnopt.match.raise_region import Raised
-from attnopt.passes import DynamicSparse, Fuse, LocalWindow, PruneHeads, Sparse
+from attnopt.passes import DynamicSparse, Fuse, LocalWindow, PoolKeys, PruneHeads, Sparse
 from attnopt.patterns import Blocks, Causal, Sinks
 
 META = torch.device("meta")
@@ -147,6 +147,7 @@ POLICIES: dict[str, Any] = {
     "blocks": (Sparse(Blocks(4)), Blocked()),
     "dynamic": (DynamicSparse(keep=0.5, block=4), Reference()),
     "prune": (PruneHeads(heads=[1]), Sdpa()),
+    "pool": (PoolKeys(3, heads=[1]), Sdpa()),
 }
 
 

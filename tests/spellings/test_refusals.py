@@ -31,6 +31,7 @@ from attnopt.passes import (
     GroupedQuery,
     HeadPatch,
     LocalWindow,
+    PoolKeys,
     PruneHeads,
     RouteHeads,
     ScaleHeads,
@@ -132,6 +133,27 @@ def selected_twice() -> Refusal:
     policy = [DynamicSparse(), DynamicSparse(keep=2)]
     (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
     return entry.refusals["dynamic-sparse"]
+
+
+def pooled_twice() -> Refusal:
+    policy = [PoolKeys(7, heads=[1, 2]), PoolKeys(7)]
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
+    return entry.refusals["pool-keys"]
+
+
+class Continued(Decoy):
+    """Attention over the keys and values of earlier tokens, too."""
+
+    def forward(self, x: Tensor, k_past: Tensor, v_past: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged(F.scaled_dot_product_attention(q, torch.cat([k_past, k], 2), torch.cat([v_past, v], 2)))
+
+
+def pooled_past() -> Refusal:
+    past = torch.randn(2, 2, H, 5, E // H)
+    with pytest.warns(attnopt.AttnoptWarning, match="changes nothing"):
+        fast = attnopt.optimize(Continued().eval(), PoolKeys(2), (torch.randn(2, L, E), *past))
+    return fast.report.sites[0].refusals["pool-keys"]
 
 
 def routed_and_pruned() -> Refusal:
@@ -309,6 +331,26 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         selected_twice,
         "[already-selected] expected an attention without block selection, found DynamicBlocks(scores=Pooled(), "
         "keep=0.25, block=64, sinks=1, local=1) (at LINE)\n  hint: apply dynamic-sparse only once per site",
+    ),
+    "already-pooled": (
+        pooled_twice,
+        "[already-pooled] expected an attention without pooled keys, found heads 1, 2 read keys pooled by 7 (at LINE)\n  "
+        "hint: apply pool-keys only once per site",
+    ),
+    "causal-pools": (
+        lambda: refused(Spelling(mask=("causal",)), PoolKeys(7)),
+        "[causal-pools] expected queries that may see later keys, found Causal() (at LINE)\n  hint: the mean of a pool "
+        "mixes later keys into visible ones; use grouped-query or local-window",
+    ),
+    "masked-pools": (
+        lambda: refused(Spelling(mask=("padding",)), PoolKeys(7)),
+        "[masked-pools] expected keys that are never hidden, found a bias that may be a mask (at LINE)\n  hint: hidden keys, "
+        "such as padding, would enter the means; capture the model without padding and its mask",
+    ),
+    "cached-keys": (
+        pooled_past,
+        f"[cached-keys] expected keys that are all computed in this call, found {L} queries after 5 past keys (at LINE)\n  "
+        "hint: pools would change with every new token; capture the model without its cache",
     ),
     "already-edited": (
         routed_and_pruned,

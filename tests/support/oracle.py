@@ -26,7 +26,9 @@ class Edit:
     """``visible``: bool [L, S] or [H, L, S], False hides a key; ``gains``: one factor for each head's output; ``own``: how far
     each head's map goes to the identity; ``raised``: how much each head's map grows where ``shown``, bool [L, S] or [B, 1, L, S];
     ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
-    ``weights``: any other change of the map, [..., L, S], with the column of a sink last."""
+    ``weights``: any other change of the map, [..., L, S], with the column of a sink last;
+    ``pools``: [S, S] or [H, S, S], in each row the weights of the keys whose mean takes the place of a key.
+    Scores are then linear in the keys, and a key counts as much as it weighs in its own row."""
 
     visible: Tensor | None = None
     gains: tuple[float, ...] | None = None
@@ -35,10 +37,12 @@ class Edit:
     shown: Tensor | None = None
     used: Tensor | Callable[[], Tensor] | None = None
     weights: Callable[[Tensor], Tensor] | None = None
+    pools: Tensor | None = None
 
     @property
     def is_mask(self) -> bool:
-        return all(x is None for x in (self.gains, self.own, self.raised, self.used, self.weights))
+        edits = (self.gains, self.own, self.raised, self.used, self.weights, self.pools)
+        return all(x is None for x in edits)
 
 
 Edits = Mapping[int, Edit] | Callable[[int, tuple[int, ...]], "Edit | None"]
@@ -74,10 +78,25 @@ def _per_head(x: Tensor, ndim: int, heads: int | None, shape: tuple[int, ...]) -
     raise AssertionError(f"the oracle does not know where the heads of {shape} are")
 
 
+def _means(scores: Tensor, pools: Tensor, heads: int | None) -> Tensor:
+    """``Edit.pools`` where the heads of ``scores`` are; a sink's column stays as it is."""
+    missing = scores.shape[-1] - pools.shape[-1]
+    if missing:
+        pools = F.pad(pools, (0, missing, 0, missing)) + torch.diag(torch.arange(scores.shape[-1]) >= pools.shape[-1])
+    pools = pools.to(scores.dtype)
+    return _per_head(pools, scores.dim(), heads, tuple(scores.shape)) if pools.dim() == 3 else pools
+
+
 def _hidden(scores: Tensor, axis: int, edit: Edit | None, heads: int | None) -> Tensor:
-    if edit is None or edit.visible is None:
+    if edit is None:
         return scores
     axis %= scores.dim()
+    if edit.pools is not None:
+        assert axis == scores.dim() - 1, "the oracle pools only the last axis"
+        means = _means(scores, edit.pools, heads)
+        scores = scores @ means.mT + means.diagonal(dim1=-2, dim2=-1).log().unsqueeze(-2)
+    if edit.visible is None:
+        return scores
     visible = edit.visible
     missing = scores.shape[axis] - visible.shape[-1]  # a sink's column stays visible
     if missing:
@@ -100,6 +119,8 @@ def _weighed(weights: Tensor, edit: Edit | None, heads: int | None, axis: int = 
 
     if edit.weights is not None:
         weights = edit.weights(weights)
+    if edit.pools is not None:
+        weights = weights @ _means(weights, edit.pools, heads)
     if edit.own is not None:
         u = column(edit.own)
         weights = (1 - u) * weights + u * torch.eye(*weights.shape[-2:], dtype=weights.dtype)

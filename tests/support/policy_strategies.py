@@ -13,6 +13,7 @@ from attnopt.passes import (
     GroupedQuery,
     HeadPatch,
     LocalWindow,
+    PoolKeys,
     PruneHeads,
     RouteHeads,
     ScaleHeads,
@@ -82,6 +83,7 @@ PASSES = st.one_of(
         st.none() | st.floats(-1e6, 0),
     ),
     st.sampled_from(PATTERNS).map(Sparse),
+    st.sampled_from([PoolKeys(4), PoolKeys((2, 3), (4, 6), heads=[1], prefix=1)]),
     st.builds(GroupedQuery, st.integers(1, 9), st.sampled_from(["mean", "first"])),
     st.builds(
         ScaleHeads, st.lists(st.floats(-2, 2)) | st.dictionaries(st.integers(0, 9), st.floats(-2, 2), min_size=1)

@@ -38,6 +38,8 @@ def cached(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
 
 def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
     """What queries see of unpadded inputs: everything before them, or a window of that.  ``spec`` is what lowering noted."""
+    if spec.pooling is not None:
+        raise _error(site.name, "it has pooled keys, which GroupQueryAttention does not support")
     if spec.is_cross or not site.is_square:
         raise _error(site.name, "its keys and queries come from different sequences")
     for what, given in {

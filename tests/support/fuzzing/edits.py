@@ -14,7 +14,17 @@ from steering import steered
 from torch import Tensor, nn
 
 from attnopt.ir.interfaces import Pass
-from attnopt.passes import AddValues, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, SegmentGain, Sparse, Steer
+from attnopt.passes import (
+    AddValues,
+    GroupedQuery,
+    LocalWindow,
+    PoolKeys,
+    PruneHeads,
+    ScaleHeads,
+    SegmentGain,
+    Sparse,
+    Steer,
+)  # fmt: skip
 from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
@@ -43,7 +53,8 @@ class Call:
 @dataclass(frozen=True)
 class Edit:
     """The passes at one site, and by pass what each means: a mask, gains, a change of its map, what is added to heads' outputs at
-    some queries, or to their maps where ``raised`` shows it, or groups of K/V heads that become one."""
+    some queries, or to their maps where ``raised`` shows it, groups of K/V heads that become one, or [H, S, S] weights
+    of the keys whose mean takes the place of a key."""
 
     call: Call
     passes: tuple[Pass, ...]
@@ -54,6 +65,7 @@ class Edit:
     queries: tuple[int, ...] | None
     raised: tuple[tuple[float, ...], Tensor] | None
     merged: int = 0
+    pools: Tensor | None = None
 
 
 def calls(case: Case, model: nn.Module, given: Mapping[str, Tensor]) -> list[Call]:
@@ -86,8 +98,9 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
     """What the block's rewrite makes of this run, or None where nothing is to be tried."""
     block, s, n = call.block, call.block.spelling, call.block.number
     passes, visible, gains = list[Pass](), dict[str, Tensor](), dict[str, Mapping[int, float]]()
+    merged, pools = 0, None
     maps = dict[str, Callable[[Tensor], Tensor]]()
-    shift, queries, raised, merged = dict[int, Tensor](), None, None, 0
+    shift, queries, raised = dict[int, Tensor](), None, None
     for kind in block.rewrite.split("+"):
         if kind == "window":
             left, right, sinks = n % 4, n // 4 % 3, n // 12
@@ -125,6 +138,12 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
         elif kind == "group" and s.kv_heads > 1 and s.norm != "across" and not case.reuse:
             merged = group_target(block)
             passes.append(GroupedQuery(kv_heads=merged, merge="mean"))
+        elif kind == "pool" and _pools_can_be_told(s):
+            sizes = [r for r in range(1, call.kv_len + 1) if call.kv_len % r == 0]
+            size, heads = sizes[-1 - n % len(sizes)], sorted({n % s.heads, n // 4 % s.heads})
+            passes.append(PoolKeys(size, heads=heads))
+            pools = torch.eye(call.kv_len).repeat(s.heads, 1, 1)
+            pools[heads] = torch.block_diag(*[torch.full((size, size), 1 / size)] * (call.kv_len // size))
         elif kind == "steer":
             queries = (None, (0,), (-1,), (0, -1))[n % 4]
             numbers = torch.randn(s.heads, s.value_dim, generator=torch.Generator().manual_seed(n))
@@ -137,7 +156,14 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             )
             passes.append(AddValues(keys, 0.5, heads, hidden_below=-1e4))
             raised = tuple(0.5 * (h in heads) for h in range(s.heads)), _shown(call, attention, keys, given)
-    return Edit(call, tuple(passes), visible, gains, maps, shift, queries, raised, merged) if passes else None
+    return Edit(call, tuple(passes), visible, gains, maps, shift, queries, raised, merged, pools) if passes else None
+
+
+def _pools_can_be_told(s: Spelling) -> bool:
+    """The oracle averages the scores of a query, which have to be linear in the keys where they meet the normaliser.  Other masks
+    are refused."""
+    is_linear = s.softcap is None and not s.bias_kind and not {"window", "far", "chunk"} & set(s.mask)
+    return _by_normaliser(s) and is_linear and s.core != "transposed"
 
 
 def _segment_gain(n: int, kv_len: int) -> SegmentGain:
@@ -224,11 +250,12 @@ def meant(
             gains = {}
         change = next((edit.maps[name] for name in kept if name in edit.maps), None)
         factors = tuple(gains.get(h, 1.0) for h in range(s.heads)) if gains else None
+        pools = edit.pools if "pool-keys" in kept else None
         alphas, shown = edit.raised if edit.raised is not None and "add-values" in kept else (None, None)
         if shown is not None and masks:
             shown = shown & masks[0]
         told[edit.call.normaliser] = oracle.Edit(
-            masks[0] if masks else None, factors, raised=alphas, shown=shown, weights=change
+            masks[0] if masks else None, factors, raised=alphas, shown=shown, weights=change, pools=pools
         )
     with shifts:
         return oracle.run_edited(model, (), given, told, exponentials=True)

@@ -19,6 +19,7 @@ REWRITES = (
     "none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group", "steer", "add", "steer+scale",
     "window+add",
     "segment", "segment+window",
+    "pool", "pool+sparse",
 )  # fmt: skip
 
 

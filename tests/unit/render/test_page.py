@@ -119,6 +119,14 @@ def test_blocks_that_are_chosen_at_run_time_are_told() -> None:
     assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
+def test_pooled_keys_are_told() -> None:
+    model, args, kwargs = tiny_models.full()
+    found = attnopt.optimize(model.eval(), "pool-keys(3, heads=[1])", args, kwargs).report
+    assert found.sites[0].form_after.pooling == "head 1 reads keys pooled by 3"  # type: ignore[union-attr]
+    assert "Head 1 reads keys pooled by 3." in report_page(found)
+    assert Report.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
 def test_a_report_without_forms_has_a_page(report: Report) -> None:
     old = report.to_json()
     for site in old["sites"]:
