@@ -30,12 +30,13 @@ def by_parts(spec: AttentionSpec, core_of: Callable[[AttentionSpec], AttendWithL
         lses = [lse for _, lse in made]
         sink = None if sinks is None else sinks.to(lses[0].dtype).squeeze(-1).expand_as(lses[0])
         masses = _shares(lses, sink)
-        factors = gains.of_rows(masses)
+        rows = gains.of_rows(masses)
         if gains.normalise == "logits":
-            masses = _shares([lse + _log(g, lse) for lse, g in zip(lses, factors, strict=True)], sink)
-            weights = masses
+            weights = _shares([lse + _log(g, lse) for lse, g in zip(lses, rows.gains, strict=True)], sink)
         else:
-            weights = [mass * g for mass, g in zip(masses, factors, strict=True)]
+            weights = [mass * g for mass, g in zip(masses, rows.gains, strict=True)]
+        if rows.moved is not None:
+            weights[-2] = weights[-2] + rows.moved
         parts = [w.unsqueeze(-1) * o for w, (o, _) in zip(weights, made, strict=True)]
         return reduce(torch.add, parts).to(v.dtype)
 

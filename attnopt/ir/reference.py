@@ -70,10 +70,15 @@ def _with_gains(spec: AttentionSpec, gains: WeightGains, p: Tensor, s: Tensor, s
     """The weights p = softmax(s) after their gains."""
     pieces = [x.mask(*p.shape[2:], num_heads=spec.num_heads, device=p.device).unsqueeze(0) for x in gains.pieces]
     masses = [p.masked_fill(~piece, 0.0).sum(-1) for piece in pieces]
-    factor = torch.ones_like(p)
-    for piece, gain in zip(pieces, gains.of_rows(masses), strict=True):
+    rows, factor = gains.of_rows(masses), torch.ones_like(p)
+    for piece, gain in zip(pieces, rows.gains, strict=True):
         factor = torch.where(piece, gain.unsqueeze(-1) if isinstance(gain, Tensor) else gain, factor)
-    return _softmax(s + factor.log(), sinks)[0] if gains.normalise == "logits" else p * factor
+    if gains.normalise == "logits":
+        return _softmax(s + factor.log(), sinks)[0]
+    if rows.moved is None:
+        return p * factor
+    of_receivers = p.masked_fill(~pieces[-2], 0.0) / masses[-2].masked_fill(masses[-2] == 0, 1.0).unsqueeze(-1)
+    return p * factor + rows.moved.unsqueeze(-1) * of_receivers
 
 
 def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class RowGains:
+    """The gain of each piece in each row, numbers or broadcasting to [B, H, L], and the weight that the receivers, the last
+    piece but one, get beside theirs: a sum, because a factor on a tiny weight would overflow."""
+
+    gains: tuple[Tensor | float, ...]
+    moved: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class WeightGains:
     """Gains on the weights p of a softmax over keys and sink.  With g[j] the gain of the first part that holds the pair::
 
@@ -65,24 +74,22 @@ class WeightGains:
         alone = [reduce(lambda p, before: p & ~before, listed[:i], pattern) for i, pattern in enumerate(listed)]
         return (*alone, ~any_of(listed))
 
-    def of_rows(self, masses: Sequence[Tensor]) -> list[Tensor | float]:
-        """The gain of each piece in each row, numbers or broadcasting to [B, H, L].  ``masses``: the weight of each piece in
-        each row, [B, H, L], which is 0 everywhere in a row that sees nothing."""
+    def of_rows(self, masses: Sequence[Tensor]) -> RowGains:
+        """What happens in each row.  ``masses``: the weight of each piece in each row, [B, H, L], which is 0 everywhere in a
+        row that sees nothing."""
         gains: list[Tensor | float] = [_of_heads(part.gains, masses[0]) for part in self.parts]
         n = len(gains)
-        changes = None
-        if self.chooses or self.to is not None:
-            held = reduce(torch.add, masses[:n])
-            both = held if self.to is None else held + masses[n]
-            changes = (both >= self.mass) & (held <= self.share * both)
-        if self.to is not None:
-            assert changes is not None
-            changes = changes & (masses[n] > 0)
-            freed = reduce(torch.add, [(1.0 - g) * m for g, m in zip(gains, masses, strict=False)])
-            gains.append(1.0 + freed / masses[n].masked_fill(~changes, 1.0))
-        if changes is not None:
-            gains = [torch.where(changes, g, 1.0) for g in gains]
-        return [*gains, 1.0]
+        if not self.chooses and self.to is None:
+            return RowGains((*gains, 1.0))
+        held = reduce(torch.add, masses[:n])
+        both = held if self.to is None else held + masses[n]
+        changes = (both >= self.mass) & (held <= self.share * both)
+        if self.to is None:
+            return RowGains((*(torch.where(changes, g, 1.0) for g in gains), 1.0))
+        changes = changes & (masses[n] > 0)
+        freed = reduce(torch.add, [(1.0 - g) * m for g, m in zip(gains, masses, strict=False)])
+        moved = torch.where(changes, freed, torch.zeros_like(freed))
+        return RowGains((*(torch.where(changes, g, 1.0) for g in gains), 1.0, 1.0), moved)
 
     def keeping(self, places: Sequence[int]) -> WeightGains:
         """The same gains for the heads at these places."""

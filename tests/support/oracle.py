@@ -118,7 +118,7 @@ def _weighed(weights: Tensor, edit: Edit | None, heads: int | None, axis: int = 
         return _per_head(found, weights.dim(), heads, tuple(weights.shape))
 
     if edit.weights is not None:
-        weights = edit.weights(weights)
+        weights = edit.weights(weights.transpose(axis, -1)).transpose(axis, -1)
     if edit.pools is not None:
         weights = weights @ _means(weights, edit.pools, heads)
     if edit.own is not None:

@@ -192,7 +192,7 @@ def _map_of(n: int, kv_len: int, has_sink: bool) -> Callable[[Tensor], Tensor]:
         if how == "redistribute":
             freed = torch.where(inside, (1 - gain) * p, 0.0).sum(-1, keepdim=True)
             held = torch.where(receives, p, 0.0).sum(-1, keepdim=True)
-            moved = torch.where(receives, p + p * freed / held, torch.where(inside, gain * p, p))
+            moved = torch.where(receives, p + freed * (p / held), torch.where(inside, gain * p, p))
             return torch.where(held > 0, moved, p)
         scaled = torch.where(inside, (gain * 3 or 0.125) * p, p)
         return scaled if how == "none" else scaled / scaled.sum(-1, keepdim=True)

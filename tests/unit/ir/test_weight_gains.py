@@ -186,6 +186,24 @@ def test_law_a_gain_of_n_is_n_copies_of_the_keys(pattern: attnopt.Pattern) -> No
     torch.testing.assert_close(made, copied, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_receivers_of_hardly_any_weight(dtype: torch.dtype) -> None:
+    """What is freed may be 1e38 times as much as what the receivers hold."""
+    found = WeightGains((Part(Keys([0]), (0.25,) * 4),), "redistribute", Keys([1, 2]))
+    spec = a_spec(scale=1.0, weight_gains=found)
+    q = torch.ones(1, 4, 3, 8, dtype=dtype)
+    k = torch.zeros(1, 4, 5, 8, dtype=dtype)
+    k[:, :, 0], k[:, :, 1] = 11.25, 0.125  # scores of 90, 1, 0, 0, 0
+    v = torch.randn(1, 4, 5, 8).to(dtype)
+    p = (q.double() @ k.double().mT).softmax(-1)
+    want = (p[..., :1] * 0.25 + 0) * v.double()[:, :, :1]
+    pair = p[..., 1:3] / p[..., 1:3].sum(-1, keepdim=True)
+    want = want + 0.75 * pair @ v.double()[:, :, 1:3]
+    for backend in (Blocked(), Reference()):
+        made = backend.lower(spec)(q, k, v, bias=None, mask=None, sinks=None)
+        torch.testing.assert_close(made.double(), want, atol=1e-2 if dtype == torch.float16 else 1e-5, rtol=1e-3)
+
+
 def test_by_parts_holds_no_map() -> None:
     """Every tensor of the lowered graph is linear in the length."""
     model, L = stack(causal=True), 300
