@@ -33,9 +33,9 @@ def attention(
     ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected`` as in ``Operands``.
     Rows outside ``wanted``, bool [B, H, L], are unused by the caller, and may be zeros.
     """
-    from attnopt.backends import attention_op
+    from attnopt.backends import dispatch
 
-    return attention_op.forward(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected, wanted)
+    return dispatch.forward(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected, wanted)
 
 
 @torch.library.custom_op("attnopt::attention_with_lse", mutates_args=())
@@ -53,9 +53,9 @@ def attention_with_lse(
     selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``attention``, with the log-sum-exp of each row, as in ``AttendWithLse``."""
-    from attnopt.backends import attention_op
+    from attnopt.backends import dispatch
 
-    return attention_op.forward_with_lse(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
+    return dispatch.forward_with_lse(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
 
 
 @attention.register_fake
@@ -71,21 +71,21 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, T
 
 
 def _keep(ctx: object, inputs: tuple[object, ...], output: object) -> None:
-    from attnopt.backends import attention_op
+    from attnopt.backends import dispatch
 
-    attention_op.keep(ctx, inputs)
+    dispatch.keep(ctx, inputs)
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    from attnopt.backends import attention_op
+    from attnopt.backends import dispatch
 
-    return (*attention_op.backward(ctx, grad), None, None, None, None, None, None)
+    return (*dispatch.backward(ctx, grad), None, None, None, None, None, None)
 
 
 def _backward_with_lse(ctx: object, grad: Tensor, of_lse: Tensor) -> tuple[Tensor | None, ...]:
-    from attnopt.backends import attention_op
+    from attnopt.backends import dispatch
 
-    return (*attention_op.backward_with_lse(ctx, grad, of_lse), None, None, None, None, None)
+    return (*dispatch.backward_with_lse(ctx, grad, of_lse), None, None, None, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_keep)

@@ -12,7 +12,7 @@ from attnopt.backends.attention_operator import attention, attention_with_lse
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
 from attnopt.ir.attend import Attend, AttendWithLse, RoutedAttend
 from attnopt.ir.interfaces import Backend
-from attnopt.ir.merged_parts import by_parts
+from attnopt.ir.lse_merge import merged_by_lse
 from attnopt.ir.operands import BLOCK
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import require_no_edits, selected
@@ -56,7 +56,7 @@ class Blocked(Backend):
     def lower(self, spec: AttentionSpec) -> RoutedAttend | Attend:
         require_no_edits(spec)
         if spec.weight_gains is not None:
-            return by_parts(spec, self._with_lse)
+            return merged_by_lse(spec, self._with_lse)
 
         def attend(
             q: Tensor,

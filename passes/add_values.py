@@ -11,7 +11,7 @@ from attnopt.ir.head_additions import ValuesAdded
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import distinct_heads, note_absent_tokens, refuse_unknown_heads, refuse_unknown_tokens
+from attnopt.passes.preconditions import distinct_heads, note_absent_tokens, refuse_unknown_heads, refuse_unknown_tokens
 
 
 @dataclass(frozen=True)

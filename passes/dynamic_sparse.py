@@ -10,7 +10,7 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_edits, refuse_other_keys, refuse_pooled
+from attnopt.passes.preconditions import refuse_edits, refuse_other_keys, refuse_pooled
 
 
 @dataclass(frozen=True)

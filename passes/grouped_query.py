@@ -28,7 +28,7 @@ from attnopt.ir.kv_partition import Group, KvPartition
 from attnopt.ir.plugin_calls import check_part
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import (
+from attnopt.passes.preconditions import (
     BUDGETS,
     expected_projections,
     refuse_edits,

@@ -16,7 +16,7 @@ from attnopt.ir.head_edits import Replaced
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import distinct_heads, refuse_no_data, refuse_unknown_heads
+from attnopt.passes.preconditions import distinct_heads, refuse_no_data, refuse_unknown_heads
 
 NAMED = ("silence", "mean", "run")
 

@@ -10,7 +10,7 @@ from attnopt.base.options import whole, wholes
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_other_keys, refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_other_keys, refuse_unknown_heads
 from attnopt.patterns import Dilated, Pattern, PerHead, Sinks, Window
 
 

@@ -12,7 +12,7 @@ from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_pooled, refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_pooled, refuse_unknown_heads
 
 
 @dataclass(frozen=True)

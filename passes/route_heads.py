@@ -14,7 +14,7 @@ from attnopt.ir.head_routing import Routed
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_edits, refuse_no_data, refuse_unknown_heads, refuse_unknown_projections
+from attnopt.passes.preconditions import refuse_edits, refuse_no_data, refuse_unknown_heads, refuse_unknown_projections
 
 ROUTERS = ("query-norm", "linear")
 

@@ -11,7 +11,7 @@ from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_unknown_heads
 
 
 @dataclass(frozen=True, init=False)

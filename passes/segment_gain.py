@@ -15,7 +15,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
-from attnopt.passes.heads import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
 from attnopt.patterns import Keys, Pattern, PerHead, parse
 from attnopt.patterns.algebra import any_of
 

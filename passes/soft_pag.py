@@ -12,7 +12,7 @@ from attnopt.ir.head_edits import TowardValues
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_other_keys, refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_other_keys, refuse_unknown_heads
 
 
 @dataclass(frozen=True)

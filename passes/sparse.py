@@ -9,7 +9,7 @@ from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.heads import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
 from attnopt.patterns import Pattern, Window, parse
 
 

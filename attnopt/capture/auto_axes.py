@@ -69,7 +69,7 @@ def captured_with_own(
     return captured(inputs, shapes, is_cheap)
 
 
-def as_far_as_it_goes(model: nn.Module, inputs: CallInputs, auto: Auto, captured: Captured) -> Program:
+def with_most_dynamic_axes(model: nn.Module, inputs: CallInputs, auto: Auto, captured: Captured) -> Program:
     """Raises CaptureError if the model cannot be captured even with all axes static."""
     every = axes_of_leaves(model.forward, *inputs, asked_shapes(model, *inputs, Auto()))
     if auto.axes is None and (program := _with_every_axis(model, inputs, captured)) is not None:

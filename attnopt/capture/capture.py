@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import as_called, mode_of
 from attnopt.base.quiet import quiet
-from attnopt.capture.auto_axes import Limited, as_far_as_it_goes, captured_with_own
+from attnopt.capture.auto_axes import Limited, captured_with_own, with_most_dynamic_axes
 from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
 from attnopt.capture.flat_capture import Calls, shapes_for
 from attnopt.capture.flex_attention import freshly_traced, write_out
@@ -65,7 +65,7 @@ def capture(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shap
     _check_arguments(model, inputs)
     if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
-        program = as_far_as_it_goes(model, inputs, auto, partial(_captured, model, True))
+        program = with_most_dynamic_axes(model, inputs, auto, partial(_captured, model, True))
     else:
         shapes = asked_shapes(model, *inputs, dynamic_shapes)
         program = captured_with_own(model, inputs, shapes, False, partial(_captured, model, False))

@@ -15,7 +15,7 @@ from torch.fx.node import Argument
 
 from attnopt.base.sizes import hint, is_static
 from attnopt.capture.flex_attention import index_plainly
-from attnopt.graph.cleanup import sweep
+from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import RESHAPES, arg, aten, input_axes, inputs_of, is_call, operand, value
 from attnopt.graph.value_names import inherit
@@ -90,7 +90,7 @@ def expand_views(gm: fx.GraphModule) -> None:
             emit.before = node
             _expand(node, emit)
     _write_sizes(gm.graph)
-    sweep(gm)
+    remove_unused_nodes(gm)
 
 
 def _write_sizes(graph: fx.Graph) -> None:

@@ -17,7 +17,7 @@ from attnopt.compiler.compile import Compiled, again, carried_out
 from attnopt.compiler.job import Job
 from attnopt.compiler.policy import Policy
 from attnopt.errors import RewriteError, VerificationError
-from attnopt.graph.cleanup import has_effects, prune_unused_state, share
+from attnopt.graph.cleanup import has_effects, prune_unused_state, share_equal_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import get_attr, is_tensor, value
 from attnopt.lower.lower import copy_program
@@ -76,7 +76,7 @@ def joined(strong: fx.GraphModule, weak: fx.GraphModule, scale: float) -> fx.Gra
     emit = Emitter(graph, output)
     both = [_pushed(emit, a, b, scale) for a, b in zip(ours, theirs, strict=True)]
     output.args = (pytree.tree_unflatten(both, spec),)
-    share(module)
+    share_equal_nodes(module)
     graph.eliminate_dead_code()
     prune_unused_state(module)
     graph.lint()

@@ -18,8 +18,8 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import squared_difference
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.decide import Decision, decide
+from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.compiler.policy import Policy
-from attnopt.compiler.stream import Stream
 from attnopt.compiler.tied_weights import jointly, of_all, tied
 from attnopt.errors import CalibrationError
 from attnopt.ir.interfaces import Backend, Pass, SharesBudget

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnopt.backends.reference import Reference
-from attnopt.graph.cleanup import sweep
+from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten
 from attnopt.ir.operands import operands_of
@@ -44,5 +44,5 @@ def gated(gm: fx.GraphModule, found: Sequence[Found]) -> Gated:
             read.meta["val"] = torch.empty(gate.shape, device=gate.device)
         cast = emit.call(aten._to_copy.default, read, dtype=lowered.meta["val"].dtype)
         node.replace_all_uses_with(emit.call(aten.mul.Tensor, lowered, cast))
-    sweep(module)
+    remove_unused_nodes(module)
     return Gated(module, gates)

@@ -20,7 +20,7 @@ from attnopt.capture.signature import Signature
 from attnopt.compiler.analyze import analyze
 from attnopt.compiler.check import all_fitting
 from attnopt.compiler.gate_scores import ablation, fisher, sensitivity, taylor
-from attnopt.compiler.stream import Stream
+from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.fit.importance_methods import IMPORTANCE, scores_at
 from attnopt.fit.induction_score import retrieval

@@ -8,7 +8,7 @@ from attnopt.capture.program import Program
 from attnopt.compiler.decide import Decision, decide, limited
 from attnopt.compiler.head_budget import allot
 from attnopt.compiler.job import Job
-from attnopt.compiler.stream import Stream
+from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.compiler.tied_weights import jointly, of_all, tied
 from attnopt.errors import PolicyError, RewriteError
 from attnopt.match.find import Findings, Found

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from attnopt.compiler.decide import Decision
-from attnopt.compiler.stream import Stream
+from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.ir.activations import Activations
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Pass

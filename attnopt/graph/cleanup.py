@@ -10,7 +10,7 @@ from attnopt.graph.ops import is_random
 from attnopt.graph.sdpa import SDPA, sdpa_arguments
 
 
-def sweep(gm: fx.GraphModule) -> None:
+def remove_unused_nodes(gm: fx.GraphModule) -> None:
     """Remove unused nodes.  torch would keep an unused fused attention, because it might draw random numbers."""
     gm.graph.eliminate_dead_code(is_impure_node=has_effects)
     gm.recompile()
@@ -25,7 +25,7 @@ def has_effects(node: fx.Node) -> bool:
     return name.startswith(("_assert", "sym_constrain")) or bool(schema is not None and schema.is_mutable)
 
 
-def share(gm: fx.GraphModule) -> None:
+def share_equal_nodes(gm: fx.GraphModule) -> None:
     """Common subexpression elimination: every layer of a model may compute the same mask."""
     known: dict[object, fx.Node] = {}
     for node in list(gm.graph.nodes):

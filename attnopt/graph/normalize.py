@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.node import Target
 
 from attnopt.base.sizes import hint, is_static, same_size
-from attnopt.graph.cleanup import sweep
+from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.constants import filling
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.interpreter import Interpreter
@@ -71,7 +71,7 @@ def tidy(gm: fx.GraphModule) -> None:
             continue
         if is_tensor(node) and (same := _changes_nothing(node)) is not None:
             _replaced(node, same)
-    sweep(gm)
+    remove_unused_nodes(gm)
 
 
 def _as_reshape(_: fx.GraphModule, node: fx.Node) -> fx.Node:

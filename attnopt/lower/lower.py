@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from attnopt.backends.reference import Reference
 from attnopt.capture.flex_attention import restore_calls
 from attnopt.errors import PluginError, RewriteError
-from attnopt.graph.cleanup import prune_unused_state, share
+from attnopt.graph.cleanup import prune_unused_state, share_equal_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, shape, value
 from attnopt.graph.normalize import tidy
@@ -98,7 +98,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins:
                 hint="exclude the site from the policy and report the model",
             ) from e
     restore_calls(module)
-    share(module)
+    share_equal_nodes(module)
     tidy(module)
     if joins and not plain:
         join(module, weights)

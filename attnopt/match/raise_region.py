@@ -15,12 +15,12 @@ from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
+from attnopt.match.multiplicative_masks import hides_beside_flags
 from attnopt.match.read_scores import Operand
 from attnopt.match.rearrange import Arranger
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError, rejected, weights_changed
 from attnopt.match.weight_factors import gains_of
-from attnopt.match.wiped_scores import hides_beside_flags
 from attnopt.slicing.selector import Selector
 from attnopt.slicing.sources import signature
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from attnopt.graph.cleanup import sweep
+from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, calls, get_attr, shape
 from attnopt.graph.normalize import STRIDED
@@ -57,7 +57,7 @@ def join(gm: fx.GraphModule, weights: Weights) -> None:
         names = _names(group)
         if all(readers[name] == together[names] for pair in names for name in pair):
             _join(gm, weights, group)
-    sweep(gm)
+    remove_unused_nodes(gm)
 
 
 def _siblings(gm: fx.GraphModule, weights: Weights) -> Iterable[list[fx.Node]]:

@@ -181,7 +181,7 @@ def test_memory_that_runs_out_while_calibrating(monkeypatch: pytest.MonkeyPatch)
         raise MemoryError
 
     for where in (
-        "attnopt.compiler.stream.Forward.up_to",
+        "attnopt.compiler.layerwise_calibration.Forward.up_to",
         "attnopt.fit.least_squares.torch.linalg.cholesky_ex",
         "attnopt.lower.lower._carry_out",
     ):

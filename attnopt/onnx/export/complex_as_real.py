@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import Argument, Target
 
-from attnopt.graph.cleanup import sweep
+from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import arg, aten, is_call, operand, value, wrap
 
@@ -41,7 +41,7 @@ def in_pairs(gm: fx.GraphModule) -> None:
         made = emit.call(node.target, emit.call(aten.view_as_real.default, source), setting, *rest, **node.kwargs)
         node.replace_all_uses_with(emit.call(aten.view_as_complex.default, made))
         gm.graph.erase_node(node)
-    sweep(gm)
+    remove_unused_nodes(gm)
 
 
 def _in_slices(split: fx.Node) -> None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 
 from attnopt.ir.spec import AttentionSpec
-from attnopt.onnx.export import plain
+from attnopt.onnx.export import plain_operators
 from attnopt.onnx.export.builder import ORT, Builder
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, OnnxSite
 from attnopt.onnx.export.values import Values
@@ -21,7 +21,7 @@ def attention(b: Builder, site: OnnxSite, x: Values, is_full: bool = False) -> i
     In older opsets, the same in plain operators.
     """
     if b.opset < WITH_ATTENTION:
-        return plain.attention(b, site, x)
+        return plain_operators.attention(b, site, x)
     q, k, v, mask = x.q, x.k, x.v, _one_mask(b, site, x.bias, x.mask)
     if mask is not None and not is_full:
         lengths = b.op("Concat", b.size(x.q, x.axis), b.size(x.k, x.axis), axis=0)

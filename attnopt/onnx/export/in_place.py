@@ -24,12 +24,12 @@ from attnopt.lower.lower import copy_program
 from attnopt.onnx.export.builder import ORT, Array
 from attnopt.onnx.export.correspondence import SHARED, Change, changed
 from attnopt.onnx.export.mark import Marked
-from attnopt.onnx.export.older import WRITTEN, older
+from attnopt.onnx.export.older_opsets import WRITTEN, older
+from attnopt.onnx.export.only_faster import worthwhile
 from attnopt.onnx.export.packed_weights import NotSliceableError, Slices, places, refuse
 from attnopt.onnx.export.part import Part, parts_of
 from attnopt.onnx.export.splicing import Insert, renamed, spliced
 from attnopt.onnx.export.translate import OPSETS
-from attnopt.onnx.export.worth import worthwhile
 from attnopt.onnx.export.write_file import METADATA, said, written_to
 from attnopt.onnx.load.grouping import used_by
 from attnopt.onnx.load.source import Source

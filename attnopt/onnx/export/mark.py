@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from attnopt.graph.cleanup import prune_unused_state, share, sweep
+from attnopt.graph.cleanup import prune_unused_state, remove_unused_nodes, share_equal_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import RESHAPES, aten, is_call, value
 from attnopt.ir.operands import ROLES, Operands
@@ -64,8 +64,8 @@ def mark(gm: fx.GraphModule, settle: Settle, takes_apart: bool = True) -> tuple[
     for node in module.graph.nodes:
         if is_call(node, *RESHAPES):  # a placeholder's strides are not the attention's
             node.target = aten.reshape.default
-    share(module)  # layers with one pattern have one mask
-    sweep(module)
+    share_equal_nodes(module)  # layers with one pattern have one mask
+    remove_unused_nodes(module)
     weights.settle()
     prune_unused_state(module)
     return module, tuple(marked)

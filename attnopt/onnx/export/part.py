@@ -17,7 +17,7 @@ from attnopt.graph.nodes import ancestors, value
 from attnopt.graph.record import recorded
 from attnopt.onnx.export.correspondence import Change
 from attnopt.onnx.export.mark import Marked, fastest, mark
-from attnopt.onnx.export.older import WRITTEN
+from attnopt.onnx.export.older_opsets import WRITTEN
 from attnopt.onnx.export.translate import expand, translated
 from attnopt.report.report import Report
 

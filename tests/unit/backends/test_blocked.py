@@ -16,7 +16,7 @@ from specs import PATTERNS, a_spec, run, tensors
 from torch import Tensor
 
 import attnopt
-from attnopt.backends import Blocked, Reference, attention_op, block_gather, flex, native
+from attnopt.backends import Blocked, Reference, block_gather, dispatch, flex, native
 from attnopt.backends.attention_operator import attention
 from attnopt.errors import AttnoptWarning
 from attnopt.ir.operands import OperandTensors
@@ -244,7 +244,7 @@ def test_time_grows_with_what_is_kept() -> None:
 
 def test_without_a_compiler_torch_does_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     native._built.cache_clear()
-    attention_op._warn.cache_clear()
+    dispatch._warn.cache_clear()
     monkeypatch.setattr(native.shutil, "which", lambda _: None)
     spec = a_spec(pattern=Window(20, 0))
     t = tensors(spec, 1, 100, 100, torch.float32, 0)

@@ -17,7 +17,7 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.compiler.compile import compiled
 from attnopt.compiler.job import Options
-from attnopt.compiler.stream import Stream
+from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.fit.least_squares import Moments, fit, ridge
 from attnopt.ir.activations import HELD_BACK
 from attnopt.ir.operands import OperandTensors

@@ -167,7 +167,7 @@ def test_skipping_rows_follows_the_reference(
 
 
 def test_skipping_rows_computes_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnopt.backends import attention_op, native
+    from attnopt.backends import dispatch, native
 
     rows: list[int] = []
     own = native.attend
@@ -176,7 +176,7 @@ def test_skipping_rows_computes_no_others(monkeypatch: pytest.MonkeyPatch) -> No
         rows.append(t.q.shape[1] * t.q.shape[2] if t.selected is None else 64 * int(t.selected.any(3).sum()))
         return own(spec, t)
 
-    monkeypatch.setattr(attention_op.native, "attend", counted)
+    monkeypatch.setattr(dispatch.native, "attend", counted)
     spec = a_spec().followed_by(Routed((3,), (0, 1, 2), 1))
     t = {name: None if x is None else x.float() for name, x in tensors(spec, 1, 640, 640, torch.float32, 0).items()}
     routed(Blocked(True), spec, t)

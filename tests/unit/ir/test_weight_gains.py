@@ -27,7 +27,7 @@ from attnopt.backends import Blocked, Reference, Sdpa, block_gather, flex
 from attnopt.backends.attention_operator import attention_with_lse
 from attnopt.errors import PolicyError
 from attnopt.ir import plugin_calls
-from attnopt.ir.merged_parts import by_parts
+from attnopt.ir.lse_merge import merged_by_lse
 from attnopt.ir.operands import OperandTensors
 from attnopt.ir.reference import reference_with_lse
 from attnopt.ir.weight_gains import Part, WeightGains
@@ -204,7 +204,7 @@ def test_receivers_of_hardly_any_weight(dtype: torch.dtype) -> None:
         torch.testing.assert_close(made.double(), want, atol=1e-2 if dtype == torch.float16 else 1e-5, rtol=1e-3)
 
 
-def test_by_parts_holds_no_map() -> None:
+def test_parts_holds_no_map() -> None:
     """Every tensor of the lowered graph is linear in the length."""
     model, L = stack(causal=True), 300
     p = SegmentGain(range(5, 40), 0.5, normalise="redistribute", to=range(60, 90), when={"mass": 0.1})
@@ -443,6 +443,6 @@ def test_merging_a_single_part_is_the_attention_itself() -> None:
     spec = a_spec(pattern=Causal(), has_sinks=True, weight_gains=WeightGains((Part(Full(), (1.0,) * 4),), "none"))
     t = tensors(spec, 2, 9, 9, torch.float64, seed=7)
     given = (t["q"], t["k"], t["v"])
-    made = by_parts(spec, reference_with_lse)(*given, bias=None, mask=None, sinks=t["sinks"])  # type: ignore[arg-type]
+    made = merged_by_lse(spec, reference_with_lse)(*given, bias=None, mask=None, sinks=t["sinks"])  # type: ignore[arg-type]
     want = Reference().lower(replace(spec, weight_gains=None))(*given, bias=None, mask=None, sinks=t["sinks"])  # type: ignore[arg-type]
     torch.testing.assert_close(made, want)

@@ -16,7 +16,7 @@ from attnopt.ir.attend import Attend, AttendWithLse
 from attnopt.ir.spec import AttentionSpec
 
 
-def by_parts(spec: AttentionSpec, core_of: Callable[[AttentionSpec], AttendWithLse]) -> Attend:
+def merged_by_lse(spec: AttentionSpec, core_of: Callable[[AttentionSpec], AttendWithLse]) -> Attend:
     """``spec`` with its ``weight_gains``; ``core_of`` computes a spec without them."""
     gains = spec.weight_gains
     assert gains is not None
