@@ -33,9 +33,9 @@ struct Strides { int64_t batch, head, row, col; };  // in elements; 0 where an a
 struct Arguments {
     const float *q, *k, *v, *bias, *sinks;
     const uint8_t *mask, *selected;
-    float *out, *lse;
+    float *out, *top, *log_sum;
     int64_t batches, heads, q_len, kv_len, head_dim, value_dim;
-    Strides q_at, k_at, v_at, bias_at, sinks_at, mask_at, selected_at, out_at, lse_at;
+    Strides q_at, k_at, v_at, bias_at, sinks_at, mask_at, selected_at, out_at, row_at;
     const int32_t *kv_of_head, *layout_of_head;
     const int64_t *row_ptr;  // [layouts, rows + 1]
     const int32_t *cols, *tile;
@@ -191,8 +191,10 @@ struct Group {
 
     void store(const Vec *top, const Vec *total) const {
         for (int n = 0; n < VECTORS; n++) {
-            for (int r = 0; a.lse && r < LANES && n * LANES + r < count; r++)
-                *element(a.lse, a.lse_at, n * LANES + r) = top[n][r] + std::log(total[n][r]);
+            for (int r = 0; r < LANES && n * LANES + r < count; r++) {
+                *element(a.top, a.row_at, n * LANES + r) = top[n][r];
+                *element(a.log_sum, a.row_at, n * LANES + r) = total[n][r] == 0.f ? 0.f : std::log(total[n][r]);
+            }
             const Vec inverse = total[n] == Vec{} ? Vec{} : 1.f / total[n];
             for (int64_t d = 0; d < a.value_dim; d += LANES) {
                 Vec t[LANES];

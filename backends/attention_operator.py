@@ -51,8 +51,8 @@ def attention_with_lse(
     scale: float,
     softcap: float | None,
     selected: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As ``attention``, with the log-sum-exp of each row, as in ``AttendWithLse``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``attention``, with the log-sum-exp of each row in two parts, as in ``AttendWithLse``."""
     from attnopt.backends import dispatch
 
     return dispatch.forward_with_lse(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
@@ -65,9 +65,10 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 
 
 @attention_with_lse.register_fake
-def _shapes(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+def _shapes(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    return _shape(q, k, v, *others), q.new_empty(q.shape[:3], dtype=wide)
+    top, log_sum = (q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
+    return _shape(q, k, v, *others), top, log_sum
 
 
 def _keep(ctx: object, inputs: tuple[object, ...], output: object) -> None:
@@ -82,10 +83,10 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*dispatch.backward(ctx, grad), None, None, None, None, None, None)
 
 
-def _backward_with_lse(ctx: object, grad: Tensor, of_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_with_lse(ctx: object, grad: Tensor, _: Tensor, of_log_sum: Tensor) -> tuple[Tensor | None, ...]:
     from attnopt.backends import dispatch
 
-    return (*dispatch.backward_with_lse(ctx, grad, of_lse), None, None, None, None, None)
+    return (*dispatch.backward_with_lse(ctx, grad, of_log_sum), None, None, None, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_keep)

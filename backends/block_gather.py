@@ -27,16 +27,16 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     return _filled(t.v.new_zeros(B, H, _padded(L), t.v.shape[3]), spec, t, _fastest)
 
 
-def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor]:
-    """The same, and the log-sum-exp of each row, [B, H, L], in float32 or wider."""
+def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the log-sum-exp of each row as in ``AttendWithLse``."""
     B, H, L, _ = t.q.shape
     wide = torch.promote_types(t.v.dtype, torch.float32)
     o = t.v.new_zeros(B, H, _padded(L), t.v.shape[3], dtype=wide)
-    lse = o.new_full((B, H, _padded(L), 1), -torch.inf)
+    top, log_sum = o.new_full((B, H, _padded(L), 1), -torch.inf), o.new_zeros(B, H, _padded(L), 1)
     if t.sinks is not None:
-        lse[:, :, :L] = t.sinks
-    both = _filled(torch.cat([o, lse], -1), spec, t, _lse_beside)
-    return both[..., :-1].to(t.v.dtype), both[..., -1]
+        top[:, :, :L], log_sum[:, :, :L] = t.sinks.detach(), t.sinks - t.sinks.detach()  # its gradient
+    made = _filled(torch.cat([o, top, log_sum], -1), spec, t, _lse_beside)
+    return made[..., :-2].to(t.v.dtype), made[..., -2], made[..., -1]
 
 
 def _filled(out: Tensor, spec: AttentionSpec, t: OperandTensors, core_of: Callable[[AttentionSpec], Attend]) -> Tensor:
@@ -67,14 +67,14 @@ def _fastest(spec: AttentionSpec) -> Attend:
 
 
 def _lse_beside(spec: AttentionSpec) -> Attend:
-    """The output with the log-sum-exp as one more feature."""
+    """The output with the two parts of the log-sum-exp as further features."""
     both = reference_with_lse(spec)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
-        o, lse = both(q, k, v, bias=bias, mask=mask, sinks=sinks)
-        return torch.cat([o.to(lse.dtype), lse.unsqueeze(-1)], -1)
+        o, top, log_sum = both(q, k, v, bias=bias, mask=mask, sinks=sinks)
+        return torch.cat([o.to(top.dtype), top.unsqueeze(-1), log_sum.unsqueeze(-1)], -1)
 
     return attend
 

@@ -76,9 +76,9 @@ class Blocked(Backend):
     def _with_lse(self, spec: AttentionSpec) -> AttendWithLse:
         def attend(
             q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            o, lse = attention_with_lse(q, k, v, bias, mask, sinks, *_options(spec, q, k))
-            return o, lse
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            o, top, log_sum = attention_with_lse(q, k, v, bias, mask, sinks, *_options(spec, q, k))
+            return o, top, log_sum
 
         return attend
 

@@ -54,13 +54,13 @@ def forward_with_lse(
     scale: float,
     softcap: float | None,
     selected: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ``attnopt.backends.attention_operator``."""
     spec = _spec(*_sizes(q, k, v), pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
     operands = OperandTensors(q, k, v, bias, mask, sinks, selected)
     found = _by_kernel(spec, operands)
-    o, lse = _in_torch(q).attend_with_lse(spec, operands) if found is None else found
-    return _heads_inside(o), lse.contiguous()
+    o, top, log_sum = _in_torch(q).attend_with_lse(spec, operands) if found is None else found
+    return _heads_inside(o), top.contiguous(), log_sum.contiguous()
 
 
 def _all_rows(spec: AttentionSpec, operands: OperandTensors) -> Tensor:
@@ -68,7 +68,7 @@ def _all_rows(spec: AttentionSpec, operands: OperandTensors) -> Tensor:
     return found[0] if found is not None else _heads_inside(_in_torch(operands.q).attend(spec, operands))
 
 
-def _by_kernel(spec: AttentionSpec, operands: OperandTensors) -> tuple[Tensor, Tensor] | None:
+def _by_kernel(spec: AttentionSpec, operands: OperandTensors) -> tuple[Tensor, Tensor, Tensor] | None:
     if operands.q.device.type != "cpu" or operands.q.dtype == torch.float64:
         return None
     try:
@@ -128,8 +128,14 @@ def backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     return _gradients(ctx, lambda spec, t: (_in_torch(t.q).attend(spec, t),), (grad,))
 
 
-def backward_with_lse(ctx: Any, grad: Tensor, of_lse: Tensor) -> list[Tensor | None]:
-    return _gradients(ctx, lambda spec, t: _in_torch(t.q).attend_with_lse(spec, t), (grad, of_lse))
+def backward_with_lse(ctx: Any, grad: Tensor, of_log_sum: Tensor) -> list[Tensor | None]:
+    """The largest score is a constant beside the sum relative to it."""
+
+    def compute(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, ...]:
+        o, _, log_sum = _in_torch(t.q).attend_with_lse(spec, t)
+        return o, log_sum
+
+    return _gradients(ctx, compute, (grad, of_log_sum))
 
 
 def _gradients(

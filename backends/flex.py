@@ -26,8 +26,8 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> Tensor:
     return attend_with_lse(spec, t)[0]
 
 
-def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor]:
-    """The same, and the log-sum-exp of each row, [B, H, L], float32."""
+def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the log-sum-exp of each row as in ``AttendWithLse``."""
     H, L, S = t.q.shape[1], t.q.shape[2], t.k.shape[2]
     blocks = _block_mask(spec.pattern, H, L, S, t.q.device)
     hidden = [_operand(x) for x in (t.mask,) if x is not None]
@@ -46,10 +46,11 @@ def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Ten
     )
     out: Tensor = o
     lse: Tensor = aux.lse
-    if t.sinks is None:
-        return out, lse
-    sinks = t.sinks.to(lse.dtype).squeeze(-1).expand_as(lse)
-    return out * torch.sigmoid(lse - sinks).unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, sinks)
+    if t.sinks is not None:
+        sinks = t.sinks.to(lse.dtype).squeeze(-1).expand_as(lse)
+        out, lse = out * torch.sigmoid(lse - sinks).unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, sinks)
+    top = lse.detach()  # FlexAttention gives the sum alone
+    return out, top, (lse - top).nan_to_num(0.0)
 
 
 @lru_cache

@@ -37,7 +37,7 @@ class _Arguments(ctypes.Structure):
     """``struct Arguments`` of attend.cpp; neighbours of one type are one array here."""
 
     _fields_ = [
-        ("operands", ctypes.c_void_p * 9),
+        ("operands", ctypes.c_void_p * 10),
         ("sizes", ctypes.c_int64 * 6),
         ("strides", ctypes.c_int64 * 36),
         ("table", ctypes.c_void_p * 7),
@@ -55,8 +55,9 @@ class _Table:
     arrays: tuple[NDArray[np.generic], ...]
 
 
-def attend(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor]:
-    """``spec`` without its edits, computed in float32 on CPU: the output, and the log-sum-exp of each row [B, H, L], float32.
+def attend(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """``spec`` without its edits, computed in float32 on CPU: the output, and the log-sum-exp of each row as in
+    ``AttendWithLse``.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """
@@ -64,24 +65,24 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor]:
     B, H, L, D = t.q.shape
     S, Dv = t.k.shape[2], t.v.shape[3]
     out = t.q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
-    lse = t.q.new_empty(B, H, L, 1, dtype=torch.float32)
+    top, log_sum = (t.q.new_empty(B, H, L, 1, dtype=torch.float32) for _ in range(2))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.float(), t.k.float(), t.v.float()))
     bias, sinks = (None if x is None else x.float() for x in (t.bias, t.sinks))
     if bias is not None and bias.shape[2] != 1 and bias.shape[3] != 1 and bias.stride(3) != 1:
         bias = bias.contiguous()  # the kernel needs contiguous rows
-    operands = (q, k, v, bias, sinks, t.mask, t.selected, out, lse)
+    operands = (q, k, v, bias, sinks, t.mask, t.selected, out, top, log_sum)
     table = _table(spec, L, S, t.selected is None)
     arguments = _Arguments(
         tuple(None if x is None else x.data_ptr() for x in operands),
         (B, H, L, S, D, Dv),
-        tuple(step for x in operands for step in _strides(x)),
+        tuple(step for x in operands[:-1] for step in _strides(x)),
         table.addresses,
         spec.scale,
         spec.softcap or 0.0,
         torch.get_num_threads(),
     )
     kernel.attnopt_attend(ctypes.byref(arguments))
-    return out.to(t.v.dtype), lse.squeeze(3)
+    return out.to(t.v.dtype), top.squeeze(3), log_sum.squeeze(3)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:

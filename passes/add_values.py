@@ -22,7 +22,7 @@ class AddValues(Pass):
     This equals ``o + alpha * sum of v[tokens]`` and does not need the map.  A key that a mask or a pattern hides from a query,
     before or after this pass, is not added to it: nothing of a later token reaches a causal query.
     ``hidden_below``: where the attention has a bias, the numbers that hide, as they reach the scaled scores: those of at most
-    this, such as -1e4.  Needed there: a bias may be a mask.
+    this, such as -1e3, with room for a bias beside them.  Needed there: a bias may be a mask.
     ``tokens``: the positions of the keys, as integers or a ``range``, negative from the end as in Python; None for all.  With a
     cache they count the earlier tokens, too; padding counts.  A position that a sequence does not have is ignored there.
     ``heads``: None for all; those that were already pruned are ignored.  A head with shared values adds the shared values.
@@ -73,7 +73,11 @@ class AddValues(Pass):
         if site.spec.selection is not None:
             hint = "exclude the site from add-values or dynamic-sparse"
             return site.refuse("unknown-mask", expected=expected, found=str(site.spec.selection), hint=hint)
+        gains = site.spec.weight_gains
+        if gains is not None and gains.normalise == "none" and any(g == 0 for part in gains.parts for g in part.gains):
+            hint = "exclude the site: its own factors of 0 hide keys, which would be added"
+            return site.refuse("unknown-mask", expected=expected, found=str(gains), hint=hint)
         if site.spec.has_bias and self.hidden_below is None:
-            found, hint = "a bias, which may hide some", "say which of its numbers do, as in hidden_below=-1e4"
+            found, hint = "a bias, which may hide some", "say which of its numbers do, as in hidden_below=-1e3"
             return site.refuse("unknown-mask", expected=expected, found=found, hint=hint)
         return None

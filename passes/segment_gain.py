@@ -8,14 +8,20 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, ClassVar, get_args
 
-from attnopt.base.options import number, wholes
+from attnopt.base.options import number
 from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
-from attnopt.passes.preconditions import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
+from attnopt.passes.preconditions import (
+    distinct_heads,
+    note_absent_tokens,
+    refuse_other_keys,
+    refuse_other_lengths,
+    refuse_unknown_heads,
+)
 from attnopt.patterns import Keys, Pattern, PerHead, parse
 from attnopt.patterns.algebra import any_of
 
@@ -72,7 +78,7 @@ class SegmentGain(Pass):
             raise PolicyError(f"{self.name}: normalise={normalise!r} {told}")
         object.__setattr__(self, "segments", read)
         object.__setattr__(self, "gains", _gains(gains, len(read), 1.0 if normalise == "redistribute" else LARGEST))
-        object.__setattr__(self, "heads", None if heads is None else wholes(self.name, "heads", heads))
+        object.__setattr__(self, "heads", None if heads is None else tuple(sorted(distinct_heads(self.name, heads))))
         object.__setattr__(self, "normalise", normalise)
         object.__setattr__(self, "to", None if to is None else _segment(to))
         object.__setattr__(self, "when", _conditions(when))
@@ -98,7 +104,8 @@ class SegmentGain(Pass):
             return Rewrite(spec)
         listed = list(zip(self.segments, self.gains, strict=True))
         if self.normalise == "logits" and self.when is None:  # keys without weight are hidden
-            hidden, listed = [s for s, g in listed if g == 0], [(s, g) for s, g in listed if g != 0]
+            hidden = [self._alone(i) for i, (_, g) in enumerate(listed) if g == 0]
+            listed = [(s, g) for s, g in listed if g != 0]
             spec = _without(spec, hidden, chosen) if hidden else spec
         if all(gain == 1 for _, gain in listed):
             return Rewrite(spec)
@@ -109,7 +116,14 @@ class SegmentGain(Pass):
             for gain, run in groupby(listed, key=itemgetter(1))
         )
         to = None if self.to is None else self.to.for_heads(spec.heads)
-        return Rewrite(replace(spec, weight_gains=WeightGains(parts, self.normalise, to, **(self.when or {}))))
+        made = WeightGains(parts, self.normalise, to, **(self.when or {}))
+        last = [k.positions[-1][1] - 1 for s in self.segments for k in s.leaves() if isinstance(k, Keys)]
+        return Rewrite(replace(spec, weight_gains=made), notes=note_absent_tokens(self.name, site, last))
+
+    def _alone(self, index: int) -> Pattern:
+        """The pairs of a segment that no earlier one holds."""
+        earlier = self.segments[:index]
+        return self.segments[index] & ~any_of(earlier) if earlier else self.segments[index]
 
     def _refuse_beyond(self, site: Site, pattern: Pattern) -> Refusal | None:
         """Refuse positions that no call has."""
@@ -121,9 +135,12 @@ class SegmentGain(Pass):
         return site.refuse("unknown-keys", expected=f"key positions below {site.kv_len}", found=f"position {last}")
 
     def _refuse_twice(self, site: Site) -> Refusal | None:
-        if site.spec.weight_gains is None:
+        hides_alone = self.normalise == "logits" and self.when is None and {*self.gains} <= {0.0, 1.0}
+        if site.spec.weight_gains is None or hides_alone:
             return None
-        hint = "give all segments to one segment-gain"
+        hint = (
+            "give all segments to one segment-gain; a factor that the model itself has cannot be combined with others"
+        )
         found = str(site.spec.weight_gains)
         return site.refuse("already-gained", expected="weights without gains", found=found, hint=hint)
 
@@ -131,9 +148,10 @@ class SegmentGain(Pass):
 def _segment(given: Any) -> Pattern:
     if isinstance(given, Pattern):
         return given
-    if isinstance(given, str) and not given[:1].isdigit():
-        return parse(given)
-    return Keys(given)
+    made = parse(given) if isinstance(given, str) and not given.strip()[:1].isdigit() else Keys(given)
+    if made == Keys(()):
+        raise PolicyError(f"segment-gain: invalid segment {given!r}: expected at least one key position")
+    return made
 
 
 def _gains(given: Any, count: int, most: float) -> tuple[float, ...]:

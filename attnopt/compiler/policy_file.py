@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
@@ -107,6 +108,9 @@ def _loader() -> type[yaml.SafeLoader]:
                     seen.add(said)
             return found
 
+    # Numbers as JSON writes them: YAML 1.1 wants a point and a sign.
+    numbers = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", numbers, list("-+0123456789"))
     return Loader
 
 

@@ -20,12 +20,15 @@ class Attend(Protocol):
 
 
 class AttendWithLse(Protocol):
-    """As ``Attend``, with the log-sum-exp of each row of scores, sink included: [B, H, L], float32 or wider; -inf where a
-    query sees nothing.  Outputs over disjoint keys merge into that over all of them with weights ``exp(lse)``."""
+    """As ``Attend``, with the log-sum-exp of each row of scores, sink included, in two parts whose sum it is, [B, H, L], float32
+    or wider: the largest score, -inf where a query sees nothing, and the logarithm of the sum of exponentials relative to it, 0
+    there.  Apart, because the second would be lost beside scores of -1e9.  Gradients flow to the second alone.
+
+    Outputs over disjoint keys merge into that over all of them with weights ``exp`` of the log-sum-exps."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class RoutedAttend(Protocol):

@@ -27,31 +27,34 @@ def merged_by_lse(spec: AttentionSpec, core_of: Callable[[AttentionSpec], Attend
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
         made = [core(q, k, v, bias=bias, mask=mask, sinks=None) for core in cores]
-        lses = [lse for _, lse in made]
-        sink = None if sinks is None else sinks.to(lses[0].dtype).squeeze(-1).expand_as(lses[0])
-        masses = _shares(lses, sink)
+        tops, logs = [top for _, top, _ in made], [log_sum for _, _, log_sum in made]
+        sink = None if sinks is None else sinks.to(logs[0].dtype).squeeze(-1).expand_as(logs[0])
+        masses = _shares(tops, logs, sink)
         rows = gains.of_rows(masses)
         if gains.normalise == "logits":
-            weights = _shares([lse + _log(g, lse) for lse, g in zip(lses, rows.gains, strict=True)], sink)
+            weights = _shares(tops, [log + _log(g, log) for log, g in zip(logs, rows.gains, strict=True)], sink)
         else:
             weights = [mass * g for mass, g in zip(masses, rows.gains, strict=True)]
         if rows.moved is not None:
             weights[-2] = weights[-2] + rows.moved
-        parts = [w.unsqueeze(-1) * o for w, (o, _) in zip(weights, made, strict=True)]
+        parts = [w.unsqueeze(-1) * o for w, (o, _, _) in zip(weights, made, strict=True)]
         return reduce(torch.add, parts).to(v.dtype)
 
     return attend
 
 
-def _shares(lses: list[Tensor], sink: Tensor | None) -> list[Tensor]:
+def _shares(tops: list[Tensor], logs: list[Tensor], sink: Tensor | None) -> list[Tensor]:
     """The weight that each part has in a softmax over all of them and the sink; zeros in a row that sees nothing."""
-    every = lses if sink is None else [*lses, sink]
-    top = reduce(torch.maximum, every)
+    top = reduce(torch.maximum, tops if sink is None else [*tops, sink.detach()])
     top = top.masked_fill(top == -torch.inf, 0.0)
-    exponentials = [torch.exp(lse - top) for lse in every]
+    relative = [(own - top) + log for own, log in zip(tops, logs, strict=True)]  # what is small is added last
+    relative += [] if sink is None else [sink - top]
+    highest = reduce(torch.maximum, [r.detach() for r in relative])
+    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    exponentials = [torch.exp(r - highest) for r in relative]
     total = reduce(torch.add, exponentials)
     total = total.masked_fill(total == 0.0, 1.0)
-    return [e / total for e in exponentials[: len(lses)]]
+    return [e / total for e in exponentials[: len(logs)]]
 
 
 def _log(gain: Tensor | float, like: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ def reference(spec: AttentionSpec) -> Attend:
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
         s, sinks = _scores(spec, q, k, bias, mask, sinks)
-        p, _ = _softmax(s, sinks)
+        p, top, _ = _softmax(s, sinks)
         if spec.weight_gains is not None:
-            p = _with_gains(spec, spec.weight_gains, p, s, sinks)
+            base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
+            p = _with_gains(spec, spec.weight_gains, p, s - base, None if sinks is None else sinks - base)
         return (p @ _read(spec, v, p.dtype)).to(v.dtype)
 
     return attend
@@ -35,9 +36,9 @@ def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        p, lse = _softmax(*_scores(spec, q, k, bias, mask, sinks))
-        return (p @ _read(spec, v, p.dtype)).to(v.dtype), lse
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p, top, log_sum = _softmax(*_scores(spec, q, k, bias, mask, sinks))
+        return (p @ _read(spec, v, p.dtype)).to(v.dtype), top, log_sum
 
     return attend
 
@@ -81,17 +82,16 @@ def _with_gains(spec: AttentionSpec, gains: WeightGains, p: Tensor, s: Tensor, s
     return p * factor + rows.moved.unsqueeze(-1) * of_receivers
 
 
-def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis and the sink logit, and the log-sum-exp of each row; a row of only -inf becomes zeros."""
-    top = s.amax(-1, keepdim=True)
+def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over the last axis and the sink logit, and the log-sum-exp of each row as in ``AttendWithLse``; a row of only
+    -inf becomes zeros."""
+    top = s.detach().amax(-1, keepdim=True)
     if sinks is not None:
-        top = torch.maximum(top, sinks)
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    p = torch.exp(s - top)
+        top = torch.maximum(top, sinks.detach())
+    base = top.masked_fill(top == -torch.inf, 0.0)
+    p = torch.exp(s - base)
     total = p.sum(-1, keepdim=True)
     if sinks is not None:
-        total = total + torch.exp(sinks - top)
-    is_empty = total == 0.0
-    total = total.masked_fill(is_empty, 1.0)
-    lse = (top + total.log()).masked_fill(is_empty, -torch.inf)
-    return p / total, lse.squeeze(-1)
+        total = total + torch.exp(sinks - base)
+    total = total.masked_fill(total == 0.0, 1.0)
+    return p / total, top.squeeze(-1).expand(s.shape[:-1]), total.log().squeeze(-1)

@@ -16,6 +16,7 @@ from attnopt.patterns.algebra import Pattern, any_of
 from attnopt.patterns.registry import parse
 
 Normalise = Literal["logits", "redistribute", "none"]
+SLACK = 1e-6  # rounding of a sum of weights beside ``mass`` and ``share``
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ class WeightGains:
             return RowGains((*gains, 1.0))
         held = reduce(torch.add, masses[:n])
         both = held if self.to is None else held + masses[n]
-        changes = (both >= self.mass) & (held <= self.share * both)
+        changes = (both >= self.mass - SLACK) & (held <= self.share * both + SLACK)
         if self.to is None:
-            return RowGains((*(torch.where(changes, g, 1.0) for g in gains), 1.0))
+            return RowGains((*(_where(changes, g, held) for g in gains), 1.0))
         changes = changes & (masses[n] > 0)
         freed = reduce(torch.add, [(1.0 - g) * m for g, m in zip(gains, masses, strict=False)])
         moved = torch.where(changes, freed, torch.zeros_like(freed))
-        return RowGains((*(torch.where(changes, g, 1.0) for g in gains), 1.0, 1.0), moved)
+        return RowGains((*(_where(changes, g, held) for g in gains), 1.0, 1.0), moved)
 
     def keeping(self, places: Sequence[int]) -> WeightGains:
         """The same gains for the heads at these places."""
@@ -123,6 +124,11 @@ class WeightGains:
         least = f" where they hold {self.mass:g}" if self.mass else ""
         most = f" and a share of at most {self.share:g}" if self.share < 1 else ""
         return f"{parts} ({self.normalise}{to}{least}{most})"
+
+
+def _where(changes: Tensor, gain: Tensor | float, like: Tensor) -> Tensor:
+    """The gain in rows that change; numbers alone would have torch's default dtype."""
+    return torch.where(changes, like.new_full((), gain) if isinstance(gain, float) else gain, like.new_ones(()))
 
 
 def _of_heads(gains: Sequence[float], like: Tensor) -> Tensor | float:

@@ -320,7 +320,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "unknown-mask": (
         lambda: refused(Spelling(bias_kind="alibi"), AddValues([0], 1.0)),
         "[unknown-mask] expected keys that a pattern or a boolean mask hides, found a bias, which may hide some (at LINE)\n  "
-        "hint: say which of its numbers do, as in hidden_below=-1e4",
+        "hint: say which of its numbers do, as in hidden_below=-1e3",
     ),
     "wrong-length": (
         lambda: refused(Spelling(), Sparse(Neighborhood((2, 3), 1))),
@@ -393,7 +393,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "already-gained": (
         gained_twice,
         "[already-gained] expected weights without gains, found weights x 0.5 in Keys('0') (logits) (at LINE)\n  hint: give "
-        "all segments to one segment-gain",
+        "all segments to one segment-gain; a factor that the model itself has cannot be combined with others",
     ),
     "kv-heads-do-not-fit": (
         lambda: refused(Spelling(), GroupedQuery(kv_heads=3)),

@@ -92,6 +92,12 @@ def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
 def _check_edits(sites: Sequence[Site]) -> None:
     """Its steps see one token at a time: what depends on others' places or values cannot be part of them."""
     for site in sites:
+        if site.spec.weight_gains is not None:
+            raise ExportError(
+                f"GroupQueryAttention does not support gains on weights: {site.spec.weight_gains}",
+                site=site.name,
+                hint="use export_onnx, or leave segment-gain out",
+            )
         edit = next((e for e in site.spec.after if e.reads_positions), None)
         if edit is not None:
             raise ExportError(

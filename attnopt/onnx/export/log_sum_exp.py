@@ -33,7 +33,7 @@ def write_out_lse(graph: fx.Graph) -> None:
 
 
 def _by_position(spec: AttentionSpec, roles: tuple[str, ...]) -> Callable[..., Tensor]:
-    """The output (index 0) or the log-sum-exp (1) as a function of the operands in the order of ``roles``."""
+    """The output (index 0) or a part of the log-sum-exp (1, 2) as a function of the operands in the order of ``roles``."""
     attend = reference_with_lse(spec)
 
     def result(index: int, *tensors: Tensor) -> Tensor:

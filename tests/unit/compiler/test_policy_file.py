@@ -15,6 +15,7 @@ from policy_strategies import GLOBS, POLICIES
 
 from attnopt import AttnoptError
 from attnopt.compiler.policy import Policy
+from attnopt.passes import ScaleHeads
 
 BOUNDED = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 EVIL = [
@@ -165,3 +166,10 @@ def _written(write: Callable[[Any], str], document: Any) -> bytes:
         return write(document).encode("utf-8", "surrogatepass")
     except TypeError:  # JSON has no dates
         return json.dumps(document, default=str).encode()
+
+
+@pytest.mark.parametrize("written", ["1e-6", "-1e4", "2E+3", "1.5e2"])
+def test_numbers_as_json_writes_them(tmp_path: Path, written: str) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(f"'*': [{{pass: scale-heads, gains: [{written}]}}]\n")
+    assert Policy.of(file) == Policy.of({"*": ScaleHeads([float(written)])})

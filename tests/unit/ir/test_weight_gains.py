@@ -80,26 +80,46 @@ def test_law_log_sum_exps_are_those_of_the_scores(pattern: attnopt.Pattern, dtyp
     rows = torch.cat([scores.masked_fill(~seen, -torch.inf), t["sinks"].double().expand(2, 4, 70, 1)], -1)  # type: ignore[union-attr]
     want = rows.logsumexp(-1)
     options = (pattern.to_json(), spec.kv_of_head, spec.scale, spec.softcap)
-    o, lse = attention_with_lse(*t.values(), *options)
-    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    o, top, log_sum = attention_with_lse(*t.values(), *options)
+    lse = top + log_sum
+    assert top.dtype == log_sum.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(lse.double(), want, atol=2e-2 if dtype == torch.bfloat16 else 2e-6, rtol=1e-5)
     torch.testing.assert_close(o, torch.ops.attnopt.attention(*t.values(), *options), atol=1e-2, rtol=1e-2)
     operands = OperandTensors(**t)  # type: ignore[arg-type]
     for way in (block_gather, flex):
         if way is flex and dtype == torch.bfloat16:
             continue  # FlexAttention on a CPU rounds scores to bfloat16
-        torch.testing.assert_close(way.attend_with_lse(spec, operands)[1].double(), lse.double(), atol=1e-2, rtol=1e-4)
+        _, top, log_sum = way.attend_with_lse(spec, operands)
+        torch.testing.assert_close((top + log_sum).double(), lse.double(), atol=1e-2, rtol=1e-4)
 
 
 def test_a_row_without_keys_has_a_log_sum_exp_of_minus_infinity() -> None:
     spec = a_spec(pattern=Window(2, 0) & ~Sinks(3))
     t = tensors(spec, 2, 9, 9, torch.float64, seed=0)
-    for lse in (
-        attention_with_lse(*t.values(), spec.pattern.to_json(), spec.kv_of_head, spec.scale, None)[1],
-        reference_with_lse(spec)(t["q"], t["k"], t["v"], bias=None, mask=None, sinks=None)[1],  # type: ignore[arg-type]
+    for _, top, log_sum in (
+        attention_with_lse(*t.values(), spec.pattern.to_json(), spec.kv_of_head, spec.scale, None),
+        reference_with_lse(spec)(t["q"], t["k"], t["v"], bias=None, mask=None, sinks=None),  # type: ignore[arg-type]
     ):
-        assert (lse[:, :, :3] == -torch.inf).all()
-        assert lse[:, :, 3:].isfinite().all()
+        assert (top[:, :, :3] == -torch.inf).all()
+        assert (log_sum[:, :, :3] == 0).all()
+        assert top[:, :, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("normalise", ["none", "logits"])
+def test_rows_that_see_hidden_keys_alone(hidden: float, normalise: Any) -> None:
+    """A finite number hides every key of a padded query: their weights are equal, and parts count by their keys."""
+    gains = WeightGains((Part(Keys([0, 1, 4]), (0.5,) * 4),), normalise)
+    spec = a_spec(has_bias=True, pattern=Causal(), weight_gains=gains)
+    t = tensors(spec, 2, 9, 9, torch.float32, seed=0)
+    t["bias"] = torch.zeros(2, 1, 1, 9)
+    t["bias"][:, :, :, :6] = hidden
+    q, k, v, bias = (t[n] for n in ("q", "k", "v", "bias"))
+    p = (spec.scale * q @ k.mT + bias).masked_fill(~Causal().mask(9, 9)[None], -torch.inf).softmax(-1)  # type: ignore[union-attr, operator]
+    want = edited(p, torch.where(among([0, 1, 4], 9), 0.5, 1.0), normalise) @ v
+    for backend in (Blocked(), Reference()):
+        made = backend.lower(spec)(q, k, v, bias=bias, mask=None, sinks=None)  # type: ignore[arg-type]
+        torch.testing.assert_close(made, want, atol=2e-5 if hidden > -1e5 else 1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -109,6 +129,7 @@ def test_law_gradients_of_outputs_and_log_sum_exps(dtype: torch.dtype) -> None:
     made = attention_with_lse(*t.values(), spec.pattern.to_json(), spec.kv_of_head, spec.scale, None)
     want = reference_with_lse(spec)(t["q"], t["k"], t["v"], bias=t["bias"], mask=None, sinks=t["sinks"])  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
+    made, want = (made[0], made[2]), (want[0], want[2])
     grads = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in want]
     leaves = [x for x in t.values() if x is not None]
     for ours, theirs in zip(
@@ -326,13 +347,64 @@ def test_laws_of_gains_1_and_0() -> None:
     assert all(s.spec.weight_gains is None for s in pruned.sites)
 
 
+def test_earlier_segments_count_first() -> None:
+    model, x = stack(), batches()[0]
+    for segments, of_keys in (([[0, 1], [1, 2]], {0: 2.0, 1: 2.0, 2: 0.0}), ([[3], "0-11"], {3: 1.0})):
+        rest = 1.0 if len(of_keys) > 1 else 0.0
+        g = torch.tensor([of_keys.get(j, rest) for j in range(12)])
+        fast = attnopt.optimize(model, SegmentGain(segments, [of_keys[min(of_keys)], 0.0]), (x,))
+
+        def change(p: Tensor, g: Tensor = g) -> Tensor:
+            return (p * g / (p * g).sum(-1, keepdim=True)).nan_to_num(0.0)
+
+        oracle.assert_same(
+            oracle.run(fast, (x,)), oracle.run_edited(model, (x,), {}, lambda *_, c=change: oracle.Edit(weights=c))
+        )
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_conditions_at_the_ends_of_their_range(backend: str) -> None:
+    model, x = stack(), batches()[0]
+    every = SegmentGain([range(4), range(4, 12)], [0.5, 0.25], normalise="none", when={"mass": 1.0})
+    plain = replace_when(every)
+    a, b = (attnopt.optimize(model, p, (x,), backend=backend) for p in (every, plain))
+    oracle.assert_same(oracle.run(a, (x,)), oracle.run(b, (x,)))
+
+
+def replace_when(p: SegmentGain) -> SegmentGain:
+    """Without its condition."""
+    return SegmentGain(p.segments, p.gains, p.heads, p.normalise, p.to)
+
+
+def test_gains_keep_double_precision() -> None:
+    model, x = stack().double(), batches()[0].double()
+    p = SegmentGain([0, 1], 0.3, normalise="redistribute", to=[2, 3], when={"mass": 0.01})
+    a, b = (attnopt.optimize(model, p, (x,), backend=name) for name in ("blocked", "reference"))
+    oracle.assert_same(oracle.run(a, (x,)), oracle.run(b, (x,)), limit=1e-12)
+
+    def change(w: Tensor) -> Tensor:
+        return edited(w, torch.where(among([0, 1], 12), torch.tensor(0.3, dtype=torch.float64), 1.0), "redistribute",
+                      among([2, 3], 12), 0.01)  # fmt: skip
+
+    oracle.assert_same(
+        oracle.run(a, (x,)), oracle.run_edited(model, (x,), {}, lambda *_: oracle.Edit(weights=change)), limit=1e-12
+    )
+
+
+def test_optimizing_again_says_what_to_do() -> None:
+    model, x = stack(), batches()[0]
+    fast = attnopt.optimize(model, SegmentGain([0], 0.5), (x,), backend="blocked")
+    again = attnopt.inspect(fast, (x,))
+    assert {m.refusal.hint for m in again.near_misses} == {"optimize the original model with all of its passes"}
+
+
 def test_decoding_needs_plain_attention(tmp_path: Path) -> None:
     """A file with a cache holds GroupQueryAttention, which knows no gains."""
     from tiny_llama import tiny_llama
 
     model, x = tiny_llama(4), torch.randint(0, 50, (1, 8))
     fast = attnopt.optimize(model, SegmentGain([0], 0.5), (x,), dynamic_shapes="auto")
-    with pytest.raises(attnopt.ExportError):
+    with pytest.raises(attnopt.ExportError, match="does not support gains on weights"):
         fast.export_decoder(tmp_path / "model.onnx", context_length=64, eos_token_id=2)
     assert not (tmp_path / "model.onnx").exists()
 
@@ -406,7 +478,9 @@ def test_other_factors_on_weights_are_left_alone() -> None:
         (lambda: SegmentGain([0], 0.5, normalise=wrong("sum")), "normalise='sum'"),
         (lambda: SegmentGain([0], 0.5, when={"masses": 1}), "when="),
         (lambda: SegmentGain([0], 0.5, when={"mass": 2}), "fractions from 0 to 1"),
-        (lambda: SegmentGain([0], 0.5, heads=[-1]), "heads=-1"),
+        (lambda: SegmentGain([0], 0.5, heads=[-1]), "heads"),
+        (lambda: SegmentGain([0], 0.5, heads=[]), "expected at least one head"),
+        (lambda: SegmentGain([], 0.5), "expected at least one key position"),
     ],
 )
 def test_bad_options(make: Callable[[], Any], told: str) -> None:
@@ -435,6 +509,9 @@ def test_a_policy_with_segments_is_text() -> None:
     written = attnopt.Policy.of(p).to_json()
     assert attnopt.Policy.from_json(written) == attnopt.Policy.of(p)
     text = "segment-gain(segments='5-9', gains=0.5, normalise='redistribute', to='0-4', when={'mass': 0.2})"
+    assert attnopt.Policy.of("segment-gain(segments=' 5-7', gains=0.5)") == attnopt.Policy.of(
+        SegmentGain([5, 6, 7], 0.5)
+    )
     ((_, passes),) = attnopt.Policy.of(text).rules
     assert passes == (SegmentGain(range(5, 10), 0.5, normalise="redistribute", to=range(5), when={"mass": 0.2}),)
 

@@ -312,7 +312,7 @@ def test_what_is_refused() -> None:
     assert told.startswith("[unknown-token] expected tokens from -15 to 14, found tokens 15 and -16")
     assert refusal(AddValues([0], 1.0), a_site(has_bias=True)) == (
         "[unknown-mask] expected keys that a pattern or a boolean mask hides, found a bias, which may hide some (at "
-        "model.py:88)\n  hint: say which of its numbers do, as in hidden_below=-1e4"
+        "model.py:88)\n  hint: say which of its numbers do, as in hidden_below=-1e3"
     )
     assert "[unknown-mask]" in refusal(AddValues([0], 1.0), applied(DynamicSparse(), a_site()))
     added = applied(AddValues([0], 1.0), a_site())
