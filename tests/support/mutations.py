@@ -219,7 +219,7 @@ FAULTS = (
     # lowerings
     Fault("the reference forgets the scale", "s = spec.scale * (q.to(wide)", "s = (q.to(wide)",
           "test_backends.py -k formula"),
-    Fault("the reference forgets the sink", "total = total + torch.exp(sinks - top)",
+    Fault("the reference forgets the sink", "total = total + torch.exp(sinks - base)",
           "total = total + 0", "test_backends.py -k formula"),
     Fault("SDPA aligns its triangle with the first key", "statically_known_true(q.shape[2] == k.shape[2])",
           "True", "test_backends.py -k equals_reference"),
