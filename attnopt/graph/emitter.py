@@ -54,8 +54,8 @@ class Emitter:
         """Trace ``fn`` on the nodes' fake values and put the operators here; returns the node of its result.
 
         ``pre_dispatch``: with composite operators, which ``vmap`` does not trace."""
-        with self.mode:  # tracing tells tensors apart as objects, which copies of a graph share
-            traced = make_fx(fn, pre_dispatch=pre_dispatch)(*(value(n).detach() for n in inputs))
+        with self.mode:
+            traced = make_fx(fn, pre_dispatch=pre_dispatch)(*(_alone(value(n)) for n in inputs))
         place = iter(inputs)
         here: dict[fx.Node, fx.Node] = {}
         for node in traced.graph.nodes:
@@ -105,6 +105,11 @@ class Emitter:
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.before.meta:
                 node.meta[key] = self.before.meta[key]
+
+
+def _alone(x: object) -> object:
+    """Tracing tells tensors apart as objects, and copies of a graph share theirs."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _key(x: object) -> object:
