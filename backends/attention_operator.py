@@ -35,7 +35,8 @@ def attention(
     """
     from attnopt.backends import dispatch
 
-    return dispatch.forward(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected, wanted)
+    given = dispatch.call(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
+    return dispatch.forward(*given, wanted)
 
 
 @torch.library.custom_op("attnopt::attention_with_lse", mutates_args=())
@@ -55,7 +56,8 @@ def attention_with_lse(
     """As ``attention``, with the log-sum-exp of each row in two parts, as in ``AttendWithLse``."""
     from attnopt.backends import dispatch
 
-    return dispatch.forward_with_lse(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
+    given = dispatch.call(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
+    return dispatch.forward_with_lse(*given)
 
 
 @attention.register_fake

@@ -41,8 +41,7 @@ def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Ten
 
 def _filled(out: Tensor, spec: AttentionSpec, t: OperandTensors, core_of: Callable[[AttentionSpec], Attend]) -> Tensor:
     """``out``, which holds what a query without keys gives, with the rows of all other queries."""
-    H, L = t.q.shape[1:3]
-    B = t.q.shape[0]
+    B, H, L, _ = t.q.shape
     for pattern, heads in _by_pattern(spec.pattern, H):
         of_heads = torch.as_tensor(heads, device=t.q.device)
         kv = torch.as_tensor([spec.kv_of_head[h] for h in heads], device=t.q.device)

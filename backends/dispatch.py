@@ -20,7 +20,7 @@ from attnopt.patterns import parse
 from attnopt.patterns.registry import PATTERNS
 
 
-def forward(
+def call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -31,35 +31,23 @@ def forward(
     kv_of_head: Sequence[int],
     scale: float,
     softcap: float | None,
-    selected: Tensor | None,
-    wanted: Tensor | None,
-) -> Tensor:
-    """See ``attnopt.backends.attention_operator``."""
-    spec = _spec(*_sizes(q, k, v), pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
-    operands = OperandTensors(q, k, v, bias, mask, sinks, selected)
-    if wanted is not None and q.device.type == "cpu":
+    selected: Tensor | None = None,
+) -> tuple[AttentionSpec, OperandTensors]:
+    """What the arguments of an operator of ``attnopt.backends.attention_operator`` mean."""
+    sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+    spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
+    return spec, OperandTensors(q, k, v, bias, mask, sinks, selected)
+
+
+def forward(spec: AttentionSpec, operands: OperandTensors, wanted: Tensor | None) -> Tensor:
+    if wanted is not None and operands.q.device.type == "cpu":
         return row_gather.attend(spec, operands, wanted, _all_rows)
     return _all_rows(spec, operands)
 
 
-def forward_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    pattern: str,
-    kv_of_head: Sequence[int],
-    scale: float,
-    softcap: float | None,
-    selected: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``attnopt.backends.attention_operator``."""
-    spec = _spec(*_sizes(q, k, v), pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
-    operands = OperandTensors(q, k, v, bias, mask, sinks, selected)
+def forward_with_lse(spec: AttentionSpec, operands: OperandTensors) -> tuple[Tensor, Tensor, Tensor]:
     found = _by_kernel(spec, operands)
-    o, top, log_sum = _in_torch(q).attend_with_lse(spec, operands) if found is None else found
+    o, top, log_sum = _in_torch(operands.q).attend_with_lse(spec, operands) if found is None else found
     return _heads_inside(o), top.contiguous(), log_sum.contiguous()
 
 
@@ -81,10 +69,6 @@ def _by_kernel(spec: AttentionSpec, operands: OperandTensors) -> tuple[Tensor, T
 def _heads_inside(o: Tensor) -> Tensor:
     """With the strides of [B, L, H, Dv]."""
     return o.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    return q.shape[1], k.shape[1], q.shape[3], v.shape[3]
 
 
 @lru_cache(maxsize=256)
@@ -115,12 +99,9 @@ def _warn(reason: str) -> None:
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    """What the backward pass needs."""
-    q, k, v, bias, mask, sinks, *options = inputs
-    selected = options[4] if len(options) > 4 else None  # unwanted rows get no gradient
-    pattern, kv_of_head, scale, softcap = options[:4]
-    ctx.spec = _spec(*_sizes(q, k, v), pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
-    ctx.save_for_backward(q, k, v, bias, mask, sinks, selected)
+    """What the backward pass needs.  Rows that are not wanted get no gradient."""
+    ctx.spec, t = call(*inputs[:11])
+    ctx.save_for_backward(t.q, t.k, t.v, t.bias, t.mask, t.sinks, t.selected)
 
 
 def backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:

@@ -117,8 +117,8 @@ class SegmentGain(Pass):
         )
         to = None if self.to is None else self.to.for_heads(spec.heads)
         made = WeightGains(parts, self.normalise, to, **(self.when or {}))
-        last = [k.positions[-1][1] - 1 for s in self.segments for k in s.leaves() if isinstance(k, Keys)]
-        return Rewrite(replace(spec, weight_gains=made), notes=note_absent_tokens(self.name, site, last))
+        named = [last for s in self.segments if (last := _last(s)) >= 0]
+        return Rewrite(replace(spec, weight_gains=made), notes=note_absent_tokens(self.name, site, named))
 
     def _alone(self, index: int) -> Pattern:
         """The pairs of a segment that no earlier one holds."""
@@ -127,9 +127,7 @@ class SegmentGain(Pass):
 
     def _refuse_beyond(self, site: Site, pattern: Pattern) -> Refusal | None:
         """Refuse positions that no call has."""
-        last = max(
-            (k.positions[-1][1] - 1 for k in pattern.leaves() if isinstance(k, Keys) and k.positions), default=-1
-        )
+        last = _last(pattern)
         if last < site.kv_len or site.is_dynamic:
             return None
         return site.refuse("unknown-keys", expected=f"key positions below {site.kv_len}", found=f"position {last}")
@@ -143,6 +141,11 @@ class SegmentGain(Pass):
         )
         found = str(site.spec.weight_gains)
         return site.refuse("already-gained", expected="weights without gains", found=found, hint=hint)
+
+
+def _last(pattern: Pattern) -> int:
+    """The last position that it names; -1 if it names none."""
+    return max((k.positions[-1][1] - 1 for k in pattern.leaves() if isinstance(k, Keys) and k.positions), default=-1)
 
 
 def _segment(given: Any) -> Pattern:

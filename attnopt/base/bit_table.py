@@ -19,12 +19,12 @@ def looked_up(rows: Sequence[int], columns: int, row: Tensor, col: Tensor) -> Te
     return (packed // place % 2 == 1).reshape(len(rows), words * WORD)[row, col]
 
 
-def stretched(runs: Iterable[tuple[int, int]], device: torch.device) -> Tensor:
-    """Each value of the (value, count) pairs, repeated count times: int64."""
-    joined: list[tuple[int, int]] = []
+def stretched(runs: Iterable[tuple[float, int]], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Each value of the (value, count) pairs, repeated count times."""
+    joined: list[tuple[float, int]] = []
     for value, count in runs:
         if joined and joined[-1][0] == value:
             joined[-1] = (value, joined[-1][1] + count)
         else:
             joined.append((value, count))
-    return torch.cat([torch.full((count,), value, dtype=torch.int64, device=device) for value, count in joined])
+    return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in joined])

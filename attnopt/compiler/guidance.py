@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from attnopt.compiler.policy import Policy
 from attnopt.errors import RewriteError, VerificationError
 from attnopt.graph.cleanup import has_effects, prune_unused_state, share_equal_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import get_attr, is_tensor, value
+from attnopt.graph.nodes import get_attr, inputs_of, is_tensor, value
 from attnopt.lower.lower import copy_program
 
 ROUNDS = 3  # of timing
@@ -59,9 +58,9 @@ def joined(strong: fx.GraphModule, weak: fx.GraphModule, scale: float) -> fx.Gra
         )
     module, _ = copy_program(strong)
     graph = module.graph
-    output = _result(module)
+    output = graph.output_node()
     attributes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
-    inputs = iter([n for n in graph.nodes if n.op == "placeholder"])
+    inputs = iter(inputs_of(graph))
     here: dict[fx.Node, fx.Node] = {}
     for node in weak.graph.nodes:
         if node.op == "placeholder":
@@ -72,7 +71,7 @@ def joined(strong: fx.GraphModule, weak: fx.GraphModule, scale: float) -> fx.Gra
             with graph.inserting_before(output):
                 here[node] = graph.node_copy(node, here.__getitem__)
     ours, spec = pytree.tree_flatten(output.args[0])
-    theirs = [here[n] if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(_result(weak).args[0])]
+    theirs = [here[n] if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(weak.graph.output_node().args[0])]
     emit = Emitter(graph, output)
     both = [_pushed(emit, a, b, scale) for a, b in zip(ours, theirs, strict=True)]
     output.args = (pytree.tree_unflatten(both, spec),)
@@ -82,11 +81,6 @@ def joined(strong: fx.GraphModule, weak: fx.GraphModule, scale: float) -> fx.Gra
     graph.lint()
     module.recompile()
     return module
-
-
-def _result(gm: fx.GraphModule) -> fx.Node:
-    found: fx.Node = next(iter(reversed(gm.graph.nodes)))
-    return found
 
 
 def _attribute(
@@ -149,7 +143,6 @@ def _verify(module: fx.GraphModule, strong: Compiled, weak: Compiled, scale: flo
 def _measured(strong: Compiled, module: fx.GraphModule) -> Mapping[str, float]:
     """CPU seconds of one call of the model alone, and of both branches."""
     args, kwargs = strong.program.inputs
-    gc.collect()
     calls = {"before": partial(strong.module, *args, **kwargs), "after": partial(module, *args, **kwargs)}
     with torch.no_grad():
         times = interleaved(calls, ROUNDS)

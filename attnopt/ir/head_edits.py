@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from attnopt.base.bit_table import stretched
 from attnopt.ir.constant import Constant
 from attnopt.patterns.algebra import Pattern
 
@@ -95,11 +95,10 @@ class Scaled(HeadEdit):
 
     def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
         gains = dict(self.gains)
-        runs = [(gain, len(list(run))) for gain, run in groupby(gains.get(h, 1.0) for h in spec.heads)]
-        if len(runs) == 1:
-            return o * runs[0][0]
-        column = torch.cat([torch.full((n,), gain, dtype=o.dtype, device=o.device) for gain, n in runs])
-        return o * column.reshape(1, -1, 1, 1)
+        of_head = [gains.get(h, 1.0) for h in spec.heads]
+        if len(set(of_head)) == 1:
+            return o * of_head[0]
+        return o * stretched(((gain, 1) for gain in of_head), o.device, o.dtype).reshape(1, -1, 1, 1)
 
     def keeping(self, kept: Collection[int]) -> Scaled | None:
         left = tuple((h, g) for h, g in self.gains if h in kept)

@@ -32,7 +32,7 @@ def merged_by_lse(spec: AttentionSpec, core_of: Callable[[AttentionSpec], Attend
         masses = _shares(tops, logs, sink)
         rows = gains.of_rows(masses)
         if gains.normalise == "logits":
-            weights = _shares(tops, [log + _log(g, log) for log, g in zip(logs, rows.gains, strict=True)], sink)
+            weights = _shares(tops, [log + g.log() for log, g in zip(logs, rows.gains, strict=True)], sink)
         else:
             weights = [mass * g for mass, g in zip(masses, rows.gains, strict=True)]
         if rows.moved is not None:
@@ -55,7 +55,3 @@ def _shares(tops: list[Tensor], logs: list[Tensor], sink: Tensor | None) -> list
     total = reduce(torch.add, exponentials)
     total = total.masked_fill(total == 0.0, 1.0)
     return [e / total for e in exponentials[: len(logs)]]
-
-
-def _log(gain: Tensor | float, like: Tensor) -> Tensor:
-    return (like.new_full((), gain) if isinstance(gain, float) else gain).log()

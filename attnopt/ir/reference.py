@@ -73,7 +73,7 @@ def _with_gains(spec: AttentionSpec, gains: WeightGains, p: Tensor, s: Tensor, s
     masses = [p.masked_fill(~piece, 0.0).sum(-1) for piece in pieces]
     rows, factor = gains.of_rows(masses), torch.ones_like(p)
     for piece, gain in zip(pieces, rows.gains, strict=True):
-        factor = torch.where(piece, gain.unsqueeze(-1) if isinstance(gain, Tensor) else gain, factor)
+        factor = torch.where(piece, gain.unsqueeze(-1), factor)
     if gains.normalise == "logits":
         return _softmax(s + factor.log(), sinks)[0]
     if rows.moved is None:

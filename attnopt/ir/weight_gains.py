@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from attnopt.base.bit_table import stretched
 from attnopt.patterns.algebra import Pattern, any_of
 from attnopt.patterns.registry import parse
 
@@ -29,10 +28,10 @@ class Part:
 
 @dataclass(frozen=True)
 class RowGains:
-    """The gain of each piece in each row, numbers or broadcasting to [B, H, L], and the weight that the receivers, the last
+    """The gain of each piece in each row, broadcasting to [B, H, L], and the weight that the receivers, the last
     piece but one, get beside theirs: a sum, because a factor on a tiny weight would overflow."""
 
-    gains: tuple[Tensor | float, ...]
+    gains: tuple[Tensor, ...]
     moved: Tensor | None = None
 
 
@@ -78,19 +77,19 @@ class WeightGains:
     def of_rows(self, masses: Sequence[Tensor]) -> RowGains:
         """What happens in each row.  ``masses``: the weight of each piece in each row, [B, H, L], which is 0 everywhere in a
         row that sees nothing."""
-        gains: list[Tensor | float] = [_of_heads(part.gains, masses[0]) for part in self.parts]
-        n = len(gains)
+        gains = [_of_heads(part.gains, masses[0]) for part in self.parts]
+        n, one = len(gains), masses[0].new_ones(1, 1, 1)
         if not self.chooses and self.to is None:
-            return RowGains((*gains, 1.0))
+            return RowGains((*gains, one))
         held = reduce(torch.add, masses[:n])
         both = held if self.to is None else held + masses[n]
         changes = (both >= self.mass - SLACK) & (held <= self.share * both + SLACK)
         if self.to is None:
-            return RowGains((*(_where(changes, g, held) for g in gains), 1.0))
+            return RowGains((*(torch.where(changes, g, one) for g in gains), one))
         changes = changes & (masses[n] > 0)
         freed = reduce(torch.add, [(1.0 - g) * m for g, m in zip(gains, masses, strict=False)])
         moved = torch.where(changes, freed, torch.zeros_like(freed))
-        return RowGains((*(_where(changes, g, held) for g in gains), 1.0, 1.0), moved)
+        return RowGains((*(torch.where(changes, g, one) for g in gains), one, one), moved)
 
     def keeping(self, places: Sequence[int]) -> WeightGains:
         """The same gains for the heads at these places."""
@@ -126,24 +125,11 @@ class WeightGains:
         return f"{parts} ({self.normalise}{to}{least}{most})"
 
 
-def _where(changes: Tensor, gain: Tensor | float, like: Tensor) -> Tensor:
-    """The gain in rows that change; numbers alone would have torch's default dtype."""
-    return torch.where(changes, like.new_full((), gain) if isinstance(gain, float) else gain, like.new_ones(()))
-
-
-def _of_heads(gains: Sequence[float], like: Tensor) -> Tensor | float:
-    """A number if all heads have the same, else [1, H, 1]; without a constant in the traced graph."""
-    runs = [(gain, len(list(run))) for gain, run in groupby(gains)]
-    if len(runs) == 1:
-        return runs[0][0]
-    return torch.cat([torch.full((n,), gain, dtype=like.dtype, device=like.device) for gain, n in runs]).view(1, -1, 1)
+def _of_heads(gains: Sequence[float], like: Tensor) -> Tensor:
+    """[1, H, 1]"""
+    return stretched(((gain, 1) for gain in gains), like.device, like.dtype).view(1, -1, 1)
 
 
 def _listed(gains: Sequence[float]) -> str:
     distinct = dict.fromkeys(gains)
     return f"{next(iter(distinct)):g}" if len(distinct) == 1 else f"({', '.join(f'{g:g}' for g in gains)})"
-
-
-def is_gain(value: float) -> bool:
-    """A gain is finite and not negative."""
-    return math.isfinite(value) and value >= 0
