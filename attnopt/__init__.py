@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attnopt import passes, patterns, plot, recipes
     from attnopt.advice import advise
     from attnopt.api import guidance, inspect, optimize
+    from attnopt.base.input import Input
     from attnopt.base.intervals import Reach
     from attnopt.capture.calibration import Calibration
     from attnopt.compiler.importance import HeadImportance, head_importance
@@ -88,6 +89,7 @@ __all__ = [
     "HeadMap",
     "HeadWeights",
     "Importance",
+    "Input",
     "Inspection",
     "KvMerge",
     "KvPartition",
@@ -129,6 +131,7 @@ __all__ = [
 _NAMES = {
     "advice": "advise",
     "api": "guidance inspect optimize",
+    "base.input": "Input",
     "base.intervals": "Reach",
     "capture.calibration": "Calibration",
     "compiler.importance": "HeadImportance head_importance",

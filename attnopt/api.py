@@ -13,6 +13,7 @@ from torch import fx, nn
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.options import number
+from attnopt.capture.added_inputs import taking
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.capture import check_call, without_values
 from attnopt.compiler.analyze import analyze
@@ -106,7 +107,8 @@ def optimize(
 
     @compiling()
     def build(inputs: CallInputs) -> tuple[fx.GraphModule, Origin]:
-        made = carried_out(Job(model, chosen, inputs, dynamic_shapes, batches or [], backends, options))
+        asked, shapes = taking(model, chosen.inputs, inputs.kwargs, dynamic_shapes)
+        made = carried_out(Job(asked, chosen, inputs, shapes, batches or [], backends, options))
         return made.module, made.origin
 
     if not any(inputs):
@@ -146,7 +148,9 @@ def guidance(
     if not any(inputs):
         raise PolicyError("guidance needs example inputs", hint="pass args or kwargs")
     options = Options(strict=strict, seed=seed)
-    made = guided(Job(model, Policy.of(weak), inputs, dynamic_shapes, batches, backends_of(backend), options), pushed)
+    chosen = Policy.of(weak)
+    asked, shapes = taking(model, chosen.inputs, inputs.kwargs, dynamic_shapes)
+    made = guided(Job(asked, chosen, inputs, shapes, batches, backends_of(backend), options), pushed)
     return OptimizedModel(made.module, made.origin)
 
 

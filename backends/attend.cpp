@@ -33,9 +33,15 @@ struct Strides { int64_t batch, head, row, col; };  // in elements; 0 where an a
 struct Arguments {
     const float *q, *k, *v, *bias, *sinks;
     const uint8_t *mask, *selected;
+    const int32_t *q_segments, *kv_segments;  // [batches or 1, length]; none: all queries see all keys
+    const uint8_t *pairs;                     // [heads or 1, query segment, key segment]; none: equal segments of at least 0
+    const int32_t *moved;                     // [batches or 1, q_len]: as order, for every head; none: order
     float *out, *top, *log_sum;
     int64_t batches, heads, q_len, kv_len, head_dim, value_dim;
-    Strides q_at, k_at, v_at, bias_at, sinks_at, mask_at, selected_at, out_at, row_at;
+    Strides q_at, k_at, v_at, bias_at, sinks_at, mask_at, selected_at;
+    Strides q_segments_at, kv_segments_at, pairs_at;  // as [batch, 1, row, 1]; pairs as [1, head, query segment, key segment]
+    Strides moved_at;
+    Strides out_at, row_at;
     const int32_t *kv_of_head, *layout_of_head;
     const int64_t *row_ptr;  // [layouts, rows + 1]
     const int32_t *cols, *tile;
@@ -46,7 +52,39 @@ struct Arguments {
 };
 
 struct Piece { int keys; const uint64_t *bits; };        // keys of one block; no bits: all queries see all of them
+struct Range { int32_t low, high; };                    // the segments of a block of keys
 struct Run { int64_t key; int keys, first, last; };      // neighbouring keys, and their pieces
+
+// The segments of a group of queries, which are mostly neighbours in one segment.
+struct Segments {
+    Int of_lane[VECTORS];
+    int32_t low, high;  // the least and the greatest
+    const uint8_t *pairs;
+    Strides at;
+
+    bool is_one() const { return low == high; }
+    bool sees(int32_t query, int32_t key) const {
+        return pairs ? pairs[query * at.row + key * at.col] != 0 : query == key && key >= 0;
+    }
+    // Whether some query may see a key of this segment, or of some between these.
+    bool reach(int32_t key) const {
+        if (is_one()) return sees(low, key);
+        if (!pairs) return low <= key && key <= high && key >= 0;
+        for (int n = 0; n < VECTORS; n++)
+            for (int t = 0; t < LANES; t++)
+                if (sees(of_lane[n][t], key)) return true;
+        return false;
+    }
+    bool reach(int32_t first, int32_t last) const {
+        return first == last ? reach(first) : pairs || (first <= high && last >= low);
+    }
+    Int seen(int n, int32_t key) const {
+        if (!pairs) return key < 0 ? Int{} : of_lane[n] == Int{} + key;
+        Int x;
+        for (int t = 0; t < LANES; t++) x[t] = -int32_t(sees(of_lane[n][t], key));
+        return x;
+    }
+};
 
 struct Work {
     std::vector<float> space;
@@ -166,6 +204,25 @@ struct Group {
     const int64_t batch, head;
     const int32_t *order;    // the queries
     const int count, shift;  // shift: the place of the first one within its block
+    Segments segments;
+
+    const int32_t *key_segments() const { return a.kv_segments + batch * a.kv_segments_at.batch; }
+
+    // The segments of the queries, if there are any.
+    void read_segments() {
+        if (!a.q_segments) return;
+        segments.pairs = a.pairs ? a.pairs + head * a.pairs_at.head : nullptr;
+        segments.at = a.pairs_at;
+        const int32_t *own = a.q_segments + batch * a.q_segments_at.batch;
+        segments.low = segments.high = own[query(0)];
+        for (int n = 0; n < VECTORS; n++)
+            for (int t = 0; t < LANES; t++) {
+                const int32_t id = own[query(n * LANES + t)];
+                segments.of_lane[n][t] = id;
+                segments.low = std::min(segments.low, id);
+                segments.high = std::max(segments.high, id);
+            }
+    }
 
     int64_t query(int r) const { return order[std::min(r, count - 1)]; }  // lanes without one repeat the last
 
@@ -273,6 +330,15 @@ struct Group {
         }
     }
 
+    void hide_other_segments(float *s, int64_t key, int keys) const {
+        const int32_t *of_key = key_segments() + key;
+        for (int j = 0; j < keys; j++) {
+            if (segments.is_one() && segments.sees(segments.low, of_key[j])) continue;
+            for (int n = 0; n < VECTORS; n++)
+                at(s, j, n) = segments.seen(n, of_key[j]) != 0 ? at(s, j, n) : splat(-INFINITY);
+        }
+    }
+
     void score(float *s, const Run &run) const {
         const int64_t step = a.k_at.row;
         const float *k = a.k + batch * a.k_at.batch + a.kv_of_head[head] * a.k_at.head + run.key * step;
@@ -281,6 +347,7 @@ struct Group {
         if (a.softcap != 0.f) cap(s, run.keys);
         if (a.bias) add_bias(s, run.key, run.keys);
         if (a.mask) hide_masked(s, run.key, run.keys);
+        if (a.q_segments) hide_other_segments(s, run.key, run.keys);
         hide_unseen(s, run);
     }
 
@@ -343,31 +410,56 @@ void add(Work &work, int64_t key, int keys, const uint64_t *bits) {
     work.runs.push_back({key, keys, place, place + 1});
 }
 
-// The keys that the queries `shift` to `shift + GROUP` of a block see, as runs of neighbours.
-void gather(const Arguments &a, Work &work, const int64_t *row, const uint8_t *selected, int shift) {
+// The keys that a group of queries sees, as runs of neighbours.
+void gather(const Group &g, const int64_t *row, const uint8_t *selected, const Range *of_blocks) {
+    const Arguments &a = g.a;
+    Work &work = g.work;
     work.runs.clear();
     work.pieces.clear();
-    const uint64_t these = ((1ull << GROUP) - 1) << shift;
+    const uint64_t these = ((1ull << GROUP) - 1) << g.shift;
+    const int32_t *of_key = a.q_segments ? g.key_segments() : nullptr;
+    int32_t last = INT32_MIN;  // neighbours are mostly of one segment
+    bool reached = true;
     for (int64_t e = row[0]; e < row[1]; e++) {
         if (selected && !selected[a.cols[e] * a.selected_at.col]) continue;
         const int64_t key = int64_t(a.cols[e]) * BLOCK;
         const int keys = int(std::min<int64_t>(BLOCK, a.kv_len - key));
-        if (a.tile[e] < 0) {
+        const uint64_t *bits = a.tile[e] < 0 ? nullptr : a.tiles + int64_t(a.tile[e]) * BLOCK;
+        const Range *range = of_key ? of_blocks + a.cols[e] : nullptr;
+        if (range && !g.segments.reach(range->low, range->high)) continue;
+        if (!bits && (!range || range->low == range->high)) {
             add(work, key, keys, nullptr);
             continue;
         }
-        const uint64_t *bits = a.tiles + int64_t(a.tile[e]) * BLOCK;
+        const auto is_seen = [&](int j) {
+            if (bits && !(bits[j] & these)) return false;
+            if (of_key && of_key[key + j] != last) reached = g.segments.reach(last = of_key[key + j]);
+            return reached;
+        };
         for (int j = 0, end; j < keys; j = end) {
-            if (!(bits[j] & these)) {
+            if (!is_seen(j)) {
                 end = j + 1;
                 continue;
             }
             int seen = j;  // the last key so far that some query sees
             for (end = j + 1; end < keys && end - seen <= GAP; end++)
-                if (bits[end] & these) seen = end;
-            add(work, key + j, seen + 1 - j, bits + j);
+                if (is_seen(end)) seen = end;
+            add(work, key + j, seen + 1 - j, bits ? bits + j : nullptr);
         }
     }
+}
+
+// Of each block of keys, [batches or 1, blocks].
+std::vector<Range> ranges(const Arguments &a) {
+    std::vector<Range> found;
+    if (!a.kv_segments) return found;
+    for (int64_t b = 0; b < (a.kv_segments_at.batch ? a.batches : 1); b++)
+        for (int64_t key = 0; key < a.kv_len; key += BLOCK) {
+            const int32_t *first = a.kv_segments + b * a.kv_segments_at.batch + key;
+            const auto ends = std::minmax_element(first, first + std::min<int64_t>(BLOCK, a.kv_len - key));
+            found.push_back({*ends.first, *ends.second});
+        }
+    return found;
 }
 
 }  // namespace
@@ -375,6 +467,8 @@ void gather(const Arguments &a, Work &work, const int64_t *row, const uint8_t *s
 extern "C" void attnopt_attend(const Arguments *arguments) {
     const Arguments &a = *arguments;
     const int64_t rows = (a.q_len + BLOCK - 1) / BLOCK, tasks = a.batches * a.heads * rows;
+    const std::vector<Range> of_blocks = ranges(a);
+    const int64_t blocks = (a.kv_len + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
     {
         Work work(a);
@@ -383,12 +477,16 @@ extern "C" void attnopt_attend(const Arguments *arguments) {
             const int64_t r = t % rows, head = t / rows % a.heads, batch = t / rows / a.heads;
             const int64_t *row = a.row_ptr + a.layout_of_head[head] * (rows + 1) + r;
             const int32_t *order = a.order + a.layout_of_head[head] * a.q_len + r * BLOCK;
+            if (a.moved) order = a.moved + batch * a.moved_at.batch + r * BLOCK;
+            const Range *ranges = of_blocks.data() + (a.kv_segments_at.batch ? batch * blocks : 0);
             const Strides &s = a.selected_at;
             const uint8_t *selected = a.selected ? a.selected + batch * s.batch + head * s.head + r * s.row : nullptr;
             const int count = int(std::min<int64_t>(BLOCK, a.q_len - r * BLOCK));
             for (int shift = 0; shift < count; shift += GROUP) {
-                gather(a, work, row, selected, shift);
-                Group{a, work, batch, head, order + shift, std::min(GROUP, count - shift), shift}.attend();
+                Group group{a, work, batch, head, order + shift, std::min(GROUP, count - shift), shift, {}};
+                group.read_segments();
+                gather(group, row, selected, ranges);
+                group.attend();
             }
         }
     }

@@ -27,15 +27,20 @@ def attention(
     softcap: float | None,
     selected: Tensor | None = None,
     wanted: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    kv_segments: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """[B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv] in v's dtype; the others as in ``Attend``.
 
     ``pattern`` is in the notation of ``attnopt.patterns.parse``.  ``selected`` as in ``Operands``.
-    Rows outside ``wanted``, bool [B, H, L], are unused by the caller, and may be zeros.
+    Rows outside ``wanted``, bool [B, H, L], are unused by the caller, and may be zeros.  The last three are those of
+    ``SegmentTensors``.
     """
     from attnopt.backends import dispatch
 
-    given = dispatch.call(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
+    segments = dispatch.segments_of(q_segments, kv_segments, pairs)
+    given = dispatch.call(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected, segments)
     return dispatch.forward(*given, wanted)
 
 
@@ -82,13 +87,13 @@ def _keep(ctx: object, inputs: tuple[object, ...], output: object) -> None:
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     from attnopt.backends import dispatch
 
-    return (*dispatch.backward(ctx, grad), None, None, None, None, None, None)
+    return (*dispatch.backward(ctx, grad), *[None] * 9)
 
 
 def _backward_with_lse(ctx: object, grad: Tensor, _: Tensor, of_log_sum: Tensor) -> tuple[Tensor | None, ...]:
     from attnopt.backends import dispatch
 
-    return (*dispatch.backward_with_lse(ctx, grad, of_log_sum), None, None, None, None, None)
+    return (*dispatch.backward_with_lse(ctx, grad, of_log_sum), *[None] * 5)
 
 
 attention.register_autograd(_backward, setup_context=_keep)

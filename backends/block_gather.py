@@ -49,12 +49,19 @@ def _filled(out: Tensor, spec: AttentionSpec, t: OperandTensors, core_of: Callab
             _blocks(t.q[:, of_heads], 2),
             _blocks(t.k[:, kv], 2),
             _blocks(t.v[:, kv], 2),
-            *(x if x is None or x.shape[1] == 1 else x[:, of_heads] for x in (t.bias, t.mask, t.sinks, t.selected)),
+            _of_heads(t.bias, of_heads),
+            _of_heads(t.mask, of_heads),
+            _of_heads(t.sinks, of_heads),
+            _of_heads(t.selected, of_heads),
         )
         for rows, o in _rows(spec, operands, pattern.layout(L, t.k.shape[2], BLOCK, BLOCK), core_of):
             places = (rows.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=t.q.device)).flatten()
             out = out.index_put((torch.arange(B, device=t.q.device).view(-1, 1, 1), of_heads.view(-1, 1), places), o)
     return out[:, :, :L]
+
+
+def _of_heads(x: Tensor | None, heads: Tensor) -> Tensor | None:
+    return x if x is None or x.shape[1] == 1 else x[:, heads]
 
 
 def _padded(length: int) -> int:

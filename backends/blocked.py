@@ -9,11 +9,12 @@ from torch import Tensor
 
 from attnopt.backends import native
 from attnopt.backends.attention_operator import attention, attention_with_lse
+from attnopt.backends.by_segment import sorted_by_segment
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
 from attnopt.ir.attend import Attend, AttendWithLse, RoutedAttend
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.lse_merge import merged_by_lse
-from attnopt.ir.operands import BLOCK
+from attnopt.ir.operands import BLOCK, SegmentTensors
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import require_no_edits, selected
 from attnopt.ir.site import Site
@@ -23,6 +24,7 @@ from attnopt.patterns.registry import is_readable
 from attnopt.patterns.tile_cost import COMPILED, FLEX
 
 _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
+_SEEN = 0.5  # a guess at the pairs that segments leave, whose ids are not known before a call
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Blocked(Backend):
     name: ClassVar[str] = "blocked"
     skips: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
+    segments: ClassVar[bool] = True
     skips_rows: bool = False
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
@@ -67,8 +70,10 @@ class Blocked(Backend):
             mask: Tensor | None,
             sinks: Tensor | None,
             wanted: Tensor | None = None,
+            segments: SegmentTensors | None = None,
         ) -> Tensor:
-            o: Tensor = attention(q, k, v, bias, mask, sinks, *_options(spec, q, k), wanted)
+            ids = () if segments is None else (segments.queries, segments.keys, segments.pairs)
+            o: Tensor = attention(q, k, v, bias, mask, sinks, *_options(spec, q, k), wanted, *ids)
             return o
 
         return attend
@@ -84,10 +89,13 @@ class Blocked(Backend):
 
     def cost(self, site: Site) -> float:
         tiles = COMPILED if site.device == "cpu" else FLEX
-        parts = [site.spec.pattern & piece for piece in _pieces(site.spec)] or [site.spec.pattern]
+        pattern = sorted_by_segment(site.spec.pattern)
+        parts = [pattern & piece for piece in _pieces(site.spec)] or [pattern]
         visits = sum(tiles.share(part, site.q_len, site.kv_len, site.spec.num_heads) for part in parts)
         if site.spec.selection is not None:
             visits *= site.spec.selection.share(site.kv_len)
+        if site.spec.segments is not None:
+            visits *= _SEEN
         if site.device != "cpu":
             return visits * dense_flops(site) / (_FLEX_RATE * GPU_RATE)
         speed = of_cpu()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from attnopt.backends import block_gather, flex, native, row_gather
+from attnopt.backends.by_segment import side_by_side
 from attnopt.base.user_warning import warn
-from attnopt.ir.operands import ROLES, OperandTensors
+from attnopt.ir.operands import ROLES, OperandTensors, SegmentTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import parse
 from attnopt.patterns.registry import PATTERNS
@@ -32,16 +33,21 @@ def call(
     scale: float,
     softcap: float | None,
     selected: Tensor | None = None,
+    segments: SegmentTensors | None = None,
 ) -> tuple[AttentionSpec, OperandTensors]:
     """What the arguments of an operator of ``attnopt.backends.attention_operator`` mean."""
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
-    return spec, OperandTensors(q, k, v, bias, mask, sinks, selected)
+    return spec, OperandTensors(q, k, v, bias, mask, sinks, selected, segments)
+
+
+def segments_of(queries: Tensor | None, keys: Tensor | None, pairs: Tensor | None) -> SegmentTensors | None:
+    return None if queries is None or keys is None else SegmentTensors(queries, keys, pairs)
 
 
 def forward(spec: AttentionSpec, operands: OperandTensors, wanted: Tensor | None) -> Tensor:
     if wanted is not None and operands.q.device.type == "cpu":
-        return row_gather.attend(spec, operands, wanted, _all_rows)
+        return row_gather.attend(spec, operands.with_segments_masked(), wanted, _all_rows)
     return _all_rows(spec, operands)
 
 
@@ -53,14 +59,16 @@ def forward_with_lse(spec: AttentionSpec, operands: OperandTensors) -> tuple[Ten
 
 def _all_rows(spec: AttentionSpec, operands: OperandTensors) -> Tensor:
     found = _by_kernel(spec, operands)
-    return found[0] if found is not None else _heads_inside(_in_torch(operands.q).attend(spec, operands))
+    if found is not None:
+        return found[0]
+    return _heads_inside(_in_torch(operands.q).attend(spec, operands.with_segments_masked()))
 
 
 def _by_kernel(spec: AttentionSpec, operands: OperandTensors) -> tuple[Tensor, Tensor, Tensor] | None:
     if operands.q.device.type != "cpu" or operands.q.dtype == torch.float64:
         return None
     try:
-        return native.attend(spec, operands)
+        return native.attend(*side_by_side(spec, operands))
     except native.NoKernelError as e:
         _warn(str(e))
         return None
@@ -101,7 +109,8 @@ def _warn(reason: str) -> None:
 def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
     """What the backward pass needs.  Rows that are not wanted get no gradient."""
     ctx.spec, t = call(*inputs[:11])
-    ctx.save_for_backward(t.q, t.k, t.v, t.bias, t.mask, t.sinks, t.selected)
+    ids = inputs[12:15] or (None, None, None)  # which the operator with a log-sum-exp has not
+    ctx.save_for_backward(t.q, t.k, t.v, t.bias, t.mask, t.sinks, t.selected, *ids)
 
 
 def backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -123,12 +132,15 @@ def _gradients(
     ctx: Any, compute: Callable[[AttentionSpec, OperandTensors], tuple[Tensor, ...]], grads: tuple[Tensor, ...]
 ) -> list[Tensor | None]:
     names = (*ROLES, "selected")
-    given = {name: t for name, t in zip(names, ctx.saved_tensors, strict=True) if t is not None}
+    *saved, q_segments, kv_segments, pairs = ctx.saved_tensors
+    segments = segments_of(q_segments, kv_segments, pairs)
+    given = {name: t for name, t in zip(names, saved, strict=True) if t is not None}
     wanted = [name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed and name in given]
     with torch.enable_grad():
         leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in given.items()}
         nothing = leaves["v"].sum() * 0  # no query may see any key
-        made = [x if x.requires_grad else x + nothing for x in compute(ctx.spec, OperandTensors(**leaves))]
+        operands = OperandTensors(**leaves, segments=segments).with_segments_masked()
+        made = [x if x.requires_grad else x + nothing for x in compute(ctx.spec, operands)]
         of_leaves = [leaves[name] for name in wanted]
         found = torch.autograd.grad(made, of_leaves, grads, allow_unused=True, materialize_grads=True)
     of_names = dict(zip(wanted, found, strict=True))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.base.atomic_files import cache_folder
-from attnopt.ir.operands import BLOCK, OperandTensors
+from attnopt.ir.operands import BLOCK, OperandTensors, SegmentTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.block_layout import FULL_TILE
 from attnopt.patterns.query_order import order_of, ordered_layout
@@ -37,9 +37,9 @@ class _Arguments(ctypes.Structure):
     """``struct Arguments`` of attend.cpp; neighbours of one type are one array here."""
 
     _fields_ = [
-        ("operands", ctypes.c_void_p * 10),
+        ("operands", ctypes.c_void_p * 14),
         ("sizes", ctypes.c_int64 * 6),
-        ("strides", ctypes.c_int64 * 36),
+        ("strides", ctypes.c_int64 * 52),
         ("table", ctypes.c_void_p * 7),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -55,9 +55,9 @@ class _Table:
     arrays: tuple[NDArray[np.generic], ...]
 
 
-def attend(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor, Tensor]:
+def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``spec`` without its edits, computed in float32 on CPU: the output, and the log-sum-exp of each row as in
-    ``AttendWithLse``.
+    ``AttendWithLse``.  ``order``, [B|1, L]: neighbours in it share blocks.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """
@@ -70,12 +70,14 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor, Tens
     bias, sinks = (None if x is None else x.float() for x in (t.bias, t.sinks))
     if bias is not None and bias.shape[2] != 1 and bias.shape[3] != 1 and bias.stride(3) != 1:
         bias = bias.contiguous()  # the kernel needs contiguous rows
-    operands = (q, k, v, bias, sinks, t.mask, t.selected, out, top, log_sum)
+    q_segments, kv_segments, pairs = _segments(t.segments)
+    order = None if order is None else order.to(torch.int32)
+    operands = (q, k, v, bias, sinks, t.mask, t.selected, q_segments, kv_segments, pairs, order, out, top, log_sum)
     table = _table(spec, L, S, t.selected is None)
     arguments = _Arguments(
         tuple(None if x is None else x.data_ptr() for x in operands),
         (B, H, L, S, D, Dv),
-        tuple(step for x in operands[:-1] for step in _strides(x)),
+        tuple(step for x in (*operands[:7], *map(_of_four_axes, operands[7:11]), out, top) for step in _strides(x)),
         table.addresses,
         spec.scale,
         spec.softcap or 0.0,
@@ -83,6 +85,21 @@ def attend(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor, Tens
     )
     kernel.attnopt_attend(ctypes.byref(arguments))
     return out.to(t.v.dtype), top.squeeze(3), log_sum.squeeze(3)
+
+
+def _segments(given: SegmentTensors | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if given is None:
+        return None, None, None
+    own = given.numbered()
+    pairs = None if own.pairs is None else own.pairs.contiguous()
+    return own.queries.to(torch.int32).contiguous(), own.keys.to(torch.int32).contiguous(), pairs
+
+
+def _of_four_axes(t: Tensor | None) -> Tensor | None:
+    """Numbers of tokens as [B, 1, length, 1], and pairs as [1, H, R, R]."""
+    if t is None:
+        return None
+    return t.unsqueeze(0) if t.dim() == 3 else t[:, None, :, None]
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
+from attnopt.base.input import Input
 from attnopt.base.options import whole_tuple
 from attnopt.errors import PolicyError
 from attnopt.fit.absorbable_maps import is_linear
@@ -14,6 +17,10 @@ from attnopt.ir.site import Site
 from attnopt.ir.tokens import out_of_range, shortest, told
 from attnopt.patterns import Pattern
 
+_HINT_IDS = (
+    "give one id for each token that this attention sees, class and register tokens included, or exclude the site"
+)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 BUDGETS = ("site", "global")  # heads counted at each site, or over all sites together
 
 
@@ -134,6 +141,24 @@ def refuse_transforms(site: Site) -> Refusal | None:
         found="a norm or another transform after the projection",
         hint='use merge="mean" and grouping="adjacent"',
     )
+
+
+def refuse_unfit_ids(site: Site, brought: Input, length: int) -> Refusal | None:
+    """Refuse an input that is not one integer for each of ``length`` tokens."""
+    ids = site.inputs.get(brought.name)
+    if ids is None:
+        listed = ", ".join(site.inputs) or "none"
+        return site.refuse(
+            "unknown-input", expected="a tensor among the inputs of the model", found=f"{brought} beside {listed}"
+        )
+    if ids.dtype not in _INTEGERS:
+        found = f"{brought.name} of {str(ids.dtype).removeprefix('torch.')}"
+        return site.refuse("not-ids", expected="an integer for each token", found=found)
+    if ids.shape in {(length,), (1, length), (site.batch, length)}:
+        return None
+    expected = f"{brought.name} of {length}, or of {site.batch} x {length} integers"
+    found = f"{' x '.join(map(str, ids.shape)) or 'a single number'}"
+    return site.refuse("wrong-length", expected=expected, found=found, hint=_HINT_IDS)
 
 
 def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:

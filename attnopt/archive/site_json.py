@@ -10,6 +10,7 @@ from torch import Tensor
 from attnopt.base.registry import OURS, Registry, distribution_of, target_of
 from attnopt.errors import ArchiveError, AttnoptError
 from attnopt.ir.block_scores import SCORES
+from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
 from attnopt.ir.pooled_keys import PooledKeys
@@ -96,6 +97,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "has_sinks": spec.has_sinks,
         "softcap": spec.softcap,
         "selection": None if spec.selection is None else spec.selection.to_json(),
+        "segments": None if spec.segments is None else spec.segments.to_json(),
         "pooling": None if spec.pooling is None else spec.pooling.to_json(),
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
@@ -112,6 +114,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["pattern"] = parse(spec["pattern"])
     spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
+    spec["segments"] = None if spec.get("segments") is None else CallSegments.from_json(spec["segments"])
     spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
     spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +22,37 @@ from attnopt.graph.nodes import inputs_of, value
 @compiling()
 def exported(module: fx.GraphModule, inputs: CallInputs) -> ExportedProgram:
     """The graph with example inputs as an ExportedProgram, with the dynamic axes of its capture."""
-    with quiet(), mode_of(module):
+    with quiet(), mode_of(module), _one_size_for_one_symbol(module):
         return torch.export.export(
             module,
             *inputs,
             dynamic_shapes=_shapes_of(module, inputs),
             strict=False,
         )
+
+
+@contextmanager
+def _one_size_for_one_symbol(module: fx.GraphModule) -> Iterator[None]:
+    """Inside, the graph says which axes of its inputs are of one length: torch cannot tell where no operator shows it."""
+    inputs, known = inputs_of(module.graph), set(module.graph.nodes)
+    first: dict[object, tuple[fx.Node, int]] = {}
+    for node in inputs:
+        for axis, size in enumerate(value(node).shape if isinstance(value(node), Tensor) else ()):
+            if is_static(size) or (same := first.setdefault(size.node.expr, (node, axis)))[0] is node:
+                continue
+            with module.graph.inserting_after(inputs[-1]):
+                pair = [module.graph.call_function(torch.ops.aten.sym_size.int, x) for x in (same, (node, axis))]
+            with module.graph.inserting_after(pair[0]):
+                equal = module.graph.call_function(operator.eq, tuple(pair))
+            with module.graph.inserting_after(equal):
+                module.graph.call_function(torch._check, (equal,))
+    module.recompile()
+    try:
+        yield
+    finally:
+        for node in reversed([n for n in module.graph.nodes if n not in known]):
+            module.graph.erase_node(node)
+        module.recompile()
 
 
 def _shapes_of(module: fx.GraphModule, inputs: CallInputs) -> Any:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from attnopt.base.input import Input
 from attnopt.base.notation import construct, evaluate, shortened
 from attnopt.compiler import plugins
 from attnopt.compiler.policy_file import SUFFIXES, read_file
@@ -55,6 +56,11 @@ class Policy:
         if isinstance(given, Path) or (isinstance(given, str) and given.endswith(SUFFIXES)):
             return _from_file(Path(given))
         return _from_data(given)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What each call of the rewritten model has to bring for its passes."""
+        return tuple(dict.fromkeys(i for _, passes in self.rules for p in passes for i in p.inputs))
 
     def passes_for(self, site_name: str) -> tuple[Pass, ...]:
         """The passes for the site of this name, in order of application."""

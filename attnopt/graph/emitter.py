@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -12,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, Target
 
 from attnopt.base.sizes import hint
-from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, value
+from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, sizes_of_inputs, value
 
 
 class Emitter:
@@ -48,7 +50,12 @@ class Emitter:
         found = value(node).shape[axis]
         if isinstance(found, int) or found.node.expr.is_number:
             return hint(found)
-        return self.call(aten.sym_size.int, node, axis)
+        return self.call(aten.sym_size.int, *self._of_inputs.get(found.node.expr, (node, axis)))
+
+    @cached_property
+    def _of_inputs(self) -> dict[sympy.Expr, tuple[fx.Node, int]]:
+        """To read a size from an input keeps nothing else alive."""
+        return sizes_of_inputs(self.graph)
 
     def inline(self, fn: Callable[..., Tensor], *inputs: fx.Node, pre_dispatch: bool = True) -> fx.Node:
         """Trace ``fn`` on the nodes' fake values and put the operators here; returns the node of its result.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import ClassVar
 
+from attnopt.base.input import Input
 from attnopt.ir.activations import merged
 from attnopt.ir.attend import Attend
 from attnopt.ir.refusal import Refusal
@@ -34,6 +35,11 @@ class Pass(ABC):
     name: ClassVar[str]
     exact: ClassVar[bool]  # True: the model computes the same as before
     calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What each call of the rewritten model has to bring."""
+        return ()
 
     def check(self, site: Site) -> Refusal | None:
         """Why this pass does not apply to ``site``, or None."""
@@ -86,6 +92,7 @@ class Backend(ABC):
     skips: ClassVar[bool] = False  # True: hidden pairs are not computed
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
+    segments: ClassVar[bool] = False  # True: what ``lower`` returns also takes ``segments=``; otherwise attnopt masks
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
     def check(self, spec: AttentionSpec) -> Refusal | None:

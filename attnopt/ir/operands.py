@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -61,10 +61,60 @@ def operands_of(call: fx.Node) -> Operands[fx.Node]:
 
 
 @dataclass(frozen=True)
+class SegmentTensors:
+    """``queries`` int [B|1, L], ``keys`` int [B|1, S]: the segment of each token, below 0 for none; ``pairs`` bool
+    [H|1, R + 1, R + 1]: which segments below R see which, and the last for tokens of all others; None: each sees itself."""
+
+    queries: Tensor
+    keys: Tensor
+    pairs: Tensor | None = None
+
+    @classmethod
+    def table(cls, pairs: Sequence[Iterable[tuple[int, int]] | None]) -> Tensor:
+        """``pairs``, given for one head or for each; None: everything sees everything, tokens of no segment, too."""
+        listed = [None if p is None else list(p) for p in pairs]
+        count = 1 + max((i for p in listed for pair in p or () for i in pair), default=-1)
+        made = torch.zeros(len(listed), count + 1, count + 1, dtype=torch.bool)
+        for of_head, own in zip(made, listed, strict=True):
+            if own is None:
+                of_head.fill_(True)
+            for a, b in own or ():
+                of_head[a, b] = True
+        return made
+
+    def numbered(self) -> SegmentTensors:
+        """With numbers that are all in the table, if there is one."""
+        if self.pairs is None:
+            return self
+        last = self.pairs.shape[2] - 1
+        queries, keys = (torch.where((x < 0) | (x > last), last, x) for x in (self.queries, self.keys))
+        return SegmentTensors(queries, keys, self.pairs)
+
+    def mask(self) -> Tensor:
+        """Bool [B|1, H|1, L, S]"""
+        if self.pairs is None:
+            queries, keys = self.queries[:, None, :, None], self.keys[:, None, None, :]
+            return (queries == keys) & (queries >= 0)
+        own = self.numbered()
+        heads, segments, _ = self.pairs.shape
+        entry = own.queries.long().unsqueeze(2) * segments + own.keys.long().unsqueeze(1)  # [B, L, S]
+        seen = self.pairs.reshape(heads, -1).index_select(1, entry.reshape(-1))
+        return seen.reshape(heads, *entry.shape).transpose(0, 1)
+
+
+@dataclass(frozen=True)
 class OperandTensors(Operands[Tensor]):
-    """``selected``, bool [B, H, ceil(L / BLOCK), ceil(S / BLOCK)], further hides blocks of keys from blocks of queries."""
+    """``selected``, bool [B, H, ceil(L / BLOCK), ceil(S / BLOCK)], and ``segments`` further hide keys from queries."""
 
     selected: Tensor | None = None
+    segments: SegmentTensors | None = None
+
+    def with_segments_masked(self) -> OperandTensors:
+        """The same with a mask in the place of segments."""
+        if self.segments is None:
+            return self
+        hidden = self.segments.mask()
+        return replace(self, mask=hidden if self.mask is None else hidden & self.mask, segments=None)
 
     @cached_property
     def seen(self) -> Tensor:

@@ -20,7 +20,7 @@ from attnopt.ir.kv_merge import KvMerge
 from attnopt.ir.kv_partition import KvPartition
 from attnopt.ir.pooling import parts_of, pooled
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.semantics import edited
+from attnopt.ir.semantics import edited, in_segments, masked_by
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.spec_rules import broken_rules
@@ -85,6 +85,8 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
 
 def asked(backend: Backend, site: Site) -> list[Site]:
     """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys."""
+    if site.spec.segments is not None and not takes_segments(backend, site.spec):
+        site = replace(site, spec=site.spec.with_segments_masked)
     if site.spec.pooling is None or backend.pools:
         return [site]
     return [replace(site, spec=part.spec, kv_len=part.kv_len(site.kv_len)) for part in parts_of(site.spec)]
@@ -115,8 +117,30 @@ def lower(backend: Backend, spec: AttentionSpec) -> Attend:
     return checked
 
 
-def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None = None) -> Attend:
-    """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
+def attention_of(
+    backend: Backend,
+    spec: AttentionSpec,
+    constants: Sequence[Tensor] | None = None,
+    ids: Sequence[Tensor] = (),
+    table: Tensor | None = None,
+) -> Attend:
+    """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``; ``ids`` are the
+    tensors of ``spec.inputs``, and ``table`` that of its segments."""
+    if spec.segments is None:
+        return _attention_of(backend, spec, constants)
+    if takes_segments(backend, spec):
+        core = in_segments(spec.segments, ids, table, lower(backend, replace(spec, after=())))
+        return edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
+    return masked_by(spec.segments, ids, table, _attention_of(backend, spec.with_segments_masked, constants))
+
+
+def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
+    """The backend is given the segments of ``spec`` themselves, instead of the mask that they amount to."""
+    reads_masks = any(edit.reads_masks for edit in spec.after)
+    return backend.segments and spec.pooling is None and spec.weight_gains is None and not reads_masks
+
+
+def _attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None) -> Attend:
     bare = replace(spec, after=())
     splits = bare.pooling is not None and not backend.pools
     core: Attend = pooled(bare, partial(lower, backend)) if splits else lower(backend, bare)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from attnopt.base.sizes import is_static
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.blame import applied
+from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Full
 
@@ -43,6 +45,28 @@ def edited(
         for edit, numbers in zip(spec.after, own, strict=True):
             o = applied(edit, spec, o, q, v, numbers, mask=mask, bias=bias)
         return o
+
+    return attend
+
+
+def in_segments(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | None, core: Any) -> RoutedAttend:
+    """``core``, which takes ``segments``, with those of this call."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> Tensor:
+        o: Tensor = core(q, k, v, **others, segments=segments.tensors(ids, table, q.shape[2]))
+        return o
+
+    return attend
+
+
+def masked_by(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | None, core: Attend) -> Attend:
+    """``core`` with the segments of this call as its mask, joined with another one."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        seen = segments.tensors(ids, table, q.shape[2]).mask()
+        return core(q, k, v, bias=bias, mask=seen if mask is None else seen & mask, sinks=sinks)
 
     return attend
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from attnopt.ir.activations import Activations
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.projection import Projected
@@ -13,6 +15,14 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site_edit import SiteEdit
 
 Alignment = Literal["first", "last", "none"]
+
+
+@dataclass(frozen=True)
+class InputTensor:
+    """One of the example inputs, without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Site(Projected):
     is_dynamic: bool = False  # L or S may vary with the inputs
     bias_hides: bool = False  # the bias may be a mask, such as one of padding
     kv_step: int = 0  # every S is ``kv_len`` and a multiple of this; 0: it is fixed
+    inputs: Mapping[str, InputTensor] = field(default_factory=dict, repr=False)  # of the model, by name
     device: str = "cpu"  # the kind of device that the attention runs on
     # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
     # the lengths vary independently, even if equal in the example.

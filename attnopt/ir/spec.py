@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from attnopt.base.input import Input
+from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
@@ -25,14 +27,15 @@ class AttentionSpec:
         s = softcap * tanh(s / softcap)            # if there is a softcap
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = s - log(size)                          # if h pools: of the pool of each key, so that a pool counts as one key
-        s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
+        s = where(mask & pattern & segments & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
         p = weight_gains(p)                        # if there are any
         o_h = p @ v_g                              # [L, value_dim]
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
-    ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
-    run time; all keys where it is None.  Only heads of ``pooling`` pool.  A fully masked query gives zeros.
+    ``segments`` compares ids that the call brings.  ``selected`` holds the keys of the blocks that ``selection`` chooses
+    from q, k and the scale (before bias and softcap) at run time.  Either is all keys where it is None.  Only heads of
+    ``pooling`` pool.  A fully masked query gives zeros.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -48,6 +51,7 @@ class AttentionSpec:
     softcap: float | None = None
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
+    segments: CallSegments | None = None  # segments of tokens whose ids the call brings
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
@@ -113,7 +117,8 @@ class AttentionSpec:
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
         pooled = () if self.pooling is None else (str(self.pooling),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
-        return (*(name for name, has in given.items() if has), *softcap, *pooled, *gains)
+        segments = () if self.segments is None else (str(self.segments),)
+        return (*(name for name, has in given.items() if has), *segments, *softcap, *pooled, *gains)
 
     @property
     def num_heads(self) -> int:
@@ -156,9 +161,19 @@ class AttentionSpec:
         return len(constant_heads(self.after)) == self.num_heads
 
     @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What the call has to bring beside the operands, in order."""
+        return () if self.segments is None else self.segments.inputs
+
+    @property
     def constants(self) -> tuple[Constant, ...]:
         """The constants of all edits, in order."""
         return tuple(c for edit in self.after for c in edit.constants)
+
+    @property
+    def with_segments_masked(self) -> AttentionSpec:
+        """The same attention with a mask operand in the place of segments."""
+        return self if self.segments is None else replace(self, segments=None, has_mask=True)
 
     def restricted(self, pattern: Pattern) -> AttentionSpec:
         """The same attention, restricted to the pairs that ``pattern`` also allows."""
@@ -177,6 +192,7 @@ class AttentionSpec:
             kv_of_head=tuple(used.index(self.kv_of_head[i]) for i in places),
             pattern=self.pattern.for_heads(places),
             seen_as=None if self.seen_as is None else self.seen_as.for_heads(places),
+            segments=None if self.segments is None else self.segments.keeping(places),
             pooling=None if self.pooling is None else self.pooling.keeping(kept),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),

@@ -12,6 +12,7 @@ from torch import Tensor
 from attnopt.base.intervals import Ranges, clipped
 from attnopt.base.registry import distribution_of
 from attnopt.errors import PluginError
+from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
@@ -74,6 +75,8 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     """Patterns, selections and edits of a wrong type, or with unknown heads."""
     if after.selection is not None and not isinstance(after.selection, DynamicBlocks):
         yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
+    if after.segments is not None and not isinstance(after.segments, CallSegments):
+        yield f"segments is {after.segments!r}, expected CallSegments or None"
     yield from _of_pooling(after)
     patterns = {"pattern": after.pattern} | ({} if after.seen_as is None else {"seen_as": after.seen_as})
     for name, pattern in patterns.items():

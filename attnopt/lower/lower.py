@@ -18,7 +18,7 @@ from attnopt.capture.flex_attention import restore_calls
 from attnopt.errors import PluginError, RewriteError
 from attnopt.graph.cleanup import prune_unused_state, share_equal_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, shape, value
+from attnopt.graph.nodes import aten, input_name, inputs_of, shape, value
 from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
 from attnopt.graph.select import restrict, spread
@@ -189,15 +189,21 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
 
 def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> fx.Node:
     given = operands.given
-    held = [emit.constant(c.tensor(value(operands.q).device)) for c in spec.constants]
+    device = value(operands.q).device
+    held = [emit.constant(c.tensor(device)) for c in spec.constants]
+    brought = [n for i in spec.inputs for n in inputs_of(emit.graph) if input_name(n) == i.name]
+    table = None if spec.segments is None else spec.segments.table
+    tables = [] if table is None else [emit.constant(table.to(device))]
 
     def call(*tensors: Tensor) -> Tensor:
-        of_role = dict(zip(given, tensors, strict=False))
+        rest = iter(tensors)
+        of_role = {role: next(rest) for role in given}
         t = operands.map(lambda role, _: of_role[role])
-        attend = attention_of(backend, spec, tensors[len(given) :])
+        constants, ids = ([next(rest) for _ in nodes] for nodes in (held, brought))
+        attend = attention_of(backend, spec, constants, ids, next(rest, None))
         return attend(t.q, t.k, t.v, bias=t.bias, mask=t.mask, sinks=t.sinks)
 
-    return emit.inline(call, *given.values(), *held)
+    return emit.inline(call, *given.values(), *held, *brought, *tables)
 
 
 def _edit_output(

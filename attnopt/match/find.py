@@ -18,8 +18,12 @@ from attnopt.graph.axes import resolve, resolve_all
 from attnopt.graph.nodes import (
     ancestors,
     calls,
+    dtype,
     get_attr,
+    input_name,
+    inputs_of,
     is_call,
+    is_tensor,
     module_path,
     operand,
     opname,
@@ -32,7 +36,7 @@ from attnopt.graph.ops import Kind, of
 from attnopt.graph.sdpa import SDPA
 from attnopt.ir.projection import Projection
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.site import Alignment, NearMiss, Site
+from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site
 from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.escapes import where_used
 from attnopt.match.masks import hides_keys, keeps_a_mask
@@ -277,6 +281,7 @@ def _describe(
         is_dynamic=not (is_static(value(operands.q).shape[2]) and is_static(value(operands.k).shape[2])),
         bias_hides=hides_keys(gm, operands.bias),
         kv_step=step(value(operands.k).shape[2]),
+        inputs={input_name(n): InputTensor(shape(n), dtype(n)) for n in inputs_of(gm.graph) if is_tensor(n)},
         device=device,
         alignment=_ALIGNMENT.get(related, "first"),
     )

@@ -23,7 +23,7 @@ class Arranger:
         self.emit = emit
         self.alone: dict[Atom, tuple[fx.Node, int]] = {}
         self.inside: dict[Atom, tuple[fx.Node, int, Axis]] = {}
-        for node, axes in region.frames:
+        for node, axes in sorted(region.frames, key=lambda frame: frame[0]):  # an operand is there without its product
             if len(value(node).shape) != len(axes):
                 continue
             for i, axis in enumerate(resolve_all(axes)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from attnopt.base.input import Input
 from attnopt.base.notation import evaluate
 from attnopt.base.registry import Registry
 from attnopt.errors import PolicyError
@@ -43,8 +44,8 @@ PATTERNS = Registry(
 
 
 def constructor(name: str) -> Callable[..., object]:
-    """The pattern class of this name; an unknown name raises a PolicyError that lists the known ones."""
-    return PATTERNS.load(name)
+    """The pattern class of this name, or ``Input``; an unknown name raises a PolicyError that lists the known ones."""
+    return Input if name == "Input" else PATTERNS.load(name)
 
 
 def is_readable(pattern: Pattern) -> bool:

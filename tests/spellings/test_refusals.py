@@ -38,7 +38,9 @@ from attnopt.passes import (
     SegmentGain,
     Sparse,
 )
-from attnopt.patterns import Neighborhood, Window
+from attnopt.patterns import Neighborhood, Segments, Window
+
+BY_IDS = Sparse(Segments(attnopt.Input("ids")))
 
 
 class Scored(Decoy):
@@ -139,6 +141,15 @@ def pooled_twice() -> Refusal:
     policy = [PoolKeys(7, heads=[1, 2]), PoolKeys(7)]
     (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
     return entry.refusals["pool-keys"]
+
+
+def refused_with(ids: object, policy: Any) -> Refusal:
+    """Why ``policy`` leaves segments by ``ids`` alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnopt.AttnoptWarning)
+        given = {**inputs(Spelling()), "ids": ids}
+        (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), given).report.sites
+    return entry.refusals["sparse"]
 
 
 class Continued(Decoy):
@@ -331,6 +342,19 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         selected_twice,
         "[already-selected] expected an attention without block selection, found DynamicBlocks(scores=Pooled(), "
         "keep=0.25, block=64, sinks=1, local=1) (at LINE)\n  hint: apply dynamic-sparse only once per site",
+    ),
+    "already-segmented": (
+        lambda: refused_with(torch.zeros(7, dtype=torch.int64), [BY_IDS, BY_IDS]),
+        "[already-segmented] expected an attention without segments, found segments by ids (at LINE)\n  hint: number the "
+        "intersections of both as segments of one input",
+    ),
+    "unknown-input": (
+        lambda: refused_with([0] * 7, BY_IDS),
+        "[unknown-input] expected a tensor among the inputs of the model, found Input('ids') beside x (at LINE)",
+    ),
+    "not-ids": (
+        lambda: refused_with(torch.zeros(7), BY_IDS),
+        "[not-ids] expected an integer for each token, found ids of float32 (at LINE)",
     ),
     "already-pooled": (
         pooled_twice,

@@ -16,7 +16,7 @@ from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, dtype, is_call, shape, value
 from attnopt.graph.sdpa import SdpaArguments, call_arguments, sdpa_arguments
-from attnopt.ir.operands import ROLES, Operands, selected_pairs
+from attnopt.ir.operands import ROLES, Operands, SegmentTensors, selected_pairs
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.attention_calls import Lowered, lowered_at
 from attnopt.onnx.export.choose_form import OnnxSite
@@ -52,13 +52,17 @@ def canonical(emit: Emitter, call: fx.Node) -> Canonical | None:
 
 
 def of_operator(emit: Emitter, call: fx.Node) -> tuple[Operands[fx.Node], AttentionSpec]:
-    """Of a call of one of attnopt's own operators, a selection of blocks as a part of the mask."""
+    """Of a call of one of attnopt's own operators, a selection of blocks and segments as parts of the mask."""
     given = call_arguments(call)
     operands: Operands[fx.Node] = Operands.of([given[role] for role in ROLES])
     if (selected := given["selected"]) is not None:
         q, k, mask = operands.q, operands.k, operands.mask
         kept = emit.inline(lambda s, q, k: selected_pairs(s, q.shape[2], k.shape[2]), selected, q, k)
         operands = replace(operands, mask=hidden_by_both(emit, kept, mask))
+    if given.get("q_segments") is not None:
+        ids = [n for name in ("q_segments", "kv_segments", "pairs") if (n := given[name]) is not None]
+        kept = emit.inline(lambda *ids: SegmentTensors(*ids).mask(), *ids)
+        operands = replace(operands, mask=hidden_by_both(emit, kept, operands.mask))
     shared = tuple(given["kv_of_head"])
     return operands, _spec(operands, shared, given["scale"], parse(given["pattern"]), given["softcap"])
 

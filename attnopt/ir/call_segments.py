@@ -1,0 +1,104 @@
+"""Segments of tokens whose ids each call brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from attnopt.base.input import Input
+from attnopt.base.sizes import same_size
+from attnopt.errors import PolicyError
+from attnopt.ir.operands import SegmentTensors
+from attnopt.patterns import And, Pattern, Segments
+from attnopt.patterns.algebra import FULL, all_of
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class CallSegments:
+    """A query sees a key if their segments are one of the pairs.
+
+    ``queries`` and ``keys``: the inputs with the ids, integers [length] or [B or 1, length]; those of the keys may be longer,
+    and are then those of all tokens, the queries last.  ``pairs``: of each head, None if it sees all keys; or None for
+    all heads: every segment sees itself.  An id below 0, or above all of the pairs, is no segment's.
+    """
+
+    queries: Input
+    keys: Input
+    pairs: tuple[Pairs | None, ...] | None = None
+
+    @property
+    def inputs(self) -> tuple[Input, Input]:
+        return self.queries, self.keys
+
+    def tensors(self, ids: Sequence[Tensor], table: Tensor | None, q_len: int) -> SegmentTensors:
+        """What a call brought as it is used.  ``q_len`` may be a SymInt."""
+        queries, keys = (x.unsqueeze(0) if x.dim() == 1 else x for x in ids)
+        if self.queries == self.keys and not same_size(queries.shape[1], q_len):
+            queries = queries[:, queries.shape[1] - q_len :]
+        return SegmentTensors(queries, keys, table)
+
+    def keeping(self, places: Sequence[int]) -> CallSegments:
+        """The same for the heads at these places."""
+        return self if self.pairs is None else replace(self, pairs=tuple(self.pairs[i] for i in places))
+
+    @property
+    def table(self) -> Tensor | None:
+        """As of ``SegmentTensors``."""
+        if self.pairs is None:
+            return None
+        return SegmentTensors.table(self.pairs[:1] if len(set(self.pairs)) == 1 else self.pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "queries": self.queries.name,
+            "keys": self.keys.name,
+            "pairs": None if self.pairs is None else [p if p is None else [list(x) for x in p] for p in self.pairs],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CallSegments:
+        """The inverse of ``to_json``."""
+        pairs = None
+        if data["pairs"] is not None:
+            pairs = tuple(p if p is None else tuple((int(a), int(b)) for a, b in p) for p in data["pairs"])
+        return cls(Input(str(data["queries"])), Input(str(data["keys"])), pairs)
+
+    def __str__(self) -> str:
+        """ "segments by region_ids" """
+        names = dict.fromkeys(i.name for i in self.inputs)
+        return f"segments by {' and '.join(names)}"
+
+
+def separated(pattern: Pattern, heads: Sequence[int]) -> tuple[Pattern, CallSegments | None]:
+    """For these head positions, the part of ``pattern`` that is known, and the segments whose ids a call brings.
+
+    Raises PolicyError unless these stand alone, are joined with ``&``, or belong to some heads in ``PerHead``.
+    """
+    parts = pattern.parts if isinstance(pattern, And) else (pattern,)
+    brought = [p for p in parts if any(isinstance(leaf, Segments) and leaf.inputs for leaf in p.leaves())]
+    if not brought:
+        return pattern.for_heads(heads), None
+    known = all_of(p for p in parts if p not in brought)
+    of_heads = [brought[0].for_head(h) for h in heads]
+    segments = [p for p in of_heads if isinstance(p, Segments)]
+    inputs = {p.inputs for p in segments}
+    if len(brought) > 1 or len(inputs) != 1 or any(p not in segments and p != FULL for p in of_heads):
+        raise PolicyError(
+            f"{pattern}: this use of segments that a call brings is not supported",
+            hint="let segments of one input stand alone, join them with & with other patterns, or give them to some heads with "
+            "PerHead, the others seeing all keys",
+        )
+    ((queries, keys),) = inputs
+    if len(set(of_heads)) == 1 and segments[0].pairs is None:
+        return known.for_heads(heads), CallSegments(queries, keys)
+    if any(p.pairs is None for p in segments):
+        raise PolicyError(
+            f"{pattern}: heads differ, so that their segments need pairs", hint="list them: pairs=[(0, 0), (1, 1), ...]"
+        )
+    of_pairs = tuple(p.pairs if isinstance(p, Segments) else None for p in of_heads)
+    return known.for_heads(heads), CallSegments(queries, keys, of_pairs)

@@ -1,0 +1,302 @@
+"""Segments whose ids each call brings: the same as the mask that they amount to, everywhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnopt
+from attnopt import Input
+from attnopt.passes import AddValues, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, SegmentGain, SoftPAG, Sparse
+from attnopt.patterns import Full, Pattern, PerHead, Segments, Window
+
+pytestmark = pytest.mark.usefixtures("one_capture")
+
+HEADS = 4
+OWN = Segments(Input("region_ids"))
+PAIRS = ((0, 0), (1, 1), (0, 1), (2, 0))
+OF_HEADS: dict[str, tuple[Pattern, list[tuple[tuple[int, int], ...] | None] | None]] = {
+    "own": (OWN, None),
+    "pairs": (Segments(Input("region_ids"), PAIRS), [PAIRS] * HEADS),
+    "by head": (
+        PerHead({(0, 2): Segments(Input("region_ids"), PAIRS), 1: Segments(Input("region_ids"), ((0, 2),))}),
+        [PAIRS, ((0, 2),), PAIRS, None],
+    ),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            f(z).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for f, z in ((self.q, x), (self.k, x if y is None else y), (self.v, x if y is None else y))
+        )
+        weights = (q @ k.mT / 8**0.5).softmax(-1)
+        return x + self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def visible(queries: Tensor, keys: Tensor, pairs: Sequence[Sequence[tuple[int, int]] | None] | None = None) -> Tensor:
+    """[B, H, L, S], pair by pair."""
+    B, L, S = queries.shape[0], queries.shape[1], keys.shape[1]
+    seen = torch.zeros(B, HEADS, L, S, dtype=torch.bool)
+    for b in range(B):
+        for h in range(HEADS):
+            for i, one in enumerate(queries[b].tolist()):
+                for j, other in enumerate(keys[b].tolist()):
+                    own = None if pairs is None else pairs[h]
+                    if pairs is None:
+                        seen[b, h, i, j] = one == other and one >= 0
+                    else:
+                        seen[b, h, i, j] = own is None or (one, other) in own
+    return seen
+
+
+def under(seen: Tensor) -> oracle.Edit:
+    """Queries that see nothing give zeros."""
+    return oracle.Edit(seen, weights=lambda p: p.nan_to_num(0.0))
+
+
+def example(batch: int = 2, length: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids from -1, which is no segment's, to 3, which no pair names."""
+    torch.manual_seed(seed)
+    return torch.randn(batch, length, 32), torch.randint(-1, 4, (batch, length))
+
+
+def run_onnx(fast: attnopt.OptimizedModel, file: Path, feed: Mapping[str, Tensor]) -> list[Tensor]:
+    fast.export_onnx(file)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert {i.name for i in session.get_inputs()} == set(feed)
+    return [torch.from_numpy(o) for o in session.run(None, {n: x.numpy() for n, x in feed.items()})]
+
+
+@pytest.mark.parametrize("backend", ["blocked", "sdpa", "reference"])
+@pytest.mark.parametrize("kind", list(OF_HEADS))
+def test_equal_the_mask_at_every_length(kind: str, backend: str, tmp_path: Path) -> None:
+    pattern, pairs = OF_HEADS[kind]
+    model, (x, ids) = Stack(), example()
+    fast = attnopt.optimize(model, Sparse(pattern), (x,), {"region_ids": ids}, dynamic_shapes="auto", backend=backend)
+    assert [s.status for s in fast.report.sites] == ["rewritten", "rewritten"]
+    for x, ids in (example(), example(3, 71, seed=1)):
+        seen = visible(ids, ids, pairs)
+        want = oracle.run_edited(model, (x,), None, {i: under(seen) for i in range(2)})
+        oracle.assert_differs(want, oracle.run(model, (x,)))
+        oracle.assert_same(oracle.run(fast, (x,), {"region_ids": ids}), want)
+        oracle.assert_same(run_onnx(fast, tmp_path / "m.onnx", {"x": x, "region_ids": ids}), want)
+    fast.save(tmp_path / "saved")
+    loaded = attnopt.load(tmp_path / "saved")
+    assert torch.equal(loaded(x, region_ids=ids), fast(x, region_ids=ids))
+    assert [s.spec for s in loaded.sites] == [s.spec for s in fast.sites]
+    assert torch.equal(copy.deepcopy(fast)(x, region_ids=ids), fast(x, region_ids=ids))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+def test_join_a_pattern(backend: str) -> None:
+    model, (x, ids) = Stack(), example(length=40)
+    fast = attnopt.optimize(model, Sparse(OWN & Window(5, 5)), (x,), {"region_ids": ids}, backend=backend)
+    seen = visible(ids, ids) & Window(5, 5).mask(40, 40)
+    want = oracle.run_edited(model, (x,), None, {i: under(seen) for i in range(2)})
+    oracle.assert_same(oracle.run(fast, (x,), {"region_ids": ids}), want)
+
+
+@pytest.mark.parametrize("pairs", [None, PAIRS])
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+def test_between_two_sequences(backend: str, pairs: tuple[tuple[int, int], ...] | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, (x, queries), (y, keys) = Attention(), example(), example(length=7, seed=1)
+    policy = Sparse(Segments(Input("regions"), pairs, keys=Input("words")))
+    given = {"regions": queries, "words": keys}
+    fast = attnopt.optimize(model, policy, (x, y), given, dynamic_shapes="auto", backend=backend)
+    for shorter, longer in ((example(), example(length=7, seed=1)), (example(3, 33), example(3, 50, seed=2))):
+        (x, queries), (y, keys) = shorter, longer
+        seen = visible(queries, keys, None if pairs is None else [pairs] * HEADS)
+        want = oracle.run_edited(model, (x, y), None, {0: under(seen)})
+        given = {"regions": queries, "words": keys}
+        oracle.assert_same(oracle.run(fast, (x, y), given), want)
+        oracle.assert_same(run_onnx(fast, tmp_path / "m.onnx", {"x": x, "y": y, **given}), want)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PruneHeads(heads=[1]),
+        GroupedQuery(kv_heads=2),
+        ScaleHeads({1: 2.0}),
+        LocalWindow(4),
+        SoftPAG(heads=[0], u=0.5),
+        AddValues([1, -1], alpha=0.5, heads=[0]),
+        SegmentGain([0, 1], 0.5),
+        SegmentGain([0, 1], 0.5, normalise="redistribute", to=range(2, 10)),
+    ],
+    ids=lambda p: p.name,
+)
+def test_with_other_passes_in_any_order(other: Any) -> None:
+    model, (x, ids) = Stack(), example()
+    given = {"region_ids": ids}
+    made = [
+        attnopt.optimize(model, policy, (x,), given, backend=backend)(x, **given)
+        for policy in ([Sparse(OWN), other], [other, Sparse(OWN)])
+        for backend in ("blocked", "reference")
+    ]
+    alone = attnopt.optimize(model, Sparse(OWN), (x,), given)(x, **given)
+    oracle.assert_differs([made[0]], [alone])
+    for again in made[1:]:
+        oracle.assert_same([again], [made[0]])
+
+
+def test_after_past_keys() -> None:
+    class Continued(Attention):
+        """Earlier tokens come as keys and values."""
+
+        def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # type: ignore[override]
+            q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            return x + self.o(((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model = Continued()
+    fast = None
+    for length, past in ((5, 9), (8, 3)):
+        x, _ = example(length=length)
+        _, ids = example(length=length + past, seed=2)
+        keys, values = (torch.randn(2, HEADS, past, 8) for _ in range(2))
+        given = {"region_ids": ids}
+        fast = fast or attnopt.optimize(model, Sparse(OWN), (x, keys, values), given, dynamic_shapes="auto")
+        assert fast.report.sites[0].status == "rewritten"
+        seen = visible(ids[:, past:], ids)
+        want = oracle.run_edited(model, (x, keys, values), None, {0: under(seen)})
+        oracle.assert_same(oracle.run(fast, (x, keys, values), given), want)
+
+
+def test_gradients_are_those_under_the_mask() -> None:
+    model, (x, ids) = Stack(), example(length=70)
+    fast = attnopt.optimize(model, Sparse(OWN), (x,), {"region_ids": ids}, backend="blocked")
+    own, by_hand = x.clone().requires_grad_(), x.clone().requires_grad_()
+    fast(own, region_ids=ids).square().sum().backward()
+    with oracle.edited({i: under(visible(ids, ids)) for i in range(2)}):
+        model(by_hand).square().sum().backward()
+    assert own.grad is not None
+    assert by_hand.grad is not None
+    oracle.assert_same([own.grad], [by_hand.grad])
+
+
+def test_an_argument_of_the_model_itself() -> None:
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.kinds, self.stack = nn.Embedding(3, 32), Stack()
+
+        def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+            return self.stack(x + self.kinds(kinds))
+
+    model, (x, ids) = Typed(), example()
+    ids = ids.clamp(0, 2)
+    fast = attnopt.optimize(model, Sparse(Segments(Input("kinds"))), (x, ids), dynamic_shapes="auto")
+    x, ids = example(3, 31)
+    ids = ids.clamp(0, 2)
+    want = oracle.run_edited(model, (x, ids), None, {i: under(visible(ids, ids)) for i in range(2)})
+    oracle.assert_same(oracle.run(fast, (x, ids)), want)
+
+
+@pytest.mark.parametrize("shapes", ["auto", {"x": {1: torch.export.Dim("n")}}])
+def test_ids_of_one_sequence_for_a_batch(shapes: Any) -> None:
+    model, (x, ids) = Stack(), example()
+    fast = attnopt.optimize(model, Sparse(OWN), (x,), {"region_ids": ids[0]}, dynamic_shapes=shapes)
+    x, ids = example(2, 31)
+    want = oracle.run_edited(model, (x,), None, {i: under(visible(ids[:1], ids[:1])) for i in range(2)})
+    oracle.assert_same(oracle.run(fast, (x,), {"region_ids": ids[0]}), want)
+
+
+@pytest.mark.parametrize("shapes", ["auto", {"x": {1: torch.export.Dim("n")}}, {"x": {0: torch.export.Dim("b")}}])
+def test_an_example_of_batch_one(shapes: Any) -> None:
+    model, (x, ids) = Stack(), example(batch=1)
+    fast = attnopt.optimize(model, Sparse(OWN), (x,), {"region_ids": ids}, dynamic_shapes=shapes)
+    for batch, length in ((1, 31), (3, 12)):
+        x, ids = example(batch, length)
+        if shapes != "auto" and (0 in shapes["x"]) != (batch == 3):
+            continue
+        want = oracle.run_edited(model, (x,), None, {i: under(visible(ids, ids)) for i in range(2)})
+        oracle.assert_same(oracle.run(fast, (x,), {"region_ids": ids}), want)
+
+
+def test_guidance_away_from_segments() -> None:
+    model, (x, ids) = Stack(), example()
+    guided = attnopt.guidance(model, Sparse(OWN), (x,), {"region_ids": ids}, scale=2.0)
+    weak = oracle.run_edited(model, (x,), None, {i: under(visible(ids, ids)) for i in range(2)})[0]
+    strong = oracle.run(model, (x,))[0]
+    oracle.assert_same(oracle.run(guided, (x,), {"region_ids": ids}), [strong + 2.0 * (strong - weak)])
+
+
+def test_bad_inputs_are_named() -> None:
+    model, (x, ids) = Stack(), example()
+    with pytest.raises(attnopt.PolicyError, match="reads the input region_ids, which is not among the example inputs"):
+        attnopt.optimize(model, Sparse(OWN), (x,))
+    for wrong, code in (
+        (ids.float(), "not-ids"),
+        (ids[:, :5], "wrong-length"),
+        (ids[:, :, None], "wrong-length"),
+        (3, "unknown-input"),
+    ):
+        with pytest.raises(attnopt.RewriteError, match=rf"\[{code}\]"):
+            attnopt.optimize(model, Sparse(OWN), (x,), {"region_ids": wrong}, strict=True)
+    fast = attnopt.optimize(model, Sparse(OWN), (x,), {"region_ids": ids}, dynamic_shapes="auto")
+    with pytest.raises(attnopt.CaptureError, match="region_ids"):
+        fast(x)
+    with pytest.raises(attnopt.CaptureError, match="region_ids has length 11 along axis 1"):
+        fast(x, region_ids=ids[:, 1:])
+    with pytest.raises(attnopt.CaptureError, match="region_ids has dtype"):
+        fast(x, region_ids=ids.float())
+    with pytest.raises(attnopt.RewriteError, match="already-segmented"):
+        attnopt.optimize(model, [Sparse(OWN), Sparse(OWN)], (x,), {"region_ids": ids}, strict=True)
+    with pytest.raises(attnopt.PolicyError, match="invalid name"):
+        Input("two words")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ~OWN,
+        OWN | Window(1, 1),
+        OWN & Segments(Input("others")),
+        PerHead({0: OWN, 1: Segments(Input("others"))}),
+        PerHead({0: OWN}, Window(1, 1)),
+        PerHead({0: OWN}, Full()),
+    ],
+    ids=str,
+)
+def test_uses_that_are_not_supported_are_refused(pattern: Pattern) -> None:
+    with pytest.raises(attnopt.PolicyError, match=r"not supported|need pairs"):
+        Sparse(pattern)
+
+
+def test_ids_that_no_call_brings_show_nothing() -> None:
+    for ask in (lambda: OWN.mask(3, 3), lambda: OWN.density(3, 3), lambda: OWN.layout(3, 3)):
+        with pytest.raises(attnopt.PolicyError, match="unknown until the model is called"):
+            ask()
+    with pytest.raises(attnopt.PolicyError, match="expected an Input beside one for the queries"):
+        Segments([0, 1], keys=Input("words"))
+    assert attnopt.patterns.parse(str(Segments(Input("a"), PAIRS, keys=Input("b")))) == Segments(
+        Input("a"), PAIRS, keys=Input("b")
+    )
