@@ -17,7 +17,7 @@ from attnopt.base.sizes import hint, is_static
 from attnopt.capture.flex_attention import index_plainly
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import RESHAPES, arg, aten, is_call, operand, sizes_of_inputs, value
+from attnopt.graph.nodes import RESHAPES, arg, aten, input_axes, inputs_of, is_call, operand, value
 from attnopt.graph.value_names import inherit
 
 higher_order = torch.ops.higher_order
@@ -96,7 +96,10 @@ def expand_views(gm: fx.GraphModule) -> None:
 def _write_sizes(graph: fx.Graph) -> None:
     """Each size that an input has is read from it, also the -1 of a reshape: read from a projection, a size would keep that
     when a smaller one replaces it, and a selection of heads may need the -1 itself."""
-    place = sizes_of_inputs(graph)
+    place: dict[sympy.Expr, tuple[fx.Node, int]] = {}
+    for _, n, axis, size in input_axes(inputs_of(graph)):
+        if isinstance(size, torch.SymInt):
+            place.setdefault(size.node.expr, (n, axis))
     emit = Emitter(graph, next(n for n in graph.nodes if n.op not in ("get_attr", "placeholder")))
     for node in list(graph.nodes):
         if is_call(node, aten.sym_size.int) and operand(node).op != "placeholder":

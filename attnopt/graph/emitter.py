@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -14,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, Target
 
 from attnopt.base.sizes import hint
-from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, sizes_of_inputs, value
+from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, value
 
 
 class Emitter:
@@ -50,12 +48,7 @@ class Emitter:
         found = value(node).shape[axis]
         if isinstance(found, int) or found.node.expr.is_number:
             return hint(found)
-        return self.call(aten.sym_size.int, *self._of_inputs.get(found.node.expr, (node, axis)))
-
-    @cached_property
-    def _of_inputs(self) -> dict[sympy.Expr, tuple[fx.Node, int]]:
-        """To read a size from an input keeps nothing else alive."""
-        return sizes_of_inputs(self.graph)
+        return self.call(aten.sym_size.int, node, axis)
 
     def inline(self, fn: Callable[..., Tensor], *inputs: fx.Node, pre_dispatch: bool = True) -> fx.Node:
         """Trace ``fn`` on the nodes' fake values and put the operators here; returns the node of its result.

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -79,12 +78,6 @@ def input_axes(inputs: Iterable[fx.Node]) -> Iterator[tuple[int, fx.Node, int, i
         if is_tensor(node):
             for axis, size in enumerate(value(node).shape):
                 yield place, node, axis, size
-
-
-def sizes_of_inputs(graph: fx.Graph) -> dict[sympy.Expr, tuple[fx.Node, int]]:
-    """For each symbolic size, the first input and its axis that have it."""
-    axes = [(n, axis, s) for _, n, axis, s in input_axes(inputs_of(graph)) if isinstance(s, torch.SymInt)]
-    return {s.node.expr: (n, axis) for n, axis, s in reversed(axes)}
 
 
 def input_name(node: fx.Node) -> str:

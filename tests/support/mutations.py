@@ -171,7 +171,7 @@ FAULTS = (
           "    if True:", "test_refusals.py -k nothing-to-remove"),
     Fault("names that a second optimization loses", "    graph.forward = named\n",
           "    graph.forward = graph.forward\n", "test_optimized_again.py -k names"),
-    Fault("lengths read from scores", "self._of_inputs.get(found.node.expr, (node, axis))", "(node, axis)",
+    Fault("lengths read from scores", "in sorted(region.frames, key=lambda frame: frame[0])", "in region.frames",
           "test_lengths.py -k no_scores"),
     # segments that a call brings
     Fault("segments of the first tokens", "queries = queries[:, queries.shape[1] - q_len :]", "queries = queries[:, :q_len]",
