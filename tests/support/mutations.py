@@ -451,6 +451,7 @@ FAULTS = (
           "test_guidance.py -k several_results"),
     Fault("sites that name the weights of the strong branch", "return None if name is None else names.get(name, name)",
           "return name", "test_guidance.py -k sites_are"),
+    Fault("a pattern that hides later keys from pools", "if causal is None:", "if True:", "test_pool_keys.py -k both_orders"),
     Fault("gains of a plugin that nobody reads", "    yield from _of_weight_gains(after)\n", "",
           "test_plugin_faults.py -k broken_rule"),
     Fault("a segment that holds no position", "if isinstance(k, Keys) and k.positions", "if isinstance(k, Keys)",
