@@ -21,6 +21,7 @@ from attnopt.passes import (
     LocalWindow,
     PoolKeys,
     PruneHeads,
+    SegmentGain,
     Sparse,
 )
 from attnopt.patterns import Causal, PerHead, Window
@@ -197,7 +198,10 @@ def test_a_bias_of_positions_is_not_a_mask(s: Spelling) -> None:
     assert PoolKeys(7).check(site) is None
 
 
-@pytest.mark.parametrize("hidden", [LocalWindow(3, 0), Sparse(Causal()), Sparse(PerHead({2: Window(2, 0)}))])
+@pytest.mark.parametrize(
+    "hidden",
+    [LocalWindow(3, 0), Sparse(Causal()), Sparse(PerHead({2: Window(2, 0)})), SegmentGain(~Causal(), 0.0)],
+)
 def test_later_keys_stay_out_of_pools_in_both_orders(hidden: attnopt.Pass) -> None:
     model, x = full()
     for policy in ([PoolKeys(3, heads=[2]), hidden], [hidden, PoolKeys(3, heads=[2])]):
