@@ -23,7 +23,7 @@ from attnopt.compiler.guidance import guided
 from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.compiler.origin import Origin, is_file
 from attnopt.compiler.policy import Policy
-from attnopt.errors import PolicyError
+from attnopt.errors import PolicyError, RewriteError
 from attnopt.ir.interfaces import Backend
 from attnopt.model import OptimizedModel
 from attnopt.report.inspection import Inspection
@@ -119,7 +119,7 @@ def optimize(
 
 @compiling()
 def guidance(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     weak: object,
     args: tuple[object, ...] = (),
     kwargs: Mapping[str, object] | None = None,
@@ -136,13 +136,19 @@ def guidance(
     This is perturbed-attention guidance (PAG, arXiv:2403.17377; by head in HeadHunter, arXiv:2506.10978) as one module, in which
     both branches share every layer before the first one that differs.
     ``weak``: a policy, as of ``optimize``, such as ``SoftPAG(heads=[0, 3], u=0.5)``; sites that it leaves alone are fused in
-    both.  ``scale``: a finite number; 0 gives the model itself.  Outputs that are no floating-point tensors are the model's.
+    both.  ``scale``: a finite number; 0 gives the model itself.  Outputs that are no tensors of real or complex numbers are the
+    model's.  A model that draws random numbers or writes to its state is refused: two branches would do so twice.
     The other arguments are those of ``optimize``.
 
     The report is that of the weak branch; ``report.cpu_seconds`` has the measured time of the model alone ("before") and of
-    both ("after").  Raises AttnoptError; RewriteError if the model takes or returns objects such as caches, or changes its state.
+    both ("after").  Raises AttnoptError; RewriteError if the model takes or returns objects such as caches.
     """
     pushed = number("guidance", "scale", scale)
+    if isinstance(model, (str, os.PathLike)):
+        raise RewriteError(
+            "guidance cannot be given an ONNX file", hint="pass the PyTorch model that it was exported from"
+        )
+    model = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     inputs = CallInputs.of(args, kwargs)
     batches = [] if calibration is None else Calibration.of(calibration).batches
     if not any(inputs):

@@ -10,7 +10,7 @@ from attnopt.base.options import whole, wholes
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.preconditions import refuse_other_keys, refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_causal_pools, refuse_other_keys, refuse_unknown_heads
 from attnopt.patterns import Dilated, Pattern, PerHead, Sinks, Window
 
 
@@ -46,7 +46,13 @@ class LocalWindow(Pass):
         return cls(left=1)
 
     def check(self, site: Site) -> Refusal | None:
-        return refuse_other_keys(site, past=True) or refuse_unknown_heads(site, self.heads or ())
+        return (
+            refuse_other_keys(site, past=True)
+            or refuse_unknown_heads(site, self.heads or ())
+            or refuse_causal_pools(
+                site, self.rewrite(site).spec, "set right= above 0, or leave out the heads that pool"
+            )
+        )
 
     def rewrite(self, site: Site) -> Rewrite:
         pattern = self._pattern(site.spec.is_causal)

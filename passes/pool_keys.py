@@ -12,7 +12,7 @@ from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.preconditions import refuse_pooled, refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_causal_pools, refuse_pooled, refuse_unknown_heads
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,16 @@ class PoolKeys(Pass):
                 found=f"{site.q_len} queries after {site.kv_len - site.q_len} past keys",
                 hint="pools would change with every new token; capture the model without its cache",
             )
-        seen = site.spec.visible_pattern
-        causal = next((p for h in self._chosen(site) if (p := seen.for_head(site.spec.heads.index(h))).is_causal), None)
+        pooled = replace(site.spec, pooling=self._pools(self._chosen(site)))
+        causal = refuse_causal_pools(site, pooled, "use grouped-query or local-window")
         if causal is not None:
+            return causal
+        if site.spec.segments is not None:
             return site.refuse(
-                "causal-pools",
-                expected="queries that may see later keys",
-                found=str(causal),
-                hint="the mean of a pool mixes later keys into visible ones; use grouped-query or local-window",
+                "masked-pools",
+                expected="keys that are never hidden",
+                found=str(site.spec.segments),
+                hint="hidden keys would enter the means; use either segments or pool-keys at a site",
             )
         if site.spec.has_mask or site.bias_hides:
             return site.refuse(

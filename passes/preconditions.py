@@ -14,6 +14,7 @@ from attnopt.fit.absorbable_maps import is_linear
 from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.tokens import out_of_range, shortest, told
 from attnopt.patterns import Pattern
 
@@ -96,6 +97,21 @@ def refuse_pooled(site: Site, hint: str) -> Refusal | None:
         return None
     expected = "an attention without pooled keys"
     return site.refuse("already-pooled", expected=expected, found=str(site.spec.pooling), hint=hint)
+
+
+def refuse_causal_pools(site: Site, spec: AttentionSpec, hint: str) -> Refusal | None:
+    """Refuse ``spec``, a form of ``site``, if a head that pools its keys sees no later ones: they would reach it all the same."""
+    pooling = () if spec.pooling is None else spec.pooling.heads
+    seen = spec.visible_pattern
+    causal = next((p for i, h in enumerate(spec.heads) if h in pooling and (p := seen.for_head(i)).is_causal), None)
+    if causal is None:
+        return None
+    return site.refuse(
+        "causal-pools",
+        expected="queries that may see later keys",
+        found=str(causal),
+        hint=f"the mean of a pool mixes later keys into visible ones; {hint}",
+    )
 
 
 def expected_projections(roles: Sequence[str]) -> str:

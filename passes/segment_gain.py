@@ -18,6 +18,7 @@ from attnopt.ir.weight_gains import Normalise, Part, WeightGains
 from attnopt.passes.preconditions import (
     distinct_heads,
     note_absent_tokens,
+    refuse_causal_pools,
     refuse_other_keys,
     refuse_other_lengths,
     refuse_unknown_heads,
@@ -95,7 +96,8 @@ class SegmentGain(Pass):
             if found is None and pattern.is_positional:
                 found = refuse_other_keys(site, past=True)
             found = found or refuse_other_lengths(site, pattern) or self._refuse_beyond(site, pattern)
-        return found or self._refuse_twice(site)
+        found = found or self._refuse_twice(site)
+        return found or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of heads=")
 
     def rewrite(self, site: Site) -> Rewrite:
         spec = site.spec

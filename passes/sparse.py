@@ -12,6 +12,7 @@ from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.passes.preconditions import (
+    refuse_causal_pools,
     refuse_other_keys,
     refuse_other_lengths,
     refuse_pooled,
@@ -65,6 +66,7 @@ class Sparse(Pass):
             misplaced
             or refuse_other_lengths(site, self.pattern)
             or refuse_unknown_heads(site, [named - 1] if named else [])
+            or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of the pattern")
         )
 
     def rewrite(self, site: Site) -> Rewrite:

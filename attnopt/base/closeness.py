@@ -75,4 +75,5 @@ def _wide(x: Tensor) -> Tensor:
 
 def tolerance(outputs: Sequence[Tensor]) -> float:
     """What rounding may explain, for the least precise dtype among the outputs."""
-    return max((TOLERANCE.get(t.dtype, 0.0) for t in outputs), default=0.0)
+    dtypes = (t.dtype.to_real() if t.is_complex() else t.dtype for t in outputs)
+    return max((TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.base.closeness import difference, tensors, tolerance
 from attnopt.base.cpu_timing import interleaved
 from attnopt.compiler.compile import Compiled, again, carried_out
 from attnopt.compiler.job import Job
+from attnopt.compiler.origin import Origin
 from attnopt.compiler.policy import Policy
 from attnopt.errors import RewriteError, VerificationError
-from attnopt.graph.cleanup import has_effects, prune_unused_state, share_equal_nodes
+from attnopt.graph.cleanup import draws, prune_unused_state, remove_unused_nodes, share_equal_nodes, writes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import get_attr, inputs_of, is_tensor, value
+from attnopt.graph.nodes import inputs_of, is_tensor, stored, value
+from attnopt.graph.store import store
+from attnopt.ir.projection import Projection
 from attnopt.lower.lower import copy_program
 
 ROUNDS = 3  # of timing
@@ -34,39 +38,44 @@ def guided(job: Job, scale: float) -> Compiled:
     fused = Policy.of("fuse")
     weak_policy = job.policy if "*" in globs else Policy((*fused.rules, *job.policy.rules))
     strong = carried_out(replace(job, policy=fused, batches=()))
-    if strong.origin.form is not None or strong.origin.file is not None:
+    if strong.origin.form is not None:
         raise RewriteError(
-            "guidance needs a PyTorch model that takes and returns tensors only",
+            "guidance needs a model that takes and returns tensors only",
             hint="call the model without a cache, or wrap it in a module that returns its tensors",
         )
     weak = again(replace(job, policy=weak_policy), strong)
-    module = joined(strong.module, weak.module, scale)
+    module, names = joined(strong.module, weak.module, scale)
     _verify(module, strong, weak, scale)
-    report = replace(weak.origin.report, cpu_seconds=_measured(strong, module))
-    return replace(weak, module=module, origin=replace(weak.origin, report=report))
+    return replace(weak, module=module, origin=_origin(strong, weak, module, names))
 
 
-def joined(strong: fx.GraphModule, weak: fx.GraphModule, scale: float) -> fx.GraphModule:
-    """One graph of both, in which what is equal stands once.  Outputs that are no floating-point tensors are ``strong``'s."""
-    changing = next(
-        (n for g in (strong, weak) for n in g.graph.nodes if n.op == "call_function" and has_effects(n)), None
-    )
-    if changing is not None:
-        raise RewriteError(
-            f"the model changes its own state ({changing.name}), which two branches would do twice",
-            hint="put it in evaluation mode, or wrap it in a module without that state",
-        )
+def joined(strong: fx.GraphModule, weak: fx.GraphModule, scale: float) -> tuple[fx.GraphModule, dict[str, str]]:
+    """One graph of both, in which what is equal stands once, and the names in it of what ``weak`` reads.
+
+    Outputs that are no numbers that can be pushed are ``strong``'s.  Raises RewriteError.
+    """
+    _refuse_what_happens_twice(strong, weak)
     module, _ = copy_program(strong)
     graph = module.graph
     output = graph.output_node()
-    attributes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
     inputs = iter(inputs_of(graph))
+    checks = {str(n.target): n for n in graph.nodes if n.op == "call_module"}  # both have those of the model
+    known = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
+    placed: dict[str, fx.Node] = {}
     here: dict[fx.Node, fx.Node] = {}
     for node in weak.graph.nodes:
         if node.op == "placeholder":
             here[node] = next(inputs)
         elif node.op == "get_attr":
-            here[node] = _attribute(module, output, attributes, weak, node)
+            name = str(node.target)
+            if name not in placed:
+                held, ours = attrgetter(name)(weak), known.get(name)
+                if ours is None or not _same(held, attrgetter(name)(module)):
+                    ours = _added(module, output, node, held)
+                placed[name] = ours
+            here[node] = placed[name]
+        elif node.op == "call_module":
+            here[node] = checks[str(node.target)]
         elif node.op != "output":
             with graph.inserting_before(output):
                 here[node] = graph.node_copy(node, here.__getitem__)
@@ -76,41 +85,34 @@ def joined(strong: fx.GraphModule, weak: fx.GraphModule, scale: float) -> fx.Gra
     both = [_pushed(emit, a, b, scale) for a, b in zip(ours, theirs, strict=True)]
     output.args = (pytree.tree_unflatten(both, spec),)
     share_equal_nodes(module)
-    graph.eliminate_dead_code()
+    remove_unused_nodes(module)
     prune_unused_state(module)
     graph.lint()
     module.recompile()
-    return module
+    return module, {name: str(node.target) for name, node in placed.items()}
 
 
-def _attribute(
-    module: fx.GraphModule, before: fx.Node, known: dict[str, fx.Node], weak: fx.GraphModule, node: fx.Node
-) -> fx.Node:
-    """The node of ``module`` with the same stored value, which is added if it has none under this name."""
-    name, held = str(node.target), get_attr(weak, str(node.target))
-    while name in known:
-        if _same(get_attr(module, name), held):
-            return known[name]
-        name += "_weak"
-    owner, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(owner) if _has_module(module, owner) else None
-    if parent is None or hasattr(parent, leaf):
-        parent, leaf = module, f"weak_{name.replace('.', '_')}"
-        while hasattr(parent, leaf):
-            leaf += "_"
-    if isinstance(held, torch.nn.Parameter) or not isinstance(held, Tensor):
-        setattr(parent, leaf, held)
-    else:
-        parent.register_buffer(leaf, held)
-    target = leaf if parent is module else name
+def _refuse_what_happens_twice(strong: fx.GraphModule, weak: fx.GraphModule) -> None:
+    called = [n for g in (strong, weak) for n in g.graph.nodes if n.op == "call_function"]
+    if (changing := next(filter(writes, called), None)) is not None:
+        raise RewriteError(
+            f"the model writes to its state or to an input ({changing.name}), which two branches would do twice",
+            hint="put it in evaluation mode, or wrap it in a module without that state",
+        )
+    if (drawing := next(filter(draws, called), None)) is not None:
+        raise RewriteError(
+            f"the model draws random numbers ({drawing.name}), and the two branches would draw different ones",
+            hint="put it in evaluation mode, or give it its noise as an input",
+        )
+
+
+def _added(module: fx.GraphModule, before: fx.Node, node: fx.Node, held: Tensor | nn.Module) -> fx.Node:
+    """A node of ``module`` that reads ``held``, as ``node`` does in another graph."""
+    name = store(module, str(node.target), held)
     with module.graph.inserting_before(before):
-        known[name] = module.graph.get_attr(target)
-    known[name].meta.update(node.meta)
-    return known[name]
-
-
-def _has_module(module: fx.GraphModule, name: str) -> bool:
-    return name in dict(module.named_modules())
+        made = module.graph.get_attr(name)
+    made.meta.update(node.meta)
+    return made
 
 
 def _same(a: object, b: object) -> bool:
@@ -118,13 +120,40 @@ def _same(a: object, b: object) -> bool:
         return True
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return bool(a.device == b.device and (a.data_ptr() == b.data_ptr() or torch.equal(a, b)))
+    return a.device == b.device and torch.equal(a, b)
+
+
+def _origin(strong: Compiled, weak: Compiled, module: fx.GraphModule, names: Mapping[str, str]) -> Origin:
+    """The sites of the weak branch with the names that its weights have now, and what both branches told."""
+    told, seconds = weak.origin.report, strong.origin.report.seconds
+    report = replace(
+        told,
+        cpu_seconds=_measured(strong, module),
+        seconds={
+            stage: seconds.get(stage, 0.0) + told.seconds.get(stage, 0.0) for stage in {**seconds, **told.seconds}
+        },
+        warnings=tuple(dict.fromkeys((*strong.origin.report.warnings, *told.warnings))),
+    )
+    live = stored(module)
+    sites = (replace(s, parameters=live, projections=_renamed(s.projections, names)) for s in weak.origin.sites)
+    return replace(weak.origin, report=report, sites=tuple(sites))
+
+
+def _renamed(projections: Mapping[str, Projection], names: Mapping[str, str]) -> dict[str, Projection]:
+    def now(name: str | None) -> str | None:
+        return None if name is None else names.get(name, name)
+
+    return {role: replace(p, weight=now(p.weight), bias=now(p.bias)) for role, p in projections.items()}
 
 
 def _pushed(emit: Emitter, strong: object, weak: object, scale: float) -> object:
-    if not (is_tensor(strong) and is_tensor(weak)) or not value(strong).dtype.is_floating_point:
+    if not (is_tensor(strong) and is_tensor(weak)) or not _is_pushed(value(strong)):
         return strong
     return emit.inline(lambda a, b: a + scale * (a - b), strong, weak)
+
+
+def _is_pushed(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def _verify(module: fx.GraphModule, strong: Compiled, weak: Compiled, scale: float) -> None:
@@ -132,7 +161,7 @@ def _verify(module: fx.GraphModule, strong: Compiled, weak: Compiled, scale: flo
     args, kwargs = strong.program.inputs
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         got, a, b = (tensors(m(*args, **kwargs)) for m in (module, strong.module, weak.module))
-    want = [x + scale * (x - y) if x.is_floating_point() else x for x, y in zip(a, b, strict=True)]
+    want = [x + scale * (x - y) if _is_pushed(x) else x for x, y in zip(a, b, strict=True)]
     apart = difference(got, want)
     if not apart <= ROOM * (1 + 2 * abs(scale)) * tolerance(want):
         raise VerificationError(

@@ -13,6 +13,7 @@ from torch.fx.node import Argument, Target
 
 from attnopt.base.sizes import hint
 from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, value
+from attnopt.graph.store import store
 
 
 class Emitter:
@@ -89,10 +90,7 @@ class Emitter:
             raise TypeError("a lowering created a constant tensor whose values are unknown during tracing")
         gm = self.graph.owning_module
         assert gm is not None
-        name = f"constant_{sum(1 for _ in gm.buffers(recurse=False))}"
-        while hasattr(gm, name):
-            name += "_"
-        gm.register_buffer(name, real.detach().clone())
+        name = store(gm, f"constant_{sum(1 for _ in gm.buffers(recurse=False))}", real.detach().clone())
         with self.graph.inserting_before(self.before):
             node = self.graph.get_attr(name)
         with self.mode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from attnopt.ir.interfaces import Rewrite
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.weight_gains import Normalise, Part, WeightGains
 from attnopt.patterns.algebra import Pattern
 
 _SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared with its own mask
@@ -36,12 +38,7 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
         yield from _of_out_bias(site, made.out_bias)
     if not isinstance(made.notes, tuple) or not all(isinstance(note, str) for note in made.notes):
         yield f"notes is {made.notes!r}, expected a tuple of strings"
-    try:
-        yield from _of_foreign_patterns(site, made.spec)
-    except PluginError as e:
-        yield e.message
-    except Exception as e:
-        yield f"pattern {made.spec.pattern} failed: {type(e).__name__}: {e}"
+    yield from _of_foreign_patterns(site, made.spec)
 
 
 def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
@@ -78,12 +75,10 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     if after.segments is not None and not isinstance(after.segments, CallSegments):
         yield f"segments is {after.segments!r}, expected CallSegments or None"
     yield from _of_pooling(after)
-    patterns = {"pattern": after.pattern} | ({} if after.seen_as is None else {"seen_as": after.seen_as})
-    for name, pattern in patterns.items():
-        if not isinstance(pattern, Pattern):
-            yield f"{name} is {pattern!r}, expected a Pattern"
-        elif pattern.named_heads > len(after.heads):
-            yield f"{name} refers to head position {pattern.named_heads - 1}, but there are only {len(after.heads)} heads"
+    yield from _of_pattern("pattern", after.pattern, after)
+    if after.seen_as is not None:
+        yield from _of_pattern("seen_as", after.seen_as, after)
+    yield from _of_weight_gains(after)
     for edit in after.after:
         if not isinstance(edit, HeadEdit):
             yield f"after holds {edit!r}, expected a HeadEdit"
@@ -93,6 +88,42 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
             yield f"the edit {edit} reads which keys are hidden, but {after.selection} hides keys at run time"
         elif isinstance(edit, Scaled) and not all(h in after.heads and _is_finite(g) for h, g in edit.gains):
             yield f"the edit {edit}: expected a finite number for each of some heads of {after.heads!r}"
+
+
+def _of_pattern(name: str, pattern: object, after: AttentionSpec) -> Iterator[str]:
+    if not isinstance(pattern, Pattern):
+        yield f"{name} is {pattern!r}, expected a Pattern"
+    elif pattern.named_heads > len(after.heads):
+        yield f"{name} refers to head position {pattern.named_heads - 1}, but there are only {len(after.heads)} heads"
+
+
+def _of_weight_gains(after: AttentionSpec) -> Iterator[str]:
+    gains = after.weight_gains
+    if gains is None:
+        return
+    if not isinstance(gains, WeightGains) or not all(isinstance(part, Part) for part in _tuple(gains.parts) or (None,)):
+        yield f"weight_gains is {gains!r}, expected WeightGains with a tuple of Parts, or None"
+        return
+    if gains.normalise not in get_args(Normalise):
+        yield f"weight_gains are normalised by {gains.normalise!r}, expected one of {get_args(Normalise)!r}"
+    most = 1.0 if gains.normalise == "redistribute" else math.inf
+    for part in gains.parts:
+        yield from _of_pattern("a part of weight_gains", part.pattern, after)
+        if len(_tuple(part.gains)) != len(after.heads):
+            yield f"weight_gains has gains {part.gains!r} in {part.pattern}, expected a tuple for {len(after.heads)} heads"
+        elif not all(_is_finite(g) and 0 <= g <= most for g in part.gains):
+            told = "from 0 to 1, because others receive the rest" if most == 1.0 else "of at least 0"
+            yield f"weight_gains multiplies by {part.gains!r} in {part.pattern}, expected finite numbers {told}"
+    if gains.to is not None:
+        yield from _of_pattern("the receiver of weight_gains", gains.to, after)
+    for name, value in (("mass", gains.mass), ("share", gains.share)):
+        if not (_is_finite(value) and 0 <= value <= 1):
+            yield f"weight_gains has {name} {value!r}, expected a number from 0 to 1"
+
+
+def _tuple(value: object) -> tuple[object, ...]:
+    """``value``, or () if it is no tuple."""
+    return value if isinstance(value, tuple) else ()
 
 
 def _of_pooling(after: AttentionSpec) -> Iterator[str]:
@@ -149,11 +180,23 @@ def _of_tensor(what: str, made: Tensor, known: Tensor) -> Iterator[str]:
 
 
 def _of_foreign_patterns(site: Site, spec: AttentionSpec) -> Iterator[str]:
-    """A pattern whose ``reach`` contradicts its ``visible``: the result would depend on the backend."""
-    pattern, q_len, kv_len = spec.pattern, site.q_len, site.kv_len
-    if not isinstance(pattern, Pattern) or not 0 < q_len * kv_len <= _SMALL or not _foreign(pattern):
+    if not 0 < site.q_len * site.kv_len <= _SMALL:
         return
-    for one in {pattern.for_head(h) for h in range(spec.num_heads)}:
+    gains = spec.weight_gains
+    for pattern in (spec.pattern, *([] if gains is None else [*(part.pattern for part in gains.parts), gains.to])):
+        try:
+            if isinstance(pattern, Pattern) and _foreign(pattern):
+                yield from _contradictions(pattern, site, spec.num_heads)
+        except PluginError as e:
+            yield e.message
+        except Exception as e:
+            yield f"pattern {pattern} failed: {type(e).__name__}: {e}"
+
+
+def _contradictions(pattern: Pattern, site: Site, heads: int) -> Iterator[str]:
+    """A pattern whose ``reach`` contradicts its ``visible``: the result would depend on the backend."""
+    q_len, kv_len = site.q_len, site.kv_len
+    for one in {pattern.for_head(h) for h in range(heads)}:
         seen_LS = one.mask(q_len, kv_len)[0].numpy()
         runs = [(i, i) for i in range(q_len)] + [(i, min(i + _RUN, q_len) - 1) for i in range(0, q_len, _RUN)]
         if any(_denies(one, seen_LS[first : last + 1], first + kv_len - q_len) for first, last in runs):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import get_attr
 from attnopt.graph.select import Selection
+from attnopt.graph.store import store
 
 
 class Weights:
@@ -59,18 +60,9 @@ class Weights:
         return made
 
     def _register(self, name: str, source: Tensor, tensor: Tensor) -> str:
-        owner_name, _, leaf = name.rpartition(".")
-        if owner_name not in dict(self.gm.named_modules()):
-            self.gm.add_submodule(owner_name, nn.Module())
-        owner = self.gm.get_submodule(owner_name)
-        n = 1
-        while hasattr(owner, f"{leaf}__{n}"):
-            n += 1
-        if isinstance(source, nn.Parameter):
-            owner.register_parameter(f"{leaf}__{n}", nn.Parameter(tensor, requires_grad=source.requires_grad))
-        else:
-            owner.register_buffer(f"{leaf}__{n}", tensor)
-        new = f"{owner_name}.{leaf}__{n}".lstrip(".")
+        is_parameter = isinstance(source, nn.Parameter)
+        held = nn.Parameter(tensor, requires_grad=source.requires_grad) if is_parameter else tensor
+        new = store(self.gm, name, held)
         self.origin[new] = self.origin.get(name, name)
         return new
 

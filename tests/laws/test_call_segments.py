@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt import Input
-from attnopt.passes import AddValues, GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, SegmentGain, SoftPAG, Sparse
+from attnopt.passes import (
+    AddValues,
+    GroupedQuery,
+    LocalWindow,
+    PoolKeys,
+    PruneHeads,
+    ScaleHeads,
+    SegmentGain,
+    SoftPAG,
+    Sparse,
+)
 from attnopt.patterns import Full, Pattern, PerHead, Segments, Window
 
 pytestmark = pytest.mark.usefixtures("one_capture")
@@ -270,6 +280,9 @@ def test_bad_inputs_are_named() -> None:
         fast(x, region_ids=ids.float())
     with pytest.raises(attnopt.RewriteError, match="already-segmented"):
         attnopt.optimize(model, [Sparse(OWN), Sparse(OWN)], (x,), {"region_ids": ids}, strict=True)
+    for policy, code in (([Sparse(OWN), PoolKeys(2)], "masked-pools"), ([PoolKeys(2), Sparse(OWN)], "already-pooled")):
+        with pytest.raises(attnopt.RewriteError, match=rf"\[{code}\]"):
+            attnopt.optimize(model, policy, (x,), {"region_ids": ids}, strict=True)
     with pytest.raises(attnopt.PolicyError, match="invalid name"):
         Input("two words")
 

@@ -31,12 +31,14 @@ from attnopt.backends import Reference
 from attnopt.compiler import plugins
 from attnopt.compiler.explain import explain
 from attnopt.ir.head_edits import Scaled
+from attnopt.ir.weight_gains import Part, WeightGains
 from attnopt.passes import DynamicSparse, Sparse
-from attnopt.patterns import PerHead, Window, parse
+from attnopt.patterns import Keys, PerHead, Window, parse
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
 MODEL, ARGS = tiny_models.causal()
+FIRST = Keys([0])
 MODEL.eval()
 
 
@@ -72,6 +74,11 @@ def unchecked(**changes: Any) -> Callable[[Site], Rewrite]:
     return make
 
 
+def gains(listed: Any, of: Any = FIRST, **options: Any) -> Callable[[Site], Rewrite]:
+    """Gains on the weights of keys, as ``WeightGains`` lets them through."""
+    return spec(weight_gains=WeightGains((Part(of, listed),), **options))
+
+
 def weights(role: str, head: int, *sizes: int, bias: Tensor | None = None) -> Callable[[Site], Rewrite]:
     return lambda site: Rewrite(site.spec, (HeadWeights(role, head, torch.zeros(sizes), bias),))
 
@@ -103,6 +110,22 @@ def weights(role: str, head: int, *sizes: int, bias: Tensor | None = None) -> Ca
         (spec(pattern=PerHead({4: Window(1, 0)})), "pattern refers to head position 4, but there are only 2 heads"),
         (spec(selection="pooled"), "selection is 'pooled', expected DynamicBlocks or None"),
         (spec(after=("clip",)), "after holds 'clip', expected a HeadEdit"),
+        (spec(weight_gains="twice"), "weight_gains is 'twice', expected WeightGains with a tuple of Parts, or None"),
+        (gains((2.0, 2.0, 2.0)), "has gains (2.0, 2.0, 2.0) in Keys('0'), expected a tuple for 2 heads"),
+        (gains(2.0), "has gains 2.0 in Keys('0'), expected a tuple for 2 heads"),
+        (gains((1.0, -0.5)), "multiplies by (1.0, -0.5) in Keys('0'), expected finite numbers of at least 0"),
+        (gains((1.0, float("nan"))), "multiplies by (1.0, nan) in Keys('0'), expected finite numbers of at least 0"),
+        (gains((1.0, float("inf"))), "multiplies by (1.0, inf)"),
+        (
+            gains((1.5, 1.0), normalise="redistribute", to=Keys([1])),
+            "multiplies by (1.5, 1.0) in Keys('0'), expected finite numbers from 0 to 1, because others receive the rest",
+        ),
+        (gains((2.0, 2.0), normalise="softly"), "weight_gains are normalised by 'softly', expected one of ('logits', "),
+        (gains((2.0, 2.0), mass=1.5), "weight_gains has mass 1.5, expected a number from 0 to 1"),
+        (gains((2.0, 2.0), share=float("nan")), "weight_gains has share nan, expected a number from 0 to 1"),
+        (gains((2.0, 2.0), of="Keys([0])"), "a part of weight_gains is 'Keys([0])', expected a Pattern"),
+        (gains((2.0, 2.0), of=PerHead({4: Keys([0])})), "a part of weight_gains refers to head position 4"),
+        (gains((0.5, 0.5), normalise="redistribute", to="all"), "the receiver of weight_gains is 'all'"),
         (weights("q", 0, 7, 16), "new 'q' weights of head 0: expected a tensor [8, 16], got [7, 16]"),
         (weights("q", 3, 8, 16), "new 'q' weights of head 3: expected one of (0, 1)"),
         (weights("w", 0, 8, 16), "new 'w' weights of head 0"),
@@ -139,6 +162,11 @@ def test_what_keeps_the_rules_is_done() -> None:
     same = weights_of(1.0)
     torch.testing.assert_close(optimized(Makes(same))(*ARGS), MODEL(*ARGS))
     assert not torch.allclose(optimized(Makes(weights_of(2.0)))(*ARGS), MODEL(*ARGS))
+
+
+def test_gains_that_keep_the_rules_are_computed() -> None:
+    made = optimized(Makes(gains((0.0, 1.0), mass=0.0, share=1.0)), backend="reference")
+    assert not torch.allclose(made(*ARGS), MODEL(*ARGS))
 
 
 def weights_of(factor: float) -> Callable[[Site], Rewrite]:
@@ -317,6 +345,20 @@ def test_a_pass_needs_a_name_and_fields() -> None:
         optimized(Nameless())
     with pytest.raises(PluginError, match="its class is not a dataclass"):
         optimized(Plain())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        (Liar(), "pattern Liar(): reach contradicts visible at 12 queries and 12 keys"),
+        (Broken(), "pattern Broken() failed: OverflowError: too far"),
+    ],
+)
+def test_gains_in_patterns_that_contradict_themselves(pattern: Pattern, told: str) -> None:
+    with pytest.raises(PluginError) as caught:
+        optimized(Makes(gains((2.0, 2.0), of=pattern)))
+    assert told in caught.value.message
+    assert caught.value.site == "layers.0"
 
 
 @pytest.mark.parametrize(

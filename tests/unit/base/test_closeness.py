@@ -78,6 +78,7 @@ def test_tolerance_of_each_dtype_is_above_rounding_and_below_mistakes(dtype: tor
 
 def test_tolerance_is_of_the_least_precise() -> None:
     assert tolerance([X, X.bfloat16()]) == TOLERANCE[torch.bfloat16]
+    assert tolerance([torch.complex(X, X)]) == TOLERANCE[torch.float32]
     assert tolerance([torch.tensor([1])]) == 0.0
     assert tolerance([]) == 0.0
 

@@ -347,6 +347,18 @@ def test_laws_of_gains_1_and_0() -> None:
     assert all(s.spec.weight_gains is None for s in pruned.sites)
 
 
+def test_a_part_of_a_segment_may_hold_no_key() -> None:
+    """A pattern may have an empty ``Keys`` in it, which holds no position that the sequence could lack."""
+    model, x = stack(), batches()[0]
+    for segment in (Keys(()) | Keys([1]), Keys([1]) & ~Keys(())):
+        fast = attnopt.optimize(model, SegmentGain(segment, 0.25), (x,))
+        same = attnopt.optimize(model, SegmentGain([1], 0.25), (x,))
+        oracle.assert_same(oracle.run(fast, (x,)), oracle.run(same, (x,)))
+        oracle.assert_differs(oracle.run(fast, (x,)), oracle.run(model, (x,)))
+    none = attnopt.optimize(model, SegmentGain(PerHead({0: Keys(())}), 0.25), (x,), dynamic_shapes="auto")
+    oracle.assert_same(oracle.run(none, (x,)), oracle.run(model, (x,)))
+
+
 def test_earlier_segments_count_first() -> None:
     model, x = stack(), batches()[0]
     for segments, of_keys in (([[0, 1], [1, 2]], {0: 2.0, 1: 2.0, 2: 0.0}), ([[3], "0-11"], {3: 1.0})):

@@ -21,6 +21,8 @@ from attnopt.passes import (
     LocalWindow,
     PoolKeys,
     PruneHeads,
+    SegmentGain,
+    Sparse,
 )
 from attnopt.patterns import Causal, PerHead, Window
 
@@ -194,6 +196,21 @@ def test_a_bias_of_positions_is_not_a_mask(s: Spelling) -> None:
     (site,) = attnopt.inspect(Attention(s), (), inputs(s)).sites
     assert site.spec.has_bias
     assert PoolKeys(7).check(site) is None
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [LocalWindow(3, 0), Sparse(Causal()), Sparse(PerHead({2: Window(2, 0)})), SegmentGain(~Causal(), 0.0)],
+)
+def test_later_keys_stay_out_of_pools_in_both_orders(hidden: attnopt.Pass) -> None:
+    model, x = full()
+    for policy in ([PoolKeys(3, heads=[2]), hidden], [hidden, PoolKeys(3, heads=[2])]):
+        (site,) = attnopt.optimize(model, policy, (x,)).report.sites
+        (refused,) = site.refusals.items()
+        assert refused[0] == policy[1].name
+        assert refused[1].code == "causal-pools"
+    others = [PoolKeys(3, heads=[1]), LocalWindow(3, 0, heads=[2])]
+    assert not attnopt.optimize(model, others, (x,)).report.sites[0].refusals
 
 
 @pytest.mark.parametrize("causal", [True, False])
