@@ -127,7 +127,7 @@ def _origin(
     plans = tuple(d.plan for d in decisions if d.plan is not None)
     return Origin(
         report=report,
-        sites=tuple(replace(d.site, parameters=live, refusals=d.refusals) for d in decisions),
+        sites=tuple(replace(d.site.stored_as(live), refusals=d.refusals) for d in decisions),
         signature=job.signature(module),
         inputs=program.inputs,
         shapes=program.shapes,

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from attnopt.ir.activations import Activations
 from attnopt.ir.edited_parameters import edited_parameters
-from attnopt.ir.projection import Projected
+from attnopt.ir.projection import Projected, Projection
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site_edit import SiteEdit
 
@@ -71,6 +72,18 @@ class Site(Projected):
             parameters={**self.parameters, **edited_parameters(self, made.edits, made.out_bias)},
             activations=None if now is None else now.edited(made.edits),
         )
+
+    def stored_as(self, live: Mapping[str, Tensor]) -> Site:
+        """As its weights are in a rewritten graph, ``live``: the rows of those that it split, joined or made smaller are unknown."""
+
+        def now(p: Projection) -> Projection:
+            named = [name for name in (p.weight, p.bias) if name is not None]
+            if p.rows is None or all(n in live and live[n].shape == self.parameters[n].shape for n in named):
+                return p
+            why = "the rewrite changed these weights; attnopt.inspect of the result reads them"
+            return replace(p, weight=None, bias=None, rows=None, why=why)
+
+        return replace(self, projections={role: now(p) for role, p in self.projections.items()}, parameters=live)
 
     def without_activations(self) -> Site:
         return replace(self, activations=None)
