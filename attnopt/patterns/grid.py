@@ -228,6 +228,9 @@ class Prefix(Pattern):
     def for_heads(self, places: Sequence[int]) -> Pattern:
         return Prefix(self.n, self.rest.for_heads(places))
 
+    def at_length(self, kv_len: int) -> Pattern:
+        return Prefix(self.n, self.rest.at_length(kv_len - self.n))
+
     def order(self, q_len: int) -> NDArray[np.int64] | None:
         rest = self.rest.order(max(0, q_len - self.n))
         return None if rest is None else np.concatenate([np.arange(min(self.n, q_len)), rest + self.n])

@@ -445,6 +445,13 @@ FAULTS = (
           "test_guidance.py -k run_once"),
     Fault("a state that two branches change", "if n.op == \"call_function\" and has_effects(n)", "if False",
           "test_guidance.py -k refused"),
+    # blocks at the edges
+    Fault("a window beyond the last key", "start(i).clamp(max=self.kv_len - width).clamp(min=0)", "start(i).clamp(min=0)",
+          "test_halo.py -k same_size"),
+    Fault("a prefix that counts twice", "self.rest.at_length(kv_len - self.n)", "self.rest.at_length(kv_len)",
+          "test_halo.py -k rows_by_hand"),
+    Fault("blocks looked for outside", "(max(0, min(n, kv_len - self.width)) for n in", "(max(0, n) for n in",
+          "test_halo.py -k layout"),
     # gains on weights
     Fault("a log-sum-exp without its maximum", "? 0.f : std::log(total[n][r]);", "? 0.f : std::log(2.f * total[n][r]);",
           "test_weight_gains.py -k log_sum_exps"),

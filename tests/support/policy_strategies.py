@@ -43,6 +43,7 @@ from attnopt.patterns import (
 PATTERNS = [
     Segments([0, 0, 1], pairs=[(0, 1)]), Neighborhood((3, 4), 3, edge="clip"), BlockLayout(["0-1", "1"], 4), Global([5, 2]),
     Prefix(1, Strided(3)), RandomBlocks(4, 2, seed=7), Blocks(8, 1) | Dilated(2, 2, 3), Periodic(4, 1), Full(),
+    Blocks(4, 3, shift=1, edge="shift") & Causal(),
 ]  # fmt: skip
 
 

@@ -25,12 +25,13 @@ from attnopt.passes import (
     Sparse,
     Steer,
 )  # fmt: skip
-from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
+from attnopt.patterns import Blocks, Causal, Pattern, PerHead, Sinks, Strided, Window
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
 
 PATTERNS: tuple[Pattern, ...] = (
     Window(1, 0), Causal(), Sinks(1) | Window(1), Strided(2), Window(2, 1) & Strided(2) | Sinks(2),
+    Blocks(2, 1, edge="shift"), Blocks(3, 1), Causal() & Blocks(3), Blocks(2, 0, 1, "shift"), Sinks(1) | Blocks(2, 2),
 )  # fmt: skip
 
 
