@@ -44,6 +44,11 @@ class Pattern(ABC):
         """What the queries at positions ``first`` to ``last`` see; a tighter answer means less work."""
         return Reach.between(0, kv_len, 0, 0)
 
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor | None:
+        """For the queries at positions ``i``, how many keys of their windows lie beyond the edges of the sequence or grid; None
+        if these are no windows that are clipped there."""
+        return None
+
     def order(self, q_len: int) -> NDArray[np.int64] | None:
         """A query order in which neighbours see similar keys; None if the natural order is good."""
         return next((found for p in self.parts if (found := p.order(q_len)) is not None), None)
@@ -97,6 +102,11 @@ class Pattern(ABC):
     def is_positional(self) -> bool:
         """Compares positions of queries and keys, so both must belong to the same sequence."""
         return any(p.is_positional for p in self.parts) if self.parts else True
+
+    @property
+    def reads_length(self) -> bool:
+        """What a query sees depends on where the sequence ends, so it changes as tokens are appended."""
+        return any(p.reads_length for p in self.parts)
 
     @property
     def is_per_head(self) -> bool:
@@ -213,6 +223,9 @@ class Full(Pattern):
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         return Reach.between(0, kv_len, 0, kv_len)
+
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor:
+        return torch.zeros_like(i)
 
 
 FULL = Full()

@@ -11,6 +11,7 @@ from attnopt.base.intervals import Reach
 from attnopt.base.options import choice, whole
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
+from attnopt.patterns.edges import outside
 
 Position = TypeVar("Position", int, Tensor)
 
@@ -37,20 +38,27 @@ class Blocks(Pattern):
             raise PolicyError(f"Blocks: invalid value shift={self.shift}: expected a shift below size={self.size}")
         choice("Blocks", "edge", self.edge, ("clip", "shift"))
 
+    @property
+    def reads_length(self) -> bool:
+        return self.edge == "shift"
+
     def at_length(self, kv_len: int) -> Pattern:
-        return self if self.edge == "clip" else _Inside(self, kv_len)
+        return _Inside(self, kv_len) if self.reads_length else self
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        if self.edge == "shift":
+        if self.reads_length:
             raise TypeError(f"{self} depends on the length of the sequence; use mask() or at_length()")
         start = self.start(i)
         return (j >= start) & (j < start + self.width)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         start, sure_start = self.start(first), self.start(last)
-        if self.edge == "shift":
+        if self.reads_length:
             start, sure_start = (max(0, min(n, kv_len - self.width)) for n in (start, sure_start))
         return Reach.between(start, sure_start + self.width, sure_start, start + self.width)
+
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor | None:
+        return None if self.reads_length else outside(self.start(i), self.width, kv_len)
 
     @property
     def width(self) -> int:

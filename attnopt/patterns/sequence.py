@@ -18,6 +18,7 @@ from attnopt.base.options import LARGEST, whole, wholes
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.bands import Band, Bands
+from attnopt.patterns.edges import outside
 from attnopt.patterns.lookback import Past
 
 
@@ -68,6 +69,9 @@ class Window(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (j >= i - self.left) & (j <= i + self.right)
+
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor:
+        return outside(i - self.left, self.left + self.right + 1, kv_len)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         return Reach.between(first - self.left, last + self.right + 1, last - self.left, first + self.right + 1)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sites import a_site, refusal
 from torch import Tensor, nn
 from torch.export import Dim
 
 import attnopt
 from attnopt.match.mask_patterns import Sample, name_pattern
-from attnopt.passes import Sparse
+from attnopt.passes import SegmentGain, Sparse
 from attnopt.patterns import Blocks, Causal, Pattern, PerHead, Prefix, Sinks, parse
 
 SIZES = st.integers(1, 7)
@@ -86,6 +87,14 @@ def test_a_mask_without_a_length_is_an_error() -> None:
     with pytest.raises(TypeError, match="depends on the length of the sequence"):
         Wrapped(Blocks(3, 1, edge="shift")).mask(9, 9)
     assert torch.equal(Wrapped(Blocks(3, 1)).mask(9, 9), Blocks(3, 1).mask(9, 9))
+
+
+def test_a_text_that_is_continued_changes_what_was_seen() -> None:
+    site = replace(a_site(q_len=3), alignment="last")
+    assert Sparse(Causal() & Blocks(4, 1)).check(site) is None
+    for pattern in (Blocks(4, 1, edge="shift"), PerHead({1: Prefix(1, Causal() & ~Blocks(4, edge="shift"))})):
+        assert "[needs-self-attention]" in refusal(Sparse(pattern), site)
+        assert "found 3 queries after 9 past keys" in refusal(SegmentGain(pattern, 0.5), site)
 
 
 # ---------------------------------------------------------------- masks that are blocks
