@@ -15,13 +15,15 @@ from torch import Tensor, fx
 from attnopt.graph.entries import Entries, InvalidSizesError
 from attnopt.graph.entry_rules import UnsupportedError
 from attnopt.graph.evaluate import Sizes, inputs_behind, is_heavy, size_at, symbols, within
-from attnopt.graph.nodes import ancestors, get_attr, is_number, is_state, value
+from attnopt.graph.nodes import ancestors, calls, get_attr, is_number, is_state, value
+from attnopt.graph.ops import Kind, of
 from attnopt.match.block_masks import blocks_in
 from attnopt.match.mask_numbers import Lengths, Numbers, numbers_behind
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 _WHOLE = 1 << 20  # a mask of at most this many entries is evaluated fully
 _LINES = 48  # of a larger one, this many rows and columns
+_SLICES = of(Kind.SLICE)  # one to the end is written with the largest number
 _APART = 200.0  # a softmax ignores a score this far below another, both with room for their products
 
 
@@ -250,7 +252,9 @@ def _holds_large(x: Tensor, limit: float) -> bool:
 
 
 def _literals(node: fx.Node) -> list[float]:
-    """Every number among the arguments of a call."""
+    """Every number among the arguments of a call that may become a value."""
+    if calls(node, _SLICES):
+        return []
     leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
     return [float(x) for x in leaves if isinstance(x, (int, float))]
 

@@ -52,7 +52,13 @@ PASSES = st.one_of(
     st.builds(
         LocalWindow, st.integers(0, 9), st.none() | st.integers(0, 9), heads=st.none() | st.lists(st.integers(0, 9))
     ),
-    st.sampled_from([Sparse(Causal() & ~Window(3, 0)), Sparse(PerHead({(0, 1): Sinks(2), 3: Causal()}, Window(2)))]),
+    st.sampled_from(
+        [
+            Sparse(Causal() & ~Window(3, 0)),
+            Sparse(Blocks(8, 3), zero_pad=True),
+            Sparse(PerHead({(0, 1): Sinks(2), 3: Causal()}, Window(2))),
+        ]
+    ),
     st.builds(lambda heads: PruneHeads(heads=heads), st.lists(st.integers(0, 9))),
     st.sampled_from([PruneHeads(0.25), PruneHeads(0.5, importance=[1, 2.5])]),
     st.builds(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -243,7 +244,7 @@ def test_dynamic_lengths(p: Pattern, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("p", CASES, ids=str)
-@pytest.mark.parametrize("flavor", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("flavor", ["onnxruntime", pytest.param("standard", marks=pytest.mark.slow)])
 def test_onnx(p: Pattern, flavor: Any, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -255,6 +256,78 @@ def test_onnx(p: Pattern, flavor: Any, tmp_path: Path) -> None:
     for other in (x, *(() if shapes is None else (torch.randn(1, 31, 16), torch.randn(3, 2, 16)))):
         (made,) = session.run(None, {"x": other.numpy()})
         assert near(torch.from_numpy(made), model.meant(other, p))
+
+
+@pytest.mark.slow
+def test_a_decoder_has_none(tmp_path: Path) -> None:
+    class Generator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.attention = nn.Embedding(9, 32), tiny_models.Attention(32, 4, causal=False)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            made: Tensor = self.attention(self.tokens(input_ids)) @ self.tokens.weight.mT
+            return made
+
+    ids, shapes = torch.randint(9, (2, 12)), {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    for backend, found in (("reference", "attention"), ("blocked", "it has")):
+        fast = attnopt.optimize(
+            Generator(), Sparse(Window(3, 0), zero_pad=True), (ids,), dynamic_shapes=shapes, backend=backend
+        )
+        with pytest.raises(attnopt.ExportError, match=found):
+            fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=1)
+
+
+# ---------------------------------------------------------------- timm's HaloNet
+@pytest.fixture
+def halo() -> Any:
+    """timm's own blocks of 4 x 4 with a halo of 2, its weights loud, in double precision."""
+    from timm.layers.halo_attn import HaloAttn
+
+    torch.manual_seed(0)
+    module = HaloAttn(32, num_heads=4, block_size=4, halo_size=2, qkv_bias=True).eval().double()
+    for p in module.parameters():
+        p.data.mul_(5)
+    return module
+
+
+class OfTokens(nn.Module):
+    """The same projections over the whole image, without blocks and without relative positions."""
+
+    def __init__(self, halo: Any) -> None:
+        super().__init__()
+        self.halo = halo
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, size = self.halo.num_heads, self.halo.dim_head_qk
+        q = self.halo.q(x).flatten(2).unflatten(1, (heads, size)).mT
+        kv = self.halo.kv(x).flatten(2).unflatten(1, (heads, -1)).mT
+        o = ((q @ kv[..., :size].mT) * self.halo.scale).softmax(-1) @ kv[..., size:]
+        return o.mT.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_it_is_timms_halonet(halo: Any) -> None:
+    halo.pos_embed.height_rel.data.zero_()
+    halo.pos_embed.width_rel.data.zero_()
+    x = torch.randn(2, 32, 12, 8, dtype=torch.float64)
+    pattern = recipes.halonet((12, 8), 4, 2)
+    fast = attnopt.optimize(OfTokens(halo), Sparse(pattern, zero_pad=True), (x,))
+    assert near(fast(x), halo(x))
+    assert not near(attnopt.optimize(OfTokens(halo), Sparse(pattern), (x,))(x), halo(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_halonet_as_it_stands(halo: Any) -> None:
+    """Its blocks are found with their relative positions, which no rewrite of tokens could keep at the keys beyond the edge."""
+    x = torch.randn(2, 32, 12, 8, dtype=torch.float64)
+    fast = attnopt.optimize(halo, "fuse", (x,))
+    assert near(fast(x), halo(x))
+    (site,) = fast.sites
+    assert str(site.spec) == "4 heads x 8, self, Full(), bias, scale 0.3536"
+    assert not site.bias_hides
+    found = attnopt.inspect(halo, (x,)).sites[0].refusals["sparse"]
+    assert (found.code, found.found) == ("needs-self-attention", "16 queries and 64 keys")
 
 
 def test_other_passes_before_and_after() -> None:
