@@ -85,9 +85,7 @@ class Backend(ABC):
     name: ClassVar[str]
     skips: ClassVar[bool] = False  # True: hidden pairs are not computed
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
-    zero_keys: ClassVar[bool] = (
-        False  # True: ``lower`` takes specs with zero keys; otherwise attnopt gives sinks in their place
-    )
+    zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import Attention, Spelling, inputs
 from sites import a_site, applied, refusal
 from specs import a_spec, tensors
 from torch import Tensor, nn
@@ -20,9 +22,10 @@ from torch.export import Dim
 
 import attnopt
 from attnopt import recipes
-from attnopt.backends import Blocked, Reference, Sdpa
+from attnopt.backends import Blocked, Reference, Sdpa, block_gather, flex, native
 from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Backend
+from attnopt.ir.operands import OperandTensors
 from attnopt.ir.plugin_calls import accepts, attention_of
 from attnopt.ir.site import Site
 from attnopt.ir.spec_rules import verify_spec
@@ -175,6 +178,24 @@ def test_backends_pad_with_zeros(
     assert torch.allclose(got.double(), want, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # that is what is wanted here
+@pytest.mark.parametrize("way", [block_gather, flex, native], ids=lambda way: way.__name__)
+def test_kernels_take_sinks_of_rows(way: ModuleType) -> None:
+    """Also in rows that see nothing but zero keys, or nothing at all."""
+    p = Blocks(70, 20)
+    spec = a_spec(4, pattern=p, has_mask=True)
+    t: dict[str, Any] = tensors(spec, 2, 200, 200, torch.float32, 0)
+    t["mask"][:, :, [0, 100, 199]] = False
+    want = attention_of(Reference(), replace(spec, zero_keys=ZeroKeys(p)))(
+        t["q"], t["k"], t["v"], bias=None, mask=t["mask"], sinks=None
+    )
+    sinks = ZeroKeys(p).logits(200, 200, 4, t["q"])
+    made = way.attend(replace(spec, has_sinks=True), OperandTensors(**{**t, "sinks": sinks}))
+    o = made[0] if isinstance(made, tuple) else made
+    assert torch.allclose(o, want, atol=1e-5)
+    assert not o[:, :, [0, 100, 199]].any()
+
+
 # ---------------------------------------------------------------- models
 class Attending(nn.Module):
     def __init__(self, kv_heads: int = 4) -> None:
@@ -256,6 +277,18 @@ def test_onnx(p: Pattern, flavor: Any, tmp_path: Path) -> None:
     for other in (x, *(() if shapes is None else (torch.randn(1, 31, 16), torch.randn(3, 2, 16)))):
         (made,) = session.run(None, {"x": other.numpy()})
         assert near(torch.from_numpy(made), model.meant(other, p))
+
+
+def test_onnx_beside_the_sinks_of_a_model(tmp_path: Path) -> None:
+    import onnxruntime
+
+    spelling = Spelling(sinks=True)
+    model, kwargs = Attention(spelling).eval(), inputs(spelling)
+    fast = attnopt.optimize(model, Sparse(Blocks(3, 2), zero_pad=True), (), kwargs)
+    fast.export_onnx(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (made,) = session.run(None, {name: x.numpy() for name, x in kwargs.items()})
+    assert near(torch.from_numpy(made), fast(**kwargs))
 
 
 @pytest.mark.slow
