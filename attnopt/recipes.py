@@ -118,13 +118,16 @@ def swin(grid: Sizes, window: Sizes, shift: Sizes = 0) -> Pattern:
     return Segments([number[window] for window in of_window])
 
 
-def halonet(grid: Sizes, block: Sizes, halo: Sizes) -> Pattern:
-    """Blocks of an image see themselves and ``halo`` tokens around them, clipped at the border (arXiv:2103.12731)."""
+def halonet(grid: Sizes, block: Sizes, halo: Sizes, edge: str = "clip") -> Pattern:
+    """Blocks of an image see themselves and ``halo`` tokens around them (arXiv:2103.12731).
+
+    ``edge``: at the border of the image, that window is clipped ("clip") or moved inside ("shift").
+    """
     sizes = whole_tuple("halonet", "grid", grid, None, least=1)
     blocks = whole_tuple("halonet", "block", block, len(sizes), least=1)
     halos = whole_tuple("halonet", "halo", halo, len(sizes))
     kernel = [b + 2 * h for b, h in zip(blocks, halos, strict=True)]
-    return Neighborhood(sizes, kernel, stride=blocks, edge="clip")
+    return Neighborhood(sizes, kernel, stride=blocks, edge=edge)
 
 
 def nat(grid: Sizes, kernel: Sizes) -> Pattern:

@@ -20,6 +20,7 @@ class Reference(Backend):
 
     name: ClassVar[str] = "reference"
     pools: ClassVar[bool] = True
+    zero_keys: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
 
     def lower(self, spec: AttentionSpec) -> Attend:

@@ -31,7 +31,7 @@ class Sdpa(Backend):
         if spec.softcap is not None:
             return Refusal("no-softcap", expected="scores without softcap", found=f"softcap {spec.softcap}")
         if spec.has_sinks:
-            return Refusal("no-sinks", expected="no sink logits", found="a sink logit for each head")
+            return Refusal("no-sinks", expected="a softmax over keys alone", found="sink logits beside them")
         if not spec.scale > 0:
             return Refusal("no-such-scale", expected="a scale above 0", found=f"{spec.scale}")
         return None

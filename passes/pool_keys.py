@@ -118,6 +118,13 @@ def _refuse_another_choice(site: Site) -> Refusal | None:
     spec = site.spec
     if spec.pooling is not None:
         return refuse_pooled(site, "apply pool-keys only once per site")
+    if spec.zero_keys is not None:
+        return site.refuse(
+            "zero-padded",
+            expected="keys that are all tokens",
+            found=str(spec.zero_keys),
+            hint="use either zero_pad or pool-keys at a site",
+        )
     if spec.selection is not None:
         return site.refuse(
             "already-selected",

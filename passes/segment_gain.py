@@ -94,7 +94,7 @@ class SegmentGain(Pass):
         found = refuse_unknown_heads(site, [*(self.heads or ()), *([named - 1] if named else [])])
         for pattern in patterns:
             if found is None and pattern.is_positional:
-                found = refuse_other_keys(site, past=True)
+                found = refuse_other_keys(site, past=not pattern.reads_length)
             found = found or refuse_other_lengths(site, pattern) or self._refuse_beyond(site, pattern)
         found = found or self._refuse_twice(site)
         return found or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of heads=")

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from attnopt.base.input import Input
+from attnopt.base.options import switch
 from attnopt.errors import PolicyError
 from attnopt.ir.call_segments import separated
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
+from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.passes.preconditions import (
     refuse_causal_pools,
     refuse_other_keys,
@@ -19,7 +21,7 @@ from attnopt.passes.preconditions import (
     refuse_unfit_ids,
     refuse_unknown_heads,
 )
-from attnopt.patterns import Pattern, Segments, Window, parse
+from attnopt.patterns import Full, Pattern, Segments, Window, parse
 
 
 @dataclass(frozen=True, init=False)
@@ -29,20 +31,30 @@ class Sparse(Pass):
     ``Segments`` of an ``Input`` in it may stand alone, be joined with ``&``, or be those of some heads in ``PerHead``.
 
     ``pattern``: a pattern from ``attnopt.patterns``, or its text.  Its heads are numbered as in the trained model.  A
-    causal attention stays causal; a fully masked query gives zeros.  Raises PolicyError.
+    causal attention stays causal; a fully masked query gives zeros.
+    ``zero_pad``: the keys that a window has beyond the edges of the sequence or grid are zeros, with values of zeros, and not
+    masked, as timm's HaloNet pads its blocks.  For ``Blocks``, ``Window``, and ``Neighborhood`` with edge="clip", also behind a
+    ``Prefix`` or in some heads, of an attention without a bias that shows all keys.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "sparse"
     exact: ClassVar[bool] = False
     pattern: Pattern
+    zero_pad: bool
 
-    def __init__(self, pattern: Pattern | str) -> None:
+    def __init__(self, pattern: Pattern | str, zero_pad: bool = False) -> None:
         read = parse(pattern) if isinstance(pattern, str) else pattern
         if not isinstance(read, Pattern):
             raise PolicyError(
                 f"sparse: invalid value pattern={pattern!r}: expected a pattern from attnopt.patterns or its text"
             )
+        if switch("sparse", "zero_pad", zero_pad) and not ZeroKeys.known(read, range(read.named_heads + 1)):
+            raise PolicyError(
+                f"sparse: zero_pad=True: {read} has no windows that are clipped at the edges",
+                hint='use Blocks, Window, or Neighborhood with edge="clip", alone, behind a Prefix, or in a PerHead',
+            )
         object.__setattr__(self, "pattern", read)
+        object.__setattr__(self, "zero_pad", zero_pad)
         separated(read, range(read.named_heads + 1))  # and one of all others
 
     @property
@@ -55,24 +67,30 @@ class Sparse(Pass):
 
     def check(self, site: Site) -> Refusal | None:
         named = self.pattern.named_heads
-        if (unfit := self._refuse_inputs(site)) is not None:
-            return unfit
-        misplaced = refuse_other_keys(site, past=True) if self.pattern.is_positional else None
-        if misplaced is not None and self.inputs:
-            misplaced = replace(
-                misplaced, hint="name the input with the segments of the keys: Segments(..., keys=Input(...))"
-            )
         return (
-            misplaced
+            self._refuse_inputs(site)
+            or self._refuse_other_keys(site)
             or refuse_other_lengths(site, self.pattern)
             or refuse_unknown_heads(site, [named - 1] if named else [])
             or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of the pattern")
+            or (_refuse_padding(site) if self.zero_pad else None)
         )
 
     def rewrite(self, site: Site) -> Rewrite:
         known, segments = separated(self.pattern, site.spec.heads)
         spec = site.spec.restricted(known)
-        return Rewrite(spec if segments is None else replace(spec, segments=segments))
+        if segments is not None:
+            spec = replace(spec, segments=segments)
+        return Rewrite(replace(spec, zero_keys=ZeroKeys(known)) if self.zero_pad else spec)
+
+    def _refuse_other_keys(self, site: Site) -> Refusal | None:
+        if not self.pattern.is_positional:
+            return None
+        refused = refuse_other_keys(site, past=not (self.pattern.reads_length or self.zero_pad))
+        if refused is None or not self.inputs:
+            return refused
+        hint = "name the input with the segments of the keys: Segments(..., keys=Input(...))"
+        return replace(refused, hint=hint)
 
     def _refuse_inputs(self, site: Site) -> Refusal | None:
         _, segments = separated(self.pattern, site.spec.heads)
@@ -87,3 +105,22 @@ class Sparse(Pass):
             return refuse_pooled(site, "use either segments or pool-keys at a site")
         lengths = {segments.queries: site.q_len, segments.keys: site.kv_len}
         return next((r for i, n in lengths.items() if (r := refuse_unfit_ids(site, i, n)) is not None), None)
+
+
+def _refuse_padding(site: Site) -> Refusal | None:
+    """Refuse an attention that does not tell what a key beyond the edge scores, or who sees it."""
+    if site.spec.has_bias:
+        return site.refuse(
+            "bias-beyond-edge",
+            expected="scores without a bias",
+            found="a bias, which has no entries for keys beyond the edge",
+            hint="leave zero_pad out: keys beyond the edge are then masked",
+        )
+    if site.spec.visible_pattern != Full() or site.spec.zero_keys is not None or site.spec.segments is not None:
+        return site.refuse(
+            "keys-already-hidden",
+            expected="queries that see all keys",
+            found=str(site.spec.zero_keys or site.spec.segments or site.spec.visible_pattern),
+            hint="leave zero_pad out, or let the zero-padded pattern come first",
+        )
+    return refuse_pooled(site, "use either zero_pad or pool-keys at a site")

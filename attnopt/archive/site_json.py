@@ -18,6 +18,7 @@ from attnopt.ir.projection import Projection
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
+from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns import Pattern, parse
 from attnopt.patterns.registry import PATTERNS, is_readable
 
@@ -101,6 +102,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "pooling": None if spec.pooling is None else spec.pooling.to_json(),
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
+        "zero_keys": None if spec.zero_keys is None else spec.zero_keys.to_json(),
         "weight_gains": None if spec.weight_gains is None else spec.weight_gains.to_json(),
         "positions": list(spec.positions),
         "after": [edit.to_json() for edit in spec.after],
@@ -116,6 +118,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
     spec["segments"] = None if spec.get("segments") is None else CallSegments.from_json(spec["segments"])
     spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
+    spec["zero_keys"] = None if spec["zero_keys"] is None else ZeroKeys.from_json(spec["zero_keys"])
     spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     return AttentionSpec(**spec)
@@ -171,4 +174,5 @@ def _patterns(spec: AttentionSpec) -> list[Pattern]:
     of_gains = (
         [] if spec.weight_gains is None else [*(p.pattern for p in spec.weight_gains.parts), spec.weight_gains.to]
     )
-    return [p for p in (spec.pattern, spec.seen_as, *of_gains) if p is not None]
+    of_zeros = None if spec.zero_keys is None else spec.zero_keys.pattern
+    return [p for p in (spec.pattern, spec.seen_as, of_zeros, *of_gains) if p is not None]

@@ -154,7 +154,7 @@ def _seen(pattern: Pattern, at: Tensor, queries: int, keys: int) -> Tensor | Non
     if isinstance(pattern, Full):
         return None
     i = torch.arange(queries, device=at.device) + (keys - queries)
-    return pattern.visible_pairs(i.unsqueeze(1), at.unsqueeze(0))
+    return pattern.at_length(keys).visible_pairs(i.unsqueeze(1), at.unsqueeze(0))
 
 
 def _sum(v_B1TD: Tensor, shown: Sequence[Tensor | None]) -> Tensor:

@@ -20,7 +20,7 @@ from attnopt.ir.kv_merge import KvMerge
 from attnopt.ir.kv_partition import KvPartition
 from attnopt.ir.pooling import parts_of, pooled
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.semantics import edited, in_segments, masked_by
+from attnopt.ir.semantics import edited, in_segments, masked_by, row_sinks
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.spec_rules import broken_rules
@@ -87,6 +87,8 @@ def asked(backend: Backend, site: Site) -> list[Site]:
     """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys."""
     if site.spec.segments is not None and not takes_segments(backend, site.spec):
         site = replace(site, spec=site.spec.with_segments_masked)
+    if site.spec.zero_keys is not None and not backend.zero_keys:
+        site = replace(site, spec=_with_sinks(site.spec))
     if site.spec.pooling is None or backend.pools:
         return [site]
     return [replace(site, spec=part.spec, kv_len=part.kv_len(site.kv_len)) for part in parts_of(site.spec)]
@@ -137,14 +139,33 @@ def attention_of(
 def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     """The backend is given the segments of ``spec`` themselves, instead of the mask that they amount to."""
     reads_masks = any(edit.reads_masks for edit in spec.after)
-    return backend.segments and spec.pooling is None and spec.weight_gains is None and not reads_masks
+    others = (spec.pooling, spec.weight_gains, spec.zero_keys)
+    return backend.segments and all(x is None for x in others) and not reads_masks
 
 
 def _attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None) -> Attend:
     bare = replace(spec, after=())
     splits = bare.pooling is not None and not backend.pools
-    core: Attend = pooled(bare, partial(lower, backend)) if splits else lower(backend, bare)
+    core: Attend
+    if bare.zero_keys is not None and not backend.zero_keys:
+        core = _zeros_as_sinks(backend, bare)
+    else:
+        core = pooled(bare, partial(lower, backend)) if splits else lower(backend, bare)
     return edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
+
+
+def _with_sinks(spec: AttentionSpec) -> AttentionSpec:
+    """The spec with sinks for each query in the place of zero keys."""
+    return replace(spec, zero_keys=None, has_sinks=True)
+
+
+def _zeros_as_sinks(backend: Backend, spec: AttentionSpec) -> Attend:
+    core = lower(backend, _with_sinks(spec))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **others: Any) -> Tensor:
+        return core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)
+
+    return attend
 
 
 def no_answer(site: Site, e: PluginError) -> Refusal:

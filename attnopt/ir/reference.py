@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.attend import Attend, AttendWithLse
-from attnopt.ir.semantics import heads_of, require_no_edits, visible
+from attnopt.ir.semantics import heads_of, require_no_edits, row_sinks, visible
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
 
@@ -14,7 +14,7 @@ from attnopt.ir.weight_gains import WeightGains
 def reference(spec: AttentionSpec) -> Attend:
     """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  Raises ValueError if
     ``spec`` has edits: see ``semantics.edited``."""
-    require_no_edits(spec, pools=True)
+    require_no_edits(spec, pools=True, zero_keys=True)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
@@ -31,7 +31,7 @@ def reference(spec: AttentionSpec) -> Attend:
 
 def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
     """As ``reference``, for a spec without gains on its weights."""
-    require_no_edits(spec, pools=True)
+    require_no_edits(spec, pools=True, zero_keys=True)
     assert spec.weight_gains is None
 
     def attend(
@@ -58,7 +58,7 @@ def _scores(
     seen = visible(spec, q, k, mask)
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)
-    return s, None if sinks is None else sinks.to(wide)
+    return s, row_sinks(spec, q, k, sinks)
 
 
 def _read(spec: AttentionSpec, x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:

@@ -71,10 +71,12 @@ def masked_by(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | Non
     return attend
 
 
-def require_no_edits(spec: AttentionSpec, *, pools: bool = False) -> None:
-    """Raises ValueError: a backend computes a spec without its edits and, unless it ``pools``, without pooled keys."""
-    if spec.after or (spec.pooling is not None and not pools):
-        what = "edits" if spec.after else "pooled keys"
+def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False) -> None:
+    """Raises ValueError: a backend computes a spec without its edits and, unless it ``pools`` or knows ``zero_keys``, without
+    these."""
+    has_pools, has_zeros = spec.pooling is not None and not pools, spec.zero_keys is not None and not zero_keys
+    if spec.after or has_pools or has_zeros:
+        what = "edits" if spec.after else "pooled keys" if has_pools else "zero keys"
         raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
 
 
@@ -88,6 +90,16 @@ def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> T
     if spec.selection is not None:
         seen.append(spec.selection.spread(selected(spec, q, k), q_len, kv_len))
     return reduce(Tensor.__and__, seen) if seen else None
+
+
+def row_sinks(spec: AttentionSpec, q: Tensor, k: Tensor, sinks: Tensor | None) -> Tensor | None:
+    """The sinks and zero keys of each query as one logit, [1, H|1, L|1, 1], float32 or wider; None if there are none."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    sinks = None if sinks is None else sinks.to(wide)
+    if spec.zero_keys is None:
+        return sinks
+    zeros = spec.zero_keys.logits(q.shape[2], k.shape[2], spec.num_heads, q.new_empty(0, dtype=wide))
+    return zeros if sinks is None else torch.logaddexp(sinks, zeros)
 
 
 def selected(spec: AttentionSpec, q: Tensor, k: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Site(Projected):
         )
 
     def stored_as(self, live: Mapping[str, Tensor]) -> Site:
-        """As its weights are in a rewritten graph, ``live``: the rows of those that it split, joined or made smaller are unknown."""
+        """As its weights are in a rewritten graph, ``live``: the rows of those that it split, joined or cut are unknown."""
 
         def now(p: Projection) -> Projection:
             named = [name for name in (p.weight, p.bias) if name is not None]

@@ -13,6 +13,7 @@ from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.weight_gains import WeightGains
+from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import FULL, Full, Pattern
 
 
@@ -28,7 +29,7 @@ class AttentionSpec:
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = s - log(size)                          # if h pools: of the pool of each key, so that a pool counts as one key
         s = where(mask & pattern & segments & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
-        p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
+        p = softmax([s, sink_h, 0 ...])[:S]        # a sink logit and zero keys, of score 0, take probability without a value
         p = weight_gains(p)                        # if there are any
         o_h = p @ v_g                              # [L, value_dim]
         o = edit(o), for each edit of ``after``    # all heads together, in their order
@@ -54,6 +55,7 @@ class AttentionSpec:
     segments: CallSegments | None = None  # segments of tokens whose ids the call brings
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
+    zero_keys: ZeroKeys | None = None  # keys of zeros beyond the edges of the sequence
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
     after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
@@ -116,9 +118,10 @@ class AttentionSpec:
         softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
         pooled = () if self.pooling is None else (str(self.pooling),)
+        zeros = () if self.zero_keys is None else (str(self.zero_keys),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
         segments = () if self.segments is None else (str(self.segments),)
-        return (*(name for name, has in given.items() if has), *segments, *softcap, *pooled, *gains)
+        return (*(name for name, has in given.items() if has), *segments, *softcap, *pooled, *zeros, *gains)
 
     @property
     def num_heads(self) -> int:
@@ -194,6 +197,7 @@ class AttentionSpec:
             seen_as=None if self.seen_as is None else self.seen_as.for_heads(places),
             segments=None if self.segments is None else self.segments.keeping(places),
             pooling=None if self.pooling is None else self.pooling.keeping(kept),
+            zero_keys=None if self.zero_keys is None else self.zero_keys.keeping(places),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )

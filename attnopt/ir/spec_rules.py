@@ -22,6 +22,7 @@ from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
+from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import Pattern
 
 _SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared with its own mask
@@ -75,6 +76,7 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     if after.segments is not None and not isinstance(after.segments, CallSegments):
         yield f"segments is {after.segments!r}, expected CallSegments or None"
     yield from _of_pooling(after)
+    yield from _of_zero_keys(after)
     yield from _of_pattern("pattern", after.pattern, after)
     if after.seen_as is not None:
         yield from _of_pattern("seen_as", after.seen_as, after)
@@ -135,6 +137,19 @@ def _of_pooling(after: AttentionSpec) -> Iterator[str]:
         yield f"pooling names heads {after.pooling.heads!r}, expected some heads of {after.heads!r}"
     elif after.selection is not None:
         yield "pooling and selection: blocks of keys cannot be chosen among pooled keys"
+
+
+def _of_zero_keys(after: AttentionSpec) -> Iterator[str]:
+    if after.zero_keys is None:
+        return
+    if not isinstance(after.zero_keys, ZeroKeys):
+        yield f"zero_keys is {after.zero_keys!r}, expected ZeroKeys or None"
+    elif not ZeroKeys.known(after.zero_keys.pattern, range(after.num_heads)):
+        yield f"zero_keys: {after.zero_keys.pattern} has no windows that are clipped at the edges"
+    elif after.has_bias:
+        yield "zero_keys and a bias, which has no entries for keys beyond the edges"
+    elif after.pooling is not None:
+        yield "zero_keys and pooling: pooled keys have no neighbours beyond the edges"
 
 
 def _is_finite(value: object) -> bool:

@@ -15,12 +15,15 @@ from torch import Tensor, fx
 from attnopt.graph.entries import Entries, InvalidSizesError
 from attnopt.graph.entry_rules import UnsupportedError
 from attnopt.graph.evaluate import Sizes, inputs_behind, is_heavy, size_at, symbols, within
-from attnopt.graph.nodes import ancestors, get_attr, is_number, is_state, value
+from attnopt.graph.nodes import ancestors, calls, get_attr, is_number, is_state, value
+from attnopt.graph.ops import Kind, of
+from attnopt.match.block_masks import blocks_in
 from attnopt.match.mask_numbers import Lengths, Numbers, numbers_behind
 from attnopt.patterns import Causal, Full, Pattern, Window
 
 _WHOLE = 1 << 20  # a mask of at most this many entries is evaluated fully
 _LINES = 48  # of a larger one, this many rows and columns
+_SLICES = of(Kind.SLICE)  # one to the end is written with the largest number
 _APART = 200.0  # a softmax ignores a score this far below another, both with room for their products
 
 
@@ -42,7 +45,7 @@ class Sample:
         """Which of these pairs are visible in ``pattern``: [1, rows, columns], or [num_heads, rows, columns] by head."""
         i, j = self.rows[:, None] + (self.kv_len - self.q_len), self.columns[None, :]
         heads = [pattern.for_head(h) for h in range(num_heads if pattern.is_per_head else 1)]
-        return torch.stack([p.visible(i, j) for p in heads])
+        return torch.stack([p.at_length(self.kv_len).visible(i, j) for p in heads])
 
 
 def samples(
@@ -249,7 +252,9 @@ def _holds_large(x: Tensor, limit: float) -> bool:
 
 
 def _literals(node: fx.Node) -> list[float]:
-    """Every number among the arguments of a call."""
+    """Every number among the arguments of a call that may become a value."""
+    if calls(node, _SLICES):
+        return []
     leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
     return [float(x) for x in leaves if isinstance(x, (int, float))]
 
@@ -268,7 +273,7 @@ def name_pattern(seen: Sequence[tuple[Sample, Tensor]]) -> Pattern | None:
 
 
 def _candidates(sample: Sample, mask: Tensor, varies: bool) -> list[Pattern]:
-    """Full, causal, and the band visible in the rows.
+    """Full, causal, the band visible in the rows and, at one length, blocks.
 
     With dynamic lengths, a band counts only if keys beyond both its ends are observed to be hidden.
     """
@@ -279,7 +284,10 @@ def _candidates(sample: Sample, mask: Tensor, varies: bool) -> list[Pattern]:
     left, right = max(0, -int(steps[mask].min())), max(0, int(steps[mask].max()))
     if varies and not (int(steps.min()) < -left and right < int(steps.max())):
         return found
-    return [*found, Window(left, right), Causal() & Window(left, 0)]
+    found += [Window(left, right), Causal() & Window(left, 0)]
+    if not varies and sample.q_len == sample.kv_len == len(sample.rows) and bool(mask.any(-1).all()):
+        found += blocks_in(mask)
+    return found
 
 
 def as_visible(bias: Tensor, floor: float = -1e4, beside: bool = False, whole_rows: bool = True) -> Tensor | None:

@@ -5,10 +5,11 @@ Sinks(4))``.
 from attnopt.patterns.algebra import And, Full, Not, Or, Pattern
 from attnopt.patterns.block import BlockLayout, RandomBlocks
 from attnopt.patterns.grid import Neighborhood, Prefix
+from attnopt.patterns.halo import Blocks
 from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.registry import parse
 from attnopt.patterns.segments import Segments
-from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
+from attnopt.patterns.sequence import Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
 
 __all__ = [
     "And",

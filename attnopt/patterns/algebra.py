@@ -27,8 +27,8 @@ class Pattern(ABC):
 
     Query i of L is at position ``i + S - L``: the last query is aligned with the last of the S keys.  A new pattern is
     a dataclass (``frozen=True, repr=False``) that defines ``visible`` and, if it can, ``reach``, ``is_causal``,
-    ``look_back``, ``bands`` and ``neighbours``, whose defaults are correct for any pattern.  ``attnopt.register`` makes
-    its name known to texts and saved models.
+    ``look_back``, ``bands`` and ``neighbours``, whose defaults are correct for any pattern, and ``at_length`` if it depends
+    on where the sequence ends, or a part of it may.  ``attnopt.register`` makes its name known to texts and saved models.
     """
 
     @abstractmethod
@@ -36,9 +36,18 @@ class Pattern(ABC):
         """Bool, for query positions ``i`` and key positions ``j`` that broadcast against each other: [L, 1] and [1, S]
         for a whole mask, [n, b, 1] and [n, 1, c] for n blocks.  Use only tensor comparisons, so it can be traced."""
 
+    def at_length(self, kv_len: int) -> Pattern:
+        """The pattern in a sequence of this length: only of that can ``visible`` be asked, if it depends on the length."""
+        return self
+
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         """What the queries at positions ``first`` to ``last`` see; a tighter answer means less work."""
         return Reach.between(0, kv_len, 0, 0)
+
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor | None:
+        """For the queries at positions ``i``, how many keys of their windows lie beyond the edges of the sequence or grid; None
+        if these are no windows that are clipped there."""
+        return None
 
     def order(self, q_len: int) -> NDArray[np.int64] | None:
         """A query order in which neighbours see similar keys; None if the natural order is good."""
@@ -95,6 +104,11 @@ class Pattern(ABC):
         return any(p.is_positional for p in self.parts) if self.parts else True
 
     @property
+    def reads_length(self) -> bool:
+        """What a query sees depends on where the sequence ends, so it changes as tokens are appended."""
+        return any(p.reads_length for p in self.parts)
+
+    @property
     def is_per_head(self) -> bool:
         """Heads may see different keys: there is a ``PerHead`` inside."""
         return any(p.is_per_head for p in self.parts)
@@ -139,9 +153,9 @@ class Pattern(ABC):
         i = torch.arange(q_len, device=device).unsqueeze(1) + (kv_len - q_len)
         j = torch.arange(kv_len, device=device).unsqueeze(0)
         if not self.is_per_head:
-            return self.visible_pairs(i, j).unsqueeze(0)
+            return self.at_length(kv_len).visible_pairs(i, j).unsqueeze(0)
         runs = [(p, len(list(run))) for p, run in groupby(self._heads(num_heads))]
-        masks = {p: p.visible_pairs(i, j).unsqueeze(0) for p, _ in runs}
+        masks = {p: p.at_length(kv_len).visible_pairs(i, j).unsqueeze(0) for p, _ in runs}
         return torch.cat([masks[p].expand(n, -1, -1) for p, n in runs])
 
     def density(self, q_len: int, kv_len: int, *, num_heads: int | None = None) -> float:
@@ -210,6 +224,9 @@ class Full(Pattern):
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         return Reach.between(0, kv_len, 0, kv_len)
 
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor:
+        return torch.zeros_like(i)
+
 
 FULL = Full()
 
@@ -267,6 +284,9 @@ class And(_Joined):
     def for_heads(self, places: Sequence[int]) -> Pattern:
         return all_of(p.for_heads(places) for p in self.joined)
 
+    def at_length(self, kv_len: int) -> Pattern:
+        return all_of(p.at_length(kv_len) for p in self.joined)
+
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return reduce(Tensor.__and__, (p.visible(i, j) for p in self.joined))
 
@@ -302,6 +322,9 @@ class Or(_Joined):
     def for_heads(self, places: Sequence[int]) -> Pattern:
         return any_of(p.for_heads(places) for p in self.joined)
 
+    def at_length(self, kv_len: int) -> Pattern:
+        return any_of(p.at_length(kv_len) for p in self.joined)
+
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return reduce(Tensor.__or__, (p.visible(i, j) for p in self.joined))
 
@@ -324,6 +347,9 @@ class Not(Pattern):
 
     def for_heads(self, places: Sequence[int]) -> Pattern:
         return ~self.inner.for_heads(places)
+
+    def at_length(self, kv_len: int) -> Pattern:
+        return ~self.inner.at_length(kv_len)
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return ~self.inner.visible(i, j)

@@ -26,6 +26,8 @@ class Visible(Protocol):
 
     def visible_pairs(self, i: Tensor, j: Tensor) -> Tensor: ...
 
+    def at_length(self, kv_len: int) -> Visible: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -178,13 +180,14 @@ def _looked_at(
 ) -> Iterator[_Portion]:
     rows, cols = _each_block(ranges)
     size = max(1, _PAIRS // (block_q * block_kv))
+    known = pattern.at_length(kv_len)
     for begin in range(0, len(rows), size):
         row, col = rows[begin : begin + size], cols[begin : begin + size]
         with _disable_current_modes(), torch.device("cpu"):
             query = (torch.from_numpy(row)[:, None] * block_q + torch.arange(block_q)).unsqueeze(2)
             key = (torch.from_numpy(col)[:, None] * block_kv + torch.arange(block_kv)).unsqueeze(1)
             i, j = query.clamp(max=q_len - 1) + (kv_len - q_len), key.clamp(max=kv_len - 1)
-            seen = pattern.visible_pairs(i, j)
+            seen = known.visible_pairs(i, j)
             if q_len % block_q:
                 seen = seen & (query < q_len)
             if kv_len % block_kv:

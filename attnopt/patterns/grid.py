@@ -90,6 +90,19 @@ class Neighborhood(Pattern):
                 seen = seen & (query % dilation == key % dilation)
         return seen
 
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor | None:
+        if self.edge != "clip" or any(self.causal):
+            return None
+        inside = torch.ones_like(i)
+        for axis, size in enumerate(self.grid):
+            place = i // prod(self.grid[axis + 1 :]) % size
+            start, stop = self._window(axis, place)
+            dilation = self.dilation[axis]
+            alike = (size - place % dilation + dilation - 1) // dilation  # tokens that dilated windows count
+            inside = inside * (_smaller(stop, alike) - _larger(start, 0))
+        is_token = (i >= 0) & (i < prod(self.grid))
+        return torch.where(is_token, prod(self.kernel) - inside, 0)
+
     def order(self, q_len: int) -> NDArray[np.int64]:
         """Tile by tile: a tile of queries shares more keys than a row.  With dilation, by remainder first."""
         sides = np.meshgrid(*(np.arange(n) for n in self.grid), indexing="ij")
@@ -227,6 +240,13 @@ class Prefix(Pattern):
 
     def for_heads(self, places: Sequence[int]) -> Pattern:
         return Prefix(self.n, self.rest.for_heads(places))
+
+    def at_length(self, kv_len: int) -> Pattern:
+        return Prefix(self.n, self.rest.at_length(kv_len - self.n))
+
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor | None:
+        rest = self.rest.beyond(i - self.n, kv_len - self.n)
+        return None if rest is None else torch.where((i >= 0) & (i < self.n), 0, rest)
 
     def order(self, q_len: int) -> NDArray[np.int64] | None:
         rest = self.rest.order(max(0, q_len - self.n))

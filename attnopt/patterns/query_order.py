@@ -39,7 +39,7 @@ class _Ordered(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         offset = self.kv_len - self.q_len
-        return self.inner.visible(torch.from_numpy(self._places)[i - offset] + offset, j)
+        return self.inner.at_length(self.kv_len).visible(torch.from_numpy(self._places)[i - offset] + offset, j)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         offset = self.kv_len - self.q_len

@@ -11,9 +11,10 @@ from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Full, Pattern
 from attnopt.patterns.block import BlockLayout, RandomBlocks
 from attnopt.patterns.grid import Neighborhood, Prefix
+from attnopt.patterns.halo import Blocks
 from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.segments import Segments
-from attnopt.patterns.sequence import Blocks, Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
+from attnopt.patterns.sequence import Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
 
 PATTERNS = Registry(
     "attnopt.patterns",

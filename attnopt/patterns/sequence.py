@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +18,8 @@ from attnopt.base.options import LARGEST, whole, wholes
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.bands import Band, Bands
+from attnopt.patterns.edges import outside
 from attnopt.patterns.lookback import Past
-
-Position = TypeVar("Position", int, Tensor)
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,6 +69,9 @@ class Window(Pattern):
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (j >= i - self.left) & (j <= i + self.right)
+
+    def beyond(self, i: Tensor, kv_len: int) -> Tensor:
+        return outside(i - self.left, self.left + self.right + 1, kv_len)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
         return Reach.between(first - self.left, last + self.right + 1, last - self.left, first + self.right + 1)
@@ -255,40 +256,6 @@ class Periodic(Pattern):
             return Reach((), ())
         seen = stepped(self.start, self.start + self.count - 1, self.period, 0, LARGEST, kv_len)
         return Reach(all=seen, some=seen)
-
-
-@dataclass(frozen=True, repr=False)
-class Blocks(Pattern):
-    """Query i sees the keys of its own block of ``size`` tokens, and ``halo`` keys on each side of it.
-
-    Blocks begin at position ``shift`` and every ``size`` tokens after it; with a shift, the first block is shorter.
-    """
-
-    size: int
-    halo: int = 0
-    shift: int = 0
-
-    def __post_init__(self) -> None:
-        whole("Blocks", "size", self.size, least=1)
-        whole("Blocks", "halo", self.halo)
-        if whole("Blocks", "shift", self.shift) >= self.size:
-            raise PolicyError(f"Blocks: invalid value shift={self.shift}: expected a shift below size={self.size}")
-
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        start = self._start(i)
-        return (j >= start - self.halo) & (j < start + self.size + self.halo)
-
-    def reach(self, first: int, last: int, kv_len: int) -> Reach:
-        start, sure_start = self._start(first) - self.halo, self._start(last) - self.halo
-        wide = self.size + 2 * self.halo
-        return Reach.between(start, sure_start + wide, sure_start, start + wide)
-
-    def __repr__(self) -> str:
-        return super().__repr__() if self.shift else f"Blocks(size={self.size}, halo={self.halo})"
-
-    def _start(self, i: Position) -> Position:
-        """The first position of the block of a query, which is an int or a tensor."""
-        return (i - self.shift) // self.size * self.size + self.shift
 
 
 def _by_remainder(length: int, divisor: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import attnopt
-from attnopt.patterns import Causal, Full, Pattern, Window
+from attnopt.patterns import Blocks, Causal, Full, Pattern, Window
 
 WIDTH, HEADS = 24, 3
 Mask = Callable[[int], Tensor]
@@ -124,6 +124,7 @@ CASES: dict[str, tuple[Mask, Pattern, int]] = {
     ),
     "counted": (counted, Window(23, 0), 75),
     "chunks": (chunks, Full(), 125),
+    "moved inside": (lambda n: Blocks(8, 20, edge="shift").mask(n, n)[0], Full(), 125),
     "window of blocks": (window_of_blocks, Full(), 147),
     "sinks": (with_sinks, Full(), 75),
     "stored": (stored(window(90)), Window(23, 0), 89),

@@ -38,7 +38,7 @@ from attnopt.passes import (
     SegmentGain,
     Sparse,
 )
-from attnopt.patterns import Neighborhood, Segments, Window
+from attnopt.patterns import Blocks, Neighborhood, Segments, Window
 
 BY_IDS = Sparse(Segments(attnopt.Input("ids")))
 
@@ -150,6 +150,12 @@ def refused_with(ids: object, policy: Any) -> Refusal:
         given = {**inputs(Spelling()), "ids": ids}
         (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), given).report.sites
     return entry.refusals["sparse"]
+
+
+def padded_and_pooled() -> Refusal:
+    policy = [Sparse(Blocks(4, 1), zero_pad=True), PoolKeys(7)]
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
+    return entry.refusals["pool-keys"]
 
 
 class Continued(Decoy):
@@ -361,6 +367,21 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "[already-pooled] expected an attention without pooled keys, found heads 1, 2 read keys pooled by 7 (at LINE)\n  "
         "hint: apply pool-keys only once per site",
     ),
+    "zero-padded": (
+        padded_and_pooled,
+        "[zero-padded] expected keys that are all tokens, found zero keys beyond the edges of Blocks(size=4, halo=1) (at "
+        "LINE)\n  hint: use either zero_pad or pool-keys at a site",
+    ),
+    "bias-beyond-edge": (
+        lambda: refused(Spelling(bias_kind="alibi"), Sparse(Blocks(4, 1), zero_pad=True)),
+        "[bias-beyond-edge] expected scores without a bias, found a bias, which has no entries for keys beyond the edge "
+        "(at LINE)\n  hint: leave zero_pad out: keys beyond the edge are then masked",
+    ),
+    "keys-already-hidden": (
+        lambda: refused(Spelling(mask=("causal",)), Sparse(Blocks(4, 1), zero_pad=True)),
+        "[keys-already-hidden] expected queries that see all keys, found Causal() (at LINE)\n  hint: leave zero_pad out, or "
+        "let the zero-padded pattern come first",
+    ),
     "causal-pools": (
         lambda: refused(Spelling(mask=("causal",)), PoolKeys(7)),
         "[causal-pools] expected queries that may see later keys, found Causal() (at LINE)\n  hint: the mean of a pool "
@@ -449,7 +470,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "no-sinks": (
         lambda: refused(Spelling(sinks=True), LocalWindow(1), backend="sdpa"),
-        "[no-sinks] expected no sink logits, found a sink logit for each head",
+        "[no-sinks] expected a softmax over keys alone, found sink logits beside them",
     ),
 }
 

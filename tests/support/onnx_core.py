@@ -32,6 +32,7 @@ PATTERNS: list[Pattern] = [
     Dilated(3, 1, 4),
     Strided(3) & Causal(),
     Blocks(16, 2),
+    Blocks(16, 3, edge="shift"),
     Global((0, 5)) | Window(4, 4),
     HIDING,
     PerHead({0: Window(3, 0), 2: Causal()}),

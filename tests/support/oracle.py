@@ -27,6 +27,7 @@ class Edit:
     each head's map goes to the identity; ``raised``: how much each head's map grows where ``shown``, bool [L, S] or [B, 1, L, S];
     ``used``: [B, H, L], or what makes it then, 1 where a query's output is not zero;
     ``weights``: any other change of the map, [..., L, S], with the column of a sink last;
+    ``zeros``: bool [L, P], which of P keys and values of zeros a query sees beside its own, at a score of 0;
     ``pools``: [S, S] or [H, S, S], in each row the weights of the keys whose mean takes the place of a key.
     Scores are then linear in the keys, and a key counts as much as it weighs in its own row."""
 
@@ -38,10 +39,11 @@ class Edit:
     used: Tensor | Callable[[], Tensor] | None = None
     weights: Callable[[Tensor], Tensor] | None = None
     pools: Tensor | None = None
+    zeros: Tensor | None = None
 
     @property
     def is_mask(self) -> bool:
-        edits = (self.gains, self.own, self.raised, self.used, self.weights, self.pools)
+        edits = (self.gains, self.own, self.raised, self.used, self.weights, self.pools, self.zeros)
         return all(x is None for x in edits)
 
 
@@ -108,6 +110,22 @@ def _hidden(scores: Tensor, axis: int, edit: Edit | None, heads: int | None) -> 
     return torch.where(visible, scores, -torch.inf)
 
 
+def _joined_by_zeros(scores: Tensor, axis: int, edit: Edit | None) -> Tensor:
+    """With a column for each zero key, which ``_without_zeros`` takes away from the weights."""
+    if edit is None or edit.zeros is None:
+        return scores
+    columns = torch.zeros(edit.zeros.shape, dtype=scores.dtype).masked_fill(~edit.zeros, -torch.inf)
+    if axis % scores.dim() == scores.dim() - 2:
+        columns = columns.T
+    return torch.cat([scores, columns.expand(*scores.shape[:-2], *columns.shape)], axis)
+
+
+def _without_zeros(weights: Tensor, axis: int, edit: Edit | None) -> Tensor:
+    if edit is None or edit.zeros is None:
+        return weights
+    return weights.narrow(axis, 0, weights.shape[axis] - edit.zeros.shape[1])
+
+
 def _weighed(weights: Tensor, edit: Edit | None, heads: int | None, axis: int = -1) -> Tensor:
     """Attention weights after the edits of their maps."""
     if edit is None:
@@ -151,11 +169,13 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         if counter.inside or x.dim() < 3:
             return softmax(x, dim, dtype)
         edit = counter.take(x)
-        return _weighed(softmax(_hidden(x, dim, edit, heads), dim, dtype), edit, heads, dim)
+        weights = softmax(_joined_by_zeros(_hidden(x, dim, edit, heads), dim, edit), dim, dtype)
+        return _weighed(_without_zeros(weights, dim, edit), edit, heads, dim)
 
     def on_safe_softmax(x: Tensor, dim: int) -> Tensor:  # of flex_attention
         edit = counter.take(x)
-        return _weighed(softmax(_hidden(x, dim, edit, heads), dim).nan_to_num(0.0), edit, heads)
+        weights = softmax(_joined_by_zeros(_hidden(x, dim, edit, heads), dim, edit), dim).nan_to_num(0.0)
+        return _weighed(_without_zeros(weights, dim, edit), edit, heads)
 
     def on_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, _stacklevel: int = 3, **_: Any) -> Tensor:
         if x.dim() < 3:
@@ -197,8 +217,8 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         edit = counter.take(scores)
-        weights = softmax(_hidden(scores, -1, edit, heads), -1).nan_to_num(0.0)
-        return _weighed(weights, edit, heads) @ v
+        weights = softmax(_joined_by_zeros(_hidden(scores, -1, edit, heads), -1, edit), -1).nan_to_num(0.0)
+        return _weighed(_without_zeros(weights, -1, edit), edit, heads) @ v
 
     patches = (
         mock.patch.object(torch, "softmax", on_softmax),

@@ -52,7 +52,7 @@ LEAVES = st.one_of(
     st.builds(Global, st.lists(st.integers(0, 12), max_size=4).map(tuple)),
     st.builds(Strided, st.integers(1, 4)),
     st.builds(Blocks, st.integers(1, 4), st.integers(0, 2)),
-    st.builds(Blocks, st.just(4), st.integers(0, 2), st.integers(0, 3)),
+    st.builds(Blocks, st.just(4), st.integers(0, 6), st.integers(0, 3), st.sampled_from(["clip", "shift"])),
     st.builds(Periodic, st.just(5), st.integers(0, 2), st.integers(0, 3)),
     neighborhoods(),
     st.builds(Segments, st.lists(st.integers(0, 3), min_size=1, max_size=9), st.none() | PAIRS),

@@ -43,6 +43,7 @@ from attnopt.patterns import (
 PATTERNS = [
     Segments([0, 0, 1], pairs=[(0, 1)]), Neighborhood((3, 4), 3, edge="clip"), BlockLayout(["0-1", "1"], 4), Global([5, 2]),
     Prefix(1, Strided(3)), RandomBlocks(4, 2, seed=7), Blocks(8, 1) | Dilated(2, 2, 3), Periodic(4, 1), Full(),
+    Blocks(4, 3, shift=1, edge="shift") & Causal(),
 ]  # fmt: skip
 
 
@@ -51,7 +52,13 @@ PASSES = st.one_of(
     st.builds(
         LocalWindow, st.integers(0, 9), st.none() | st.integers(0, 9), heads=st.none() | st.lists(st.integers(0, 9))
     ),
-    st.sampled_from([Sparse(Causal() & ~Window(3, 0)), Sparse(PerHead({(0, 1): Sinks(2), 3: Causal()}, Window(2)))]),
+    st.sampled_from(
+        [
+            Sparse(Causal() & ~Window(3, 0)),
+            Sparse(Blocks(8, 3), zero_pad=True),
+            Sparse(PerHead({(0, 1): Sinks(2), 3: Causal()}, Window(2))),
+        ]
+    ),
     st.builds(lambda heads: PruneHeads(heads=heads), st.lists(st.integers(0, 9))),
     st.sampled_from([PruneHeads(0.25), PruneHeads(0.5, importance=[1, 2.5])]),
     st.builds(

@@ -22,6 +22,7 @@ PATTERNS: list[Pattern] = [
     Window(1),
     Causal() & (Window(2, 0) | Sinks(1)),
     Blocks(3, 1),
+    Blocks(3, 2, edge="shift"),
     Strided(2) | Global((0, 3)),
     ~Causal(),
     ~Full(),

@@ -127,6 +127,18 @@ CASES: dict[str, tuple[Pattern, int, int, Sees]] = {  # pattern, heads, length, 
         42,
         on_grid((6, 7), lambda a, b: all(x // 3 * 3 - 1 <= y <= x // 3 * 3 + 3 for x, y in zip(a, b, strict=True))),
     ),
+    "halonet moved inside": (
+        recipes.halonet((8, 7), (3, 2), (1, 2), edge="shift"),
+        1,
+        56,
+        on_grid(
+            (8, 7),
+            lambda a, b: (
+                min(max(a[0] // 3 * 3 - 1, 0), 3) <= b[0] < min(max(a[0] // 3 * 3 - 1, 0), 3) + 5
+                and min(max(a[1] // 2 * 2 - 2, 0), 1) <= b[1] < min(max(a[1] // 2 * 2 - 2, 0), 1) + 6
+            ),
+        ),
+    ),
     "nat": (
         recipes.nat((6, 7), (3, 5)),
         1,

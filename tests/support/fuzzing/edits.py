@@ -25,12 +25,19 @@ from attnopt.passes import (
     Sparse,
     Steer,
 )  # fmt: skip
-from attnopt.patterns import Causal, Pattern, PerHead, Sinks, Strided, Window
+from attnopt.patterns import Blocks, Causal, Pattern, PerHead, Sinks, Strided, Window
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
 
 PATTERNS: tuple[Pattern, ...] = (
     Window(1, 0), Causal(), Sinks(1) | Window(1), Strided(2), Window(2, 1) & Strided(2) | Sinks(2),
+    Blocks(2, 1, edge="shift"), Blocks(3, 1), Causal() & Blocks(3), Blocks(2, 0, 1, "shift"), Sinks(1) | Blocks(2, 2),
+)  # fmt: skip
+
+
+PADDED: tuple[tuple[Pattern, Callable[[Tensor], Tensor], int], ...] = (  # with the first key of a query, and how many there are
+    (Blocks(2, 1), lambda i: i // 2 * 2 - 1, 4), (Blocks(3, 4), lambda i: i // 3 * 3 - 4, 11),
+    (Window(1, 2), lambda i: i - 1, 4), (Blocks(4), lambda i: i // 4 * 4, 4), (Window(0, 9), lambda i: i, 10),
 )  # fmt: skip
 
 
@@ -54,7 +61,7 @@ class Call:
 class Edit:
     """The passes at one site, and by pass what each means: a mask, gains, a change of its map, what is added to heads' outputs at
     some queries, or to their maps where ``raised`` shows it, groups of K/V heads that become one, or [H, S, S] weights
-    of the keys whose mean takes the place of a key."""
+    of the keys whose mean takes the place of a key, or zero keys [L, P]."""
 
     call: Call
     passes: tuple[Pass, ...]
@@ -66,6 +73,7 @@ class Edit:
     raised: tuple[tuple[float, ...], Tensor] | None
     merged: int = 0
     pools: Tensor | None = None
+    zeros: Tensor | None = None
 
 
 def calls(case: Case, model: nn.Module, given: Mapping[str, Tensor]) -> list[Call]:
@@ -98,7 +106,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
     """What the block's rewrite makes of this run, or None where nothing is to be tried."""
     block, s, n = call.block, call.block.spelling, call.block.number
     passes, visible, gains = list[Pass](), dict[str, Tensor](), dict[str, Mapping[int, float]]()
-    merged, pools = 0, None
+    merged, pools, zeros = 0, None, None
     maps = dict[str, Callable[[Tensor], Tensor]]()
     shift, queries, raised = dict[int, Tensor](), None, None
     for kind in block.rewrite.split("+"):
@@ -123,6 +131,16 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
                 pattern, mask = PerHead({only: pattern}), alone
             passes.append(Sparse(pattern))
             visible[passes[-1].name] = mask
+        elif (
+            kind == "pad" and _by_normaliser(s) and s.softmax != "shifted"
+        ):  # what is subtracted from all scores is not told
+            pattern, first, width = PADDED[n % len(PADDED)]
+            far = torch.arange(-width, call.kv_len + width)
+            start = first(torch.arange(call.q_len))[:, None]
+            seen, is_key = (far >= start) & (far < start + width), (far >= 0) & (far < call.kv_len)
+            if _leaves_keys(call, attention, seen[:, is_key], given):
+                passes.append(Sparse(pattern, zero_pad=True))
+                visible[passes[-1].name], zeros = seen[:, is_key], seen[:, ~is_key]
         elif kind == "prune" and s.heads > 1 and _gains_can_be_told(case, s):
             heads = sorted({n % s.heads, n // 4 % s.heads})[: s.heads - 1]
             passes.append(PruneHeads(heads=heads))
@@ -156,7 +174,11 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             )
             passes.append(AddValues(keys, 0.5, heads, hidden_below=-1e4))
             raised = tuple(0.5 * (h in heads) for h in range(s.heads)), _shown(call, attention, keys, given)
-    return Edit(call, tuple(passes), visible, gains, maps, shift, queries, raised, merged, pools) if passes else None
+    return (
+        Edit(call, tuple(passes), visible, gains, maps, shift, queries, raised, merged, pools, zeros)
+        if passes
+        else None
+    )
 
 
 def _pools_can_be_told(s: Spelling) -> bool:
@@ -251,11 +273,12 @@ def meant(
         change = next((edit.maps[name] for name in kept if name in edit.maps), None)
         factors = tuple(gains.get(h, 1.0) for h in range(s.heads)) if gains else None
         pools = edit.pools if "pool-keys" in kept else None
+        zeros = edit.zeros if "sparse" in kept else None
         alphas, shown = edit.raised if edit.raised is not None and "add-values" in kept else (None, None)
         if shown is not None and masks:
             shown = shown & masks[0]
         told[edit.call.normaliser] = oracle.Edit(
-            masks[0] if masks else None, factors, raised=alphas, shown=shown, weights=change, pools=pools
+            masks[0] if masks else None, factors, raised=alphas, shown=shown, weights=change, pools=pools, zeros=zeros
         )
     with shifts:
         return oracle.run_edited(model, (), given, told, exponentials=True)

@@ -20,6 +20,7 @@ REWRITES = (
     "window+add",
     "segment", "segment+window",
     "pool", "pool+sparse",
+    "pad", "prune+pad", "pad+scale",
 )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def _editable(b: Block) -> Block:
     """The oracle hides keys where they meet ``exp``, when a maximum among them has been subtracted: of what is left an epsilon
     may be much, and where nothing is left 0 / 0 must not be cleaned."""
     s = b.spelling
-    if not s.exponentials or not {"window", "sparse"} & set(b.rewrite.split("+")):
+    if not s.exponentials or not {"window", "sparse", "pad"} & set(b.rewrite.split("+")):
         return b
     softmax = "stable-exp" if s.softmax == "eps" else s.softmax
     return replace(b, spelling=replace(s, softmax=softmax, after="" if s.after == "clean" else s.after))

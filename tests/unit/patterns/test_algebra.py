@@ -56,8 +56,8 @@ PATTERNS = st.recursive(LEAVES, _joined, max_leaves=5)
 LENGTHS = st.integers(1, 9)
 
 
-def sees(p: Pattern, h: int, i: int, j: int) -> bool:
-    """The definition: whether the query at position i of head h sees key j."""
+def sees(p: Pattern, h: int, i: int, j: int, keys: int) -> bool:
+    """The definition: whether the query at position i of head h sees key j of all ``keys``."""
     match p:
         case Full():
             return True
@@ -77,13 +77,14 @@ def sees(p: Pattern, h: int, i: int, j: int) -> bool:
             return (i - j) % stride == 0
         case Periodic(period, start, count):
             return j % period in range(start, start + count)
-        case Blocks(size, halo, shift):
-            members = [k for k in range(-20, 300) if (k - shift) // size == (i - shift) // size]
-            return members[0] - halo <= j <= members[-1] + halo
+        case Blocks(size, halo, shift, edge):
+            members = [k for k in range(-200, 300) if (k - shift) // size == (i - shift) // size]
+            window = range(members[0] - halo, members[-1] + halo + 1)
+            return j in (window if edge == "clip" else moved_inside(window, keys))
         case Neighborhood():
             return near(p, i, j)
         case Prefix(n, rest):
-            return 0 <= i < n or j < n or sees(rest, h, i - n, j - n)
+            return 0 <= i < n or j < n or sees(rest, h, i - n, j - n, keys - n)
         case Segments(ids, pairs):
             of = [number for number, count in ids for _ in range(count)]
             if not (0 <= i < len(of) and j < len(of)):
@@ -95,14 +96,25 @@ def sees(p: Pattern, h: int, i: int, j: int) -> bool:
             row, col = i // block, j // block
             return 0 <= row < len(table) and any(start <= col < stop for start, stop in table[row])
         case And(joined):
-            return all(sees(q, h, i, j) for q in joined)
+            return all(sees(q, h, i, j, keys) for q in joined)
         case Or(joined):
-            return any(sees(q, h, i, j) for q in joined)
+            return any(sees(q, h, i, j, keys) for q in joined)
         case Not(inner):
-            return not sees(inner, h, i, j)
+            return not sees(inner, h, i, j, keys)
         case PerHead(groups=groups, default=default):
-            return sees(next((q for places, q in groups if h in places), default), h, i, j)
+            return sees(next((q for places, q in groups if h in places), default), h, i, j, keys)
     raise AssertionError(p)
+
+
+def moved_inside(window: range, keys: int) -> range:
+    """Step by step until no end hangs out; all keys if the window is longer."""
+    if len(window) >= keys:
+        return range(keys)
+    while window[0] < 0:
+        window = range(window.start + 1, window.stop + 1)
+    while window[-1] >= keys:
+        window = range(window.start - 1, window.stop - 1)
+    return window
 
 
 def near(p: Neighborhood, i: int, j: int) -> bool:
@@ -152,7 +164,7 @@ def drawn(row: int, count: int, blocks: int | None, seed: int) -> set[int]:
 
 def expected_mask(p: Pattern, heads: int, q_len: int, kv_len: int) -> torch.Tensor:
     shift = kv_len - q_len
-    rows = [[[sees(p, h, i + shift, j) for j in range(kv_len)] for i in range(q_len)] for h in range(heads)]
+    rows = [[[sees(p, h, i + shift, j, kv_len) for j in range(kv_len)] for i in range(q_len)] for h in range(heads)]
     return torch.tensor(rows)
 
 
@@ -282,6 +294,7 @@ def test_per_head_normal_form() -> None:
         ("Neighborhood(4, 3, stride=4)", "stride=4 is larger than kernel=3\n  hint: some queries would not see"),
         ("Neighborhood(4, 3, causal=1)", "Neighborhood: invalid value causal=1: expected True or False, or 1 of them"),
         ("Neighborhood(4, 3, edge='wrap')", "invalid value edge='wrap': expected one of 'shift', 'clip'"),
+        ("Blocks(4, edge='pad')", "Blocks: invalid value edge='pad': expected one of 'clip', 'shift'"),
         ("Blocks(4, shift=4)", "Blocks: invalid value shift=4: expected a shift below size=4"),
         ("Periodic(4, 3, 2)", "Periodic: start=3 and count=2 exceed period=4"),
         ("Prefix(1, 2)", "Prefix: invalid value rest=2: expected a pattern"),
@@ -416,6 +429,7 @@ def test_random_blocks_do_not_change_as_the_sequence_grows() -> None:
         (Neighborhood((8, 16, 16), (3, 5, 5), causal=(True, False, False)), 2048),
         (Neighborhood(1 << 14, 7, dilation=512), 1 << 14),
         (Prefix(1, Neighborhood((64, 64), 7)), 4097),
+        (Blocks(100, 70, edge="shift"), 8192),
         (Segments([(n % 7, 100 + n) for n in range(20)]), 2190),
         (Segments([(n, 128) for n in range(16)], [(n, n // 2) for n in range(16)]), 2048),
         (RandomBlocks(128, 2) & Causal(), 4096),
@@ -456,6 +470,8 @@ def test_neighborhoods_of_known_kind() -> None:
     for size, halo, length in ((4, 2, 18), (3, 1, 11), (5, 0, 12)):
         haloed = Neighborhood(length, size + 2 * halo, stride=size, edge="clip")
         assert torch.equal(haloed.mask(length, length), Blocks(size, halo).mask(length, length))
+        shifted = Blocks(size, halo, edge="shift").mask(length, length)
+        assert torch.equal(Neighborhood(length, size + 2 * halo, stride=size).mask(length, length), shifted)
     assert torch.equal(Neighborhood(9, 4, causal=True).mask(9, 9), Window(3, 0).mask(9, 9))
     assert torch.equal(Neighborhood(9, 5, edge="clip").mask(9, 9), Window(2).mask(9, 9))
     assert Neighborhood(9, 5).mask(9, 9).sum(2).eq(5).all(), "the window is moved inside, not cut"
