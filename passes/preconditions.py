@@ -83,6 +83,14 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
     return site.refuse("already-edited", expected=expected, found=str(edit), hint=hint)
 
 
+def refuse_fitted_selection(site: Site, hint: str) -> Refusal | None:
+    """Refuse other queries or keys where blocks are chosen by scores that were fitted to those of now."""
+    if site.spec.selection is None or not site.spec.selection.fitted:
+        return None
+    expected = "an attention without fitted block selection"
+    return site.refuse("already-selected", expected=expected, found=str(site.spec.selection), hint=hint)
+
+
 def refuse_pooled(site: Site, hint: str) -> Refusal | None:
     """Refuse heads that already pool their keys."""
     if site.spec.pooling is None:

@@ -116,8 +116,14 @@ def lower(backend: Backend, spec: AttentionSpec) -> Attend:
 
 
 def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None = None) -> Attend:
-    """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
+    """``spec`` including ``spec.after``, computed by ``backend``.
+
+    ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.
+    """
     bare = replace(spec, after=())
+    if constants is not None and spec.selection is not None:
+        count = len(spec.selection.fitted)
+        bare, constants = replace(bare, selection=spec.selection.using(constants[:count])), constants[count:]
     splits = bare.pooling is not None and not backend.pools
     core: Attend = pooled(bare, partial(lower, backend)) if splits else lower(backend, bare)
     return edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
