@@ -24,6 +24,7 @@ from attnopt.fit.fitted_blocks import fitted
 from attnopt.ir.block_scores import Antidiagonal, BlockScores, KMeans, Pooled
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.low_rank_scores import LowRank
+from attnopt.ir.routing_scores import Routing
 from attnopt.match.find import find
 
 KEEPS = (0.1875, 0.25, 0.5)  # of 16 blocks
@@ -40,6 +41,7 @@ class Subject:
     block: int
     head_dim: int
     every: int = 1  # layer
+    is_causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ def _ways(subject: Subject) -> dict[str, tuple[DynamicBlocks, float]]:
     def low_rank(rank: int, queries: int, keys: int) -> tuple[DynamicBlocks, float]:
         return of(LowRank(rank, queries, keys)), rank / (D * queries * keys)
 
+    routing = {"routing(balanced=False)": (of(Routing(balanced=False)), 0.0)}
+    if not subject.is_causal:
+        routing["routing"] = (of(Routing()), 0.0)
     return {
         "random": (of(Random()), 0.0),
         "nearest blocks": (of(Pooled(), local_heads=range(64)), 0.0),
@@ -124,6 +129,7 @@ def _ways(subject: Subject) -> dict[str, tuple[DynamicBlocks, float]]:
         **{f"low-rank(rank={r})": low_rank(r, 8, 1) for r in (2, 4, 8, 16)},
         **{f"low-rank(rank={r}, keys=8)": low_rank(r, 8, 8) for r in (8, 16)},
         f"low-rank(rank=8, queries={block}, keys={block})": low_rank(8, block, block),
+        **routing,
     }
 
 
@@ -139,7 +145,7 @@ def smollm2() -> Subject:
     from smollm2 import Logits, news, trained
 
     batches = list(_pieces(news(), 1024))[::3]
-    return Subject("SmolLM2-135M", Logits(trained()).eval(), batches[:9], 6, 64, 64, every=3)
+    return Subject("SmolLM2-135M", Logits(trained()).eval(), batches[:9], 6, 64, 64, every=3, is_causal=True)
 
 
 def minilm() -> Subject:

@@ -15,6 +15,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.passes.preconditions import (
     refuse_edits,
+    refuse_looking_ahead,
     refuse_no_data,
     refuse_other_keys,
     refuse_pooled,
@@ -27,9 +28,9 @@ class DynamicSparse(Pass):
     """Each block of queries keeps the ``keep`` key blocks with the highest scores, chosen per input, without training.
 
     ``scores``: "pooled" (MInference, arXiv:2407.02490), "antidiagonal" (XAttention, arXiv:2503.16428), "kmeans"
-    (Routing Transformer, arXiv:2003.05997), "low-rank" (after Sparsifiner, arXiv:2303.13755; fitted to calibration data),
-    each with options as in "antidiagonal(stride=16)", or ``BlockScores``.  The other options are those of
-    ``DynamicBlocks``.  A causal attention stays causal.  Raises PolicyError.
+    (of every input anew), each with options as in "antidiagonal(stride=16)", or ``BlockScores``.  Fitted to calibration data
+    are "low-rank" (after Sparsifiner, arXiv:2303.13755) and "routing" (Routing Transformer, arXiv:2003.05997).  The
+    other options are those of ``DynamicBlocks``.  A causal attention stays causal.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "dynamic-sparse"
@@ -64,7 +65,7 @@ class DynamicSparse(Pass):
         hint = f"exclude the site from {self.name}, or leave the edit out: chosen blocks would hide its keys"
         refused = refuse_pooled(site, "use either dynamic-sparse or pool-keys at a site")
         refused = refused or refuse_edits(site, edits, hint) or refuse_other_keys(site)
-        refused = refused or refuse_unknown_heads(site, self.local_heads)
+        refused = refused or refuse_unknown_heads(site, self.local_heads) or refuse_looking_ahead(site, self._selection)
         if refused is not None or not self.calibrates:
             return refused
         return refuse_no_data(site, 'pass calibration= to attnopt.optimize, or use scores="antidiagonal"')

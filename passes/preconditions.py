@@ -8,11 +8,13 @@ from typing import Any
 from attnopt.base.options import whole_tuple
 from attnopt.errors import PolicyError
 from attnopt.fit.absorbable_maps import is_linear
+from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.tokens import out_of_range, shortest, told
 from attnopt.patterns import Pattern
+from attnopt.patterns.algebra import FULL
 
 BUDGETS = ("site", "global")  # heads counted at each site, or over all sites together
 
@@ -89,6 +91,18 @@ def refuse_fitted_selection(site: Site, hint: str) -> Refusal | None:
         return None
     expected = "an attention without fitted block selection"
     return site.refuse("already-selected", expected=expected, found=str(site.spec.selection), hint=hint)
+
+
+def refuse_looking_ahead(site: Site, selection: DynamicBlocks | None, pattern: Pattern = FULL) -> Refusal | None:
+    """Refuse blocks chosen from the whole sequence where, with ``pattern``, no query may see a later key."""
+    if selection is None or not selection.scores.looks_ahead or not site.spec.restricted(pattern).is_causal:
+        return None
+    return site.refuse(
+        "looks-ahead",
+        expected="block scores that depend on no later token, because the attention is causal",
+        found=str(selection.scores),
+        hint='use scores="routing(balanced=False)"',
+    )
 
 
 def refuse_pooled(site: Site, hint: str) -> Refusal | None:

@@ -9,7 +9,12 @@ from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.preconditions import refuse_other_keys, refuse_other_lengths, refuse_unknown_heads
+from attnopt.passes.preconditions import (
+    refuse_looking_ahead,
+    refuse_other_keys,
+    refuse_other_lengths,
+    refuse_unknown_heads,
+)
 from attnopt.patterns import Pattern, Window, parse
 
 
@@ -44,6 +49,7 @@ class Sparse(Pass):
             misplaced
             or refuse_other_lengths(site, self.pattern)
             or refuse_unknown_heads(site, [named - 1] if named else [])
+            or refuse_looking_ahead(site, site.spec.selection, self.pattern.for_heads(site.spec.heads))
         )
 
     def rewrite(self, site: Site) -> Rewrite:

@@ -39,6 +39,11 @@ class BlockScores(ABC):
         False  # ``score`` takes ``constants=``, which ``fit`` makes from calibration data
     )
 
+    @property
+    def looks_ahead(self) -> bool:
+        """The scores of a row depend on all tokens of the sequence: not for causal attentions."""
+        return False
+
     def check(self, block: int) -> None:
         """Raises PolicyError if blocks of this size cannot be scored."""
         return
@@ -114,13 +119,14 @@ class KMeans(BlockScores):
         count = source.shape[2]
         centroids = source.index_select(2, torch.arange(self.clusters, device=k.device) * count // self.clusters)
         for _ in range(self.steps):
-            member = self._nearest(source, centroids)
+            member = nearest(source, centroids)
             moved = F.normalize(member.mT @ source, dim=-1)
             centroids = torch.where(member.sum(2).unsqueeze(-1) > 0, moved, centroids)
         centroids = centroids.unsqueeze(2)
-        return self._nearest(q, centroids).mean(3) @ self._nearest(k, centroids).mean(3).mT
+        return nearest(q, centroids).mean(3) @ nearest(k, centroids).mean(3).mT
 
-    def _nearest(self, vectors: Tensor, centroids: Tensor) -> Tensor:
-        """One-hot [..., clusters]."""
-        nearest = (vectors @ centroids.mT).argmax(-1, keepdim=True)
-        return (nearest == torch.arange(self.clusters, device=vectors.device)).to(vectors.dtype)
+
+def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """The centroid with the largest product, one-hot [..., clusters]."""
+    found = (vectors @ centroids.mT).argmax(-1, keepdim=True)
+    return (found == torch.arange(centroids.shape[-2], device=vectors.device)).to(vectors.dtype)

@@ -162,6 +162,8 @@ class DynamicBlocks:
         raise PolicyError(f"{data['call']!r} is not a block selection")
 
     def _scores(self, q_BHNTD: Tensor, k_BHMTD: Tensor, known_NM: Tensor, is_causal: bool) -> Tensor:
+        if is_causal and self.scores.looks_ahead:
+            raise PolicyError(f"{self.scores} chooses from the whole sequence, but the attention is causal")
         if not self.scores.needs_calibration:
             return self.scores.score(q_BHNTD, k_BHMTD, known_NM, is_causal)
         if not self.fitted:

@@ -9,12 +9,13 @@ from attnopt.base.registry import Registry
 from attnopt.errors import PolicyError
 from attnopt.ir.block_scores import Antidiagonal, BlockScores, KMeans, Pooled
 from attnopt.ir.low_rank_scores import LowRank
+from attnopt.ir.routing_scores import Routing
 
 SCORES = Registry(
     "attnopt.block_scores",
     "block score",
     BlockScores,  # type: ignore[type-abstract]
-    {kind.__name__: kind for kind in (Pooled, Antidiagonal, KMeans, LowRank)},
+    {kind.__name__: kind for kind in (Pooled, Antidiagonal, KMeans, LowRank, Routing)},
 )
 
 _NAME = re.compile(r"\s*[A-Za-z][\w.-]*")

@@ -103,6 +103,8 @@ def _of_selection(after: AttentionSpec) -> Iterator[str]:
         yield f"{after.selection} has to be fitted to calibration data first"
     elif any(c.shape[0] != after.num_heads for c in after.selection.fitted):
         yield f"{after.selection} was fitted for other heads than {after.heads!r}"
+    elif after.is_causal and after.selection.scores.looks_ahead:
+        yield f"{after.selection} chooses from the whole sequence, but the attention is causal"
 
 
 def _of_pooling(after: AttentionSpec) -> Iterator[str]:
