@@ -337,6 +337,12 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "[already-pooled] expected an attention without pooled keys, found heads 1, 2 read keys pooled by 7 (at LINE)\n  "
         "hint: apply pool-keys only once per site",
     ),
+    "looks-ahead": (
+        lambda: refused(Spelling(mask=("causal",)), DynamicSparse("routing")),
+        "[looks-ahead] expected block scores that depend on no later token, because the attention is causal, found "
+        "Routing(clusters=16, balanced=True, width=1.0, seed=0) (at LINE)\n  hint: use "
+        'scores="routing(balanced=False)"',
+    ),
     "causal-pools": (
         lambda: refused(Spelling(mask=("causal",)), PoolKeys(7)),
         "[causal-pools] expected queries that may see later keys, found Causal() (at LINE)\n  hint: the mean of a pool "

@@ -61,7 +61,16 @@ PASSES = st.one_of(
     st.builds(SoftPAG, st.none() | st.lists(st.integers(0, 9)), st.floats(0, 1)),
     st.builds(
         lambda scores, keep, dense, heads: DynamicSparse(scores, keep, dense=dense, local_heads=heads),
-        st.sampled_from(["pooled", "kmeans", "low-rank(rank=2, queries=4)", "low-rank(0.5, keys=8)"]),
+        st.sampled_from(
+            [
+                "pooled",
+                "kmeans",
+                "low-rank(rank=2, queries=4)",
+                "low-rank(0.5, keys=8)",
+                "routing(4)",
+                "routing(balanced=False)",
+            ]
+        ),
         st.floats(0.1, 1),
         st.integers(0, 2),
         st.lists(st.integers(0, 9), max_size=3),

@@ -26,6 +26,7 @@ from attnopt.ir.block_scores import Antidiagonal, BlockScores, KMeans, Pooled
 from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.low_rank_scores import LowRank
+from attnopt.ir.routing_scores import Routing
 from attnopt.ir.score_registry import parse_scores
 from attnopt.passes import DynamicSparse, LocalWindow, PruneHeads
 from attnopt.patterns import Causal, Full, Sinks, Window
@@ -36,12 +37,22 @@ pytestmark = pytest.mark.usefixtures("one_capture")
 def selection(scores: BlockScores, *options: Any, heads: int = 4, features: int = 8, **more: Any) -> DynamicBlocks:
     """With random maps where the scores are fitted."""
     g = torch.Generator().manual_seed(3)
-    maps = [torch.randn(heads, features, 3, generator=g) for _ in range(2)] if isinstance(scores, LowRank) else []
-    return DynamicBlocks(scores, *options, fitted=[Constant.of(m) for m in maps], **more)
+    shapes = {LowRank: [(features, 3)] * 2, Routing: [(3, features), (2, 3)]}.get(type(scores), [])
+    fitted = [Constant.of(torch.randn(heads, *shape, generator=g)) for shape in shapes]
+    return DynamicBlocks(scores, *options, fitted=fitted, **more)
 
 
 SCORES = st.sampled_from(
-    [Pooled(), Antidiagonal(2), Antidiagonal(4), KMeans(3, 2), KMeans(20, 1), LowRank(3, 2, 1), LowRank(3, 1, 4)]
+    [
+        Pooled(),
+        Antidiagonal(2),
+        Antidiagonal(4),
+        KMeans(3, 2),
+        KMeans(20, 1),
+        LowRank(3, 2, 1),
+        LowRank(3, 1, 4),
+        Routing(3, balanced=False),
+    ]
 )
 KEEP = st.one_of(st.integers(1, 4), st.sampled_from([0.01, 0.25, 0.5, 0.8, 1.0]))
 LOCAL_HEADS = st.sampled_from([(), (1,), (0, 3), (5,)])
@@ -276,8 +287,12 @@ def test_kept_mass_by_hand() -> None:
     assert torch.equal(kept_mass(t["q"], t["k"], spec), torch.ones(2, 4))
 
 
+def test_balanced_routing_traces_with_symbolic_lengths() -> None:
+    test_it_traces_with_symbolic_lengths(Routing(3), False)
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("scores", [Pooled(), Antidiagonal(4), KMeans(3, 2), LowRank(3, 2)])
+@pytest.mark.parametrize("scores", [Pooled(), Antidiagonal(4), KMeans(3, 2), LowRank(3, 2), Routing(3, False)])
 def test_it_traces_with_symbolic_lengths(scores: BlockScores, is_causal: bool) -> None:
     p = selection(scores, 0.4, 4, heads=2, features=5, local_heads=[1], dense=1)
     env = ShapeEnv()
@@ -330,7 +345,7 @@ def test_names_of_scores() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": "poold"}, "unknown block score 'poold'; available: Pooled, Antidiagonal, KMeans, LowRank"),
+        ({"scores": "poold"}, "unknown block score 'poold'; available: Pooled, Antidiagonal, KMeans, LowRank, Routing"),
         ({"scores": "1"}, "unknown block scores '1'"),
         ({"scores": 3}, "invalid value scores=3: expected block scores or their text"),
         ({"scores": "antidiagonal(6)"}, "Antidiagonal: stride=6 does not divide blocks of 64 tokens"),

@@ -153,7 +153,7 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ("low-rnk", "unknown block score 'lowrnk'; available: Pooled, Antidiagonal, KMeans, LowRank"),
+        ("low-rnk", "unknown block score 'lowrnk'; available: Pooled, Antidiagonal, KMeans, LowRank, Routing"),
         ("low-rank(rank=0)", "LowRank: invalid value rank=0: expected an integer from 1"),
         ("low-rank(rank=1.5)", "LowRank: invalid value rank=1.5: expected an integer from 1, or a fraction above 0"),
         ("low-rank(rank=True)", "LowRank: invalid value rank=True"),
@@ -248,6 +248,16 @@ def test_in_onnx_runtime(tmp_path: Path) -> None:
         x = torch.randn(2, length, 16)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), fast(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_are_held_back_are_not_fitted() -> None:
+    """Of eight sequences, the last one."""
+    data = batches()
+    fast = optimized(SMALL, calibration=data)
+    data[3] = torch.cat([data[3][:1], 9 * data[3][1:]])
+    assert fitted(optimized(SMALL, calibration=data)) == fitted(fast)
+    data[3] = 2 * data[3]
+    assert fitted(optimized(SMALL, calibration=data)) != fitted(fast)
 
 
 def test_half_precision() -> None:
