@@ -90,6 +90,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/heads_speed.py
 	$(PY) benchmarks/segment_gain.py
 	$(PY) benchmarks/segments.py
+	$(PY) benchmarks/block_recall.py
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/calibration_memory.py

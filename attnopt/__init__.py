@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from attnopt.fit.attention_recall import kept_mass
     from attnopt.ir.activations import Activations
     from attnopt.ir.attend import Attend
-    from attnopt.ir.block_scores import BlockScores
+    from attnopt.ir.block_scores import BlockSample, BlockScores
     from attnopt.ir.compensation import Compensation
     from attnopt.ir.constant import Constant
     from attnopt.ir.dynamic_blocks import DynamicBlocks
@@ -75,6 +75,7 @@ __all__ = [
     "AttnoptWarning",
     "Backend",
     "Band",
+    "BlockSample",
     "BlockScores",
     "Calibration",
     "CalibrationError",
@@ -143,7 +144,7 @@ _NAMES = {
     "fit.attention_recall": "kept_mass",
     "ir.activations": "Activations",
     "ir.attend": "Attend",
-    "ir.block_scores": "BlockScores",
+    "ir.block_scores": "BlockSample BlockScores",
     "ir.compensation": "Compensation",
     "ir.constant": "Constant",
     "ir.dynamic_blocks": "DynamicBlocks",

@@ -32,6 +32,7 @@ from attnopt.passes.preconditions import (
     BUDGETS,
     expected_projections,
     refuse_edits,
+    refuse_fitted_selection,
     refuse_no_data,
     refuse_transforms,
     refuse_unknown_projections,
@@ -122,6 +123,7 @@ class GroupedQuery(Pass, SharesBudget):
         refused = refuse_edits(
             site, edits=edited, hint="apply grouped-query before heads are routed, replaced or steered"
         )
+        refused = refused or refuse_fitted_selection(site, "apply grouped-query before dynamic-sparse")
         return refused or self._refuse_sizes(site) or self._refuse_parts(site)
 
     def rewrite(self, site: Site) -> Rewrite:

@@ -10,7 +10,13 @@ from attnopt.base.options import whole, wholes
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.preconditions import refuse_causal_pools, refuse_other_keys, refuse_unknown_heads
+from attnopt.ir.spec import AttentionSpec
+from attnopt.passes.preconditions import (
+    refuse_causal_pools,
+    refuse_looking_ahead,
+    refuse_other_keys,
+    refuse_unknown_heads,
+)
 from attnopt.patterns import Dilated, Pattern, PerHead, Sinks, Window
 
 
@@ -52,15 +58,14 @@ class LocalWindow(Pass):
             or refuse_causal_pools(
                 site, self.rewrite(site).spec, "set right= above 0, or leave out the heads that pool"
             )
+            or refuse_looking_ahead(site, site.spec.selection, self._pattern(site.spec))
         )
 
     def rewrite(self, site: Site) -> Rewrite:
-        pattern = self._pattern(site.spec.is_causal)
-        if self.heads is not None:
-            pattern = PerHead({tuple(self.heads): pattern}).for_heads(site.spec.heads)
-        return Rewrite(site.spec.restricted(pattern))
+        return Rewrite(site.spec.restricted(self._pattern(site.spec)))
 
-    def _pattern(self, is_causal: bool) -> Pattern:
-        ahead = (0 if is_causal else self.left) if self.right is None else self.right
+    def _pattern(self, spec: AttentionSpec) -> Pattern:
+        ahead = (0 if spec.is_causal else self.left) if self.right is None else self.right
         near = Window(self.left, ahead) if self.dilation == 1 else Dilated(self.left, ahead, self.dilation)
-        return near | Sinks(self.sinks) if self.sinks else near
+        pattern = near | Sinks(self.sinks) if self.sinks else near
+        return pattern if self.heads is None else PerHead({tuple(self.heads): pattern}).for_heads(spec.heads)

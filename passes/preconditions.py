@@ -11,12 +11,14 @@ from attnopt.base.input import Input
 from attnopt.base.options import whole_tuple
 from attnopt.errors import PolicyError
 from attnopt.fit.absorbable_maps import is_linear
+from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.tokens import out_of_range, shortest, told
 from attnopt.patterns import Pattern
+from attnopt.patterns.algebra import FULL
 
 _HINT_IDS = (
     "give one id for each token that this attention sees, class and register tokens included, or exclude the site"
@@ -89,6 +91,26 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
         return None
     expected = "head outputs that are not edited yet"
     return site.refuse("already-edited", expected=expected, found=str(edit), hint=hint)
+
+
+def refuse_fitted_selection(site: Site, hint: str) -> Refusal | None:
+    """Refuse other queries or keys where blocks are chosen by scores that were fitted to those of now."""
+    if site.spec.selection is None or not site.spec.selection.fitted:
+        return None
+    expected = "an attention without fitted block selection"
+    return site.refuse("already-selected", expected=expected, found=str(site.spec.selection), hint=hint)
+
+
+def refuse_looking_ahead(site: Site, selection: DynamicBlocks | None, pattern: Pattern = FULL) -> Refusal | None:
+    """Refuse blocks chosen from the whole sequence where, with ``pattern``, no query may see a later key."""
+    if selection is None or not selection.scores.looks_ahead or not site.spec.restricted(pattern).is_causal:
+        return None
+    return site.refuse(
+        "looks-ahead",
+        expected="block scores that depend on no later token, because the attention is causal",
+        found=str(selection.scores),
+        hint='use scores="routing(balanced=False)"',
+    )
 
 
 def refuse_pooled(site: Site, hint: str) -> Refusal | None:

@@ -15,6 +15,7 @@ from attnopt.ir.site import Site
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.passes.preconditions import (
     refuse_causal_pools,
+    refuse_looking_ahead,
     refuse_other_keys,
     refuse_other_lengths,
     refuse_pooled,
@@ -74,6 +75,7 @@ class Sparse(Pass):
             or refuse_unknown_heads(site, [named - 1] if named else [])
             or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of the pattern")
             or (_refuse_padding(site) if self.zero_pad else None)
+            or refuse_looking_ahead(site, site.spec.selection, separated(self.pattern, site.spec.heads)[0])
         )
 
     def rewrite(self, site: Site) -> Rewrite:

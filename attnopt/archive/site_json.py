@@ -9,12 +9,12 @@ from torch import Tensor
 
 from attnopt.base.registry import OURS, Registry, distribution_of, target_of
 from attnopt.errors import ArchiveError, AttnoptError
-from attnopt.ir.block_scores import SCORES
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.projection import Projection
+from attnopt.ir.score_registry import SCORES
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains

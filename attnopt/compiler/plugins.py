@@ -13,9 +13,9 @@ from attnopt.fit.compensation_methods import COMPENSATIONS
 from attnopt.fit.importance_methods import IMPORTANCE
 from attnopt.fit.merge_methods import KV_MERGES
 from attnopt.fit.partition_methods import KV_PARTITIONS
-from attnopt.ir.block_scores import SCORES
 from attnopt.ir.head_routing import HEAD_EDITS
 from attnopt.ir.interfaces import Backend, Pass
+from attnopt.ir.score_registry import SCORES
 from attnopt.patterns.registry import PATTERNS
 
 __all__ = ["OURS", "Description", "backends", "describe", "load_backend", "load_pass", "passes", "register"]

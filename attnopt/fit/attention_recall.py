@@ -30,9 +30,24 @@ def kept_mass(
 
     Operands as in ``Attend``.  Without a selection it is 1.
     """
+    kept, whole = kept_of_rows(q_BHLD, k_BGSD, spec, bias=bias, mask=mask, sinks=sinks)
+    return kept.sum(2) / whole.sum(2).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def kept_of_rows(
+    q_BHLD: Tensor,
+    k_BGSD: Tensor,
+    spec: AttentionSpec,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """For each query the probability on its kept blocks, and on all keys, [B, H, L] each."""
     q_len, kv_len = q_BHLD.shape[2], k_BGSD.shape[2]
     if spec.selection is None:
-        return torch.ones(q_BHLD.shape[:2], device=q_BHLD.device)
+        everything = torch.ones(q_BHLD.shape[:3], device=q_BHLD.device)
+        return everything, everything
     block = spec.selection.block
     kept = selected(spec, q_BHLD, k_BGSD).index_select(2, torch.arange(q_len, device=q_BHLD.device) // block)
     of_block = torch.arange(kv_len, device=k_BGSD.device).unsqueeze(1) // block
@@ -40,7 +55,13 @@ def kept_mass(
     whole = replace(spec, selection=None, after=(), value_dim=kept.shape[3])
     v_BGSM = values.expand(*k_BGSD.shape[:2], -1, -1)
     mass_BHLM = Reference().lower(whole)(q_BHLD, k_BGSD, v_BGSM, bias=bias, mask=mask, sinks=sinks)
-    return (mass_BHLM * kept).sum((2, 3)) / mass_BHLM.sum((2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (mass_BHLM * kept).sum(3), mass_BHLM.sum(3)
+
+
+def told(mass_H: Tensor, heads: Sequence[int], data: str) -> str:
+    """ "91.2% attention recall on the example inputs, lowest in head 3: 80.0%" """
+    least = int(mass_H.argmin())
+    return f"{mass_H.mean():.1%} attention recall on {data}, lowest in head {heads[least]}: {mass_H[least]:.1%}"
 
 
 def measured(

@@ -75,6 +75,10 @@ class Activations:
             found.append(o.real & (back if held else ~back))
         return found
 
+    def operands(self, spec: AttentionSpec) -> Iterator[OperandTensors]:
+        """Each batch with the heads of ``spec`` alone."""
+        return (_of_heads(spec, o) for o in self.batches)
+
     def weights(self, spec: AttentionSpec) -> Iterator[Tensor]:
         """For each batch the attention weights [B, H, L, S] under ``spec``, which chooses heads by their numbers."""
         for o in self.batches:
@@ -92,13 +96,18 @@ def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[Head
     return (*(e for e in old if (e.role, e.head) not in replaced), *new)
 
 
-def _attend(spec: AttentionSpec, o: OperandTensors) -> Tensor:
-    def of_heads(x: Tensor | None) -> Tensor | None:
+def _of_heads(spec: AttentionSpec, o: OperandTensors) -> OperandTensors:
+    def chosen(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() < 4 or x.shape[1] == 1:
             return x
         return x[:, list(spec.heads)]
 
     q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
+    return OperandTensors(q, k, v, chosen(o.bias), chosen(o.mask), chosen(o.sinks))
+
+
+def _attend(spec: AttentionSpec, o: OperandTensors) -> Tensor:
+    t = _of_heads(spec, o)
     with torch.no_grad():
         attend = edited(spec, reference(replace(spec, after=())))
-        return attend(q, k, v, bias=of_heads(o.bias), mask=of_heads(o.mask), sinks=of_heads(o.sinks))
+        return attend(t.q, t.k, t.v, bias=t.bias, mask=t.mask, sinks=t.sinks)

@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnopt.base.notation import Lookup, evaluate
 from attnopt.base.options import whole
-from attnopt.base.registry import Registry
 from attnopt.errors import PolicyError
+from attnopt.ir.constant import Constant
+
+
+@dataclass(frozen=True)
+class BlockSample:
+    """One calibration batch as ``BlockScores.score`` sees it: q [B, H, N, T, D], k [B, H, M, T, D], known [N, M].
+
+    ``q_counts`` [B, N, T] and ``k_counts`` [B, M, T] (bool): the tokens to fit on.  The others are padding, held back to check
+    the fit, or repeated to complete a block.
+    """
+
+    q: Tensor
+    k: Tensor
+    known: Tensor
+    is_causal: bool
+    q_counts: Tensor
+    k_counts: Tensor
 
 
 class BlockScores(ABC):
     """A way to score blocks: a frozen dataclass whose repr is the call that constructs it."""
 
+    needs_calibration: ClassVar[bool] = (
+        False  # ``score`` takes ``constants=``, which ``fit`` makes from calibration data
+    )
+
+    @property
+    def looks_ahead(self) -> bool:
+        """The scores of a row depend on all tokens of the sequence: not for causal attentions."""
+        return False
+
     def check(self, block: int) -> None:
         """Raises PolicyError if blocks of this size cannot be scored."""
         return
+
+    def fit(self, samples: Sequence[BlockSample]) -> tuple[Constant, ...]:
+        """What ``score`` gets as ``constants``, as tensors.  The first axis of each is that of the H heads; of a head that is
+        removed later, its part goes, too.  Only called if it ``needs_calibration``.  Raises CalibrationError.
+        """
+        return ()
 
     @abstractmethod
     def score(self, q_BHNTD: Tensor, k_BHMTD: Tensor, known_NM: Tensor, is_causal: bool) -> Tensor:
@@ -87,34 +119,14 @@ class KMeans(BlockScores):
         count = source.shape[2]
         centroids = source.index_select(2, torch.arange(self.clusters, device=k.device) * count // self.clusters)
         for _ in range(self.steps):
-            member = self._nearest(source, centroids)
+            member = nearest(source, centroids)
             moved = F.normalize(member.mT @ source, dim=-1)
             centroids = torch.where(member.sum(2).unsqueeze(-1) > 0, moved, centroids)
         centroids = centroids.unsqueeze(2)
-        return self._nearest(q, centroids).mean(3) @ self._nearest(k, centroids).mean(3).mT
-
-    def _nearest(self, vectors: Tensor, centroids: Tensor) -> Tensor:
-        """One-hot [..., clusters]."""
-        nearest = (vectors @ centroids.mT).argmax(-1, keepdim=True)
-        return (nearest == torch.arange(self.clusters, device=vectors.device)).to(vectors.dtype)
+        return nearest(q, centroids).mean(3) @ nearest(k, centroids).mean(3).mT
 
 
-SCORES = Registry(
-    "attnopt.block_scores",
-    "block score",
-    BlockScores,  # type: ignore[type-abstract]
-    {kind.__name__: kind for kind in (Pooled, Antidiagonal, KMeans)},
-)
-
-
-def constructor(name: str) -> type[BlockScores]:
-    """The block score class of this name, case-insensitive; raises PolicyError."""
-    return SCORES.load(next((known for known in SCORES.listed() if known.lower() == name.lower()), name))
-
-
-def parse_scores(text: str, lookup: Lookup = constructor) -> BlockScores:
-    """Read a name with or without options, such as ``"antidiagonal(stride=16)"``; raises PolicyError."""
-    value = evaluate(text, lookup)
-    if isinstance(value, BlockScores):
-        return value
-    raise PolicyError(f"unknown block scores {text!r}", hint=f"use one of {', '.join(SCORES.listed()).lower()}")
+def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """The centroid with the largest product, one-hot [..., clusters]."""
+    found = (vectors @ centroids.mT).argmax(-1, keepdim=True)
+    return (found == torch.arange(centroids.shape[-2], device=vectors.device)).to(vectors.dtype)

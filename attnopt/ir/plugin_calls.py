@@ -126,14 +126,21 @@ def attention_of(
     ids: Sequence[Tensor] = (),
     table: Tensor | None = None,
 ) -> Attend:
-    """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``; ``ids`` are the
-    tensors of ``spec.inputs``, and ``table`` that of its segments."""
-    if spec.segments is None:
-        return _attention_of(backend, spec, constants)
-    if takes_segments(backend, spec):
-        core = in_segments(spec.segments, ids, table, lower(backend, replace(spec, after=())))
-        return edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
-    return masked_by(spec.segments, ids, table, _attention_of(backend, spec.with_segments_masked, constants))
+    """``spec`` including ``spec.after``, computed by ``backend``.
+
+    ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.  ``ids``: the tensors
+    of ``spec.inputs``, and ``table`` that of its segments.
+    """
+    segments = None if takes_segments(backend, spec) else spec.segments  # as a mask
+    bare = replace(spec if segments is None else spec.with_segments_masked, after=())
+    if constants is not None and spec.selection is not None:
+        count = len(spec.selection.fitted)
+        bare, constants = replace(bare, selection=spec.selection.using(constants[:count])), constants[count:]
+    core = _without_edits(backend, bare)
+    if bare.segments is not None:
+        core = in_segments(bare.segments, ids, table, core)
+    whole = edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
+    return whole if segments is None else masked_by(segments, ids, table, whole)
 
 
 def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
@@ -143,15 +150,12 @@ def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     return backend.segments and all(x is None for x in others) and not reads_masks
 
 
-def _attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None) -> Attend:
-    bare = replace(spec, after=())
-    splits = bare.pooling is not None and not backend.pools
-    core: Attend
-    if bare.zero_keys is not None and not backend.zero_keys:
-        core = _zeros_as_sinks(backend, bare)
-    else:
-        core = pooled(bare, partial(lower, backend)) if splits else lower(backend, bare)
-    return edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
+def _without_edits(backend: Backend, spec: AttentionSpec) -> Attend:
+    if spec.zero_keys is not None and not backend.zero_keys:
+        return _zeros_as_sinks(backend, spec)
+    if spec.pooling is not None and not backend.pools:
+        return pooled(spec, partial(lower, backend))
+    return lower(backend, spec)
 
 
 def _with_sinks(spec: AttentionSpec) -> AttentionSpec:

@@ -29,14 +29,14 @@ def edited(
 ) -> Attend:
     """``core``, which computes ``spec`` without its edits, with all of them.
 
-    ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.
+    ``constants``: ``spec.edit_constants`` as tensors, so a graph can store them; None: created at each call.
     ``skips_rows``: ``core`` is a ``RoutedAttend``.
     """
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
-        held = iter([c.tensor(q.device) for c in spec.constants] if constants is None else constants)
+        held = iter([c.tensor(q.device) for c in spec.edit_constants] if constants is None else constants)
         own = [[next(held) for _ in edit.constants] for edit in spec.after]
         wanted = {}
         if skips_rows and spec.route is not None:
@@ -105,7 +105,7 @@ def row_sinks(spec: AttentionSpec, q: Tensor, k: Tensor, sinks: Tensor | None) -
 def selected(spec: AttentionSpec, q: Tensor, k: Tensor) -> Tensor:
     """Bool [B, H, block rows, block columns]: the blocks of keys that ``spec.selection`` keeps."""
     assert spec.selection is not None
-    return spec.selection.select(q, heads_of(spec, k), spec.scale, spec.is_causal)
+    return spec.selection.select(q, heads_of(spec, k), spec.scale, spec.is_causal, spec.heads)
 
 
 def of_masked_blocks(backend: str, spec: AttentionSpec) -> tuple[str, ...]:

@@ -170,7 +170,12 @@ class AttentionSpec:
 
     @property
     def constants(self) -> tuple[Constant, ...]:
-        """The constants of all edits, in order."""
+        """What ``selection`` was fitted to, and the constants of all edits, in order."""
+        fitted = () if self.selection is None else self.selection.fitted
+        return (*fitted, *self.edit_constants)
+
+    @property
+    def edit_constants(self) -> tuple[Constant, ...]:
         return tuple(c for edit in self.after for c in edit.constants)
 
     @property
@@ -199,6 +204,7 @@ class AttentionSpec:
             pooling=None if self.pooling is None else self.pooling.keeping(kept),
             zero_keys=None if self.zero_keys is None else self.zero_keys.keeping(places),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
+            selection=None if self.selection is None else self.selection.keeping(places, kept),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 

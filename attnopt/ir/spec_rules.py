@@ -35,6 +35,9 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
     yield from verify_spec(site.spec, made.spec)
     for edit in made.edits:
         yield from _of_weights(site, made.spec, edit)
+    fitted = () if site.spec.selection is None else site.spec.selection.fitted
+    if fitted and any(edit.role in ("q", "k") for edit in made.edits):
+        yield f"new weights of queries or keys, but {site.spec.selection} was fitted to the old ones"
     if made.out_bias is not None:
         yield from _of_out_bias(site, made.out_bias)
     if not isinstance(made.notes, tuple) or not all(isinstance(note, str) for note in made.notes):
@@ -71,8 +74,7 @@ def _of_numbers(after: AttentionSpec) -> Iterator[str]:
 
 def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     """Patterns, selections and edits of a wrong type, or with unknown heads."""
-    if after.selection is not None and not isinstance(after.selection, DynamicBlocks):
-        yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
+    yield from _of_selection(after)
     if after.segments is not None and not isinstance(after.segments, CallSegments):
         yield f"segments is {after.segments!r}, expected CallSegments or None"
     yield from _of_pooling(after)
@@ -90,6 +92,19 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
             yield f"the edit {edit} reads which keys are hidden, but {after.selection} hides keys at run time"
         elif isinstance(edit, Scaled) and not all(h in after.heads and _is_finite(g) for h, g in edit.gains):
             yield f"the edit {edit}: expected a finite number for each of some heads of {after.heads!r}"
+
+
+def _of_selection(after: AttentionSpec) -> Iterator[str]:
+    if after.selection is None:
+        return
+    if not isinstance(after.selection, DynamicBlocks):
+        yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
+    elif after.selection.scores.needs_calibration != bool(after.selection.fitted):
+        yield f"{after.selection} has to be fitted to calibration data first"
+    elif any(c.shape[0] != after.num_heads for c in after.selection.fitted):
+        yield f"{after.selection} was fitted for other heads than {after.heads!r}"
+    elif after.is_causal and after.selection.scores.looks_ahead:
+        yield f"{after.selection} chooses from the whole sequence, but the attention is causal"
 
 
 def _of_pattern(name: str, pattern: object, after: AttentionSpec) -> Iterator[str]:

@@ -42,6 +42,7 @@ POLICIES = {  # and what reports say of them
     "sparse(pattern=Every(n=3) | Window(left=1, right=0))": "Every(3)",
     "acme.clip(bound=0.1)": "Clipped",
     "dynamic-sparse(scores='keynorm', keep=0.5, block=64)": "KeyNorm()",
+    "dynamic-sparse(scores='usual-key', keep=0.5, block=64)": "UsualKey()",
     "prune-heads(fraction=0.5, importance='acme.l1')": "by the importance acme.l1",
     "prune-heads(fraction=0.5, importance='acme.peak', budget='site')": "by the importance acme.peak",
     "grouped-query(kv_heads=2, grouping='acme.strided')": "key/value heads {0, 2} {1, 3} merged by mean",
@@ -49,7 +50,10 @@ POLICIES = {  # and what reports say of them
     "prune-heads(heads=[1], compensate='acme.rescale')": "prune-heads: output weights times 1.33",
     "grouped-query(kv_heads=2, compensate='acme.rescale')": "grouped-query: output weights times 1",
 }
-LEARNING = ("prune-heads(fraction=0.5, importance='acme.peak', budget='site')",)  # refused without data
+LEARNING = (  # refused without data
+    "dynamic-sparse(scores='usual-key', keep=0.5, block=64)",
+    "prune-heads(fraction=0.5, importance='acme.peak', budget='site')",
+)
 
 EVERY_PATH = """
 import json, sys, torch, attnopt, tiny_models
@@ -97,7 +101,9 @@ for number, missing in enumerate(json.loads(sys.argv[1])):
     else:
         assert not missing
 """
-MISSING = ("", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'", *[""] * 6)  # policy by policy
+MISSING = (  # policy by policy
+    "", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'", "block score 'UsualKey'", *[""] * 6,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

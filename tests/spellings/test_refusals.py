@@ -382,6 +382,12 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "[keys-already-hidden] expected queries that see all keys, found Causal() (at LINE)\n  hint: leave zero_pad out, or "
         "let the zero-padded pattern come first",
     ),
+    "looks-ahead": (
+        lambda: refused(Spelling(mask=("causal",)), DynamicSparse("routing")),
+        "[looks-ahead] expected block scores that depend on no later token, because the attention is causal, found "
+        "Routing(clusters=16, balanced=True, width=1.0, seed=0) (at LINE)\n  hint: use "
+        'scores="routing(balanced=False)"',
+    ),
     "causal-pools": (
         lambda: refused(Spelling(mask=("causal",)), PoolKeys(7)),
         "[causal-pools] expected queries that may see later keys, found Causal() (at LINE)\n  hint: the mean of a pool "

@@ -67,7 +67,20 @@ PASSES = st.one_of(
     st.builds(SegmentGain, st.sets(st.integers(0, 9), min_size=1), st.floats(0, 1e6)),
     st.builds(SoftPAG, st.none() | st.lists(st.integers(0, 9)), st.floats(0, 1)),
     st.builds(
-        lambda scores, keep: DynamicSparse(scores, keep), st.sampled_from(["pooled", "kmeans"]), st.floats(0.1, 1)
+        lambda scores, keep, dense, heads: DynamicSparse(scores, keep, dense=dense, local_heads=heads),
+        st.sampled_from(
+            [
+                "pooled",
+                "kmeans",
+                "low-rank(rank=2, queries=4)",
+                "low-rank(0.5, keys=8)",
+                "routing(4)",
+                "routing(balanced=False)",
+            ]
+        ),
+        st.floats(0.1, 1),
+        st.integers(0, 2),
+        st.lists(st.integers(0, 9), max_size=3),
     ),
     st.sampled_from(
         [HeadPatch([2, 1], "mean"), HeadPatch([0], torch.arange(3.0)[None]), PruneHeads(0.1, whole_layers=True)]

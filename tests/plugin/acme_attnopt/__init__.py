@@ -10,5 +10,8 @@ from acme_attnopt.peak import Peak
 from acme_attnopt.plain import Plain
 from acme_attnopt.rescale import Rescale
 from acme_attnopt.strided import Strided
+from acme_attnopt.usual_key import UsualKey
 
-__all__ = ["L1", "Clip", "Clipped", "Every", "KeyNorm", "LastK", "Median", "Peak", "Plain", "Rescale", "Strided"]
+__all__ = [
+    "L1", "Clip", "Clipped", "Every", "KeyNorm", "LastK", "Median", "Peak", "Plain", "Rescale", "Strided", "UsualKey",
+]  # fmt: skip

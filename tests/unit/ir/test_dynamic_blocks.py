@@ -22,16 +22,50 @@ import attnopt
 from attnopt.backends import Blocked, Reference, Sdpa
 from attnopt.errors import PolicyError
 from attnopt.fit.attention_recall import kept_mass
-from attnopt.ir.block_scores import Antidiagonal, BlockScores, KMeans, Pooled, parse_scores
+from attnopt.ir.block_scores import Antidiagonal, BlockScores, KMeans, Pooled
+from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.low_rank_scores import LowRank
+from attnopt.ir.routing_scores import Routing
+from attnopt.ir.score_registry import parse_scores
 from attnopt.passes import DynamicSparse, LocalWindow, PruneHeads
 from attnopt.patterns import Causal, Full, Sinks, Window
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
-SCORES = st.sampled_from([Pooled(), Antidiagonal(2), Antidiagonal(4), KMeans(3, 2), KMeans(20, 1)])
+
+def selection(scores: BlockScores, *options: Any, heads: int = 4, features: int = 8, **more: Any) -> DynamicBlocks:
+    """With random maps where the scores are fitted."""
+    g = torch.Generator().manual_seed(3)
+    shapes = {LowRank: [(features, 3)] * 2, Routing: [(3, features), (2, 3)]}.get(type(scores), [])
+    fitted = [Constant.of(torch.randn(heads, *shape, generator=g)) for shape in shapes]
+    return DynamicBlocks(scores, *options, fitted=fitted, **more)
+
+
+SCORES = st.sampled_from(
+    [
+        Pooled(),
+        Antidiagonal(2),
+        Antidiagonal(4),
+        KMeans(3, 2),
+        KMeans(20, 1),
+        LowRank(3, 2, 1),
+        LowRank(3, 1, 4),
+        Routing(3, balanced=False),
+    ]
+)
 KEEP = st.one_of(st.integers(1, 4), st.sampled_from([0.01, 0.25, 0.5, 0.8, 1.0]))
-SELECTIONS = st.builds(DynamicBlocks, SCORES, KEEP, st.sampled_from([4, 8]), st.integers(0, 2), st.integers(1, 2))
+LOCAL_HEADS = st.sampled_from([(), (1,), (0, 3), (5,)])
+SELECTIONS = st.builds(
+    selection,
+    SCORES,
+    KEEP,
+    st.sampled_from([4, 8]),
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.integers(0, 2),
+    LOCAL_HEADS,
+)
 LENGTHS = st.integers(1, 45)
 
 
@@ -56,6 +90,8 @@ def test_as_many_blocks_as_asked_for(p: DynamicBlocks, length: int, is_causal: b
         of = row + 1 if is_causal else rows
         last = row + 1 if is_causal else min(rows, row + p.local)
         forced = {*range(min(p.sinks, of)), *range(max(0, row - p.local + 1), last)}
+        if row < p.dense:
+            forced = {*range(of)}
         wanted = min(p.keep, of) if isinstance(p.keep, int) else -int(-(of * p.keep - 1e-9) // 1)
         for b in range(2):
             for h in range(4):
@@ -73,6 +109,32 @@ def test_the_best_blocks_are_kept() -> None:
         for is_causal in (True, False):
             kept = DynamicBlocks(scores, keep=2, block=8, sinks=0).select(q, k, 1.0, is_causal)[0, 0]
             assert kept[3].tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "keep", "want"),
+    [
+        (True, 3, [True, False, False, True, True, False]),
+        (False, 3, [True, False, False, True, True, False]),
+        (False, 4, [True, False, False, True, True, True]),
+        (False, 5, [True, False, True, True, True, True]),
+    ],
+)
+def test_local_heads_keep_the_nearest_blocks(is_causal: bool, keep: int, want: list[bool]) -> None:
+    """Of a block before and one behind that are as near, the one before."""
+    q, k = torch.ones(1, 2, 24, 4), torch.zeros(1, 2, 24, 4)
+    k[:, :, 4:12] = 1.0
+    p = DynamicBlocks("pooled", keep=keep, block=4, local_heads=[3])
+    kept = p.select(q, k, 1.0, is_causal, (1, 3))[0, :, 4].tolist()
+    assert kept[1] == want
+    assert kept[0] == [i in (0, 4, 1, 2, 3)[:keep] for i in range(6)]
+
+
+def test_dense_rows_keep_everything() -> None:
+    p = DynamicBlocks("pooled", keep=1, block=4, sinks=0, dense=2)
+    q = torch.randn(1, 1, 20, 4)
+    assert p.select(q, q, 1.0, False)[0, 0].sum(1).tolist() == [5, 5, 1, 1, 1]
+    assert p.select(q, q, 1.0, True)[0, 0].sum(1).tolist() == [1, 2, 1, 1, 1]
 
 
 def test_of_equal_scores_the_first_are_kept() -> None:
@@ -195,7 +257,7 @@ def test_reports_tell_the_mass_that_is_kept() -> None:
 @given(SCORES, LENGTHS, st.sampled_from([Full(), Causal()]))
 def test_keeping_everything_changes_nothing(scores: BlockScores, length: int, pattern: Any) -> None:
     spec, t = operands(length, length, 0, pattern=pattern)
-    selected = replace(spec, selection=DynamicBlocks(scores, keep=1.0, block=4))
+    selected = replace(spec, selection=selection(scores, 1.0, 4))
     assert torch.equal(run(Reference(), selected, t), run(Reference(), spec, t))
     torch.testing.assert_close(kept_mass(t["q"], t["k"], selected), torch.ones(2, 4))
 
@@ -207,7 +269,7 @@ def test_kept_mass_grows_with_what_is_kept(scores: BlockScores, length: int, pat
     others = {name: t[name] for name in ("bias", "mask", "sinks")}
     before = torch.zeros(2, 4)
     for keep in (1, 2, 4, 8, 1.0):
-        selected = replace(spec, selection=DynamicBlocks(scores, keep, block=4))
+        selected = replace(spec, selection=selection(scores, keep, 4))
         mass = kept_mass(t["q"], t["k"], selected, **others)
         assert (mass >= before - 1e-6).all()
         assert (mass <= 1 + 1e-6).all()
@@ -225,10 +287,14 @@ def test_kept_mass_by_hand() -> None:
     assert torch.equal(kept_mass(t["q"], t["k"], spec), torch.ones(2, 4))
 
 
+def test_balanced_routing_traces_with_symbolic_lengths() -> None:
+    test_it_traces_with_symbolic_lengths(Routing(3), False)
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("scores", [Pooled(), Antidiagonal(4), KMeans(3, 2)])
+@pytest.mark.parametrize("scores", [Pooled(), Antidiagonal(4), KMeans(3, 2), LowRank(3, 2), Routing(3, False)])
 def test_it_traces_with_symbolic_lengths(scores: BlockScores, is_causal: bool) -> None:
-    p = DynamicBlocks(scores, keep=0.4, block=4)
+    p = selection(scores, 0.4, 4, heads=2, features=5, local_heads=[1], dense=1)
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
 
@@ -237,16 +303,17 @@ def test_it_traces_with_symbolic_lengths(scores: BlockScores, is_causal: bool) -
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         return mode.from_tensor(torch.randn(1, 2, length, 5), symbolic_context=context)
 
-    def keys_seen(q: Tensor, k: Tensor) -> Tensor:
-        return p.spread(p.select(q, k, 0.5, is_causal), q.shape[2], k.shape[2])
+    def keys_seen(q: Tensor, k: Tensor, *maps: Tensor) -> Tensor:
+        return p.spread(p.using(maps).select(q, k, 0.5, is_causal), q.shape[2], k.shape[2])
 
-    inputs = made(13), made(18)
+    maps = [c.tensor() for c in p.fitted]
+    inputs = made(13), made(18), *map(mode.from_tensor, maps)
     with mode:
         graph = make_fx(keys_seen, pre_dispatch=True)(*inputs)
     assert not [n for n in graph.graph.nodes if n.op == "get_attr"]
     for q_len, kv_len in ((13, 18), (7, 7), (21, 21), (4, 30)):
         q, k = torch.randn(1, 2, q_len, 5), torch.randn(1, 2, kv_len, 5)
-        assert torch.equal(graph(q, k), keys_seen(q, k))
+        assert torch.equal(graph(q, k, *maps), keys_seen(q, k, *maps))
 
 
 @settings(deadline=None)
@@ -254,23 +321,31 @@ def test_it_traces_with_symbolic_lengths(scores: BlockScores, is_causal: bool) -
 def test_notation_reads_back(p: DynamicBlocks) -> None:
     assert DynamicBlocks.from_json(p.to_json()) == p
     assert parse_scores(p.scores.to_json()) == p.scores
-    policy = attnopt.Policy.of(DynamicSparse(p.scores, p.keep, p.block, p.sinks, p.local))
+    heads = [h for h in p.local_heads if h < 4]
+    policy = attnopt.Policy.of(DynamicSparse(p.scores, p.keep, p.block, p.sinks, p.local, p.dense, heads))
     assert attnopt.Policy.from_json(policy.to_json()) == policy
-    made = applied(policy.passes_for("")[0], a_site()).spec
-    assert made.selection == p
-    assert applied(PruneHeads(heads=[0]), a_site(selection=p)).spec.selection == p
+    if not p.fitted:
+        made = applied(policy.passes_for("")[0], a_site()).spec
+        assert made.selection == replace(p, local_heads=heads)
+    left = applied(PruneHeads(heads=[0]), a_site(selection=p)).spec.selection
+    assert left is not None
+    assert replace(left, fitted=(), local_heads=()) == replace(p, fitted=(), local_heads=())
+    assert left.local_heads == tuple(h for h in heads if h)
+    for part, whole in zip(left.fitted, p.fitted, strict=True):
+        assert torch.equal(part.tensor(), whole.tensor()[1:])
 
 
 def test_names_of_scores() -> None:
     assert parse_scores("kmeans") == parse_scores("KMeans(clusters=16)") == KMeans()
     assert DynamicSparse("antidiagonal(4)").scores == Antidiagonal(4)
     assert str(DynamicBlocks()) == "DynamicBlocks(scores=Pooled(), keep=0.25, block=64, sinks=1, local=1)"
+    assert str(DynamicBlocks(dense=2, local_heads=[3, 1])).endswith("local=1, dense=2, local_heads=(1, 3))")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": "poold"}, "unknown block score 'poold'; available: Pooled, Antidiagonal, KMeans"),
+        ({"scores": "poold"}, "unknown block score 'poold'; available: Pooled, Antidiagonal, KMeans, LowRank, Routing"),
         ({"scores": "1"}, "unknown block scores '1'"),
         ({"scores": 3}, "invalid value scores=3: expected block scores or their text"),
         ({"scores": "antidiagonal(6)"}, "Antidiagonal: stride=6 does not divide blocks of 64 tokens"),
@@ -283,6 +358,8 @@ def test_names_of_scores() -> None:
         ({"block": 0}, "invalid value block=0"),
         ({"sinks": -1}, "invalid value sinks=-1"),
         ({"local": 0}, "invalid value local=0"),
+        ({"dense": -1}, "invalid value dense=-1"),
+        ({"local_heads": [-1]}, "invalid value local_heads=-1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -293,6 +370,9 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_where_it_cannot_be_applied() -> None:
     assert "[needs-self-attention]" in refusal(DynamicSparse(), a_site(is_cross=True))
+    assert refusal(DynamicSparse(local_heads=[2, 4]), a_site()).startswith("[unknown-head]")
+    pruned = applied(PruneHeads(heads=[2]), a_site())
+    assert applied(DynamicSparse(local_heads=[1, 2]), pruned).spec.selection == DynamicBlocks(local_heads=[1])
     twice = applied(DynamicSparse(), a_site())
     assert refusal(DynamicSparse(), twice).startswith(
         "[already-selected] expected an attention without block selection, found DynamicBlocks("
