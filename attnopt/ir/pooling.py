@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.base.bit_table import indices
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.pooled_keys import PooledKeys
-from attnopt.ir.semantics import indices
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import FULL
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 
-import torch
 from torch import Tensor
 
+from attnopt.base.bit_table import indices
 from attnopt.base.sizes import is_static
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.blame import applied
@@ -93,14 +93,3 @@ def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     if not (is_static(q_len) and is_static(kv_len)):
         return False
     return spec.pattern.covers(int(q_len), int(kv_len), num_heads=spec.num_heads)
-
-
-def indices(values: Sequence[int], device: torch.device) -> Tensor:
-    """``values`` as an int64 tensor built from ranges: ``torch.tensor`` would become a constant of the traced graph."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return torch.cat([torch.arange(run[0], run[-1] + 1, device=device) for run in runs])

@@ -156,6 +156,11 @@ class AttentionSpec:
         return len(constant_heads(self.after)) == self.num_heads
 
     @property
+    def ignores_weights(self) -> bool:
+        """No head's output depends on the attention weights, nor on queries and keys."""
+        return self.route is None and any(set(self.heads) <= set(edit.overwritten) for edit in self.after)
+
+    @property
     def constants(self) -> tuple[Constant, ...]:
         """The constants of all edits, in order."""
         return tuple(c for edit in self.after for c in edit.constants)
@@ -205,7 +210,7 @@ class AttentionSpec:
         """The same attention with another edit of its head outputs.  Gains of heads that it leaves alone stay last, where the
         output projection can absorb them."""
         before, last = self._unscaled
-        own = {} if edit.overwrites else {h: g for h, g in last.items() if h in edit.changed}
+        own = {h: g for h, g in last.items() if h in edit.changed and h not in edit.overwritten}
         left = {h: g for h, g in last.items() if h not in edit.changed}
         return replace(self, after=(*before, *_scaled(own), edit, *_scaled(left)))
 
