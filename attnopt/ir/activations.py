@@ -100,5 +100,5 @@ def _attend(spec: AttentionSpec, o: OperandTensors) -> Tensor:
 
     q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
     with torch.no_grad():
-        attend = edited(spec, reference(replace(spec, after=())))
-        return attend(q, k, v, bias=of_heads(o.bias), mask=of_heads(o.mask), sinks=of_heads(o.sinks))
+        attend = edited(spec, reference(spec.bare))
+        return attend(q, k, v, **{role: of_heads(x) for role, x in o.others.items()})

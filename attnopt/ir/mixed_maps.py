@@ -1,4 +1,4 @@
-"""Head outputs that are partly computed with a map that no input changes."""
+"""Head outputs that are partly computed with a map that no input changes: an edit, and what a model has of itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnopt.base.bit_table import indices, stretched
+from attnopt.base.sizes import is_static
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_edits import HeadEdit, HeadMap, heads_told, without
 
@@ -113,6 +114,17 @@ class Mixed(HeadEdit):
         rows, columns = self.map.shape[1:]
         by = f"{self.gates[0]:g}" if len(set(self.gates)) == 1 else f"({', '.join(f'{g:g}' for g in self.gates)})"
         return f"a map of {rows} x {columns} mixed into {heads_told(self.heads)} by {by}"
+
+
+def mixed(spec: HeadMap, o: Tensor, v: Tensor, keep: Tensor | None, added: Tensor) -> Tensor:
+    """``keep * o + added @ v``, with the operands ``keep`` and ``added`` of an attention; no ``keep`` is 1."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    groups = spec.kv_of_head
+    if is_static(added.shape[0]) and added.shape[0] == 1:
+        mapped = _mapped(added[0], v, groups, wide)
+    else:
+        mapped = added.to(wide) @ _taken(v, groups, 1).to(wide)
+    return ((o.to(wide) if keep is None else o.to(wide) * keep.to(wide)) + mapped).to(o.dtype)
 
 
 def _mapped(maps_RLS: Tensor, v_BGSD: Tensor, groups: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -116,11 +116,12 @@ def lower(backend: Backend, spec: AttentionSpec) -> Attend:
 
 
 def attention_of(backend: Backend, spec: AttentionSpec, constants: Sequence[Tensor] | None = None) -> Attend:
-    """``spec`` including ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
-    bare = replace(spec, after=())
+    """``spec`` including its map and ``spec.after``, computed by ``backend``; ``constants`` as of ``semantics.edited``."""
+    bare = spec.bare
     splits = bare.pooling is not None and not backend.pools
     core: Attend = pooled(bare, partial(lower, backend)) if splits else lower(backend, bare)
-    return edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
+    has_more = spec.has_map or bool(spec.after)
+    return edited(spec, core, constants, skips_rows=backend.skips_rows) if has_more else core
 
 
 def no_answer(site: Site, e: PluginError) -> Refusal:

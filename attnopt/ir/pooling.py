@@ -52,9 +52,9 @@ class Part:
 
 
 def parts_of(spec: AttentionSpec) -> tuple[Part, ...]:
-    """``spec`` without its edits: the heads that pool nothing, those that see nothing but their pools, and those with a
+    """``spec.bare``: the heads that pool nothing, those that see nothing but their pools, and those with a
     pattern, a bias, a mask or gains, which tell keys of one pool apart."""
-    bare = replace(spec, after=())
+    bare = spec.bare
     if bare.pooling is None:
         return (Part(tuple(range(bare.num_heads)), tuple(range(bare.num_kv_heads)), bare),)
     groups: dict[tuple[bool, bool], list[int]] = {}

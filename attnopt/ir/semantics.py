@@ -14,6 +14,7 @@ from attnopt.base.bit_table import indices
 from attnopt.base.sizes import is_static
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.blame import applied
+from attnopt.ir.mixed_maps import mixed
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Full
 
@@ -25,14 +26,22 @@ def edited(
     *,
     skips_rows: bool = False,
 ) -> Attend:
-    """``core``, which computes ``spec`` without its edits, with all of them.
+    """``core``, which computes ``spec.bare``, with its map and all of its edits.
 
     ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.
     ``skips_rows``: ``core`` is a ``RoutedAttend``.
     """
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        keep: Tensor | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         held = iter([c.tensor(q.device) for c in spec.constants] if constants is None else constants)
         own = [[next(held) for _ in edit.constants] for edit in spec.after]
@@ -40,6 +49,9 @@ def edited(
         if skips_rows and spec.route is not None:
             wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
         o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
+        if spec.has_map:
+            assert added is not None
+            o = mixed(spec, o, v, keep, added)
         for edit, numbers in zip(spec.after, own, strict=True):
             o = applied(edit, spec, o, q, v, numbers, mask=mask, bias=bias)
         return o
@@ -48,9 +60,9 @@ def edited(
 
 
 def require_no_edits(spec: AttentionSpec, *, pools: bool = False) -> None:
-    """Raises ValueError: a backend computes a spec without its edits and, unless it ``pools``, without pooled keys."""
-    if spec.after or (spec.pooling is not None and not pools):
-        what = "edits" if spec.after else "pooled keys"
+    """Raises ValueError: a backend computes a spec without its map and edits and, unless it ``pools``, without pooled keys."""
+    if spec.after or spec.has_map or (spec.pooling is not None and not pools):
+        what = "edits" if spec.after else "map" if spec.has_map else "pooled keys"
         raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
 
 

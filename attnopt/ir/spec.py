@@ -28,7 +28,8 @@ class AttentionSpec:
         s = where(mask & pattern & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         p = softmax([s, sink_h])[:S]               # a sink logit takes probability without a value
         p = weight_gains(p)                        # if there are any
-        o_h = p @ v_g                              # [L, value_dim]
+        p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
+        o_h = p @ v_g                              # [L, value_dim]; added reads the values of keys, also of those that pool
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
     ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
@@ -45,6 +46,7 @@ class AttentionSpec:
     has_bias: bool = False
     has_mask: bool = False
     has_sinks: bool = False
+    has_map: bool = False  # operands keep and added: a map that no input changes, mixed into the weights
     softcap: float | None = None
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
@@ -85,9 +87,22 @@ class AttentionSpec:
             softcap=softcap,
         )
 
-    def having(self, bias: object = None, mask: object = None, sinks: object = None) -> AttentionSpec:
+    def having(
+        self, bias: object = None, mask: object = None, sinks: object = None, added: object = None
+    ) -> AttentionSpec:
         """The same attention with these operands, where they are not None."""
-        return replace(self, has_bias=bias is not None, has_mask=mask is not None, has_sinks=sinks is not None)
+        return replace(
+            self,
+            has_bias=bias is not None,
+            has_mask=mask is not None,
+            has_sinks=sinks is not None,
+            has_map=added is not None,
+        )
+
+    @property
+    def bare(self) -> AttentionSpec:
+        """What a backend computes of it: without map and edits."""
+        return replace(self, has_map=False, after=())
 
     def __str__(self) -> str:
         """ "12 heads / 4 kv x 64, self, Causal(), bias, rope, scale 0.125" """
@@ -110,7 +125,7 @@ class AttentionSpec:
     def features(self) -> tuple[str, ...]:
         """What changes the scores besides scale and pattern, in words."""
         softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
-        given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
+        given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks, "map": self.has_map}
         pooled = () if self.pooling is None else (str(self.pooling),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
         return (*(name for name, has in given.items() if has), *softcap, *pooled, *gains)
