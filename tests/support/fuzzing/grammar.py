@@ -20,6 +20,7 @@ REWRITES = (
     "window+add",
     "segment", "segment+window",
     "pool", "pool+sparse",
+    "mix", "window+mix", "mix+scale", "prune+mix", "group+mix",
 )  # fmt: skip
 
 

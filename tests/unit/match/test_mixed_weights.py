@@ -12,9 +12,12 @@ import oracle
 import pytest
 import torch
 import zoo
+from sites import a_site
 from torch import Tensor, nn
 
 import attnopt
+from attnopt.errors import ExportError
+from attnopt.onnx.export.decoder import _check_edits
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, MixMap, PruneHeads, RouteHeads, ScaleHeads, Steer
 
 pytestmark = [
@@ -412,16 +415,29 @@ def test_what_is_no_such_map(change: Any) -> None:
     assert [miss.refusal.code for miss in found.near_misses][:1] == ["weights-changed"], found
 
 
-def test_sums_beside_a_sink_are_not_known() -> None:
-    class Sunk(Attention):
-        def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-            q, k, v = (f(x).unflatten(-1, (H, D)).transpose(1, 2) for f in (self.q, self.k, self.v))
-            scores = torch.cat([q @ k.mT, self.gating.view(1, H, 1, 1).expand(len(x), -1, N, 1)], -1)
-            weights = self.divided(self.mixed(scores.softmax(-1)[..., :-1], self.map(len(x)), self.gate()))
-            return self.out((weights @ v).transpose(1, 2).flatten(2))
+class Sunk(Attention):
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (H, D)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = torch.cat([q @ k.mT, self.plain.view(1, H, 1, 1).expand(len(x), -1, N, 1)], -1)
+        weights = self.divided(self.mixed(scores.softmax(-1)[..., :-1], self.map(len(x)), self.gate()))
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
 
-    found = attnopt.inspect(Sunk(Gpsa(divide="keepdim")).eval(), inputs(Gpsa()))
-    assert not found.sites, "the weights of a row sum to less than 1 beside a sink"
+
+def test_a_map_beside_a_sink() -> None:
+    model, args = Sunk(Gpsa()).eval(), inputs(Gpsa())
+    fast = attnopt.optimize(model, "fuse", args)
+    assert fast.sites[0].spec.has_map
+    assert fast.sites[0].spec.has_sinks
+    oracle.assert_same(oracle.run(fast, args), oracle.run(model, args))
+    divided = attnopt.inspect(Sunk(Gpsa(divide="keepdim")).eval(), args)
+    assert [miss.refusal.code for miss in divided.near_misses][:1] == ["weights-changed"], (
+        "the weights of a row sum to less than 1 beside a sink"
+    )
+
+
+def test_a_decoder_of_one_token_at_a_time_has_no_map() -> None:
+    with pytest.raises(ExportError, match="mixed with a map, which depends on the positions"):
+        _check_edits([a_site(has_map=True)])
 
 
 # ---------------------------------------------------------------- a real model

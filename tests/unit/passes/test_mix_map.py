@@ -18,6 +18,8 @@ from torch import Tensor
 
 import attnopt
 from attnopt.errors import ConversionError, PolicyError
+from attnopt.ir.constant import Constant
+from attnopt.ir.head_edits import Scaled
 from attnopt.passes import (
     DynamicSparse,
     GroupedQuery,
@@ -178,6 +180,14 @@ def test_with_other_passes() -> None:
         oracle.assert_same(oracle.run(fast, (), given), want, str(policy))
 
 
+def test_gains_of_heads_that_a_map_replaces_are_gone() -> None:
+    gains, maps = ScaleHeads({0: 2.0, 1: 3.0, 2: 4.0}), torch.ones(12, 12)
+    edits = applied(MixMap(maps, [0.5, 1.0], [0, 1]), applied(gains, a_site())).spec.after
+    assert [edit.kind for edit in edits] == ["scaled", "mixed", "scaled"]
+    assert edits[0] == Scaled(((0, 2.0),))
+    assert edits[2] == Scaled(((2, 4.0),))
+
+
 def test_earlier_edits_count_by_what_the_gate_leaves() -> None:
     s = UNEVEN
     model, given, maps = Attention(s), inputs(s), a_map(s)
@@ -302,7 +312,7 @@ def test_law_in_models(name: str) -> None:
 
     def edit(index: int, sizes: tuple[int, ...]) -> oracle.Edit:
         maps = policy[sites[index].name].map
-        assert isinstance(maps, attnopt.ir.constant.Constant)
+        assert isinstance(maps, Constant)
 
         def weights(p: Tensor) -> Tensor:
             q = p.clone()
