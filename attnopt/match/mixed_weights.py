@@ -30,7 +30,7 @@ def is_mixing(node: fx.Node) -> bool:
 
 def mixes(node: fx.Node, weights: fx.Node) -> bool:
     """``node`` may be a mixture of ``weights``: between the two, nothing else depends on an input, and there are only sums,
-    products, divisions and layouts."""
+    products, divisions, choices and layouts."""
     inside = _between(weights, node) - {weights}
     known = (is_mixing(n) or n.target in FOLLOWED or is_call(n, aten.sum.dim_IntList) for n in inside)
     others = (i for n in inside for i in n.all_input_nodes if i not in inside and i is not weights)
@@ -133,6 +133,15 @@ def _interpolated(node: fx.Node, a: Mixture, b: Mixture, by: Mixture) -> Mixture
     return Mixture(_plus(left.keep, right.keep), _plus(left.added, right.added), a.axes)
 
 
+def _chosen(condition: Mixture, a: Mixture, b: Mixture) -> Mixture | None:
+    """What ``where`` gives, as an exported ``torch.lerp`` has it."""
+    if condition.keep != 0.0:
+        return None
+    if isinstance(condition.added, float):
+        return a if condition.added else b
+    return Mixture(_where(condition.added, a.keep, b.keep), _where(condition.added, a.added, b.added), a.axes)
+
+
 # For each operator the number of its arguments, and what it makes of mixtures.  What does not hold the weights is one of which
 # nothing is kept.
 _RULES: Mapping[Target, tuple[int, Callable[..., Mixture | None]]] = rules(
@@ -144,6 +153,7 @@ _RULES: Mapping[Target, tuple[int, Callable[..., Mixture | None]]] = rules(
         DIV: (2, _quotient),
         "lerp": (3, _interpolated),
         "neg": (1, lambda node, a: _scaled(a, -1.0)),
+        "where.self": (3, lambda node, condition, a, b: _chosen(condition, a, b)),
     }
 )
 
@@ -178,14 +188,23 @@ def _over(a: Value, b: Value) -> Value:
     )
 
 
+def _where(condition: Value, a: Value, b: Value) -> Value:
+    if a == b:
+        return a
+    scalars = {
+        (False, False): aten.where.self, (True, False): aten.where.ScalarSelf, (False, True): aten.where.ScalarOther,
+        (True, True): aten.where.Scalar,
+    }  # fmt: skip
+    return Computed(scalars[isinstance(a, float), isinstance(b, float)], (condition, a, b))
+
+
 def _has_keys(value: object, keys: frozenset[Atom]) -> bool:
     """It has a number for each key."""
     if isinstance(value, Operand):
         return keys <= atoms_of(value.axes)
     if not isinstance(value, Computed) or value.target is aten.sum.dim_IntList:
         return False
-    found = [_has_keys(x, keys) for x in value.args]
-    return all(found) if value.target is aten.add.Tensor else any(found)
+    return any(_has_keys(x, keys) for x in value.args)
 
 
 def _beside_sums(value: Value) -> list[Operand]:

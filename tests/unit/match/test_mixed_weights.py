@@ -32,10 +32,10 @@ B, H, N, D, WIDTH = 3, 4, 9, 3, 12
 class Gpsa:
     """How gated positional self-attention is written."""
 
-    mix: str = "sum"  # sum, swapped, commuted, lerp, lerp-back, by-hand, minus, parts, in-place, over
+    mix: str = "sum"  # sum, swapped, commuted, lerp, lerp-back, chosen, by-hand, minus, parts, in-place, over, bias
     gate: str = "sigmoid"  # sigmoid, plain (a parameter), buffer, number, one (for all heads)
     places: str = "projected"  # projected (for each sequence), once, table, alibi, raw (no softmax), all-heads
-    divide: str = ""  # unsqueezed, keepdim, in-place, reciprocal (unread)
+    divide: str = ""  # unsqueezed, keepdim, in-place
     groups: int = H
     cross: bool = False
     causal: bool = False
@@ -111,6 +111,11 @@ class Attention(nn.Module):
                 weights *= 1 - g
                 weights += g * m
                 return weights
+            case "chosen":  # as torch.lerp is exported to ONNX
+                w = torch.as_tensor(g)
+                return torch.where(w < 0.5, p + w * (m - p), m - (m - p) * (1 - w))
+            case "bias":
+                return (1.0 - g) * p + g * m + 0.01 * self.plain[:, None, None]
             case "over":
                 return (p / (1 / (1 - g)) + m / (1 / g)) / 1.0
         return (1.0 - g) * p + g * m
@@ -153,8 +158,13 @@ def inputs(s: Gpsa, batch: int = B) -> tuple[Tensor, ...]:
 
 READ = [
     Gpsa(),
-    *(Gpsa(mix) for mix in ("swapped", "commuted", "lerp", "lerp-back", "by-hand", "minus", "in-place", "over")),
+    *(
+        Gpsa(mix)
+        for mix in ("swapped", "commuted", "lerp", "lerp-back", "by-hand", "minus", "in-place", "over", "bias")
+    ),
     Gpsa("parts", "number", "table"),
+    Gpsa("chosen", "plain", "table", "keepdim"),
+    Gpsa("bias", "plain", "raw", "keepdim"),
     *(Gpsa("commuted", gate) for gate in ("plain", "buffer", "number", "one")),
     *(Gpsa("sum", "sigmoid", places) for places in ("once", "table", "alibi", "raw", "all-heads")),
     *(Gpsa("sum", "plain", "projected", divide) for divide in ("unsqueezed", "keepdim", "in-place")),
@@ -361,6 +371,20 @@ def test_saved_and_exported(s: Gpsa, tmp_path: Path) -> None:
         oracle.assert_same(oracle.run(fast, (x,)), want)
         oracle.assert_same(oracle.run(loaded, (x,)), oracle.run(fast, (x,)), limit=0.0)
         oracle.assert_same([torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})], want)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+@pytest.mark.parametrize("s", [Gpsa(divide="in-place"), Gpsa("lerp", "plain", "table", "keepdim")], ids=str)
+def test_a_file_is_rewritten_in_place(s: Gpsa, tmp_path: Path) -> None:
+    model, (x,) = Attention(s).eval(), inputs(s)
+    torch.onnx.export(model, (x,), tmp_path / "own.onnx", dynamo=True, verbose=False)
+    fast = attnopt.optimize(tmp_path / "own.onnx", PruneHeads(heads=[1]), (x,))
+    assert [site.spec.has_map for site in fast.sites] == [True]
+    fast.export_onnx(tmp_path / "fast.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "fast.onnx"))
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    oracle.assert_same([torch.from_numpy(y) for y in found], oracle.run(without(model, {1: 0.0}), (x,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
