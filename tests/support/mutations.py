@@ -286,7 +286,7 @@ FAULTS = (
     Fault("a past for the narrowest of its patterns", "max(p.recent for p in known)",
           "min(p.recent for p in known)", "test_hf_cache.py -k how_much"),
     # what third parties write
-    Fault("operands that a pass makes up, unsaid", '"has_bias", "has_mask", "has_sinks")', ")",
+    Fault("operands that a pass makes up, unsaid", '"has_bias", "has_mask", "has_sinks", "has_map")', ")",
           "test_plugin_faults.py -k broken_rule"),
     Fault("new weights of any size", "made.shape != known.shape", "made.dim() != known.dim()",
           "test_plugin_faults.py -k broken_rule"),
