@@ -16,7 +16,7 @@ from sites import a_site
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.errors import ExportError
+from attnopt.errors import ConversionError, ExportError
 from attnopt.onnx.export.decoder import _check_edits
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, MixMap, PruneHeads, RouteHeads, ScaleHeads, Steer
 
@@ -34,7 +34,9 @@ class Gpsa:
 
     mix: str = "sum"  # sum, swapped, commuted, lerp, lerp-back, chosen, by-hand, minus, parts, in-place, over, bias
     gate: str = "sigmoid"  # sigmoid, plain (a parameter), buffer, number, one (for all heads)
-    places: str = "projected"  # projected (for each sequence), once, table, alibi, raw (no softmax), all-heads
+    places: str = (
+        "projected"  # projected (for each sequence), once, table, alibi, raw (no softmax), all-heads, all-queries
+    )
     divide: str = ""  # unsqueezed, keepdim, in-place
     groups: int = H
     cross: bool = False
@@ -87,6 +89,8 @@ class Attention(nn.Module):
                 return self.raw
             case "all-heads":
                 return self.table[0].softmax(-1)
+            case "all-queries":
+                return self.table[:, :1].softmax(-1)
         far = (torch.arange(N)[:, None] - torch.arange(self.keys)).abs()
         return (-far * torch.arange(1.0, H + 1)[:, None, None]).softmax(-1)
 
@@ -166,7 +170,7 @@ READ = [
     Gpsa("chosen", "plain", "table", "keepdim"),
     Gpsa("bias", "plain", "raw", "keepdim"),
     *(Gpsa("commuted", gate) for gate in ("plain", "buffer", "number", "one")),
-    *(Gpsa("sum", "sigmoid", places) for places in ("once", "table", "alibi", "raw", "all-heads")),
+    *(Gpsa("sum", "sigmoid", places) for places in ("once", "table", "alibi", "raw", "all-heads", "all-queries")),
     *(Gpsa("sum", "plain", "projected", divide) for divide in ("unsqueezed", "keepdim", "in-place")),
     Gpsa("lerp", "one", "raw", "keepdim"),  # rows of any sum
     Gpsa("by-hand", "number", "raw", "in-place"),
@@ -195,6 +199,18 @@ def test_the_map_is_read(s: Gpsa) -> None:
         other = inputs(s, batch)
         oracle.assert_same(oracle.run(fast, other), oracle.run(model, other))
     assert "map" in fast.report.sites[0].spec_after
+
+
+def test_a_map_that_differs_from_sequence_to_sequence() -> None:
+    class Own(Attention):
+        def map(self, batch: int) -> Tensor:
+            return self.raw.unsqueeze(0) * torch.arange(1.0, B + 1)[:, None, None, None]
+
+    for groups in (H, 2):
+        model, args = Own(Gpsa(groups=groups, divide="keepdim")).eval(), inputs(Gpsa())
+        fast = attnopt.optimize(model, [LocalWindow(20), PruneHeads(heads=[0])], args)
+        assert fast.sites[0].spec.has_map
+        oracle.assert_same(oracle.run(fast, args), oracle.run(without(model, {0: 0.0}), args))
 
 
 def test_gates_and_places_can_be_trained() -> None:
@@ -258,7 +274,7 @@ SOME = [
 
 def without(model: Attention, gains: dict[int, float]) -> Attention:
     """The same with heads scaled where the output projection reads them."""
-    made = Attention(model.s)
+    made = type(model)(model.s)
     made.load_state_dict(model.state_dict())
     with torch.no_grad():
         for h, gain in gains.items():
@@ -394,6 +410,12 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     fast = attnopt.optimize(model, "fuse", args)
     assert fast.sites[0].spec.has_map
     oracle.assert_same(oracle.run(fast, args), oracle.run(model, args))
+
+
+def test_no_class_takes_a_pattern_beside_a_map() -> None:
+    s = Gpsa(divide="in-place")
+    with pytest.raises(ConversionError, match="a pattern beside a map that is mixed into the weights cannot be"):
+        attnopt.convert(Attention(s).eval(), LocalWindow(2), inputs(s))
 
 
 # ---------------------------------------------------------------- what is none
