@@ -386,7 +386,7 @@ FAULTS = (
     Fault("maps that read other heads' values", "[spec.kv_of_head[p] for p in places]", "[0 for _ in places]",
           "test_mix_map.py -k every_head"),
     Fault("a shift that a later map leaves as it is", "(1.0 - dict(zip(heads, gates, strict=True)).get(h, 0.0))", "1.0",
-          "test_head_additions.py -k move_to_the_end"),
+          "test_mix_map.py -k earlier_edits"),
     Fault("gains of a head that the map replaces", "h in edit.changed and h not in edit.overwritten", "h in edit.changed",
           "test_mix_map.py -k replaces"),
     Fault("queries counted that nothing reads", "return self.route is None and any(set(self.heads) <= set(edit.overwritten)",

@@ -442,6 +442,7 @@ class Other(Attention):
         lambda self, p, m, g, x: (1 - g) * p + self.of_input(x).mT.unsqueeze(2).softmax(-1),
         lambda self, p, m, g, x: (gate := torch.sigmoid(self.of_input(x).mT[..., None])) * p + (1 - gate) * m,
         lambda self, p, m, g, x: (1 - g) * p + g * p.mT,
+        lambda self, p, m, g, x: (1 - g) * p + g / 2 * (p.mT + m),
         lambda self, p, m, g, x: (1 - g) * p + g * p.roll(1, 1),
         lambda self, p, m, g, x: (1 - g) * p * m + g * m,
         lambda self, p, m, g, x: (1 - g) * p + g,
