@@ -36,7 +36,7 @@ def call(
     """What the arguments of an operator of ``attnopt.backends.attention_operator`` mean."""
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
-    return spec, OperandTensors(q, k, v, bias, mask, sinks, selected=selected)
+    return spec, OperandTensors(q, k, v, bias, mask, sinks, selected)
 
 
 def forward(spec: AttentionSpec, operands: OperandTensors, wanted: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -31,8 +31,8 @@ class Operands(Generic[T]):
     bias: T | None = None
     mask: T | None = None
     sinks: T | None = None
-    keep: T | None = None
-    added: T | None = None
+    keep: T | None = field(default=None, kw_only=True)
+    added: T | None = field(default=None, kw_only=True)
 
     @property
     def given(self) -> dict[str, T]:
@@ -52,7 +52,7 @@ class Operands(Generic[T]):
         assert q is not None
         assert k is not None
         assert v is not None
-        return Operands(q, k, v, *rest)
+        return Operands(q, k, v, **dict(zip(CANONICAL[3:], rest, strict=False)))
 
     def map(self, make: Callable[[str, T], U]) -> Operands[U]:
         """What ``make`` gives for the role and the value of each that is there."""

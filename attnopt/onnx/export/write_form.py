@@ -32,7 +32,7 @@ def write(b: Builder, site: OnnxSite, form: Form, operands: Operands[ir.Value]) 
     if narrow is not None:
         q, k, v = (b.op("Cast", x, to=ir.DataType.FLOAT) for x in (q, k, v))
         bias, sinks = (None if x is None else _keeping_shape(b, x) for x in (bias, sinks))
-    made = _made(b, site, form, Values(q, k, v, bias, operands.mask, sinks, is_flat=is_flat))
+    made = _made(b, site, form, Values(q, k, v, bias, operands.mask, sinks, is_flat))
     if narrow is not None:
         made = b.op("Cast", made, to=narrow)
     if not is_flat:
