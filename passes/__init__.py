@@ -11,6 +11,7 @@ from attnopt.passes.fuse import Fuse
 from attnopt.passes.grouped_query import GroupedQuery
 from attnopt.passes.head_patch import HeadPatch
 from attnopt.passes.local_window import LocalWindow
+from attnopt.passes.mix_map import MixMap
 from attnopt.passes.pool_keys import PoolKeys
 from attnopt.passes.prune_heads import PruneHeads
 from attnopt.passes.route_heads import RouteHeads
@@ -27,6 +28,7 @@ __all__ = [
     "GroupedQuery",
     "HeadPatch",
     "LocalWindow",
+    "MixMap",
     "PoolKeys",
     "PruneHeads",
     "RouteHeads",

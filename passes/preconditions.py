@@ -166,6 +166,8 @@ def refuse_no_data(site: Site, hint: str = "pass calibration= to attnopt.optimiz
     """Refuse a site without calibration data."""
     if site.activations is not None:
         return None
+    if site.spec.segments is not None:
+        hint = "let this pass come before the segments, which calibration does not know"
     return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
 
 

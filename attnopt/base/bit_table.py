@@ -1,4 +1,4 @@
-"""Bool tables as plain operators: built from numbers inside a traced graph, without a constant tensor."""
+"""Tables as plain operators: built from numbers inside a traced graph, without a constant tensor."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def stretched(runs: Iterable[tuple[float, int]], device: torch.device, dtype: to
         else:
             joined.append((value, count))
     return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in joined])
+
+
+def indices(values: Sequence[int], device: torch.device) -> Tensor:
+    """``values`` as an int64 tensor built from ranges: ``torch.tensor`` would become a constant of the traced graph."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return torch.cat([torch.arange(run[0], run[-1] + 1, device=device) for run in runs])

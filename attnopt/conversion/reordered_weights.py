@@ -120,7 +120,7 @@ def _axes(site: Site, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]]]
 def _tables(plan: Plan, order: HeadOrder) -> Iterator[tuple[str, int, list[Held]]]:
     """The same for parameters that a bias or a sink reads by head, as T5's relative positions [buckets, heads]."""
     heads = range(plan.found.raised.spec.num_heads)
-    for role in ("bias", "sinks"):
+    for role in ("bias", "sinks", "keep", "added"):
         node = plan.found.raised.operands.given.get(role)
         if node is None or shape(node)[1] != len(heads):
             continue

@@ -52,7 +52,7 @@ def kept_of_rows(
     kept = selected(spec, q_BHLD, k_BGSD).index_select(2, torch.arange(q_len, device=q_BHLD.device) // block)
     of_block = torch.arange(kv_len, device=k_BGSD.device).unsqueeze(1) // block
     values = (of_block == torch.arange(kept.shape[3], device=k_BGSD.device)).to(torch.float32)
-    whole = replace(spec, selection=None, after=(), value_dim=kept.shape[3])
+    whole = replace(spec.bare, selection=None, value_dim=kept.shape[3])
     v_BGSM = values.expand(*k_BGSD.shape[:2], -1, -1)
     mass_BHLM = Reference().lower(whole)(q_BHLD, k_BGSD, v_BGSM, bias=bias, mask=mask, sinks=sinks)
     return (mass_BHLM * kept).sum(3), mass_BHLM.sum(3)

@@ -103,11 +103,13 @@ def _of_heads(spec: AttentionSpec, o: OperandTensors) -> OperandTensors:
         return x[:, list(spec.heads)]
 
     q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
-    return OperandTensors(q, k, v, chosen(o.bias), chosen(o.mask), chosen(o.sinks))
+    return OperandTensors(
+        q, k, v, chosen(o.bias), chosen(o.mask), chosen(o.sinks), keep=chosen(o.keep), added=chosen(o.added)
+    )
 
 
 def _attend(spec: AttentionSpec, o: OperandTensors) -> Tensor:
     t = _of_heads(spec, o)
     with torch.no_grad():
-        attend = edited(spec, reference(replace(spec, after=())))
-        return attend(t.q, t.k, t.v, bias=t.bias, mask=t.mask, sinks=t.sinks)
+        attend = edited(spec, reference(spec.bare))
+        return attend(t.q, t.k, t.v, **t.others)

@@ -33,17 +33,22 @@ class Cost:
 def cost_of(
     site: Site, spec: AttentionSpec, before: AttentionSpec, element_sizes: tuple[int, int], rows: float = 1.0
 ) -> Cost:
-    """FLOPs of the two products over the visible pairs and of the projections, for one sequence of the length of the
-    example; parameters of the projections; cached key and value bytes per token.
+    """FLOPs of the two products over the visible pairs, of the products of its map and edits and of the projections, for one
+    sequence of the length of the example; parameters of the projections; cached key and value bytes per token.
 
     ``element_sizes``: bytes per element of a key and of a value.
     ``rows``: the fraction of (query, head) pairs that are computed.
     """
     products = rows * sum(_products(part.spec, site.q_len, part.kv_len(site.kv_len)) for part in parts_of(spec))
     parameters = _projection_parameters(site, site.parameters, spec, before)
+    of_key, of_value = element_sizes
+    if spec.ignores_weights:  # queries and keys are unused
+        products, of_key = 0.0, 0
+        parameters = {role: n for role, n in parameters.items() if role not in ("q", "k")}
+    pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
+    products += 2 * spec.value_dim * (pairs + sum(edit.pairs for edit in spec.after))
     tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
-    of_key, of_value = element_sizes
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
     if spec.is_constant:  # queries, keys and values are unused
         return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.constant import Constant
-from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues, with_heads, without
+from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues, heads_told, with_heads, without
+from attnopt.ir.mixed_maps import Mixed
 from attnopt.ir.tokens import among, indices, told
 from attnopt.patterns.algebra import Full, Pattern
 
@@ -85,7 +86,7 @@ class Shifted(HeadEdit):
         return cls(tuple(map(int, data["heads"])), Constant.from_json(data["by"]), tokens, bool(data["after_past"]))
 
     def __str__(self) -> str:
-        return f"{_heads_told(self.heads)} shifted{'' if self.tokens is None else ' at ' + told(self.tokens)}"
+        return f"{heads_told(self.heads)} shifted{'' if self.tokens is None else ' at ' + told(self.tokens)}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class ValuesAdded(HeadEdit):
         return without(known, self.heads)
 
     def __str__(self) -> str:
-        return f"{self.alpha:g} times the values of {told(self.tokens)} added to {_heads_told(self.heads)}"
+        return f"{self.alpha:g} times the values of {told(self.tokens)} added to {heads_told(self.heads)}"
 
 
 def _seen(pattern: Pattern, at: Tensor, queries: int, keys: int) -> Tensor | None:
@@ -185,6 +186,8 @@ def without_shifts(edits: Sequence[HeadEdit]) -> tuple[tuple[HeadEdit, ...], dic
                     continue
             case TowardValues(amounts):
                 added = {h: by * (1.0 - dict(amounts).get(h, 0.0)) for h, by in added.items()}
+            case Mixed(heads, gates):
+                added = {h: by * (1.0 - dict(zip(heads, gates, strict=True)).get(h, 0.0)) for h, by in added.items()}
             case Replaced():
                 added = without(added, edit.heads)
             case Shifted() | ValuesAdded():
@@ -193,7 +196,3 @@ def without_shifts(edits: Sequence[HeadEdit]) -> tuple[tuple[HeadEdit, ...], dic
                 left, added = list(edits[:n]), {}
         left.append(edit)
     return tuple(left), added
-
-
-def _heads_told(heads: Sequence[int]) -> str:
-    return f"head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"

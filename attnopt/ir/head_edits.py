@@ -32,7 +32,6 @@ class HeadEdit(ABC):
     """A change of head outputs.  Heads have their numbers from the trained model."""
 
     kind: ClassVar[str]
-    overwrites: ClassVar[bool] = False  # the previous outputs of the changed heads have no effect
     fits_other_values: ClassVar[bool] = True  # invariant under a change of basis of values and output projection
     reads_masks: ClassVar[bool] = False  # ``apply`` also gets ``mask=`` and ``bias=``: the operands, or None
 
@@ -40,6 +39,16 @@ class HeadEdit(ABC):
     @abstractmethod
     def changed(self) -> tuple[int, ...]:
         """The heads whose outputs change by more than a factor."""
+
+    @property
+    def overwritten(self) -> tuple[int, ...]:
+        """Those of them whose previous outputs have no effect."""
+        return ()
+
+    @property
+    def pairs(self) -> int:
+        """The pairs of queries and keys, over all heads, for which it multiplies values again."""
+        return 0
 
     @property
     def constants(self) -> tuple[Constant, ...]:
@@ -167,7 +176,6 @@ class Replaced(HeadEdit):
     """Replace the outputs of some heads: ``values`` [heads, Dv], the same for every token, or [B or 1, heads, L, Dv]."""
 
     kind: ClassVar[str] = "replaced"
-    overwrites: ClassVar[bool] = True
     fits_other_values: ClassVar[bool] = False
     heads: tuple[int, ...]
     values: Constant
@@ -185,6 +193,10 @@ class Replaced(HeadEdit):
 
     @property
     def changed(self) -> tuple[int, ...]:
+        return self.heads
+
+    @property
+    def overwritten(self) -> tuple[int, ...]:
         return self.heads
 
     @property
@@ -225,7 +237,12 @@ class Replaced(HeadEdit):
         return cls(tuple(map(int, data["heads"])), Constant.from_json(data["values"]), str(data["origin"]))
 
     def __str__(self) -> str:
-        return f"{self.origin} for head{'s' if len(self.heads) > 1 else ''} {', '.join(map(str, self.heads))}"
+        return f"{self.origin} for {heads_told(self.heads)}"
+
+
+def heads_told(heads: Sequence[int]) -> str:
+    """ "head 1", "heads 1, 3" """
+    return f"head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
 
 
 def _tuples(value: object) -> object:

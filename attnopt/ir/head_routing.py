@@ -13,6 +13,7 @@ from attnopt.base.registry import Registry
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_additions import Shifted, ValuesAdded
 from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues
+from attnopt.ir.mixed_maps import Mixed
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ HEAD_EDITS = Registry(
     "attnopt.head_edits",
     "head edit",
     HeadEdit,  # type: ignore[type-abstract]
-    {edit.kind: edit for edit in (Scaled, TowardValues, Replaced, Shifted, ValuesAdded, Routed)},
+    {edit.kind: edit for edit in (Scaled, TowardValues, Replaced, Shifted, ValuesAdded, Mixed, Routed)},
     lambda cls: getattr(cls, "kind", None),
 )
 

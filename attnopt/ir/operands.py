@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 T = TypeVar("T")
 U = TypeVar("U")
-ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of the canonical attention, in their order
+ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of an attention operator, in their order
+CANONICAL = (*ROLES, "keep", "added")  # those of the canonical attention
 BLOCK = 64  # queries and keys per block of a selection
 
 
@@ -20,7 +21,8 @@ BLOCK = 64  # queries and keys per block of a selection
 class Operands(Generic[T]):
     """Nodes of a graph, tensors, or values of a file.
 
-    q [B, H, L, D], k [B, G, S, D], v [B, G, S, Dv]; bias and mask broadcast to [B, H, L, S], sinks to [B, H, L, 1].
+    q [B, H, L, D], k [B, G, S, D], v [B, G, S, Dv]; bias and mask broadcast to [B, H, L, S], sinks to [B, H, L, 1]; keep, which
+    multiplies the weights, to [B, H, L, 1], and added, a map, to [B, H, L, S] with all S keys.
     """
 
     q: T
@@ -29,30 +31,33 @@ class Operands(Generic[T]):
     bias: T | None = None
     mask: T | None = None
     sinks: T | None = None
+    keep: T | None = field(default=None, kw_only=True)
+    added: T | None = field(default=None, kw_only=True)
 
     @property
     def given(self) -> dict[str, T]:
         """Those that are there, by role."""
-        return {role: x for role, x in ((role, getattr(self, role)) for role in ROLES) if x is not None}
+        return {role: x for role, x in ((role, getattr(self, role)) for role in CANONICAL) if x is not None}
 
     @property
     def others(self) -> dict[str, T | None]:
-        """All but q, k and v: the keywords of ``Attend``."""
-        return {"bias": self.bias, "mask": self.mask, "sinks": self.sinks}
+        """All but q, k and v: the keywords of ``Attend``, and keep and added if there is a map."""
+        mixed = {} if self.added is None else {"keep": self.keep, "added": self.added}
+        return {"bias": self.bias, "mask": self.mask, "sinks": self.sinks, **mixed}
 
     @classmethod
     def of(cls, values: Sequence[T | None]) -> Operands[T]:
-        """In the order of ``ROLES``; those at the end may be missing."""
+        """In the order of ``CANONICAL``; those at the end may be missing."""
         q, k, v, *rest = values
         assert q is not None
         assert k is not None
         assert v is not None
-        return Operands(q, k, v, *rest)
+        return Operands(q, k, v, **dict(zip(CANONICAL[3:], rest, strict=False)))
 
     def map(self, make: Callable[[str, T], U]) -> Operands[U]:
         """What ``make`` gives for the role and the value of each that is there."""
         made = {role: make(role, x) for role, x in self.given.items()}
-        return Operands.of([made.get(role) for role in ROLES])
+        return Operands.of([made.get(role) for role in CANONICAL])
 
 
 def operands_of(call: fx.Node) -> Operands[fx.Node]:

@@ -126,20 +126,21 @@ def attention_of(
     ids: Sequence[Tensor] = (),
     table: Tensor | None = None,
 ) -> Attend:
-    """``spec`` including ``spec.after``, computed by ``backend``.
+    """``spec`` including its map and ``spec.after``, computed by ``backend``.
 
     ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.  ``ids``: the tensors
     of ``spec.inputs``, and ``table`` that of its segments.
     """
     segments = None if takes_segments(backend, spec) else spec.segments  # as a mask
-    bare = replace(spec if segments is None else spec.with_segments_masked, after=())
+    bare = (spec if segments is None else spec.with_segments_masked).bare
     if constants is not None and spec.selection is not None:
         count = len(spec.selection.fitted)
         bare, constants = replace(bare, selection=spec.selection.using(constants[:count])), constants[count:]
     core = _without_edits(backend, bare)
     if bare.segments is not None:
         core = in_segments(bare.segments, ids, table, core)
-    whole = edited(spec, core, constants, skips_rows=backend.skips_rows) if spec.after else core
+    has_more = spec.has_map or bool(spec.after)
+    whole = edited(spec, core, constants, skips_rows=backend.skips_rows) if has_more else core
     return whole if segments is None else masked_by(segments, ids, table, whole)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.base.bit_table import indices
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.pooled_keys import PooledKeys
-from attnopt.ir.semantics import indices
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import FULL
 
@@ -52,9 +52,9 @@ class Part:
 
 
 def parts_of(spec: AttentionSpec) -> tuple[Part, ...]:
-    """``spec`` without its edits: the heads that pool nothing, those that see nothing but their pools, and those with a
+    """``spec.bare``: the heads that pool nothing, those that see nothing but their pools, and those with a
     pattern, a bias, a mask or gains, which tell keys of one pool apart."""
-    bare = replace(spec, after=())
+    bare = spec.bare
     if bare.pooling is None:
         return (Part(tuple(range(bare.num_heads)), tuple(range(bare.num_kv_heads)), bare),)
     groups: dict[tuple[bool, bool], list[int]] = {}

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.base.bit_table import indices
 from attnopt.base.sizes import is_static
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.blame import applied
 from attnopt.ir.call_segments import CallSegments
+from attnopt.ir.mixed_maps import mixed
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Full
 
@@ -27,14 +29,22 @@ def edited(
     *,
     skips_rows: bool = False,
 ) -> Attend:
-    """``core``, which computes ``spec`` without its edits, with all of them.
+    """``core``, which computes ``spec.bare``, with its map and all of its edits.
 
     ``constants``: ``spec.edit_constants`` as tensors, so a graph can store them; None: created at each call.
     ``skips_rows``: ``core`` is a ``RoutedAttend``.
     """
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        keep: Tensor | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         held = iter([c.tensor(q.device) for c in spec.edit_constants] if constants is None else constants)
         own = [[next(held) for _ in edit.constants] for edit in spec.after]
@@ -42,6 +52,9 @@ def edited(
         if skips_rows and spec.route is not None:
             wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
         o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
+        if spec.has_map:
+            assert added is not None
+            o = mixed(spec, o, v, keep, added)
         for edit, numbers in zip(spec.after, own, strict=True):
             o = applied(edit, spec, o, q, v, numbers, mask=mask, bias=bias)
         return o
@@ -62,21 +75,19 @@ def in_segments(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | N
 def masked_by(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | None, core: Attend) -> Attend:
     """``core`` with the segments of this call as its mask, joined with another one."""
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, **others: Any) -> Tensor:
         seen = segments.tensors(ids, table, q.shape[2]).mask()
-        return core(q, k, v, bias=bias, mask=seen if mask is None else seen & mask, sinks=sinks)
+        return core(q, k, v, mask=seen if mask is None else seen & mask, **others)
 
     return attend
 
 
 def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False) -> None:
-    """Raises ValueError: a backend computes a spec without its edits and, unless it ``pools`` or knows ``zero_keys``, without
-    these."""
+    """Raises ValueError: a backend computes a spec without its map and edits and, unless it ``pools`` or knows ``zero_keys``,
+    without these."""
     has_pools, has_zeros = spec.pooling is not None and not pools, spec.zero_keys is not None and not zero_keys
-    if spec.after or has_pools or has_zeros:
-        what = "edits" if spec.after else "pooled keys" if has_pools else "zero keys"
+    if spec.after or spec.has_map or has_pools or has_zeros:
+        what = "edits" if spec.after else "map" if spec.has_map else "pooled keys" if has_pools else "zero keys"
         raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
 
 
@@ -129,14 +140,3 @@ def _sees_all(spec: AttentionSpec, q_len: int, kv_len: int) -> bool:
     if not (is_static(q_len) and is_static(kv_len)):
         return False
     return spec.pattern.covers(int(q_len), int(kv_len), num_heads=spec.num_heads)
-
-
-def indices(values: Sequence[int], device: torch.device) -> Tensor:
-    """``values`` as an int64 tensor built from ranges: ``torch.tensor`` would become a constant of the traced graph."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return torch.cat([torch.arange(run[0], run[-1] + 1, device=device) for run in runs])

@@ -31,7 +31,8 @@ class AttentionSpec:
         s = where(mask & pattern & segments & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         p = softmax([s, sink_h, 0 ...])[:S]        # a sink logit and zero keys, of score 0, take probability without a value
         p = weight_gains(p)                        # if there are any
-        o_h = p @ v_g                              # [L, value_dim]
+        p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
+        o_h = p @ v_g                              # [L, value_dim]; added reads the values of keys, also of those that pool
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
     ``segments`` compares ids that the call brings.  ``selected`` holds the keys of the blocks that ``selection`` chooses
@@ -49,6 +50,7 @@ class AttentionSpec:
     has_bias: bool = False
     has_mask: bool = False
     has_sinks: bool = False
+    has_map: bool = False  # operands keep and added: a map that no input changes, mixed into the weights
     softcap: float | None = None
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
@@ -91,9 +93,22 @@ class AttentionSpec:
             softcap=softcap,
         )
 
-    def having(self, bias: object = None, mask: object = None, sinks: object = None) -> AttentionSpec:
+    def having(
+        self, bias: object = None, mask: object = None, sinks: object = None, added: object = None
+    ) -> AttentionSpec:
         """The same attention with these operands, where they are not None."""
-        return replace(self, has_bias=bias is not None, has_mask=mask is not None, has_sinks=sinks is not None)
+        return replace(
+            self,
+            has_bias=bias is not None,
+            has_mask=mask is not None,
+            has_sinks=sinks is not None,
+            has_map=added is not None,
+        )
+
+    @property
+    def bare(self) -> AttentionSpec:
+        """What a backend computes of it: without map and edits."""
+        return replace(self, has_map=False, after=())
 
     def __str__(self) -> str:
         """ "12 heads / 4 kv x 64, self, Causal(), bias, rope, scale 0.125" """
@@ -116,7 +131,7 @@ class AttentionSpec:
     def features(self) -> tuple[str, ...]:
         """What changes the scores besides scale and pattern, in words."""
         softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
-        given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
+        given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks, "map": self.has_map}
         pooled = () if self.pooling is None else (str(self.pooling),)
         zeros = () if self.zero_keys is None else (str(self.zero_keys),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
@@ -167,6 +182,11 @@ class AttentionSpec:
     def inputs(self) -> tuple[Input, ...]:
         """What the call has to bring beside the operands, in order."""
         return () if self.segments is None else self.segments.inputs
+
+    @property
+    def ignores_weights(self) -> bool:
+        """No head's output depends on the attention weights, nor on queries and keys."""
+        return self.route is None and any(set(self.heads) <= set(edit.overwritten) for edit in self.after)
 
     @property
     def constants(self) -> tuple[Constant, ...]:
@@ -231,7 +251,7 @@ class AttentionSpec:
         """The same attention with another edit of its head outputs.  Gains of heads that it leaves alone stay last, where the
         output projection can absorb them."""
         before, last = self._unscaled
-        own = {} if edit.overwrites else {h: g for h, g in last.items() if h in edit.changed}
+        own = {h: g for h, g in last.items() if h in edit.changed and h not in edit.overwritten}
         left = {h: g for h, g in last.items() if h not in edit.changed}
         return replace(self, after=(*before, *_scaled(own), edit, *_scaled(left)))
 

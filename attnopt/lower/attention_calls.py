@@ -7,7 +7,7 @@ Whoever reads it then still needs the meaning of its masks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -21,7 +21,7 @@ _META = "attnopt"  # of a node: "site", "passes", "spec"
 
 @dataclass(frozen=True)
 class Lowered:
-    """``spec``, of ``site``, without edits: they follow the call."""
+    """``spec``, of ``site``, without map and edits: they follow the call."""
 
     site: str
     spec: AttentionSpec
@@ -56,4 +56,4 @@ def note_between(operands: Iterable[fx.Node], made: fx.Node, computed: Sequence[
         return
     for i, node in enumerate(calls):
         part = computed[i * len(computed) // len(calls)]
-        note(node, Lowered(part.site, replace(part.spec, after=())))
+        note(node, Lowered(part.site, part.spec.bare))

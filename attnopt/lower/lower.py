@@ -26,7 +26,7 @@ from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Backend
-from attnopt.ir.operands import ROLES, Operands, operands_of
+from attnopt.ir.operands import CANONICAL, Operands, operands_of
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.pooling import parts_of
 from attnopt.ir.site import Site
@@ -138,7 +138,7 @@ def _attention(
     projected = {"q": operands.q, "k": operands.k, "v": operands.v}
     ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
     shared = forks(projected, ways)
-    editing = {role: _edits_for(plan.found.site, edits, role) for role in ROLES}
+    editing = {role: _edits_for(plan.found.site, edits, role) for role in CANONICAL}
     edited = any(editing.values())
     before = plan.found.raised.spec
     rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
@@ -201,7 +201,7 @@ def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Opera
         t = operands.map(lambda role, _: of_role[role])
         constants, ids = ([next(rest) for _ in nodes] for nodes in (held, brought))
         attend = attention_of(backend, spec, constants, ids, next(rest, None))
-        return attend(t.q, t.k, t.v, bias=t.bias, mask=t.mask, sinks=t.sinks)
+        return attend(t.q, t.k, t.v, **t.others)
 
     return emit.inline(call, *given.values(), *held, *brought, *tables)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnopt.base.cpu_timing import interleaved, one_thread
 from attnopt.ir import plugin_calls
 from attnopt.ir.interfaces import Backend
+from attnopt.ir.operands import OperandTensors
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
@@ -65,10 +66,12 @@ def _seconds(spec: AttentionSpec, q_len: int, kv_len: int, backends: tuple[Backe
         bias = torch.randn(1, 1, q_len, kv_len) if spec.has_bias else None
         mask = torch.ones(1, 1, 1, kv_len, dtype=torch.bool) if spec.has_mask else None
         sinks = torch.randn(1, spec.num_heads, 1, 1) if spec.has_sinks else None
+        added = torch.randn(1, spec.num_heads, q_len, kv_len) if spec.has_map else None
+        operands = OperandTensors(q, k, v, bias, mask, sinks, added=added)
 
         def called(backend: Backend) -> Callable[[], Tensor]:
             attend = attention_of(backend, spec, [c.tensor() for c in spec.constants])
-            return lambda: attend(q, k, v, bias=bias, mask=mask, sinks=sinks)
+            return lambda: attend(q, k, v, **operands.others)
 
         calls = {str(i): called(b) for i, b in enumerate(backends)}
         times = interleaved(calls, _ROUNDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from attnopt.graph.nodes import (
     input_name,
     inputs_of,
     is_call,
+    is_number,
     is_tensor,
     module_path,
     operand,
@@ -43,6 +44,7 @@ from attnopt.match.masks import hides_keys, keeps_a_mask
 from attnopt.match.projections import read_output, read_projection
 from attnopt.match.prove import example_values, region_key, site_error, site_tolerance
 from attnopt.match.raise_region import Raised, raise_region
+from attnopt.match.read_scores import Operand
 from attnopt.match.recognize import recognise
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError
@@ -122,7 +124,15 @@ def find(program: Program) -> Findings:
                 raise
             rejected.append(Rejected(node, _defeated(node, e), node, True))
             near.append(rejected[-1].told)
+    mixed = {n for f in found for o in _mixed_in(f.raised.region) for n in ancestors(o.node, stop=is_number)}
+    rejected = [replace(r, near=False) if r.anchor in mixed else r for r in rejected]
+    near = [miss for miss in near if all(miss != r.told for r in rejected if r.anchor in mixed)]
     return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread), tuple(rejected))
+
+
+def _mixed_in(region: Region) -> Iterable[Operand]:
+    """Tensors of a map that is part of an attention: the softmax in it is no other one."""
+    return () if region.mixture is None else region.mixture.operands
 
 
 def _unread(gm: fx.GraphModule) -> list[NearMiss]:

@@ -19,8 +19,9 @@ from attnopt.base.double_precision import widened_arguments, widened_inputs
 from attnopt.base.sizes import hint
 from attnopt.capture.flex_attention import call_behind
 from attnopt.graph.interpreter import COMPUTED, Interpreter
-from attnopt.graph.nodes import calls, get_attr, inputs_of, shape, value, with_values
+from attnopt.graph.nodes import ancestors, calls, get_attr, inputs_of, is_number, shape, value, with_values
 from attnopt.graph.ops import Kind, named, of
+from attnopt.ir.plugin_calls import attention_of
 from attnopt.match.raise_region import Raised
 from attnopt.slicing.weight_store import fingerprint
 
@@ -49,21 +50,31 @@ def site_error(gm: fx.GraphModule, raised: Raised, examples: Mapping[fx.Node, ob
 
 def _error(run: _Slice, raised: Raised) -> float:
     region = raised.region
-    inside = set(region.nodes)
-    run.inside = inside
+    run.inside, run.moved = inside_of(raised), _mixed_in(raised)
     with torch.no_grad():
         want = run(call_behind(region.out.node))
         t = raised.operands.map(lambda _, operand: run(operand))
-        run.values[raised.node] = Reference().lower(raised.spec)(t.q, t.k, t.v, bias=t.bias, mask=t.mask, sinks=t.sinks)
+        run.values[raised.node] = attention_of(Reference(), raised.spec)(t.q, t.k, t.v, **t.others)
         got = run(raised.out)
     blind = torch.isnan(want)
     return difference([got], [want.masked_fill(blind, 0.0)])
 
 
+def inside_of(raised: Raised) -> set[fx.Node]:
+    """What is computed from the operands: the region, and a map that is mixed into its weights, before and after."""
+    return {*raised.region.nodes, *_mixed_in(raised)}
+
+
+def _mixed_in(raised: Raised) -> set[fx.Node]:
+    mixture, made = raised.region.mixture, raised.operands
+    ends = [] if mixture is None else [*(o.node for o in mixture.operands), made.keep, made.added]
+    return {n for end in ends if end is not None for n in ancestors(end, stop=is_number)}
+
+
 def region_key(raised: Raised) -> object:
     """Equal for two sites only if the original and the raised operators between the nearest projections and the output are
     the same, with the same sizes and constants: one proof serves both."""
-    inside = set(raised.region.nodes)
+    inside = inside_of(raised)
     number: dict[fx.Node, int] = {}
     lines: list[object] = [raised.spec]
     gm = raised.node.graph.owning_module
@@ -134,6 +145,10 @@ class _Slice(Interpreter):
         super().__init__(gm)
         self.examples, self.wide = examples, wide
         self.inside = set[fx.Node]()
+        self.moved = set[
+            fx.Node
+        ]()  # parameters among these are others than they are: all gates are often equal at first
+        self._parameters: dict[str, Tensor] = {}
         self.random = torch.Generator().manual_seed(seed)
 
     def leaf(self, node: fx.Node) -> object:
@@ -151,13 +166,23 @@ class _Slice(Interpreter):
         val = value(node)
         if node.op == "get_attr":
             held = self.stored(node)
-            return self._stand_in(held) if isinstance(held, Tensor) and held.is_meta else held
+            if isinstance(held, Tensor) and held.is_meta:
+                return self._stand_in(held)
+            return self._moved(node, held) if node in self.moved and isinstance(held, torch.nn.Parameter) else held
         if not isinstance(val, Tensor):
             is_size = isinstance(val, (int, torch.SymInt)) and node.op != "placeholder"
             return hint(val) if is_size else self.examples.get(node, val)
         if node in self.examples and not self.examples[node].is_meta:
             return self.examples[node]
         return self._stand_in(val)
+
+    def _moved(self, node: fx.Node, held: Tensor) -> Tensor:
+        """Somewhat larger, so that what is positive stays so."""
+        name = str(node.target)
+        if name not in self._parameters:
+            by = torch.rand(held.shape, generator=self.random, dtype=torch.float32) / 8
+            self._parameters[name] = held.detach() + by.to(held.dtype).to(held.device)
+        return self._parameters[name]
 
     def _stand_in(self, val: Tensor) -> Tensor:
         """Random values of this form.  Numbers that may be flags, token ids or positions are 0 and 1, and of flags that

@@ -15,6 +15,7 @@ from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
+from attnopt.match.mixed_operands import mixed_in
 from attnopt.match.multiplicative_masks import hides_beside_flags
 from attnopt.match.read_scores import Operand
 from attnopt.match.rearrange import Arranger
@@ -26,7 +27,14 @@ from attnopt.slicing.sources import signature
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    keep: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     """The canonical node: [B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv].  Lowered before anything runs it."""
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -81,7 +89,9 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     pattern, seen, bias, mask = read_masks(gm, r, bias, mask, q, k)
     kv_of_head = _kv_of_head(r.heads, kv_heads)
     k, v, kv_of_head = _without_copies(emit, k, v, kv_of_head)
-    node = emit.call(attention, q, k, v, bias, mask, sinks)
+    keep, added = (None, None) if r.mixture is None else mixed_in(emit, at, r, r.mixture)
+    more = () if added is None else (keep, added)
+    node = emit.call(attention, q, k, v, bias, mask, sinks, *more)
     node.name = f"attention_{node.name}"
     out = at.arrange(node, (r.batch, r.heads, r.queries, r.value_features), resolve_all(r.out.axes))
     if dtype(out) != dtype(r.out.node):
@@ -97,7 +107,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         softcap=r.softcap,
     )
     gains = _weight_gains(gm, at, r, q, k)
-    spec = replace(spec.having(bias, mask, sinks), seen_as=seen, weight_gains=gains)
+    spec = replace(spec.having(bias, mask, sinks, added), seen_as=seen, weight_gains=gains)
     return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
 
 

@@ -19,6 +19,8 @@ from attnopt.ir.refusal import Refusal
 from attnopt.match.anchors import Softmax
 from attnopt.match.axis_roles import assign_roles
 from attnopt.match.late_division import LateQuotient, late_quotient
+from attnopt.match.mixed_weights import is_mixing, mixes, read_mixture
+from attnopt.match.mixture import Mixture
 from attnopt.match.overwrites import zeros_of
 from attnopt.match.read_scores import (
     MAX_DEPTH,
@@ -61,19 +63,33 @@ def _from_softmax(a: Softmax) -> Region:
     product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
-    weights_axes, zeroed, factors = _through(inner, scores.axes, a.axis)
+    mixture = None if inner is not None else _mixture_of(product.left, a, scores)
+    if mixture is not None:
+        weights_axes, zeroed, factors = mixture.axes, dict[fx.Node, Hide](), list[Operand]()
+    else:
+        weights_axes, zeroed, factors = _through(inner or (), scores.axes, a.axis)
     _unify(product.left_axes, weights_axes, product.node)
     out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
     path = tuple(_between(scores.product.node, out.node))
     scores = replace(scores, steps=_without_shifts(scores, set(path), keys))
     steps = _with_zeros(scores, a, keys, zeroed)
     if steps is None and a.late_sum is None:  # zeros unlike the mask of the scores: a factor of 0 and 1
-        factors = [*factors, *_factors_of(zeroed, inner, scores.axes)]
+        factors = [*factors, *_factors_of(zeroed, inner or (), scores.axes)]
         steps = _with_zeros(scores, a, keys, {})
     if steps is None or len(factors) > 1:
         raise weights_changed(next(iter(zeroed), product.node))
     scores = replace(scores, steps=steps)
-    return replace(_assemble(a, scores, product, keys, out, path), weight_factor=next(iter(factors), None))
+    region = _assemble(a, scores, product, keys, out, path)
+    return replace(region, weight_factor=next(iter(factors), None), mixture=mixture)
+
+
+def _mixture_of(weights: fx.Node, a: Softmax, scores: Scores) -> Mixture:
+    """Raises NotAttentionError."""
+    sums_to_one = scores.sinks is None and a.masked is None
+    found = read_mixture(weights, a.weights, scores.axes, a.axis, sums_to_one)
+    if found is None:
+        raise weights_changed(weights)
+    return found
 
 
 def _without_values(weights: fx.Node) -> NotAttentionError:
@@ -83,25 +99,42 @@ def _without_values(weights: fx.Node) -> NotAttentionError:
     return NotAttentionError(refusal, user)
 
 
-def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.Node, ...]] | None:
+def _follow_weights(a: Softmax) -> tuple[Product, LateQuotient | None, tuple[fx.Node, ...] | None] | None:
     """(product with the values, oriented so that its left operand is the weights; the late division, if there is one; the
-    nodes from the weights to the product), or None without a path to a product over the keys."""
+    nodes from the weights to the product, None if they are mixed with a map), or None without a path to a product over the
+    keys."""
     paths: list[tuple[fx.Node, ...]] = [(a.weights,)]
     changed: fx.Node | None = None
     for path in paths:  # it grows
         for user in path[-1].users:
-            if (mixture := _mixture(a, path[-1], user)) is not None:
-                return *mixture, path
+            if (found := _with_values(a, path[-1], user)) is not None:
+                return *found, path
             if _carries_on(a, path[-1], user) and len(path) < MAX_DEPTH:
                 paths.append((*path, user))
             elif calls(user, _CHANGING):
                 changed = changed or user
+    if (product := _product_of_mixture(a)) is not None:
+        return product, None, None
     if changed is not None and _leads_to_product(changed):
         raise weights_changed(changed)
     return None
 
 
-def _mixture(a: Softmax, weights: fx.Node, user: fx.Node) -> tuple[Product, LateQuotient | None] | None:
+def _product_of_mixture(a: Softmax) -> Product | None:
+    """The product with the values of weights that may be mixed with a map."""
+    reached = [] if a.late_sum is not None else [a.weights]
+    for node in reached:  # it grows
+        for user in node.users:
+            found = _with_values(a, node, user)
+            if found is not None and mixes(node, a.weights):
+                return found[0]
+            follows = is_mixing(user) or user.target in FOLLOWED
+            if follows and user not in reached and len(reached) < MAX_DEPTH:
+                reached.append(user)
+    return None
+
+
+def _with_values(a: Softmax, weights: fx.Node, user: fx.Node) -> tuple[Product, LateQuotient | None] | None:
     """The product of ``weights`` and values that ``user`` computes, and the division by a sum that follows it."""
     product = _product_with(weights, user)
     if product is None or product.addend is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from attnopt.graph.axes import Atom, Axes, Axis, resolve_all
+from attnopt.match.mixture import Mixture
 from attnopt.match.read_scores import Factor, Operand, Step
 
 
@@ -34,6 +35,7 @@ class Region:
     softcap: float | None = None
     sinks: Operand | None = None
     weight_factor: Operand | None = None  # of the weights, after the softmax
+    mixture: Mixture | None = None  # of the weights and a map
     sink_rate: float = 1.0
     top_left_causal: bool = False  # the fused operator's own flag: query i sees keys 0..i
     nodes: tuple[fx.Node, ...] = ()  # from the product of queries and keys to the output

@@ -32,5 +32,5 @@ def weights_changed(node: fx.Node) -> NotAttentionError:
         "weights-changed",
         "weights that feed directly into the value product",
         f"{node.name} = {opname(node)} on the weights",
-        "weights that are mixed or gated after the softmax, or masked unlike the scores, are not supported",
+        "weights that an input mixes or gates after the softmax, or masked unlike the scores, are not supported",
     )

@@ -257,7 +257,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "weights-changed": (
         lambda: missed(decoys.GatedWeights()),
         "[weights-changed] expected weights that feed directly into the value product, found mul = mul on the "
-        "weights (at LINE)\n  hint: weights that are mixed or gated after the softmax, or masked unlike the scores, "
+        "weights (at LINE)\n  hint: weights that an input mixes or gates after the softmax, or masked unlike the scores, "
         "are not supported",
     ),
     "one-key": (

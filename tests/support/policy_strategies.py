@@ -13,6 +13,7 @@ from attnopt.passes import (
     GroupedQuery,
     HeadPatch,
     LocalWindow,
+    MixMap,
     PoolKeys,
     PruneHeads,
     RouteHeads,
@@ -103,6 +104,8 @@ PASSES = st.one_of(
         st.none() | st.floats(-1e6, 0),
     ),
     st.sampled_from(PATTERNS).map(Sparse),
+    st.builds(lambda gate, heads: MixMap([[0.5, -1.0]], gate, heads), st.floats(0, 1), st.none() | st.just([2, 0])),
+    st.sampled_from([MixMap(torch.arange(12.0).reshape(2, 2, 3), [0.5, 1.0]), MixMap(torch.ones(1, 1).half(), 0)]),
     st.sampled_from([PoolKeys(4), PoolKeys((2, 3), (4, 6), heads=[1], prefix=1)]),
     st.builds(GroupedQuery, st.integers(1, 9), st.sampled_from(["mean", "first"])),
     st.builds(

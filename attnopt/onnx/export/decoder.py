@@ -98,6 +98,12 @@ def _check_edits(sites: Sequence[Site]) -> None:
                 site=site.name,
                 hint="use export_onnx, or leave segment-gain out",
             )
+        if site.spec.has_map:
+            raise ExportError(
+                "its attention weights are mixed with a map, which depends on the positions of tokens",
+                site=site.name,
+                hint="use export_onnx",
+            )
         edit = next((e for e in site.spec.after if e.reads_positions), None)
         if edit is not None:
             raise ExportError(

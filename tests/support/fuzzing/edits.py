@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import oracle
 import torch
@@ -18,6 +19,7 @@ from attnopt.passes import (
     AddValues,
     GroupedQuery,
     LocalWindow,
+    MixMap,
     PoolKeys,
     PruneHeads,
     ScaleHeads,
@@ -153,6 +155,11 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
         elif kind == "segment" and _by_normaliser(s):
             passes.append(_segment_gain(n, call.kv_len))
             maps[passes[-1].name] = _map_of(n, call.kv_len, has_sink=s.sinks)
+        elif kind == "mix" and _by_normaliser(s) and not s.after:  # a second mask would hide what was mixed in
+            mixed = torch.randn(call.q_len, call.kv_len, generator=torch.Generator().manual_seed(n))
+            gate = (0.25, 1.0, 0.5, 0.0)[n % 4]
+            passes.append(MixMap(mixed, gate))
+            maps[passes[-1].name] = partial(_mixed, gate, mixed)
         elif kind == "group" and s.kv_heads > 1 and s.norm != "across" and not case.reuse:
             merged = group_target(block)
             passes.append(GroupedQuery(kv_heads=merged, merge="mean"))
@@ -220,6 +227,12 @@ def _map_of(n: int, kv_len: int, has_sink: bool) -> Callable[[Tensor], Tensor]:
         return scaled if how == "none" else scaled / scaled.sum(-1, keepdim=True)
 
     return change
+
+
+def _mixed(gate: float, mixed: Tensor, p: Tensor) -> Tensor:
+    """Weights [..., L, S], a sink's column last, with a map mixed into them."""
+    sinks = p.shape[-1] - mixed.shape[-1]
+    return (1 - gate) * p + gate * nn.functional.pad(mixed, (0, sinks)).to(p.dtype)
 
 
 def _gains_can_be_told(case: Case, s: Spelling) -> bool:

@@ -21,6 +21,7 @@ REWRITES = (
     "segment", "segment+window",
     "pool", "pool+sparse",
     "pad", "prune+pad", "pad+scale",
+    "mix", "window+mix", "mix+scale", "prune+mix", "group+mix",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ NAMES = [
     "fraction", "importance", "delta", "tokens", "alpha", "hidden_below",
     "compensate", "kv_heads", "grouping", "merge", "gains", "keep", "block", "scores", "shared", "active", "router",
     "replacement", "amount", "Causal", "Window", "Blocks", "PerHead", "Global", "Segments", "BlockLayout", "Neighborhood",
-    "RandomBlocks", "data", "shape", "dtype", "kind", "pool-keys", "size", "grid", "prefix",
+    "RandomBlocks", "data", "shape", "dtype", "kind", "pool-keys", "mix-map", "map", "gate", "size", "grid", "prefix",
 ]  # fmt: skip
 DOCUMENTS = st.recursive(
     ODD | st.sampled_from(NAMES),

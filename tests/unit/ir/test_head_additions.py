@@ -21,6 +21,7 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_additions import Shifted, ValuesAdded, without_shifts
 from attnopt.ir.head_edits import HeadEdit, Replaced, Scaled, TowardValues, constant_heads
 from attnopt.ir.head_routing import Routed, edit_from_json
+from attnopt.ir.mixed_maps import Mixed
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.spec_rules import verify_spec
@@ -67,11 +68,23 @@ def shifts(draw_tokens: st.SearchStrategy[Any] = TOKENS) -> st.SearchStrategy[Sh
 
 
 additions = st.builds(ValuesAdded, HEADS, st.floats(-2, 2), TOKENS, st.just(LOW))
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Mixed:
+    heads = draw(HEADS)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    maps = torch.randn(draw(st.sampled_from([1, len(heads)])), L, L, generator=random, dtype=torch.float64)
+    gates = draw(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=len(heads), max_size=len(heads)))
+    return Mixed(heads, tuple(gates), Constant.of(maps))
+
+
 gains = st.dictionaries(st.integers(0, H - 1), st.floats(-2, 2), min_size=1).map(lambda g: Scaled(tuple(g.items())))
 others = st.one_of(
     gains,
     st.dictionaries(st.integers(0, H - 1), st.floats(0, 1), min_size=1).map(lambda g: TowardValues(tuple(g.items()))),
     HEADS.map(lambda heads: Replaced(heads, Constant.of(torch.arange(1.0 * len(heads) * Dv).reshape(len(heads), Dv)))),
+    mixtures(),
 )
 
 
@@ -125,6 +138,11 @@ def by_hand(c: Case, edits: list[HeadEdit]) -> Tensor:
             case TowardValues(amounts):
                 for h, u in amounts:
                     o[:, h] = (1 - u) * o[:, h] + u * v[:, h]
+            case Mixed(heads, gates, held):
+                for n, h in enumerate(heads):
+                    own = held.tensor()[n if held.shape[0] > 1 else 0]
+                    for b in range(B):
+                        o[b, h] = (1 - gates[n]) * o[b, h] + gates[n] * (own @ v[b, h])
             case Replaced(heads, values):
                 for n, h in enumerate(heads):
                     o[:, h] = values.tensor()[n]

@@ -28,6 +28,7 @@ from attnopt.errors import PolicyError, RewriteError
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_edits import HeadEdit, Replaced, Scaled, TowardValues, constant_heads
 from attnopt.ir.head_routing import Routed, edit_from_json
+from attnopt.ir.mixed_maps import Mixed
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, PruneHeads, ScaleHeads, SoftPAG
 
@@ -307,6 +308,8 @@ EDITS: list[HeadEdit] = [
     TowardValues(((1, 0.5),)),
     Replaced((2, 0), Constant.of(torch.randn(2, 8))),
     Replaced((1,), Constant.of(torch.randn(1, 1, 9, 8).bfloat16())),
+    Mixed((3, 0, 2), (0.5, 1.0, 0.25), Constant.of(torch.randn(3, 9, 9))),
+    Mixed((1,), (0.5,), Constant.of(torch.randn(1, 9, 9).bfloat16())),
     Routed((0,), (1, 2, 3), 1),
     Routed((0,), (1, 2, 3), 1, Constant.of(torch.randn(33, 3))),
 ]
