@@ -18,6 +18,7 @@ from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.job import Options
 from attnopt.conversion.class_settings import Counts, Setting, attributes, configurations, settle
+from attnopt.conversion.head_groups import cache_note, head_groups
 from attnopt.conversion.judge import Decoding, Judge
 from attnopt.conversion.partial_capture import Part, joined_report, parts_of
 from attnopt.conversion.reordered_weights import REMEDY, head_order, put_into, reshaped
@@ -25,6 +26,7 @@ from attnopt.errors import ConversionError, PolicyError
 from attnopt.lower.lower import Plan, lower
 from attnopt.patterns import Sinks, Window
 from attnopt.patterns.algebra import Full, Pattern
+from attnopt.report.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,8 +52,8 @@ def convert(
     Removed or merged heads make the projections smaller.  The head counts are changed in the configuration if the class
     then builds the same model, so that the saved copy is an ordinary checkpoint; otherwise in the modules, with an
     AttnoptWarning.
-    Patterns are applied through transformers' AttentionInterface, and caches keep only what a pattern can still see
-    (see ``apply_patterns``).
+    Patterns are applied through transformers' AttentionInterface, and caches keep of each head only what its pattern can
+    still see (see ``apply_patterns``).
     The copy computes what the graph of ``optimize`` computes: compared on the example inputs, at other sizes, and token
     by token if the model has a cache.  ``copy.attnopt_report`` is its report.
     If the model cannot be captured as a whole, its attention modules are captured separately.
@@ -86,7 +88,8 @@ def convert(
             raise _differs(converted)
     else:
         _settle(converted, counts, Judge(meant, decoding))
-    converted.attnopt_report = joined_report(parts)  # type: ignore[assignment]
+    report = joined_report(parts)
+    converted.attnopt_report = _with_caches(report, plans, patterns) if decoding.matters else report  # type: ignore[assignment]
     return converted
 
 
@@ -96,7 +99,7 @@ def apply_patterns(model: nn.Module, patterns: Mapping[str, Pattern | str] | Non
     ``patterns``: names of attention modules -> patterns; by default those that ``convert`` stored in the configuration,
     which restores the patterns of a checkpoint loaded with ``from_pretrained``.
     Positions are those of the tokens in the sequence, including padding; the last query is aligned with the last key.
-    If a pattern bounds the visible past, the caches of the model keep no more than that.
+    If a pattern bounds the visible past of a head, the caches of the model keep no more than that of it.
 
     Raises ConversionError if the class does not use AttentionInterface.
     """
@@ -243,6 +246,18 @@ def _modules_around(model: nn.Module, site: str) -> list[nn.Module]:
     """The module of a site and the one that it is in."""
     name = site.partition("#")[0]
     return [model.get_submodule(name), *([model.get_submodule(name.rpartition(".")[0])] if name else [])]
+
+
+def _with_caches(report: Report, plans: Sequence[Plan], patterns: Mapping[str, Pattern]) -> Report:
+    """With a note at each site whose cache keeps less than all tokens."""
+    notes: dict[str, tuple[str, ...]] = {}
+    for plan in plans:
+        if _name(plan) in patterns:
+            order = head_order(plan)
+            note = cache_note(head_groups(patterns[_name(plan)], *order.counts), order.keys)
+            notes[_name(plan)] = () if note is None else (note,)
+    sites = (replace(s, notes=(*s.notes, *notes.get(s.name, ()))) for s in report.sites)
+    return replace(report, sites=tuple(sites))
 
 
 def _differs(model: nn.Module) -> ConversionError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,10 @@ from attnopt.backends.blocked import Blocked
 from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
 from attnopt.base.intervals import clipped
-from attnopt.conversion.hf_cache import UseRollingCache
+from attnopt.conversion.head_groups import head_groups
+from attnopt.conversion.hf_cache_hook import PrepareCache
+from attnopt.conversion.hf_cached_keys import CachedKeys
+from attnopt.conversion.hf_groups_layer import HeadGroupsLayer
 from attnopt.errors import ConversionError
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.spec import AttentionSpec
@@ -48,11 +52,11 @@ def install(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = Non
     for name, pattern in found.items():
         module = modules[name]
         setattr(module, PATTERN, pattern)
-        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, UseRollingCache)]:
+        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, PrepareCache)]:
             module._forward_pre_hooks.pop(key)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         if isinstance(getattr(module, "layer_idx", None), int):
-            module.register_forward_pre_hook(UseRollingCache(pattern.look_back), with_kwargs=True)
+            module.register_forward_pre_hook(PrepareCache(pattern), with_kwargs=True)
     known = getattr(model.config, PATTERNS, None) or {}
     setattr(model.config, PATTERNS, {**known, **{name: pattern.to_json() for name, pattern in found.items()}})
 
@@ -109,27 +113,102 @@ def attend(
     The last query is aligned with the last key.  Keys that a ``RollingLayer`` dropped are missing after the sinks; the
     mask skips them here.
     """
-    found: Pattern = getattr(module, PATTERN, Full())
-    own_scores = softcap is not None or s_aux is not None
-    if isinstance(found, Full) and not own_scores:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
+    pattern: Pattern = getattr(module, PATTERN, Full())
+    options = _Options(dropout, scaling, is_causal, softcap, s_aux, position_bias, kwargs)
+    if isinstance(key, CachedKeys) and isinstance(key.layer, HeadGroupsLayer):
+        return _by_groups(module, query, key, value, attention_mask, pattern, options), None
+    return _attended(module, query, key, value, attention_mask, pattern, options), None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What transformers passes besides queries, keys, values and mask."""
+
+    dropout: float
+    scaling: float | None
+    is_causal: bool | None
+    softcap: float | None
+    s_aux: Tensor | None  # sink logits [H]
+    position_bias: Tensor | None  # [1 or B, H, L, S]
+    others: Mapping[str, object]
+
+    def for_heads(self, heads: Sequence[int]) -> _Options:
+        s_aux = None if self.s_aux is None else self.s_aux.flatten()[list(heads)]
+        return replace(self, s_aux=s_aux, position_bias=_of_heads(self.position_bias, heads))
+
+
+def _by_groups(
+    module: nn.Module,
+    query: Tensor,
+    key: CachedKeys,
+    value: Tensor,
+    mask: Tensor | None,
+    pattern: Pattern,
+    options: _Options,
+) -> Tensor:
+    """Heads that are stored apart, each group over its own keys."""
+    groups = head_groups(pattern, query.shape[1], key.shape[1])
+    parts = zip(groups, key.layer.split(key, value, groups), strict=True)
+    made = [
+        _attended(
+            module, query[:, list(g.heads)], k, v, _of_heads(mask, g.heads), pattern.for_heads(g.heads),
+            options.for_heads(g.heads),
         )
-        return out, None
-    mask = None if attention_mask is None else _left(attention_mask, key.shape[2], found.look_back)
-    if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        found = Causal() & found  # the meaning of a missing mask in transformers
-    if dropout == 0.0 and (query.shape[2] > 1 or own_scores):
-        return _computed(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
+        for g, (k, v) in parts
+    ]  # fmt: skip
+    order = [h for g in groups for h in g.heads]
+    return torch.cat(made, dim=2)[:, :, [order.index(h) for h in range(len(order))]]
+
+
+def _of_heads(scores: Tensor | None, heads: Sequence[int]) -> Tensor | None:
+    """What belongs to these heads of [B, H or 1, L, S]."""
+    return scores if scores is None or scores.shape[1] == 1 else scores[:, list(heads)]
+
+
+def _attended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    pattern: Pattern,
+    options: _Options,
+) -> Tensor:
+    own_scores = options.softcap is not None or options.s_aux is not None
+    if isinstance(pattern, Full) and not own_scores:
+        return _plain(module, query, key, value, mask, options.is_causal, options)
+    mask, bias = (
+        None if t is None else _left(t, key.shape[2], pattern.look_back) for t in (mask, options.position_bias)
+    )
+    options = replace(options, position_bias=bias)
+    is_causal = getattr(module, "is_causal", True) if options.is_causal is None else options.is_causal
+    if mask is None and is_causal:
+        pattern = Causal() & pattern  # the meaning of a missing mask in transformers
+    if options.dropout == 0.0 and (query.shape[2] > 1 or own_scores):
+        return _computed(query, key, value, mask, pattern, options)
     if own_scores:
         raise ConversionError(
             "softcap and sink logits are not supported with dropout", hint="set attention_dropout to 0"
         )
-    allowed = _with_pattern(mask, found, query, key)
+    return _plain(module, query, key, value, _with_pattern(mask, pattern, query, key), False, options)
+
+
+def _plain(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    options: _Options,
+) -> Tensor:
+    """By transformers' own function."""
+    out: Tensor
     out, _ = sdpa_attention_forward(
-        module, query, key, value, allowed, dropout, scaling, False, position_bias, **kwargs
-    )
-    return out, None
+        module, query, key, value, mask, options.dropout, options.scaling, is_causal, options.position_bias,
+        **options.others,
+    )  # fmt: skip
+    return out
 
 
 def _left(mask: Tensor, kv_len: int, past: Past | None) -> Tensor:
@@ -155,24 +234,15 @@ def _with_pattern(mask: Tensor | None, pattern: Pattern, q: Tensor, k: Tensor) -
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
-def _computed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    position_bias: Tensor | None,
-    pattern: Pattern,
-) -> Tensor:
+def _computed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, options: _Options) -> Tensor:
     is_bool = mask is not None and mask.dtype == torch.bool
-    bias = position_bias if mask is None or is_bool else mask if position_bias is None else mask + position_bias
-    scale = q.shape[3] ** -0.5 if scaling is None else scaling
+    own = options.position_bias
+    bias = own if mask is None or is_bool else mask if own is None else mask + own
+    scale = q.shape[3] ** -0.5 if options.scaling is None else options.scaling
     spec = AttentionSpec.of(
-        q.shape[1], k.shape[1], q.shape[3], v.shape[3], scale=scale, pattern=pattern, softcap=softcap
-    ).having(bias, mask if is_bool else None, s_aux)
-    sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
+        q.shape[1], k.shape[1], q.shape[3], v.shape[3], scale=scale, pattern=pattern, softcap=options.softcap
+    ).having(bias, mask if is_bool else None, options.s_aux)
+    sinks = None if options.s_aux is None else options.s_aux.view(1, -1, 1, 1)
     backend: Backend = Blocked()
     if torch.compiler.is_exporting():  # as operators that `convert` can read again
         backend = Sdpa() if Sdpa().check(spec) is None else Reference()
