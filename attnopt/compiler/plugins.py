@@ -39,6 +39,7 @@ PASSES = Registry(
         "steer": "attnopt.passes.steer:Steer",
         "add-values": "attnopt.passes.add_values:AddValues",
         "pool-keys": "attnopt.passes.pool_keys:PoolKeys",
+        "evict-keys": "attnopt.passes.evict_keys:EvictKeys",
     },
     lambda cls: getattr(cls, "name", None),
 )

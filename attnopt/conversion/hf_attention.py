@@ -1,4 +1,4 @@
-"""Patterns in a transformers model, through its AttentionInterface and AttentionMaskInterface, layer by layer."""
+"""The attention function of transformers models with patterns or evicted keys, for their AttentionInterface."""
 
 from __future__ import annotations
 
@@ -7,91 +7,24 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
 
 from attnopt.backends.blocked import Blocked
 from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
 from attnopt.base.intervals import clipped
+from attnopt.conversion.eviction_votes import ROWS, are_tokens, held_mask, votes_of
 from attnopt.conversion.head_groups import head_groups
-from attnopt.conversion.hf_cache_hook import PrepareCache
+from attnopt.conversion.hf_cache_hook import PATTERN
 from attnopt.conversion.hf_cached_keys import CachedKeys
+from attnopt.conversion.hf_evicting_layer import EvictingLayer
 from attnopt.conversion.hf_groups_layer import HeadGroupsLayer
 from attnopt.errors import ConversionError
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns import Causal, parse
+from attnopt.patterns import Causal
 from attnopt.patterns.algebra import Full, Pattern
 from attnopt.patterns.lookback import Past
-from attnopt.patterns.registry import is_readable
-
-# The attention implementation that replaces another, and the masks of that one: for fully masked padding queries,
-# float masks give an average and bool masks nothing, which must stay the same.
-NAMES = {"eager": ("attnopt-eager", eager_mask)}
-OTHERWISE = ("attnopt", sdpa_mask)
-PATTERN = "attnopt_pattern"  # attribute of an attention module
-PATTERNS = "attnopt_patterns"  # entry of a configuration: module name -> pattern, in its notation
-
-
-def install(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = None) -> None:
-    """Give the attention modules of ``model`` that are named in ``patterns`` their patterns; see ``attnopt.apply_patterns``."""
-    if not isinstance(model, PreTrainedModel):
-        raise ConversionError(
-            f"{type(model).__name__} is not a transformers model, so a pattern cannot be represented in it",
-            hint="use attnopt.optimize",
-        )
-    given = patterns if patterns is not None else getattr(model.config, PATTERNS, None)
-    if not given:
-        raise ConversionError("the configuration of the model contains no patterns", hint="give patterns=")
-    modules = dict(model.named_modules())
-    found = {name: p if isinstance(p, Pattern) else parse(p) for name, p in given.items()}
-    _check(model, modules, found)
-    _switch(model)
-    for name, pattern in found.items():
-        module = modules[name]
-        setattr(module, PATTERN, pattern)
-        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, PrepareCache)]:
-            module._forward_pre_hooks.pop(key)
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.register_forward_pre_hook(PrepareCache(pattern), with_kwargs=True)
-    known = getattr(model.config, PATTERNS, None) or {}
-    setattr(model.config, PATTERNS, {**known, **{name: pattern.to_json() for name, pattern in found.items()}})
-
-
-def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping[str, Pattern]) -> None:
-    unknown = [name for name in patterns if name not in modules]
-    if unknown:
-        raise ConversionError(f"{type(model).__name__} has no module {', '.join(map(repr, unknown))}")
-    unnamed = [pattern for pattern in patterns.values() if not is_readable(pattern)]
-    if unnamed:
-        raise ConversionError(
-            f"pattern {unnamed[0]} is not reproduced by attnopt.patterns.parse from its text in the model configuration",
-            hint="decorate its class with @attnopt.register",
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ConversionError(
-            f"{type(model).__name__} does not use transformers' AttentionInterface",
-            hint="use attnopt.optimize, whose graph applies the pattern",
-        )
-
-
-def _switch(model: PreTrainedModel) -> None:
-    for name, masks in (*NAMES.values(), OTHERWISE):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, masks)
-    now = model.config._attn_implementation
-    if now in {name for name, _ in (*NAMES.values(), OTHERWISE)}:
-        return
-    name, _ = NAMES.get(now, OTHERWISE)
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        raise ConversionError(
-            f"{type(model).__name__} does not let its attention implementation be set",
-            hint="use attnopt.optimize, whose graph applies the pattern",
-        )
 
 
 def attend(
@@ -117,6 +50,8 @@ def attend(
     options = _Options(dropout, scaling, is_causal, softcap, s_aux, position_bias, kwargs)
     if isinstance(key, CachedKeys) and isinstance(key.layer, HeadGroupsLayer):
         return _by_groups(module, query, key, value, attention_mask, pattern, options), None
+    if isinstance(key, CachedKeys) and isinstance(key.layer, EvictingLayer):
+        return _evicting(module, query, key, value, attention_mask, pattern, options), None
     return _attended(module, query, key, value, attention_mask, pattern, options), None
 
 
@@ -158,6 +93,46 @@ def _by_groups(
     ]  # fmt: skip
     order = [h for g in groups for h in g.heads]
     return torch.cat(made, dim=2)[:, :, [order.index(h) for h in range(len(order))]]
+
+
+def _evicting(
+    module: nn.Module,
+    query: Tensor,
+    key: CachedKeys,
+    value: Tensor,
+    mask: Tensor | None,
+    pattern: Pattern,
+    options: _Options,
+) -> Tensor:
+    """Over what an evicting layer holds, which then drops what received the least."""
+    if options.position_bias is not None:
+        raise ConversionError(
+            "a bias by position is not supported where keys are evicted", hint="exclude the layer from evict-keys"
+        )
+    layer, held, heads = key.layer, key.as_subclass(Tensor), query.shape[1]
+    new, total = query.shape[2], layer.get_seq_length()
+    causal = Causal() & pattern
+
+    def shown(start: int, stop: int) -> Tensor:
+        """For these of the new queries."""
+        rows = None if mask is None else mask[:, :, start:stop]
+        return held_mask(rows, causal, heads, range(total - new + start, total - new + stop), total, layer.positions)
+
+    if layer.is_whole:
+        out = _attended(module, query, held, value, mask, pattern, options)
+    else:
+        out = _attended(module, query, held, value, shown(0, new), Full(), replace(options, is_causal=False))
+    scale = query.shape[3] ** -0.5 if options.scaling is None else options.scaling
+    votes = torch.zeros(layer.positions.shape, dtype=torch.promote_types(held.dtype, torch.float32), device=held.device)
+    with torch.no_grad():
+        for start in range(new - layer.voters(new), new, ROWS):
+            stop = min(start + ROWS, new)
+            counted = None if mask is None else are_tokens(mask[:, :, start:stop], total - new + start)
+            votes += votes_of(
+                query[:, :, start:stop], held, shown(start, stop), scale, options.softcap, options.s_aux, counted
+            )
+    layer.evict(votes, new)
+    return out
 
 
 def _of_heads(scores: Tensor | None, heads: Sequence[int]) -> Tensor | None:

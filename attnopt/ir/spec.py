@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
@@ -33,6 +34,7 @@ class AttentionSpec:
 
     ``selected`` holds the keys of the blocks that ``selection`` chooses from q, k and the scale (before bias and softcap) at
     run time; all keys where it is None.  Only heads of ``pooling`` pool.  A fully masked query gives zeros.
+    ``eviction`` changes nothing in one call: see there.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -51,6 +53,7 @@ class AttentionSpec:
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
+    eviction: Eviction | None = None  # keys that a cache drops between calls
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
     after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
 
@@ -108,12 +111,13 @@ class AttentionSpec:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What changes the scores besides scale and pattern, in words."""
+        """What changes the result besides scale and pattern, in words."""
         softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks}
         pooled = () if self.pooling is None else (str(self.pooling),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
-        return (*(name for name, has in given.items() if has), *softcap, *pooled, *gains)
+        evicted = () if self.eviction is None else (str(self.eviction),)
+        return (*(name for name, has in given.items() if has), *softcap, *pooled, *gains, *evicted)
 
     @property
     def num_heads(self) -> int:

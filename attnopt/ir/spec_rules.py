@@ -13,6 +13,7 @@ from attnopt.base.intervals import Ranges, clipped
 from attnopt.base.registry import distribution_of
 from attnopt.errors import PluginError
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Rewrite
@@ -74,6 +75,8 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     """Patterns, selections and edits of a wrong type, or with unknown heads."""
     if after.selection is not None and not isinstance(after.selection, DynamicBlocks):
         yield f"selection is {after.selection!r}, expected DynamicBlocks or None"
+    if after.eviction is not None and not isinstance(after.eviction, Eviction):
+        yield f"eviction is {after.eviction!r}, expected an Eviction or None"
     yield from _of_pooling(after)
     patterns = {"pattern": after.pattern} | ({} if after.seen_as is None else {"seen_as": after.seen_as})
     for name, pattern in patterns.items():
