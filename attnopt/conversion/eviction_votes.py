@@ -42,7 +42,7 @@ def votes_of(
     B, H, n, D = q.shape
     G, S = k.shape[1], k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    s = (q.to(dtype).view(B, G, -1, D) @ k.to(dtype).transpose(-1, -2) * scale).view(B, H, n, S)
+    s = (q.to(dtype).reshape(B, G, -1, D) @ k.to(dtype).transpose(-1, -2) * scale).view(B, H, n, S)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~shown, -torch.inf) if shown.dtype == torch.bool else s + shown
