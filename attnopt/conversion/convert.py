@@ -19,7 +19,6 @@ from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.job import Options
 from attnopt.conversion.class_settings import Counts, Setting, attributes, configurations, settle
-from attnopt.conversion.head_groups import cache_note, head_groups
 from attnopt.conversion.judge import Decoding, Judge
 from attnopt.conversion.partial_capture import Part, joined_report, parts_of
 from attnopt.conversion.reordered_weights import REMEDY, head_order, put_into, reshaped
@@ -28,7 +27,6 @@ from attnopt.ir.eviction import Eviction
 from attnopt.lower.lower import Plan, lower
 from attnopt.patterns import Sinks, Window
 from attnopt.patterns.algebra import Full, Pattern
-from attnopt.report.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 T = TypeVar("T")
@@ -95,7 +93,11 @@ def convert(
     if evictions:
         _install_evictions(converted, evictions, decoding)
     report = joined_report(parts)
-    converted.attnopt_report = _with_caches(report, plans, patterns) if decoding.matters else report  # type: ignore[assignment]
+    if patterns and decoding.matters:
+        from attnopt.conversion.cache_notes import with_cache_notes
+
+        report = with_cache_notes(report, converted, plans, inputs)
+    converted.attnopt_report = report  # type: ignore[assignment]
     return converted
 
 
@@ -279,18 +281,6 @@ def _modules_around(model: nn.Module, site: str) -> list[nn.Module]:
     """The module of a site and the one that it is in."""
     name = site.partition("#")[0]
     return [model.get_submodule(name), *([model.get_submodule(name.rpartition(".")[0])] if name else [])]
-
-
-def _with_caches(report: Report, plans: Sequence[Plan], patterns: Mapping[str, Pattern]) -> Report:
-    """With a note at each site whose cache keeps less than all tokens."""
-    notes: dict[str, tuple[str, ...]] = {}
-    for plan in plans:
-        if _name(plan) in patterns and plan.spec.eviction is None:
-            order = head_order(plan)
-            note = cache_note(head_groups(patterns[_name(plan)], *order.counts), order.keys)
-            notes[_name(plan)] = () if note is None else (note,)
-    sites = (replace(s, notes=(*s.notes, *notes.get(s.name, ()))) for s in report.sites)
-    return replace(report, sites=tuple(sites))
 
 
 def _differs(model: nn.Module) -> ConversionError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnopt.patterns.algebra import Pattern
@@ -26,21 +25,3 @@ def head_groups(pattern: Pattern, num_heads: int, kv_heads: int) -> list[HeadGro
     for g, heads in enumerate(readers):
         members.setdefault(widest(pattern.for_head(h).look_back for h in heads), []).append(g)
     return [HeadGroup(tuple(own), tuple(h for g in own for h in readers[g]), past) for past, own in members.items()]
-
-
-def cache_note(groups: Sequence[HeadGroup], numbers: Sequence[int]) -> str | None:
-    """What a cache keeps, for the report; None if it keeps everything.  ``numbers``: the original key/value heads."""
-    if all(group.past is None for group in groups):
-        return None
-    if len(groups) == 1:
-        return f"its cache keeps {_kept(groups[0].past)}"
-    each = [f"{_kept(g.past)} of key/value heads {', '.join(str(numbers[h]) for h in g.kv_heads)}" for g in groups]
-    return f"its cache keeps {'; '.join(each)}"
-
-
-def _kept(past: Past | None) -> str:
-    if past is None:
-        return "all tokens"
-    return (
-        f"the first {past.sinks} and the last {past.recent} tokens" if past.sinks else f"the last {past.recent} tokens"
-    )

@@ -180,10 +180,11 @@ EVICTIONS = st.builds(
     prompt=st.integers(1, 17),
     chunks=st.sets(st.integers(1, 25), max_size=2),
     padded=st.sampled_from([0, 0, 3, 8]),
+    attention=st.sampled_from(["sdpa", "eager"]),
     seed=st.integers(0, 5),
 )
 def test_logits_are_those_of_the_oracle(
-    eviction: Eviction, kv_heads: int, batch: int, prompt: int, chunks: set[int], padded: int, seed: int
+    eviction: Eviction, kv_heads: int, batch: int, prompt: int, chunks: set[int], padded: int, attention: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
     ids = torch.randint(1, 50, (batch, 25))
@@ -192,7 +193,7 @@ def test_logits_are_those_of_the_oracle(
     stops = [prompt, *(n for n in range(prompt + 1, 26) if n not in chunks or n == 25)]
     oracle = Oracle(eviction, kv_heads)
     want = oracle.read(ids, stops, padding)
-    got, cache = in_pieces(evicting(eviction, kv_heads), ids, stops, padding)
+    got, cache = in_pieces(evicting(eviction, kv_heads, attn_implementation=attention), ids, stops, padding)
     real = padding.bool()
     torch.testing.assert_close(got[real], want[real], atol=1e-6, rtol=1e-6)
     for layer, of_layer in zip(cache.layers, oracle.kept, strict=True):

@@ -15,7 +15,8 @@ from tiny_llama import tiny_llama
 from torch import Tensor
 
 import attnopt
-from attnopt.passes import LocalWindow
+from attnopt.errors import AttnoptError
+from attnopt.passes import EvictKeys, LocalWindow
 from attnopt.patterns import Causal, PerHead, Sinks, Strided, Window
 from attnopt.patterns.algebra import Pattern
 
@@ -337,6 +338,26 @@ def test_a_class_that_computes_with_cached_keys_keeps_all_of_them() -> None:
     assert layer.keys.shape[2] == 30
 
 
+def test_a_model_that_stores_latents() -> None:
+    """DeepSeek: its report promises no smaller cache, and no keys can be evicted."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 1,
+    }  # fmt: skip
+    latent = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes)).eval()
+    made = attnopt.convert(latent, LocalWindow(3, heads=[0, 1]), tokens(1, 12))
+    got, cache = in_pieces(made, tokens(2, 30), list(range(1, 31)))
+    with torch.no_grad():
+        want = made(tokens(2, 30), use_cache=False).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert cache.layers[0].keys.shape[2] == 30
+    assert not any("cache" in note for note in made.attnopt_report.sites[0].notes)
+    with pytest.raises(AttnoptError, match="computes with cached keys"):
+        attnopt.convert(latent, EvictKeys("h2o", 5), tokens(1, 12))
+
+
 def test_keys_that_are_changed_later_on_are_seen() -> None:
     """Keys of which some are dropped must arrive as they left the cache: otherwise, NaN."""
     layer = HeadGroupsLayer()
@@ -355,8 +376,7 @@ def test_a_converted_model_says_what_its_cache_keeps() -> None:
     made = attnopt.convert(tiny_llama(2), LocalWindow(left=5, sinks=2, heads=[2, 3]), tokens(1, 12))
     notes = made.attnopt_report.sites[0].notes
     assert (
-        "its cache keeps all tokens of key/value heads 0; the first 2 and the last 5 tokens of key/value heads 1"
-        in notes
+        "its cache keeps all tokens of key/value head 0; the first 2 and the last 5 tokens of key/value head 1" in notes
     )
     ids = tokens(1, 70)
     want = by_hand(seen_by({2: (6, 2), 3: (6, 2)}, 70), ids, None, 2)
