@@ -259,9 +259,13 @@ def test_beams_and_sampled_texts_follow_their_tokens() -> None:
     made, ids = evicting(Eviction("h2o", 9, 4)), tokens(3, 30)
     want, _ = in_pieces(made, ids, [20, *range(21, 31)])
     _, cache = in_pieces(made, ids, [20, 21])
+    before = copy.deepcopy(cache)
     cache.batch_repeat_interleave(2)
     cache.reorder_cache(torch.tensor([4, 1, 2, 5, 3, 0]))
     cache.batch_select_indices(torch.tensor([0, 5, 3]))
+    for layer, old in zip(cache.layers, before.layers, strict=True):
+        for now, was in ((layer.keys, old.keys), (layer.positions, old.positions), (layer.received, old.received)):
+            assert torch.equal(now, was[[2, 0, 2]])
     got, _ = in_pieces(made, ids[[2, 0, 2], 21:], list(range(1, 10)), cache=cache)
     torch.testing.assert_close(got, want[[2, 0, 2], 21:], atol=1e-9, rtol=0)
     text = made.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, num_beams=3, **GREEDY)

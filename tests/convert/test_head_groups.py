@@ -339,6 +339,51 @@ def test_a_class_that_computes_with_cached_keys_keeps_all_of_them() -> None:
     assert layer.keys.shape[2] == 30
 
 
+def gpt2() -> tuple[Any, str]:
+    config = transformers.GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=1, n_head=4)
+    return transformers.GPT2LMHeadModel(config), "transformer.h.0.attn"
+
+
+def gemma2() -> tuple[Any, str]:
+    """A softcap; the layer before has a sliding window of its own."""
+    config = transformers.Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+    )  # fmt: skip
+    return transformers.Gemma2ForCausalLM(config), "model.layers.1.self_attn"
+
+
+def gpt_oss() -> tuple[Any, str]:
+    """Sink logits."""
+    config = transformers.GptOssConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8,
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM(config), "model.layers.1.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("make", "attention"), [(gpt2, "sdpa"), (gpt2, "eager"), (gemma2, "eager"), (gpt_oss, "eager")]
+)
+def test_other_classes(make: Any, attention: str) -> None:
+    torch.manual_seed(0)
+    made, site = make()
+    for p in made.eval().parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    made.set_attn_implementation(attention)
+    attnopt.apply_patterns(made, {site: MIXED})
+    ids = tokens(2, 40)
+    padding = torch.ones_like(ids)
+    padding[1, :4] = 0
+    with torch.no_grad():
+        positions = (padding.cumsum(-1) - 1).clamp(min=0)
+        want = made(ids, attention_mask=padding, position_ids=positions, use_cache=False).logits
+    got, cache = in_pieces(made, ids, [20, 21, 22, 30, *range(31, 41)], padding)
+    torch.testing.assert_close(got[padding.bool()], want[padding.bool()], atol=5e-4, rtol=1e-4)
+    layer = cache.layers[int(site.split(".")[-2])]
+    assert sorted(part.keys.shape[2] for part in layer.layers) == [9, 40]
+
+
 def test_a_model_that_stores_latents() -> None:
     """DeepSeek: its report promises no smaller cache, and no keys can be evicted."""
     sizes: dict[str, Any] = {
