@@ -14,9 +14,9 @@ from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
 from attnopt.base.intervals import clipped
 from attnopt.conversion.eviction_votes import ROWS, are_tokens, held_mask, votes_of
-from attnopt.conversion.head_groups import head_groups
+from attnopt.conversion.head_groups import HeadGroup, head_groups
 from attnopt.conversion.hf_cache_hook import PATTERN
-from attnopt.conversion.hf_cached_keys import CachedKeys
+from attnopt.conversion.hf_cached_keys import source_of
 from attnopt.conversion.hf_evicting_layer import EvictingLayer
 from attnopt.conversion.hf_groups_layer import HeadGroupsLayer
 from attnopt.errors import ConversionError
@@ -48,10 +48,13 @@ def attend(
     """
     pattern: Pattern = getattr(module, PATTERN, Full())
     options = _Options(dropout, scaling, is_causal, softcap, s_aux, position_bias, kwargs)
-    if isinstance(key, CachedKeys) and isinstance(key.layer, HeadGroupsLayer):
-        return _by_groups(module, query, key, value, attention_mask, pattern, options), None
-    if isinstance(key, CachedKeys) and isinstance(key.layer, EvictingLayer):
-        return _evicting(module, query, key, value, attention_mask, pattern, options), None
+    source = source_of(key)
+    if source is not None and isinstance(source.layer, HeadGroupsLayer):
+        groups = head_groups(pattern, query.shape[1], key.shape[1])
+        parts = source.parts or source.layer.split(key, value, groups)
+        return _by_groups(module, query, groups, parts, attention_mask, pattern, options), None
+    if source is not None and isinstance(source.layer, EvictingLayer):
+        return _evicting(module, query, key, value, source.layer, attention_mask, pattern, options), None
     return _attended(module, query, key, value, attention_mask, pattern, options), None
 
 
@@ -75,21 +78,19 @@ class _Options:
 def _by_groups(
     module: nn.Module,
     query: Tensor,
-    key: CachedKeys,
-    value: Tensor,
+    groups: Sequence[HeadGroup],
+    parts: Sequence[tuple[Tensor, Tensor]],
     mask: Tensor | None,
     pattern: Pattern,
     options: _Options,
 ) -> Tensor:
-    """Heads that are stored apart, each group over its own keys."""
-    groups = head_groups(pattern, query.shape[1], key.shape[1])
-    parts = zip(groups, key.layer.split(key, value, groups), strict=True)
+    """Heads that are stored apart, each group over its own keys and values."""
     made = [
         _attended(
             module, query[:, list(g.heads)], k, v, _of_heads(mask, g.heads), pattern.for_heads(g.heads),
             options.for_heads(g.heads),
         )
-        for g, (k, v) in parts
+        for g, (k, v) in zip(groups, parts, strict=True)
     ]  # fmt: skip
     order = [h for g in groups for h in g.heads]
     return torch.cat(made, dim=2)[:, :, [order.index(h) for h in range(len(order))]]
@@ -98,8 +99,9 @@ def _by_groups(
 def _evicting(
     module: nn.Module,
     query: Tensor,
-    key: CachedKeys,
+    held: Tensor,
     value: Tensor,
+    layer: EvictingLayer,
     mask: Tensor | None,
     pattern: Pattern,
     options: _Options,
@@ -109,21 +111,22 @@ def _evicting(
         raise ConversionError(
             "a bias by position is not supported where keys are evicted", hint="exclude the layer from evict-keys"
         )
-    layer, held, heads = key.layer, key.as_subclass(Tensor), query.shape[1]
+    assert layer.positions is not None, "it has just returned keys"
+    heads, positions = query.shape[1], layer.positions
     new, total = query.shape[2], layer.get_seq_length()
     causal = Causal() & pattern
 
     def shown(start: int, stop: int) -> Tensor:
         """For these of the new queries."""
         rows = None if mask is None else mask[:, :, start:stop]
-        return held_mask(rows, causal, heads, range(total - new + start, total - new + stop), total, layer.positions)
+        return held_mask(rows, causal, heads, range(total - new + start, total - new + stop), total, positions)
 
     if layer.is_whole:
         out = _attended(module, query, held, value, mask, pattern, options)
     else:
         out = _attended(module, query, held, value, shown(0, new), Full(), replace(options, is_causal=False))
     scale = query.shape[3] ** -0.5 if options.scaling is None else options.scaling
-    votes = torch.zeros(layer.positions.shape, dtype=torch.promote_types(held.dtype, torch.float32), device=held.device)
+    votes = torch.zeros(positions.shape, dtype=torch.promote_types(held.dtype, torch.float32), device=held.device)
     with torch.no_grad():
         for start in range(new - layer.voters(new), new, ROWS):
             stop = min(start + ROWS, new)

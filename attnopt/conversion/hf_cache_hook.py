@@ -38,6 +38,8 @@ class PrepareCache:
 def _prepare(cache: Any, module: nn.Module) -> None:
     layer: int = module.layer_idx  # type: ignore[assignment]
     pattern, eviction = getattr(module, PATTERN, FULL), getattr(module, EVICTION, None)
+    if eviction is not None and torch.compiler.is_exporting():
+        raise AttnoptError("a captured graph cannot evict keys from a cache", hint="capture it with use_cache=False")
     if isinstance(cache, DynamicCache) and cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -66,10 +68,11 @@ def _prepare(cache: Any, module: nn.Module) -> None:
 
 def _fresh(pattern: Pattern) -> DynamicLayer:
     heads = range(pattern.named_heads + 1)  # the last stands for all that are not named
-    first, *others = dict.fromkeys(pattern.for_head(h).look_back for h in heads)
-    if others and not torch.compiler.is_exporting():
+    reaches = dict.fromkeys(pattern.for_head(h).look_back for h in heads)
+    if len(reaches) > 1:
         return HeadGroupsLayer()
-    return DynamicLayer() if others or first is None else RollingLayer(first)
+    (past,) = reaches
+    return DynamicLayer() if past is None else RollingLayer(past)
 
 
 def _caches(values: tuple[object, ...]) -> Iterator[object]:

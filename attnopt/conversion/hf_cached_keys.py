@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 
-class CachedKeys(Tensor):
-    """Keys [B, G, S, D] that know the ``layer`` of the cache that returned them.  The result of any operation on them is a
-    plain tensor: a class that computes with cached keys hands the attention function keys without a layer.
+@dataclass(frozen=True)
+class Source:
+    """The ``layer`` of the cache that returned keys [B, G, S, D].
 
-    ``parts``: (keys, values) of heads stored apart, whose numbers of tokens differ.  The tensor itself then has the shape that
-    a full cache would return, and only NaN in it.
+    ``parts``: (keys, values) of heads stored apart, whose numbers of tokens differ.  The keys themselves then have the shape
+    that a full cache would return, and only NaN in them.
     """
 
     layer: DynamicLayer
-    parts: Sequence[tuple[Tensor, Tensor]]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    parts: Sequence[tuple[Tensor, Tensor]] = ()
 
-    @classmethod
-    def of(cls, keys: Tensor, layer: DynamicLayer, parts: Sequence[tuple[Tensor, Tensor]] = ()) -> Self:
-        made: Any = keys.as_subclass(cls)
-        made.layer, made.parts = layer, parts
-        return made  # type: ignore[no-any-return]
+
+def with_source(keys: Tensor, source: Source) -> Tensor:
+    """The same keys, which know where they come from.  The result of any operation on them does not: a class that computes with
+    cached keys hands the attention function keys without a source."""
+    made: Any = keys.view_as(keys)
+    made.attnopt_source = source
+    return made  # type: ignore[no-any-return]
+
+
+def source_of(keys: Tensor) -> Source | None:
+    return getattr(keys, "attnopt_source", None)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 from transformers.cache_utils import DynamicLayer
 
-from attnopt.conversion.hf_cached_keys import CachedKeys
+from attnopt.conversion.hf_cached_keys import Source, with_source
 from attnopt.errors import AttnoptError
 from attnopt.ir.eviction import Eviction
 
@@ -33,8 +33,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[CachedKeys, Tensor]:
-        """The kept and the new keys, and their values."""
+    ) -> tuple[Tensor, Tensor]:
+        """The kept and the new keys, with their source, and their values."""
         if self._is_waiting:
             raise AttnoptError(
                 "the class computes with cached keys before its attention, which cannot say which of them to evict",
@@ -47,7 +47,7 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
         self.positions = torch.cat([*kept, new.expand(B, G, added)], dim=-1)
         self.cumulative_length += added
         keys, values = super().update(key_states, value_states)
-        return CachedKeys.of(keys, self), values
+        return with_source(keys, Source(self)), values
 
     @property
     def is_whole(self) -> bool:

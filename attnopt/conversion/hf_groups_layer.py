@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from attnopt.conversion.head_groups import HeadGroup
 from attnopt.conversion.hf_cache import RollingLayer
-from attnopt.conversion.hf_cached_keys import CachedKeys
+from attnopt.conversion.hf_cached_keys import Source, with_source
 
 
 class HeadGroupsLayer(DynamicLayer):  # type: ignore[misc]
@@ -30,26 +30,24 @@ class HeadGroupsLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[CachedKeys, Tensor]:
-        """``CachedKeys`` and their values."""
+    ) -> tuple[Tensor, Tensor]:
+        """Keys with their source, and values."""
         if not self.layers:
             keys, values = super().update(key_states, value_states)
-            return CachedKeys.of(keys, self), values
+            return with_source(keys, Source(self)), values
         parts = self._updated(key_states, value_states)
         length = self.get_seq_length()
         keys, values = (_nowhere(t, length) for t in (key_states, value_states))
-        return CachedKeys.of(keys, self, parts), values
+        return with_source(keys, Source(self, parts)), values
 
-    def split(self, keys: CachedKeys, values: Tensor, groups: Sequence[HeadGroup]) -> list[tuple[Tensor, Tensor]]:
+    def split(self, keys: Tensor, values: Tensor, groups: Sequence[HeadGroup]) -> list[tuple[Tensor, Tensor]]:
         """The keys and values [B, heads of the group, S, D] of each group; from now on they are stored apart."""
-        if self.layers:
-            return list(keys.parts)
         self.groups = tuple(groups)
         self.layers = tuple(DynamicLayer() if g.past is None else RollingLayer(g.past) for g in groups)
         if self._records:
             self.activate_past_recording()
         self.keys = self.values = None
-        return self._updated(keys.as_subclass(Tensor), values)
+        return self._updated(keys, values)
 
     def _updated(self, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
         apart = zip(self.groups, self.layers, strict=True)

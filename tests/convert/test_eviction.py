@@ -490,6 +490,15 @@ def test_a_graph_cannot_evict() -> None:
         attnopt.optimize(decoder(), EvictKeys("snapkv", 4), (ids,), {"use_cache": False}, strict=True)
 
 
+def test_a_converted_model_is_captured_without_its_cache() -> None:
+    ids, made = tokens(1, 12), evicting(Eviction("h2o", 6, 3))
+    fast = attnopt.optimize(made, "fuse", (ids,), {"use_cache": False})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids, use_cache=False)[0], made(ids, use_cache=False)[0], atol=1e-9, rtol=0)
+    with pytest.raises(AttnoptError, match="a captured graph cannot evict keys"):
+        attnopt.optimize(made, "fuse", (ids,))
+
+
 def test_an_encoder_has_nothing_to_evict() -> None:
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1

@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 from attnopt.conversion.hf_attention import attend  # noqa: E402  (they import transformers)
 from attnopt.conversion.hf_cache import RollingLayer  # noqa: E402
+from attnopt.conversion.hf_cached_keys import source_of  # noqa: E402
 from attnopt.conversion.hf_groups_layer import HeadGroupsLayer  # noqa: E402
 
 SITE = "model.layers.0.self_attn"
@@ -332,7 +333,8 @@ def test_a_class_that_computes_with_cached_keys_keeps_all_of_them() -> None:
     made = []
     for n in range(30):
         keys, values = layer.update(k[:, :, n : n + 1], k[:, :, n : n + 1])
-        assert type(2 * keys) is Tensor
+        assert source_of(keys) is not None
+        assert source_of(2 * keys) is None
         made.append(attend(module, q[:, :, n : n + 1], 2 * keys, values, None)[0])
     scores = (q @ k.transpose(-1, -2) * 2 / 8**0.5).masked_fill(~seen_by({0: (7, 2), 1: (7, 2)}, 30), -torch.inf)
     torch.testing.assert_close(torch.cat(made, 1), (scores.softmax(-1) @ k).transpose(1, 2), atol=1e-5, rtol=1e-5)
@@ -415,6 +417,25 @@ def test_keys_that_are_changed_later_on_are_seen() -> None:
     assert keys.shape == values.shape == (1, 4, 10, 8)
     out, _ = attend(module, k[:, :, :1], keys + 0, values, None)
     assert out.isnan().all()
+
+
+def test_a_captured_graph_fills_such_a_cache() -> None:
+    made, ids = model(), tokens(1, 12)
+    fast = attnopt.optimize(made, "fuse", (ids,))
+    out = fast(ids)
+    assert isinstance(out.past_key_values.layers[0], HeadGroupsLayer)
+    want, _ = in_pieces(made, ids, [12])
+    torch.testing.assert_close(out.logits, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile, about what it does not compile
+def test_a_compiled_model() -> None:
+    made, ids = model(), tokens(1, 16)
+    want, _ = in_pieces(made, ids, [16])
+    compiled = torch.compile(made, backend="eager")
+    got, cache = in_pieces(compiled, ids, [8, 9, 10, 16])
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    assert cache.layers[0].layers[0].keys.shape[2] < 16 + 1
 
 
 # ------------------------------------------------------------ convert
