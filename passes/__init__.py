@@ -7,6 +7,7 @@ if __name__ != "attnopt.passes":
 
 from attnopt.passes.add_values import AddValues
 from attnopt.passes.dynamic_sparse import DynamicSparse
+from attnopt.passes.evict_keys import EvictKeys
 from attnopt.passes.fuse import Fuse
 from attnopt.passes.grouped_query import GroupedQuery
 from attnopt.passes.head_patch import HeadPatch
@@ -24,6 +25,7 @@ from attnopt.passes.steer import Steer
 __all__ = [
     "AddValues",
     "DynamicSparse",
+    "EvictKeys",
     "Fuse",
     "GroupedQuery",
     "HeadPatch",

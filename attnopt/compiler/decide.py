@@ -12,6 +12,7 @@ from attnopt.compiler import plugins
 from attnopt.errors import PluginError
 from attnopt.ir import plugin_calls
 from attnopt.ir.activations import Activations
+from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Backend, Pass, Rewrite
 from attnopt.ir.refusal import Refusal
@@ -40,9 +41,16 @@ class Decision:
 
 
 def decide(
-    found: Found, passes: Sequence[Pass], backends: Sequence[Backend], activations: Activations | None = None
+    found: Found,
+    passes: Sequence[Pass],
+    backends: Sequence[Backend],
+    activations: Activations | None = None,
+    decodes: bool = False,
 ) -> Decision:
-    """Run the passes one after the other; each sees what the ones before it made."""
+    """Run the passes one after the other; each sees what the ones before it made.
+
+    ``decodes``: the result keeps the caches of its class, which can evict keys.
+    """
     if found.raised.region.escapes and passes:
         return Decision(found, found.site, refusals={p.name: escapes(found) for p in passes})
     site, made, applied = replace(found.site, activations=activations), Rewrite(found.site.spec), list[str]()
@@ -53,6 +61,9 @@ def decide(
             refusals[p.name] = refusal
             continue
         rewrite = plugin_calls.rewrite(p, site)
+        if rewrite.spec.eviction is not None and not decodes:
+            refusals[p.name] = _no_cache(site, rewrite.spec.eviction)
+            continue
         made, site = made.then(rewrite), site.edited(rewrite)
         applied.append(p.name)
     site = replace(site, parameters=found.site.parameters, activations=None)
@@ -73,6 +84,15 @@ def decide(
         return Decision(found, found.site, refusals={**refusals, **choice.reasons})  # it already has plain operators
     notes = (*made.notes, *choice.notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec))
     return Decision(found, site, plan, refusals, notes)
+
+
+def _no_cache(site: Site, eviction: Eviction) -> Refusal:
+    return site.refuse(
+        "needs-cache",
+        expected="a model that decodes from the cache of its class",
+        found=f"a graph, for a {eviction}",
+        hint='use attnopt.convert; or evict-keys(method="sinks"), which is a pattern',
+    )
 
 
 def _kept(edit: HeadWeights, site: Site) -> HeadWeights:

@@ -56,13 +56,14 @@ def allot(
     policy: Policy,
     backends: Sequence[Backend],
     batches: Sequence[CallInputs],
+    decodes: bool = False,
 ) -> Allotment:
     """The allocation of each site for every pass of the policy with a shared budget."""
     made: dict[tuple[str, Pass], Pass] = {}
     ready: dict[str, Decision] = {}
     shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}
     for p in sorted(shared, key=repr):
-        for s, n in _allot_one(gm, found, policy, backends, batches, p):
+        for s, n in _allot_one(gm, found, policy, backends, batches, p, decodes):
             for d in s.probe:
                 name = d.found.site.name
                 made[name, p] = s.passes[n]
@@ -73,7 +74,7 @@ def allot(
 
 def _allot_one(
     gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[CallInputs],
-    p: Pass,
+    p: Pass, decodes: bool,
 ) -> list[tuple[_Shares, int]]:  # fmt: skip
     """What each set of weights can have, and how many heads it gets."""
     assert isinstance(p, SharesBudget)
@@ -83,7 +84,7 @@ def _allot_one(
     for group, activations in jointly(Stream(gm, with_it, batches), groups):
         f = group[0]
         passes = policy.passes_for(f.site.name)
-        before = decide(f, passes[: passes.index(p)], backends, activations)
+        before = decide(f, passes[: passes.index(p)], backends, activations, decodes)
         site = before.seen(activations)
         if p.check(site) is not None:
             continue
@@ -91,7 +92,7 @@ def _allot_one(
         if not offered:
             continue
         probed = min((n for n in offered if n < max(offered)), key=lambda n: abs(n - wanted), default=max(offered))
-        probe = decide(f, (*passes[: passes.index(p)], offered[probed].rewrite), backends, activations)
+        probe = decide(f, (*passes[: passes.index(p)], offered[probed].rewrite), backends, activations, decodes)
         errors = {n: o.error for n, o in offered.items()}
         rewrites = {n: o.rewrite for n, o in offered.items()}
         shares.append(_Shares(site.without_activations(), errors, rewrites, probed, of_all(group, probe)))

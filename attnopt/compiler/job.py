@@ -25,6 +25,7 @@ class Options:
     strict: bool = False
     limit: int | None = None
     seed: int = 0
+    decodes: bool = False  # the result keeps the caches of its class, which can evict keys
 
     def __post_init__(self) -> None:
         limit, tolerance = self.limit, self.tolerance

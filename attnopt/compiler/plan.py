@@ -28,20 +28,21 @@ def plan(job: Job, program: Program, findings: Findings) -> list[Decision]:
 
 def _decided(job: Job, program: Program, found: Sequence[Found]) -> list[Decision]:
     """The result of the passes at each site; passes that use calibration data get the activations of the site."""
+    decodes = job.options.decodes
     passes = {f.site.name: job.policy.passes_for(f.site.name) for f in found}
     learning = [f for f in found if any(p.calibrates for p in passes[f.site.name])]
     if not learning or not job.batches:
-        return [decide(f, passes[f.site.name], job.backends) for f in found]
+        return [decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
     batches = job.arranged(program)
-    shares = allot(program.module, learning, job.policy, job.backends, batches)
+    shares = allot(program.module, learning, job.policy, job.backends, batches, decodes)
     made = dict(shares.ready)
     undecided = [f for f in learning if f.site.name not in made]
     for group, activations in jointly(Stream(program.module, undecided, batches), tied(undecided, passes)):
         name = group[0].site.name
         chosen = [shares.passes.get((name, p), p) for p in passes[name]]
-        decisions = of_all(group, decide(group[0], chosen, job.backends, activations))
+        decisions = of_all(group, decide(group[0], chosen, job.backends, activations, decodes))
         made.update({d.found.site.name: d for d in decisions})
-    return [made.get(f.site.name) or decide(f, passes[f.site.name], job.backends) for f in found]
+    return [made.get(f.site.name) or decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
 
 
 def _check_names(job: Job, findings: Findings) -> None:

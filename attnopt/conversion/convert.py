@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
+from attnopt.base.options import LARGEST
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.job import Options
@@ -22,11 +23,13 @@ from attnopt.conversion.judge import Decoding, Judge
 from attnopt.conversion.partial_capture import Part, joined_report, parts_of
 from attnopt.conversion.reordered_weights import REMEDY, head_order, put_into, reshaped
 from attnopt.errors import ConversionError, PolicyError
+from attnopt.ir.eviction import Eviction
 from attnopt.lower.lower import Plan, lower
 from attnopt.patterns import Sinks, Window
 from attnopt.patterns.algebra import Full, Pattern
 
 Model = TypeVar("Model", bound=nn.Module)
+T = TypeVar("T")
 
 LEAST = 4  # tokens, for a pattern to show
 
@@ -50,8 +53,8 @@ def convert(
     Removed or merged heads make the projections smaller.  The head counts are changed in the configuration if the class
     then builds the same model, so that the saved copy is an ordinary checkpoint; otherwise in the modules, with an
     AttnoptWarning.
-    Patterns are applied through transformers' AttentionInterface, and caches keep only what a pattern can still see
-    (see ``apply_patterns``).
+    Patterns are applied through transformers' AttentionInterface, and caches keep of each head only what its pattern can
+    still see (see ``apply_patterns``).
     The copy computes what the graph of ``optimize`` computes: compared on the example inputs, at other sizes, and token
     by token if the model has a cache.  ``copy.attnopt_report`` is its report.
     If the model cannot be captured as a whole, its attention modules are captured separately.
@@ -64,7 +67,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
     inputs, batches = _inputs(model, args, kwargs, calibration)
-    parts = parts_of(model, policy, inputs, batches, Options(tolerance, strict, limit, seed))
+    parts = parts_of(model, policy, inputs, batches, Options(tolerance, strict, limit, seed, decodes=True))
     plans = [plan for part in parts for plan in part.plans]
     for plan in plans:
         _check_class(plan)
@@ -73,6 +76,7 @@ def convert(
     put_into(converted, values)
     patterns = {_name(p): seen for p in plans if (seen := _new_pattern(p)) is not None}
     found = [d.found for part in parts for d in part.made.decisions]
+    evictions = {_name(p): p.spec.eviction for p in plans if p.spec.eviction is not None}
     made = {_name(plan): plan.spec for plan in plans}
     counts = {f.site.name: Counts.of(f.raised.spec, made.get(f.site.name, f.raised.spec)) for f in found}
     meant, decoding = [(part, part.made.module) for part in parts], Decoding(model, inputs)
@@ -86,7 +90,14 @@ def convert(
             raise _differs(converted)
     else:
         _settle(converted, counts, Judge(meant, decoding))
-    converted.attnopt_report = joined_report(parts)  # type: ignore[assignment]
+    if evictions:
+        _install_evictions(converted, evictions, decoding)
+    report = joined_report(parts)
+    if patterns and decoding.matters:
+        from attnopt.conversion.cache_notes import with_cache_notes
+
+        report = with_cache_notes(report, converted, plans, inputs)
+    converted.attnopt_report = report  # type: ignore[assignment]
     return converted
 
 
@@ -94,13 +105,13 @@ def apply_patterns(model: nn.Module, patterns: Mapping[str, Pattern | str] | Non
     """Restrict attention modules of a transformers model to patterns, in place.
 
     ``patterns``: names of attention modules -> patterns; by default those that ``convert`` stored in the configuration,
-    which restores the patterns of a checkpoint loaded with ``from_pretrained``.
+    which restores the patterns of a checkpoint loaded with ``from_pretrained``, and the keys that its caches evict.
     Positions are those of the tokens in the sequence, including padding; the last query is aligned with the last key.
-    If a pattern bounds the visible past, the caches of the model keep no more than that.
+    If a pattern bounds the visible past of a head, the caches of the model keep no more than that of it.
 
     Raises ConversionError if the class does not use AttentionInterface.
     """
-    from attnopt.conversion.hf_attention import install
+    from attnopt.conversion.hf_install import install
 
     install(model, patterns)
 
@@ -153,6 +164,7 @@ def _check_class(plan: Plan) -> None:
         after=before.after,  # see ``reshaped``
         pattern=before.pattern,
         seen_as=before.seen_as,
+        eviction=before.eviction,
     )
     if kept != before:
         raise ConversionError(
@@ -210,9 +222,10 @@ def _homes(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
+def _by_home(model: nn.Module, values: Mapping[str, T]) -> Iterator[tuple[nn.Module, dict[str, T]]]:
+    """Each transformers model in ``model``, with the values of its own modules.  Raises ConversionError."""
     homes = _homes(model)
-    for name in patterns:
+    for name in values:
         if not any(name.startswith(home) for home in homes):
             raise ConversionError(
                 f"{type(model).__name__} is not a transformers model, so a pattern cannot be represented in it",
@@ -220,9 +233,34 @@ def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
                 hint=REMEDY,
             )
     for home, module in homes.items():
-        own = {name.removeprefix(home): p for name, p in patterns.items() if name.startswith(home)}
+        own = {name.removeprefix(home): value for name, value in values.items() if name.startswith(home)}
         if own:
-            apply_patterns(module, own)
+            yield module, own
+
+
+def _install(model: nn.Module, patterns: Mapping[str, Pattern]) -> None:
+    for home, own in _by_home(model, patterns):
+        apply_patterns(home, own)
+
+
+def _install_evictions(model: nn.Module, evictions: Mapping[str, Eviction], decoding: Decoding) -> None:
+    """Verified with budgets of the whole text, under which the model must decode as before."""
+    if not decoding.matters:
+        raise ConversionError(
+            f"{type(model).__name__} does not decode from a cache on the example inputs, so no keys can be evicted",
+            hint="pass a language model and token ids of at least 4 tokens, with their mask",
+        )
+    from attnopt.conversion.hf_install import install_evictions
+
+    for home, own in _by_home(model, evictions):
+        install_evictions(home, {name: replace(eviction, budget=LARGEST) for name, eviction in own.items()})
+    if not decoding.works(model):
+        raise ConversionError(
+            f"{type(model).__name__} does not decode as before from a cache that keeps keys by their attention",
+            hint='use method="sinks"',
+        )
+    for home, own in _by_home(model, evictions):
+        install_evictions(home, own)
 
 
 def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> None:

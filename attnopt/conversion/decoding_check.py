@@ -38,6 +38,15 @@ def decoding_error(model: nn.Module, inputs: CallInputs) -> float | None:
     return difference([torch.cat(pieces, dim=1)[seen]], [whole[seen]])
 
 
+def read_into_cache(model: nn.Module, inputs: CallInputs) -> object:
+    """The cache of the example text; None as for ``decoding_error``."""
+    text = _text(model, *cloned(inputs))
+    if text is None:
+        return None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), kept(model):
+        return getattr(model(**text, use_cache=True), "past_key_values", None)
+
+
 def _text(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor] | None:
     """The token ids [B, L] and their mask among the example inputs, if these are the only inputs."""
     parameters = inspect.signature(model.forward).parameters

@@ -1,93 +1,30 @@
-"""Patterns in a transformers model, through its AttentionInterface and AttentionMaskInterface, layer by layer."""
+"""The attention function of transformers models with patterns or evicted keys, for their AttentionInterface."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
 
 from attnopt.backends.blocked import Blocked
 from attnopt.backends.reference import Reference
 from attnopt.backends.sdpa import Sdpa
 from attnopt.base.intervals import clipped
-from attnopt.conversion.hf_cache import UseRollingCache
+from attnopt.conversion.eviction_votes import ROWS, are_tokens, held_mask, votes_of
+from attnopt.conversion.head_groups import HeadGroup, head_groups
+from attnopt.conversion.hf_cache_hook import PATTERN
+from attnopt.conversion.hf_cached_keys import source_of
+from attnopt.conversion.hf_evicting_layer import EvictingLayer
+from attnopt.conversion.hf_groups_layer import HeadGroupsLayer
 from attnopt.errors import ConversionError
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns import Causal, parse
+from attnopt.patterns import Causal
 from attnopt.patterns.algebra import Full, Pattern
 from attnopt.patterns.lookback import Past
-from attnopt.patterns.registry import is_readable
-
-# The attention implementation that replaces another, and the masks of that one: for fully masked padding queries,
-# float masks give an average and bool masks nothing, which must stay the same.
-NAMES = {"eager": ("attnopt-eager", eager_mask)}
-OTHERWISE = ("attnopt", sdpa_mask)
-PATTERN = "attnopt_pattern"  # attribute of an attention module
-PATTERNS = "attnopt_patterns"  # entry of a configuration: module name -> pattern, in its notation
-
-
-def install(model: nn.Module, patterns: Mapping[str, Pattern | str] | None = None) -> None:
-    """Give the attention modules of ``model`` that are named in ``patterns`` their patterns; see ``attnopt.apply_patterns``."""
-    if not isinstance(model, PreTrainedModel):
-        raise ConversionError(
-            f"{type(model).__name__} is not a transformers model, so a pattern cannot be represented in it",
-            hint="use attnopt.optimize",
-        )
-    given = patterns if patterns is not None else getattr(model.config, PATTERNS, None)
-    if not given:
-        raise ConversionError("the configuration of the model contains no patterns", hint="give patterns=")
-    modules = dict(model.named_modules())
-    found = {name: p if isinstance(p, Pattern) else parse(p) for name, p in given.items()}
-    _check(model, modules, found)
-    _switch(model)
-    for name, pattern in found.items():
-        module = modules[name]
-        setattr(module, PATTERN, pattern)
-        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, UseRollingCache)]:
-            module._forward_pre_hooks.pop(key)
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.register_forward_pre_hook(UseRollingCache(pattern.look_back), with_kwargs=True)
-    known = getattr(model.config, PATTERNS, None) or {}
-    setattr(model.config, PATTERNS, {**known, **{name: pattern.to_json() for name, pattern in found.items()}})
-
-
-def _check(model: nn.Module, modules: Mapping[str, nn.Module], patterns: Mapping[str, Pattern]) -> None:
-    unknown = [name for name in patterns if name not in modules]
-    if unknown:
-        raise ConversionError(f"{type(model).__name__} has no module {', '.join(map(repr, unknown))}")
-    unnamed = [pattern for pattern in patterns.values() if not is_readable(pattern)]
-    if unnamed:
-        raise ConversionError(
-            f"pattern {unnamed[0]} is not reproduced by attnopt.patterns.parse from its text in the model configuration",
-            hint="decorate its class with @attnopt.register",
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ConversionError(
-            f"{type(model).__name__} does not use transformers' AttentionInterface",
-            hint="use attnopt.optimize, whose graph applies the pattern",
-        )
-
-
-def _switch(model: PreTrainedModel) -> None:
-    for name, masks in (*NAMES.values(), OTHERWISE):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, masks)
-    now = model.config._attn_implementation
-    if now in {name for name, _ in (*NAMES.values(), OTHERWISE)}:
-        return
-    name, _ = NAMES.get(now, OTHERWISE)
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        raise ConversionError(
-            f"{type(model).__name__} does not let its attention implementation be set",
-            hint="use attnopt.optimize, whose graph applies the pattern",
-        )
 
 
 def attend(
@@ -109,27 +46,147 @@ def attend(
     The last query is aligned with the last key.  Keys that a ``RollingLayer`` dropped are missing after the sinks; the
     mask skips them here.
     """
-    found: Pattern = getattr(module, PATTERN, Full())
-    own_scores = softcap is not None or s_aux is not None
-    if isinstance(found, Full) and not own_scores:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
+    pattern: Pattern = getattr(module, PATTERN, Full())
+    options = _Options(dropout, scaling, is_causal, softcap, s_aux, position_bias, kwargs)
+    source = source_of(key)
+    if source is not None and isinstance(source.layer, HeadGroupsLayer):
+        groups = head_groups(pattern, query.shape[1], key.shape[1])
+        parts = source.parts or source.layer.split(key, value, groups)
+        return _by_groups(module, query, groups, parts, attention_mask, pattern, options), None
+    if source is not None and isinstance(source.layer, EvictingLayer):
+        return _evicting(module, query, key, value, source.layer, attention_mask, pattern, options), None
+    return _attended(module, query, key, value, attention_mask, pattern, options), None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What transformers passes besides queries, keys, values and mask."""
+
+    dropout: float
+    scaling: float | None
+    is_causal: bool | None
+    softcap: float | None
+    s_aux: Tensor | None  # sink logits [H]
+    position_bias: Tensor | None  # [1 or B, H, L, S]
+    others: Mapping[str, object]
+
+    def for_heads(self, heads: Sequence[int]) -> _Options:
+        s_aux = None if self.s_aux is None else self.s_aux.flatten()[list(heads)]
+        return replace(self, s_aux=s_aux, position_bias=_of_heads(self.position_bias, heads))
+
+
+def _by_groups(
+    module: nn.Module,
+    query: Tensor,
+    groups: Sequence[HeadGroup],
+    parts: Sequence[tuple[Tensor, Tensor]],
+    mask: Tensor | None,
+    pattern: Pattern,
+    options: _Options,
+) -> Tensor:
+    """Heads that are stored apart, each group over its own keys and values."""
+    made = [
+        _attended(
+            module, query[:, list(g.heads)], k, v, _of_heads(mask, g.heads), pattern.for_heads(g.heads),
+            options.for_heads(g.heads),
         )
-        return out, None
-    mask = None if attention_mask is None else _left(attention_mask, key.shape[2], found.look_back)
-    if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        found = Causal() & found  # the meaning of a missing mask in transformers
-    if dropout == 0.0 and (query.shape[2] > 1 or own_scores):
-        return _computed(query, key, value, mask, scaling, softcap, s_aux, position_bias, found), None
+        for g, (k, v) in zip(groups, parts, strict=True)
+    ]  # fmt: skip
+    order = [h for g in groups for h in g.heads]
+    return torch.cat(made, dim=2)[:, :, [order.index(h) for h in range(len(order))]]
+
+
+def _evicting(
+    module: nn.Module,
+    query: Tensor,
+    held: Tensor,
+    value: Tensor,
+    layer: EvictingLayer,
+    mask: Tensor | None,
+    pattern: Pattern,
+    options: _Options,
+) -> Tensor:
+    """Over what an evicting layer holds, which then drops what received the least."""
+    if options.position_bias is not None:
+        raise ConversionError(
+            "a bias by position is not supported where keys are evicted", hint="exclude the layer from evict-keys"
+        )
+    assert layer.positions is not None, "it has just returned keys"
+    heads, positions = query.shape[1], layer.positions
+    new, total = query.shape[2], layer.get_seq_length()
+    causal = Causal() & pattern
+
+    def shown(start: int, stop: int) -> Tensor:
+        """For these of the new queries."""
+        rows = None if mask is None else mask[:, :, start:stop]
+        return held_mask(rows, causal, heads, range(total - new + start, total - new + stop), total, positions)
+
+    if layer.is_whole:
+        out = _attended(module, query, held, value, mask, pattern, options)
+    else:
+        out = _attended(module, query, held, value, shown(0, new), Full(), replace(options, is_causal=False))
+    scale = query.shape[3] ** -0.5 if options.scaling is None else options.scaling
+    votes = torch.zeros(positions.shape, dtype=torch.promote_types(held.dtype, torch.float32), device=held.device)
+    with torch.no_grad():
+        for start in range(new - layer.voters(new), new, ROWS):
+            stop = min(start + ROWS, new)
+            counted = None if mask is None else are_tokens(mask[:, :, start:stop], total - new + start)
+            votes += votes_of(
+                query[:, :, start:stop], held, shown(start, stop), scale, options.softcap, options.s_aux, counted
+            )
+    layer.evict(votes, new)
+    return out
+
+
+def _of_heads(scores: Tensor | None, heads: Sequence[int]) -> Tensor | None:
+    """What belongs to these heads of [B, H or 1, L, S]."""
+    return scores if scores is None or scores.shape[1] == 1 else scores[:, list(heads)]
+
+
+def _attended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    pattern: Pattern,
+    options: _Options,
+) -> Tensor:
+    own_scores = options.softcap is not None or options.s_aux is not None
+    if isinstance(pattern, Full) and not own_scores:
+        return _plain(module, query, key, value, mask, options.is_causal, options)
+    mask, bias = (
+        None if t is None else _left(t, key.shape[2], pattern.look_back) for t in (mask, options.position_bias)
+    )
+    options = replace(options, position_bias=bias)
+    is_causal = getattr(module, "is_causal", True) if options.is_causal is None else options.is_causal
+    if mask is None and is_causal:
+        pattern = Causal() & pattern  # the meaning of a missing mask in transformers
+    if options.dropout == 0.0 and (query.shape[2] > 1 or own_scores):
+        return _computed(query, key, value, mask, pattern, options)
     if own_scores:
         raise ConversionError(
             "softcap and sink logits are not supported with dropout", hint="set attention_dropout to 0"
         )
-    allowed = _with_pattern(mask, found, query, key)
+    return _plain(module, query, key, value, _with_pattern(mask, pattern, query, key), False, options)
+
+
+def _plain(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    options: _Options,
+) -> Tensor:
+    """By transformers' own function."""
+    out: Tensor
     out, _ = sdpa_attention_forward(
-        module, query, key, value, allowed, dropout, scaling, False, position_bias, **kwargs
-    )
-    return out, None
+        module, query, key, value, mask, options.dropout, options.scaling, is_causal, options.position_bias,
+        **options.others,
+    )  # fmt: skip
+    return out
 
 
 def _left(mask: Tensor, kv_len: int, past: Past | None) -> Tensor:
@@ -155,24 +212,15 @@ def _with_pattern(mask: Tensor | None, pattern: Pattern, q: Tensor, k: Tensor) -
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
-def _computed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    position_bias: Tensor | None,
-    pattern: Pattern,
-) -> Tensor:
+def _computed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, options: _Options) -> Tensor:
     is_bool = mask is not None and mask.dtype == torch.bool
-    bias = position_bias if mask is None or is_bool else mask if position_bias is None else mask + position_bias
-    scale = q.shape[3] ** -0.5 if scaling is None else scaling
+    own = options.position_bias
+    bias = own if mask is None or is_bool else mask if own is None else mask + own
+    scale = q.shape[3] ** -0.5 if options.scaling is None else options.scaling
     spec = AttentionSpec.of(
-        q.shape[1], k.shape[1], q.shape[3], v.shape[3], scale=scale, pattern=pattern, softcap=softcap
-    ).having(bias, mask if is_bool else None, s_aux)
-    sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
+        q.shape[1], k.shape[1], q.shape[3], v.shape[3], scale=scale, pattern=pattern, softcap=options.softcap
+    ).having(bias, mask if is_bool else None, options.s_aux)
+    sinks = None if options.s_aux is None else options.s_aux.view(1, -1, 1, 1)
     backend: Backend = Blocked()
     if torch.compiler.is_exporting():  # as operators that `convert` can read again
         backend = Sdpa() if Sdpa().check(spec) is None else Reference()

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    EncoderDecoderCache,
-)
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
-from attnopt.errors import AttnoptError
 from attnopt.patterns.lookback import Past
 
 SPARE = 64  # tokens of the last update that can be removed again
@@ -71,17 +61,21 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
             raise ValueError("crop takes the number of tokens to remove, as a negative number")
         if not self.is_initialized:
             return
-        if self.keys.shape[-2] < self.cumulative_length and -tokens_to_remove > self._removable:
-            raise RuntimeError(
-                f"{-tokens_to_remove} tokens cannot be removed: the cache has already dropped earlier ones; "
-                "a model with patterns can use an assistant model, but cannot be one"
-            )
+        self.require_removable(-tokens_to_remove)
         if tokens_to_remove:
             self.keys, self.values = self.keys[..., :tokens_to_remove, :], self.values[..., :tokens_to_remove, :]
             self.cumulative_length += tokens_to_remove
         ends = (_ends(t, self.past.sinks, self.past.recent) for t in (self.keys, self.values))
         self.keys, self.values = (torch.cat(parts, dim=-2) for parts in ends)
         self._removable = 0
+
+    def require_removable(self, tokens: int) -> None:
+        """Raise RuntimeError if what was before the last ``tokens`` tokens is not known any more."""
+        if self.is_initialized and self.keys.shape[-2] < self.cumulative_length and tokens > self._removable:
+            raise RuntimeError(
+                f"{tokens} tokens cannot be removed: the cache has already dropped earlier ones; "
+                "a model with patterns can use an assistant model, but cannot be one"
+            )
 
     def reset(self) -> None:
         super().reset()
@@ -99,45 +93,3 @@ def _ends(t: Tensor, sinks: int, recent: int) -> list[Tensor]:
     """The first and the last tokens of [.., S, D], as views; all of them if there are no more."""
     length = t.shape[-2] if t.dim() > 1 else 0  # empty before the first update
     return [t] if length <= sinks + recent else [t[..., :sinks, :], t[..., length - recent :, :]]
-
-
-class UseRollingCache:
-    """A forward pre-hook of an attention module: a fresh cache that is handed to it gets a ``RollingLayer`` for its layer.
-
-    ``past`` is None for a pattern that may see the whole past.
-    """
-
-    def __init__(self, past: Past | None) -> None:
-        self.past = past
-
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        for cache in _caches((*args, *kwargs.values())):
-            self._prepare(cache, module.layer_idx)  # type: ignore[arg-type]
-
-    def _prepare(self, cache: Any, layer: int) -> None:
-        if isinstance(cache, DynamicCache) and cache.layer_class_to_replicate is not None:
-            while len(cache.layers) <= layer:
-                cache.layers.append(cache.layer_class_to_replicate())
-        now = cache.layers[layer]
-        if type(now) is DynamicLayer and self.past is not None and not now.is_initialized:
-            cache.layers[layer] = RollingLayer(self.past)
-            return
-        from_the_end = self.past is not None and self.past.sinks == 0
-        if isinstance(now, DynamicSlidingWindowLayer) and not from_the_end:
-            raise AttnoptError(
-                f"layer {layer} has its own sliding window, whose cache drops tokens that the pattern needs",
-                hint="exclude the layer from the policy, or use a window without sinks",
-            )
-        if not isinstance(now, DynamicLayer):
-            raise AttnoptError(
-                f"layer {layer} of the cache is a {type(now).__name__}, whose last keys are not the newest",
-                hint="generate with the default cache or another dynamic cache",
-            )
-
-
-def _caches(values: tuple[object, ...]) -> Iterator[object]:
-    for value in values:
-        if isinstance(value, EncoderDecoderCache):
-            yield value.self_attention_cache
-        elif isinstance(value, Cache):
-            yield value

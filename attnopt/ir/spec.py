@@ -9,6 +9,7 @@ from attnopt.base.input import Input
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
@@ -38,6 +39,7 @@ class AttentionSpec:
     ``segments`` compares ids that the call brings.  ``selected`` holds the keys of the blocks that ``selection`` chooses
     from q, k and the scale (before bias and softcap) at run time.  Either is all keys where it is None.  Only heads of
     ``pooling`` pool.  A fully masked query gives zeros.
+    ``eviction`` changes nothing in one call: see there.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -59,6 +61,7 @@ class AttentionSpec:
     pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
     zero_keys: ZeroKeys | None = None  # keys of zeros beyond the edges of the sequence
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
+    eviction: Eviction | None = None  # keys that a cache drops between calls
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
     after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
 
@@ -129,14 +132,15 @@ class AttentionSpec:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What changes the scores besides scale and pattern, in words."""
+        """What changes the result besides scale and pattern, in words."""
         softcap = () if self.softcap is None else (f"softcap {self.softcap:g}",)
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks, "map": self.has_map}
         pooled = () if self.pooling is None else (str(self.pooling),)
         zeros = () if self.zero_keys is None else (str(self.zero_keys),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
         segments = () if self.segments is None else (str(self.segments),)
-        return (*(name for name, has in given.items() if has), *segments, *softcap, *pooled, *zeros, *gains)
+        evicted = () if self.eviction is None else (str(self.eviction),)
+        return (*(name for name, has in given.items() if has), *segments, *softcap, *pooled, *zeros, *gains, *evicted)
 
     @property
     def num_heads(self) -> int:

@@ -15,6 +15,7 @@ from attnopt.base.registry import distribution_of
 from attnopt.errors import PluginError
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Rewrite
@@ -77,6 +78,8 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     yield from _of_selection(after)
     if after.segments is not None and not isinstance(after.segments, CallSegments):
         yield f"segments is {after.segments!r}, expected CallSegments or None"
+    if after.eviction is not None and not isinstance(after.eviction, Eviction):
+        yield f"eviction is {after.eviction!r}, expected an Eviction or None"
     yield from _of_pooling(after)
     yield from _of_zero_keys(after)
     yield from _of_pattern("pattern", after.pattern, after)

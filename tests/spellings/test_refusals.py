@@ -22,12 +22,15 @@ import attnopt
 from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.capture import capture
 from attnopt.ir.refusal import Refusal
+from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.match.anchors import normalisers
 from attnopt.match.recognize import recognise
 from attnopt.match.rejection import NotAttentionError
 from attnopt.passes import (
     AddValues,
     DynamicSparse,
+    EvictKeys,
     GroupedQuery,
     HeadPatch,
     LocalWindow,
@@ -38,7 +41,7 @@ from attnopt.passes import (
     SegmentGain,
     Sparse,
 )
-from attnopt.patterns import Blocks, Neighborhood, Segments, Window
+from attnopt.patterns import Blocks, Causal, Neighborhood, Segments, Window
 
 BY_IDS = Sparse(Segments(attnopt.Input("ids")))
 
@@ -156,6 +159,14 @@ def padded_and_pooled() -> Refusal:
     policy = [Sparse(Blocks(4, 1), zero_pad=True), PoolKeys(7)]
     (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
     return entry.refusals["pool-keys"]
+
+
+def evicted_twice() -> Refusal:
+    spec = AttentionSpec.of(4, 4, 8, 8, scale=0.3, pattern=Causal())
+    once = EvictKeys("h2o", 9).rewrite(Site("", spec, {})).spec
+    refusal = EvictKeys("snapkv", 9).check(Site("", once, {}))
+    assert refusal is not None
+    return refusal
 
 
 class Continued(Decoy):
@@ -388,6 +399,21 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "Routing(clusters=16, balanced=True, width=1.0, seed=0) (at LINE)\n  hint: use "
         'scores="routing(balanced=False)"',
     ),
+    "needs-cache": (
+        lambda: refused(Spelling(mask=("causal",)), EvictKeys("h2o", 4)),
+        "[needs-cache] expected a model that decodes from the cache of its class, found a graph, for a cache evicted by h2o "
+        '(budget=4, recent=2) (at LINE)\n  hint: use attnopt.convert; or evict-keys(method="sinks"), which is a pattern',
+    ),
+    "needs-causal": (
+        lambda: refused(Spelling(), EvictKeys("sinks", 4)),
+        "[needs-causal] expected queries that see no later keys, found Full() (at LINE)\n  hint: use local-window or sparse to "
+        "restrict the keys of an encoder",
+    ),
+    "already-evicting": (
+        evicted_twice,
+        "[already-evicting] expected a cache without eviction, found cache evicted by h2o (budget=9, recent=5)\n  hint: use "
+        "one method per site",
+    ),
     "causal-pools": (
         lambda: refused(Spelling(mask=("causal",)), PoolKeys(7)),
         "[causal-pools] expected queries that may see later keys, found Causal() (at LINE)\n  hint: the mean of a pool "
@@ -560,7 +586,6 @@ def test_opaque_operator() -> None:
 
 def test_no_such_scale() -> None:
     from attnopt.backends import Sdpa
-    from attnopt.ir.spec import AttentionSpec
 
     refusal = Sdpa().check(AttentionSpec((0,), (0,), (0,), 4, 4, -0.5))
     assert refusal is not None
@@ -570,8 +595,6 @@ def test_no_such_scale() -> None:
 def test_no_weight_gains() -> None:
     from attnopt.backends import Sdpa
     from attnopt.ir.plugin_calls import accepts
-    from attnopt.ir.site import Site
-    from attnopt.ir.spec import AttentionSpec
     from attnopt.ir.weight_gains import Part, WeightGains
     from attnopt.patterns import Keys
 
@@ -585,7 +608,6 @@ def test_unnamed_pattern() -> None:
     from dataclasses import dataclass
 
     from attnopt.backends import Blocked
-    from attnopt.ir.spec import AttentionSpec
     from attnopt.patterns import Pattern
 
     @dataclass(frozen=True, repr=False)
@@ -600,8 +622,6 @@ def test_unnamed_pattern() -> None:
 
 def test_plugin_failed() -> None:
     from attnopt.ir.plugin_calls import no_answer
-    from attnopt.ir.site import Site
-    from attnopt.ir.spec import AttentionSpec
 
     site = Site("", AttentionSpec((0,), (0,), (0,), 4, 4, 0.5), {})
     error = attnopt.PluginError("pass 'acme.last-k' of acme (acme:LastK): check failed: OSError: no licence")

@@ -9,6 +9,7 @@ from attnopt.compiler.policy import Policy
 from attnopt.passes import (
     AddValues,
     DynamicSparse,
+    EvictKeys,
     Fuse,
     GroupedQuery,
     HeadPatch,
@@ -107,6 +108,8 @@ PASSES = st.one_of(
     st.builds(lambda gate, heads: MixMap([[0.5, -1.0]], gate, heads), st.floats(0, 1), st.none() | st.just([2, 0])),
     st.sampled_from([MixMap(torch.arange(12.0).reshape(2, 2, 3), [0.5, 1.0]), MixMap(torch.ones(1, 1).half(), 0)]),
     st.sampled_from([PoolKeys(4), PoolKeys((2, 3), (4, 6), heads=[1], prefix=1)]),
+    st.builds(EvictKeys, st.sampled_from(["sinks", "h2o", "snapkv"]), st.integers(1, 99)),
+    st.sampled_from([EvictKeys("sinks", 8, sinks=2), EvictKeys("snapkv", 8, recent=2, pool=5)]),
     st.builds(GroupedQuery, st.integers(1, 9), st.sampled_from(["mean", "first"])),
     st.builds(
         ScaleHeads, st.lists(st.floats(-2, 2)) | st.dictionaries(st.integers(0, 9), st.floats(-2, 2), min_size=1)

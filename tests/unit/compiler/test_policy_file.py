@@ -38,6 +38,7 @@ NAMES = [
     "compensate", "kv_heads", "grouping", "merge", "gains", "keep", "block", "scores", "shared", "active", "router",
     "replacement", "amount", "Causal", "Window", "Blocks", "PerHead", "Global", "Segments", "BlockLayout", "Neighborhood",
     "RandomBlocks", "data", "shape", "dtype", "kind", "pool-keys", "mix-map", "map", "gate", "size", "grid", "prefix",
+    "evict-keys", "method", "budget", "recent", "pool",
 ]  # fmt: skip
 DOCUMENTS = st.recursive(
     ODD | st.sampled_from(NAMES),
