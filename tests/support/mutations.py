@@ -568,8 +568,6 @@ FAULTS = (
           "test_plugin_faults.py -k broken_rule"),
     Fault("a segment that holds no position", "if isinstance(k, Keys) and k.positions", "if isinstance(k, Keys)",
           "test_weight_gains.py -k may_hold_no_key"),
-    Fault("a state that two branches change", "if n.op == \"call_function\" and has_effects(n)", "if False",
-          "test_guidance.py -k refused"),
     # blocks at the edges
     Fault("a window beyond the last key", "start(i).clamp(max=self.kv_len - width).clamp(min=0)", "start(i).clamp(min=0)",
           "test_halo.py -k same_size"),
