@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,10 +32,24 @@ def stretched(runs: Iterable[tuple[float, int]], device: torch.device, dtype: to
 
 def indices(values: Sequence[int], device: torch.device) -> Tensor:
     """``values`` as an int64 tensor built from ranges: ``torch.tensor`` would become a constant of the traced graph."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return torch.cat([torch.arange(run[0], run[-1] + 1, device=device) for run in runs])
+    made = [torch.arange(run.start, run.stop, run.step, device=device) for run in runs_of(values)]
+    return torch.cat(made) if made else torch.arange(0, device=device)
+
+
+def runs_of(values: Sequence[int]) -> Iterator[range]:
+    """``values`` as ascending ranges of one step each, none of which holds numbers below 0 beside others."""
+    start = 0
+    while start < len(values):
+        end = start + 1
+        step = values[end] - values[start] if end < len(values) else 0
+        while (
+            step > 0
+            and end < len(values)
+            and values[end] - values[end - 1] == step
+            and (values[end] < 0) == (values[start] < 0)
+        ):
+            end += 1
+        if end - start == 2 and step > 1:  # two numbers are no run
+            end -= 1
+        yield range(values[start], values[end - 1] + 1, step if end - start > 1 else 1)
+        start = end

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues, heads_told, with_heads, without
 from attnopt.ir.mixed_maps import Mixed
-from attnopt.ir.tokens import among, indices, told
+from attnopt.ir.tokens import among, positions, told
 from attnopt.patterns.algebra import Full, Pattern
 
 
@@ -121,7 +121,7 @@ class ValuesAdded(HeadEdit):
         if self.tokens is None:
             at, real, chosen = torch.arange(keys, device=v.device), None, v.to(wide)
         else:
-            at, real = indices(self.tokens, keys, v.device)
+            at, real = positions(self.tokens, keys, v.device)
             chosen = v.index_select(2, at).to(wide)
         sees = [] if mask is None else [mask.index_select(3, at)]
         if bias is not None:

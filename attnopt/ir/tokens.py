@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from attnopt.base.bit_table import indices, runs_of
 from attnopt.base.sizes import is_static
 
 SHOWN = 6  # runs in a text
@@ -15,22 +16,22 @@ SHOWN = 6  # runs in a text
 def among(tokens: Sequence[int], at: Tensor, length: int) -> Tensor:
     """Bool: which of the positions ``at`` in a sequence of ``length`` (also a SymInt) are ``tokens``."""
     found = torch.zeros_like(at, dtype=torch.bool)
-    for run in _runs(tokens):
+    for run in runs_of(tokens):
         place = at if run.start >= 0 else at - length
         hit = (place >= run[0]) & (place <= run[-1])
         found = found | (hit & ((place - run[0]) % run.step == 0) if run.step > 1 else hit)
     return found
 
 
-def indices(tokens: Sequence[int], length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def positions(tokens: Sequence[int], length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The positions [T] of ``tokens`` in a sequence of ``length`` (also a SymInt), and bool [T]: which of them are there and
     not listed before; None if all are.  The others have position 0."""
     if is_static(length):
-        return _ranges(sorted({t % length for t in tokens if -length <= t < length}), device), None
+        return indices(sorted({t % length for t in tokens if -length <= t < length}), device), None
     first = [t for t in tokens if t >= 0]
-    last = _ranges([t for t in tokens if t < 0], device) + length
+    last = indices([t for t in tokens if t < 0], device) + length
     listed_once = (last >= 0) & ~among(first, last, length)
-    ahead = _ranges(first, device)
+    ahead = indices(first, device)
     there = torch.cat([ahead < length, listed_once])
     return torch.cat([ahead, last]).masked_fill(~there, 0), there
 
@@ -49,7 +50,7 @@ def told(tokens: Sequence[int] | None) -> str:
     """ "all tokens", "token 3", "tokens 0 to 4 and -1" """
     if tokens is None:
         return "all tokens"
-    runs = [_run_told(run) for run in _runs(sorted(tokens, key=lambda t: (t < 0, t)))]
+    runs = [_run_told(run) for run in runs_of(sorted(tokens, key=lambda t: (t < 0, t)))]
     many = "s" if len(tokens) != 1 else ""
     if len(runs) > SHOWN:
         return f"{len(tokens)} tokens, {', '.join(runs[: SHOWN - 1])}, ..., {runs[-1]}"
@@ -60,23 +61,3 @@ def _run_told(run: range) -> str:
     if len(run) == 1:
         return str(run[0])
     return f"{run[0]} to {run[-1]}" + (f" by {run.step}" if run.step > 1 else "")
-
-
-def _ranges(tokens: Sequence[int], device: torch.device) -> Tensor:
-    """``tokens`` as int64, made from ranges: ``torch.tensor`` would become a constant of the traced graph."""
-    made = [torch.arange(r.start, r.stop, r.step, device=device) for r in _runs(tokens)]
-    return torch.cat(made) if made else torch.arange(0, device=device)
-
-
-def _runs(tokens: Sequence[int]) -> Iterator[range]:
-    """Distinct ``tokens``, sorted (those below 0 also last), as ranges, none of which counts from both ends."""
-    start = 0
-    while start < len(tokens):
-        end = start + 1
-        step = tokens[end] - tokens[start] if end < len(tokens) else 1
-        while end < len(tokens) and tokens[end] - tokens[end - 1] == step and (tokens[end] < 0) == (tokens[start] < 0):
-            end += 1
-        if end - start == 2 and step > 1:
-            end -= 1
-        yield range(tokens[start], tokens[end - 1] + 1, step if end - start > 1 else 1)
-        start = end

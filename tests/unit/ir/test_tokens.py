@@ -35,7 +35,7 @@ def by_python(tokens: list[int], length: int) -> list[int]:
 def test_positions_are_pythons(tokens: list[int], length: int, first: int) -> None:
     at = torch.arange(length)[first:]
     assert at[positions.among(tokens, at, length)].tolist() == [t for t in by_python(tokens, length) if t >= first]
-    found, there = positions.indices(tokens, length, torch.device("cpu"))
+    found, there = positions.positions(tokens, length, torch.device("cpu"))
     assert found.tolist() == by_python(tokens, length)
     assert there is None
     missing = positions.out_of_range(tokens, length)
@@ -46,7 +46,7 @@ def test_positions_are_pythons(tokens: list[int], length: int, first: int) -> No
 @given(TOKENS, st.integers(1, 12))
 def test_positions_in_any_length_are_those_in_a_known_one(tokens: list[int], length: int) -> None:
     with mock.patch("attnopt.ir.tokens.is_static", return_value=False):
-        found, there = positions.indices(tokens, length, torch.device("cpu"))
+        found, there = positions.positions(tokens, length, torch.device("cpu"))
     assert there is not None
     assert sorted(found[there].tolist()) == by_python(tokens, length), "each token once"
     assert not bool(((found < 0) | (found >= length)).any())
