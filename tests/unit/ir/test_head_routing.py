@@ -172,9 +172,9 @@ def test_skipping_rows_computes_no_others(monkeypatch: pytest.MonkeyPatch) -> No
     rows: list[int] = []
     own = native.attend
 
-    def counted(spec: attnopt.AttentionSpec, t: Any) -> Tensor:
+    def counted(spec: attnopt.AttentionSpec, t: Any, order: Tensor | None) -> Tensor:
         rows.append(t.q.shape[1] * t.q.shape[2] if t.selected is None else 64 * int(t.selected.any(3).sum()))
-        return own(spec, t)
+        return own(spec, t, order)
 
     monkeypatch.setattr(dispatch.native, "attend", counted)
     spec = a_spec().followed_by(Routed((3,), (0, 1, 2), 1))
