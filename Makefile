@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint docs conformance fuzz mutants bench test-gpu clean
+.PHONY: help demo test test-slow test-fast lint docs conformance fuzz mutants bench test-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,8 +43,11 @@ help: ## list the targets
 demo: .venv/.demo ## optimize a trained sentence encoder, deploy it to ONNX Runtime, print what that cost
 	$(PY) -m attnopt demo
 
-test: .venv/.test ## run the tests
-	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+test: .venv/.test ## run the tests, except the slow ones
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not slow" $(ARGS)
+
+test-slow: .venv/.test ## run the slow tests: random cases, every backend and exporter, installed plugins
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "slow and not gpu" $(ARGS)
 
 test-fast: .venv/.test ## unit tests, and the laws on tiny models: under a minute
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not slow and not subprocess" $(FAST) $(ARGS)

@@ -147,6 +147,7 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert target.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_optimize_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path / "fast")
     assert cli.main(["optimize", "tiny_models:causal", "--time", "--out", folder]) == 0

@@ -281,6 +281,7 @@ def test_an_encoder_sees_both_sides() -> None:
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_softcaps_and_windows_of_the_class_itself() -> None:
     """The model decodes from layers of both kinds."""
     model = gemma2()

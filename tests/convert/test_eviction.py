@@ -526,6 +526,7 @@ def test_a_model_without_its_cache_is_refused() -> None:
         attnopt.convert(decoder(), EvictKeys("h2o", 9), kwargs={"inputs_embeds": embedded})
 
 
+@pytest.mark.slow
 def test_it_goes_with_fewer_heads_and_with_patterns() -> None:
     ids = tokens(1, 30)
     made = attnopt.convert(

@@ -101,6 +101,7 @@ def run_onnx(fast: attnopt.OptimizedModel, file: Path, feed: Mapping[str, Tensor
     return [torch.from_numpy(o) for o in session.run(None, {n: x.numpy() for n, x in feed.items()})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["blocked", "sdpa", "reference"])
 @pytest.mark.parametrize("kind", list(OF_HEADS))
 def test_equal_the_mask_at_every_length(kind: str, backend: str, tmp_path: Path) -> None:
@@ -147,6 +148,7 @@ def test_between_two_sequences(backend: str, pairs: tuple[tuple[int, int], ...] 
         oracle.assert_same(run_onnx(fast, tmp_path / "m.onnx", {"x": x, "y": y, **given}), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [
@@ -251,6 +253,7 @@ def test_an_example_of_batch_one(shapes: Any) -> None:
         oracle.assert_same(oracle.run(fast, (x,), {"region_ids": ids}), want)
 
 
+@pytest.mark.slow
 def test_guidance_away_from_segments() -> None:
     model, (x, ids) = Stack(), example()
     guided = attnopt.guidance(model, Sparse(OWN), (x,), {"region_ids": ids}, scale=2.0)

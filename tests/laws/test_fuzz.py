@@ -38,6 +38,7 @@ def test_random_cases(first: int) -> None:
         assert not missed, f"case {number}: {missed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for _, c in stored()], ids=[name for name, _ in stored()])
 def test_cases_that_once_failed(case: Case) -> None:
     outcome = checked(case)

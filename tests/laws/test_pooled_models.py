@@ -156,6 +156,7 @@ def test_optimized_again() -> None:
     torch.testing.assert_close(again(x), once(x))
 
 
+@pytest.mark.slow
 def test_merged_heads_and_calibration() -> None:
     """K/V heads merged and refitted behind pools: what is fitted is what is computed."""
     model, x = full()

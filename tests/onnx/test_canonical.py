@@ -42,6 +42,7 @@ def test_calls_know_their_site_and_spec(backend: str) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa", "blocked"])
 def test_a_loaded_model_is_exported_as_before(backend: str, tmp_path: Path) -> None:
     fast = two_windows(backend)

@@ -124,6 +124,7 @@ def test_a_policy_generates_what_it_means(policy: Any, tmp_path: Path) -> None:
     assert generated(tmp_path / "m", prompts[:1], 24) == wanted[:1]
 
 
+@pytest.mark.slow
 def test_every_token_can_be_steered_and_none_of_them_alone(tmp_path: Path) -> None:
     by = torch.linspace(-2, 2, 8)
     fast = optimized(Steer(by, [1]))

@@ -48,6 +48,7 @@ def acme(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 # ---------------------------------------------------------------- what they give
+@pytest.mark.slow
 def test_a_partition_chooses_what_is_merged(acme: Any, given: Any) -> None:
     model, (x, *_) = given
     theirs = attnopt.optimize(model, GroupedQuery(2, grouping="acme.strided"), (x,))
@@ -56,6 +57,7 @@ def test_a_partition_chooses_what_is_merged(acme: Any, given: Any) -> None:
     assert torch.equal(theirs(x), ours(x))
 
 
+@pytest.mark.slow
 def test_a_partition_with_data_and_merges_that_learn(acme: Any, given: Any) -> None:
     model, data = given
     for merge in ("score-optimal", "procrustes", "acme.median"):
@@ -68,6 +70,7 @@ def test_a_partition_with_data_and_merges_that_learn(acme: Any, given: Any) -> N
     assert sum(s.num_kv_heads for s in shared.sites) <= 4
 
 
+@pytest.mark.slow
 def test_a_compensation_changes_the_output_weights(acme: Any, given: Any) -> None:
     model, (x, *_) = given
     theirs = attnopt.optimize(model, PruneHeads(heads=[1], compensate="acme.rescale"), (x,))
@@ -77,6 +80,7 @@ def test_a_compensation_changes_the_output_weights(acme: Any, given: Any) -> Non
     assert "grouped-query: output weights times 1" in merged.report.sites[0].notes
 
 
+@pytest.mark.slow
 def test_a_budget_measures_what_a_compensation_leaves(acme: Any, given: Any) -> None:
     """Relative to the layer's output on the calibration data, with the weights that the compensation gave."""
     model, data = given
@@ -132,6 +136,7 @@ def test_a_statistic_is_measured_once_for_all(acme: Any, given: Any, monkeypatch
         attnopt.optimize(model, PruneHeads(0.25, importance="acme.peak"), (data[0],), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["acme.strided", "acme.rescale"])
 def test_in_a_converted_model(policy: str, acme: Any) -> None:
     model = tiny_llama(4)

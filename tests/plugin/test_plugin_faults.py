@@ -156,6 +156,7 @@ def test_an_answer_that_is_no_refusal(answer: Any, monkeypatch: pytest.MonkeyPat
         optimized(Makes(spec()))
 
 
+@pytest.mark.slow
 def test_what_keeps_the_rules_is_done() -> None:
     made = optimized(Makes(lambda site: Rewrite(site.spec.scaled({0: 2.0}))))
     assert [s.status for s in made.report.sites] == ["rewritten"] * 2

@@ -147,6 +147,7 @@ def test_every_kind_on_every_path(environment: dict[str, str], tmp_path: Path) -
     _run([*quiet, NOT_INSTALLED, json.dumps(MISSING), str(tmp_path)], without)
 
 
+@pytest.mark.slow
 def test_a_pattern_in_a_converted_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(HERE)
     from acme_attnopt import Every

@@ -106,6 +106,7 @@ def prepared(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, list[Tenso
     return model, x, run(model, (x,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [Attending, NormAroundOne, FirstTokenUnturned, TurnedInPlace, HeadByHead, LowRank])
 def test_heads_are_traced_to_their_projections(build: type[Attending]) -> None:
     torch.manual_seed(0)

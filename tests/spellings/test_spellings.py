@@ -129,6 +129,7 @@ def test_returned_weights_are_seen_and_refused() -> None:
     oracle.assert_same(oracle.run(fast, (), case.given), case.own(), "returned weights", limit=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("s", [Spelling(rope="interleaved"), Spelling(norm="l2")], ids=described)
 def test_merged_heads_that_are_read_twice(s: Spelling) -> None:
     """A rotation and a norm read the same features twice: new weights have to arrive on both ways."""

@@ -85,6 +85,7 @@ def test_windows_that_leave_out_the_first_keys(pattern: Pattern) -> None:
     torch.testing.assert_close(gathered, run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # that is what is wanted here
 @settings(max_examples=40, deadline=None)
 @given(

@@ -68,6 +68,7 @@ def expected() -> attnopt.OptimizedModel:
     return attnopt.optimize(model, POLICY, (x,), calibration=batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", SURROUNDINGS)
 def test_the_surroundings_change_nothing(around: str, expected: attnopt.OptimizedModel) -> None:
     model, x, batches = made()
@@ -121,6 +122,7 @@ def test_autocast_at_the_call_is_honoured() -> None:
     assert torch.equal(deferred, got)
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path: Path) -> None:
     model, x, batches = made(torch.bfloat16)
     fast = attnopt.optimize(model, POLICY, (x,), calibration=batches)
@@ -160,6 +162,7 @@ def at_once(work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(run, range(THREADS)))
 
 
+@pytest.mark.slow
 def test_threads_that_optimize_at_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     models, policies = [Attention(causal=False) for _ in range(THREADS)], [LocalWindow(3), PruneHeads(0.5)]

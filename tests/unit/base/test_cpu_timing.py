@@ -6,6 +6,7 @@ import torch
 from attnopt.base.cpu_timing import Times, interleaved, one_thread
 
 
+@pytest.mark.slow
 def test_calls_take_turns_and_warm_up_is_not_counted() -> None:
     made: list[str] = []
     times = interleaved({"a": lambda: made.append("a"), "b": lambda: made.append("b")}, rounds=3, warm_up=1)
@@ -20,6 +21,7 @@ def test_ratios_are_by_round() -> None:
     assert times.spread("b", "a") == (2, 5)
 
 
+@pytest.mark.slow
 def test_the_rounds_can_be_watched() -> None:
     seen: list[range] = []
 

@@ -116,6 +116,7 @@ READ: dict[str, tuple[Flex, tuple[Tensor, ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ)
 def test_calls_are_read_and_rewritten(name: str) -> None:
     model, others, want = READ[name]

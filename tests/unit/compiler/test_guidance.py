@@ -41,6 +41,7 @@ def attentions(graph: fx.Graph) -> int:
     return sum("attention" in str(n.target) for n in graph.nodes if n.op == "call_function")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shapes"), [*((name, "auto") for name in WEAK), ("one head", None)])
 def test_law_guidance_is_both_branches_apart(name: str, shapes: str | None) -> None:
     model, x = stack(layers=LAYERS), torch.randn(2, 12, 16)
@@ -116,6 +117,7 @@ class Packed(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["split", "unbind"])
 def test_layers_with_operators_of_several_results_run_once(cut: str) -> None:
     model, x = Packed(cut).eval(), torch.randn(2, 12, 16)
@@ -154,6 +156,7 @@ def chosen(x: Tensor) -> Tensor:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [checked, counted, chosen])
 def test_law_guidance_of_models_that_check_and_branch(before: Callable[[Tensor], Tensor]) -> None:
     model, x, weak = Around(before), torch.randn(2, 12, 16), {"inner.layers.1": SoftPAG([1], 0.5)}

@@ -42,6 +42,7 @@ def test_time_grows_with_the_layers_alone() -> None:
     assert many < 1.6 * 4 * few
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind() -> None:
     """Neither the models nor what was made of them, nor a tensor more with every round."""
     alive: list[weakref.ref[nn.Module]] = []

@@ -337,6 +337,7 @@ def test_choices_that_rounding_turns_are_told_and_mistakes_are_not() -> None:
 
 
 # ---------------------------------------------------------------- with other passes, and refusals
+@pytest.mark.slow
 def test_passes_in_a_row() -> None:
     model, x = tiny_models.Attention(heads=4), torch.randn(2, 12, 16)
     policy = [

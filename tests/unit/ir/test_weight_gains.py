@@ -293,6 +293,7 @@ def test_law_models_with_gains(name: str, case: str) -> None:
     oracle.assert_differs(want, oracle.run(model, args, kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
 def test_gains_at_other_lengths_in_onnx_and_after_saving(case: str, backend: str, tmp_path: Path) -> None:

@@ -311,6 +311,7 @@ def test_the_parameters_of_pruned_heads_are_gone() -> None:
     assert fast.report.cost_after.flops < fast.report.cost_before.flops
 
 
+@pytest.mark.slow
 def test_mixed_again_and_steered_and_routed() -> None:
     s = Gpsa("sum", "number", "table")
     model, (x,) = Attention(s).eval(), inputs(s)

@@ -211,6 +211,7 @@ def test_earlier_edits_count_by_what_the_gate_leaves() -> None:
     oracle.assert_same(oracle.run(twice, (), given), want)
 
 
+@pytest.mark.slow
 def test_routes_and_chosen_blocks_and_pools() -> None:
     s = Spelling(heads=6, kv_heads=3, width=11, head_dim=5, value_dim=2, bias=False)
     model, given, maps = Attention(s), inputs(s), a_map(s, 6)
@@ -224,6 +225,7 @@ def test_routes_and_chosen_blocks_and_pools() -> None:
         oracle.assert_same(oracle.run(both, (), given), [0.75 * got + 0.25 * moved], str(one))
 
 
+@pytest.mark.slow
 def test_merged_keys_and_values() -> None:
     model, x = tiny_models.Attention(16, 4), torch.randn(2, 12, 16)
     maps = torch.randn(4, 12, 12, generator=torch.Generator().manual_seed(1))

@@ -192,6 +192,7 @@ def test_with_gains_and_patches(tokens: Any) -> None:
     assert (not [n for n, _ in fast.graph_module.named_buffers() if "constant" in n]) == (tokens is None)
 
 
+@pytest.mark.slow
 def test_a_route_silences_what_was_added_before_it() -> None:
     model, x, by = tiny_models.Attention(16, 4), torch.randn(2, 12, 16), torch.randn(4)
     policy = [Steer(by), RouteHeads([0], 1), Steer(by, [2])]
