@@ -22,9 +22,9 @@ def taking(
     ``given``: the keyword arguments of the example.  ``dynamic_shapes`` also comes back, with axes for what was added: as long as
     the tokens that it will describe.  Raises PolicyError.
     """
-    asked = list(inputs)
-    own = inspect.signature(model.forward).parameters if asked else {}
-    added = [i.name for i in asked if i.name not in own]
+    names = [i.name for i in inputs]
+    own = inspect.signature(model.forward).parameters if names else {}
+    added = [name for name in names if name not in own]
     if not added:
         return model, dynamic_shapes
     if missing := [name for name in added if name not in given]:
