@@ -46,11 +46,15 @@ def _one_size_for_one_symbol(module: fx.GraphModule) -> Iterator[None]:
                 equal = module.graph.call_function(operator.eq, tuple(pair))
             with module.graph.inserting_after(equal):
                 module.graph.call_function(torch._check, (equal,))
+    added = [n for n in module.graph.nodes if n not in known]
+    if not added:
+        yield
+        return
     module.recompile()
     try:
         yield
     finally:
-        for node in reversed([n for n in module.graph.nodes if n not in known]):
+        for node in reversed(added):
             module.graph.erase_node(node)
         module.recompile()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from in_pieces import in_pieces
 from torch import Tensor
 
 import attnopt
@@ -56,22 +57,6 @@ def evicting(eviction: Eviction, kv_heads: int = 2, layers: Sequence[int] = (0, 
 
 def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(1, 50, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def in_pieces(
-    made: Any, ids: Tensor, stops: list[int], padding: Tensor | None = None, cache: Any = None
-) -> tuple[Tensor, Any]:
-    cache = transformers.DynamicCache(config=made.config) if cache is None else cache
-    start, pieces = 0, []
-    with torch.no_grad():
-        for stop in stops:
-            options: dict[str, Any] = {}
-            if padding is not None:
-                positions = (padding.cumsum(-1) - 1).clamp(min=0)
-                options = {"attention_mask": padding[:, :stop], "position_ids": positions[:, start:stop]}
-            pieces.append(made(ids[:, start:stop], past_key_values=cache, **options).logits)
-            start = stop
-    return torch.cat(pieces, 1), cache
 
 
 # ------------------------------------------------------------ the oracle

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from in_pieces import in_pieces
 from tiny_llama import tiny_llama
 from torch import Tensor
 
@@ -66,22 +67,6 @@ def seen_by(heads: Mapping[int, tuple[int, int] | None], length: int) -> Tensor:
         (j <= i) if (own := heads.get(h)) is None else (j <= i) & ((i - j < own[0]) | (j < own[1])) for h in range(4)
     ]
     return torch.stack(made)
-
-
-def in_pieces(
-    made: Any, ids: Tensor, stops: list[int], padding: Tensor | None = None, cache: Any = None
-) -> tuple[Tensor, Any]:
-    cache = transformers.DynamicCache(config=made.config) if cache is None else cache
-    start, pieces = 0, []
-    with torch.no_grad():
-        for stop in stops:
-            options: dict[str, Any] = {}
-            if padding is not None:
-                positions = (padding.cumsum(-1) - 1).clamp(min=0)
-                options = {"attention_mask": padding[:, :stop], "position_ids": positions[:, start:stop]}
-            pieces.append(made(ids[:, start:stop], past_key_values=cache, **options).logits)
-            start = stop
-    return torch.cat(pieces, 1), cache
 
 
 def stored(layer: Any) -> int:
