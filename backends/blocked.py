@@ -40,6 +40,7 @@ class Blocked(Backend):
     skips: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
     segments: ClassVar[bool] = True
+    gain_segments: ClassVar[bool] = True
     skips_rows: bool = False
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
@@ -80,9 +81,17 @@ class Blocked(Backend):
 
     def _with_lse(self, spec: AttentionSpec) -> AttendWithLse:
         def attend(
-            q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            bias: Tensor | None,
+            mask: Tensor | None,
+            sinks: Tensor | None,
+            segments: SegmentTensors | None = None,
         ) -> tuple[Tensor, Tensor, Tensor]:
-            o, top, log_sum = attention_with_lse(q, k, v, bias, mask, sinks, *_options(spec, q, k))
+            ids = () if segments is None else (segments.queries, segments.keys, segments.pairs)
+            o, top, log_sum = attention_with_lse(q, k, v, bias, mask, sinks, *_options(spec, q, k), *ids)
             return o, top, log_sum
 
         return attend
@@ -99,13 +108,14 @@ class Blocked(Backend):
         if site.device != "cpu":
             return visits * dense_flops(site) / (_FLEX_RATE * GPU_RATE)
         speed = of_cpu()
-        return len(parts) * speed.blocked_call + visits * dense_flops(site) / speed.blocked
+        calls = 1 if site.spec.weight_gains is None else site.spec.weight_gains.count
+        return calls * speed.blocked_call + visits * dense_flops(site) / speed.blocked
 
     def skipping_rows(self) -> Blocked:
         return replace(self, skips_rows=True)
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
-        reason, parts = native.why_not(), len(_pieces(spec))
+        reason, parts = native.why_not(), 0 if spec.weight_gains is None else spec.weight_gains.count
         merged = (f"blocked: computes {parts} parts of the pairs and merges them; ONNX Runtime computes each densely",)
         slow = (f"blocked: using torch operators instead of the compiled kernel: {reason}",)
         return (*(merged if parts else ()), *(() if reason is None else slow))
@@ -122,4 +132,6 @@ def _options(
 
 
 def _pieces(spec: AttentionSpec) -> tuple[Pattern, ...]:
-    return () if spec.weight_gains is None else spec.weight_gains.pieces
+    """None for gains whose ids a call brings: together, they compute each pair about once."""
+    gains = spec.weight_gains
+    return () if gains is None or gains.segments is not None else gains.pieces

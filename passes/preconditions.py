@@ -121,6 +121,15 @@ def refuse_pooled(site: Site, hint: str) -> Refusal | None:
     return site.refuse("already-pooled", expected=expected, found=str(site.spec.pooling), hint=hint)
 
 
+def refuse_segmented(site: Site) -> Refusal | None:
+    """Refuse an attention that already reads the ids of segments of a call."""
+    if site.spec.call_segments is None:
+        return None
+    found = site.spec.segments or site.spec.weight_gains
+    hint = "number the intersections of both as segments of one input"
+    return site.refuse("already-segmented", expected="an attention without segments", found=str(found), hint=hint)
+
+
 def refuse_causal_pools(site: Site, spec: AttentionSpec, hint: str) -> Refusal | None:
     """Refuse ``spec``, a form of ``site``, if a head that pools its keys sees no later ones: they would reach it all the same."""
     pooling = () if spec.pooling is None else spec.pooling.heads
@@ -166,7 +175,7 @@ def refuse_no_data(site: Site, hint: str = "pass calibration= to attnopt.optimiz
     """Refuse a site without calibration data."""
     if site.activations is not None:
         return None
-    if site.spec.segments is not None:
+    if site.spec.inputs:
         hint = "let this pass come before the segments, which calibration does not know"
     return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
 

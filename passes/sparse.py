@@ -19,6 +19,7 @@ from attnopt.passes.preconditions import (
     refuse_other_keys,
     refuse_other_lengths,
     refuse_pooled,
+    refuse_segmented,
     refuse_unfit_ids,
     refuse_unknown_heads,
 )
@@ -98,11 +99,8 @@ class Sparse(Pass):
         _, segments = separated(self.pattern, site.spec.heads)
         if segments is None:
             return None
-        if site.spec.segments is not None:
-            hint = "number the intersections of both as segments of one input"
-            return site.refuse(
-                "already-segmented", expected="an attention without segments", found=site.spec.segments, hint=hint
-            )
+        if site.spec.call_segments is not None:
+            return refuse_segmented(site)
         if site.spec.pooling is not None:
             return refuse_pooled(site, "use either segments or pool-keys at a site")
         lengths = {segments.queries: site.q_len, segments.keys: site.kv_len}

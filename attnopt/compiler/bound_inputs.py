@@ -22,9 +22,9 @@ def bind_inputs(graph: fx.Graph, plans: Sequence[Plan]) -> None:
     nodes = {input_name(n): n for n in inputs_of(graph)}
     bound: set[str] = set()
     for plan in plans:
-        if plan.spec.segments is None:
+        if plan.spec.call_segments is None:
             continue
-        for name, sizes in _sizes(plan, plan.spec.segments).items():
+        for name, sizes in _sizes(plan, plan.spec.call_segments).items():
             ids = value(nodes[name])
             wanted = sizes[2 - ids.dim() :]
             if ids.dim() == 2 and hint(ids.shape[0]) == 1 and hint(wanted[0]) != 1:

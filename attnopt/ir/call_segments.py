@@ -14,8 +14,7 @@ from attnopt.errors import PolicyError
 from attnopt.ir.operands import SegmentTensors
 from attnopt.patterns import And, Pattern, Segments
 from attnopt.patterns.algebra import FULL, all_of
-
-Pairs = tuple[tuple[int, int], ...]
+from attnopt.patterns.segments import Pairs
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,17 @@ class CallSegments:
         """The inverse of ``to_json``."""
         pairs = None
         if data["pairs"] is not None:
-            pairs = tuple(p if p is None else tuple((int(a), int(b)) for a, b in p) for p in data["pairs"])
+            pairs = tuple(p if p is None else tuple((_number(a), _number(b)) for a, b in p) for p in data["pairs"])
         return cls(Input(str(data["queries"])), Input(str(data["keys"])), pairs)
 
     def __str__(self) -> str:
         """ "segments by region_ids" """
         names = dict.fromkeys(i.name for i in self.inputs)
         return f"segments by {' and '.join(names)}"
+
+
+def _number(segment: Any) -> int | None:
+    return None if segment is None else int(segment)
 
 
 def separated(pattern: Pattern, heads: Sequence[int]) -> tuple[Pattern, CallSegments | None]:

@@ -31,15 +31,22 @@ class Cost:
 
 
 def cost_of(
-    site: Site, spec: AttentionSpec, before: AttentionSpec, element_sizes: tuple[int, int], rows: float = 1.0
+    site: Site,
+    spec: AttentionSpec,
+    before: AttentionSpec,
+    element_sizes: tuple[int, int],
+    rows: float = 1.0,
+    pools_early: bool = False,
 ) -> Cost:
     """FLOPs of the two products over the visible pairs, of the products of its map and edits and of the projections, for one
     sequence of the length of the example; parameters of the projections; cached key and value bytes per token.
 
     ``element_sizes``: bytes per element of a key and of a value.
-    ``rows``: the fraction of (query, head) pairs that are computed.
+    ``rows``: the fraction of (query, head) pairs that are computed.  ``pools_early``: tokens are pooled before they are projected
+    to keys and values.
     """
-    products = rows * sum(_products(part.spec, site.q_len, part.kv_len(site.kv_len)) for part in parts_of(spec))
+    parts = parts_of(spec)
+    products = rows * sum(_products(part.spec, site.q_len, part.kv_len(site.kv_len)) for part in parts)
     parameters = _projection_parameters(site, site.parameters, spec, before)
     of_key, of_value = element_sizes
     if spec.ignores_weights:  # queries and keys are unused
@@ -47,7 +54,10 @@ def cost_of(
         parameters = {role: n for role, n in parameters.items() if role not in ("q", "k")}
     pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
     products += 2 * spec.value_dim * (pairs + sum(edit.pairs for edit in spec.after))
-    tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
+    projected = float(site.kv_len)
+    if pools_early:
+        projected = sum(len(part.kv_places) * part.kv_len(site.kv_len) for part in parts) / spec.num_kv_heads
+    tokens = {"q": site.q_len, "k": projected, "v": projected, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
     if spec.is_constant:  # queries, keys and values are unused

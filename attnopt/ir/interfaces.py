@@ -94,6 +94,9 @@ class Backend(ABC):
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
     segments: ClassVar[bool] = False  # True: what ``lower`` returns also takes ``segments=``; otherwise attnopt masks
+    gain_segments: ClassVar[bool] = (
+        False  # True: it takes ``segments=``, a partition, for gains whose ids a call brings
+    )
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
     def check(self, spec: AttentionSpec) -> Refusal | None:

@@ -62,6 +62,10 @@ def accepts(backend: Backend, site: Site) -> Refusal | None:
         return site.refuse(
             "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)
         )
+    if site.spec.weight_gains is not None and site.spec.weight_gains.segments is not None and not backend.gain_segments:
+        return site.refuse(
+            "no-weight-gains", expected="gains on known pairs of tokens", found=str(site.spec.weight_gains)
+        )
     with blamed(backend, "backend", "check", site.name):
         return next((r for s in asked(backend, site) if (r := _refusal(backend.check(s.spec))) is not None), None)
 
@@ -125,20 +129,21 @@ def attention_of(
     constants: Sequence[Tensor] | None = None,
     ids: Sequence[Tensor] = (),
     table: Tensor | None = None,
+    pools: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Attend:
     """``spec`` including its map and ``spec.after``, computed by ``backend``.
 
     ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.  ``ids``: the tensors
-    of ``spec.inputs``, and ``table`` that of its segments.
+    of ``spec.inputs``, and ``table`` that of ``spec.segment_table``.  ``pools``: as ``ready`` of ``pooled``.
     """
     segments = None if takes_segments(backend, spec) else spec.segments  # as a mask
     bare = (spec if segments is None else spec.with_segments_masked).bare
     if constants is not None and spec.selection is not None:
         count = len(spec.selection.fitted)
         bare, constants = replace(bare, selection=spec.selection.using(constants[:count])), constants[count:]
-    core = _without_edits(backend, bare)
-    if bare.segments is not None:
-        core = in_segments(bare.segments, ids, table, core)
+    core = _without_edits(backend, bare, pools)
+    if segments is None and spec.call_segments is not None:
+        core = in_segments(spec.call_segments, ids, table, core)
     has_more = spec.has_map or bool(spec.after)
     whole = edited(spec, core, constants, skips_rows=backend.skips_rows) if has_more else core
     return whole if segments is None else masked_by(segments, ids, table, whole)
@@ -151,11 +156,11 @@ def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     return backend.segments and all(x is None for x in others) and not reads_masks
 
 
-def _without_edits(backend: Backend, spec: AttentionSpec) -> Attend:
+def _without_edits(backend: Backend, spec: AttentionSpec, pools: Sequence[tuple[Tensor, Tensor]] = ()) -> Attend:
     if spec.zero_keys is not None and not backend.zero_keys:
         return _zeros_as_sinks(backend, spec)
     if spec.pooling is not None and not backend.pools:
-        return pooled(spec, partial(lower, backend))
+        return pooled(spec, partial(lower, backend), pools)
     return lower(backend, spec)
 
 

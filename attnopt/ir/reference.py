@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from attnopt.ir.attend import Attend, AttendWithLse
+from attnopt.ir.operands import SegmentTensors
 from attnopt.ir.semantics import heads_of, require_no_edits, row_sinks, visible
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
@@ -17,13 +20,21 @@ def reference(spec: AttentionSpec) -> Attend:
     require_no_edits(spec, pools=True, zero_keys=True)
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        segments: SegmentTensors | None = None,
     ) -> Tensor:
         s, sinks = _scores(spec, q, k, bias, mask, sinks)
         p, top, _ = _softmax(s, sinks)
         if spec.weight_gains is not None:
             base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
-            p = _with_gains(spec, spec.weight_gains, p, s - base, None if sinks is None else sinks - base)
+            pieces = _pieces(spec, spec.weight_gains, p) if segments is None else [x.mask() for x in segments.parts]
+            p = _with_gains(spec.weight_gains, pieces, p, s - base, None if sinks is None else sinks - base)
         return (p @ _read(spec, v, p.dtype)).to(v.dtype)
 
     return attend
@@ -67,9 +78,13 @@ def _read(spec: AttentionSpec, x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:
     return x_BHSD if spec.pooling is None else spec.pooling.applied(spec.heads, x_BHSD)
 
 
-def _with_gains(spec: AttentionSpec, gains: WeightGains, p: Tensor, s: Tensor, sinks: Tensor | None) -> Tensor:
-    """The weights p = softmax(s) after their gains."""
-    pieces = [x.mask(*p.shape[2:], num_heads=spec.num_heads, device=p.device).unsqueeze(0) for x in gains.pieces]
+def _pieces(spec: AttentionSpec, gains: WeightGains, p: Tensor) -> list[Tensor]:
+    """Bool [1, H|1, L, S]"""
+    return [x.mask(*p.shape[2:], num_heads=spec.num_heads, device=p.device).unsqueeze(0) for x in gains.pieces]
+
+
+def _with_gains(gains: WeightGains, pieces: Sequence[Tensor], p: Tensor, s: Tensor, sinks: Tensor | None) -> Tensor:
+    """The weights p = softmax(s) after their gains; ``pieces``: bool, disjoint, broadcasting to [B, H, L, S]."""
     masses = [p.masked_fill(~piece, 0.0).sum(-1) for piece in pieces]
     rows, factor = gains.of_rows(masses), torch.ones_like(p)
     for piece, gain in zip(pieces, rows.gains, strict=True):

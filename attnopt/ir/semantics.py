@@ -63,7 +63,7 @@ def edited(
 
 
 def in_segments(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | None, core: Any) -> RoutedAttend:
-    """``core``, which takes ``segments``, with those of this call."""
+    """``core``, which takes ``segments``, with those of this call, or with the parts of its gains."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> Tensor:
         o: Tensor = core(q, k, v, **others, segments=segments.tensors(ids, table, q.shape[2]))

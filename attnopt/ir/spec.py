@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from attnopt.base.input import Input
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.constant import Constant
@@ -185,7 +187,21 @@ class AttentionSpec:
     @property
     def inputs(self) -> tuple[Input, ...]:
         """What the call has to bring beside the operands, in order."""
-        return () if self.segments is None else self.segments.inputs
+        return () if self.call_segments is None else self.call_segments.inputs
+
+    @property
+    def call_segments(self) -> CallSegments | None:
+        """The segments whose ids the call brings, of the keys that are seen or of gains."""
+        gains = self.weight_gains
+        return self.segments if self.segments is not None or gains is None else gains.segments
+
+    @property
+    def segment_table(self) -> Tensor | None:
+        """The ``pairs`` of the ``SegmentTensors`` of ``call_segments``."""
+        if self.segments is not None:
+            return self.segments.table
+        gains = self.weight_gains
+        return None if gains is None or gains.segments is None else gains.table
 
     @property
     def ignores_weights(self) -> bool:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from attnopt.base.bit_table import stretched
+from attnopt.ir.call_segments import CallSegments
+from attnopt.ir.operands import SegmentTensors
 from attnopt.patterns.algebra import Pattern, any_of
 from attnopt.patterns.registry import parse
+from attnopt.patterns.segments import Segments
 
 Normalise = Literal["logits", "redistribute", "none"]
 SLACK = 1e-6  # rounding of a sum of weights beside ``mass`` and ``share``
@@ -46,6 +49,8 @@ class WeightGains:
 
     Only rows in which the parts and ``to`` together hold at least ``mass`` of the weights, and the parts at most ``share``
     of that, change; with "redistribute", only rows in which the receivers have any weight.
+
+    The patterns are positional, or all are segments, in pairs, of the same ids that a call brings.
     """
 
     parts: tuple[Part, ...]
@@ -68,9 +73,40 @@ class WeightGains:
         return self.mass > 0 or self.share < 1
 
     @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Of the parts, and of the receivers if there are any."""
+        return (*(part.pattern for part in self.parts), *(() if self.to is None else (self.to,)))
+
+    @property
+    def segments(self) -> CallSegments | None:
+        """Where the ids come from, if each call brings them."""
+        first = self.parts[0].pattern
+        if not isinstance(first, Segments) or not first.inputs:
+            return None
+        queries, keys = first.inputs
+        return CallSegments(queries, keys)
+
+    @property
+    def table(self) -> Tensor:
+        """Bool [pieces, 1, R + 1, R + 1], where a call brings ids: the segments of each piece, as in ``SegmentTensors``."""
+        named = [p.pairs or () for p in self.patterns if isinstance(p, Segments)]
+        own = SegmentTensors.table(named).unsqueeze(1)
+        left, pieces = torch.ones_like(own[0]), []
+        for pairs in own.unbind():
+            pieces.append(pairs & left)
+            left = left & ~pairs
+        return torch.stack([*pieces, left])
+
+    @property
+    def count(self) -> int:
+        """Of pieces."""
+        return len(self.patterns) + 1
+
+    @property
     def pieces(self) -> tuple[Pattern, ...]:
-        """Disjoint patterns that together hold every pair: the parts, the receivers if there are any, all others."""
-        listed = [part.pattern for part in self.parts] + ([] if self.to is None else [self.to])
+        """Disjoint patterns that together hold every pair: the parts, the receivers if there are any, all others.  They need
+        positional patterns."""
+        listed = self.patterns
         alone = [reduce(lambda p, before: p & ~before, listed[:i], pattern) for i, pattern in enumerate(listed)]
         return (*alone, ~any_of(listed))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, fx
@@ -33,6 +34,7 @@ from attnopt.ir.site import Site
 from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.attention_calls import Lowered, note_between
+from attnopt.lower.early_pools import early_pools, pools_early
 from attnopt.lower.fold import folded
 from attnopt.match.find import Found
 from attnopt.match.projections import weight_path
@@ -61,6 +63,11 @@ class Plan(SiteEdit):
         """The fraction of (query, head) pairs that are computed."""
         route = self.spec.route
         return route.share if route is not None and self.backend.skips_rows else 1.0
+
+    @property
+    def pools_early(self) -> bool:
+        """Tokens are pooled before they are projected to keys and values."""
+        return pools_early(self.spec, self.backend, self.found.raised.operands)
 
 
 def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
@@ -141,7 +148,8 @@ def _attention(
     editing = {role: _edits_for(plan.found.site, edits, role) for role in CANONICAL}
     edited = any(editing.values())
     before = plan.found.raised.spec
-    rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
+    early = not plain and pools_early(spec, plan.backend, plan.found.raised.operands)
+    rebuilt = edited or (shared and (early or spec.heads != before.heads or spec.kv_heads != before.kv_heads))
     dirty = built_anew(shared, projected, ways) if rebuilt else []
     selectors = {
         new: Selector(emit, weights, edited_parameters(plan.found.site, new), dirty, shared)
@@ -156,10 +164,16 @@ def _attention(
             return restrict(emit, select.select(operand, {}), trim(operand, wanted))
         return select.select(operand, wanted)
 
+    def of_heads(role: str, heads: tuple[int, ...]) -> fx.Node:
+        return selectors[editing[role]].select(projected[role], {1: heads})
+
     chosen = operands.map(selected)
-    lowered = inline(emit, spec, Reference() if plain else plan.backend, chosen)
+    ready = early_pools(emit, spec, of_heads) if early else ()
+    lowered = inline(emit, spec, Reference() if plain else plan.backend, chosen, ready)
     parts = [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
-    note_between(chosen.given.values(), lowered, [Lowered(plan.found.site.name, part) for part in parts])
+    note_between(
+        (*chosen.given.values(), *chain(*ready)), lowered, [Lowered(plan.found.site.name, part) for part in parts]
+    )
     return lowered
 
 
@@ -187,12 +201,19 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
 
 
-def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> fx.Node:
+def inline(
+    emit: Emitter,
+    spec: AttentionSpec,
+    backend: Backend,
+    operands: Operands[fx.Node],
+    pools: Sequence[tuple[fx.Node, fx.Node]] = (),
+) -> fx.Node:
+    """``spec`` on these operands; ``pools``: as ``ready`` of ``attnopt.ir.pooling.pooled``."""
     given = operands.given
     device = value(operands.q).device
     held = [emit.constant(c.tensor(device)) for c in spec.constants]
     brought = [n for i in spec.inputs for n in inputs_of(emit.graph) if input_name(n) == i.name]
-    table = None if spec.segments is None else spec.segments.table
+    table = spec.segment_table
     tables = [] if table is None else [emit.constant(table.to(device))]
 
     def call(*tensors: Tensor) -> Tensor:
@@ -200,10 +221,11 @@ def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Opera
         of_role = {role: next(rest) for role in given}
         t = operands.map(lambda role, _: of_role[role])
         constants, ids = ([next(rest) for _ in nodes] for nodes in (held, brought))
-        attend = attention_of(backend, spec, constants, ids, next(rest, None))
+        ready = [(next(rest), next(rest)) for _ in pools]
+        attend = attention_of(backend, spec, constants, ids, next(rest, None), ready)
         return attend(t.q, t.k, t.v, **t.others)
 
-    return emit.inline(call, *given.values(), *held, *brought, *tables)
+    return emit.inline(call, *given.values(), *held, *brought, *chain(*pools), *tables)
 
 
 def _edit_output(

@@ -218,7 +218,9 @@ def test_branches_of_guidance_share_it() -> None:
     model, x = made("Bank")
     both = nn.Sequential(model, made("LearnedQueries")[0]).eval()
     guided = attnopt.guidance(both, {"1": SoftPAG([0], 0.5)}, (x,), scale=2.0)
-    assert sum("fixed" in n for n, _ in guided.named_parameters()) == 3  # keys and values of the first, queries of the second
+    assert (
+        sum("fixed" in n for n, _ in guided.named_parameters()) == 3
+    )  # keys and values of the first, queries of the second
 
 
 class PerLength(Cross):
