@@ -15,7 +15,7 @@ from attnopt.ir.operands import Operands
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.pooling import parts_of
 from attnopt.ir.spec import AttentionSpec
-from attnopt.slicing.pool_tokens import TokenPools, passes_projection
+from attnopt.slicing.pool_tokens import passes_projection, pool_tokens
 
 _TOKENS = 2  # their axis in keys and values
 _LEAVE_VALUES = (Scaled, Shifted, Replaced, Routed)  # edits that read no values
@@ -51,6 +51,6 @@ def early_pools(
 
 
 def _pooled(emit: Emitter, pooling: PooledKeys, x_BGSD: fx.Node) -> fx.Node:
-    if not passes_projection(x_BGSD, _TOKENS):
-        return emit.inline(pooling.mean, x_BGSD)
-    return TokenPools(emit, pooling.mean)(x_BGSD, _TOKENS)
+    if passes_projection(x_BGSD, _TOKENS):
+        return pool_tokens(emit, x_BGSD, _TOKENS, pooling.mean)
+    return emit.inline(lambda x: pooling.mean(x), x_BGSD)  # a bound method has one argument too many to be traced

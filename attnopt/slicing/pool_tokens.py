@@ -7,7 +7,7 @@ that treats all tokens alike; without a rule, the tokens are averaged there.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, fx
 from torch.fx.node import Target
@@ -20,52 +20,74 @@ from attnopt.slicing.selection import kept_by_squeeze, order_of, regroup
 
 _SPLITS = of(Kind.SPLIT)
 _LINEAR = of(Kind.PRODUCT)
-Below = tuple[tuple[fx.Node, int], ...]  # tensors whose tokens are pooled instead, each with the axis of its tokens
-Build = Callable[
-    [Emitter, list[fx.Node]], fx.Node
-]  # the node with pooled tokens, from those tensors with pooled tokens
+Place = tuple[fx.Node, int]  # a tensor, and the axis of its tokens
+Below = tuple[Place, ...]  # tensors whose tokens are pooled instead
+Build = Callable[[Emitter, list[fx.Node]], fx.Node]  # the pooled node, from those that are pooled
 Moved = tuple[Below, Build]
 
 
-class TokenPools:
-    """Nodes with the tokens along one axis averaged by ``mean``, a function of [B, G, tokens, features]."""
-
-    def __init__(self, emit: Emitter, mean: Callable[[Tensor], Tensor]) -> None:
-        self.emit, self.mean = emit, mean
-        self._known: dict[tuple[fx.Node, int], fx.Node] = {}
-
-    def __call__(self, node: fx.Node, axis: int) -> fx.Node:
-        if (node, axis) not in self._known:
-            moved = _moved(node, axis)
-            if moved is None:
-                self._known[node, axis] = self._mean(node)
-            else:
-                below, build = moved
-                self._known[node, axis] = build(self.emit, [self(n, a) for n, a in below])
-        return self._known[node, axis]
-
-    def _mean(self, node: fx.Node) -> fx.Node:
-        if len(shape(node)) == 4:
-            return self.emit.inline(self.mean, node)
-        if len(shape(node)) == 3:
-            return self.emit.inline(lambda x: self.mean(x.unsqueeze(1)).squeeze(1), node)
-        return self.emit.inline(lambda x: self.mean(x[None, None])[0, 0], node)
+def pool_tokens(emit: Emitter, node: fx.Node, axis: int, mean: Callable[[Tensor], Tensor]) -> fx.Node:
+    """``node`` with the tokens along ``axis`` averaged by ``mean``, a function of [B, G, tokens, features]."""
+    moves = _moves(node, axis)
+    made: dict[Place, fx.Node] = {}
+    for place in reversed(_in_order(moves, (node, axis))):
+        moved = moves[place]
+        if moved is None:
+            made[place] = _mean(emit, place[0], mean)
+        else:
+            below, build = moved
+            made[place] = build(emit, [made[x] for x in below])
+    return made[node, axis]
 
 
 def passes_projection(node: fx.Node, axis: int) -> bool:
-    """The mean of the tokens along ``axis`` can move up past every projection that it meets, and meets one."""
-    pending, seen, projects = [(node, axis)], set[tuple[fx.Node, int]](), False
+    """The mean of the tokens along ``axis`` can move up past a projection."""
+    moves = _moves(node, axis)
+    ends = [place for place, moved in moves.items() if moved is None]
+    fit = all(len(shape(n)) in (2, 3, 4) and a == len(shape(n)) - 2 for n, a in ends)
+    return fit and any(calls(n, _LINEAR) for (n, _), moved in moves.items() if moved is not None)
+
+
+def _moves(node: fx.Node, axis: int) -> dict[Place, Moved | None]:
+    """Every tensor that is pooled instead; None where tokens are averaged.
+
+    That is where no rule moves the mean, or above a projection where something else reads all tokens: they are then made in any
+    case."""
+    found: dict[Place, Moved | None] = {}
+    pending = [(node, axis, False)]
     while pending:
-        place = n, a = pending.pop()
-        if place in seen:
+        n, a, projected = pending.pop()
+        if (n, a) in found:
             continue
-        seen.add(place)
-        moved = _moved(n, a)
-        if moved is None and not (len(shape(n)) in (2, 3, 4) and a == len(shape(n)) - 2):
-            return False
-        projects |= moved is not None and calls(n, _LINEAR)
-        pending += () if moved is None else moved[0]
-    return projects
+        passed = {below for below, _ in found}
+        is_read = projected and any(user not in passed for user in n.users)
+        moved = None if is_read else _moved(n, a)
+        found[n, a] = moved
+        pending += [] if moved is None else [(x, at, projected or calls(n, _LINEAR)) for x, at in moved[0]]
+    return found
+
+
+def _in_order(moves: Mapping[Place, Moved | None], first: Place) -> list[Place]:
+    """``first``, and each before what it is made from."""
+    found: dict[Place, None] = {}
+    pending = [first]
+    while pending:
+        place = pending.pop(0)
+        found.pop(place, None)  # later, after this one, too
+        found[place] = None
+        moved = moves[place]
+        pending += [] if moved is None else list(moved[0])
+    return list(found)
+
+
+def _mean(emit: Emitter, node: fx.Node, mean: Callable[[Tensor], Tensor]) -> fx.Node:
+    missing = 4 - len(shape(node))
+
+    def pooled(x: Tensor) -> Tensor:
+        made = mean(x[(None,) * missing])
+        return made.reshape(made.shape[missing:])
+
+    return emit.inline(pooled, node)
 
 
 def _moved(node: fx.Node, axis: int) -> Moved | None:

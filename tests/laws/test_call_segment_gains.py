@@ -110,8 +110,8 @@ CASES: dict[str, tuple[SegmentGain, Callable[[Tensor, Tensor], oracle.Edit]]] = 
     ),
     "heads": (SegmentGain(Segments(KINDS, ONE), 3.0, heads=[1, 2]), edited([(ONE, 3.0)], heads=(1, 2))),
     "when": (
-        SegmentGain(Segments(KINDS, ONE), 0.4, normalise="none", when={"mass": 0.3}),
-        edited([(ONE, 0.4)], "none", mass=0.3),
+        SegmentGain(Segments(KINDS, ONE), 0.4, normalise="none", when={"mass": 0.15}),
+        edited([(ONE, 0.4)], "none", mass=0.15),
     ),
 }
 
