@@ -74,9 +74,7 @@ class Routed(HeadEdit):
     def gates(self, spec: HeadMap, q: Tensor, constants: Sequence[Tensor]) -> Tensor:
         """Bool [B, H, L]: the heads that each token uses."""
         chosen = _highest(self._scores(spec, q, constants), self.count)
-        order = {h: i for i, h in enumerate(self.routed)}
-        always = torch.ones_like(chosen[:, :1])
-        return torch.cat([chosen[:, i : i + 1] if (i := order.get(h)) is not None else always for h in spec.heads], 1)
+        return self._of_all(spec, chosen, torch.ones_like(chosen[:, :1]))
 
     def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
         if self.soft is not None:
@@ -88,8 +86,11 @@ class Routed(HeadEdit):
         assert self.soft is not None
         scores = self._scores(spec, q, constants)
         routed = self.soft.of_routed(scores, _highest(scores, self.count), self.count)
+        return self._of_all(spec, routed, torch.full_like(routed[:, :1], self.soft.shared))
+
+    def _of_all(self, spec: HeadMap, routed: Tensor, shared: Tensor) -> Tensor:
+        """[B, H, L] from what is of the routed heads, [B, R, L], and of each shared one, [B, 1, L]."""
         order = {h: i for i, h in enumerate(self.routed)}
-        shared = torch.full_like(routed[:, :1], self.soft.shared)
         return torch.cat([routed[:, i : i + 1] if (i := order.get(h)) is not None else shared for h in spec.heads], 1)
 
     def _scores(self, spec: HeadMap, q: Tensor, constants: Sequence[Tensor]) -> Tensor:

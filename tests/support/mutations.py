@@ -34,6 +34,46 @@ class Fault:
 
 
 FAULTS = (
+    # what no input changes
+    Fault("fixed values of a batch that is not repeated", "        if demands is None:\n            return False",
+          "        if demands is None:\n            return True",
+          "test_fixed_operands.py -k static_sizes"),
+    Fault("fixed values that sizes change", "in seen or (not chosen and n in settled) or",
+          "in seen or not chosen or",
+          "test_fixed_operands.py -k Capped"),
+    Fault("fixed values of parameters that train", "(is_state(n) or held.is_meta or (trains and held.requires_grad))",
+          "(is_state(n) or held.is_meta)",
+          "test_fixed_operands.py -k in_training"),
+    Fault("fixed values that make a model large", "    while kept and _added(gm, kept) > most:",
+          "    while kept and _added(gm, kept) > 10**9:",
+          "test_fixed_operands.py -k hardly_grows"),
+    Fault("an output that shares its memory with a weight", "all(u.op != \"output\" for u in n.users)",
+          "all(u.op != \"nothing\" for u in n.users)",
+          "test_fixed_operands.py -k between_calls"),
+    # tokens that are pooled before they are projected
+    Fault("squares that are pooled before", "    is_factor = len(below) == 1 and arg(node, 0) is not arg(node, 1)",
+          "    is_factor = True",
+          "test_early_pools.py -k not_affine"),
+    Fault("values that were pooled for an edit of single tokens", "_LEAVE_VALUES = (Scaled, Shifted, Replaced, Routed)",
+          "_LEAVE_VALUES = (object,)",
+          "test_early_pools.py -k other_passes"),
+    Fault("pools under a pattern, by their means alone", "    if any(part.is_unreduced for part in parts) or not any(",
+          "    if not any(",
+          "test_early_pools.py -k under_a_pattern"),
+    # gains on segments that a call brings
+    Fault("pieces of gains that overlap", "            pieces.append(pairs & left)", "            pieces.append(pairs)",
+          "test_call_segment_gains.py -k several-and-reference"),
+    Fault("every segment by its number", "of_head[slice(None) if a is None else a, slice(None) if b is None else b] = True",
+          "of_head[0 if a is None else a, slice(None) if b is None else b] = True",
+          "test_call_segment_gains.py -k none-and-reference"),
+    Fault("gains of segments beside pools",
+          "            return refuse_pooled(site, \"use either gains on segments or pool-keys at a site\")",
+          "            return None",
+          "test_call_segment_gains.py -k test_refused"),
+    # soft routes
+    Fault("a softmax over all routed heads", "logits = (self.sharpness * scores_BRL).masked_fill(~chosen_BRL, -torch.inf)",
+          "logits = self.sharpness * scores_BRL",
+          "test_soft_gates.py -k by_hand"),
     # capturing
     Fault("inputs under the names of their nodes", "named = {input_name(n): _shape(n, new) for n in inputs}",
           "named = {n.name: _shape(n, new) for n in inputs}",
