@@ -164,6 +164,22 @@ def test_saved_and_exported(spelling: str, heads: tuple[int, ...], tmp_path: Pat
     torch.testing.assert_close(torch.from_numpy(got), pooled_by_hand(model, x, heads), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["separate", "timm"])
+def test_in_a_file(spelling: str, tmp_path: Path) -> None:
+    model, x = made(spelling)
+    torch.onnx.export(model, (x,), tmp_path / "given.onnx", dynamo=True, verbose=False)
+    file = str(tmp_path / "given.onnx")
+    fast = attnopt.optimize(file, PoolKeys(SIZE, GRID, LO, prefix=1), (x,), backend="sdpa", dynamic_shapes=None)
+    want = pooled_by_hand(model, x, LO)
+    (got,) = fast(x).values()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    fast.export_onnx(tmp_path / "m.onnx")
+    session = ort.InferenceSession(tmp_path / "m.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), want, atol=1e-4, rtol=1e-4)
+
+
 def test_other_passes() -> None:
     """What reads the values of single tokens keeps them; pruned and scaled heads do not."""
     model, x = made("timm")
