@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from attnopt.backends.reference import Reference
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten
 from attnopt.ir.operands import operands_of
-from attnopt.lower.lower import copy_program, inline
+from attnopt.lower.lower import as_specified, copy_program
 from attnopt.match.find import Found
 
 
@@ -34,7 +33,7 @@ def gated(gm: fx.GraphModule, found: Sequence[Found]) -> Gated:
         node, out = table[raised.node], table[raised.out]
         table[raised.region.out.node].replace_all_uses_with(out)
         emit = Emitter(module.graph, node, {"site": f.site.name})
-        lowered = inline(emit, raised.spec, Reference(), operands_of(node))
+        lowered = as_specified(emit, raised.spec, operands_of(node))
         gate = nn.Parameter(torch.ones(1, raised.spec.num_heads, 1, 1, device=f.site.device))
         gates[f.site.name] = gate
         module.register_parameter(f"gate_{n}", gate)

@@ -7,7 +7,7 @@ full-size weights, with dense masks and zeros instead of pruned heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,7 +157,10 @@ def _attention(
         return select.select(operand, wanted)
 
     chosen = operands.map(selected)
-    lowered = inline(emit, spec, Reference() if plain else plan.backend, chosen)
+    if plain:
+        return as_specified(emit, spec, chosen)
+    call, inputs = _call(emit, spec, plan.backend, chosen)
+    lowered = emit.inline(call, *inputs)
     parts = [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
     note_between(chosen.given.values(), lowered, [Lowered(plan.found.site.name, part) for part in parts])
     return lowered
@@ -187,7 +190,19 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
 
 
-def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> fx.Node:
+def as_specified(emit: Emitter, spec: AttentionSpec, operands: Operands[fx.Node]) -> fx.Node:
+    """The attention as one call of its reference: what verifies operators is not traced into operators itself."""
+    call, inputs = _call(emit, spec, Reference(), operands)
+    q, v = value(operands.q), value(operands.v)
+    with emit.mode:
+        like = v.new_empty((q.shape[0], spec.num_heads, q.shape[2], v.shape[3]))
+    return emit.run(call, *inputs, like=like)
+
+
+def _call(
+    emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]
+) -> tuple[Callable[..., Tensor], list[fx.Node]]:
+    """The attention as a function, and the nodes that it is to be called with."""
     given = operands.given
     device = value(operands.q).device
     held = [emit.constant(c.tensor(device)) for c in spec.constants]
@@ -203,7 +218,7 @@ def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Opera
         attend = attention_of(backend, spec, constants, ids, next(rest, None))
         return attend(t.q, t.k, t.v, **t.others)
 
-    return emit.inline(call, *given.values(), *held, *brought, *tables)
+    return call, [*given.values(), *held, *brought, *tables]
 
 
 def _edit_output(
