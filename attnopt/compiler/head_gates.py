@@ -39,6 +39,7 @@ def gated(gm: fx.GraphModule, found: Sequence[Found]) -> Gated:
             read.meta["val"] = torch.empty(gate.shape, device=gate.device)
         cast = emit.call(aten._to_copy.default, read, dtype=output.meta["val"].dtype)
         closed = emit.call(aten.mul.Tensor, output, cast)
-        output.replace_all_uses_with(closed, delete_user_cb=lambda user, own=closed: user is not own)
+        output.replace_all_uses_with(closed)
+        closed.replace_input_with(closed, output)
     remove_unused_nodes(module)
     return Gated(module, gates)

@@ -53,10 +53,16 @@ class HeadSweep:
 
     def output(self, batch: CallInputs) -> Any:
         """The model's output."""
-        call = self.call_to((), batch)
-        for end in call.schedule.stops:
-            call.up_to(end)
-        return self.told([_own(call(n)) for n in self.ends], batch)
+        found = self.values(self.ends, batch)
+        return self.told([_own(found[n]) for n in self.ends], batch)
+
+    def values(self, nodes: Collection[fx.Node], batch: CallInputs) -> dict[fx.Node, Any]:
+        """Of these nodes in one call."""
+        call, found = self.call_to(nodes, batch), dict[fx.Node, Any]()
+        for node in sorted(nodes, key=call.schedule.place.__getitem__):
+            call.up_to(node)
+            found[node] = call(node)
+        return found
 
     def sites(self, batch: CallInputs) -> Iterator[tuple[str, Tensor, Rest]]:
         """For each site, as they run: its name, the outputs of its heads [B, H, L, Dv], and the rest of the model."""

@@ -66,16 +66,18 @@ class Part:
 
 
 class Call(Forward):
-    """One call of a graph, which stops at some nodes to compute parts of it anew.  Nothing is written into its state."""
+    """One call of a graph, which stops at some nodes to compute parts of it anew.  Nothing is written into its state.
+
+    ``ends``: what is read of it at last, and kept until then."""
 
     def __init__(
         self, gm: fx.GraphModule, inputs: object, stops: Collection[fx.Node], ends: Collection[fx.Node]
     ) -> None:
         leaves = pytree.tree_leaves(inputs)
-        schedule = Schedule(gm.graph, {n: (n,) for n in (*stops, *ends)})
+        schedule = Schedule(gm.graph, {n: (n,) for n in stops} | {gm.graph.output_node(): ends})
         super().__init__(gm, dict(zip(inputs_of(gm.graph), leaves, strict=True)), schedule)
 
-    def around(self, part: Part, held: Mapping[fx.Node, Any] = {}) -> Values:  # noqa: B006
+    def around(self, part: Part, held: Mapping[fx.Node, Any] = {}) -> Values:
         """What ``part`` reads, where the call has come to; later nodes are computed for it alone.  ``held``: of its own."""
         given = self.values | dict(held)
         known = {n: given[n] if n in given else self.stored(n) for n in part.reads if n in given or n.op == "get_attr"}

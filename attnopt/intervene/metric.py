@@ -23,15 +23,13 @@ def require_callable(owner: str, name: str, given: object) -> None:
 
 def scalar(found: object, name: str, where: str) -> float:
     """The finite number that ``name`` returned.  Raises CalibrationError."""
-    if isinstance(found, Tensor) and found.numel() == 1 and not found.is_complex():
-        number = float(found)
-    elif isinstance(found, Real) and not isinstance(found, bool):
-        number = float(found)
-    else:
+    is_one = found.numel() == 1 and not found.is_complex() if isinstance(found, Tensor) else isinstance(found, Real)
+    if not is_one or isinstance(found, bool):
         told = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
         raise CalibrationError(
             f"the {name} returns {told} {where}, expected one real number", hint="take its mean, or one entry of it"
         )
+    number = float(found)  # type: ignore[arg-type]
     if not math.isfinite(number):
         raise CalibrationError(
             f"the {name} is {number} {where}",

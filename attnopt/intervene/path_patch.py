@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
@@ -82,8 +82,13 @@ def path_patch(
                 for h, output in zip(sending[name], outputs, strict=True)
             )
             step()
-    where = "the output" if told is None else ", ".join(f"{role} of head {h} of {site}" for site, h, role in receivers)
-    return HeadEffects(direction, ends[0], ends[1], metrics, sending, f"to {where}")
+    return HeadEffects(direction, ends[0], ends[1], metrics, sending, f"to {_where(receivers)}")
+
+
+def _where(receivers: str | Sequence[Receiver]) -> str:
+    if isinstance(receivers, str):
+        return "the output"
+    return ", ".join(f"{role} of head {head} of {site}" for site, head, role in receivers)
 
 
 class _Paths:
@@ -98,7 +103,7 @@ class _Paths:
         self.received = [node for name in outputs for node in sweep.graph.inputs.get(name, {}).values()]
         frozen = [*outputs.values(), *self.received]
         graph = sweep.graph.module.graph
-        self.own = _recorded(sweep, base, frozen)
+        self.own = sweep.values(frozen, base)
         ends = self.received or sweep.ends
         self.parts = {
             name: Part(graph, [outputs[name]], ends, {*outputs.values()} - {outputs[name]}) for name in sending
@@ -133,16 +138,6 @@ class _Paths:
         call = self.sweep.call_to([first], self.base)
         call.up_to(first)
         return call.around(after)
-
-
-def _recorded(sweep: HeadSweep, batch: CallInputs, nodes: Collection[fx.Node]) -> dict[fx.Node, Tensor]:
-    call = sweep.call_to(nodes, batch)
-    found: dict[fx.Node, Tensor] = {}
-    with torch.no_grad():
-        for node in call.schedule.stops:
-            call.up_to(node)
-            found[node] = call(node)
-    return {n: found[n] for n in nodes}
 
 
 def _receivers(receivers: str | Sequence[Receiver], found: Sequence[Found]) -> dict[str, dict[str, list[int]]] | None:
@@ -194,6 +189,6 @@ def _warn_of_unread(analyzed: Analyzed) -> None:
         many = "candidate that resembles" if len(misses) == 1 else "candidates that resemble"
         names = ", ".join(miss.name or "(root)" for miss in misses[:3])
         warn(
-            f"path_patch: {len(misses)} {many} an attention could not be read as one ({names}): nothing in it is frozen, so paths "
-            "through it count as direct; attnopt.inspect says why"
+            f"path_patch: {len(misses)} {many} an attention could not be read as one ({names}): nothing in it is frozen, "
+            "so paths through it count as direct; attnopt.inspect says why"
         )

@@ -14,8 +14,8 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.options import choice, whole
 from attnopt.base.progress import working
-from attnopt.capture.calibration import Batch, Calibration
 from attnopt.base.user_warning import warn
+from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.compile import Compiled, carried_out
 from attnopt.compiler.decide import escapes
 from attnopt.compiler.head_switches import Switched, switched

@@ -39,7 +39,8 @@ def importance_text(importance: HeadImportance) -> str:
 def effects_text(found: HeadEffects) -> str:
     """One row an attention, one column a head: the fraction of the difference of the two runs, or the metric itself."""
     base, other = found.ends
-    told = f"{found.direction}{', ' + found.paths if found.paths else ''}: clean {found.clean:.4g}, corrupted {found.corrupted:.4g}"
+    what = f"{found.direction} {found.paths}".rstrip()
+    told = f"{what}: clean {found.clean:.4g}, corrupted {found.corrupted:.4g}"
     if base == other:
         return _by_head(f"{told}; the metric", found.metrics, found.heads)
     return _by_head(f"{told}; 0 is {base:.4g}, 1 is {other:.4g}", found.effects, found.heads)

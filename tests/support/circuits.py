@@ -1,9 +1,10 @@
-"""An attention-only model of two layers that continues repeated text, its circuit set by hand; and runs of any model with hooks."""
+"""A model of two attentions that continues repeated text, its circuit set by hand; and runs of any model with hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import tiny_models
@@ -71,7 +72,7 @@ def said_right(logits: Tensor) -> Tensor:
     return (right - wrong).mean()
 
 
-IDS = torch.randint(0, 50, (2, 2, 9), generator=torch.Generator().manual_seed(3))
+IDS = tuple(torch.randint(0, 50, (2, 2, 9), generator=torch.Generator().manual_seed(3)))
 D = 8  # features of a head of these models
 
 
@@ -86,6 +87,7 @@ def outputs_of(model: Any) -> list[nn.Module]:
     return [layer.self_attn.o_proj for layer in model.model.layers]
 
 
+@cache
 def gpt2(layers: int = 3) -> Any:
     """Four heads of 8 features, with weights far from their small initial values."""
     import transformers
@@ -96,6 +98,7 @@ def gpt2(layers: int = 3) -> Any:
     return _shaken(transformers.GPT2LMHeadModel(config))
 
 
+@cache
 def llama(layers: int = 3) -> Any:
     """Four heads of 8 features that share two key/value heads."""
     import transformers

@@ -30,6 +30,7 @@ import attnopt
 from attnopt.compiler import head_sweep
 from attnopt.errors import AttnoptWarning, PolicyError
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 SITES = {"gpt2": "transformer.h.{}.attn", "llama": "model.layers.{}.self_attn"}
 
 
@@ -129,14 +130,12 @@ def test_the_circuit_is_recovered() -> None:
     model = Induction()
     for role in "qkv":
         found = attnopt.path_patch(model, CLEAN, CORRUPTED, metric=said_right, receivers=[(*INDUCTION, role)])
-        effects = found.effects[PREVIOUS[0]]
         assert set(found) == {PREVIOUS[0]}  # no head of the receiver's own layer comes before it
-        assert effects == pytest.approx(
-            [float(h == PREVIOUS[1] and role == "k") for h in range(circuits.HEADS)], abs=0.02
-        )
+        for h, effect in enumerate(found.effects[PREVIOUS[0]]):
+            assert effect > 0.9 if h == PREVIOUS[1] and role == "k" else abs(effect) < 0.01
     direct = attnopt.path_patch(model, CLEAN, CORRUPTED, metric=said_right).effects
-    assert direct[INDUCTION[0]][INDUCTION[1]] == pytest.approx(1.0, abs=0.02)
-    assert direct[PREVIOUS[0]] == pytest.approx([0.0] * circuits.HEADS, abs=0.02)
+    assert direct[INDUCTION[0]][INDUCTION[1]] == pytest.approx(1.0, abs=0.01)
+    assert direct[PREVIOUS[0]] == pytest.approx([0.0] * circuits.HEADS, abs=0.01)
 
 
 def test_all_receivers_and_the_output_are_the_whole_effect() -> None:
@@ -159,7 +158,7 @@ def test_all_receivers_and_the_output_are_the_whole_effect() -> None:
 def test_one_at_a_time_and_stacked_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, receivers = circuits.gpt2(), [(SITES["gpt2"].format(2), 1, "q"), (SITES["gpt2"].format(1), 0, "v")]
     together = attnopt.path_patch(model, *IDS, metric=margin, receivers=receivers)
-    monkeypatch.setattr(head_sweep, "ROWS", {"cpu": 1})
+    monkeypatch.setattr(head_sweep, "ROWS", {"cpu": 1, "cuda": 1})
     alone = attnopt.path_patch(model, *IDS, metric=margin, receivers=receivers)
     assert set(together) == {SITES["gpt2"].format(i) for i in range(2)}
     for name in together:
