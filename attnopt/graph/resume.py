@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class Part:
     ) -> None:
         self.starts, self.ends, self.held = tuple(starts), tuple(ends), frozenset(held) - {*starts}
         known = {*starts, *self.held}
-        wanted = {n for end in ends for n in _above(end, known)}
+        wanted = {*_above(ends, known)}
         moved = {*starts}
         self.nodes: list[fx.Node] = []
         for n in graph.nodes:
@@ -50,7 +51,7 @@ class Part:
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor that is computed, at the sizes of the example."""
-        sizes = (value(n).element_size() * _count(shape(n)) for n in self.nodes if is_tensor(n))
+        sizes = (value(n).element_size() * math.prod(shape(n)) for n in self.nodes if is_tensor(n))
         return max(sizes, default=1)
 
     def run(self, around: Mapping[fx.Node, Any], given: Sequence[Any]) -> list[Any]:
@@ -154,8 +155,9 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     return [x for x in values if isinstance(x, Tensor)]
 
 
-def _above(end: fx.Node, stop: Collection[fx.Node]) -> Iterator[fx.Node]:
-    seen, stack = {end}, [end]
+def _above(ends: Sequence[fx.Node], stop: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """The ends and their ancestors; of ``stop``, without theirs."""
+    seen, stack = {*ends}, [*ends]
     while stack:
         n = stack.pop()
         yield n
@@ -163,10 +165,3 @@ def _above(end: fx.Node, stop: Collection[fx.Node]) -> Iterator[fx.Node]:
             fresh = [i for i in n.all_input_nodes if i not in seen]
             seen.update(fresh)
             stack += fresh
-
-
-def _count(sizes: Sequence[int]) -> int:
-    made = 1
-    for n in sizes:
-        made *= n
-    return made
