@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from attnopt.fit.attention_recall import kept_mass
+    from attnopt.intervene.guard import Behaviour, Kept, guard
     from attnopt.intervene.patch import patch
     from attnopt.intervene.path_patch import path_patch
     from attnopt.intervene.search import search_heads
@@ -81,6 +82,7 @@ __all__ = [
     "AttnoptWarning",
     "Backend",
     "Band",
+    "Behaviour",
     "BlockSample",
     "BlockScores",
     "Calibration",
@@ -100,6 +102,7 @@ __all__ = [
     "Importance",
     "Input",
     "Inspection",
+    "Kept",
     "KvMerge",
     "KvPartition",
     "NearMiss",
@@ -125,6 +128,7 @@ __all__ = [
     "advise",
     "apply_patterns",
     "convert",
+    "guard",
     "guidance",
     "head_importance",
     "inspect",
@@ -154,6 +158,7 @@ _NAMES = {
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
     "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",
+    "intervene.guard": "Behaviour Kept guard",
     "intervene.patch": "patch",
     "intervene.path_patch": "path_patch",
     "intervene.search": "search_heads",
