@@ -96,11 +96,18 @@ class PruneHeads(Pass, SharesBudget):
 
     @property
     def mentions(self) -> tuple[str, ...]:
-        return tuple(one[0] for one in self.protect if _is_pair(one))
+        return tuple(self._protected_at)
+
+    @property
+    def _protected_at(self) -> dict[str, tuple[int, ...]]:
+        """By site; empty where the same heads are protected at all sites."""
+        read: Any = self.protect
+        return {one[0]: one[1] for one in read if isinstance(one, tuple)}
 
     def _protected(self, site: Site) -> tuple[int, ...]:
-        own = dict(self.protect).get(site.name, ()) if self.mentions else self.protect
-        return tuple(own)
+        if self._protected_at:
+            return self._protected_at.get(site.name, ())
+        return tuple(one for one in self.protect if isinstance(one, int))
 
     # ------------------------------------------------------------ a budget for all sites
     @property

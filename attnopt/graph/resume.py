@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Part:
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor that is computed, at the sizes of the example."""
-        sizes = (value(n).element_size() * math.prod(shape(n)) for n in self.nodes if is_tensor(n))
+        sizes = (value(n).itemsize * math.prod(shape(n)) for n in self.nodes if is_tensor(n))
         return max(sizes, default=1)
 
     def run(self, around: Mapping[fx.Node, Any], given: Sequence[Any]) -> list[Any]:
@@ -118,7 +119,8 @@ class Stacker:
     def _together(self, part: Part, around: Mapping[fx.Node, Any], chunk: Sequence[Sequence[Tensor]]) -> Iterator[Any]:
         if len(chunk) > 1 and self.is_able:
             try:
-                made = stacked(part, around, chunk)
+                with _without_fallback_warnings():
+                    made = stacked(part, around, chunk)
             except Exception:  # whatever an operator raises that knows no stack
                 made = None
             if made is not None and (self.is_checked or self._is_same(part, around, chunk[-1], made[-1])):
@@ -131,6 +133,16 @@ class Stacker:
 
     def _is_same(self, part: Part, around: Mapping[fx.Node, Any], one: Sequence[Tensor], got: Sequence[Any]) -> bool:
         return self.agrees(_tensors(got), _tensors(part.run(around, one)))
+
+
+@contextmanager
+def _without_fallback_warnings() -> Iterator[None]:
+    """torch says on stderr which operators it computes one by one; that is only slower."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def stacked(part: Part, around: Mapping[fx.Node, Any], given: Sequence[Sequence[Tensor]]) -> list[list[Any]]:

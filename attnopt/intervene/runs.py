@@ -29,7 +29,7 @@ def two_runs(model: nn.Module, clean: Batch, corrupted: Batch) -> tuple[Analyzed
     _refuse_other_shapes(*both)
     analyzed, batches = analyze_batches(model, Calibration(both))
     called = (n for n in analyzed.program.module.graph.nodes if n.op == "call_function")
-    if (drawing := next(filter(draws, called), None)) is not None:
+    if (drawing := next((n for n in called if draws(n)), None)) is not None:
         raise RewriteError(
             f"the model draws random numbers ({drawing.name}), and every run would draw different ones",
             hint="put it in evaluation mode, or give it its noise as an input",
