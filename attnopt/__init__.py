@@ -35,9 +35,14 @@ if TYPE_CHECKING:
         PluginError,
         PolicyError,
         RewriteError,
+        SearchError,
         VerificationError,
     )
     from attnopt.fit.attention_recall import kept_mass
+    from attnopt.intervene.guard import Behaviour, Kept, guard
+    from attnopt.intervene.patch import patch
+    from attnopt.intervene.path_patch import path_patch
+    from attnopt.intervene.search import search_heads
     from attnopt.ir.activations import Activations
     from attnopt.ir.attend import Attend
     from attnopt.ir.block_scores import BlockSample, BlockScores
@@ -61,6 +66,8 @@ if TYPE_CHECKING:
     from attnopt.patterns.bands import Band
     from attnopt.patterns.lookback import Past
     from attnopt.report.advice import Advice
+    from attnopt.report.head_effects import HeadEffects
+    from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
     from attnopt.report.report import Report
     from attnopt.version import __version__
@@ -75,6 +82,7 @@ __all__ = [
     "AttnoptWarning",
     "Backend",
     "Band",
+    "Behaviour",
     "BlockSample",
     "BlockScores",
     "Calibration",
@@ -86,12 +94,15 @@ __all__ = [
     "DynamicBlocks",
     "ExportError",
     "HeadEdit",
+    "HeadEffects",
     "HeadImportance",
     "HeadMap",
+    "HeadSearch",
     "HeadWeights",
     "Importance",
     "Input",
     "Inspection",
+    "Kept",
     "KvMerge",
     "KvPartition",
     "NearMiss",
@@ -109,6 +120,7 @@ __all__ = [
     "Report",
     "Rewrite",
     "RewriteError",
+    "SearchError",
     "Site",
     "Statistic",
     "VerificationError",
@@ -116,6 +128,7 @@ __all__ = [
     "advise",
     "apply_patterns",
     "convert",
+    "guard",
     "guidance",
     "head_importance",
     "inspect",
@@ -123,10 +136,13 @@ __all__ = [
     "load",
     "optimize",
     "passes",
+    "patch",
+    "path_patch",
     "patterns",
     "plot",
     "recipes",
     "register",
+    "search_heads",
 ]
 
 _NAMES = {
@@ -140,8 +156,12 @@ _NAMES = {
     "compiler.policy": "Policy",
     "conversion.convert": "apply_patterns convert",
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
-    "ConversionError ExportError PluginError PolicyError RewriteError VerificationError",
+    "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",
+    "intervene.guard": "Behaviour Kept guard",
+    "intervene.patch": "patch",
+    "intervene.path_patch": "path_patch",
+    "intervene.search": "search_heads",
     "ir.activations": "Activations",
     "ir.attend": "Attend",
     "ir.block_scores": "BlockSample BlockScores",
@@ -165,6 +185,8 @@ _NAMES = {
     "patterns.bands": "Band",
     "patterns.lookback": "Past",
     "report.advice": "Advice",
+    "report.head_effects": "HeadEffects",
+    "report.head_search": "HeadSearch",
     "report.inspection": "Inspection",
     "report.report": "Report",
     "version": "__version__",

@@ -41,6 +41,11 @@ class Pass(ABC):
         """What each call of the rewritten model has to bring."""
         return ()
 
+    @property
+    def mentions(self) -> tuple[str, ...]:
+        """Names of sites in its options, each of which has to be there."""
+        return ()
+
     def check(self, site: Site) -> Refusal | None:
         """Why this pass does not apply to ``site``, or None."""
         return None

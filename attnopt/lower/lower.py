@@ -159,8 +159,7 @@ def _attention(
     chosen = operands.map(selected)
     if plain:
         return as_specified(emit, spec, chosen)
-    call, inputs = _call(emit, spec, plan.backend, chosen)
-    lowered = emit.inline(call, *inputs)
+    lowered = inline(emit, spec, plan.backend, chosen)
     parts = [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
     note_between(chosen.given.values(), lowered, [Lowered(plan.found.site.name, part) for part in parts])
     return lowered
@@ -188,6 +187,12 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     assert sizes is not None, "an attention has the batch and the queries of its inputs"
     held = emit.constant(values.to(wanted.dtype).to(wanted.device)[None, :, None])
     return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
+
+
+def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> fx.Node:
+    """The attention as the operators of a backend."""
+    call, inputs = _call(emit, spec, backend, operands)
+    return emit.inline(call, *inputs)
 
 
 def as_specified(emit: Emitter, spec: AttentionSpec, operands: Operands[fx.Node]) -> fx.Node:
