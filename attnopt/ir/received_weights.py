@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from attnopt.base.bit_table import indices
 
-_HELD = 1 << 21  # weights that exist at a time
+_HELD = 1 << 18  # weights that exist at a time: what a cache of the processor holds
 
 
 @torch.library.custom_op("attnopt::received_weights", mutates_args=())
@@ -30,16 +31,29 @@ def received_weights(
     ``q`` [B, H, L, D], ``k`` [B, G, S, D], ``bias`` and ``mask`` broadcast to [B, H, L, S], ``sinks`` to [B, H, L, 1];
     ``senders``, bool [B|1, L]: the queries that count, None for all.
     """
-    B, H, L, _ = q.shape
-    rows = max(1, _HELD // max(1, B * H * k.shape[2]))
-    total: Tensor | None = None
-    for first in range(0, L, rows):
-        at = slice(first, first + rows)
-        added, seen, sunk = (x if x is None or x.shape[2] == 1 else x[:, :, at] for x in (bias, mask, sinks))
-        who = None if senders is None else senders[:, at]
-        part = written_out(q[:, :, at], k, added, seen, sunk, who, kv_of_head, scale, softcap)
-        total = part if total is None else total.add_(part)
-    return _zeros(q, k) if total is None else total
+    k, total = _of_heads(k, kv_of_head), _zeros(q, k)
+    for b, h, i in _blocks(q.shape[0], q.shape[1], q.shape[2], k.shape[2]):
+        added, seen, sunk = (None if x is None else _part(x, b, h, i) for x in (bias, mask, sinks))
+        who = None if senders is None else senders[b if len(senders) > 1 else slice(None), i]
+        heads = range(total[b, h].shape[1])
+        total[b, h] += written_out(q[b, h, i], k[b, h], added, seen, sunk, who, heads, scale, softcap)
+    return total
+
+
+def _blocks(B: int, H: int, L: int, S: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Sequences, heads and queries whose weights exist at a time."""
+    if B * H * L * S <= _HELD:
+        yield slice(0, B), slice(0, H), slice(0, L)
+        return
+    rows = min(L, max(1, _HELD // S))
+    heads = max(1, _HELD // (rows * S))
+    for b, h, i in product(range(B), range(0, H, heads), range(0, L, rows)):
+        yield slice(b, b + 1), slice(h, h + heads), slice(i, i + rows)
+
+
+def _part(x: Tensor, *at: slice) -> Tensor:
+    """A part of an operand whose axes may be broadcast."""
+    return x[tuple(own if size > 1 else slice(None) for size, own in zip(x.shape, at, strict=False))]
 
 
 @received_weights.register_fake
@@ -64,9 +78,7 @@ def written_out(
 ) -> Tensor:
     """The same in plain operators, with the map of all these queries."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    if list(kv_of_head) != list(range(k.shape[1])):
-        k = k.index_select(1, indices(kv_of_head, k.device))
-    s = (q.to(wide) * scale) @ k.to(wide).mT
+    s = (q.to(wide) * scale) @ _of_heads(k, kv_of_head).to(wide).mT
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
@@ -83,6 +95,10 @@ def written_out(
     if senders is None:
         return p.sum(2)
     return (senders[:, None, None].to(wide) @ p).squeeze(2)
+
+
+def _of_heads(k: Tensor, kv_of_head: Sequence[int]) -> Tensor:
+    return k if list(kv_of_head) == list(range(k.shape[1])) else k.index_select(1, indices(kv_of_head, k.device))
 
 
 RECEIVED = torch.ops.attnopt.received_weights.default  # in a graph

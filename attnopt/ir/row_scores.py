@@ -56,7 +56,7 @@ class Received(RowScores):
     """The weight that a token receives as a key, averaged over heads and over every ``stride``-th query (as H2O scores cached
     keys, arXiv:2306.14048).
 
-    Weights that differ by less than 1 in 4,000 count as the same.  All queries (``stride=1``) cost more than half of a
+    Weights that differ by less than 1 in 4,000 count as the same.  All queries (``stride=1``) cost about as much as a
     whole attention.
     """
 

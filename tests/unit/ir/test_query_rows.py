@@ -104,7 +104,7 @@ CASES = st.fixed_dictionaries(
 
 
 @settings(max_examples=60, deadline=None)
-@given(CASES, st.integers(0, 99), st.sampled_from([1, 60, 1 << 21]))
+@given(CASES, st.integers(0, 99), st.sampled_from([1, 60, 200, 1 << 18]))
 def test_received_weights_are_sums_of_columns(case: dict[str, Any], seed: int, held: int) -> None:
     spec = a_spec(**case)
     t = tensors(spec, 2, 9, 9, torch.float64, seed)
@@ -133,7 +133,7 @@ def test_no_map_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(received, "written_out", watched)
     q, k = torch.randn(2, 1, 4, 2048, 8).unbind()
     received.received_weights(q, k, None, None, None, None, (0, 1, 2, 3), 0.3, None)
-    assert 0 < most <= 1 << 21 < 4 * 2048**2
+    assert 0 < most <= 1 << 18 < 4 * 2048**2
 
 
 def test_the_operator_is_registered_as_torch_wants_it() -> None:
