@@ -68,7 +68,7 @@ def row_parts(spec: AttentionSpec) -> tuple[RowPart, ...]:
 
 def _part(spec: AttentionSpec, places: Sequence[int]) -> RowPart:
     whole = spec.keeping(spec.heads[place] for place in places)
-    return RowPart(tuple(places), tuple(spec.kv_heads.index(g) for g in whole.kv_heads), whole)
+    return RowPart(tuple(places), tuple(map(spec.kv_heads.index, whole.kv_heads)), whole)
 
 
 def on_chosen_rows(spec: AttentionSpec, lower: Callable[[AttentionSpec], Attend]) -> Attend:
