@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from attnopt import render as render
 from attnopt.backends import attention_operator as attention_operator
+from attnopt.ir import received_weights as received_weights
 
 if TYPE_CHECKING:
     from attnopt import passes, patterns, plot, recipes
@@ -57,7 +58,9 @@ if TYPE_CHECKING:
     from attnopt.ir.kv_partition import KvPartition
     from attnopt.ir.pooled_keys import PooledKeys
     from attnopt.ir.projection import Projection
+    from attnopt.ir.query_rows import ChosenRows
     from attnopt.ir.refusal import Refusal
+    from attnopt.ir.row_scores import RowScores
     from attnopt.ir.site import NearMiss, Site
     from attnopt.ir.spec import AttentionSpec
     from attnopt.ir.statistic import Statistic
@@ -88,6 +91,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CaptureError",
+    "ChosenRows",
     "Compensation",
     "Constant",
     "ConversionError",
@@ -120,6 +124,7 @@ __all__ = [
     "Report",
     "Rewrite",
     "RewriteError",
+    "RowScores",
     "SearchError",
     "Site",
     "Statistic",
@@ -176,7 +181,9 @@ _NAMES = {
     "ir.kv_partition": "KvPartition",
     "ir.pooled_keys": "PooledKeys",
     "ir.projection": "Projection",
+    "ir.query_rows": "ChosenRows",
     "ir.refusal": "Refusal",
+    "ir.row_scores": "RowScores",
     "ir.site": "NearMiss Site",
     "ir.spec": "AttentionSpec",
     "ir.statistic": "Statistic",

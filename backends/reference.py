@@ -22,6 +22,7 @@ class Reference(Backend):
     pools: ClassVar[bool] = True
     zero_keys: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
+    rows: ClassVar[bool] = True
 
     def lower(self, spec: AttentionSpec) -> Attend:
         return reference(spec)

@@ -15,6 +15,7 @@ from attnopt.passes.local_window import LocalWindow
 from attnopt.passes.mix_map import MixMap
 from attnopt.passes.pool_keys import PoolKeys
 from attnopt.passes.prune_heads import PruneHeads
+from attnopt.passes.query_rows import QueryRows
 from attnopt.passes.route_heads import RouteHeads
 from attnopt.passes.scale_heads import ScaleHeads
 from attnopt.passes.segment_gain import SegmentGain
@@ -33,6 +34,7 @@ __all__ = [
     "MixMap",
     "PoolKeys",
     "PruneHeads",
+    "QueryRows",
     "RouteHeads",
     "ScaleHeads",
     "SegmentGain",

@@ -12,7 +12,7 @@ from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.preconditions import refuse_causal_pools, refuse_pooled, refuse_unknown_heads
+from attnopt.passes.preconditions import refuse_causal_pools, refuse_pooled, refuse_rows, refuse_unknown_heads
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class PoolKeys(Pass):
         return (
             refuse_unknown_heads(site, self.heads or ())
             or _refuse_another_choice(site)
+            or refuse_rows(site, "use either query-rows or pool-keys at a site")
             or self._refuse_hidden_keys(site)
             or self._refuse_other_lengths(site)
         )

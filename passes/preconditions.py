@@ -113,6 +113,26 @@ def refuse_looking_ahead(site: Site, selection: DynamicBlocks | None, pattern: P
     )
 
 
+def refuse_rows(site: Site, hint: str) -> Refusal | None:
+    """Refuse an attention that already chooses its rows."""
+    if site.spec.rows is None:
+        return None
+    expected = "an attention that computes all rows"
+    return site.refuse("already-chosen", expected=expected, found=str(site.spec.rows), hint=hint)
+
+
+def refuse_causal_rows(site: Site, spec: AttentionSpec) -> Refusal | None:
+    """Refuse ``spec``, a form of ``site``, if it chooses rows among all tokens but no query may see a later key."""
+    if spec.rows is None or not spec.is_causal:
+        return None
+    return site.refuse(
+        "looks-ahead",
+        expected="queries that may see later keys",
+        found=str(spec.visible_pattern),
+        hint="whether a row is chosen depends on later tokens; route-heads decides for each token by itself",
+    )
+
+
 def refuse_pooled(site: Site, hint: str) -> Refusal | None:
     """Refuse heads that already pool their keys."""
     if site.spec.pooling is None:

@@ -21,6 +21,7 @@ from attnopt.passes.preconditions import (
     refuse_causal_pools,
     refuse_other_keys,
     refuse_other_lengths,
+    refuse_rows,
     refuse_unknown_heads,
 )
 from attnopt.patterns import Keys, Pattern, PerHead, parse
@@ -96,7 +97,9 @@ class SegmentGain(Pass):
             if found is None and pattern.is_positional:
                 found = refuse_other_keys(site, past=not pattern.reads_length)
             found = found or refuse_other_lengths(site, pattern) or self._refuse_beyond(site, pattern)
-        found = found or self._refuse_twice(site)
+        found = (
+            found or self._refuse_twice(site) or refuse_rows(site, "use either segment-gain or query-rows at a site")
+        )
         return found or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of heads=")
 
     def rewrite(self, site: Site) -> Rewrite:

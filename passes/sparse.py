@@ -15,10 +15,12 @@ from attnopt.ir.site import Site
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.passes.preconditions import (
     refuse_causal_pools,
+    refuse_causal_rows,
     refuse_looking_ahead,
     refuse_other_keys,
     refuse_other_lengths,
     refuse_pooled,
+    refuse_rows,
     refuse_unfit_ids,
     refuse_unknown_heads,
 )
@@ -76,6 +78,7 @@ class Sparse(Pass):
             or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of the pattern")
             or (_refuse_padding(site) if self.zero_pad else None)
             or refuse_looking_ahead(site, site.spec.selection, separated(self.pattern, site.spec.heads)[0])
+            or refuse_causal_rows(site, self.rewrite(site).spec)
         )
 
     def rewrite(self, site: Site) -> Rewrite:
@@ -105,6 +108,8 @@ class Sparse(Pass):
             )
         if site.spec.pooling is not None:
             return refuse_pooled(site, "use either segments or pool-keys at a site")
+        if site.spec.rows is not None:
+            return refuse_rows(site, "use either segments of the call or query-rows at a site")
         lengths = {segments.queries: site.q_len, segments.keys: site.kv_len}
         return next((r for i, n in lengths.items() if (r := refuse_unfit_ids(site, i, n)) is not None), None)
 

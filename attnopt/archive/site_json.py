@@ -14,7 +14,8 @@ from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.projection import Projection
-from attnopt.ir.score_registry import SCORES
+from attnopt.ir.query_rows import ChosenRows
+from attnopt.ir.score_registry import ROW_SCORES, SCORES
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
@@ -101,6 +102,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "selection": None if spec.selection is None else spec.selection.to_json(),
         "segments": None if spec.segments is None else spec.segments.to_json(),
         "pooling": None if spec.pooling is None else spec.pooling.to_json(),
+        "rows": None if spec.rows is None else spec.rows.to_json(),
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
         "zero_keys": None if spec.zero_keys is None else spec.zero_keys.to_json(),
@@ -119,13 +121,14 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
     spec["segments"] = None if spec.get("segments") is None else CallSegments.from_json(spec["segments"])
     spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
+    spec["rows"] = None if spec.get("rows") is None else ChosenRows.from_json(spec["rows"])
     spec["zero_keys"] = None if spec["zero_keys"] is None else ZeroKeys.from_json(spec["zero_keys"])
     spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     return AttentionSpec(**spec)
 
 
-_KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, SCORES)
+_KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, SCORES, ROW_SCORES)
 
 
 def _plugins(site: Site) -> list[dict[str, str]]:
@@ -169,6 +172,8 @@ def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], object]]:
     yield from ((HEAD_EDITS, edit) for edit in spec.after)
     if spec.selection is not None:
         yield SCORES, spec.selection.scores
+    if spec.rows is not None:
+        yield ROW_SCORES, spec.rows.scores
 
 
 def _patterns(spec: AttentionSpec) -> list[Pattern]:

@@ -40,6 +40,8 @@ def cost_of(
     ``rows``: the fraction of (query, head) pairs that are computed.
     """
     products = rows * sum(_products(part.spec, site.q_len, part.kv_len(site.kv_len)) for part in parts_of(spec))
+    if spec.rows is not None:
+        products += 2 * spec.head_dim * len(spec.rows.heads) * spec.rows.scores.voters(site.q_len) * site.kv_len
     parameters = _projection_parameters(site, site.parameters, spec, before)
     of_key, of_value = element_sizes
     if spec.ignores_weights:  # queries and keys are unused

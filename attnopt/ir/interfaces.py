@@ -98,6 +98,7 @@ class Backend(ABC):
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
+    rows: ClassVar[bool] = False  # True: ``lower`` takes specs with chosen rows; otherwise attnopt gathers them
     segments: ClassVar[bool] = False  # True: what ``lower`` returns also takes ``segments=``; otherwise attnopt masks
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
@@ -108,7 +109,7 @@ class Backend(ABC):
     @abstractmethod
     def lower(self, spec: AttentionSpec) -> Attend:
         """The function that computes ``spec``.  ``spec.after`` is applied to its result separately; the given spec has none,
-        and no pooling and no zero keys unless the backend says that it takes them."""
+        and no pooling, zero keys and chosen rows unless the backend says that it takes them."""
 
     @abstractmethod
     def cost(self, site: Site) -> float:

@@ -20,6 +20,7 @@ from attnopt.ir.kv_merge import KvMerge
 from attnopt.ir.kv_partition import KvPartition
 from attnopt.ir.pooling import parts_of, pooled
 from attnopt.ir.refusal import Refusal
+from attnopt.ir.row_attention import on_chosen_rows, row_parts
 from attnopt.ir.semantics import edited, in_segments, masked_by, row_sinks
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
@@ -80,15 +81,17 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
     """Of the site's spec.  Raises PluginError."""
     with blamed(backend, "backend", "notes", site.name):
         told = [str(note) for s in asked(backend, site) for note in backend.notes(s.spec)]
-    return (*dict.fromkeys(told), *_of_pools(backend, site.spec))
+    return (*dict.fromkeys(told), *_of_pools(backend, site.spec), *_of_rows(backend, site.spec))
 
 
 def asked(backend: Backend, site: Site) -> list[Site]:
-    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys."""
+    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys or chosen rows."""
     if site.spec.segments is not None and not takes_segments(backend, site.spec):
         site = replace(site, spec=site.spec.with_segments_masked)
     if site.spec.zero_keys is not None and not backend.zero_keys:
         site = replace(site, spec=_with_sinks(site.spec))
+    if site.spec.rows is not None and not backend.rows:
+        return [replace(site, spec=part.spec, q_len=part.q_len(site.q_len)) for part in row_parts(site.spec)]
     if site.spec.pooling is None or backend.pools:
         return [site]
     return [replace(site, spec=part.spec, kv_len=part.kv_len(site.kv_len)) for part in parts_of(site.spec)]
@@ -103,6 +106,12 @@ def _of_pools(backend: Backend, spec: AttentionSpec) -> Iterator[str]:
         if part.is_unreduced:
             which = f"head{'' if part.spec.num_heads == 1 else 's'} {', '.join(map(str, part.spec.heads))}"
             yield f"the pools of {which} are computed key by key under a pattern, bias, mask or gain: no time is saved"
+
+
+def _of_rows(backend: Backend, spec: AttentionSpec) -> Iterator[str]:
+    """A note about rows that are computed in vain."""
+    if spec.rows is not None and backend.rows:
+        yield f"{backend.name}: rows that are not chosen are computed and dropped: no time is saved"
 
 
 def lower(backend: Backend, spec: AttentionSpec) -> Attend:
@@ -147,13 +156,15 @@ def attention_of(
 def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     """The backend is given the segments of ``spec`` themselves, instead of the mask that they amount to."""
     reads_masks = any(edit.reads_masks for edit in spec.after)
-    others = (spec.pooling, spec.weight_gains, spec.zero_keys)
+    others = (spec.pooling, spec.weight_gains, spec.zero_keys, spec.rows)
     return backend.segments and all(x is None for x in others) and not reads_masks
 
 
 def _without_edits(backend: Backend, spec: AttentionSpec) -> Attend:
     if spec.zero_keys is not None and not backend.zero_keys:
         return _zeros_as_sinks(backend, spec)
+    if spec.rows is not None and not backend.rows:
+        return on_chosen_rows(spec, partial(lower, backend))
     if spec.pooling is not None and not backend.pools:
         return pooled(spec, partial(lower, backend))
     return lower(backend, spec)
@@ -165,7 +176,7 @@ def _with_sinks(spec: AttentionSpec) -> AttentionSpec:
 
 
 def _zeros_as_sinks(backend: Backend, spec: AttentionSpec) -> Attend:
-    core = lower(backend, _with_sinks(spec))
+    core = _without_edits(backend, _with_sinks(spec))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **others: Any) -> Tensor:
         return core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)

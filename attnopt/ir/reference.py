@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.attend import Attend, AttendWithLse
+from attnopt.ir.operands import OperandTensors
+from attnopt.ir.row_attention import without_other_rows
 from attnopt.ir.semantics import heads_of, require_no_edits, row_sinks, visible
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
@@ -14,7 +16,7 @@ from attnopt.ir.weight_gains import WeightGains
 def reference(spec: AttentionSpec) -> Attend:
     """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  Raises ValueError if
     ``spec`` has edits: see ``semantics.edited``."""
-    require_no_edits(spec, pools=True, zero_keys=True)
+    require_no_edits(spec, pools=True, zero_keys=True, rows=True)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
@@ -24,7 +26,8 @@ def reference(spec: AttentionSpec) -> Attend:
         if spec.weight_gains is not None:
             base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
             p = _with_gains(spec, spec.weight_gains, p, s - base, None if sinks is None else sinks - base)
-        return (p @ _read(spec, v, p.dtype)).to(v.dtype)
+        o = (p @ _read(spec, v, p.dtype)).to(v.dtype)
+        return o if spec.rows is None else without_other_rows(spec, o, OperandTensors(q, k, v, bias, mask, sinks))
 
     return attend
 

@@ -82,12 +82,17 @@ def masked_by(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | Non
     return attend
 
 
-def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False) -> None:
-    """Raises ValueError: a backend computes a spec without its map and edits and, unless it ``pools`` or knows ``zero_keys``,
-    without these."""
-    has_pools, has_zeros = spec.pooling is not None and not pools, spec.zero_keys is not None and not zero_keys
-    if spec.after or spec.has_map or has_pools or has_zeros:
-        what = "edits" if spec.after else "map" if spec.has_map else "pooled keys" if has_pools else "zero keys"
+def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False, rows: bool = False) -> None:
+    """Raises ValueError: a backend computes a spec without its map and edits and, unless it ``pools`` or knows ``zero_keys`` or
+    ``rows``, without these."""
+    has = {
+        "edits": bool(spec.after),
+        "map": spec.has_map,
+        "pooled keys": spec.pooling is not None and not pools,
+        "zero keys": spec.zero_keys is not None and not zero_keys,
+        "chosen rows": spec.rows is not None and not rows,
+    }
+    if (what := next((name for name, there in has.items() if there), None)) is not None:
         raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
 
 

@@ -13,6 +13,7 @@ from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
+from attnopt.ir.query_rows import ChosenRows
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import FULL, Full, Pattern
@@ -34,6 +35,7 @@ class AttentionSpec:
         p = weight_gains(p)                        # if there are any
         p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
         o_h = p @ v_g                              # [L, value_dim]; added reads the values of keys, also of those that pool
+        o_h = where(chosen, o_h, 0)                # if there are rows that h chooses: of each sequence and head
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
     ``segments`` compares ids that the call brings.  ``selected`` holds the keys of the blocks that ``selection`` chooses
@@ -62,6 +64,7 @@ class AttentionSpec:
     zero_keys: ZeroKeys | None = None  # keys of zeros beyond the edges of the sequence
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     eviction: Eviction | None = None  # keys that a cache drops between calls
+    rows: ChosenRows | None = None  # queries that are chosen at run time; the others give zeros
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
     after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
 
@@ -140,7 +143,9 @@ class AttentionSpec:
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
         segments = () if self.segments is None else (str(self.segments),)
         evicted = () if self.eviction is None else (str(self.eviction),)
-        return (*(name for name, has in given.items() if has), *segments, *softcap, *pooled, *zeros, *gains, *evicted)
+        rows = () if self.rows is None else (str(self.rows),)
+        named = (name for name, has in given.items() if has)
+        return (*named, *segments, *softcap, *pooled, *zeros, *gains, *evicted, *rows)
 
     @property
     def num_heads(self) -> int:
@@ -173,9 +178,10 @@ class AttentionSpec:
 
     @property
     def chooses(self) -> bool:
-        """The result depends on comparisons that rounding may flip: of blocks, of heads, or of the weights of a row."""
+        """The result depends on comparisons that rounding may flip: of blocks, of rows, of heads, or of the weights of a row."""
         gains = self.weight_gains
-        return self.selection is not None or self.route is not None or (gains is not None and gains.chooses)
+        chosen = (self.selection, self.rows, self.route)
+        return any(x is not None for x in chosen) or (gains is not None and gains.chooses)
 
     @property
     def is_constant(self) -> bool:
@@ -229,6 +235,7 @@ class AttentionSpec:
             zero_keys=None if self.zero_keys is None else self.zero_keys.keeping(places),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             selection=None if self.selection is None else self.selection.keeping(places, kept),
+            rows=None if self.rows is None else self.rows.keeping(kept),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 

@@ -20,6 +20,7 @@ from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Rewrite
 from attnopt.ir.pooled_keys import PooledKeys
+from attnopt.ir.query_rows import ChosenRows
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
@@ -82,6 +83,7 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
         yield f"eviction is {after.eviction!r}, expected an Eviction or None"
     yield from _of_pooling(after)
     yield from _of_zero_keys(after)
+    yield from _of_rows(after)
     yield from _of_pattern("pattern", after.pattern, after)
     if after.seen_as is not None:
         yield from _of_pattern("seen_as", after.seen_as, after)
@@ -168,6 +170,29 @@ def _of_zero_keys(after: AttentionSpec) -> Iterator[str]:
         yield "zero_keys and a bias, which has no entries for keys beyond the edges"
     elif after.pooling is not None:
         yield "zero_keys and pooling: pooled keys have no neighbours beyond the edges"
+
+
+def _of_rows(after: AttentionSpec) -> Iterator[str]:
+    if after.rows is None:
+        return
+    others = {
+        "a map": after.has_map,
+        "segments": after.segments is not None,
+        "a selection of blocks": after.selection is not None,
+        "pooling": after.pooling is not None,
+        "weight_gains": after.weight_gains is not None,
+        "eviction": after.eviction is not None,
+    }
+    if not isinstance(after.rows, ChosenRows):
+        yield f"rows is {after.rows!r}, expected ChosenRows or None"
+    elif not after.rows.heads or not set(after.rows.heads) <= set(after.heads):
+        yield f"rows names heads {after.rows.heads!r}, expected some heads of {after.heads!r}"
+    elif after.is_causal:
+        yield f"{after.rows}, which depends on the whole sequence, but the attention is causal"
+    elif after.is_cross and after.rows.scores.of_keys:
+        yield f"{after.rows.scores} scores keys, which are not the tokens of the queries"
+    elif (other := next((name for name, there in others.items() if there), None)) is not None:
+        yield f"rows and {other} cannot be computed together"
 
 
 def _is_finite(value: object) -> bool:

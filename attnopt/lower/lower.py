@@ -29,6 +29,7 @@ from attnopt.ir.interfaces import Backend
 from attnopt.ir.operands import CANONICAL, Operands, operands_of
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.pooling import parts_of
+from attnopt.ir.row_attention import row_parts
 from attnopt.ir.site import Site
 from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
@@ -59,7 +60,10 @@ class Plan(SiteEdit):
     @property
     def rows(self) -> float:
         """The fraction of (query, head) pairs that are computed."""
-        route = self.spec.route
+        route, chosen = self.spec.route, self.spec.rows
+        if chosen is not None and not self.backend.rows:
+            site, heads = self.found.site, self.spec.num_heads
+            return 1.0 - (1.0 - chosen.count(site.q_len) / site.q_len) * len(chosen.heads) / heads
         return route.share if route is not None and self.backend.skips_rows else 1.0
 
 
@@ -160,9 +164,16 @@ def _attention(
     if plain:
         return as_specified(emit, spec, chosen)
     lowered = inline(emit, spec, plan.backend, chosen)
-    parts = [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
-    note_between(chosen.given.values(), lowered, [Lowered(plan.found.site.name, part) for part in parts])
+    parts = [Lowered(plan.found.site.name, part) for part in _computed(spec, plan)]
+    note_between(chosen.given.values(), lowered, parts)
     return lowered
+
+
+def _computed(spec: AttentionSpec, plan: Plan) -> list[AttentionSpec]:
+    """What the calls of the backend compute, one after the other."""
+    if spec.rows is not None:
+        return [spec] if plan.backend.rows else [part.spec for part in row_parts(spec)]
+    return [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
 
 
 def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:

@@ -36,6 +36,7 @@ from attnopt.passes import (
     LocalWindow,
     PoolKeys,
     PruneHeads,
+    QueryRows,
     RouteHeads,
     ScaleHeads,
     SegmentGain,
@@ -66,6 +67,14 @@ class Gated(Scored):
     def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         q, k, v = self.heads(x)
         return self.merged((q @ k.transpose(-1, -2) * self.gate).softmax(-1) @ v)
+
+
+class Mixing(Scored):
+    """A map of its own beside the weights."""
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged((0.5 * (q @ k.transpose(-1, -2)).softmax(-1) + 0.5 * self.gate) @ v)
 
 
 class Unused(Decoy):
@@ -144,6 +153,20 @@ def pooled_twice() -> Refusal:
     policy = [PoolKeys(7, heads=[1, 2]), PoolKeys(7)]
     (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
     return entry.refusals["pool-keys"]
+
+
+def chosen_twice() -> Refusal:
+    policy = [QueryRows("norm", 3), QueryRows("norm", 3)]
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
+    return entry.refusals["query-rows"]
+
+
+def mixed_and_chosen() -> Refusal:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnopt.AttnoptWarning)
+        model = Mixing(lambda s: s).eval()
+        (entry,) = attnopt.optimize(model, QueryRows("norm", 3), (torch.randn(2, L, E),)).report.sites
+    return entry.refusals["query-rows"]
 
 
 def refused_with(ids: object, policy: Any) -> Refusal:
@@ -377,6 +400,16 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         pooled_twice,
         "[already-pooled] expected an attention without pooled keys, found heads 1, 2 read keys pooled by 7 (at LINE)\n  "
         "hint: apply pool-keys only once per site",
+    ),
+    "already-chosen": (
+        chosen_twice,
+        "[already-chosen] expected an attention that computes all rows, found heads 0 to 3 compute 3 of the rows by Norm() "
+        "(at LINE)\n  hint: apply query-rows only once per site",
+    ),
+    "already-mixed": (
+        mixed_and_chosen,
+        "[already-mixed] expected weights of a softmax alone, found a map mixed into them (at LINE)\n  hint: exclude the site "
+        "from query-rows",
     ),
     "zero-padded": (
         padded_and_pooled,

@@ -17,6 +17,7 @@ from attnopt.passes import (
     MixMap,
     PoolKeys,
     PruneHeads,
+    QueryRows,
     RouteHeads,
     ScaleHeads,
     SegmentGain,
@@ -110,6 +111,13 @@ PASSES = st.one_of(
     st.sampled_from([PoolKeys(4), PoolKeys((2, 3), (4, 6), heads=[1], prefix=1)]),
     st.builds(EvictKeys, st.sampled_from(["sinks", "h2o", "snapkv"]), st.integers(1, 99)),
     st.sampled_from([EvictKeys("sinks", 8, sinks=2), EvictKeys("snapkv", 8, recent=2, pool=5)]),
+    st.builds(
+        QueryRows,
+        st.sampled_from(["norm", "received", "received(stride=3)"]),
+        st.floats(0.1, 1) | st.integers(1, 9),
+        st.integers(0, 2),
+        st.none() | st.lists(st.integers(0, 9)),
+    ),
     st.builds(GroupedQuery, st.integers(1, 9), st.sampled_from(["mean", "first"])),
     st.builds(
         ScaleHeads, st.lists(st.floats(-2, 2)) | st.dictionaries(st.integers(0, 9), st.floats(-2, 2), min_size=1)

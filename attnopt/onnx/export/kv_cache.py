@@ -47,6 +47,7 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
         "sinks": spec.has_sinks,
         "zero keys": spec.zero_keys is not None,
         "blocks chosen at run time": spec.selection is not None,
+        "rows chosen at run time": spec.rows is not None,
         "a mask other than a padding mask": spec.has_mask and spec.seen_as is None,
         f"elements of type {site.dtype}": site.dtype != torch.float32,
         f"heads of {spec.head_dim} and {spec.value_dim} features": spec.head_dim % 8 or spec.value_dim != spec.head_dim,
