@@ -25,6 +25,7 @@ from attnopt.match.find import Found
 from attnopt.report.head_effects import HeadEffects
 
 ROLES = ("q", "k", "v")
+TOLD = 4  # receivers in the title of a result
 Sender = tuple[str, int]  # site, head
 Receiver = tuple[str, int, str]  # site, head, "q", "k" or "v"
 Heads = dict[str, tuple[int, ...]]
@@ -88,7 +89,8 @@ def path_patch(
 def _where(receivers: str | Sequence[Receiver]) -> str:
     if isinstance(receivers, str):
         return "the output"
-    return ", ".join(f"{role} of head {head} of {site}" for site, head, role in receivers)
+    told = [f"{role} of head {head} of {site}" for site, head, role in receivers]
+    return ", ".join(told[:TOLD]) + (f" and {len(told) - TOLD} more" if len(told) > TOLD else "")
 
 
 class _Paths:

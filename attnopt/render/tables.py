@@ -57,9 +57,11 @@ def search_text(found: HeadSearch) -> str:
 
 def _by_head(title: str, values: Mapping[str, Sequence[float]], heads: Mapping[str, Sequence[int]]) -> str:
     from rich import box
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("site")
     every = sorted({h for numbers in heads.values() for h in numbers})
     for h in every:
@@ -67,7 +69,7 @@ def _by_head(title: str, values: Mapping[str, Sequence[float]], heads: Mapping[s
     for site, own in values.items():
         of = dict(zip(heads[site], own, strict=True))
         shown.add_row(site or "(root)", *(f"{of[h]:.3g}" if h in of else "" for h in every))
-    return to_text(shown, width=max(80, len(title), 40 + 9 * len(every)))
+    return to_text(Group(Text(title), shown), width=max(80, len(title), 40 + 9 * len(every)))
 
 
 def inspection_table(inspection: Inspection) -> RenderableType:

@@ -110,19 +110,48 @@ def test_the_model_is_left_as_it_is() -> None:
 
 
 def test_a_metric_may_write_into_the_output() -> None:
-    model, (x, y) = stack(2), torch.randn(2, 2, 12, 16)
+    """Also into what no head of a site changes, and into an input that is returned."""
 
-    def first(out: Tensor) -> Tensor:
-        found = out[:, 0].sum().clone()
-        out.zero_()
-        return found
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = stack(1), stack(2)
 
-    want = attnopt.patch(model, x, y, metric=lambda out: out[:, 0].sum())
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.a(x), self.b(x), x
+
+    def spoiling(out: tuple[Tensor, ...]) -> Tensor:
+        found = sum(t[:, 0].sum() for t in out)
+        for t in out:
+            t.zero_()
+        return torch.as_tensor(found)
+
+    model, (x, y) = Beside(), torch.randn(2, 2, 12, 16)
     kept = x.clone(), y.clone()
-    got = attnopt.patch(model, x, y, metric=first)
+    want = attnopt.patch(model, x, y, metric=lambda out: sum(t[:, 0].sum() for t in out))
+    got = attnopt.patch(model, x, y, metric=spoiling)
+    assert got.clean == pytest.approx(want.clean, rel=1e-5)
     assert all(got[name] == pytest.approx(want[name], rel=1e-5) for name in want)
     assert torch.equal(x, kept[0])
     assert torch.equal(y, kept[1])
+
+
+def test_a_cache_among_the_inputs() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = circuits.llama()
+
+    def after(ids: Tensor) -> dict[str, Any]:
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids[:, :5], past_key_values=cache, use_cache=True)
+        return {"input_ids": ids[:, 5:], "past_key_values": cache}
+
+    clean, corrupted, again = after(IDS[0]), after(IDS[1]), after(IDS[1])
+    (given,) = recorded(model, outputs_of(model)[2:], IDS[0])
+    found = attnopt.patch(model, clean, corrupted, metric=margin)
+    with hooked({outputs_of(model)[2]: lambda x: with_slice(x, given[:, 5:], D, D)}, {}):
+        want = float(margin(model(**again)))
+    assert found["model.layers.2.self_attn"][1] == pytest.approx(want, rel=1e-4, abs=1e-4)
+    assert clean["past_key_values"].get_seq_length() == corrupted["past_key_values"].get_seq_length() == 5
 
 
 def test_several_outputs_of_which_a_head_changes_one() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import circuits
 import pytest
 import torch
+import zoo
 from circuits import (
     CLEAN,
     CORRUPTED,
@@ -153,6 +155,28 @@ def test_all_receivers_and_the_output_are_the_whole_effect() -> None:
         abs=1e-4,
     )  # behind the last layer there are no other heads
     assert direct[site.format(0)] != pytest.approx(whole[site.format(0)], abs=1e-3)
+
+
+def test_from_an_encoder_to_all_that_reads_it() -> None:
+    """A head of the last layer of an encoder acts on the output through keys and values of the decoder alone."""
+    model, args, kwargs = zoo.mt5()
+    clean = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    ids = clean["input_ids"].clone()
+    ids[:, 2], ids[:, 4] = 7, 9
+    corrupted = {**clean, "input_ids": ids}
+    crossing = [site for site in attnopt.inspect(model, kwargs=clean).sites if site.is_cross]
+    receivers = [(site.name, h, role) for site in crossing for h in range(site.num_heads) for role in "kv"]
+
+    def size(output: Any) -> Tensor:
+        return output.last_hidden_state.square().sum()
+
+    encoder = "encoder.block.0.layer.0.SelfAttention"
+    told = attnopt.path_patch(model, clean, corrupted, metric=size, senders=encoder, receivers=receivers)
+    whole = attnopt.patch(model, clean, corrupted, metric=size, sites=encoder, direction="noising")
+    assert told[encoder] == pytest.approx(whole[encoder], rel=1e-5)
+    assert told[encoder] != pytest.approx([whole.clean] * 4, rel=1e-3)
+    assert str(told).startswith("noising to k of head 0 of ")
+    assert " and 4 more: clean" in str(told)
 
 
 def test_one_at_a_time_and_stacked_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
