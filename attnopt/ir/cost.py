@@ -46,7 +46,7 @@ def cost_of(
         products, of_key = 0.0, 0
         parameters = {role: n for role, n in parameters.items() if role not in ("q", "k")}
     pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
-    products += 2 * spec.value_dim * (pairs + sum(edit.pairs for edit in spec.after))
+    products += 2 * spec.value_dim * (pairs + sum(edit.pairs(site.q_len, site.kv_len) for edit in spec.after))
     tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)

@@ -65,7 +65,7 @@ class Site(Projected):
 
     def edited(self, made: SiteEdit) -> Site:
         """As it is with this edit: the next pass sees this one."""
-        now = None if made.spec.segments is not None else self.activations  # which know no segments
+        now = None if made.spec.inputs else self.activations  # which know nothing that only a call brings
         return replace(
             self,
             spec=made.spec,

@@ -203,8 +203,11 @@ FAULTS = (
           "return queries == keys", "test_by_segment.py -k every"),
     Fault("keys that stay where they were", "ids = t.segments.keys.gather(1, keys)", "ids = t.segments.keys",
           "test_by_segment.py -k every"),
-    Fault("ids of another length", "                    nodes[name].meta[\"val\"] = torch.empty(wanted,",
-          "                    nodes[name].meta[\"val\"] = torch.empty(ids.shape,", "test_call_segments.py -k bad_inputs"),
+    Fault("ids of another length", "                    node.meta[\"val\"] = torch.empty(wanted,",
+          "                    node.meta[\"val\"] = torch.empty(now.shape,", "test_call_segments.py -k bad_inputs"),
+    # tensors that a call brings
+    Fault("what other heads bring", "return whole if self.heads is None else whole.index_select(",
+          "return whole if True else whole.index_select(", "test_call_tensors.py -k removed_heads"),
     Fault("blocks of keys of other segments", "first <= high && last >= low", "first <= high && last > low",
           "test_by_segment.py -k every"),
     # patterns
@@ -413,7 +416,7 @@ FAULTS = (
           "test_head_additions.py -k before_a_route"),
     Fault("a shift that reaches no bias", "out_bias=_moved(found, plan, bias, added)", "out_bias=plan.out_bias",
           "test_steer.py -k cost_nothing"),
-    Fault("shifts of other heads", "self.by.tensor()[torch.tensor(places)]", "self.by.tensor()[: len(places)]",
+    Fault("shifts of other heads", "by=of_heads(self.by, places))", "by=of_heads(self.by, range(len(places))))",
           "test_head_additions.py -k heads_that_stay"),
     Fault("positions that forget the cache", "torch.arange(queries, device=o.device) + (length - queries)",
           "torch.arange(queries, device=o.device)", "test_steer.py -k cache"),
@@ -461,8 +464,8 @@ FAULTS = (
     # maps that no input changes
     Fault("weights that a map leaves as they are", "for values in ([1.0 - g for g in mine], mine)",
           "for values in ([1.0 for g in mine], mine)", "test_mix_map.py -k law_mixing"),
-    Fault("maps of other heads", "rows = [self.heads.index(spec.heads[place]) for place in places]",
-          "rows = list(range(len(places)))", "test_head_additions.py -k move_to_the_end"),
+    Fault("maps of other heads", "taken = [self.heads.index(spec.heads[place]) for place in places]",
+          "taken = list(range(len(places)))", "test_head_additions.py -k move_to_the_end"),
     Fault("maps that read other heads' values", "[spec.kv_of_head[p] for p in places]", "[0 for _ in places]",
           "test_mix_map.py -k every_head"),
     Fault("a shift that a later map leaves as it is", "(1.0 - dict(zip(heads, gates, strict=True)).get(h, 0.0))", "1.0",
