@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from attnopt.base.input import Input
 from attnopt.base.sizes import same_size
@@ -38,7 +39,7 @@ class CallSegments:
         """The ids of queries and keys, or of all tokens if one input has both, and the table of ``SegmentTensors``."""
         keys = CallTensor(self.keys, (BATCH, KEYS), is_ids=True)
         own = () if self.queries == self.keys else (CallTensor(self.queries, (BATCH, QUERIES), is_ids=True),)
-        table = () if self.pairs is None else (Constant.of(self._table(self.pairs)),)
+        table = () if self.pairs is None else (_table(self.pairs),)
         return (*own, keys, *table)
 
     def used(self, tensors: Sequence[Tensor], q_len: int) -> SegmentTensors:
@@ -52,10 +53,6 @@ class CallSegments:
     def keeping(self, places: Sequence[int]) -> CallSegments:
         """The same for the heads at these places."""
         return self if self.pairs is None else replace(self, pairs=tuple(self.pairs[i] for i in places))
-
-    @staticmethod
-    def _table(pairs: Sequence[Pairs | None]) -> Tensor:
-        return SegmentTensors.table(pairs[:1] if len(set(pairs)) == 1 else pairs)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -76,6 +73,12 @@ class CallSegments:
         """ "segments by region_ids" """
         names = dict.fromkeys((self.queries.name, self.keys.name))
         return f"segments by {' and '.join(names)}"
+
+
+def _table(pairs: Sequence[Pairs | None]) -> Constant:
+    """As of ``SegmentTensors``, whatever is being traced: specs know no fake tensors."""
+    with unset_fake_temporarily():
+        return Constant.of(SegmentTensors.table(pairs[:1] if len(set(pairs)) == 1 else pairs))
 
 
 def separated(pattern: Pattern, heads: Sequence[int]) -> tuple[Pattern, CallSegments | None]:
