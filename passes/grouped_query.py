@@ -35,6 +35,7 @@ from attnopt.passes.preconditions import (
     refuse_fitted_selection,
     refuse_no_data,
     refuse_transforms,
+    refuse_transplants,
     refuse_unknown_projections,
 )
 
@@ -123,6 +124,7 @@ class GroupedQuery(Pass, SharesBudget):
         refused = refuse_edits(
             site, edits=edited, hint="apply grouped-query before heads are routed, replaced or steered"
         )
+        refused = refused or refuse_transplants(site, "apply grouped-query before transplant")
         refused = refused or refuse_fitted_selection(site, "apply grouped-query before dynamic-sparse")
         return refused or self._refuse_sizes(site) or self._refuse_parts(site)
 

@@ -15,7 +15,13 @@ from attnopt.ir.head_edits import Replaced
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.preconditions import distinct_heads, refuse_no_data, refuse_unfit_inputs, refuse_unknown_heads
+from attnopt.passes.preconditions import (
+    distinct_heads,
+    refuse_no_data,
+    refuse_no_single_run,
+    refuse_unfit_inputs,
+    refuse_unknown_heads,
+)
 from attnopt.passes.tensor_options import Shape, TensorOption, tensor_option, values_of_heads
 
 _HINT = "give [batch, heads, Dv], or [batch, heads, tokens, Dv] for each token its own"
@@ -58,11 +64,7 @@ class HeadPatch(Pass):
     def check(self, site: Site) -> Refusal | None:
         refused = refuse_unknown_heads(site, self.heads)
         if refused is None and self.values in ("mean", "run"):
-            refused = refuse_no_data(site)
-        if refused is None and self.values == "run" and site.activations is not None and site.activations.calls > 1:
-            found = f"{site.activations.calls} calls with different values"
-            hint = "give each call its own rule, as in {'attention#2': ...}"
-            return site.refuse("several-calls", expected="weights that are used by one call", found=found, hint=hint)
+            refused = refuse_no_data(site) if self.values == "mean" else refuse_no_single_run(site)
         return refused or self._refuse_sizes(site)
 
     def rewrite(self, site: Site) -> Rewrite:

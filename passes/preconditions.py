@@ -95,6 +95,14 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
     return site.refuse("already-edited", expected=expected, found=str(edit), hint=hint)
 
 
+def refuse_transplants(site: Site, hint: str) -> Refusal | None:
+    """Refuse other queries or keys where some are those of another run."""
+    if not site.spec.before:
+        return None
+    expected = "an attention with its own queries and keys"
+    return site.refuse("already-edited", expected=expected, found=str(site.spec.before[0]), hint=hint)
+
+
 def refuse_fitted_selection(site: Site, hint: str) -> Refusal | None:
     """Refuse other queries or keys where blocks are chosen by scores that were fitted to those of now."""
     if site.spec.selection is None or not site.spec.selection.fitted:
@@ -168,10 +176,21 @@ def refuse_no_data(site: Site, hint: str = "pass calibration= to attnopt.optimiz
     """Refuse a site without calibration data."""
     if site.activations is not None:
         return None
+    if site.spec.before:
+        hint = "let this pass come before transplant, whose queries and keys calibration does not know"
     if site.spec.inputs:
         listed = ", ".join(dict.fromkeys(map(str, site.spec.inputs)))
         hint = f"let this pass come before those that read {listed} of each call, which calibration does not know"
     return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+
+
+def refuse_no_single_run(site: Site) -> Refusal | None:
+    """Refuse a site of which calibration data knows no run, or several."""
+    if site.activations is None or site.activations.calls == 1:
+        return refuse_no_data(site)
+    found = f"{site.activations.calls} calls with different values"
+    hint = "give each call its own rule, as in {'attention#2': ...}"
+    return site.refuse("several-calls", expected="weights that are used by one call", found=found, hint=hint)
 
 
 def refuse_transforms(site: Site) -> Refusal | None:

@@ -31,11 +31,20 @@ def tensor_option(owner: str, option: str, given: Any, fits: Callable[[Shape], b
     return found
 
 
+def input_of(given: object) -> Input | None:
+    """``given`` if it is an ``Input``, or what its ``to_json`` wrote.  Raises PolicyError."""
+    if isinstance(given, Mapping) and "input" in given:
+        return Input(given["input"])
+    return given if isinstance(given, Input) else None
+
+
 def _read(given: Any) -> Constant | Input:
-    if isinstance(given, (Input, Constant)):
-        return given
+    if (brought := input_of(given)) is not None:
+        return brought
     if isinstance(given, Mapping):
-        return Input(given["input"]) if "input" in given else Constant.from_json(given)
+        return Constant.from_json(given)
+    if isinstance(given, Constant):
+        return given
     found = torch.tensor(given, dtype=torch.float64) if isinstance(given, (list, tuple)) else given
     if not isinstance(found, Tensor):
         raise TypeError(f"{type(given).__name__} is no tensor")

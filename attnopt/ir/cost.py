@@ -42,9 +42,9 @@ def cost_of(
     products = rows * sum(_products(part.spec, site.q_len, part.kv_len(site.kv_len)) for part in parts_of(spec))
     parameters = _projection_parameters(site, site.parameters, spec, before)
     of_key, of_value = element_sizes
-    if spec.ignores_weights:  # queries and keys are unused
-        products, of_key = 0.0, 0
-        parameters = {role: n for role, n in parameters.items() if role not in ("q", "k")}
+    products = 0.0 if spec.ignores_weights else products
+    of_key = 0 if "k" in spec.unused else of_key
+    parameters = {role: n for role, n in parameters.items() if role not in spec.unused}
     pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
     products += 2 * spec.value_dim * (pairs + sum(edit.pairs(site.q_len, site.kv_len) for edit in spec.after))
     tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}

@@ -24,7 +24,7 @@ from attnopt.ir.head_edits import (
     without,
 )
 from attnopt.ir.mixed_maps import Mixed
-from attnopt.ir.tokens import among, positions, told
+from attnopt.ir.tokens import only_at, positions, told
 from attnopt.patterns.algebra import Full, Pattern
 
 
@@ -73,11 +73,7 @@ class Shifted(HeadEdit):
         rows = {h: by[:, i : i + 1].to(o.dtype) for i, h in enumerate(self.heads)}
         nothing = torch.zeros_like(by[:, :1], dtype=o.dtype)
         moved = o + torch.cat([rows.get(h, nothing) for h in spec.heads], 1)
-        if self.tokens is None:
-            return moved
-        queries, length = o.shape[2], v.shape[2] if self.after_past else o.shape[2]
-        at = torch.arange(queries, device=o.device) + (length - queries)
-        return torch.where(among(self.tokens, at, length).reshape(1, 1, -1, 1), moved, o)
+        return only_at(self.tokens, o, moved, v.shape[2] if self.after_past else o.shape[2])
 
     def keeping(self, kept: Collection[int]) -> Shifted | None:
         places = [i for i, h in enumerate(self.heads) if h in kept]
@@ -201,7 +197,7 @@ def without_shifts(edits: Sequence[HeadEdit]) -> tuple[tuple[HeadEdit, ...], dic
                     continue
             case TowardValues(amounts):
                 added = {h: by * (1.0 - dict(amounts).get(h, 0.0)) for h, by in added.items()}
-            case Mixed(heads, gates):
+            case Mixed(heads, gates, tokens=None):
                 added = {h: by * (1.0 - dict(zip(heads, gates, strict=True)).get(h, 0.0)) for h, by in added.items()}
             case Replaced():
                 added = without(added, edit.heads)

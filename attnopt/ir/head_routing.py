@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnopt.base.registry import Registry
+from attnopt.ir.call_gains import ScaledByCall
 from attnopt.ir.call_tensor import Source
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_additions import Shifted, ValuesAdded
@@ -100,11 +101,12 @@ def _highest(scores_BRL: Tensor, count: int) -> Tensor:
     return above | (tied & (tied.cumsum(1) <= left)) | scores_BRL.isnan()
 
 
+_OURS = (Scaled, ScaledByCall, TowardValues, Replaced, Shifted, ValuesAdded, Mixed, Routed)
 HEAD_EDITS = Registry(
     "attnopt.head_edits",
     "head edit",
     HeadEdit,  # type: ignore[type-abstract]
-    {edit.kind: edit for edit in (Scaled, TowardValues, Replaced, Shifted, ValuesAdded, Mixed, Routed)},
+    {edit.kind: edit for edit in _OURS},
     lambda cls: getattr(cls, "kind", None),
 )
 

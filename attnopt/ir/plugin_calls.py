@@ -86,6 +86,8 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
 
 def asked(backend: Backend, site: Site) -> list[Site]:
     """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys."""
+    if site.spec.before:
+        site = replace(site, spec=site.spec.transplanted)
     if site.spec.segments is not None and not takes_segments(backend, site.spec):
         site = replace(site, spec=site.spec.with_segments_masked)
     if site.spec.zero_keys is not None and not backend.zero_keys:
@@ -125,7 +127,7 @@ def attention_of(
     spec: AttentionSpec,
     tensors: Sequence[Tensor] | None = None,
 ) -> Attend:
-    """``spec`` including its map and ``spec.after``, computed by ``backend``.
+    """``spec`` including its map, ``spec.before`` and ``spec.after``, computed by ``backend``.
 
     ``tensors``: ``spec.tensors`` as a graph stores them and as a call brings them; None: the constants, created at each call,
     where no call brings any.
@@ -140,7 +142,7 @@ def attention_of(
     core = _without_edits(backend, bare)
     if bare.segments is not None:
         core = in_segments(bare.segments, ids, core)
-    has_more = spec.has_map or bool(spec.after)
+    has_more = spec.has_map or bool(spec.before) or bool(spec.after)
     whole = edited(spec, core, tensors, skips_rows=backend.skips_rows) if has_more else core
     return whole if segments is None else masked_by(segments, ids, whole)
 

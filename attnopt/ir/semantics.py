@@ -30,9 +30,9 @@ def edited(
     *,
     skips_rows: bool = False,
 ) -> Attend:
-    """``core``, which computes ``spec.bare``, with its map and all of its edits.
+    """``core``, which computes ``spec.bare``, with its map, all of its edits and what comes from another run.
 
-    ``tensors``: those of the edits; None: the constants, created at each call, where no call brings any.
+    ``tensors``: those of ``before`` and of the edits; None: the constants, created at each call, where no call brings any.
     ``skips_rows``: ``core`` is a ``RoutedAttend``.
     """
 
@@ -47,13 +47,14 @@ def edited(
         keep: Tensor | None = None,
         added: Tensor | None = None,
     ) -> Tensor:
-        of_edits = [t for edit in spec.after for t in edit.tensors]
-        held = iter(known(of_edits, q.device) if tensors is None else tensors)
+        sources = spec.tensors[len(spec.of_selection) + len(spec.of_segments) :]
+        held = iter(known(sources, q.device) if tensors is None else tensors)
+        moved = transplanted(spec, q, k, v, [next(held) for _ in spec.before])
         own = [[next(held) for _ in edit.tensors] for edit in spec.after]
         wanted = {}
         if skips_rows and spec.route is not None:
             wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
-        o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
+        o: Tensor = core(*moved, bias=bias, mask=mask, sinks=sinks, **wanted)
         if spec.has_map:
             assert added is not None
             o = mixed(spec, o, v, keep, added)
@@ -62,6 +63,20 @@ def edited(
         return o
 
     return attend
+
+
+def transplanted(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, values: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries, keys and values of ``spec.bare``.  ``values``: those of ``spec.before``."""
+    if spec.has_own_keys:
+        k, v = heads_of(spec, k), heads_of(spec, v)
+    for moved, given in zip(spec.before, values, strict=True):
+        if moved.role == "q":
+            q = moved.apply(spec.heads, q, given, k.shape[2])
+        else:
+            k = moved.apply(spec.heads, k, given, k.shape[2])
+    return q, k, v
 
 
 def in_segments(segments: CallSegments, tensors: Sequence[Tensor], core: Any) -> RoutedAttend:
@@ -85,12 +100,18 @@ def masked_by(segments: CallSegments, tensors: Sequence[Tensor], core: Attend) -
 
 
 def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False) -> None:
-    """Raises ValueError: a backend computes a spec without its map and edits and, unless it ``pools`` or knows ``zero_keys``,
-    without these."""
-    has_pools, has_zeros = spec.pooling is not None and not pools, spec.zero_keys is not None and not zero_keys
-    if spec.after or spec.has_map or has_pools or has_zeros:
-        what = "edits" if spec.after else "map" if spec.has_map else "pooled keys" if has_pools else "zero keys"
-        raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
+    """Raises ValueError: a backend computes a spec without its map, edits and transplants and, unless it ``pools`` or knows
+    ``zero_keys``, without these."""
+    not_for_it = {
+        "transplants": bool(spec.before),
+        "edits": bool(spec.after),
+        "map": spec.has_map,
+        "pooled keys": spec.pooling is not None and not pools,
+        "zero keys": spec.zero_keys is not None and not zero_keys,
+    }
+    for what, has in not_for_it.items():
+        if has:
+            raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
 
 
 def visible(spec: AttentionSpec, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -65,12 +65,12 @@ class Site(Projected):
 
     def edited(self, made: SiteEdit) -> Site:
         """As it is with this edit: the next pass sees this one."""
-        now = None if made.spec.inputs else self.activations  # which know nothing that only a call brings
+        knows = not made.spec.inputs and not made.spec.before  # neither what a call brings nor queries of another run
         return replace(
             self,
             spec=made.spec,
             parameters={**self.parameters, **edited_parameters(self, made.edits, made.out_bias)},
-            activations=None if now is None else now.edited(made.edits),
+            activations=self.activations.edited(made.edits) if self.activations is not None and knows else None,
         )
 
     def stored_as(self, live: Mapping[str, Tensor]) -> Site:

@@ -12,6 +12,7 @@ from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
+from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import FULL, Full, Pattern
@@ -23,6 +24,7 @@ class AttentionSpec:
 
     With query head h reading K/V head g = ``kv_of_head[h]``::
 
+        q_h, k_h = x.apply(q_h, k_h), for each x of ``before``  # queries and keys of some heads, from another run
         k_g, v_g = mean(k_g), mean(v_g)            # if h pools: over the pool of each key
         s = scale * q_h @ k_g.T                    # [L, S]
         s = softcap * tanh(s / softcap)            # if there is a softcap
@@ -62,7 +64,8 @@ class AttentionSpec:
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     eviction: Eviction | None = None  # keys that a cache drops between calls
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
-    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
+    before: tuple[Transplanted, ...] = ()  # queries and keys that come from another run
+    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs, which read the own queries and values
 
     def __post_init__(self) -> None:
         if len(self.kv_of_head) != len(self.heads):
@@ -109,8 +112,21 @@ class AttentionSpec:
 
     @property
     def bare(self) -> AttentionSpec:
-        """What a backend computes of it: without map and edits."""
-        return replace(self, has_map=False, after=())
+        """What a backend computes of it: without map and edits, and of the operands that ``before`` leaves."""
+        return replace(self.transplanted, has_map=False, after=())
+
+    @property
+    def transplanted(self) -> AttentionSpec:
+        """The same attention of the operands that ``before`` leaves."""
+        if not self.has_own_keys:
+            return replace(self, before=())
+        places = tuple(range(self.num_heads))
+        return replace(self, before=(), kv_heads=places, kv_of_head=places)
+
+    @property
+    def has_own_keys(self) -> bool:
+        """Keys that come from another run are those of one query head, so that heads share none."""
+        return any(moved.role == "k" for moved in self.before)
 
     def __str__(self) -> str:
         """ "12 heads / 4 kv x 64, self, Causal(), bias, rope, scale 0.125" """
@@ -183,8 +199,9 @@ class AttentionSpec:
 
     @property
     def tensors(self) -> tuple[Source, ...]:
-        """All that it reads beside the operands: what ``selection`` was fitted to, then of ``segments`` and of each edit."""
-        return (*self.of_selection, *self.of_segments, *(t for edit in self.after for t in edit.tensors))
+        """All that it reads beside the operands: of ``selection``, ``segments``, ``before`` and each edit, in this order."""
+        of_edits = (t for edit in self.after for t in edit.tensors)
+        return (*self.of_selection, *self.of_segments, *(moved.values for moved in self.before), *of_edits)
 
     @property
     def of_selection(self) -> tuple[Source, ...]:
@@ -198,6 +215,14 @@ class AttentionSpec:
     def inputs(self) -> tuple[CallTensor, ...]:
         """Those of ``tensors`` that each call brings."""
         return tuple(t for t in self.tensors if isinstance(t, CallTensor))
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Those of "q" and "k" that no head's output depends on."""
+        if self.ignores_weights:
+            return frozenset("qk")
+        whole = {m.role for m in self.before if m.tokens is None and set(self.heads) <= set(m.heads)}
+        return frozenset(whole if self.route is None else whole - {"q"})
 
     @property
     def ignores_weights(self) -> bool:
@@ -231,6 +256,7 @@ class AttentionSpec:
             zero_keys=None if self.zero_keys is None else self.zero_keys.keeping(places),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             selection=None if self.selection is None else self.selection.keeping(places, kept),
+            before=tuple(here for moved in self.before if (here := moved.keeping(kept)) is not None),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 
