@@ -205,7 +205,7 @@ def refuse_transforms(site: Site) -> Refusal | None:
     )
 
 
-def refuse_unfit_inputs(site: Site, brought: Iterable[Source], hint: str = "") -> Refusal | None:
+def refuse_unfit_inputs(site: Site, brought: Iterable[Source], remedy: str = "") -> Refusal | None:
     """Refuse the first of what a call brings for ``site`` whose example has another size or kind."""
     known: dict[str, Size] = {BATCH: site.batch, QUERIES: site.q_len, KEYS: site.kv_len}
     for tensor in brought:
@@ -220,13 +220,14 @@ def refuse_unfit_inputs(site: Site, brought: Iterable[Source], hint: str = "") -
             found = f"{tensor} of {str(given.dtype).removeprefix('torch.')}"
             if tensor.is_ids:
                 return site.refuse("not-ids", expected="an integer for each token", found=found)
-            return site.refuse("not-numbers", expected="floating-point numbers", found=found)
+            hint = "convert it to the dtype of the model"
+            return site.refuse("not-numbers", expected="floating-point numbers", found=found, hint=hint)
         known = {**dict.fromkeys(map(str, tensor.axes), -1), **tensor.lengths(given.shape), **known}
         wanted = [known[axis] if isinstance(axis, str) else axis for axis in tensor.axes]
         fitting = [wanted, [1, *wanted[1:]], wanted[1:]] if tensor.axes[0] == BATCH else [wanted]
         if list(given.shape) not in fitting:
             code = "wrong-length" if tensor.is_ids else "other-sizes"
-            return site.refuse(code, expected=_expected(tensor, wanted), found=_told(given.shape), hint=hint)
+            return site.refuse(code, expected=_expected(tensor, wanted), found=_told(given.shape), hint=remedy)
     return None
 
 

@@ -79,8 +79,6 @@ def reshaped(model: nn.Module, plans: Sequence[Plan]) -> dict[str, Tensor]:
 
 def _of_site(plan: Plan) -> dict[str, Tensor]:
     site, order = plan.found.site, head_order(plan)
-    if plan.spec.before:
-        raise ConversionError(f"no class takes {plan.spec.before[0]}", site=site.name, hint=REMEDY)
     if plan.spec.after:
         raise ConversionError(
             "the edits of its head outputs cannot be folded into the output projection",
