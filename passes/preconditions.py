@@ -207,7 +207,7 @@ def refuse_transforms(site: Site) -> Refusal | None:
 
 def refuse_unfit_inputs(site: Site, brought: Iterable[Source], remedy: str = "") -> Refusal | None:
     """Refuse the first of what a call brings for ``site`` whose example has another size or kind."""
-    known: dict[str, Size] = {BATCH: site.batch, QUERIES: site.q_len, KEYS: site.kv_len}
+    known: dict[str, Size] = {BATCH: site.batch, QUERIES: site.q_len, KEYS: site.kv_len, **site.own_sizes}
     for tensor in brought:
         if isinstance(tensor, Constant):
             continue

@@ -25,7 +25,7 @@ def taking(
     are those of what reads it.  Raises PolicyError.
     """
     names = [i.name for i in inputs]
-    own = inspect.signature(model.forward).parameters if names else {}
+    own = [*inspect.signature(model.forward).parameters, *getattr(model, "argument_names", ())] if names else []
     added = [name for name in names if name not in own]
     if not added:
         return model, dynamic_shapes

@@ -40,7 +40,10 @@ class Site(Projected):
     is_dynamic: bool = False  # L or S may vary with the inputs
     bias_hides: bool = False  # the bias may be a mask, such as one of padding
     kv_step: int = 0  # every S is ``kv_len`` and a multiple of this; 0: it is fixed
-    inputs: Mapping[str, InputTensor] = field(default_factory=dict, repr=False)  # of the model, by name
+    inputs: Mapping[str, InputTensor] = field(default_factory=dict, repr=False)  # of the user's example, by name
+    own_sizes: Mapping[str, int] = field(
+        default_factory=dict, repr=False
+    )  # "batch", "queries" and "keys" of that example
     device: str = "cpu"  # the kind of device that the attention runs on
     # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
     # the lengths vary independently, even if equal in the example.

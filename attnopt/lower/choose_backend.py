@@ -29,7 +29,7 @@ def choose(backends: Sequence[Backend], before: Site, site: Site) -> Choice:
     if not able:
         return Choice(None, reasons)
     backend, told = min(able, key=lambda b: plugin_calls.cost(b, site)), tuple[str, ...]()
-    if site.spec.route is not None and site.spec.weight_gains is None and not site.spec.inputs:
+    if site.spec.route is not None and site.spec.weight_gains is None and not site.spec.inputs and not site.spec.before:
         backend, told = faster(site, backend, backends)
     notes = (*told, *plugin_calls.notes(backend, site), *_masked(before, site, backend, backends))
     return Choice(backend, reasons, notes)

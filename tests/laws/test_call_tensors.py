@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt import Input
-from attnopt.passes import HeadPatch, MixMap, PruneHeads, Sparse, Steer
+from attnopt.passes import HeadPatch, MixMap, PruneHeads, ScaleHeads, Sparse, Steer
 from attnopt.patterns import Segments
 
 pytestmark = pytest.mark.usefixtures("one_capture")
@@ -191,6 +191,71 @@ def test_one_input_at_several_places() -> None:
         oracle.assert_same(oracle.run(fast, (x,), {"given": given, "ids": ids}), want)
     again = attnopt.optimize(fast, "fuse", (x,), {"given": given, "ids": ids})
     oracle.assert_same(oracle.run(again, (x,), {"given": given, "ids": ids}), want)
+
+
+@pytest.mark.parametrize(
+    ("heads", "shape", "later"),
+    [
+        ([2], (1, SIZE), (1, SIZE)),  # one head, without a batch
+        ([2], (1, 1, SIZE), (3, 1, SIZE)),
+        ([2], (1, 1, 1, SIZE), (3, 1, 12, SIZE)),
+        ([2, 0], (1, 2, 1, SIZE), (3, 2, 12, SIZE)),
+    ],
+    ids=str,
+)
+def test_an_example_of_one_sequence_of_one_token(
+    heads: list[int], shape: tuple[int, ...], later: tuple[int, ...]
+) -> None:
+    model, policy = Stack(), Steer(Input("given"), heads)
+    fast = attnopt.optimize(model, policy, (x_of(1, 1),), {"given": torch.randn(shape)}, dynamic_shapes="auto")
+    x, given = x_of(3, 12), torch.randn(later)
+    whole = given[None] if given.dim() == 2 else given
+    want = wanted(model, x, lambda o, v: steered(o, whole, tuple(heads)))
+    oracle.assert_same(oracle.run(fast, (x,), {"given": given}), want)
+    assert fast.report.fixed_axes == ("x[2] = 32",)
+
+
+def test_a_second_optimization_reads_the_same_input() -> None:
+    model, gains = Stack(), torch.rand(2, HEADS)
+    fast = attnopt.optimize(model, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
+    again = attnopt.optimize(fast, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
+    x, gains = x_of(3, 14), torch.rand(3, HEADS)
+    squared = gains.square()[:, :, None, None]
+    oracle.assert_same(oracle.run(again, (x,), {"gains": gains}), wanted(model, x, lambda o, v: o * squared))
+
+
+def test_guidance_by_sample() -> None:
+    model, gains = Stack(), torch.rand(1, HEADS)
+    policy = ScaleHeads(Input("gains"))
+    fast = attnopt.guidance(model, policy, (x_of(1, 9),), {"gains": gains}, scale=2.0, dynamic_shapes="auto")
+    x, gains = x_of(3, 14), torch.rand(3, HEADS)
+    (weak,), (strong,) = wanted(model, x, lambda o, v: o * gains[:, :, None, None]), oracle.run(model, (x,))
+    oracle.assert_same(oracle.run(fast, (x,), {"gains": gains}), [strong + 2.0 * (strong - weak)])
+    with pytest.raises(attnopt.CaptureError, match="gains has length 2 along axis 0, but another input has 3"):
+        fast(x, gains=gains[:2])
+
+
+@pytest.mark.parametrize("shapes", [None, {"x": {0: torch.export.Dim("b")}, "gains": {0: torch.export.Dim("b")}}])
+def test_an_argument_of_the_model_itself(shapes: Any) -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stack = Stack()
+
+        def forward(self, x: Tensor, gains: Tensor) -> Tensor:
+            return self.stack(x * gains.mean(1)[:, None, None])
+
+    model, x, gains = Gained(), x_of(2, 9), torch.rand(2, HEADS)
+    fast = attnopt.optimize(model, ScaleHeads(Input("gains")), (x, gains), dynamic_shapes=shapes)
+    x, gains = (x_of(2, 9), torch.rand(2, HEADS)) if shapes is None else (x_of(3, 9), torch.rand(3, HEADS))
+    with by_hand(model.stack, lambda o, v: o * gains[:, :, None, None]):
+        want = oracle.run(model, (x, gains))
+    oracle.assert_same(oracle.run(fast, (x, gains)), want)
+    with pytest.raises(attnopt.RewriteError, match="which may differ in other calls"):
+        attnopt.optimize(
+            model, ScaleHeads(Input("gains")), (x, gains), dynamic_shapes={"gains": {1: torch.export.Dim("h")}}
+        )
 
 
 def test_bad_inputs_are_named() -> None:

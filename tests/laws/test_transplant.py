@@ -249,3 +249,139 @@ def test_gains_by_sample_are_the_edit_by_hand(tmp_path: Path) -> None:
     gains[1, 2] = torch.nan
     broken = fast(**given, gains=gains).last_hidden_state.isnan().flatten(1).any(1)
     assert broken.tolist() == [False, True, False], "a gain reaches its own sequence alone"
+
+
+# ---------------------------------------------------------------- elsewhere, and what is refused
+class Cross(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = (f(z).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f, z in ((self.q, x), (self.k, y), (self.v, y)))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_between_two_sequences() -> None:
+    model, roles = Cross().eval(), ("q", "k")
+    policy = Transplant(q=Input("q"), k=Input("k"), heads=[3, 1], tokens=[1, -2])
+    fast = None
+    for batch, length, keys in ((2, 5, 9), (3, 8, 4)):
+        given = {"x": torch.randn(batch, length, 32), "y": torch.randn(batch, keys, 32)}
+        other = {"q": torch.randn(batch, 2, length, SIZE), "k": torch.randn(1, 2, keys, SIZE)}
+        fast = fast or attnopt.optimize(model, policy, (), {**given, **other}, dynamic_shapes="auto")
+        own = read(model, given)[0]
+        new = {role: own[role][:, [3, 1]].clone() for role in roles}
+        for role, count in (("q", length), ("k", keys)):
+            for t in (1, count - 2):
+                new[role][:, :, t] = other[role][:, :, t]
+        want = wanted(model, given, {0: Edit(new, (3, 1))})
+        oracle.assert_differs(want, oracle.run(model, (), given))
+        oracle.assert_same(oracle.run(fast, (), {**given, **other}), want)
+
+
+def test_half_precision_takes_over_full_precision() -> None:
+    model, x, y = Cross().eval().bfloat16(), torch.randn(2, 5, 32).bfloat16(), torch.randn(2, 9, 32).bfloat16()
+    q = torch.randn(2, HEADS, 5, SIZE)
+    fast = attnopt.optimize(model, Transplant(q=Input("q")), (x, y), {"q": q})
+    want = wanted(model, {"x": x, "y": y}, {0: Edit({"q": q.bfloat16()})})
+    oracle.assert_same(oracle.run(fast, (x, y), {"q": q}), want)
+
+
+def test_passes_that_read_queries_read_the_model_s_own() -> None:
+    model, x = Cross().eval(), torch.randn(2, 5, 32)
+    given, q = {"x": x, "y": x}, torch.randn(2, HEADS, 5, SIZE)
+    route = RouteHeads(shared=[0], routed=1)
+    fast, again = (
+        attnopt.optimize(model, policy, (x, x), {"q": q})
+        for policy in ([route, Transplant(q=Input("q"))], [Transplant(q=Input("q")), route])
+    )
+    norms = read(model, given)[0]["q"].norm(dim=-1)[:, 1:]  # [B, 3, L]
+    best = torch.zeros_like(norms).scatter(1, norms.argmax(1, keepdim=True), 1.0)
+    used = torch.cat([torch.ones_like(best[:, :1]), best], 1)
+    with by_hand({0: Edit({"q": q})}) as seen:
+        model(x, x)
+    v = model.v(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    want = model.o((seen[0]["map"] @ v * used[..., None]).transpose(1, 2).flatten(2)).detach()
+    for made in (fast, again):
+        oracle.assert_same(oracle.run(made, (x, x), {"q": q}), [want])
+
+
+@pytest.mark.parametrize(
+    ("passes", "told"),
+    [
+        (
+            Transplant(q=torch.randn(1, 4, 5, 7)),
+            r"\[other-sizes\] expected q of 2 or 1 x 4 x 5 x 8 .*found 1 x 4 x 5 x 7",
+        ),
+        (Transplant(q=torch.randn(3, 5, 8)), r"\[other-sizes\] .*found 1 x 3 x 5 x 8"),
+        (Transplant(k=torch.randn(3, 4, 5, 8)), r"\[other-sizes\] .*found 3 x 4 x 5 x 8"),
+        (Transplant(map=torch.rand(4, 5, 6)), r"\[other-sizes\] expected map of 2 or 1 x 4 x 5 x 5"),
+        (Transplant(q=torch.randn(1, 5, 8), heads=[4]), r"\[unknown-head\]"),
+        (Transplant(q=Input("other"), tokens=[5]), r"\[unknown-token\]"),
+        (Transplant(k=Input("other"), heads=[0]), r"\[other-sizes\] expected other of 2 x 1 x 5 x 8"),
+        (Transplant(q=Input("ids")), r"\[not-numbers\]"),
+        (Transplant(q="run"), r"\[needs-calibration\]"),
+        ([Transplant(q=Input("other")), GroupedQuery(kv_heads=2)], r"\[already-edited\]"),
+        ([Transplant(q=torch.randn(4, 5, 8)), HeadPatch([0], "mean")], "let this pass come before transplant"),
+        ([ScaleHeads(Input("gains")), HeadPatch([0], "mean")], "come before those that read gains of each call"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(passes: Any, told: str) -> None:
+    model, x = Cross().eval(), torch.randn(2, 5, 32)
+    given = {
+        "other": torch.randn(2, HEADS, 5, SIZE),
+        "ids": torch.zeros(2, HEADS, 5, SIZE).long(),
+        "gains": torch.ones(1, HEADS),
+    }
+    policy = attnopt.Policy.of(passes)
+    data = [(x, x)] if "mean" in told or "come before" in told else None
+    with pytest.raises(attnopt.RewriteError, match=told):
+        attnopt.optimize(
+            model, policy, (x, x), {i.name: given[i.name] for i in policy.inputs}, calibration=data, strict=True
+        )
+
+
+def test_known_values_keep_lengths_and_batch_fixed() -> None:
+    model, x = Cross().eval(), torch.randn(2, 5, 32)
+    q, shapes = torch.randn(2, HEADS, 5, SIZE), {"x": {1: torch.export.Dim("l")}, "y": {1: torch.export.Dim("l")}}
+    with pytest.raises(attnopt.RewriteError, match="found a dynamic length"):
+        attnopt.optimize(model, Transplant(q=q), (x, x), dynamic_shapes=shapes, strict=True)
+    b = torch.export.Dim("b")
+    with pytest.raises(attnopt.RewriteError, match="valid only at the size of the example for axis 0 of x"):
+        attnopt.optimize(model, Transplant(q=q), (x, x), dynamic_shapes={"x": {0: b}, "y": {0: b}})
+    one = attnopt.optimize(model, Transplant(q=q[:1]), (x, x), dynamic_shapes={"x": {0: b}, "y": {0: b}})
+    x = torch.randn(3, 5, 32)
+    want = wanted(model, {"x": x, "y": x}, {0: Edit({"q": q[:1]})})
+    oracle.assert_same(oracle.run(one, (x, x)), want)
+    assert {n for n, _ in one.named_parameters()}.isdisjoint({"q.weight", "q.bias"}), "no head needs its own queries"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"q": Input("a"), "map": Input("b")}, {"q": "walk"}, {"q": torch.randn(3)}, {"k": torch.full((1, 2, 3), torch.nan)},
+        {"q": torch.randn(2, 3, 4), "heads": [0]}, {"q": Input("a"), "heads": [1, 1]}, {"q": torch.ones(2, 3, 4).bool()},
+        {"q": Input("a"), "tokens": [0.5]}, {"q": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_options_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(attnopt.PolicyError, match="transplant: "):
+        Transplant(**options)
+
+
+def test_no_class_and_no_decoder_takes_it() -> None:
+    model = made("llama", num_key_value_heads=2)
+    given = inputs("llama")
+    for p, told in (
+        (ScaleHeads(Input("gains")), "no model class hands gains of each call"),
+        (
+            Transplant(q=torch.randn(1, HEADS, 7, SIZE), tokens=[0]),
+            "cannot be represented in this model class|dynamic length",
+        ),
+    ):
+        with pytest.raises((attnopt.ConversionError, attnopt.RewriteError), match=told):
+            attnopt.convert(model, p, (), given, strict=True)
