@@ -18,11 +18,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt import Input
-from attnopt.passes import (
-    PruneHeads,
-    ScaleHeads,
-    Transplant,
-)
+from attnopt.passes import GroupedQuery, HeadPatch, PruneHeads, RouteHeads, ScaleHeads, Transplant
 
 pytestmark = [
     pytest.mark.usefixtures("one_capture"),
@@ -337,11 +333,10 @@ def test_what_does_not_fit_is_refused(passes: Any, told: str) -> None:
         "gains": torch.ones(1, HEADS),
     }
     policy = attnopt.Policy.of(passes)
-    data = [(x, x)] if "mean" in told or "come before" in told else None
+    brought = {i.name: given[i.name] for i in policy.inputs}
+    data = [{"x": x, "y": x, **brought}] if "come before" in told else None
     with pytest.raises(attnopt.RewriteError, match=told):
-        attnopt.optimize(
-            model, policy, (x, x), {i.name: given[i.name] for i in policy.inputs}, calibration=data, strict=True
-        )
+        attnopt.optimize(model, policy, (), {"x": x, "y": x, **brought}, calibration=data, strict=True)
 
 
 def test_known_values_keep_lengths_and_batch_fixed() -> None:
