@@ -22,6 +22,7 @@ from attnopt.passes.segment_gain import SegmentGain
 from attnopt.passes.soft_pag import SoftPAG
 from attnopt.passes.sparse import Sparse
 from attnopt.passes.steer import Steer
+from attnopt.passes.transplant import Transplant
 
 __all__ = [
     "AddValues",
@@ -41,4 +42,5 @@ __all__ = [
     "SoftPAG",
     "Sparse",
     "Steer",
+    "Transplant",
 ]

@@ -36,6 +36,7 @@ from attnopt.passes.preconditions import (
     refuse_no_data,
     refuse_rows,
     refuse_transforms,
+    refuse_transplants,
     refuse_unknown_projections,
 )
 
@@ -124,6 +125,7 @@ class GroupedQuery(Pass, SharesBudget):
         refused = refuse_edits(
             site, edits=edited, hint="apply grouped-query before heads are routed, replaced or steered"
         )
+        refused = refused or refuse_transplants(site, "apply grouped-query before transplant")
         refused = refused or refuse_fitted_selection(site, "apply grouped-query before dynamic-sparse")
         refused = refused or refuse_rows(
             site, "apply grouped-query before query-rows, whose scores read queries and keys"

@@ -18,6 +18,7 @@ from attnopt.ir.query_rows import ChosenRows
 from attnopt.ir.score_registry import ROW_SCORES, SCORES
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns import Pattern, parse
@@ -108,6 +109,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "zero_keys": None if spec.zero_keys is None else spec.zero_keys.to_json(),
         "weight_gains": None if spec.weight_gains is None else spec.weight_gains.to_json(),
         "positions": list(spec.positions),
+        "before": [moved.to_json() for moved in spec.before],
         "after": [edit.to_json() for edit in spec.after],
     }
 
@@ -124,6 +126,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["rows"] = None if spec.get("rows") is None else ChosenRows.from_json(spec["rows"])
     spec["zero_keys"] = None if spec["zero_keys"] is None else ZeroKeys.from_json(spec["zero_keys"])
     spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
+    spec["before"] = tuple(Transplanted.from_json(moved) for moved in spec.get("before", ()))
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     return AttentionSpec(**spec)
 

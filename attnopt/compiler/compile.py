@@ -17,7 +17,7 @@ from attnopt.capture.capture import capture, require_values
 from attnopt.capture.dynamic_axes import Auto
 from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import trains_otherwise
-from attnopt.compiler.bound_inputs import bind_inputs
+from attnopt.compiler.bound_inputs import bound
 from attnopt.compiler.check import Checker
 from attnopt.compiler.decide import Decision
 from attnopt.compiler.job import Job, Options, backends_of
@@ -93,7 +93,7 @@ def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock
         decisions = plan(job, program, findings)
     told.all_of(without_effect(job, findings, decisions))
     plans = [d.plan for d in decisions if d.plan is not None]
-    bind_inputs(program.module.graph, plans)
+    program = bound(program, plans)
     dynamic &= dynamic_axes(program.module.graph)
     with clock.stage("lower"):
         module = lower(program.module, plans, joins=not is_file(job.model))

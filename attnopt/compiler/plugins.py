@@ -40,6 +40,7 @@ PASSES = Registry(
         "add-values": "attnopt.passes.add_values:AddValues",
         "pool-keys": "attnopt.passes.pool_keys:PoolKeys",
         "mix-map": "attnopt.passes.mix_map:MixMap",
+        "transplant": "attnopt.passes.transplant:Transplant",
         "evict-keys": "attnopt.passes.evict_keys:EvictKeys",
         "query-rows": "attnopt.passes.query_rows:QueryRows",
     },

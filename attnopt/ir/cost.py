@@ -44,11 +44,11 @@ def cost_of(
         products += 2 * spec.head_dim * len(spec.rows.heads) * spec.rows.scores.voters(site.q_len) * site.kv_len
     parameters = _projection_parameters(site, site.parameters, spec, before)
     of_key, of_value = element_sizes
-    if spec.ignores_weights:  # queries and keys are unused
-        products, of_key = 0.0, 0
-        parameters = {role: n for role, n in parameters.items() if role not in ("q", "k")}
+    products = 0.0 if spec.ignores_weights else products
+    of_key = 0 if "k" in spec.unused else of_key
+    parameters = {role: n for role, n in parameters.items() if role not in spec.unused}
     pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
-    products += 2 * spec.value_dim * (pairs + sum(edit.pairs for edit in spec.after))
+    products += 2 * spec.value_dim * (pairs + sum(edit.pairs(site.q_len, site.kv_len) for edit in spec.after))
     tokens = {"q": site.q_len, "k": site.kv_len, "v": site.kv_len, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)

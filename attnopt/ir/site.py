@@ -40,7 +40,10 @@ class Site(Projected):
     is_dynamic: bool = False  # L or S may vary with the inputs
     bias_hides: bool = False  # the bias may be a mask, such as one of padding
     kv_step: int = 0  # every S is ``kv_len`` and a multiple of this; 0: it is fixed
-    inputs: Mapping[str, InputTensor] = field(default_factory=dict, repr=False)  # of the model, by name
+    inputs: Mapping[str, InputTensor] = field(default_factory=dict, repr=False)  # of the user's example, by name
+    own_sizes: Mapping[str, int] = field(
+        default_factory=dict, repr=False
+    )  # "batch", "queries" and "keys" of that example
     device: str = "cpu"  # the kind of device that the attention runs on
     # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
     # the lengths vary independently, even if equal in the example.
@@ -65,12 +68,12 @@ class Site(Projected):
 
     def edited(self, made: SiteEdit) -> Site:
         """As it is with this edit: the next pass sees this one."""
-        now = None if made.spec.segments is not None else self.activations  # which know no segments
+        knows = not made.spec.inputs and not made.spec.before  # neither what a call brings nor queries of another run
         return replace(
             self,
             spec=made.spec,
             parameters={**self.parameters, **edited_parameters(self, made.edits, made.out_bias)},
-            activations=None if now is None else now.edited(made.edits),
+            activations=self.activations.edited(made.edits) if self.activations is not None and knows else None,
         )
 
     def stored_as(self, live: Mapping[str, Tensor]) -> Site:

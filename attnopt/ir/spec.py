@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from attnopt.base.input import Input
 from attnopt.ir.call_segments import CallSegments
-from attnopt.ir.constant import Constant
+from attnopt.ir.call_tensor import CallTensor, Source
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.query_rows import ChosenRows
+from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import FULL, Full, Pattern
@@ -25,6 +25,7 @@ class AttentionSpec:
 
     With query head h reading K/V head g = ``kv_of_head[h]``::
 
+        q_h, k_h = x.apply(q_h, k_h), for each x of ``before``  # queries and keys of some heads, from another run
         k_g, v_g = mean(k_g), mean(v_g)            # if h pools: over the pool of each key
         s = scale * q_h @ k_g.T                    # [L, S]
         s = softcap * tanh(s / softcap)            # if there is a softcap
@@ -66,7 +67,8 @@ class AttentionSpec:
     eviction: Eviction | None = None  # keys that a cache drops between calls
     rows: ChosenRows | None = None  # queries that are chosen at run time; the others give zeros
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
-    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
+    before: tuple[Transplanted, ...] = ()  # queries and keys that come from another run
+    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs, which read the own queries and values
 
     def __post_init__(self) -> None:
         if len(self.kv_of_head) != len(self.heads):
@@ -113,8 +115,21 @@ class AttentionSpec:
 
     @property
     def bare(self) -> AttentionSpec:
-        """What a backend computes of it: without map and edits."""
-        return replace(self, has_map=False, after=())
+        """What a backend computes of it: without map and edits, and of the operands that ``before`` leaves."""
+        return replace(self.transplanted, has_map=False, after=())
+
+    @property
+    def transplanted(self) -> AttentionSpec:
+        """The same attention of the operands that ``before`` leaves."""
+        if not self.has_own_keys:
+            return replace(self, before=())
+        places = tuple(range(self.num_heads))
+        return replace(self, before=(), kv_heads=places, kv_of_head=places)
+
+    @property
+    def has_own_keys(self) -> bool:
+        """Keys that come from another run are those of one query head, so that heads share none."""
+        return any(moved.role == "k" for moved in self.before)
 
     def __str__(self) -> str:
         """ "12 heads / 4 kv x 64, self, Causal(), bias, rope, scale 0.125" """
@@ -189,24 +204,36 @@ class AttentionSpec:
         return len(constant_heads(self.after)) == self.num_heads
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        """What the call has to bring beside the operands, in order."""
-        return () if self.segments is None else self.segments.inputs
+    def tensors(self) -> tuple[Source, ...]:
+        """All that it reads beside the operands: of ``selection``, ``segments``, ``before`` and each edit, in this order."""
+        of_edits = (t for edit in self.after for t in edit.tensors)
+        return (*self.of_selection, *self.of_segments, *(moved.values for moved in self.before), *of_edits)
+
+    @property
+    def of_selection(self) -> tuple[Source, ...]:
+        return () if self.selection is None else self.selection.fitted
+
+    @property
+    def of_segments(self) -> tuple[Source, ...]:
+        return () if self.segments is None else self.segments.tensors
+
+    @property
+    def inputs(self) -> tuple[CallTensor, ...]:
+        """Those of ``tensors`` that each call brings."""
+        return tuple(t for t in self.tensors if isinstance(t, CallTensor))
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Those of "q" and "k" that no head's output depends on."""
+        if self.ignores_weights:
+            return frozenset("qk")
+        whole = {m.role for m in self.before if m.tokens is None and set(self.heads) <= set(m.heads)}
+        return frozenset(whole if self.route is None else whole - {"q"})
 
     @property
     def ignores_weights(self) -> bool:
         """No head's output depends on the attention weights, nor on queries and keys."""
         return self.route is None and any(set(self.heads) <= set(edit.overwritten) for edit in self.after)
-
-    @property
-    def constants(self) -> tuple[Constant, ...]:
-        """What ``selection`` was fitted to, and the constants of all edits, in order."""
-        fitted = () if self.selection is None else self.selection.fitted
-        return (*fitted, *self.edit_constants)
-
-    @property
-    def edit_constants(self) -> tuple[Constant, ...]:
-        return tuple(c for edit in self.after for c in edit.constants)
 
     @property
     def with_segments_masked(self) -> AttentionSpec:
@@ -236,6 +263,7 @@ class AttentionSpec:
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             selection=None if self.selection is None else self.selection.keeping(places, kept),
             rows=None if self.rows is None else self.rows.keeping(kept),
+            before=tuple(here for moved in self.before if (here := moved.keeping(kept)) is not None),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 

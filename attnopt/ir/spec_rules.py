@@ -23,6 +23,7 @@ from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.query_rows import ChosenRows
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import Pattern
@@ -37,9 +38,13 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
     yield from verify_spec(site.spec, made.spec)
     for edit in made.edits:
         yield from _of_weights(site, made.spec, edit)
-    fitted = () if site.spec.selection is None else site.spec.selection.fitted
-    if fitted and any(edit.role in ("q", "k") for edit in made.edits):
+    for tensor in made.spec.inputs:
+        if tensor.input.name not in site.inputs:
+            yield f"it reads {tensor.input}, which is not among the inputs {', '.join(site.inputs) or '(none)'}"
+    if site.spec.of_selection and any(edit.role in ("q", "k") for edit in made.edits):
         yield f"new weights of queries or keys, but {site.spec.selection} was fitted to the old ones"
+    if site.spec.before and any(edit.role in ("q", "k") for edit in made.edits):
+        yield f"new weights of queries or keys, but {site.spec.before[0]} are those of the old ones"
     if made.out_bias is not None:
         yield from _of_out_bias(site, made.out_bias)
     if not isinstance(made.notes, tuple) or not all(isinstance(note, str) for note in made.notes):
@@ -88,6 +93,9 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     if after.seen_as is not None:
         yield from _of_pattern("seen_as", after.seen_as, after)
     yield from _of_weight_gains(after)
+    for moved in after.before:
+        if not isinstance(moved, Transplanted) or not set(moved.heads) <= set(after.heads):
+            yield f"before holds {moved!r}, expected a Transplanted of some heads of {after.heads!r}"
     for edit in after.after:
         if not isinstance(edit, HeadEdit):
             yield f"after holds {edit!r}, expected a HeadEdit"

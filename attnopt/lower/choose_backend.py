@@ -32,7 +32,7 @@ def choose(backends: Sequence[Backend], before: Site, site: Site) -> Choice:
     spec = site.spec
     if spec.rows is not None:
         told = saved_by_rows(site, backend, able)
-    elif spec.route is not None and spec.weight_gains is None and spec.segments is None:
+    elif spec.route is not None and spec.weight_gains is None and not spec.inputs and not spec.before:
         backend, told = faster(site, backend, backends)
     notes = (*told, *plugin_calls.notes(backend, site), *_masked(before, site, backend, backends))
     return Choice(backend, reasons, notes)

@@ -22,6 +22,7 @@ from attnopt.graph.nodes import aten, input_name, inputs_of, shape, value
 from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
 from attnopt.graph.select import restrict, spread
+from attnopt.ir.call_tensor import CallTensor
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
@@ -221,20 +222,18 @@ def _call(
     """The attention as a function, and the nodes that it is to be called with."""
     given = operands.given
     device = value(operands.q).device
-    held = [emit.constant(c.tensor(device)) for c in spec.constants]
-    brought = [n for i in spec.inputs for n in inputs_of(emit.graph) if input_name(n) == i.name]
-    table = None if spec.segments is None else spec.segments.table
-    tables = [] if table is None else [emit.constant(table.to(device))]
+    brought = {input_name(n): n for n in inputs_of(emit.graph)}
+    read = [
+        brought[t.input.name] if isinstance(t, CallTensor) else emit.constant(t.tensor(device)) for t in spec.tensors
+    ]
 
     def call(*tensors: Tensor) -> Tensor:
         rest = iter(tensors)
         of_role = {role: next(rest) for role in given}
         t = operands.map(lambda role, _: of_role[role])
-        constants, ids = ([next(rest) for _ in nodes] for nodes in (held, brought))
-        attend = attention_of(backend, spec, constants, ids, next(rest, None))
-        return attend(t.q, t.k, t.v, **t.others)
+        return attention_of(backend, spec, list(rest))(t.q, t.k, t.v, **t.others)
 
-    return call, [*given.values(), *held, *brought, *tables]
+    return call, [*given.values(), *read]
 
 
 def _edit_output(

@@ -396,6 +396,11 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused_with(torch.zeros(7), BY_IDS),
         "[not-ids] expected an integer for each token, found ids of float32 (at LINE)",
     ),
+    "not-numbers": (
+        lambda: refused_with(torch.zeros(4, dtype=torch.int64), ScaleHeads(attnopt.Input("ids"))),
+        "[not-numbers] expected floating-point numbers, found ids of int64 (at LINE)\n  hint: convert it to the dtype of the "
+        "model",
+    ),
     "already-pooled": (
         pooled_twice,
         "[already-pooled] expected an attention without pooled keys, found heads 1, 2 read keys pooled by 7 (at LINE)\n  "

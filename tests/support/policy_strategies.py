@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
+from attnopt import Input
 from attnopt.compiler.policy import Policy
 from attnopt.passes import (
     AddValues,
@@ -24,6 +25,7 @@ from attnopt.passes import (
     SoftPAG,
     Sparse,
     Steer,
+    Transplant,
 )
 from attnopt.patterns import (
     BlockLayout,
@@ -98,6 +100,16 @@ PASSES = st.one_of(
         st.integers(0, 3),
         st.none() | st.lists(st.integers(-9, 9)) | st.just(range(2, 5)),
     ),
+    st.sampled_from([Steer(Input("delta"), [1]), HeadPatch([0, 2], Input("values")), MixMap(Input("map"), 0.5)]),
+    st.sampled_from([ScaleHeads(Input("gains")), Sparse(Segments(Input("ids"), ((0, 1),), keys=Input("words")))]),
+    st.builds(
+        lambda q, k, heads, tokens: Transplant(q=q, k=k, heads=heads, tokens=tokens),
+        st.sampled_from([Input("q"), "run", torch.ones(2, 3, 4).half()]),
+        st.none() | st.just(Input("k")),
+        st.none() | st.just([3, 1]),
+        st.none() | st.lists(st.integers(-9, 9)) | st.just(range(2, 5)),
+    ),
+    st.sampled_from([Transplant(map=Input("map")), Transplant(map=torch.rand(1, 2, 3, 3), heads=[2, 0])]),
     st.builds(
         AddValues,
         st.none() | st.lists(st.integers(-9, 9)) | st.just(range(2, 5)),
