@@ -121,6 +121,22 @@ def refuse_pooled(site: Site, hint: str) -> Refusal | None:
     return site.refuse("already-pooled", expected=expected, found=str(site.spec.pooling), hint=hint)
 
 
+def refuse_extended(site: Site, hint: str) -> Refusal | None:
+    """Refuse heads that already read keys of other tokens."""
+    if site.spec.extension is None:
+        return None
+    expected = "an attention of its own keys alone"
+    return site.refuse("already-extended", expected=expected, found=str(site.spec.extension), hint=hint)
+
+
+def refuse_gained(site: Site, hint: str) -> Refusal | None:
+    """Refuse weights that already have gains."""
+    if site.spec.weight_gains is None:
+        return None
+    found = str(site.spec.weight_gains)
+    return site.refuse("already-gained", expected="weights without gains", found=found, hint=hint)
+
+
 def refuse_causal_pools(site: Site, spec: AttentionSpec, hint: str) -> Refusal | None:
     """Refuse ``spec``, a form of ``site``, if a head that pools its keys sees no later ones: they would reach it all the same."""
     pooling = () if spec.pooling is None else spec.pooling.heads
@@ -166,6 +182,8 @@ def refuse_no_data(site: Site, hint: str = "pass calibration= to attnopt.optimiz
     """Refuse a site without calibration data."""
     if site.activations is not None:
         return None
+    if site.spec.extension is not None:
+        hint = "let this pass come before extend-keys, whose tokens calibration does not know"
     if site.spec.segments is not None:
         hint = "let this pass come before the segments, which calibration does not know"
     return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)

@@ -92,6 +92,9 @@ class Backend(ABC):
     skips: ClassVar[bool] = False  # True: hidden pairs are not computed
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
+    extends: ClassVar[bool] = (
+        False  # True: what ``lower`` returns takes ``more=``; otherwise attnopt joins the keys of other tokens
+    )
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
     segments: ClassVar[bool] = False  # True: what ``lower`` returns also takes ``segments=``; otherwise attnopt masks
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows

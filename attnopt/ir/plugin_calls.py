@@ -14,6 +14,8 @@ from attnopt.errors import PluginError
 from attnopt.ir.attend import Attend
 from attnopt.ir.blame import blamed, check_output, fault
 from attnopt.ir.compensation import Compensation
+from attnopt.ir.extended_keys import MoreKeys
+from attnopt.ir.extension import joined, joined_spec
 from attnopt.ir.importance import Importance
 from attnopt.ir.interfaces import Backend, Pass, Rewrite
 from attnopt.ir.kv_merge import KvMerge
@@ -84,11 +86,15 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
 
 
 def asked(backend: Backend, site: Site) -> list[Site]:
-    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys."""
+    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys; with keys of other
+    tokens beside its own unless the backend ``extends``."""
     if site.spec.segments is not None and not takes_segments(backend, site.spec):
         site = replace(site, spec=site.spec.with_segments_masked)
     if site.spec.zero_keys is not None and not backend.zero_keys:
         site = replace(site, spec=_with_sinks(site.spec))
+    if site.spec.extension is not None and not backend.extends:
+        more = site.spec.extension.tokens
+        site = replace(site, spec=joined_spec(site.spec), kv_len=site.kv_len + more)
     if site.spec.pooling is None or backend.pools:
         return [site]
     return [replace(site, spec=part.spec, kv_len=part.kv_len(site.kv_len)) for part in parts_of(site.spec)]
@@ -125,11 +131,12 @@ def attention_of(
     constants: Sequence[Tensor] | None = None,
     ids: Sequence[Tensor] = (),
     table: Tensor | None = None,
+    more: MoreKeys | None = None,
 ) -> Attend:
     """``spec`` including its map and ``spec.after``, computed by ``backend``.
 
     ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.  ``ids``: the tensors
-    of ``spec.inputs``, and ``table`` that of its segments.
+    of its segments, and ``table`` theirs.  ``more``: the keys and values of other tokens.
     """
     segments = None if takes_segments(backend, spec) else spec.segments  # as a mask
     bare = (spec if segments is None else spec.with_segments_masked).bare
@@ -137,6 +144,8 @@ def attention_of(
         count = len(spec.selection.fitted)
         bare, constants = replace(bare, selection=spec.selection.using(constants[:count])), constants[count:]
     core = _without_edits(backend, bare)
+    if bare.extension is not None:
+        core = partial(core, more=more)
     if bare.segments is not None:
         core = in_segments(bare.segments, ids, table, core)
     has_more = spec.has_map or bool(spec.after)
@@ -147,13 +156,15 @@ def attention_of(
 def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     """The backend is given the segments of ``spec`` themselves, instead of the mask that they amount to."""
     reads_masks = any(edit.reads_masks for edit in spec.after)
-    others = (spec.pooling, spec.weight_gains, spec.zero_keys)
+    others = (spec.pooling, spec.weight_gains, spec.zero_keys, spec.extension)
     return backend.segments and all(x is None for x in others) and not reads_masks
 
 
-def _without_edits(backend: Backend, spec: AttentionSpec) -> Attend:
+def _without_edits(backend: Backend, spec: AttentionSpec) -> Any:
     if spec.zero_keys is not None and not backend.zero_keys:
         return _zeros_as_sinks(backend, spec)
+    if spec.extension is not None and not backend.extends:
+        return joined(spec, lower(backend, joined_spec(spec)))
     if spec.pooling is not None and not backend.pools:
         return pooled(spec, partial(lower, backend))
     return lower(backend, spec)
@@ -165,7 +176,7 @@ def _with_sinks(spec: AttentionSpec) -> AttentionSpec:
 
 
 def _zeros_as_sinks(backend: Backend, spec: AttentionSpec) -> Attend:
-    core = lower(backend, _with_sinks(spec))
+    core = _without_edits(backend, _with_sinks(spec))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **others: Any) -> Tensor:
         return core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)

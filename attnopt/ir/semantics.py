@@ -82,12 +82,20 @@ def masked_by(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | Non
     return attend
 
 
-def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False) -> None:
-    """Raises ValueError: a backend computes a spec without its map and edits and, unless it ``pools`` or knows ``zero_keys``,
-    without these."""
-    has_pools, has_zeros = spec.pooling is not None and not pools, spec.zero_keys is not None and not zero_keys
-    if spec.after or spec.has_map or has_pools or has_zeros:
-        what = "edits" if spec.after else "map" if spec.has_map else "pooled keys" if has_pools else "zero keys"
+def require_no_edits(
+    spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False, extends: bool = False
+) -> None:
+    """Raises ValueError: a backend computes a spec without its map and edits and, unless it ``pools``, knows ``zero_keys`` or
+    ``extends``, without these."""
+    found = {
+        "edits": bool(spec.after),
+        "map": spec.has_map,
+        "pooled keys": spec.pooling is not None and not pools,
+        "zero keys": spec.zero_keys is not None and not zero_keys,
+        "keys of other tokens": spec.extension is not None and not extends,
+    }
+    what = next((name for name, has in found.items() if has), None)
+    if what is not None:
         raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
 
 

@@ -27,6 +27,16 @@ class InputTensor:
 
 
 @dataclass(frozen=True)
+class TokenFeatures:
+    """What keys and values are computed from, token by token: ``width`` features of each of ``batch`` sequences, or of any
+    number of them where it is None; ``why``: what is in the way, a refusal's code and texts."""
+
+    width: int = 0
+    batch: int | None = None
+    why: tuple[str, str, str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Site(Projected):
     """One attention of the model, in its form after the passes applied so far."""
 
@@ -42,6 +52,7 @@ class Site(Projected):
     kv_step: int = 0  # every S is ``kv_len`` and a multiple of this; 0: it is fixed
     inputs: Mapping[str, InputTensor] = field(default_factory=dict, repr=False)  # of the model, by name
     device: str = "cpu"  # the kind of device that the attention runs on
+    features: TokenFeatures | None = field(default=None, repr=False)  # None if unknown
     # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
     # the lengths vary independently, even if equal in the example.
     alignment: Alignment = "first"
@@ -65,7 +76,8 @@ class Site(Projected):
 
     def edited(self, made: SiteEdit) -> Site:
         """As it is with this edit: the next pass sees this one."""
-        now = None if made.spec.segments is not None else self.activations  # which know no segments
+        unknown = made.spec.segments is not None or made.spec.extension is not None
+        now = None if unknown else self.activations  # which know neither segments nor other tokens
         return replace(
             self,
             spec=made.spec,

@@ -10,6 +10,7 @@ from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.eviction import Eviction
+from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
@@ -30,10 +31,12 @@ class AttentionSpec:
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = s - log(size)                          # if h pools: of the pool of each key, so that a pool counts as one key
         s = where(mask & pattern & segments & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
-        p = softmax([s, sink_h, 0 ...])[:S]        # a sink logit and zero keys, of score 0, take probability without a value
+        m = softcap(scale * q_h @ more_k_g.T) + log(weight)  # if h reads other tokens, M of them: -inf where their mask hides
+        p = softmax([s, m, sink_h, 0 ...])[:S]     # a sink logit and zero keys, of score 0, take probability without a value
         p = weight_gains(p)                        # if there are any
         p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
         o_h = p @ v_g                              # [L, value_dim]; added reads the values of keys, also of those that pool
+        o_h = o_h + p_m @ more_v_g                 # if h reads other tokens, with their probabilities of the same softmax
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
     ``segments`` compares ids that the call brings.  ``selected`` holds the keys of the blocks that ``selection`` chooses
@@ -60,6 +63,7 @@ class AttentionSpec:
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
     zero_keys: ZeroKeys | None = None  # keys of zeros beyond the edges of the sequence
+    extension: ExtendedKeys | None = None  # keys and values of other tokens
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     eviction: Eviction | None = None  # keys that a cache drops between calls
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
@@ -137,10 +141,12 @@ class AttentionSpec:
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks, "map": self.has_map}
         pooled = () if self.pooling is None else (str(self.pooling),)
         zeros = () if self.zero_keys is None else (str(self.zero_keys),)
+        more = () if self.extension is None else (str(self.extension),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
         segments = () if self.segments is None else (str(self.segments),)
         evicted = () if self.eviction is None else (str(self.eviction),)
-        return (*(name for name, has in given.items() if has), *segments, *softcap, *pooled, *zeros, *gains, *evicted)
+        named = (name for name, has in given.items() if has)
+        return (*named, *segments, *softcap, *pooled, *zeros, *more, *gains, *evicted)
 
     @property
     def num_heads(self) -> int:
@@ -185,7 +191,9 @@ class AttentionSpec:
     @property
     def inputs(self) -> tuple[Input, ...]:
         """What the call has to bring beside the operands, in order."""
-        return () if self.segments is None else self.segments.inputs
+        of_segments = () if self.segments is None else self.segments.inputs
+        of_extension = () if self.extension is None else self.extension.inputs
+        return (*of_segments, *of_extension)
 
     @property
     def ignores_weights(self) -> bool:
@@ -227,6 +235,7 @@ class AttentionSpec:
             segments=None if self.segments is None else self.segments.keeping(places),
             pooling=None if self.pooling is None else self.pooling.keeping(kept),
             zero_keys=None if self.zero_keys is None else self.zero_keys.keeping(places),
+            extension=None if self.extension is None else self.extension.keeping(kept),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             selection=None if self.selection is None else self.selection.keeping(places, kept),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),

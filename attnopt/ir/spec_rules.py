@@ -16,6 +16,7 @@ from attnopt.errors import PluginError
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.eviction import Eviction
+from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Rewrite
@@ -82,6 +83,7 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
         yield f"eviction is {after.eviction!r}, expected an Eviction or None"
     yield from _of_pooling(after)
     yield from _of_zero_keys(after)
+    yield from _of_extension(after)
     yield from _of_pattern("pattern", after.pattern, after)
     if after.seen_as is not None:
         yield from _of_pattern("seen_as", after.seen_as, after)
@@ -168,6 +170,21 @@ def _of_zero_keys(after: AttentionSpec) -> Iterator[str]:
         yield "zero_keys and a bias, which has no entries for keys beyond the edges"
     elif after.pooling is not None:
         yield "zero_keys and pooling: pooled keys have no neighbours beyond the edges"
+
+
+def _of_extension(after: AttentionSpec) -> Iterator[str]:
+    if after.extension is None:
+        return
+    if not isinstance(after.extension, ExtendedKeys):
+        yield f"extension is {after.extension!r}, expected ExtendedKeys or None"
+    elif not after.extension.heads or not set(after.extension.heads) <= set(after.heads):
+        yield f"extension names heads {after.extension.heads!r}, expected some heads of {after.heads!r}"
+    elif not (_is_finite(after.extension.weight) and after.extension.weight > 0):
+        yield f"extension has weight {after.extension.weight!r}, expected a finite number above 0"
+    elif after.pooling is not None:
+        yield "extension and pooling: the keys of other tokens are not pooled"
+    elif after.weight_gains is not None:
+        yield "extension and weight_gains: their parts do not say where the keys of other tokens belong"
 
 
 def _is_finite(value: object) -> bool:

@@ -29,7 +29,8 @@ def choose(backends: Sequence[Backend], before: Site, site: Site) -> Choice:
     if not able:
         return Choice(None, reasons)
     backend, told = min(able, key=lambda b: plugin_calls.cost(b, site)), tuple[str, ...]()
-    if site.spec.route is not None and site.spec.weight_gains is None and site.spec.segments is None:
+    is_plain = site.spec.weight_gains is None and site.spec.segments is None and site.spec.extension is None
+    if site.spec.route is not None and is_plain:
         backend, told = faster(site, backend, backends)
     notes = (*told, *plugin_calls.notes(backend, site), *_masked(before, site, backend, backends))
     return Choice(backend, reasons, notes)

@@ -18,11 +18,13 @@ from attnopt.capture.flex_attention import restore_calls
 from attnopt.errors import PluginError, RewriteError
 from attnopt.graph.cleanup import prune_unused_state, share_equal_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, input_name, inputs_of, shape, value
+from attnopt.graph.nodes import aten, shape, value
 from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
 from attnopt.graph.select import restrict, spread
 from attnopt.ir.edited_parameters import edited_parameters
+from attnopt.ir.extended_keys import MoreKeys
+from attnopt.ir.extension import joined_spec
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Backend
@@ -34,6 +36,7 @@ from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.attention_calls import Lowered, note_between
 from attnopt.lower.fold import folded
+from attnopt.lower.other_tokens import MoreNodes, input_of, other_tokens
 from attnopt.match.find import Found
 from attnopt.match.projections import weight_path
 from attnopt.slicing.fuse_projections import join
@@ -137,12 +140,18 @@ def _attention(
     operands = operands_of(node)
     projected = {"q": operands.q, "k": operands.k, "v": operands.v}
     ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
-    shared = forks(projected, ways)
+    packs = [(forks(projected, ways), projected, ways)]
+    if spec.extension is not None:
+        others = other_tokens(emit, plan.found, spec.extension, table)
+        of_others = {"k": others.k, "v": others.v}
+        again = {role: [others.made.get(n, n) for n in ways[role]] for role in of_others}
+        packs.append((forks(of_others, again), of_others, again))
+    shared = {n for packed, _, _ in packs for n in packed}
     editing = {role: _edits_for(plan.found.site, edits, role) for role in CANONICAL}
     edited = any(editing.values())
     before = plan.found.raised.spec
     rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
-    dirty = built_anew(shared, projected, ways) if rebuilt else []
+    dirty = [n for pack in packs for n in built_anew(*pack)] if rebuilt else []
     selectors = {
         new: Selector(emit, weights, edited_parameters(plan.found.site, new), dirty, shared)
         for new in set(editing.values())
@@ -157,9 +166,14 @@ def _attention(
         return select.select(operand, wanted)
 
     chosen = operands.map(selected)
-    lowered = inline(emit, spec, Reference() if plain else plan.backend, chosen)
-    parts = [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
-    note_between(chosen.given.values(), lowered, [Lowered(plan.found.site.name, part) for part in parts])
+    more = None
+    if spec.extension is not None:
+        more = MoreNodes(selected("k", others.k), selected("v", others.v), others.seen).once(emit)
+    lowered = inline(emit, spec, Reference() if plain else plan.backend, chosen, more)
+    bare = spec if spec.extension is None else joined_spec(spec)
+    parts = [bare] if plan.backend.pools else [part.whole for part in parts_of(bare)]
+    above = (*chosen.given.values(), *(() if more is None else more.given))
+    note_between(above, lowered, [Lowered(plan.found.site.name, part) for part in parts])
     return lowered
 
 
@@ -187,11 +201,15 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
 
 
-def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> fx.Node:
+def inline(
+    emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node], more: MoreNodes | None = None
+) -> fx.Node:
     given = operands.given
     device = value(operands.q).device
     held = [emit.constant(c.tensor(device)) for c in spec.constants]
-    brought = [n for i in spec.inputs for n in inputs_of(emit.graph) if input_name(n) == i.name]
+    of_segments = () if spec.segments is None else spec.segments.inputs
+    brought = [input_of(emit, i) for i in of_segments]
+    others = () if more is None else more.given
     table = None if spec.segments is None else spec.segments.table
     tables = [] if table is None else [emit.constant(table.to(device))]
 
@@ -199,11 +217,12 @@ def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Opera
         rest = iter(tensors)
         of_role = {role: next(rest) for role in given}
         t = operands.map(lambda role, _: of_role[role])
-        constants, ids = ([next(rest) for _ in nodes] for nodes in (held, brought))
-        attend = attention_of(backend, spec, constants, ids, next(rest, None))
+        constants, ids, beside = ([next(rest) for _ in nodes] for nodes in (held, brought, others))
+        added = MoreKeys(*beside) if beside else None
+        attend = attention_of(backend, spec, constants, ids, next(rest, None), added)
         return attend(t.q, t.k, t.v, **t.others)
 
-    return emit.inline(call, *given.values(), *held, *brought, *tables)
+    return emit.inline(call, *given.values(), *held, *brought, *others, *tables)
 
 
 def _edit_output(

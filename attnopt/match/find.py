@@ -37,7 +37,7 @@ from attnopt.graph.ops import Kind, of
 from attnopt.graph.sdpa import SDPA
 from attnopt.ir.projection import Projection
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site
+from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site, TokenFeatures
 from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.escapes import where_used
 from attnopt.match.masks import hides_keys, keeps_a_mask
@@ -48,18 +48,21 @@ from attnopt.match.read_scores import Operand
 from attnopt.match.recognize import recognise
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError
+from attnopt.match.token_path import TokenPath, Unread, token_path
 from attnopt.match.token_streams import positions, relation
 
 
 @dataclass(frozen=True)
 class Found:
-    """A site with its position in the graph.  ``dirty``: the affected nodes of each role, between the core and the weights."""
+    """A site with its position in the graph.  ``dirty``: the affected nodes of each role, between the core and the weights.
+    ``path``: how keys and values come from tokens, or why other tokens could not take their place."""
 
     site: Site
     raised: Raised
     dirty: dict[str, tuple[fx.Node, ...]]
     output_op: fx.Node | None
     error: float
+    path: TokenPath | Unread
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,7 @@ def _describe(
         )
     if keeps_a_mask(gm, (operands.bias, operands.mask)):
         notes += ("the model's own mask is kept: no pattern was proven equal to it at every length",)
+    path = token_path(operands.k, operands.v)
     device = value(operands.q).device.type
     if device == "meta":
         notes += ("verified on random weights: on the meta device the model has none",)
@@ -293,9 +297,17 @@ def _describe(
         kv_step=step(value(operands.k).shape[2]),
         inputs={input_name(n): InputTensor(shape(n), dtype(n)) for n in inputs_of(gm.graph) if is_tensor(n)},
         device=device,
+        features=_features(path),
         alignment=_ALIGNMENT.get(related, "first"),
     )
-    return Found(site, replace(raised, spec=spec), dirty, op, error)
+    return Found(site, replace(raised, spec=spec), dirty, op, error, path)
+
+
+def _features(path: TokenPath | Unread) -> TokenFeatures:
+    if isinstance(path, Unread):
+        return TokenFeatures(why=(path.code, path.expected, path.found, path.hint))
+    batch = value(path.k).shape[0]
+    return TokenFeatures(path.width, int(batch) if is_static(batch) else None)
 
 
 _ALIGNMENT: dict[str, Alignment] = {"past": "last", "apart": "none", "inputs-apart": "none"}

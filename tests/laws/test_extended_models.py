@@ -1,0 +1,414 @@
+"""Models whose attentions read other tokens: the same as the joint sequence in which only the tokens' own rows are kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import oracle
+import pytest
+import torch
+from models import Attention, Spelling, inputs
+from torch import Tensor, nn
+
+import attnopt
+from attnopt.passes import (
+    AddValues,
+    DynamicSparse,
+    ExtendKeys,
+    GroupedQuery,
+    HeadPatch,
+    LocalWindow,
+    MixMap,
+    PruneHeads,
+    RouteHeads,
+    ScaleHeads,
+    SoftPAG,
+    Sparse,
+    Steer,
+)
+from attnopt.patterns import Segments, Sinks
+
+pytestmark = pytest.mark.usefixtures("one_capture")
+M = 3
+SHARED = Spelling(heads=6, kv_heads=2, head_dim=5, value_dim=3, share="repeat_interleave", packing="fused")
+SPELLINGS = {
+    "plain": Spelling(),
+    "shared": SHARED,
+    "tiled": Spelling(heads=6, kv_heads=2, share="tiled"),
+    "expanded": Spelling(heads=6, kv_heads=2, share="expand", packing="kv"),
+    "per head": Spelling(packing="per-head", unpack="unbind"),
+    "per group": Spelling(heads=6, kv_heads=2, packing="per-group", unpack="index"),
+    "select": Spelling(packing="fused", unpack="select"),
+    "unbind": Spelling(packing="fused", unpack="unbind"),
+    "slice": Spelling(packing="fused", unpack="slice"),
+    "addmm": Spelling(op="addmm", packing="fused"),
+    "conv1d": Spelling(op="conv1d", packing="fused"),
+    "conv2d": Spelling(op="conv2d"),
+    "einsum": Spelling(op="einsum", core="einsum"),
+    "parameter": Spelling(op="parameter", core="bmm"),
+    "layer norm": Spelling(norm="layer"),
+    "rms norm": Spelling(norm="rms", core="sdpa"),
+    "unit length": Spelling(norm="l2", scale="temperature"),
+    "norm across": Spelling(norm="across"),
+    "sinks": Spelling(sinks=True),
+    "softcap": Spelling(softcap=2.0),
+    "sdpa": Spelling(core="sdpa", heads=6, kv_heads=3, share="enable_gqa"),
+    "scaled keys": Spelling(scale="k"),
+    "both scaled": Spelling(scale="both", core="heads-last"),
+    "before a norm": Spelling(pre_norm=True, residual=True),
+    "grouped": Spelling(heads=6, kv_heads=2, core="grouped"),
+}
+
+
+def features(width: int, count: int = M, seed: int = 5) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def jointly(model: nn.Module, x: Tensor, reference: Tensor, own: Tensor | None = None, **edit: Any) -> list[Tensor]:
+    """The rows of the tokens where they see all of the reference, which comes first, and of themselves ``own`` [.., L, L]."""
+    R, L = len(reference), x.shape[1]
+    lead = () if own is None else own.shape[:-2]
+    seen = torch.ones(*lead, R + L, R + L, dtype=torch.bool)
+    if own is not None:
+        seen[..., R:, R:] = own
+    joint = torch.cat([reference.expand(len(x), -1, -1), x], 1)
+    (out,) = oracle.run_edited(model, (joint,), None, {0: oracle.Edit(seen, **edit)}, heads=model.s.heads)
+    return [out[:, R:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", list(SPELLINGS))
+def test_it_equals_the_joint_sequence(spelling: str) -> None:
+    s = SPELLINGS[spelling]
+    model, given = Attention(s), inputs(s)
+    reference = features(s.width)
+    read = model.pre(reference) if s.pre_norm else reference
+    want = jointly(model, given["x"], reference)
+    oracle.assert_differs(want, oracle.run(model, (), given))
+    for backend in ("auto", "blocked", "reference"):
+        fast = attnopt.optimize(model, ExtendKeys(read), (), given, backend=backend)
+        (site,) = fast.report.sites
+        assert (site.status, dict(site.refusals)) == ("rewritten", {})
+        oracle.assert_same(oracle.run(fast, (), given), want, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["plain", "shared", "rms norm", "addmm", "sinks", "per group"])
+def test_it_composes_with_other_passes(spelling: str) -> None:
+    """In both orders; heads are pruned and patterns hide own keys alone."""
+    s = SPELLINGS[spelling]
+    model, given = Attention(s), inputs(s)
+    L, reference, extend = given["x"].shape[1], features(s.width), ExtendKeys(features(s.width))
+    step = torch.arange(L)[None] - torch.arange(L)[:, None]
+    gains = (1.0, 0.0, *(1.0,) * (s.heads - 3), 2.0)
+    edits = [PruneHeads(heads=[1]), ScaleHeads({s.heads - 1: 2.0}), LocalWindow(1, 1)]
+    want = jointly(model, given["x"], reference, (step.abs() <= 1).expand(s.heads, -1, -1), gains=gains)
+    for policy in ([extend, *edits], [*edits, extend]):
+        for backend in ("auto", "blocked", "sdpa"):
+            if backend == "sdpa" and s.sinks:
+                continue
+            fast = attnopt.optimize(model, policy, (), given, backend=backend)
+            assert not fast.report.sites[0].refusals
+            oracle.assert_same(oracle.run(fast, (), given), want, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["plain", "shared", "slice", "addmm", "conv1d"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_merged_heads_read_the_reference_by_new_weights(spelling: str, fold: bool) -> None:
+    s = SPELLINGS[spelling]
+    model, given = Attention(s), inputs(s)
+    reference = features(s.width)
+    group = GroupedQuery(kv_heads=1, merge="mean")
+    merged = attnopt.optimize(model, group, (), given, backend="reference")
+    rows = torch.cat([reference.expand(len(given["x"]), -1, -1), given["x"]], 1)
+    fast = attnopt.optimize(model, group, (), {"x": rows}, backend="reference")
+    want = [fast(rows)[:, M:]]  # all see all: the grouped model on the joint sequence
+    oracle.assert_differs(want, oracle.run(merged, (), given))
+    policy = [ExtendKeys(reference), group] if fold else [group, ExtendKeys(reference)]
+    got = attnopt.optimize(model, policy, (), given)
+    assert not got.report.sites[0].refusals
+    oracle.assert_same(oracle.run(got, (), given), want)
+
+
+def test_causal_models() -> None:
+    s = Spelling(mask=("causal",))
+    model, given = Attention(s), inputs(s)
+    reference = features(s.width)
+    L = given["x"].shape[1]
+    want = jointly(model, given["x"], reference, torch.ones(L, L, dtype=torch.bool).tril())
+    for backend in ("auto", "blocked", "sdpa", "reference"):
+        fast = attnopt.optimize(model, ExtendKeys(reference), (), given, backend=backend)
+        oracle.assert_same(oracle.run(fast, (), given), want, backend)
+
+
+def test_biases_and_padding_are_those_of_own_keys() -> None:
+    """A table of relative positions is added to own scores; the reference has no place."""
+    s = Spelling(mask=("padding",), bias_kind="alibi")
+    model, given = Attention(s), inputs(s)
+    reference = features(s.width)
+    fast = attnopt.optimize(model, ExtendKeys(reference, 2.0, [0, 3]), (), given)
+    assert not fast.report.sites[0].refusals
+    want = by_hooks(model, given, reference, 2.0, [0, 3])
+    oracle.assert_same(oracle.run(fast, (), given), want)
+
+
+def by_hooks(
+    model: Attention, given: dict[str, Tensor], reference: Tensor, weight: float, heads: Sequence[int]
+) -> list[Tensor]:
+    """The model with its softmax over own scores and those of the reference, and its product with both kinds of values."""
+    s = model.s
+    found = model._heads(reference[None], reference[None])
+    k, v = (found[role].transpose(1, 2) for role in ("k", "v"))  # [1, n, M, d]
+    queries, parts = list[Tensor](), list[Tensor]()
+    softmax, scale = torch.softmax, s.head_dim**-0.5
+
+    def on_softmax(x: Tensor, dim: int = -1, *_: Any, **__: Any) -> Tensor:
+        q = model._heads(given["x"], given["x"])["q"].transpose(1, 2)
+        queries.append(q)
+        more = scale * q @ k.mT + torch.tensor(weight).log()
+        hidden = torch.tensor([h not in heads for h in range(s.heads)])[:, None, None]
+        p = softmax(torch.cat([x, more.masked_fill(hidden, -torch.inf)], -1), -1)
+        parts.append(p[..., x.shape[-1] :] @ v)
+        return p[..., : x.shape[-1]]
+
+    product = model.w_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "softmax", on_softmax)
+        patch.setattr(torch.Tensor, "softmax", on_softmax)
+        patch.setattr(torch.nn.functional, "softmax", on_softmax)
+        (own,) = oracle.run(model, (), given)
+    assert len(parts) == 1
+    return [own + parts[0].transpose(1, 2).flatten(2) @ product.mT]
+
+
+def test_nothing_changes() -> None:
+    model, given = Attention(Spelling()), inputs(Spelling())
+    reference = features(12)
+    plain = attnopt.optimize(model, "fuse", (), given)
+    for p, told in {
+        ExtendKeys(reference, weight=0): "weight 0, which changes nothing",
+        ExtendKeys(reference[:0]): "no token of the reference is seen, which changes nothing",
+        ExtendKeys(torch.zeros(1, 0, 12)): "no token of the reference is seen, which changes nothing",
+        ExtendKeys(reference, mask=[False] * M): "no token of the reference is seen, which changes nothing",
+    }.items():
+        fast = attnopt.optimize(model, p, (), given)
+        assert fast.sites[0].spec.extension is None
+        assert f"extend-keys: {told}" in fast.report.sites[0].notes
+        assert torch.equal(fast(**given), plain(**given))
+
+
+def test_a_mask_and_copies() -> None:
+    model, given = Attention(SHARED), inputs(SHARED)
+    reference = features(12, 5)
+    seen = [True, False, True, True, False]
+    want = jointly(model, given["x"], reference[torch.tensor(seen)].repeat(3, 1))
+    for given_mask in (seen, torch.tensor([seen])):
+        fast = attnopt.optimize(model, ExtendKeys(reference, 3.0, mask=given_mask), (), given)
+        oracle.assert_same(oracle.run(fast, (), given), want)
+        assert fast.sites[0].spec.extension is not None
+        assert fast.sites[0].spec.extension.tokens == 3
+
+
+def test_sequences_have_references_and_masks_of_their_own() -> None:
+    s = Spelling()
+    model, x = Attention(s), torch.randn(2, 7, 12)
+    both, seen = (
+        torch.stack([features(12), features(12, seed=8)]),
+        torch.tensor([[True, False, True], [False, True, False]]),
+    )
+    want = [torch.cat([jointly(model, x[i : i + 1], both[i][seen[i]])[0] for i in range(2)])]
+    for backend in ("auto", "blocked", "sdpa", "reference"):
+        fast = attnopt.optimize(model, ExtendKeys(both, mask=seen), (x,), backend=backend)
+        oracle.assert_same(oracle.run(fast, (x,)), want, backend)
+    want = [torch.cat([jointly(model, x[i : i + 1], features(12)[seen[i]])[0] for i in range(2)])]
+    fast = attnopt.optimize(model, ExtendKeys(features(12), mask=seen), (x,))
+    oracle.assert_same(oracle.run(fast, (x,)), want)
+
+
+def test_segments_of_the_joint_sequence_say_the_same() -> None:
+    """Tokens 0-3 see themselves and the reference; another rewrite of the joint sequence says so, too."""
+    model, x = Attention(Spelling()), torch.randn(2, 4, 12)
+    reference = features(12)
+    segments = Sparse(Segments([0] * M + [1] * 4, pairs=[(0, 0), (1, 0), (1, 1)]))
+    joint = torch.cat([reference.expand(2, -1, -1), x], 1)
+    want = attnopt.optimize(model, segments, (joint,))(joint)[:, M:]
+    got = attnopt.optimize(model, ExtendKeys(reference), (x,))(x)
+    oracle.assert_same([got], [want])
+
+
+class Tokens(nn.Module):
+    """Two layers as in a vision transformer: a norm, packed projections, a residual stream."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, attention in zip(self.norms, self.attentions, strict=True):
+            y = norm(x)
+            x = x + attention(y, y, y, need_weights=False)[0]
+        return x
+
+
+def mha(module: nn.MultiheadAttention, y: Tensor, reference: Tensor) -> Tensor:
+    """torch's own module takes keys of other tokens beside those of its queries."""
+    keys = torch.cat([y, reference.expand(len(y), -1, -1)], 1)
+    out: Tensor = module(y, keys, keys, need_weights=False)[0]
+    return out
+
+
+def tokens_by_hand(model: Tokens, x: Tensor, references: Sequence[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        for norm, attention, reference in zip(model.norms, model.attentions, references, strict=True):
+            x = x + mha(attention, norm(x), reference)
+    return [x]
+
+
+def exported(fast: attnopt.OptimizedModel, file: Path, **feed: Tensor) -> list[Tensor]:
+    fast.export_onnx(file)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert {i.name for i in session.get_inputs()} == set(feed)
+    return [torch.from_numpy(o) for o in session.run(None, {n: x.numpy() for n, x in feed.items()})]
+
+
+@pytest.mark.parametrize("backend", ["auto", "blocked", "sdpa"])
+def test_layers_at_every_length_and_in_onnx(backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Tokens().eval(), torch.randn(2, 12, 32)
+    references = [features(32), features(32, 5, seed=9)]
+    policy = {f"attentions.{i}": ExtendKeys(r) for i, r in enumerate(references)}
+    shapes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
+    fast = attnopt.optimize(model, policy, (x,), dynamic_shapes=shapes, backend=backend)
+    assert [s.status for s in fast.report.sites] == ["rewritten", "rewritten"]
+    assert not any(s.refusals for s in fast.report.sites)
+    fast.save(tmp_path / "saved")
+    loaded = attnopt.load(tmp_path / "saved")
+    assert [s.spec for s in loaded.sites] == [s.spec for s in fast.sites]
+    for x in (x, torch.randn(3, 7, 32), torch.randn(2, 130, 32)):
+        want = tokens_by_hand(model, x, references)
+        oracle.assert_differs(want, oracle.run(model, (x,)))
+        oracle.assert_same(oracle.run(fast, (x,)), want)
+        oracle.assert_same(exported(fast, tmp_path / "m.onnx", x=x), want)
+        assert torch.equal(loaded(x), fast(x))
+        assert torch.equal(copy.deepcopy(fast)(x), fast(x))
+
+
+@pytest.mark.slow
+def test_a_window_beside_the_reference_in_onnx(tmp_path: Path) -> None:
+    """Own keys under a pattern are attended to apart from the reference; ONNX Runtime gives the same."""
+    model, x = Attention(Spelling()), torch.randn(2, 9, 12)
+    step = torch.arange(9)[None] - torch.arange(9)[:, None]
+    want = jointly(model, x, features(12).repeat(2, 1), (step >= -2) & (step <= 0))
+    for backend in ("blocked", "sdpa"):
+        policy = [ExtendKeys(features(12), 2.0), LocalWindow(2, 0)]
+        fast = attnopt.optimize(model, policy, (x,), dynamic_shapes="auto", backend=backend)
+        oracle.assert_same(oracle.run(fast, (x,)), want, backend)
+        oracle.assert_same(exported(fast, tmp_path / "m.onnx", x=x), want, backend)
+
+
+def test_the_keys_of_a_constant_are_stored() -> None:
+    """The projections run on the tokens alone, and what is stored has the size of keys and values."""
+    model, x = Attention(Spelling()), torch.randn(2, 7, 12)
+    before = sum(1 for n in attnopt.optimize(model, "fuse", (x,)).graph_module.graph.nodes if "linear" in str(n.target))
+    fast = attnopt.optimize(model, ExtendKeys(features(12)), (x,))
+    graph = fast.graph_module
+    assert sum(1 for n in graph.graph.nodes if "linear" in str(n.target)) == before
+    assert sorted(tuple(b.shape) for b in graph.buffers() if b.dim() == 4) == [(1, 4, M, 4), (1, 4, M, 4)]
+
+
+def test_gradients_reach_inputs_and_weights() -> None:
+    model, x = Attention(Spelling()), torch.randn(2, 7, 12)
+    reference = features(12)
+    joint = torch.cat([reference.expand(2, -1, -1), x], 1).requires_grad_()
+    model(joint)[:, M:].square().sum().backward()
+    assert joint.grad is not None
+    for backend in ("blocked", "sdpa"):
+        y = x.clone().requires_grad_()
+        fast = attnopt.optimize(model, ExtendKeys(reference), (x,), backend=backend)
+        fast(y).square().sum().backward()
+        torch.testing.assert_close(y.grad, joint.grad[:, M:], atol=1e-4, rtol=1e-4)
+
+
+EDITS: dict[str, Any] = {
+    "add values": AddValues([0], 0.5),
+    "identity": SoftPAG(None, 0.3),
+    "steer": Steer(torch.ones(4), [2]),
+    "patch": HeadPatch([1], torch.ones(1, 4)),
+    "map": MixMap(torch.eye(7) / 7, 0.5),
+    "route": RouteHeads([0], 1),
+    "blocks": DynamicSparse(keep=0.5, block=64),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", list(EDITS))
+def test_edits_stand_in_either_order(edit: str) -> None:
+    """They are changes of head outputs, which the reference reaches first, or choices among own keys."""
+    model, x = Attention(Spelling()), torch.randn(2, 7, 12)
+    extend = ExtendKeys(features(12))
+    made = [attnopt.optimize(model, p, (x,)) for p in ([extend, EDITS[edit]], [EDITS[edit], extend])]
+    assert not any(s.refusals for fast in made for s in fast.report.sites)
+    first, second = (oracle.run(fast, (x,)) for fast in made)
+    oracle.assert_same(first, second)
+    oracle.assert_differs(first, oracle.run(attnopt.optimize(model, EDITS[edit], (x,)), (x,)))
+
+
+def test_optimized_again() -> None:
+    """Of the result, the attention over joined keys is found; they are no longer computed from each token alone."""
+    model, x = Attention(Spelling()), torch.randn(2, 7, 12)
+    fast = attnopt.optimize(model, ExtendKeys(features(12)), (x,), backend="sdpa")
+    again = attnopt.optimize(fast, "fuse", (x,))
+    oracle.assert_same(oracle.run(again, (x,)), oracle.run(fast, (x,)))
+    twice = attnopt.optimize(fast, ExtendKeys(features(12)), (x,))
+    (site,) = twice.report.sites
+    assert site.refusals["extend-keys"].code == "not-token-wise"
+    oracle.assert_same(oracle.run(twice, (x,)), oracle.run(fast, (x,)))
+    pruned = attnopt.optimize(fast, PruneHeads(heads=[2]), (x,))
+    assert not pruned.report.sites[0].refusals
+    want = oracle.run(attnopt.optimize(model, [ExtendKeys(features(12)), PruneHeads(heads=[2])], (x,)), (x,))
+    oracle.assert_same(oracle.run(pruned, (x,)), want)
+
+
+def test_guidance_pushes_away_from_it() -> None:
+    model, x = Attention(Spelling()), torch.randn(2, 7, 12)
+    weak = attnopt.optimize(model, ExtendKeys(features(12)), (x,))
+    fast = attnopt.guidance(model, ExtendKeys(features(12)), (x,), scale=2.0)
+    with torch.no_grad():
+        strong = model(x)
+        oracle.assert_same([fast(x)], [strong + 2.0 * (strong - weak(x))])
+
+
+def test_sinks_and_reference_of_a_pattern() -> None:
+    """The first tokens and the reference, and nothing else."""
+    model, x = Attention(Spelling()), torch.randn(2, 9, 12)
+    own = Sinks(1).mask(9, 9)[0]
+    want = jointly(model, x, features(12), own)
+    fast = attnopt.optimize(model, [ExtendKeys(features(12)), Sparse(Sinks(1))], (x,))
+    oracle.assert_same(oracle.run(fast, (x,)), want)
+
+
+@contextmanager
+def more_tokens(layers: Sequence[tuple[nn.Linear, Tensor]]) -> Iterator[None]:
+    """Projections of keys and values that append those of a reference: the module itself does the rest."""
+
+    def appended(reference: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
+            assert isinstance(module, nn.Linear)
+            more = nn.functional.linear(reference, module.weight, module.bias)
+            return torch.cat([out, more.expand(len(out), -1, -1)], 1)
+
+        return hook
+
+    handles = [module.register_forward_hook(appended(reference)) for module, reference in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
