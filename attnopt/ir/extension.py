@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnopt.base.bit_table import stretched
+from attnopt.base.sizes import is_static
 from attnopt.ir.attend import AttendWithLse
 from attnopt.ir.extended_keys import ExtendedKeys, MoreKeys
 from attnopt.ir.lse_merge import shares
@@ -142,5 +143,5 @@ def _seen(spec: AttentionSpec, more: MoreKeys, q: Tensor) -> Tensor:
 def _beside(own: Tensor | None, more: Tensor, kv_len: Any, count: Any, nothing: Tensor) -> Tensor:
     """An operand of own keys [B|1, H|1, L|1, S|1], or ``nothing`` for each of them, and one of other keys, side by side."""
     own = nothing.reshape(1, 1, 1, 1) if own is None else own.reshape((1,) * (4 - own.dim()) + tuple(own.shape))
-    lead = torch.broadcast_shapes(own.shape[:3], more.shape[:3])
+    lead = [b if is_static(a) and a == 1 else a for a, b in zip(own.shape[:3], more.shape[:3], strict=True)]
     return torch.cat([own.expand(*lead, kv_len), more.expand(*lead, count)], 3)

@@ -179,7 +179,8 @@ def _zeros_as_sinks(backend: Backend, spec: AttentionSpec) -> Attend:
     core = _without_edits(backend, _with_sinks(spec))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **others: Any) -> Tensor:
-        return core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)
+        o: Tensor = core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)
+        return o
 
     return attend
 

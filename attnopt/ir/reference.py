@@ -31,7 +31,7 @@ def reference(spec: AttentionSpec) -> Attend:
         s, sinks = _scores(spec, q, k, bias, mask, sinks)
         if more is not None:
             p, _, _ = _softmax(torch.cat([s, _more_scores(spec, q, more)], -1), sinks)
-            own, others = p.split([k.shape[2], more.k.shape[2]], -1)
+            own, others = p[..., : k.shape[2]], p[..., k.shape[2] :]
             return (own @ _read(spec, v, p.dtype) + others @ heads_of(spec, more.v).to(p.dtype)).to(v.dtype)
         p, top, _ = _softmax(s, sinks)
         if spec.weight_gains is not None:

@@ -110,9 +110,9 @@ def _joined(
         for i, axis in enumerate(own, ndim - len(own)):
             if i == skipped or not axis:
                 continue
-            if made[i] and resolve(made[i]) != axis:
-                return None
-            made[i] = axis
+            if made[i] and resolve(made[i]) != axis:  # of different kinds, such as features and copies of one number
+                axes.mark(node, made[i], axis)
+            made[i] = made[i] or axis
     for sizes in others:
         for i, size in enumerate(sizes):
             if size == 1 or i == skipped:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Generic, TypeVar
 
@@ -106,7 +106,8 @@ class TokenPath:
         if node.target in _SIZED:
             target = aten.expand.default if node.target in _EXPANDS else aten.reshape.default
             return calls.call(target, (made[operand(node)], self._sizes(calls, self.axes[node], sizes)))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: made[n] if n in made else calls.known(n))
+        given: dict[fx.Node, Any] = {n: made[n] if n in made else calls.known(n) for n in node.all_input_nodes}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         return calls.call(node.target, args, kwargs)
 
     def _sizes(self, calls: _Calls[T], axes: Axes, sizes: tuple[Any, Any]) -> list[Any]:
@@ -161,10 +162,10 @@ def token_path(k: fx.Node, v: fx.Node) -> TokenPath | Unread:
         )
     of_v = axes.of(v)
     atoms = {a for axis in axes.of(source) for a in axis}
+    if (apart := axes.at_token((*batch, *tokens))) is not None:
+        return _refused(apart)
     if (of_v[0], of_v[2]) != (batch, tokens) or not {*batch, *tokens} <= atoms:
-        return Unread("several-sources", _ONE_SOURCE, "keys and values of different tokens", _EXCLUDE)
-    if (node := axes.at_token((*batch, *tokens))) is not None:
-        return _refused(node)
+        return replace(_refused(k), found="tokens that are joined, cut or arranged anew before them")
     known = {n: resolve_all(own) for n, own in axes.known.items()}
     return TokenPath(source, tuple(nodes), known, batch, tokens, k, v)
 

@@ -32,7 +32,10 @@ BACKENDS: list[Backend] = [Reference(), Blocked(), Sdpa()]
 def by_hand(spec: AttentionSpec, t: dict[str, Tensor | None], more: MoreKeys) -> Tensor:
     """Query by query, over a list of visible keys."""
     q, k, v, ext = t["q"], t["k"], t["v"], spec.extension
-    assert q is not None and k is not None and v is not None and ext is not None
+    assert ext is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     B, H, L, _ = q.shape
     seen = spec.pattern.mask(L, k.shape[2], num_heads=H).expand(H, -1, -1)
     o = torch.zeros(B, H, L, v.shape[3], dtype=q.dtype)
@@ -169,7 +172,9 @@ def test_blocks_are_chosen_among_own_keys() -> None:
 @pytest.mark.parametrize("pattern", [Full(), Causal()], ids=str)
 def test_gradients(pattern: Pattern) -> None:
     spec = a_spec(
-        kv_of_head=(0, 0, 1, 1), pattern=pattern, extension=replace(EXTENSION, weight=2.0, mask=Constant.of(torch.ones(3)))
+        kv_of_head=(0, 0, 1, 1),
+        pattern=pattern,
+        extension=replace(EXTENSION, weight=2.0, mask=Constant.of(torch.ones(3))),
     )
     t, more = tensors(spec, 2, 5, 5, torch.float64, 0), others(spec, 3, 2, 0, mask=True)
     found = []
@@ -183,7 +188,8 @@ def test_gradients(pattern: Pattern) -> None:
         found.append([x.grad for x in leaves])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
-        assert a is not None and bool(a.any())
+        assert a is not None
+        assert bool(a.any())
 
 
 def test_heads_that_remain() -> None:
