@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -399,20 +399,121 @@ def test_sinks_and_reference_of_a_pattern() -> None:
 
 
 @contextmanager
-def more_tokens(layers: Sequence[tuple[nn.Linear, Tensor]]) -> Iterator[None]:
-    """Projections of keys and values that append those of a reference: the module itself does the rest."""
+def reading(layers: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Attention modules without masks run on their tokens and, behind them, a reference; the tokens' rows are kept."""
 
-    def appended(reference: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def hook(module: nn.Module, _: Any, out: Tensor) -> Tensor:
-            assert isinstance(module, nn.Linear)
-            more = nn.functional.linear(reference, module.weight, module.bias)
-            return torch.cat([out, more.expand(len(out), -1, -1)], 1)
+    def joint(forward: Callable[..., Any], reference: Tensor) -> Callable[..., Any]:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = forward(torch.cat([x, reference.expand(len(x), -1, -1)], 1), *args, **kwargs)
+            return (out[0][:, : x.shape[1]], *out[1:]) if isinstance(out, tuple) else out[:, : x.shape[1]]
 
-        return hook
+        return run
 
-    handles = [module.register_forward_hook(appended(reference)) for module, reference in layers]
+    for module, reference in layers.items():
+        module.forward = joint(module.forward, reference)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in layers:
+            del module.forward
+
+
+def deit() -> tuple[nn.Module, tuple[Any, ...]]:
+    from zoo import deit as made
+
+    model, args, _ = made()
+    return model, args
+
+
+def bert() -> tuple[nn.Module, tuple[Any, ...]]:
+    from zoo import SMALL, hf, ids
+
+    return hf("BertModel", "BertConfig", **SMALL, impl="sdpa", add_pooling_layer=False), (ids(),)
+
+
+def vit() -> tuple[nn.Module, tuple[Any, ...]]:
+    """With norms of queries and keys, and packed projections."""
+    from zoo import pixels, timm_model
+
+    model = timm_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=4, qk_norm=True
+    )
+    return model.eval(), (pixels(),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [deit, bert, vit])
+def test_models_of_libraries(made: Callable[[], tuple[nn.Module, tuple[Any, ...]]], tmp_path: Path) -> None:
+    model, args = made()
+    sites = [s.name for s in attnopt.inspect(model, args).sites]
+    assert len(sites) == 2
+    references = [features(24, 5), features(24, 4, seed=6)]
+    owners = [model.get_submodule(s) for s in sites]
+    with reading(dict(zip(owners, references, strict=True))):
+        want = oracle.run(model, args)
+    oracle.assert_differs(want, oracle.run(model, args))
+    policy = {s: ExtendKeys(r) for s, r in zip(sites, references, strict=True)}
+    fast = attnopt.optimize(model, policy, args)
+    assert [s.status for s in fast.report.sites] == ["rewritten", "rewritten"]
+    oracle.assert_same(oracle.run(fast, args), want)
+    fast.export_onnx(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: args[0].numpy()})
+    oracle.assert_same([torch.from_numpy(x) for x in got], want)
+    opened = attnopt.optimize(str(tmp_path / "m.onnx"), "fuse", args)
+    oracle.assert_same(oracle.run(opened, args), want)
+
+
+class SingleStream(nn.Module):
+    """A block of a diffusion transformer over text and image tokens in one sequence, modulated by a timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation, self.norm = nn.Linear(24, 72), nn.LayerNorm(24, elementwise_affine=False)
+        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(6), nn.RMSNorm(6)
+
+    def forward(self, image: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        x = torch.cat([text, image], 1)
+        shift, scale, gate = self.modulation(nn.functional.silu(time))[:, None].chunk(3, -1)
+        return (x + gate * self.attend(self.norm(x) * (1 + scale) + shift))[:, text.shape[1] :]
+
+    def attend(self, y: Tensor, more: Tensor | None = None) -> Tensor:
+        keys = y if more is None else torch.cat([y, more.expand(len(y), -1, -1)], 1)
+        q, k, v = (f(z).unflatten(-1, (4, 6)).transpose(1, 2) for f, z in ((self.q, y), (self.k, keys), (self.v, keys)))
+        o = nn.functional.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
+        return self.o(o.transpose(1, 2).flatten(2))
+
+
+class TwoStreams(SingleStream):
+    """The same with projections of its own for the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_k, self.text_v = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, image: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        q = self.q(image)
+        k, v = (torch.cat([g(text), f(image)], 1) for f, g in ((self.k, self.text_k), (self.v, self.text_v)))
+        q, k, v = (z.unflatten(-1, (4, 6)).transpose(1, 2) for z in (q, k, v))
+        o = nn.functional.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
+        return image + self.o(o.transpose(1, 2).flatten(2))
+
+
+def test_blocks_of_diffusion_transformers() -> None:
+    """DreamTuner: the block reads the reference that another run brought to the same place."""
+    torch.manual_seed(0)
+    args = (torch.randn(2, 9, 24), torch.randn(2, 4, 24), torch.randn(2, 24))
+    model, reference = SingleStream().eval(), features(24, 5)
+    fast = attnopt.optimize(model, ExtendKeys(reference, 2.0), args)
+    assert not fast.report.sites[0].refusals
+    plain = model.attend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "attend", lambda y: plain(y, reference.repeat(2, 1)))
+        want = oracle.run(model, args)
+    oracle.assert_differs(want, oracle.run(model, args))
+    oracle.assert_same(oracle.run(fast, args), want)
+    two = TwoStreams().eval()
+    left = attnopt.optimize(two, ["fuse", ExtendKeys(reference)], args)
+    assert left.report.sites[0].refusals["extend-keys"].code in ("several-sources", "not-token-wise")
+    oracle.assert_same(oracle.run(left, args), oracle.run(two, args))

@@ -211,16 +211,6 @@ def test_rotated_keys(s: Spelling) -> None:
     torch.testing.assert_close(fast(**given), model(**given))
 
 
-def test_one_token_says_nothing() -> None:
-    s = Spelling(cross=True, sinks=True)
-    model, given = Attention(s), inputs(s)
-    given["memory"] = given["memory"][:, :1]
-    fast = attnopt.optimize(model, ["fuse", ExtendKeys(torch.randn(3, 12))], (), given)
-    assert str(fast.report.sites[0].refusals["extend-keys"]).startswith(
-        "[too-small] expected an example of several tokens, found 2 x 1 tokens"
-    )
-
-
 @pytest.mark.slow
 def test_no_class_holds_it() -> None:
     from zoo import deit
@@ -244,6 +234,8 @@ def test_decoders_do_not_have_it(causal: bool, tmp_path: Path) -> None:
 
     ids, shapes = torch.randint(9, (2, 12)), {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
     for backend in ("blocked", "sdpa", "reference"):
-        fast = attnopt.optimize(Generator(), ExtendKeys(torch.randn(3, 32)), (ids,), dynamic_shapes=shapes, backend=backend)
+        fast = attnopt.optimize(
+            Generator(), ExtendKeys(torch.randn(3, 32)), (ids,), dynamic_shapes=shapes, backend=backend
+        )
         with pytest.raises(ExportError, match="attention|its keys and queries come from different sequences"):
             fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=1)
