@@ -12,20 +12,24 @@ from torch import Tensor
 from attnopt.base.input import Input
 from attnopt.base.options import number
 from attnopt.errors import PolicyError
+from attnopt.ir.call_tensor import BATCH, CallTensor, Source
 from attnopt.ir.constant import Constant
 from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.site import InputTensor, Site
+from attnopt.ir.site import Site
 from attnopt.passes.preconditions import (
     distinct_heads,
     refuse_extended,
     refuse_gained,
     refuse_pooled,
+    refuse_unfit_inputs,
     refuse_unknown_heads,
 )
+from attnopt.passes.tensor_options import TensorOption, tensor_option
 
 Mask = tuple[bool, ...] | tuple[tuple[bool, ...], ...]
+_TOKENS = "reference"  # the length that features and mask of a call have in common
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,10 @@ class ExtendKeys(Pass):
 
     name: ClassVar[str] = "extend-keys"
     exact: ClassVar[bool] = False
-    reference: Tensor | Constant | Sequence[Any] | Mapping[str, Any] | Input
+    reference: TensorOption | Sequence[Any]
     weight: float = 1.0
     heads: Sequence[int] | None = None
-    mask: Tensor | Sequence[Any] | Input | None = None
+    mask: TensorOption | Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", number(self.name, "weight", self.weight))
@@ -56,15 +60,14 @@ class ExtendKeys(Pass):
             raise PolicyError(f"extend-keys: invalid value weight={self.weight!r}: expected a number of at least 0")
         if self.heads is not None:
             object.__setattr__(self, "heads", distinct_heads(self.name, self.heads))
-        if not isinstance(self.reference, Input):
-            object.__setattr__(self, "reference", _features(self.reference))
-        if self.mask is not None and not isinstance(self.mask, Input):
+        object.__setattr__(self, "reference", _features(self.reference))
+        if self.mask is not None:
             object.__setattr__(self, "mask", _mask(self.mask))
             self._check_mask()
 
     def _check_mask(self) -> None:
         """Raises PolicyError if it is known to be for other tokens."""
-        if isinstance(self.reference, Input):
+        if isinstance(self.reference, Input) or isinstance(self.mask, Input):
             return
         mask = torch.tensor(self.mask)
         of_reference = self.reference.shape[:-1] if isinstance(self.reference, Constant) else (0,)
@@ -79,10 +82,6 @@ class ExtendKeys(Pass):
     def typical(cls) -> ExtendKeys:
         return cls(reference=())
 
-    @property
-    def inputs(self) -> tuple[Input, ...]:
-        return tuple(x for x in (self.reference, self.mask) if isinstance(x, Input))
-
     def check(self, site: Site) -> Refusal | None:
         return (
             refuse_unknown_heads(site, self.heads or ())
@@ -93,97 +92,64 @@ class ExtendKeys(Pass):
             )
             or _refuse_unread(site)
             or self._refuse_other_features(site)
-            or self._refuse_other_mask(site)
+            or refuse_unfit_inputs(site, self._read(site), "give tokens x features, with one mask for the same tokens")
         )
 
     def rewrite(self, site: Site) -> Rewrite:
         heads = tuple(h for h in site.spec.heads if self.heads is None or h in self.heads)
-        reference, mask = self._seen()
-        if not heads or self.weight == 0 or reference is None:
+        read = self._read(site)
+        if not heads or self.weight == 0 or not read:
             what = "weight 0" if self.weight == 0 else "no token of the reference is seen"
             return Rewrite(site.spec, notes=(f"extend-keys: {what}, which changes nothing",) if heads else ())
-        of_call = isinstance(reference, Input)
-        tokens = (site.inputs[reference.name] if isinstance(reference, Input) else reference).shape[-2]
+        reference, mask = read[0], read[1] if len(read) > 1 else None
+        is_stored = isinstance(reference, Constant)
+        tokens = reference.shape[-2] if isinstance(reference, Constant) else site.inputs[str(reference)].shape[-2]
         made = ExtendedKeys(reference, tokens, heads, self.weight, mask)
         stored = (
             "extend-keys: the keys and values of the reference are stored, and do not follow later changes of weights"
         )
-        return Rewrite(replace(site.spec, extension=made), notes=() if of_call else (stored,))
+        return Rewrite(replace(site.spec, extension=made), notes=(stored,) if is_stored else ())
 
-    def _seen(self) -> tuple[Input | Constant | None, Input | Constant | None]:
-        """The reference without tokens that are never seen, None if none is left, and the mask that is left."""
-        given, mask = self.reference, self.mask
-        assert isinstance(given, (Input, Constant, tuple))
-        if isinstance(given, tuple):
-            return None, None
-        if mask is None or isinstance(mask, Input):
-            return given, mask
-        seen = torch.tensor(mask)
-        if not bool(seen.any()):
-            return None, None
-        if bool(seen.all()):
-            return given, None
-        if isinstance(given, Constant) and (seen.dim() == 1 or len(seen) == 1):
-            return Constant.of(given.tensor()[..., seen.reshape(-1), :]), None
-        return given, Constant.of(seen.float())
+    def _read(self, site: Site) -> tuple[Source, ...]:
+        """The features, without tokens that are never seen, and the mask that is left; nothing if no token is left."""
+        features, mask = self.reference, self.mask
+        width = 0 if site.features is None else site.features.width
+        seen = None if mask is None or isinstance(mask, Input) else torch.tensor(mask)
+        if features == () or (seen is not None and not bool(seen.any())):
+            return ()
+        if seen is not None and bool(seen.all()) and isinstance(features, Constant):
+            seen = mask = None
+        if seen is not None and isinstance(features, Constant) and (seen.dim() == 1 or len(seen) == 1):
+            return (Constant.of(features.tensor()[..., seen.reshape(-1), :]),)
+        tokens: int | str = features.shape[-2] if isinstance(features, Constant) else _TOKENS
+        tokens = tokens if seen is None else seen.shape[-1]
+        read = CallTensor(features, (BATCH, tokens, width)) if isinstance(features, Input) else features
+        assert isinstance(read, (CallTensor, Constant))
+        if isinstance(mask, Input):
+            return read, CallTensor(mask, (BATCH, tokens), is_mask=True)
+        return (read,) if seen is None else (read, Constant.of(seen))
 
     def _refuse_other_features(self, site: Site) -> Refusal | None:
+        """Refuse constants of another width, or for other sequences."""
         assert site.features is not None
-        width, given = site.features.width, self.reference
-        if isinstance(given, Input):
-            found = site.inputs.get(given.name)
-            if found is None:
-                return _refuse_absent(site, given)
-            if not found.dtype.is_floating_point:
-                kind = str(found.dtype).removeprefix("torch.")
-                return site.refuse("not-features", expected="floating-point numbers", found=f"{given.name} of {kind}")
-            sizes = found.shape
-        elif isinstance(given, Constant):
-            sizes = given.shape
-        else:
-            return None
-        if len(sizes) in (2, 3) and sizes[-1] == width and self._fits_batch(site, sizes[:-2]) and sizes[-2] > 0:
-            return None
-        return site.refuse(
-            "other-features",
-            expected=f"a reference of tokens x {width}, or of {_batches(site)} x tokens x {width} numbers",
-            found=_times(sizes),
-            hint="give what the key projection of this site reads, such as the input of the layer after its norm",
-        )
-
-    def _fits_batch(self, site: Site, batch: Sequence[int]) -> bool:
-        assert site.features is not None
-        if not batch or batch[0] == 1:
-            return True
-        known = site.features.batch
-        return batch[0] == (site.batch if known is None and isinstance(self.reference, Input) else known)
-
-    def _refuse_other_mask(self, site: Site) -> Refusal | None:
-        given = self.mask
-        if given is None or isinstance(self.reference, tuple):
-            return None
-        if isinstance(given, Input):
-            found = site.inputs.get(given.name)
-            if found is None:
-                return _refuse_absent(site, given)
-            if found.dtype != torch.bool:
-                kind = str(found.dtype).removeprefix("torch.")
-                return site.refuse("not-a-mask", expected="a bool for each token", found=f"{given.name} of {kind}")
-        else:
-            found = InputTensor(tuple(torch.tensor(given).shape), torch.bool)
-        features = site.inputs[self.reference.name] if isinstance(self.reference, Input) else self.reference
-        assert isinstance(features, (InputTensor, Constant))
-        tokens = features.shape[-2]
-        is_fixed = not isinstance(given, Input)
-        batches = {1, site.features.batch if is_fixed and site.features is not None else site.batch}
-        if (
-            len(found.shape) in (1, 2)
-            and found.shape[-1] == tokens
-            and (len(found.shape) == 1 or found.shape[0] in batches)
-        ):
-            return None
-        expected = f"a mask of {tokens}, or of {_batches(site)} x {tokens} tokens"
-        return site.refuse("wrong-length", expected=expected, found=_times(found.shape))
+        width, batch = site.features.width, site.features.batch
+        sizes = self.reference.shape if isinstance(self.reference, Constant) else (width,)
+        given = site.inputs.get(self.reference.name) if isinstance(self.reference, Input) else None
+        if given is not None and 0 in given.shape:
+            hint = "give an example with at least one token"
+            return site.refuse("other-features", expected="a reference", found=_times(given.shape), hint=hint)
+        if sizes[-1] != width or (len(sizes) == 3 and sizes[0] not in (1, batch)):
+            return site.refuse(
+                "other-features",
+                expected=f"a reference of tokens x {width}, or of {_batches(batch)} x tokens x {width} numbers",
+                found=_times(sizes),
+                hint="give what the key projection of this site reads, such as the input of the layer after its norm",
+            )
+        of_sequences = isinstance(self.mask, tuple) and isinstance(self.mask[0], tuple) and len(self.mask)
+        if of_sequences and of_sequences not in (1, batch):
+            expected, found = f"a mask for {_batches(batch)} sequences", f"one for {of_sequences}"
+            return site.refuse("other-features", expected=expected, found=found, hint="give one for all sequences")
+        return None
 
 
 def _refuse_unread(site: Site) -> Refusal | None:
@@ -203,40 +169,25 @@ def _refuse_unread(site: Site) -> Refusal | None:
     return site.refuse(code, expected=expected, found=found, hint=hint)
 
 
-def _refuse_absent(site: Site, given: Input) -> Refusal:
-    listed = ", ".join(site.inputs) or "none"
-    return site.refuse(
-        "unknown-input", expected="a tensor among the inputs of the model", found=f"{given} beside {listed}"
-    )
+def _batches(batch: int | None) -> str:
+    return "1" if batch in (1, None) else f"1 or {batch}"
 
 
-def _batches(site: Site) -> str:
-    return "1" if site.batch == 1 else f"1 or {site.batch}"
-
-
-def _features(given: Any) -> Constant | tuple[()]:
+def _features(given: Any) -> Constant | Input | tuple[()]:
     """Raises PolicyError.  An empty tuple if there are no tokens."""
-    try:
-        found = Constant.from_json(given) if isinstance(given, Mapping) else given
-        found = torch.tensor(found, dtype=torch.float64) if isinstance(found, (list, tuple)) else found
-        if isinstance(found, Tensor) and 0 in (found.numel(), *found.shape[-2:-1]):
-            return ()
-        found = Constant.of(found) if isinstance(found, Tensor) else found
-        assert isinstance(found, Constant)
-        assert len(found.shape) in (2, 3)
-        assert bool(found.tensor().isfinite().all())
-    except (ValueError, KeyError, TypeError, OverflowError, RuntimeError, AssertionError) as error:
-        shown = f"of shape {list(given.shape)}" if isinstance(given, (Tensor, Constant)) else repr(given)[:60]
-        raise PolicyError(
-            f"extend-keys: invalid reference {shown}",
-            hint="use finite floating-point numbers, [tokens, features] or [batch, tokens, features]; or an Input",
-        ) from error
-    return found
+    if isinstance(given, Tensor) and given.dim() in (2, 3) and 0 in given.shape[:-1]:
+        return ()
+    if isinstance(given, (list, tuple)) and not given:
+        return ()
+    hint = "use finite floating-point numbers, [tokens, features] or [batch, tokens, features]; or an Input"
+    return tensor_option("extend-keys", "reference", given, lambda shape: len(shape) in (2, 3), hint)
 
 
-def _mask(given: Any) -> Mask:
+def _mask(given: Any) -> Mask | Input:
     """Raises PolicyError."""
     try:
+        if isinstance(given, Input) or (isinstance(given, Mapping) and "input" in given):
+            return given if isinstance(given, Input) else Input(given["input"])
         found = given if isinstance(given, Tensor) else torch.tensor(given)
         assert found.dtype == torch.bool or found.numel() == 0
         assert found.dim() in (1, 2)
@@ -250,4 +201,4 @@ def _mask(given: Any) -> Mask:
 
 
 def _times(sizes: Sequence[int]) -> str:
-    return " x ".join(map(str, sizes)) or "a single number"
+    return " x ".join(map(str, sizes))

@@ -14,12 +14,13 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.passes.preconditions import (
+    HINT_IDS,
     refuse_causal_pools,
     refuse_looking_ahead,
     refuse_other_keys,
     refuse_other_lengths,
     refuse_pooled,
-    refuse_unfit_ids,
+    refuse_unfit_inputs,
     refuse_unknown_heads,
 )
 from attnopt.patterns import Full, Pattern, Segments, Window, parse
@@ -105,8 +106,7 @@ class Sparse(Pass):
             )
         if site.spec.pooling is not None:
             return refuse_pooled(site, "use either segments or pool-keys at a site")
-        lengths = {segments.queries: site.q_len, segments.keys: site.kv_len}
-        return next((r for i, n in lengths.items() if (r := refuse_unfit_ids(site, i, n)) is not None), None)
+        return refuse_unfit_inputs(site, segments.tensors, HINT_IDS)
 
 
 def _refuse_padding(site: Site) -> Refusal | None:

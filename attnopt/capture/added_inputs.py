@@ -13,14 +13,16 @@ from torch.export import Dim
 from attnopt.base.input import Input
 from attnopt.errors import PolicyError
 
+_ADDED = "_attnopt_added"
+
 
 def taking(
     model: nn.Module, inputs: Iterable[Input], given: Mapping[str, object], dynamic_shapes: object
 ) -> tuple[nn.Module, object]:
     """``model`` with those of ``inputs`` that it does not have as further keyword arguments, which it ignores.
 
-    ``given``: the keyword arguments of the example.  ``dynamic_shapes`` also comes back, with axes for what was added: as long as
-    the tokens that it will describe.  Raises PolicyError.
+    ``given``: the keyword arguments of the example.  ``dynamic_shapes`` also comes back, with axes for what was added, which
+    are those of what reads it.  Raises PolicyError.
     """
     names = [i.name for i in inputs]
     own = inspect.signature(model.forward).parameters if names else {}
@@ -31,7 +33,7 @@ def taking(
         listed = ", ".join(missing)
         raise PolicyError(
             f"the policy reads the input {listed}, which is not among the example inputs",
-            hint=f"pass an example in kwargs, as in kwargs={{{missing[0]!r}: ids}}, and in every call of the result",
+            hint=f"pass an example in kwargs, as in kwargs={{{missing[0]!r}: tensor}}, and in every call of the result",
         )
     made = copy.copy(model)
     kind, forward = type(model), vars(made).pop("forward", None)
@@ -39,6 +41,7 @@ def taking(
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "forward": _ignoring(kind, forward, added),
+        _ADDED: tuple(added),
     }
     made.__class__ = type(kind.__name__, (kind,), about)
     if isinstance(dynamic_shapes, Mapping):
@@ -48,10 +51,16 @@ def taking(
     return made, dynamic_shapes
 
 
+def added_to(model: nn.Module) -> tuple[str, ...]:
+    """The keyword arguments that ``taking`` added to ``model``."""
+    names: tuple[str, ...] = getattr(type(model), _ADDED, ())
+    return names
+
+
 def _free_axes(x: Tensor, dynamic_shapes: Mapping[str, object]) -> dict[int, object]:
     """All axes, except a batch of one where no other input has a dynamic one: it stays one."""
     batches = any(isinstance(axes, Mapping) and axes.get(0) is not None for axes in dynamic_shapes.values())
-    first = 1 if x.dim() == 2 and x.shape[0] == 1 and not batches else 0
+    first = 1 if x.dim() > 1 and x.shape[0] == 1 and not batches else 0
     return dict.fromkeys(range(first, x.dim()), Dim.AUTO)
 
 

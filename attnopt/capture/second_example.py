@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import difference, tolerance
+from attnopt.capture.added_inputs import added_to
 from attnopt.capture.dynamic_axes import Axes
 from attnopt.capture.run_unchanged import outputs_of
 
@@ -22,7 +23,8 @@ _PLAIN = (Tensor, int, float, str, type(None))
 def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> frozenset[Place]:
     """Requested axes of length 1 along which the model accepts repeated inputs and computes the same.
 
-    First the first axes of all inputs together, usually the batch; then each alone, and the others likewise."""
+    First the first axes of all inputs together, usually the batch; then each alone, and the others likewise.  Inputs that the
+    model ignores only follow the batch of the others."""
     leaves = pytree.tree_leaves(inputs)
     if not all(isinstance(x, _PLAIN) for x in leaves):
         return frozenset()
@@ -31,6 +33,8 @@ def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> 
     ]
     if not found:
         return frozenset()
+    ignored = _ignored(model, inputs)
+    found = [(i, axis) for i, axis in found if i not in ignored or axis == 0]
     try:
         want = seeded_outputs(model, inputs)
     except Exception:
@@ -38,10 +42,18 @@ def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> 
     chosen = frozenset[Place]()
     for axis in sorted({a for _, a in found}):
         here = frozenset(p for p in found if p[1] == axis)
-        for more in (here, *([frozenset([p]) for p in sorted(here)] if len(here) > 1 else ())):
+        read = sorted(p for p in here if p[0] not in ignored)
+        for more in (here, *([frozenset([p]) for p in read] if len(here) > 1 else ())) if read else ():
             if not more & chosen and _does_the_same(model, inputs, chosen | more, want):
                 chosen |= more
     return chosen
+
+
+def _ignored(model: nn.Module, inputs: CallInputs) -> frozenset[int]:
+    """The numbers of leaves that only a policy reads."""
+    numbers, added = count(len(pytree.tree_leaves(inputs.args))), added_to(model)
+    named = [(name, next(numbers)) for name, given in inputs.kwargs.items() for _ in pytree.tree_leaves(given)]
+    return frozenset(i for name, i in named if name in added)
 
 
 def repeated(inputs: CallInputs, places: frozenset[Place], fades: bool = True) -> CallInputs:

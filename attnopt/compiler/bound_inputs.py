@@ -1,51 +1,55 @@
-"""Sizes of the inputs that a policy reads: those of the tokens that they describe."""
+"""Sizes of the inputs that a policy reads: those of what their axes count."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
-from attnopt.base.sizes import hint, same_size
+from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.errors import RewriteError
 from attnopt.graph.nodes import fake_mode, input_name, inputs_of, value
-from attnopt.ir.call_segments import CallSegments
+from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES, CallTensor, Size
 from attnopt.lower.lower import Plan
 
 
 def bind_inputs(graph: fx.Graph, plans: Sequence[Plan]) -> None:
-    """Give inputs that nothing in the model reads the sizes of the attentions that will read them.
+    """Give inputs that nothing in the model reads the sizes that the attentions which read them say.
 
-    Raises RewriteError for an input whose length may differ from theirs.
+    Raises RewriteError for an input whose size may differ from those.
     """
     nodes = {input_name(n): n for n in inputs_of(graph)}
-    bound: set[str] = set()
+    free = {name for name, node in nodes.items() if not _is_read(node)}
     for plan in plans:
-        if plan.spec.segments is None:
-            continue
-        for name, sizes in _sizes(plan, plan.spec.segments).items():
-            ids = value(nodes[name])
-            wanted = sizes[2 - ids.dim() :]
-            if ids.dim() == 2 and hint(ids.shape[0]) == 1 and hint(wanted[0]) != 1:
-                wanted = (1, wanted[1])
-            if not _is_read(nodes[name]) and name not in bound:
+        operands = plan.found.raised.operands
+        q, k = value(operands.q).shape, value(operands.k).shape
+        known: dict[str, Size] = {BATCH: q[0], QUERIES: q[2], KEYS: k[2]}
+        for tensor in plan.spec.inputs:
+            node, name = nodes[tensor.input.name], tensor.input.name
+            now = value(node)
+            known = {**tensor.lengths(now.shape), **known}
+            wanted = _sizes(tensor, now.shape, known, name in free)
+            if name in free:
                 with fake_mode(graph):
-                    nodes[name].meta["val"] = torch.empty(wanted, dtype=ids.dtype, device=ids.device)
-                bound.add(name)
-            elif not all(map(same_size, ids.shape, wanted)):
+                    node.meta["val"] = torch.empty(wanted, dtype=now.dtype, device=now.device)
+                free.remove(name)
+            elif not all(map(same_size, now.shape, wanted)):
                 raise RewriteError(
-                    f"{name} is {_told(ids.shape)}, and the attention has {_told(wanted)}, which may differ in other calls",
+                    f"{name} is {_told(now.shape)}, and the attention has {_told(wanted)}, which may differ in other calls",
                     site=plan.found.site.name,
-                    hint="use one torch.export.Dim for both in dynamic_shapes, or an input for each sequence",
+                    hint="use one torch.export.Dim for equal lengths in dynamic_shapes, or an input for each attention",
                 )
 
 
-def _sizes(plan: Plan, segments: CallSegments) -> dict[str, tuple[int, int]]:
-    """Batch and length of each input."""
-    operands = plan.found.raised.operands
-    queries, keys = (value(x).shape for x in (operands.q, operands.k))
-    return {segments.queries.name: (queries[0], queries[2]), segments.keys.name: (keys[0], keys[2])}
+def _sizes(tensor: CallTensor, given: Sequence[Size], known: Mapping[str, Size], is_free: bool) -> tuple[Size, ...]:
+    """Those of every call for an input that is ``given`` so in the example.  One for all sequences stays so."""
+    counted = tensor.counted(len(given))
+    sizes = tuple(known[axis] if isinstance(axis, str) else axis for axis in counted)
+    is_for_all = counted[0] == BATCH and hint(given[0]) == 1
+    if is_for_all and (hint(sizes[0]) != 1 or (is_static(given[0]) and not is_free)):
+        return (1, *sizes[1:])
+    return sizes
 
 
 def _is_read(node: fx.Node) -> bool:
@@ -53,5 +57,5 @@ def _is_read(node: fx.Node) -> bool:
     return any(user.op != "call_module" for user in node.users)
 
 
-def _told(sizes: Sequence[int | torch.SymInt]) -> str:
+def _told(sizes: Sequence[Size]) -> str:
     return " x ".join(map(str, sizes))

@@ -167,6 +167,6 @@ def _pass_to_json(p: Pass) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, (Pattern, BlockScores, Constant)):
+    if isinstance(value, (Pattern, BlockScores, Constant, Input)):
         return value.to_json()
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

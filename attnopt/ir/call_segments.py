@@ -11,6 +11,8 @@ from torch import Tensor
 from attnopt.base.input import Input
 from attnopt.base.sizes import same_size
 from attnopt.errors import PolicyError
+from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES, CallTensor, Source
+from attnopt.ir.constant import Constant
 from attnopt.ir.operands import SegmentTensors
 from attnopt.patterns import And, Pattern, Segments
 from attnopt.patterns.algebra import FULL, all_of
@@ -32,12 +34,17 @@ class CallSegments:
     pairs: tuple[Pairs | None, ...] | None = None
 
     @property
-    def inputs(self) -> tuple[Input, Input]:
-        return self.queries, self.keys
+    def tensors(self) -> tuple[Source, ...]:
+        """The ids of queries and keys, or of all tokens if one input has both, and the table of ``SegmentTensors``."""
+        keys = CallTensor(self.keys, (BATCH, KEYS), is_ids=True)
+        own = () if self.queries == self.keys else (CallTensor(self.queries, (BATCH, QUERIES), is_ids=True),)
+        table = () if self.pairs is None else (Constant.of(self._table(self.pairs)),)
+        return (*own, keys, *table)
 
-    def tensors(self, ids: Sequence[Tensor], table: Tensor | None, q_len: int) -> SegmentTensors:
-        """What a call brought as it is used.  ``q_len`` may be a SymInt."""
-        queries, keys = (x.unsqueeze(0) if x.dim() == 1 else x for x in ids)
+    def used(self, tensors: Sequence[Tensor], q_len: int) -> SegmentTensors:
+        """``tensors`` as of this call.  ``q_len`` may be a SymInt."""
+        table = None if self.pairs is None else tensors[-1]
+        queries, keys = tensors[0], tensors[0 if self.queries == self.keys else 1]
         if self.queries == self.keys and not same_size(queries.shape[1], q_len):
             queries = queries[:, queries.shape[1] - q_len :]
         return SegmentTensors(queries, keys, table)
@@ -46,12 +53,9 @@ class CallSegments:
         """The same for the heads at these places."""
         return self if self.pairs is None else replace(self, pairs=tuple(self.pairs[i] for i in places))
 
-    @property
-    def table(self) -> Tensor | None:
-        """As of ``SegmentTensors``."""
-        if self.pairs is None:
-            return None
-        return SegmentTensors.table(self.pairs[:1] if len(set(self.pairs)) == 1 else self.pairs)
+    @staticmethod
+    def _table(pairs: Sequence[Pairs | None]) -> Tensor:
+        return SegmentTensors.table(pairs[:1] if len(set(pairs)) == 1 else pairs)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -70,7 +74,7 @@ class CallSegments:
 
     def __str__(self) -> str:
         """ "segments by region_ids" """
-        names = dict.fromkeys(i.name for i in self.inputs)
+        names = dict.fromkeys((self.queries.name, self.keys.name))
         return f"segments by {' and '.join(names)}"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnopt.base.input import Input
+from attnopt.ir.call_tensor import CallTensor
 from attnopt.ir.pooling import parts_of
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
@@ -50,8 +50,8 @@ def cost_of(
         products, of_key = 0.0, 0
         parameters = {role: n for role, n in parameters.items() if role not in ("q", "k")}
     pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
-    products += 2 * spec.value_dim * (pairs + sum(edit.pairs for edit in spec.after))
-    read = site.kv_len + (more.tokens if more is not None and isinstance(more.reference, Input) else 0)
+    products += 2 * spec.value_dim * (pairs + sum(edit.pairs(site.q_len, site.kv_len) for edit in spec.after))
+    read = site.kv_len + (more.tokens if more is not None and isinstance(more.reference, CallTensor) else 0)
     tokens = {"q": site.q_len, "k": read, "v": read, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)

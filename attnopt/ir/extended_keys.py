@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.base.input import Input
-from attnopt.ir.constant import Constant
+from attnopt.ir.call_tensor import CallTensor, Source, source_from_json
 from attnopt.ir.head_edits import heads_told
 
 
@@ -21,19 +20,18 @@ class ExtendedKeys:
     as those of the attention are from its own.
 
     ``reference``: the features, [M, C] or [B or 1, M, C].  ``tokens``: M, in the example if each call brings them.
-    ``weight``: how often each token counts, above 0.  ``mask``: which of them are seen, [M] or [B or 1, M]: 0 or False for
-    those that are not; None for all.
+    ``weight``: how often each token counts, above 0.  ``mask``: which of them are seen, bool [M] or [B or 1, M]; None: all.
     """
 
-    reference: Input | Constant
+    reference: Source
     tokens: int
     heads: tuple[int, ...]
     weight: float = 1.0
-    mask: Input | Constant | None = None
+    mask: Source | None = None
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        return tuple(x for x in (self.reference, self.mask) if isinstance(x, Input))
+    def tensors(self) -> tuple[Source, ...]:
+        return (self.reference, *(() if self.mask is None else (self.mask,)))
 
     @property
     def log_weight(self) -> float:
@@ -47,40 +45,32 @@ class ExtendedKeys:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "reference": _to_json(self.reference),
+            "reference": self.reference.to_json(),
             "tokens": self.tokens,
             "heads": list(self.heads),
             "weight": self.weight,
-            "mask": None if self.mask is None else _to_json(self.mask),
+            "mask": None if self.mask is None else self.mask.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExtendedKeys:
         """The inverse of ``to_json``."""
         return cls(
-            _from_json(data["reference"]),
+            source_from_json(data["reference"]),
             int(data["tokens"]),
             tuple(map(int, data["heads"])),
             float(data["weight"]),
-            None if data["mask"] is None else _from_json(data["mask"]),
+            None if data["mask"] is None else source_from_json(data["mask"]),
         )
 
     def __str__(self) -> str:
         """ "heads 0, 2 read 16 more keys with weight 0.5" """
         read = "reads" if len(self.heads) == 1 else "read"
-        of = f" of {self.reference.name}" if isinstance(self.reference, Input) else ""
+        of = f" of {self.reference}" if isinstance(self.reference, CallTensor) else ""
         how_many = f"{self.tokens} more {'key' if self.tokens == 1 else 'keys'}{of}"
         by = "" if self.weight == 1.0 else f" with weight {self.weight:g}"
-        under = "" if self.mask is None else f" under {self.mask.name if isinstance(self.mask, Input) else 'a mask'}"
+        under = "" if self.mask is None else f" under {self.mask if isinstance(self.mask, CallTensor) else 'a mask'}"
         return f"{heads_told(self.heads)} {read} {how_many}{by}{under}"
-
-
-def _to_json(x: Input | Constant) -> dict[str, Any]:
-    return {"input": x.name} if isinstance(x, Input) else x.to_json()
-
-
-def _from_json(data: Mapping[str, Any]) -> Input | Constant:
-    return Input(str(data["input"])) if "input" in data else Constant.from_json(data)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,9 @@ class Pass(ABC):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """What each call of the rewritten model has to bring."""
-        return ()
+        """What each call of the rewritten model has to bring: by default, the options that are an ``Input``."""
+        options = (getattr(self, name, None) for name in getattr(self, "__dataclass_fields__", ()))
+        return tuple(x for x in options if isinstance(x, Input))
 
     def check(self, site: Site) -> Refusal | None:
         """Why this pass does not apply to ``site``, or None."""

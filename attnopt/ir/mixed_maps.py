@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnopt.base.bit_table import indices, stretched
 from attnopt.base.sizes import is_static
+from attnopt.ir.call_tensor import CallTensor, Source, of_heads, source_from_json
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_edits import HeadEdit, HeadMap, heads_told, without
 
@@ -20,17 +21,18 @@ from attnopt.ir.head_edits import HeadEdit, HeadMap, heads_told, without
 class Mixed(HeadEdit):
     """``o_h -> (1 - g_h) o_h + g_h map_h @ v_h``, which is what mixing ``map_h`` into the weights by ``g_h`` gives.
 
-    ``gates``: one for each head.  ``map``: [heads, L, S], or [1, L, S] for all of them; other lengths are a ValueError.
+    ``gates``: one for each head.  ``map``: [heads, L, S], or [1, L, S] for all of them; other lengths are a ValueError.  What a
+    call brings also has a batch, [B or 1, heads or 1, L, S].
     """
 
     kind: ClassVar[str] = "mixed"
     heads: tuple[int, ...]
     gates: tuple[float, ...]
-    map: Constant
+    map: Source
 
     def __post_init__(self) -> None:
-        n = len(self.heads)
-        if len(self.gates) != n or len(self.map.shape) != 3 or self.map.shape[0] not in (1, n):
+        n, shape = len(self.heads), self.map.shape
+        if len(self.gates) != n or len(shape) != 3 + isinstance(self.map, CallTensor) or shape[-3] not in (1, n):
             raise ValueError(f"a map of shape {list(self.map.shape)} and {len(self.gates)} gates for {n} heads")
 
     @property
@@ -41,31 +43,29 @@ class Mixed(HeadEdit):
     def overwritten(self) -> tuple[int, ...]:
         return tuple(h for h, gate in zip(self.heads, self.gates, strict=True) if gate == 1.0)
 
-    @property
-    def pairs(self) -> int:
-        return len(self.heads) * self.map.shape[1] * self.map.shape[2]
+    def pairs(self, q_len: int, kv_len: int) -> int:
+        return len(self.heads) * q_len * kv_len
 
     @property
     def reads_positions(self) -> bool:
         return True
 
     @property
-    def constants(self) -> tuple[Constant, ...]:
+    def tensors(self) -> tuple[Source, ...]:
         return (self.map,)
 
-    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
-        (maps,) = constants
-        if (o.shape[2], v.shape[2]) != tuple(maps.shape[1:]):
-            raise ValueError(
-                f"a map of {maps.shape[1]} x {maps.shape[2]} for {o.shape[2]} queries and {v.shape[2]} keys"
-            )
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        (maps,) = tensors
+        if isinstance(self.map, Constant) and self.map.shape[1:] != (o.shape[2], v.shape[2]):
+            rows, columns = self.map.shape[1:]
+            raise ValueError(f"a map of {rows} x {columns} for {o.shape[2]} queries and {v.shape[2]} keys")
         places = [place for place, head in enumerate(spec.heads) if head in self.heads]
-        rows = [self.heads.index(spec.heads[place]) for place in places]
+        taken = [self.heads.index(spec.heads[place]) for place in places]
         wide = torch.promote_types(v.dtype, torch.float32)
         mapped = _mapped(
-            _taken(maps, rows, 0) if len(maps) > 1 else maps, v, [spec.kv_of_head[p] for p in places], wide
+            _taken(maps, taken, -3) if maps.shape[-3] > 1 else maps, v, [spec.kv_of_head[p] for p in places], wide
         )
-        pieces = list(self._pieces(places, [self.gates[row] for row in rows], o, mapped))
+        pieces = list(self._pieces(places, [self.gates[i] for i in taken], o, mapped))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def _pieces(self, places: Sequence[int], gates: Sequence[float], o: Tensor, mapped: Tensor) -> Iterator[Tensor]:
@@ -93,7 +93,7 @@ class Mixed(HeadEdit):
         places = [i for i, h in enumerate(self.heads) if h in kept]
         if not places:
             return None
-        maps = self.map if self.map.shape[0] == 1 else Constant.of(self.map.tensor()[torch.tensor(places)])
+        maps = self.map if self.map.shape[-3] == 1 else of_heads(self.map, places)
         return replace(
             self, heads=tuple(self.heads[i] for i in places), gates=tuple(self.gates[i] for i in places), map=maps
         )
@@ -107,31 +107,33 @@ class Mixed(HeadEdit):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         heads, gates = tuple(map(int, data["heads"])), tuple(map(float, data["gates"]))
-        return cls(heads, gates, Constant.from_json(data["map"]))
+        return cls(heads, gates, source_from_json(data["map"]))
 
     def __str__(self) -> str:
         """ "a map of 16 x 16 mixed into heads 0, 2 by 0.5" """
-        rows, columns = self.map.shape[1:]
+        rows, columns = self.map.shape[-2:]
+        which = f"the map {self.map}" if isinstance(self.map, CallTensor) else f"a map of {rows} x {columns}"
         by = f"{self.gates[0]:g}" if len(set(self.gates)) == 1 else f"({', '.join(f'{g:g}' for g in self.gates)})"
-        return f"a map of {rows} x {columns} mixed into {heads_told(self.heads)} by {by}"
+        return f"{which} mixed into {heads_told(self.heads)} by {by}"
 
 
 def mixed(spec: HeadMap, o: Tensor, v: Tensor, keep: Tensor | None, added: Tensor) -> Tensor:
     """``keep * o + added @ v``, with the operands ``keep`` and ``added`` of an attention; no ``keep`` is 1."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    groups = spec.kv_of_head
-    if is_static(added.shape[0]) and added.shape[0] == 1:
-        mapped = _mapped(added[0], v, groups, wide)
-    else:
-        mapped = added.to(wide) @ _taken(v, groups, 1).to(wide)
+    mapped = _mapped(added, v, spec.kv_of_head, wide)
     return ((o.to(wide) if keep is None else o.to(wide) * keep.to(wide)) + mapped).to(o.dtype)
 
 
-def _mapped(maps_RLS: Tensor, v_BGSD: Tensor, groups: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The map of each head, or one for all, times the values of the group that it reads: [B, heads, L, D].
+def _mapped(maps: Tensor, v_BGSD: Tensor, groups: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The map of each head, or one for all, [B or 1, R, L, S] or [R, L, S], times the values of the group that it reads:
+    [B, heads, L, D].
 
-    The batch joins the features: as a batch of products, the maps would be copied for every sequence.
+    Where all sequences share the maps, the batch joins the features: as a batch of products, the maps would be copied for
+    every sequence.
     """
+    if maps.dim() == 4 and not (is_static(maps.shape[0]) and maps.shape[0] == 1):
+        return maps.to(dtype) @ _taken(v_BGSD, groups, 1).to(dtype)
+    maps_RLS = maps[0] if maps.dim() == 4 else maps
     wanted = list(dict.fromkeys(groups)) if len(maps_RLS) == 1 else groups
     v_RSBD = _taken(v_BGSD, wanted, 1).to(dtype).permute(1, 2, 0, 3)
     R, S, B, D = v_RSBD.shape

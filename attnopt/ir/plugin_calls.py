@@ -13,6 +13,7 @@ from torch import Tensor
 from attnopt.errors import PluginError
 from attnopt.ir.attend import Attend
 from attnopt.ir.blame import blamed, check_output, fault
+from attnopt.ir.call_tensor import CallTensor
 from attnopt.ir.compensation import Compensation
 from attnopt.ir.extended_keys import MoreKeys
 from attnopt.ir.extension import joined, joined_spec
@@ -128,29 +129,34 @@ def lower(backend: Backend, spec: AttentionSpec) -> Attend:
 def attention_of(
     backend: Backend,
     spec: AttentionSpec,
-    constants: Sequence[Tensor] | None = None,
-    ids: Sequence[Tensor] = (),
-    table: Tensor | None = None,
+    tensors: Sequence[Tensor] | None = None,
     more: MoreKeys | None = None,
 ) -> Attend:
     """``spec`` including its map and ``spec.after``, computed by ``backend``.
 
-    ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.  ``ids``: the tensors
-    of its segments, and ``table`` theirs.  ``more``: the keys and values of other tokens.
+    ``tensors``: ``spec.tensors`` as a graph stores them and as a call brings them; None: the constants, created at each call,
+    where no call brings any.  ``more``: the keys and values of other tokens, if there are any.
     """
     segments = None if takes_segments(backend, spec) else spec.segments  # as a mask
     bare = (spec if segments is None else spec.with_segments_masked).bare
-    if constants is not None and spec.selection is not None:
-        count = len(spec.selection.fitted)
-        bare, constants = replace(bare, selection=spec.selection.using(constants[:count])), constants[count:]
+    ids: Sequence[Tensor] = ()
+    if tensors is not None:
+        read = [t.read(x) if isinstance(t, CallTensor) else x for t, x in zip(spec.tensors, tensors, strict=True)]
+        fitted, ids, tensors = _dealt(read, len(spec.of_selection), len(spec.of_segments))
+        bare = bare if bare.selection is None else replace(bare, selection=bare.selection.using(fitted))
     core = _without_edits(backend, bare)
     if bare.extension is not None:
         core = partial(core, more=more)
     if bare.segments is not None:
-        core = in_segments(bare.segments, ids, table, core)
+        core = in_segments(bare.segments, ids, core)
     has_more = spec.has_map or bool(spec.after)
-    whole = edited(spec, core, constants, skips_rows=backend.skips_rows) if has_more else core
-    return whole if segments is None else masked_by(segments, ids, table, whole)
+    whole = edited(spec, core, tensors, skips_rows=backend.skips_rows) if has_more else core
+    return whole if segments is None else masked_by(segments, ids, whole)
+
+
+def _dealt(tensors: Sequence[Tensor], first: int, second: int) -> tuple[Sequence[Tensor], ...]:
+    """So many, then so many, and the others."""
+    return tensors[:first], tensors[first : first + second], tensors[first + second :]
 
 
 def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:

@@ -17,6 +17,7 @@ from attnopt.base.sizes import is_static
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.blame import applied
 from attnopt.ir.call_segments import CallSegments
+from attnopt.ir.call_tensor import known
 from attnopt.ir.mixed_maps import mixed
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Full
@@ -25,13 +26,13 @@ from attnopt.patterns import Full
 def edited(
     spec: AttentionSpec,
     core: RoutedAttend | Attend,
-    constants: Sequence[Tensor] | None = None,
+    tensors: Sequence[Tensor] | None = None,
     *,
     skips_rows: bool = False,
 ) -> Attend:
     """``core``, which computes ``spec.bare``, with its map and all of its edits.
 
-    ``constants``: ``spec.edit_constants`` as tensors, so a graph can store them; None: created at each call.
+    ``tensors``: those of the edits; None: the constants, created at each call, where no call brings any.
     ``skips_rows``: ``core`` is a ``RoutedAttend``.
     """
 
@@ -46,8 +47,9 @@ def edited(
         keep: Tensor | None = None,
         added: Tensor | None = None,
     ) -> Tensor:
-        held = iter([c.tensor(q.device) for c in spec.edit_constants] if constants is None else constants)
-        own = [[next(held) for _ in edit.constants] for edit in spec.after]
+        of_edits = [t for edit in spec.after for t in edit.tensors]
+        held = iter(known(of_edits, q.device) if tensors is None else tensors)
+        own = [[next(held) for _ in edit.tensors] for edit in spec.after]
         wanted = {}
         if skips_rows and spec.route is not None:
             wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
@@ -62,21 +64,21 @@ def edited(
     return attend
 
 
-def in_segments(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | None, core: Any) -> RoutedAttend:
+def in_segments(segments: CallSegments, tensors: Sequence[Tensor], core: Any) -> RoutedAttend:
     """``core``, which takes ``segments``, with those of this call."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> Tensor:
-        o: Tensor = core(q, k, v, **others, segments=segments.tensors(ids, table, q.shape[2]))
+        o: Tensor = core(q, k, v, **others, segments=segments.used(tensors, q.shape[2]))
         return o
 
     return attend
 
 
-def masked_by(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | None, core: Attend) -> Attend:
+def masked_by(segments: CallSegments, tensors: Sequence[Tensor], core: Attend) -> Attend:
     """``core`` with the segments of this call as its mask, joined with another one."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, **others: Any) -> Tensor:
-        seen = segments.tensors(ids, table, q.shape[2]).mask()
+        seen = segments.used(tensors, q.shape[2]).mask()
         return core(q, k, v, mask=seen if mask is None else seen & mask, **others)
 
     return attend

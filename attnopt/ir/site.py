@@ -76,8 +76,8 @@ class Site(Projected):
 
     def edited(self, made: SiteEdit) -> Site:
         """As it is with this edit: the next pass sees this one."""
-        unknown = made.spec.segments is not None or made.spec.extension is not None
-        now = None if unknown else self.activations  # which know neither segments nor other tokens
+        unknown = bool(made.spec.inputs) or made.spec.extension is not None
+        now = None if unknown else self.activations  # which know neither what only a call brings nor other tokens
         return replace(
             self,
             spec=made.spec,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from attnopt.base.input import Input
 from attnopt.ir.call_segments import CallSegments
-from attnopt.ir.constant import Constant
+from attnopt.ir.call_tensor import CallTensor, Source
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.eviction import Eviction
 from attnopt.ir.extended_keys import ExtendedKeys
@@ -189,26 +188,29 @@ class AttentionSpec:
         return len(constant_heads(self.after)) == self.num_heads
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        """What the call has to bring beside the operands, in order."""
-        of_segments = () if self.segments is None else self.segments.inputs
-        of_extension = () if self.extension is None else self.extension.inputs
-        return (*of_segments, *of_extension)
+    def tensors(self) -> tuple[Source, ...]:
+        """What backends and edits read beside the operands: what ``selection`` was fitted to, then of ``segments`` and of each
+        edit."""
+        return (*self.of_selection, *self.of_segments, *(t for edit in self.after for t in edit.tensors))
+
+    @property
+    def of_selection(self) -> tuple[Source, ...]:
+        return () if self.selection is None else self.selection.fitted
+
+    @property
+    def of_segments(self) -> tuple[Source, ...]:
+        return () if self.segments is None else self.segments.tensors
+
+    @property
+    def inputs(self) -> tuple[CallTensor, ...]:
+        """What each call brings, keys and values of other tokens included."""
+        of_extension = () if self.extension is None else self.extension.tensors
+        return tuple(t for t in (*self.tensors, *of_extension) if isinstance(t, CallTensor))
 
     @property
     def ignores_weights(self) -> bool:
         """No head's output depends on the attention weights, nor on queries and keys."""
         return self.route is None and any(set(self.heads) <= set(edit.overwritten) for edit in self.after)
-
-    @property
-    def constants(self) -> tuple[Constant, ...]:
-        """What ``selection`` was fitted to, and the constants of all edits, in order."""
-        fitted = () if self.selection is None else self.selection.fitted
-        return (*fitted, *self.edit_constants)
-
-    @property
-    def edit_constants(self) -> tuple[Constant, ...]:
-        return tuple(c for edit in self.after for c in edit.constants)
 
     @property
     def with_segments_masked(self) -> AttentionSpec:

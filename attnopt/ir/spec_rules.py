@@ -37,8 +37,10 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
     yield from verify_spec(site.spec, made.spec)
     for edit in made.edits:
         yield from _of_weights(site, made.spec, edit)
-    fitted = () if site.spec.selection is None else site.spec.selection.fitted
-    if fitted and any(edit.role in ("q", "k") for edit in made.edits):
+    for tensor in made.spec.inputs:
+        if tensor.input.name not in site.inputs:
+            yield f"it reads {tensor.input}, which is not among the inputs {', '.join(site.inputs) or '(none)'}"
+    if site.spec.of_selection and any(edit.role in ("q", "k") for edit in made.edits):
         yield f"new weights of queries or keys, but {site.spec.selection} was fitted to the old ones"
     if made.out_bias is not None:
         yield from _of_out_bias(site, made.out_bias)

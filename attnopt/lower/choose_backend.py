@@ -29,7 +29,7 @@ def choose(backends: Sequence[Backend], before: Site, site: Site) -> Choice:
     if not able:
         return Choice(None, reasons)
     backend, told = min(able, key=lambda b: plugin_calls.cost(b, site)), tuple[str, ...]()
-    is_plain = site.spec.weight_gains is None and site.spec.segments is None and site.spec.extension is None
+    is_plain = site.spec.weight_gains is None and site.spec.extension is None and not site.spec.inputs
     if site.spec.route is not None and is_plain:
         backend, told = faster(site, backend, backends)
     notes = (*told, *plugin_calls.notes(backend, site), *_masked(before, site, backend, backends))

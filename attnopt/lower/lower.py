@@ -22,6 +22,7 @@ from attnopt.graph.nodes import aten, shape, value
 from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
 from attnopt.graph.select import restrict, spread
+from attnopt.ir.call_tensor import CallTensor
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.extended_keys import MoreKeys
 from attnopt.ir.extension import joined_spec
@@ -206,23 +207,18 @@ def inline(
 ) -> fx.Node:
     given = operands.given
     device = value(operands.q).device
-    held = [emit.constant(c.tensor(device)) for c in spec.constants]
-    of_segments = () if spec.segments is None else spec.segments.inputs
-    brought = [input_of(emit, i) for i in of_segments]
     others = () if more is None else more.given
-    table = None if spec.segments is None else spec.segments.table
-    tables = [] if table is None else [emit.constant(table.to(device))]
+    read = [input_of(emit, t) if isinstance(t, CallTensor) else emit.constant(t.tensor(device)) for t in spec.tensors]
 
     def call(*tensors: Tensor) -> Tensor:
         rest = iter(tensors)
         of_role = {role: next(rest) for role in given}
         t = operands.map(lambda role, _: of_role[role])
-        constants, ids, beside = ([next(rest) for _ in nodes] for nodes in (held, brought, others))
-        added = MoreKeys(*beside) if beside else None
-        attend = attention_of(backend, spec, constants, ids, next(rest, None), added)
+        beside = [next(rest) for _ in others]
+        attend = attention_of(backend, spec, list(rest), MoreKeys(*beside) if beside else None)
         return attend(t.q, t.k, t.v, **t.others)
 
-    return emit.inline(call, *given.values(), *held, *brought, *others, *tables)
+    return emit.inline(call, *given.values(), *others, *read)
 
 
 def _edit_output(

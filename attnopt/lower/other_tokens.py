@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from attnopt.base.input import Input
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.interpreter import Interpreter
 from attnopt.graph.nodes import ancestors, aten, dtype, get_attr, input_name, inputs_of, value
-from attnopt.ir.constant import Constant
+from attnopt.ir.call_tensor import CallTensor, Source
 from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.match.find import Found
 from attnopt.match.token_path import TokenPath, emitted
@@ -53,24 +52,21 @@ def other_tokens(emit: Emitter, found: Found, extension: ExtendedKeys, here: Map
     made = emitted(path, emit, features, here)
     seen = None
     if extension.mask is not None:
-        given = _tensor(emit, extension.mask, None, value(path.source).device, 2)
-        seen = given if dtype(given) == torch.bool else emit.call(aten.ne.Scalar, given, 0)
+        seen = _tensor(emit, extension.mask, torch.bool, value(path.source).device, 2)
     return OtherTokens(made[path.k], made[path.v], seen, {here[n]: node for n, node in made.items()})
 
 
-def input_of(emit: Emitter, given: Input) -> fx.Node:
-    """The argument of this name."""
-    return next(n for n in inputs_of(emit.graph) if input_name(n) == given.name)
+def input_of(emit: Emitter, given: CallTensor) -> fx.Node:
+    """The argument that brings it."""
+    return next(n for n in inputs_of(emit.graph) if input_name(n) == given.input.name)
 
 
-def _tensor(
-    emit: Emitter, given: Input | Constant, kind: torch.dtype | None, device: torch.device, ndim: int
-) -> fx.Node:
+def _tensor(emit: Emitter, given: Source, kind: torch.dtype, device: torch.device, ndim: int) -> fx.Node:
     """With an axis for the batch, and elements of this kind."""
-    node = input_of(emit, given) if isinstance(given, Input) else emit.constant(given.tensor(device))
+    node = input_of(emit, given) if isinstance(given, CallTensor) else emit.constant(given.tensor(device))
     if len(value(node).shape) < ndim:
         node = emit.call(aten.unsqueeze.default, node, 0)
-    return node if kind in (None, dtype(node)) else emit.call(aten._to_copy.default, node, dtype=kind)
+    return node if kind == dtype(node) else emit.call(aten._to_copy.default, node, dtype=kind)
 
 
 def _stored(emit: Emitter, node: fx.Node) -> fx.Node:

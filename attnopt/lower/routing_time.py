@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnopt.base.cpu_timing import interleaved, one_thread
 from attnopt.ir import plugin_calls
+from attnopt.ir.call_tensor import known
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.operands import OperandTensors
 from attnopt.ir.plugin_calls import attention_of
@@ -70,7 +71,7 @@ def _seconds(spec: AttentionSpec, q_len: int, kv_len: int, backends: tuple[Backe
         operands = OperandTensors(q, k, v, bias, mask, sinks, added=added)
 
         def called(backend: Backend) -> Callable[[], Tensor]:
-            attend = attention_of(backend, spec, [c.tensor() for c in spec.constants])
+            attend = attention_of(backend, spec, known(spec.tensors))
             return lambda: attend(q, k, v, **operands.others)
 
         calls = {str(i): called(b) for i, b in enumerate(backends)}

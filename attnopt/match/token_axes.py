@@ -7,7 +7,7 @@ token by token only if they are no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -269,7 +269,7 @@ def _index_select(axes: TokenAxes, node: fx.Node) -> Axes | None:
     return None if x is None else _part(axes, node, axes.of(x), wrap(arg(node, 1), len(axes.of(x))))
 
 
-_RULES: Mapping[Target, Callable[[TokenAxes, fx.Node], Axes | None]] = rules(
+_RULES: dict[Target, Callable[[TokenAxes, fx.Node], Axes | None]] = rules(
     {
         Kind.RESHAPE: _layout,
         Kind.PERMUTE: _layout,

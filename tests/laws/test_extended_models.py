@@ -16,6 +16,7 @@ from models import Attention, Spelling, inputs
 from torch import Tensor, nn
 
 import attnopt
+from attnopt import Input
 from attnopt.passes import (
     AddValues,
     DynamicSparse,
@@ -361,6 +362,91 @@ def test_edits_stand_in_either_order(edit: str) -> None:
     oracle.assert_differs(first, oracle.run(attnopt.optimize(model, EDITS[edit], (x,)), (x,)))
 
 
+@pytest.mark.parametrize("backend", ["auto", "blocked", "sdpa"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_references_that_each_call_brings(backend: str, mask: bool, tmp_path: Path) -> None:
+    """Of any number of tokens and sequences, also in ONNX Runtime."""
+    torch.manual_seed(0)
+    model, x = Tokens().eval(), torch.randn(2, 12, 32)
+    given = {"first": torch.randn(2, 5, 32), "second": torch.randn(2, 4, 32)}
+    if mask:
+        given["seen"] = torch.rand(2, 5) < 0.6
+    policy = {
+        "attentions.0": ExtendKeys(Input("first"), mask=Input("seen") if mask else None),
+        "attentions.1": ExtendKeys(Input("second")),
+    }
+    shapes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
+    fast = attnopt.optimize(model, policy, (x,), given, dynamic_shapes=shapes, backend=backend)
+    assert not any(s.refusals for s in fast.report.sites)
+    fast.save(tmp_path / "saved")
+    loaded = attnopt.load(tmp_path / "saved")
+    assert [s.spec for s in loaded.sites] == [s.spec for s in fast.sites]
+    for batch, length, counts in ((2, 12, (5, 4)), (3, 7, (2, 9)), (2, 70, (80, 3))):
+        x = torch.randn(batch, length, 32)
+        given = {name: torch.randn(batch, n, 32) for name, n in zip(("first", "second"), counts, strict=True)}
+        seen = torch.rand(batch, counts[0]) < 0.6 if mask else torch.ones(batch, counts[0], dtype=torch.bool)
+        want = [
+            torch.cat(
+                [
+                    tokens_by_hand(model, x[i : i + 1], [given["first"][i, seen[i]], given["second"][i]])[0]
+                    for i in range(batch)
+                ]
+            )
+        ]
+        given |= {"seen": seen} if mask else {}
+        oracle.assert_same(oracle.run(fast, (x,), given), want)
+        assert torch.equal(loaded(x, **given), fast(x, **given))
+        oracle.assert_same(exported(fast, tmp_path / "m.onnx", x=x, **given), want)
+
+
+INPUTS: dict[str, tuple[dict[str, Any], Tensor, dict[str, Tensor]]] = {
+    "for all sequences": ({}, features(12, 5), {}),
+    "one sequence": ({"weight": 2.0}, features(12, 5)[None], {}),
+    "a known mask": ({"mask": [True, False, True, True, False]}, features(12, 5), {}),
+    "half precision": ({}, features(12, 5).half().float().half(), {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(INPUTS))
+@pytest.mark.parametrize("spelling", ["plain", "shared", "conv1d"])
+def test_inputs_go_through_new_weights(kind: str, spelling: str) -> None:
+    """Heads are pruned and merged before and after."""
+    options, reference, _ = INPUTS[kind]
+    s = SPELLINGS[spelling]
+    model, given = Attention(s), inputs(s)
+    edits = [GroupedQuery(kv_heads=2, merge="mean"), PruneHeads(heads=[1])]
+    for put in (lambda p: [p, *edits], lambda p: [*edits, p], lambda p: [edits[0], p, edits[1]]):
+        fast = attnopt.optimize(model, put(ExtendKeys(Input("ref"), **options)), (), {**given, "ref": reference})
+        assert not fast.report.sites[0].refusals
+        want = attnopt.optimize(model, put(ExtendKeys(reference, **options)), (), given)
+        oracle.assert_same(oracle.run(fast, (), {**given, "ref": reference}), oracle.run(want, (), given))
+
+
+def test_constant_references_under_masks_of_a_call() -> None:
+    model, x = Attention(Spelling()), torch.randn(2, 7, 12)
+    seen = torch.tensor([[True, False, True], [False, False, False]])
+    for reference in (features(12), torch.stack([features(12), features(12, seed=8)])):
+        fast = attnopt.optimize(model, ExtendKeys(reference, mask=Input("seen")), (x,), {"seen": seen})
+        each = reference if reference.dim() == 3 else reference.expand(2, -1, -1)
+        want = [torch.cat([jointly(model, x[i : i + 1], each[i][seen[i]])[0] for i in range(2)])]
+        oracle.assert_same(oracle.run(fast, (x,), {"seen": seen}), want)
+
+
+def test_gradients_reach_what_a_call_brings() -> None:
+    model, x = Attention(Spelling()), torch.randn(2, 7, 12)
+    joint = torch.cat([features(12).expand(2, -1, -1), x], 1).requires_grad_()
+    model(joint)[:, M:].square().sum().backward()
+    assert joint.grad is not None
+    for backend in ("blocked", "sdpa"):
+        reference = features(12).requires_grad_()
+        fast = attnopt.optimize(model, ExtendKeys(Input("ref")), (x,), {"ref": reference.detach()}, backend=backend)
+        fast.zero_grad()
+        fast(x, ref=reference).square().sum().backward()
+        torch.testing.assert_close(reference.grad, joint.grad[:, :M].sum(0), atol=1e-4, rtol=1e-4)
+        assert fast.graph_module.k_proj.weight is model.k_proj.weight
+
+
 def test_optimized_again() -> None:
     """Of the result, the attention over joined keys is found; they are no longer computed from each token alone."""
     model, x = Attention(Spelling()), torch.randn(2, 7, 12)
@@ -369,10 +455,8 @@ def test_optimized_again() -> None:
     oracle.assert_same(oracle.run(again, (x,)), oracle.run(fast, (x,)))
     twice = attnopt.optimize(fast, ["fuse", ExtendKeys(features(12))], (x,))
     refused = twice.report.sites[0].refusals["extend-keys"]
-    assert (refused.code, refused.found) == (
-        "not-token-wise",
-        "tokens that are joined, cut or arranged anew before them",
-    )
+    assert refused.code == "not-token-wise"
+    assert refused.found.startswith("cat (models.py:")
     oracle.assert_same(oracle.run(twice, (x,)), oracle.run(fast, (x,)))
     pruned = attnopt.optimize(fast, PruneHeads(heads=[2]), (x,))
     assert not pruned.report.sites[0].refusals

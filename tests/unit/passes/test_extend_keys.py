@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.errors import ConversionError, ExportError, PolicyError
 from attnopt.ir.site import Site, TokenFeatures
+from attnopt.match import token_axes
 from attnopt.passes import ExtendKeys, GroupedQuery, PoolKeys, SegmentGain
 from attnopt.patterns import Keys
 
@@ -211,6 +212,24 @@ def test_rotated_keys(s: Spelling) -> None:
     torch.testing.assert_close(fast(**given), model(**given))
 
 
+def test_the_path_is_held_to_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that takes reversed tokens for their own layout is noticed by numbers."""
+
+    class Reversed(tiny_models.Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (y.unflatten(-1, (4, 4)).transpose(1, 2) for y in (self.q(x), self.k(x).flip(1), self.v(x)))
+            return self.o(((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    model = Reversed(16, 4, causal=False).eval()
+    policy = ["fuse", ExtendKeys(torch.randn(3, 16))]
+    found = attnopt.optimize(model, policy, (X,)).report.sites[0].refusals["extend-keys"]
+    assert (found.code, found.found[:4]) == ("not-token-wise", "flip")
+    monkeypatch.setitem(token_axes._RULES, torch.ops.aten.flip.default, lambda axes, node: axes.of(node.args[0]))
+    found = attnopt.optimize(model, policy, (X,)).report.sites[0].refusals["extend-keys"]
+    assert found.code == "not-token-wise"
+    assert found.found.startswith("a relative difference of")
+
+
 @pytest.mark.slow
 def test_no_class_holds_it() -> None:
     from zoo import deit
@@ -237,5 +256,5 @@ def test_decoders_do_not_have_it(causal: bool, tmp_path: Path) -> None:
         fast = attnopt.optimize(
             Generator(), ExtendKeys(torch.randn(3, 32)), (ids,), dynamic_shapes=shapes, backend=backend
         )
-        with pytest.raises(ExportError, match="attention|its keys and queries come from different sequences"):
+        with pytest.raises(ExportError, match=r"attention|its keys and queries come from different sequences"):
             fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=1)
