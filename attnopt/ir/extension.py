@@ -68,7 +68,7 @@ def merged(spec: AttentionSpec, core_of: Callable[[AttentionSpec], AttendWithLse
     own = core_of(replace(spec, extension=None, has_sinks=False))
     reading = spec.keeping(ext.heads)
     of_heads = [i for i, h in enumerate(spec.heads) if h in ext.heads]
-    others = [i for i in range(spec.num_heads) if i not in of_heads]
+    apart = [i for i in range(spec.num_heads) if i not in of_heads]
     kv_places = [spec.kv_heads.index(g) for g in reading.kv_heads]
     of_more = replace(
         reading,
@@ -99,10 +99,10 @@ def merged(spec: AttentionSpec, core_of: Callable[[AttentionSpec], AttendWithLse
             taken(q, of_heads), taken(every.k, kv_places), taken(every.v, kv_places), bias=None, mask=seen, sinks=None
         )
         o_more, top_more, log_more = found[0], found[1], found[2] + ext.log_weight
-        if others:
-            none = taken(top, others)
-            both = (of_heads, others)
-            o_more = in_order([o_more, torch.zeros_like(taken(o, others))], both)
+        if apart:
+            none = taken(top, apart)
+            both = (of_heads, apart)
+            o_more = in_order([o_more, torch.zeros_like(taken(o, apart))], both)
             top_more = in_order([top_more, torch.full_like(none, -torch.inf)], both)
             log_more = in_order([log_more, torch.zeros_like(none)], both)
         sink = None if sinks is None else sinks.to(log.dtype).squeeze(-1).expand_as(log)

@@ -78,7 +78,7 @@ def _more_scores(spec: AttentionSpec, q: Tensor, more: MoreKeys) -> Tensor:
     """The scores of other tokens [B, H, L, M], -inf where hidden."""
     assert spec.extension is not None
     wide = torch.promote_types(q.dtype, torch.float32)
-    s = spec.scale * (q.to(wide) @ heads_of(spec, more.k).to(wide).mT)
+    s = (q.to(wide) @ heads_of(spec, more.k).to(wide).mT) * spec.scale
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
     s = s + spec.extension.log_weight
