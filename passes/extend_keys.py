@@ -162,11 +162,13 @@ def _refuse_unread(site: Site) -> Refusal | None:
             hint="capture the model without its cache",
         )
     if site.features is None:
-        return site.refuse("unknown-features", expected="known features of tokens", found="a site of a saved model")
-    if site.features.why is None:
-        return None
-    code, expected, found, hint = site.features.why
-    return site.refuse(code, expected=expected, found=found, hint=hint)
+        return site.refuse(
+            "unknown-features",
+            expected="known features of tokens",
+            found="a site of a saved model",
+            hint="optimize the model itself with this pass",
+        )
+    return None if site.features.why is None else replace(site.features.why, where=site.where)
 
 
 def _batches(batch: int | None) -> str:

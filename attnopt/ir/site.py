@@ -29,11 +29,11 @@ class InputTensor:
 @dataclass(frozen=True)
 class TokenFeatures:
     """What keys and values are computed from, token by token: ``width`` features of each of ``batch`` sequences, or of any
-    number of them where it is None; ``why``: what is in the way, a refusal's code and texts."""
+    number of them where it is None; ``why``: what is in the way."""
 
     width: int = 0
     batch: int | None = None
-    why: tuple[str, str, str, str] | None = None
+    why: Refusal | None = None
 
 
 @dataclass(frozen=True)

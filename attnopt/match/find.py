@@ -48,7 +48,7 @@ from attnopt.match.read_scores import Operand
 from attnopt.match.recognize import recognise
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError
-from attnopt.match.token_path import TokenPath, Unread, token_path
+from attnopt.match.token_path import TokenPath, token_path
 from attnopt.match.token_streams import positions, relation
 
 
@@ -62,7 +62,7 @@ class Found:
     dirty: dict[str, tuple[fx.Node, ...]]
     output_op: fx.Node | None
     error: float
-    path: TokenPath | Unread
+    path: TokenPath | Refusal
 
 
 @dataclass(frozen=True)
@@ -303,9 +303,9 @@ def _describe(
     return Found(site, replace(raised, spec=spec), dirty, op, error, path)
 
 
-def _features(path: TokenPath | Unread) -> TokenFeatures:
-    if isinstance(path, Unread):
-        return TokenFeatures(why=(path.code, path.expected, path.found, path.hint))
+def _features(path: TokenPath | Refusal) -> TokenFeatures:
+    if isinstance(path, Refusal):
+        return TokenFeatures(why=path)
     batch = value(path.k).shape[0]
     return TokenFeatures(path.width, int(batch) if is_static(batch) else None)
 

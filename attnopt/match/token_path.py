@@ -35,22 +35,13 @@ from attnopt.graph.nodes import (
     with_values,
 )
 from attnopt.graph.ops import Kind, of
+from attnopt.ir.refusal import Refusal
 from attnopt.match.token_axes import NotFollowedError, TokenAxes, takes_all
 
 T = TypeVar("T")
 _PROJECTIONS = of(Kind.PRODUCT, Kind.CONVOLUTION)
 _EXPANDS = of(Kind.EXPAND)
 _SIZED = _EXPANDS | of(Kind.RESHAPE)
-
-
-@dataclass(frozen=True)
-class Unread:
-    """Why the keys and values of other tokens cannot be computed: a refusal's code and texts."""
-
-    code: str
-    expected: str
-    found: str
-    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,12 +131,12 @@ class _Calls(Generic[T]):
     times: Callable[[Any, int], Any] = operator.mul
 
 
-def token_path(k: fx.Node, v: fx.Node) -> TokenPath | Unread:
+def token_path(k: fx.Node, v: fx.Node) -> TokenPath | Refusal:
     """Where the canonical keys and values come from, if they come from the features of one sequence, token by token."""
-    found = _nearest_source(k, v)
-    if isinstance(found, Unread):
-        return found
-    source, nodes = found
+    nearest = _nearest_source(k, v)
+    if isinstance(nearest, Refusal):
+        return nearest
+    source, nodes = nearest
     axes = TokenAxes({source: fresh(shape(source))})
     try:
         for node in nodes:
@@ -154,12 +145,8 @@ def token_path(k: fx.Node, v: fx.Node) -> TokenPath | Unread:
         return _refused(e.node)
     batch, _, tokens, _ = axes.of(k)
     if not tokens or (not batch and not (is_static(value(k).shape[0]) and shape(k)[0] == 1)):
-        return Unread(
-            "too-small",
-            "an example of several tokens",
-            f"{shape(k)[0]} x {shape(k)[2]} tokens",
-            "give a larger example",
-        )
+        found = f"an example of {shape(k)[0]} x {shape(k)[2]} tokens"
+        return replace(_refused(k), found=found, hint="give an example of several tokens")
     of_v = axes.of(v)
     atoms = {a for axis in axes.of(source) for a in axis}
     if (apart := axes.at_token((*batch, *tokens))) is not None:
@@ -170,11 +157,10 @@ def token_path(k: fx.Node, v: fx.Node) -> TokenPath | Unread:
     return TokenPath(source, tuple(nodes), known, batch, tokens, k, v)
 
 
-_ONE_SOURCE = "keys and values that are computed from one tensor of features"
 _EXCLUDE = "exclude the site from extend-keys"
 
 
-def _nearest_source(k: fx.Node, v: fx.Node) -> tuple[fx.Node, list[fx.Node]] | Unread:
+def _nearest_source(k: fx.Node, v: fx.Node) -> tuple[fx.Node, list[fx.Node]] | Refusal:
     """The nearest tensor that all ways from keys and values up lead to, past a projection, and the nodes below it."""
     ends, projected, inside = {k, v}, set[fx.Node](), list[fx.Node]()
     while True:
@@ -182,12 +168,12 @@ def _nearest_source(k: fx.Node, v: fx.Node) -> tuple[fx.Node, list[fx.Node]] | U
         if len(ends) == 1 and (node in projected or not _is_computed(node)):
             return node, sorted(inside)
         if not _is_computed(node):
-            return Unread("several-sources", _ONE_SOURCE, ", ".join(sorted(map(_told, ends))), _EXCLUDE)
+            return _from_several(", ".join(sorted(map(_told, ends))))
         ends.remove(node)
         inside.append(node)
         above = [n for n in node.all_input_nodes if not is_number(n) and inputs_behind(n)]
         if not above:
-            return Unread("several-sources", _ONE_SOURCE, f"{_told(node)}, which no input changes", _EXCLUDE)
+            return _from_several(f"{_told(node)}, which no input changes")
         if calls(node, _PROJECTIONS) or node in projected:
             projected.update(above)
         ends.update(above)
@@ -197,12 +183,17 @@ def _is_computed(node: fx.Node) -> bool:
     return node.op == "call_function" and not is_state(node)
 
 
-def _refused(node: fx.Node) -> Unread:
-    return Unread(
+def _from_several(found: str) -> Refusal:
+    expected = "keys and values that are computed from one tensor of features"
+    return Refusal("several-sources", expected, found, hint=_EXCLUDE)
+
+
+def _refused(node: fx.Node) -> Refusal:
+    return Refusal(
         "not-token-wise",
-        "keys and values that are computed from each token alone, wherever it stands",
-        _told(node),
-        "the reference has no places in the sequence of the tokens, which rotated keys, caches and convolutions need; "
+        expected="keys and values that are computed from each token alone, wherever it stands",
+        found=_told(node),
+        hint="the reference has no places in the sequence of the tokens, which rotated keys, caches and convolutions need; "
         + _EXCLUDE,
     )
 
