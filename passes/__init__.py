@@ -8,6 +8,7 @@ if __name__ != "attnopt.passes":
 from attnopt.passes.add_values import AddValues
 from attnopt.passes.dynamic_sparse import DynamicSparse
 from attnopt.passes.evict_keys import EvictKeys
+from attnopt.passes.extend_keys import ExtendKeys
 from attnopt.passes.fuse import Fuse
 from attnopt.passes.grouped_query import GroupedQuery
 from attnopt.passes.head_patch import HeadPatch
@@ -28,6 +29,7 @@ __all__ = [
     "AddValues",
     "DynamicSparse",
     "EvictKeys",
+    "ExtendKeys",
     "Fuse",
     "GroupedQuery",
     "HeadPatch",

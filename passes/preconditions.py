@@ -151,6 +151,22 @@ def refuse_pooled(site: Site, hint: str) -> Refusal | None:
     return site.refuse("already-pooled", expected=expected, found=str(site.spec.pooling), hint=hint)
 
 
+def refuse_extended(site: Site, hint: str) -> Refusal | None:
+    """Refuse heads that already read keys of other tokens."""
+    if site.spec.extension is None:
+        return None
+    expected = "an attention of its own keys alone"
+    return site.refuse("already-extended", expected=expected, found=str(site.spec.extension), hint=hint)
+
+
+def refuse_gained(site: Site, hint: str) -> Refusal | None:
+    """Refuse weights that already have gains."""
+    if site.spec.weight_gains is None:
+        return None
+    found = str(site.spec.weight_gains)
+    return site.refuse("already-gained", expected="weights without gains", found=found, hint=hint)
+
+
 def refuse_causal_pools(site: Site, spec: AttentionSpec, hint: str) -> Refusal | None:
     """Refuse ``spec``, a form of ``site``, if a head that pools its keys sees no later ones: they would reach it all the same."""
     pooling = () if spec.pooling is None else spec.pooling.heads
@@ -198,7 +214,9 @@ def refuse_no_data(site: Site, hint: str = "pass calibration= to attnopt.optimiz
         return None
     if site.spec.before:
         hint = "let this pass come before transplant, whose queries and keys calibration does not know"
-    if site.spec.inputs:
+    elif site.spec.extension is not None:
+        hint = "let this pass come before extend-keys, whose tokens calibration does not know"
+    elif site.spec.inputs:
         listed = ", ".join(dict.fromkeys(map(str, site.spec.inputs)))
         hint = f"let this pass come before those that read {listed} of each call, which calibration does not know"
     return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
@@ -236,8 +254,11 @@ def refuse_unfit_inputs(site: Site, brought: Iterable[Source], remedy: str = "")
             listed = ", ".join(site.inputs) or "none"
             expected, found = "a tensor among the inputs of the model", f"{tensor.input} beside {listed}"
             return site.refuse("unknown-input", expected=expected, found=found)
-        if given.dtype not in (_INTEGERS if tensor.is_ids else _FLOATS):
+        kinds = (torch.bool,) if tensor.is_mask else _INTEGERS if tensor.is_ids else _FLOATS
+        if given.dtype not in kinds:
             found = f"{tensor} of {str(given.dtype).removeprefix('torch.')}"
+            if tensor.is_mask:
+                return site.refuse("not-a-mask", expected="a bool for each token", found=found)
             if tensor.is_ids:
                 return site.refuse("not-ids", expected="an integer for each token", found=found)
             hint = "convert it to the dtype of the model"

@@ -91,6 +91,7 @@ def _refuse_other_choices(site: Site) -> Refusal | None:
     others = {
         "block selection": ("already-selected", spec.selection, "dynamic-sparse"),
         "pooled keys": ("already-pooled", spec.pooling, "pool-keys"),
+        "keys of other tokens": ("already-extended", spec.extension, "extend-keys"),
         "gains on weights": ("already-gained", spec.weight_gains, "segment-gain"),
         "segments of the call": ("already-segmented", spec.segments, "such segments"),
     }

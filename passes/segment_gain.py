@@ -19,6 +19,7 @@ from attnopt.passes.preconditions import (
     distinct_heads,
     note_absent_tokens,
     refuse_causal_pools,
+    refuse_extended,
     refuse_other_keys,
     refuse_other_lengths,
     refuse_rows,
@@ -139,8 +140,10 @@ class SegmentGain(Pass):
 
     def _refuse_twice(self, site: Site) -> Refusal | None:
         hides_alone = self.normalise == "logits" and self.when is None and {*self.gains} <= {0.0, 1.0}
-        if site.spec.weight_gains is None or hides_alone:
+        if hides_alone:
             return None
+        if site.spec.weight_gains is None:
+            return refuse_extended(site, "use either extend-keys or segment-gain at a site")
         hint = (
             "give all segments to one segment-gain; a factor that the model itself has cannot be combined with others"
         )

@@ -11,6 +11,7 @@ from attnopt.base.registry import OURS, Registry, distribution_of, target_of
 from attnopt.errors import ArchiveError, AttnoptError
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.projection import Projection
@@ -107,6 +108,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
         "zero_keys": None if spec.zero_keys is None else spec.zero_keys.to_json(),
+        "extension": None if spec.extension is None else spec.extension.to_json(),
         "weight_gains": None if spec.weight_gains is None else spec.weight_gains.to_json(),
         "positions": list(spec.positions),
         "before": [moved.to_json() for moved in spec.before],
@@ -125,6 +127,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
     spec["rows"] = None if spec.get("rows") is None else ChosenRows.from_json(spec["rows"])
     spec["zero_keys"] = None if spec["zero_keys"] is None else ZeroKeys.from_json(spec["zero_keys"])
+    spec["extension"] = None if spec.get("extension") is None else ExtendedKeys.from_json(spec["extension"])
     spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
     spec["before"] = tuple(Transplanted.from_json(moved) for moved in spec.get("before", ()))
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))

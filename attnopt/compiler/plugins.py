@@ -38,6 +38,7 @@ PASSES = Registry(
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
         "steer": "attnopt.passes.steer:Steer",
         "add-values": "attnopt.passes.add_values:AddValues",
+        "extend-keys": "attnopt.passes.extend_keys:ExtendKeys",
         "pool-keys": "attnopt.passes.pool_keys:PoolKeys",
         "mix-map": "attnopt.passes.mix_map:MixMap",
         "transplant": "attnopt.passes.transplant:Transplant",

@@ -163,6 +163,10 @@ def _check_class(plan: Plan) -> None:
         raise ConversionError(
             f"{after.before[0]} cannot be represented in this model class", site=_name(plan), hint=REMEDY
         )
+    if after.extension is not None:
+        raise ConversionError(
+            "keys and values of other tokens cannot be represented in this model class", site=_name(plan), hint=REMEDY
+        )
     if after.has_map and after.pattern != before.pattern:
         raise ConversionError(
             "a pattern beside a map that is mixed into the weights cannot be represented in this model class",

@@ -26,13 +26,14 @@ class CallTensor:
     ``axes``: of each axis its size, or what it counts: "batch", "queries", "keys", or another name for a length of its own, the
     same wherever the attention uses this name.  A batch, always the first axis, may also be 1 or missing.
     ``heads``: the places of axis 1 that are read; None: all of them, in their order.
-    ``is_ids``: integers instead of floating-point numbers.
+    ``is_ids``: integers instead of floating-point numbers; ``is_mask``: bools.
     """
 
     input: Input
     axes: tuple[int | str, ...]
     heads: tuple[int, ...] | None = None
     is_ids: bool = False
+    is_mask: bool = False
 
     @property
     def shape(self) -> tuple[int | str, ...]:
@@ -64,14 +65,20 @@ class CallTensor:
     def to_json(self) -> dict[str, Any]:
         """Plain data, which ``from_json`` reads back."""
         heads = None if self.heads is None else list(self.heads)
-        return {"input": self.input.name, "axes": list(self.axes), "heads": heads, "is_ids": self.is_ids}
+        return {
+            "input": self.input.name,
+            "axes": list(self.axes),
+            "heads": heads,
+            "is_ids": self.is_ids,
+            "is_mask": self.is_mask,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of ``to_json``.  Raises PolicyError, ValueError, KeyError or TypeError."""
         axes = tuple(axis if isinstance(axis, str) else int(axis) for axis in data["axes"])
         heads = None if data["heads"] is None else tuple(map(int, data["heads"]))
-        return cls(Input(data["input"]), axes, heads, bool(data["is_ids"]))
+        return cls(Input(data["input"]), axes, heads, bool(data["is_ids"]), bool(data["is_mask"]))
 
     def __str__(self) -> str:
         return self.input.name

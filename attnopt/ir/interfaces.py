@@ -98,6 +98,9 @@ class Backend(ABC):
     skips: ClassVar[bool] = False  # True: hidden pairs are not computed
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
+    extends: ClassVar[bool] = (
+        False  # True: what ``lower`` returns takes ``more=``; otherwise attnopt joins the keys of other tokens
+    )
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
     rows: ClassVar[bool] = False  # True: ``lower`` takes specs with chosen rows; otherwise attnopt gathers them
     segments: ClassVar[bool] = False  # True: what ``lower`` returns also takes ``segments=``; otherwise attnopt masks

@@ -15,6 +15,8 @@ from attnopt.ir.attend import Attend
 from attnopt.ir.blame import blamed, check_output, fault
 from attnopt.ir.call_tensor import CallTensor
 from attnopt.ir.compensation import Compensation
+from attnopt.ir.extended_keys import MoreKeys
+from attnopt.ir.extension import joined, joined_spec
 from attnopt.ir.importance import Importance
 from attnopt.ir.interfaces import Backend, Pass, Rewrite
 from attnopt.ir.kv_merge import KvMerge
@@ -86,7 +88,8 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
 
 
 def asked(backend: Backend, site: Site) -> list[Site]:
-    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys or chosen rows."""
+    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys or chosen rows; with keys
+    of other tokens beside its own unless the backend ``extends``."""
     if site.spec.before:
         site = replace(site, spec=site.spec.transplanted)
     if site.spec.segments is not None and not takes_segments(backend, site.spec):
@@ -95,6 +98,9 @@ def asked(backend: Backend, site: Site) -> list[Site]:
         site = replace(site, spec=_with_sinks(site.spec))
     if site.spec.rows is not None and not backend.rows:
         return [replace(site, spec=part.spec, q_len=part.q_len(site.q_len)) for part in row_parts(site.spec)]
+    if site.spec.extension is not None and not backend.extends:
+        more = site.spec.extension.tokens
+        site = replace(site, spec=joined_spec(site.spec), kv_len=site.kv_len + more)
     if site.spec.pooling is None or backend.pools:
         return [site]
     return [replace(site, spec=part.spec, kv_len=part.kv_len(site.kv_len)) for part in parts_of(site.spec)]
@@ -135,11 +141,12 @@ def attention_of(
     backend: Backend,
     spec: AttentionSpec,
     tensors: Sequence[Tensor] | None = None,
+    more: MoreKeys | None = None,
 ) -> Attend:
     """``spec`` including its map, ``spec.before`` and ``spec.after``, computed by ``backend``.
 
     ``tensors``: ``spec.tensors`` as a graph stores them and as a call brings them; None: the constants, created at each call,
-    where no call brings any.
+    where no call brings any.  ``more``: the keys and values of other tokens, if there are any.
     """
     segments = None if takes_segments(backend, spec) else spec.segments  # as a mask
     bare = (spec if segments is None else spec.with_segments_masked).bare
@@ -149,6 +156,8 @@ def attention_of(
         fitted, ids, tensors = _dealt(read, len(spec.of_selection), len(spec.of_segments))
         bare = bare if bare.selection is None else replace(bare, selection=bare.selection.using(fitted))
     core = _without_edits(backend, bare)
+    if bare.extension is not None:
+        core = partial(core, more=more)
     if bare.segments is not None:
         core = in_segments(bare.segments, ids, core)
     has_more = spec.has_map or bool(spec.before) or bool(spec.after)
@@ -164,15 +173,17 @@ def _dealt(tensors: Sequence[Tensor], first: int, second: int) -> tuple[Sequence
 def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     """The backend is given the segments of ``spec`` themselves, instead of the mask that they amount to."""
     reads_masks = any(edit.reads_masks for edit in spec.after)
-    others = (spec.pooling, spec.weight_gains, spec.zero_keys, spec.rows)
+    others = (spec.pooling, spec.weight_gains, spec.zero_keys, spec.rows, spec.extension)
     return backend.segments and all(x is None for x in others) and not reads_masks
 
 
-def _without_edits(backend: Backend, spec: AttentionSpec) -> Attend:
+def _without_edits(backend: Backend, spec: AttentionSpec) -> Any:
     if spec.zero_keys is not None and not backend.zero_keys:
         return _zeros_as_sinks(backend, spec)
     if spec.rows is not None and not backend.rows:
         return on_chosen_rows(spec, partial(lower, backend))
+    if spec.extension is not None and not backend.extends:
+        return joined(spec, lower(backend, joined_spec(spec)))
     if spec.pooling is not None and not backend.pools:
         return pooled(spec, partial(lower, backend))
     return lower(backend, spec)
@@ -187,7 +198,8 @@ def _zeros_as_sinks(backend: Backend, spec: AttentionSpec) -> Attend:
     core = _without_edits(backend, _with_sinks(spec))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **others: Any) -> Tensor:
-        return core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)
+        o: Tensor = core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)
+        return o
 
     return attend
 

@@ -99,9 +99,11 @@ def masked_by(segments: CallSegments, tensors: Sequence[Tensor], core: Attend) -
     return attend
 
 
-def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False, rows: bool = False) -> None:
-    """Raises ValueError: a backend computes a spec without its map, edits and transplants and, unless it ``pools`` or knows
-    ``zero_keys`` or ``rows``, without these."""
+def require_no_edits(
+    spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False, rows: bool = False, extends: bool = False
+) -> None:
+    """Raises ValueError: a backend computes a spec without its map, edits and transplants and, unless it ``pools``, knows
+    ``zero_keys`` or ``rows``, or ``extends``, without these."""
     has = {
         "transplants": bool(spec.before),
         "edits": bool(spec.after),
@@ -109,6 +111,7 @@ def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: boo
         "pooled keys": spec.pooling is not None and not pools,
         "zero keys": spec.zero_keys is not None and not zero_keys,
         "chosen rows": spec.rows is not None and not rows,
+        "keys of other tokens": spec.extension is not None and not extends,
     }
     if (what := next((name for name, there in has.items() if there), None)) is not None:
         raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")

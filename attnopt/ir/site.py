@@ -27,6 +27,16 @@ class InputTensor:
 
 
 @dataclass(frozen=True)
+class TokenFeatures:
+    """What keys and values are computed from, token by token: ``width`` features of each of ``batch`` sequences, or of any
+    number of them where it is None; ``why``: what is in the way."""
+
+    width: int = 0
+    batch: int | None = None
+    why: Refusal | None = None
+
+
+@dataclass(frozen=True)
 class Site(Projected):
     """One attention of the model, in its form after the passes applied so far."""
 
@@ -45,6 +55,7 @@ class Site(Projected):
         default_factory=dict, repr=False
     )  # "batch", "queries" and "keys" of that example
     device: str = "cpu"  # the kind of device that the attention runs on
+    features: TokenFeatures | None = field(default=None, repr=False)  # None if unknown
     # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
     # the lengths vary independently, even if equal in the example.
     alignment: Alignment = "first"
@@ -68,12 +79,15 @@ class Site(Projected):
 
     def edited(self, made: SiteEdit) -> Site:
         """As it is with this edit: the next pass sees this one."""
-        knows = not made.spec.inputs and not made.spec.before  # neither what a call brings nor queries of another run
+        unknown = bool(made.spec.inputs or made.spec.before) or made.spec.extension is not None
+        now = (
+            None if unknown else self.activations
+        )  # which know neither what a call brings, another run nor other tokens
         return replace(
             self,
             spec=made.spec,
             parameters={**self.parameters, **edited_parameters(self, made.edits, made.out_bias)},
-            activations=self.activations.edited(made.edits) if self.activations is not None and knows else None,
+            activations=None if now is None else now.edited(made.edits),
         )
 
     def stored_as(self, live: Mapping[str, Tensor]) -> Site:

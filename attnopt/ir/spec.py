@@ -9,6 +9,7 @@ from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.call_tensor import CallTensor, Source
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.eviction import Eviction
+from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
@@ -32,10 +33,12 @@ class AttentionSpec:
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = s - log(size)                          # if h pools: of the pool of each key, so that a pool counts as one key
         s = where(mask & pattern & segments & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
-        p = softmax([s, sink_h, 0 ...])[:S]        # a sink logit and zero keys, of score 0, take probability without a value
+        m = softcap(scale * q_h @ more_k_g.T) + log(weight)  # if h reads other tokens, M of them: -inf where their mask hides
+        p = softmax([s, m, sink_h, 0 ...])[:S]     # a sink logit and zero keys, of score 0, take probability without a value
         p = weight_gains(p)                        # if there are any
         p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
         o_h = p @ v_g                              # [L, value_dim]; added reads the values of keys, also of those that pool
+        o_h = o_h + p_m @ more_v_g                 # if h reads other tokens, with their probabilities of the same softmax
         o_h = where(chosen, o_h, 0)                # if there are rows that h chooses: of each sequence and head
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
@@ -63,6 +66,7 @@ class AttentionSpec:
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
     zero_keys: ZeroKeys | None = None  # keys of zeros beyond the edges of the sequence
+    extension: ExtendedKeys | None = None  # keys and values of other tokens
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     eviction: Eviction | None = None  # keys that a cache drops between calls
     rows: ChosenRows | None = None  # queries that are chosen at run time; the others give zeros
@@ -155,12 +159,13 @@ class AttentionSpec:
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks, "map": self.has_map}
         pooled = () if self.pooling is None else (str(self.pooling),)
         zeros = () if self.zero_keys is None else (str(self.zero_keys),)
+        more = () if self.extension is None else (str(self.extension),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
         segments = () if self.segments is None else (str(self.segments),)
         evicted = () if self.eviction is None else (str(self.eviction),)
         rows = () if self.rows is None else (str(self.rows),)
         named = (name for name, has in given.items() if has)
-        return (*named, *segments, *softcap, *pooled, *zeros, *gains, *evicted, *rows)
+        return (*named, *segments, *softcap, *pooled, *zeros, *more, *gains, *evicted, *rows)
 
     @property
     def num_heads(self) -> int:
@@ -205,7 +210,8 @@ class AttentionSpec:
 
     @property
     def tensors(self) -> tuple[Source, ...]:
-        """All that it reads beside the operands: of ``selection``, ``segments``, ``before`` and each edit, in this order."""
+        """What backends, transplants and edits read beside the operands: of ``selection``, ``segments``, ``before`` and each
+        edit, in this order."""
         of_edits = (t for edit in self.after for t in edit.tensors)
         return (*self.of_selection, *self.of_segments, *(moved.values for moved in self.before), *of_edits)
 
@@ -219,8 +225,9 @@ class AttentionSpec:
 
     @property
     def inputs(self) -> tuple[CallTensor, ...]:
-        """Those of ``tensors`` that each call brings."""
-        return tuple(t for t in self.tensors if isinstance(t, CallTensor))
+        """What each call brings, keys and values of other tokens included."""
+        of_extension = () if self.extension is None else self.extension.tensors
+        return tuple(t for t in (*self.tensors, *of_extension) if isinstance(t, CallTensor))
 
     @property
     def unused(self) -> frozenset[str]:
@@ -260,6 +267,7 @@ class AttentionSpec:
             segments=None if self.segments is None else self.segments.keeping(places),
             pooling=None if self.pooling is None else self.pooling.keeping(kept),
             zero_keys=None if self.zero_keys is None else self.zero_keys.keeping(places),
+            extension=None if self.extension is None else self.extension.keeping(kept),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             selection=None if self.selection is None else self.selection.keeping(places, kept),
             rows=None if self.rows is None else self.rows.keeping(kept),

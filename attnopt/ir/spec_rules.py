@@ -16,6 +16,7 @@ from attnopt.errors import PluginError
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.eviction import Eviction
+from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Rewrite
@@ -89,6 +90,7 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
     yield from _of_pooling(after)
     yield from _of_zero_keys(after)
     yield from _of_rows(after)
+    yield from _of_extension(after)
     yield from _of_pattern("pattern", after.pattern, after)
     if after.seen_as is not None:
         yield from _of_pattern("seen_as", after.seen_as, after)
@@ -187,6 +189,7 @@ def _of_rows(after: AttentionSpec) -> Iterator[str]:
         "a map": after.has_map,
         "segments": after.segments is not None,
         "a selection of blocks": after.selection is not None,
+        "keys of other tokens": after.extension is not None,
         "pooling": after.pooling is not None,
         "weight_gains": after.weight_gains is not None,
         "eviction": after.eviction is not None,
@@ -201,6 +204,21 @@ def _of_rows(after: AttentionSpec) -> Iterator[str]:
         yield f"{after.rows.scores} scores keys, which are not the tokens of the queries"
     elif (other := next((name for name, there in others.items() if there), None)) is not None:
         yield f"rows and {other} cannot be computed together"
+
+
+def _of_extension(after: AttentionSpec) -> Iterator[str]:
+    if after.extension is None:
+        return
+    if not isinstance(after.extension, ExtendedKeys):
+        yield f"extension is {after.extension!r}, expected ExtendedKeys or None"
+    elif not after.extension.heads or not set(after.extension.heads) <= set(after.heads):
+        yield f"extension names heads {after.extension.heads!r}, expected some heads of {after.heads!r}"
+    elif not (_is_finite(after.extension.weight) and after.extension.weight > 0):
+        yield f"extension has weight {after.extension.weight!r}, expected a finite number above 0"
+    elif after.pooling is not None:
+        yield "extension and pooling: the keys of other tokens are not pooled"
+    elif after.weight_gains is not None:
+        yield "extension and weight_gains: their parts do not say where the keys of other tokens belong"
 
 
 def _is_finite(value: object) -> bool:

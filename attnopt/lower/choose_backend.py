@@ -29,10 +29,10 @@ def choose(backends: Sequence[Backend], before: Site, site: Site) -> Choice:
     if not able:
         return Choice(None, reasons)
     backend, told = min(able, key=lambda b: plugin_calls.cost(b, site)), tuple[str, ...]()
-    spec = site.spec
+    spec, more = site.spec, (site.spec.weight_gains, site.spec.extension)
     if spec.rows is not None:
         told = saved_by_rows(site, backend, able)
-    elif spec.route is not None and spec.weight_gains is None and not spec.inputs and not spec.before:
+    elif spec.route is not None and all(x is None for x in more) and not spec.inputs and not spec.before:
         backend, told = faster(site, backend, backends)
     notes = (*told, *plugin_calls.notes(backend, site), *_masked(before, site, backend, backends))
     return Choice(backend, reasons, notes)

@@ -39,7 +39,7 @@ from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES
 from attnopt.ir.operands import Operands
 from attnopt.ir.projection import Projection
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site
+from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site, TokenFeatures
 from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.escapes import where_used
 from attnopt.match.masks import hides_keys, keeps_a_mask
@@ -50,18 +50,21 @@ from attnopt.match.read_scores import Operand
 from attnopt.match.recognize import recognise
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError
+from attnopt.match.token_path import TokenPath, token_path
 from attnopt.match.token_streams import positions, relation
 
 
 @dataclass(frozen=True)
 class Found:
-    """A site with its position in the graph.  ``dirty``: the affected nodes of each role, between the core and the weights."""
+    """A site with its position in the graph.  ``dirty``: the affected nodes of each role, between the core and the weights.
+    ``path``: how keys and values come from tokens, or why other tokens could not take their place."""
 
     site: Site
     raised: Raised
     dirty: dict[str, tuple[fx.Node, ...]]
     output_op: fx.Node | None
     error: float
+    path: TokenPath | Refusal
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,7 @@ def _describe(
         )
     if keeps_a_mask(gm, (operands.bias, operands.mask)):
         notes += ("the model's own mask is kept: no pattern was proven equal to it at every length",)
+    path = token_path(operands.k, operands.v)
     device = value(operands.q).device.type
     if device == "meta":
         notes += ("verified on random weights: on the meta device the model has none",)
@@ -300,9 +304,17 @@ def _describe(
         },
         own_sizes=_own_sizes(program, operands),
         device=device,
+        features=_features(path),
         alignment=_ALIGNMENT.get(related, "first"),
     )
-    return Found(site, replace(raised, spec=spec), dirty, op, error)
+    return Found(site, replace(raised, spec=spec), dirty, op, error, path)
+
+
+def _features(path: TokenPath | Refusal) -> TokenFeatures:
+    if isinstance(path, Refusal):
+        return TokenFeatures(why=path)
+    batch = value(path.k).shape[0]
+    return TokenFeatures(path.width, int(batch) if is_static(batch) else None)
 
 
 def _own_sizes(program: Program, operands: Operands[fx.Node]) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ from attnopt.passes import (
     AddValues,
     DynamicSparse,
     EvictKeys,
+    ExtendKeys,
     GroupedQuery,
     HeadPatch,
     LocalWindow,
@@ -176,6 +178,38 @@ def refused_with(ids: object, policy: Any) -> Refusal:
         given = {**inputs(Spelling()), "ids": ids}
         (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), given).report.sites
     return entry.refusals["sparse"]
+
+
+def extended_twice() -> Refusal:
+    policy = [ExtendKeys(torch.ones(3, 12), heads=[1]), ExtendKeys(torch.ones(2, 12))]
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
+    return entry.refusals["extend-keys"]
+
+
+def extended_with(**brought: Tensor) -> Refusal:
+    """Why a reference that is no constant leaves the attention alone."""
+    policy = ["fuse", ExtendKeys(attnopt.Input("features"), mask=attnopt.Input("seen"))]
+    given = {**inputs(Spelling()), "features": torch.ones(3, 12), **brought}
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), given).report.sites
+    return entry.refusals["extend-keys"]
+
+
+def of_three_inputs() -> Refusal:
+    class Bare(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    given = tuple(torch.randn(2, 4, 7, 8) for _ in "qkv")
+    (entry,) = attnopt.optimize(Bare(), ["fuse", ExtendKeys(torch.ones(3, 8))], given).report.sites
+    return entry.refusals["extend-keys"]
+
+
+def of_a_saved_model() -> Refusal:
+    with tempfile.TemporaryDirectory() as folder:
+        attnopt.optimize(Attention(Spelling()), "fuse", (), inputs(Spelling())).save(folder)
+        refusal = ExtendKeys(torch.ones(3, 12)).check(attnopt.load(folder).sites[0])
+    assert refusal is not None
+    return refusal
 
 
 def padded_and_pooled() -> Refusal:
@@ -415,6 +449,36 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         mixed_and_chosen,
         "[already-mixed] expected weights of a softmax alone, found a map mixed into them (at LINE)\n  hint: exclude the site "
         "from query-rows",
+    ),
+    "already-extended": (
+        extended_twice,
+        "[already-extended] expected an attention of its own keys alone, found head 1 reads 3 more keys (at LINE)\n  hint: give "
+        "all tokens to one extend-keys",
+    ),
+    "not-a-mask": (
+        lambda: extended_with(seen=torch.ones(3)),
+        "[not-a-mask] expected a bool for each token, found seen of float32 (at LINE)",
+    ),
+    "other-features": (
+        lambda: refused(Spelling(), ExtendKeys(torch.ones(3, 5))),
+        "[other-features] expected a reference of tokens x 12, or of 1 or 2 x tokens x 12 numbers, found 3 x 5 (at LINE)\n  "
+        "hint: give what the key projection of this site reads, such as the input of the layer after its norm",
+    ),
+    "not-token-wise": (
+        lambda: refused(Spelling(rope="half"), ExtendKeys(torch.ones(3, 12))),
+        "[not-token-wise] expected keys and values that are computed from each token alone, wherever it stands, found mul (LINE) "
+        "(at LINE)\n  hint: the reference has no places in the sequence of the tokens, which rotated keys, caches and "
+        "convolutions need; exclude the site from extend-keys",
+    ),
+    "several-sources": (
+        of_three_inputs,
+        "[several-sources] expected keys and values that are computed from one tensor of features, found k, v (at LINE)\n  hint: "
+        "exclude the site from extend-keys",
+    ),
+    "unknown-features": (
+        of_a_saved_model,
+        "[unknown-features] expected known features of tokens, found a site of a saved model (at LINE)\n  hint: optimize the "
+        "model itself with this pass",
     ),
     "zero-padded": (
         padded_and_pooled,

@@ -11,6 +11,7 @@ from attnopt.passes import (
     AddValues,
     DynamicSparse,
     EvictKeys,
+    ExtendKeys,
     Fuse,
     GroupedQuery,
     HeadPatch,
@@ -120,6 +121,15 @@ PASSES = st.one_of(
     st.sampled_from(PATTERNS).map(Sparse),
     st.builds(lambda gate, heads: MixMap([[0.5, -1.0]], gate, heads), st.floats(0, 1), st.none() | st.just([2, 0])),
     st.sampled_from([MixMap(torch.arange(12.0).reshape(2, 2, 3), [0.5, 1.0]), MixMap(torch.ones(1, 1).half(), 0)]),
+    st.builds(
+        ExtendKeys,
+        st.sampled_from([torch.arange(6.0).reshape(3, 2).bfloat16(), [[0.5, 2]], (), Input("reference")]),
+        st.floats(0, 1e6),
+        st.none() | st.just([2, 0]),
+    ),
+    st.sampled_from(
+        [ExtendKeys([[1.0], [2.0]], mask=[True, False]), ExtendKeys(Input("reference"), mask=Input("seen"))]
+    ),
     st.sampled_from([PoolKeys(4), PoolKeys((2, 3), (4, 6), heads=[1], prefix=1)]),
     st.builds(EvictKeys, st.sampled_from(["sinks", "h2o", "snapkv"]), st.integers(1, 99)),
     st.sampled_from([EvictKeys("sinks", 8, sinks=2), EvictKeys("snapkv", 8, recent=2, pool=5)]),

@@ -46,6 +46,7 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
         "a bias on its scores": spec.has_bias,
         "sinks": spec.has_sinks,
         "zero keys": spec.zero_keys is not None,
+        "keys of other tokens": spec.extension is not None,
         "blocks chosen at run time": spec.selection is not None,
         "rows chosen at run time": spec.rows is not None,
         "a mask other than a padding mask": spec.has_mask and spec.seen_as is None,
