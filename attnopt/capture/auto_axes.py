@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from attnopt.capture.second_example import Place, longer_axes, repeated, seeded_
 from attnopt.capture.signature import check_inputs
 from attnopt.capture.valid_sizes import cannot_vary
 from attnopt.errors import AttnoptError, CaptureError
-from attnopt.graph.nodes import input_axes, inputs_of
+from attnopt.graph.nodes import input_axes, inputs_of, is_read
 
 if TYPE_CHECKING:
     from attnopt.capture.program import Program
@@ -62,9 +62,10 @@ def captured_with_own(
             program = captured(repeated(inputs, longer), shapes, is_cheap)
         except CaptureError:
             break
-        if _takes(program, model, inputs):
+        alone = _unread(program.module, longer)
+        if not alone and _takes(program, model, inputs):
             return replace(program, own=inputs)
-        stuck = longer & _static(program.module)
+        stuck = alone | longer & _static(program.module)
         longer = longer - stuck if stuck else frozenset()
     return captured(inputs, shapes, is_cheap)
 
@@ -106,6 +107,13 @@ def _with_every_axis(model: nn.Module, inputs: CallInputs, captured: Captured) -
 
 def _static(module: fx.GraphModule) -> set[Place]:
     return {(i, axis) for i, _, axis, size in input_axes(inputs_of(module.graph)) if is_static(size)}
+
+
+def _unread(module: fx.GraphModule, longer: Collection[Place]) -> set[Place]:
+    """Those of inputs that nothing reads, as those are that a policy brings, where no other input is longer along the axis."""
+    read = {i for i, node in enumerate(inputs_of(module.graph)) if is_read(node)}
+    along = {axis for i, axis in longer if i in read}
+    return {(i, axis) for i, axis in longer if i not in read and axis not in along}
 
 
 def _takes(program: Program, model: nn.Module, own: CallInputs) -> bool:

@@ -1,15 +1,17 @@
-"""Sizes of the inputs that a policy reads: those of the tokens that they describe."""
+"""Inputs that a policy reads: their names, and their sizes, those of the tokens that they describe."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
+from attnopt.base.input import Input
 from attnopt.base.sizes import hint, same_size
-from attnopt.errors import RewriteError
-from attnopt.graph.nodes import fake_mode, input_name, inputs_of, value
+from attnopt.errors import PolicyError, RewriteError
+from attnopt.graph.nodes import fake_mode, input_name, inputs_of, is_read, value
 from attnopt.ir.call_segments import CallSegments
 from attnopt.lower.lower import Plan
 
@@ -29,7 +31,7 @@ def bind_inputs(graph: fx.Graph, plans: Sequence[Plan]) -> None:
             wanted = sizes[2 - ids.dim() :]
             if ids.dim() == 2 and hint(ids.shape[0]) == 1 and hint(wanted[0]) != 1:
                 wanted = (1, wanted[1])
-            if not _is_read(nodes[name]) and name not in bound:
+            if not is_read(nodes[name]) and name not in bound:
                 with fake_mode(graph):
                     nodes[name].meta["val"] = torch.empty(wanted, dtype=ids.dtype, device=ids.device)
                 bound.add(name)
@@ -41,16 +43,25 @@ def bind_inputs(graph: fx.Graph, plans: Sequence[Plan]) -> None:
                 )
 
 
+def check_names(graph: fx.Graph, arguments: Mapping[str, object], wanted: Iterable[Input]) -> None:
+    """``arguments``: of the call that ``graph`` was captured with, by name.  Raises PolicyError where one of ``wanted`` has
+    another name in the graph: a tensor inside of another argument has its own."""
+    names = {i.name for i in wanted}
+    nodes = iter(inputs_of(graph))
+    for name, x in arguments.items():
+        first, *_ = [next(nodes) for _ in pytree.tree_leaves(x)] or [None]
+        if name in names and first is not None and input_name(first) != name:
+            raise PolicyError(
+                f"the policy reads the input {name}, but a tensor inside of another argument has this name in the graph",
+                hint=f"choose another name than {name} for the input",
+            )
+
+
 def _sizes(plan: Plan, segments: CallSegments) -> dict[str, tuple[int, int]]:
     """Batch and length of each input."""
     operands = plan.found.raised.operands
     queries, keys = (value(x).shape for x in (operands.q, operands.k))
     return {segments.queries.name: (queries[0], queries[2]), segments.keys.name: (keys[0], keys[2])}
-
-
-def _is_read(node: fx.Node) -> bool:
-    """By more than the checks of its sizes."""
-    return any(user.op != "call_module" for user in node.users)
 
 
 def _told(sizes: Sequence[int | torch.SymInt]) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from attnopt.base.bit_table import indices
 from attnopt.base.input import Input
 from attnopt.base.sizes import same_size
 from attnopt.errors import PolicyError
@@ -16,6 +19,7 @@ from attnopt.patterns import And, Pattern, Segments
 from attnopt.patterns.algebra import FULL, all_of
 
 Pairs = tuple[tuple[int, int], ...]
+_SMALL, _GAPS = 256, 4  # rows of a table of pairs that always may be there, and for each id that pairs name
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class CallSegments:
     def tensors(self, ids: Sequence[Tensor], table: Tensor | None, q_len: int) -> SegmentTensors:
         """What a call brought as it is used.  ``q_len`` may be a SymInt."""
         queries, keys = (x.unsqueeze(0) if x.dim() == 1 else x for x in ids)
+        if self._apart:
+            queries, keys = self._numbered(queries), self._numbered(keys)
         if self.queries == self.keys and not same_size(queries.shape[1], q_len):
             queries = queries[:, queries.shape[1] - q_len :]
         return SegmentTensors(queries, keys, table)
@@ -51,7 +57,20 @@ class CallSegments:
         """As of ``SegmentTensors``."""
         if self.pairs is None:
             return None
-        return SegmentTensors.table(self.pairs[:1] if len(set(self.pairs)) == 1 else self.pairs)
+        place = {number: n for n, number in enumerate(self._apart)}
+        pairs = [p if p is None or not place else [(place[a], place[b]) for a, b in p] for p in self.pairs]
+        return SegmentTensors.table(pairs[:1] if len(set(self.pairs)) == 1 else pairs)
+
+    @cached_property
+    def _apart(self) -> tuple[int, ...]:
+        """The ids that pairs name, where these are so few for their size that a table has rows for them alone."""
+        named = sorted({i for own in self.pairs or () for pair in own or () for i in pair})
+        return tuple(named) if named and named[-1] >= max(_SMALL, _GAPS * len(named)) else ()
+
+    def _numbered(self, ids: Tensor) -> Tensor:
+        """The place of each among ``_apart``; -1 for all others."""
+        is_one = ids.long().unsqueeze(2) == indices(self._apart, ids.device)
+        return (is_one * torch.arange(1, len(self._apart) + 1, device=ids.device)).sum(2) - 1
 
     def to_json(self) -> dict[str, Any]:
         return {
