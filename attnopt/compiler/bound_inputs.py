@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from attnopt.base.input import Input
@@ -49,8 +49,8 @@ def check_names(graph: fx.Graph, arguments: Mapping[str, object], wanted: Iterab
     names = {i.name for i in wanted}
     nodes = iter(inputs_of(graph))
     for name, x in arguments.items():
-        first, *_ = [next(nodes) for _ in pytree.tree_leaves(x)] or [None]
-        if name in names and first is not None and input_name(first) != name:
+        own = [input_name(next(nodes)) for _ in pytree.tree_leaves(x)]
+        if name in names and isinstance(x, Tensor) and own != [name]:
             raise PolicyError(
                 f"the policy reads the input {name}, but a tensor inside of another argument has this name in the graph",
                 hint=f"choose another name than {name} for the input",
