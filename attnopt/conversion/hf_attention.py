@@ -24,7 +24,7 @@ from attnopt.ir.interfaces import Backend
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Causal
 from attnopt.patterns.algebra import Full, Pattern
-from attnopt.patterns.lookback import Past
+from attnopt.patterns.lookback import Past, widest
 
 
 def attend(
@@ -55,7 +55,8 @@ def attend(
         return _by_groups(module, query, groups, parts, attention_mask, pattern, options), None
     if source is not None and isinstance(source.layer, EvictingLayer):
         return _evicting(module, query, key, value, source.layer, attention_mask, pattern, options), None
-    return _attended(module, query, key, value, attention_mask, pattern, pattern.look_back, options), None
+    past = widest(pattern.for_head(h).look_back for h in range(pattern.named_heads + 1))  # as the cache layer counts it
+    return _attended(module, query, key, value, attention_mask, pattern, past, options), None
 
 
 @dataclass(frozen=True)
