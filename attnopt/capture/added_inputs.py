@@ -19,7 +19,8 @@ _ADDED = "_attnopt_added"
 def taking(
     model: nn.Module, inputs: Iterable[Input], given: Mapping[str, object], dynamic_shapes: object
 ) -> tuple[nn.Module, object]:
-    """``model`` with those of ``inputs`` that it does not have as further keyword arguments, which it ignores.
+    """``model`` with those of ``inputs`` that it does not have as further keyword arguments.  It ignores them, unless
+    it takes any keyword.
 
     ``given``: the keyword arguments of the example.  ``dynamic_shapes`` also comes back, with axes for what was added, which
     are those of what reads it.  Raises PolicyError.
@@ -68,15 +69,17 @@ def _ignoring(
     kind: type[nn.Module], of_instance: Callable[..., Any] | None, names: Collection[str]
 ) -> Callable[..., object]:
     own: Any = kind.forward if of_instance is None else lambda _, *args, **kwargs: of_instance(*args, **kwargs)
-
-    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
-        return own(self, *args, **{name: x for name, x in kwargs.items() if name not in names})
-
     known = inspect.signature(kind.forward if of_instance is None else of_instance)
     parameters = list(known.parameters.values())
+    takes_any = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    ignored = () if takes_any else names
+
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return own(self, *args, **{name: x for name, x in kwargs.items() if name not in ignored})
+
     if of_instance is not None:
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY))
-    last = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    last = len(parameters) - takes_any
     parameters[last:last] = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     forward.__signature__ = known.replace(parameters=parameters)  # type: ignore[attr-defined]
     return forward

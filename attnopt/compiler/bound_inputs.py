@@ -1,20 +1,21 @@
-"""Sizes of the inputs that a policy reads: those of what their axes count."""
+"""Inputs that a policy reads: their names, and their sizes, those of what their axes count."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
+from attnopt.base.input import Input
 from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.capture.program import Program
 from attnopt.capture.second_example import faded
-from attnopt.errors import RewriteError
-from attnopt.graph.nodes import fake_mode, input_name, inputs_of, value
+from attnopt.errors import PolicyError, RewriteError
+from attnopt.graph.nodes import fake_mode, input_name, inputs_of, is_read, value
 from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES, Size
 from attnopt.ir.site import Site
 from attnopt.lower.lower import Plan
@@ -27,7 +28,7 @@ def bound(program: Program, plans: Sequence[Plan]) -> Program:
     """
     graph = program.module.graph
     nodes = {input_name(n): n for n in inputs_of(graph)}
-    free = {name for name, node in nodes.items() if not _is_read(node)}
+    free = {name for name, node in nodes.items() if not is_read(node)}
     known: set[str] = set()  # those of them that have their sizes
     for plan in plans:
         operands, site = plan.found.raised.operands, plan.found.site
@@ -56,6 +57,20 @@ def bound(program: Program, plans: Sequence[Plan]) -> Program:
     return replace(program, inputs=_fitting(program, known), fixed_axes=fixed)
 
 
+def check_names(graph: fx.Graph, arguments: Mapping[str, object], wanted: Iterable[Input]) -> None:
+    """``arguments``: of the call that ``graph`` was captured with, by name.  Raises PolicyError where one of ``wanted`` has
+    another name in the graph: a tensor inside of another argument has its own."""
+    names = {i.name for i in wanted}
+    nodes = iter(inputs_of(graph))
+    for name, x in arguments.items():
+        own = [input_name(next(nodes)) for _ in pytree.tree_leaves(x)]
+        if name in names and isinstance(x, Tensor) and own != [name]:
+            raise PolicyError(
+                f"the policy reads the input {name}, but a tensor inside of another argument has this name in the graph",
+                hint=f"choose another name than {name} for the input",
+            )
+
+
 def _is_for_all(site: Site, name: str, batch: Size | None) -> bool:
     """An input for one sequence is one for all of them, unless the example has only one, or the ``batch`` of the input, if it is
     settled, may be another."""
@@ -77,11 +92,6 @@ def _fitting(program: Program, names: Collection[str]) -> CallInputs:
             leaves[i] = torch.cat([faded(leaves[i], n) for n in range(times)], axis)
     made: CallInputs = pytree.tree_unflatten(leaves, spec)
     return made
-
-
-def _is_read(node: fx.Node) -> bool:
-    """By more than the checks of its sizes."""
-    return any(user.op != "call_module" for user in node.users)
 
 
 def _told(sizes: Sequence[Size]) -> str:

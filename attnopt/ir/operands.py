@@ -92,7 +92,8 @@ class SegmentTensors:
         if self.pairs is None:
             return self
         last = self.pairs.shape[2] - 1
-        queries, keys = (torch.where((x < 0) | (x > last), last, x) for x in (self.queries, self.keys))
+        wide = self.queries.long(), self.keys.long()  # the last number may be too large for theirs
+        queries, keys = (torch.where((x < 0) | (x > last), last, x) for x in wide)
         return SegmentTensors(queries, keys, self.pairs)
 
     def mask(self) -> Tensor:
@@ -102,7 +103,7 @@ class SegmentTensors:
             return (queries == keys) & (queries >= 0)
         own = self.numbered()
         heads, segments, _ = self.pairs.shape
-        entry = own.queries.long().unsqueeze(2) * segments + own.keys.long().unsqueeze(1)  # [B, L, S]
+        entry = own.queries.unsqueeze(2) * segments + own.keys.unsqueeze(1)  # [B, L, S]
         seen = self.pairs.reshape(heads, -1).index_select(1, entry.reshape(-1))
         return seen.reshape(heads, *entry.shape).transpose(0, 1)
 
