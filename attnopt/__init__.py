@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from attnopt import render as render
 from attnopt.backends import attention_operator as attention_operator
+from attnopt.ir import received_weights as received_weights
 
 if TYPE_CHECKING:
     from attnopt import passes, patterns, plot, recipes
@@ -35,9 +36,14 @@ if TYPE_CHECKING:
         PluginError,
         PolicyError,
         RewriteError,
+        SearchError,
         VerificationError,
     )
     from attnopt.fit.attention_recall import kept_mass
+    from attnopt.intervene.guard import Behaviour, Kept, guard
+    from attnopt.intervene.patch import patch
+    from attnopt.intervene.path_patch import path_patch
+    from attnopt.intervene.search import search_heads
     from attnopt.ir.activations import Activations
     from attnopt.ir.attend import Attend
     from attnopt.ir.block_scores import BlockSample, BlockScores
@@ -52,7 +58,9 @@ if TYPE_CHECKING:
     from attnopt.ir.kv_partition import KvPartition
     from attnopt.ir.pooled_keys import PooledKeys
     from attnopt.ir.projection import Projection
+    from attnopt.ir.query_rows import ChosenRows
     from attnopt.ir.refusal import Refusal
+    from attnopt.ir.row_scores import RowScores
     from attnopt.ir.site import NearMiss, Site
     from attnopt.ir.spec import AttentionSpec
     from attnopt.ir.statistic import Statistic
@@ -61,6 +69,8 @@ if TYPE_CHECKING:
     from attnopt.patterns.bands import Band
     from attnopt.patterns.lookback import Past
     from attnopt.report.advice import Advice
+    from attnopt.report.head_effects import HeadEffects
+    from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
     from attnopt.report.report import Report
     from attnopt.version import __version__
@@ -75,23 +85,28 @@ __all__ = [
     "AttnoptWarning",
     "Backend",
     "Band",
+    "Behaviour",
     "BlockSample",
     "BlockScores",
     "Calibration",
     "CalibrationError",
     "CaptureError",
+    "ChosenRows",
     "Compensation",
     "Constant",
     "ConversionError",
     "DynamicBlocks",
     "ExportError",
     "HeadEdit",
+    "HeadEffects",
     "HeadImportance",
     "HeadMap",
+    "HeadSearch",
     "HeadWeights",
     "Importance",
     "Input",
     "Inspection",
+    "Kept",
     "KvMerge",
     "KvPartition",
     "NearMiss",
@@ -109,6 +124,8 @@ __all__ = [
     "Report",
     "Rewrite",
     "RewriteError",
+    "RowScores",
+    "SearchError",
     "Site",
     "Statistic",
     "VerificationError",
@@ -116,6 +133,7 @@ __all__ = [
     "advise",
     "apply_patterns",
     "convert",
+    "guard",
     "guidance",
     "head_importance",
     "inspect",
@@ -123,10 +141,13 @@ __all__ = [
     "load",
     "optimize",
     "passes",
+    "patch",
+    "path_patch",
     "patterns",
     "plot",
     "recipes",
     "register",
+    "search_heads",
 ]
 
 _NAMES = {
@@ -140,8 +161,12 @@ _NAMES = {
     "compiler.policy": "Policy",
     "conversion.convert": "apply_patterns convert",
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
-    "ConversionError ExportError PluginError PolicyError RewriteError VerificationError",
+    "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",
+    "intervene.guard": "Behaviour Kept guard",
+    "intervene.patch": "patch",
+    "intervene.path_patch": "path_patch",
+    "intervene.search": "search_heads",
     "ir.activations": "Activations",
     "ir.attend": "Attend",
     "ir.block_scores": "BlockSample BlockScores",
@@ -156,7 +181,9 @@ _NAMES = {
     "ir.kv_partition": "KvPartition",
     "ir.pooled_keys": "PooledKeys",
     "ir.projection": "Projection",
+    "ir.query_rows": "ChosenRows",
     "ir.refusal": "Refusal",
+    "ir.row_scores": "RowScores",
     "ir.site": "NearMiss Site",
     "ir.spec": "AttentionSpec",
     "ir.statistic": "Statistic",
@@ -165,6 +192,8 @@ _NAMES = {
     "patterns.bands": "Band",
     "patterns.lookback": "Past",
     "report.advice": "Advice",
+    "report.head_effects": "HeadEffects",
+    "report.head_search": "HeadSearch",
     "report.inspection": "Inspection",
     "report.report": "Report",
     "version": "__version__",

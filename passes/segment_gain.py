@@ -17,14 +17,17 @@ from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
 from attnopt.passes.preconditions import (
+    HINT_IDS,
     distinct_heads,
     note_absent_tokens,
     refuse_causal_pools,
+    refuse_extended,
     refuse_other_keys,
     refuse_other_lengths,
     refuse_pooled,
+    refuse_rows,
     refuse_segmented,
-    refuse_unfit_ids,
+    refuse_unfit_inputs,
     refuse_unknown_heads,
 )
 from attnopt.patterns import Keys, Pattern, PerHead, Segments, parse
@@ -112,6 +115,7 @@ class SegmentGain(Pass):
                 found = refuse_other_keys(site, past=not pattern.reads_length)
             found = found or refuse_other_lengths(site, pattern) or self._refuse_beyond(site, pattern)
         found = found or self._refuse_twice(site) or self._refuse_inputs(site)
+        found = found or refuse_rows(site, "use either segment-gain or query-rows at a site")
         return found or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of heads=")
 
     def rewrite(self, site: Site) -> Rewrite:
@@ -157,14 +161,14 @@ class SegmentGain(Pass):
             return refuse_segmented(site)
         if site.spec.pooling is not None:
             return refuse_pooled(site, "use either gains on segments or pool-keys at a site")
-        lengths = {self.inputs[0]: site.q_len, self.inputs[-1]: site.kv_len}
-        return next((r for i, n in lengths.items() if (r := refuse_unfit_ids(site, i, n)) is not None), None)
+        return refuse_unfit_inputs(site, self.rewrite(site).spec.of_segments, HINT_IDS)
 
     def _refuse_twice(self, site: Site) -> Refusal | None:
         hides = self.normalise == "logits" and self.when is None and {*self.gains} <= {0.0, 1.0}
-        hides_alone = hides and not self.inputs
-        if site.spec.weight_gains is None or hides_alone:
+        if hides and not self.inputs:
             return None
+        if site.spec.weight_gains is None:
+            return refuse_extended(site, "use either extend-keys or segment-gain at a site")
         hint = (
             "give all segments to one segment-gain; a factor that the model itself has cannot be combined with others"
         )

@@ -10,8 +10,11 @@ from torch import Tensor, fx
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import tensors
+from attnopt.base.progress import working
+from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import kept
 from attnopt.compiler.head_gates import Gated, gated
+from attnopt.compiler.head_sweep import HeadSweep
 from attnopt.errors import CalibrationError
 from attnopt.match.find import Found
 
@@ -21,33 +24,32 @@ Scores = dict[str, tuple[float, ...]]
 
 
 def ablation(
-    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs], behaviour: Callable[[Any], Tensor] | None
+    program: Program, found: Sequence[Found], batches: Sequence[CallInputs], behaviour: Callable[[Any], Tensor] | None
 ) -> Scores:
     """The mean divergence of the model's output from the original's with one head silenced."""
-    model = gated(gm, found)
+    sweep = HeadSweep(program, found)
+    apart = {f.site.name: torch.zeros(f.raised.spec.num_heads, dtype=torch.float64) for f in found}
 
-    def told(batch: CallInputs) -> list[Tensor]:
-        with kept(model.module):
-            output = model.module(*batch[0], **batch[1])
+    def told(output: Any) -> list[Tensor]:
         if behaviour is not None:
             return [behaviour(output).double().log_softmax(-1)]
         return [t.double() for t in tensors(output) if t.is_floating_point()]
 
-    with torch.no_grad():
-        original = [told(batch) for batch in batches]
-        scores: Scores = {}
-        for name, gate in model.gates.items():
-            each: list[float] = []
-            for h in range(gate.shape[1]):
-                gate[0, h] = 0.0
-                apart = [
-                    _divergence(told(batch), want, behaviour is not None)
-                    for batch, want in zip(batches, original, strict=True)
-                ]
-                gate[0, h] = 1.0
-                each.append(sum(apart) / len(apart))
-            scores[name] = tuple(each)
-    return scores
+    with torch.no_grad(), working("silencing one head after another", len(batches) * len(found)) as step:
+        for batch in batches:
+            original = told(sweep.output(batch))
+            for name, o, run in sweep.sites(batch):
+                silenced = (_without(o, h) for h in range(o.shape[1]))
+                for h, output in enumerate(run(silenced)):
+                    apart[name][h] += _divergence(told(output), original, behaviour is not None)
+                step()
+    return {name: tuple((total / len(batches)).tolist()) for name, total in apart.items()}
+
+
+def _without(o_BHLD: Tensor, head: int) -> Tensor:
+    silenced = o_BHLD.clone()
+    silenced[:, head] = 0.0
+    return silenced
 
 
 def taylor(

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from attnopt.backends.reference import Reference
+from attnopt.compiler.head_graph import head_graph
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten
-from attnopt.ir.operands import operands_of
-from attnopt.lower.lower import copy_program, inline
 from attnopt.match.find import Found
 
 
@@ -27,22 +25,21 @@ class Gated:
 
 def gated(gm: fx.GraphModule, found: Sequence[Found]) -> Gated:
     """A copy of ``gm`` with shared weights and a gate after each head of these sites."""
-    module, table = copy_program(gm)
-    gates: dict[str, Tensor] = {}
+    graph = head_graph(gm, found)
+    module, gates = graph.module, dict[str, Tensor]()
     for n, f in enumerate(found):
-        raised = f.raised
-        node, out = table[raised.node], table[raised.out]
-        table[raised.region.out.node].replace_all_uses_with(out)
-        emit = Emitter(module.graph, node, {"site": f.site.name})
-        lowered = inline(emit, raised.spec, Reference(), operands_of(node))
-        gate = nn.Parameter(torch.ones(1, raised.spec.num_heads, 1, 1, device=f.site.device))
+        output = graph.outputs[f.site.name]
+        emit = Emitter(module.graph, output.next, {"site": f.site.name})
+        gate = nn.Parameter(torch.ones(1, f.raised.spec.num_heads, 1, 1, device=f.site.device))
         gates[f.site.name] = gate
         module.register_parameter(f"gate_{n}", gate)
-        with module.graph.inserting_before(node):
+        with module.graph.inserting_before(output.next):
             read = module.graph.get_attr(f"gate_{n}")
         with emit.mode:
             read.meta["val"] = torch.empty(gate.shape, device=gate.device)
-        cast = emit.call(aten._to_copy.default, read, dtype=lowered.meta["val"].dtype)
-        node.replace_all_uses_with(emit.call(aten.mul.Tensor, lowered, cast))
+        cast = emit.call(aten._to_copy.default, read, dtype=output.meta["val"].dtype)
+        closed = emit.call(aten.mul.Tensor, output, cast)
+        output.replace_all_uses_with(closed)
+        closed.replace_input_with(closed, output)
     remove_unused_nodes(module)
     return Gated(module, gates)

@@ -13,12 +13,9 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.display import shown
 from attnopt.base.options import choice
-from attnopt.capture.calibration import Batch, Calibration, shapes_of
-from attnopt.capture.capture import require_values
+from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.program import Program
-from attnopt.capture.signature import Signature
-from attnopt.compiler.analyze import analyze
-from attnopt.compiler.check import all_fitting
+from attnopt.compiler.analyze_batches import analyze_batches
 from attnopt.compiler.gate_scores import ablation, fisher, sensitivity, taylor
 from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.errors import CalibrationError, PolicyError
@@ -133,15 +130,7 @@ def _captured(
     model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
 ) -> tuple[Program, list[CallInputs], list[Found]]:
     """The model in eval mode, the batches in the form of its graph, and the sites to score."""
-    require_values(model)
-    first = calibration.batches[0]
-    shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
-    was_training = model.training
-    try:
-        analyzed = analyze(model.eval(), first, shapes)
-    finally:
-        model.train(was_training)
-    batches = all_fitting(analyzed.program, Signature.of(model.forward, *first), calibration)
+    analyzed, batches = analyze_batches(model, calibration)
     found = [f for f in analyzed.findings.found if sites is None or f.site.name in {s.name for s in sites}]
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}
     if missing or not found:
@@ -164,7 +153,7 @@ def _in_model(
     behaviour: Behaviour | None, seed: int,
 ) -> dict[str, tuple[float, ...]]:  # fmt: skip
     if method == "ablation":
-        return ablation(program.module, found, batches, behaviour)
+        return ablation(program, found, batches, behaviour)
     if loss is None:
         return sensitivity(program.module, found, batches, seed)
     return (taylor if method == "taylor" else fisher)(program.module, found, batches, loss)

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnopt.errors import CalibrationError
 from attnopt.fit.head_scores import output_maps
 from attnopt.fit.least_squares import Moments, Sums, fit, with_ones
+from attnopt.ir.call_tensor import known
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_routing import Routed, SoftGates
 from attnopt.ir.site import Site
@@ -44,7 +45,7 @@ def fitted_gates(site: Site, route: Routed) -> SoftGates:
 
     The two factors are least squares for each sharpness of the softmax, of which the best on held-out tokens is taken."""
     assert site.activations is not None
-    constants = [c.tensor() for c in route.constants]
+    constants = known(route.tensors)
     fits = {sharpness: (_Quadratic(), _Quadratic()) for sharpness in SHARPNESS}
     counts = zip(site.activations.counted(False), site.activations.counted(True), strict=True)
     for (q, given_BLHE), masks in zip(_given(site), counts, strict=True):
@@ -92,7 +93,7 @@ def used_share(site: Site, route: Routed) -> float:
     assert site.activations is not None
     used = total = 0.0
     for (q, norms), counted in zip(_contributions(site), site.activations.counted(True), strict=True):
-        gates = route.gates(site.spec, q, [c.tensor(q.device) for c in route.constants])
+        gates = route.gates(site.spec, q, known(route.tensors, q.device))
         used += float(norms[counted][gates.transpose(1, 2)[counted]].sum())
         total += float(norms[counted].sum())
     return used / total if total else 1.0

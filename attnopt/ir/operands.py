@@ -88,12 +88,23 @@ class SegmentTensors:
                 of_head[slice(None) if a is None else a, slice(None) if b is None else b] = True
         return made
 
+    @classmethod
+    def partition(cls, pairs: Sequence[Iterable[tuple[int | None, int | None]]]) -> Tensor:
+        """``pairs``, given for each part but the last, which has all others; the first part that holds a pair has it."""
+        own = cls.table(pairs).unsqueeze(1)
+        left, parts = torch.ones_like(own[0]), []
+        for of_part in own.unbind():
+            parts.append(of_part & left)
+            left = left & ~of_part
+        return torch.stack([*parts, left])
+
     def numbered(self) -> SegmentTensors:
         """With numbers that are all in the table, if there is one."""
         if self.pairs is None:
             return self
         last = self.pairs.shape[-1] - 1
-        queries, keys = (torch.where((x < 0) | (x > last), last, x) for x in (self.queries, self.keys))
+        wide = self.queries.long(), self.keys.long()  # the last number may be too large for theirs
+        queries, keys = (torch.where((x < 0) | (x > last), last, x) for x in wide)
         return SegmentTensors(queries, keys, self.pairs)
 
     @property
@@ -109,7 +120,7 @@ class SegmentTensors:
             return (queries == keys) & (queries >= 0)
         own = self.numbered()
         heads, segments, _ = self.pairs.shape
-        entry = own.queries.long().unsqueeze(2) * segments + own.keys.long().unsqueeze(1)  # [B, L, S]
+        entry = own.queries.unsqueeze(2) * segments + own.keys.unsqueeze(1)  # [B, L, S]
         seen = self.pairs.reshape(heads, -1).index_select(1, entry.reshape(-1))
         return seen.reshape(heads, *entry.shape).transpose(0, 1)
 

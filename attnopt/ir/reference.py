@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.attend import Attend, AttendWithLse
-from attnopt.ir.operands import SegmentTensors
+from attnopt.ir.extended_keys import MoreKeys
+from attnopt.ir.extension import seen_more
+from attnopt.ir.operands import OperandTensors, SegmentTensors
+from attnopt.ir.row_attention import without_other_rows
 from attnopt.ir.semantics import heads_of, require_no_edits, row_sinks, visible
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
@@ -17,7 +20,7 @@ from attnopt.ir.weight_gains import WeightGains
 def reference(spec: AttentionSpec) -> Attend:
     """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  Raises ValueError if
     ``spec`` has edits: see ``semantics.edited``."""
-    require_no_edits(spec, pools=True, zero_keys=True)
+    require_no_edits(spec, pools=True, zero_keys=True, rows=True, extends=True)
 
     def attend(
         q: Tensor,
@@ -27,15 +30,21 @@ def reference(spec: AttentionSpec) -> Attend:
         bias: Tensor | None,
         mask: Tensor | None,
         sinks: Tensor | None,
+        more: MoreKeys | None = None,
         segments: SegmentTensors | None = None,
     ) -> Tensor:
         s, sinks = _scores(spec, q, k, bias, mask, sinks)
+        if more is not None:
+            p, _, _ = _softmax(torch.cat([s, _more_scores(spec, q, more)], -1), sinks)
+            own, others = p[..., : k.shape[2]], p[..., k.shape[2] :]
+            return (own @ _read(spec, v, p.dtype) + others @ heads_of(spec, more.v).to(p.dtype)).to(v.dtype)
         p, top, _ = _softmax(s, sinks)
         if spec.weight_gains is not None:
             base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
             pieces = _pieces(spec, spec.weight_gains, p) if segments is None else [x.mask() for x in segments.parts]
             p = _with_gains(spec.weight_gains, pieces, p, s - base, None if sinks is None else sinks - base)
-        return (p @ _read(spec, v, p.dtype)).to(v.dtype)
+        o = (p @ _read(spec, v, p.dtype)).to(v.dtype)
+        return o if spec.rows is None else without_other_rows(spec, o, OperandTensors(q, k, v, bias, mask, sinks))
 
     return attend
 
@@ -70,6 +79,18 @@ def _scores(
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)
     return s, row_sinks(spec, q, k, sinks)
+
+
+def _more_scores(spec: AttentionSpec, q: Tensor, more: MoreKeys) -> Tensor:
+    """The scores of other tokens [B, H, L, M], -inf where hidden."""
+    assert spec.extension is not None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = (q.to(wide) @ heads_of(spec, more.k).to(wide).mT) * spec.scale
+    if spec.softcap is not None:
+        s = spec.softcap * torch.tanh(s / spec.softcap)
+    s = s + spec.extension.log_weight
+    seen = seen_more(spec, more, q)
+    return s if seen is None else s.masked_fill(~seen, -torch.inf)
 
 
 def _read(spec: AttentionSpec, x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:

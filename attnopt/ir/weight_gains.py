@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attnopt.base.bit_table import stretched
-from attnopt.ir.call_segments import CallSegments
-from attnopt.ir.operands import SegmentTensors
+from attnopt.ir.call_segments import SegmentParts
 from attnopt.patterns.algebra import Pattern, any_of
 from attnopt.patterns.registry import parse
 from attnopt.patterns.segments import Segments
@@ -77,25 +76,14 @@ class WeightGains:
         """Of the parts, and of the receivers if there are any."""
         return (*(part.pattern for part in self.parts), *(() if self.to is None else (self.to,)))
 
-    @property
-    def segments(self) -> CallSegments | None:
-        """Where the ids come from, if each call brings them."""
+    @cached_property
+    def segments(self) -> SegmentParts | None:
+        """The pieces, if each call brings the ids of their segments."""
         first = self.parts[0].pattern
         if not isinstance(first, Segments) or not first.inputs:
             return None
         queries, keys = first.inputs
-        return CallSegments(queries, keys)
-
-    @property
-    def table(self) -> Tensor:
-        """Bool [pieces, 1, R + 1, R + 1], where a call brings ids: the segments of each piece, as in ``SegmentTensors``."""
-        named = [p.pairs or () for p in self.patterns if isinstance(p, Segments)]
-        own = SegmentTensors.table(named).unsqueeze(1)
-        left, pieces = torch.ones_like(own[0]), []
-        for pairs in own.unbind():
-            pieces.append(pairs & left)
-            left = left & ~pairs
-        return torch.stack([*pieces, left])
+        return SegmentParts(queries, keys, tuple(p.pairs for p in self.patterns if isinstance(p, Segments)))
 
     @property
     def count(self) -> int:

@@ -23,11 +23,12 @@ _LEAVE_VALUES = (Scaled, Shifted, Replaced, Routed)  # edits that read no values
 
 def pools_early(spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> bool:
     """Nothing but affine maps of single tokens is between keys, values and what they are projected from, and nothing else reads
-    the values of single tokens."""
+    the keys and values of single tokens, as transplants and some edits do."""
     if (
         spec.pooling is None
         or backend.pools
         or spec.has_map
+        or spec.before
         or not all(isinstance(e, _LEAVE_VALUES) for e in spec.after)
     ):
         return False

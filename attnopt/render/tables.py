@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from attnopt.ir.projection import Projection
     from attnopt.ir.site import NearMiss, Site
     from attnopt.report.advice import Advice
+    from attnopt.report.head_effects import HeadEffects
+    from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
 
 ROLES = ("q", "k", "v", "out")
@@ -31,18 +33,43 @@ def advice_text(advice: Advice) -> str:
 
 def importance_text(importance: HeadImportance) -> str:
     """One row an attention, one column a head."""
-    from rich import box
-    from rich.table import Table
+    return _by_head(f"head importance: {importance.method}", importance.scores, importance.heads)
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"head importance: {importance.method}")
+
+def effects_text(found: HeadEffects) -> str:
+    """One row an attention, one column a head: the fraction of the difference of the two runs, or the metric itself."""
+    base, other = found.ends
+    what = f"{found.direction} {found.paths}".rstrip()
+    told = f"{what}: clean {found.clean:.4g}, corrupted {found.corrupted:.4g}"
+    if base == other:
+        return _by_head(f"{told}; the metric", found.metrics, found.heads)
+    return _by_head(f"{told}; 0 is {base:.4g}, 1 is {other:.4g}", found.effects, found.heads)
+
+
+def search_text(found: HeadSearch) -> str:
+    """One row a step."""
+    ended = "" if found.is_complete else ", ended early"
+    title = f"{found.method}: {found.base:.6g} without an edit, {found.value:.6g} with {len(found.chosen)} heads{ended}"
+    rows = [(f"{s.added[0]} {s.added[1]}", "" if s.removed is None else f"{s.removed[0]} {s.removed[1]}", f"{s.value:.6g}")
+            for s in found.steps]  # fmt: skip
+    return to_text(_table(title, ("head", "instead of", "objective"), rows))
+
+
+def _by_head(title: str, values: Mapping[str, Sequence[float]], heads: Mapping[str, Sequence[int]]) -> str:
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("site")
-    every = sorted({h for numbers in importance.heads.values() for h in numbers})
+    every = sorted({h for numbers in heads.values() for h in numbers})
     for h in every:
         shown.add_column(str(h), justify="right")
-    for site, scores in importance.scores.items():
-        of = dict(zip(importance.heads[site], scores, strict=True))
+    for site, own in values.items():
+        of = dict(zip(heads[site], own, strict=True))
         shown.add_row(site or "(root)", *(f"{of[h]:.3g}" if h in of else "" for h in every))
-    return to_text(shown, width=max(80, 40 + 9 * len(every)))
+    return to_text(Group(Text(title), shown), width=max(80, len(title), 40 + 9 * len(every)))
 
 
 def inspection_table(inspection: Inspection) -> RenderableType:

@@ -2,6 +2,7 @@
 
 from acme_attnopt.clipped import Clip, Clipped
 from acme_attnopt.every import Every
+from acme_attnopt.key_alike import KeyAlike
 from acme_attnopt.key_norm import KeyNorm
 from acme_attnopt.l1 import L1
 from acme_attnopt.last_k import LastK
@@ -13,5 +14,6 @@ from acme_attnopt.strided import Strided
 from acme_attnopt.usual_key import UsualKey
 
 __all__ = [
-    "L1", "Clip", "Clipped", "Every", "KeyNorm", "LastK", "Median", "Peak", "Plain", "Rescale", "Strided", "UsualKey",
+    "L1", "Clip", "Clipped", "Every", "KeyAlike", "KeyNorm", "LastK", "Median", "Peak", "Plain", "Rescale", "Strided",
+    "UsualKey",
 ]  # fmt: skip

@@ -1,0 +1,26 @@
+"""A model that is looked at on batches of inputs: captured in eval mode, in a form that takes them all."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from attnopt.base.call_inputs import CallInputs
+from attnopt.capture.calibration import Calibration, shapes_of
+from attnopt.capture.capture import require_values
+from attnopt.capture.signature import Signature
+from attnopt.compiler.analyze import Analyzed, analyze
+from attnopt.compiler.check import all_fitting
+
+
+def analyze_batches(model: nn.Module, calibration: Calibration) -> tuple[Analyzed, list[CallInputs]]:
+    """The captured model, and the batches in the form of its graph.  Raises CaptureError and CalibrationError."""
+    require_values(model)
+    first = calibration.batches[0]
+    shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        analyzed = analyze(model.eval() if modes else model, first, shapes)
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    return analyzed, all_fitting(analyzed.program, Signature.of(model.forward, *first), calibration)
