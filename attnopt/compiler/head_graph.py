@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from attnopt.backends.reference import Reference
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, shape
+from attnopt.graph.nodes import aten, shape, value
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.semantics import heads_of
 from attnopt.ir.spec import AttentionSpec
@@ -77,6 +77,6 @@ def _with_inputs(
     for role, places in wanted.items():
         own = made[role]
         nodes[role] = emit.call(aten.clone.default, own)
-        chosen = torch.tensor([h in places for h in range(shape(own)[1])])
+        chosen = torch.tensor([h in places for h in range(shape(own)[1])], device=value(own).device)
         made[role] = emit.call(aten.where.self, emit.constant(chosen.reshape(1, -1, 1, 1)), nodes[role], own)
     return spec, replace(operands, **made), nodes
