@@ -138,11 +138,12 @@ class Stacker:
 @contextmanager
 def _without_fallback_warnings() -> Iterator[None]:
     """torch says on stderr which operators it computes one by one; that is only slower."""
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    warn_of_fallbacks: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    warn_of_fallbacks(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        warn_of_fallbacks(True)
 
 
 def stacked(part: Part, around: Mapping[fx.Node, Any], given: Sequence[Sequence[Tensor]]) -> list[list[Any]]:
