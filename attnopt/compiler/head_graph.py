@@ -24,7 +24,7 @@ Inputs = Mapping[str, Collection[int]]  # "q", "k" or "v" -> places of query hea
 
 @dataclass(frozen=True)
 class HeadGraph:
-    """``module`` equals the model.  ``outputs`` [B, H, L, Dv] and ``spots``, where they are changed, by site, as they run.
+    """``module`` equals the model.  ``outputs``: those of its heads, [B, H, L, Dv], by site, as they run.
 
     ``inputs``: by site and role, what chosen query heads read, [B, H, L or S, D]; with another value of such a node these heads
     read that, and all others what the model computes.
