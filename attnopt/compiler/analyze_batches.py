@@ -10,16 +10,19 @@ from attnopt.capture.capture import require_values
 from attnopt.capture.signature import Signature
 from attnopt.compiler.analyze import Analyzed, analyze
 from attnopt.compiler.check import all_fitting
+from attnopt.errors import CaptureError
 
 
 def analyze_batches(model: nn.Module, calibration: Calibration) -> tuple[Analyzed, list[CallInputs]]:
     """The captured model, and the batches in the form of its graph.  Raises CaptureError and CalibrationError."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
     require_values(model)
     first = calibration.batches[0]
     shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
+    modes = [(m, m.training) for m in model.modules()]
     try:
-        analyzed = analyze(model.eval() if modes else model, first, shapes)
+        analyzed = analyze(model.eval(), first, shapes)
     finally:
         for m, mode in modes:
             m.training = mode
