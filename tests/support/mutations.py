@@ -210,6 +210,22 @@ FAULTS = (
     # tensors that a call brings
     Fault("what other heads bring", "return whole if self.heads is None else whole.index_select(",
           "return whole if True else whole.index_select(", "test_call_tensors.py -k removed_heads"),
+    Fault("an input for one sequence that is one for all", "return site.inputs[name].shape[0] == 1 != site.own_sizes[BATCH]",
+          "return site.inputs[name].shape[0] == 1", "test_call_tensors.py -k one_token"),
+    Fault("sizes of an example that the user did not give", "self.own or self.inputs), inputs_of", "self.inputs), inputs_of",
+          "test_call_tensors.py -k one_token"),
+    Fault("guidance that forgets what its weak branch reads", 'here[node].meta["val"] = node.meta["val"]', "pass",
+          "test_call_tensors.py -k guidance"),
+    Fault("gains of a call that only zeros keep", "[h for h in self.heads if h in known and bool(known[h].any())]", "[]", "test_transplant.py -k constant_heads"),
+    # queries, keys and maps of another run
+    Fault("keys of the head that shared them", "k, v = heads_of(spec, k), heads_of(spec, v)", "k, v = heads_of(spec, k), v",
+          "test_transplant.py -k some_tokens"),
+    Fault("queries of other heads", "self._chosen(own_BHND[:, place : place + 1], values[:, i : i + 1], kv_len)",
+          "self._chosen(own_BHND[:, place : place + 1], values[:, :1], kv_len)", "test_transplant.py -k two_sequences"),
+    Fault("a map at tokens that it does not have", "if gate == 1.0 and everywhere)", "if gate == 1.0)",
+          "test_transplant.py -k unmapped"),
+    Fault("transplants into values that calibration data has", "not made.spec.inputs and not made.spec.before",
+          "not made.spec.inputs", "test_transplant.py -k refused"),
     # patterns
     Fault("a window one too short", "return (j >= i - self.left) &", "return (j > i - self.left) &",
           "test_algebra.py"),
