@@ -407,6 +407,10 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused_with(torch.zeros(7), BY_IDS),
         "[not-ids] expected an integer for each token, found ids of float32 (at LINE)",
     ),
+    "not-numbers": (
+        lambda: extended_with(features=torch.ones(3, 12, dtype=torch.int64), seen=torch.ones(3, dtype=torch.bool)),
+        "[not-numbers] expected floating-point numbers, found features of int64 (at LINE)",
+    ),
     "already-pooled": (
         pooled_twice,
         "[already-pooled] expected an attention without pooled keys, found heads 1, 2 read keys pooled by 7 (at LINE)\n  "
