@@ -97,6 +97,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/calibration_memory.py
+	$(PY) benchmarks/taps.py
 	$(PY) benchmarks/leak.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.

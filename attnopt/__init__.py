@@ -57,10 +57,15 @@ if TYPE_CHECKING:
     from attnopt.ir.spec import AttentionSpec
     from attnopt.ir.statistic import Statistic
     from attnopt.model import OptimizedModel, load
+    from attnopt.observe.attribution import logit_attribution
+    from attnopt.observe.collect import collect
+    from attnopt.observe.expose import Columns, Exposed, Outputs, Rows, expose
     from attnopt.patterns.algebra import Pattern
     from attnopt.patterns.bands import Band
     from attnopt.patterns.lookback import Past
     from attnopt.report.advice import Advice
+    from attnopt.report.attribution import Attribution
+    from attnopt.report.collected import Collected
     from attnopt.report.inspection import Inspection
     from attnopt.report.report import Report
     from attnopt.version import __version__
@@ -73,6 +78,7 @@ __all__ = [
     "AttentionSpec",
     "AttnoptError",
     "AttnoptWarning",
+    "Attribution",
     "Backend",
     "Band",
     "BlockSample",
@@ -80,11 +86,14 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CaptureError",
+    "Collected",
+    "Columns",
     "Compensation",
     "Constant",
     "ConversionError",
     "DynamicBlocks",
     "ExportError",
+    "Exposed",
     "HeadEdit",
     "HeadImportance",
     "HeadMap",
@@ -96,6 +105,7 @@ __all__ = [
     "KvPartition",
     "NearMiss",
     "OptimizedModel",
+    "Outputs",
     "Pass",
     "Past",
     "Pattern",
@@ -109,18 +119,22 @@ __all__ = [
     "Report",
     "Rewrite",
     "RewriteError",
+    "Rows",
     "Site",
     "Statistic",
     "VerificationError",
     "__version__",
     "advise",
     "apply_patterns",
+    "collect",
     "convert",
+    "expose",
     "guidance",
     "head_importance",
     "inspect",
     "kept_mass",
     "load",
+    "logit_attribution",
     "optimize",
     "passes",
     "patterns",
@@ -161,10 +175,15 @@ _NAMES = {
     "ir.spec": "AttentionSpec",
     "ir.statistic": "Statistic",
     "model": "OptimizedModel load",
+    "observe.attribution": "logit_attribution",
+    "observe.collect": "collect",
+    "observe.expose": "Columns Exposed Outputs Rows expose",
     "patterns.algebra": "Pattern",
     "patterns.bands": "Band",
     "patterns.lookback": "Past",
     "report.advice": "Advice",
+    "report.attribution": "Attribution",
+    "report.collected": "Collected",
     "report.inspection": "Inspection",
     "report.report": "Report",
     "version": "__version__",

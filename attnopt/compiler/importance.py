@@ -14,10 +14,9 @@ from attnopt.base.compile_lock import compiling
 from attnopt.base.display import shown
 from attnopt.base.options import choice
 from attnopt.capture.calibration import Batch, Calibration, shapes_of
-from attnopt.capture.capture import require_values
 from attnopt.capture.program import Program
 from attnopt.capture.signature import Signature
-from attnopt.compiler.analyze import analyze
+from attnopt.compiler.analyze import analyze_in_eval
 from attnopt.compiler.check import all_fitting
 from attnopt.compiler.gate_scores import ablation, fisher, sensitivity, taylor
 from attnopt.compiler.layerwise_calibration import Stream
@@ -133,14 +132,9 @@ def _captured(
     model: nn.Module, calibration: Calibration, sites: Sequence[Site] | None
 ) -> tuple[Program, list[CallInputs], list[Found]]:
     """The model in eval mode, the batches in the form of its graph, and the sites to score."""
-    require_values(model)
     first = calibration.batches[0]
     shapes = "auto" if len({shapes_of(b) for b in calibration}) > 1 else None
-    was_training = model.training
-    try:
-        analyzed = analyze(model.eval(), first, shapes)
-    finally:
-        model.train(was_training)
+    analyzed = analyze_in_eval(model, first, shapes)
     batches = all_fitting(analyzed.program, Signature.of(model.forward, *first), calibration)
     found = [f for f in analyzed.findings.found if sites is None or f.site.name in {s.name for s in sites}]
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}
