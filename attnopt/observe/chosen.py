@@ -42,15 +42,15 @@ def matches(glob: str, name: str) -> bool:
 
 def named(owner: str, wanted: Sequence[str], names: Sequence[str]) -> list[str]:
     """Those of ``names`` that are wanted, in their order.  Raises PolicyError for a glob that matches none."""
+    if not names:
+        raise PolicyError(
+            f"{owner}: no attention was found in the model",
+            hint="attnopt.inspect says why; of an optimized model whose attentions run on kernels, give the original one",
+        )
     for glob in wanted:
         if not any(matches(glob, name) for name in names):
             listed = ", ".join(repr(n) for n in names[:6]) + (", ..." if len(names) > 6 else "")
-            raise PolicyError(
-                f"{owner}: no attention is named {glob!r}",
-                hint=f"the sites are {listed}"
-                if names
-                else "attnopt.inspect shows what was found in the model, and why not",
-            )
+            raise PolicyError(f"{owner}: no attention is named {glob!r}", hint=f"the sites are {listed}")
     return [name for name in names if any(matches(glob, name) for glob in wanted)]
 
 

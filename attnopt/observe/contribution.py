@@ -14,11 +14,11 @@ from torch import Tensor, fx
 from attnopt.base.bit_table import indices
 from attnopt.errors import CalibrationError
 from attnopt.graph.nodes import arg, calls, opname
-from attnopt.graph.ops import ADD, DIV, FACTORS
+from attnopt.graph.ops import DIV, FACTORS
 from attnopt.ir.projection import Projection
 from attnopt.match.find import Found
 from attnopt.observe.frozen_norms import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
-from attnopt.observe.residual import NORMS, PASSES, Branch, carried
+from attnopt.observe.residual import NORMS, Branch, carried
 
 Values = Callable[[fx.Node], Any]
 
@@ -28,6 +28,8 @@ def require_projection(owner: str, f: Found, branch: Branch | None) -> None:
     p, why = f.site.projections["out"], None
     if p.rows is None or p.weight is None or f.output_op is None:
         why = p.why or "it was not found"
+    elif any(len(rows) != f.site.value_dim for rows in p.rows):
+        why = "its rows of one head are not those of one output"
     elif not p.direct:
         why = "the heads' outputs are changed before it, as by a gate"
     elif f.site.parameters[p.weight].dim() > 2 and f.site.parameters[p.weight][0, 0].numel() > 1:
@@ -87,7 +89,7 @@ def _of_heads(p: Projection, stored: Tensor, places: Sequence[int]) -> Tensor:
 
 def _steps(branch: Branch | None) -> list[fx.Node]:
     """What changes numbers on the way from the projection to the stream."""
-    return [] if branch is None else [n for n in branch.chain if not calls(n, PASSES) and not calls(n, ADD)]
+    return [] if branch is None else [n for n in branch.chain if calls(n, NORMS) or calls(n, FACTORS)]
 
 
 def _is_known(n: fx.Node) -> bool:

@@ -98,13 +98,14 @@ def expose(
             hint="call it without a cache, as with use_cache=False",
         )
     module = program.module
+    report = _report(program, findings)
     _add_outputs(module, dict(_nodes(given, module, findings, wanted)))
     restore_calls(module)
     remove_unused_nodes(module)
     prune_unused_state(module)
     module.graph.lint()
     module.recompile()
-    return OptimizedModel(module, _origin(given, program, findings, module))
+    return OptimizedModel(module, _origin(given, program, findings, module, report))
 
 
 def _wanted(taps: object) -> list[tuple[str, tuple[Exposed, ...]]]:
@@ -252,13 +253,17 @@ def _add_outputs(gm: fx.GraphModule, made: Mapping[str, fx.Node]) -> None:
         gm._out_spec = spec
 
 
-def _origin(model: nn.Module, program: Program, findings: Findings, gm: fx.GraphModule) -> Origin:
-    report = Report(
+def _report(program: Program, findings: Findings) -> Report:
+    """Every attention as it is, unchanged."""
+    return Report(
         sites=tuple(site_report(Decision(f, f.site)) for f in findings.found),
         near_misses=findings.near_misses,
         versions={"attnopt": __version__, "torch": torch.__version__},
         fixed_axes=program.fixed_axes,
     )
+
+
+def _origin(model: nn.Module, program: Program, findings: Findings, gm: fx.GraphModule, report: Report) -> Origin:
     live = stored(gm)
     return Origin(
         report=report,

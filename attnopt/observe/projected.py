@@ -45,9 +45,8 @@ def tokens(gm: fx.GraphModule, f: Found, node: fx.Node, values: dict[fx.Node, An
         x = x.flatten(1, 2)
     if x.dim() == 2:
         if len(x) == B * L:
-            next_is_token = B == 1 or L == 1 or _is_token_next(gm, f, node, values)
-            x = x.reshape(B, L, -1) if next_is_token else x.reshape(L, B, -1).transpose(0, 1)
-    elif x.dim() == 3 and x.shape[:2] == (L, B) and not (x.shape[:2] == (B, L) and _is_token_next(gm, f, node, values)):
+            x = x.reshape(B, L, -1) if _is_token_next(gm, f, node, values, q) else x.reshape(L, B, -1).transpose(0, 1)
+    elif x.dim() == 3 and x.shape[:2] == (L, B) and not (B == L and _is_token_next(gm, f, node, values, q)):
         x = x.transpose(0, 1)
     if x.dim() != 3 or x.shape[:2] != (B, L):
         raise CalibrationError(
@@ -58,14 +57,16 @@ def tokens(gm: fx.GraphModule, f: Found, node: fx.Node, values: dict[fx.Node, An
     return x
 
 
-def _is_token_next(gm: fx.GraphModule, f: Found, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+def _is_token_next(gm: fx.GraphModule, f: Found, node: fx.Node, values: dict[fx.Node, Any], q: Tensor) -> bool:
     """By evaluation: the neighbour of the first token in memory is the second token of the first sequence."""
+    if q.shape[0] == 1 or q.shape[2] == 1:
+        return True
     x = values[node].clone()
     (x if x.dim() == 2 else x.flatten(0, 1))[1] = torch.nan
     after = {node, *_below(node, f)}
     known = {n: v for n, v in values.items() if n not in after} | {node: x}
-    q: Tensor = Interpreter(gm, known)(f.raised.operands.q)
-    return bool(q[0, :, 1].isnan().any())
+    reached: Tensor = Interpreter(gm, known)(f.raised.operands.q)
+    return bool(reached[0, :, 1].isnan().any())
 
 
 def _below(node: fx.Node, f: Found) -> set[fx.Node]:

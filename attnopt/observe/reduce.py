@@ -12,11 +12,11 @@ from torch import Tensor
 
 from attnopt.base.options import choice
 from attnopt.errors import PolicyError
+from attnopt.ir.operands import HIDING
 from attnopt.observe.chosen import REDUCTIONS
 from attnopt.observe.taps import Answer
 from attnopt.report.collected import Value, own
 
-HIDDEN = -9e3  # what hides keys in some models is -1e4, in others less
 UNDERFLOW = 104.0  # exp(-104) is 0 in float32
 
 Own = Callable[[Tensor, Tensor], Tensor]  # the caller's own: (value, which of its tokens count) -> what to keep
@@ -123,7 +123,7 @@ def reduction(reduce: object, kinds: tuple[str, ...]) -> Callable[[str], Reduced
 
 def _has_weight(x: Tensor) -> Tensor:
     """Of scores, which a model may also hide with a finite number: those that leave a weight."""
-    return (x > HIDDEN) & (x > x.amax(-1, keepdim=True) - UNDERFLOW)
+    return (x > HIDING) & (x > x.amax(-1, keepdim=True) - UNDERFLOW)
 
 
 def _sum(x: Tensor, counted: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -20,6 +20,7 @@ from attnopt.slicing.selection import is_weight
 
 PASSES = REARRANGED | of(Kind.CAST, Kind.DROPOUT)
 NORMS = of(Kind.NORM)
+_OTHER_PLACES = of(Kind.MOVE, Kind.SLICE, Kind.PAD)  # of tokens, as in shifted windows
 _PRODUCTS = of(Kind.PRODUCT, Kind.CONVOLUTION)
 START = "embedding"
 
@@ -145,20 +146,26 @@ class Residual:
 
     def _name(self, branch: fx.Node, addition: _Addition) -> str:
         """The module of its products, or of the last of them where attentions are inside that one."""
-        start = self.place[_behind(addition.stream)]
-        inside = [n for n, i in self.place.items() if i > start and self.above[branch] >> i & 1] + [branch]
-        paths = [module_path(n) for n in inside if calls(n, _PRODUCTS)] or [module_path(branch)]
-        common = ".".join(common_modules(paths))
-        holds = not common or any(name == common or name.startswith(f"{common}.") for name in self.names)
-        return (paths[-1] if holds else common) or "(root)"
+        above = self.above[branch]
+        root = next((n for n in self._stream_above(addition.stream) if above >> self.place[n] & 1), branch)
+        inside = [n for n, i in self.place.items() if i > self.place[root] and above >> i & 1] + [branch]
+        own = module_path(_behind(branch))
+        paths = [module_path(n) for n in inside if calls(n, _PRODUCTS)] or [own]
+        common = (".".join(common_modules(found)) for found in ([*paths, own], paths))
+        return next((name for name in common if not self._holds_attention(name)), paths[-1]) or "(root)"
+
+    def _holds_attention(self, path: str) -> bool:
+        return not path or any(name == path or name.startswith(f"{path}.") for name in self.names)
 
 
 def carried(node: fx.Node) -> fx.Node | None:
-    """The operand that ``node`` passes on: moved, cast, normalised, or multiplied by what is the same for every head."""
+    """The operand that ``node`` passes on: rearranged, cast, normalised, or multiplied by what is the same for every head."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if calls(node, PASSES) or calls(node, NORMS):
         return node.args[0]
+    if calls(node, _OTHER_PLACES):
+        return node.args[0] if shape(node)[-1] == shape(node.args[0])[-1] else None
     a, b = node.args[0], node.args[1] if len(node.args) > 1 else None
     if calls(node, ADD) and isinstance(b, fx.Node) and is_weight(b) and len(shape(b)) == 1:
         return a

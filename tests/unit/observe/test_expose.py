@@ -18,8 +18,6 @@ import attnopt
 from attnopt.errors import CaptureError, PolicyError
 from attnopt.observe.chosen import KINDS
 
-NEAR = {"rtol": 1e-5, "atol": 2e-6}
-
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_taps_are_what_hooks_read(name: str) -> None:
@@ -36,7 +34,7 @@ def test_taps_are_what_hooks_read(name: str) -> None:
     for a in example.attentions:
         want = observed.by_hand(example, a)
         for kind in kinds:
-            torch.testing.assert_close(taps[f"{a.name}.{kind}"], want[kind], **NEAR)
+            observed.assert_near(taps[f"{a.name}.{kind}"], want[kind])
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "cross"])
@@ -74,7 +72,7 @@ def test_at_other_lengths_saved_and_in_onnx(name: str, tmp_path: Path) -> None:
                 assert all(torch.equal(x, y) for x, y in zip(oracle.leaves(out), own, strict=True))
                 assert list(found) == list(expected)
                 for key, x in expected.items():
-                    torch.testing.assert_close(found[key], x, **NEAR)
+                    observed.assert_near(found[key], x)
         names = [o.name for o in session.get_outputs()]
         word = a.name.replace(".", "_")
         assert names[-5:] == [f"{word}_{x}" for x in ("weights", "weights_2", "outputs", "lse", "contribution")]
