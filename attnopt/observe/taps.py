@@ -24,8 +24,8 @@ from attnopt.observe.residual import Branch
 
 _OPERANDS = {
     "q": ("q",),
-    "k": ("k",),
-    "v": ("v",),
+    "k": ("q", "k"),
+    "v": ("q", "v"),
     "scores": ("q", "k", "bias", "mask", "sinks"),
     "lse": ("q", "k", "bias", "mask", "sinks"),
     "weights": ("q", "k", "bias", "mask", "sinks", "keep", "added"),
@@ -89,8 +89,7 @@ class Tap:
     def padding(self) -> frozenset[fx.Node]:
         """The nodes that tell which tokens are padding."""
         given = self.found.raised.operands.given
-        masks = {"bias", "mask"} & given.keys()
-        return frozenset(given[role] for role in ({*masks, "q", "k"} if masks else {"q"}))
+        return frozenset(n for role, n in given.items() if role in ("bias", "mask"))
 
     @cached_property
     def reads(self) -> frozenset[fx.Node]:
@@ -112,12 +111,12 @@ class Tap:
         return outputs_node(self.found)
 
     def operands_of(self, kind: str) -> dict[str, fx.Node]:
-        """Those that the kind is computed from, by role, the queries always among them."""
-        roles = {"q", *_OPERANDS.get(kind, ())}
+        """Those that the kind is computed from, by role; of a kind of queries alone, these tell the sizes."""
+        roles = _OPERANDS.get(kind, ())
         return {role: n for role, n in self.found.raised.operands.given.items() if role in roles}
 
     def of_heads(self, given: Mapping[str, Tensor]) -> OperandTensors:
-        """These operands of the heads that are asked for.  Keys or values that are not given are the queries."""
+        """These operands of the heads that are asked for."""
         operands = operands_from(given)
         return operands if self.has_all_heads else of_heads(self.spec, operands)
 
@@ -162,21 +161,30 @@ class BranchTap:
 
     def answers(self, gm: fx.GraphModule, values: Values) -> Mapping[str, Answer]:
         x: Tensor = values[self.branch.node]
-        real = _Reading(self.beside, gm, values).operands.real
-        if real.shape != x.shape[:2]:
-            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        x = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+        real = self._real(x, values)
         wanted = self.question.rows
         rows = None if wanted is None else at(self.question.owner, "rows", wanted, x.shape[1], self.name, x.device)
         return {"contribution": Answer(_taken(x, 1, rows).detach(), 1, _taken(real, 1, rows))}
 
+    def _real(self, x: Tensor, values: Values) -> Tensor:
+        given = self.beside.found.raised.operands.given
+        masks = {role: values[n] for role, n in given.items() if n in self.beside.padding}
+        B, L = x.shape[:2]
+        if not masks or any(m.shape[0] not in (1, B) or m.shape[-1] not in (1, L) for m in masks.values()):
+            return torch.ones(B, L, dtype=torch.bool, device=x.device)
+        return operands_from({"q": x.unsqueeze(1), **masks}).real
+
 
 def operands_from(given: Mapping[str, Tensor]) -> OperandTensors:
-    """Keys and values that are not given are the queries: only their sizes are read."""
+    """Of keys and values that are not given only the number is read: that of a mask, or of queries."""
     q = given["q"]
+    keys = max((given[role].shape[-1] for role in ("bias", "mask") if role in given), default=1)
+    like = q if keys == 1 else q.new_empty(*q.shape[:2], keys, 0)
     return OperandTensors(
         q,
-        given.get("k", q),
-        given.get("v", q),
+        given.get("k", given.get("v", like)),
+        given.get("v", like),
         given.get("bias"),
         given.get("mask"),
         given.get("sinks"),
@@ -192,8 +200,8 @@ class _Reading:
         self.tap, self.gm, self.values = tap, gm, values
         given = tap.found.raised.operands.given
         self.held = {role: values[n] for role, n in given.items() if n in values}
-        self.operands = operands_from(self.held)
-        self.form = self.operands.q
+        self.form: Tensor = self.held["q"] if "q" in self.held else values[tap.out]
+        self.operands = operands_from({"q": self.form, **self.held})
 
     @cached_property
     def of_heads(self) -> OperandTensors:
