@@ -111,10 +111,10 @@ def reduction(reduce: object, kinds: tuple[str, ...]) -> Callable[[str], Reduced
         return partial(Kept, reduce)
     choice("collect", "reduce", reduce, REDUCTIONS)
     if reduce == "column-mean":
-        others = [kind for kind in kinds if kind != "weights"]
-        if others:
+        without = [kind for kind in kinds if kind != "weights"]
+        if without:
             raise PolicyError(
-                f"collect: reduce='column-mean' is of weights, not of {', '.join(map(repr, others))}",
+                f"collect: reduce='column-mean' is of weights, not of {', '.join(map(repr, without))}",
                 hint="ask for them in a call of their own, with reduce='mean'",
             )
         return lambda _: ColumnMean()

@@ -37,6 +37,7 @@ def test_taps_are_what_hooks_read(name: str) -> None:
             observed.assert_near(taps[f"{a.name}.{kind}"], want[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "cross"])
 def test_at_other_lengths_saved_and_in_onnx(name: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]()
