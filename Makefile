@@ -99,6 +99,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/calibration_memory.py
 	$(PY) benchmarks/head_sweep.py
+	$(PY) benchmarks/taps.py
 	$(PY) benchmarks/leak.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.

@@ -65,10 +65,15 @@ if TYPE_CHECKING:
     from attnopt.ir.spec import AttentionSpec
     from attnopt.ir.statistic import Statistic
     from attnopt.model import OptimizedModel, load
+    from attnopt.observe.attribution import logit_attribution
+    from attnopt.observe.collect import collect
+    from attnopt.observe.expose import Columns, Exposed, Outputs, Rows, expose
     from attnopt.patterns.algebra import Pattern
     from attnopt.patterns.bands import Band
     from attnopt.patterns.lookback import Past
     from attnopt.report.advice import Advice
+    from attnopt.report.attribution import Attribution
+    from attnopt.report.collected import Collected
     from attnopt.report.head_effects import HeadEffects
     from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
@@ -83,6 +88,7 @@ __all__ = [
     "AttentionSpec",
     "AttnoptError",
     "AttnoptWarning",
+    "Attribution",
     "Backend",
     "Band",
     "Behaviour",
@@ -92,11 +98,14 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "ChosenRows",
+    "Collected",
+    "Columns",
     "Compensation",
     "Constant",
     "ConversionError",
     "DynamicBlocks",
     "ExportError",
+    "Exposed",
     "HeadEdit",
     "HeadEffects",
     "HeadImportance",
@@ -111,6 +120,7 @@ __all__ = [
     "KvPartition",
     "NearMiss",
     "OptimizedModel",
+    "Outputs",
     "Pass",
     "Past",
     "Pattern",
@@ -125,6 +135,7 @@ __all__ = [
     "Rewrite",
     "RewriteError",
     "RowScores",
+    "Rows",
     "SearchError",
     "Site",
     "Statistic",
@@ -132,13 +143,16 @@ __all__ = [
     "__version__",
     "advise",
     "apply_patterns",
+    "collect",
     "convert",
+    "expose",
     "guard",
     "guidance",
     "head_importance",
     "inspect",
     "kept_mass",
     "load",
+    "logit_attribution",
     "optimize",
     "passes",
     "patch",
@@ -188,10 +202,15 @@ _NAMES = {
     "ir.spec": "AttentionSpec",
     "ir.statistic": "Statistic",
     "model": "OptimizedModel load",
+    "observe.attribution": "logit_attribution",
+    "observe.collect": "collect",
+    "observe.expose": "Columns Exposed Outputs Rows expose",
     "patterns.algebra": "Pattern",
     "patterns.bands": "Band",
     "patterns.lookback": "Past",
     "report.advice": "Advice",
+    "report.attribution": "Attribution",
+    "report.collected": "Collected",
     "report.head_effects": "HeadEffects",
     "report.head_search": "HeadSearch",
     "report.inspection": "Inspection",

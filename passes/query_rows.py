@@ -27,10 +27,10 @@ from attnopt.passes.preconditions import (
 
 @dataclass(frozen=True)
 class QueryRows(Pass):
-    """Only the queries with the highest scores are computed, chosen per input, without training; the others give zeros, so that
-    their tokens pass by the residual connection (as in the global-local attention of DCAL, arXiv:2205.02151).
+    """Only the queries with the highest scores are computed, chosen per input, without training.
 
-    A row of zeros still gets the bias of the output projection.
+    The others give zeros, so that their tokens pass by the residual connection (as in the global-local attention of DCAL,
+    arXiv:2205.02151).  A row of zeros still gets the bias of the output projection.
 
     ``score``: "received": the weight that a token receives as a key from all queries, or from every n-th with
     "received(stride=n)"; "norm" of the queries; a registered ``RowScores``; or a function like ``RowScores.score``.

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, shape
+from attnopt.graph.nodes import aten, shape, value
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.semantics import heads_of
 from attnopt.ir.spec import AttentionSpec
@@ -23,7 +23,7 @@ Inputs = Mapping[str, Collection[int]]  # "q", "k" or "v" -> places of query hea
 
 @dataclass(frozen=True)
 class HeadGraph:
-    """``module`` equals the model.  ``outputs`` [B, H, L, Dv] and ``spots``, where they are changed, by site, as they run.
+    """``module`` equals the model.  ``outputs``: those of its heads, [B, H, L, Dv], by site, as they run.
 
     ``inputs``: by site and role, what chosen query heads read, [B, H, L or S, D]; with another value of such a node these heads
     read that, and all others what the model computes.
@@ -76,6 +76,6 @@ def _with_inputs(
     for role, places in wanted.items():
         own = made[role]
         nodes[role] = emit.call(aten.clone.default, own)
-        chosen = torch.tensor([h in places for h in range(shape(own)[1])])
+        chosen = torch.tensor([h in places for h in range(shape(own)[1])], device=value(own).device)
         made[role] = emit.call(aten.where.self, emit.constant(chosen.reshape(1, -1, 1, 1)), nodes[role], own)
     return spec, replace(operands, **made), nodes

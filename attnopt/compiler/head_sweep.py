@@ -12,6 +12,7 @@ from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.capture.flat_call import Taken, put_together
 from attnopt.capture.program import Program
 from attnopt.compiler.head_graph import HeadGraph, Inputs, head_graph
+from attnopt.graph.nodes import shape
 from attnopt.graph.resume import Call, Part, Stacker
 from attnopt.match.find import Found
 
@@ -91,8 +92,8 @@ class HeadSweep:
     def at_once(self, part: Part, o_BHLD: Tensor) -> int:
         """How many values of ``part`` to stack."""
         rows = max(1, o_BHLD.shape[0] * o_BHLD.shape[2])
-        example = part.starts[0].meta["val"]
-        bytes_each = part.largest * rows / max(1, example.shape[0] * example.shape[2])
+        batch, _, queries, _ = shape(part.starts[0])
+        bytes_each = part.largest * rows / max(1, batch * queries)
         return int(max(1, min(ROWS.get(o_BHLD.device.type, ROWS["cuda"]) // rows, BYTES // max(1, bytes_each))))
 
     def told(self, values: Sequence[Any], batch: CallInputs) -> Any:

@@ -66,6 +66,8 @@ def chosen_heads(
     listed = [sites] if isinstance(sites, (str, Site)) else list(sites)
     globs = [s.name if isinstance(s, Site) else s for s in listed]
     names = [f.site.name for f in found]
+    if not names:
+        raise PolicyError(f"{owner}: no attention was found", hint="attnopt.inspect says what came near")
     for glob in globs:
         if not isinstance(glob, str) or not any(_fits(n, glob) for n in names):
             raise no_such_site(owner, glob, names)

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from attnopt.ir.call_tensor import CallTensor, Source
@@ -15,7 +14,7 @@ from attnopt.ir.head_edits import HeadEdit, HeadMap, heads_told, without
 
 @dataclass(frozen=True)
 class ScaledByCall(HeadEdit):
-    """``o_h -> gains[h] * o_h`` for some heads, in the order of ``gains`` [B or 1, heads].  Nothing absorbs them."""
+    """``o_h -> gains[h] * o_h`` for all heads, in the order of ``gains`` [B or 1, heads].  Nothing absorbs them."""
 
     kind: ClassVar[str] = "scaled-by-call"
     heads: tuple[int, ...]
@@ -34,11 +33,9 @@ class ScaledByCall(HeadEdit):
         return (self.gains,)
 
     def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        gains = tensors[0].to(o.dtype)
         if spec.heads != self.heads:
-            place, one = {h: i for i, h in enumerate(self.heads)}, torch.ones_like(gains[:, :1])
-            gains = torch.cat([gains[:, place[h] : place[h] + 1] if h in place else one for h in spec.heads], 1)
-        return o * gains[:, :, None, None]
+            raise ValueError(f"gains of {heads_told(self.heads)} for {heads_told(spec.heads)}")
+        return o * tensors[0].to(o.dtype)[:, :, None, None]
 
     def keeping(self, kept: Collection[int]) -> ScaledByCall | None:
         places = [i for i, h in enumerate(self.heads) if h in kept]

@@ -14,6 +14,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of an attention operator, in their order
 CANONICAL = (*ROLES, "keep", "added")  # those of the canonical attention
+HIDING = -9e3  # a bias below this hides: models write -1e4, -1e9, their least number, or -inf
 BLOCK = 64  # queries and keys per block of a selection
 
 
@@ -151,7 +152,7 @@ class OperandTensors(Operands[Tensor]):
             bias = bias + torch.zeros_like(self.mask, dtype=torch.float32).masked_fill(~self.mask, -torch.inf)
         bias = bias.expand(B, -1, -1, S)
         top = bias.amax(-1, keepdim=True)
-        seen: Tensor = ((bias - top.masked_fill(top == -torch.inf, 0.0)).exp() > 0).flatten(1, 2).any(1)
+        seen: Tensor = ((bias - top.masked_fill(top < HIDING, 0.0)).exp() > 0).flatten(1, 2).any(1)
         return seen if bool(seen.any()) else everything
 
     @cached_property

@@ -33,16 +33,12 @@ def reference(spec: AttentionSpec) -> Attend:
         more: MoreKeys | None = None,
         segments: SegmentTensors | None = None,
     ) -> Tensor:
-        s, sinks = _scores(spec, q, k, bias, mask, sinks)
         if more is not None:
-            p, _, _ = _softmax(torch.cat([s, _more_scores(spec, q, more)], -1), sinks)
+            s, sinks = scores_of(spec, q, k, bias, mask, sinks)
+            p, _, _ = softmax_of(torch.cat([s, _more_scores(spec, q, more)], -1), sinks)
             own, others = p[..., : k.shape[2]], p[..., k.shape[2] :]
             return (own @ _read(spec, v, p.dtype) + others @ heads_of(spec, more.v).to(p.dtype)).to(v.dtype)
-        p, top, _ = _softmax(s, sinks)
-        if spec.weight_gains is not None:
-            base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
-            pieces = _pieces(spec, spec.weight_gains, p) if segments is None else [x.mask() for x in segments.parts]
-            p = _with_gains(spec.weight_gains, pieces, p, s - base, None if sinks is None else sinks - base)
+        p = weights_of(spec, q, k, bias, mask, sinks, segments)
         o = (p @ _read(spec, v, p.dtype)).to(v.dtype)
         return o if spec.rows is None else without_other_rows(spec, o, OperandTensors(q, k, v, bias, mask, sinks))
 
@@ -57,16 +53,35 @@ def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        p, top, log_sum = _softmax(*_scores(spec, q, k, bias, mask, sinks))
+        p, top, log_sum = softmax_of(*scores_of(spec, q, k, bias, mask, sinks))
         return (p @ _read(spec, v, p.dtype)).to(v.dtype), top, log_sum
 
     return attend
 
 
-def _scores(
+def weights_of(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    segments: SegmentTensors | None = None,
+) -> Tensor:
+    """The attention weights [B, H, L, S] after their gains, without a map; float32 or wider."""
+    s, sinks = scores_of(spec, q, k, bias, mask, sinks)
+    p, top, _ = softmax_of(s, sinks)
+    if spec.weight_gains is None:
+        return p
+    base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
+    pieces = _pieces(spec, spec.weight_gains, p) if segments is None else [x.mask() for x in segments.parts]
+    return _with_gains(spec.weight_gains, pieces, p, s - base, None if sinks is None else sinks - base)
+
+
+def scores_of(
     spec: AttentionSpec, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scores [B, H, L, S], -inf where hidden, and the sink logits."""
+    """The scores [B, H, L, S], -inf where hidden, and the sink logits; float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     s = spec.scale * (q.to(wide) @ _read(spec, k, wide).mT)
     if spec.softcap is not None:
@@ -111,14 +126,14 @@ def _with_gains(gains: WeightGains, pieces: Sequence[Tensor], p: Tensor, s: Tens
     for piece, gain in zip(pieces, rows.gains, strict=True):
         factor = torch.where(piece, gain.unsqueeze(-1), factor)
     if gains.normalise == "logits":
-        return _softmax(s + factor.log(), sinks)[0]
+        return softmax_of(s + factor.log(), sinks)[0]
     if rows.moved is None:
         return p * factor
     of_receivers = p.masked_fill(~pieces[-2], 0.0) / masses[-2].masked_fill(masses[-2] == 0, 1.0).unsqueeze(-1)
     return p * factor + rows.moved.unsqueeze(-1) * of_receivers
 
 
-def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_of(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the last axis and the sink logit, and the log-sum-exp of each row as in ``AttendWithLse``; a row of only
     -inf becomes zeros."""
     top = s.detach().amax(-1, keepdim=True)

@@ -138,7 +138,7 @@ def _real(spec: AttentionSpec, rows: ChosenRows, t: OperandTensors) -> Tensor | 
     if bias is not None:
         wide = bias.float() if seen is None else bias.float().masked_fill(~seen, -torch.inf)
         top = wide.amax(-1, keepdim=True)
-        seen = wide > top.clamp(min=torch.finfo(torch.float32).min) - _HIDES
+        seen = wide - top.clamp(min=torch.finfo(torch.float32).min) > -_HIDES
     if seen is None:
         return None
     if spec.is_cross:

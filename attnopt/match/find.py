@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,12 +227,12 @@ def _is_empty(node: fx.Node) -> bool:
 
 def _owner(region: Region) -> str:
     """The deepest module in which both the core and the query projection run."""
-    core = _common([module_path(n) for n in region.nodes if n.meta.get("nn_module_stack")] or [""])
+    core = common_modules([module_path(n) for n in region.nodes if n.meta.get("nn_module_stack")] or [""])
     paths = [module_path(n) for n in _nearest_projections(region.q.node)]
-    return ".".join(_common([".".join(core), *paths]) or core)
+    return ".".join(common_modules([".".join(core), *paths]) or core)
 
 
-def _common(paths: list[str]) -> list[str]:
+def common_modules(paths: Sequence[str]) -> list[str]:
     """The modules that all these paths begin with."""
     shared: list[str] = []
     for parts in zip(*(p.split(".") for p in paths), strict=False):

@@ -9,6 +9,8 @@ shown_by("attnopt.patterns.algebra:Pattern", "html", "attnopt.render.page:patter
 shown_by("attnopt.report.advice:Advice", "text", "attnopt.render.tables:advice_text")
 shown_by("attnopt.report.head_effects:HeadEffects", "text", "attnopt.render.tables:effects_text")
 shown_by("attnopt.report.head_search:HeadSearch", "text", "attnopt.render.tables:search_text")
+shown_by("attnopt.report.attribution:Attribution", "text", "attnopt.render.head_tables:attribution_text")
+shown_by("attnopt.report.collected:Collected", "text", "attnopt.render.head_tables:collected_text")
 shown_by("attnopt.report.inspection:Inspection", "html", "attnopt.render.page:inspection_fragment")
 shown_by("attnopt.report.inspection:Inspection", "text", "attnopt.render.tables:inspection_text")
 shown_by("attnopt.report.report:Report", "html", "attnopt.render.page:report_frame")

@@ -89,8 +89,10 @@ def test_in_a_vision_transformer(backend: str, tmp_path: Any) -> None:
         found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         oracle.assert_same([torch.from_numpy(o) for o in found], want, "ONNX Runtime")
         oracle.assert_same(oracle.run(fast, (images,)), want)
-    again = attnopt.optimize(fast, "fuse", (x,))
-    oracle.assert_same(oracle.run(again, (x,)), oracle.run(fast, (x,)))
+    if backend == "sdpa":  # attnopt's own operator is no attention that is found again
+        again = attnopt.optimize(fast, "fuse", (x,))
+        assert [s.status for s in again.report.sites] == ["rewritten", "rewritten"]
+        oracle.assert_same(oracle.run(again, (x,)), oracle.run(fast, (x,)))
 
 
 @pytest.mark.parametrize("impl", ["eager", "sdpa"])

@@ -304,6 +304,27 @@ def test_passes_that_read_queries_read_the_model_s_own() -> None:
         oracle.assert_same(oracle.run(made, (x, x), {"q": q}), [want])
 
 
+def test_a_map_at_some_tokens_leaves_the_others_unmapped() -> None:
+    model, x, maps = Cross().eval(), torch.randn(2, 5, 32), torch.rand(HEADS, 5, 5)
+    given, gains = {"x": x, "y": x}, {0: 2.0, 2: -1.0}
+    fast = attnopt.optimize(model, [ScaleHeads(gains), Transplant(map=maps, tokens=[0, -1])], (x, x))
+    ((want,), (mapped,)) = (
+        wanted(model, given, {0: edit})
+        for edit in (Edit(gains=torch.tensor([[2.0, 1.0, -1.0, 1.0]])), Edit({"map": maps[None]}))
+    )
+    want[:, [0, 4]] = mapped[:, [0, 4]]
+    oracle.assert_same(oracle.run(fast, (x, x)), [want])
+
+
+def test_constant_heads_that_each_call_scales() -> None:
+    model, x, values, gains = Cross().eval(), torch.randn(2, 5, 32), torch.randn(HEADS, SIZE), torch.rand(2, HEADS)
+    values[1] = 0.0
+    passes = [HeadPatch([0, 1, 2, 3], values), ScaleHeads(Input("gains"))]
+    fast = attnopt.optimize(model, passes, (x, x), {"gains": gains})
+    want = model.o((values * gains[:, :, None]).flatten(1))[:, None].expand(-1, 5, -1).detach()
+    oracle.assert_same(oracle.run(fast, (x, x), {"gains": gains}), [want])
+
+
 @pytest.mark.parametrize(
     ("passes", "told"),
     [

@@ -14,6 +14,7 @@ from attnopt.backends.attention_operator import attention
 from attnopt.backends.by_segment import sorted_by_segment
 from attnopt.base.input import Input
 from attnopt.ir.call_segments import CallSegments
+from attnopt.ir.constant import Constant
 from attnopt.ir.operands import OperandTensors, SegmentTensors
 from attnopt.ir.reference import reference
 from attnopt.ir.spec import AttentionSpec
@@ -81,10 +82,11 @@ def test_pairs_name_numbers_that_narrow_ids_cannot_have(dtype: torch.dtype) -> N
 def test_gaps_between_ids_have_no_rows_in_a_table() -> None:
     pairs = ((151644, 300), (300, 300))
     segments = CallSegments(Input("ids"), Input("ids"), (pairs, None))
-    assert segments.table is not None
-    assert segments.table.shape == (2, 3, 3)
+    _, table = segments.tensors
+    assert isinstance(table, Constant)
+    assert table.shape == (2, 3, 3)
     ids = torch.tensor([[300, 151644, 0, -1, 301]])
-    shown = segments.tensors([ids, ids], segments.table, 5).mask()[0]
+    shown = segments.used([ids, table.tensor()], 5).mask()[0]
     assert shown[0].nonzero().tolist() == [[0, 0], [1, 0]]
     assert shown[1].all()
 

@@ -233,6 +233,12 @@ def test_an_objective_that_returns_no_number(returned: Any, text: str) -> None:
     assert "with no head edited" in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning")
+def test_a_model_without_attention() -> None:
+    with pytest.raises(PolicyError, match="no attention was found"):
+        attnopt.search_heads(nn.Linear(16, 16), score, 1, (X,))
+
+
 def test_the_result_is_plain_data_and_prints() -> None:
     found = attnopt.search_heads(small(), score, 1, (X,))
     assert found.to_json()["chosen"] == [list(found.chosen[0])]
