@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import fx
 
 from attnopt.graph.emitter import Emitter
+from attnopt.ir.call_gains import ScaledByCall
 from attnopt.ir.head_additions import Shifted
 from attnopt.ir.head_edits import Replaced, Scaled
 from attnopt.ir.head_routing import Routed
@@ -18,7 +19,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.slicing.pool_tokens import passes_projection, pool_tokens
 
 _TOKENS = 2  # their axis in keys and values
-_LEAVE_VALUES = (Scaled, Shifted, Replaced, Routed)  # edits that read no values
+_LEAVE_VALUES = (Scaled, ScaledByCall, Shifted, Replaced, Routed)  # edits that read no values
 
 
 def pools_early(spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> bool:

@@ -17,7 +17,17 @@ import attnopt
 from attnopt import Input
 from attnopt.errors import PolicyError
 from attnopt.graph.nodes import opname
-from attnopt.passes import LocalWindow, PoolKeys, PruneHeads, ScaleHeads, SegmentGain, Sparse
+from attnopt.passes import (
+    ExtendKeys,
+    LocalWindow,
+    PoolKeys,
+    PruneHeads,
+    QueryRows,
+    ScaleHeads,
+    SegmentGain,
+    Sparse,
+    Transplant,
+)
 from attnopt.patterns import Segments
 
 pytestmark = pytest.mark.usefixtures("one_capture")
@@ -131,7 +141,7 @@ def run_onnx(fast: attnopt.OptimizedModel, file: Path, feed: Mapping[str, Tensor
 
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
 @pytest.mark.parametrize("kind", list(CASES))
-def test_equal_the_weights_edited_by_hand(kind: str, backend: str, tmp_path: Path) -> None:
+def test_equal_the_weights_edited_by_hand(kind: str, backend: str) -> None:
     policy, edit = CASES[kind]
     model, (x, kinds) = Stack(), example()
     fast = attnopt.optimize(model, policy, (x,), {"kinds": kinds}, dynamic_shapes="auto", backend=backend)
@@ -140,6 +150,17 @@ def test_equal_the_weights_edited_by_hand(kind: str, backend: str, tmp_path: Pat
         want = oracle.run_edited(model, (x,), None, {i: edit(kinds, kinds) for i in range(2)})
         oracle.assert_differs(want, oracle.run(model, (x,)))
         oracle.assert_same(oracle.run(fast, (x,), {"kinds": kinds}), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("kind", list(CASES))
+def test_saved_and_exported(kind: str, backend: str, tmp_path: Path) -> None:
+    policy, edit = CASES[kind]
+    model, (x, kinds) = Stack(), example()
+    fast = attnopt.optimize(model, policy, (x,), {"kinds": kinds}, dynamic_shapes="auto", backend=backend)
+    for x, kinds in (example(), example(3, 71, seed=1)):
+        want = oracle.run_edited(model, (x,), None, {i: edit(kinds, kinds) for i in range(2)})
         oracle.assert_same(run_onnx(fast, tmp_path / "m.onnx", {"x": x, "kinds": kinds}), want)
     fast.save(tmp_path / "saved")
     loaded = attnopt.load(tmp_path / "saved")
@@ -151,8 +172,8 @@ def test_equal_the_weights_edited_by_hand(kind: str, backend: str, tmp_path: Pat
 def test_no_map_of_weights_exists() -> None:
     """4,096 queries and keys: one map of a head would take 64 MB, and its ids one of 16 MB."""
     model, (x, kinds) = Stack(), example()
-    fast = attnopt.optimize(model, CASES["redistribute"][0], (x,), {"kinds": kinds}, dynamic_shapes="auto")
-    assert fast.report.sites[0].backend == "blocked"
+    gain, _ = CASES["redistribute"]
+    fast = attnopt.optimize(model, gain, (x,), {"kinds": kinds}, dynamic_shapes="auto", backend="blocked")
     long, of_long = example(1, 4096)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
         fast(long, kinds=of_long)
@@ -182,6 +203,41 @@ def test_between_two_sequences(backend: str, tmp_path: Path) -> None:
     want = oracle.run_edited(model, (x, y), None, {0: edited([(SOME, 0.2)])(queries, keys)})
     oracle.assert_same(oracle.run(fast, (x, y), given), want)
     oracle.assert_same(run_onnx(fast, tmp_path / "m.onnx", {"x": x, "y": y, **given}), want)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_ids_far_apart(backend: str) -> None:
+    """The table has rows for the ids alone that pairs name."""
+    first: Pairs = [(7, 100_000), (None, 300)]
+    second: Pairs = [(100_000, None)]
+    gain = SegmentGain([Segments(KINDS, first), Segments(KINDS, second)], [2.0, 0.5])
+    model, (x, kinds) = Stack(), example()
+    kinds = torch.tensor([-1, 7, 300, 100_000, 5, 100_001])[kinds + 1]
+    fast = attnopt.optimize(model, gain, (x,), {"kinds": kinds}, backend=backend)
+    edit = edited([(first, 2.0), (second, 0.5)])
+    want = oracle.run_edited(model, (x,), None, {i: edit(kinds, kinds) for i in range(2)})
+    oracle.assert_differs(want, oracle.run(model, (x,)))
+    oracle.assert_same(oracle.run(fast, (x,), {"kinds": kinds}), want)
+    assert fast.sites[0].spec.of_segments[-1].shape == (3, 1, 4, 4)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_beside_what_else_a_call_brings(backend: str) -> None:
+    torch.manual_seed(0)
+    model, (x, kinds) = Attention(), example()
+    gain, edit = CASES["several"]
+    given = {"kinds": kinds, "other": torch.randn(2, 2, 12, 8), "factors": torch.rand(2, HEADS)}
+    policy = [ScaleHeads(Input("factors")), gain, Transplant(q=Input("other"), heads=[1, 3])]
+    fast = attnopt.optimize(model, policy, (x,), given, backend=backend)
+    assert [s.status for s in fast.report.sites] == ["rewritten"]
+    q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (model.q, model.k, model.v))
+    other = given["other"]
+    q = torch.stack([q[:, 0], other[:, 0], q[:, 2], other[:, 1]], 1)
+    weights = edit(kinds, kinds).weights
+    assert weights is not None
+    o = weights((q @ k.mT / 8**0.5).softmax(-1)) @ v * given["factors"][:, :, None, None]
+    want = x + model.o(o.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(fast(x, **given), want, atol=1e-5, rtol=1e-5)
 
 
 def test_beside_other_passes() -> None:
@@ -220,6 +276,7 @@ def test_gradients() -> None:
 
 
 OWN = Segments(KINDS, ONE)
+OTHERS = torch.ones(3, 32)
 REFUSED: dict[str, tuple[Any, str]] = {
     "pools": ([PoolKeys(3), SegmentGain(OWN, 0.5)], "[already-pooled]"),
     "pools after it": ([SegmentGain(OWN, 0.5), PoolKeys(3)], "[masked-pools]"),
@@ -227,6 +284,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "segments after it": ([SegmentGain(OWN, 0.5), Sparse(Segments(KINDS, SOME))], "[already-segmented]"),
     "gains": ([SegmentGain(OWN, 0.5), SegmentGain([0], 0.5)], "[already-gained]"),
     "hidden twice": ([SegmentGain(OWN, 0.5), SegmentGain(OWN, 0.0)], "[already-gained]"),
+    "rows": ([QueryRows("norm", 5), SegmentGain(OWN, 0.5)], "[already-chosen]"),
+    "rows after it": ([SegmentGain(OWN, 0.5), QueryRows("norm", 5)], "[already-gained]"),
+    "other tokens": ([ExtendKeys(OTHERS), SegmentGain(OWN, 0.5)], "[already-extended]"),
+    "other tokens after it": ([SegmentGain(OWN, 0.5), ExtendKeys(OTHERS)], "[already-gained]"),
+    "others, and hidden": ([ExtendKeys(OTHERS), SegmentGain(OWN, 0.0)], "[already-extended]"),
     "no such input": (SegmentGain(Segments(Input("x"), ONE), 0.5), "[not-ids]"),
 }
 
@@ -235,7 +297,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_refused(case: str) -> None:
     policy, code = REFUSED[case]
     model, (x, kinds) = Stack(), example()
-    fast = attnopt.optimize(model, policy, (x,), {"kinds": kinds})
+    given = {"kinds": kinds} if KINDS in attnopt.Policy.of(policy).inputs else {}
+    fast = attnopt.optimize(model, policy, (x,), given)
     assert any(code in str(r) for r in fast.report.sites[0].refusals.values())
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.errors import PolicyError
+from attnopt.ir.call_tensor import known
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_routing import Routed, SoftGates, edit_from_json
-from attnopt.passes import RouteHeads
+from attnopt.passes import QueryRows, RouteHeads, Transplant
 from attnopt.patterns import Full
 
 pytestmark = pytest.mark.usefixtures("one_capture")
@@ -93,5 +94,36 @@ def test_is_computed_as_it_is_told() -> None:
     x = data[1]
     q, k, v = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (model.q, model.k, model.v))
     o = (q @ k.mT / 8**0.5).softmax(-1) @ v
-    o = route.apply(fast.sites[0].spec, o, q, v, [c.tensor() for c in route.constants])
+    o = route.apply(fast.sites[0].spec, o, q, v, known(route.tensors))
+    torch.testing.assert_close(fast(x), model.o(o.transpose(1, 2).flatten(2)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
+def test_on_chosen_rows(backend: str) -> None:
+    """Rows that are not chosen are zeros, and chosen ones are weighted."""
+    model, data = a_model()
+    policy = [RouteHeads([0], 1, "linear", "soft"), QueryRows("norm", 5)]
+    fast = attnopt.optimize(model, policy, (data[0],), calibration=data, backend=backend)
+    route, x = fast.sites[0].spec.route, data[1]
+    assert route is not None
+    q, k, v = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (model.q, model.k, model.v))
+    o = (q @ k.mT / 8**0.5).softmax(-1) @ v
+    rows = q.square().sum(-1).mean(1).topk(5).indices
+    o = o * torch.zeros(4, 12).scatter(1, rows, 1.0)[:, None, :, None]
+    o = route.apply(fast.sites[0].spec, o, q, v, known(route.tensors))
+    torch.testing.assert_close(fast(x), model.o(o.transpose(1, 2).flatten(2)), atol=1e-5, rtol=1e-5)
+
+
+def test_read_the_queries_of_this_run() -> None:
+    model, data = a_model()
+    torch.manual_seed(1)
+    other = torch.randn(1, 2, 12, 8)
+    policy = [RouteHeads([0], 1, "linear", "soft"), Transplant(q=other, heads=[1, 2])]
+    fast = attnopt.optimize(model, policy, (data[0],), calibration=data, backend="sdpa")
+    route, x = fast.sites[0].spec.route, data[1]
+    assert route is not None
+    q, k, v = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (model.q, model.k, model.v))
+    moved = torch.cat([q[:, :1], other.expand(4, -1, -1, -1), q[:, 3:]], 1)
+    o = (moved @ k.mT / 8**0.5).softmax(-1) @ v
+    o = route.apply(fast.sites[0].spec, o, q, v, known(route.tensors))
     torch.testing.assert_close(fast(x), model.o(o.transpose(1, 2).flatten(2)), atol=1e-5, rtol=1e-5)

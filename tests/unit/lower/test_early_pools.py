@@ -12,9 +12,10 @@ from pooled import means
 from torch import Tensor, nn
 
 import attnopt
+from attnopt import Input
 from attnopt.graph.nodes import opname, shape
 from attnopt.ir.pooled_keys import PooledKeys
-from attnopt.passes import AddValues, LocalWindow, PoolKeys, PruneHeads, ScaleHeads
+from attnopt.passes import AddValues, LocalWindow, PoolKeys, PruneHeads, ScaleHeads, Transplant
 
 B, L, E, H, D = 2, 17, 24, 4, 6  # a class token before 4 x 4 others
 SIZE, GRID = 2, (4, 4)
@@ -189,6 +190,36 @@ def test_other_passes() -> None:
         plain = attnopt.optimize(model, policy, (x,), backend="reference")
         assert [s.status for s in fast.report.sites] == ["rewritten"]
         torch.testing.assert_close(fast(x), plain(x), atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("role", ["q", "k"])
+def test_queries_and_keys_of_another_run_stay(role: str) -> None:
+    """Transplants replace keys of single tokens, which are then pooled."""
+    model, x = made("timm")
+    given = {role: torch.randn(B, 2, L, D)}
+    policy = [PoolKeys(SIZE, GRID, prefix=1), Transplant(heads=[1, 2], **given)]
+    q, k, v = model.projected(x)
+    roles = {"q": q, "k": k.clone()}
+    roles[role] = torch.cat([roles[role][:, :1], given[role], roles[role][:, 3:]], 1)
+    pools = means(PooledKeys(SIZE, ALL, GRID, 1), L, H)
+    s = roles["q"] @ (pools @ roles["k"]).mT / D**0.5 + pools.max(-1).values.log()[:, None]
+    want = model.out((s.softmax(-1) @ (pools @ v)).transpose(1, 2).flatten(2))
+    for backend in ("sdpa", "reference"):
+        fast = attnopt.optimize(model, policy, (x,), backend=backend)
+        torch.testing.assert_close(fast(x), want, atol=2e-6, rtol=1e-6)
+
+
+def test_gains_of_a_call_leave_the_values() -> None:
+    model, x = made("separate")
+    pools, gains = PoolKeys(SIZE, GRID, prefix=1), torch.rand(B, H)
+    fast = attnopt.optimize(model, [pools, ScaleHeads(Input("gains"))], (x,), {"gains": gains}, backend="sdpa")
+    plain = attnopt.optimize(model, pools, (x,), backend="sdpa")
+    assert projected(fast) == projected(plain) < projected(attnopt.optimize(model, args=(x,)))
+    want = []
+    for sample, own in zip(x, gains, strict=True):
+        one = attnopt.optimize(model, [pools, ScaleHeads(own.tolist())], (x[:1],), backend="reference")
+        want.append(one(sample[None]))
+    torch.testing.assert_close(fast(x, gains=gains), torch.cat(want), atol=2e-6, rtol=1e-6)
 
 
 def test_pools_under_a_pattern_stay() -> None:
