@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "other tokens": ([ExtendKeys(OTHERS), SegmentGain(OWN, 0.5)], "[already-extended]"),
     "other tokens after it": ([SegmentGain(OWN, 0.5), ExtendKeys(OTHERS)], "[already-gained]"),
     "others, and hidden": ([ExtendKeys(OTHERS), SegmentGain(OWN, 0.0)], "[already-extended]"),
-    "no such input": (SegmentGain(Segments(Input("x"), ONE), 0.5), "[not-ids]"),
+    "no such input": ([ScaleHeads({0: 0.5}), SegmentGain(Segments(Input("x"), ONE), 0.5)], "[not-ids]"),
 }
 
 
