@@ -131,7 +131,7 @@ FAULTS = (
           "test_collect.py -k some_heads"),
     Fault("padded queries in column means", "factor = counted.index_select(1, block).unsqueeze(1)  # [B, 1, R]",
           "factor = torch.ones_like(counted).index_select(1, block).unsqueeze(1)",
-          "test_collect.py -k column_means"),
+          "test_maps.py"),
     Fault("padding that counts in means", "return (wide if bool(counted.all()) else wide.masked_fill(~counted, 0.0)).sum(axes)",
           "return wide.sum(axes)",
           "test_collect.py -k padding_is_told"),
