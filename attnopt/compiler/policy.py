@@ -17,6 +17,7 @@ from attnopt.compiler.policy_file import SUFFIXES, read_file
 from attnopt.errors import PolicyError
 from attnopt.ir.block_scores import BlockScores
 from attnopt.ir.constant import Constant
+from attnopt.ir.importance import Importance
 from attnopt.ir.interfaces import Pass
 from attnopt.patterns import Pattern
 from attnopt.patterns.registry import constructor
@@ -167,6 +168,6 @@ def _pass_to_json(p: Pass) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, (Pattern, BlockScores, Constant)):
+    if isinstance(value, (Pattern, BlockScores, Constant, Importance)):
         return value.to_json()
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

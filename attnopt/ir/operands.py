@@ -15,6 +15,7 @@ U = TypeVar("U")
 ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of an attention operator, in their order
 CANONICAL = (*ROLES, "keep", "added")  # those of the canonical attention
 BLOCK = 64  # queries and keys per block of a selection
+HIDES = 9e3  # a bias so far below 0, or below the highest of its row, is a mask: the mildest ones in use add -10000
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class OperandTensors(Operands[Tensor]):
             bias = bias + torch.zeros_like(self.mask, dtype=torch.float32).masked_fill(~self.mask, -torch.inf)
         bias = bias.expand(B, -1, -1, S)
         top = bias.amax(-1, keepdim=True)
+        bias = bias.masked_fill(top < -HIDES, -torch.inf)  # a row of padding, all hidden by a finite number
         seen: Tensor = ((bias - top.masked_fill(top == -torch.inf, 0.0)).exp() > 0).flatten(1, 2).any(1)
         return seen if bool(seen.any()) else everything
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from attnopt.ir.attend import Attend, AttendWithLse
 from attnopt.ir.semantics import heads_of, require_no_edits, row_sinks, visible
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
+
+Weights = Callable[..., Tensor]  # q, k and the other operands -> attention weights
 
 
 def reference(spec: AttentionSpec) -> Attend:
@@ -19,14 +23,36 @@ def reference(spec: AttentionSpec) -> Attend:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
-        s, sinks = _scores(spec, q, k, bias, mask, sinks)
-        p, top, _ = _softmax(s, sinks)
-        if spec.weight_gains is not None:
-            base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
-            p = _with_gains(spec, spec.weight_gains, p, s - base, None if sinks is None else sinks - base)
+        p = _weights(spec, *_scores(spec, q, k, bias, mask, sinks))
         return (p @ _read(spec, v, p.dtype)).to(v.dtype)
 
     return attend
+
+
+def reference_weights(spec: AttentionSpec) -> Weights:
+    """The attention weights of ``spec`` without its edits, [B, H, L, S] over the keys themselves: those of a head that pools
+    are spread over its pools.  Scores and softmax in float32 or wider."""
+
+    def weights(
+        q: Tensor,
+        k: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        keep: Tensor | None = None,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        p = _weights(spec, *_scores(spec, q, k, bias, mask, sinks))
+        if spec.pooling is not None:
+            eye = torch.eye(k.shape[2], dtype=p.dtype, device=p.device)
+            p = p @ spec.pooling.applied(spec.heads, eye.expand(1, spec.num_heads, -1, -1))
+        if not spec.has_map:
+            return p
+        assert added is not None
+        return (p if keep is None else p * keep.to(p.dtype)) + added.to(p.dtype)
+
+    return weights
 
 
 def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
@@ -41,6 +67,15 @@ def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
         return (p @ _read(spec, v, p.dtype)).to(v.dtype), top, log_sum
 
     return attend
+
+
+def _weights(spec: AttentionSpec, s: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax of the scores, with the gains of the weights."""
+    p, top, _ = _softmax(s, sinks)
+    if spec.weight_gains is None:
+        return p
+    base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
+    return _with_gains(spec, spec.weight_gains, p, s - base, None if sinks is None else sinks - base)
 
 
 def _scores(

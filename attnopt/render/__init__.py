@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from attnopt.base.display import shown_by
 
-shown_by("attnopt.compiler.importance:HeadImportance", "text", "attnopt.render.tables:importance_text")
+shown_by("attnopt.compiler.head_results:HeadImportance", "text", "attnopt.render.score_tables:importance_text")
+shown_by("attnopt.compiler.head_results:HeadProfile", "text", "attnopt.render.score_tables:profile_text")
+shown_by("attnopt.compiler.head_results:HeadSet", "text", "attnopt.render.score_tables:set_text")
 shown_by("attnopt.patterns.algebra:Pattern", "html", "attnopt.render.page:pattern_fragment")
 shown_by("attnopt.report.advice:Advice", "text", "attnopt.render.tables:advice_text")
 shown_by("attnopt.report.inspection:Inspection", "html", "attnopt.render.page:inspection_fragment")

@@ -11,7 +11,6 @@ from attnopt.report.report import Report, SiteReport
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from attnopt.compiler.importance import HeadImportance
     from attnopt.compiler.plugins import Description
     from attnopt.ir.projection import Projection
     from attnopt.ir.site import NearMiss, Site
@@ -27,22 +26,6 @@ def inspection_text(inspection: Inspection) -> str:
 
 def advice_text(advice: Advice) -> str:
     return to_text(advice_table(advice))
-
-
-def importance_text(importance: HeadImportance) -> str:
-    """One row an attention, one column a head."""
-    from rich import box
-    from rich.table import Table
-
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"head importance: {importance.method}")
-    shown.add_column("site")
-    every = sorted({h for numbers in importance.heads.values() for h in numbers})
-    for h in every:
-        shown.add_column(str(h), justify="right")
-    for site, scores in importance.scores.items():
-        of = dict(zip(importance.heads[site], scores, strict=True))
-        shown.add_row(site or "(root)", *(f"{of[h]:.3g}" if h in of else "" for h in every))
-    return to_text(shown, width=max(80, 40 + 9 * len(every)))
 
 
 def inspection_table(inspection: Inspection) -> RenderableType:

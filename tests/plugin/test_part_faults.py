@@ -42,7 +42,7 @@ def acme(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(HERE)
     import acme_attnopt
 
-    for name in ("L1", "Peak", "Strided", "Median", "Rescale"):
+    for name in ("L1", "Peak", "Diagonal", "Flips", "Strided", "Median", "Rescale"):
         attnopt.register(getattr(acme_attnopt, name))
     return acme_attnopt
 
