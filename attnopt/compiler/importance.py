@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from attnopt.base.compile_lock import compiling
+from attnopt.base.notation import shortened
 from attnopt.capture.calibration import Batch, Calibration, shapes_of
 from attnopt.capture.capture import require_values
 from attnopt.capture.signature import Signature
@@ -25,6 +26,7 @@ from attnopt.ir.plugin_calls import check_part
 from attnopt.ir.site import Site
 from attnopt.ir.statistic import Statistic
 
+TOLD = 200  # characters of a method in a result; segment ids make thousands
 Method = str | Importance | Statistic[Any]
 
 
@@ -80,7 +82,7 @@ def head_importance(
         scores = {site: checked(how, site, found[site], len(heads)) for site, heads in probe.heads.items()}
     else:
         scores = {site.name: scored(how, _applicable(how, site)) for site in probe.sites()}
-    return HeadImportance(how.to_json(), *_remaining(probe, scores, sites))
+    return HeadImportance(shortened(how.to_json(), TOLD), *_remaining(probe, scores, sites))
 
 
 @compiling()
@@ -104,7 +106,7 @@ def head_profile(
     curves = {site.name: _profile(how, _applicable(how, site)) for site in probe.sites()}
     rows, heads = _remaining(probe, {name: c.values for name, c in curves.items()}, sites)
     kept = {name: Curves(c.axis, c.at, rows[name]) for name, c in curves.items()}
-    return HeadProfile(how.to_json(), kept, heads)
+    return HeadProfile(shortened(how.to_json(), TOLD), kept, heads)
 
 
 @compiling()
@@ -140,7 +142,7 @@ def greedy_heads(
             n, i = left.pop(best := max(range(len(left)), key=values.__getitem__))
             off.setdefault(n, []).append(i)
             steps.append((n, probe.heads[n][i], values[best]))
-    return HeadSet(how.to_json(), tuple(steps))
+    return HeadSet(shortened(how.to_json(), TOLD), tuple(steps))
 
 
 def _method(owner: str, method: object, loss: Loss | None, behaviour: Behaviour | None, seed: int) -> Importance:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
+from attnopt.base.notation import shortened
 from attnopt.errors import PolicyError
 from attnopt.ir.curves import Curves
 from attnopt.ir.head_probe import HeadProbe
@@ -28,7 +29,7 @@ class Importance(ABC):
     @property
     def told(self) -> str:
         """What the report says that heads were removed by."""
-        return f"the importance {self.to_json()}"
+        return f"the importance {shortened(self.to_json())}"
 
     def check(self, site: Site) -> Refusal | None:
         """Why it does not apply to ``site``, or None."""

@@ -37,7 +37,7 @@ def last_outputs(site: Site) -> list[Tensor]:
     """For each batch the heads' outputs at the last token of each sequence, [B, H, Dv] in float64."""
     now = calibrated(site)
     return [
-        z.transpose(1, 2)[torch.arange(len(z)), last_tokens(t.real)].double()
+        z.transpose(1, 2)[torch.arange(len(z), device=z.device), last_tokens(t.real)].double()
         for z, t in zip(now.outputs(site.spec), now.batches, strict=True)
     ]
 

@@ -29,7 +29,10 @@ def at_last_tokens(probe: HeadProbe, of_batches: Sequence[Tensor]) -> list[Tenso
     """For each batch [B, classes]: of [B, L, classes] the last token that is no padding."""
     if all(x.dim() == 2 for x in of_batches):
         return list(of_batches)
-    return [x[torch.arange(len(x)), last] for x, last in zip(of_batches, _last_of(probe, of_batches), strict=True)]
+    return [
+        x[torch.arange(len(x), device=x.device), last]
+        for x, last in zip(of_batches, _last_of(probe, of_batches), strict=True)
+    ]
 
 
 def _last_of(probe: HeadProbe, of_batches: Sequence[Tensor]) -> list[Tensor]:
@@ -56,5 +59,6 @@ def _tensor_of(probe: HeadProbe, output: Any, names: tuple[str, ...], what: str)
     shown = f"a tensor {list(odd.shape)} of {odd.dtype}" if isinstance(odd, Tensor) else type(odd).__name__
     raise CalibrationError(
         f"the output of the model gives no {what}: found {shown}",
-        hint="pass behaviour=, a function from the model's output to them, [batch, tokens, features]",
+        hint="pass behaviour=, a function from the model's output to them, [batch, tokens, features]"
+        + (", or batches with output_hidden_states=True" if what == "hidden states" else ""),
     )
