@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.errors import CalibrationError
 from attnopt.ir.head_probe import HeadProbe
 from attnopt.ir.importance import ModelImportance
 from attnopt.ir.site import Site
-from attnopt.statistics.calibrated import rows_of
+from attnopt.statistics.calibrated import calibrated, rows_of
 from attnopt.statistics.token_ids import token_ids
 
 
@@ -29,15 +30,18 @@ class Induction(ModelImportance):
 
 
 def _of_site(site: Site, batches: Sequence[CallInputs]) -> tuple[float, ...]:
-    total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
+    total, rows, of_batch = torch.zeros(site.num_heads, dtype=torch.float64), 0, dict[int, Tensor]()
     for block in rows_of(site):
-        ids = token_ids(batches[block.batch], site.name).cpu()
-        if ids.shape[1] != block.queries or ids.shape[1] != len(block.keys):
+        if block.queries != len(block.keys):
             raise CalibrationError(
-                f"its {block.queries} queries and {len(block.keys)} keys are not the {ids.shape[1]} tokens of the model",
+                f"its {block.queries} queries and {len(block.keys)} keys are not the same tokens",
                 site=site.name,
                 hint="choose another method, or leave the site out with sites=",
             )
+        ids = of_batch.get(block.batch)
+        if ids is None:
+            shape = len(calibrated(site).batches[block.batch].q), block.queries
+            ids = of_batch[block.batch] = token_ids(batches[block.batch], shape, site.name).cpu()
         own, places = ids[block.sequence], block.rows.cpu()
         follows = torch.zeros(len(places), len(own), dtype=torch.bool)
         follows[:, 1:] = own[places, None] == own[None, :-1]

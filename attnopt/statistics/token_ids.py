@@ -11,15 +11,19 @@ from attnopt.errors import CalibrationError
 USUAL = "input_ids"
 
 
-def token_ids(batch: CallInputs, site: str | None = None) -> Tensor:
-    """The ids [B, L] of one batch: ``input_ids``, or else the first matrix of integers.  Raises CalibrationError."""
-    given = batch.kwargs.get(USUAL)
-    for x in [given, *pytree.tree_leaves(batch)]:
-        if isinstance(x, Tensor) and not x.is_floating_point() and x.dim() == 2:
+def token_ids(batch: CallInputs, shape: tuple[int, int] | None = None, site: str | None = None) -> Tensor:
+    """The ids [B, L] of one batch, of ``shape`` if given: ``input_ids``, or else the first matrix of integers.  Raises
+    CalibrationError."""
+    for x in [batch.kwargs.get(USUAL), *pytree.tree_leaves(batch)]:
+        if (
+            isinstance(x, Tensor)
+            and not x.is_floating_point()
+            and x.dim() == 2
+            and tuple(x.shape) == (shape or x.shape)
+        ):
             return x
-    raise CalibrationError(
-        "the model has no token ids input, integers of [batch, length]", site=site, hint="choose another method"
-    )
+    told = "[batch, length]" if shape is None else f"shape {shape}"
+    raise CalibrationError(f"the model has no token ids input of {told}", site=site, hint="choose another method")
 
 
 def with_ids(batch: CallInputs, ids: Tensor) -> CallInputs:

@@ -57,6 +57,19 @@ def test_a_partition_chooses_what_is_merged(acme: Any, given: Any) -> None:
     assert torch.equal(theirs(x), ours(x))
 
 
+def test_an_importance_with_an_option_a_profile_and_one_of_the_whole_model(acme: Any, given: Any) -> None:
+    model, data = given
+    scores = attnopt.head_importance(model, data, "acme.diagonal(width=12)")
+    assert scores.method == "acme.diagonal(width=12)"
+    for row in scores.values():
+        assert row == pytest.approx([1.0] * H)  # all keys that a causal query of 12 sees
+    profile = attnopt.head_profile(model, data, acme.Diagonal(2))
+    assert [c.at for c in profile.values()] == [(0.0, 1.0)] * 2
+    found = attnopt.greedy_heads(model, data, "acme.flips", size=1)
+    flips = attnopt.head_importance(model, data, acme.Flips())
+    assert found.steps[0][2] == max(x for row in flips.values() for x in row) > 0
+
+
 @pytest.mark.slow
 def test_a_partition_with_data_and_merges_that_learn(acme: Any, given: Any) -> None:
     model, data = given

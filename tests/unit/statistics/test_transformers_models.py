@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import attnopt
 from attnopt import head_importance
 from attnopt.statistics import Counterfactual, Distance, KeyNorm, SegmentMass, Ships, SinkMass, needle_task
 
@@ -130,3 +131,38 @@ def test_patches_of_a_vision_transformer() -> None:
     changed = x.clone()
     changed[:, :, :4] = 0.0
     assert min(head_importance(vit("sdpa"), [x], Counterfactual([changed], at="all"))[next(iter(scores))]) > 0
+
+
+def test_the_two_sides_of_a_translator() -> None:
+    """Each side has its own ids; a distance or an induction score between them is an error that names the site."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=1, num_heads=4, vocab_size=7
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    g = torch.Generator().manual_seed(0)
+    ids, made = (torch.randint(0, 7, (2, n), generator=g) for n in (L, 6))
+    batch = {"input_ids": ids, "decoder_input_ids": made, "use_cache": False}
+    sites = {s.name: s for s in attnopt.inspect(model, (), batch).sites}
+    inside = [s for s in sites.values() if not s.is_cross]
+    assert len(inside) == 2
+    for method in ("induction", "distance"):
+        with pytest.raises(attnopt.CalibrationError) as caught:
+            head_importance(model, [batch], method)
+        assert caught.value.site == "decoder.block.0.layer.1.EncDecAttention"
+    scores = head_importance(model, [batch], "induction", sites=inside)
+    maps = eager(model)(**batch, output_attentions=True)
+    for got, p, own in zip(
+        scores.values(), (maps.encoder_attentions[0], maps.decoder_attentions[0]), (ids, made), strict=True
+    ):
+        each = []
+        for b, text in enumerate(own.tolist()):
+            for i in range(len(text)):
+                follows = [j for j in range(1, i + 1) if text[j - 1] == text[i]]
+                each += [p[b, :, i, follows].double().sum(-1)] if follows else []
+        assert got == pytest.approx(torch.stack(each).mean(0).tolist(), rel=1e-3)
+
+
+def eager(model: Any) -> Any:
+    model.set_attn_implementation("eager")
+    return model
