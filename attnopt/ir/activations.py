@@ -84,7 +84,7 @@ class Activations:
         weights = reference_weights(spec)
         for t in self.operands(spec):
             with torch.no_grad():
-                yield weights(t.q, t.k, **t.others)
+                yield weights(t.q, t.k, **t.others).to(t.v.dtype)  # they are multiplied with values
 
     def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
         """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, edits included."""

@@ -85,6 +85,16 @@ def test_the_whole_map(name: str) -> None:
         torch.testing.assert_close(got, whole(spec, t), atol=1e-6, rtol=1e-5)
 
 
+def test_maps_have_the_precision_of_the_values() -> None:
+    """Fits multiply the two."""
+    spec = a_spec(pattern=Causal())
+    t = tensors(spec, 1, L, L, torch.bfloat16, 0)
+    now = Activations(Projected("site", spec, {}), (OperandTensors(**t),), compute=lambda *_: ())  # type: ignore[arg-type]
+    (p,) = now.weights(spec)
+    assert p.dtype == torch.bfloat16
+    assert next(weight_rows(now, spec)).weights.dtype == torch.float64
+
+
 def test_some_heads_alone() -> None:
     spec = a_spec(kv_of_head=(0, 0, 1, 1), has_bias=True)
     now = activations(spec, L)
