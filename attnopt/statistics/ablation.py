@@ -12,7 +12,7 @@ from attnopt.base.closeness import tensors
 from attnopt.base.options import choice
 from attnopt.ir.head_probe import KINDS, HeadProbe
 from attnopt.ir.importance import AblationImportance
-from attnopt.statistics.logits import at_last_tokens, logits_of_output
+from attnopt.statistics.logits import at_places, last_places, logits_of_output
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,21 @@ class Ships(AblationImportance):
     def __post_init__(self) -> None:
         choice(self.name, "kind", self.kind, KINDS)
 
-    def before(self, probe: HeadProbe) -> list[Tensor]:
-        return self._last(probe, {})
+    def before(self, probe: HeadProbe) -> tuple[list[Tensor], list[Tensor]]:
+        logits = self._logits(probe, {})
+        places = last_places(probe, logits)
+        return places, self._last(logits, places)
 
     def moved(self, probe: HeadProbe, before: Any, off: Mapping[str, Sequence[int]]) -> float:
-        pairs = list(zip(before, self._last(probe, off), strict=True))
+        places, want = before
+        pairs = list(zip(want, self._last(self._logits(probe, off), places), strict=True))
         return sum(_divergence(w, g) * len(w) for w, g in pairs) / sum(len(w) for w, _ in pairs)
 
-    def _last(self, probe: HeadProbe, off: Mapping[str, Sequence[int]]) -> list[Tensor]:
-        logits = [logits_of_output(probe, probe.output(batch, off, self.kind)) for batch in probe.batches]
-        return [x.double().log_softmax(-1) for x in at_last_tokens(probe, logits)]
+    def _logits(self, probe: HeadProbe, off: Mapping[str, Sequence[int]]) -> list[Tensor]:
+        return [logits_of_output(probe, probe.output(batch, off, self.kind)) for batch in probe.batches]
+
+    def _last(self, logits: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
+        return [x.double().log_softmax(-1) for x in at_places(logits, places)]
 
 
 def _divergence(want: Tensor, got: Tensor) -> float:

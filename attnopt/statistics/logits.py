@@ -25,24 +25,25 @@ def hidden_of_output(probe: HeadProbe, output: Any) -> Tensor:
     return _tensor_of(probe, output, ("last_hidden_state", "hidden_states"), "hidden states")
 
 
-def at_last_tokens(probe: HeadProbe, of_batches: Sequence[Tensor]) -> list[Tensor]:
-    """For each batch [B, classes]: of [B, L, classes] the last token that is no padding."""
+def at_places(of_batches: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
+    """For each batch [B, classes]: of [B, L, classes] one token of each sequence."""
+    pairs = zip(of_batches, places, strict=True)
+    return [x if x.dim() == 2 else x[torch.arange(len(x), device=x.device), place] for x, place in pairs]
+
+
+def last_places(probe: HeadProbe, of_batches: Sequence[Tensor]) -> list[Tensor]:
+    """The place of the last token of each sequence [B] that is no padding, by the last attention between the tokens of the
+    output: an encoder before a decoder may have as many tokens."""
+    found = [torch.full((len(x),), x.shape[1] - 1, device=x.device) for x in of_batches]
     if all(x.dim() == 2 for x in of_batches):
-        return list(of_batches)
-    return [
-        x[torch.arange(len(x), device=x.device), last]
-        for x, last in zip(of_batches, _last_of(probe, of_batches), strict=True)
-    ]
-
-
-def _last_of(probe: HeadProbe, of_batches: Sequence[Tensor]) -> list[Tensor]:
-    """The place of the last token of each sequence [B], by the first attention between the tokens of the output."""
+        return found
     for site in probe.sites():
         assert site.activations is not None
         seen = [t.real for t in site.activations.batches]
-        if all(real.shape == x.shape[:2] for real, x in zip(seen, of_batches, strict=True)):
-            return [last_tokens(real).to(x.device) for real, x in zip(seen, of_batches, strict=True)]
-    return [torch.full((len(x),), x.shape[1] - 1, device=x.device) for x in of_batches]
+        pairs = list(zip(seen, of_batches, strict=True))
+        if not site.is_cross and all(real.shape == x.shape[:2] for real, x in pairs):
+            found = [last_tokens(real).to(x.device) for real, x in pairs]
+    return found
 
 
 def _tensor_of(probe: HeadProbe, output: Any, names: tuple[str, ...], what: str) -> Tensor:

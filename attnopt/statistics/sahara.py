@@ -14,7 +14,7 @@ from attnopt.base.options import choice, whole
 from attnopt.errors import CalibrationError
 from attnopt.ir.head_probe import KINDS, HeadProbe
 from attnopt.ir.importance import AblationImportance
-from attnopt.statistics.logits import at_last_tokens, hidden_of_output
+from attnopt.statistics.logits import at_places, hidden_of_output, last_places
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,23 @@ class Sahara(AblationImportance):
         whole(self.name, "rank", self.rank, least=1)
         choice(self.name, "kind", self.kind, KINDS)
 
-    def before(self, probe: HeadProbe) -> Tensor:
-        return self._subspace(probe, {})
+    def before(self, probe: HeadProbe) -> tuple[list[Tensor], Tensor]:
+        hidden = self._hidden(probe, {})
+        places = last_places(probe, hidden)
+        return places, self._subspace(hidden, places)
 
     def moved(self, probe: HeadProbe, before: Any, off: Mapping[str, Sequence[int]]) -> float:
-        turned = self._subspace(probe, off)
-        sine = torch.linalg.matrix_norm(turned - before @ (before.mT @ turned), 2)  # exact where the angle is small
+        places, own = before
+        turned = self._subspace(self._hidden(probe, off), places)
+        sine = torch.linalg.matrix_norm(turned - own @ (own.mT @ turned), 2)  # exact where the angle is small
         return math.degrees(math.asin(min(1.0, float(sine))))
 
-    def _subspace(self, probe: HeadProbe, off: Mapping[str, Sequence[int]]) -> Tensor:
+    def _hidden(self, probe: HeadProbe, off: Mapping[str, Sequence[int]]) -> list[Tensor]:
+        return [hidden_of_output(probe, probe.output(batch, off, self.kind)) for batch in probe.batches]
+
+    def _subspace(self, hidden: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
         """[sequences, rank]"""
-        hidden = [hidden_of_output(probe, probe.output(batch, off, self.kind)) for batch in probe.batches]
-        x = torch.cat([x.double() for x in at_last_tokens(probe, hidden)])
+        x = torch.cat([x.double() for x in at_places(hidden, places)])
         if self.rank >= min(len(x), x.shape[1] + 1):
             raise CalibrationError(
                 f"sahara: {len(x)} sequences with {x.shape[1]} features have no subspace of {self.rank} that can turn",

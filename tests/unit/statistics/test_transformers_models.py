@@ -163,6 +163,21 @@ def test_the_two_sides_of_a_translator() -> None:
         assert got == pytest.approx(torch.stack(each).mean(0).tolist(), rel=1e-3)
 
 
+def test_the_last_token_is_that_of_the_decoder() -> None:
+    """Beside an encoder with as many tokens, of which some are padding."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=1, num_heads=4, vocab_size=7
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(0, 7, (2, 6), generator=torch.Generator().manual_seed(0))
+    seen = (torch.arange(6) < torch.tensor([6, 3])[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": seen, "decoder_input_ids": ids.flip(1), "use_cache": False}
+    assert dict(head_importance(model, [batch], "ships")) == dict(
+        head_importance(model, [batch], "ships", behaviour=lambda output: output.logits[:, -1])
+    )
+
+
 def eager(model: Any) -> Any:
     model.set_attn_implementation("eager")
     return model
