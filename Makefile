@@ -93,10 +93,13 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/heads_speed.py
 	$(PY) benchmarks/segment_gain.py
 	$(PY) benchmarks/segments.py
+	$(PY) benchmarks/query_rows.py
 	$(PY) benchmarks/block_recall.py
 	$(PY) benchmarks/quality.py
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/calibration_memory.py
+	$(PY) benchmarks/head_sweep.py
+	$(PY) benchmarks/taps.py
 	$(PY) benchmarks/leak.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.

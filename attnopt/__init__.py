@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from attnopt import render as render
 from attnopt.backends import attention_operator as attention_operator
+from attnopt.ir import received_weights as received_weights
 
 if TYPE_CHECKING:
     from attnopt import passes, patterns, plot, recipes, statistics
@@ -36,9 +37,14 @@ if TYPE_CHECKING:
         PluginError,
         PolicyError,
         RewriteError,
+        SearchError,
         VerificationError,
     )
     from attnopt.fit.attention_recall import kept_mass
+    from attnopt.intervene.guard import Behaviour, Kept, guard
+    from attnopt.intervene.patch import patch
+    from attnopt.intervene.path_patch import path_patch
+    from attnopt.intervene.search import search_heads
     from attnopt.ir.activations import Activations
     from attnopt.ir.attend import Attend
     from attnopt.ir.block_scores import BlockSample, BlockScores
@@ -55,15 +61,24 @@ if TYPE_CHECKING:
     from attnopt.ir.kv_partition import KvPartition
     from attnopt.ir.pooled_keys import PooledKeys
     from attnopt.ir.projection import Projection
+    from attnopt.ir.query_rows import ChosenRows
     from attnopt.ir.refusal import Refusal
+    from attnopt.ir.row_scores import RowScores
     from attnopt.ir.site import NearMiss, Site
     from attnopt.ir.spec import AttentionSpec
     from attnopt.ir.statistic import Statistic
     from attnopt.model import OptimizedModel, load
+    from attnopt.observe.attribution import logit_attribution
+    from attnopt.observe.collect import collect
+    from attnopt.observe.expose import Columns, Exposed, Outputs, Rows, expose
     from attnopt.patterns.algebra import Pattern
     from attnopt.patterns.bands import Band
     from attnopt.patterns.lookback import Past
     from attnopt.report.advice import Advice
+    from attnopt.report.attribution import Attribution
+    from attnopt.report.collected import Collected
+    from attnopt.report.head_effects import HeadEffects
+    from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
     from attnopt.report.report import Report
     from attnopt.version import __version__
@@ -77,34 +92,44 @@ __all__ = [
     "AttentionSpec",
     "AttnoptError",
     "AttnoptWarning",
+    "Attribution",
     "Backend",
     "Band",
+    "Behaviour",
     "BlockSample",
     "BlockScores",
     "Calibration",
     "CalibrationError",
     "CaptureError",
+    "ChosenRows",
+    "Collected",
+    "Columns",
     "Compensation",
     "Constant",
     "ConversionError",
     "Curves",
     "DynamicBlocks",
     "ExportError",
+    "Exposed",
     "HeadEdit",
+    "HeadEffects",
     "HeadImportance",
     "HeadMap",
     "HeadProbe",
     "HeadProfile",
+    "HeadSearch",
     "HeadSet",
     "HeadWeights",
     "Importance",
     "Input",
     "Inspection",
+    "Kept",
     "KvMerge",
     "KvPartition",
     "ModelImportance",
     "NearMiss",
     "OptimizedModel",
+    "Outputs",
     "Pass",
     "Past",
     "Pattern",
@@ -118,26 +143,36 @@ __all__ = [
     "Report",
     "Rewrite",
     "RewriteError",
+    "RowScores",
+    "Rows",
+    "SearchError",
     "Site",
     "Statistic",
     "VerificationError",
     "__version__",
     "advise",
     "apply_patterns",
+    "collect",
     "convert",
+    "expose",
     "greedy_heads",
+    "guard",
     "guidance",
     "head_importance",
     "head_profile",
     "inspect",
     "kept_mass",
     "load",
+    "logit_attribution",
     "optimize",
     "passes",
+    "patch",
+    "path_patch",
     "patterns",
     "plot",
     "recipes",
     "register",
+    "search_heads",
     "statistics",
 ]
 
@@ -153,8 +188,12 @@ _NAMES = {
     "compiler.policy": "Policy",
     "conversion.convert": "apply_patterns convert",
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
-    "ConversionError ExportError PluginError PolicyError RewriteError VerificationError",
+    "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",
+    "intervene.guard": "Behaviour Kept guard",
+    "intervene.patch": "patch",
+    "intervene.path_patch": "path_patch",
+    "intervene.search": "search_heads",
     "ir.activations": "Activations",
     "ir.attend": "Attend",
     "ir.block_scores": "BlockSample BlockScores",
@@ -171,15 +210,24 @@ _NAMES = {
     "ir.kv_partition": "KvPartition",
     "ir.pooled_keys": "PooledKeys",
     "ir.projection": "Projection",
+    "ir.query_rows": "ChosenRows",
     "ir.refusal": "Refusal",
+    "ir.row_scores": "RowScores",
     "ir.site": "NearMiss Site",
     "ir.spec": "AttentionSpec",
     "ir.statistic": "Statistic",
     "model": "OptimizedModel load",
+    "observe.attribution": "logit_attribution",
+    "observe.collect": "collect",
+    "observe.expose": "Columns Exposed Outputs Rows expose",
     "patterns.algebra": "Pattern",
     "patterns.bands": "Band",
     "patterns.lookback": "Past",
     "report.advice": "Advice",
+    "report.attribution": "Attribution",
+    "report.collected": "Collected",
+    "report.head_effects": "HeadEffects",
+    "report.head_search": "HeadSearch",
     "report.inspection": "Inspection",
     "report.report": "Report",
     "version": "__version__",

@@ -26,6 +26,7 @@ from attnopt.compiler.policy import Policy
 from attnopt.errors import PolicyError, RewriteError
 from attnopt.ir.interfaces import Backend
 from attnopt.model import OptimizedModel
+from attnopt.onnx.load.model_or_file import opened
 from attnopt.report.inspection import Inspection
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def inspect(
     Raises CaptureError if the model cannot be captured.
     """
     inputs = CallInputs.of(args, kwargs)
-    model = _opened(model, inputs)
+    model = opened(model, inputs)
     findings = analyze(model, inputs, dynamic_shapes).findings
     if isinstance(model, nn.Module) and without_values(model) is None:
         check_call(model, inputs)
@@ -99,7 +100,7 @@ def optimize(
     inputs = CallInputs.of(args, kwargs)
     if not any(inputs) and batches:
         inputs = batches[0]
-    model = model.module() if isinstance(model, torch.export.ExportedProgram) else _opened(model, inputs)
+    model = model.module() if isinstance(model, torch.export.ExportedProgram) else opened(model, inputs)
     if is_file(model):
         from attnopt.onnx.load.free_axes import as_declared
 
@@ -158,11 +159,3 @@ def guidance(
     asked, shapes = taking(model, chosen.inputs, inputs.kwargs, dynamic_shapes)
     made = guided(Job(asked, chosen, inputs, shapes, batches, backends_of(backend), options), pushed)
     return OptimizedModel(made.module, made.origin)
-
-
-def _opened(model: nn.Module | str | os.PathLike[str], inputs: CallInputs) -> nn.Module:
-    if not isinstance(model, (str, os.PathLike)):
-        return model
-    from attnopt.onnx.load.load import opened
-
-    return opened(model, *inputs)

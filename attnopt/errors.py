@@ -55,5 +55,13 @@ class PluginError(AttnoptError):
     """A plugin could not be loaded or registered, or violates the contract of its kind."""
 
 
+class SearchError(AttnoptError):
+    """The objective of a search failed.  ``partial``: the result so far."""
+
+    def __init__(self, message: str, *, hint: str | None = None, partial: object = None) -> None:
+        self.partial = partial
+        super().__init__(message, hint=hint)
+
+
 class AttnoptWarning(UserWarning):
     """A non-fatal finding that the user should know: no attention found, a policy without effect."""

@@ -72,6 +72,11 @@ class OptimizedModel(nn.Module):
             raise _not_captured()
         return self.module
 
+    @property
+    def argument_names(self) -> tuple[str, ...]:
+        """What a call may bring, by name."""
+        return () if self._origin is None else tuple(p.name for p in self.origin.signature.parameters)
+
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The forward of the original model."""
         if self._build is not None:

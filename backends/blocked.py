@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from attnopt.backends.attention_operator import attention, attention_with_lse
 from attnopt.backends.by_segment import sorted_by_segment
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
 from attnopt.ir.attend import Attend, AttendWithLse, RoutedAttend
+from attnopt.ir.extension import joined, joined_spec, joins_simply, merged
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.lse_merge import merged_by_lse
 from attnopt.ir.operands import BLOCK, SegmentTensors
@@ -19,7 +20,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import require_no_edits, selected
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns.algebra import Pattern
+from attnopt.patterns.algebra import FULL, Pattern
 from attnopt.patterns.registry import is_readable
 from attnopt.patterns.tile_cost import COMPILED, FLEX
 
@@ -39,6 +40,7 @@ class Blocked(Backend):
     name: ClassVar[str] = "blocked"
     skips: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
+    extends: ClassVar[bool] = True
     segments: ClassVar[bool] = True
     skips_rows: bool = False
 
@@ -57,7 +59,11 @@ class Blocked(Backend):
         return None
 
     def lower(self, spec: AttentionSpec) -> RoutedAttend | Attend:
-        require_no_edits(spec)
+        require_no_edits(spec, extends=True)
+        if spec.extension is not None:
+            if joins_simply(spec):
+                return cast(Attend, joined(spec, self.lower(joined_spec(spec))))
+            return cast(Attend, merged(spec, self._with_lse))
         if spec.weight_gains is not None:
             return merged_by_lse(spec, self._with_lse)
 
@@ -88,6 +94,12 @@ class Blocked(Backend):
         return attend
 
     def cost(self, site: Site) -> float:
+        if (more := site.spec.extension) is not None:
+            own = replace(site, spec=replace(site.spec, extension=None))
+            if joins_simply(site.spec):
+                return self.cost(replace(own, kv_len=site.kv_len + more.tokens))
+            beside = replace(own.spec.keeping(more.heads), pattern=FULL, selection=None)
+            return self.cost(own) + self.cost(replace(own, spec=beside, kv_len=more.tokens))
         tiles = COMPILED if site.device == "cpu" else FLEX
         pattern = sorted_by_segment(site.spec.pattern)
         parts = [pattern & piece for piece in _pieces(site.spec)] or [pattern]
@@ -106,9 +118,11 @@ class Blocked(Backend):
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         reason, parts = native.why_not(), len(_pieces(spec))
-        merged = (f"blocked: computes {parts} parts of the pairs and merges them; ONNX Runtime computes each densely",)
+        apart = spec.extension is not None and not joins_simply(spec)
+        what = "own and other keys apart" if apart else f"{parts} parts of the pairs"
+        merged = (f"blocked: computes {what} and merges them; ONNX Runtime computes each densely",)
         slow = (f"blocked: using torch operators instead of the compiled kernel: {reason}",)
-        return (*(merged if parts else ()), *(() if reason is None else slow))
+        return (*(merged if parts or apart else ()), *(() if reason is None else slow))
 
 
 def _options(

@@ -27,7 +27,8 @@ def side_by_side(spec: AttentionSpec, t: OperandTensors) -> tuple[AttentionSpec,
     spec, t = _in_tensors(spec, t)
     if t.segments is None or spec.pattern != Full() or t.selected is not None:
         return spec, t, None
-    queries, keys = _order(t.segments.queries), _order(t.segments.keys)
+    queries = _order(t.segments.queries)
+    keys = queries if t.segments.keys is t.segments.queries else _order(t.segments.keys)
     if keys is None:
         return spec, t, queries
     ids = t.segments.keys.gather(1, keys)

@@ -35,7 +35,9 @@ def call(
     selected: Tensor | None = None,
     segments: SegmentTensors | None = None,
 ) -> tuple[AttentionSpec, OperandTensors]:
-    """What the arguments of an operator of ``attnopt.backends.attention_operator`` mean."""
+    """What the arguments of an operator of ``attnopt.backends.attention_operator`` mean.  Raises ValueError."""
+    if segments is not None:
+        _check_lengths(segments, q, k)
     sizes = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
     spec = _spec(*sizes, pattern, tuple(kv_of_head), scale, softcap, PATTERNS.changes)
     return spec, OperandTensors(q, k, v, bias, mask, sinks, selected, segments)
@@ -43,6 +45,13 @@ def call(
 
 def segments_of(queries: Tensor | None, keys: Tensor | None, pairs: Tensor | None) -> SegmentTensors | None:
     return None if queries is None or keys is None else SegmentTensors(queries, keys, pairs)
+
+
+def _check_lengths(segments: SegmentTensors, q: Tensor, k: Tensor) -> None:
+    for what, ids, x in (("queries", segments.queries, q), ("keys", segments.keys, k)):
+        if ids.shape[0] not in (1, x.shape[0]) or ids.shape[1] != x.shape[2]:
+            wanted = f"[{x.shape[0]} or 1, {x.shape[2]}]"
+            raise ValueError(f"the segments of the {what} are {list(ids.shape)}, expected {wanted}")
 
 
 def forward(spec: AttentionSpec, operands: OperandTensors, wanted: Tensor | None) -> Tensor:

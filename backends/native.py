@@ -92,7 +92,18 @@ def _segments(given: SegmentTensors | None) -> tuple[Tensor | None, Tensor | Non
         return None, None, None
     own = given.numbered()
     pairs = None if own.pairs is None else own.pairs.contiguous()
-    return own.queries.to(torch.int32).contiguous(), own.keys.to(torch.int32).contiguous(), pairs
+    queries, keys = _narrow(own.queries, own.keys)
+    return queries.contiguous(), keys.contiguous(), pairs
+
+
+def _narrow(*ids: Tensor) -> tuple[Tensor, ...]:
+    """The same segments in the same order, numbered anew if an id needs more than 32 bits; -1 for none."""
+    ids = tuple(x.long().clamp(min=-1) for x in ids)
+    if any(bool((x > torch.iinfo(torch.int32).max).any()) for x in ids):
+        known = torch.cat([x.flatten() for x in ids]).sort().values
+        none = int((known < 0).sum())
+        ids = tuple(torch.searchsorted(known, x) - none for x in ids)
+    return tuple(x.to(torch.int32) for x in ids)
 
 
 def _of_four_axes(t: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
@@ -21,7 +22,9 @@ class Reference(Backend):
     name: ClassVar[str] = "reference"
     pools: ClassVar[bool] = True
     zero_keys: ClassVar[bool] = True
+    extends: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
+    rows: ClassVar[bool] = True
 
     def lower(self, spec: AttentionSpec) -> Attend:
         return reference(spec)
@@ -29,7 +32,8 @@ class Reference(Backend):
     def cost(self, site: Site) -> float:
         if site.device != "cpu":
             return 3.0 * dense_flops(site) / GPU_RATE
-        speed = of_cpu()
+        speed, more = of_cpu(), site.spec.extension
+        site = site if more is None else replace(site, kv_len=site.kv_len + more.tokens)
         return _CALLS * speed.dense_call + 3.0 * dense_flops(site) / speed.masked
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from attnopt.passes.preconditions import (
     refuse_no_data,
     refuse_other_keys,
     refuse_pooled,
+    refuse_rows,
     refuse_unknown_heads,
 )
 
@@ -64,6 +65,7 @@ class DynamicSparse(Pass):
         edits = [edit for edit in site.spec.after if edit.reads_masks]
         hint = f"exclude the site from {self.name}, or leave the edit out: chosen blocks would hide its keys"
         refused = refuse_pooled(site, "use either dynamic-sparse or pool-keys at a site")
+        refused = refused or refuse_rows(site, "use either dynamic-sparse or query-rows at a site")
         refused = refused or refuse_edits(site, edits, hint) or refuse_other_keys(site)
         refused = refused or refuse_unknown_heads(site, self.local_heads) or refuse_looking_ahead(site, self._selection)
         if refused is not None or not self.calibrates:

@@ -34,7 +34,9 @@ from attnopt.passes.preconditions import (
     refuse_edits,
     refuse_fitted_selection,
     refuse_no_data,
+    refuse_rows,
     refuse_transforms,
+    refuse_transplants,
     refuse_unknown_projections,
 )
 
@@ -123,7 +125,11 @@ class GroupedQuery(Pass, SharesBudget):
         refused = refuse_edits(
             site, edits=edited, hint="apply grouped-query before heads are routed, replaced or steered"
         )
+        refused = refused or refuse_transplants(site, "apply grouped-query before transplant")
         refused = refused or refuse_fitted_selection(site, "apply grouped-query before dynamic-sparse")
+        refused = refused or refuse_rows(
+            site, "apply grouped-query before query-rows, whose scores read queries and keys"
+        )
         return refused or self._refuse_sizes(site) or self._refuse_parts(site)
 
     def rewrite(self, site: Site) -> Rewrite:

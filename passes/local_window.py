@@ -13,6 +13,7 @@ from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.passes.preconditions import (
     refuse_causal_pools,
+    refuse_causal_rows,
     refuse_looking_ahead,
     refuse_other_keys,
     refuse_unknown_heads,
@@ -59,6 +60,7 @@ class LocalWindow(Pass):
                 site, self.rewrite(site).spec, "set right= above 0, or leave out the heads that pool"
             )
             or refuse_looking_ahead(site, site.spec.selection, self._pattern(site.spec))
+            or refuse_causal_rows(site, self.rewrite(site).spec)
         )
 
     def rewrite(self, site: Site) -> Rewrite:

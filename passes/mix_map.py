@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from attnopt.base.input import Input
 from attnopt.base.options import number, numbers
 from attnopt.errors import PolicyError
+from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES, CallTensor, Source
 from attnopt.ir.constant import Constant
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.mixed_maps import Mixed
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.preconditions import distinct_heads, refuse_unknown_heads
+from attnopt.passes.preconditions import distinct_heads, refuse_unfit_inputs, refuse_unknown_heads
+from attnopt.passes.tensor_options import Shape, TensorOption, tensor_option
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class MixMap(Pass):
     This is the gated positional self-attention of ConViT (arXiv:2103.10697) with its positional map at hand, for self- and
     cross-attention.  It equals ``(1 - gate) o + gate * map @ v`` of the head outputs o, and A is not needed for it.
     ``map``: finite numbers of any kind, a tensor or nested lists, [L, S] for all heads or [heads, L, S], for sequences of
-    exactly these lengths.  Neither masks nor patterns, those of the model or of other passes, hide anything in it.
+    exactly these lengths; or an ``Input``, for which each call brings [B or 1, heads or 1, L, S].  Neither masks nor patterns,
+    those of the model or of other passes, hide anything in it.
     ``gate``: a number from 0 to 1, or one for each head.  0 changes nothing; with 1, the map alone counts, and where it does
     in all heads, queries and keys are not computed.
     ``heads``: None for all heads of the trained model; those that were already pruned are ignored.  A head with shared values
@@ -35,7 +38,7 @@ class MixMap(Pass):
 
     name: ClassVar[str] = "mix-map"
     exact: ClassVar[bool] = False
-    map: Tensor | Constant | Sequence[Any] | Mapping[str, Any]
+    map: TensorOption | Sequence[Any]
     gate: float | Sequence[float] | Tensor
     heads: Sequence[int] | None = None
 
@@ -43,7 +46,9 @@ class MixMap(Pass):
         if self.heads is not None:
             object.__setattr__(self, "heads", distinct_heads(self.name, self.heads))
         object.__setattr__(self, "gate", self._read_gate(self.gate))
-        object.__setattr__(self, "map", self._read_map(self.map))
+        n = "heads" if self.heads is None else len(self.heads)
+        hint = f"use finite floating-point numbers, [queries, keys] or [{n}, queries, keys], or an Input"
+        object.__setattr__(self, "map", tensor_option(self.name, "map", self.map, self._fits, hint))
 
     def _read_gate(self, given: Any) -> float | tuple[float, ...]:
         is_one = isinstance(given, (int, float)) or (isinstance(given, Tensor) and given.dim() == 0)
@@ -57,24 +62,8 @@ class MixMap(Pass):
             raise PolicyError(f"{self.name}: invalid value gate={given!r}: expected one number or {n}")
         return read
 
-    def _read_map(self, given: Any) -> Constant:
-        try:
-            found = Constant.from_json(given) if isinstance(given, Mapping) else given
-            found = torch.tensor(found, dtype=torch.float64) if isinstance(found, (list, tuple)) else found
-            found = Constant.of(found) if isinstance(found, Tensor) else found
-            heads = None if self.heads is None else len(self.heads)
-            assert isinstance(found, Constant)
-            assert len(found.shape) in (2, 3)
-            assert len(found.shape) == 2 or heads in (None, found.shape[0])
-            assert bool(found.tensor().isfinite().all())
-        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError, AssertionError) as error:
-            shown = f"of shape {list(given.shape)}" if isinstance(given, (Tensor, Constant)) else repr(given)[:60]
-            n = "heads" if self.heads is None else len(self.heads)
-            raise PolicyError(
-                f"{self.name}: invalid map {shown}",
-                hint=f"use finite floating-point numbers, [queries, keys] or [{n}, queries, keys]",
-            ) from error
-        return found
+    def _fits(self, shape: Shape) -> bool:
+        return len(shape) == 2 or (len(shape) == 3 and (self.heads is None or shape[0] == len(self.heads)))
 
     def check(self, site: Site) -> Refusal | None:
         return (
@@ -86,11 +75,25 @@ class MixMap(Pass):
         mixed = tuple(h for h in site.spec.heads if gates.get(h))
         if not mixed:
             return Rewrite(site.spec)
+        order = list(gates)
+        maps = self._maps(site, [order.index(h) for h in mixed])
+        return Rewrite(site.spec.followed_by(Mixed(mixed, tuple(gates[h] for h in mixed), maps)))
+
+    def _maps(self, site: Site, places: Sequence[int]) -> Source:
+        """Those of the heads at these places, or one for all of them."""
+        if isinstance(self.map, Input):
+            given = self._input(site)
+            return given if given.shape[1] == 1 else given.keeping(places)
         assert isinstance(self.map, Constant)
-        maps, order = self.map.tensor(), list(gates)
-        maps = maps[None] if maps.dim() == 2 else maps[[order.index(h) for h in mixed]]
-        edit = Mixed(mixed, tuple(gates[h] for h in mixed), Constant.of(maps))
-        return Rewrite(site.spec.followed_by(edit))
+        maps = self.map.tensor()
+        return Constant.of(maps[None] if maps.dim() == 2 else maps[list(places)])
+
+    def _input(self, site: Site) -> CallTensor:
+        assert isinstance(self.map, Input)
+        example = site.inputs.get(self.map.name)
+        one = example is not None and len(example.shape) > 2 and example.shape[-3] == 1
+        heads = 1 if one else site.trained_heads if self.heads is None else len(self.heads)
+        return CallTensor(self.map, (BATCH, heads, QUERIES, KEYS))
 
     def _gates(self, site: Site) -> dict[int, float]:
         """By head, in the order of the map."""
@@ -102,9 +105,8 @@ class MixMap(Pass):
 
     def _refuse_other_heads(self, site: Site) -> Refusal | None:
         """Refuse a map or gates for another number of heads."""
-        assert isinstance(self.map, Constant)
         counts = {
-            "maps": self.map.shape[0] if len(self.map.shape) == 3 else None,
+            "maps": self.map.shape[0] if isinstance(self.map, Constant) and len(self.map.shape) == 3 else None,
             "gates": len(self.gate) if isinstance(self.gate, tuple) else None,
         }
         for what, count in counts.items():
@@ -114,6 +116,8 @@ class MixMap(Pass):
         return None
 
     def _refuse_lengths(self, site: Site) -> Refusal | None:
+        if isinstance(self.map, Input):
+            return refuse_unfit_inputs(site, [self._input(site)], "give [batch, heads, queries, keys]")
         assert isinstance(self.map, Constant)
         *_, rows, columns = self.map.shape
         if (rows, columns) == (site.q_len, site.kv_len) and not site.is_dynamic:

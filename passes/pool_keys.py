@@ -12,7 +12,13 @@ from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.passes.preconditions import refuse_causal_pools, refuse_pooled, refuse_unknown_heads
+from attnopt.passes.preconditions import (
+    refuse_causal_pools,
+    refuse_extended,
+    refuse_pooled,
+    refuse_rows,
+    refuse_unknown_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class PoolKeys(Pass):
         return (
             refuse_unknown_heads(site, self.heads or ())
             or _refuse_another_choice(site)
+            or refuse_rows(site, "use either query-rows or pool-keys at a site")
             or self._refuse_hidden_keys(site)
             or self._refuse_other_lengths(site)
         )
@@ -118,6 +125,8 @@ def _refuse_another_choice(site: Site) -> Refusal | None:
     spec = site.spec
     if spec.pooling is not None:
         return refuse_pooled(site, "apply pool-keys only once per site")
+    if spec.extension is not None:
+        return refuse_extended(site, "use either extend-keys or pool-keys at a site")
     if spec.zero_keys is not None:
         return site.refuse(
             "zero-padded",

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from attnopt.base.input import Input
 from attnopt.base.options import whole_tuple
 from attnopt.errors import PolicyError
 from attnopt.fit.absorbable_maps import is_linear
+from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES, CallTensor, Size, Source
+from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.head_edits import HeadEdit
 from attnopt.ir.refusal import Refusal
@@ -20,10 +21,11 @@ from attnopt.ir.tokens import out_of_range, shortest, told
 from attnopt.patterns import Pattern
 from attnopt.patterns.algebra import FULL
 
-_HINT_IDS = (
+HINT_IDS = (
     "give one id for each token that this attention sees, class and register tokens included, or exclude the site"
 )
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BUDGETS = ("site", "global")  # heads counted at each site, or over all sites together
 
 
@@ -93,6 +95,14 @@ def refuse_edits(site: Site, edits: Iterable[HeadEdit | None], hint: str) -> Ref
     return site.refuse("already-edited", expected=expected, found=str(edit), hint=hint)
 
 
+def refuse_transplants(site: Site, hint: str) -> Refusal | None:
+    """Refuse other queries or keys where some are those of another run."""
+    if not site.spec.before:
+        return None
+    expected = "an attention with its own queries and keys"
+    return site.refuse("already-edited", expected=expected, found=str(site.spec.before[0]), hint=hint)
+
+
 def refuse_fitted_selection(site: Site, hint: str) -> Refusal | None:
     """Refuse other queries or keys where blocks are chosen by scores that were fitted to those of now."""
     if site.spec.selection is None or not site.spec.selection.fitted:
@@ -113,12 +123,48 @@ def refuse_looking_ahead(site: Site, selection: DynamicBlocks | None, pattern: P
     )
 
 
+def refuse_rows(site: Site, hint: str) -> Refusal | None:
+    """Refuse an attention that already chooses its rows."""
+    if site.spec.rows is None:
+        return None
+    expected = "an attention that computes all rows"
+    return site.refuse("already-chosen", expected=expected, found=str(site.spec.rows), hint=hint)
+
+
+def refuse_causal_rows(site: Site, spec: AttentionSpec) -> Refusal | None:
+    """Refuse ``spec``, a form of ``site``, if it chooses rows among all tokens but no query may see a later key."""
+    if spec.rows is None or not spec.is_causal:
+        return None
+    return site.refuse(
+        "looks-ahead",
+        expected="queries that may see later keys",
+        found=str(spec.visible_pattern),
+        hint="whether a row is chosen depends on later tokens; route-heads decides for each token by itself",
+    )
+
+
 def refuse_pooled(site: Site, hint: str) -> Refusal | None:
     """Refuse heads that already pool their keys."""
     if site.spec.pooling is None:
         return None
     expected = "an attention without pooled keys"
     return site.refuse("already-pooled", expected=expected, found=str(site.spec.pooling), hint=hint)
+
+
+def refuse_extended(site: Site, hint: str) -> Refusal | None:
+    """Refuse heads that already read keys of other tokens."""
+    if site.spec.extension is None:
+        return None
+    expected = "an attention of its own keys alone"
+    return site.refuse("already-extended", expected=expected, found=str(site.spec.extension), hint=hint)
+
+
+def refuse_gained(site: Site, hint: str) -> Refusal | None:
+    """Refuse weights that already have gains."""
+    if site.spec.weight_gains is None:
+        return None
+    found = str(site.spec.weight_gains)
+    return site.refuse("already-gained", expected="weights without gains", found=found, hint=hint)
 
 
 def refuse_causal_pools(site: Site, spec: AttentionSpec, hint: str) -> Refusal | None:
@@ -166,9 +212,23 @@ def refuse_no_data(site: Site, hint: str = "pass calibration= to attnopt.optimiz
     """Refuse a site without calibration data."""
     if site.activations is not None:
         return None
-    if site.spec.segments is not None:
-        hint = "let this pass come before the segments, which calibration does not know"
+    if site.spec.before:
+        hint = "let this pass come before transplant, whose queries and keys calibration does not know"
+    elif site.spec.extension is not None:
+        hint = "let this pass come before extend-keys, whose tokens calibration does not know"
+    elif site.spec.inputs:
+        listed = ", ".join(dict.fromkeys(map(str, site.spec.inputs)))
+        hint = f"let this pass come before those that read {listed} of each call, which calibration does not know"
     return site.refuse("needs-calibration", expected="calibration data", found="none", hint=hint)
+
+
+def refuse_no_single_run(site: Site) -> Refusal | None:
+    """Refuse a site of which calibration data knows no run, or several."""
+    if site.activations is None or site.activations.calls == 1:
+        return refuse_no_data(site)
+    found = f"{site.activations.calls} calls with different values"
+    hint = "give each call its own rule, as in {'attention#2': ...}"
+    return site.refuse("several-calls", expected="weights that are used by one call", found=found, hint=hint)
 
 
 def refuse_transforms(site: Site) -> Refusal | None:
@@ -183,22 +243,43 @@ def refuse_transforms(site: Site) -> Refusal | None:
     )
 
 
-def refuse_unfit_ids(site: Site, brought: Input, length: int) -> Refusal | None:
-    """Refuse an input that is not one integer for each of ``length`` tokens."""
-    ids = site.inputs.get(brought.name)
-    if ids is None:
-        listed = ", ".join(site.inputs) or "none"
-        return site.refuse(
-            "unknown-input", expected="a tensor among the inputs of the model", found=f"{brought} beside {listed}"
-        )
-    if ids.dtype not in _INTEGERS:
-        found = f"{brought.name} of {str(ids.dtype).removeprefix('torch.')}"
-        return site.refuse("not-ids", expected="an integer for each token", found=found)
-    if ids.shape in {(length,), (1, length), (site.batch, length)}:
-        return None
-    expected = f"{brought.name} of {length}, or of {site.batch} x {length} integers"
-    found = f"{' x '.join(map(str, ids.shape)) or 'a single number'}"
-    return site.refuse("wrong-length", expected=expected, found=found, hint=_HINT_IDS)
+def refuse_unfit_inputs(site: Site, brought: Iterable[Source], remedy: str = "") -> Refusal | None:
+    """Refuse the first of what a call brings for ``site`` whose example has another size or kind."""
+    known: dict[str, Size] = {BATCH: site.batch, QUERIES: site.q_len, KEYS: site.kv_len, **site.own_sizes}
+    for tensor in brought:
+        if isinstance(tensor, Constant):
+            continue
+        given = site.inputs.get(tensor.input.name)
+        if given is None:
+            listed = ", ".join(site.inputs) or "none"
+            expected, found = "a tensor among the inputs of the model", f"{tensor.input} beside {listed}"
+            return site.refuse("unknown-input", expected=expected, found=found)
+        kinds = (torch.bool,) if tensor.is_mask else _INTEGERS if tensor.is_ids else _FLOATS
+        if given.dtype not in kinds:
+            found = f"{tensor} of {str(given.dtype).removeprefix('torch.')}"
+            if tensor.is_mask:
+                return site.refuse("not-a-mask", expected="a bool for each token", found=found)
+            if tensor.is_ids:
+                return site.refuse("not-ids", expected="an integer for each token", found=found)
+            hint = "convert it to the dtype of the model"
+            return site.refuse("not-numbers", expected="floating-point numbers", found=found, hint=hint)
+        known = {**dict.fromkeys(map(str, tensor.axes), -1), **tensor.lengths(given.shape), **known}
+        wanted = [known[axis] if isinstance(axis, str) else axis for axis in tensor.axes]
+        fitting = [wanted, [1, *wanted[1:]], wanted[1:]] if tensor.axes[0] == BATCH else [wanted]
+        if list(given.shape) not in fitting:
+            code = "wrong-length" if tensor.is_ids else "other-sizes"
+            return site.refuse(code, expected=_expected(tensor, wanted), found=_told(given.shape), hint=remedy)
+    return None
+
+
+def _expected(tensor: CallTensor, sizes: Sequence[Size]) -> str:
+    for_all = f", or of {_told(sizes[1:])} for all sequences" if tensor.axes[0] == BATCH else ""
+    return f"{tensor} of {_told(sizes)}{for_all}"
+
+
+def _told(sizes: Sequence[Size]) -> str:
+    """ "2 x 12", an unknown size as "any number" """
+    return " x ".join("any number" if n < 0 else str(n) for n in sizes) or "a single number"
 
 
 def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:

@@ -38,7 +38,7 @@ class PruneHeads(Pass, SharesBudget):
     ``importance``: the name of a registered ``Importance`` of one site, with options as in ``"distance(grid=(14, 14))"``; an
     ``Importance``; a ``Statistic`` of one number per head; one number per head of the trained model; or the result of
     ``head_importance``.  Higher means keep; ties keep the lower head.
-    ``protect``: heads that are never removed.
+    ``protect``: heads that ``fraction`` never removes, at every site, or by the name of the site.
     ``compensate``: ``"none"``; ``"bias"``: add the mean of the removed output to the output bias (FLAP,
     arXiv:2312.11983); ``"least-squares"``: fit the output projection to the original layer output (OSSCAR,
     arXiv:2403.12983); or the name of a registered ``Compensation``.
@@ -59,7 +59,7 @@ class PruneHeads(Pass, SharesBudget):
     fraction: float | None = None
     heads: Sequence[int] | None = None
     importance: str | Importance | Statistic[Any] | Sequence[float] | Mapping[str, Sequence[float]] | None = None
-    protect: Sequence[int] = ()
+    protect: Sequence[int] | Mapping[str, Sequence[int]] = ()
     compensate: str | None = None
     budget: str | None = None
     whole_layers: bool = False
@@ -73,7 +73,7 @@ class PruneHeads(Pass, SharesBudget):
             )
         if self.heads is not None:
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
-        object.__setattr__(self, "protect", wholes(self.name, "protect", self.protect))
+        object.__setattr__(self, "protect", self._read_protect(self.protect))
         if self.compensate is not None:
             COMPENSATIONS.choose(self.name, "compensate", self.compensate)
         if self.budget is not None:
@@ -82,11 +82,10 @@ class PruneHeads(Pass, SharesBudget):
         if self.heads is not None and (self.importance is not None or self.budget == "global"):
             what = "importance" if self.importance is not None else "budget"
             raise PolicyError(f"prune-heads: {what} is only used with fraction; omit it or pass fraction")
-        object.__setattr__(self, "importance", self._read())
+        object.__setattr__(self, "importance", self._read_importance(self.importance))
 
-    def _read(self) -> object:
-        """``importance`` in comparable and serializable form.  Raises PolicyError."""
-        given = self.importance
+    def _read_importance(self, given: Any) -> object:
+        """In comparable and serializable form.  Raises PolicyError."""
         if given is None:
             return None
         if not isinstance(given, (str, Importance, Statistic)):
@@ -98,6 +97,30 @@ class PruneHeads(Pass, SharesBudget):
                 hint="pass importance=attnopt.head_importance(model, data, ...)",
             )
         return how.to_json() if isinstance(given, str) or reads_back(how) else how
+
+    def _read_protect(self, given: Any) -> tuple[Any, ...]:
+        """Numbers, or pairs of a site and its numbers."""
+        pairs = list(given.items()) if isinstance(given, Mapping) else given
+        if not isinstance(given, Mapping) and not (isinstance(given, (list, tuple)) and all(map(_is_pair, given))):
+            return wholes(self.name, "protect", given)
+        if not all(map(_is_pair, pairs)):
+            raise PolicyError(f"{self.name}: invalid value protect={given!r}: expected heads by names of sites")
+        return tuple((site, wholes(self.name, "protect", heads)) for site, heads in pairs)
+
+    @property
+    def mentions(self) -> tuple[str, ...]:
+        return tuple(self._protected_at)
+
+    @property
+    def _protected_at(self) -> dict[str, tuple[int, ...]]:
+        """By site; empty where the same heads are protected at all sites."""
+        read: Any = self.protect
+        return {one[0]: one[1] for one in read if isinstance(one, tuple)}
+
+    def _protected(self, site: Site) -> tuple[int, ...]:
+        if self._protected_at:
+            return self._protected_at.get(site.name, ())
+        return tuple(one for one in self.protect if isinstance(one, int))
 
     # ------------------------------------------------------------ a budget for all sites
     @property
@@ -112,9 +135,9 @@ class PruneHeads(Pass, SharesBudget):
         if not site.knows("out"):
             return {}
         how, found = chosen(self.compensate, site), dict[int, Share]()
-        protected = set(self.protect) & set(site.spec.heads)
+        protected = set(self._protected(site)) & set(site.spec.heads)
         counts = range(max(1, len(protected)), site.num_heads + 1)
-        for n, kept in best_heads(self._importance(site), site, counts, self.protect).items():
+        for n, kept in best_heads(self._importance(site), site, counts, self._protected(site)).items():
             gone = [h for h in site.spec.heads if h not in kept]
             error = error_without(how, site, site.spec.keeping(kept)) if gone else 0.0
             found[n] = Share(error, PruneHeads(heads=gone, compensate=self.compensate))
@@ -130,7 +153,7 @@ class PruneHeads(Pass, SharesBudget):
 
     def check(self, site: Site) -> Refusal | None:
         routed = refuse_edits(site, [site.spec.route], "apply prune-heads before route-heads")
-        unknown = routed or refuse_unknown_heads(site, (*(self.heads or ()), *self.protect))
+        unknown = routed or refuse_unknown_heads(site, (*(self.heads or ()), *self._protected(site)))
         return unknown or self._refuse_sizes(site) or _refuse_kept(site) or self._refuse_parts(site)
 
     def rewrite(self, site: Site) -> Rewrite:
@@ -140,7 +163,7 @@ class PruneHeads(Pass, SharesBudget):
         if count == site.num_heads:
             return Rewrite(site.spec, notes=("prune-heads: the fraction is less than one head, so none was removed",))
         how = self._importance(site)
-        kept = best_heads(how, site, [count], self.protect)[count]
+        kept = best_heads(how, site, [count], self._protected(site))[count]
         gone = ", ".join(str(h) for h in site.spec.heads if h not in kept)
         return self._keeping(site, kept, (f"prune-heads: removed heads {gone} by {how.told}",))
 
@@ -164,7 +187,7 @@ class PruneHeads(Pass, SharesBudget):
         return int((self.fraction or 0.0) * heads + 1e-9)  # 0.7 * 10 is a little less than 7
 
     def _removed(self, site: Site) -> int:
-        allowed = site.num_heads - max(1, len(set(self.protect) & set(site.spec.heads)))
+        allowed = site.num_heads - max(1, len(set(self._protected(site)) & set(site.spec.heads)))
         return min(self._removed_of(site.num_heads), allowed)
 
     # ------------------------------------------------------------ choices
@@ -197,6 +220,10 @@ class PruneHeads(Pass, SharesBudget):
             return refused
         hint = "importance=, one number per head"
         return refuse_unknown_projections(site, how.needs, expected_projections(how.needs), hint, direct=learns)
+
+
+def _is_pair(given: object) -> bool:
+    return isinstance(given, (list, tuple)) and len(given) == 2 and isinstance(given[0], str)
 
 
 def _silenced(site: Site) -> AttentionSpec:

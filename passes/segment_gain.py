@@ -19,8 +19,10 @@ from attnopt.passes.preconditions import (
     distinct_heads,
     note_absent_tokens,
     refuse_causal_pools,
+    refuse_extended,
     refuse_other_keys,
     refuse_other_lengths,
+    refuse_rows,
     refuse_unknown_heads,
 )
 from attnopt.patterns import Keys, Pattern, PerHead, parse
@@ -96,7 +98,9 @@ class SegmentGain(Pass):
             if found is None and pattern.is_positional:
                 found = refuse_other_keys(site, past=not pattern.reads_length)
             found = found or refuse_other_lengths(site, pattern) or self._refuse_beyond(site, pattern)
-        found = found or self._refuse_twice(site)
+        found = (
+            found or self._refuse_twice(site) or refuse_rows(site, "use either segment-gain or query-rows at a site")
+        )
         return found or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of heads=")
 
     def rewrite(self, site: Site) -> Rewrite:
@@ -136,8 +140,10 @@ class SegmentGain(Pass):
 
     def _refuse_twice(self, site: Site) -> Refusal | None:
         hides_alone = self.normalise == "logits" and self.when is None and {*self.gains} <= {0.0, 1.0}
-        if site.spec.weight_gains is None or hides_alone:
+        if hides_alone:
             return None
+        if site.spec.weight_gains is None:
+            return refuse_extended(site, "use either extend-keys or segment-gain at a site")
         hint = (
             "give all segments to one segment-gain; a factor that the model itself has cannot be combined with others"
         )

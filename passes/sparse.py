@@ -8,18 +8,21 @@ from typing import ClassVar
 from attnopt.base.input import Input
 from attnopt.base.options import switch
 from attnopt.errors import PolicyError
-from attnopt.ir.call_segments import separated
+from attnopt.ir.call_segments import CallSegments, separated
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.passes.preconditions import (
+    HINT_IDS,
     refuse_causal_pools,
+    refuse_causal_rows,
     refuse_looking_ahead,
     refuse_other_keys,
     refuse_other_lengths,
     refuse_pooled,
-    refuse_unfit_ids,
+    refuse_rows,
+    refuse_unfit_inputs,
     refuse_unknown_heads,
 )
 from attnopt.patterns import Full, Pattern, Segments, Window, parse
@@ -68,14 +71,16 @@ class Sparse(Pass):
 
     def check(self, site: Site) -> Refusal | None:
         named = self.pattern.named_heads
+        known, segments = separated(self.pattern, site.spec.heads)
         return (
-            self._refuse_inputs(site)
+            _refuse_segments(site, segments)
             or self._refuse_other_keys(site)
             or refuse_other_lengths(site, self.pattern)
             or refuse_unknown_heads(site, [named - 1] if named else [])
-            or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of the pattern")
+            or refuse_causal_pools(site, site.spec.restricted(known), "leave the heads that pool out of the pattern")
             or (_refuse_padding(site) if self.zero_pad else None)
-            or refuse_looking_ahead(site, site.spec.selection, separated(self.pattern, site.spec.heads)[0])
+            or refuse_looking_ahead(site, site.spec.selection, known)
+            or refuse_causal_rows(site, site.spec.restricted(known))
         )
 
     def rewrite(self, site: Site) -> Rewrite:
@@ -94,19 +99,21 @@ class Sparse(Pass):
         hint = "name the input with the segments of the keys: Segments(..., keys=Input(...))"
         return replace(refused, hint=hint)
 
-    def _refuse_inputs(self, site: Site) -> Refusal | None:
-        _, segments = separated(self.pattern, site.spec.heads)
-        if segments is None:
-            return None
-        if site.spec.segments is not None:
-            hint = "number the intersections of both as segments of one input"
-            return site.refuse(
-                "already-segmented", expected="an attention without segments", found=site.spec.segments, hint=hint
-            )
-        if site.spec.pooling is not None:
-            return refuse_pooled(site, "use either segments or pool-keys at a site")
-        lengths = {segments.queries: site.q_len, segments.keys: site.kv_len}
-        return next((r for i, n in lengths.items() if (r := refuse_unfit_ids(site, i, n)) is not None), None)
+
+def _refuse_segments(site: Site, segments: CallSegments | None) -> Refusal | None:
+    """Refuse segments that the site, or what the call brings for it, has no room for."""
+    if segments is None:
+        return None
+    if site.spec.segments is not None:
+        hint = "number the intersections of both as segments of one input"
+        return site.refuse(
+            "already-segmented", expected="an attention without segments", found=site.spec.segments, hint=hint
+        )
+    if site.spec.pooling is not None:
+        return refuse_pooled(site, "use either segments or pool-keys at a site")
+    if site.spec.rows is not None:
+        return refuse_rows(site, "use either segments of the call or query-rows at a site")
+    return refuse_unfit_inputs(site, segments.tensors, HINT_IDS)
 
 
 def _refuse_padding(site: Site) -> Refusal | None:

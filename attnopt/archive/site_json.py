@@ -11,12 +11,15 @@ from attnopt.base.registry import OURS, Registry, distribution_of, target_of
 from attnopt.errors import ArchiveError, AttnoptError
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.projection import Projection
-from attnopt.ir.score_registry import SCORES
+from attnopt.ir.query_rows import ChosenRows
+from attnopt.ir.score_registry import ROW_SCORES, SCORES
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns import Pattern, parse
@@ -101,11 +104,14 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "selection": None if spec.selection is None else spec.selection.to_json(),
         "segments": None if spec.segments is None else spec.segments.to_json(),
         "pooling": None if spec.pooling is None else spec.pooling.to_json(),
+        "rows": None if spec.rows is None else spec.rows.to_json(),
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
         "zero_keys": None if spec.zero_keys is None else spec.zero_keys.to_json(),
+        "extension": None if spec.extension is None else spec.extension.to_json(),
         "weight_gains": None if spec.weight_gains is None else spec.weight_gains.to_json(),
         "positions": list(spec.positions),
+        "before": [moved.to_json() for moved in spec.before],
         "after": [edit.to_json() for edit in spec.after],
     }
 
@@ -119,13 +125,16 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
     spec["segments"] = None if spec.get("segments") is None else CallSegments.from_json(spec["segments"])
     spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
+    spec["rows"] = None if spec.get("rows") is None else ChosenRows.from_json(spec["rows"])
     spec["zero_keys"] = None if spec["zero_keys"] is None else ZeroKeys.from_json(spec["zero_keys"])
+    spec["extension"] = None if spec.get("extension") is None else ExtendedKeys.from_json(spec["extension"])
     spec["weight_gains"] = None if spec["weight_gains"] is None else WeightGains.from_json(spec["weight_gains"])
+    spec["before"] = tuple(Transplanted.from_json(moved) for moved in spec.get("before", ()))
     spec["after"] = tuple(edit_from_json(edit) for edit in spec.get("after", ()))
     return AttentionSpec(**spec)
 
 
-_KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, SCORES)
+_KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, SCORES, ROW_SCORES)
 
 
 def _plugins(site: Site) -> list[dict[str, str]]:
@@ -169,6 +178,8 @@ def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], object]]:
     yield from ((HEAD_EDITS, edit) for edit in spec.after)
     if spec.selection is not None:
         yield SCORES, spec.selection.scores
+    if spec.rows is not None:
+        yield ROW_SCORES, spec.rows.scores
 
 
 def _patterns(spec: AttentionSpec) -> list[Pattern]:

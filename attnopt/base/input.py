@@ -21,5 +21,9 @@ class Input:
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise PolicyError(f"Input: invalid name {self.name!r}: expected a Python identifier")
 
+    def to_json(self) -> dict[str, str]:
+        """As an option of a pass is written in a policy file."""
+        return {"input": self.name}
+
     def __repr__(self) -> str:
         return f"Input({self.name!r})"

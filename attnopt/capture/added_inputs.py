@@ -13,17 +13,20 @@ from torch.export import Dim
 from attnopt.base.input import Input
 from attnopt.errors import PolicyError
 
+_ADDED = "_attnopt_added"
+
 
 def taking(
     model: nn.Module, inputs: Iterable[Input], given: Mapping[str, object], dynamic_shapes: object
 ) -> tuple[nn.Module, object]:
-    """``model`` with those of ``inputs`` that it does not have as further keyword arguments, which it ignores.
+    """``model`` with those of ``inputs`` that it does not have as further keyword arguments.  It ignores them, unless
+    it takes any keyword.
 
-    ``given``: the keyword arguments of the example.  ``dynamic_shapes`` also comes back, with axes for what was added: as long as
-    the tokens that it will describe.  Raises PolicyError.
+    ``given``: the keyword arguments of the example.  ``dynamic_shapes`` also comes back, with axes for what was added, which
+    are those of what reads it.  Raises PolicyError.
     """
     names = [i.name for i in inputs]
-    own = inspect.signature(model.forward).parameters if names else {}
+    own = [*inspect.signature(model.forward).parameters, *getattr(model, "argument_names", ())] if names else []
     added = [name for name in names if name not in own]
     if not added:
         return model, dynamic_shapes
@@ -31,7 +34,7 @@ def taking(
         listed = ", ".join(missing)
         raise PolicyError(
             f"the policy reads the input {listed}, which is not among the example inputs",
-            hint=f"pass an example in kwargs, as in kwargs={{{missing[0]!r}: ids}}, and in every call of the result",
+            hint=f"pass an example in kwargs, as in kwargs={{{missing[0]!r}: tensor}}, and in every call of the result",
         )
     made = copy.copy(model)
     kind, forward = type(model), vars(made).pop("forward", None)
@@ -39,6 +42,7 @@ def taking(
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "forward": _ignoring(kind, forward, added),
+        _ADDED: tuple(added),
     }
     made.__class__ = type(kind.__name__, (kind,), about)
     if isinstance(dynamic_shapes, Mapping):
@@ -48,10 +52,16 @@ def taking(
     return made, dynamic_shapes
 
 
+def added_to(model: nn.Module) -> tuple[str, ...]:
+    """The keyword arguments that ``taking`` added to ``model``."""
+    names: tuple[str, ...] = getattr(type(model), _ADDED, ())
+    return names
+
+
 def _free_axes(x: Tensor, dynamic_shapes: Mapping[str, object]) -> dict[int, object]:
     """All axes, except a batch of one where no other input has a dynamic one: it stays one."""
     batches = any(isinstance(axes, Mapping) and axes.get(0) is not None for axes in dynamic_shapes.values())
-    first = 1 if x.dim() == 2 and x.shape[0] == 1 and not batches else 0
+    first = 1 if x.dim() > 1 and x.shape[0] == 1 and not batches else 0
     return dict.fromkeys(range(first, x.dim()), Dim.AUTO)
 
 
@@ -59,15 +69,17 @@ def _ignoring(
     kind: type[nn.Module], of_instance: Callable[..., Any] | None, names: Collection[str]
 ) -> Callable[..., object]:
     own: Any = kind.forward if of_instance is None else lambda _, *args, **kwargs: of_instance(*args, **kwargs)
-
-    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
-        return own(self, *args, **{name: x for name, x in kwargs.items() if name not in names})
-
     known = inspect.signature(kind.forward if of_instance is None else of_instance)
     parameters = list(known.parameters.values())
+    takes_any = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    ignored = () if takes_any else names
+
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return own(self, *args, **{name: x for name, x in kwargs.items() if name not in ignored})
+
     if of_instance is not None:
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY))
-    last = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    last = len(parameters) - takes_any
     parameters[last:last] = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     forward.__signature__ = known.replace(parameters=parameters)  # type: ignore[attr-defined]
     return forward

@@ -14,7 +14,7 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.base.sizes import is_static
 from attnopt.capture.dynamic_axes import Auto, asked_shapes, axes_of_leaves, named_arguments, without
-from attnopt.capture.second_example import Place, longer_axes, repeated, seeded_outputs
+from attnopt.capture.second_example import Place, longer_axes, repeated, seeded_outputs, unread_axes
 from attnopt.capture.signature import check_inputs
 from attnopt.capture.valid_sizes import cannot_vary
 from attnopt.errors import AttnoptError, CaptureError
@@ -56,15 +56,16 @@ def captured_with_own(
 ) -> Program:
     """Captured with dynamic axes of length 1 too, if the model allows; the user's example must still fit."""
     asked = axes_of_leaves(model.forward, *inputs, shapes)
-    longer = longer_axes(model, inputs, asked)
-    while longer:
+    longer, unread = longer_axes(model, inputs, asked), unread_axes(model, inputs, asked)
+    while longer or unread:
         try:
-            program = captured(repeated(inputs, longer), shapes, is_cheap)
+            program = captured(repeated(inputs, longer | unread), shapes, is_cheap)
         except CaptureError:
             break
         if _takes(program, model, inputs):
             return replace(program, own=inputs)
         stuck = longer & _static(program.module)
+        unread = unread if longer else frozenset()
         longer = longer - stuck if stuck else frozenset()
     return captured(inputs, shapes, is_cheap)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
+from attnopt.base.sizes import hint
 from attnopt.capture.dynamic_axes import Auto, Axes, fixed_axes
 from attnopt.capture.flat_call import Form
+from attnopt.graph.nodes import input_axes, input_name, inputs_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,24 @@ class Program:
     def examples(self) -> tuple[CallInputs, ...]:
         """What was captured with first."""
         return (self.inputs, *(() if self.own is None else (self.own,)))
+
+    @property
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of the user's example, by the names of the graph's inputs."""
+        leaves, nodes = pytree.tree_leaves(self.own or self.inputs), inputs_of(self.module.graph)
+        named = zip(nodes, leaves, strict=True) if len(nodes) == len(leaves) else ()
+        return {input_name(n): tuple(x.shape) for n, x in named if isinstance(x, Tensor)}
+
+    def own_size(self, size: int | torch.SymInt) -> int:
+        """What a size of the graph is for the user's example."""
+        shapes = self.own_shapes if isinstance(size, torch.SymInt) else {}
+        of_axes = input_axes(n for n in inputs_of(self.module.graph) if input_name(n) in shapes)
+        known = {
+            n.node.expr: shapes[input_name(node)][axis] for _, node, axis, n in of_axes if isinstance(n, torch.SymInt)
+        }
+        if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols <= known.keys():
+            return hint(size)
+        return int(size.node.expr.subs(known))
 
     def told(self, asked: list[Axes]) -> Program:
         """With every axis in ``asked`` that is not dynamic listed as static."""

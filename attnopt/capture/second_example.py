@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import difference, tolerance
+from attnopt.capture.added_inputs import added_to
 from attnopt.capture.dynamic_axes import Axes
 from attnopt.capture.run_unchanged import outputs_of
 
@@ -22,13 +23,13 @@ _PLAIN = (Tensor, int, float, str, type(None))
 def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> frozenset[Place]:
     """Requested axes of length 1 along which the model accepts repeated inputs and computes the same.
 
-    First the first axes of all inputs together, usually the batch; then each alone, and the others likewise."""
+    First the first axes of all inputs together, usually the batch; then each alone, and the others likewise.  What only a
+    policy reads stays as it is: its sizes are those of what reads it."""
     leaves = pytree.tree_leaves(inputs)
     if not all(isinstance(x, _PLAIN) for x in leaves):
         return frozenset()
-    found = [
-        (i, a) for i, axes in enumerate(asked) for a in axes if isinstance(leaves[i], Tensor) and _is_one(leaves[i], a)
-    ]
+    ignored = _ignored(model, inputs)
+    found = [(i, a) for i, axes in enumerate(asked) for a in axes if i not in ignored and _is_one(leaves[i], a)]
     if not found:
         return frozenset()
     try:
@@ -44,6 +45,19 @@ def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> 
     return chosen
 
 
+def unread_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> frozenset[Place]:
+    """Requested axes of length 1 of inputs that only a policy reads."""
+    leaves, ignored = pytree.tree_leaves(inputs), _ignored(model, inputs)
+    return frozenset((i, a) for i, axes in enumerate(asked) for a in axes if i in ignored and _is_one(leaves[i], a))
+
+
+def _ignored(model: nn.Module, inputs: CallInputs) -> frozenset[int]:
+    """The numbers of leaves that only a policy reads."""
+    numbers, added = count(len(pytree.tree_leaves(inputs.args))), added_to(model)
+    named = [(name, next(numbers)) for name, given in inputs.kwargs.items() for _ in pytree.tree_leaves(given)]
+    return frozenset(i for name, i in named if name in added)
+
+
 def repeated(inputs: CallInputs, places: frozenset[Place], fades: bool = True) -> CallInputs:
     """The inputs, repeated along these axes to a unique length.
 
@@ -51,7 +65,7 @@ def repeated(inputs: CallInputs, places: frozenset[Place], fades: bool = True) -
     leaves, spec = pytree.tree_flatten(inputs)
     length = times(leaves)
     for i, axis in sorted(places):
-        leaves[i] = torch.cat([_faded(leaves[i], n if fades else 0) for n in range(length)], axis)
+        leaves[i] = torch.cat([faded(leaves[i], n if fades else 0) for n in range(length)], axis)
     made: CallInputs = pytree.tree_unflatten(leaves, spec)
     return made
 
@@ -61,11 +75,12 @@ def times(leaves: Sequence[object]) -> int:
     return next(n for n in count(2) if n not in lengths)
 
 
-def _is_one(x: Tensor, axis: int) -> bool:
-    return axis < x.dim() and x.shape[axis] == 1
+def _is_one(x: object, axis: int) -> bool:
+    return isinstance(x, Tensor) and axis < x.dim() and x.shape[axis] == 1
 
 
-def _faded(x: Tensor, n: int) -> Tensor:
+def faded(x: Tensor, n: int) -> Tensor:
+    """Copy ``n`` of an input: no two of floating-point numbers are equal."""
     return x * (1 - n / 16) if n and x.is_floating_point() else x
 
 

@@ -155,6 +155,9 @@ def check_inputs(
             )
         remedy = OF_EACH_KIND if is_inside(number) else None
         _check_shape(name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed, remedy)
+    for node, leaf in zip(nodes, leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            _check_computed_sizes(input_name(node), tuple(leaf.shape), node.meta["val"].shape, symbols)
 
 
 def _check_shape(
@@ -178,6 +181,18 @@ def _check_shape(
             raise CaptureError(
                 f"{name} has length {size} along axis {axis}, but another input has {symbols[want.node.expr]} for it"
             )
+
+
+def _check_computed_sizes(
+    name: str, got: tuple[int, ...], expected: tuple[int | torch.SymInt, ...], symbols: Mapping[sympy.Symbol, int]
+) -> None:
+    """Sizes that follow from those of other inputs, such as the number of tokens beside a class token."""
+    for axis, (size, want) in enumerate(zip(got, expected, strict=True)):
+        if isinstance(want, int) or not want.node.expr.free_symbols <= symbols.keys():
+            continue
+        wanted = int(want.node.expr.subs(symbols))
+        if size != wanted:
+            raise CaptureError(f"{name} has length {size} along axis {axis}, but the other inputs require {wanted}")
 
 
 def _remedy(name: str, axis: int, size: int, is_stuck: bool) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from attnopt.base.call_inputs import CallInputs
-from attnopt.capture.capture import capture
+from attnopt.capture.capture import capture, require_values
 from attnopt.capture.program import Program
 from attnopt.match.find import Findings, find
 
@@ -25,3 +25,14 @@ def analyze(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shap
     """``dynamic_shapes``: as of ``capture``.  Raises CaptureError."""
     program = capture(model, inputs, dynamic_shapes)
     return Analyzed(program, find(program))
+
+
+def analyze_in_eval(model: nn.Module, inputs: CallInputs, dynamic_shapes: object = None) -> Analyzed:
+    """The model as it infers; its own mode stays.  Raises CaptureError, also for a model without weights."""
+    require_values(model)
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        return analyze(model.eval(), inputs, dynamic_shapes)
+    finally:
+        for m, mode in modes:
+            m.training = mode

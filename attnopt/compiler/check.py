@@ -98,9 +98,7 @@ class Checker:
             )
         self._blame(inputs, apart)
         if choosing:
-            told = (
-                f"{len(choosing)} attentions choose blocks or heads from their inputs; each is correct on its own, but"
-            )
+            told = f"{len(choosing)} attentions choose blocks, rows or heads from their inputs; each is correct on its own, but"
             return difference(got, original), (
                 f"{told} rounding in one changes the choices of the next ({apart:.2g} relative)",
             )

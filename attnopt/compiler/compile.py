@@ -14,10 +14,10 @@ from torch import fx, nn
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.user_warning import warn
 from attnopt.capture.capture import capture, require_values
-from attnopt.capture.dynamic_axes import Auto
+from attnopt.capture.dynamic_axes import Auto, named_arguments
 from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import trains_otherwise
-from attnopt.compiler.bound_inputs import bind_inputs
+from attnopt.compiler.bound_inputs import bound, check_names
 from attnopt.compiler.check import Checker
 from attnopt.compiler.decide import Decision
 from attnopt.compiler.job import Job, Options, backends_of
@@ -89,11 +89,13 @@ def _of_program(job: Job, program: Program, clock: _Clock) -> Compiled:
 def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock, told: _Warnings) -> Compiled:
     # Asked now: lowering can fix a symbol, and the captured graph shares it.
     dynamic = dynamic_axes(program.module.graph)
+    if job.policy.inputs:
+        check_names(program.module.graph, named_arguments(job.model.forward, *program.inputs)[0], job.policy.inputs)
     with clock.stage("rewrite"):
         decisions = plan(job, program, findings)
     told.all_of(without_effect(job, findings, decisions))
     plans = [d.plan for d in decisions if d.plan is not None]
-    bind_inputs(program.module.graph, plans)
+    program = bound(program, plans)
     dynamic &= dynamic_axes(program.module.graph)
     with clock.stage("lower"):
         module = lower(program.module, plans, joins=not is_file(job.model))

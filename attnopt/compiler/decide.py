@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import fx
 
 from attnopt.backends.reference import Reference
 from attnopt.compiler import plugins
@@ -21,6 +22,7 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.choose_backend import choose
 from attnopt.lower.lower import Plan
 from attnopt.match.find import Found
+from attnopt.match.token_path import TokenPath, error_of, is_equal
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def decide(
             refusals[p.name] = refusal
             continue
         rewrite = plugin_calls.rewrite(p, site)
+        if site.spec.extension is None and rewrite.spec.extension is not None:
+            refusal = _other_tokens(found)
+        if refusal is not None:
+            refusals[p.name] = refusal
+            continue
         if rewrite.spec.eviction is not None and not decodes:
             refusals[p.name] = _no_cache(site, rewrite.spec.eviction)
             continue
@@ -84,6 +91,22 @@ def decide(
         return Decision(found, found.site, refusals={**refusals, **choice.reasons})  # it already has plain operators
     notes = (*made.notes, *choice.notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec))
     return Decision(found, site, plan, refusals, notes)
+
+
+def _other_tokens(found: Found) -> Refusal | None:
+    """Refuse keys and values of other tokens that would not be those which the model computes of its own."""
+    gm = found.raised.node.graph.owning_module
+    assert isinstance(gm, fx.GraphModule)
+    assert isinstance(found.path, TokenPath)
+    error = error_of(gm, found.path)
+    if is_equal(found.path, error):
+        return None
+    return found.site.refuse(
+        "not-token-wise",
+        expected="keys and values that are computed from each token alone, wherever it stands",
+        found=f"a relative difference of {error:.2g}",
+        hint="please report the model; exclude the site from the policy",
+    )
 
 
 def _no_cache(site: Site, eviction: Eviction) -> Refusal:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import difference, tensors, tolerance
 from attnopt.base.cpu_timing import interleaved
 from attnopt.compiler.compile import Compiled, again, carried_out
@@ -66,6 +67,7 @@ def joined(strong: fx.GraphModule, weak: fx.GraphModule, scale: float) -> tuple[
     for node in weak.graph.nodes:
         if node.op == "placeholder":
             here[node] = next(inputs)
+            here[node].meta["val"] = node.meta["val"]  # with the sizes of what only the weak branch reads
         elif node.op == "get_attr":
             name = str(node.target)
             if name not in placed:
@@ -128,7 +130,7 @@ def _origin(strong: Compiled, weak: Compiled, module: fx.GraphModule, names: Map
     told, seconds = weak.origin.report, strong.origin.report.seconds
     report = replace(
         told,
-        cpu_seconds=_measured(strong, module),
+        cpu_seconds=_measured(strong.module, module, weak.program.inputs),
         seconds={
             stage: seconds.get(stage, 0.0) + told.seconds.get(stage, 0.0) for stage in {**seconds, **told.seconds}
         },
@@ -158,7 +160,7 @@ def _is_pushed(x: Tensor) -> bool:
 
 def _verify(module: fx.GraphModule, strong: Compiled, weak: Compiled, scale: float) -> None:
     """The graph gives what the two models give.  Raises VerificationError."""
-    args, kwargs = strong.program.inputs
+    args, kwargs = weak.program.inputs
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         got, a, b = (tensors(m(*args, **kwargs)) for m in (module, strong.module, weak.module))
     want = [x + scale * (x - y) if _is_pushed(x) else x for x, y in zip(a, b, strict=True)]
@@ -169,10 +171,12 @@ def _verify(module: fx.GraphModule, strong: Compiled, weak: Compiled, scale: flo
         )
 
 
-def _measured(strong: Compiled, module: fx.GraphModule) -> Mapping[str, float]:
+def _measured(alone: fx.GraphModule, both: fx.GraphModule, inputs: CallInputs) -> Mapping[str, float]:
     """CPU seconds of one call of the model alone, and of both branches."""
-    args, kwargs = strong.program.inputs
-    calls = {"before": partial(strong.module, *args, **kwargs), "after": partial(module, *args, **kwargs)}
+    calls = {
+        "before": partial(alone, *inputs.args, **inputs.kwargs),
+        "after": partial(both, *inputs.args, **inputs.kwargs),
+    }
     with torch.no_grad():
         times = interleaved(calls, ROUNDS)
     return {name: times.median(name) for name in ("before", "after")}

@@ -9,11 +9,8 @@ from torch import nn
 
 from attnopt.base.compile_lock import compiling
 from attnopt.base.notation import shortened
-from attnopt.capture.calibration import Batch, Calibration, shapes_of
-from attnopt.capture.capture import require_values
-from attnopt.capture.signature import Signature
-from attnopt.compiler.analyze import analyze
-from attnopt.compiler.check import all_fitting
+from attnopt.capture.calibration import Batch, Calibration
+from attnopt.compiler.analyze_batches import analyze_batches
 from attnopt.compiler.graph_probe import GraphProbe
 from attnopt.compiler.head_results import HeadImportance, HeadProfile, HeadSet
 from attnopt.errors import CalibrationError, PolicyError
@@ -138,10 +135,11 @@ def greedy_heads(
     with blamed(how, KIND, "moved"):
         before, off = how.before(probe), dict[str, list[int]]()
         for _ in range(size):
-            values = [how.moved(probe, before, {**off, n: [*off.get(n, ()), i]}) for n, i in left]
-            n, i = left.pop(best := max(range(len(left)), key=values.__getitem__))
+            moved = how.with_each(probe, before, off)
+            n, i = best = max(left, key=moved.__getitem__)
+            left.remove(best)
             off.setdefault(n, []).append(i)
-            steps.append((n, probe.heads[n][i], values[best]))
+            steps.append((n, probe.heads[n][i], moved[best]))
     return HeadSet(shortened(how.to_json(), TOLD), tuple(steps))
 
 
@@ -168,26 +166,17 @@ def _probe(
     seed: int,
 ) -> GraphProbe:
     """The captured model in eval mode, its batches in the form of its graph, and the sites to score."""
-    require_values(model)
     data = Calibration.of(calibration)
     brought = how.more if isinstance(how, ModelImportance) else ()
     more = Calibration.of(brought).batches if brought else ()
-    first = data.batches[0]
-    shapes = "auto" if len({shapes_of(b) for b in (*data, *more)}) > 1 else None
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        analyzed = analyze(model.eval(), first, shapes)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    program, signature = analyzed.program, Signature.of(model.forward, *first)
-    batches, others = (all_fitting(program, signature, given) for given in (data, more))
+    analyzed, batches = analyze_batches(model, Calibration((*data, *more)))
     found = [f for f in analyzed.findings.found if sites is None or f.site.name in {s.name for s in sites}]
     missing = {s.name for s in sites or ()} - {f.site.name for f in found}
     if missing or not found:
         names = ", ".join(repr(n) for n in sorted(missing)) or "any name"
         raise CalibrationError(f"no attention of {names} was found", hint="attnopt.inspect lists the sites")
-    return GraphProbe(program, found, batches, others, loss, behaviour, seed)
+    own, others = batches[: len(data)], batches[len(data) :]
+    return GraphProbe(analyzed.program, found, own, others, loss, behaviour, seed)
 
 
 def _applicable(how: Importance, site: Site) -> Site:

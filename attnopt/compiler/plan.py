@@ -47,7 +47,8 @@ def _decided(job: Job, program: Program, found: Sequence[Found]) -> list[Decisio
 
 def _check_names(job: Job, findings: Findings) -> None:
     names = [f.site.name for f in findings.found]
-    unmatched = [g for g in job.policy.unmatched(names) if g != "*"]
+    mentioned = [site for _, passes in job.policy.rules for p in passes for site in p.mentions if site not in names]
+    unmatched = [*(g for g in job.policy.unmatched(names) if g != "*"), *mentioned]
     if unmatched and names:
         listed = ", ".join(repr(n) for n in names[:6]) + (", ..." if len(names) > 6 else "")
         raise PolicyError(f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}")

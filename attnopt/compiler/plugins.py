@@ -15,7 +15,7 @@ from attnopt.fit.merge_methods import KV_MERGES
 from attnopt.fit.partition_methods import KV_PARTITIONS
 from attnopt.ir.head_routing import HEAD_EDITS
 from attnopt.ir.interfaces import Backend, Pass
-from attnopt.ir.score_registry import SCORES
+from attnopt.ir.score_registry import ROW_SCORES, SCORES
 from attnopt.patterns.registry import PATTERNS
 
 __all__ = ["OURS", "Description", "backends", "describe", "load_backend", "load_pass", "passes", "register"]
@@ -38,9 +38,12 @@ PASSES = Registry(
         "head-patch": "attnopt.passes.head_patch:HeadPatch",
         "steer": "attnopt.passes.steer:Steer",
         "add-values": "attnopt.passes.add_values:AddValues",
+        "extend-keys": "attnopt.passes.extend_keys:ExtendKeys",
         "pool-keys": "attnopt.passes.pool_keys:PoolKeys",
         "mix-map": "attnopt.passes.mix_map:MixMap",
+        "transplant": "attnopt.passes.transplant:Transplant",
         "evict-keys": "attnopt.passes.evict_keys:EvictKeys",
+        "query-rows": "attnopt.passes.query_rows:QueryRows",
     },
     lambda cls: getattr(cls, "name", None),
 )
@@ -56,7 +59,7 @@ BACKENDS = Registry(
     lambda cls: getattr(cls, "name", None),
 )
 KINDS: tuple[Registry[Any], ...] = (
-    PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES, IMPORTANCE, KV_PARTITIONS, KV_MERGES, COMPENSATIONS,
+    PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES, ROW_SCORES, IMPORTANCE, KV_PARTITIONS, KV_MERGES, COMPENSATIONS,
 )  # fmt: skip
 _LISTED = (PASSES, BACKENDS)
 
@@ -64,12 +67,12 @@ C = TypeVar("C", bound=type)
 
 
 def register(cls: C) -> C:
-    """Register a pass, backend, pattern, head edit, block score, importance method, KV partition, KV merge or compensation
-    under its name; a decorator.
+    """Register a pass, backend, pattern, head edit, block score, row score, importance method, KV partition, KV merge or
+    compensation under its name; a decorator.
 
     Policies, texts and saved models can then use the name, in this process.  An installed distribution does the same with
     an entry point in the group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits``,
-    ``attnopt.block_scores``, ``attnopt.importance``, ``attnopt.kv_partitions``, ``attnopt.kv_merges`` or
+    ``attnopt.block_scores``, ``attnopt.row_scores``, ``attnopt.importance``, ``attnopt.kv_partitions``, ``attnopt.kv_merges`` or
     ``attnopt.compensations``.  Raises PluginError if the name is taken or the class is incomplete.
     """
     kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)

@@ -54,5 +54,12 @@ def _described(spec: AttentionSpec, originally: Sequence[int] = ()) -> str:
     """A spec in a few words: "12 heads, Causal() & Window(255, 0)"."""
     gone = [h for h in originally if h not in spec.heads]
     chosen = [] if spec.selection is None else [str(spec.selection)]
-    parts = [spec.head_counts, str(spec.pattern), *spec.features, *chosen, *map(str, spec.after)]
+    parts = [
+        spec.head_counts,
+        str(spec.pattern),
+        *spec.features,
+        *chosen,
+        *map(str, spec.before),
+        *map(str, spec.after),
+    ]
     return ", ".join([*parts, f"without heads {', '.join(map(str, gone))}"] if gone else parts)

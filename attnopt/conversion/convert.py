@@ -18,6 +18,7 @@ from attnopt.base.options import LARGEST
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.job import Options
+from attnopt.compiler.policy import Policy
 from attnopt.conversion.class_settings import Counts, Setting, attributes, configurations, settle
 from attnopt.conversion.judge import Decoding, Judge
 from attnopt.conversion.partial_capture import Part, joined_report, parts_of
@@ -67,7 +68,11 @@ def convert(
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
     inputs, batches = _inputs(model, args, kwargs, calibration)
-    parts = parts_of(model, policy, inputs, batches, Options(tolerance, strict, limit, seed, decodes=True))
+    chosen = Policy.of(policy)
+    if chosen.inputs:
+        listed = ", ".join(dict.fromkeys(i.name for i in chosen.inputs))
+        raise ConversionError(f"no model class hands {listed} of each call to its attentions", hint=REMEDY)
+    parts = parts_of(model, chosen, inputs, batches, Options(tolerance, strict, limit, seed, decodes=True))
     plans = [plan for part in parts for plan in part.plans]
     for plan in plans:
         _check_class(plan)
@@ -149,6 +154,18 @@ def _check_class(plan: Plan) -> None:
     if after.pooling is not None:
         raise ConversionError(
             "pooled keys and values cannot be represented in this model class", site=_name(plan), hint=REMEDY
+        )
+    if after.rows is not None:
+        raise ConversionError(
+            "rows chosen at run time cannot be represented in this model class", site=_name(plan), hint=REMEDY
+        )
+    if after.before:
+        raise ConversionError(
+            f"{after.before[0]} cannot be represented in this model class", site=_name(plan), hint=REMEDY
+        )
+    if after.extension is not None:
+        raise ConversionError(
+            "keys and values of other tokens cannot be represented in this model class", site=_name(plan), hint=REMEDY
         )
     if after.has_map and after.pattern != before.pattern:
         raise ConversionError(

@@ -24,7 +24,7 @@ from attnopt.ir.interfaces import Backend
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Causal
 from attnopt.patterns.algebra import Full, Pattern
-from attnopt.patterns.lookback import Past
+from attnopt.patterns.lookback import Past, widest
 
 
 def attend(
@@ -55,7 +55,8 @@ def attend(
         return _by_groups(module, query, groups, parts, attention_mask, pattern, options), None
     if source is not None and isinstance(source.layer, EvictingLayer):
         return _evicting(module, query, key, value, source.layer, attention_mask, pattern, options), None
-    return _attended(module, query, key, value, attention_mask, pattern, options), None
+    past = widest(pattern.for_head(h).look_back for h in range(pattern.named_heads + 1))  # as the cache layer counts it
+    return _attended(module, query, key, value, attention_mask, pattern, past, options), None
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _by_groups(
     """Heads that are stored apart, each group over its own keys and values."""
     made = [
         _attended(
-            module, query[:, list(g.heads)], k, v, _of_heads(mask, g.heads), pattern.for_heads(g.heads),
+            module, query[:, list(g.heads)], k, v, _of_heads(mask, g.heads), pattern.for_heads(g.heads), g.past,
             options.for_heads(g.heads),
         )
         for g, (k, v) in zip(groups, parts, strict=True)
@@ -122,9 +123,9 @@ def _evicting(
         return held_mask(rows, causal, heads, range(total - new + start, total - new + stop), total, positions)
 
     if layer.is_whole:
-        out = _attended(module, query, held, value, mask, pattern, options)
+        out = _attended(module, query, held, value, mask, pattern, None, options)
     else:
-        out = _attended(module, query, held, value, shown(0, new), Full(), replace(options, is_causal=False))
+        out = _attended(module, query, held, value, shown(0, new), Full(), None, replace(options, is_causal=False))
     scale = query.shape[3] ** -0.5 if options.scaling is None else options.scaling
     votes = torch.zeros(positions.shape, dtype=torch.promote_types(held.dtype, torch.float32), device=held.device)
     with torch.no_grad():
@@ -150,14 +151,14 @@ def _attended(
     value: Tensor,
     mask: Tensor | None,
     pattern: Pattern,
+    past: Past | None,
     options: _Options,
 ) -> Tensor:
+    """``past``: what the keys are left of, if the cache dropped some."""
     own_scores = options.softcap is not None or options.s_aux is not None
     if isinstance(pattern, Full) and not own_scores:
         return _plain(module, query, key, value, mask, options.is_causal, options)
-    mask, bias = (
-        None if t is None else _left(t, key.shape[2], pattern.look_back) for t in (mask, options.position_bias)
-    )
+    mask, bias = (None if t is None else _left(t, key.shape[2], past) for t in (mask, options.position_bias))
     options = replace(options, position_bias=bias)
     is_causal = getattr(module, "is_causal", True) if options.is_causal is None else options.is_causal
     if mask is None and is_causal:

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnopt.errors import CalibrationError
 from attnopt.fit.head_scores import output_maps
 from attnopt.fit.least_squares import Moments, Sums, fit, with_ones
+from attnopt.ir.call_tensor import known
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.site import Site
@@ -41,7 +42,7 @@ def used_share(site: Site, route: Routed) -> float:
     assert site.activations is not None
     used = total = 0.0
     for (q, norms), counted in zip(_contributions(site), site.activations.counted(True), strict=True):
-        gates = route.gates(site.spec, q, [c.tensor(q.device) for c in route.constants])
+        gates = route.gates(site.spec, q, known(route.tensors, q.device))
         used += float(norms[counted][gates.transpose(1, 2)[counted]].sum())
         total += float(norms[counted].sum())
     return used / total if total else 1.0

@@ -72,6 +72,14 @@ class Emitter:
                 here[node] = self.constant(getattr(traced, str(node.target)))
         raise AssertionError("a traced function without output")
 
+    def run(self, fn: Callable[..., Tensor], *inputs: fx.Node, like: Tensor) -> fx.Node:
+        """A call of ``fn`` itself, which is not traced; its result has the shape and dtype of ``like``."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(fn, inputs)
+        node.meta["val"] = like
+        self._mark(node)
+        return node
+
     def _copy(self, node: fx.Node, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> fx.Node:
         key = (node.target, _key(args), _key(kwargs))
         if key in self._known:

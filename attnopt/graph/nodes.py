@@ -85,6 +85,11 @@ def input_name(node: fx.Node) -> str:
     return str(node.target)
 
 
+def is_read(node: fx.Node) -> bool:
+    """By more than the checks of its sizes."""
+    return any(user.op != "call_module" for user in node.users)
+
+
 def value(node: fx.Node) -> Any:
     return node.meta.get("val")
 

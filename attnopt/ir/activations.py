@@ -77,7 +77,7 @@ class Activations:
 
     def operands(self, spec: AttentionSpec) -> Iterator[OperandTensors]:
         """Each batch with the heads of ``spec`` alone."""
-        return (_of_heads(spec, o) for o in self.batches)
+        return (of_heads(spec, o) for o in self.batches)
 
     def weights(self, spec: AttentionSpec) -> Iterator[Tensor]:
         """For each batch the attention weights [B, H, L, S] under ``spec``, which chooses heads by their numbers."""
@@ -97,7 +97,9 @@ def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[Head
     return (*(e for e in old if (e.role, e.head) not in replaced), *new)
 
 
-def _of_heads(spec: AttentionSpec, o: OperandTensors) -> OperandTensors:
+def of_heads(spec: AttentionSpec, o: OperandTensors) -> OperandTensors:
+    """Of the operands of all heads, in original order, those of the heads of ``spec``."""
+
     def chosen(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() < 4 or x.shape[1] == 1:
             return x
@@ -110,7 +112,7 @@ def _of_heads(spec: AttentionSpec, o: OperandTensors) -> OperandTensors:
 
 
 def _attend(spec: AttentionSpec, o: OperandTensors) -> Tensor:
-    t = _of_heads(spec, o)
+    t = of_heads(spec, o)
     with torch.no_grad():
         attend = edited(spec, reference(spec.bare))
         return attend(t.q, t.k, t.v, **t.others)

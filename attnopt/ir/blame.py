@@ -21,12 +21,12 @@ def applied(
     o: Tensor,
     q: Tensor,
     v: Tensor,
-    constants: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     **masks: Tensor | None,
 ) -> Tensor:
     """``o`` after the edit; ``masks``: the operands ``mask`` and ``bias``.  Raises PluginError without the site."""
     with blamed(e, "head edit", "apply"):
-        made = e.apply(spec, o, q, v, constants, **(masks if e.reads_masks else {}))
+        made = e.apply(spec, o, q, v, tensors, **(masks if e.reads_masks else {}))
     check_output(e, "head edit", made, tuple(o.shape), o.dtype)
     return made
 

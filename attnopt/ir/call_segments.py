@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from attnopt.base.bit_table import indices
 from attnopt.base.input import Input
 from attnopt.base.sizes import same_size
 from attnopt.errors import PolicyError
+from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES, CallTensor, Source
+from attnopt.ir.constant import Constant
 from attnopt.ir.operands import SegmentTensors
 from attnopt.patterns import And, Pattern, Segments
 from attnopt.patterns.algebra import FULL, all_of
 
 Pairs = tuple[tuple[int, int], ...]
+_SMALL, _GAPS = 256, 4  # rows of a table of pairs that always may be there, and for each id that pairs name
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,19 @@ class CallSegments:
     pairs: tuple[Pairs | None, ...] | None = None
 
     @property
-    def inputs(self) -> tuple[Input, Input]:
-        return self.queries, self.keys
+    def tensors(self) -> tuple[Source, ...]:
+        """The ids of queries and keys, or of all tokens if one input has both, and the table of ``SegmentTensors``."""
+        keys = CallTensor(self.keys, (BATCH, KEYS), is_ids=True)
+        own = () if self.queries == self.keys else (CallTensor(self.queries, (BATCH, QUERIES), is_ids=True),)
+        table = () if self.pairs is None else (self._table,)
+        return (*own, keys, *table)
 
-    def tensors(self, ids: Sequence[Tensor], table: Tensor | None, q_len: int) -> SegmentTensors:
-        """What a call brought as it is used.  ``q_len`` may be a SymInt."""
-        queries, keys = (x.unsqueeze(0) if x.dim() == 1 else x for x in ids)
+    def used(self, tensors: Sequence[Tensor], q_len: int) -> SegmentTensors:
+        """``tensors`` as of this call.  ``q_len`` may be a SymInt."""
+        table = None if self.pairs is None else tensors[-1]
+        queries, keys = tensors[0], tensors[0 if self.queries == self.keys else 1]
+        if self._apart:
+            queries, keys = self._numbered(queries), self._numbered(keys)
         if self.queries == self.keys and not same_size(queries.shape[1], q_len):
             queries = queries[:, queries.shape[1] - q_len :]
         return SegmentTensors(queries, keys, table)
@@ -46,12 +60,25 @@ class CallSegments:
         """The same for the heads at these places."""
         return self if self.pairs is None else replace(self, pairs=tuple(self.pairs[i] for i in places))
 
-    @property
-    def table(self) -> Tensor | None:
-        """As of ``SegmentTensors``."""
-        if self.pairs is None:
-            return None
-        return SegmentTensors.table(self.pairs[:1] if len(set(self.pairs)) == 1 else self.pairs)
+    @cached_property
+    def _table(self) -> Constant:
+        """As of ``SegmentTensors``, whatever is being traced: specs know no fake tensors."""
+        place = {number: n for n, number in enumerate(self._apart)}
+        own = self.pairs or ()
+        pairs = [p if p is None or not place else [(place[a], place[b]) for a, b in p] for p in own]
+        with unset_fake_temporarily():
+            return Constant.of(SegmentTensors.table(pairs[:1] if len(set(own)) == 1 else pairs))
+
+    @cached_property
+    def _apart(self) -> tuple[int, ...]:
+        """The ids that pairs name, where these are so few for their size that a table has rows for them alone."""
+        named = sorted({i for own in self.pairs or () for pair in own or () for i in pair})
+        return tuple(named) if named and named[-1] >= max(_SMALL, _GAPS * len(named)) else ()
+
+    def _numbered(self, ids: Tensor) -> Tensor:
+        """The place of each among ``_apart``; -1 for all others."""
+        is_one = ids.long().unsqueeze(2) == indices(self._apart, ids.device)
+        return (is_one * torch.arange(1, len(self._apart) + 1, device=ids.device)).sum(2) - 1
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -70,7 +97,7 @@ class CallSegments:
 
     def __str__(self) -> str:
         """ "segments by region_ids" """
-        names = dict.fromkeys(i.name for i in self.inputs)
+        names = dict.fromkeys((self.queries.name, self.keys.name))
         return f"segments by {' and '.join(names)}"
 
 

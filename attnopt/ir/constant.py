@@ -11,12 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = {str(d).removeprefix("torch."): d for d in (*_FLOATS, torch.bool)}
 
 
 @dataclass(frozen=True)
 class Constant:
-    """Numbers of one floating-point ``dtype`` (its torch name), bit for bit.  Raises ValueError if they do not fit."""
+    """Numbers of one floating-point ``dtype`` (its torch name), bit for bit, or bools.  Raises ValueError if they do not fit."""
 
     dtype: str
     shape: tuple[int, ...]

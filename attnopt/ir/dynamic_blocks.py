@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -205,9 +206,10 @@ class DynamicBlocks:
         return filled.reshape(*x.shape[:2], count, self.block, x.shape[3])
 
     def _budget(self, visible: Tensor) -> Tensor:
-        if isinstance(self.keep, float):
-            return (visible.double() * self.keep - 1e-9).ceil().long()  # 0.1 * 10 is a little more than 1
-        return torch.full_like(visible, self.keep)
+        if not isinstance(self.keep, float):
+            return torch.full_like(visible, self.keep)
+        part = Fraction(self.keep).limit_denominator(1 << 16)  # in whole numbers: 0.1 * 10 is a little more than 1
+        return (visible * part.numerator + (part.denominator - 1)) // part.denominator
 
 
 def _blocks(length: int, size: int) -> int:

@@ -10,10 +10,21 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from attnopt.ir.call_tensor import CallTensor, Source, of_heads, source_from_json
 from attnopt.ir.constant import Constant
-from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues, heads_told, with_heads, without
+from attnopt.ir.head_edits import (
+    HeadEdit,
+    HeadMap,
+    Replaced,
+    Scaled,
+    TowardValues,
+    heads_told,
+    of_tokens,
+    with_heads,
+    without,
+)
 from attnopt.ir.mixed_maps import Mixed
-from attnopt.ir.tokens import among, positions, told
+from attnopt.ir.tokens import only_at, positions, told
 from attnopt.patterns.algebra import Full, Pattern
 
 
@@ -21,20 +32,22 @@ from attnopt.patterns.algebra import Full, Pattern
 class Shifted(HeadEdit):
     """``o_h[t] -> o_h[t] + by_h`` for the queries at ``tokens`` (None: all; sorted, negative from the end).
 
-    ``by``: [heads, Dv].  ``after_past``: the keys are earlier tokens and then those of the queries, and positions count all of
-    them.  A position that a sequence does not have is ignored.
+    ``by``: [heads, Dv], or what a call brings as [B or 1, heads, Dv] or [B or 1, heads, L, Dv].
+    ``after_past``: the keys are earlier tokens and then those of the queries, and positions count all of them.  A position
+    that a sequence does not have is ignored.
     """
 
     kind: ClassVar[str] = "shifted"
     fits_other_values: ClassVar[bool] = False
     heads: tuple[int, ...]
-    by: Constant
+    by: Source
     tokens: tuple[int, ...] | None = None
     after_past: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.by.shape) != 2 or self.by.shape[0] != len(self.heads):
-            raise ValueError(f"a shift of shape {list(self.by.shape)} for {len(self.heads)} heads")
+        shape, is_known = self.by.shape, isinstance(self.by, Constant)
+        if len(shape) not in ((2,) if is_known else (3, 4)) or shape[0 if is_known else 1] != len(self.heads):
+            raise ValueError(f"a shift of shape {list(shape)} for {len(self.heads)} heads")
 
     @property
     def changed(self) -> tuple[int, ...]:
@@ -45,37 +58,34 @@ class Shifted(HeadEdit):
         return self.tokens is not None
 
     @property
-    def constants(self) -> tuple[Constant, ...]:
+    def tensors(self) -> tuple[Source, ...]:
         return (self.by,)
 
     @property
-    def of_head(self) -> dict[int, Tensor]:
-        """[Dv] in float64 by head."""
+    def of_head(self) -> dict[int, Tensor] | None:
+        """[Dv] in float64 by head, if every token of every call gets the same."""
+        if self.tokens is not None or not isinstance(self.by, Constant):
+            return None
         return dict(zip(self.heads, self.by.tensor().double().unbind(), strict=True))
 
-    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
-        (by,) = constants
-        rows = {h: by[i : i + 1].to(o.dtype) for i, h in enumerate(self.heads)}
-        nothing = torch.zeros_like(by[:1], dtype=o.dtype)
-        moved = o + torch.cat([rows.get(h, nothing) for h in spec.heads])[None, :, None]
-        if self.tokens is None:
-            return moved
-        queries, length = o.shape[2], v.shape[2] if self.after_past else o.shape[2]
-        at = torch.arange(queries, device=o.device) + (length - queries)
-        return torch.where(among(self.tokens, at, length).reshape(1, 1, -1, 1), moved, o)
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        by = of_tokens(tensors[0])
+        rows = {h: by[:, i : i + 1].to(o.dtype) for i, h in enumerate(self.heads)}
+        nothing = torch.zeros_like(by[:, :1], dtype=o.dtype)
+        moved = o + torch.cat([rows.get(h, nothing) for h in spec.heads], 1)
+        return only_at(self.tokens, o, moved, v.shape[2] if self.after_past else o.shape[2])
 
     def keeping(self, kept: Collection[int]) -> Shifted | None:
         places = [i for i, h in enumerate(self.heads) if h in kept]
         if not places:
             return None
-        return replace(
-            self, heads=tuple(self.heads[i] for i in places), by=Constant.of(self.by.tensor()[torch.tensor(places)])
-        )
+        return replace(self, heads=tuple(self.heads[i] for i in places), by=of_heads(self.by, places))
 
     def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        if self.tokens is not None:
+        by = self.of_head
+        if by is None:
             return without(known, self.heads)
-        return {h: value + self.of_head[h] if h in self.heads else value for h, value in known.items()}
+        return {h: value + by[h] if h in by else value for h, value in known.items()}
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "by": self.by.to_json()}
@@ -83,10 +93,11 @@ class Shifted(HeadEdit):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         tokens = None if data["tokens"] is None else tuple(map(int, data["tokens"]))
-        return cls(tuple(map(int, data["heads"])), Constant.from_json(data["by"]), tokens, bool(data["after_past"]))
+        return cls(tuple(map(int, data["heads"])), source_from_json(data["by"]), tokens, bool(data["after_past"]))
 
     def __str__(self) -> str:
-        return f"{heads_told(self.heads)} shifted{'' if self.tokens is None else ' at ' + told(self.tokens)}"
+        brought = f" by {self.by}" if isinstance(self.by, CallTensor) else ""
+        return f"{heads_told(self.heads)} shifted{brought}{'' if self.tokens is None else ' at ' + told(self.tokens)}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ class ValuesAdded(HeadEdit):
         return True
 
     def apply(
-        self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor], *,
+        self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor], *,
         mask: Tensor | None = None, bias: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         queries, keys, wide = o.shape[2], v.shape[2], torch.promote_types(v.dtype, torch.float32)
@@ -176,8 +187,8 @@ def without_shifts(edits: Sequence[HeadEdit]) -> tuple[tuple[HeadEdit, ...], dic
     added: dict[int, Tensor] = {}
     for n, edit in enumerate(edits):
         match edit:
-            case Shifted(tokens=None):
-                added = {h: added.get(h, 0.0) + by for h, by in edit.of_head.items()} | without(added, edit.heads)
+            case Shifted() if (of_head := edit.of_head) is not None:
+                added = {h: added.get(h, 0.0) + by for h, by in of_head.items()} | without(added, edit.heads)
                 continue
             case Scaled(gains):
                 added = {h: by * dict(gains).get(h, 1.0) for h, by in added.items()}
@@ -186,7 +197,7 @@ def without_shifts(edits: Sequence[HeadEdit]) -> tuple[tuple[HeadEdit, ...], dic
                     continue
             case TowardValues(amounts):
                 added = {h: by * (1.0 - dict(amounts).get(h, 0.0)) for h, by in added.items()}
-            case Mixed(heads, gates):
+            case Mixed(heads, gates, tokens=None):
                 added = {h: by * (1.0 - dict(zip(heads, gates, strict=True)).get(h, 0.0)) for h, by in added.items()}
             case Replaced():
                 added = without(added, edit.heads)

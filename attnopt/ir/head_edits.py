@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnopt.base.bit_table import stretched
+from attnopt.ir.call_tensor import Source, of_heads, source_from_json
 from attnopt.ir.constant import Constant
 from attnopt.patterns.algebra import Pattern
 
@@ -45,14 +46,13 @@ class HeadEdit(ABC):
         """Those of them whose previous outputs have no effect."""
         return ()
 
-    @property
-    def pairs(self) -> int:
+    def pairs(self, q_len: int, kv_len: int) -> int:
         """The pairs of queries and keys, over all heads, for which it multiplies values again."""
         return 0
 
     @property
-    def constants(self) -> tuple[Constant, ...]:
-        """The constants that ``apply`` receives as tensors."""
+    def tensors(self) -> tuple[Source, ...]:
+        """The constants, and what each call brings, that ``apply`` receives as tensors."""
         return ()
 
     @property
@@ -62,7 +62,7 @@ class HeadEdit(ABC):
         return False
 
     @abstractmethod
-    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """``o`` [B, H, L, Dv] after the edit; ``q`` and ``v`` are the operands of the attention.
 
         ``spec``: the ``AttentionSpec`` of the attention; an edit only reads its heads.
@@ -102,7 +102,7 @@ class Scaled(HeadEdit):
     def changed(self) -> tuple[int, ...]:
         return ()
 
-    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         gains = dict(self.gains)
         of_head = [gains.get(h, 1.0) for h in spec.heads]
         if len(set(of_head)) == 1:
@@ -144,7 +144,7 @@ class TowardValues(HeadEdit):
     def changed(self) -> tuple[int, ...]:
         return tuple(h for h, _ in self.amounts)
 
-    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         made: dict[int, Tensor] = {}
         for head, u in self.amounts:
             place = spec.heads.index(head)
@@ -173,23 +173,23 @@ class TowardValues(HeadEdit):
 
 @dataclass(frozen=True)
 class Replaced(HeadEdit):
-    """Replace the outputs of some heads: ``values`` [heads, Dv], the same for every token, or [B or 1, heads, L, Dv]."""
+    """Replace the outputs of some heads: ``values`` [heads, Dv], the same for every token, or [B or 1, heads, L, Dv].
+
+    What a call brings is [B or 1, heads, Dv] or [B or 1, heads, L, Dv].
+    """
 
     kind: ClassVar[str] = "replaced"
     fits_other_values: ClassVar[bool] = False
     heads: tuple[int, ...]
-    values: Constant
+    values: Source
     origin: str = "given values"  # description of the values for reports
 
     def __post_init__(self) -> None:
-        axis = 0 if self.is_constant else 1
-        if len(self.values.shape) not in (2, 4) or self.values.shape[axis] != len(self.heads):
-            raise ValueError(f"values of shape {list(self.values.shape)} for {len(self.heads)} heads")
-
-    @property
-    def is_constant(self) -> bool:
-        """The values are the same for every token."""
-        return len(self.values.shape) == 2
+        shape = self.values.shape
+        if len(shape) not in ((2, 4) if isinstance(self.values, Constant) else (3, 4)) or (
+            shape[0 if len(shape) == 2 else 1] != len(self.heads)
+        ):
+            raise ValueError(f"values of shape {list(shape)} for {len(self.heads)} heads")
 
     @property
     def changed(self) -> tuple[int, ...]:
@@ -200,30 +200,29 @@ class Replaced(HeadEdit):
         return self.heads
 
     @property
-    def constants(self) -> tuple[Constant, ...]:
+    def tensors(self) -> tuple[Source, ...]:
         return (self.values,)
 
-    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
-        (given,) = constants
-        values = given[None, :, None] if self.is_constant else given
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        values = of_tokens(tensors[0])
+        if isinstance(self.values, Constant) and len(self.values.shape) == 4 and values.shape[2] != o.shape[2]:
+            raise ValueError(f"values for {values.shape[2]} tokens, expected {o.shape[2]}")
         made: dict[int, Tensor] = {}
         for i, head in enumerate(self.heads):
             place = spec.heads.index(head)
-            own, value = o[:, place : place + 1], values[:, i : i + 1].to(o.dtype)
-            if not self.is_constant and value.shape[2] != own.shape[2]:
-                raise ValueError(f"values for {value.shape[2]} tokens, expected {own.shape[2]}")
-            made[place] = value.expand(own.shape)
+            own = o[:, place : place + 1]
+            made[place] = values[:, i : i + 1].to(o.dtype).expand(own.shape)
         return with_heads(o, made)
 
     def keeping(self, kept: Collection[int]) -> Replaced | None:
         places = [i for i, h in enumerate(self.heads) if h in kept]
         if not places:
             return None
-        values = self.values.tensor().index_select(0 if self.is_constant else 1, torch.tensor(places))
-        return replace(self, heads=tuple(self.heads[i] for i in places), values=Constant.of(values))
+        values = of_heads(self.values, places, 0 if len(self.values.shape) == 2 else 1)
+        return replace(self, heads=tuple(self.heads[i] for i in places), values=values)
 
     def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        if not self.is_constant:
+        if not isinstance(self.values, Constant) or len(self.values.shape) != 2:
             return without(known, self.heads)
         return {**known, **dict(zip(self.heads, self.values.tensor().double().unbind(), strict=True))}
 
@@ -234,10 +233,16 @@ class Replaced(HeadEdit):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(tuple(map(int, data["heads"])), Constant.from_json(data["values"]), str(data["origin"]))
+        return cls(tuple(map(int, data["heads"])), source_from_json(data["values"]), str(data["origin"]))
 
     def __str__(self) -> str:
         return f"{self.origin} for {heads_told(self.heads)}"
+
+
+def of_tokens(x: Tensor) -> Tensor:
+    """Values of heads, [heads, D], [B, heads, D] or [B, heads, L, D], as [B, heads, L or 1, D]."""
+    x = x.unsqueeze(0) if x.dim() == 2 else x
+    return x.unsqueeze(2) if x.dim() == 3 else x
 
 
 def heads_told(heads: Sequence[int]) -> str:

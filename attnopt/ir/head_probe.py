@@ -46,5 +46,12 @@ class HeadProbe(ABC):
         """
 
     @abstractmethod
+    def sweep(
+        self, batch: CallInputs, kind: str = "zero", off: Mapping[str, Sequence[int]] | None = None
+    ) -> Iterator[tuple[str, int, Any]]:
+        """For each head that is not in ``off``: its site and place, and the output with it and ``off`` replaced, as of
+        ``output``.  What comes before a site is computed once, what follows for several heads together."""
+
+    @abstractmethod
     def slopes(self, loss: Loss, repeats: int = 1) -> Mapping[str, Tensor]:
         """For each site the derivatives [batches * repeats, heads] of the loss with respect to factors on heads' outputs."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from attnopt.base.registry import Registry
+from attnopt.ir.call_gains import ScaledByCall
+from attnopt.ir.call_tensor import Source
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_additions import Shifted, ValuesAdded
 from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues
@@ -41,27 +43,27 @@ class Routed(HeadEdit):
         return (len(self.shared) + self.count) / (len(self.shared) + len(self.routed))
 
     @property
-    def constants(self) -> tuple[Constant, ...]:
+    def tensors(self) -> tuple[Source, ...]:
         return () if self.router is None else (self.router,)
 
-    def gates(self, spec: HeadMap, q: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    def gates(self, spec: HeadMap, q: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Bool [B, H, L]: the heads that each token uses."""
-        chosen = _highest(self._scores(spec, q, constants), self.count)
+        chosen = _highest(self._scores(spec, q, tensors), self.count)
         order = {h: i for i, h in enumerate(self.routed)}
         always = torch.ones_like(chosen[:, :1])
         return torch.cat([chosen[:, i : i + 1] if (i := order.get(h)) is not None else always for h in spec.heads], 1)
 
-    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
-        return o.masked_fill(~self.gates(spec, q, constants).unsqueeze(-1), 0.0)
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        return o.masked_fill(~self.gates(spec, q, tensors).unsqueeze(-1), 0.0)
 
-    def _scores(self, spec: HeadMap, q: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    def _scores(self, spec: HeadMap, q: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """[B, len(routed), L]"""
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         if self.router is None:
             squared = wide.square().sum(-1)
             places = [spec.heads.index(h) for h in self.routed]
             return torch.cat([squared[:, place : place + 1] for place in places], 1)
-        (router,) = constants
+        (router,) = tensors
         router = router.to(wide.dtype)
         return (wide.transpose(1, 2).flatten(2) @ router[:-1] + router[-1]).transpose(1, 2)
 
@@ -99,11 +101,12 @@ def _highest(scores_BRL: Tensor, count: int) -> Tensor:
     return above | (tied & (tied.cumsum(1) <= left)) | scores_BRL.isnan()
 
 
+_OURS = (Scaled, ScaledByCall, TowardValues, Replaced, Shifted, ValuesAdded, Mixed, Routed)
 HEAD_EDITS = Registry(
     "attnopt.head_edits",
     "head edit",
     HeadEdit,  # type: ignore[type-abstract]
-    {edit.kind: edit for edit in (Scaled, TowardValues, Replaced, Shifted, ValuesAdded, Mixed, Routed)},
+    {edit.kind: edit for edit in _OURS},
     lambda cls: getattr(cls, "kind", None),
 )
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from attnopt.base.notation import shortened
+from attnopt.base.progress import working
 from attnopt.errors import PolicyError
 from attnopt.ir.curves import Curves
 from attnopt.ir.head_probe import HeadProbe
@@ -81,24 +84,39 @@ class ModelImportance(Importance):
 
 
 class AblationImportance(ModelImportance):
-    """How far the model moves when heads are ablated: one alone, or a set of them (``attnopt.greedy_heads``)."""
+    """How far the model moves when heads are ablated: one alone, or one beside others (``attnopt.greedy_heads``)."""
 
     kind: str  # of ablation, see ``HeadProbe.output``
 
     @abstractmethod
     def before(self, probe: HeadProbe) -> Any:
-        """What ``moved`` compares with: of the model as it is."""
+        """What is compared with: of the model as it is."""
 
     @abstractmethod
-    def moved(self, probe: HeadProbe, before: Any, off: Mapping[str, Sequence[int]]) -> float:
-        """The distance of the model without these heads (places by site) from ``before``."""
+    def read(self, probe: HeadProbe, before: Any, batch: int, output: Any) -> Any:
+        """What counts of the output on ``probe.batches[batch]`` with heads ablated; kept until all batches have run."""
+
+    @abstractmethod
+    def moved(self, before: Any, read: Sequence[Any]) -> float:
+        """The distance of the model with these heads ablated from ``before``, by what was read of each batch."""
 
     def of_model(self, probe: HeadProbe) -> Mapping[str, Sequence[float]]:
-        before = self.before(probe)
-        return {
-            site: [self.moved(probe, before, {site: [h]}) for h in range(len(heads))]
-            for site, heads in probe.heads.items()
-        }
+        found = self.with_each(probe, self.before(probe))
+        return {site: [found[site, place] for place in range(len(heads))] for site, heads in probe.heads.items()}
+
+    def with_each(
+        self, probe: HeadProbe, before: Any, off: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[tuple[str, int], float]:
+        """The distance with ``off`` and each other head ablated, by its site and place."""
+        gone = sum(map(len, (off or {}).values()))
+        steps = len(probe.batches) * (sum(map(len, probe.heads.values())) - gone)
+        found: dict[tuple[str, int], list[Any]] = {}
+        with torch.no_grad(), working("ablating one head after another", steps) as step:
+            for n, batch in enumerate(probe.batches):
+                for site, place, output in probe.sweep(batch, self.kind, off):
+                    found.setdefault((site, place), []).append(self.read(probe, before, n, output))
+                    step()
+        return {head: self.moved(before, read) for head, read in found.items()}
 
 
 class Measured(Importance):

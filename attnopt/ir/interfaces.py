@@ -38,7 +38,13 @@ class Pass(ABC):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """What each call of the rewritten model has to bring."""
+        """What each call of the rewritten model has to bring: by default, the options that are an ``Input``."""
+        options = (getattr(self, name, None) for name in getattr(self, "__dataclass_fields__", ()))
+        return tuple(x for x in options if isinstance(x, Input))
+
+    @property
+    def mentions(self) -> tuple[str, ...]:
+        """Names of sites in its options, each of which has to be there."""
         return ()
 
     def check(self, site: Site) -> Refusal | None:
@@ -92,7 +98,11 @@ class Backend(ABC):
     skips: ClassVar[bool] = False  # True: hidden pairs are not computed
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
+    extends: ClassVar[bool] = (
+        False  # True: what ``lower`` returns takes ``more=``; otherwise attnopt joins the keys of other tokens
+    )
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
+    rows: ClassVar[bool] = False  # True: ``lower`` takes specs with chosen rows; otherwise attnopt gathers them
     segments: ClassVar[bool] = False  # True: what ``lower`` returns also takes ``segments=``; otherwise attnopt masks
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
@@ -103,7 +113,7 @@ class Backend(ABC):
     @abstractmethod
     def lower(self, spec: AttentionSpec) -> Attend:
         """The function that computes ``spec``.  ``spec.after`` is applied to its result separately; the given spec has none,
-        and no pooling and no zero keys unless the backend says that it takes them."""
+        and no pooling, zero keys and chosen rows unless the backend says that it takes them."""
 
     @abstractmethod
     def cost(self, site: Site) -> float:

@@ -29,10 +29,10 @@ def merged_by_lse(spec: AttentionSpec, core_of: Callable[[AttentionSpec], Attend
         made = [core(q, k, v, bias=bias, mask=mask, sinks=None) for core in cores]
         tops, logs = [top for _, top, _ in made], [log_sum for _, _, log_sum in made]
         sink = None if sinks is None else sinks.to(logs[0].dtype).squeeze(-1).expand_as(logs[0])
-        masses = _shares(tops, logs, sink)
+        masses = shares(tops, logs, sink)
         rows = gains.of_rows(masses)
         if gains.normalise == "logits":
-            weights = _shares(tops, [log + g.log() for log, g in zip(logs, rows.gains, strict=True)], sink)
+            weights = shares(tops, [log + g.log() for log, g in zip(logs, rows.gains, strict=True)], sink)
         else:
             weights = [mass * g for mass, g in zip(masses, rows.gains, strict=True)]
         if rows.moved is not None:
@@ -43,7 +43,7 @@ def merged_by_lse(spec: AttentionSpec, core_of: Callable[[AttentionSpec], Attend
     return attend
 
 
-def _shares(tops: list[Tensor], logs: list[Tensor], sink: Tensor | None) -> list[Tensor]:
+def shares(tops: list[Tensor], logs: list[Tensor], sink: Tensor | None) -> list[Tensor]:
     """The weight that each part has in a softmax over all of them and the sink; zeros in a row that sees nothing."""
     top = reduce(torch.maximum, tops if sink is None else [*tops, sink.detach()])
     top = top.masked_fill(top == -torch.inf, 0.0)

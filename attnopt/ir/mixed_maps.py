@@ -12,25 +12,31 @@ from torch import Tensor
 
 from attnopt.base.bit_table import indices, stretched
 from attnopt.base.sizes import is_static
+from attnopt.ir.call_tensor import CallTensor, Source, of_heads, source_from_json
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_edits import HeadEdit, HeadMap, heads_told, without
+from attnopt.ir.tokens import only_at, told
 
 
 @dataclass(frozen=True)
 class Mixed(HeadEdit):
     """``o_h -> (1 - g_h) o_h + g_h map_h @ v_h``, which is what mixing ``map_h`` into the weights by ``g_h`` gives.
 
-    ``gates``: one for each head.  ``map``: [heads, L, S], or [1, L, S] for all of them; other lengths are a ValueError.
+    ``gates``: one for each head.  ``map``: [heads, L, S], or [1, L, S] for all of them, also with a batch of B or 1 before
+    it, which what a call brings always has; other lengths are a ValueError.
     """
 
     kind: ClassVar[str] = "mixed"
     heads: tuple[int, ...]
     gates: tuple[float, ...]
-    map: Constant
+    map: Source
+    tokens: tuple[int, ...] | None = None  # the queries that this applies to, sorted, negative from the end; None: all
+    after_past: bool = False  # the queries follow earlier tokens, which positions count, too
 
     def __post_init__(self) -> None:
-        n = len(self.heads)
-        if len(self.gates) != n or len(self.map.shape) != 3 or self.map.shape[0] not in (1, n):
+        n, shape = len(self.heads), self.map.shape
+        ranks = (4,) if isinstance(self.map, CallTensor) else (3, 4)
+        if len(self.gates) != n or len(shape) not in ranks or shape[-3] not in (1, n):
             raise ValueError(f"a map of shape {list(self.map.shape)} and {len(self.gates)} gates for {n} heads")
 
     @property
@@ -39,34 +45,34 @@ class Mixed(HeadEdit):
 
     @property
     def overwritten(self) -> tuple[int, ...]:
-        return tuple(h for h, gate in zip(self.heads, self.gates, strict=True) if gate == 1.0)
+        everywhere = self.tokens is None
+        return tuple(h for h, gate in zip(self.heads, self.gates, strict=True) if gate == 1.0 and everywhere)
 
-    @property
-    def pairs(self) -> int:
-        return len(self.heads) * self.map.shape[1] * self.map.shape[2]
+    def pairs(self, q_len: int, kv_len: int) -> int:
+        return len(self.heads) * q_len * kv_len
 
     @property
     def reads_positions(self) -> bool:
         return True
 
     @property
-    def constants(self) -> tuple[Constant, ...]:
+    def tensors(self) -> tuple[Source, ...]:
         return (self.map,)
 
-    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, constants: Sequence[Tensor]) -> Tensor:
-        (maps,) = constants
-        if (o.shape[2], v.shape[2]) != tuple(maps.shape[1:]):
-            raise ValueError(
-                f"a map of {maps.shape[1]} x {maps.shape[2]} for {o.shape[2]} queries and {v.shape[2]} keys"
-            )
+    def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        (maps,) = tensors
+        if isinstance(self.map, Constant) and self.map.shape[-2:] != (o.shape[2], v.shape[2]):
+            rows, columns = self.map.shape[-2:]
+            raise ValueError(f"a map of {rows} x {columns} for {o.shape[2]} queries and {v.shape[2]} keys")
         places = [place for place, head in enumerate(spec.heads) if head in self.heads]
-        rows = [self.heads.index(spec.heads[place]) for place in places]
+        taken = [self.heads.index(spec.heads[place]) for place in places]
         wide = torch.promote_types(v.dtype, torch.float32)
         mapped = _mapped(
-            _taken(maps, rows, 0) if len(maps) > 1 else maps, v, [spec.kv_of_head[p] for p in places], wide
+            _taken(maps, taken, -3) if maps.shape[-3] > 1 else maps, v, [spec.kv_of_head[p] for p in places], wide
         )
-        pieces = list(self._pieces(places, [self.gates[row] for row in rows], o, mapped))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        pieces = list(self._pieces(places, [self.gates[i] for i in taken], o, mapped))
+        new = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        return only_at(self.tokens, o, new, v.shape[2] if self.after_past else o.shape[2])
 
     def _pieces(self, places: Sequence[int], gates: Sequence[float], o: Tensor, mapped: Tensor) -> Iterator[Tensor]:
         """Runs of neighbouring heads of ``o``, some of which, at ``places``, are mixed with ``mapped``."""
@@ -93,45 +99,47 @@ class Mixed(HeadEdit):
         places = [i for i, h in enumerate(self.heads) if h in kept]
         if not places:
             return None
-        maps = self.map if self.map.shape[0] == 1 else Constant.of(self.map.tensor()[torch.tensor(places)])
-        return replace(
-            self, heads=tuple(self.heads[i] for i in places), gates=tuple(self.gates[i] for i in places), map=maps
-        )
+        maps = self.map if self.map.shape[-3] == 1 else of_heads(self.map, places, len(self.map.shape) - 3)
+        heads, gates = tuple(self.heads[i] for i in places), tuple(self.gates[i] for i in places)
+        return replace(self, heads=heads, gates=gates, map=maps)
 
     def constant_heads(self, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
         return without(known, self.heads)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "heads": list(self.heads), "gates": list(self.gates), "map": self.map.to_json()}
+        return {**super().to_json(), "map": self.map.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         heads, gates = tuple(map(int, data["heads"])), tuple(map(float, data["gates"]))
-        return cls(heads, gates, Constant.from_json(data["map"]))
+        tokens = None if data["tokens"] is None else tuple(map(int, data["tokens"]))
+        return cls(heads, gates, source_from_json(data["map"]), tokens, bool(data["after_past"]))
 
     def __str__(self) -> str:
         """ "a map of 16 x 16 mixed into heads 0, 2 by 0.5" """
-        rows, columns = self.map.shape[1:]
+        rows, columns = self.map.shape[-2:]
+        which = f"the map {self.map}" if isinstance(self.map, CallTensor) else f"a map of {rows} x {columns}"
         by = f"{self.gates[0]:g}" if len(set(self.gates)) == 1 else f"({', '.join(f'{g:g}' for g in self.gates)})"
-        return f"a map of {rows} x {columns} mixed into {heads_told(self.heads)} by {by}"
+        return f"{which} mixed into {heads_told(self.heads)} by {by}{'' if self.tokens is None else ' at ' + told(self.tokens)}"
 
 
 def mixed(spec: HeadMap, o: Tensor, v: Tensor, keep: Tensor | None, added: Tensor) -> Tensor:
     """``keep * o + added @ v``, with the operands ``keep`` and ``added`` of an attention; no ``keep`` is 1."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    groups = spec.kv_of_head
-    if is_static(added.shape[0]) and added.shape[0] == 1:
-        mapped = _mapped(added[0], v, groups, wide)
-    else:
-        mapped = added.to(wide) @ _taken(v, groups, 1).to(wide)
+    mapped = _mapped(added, v, spec.kv_of_head, wide)
     return ((o.to(wide) if keep is None else o.to(wide) * keep.to(wide)) + mapped).to(o.dtype)
 
 
-def _mapped(maps_RLS: Tensor, v_BGSD: Tensor, groups: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The map of each head, or one for all, times the values of the group that it reads: [B, heads, L, D].
+def _mapped(maps: Tensor, v_BGSD: Tensor, groups: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The map of each head, or one for all, [B or 1, R, L, S] or [R, L, S], times the values of the group that it reads:
+    [B, heads, L, D].
 
-    The batch joins the features: as a batch of products, the maps would be copied for every sequence.
+    Where all sequences share the maps, the batch joins the features: as a batch of products, the maps would be copied for
+    every sequence.
     """
+    if maps.dim() == 4 and not (is_static(maps.shape[0]) and maps.shape[0] == 1):
+        return maps.to(dtype) @ _taken(v_BGSD, groups, 1).to(dtype)
+    maps_RLS = maps[0] if maps.dim() == 4 else maps
     wanted = list(dict.fromkeys(groups)) if len(maps_RLS) == 1 else groups
     v_RSBD = _taken(v_BGSD, wanted, 1).to(dtype).permute(1, 2, 0, 3)
     R, S, B, D = v_RSBD.shape

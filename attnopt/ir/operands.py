@@ -14,8 +14,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of an attention operator, in their order
 CANONICAL = (*ROLES, "keep", "added")  # those of the canonical attention
+HIDING = -9e3  # a bias below this, or below it beside the row's highest, hides: models write -1e4, -1e9 or -inf
 BLOCK = 64  # queries and keys per block of a selection
-HIDES = 9e3  # a bias so far below 0, or below the highest of its row, is a mask: the mildest ones in use add -10000
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class SegmentTensors:
         if self.pairs is None:
             return self
         last = self.pairs.shape[2] - 1
-        queries, keys = (torch.where((x < 0) | (x > last), last, x) for x in (self.queries, self.keys))
+        wide = self.queries.long(), self.keys.long()  # the last number may be too large for theirs
+        queries, keys = (torch.where((x < 0) | (x > last), last, x) for x in wide)
         return SegmentTensors(queries, keys, self.pairs)
 
     def mask(self) -> Tensor:
@@ -103,7 +104,7 @@ class SegmentTensors:
             return (queries == keys) & (queries >= 0)
         own = self.numbered()
         heads, segments, _ = self.pairs.shape
-        entry = own.queries.long().unsqueeze(2) * segments + own.keys.long().unsqueeze(1)  # [B, L, S]
+        entry = own.queries.unsqueeze(2) * segments + own.keys.unsqueeze(1)  # [B, L, S]
         seen = self.pairs.reshape(heads, -1).index_select(1, entry.reshape(-1))
         return seen.reshape(heads, *entry.shape).transpose(0, 1)
 
@@ -134,8 +135,7 @@ class OperandTensors(Operands[Tensor]):
             bias = bias + torch.zeros_like(self.mask, dtype=torch.float32).masked_fill(~self.mask, -torch.inf)
         bias = bias.expand(B, -1, -1, S)
         top = bias.amax(-1, keepdim=True)
-        bias = bias.masked_fill(top < -HIDES, -torch.inf)  # a row of padding, all hidden by a finite number
-        seen: Tensor = ((bias - top.masked_fill(top == -torch.inf, 0.0)).exp() > 0).flatten(1, 2).any(1)
+        seen: Tensor = ((bias - top.masked_fill(top < HIDING, 0.0)).exp() > 0).flatten(1, 2).any(1)
         return seen if bool(seen.any()) else everything
 
     @cached_property

@@ -13,13 +13,17 @@ from torch import Tensor
 from attnopt.errors import PluginError
 from attnopt.ir.attend import Attend
 from attnopt.ir.blame import blamed, check_output, fault
+from attnopt.ir.call_tensor import CallTensor
 from attnopt.ir.compensation import Compensation
+from attnopt.ir.extended_keys import MoreKeys
+from attnopt.ir.extension import joined, joined_spec
 from attnopt.ir.importance import Importance
 from attnopt.ir.interfaces import Backend, Pass, Rewrite
 from attnopt.ir.kv_merge import KvMerge
 from attnopt.ir.kv_partition import KvPartition
 from attnopt.ir.pooling import parts_of, pooled
 from attnopt.ir.refusal import Refusal
+from attnopt.ir.row_attention import on_chosen_rows, row_parts
 from attnopt.ir.semantics import edited, in_segments, masked_by, row_sinks
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
@@ -80,15 +84,23 @@ def notes(backend: Backend, site: Site) -> tuple[str, ...]:
     """Of the site's spec.  Raises PluginError."""
     with blamed(backend, "backend", "notes", site.name):
         told = [str(note) for s in asked(backend, site) for note in backend.notes(s.spec)]
-    return (*dict.fromkeys(told), *_of_pools(backend, site.spec))
+    return (*dict.fromkeys(told), *_of_pools(backend, site.spec), *_of_rows(backend, site.spec))
 
 
 def asked(backend: Backend, site: Site) -> list[Site]:
-    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys."""
+    """What the backend computes of ``site``: all of it, or the parts of an attention with pooled keys or chosen rows; with keys
+    of other tokens beside its own unless the backend ``extends``."""
+    if site.spec.before:
+        site = replace(site, spec=site.spec.transplanted)
     if site.spec.segments is not None and not takes_segments(backend, site.spec):
         site = replace(site, spec=site.spec.with_segments_masked)
     if site.spec.zero_keys is not None and not backend.zero_keys:
         site = replace(site, spec=_with_sinks(site.spec))
+    if site.spec.rows is not None and not backend.rows:
+        return [replace(site, spec=part.spec, q_len=part.q_len(site.q_len)) for part in row_parts(site.spec)]
+    if site.spec.extension is not None and not backend.extends:
+        more = site.spec.extension.tokens
+        site = replace(site, spec=joined_spec(site.spec), kv_len=site.kv_len + more)
     if site.spec.pooling is None or backend.pools:
         return [site]
     return [replace(site, spec=part.spec, kv_len=part.kv_len(site.kv_len)) for part in parts_of(site.spec)]
@@ -103,6 +115,12 @@ def _of_pools(backend: Backend, spec: AttentionSpec) -> Iterator[str]:
         if part.is_unreduced:
             which = f"head{'' if part.spec.num_heads == 1 else 's'} {', '.join(map(str, part.spec.heads))}"
             yield f"the pools of {which} are computed key by key under a pattern, bias, mask or gain: no time is saved"
+
+
+def _of_rows(backend: Backend, spec: AttentionSpec) -> Iterator[str]:
+    """A note about rows that are computed in vain."""
+    if spec.rows is not None and backend.rows:
+        yield f"{backend.name}: rows that are not chosen are computed and dropped: no time is saved"
 
 
 def lower(backend: Backend, spec: AttentionSpec) -> Attend:
@@ -122,38 +140,50 @@ def lower(backend: Backend, spec: AttentionSpec) -> Attend:
 def attention_of(
     backend: Backend,
     spec: AttentionSpec,
-    constants: Sequence[Tensor] | None = None,
-    ids: Sequence[Tensor] = (),
-    table: Tensor | None = None,
+    tensors: Sequence[Tensor] | None = None,
+    more: MoreKeys | None = None,
 ) -> Attend:
-    """``spec`` including its map and ``spec.after``, computed by ``backend``.
+    """``spec`` including its map, ``spec.before`` and ``spec.after``, computed by ``backend``.
 
-    ``constants``: ``spec.constants`` as tensors, so a graph can store them; None: created at each call.  ``ids``: the tensors
-    of ``spec.inputs``, and ``table`` that of its segments.
+    ``tensors``: ``spec.tensors`` as a graph stores them and as a call brings them; None: the constants, created at each call,
+    where no call brings any.  ``more``: the keys and values of other tokens, if there are any.
     """
     segments = None if takes_segments(backend, spec) else spec.segments  # as a mask
     bare = (spec if segments is None else spec.with_segments_masked).bare
-    if constants is not None and spec.selection is not None:
-        count = len(spec.selection.fitted)
-        bare, constants = replace(bare, selection=spec.selection.using(constants[:count])), constants[count:]
+    ids: Sequence[Tensor] = ()
+    if tensors is not None:
+        read = [t.read(x) if isinstance(t, CallTensor) else x for t, x in zip(spec.tensors, tensors, strict=True)]
+        fitted, ids, tensors = _dealt(read, len(spec.of_selection), len(spec.of_segments))
+        bare = bare if bare.selection is None else replace(bare, selection=bare.selection.using(fitted))
     core = _without_edits(backend, bare)
+    if bare.extension is not None:
+        core = partial(core, more=more)
     if bare.segments is not None:
-        core = in_segments(bare.segments, ids, table, core)
-    has_more = spec.has_map or bool(spec.after)
-    whole = edited(spec, core, constants, skips_rows=backend.skips_rows) if has_more else core
-    return whole if segments is None else masked_by(segments, ids, table, whole)
+        core = in_segments(bare.segments, ids, core)
+    has_more = spec.has_map or bool(spec.before) or bool(spec.after)
+    whole = edited(spec, core, tensors, skips_rows=backend.skips_rows) if has_more else core
+    return whole if segments is None else masked_by(segments, ids, whole)
+
+
+def _dealt(tensors: Sequence[Tensor], first: int, second: int) -> tuple[Sequence[Tensor], ...]:
+    """So many, then so many, and the others."""
+    return tensors[:first], tensors[first : first + second], tensors[first + second :]
 
 
 def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     """The backend is given the segments of ``spec`` themselves, instead of the mask that they amount to."""
     reads_masks = any(edit.reads_masks for edit in spec.after)
-    others = (spec.pooling, spec.weight_gains, spec.zero_keys)
+    others = (spec.pooling, spec.weight_gains, spec.zero_keys, spec.rows, spec.extension)
     return backend.segments and all(x is None for x in others) and not reads_masks
 
 
-def _without_edits(backend: Backend, spec: AttentionSpec) -> Attend:
+def _without_edits(backend: Backend, spec: AttentionSpec) -> Any:
     if spec.zero_keys is not None and not backend.zero_keys:
         return _zeros_as_sinks(backend, spec)
+    if spec.rows is not None and not backend.rows:
+        return on_chosen_rows(spec, partial(lower, backend))
+    if spec.extension is not None and not backend.extends:
+        return joined(spec, lower(backend, joined_spec(spec)))
     if spec.pooling is not None and not backend.pools:
         return pooled(spec, partial(lower, backend))
     return lower(backend, spec)
@@ -165,10 +195,11 @@ def _with_sinks(spec: AttentionSpec) -> AttentionSpec:
 
 
 def _zeros_as_sinks(backend: Backend, spec: AttentionSpec) -> Attend:
-    core = lower(backend, _with_sinks(spec))
+    core = _without_edits(backend, _with_sinks(spec))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **others: Any) -> Tensor:
-        return core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)
+        o: Tensor = core(q, k, v, sinks=row_sinks(spec, q, k, sinks), **others)
+        return o
 
     return attend
 

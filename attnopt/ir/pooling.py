@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from attnopt.base.bit_table import indices
 from attnopt.ir.attend import Attend, RoutedAttend
+from attnopt.ir.head_parts import in_order, of_heads, taken
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import FULL
@@ -93,12 +91,12 @@ def pooled(spec: AttentionSpec, lower: Callable[[AttentionSpec], Any]) -> Routed
         made = []
         for part, core in zip(parts, cores, strict=True):
             others = {"bias": bias, "mask": mask, "sinks": sinks}
-            own = {role: None if x is None else _of_heads(x, part.places) for role, x in others.items()}
+            own = {role: of_heads(x, part.places) for role, x in others.items()}
             if wanted is not None:
-                own["wanted"] = _taken(wanted, part.places)
-            q_, k_, v_ = _taken(q, part.places), _taken(k, part.kv_places), _taken(v, part.kv_places)
+                own["wanted"] = taken(wanted, part.places)
+            q_, k_, v_ = taken(q, part.places), taken(k, part.kv_places), taken(v, part.kv_places)
             made.append(_attended(part, core, q_, k_, v_, own))
-        return _in_order(made, [part.places for part in parts])
+        return in_order(made, [part.places for part in parts])
 
     return attend
 
@@ -115,25 +113,3 @@ def _attended(part: Part, core: Attend, q: Tensor, k: Tensor, v: Tensor, others:
         weights = pooling.log_weights(kv_len, q.dtype, q.device)[None, None, None]
         bias = weights if bias is None else bias + weights
     return core(q, pooling.spread(k, kv_len), pooling.spread(v, kv_len), **{**others, "bias": bias})
-
-
-def _of_heads(x: Tensor, places: Sequence[int]) -> Tensor:
-    """The part of an operand that broadcasts to [B, H, L, ...]."""
-    return x if x.dim() < 4 or x.shape[1] == 1 else _taken(x, places)
-
-
-def _taken(x: Tensor, places: Sequence[int]) -> Tensor:
-    """Some heads of [B, H, ...]."""
-    first, last = places[0], places[-1]
-    if tuple(places) != tuple(range(first, last + 1)):
-        return x.index_select(1, indices(places, x.device))
-    return x if len(places) == x.shape[1] else x[:, first : last + 1]
-
-
-def _in_order(made: Sequence[Tensor], of_parts: Sequence[Sequence[int]]) -> Tensor:
-    """The heads of all outputs, each at its place."""
-    if len(made) == 1:
-        return made[0]
-    home = {place: (part, i) for part, places in enumerate(of_parts) for i, place in enumerate(places)}
-    runs = groupby((home[place] for place in sorted(home)), key=lambda at: at[0])
-    return torch.cat([_taken(made[part], [i for _, i in run]) for part, run in runs], 1)

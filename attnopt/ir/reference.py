@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.attend import Attend, AttendWithLse
+from attnopt.ir.extended_keys import MoreKeys
+from attnopt.ir.extension import seen_more
+from attnopt.ir.operands import OperandTensors
+from attnopt.ir.row_attention import without_other_rows
 from attnopt.ir.semantics import heads_of, require_no_edits, row_sinks, visible
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
@@ -18,13 +22,26 @@ Weights = Callable[..., Tensor]  # q, k and the other operands -> attention weig
 def reference(spec: AttentionSpec) -> Attend:
     """Plain tensor operations; scores and softmax in float32 or wider, the output in v's dtype.  Raises ValueError if
     ``spec`` has edits: see ``semantics.edited``."""
-    require_no_edits(spec, pools=True, zero_keys=True)
+    require_no_edits(spec, pools=True, zero_keys=True, rows=True, extends=True)
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        more: MoreKeys | None = None,
     ) -> Tensor:
-        p = _weights(spec, *_scores(spec, q, k, bias, mask, sinks))
-        return (p @ _read(spec, v, p.dtype)).to(v.dtype)
+        if more is not None:
+            s, sinks = scores_of(spec, q, k, bias, mask, sinks)
+            p, _, _ = softmax_of(torch.cat([s, _more_scores(spec, q, more)], -1), sinks)
+            own, others = p[..., : k.shape[2]], p[..., k.shape[2] :]
+            return (own @ _read(spec, v, p.dtype) + others @ heads_of(spec, more.v).to(p.dtype)).to(v.dtype)
+        p = weights_of(spec, q, k, bias, mask, sinks)
+        o = (p @ _read(spec, v, p.dtype)).to(v.dtype)
+        return o if spec.rows is None else without_other_rows(spec, o, OperandTensors(q, k, v, bias, mask, sinks))
 
     return attend
 
@@ -43,7 +60,7 @@ def reference_weights(spec: AttentionSpec) -> Weights:
         keep: Tensor | None = None,
         added: Tensor | None = None,
     ) -> Tensor:
-        p = _weights(spec, *_scores(spec, q, k, bias, mask, sinks))
+        p = weights_of(spec, q, k, bias, mask, sinks)
         if spec.pooling is not None:
             eye = torch.eye(k.shape[2], dtype=p.dtype, device=p.device)
             p = p @ spec.pooling.applied(spec.heads, eye.expand(1, spec.num_heads, -1, -1))
@@ -63,25 +80,28 @@ def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        p, top, log_sum = _softmax(*_scores(spec, q, k, bias, mask, sinks))
+        p, top, log_sum = softmax_of(*scores_of(spec, q, k, bias, mask, sinks))
         return (p @ _read(spec, v, p.dtype)).to(v.dtype), top, log_sum
 
     return attend
 
 
-def _weights(spec: AttentionSpec, s: Tensor, sinks: Tensor | None) -> Tensor:
-    """The softmax of the scores, with the gains of the weights."""
-    p, top, _ = _softmax(s, sinks)
+def weights_of(
+    spec: AttentionSpec, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    """The attention weights [B, H, L, S] after their gains, without a map; float32 or wider."""
+    s, sinks = scores_of(spec, q, k, bias, mask, sinks)
+    p, top, _ = softmax_of(s, sinks)
     if spec.weight_gains is None:
         return p
     base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
     return _with_gains(spec, spec.weight_gains, p, s - base, None if sinks is None else sinks - base)
 
 
-def _scores(
+def scores_of(
     spec: AttentionSpec, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scores [B, H, L, S], -inf where hidden, and the sink logits."""
+    """The scores [B, H, L, S], -inf where hidden, and the sink logits; float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     s = spec.scale * (q.to(wide) @ _read(spec, k, wide).mT)
     if spec.softcap is not None:
@@ -94,6 +114,18 @@ def _scores(
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)
     return s, row_sinks(spec, q, k, sinks)
+
+
+def _more_scores(spec: AttentionSpec, q: Tensor, more: MoreKeys) -> Tensor:
+    """The scores of other tokens [B, H, L, M], -inf where hidden."""
+    assert spec.extension is not None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = (q.to(wide) @ heads_of(spec, more.k).to(wide).mT) * spec.scale
+    if spec.softcap is not None:
+        s = spec.softcap * torch.tanh(s / spec.softcap)
+    s = s + spec.extension.log_weight
+    seen = seen_more(spec, more, q)
+    return s if seen is None else s.masked_fill(~seen, -torch.inf)
 
 
 def _read(spec: AttentionSpec, x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,14 +142,14 @@ def _with_gains(spec: AttentionSpec, gains: WeightGains, p: Tensor, s: Tensor, s
     for piece, gain in zip(pieces, rows.gains, strict=True):
         factor = torch.where(piece, gain.unsqueeze(-1), factor)
     if gains.normalise == "logits":
-        return _softmax(s + factor.log(), sinks)[0]
+        return softmax_of(s + factor.log(), sinks)[0]
     if rows.moved is None:
         return p * factor
     of_receivers = p.masked_fill(~pieces[-2], 0.0) / masses[-2].masked_fill(masses[-2] == 0, 1.0).unsqueeze(-1)
     return p * factor + rows.moved.unsqueeze(-1) * of_receivers
 
 
-def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_of(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the last axis and the sink logit, and the log-sum-exp of each row as in ``AttendWithLse``; a row of only
     -inf becomes zeros."""
     top = s.detach().amax(-1, keepdim=True)

@@ -17,6 +17,7 @@ from attnopt.base.sizes import is_static
 from attnopt.ir.attend import Attend, RoutedAttend
 from attnopt.ir.blame import applied
 from attnopt.ir.call_segments import CallSegments
+from attnopt.ir.call_tensor import known
 from attnopt.ir.mixed_maps import mixed
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Full
@@ -25,13 +26,13 @@ from attnopt.patterns import Full
 def edited(
     spec: AttentionSpec,
     core: RoutedAttend | Attend,
-    constants: Sequence[Tensor] | None = None,
+    tensors: Sequence[Tensor] | None = None,
     *,
     skips_rows: bool = False,
 ) -> Attend:
-    """``core``, which computes ``spec.bare``, with its map and all of its edits.
+    """``core``, which computes ``spec.bare``, with its map, all of its edits and what comes from another run.
 
-    ``constants``: ``spec.edit_constants`` as tensors, so a graph can store them; None: created at each call.
+    ``tensors``: those of ``before`` and of the edits; None: the constants, created at each call, where no call brings any.
     ``skips_rows``: ``core`` is a ``RoutedAttend``.
     """
 
@@ -46,12 +47,14 @@ def edited(
         keep: Tensor | None = None,
         added: Tensor | None = None,
     ) -> Tensor:
-        held = iter([c.tensor(q.device) for c in spec.edit_constants] if constants is None else constants)
-        own = [[next(held) for _ in edit.constants] for edit in spec.after]
+        sources = spec.tensors[len(spec.of_selection) + len(spec.of_segments) :]
+        held = iter(known(sources, q.device) if tensors is None else tensors)
+        moved = transplanted(spec, q, k, v, [next(held) for _ in spec.before])
+        own = [[next(held) for _ in edit.tensors] for edit in spec.after]
         wanted = {}
         if skips_rows and spec.route is not None:
             wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
-        o: Tensor = core(q, k, v, bias=bias, mask=mask, sinks=sinks, **wanted)
+        o: Tensor = core(*moved, bias=bias, mask=mask, sinks=sinks, **wanted)
         if spec.has_map:
             assert added is not None
             o = mixed(spec, o, v, keep, added)
@@ -62,32 +65,55 @@ def edited(
     return attend
 
 
-def in_segments(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | None, core: Any) -> RoutedAttend:
+def transplanted(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, values: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries, keys and values of ``spec.bare``.  ``values``: those of ``spec.before``."""
+    if spec.has_own_keys:
+        k, v = heads_of(spec, k), heads_of(spec, v)
+    for moved, given in zip(spec.before, values, strict=True):
+        if moved.role == "q":
+            q = moved.apply(spec.heads, q, given, k.shape[2])
+        else:
+            k = moved.apply(spec.heads, k, given, k.shape[2])
+    return q, k, v
+
+
+def in_segments(segments: CallSegments, tensors: Sequence[Tensor], core: Any) -> RoutedAttend:
     """``core``, which takes ``segments``, with those of this call."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> Tensor:
-        o: Tensor = core(q, k, v, **others, segments=segments.tensors(ids, table, q.shape[2]))
+        o: Tensor = core(q, k, v, **others, segments=segments.used(tensors, q.shape[2]))
         return o
 
     return attend
 
 
-def masked_by(segments: CallSegments, ids: Sequence[Tensor], table: Tensor | None, core: Attend) -> Attend:
+def masked_by(segments: CallSegments, tensors: Sequence[Tensor], core: Attend) -> Attend:
     """``core`` with the segments of this call as its mask, joined with another one."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, **others: Any) -> Tensor:
-        seen = segments.tensors(ids, table, q.shape[2]).mask()
+        seen = segments.used(tensors, q.shape[2]).mask()
         return core(q, k, v, mask=seen if mask is None else seen & mask, **others)
 
     return attend
 
 
-def require_no_edits(spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False) -> None:
-    """Raises ValueError: a backend computes a spec without its map and edits and, unless it ``pools`` or knows ``zero_keys``,
-    without these."""
-    has_pools, has_zeros = spec.pooling is not None and not pools, spec.zero_keys is not None and not zero_keys
-    if spec.after or spec.has_map or has_pools or has_zeros:
-        what = "edits" if spec.after else "map" if spec.has_map else "pooled keys" if has_pools else "zero keys"
+def require_no_edits(
+    spec: AttentionSpec, *, pools: bool = False, zero_keys: bool = False, rows: bool = False, extends: bool = False
+) -> None:
+    """Raises ValueError: a backend computes a spec without its map, edits and transplants and, unless it ``pools``, knows
+    ``zero_keys`` or ``rows``, or ``extends``, without these."""
+    has = {
+        "transplants": bool(spec.before),
+        "edits": bool(spec.after),
+        "map": spec.has_map,
+        "pooled keys": spec.pooling is not None and not pools,
+        "zero keys": spec.zero_keys is not None and not zero_keys,
+        "chosen rows": spec.rows is not None and not rows,
+        "keys of other tokens": spec.extension is not None and not extends,
+    }
+    if (what := next((name for name, there in has.items() if there), None)) is not None:
         raise ValueError(f"lower the spec without its {what}, or with attnopt.ir.plugin_calls.attention_of")
 
 

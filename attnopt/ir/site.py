@@ -27,6 +27,16 @@ class InputTensor:
 
 
 @dataclass(frozen=True)
+class TokenFeatures:
+    """What keys and values are computed from, token by token: ``width`` features of each of ``batch`` sequences, or of any
+    number of them where it is None; ``why``: what is in the way."""
+
+    width: int = 0
+    batch: int | None = None
+    why: Refusal | None = None
+
+
+@dataclass(frozen=True)
 class Site(Projected):
     """One attention of the model, in its form after the passes applied so far."""
 
@@ -40,8 +50,12 @@ class Site(Projected):
     is_dynamic: bool = False  # L or S may vary with the inputs
     bias_hides: bool = False  # the bias may be a mask, such as one of padding
     kv_step: int = 0  # every S is ``kv_len`` and a multiple of this; 0: it is fixed
-    inputs: Mapping[str, InputTensor] = field(default_factory=dict, repr=False)  # of the model, by name
+    inputs: Mapping[str, InputTensor] = field(default_factory=dict, repr=False)  # of the user's example, by name
+    own_sizes: Mapping[str, int] = field(
+        default_factory=dict, repr=False
+    )  # "batch", "queries" and "keys" of that example
     device: str = "cpu"  # the kind of device that the attention runs on
+    features: TokenFeatures | None = field(default=None, repr=False)  # None if unknown
     # "first": query i is at key i.  "last": past keys come first, the last query is at the last key.  "none":
     # the lengths vary independently, even if equal in the example.
     alignment: Alignment = "first"
@@ -65,7 +79,10 @@ class Site(Projected):
 
     def edited(self, made: SiteEdit) -> Site:
         """As it is with this edit: the next pass sees this one."""
-        now = None if made.spec.segments is not None else self.activations  # which know no segments
+        unknown = bool(made.spec.inputs or made.spec.before) or made.spec.extension is not None
+        now = (
+            None if unknown else self.activations
+        )  # which know neither what a call brings, another run nor other tokens
         return replace(
             self,
             spec=made.spec,

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from attnopt.base.input import Input
 from attnopt.ir.call_segments import CallSegments
-from attnopt.ir.constant import Constant
+from attnopt.ir.call_tensor import CallTensor, Source
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.eviction import Eviction
+from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.pooled_keys import PooledKeys
+from attnopt.ir.query_rows import ChosenRows
+from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import FULL, Full, Pattern
@@ -24,16 +26,20 @@ class AttentionSpec:
 
     With query head h reading K/V head g = ``kv_of_head[h]``::
 
+        q_h, k_h = x.apply(q_h, k_h), for each x of ``before``  # queries and keys of some heads, from another run
         k_g, v_g = mean(k_g), mean(v_g)            # if h pools: over the pool of each key
         s = scale * q_h @ k_g.T                    # [L, S]
         s = softcap * tanh(s / softcap)            # if there is a softcap
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = s - log(size)                          # if h pools: of the pool of each key, so that a pool counts as one key
         s = where(mask & pattern & segments & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
-        p = softmax([s, sink_h, 0 ...])[:S]        # a sink logit and zero keys, of score 0, take probability without a value
+        m = softcap(scale * q_h @ more_k_g.T) + log(weight)  # if h reads other tokens, M of them: -inf where their mask hides
+        p = softmax([s, m, sink_h, 0 ...])[:S]     # a sink logit and zero keys, of score 0, take probability without a value
         p = weight_gains(p)                        # if there are any
         p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
         o_h = p @ v_g                              # [L, value_dim]; added reads the values of keys, also of those that pool
+        o_h = o_h + p_m @ more_v_g                 # if h reads other tokens, with their probabilities of the same softmax
+        o_h = where(chosen, o_h, 0)                # if there are rows that h chooses: of each sequence and head
         o = edit(o), for each edit of ``after``    # all heads together, in their order
 
     ``segments`` compares ids that the call brings.  ``selected`` holds the keys of the blocks that ``selection`` chooses
@@ -60,10 +66,13 @@ class AttentionSpec:
     selection: DynamicBlocks | None = None  # blocks of keys that are chosen from queries and keys at run time
     pooling: PooledKeys | None = None  # heads that read the means of pools of keys and values
     zero_keys: ZeroKeys | None = None  # keys of zeros beyond the edges of the sequence
+    extension: ExtendedKeys | None = None  # keys and values of other tokens
     weight_gains: WeightGains | None = None  # factors on the weights, by parts of the pairs
     eviction: Eviction | None = None  # keys that a cache drops between calls
+    rows: ChosenRows | None = None  # queries that are chosen at run time; the others give zeros
     positions: tuple[str, ...] = ()  # position encodings found, e.g. ("rope",)
-    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs
+    before: tuple[Transplanted, ...] = ()  # queries and keys that come from another run
+    after: tuple[HeadEdit, ...] = ()  # edits of the head outputs, which read the own queries and values
 
     def __post_init__(self) -> None:
         if len(self.kv_of_head) != len(self.heads):
@@ -110,8 +119,21 @@ class AttentionSpec:
 
     @property
     def bare(self) -> AttentionSpec:
-        """What a backend computes of it: without map and edits."""
-        return replace(self, has_map=False, after=())
+        """What a backend computes of it: without map and edits, and of the operands that ``before`` leaves."""
+        return replace(self.transplanted, has_map=False, after=())
+
+    @property
+    def transplanted(self) -> AttentionSpec:
+        """The same attention of the operands that ``before`` leaves."""
+        if not self.has_own_keys:
+            return replace(self, before=())
+        places = tuple(range(self.num_heads))
+        return replace(self, before=(), kv_heads=places, kv_of_head=places)
+
+    @property
+    def has_own_keys(self) -> bool:
+        """Keys that come from another run are those of one query head, so that heads share none."""
+        return any(moved.role == "k" for moved in self.before)
 
     def __str__(self) -> str:
         """ "12 heads / 4 kv x 64, self, Causal(), bias, rope, scale 0.125" """
@@ -137,10 +159,13 @@ class AttentionSpec:
         given = {"bias": self.has_bias, "mask": self.has_mask, "sinks": self.has_sinks, "map": self.has_map}
         pooled = () if self.pooling is None else (str(self.pooling),)
         zeros = () if self.zero_keys is None else (str(self.zero_keys),)
+        more = () if self.extension is None else (str(self.extension),)
         gains = () if self.weight_gains is None else (str(self.weight_gains),)
         segments = () if self.segments is None else (str(self.segments),)
         evicted = () if self.eviction is None else (str(self.eviction),)
-        return (*(name for name, has in given.items() if has), *segments, *softcap, *pooled, *zeros, *gains, *evicted)
+        rows = () if self.rows is None else (str(self.rows),)
+        named = (name for name, has in given.items() if has)
+        return (*named, *segments, *softcap, *pooled, *zeros, *more, *gains, *evicted, *rows)
 
     @property
     def num_heads(self) -> int:
@@ -173,9 +198,10 @@ class AttentionSpec:
 
     @property
     def chooses(self) -> bool:
-        """The result depends on comparisons that rounding may flip: of blocks, of heads, or of the weights of a row."""
+        """The result depends on comparisons that rounding may flip: of blocks, of rows, of heads, or of the weights of a row."""
         gains = self.weight_gains
-        return self.selection is not None or self.route is not None or (gains is not None and gains.chooses)
+        chosen = (self.selection, self.rows, self.route)
+        return any(x is not None for x in chosen) or (gains is not None and gains.chooses)
 
     @property
     def is_constant(self) -> bool:
@@ -183,24 +209,38 @@ class AttentionSpec:
         return len(constant_heads(self.after)) == self.num_heads
 
     @property
-    def inputs(self) -> tuple[Input, ...]:
-        """What the call has to bring beside the operands, in order."""
-        return () if self.segments is None else self.segments.inputs
+    def tensors(self) -> tuple[Source, ...]:
+        """What backends, transplants and edits read beside the operands: of ``selection``, ``segments``, ``before`` and each
+        edit, in this order."""
+        of_edits = (t for edit in self.after for t in edit.tensors)
+        return (*self.of_selection, *self.of_segments, *(moved.values for moved in self.before), *of_edits)
+
+    @property
+    def of_selection(self) -> tuple[Source, ...]:
+        return () if self.selection is None else self.selection.fitted
+
+    @property
+    def of_segments(self) -> tuple[Source, ...]:
+        return () if self.segments is None else self.segments.tensors
+
+    @property
+    def inputs(self) -> tuple[CallTensor, ...]:
+        """What each call brings, keys and values of other tokens included."""
+        of_extension = () if self.extension is None else self.extension.tensors
+        return tuple(t for t in (*self.tensors, *of_extension) if isinstance(t, CallTensor))
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Those of "q" and "k" that no head's output depends on."""
+        if self.ignores_weights:
+            return frozenset("qk")
+        whole = {m.role for m in self.before if m.tokens is None and set(self.heads) <= set(m.heads)}
+        return frozenset(whole if self.route is None else whole - {"q"})
 
     @property
     def ignores_weights(self) -> bool:
         """No head's output depends on the attention weights, nor on queries and keys."""
         return self.route is None and any(set(self.heads) <= set(edit.overwritten) for edit in self.after)
-
-    @property
-    def constants(self) -> tuple[Constant, ...]:
-        """What ``selection`` was fitted to, and the constants of all edits, in order."""
-        fitted = () if self.selection is None else self.selection.fitted
-        return (*fitted, *self.edit_constants)
-
-    @property
-    def edit_constants(self) -> tuple[Constant, ...]:
-        return tuple(c for edit in self.after for c in edit.constants)
 
     @property
     def with_segments_masked(self) -> AttentionSpec:
@@ -227,8 +267,11 @@ class AttentionSpec:
             segments=None if self.segments is None else self.segments.keeping(places),
             pooling=None if self.pooling is None else self.pooling.keeping(kept),
             zero_keys=None if self.zero_keys is None else self.zero_keys.keeping(places),
+            extension=None if self.extension is None else self.extension.keeping(kept),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             selection=None if self.selection is None else self.selection.keeping(places, kept),
+            rows=None if self.rows is None else self.rows.keeping(kept),
+            before=tuple(here for moved in self.before if (here := moved.keeping(kept)) is not None),
             after=tuple(left for edit in self.after if (left := edit.keeping(kept)) is not None),
         )
 

@@ -16,12 +16,15 @@ from attnopt.errors import PluginError
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.eviction import Eviction
+from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_edits import HeadEdit, Scaled
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Rewrite
 from attnopt.ir.pooled_keys import PooledKeys
+from attnopt.ir.query_rows import ChosenRows
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import Pattern
@@ -36,9 +39,13 @@ def broken_rules(site: Site, made: Rewrite) -> Iterator[str]:
     yield from verify_spec(site.spec, made.spec)
     for edit in made.edits:
         yield from _of_weights(site, made.spec, edit)
-    fitted = () if site.spec.selection is None else site.spec.selection.fitted
-    if fitted and any(edit.role in ("q", "k") for edit in made.edits):
+    for tensor in made.spec.inputs:
+        if tensor.input.name not in site.inputs:
+            yield f"it reads {tensor.input}, which is not among the inputs {', '.join(site.inputs) or '(none)'}"
+    if site.spec.of_selection and any(edit.role in ("q", "k") for edit in made.edits):
         yield f"new weights of queries or keys, but {site.spec.selection} was fitted to the old ones"
+    if site.spec.before and any(edit.role in ("q", "k") for edit in made.edits):
+        yield f"new weights of queries or keys, but {site.spec.before[0]} are those of the old ones"
     if made.out_bias is not None:
         yield from _of_out_bias(site, made.out_bias)
     if not isinstance(made.notes, tuple) or not all(isinstance(note, str) for note in made.notes):
@@ -82,10 +89,15 @@ def _of_kinds(after: AttentionSpec) -> Iterator[str]:
         yield f"eviction is {after.eviction!r}, expected an Eviction or None"
     yield from _of_pooling(after)
     yield from _of_zero_keys(after)
+    yield from _of_rows(after)
+    yield from _of_extension(after)
     yield from _of_pattern("pattern", after.pattern, after)
     if after.seen_as is not None:
         yield from _of_pattern("seen_as", after.seen_as, after)
     yield from _of_weight_gains(after)
+    for moved in after.before:
+        if not isinstance(moved, Transplanted) or not set(moved.heads) <= set(after.heads):
+            yield f"before holds {moved!r}, expected a Transplanted of some heads of {after.heads!r}"
     for edit in after.after:
         if not isinstance(edit, HeadEdit):
             yield f"after holds {edit!r}, expected a HeadEdit"
@@ -168,6 +180,45 @@ def _of_zero_keys(after: AttentionSpec) -> Iterator[str]:
         yield "zero_keys and a bias, which has no entries for keys beyond the edges"
     elif after.pooling is not None:
         yield "zero_keys and pooling: pooled keys have no neighbours beyond the edges"
+
+
+def _of_rows(after: AttentionSpec) -> Iterator[str]:
+    if after.rows is None:
+        return
+    others = {
+        "a map": after.has_map,
+        "segments": after.segments is not None,
+        "a selection of blocks": after.selection is not None,
+        "keys of other tokens": after.extension is not None,
+        "pooling": after.pooling is not None,
+        "weight_gains": after.weight_gains is not None,
+        "eviction": after.eviction is not None,
+    }
+    if not isinstance(after.rows, ChosenRows):
+        yield f"rows is {after.rows!r}, expected ChosenRows or None"
+    elif not after.rows.heads or not set(after.rows.heads) <= set(after.heads):
+        yield f"rows names heads {after.rows.heads!r}, expected some heads of {after.heads!r}"
+    elif after.is_causal:
+        yield f"{after.rows}, which depends on the whole sequence, but the attention is causal"
+    elif after.is_cross and after.rows.scores.of_keys:
+        yield f"{after.rows.scores} scores keys, which are not the tokens of the queries"
+    elif (other := next((name for name, there in others.items() if there), None)) is not None:
+        yield f"rows and {other} cannot be computed together"
+
+
+def _of_extension(after: AttentionSpec) -> Iterator[str]:
+    if after.extension is None:
+        return
+    if not isinstance(after.extension, ExtendedKeys):
+        yield f"extension is {after.extension!r}, expected ExtendedKeys or None"
+    elif not after.extension.heads or not set(after.extension.heads) <= set(after.heads):
+        yield f"extension names heads {after.extension.heads!r}, expected some heads of {after.heads!r}"
+    elif not (_is_finite(after.extension.weight) and after.extension.weight > 0):
+        yield f"extension has weight {after.extension.weight!r}, expected a finite number above 0"
+    elif after.pooling is not None:
+        yield "extension and pooling: the keys of other tokens are not pooled"
+    elif after.weight_gains is not None:
+        yield "extension and weight_gains: their parts do not say where the keys of other tokens belong"
 
 
 def _is_finite(value: object) -> bool:

@@ -23,6 +23,15 @@ def among(tokens: Sequence[int], at: Tensor, length: int) -> Tensor:
     return found
 
 
+def only_at(tokens: Sequence[int] | None, old: Tensor, new: Tensor, length: int) -> Tensor:
+    """Of [B, H, N, D], ``new`` for the tokens at these positions (None: all), ``old`` for the others.  They are the last of a
+    sequence of ``length`` (also a SymInt)."""
+    if tokens is None:
+        return new
+    at = torch.arange(old.shape[2], device=old.device) + (length - old.shape[2])
+    return torch.where(among(tokens, at, length).reshape(1, 1, -1, 1), new, old)
+
+
 def positions(tokens: Sequence[int], length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The positions [T] of ``tokens`` in a sequence of ``length`` (also a SymInt), and bool [T]: which of them are there and
     not listed before; None if all are.  The others have position 0."""

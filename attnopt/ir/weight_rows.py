@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnopt.ir.activations import Activations
-from attnopt.ir.operands import HIDES, OperandTensors
+from attnopt.ir.operands import HIDING, OperandTensors
 from attnopt.ir.reference import reference_weights
 from attnopt.ir.semantics import heads_of, row_sinks
 from attnopt.ir.spec import AttentionSpec
@@ -78,7 +78,7 @@ def visible_rows(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> Tensor
         seen = seen & _rows_of(t.mask, rows)[0]
     if t.bias is not None:
         bias = _rows_of(t.bias, rows)[0].double()
-        seen = seen & (bias > bias.amax(-1, keepdim=True) - HIDES)
+        seen = seen & (bias > bias.amax(-1, keepdim=True) + HIDING)
     return seen.expand(-1, len(rows), S)
 
 

@@ -9,7 +9,7 @@ from attnopt.ir import plugin_calls
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
-from attnopt.lower.routing_time import faster
+from attnopt.lower.routing_time import faster, saved_by_rows
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ def choose(backends: Sequence[Backend], before: Site, site: Site) -> Choice:
     if not able:
         return Choice(None, reasons)
     backend, told = min(able, key=lambda b: plugin_calls.cost(b, site)), tuple[str, ...]()
-    if site.spec.route is not None and site.spec.weight_gains is None and site.spec.segments is None:
+    spec, more = site.spec, (site.spec.weight_gains, site.spec.extension)
+    if spec.rows is not None:
+        told = saved_by_rows(site, backend, able)
+    elif spec.route is not None and all(x is None for x in more) and not spec.inputs and not spec.before:
         backend, told = faster(site, backend, backends)
     notes = (*told, *plugin_calls.notes(backend, site), *_masked(before, site, backend, backends))
     return Choice(backend, reasons, notes)

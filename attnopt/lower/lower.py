@@ -7,7 +7,7 @@ full-size weights, with dense masks and zeros instead of pruned heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,22 +18,27 @@ from attnopt.capture.flex_attention import restore_calls
 from attnopt.errors import PluginError, RewriteError
 from attnopt.graph.cleanup import prune_unused_state, share_equal_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, input_name, inputs_of, shape, value
+from attnopt.graph.nodes import aten, shape, value
 from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
 from attnopt.graph.select import restrict, spread
+from attnopt.ir.call_tensor import CallTensor
 from attnopt.ir.edited_parameters import edited_parameters
+from attnopt.ir.extended_keys import MoreKeys
+from attnopt.ir.extension import joined_spec
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.operands import CANONICAL, Operands, operands_of
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.pooling import parts_of
+from attnopt.ir.row_attention import row_parts
 from attnopt.ir.site import Site
 from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.attention_calls import Lowered, note_between
 from attnopt.lower.fold import folded
+from attnopt.lower.other_tokens import MoreNodes, input_of, other_tokens
 from attnopt.match.find import Found
 from attnopt.match.projections import weight_path
 from attnopt.slicing.fuse_projections import join
@@ -59,7 +64,10 @@ class Plan(SiteEdit):
     @property
     def rows(self) -> float:
         """The fraction of (query, head) pairs that are computed."""
-        route = self.spec.route
+        route, chosen = self.spec.route, self.spec.rows
+        if chosen is not None and not self.backend.rows:
+            site, heads = self.found.site, self.spec.num_heads
+            return 1.0 - (1.0 - chosen.count(site.q_len) / site.q_len) * len(chosen.heads) / heads
         return route.share if route is not None and self.backend.skips_rows else 1.0
 
 
@@ -137,12 +145,18 @@ def _attention(
     operands = operands_of(node)
     projected = {"q": operands.q, "k": operands.k, "v": operands.v}
     ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
-    shared = forks(projected, ways)
+    packs = [(forks(projected, ways), projected, ways)]
+    if spec.extension is not None:
+        others = other_tokens(emit, plan.found, spec.extension, table)
+        of_others = {"k": others.k, "v": others.v}
+        again = {role: [others.made.get(n, n) for n in ways[role]] for role in of_others}
+        packs.append((forks(of_others, again), of_others, again))
+    shared = {n for packed, _, _ in packs for n in packed}
     editing = {role: _edits_for(plan.found.site, edits, role) for role in CANONICAL}
     edited = any(editing.values())
     before = plan.found.raised.spec
     rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
-    dirty = built_anew(shared, projected, ways) if rebuilt else []
+    dirty = [n for pack in packs for n in built_anew(*pack)] if rebuilt else []
     selectors = {
         new: Selector(emit, weights, edited_parameters(plan.found.site, new), dirty, shared)
         for new in set(editing.values())
@@ -157,10 +171,23 @@ def _attention(
         return select.select(operand, wanted)
 
     chosen = operands.map(selected)
-    lowered = inline(emit, spec, Reference() if plain else plan.backend, chosen)
-    parts = [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
-    note_between(chosen.given.values(), lowered, [Lowered(plan.found.site.name, part) for part in parts])
+    more = None
+    if spec.extension is not None:
+        more = MoreNodes(selected("k", others.k), selected("v", others.v), others.seen).once(emit)
+    if plain:
+        return as_specified(emit, spec, chosen, more)
+    lowered = inline(emit, spec, plan.backend, chosen, more)
+    parts = [Lowered(plan.found.site.name, part) for part in _computed(spec, plan)]
+    note_between((*chosen.given.values(), *(() if more is None else more.given)), lowered, parts)
     return lowered
+
+
+def _computed(spec: AttentionSpec, plan: Plan) -> list[AttentionSpec]:
+    """What the calls of the backend compute, one after the other."""
+    if spec.rows is not None:
+        return [spec] if plan.backend.rows else [part.spec for part in row_parts(spec)]
+    spec = spec if spec.extension is None else joined_spec(spec)
+    return [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
 
 
 def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:
@@ -187,23 +214,43 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
 
 
-def inline(emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node]) -> fx.Node:
+def inline(
+    emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node], more: MoreNodes | None = None
+) -> fx.Node:
+    """The attention as the operators of a backend."""
+    call, inputs = _call(emit, spec, backend, operands, more)
+    return emit.inline(call, *inputs)
+
+
+def as_specified(
+    emit: Emitter, spec: AttentionSpec, operands: Operands[fx.Node], more: MoreNodes | None = None
+) -> fx.Node:
+    """The attention as one call of its reference: what verifies operators is not traced into operators itself."""
+    call, inputs = _call(emit, spec, Reference(), operands, more)
+    q, v = value(operands.q), value(operands.v)
+    with emit.mode:
+        like = v.new_empty((q.shape[0], spec.num_heads, q.shape[2], v.shape[3]))
+    return emit.run(call, *inputs, like=like)
+
+
+def _call(
+    emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node], more: MoreNodes | None
+) -> tuple[Callable[..., Tensor], list[fx.Node]]:
+    """The attention as a function, and the nodes that it is to be called with."""
     given = operands.given
     device = value(operands.q).device
-    held = [emit.constant(c.tensor(device)) for c in spec.constants]
-    brought = [n for i in spec.inputs for n in inputs_of(emit.graph) if input_name(n) == i.name]
-    table = None if spec.segments is None else spec.segments.table
-    tables = [] if table is None else [emit.constant(table.to(device))]
+    others = () if more is None else more.given
+    read = [input_of(emit, t) if isinstance(t, CallTensor) else emit.constant(t.tensor(device)) for t in spec.tensors]
 
     def call(*tensors: Tensor) -> Tensor:
         rest = iter(tensors)
         of_role = {role: next(rest) for role in given}
         t = operands.map(lambda role, _: of_role[role])
-        constants, ids = ([next(rest) for _ in nodes] for nodes in (held, brought))
-        attend = attention_of(backend, spec, constants, ids, next(rest, None))
+        beside = [next(rest) for _ in others]
+        attend = attention_of(backend, spec, list(rest), MoreKeys(*beside) if beside else None)
         return attend(t.q, t.k, t.v, **t.others)
 
-    return emit.inline(call, *given.values(), *held, *brought, *tables)
+    return call, [*given.values(), *others, *read]
 
 
 def _edit_output(

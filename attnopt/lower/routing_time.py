@@ -1,4 +1,4 @@
-"""Whether routing tokens to heads saves time at a site: both forms run on this machine, and the faster is used."""
+"""Whether routing tokens to heads, or choosing rows, saves time at a site: both forms run on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from attnopt.base.cpu_timing import interleaved, one_thread
+from attnopt.errors import PluginError
 from attnopt.ir import plugin_calls
+from attnopt.ir.call_tensor import known
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.operands import OperandTensors
 from attnopt.ir.plugin_calls import attention_of
@@ -42,6 +44,25 @@ def faster(site: Site, masking: Backend, backends: Sequence[Backend]) -> tuple[B
     return masking, (f"{told}computing only the routed pairs would take {_ms(routed)} on {best.name}",)
 
 
+def saved_by_rows(site: Site, backend: Backend, able: Sequence[Backend]) -> tuple[str, ...]:
+    """What the report says about the time that a choice of rows saves on ``backend``, of those that are ``able``."""
+    rows = site.spec.rows
+    assert rows is not None
+    if backend.rows or site.device != "cpu":
+        return ()
+    whole = replace(site, spec=replace(site.spec, rows=None))
+    other = min(able, key=lambda b: plugin_calls.cost(b, whole))
+    spec = replace(site.spec, positions=(), seen_as=None, after=())
+    try:
+        (chosen,) = _known(spec, site.q_len, site.kv_len, (backend,))
+    except PluginError as e:
+        raise PluginError(e.message, hint=e.hint, site=site.name) from e.__cause__
+    (everything,) = _known(replace(spec, rows=None), site.q_len, site.kv_len, (other,))
+    told = f"computing {rows.count(site.q_len)} of {site.q_len} rows takes {_ms(chosen)} of CPU time on {backend.name}"
+    told += f", and all rows {_ms(everything)} on {other.name}, measured on random data of one sequence"
+    return (told if chosen < everything else f"{told}: no time is saved at this length",)
+
+
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
@@ -52,6 +73,10 @@ _measured: dict[object, tuple[float, ...]] = {}
 def _known(spec: AttentionSpec, q_len: int, kv_len: int, backends: tuple[Backend, ...]) -> tuple[float, ...]:
     kinds = tuple(type(b) if type(b).__eq__ is object.__eq__ else b for b in backends)
     key = spec, q_len, kv_len, kinds
+    try:
+        hash(key)
+    except TypeError:  # options of a third party's score
+        return _seconds(spec, q_len, kv_len, backends)
     if key not in _measured:
         _measured[key] = _seconds(spec, q_len, kv_len, backends)
     return _measured[key]
@@ -70,7 +95,7 @@ def _seconds(spec: AttentionSpec, q_len: int, kv_len: int, backends: tuple[Backe
         operands = OperandTensors(q, k, v, bias, mask, sinks, added=added)
 
         def called(backend: Backend) -> Callable[[], Tensor]:
-            attend = attention_of(backend, spec, [c.tensor() for c in spec.constants])
+            attend = attention_of(backend, spec, known(spec.tensors))
             return lambda: attend(q, k, v, **operands.others)
 
         calls = {str(i): called(b) for i, b in enumerate(backends)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,9 +35,11 @@ from attnopt.graph.nodes import (
 )
 from attnopt.graph.ops import Kind, of
 from attnopt.graph.sdpa import SDPA
+from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES
+from attnopt.ir.operands import Operands
 from attnopt.ir.projection import Projection
 from attnopt.ir.refusal import Refusal
-from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site
+from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site, TokenFeatures
 from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.escapes import where_used
 from attnopt.match.masks import hides_keys, keeps_a_mask
@@ -48,18 +50,21 @@ from attnopt.match.read_scores import Operand
 from attnopt.match.recognize import recognise
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError
+from attnopt.match.token_path import TokenPath, token_path
 from attnopt.match.token_streams import positions, relation
 
 
 @dataclass(frozen=True)
 class Found:
-    """A site with its position in the graph.  ``dirty``: the affected nodes of each role, between the core and the weights."""
+    """A site with its position in the graph.  ``dirty``: the affected nodes of each role, between the core and the weights.
+    ``path``: how keys and values come from tokens, or why other tokens could not take their place."""
 
     site: Site
     raised: Raised
     dirty: dict[str, tuple[fx.Node, ...]]
     output_op: fx.Node | None
     error: float
+    path: TokenPath | Refusal
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def find(program: Program) -> Findings:
             error = proofs[key]
             if not error <= site_tolerance(raised):
                 raise NotAttentionError(_not_equal(raised, error), raised.region.out.node)
-            found.append(_describe(gm, raised, name, parameters, error, examples))
+            found.append(_describe(program, raised, name, parameters, error, examples))
             names[owner] += 1
         except NotAttentionError as e:
             is_near = e.near or is_written_out(node)
@@ -222,12 +227,12 @@ def _is_empty(node: fx.Node) -> bool:
 
 def _owner(region: Region) -> str:
     """The deepest module in which both the core and the query projection run."""
-    core = _common([module_path(n) for n in region.nodes if n.meta.get("nn_module_stack")] or [""])
+    core = common_modules([module_path(n) for n in region.nodes if n.meta.get("nn_module_stack")] or [""])
     paths = [module_path(n) for n in _nearest_projections(region.q.node)]
-    return ".".join(_common([".".join(core), *paths]) or core)
+    return ".".join(common_modules([".".join(core), *paths]) or core)
 
 
-def _common(paths: list[str]) -> list[str]:
+def common_modules(paths: Sequence[str]) -> list[str]:
     """The modules that all these paths begin with."""
     shared: list[str] = []
     for parts in zip(*(p.split(".") for p in paths), strict=False):
@@ -247,15 +252,15 @@ def _nearest_projections(node: fx.Node) -> list[fx.Node]:
 
 
 def _describe(
-    gm: fx.GraphModule,
+    program: Program,
     raised: Raised,
     name: str,
     parameters: dict[str, Tensor],
     error: float,
     examples: Mapping[fx.Node, Any],
 ) -> Found:
-    spec, region = raised.spec, raised.region
-    operands = raised.operands
+    gm, spec, region = program.module, raised.spec, raised.region
+    operands, shapes = raised.operands, program.own_shapes
     projections: dict[str, Projection] = {}
     dirty: dict[str, tuple[fx.Node, ...]] = {}
     for role, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
@@ -275,6 +280,7 @@ def _describe(
         )
     if keeps_a_mask(gm, (operands.bias, operands.mask)):
         notes += ("the model's own mask is kept: no pattern was proven equal to it at every length",)
+    path = token_path(operands.k, operands.v)
     device = value(operands.q).device.type
     if device == "meta":
         notes += ("verified on random weights: on the meta device the model has none",)
@@ -291,11 +297,29 @@ def _describe(
         is_dynamic=not (is_static(value(operands.q).shape[2]) and is_static(value(operands.k).shape[2])),
         bias_hides=hides_keys(gm, operands.bias),
         kv_step=step(value(operands.k).shape[2]),
-        inputs={input_name(n): InputTensor(shape(n), dtype(n)) for n in inputs_of(gm.graph) if is_tensor(n)},
+        inputs={
+            name: InputTensor(shapes.get(name, shape(n)), dtype(n))
+            for n in inputs_of(gm.graph)
+            if is_tensor(n) and (name := input_name(n))
+        },
+        own_sizes=_own_sizes(program, operands),
         device=device,
+        features=_features(path),
         alignment=_ALIGNMENT.get(related, "first"),
     )
-    return Found(site, replace(raised, spec=spec), dirty, op, error)
+    return Found(site, replace(raised, spec=spec), dirty, op, error, path)
+
+
+def _features(path: TokenPath | Refusal) -> TokenFeatures:
+    if isinstance(path, Refusal):
+        return TokenFeatures(why=path)
+    batch = value(path.k).shape[0]
+    return TokenFeatures(path.width, int(batch) if is_static(batch) else None)
+
+
+def _own_sizes(program: Program, operands: Operands[fx.Node]) -> dict[str, int]:
+    q, k = value(operands.q).shape, value(operands.k).shape
+    return {axis: program.own_size(n) for axis, n in ((BATCH, q[0]), (QUERIES, q[2]), (KEYS, k[2]))}
 
 
 _ALIGNMENT: dict[str, Alignment] = {"past": "last", "apart": "none", "inputs-apart": "none"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from attnopt.base.sizes import is_static
 from attnopt.graph.axes import Axes, Axis, resolve_all
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, dtype, value
+from attnopt.graph.nodes import aten, dtype, shape, value
 from attnopt.graph.select import Selection
 from attnopt.match.mixture import Computed, Mixture, Value
 from attnopt.match.read_scores import Operand
@@ -42,14 +43,17 @@ def _emitted(emit: Emitter, at: Arranger, groups: Axes, x: Value) -> fx.Node | f
 
 def _without_copies(emit: Emitter, x: Operand, batch: Axis) -> Operand:
     """``x`` once, if it is the same for all sequences."""
-    axes = resolve_all(x.axes)
-    along = [
-        i for i, axis in enumerate(axes) if axis and set(axis) <= set(batch) and _repeats(x.node, {i: (0,)}, {i: (1,)})
-    ]
+    axes, node = resolve_all(x.axes), x.node
+
+    def is_repeated(i: int) -> bool:
+        others = range(1, shape(node)[i]) if is_static(value(node).shape[i]) else (1,)
+        return all(_repeats(node, {i: (0,)}, {i: (n,)}) for n in others)
+
+    along = [i for i, axis in enumerate(axes) if axis and set(axis) <= set(batch) and is_repeated(i)]
     if not along:
         return x
-    node = _selected(emit, x.node, dict.fromkeys(along, (0,)))
-    return Operand(node, tuple(() if i in along else axis for i, axis in enumerate(axes)))
+    once = _selected(emit, node, dict.fromkeys(along, (0,)))
+    return Operand(once, tuple(() if i in along else axis for i, axis in enumerate(axes)))
 
 
 def _repeats(node: fx.Node, one: Selection, other: Selection) -> bool:

@@ -145,12 +145,14 @@ class Pattern(ABC):
         *,
         num_heads: int | None = None,
         device: torch.device | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Bool [1, q_len, kv_len], or [H, q_len, kv_len] if ``is_per_head``; True means visible.
 
         H is ``num_heads`` or else ``named_heads``; fewer than ``named_heads`` raise PolicyError.  SymInt lengths work.
+        ``rows``: only of these queries, in their order; no other row is computed.
         """
-        i = torch.arange(q_len, device=device).unsqueeze(1) + (kv_len - q_len)
+        i = (torch.arange(q_len, device=device) if rows is None else rows).unsqueeze(1) + (kv_len - q_len)
         j = torch.arange(kv_len, device=device).unsqueeze(0)
         if not self.is_per_head:
             return self.at_length(kv_len).visible_pairs(i, j).unsqueeze(0)

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from attnopt.render.tables import to_text
+from attnopt.render.tables import table, to_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from attnopt.compiler.head_results import HeadImportance, HeadProfile, HeadSet
+    from attnopt.report.head_effects import HeadEffects
+    from attnopt.report.head_search import HeadSearch
 
 COLUMNS = 10  # of a profile
 
 
 def importance_text(importance: HeadImportance) -> str:
     """One row an attention, one column a head."""
-    every = sorted({h for numbers in importance.heads.values() for h in numbers})
+    return _by_head(f"head importance: {importance.method}", importance.scores, importance.heads)
+
+
+def effects_text(found: HeadEffects) -> str:
+    """One row an attention, one column a head: the fraction of the difference of the two runs, or the metric itself."""
+    base, other = found.ends
+    what = f"{found.direction} {found.paths}".rstrip()
+    told = f"{what}: clean {found.clean:.4g}, corrupted {found.corrupted:.4g}"
+    if base == other:
+        return _by_head(f"{told}; the metric", found.metrics, found.heads)
+    return _by_head(f"{told}; 0 is {base:.4g}, 1 is {other:.4g}", found.effects, found.heads)
+
+
+def _by_head(title: str, values: Mapping[str, Sequence[float]], heads: Mapping[str, Sequence[int]]) -> str:
+    every = sorted({h for numbers in heads.values() for h in numbers})
     shown = _columns(("site",), tuple(map(str, every)))
-    for site, scores in importance.scores.items():
-        of = dict(zip(importance.heads[site], scores, strict=True))
+    for site, own in values.items():
+        of = dict(zip(heads[site], own, strict=True))
         shown.add_row(site or "(root)", *(f"{of[h]:.3g}" if h in of else "" for h in every))
-    return _titled(f"head importance: {importance.method}", shown, 40 + 9 * len(every))
+    return _titled(title, shown, 40 + 9 * len(every))
 
 
 def profile_text(profile: HeadProfile) -> str:
@@ -45,6 +62,15 @@ def set_text(found: HeadSet) -> str:
     for n, (site, head, moved) in enumerate(found.steps, 1):
         shown.add_row(str(n), site or "(root)", str(head), f"{moved:.3g}")
     return _titled(f"heads found by {found.method}", shown, 80)
+
+
+def search_text(found: HeadSearch) -> str:
+    """One row a step."""
+    ended = "" if found.is_complete else ", ended early"
+    title = f"{found.method}: {found.base:.6g} without an edit, {found.value:.6g} with {len(found.chosen)} heads{ended}"
+    rows = [(f"{s.added[0]} {s.added[1]}", "" if s.removed is None else f"{s.removed[0]} {s.removed[1]}", f"{s.value:.6g}")
+            for s in found.steps]  # fmt: skip
+    return to_text(table(title, ("head", "instead of", "objective"), rows))
 
 
 def _columns(left: tuple[str, ...], right: tuple[str, ...]) -> Table:

@@ -35,9 +35,9 @@ def inspection_table(inspection: Inspection) -> RenderableType:
     rows = [_inspected(site) for site in inspection.sites]
     head = ("attention", "heads", "head size", "kind", "pattern", "extras", "scale", "projections", "source")
     title = f"{len(rows)} attention{'' if len(rows) == 1 else 's'} in {inspection.candidates} candidates"
-    parts: list[RenderableType] = [_table(title, head, rows)]
+    parts: list[RenderableType] = [table(title, head, rows)]
     if notes := _notes(inspection.sites):
-        parts.append(_table("Notes", ("note", "of"), notes))
+        parts.append(table("Notes", ("note", "of"), notes))
     if inspection.near_misses:
         parts.append(_misses(inspection.near_misses))
     return Group(*parts)
@@ -58,14 +58,14 @@ def report_table(report: Report) -> RenderableType:
 
     rows = [_reported(site) for site in report.sites]
     head = ("attention", "status", "passes", "before", "after", "FLOPs", "parameters", "error")
-    parts: list[RenderableType] = [_table(report.headline, head, rows)]
+    parts: list[RenderableType] = [table(report.headline, head, rows)]
     refusals = [
         (site.name or "(root)", stage, str(refusal))
         for site in report.sites
         for stage, refusal in site.refusals.items()
     ]
     if refusals:
-        parts.append(_table("Refused", ("attention", "by", "reason"), refusals))
+        parts.append(table("Refused", ("attention", "by", "reason"), refusals))
     if report.near_misses:
         parts.append(_misses(report.near_misses))
     return Group(*parts)
@@ -78,10 +78,10 @@ def advice_table(advice: Advice) -> RenderableType:
     lengths = f"{advice.q_len} queries and {advice.kv_len} keys"
     title = f"{advice.pattern}, {lengths}: density {advice.density:.3g}, at most {advice.bound:.2f} times faster"
     rows = [(k.kernel, f"{k.share:.3g}", f"{k.speedup:.2f}", f"{k.of_bound:.0%}") for k in advice.kernels]
-    parts: list[RenderableType] = [_table(title, ("kernel", "computes", "speed-up", "of the bound"), rows)]
+    parts: list[RenderableType] = [table(title, ("kernel", "computes", "speed-up", "of the bound"), rows)]
     if advice.better:
         better = [(b.kernel, b.pattern, f"{b.density:.3g}", f"{b.speedup:.2f}") for b in advice.better]
-        parts.append(_table("Fits better", ("kernel", "pattern", "density", "speed-up"), better))
+        parts.append(table("Fits better", ("kernel", "pattern", "density", "speed-up"), better))
     return Group(*parts)
 
 
@@ -167,14 +167,14 @@ def _projections(projections: Mapping[str, Projection]) -> str:
 
 def _misses(misses: tuple[NearMiss, ...]) -> RenderableType:
     rows = [(miss.name or "(root)", miss.refusal.code, _reason(miss), miss.where) for miss in misses]
-    return _table("Near misses (rejected candidates)", ("place", "code", "reason", "source"), rows)
+    return table("Near misses (rejected candidates)", ("place", "code", "reason", "source"), rows)
 
 
 def _reason(miss: NearMiss) -> str:
     return str(miss.refusal).removeprefix(f"[{miss.refusal.code}]").strip()
 
 
-def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> RenderableType:
+def table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> RenderableType:
     """Columns in which every cell is empty are left out; without rows there is only the title."""
     from rich import box
     from rich.console import Group
@@ -201,8 +201,8 @@ def plugin_table(found: Sequence[Description]) -> RenderableType:
     backends = [_plugin(one) for one in found if one.kind == "backend"]
     head = ("name", "exact", "options", "summary", "from")
     others = [_plugin(one) for one in found if one.kind not in ("pass", "backend")]
-    tables = [_table("Passes", head, passes), _table("Backends", head, backends)]
-    return Group(*tables, *([_table("Others", head, others)] if others else []))
+    tables = [table("Passes", head, passes), table("Backends", head, backends)]
+    return Group(*tables, *([table("Others", head, others)] if others else []))
 
 
 def _plugin(one: Description) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ class Form:
     """What can be drawn of an attention: its heads, the K/V head that each reads, and its pattern.
 
     Heads have their numbers from the trained model; ``pattern`` is in the notation of ``attnopt.patterns.parse``, and
-    ``selection`` describes the blocks chosen at run time, if any, and ``pooling`` the heads that read pools of keys.
+    ``selection`` describes the blocks chosen at run time, if any, ``pooling`` the heads that read pools of keys, and ``rows`` the
+    queries chosen at run time.
     """
 
     heads: tuple[int, ...]
@@ -35,6 +36,7 @@ class Form:
     pattern: str
     selection: str = ""
     pooling: str = ""
+    rows: str = ""
 
     def __post_init__(self) -> None:
         if len(self.heads) != len(self.kv_of_head):
@@ -45,7 +47,8 @@ class Form:
         selection = "" if spec.selection is None else str(spec.selection)
         pooling = "" if spec.pooling is None else str(spec.pooling)
         kv_of_head = tuple(spec.kv_heads[g] for g in spec.kv_of_head)
-        return cls(spec.heads, kv_of_head, str(spec.visible_pattern), selection, pooling)
+        rows = "" if spec.rows is None else str(spec.rows)
+        return cls(spec.heads, kv_of_head, str(spec.visible_pattern), selection, pooling, rows)
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,8 @@ def _form(data: Mapping[str, Any] | None) -> Form | None:
     if data is None:
         return None
     heads, kv_of_head = (tuple(map(int, data[name])) for name in ("heads", "kv_of_head"))
-    return Form(heads, kv_of_head, str(data["pattern"]), str(data.get("selection", "")), str(data.get("pooling", "")))
+    others = (str(data.get(name, "")) for name in ("selection", "pooling", "rows"))
+    return Form(heads, kv_of_head, str(data["pattern"]), *others)
 
 
 def _plain(value: object) -> Any:

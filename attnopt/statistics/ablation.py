@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from attnopt.base.closeness import tensors
 from attnopt.base.options import choice
 from attnopt.ir.head_probe import KINDS, HeadProbe
 from attnopt.ir.importance import AblationImportance
-from attnopt.statistics.logits import at_places, last_places, logits_of_output
+from attnopt.statistics.logits import at_place, last_places, logits_of_output
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,12 @@ class Ablation(AblationImportance):
     def before(self, probe: HeadProbe) -> list[list[Tensor]]:
         return [self._told(probe, probe.output(batch)) for batch in probe.batches]
 
-    def moved(self, probe: HeadProbe, before: Any, off: Mapping[str, Sequence[int]]) -> float:
+    def read(self, probe: HeadProbe, before: Any, batch: int, output: Any) -> float:
         apart = _divergence if probe.behaviour is not None else _change
-        found = [
-            sum(apart(w, g) for w, g in zip(want, self._told(probe, probe.output(batch, off, self.kind)), strict=True))
-            for batch, want in zip(probe.batches, before, strict=True)
-        ]
-        return sum(found) / len(found)
+        return sum(apart(want, got) for want, got in zip(before[batch], self._told(probe, output), strict=True))
+
+    def moved(self, before: Any, read: Sequence[float]) -> float:
+        return sum(read) / len(read)
 
     def _told(self, probe: HeadProbe, output: Any) -> list[Tensor]:
         if probe.behaviour is not None:
@@ -65,20 +64,22 @@ class Ships(AblationImportance):
         choice(self.name, "kind", self.kind, KINDS)
 
     def before(self, probe: HeadProbe) -> tuple[list[Tensor], list[Tensor]]:
-        logits = self._logits(probe, {})
+        logits = [logits_of_output(probe, probe.output(batch)) for batch in probe.batches]
         places = last_places(probe, logits)
-        return places, self._last(logits, places)
+        return places, [_last(x, place) for x, place in zip(logits, places, strict=True)]
 
-    def moved(self, probe: HeadProbe, before: Any, off: Mapping[str, Sequence[int]]) -> float:
+    def read(self, probe: HeadProbe, before: Any, batch: int, output: Any) -> tuple[float, int]:
+        """The divergence, and the number of sequences whose mean it is."""
         places, want = before
-        pairs = list(zip(want, self._last(self._logits(probe, off), places), strict=True))
-        return sum(_divergence(w, g) * len(w) for w, g in pairs) / sum(len(w) for w, _ in pairs)
+        got = _last(logits_of_output(probe, output), places[batch])
+        return _divergence(want[batch], got), len(got)
 
-    def _logits(self, probe: HeadProbe, off: Mapping[str, Sequence[int]]) -> list[Tensor]:
-        return [logits_of_output(probe, probe.output(batch, off, self.kind)) for batch in probe.batches]
+    def moved(self, before: Any, read: Sequence[tuple[float, int]]) -> float:
+        return sum(mean * count for mean, count in read) / sum(count for _, count in read)
 
-    def _last(self, logits: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
-        return [x.double().log_softmax(-1) for x in at_places(logits, places)]
+
+def _last(logits: Tensor, place: Tensor) -> Tensor:
+    return at_place(logits, place).double().log_softmax(-1)
 
 
 def _divergence(want: Tensor, got: Tensor) -> float:

@@ -25,10 +25,9 @@ def hidden_of_output(probe: HeadProbe, output: Any) -> Tensor:
     return _tensor_of(probe, output, ("last_hidden_state", "hidden_states"), "hidden states")
 
 
-def at_places(of_batches: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
-    """For each batch [B, classes]: of [B, L, classes] one token of each sequence."""
-    pairs = zip(of_batches, places, strict=True)
-    return [x if x.dim() == 2 else x[torch.arange(len(x), device=x.device), place] for x, place in pairs]
+def at_place(x: Tensor, place_B: Tensor) -> Tensor:
+    """[B, classes]: of [B, L, classes] one token of each sequence."""
+    return x if x.dim() == 2 else x[torch.arange(len(x), device=x.device), place_B]
 
 
 def last_places(probe: HeadProbe, of_batches: Sequence[Tensor]) -> list[Tensor]:

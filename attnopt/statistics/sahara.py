@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from attnopt.base.options import choice, whole
 from attnopt.errors import CalibrationError
 from attnopt.ir.head_probe import KINDS, HeadProbe
 from attnopt.ir.importance import AblationImportance
-from attnopt.statistics.logits import at_places, hidden_of_output, last_places
+from attnopt.statistics.logits import at_place, hidden_of_output, last_places
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,23 @@ class Sahara(AblationImportance):
         choice(self.name, "kind", self.kind, KINDS)
 
     def before(self, probe: HeadProbe) -> tuple[list[Tensor], Tensor]:
-        hidden = self._hidden(probe, {})
+        hidden = [hidden_of_output(probe, probe.output(batch)) for batch in probe.batches]
         places = last_places(probe, hidden)
-        return places, self._subspace(hidden, places)
+        return places, self._subspace([at_place(x, place) for x, place in zip(hidden, places, strict=True)])
 
-    def moved(self, probe: HeadProbe, before: Any, off: Mapping[str, Sequence[int]]) -> float:
-        places, own = before
-        turned = self._subspace(self._hidden(probe, off), places)
+    def read(self, probe: HeadProbe, before: Any, batch: int, output: Any) -> Tensor:
+        places, _ = before
+        return at_place(hidden_of_output(probe, output), places[batch])
+
+    def moved(self, before: Any, read: Sequence[Tensor]) -> float:
+        _, own = before
+        turned = self._subspace(read)
         sine = torch.linalg.matrix_norm(turned - own @ (own.mT @ turned), 2)  # exact where the angle is small
         return math.degrees(math.asin(min(1.0, float(sine))))
 
-    def _hidden(self, probe: HeadProbe, off: Mapping[str, Sequence[int]]) -> list[Tensor]:
-        return [hidden_of_output(probe, probe.output(batch, off, self.kind)) for batch in probe.batches]
-
-    def _subspace(self, hidden: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+    def _subspace(self, hidden: Sequence[Tensor]) -> Tensor:
         """[sequences, rank]"""
-        x = torch.cat([x.double() for x in at_places(hidden, places)])
+        x = torch.cat(list(hidden)).double()
         if self.rank >= min(len(x), x.shape[1] + 1):
             raise CalibrationError(
                 f"sahara: {len(x)} sequences with {x.shape[1]} features have no subspace of {self.rank} that can turn",

@@ -108,6 +108,30 @@ def test_logits_are_those_of_a_full_cache_under_the_mask(
     assert cache.get_mask_sizes(3, 0) == (34, 0)
 
 
+def test_heads_that_share_keys_and_see_unequally_far() -> None:
+    """A padded text in pieces: the mask has columns for keys that the shared cache dropped."""
+    heads = {0: (6, 0), 1: (10, 0), 2: (4, 2), 3: None}
+    ids = tokens(2, 31)
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    want = by_hand(seen_by(heads, 31), ids, padding, 2)
+    got, _ = in_pieces(model(own_pattern(heads), 2), ids, [17, 18, 19, 25, 31], padding)
+    real = padding.bool()
+    torch.testing.assert_close(got[real], want[real], atol=2e-4, rtol=1e-4)
+
+
+def test_heads_that_differ_and_see_equally_far() -> None:
+    """A pattern for all heads bounds each of them, the unnamed ones too: one cache, whose mask has columns for dropped keys."""
+    pattern = Causal() & PerHead({0: Window(0, 0), (1, 2): Window(0, 0) | Sinks(1)}) & (Window(1, 1) | Sinks(1))
+    ids = tokens(2, 14)
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    want = by_hand(pattern.mask(14, 14, num_heads=4), ids, padding, 2)
+    got, _ = in_pieces(model(pattern, 2), ids, [8, 9, 14], padding)
+    real = padding.bool()
+    torch.testing.assert_close(got[real], want[real], atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_each_head_keeps_what_it_can_see(kv_heads: int) -> None:
     """Bytes, after 300 tokens read one by one and after a long prompt."""

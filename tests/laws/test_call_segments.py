@@ -262,6 +262,90 @@ def test_guidance_away_from_segments() -> None:
     oracle.assert_same(oracle.run(guided, (x,), {"region_ids": ids}), [strong + 2.0 * (strong - weak)])
 
 
+def test_a_model_that_takes_any_argument_gets_the_ids() -> None:
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.kinds, self.attention = nn.Embedding(3, 32), Attention()
+
+        def forward(self, x: Tensor, **others: Tensor) -> Tensor:
+            return self.attention(x + self.kinds(others["kinds"]) if "kinds" in others else x)
+
+    model, (x, ids) = Typed(), example(length=5)
+    ids = ids.clamp(0, 2)
+    fast = attnopt.optimize(model, Sparse(Segments(Input("kinds"))), (x,), {"kinds": ids})
+    want = oracle.run_edited(model, (x,), {"kinds": ids}, {0: under(visible(ids, ids))})
+    oracle.assert_differs(want, oracle.run_edited(model, (x,), None, {0: under(visible(ids, ids))}))
+    oracle.assert_same(oracle.run(fast, (x,), {"kinds": ids}), want)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+def test_ids_of_tokens_beside_a_class_token(backend: str) -> None:
+    """As many as the attention sees: no tensor of the model has that length when it is called."""
+
+    class Classified(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.token, self.attention = nn.Parameter(torch.randn(1, 1, 32)), Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
+
+    model, (x, _), (_, ids) = Classified(), example(length=5), example(length=6)
+    fast = attnopt.optimize(
+        model, Sparse(OWN), (x,), {"region_ids": ids}, dynamic_shapes={"x": {1: torch.export.Dim("n")}}, backend=backend
+    )
+    (x, _), (_, ids) = example(length=30), example(length=31)
+    want = oracle.run_edited(model, (x,), None, {0: under(visible(ids, ids))})
+    oracle.assert_same(oracle.run(fast, (x,), {"region_ids": ids}), want)
+    for wrong in (1, 30, 32):
+        with pytest.raises(attnopt.CaptureError, match=f"length {wrong} along axis 1, but the other inputs require 31"):
+            fast(x, region_ids=torch.zeros(2, wrong, dtype=torch.int64))
+
+
+def test_a_name_that_a_tensor_inside_another_argument_has() -> None:
+    class Nested(Stack):
+        def forward(self, x: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+            return super().forward(x["of"] + x["ids"].unsqueeze(2))
+
+    x, ids = example(length=5)
+    with pytest.raises(attnopt.PolicyError, match="reads the input x_ids, but a tensor inside of another argument"):
+        attnopt.optimize(Nested(), Sparse(Segments(Input("x_ids"))), ({"of": x, "ids": ids},), {"x_ids": ids})
+
+
+def test_ids_for_all_sequences_beside_a_batch() -> None:
+    """An axis of one element that nothing else has stays as it is."""
+    model, (x, ids) = Attention(), example(length=5)
+    fast = attnopt.optimize(model, Sparse(OWN), (x,), {"region_ids": ids[:1]}, dynamic_shapes="auto", strict=True)
+    x, ids = example(3, 9)
+    want = oracle.run_edited(model, (x,), None, {0: under(visible(ids[:1], ids[:1]))})
+    oracle.assert_same(oracle.run(fast, (x,), {"region_ids": ids[:1]}), want)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+def test_pairs_of_large_numbers(backend: str, tmp_path: Path) -> None:
+    """Ids as large as those of a vocabulary need no table of that size."""
+    pairs = ((151644, 151645), (151645, 151645), (5, 7))
+    model, (x, ids) = Attention(), example(length=5)
+    numbers = torch.tensor([5, 7, 151644, 151645, -1, 151646])  # the last for ids of -1
+    fast = attnopt.optimize(
+        model,
+        Sparse(Segments(Input("ids"), pairs)),
+        (x,),
+        {"ids": numbers[ids]},
+        dynamic_shapes="auto",
+        backend=backend,
+    )
+    assert max(p.numel() for p in fast.graph_module.buffers()) < 1000
+    x, ids = example(3, 70)
+    want = oracle.run_edited(model, (x,), None, {0: under(visible(numbers[ids], numbers[ids], [pairs] * HEADS))})
+    given = {"ids": numbers[ids]}
+    oracle.assert_same(oracle.run(fast, (x,), given), want)
+    oracle.assert_same(run_onnx(fast, tmp_path / "m.onnx", {"x": x, **given}), want)
+
+
 def test_bad_inputs_are_named() -> None:
     model, (x, ids) = Stack(), example()
     with pytest.raises(attnopt.PolicyError, match="reads the input region_ids, which is not among the example inputs"):

@@ -37,7 +37,8 @@ def test_what_is_heavy_is_not_imported(statement: str) -> None:
 
 @pytest.mark.subprocess
 def test_the_package_alone_is_next_to_nothing() -> None:
-    light = {"base", "base.display", "render", "backends", "backends.attention_operator"}
+    operators = {"backends", "backends.attention_operator", "ir", "ir.received_weights", "base.bit_table"}
+    light = {"base", "base.display", "render", *operators}
     assert loaded("import attnopt") == {"attnopt", *(f"attnopt.{module}" for module in light)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,11 +32,13 @@ from attnopt.passes import (
     AddValues,
     DynamicSparse,
     EvictKeys,
+    ExtendKeys,
     GroupedQuery,
     HeadPatch,
     LocalWindow,
     PoolKeys,
     PruneHeads,
+    QueryRows,
     RouteHeads,
     ScaleHeads,
     SegmentGain,
@@ -66,6 +69,14 @@ class Gated(Scored):
     def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         q, k, v = self.heads(x)
         return self.merged((q @ k.transpose(-1, -2) * self.gate).softmax(-1) @ v)
+
+
+class Mixing(Scored):
+    """A map of its own beside the weights."""
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged((0.5 * (q @ k.transpose(-1, -2)).softmax(-1) + 0.5 * self.gate) @ v)
 
 
 class Unused(Decoy):
@@ -146,6 +157,20 @@ def pooled_twice() -> Refusal:
     return entry.refusals["pool-keys"]
 
 
+def chosen_twice() -> Refusal:
+    policy = [QueryRows("norm", 3), QueryRows("norm", 3)]
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
+    return entry.refusals["query-rows"]
+
+
+def mixed_and_chosen() -> Refusal:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnopt.AttnoptWarning)
+        model = Mixing(lambda s: s).eval()
+        (entry,) = attnopt.optimize(model, QueryRows("norm", 3), (torch.randn(2, L, E),)).report.sites
+    return entry.refusals["query-rows"]
+
+
 def refused_with(ids: object, policy: Any) -> Refusal:
     """Why ``policy`` leaves segments by ``ids`` alone."""
     with warnings.catch_warnings():
@@ -153,6 +178,38 @@ def refused_with(ids: object, policy: Any) -> Refusal:
         given = {**inputs(Spelling()), "ids": ids}
         (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), given).report.sites
     return entry.refusals["sparse"]
+
+
+def extended_twice() -> Refusal:
+    policy = [ExtendKeys(torch.ones(3, 12), heads=[1]), ExtendKeys(torch.ones(2, 12))]
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), inputs(Spelling())).report.sites
+    return entry.refusals["extend-keys"]
+
+
+def extended_with(**brought: Tensor) -> Refusal:
+    """Why a reference that is no constant leaves the attention alone."""
+    policy = ["fuse", ExtendKeys(attnopt.Input("features"), mask=attnopt.Input("seen"))]
+    given = {**inputs(Spelling()), "features": torch.ones(3, 12), **brought}
+    (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), given).report.sites
+    return entry.refusals["extend-keys"]
+
+
+def of_three_inputs() -> Refusal:
+    class Bare(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    given = tuple(torch.randn(2, 4, 7, 8) for _ in "qkv")
+    (entry,) = attnopt.optimize(Bare(), ["fuse", ExtendKeys(torch.ones(3, 8))], given).report.sites
+    return entry.refusals["extend-keys"]
+
+
+def of_a_saved_model() -> Refusal:
+    with tempfile.TemporaryDirectory() as folder:
+        attnopt.optimize(Attention(Spelling()), "fuse", (), inputs(Spelling())).save(folder)
+        refusal = ExtendKeys(torch.ones(3, 12)).check(attnopt.load(folder).sites[0])
+    assert refusal is not None
+    return refusal
 
 
 def padded_and_pooled() -> Refusal:
@@ -373,10 +430,55 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused_with(torch.zeros(7), BY_IDS),
         "[not-ids] expected an integer for each token, found ids of float32 (at LINE)",
     ),
+    "not-numbers": (
+        lambda: refused_with(torch.zeros(4, dtype=torch.int64), ScaleHeads(attnopt.Input("ids"))),
+        "[not-numbers] expected floating-point numbers, found ids of int64 (at LINE)\n  hint: convert it to the dtype of the "
+        "model",
+    ),
     "already-pooled": (
         pooled_twice,
         "[already-pooled] expected an attention without pooled keys, found heads 1, 2 read keys pooled by 7 (at LINE)\n  "
         "hint: apply pool-keys only once per site",
+    ),
+    "already-chosen": (
+        chosen_twice,
+        "[already-chosen] expected an attention that computes all rows, found heads 0 to 3 compute 3 of the rows by Norm() "
+        "(at LINE)\n  hint: apply query-rows only once per site",
+    ),
+    "already-mixed": (
+        mixed_and_chosen,
+        "[already-mixed] expected weights of a softmax alone, found a map mixed into them (at LINE)\n  hint: exclude the site "
+        "from query-rows",
+    ),
+    "already-extended": (
+        extended_twice,
+        "[already-extended] expected an attention of its own keys alone, found head 1 reads 3 more keys (at LINE)\n  hint: give "
+        "all tokens to one extend-keys",
+    ),
+    "not-a-mask": (
+        lambda: extended_with(seen=torch.ones(3)),
+        "[not-a-mask] expected a bool for each token, found seen of float32 (at LINE)",
+    ),
+    "other-features": (
+        lambda: refused(Spelling(), ExtendKeys(torch.ones(3, 5))),
+        "[other-features] expected a reference of tokens x 12, or of 1 or 2 x tokens x 12 numbers, found 3 x 5 (at LINE)\n  "
+        "hint: give what the key projection of this site reads, such as the input of the layer after its norm",
+    ),
+    "not-token-wise": (
+        lambda: refused(Spelling(rope="half"), ExtendKeys(torch.ones(3, 12))),
+        "[not-token-wise] expected keys and values that are computed from each token alone, wherever it stands, found mul (LINE) "
+        "(at LINE)\n  hint: the reference has no places in the sequence of the tokens, which rotated keys, caches and "
+        "convolutions need; exclude the site from extend-keys",
+    ),
+    "several-sources": (
+        of_three_inputs,
+        "[several-sources] expected keys and values that are computed from one tensor of features, found k, v (at LINE)\n  hint: "
+        "exclude the site from extend-keys",
+    ),
+    "unknown-features": (
+        of_a_saved_model,
+        "[unknown-features] expected known features of tokens, found a site of a saved model (at LINE)\n  hint: optimize the "
+        "model itself with this pass",
     ),
     "zero-padded": (
         padded_and_pooled,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
+from attnopt import Input
 from attnopt.compiler.policy import Policy
 from attnopt.passes import (
     AddValues,
     DynamicSparse,
     EvictKeys,
+    ExtendKeys,
     Fuse,
     GroupedQuery,
     HeadPatch,
@@ -17,12 +19,14 @@ from attnopt.passes import (
     MixMap,
     PoolKeys,
     PruneHeads,
+    QueryRows,
     RouteHeads,
     ScaleHeads,
     SegmentGain,
     SoftPAG,
     Sparse,
     Steer,
+    Transplant,
 )
 from attnopt.patterns import (
     BlockLayout,
@@ -97,6 +101,16 @@ PASSES = st.one_of(
         st.integers(0, 3),
         st.none() | st.lists(st.integers(-9, 9)) | st.just(range(2, 5)),
     ),
+    st.sampled_from([Steer(Input("delta"), [1]), HeadPatch([0, 2], Input("values")), MixMap(Input("map"), 0.5)]),
+    st.sampled_from([ScaleHeads(Input("gains")), Sparse(Segments(Input("ids"), ((0, 1),), keys=Input("words")))]),
+    st.builds(
+        lambda q, k, heads, tokens: Transplant(q=q, k=k, heads=heads, tokens=tokens),
+        st.sampled_from([Input("q"), "run", torch.ones(2, 3, 4).half()]),
+        st.none() | st.just(Input("k")),
+        st.none() | st.just([3, 1]),
+        st.none() | st.lists(st.integers(-9, 9)) | st.just(range(2, 5)),
+    ),
+    st.sampled_from([Transplant(map=Input("map")), Transplant(map=torch.rand(1, 2, 3, 3), heads=[2, 0])]),
     st.builds(
         AddValues,
         st.none() | st.lists(st.integers(-9, 9)) | st.just(range(2, 5)),
@@ -107,9 +121,25 @@ PASSES = st.one_of(
     st.sampled_from(PATTERNS).map(Sparse),
     st.builds(lambda gate, heads: MixMap([[0.5, -1.0]], gate, heads), st.floats(0, 1), st.none() | st.just([2, 0])),
     st.sampled_from([MixMap(torch.arange(12.0).reshape(2, 2, 3), [0.5, 1.0]), MixMap(torch.ones(1, 1).half(), 0)]),
+    st.builds(
+        ExtendKeys,
+        st.sampled_from([torch.arange(6.0).reshape(3, 2).bfloat16(), [[0.5, 2]], (), Input("reference")]),
+        st.floats(0, 1e6),
+        st.none() | st.just([2, 0]),
+    ),
+    st.sampled_from(
+        [ExtendKeys([[1.0], [2.0]], mask=[True, False]), ExtendKeys(Input("reference"), mask=Input("seen"))]
+    ),
     st.sampled_from([PoolKeys(4), PoolKeys((2, 3), (4, 6), heads=[1], prefix=1)]),
     st.builds(EvictKeys, st.sampled_from(["sinks", "h2o", "snapkv"]), st.integers(1, 99)),
     st.sampled_from([EvictKeys("sinks", 8, sinks=2), EvictKeys("snapkv", 8, recent=2, pool=5)]),
+    st.builds(
+        QueryRows,
+        st.sampled_from(["norm", "received", "received(stride=3)"]),
+        st.floats(0.1, 1) | st.integers(1, 9),
+        st.integers(0, 2),
+        st.none() | st.lists(st.integers(0, 9)),
+    ),
     st.builds(GroupedQuery, st.integers(1, 9), st.sampled_from(["mean", "first"])),
     st.builds(
         ScaleHeads, st.lists(st.floats(-2, 2)) | st.dictionaries(st.integers(0, 9), st.floats(-2, 2), min_size=1)

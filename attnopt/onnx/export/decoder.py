@@ -104,6 +104,12 @@ def _check_edits(sites: Sequence[Site]) -> None:
                 site=site.name,
                 hint="use export_onnx",
             )
+        if site.spec.before:
+            raise ExportError(
+                f"queries and keys of another run are those of all tokens at once: {site.spec.before[0]}",
+                site=site.name,
+                hint="use export_onnx",
+            )
         edit = next((e for e in site.spec.after if e.reads_positions), None)
         if edit is not None:
             raise ExportError(

@@ -18,6 +18,7 @@ from attnopt.onnx.export.canonical import Canonical, canonical, hidden_by_both
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, choose
 from attnopt.onnx.export.log_sum_exp import write_out_lse
 from attnopt.onnx.export.mask_split import soft_floor
+from attnopt.onnx.export.received import write_out_received
 from attnopt.onnx.export.split_projections import apart
 from attnopt.patterns import Full, Pattern
 from attnopt.slicing.weight_store import Weights
@@ -45,6 +46,7 @@ def mark(gm: fx.GraphModule, settle: Settle, takes_apart: bool = True) -> tuple[
     weights = Weights(module)
     marked: list[Marked] = []
     write_out_lse(module.graph)
+    write_out_received(module.graph)
     for node in list(attention_calls(module.graph)):
         emit = Emitter(module.graph, node)
         call = canonical(emit, node)

@@ -86,16 +86,28 @@ def _drop_state(gm: fx.GraphModule) -> None:
 
 
 def _output_names(gm: fx.GraphModule) -> list[str] | None:
-    """The output names of the model: the fields of its result; None if unnamed."""
+    """The output names of the model: the fields of its result; None if unnamed.
+
+    Beside a dict, as that of exposed taps, what has no name is an "output"."""
     spec = getattr(gm, "_out_spec", None)
     if spec is None:
         return None
     leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths = [path for path, _ in pytree.tree_flatten_with_path(leaves)[0]]
     names = ["_".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in p) for p in paths]
+    if isinstance(leaves, tuple) and isinstance(leaves[-1], dict):
+        names = [_named(p) for p in paths]
     taken = {n.name for n in inputs_of(gm.graph)}
     is_named = all(re.fullmatch(r"[A-Za-z_]\w*", n) and n not in taken for n in names)
     return names if is_named and len(set(names)) == len(names) else None
+
+
+def _named(path: Sequence[object]) -> str:
+    """The keys and fields of a path, as one word; places in tuples only where there is nothing else."""
+    told = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+    numbers = [str(getattr(k, "idx", "")) for k in path[1:]]
+    words = [re.sub(r"\W", "_", x) for x in told if x] or ["output", *(x for x in numbers if x)]
+    return "_".join(words)
 
 
 def _first_cause(e: BaseException) -> str:

@@ -1,6 +1,6 @@
 """An importance method of the whole model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,8 @@ class Flips(AblationImportance):
     def before(self, probe: HeadProbe) -> list[Any]:
         return [probe.output(batch).argmax(-1) for batch in probe.batches]
 
-    def moved(self, probe: HeadProbe, before: Any, off: Mapping[str, Sequence[int]]) -> float:
-        after = [probe.output(batch, off, self.kind).argmax(-1) for batch in probe.batches]
-        return float(sum((x != y).sum() for x, y in zip(before, after, strict=True)))
+    def read(self, probe: HeadProbe, before: Any, batch: int, output: Any) -> int:
+        return int((output.argmax(-1) != before[batch]).sum())
+
+    def moved(self, before: Any, read: Sequence[int]) -> float:
+        return float(sum(read))

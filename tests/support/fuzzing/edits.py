@@ -22,6 +22,7 @@ from attnopt.passes import (
     MixMap,
     PoolKeys,
     PruneHeads,
+    QueryRows,
     ScaleHeads,
     SegmentGain,
     Sparse,
@@ -30,6 +31,7 @@ from attnopt.passes import (
 from attnopt.patterns import Blocks, Causal, Pattern, PerHead, Sinks, Strided, Window
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import group_target, padding_of
+from fuzzing.row_order import Shuffled
 
 PATTERNS: tuple[Pattern, ...] = (
     Window(1, 0), Causal(), Sinks(1) | Window(1), Strided(2), Window(2, 1) & Strided(2) | Sinks(2),
@@ -160,6 +162,13 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             gate = (0.25, 1.0, 0.5, 0.0)[n % 4]
             passes.append(MixMap(mixed, gate))
             maps[passes[-1].name] = partial(_mixed, gate, mixed)
+        elif kind == "rows" and _by_normaliser(s) and not s.mask:  # padding is never chosen
+            keep, prefix = n % 5 + 1, n % 2
+            passes.append(QueryRows(Shuffled(n), keep, prefix))
+            place = torch.arange(call.q_len)
+            rank = Shuffled(n).of(place).masked_fill(place < prefix, torch.inf)
+            chosen = rank.sort(descending=True, stable=True).indices[: keep + prefix]
+            maps[passes[-1].name] = partial(_rows_alone, torch.isin(place, chosen))
         elif kind == "group" and s.kv_heads > 1 and s.norm != "across" and not case.reuse:
             merged = group_target(block)
             passes.append(GroupedQuery(kv_heads=merged, merge="mean"))
@@ -233,6 +242,11 @@ def _mixed(gate: float, mixed: Tensor, p: Tensor) -> Tensor:
     """Weights [..., L, S], a sink's column last, with a map mixed into them."""
     sinks = p.shape[-1] - mixed.shape[-1]
     return (1 - gate) * p + gate * nn.functional.pad(mixed, (0, sinks)).to(p.dtype)
+
+
+def _rows_alone(chosen: Tensor, p: Tensor) -> Tensor:
+    """Weights [..., L, S] of these rows, and zeros."""
+    return p * chosen.unsqueeze(-1).to(p.dtype)
 
 
 def _gains_can_be_told(case: Case, s: Spelling) -> bool:

@@ -22,6 +22,7 @@ REWRITES = (
     "pool", "pool+sparse",
     "pad", "prune+pad", "pad+scale",
     "mix", "window+mix", "mix+scale", "prune+mix", "group+mix",
+    "rows", "rows+sparse", "window+rows", "prune+rows", "rows+scale",
 )  # fmt: skip
 
 

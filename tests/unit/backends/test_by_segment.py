@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnopt.backends import block_gather, dispatch
+from attnopt.backends.attention_operator import attention
 from attnopt.backends.by_segment import sorted_by_segment
+from attnopt.base.input import Input
+from attnopt.ir.call_segments import CallSegments
+from attnopt.ir.constant import Constant
 from attnopt.ir.operands import OperandTensors, SegmentTensors
 from attnopt.ir.reference import reference
 from attnopt.ir.spec import AttentionSpec
@@ -47,6 +54,50 @@ def test_every_implementation_equals_the_mask(data: st.DataObject) -> None:
     )
     torch.testing.assert_close(dispatch.forward(spec, t, None), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(block_gather.attend(spec, masked), want, rtol=1e-4, atol=1e-5)
+
+
+FAR = (0, 1, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**40, -1, -(2**31), -(2**32), 1 - 2**33)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from(FAR), min_size=1, max_size=70), st.lists(st.sampled_from(FAR), min_size=1, max_size=70))
+def test_ids_of_64_bits_are_told_apart(queries: list[int], keys: list[int]) -> None:
+    torch.manual_seed(0)
+    t = OperandTensors(torch.randn(1, 1, len(queries), 8), *(torch.randn(1, 1, len(keys), 8) for _ in "kv"))
+    t = replace(t, segments=SegmentTensors(torch.tensor([queries]), torch.tensor([keys])))
+    shown = torch.tensor([[i == j and i >= 0 for j in keys] for i in queries])[None, None]
+    spec = AttentionSpec.of(1, 1, 8, 8, scale=0.5)
+    want = reference(spec)(t.q, t.k, t.v, bias=None, mask=shown, sinks=None)
+    torch.testing.assert_close(dispatch.forward(spec, t, None), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_pairs_name_numbers_that_narrow_ids_cannot_have(dtype: torch.dtype) -> None:
+    pairs = SegmentTensors.table([[(3, 3), (44, 44), (300, 3)]])
+    ids = torch.tensor([[3, 44, 7, 45]], dtype=dtype)
+    shown = SegmentTensors(ids, ids, pairs).mask()[0, 0]
+    assert shown.nonzero().tolist() == [[0, 0], [1, 1]]
+
+
+def test_gaps_between_ids_have_no_rows_in_a_table() -> None:
+    pairs = ((151644, 300), (300, 300))
+    segments = CallSegments(Input("ids"), Input("ids"), (pairs, None))
+    _, table = segments.tensors
+    assert isinstance(table, Constant)
+    assert table.shape == (2, 3, 3)
+    ids = torch.tensor([[300, 151644, 0, -1, 301]])
+    shown = segments.used([ids, table.tensor()], 5).mask()[0]
+    assert shown[0].nonzero().tolist() == [[0, 0], [1, 0]]
+    assert shown[1].all()
+
+
+@pytest.mark.parametrize(("of_queries", "of_keys"), [((1, 5), (1, 7)), ((1, 6), (1, 1)), ((3, 6), (1, 7))])
+def test_segments_of_other_lengths_are_refused(of_queries: tuple[int, int], of_keys: tuple[int, int]) -> None:
+    """The kernel would read beyond them."""
+    q, k = torch.randn(2, 1, 6, 8), torch.randn(2, 1, 7, 8)
+    ids = (torch.zeros(sizes, dtype=torch.int64) for sizes in (of_queries, of_keys))
+    with pytest.raises(ValueError, match="the segments of the"):
+        attention(q, k, k, None, None, None, "Full()", [0], 1.0, None, None, None, *ids)
 
 
 @settings(max_examples=40, deadline=None)

@@ -329,7 +329,7 @@ def test_choices_that_rounding_turns_are_told_and_mistakes_are_not() -> None:
                 heads = p.view(4, 4, -1)
                 heads[:] = torch.stack([heads[0].roll(h, 0) for h in range(4)])
     with pytest.warns(
-        AttnoptWarning, match="3 attentions choose blocks or heads from their inputs; each is correct on its own"
+        AttnoptWarning, match="3 attentions choose blocks, rows or heads from their inputs; each is correct on its own"
     ):
         attnopt.optimize(model, RouteHeads(routed=1), (x,), backend="sdpa")
     with pytest.raises(VerificationError, match=r"1: backend .wrong. .* does not compute what the spec says"):

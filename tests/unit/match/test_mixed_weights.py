@@ -244,6 +244,26 @@ def test_the_map_is_made_once_for_all_sequences() -> None:
     assert set(maps) <= {(1, H, N, N), (H, N, N)}, "nothing of size [L, S] is made for each sequence"
 
 
+def test_a_map_of_each_sequence_keeps_its_own_parameter() -> None:
+    """Two of three are one parameter, and the third has the same values until it is trained."""
+
+    class Stacked(Attention):
+        def __init__(self) -> None:
+            super().__init__(Gpsa(gate="number"))
+            self.last = nn.Parameter(self.raw.detach().clone())
+
+        def map(self, batch: int) -> Tensor:
+            return torch.stack([self.raw, self.raw, self.last])
+
+    model = Stacked().eval()
+    (x,) = inputs(model.s, 3)
+    fast = attnopt.optimize(model, "fuse", (x,))
+    assert fast.sites[0].spec.has_map
+    with torch.no_grad():
+        model.last.copy_(torch.randn(H, N, N))
+    oracle.assert_same(oracle.run(fast, (x,)), oracle.run(model, (x,)))
+
+
 @pytest.mark.parametrize("length", [N, 6, 14])
 def test_maps_at_other_lengths(length: int) -> None:
     class Alibi(Attention):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from circuits import INDUCTION_HEAD, PREVIOUS_HEAD, H, eager, induction_circuit, random_circuit
+from attention_only import INDUCTION_HEAD, PREVIOUS_HEAD, H, eager, induction_circuit, random_circuit
 from torch import Tensor, nn
 
 import attnopt

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from circuits import COPY, Circuit, D, E, H, Layer, eager, random_circuit
+from attention_only import COPY, Circuit, D, E, H, Layer, eager, random_circuit
 from torch import Tensor, nn
 
 import attnopt

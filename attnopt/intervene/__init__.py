@@ -1,0 +1,1 @@
+"""Interventions on the heads of any model: patching, path patching, and the search for heads."""

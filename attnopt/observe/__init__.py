@@ -1,0 +1,1 @@
+"""What every head of a model does: taps, read from data or exposed as outputs, and attributions."""

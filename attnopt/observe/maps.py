@@ -1,0 +1,99 @@
+"""Scores and weights of some queries of an attention.  r rows cost what r queries cost: no other row is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attnopt.base.sizes import is_static
+from attnopt.ir.operands import OperandTensors
+from attnopt.ir.reference import scores_of, softmax_of, weights_of
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns.algebra import FULL
+
+ELEMENTS = 1 << 22  # of a map that are computed at a time
+
+
+def scores(spec: AttentionSpec, t: OperandTensors, rows: Tensor | None = None) -> Tensor:
+    """What the softmax reads, [B, H, R, S]: scaled, with softcap and bias, -inf where hidden; float32 or wider."""
+    own, chosen = _of_rows(spec, t, rows)
+    return scores_of(own, chosen.q, chosen.k, chosen.bias, chosen.mask, chosen.sinks)[0]
+
+
+def weights(spec: AttentionSpec, t: OperandTensors, rows: Tensor | None = None) -> Tensor:
+    """What multiplies the values, [B, H, R, S], gains and map included; float32 or wider."""
+    if spec.weight_gains is not None and rows is not None:
+        return weights(spec, t).index_select(2, rows)  # a gain may depend on the mass of a part of its row
+    own, chosen = _of_rows(spec, t, rows)
+    p = weights_of(own, chosen.q, chosen.k, chosen.bias, chosen.mask, chosen.sinks)
+    if chosen.added is None:
+        return p
+    kept = p if chosen.keep is None else p * chosen.keep.to(p.dtype)
+    return kept + chosen.added.to(p.dtype)
+
+
+def log_sum_exp(spec: AttentionSpec, t: OperandTensors, rows: Tensor | None = None) -> Tensor:
+    """Of each row of scores, its sink included, [B, H, R]; -inf where a query sees nothing."""
+    own, chosen = _of_rows(spec, t, rows)
+    s, sinks = scores_of(own, chosen.q, chosen.k, chosen.bias, chosen.mask, chosen.sinks)
+    _, top, log_sum = softmax_of(s, sinks)
+    return top + log_sum
+
+
+def column_sums(spec: AttentionSpec, t: OperandTensors, counted: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The weight that each key gets from the queries that are ``counted``, bool [B, L]: [B, H, S].  No map is kept."""
+    total = torch.zeros(())
+    if spec.weight_gains is not None:
+        chosen = counted if rows is None else counted.index_select(1, rows)
+        return (weights(spec, t, rows) * chosen[:, None, :, None]).sum(2)
+    for block in blocks(t, spec.num_heads, rows):
+        factor = counted.index_select(1, block).unsqueeze(1)  # [B, 1, R]
+        if t.added is not None:
+            total = total + (weights(spec, t, block) * factor.unsqueeze(-1)).sum(2)
+            continue
+        own, given = _of_rows(spec, t, block)
+        s, sinks = scores_of(own, given.q, given.k, given.bias, given.mask, given.sinks)
+        top = s.amax(-1, keepdim=True) if sinks is None else torch.maximum(s.amax(-1, keepdim=True), sinks)
+        top = top.masked_fill(top == -torch.inf, 0.0)
+        s = s.sub_(top).exp_()
+        mass = s.sum(-1) if sinks is None else s.sum(-1) + torch.exp(sinks - top).squeeze(-1)
+        share = factor / mass.masked_fill(mass == 0.0, 1.0)  # dividing the rows' factors instead of their weights
+        total = total + (share.unsqueeze(-2) @ s).squeeze(-2)
+    return total
+
+
+def blocks(t: OperandTensors, heads: int, rows: Tensor | None) -> Iterator[Tensor]:
+    """The queries, in runs whose map has at most ``ELEMENTS`` entries."""
+    every = torch.arange(t.q.shape[2], device=t.q.device) if rows is None else rows
+    size = max(1, ELEMENTS // max(1, t.q.shape[0] * heads * t.k.shape[2]))
+    yield from torch.split(every, size)
+
+
+def _of_rows(spec: AttentionSpec, t: OperandTensors, rows: Tensor | None) -> tuple[AttentionSpec, OperandTensors]:
+    """The attention of these queries alone: their rows of the pattern become a mask."""
+    if rows is None:
+        return spec, t
+
+    def chosen(x: Tensor | None) -> Tensor | None:
+        if x is None or (is_static(x.shape[2]) and x.shape[2] == 1):
+            return x
+        return x.index_select(2, rows)
+
+    mask = chosen(t.mask)
+    if spec.pattern != FULL:
+        q_len, kv_len = t.q.shape[2], t.k.shape[2]
+        seen = spec.pattern.mask(q_len, kv_len, num_heads=spec.num_heads, device=t.q.device, rows=rows).unsqueeze(0)
+        mask = seen if mask is None else mask & seen
+    given = replace(
+        t,
+        q=t.q.index_select(2, rows),
+        bias=chosen(t.bias),
+        mask=mask,
+        sinks=chosen(t.sinks),
+        keep=chosen(t.keep),
+        added=chosen(t.added),
+    )
+    return replace(spec, pattern=FULL, seen_as=None, has_mask=mask is not None), given
