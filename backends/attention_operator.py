@@ -57,11 +57,15 @@ def attention_with_lse(
     scale: float,
     softcap: float | None,
     selected: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    kv_segments: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``attention``, with the log-sum-exp of each row in two parts, as in ``AttendWithLse``."""
     from attnopt.backends import dispatch
 
-    given = dispatch.call(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected)
+    segments = dispatch.segments_of(q_segments, kv_segments, pairs)
+    given = dispatch.call(q, k, v, bias, mask, sinks, pattern, kv_of_head, scale, softcap, selected, segments)
     return dispatch.forward_with_lse(*given)
 
 
@@ -81,7 +85,13 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, T
 def _keep(ctx: object, inputs: tuple[object, ...], output: object) -> None:
     from attnopt.backends import dispatch
 
-    dispatch.keep(ctx, inputs)
+    dispatch.keep(ctx, inputs[:11], inputs[12:])  # the rows that are wanted stand between
+
+
+def _keep_with_lse(ctx: object, inputs: tuple[object, ...], output: object) -> None:
+    from attnopt.backends import dispatch
+
+    dispatch.keep(ctx, inputs[:11], inputs[11:])
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,11 +103,11 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _backward_with_lse(ctx: object, grad: Tensor, _: Tensor, of_log_sum: Tensor) -> tuple[Tensor | None, ...]:
     from attnopt.backends import dispatch
 
-    return (*dispatch.backward_with_lse(ctx, grad, of_log_sum), *[None] * 5)
+    return (*dispatch.backward_with_lse(ctx, grad, of_log_sum), *[None] * 8)
 
 
 attention.register_autograd(_backward, setup_context=_keep)
-attention_with_lse.register_autograd(_backward_with_lse, setup_context=_keep)
+attention_with_lse.register_autograd(_backward_with_lse, setup_context=_keep_with_lse)
 
 ATTENTION = torch.ops.attnopt.attention.default  # in a graph
 ATTENTION_WITH_LSE = torch.ops.attnopt.attention_with_lse.default

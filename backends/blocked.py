@@ -42,6 +42,7 @@ class Blocked(Backend):
     weight_gains: ClassVar[bool] = True
     extends: ClassVar[bool] = True
     segments: ClassVar[bool] = True
+    gain_segments: ClassVar[bool] = True
     skips_rows: bool = False
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
@@ -86,9 +87,17 @@ class Blocked(Backend):
 
     def _with_lse(self, spec: AttentionSpec) -> AttendWithLse:
         def attend(
-            q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            bias: Tensor | None,
+            mask: Tensor | None,
+            sinks: Tensor | None,
+            segments: SegmentTensors | None = None,
         ) -> tuple[Tensor, Tensor, Tensor]:
-            o, top, log_sum = attention_with_lse(q, k, v, bias, mask, sinks, *_options(spec, q, k))
+            ids = () if segments is None else (segments.queries, segments.keys, segments.pairs)
+            o, top, log_sum = attention_with_lse(q, k, v, bias, mask, sinks, *_options(spec, q, k), *ids)
             return o, top, log_sum
 
         return attend
@@ -111,18 +120,19 @@ class Blocked(Backend):
         if site.device != "cpu":
             return visits * dense_flops(site) / (_FLEX_RATE * GPU_RATE)
         speed = of_cpu()
-        return len(parts) * speed.blocked_call + visits * dense_flops(site) / speed.blocked
+        calls = 1 if site.spec.weight_gains is None else site.spec.weight_gains.count
+        return calls * speed.blocked_call + visits * dense_flops(site) / speed.blocked
 
     def skipping_rows(self) -> Blocked:
         return replace(self, skips_rows=True)
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
-        reason, parts = native.why_not(), len(_pieces(spec))
+        reason, gains = native.why_not(), spec.weight_gains
         apart = spec.extension is not None and not joins_simply(spec)
-        what = "own and other keys apart" if apart else f"{parts} parts of the pairs"
+        what = "own and other keys apart" if gains is None else f"{gains.count} parts of the pairs"
         merged = (f"blocked: computes {what} and merges them; ONNX Runtime computes each densely",)
         slow = (f"blocked: using torch operators instead of the compiled kernel: {reason}",)
-        return (*(merged if parts or apart else ()), *(() if reason is None else slow))
+        return (*(merged if apart or gains is not None else ()), *(() if reason is None else slow))
 
 
 def _options(
@@ -136,4 +146,6 @@ def _options(
 
 
 def _pieces(spec: AttentionSpec) -> tuple[Pattern, ...]:
-    return () if spec.weight_gains is None else spec.weight_gains.pieces
+    """None for gains whose ids a call brings: together, they compute each pair about once."""
+    gains = spec.weight_gains
+    return () if gains is None or gains.segments is not None else gains.pieces

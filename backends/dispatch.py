@@ -62,7 +62,9 @@ def forward(spec: AttentionSpec, operands: OperandTensors, wanted: Tensor | None
 
 def forward_with_lse(spec: AttentionSpec, operands: OperandTensors) -> tuple[Tensor, Tensor, Tensor]:
     found = _by_kernel(spec, operands)
-    o, top, log_sum = _in_torch(operands.q).attend_with_lse(spec, operands) if found is None else found
+    if found is None:
+        found = _in_torch(operands.q).attend_with_lse(spec, operands.with_segments_masked())
+    o, top, log_sum = found
     return _heads_inside(o), top.contiguous(), log_sum.contiguous()
 
 
@@ -115,10 +117,9 @@ def _warn(reason: str) -> None:
     warn(f"attention runs without its compiled kernel: {reason}")
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    """What the backward pass needs.  Rows that are not wanted get no gradient."""
-    ctx.spec, t = call(*inputs[:11])
-    ids = inputs[12:15] or (None, None, None)  # which the operator with a log-sum-exp has not
+def keep(ctx: Any, inputs: tuple[Any, ...], ids: tuple[Any, ...]) -> None:
+    """What the backward pass needs: up to ``selected``, and segments.  Rows that are not wanted get no gradient."""
+    ctx.spec, t = call(*inputs)
     ctx.save_for_backward(t.q, t.k, t.v, t.bias, t.mask, t.sinks, t.selected, *ids)
 
 

@@ -24,6 +24,7 @@ class Reference(Backend):
     zero_keys: ClassVar[bool] = True
     extends: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
+    gain_segments: ClassVar[bool] = True
     rows: ClassVar[bool] = True
 
     def lower(self, spec: AttentionSpec) -> Attend:

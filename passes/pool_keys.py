@@ -82,11 +82,11 @@ class PoolKeys(Pass):
         causal = refuse_causal_pools(site, pooled, "use grouped-query or local-window")
         if causal is not None:
             return causal
-        if site.spec.segments is not None:
+        if site.spec.call_segments is not None:
             return site.refuse(
                 "masked-pools",
                 expected="keys that are never hidden",
-                found=str(site.spec.segments),
+                found=str(site.spec.segments or site.spec.weight_gains),
                 hint="hidden keys would enter the means; use either segments or pool-keys at a site",
             )
         if site.spec.has_mask or site.bias_hides:

@@ -151,6 +151,15 @@ def refuse_pooled(site: Site, hint: str) -> Refusal | None:
     return site.refuse("already-pooled", expected=expected, found=str(site.spec.pooling), hint=hint)
 
 
+def refuse_segmented(site: Site) -> Refusal | None:
+    """Refuse an attention that already reads the ids of segments of a call."""
+    if site.spec.call_segments is None:
+        return None
+    found = site.spec.segments or site.spec.weight_gains
+    hint = "number the intersections of both as segments of one input"
+    return site.refuse("already-segmented", expected="an attention without segments", found=str(found), hint=hint)
+
+
 def refuse_extended(site: Site, hint: str) -> Refusal | None:
     """Refuse heads that already read keys of other tokens."""
     if site.spec.extension is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from attnopt.base.options import choice, whole, wholes
 from attnopt.errors import PolicyError
 from attnopt.fit.importance_methods import OutputNorm, scored
-from attnopt.fit.router import fitted_router, used_share
+from attnopt.fit.router import fitted_gates, fitted_router, used_share
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
@@ -17,6 +17,7 @@ from attnopt.ir.site import Site
 from attnopt.passes.preconditions import refuse_edits, refuse_no_data, refuse_unknown_heads, refuse_unknown_projections
 
 ROUTERS = ("query-norm", "linear")
+WEIGHTS = ("hard", "soft")
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class RouteHeads(Pass):
     ``router``: "query-norm": the heads with the largest query norm, needs no data; "linear": scores linear in the
     queries of all heads, fitted by least squares to the output norm of each head on the calibration data.  Ties go to
     the first head.
-    A head is either used or not: unlike MoH, which trains its router and weights the heads, nothing is trained.  Heads
-    that were already pruned are ignored.  Raises PolicyError, and CalibrationError if there are fewer calibration
+    ``weights``: "hard": a head is either used or not; "soft": used heads are weighted as in MoH, by a softmax of the scores of a
+    linear router and a factor each for shared and routed heads, which are fitted to the output of all heads on the calibration
+    data; the softmax only where it comes nearer on tokens that are held out.  Unlike in MoH, nothing is trained.  Heads that were
+    already pruned are ignored.  Raises PolicyError, and CalibrationError if there are fewer calibration
     tokens than query features.
     """
 
@@ -40,6 +43,7 @@ class RouteHeads(Pass):
     shared: Sequence[int] | int = ()
     routed: int = 1
     router: str = "query-norm"
+    weights: str = "hard"
 
     def __post_init__(self) -> None:
         is_count = isinstance(self.shared, int)
@@ -47,6 +51,11 @@ class RouteHeads(Pass):
         object.__setattr__(self, "shared", shared)
         whole(self.name, "routed", self.routed)
         choice(self.name, "router", self.router, ROUTERS)
+        choice(self.name, "weights", self.weights, WEIGHTS)
+        if self.weights == "soft" and self.router != "linear":
+            raise PolicyError(
+                f"{self.name}: weights='soft' needs scores that say how much a head gives", hint="use router='linear'"
+            )
         if not shared and not self.routed:
             raise PolicyError(
                 f"{self.name}: shared={self.shared!r} and routed=0 leave no head; set at least one of them"
@@ -77,6 +86,8 @@ class RouteHeads(Pass):
             return Rewrite(site.spec, notes=("route-heads: every token uses every head",))
         router = fitted_router(site, others) if self.router == "linear" and self.routed else None
         route = Routed(shared, others, self.routed, router)
+        if self.weights == "soft" and router is not None:
+            route = replace(route, soft=fitted_gates(site, route))
         return Rewrite(site.spec.followed_by(route), notes=_told(site, route))
 
     @property

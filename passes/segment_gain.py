@@ -8,6 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, ClassVar, get_args
 
+from attnopt.base.input import Input
 from attnopt.base.options import number
 from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Pass, Rewrite
@@ -16,16 +17,20 @@ from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
 from attnopt.passes.preconditions import (
+    HINT_IDS,
     distinct_heads,
     note_absent_tokens,
     refuse_causal_pools,
     refuse_extended,
     refuse_other_keys,
     refuse_other_lengths,
+    refuse_pooled,
     refuse_rows,
+    refuse_segmented,
+    refuse_unfit_inputs,
     refuse_unknown_heads,
 )
-from attnopt.patterns import Keys, Pattern, PerHead, parse
+from attnopt.patterns import Keys, Pattern, PerHead, Segments, parse
 from attnopt.patterns.algebra import any_of
 
 LARGEST = 1e6
@@ -37,7 +42,8 @@ class SegmentGain(Pass):
     """Multiply attention weights by the segment of their keys, without ever holding a map of weights.
 
     ``segments``: key positions (a range, integers, or a text such as "5-580"), a pattern, or a list of these, of which the
-    first that holds a pair counts.  ``gains``: a number for all segments or one for each, from 0 to 1e6.
+    first that holds a pair counts.  With ``Segments`` of an ``Input``, and their pairs, each call brings the ids; ``to`` and all
+    segments are then of the same input.  ``gains``: a number for all segments or one for each, from 0 to 1e6.
     ``heads``: None for all.
 
     ``normalise``: what keeps the sum of a row.
@@ -85,22 +91,31 @@ class SegmentGain(Pass):
         object.__setattr__(self, "normalise", normalise)
         object.__setattr__(self, "to", None if to is None else _segment(to))
         object.__setattr__(self, "when", _conditions(when))
+        _check_brought(self._patterns)
+
+    @property
+    def _patterns(self) -> tuple[Pattern, ...]:
+        return (*self.segments, *([] if self.to is None else [self.to]))
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        first = self.segments[0]
+        return tuple(dict.fromkeys(first.inputs)) if isinstance(first, Segments) else ()
 
     @classmethod
     def typical(cls) -> SegmentGain:
         return cls(Keys([0]), 0.5)
 
     def check(self, site: Site) -> Refusal | None:
-        patterns = (*self.segments, *([] if self.to is None else [self.to]))
+        patterns = self._patterns
         named = max(p.named_heads for p in patterns)
         found = refuse_unknown_heads(site, [*(self.heads or ()), *([named - 1] if named else [])])
         for pattern in patterns:
             if found is None and pattern.is_positional:
                 found = refuse_other_keys(site, past=not pattern.reads_length)
             found = found or refuse_other_lengths(site, pattern) or self._refuse_beyond(site, pattern)
-        found = (
-            found or self._refuse_twice(site) or refuse_rows(site, "use either segment-gain or query-rows at a site")
-        )
+        found = found or self._refuse_twice(site) or self._refuse_inputs(site)
+        found = found or refuse_rows(site, "use either segment-gain or query-rows at a site")
         return found or refuse_causal_pools(site, self.rewrite(site).spec, "leave the heads that pool out of heads=")
 
     def rewrite(self, site: Site) -> Rewrite:
@@ -109,7 +124,7 @@ class SegmentGain(Pass):
         if not chosen or all(g == 1 for g in self.gains):
             return Rewrite(spec)
         listed = list(zip(self.segments, self.gains, strict=True))
-        if self.normalise == "logits" and self.when is None:  # keys without weight are hidden
+        if self.normalise == "logits" and self.when is None and not self.inputs:  # keys without weight are hidden
             hidden = [self._alone(i) for i, (_, g) in enumerate(listed) if g == 0]
             listed = [(s, g) for s, g in listed if g != 0]
             spec = _without(spec, hidden, chosen) if hidden else spec
@@ -117,7 +132,8 @@ class SegmentGain(Pass):
             return Rewrite(spec)
         parts = tuple(
             Part(
-                any_of(s for s, _ in run).for_heads(spec.heads), tuple(gain if h in chosen else 1.0 for h in spec.heads)
+                _together([s for s, _ in run]).for_heads(spec.heads),
+                tuple(gain if h in chosen else 1.0 for h in spec.heads),
             )
             for gain, run in groupby(listed, key=itemgetter(1))
         )
@@ -138,9 +154,18 @@ class SegmentGain(Pass):
             return None
         return site.refuse("unknown-keys", expected=f"key positions below {site.kv_len}", found=f"position {last}")
 
+    def _refuse_inputs(self, site: Site) -> Refusal | None:
+        if not self.inputs:
+            return None
+        if site.spec.segments is not None:
+            return refuse_segmented(site)
+        if site.spec.pooling is not None:
+            return refuse_pooled(site, "use either gains on segments or pool-keys at a site")
+        return refuse_unfit_inputs(site, self.rewrite(site).spec.of_segments, HINT_IDS)
+
     def _refuse_twice(self, site: Site) -> Refusal | None:
-        hides_alone = self.normalise == "logits" and self.when is None and {*self.gains} <= {0.0, 1.0}
-        if hides_alone:
+        hides = self.normalise == "logits" and self.when is None and {*self.gains} <= {0.0, 1.0}
+        if hides and not self.inputs:
             return None
         if site.spec.weight_gains is None:
             return refuse_extended(site, "use either extend-keys or segment-gain at a site")
@@ -149,6 +174,35 @@ class SegmentGain(Pass):
         )
         found = str(site.spec.weight_gains)
         return site.refuse("already-gained", expected="weights without gains", found=found, hint=hint)
+
+
+def _check_brought(patterns: Sequence[Pattern]) -> None:
+    """Ids that a call brings are those of all patterns.  Raises PolicyError."""
+    leaves = [leaf for p in patterns for leaf in p.leaves() if isinstance(leaf, Segments) and leaf.inputs]
+    if not leaves:
+        return
+    alone = [p for p in patterns if isinstance(p, Segments) and p.inputs == leaves[0].inputs]
+    if len(alone) < len(patterns):
+        raise PolicyError(
+            f"segment-gain: segments that a call brings, {leaves[0]}, beside others",
+            hint="let all segments, and to=, be Segments of the same Input",
+        )
+    if any(p.pairs is None for p in alone):
+        raise PolicyError(
+            f"segment-gain: {leaves[0]} does not say which segments",
+            hint="list pairs of a query segment and a key segment, as in pairs=[(None, 3)] for the keys of 3, or "
+            "pairs=[(0, 0), (1, 1)]",
+        )
+
+
+def _together(segments: Sequence[Pattern]) -> Pattern:
+    """The pairs that one of them has."""
+    first = segments[0]
+    if not (isinstance(first, Segments) and first.inputs):
+        return any_of(segments)
+    return Segments(
+        first.ids, [pair for s in segments if isinstance(s, Segments) for pair in s.pairs or ()], first.keys
+    )
 
 
 def _last(pattern: Pattern) -> int:

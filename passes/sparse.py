@@ -22,6 +22,7 @@ from attnopt.passes.preconditions import (
     refuse_other_lengths,
     refuse_pooled,
     refuse_rows,
+    refuse_segmented,
     refuse_unfit_inputs,
     refuse_unknown_heads,
 )
@@ -104,11 +105,8 @@ def _refuse_segments(site: Site, segments: CallSegments | None) -> Refusal | Non
     """Refuse segments that the site, or what the call brings for it, has no room for."""
     if segments is None:
         return None
-    if site.spec.segments is not None:
-        hint = "number the intersections of both as segments of one input"
-        return site.refuse(
-            "already-segmented", expected="an attention without segments", found=site.spec.segments, hint=hint
-        )
+    if site.spec.call_segments is not None:
+        return refuse_segmented(site)
     if site.spec.pooling is not None:
         return refuse_pooled(site, "use either segments or pool-keys at a site")
     if site.spec.rows is not None:

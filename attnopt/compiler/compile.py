@@ -29,6 +29,7 @@ from attnopt.compiler.site_report import site_report
 from attnopt.errors import CaptureError, RewriteError, VerificationError
 from attnopt.graph.evaluate import dynamic_axes
 from attnopt.graph.nodes import stored
+from attnopt.lower.fixed_operands import FixedOperands, store_fixed_operands
 from attnopt.lower.lower import lower
 from attnopt.match.find import Findings, find
 from attnopt.report.report import Report
@@ -99,6 +100,7 @@ def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock
     dynamic &= dynamic_axes(program.module.graph)
     with clock.stage("lower"):
         module = lower(program.module, plans, joins=not is_file(job.model))
+        fixed = [] if is_file(job.model) else store_fixed_operands(module, trains=job.model.training)
     _check_axes(dynamic - dynamic_axes(module.graph))
     with clock.stage("verify"):
         checker = Checker(job.model, program, plans, job.options.seed)
@@ -106,7 +108,7 @@ def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock
         told.all_of(found)
         error = max(error, checker.error_on(module, job.batches, job.signature(module)))
         _check_tolerance(error, job.options.tolerance)
-        decisions = with_recall(job, program, decisions)
+        decisions = _with_notes(with_recall(job, program, decisions), fixed)
     report = Report(
         sites=tuple(map(site_report, decisions)),
         near_misses=findings.near_misses,
@@ -137,6 +139,11 @@ def _origin(
         form=program.form,
         file=FileOrigin(job.model, program.module, plans) if is_file(job.model) else None,
     )
+
+
+def _with_notes(decisions: Sequence[Decision], fixed: Sequence[FixedOperands]) -> list[Decision]:
+    told = {f.site: str(f) for f in fixed}
+    return [replace(d, notes=(*d.notes, told[n])) if (n := d.found.site.name) in told else d for d in decisions]
 
 
 def _broken_weights(program: Program) -> Iterator[str]:

@@ -30,7 +30,12 @@ def site_report(d: Decision) -> SiteReport:
         spec_after=_described(after.spec, before.spec.heads),
         cost_before=cost_of(before, before.spec, before.spec, _element_sizes(d)),
         cost_after=cost_of(
-            before, after.spec, before.spec, _element_sizes(d), rows=1.0 if d.plan is None else d.plan.rows
+            before,
+            after.spec,
+            before.spec,
+            _element_sizes(d),
+            rows=1.0 if d.plan is None else d.plan.rows,
+            pools_early=d.plan is not None and d.plan.pools_early,
         ),
         passes=() if d.plan is None else d.plan.passes,
         refusals=dict(d.refusals),

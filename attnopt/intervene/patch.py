@@ -11,10 +11,11 @@ from attnopt.base.compile_lock import compiling
 from attnopt.base.options import choice
 from attnopt.base.progress import working
 from attnopt.capture.calibration import Batch
+from attnopt.compiler.chosen_sites import Sites
 from attnopt.compiler.head_graph import head_graph
 from attnopt.compiler.head_sweep import HeadSweep, with_each
 from attnopt.intervene.metric import Metric, measured, require_callable
-from attnopt.intervene.runs import DIRECTIONS, Sites, chosen_heads, two_runs
+from attnopt.intervene.runs import DIRECTIONS, chosen_heads, two_runs
 from attnopt.report.head_effects import HeadEffects
 
 RUNS = ("clean", "corrupted")

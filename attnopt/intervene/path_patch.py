@@ -15,13 +15,14 @@ from attnopt.base.progress import working
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch
 from attnopt.compiler.analyze import Analyzed
+from attnopt.compiler.chosen_sites import chosen_places, no_such_site
 from attnopt.compiler.head_graph import head_graph
 from attnopt.compiler.head_sweep import HeadSweep, agree, with_each
 from attnopt.errors import PolicyError
 from attnopt.graph.resume import Part, Stacker
 from attnopt.intervene.metric import Metric, measured, require_callable
 from attnopt.intervene.patch import RUNS
-from attnopt.intervene.runs import DIRECTIONS, chosen_heads, no_such_site, require_heads, two_runs
+from attnopt.intervene.runs import DIRECTIONS, chosen_heads, two_runs
 from attnopt.match.find import Found
 from attnopt.report.head_effects import HeadEffects
 
@@ -156,9 +157,8 @@ def _receivers(receivers: str | Sequence[Receiver], found: Sequence[Found]) -> d
         if not (isinstance(one, (tuple, list)) and len(one) == 3 and one[2] in ROLES):
             raise PolicyError(f"path_patch: invalid receiver {one!r}", hint=hint)
         site, head, role = one
-        f = _named(by_name, site)
-        require_heads("path_patch", f, [head])
-        made.setdefault(site, {}).setdefault(role, []).append(f.site.spec.heads.index(head))
+        (place,) = _places(by_name, site, head)
+        made.setdefault(site, {}).setdefault(role, []).append(place)
     return made
 
 
@@ -173,17 +173,18 @@ def _senders(senders: str | Sequence[Sender], found: Sequence[Found]) -> Heads:
                 f"path_patch: invalid sender {one!r}", hint="expected (site, head) pairs, or a glob of sites"
             )
         site, head = one
-        require_heads("path_patch", _named(by_name, site), [head])
+        _places(by_name, site, head)
         made.setdefault(site, []).append(head)
     if not made:
         raise PolicyError("path_patch: no sender is given", hint='pass (site, head) pairs, or "*" for all heads')
     return {name: tuple(dict.fromkeys(heads)) for name, heads in made.items()}
 
 
-def _named(by_name: Mapping[str, Found], site: object) -> Found:
+def _places(by_name: Mapping[str, Found], site: object, head: object) -> tuple[int, ...]:
+    """The place of one head.  Raises PolicyError for what is not there."""
     if site not in by_name:
         raise no_such_site("path_patch", site, list(by_name))
-    return by_name[str(site)]
+    return chosen_places("path_patch", [head], str(site), by_name[str(site)].site.spec.heads)
 
 
 def _warn_of_unread(analyzed: Analyzed) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
-from attnopt.base.options import wholes
 from attnopt.capture.calibration import Batch, Calibration, as_inputs
 from attnopt.compiler.analyze import Analyzed
 from attnopt.compiler.analyze_batches import analyze_batches
+from attnopt.compiler.chosen_sites import chosen_places, site_globs, site_names
 from attnopt.errors import CalibrationError, PolicyError, RewriteError
 from attnopt.graph.cleanup import draws
-from attnopt.ir.site import Site
 from attnopt.match.find import Found
 
 DIRECTIONS = ("denoising", "noising")
-Sites = str | Site | Sequence[str | Site]
 
 
 def two_runs(model: nn.Module, clean: Batch, corrupted: Batch) -> tuple[Analyzed, CallInputs, CallInputs]:
@@ -59,46 +55,11 @@ def _named(inputs: CallInputs) -> dict[str, object]:
     return {**{str(i): x for i, x in enumerate(inputs.args)}, **inputs.kwargs}
 
 
-def chosen_heads(
-    owner: str, found: Sequence[Found], sites: Sites, heads: Iterable[int] | None
-) -> dict[str, tuple[int, ...]]:
+def chosen_heads(owner: str, found: Sequence[Found], sites: object, heads: object) -> dict[str, tuple[int, ...]]:
     """The chosen heads by site, in the order of ``found``.  Raises PolicyError for what is not there."""
-    listed = [sites] if isinstance(sites, (str, Site)) else list(sites)
-    globs = [s.name if isinstance(s, Site) else s for s in listed]
-    names = [f.site.name for f in found]
-    if not names:
+    globs = site_globs(owner, sites)
+    if not found:
         raise PolicyError(f"{owner}: no attention was found", hint="attnopt.inspect says what came near")
-    for glob in globs:
-        if not isinstance(glob, str) or not any(_fits(n, glob) for n in names):
-            raise no_such_site(owner, glob, names)
-    wanted = None if heads is None else wholes(owner, "heads", heads)
-    chosen: dict[str, tuple[int, ...]] = {}
-    for f in found:
-        if any(_fits(f.site.name, glob) for glob in globs):
-            chosen[f.site.name] = f.site.spec.heads if wanted is None else wanted
-            require_heads(owner, f, chosen[f.site.name])
-    if not any(chosen.values()):
-        raise PolicyError(f"{owner}: no head is chosen", hint="name sites and heads, or omit them for all")
-    return chosen
-
-
-def no_such_site(owner: str, name: object, names: Collection[str]) -> PolicyError:
-    near = difflib.get_close_matches(name, names, n=2) if isinstance(name, str) else []
-    listed = ", ".join(map(repr, list(names)[:6])) + (", ..." if len(names) > 6 else "")
-    told = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the sites are {listed}"
-    return PolicyError(f"{owner}: no attention is named {name!r}", hint=told)
-
-
-def require_heads(owner: str, found: Found, heads: Iterable[int]) -> None:
-    """Raises PolicyError for heads that the site lacks."""
-    there = found.site.spec.heads
-    unknown = [h for h in heads if h not in there]
-    if unknown:
-        told = ", ".join(map(str, unknown))
-        raise PolicyError(
-            f"{owner}: {found.site.name} has no head {told}", hint=f"its heads are {there[0]} to {there[-1]}"
-        )
-
-
-def _fits(name: str, glob: str) -> bool:
-    return glob == name or fnmatchcase(name, glob)
+    names = site_names(owner, globs, [f.site.name for f in found])
+    there = {f.site.name: f.site.spec.heads for f in found if f.site.name in names}
+    return {name: tuple(own[i] for i in chosen_places(owner, heads, name, own)) for name, own in there.items()}

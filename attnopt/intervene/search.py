@@ -16,6 +16,7 @@ from attnopt.base.options import choice, whole
 from attnopt.base.progress import working
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
+from attnopt.compiler.chosen_sites import Sites
 from attnopt.compiler.compile import Compiled, carried_out
 from attnopt.compiler.decide import escapes
 from attnopt.compiler.head_switches import Switched, switched
@@ -24,7 +25,7 @@ from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.compiler.policy import Policy
 from attnopt.errors import PolicyError, SearchError
 from attnopt.intervene.metric import require_callable, scalar
-from attnopt.intervene.runs import Sites, chosen_heads
+from attnopt.intervene.runs import chosen_heads
 from attnopt.ir import plugin_calls
 from attnopt.ir.interfaces import Pass
 from attnopt.ir.refusal import Refusal

@@ -20,8 +20,8 @@ from attnopt.ir.constant import Constant
 from attnopt.ir.operands import SegmentTensors
 from attnopt.patterns import And, Pattern, Segments
 from attnopt.patterns.algebra import FULL, all_of
+from attnopt.patterns.segments import Pairs
 
-Pairs = tuple[tuple[int, int], ...]
 _SMALL, _GAPS = 256, 4  # rows of a table of pairs that always may be there, and for each id that pairs name
 
 
@@ -63,16 +63,20 @@ class CallSegments:
     @cached_property
     def _table(self) -> Constant:
         """As of ``SegmentTensors``, whatever is being traced: specs know no fake tensors."""
-        place = {number: n for n, number in enumerate(self._apart)}
+        place: dict[int | None, int | None] = {None: None, **{number: n for n, number in enumerate(self._apart)}}
         own = self.pairs or ()
-        pairs = [p if p is None or not place else [(place[a], place[b]) for a, b in p] for p in own]
+        if self._apart:
+            own = tuple(p if p is None else tuple((place[a], place[b]) for a, b in p) for p in own)
         with unset_fake_temporarily():
-            return Constant.of(SegmentTensors.table(pairs[:1] if len(set(own)) == 1 else pairs))
+            return Constant.of(self._tabled(own))
+
+    def _tabled(self, pairs: Sequence[Pairs | None]) -> Tensor:
+        return SegmentTensors.table(pairs[:1] if len(set(pairs)) == 1 else pairs)
 
     @cached_property
     def _apart(self) -> tuple[int, ...]:
         """The ids that pairs name, where these are so few for their size that a table has rows for them alone."""
-        named = sorted({i for own in self.pairs or () for pair in own or () for i in pair})
+        named = sorted({i for own in self.pairs or () for pair in own or () for i in pair if i is not None})
         return tuple(named) if named and named[-1] >= max(_SMALL, _GAPS * len(named)) else ()
 
     def _numbered(self, ids: Tensor) -> Tensor:
@@ -92,13 +96,29 @@ class CallSegments:
         """The inverse of ``to_json``."""
         pairs = None
         if data["pairs"] is not None:
-            pairs = tuple(p if p is None else tuple((int(a), int(b)) for a, b in p) for p in data["pairs"])
+            pairs = tuple(p if p is None else tuple((_number(a), _number(b)) for a, b in p) for p in data["pairs"])
         return cls(Input(str(data["queries"])), Input(str(data["keys"])), pairs)
 
     def __str__(self) -> str:
         """ "segments by region_ids" """
         names = dict.fromkeys((self.queries.name, self.keys.name))
         return f"segments by {' and '.join(names)}"
+
+
+@dataclass(frozen=True)
+class SegmentParts(CallSegments):
+    """A partition of all pairs of tokens, the same for all heads.  ``pairs``: of each part but the last, which has all others;
+    the first part that holds a pair has it."""
+
+    def keeping(self, places: Sequence[int]) -> SegmentParts:
+        return self
+
+    def _tabled(self, pairs: Sequence[Pairs | None]) -> Tensor:
+        return SegmentTensors.partition([p or () for p in pairs])
+
+
+def _number(segment: Any) -> int | None:
+    return None if segment is None else int(segment)
 
 
 def separated(pattern: Pattern, heads: Sequence[int]) -> tuple[Pattern, CallSegments | None]:

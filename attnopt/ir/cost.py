@@ -32,15 +32,22 @@ class Cost:
 
 
 def cost_of(
-    site: Site, spec: AttentionSpec, before: AttentionSpec, element_sizes: tuple[int, int], rows: float = 1.0
+    site: Site,
+    spec: AttentionSpec,
+    before: AttentionSpec,
+    element_sizes: tuple[int, int],
+    rows: float = 1.0,
+    pools_early: bool = False,
 ) -> Cost:
     """FLOPs of the two products over the visible pairs, of the products of its map and edits and of the projections, for one
     sequence of the length of the example; parameters of the projections; cached key and value bytes per token.
 
     ``element_sizes``: bytes per element of a key and of a value.
-    ``rows``: the fraction of (query, head) pairs that are computed.
+    ``rows``: the fraction of (query, head) pairs that are computed.  ``pools_early``: tokens are pooled before they are projected
+    to keys and values.
     """
-    products = rows * sum(_products(part.spec, site.q_len, part.kv_len(site.kv_len)) for part in parts_of(spec))
+    parts = parts_of(spec)
+    products = rows * sum(_products(part.spec, site.q_len, part.kv_len(site.kv_len)) for part in parts)
     if spec.rows is not None:
         products += 2 * spec.head_dim * len(spec.rows.heads) * spec.rows.scores.voters(site.q_len) * site.kv_len
     more = spec.extension
@@ -53,8 +60,12 @@ def cost_of(
     parameters = {role: n for role, n in parameters.items() if role not in spec.unused}
     pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
     products += 2 * spec.value_dim * (pairs + sum(edit.pairs(site.q_len, site.kv_len) for edit in spec.after))
-    read = site.kv_len + (more.tokens if more is not None and isinstance(more.reference, CallTensor) else 0)
-    tokens = {"q": site.q_len, "k": read, "v": read, "out": site.q_len}
+    projected = float(site.kv_len)
+    if pools_early:
+        projected = sum(len(part.kv_places) * part.kv_len(site.kv_len) for part in parts) / spec.num_kv_heads
+    if more is not None and isinstance(more.reference, CallTensor):
+        projected += more.tokens
+    tokens = {"q": site.q_len, "k": projected, "v": projected, "out": site.q_len}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
     if spec.is_constant:  # queries, keys and values are unused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,12 +19,38 @@ from attnopt.ir.mixed_maps import Mixed
 
 
 @dataclass(frozen=True)
+class SoftGates:
+    """The factors of used heads: ``shared`` for those that serve every token; for the others, ``routed`` times their number times
+    softmax(``sharpness`` * score) over those that the token uses, so that their mean is ``routed``.
+
+    These are the gates of MoH (arXiv:2410.11842), with alpha_1 and alpha_2 the same for all tokens, and shared heads that count
+    alike.
+    """
+
+    shared: float
+    routed: float
+    sharpness: float
+
+    def of_routed(self, scores_BRL: Tensor, chosen_BRL: Tensor, count: int) -> Tensor:
+        """0 where a head is not chosen."""
+        if count == 0:
+            return torch.zeros_like(scores_BRL)
+        logits = (self.sharpness * scores_BRL).masked_fill(~chosen_BRL, -torch.inf)
+        return self.routed * count * logits.softmax(1)
+
+    def __str__(self) -> str:
+        return f", weighted {self.shared:.3g} and {self.routed:.3g} x softmax({self.sharpness:.3g} x score)"
+
+
+@dataclass(frozen=True)
 class Routed(HeadEdit):
     """Heads ``shared`` serve every token; of the heads ``routed``, each token uses the ``count`` with the highest
     scores (ties go to the first), and the output of the others is zero.
 
     ``router`` None: the score of a head is the norm of its query.  Otherwise float32 [H * D + 1, len(routed)]: scores
     linear in the concatenated queries of all heads, with the bias in the last row.  NaN counts as the highest score.
+
+    ``soft``: heads that are used are also multiplied, as in MoH; None: by 1.
     """
 
     kind: ClassVar[str] = "routed"
@@ -32,6 +58,7 @@ class Routed(HeadEdit):
     routed: tuple[int, ...]
     count: int
     router: Constant | None = None
+    soft: SoftGates | None = None
 
     @property
     def changed(self) -> tuple[int, ...]:
@@ -49,12 +76,24 @@ class Routed(HeadEdit):
     def gates(self, spec: HeadMap, q: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Bool [B, H, L]: the heads that each token uses."""
         chosen = _highest(self._scores(spec, q, tensors), self.count)
-        order = {h: i for i, h in enumerate(self.routed)}
-        always = torch.ones_like(chosen[:, :1])
-        return torch.cat([chosen[:, i : i + 1] if (i := order.get(h)) is not None else always for h in spec.heads], 1)
+        return self._of_all(spec, chosen, torch.ones_like(chosen[:, :1]))
 
     def apply(self, spec: HeadMap, o: Tensor, q: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        if self.soft is not None:
+            return o * self.weights(spec, q, tensors).unsqueeze(-1).to(o.dtype)
         return o.masked_fill(~self.gates(spec, q, tensors).unsqueeze(-1), 0.0)
+
+    def weights(self, spec: HeadMap, q: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """[B, H, L]: the factor of each head for each token."""
+        assert self.soft is not None
+        scores = self._scores(spec, q, tensors)
+        routed = self.soft.of_routed(scores, _highest(scores, self.count), self.count)
+        return self._of_all(spec, routed, torch.full_like(routed[:, :1], self.soft.shared))
+
+    def _of_all(self, spec: HeadMap, routed: Tensor, shared: Tensor) -> Tensor:
+        """[B, H, L] from what is of the routed heads, [B, R, L], and of each shared one, [B, 1, L]."""
+        order = {h: i for i, h in enumerate(self.routed)}
+        return torch.cat([routed[:, i : i + 1] if (i := order.get(h)) is not None else shared for h in spec.heads], 1)
 
     def _scores(self, spec: HeadMap, q: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """[B, len(routed), L]"""
@@ -76,19 +115,20 @@ class Routed(HeadEdit):
         router = None if self.router is None else self.router.to_json()
         return {
             "kind": self.kind, "shared": list(self.shared), "routed": list(self.routed), "count": self.count,
-            "router": router,
+            "router": router, "soft": None if self.soft is None else asdict(self.soft),
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         router = None if data["router"] is None else Constant.from_json(data["router"])
         shared, routed = (tuple(map(int, data[name])) for name in ("shared", "routed"))
-        return cls(shared, routed, int(data["count"]), router)
+        soft = None if data["soft"] is None else SoftGates(**{name: float(x) for name, x in data["soft"].items()})
+        return cls(shared, routed, int(data["count"]), router, soft)
 
     def __str__(self) -> str:
         always = f"heads {', '.join(map(str, self.shared))} and " if self.shared else ""
         by = "query norm" if self.router is None else "a linear router"
-        return f"{always}{self.count} of {len(self.routed)} heads for each token by {by}"
+        return f"{always}{self.count} of {len(self.routed)} heads for each token by {by}{self.soft or ''}"
 
 
 def _highest(scores_BRL: Tensor, count: int) -> Tensor:

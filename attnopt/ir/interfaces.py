@@ -104,6 +104,9 @@ class Backend(ABC):
     weight_gains: ClassVar[bool] = False  # True: ``lower`` computes ``spec.weight_gains``; else such specs are refused
     rows: ClassVar[bool] = False  # True: ``lower`` takes specs with chosen rows; otherwise attnopt gathers them
     segments: ClassVar[bool] = False  # True: what ``lower`` returns also takes ``segments=``; otherwise attnopt masks
+    gain_segments: ClassVar[bool] = (
+        False  # True: it takes ``segments=``, a partition, for gains whose ids a call brings
+    )
     skips_rows: bool = False  # True: ``lower`` returns a ``RoutedAttend``, which computes only the wanted rows
 
     def check(self, spec: AttentionSpec) -> Refusal | None:

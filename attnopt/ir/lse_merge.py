@@ -8,25 +8,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnopt.ir.attend import Attend, AttendWithLse
+from attnopt.ir.operands import SegmentTensors
 from attnopt.ir.spec import AttentionSpec
 
 
 def merged_by_lse(spec: AttentionSpec, core_of: Callable[[AttentionSpec], AttendWithLse]) -> Attend:
-    """``spec`` with its ``weight_gains``; ``core_of`` computes a spec without them."""
+    """``spec`` with its ``weight_gains``; ``core_of`` computes a spec without them; if a call brings the ids of their
+    segments, what it gives also takes ``segments=``."""
     gains = spec.weight_gains
     assert gains is not None
     bare = replace(spec, weight_gains=None, has_sinks=False)
-    cores = [core_of(bare.restricted(piece)) for piece in gains.pieces]
+    cores = [core_of(bare.restricted(piece)) for piece in gains.pieces] if gains.segments is None else [core_of(bare)]
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        segments: SegmentTensors | None = None,
     ) -> Tensor:
-        made = [core(q, k, v, bias=bias, mask=mask, sinks=None) for core in cores]
+        others: dict[str, Any] = {"bias": bias, "mask": mask, "sinks": None}
+        if segments is None:
+            made = [core(q, k, v, **others) for core in cores]
+        else:
+            of_segments: Any = cores[0]
+            made = [of_segments(q, k, v, **others, segments=part) for part in segments.parts]
         tops, logs = [top for _, top, _ in made], [log_sum for _, _, log_sum in made]
         sink = None if sinks is None else sinks.to(logs[0].dtype).squeeze(-1).expand_as(logs[0])
         masses = shares(tops, logs, sink)

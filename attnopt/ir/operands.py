@@ -69,33 +69,50 @@ def operands_of(call: fx.Node) -> Operands[fx.Node]:
 @dataclass(frozen=True)
 class SegmentTensors:
     """``queries`` int [B|1, L], ``keys`` int [B|1, S]: the segment of each token, below 0 for none; ``pairs`` bool
-    [H|1, R + 1, R + 1]: which segments below R see which, and the last for tokens of all others; None: each sees itself."""
+    [H|1, R + 1, R + 1]: which segments below R see which, and the last for tokens of all others; None: each sees itself.  Of the
+    parts of a partition, ``pairs`` has one more axis in front."""
 
     queries: Tensor
     keys: Tensor
     pairs: Tensor | None = None
 
     @classmethod
-    def table(cls, pairs: Sequence[Iterable[tuple[int, int]] | None]) -> Tensor:
+    def table(cls, pairs: Sequence[Iterable[tuple[int | None, int | None]] | None]) -> Tensor:
         """``pairs``, given for one head or for each; None: everything sees everything, tokens of no segment, too."""
         listed = [None if p is None else list(p) for p in pairs]
-        count = 1 + max((i for p in listed for pair in p or () for i in pair), default=-1)
+        count = 1 + max((i for p in listed for pair in p or () for i in pair if i is not None), default=-1)
         made = torch.zeros(len(listed), count + 1, count + 1, dtype=torch.bool)
         for of_head, own in zip(made, listed, strict=True):
             if own is None:
                 of_head.fill_(True)
             for a, b in own or ():
-                of_head[a, b] = True
+                of_head[slice(None) if a is None else a, slice(None) if b is None else b] = True
         return made
+
+    @classmethod
+    def partition(cls, pairs: Sequence[Iterable[tuple[int | None, int | None]]]) -> Tensor:
+        """``pairs``, given for each part but the last, which has all others; the first part that holds a pair has it."""
+        own = cls.table(pairs).unsqueeze(1)
+        left, parts = torch.ones_like(own[0]), []
+        for of_part in own.unbind():
+            parts.append(of_part & left)
+            left = left & ~of_part
+        return torch.stack([*parts, left])
 
     def numbered(self) -> SegmentTensors:
         """With numbers that are all in the table, if there is one."""
         if self.pairs is None:
             return self
-        last = self.pairs.shape[2] - 1
+        last = self.pairs.shape[-1] - 1
         wide = self.queries.long(), self.keys.long()  # the last number may be too large for theirs
         queries, keys = (torch.where((x < 0) | (x > last), last, x) for x in wide)
         return SegmentTensors(queries, keys, self.pairs)
+
+    @property
+    def parts(self) -> list[SegmentTensors]:
+        """Those of a partition."""
+        assert self.pairs is not None
+        return [replace(self, pairs=pairs) for pairs in self.pairs.unbind()]
 
     def mask(self) -> Tensor:
         """Bool [B|1, H|1, L, S]"""

@@ -66,6 +66,10 @@ def accepts(backend: Backend, site: Site) -> Refusal | None:
         return site.refuse(
             "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)
         )
+    if site.spec.weight_gains is not None and site.spec.weight_gains.segments is not None and not backend.gain_segments:
+        return site.refuse(
+            "no-weight-gains", expected="gains on known pairs of tokens", found=str(site.spec.weight_gains)
+        )
     with blamed(backend, "backend", "check", site.name):
         return next((r for s in asked(backend, site) if (r := _refusal(backend.check(s.spec))) is not None), None)
 
@@ -142,11 +146,13 @@ def attention_of(
     spec: AttentionSpec,
     tensors: Sequence[Tensor] | None = None,
     more: MoreKeys | None = None,
+    pools: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Attend:
     """``spec`` including its map, ``spec.before`` and ``spec.after``, computed by ``backend``.
 
     ``tensors``: ``spec.tensors`` as a graph stores them and as a call brings them; None: the constants, created at each call,
-    where no call brings any.  ``more``: the keys and values of other tokens, if there are any.
+    where no call brings any.  ``more``: the keys and values of other tokens, if there are any.  ``pools``: as ``ready`` of
+    ``pooled``.
     """
     segments = None if takes_segments(backend, spec) else spec.segments  # as a mask
     bare = (spec if segments is None else spec.with_segments_masked).bare
@@ -155,11 +161,11 @@ def attention_of(
         read = [t.read(x) if isinstance(t, CallTensor) else x for t, x in zip(spec.tensors, tensors, strict=True)]
         fitted, ids, tensors = _dealt(read, len(spec.of_selection), len(spec.of_segments))
         bare = bare if bare.selection is None else replace(bare, selection=bare.selection.using(fitted))
-    core = _without_edits(backend, bare)
+    core = _without_edits(backend, bare, pools)
     if bare.extension is not None:
         core = partial(core, more=more)
-    if bare.segments is not None:
-        core = in_segments(bare.segments, ids, core)
+    if bare.call_segments is not None:
+        core = in_segments(bare.call_segments, ids, core)
     has_more = spec.has_map or bool(spec.before) or bool(spec.after)
     whole = edited(spec, core, tensors, skips_rows=backend.skips_rows) if has_more else core
     return whole if segments is None else masked_by(segments, ids, whole)
@@ -177,7 +183,7 @@ def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     return backend.segments and all(x is None for x in others) and not reads_masks
 
 
-def _without_edits(backend: Backend, spec: AttentionSpec) -> Any:
+def _without_edits(backend: Backend, spec: AttentionSpec, pools: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
     if spec.zero_keys is not None and not backend.zero_keys:
         return _zeros_as_sinks(backend, spec)
     if spec.rows is not None and not backend.rows:
@@ -185,7 +191,7 @@ def _without_edits(backend: Backend, spec: AttentionSpec) -> Any:
     if spec.extension is not None and not backend.extends:
         return joined(spec, lower(backend, joined_spec(spec)))
     if spec.pooling is not None and not backend.pools:
-        return pooled(spec, partial(lower, backend))
+        return pooled(spec, partial(lower, backend), pools)
     return lower(backend, spec)
 
 

@@ -73,8 +73,12 @@ def _part(spec: AttentionSpec, places: Sequence[int], is_reduced: bool) -> Part:
     return Part(tuple(places), kv_places, whole, is_reduced, weighs)
 
 
-def pooled(spec: AttentionSpec, lower: Callable[[AttentionSpec], Any]) -> RoutedAttend:
-    """``spec``, which has no edits, by way of ``lower``, which is given specs without pooling."""
+def pooled(
+    spec: AttentionSpec, lower: Callable[[AttentionSpec], Any], ready: Sequence[tuple[Tensor, Tensor]] = ()
+) -> RoutedAttend:
+    """``spec``, which has no edits, by way of ``lower``, which is given specs without pooling.
+
+    ``ready``: the keys and values that each part computes with, in the place of those of all heads."""
     parts = parts_of(spec)
     cores = [lower(part.spec) for part in parts]
 
@@ -89,12 +93,16 @@ def pooled(spec: AttentionSpec, lower: Callable[[AttentionSpec], Any]) -> Routed
         wanted: Tensor | None = None,
     ) -> Tensor:
         made = []
-        for part, core in zip(parts, cores, strict=True):
+        for i, (part, core) in enumerate(zip(parts, cores, strict=True)):
             others = {"bias": bias, "mask": mask, "sinks": sinks}
             own = {role: of_heads(x, part.places) for role, x in others.items()}
             if wanted is not None:
                 own["wanted"] = taken(wanted, part.places)
-            q_, k_, v_ = taken(q, part.places), taken(k, part.kv_places), taken(v, part.kv_places)
+            q_ = taken(q, part.places)
+            if ready:
+                made.append(core(q_, *ready[i], **own))
+                continue
+            k_, v_ = taken(k, part.kv_places), taken(v, part.kv_places)
             made.append(_attended(part, core, q_, k_, v_, own))
         return in_order(made, [part.places for part in parts])
 

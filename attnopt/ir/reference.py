@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from attnopt.ir.attend import Attend, AttendWithLse
 from attnopt.ir.extended_keys import MoreKeys
 from attnopt.ir.extension import seen_more
-from attnopt.ir.operands import OperandTensors
+from attnopt.ir.operands import OperandTensors, SegmentTensors
 from attnopt.ir.row_attention import without_other_rows
 from attnopt.ir.semantics import heads_of, require_no_edits, row_sinks, visible
 from attnopt.ir.spec import AttentionSpec
@@ -33,13 +33,14 @@ def reference(spec: AttentionSpec) -> Attend:
         mask: Tensor | None,
         sinks: Tensor | None,
         more: MoreKeys | None = None,
+        segments: SegmentTensors | None = None,
     ) -> Tensor:
         if more is not None:
             s, sinks = scores_of(spec, q, k, bias, mask, sinks)
             p, _, _ = softmax_of(torch.cat([s, _more_scores(spec, q, more)], -1), sinks)
             own, others = p[..., : k.shape[2]], p[..., k.shape[2] :]
             return (own @ _read(spec, v, p.dtype) + others @ heads_of(spec, more.v).to(p.dtype)).to(v.dtype)
-        p = weights_of(spec, q, k, bias, mask, sinks)
+        p = weights_of(spec, q, k, bias, mask, sinks, segments)
         o = (p @ _read(spec, v, p.dtype)).to(v.dtype)
         return o if spec.rows is None else without_other_rows(spec, o, OperandTensors(q, k, v, bias, mask, sinks))
 
@@ -87,7 +88,13 @@ def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:
 
 
 def weights_of(
-    spec: AttentionSpec, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    segments: SegmentTensors | None = None,
 ) -> Tensor:
     """The attention weights [B, H, L, S] after their gains, without a map; float32 or wider."""
     s, sinks = scores_of(spec, q, k, bias, mask, sinks)
@@ -95,7 +102,8 @@ def weights_of(
     if spec.weight_gains is None:
         return p
     base = top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)  # beside scores of -1e9, gains would be lost
-    return _with_gains(spec, spec.weight_gains, p, s - base, None if sinks is None else sinks - base)
+    pieces = _pieces(spec, spec.weight_gains, p) if segments is None else [x.mask() for x in segments.parts]
+    return _with_gains(spec.weight_gains, pieces, p, s - base, None if sinks is None else sinks - base)
 
 
 def scores_of(
@@ -134,9 +142,13 @@ def _read(spec: AttentionSpec, x_BGSD: Tensor, dtype: torch.dtype) -> Tensor:
     return x_BHSD if spec.pooling is None else spec.pooling.applied(spec.heads, x_BHSD)
 
 
-def _with_gains(spec: AttentionSpec, gains: WeightGains, p: Tensor, s: Tensor, sinks: Tensor | None) -> Tensor:
-    """The weights p = softmax(s) after their gains."""
-    pieces = [x.mask(*p.shape[2:], num_heads=spec.num_heads, device=p.device).unsqueeze(0) for x in gains.pieces]
+def _pieces(spec: AttentionSpec, gains: WeightGains, p: Tensor) -> list[Tensor]:
+    """Bool [1, H|1, L, S]"""
+    return [x.mask(*p.shape[2:], num_heads=spec.num_heads, device=p.device).unsqueeze(0) for x in gains.pieces]
+
+
+def _with_gains(gains: WeightGains, pieces: Sequence[Tensor], p: Tensor, s: Tensor, sinks: Tensor | None) -> Tensor:
+    """The weights p = softmax(s) after their gains; ``pieces``: bool, disjoint, broadcasting to [B, H, L, S]."""
     masses = [p.masked_fill(~piece, 0.0).sum(-1) for piece in pieces]
     rows, factor = gains.of_rows(masses), torch.ones_like(p)
     for piece, gain in zip(pieces, rows.gains, strict=True):

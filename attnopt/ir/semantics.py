@@ -80,7 +80,7 @@ def transplanted(
 
 
 def in_segments(segments: CallSegments, tensors: Sequence[Tensor], core: Any) -> RoutedAttend:
-    """``core``, which takes ``segments``, with those of this call."""
+    """``core``, which takes ``segments``, with those of this call, or with the parts of its gains."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> Tensor:
         o: Tensor = core(q, k, v, **others, segments=segments.used(tensors, q.shape[2]))

@@ -209,8 +209,14 @@ class AttentionSpec:
         return len(constant_heads(self.after)) == self.num_heads
 
     @property
+    def call_segments(self) -> CallSegments | None:
+        """The segments whose ids the call brings: of the keys that are seen, or of gains."""
+        gains = self.weight_gains
+        return self.segments if self.segments is not None or gains is None else gains.segments
+
+    @property
     def tensors(self) -> tuple[Source, ...]:
-        """What backends, transplants and edits read beside the operands: of ``selection``, ``segments``, ``before`` and each
+        """What backends, transplants and edits read beside the operands: of ``selection``, ``call_segments``, ``before`` and each
         edit, in this order."""
         of_edits = (t for edit in self.after for t in edit.tensors)
         return (*self.of_selection, *self.of_segments, *(moved.values for moved in self.before), *of_edits)
@@ -221,7 +227,7 @@ class AttentionSpec:
 
     @property
     def of_segments(self) -> tuple[Source, ...]:
-        return () if self.segments is None else self.segments.tensors
+        return () if self.call_segments is None else self.call_segments.tensors
 
     @property
     def inputs(self) -> tuple[CallTensor, ...]:

@@ -28,6 +28,7 @@ from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import Normalise, Part, WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
 from attnopt.patterns.algebra import Pattern
+from attnopt.patterns.segments import Segments
 
 _SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared with its own mask
 _RUN = 64  # queries per call of reach
@@ -148,9 +149,23 @@ def _of_weight_gains(after: AttentionSpec) -> Iterator[str]:
             yield f"weight_gains multiplies by {part.gains!r} in {part.pattern}, expected finite numbers {told}"
     if gains.to is not None:
         yield from _of_pattern("the receiver of weight_gains", gains.to, after)
+    if all(isinstance(p, Pattern) for p in gains.patterns):
+        yield from _of_call_gains(gains, after)
     for name, value in (("mass", gains.mass), ("share", gains.share)):
         if not (_is_finite(value) and 0 <= value <= 1):
             yield f"weight_gains has {name} {value!r}, expected a number from 0 to 1"
+
+
+def _of_call_gains(gains: WeightGains, after: AttentionSpec) -> Iterator[str]:
+    """Segments whose ids a call brings."""
+    found = {leaf.inputs for p in gains.patterns for leaf in p.leaves() if isinstance(leaf, Segments) and leaf.inputs}
+    if not found:
+        return
+    alone = [p for p in gains.patterns if isinstance(p, Segments) and p.inputs in found and p.pairs is not None]
+    if len(found) > 1 or len(alone) < len(gains.patterns):
+        yield f"weight_gains has {gains.patterns!r}, expected pairs of segments of one input alone"
+    if after.segments is not None or after.pooling is not None:
+        yield "weight_gains of segments that a call brings, beside other such segments or pooled keys"
 
 
 def _tuple(value: object) -> tuple[object, ...]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attnopt.base.bit_table import stretched
+from attnopt.ir.call_segments import SegmentParts
 from attnopt.patterns.algebra import Pattern, any_of
 from attnopt.patterns.registry import parse
+from attnopt.patterns.segments import Segments
 
 Normalise = Literal["logits", "redistribute", "none"]
 SLACK = 1e-6  # rounding of a sum of weights beside ``mass`` and ``share``
@@ -46,6 +48,8 @@ class WeightGains:
 
     Only rows in which the parts and ``to`` together hold at least ``mass`` of the weights, and the parts at most ``share``
     of that, change; with "redistribute", only rows in which the receivers have any weight.
+
+    The patterns are positional, or all are segments, in pairs, of the same ids that a call brings.
     """
 
     parts: tuple[Part, ...]
@@ -68,9 +72,29 @@ class WeightGains:
         return self.mass > 0 or self.share < 1
 
     @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Of the parts, and of the receivers if there are any."""
+        return (*(part.pattern for part in self.parts), *(() if self.to is None else (self.to,)))
+
+    @cached_property
+    def segments(self) -> SegmentParts | None:
+        """The pieces, if each call brings the ids of their segments."""
+        first = self.parts[0].pattern
+        if not isinstance(first, Segments) or not first.inputs:
+            return None
+        queries, keys = first.inputs
+        return SegmentParts(queries, keys, tuple(p.pairs for p in self.patterns if isinstance(p, Segments)))
+
+    @property
+    def count(self) -> int:
+        """Of pieces."""
+        return len(self.patterns) + 1
+
+    @property
     def pieces(self) -> tuple[Pattern, ...]:
-        """Disjoint patterns that together hold every pair: the parts, the receivers if there are any, all others."""
-        listed = [part.pattern for part in self.parts] + ([] if self.to is None else [self.to])
+        """Disjoint patterns that together hold every pair: the parts, the receivers if there are any, all others.  They need
+        positional patterns."""
+        listed = self.patterns
         alone = [reduce(lambda p, before: p & ~before, listed[:i], pattern) for i, pattern in enumerate(listed)]
         return (*alone, ~any_of(listed))
 

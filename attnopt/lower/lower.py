@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, fx
@@ -37,6 +38,7 @@ from attnopt.ir.site import Site
 from attnopt.ir.site_edit import SiteEdit
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.attention_calls import Lowered, note_between
+from attnopt.lower.early_pools import early_pools, pools_early
 from attnopt.lower.fold import folded
 from attnopt.lower.other_tokens import MoreNodes, input_of, other_tokens
 from attnopt.match.find import Found
@@ -69,6 +71,11 @@ class Plan(SiteEdit):
             site, heads = self.found.site, self.spec.num_heads
             return 1.0 - (1.0 - chosen.count(site.q_len) / site.q_len) * len(chosen.heads) / heads
         return route.share if route is not None and self.backend.skips_rows else 1.0
+
+    @property
+    def pools_early(self) -> bool:
+        """Tokens are pooled before they are projected to keys and values."""
+        return pools_early(self.spec, self.backend, self.found.raised.operands)
 
 
 def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
@@ -155,7 +162,8 @@ def _attention(
     editing = {role: _edits_for(plan.found.site, edits, role) for role in CANONICAL}
     edited = any(editing.values())
     before = plan.found.raised.spec
-    rebuilt = edited or (shared and (spec.heads != before.heads or spec.kv_heads != before.kv_heads))
+    early = not plain and pools_early(spec, plan.backend, plan.found.raised.operands)
+    rebuilt = edited or (shared and (early or spec.heads != before.heads or spec.kv_heads != before.kv_heads))
     dirty = [n for pack in packs for n in built_anew(*pack)] if rebuilt else []
     selectors = {
         new: Selector(emit, weights, edited_parameters(plan.found.site, new), dirty, shared)
@@ -170,15 +178,20 @@ def _attention(
             return restrict(emit, select.select(operand, {}), trim(operand, wanted))
         return select.select(operand, wanted)
 
+    def of_heads(role: str, heads: tuple[int, ...]) -> fx.Node:
+        return selectors[editing[role]].select(projected[role], {1: heads})
+
     chosen = operands.map(selected)
     more = None
     if spec.extension is not None:
         more = MoreNodes(selected("k", others.k), selected("v", others.v), others.seen).once(emit)
     if plain:
         return as_specified(emit, spec, chosen, more)
-    lowered = inline(emit, spec, plan.backend, chosen, more)
+    pools = early_pools(emit, spec, of_heads) if early else ()
+    lowered = inline(emit, spec, plan.backend, chosen, more, pools)
     parts = [Lowered(plan.found.site.name, part) for part in _computed(spec, plan)]
-    note_between((*chosen.given.values(), *(() if more is None else more.given)), lowered, parts)
+    beside = (*(() if more is None else more.given), *chain(*pools))
+    note_between((*chosen.given.values(), *beside), lowered, parts)
     return lowered
 
 
@@ -215,10 +228,15 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
 
 
 def inline(
-    emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node], more: MoreNodes | None = None
+    emit: Emitter,
+    spec: AttentionSpec,
+    backend: Backend,
+    operands: Operands[fx.Node],
+    more: MoreNodes | None = None,
+    pools: Sequence[tuple[fx.Node, fx.Node]] = (),
 ) -> fx.Node:
-    """The attention as the operators of a backend."""
-    call, inputs = _call(emit, spec, backend, operands, more)
+    """The attention as the operators of a backend.  ``pools``: as ``ready`` of ``attnopt.ir.pooling.pooled``."""
+    call, inputs = _call(emit, spec, backend, operands, more, pools)
     return emit.inline(call, *inputs)
 
 
@@ -234,7 +252,12 @@ def as_specified(
 
 
 def _call(
-    emit: Emitter, spec: AttentionSpec, backend: Backend, operands: Operands[fx.Node], more: MoreNodes | None
+    emit: Emitter,
+    spec: AttentionSpec,
+    backend: Backend,
+    operands: Operands[fx.Node],
+    more: MoreNodes | None,
+    pools: Sequence[tuple[fx.Node, fx.Node]] = (),
 ) -> tuple[Callable[..., Tensor], list[fx.Node]]:
     """The attention as a function, and the nodes that it is to be called with."""
     given = operands.given
@@ -247,10 +270,11 @@ def _call(
         of_role = {role: next(rest) for role in given}
         t = operands.map(lambda role, _: of_role[role])
         beside = [next(rest) for _ in others]
-        attend = attention_of(backend, spec, list(rest), MoreKeys(*beside) if beside else None)
+        ready = [(next(rest), next(rest)) for _ in pools]
+        attend = attention_of(backend, spec, list(rest), MoreKeys(*beside) if beside else None, ready)
         return attend(t.q, t.k, t.v, **t.others)
 
-    return call, [*given.values(), *others, *read]
+    return call, [*given.values(), *others, *chain(*pools), *read]
 
 
 def _edit_output(

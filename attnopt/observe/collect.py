@@ -18,6 +18,7 @@ from attnopt.capture.calibration import Batch, Calibration, as_inputs, shapes_of
 from attnopt.capture.signature import Signature
 from attnopt.compiler.analyze import Analyzed, analyze_in_eval
 from attnopt.compiler.check import fitting
+from attnopt.compiler.chosen_sites import chosen_places, site_globs, site_names
 from attnopt.errors import CalibrationError
 from attnopt.graph.interpreter import Forward, Schedule
 from attnopt.match.find import Found
@@ -72,7 +73,7 @@ def collect(
         chosen.numbers_of("collect", "rows", rows),
         chosen.numbers_of("collect", "columns", columns),
     )
-    start, globs = reduction(reduce, asked), chosen.globs("collect", sites)
+    start, globs = reduction(reduce, asked), site_globs("collect", sites)
     stream, first = _first_of(batches)
     with compiling():
         opened_model = model.module() if isinstance(model, ExportedProgram) else opened(model, first)
@@ -177,11 +178,11 @@ class _Run:
         streams = Residual(analyzed.program.module.graph, found) if "contribution" in self.question.kinds else None
         others = [] if streams is None else [b for b in streams.branches if b.site is None]
         names = [*(f.site.name for f in found), *(b.name for b in others)]
-        wanted = {*chosen.named("collect", self.globs, names)}
+        wanted = {*site_names("collect", self.globs, names)}
         of_site: Mapping[str, Branch] = {} if streams is None else streams.of_site
         for f in (f for f in found if f.site.name in wanted):
             numbers, _ = original_numbers(self.model, f)
-            places = chosen.places_of("collect", self.heads, f.site, numbers)
+            places = chosen_places("collect", self.heads, f.site.name, numbers)
             yield Tap(self.question, f, places, of_site.get(f.site.name))
         for branch in (b for b in others if b.name in wanted):
             yield BranchTap(self.question, branch, Tap(self.question, _nearest(branch, found), (0,)))

@@ -23,6 +23,7 @@ from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import trains_otherwise
 from attnopt.capture.signature import Signature
 from attnopt.compiler.analyze import analyze
+from attnopt.compiler.chosen_sites import chosen_places, site_names
 from attnopt.compiler.decide import Decision
 from attnopt.compiler.origin import Origin
 from attnopt.compiler.site_report import site_report
@@ -133,7 +134,7 @@ def _nodes(
 ) -> Iterator[tuple[str, fx.Node]]:
     """The name and the node of each further output, by attention in the order in which they run."""
     names = [f.site.name for f in findings.found]
-    matched = [(set(chosen.named("expose", [glob], names)), asked) for glob, asked in wanted]
+    matched = [(set(site_names("expose", [glob], names)), asked) for glob, asked in wanted]
     streams = Residual(gm.graph, findings.found)
     taken: dict[str, int] = {}
     for f in findings.found:
@@ -148,7 +149,7 @@ def _nodes(
                 chosen.numbers_of("expose", "rows", asked.rows),
                 chosen.numbers_of("expose", "columns", asked.columns),
             )
-            places = chosen.places_of("expose", asked.heads, f.site, original_numbers(model, f)[0])
+            places = chosen_places("expose", asked.heads, f.site.name, original_numbers(model, f)[0])
             tap = Tap(question, f, places, branch)
             _check_positions(tap)
             yield name if taken[name] == 1 else f"{name}#{taken[name]}", _node(gm, emit, tap)

@@ -18,24 +18,30 @@ from attnopt.base.options import whole
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
 
+Pairs = tuple[tuple[int | None, int | None], ...]  # a segment of queries and one of keys; None: every token
+
 
 @dataclass(frozen=True, repr=False, init=False)
 class Segments(Pattern):
     """A query of segment a sees a key of segment b if ``(a, b)`` is in ``pairs``; by default only its own segment.
+
+    In a pair, None stands for every token, also one of no segment: ``(None, b)`` shows the keys of b to all queries.
 
     ``ids``: the segment of every token, numbered from 0; ``(id, count)`` means ``count`` tokens in a row.  Positions
     beyond these tokens see nothing.  Raises PolicyError.
 
     With an ``Input``, each call brings the ids: integers [length] or [batch, length].  A token with an id below 0, or with one
     that no pair names, belongs to no segment.  ``keys``: the input with the ids of the keys, where these are another
-    sequence.  Such segments are for the pass ``sparse``, alone, joined with ``&``, or in ``PerHead``.
+    sequence.  Such segments are for the pass ``sparse``, alone, joined with ``&``, or in ``PerHead``, and for ``segment-gain``.
     """
 
     ids: tuple[tuple[int, int], ...] | Input  # runs of neighbouring tokens: id and count
-    pairs: tuple[tuple[int, int], ...] | None
+    pairs: Pairs | None
     keys: Input | None
 
-    def __init__(self, ids: object, pairs: Sequence[tuple[int, int]] | None = None, keys: Input | None = None) -> None:
+    def __init__(
+        self, ids: object, pairs: Sequence[tuple[int | None, int | None]] | None = None, keys: Input | None = None
+    ) -> None:
         object.__setattr__(self, "pairs", None if pairs is None else _pairs(pairs))
         object.__setattr__(self, "keys", keys)
         if keys is not None and not (isinstance(ids, Input) and isinstance(keys, Input)):
@@ -74,9 +80,10 @@ class Segments(Pattern):
         if self.pairs is None:
             return inside & (query == key)
         rows = [0] * len(self._place)
-        for a, b in self.pairs:
-            if a in self._place and b in self._place:
-                rows[self._place[a]] |= 1 << self._place[b]
+        for a, b in self.numbered_pairs or ():
+            shown = (1 << len(rows)) - 1 if b is None else 1 << b
+            for row in range(len(rows)) if a is None else (a,):
+                rows[row] |= shown
         return inside & looked_up(rows, len(rows), query, key)
 
     def reach(self, first: int, last: int, kv_len: int) -> Reach:
@@ -118,12 +125,13 @@ class Segments(Pattern):
         return torch.where(inside, ids[places.clamp(0, self._tokens - 1)], -1)
 
     @property
-    def numbered_pairs(self) -> tuple[tuple[int, int], ...] | None:
+    def numbered_pairs(self) -> Pairs | None:
         """Which segments see which, with the numbers of ``at``."""
-        place = self._place
         if self.pairs is None:
             return None
-        return tuple((place[a], place[b]) for a, b in self.pairs if a in place and b in place)
+        place = self._place
+        known = [pair for pair in self.pairs if all(x is None or x in place for x in pair)]
+        return tuple((None if a is None else place[a], None if b is None else place[b]) for a, b in known)
 
     @property
     def _listed(self) -> tuple[tuple[int, int], ...]:
@@ -157,10 +165,16 @@ class Segments(Pattern):
         if self.pairs is None:
             return {number: tuple(ranges) for number, ranges in own.items()}
         seen: dict[int, list[tuple[int, int]]] = {number: [] for number in own}
+        everything = [run for runs in own.values() for run in runs]
         for a, b in self.pairs:
-            if a in seen:
-                seen[a] += own.get(b, [])
+            shown = everything if b is None else own.get(b, [])
+            for number in seen if a is None else {a} & seen.keys():
+                seen[number] += shown
         return {number: merged(ranges) for number, ranges in seen.items()}
+
+
+def _named(segment: object) -> int | None:
+    return None if segment is None else whole("Segments", "pairs", segment)
 
 
 def _run(entry: object) -> tuple[int, int]:
@@ -169,7 +183,9 @@ def _run(entry: object) -> tuple[int, int]:
     return whole("Segments", "ids", entry), 1
 
 
-def _pairs(pairs: object) -> tuple[tuple[int, int], ...]:
+def _pairs(pairs: object) -> Pairs:
     if isinstance(pairs, Sequence) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-        return tuple(sorted({(whole("Segments", "pairs", a), whole("Segments", "pairs", b)) for a, b in pairs}))
+        return tuple(
+            sorted({(_named(a), _named(b)) for a, b in pairs}, key=lambda pair: [-1 if x is None else x for x in pair])
+        )
     raise PolicyError(f"Segments: invalid value pairs={pairs!r}: expected pairs of a query segment and a key segment")

@@ -191,8 +191,6 @@ def _repeat_interleave(node: fx.Node, selection: Selection) -> Pulled | None:
 
 def _repeat(node: fx.Node, selection: Selection) -> Pulled | None:
     x, times = arg(node, 0), arg(node, 1)
-    if any(not isinstance(t, int) for t in times):
-        return None
     shift = len(times) - len(shape(x))
     below: dict[int, tuple[int, ...]] = {}
     again = list(times)

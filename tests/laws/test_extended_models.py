@@ -410,7 +410,7 @@ INPUTS: dict[str, tuple[dict[str, Any], Tensor]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "spelling"), zip(INPUTS, ("plain", "shared", "conv1d", "plain"), strict=True), ids=list(INPUTS)
+    ("kind", "spelling"), [*zip(INPUTS, ("plain", "shared", "conv1d", "plain"), strict=True)], ids=list(INPUTS)
 )
 def test_inputs_go_through_new_weights(kind: str, spelling: str) -> None:
     """Heads are pruned and merged before and after."""

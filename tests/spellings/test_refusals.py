@@ -177,7 +177,8 @@ def refused_with(ids: object, policy: Any) -> Refusal:
         warnings.simplefilter("ignore", attnopt.AttnoptWarning)
         given = {**inputs(Spelling()), "ids": ids}
         (entry,) = attnopt.optimize(Attention(Spelling()), policy, (), given).report.sites
-    return entry.refusals["sparse"]
+    (refusal,) = entry.refusals.values()
+    return refusal
 
 
 def extended_twice() -> Refusal:

@@ -202,8 +202,8 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no receivers": ({"receivers": []}, "invalid value receivers=[]"),
     "a glob of receivers": ({"receivers": "*"}, "invalid value receivers='*'"),
     "a receiver that is not there": ({"receivers": [("layers.7", 0, "q")]}, "no attention is named 'layers.7'"),
-    "a head that is not there": ({"receivers": [("layers.1", 4, "q")]}, "layers.1 has no head 4"),
-    "a sender that is not there": ({"senders": [("layers.0", 9)]}, "layers.0 has no head 9"),
+    "a head that is not there": ({"receivers": [("layers.1", 4, "q")]}, "there is no head 4 in layers.1"),
+    "a sender that is not there": ({"senders": [("layers.0", 9)]}, "there is no head 9 in layers.0"),
     "a sender without a head": ({"senders": ["layers.0"]}, "invalid sender 'layers.0'"),
     "no senders": ({"senders": []}, "no sender is given"),
     "a sender behind the receiver": (

@@ -209,7 +209,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "pruned": ({"edit": "prune-heads(heads=[0])"}, "prune-heads changes the number of heads"),
     "no calibration": ({"edit": HeadPatch([0], "mean")}, "every site, the first layers.0: [needs-calibration]"),
     "no such site": ({"sites": "layers.9"}, "no attention is named 'layers.9'"),
-    "no such head": ({"heads": [7]}, "layers.0 has no head 7"),
+    "no such head": ({"heads": [7]}, "there is no head 7 in layers.0"),
     "no limit": ({"limit": 0}, "limit=0"),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.errors import ArchiveError, CalibrationError, PolicyError
+from attnopt.observe import maps
 from attnopt.observe.chosen import KINDS
 
 
@@ -82,7 +83,7 @@ def test_padding_is_told_and_does_not_count(name: str) -> None:
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "cross"])
 def test_column_means_need_no_map(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     example = EXAMPLES[name]()
-    monkeypatch.setattr(attnopt.observe.maps, "ELEMENTS", 100)  # several blocks
+    monkeypatch.setattr(maps, "ELEMENTS", 100)  # several blocks
     found = attnopt.collect(example.model, [example.batch], "weights", reduce="column-mean")
     for a in example.attentions:
         weights = observed.by_hand(example, a)["weights"]
@@ -234,15 +235,15 @@ def test_nothing_is_computed_that_is_not_asked() -> None:
     """r rows of a map cost what r queries cost, and nothing after the last attention runs."""
     example = EXAMPLES["Llama"]()
     sizes: list[int] = []
-    real = attnopt.observe.maps.scores_of
+    real = maps.scores_of
 
     def scores_of(spec: Any, q: Tensor, *others: Any) -> Any:
         sizes.append(q.shape[2])
         return real(spec, q, *others)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(attnopt.observe.maps, "weights_of", None)
-        patched.setattr(attnopt.observe.maps, "scores_of", scores_of)
+        patched.setattr(maps, "weights_of", None)
+        patched.setattr(maps, "scores_of", scores_of)
         attnopt.collect(example.model, [example.batch], "scores", rows=[-1, 2])
         attnopt.collect(example.model, [example.batch], ["outputs", "q", "k", "v"])
     assert sizes == [2, 2]
