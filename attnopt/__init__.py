@@ -15,13 +15,14 @@ from attnopt.backends import attention_operator as attention_operator
 from attnopt.ir import received_weights as received_weights
 
 if TYPE_CHECKING:
-    from attnopt import passes, patterns, plot, recipes
+    from attnopt import passes, patterns, plot, recipes, statistics
     from attnopt.advice import advise
     from attnopt.api import guidance, inspect, optimize
     from attnopt.base.input import Input
     from attnopt.base.intervals import Reach
     from attnopt.capture.calibration import Calibration
-    from attnopt.compiler.importance import HeadImportance, head_importance
+    from attnopt.compiler.head_results import HeadImportance, HeadProfile, HeadSet
+    from attnopt.compiler.importance import greedy_heads, head_importance, head_profile
     from attnopt.compiler.plugins import register
     from attnopt.compiler.policy import Policy
     from attnopt.conversion.convert import apply_patterns, convert
@@ -49,10 +50,12 @@ if TYPE_CHECKING:
     from attnopt.ir.block_scores import BlockSample, BlockScores
     from attnopt.ir.compensation import Compensation
     from attnopt.ir.constant import Constant
+    from attnopt.ir.curves import Curves
     from attnopt.ir.dynamic_blocks import DynamicBlocks
     from attnopt.ir.head_edits import HeadEdit, HeadMap
+    from attnopt.ir.head_probe import HeadProbe
     from attnopt.ir.head_weights import HeadWeights
-    from attnopt.ir.importance import Importance
+    from attnopt.ir.importance import AblationImportance, Importance, ModelImportance
     from attnopt.ir.interfaces import Backend, Pass, Rewrite
     from attnopt.ir.kv_merge import KvMerge
     from attnopt.ir.kv_partition import KvPartition
@@ -81,6 +84,7 @@ if TYPE_CHECKING:
     from attnopt.version import __version__
 
 __all__ = [
+    "AblationImportance",
     "Activations",
     "Advice",
     "ArchiveError",
@@ -103,6 +107,7 @@ __all__ = [
     "Compensation",
     "Constant",
     "ConversionError",
+    "Curves",
     "DynamicBlocks",
     "ExportError",
     "Exposed",
@@ -110,7 +115,10 @@ __all__ = [
     "HeadEffects",
     "HeadImportance",
     "HeadMap",
+    "HeadProbe",
+    "HeadProfile",
     "HeadSearch",
+    "HeadSet",
     "HeadWeights",
     "Importance",
     "Input",
@@ -118,6 +126,7 @@ __all__ = [
     "Kept",
     "KvMerge",
     "KvPartition",
+    "ModelImportance",
     "NearMiss",
     "OptimizedModel",
     "Outputs",
@@ -146,9 +155,11 @@ __all__ = [
     "collect",
     "convert",
     "expose",
+    "greedy_heads",
     "guard",
     "guidance",
     "head_importance",
+    "head_profile",
     "inspect",
     "kept_mass",
     "load",
@@ -162,6 +173,7 @@ __all__ = [
     "recipes",
     "register",
     "search_heads",
+    "statistics",
 ]
 
 _NAMES = {
@@ -170,7 +182,8 @@ _NAMES = {
     "base.input": "Input",
     "base.intervals": "Reach",
     "capture.calibration": "Calibration",
-    "compiler.importance": "HeadImportance head_importance",
+    "compiler.head_results": "HeadImportance HeadProfile HeadSet",
+    "compiler.importance": "greedy_heads head_importance head_profile",
     "compiler.plugins": "register",
     "compiler.policy": "Policy",
     "conversion.convert": "apply_patterns convert",
@@ -186,10 +199,12 @@ _NAMES = {
     "ir.block_scores": "BlockSample BlockScores",
     "ir.compensation": "Compensation",
     "ir.constant": "Constant",
+    "ir.curves": "Curves",
     "ir.dynamic_blocks": "DynamicBlocks",
     "ir.head_edits": "HeadEdit HeadMap",
     "ir.head_weights": "HeadWeights",
-    "ir.importance": "Importance",
+    "ir.head_probe": "HeadProbe",
+    "ir.importance": "AblationImportance Importance ModelImportance",
     "ir.interfaces": "Backend Pass Rewrite",
     "ir.kv_merge": "KvMerge",
     "ir.kv_partition": "KvPartition",

@@ -20,6 +20,7 @@ from attnopt.render.pattern_cells import shares
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from attnopt.compiler.head_results import HeadProfile
     from attnopt.report.report import Report
 
 CELLS = 256  # of a side of a drawn pattern; longer sequences show shares of visible pairs
@@ -61,6 +62,57 @@ def importance(scores: Mapping[str, Sequence[float]] | Report, *, ax: Axes | Non
     image = ax.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     ax.set(xlabel="head", xticks=range(grid.shape[1]), yticks=range(len(rows)), yticklabels=_names(rows))
     ax.figure.colorbar(image, ax=ax, label="relative to the row's largest")
+    return ax
+
+
+def profile(found: HeadProfile, site: str | None = None, *, ax: Axes | None = None) -> Axes:
+    """The curves of the heads of one site as lines, or of all sites as a heat map with one row per head.
+
+    ``found``: the result of ``attnopt.head_profile``.  Raises AttnoptError for a site that it does not hold.
+    """
+    if site is not None and site not in found:
+        raise AttnoptError(f"the profile has no site {site!r}", hint=f"choose one of {', '.join(map(repr, found))}")
+    if site is None and len(found) > 1:
+        return _heat(found, ax)
+    name = next(iter(found)) if site is None else site
+    ax = _axes(ax, (5.5, 3.6))
+    for head, row in zip(found.heads[name], found[name].values, strict=True):
+        ax.plot(found[name].at, row, label=str(head))
+    ax.set(title=name or "(root)", xlabel=found[name].axis, ylabel=found.method)
+    ax.legend(title="head", fontsize="small")
+    return ax
+
+
+def depth(scores: Mapping[str, Sequence[float]], *, ax: Axes | None = None, label: str = "mean of the heads") -> Axes:
+    """Scores by depth: the mean over the heads of each site in order of execution, and the band from the least to the largest.
+
+    ``scores``: the result of ``attnopt.head_importance``, such as the cross-modal mass.  Raises AttnoptError if there are none.
+    """
+    if not scores:
+        raise AttnoptError("there are no scores to plot")
+    rows, ax = [np.asarray(row) for row in scores.values()], _axes(ax, (5.5, 3.6))
+    ax.plot(range(len(rows)), [row.mean() for row in rows], "o-", label=label)
+    ax.fill_between(range(len(rows)), [row.min() for row in rows], [row.max() for row in rows], alpha=0.25)
+    ax.set(xlabel="attention", xticks=range(len(rows)))
+    ax.set_xticklabels(_names(scores), rotation=45, ha="right")
+    ax.legend()
+    return ax
+
+
+def _heat(found: HeadProfile, ax: Axes | None) -> Axes:
+    rows = {
+        f"{site or '(root)'} {h}": row
+        for site in found
+        for h, row in zip(found.heads[site], found[site].values, strict=True)
+    }
+    longest = max((found[site].at for site in found), key=len)
+    grid = np.full((len(rows), len(longest)), np.nan)
+    for i, row in enumerate(rows.values()):
+        grid[i, : len(row)] = row
+    ax = _axes(ax, (6.0, 0.8 + 0.2 * len(rows)))
+    image = ax.imshow(grid, cmap="viridis", aspect="auto", interpolation="nearest")
+    ax.set(xlabel=next(iter(found.values())).axis, yticks=range(len(rows)), yticklabels=list(rows))
+    ax.figure.colorbar(image, ax=ax, label=found.method)
     return ax
 
 

@@ -11,15 +11,16 @@ import torch
 from attnopt.base.options import choice, number, switch, wholes
 from attnopt.errors import PolicyError
 from attnopt.fit.compensation_methods import COMPENSATIONS, chosen, compensated, error_without
-from attnopt.fit.importance_methods import IMPORTANCE, Given, best_heads, plain_scores
+from attnopt.fit.importance_methods import KIND, Given, Obs, Weights, best_heads, importance, plain_scores, reads_back
 from attnopt.ir.constant import Constant
 from attnopt.ir.head_edits import Replaced
-from attnopt.ir.importance import Importance
+from attnopt.ir.importance import Importance, ModelImportance
 from attnopt.ir.interfaces import Pass, Rewrite, Share, SharesBudget
 from attnopt.ir.plugin_calls import check_part
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.statistic import Statistic
 from attnopt.passes.preconditions import (
     BUDGETS,
     expected_projections,
@@ -34,8 +35,9 @@ from attnopt.passes.preconditions import (
 class PruneHeads(Pass, SharesBudget):
     """Remove ``heads`` (numbers in the trained model), or the least important ``fraction`` of the remaining heads.
 
-    ``importance``: the name of a registered ``Importance`` (a per-site method of ``attnopt.head_importance``), one number
-    per head of the trained model, or the result of ``head_importance``.  Higher means keep; ties keep the lower head.
+    ``importance``: the name of a registered ``Importance`` of one site, with options as in ``"distance(grid=(14, 14))"``; an
+    ``Importance``; a ``Statistic`` of one number per head; one number per head of the trained model; or the result of
+    ``head_importance``.  Higher means keep; ties keep the lower head.
     ``protect``: heads that ``fraction`` never removes, at every site, or by the name of the site.
     ``compensate``: ``"none"``; ``"bias"``: add the mean of the removed output to the output bias (FLAP,
     arXiv:2312.11983); ``"least-squares"``: fit the output projection to the original layer output (OSSCAR,
@@ -56,7 +58,7 @@ class PruneHeads(Pass, SharesBudget):
     calibrates: ClassVar[bool] = True
     fraction: float | None = None
     heads: Sequence[int] | None = None
-    importance: str | Sequence[float] | Mapping[str, Sequence[float]] | None = None
+    importance: str | Importance | Statistic[Any] | Sequence[float] | Mapping[str, Sequence[float]] | None = None
     protect: Sequence[int] | Mapping[str, Sequence[int]] = ()
     compensate: str | None = None
     budget: str | None = None
@@ -71,7 +73,7 @@ class PruneHeads(Pass, SharesBudget):
             )
         if self.heads is not None:
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
-        object.__setattr__(self, "protect", self._read(self.protect))
+        object.__setattr__(self, "protect", self._read_protect(self.protect))
         if self.compensate is not None:
             COMPENSATIONS.choose(self.name, "compensate", self.compensate)
         if self.budget is not None:
@@ -80,12 +82,23 @@ class PruneHeads(Pass, SharesBudget):
         if self.heads is not None and (self.importance is not None or self.budget == "global"):
             what = "importance" if self.importance is not None else "budget"
             raise PolicyError(f"prune-heads: {what} is only used with fraction; omit it or pass fraction")
-        if isinstance(self.importance, str):
-            IMPORTANCE.choose(self.name, "importance", self.importance)
-        elif self.importance is not None:
-            object.__setattr__(self, "importance", plain_scores(self.name, self.importance))
+        object.__setattr__(self, "importance", self._read_importance(self.importance))
 
-    def _read(self, given: Any) -> tuple[Any, ...]:
+    def _read_importance(self, given: Any) -> object:
+        """In comparable and serializable form.  Raises PolicyError."""
+        if given is None:
+            return None
+        if not isinstance(given, (str, Importance, Statistic)):
+            return plain_scores(self.name, given)
+        how = importance(self.name, "importance", given)
+        if isinstance(how, ModelImportance):
+            raise PolicyError(
+                f"prune-heads: importance={how.name!r} needs the whole model, and a pass sees one site",
+                hint="pass importance=attnopt.head_importance(model, data, ...)",
+            )
+        return how.to_json() if isinstance(given, str) or reads_back(how) else how
+
+    def _read_protect(self, given: Any) -> tuple[Any, ...]:
         """Numbers, or pairs of a site and its numbers."""
         pairs = list(given.items()) if isinstance(given, Mapping) else given
         if not isinstance(given, Mapping) and not (isinstance(given, (list, tuple)) and all(map(_is_pair, given))):
@@ -179,11 +192,11 @@ class PruneHeads(Pass, SharesBudget):
 
     # ------------------------------------------------------------ choices
     def _importance(self, site: Site) -> Importance:
-        if isinstance(self.importance, str):
-            return IMPORTANCE.make(self.importance)
+        if isinstance(self.importance, (str, Importance)):
+            return importance(self.name, "importance", self.importance)
         if self.importance is not None:
             return Given.of(self.importance)
-        return IMPORTANCE.make("obs" if site.activations is not None and site.knows("out") else "weights")
+        return Obs() if site.activations is not None and site.knows("out") else Weights()
 
     # ------------------------------------------------------------ refusals
     def _refuse_sizes(self, site: Site) -> Refusal | None:
@@ -195,7 +208,7 @@ class PruneHeads(Pass, SharesBudget):
 
     def _refuse_parts(self, site: Site) -> Refusal | None:
         fit, how = chosen(self.compensate, site), None if self.heads is not None else self._importance(site)
-        refused = None if how is None else check_part(how, IMPORTANCE.kind, site)
+        refused = None if how is None else check_part(how, KIND, site)
         if (refused := refused or check_part(fit, COMPENSATIONS.kind, site)) is not None:
             return refused
         learns = how is not None and how.needs_calibration

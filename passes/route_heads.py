@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from attnopt.base.options import choice, whole, wholes
 from attnopt.errors import PolicyError
-from attnopt.fit.importance_methods import scores_at
+from attnopt.fit.importance_methods import OutputNorm, scored
 from attnopt.fit.router import fitted_gates, fitted_router, used_share
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.interfaces import Pass, Rewrite
@@ -99,7 +99,7 @@ class RouteHeads(Pass):
             return tuple(h for h in site.spec.heads if h in self.shared)
         if not self.shared:
             return ()
-        norms = dict(zip(site.spec.heads, scores_at(site, "output-norm"), strict=True))
+        norms = dict(zip(site.spec.heads, scored(OutputNorm(), site), strict=True))
         ranked = sorted(norms, key=lambda h: (-norms[h], h))
         return tuple(sorted(ranked[: self.shared]))
 

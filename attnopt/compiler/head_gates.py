@@ -1,45 +1,110 @@
-"""A captured model with a gate on every head output: a number to set or to differentiate by."""
+"""A captured model whose heads can be ablated: beside the output of each head is what replaces it, and a gate chooses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
-from attnopt.compiler.head_graph import head_graph
-from attnopt.graph.cleanup import remove_unused_nodes
+from attnopt.compiler.head_graph import HeadGraph, head_graph
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten
+from attnopt.graph.nodes import aten, value
+from attnopt.ir.operands import HIDING, Operands
+from attnopt.ir.spec import AttentionSpec
+from attnopt.lower.lower import as_specified
 from attnopt.match.find import Found
 
 
 @dataclass(frozen=True)
 class Gated:
-    """``module`` equals the model while all gates are 1; ``gates`` [1, H, 1, 1] by site name."""
+    """``graph``: its module equals the model while all gates are 1, and its outputs are those behind the gates.
 
-    module: fx.GraphModule
-    gates: Mapping[str, Tensor]
+    ``replacements`` by site: what takes the place of the outputs of ablated heads, [B, H, L, Dv] or broadcast.
+    ``gates`` by site: parameters [1, H, 1, 1], of which 0 ablates a head; none if the graph was made without.
+    """
+
+    graph: HeadGraph
+    replacements: Mapping[str, fx.Node]
+    gates: Mapping[str, fx.Node]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The gates, to differentiate by."""
+        return {site: self.graph.module.get_parameter(str(gate.target)) for site, gate in self.gates.items()}
+
+    def closed(self, heads: Mapping[str, Sequence[int]]) -> dict[fx.Node, Tensor]:
+        """The values of the gates of one call, 0 at these places."""
+        values: dict[fx.Node, Tensor] = {}
+        for site, places in heads.items():
+            gate = self.gates[site]
+            values[gate] = torch.ones_like(self.graph.module.get_parameter(str(gate.target)), requires_grad=False)
+            values[gate][0, list(places)] = 0.0
+        return values
 
 
-def gated(gm: fx.GraphModule, found: Sequence[Found]) -> Gated:
-    """A copy of ``gm`` with shared weights and a gate after each head of these sites."""
-    graph = head_graph(gm, found)
-    module, gates = graph.module, dict[str, Tensor]()
-    for n, f in enumerate(found):
-        output = graph.outputs[f.site.name]
-        emit = Emitter(module.graph, output.next, {"site": f.site.name})
-        gate = nn.Parameter(torch.ones(1, f.raised.spec.num_heads, 1, 1, device=f.site.device))
-        gates[f.site.name] = gate
-        module.register_parameter(f"gate_{n}", gate)
-        with module.graph.inserting_before(output.next):
-            read = module.graph.get_attr(f"gate_{n}")
-        with emit.mode:
-            read.meta["val"] = torch.empty(gate.shape, device=gate.device)
-        cast = emit.call(aten._to_copy.default, read, dtype=output.meta["val"].dtype)
-        closed = emit.call(aten.mul.Tensor, output, cast)
-        output.replace_all_uses_with(closed)
-        closed.replace_input_with(closed, output)
-    remove_unused_nodes(module)
-    return Gated(module, gates)
+def gated(
+    gm: fx.GraphModule,
+    found: Sequence[Found],
+    kind: str = "zero",
+    means: Mapping[str, Tensor] | None = None,
+    has_gates: bool = True,
+) -> Gated:
+    """A copy of ``gm`` with shared weights, in which heads of these sites have a replacement.
+
+    ``kind``: see ``HeadProbe.output``; ``means``: for "mean", of each site the mean output of each head [H, Dv].
+    """
+    graph, sites = head_graph(gm, found), {f.site.name: f for f in found}
+    outputs, replacements, gates = dict(graph.outputs), dict[str, fx.Node](), dict[str, fx.Node]()
+    for name, output in graph.outputs.items():
+        emit, read_by = Emitter(graph.module.graph, output.next, {"site": name}), list(output.users)
+        mean = None if means is None else means[name]
+        replacements[name] = _replacement(emit, kind, sites[name].raised.spec, graph.operands[name], output, mean)
+        if has_gates:
+            gates[name], outputs[name] = _gate(emit, f"gate_{len(gates)}", output, replacements[name])
+            for user in read_by:
+                user.replace_input_with(output, outputs[name])
+    graph.module.recompile()
+    return Gated(replace(graph, outputs=outputs), replacements, gates)
+
+
+def _gate(emit: Emitter, name: str, output: fx.Node, other: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The gate, and ``gate * output + (1 - gate) * other``."""
+    module, like = emit.graph.owning_module, value(output)
+    assert module is not None
+    gate = nn.Parameter(torch.ones(1, like.shape[1], 1, 1, device=like.device))
+    module.register_parameter(name, gate)
+    with emit.graph.inserting_before(emit.before):
+        read = emit.graph.get_attr(name)
+    with emit.mode:
+        read.meta["val"] = torch.empty(gate.shape, device=gate.device)
+    opened = emit.call(aten._to_copy.default, read, dtype=like.dtype)
+    closed = emit.call(aten._to_copy.default, emit.call(aten.rsub.Scalar, read, 1.0), dtype=like.dtype)
+    own, theirs = emit.call(aten.mul.Tensor, output, opened), emit.call(aten.mul.Tensor, other, closed)
+    return read, emit.call(aten.add.Tensor, own, theirs)
+
+
+def _replacement(
+    emit: Emitter, kind: str, spec: AttentionSpec, operands: Operands[fx.Node], output: fx.Node, mean_HD: Tensor | None
+) -> fx.Node:
+    if kind == "resample":
+        return emit.call(aten.roll.default, output, [1], [0])
+    if kind == "uniform":
+        return _uniform(emit, spec, operands)
+    like = value(output)
+    fixed = torch.zeros(spec.num_heads, 1) if mean_HD is None else mean_HD
+    return emit.constant(fixed.to(like.device, like.dtype).reshape(1, spec.num_heads, 1, -1))
+
+
+def _uniform(emit: Emitter, spec: AttentionSpec, operands: Operands[fx.Node]) -> fx.Node:
+    """The mean of the values of all visible keys: scores of 0, and of the bias only what it hides."""
+    mask = operands.mask
+    if operands.bias is not None:
+        top = emit.call(aten.amax.default, operands.bias, [-1], True)
+        seen = emit.call(aten.gt.Tensor, operands.bias, emit.call(aten.add.Scalar, top, HIDING))
+        mask = seen if mask is None else emit.call(aten.bitwise_and.Tensor, mask, seen)
+    bare = replace(
+        spec.bare, scale=0.0, softcap=None, zero_keys=None, weight_gains=None, has_bias=False, has_sinks=False,
+        has_mask=mask is not None,
+    )  # fmt: skip
+    return as_specified(emit, bare, Operands(operands.q, operands.k, operands.v, mask=mask))

@@ -24,6 +24,7 @@ Inputs = Mapping[str, Collection[int]]  # "q", "k" or "v" -> places of query hea
 @dataclass(frozen=True)
 class HeadGraph:
     """``module`` equals the model.  ``outputs``: those of its heads, [B, H, L, Dv], by site, as they run.
+    ``operands``: what these are computed from.
 
     ``inputs``: by site and role, what chosen query heads read, [B, H, L or S, D]; with another value of such a node these heads
     read that, and all others what the model computes.
@@ -31,6 +32,7 @@ class HeadGraph:
 
     module: fx.GraphModule
     outputs: Mapping[str, fx.Node]
+    operands: Mapping[str, Operands[fx.Node]]
     inputs: Mapping[str, Mapping[str, fx.Node]] = field(default_factory=dict)
 
     @property
@@ -44,7 +46,7 @@ def head_graph(gm: fx.GraphModule, found: Sequence[Found], inputs: Mapping[str, 
 
     ``inputs``: of which heads the inputs can be replaced, by site."""
     module, table = copy_program(gm)
-    outputs: dict[str, fx.Node] = {}
+    outputs, read = dict[str, fx.Node](), dict[str, Operands[fx.Node]]()
     replaceable: dict[str, Mapping[str, fx.Node]] = {}
     for f in found:
         raised = f.raised
@@ -54,13 +56,13 @@ def head_graph(gm: fx.GraphModule, found: Sequence[Found], inputs: Mapping[str, 
         spec, operands, nodes = raised.spec, operands_of(node), dict[str, fx.Node]()
         if inputs is not None and (wanted := inputs.get(f.site.name)):
             spec, operands, nodes = _with_inputs(emit, spec, operands, wanted)
-        outputs[f.site.name] = as_specified(emit, spec, operands)
+        outputs[f.site.name], read[f.site.name] = as_specified(emit, spec, operands), operands
         replaceable[f.site.name] = nodes
         node.replace_all_uses_with(outputs[f.site.name])
     remove_unused_nodes(module)
     place = {n: i for i, n in enumerate(module.graph.nodes)}
     ordered = sorted(outputs, key=lambda name: place[outputs[name]])
-    return HeadGraph(module, {name: outputs[name] for name in ordered}, replaceable)
+    return HeadGraph(module, {name: outputs[name] for name in ordered}, read, replaceable)
 
 
 def _with_inputs(

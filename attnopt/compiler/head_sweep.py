@@ -11,10 +11,9 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.capture.flat_call import Taken, put_together
 from attnopt.capture.program import Program
-from attnopt.compiler.head_graph import HeadGraph, Inputs, head_graph
+from attnopt.compiler.head_graph import HeadGraph
 from attnopt.graph.nodes import shape
 from attnopt.graph.resume import Call, Part, Stacker
-from attnopt.match.find import Found
 
 ROWS = {"cpu": 512, "cuda": 16384}  # tokens in one product of weights, beyond which stacking gains nothing
 BYTES = 1 << 28  # of the largest tensor of a stack
@@ -29,16 +28,9 @@ class HeadSweep:
     something later reads.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        found: Sequence[Found],
-        swept: Collection[str] | None = None,
-        inputs: Mapping[str, Inputs] | None = None,
-    ) -> None:
-        """``swept``: the sites to stop at; all of ``found`` by default.  ``inputs``: as of ``head_graph``."""
-        self.program = program
-        self.graph: HeadGraph = head_graph(program.module, found, inputs)
+    def __init__(self, program: Program, graph: HeadGraph, swept: Collection[str] | None = None) -> None:
+        """``graph``: of the module of ``program``.  ``swept``: the sites to stop at; all by default."""
+        self.program, self.graph = program, graph
         self.nodes = {n: o for n, o in self.graph.outputs.items() if swept is None or n in swept}
         self.ends = [n for n in dict.fromkeys(self.graph.leaves) if isinstance(n, fx.Node)]
         self.parts: dict[str, Part] = {}
@@ -48,22 +40,24 @@ class HeadSweep:
         """A call that stops at the sites."""
         return self.call_to(self.nodes.values(), batch)
 
-    def call_to(self, stops: Collection[fx.Node], batch: CallInputs) -> Call:
-        """A call that stops at these nodes."""
-        return Call(self.graph.module, batch, stops, self.ends)
+    def call_to(
+        self, stops: Collection[fx.Node], batch: CallInputs, given: Mapping[fx.Node, Any] | None = None
+    ) -> Call:
+        """A call that stops at these nodes.  ``given``: values of others, which then are not computed."""
+        call = Call(self.graph.module, batch, stops, self.ends)
+        call.values.update(given or {})
+        return call
 
-    def output(self, batch: CallInputs) -> Any:
+    def output(self, batch: CallInputs, given: Mapping[fx.Node, Any] | None = None) -> Any:
         """The model's output."""
-        found = self.values(self.ends, batch)
+        found = self.values(self.ends, batch, given)
         return self.told([_own(found[n]) for n in self.ends], batch)
 
-    def values(self, nodes: Collection[fx.Node], batch: CallInputs) -> dict[fx.Node, Any]:
+    def values(
+        self, nodes: Collection[fx.Node], batch: CallInputs, given: Mapping[fx.Node, Any] | None = None
+    ) -> dict[fx.Node, Any]:
         """Of these nodes in one call."""
-        call, found = self.call_to(nodes, batch), dict[fx.Node, Any]()
-        for node in sorted(nodes, key=call.schedule.place.__getitem__):
-            call.up_to(node)
-            found[node] = call(node)
-        return found
+        return self.call_to(nodes, batch, given).read(nodes)
 
     def sites(self, batch: CallInputs) -> Iterator[tuple[str, Tensor, Rest]]:
         """For each site, as they run: its name, the outputs of its heads [B, H, L, Dv], and the rest of the model."""
@@ -107,6 +101,14 @@ class HeadSweep:
         *_, build, given = put_together(form.inputs, *batch, clones=True)
         objects = tuple(build.made[i] for i in range(len(form.inputs.nodes)))
         return form.give(output, Taken(batch, objects, tuple(given)))
+
+
+def with_each(o_BHLD: Tensor, other_BHLD: Tensor, places: Iterable[int]) -> Iterator[Tensor]:
+    """``o`` with each of these heads, alone, from ``other`` [B, H, L, D] or broadcast."""
+    for place in places:
+        changed = o_BHLD.clone()
+        changed[:, place] = other_BHLD[:, place]
+        yield changed
 
 
 def _own(x: Any) -> Any:

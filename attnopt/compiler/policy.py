@@ -17,6 +17,7 @@ from attnopt.compiler.policy_file import SUFFIXES, read_file
 from attnopt.errors import PolicyError
 from attnopt.ir.block_scores import BlockScores
 from attnopt.ir.constant import Constant
+from attnopt.ir.importance import Importance
 from attnopt.ir.interfaces import Pass
 from attnopt.ir.row_scores import RowScores
 from attnopt.patterns import Pattern
@@ -168,6 +169,6 @@ def _pass_to_json(p: Pass) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, (Pattern, BlockScores, RowScores, Constant, Input)):
+    if isinstance(value, (Pattern, BlockScores, RowScores, Constant, Importance, Input)):
         return value.to_json()
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

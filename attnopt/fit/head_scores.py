@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 from attnopt.errors import CalibrationError
 from attnopt.fit.block_obs import surgeon_of
 from attnopt.fit.least_squares import output_weights
-from attnopt.ir.activations import Activations
 from attnopt.ir.site import Site
 from attnopt.ir.statistic import Statistic
+from attnopt.statistics.calibrated import outputs_of
 
 
 def weight_norms(site: Site) -> list[float]:
@@ -36,7 +35,7 @@ def output_norms(site: Site) -> list[float]:
     """Mean over tokens of |z_h W_o,h|: the norm of the head's contribution to the layer output."""
     total, tokens = torch.zeros(site.num_heads, dtype=torch.float64), 0
     out = output_maps(site)
-    for z_NHD in _outputs(site):
+    for z_NHD in outputs_of(site):
         total += torch.einsum("nhd,hde->hne", z_NHD, out).norm(dim=-1).sum(1)
         tokens += len(z_NHD)
     return (total / max(tokens, 1)).tolist()
@@ -64,32 +63,6 @@ def removal_costs(site: Site) -> list[float]:
     return surgeon_of(site).removal_costs(range(site.num_heads))
 
 
-def focus(site: Site) -> list[float]:
-    """One minus the entropy of the attention weights, relative to uniform weights over the visible keys."""
-    total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
-    for p_NHS, _ in _weights(site):
-        entropy = torch.special.entr(p_NHS).sum(-1)
-        most = (p_NHS > 0).sum(-1).double().log().clamp(min=1e-9)
-        total += (1 - entropy / most).sum(0)
-        rows += len(p_NHS)
-    return (total / max(rows, 1)).tolist()
-
-
-def locality(site: Site) -> list[float]:
-    """Negative mean distance, in tokens, between a query and the keys that it attends to."""
-    total, rows = torch.zeros(site.num_heads, dtype=torch.float64), 0
-    for p_NHS, distance_NS in _weights(site):
-        total -= (p_NHS * distance_NS[:, None]).sum(-1).sum(0)
-        rows += len(p_NHS)
-    return (total / max(rows, 1)).tolist()
-
-
-def _seen(site: Site) -> Activations:
-    if site.activations is None or site.activations.tokens == 0:
-        raise CalibrationError("there is no calibration data for it", site=site.name, hint="pass calibration batches")
-    return site.activations
-
-
 def output_maps(site: Site) -> Tensor:
     """Output weights [H, Dv, out] of the remaining heads, in float64.  Raises CalibrationError if unknown."""
     weights = output_weights(site, site.original)
@@ -106,30 +79,12 @@ def output_maps(site: Site) -> Tensor:
     return weights[:-1].reshape(site.num_heads, site.value_dim, -1)
 
 
-def _outputs(site: Site) -> Iterator[Tensor]:
-    """Heads' outputs of the tokens that count, [N, H, Dv] in float64."""
-    seen = _seen(site)
-    for z, operands in zip(seen.outputs(site.spec), seen.batches, strict=True):
-        yield z.transpose(1, 2)[operands.real].double()
-
-
 @dataclass(frozen=True)
 class FeatureMoments(Statistic[tuple[Tensor, Tensor]]):
     """Mean and mean square [H, Dv] of the head outputs, in float64."""
 
     def measure(self, site: Site) -> tuple[Tensor, Tensor]:
         total, square, tokens = torch.zeros(()), torch.zeros(()), 0
-        for z in _outputs(site):
+        for z in outputs_of(site):
             total, square, tokens = total + z.sum(0), square + z.square().sum(0), tokens + len(z)
         return total / tokens, square / tokens
-
-
-def _weights(site: Site) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attention weights of the tokens that count [N, H, S] in float64, and the distance of each query to each key."""
-    seen = _seen(site)
-    for p, operands in zip(seen.weights(site.spec), seen.batches, strict=True):
-        L, S = p.shape[2:]
-        apart = (torch.arange(L)[:, None] + (S - L) - torch.arange(S)).abs().double()
-        for b in range(len(p)):
-            real = operands.real[b]
-            yield p[b].transpose(0, 1)[real].double(), apart[real]

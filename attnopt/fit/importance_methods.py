@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from attnopt.base.options import numbers
-from attnopt.base.registry import Registry
+from attnopt.base.notation import evaluate
+from attnopt.base.options import choice, numbers
+from attnopt.base.registry import OURS, Registry, distribution_of
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.fit import head_scores
 from attnopt.fit.block_obs import surgeon_of
 from attnopt.ir.blame import blamed, fault, is_ours
-from attnopt.ir.importance import Importance
+from attnopt.ir.importance import Importance, Measured
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
+from attnopt.ir.statistic import Statistic
+from attnopt.statistics import (
+    Ablation,
+    Counterfactual,
+    Distance,
+    Entropy,
+    Fisher,
+    Induction,
+    KeyNorm,
+    Locality,
+    MassiveFeatures,
+    MaxLogit,
+    OvRank,
+    QkRank,
+    QueryNorm,
+    Retrieval,
+    Sahara,
+    SegmentMass,
+    Ships,
+    SinkMass,
+    Taylor,
+    UniqueCodes,
+)
 
 
 class Weights(Importance):
@@ -83,33 +109,12 @@ class Obs(Importance):
         return head_scores.removal_costs(site)
 
 
-class Entropy(Importance):
-    """How far the attention is from uniform."""
-
-    name: ClassVar[str] = "entropy"
-    needs_calibration: ClassVar[bool] = True
-
-    def scores(self, site: Site) -> Sequence[float]:
-        return head_scores.focus(site)
-
-
-class Locality(Importance):
-    """How near to the query the attention stays."""
-
-    name: ClassVar[str] = "locality"
-    needs_calibration: ClassVar[bool] = True
-
-    def scores(self, site: Site) -> Sequence[float]:
-        return head_scores.locality(site)
-
-
+@dataclass(frozen=True)
 class Random(Importance):
     """The same numbers for a site's name at every run: a baseline."""
 
     name: ClassVar[str] = "random"
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = 0
 
     def scores(self, site: Site) -> Sequence[float]:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))
@@ -177,33 +182,75 @@ def _is_pairs(given: object) -> bool:
 
 
 KIND = "importance method"
+OWN: tuple[type[Importance], ...] = (
+    Weights, OutputNorm, Flap, Wanda, Obs, Entropy, Locality, Random, Distance, SinkMass, MassiveFeatures, MaxLogit,
+    QueryNorm, KeyNorm, SegmentMass, QkRank, OvRank, Induction, Retrieval, Counterfactual, UniqueCodes, Ablation, Taylor,
+    Fisher, Ships, Sahara,
+)  # fmt: skip
 IMPORTANCE = Registry(
     "attnopt.importance",
     KIND,
     Importance,  # type: ignore[type-abstract]
-    {kind.name: kind for kind in (Weights, OutputNorm, Flap, Wanda, Obs, Entropy, Locality, Random)},
+    {kind.name: kind for kind in OWN},
     lambda cls: getattr(cls, "name", None),
 )
+_CALL = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(\(.*\)|)\s*", re.DOTALL)
+_SELF = "importance"  # in the place of a name with hyphens
 
 
-def scores_at(site: Site, method: str, seed: int = 0) -> tuple[float, ...]:
-    """``scored`` by name; ``seed``: of "random".  Raises PolicyError for an unknown method."""
-    how = IMPORTANCE.make(method)
-    return scored(Random(seed) if isinstance(how, Random) else how, site)
+def importance(owner: str, option: str, given: object) -> Importance:
+    """An importance, a statistic of one number for each head, or a name with or without options, such as
+    ``"distance(grid=(14, 14), prefix=1)"``.  Raises PolicyError that names the option, PluginError."""
+    if isinstance(given, Importance):
+        return given
+    if isinstance(given, Statistic):
+        return Measured(given)
+    called = _CALL.fullmatch(given) if isinstance(given, str) and given not in IMPORTANCE.listed() else None
+    name, options = (given, "") if called is None else (called[1], called[2])
+    cls = IMPORTANCE.load(choice(owner, option, name, tuple(IMPORTANCE.listed())))
+    if not options and distribution_of(cls) != OURS:
+        return IMPORTANCE.make(cls.name)
+    try:
+        made = evaluate(f"{_SELF}{options}", partial(_itself, cls), shown=str(given))
+    except PolicyError as e:
+        hint = e.hint or f"pass an instance of attnopt.statistics.{cls.__name__}"
+        raise PolicyError(f"{owner}: {option}={given!r}: {e.message}", hint=hint) from e
+    assert isinstance(made, Importance)
+    return made
+
+
+def reads_back(how: Importance) -> bool:
+    """Its text means the same: its class is registered, and its options compare and print."""
+    if not IMPORTANCE.knows(type(how)):
+        return False
+    try:
+        return importance(how.name, "text", how.to_json()) == how
+    except PolicyError:
+        return False
+
+
+def _itself(cls: type[Importance], name: str) -> type[Importance]:
+    if name != _SELF:
+        raise PolicyError(f"unknown name {name!r}")
+    return cls
 
 
 def scored(how: Importance, site: Site) -> tuple[float, ...]:
     """One number for each head that is left, higher means keep.  Raises CalibrationError, PluginError."""
     with blamed(how, KIND, "scores", site.name):
         found = tuple(map(float, how.scores(site)))
-    if len(found) != site.num_heads:
-        wrong = f"scores gave {len(found)} numbers, expected one for each of {site.num_heads} heads"
-        raise fault(how, KIND, wrong, site.name)
+    return checked(how, site.name, found, site.num_heads)
+
+
+def checked(how: Importance, site: str, found: tuple[float, ...], heads: int) -> tuple[float, ...]:
+    """``found``, if they are one finite number for each head.  Raises CalibrationError, PluginError."""
+    if len(found) != heads:
+        raise fault(how, KIND, f"scores gave {len(found)} numbers, expected one for each of {heads} heads", site)
     if not all(map(math.isfinite, found)):
         if not is_ours(how):
-            raise fault(how, KIND, f"scores gave {found}, expected finite numbers", site.name)
+            raise fault(how, KIND, f"scores gave {found}, expected finite numbers", site)
         raise CalibrationError(
-            f"its {how.name} on the calibration data is not finite", site=site.name, hint="leave such batches out"
+            f"its {how.name} on the calibration data is not finite", site=site, hint="leave such batches out"
         )
     return found
 

@@ -79,6 +79,14 @@ class Call(Forward):
         schedule = Schedule(gm.graph, {n: (n,) for n in stops} | {gm.graph.output_node(): ends})
         super().__init__(gm, dict(zip(inputs_of(gm.graph), leaves, strict=True)), schedule)
 
+    def read(self, stops: Collection[fx.Node]) -> Values:
+        """The values of these stops, which are the next ones, in one go."""
+        found: Values = {}
+        for node in sorted(stops, key=self.schedule.place.__getitem__):
+            self.up_to(node)
+            found[node] = self(node)
+        return found
+
     def around(self, part: Part, held: Mapping[fx.Node, Any] = {}) -> Values:
         """What ``part`` reads, where the call has come to; later nodes are computed for it alone.  ``held``: of its own."""
         given = self.values | dict(held)

@@ -16,10 +16,10 @@ from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration, as_inputs
 from attnopt.capture.run_unchanged import cloned, kept
 from attnopt.compiler.analyze_batches import analyze_batches
-from attnopt.compiler.head_sweep import HeadSweep
+from attnopt.compiler.head_graph import head_graph
+from attnopt.compiler.head_sweep import HeadSweep, with_each
 from attnopt.errors import PolicyError
 from attnopt.intervene.metric import Metric, measured, require_callable, scalar
-from attnopt.intervene.patch import with_each
 from attnopt.ir.site import Site
 from attnopt.match.find import Found
 from attnopt.model import OptimizedModel
@@ -88,7 +88,7 @@ def _measured(model: nn.Module, fast: OptimizedModel, asked: Sequence[Behaviour]
     inputs = [as_inputs(b.inputs, f"inputs of {b.name}") for b in asked]
     analyzed, batches = analyze_batches(model, Calibration(tuple(inputs)))
     changed = _changed(analyzed.findings.found, fast.sites)
-    sweep = HeadSweep(analyzed.program, analyzed.findings.found, changed)
+    sweep = HeadSweep(analyzed.program, head_graph(analyzed.program.module, analyzed.findings.found), changed)
     made: list[Kept] = []
     with torch.no_grad():
         for b, given, batch in zip(asked, inputs, batches, strict=True):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attnopt.base.compile_lock import compiling
 from attnopt.base.options import choice
 from attnopt.base.progress import working
 from attnopt.capture.calibration import Batch
 from attnopt.compiler.chosen_sites import Sites
-from attnopt.compiler.head_sweep import HeadSweep
+from attnopt.compiler.head_graph import head_graph
+from attnopt.compiler.head_sweep import HeadSweep, with_each
 from attnopt.intervene.metric import Metric, measured, require_callable
 from attnopt.intervene.runs import DIRECTIONS, chosen_heads, two_runs
 from attnopt.report.head_effects import HeadEffects
+
+RUNS = ("clean", "corrupted")
 
 
 @compiling()
@@ -47,7 +50,7 @@ def patch(
     analyzed, *both = two_runs(model, clean, corrupted)
     found = analyzed.findings.found
     chosen = chosen_heads("patch", found, sites, heads)
-    sweep = HeadSweep(analyzed.program, found, chosen)
+    sweep = HeadSweep(analyzed.program, head_graph(analyzed.program.module, found), chosen)
     base, other = both if direction == "noising" else reversed(both)
     place = {f.site.name: f.site.spec.heads.index for f in found}
     metrics: dict[str, tuple[float, ...]] = {}
@@ -65,14 +68,3 @@ def patch(
             )
             step()
     return HeadEffects(direction, ends[0], ends[1], metrics, chosen)
-
-
-RUNS = ("clean", "corrupted")
-
-
-def with_each(o_BHLD: Tensor, other_BHLD: Tensor, places: Iterable[int]) -> Iterator[Tensor]:
-    """``o`` with each of these heads, alone, from ``other``."""
-    for place in places:
-        patched = o_BHLD.clone()
-        patched[:, place] = other_BHLD[:, place]
-        yield patched

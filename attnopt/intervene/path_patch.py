@@ -16,11 +16,12 @@ from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch
 from attnopt.compiler.analyze import Analyzed
 from attnopt.compiler.chosen_sites import chosen_places, no_such_site
-from attnopt.compiler.head_sweep import HeadSweep, agree
+from attnopt.compiler.head_graph import head_graph
+from attnopt.compiler.head_sweep import HeadSweep, agree, with_each
 from attnopt.errors import PolicyError
 from attnopt.graph.resume import Part, Stacker
 from attnopt.intervene.metric import Metric, measured, require_callable
-from attnopt.intervene.patch import RUNS, with_each
+from attnopt.intervene.patch import RUNS
 from attnopt.intervene.runs import DIRECTIONS, chosen_heads, two_runs
 from attnopt.match.find import Found
 from attnopt.report.head_effects import HeadEffects
@@ -100,7 +101,7 @@ class _Paths:
     def __init__(self, analyzed: Analyzed, sending: Heads, told: Mapping[str, Any] | None, base: CallInputs) -> None:
         found = analyzed.findings.found
         self.base = base
-        self.sweep = sweep = HeadSweep(analyzed.program, found, sending, told)
+        self.sweep = sweep = HeadSweep(analyzed.program, head_graph(analyzed.program.module, found, told), sending)
         self.place = {f.site.name: f.site.spec.heads.index for f in found}
         outputs = sweep.graph.outputs
         self.received = [node for name in outputs for node in sweep.graph.inputs.get(name, {}).values()]

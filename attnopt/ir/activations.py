@@ -13,7 +13,7 @@ from torch import Tensor
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.operands import OperandTensors
 from attnopt.ir.projection import Projected
-from attnopt.ir.reference import reference
+from attnopt.ir.reference import reference, reference_weights
 from attnopt.ir.semantics import edited
 from attnopt.ir.spec import AttentionSpec
 
@@ -81,9 +81,10 @@ class Activations:
 
     def weights(self, spec: AttentionSpec) -> Iterator[Tensor]:
         """For each batch the attention weights [B, H, L, S] under ``spec``, which chooses heads by their numbers."""
-        for o in self.batches:
-            eye = torch.eye(o.k.shape[2], dtype=o.v.dtype, device=o.v.device).expand(*o.k.shape[:3], -1)
-            yield _attend(replace(spec, after=()), replace(o, v=eye))
+        weights = reference_weights(spec)
+        for t in self.operands(spec):
+            with torch.no_grad():
+                yield weights(t.q, t.k, **t.others).to(t.v.dtype)  # they are multiplied with values
 
     def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
         """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, edits included."""

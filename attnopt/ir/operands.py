@@ -14,7 +14,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of an attention operator, in their order
 CANONICAL = (*ROLES, "keep", "added")  # those of the canonical attention
-HIDING = -9e3  # a bias below this hides: models write -1e4, -1e9, their least number, or -inf
+HIDING = -9e3  # a bias below this, or below it beside the row's highest, hides: models write -1e4, -1e9 or -inf
 BLOCK = 64  # queries and keys per block of a selection
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from attnopt.ir.row_attention import without_other_rows
 from attnopt.ir.semantics import heads_of, require_no_edits, row_sinks, visible
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
+
+Weights = Callable[..., Tensor]  # q, k and the other operands -> attention weights
 
 
 def reference(spec: AttentionSpec) -> Attend:
@@ -43,6 +45,32 @@ def reference(spec: AttentionSpec) -> Attend:
         return o if spec.rows is None else without_other_rows(spec, o, OperandTensors(q, k, v, bias, mask, sinks))
 
     return attend
+
+
+def reference_weights(spec: AttentionSpec) -> Weights:
+    """The attention weights of ``spec`` without its edits, [B, H, L, S] over the keys themselves: those of a head that pools
+    are spread over its pools.  Scores and softmax in float32 or wider."""
+
+    def weights(
+        q: Tensor,
+        k: Tensor,
+        *,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        keep: Tensor | None = None,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        p = weights_of(spec, q, k, bias, mask, sinks)
+        if spec.pooling is not None:
+            eye = torch.eye(k.shape[2], dtype=p.dtype, device=p.device)
+            p = p @ spec.pooling.applied(spec.heads, eye.expand(1, spec.num_heads, -1, -1))
+        if not spec.has_map:
+            return p
+        assert added is not None
+        return (p if keep is None else p * keep.to(p.dtype)) + added.to(p.dtype)
+
+    return weights
 
 
 def reference_with_lse(spec: AttentionSpec) -> AttendWithLse:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from attnopt.base.display import shown_by
 
-shown_by("attnopt.compiler.importance:HeadImportance", "text", "attnopt.render.tables:importance_text")
+shown_by("attnopt.compiler.head_results:HeadImportance", "text", "attnopt.render.score_tables:importance_text")
+shown_by("attnopt.compiler.head_results:HeadProfile", "text", "attnopt.render.score_tables:profile_text")
+shown_by("attnopt.compiler.head_results:HeadSet", "text", "attnopt.render.score_tables:set_text")
 shown_by("attnopt.patterns.algebra:Pattern", "html", "attnopt.render.page:pattern_fragment")
 shown_by("attnopt.report.advice:Advice", "text", "attnopt.render.tables:advice_text")
-shown_by("attnopt.report.head_effects:HeadEffects", "text", "attnopt.render.tables:effects_text")
-shown_by("attnopt.report.head_search:HeadSearch", "text", "attnopt.render.tables:search_text")
+shown_by("attnopt.report.head_effects:HeadEffects", "text", "attnopt.render.score_tables:effects_text")
+shown_by("attnopt.report.head_search:HeadSearch", "text", "attnopt.render.score_tables:search_text")
 shown_by("attnopt.report.attribution:Attribution", "text", "attnopt.render.head_tables:attribution_text")
 shown_by("attnopt.report.collected:Collected", "text", "attnopt.render.head_tables:collected_text")
 shown_by("attnopt.report.inspection:Inspection", "html", "attnopt.render.page:inspection_fragment")

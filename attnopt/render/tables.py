@@ -11,13 +11,10 @@ from attnopt.report.report import Report, SiteReport
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from attnopt.compiler.importance import HeadImportance
     from attnopt.compiler.plugins import Description
     from attnopt.ir.projection import Projection
     from attnopt.ir.site import NearMiss, Site
     from attnopt.report.advice import Advice
-    from attnopt.report.head_effects import HeadEffects
-    from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
 
 ROLES = ("q", "k", "v", "out")
@@ -29,47 +26,6 @@ def inspection_text(inspection: Inspection) -> str:
 
 def advice_text(advice: Advice) -> str:
     return to_text(advice_table(advice))
-
-
-def importance_text(importance: HeadImportance) -> str:
-    """One row an attention, one column a head."""
-    return _by_head(f"head importance: {importance.method}", importance.scores, importance.heads)
-
-
-def effects_text(found: HeadEffects) -> str:
-    """One row an attention, one column a head: the fraction of the difference of the two runs, or the metric itself."""
-    base, other = found.ends
-    what = f"{found.direction} {found.paths}".rstrip()
-    told = f"{what}: clean {found.clean:.4g}, corrupted {found.corrupted:.4g}"
-    if base == other:
-        return _by_head(f"{told}; the metric", found.metrics, found.heads)
-    return _by_head(f"{told}; 0 is {base:.4g}, 1 is {other:.4g}", found.effects, found.heads)
-
-
-def search_text(found: HeadSearch) -> str:
-    """One row a step."""
-    ended = "" if found.is_complete else ", ended early"
-    title = f"{found.method}: {found.base:.6g} without an edit, {found.value:.6g} with {len(found.chosen)} heads{ended}"
-    rows = [(f"{s.added[0]} {s.added[1]}", "" if s.removed is None else f"{s.removed[0]} {s.removed[1]}", f"{s.value:.6g}")
-            for s in found.steps]  # fmt: skip
-    return to_text(table(title, ("head", "instead of", "objective"), rows))
-
-
-def _by_head(title: str, values: Mapping[str, Sequence[float]], heads: Mapping[str, Sequence[int]]) -> str:
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("site")
-    every = sorted({h for numbers in heads.values() for h in numbers})
-    for h in every:
-        shown.add_column(str(h), justify="right")
-    for site, own in values.items():
-        of = dict(zip(heads[site], own, strict=True))
-        shown.add_row(site or "(root)", *(f"{of[h]:.3g}" if h in of else "" for h in every))
-    return to_text(Group(Text(title), shown), width=max(80, len(title), 40 + 9 * len(every)))
 
 
 def inspection_table(inspection: Inspection) -> RenderableType:

@@ -42,7 +42,7 @@ def acme(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(HERE)
     import acme_attnopt
 
-    for name in ("L1", "Peak", "Strided", "Median", "Rescale"):
+    for name in ("L1", "Peak", "Diagonal", "Flips", "Strided", "Median", "Rescale"):
         attnopt.register(getattr(acme_attnopt, name))
     return acme_attnopt
 
@@ -55,6 +55,19 @@ def test_a_partition_chooses_what_is_merged(acme: Any, given: Any) -> None:
     ours = attnopt.optimize(model, GroupedQuery(2, grouping=(0, 1, 0, 1), merge="mean"), (x,))
     assert theirs.sites[0].spec.kv_of_head == (0, 1, 0, 1)
     assert torch.equal(theirs(x), ours(x))
+
+
+def test_an_importance_with_an_option_a_profile_and_one_of_the_whole_model(acme: Any, given: Any) -> None:
+    model, data = given
+    scores = attnopt.head_importance(model, data, "acme.diagonal(width=12)")
+    assert scores.method == "acme.diagonal(width=12)"
+    for row in scores.values():
+        assert row == pytest.approx([1.0] * H)  # all keys that a causal query of 12 sees
+    profile = attnopt.head_profile(model, data, acme.Diagonal(2))
+    assert [c.at for c in profile.values()] == [(0.0, 1.0)] * 2
+    found = attnopt.greedy_heads(model, data, "acme.flips", size=1)
+    flips = attnopt.head_importance(model, data, acme.Flips())
+    assert found.steps[0][2] == max(x for row in flips.values() for x in row) > 0
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ POLICIES = {  # and what reports say of them
     "dynamic-sparse(scores='usual-key', keep=0.5, block=64)": "UsualKey()",
     "prune-heads(fraction=0.5, importance='acme.l1')": "by the importance acme.l1",
     "prune-heads(fraction=0.5, importance='acme.peak', budget='site')": "by the importance acme.peak",
+    "prune-heads(fraction=0.5, importance='acme.diagonal(width=3)', budget='site')": "the importance acme.diagonal(width=3)",
     "grouped-query(kv_heads=2, grouping='acme.strided')": "key/value heads {0, 2} {1, 3} merged by mean",
     "grouped-query(kv_heads=1, merge='acme.median')": "merged by acme.median",
     "prune-heads(heads=[1], compensate='acme.rescale')": "prune-heads: output weights times 1.33",
@@ -54,6 +55,7 @@ POLICIES = {  # and what reports say of them
 LEARNING = (  # refused without data
     "dynamic-sparse(scores='usual-key', keep=0.5, block=64)",
     "prune-heads(fraction=0.5, importance='acme.peak', budget='site')",
+    "prune-heads(fraction=0.5, importance='acme.diagonal(width=3)', budget='site')",
 )
 
 EVERY_PATH = """
@@ -104,7 +106,7 @@ for number, missing in enumerate(json.loads(sys.argv[1])):
         assert not missing
 """
 MISSING = (  # policy by policy
-    "", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'", "block score 'UsualKey'", *[""] * 6,
+    "", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'", "block score 'UsualKey'", *[""] * 7,
     "row score 'KeyAlike'",
 )  # fmt: skip
 

@@ -1,7 +1,9 @@
 """A whole plugin for attnopt: an example of each kind."""
 
 from acme_attnopt.clipped import Clip, Clipped
+from acme_attnopt.diagonal import Diagonal
 from acme_attnopt.every import Every
+from acme_attnopt.flips import Flips
 from acme_attnopt.key_alike import KeyAlike
 from acme_attnopt.key_norm import KeyNorm
 from acme_attnopt.l1 import L1
@@ -14,6 +16,6 @@ from acme_attnopt.strided import Strided
 from acme_attnopt.usual_key import UsualKey
 
 __all__ = [
-    "L1", "Clip", "Clipped", "Every", "KeyAlike", "KeyNorm", "LastK", "Median", "Peak", "Plain", "Rescale", "Strided",
-    "UsualKey",
+    "L1", "Clip", "Clipped", "Diagonal", "Every", "Flips", "KeyAlike", "KeyNorm", "LastK", "Median", "Peak", "Plain",
+    "Rescale", "Strided", "UsualKey",
 ]  # fmt: skip

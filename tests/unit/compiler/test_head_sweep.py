@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FunctionType
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -15,11 +16,26 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.compiler import head_sweep
 from attnopt.graph import interpreter, resume
-from attnopt.graph.nodes import calls, run_call
+from attnopt.graph.nodes import calls
 from attnopt.graph.ops import Kind, of
+from attnopt.ir.head_probe import KINDS
+from attnopt.statistics import Ablation
 
 LAYERS, PER_LAYER = 6, 4  # projections of a layer
 X = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def seeing(see: Callable[[Any, Any], None]) -> Iterator[None]:
+    """``see`` is told of each operator that runs, and its arguments."""
+    below = resume.run_call
+
+    def run(node: Any, args: Any, kwargs: Any) -> Any:
+        see(node, args)
+        return below(node, args, kwargs)
+
+    with mock.patch.object(resume, "run_call", run), mock.patch.object(interpreter, "run_call", run):
+        yield
 
 
 @contextmanager
@@ -27,16 +43,28 @@ def projections() -> Iterator[list[tuple[int, ...]]]:
     """The sizes of what each projection that runs is given."""
     seen: list[tuple[int, ...]] = []
 
-    def run(node: Any, args: Any, kwargs: Any) -> Any:
+    def see(node: Any, args: Any) -> None:
         if (
             calls(node, of(Kind.PRODUCT))
             and "attention" not in node.name
             and node.target.name().startswith("aten::linear")
         ):
             seen.append(tuple(args[0].shape))
-        return run_call(node, args, kwargs)
 
-    with mock.patch.object(resume, "run_call", run), mock.patch.object(interpreter, "run_call", run):
+    with seeing(see):
+        yield seen
+
+
+@contextmanager
+def attentions() -> Iterator[list[str]]:
+    """The attentions that run, replacements included; as many at a time as there are heads."""
+    seen: list[str] = []
+
+    def see(node: Any, _: Any) -> None:
+        if isinstance(node.target, FunctionType):
+            seen.append(node.name)
+
+    with seeing(see):
         yield seen
 
 
@@ -55,6 +83,56 @@ def test_what_comes_before_runs_once(rows: int, monkeypatch: pytest.MonkeyPatch)
     checked = 0 if rows == 1 else 1 + PER_LAYER * (LAYERS - 1)  # the first stack, against one of its heads
     assert len(seen) == whole + (whole - 1) + runs * swept() + checked  # the original, the prefix, the rest
     assert len(seen) < 0.7 * 4 * LAYERS * whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ablation_of_any_kind_shares_what_comes_before(kind: str) -> None:
+    """And no attention behind a head is computed twice, as its replacement."""
+    with attentions() as zero:
+        attnopt.head_importance(stack(LAYERS), [X], "ablation")
+    with attentions() as found, projections() as seen:
+        attnopt.head_importance(stack(LAYERS), [X], Ablation(kind))
+    whole = PER_LAYER * LAYERS
+    streamed = whole - 1 if kind in ("mean", "resample") else 0  # to see outputs and padding
+    assert len(seen) == whole + (whole - 1) + swept() + 1 + PER_LAYER * (LAYERS - 1) + streamed
+    assert len(found) == len(zero) + (LAYERS if kind == "uniform" else 0)
+
+
+def test_a_greedy_step_is_one_sweep() -> None:
+    whole, checked = PER_LAYER * LAYERS, 1 + PER_LAYER * (LAYERS - 1)
+    for size in (1, 2, 3):
+        with projections() as seen:
+            attnopt.greedy_heads(stack(LAYERS), [X], "ablation", size=size)
+        sweeps = size * (whole - 1 + swept()) + checked * min(size, 2)  # the first alone has no gates
+        assert len(seen) == whole + sweeps
+
+
+class OneByOne(attnopt.ModelImportance):
+    """Nothing, but that a sweep gives what single runs give, also while these run in between."""
+
+    name: ClassVar[str] = "one-by-one"
+
+    def __init__(self, off: dict[str, list[int]]) -> None:
+        self.off = off
+
+    def of_model(self, probe: attnopt.HeadProbe) -> dict[str, list[float]]:
+        apart: dict[str, list[float]] = {site: [0.0] * len(heads) for site, heads in probe.heads.items()}
+        for kind in KINDS:
+            heads = []
+            for site, h, output in probe.sweep(probe.batches[0], kind, self.off):
+                alone = probe.output(probe.batches[0], self.off | {site: [*self.off.get(site, ()), h]}, kind)
+                torch.testing.assert_close(output, alone, atol=1e-5, rtol=1e-4)
+                apart[site][h] += float((output - probe.output(probe.batches[0])).norm())
+                heads.append((site, h))
+            assert heads == [(s, h) for s, hs in probe.heads.items() for h in hs if h not in self.off.get(s, ())]
+        return apart
+
+
+@pytest.mark.parametrize("off", [{}, {"layers.0": [1], "layers.2": [0, 3]}])
+def test_a_sweep_is_what_heads_give_one_by_one(off: dict[str, list[int]]) -> None:
+    apart = attnopt.head_importance(stack(3), [X], OneByOne(off))
+    for site, moved in apart.items():
+        assert all((x == 0) == (h in off.get(site, ())) for h, x in enumerate(moved))
 
 
 def test_memory_bounds_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +155,7 @@ def test_batches_of_several_sizes() -> None:
 
 def test_a_behaviour_gets_the_output_of_the_model() -> None:
     """Also where a graph returns the tensors of a cache."""
-    import circuits
+    import hooked_models
 
     def last(output: Any) -> Tensor:
         assert output.past_key_values.get_seq_length() == 9
@@ -85,7 +163,7 @@ def test_a_behaviour_gets_the_output_of_the_model() -> None:
         return logits
 
     scores = attnopt.head_importance(
-        circuits.gpt2(2), [{"input_ids": circuits.IDS[0], "use_cache": True}], "ablation", behaviour=last
+        hooked_models.gpt2(2), [{"input_ids": hooked_models.IDS[0], "use_cache": True}], "ablation", behaviour=last
     )
     assert all(s > 0 for values in scores.values() for s in values)
 

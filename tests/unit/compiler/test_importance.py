@@ -14,7 +14,8 @@ from attnopt.errors import CalibrationError, PolicyError
 from attnopt.passes import PruneHeads
 
 H, D = 4, 4
-NEEDS_NO_MORE = [m for m in methods() if m not in ("fisher", "retrieval")]
+NEEDS_MORE = ("fisher", "retrieval", "induction", "counterfactual", "unique-codes", "segment-mass")
+NEEDS_NO_MORE = [m for m in methods() if m not in NEEDS_MORE]
 
 
 def contributions(model: nn.Module, data: list[Tensor], layer: int) -> Tensor:
@@ -165,19 +166,19 @@ class Reader(nn.Module):
         return out
 
 
-def test_retrieval_is_attention_to_what_followed() -> None:
+def test_induction_is_attention_to_what_followed() -> None:
     model = Reader().eval()
     ids = torch.tensor([[1, 2, 3, 1, 4, 2]])
-    scores = head_importance(model, [ids], "retrieval")["stack.layers.0"]
+    scores = head_importance(model, [ids], "induction")["stack.layers.0"]
     x, layer = model.embed(ids), model.stack.layers[0]
     q, k = (f(x).view(1, 6, H, D).transpose(1, 2) for f in (layer.q, layer.k))
     s = (q @ k.mT / D**0.5).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)[0]
     wanted = (s[:, 3, 1] + s[:, 5, 2]) / 2  # 1 was followed by 2; 2 by 3
     assert scores == pytest.approx(wanted.tolist(), rel=1e-4)
     with pytest.raises(CalibrationError, match="no token occurs twice"):
-        head_importance(model, [torch.tensor([[1, 2, 3]])], "retrieval")
+        head_importance(model, [torch.tensor([[1, 2, 3]])], "induction")
     with pytest.raises(CalibrationError, match="has no token ids input"):
-        head_importance(stack(1), batches(1), "retrieval")
+        head_importance(stack(1), batches(1), "induction")
 
 
 @pytest.mark.parametrize("method", NEEDS_NO_MORE)
@@ -218,7 +219,7 @@ def test_batches_of_several_sizes_and_the_model_as_it_was() -> None:
         ({"method": "gradient"}, PolicyError, "invalid value method='gradient': expected one of 'weights'"),
         ({"method": "fisher"}, PolicyError, "'fisher' needs a loss"),
         ({"method": "flap", "loss": lambda o, b: o.sum()}, PolicyError, "loss is not used by 'flap'"),
-        ({"method": "flap", "behaviour": lambda o: o}, PolicyError, "behaviour is only used by 'ablation'"),
+        ({"method": "flap", "behaviour": lambda o: o}, PolicyError, "behaviour is not used by 'flap'"),
         ({"method": "taylor", "loss": lambda o, b: o}, CalibrationError, "the loss does not return a scalar"),
         ({"calibration": []}, CalibrationError, "calibration is empty"),
         ({"calibration": ["text"]}, CalibrationError, "calibration batch 0 is a str"),

@@ -97,6 +97,11 @@ def test_padding_does_not_count() -> None:
         "queries of another sequence"
     )
     assert bool(OperandTensors(q, q, q).real.all())
+    causal = torch.ones(5, 5, dtype=torch.bool).tril() & mask.flip(3)  # padding first: its queries see nothing
+    for hidden in (torch.finfo(torch.float32).min, -10000.0, -torch.inf):
+        bias = torch.zeros(2, 1, 5, 5).masked_fill(~causal, hidden)
+        assert torch.equal(OperandTensors(q, q, q, bias=bias).real, wanted.flip(1))
+    assert bool(OperandTensors(q, q, q, bias=torch.linspace(0, -400, 5).reshape(1, 1, 1, 5)).real[:, 0].all())
 
 
 def test_ridge_is_least_squares_toward_todays_weights() -> None:

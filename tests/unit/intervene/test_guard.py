@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from circuits import CLEAN, INDUCTION, PREVIOUS, Induction, said_right
+from induction import CLEAN, INDUCTION, PREVIOUS, Induction, said_right
 from stacks import stack
 from torch import Tensor
 

@@ -5,24 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import circuits
+import hooked_models
 import pytest
 import torch
-from circuits import (
-    CLEAN,
-    CORRUPTED,
-    IDS,
-    INDUCTION,
-    PREVIOUS,
-    D,
-    Induction,
-    hooked,
-    margin,
-    outputs_of,
-    recorded,
-    said_right,
-    with_slice,
-)
+from hooked_models import IDS, D, hooked, margin, outputs_of, recorded, with_slice
+from induction import CLEAN, CORRUPTED, INDUCTION, PREVIOUS, Induction, said_right
 from stacks import stack
 from torch import Tensor, nn
 
@@ -42,7 +29,7 @@ def by_hand(model: Any, base: Tensor, other: Tensor, layer: int, head: int) -> f
 
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
-@pytest.mark.parametrize("make", [circuits.gpt2, circuits.llama])
+@pytest.mark.parametrize("make", [hooked_models.gpt2, hooked_models.llama])
 def test_every_head_as_with_hooks(make: Any, direction: str) -> None:
     model = make()
     found = attnopt.patch(model, IDS[0], IDS[1], metric=margin, direction=direction)
@@ -64,7 +51,7 @@ def test_the_circuit_is_recovered() -> None:
 
 
 def test_one_at_a_time_and_stacked_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = circuits.gpt2()
+    model = hooked_models.gpt2()
     together = attnopt.patch(model, *IDS, metric=margin)
     monkeypatch.setattr(head_sweep, "ROWS", {"cpu": 1, "cuda": 1})
     alone = attnopt.patch(model, *IDS, metric=margin)
@@ -73,7 +60,7 @@ def test_one_at_a_time_and_stacked_are_the_same(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_equal_runs_change_nothing() -> None:
-    found = attnopt.patch(circuits.llama(), IDS[0], IDS[0], metric=margin)
+    found = attnopt.patch(hooked_models.llama(), IDS[0], IDS[0], metric=margin)
     assert all(m == pytest.approx(found.clean, rel=1e-5, abs=1e-5) for values in found.values() for m in values)
     with pytest.raises(CalibrationError, match="in both runs"):
         found.effects  # noqa: B018
@@ -138,7 +125,7 @@ def test_a_metric_may_write_into_the_output() -> None:
 
 def test_a_cache_among_the_inputs() -> None:
     transformers = pytest.importorskip("transformers")
-    model = circuits.llama()
+    model = hooked_models.llama()
 
     def after(ids: Tensor) -> dict[str, Any]:
         cache = transformers.DynamicCache(config=model.config)

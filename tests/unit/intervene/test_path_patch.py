@@ -6,25 +6,13 @@ import copy
 import inspect
 from typing import Any
 
-import circuits
+import hooked_models
+import induction
 import pytest
 import torch
 import zoo
-from circuits import (
-    CLEAN,
-    CORRUPTED,
-    IDS,
-    INDUCTION,
-    PREVIOUS,
-    D,
-    Induction,
-    hooked,
-    margin,
-    outputs_of,
-    recorded,
-    said_right,
-    with_slice,
-)
+from hooked_models import IDS, D, hooked, margin, outputs_of, recorded, with_slice
+from induction import CLEAN, CORRUPTED, INDUCTION, PREVIOUS, Induction, said_right
 from stacks import stack
 from torch import Tensor, nn
 
@@ -87,7 +75,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_as_with_hooks(name: str, direction: str) -> None:
     (layer, head), receivers = CASES[name]
-    model, site = circuits.gpt2(), SITES["gpt2"]
+    model, site = hooked_models.gpt2(), SITES["gpt2"]
     to = "output" if receivers is None else [(site.format(at), h, role) for at, h, role in receivers]
     found = attnopt.path_patch(
         model, *IDS, metric=margin, senders=[(site.format(layer), head)], receivers=to, direction=direction
@@ -99,7 +87,7 @@ def test_as_with_hooks(name: str, direction: str) -> None:
 
 
 def test_every_head_to_the_output_of_a_model_with_shared_keys() -> None:
-    model = circuits.llama()
+    model = hooked_models.llama()
     found = attnopt.path_patch(model, *IDS, metric=margin)
     for layer in range(3):
         want = [by_hand(model, IDS[0], IDS[1], (layer, h), None) for h in range(4)]
@@ -108,7 +96,7 @@ def test_every_head_to_the_output_of_a_model_with_shared_keys() -> None:
 
 def test_one_head_of_those_that_share_keys() -> None:
     """As in the same model with keys and values of each head's own."""
-    model = circuits.llama()
+    model = hooked_models.llama()
     config = copy.deepcopy(model.config)
     config.num_key_value_heads = 4
     apart = type(model)(config).eval().requires_grad_(False)
@@ -137,12 +125,12 @@ def test_the_circuit_is_recovered() -> None:
             assert effect > 0.9 if h == PREVIOUS[1] and role == "k" else abs(effect) < 0.01
     direct = attnopt.path_patch(model, CLEAN, CORRUPTED, metric=said_right).effects
     assert direct[INDUCTION[0]][INDUCTION[1]] == pytest.approx(1.0, abs=0.01)
-    assert direct[PREVIOUS[0]] == pytest.approx([0.0] * circuits.HEADS, abs=0.01)
+    assert direct[PREVIOUS[0]] == pytest.approx([0.0] * induction.HEADS, abs=0.01)
 
 
 def test_all_receivers_and_the_output_are_the_whole_effect() -> None:
     """In two layers, the sender's paths lead to the output alone, or through the other layer's heads."""
-    model, site = circuits.gpt2(2), SITES["gpt2"]
+    model, site = hooked_models.gpt2(2), SITES["gpt2"]
     everywhere = [(site.format(1), h, role) for h in range(4) for role in "qkv"]
     heads = attnopt.path_patch(model, *IDS, metric=margin, senders=site.format(0), receivers=everywhere)
     whole = attnopt.patch(model, *IDS, metric=margin, sites=site.format(0), direction="noising")
@@ -180,7 +168,7 @@ def test_from_an_encoder_to_all_that_reads_it() -> None:
 
 
 def test_one_at_a_time_and_stacked_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, receivers = circuits.gpt2(), [(SITES["gpt2"].format(2), 1, "q"), (SITES["gpt2"].format(1), 0, "v")]
+    model, receivers = hooked_models.gpt2(), [(SITES["gpt2"].format(2), 1, "q"), (SITES["gpt2"].format(1), 0, "v")]
     together = attnopt.path_patch(model, *IDS, metric=margin, receivers=receivers)
     monkeypatch.setattr(head_sweep, "ROWS", {"cpu": 1, "cuda": 1})
     alone = attnopt.path_patch(model, *IDS, metric=margin, receivers=receivers)

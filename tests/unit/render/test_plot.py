@@ -13,7 +13,9 @@ from matplotlib import pyplot
 
 import attnopt
 from attnopt import plot
+from attnopt.compiler.head_results import HeadProfile
 from attnopt.errors import AttnoptError
+from attnopt.ir.curves import Curves
 from attnopt.patterns import Causal, PerHead, Window
 from attnopt.plot import Point
 from attnopt.report.report import Report
@@ -56,6 +58,32 @@ def test_importance_has_a_row_for_each_attention(report: Report) -> None:
     assert plot.importance(held).images[0].get_array().shape == (1, 2)
 
 
+def profile() -> HeadProfile:
+    curves = {"a": Curves("key", (0, 1, 2), ((0.5, 0.3, 0.2), (1, 0, 0))), "": Curves("key", (0, 1), ((0.1, 0.9),))}
+    return HeadProfile("sink-mass", curves, {"a": (0, 3), "": (1,)})
+
+
+def test_a_profile_is_lines_of_one_site_or_rows_of_all() -> None:
+    ax = plot.profile(profile(), "a")
+    np.testing.assert_array_equal([line.get_ydata() for line in ax.lines], [[0.5, 0.3, 0.2], [1, 0, 0]])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["0", "3"]
+    assert (ax.get_title(), ax.get_xlabel()) == ("a", "key")
+    ax = plot.profile(profile())
+    rows = ax.images[0].get_array().filled(np.nan)
+    np.testing.assert_array_equal(rows, [[0.5, 0.3, 0.2], [1, 0, 0], [0.1, 0.9, np.nan]])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a 0", "a 3", "(root) 1"]
+    with pytest.raises(AttnoptError, match="the profile has no site 'b'"):
+        plot.profile(profile(), "b")
+
+
+def test_scores_by_depth_are_means_with_a_band() -> None:
+    ax = plot.depth({"a": (1.0, 4.0), "": (0.0, 2.0)})
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2.5, 1.0])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "(root)"]
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (0.0, 4.0)
+
+
 def test_errors_are_bars(report: Report) -> None:
     ax = plot.errors(report)
     assert [bar.get_width() for bar in ax.patches] == [max(site.error or 0.0, 1e-12) for site in report.sites]
@@ -78,7 +106,12 @@ def test_it_draws_where_it_is_told() -> None:
 
 def test_nothing_to_draw_is_told(report: Report) -> None:
     unmeasured = replace(report, sites=tuple(replace(site, error=None) for site in report.sites))
-    for draw in (lambda: plot.importance(report), lambda: plot.errors(unmeasured), lambda: plot.pareto([])):
+    for draw in (
+        lambda: plot.depth({}),
+        lambda: plot.importance(report),
+        lambda: plot.errors(unmeasured),
+        lambda: plot.pareto([]),
+    ):
         with pytest.raises(AttnoptError, match="no"):
             draw()
 

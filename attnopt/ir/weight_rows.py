@@ -1,0 +1,116 @@
+"""Attention weights of some queries at a time: what a column sum needs, without the map of all queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnopt.ir.activations import Activations
+from attnopt.ir.operands import HIDING, OperandTensors
+from attnopt.ir.reference import reference_weights
+from attnopt.ir.semantics import heads_of, row_sinks
+from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns.algebra import FULL
+
+ENTRIES = 1 << 22  # of all heads, computed at once
+
+
+@dataclass(frozen=True)
+class WeightRows:
+    """Some queries of one sequence: ``rows`` [N], none of them padding, and their ``weights`` [H, N, S] in float64."""
+
+    batch: int
+    sequence: int
+    rows: Tensor
+    weights: Tensor
+    keys: Tensor  # bool [S]: those that are no padding
+    queries: int  # L, all of the sequence
+
+
+def weight_rows(now: Activations, spec: AttentionSpec, entries: int = ENTRIES) -> Iterator[WeightRows]:
+    """The attention weights of all queries that are no padding under ``spec`` without its edits, block after block."""
+    for batch, (t, everything) in enumerate(zip(now.operands(spec), now.batches, strict=True)):
+        L, S = t.q.shape[2], t.k.shape[2]
+        size = rows_at_once(spec, S, entries)
+        for sequence in range(len(t.q)):
+            own, keys = of_sequence(t, sequence), everything.seen[sequence]
+            for rows in in_blocks(everything.real[sequence], size):
+                yield WeightRows(batch, sequence, rows, weights_of(spec, own, rows), keys, L)
+
+
+def rows_at_once(spec: AttentionSpec, keys: int, entries: int = ENTRIES) -> int:
+    return max(1, entries // (spec.num_heads * max(keys, 1)))
+
+
+def in_blocks(counted_L: Tensor, size: int) -> tuple[Tensor, ...]:
+    """The places of the tokens that count, at most ``size`` at a time."""
+    return torch.split(counted_L.nonzero().flatten(), size)
+
+
+def weights_of(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> Tensor:
+    """[H, N, S] in float64: the weights of the queries ``rows`` of the one sequence in ``t``."""
+    with torch.no_grad():
+        if spec.weight_gains is not None or spec.selection is not None:  # these compare whole rows of blocks, or pieces
+            return reference_weights(spec)(t.q, t.k, **t.others)[0, :, rows].double()
+        wide = replace(t, q=t.q.double(), k=t.k.double())  # in which no visible key has a weight of 0
+        bare, own = _of_rows(spec, wide, rows)
+        return reference_weights(bare)(own.q, own.k, **own.others)[0]
+
+
+def logits_of(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """scale * q k' [H, N, S] in float64, without bias and softcap, and bool [H|1, N, S]: the keys that each query sees."""
+    with torch.no_grad():
+        q, k = t.q[0].index_select(1, rows).double(), heads_of(spec, t.k)[0].double()
+        if spec.pooling is not None:
+            k = spec.pooling.applied(spec.heads, k.unsqueeze(0))[0]
+        seen = visible_rows(spec, t, rows)
+        return spec.scale * (q @ k.mT), seen
+
+
+def visible_rows(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> Tensor:
+    """Bool [H|1, N, S]: which keys these queries see, by pattern, mask and a bias that hides."""
+    L, S = t.q.shape[2], t.k.shape[2]
+    seen = _pattern_rows(spec, rows, L, S)
+    if t.mask is not None:
+        seen = seen & _rows_of(t.mask, rows)[0]
+    if t.bias is not None:
+        bias = _rows_of(t.bias, rows)[0].double()
+        seen = seen & (bias > bias.amax(-1, keepdim=True) + HIDING)
+    return seen.expand(-1, len(rows), S)
+
+
+def of_sequence(t: OperandTensors, sequence: int) -> OperandTensors:
+    """The operands of one sequence of the batch."""
+    own = t.map(lambda _, x: x[sequence : sequence + 1] if x.shape[0] == len(t.q) else x)
+    return OperandTensors(own.q, own.k, own.v, own.bias, own.mask, own.sinks, keep=own.keep, added=own.added)
+
+
+def _of_rows(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> tuple[AttentionSpec, OperandTensors]:
+    """The attention of these queries alone, with the pattern as a mask."""
+    L, S = t.q.shape[2], t.k.shape[2]
+    mask = _pattern_rows(spec, rows, L, S).unsqueeze(0)
+    if t.mask is not None:
+        mask = mask & _rows_of(t.mask, rows)
+    sinks = row_sinks(spec, t.q, t.k, t.sinks)
+    bare = replace(
+        spec, pattern=FULL, seen_as=None, zero_keys=None, has_mask=True, has_sinks=sinks is not None, after=()
+    )
+    bias, sinks, keep, added = (None if x is None else _rows_of(x, rows) for x in (t.bias, sinks, t.keep, t.added))
+    return bare, OperandTensors(t.q.index_select(2, rows), t.k, t.v, bias, mask, sinks, keep=keep, added=added)
+
+
+def _pattern_rows(spec: AttentionSpec, rows: Tensor, L: int, S: int) -> Tensor:
+    """Bool [H|1, N, S]"""
+    i, j = rows.unsqueeze(1) + (S - L), torch.arange(S, device=rows.device).unsqueeze(0)
+    if not spec.pattern.is_per_head:
+        return spec.pattern.at_length(S).visible_pairs(i, j).unsqueeze(0)
+    heads = [spec.pattern.for_head(h).at_length(S) for h in range(spec.num_heads)]
+    return torch.stack([p.visible_pairs(i, j) for p in heads])
+
+
+def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows of an operand [.., L|1, S|1]."""
+    return x if x.shape[2] == 1 else x.index_select(2, rows)
