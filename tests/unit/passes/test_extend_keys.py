@@ -27,7 +27,7 @@ REFERENCE = torch.arange(24.0).reshape(3, 8)
 
 
 def site(**changes: Any) -> Site:
-    return replace(a_site(), features=TokenFeatures(8, 1), **changes)
+    return replace(a_site(), features=TokenFeatures(8, changes.get("batch", 1)), **changes)
 
 
 def test_policies() -> None:
@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[ExtendKeys, Callable[[], Site], str]] = {
     ),
     "mask of a batch": (
         ExtendKeys(REFERENCE, mask=[[True, False, True], [False, False, True]]), site,
-        "[wrong-length] expected a mask of 3, or of 1 x 3 tokens, found 2 x 3",
+        "[other-features] expected a mask for 1 sequences, found one for 2 (at model.py:88)\n  hint: give one for all sequences",
     ),
     "twice": (
         ExtendKeys(REFERENCE), lambda: applied(ExtendKeys(REFERENCE), site()),
