@@ -149,7 +149,8 @@ class ExtendKeys(Pass):
             )
         of_sequences = isinstance(self.mask, tuple) and isinstance(self.mask[0], tuple) and len(self.mask)
         if of_sequences and of_sequences not in (1, batch):
-            expected, found = f"a mask for {_batches(batch)} sequences", f"one for {of_sequences}"
+            plural = "" if _batches(batch) == "1" else "s"
+            expected, found = f"a mask for {_batches(batch)} sequence{plural}", f"one for {of_sequences}"
             return site.refuse("other-features", expected=expected, found=found, hint="give one for all sequences")
         return None
 

@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[ExtendKeys, Callable[[], Site], str]] = {
     ),
     "mask of a batch": (
         ExtendKeys(REFERENCE, mask=[[True, False, True], [False, False, True]]), site,
-        "[other-features] expected a mask for 1 sequences, found one for 2 (at model.py:88)\n  hint: give one for all sequences",
+        "[other-features] expected a mask for 1 sequence, found one for 2 (at model.py:88)\n  hint: give one for all sequences",
     ),
     "twice": (
         ExtendKeys(REFERENCE), lambda: applied(ExtendKeys(REFERENCE), site()),
