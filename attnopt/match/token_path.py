@@ -27,6 +27,7 @@ from attnopt.graph.nodes import (
     is_call,
     is_number,
     is_state,
+    is_tensor,
     operand,
     opname,
     shape,
@@ -165,7 +166,7 @@ def _nearest_source(k: fx.Node, v: fx.Node) -> tuple[fx.Node, list[fx.Node]] | R
     ends, projected, inside = {k, v}, set[fx.Node](), list[fx.Node]()
     while True:
         node = max(ends)
-        if len(ends) == 1 and (node in projected or not _is_computed(node)):
+        if len(ends) == 1 and is_tensor(node) and (node in projected or not _is_computed(node)):
             return node, sorted(inside)
         if not _is_computed(node):
             return _from_several(", ".join(sorted(map(_told, ends))))

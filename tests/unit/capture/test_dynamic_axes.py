@@ -307,7 +307,7 @@ def test_a_model_that_tells_one_from_several_keeps_its_axis() -> None:
 def test_the_users_own_example_has_to_fit() -> None:
     """With two heads a mask of one is taken repeated, and then for two alone."""
     given = (x(1, 5), causal(5, 1))
-    assert (1, 1) in longer_axes(Attend(2), (given, {}), [{}, {1: Dim.AUTO}])
+    assert (1, 1) in longer_axes(Attend(2), CallInputs(given, {}), [{}, {1: Dim.AUTO}])
     program = capture(Attend(2).eval(), CallInputs(given, {}), "auto")
     assert "mask[1] = 1" in program.fixed_axes
     assert program.own is not None
@@ -321,7 +321,7 @@ def test_own_example_of_one_is_kept_beside_the_second() -> None:
 
 
 def test_the_second_example_is_the_first_one_repeated() -> None:
-    given = ((x(1, 5), torch.tensor([[3, 4, 5, 6, 7]])), {})
+    given = CallInputs((x(1, 5), torch.tensor([[3, 4, 5, 6, 7]])), {})
     places = frozenset({(0, 0), (1, 0)})
     (made, ids), _ = repeated(given, places)
     assert made.shape == (2, 5, 16)
@@ -329,8 +329,8 @@ def test_the_second_example_is_the_first_one_repeated() -> None:
     assert not torch.equal(made[0], made[1])
     assert torch.equal(made[:1], given[0][0])
     assert torch.equal(ids[0], ids[1])
-    assert longer_axes(Attend(), ((x(1, 5),), {}), [{0: Dim.AUTO}]) == {(0, 0)}
-    assert longer_axes(Attend(), ((x(1, 5),), {}), [{1: Dim.AUTO}]) == frozenset()
+    assert longer_axes(Attend(), CallInputs((x(1, 5),), {}), [{0: Dim.AUTO}]) == {(0, 0)}
+    assert longer_axes(Attend(), CallInputs((x(1, 5),), {}), [{1: Dim.AUTO}]) == frozenset()
 
 
 # ---------------------------------------------------------------- what is said

@@ -136,6 +136,7 @@ def test_passes_change_what_the_factor_multiplies(spelling: str, name: str) -> N
     assert float((want - model(x).detach()).abs().max()) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning")
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_passes_equal_the_reference_or_are_refused(spelling: str) -> None:
     model, x = made(spelling)
@@ -161,6 +162,7 @@ def test_passes_equal_the_reference_or_are_refused(spelling: str) -> None:
             torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning")
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_what_reads_the_output_projection_is_refused(spelling: str) -> None:
     """Head outputs reach it times a factor, so that it says nothing about them alone."""
