@@ -190,7 +190,10 @@ def _check_computed_sizes(
     for axis, (size, want) in enumerate(zip(got, expected, strict=True)):
         if isinstance(want, int) or not want.node.expr.free_symbols <= symbols.keys():
             continue
-        wanted = int(want.node.expr.subs(symbols))
+        known = {s: symbols[s] for s in want.node.expr.free_symbols}
+        if not all(isinstance(n, int) for n in known.values()):
+            continue  # symbolic while the model is captured anew
+        wanted = int(want.node.expr.subs(known))
         if size != wanted:
             raise CaptureError(f"{name} has length {size} along axis {axis}, but the other inputs require {wanted}")
 
