@@ -8,6 +8,7 @@ os.environ["ATTNOPT_DEBUG"] = "1"  # a fault of attnopt fails the test, where a 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import random
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -36,6 +37,12 @@ def _stub_torchvision() -> torch.library.Library | None:
 
 
 _TORCHVISION = _stub_torchvision()
+
+
+def pytest_collection_finish() -> None:
+    """What all test files import lives as long as the process: a collection of garbage need not look through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
