@@ -192,6 +192,10 @@ def _repeat_interleave(node: fx.Node, selection: Selection) -> Pulled | None:
 def _repeat(node: fx.Node, selection: Selection) -> Pulled | None:
     x, times = arg(node, 0), arg(node, 1)
     shift = len(times) - len(shape(x))
+    for a, idx in selection.items():
+        is_one = (a < shift or shape(x)[a - shift] == 1) and tuple(idx) == (0,)
+        if not isinstance(times[a], int) and not is_one:
+            return None  # the selection is that of the example's count alone
     below: dict[int, tuple[int, ...]] = {}
     again = list(times)
     for a, idx in selection.items():
