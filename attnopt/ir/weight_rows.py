@@ -11,9 +11,9 @@ from torch import Tensor
 from attnopt.ir.activations import Activations
 from attnopt.ir.operands import HIDING, OperandTensors
 from attnopt.ir.reference import reference_weights
-from attnopt.ir.semantics import heads_of, row_sinks
+from attnopt.ir.row_operands import of_rows, pattern_rows, rows_of
+from attnopt.ir.semantics import heads_of
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns.algebra import FULL
 
 ENTRIES = 1 << 22  # of all heads, computed at once
 
@@ -56,7 +56,7 @@ def weights_of(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> Tensor:
         if spec.weight_gains is not None or spec.selection is not None:  # these compare whole rows of blocks, or pieces
             return reference_weights(spec)(t.q, t.k, **t.others)[0, :, rows].double()
         wide = replace(t, q=t.q.double(), k=t.k.double())  # in which no visible key has a weight of 0
-        bare, own = _of_rows(spec, wide, rows)
+        bare, own = of_rows(spec, wide, rows)
         return reference_weights(bare)(own.q, own.k, **own.others)[0]
 
 
@@ -72,45 +72,16 @@ def logits_of(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> tuple[Ten
 
 def visible_rows(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> Tensor:
     """Bool [H|1, N, S]: which keys these queries see, by pattern, mask and a bias that hides."""
-    L, S = t.q.shape[2], t.k.shape[2]
-    seen = _pattern_rows(spec, rows, L, S)
+    seen = pattern_rows(spec, t, rows)
     if t.mask is not None:
-        seen = seen & _rows_of(t.mask, rows)[0]
+        seen = seen & rows_of(t.mask, rows)[0]
     if t.bias is not None:
-        bias = _rows_of(t.bias, rows)[0].double()
+        bias = rows_of(t.bias, rows)[0].double()
         seen = seen & (bias > bias.amax(-1, keepdim=True) + HIDING)
-    return seen.expand(-1, len(rows), S)
+    return seen.expand(-1, len(rows), t.k.shape[2])
 
 
 def of_sequence(t: OperandTensors, sequence: int) -> OperandTensors:
     """The operands of one sequence of the batch."""
     own = t.map(lambda _, x: x[sequence : sequence + 1] if x.shape[0] == len(t.q) else x)
     return OperandTensors(own.q, own.k, own.v, own.bias, own.mask, own.sinks, keep=own.keep, added=own.added)
-
-
-def _of_rows(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> tuple[AttentionSpec, OperandTensors]:
-    """The attention of these queries alone, with the pattern as a mask."""
-    L, S = t.q.shape[2], t.k.shape[2]
-    mask = _pattern_rows(spec, rows, L, S).unsqueeze(0)
-    if t.mask is not None:
-        mask = mask & _rows_of(t.mask, rows)
-    sinks = row_sinks(spec, t.q, t.k, t.sinks)
-    bare = replace(
-        spec, pattern=FULL, seen_as=None, zero_keys=None, has_mask=True, has_sinks=sinks is not None, after=()
-    )
-    bias, sinks, keep, added = (None if x is None else _rows_of(x, rows) for x in (t.bias, sinks, t.keep, t.added))
-    return bare, OperandTensors(t.q.index_select(2, rows), t.k, t.v, bias, mask, sinks, keep=keep, added=added)
-
-
-def _pattern_rows(spec: AttentionSpec, rows: Tensor, L: int, S: int) -> Tensor:
-    """Bool [H|1, N, S]"""
-    i, j = rows.unsqueeze(1) + (S - L), torch.arange(S, device=rows.device).unsqueeze(0)
-    if not spec.pattern.is_per_head:
-        return spec.pattern.at_length(S).visible_pairs(i, j).unsqueeze(0)
-    heads = [spec.pattern.for_head(h).at_length(S) for h in range(spec.num_heads)]
-    return torch.stack([p.visible_pairs(i, j) for p in heads])
-
-
-def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
-    """The rows of an operand [.., L|1, S|1]."""
-    return x if x.shape[2] == 1 else x.index_select(2, rows)

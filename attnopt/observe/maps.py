@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from attnopt.base.sizes import is_static
 from attnopt.ir.operands import OperandTensors
 from attnopt.ir.reference import scores_of, softmax_of, weights_of
+from attnopt.ir.row_operands import of_rows
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns.algebra import FULL
 
 ELEMENTS = 1 << 21  # of a map that are computed at a time
 
@@ -80,27 +78,5 @@ def blocks(t: OperandTensors, heads: int, rows: Tensor | None) -> Iterator[Tenso
 
 
 def _of_rows(spec: AttentionSpec, t: OperandTensors, rows: Tensor | None) -> tuple[AttentionSpec, OperandTensors]:
-    """The attention of these queries alone: their rows of the pattern become a mask."""
-    if rows is None:
-        return spec, t
-
-    def chosen(x: Tensor | None) -> Tensor | None:
-        if x is None or (is_static(x.shape[2]) and x.shape[2] == 1):
-            return x
-        return x.index_select(2, rows)
-
-    mask = chosen(t.mask)
-    if spec.pattern != FULL:
-        q_len, kv_len = t.q.shape[2], t.k.shape[2]
-        seen = spec.pattern.mask(q_len, kv_len, num_heads=spec.num_heads, device=t.q.device, rows=rows).unsqueeze(0)
-        mask = seen if mask is None else mask & seen
-    given = replace(
-        t,
-        q=t.q.index_select(2, rows),
-        bias=chosen(t.bias),
-        mask=mask,
-        sinks=chosen(t.sinks),
-        keep=chosen(t.keep),
-        added=chosen(t.added),
-    )
-    return replace(spec, pattern=FULL, seen_as=None, has_mask=mask is not None), given
+    """The attention of these queries alone; None: of all."""
+    return (spec, t) if rows is None else of_rows(spec, t, rows)

@@ -11,7 +11,8 @@ import onnxruntime
 import oracle
 import pytest
 import torch
-from torch import Tensor, nn
+from call_models import HEADS, Attention, Stack
+from torch import Tensor
 
 import attnopt
 from attnopt import Input
@@ -32,31 +33,8 @@ from attnopt.patterns import Segments
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
-HEADS = 4
 KINDS = Input("kinds")
 Pairs = list[tuple[int | None, int | None]]
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        z = x if y is None else y
-        q, k, v = (f(t).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f, t in ((self.q, x), (self.k, z), (self.v, z)))
-        weights = (q @ k.mT / 8**0.5).softmax(-1)
-        return x + self.o((weights @ v).transpose(1, 2).flatten(2))
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = Attention(), Attention()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
 
 
 def belongs(pairs: Pairs, query: int, key: int) -> bool:

@@ -11,6 +11,7 @@ import onnxruntime
 import oracle
 import pytest
 import torch
+from call_models import HEADS, Attention, Stack
 from torch import Tensor, nn
 
 import attnopt
@@ -30,7 +31,6 @@ from attnopt.patterns import Full, Pattern, PerHead, Segments, Window
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
-HEADS = 4
 OWN = Segments(Input("region_ids"))
 PAIRS = ((0, 0), (1, 1), (0, 1), (2, 0))
 OF_HEADS: dict[str, tuple[Pattern, list[tuple[tuple[int, int], ...] | None] | None]] = {
@@ -41,30 +41,6 @@ OF_HEADS: dict[str, tuple[Pattern, list[tuple[tuple[int, int], ...] | None] | No
         [PAIRS, ((0, 2),), PAIRS, None],
     ),
 }
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            f(z).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for f, z in ((self.q, x), (self.k, x if y is None else y), (self.v, x if y is None else y))
-        )
-        weights = (q @ k.mT / 8**0.5).softmax(-1)
-        return x + self.o((weights @ v).transpose(1, 2).flatten(2))
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = Attention(), Attention()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
 
 
 def visible(queries: Tensor, keys: Tensor, pairs: Sequence[Sequence[tuple[int, int]] | None] | None = None) -> Tensor:

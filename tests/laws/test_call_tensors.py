@@ -12,6 +12,7 @@ import onnxruntime
 import oracle
 import pytest
 import torch
+from call_models import HEADS, SIZE, Stack
 from torch import Tensor, nn
 
 import attnopt
@@ -21,29 +22,7 @@ from attnopt.patterns import Segments
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
-HEADS, SIZE = 4, 8
 Change = Callable[[Tensor, Tensor], Tensor]  # head outputs and values [B, H, L, D] -> new outputs
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(HEADS * SIZE, HEADS * SIZE) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        weights = (q @ k.mT / SIZE**0.5).softmax(-1)
-        return x + self.o((weights @ v).transpose(1, 2).flatten(2))
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = Attention(), Attention()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
 
 
 def heads_of(x: Tensor) -> Tensor:
