@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from attnopt.base.containers import Fixed, Given, Kind, Leaf, Made, Node, Part, Passed, Path
+from attnopt.base.object_template import Fixed, Given, Kind, Leaf, Made, Node, Part, Passed
+from attnopt.base.trees import Path
 from attnopt.capture.flat_call import Form, InputForm, Results
 from attnopt.errors import ArchiveError
 

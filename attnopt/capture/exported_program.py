@@ -13,9 +13,9 @@ from torch.export import Dim, ExportedProgram
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling, mode_of
-from attnopt.base.containers import in_lists
 from attnopt.base.quiet import quiet
 from attnopt.base.sizes import is_static
+from attnopt.base.trees import in_lists
 from attnopt.graph.nodes import inputs_of, value
 
 

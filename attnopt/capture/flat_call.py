@@ -16,20 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
-from attnopt.base.containers import (
-    Build,
-    Given,
-    Leaf,
-    Made,
-    Match,
-    Node,
-    Part,
-    Passed,
-    Path,
-    is_object,
-    mapped,
-    text,
-)
+from attnopt.base.containers import Build, Match
+from attnopt.base.object_fields import is_object
+from attnopt.base.object_template import Given, Leaf, Made, Node, Part, Passed
+from attnopt.base.trees import Path, mapped, text
 from attnopt.errors import CaptureError
 
 Args = tuple[object, ...]

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from attnopt.base.call_inputs import CallInputs
-from attnopt.base.containers import NUMBERS, Build, Leaf, Part, Path, Walk, copied, is_object, mapped
+from attnopt.base.containers import Build, Walk, copied
+from attnopt.base.object_fields import NUMBERS, is_object
+from attnopt.base.object_template import Leaf, Part
+from attnopt.base.trees import Path, mapped
 from attnopt.capture.dynamic_axes import arguments_by_name
 from attnopt.capture.flat_call import (
     Args,

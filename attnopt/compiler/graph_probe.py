@@ -18,7 +18,7 @@ from attnopt.compiler.head_sweep import HeadSweep, with_each
 from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.errors import CalibrationError
 from attnopt.fit.head_scores import mean_outputs
-from attnopt.ir.head_probe import Behaviour, HeadProbe, Loss
+from attnopt.ir.head_probe import HeadProbe, Loss, ToLogits
 from attnopt.ir.site import Site
 from attnopt.match.find import Found
 
@@ -40,7 +40,7 @@ class GraphProbe(HeadProbe):
     batches: Sequence[CallInputs]
     more: Sequence[CallInputs] = ()
     loss: Loss | None = None
-    behaviour: Behaviour | None = None
+    behaviour: ToLogits | None = None
     seed: int = 0
     made: dict[tuple[str, bool], Ablated] = field(default_factory=dict, repr=False)  # by kind, without and with gates
 

@@ -17,7 +17,7 @@ from attnopt.errors import CalibrationError, PolicyError
 from attnopt.fit.importance_methods import IMPORTANCE, KIND, Random, checked, importance, scored
 from attnopt.ir.blame import blamed, fault
 from attnopt.ir.curves import Curves
-from attnopt.ir.head_probe import Behaviour, Loss
+from attnopt.ir.head_probe import Loss, ToLogits
 from attnopt.ir.importance import AblationImportance, Importance, ModelImportance
 from attnopt.ir.plugin_calls import check_part
 from attnopt.ir.site import Site
@@ -40,7 +40,7 @@ def head_importance(
     *,
     sites: Sequence[Site] | None = None,
     loss: Loss | None = None,
-    behaviour: Behaviour | None = None,
+    behaviour: ToLogits | None = None,
     seed: int = 0,
 ) -> HeadImportance:
     """For each site, the score of each of its heads, in the order of ``site.spec.heads``; higher means keep.
@@ -114,7 +114,7 @@ def greedy_heads(
     *,
     size: int = 3,
     sites: Sequence[Site] | None = None,
-    behaviour: Behaviour | None = None,
+    behaviour: ToLogits | None = None,
     seed: int = 0,
 ) -> HeadSet:
     """The set of heads that a greedy search finds: in each of ``size`` steps the head is added whose ablation, with those
@@ -143,7 +143,7 @@ def greedy_heads(
     return HeadSet(shortened(how.to_json(), TOLD), tuple(steps))
 
 
-def _method(owner: str, method: object, loss: Loss | None, behaviour: Behaviour | None, seed: int) -> Importance:
+def _method(owner: str, method: object, loss: Loss | None, behaviour: ToLogits | None, seed: int) -> Importance:
     """Raises PolicyError."""
     how = importance(owner, "method", method)
     of_model = how if isinstance(how, ModelImportance) else None
@@ -162,7 +162,7 @@ def _probe(
     how: Importance,
     sites: Sequence[Site] | None,
     loss: Loss | None,
-    behaviour: Behaviour | None,
+    behaviour: ToLogits | None,
     seed: int,
 ) -> GraphProbe:
     """The captured model in eval mode, its batches in the form of its graph, and the sites to score."""

@@ -12,7 +12,7 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.ir.site import Site
 
 Loss = Callable[[Any, CallInputs], Tensor]  # (the model's output, the batch as args and kwargs) -> a scalar
-Behaviour = Callable[[Any], Tensor]  # the model's output -> logits [..., classes]
+ToLogits = Callable[[Any], Tensor]  # the model's output -> logits [..., classes]
 
 KINDS = ("zero", "mean", "uniform", "resample")
 
@@ -23,7 +23,7 @@ class HeadProbe(ABC):
     batches: Sequence[CallInputs]  # the calibration data, as the captured graph takes them
     more: Sequence[CallInputs]  # the batches that the importance has brought
     loss: Loss | None
-    behaviour: Behaviour | None
+    behaviour: ToLogits | None
     seed: int
 
     @property

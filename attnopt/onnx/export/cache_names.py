@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from attnopt.base.containers import Path
+from attnopt.base.trees import Path
 from attnopt.capture.flat_call import Form
 from attnopt.compiler.origin import Origin
 from attnopt.graph.nodes import ancestors, inputs_of, value
