@@ -40,15 +40,15 @@ class LayerOrder:
             hint='write 2, [0, -1], slice(2, -2) or "2:-2"',
         )
 
-    def places(self, count: int) -> tuple[int, ...]:
+    def places(self, owner: str, count: int) -> tuple[int, ...]:
         """Of ``count`` attentions.  Raises PolicyError for a number that there is not."""
         if self.numbers is None:
             return tuple(range(count)[self.start : self.stop : self.step])
         outside = [n for n in self.numbers if not -count <= n < count]
         if outside:
             raise PolicyError(
-                f"layers={self} names {', '.join(map(str, outside))}, of {count} attentions",
-                hint="they are counted from 0, among the attentions that meet the other conditions",
+                f"{owner}: there is no layer {', '.join(map(str, outside))}: {count} attentions meet the other conditions",
+                hint="layers are counted from 0 among these, and from -1 back",
             )
         return tuple(sorted({n % count for n in self.numbers}))
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from attnopt.base.input import Input
-from attnopt.base.notation import QUOTED, construct, evaluate
+from attnopt.base.notation import QUOTED, construct, evaluate, shortened
 from attnopt.compiler import plugins
 from attnopt.compiler.where import Where, where
 from attnopt.errors import PolicyError
@@ -66,7 +66,9 @@ def read_where(text: str) -> Where:
     quoted = _outside(_SLICE, lambda found: repr(found), _outside(_KEBAB, _underscored, text))
     made, *links = evaluate(f"({_outside(_LINK, lambda _: ', ', quoted)},)", _condition, shown=text)
     if not isinstance(made, Where) or not all(map(callable, links)):
-        raise PolicyError(f"{text!r} is not a condition", hint='write it as in "where(causal=True, layers=2:-2)"')
+        raise PolicyError(
+            f"{shortened(text)!r} is not a condition", hint='write it as in "where(causal=True, layers=2:-2)"'
+        )
     read: Where = made
     for link in links:
         read = link(read)

@@ -11,7 +11,7 @@ from typing import Any
 from attnopt.base.bound import Bound
 from attnopt.base.notation import distinct
 from attnopt.base.options import switch, whole
-from attnopt.compiler.chosen_sites import LISTED, matches
+from attnopt.compiler.chosen_sites import LISTED, matches, site_globs
 from attnopt.compiler.layer_order import LayerOrder
 from attnopt.errors import PolicyError
 from attnopt.fit.importance_methods import IMPORTANCE, importance
@@ -77,18 +77,19 @@ class Where:
 
         Raises PolicyError if none does, or another number than expected.
         """
-        unmet = {site.name: next(self._unmet(site, scores), "") for site in sites}
-        found = [site for site in sites if not unmet[site.name]]
-        if self.layers is not None:
-            places = self.layers.places(len(found))
-            unmet.update(
-                {site.name: f"is outside of layers={self.layers}" for n, site in enumerate(found) if n not in places}
-            )
-            found = [site for n, site in enumerate(found) if n in places]
-        chosen = {site.name: self._heads_of(site, scores) for site in found}
-        unmet.update({name: f"has no head with {_listed(self.of_heads)}" for name, own in chosen.items() if own == ()})
-        chosen = {name: own for name, own in chosen.items() if own != ()}
-        self._check(chosen, {name: why for name, why in unmet.items() if why}, len(sites))
+        why = {site.name: next(self._unmet(site, scores), "") for site in sites}
+        met = [site for site in sites if not why[site.name]]
+        places = range(len(met)) if self.layers is None else self.layers.places(str(self), len(met))
+        chosen: dict[str, Heads] = {}
+        for place, site in enumerate(met):
+            heads = self._heads_of(site, scores)
+            if place not in places:
+                why[site.name] = f"is outside of layers={self.layers}"
+            elif heads == ():
+                why[site.name] = f"has no head with {_listed(self.of_heads)}"
+            else:
+                chosen[site.name] = heads
+        self._check(chosen, {name: unmet for name, unmet in why.items() if unmet}, len(sites))
         return chosen
 
     def _unmet(self, site: Site, scores: Scores) -> Iterator[str]:
@@ -121,9 +122,8 @@ class Where:
     def _check(self, chosen: Mapping[str, Heads], unmet: Mapping[str, str], sites: int) -> None:
         if len(chosen) == self.count or (self.count is None and (chosen or not sites)):
             return
-        what = (
-            f"matches {len(chosen)} attentions, expected {self.count}" if self.count is not None else "matches nothing"
-        )
+        found = f"matches {len(chosen)} of {sites} attentions"
+        what = found if self.count is None else f"{found}, expected {self.count}"
         told = ": " + ", ".join(map(repr, chosen)) if chosen else ""
         others = [f"{name!r} {why}" for name, why in unmet.items()]
         hint = "; ".join(others[:LISTED]) + ("; ..." if len(others) > LISTED else "")
@@ -178,11 +178,8 @@ def where(
     sizes = {
         "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim, "queries": queries, "keys": keys,
     }  # fmt: skip
-    globs = () if name is None else (name,) if isinstance(name, str) else tuple(name)
-    if not all(isinstance(glob, str) for glob in globs) or (name is not None and not globs):
-        raise PolicyError(f"where: invalid value name={name!r}: expected a glob over names of attentions, or several")
     return Where(
-        globs,
+        () if name is None else site_globs("where", name, "name"),
         tuple((n, switch("where", n, wanted)) for n, wanted in switches.items() if wanted is not None),
         tuple((n, Bound.of("where", n, wanted)) for n, wanted in sizes.items() if wanted is not None),
         None if layers is None else LayerOrder.of("where", layers),
