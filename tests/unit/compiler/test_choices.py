@@ -80,7 +80,7 @@ WINDOWS = Choice(None, LocalWindow(left=Choice(64, 256, 1024), sinks=4))
     [
         WINDOWS,
         [WINDOWS],
-        Choice([], "local-window(left=64, sinks=4)", LocalWindow(Choice(256, 1024), sinks=4)),
+        Choice([], "local-window(left=64, sinks=4)", LocalWindow(left=Choice(256, 1024), sinks=4)),
         "choice(none, local-window(left=choice(64, 256, 1024), sinks=4))",
         "choice(None, choice(local_window(64, sinks=4), local-window(left=choice(256, 1024), sinks=4)))",
         "choice([], [local-window(choice(64, 256, 1024), sinks=4)])",
@@ -260,7 +260,7 @@ def test_backends_refuse_alternatives(model: Any) -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    [Choice(None, Fuse()), {"layers.0": [Fuse(), FirstOf(Choice("fuse", None), None)]}, LocalWindow(Choice(1, 2))],
+    [Choice(None, Fuse()), {"layers.0": [Fuse(), FirstOf(Choice("fuse", None), None)]}, LocalWindow(left=Choice(1, 2))],
 )
 def test_a_choice_is_for_the_search(model: Any, policy: Any) -> None:
     for entry in (attnopt.optimize, lambda *a: attnopt.guidance(*a, scale=1.0), attnopt.convert):
