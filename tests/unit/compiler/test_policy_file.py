@@ -39,6 +39,7 @@ NAMES = [
     "replacement", "amount", "Causal", "Window", "Blocks", "PerHead", "Global", "Segments", "BlockLayout", "Neighborhood",
     "RandomBlocks", "data", "shape", "dtype", "kind", "pool-keys", "mix-map", "map", "gate", "size", "grid", "prefix",
     "evict-keys", "method", "budget", "recent", "pool",
+    "choice", "first-of", "none", "where", "layers", "causal", "distance", "expect", "statistics",
 ]  # fmt: skip
 DOCUMENTS = st.recursive(
     ODD | st.sampled_from(NAMES),
@@ -155,11 +156,26 @@ def test_any_document(folder: Path, document: Any, writer: Any) -> None:
 
 @given(
     st.lists(TOKENS, max_size=12).map("".join),
-    st.sampled_from(["{}", "local-window({})", "sparse(pattern={})", "scale-heads(gains={})"]),
+    st.sampled_from(
+        ["{}", "local-window({})", "sparse(pattern={})", "scale-heads(gains={})", "choice({}, fuse)", "first-of([{}])"]
+    ),
 )
 @BOUNDED
 def test_any_text(folder: Path, text: str, around: str) -> None:
     read(folder / "p.json", json.dumps({"*": around.format(text)}).encode())
+
+
+@given(
+    st.lists(TOKENS | st.sampled_from(["2:-2", "'<3'", "causal=True", ").heads(", ").expect("]), max_size=12).map(
+        "".join
+    ),
+    st.sampled_from(
+        ["where({})", "where(layers={})", "where().heads({})", "where().expect({})", "where(distance={}).expect(3)"]
+    ),
+)
+@BOUNDED
+def test_any_condition(folder: Path, text: str, around: str) -> None:
+    read(folder / "p.json", json.dumps({around.format(text): "local-window(left=3)"}).encode())
 
 
 def _written(write: Callable[[Any], str], document: Any) -> bytes:
