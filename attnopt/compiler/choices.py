@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnopt.capture.program import Program
+from attnopt.compiler.job import Job
 from attnopt.ir.interfaces import Pass
+from attnopt.match.find import Findings
 
 
 @dataclass(frozen=True)
@@ -13,3 +16,8 @@ class SiteChoices:
 
     site: str
     alternatives: tuple[tuple[Pass, ...], ...]
+
+
+def site_choices(job: Job, program: Program, findings: Findings) -> tuple[SiteChoices, ...]:
+    """For each attention what ``job.policy`` lets it be."""
+    return tuple(SiteChoices(f.site.name, (job.policy.passes_for(f.site.name),)) for f in findings.found)

@@ -37,9 +37,7 @@ class Engine:
     def run(self) -> bool:
         """Whether the search came to its end.  Raises PolicyError if nothing meets the limits."""
         self.menu.require(self.limits)
-        self.influence = [
-            [0.0 if a == 0 else math.inf for a in range(self._alternatives(u))] for u in range(self.menu.places)
-        ]
+        self.prepare()
         self.stage("uniform policies")
         self.judge.value(self.original)
         self._start()
@@ -52,6 +50,12 @@ class Engine:
         except EndError:
             return False
         return True
+
+    def prepare(self) -> None:
+        """No influence is known yet but that of leaving everything as it is."""
+        self.influence = [
+            [0.0 if a == 0 else math.inf for a in range(self._alternatives(u))] for u in range(self.menu.places)
+        ]
 
     @property
     def original(self) -> Picks:
@@ -102,7 +106,7 @@ class Engine:
 
     def _search(self) -> None:
         self.stage("single choices")
-        self._alone()
+        self.alone()
         self.stage("knapsacks")
         levels = self._levels()
         for limits in levels:
@@ -118,7 +122,7 @@ class Engine:
         if picks is not None:
             self.judge.value(picks)
 
-    def _alone(self) -> None:
+    def alone(self) -> None:
         """The influence of each alternative that is chosen at one place alone."""
         pieces = max(1, math.ceil(ALONE * self.judge.pieces))
         singles = [

@@ -70,15 +70,10 @@ def measured(
     return Latencies(known["model"], known["graph"], changes)
 
 
-def check(made: Candidates, picks: Sequence[Picks], inputs: CallInputs, device: str, graph: float) -> list[float]:
-    """Milliseconds of whole models, as ratios to the original's graph in the same rounds."""
-    original: Picks = (0,) * len(made.places)
-    found: list[float] = []
-    for i in range(0, len(picks), TOGETHER):
-        models = {str(n): made.model(p) for n, p in enumerate(picks[i : i + TOGETHER])}
-        times = Clock(device).compare({"graph": made.model(original), **models}, inputs)
-        found += [times.ratio(name, "graph") * graph for name in models]
-    return found
+def check(made: Candidates, picks: Picks, inputs: CallInputs, device: str, graph: float) -> float:
+    """Milliseconds of the whole model, by its ratio to the original's graph in the same rounds."""
+    models = {"graph": made.model((0,) * len(made.places)), "picks": made.model(picks)}
+    return Clock(device).compare(models, inputs).ratio("picks", "graph") * graph
 
 
 @dataclass(frozen=True)

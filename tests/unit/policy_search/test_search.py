@@ -187,7 +187,7 @@ def test_the_users_own_metric() -> None:
 
 
 def test_a_metric_that_grows_is_noticed() -> None:
-    with pytest.warns(AttnoptWarning, match="lower is better; return minus the score"):
+    with pytest.warns(AttnoptWarning, match="lower is better: return minus the score"):
         searched(choices(WINDOWS), evaluate=lambda m: -loss(m))
 
 
