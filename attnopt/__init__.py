@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attnopt.compiler.importance import greedy_heads, head_importance, head_profile
     from attnopt.compiler.plugins import register
     from attnopt.compiler.policy import Policy
+    from attnopt.compiler.where import where
     from attnopt.conversion.convert import apply_patterns, convert
     from attnopt.errors import (
         ArchiveError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from attnopt.intervene.path_patch import path_patch
     from attnopt.intervene.search import search_heads
     from attnopt.ir.activations import Activations
+    from attnopt.ir.alternatives import Choice, FirstOf
     from attnopt.ir.attend import Attend
     from attnopt.ir.block_scores import BlockSample, BlockScores
     from attnopt.ir.compensation import Compensation
@@ -106,6 +108,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CaptureError",
+    "Choice",
     "ChosenRows",
     "Collected",
     "Columns",
@@ -116,6 +119,7 @@ __all__ = [
     "DynamicBlocks",
     "ExportError",
     "Exposed",
+    "FirstOf",
     "FrontPoint",
     "HeadEdit",
     "HeadEffects",
@@ -184,6 +188,7 @@ __all__ = [
     "search",
     "search_heads",
     "statistics",
+    "where",
 ]
 
 _NAMES = {
@@ -196,6 +201,7 @@ _NAMES = {
     "compiler.importance": "greedy_heads head_importance head_profile",
     "compiler.plugins": "register",
     "compiler.policy": "Policy",
+    "compiler.where": "where",
     "conversion.convert": "apply_patterns convert",
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
     "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
@@ -205,6 +211,7 @@ _NAMES = {
     "intervene.path_patch": "path_patch",
     "intervene.search": "search_heads",
     "ir.activations": "Activations",
+    "ir.alternatives": "Choice FirstOf",
     "ir.attend": "Attend",
     "ir.block_scores": "BlockSample BlockScores",
     "ir.compensation": "Compensation",

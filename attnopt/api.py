@@ -79,8 +79,8 @@ def optimize(
     The model itself is never changed; unchanged weights are shared with it.  ``model`` may also be an ONNX file or an
     ExportedProgram.
 
-    ``policy``: a pass, a list of passes, a mapping from site-name globs to passes, a ``Policy``, a YAML or JSON file,
-    or text such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
+    ``policy``: a pass, a list of passes, a mapping from site-name globs or ``attnopt.where(...)`` to passes, a ``Policy``, a YAML
+    or JSON file, or text such as ``"local-window(left=128)"``.  ``"fuse"`` only fuses, which is exact.
     ``args``, ``kwargs``: example inputs.  Without them, the model is captured at its first call.
     ``dynamic_shapes``: torch.export's notation, or ``"auto"``: every axis of every input that the model allows to vary.
     The report lists static axes and size constraints.  Free axes of an ONNX file stay dynamic; ``{}`` fixes them at the
@@ -94,7 +94,7 @@ def optimize(
 
     Raises AttnoptError (CaptureError, PolicyError, RewriteError, VerificationError), in which case nothing was changed.
     """
-    chosen = Policy.of(policy)
+    chosen = Policy.of(policy).without_choices()
     options, backends = Options(tolerance, strict, limit, seed), backends_of(backend)
     batches = None if calibration is None else Calibration.of(calibration).batches
     inputs = CallInputs.of(args, kwargs)
@@ -155,7 +155,7 @@ def guidance(
     if not any(inputs):
         raise PolicyError("guidance needs example inputs", hint="pass args or kwargs")
     options = Options(strict=strict, seed=seed)
-    chosen = Policy.of(weak)
+    chosen = Policy.of(weak).without_choices()
     asked, shapes = taking(model, chosen.inputs, inputs.kwargs, dynamic_shapes)
     made = guided(Job(asked, chosen, inputs, shapes, batches, backends_of(backend), options), pushed)
     return OptimizedModel(made.module, made.origin)

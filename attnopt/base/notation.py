@@ -12,6 +12,7 @@ from attnopt.errors import PolicyError
 
 LONGEST = 1 << 20  # characters per text
 LARGEST_NUMBER = 64  # bits of an integer
+QUOTED = r"'(?:\\[\s\S]|[^'\\])*+'?|\"(?:\\[\s\S]|[^\"\\])*+\"?"  # a string in a text
 
 _JOINS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.BitAnd: operator.and_,

@@ -14,12 +14,14 @@ Sites = str | Site | Iterable[str | Site]
 LISTED = 6  # names in an error
 
 
-def site_globs(owner: str, sites: object) -> tuple[str, ...]:
+def site_globs(owner: str, sites: object, option: str = "sites") -> tuple[str, ...]:
     """The names or globs of sites, given as text, as a site, or as several of these.  Raises PolicyError."""
     listed = [sites] if isinstance(sites, (str, Site)) else list(sites) if isinstance(sites, Iterable) else [sites]
     named = [x.name if isinstance(x, Site) else x for x in listed]
     if not named or not all(isinstance(name, str) for name in named):
-        raise PolicyError(f"{owner}: invalid value sites={sites!r}: expected names of attentions, or globs such as '*'")
+        raise PolicyError(
+            f"{owner}: invalid value {option}={sites!r}: expected names of attentions, or globs such as '*'"
+        )
     return tuple(str(name) for name in named)
 
 

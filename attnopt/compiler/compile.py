@@ -25,6 +25,7 @@ from attnopt.compiler.origin import FileOrigin, Origin, is_file
 from attnopt.compiler.plan import plan, without_effect
 from attnopt.compiler.policy import Policy
 from attnopt.compiler.recall import with_recall
+from attnopt.compiler.settle import settled
 from attnopt.compiler.site_report import site_report
 from attnopt.errors import CaptureError, RewriteError, VerificationError
 from attnopt.graph.evaluate import dynamic_axes
@@ -93,8 +94,9 @@ def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock
     if job.policy.inputs:
         check_names(program.module.graph, named_arguments(job.model.forward, *program.inputs)[0], job.policy.inputs)
     with clock.stage("rewrite"):
-        decisions = plan(job, program, findings)
-    told.all_of(without_effect(job, findings, decisions))
+        policy = settled(job, program, findings)
+        decisions = plan(job, program, findings, policy)
+    told.all_of(without_effect(job, findings, policy, decisions))
     plans = [d.plan for d in decisions if d.plan is not None]
     program = bound(program, plans)
     dynamic &= dynamic_axes(program.module.graph)

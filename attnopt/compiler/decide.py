@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import fx
-
-from attnopt.backends.reference import Reference
 from attnopt.compiler import plugins
+from attnopt.compiler.rewriting import Planned, Rewriting, escapes
 from attnopt.errors import PluginError
 from attnopt.ir import plugin_calls
 from attnopt.ir.activations import Activations
-from attnopt.ir.eviction import Eviction
-from attnopt.ir.head_weights import HeadWeights
-from attnopt.ir.interfaces import Backend, Pass, Rewrite
+from attnopt.ir.interfaces import Backend, Pass
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
-from attnopt.lower.choose_backend import choose
 from attnopt.lower.lower import Plan
 from attnopt.match.find import Found
-from attnopt.match.token_path import TokenPath, error_of, is_equal
 
 
 @dataclass(frozen=True)
@@ -53,77 +46,21 @@ def decide(
 
     ``decodes``: the result keeps the caches of its class, which can evict keys.
     """
-    if found.raised.region.escapes and passes:
-        return Decision(found, found.site, refusals={p.name: escapes(found) for p in passes})
-    site, made, applied = replace(found.site, activations=activations), Rewrite(found.site.spec), list[str]()
-    refusals: dict[str, Refusal] = {}
+    now, refusals = Rewriting.start(found, activations, decodes), dict[str, Refusal]()
     for p in passes:
-        refusal = plugin_calls.check(p, site)
-        if refusal is not None:
-            refusals[p.name] = refusal
-            continue
-        rewrite = plugin_calls.rewrite(p, site)
-        if site.spec.extension is None and rewrite.spec.extension is not None:
-            refusal = _other_tokens(found)
-        if refusal is not None:
-            refusals[p.name] = refusal
-            continue
-        if rewrite.spec.eviction is not None and not decodes:
-            refusals[p.name] = _no_cache(site, rewrite.spec.eviction)
-            continue
-        made, site = made.then(rewrite), site.edited(rewrite)
-        applied.append(p.name)
-    site = replace(site, parameters=found.site.parameters, activations=None)
-    if not applied:
+        after = now.then(p)
+        if isinstance(after, Refusal):
+            refusals[p.name] = after
+        else:
+            now = after
+    if not now.passes:
         return Decision(found, found.site, refusals=refusals)
-    choice = choose(backends, found.site, site)
-    if choice.backend is None:
-        return Decision(found, found.site, refusals={**refusals, **choice.reasons})
-    plan = Plan(
-        site.spec,
-        tuple(_kept(e, found.site) for e in made.edits),
-        made.out_bias,
-        found=found,
-        backend=choice.backend,
-        passes=tuple(applied),
-    )
-    if plan.changes_nothing and choice.reasons and isinstance(choice.backend, Reference):
-        return Decision(found, found.site, refusals={**refusals, **choice.reasons})  # it already has plain operators
-    notes = (*made.notes, *choice.notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec))
-    return Decision(found, site, plan, refusals, notes)
-
-
-def _other_tokens(found: Found) -> Refusal | None:
-    """Refuse keys and values of other tokens that would not be those which the model computes of its own."""
-    gm = found.raised.node.graph.owning_module
-    assert isinstance(gm, fx.GraphModule)
-    assert isinstance(found.path, TokenPath)
-    error = error_of(gm, found.path)
-    if is_equal(found.path, error):
-        return None
-    return found.site.refuse(
-        "not-token-wise",
-        expected="keys and values that are computed from each token alone, wherever it stands",
-        found=f"a relative difference of {error:.2g}",
-        hint="please report the model; exclude the site from the policy",
-    )
-
-
-def _no_cache(site: Site, eviction: Eviction) -> Refusal:
-    return site.refuse(
-        "needs-cache",
-        expected="a model that decodes from the cache of its class",
-        found=f"a graph, for a {eviction}",
-        hint='use attnopt.convert; or evict-keys(method="sinks"), which is a pattern',
-    )
-
-
-def _kept(edit: HeadWeights, site: Site) -> HeadWeights:
-    """Not in the double precision of the fit: the new weights of a whole model would need twice the memory."""
-    weight = site.projections[edit.role].weight
-    assert weight is not None
-    dtype = torch.promote_types(site.parameters[weight].dtype, torch.float32)
-    return replace(edit, weight=edit.weight.to(dtype), bias=None if edit.bias is None else edit.bias.to(dtype))
+    made = now.planned(backends)
+    if not isinstance(made, Planned):
+        return Decision(found, found.site, refusals={**refusals, **made})
+    site = now.result
+    notes = (*made.notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec))
+    return Decision(found, site, made.plan, refusals, notes)
 
 
 def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:
@@ -136,19 +73,6 @@ def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:
             d = Decision(d.found, d.found.site, notes=(f"skipped because of limit={limit}",))
         kept.append(d)
     return kept
-
-
-def escapes(found: Found) -> Refusal:
-    """Why a site whose inner values are used elsewhere stays unchanged."""
-    nodes = found.raised.region.escapes
-    users = [u for n in nodes for u in n.users if u not in found.raised.region.nodes]
-    used_by = next((u.name for u in users if u.op != "output"), "the model's output")
-    return found.site.refuse(
-        "escapes",
-        expected="scores and weights that are used only inside the attention",
-        found=f"{nodes[0].name} used by {used_by}",
-        hint="call the model so that it does not return attention weights",
-    )
 
 
 def standing_answers(found: Found) -> dict[str, Refusal | None]:

@@ -17,7 +17,9 @@ from attnopt.base.compile_lock import compiling
 from attnopt.compiler import plugins
 from attnopt.compiler.analyze import analyze
 from attnopt.compiler.decide import decide, standing_answers
+from attnopt.compiler.job import Job, Options
 from attnopt.compiler.policy import Policy
+from attnopt.compiler.settle import Settled, settled
 from attnopt.errors import AttnoptError, PluginError
 from attnopt.graph.listing import code
 from attnopt.graph.nodes import module_path, source_line
@@ -74,9 +76,14 @@ def explain(
     With a ``policy``, its passes are checked; otherwise all installed passes whose answer does not depend on options.
     Raises AttnoptError with the known names if there is none of this name.
     """
-    analyzed = analyze(model, CallInputs.of(args, kwargs), dynamic_shapes)
+    inputs = CallInputs.of(args, kwargs)
+    analyzed = analyze(model, inputs, dynamic_shapes)
     graph, findings = analyzed.program.module.graph, analyzed.findings
-    made = [_of_site(f, policy) for f in findings.found]
+    rules = None
+    if policy is not None:
+        job = Job(model, policy, inputs, dynamic_shapes, (), (Reference(),), Options())
+        rules = settled(job, analyzed.program, findings)
+    made = [_of_site(f, rules) for f in findings.found]
     inside = {n for f in findings.found for n in (*f.raised.region.nodes, f.raised.region.anchor)}
     made += [_of_other(graph, r) for r in findings.rejected if r.anchor not in inside]
     chosen = tuple(e for e in made if e.name == (name if name != ROOT else ""))
@@ -91,7 +98,7 @@ def explain(
     )
 
 
-def _of_site(found: Found, policy: Policy | None) -> Explanation:
+def _of_site(found: Found, policy: Settled | None) -> Explanation:
     site, region = found.site, found.raised.region
     backends = _backends()
     if policy is None:
@@ -99,9 +106,10 @@ def _of_site(found: Found, policy: Policy | None) -> Explanation:
         refusals = {name: refusal for name, refusal in answers.items() if refusal is not None}
         asked = list(answers)
     else:
-        passes = policy.passes_for(site.name)
-        refusals = dict(decide(found, passes, (Reference(),)).refusals)
-        asked = [p.name for p in passes]
+        passes = policy.passes[site.name]
+        refused = policy.refusals.get(site.name, {})
+        refusals = {**refused, **decide(found, passes, (Reference(),)).refusals}
+        asked = [*(p.name for p in passes), *refused]
     for backend in backends:
         if (refusal := _answer(backend, site)) is not None:
             refusals[f"backend {backend.name}"] = refusal

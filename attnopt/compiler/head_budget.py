@@ -19,7 +19,6 @@ from attnopt.base.closeness import squared_difference
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.decide import Decision, decide
 from attnopt.compiler.layerwise_calibration import Stream
-from attnopt.compiler.policy import Policy
 from attnopt.compiler.tied_weights import jointly, of_all, tied
 from attnopt.errors import CalibrationError
 from attnopt.ir.interfaces import Backend, Pass, SharesBudget
@@ -27,6 +26,7 @@ from attnopt.ir.site import Site
 from attnopt.lower.lower import lower
 from attnopt.match.find import Found
 
+Passes = Mapping[str, tuple[Pass, ...]]  # by site
 MEASURED = 4  # batches, spread over the calibration data, on which a site's influence is measured
 
 
@@ -53,38 +53,38 @@ class _Shares:
 def allot(
     gm: fx.GraphModule,
     found: Sequence[Found],
-    policy: Policy,
+    passes: Passes,
     backends: Sequence[Backend],
     batches: Sequence[CallInputs],
     decodes: bool = False,
 ) -> Allotment:
-    """The allocation of each site for every pass of the policy with a shared budget."""
+    """The allocation of each site for every one of its passes with a shared budget."""
     made: dict[tuple[str, Pass], Pass] = {}
     ready: dict[str, Decision] = {}
-    shared = {p for f in found for p in policy.passes_for(f.site.name) if isinstance(p, SharesBudget) and p.is_shared}
+    shared = {p for f in found for p in passes[f.site.name] if isinstance(p, SharesBudget) and p.is_shared}
     for p in sorted(shared, key=repr):
-        for s, n in _allot_one(gm, found, policy, backends, batches, p, decodes):
+        for s, n in _allot_one(gm, found, passes, backends, batches, p, decodes):
             for d in s.probe:
                 name = d.found.site.name
                 made[name, p] = s.passes[n]
-                if n == s.probed and policy.passes_for(name)[-1] == p and len(shared) == 1:
+                if n == s.probed and passes[name][-1] == p and len(shared) == 1:
                     ready[name] = d
     return Allotment(made, ready)
 
 
 def _allot_one(
-    gm: fx.GraphModule, found: Sequence[Found], policy: Policy, backends: Sequence[Backend], batches: Sequence[CallInputs],
+    gm: fx.GraphModule, found: Sequence[Found], passes: Passes, backends: Sequence[Backend], batches: Sequence[CallInputs],
     p: Pass, decodes: bool,
 ) -> list[tuple[_Shares, int]]:  # fmt: skip
     """What each set of weights can have, and how many heads it gets."""
     assert isinstance(p, SharesBudget)
     shares: list[_Shares] = []
-    with_it = [f for f in found if p in policy.passes_for(f.site.name) and not f.raised.region.escapes]
-    groups = tied(with_it, {f.site.name: policy.passes_for(f.site.name) for f in with_it})
+    with_it = [f for f in found if p in passes[f.site.name] and not f.raised.region.escapes]
+    groups = tied(with_it, passes)
     for group, activations in jointly(Stream(gm, with_it, batches), groups):
         f = group[0]
-        passes = policy.passes_for(f.site.name)
-        before = decide(f, passes[: passes.index(p)], backends, activations, decodes)
+        earlier = passes[f.site.name][: passes[f.site.name].index(p)]
+        before = decide(f, earlier, backends, activations, decodes)
         site = before.seen(activations)
         if p.check(site) is not None:
             continue
@@ -92,7 +92,7 @@ def _allot_one(
         if not offered:
             continue
         probed = min((n for n in offered if n < max(offered)), key=lambda n: abs(n - wanted), default=max(offered))
-        probe = decide(f, (*passes[: passes.index(p)], offered[probed].rewrite), backends, activations, decodes)
+        probe = decide(f, (*earlier, offered[probed].rewrite), backends, activations, decodes)
         errors = {n: o.error for n, o in offered.items()}
         rewrites = {n: o.rewrite for n, o in offered.items()}
         shares.append(_Shares(site.without_activations(), errors, rewrites, probed, of_all(group, probe)))

@@ -73,10 +73,7 @@ def head_importance(
     how = _method("head_importance", method, loss, behaviour, seed)
     probe = _probe(model, calibration, how, sites, loss, behaviour, seed)
     if isinstance(how, ModelImportance):
-        with blamed(how, KIND, "of_model"):
-            found = {site: tuple(map(float, scores)) for site, scores in how.of_model(probe).items()}
-        _require_sites(how, probe, found)
-        scores = {site: checked(how, site, found[site], len(heads)) for site, heads in probe.heads.items()}
+        scores = of_model(how, probe)
     else:
         scores = {site.name: scored(how, _applicable(how, site)) for site in probe.sites()}
     return HeadImportance(shortened(how.to_json(), TOLD), *_remaining(probe, scores, sites))
@@ -141,6 +138,14 @@ def greedy_heads(
             off.setdefault(n, []).append(i)
             steps.append((n, probe.heads[n][i], moved[best]))
     return HeadSet(shortened(how.to_json(), TOLD), tuple(steps))
+
+
+def of_model(how: ModelImportance, probe: GraphProbe) -> dict[str, tuple[float, ...]]:
+    """For each site one number for each head.  Raises CalibrationError, PluginError."""
+    with blamed(how, KIND, "of_model"):
+        found = {site: tuple(map(float, scores)) for site, scores in how.of_model(probe).items()}
+    _require_sites(how, probe, found)
+    return {site: checked(how, site, found[site], len(heads)) for site, heads in probe.heads.items()}
 
 
 def _method(owner: str, method: object, loss: Loss | None, behaviour: Behaviour | None, seed: int) -> Importance:

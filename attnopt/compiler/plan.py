@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from attnopt.capture.program import Program
 from attnopt.compiler.decide import Decision, decide, limited
 from attnopt.compiler.head_budget import allot
 from attnopt.compiler.job import Job
 from attnopt.compiler.layerwise_calibration import Stream
+from attnopt.compiler.settle import Settled
 from attnopt.compiler.tied_weights import jointly, of_all, tied
 from attnopt.errors import PolicyError, RewriteError
+from attnopt.ir.interfaces import Pass
 from attnopt.match.find import Findings, Found
 
 
-def plan(job: Job, program: Program, findings: Findings) -> list[Decision]:
+def plan(job: Job, program: Program, findings: Findings, policy: Settled) -> list[Decision]:
     """For each site, in the order of ``findings``, what is to be done to it.
 
     Raises PolicyError where the policy names sites that there are not, RewriteError for a refusal under ``strict``.
     """
-    decisions = limited(_decided(job, program, findings.found), job.options.limit)
+    decided = _decided(job, program, findings.found, policy.passes)
+    decisions = limited([_told(d, policy) for d in decided], job.options.limit)
     _check_names(job, findings)
     if job.options.strict:
         _raise_refusal(decisions)
     return decisions
 
 
-def _decided(job: Job, program: Program, found: Sequence[Found]) -> list[Decision]:
+def _told(d: Decision, policy: Settled) -> Decision:
+    """With the alternatives of the policy that the site refused."""
+    name = d.found.site.name
+    over, refused = policy.passed_over.get(name, ()), policy.refusals.get(name, {})
+    return replace(d, refusals={**refused, **d.refusals}, notes=(*d.notes, *(f"not taken: {o}" for o in over)))
+
+
+def _decided(
+    job: Job, program: Program, found: Sequence[Found], passes: Mapping[str, tuple[Pass, ...]]
+) -> list[Decision]:
     """The result of the passes at each site; passes that use calibration data get the activations of the site."""
     decodes = job.options.decodes
-    passes = {f.site.name: job.policy.passes_for(f.site.name) for f in found}
     learning = [f for f in found if any(p.calibrates for p in passes[f.site.name])]
     if not learning or not job.batches:
         return [decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
     batches = job.arranged(program)
-    shares = allot(program.module, learning, job.policy, job.backends, batches, decodes)
+    shares = allot(program.module, learning, passes, job.backends, batches, decodes)
     made = dict(shares.ready)
     undecided = [f for f in learning if f.site.name not in made]
     for group, activations in jointly(Stream(program.module, undecided, batches), tied(undecided, passes)):
@@ -47,17 +59,17 @@ def _decided(job: Job, program: Program, found: Sequence[Found]) -> list[Decisio
 
 def _check_names(job: Job, findings: Findings) -> None:
     names = [f.site.name for f in findings.found]
-    mentioned = [site for _, passes in job.policy.rules for p in passes for site in p.mentions if site not in names]
+    mentioned = [site for p in job.policy.passes for site in p.mentions if site not in names]
     unmatched = [*(g for g in job.policy.unmatched(names) if g != "*"), *mentioned]
     if unmatched and names:
         listed = ", ".join(repr(n) for n in names[:6]) + (", ..." if len(names) > 6 else "")
         raise PolicyError(f"no attention is named {', '.join(map(repr, unmatched))}", hint=f"the sites are {listed}")
 
 
-def without_effect(job: Job, findings: Findings, decisions: Sequence[Decision]) -> Iterator[str]:
+def without_effect(job: Job, findings: Findings, policy: Settled, decisions: Sequence[Decision]) -> Iterator[str]:
     """Warnings of rules, or of a whole policy, that change nothing."""
     names = [f.site.name for f in findings.found]
-    if overruled := job.policy.overruled(names):
+    if overruled := job.policy.overruled(names, policy.chosen):
         listed = ", ".join(map(repr, overruled))
         yield f"policy rules without effect: {listed}; later rules override them at every site"
     if not names:

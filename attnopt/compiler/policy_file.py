@@ -1,4 +1,4 @@
-"""Reading a policy file: YAML or JSON, small, without aliases, tags or duplicate keys."""
+"""Policy files: YAML or JSON, small, without aliases, tags or duplicate keys."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnopt.base.atomic_files import atomic_write
 from attnopt.base.notation import distinct
 from attnopt.errors import PolicyError
 
@@ -24,8 +25,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 def read_file(path: Path) -> object:
     """The plain data in a policy file.  Raises PolicyError that names the file."""
-    if path.suffix not in SUFFIXES:
-        raise PolicyError(f"{path}: the name of a policy file must end in {', '.join(SUFFIXES)}")
+    _check_suffix(path)
     try:
         text = _text(path)
     except (OSError, ValueError) as error:  # invalid UTF-8, and paths with a NUL, are ValueErrors
@@ -36,6 +36,30 @@ def read_file(path: Path) -> object:
         raise PolicyError(f"{path}: is nested too deeply") from error
     except (PolicyError, ValueError, OverflowError) as error:
         raise PolicyError(f"{path}: {error}") from error
+
+
+def write_file(path: Path, data: object) -> None:
+    """What ``read_file`` reads back.  Raises PolicyError for another name, ArchiveError if it cannot be written."""
+    _check_suffix(path)
+    text = json.dumps(data, indent=2) if path.suffix == ".json" else _to_yaml(data)
+    with atomic_write(path) as made:
+        made.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def _to_yaml(data: object) -> str:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
+    written: str = yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120)
+    return written
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise PolicyError(f"{path}: the name of a policy file must end in {', '.join(SUFFIXES)}")
 
 
 def _text(path: Path) -> str:

@@ -45,10 +45,16 @@ def parts_of(
     model: nn.Module, policy: object, inputs: CallInputs, batches: Sequence[CallInputs], options: Options
 ) -> list[Part]:
     """The whole model, or its attention modules with the inputs they receive from the example.  Raises CaptureError."""
-    chosen = Policy.of(policy)
+    chosen = Policy.of(policy).without_choices()
     try:
         return [Part(compiled(model, chosen, inputs, batches, options))]
-    except CaptureError:
+    except CaptureError as error:
+        if chosen.conditions:
+            raise PolicyError(
+                f"{chosen.conditions[0]} chooses among all attentions of a model, and this one cannot be captured as a "
+                f"whole: {error.message}",
+                hint="choose attentions by their names, or see the error of attnopt.optimize",
+            ) from error
         found = list(_regions(model, chosen, inputs, batches, options))
         if not found:
             raise

@@ -18,11 +18,11 @@ from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.chosen_sites import Sites
 from attnopt.compiler.compile import Compiled, carried_out
-from attnopt.compiler.decide import escapes
 from attnopt.compiler.head_switches import Switched, switched
 from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.compiler.policy import Policy
+from attnopt.compiler.rewriting import escapes
 from attnopt.errors import PolicyError, SearchError
 from attnopt.intervene.metric import require_callable, scalar
 from attnopt.intervene.runs import chosen_heads

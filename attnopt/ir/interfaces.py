@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from attnopt.base.input import Input
 from attnopt.ir.activations import merged
+from attnopt.ir.alternatives import expanded
 from attnopt.ir.attend import Attend
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
@@ -35,6 +36,11 @@ class Pass(ABC):
     name: ClassVar[str]
     exact: ClassVar[bool]  # True: the model computes the same as before
     calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """The pass; with ``Choice`` or ``FirstOf`` among its options, that of a pass for each alternative."""
+        several: Any = expanded(cls, args, options)
+        return super().__new__(cls) if several is None else several
 
     @property
     def inputs(self) -> tuple[Input, ...]:

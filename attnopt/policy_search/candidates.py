@@ -47,8 +47,20 @@ class Alternative:
             for s in [p.found.site.spec]
         )
 
+    @property
+    def refusals(self) -> Mapping[str, Refusal]:
+        return self.decisions[0].refusals
+
+    @property
+    def accepted(self) -> Alternative:
+        """Without the passes that are refused, which do nothing."""
+        names = [p.name for p in self.passes]
+        if len({*names}) < len(names):
+            return self
+        return replace(self, passes=tuple(p for p in self.passes if p.name not in self.refusals))
+
     def __str__(self) -> str:
-        return ", ".join(map(text_of, self.passes)) or "as it is"
+        return texts_of(self.passes) or "as it is"
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,10 @@ class Candidates:
         return "; ".join(changed) or "no attention changed"
 
 
+def texts_of(passes: Passes) -> str:
+    return ", ".join(map(text_of, passes))
+
+
 def text_of(p: Pass) -> str:
     """ "local-window(left=64)": the options that are not the default."""
     if not is_dataclass(p):
@@ -135,18 +151,17 @@ def candidates(
 ) -> Candidates:
     """``batches``: what alternatives are fitted to, in the form of the graph.  Raises PolicyError."""
     wanted = {c.site: tuple(dict.fromkeys(tuple(map(_alone, own)) for own in c.alternatives)) for c in choices}
-    _check(wanted, compiled)
+    _check(wanted)
     places: list[Place] = []
-    refused: list[tuple[str, str, Refusal]] = []
+    refused = [(c.site, texts_of(r.passes), r.refusal) for c in choices for r in c.refused]
     for group, activations in _groups(job, compiled, wanted, batches):
         for members, alternatives in _split(group, _decided(job, group, wanted[group[0].site.name], activations)):
             names = tuple(f.site.name for f in members)
-            offered = [a for a in alternatives if not _refusals(a)]
-            refused += [(names[0], str(a), next(iter(_refusals(a).values()))) for a in alternatives if _refusals(a)]
+            refused += [(names[0], str(a), next(iter(a.refusals.values()))) for a in alternatives if a.refusals]
             as_it_is = Alternative((), tuple(Decision(f, f.site) for f in members))
-            others = [a for a in offered if a.passes]
-            keeps = len(others) < len(offered) or not others
-            allowed = tuple(range(0 if keeps else 1, 1 + len(others)))
+            distinct = {a.passes: a for a in (a.accepted for a in alternatives)}
+            others = tuple(a for passes, a in distinct.items() if passes)
+            allowed = tuple(range(0 if () in distinct else 1, 1 + len(others)))
             places.append(Place(names, (as_it_is, *others), allowed))
     order = {f.site.name: n for n, f in enumerate(compiled.findings.found)}
     made = Candidates(job, compiled, tuple(sorted(places, key=lambda p: order[p.sites[0]])), tuple(refused))
@@ -159,10 +174,7 @@ def candidates(
     return made
 
 
-def _check(wanted: Mapping[str, tuple[Passes, ...]], compiled: Compiled) -> None:
-    known = {f.site.name for f in compiled.findings.found}
-    if unknown := [name for name in wanted if name not in known]:
-        raise PolicyError(f"search: no attention is named {unknown[0]!r}", hint="attnopt.inspect lists the names")
+def _check(wanted: Mapping[str, tuple[Passes, ...]]) -> None:
     for name, own in wanted.items():
         for p in (p for passes in own for p in passes):
             if p.inputs:
@@ -210,7 +222,3 @@ def _split(group: Group, alternatives: Sequence[Alternative]) -> Iterator[tuple[
         return
     for n, f in enumerate(group):
         yield (f,), [Alternative(a.passes, (a.decisions[n],)) for a in alternatives]
-
-
-def _refusals(a: Alternative) -> Mapping[str, Refusal]:
-    return a.decisions[0].refusals

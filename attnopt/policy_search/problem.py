@@ -16,6 +16,7 @@ from attnopt.base.compile_lock import compiling
 from attnopt.capture.calibration import Batch, Calibration, shapes_of
 from attnopt.capture.run_unchanged import cloned
 from attnopt.compiler.choices import SiteChoices, site_choices
+from attnopt.compiler.chosen_sites import no_such_site
 from attnopt.compiler.compile import Compiled, carried_out
 from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.compiler.policy import Policy
@@ -202,17 +203,18 @@ def _prepared(
     compiled = carried_out(replace(job, batches=()))
     if not compiled.findings.found:
         raise PolicyError("search: no attention was found", hint="attnopt.inspect tells why")
-    choices = choices_of(policy, job, compiled, budget)
-    learns = any(p.calibrates for c in choices for passes in c.alternatives for p in passes)
-    parts = split(batches, learns)
+    open_policy = None if policy is None else Policy.of(policy)
+    parts = split(batches, open_policy is None or any(p.calibrates for p in open_policy.passes))
+    choices = _choices(open_policy, replace(job, batches=parts.fitted or parts.judged), compiled, budget)
     fitted = replace(job, batches=parts.fitted).arranged(compiled.program)
     return candidates(job, compiled, choices, fitted), parts
 
 
-def choices_of(policy: object, job: Job, compiled: Compiled, budget: Budget) -> Sequence[SiteChoices]:
+def _choices(policy: Policy | None, job: Job, compiled: Compiled, budget: Budget) -> Sequence[SiteChoices]:
     """The search space.  Raises PolicyError."""
     if policy is None:
         return default_choices(compiled.findings.found, budget.given)
-    if isinstance(policy, (list, tuple)) and policy and all(isinstance(c, SiteChoices) for c in policy):
-        return policy
-    return site_choices(replace(job, policy=Policy.of(policy)), compiled.program, compiled.findings)
+    names = [f.site.name for f in compiled.findings.found]
+    if unknown := [glob for glob in policy.unmatched(names) if glob != "*"]:
+        raise no_such_site("search", unknown[0], names)
+    return site_choices(replace(job, policy=policy), compiled.program, compiled.findings)

@@ -329,6 +329,18 @@ def test_a_policy_for_regions_names_one() -> None:
         attnopt.convert(branching(llama()), {"decoder": LocalWindow(2)}, ids())
 
 
+def test_conditions_choose_among_all_attentions_of_a_model() -> None:
+    policy: Any = {attnopt.where(causal=True, layers=-1): attnopt.FirstOf(GroupedQuery(3), LocalWindow(2))}
+    with pytest.raises(
+        attnopt.PolicyError,
+        match=r"where\(causal=True, layers=-1\) chooses among all attentions .* captured as a whole",
+    ):
+        attnopt.convert(branching(llama()), policy, ids())
+    with pytest.warns(AttnoptWarning, match="1 of its modules were"):
+        converted = attnopt.convert(branching(llama()), attnopt.FirstOf(GroupedQuery(3), LocalWindow(2)), ids())
+    assert converted.attnopt_report.sites[0].passes == ("local-window",)
+
+
 def test_a_cache_never_comes_into_a_captured_region() -> None:
     class Caching(nn.Module):
         """Hands its attention a cache whatever it is told, and cannot be captured whole."""

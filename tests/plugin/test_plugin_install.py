@@ -21,7 +21,7 @@ from attnopt.patterns.registry import PATTERNS
 HERE = Path(__file__).parent
 
 USE = """
-import torch, attnopt, tiny_models
+import sys, torch, attnopt, tiny_models
 model, args = tiny_models.causal()
 model.eval()
 window = attnopt.optimize(model, "local-window(left=3, right=0)", args)
@@ -31,6 +31,12 @@ assert {site.backend for site in last.report.sites} == {"acme.plain"}, str(last.
 with torch.no_grad():
     torch.testing.assert_close(last(*args), window(*args))
     assert not torch.allclose(last(*args), model(*args))
+several = attnopt.Policy({
+    attnopt.where(causal=True, statistics={"acme.l1": ">0"}): "first-of(grouped-query(kv_heads=7), acme.last-k(keys=4))"
+})
+several.save(sys.argv[1])
+first = attnopt.optimize(model, sys.argv[1], args, backend="acme.plain")
+assert [site.passes for site in first.report.sites] == [("acme.last-k",)] * 2, str(first.report)
 model, args, kwargs = tiny_models.full()
 refused = attnopt.optimize(model.eval(), "acme.last-k(keys=4)", args, kwargs)
 assert refused.report.sites[0].refusals["acme.last-k"].code == "needs-causal", str(refused.report)
@@ -139,8 +145,8 @@ def test_it_is_listed(environment: dict[str, str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_it_is_used_by_its_name(environment: dict[str, str]) -> None:
-    _run([sys.executable, "-W", "ignore", "-c", USE], environment)
+def test_it_is_used_by_its_name(environment: dict[str, str], tmp_path: Path) -> None:
+    _run([sys.executable, "-W", "ignore", "-c", USE, str(tmp_path / "policy.yaml")], environment)
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 
-from attnopt import Input
+from attnopt import Choice, FirstOf, Input, where
 from attnopt.compiler.policy import Policy
+from attnopt.compiler.where import Where
 from attnopt.passes import (
     AddValues,
     DynamicSparse,
@@ -147,7 +150,60 @@ PASSES = st.one_of(
 )
 
 
+STEPS = st.recursive(
+    PASSES,
+    lambda inner: st.builds(
+        lambda kind, alternatives: kind(*alternatives),
+        st.sampled_from([Choice, FirstOf]),
+        st.lists(st.none() | inner | st.lists(inner, max_size=2), min_size=1, max_size=3),
+    ),
+    max_leaves=4,
+)
+
+
+BOUNDS = st.one_of(
+    st.integers(-99, 99),
+    st.floats(-1e9, 1e9),
+    st.tuples(st.sampled_from([">", ">=", "<", "<="]), st.floats(-9, 9)).map(lambda pair: f"{pair[0]}{pair[1]!r}"),
+    st.tuples(st.integers(-9, 0), st.floats(0, 9)),
+)
+
+
+STATISTICS = st.dictionaries(
+    st.sampled_from(["distance", "sink_mass", "entropy", "weights", "ablation", "distance((3, 4), 1)", "qk-rank(0.5)"]),
+    BOUNDS,
+    max_size=2,
+)
+
+
 GLOBS = st.text(st.sampled_from("abc.*?#2"), max_size=8)
 
 
-POLICIES = st.dictionaries(GLOBS, st.lists(PASSES, max_size=3), max_size=4).map(Policy.of)
+CONDITIONS = st.builds(
+    lambda switches, sizes, layers, name, statistics, heads, count: _condition(
+        where(**switches, **sizes, layers=layers, name=name, statistics=statistics), heads, count
+    ),
+    st.dictionaries(st.sampled_from(["causal", "is_cross", "bias", "window", "sinks"]), st.booleans(), max_size=2),
+    st.dictionaries(
+        st.sampled_from(["heads", "kv_heads", "head_dim", "value_dim", "queries", "keys"]), BOUNDS, max_size=2
+    ),
+    st.none()
+    | st.integers(-9, 9)
+    | st.lists(st.integers(-9, 9), max_size=3)
+    | st.builds(slice, st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9), st.sampled_from([None, 2, -1])),
+    st.none() | GLOBS | st.lists(st.text(max_size=4), min_size=1, max_size=2),
+    STATISTICS,
+    STATISTICS,
+    st.none() | st.integers(0, 99),
+)
+
+
+def _condition(made: Where, heads: dict[str, Any], count: int | None) -> Where:
+    made = made.heads(statistics=heads) if heads else made
+    return made if count is None else made.expect(count)
+
+
+KEYS = GLOBS | CONDITIONS.filter(lambda condition: not condition.of_heads)
+
+
+POLICIES = st.dictionaries(KEYS, st.lists(STEPS, max_size=3), max_size=4).map(Policy.of)

@@ -17,8 +17,7 @@ from stacks import batches, stack
 from torch import Tensor, nn
 
 import attnopt
-from attnopt import Budget
-from attnopt.compiler.choices import SiteChoices
+from attnopt import Budget, Choice
 from attnopt.errors import AttnoptWarning, CalibrationError, PolicyError, SearchError
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
 
@@ -30,8 +29,13 @@ WINDOWS = ((), (LocalWindow(4),), (LocalWindow(1),))
 MIXED = ((), (LocalWindow(1),), (PruneHeads(0.5),), (GroupedQuery(2), LocalWindow(2)))
 
 
-def choices(alternatives: Any, layers: int = 2) -> list[SiteChoices]:
-    return [SiteChoices(f"layers.{i}", alternatives) for i in range(layers)]
+def one_of(alternatives: Any) -> Choice:
+    """``()`` leaves the attention as it is."""
+    return Choice(*(list(passes) or None for passes in alternatives))
+
+
+def choices(alternatives: Any, layers: int = 2) -> dict[str, Choice]:
+    return {f"layers.{i}": one_of(alternatives) for i in range(layers)}
 
 
 def searched(policy: Any = None, budget: Budget | None = None, **options: Any) -> attnopt.Search:
@@ -91,7 +95,7 @@ def test_bytes_of_keys_and_values_under_windows() -> None:
 
 def test_a_window_that_sees_ahead_keeps_all_keys() -> None:
     model = stack(1, causal=False)
-    space = [SiteChoices("layers.0", ((), (LocalWindow(1),)))]
+    space = {"layers.0": Choice(None, LocalWindow(1))}
     with pytest.raises(PolicyError, match=r"the least possible is .* \(1 of the original"):
         attnopt.search(model, space, (X,), calibration=DATA, budget=Budget(kv_bytes=0.9))
 
@@ -166,10 +170,10 @@ def test_attentions_that_share_weights_are_decided_together() -> None:
     names = [s.name for s in attnopt.inspect(model, (X,)).sites]
     assert len(names) == 2
     budget = Budget(flops=0.9)
-    both = [SiteChoices(name, ((), (PruneHeads(0.5),))) for name in names]
+    both = Choice(None, PruneHeads(0.5))
     found = attnopt.search(model, both, (X,), calibration=DATA, budget=budget)
     assert {name for name, _ in found.policy.rules} == {*names}
-    each = [SiteChoices(name, ((), (LocalWindow(1),))) for name in names]
+    each = Choice(None, LocalWindow(1))
     found = attnopt.search(model, each, (X,), calibration=DATA, budget=Budget(flops=0.96))
     assert len(found.policy.rules) == 1
 
@@ -247,7 +251,6 @@ sys.path.insert(0, {str(Path(__file__).parents[2] / "support")!r})
 import torch
 from stacks import batches, stack
 import attnopt
-from attnopt.compiler.choices import SiteChoices
 from attnopt.passes import LocalWindow
 from attnopt.policy_search import state
 state.EVERY = 0.0
@@ -257,7 +260,7 @@ def evaluate(m):
     if len(done) == 5 and sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     return (m(data[0]) - model(data[0])).square().mean()
-space = [SiteChoices(f"layers.{{i}}", ((), (LocalWindow(4),), (LocalWindow(1),))) for i in range(2)]
+space = attnopt.Choice(None, LocalWindow(4), LocalWindow(1))
 found = attnopt.search(model, space, (data[0],), calibration=data, budget=attnopt.Budget(flops=0.93), evaluate=evaluate,
                        resume={str(tmp_path / "state.json")!r})
 print(len(done), found.report.policies)
@@ -332,10 +335,10 @@ def test_choices_that_every_attention_refuses() -> None:
 
 
 def test_what_some_attentions_refuse_is_told() -> None:
-    space = [
-        SiteChoices("layers.0", ((), (LocalWindow(1),), (GroupedQuery(3, "mean", "adjacent", "none"),))),
-        SiteChoices("layers.1", ((), (LocalWindow(1),))),
-    ]
+    space = {
+        "layers.0": Choice(None, LocalWindow(1), GroupedQuery(3, "mean", "adjacent", "none")),
+        "layers.1": Choice(None, LocalWindow(1)),
+    }
     found = searched(space)
     assert [(site, passes) for site, passes, _ in found.report.refused] == [
         ("layers.0", "grouped-query(kv_heads=3, merge='mean', grouping='adjacent', compensate='none')")
