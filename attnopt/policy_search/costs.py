@@ -10,6 +10,7 @@ from torch import fx
 from attnopt.base.compile_lock import compiling
 from attnopt.compiler.decide import Decision
 from attnopt.compiler.site_report import element_sizes, site_report
+from attnopt.ir.call_tensor import BATCH
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.lower import lower
 from attnopt.patterns.lookback import widest
@@ -57,7 +58,12 @@ def kept_bytes(d: Decision, spec: AttentionSpec) -> float:
     readers: dict[int, list[int]] = {}
     for h, g in enumerate(spec.kv_of_head):
         readers.setdefault(g, []).append(h)
-    return float(site.batch * each * sum(_kept(spec, heads, site.kv_len) for heads in readers.values()))
+    return float(_batch(d) * each * sum(_kept(spec, heads, site.kv_len) for heads in readers.values()))
+
+
+def _batch(d: Decision) -> int:
+    """Of the user's example: one sequence is captured as two where the batch is free."""
+    return d.found.site.own_sizes.get(BATCH, d.found.site.batch)
 
 
 def _kept(spec: AttentionSpec, heads: Sequence[int], length: int) -> int:
@@ -70,7 +76,7 @@ def _kept(spec: AttentionSpec, heads: Sequence[int], length: int) -> int:
 
 def _flops(d: Decision) -> tuple[float, float]:
     """Before and after, of all sequences of the example."""
-    entry, batch = site_report(d), d.found.site.batch
+    entry, batch = site_report(d), _batch(d)
     return float(entry.cost_before.flops * batch), float(entry.cost_after.flops * batch)
 
 
