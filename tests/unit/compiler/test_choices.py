@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from hypothesis import HealthCheck, given, settings
+from places import ROOT
 from policy_strategies import POLICIES
 from stacks import batches, stack
 
@@ -21,7 +22,7 @@ from attnopt.compiler.analyze import analyze
 from attnopt.compiler.choices import SiteChoices, site_choices
 from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.errors import ArchiveError, PolicyError, RewriteError
-from attnopt.passes import DynamicSparse, Fuse, GroupedQuery, LocalWindow, PruneHeads, SoftPAG, Sparse
+from attnopt.passes import DynamicSparse, Fuse, GroupedQuery, LocalWindow, PruneHeads, SegmentGain, SoftPAG, Sparse
 from attnopt.patterns import Causal, Window
 
 pytestmark = [
@@ -142,6 +143,14 @@ def test_saved_policies_read_back(tmp_path: Path, policy: Policy) -> None:
         assert policy.rules == Policy.of(str(tmp_path / name)).rules
 
 
+def test_a_pass_that_stands_twice_is_written_out(tmp_path: Path) -> None:
+    """Policy files have no aliases."""
+    gain = SegmentGain([0], 0.5, normalise="redistribute", to=[1], when={"mass": 0.2, "share": 0.5})
+    policy = Policy({"a": gain, "b": [gain, Choice(gain, None)]})
+    policy.save(tmp_path / "p.yaml")
+    assert Policy.of(tmp_path / "p.yaml") == policy
+
+
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"the policy cannot be saved: .*unknown pass 'acme\.last-k'"):
         Policy.of(LastK(3)).save(tmp_path / "p.yaml")
@@ -150,6 +159,19 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="cannot write"):
         Policy.of("fuse").save(tmp_path / "nowhere" / "p.yaml")
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_file_of_the_documentation(tmp_path: Path) -> None:
+    _, _, rest = (ROOT / "docs" / "policies.md").read_text("utf-8").partition("```yaml\n")
+    (tmp_path / "p.yaml").write_text(rest.partition("```")[0], "utf-8")
+    assert Policy.of(tmp_path / "p.yaml") == Policy(
+        {
+            where(causal=True, layers=slice(2, -2)): WINDOWS,
+            where(is_cross=False).heads(distance="<8").expect(12): LocalWindow(8),
+            "decoder.*.cross": FirstOf(GroupedQuery(2), None),
+            "encoder.0": LocalWindow(Choice(16, 32)),
+        }
+    )
 
 
 # ---------------------------------------------------------------- the first that is accepted
@@ -290,6 +312,8 @@ def test_alternatives_are_distinct_and_in_their_order(model: Any) -> None:
         model, {"layers.0": [FirstOf(GroupedQuery(3), Choice(LocalWindow(1), LocalWindow(2))), Choice("fuse")]}
     )
     assert found.alternatives == ((LocalWindow(1), Fuse()), (LocalWindow(2), Fuse()))
+    found, _ = choices(model, {"layers.0": Choice(FirstOf(LocalWindow(1), LocalWindow(2)), LocalWindow(FirstOf(3, 4)))})
+    assert found.alternatives == ((LocalWindow(1),), (LocalWindow(3),))
 
 
 def test_calibration_data_decides_what_is_refused(model: Any) -> None:
