@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ BUDGETS = {  # two for each subject; MiniLM and SmolLM2 at the lengths where win
 }
 AT: dict[str, Any] = {"minilm": (1, 512)}
 KINDS = {"minilm": "cosine", "vit": "kl", "smollm2": "kl", "rxnmapper": "kl"}
+LENGTH = 512  # tokens of MiniLM's texts
 HELD_OUT = 8  # batches that neither fits nor searches have seen
 
 
@@ -46,15 +48,39 @@ def asked_for(name: str, text: str) -> attnopt.Budget:
     return attnopt.Budget(**{resource: float(share)}, at=AT.get(name))
 
 
+def data_of(about: Any, name: str, seed: int) -> tuple[list[Any], list[Any]]:
+    """Batches to search on, and others of another domain or part: for MiniLM texts as long as the call that counts."""
+    if name != "minilm":
+        batches = list(about.calibration(seed))
+        count = min(HELD_OUT, len(batches) // 3)
+        return batches[:-count], batches[-count:]
+    texts = list(about.data.background)
+    random.Random(seed).shuffle(texts)
+    return long_texts(about, texts, 12), long_texts(about, about.reviews(), HELD_OUT)
+
+
+def long_texts(about: Any, texts: Sequence[str], count: int) -> list[Any]:
+    """Texts one after the other, cut where they reach ``LENGTH`` tokens; one to a batch."""
+    found, joined = [], ""
+    for text in texts:
+        joined = f"{joined} {text}"
+        if len(about.tokenizer(joined)["input_ids"]) < LENGTH:
+            continue
+        ids = about.tokenizer(joined, truncation=True, max_length=LENGTH, return_tensors="pt")
+        found.append((ids.input_ids, ids.attention_mask))
+        joined = ""
+        if len(found) == count:
+            break
+    return found
+
+
 def compared(name: str, text: str, seed: int, evaluations: int) -> list[dict[str, Any]]:
     """One row for each method: what it finds with the same choices, measured costs and data."""
     about = subject(name)
-    batches = about.calibration(seed)
-    fitted, test = batches[: -min(HELD_OUT, len(batches) // 3)], batches[-min(HELD_OUT, len(batches) // 3) :]
-    test = list(getattr(about, "_reviews", test))[:HELD_OUT]  # of another domain, where the subject has one
+    fitted, test = data_of(about, name, seed)
     path = FOLDER / f"{name}-{text}-{seed}.state.json"
     asked = problem(
-        about.model(), None, batches[0], calibration=fitted, budget=asked_for(name, text), divergence=KINDS[name],
+        about.model(), None, fitted[0], calibration=fitted, budget=asked_for(name, text), divergence=KINDS[name],
         dynamic_shapes=about.dynamic_shapes(), seed=seed, resume=path,
     )  # fmt: skip
     return [row(asked, method, seed, evaluations, test, KINDS[name]) for method in METHODS]

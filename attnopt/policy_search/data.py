@@ -87,6 +87,12 @@ def resized(inputs: CallInputs, sizes: tuple[int | None, int | None]) -> CallInp
     return made
 
 
+def length_of(inputs: CallInputs) -> int:
+    """Axis 1 of the first tensor, which counts tokens; 1 if it has none."""
+    first = next((x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), None)
+    return 1 if first is None or first.dim() < 2 else int(first.shape[1])
+
+
 def real_tokens(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs]) -> Iterator[list[Tensor]]:
     """For each batch, the masks [B, L] of tokens that are no padding: of the last attention over its own tokens."""
     own = [f for f in found if not f.site.is_cross][-1:]

@@ -193,6 +193,8 @@ def _prepared(
 ) -> tuple[Candidates, Split]:
     if not isinstance(model, nn.Module):
         raise PolicyError(f"search: expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
+    if model.training:
+        raise PolicyError("search: the model is in train mode, where its outputs are random", hint="call model.eval()")
     device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "cpu")
     if device != torch.device(budget.device).type:
         hint = f"Budget(device={device!r})"
@@ -213,7 +215,8 @@ def _prepared(
 def _choices(policy: Policy | None, job: Job, compiled: Compiled, budget: Budget) -> Sequence[SiteChoices]:
     """The search space.  Raises PolicyError."""
     if policy is None:
-        return default_choices(compiled.findings.found, budget.given)
+        program = compiled.program
+        return default_choices(program.module, compiled.findings.found, job.arranged(program), budget.given)
     names = [f.site.name for f in compiled.findings.found]
     if unknown := [glob for glob in policy.unmatched(names) if glob != "*"]:
         raise no_such_site("search", unknown[0], names)

@@ -19,6 +19,7 @@ from attnopt.errors import PolicyError, SearchError
 from attnopt.intervene.metric import require_callable
 from attnopt.model import OptimizedModel
 from attnopt.policy_search.budget import Budget
+from attnopt.policy_search.data import length_of
 from attnopt.policy_search.divergence import KINDS
 from attnopt.policy_search.engine import Engine
 from attnopt.policy_search.judge import Judge
@@ -28,6 +29,7 @@ from attnopt.policy_search.result import FrontPoint, Search
 from attnopt.report.policy_search import SearchReport, Tried
 
 APART = 0.05  # relative difference of measured and predicted latency that a warning tells
+SHORT = 0.5  # of the length whose costs count: data below that is told
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def search(
     ``evaluate``: a function of a rewritten model that returns one number; LOWER is better (return minus the score for a metric
     that grows).  By default the divergence of the outputs, by ``divergence``: "kl" between logits, "cosine" distance of
     embeddings, or "auto", which is "kl" for an output that the model calls logits.
-    ``evaluations``: about how many times a model is judged on all held-back data; ``minutes``: the time for all of it.
+    ``evaluations``: about how many times a model is judged on all held-back data; ``minutes``: when to
+    end it; uniform policies are judged in any case.
     ``resume``: a file that keeps all measurements: a search that was ended goes on from there.
     ``progress`` is called after each step.  ``seed``: the same seed and measured times give the same result.
 
@@ -193,6 +196,12 @@ def _notes(asked: Problem, engine: Engine, latency: Mapping[str, float]) -> Iter
         yield (
             f"evaluate gives {full[original]:.4g} for the original and less for all {len(others)} others, and lower is better: "
             "return minus the score for a metric that grows"
+        )
+    longest, counted = max(map(length_of, asked.judged)), length_of(asked.inputs)
+    if asked.evaluate is None and longest < SHORT * counted:
+        yield (
+            f"the calibration data has at most {longest} tokens in a sequence, and costs are those of {counted}: what hides only "
+            "distant keys seems to change nothing; give longer texts, or Budget(at=...)"
         )
     if latency and abs(latency["measured"] / latency["predicted"] - 1) > APART:
         yield (

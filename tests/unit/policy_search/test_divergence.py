@@ -162,6 +162,7 @@ def test_the_call_that_counts_has_the_sizes_of_the_budget() -> None:
         resized(CallInputs((torch.ones(2, 3, 8, 8),), {}), (1, 4))
 
 
+@pytest.mark.filterwarnings("ignore:search. the calibration data has at most 12 tokens")
 def test_costs_grow_with_the_length_that_counts() -> None:
     model, data = stack(1), batches(4, 4)
     policy = attnopt.Choice(None, attnopt.passes.LocalWindow(1))

@@ -148,6 +148,28 @@ def test_the_default_choices() -> None:
     assert found.divergence <= found.report.uniform.divergence
 
 
+def test_windows_of_the_heads_that_look_at_the_nearest_keys() -> None:
+    """Two heads of four look at their own key and the one before, the others at random keys."""
+    from attnopt.base.call_inputs import CallInputs
+    from attnopt.compiler.analyze import analyze_in_eval
+    from attnopt.policy_search.default_choices import default_choices, near_heads
+
+    class Near(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (x.unflatten(-1, (4, 4)).transpose(1, 2) for _ in range(3))
+            apart = (torch.arange(16)[:, None] - torch.arange(16)).abs()
+            slopes = torch.tensor([0.0, 4.0, 0.0, 4.0])[:, None, None]
+            out: Tensor = ((q @ k.mT - slopes * apart).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            return out
+
+    inputs = CallInputs((torch.randn(2, 16, 16),), {})
+    analyzed = analyze_in_eval(Near(), inputs)
+    gm, found = analyzed.program.module, analyzed.findings.found
+    assert [*near_heads(gm, found, [inputs]).values()] == [(1, 3)]
+    (space,) = default_choices(gm, found, [inputs], ["kv_bytes"])
+    assert {p.heads for passes in space.alternatives for p in passes if isinstance(p, LocalWindow)} == {None, (1, 3)}
+
+
 def test_the_same_seed_gives_the_same_search() -> None:
     state = torch.get_rng_state()
     first, second = (searched(choices(MIXED, 2), Budget(flops=0.8), evaluations=12, seed=3) for _ in range(2))
@@ -176,6 +198,12 @@ def test_attentions_that_share_weights_are_decided_together() -> None:
     each = Choice(None, LocalWindow(1))
     found = attnopt.search(model, each, (X,), calibration=DATA, budget=Budget(flops=0.96))
     assert len(found.policy.rules) == 1
+
+
+def test_data_that_is_much_shorter_than_the_call_that_counts_is_told() -> None:
+    with pytest.warns(AttnoptWarning, match="at most 12 tokens in a sequence, and costs are those of 48"):
+        found = searched(Choice(None, LocalWindow(20)), Budget(flops=0.99, at=(1, 48)))
+    assert found.divergence == pytest.approx(0.0, abs=1e-9)
 
 
 # ------------------------------------------------------------ the user's own metric
@@ -363,6 +391,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no inputs": ({"args": ()}, PolicyError, "needs example inputs"),
     "another site": ({"policy": choices(WINDOWS, 3)}, PolicyError, "no attention is named 'layers.2'"),
     "another device": ({"budget": Budget(flops=0.9, device="cuda")}, PolicyError, "the model is on cpu"),
+    "train mode": ({"model": stack().train()}, PolicyError, "the model is in train mode"),
     "no attention": ({"model": nn.Linear(16, 16)}, PolicyError, "no attention was found"),
 }  # fmt: skip
 
