@@ -59,6 +59,11 @@ class Alternative:
             return self
         return replace(self, passes=tuple(p for p in self.passes if p.name not in self.refusals))
 
+    @property
+    def kind(self) -> str:
+        """Equal for alternatives that differ in the numbers of heads alone: those of a uniform policy."""
+        return ", ".join(text_of(p, numbers=False) for p in self.passes)
+
     def __str__(self) -> str:
         return texts_of(self.passes) or "as it is"
 
@@ -137,12 +142,13 @@ def texts_of(passes: Passes) -> str:
     return ", ".join(map(text_of, passes))
 
 
-def text_of(p: Pass) -> str:
-    """ "local-window(left=64)": the options that are not the default."""
+def text_of(p: Pass, numbers: bool = True) -> str:
+    """ "local-window(left=64)": the options that are not the default.  ``numbers``: of heads, too."""
     if not is_dataclass(p):
         return p.name
     given = {f.name: getattr(p, f.name) for f in fields(p) if f.init}
-    told = [f"{name}={v!r}" for name, v in given.items() if v != getattr(type(p), name, None)]
+    given = {name: v for name, v in given.items() if v != getattr(type(p), name, None)}
+    told = [name if name == "heads" and not numbers else f"{name}={v!r}" for name, v in given.items()]
     return f"{p.name}({', '.join(told)})" if told else p.name
 
 

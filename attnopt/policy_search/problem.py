@@ -77,10 +77,10 @@ class Problem:
     def uniform(self) -> list[Picks]:
         """The same passes at all places that have them; the others stay as they are, if they may."""
         places = self.made.places
-        texts = dict.fromkeys(str(a) for p in places for a in p.alternatives)
+        kinds = dict.fromkeys(a.kind for p in places for a in p.alternatives)
         found = [
-            tuple(next((n for n in p.allowed if str(p.alternatives[n]) == text), p.allowed[0]) for p in places)
-            for text in texts
+            tuple(next((n for n in p.allowed if p.alternatives[n].kind == kind), p.allowed[0]) for p in places)
+            for kind in kinds
         ]
         return list(dict.fromkeys(found))
 

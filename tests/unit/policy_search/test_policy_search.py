@@ -170,6 +170,13 @@ def test_windows_of_the_heads_that_look_at_the_nearest_keys() -> None:
     assert {p.heads for passes in space.alternatives for p in passes if isinstance(p, LocalWindow)} == {None, (1, 3)}
 
 
+def test_a_uniform_policy_may_name_other_heads_at_each_attention() -> None:
+    from attnopt.policy_search.candidates import Alternative
+
+    one, other, every = (Alternative((LocalWindow(2, heads=heads),), ()).kind for heads in ([0, 1], [2], None))
+    assert one == other != every
+
+
 def test_the_same_seed_gives_the_same_search() -> None:
     state = torch.get_rng_state()
     first, second = (searched(choices(MIXED, 2), Budget(flops=0.8), evaluations=12, seed=3) for _ in range(2))
