@@ -140,7 +140,7 @@ def test_latency_on_this_machine() -> None:
 
 
 def test_the_default_choices() -> None:
-    found = searched(None, Budget(parameters=0.8, kv_bytes=0.6))
+    found = searched(None, Budget(parameters=0.8, kv_bytes=0.6), evaluations=8)
     assert found.report.best is not None
     assert found.report.best.costs["parameters"] <= 0.8 * found.report.original["parameters"]
     assert found.report.best.costs["kv_bytes"] <= 0.6 * found.report.original["kv_bytes"]
