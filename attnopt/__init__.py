@@ -76,12 +76,16 @@ if TYPE_CHECKING:
     from attnopt.patterns.algebra import Pattern
     from attnopt.patterns.bands import Band
     from attnopt.patterns.lookback import Past
+    from attnopt.policy_search.budget import Budget
+    from attnopt.policy_search.result import FrontPoint, Search
+    from attnopt.policy_search.search import Progress, search
     from attnopt.report.advice import Advice
     from attnopt.report.attribution import Attribution
     from attnopt.report.collected import Collected
     from attnopt.report.head_effects import HeadEffects
     from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
+    from attnopt.report.policy_search import SearchReport
     from attnopt.report.report import Report
     from attnopt.version import __version__
 
@@ -100,6 +104,7 @@ __all__ = [
     "Behaviour",
     "BlockSample",
     "BlockScores",
+    "Budget",
     "Calibration",
     "CalibrationError",
     "CaptureError",
@@ -115,6 +120,7 @@ __all__ = [
     "ExportError",
     "Exposed",
     "FirstOf",
+    "FrontPoint",
     "HeadEdit",
     "HeadEffects",
     "HeadImportance",
@@ -141,6 +147,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PooledKeys",
+    "Progress",
     "Projection",
     "Reach",
     "Refusal",
@@ -149,7 +156,9 @@ __all__ = [
     "RewriteError",
     "RowScores",
     "Rows",
+    "Search",
     "SearchError",
+    "SearchReport",
     "Site",
     "Statistic",
     "VerificationError",
@@ -176,6 +185,7 @@ __all__ = [
     "plot",
     "recipes",
     "register",
+    "search",
     "search_heads",
     "statistics",
     "where",
@@ -230,12 +240,16 @@ _NAMES = {
     "patterns.algebra": "Pattern",
     "patterns.bands": "Band",
     "patterns.lookback": "Past",
+    "policy_search.budget": "Budget",
+    "policy_search.result": "FrontPoint Search",
+    "policy_search.search": "Progress search",
     "report.advice": "Advice",
     "report.attribution": "Attribution",
     "report.collected": "Collected",
     "report.head_effects": "HeadEffects",
     "report.head_search": "HeadSearch",
     "report.inspection": "Inspection",
+    "report.policy_search": "SearchReport",
     "report.report": "Report",
     "version": "__version__",
 }  # module -> its public names

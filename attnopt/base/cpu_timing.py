@@ -37,11 +37,12 @@ def interleaved(
     rounds: int,
     warm_up: int = 1,
     watched: Callable[[range], Iterable[int]] = iter,
+    clock: Callable[[], float] = time.process_time,
 ) -> Times:
     """Every round runs each call once, in rotating order.
 
     Garbage of one call is not charged to the next.  ``watched`` receives the rounds,
-    and may show progress.
+    and may show progress.  ``clock``: another one, for calls that a CPU only waits for.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -49,10 +50,10 @@ def interleaved(
         for i in watched(range(rounds + warm_up)):
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 gc.collect(1)  # only what is young: all objects of a large process would take longer than the calls
-                start = time.process_time()
+                start = clock()
                 calls[name]()
                 if i >= warm_up:
-                    seconds[name].append(time.process_time() - start)
+                    seconds[name].append(clock() - start)
     return Times({name: tuple(found) for name, found in seconds.items()})
 
 

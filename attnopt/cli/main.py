@@ -1,4 +1,4 @@
-"""The command line: ``attnopt inspect|optimize|export|explain|diff|bench|demo|passes``.
+"""The command line: ``attnopt inspect|optimize|export|explain|diff|search|bench|demo|passes``.
 
 Exit codes: 0 all went well, 1 a deliberate error (its message on stderr), 2 a wrong command line, 3 an internal error,
 130 interrupted.
@@ -49,7 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="attnopt", description="A compiler for attention in PyTorch.")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for add in (_add_inspect, _add_optimize, _add_export, _add_explain, _add_diff, _add_bench, _add_demo, _add_passes):
+    every = (
+        _add_inspect,
+        _add_optimize,
+        _add_export,
+        _add_explain,
+        _add_diff,
+        _add_search,
+        _add_bench,
+        _add_demo,
+        _add_passes,
+    )
+    for add in every:
         add(commands)
     return parser
 
@@ -136,6 +147,21 @@ def _add_diff(commands: Commands) -> None:
     _add_model(parser, OR_FILE)
     _add_optimizing(parser)
     parser.add_argument("--site", help="show only the changes of this attention")
+
+
+def _add_search(commands: Commands) -> None:
+    from attnopt.cli import search
+
+    parser = _command(
+        commands,
+        "search",
+        search.run,
+        "find the policy within a budget that changes the outputs least",
+        "attnopt search my_models:encoder --data my_data:batches --latency 0.6 --at 1,512 --html front.html",
+        "attnopt search my_models:encoder --data texts.txt --tokenizer folder --latency 0.6 --out policy.yaml",
+    )
+    _add_model(parser, MODEL_HELP)
+    search.add_arguments(parser)
 
 
 def _add_bench(commands: Commands) -> None:

@@ -28,12 +28,12 @@ def site_report(d: Decision) -> SiteReport:
         is_cross=after.is_cross,
         spec_before=_described(before.spec),
         spec_after=_described(after.spec, before.spec.heads),
-        cost_before=cost_of(before, before.spec, before.spec, _element_sizes(d)),
+        cost_before=cost_of(before, before.spec, before.spec, element_sizes(d)),
         cost_after=cost_of(
             before,
             after.spec,
             before.spec,
-            _element_sizes(d),
+            element_sizes(d),
             rows=1.0 if d.plan is None else d.plan.rows,
             pools_early=d.plan is not None and d.plan.pools_early,
         ),
@@ -49,7 +49,7 @@ def site_report(d: Decision) -> SiteReport:
     )
 
 
-def _element_sizes(d: Decision) -> tuple[int, int]:
+def element_sizes(d: Decision) -> tuple[int, int]:
     """Bytes per element of the keys and of the values."""
     of_key, of_value = (value(n).element_size() for n in d.found.raised.node.args[1:3] if isinstance(n, fx.Node))
     return of_key, of_value

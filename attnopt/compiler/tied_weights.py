@@ -12,14 +12,13 @@ from attnopt.compiler.decide import Decision
 from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.ir.activations import Activations
 from attnopt.ir.head_weights import HeadWeights
-from attnopt.ir.interfaces import Pass
 from attnopt.ir.operands import OperandTensors
 from attnopt.match.find import Found
 
 Group = tuple[Found, ...]
 
 
-def tied(found: Sequence[Found], passes: Mapping[str, tuple[Pass, ...]]) -> list[Group]:
+def tied(found: Sequence[Found], passes: Mapping[str, tuple[object, ...]]) -> list[Group]:
     """The sites by their weights, those of the same weights, meaning and passes together."""
     groups: dict[object, list[Found]] = {}
     for f in found:

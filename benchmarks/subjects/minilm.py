@@ -69,11 +69,14 @@ class MiniLM:
             "WordNet MRR": self._retrieval(model),
         }
 
-    @cached_property
-    def _reviews(self) -> Batches:
+    def reviews(self) -> list[str]:
         file = package("gensim") / "test" / "test_data" / "pang_lee_polarity.cor"
         lines = file.read_text("latin-1").splitlines()
-        return self._batched([line.split(" ", 1)[1] for line in lines if " " in line], 32)
+        return [line.split(" ", 1)[1] for line in lines if " " in line]
+
+    @cached_property
+    def _reviews(self) -> Batches:
+        return self._batched(self.reviews(), 32)
 
     @cached_property
     def _dense(self) -> Vectors:

@@ -42,6 +42,12 @@ def full() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     return Stack(causal=False), (), {"x": torch.randn(2, 12, 16)}
 
 
+def batches() -> list[Tensor]:
+    """Data for ``causal``."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 12, 16, generator=generator) for _ in range(4)]
+
+
 def without_inputs() -> nn.Module:
     return Stack()
 

@@ -1,0 +1,1 @@
+"""The best choice for each attention under a budget of time, arithmetic or memory."""

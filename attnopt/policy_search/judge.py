@@ -1,0 +1,76 @@
+"""How good picks are, each measured once on each piece of the data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from attnopt.policy_search.menu import Picks
+
+Part = tuple[float, float]  # a sum, and what it is to be divided by
+Measure = Callable[[Picks, int], Part]  # of these picks on the piece of this number
+Known = dict[Picks, dict[int, Part]]
+
+
+class EndError(Exception):
+    """No time, or no evaluation, is left."""
+
+
+@dataclass
+class Judge:
+    """``known``: what was measured already, by picks and piece; ``saved`` is called after each measurement, ``told`` when picks
+    are judged on all pieces.
+
+    ``spent`` counts measurements on all pieces; those on some count by their share, and those that were known count too, so
+    that a search that is resumed goes the way that it would have gone.  ``limit``: how many there may be; ``deadline``: when
+    to stop, by ``time.monotonic``.  Neither holds before ``is_limited`` is set.
+    """
+
+    measure: Measure
+    pieces: int
+    known: Known = field(default_factory=dict)
+    limit: float = float("inf")
+    deadline: float = float("inf")
+    saved: Callable[[], None] = lambda: None
+    told: Callable[[], None] = lambda: None
+    is_limited: bool = False
+    asked: set[tuple[Picks, int]] = field(default_factory=set)
+    full: dict[Picks, float] = field(default_factory=dict)  # the values on all pieces, in the order of measurement
+
+    @property
+    def spent(self) -> float:
+        return len(self.asked) / self.pieces
+
+    def values(self, candidates: Sequence[Picks], pieces: int | None = None) -> list[float]:
+        """The mean of each on the first ``pieces`` pieces; on all by default.  Raises EndError."""
+        return [self.value(picks, pieces) for picks in candidates]
+
+    def value(self, picks: Picks, pieces: int | None = None) -> float:
+        """As ``values``, of one."""
+        count = self.pieces if pieces is None else pieces
+        self._measure(picks, count)
+        found = self._mean(picks, count)
+        if count == self.pieces and picks not in self.full:
+            self.full[picks] = found
+            self.told()
+        return found
+
+    def _measure(self, picks: Picks, count: int) -> None:
+        known = self.known.setdefault(picks, {})
+        for piece in range(count):
+            if (picks, piece) in self.asked:
+                continue
+            self._require_room()
+            if piece not in known:
+                known[piece] = self.measure(picks, piece)
+                self.saved()
+            self.asked.add((picks, piece))
+
+    def _require_room(self) -> None:
+        if self.is_limited and (self.spent >= self.limit or time.monotonic() >= self.deadline):
+            raise EndError
+
+    def _mean(self, picks: Picks, count: int) -> float:
+        parts = [self.known[picks][piece] for piece in range(count)]
+        return sum(total for total, _ in parts) / sum(n for _, n in parts)

@@ -1,0 +1,223 @@
+"""What a search is given: the candidates, what each choice costs, and how far a model with some of them diverges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnopt.base.call_inputs import CallInputs
+from attnopt.base.compile_lock import compiling
+from attnopt.capture.calibration import Batch, Calibration, shapes_of
+from attnopt.capture.run_unchanged import cloned
+from attnopt.compiler.choices import SiteChoices, site_choices
+from attnopt.compiler.chosen_sites import no_such_site
+from attnopt.compiler.compile import Compiled, carried_out
+from attnopt.compiler.job import Job, Options, backends_of
+from attnopt.compiler.policy import Policy
+from attnopt.errors import AttnoptError, CalibrationError, PolicyError
+from attnopt.intervene.metric import scalar
+from attnopt.model import OptimizedModel
+from attnopt.policy_search import latency
+from attnopt.policy_search.budget import Budget
+from attnopt.policy_search.candidates import Candidates, candidates
+from attnopt.policy_search.costs import menu_of
+from attnopt.policy_search.data import Split, last_module, real_tokens, resized, split
+from attnopt.policy_search.default_choices import default_choices
+from attnopt.policy_search.divergence import Divergence, kind_of
+from attnopt.policy_search.judge import Part
+from attnopt.policy_search.menu import Menu, Picks
+from attnopt.policy_search.state import State, data_mark, mark_of, model_mark
+
+Evaluate = Callable[[nn.Module], Any]
+
+
+class FailedError(Exception):
+    """A candidate could not be judged; the message names it."""
+
+
+@dataclass
+class Problem:
+    """``inputs``: of the call whose cost is counted.  ``judged``: batches that candidates are judged on.  ``kind``: "kl"
+    or "cosine"; "auto" becomes one of them."""
+
+    model: nn.Module
+    made: Candidates
+    budget: Budget
+    inputs: CallInputs
+    judged: tuple[CallInputs, ...]
+    evaluate: Evaluate | None
+    kind: str
+    seed: int
+    state: State
+    menu: Menu = field(init=False)
+    apart: Divergence | None = None
+    last: tuple[Picks, OptimizedModel] | None = None
+
+    def __post_init__(self) -> None:
+        self.menu = self._menu()
+        if self.evaluate is None and self.kind == "auto":
+            original = self._candidate((0,) * len(self.made.places))
+            self.kind = kind_of(self._output(original, self.judged[0]), last_module(self.made.compiled.program.module))
+
+    @property
+    def limits(self) -> dict[str, float]:
+        return self.budget.limits(self.menu.original)
+
+    @property
+    def pieces(self) -> int:
+        return 1 if self.evaluate is not None else len(self.judged)
+
+    @property
+    def uniform(self) -> list[Picks]:
+        """The same passes at all places that have them; the others stay as they are, if they may."""
+        places = self.made.places
+        kinds = dict.fromkeys(a.kind for p in places for a in p.alternatives)
+        found = [
+            tuple(next((n for n in p.allowed if p.alternatives[n].kind == kind), p.allowed[0]) for p in places)
+            for kind in kinds
+        ]
+        return list(dict.fromkeys(found))
+
+    def measure(self, picks: Picks, piece: int) -> Part:
+        """How far the model with these picks diverges on a piece of the data.  Raises FailedError, CalibrationError."""
+        if self.evaluate is not None:
+            return self._by_user(self.evaluate, picks)
+        if self.apart is None:
+            self.apart = self._original()
+        try:
+            return self.apart.of(piece, self._output(self._candidate(picks), self.judged[piece]))
+        except AttnoptError as error:
+            raise FailedError(f"{self.made.told(picks)}: {error}") from error
+
+    def check(self, picks: Picks) -> float:
+        """Milliseconds of the whole model, measured beside the original."""
+        return latency.check(self.made, picks, self.inputs, self.budget.device, self.state.times["graph"])
+
+    # ------------------------------------------------------------ costs
+    def _menu(self) -> Menu:
+        resources = list(self.budget.given)
+        if "latency" not in resources:
+            return menu_of(self.made, resources, None)
+        found = latency.measured(
+            self.model, self.made, self.inputs, self.budget.device, self.state.times, self.state.save
+        )
+        ahead = found.graph - found.model  # shares are of the user's model, and what changes is its graph
+        changes = [list(own) for own in found.changes]
+        changes[0] = [more + ahead for more in changes[0]]
+        return menu_of(self.made, resources, (found.model, changes))
+
+    # ------------------------------------------------------------ judging
+    def _candidate(self, picks: Picks) -> OptimizedModel:
+        if self.last is None or self.last[0] != picks:
+            self.last = None
+            self.last = (picks, self.made.model(picks))
+        return self.last[1]
+
+    def _by_user(self, evaluate: Evaluate, picks: Picks) -> Part:
+        module = self._candidate(picks)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            try:
+                return scalar(evaluate(module), "evaluate", f"with {self.made.told(picks)}"), 1.0
+            except CalibrationError as error:
+                raise FailedError(str(error).splitlines()[0]) from error
+            except Exception as error:
+                told = f"evaluate failed with {self.made.told(picks)}: {type(error).__name__}: {error}"
+                raise FailedError(told) from error
+
+    def _original(self) -> Divergence:
+        """What outputs are compared with."""
+        module, program = self._candidate((0,) * len(self.made.places)), self.made.compiled.program
+        with compiling():
+            arranged = replace(self.made.job, batches=self.judged).arranged(program)
+        made = Divergence(self.kind, len(self.judged), self.seed)
+        for piece, masks in enumerate(real_tokens(program.module, self.made.found, arranged)):
+            made.learn(piece, self._output(module, self.judged[piece]), masks)
+        return made
+
+    def _output(self, module: nn.Module, batch: CallInputs) -> Any:
+        args, kwargs = cloned(batch)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return module(*args, **kwargs)
+
+
+def problem(
+    model: nn.Module,
+    policy: object,
+    args: object,
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    calibration: Iterable[Batch] | Calibration,
+    budget: Budget,
+    evaluate: Evaluate | None = None,
+    divergence: str = "auto",
+    dynamic_shapes: object = None,
+    resume: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Problem:
+    """As of ``search``: captured once, each alternative decided and fitted once, and its cost known."""
+    batches = Calibration.of(calibration).batches
+    inputs = resized(CallInputs.of(args, kwargs), budget.sizes)
+    made, parts = _prepared(model, policy, inputs, batches, dynamic_shapes, budget, seed)
+    named = None if evaluate is None else getattr(evaluate, "__qualname__", type(evaluate).__name__)
+    sizes = [getattr(x, "shape", x) for x in (*inputs.args, *inputs.kwargs.values())]
+    marks = {
+        "choices": mark_of(*((p.sites, list(map(str, p.alternatives)), p.allowed) for p in made.places)),
+        "model": model_mark(model),
+        "calibration data": data_mark(batches),
+        "sizes of the call": mark_of(sizes),
+        "device": str(budget.device),
+        "measure": mark_of(divergence, named, seed),
+    }
+    state = State(marks, None if resume is None else Path(resume))
+    state.read()
+    return Problem(model, made, budget, inputs, parts.judged, evaluate, divergence, seed, state)
+
+
+@compiling()
+def _prepared(
+    model: nn.Module,
+    policy: object,
+    inputs: CallInputs,
+    batches: Sequence[CallInputs],
+    shapes: object,
+    budget: Budget,
+    seed: int,
+) -> tuple[Candidates, Split]:
+    if not isinstance(model, nn.Module):
+        raise PolicyError(f"search: expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
+    if model.training:
+        raise PolicyError("search: the model is in train mode, where its outputs are random", hint="call model.eval()")
+    device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "cpu")
+    if device != torch.device(budget.device).type:
+        hint = f"Budget(device={device!r})"
+        raise PolicyError(f"search: the model is on {device}, and the budget is for {budget.device}", hint=hint)
+    if shapes is None and len({shapes_of(b) for b in (inputs, *batches)}) > 1:
+        shapes = "auto"
+    job = Job(model, Policy.of("fuse"), inputs, shapes, batches, backends_of("auto"), Options(seed=seed))
+    compiled = carried_out(replace(job, batches=()))
+    if not compiled.findings.found:
+        raise PolicyError("search: no attention was found", hint="attnopt.inspect tells why")
+    open_policy = None if policy is None else Policy.of(policy)
+    parts = split(batches, open_policy is None or any(p.calibrates for p in open_policy.passes))
+    choices = _choices(open_policy, replace(job, batches=parts.fitted or parts.judged), compiled, budget)
+    fitted = replace(job, batches=parts.fitted).arranged(compiled.program)
+    return candidates(job, compiled, choices, fitted), parts
+
+
+def _choices(policy: Policy | None, job: Job, compiled: Compiled, budget: Budget) -> Sequence[SiteChoices]:
+    """The search space.  Raises PolicyError."""
+    if policy is None:
+        program = compiled.program
+        return default_choices(program.module, compiled.findings.found, job.arranged(program), budget.given)
+    names = [f.site.name for f in compiled.findings.found]
+    if unknown := [glob for glob in policy.unmatched(names) if glob != "*"]:
+        raise no_such_site("search", unknown[0], names)
+    return site_choices(replace(job, policy=policy), compiled.program, compiled.findings)

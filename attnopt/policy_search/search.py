@@ -1,0 +1,209 @@
+"""``attnopt.search``: the entry point."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from attnopt.api import optimize
+from attnopt.base.options import choice, number, whole
+from attnopt.base.user_warning import warn
+from attnopt.capture.calibration import Batch, Calibration
+from attnopt.compiler.policy import Policy
+from attnopt.errors import PolicyError, SearchError
+from attnopt.intervene.metric import require_callable
+from attnopt.model import OptimizedModel
+from attnopt.policy_search.budget import Budget
+from attnopt.policy_search.data import length_of
+from attnopt.policy_search.divergence import KINDS
+from attnopt.policy_search.engine import Engine
+from attnopt.policy_search.judge import Judge
+from attnopt.policy_search.menu import Picks
+from attnopt.policy_search.problem import Evaluate, FailedError, Problem, problem
+from attnopt.policy_search.result import FrontPoint, Search
+from attnopt.report.policy_search import SearchReport, Tried
+
+APART = 0.05  # relative difference of measured and predicted latency that a warning tells
+SHORT = 0.5  # of the length whose costs count: data below that is told
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a search is at: its stage, how many evaluations are done, and the best within the budget so far, with its costs."""
+
+    stage: str
+    evaluations: float
+    best: float | None
+    costs: Mapping[str, float]
+
+
+def search(
+    model: nn.Module,
+    policy: object = None,
+    args: tuple[object, ...] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    calibration: Iterable[Batch] | Calibration,
+    budget: Budget,
+    evaluate: Evaluate | None = None,
+    divergence: str = "auto",
+    dynamic_shapes: object = None,
+    evaluations: int = 200,
+    minutes: float | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    seed: int = 0,
+) -> Search:
+    """The policy within ``budget`` with which the model diverges least from itself.
+
+    ``policy``: one that leaves choices open; None: windows, fewer key/value heads and fewer heads, wherever they apply.
+    ``args``, ``kwargs``: example inputs, as of ``optimize``; costs are those of a call of their sizes, or of ``budget.at``.
+    ``calibration``: batches; a quarter is held back to judge on, and the choices are fitted to the rest.  Without a choice that
+    is fitted, all are judged on.
+    ``evaluate``: a function of a rewritten model that returns one number; LOWER is better (return minus the score for a metric
+    that grows).  By default the divergence of the outputs, by ``divergence``: "kl" between logits, "cosine" distance of
+    embeddings, or "auto", which is "kl" for an output that the model calls logits.
+    ``evaluations``: about how many times a model is judged on all held-back data; ``minutes``: when to
+    end it; uniform policies are judged in any case.
+    ``resume``: a file that keeps all measurements: a search that was ended goes on from there.
+    ``progress`` is called after each step.  ``seed``: the same seed and measured times give the same result.
+
+    Uniform policies that fit always compete.  Raises PolicyError for a budget that no policy meets, which names the least
+    possible, and for choices that every attention refuses; SearchError if ``evaluate`` raises or returns no finite number, with
+    what was found so far in ``partial``.
+    """
+    start = time.monotonic()
+    _check(budget, evaluate, divergence, evaluations, minutes, args or kwargs)
+    data = Calibration.of(calibration)
+    asked = problem(
+        model, policy, args, kwargs, calibration=data, budget=budget, evaluate=evaluate, divergence=divergence,
+        dynamic_shapes=dynamic_shapes, resume=resume, seed=seed,
+    )  # fmt: skip
+
+    def build(chosen: Policy) -> OptimizedModel:
+        return optimize(model, chosen, args, kwargs, dynamic_shapes=dynamic_shapes, calibration=data, seed=seed)
+
+    deadline = float("inf") if minutes is None else start + 60 * minutes
+    judge = Judge(asked.measure, asked.pieces, asked.state.values, evaluations, deadline, asked.state.save)
+    engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed)
+    if progress is not None:
+        told = _Told(engine, progress)
+        engine.stage, judge.told = told.at, told
+    result = partial(_result, asked, engine, build, start)
+    try:
+        return result(engine.run())
+    except FailedError as error:
+        kept = "" if asked.state.path is None else f"; {asked.state.path} keeps all measurements"
+        raise SearchError(
+            f"search: ended after {len(judge.full)} policies: {error}",
+            hint=f"what was found is in the error's partial{kept}",
+            partial=result(False),
+        ) from error.__cause__
+    finally:
+        asked.state.save(at_once=True)
+
+
+def _check(
+    budget: object, evaluate: object, divergence: str, evaluations: object, minutes: object, given: object
+) -> None:
+    if not isinstance(budget, Budget):
+        raise PolicyError(f"search: budget is a {type(budget).__name__}, expected attnopt.Budget(...)")
+    if evaluate is not None:
+        require_callable("search", "evaluate", evaluate)
+    choice("search", "divergence", divergence, KINDS)
+    whole("search", "evaluations", evaluations, least=1)
+    if minutes is not None and number("search", "minutes", minutes) <= 0:
+        raise PolicyError(f"search: invalid value minutes={minutes!r}: expected a number above 0")
+    if not given:
+        raise PolicyError("search needs example inputs", hint="pass args or kwargs")
+
+
+@dataclass
+class _Told:
+    """Tells the user how far the search is."""
+
+    engine: Engine
+    progress: Callable[[Progress], None]
+    stage: str = ""
+
+    def at(self, stage: str) -> None:
+        self.stage = stage
+        self()
+
+    def __call__(self) -> None:
+        engine = self.engine
+        best = engine.best(engine.limits)
+        value, costs = (None, {}) if best is None else (engine.judge.full[best], engine.menu.costs(best))
+        self.progress(Progress(self.stage, engine.judge.spent, value, costs))
+
+
+# ------------------------------------------------------------ the result
+def _result(
+    asked: Problem, engine: Engine, build: Callable[[Policy], OptimizedModel], start: float, is_complete: bool
+) -> Search:
+    menu, limits, full = asked.menu, asked.limits, engine.judge.full
+    best, front = engine.best(limits), engine.front()
+    uniform = [p for p in engine.uniform if p in full and menu.fits(p, limits)]
+    latency: dict[str, float] = {}
+    if best is not None and "latency" in limits:
+        latency = {"predicted": menu.cost("latency", best), "measured": asked.check(best)}
+    report = SearchReport(
+        budget=str(asked.budget),
+        measure=_measure(asked),
+        limits=dict(limits),
+        original=dict(menu.original),
+        best=None if best is None else _tried(asked, engine, best),
+        uniform=None if not uniform else _tried(asked, engine, min(uniform, key=lambda p: full[p])),
+        front=tuple(_tried(asked, engine, p) for p in front),
+        evaluations=engine.judge.spent,
+        policies=len(full),
+        seconds=time.monotonic() - start,
+        is_complete=is_complete,
+        latency=latency,
+        refused=tuple((site, passes, str(why)) for site, passes, why in asked.made.refused),
+        notes=tuple(_notes(asked, engine, latency)),
+    )
+    for note in report.notes:
+        warn(f"search: {note}")
+    points = tuple(FrontPoint(menu.costs(p), full[p], asked.made.policy(p)) for p in front)
+    return Search(report, points, None if best is None else asked.made.policy(best), build)
+
+
+def _measure(asked: Problem) -> str:
+    if asked.evaluate is not None:
+        return f"evaluate ({getattr(asked.evaluate, '__name__', type(asked.evaluate).__name__)}), lower is better"
+    return "KL divergence of the logits" if asked.kind == "kl" else "cosine distance of the outputs"
+
+
+def _tried(asked: Problem, engine: Engine, picks: Picks) -> Tried:
+    choices = {
+        site: str(place.alternatives[a])
+        for place, a in zip(asked.made.places, picks, strict=True)
+        for site in place.sites
+    }
+    return Tried(asked.menu.costs(picks), engine.judge.full[picks], choices)
+
+
+def _notes(asked: Problem, engine: Engine, latency: Mapping[str, float]) -> Iterator[str]:
+    full, original = engine.judge.full, engine.original
+    others = [v for p, v in full.items() if p != original]
+    if asked.evaluate is not None and original in full and others and full[original] > max(others):
+        yield (
+            f"evaluate gives {full[original]:.4g} for the original and less for all {len(others)} others, and lower is better: "
+            "return minus the score for a metric that grows"
+        )
+    longest, counted = max(map(length_of, asked.judged)), length_of(asked.inputs)
+    if asked.evaluate is None and longest < SHORT * counted:
+        yield (
+            f"the calibration data has at most {longest} tokens in a sequence, and costs are those of {counted}: what hides only "
+            "distant keys seems to change nothing; give longer texts, or Budget(at=...)"
+        )
+    if latency and abs(latency["measured"] / latency["predicted"] - 1) > APART:
+        yield (
+            f"the whole model takes {latency['measured']:.4g} ms, and the sum of its parts is {latency['predicted']:.4g} ms"
+        )

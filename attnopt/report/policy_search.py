@@ -1,0 +1,63 @@
+"""What a search for a policy found, as plain data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from attnopt.base.atomic_files import atomic_write
+from attnopt.base.display import shown
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One policy: its costs by resource, how far it diverges, and what it does to each attention, in words."""
+
+    costs: Mapping[str, float]
+    divergence: float
+    choices: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """``limits`` and ``original``: by resource the most that was allowed, and what the original costs.
+
+    ``measure``: what ``divergence`` is.  ``best``: what was found, if anything fits; ``uniform``: the best with the same passes
+    everywhere, if one fits; ``front``: the best for each budget, by its first resource.  ``evaluations``: how often a model was
+    judged, in passes over all data.  ``latency``: measured milliseconds of the whole model beside those that the search
+    counted with, "measured" and "predicted".  ``refused``: attention, passes, reason.  Prints as a table.
+    """
+
+    budget: str
+    measure: str
+    limits: Mapping[str, float]
+    original: Mapping[str, float]
+    best: Tried | None
+    uniform: Tried | None
+    front: tuple[Tried, ...]
+    evaluations: float
+    policies: int
+    seconds: float
+    is_complete: bool
+    latency: Mapping[str, float]
+    refused: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return shown(self, "text")
+
+    def _repr_html_(self) -> str:
+        return shown(self, "html")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return {**asdict(self), "refused": [list(r) for r in self.refused]}
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one self-contained page atomically, and return its path."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(shown(self, "page"), encoding="utf-8")
+        return Path(path)
