@@ -71,6 +71,7 @@ def decide(
         if rewrite.spec.eviction is not None and not decodes:
             refusals[p.name] = _no_cache(site, rewrite.spec.eviction)
             continue
+        rewrite = replace(rewrite, notes=(*rewrite.notes, *_of_pruned(p, site)))
         made, site = made.then(rewrite), site.edited(rewrite)
         applied.append(p.name)
     site = replace(site, parameters=found.site.parameters, activations=None)
@@ -107,6 +108,15 @@ def _other_tokens(found: Found) -> Refusal | None:
         found=f"a relative difference of {error:.2g}",
         hint="please report the model; exclude the site from the policy",
     )
+
+
+def _of_pruned(p: Pass, site: Site) -> tuple[str, ...]:
+    """A note if options name heads that earlier passes removed."""
+    gone = [str(h) for h in p.edited_heads if h not in site.spec.heads]
+    if not gone:
+        return ()
+    listed = f"head {gone[0]} was" if len(gone) == 1 else f"heads {', '.join(gone)} were"
+    return (f"{p.name}: {listed} pruned before, so that nothing of {'it' if len(gone) == 1 else 'them'} is changed",)
 
 
 def _no_cache(site: Site, eviction: Eviction) -> Refusal:

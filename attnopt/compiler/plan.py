@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from attnopt.capture.program import Program
 from attnopt.compiler.decide import Decision, decide, limited
@@ -72,7 +73,7 @@ def _raise_refusal(decisions: Sequence[Decision]) -> None:
     for d in decisions:
         for name, refusal in d.refusals.items():
             raise RewriteError(
-                f"{name} refused {refusal}",
+                f"{name} refused {replace(refusal, hint='')}",
                 site=d.found.site.name,
                 hint=refusal.hint or "exclude the site from this pass",
             )
