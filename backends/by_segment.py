@@ -51,8 +51,7 @@ def in_batches(pattern: Segments, core: Attend) -> Attend:
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
         o = core(apart(q), apart(k), apart(v), bias=bias, mask=mask, sinks=sinks)
-        grid = o.reshape(q.shape[0], outer, inner, *o.shape[1:])
-        return grid.permute(0, 3, 1, 4, 2, 5).flatten(2, 4)
+        return o.unflatten(0, (-1, outer, inner)).permute(0, 3, 1, 4, 2, 5).flatten(2, 4)
 
     return attend
 
