@@ -154,10 +154,8 @@ def check_inputs(
                 f"{name} has dtype {leaf.dtype}, captured with {expected.dtype}",
                 hint=f"convert it to {expected.dtype}",
             )
-        hint = (
-            OF_EACH_KIND if is_inside(number) else remedy(name) if tuple(leaf.shape) != tuple(expected.shape) else None
-        )
-        _check_shape(name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed, hint)
+        kinds = OF_EACH_KIND if is_inside(number) else None
+        _check_shape(name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed, kinds, remedy)
     for node, leaf in zip(nodes, leaves, strict=True):
         if isinstance(leaf, Tensor):
             _check_computed_sizes(input_name(node), tuple(leaf.shape), node.meta["val"].shape, symbols, remedy)
@@ -169,21 +167,22 @@ def _check_shape(
     expected: tuple[int | torch.SymInt, ...],
     symbols: dict[sympy.Symbol, int],
     fixed: Collection[str],
-    remedy: str | None,
+    kinds: str | None,
+    remedy: Callable[[str], str | None],
 ) -> None:
     if len(got) != len(expected):
-        raise CaptureError(f"{name} has {len(got)} axes, captured with {len(expected)}", hint=remedy)
+        raise CaptureError(f"{name} has {len(got)} axes, captured with {len(expected)}", hint=remedy(name))
     for axis, (size, want) in enumerate(zip(got, expected, strict=True)):
         if isinstance(want, int):
             if size != want:
                 raise CaptureError(
                     f"{name} has length {size} along axis {axis}, but was captured for {want} only",
-                    hint=remedy or _remedy(name, axis, size, f"{name}[{axis}] = {want}" in fixed),
+                    hint=kinds or remedy(name) or _remedy(name, axis, size, f"{name}[{axis}] = {want}" in fixed),
                 )
         elif want.node.expr.is_symbol and symbols.setdefault(want.node.expr, size) != size:
             raise CaptureError(
                 f"{name} has length {size} along axis {axis}, but another input has {symbols[want.node.expr]} for it",
-                hint=remedy,
+                hint=remedy(name),
             )
 
 
