@@ -45,13 +45,14 @@ def in_batches(pattern: Segments, core: Attend) -> Attend:
     outer, size, inner = pattern.grid
 
     def apart(x: Tensor) -> Tensor:
-        return x.unflatten(2, (outer, size, inner)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        B, H, _, D = x.shape
+        return x.reshape(B, H, outer, size, inner, D).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
         o = core(apart(q), apart(k), apart(v), bias=bias, mask=mask, sinks=sinks)
-        return o.unflatten(0, (-1, outer, inner)).permute(0, 3, 1, 4, 2, 5).flatten(2, 4)
+        return o.reshape(-1, outer, inner, *o.shape[1:]).permute(0, 3, 1, 4, 2, 5).flatten(2, 4)
 
     return attend
 

@@ -261,7 +261,7 @@ def test_bad_inputs_are_named() -> None:
     ):
         with pytest.raises(attnopt.CaptureError, match=told + reading):
             fast(x, given=wrong)
-    assert fast.graph_module.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0] != 2, "a check fixes no size"
+    fast(x_of(5, 9), given=torch.randn(5, HEADS, SIZE))  # a check fixes no size
     with pytest.raises(attnopt.CaptureError, match="given has dtype"):
         fast(x, given=given.double())
     with pytest.raises(attnopt.RewriteError, match="given of 2 x 4 x 8"):
