@@ -88,8 +88,9 @@ def test_the_cheapest_form_of_many_short_segments_is_theirs() -> None:
         Segments([0, 0, 1, 1, 1, 1]),
         Segments([0, 1, 1, 0, 2, 2]),
         Segments([0, 0, 1, 1, 0, 0]),
+        Segments([0, 0, 0, 0, 1, 1]),
     ],
-    ids=["some see others", "of two sizes", "in no order", "of two sizes, apart"],
+    ids=["some see others", "of two sizes", "in no order", "of two sizes, apart", "the last too short"],
 )
 def test_other_segments_keep_their_mask(pattern: Segments) -> None:
     model, x = Stack(), torch.randn(2, 6, HEADS * SIZE)
