@@ -62,7 +62,9 @@ def without_effect(job: Job, findings: Findings, decisions: Sequence[Decision]) 
         listed = ", ".join(map(repr, overruled))
         yield f"policy rules without effect: {listed}; later rules override them at every site"
     if not names:
-        misses = f", {len(findings.near_misses)} of them near misses; see report.near_misses"
+        hints = dict.fromkeys(m.refusal.hint for m in findings.near_misses)
+        remedy = next(iter(hints)) if len(hints) == 1 else ""
+        misses = f", {len(findings.near_misses)} of them near misses; {remedy or 'see report.near_misses'}"
         near = misses if findings.near_misses else ""
         yield f"no attention was found among {findings.candidates} candidates{near}"
     elif not any(d.plan is not None for d in decisions):
