@@ -57,6 +57,12 @@ class Attention(nn.Module):
         return made
 
 
+def shifted(o: Tensor) -> Tensor:
+    o = o.clone()
+    o[:, [2, 5]] += 0.1
+    return o
+
+
 def near(length: int) -> Tensor:
     place = torch.arange(length)
     return (-(place[:, None] - place).abs() / 8.0).softmax(-1)
@@ -87,7 +93,7 @@ def routed(o: Tensor) -> Tensor:
 
 
 CASES = {
-    "steer": Case(lambda n: Steer(0.1 * torch.ones(SIZE), heads=[2, 5]), heads=lambda o: o + 0.1),
+    "steer": Case(lambda n: Steer(0.1 * torch.ones(SIZE), heads=[2, 5]), heads=shifted),
     "add values of 16 tokens": Case(lambda n: AddValues(range(16), 0.1), change=added),
     "soft-PAG": Case(
         lambda n: SoftPAG(heads=list(EVERY), u=0.5), change=lambda p: 0.5 * p + 0.5 * torch.eye(p.shape[-1])
@@ -140,7 +146,8 @@ def measured(length: int, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def optimized(case: Case, x: Tensor) -> attnopt.OptimizedModel:
-    calibration = [torch.randn(1, 256, WIDTH) for _ in range(4)] if case.calibrates else None
+    batches = -(-2 * WIDTH // x.shape[1])  # more tokens than features of the queries
+    calibration = [torch.randn_like(x) for _ in range(batches)] if case.calibrates else None
     return attnopt.optimize(Attention().eval(), case.policy(x.shape[1]), (x,), calibration=calibration)
 
 
