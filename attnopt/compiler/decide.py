@@ -112,7 +112,7 @@ def _other_tokens(found: Found) -> Refusal | None:
 
 def _of_pruned(p: Pass, site: Site) -> tuple[str, ...]:
     """A note if options name heads that earlier passes removed."""
-    gone = [str(h) for h in p.edited_heads if h not in site.spec.heads]
+    gone = list(map(str, plugin_calls.pruned_before(p, site)))
     if not gone:
         return ()
     listed = f"head {gone[0]} was" if len(gone) == 1 else f"heads {', '.join(gone)} were"
