@@ -100,16 +100,18 @@ def optimize(
     inputs = CallInputs.of(args, kwargs)
     if not any(inputs) and batches:
         inputs = batches[0]
-    model = model.module() if isinstance(model, torch.export.ExportedProgram) else opened(model, inputs)
+    model = model.module() if isinstance(model, torch.export.ExportedProgram) else opened(model, inputs, chosen.inputs)
+    own: CallInputs | None = None
     if is_file(model):
         from attnopt.onnx.load.free_axes import as_declared
 
+        own = inputs
         inputs, dynamic_shapes = as_declared(cast("OnnxModule", model), inputs, dynamic_shapes)
 
     @compiling()
     def build(inputs: CallInputs) -> tuple[fx.GraphModule, Origin]:
         asked, shapes = taking(model, chosen.inputs, inputs.kwargs, dynamic_shapes)
-        made = carried_out(Job(asked, chosen, inputs, shapes, batches or [], backends, options))
+        made = carried_out(Job(asked, chosen, inputs, shapes, batches or [], backends, options, own))
         return made.module, made.origin
 
     if not any(inputs):

@@ -20,6 +20,7 @@ from attnopt.capture.exported_program import exported
 from attnopt.capture.signature import check_inputs, is_guard
 from attnopt.compiler.origin import Origin
 from attnopt.errors import AttnoptError, CaptureError
+from attnopt.ir.call_tensor import BATCH
 from attnopt.report.optimized_site import OptimizedSite
 from attnopt.report.report import Report
 
@@ -88,10 +89,10 @@ class OptimizedModel(nn.Module):
         form, fixed = self.origin.form, self.origin.report.fixed_axes
         taken = None if form is None else form.take(args, kwargs)
         if form is None or taken is None:
-            check_inputs(self.graph_module, args, kwargs, fixed)
+            check_inputs(self.graph_module, args, kwargs, fixed, remedy=self._remedy)
         else:
             args, kwargs = taken.inputs
-            check_inputs(self.graph_module, args, kwargs, fixed, form.inputs.is_inside)
+            check_inputs(self.graph_module, args, kwargs, fixed, form.inputs.is_inside, self._remedy)
         try:
             out = self.graph_module(*args, **kwargs)
         except AssertionError as e:
@@ -101,6 +102,16 @@ class OptimizedModel(nn.Module):
                 f"the inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
             ) from None
         return out if form is None or taken is None else form.give(out, taken)
+
+    def _remedy(self, name: str) -> str | None:
+        """What an input of passes has to be."""
+        reading = [(site.name, t) for site in self.origin.sites for t in site.spec.inputs if t.input.name == name]
+        if not reading:
+            return None
+        (first, tensor), *others = reading
+        beside = f" and {len(others)} more" if others else ""
+        for_all = ", where the batch may be 1 or left out" if tensor.axes[0] == BATCH else ""
+        return f"{first}{beside} read{'' if others else 's'} it as {tensor.told}{for_all}, as in the example"
 
     def train(self, mode: bool = True) -> Self:
         """As in every module.  A graph captured for inference stays one; a warning says so once."""

@@ -1,4 +1,4 @@
-"""Tokens of one segment side by side, so that blocks of them see few blocks of keys."""
+"""Tokens of one segment side by side, so that blocks of them see few blocks of keys, or are sequences of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from attnopt.ir.attend import Attend
 from attnopt.ir.operands import OperandTensors, SegmentTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Full, Pattern, Segments
@@ -36,6 +37,24 @@ def side_by_side(spec: AttentionSpec, t: OperandTensors) -> tuple[AttentionSpec,
     segments = SegmentTensors(t.segments.queries, ids, t.segments.pairs)
     moved = replace(t, k=_moved(t.k, keys), v=_moved(t.v, keys), bias=bias, mask=mask, segments=segments)
     return spec, moved, queries
+
+
+def in_batches(pattern: Segments, core: Attend) -> Attend:
+    """``core``, which sees all keys, on each segment of a grid of tokens as one more sequence of the batch."""
+    assert pattern.grid is not None
+    outer, size, inner = pattern.grid
+
+    def apart(x: Tensor) -> Tensor:
+        B, H, _, D = x.shape
+        return x.reshape(B, H, outer, size, inner, D).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        o = core(apart(q), apart(k), apart(v), bias=bias, mask=mask, sinks=sinks)
+        return o.reshape(-1, outer, inner, *o.shape[1:]).permute(0, 3, 1, 4, 2, 5).flatten(2, 4)
+
+    return attend
 
 
 def _in_tensors(spec: AttentionSpec, t: OperandTensors) -> tuple[AttentionSpec, OperandTensors]:

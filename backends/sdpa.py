@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from attnopt.backends.by_segment import in_batches
 from attnopt.backends.speed import GPU_RATE, dense_flops, of_cpu
 from attnopt.ir.attend import Attend
 from attnopt.ir.interfaces import Backend
@@ -16,11 +18,13 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import heads_of, of_masked_blocks, require_no_edits, visible
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns import Causal, Full
+from attnopt.patterns import Causal, Full, Segments
+from attnopt.patterns.algebra import FULL
 
 
 class Sdpa(Backend):
-    """One 4-D SDPA call; a pattern becomes a dense mask, except full visibility and the square causal triangle.
+    """One 4-D SDPA call; a pattern becomes a dense mask, except full visibility, the square causal triangle, and segments of one
+    size in a grid of tokens (axial attention), which become sequences of the batch.
 
     SDPA itself returns zeros for a fully masked query (torch >= 2.11; tested).
     """
@@ -38,7 +42,22 @@ class Sdpa(Backend):
 
     def lower(self, spec: AttentionSpec) -> Attend:
         require_no_edits(spec)
+        masked = self._masked(spec)
+        segments = _in_grid(spec)
+        if segments is None:
+            return masked
+        of_each, tokens = in_batches(segments, self._masked(replace(spec, pattern=FULL))), segments.lengths
 
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+        ) -> Tensor:
+            assert tokens is not None
+            is_whole = all(statically_known_true(x.shape[2] == tokens[0]) for x in (q, k))
+            return (of_each if is_whole else masked)(q, k, v, bias=bias, mask=mask, sinks=sinks)
+
+        return attend
+
+    def _masked(self, spec: AttentionSpec) -> Attend:
         def attend(
             q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
         ) -> Tensor:
@@ -55,17 +74,30 @@ class Sdpa(Backend):
         return attend
 
     def cost(self, site: Site) -> float:
+        spec, skips = site.spec, self.skips_in(site)
+        flops = dense_flops(site) * (spec.pattern.density(site.q_len, site.kv_len) if skips else 1.0)
         if site.device != "cpu":
-            return dense_flops(site) / GPU_RATE
-        spec, speed = site.spec, of_cpu()
-        rate = speed.masked
-        if not spec.has_mask and not spec.has_bias and spec.selection is None:
+            return flops / GPU_RATE
+        speed = of_cpu()
+        rate = speed.dense if skips else speed.masked
+        if not spec.has_mask and not spec.has_bias and spec.selection is None and not skips:
             is_triangle = spec.pattern == Causal() and site.q_len == site.kv_len
             rate = speed.dense if spec.pattern == Full() else speed.causal if is_triangle else speed.masked
-        return speed.dense_call + dense_flops(site) / rate
+        return speed.dense_call + flops / rate
+
+    def skips_in(self, site: Site) -> bool:
+        return site.q_len == site.kv_len and not site.is_dynamic and _in_grid(site.spec) is not None
 
     def notes(self, spec: AttentionSpec) -> tuple[str, ...]:
         return of_masked_blocks(self.name, spec)
+
+
+def _in_grid(spec: AttentionSpec) -> Segments | None:
+    """Segments that can be sequences of their own: nothing else tells their tokens apart."""
+    pattern, others = spec.pattern, (spec.has_bias, spec.has_mask, spec.has_sinks, spec.selection)
+    if not isinstance(pattern, Segments) or any(others) or pattern.inputs or pattern.grid is None:
+        return None
+    return pattern
 
 
 def _as_mask(bias: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -35,11 +35,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--regions", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument(
+        "--grids", type=_grid, nargs="+", default=[(100, 18), (64, 64)], help="rows x columns, as 100x18"
+    )
     arguments = parser.parse_args()
     one_thread()
     torch.manual_seed(0)
     rows = list(measured(arguments.tokens, arguments.regions, arguments.rounds))
     publish("segments", rows, f"Attention within regions of {arguments.tokens} tokens: CPU time")
+    publish(
+        "segment_grids", list(of_grids(arguments.grids, arguments.rounds)), "Attention along rows and columns: CPU time"
+    )
     draw(rows)
 
 
@@ -78,6 +84,53 @@ def measured(tokens: int, regions: list[int], rounds: int) -> Iterator[dict[str,
             "dense / known ids": times.ratio("dense", "known"),
             "dense / mask": times.ratio("dense", "mask"),
         }
+
+
+def of_grids(grids: list[tuple[int, int]], rounds: int) -> Iterator[dict[str, Any]]:
+    """Segments that are known, in a grid of tokens: within the instances of Group Pose (100, of 17 keypoints and one more token
+    each) and across them, or axial attention."""
+    for rows, columns in grids:
+        q, k, v = (torch.randn(1, rows * columns, HEADS * SIZE) for _ in range(3))
+        ids = {
+            "rows": [n // columns for n in range(rows * columns)],
+            "columns": [n % columns for n in range(rows * columns)],
+        }
+        dense = attnopt.optimize(Core(), "fuse", (q, k, v))
+        for axis, own in ids.items():
+            policy, calls = Sparse(Segments(own)), {"dense": lambda dense=dense, x=(q, k, v): dense(*x)}
+            for backend in ("auto", "blocked"):
+                fast = attnopt.optimize(Core(), policy, (q, k, v), backend=backend)
+                calls[backend] = lambda fast=fast, x=(q, k, v): fast(*x)
+            masked = Masked(torch.tensor(own)[:, None] == torch.tensor(own))
+            calls["mask"] = lambda masked=masked, x=(q, k, v): masked(*x)
+            with torch.no_grad():
+                times = interleaved(calls, rounds, 1)
+            yield {
+                "grid": f"{rows} x {columns}",
+                "along": axis,
+                "bound": rows if axis == "rows" else columns,
+                "dense / batch": times.ratio("dense", "auto"),
+                "dense / blocked": times.ratio("dense", "blocked"),
+                "dense / mask": times.ratio("dense", "mask"),
+            }
+
+
+class Masked(nn.Module):
+    """By hand, as torch's own attention takes a mask."""
+
+    def __init__(self, seen: Tensor) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (HEADS, SIZE)).transpose(1, 2) for x in (q, k, v))
+        made: Tensor = nn.functional.scaled_dot_product_attention(q, k, v, self.seen).transpose(1, 2).flatten(2)
+        return made
+
+
+def _grid(text: str) -> tuple[int, int]:
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.tokens import out_of_range, shortest, told
-from attnopt.patterns import Pattern
+from attnopt.patterns import Pattern, Segments
 from attnopt.patterns.algebra import FULL
 
 HINT_IDS = (
@@ -267,9 +267,12 @@ def refuse_unfit_inputs(site: Site, brought: Iterable[Source], remedy: str = "")
         if given.dtype not in kinds:
             found = f"{tensor} of {str(given.dtype).removeprefix('torch.')}"
             if tensor.is_mask:
-                return site.refuse("not-a-mask", expected="a bool for each token", found=found)
+                return site.refuse(
+                    "not-a-mask", expected="a bool for each token", found=found, hint="convert it to torch.bool"
+                )
             if tensor.is_ids:
-                return site.refuse("not-ids", expected="an integer for each token", found=found)
+                hint = "number the segments from 0, as torch.int64"
+                return site.refuse("not-ids", expected="an integer for each token", found=found, hint=hint)
             hint = "convert it to the dtype of the model"
             return site.refuse("not-numbers", expected="floating-point numbers", found=found, hint=hint)
         known = {**dict.fromkeys(map(str, tensor.axes), -1), **tensor.lengths(given.shape), **known}
@@ -304,4 +307,6 @@ def refuse_other_lengths(site: Site, pattern: Pattern) -> Refusal | None:
         hint = "remove the sequence axis from dynamic_shapes"
         return site.refuse("wrong-length", expected=expected, found="a dynamic length", hint=hint)
     hint = "put class and register tokens before a grid with Prefix(n, ...)" if site.kv_len > most else ""
+    if any(isinstance(leaf, Segments) for leaf in pattern.leaves()):
+        hint = HINT_IDS
     return site.refuse("wrong-length", expected=expected, found=f"{site.kv_len} tokens", hint=hint)

@@ -79,8 +79,9 @@ class PruneHeads(Pass, SharesBudget):
         if self.budget is not None:
             choice(self.name, "budget", self.budget, BUDGETS)
         switch(self.name, "whole_layers", self.whole_layers)
-        if self.heads is not None and (self.importance is not None or self.budget == "global"):
-            what = "importance" if self.importance is not None else "budget"
+        unused = {"importance": self.importance is not None, "protect": self.protect, "budget": self.budget == "global"}
+        if self.heads is not None and any(unused.values()):
+            what = next(name for name, given in unused.items() if given)
             raise PolicyError(f"prune-heads: {what} is only used with fraction; omit it or pass fraction")
         object.__setattr__(self, "importance", self._read_importance(self.importance))
 
@@ -106,6 +107,10 @@ class PruneHeads(Pass, SharesBudget):
         if not all(map(_is_pair, pairs)):
             raise PolicyError(f"{self.name}: invalid value protect={given!r}: expected heads by names of sites")
         return tuple((site, wholes(self.name, "protect", heads)) for site, heads in pairs)
+
+    @property
+    def edited_heads(self) -> tuple[int, ...]:
+        return ()  # to remove what is gone is done already
 
     @property
     def mentions(self) -> tuple[str, ...]:

@@ -48,6 +48,11 @@ class ScaleHeads(Pass):
             raise PolicyError(f"{self.name}: invalid value gains={gains!r}: expected one number per head")
         object.__setattr__(self, "gains", tuple(sorted(of_head.items())))
 
+    @property
+    def edited_heads(self) -> tuple[int, ...]:
+        pairs = None if isinstance(self.gains, Input) else _pairs(self.gains)
+        return tuple(head for head, _ in pairs or ())
+
     def check(self, site: Site) -> Refusal | None:
         if isinstance(self.gains, Input):
             return refuse_unfit_inputs(site, [self._brought(site)], "give one gain for each head of the trained model")

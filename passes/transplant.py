@@ -164,9 +164,11 @@ class Transplant(Pass):
         expected = f"{role} of {site.batch} or 1 x {' x '.join(map(str, wanted))} in every call"
         if tuple(found) != wanted or batch not in (1, site.batch):
             given = " x ".join(map(str, (batch, *found)))
-            return site.refuse(
-                "other-sizes", expected=expected, found=given, hint="name the heads in the order of the tensor"
+            are_heads = found[:1] != list(wanted[:1])
+            hint = (
+                "name the heads in the order of the tensor" if are_heads else "give one for these lengths, or an Input"
             )
+            return site.refuse("other-sizes", expected=expected, found=given, hint=hint)
         if site.is_dynamic:
             hint = "remove the sequence axis from dynamic_shapes, or let an Input bring it"
             return site.refuse("other-sizes", expected=expected, found="a dynamic length", hint=hint)

@@ -30,6 +30,11 @@ def taking(
     added = [name for name in names if name not in own]
     if not added:
         return model, dynamic_shapes
+    if taken := [name for name in added if name in getattr(model, "inner_names", ())]:
+        raise PolicyError(
+            f"the policy reads the input {taken[0]}, but the file has a value or a weight of this name, which is no input",
+            hint="choose another name for the input",
+        )
     if missing := [name for name in added if name not in given]:
         listed = ", ".join(missing)
         raise PolicyError(
@@ -45,7 +50,7 @@ def taking(
         _ADDED: tuple(added),
     }
     made.__class__ = type(kind.__name__, (kind,), about)
-    if isinstance(dynamic_shapes, Mapping):
+    if isinstance(dynamic_shapes, Mapping) and dynamic_shapes:
         free = {name: _free_axes(x, dynamic_shapes) for name in added if isinstance(x := given[name], Tensor)}
         asked = {name: axes for name, axes in dynamic_shapes.items() if axes is not None or name not in added}
         return made, {**dynamic_shapes, **free, **asked}

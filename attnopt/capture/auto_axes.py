@@ -62,7 +62,7 @@ def captured_with_own(
             program = captured(repeated(inputs, longer | unread), shapes, is_cheap)
         except CaptureError:
             break
-        if _takes(program, model, inputs):
+        if takes(program, model, inputs):
             return replace(program, own=inputs)
         stuck = longer & _static(program.module)
         unread = unread if longer else frozenset()
@@ -109,7 +109,7 @@ def _static(module: fx.GraphModule) -> set[Place]:
     return {(i, axis) for i, _, axis, size in input_axes(inputs_of(module.graph)) if is_static(size)}
 
 
-def _takes(program: Program, model: nn.Module, own: CallInputs) -> bool:
+def takes(program: Program, model: nn.Module, own: CallInputs) -> bool:
     """The graph of another example is valid for the user's, too."""
     try:
         check_inputs(program.module, *own)

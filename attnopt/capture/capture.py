@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import as_called, mode_of
 from attnopt.base.quiet import quiet
-from attnopt.capture.auto_axes import Limited, captured_with_own, with_most_dynamic_axes
+from attnopt.capture.auto_axes import Limited, captured_with_own, takes, with_most_dynamic_axes
 from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
 from attnopt.capture.flat_capture import Calls, shapes_for
 from attnopt.capture.flex_attention import freshly_traced, write_out
@@ -39,11 +39,14 @@ from attnopt.graph.normalize import tidy
 from attnopt.graph.value_names import number, unmark
 
 
-def capture(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shapes: object = None) -> Program:
+def capture(
+    model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shapes: object = None, own: CallInputs | None = None
+) -> Program:
     """Capture ``model`` on example inputs.
 
     ``dynamic_shapes``: None (all sizes static), torch.export's notation, or "auto" (every axis of every input that the
-    model allows).  Raises CaptureError, which says what stopped each way of capturing.
+    model allows).  ``own``: the user's example, if ``inputs`` are a larger one.  Raises CaptureError, which says what stopped
+    each way of capturing.
     """
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise CaptureError(
@@ -69,6 +72,8 @@ def capture(model: nn.Module | ExportedProgram, inputs: CallInputs, dynamic_shap
     else:
         shapes = asked_shapes(model, *inputs, dynamic_shapes)
         program = captured_with_own(model, inputs, shapes, False, partial(_captured, model, False))
+    if own is not None and takes(program, model, own):
+        program = replace(program, own=own)
     return without_pinned(program, axes_of_leaves(model.forward, *inputs, program.shapes))
 
 

@@ -128,11 +128,12 @@ def check_inputs(
     kwargs: Mapping[str, object],
     fixed: Collection[str] = (),
     is_inside: Callable[[int], bool] = lambda _: False,
+    remedy: Callable[[str], str | None] = lambda _: None,
 ) -> None:
     """Refuse inputs that the graph was not captured for, naming the input and the axis.  Raises CaptureError.
 
     ``fixed``: the report's lines about requested axes that stayed static.  ``is_inside``: the input of this number is part of
-    an object, such as a cache."""
+    an object, such as a cache.  ``remedy``: what to do about an input of this name, if it is known."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     nodes = inputs_of(module.graph)
     if len(leaves) != len(nodes):
@@ -147,17 +148,17 @@ def check_inputs(
             continue
         name = input_name(node)
         if not isinstance(leaf, Tensor):
-            raise CaptureError(f"{name} is {type(leaf).__name__}, captured as a tensor")
+            raise CaptureError(f"{name} is {type(leaf).__name__}, captured as a tensor", hint=remedy(name))
         if leaf.dtype != expected.dtype:
             raise CaptureError(
                 f"{name} has dtype {leaf.dtype}, captured with {expected.dtype}",
                 hint=f"convert it to {expected.dtype}",
             )
-        remedy = OF_EACH_KIND if is_inside(number) else None
-        _check_shape(name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed, remedy)
+        kinds = OF_EACH_KIND if is_inside(number) else None
+        _check_shape(name, tuple(leaf.shape), tuple(expected.shape), symbols, fixed, kinds, remedy)
     for node, leaf in zip(nodes, leaves, strict=True):
         if isinstance(leaf, Tensor):
-            _check_computed_sizes(input_name(node), tuple(leaf.shape), node.meta["val"].shape, symbols)
+            _check_computed_sizes(input_name(node), tuple(leaf.shape), node.meta["val"].shape, symbols, remedy)
 
 
 def _check_shape(
@@ -166,25 +167,31 @@ def _check_shape(
     expected: tuple[int | torch.SymInt, ...],
     symbols: dict[sympy.Symbol, int],
     fixed: Collection[str],
-    remedy: str | None,
+    kinds: str | None,
+    remedy: Callable[[str], str | None],
 ) -> None:
     if len(got) != len(expected):
-        raise CaptureError(f"{name} has {len(got)} axes, captured with {len(expected)}")
+        raise CaptureError(f"{name} has {len(got)} axes, captured with {len(expected)}", hint=remedy(name))
     for axis, (size, want) in enumerate(zip(got, expected, strict=True)):
         if isinstance(want, int):
             if size != want:
                 raise CaptureError(
                     f"{name} has length {size} along axis {axis}, but was captured for {want} only",
-                    hint=remedy or _remedy(name, axis, size, f"{name}[{axis}] = {want}" in fixed),
+                    hint=kinds or remedy(name) or _remedy(name, axis, size, f"{name}[{axis}] = {want}" in fixed),
                 )
         elif want.node.expr.is_symbol and symbols.setdefault(want.node.expr, size) != size:
             raise CaptureError(
-                f"{name} has length {size} along axis {axis}, but another input has {symbols[want.node.expr]} for it"
+                f"{name} has length {size} along axis {axis}, but another input has {symbols[want.node.expr]} for it",
+                hint=remedy(name),
             )
 
 
 def _check_computed_sizes(
-    name: str, got: tuple[int, ...], expected: tuple[int | torch.SymInt, ...], symbols: Mapping[sympy.Symbol, int]
+    name: str,
+    got: tuple[int, ...],
+    expected: tuple[int | torch.SymInt, ...],
+    symbols: Mapping[sympy.Symbol, int],
+    remedy: Callable[[str], str | None],
 ) -> None:
     """Sizes that follow from those of other inputs, such as the number of tokens beside a class token."""
     for axis, (size, want) in enumerate(zip(got, expected, strict=True)):
@@ -195,7 +202,9 @@ def _check_computed_sizes(
             continue  # symbolic while the model is captured anew
         wanted = int(want.node.expr.subs(known))
         if size != wanted:
-            raise CaptureError(f"{name} has length {size} along axis {axis}, but the other inputs require {wanted}")
+            raise CaptureError(
+                f"{name} has length {size} along axis {axis}, but the other inputs require {wanted}", hint=remedy(name)
+            )
 
 
 def _remedy(name: str, axis: int, size: int, is_stuck: bool) -> str:

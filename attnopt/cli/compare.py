@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.progress import watched, working
-from attnopt.cli.optimize import optimized
+from attnopt.cli.optimize import ignoring_inputs, optimized
 from attnopt.cli.output import require_model, resolved, show
 from attnopt.errors import AttnoptError
 
@@ -49,9 +49,10 @@ def diff(arguments: argparse.Namespace) -> int:
 
     named = resolved(arguments, needs_sizes=not arguments.dynamic)
     require_model(arguments.model, named, "it does not contain the original graph")
+    model = ignoring_inputs(named, arguments.policy)
     with working("capturing"), compiling():
         shapes = "auto" if arguments.dynamic else None
-        before = listing(capture(named.model, CallInputs.of(named.args, named.kwargs), shapes).module.graph)
+        before = listing(capture(model, CallInputs.of(named.args, named.kwargs), shapes).module.graph)
     after = listing(optimized(arguments, named).graph_module.graph)
     hunks = [h for h in differences(before, after) if arguments.site is None or h.site == arguments.site]
     if arguments.site is not None and not hunks:

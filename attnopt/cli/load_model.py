@@ -37,15 +37,14 @@ def resolve(name: str, given: Given) -> Named:
         import attnopt
 
         return Named(attnopt.load(name), saved=Path(name))
-    from attnopt.cli.onnx_inputs import example_inputs, is_onnx
+    from attnopt.cli.onnx_inputs import example_inputs, further_inputs, is_onnx
 
     if is_onnx(name):
         from attnopt.onnx.load.load import opened
 
-        inputs = tuple(
-            example_inputs(Path(name), given).values()
-        )  # by position: a name in a file may not be an identifier
-        return Named(opened(name, inputs, {}), inputs)
+        own = example_inputs(Path(name), given)
+        inputs = tuple(own.values())  # by position: a name in a file may not be an identifier
+        return Named(opened(name, inputs, {}), inputs, dict(further_inputs(own, given)))
     if name.endswith(".ort"):
         raise AttnoptError(
             f"{name} is in ONNX Runtime's own format, which is not supported",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attnopt.base.ort_session import cpu_session
 from attnopt.base.user_warning import warn
+from attnopt.compiler.policy import Policy
 from attnopt.errors import AttnoptError
 from attnopt.onnx.load.error_text import quoted
 
@@ -25,16 +26,20 @@ BATCH, LENGTH = 2, 16  # default sizes of free axes: the first one of an input, 
 
 @dataclass(frozen=True)
 class Given:
-    """``--inputs``: a file of arrays.  ``--size``: free axes by name.  ``needs_sizes``: the result depends on them."""
+    """``--inputs``: a file of arrays.  ``--size``: free axes by name.  ``needs_sizes``: the result depends on them.
+    ``brought``: inputs that the policy reads, which the arrays may hold beside those of the file."""
 
     inputs: Path | None
     sizes: Mapping[str, int]
     needs_sizes: bool
+    brought: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, needs_sizes: bool) -> Given:
         inputs = None if arguments.inputs is None else Path(arguments.inputs)
-        return cls(inputs, dict(arguments.size), needs_sizes)
+        policy = getattr(arguments, "policy", None)
+        brought = () if policy is None else Policy.of(policy).inputs
+        return cls(inputs, dict(arguments.size), needs_sizes, frozenset(i.name for i in brought))
 
     def __bool__(self) -> bool:
         return self.inputs is not None or bool(self.sizes)
@@ -56,13 +61,25 @@ def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
     """
     taken = _taken(file)
     if given.inputs is not None:
-        return _read(given.inputs, file, [i.name for i in taken])
+        names = [i.name for i in taken]
+        made = _read(given.inputs)
+        if set(made) - (given.brought - set(names)) != set(names):
+            raise AttnoptError(
+                f"{given.inputs} contains {', '.join(made) or 'nothing'}, but {file} takes {', '.join(names)}",
+                hint=_WANTED,
+            )
+        return {name: made[name] for name in names}
     shapes = _sizes(file, taken, given)
     generator = np.random.default_rng(0)
     made = {i.name: _made_up(i, shapes[i.name], file, generator) for i in taken}
     told = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in made.items())
     warn(f"using synthetic inputs for {file}: {told}")
     return made
+
+
+def further_inputs(own: Mapping[str, Tensor], given: Given) -> dict[str, Tensor]:
+    """What ``--inputs`` has beside the file's ``own``, for the policy."""
+    return {} if given.inputs is None else {n: x for n, x in _read(given.inputs).items() if n not in own}
 
 
 def _taken(file: Path) -> list[onnx.ValueInfoProto]:
@@ -73,20 +90,15 @@ def _taken(file: Path) -> list[onnx.ValueInfoProto]:
     return [i for i in graph.input if i.name not in stored]
 
 
-def _read(arrays: Path, file: Path, names: list[str]) -> dict[str, Tensor]:
+def _read(arrays: Path) -> dict[str, Tensor]:
     try:
         with np.load(arrays, allow_pickle=False) as found:
-            made = {name: torch.from_numpy(found[name]) for name in found.files}
+            return {name: torch.from_numpy(found[name]) for name in found.files}
     except Exception as e:
         raise AttnoptError(
             f"{arrays} cannot be read: {type(e).__name__}: {str(e)[:200]}",
             hint=f"write the file with numpy.savez, {_WANTED}",
         ) from e
-    if set(made) != set(names):
-        raise AttnoptError(
-            f"{arrays} contains {', '.join(made) or 'nothing'}, but {file} takes {', '.join(names)}", hint=_WANTED
-        )
-    return {name: made[name] for name in names}
 
 
 _WANTED = "one array per input, under the name of the input"

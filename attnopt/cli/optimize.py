@@ -11,6 +11,8 @@ from attnopt.cli.output import require_model, resolved, show
 from attnopt.errors import AttnoptError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from attnopt.cli.load_model import Named
     from attnopt.model import OptimizedModel
 
@@ -70,7 +72,15 @@ def optimized(arguments: argparse.Namespace, named: Named) -> OptimizedModel:
             limit=arguments.limit,
             seed=arguments.seed,
         )
-    return _timed(named, fast) if getattr(arguments, "time", False) else fast
+    return _timed(arguments, named, fast) if getattr(arguments, "time", False) else fast
+
+
+def ignoring_inputs(named: Named, policy: str) -> nn.Module:
+    """The model, which can be called with what only the policy reads."""
+    from attnopt.capture.added_inputs import taking
+    from attnopt.compiler.policy import Policy
+
+    return taking(named.model, Policy.of(policy).inputs, named.kwargs, None)[0]
 
 
 def shapes_of(arguments: argparse.Namespace) -> object:
@@ -82,7 +92,7 @@ def shapes_of(arguments: argparse.Namespace) -> object:
     return {} if is_onnx(arguments.model) else None
 
 
-def _timed(named: Named, fast: OptimizedModel) -> OptimizedModel:
+def _timed(arguments: argparse.Namespace, named: Named, fast: OptimizedModel) -> OptimizedModel:
     """The same model with the CPU time per call, before and after, in its report."""
     from dataclasses import replace
 
@@ -91,8 +101,9 @@ def _timed(named: Named, fast: OptimizedModel) -> OptimizedModel:
     from attnopt.base.cpu_timing import interleaved, one_thread
     from attnopt.model import OptimizedModel
 
+    model = ignoring_inputs(named, arguments.policy)
     calls = {
-        "before": lambda: named.model(*named.args, **named.kwargs),
+        "before": lambda: model(*named.args, **named.kwargs),
         "after": lambda: fast(*named.args, **named.kwargs),
     }
     with torch.inference_mode(), one_thread():

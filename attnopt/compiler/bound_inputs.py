@@ -64,6 +64,11 @@ def check_names(graph: fx.Graph, arguments: Mapping[str, object], wanted: Iterab
     nodes = iter(inputs_of(graph))
     for name, x in arguments.items():
         own = [input_name(next(nodes)) for _ in pytree.tree_leaves(x)]
+        if name in names and own == [name.lower()] != [name]:
+            raise PolicyError(
+                f"the policy reads the input {name}, but torch.export writes names of inputs in lower case",
+                hint=f"call the input {name.lower()}",
+            )
         if name in names and isinstance(x, Tensor) and own != [name]:
             raise PolicyError(
                 f"the policy reads the input {name}, but a tensor inside of another argument has this name in the graph",

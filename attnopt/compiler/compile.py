@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -66,7 +67,7 @@ def carried_out(job: Job) -> Compiled:
     clock, shapes = _Clock(), job.dynamic_shapes
     while True:
         with clock.stage("capture"):
-            program = capture(job.model, job.inputs, shapes)
+            program = capture(job.model, job.inputs, shapes, job.own)
         try:
             return _of_program(job, program, clock)
         except (CaptureError, VerificationError) as e:
@@ -139,8 +140,15 @@ def _origin(
         shapes=program.shapes,
         trains_otherwise=trains_otherwise(job.model),
         form=program.form,
-        file=FileOrigin(job.model, program.module, plans) if is_file(job.model) else None,
+        file=FileOrigin(job.model, program.module, plans, _named_in_file(job, program)) if is_file(job.model) else None,
     )
+
+
+def _named_in_file(job: Job, program: Program) -> tuple[str, ...]:
+    """What a file calls the inputs of the graph, in their order; one that a policy adds has the same name there."""
+    model: Any = job.model
+    names = {said: name for name, said in model.inputs.items()}
+    return tuple(names.get(said, said) for said in named_arguments(model.forward, *program.inputs)[0])
 
 
 def _with_notes(decisions: Sequence[Decision], fixed: Sequence[FixedOperands]) -> list[Decision]:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from attnopt.backends.reference import Reference
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
+from attnopt.capture.added_inputs import taking
 from attnopt.compiler import plugins
 from attnopt.compiler.analyze import analyze
 from attnopt.compiler.decide import decide, standing_answers
@@ -76,6 +77,8 @@ def explain(
     With a ``policy``, its passes are checked; otherwise all installed passes whose answer does not depend on options.
     Raises AttnoptError with the known names if there is none of this name.
     """
+    if policy is not None:
+        model, dynamic_shapes = taking(model, policy.inputs, kwargs, dynamic_shapes)
     inputs = CallInputs.of(args, kwargs)
     analyzed = analyze(model, inputs, dynamic_shapes)
     graph, findings = analyzed.program.module.graph, analyzed.findings

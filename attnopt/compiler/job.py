@@ -46,6 +46,7 @@ class Job:
     batches: Sequence[CallInputs]
     backends: tuple[Backend, ...]
     options: Options
+    own: CallInputs | None = None  # the user's example if ``inputs`` are larger
 
     def signature(self, module: fx.GraphModule) -> Signature:
         """How the model is called; ``module`` stands for an ExportedProgram, which has no ``forward`` of its own."""

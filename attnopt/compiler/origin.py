@@ -10,17 +10,27 @@ from torch import fx
 from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.flat_call import Form
 from attnopt.capture.signature import Signature
+from attnopt.graph.nodes import inputs_of
 from attnopt.ir.site import Site
 from attnopt.report.report import Report
 
 
 @dataclass(frozen=True)
 class FileOrigin:
-    """The ONNX file of a graph: its module, the original graph, and the plans."""
+    """The ONNX file of a graph: its module, the original graph, the plans, and what the file calls the inputs of the graph."""
 
     model: Any
     captured: fx.GraphModule
     plans: tuple[Any, ...] = ()
+    names: tuple[str, ...] = ()
+
+    def inputs(self, graph: fx.Graph) -> dict[fx.Node, str]:
+        """The inputs of the captured ``graph``, or of one made of it, and their names in the file."""
+        return dict(zip(inputs_of(graph), self.names, strict=True))
+
+    def added(self, graph: fx.Graph) -> dict[str, fx.Node]:
+        """Those that the file does not have yet."""
+        return {name: node for node, name in self.inputs(graph).items() if name not in self.model.inputs}
 
 
 @dataclass(frozen=True)

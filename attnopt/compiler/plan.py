@@ -73,7 +73,9 @@ def without_effect(job: Job, findings: Findings, policy: Settled, decisions: Seq
         listed = ", ".join(map(repr, overruled))
         yield f"policy rules without effect: {listed}; later rules override them at every site"
     if not names:
-        misses = f", {len(findings.near_misses)} of them near misses; see report.near_misses"
+        hints = dict.fromkeys(m.refusal.hint for m in findings.near_misses)
+        remedy = next(iter(hints)) if len(hints) == 1 else ""
+        misses = f", {len(findings.near_misses)} of them near misses; {remedy or 'see report.near_misses'}"
         near = misses if findings.near_misses else ""
         yield f"no attention was found among {findings.candidates} candidates{near}"
     elif not any(d.plan is not None for d in decisions):
@@ -84,7 +86,7 @@ def _raise_refusal(decisions: Sequence[Decision]) -> None:
     for d in decisions:
         for name, refusal in d.refusals.items():
             raise RewriteError(
-                f"{name} refused {refusal}",
+                f"{name} refused {replace(refusal, hint='')}",
                 site=d.found.site.name,
                 hint=refusal.hint or "exclude the site from this pass",
             )

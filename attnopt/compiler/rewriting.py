@@ -52,6 +52,7 @@ class Rewriting:
             refusal = _no_cache(self.site, rewrite.spec.eviction)
         if refusal is not None:
             return refusal
+        rewrite = replace(rewrite, notes=(*rewrite.notes, *_of_pruned(p, self.site)))
         made, site = self.made.then(rewrite), self.site.edited(rewrite)
         return replace(self, made=made, site=site, passes=(*self.passes, p.name))
 
@@ -108,6 +109,15 @@ def _other_tokens(found: Found) -> Refusal | None:
         found=f"a relative difference of {error:.2g}",
         hint="please report the model; exclude the site from the policy",
     )
+
+
+def _of_pruned(p: Pass, site: Site) -> tuple[str, ...]:
+    """A note if options name heads that earlier passes removed."""
+    gone = list(map(str, plugin_calls.pruned_before(p, site)))
+    if not gone:
+        return ()
+    listed = f"head {gone[0]} was" if len(gone) == 1 else f"heads {', '.join(gone)} were"
+    return (f"{p.name}: {listed} pruned before, so that nothing of {'it' if len(gone) == 1 else 'them'} is changed",)
 
 
 def _no_cache(site: Site, eviction: Eviction) -> Refusal:

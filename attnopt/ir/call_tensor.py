@@ -62,6 +62,11 @@ class CallTensor:
         counted = self.counted(len(given))
         return {axis: size for axis, size in zip(counted, given, strict=False) if isinstance(axis, str)}
 
+    @property
+    def told(self) -> str:
+        """ "batch x 4 x queries x 8" """
+        return " x ".join(map(str, self.axes))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, which ``from_json`` reads back."""
         heads = None if self.heads is None else list(self.heads)

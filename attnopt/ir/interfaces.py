@@ -53,6 +53,13 @@ class Pass(ABC):
         """Names of sites in its options, each of which has to be there."""
         return ()
 
+    @property
+    def edited_heads(self) -> tuple[int, ...]:
+        """Heads of the trained model that its options name to be changed: the report says which of them were pruned before.  By
+        default those of an option ``heads``."""
+        named = getattr(self, "heads", None)
+        return tuple(h for h in named if isinstance(h, int)) if isinstance(named, (tuple, list)) else ()
+
     def check(self, site: Site) -> Refusal | None:
         """Why this pass does not apply to ``site``, or None."""
         return None
@@ -129,6 +136,10 @@ class Backend(ABC):
         """Estimated seconds of one call for a batch of one at ``site.q_len`` and ``site.kv_len``; the cheapest backend
         that accepts the spec is used.
         """
+
+    def skips_in(self, site: Site) -> bool:
+        """Whether hidden pairs of this site are not computed."""
+        return self.skips
 
     def skipping_rows(self) -> Backend | None:
         """The same backend, computing only the rows that a route requests; None if not supported."""

@@ -59,6 +59,18 @@ def rewrite(p: Pass, site: Site) -> Rewrite:
     return made
 
 
+def pruned_before(p: Pass, site: Site) -> tuple[int, ...]:
+    """Heads that its options name to be changed and that the site no longer has.  Raises PluginError."""
+    with blamed(p, "pass", "edited_heads", site.name):
+        return tuple(h for h in p.edited_heads if h not in site.spec.heads)
+
+
+def skips(backend: Backend, site: Site) -> bool:
+    """Whether hidden pairs of the site are not computed.  Raises PluginError."""
+    with blamed(backend, "backend", "skips_in", site.name):
+        return bool(backend.skips_in(site))
+
+
 def accepts(backend: Backend, site: Site) -> Refusal | None:
     """The backend's answer for the site's spec.  Raises PluginError."""
     _require_name(backend, "backend", site)

@@ -40,7 +40,7 @@ def choose(backends: Sequence[Backend], before: Site, site: Site) -> Choice:
 
 def _masked(before: Site, site: Site, chosen: Backend, backends: Sequence[Backend]) -> tuple[str, ...]:
     """A note if a pattern is only a mask, because the sequences are too short to gain from skipping."""
-    if site.spec.pattern == before.spec.pattern or chosen.skips:
+    if site.spec.pattern == before.spec.pattern or plugin_calls.skips(chosen, site):
         return ()
     better = [b.name for b in backends if b.skips and plugin_calls.accepts(b, site) is None]
     lengths = f"{site.q_len} queries and {site.kv_len} keys"

@@ -28,7 +28,8 @@ def assign_roles(r: Region) -> Region:
         told = next((t for o in (r.k, r.v) if (t := {c for c in atoms_of(o.axes) if _is_feature(o, c)})), set[Atom]())
         beside = _beside_features(r)
         copied = {c for c in frame if told and _is_copied(r.k, c) and _is_copied(r.v, c)}
-        heads = tuple(c for c in frame if c in told | beside | copied)
+        of_groups = {c for ax in resolve_all(r.q.axes) if told & set(ax) for c in ax if c not in not_queries}
+        heads = tuple(c for c in frame if c in told | beside | copied | of_groups)
     free = [c for c in frame if c not in heads]
     queries = _query_atoms(r, [c for c in free if c not in not_queries])
     batch = [c for c in free if c not in queries]

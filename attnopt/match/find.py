@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from attnopt.backends.attention_operator import ATTENTION_WITH_LSE
+from attnopt.backends.attention_operator import ATTENTION, ATTENTION_WITH_LSE
 from attnopt.base.debug import debugging
 from attnopt.base.sizes import is_static, step
 from attnopt.capture.flex_attention import is_flex, is_written_out, why_unread
@@ -158,7 +158,7 @@ def _unread(gm: fx.GraphModule) -> list[NearMiss]:
                 found += _in_onnx_runtime(gm, node)
             elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
                 hint = "disable the inference fast path before capture: torch.backends.mha.set_fastpath_enabled(False)"
-                if is_call(node, ATTENTION_WITH_LSE):
+                if is_call(node, ATTENTION, ATTENTION_WITH_LSE):
                     hint = "optimize the original model with all of its passes"
                 refusal = Refusal("opaque-operator", "supported operators", opname(node), source_line(node), hint)
                 found.append(NearMiss(module_path(node) or path, refusal, source_line(node)))

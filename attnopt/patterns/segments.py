@@ -118,6 +118,20 @@ class Segments(Pattern):
             counts[number] += count
         return self if len(counts) == len(self._listed) else Segments(tuple(counts.items()), self.pairs)
 
+    @cached_property
+    def grid(self) -> tuple[int, int, int] | None:
+        """(outer, size, inner) if the tokens are a grid of these axes, whose middle one runs through each segment, and no segment
+        sees another: rows (inner is 1), columns (outer is 1), or one of more axes.  None otherwise."""
+        own = {(number, number) for number in range(len(self._place))}
+        if self.numbered_pairs is not None and set(self.numbered_pairs) != own:
+            return None
+        numbers = [self._place[number] for number, count in self._listed for _ in range(count)]
+        inner = next((t for t in range(1, len(numbers)) if numbers[t] == 0), 1)
+        whole = numbers.count(0) * inner
+        if any(number != t // whole * inner + t % inner for t, number in enumerate(numbers)) or len(numbers) % whole:
+            return None
+        return len(numbers) // whole, whole // inner, inner
+
     def at(self, places: Tensor) -> Tensor:
         """The segments at these places, numbered in the order of appearance; -1 beyond the tokens."""
         inside = (places >= 0) & (places < self._tokens)

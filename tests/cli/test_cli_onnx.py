@@ -94,6 +94,22 @@ def test_inputs_from_a_file(file: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert attnopt.load(folder)(torch.randn(2, 7, 16))
 
 
+def test_inputs_of_a_policy_are_among_the_arrays(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays, target = str(tmp_path / "x.npz"), str(tmp_path / "fast.onnx")
+    np.savez(arrays, **{"gains": np.ones((2, 2), np.float32), "x.1": np.zeros((2, 7, 16), np.float32)})
+    policy = ("--policy", "scale-heads(gains=Input('gains'))")
+    assert cli.main(["optimize", file, "--dynamic", *policy, "--inputs", arrays, "--onnx", target, "--time"]) == 0
+    capsys.readouterr()
+    assert [i.name for i in onnx.load(target).graph.input] == ["x.1", "gains"]
+    hunks = json_of(capsys, "diff", file, *policy, "--inputs", arrays)
+    assert [hunk["site"] for hunk in hunks] == ["layers.0", "layers.1"]
+    (found,) = json_of(capsys, "explain", file, "layers.1", *policy, "--inputs", arrays)
+    assert "scale-heads" in found["accepted"]
+    assert f"contains gains, x.1, but {file} takes x.1" in error_of(capsys, "inspect", file, "--inputs", arrays)
+    told = error_of(capsys, "optimize", file, "--dynamic", *policy, *SIZES)
+    assert "reads the input gains, which is not among the example inputs" in told
+
+
 def test_explain_and_diff(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = json_of(capsys, "explain", file, "layers.1")
     assert found["kind"] == "attention"

@@ -253,10 +253,15 @@ def test_bad_inputs_are_named() -> None:
     fast = attnopt.optimize(model, Steer(Input("given")), (x,), {"given": given}, dynamic_shapes="auto")
     with pytest.raises(attnopt.CaptureError, match="given"):
         fast(x)
-    with pytest.raises(attnopt.CaptureError, match="given has length 3 along axis 1"):
-        fast(x, given=given[:, :3])
-    with pytest.raises(attnopt.CaptureError, match=r"given has length 3 along axis 0, but another input has 2"):
-        fast(x, given=torch.randn(3, HEADS, SIZE))
+    reading = r"[\s\S]*hint: first and 1 more read it as batch x 4 x 8, where the batch may be 1 or left out"
+    for wrong, told in (
+        (given[:, :3], "given has length 3 along axis 1, but was captured for 4 only"),
+        (torch.randn(3, HEADS, SIZE), "given has length 3 along axis 0, but another input has 2 for it"),
+        (given[0], "given has 2 axes, captured with 3"),
+    ):
+        with pytest.raises(attnopt.CaptureError, match=told + reading):
+            fast(x, given=wrong)
+    fast(x_of(5, 9), given=torch.randn(5, HEADS, SIZE))  # a check fixes no size
     with pytest.raises(attnopt.CaptureError, match="given has dtype"):
         fast(x, given=given.double())
     with pytest.raises(attnopt.RewriteError, match="given of 2 x 4 x 8"):
@@ -264,6 +269,40 @@ def test_bad_inputs_are_named() -> None:
             model, {"first": Steer(Input("given"), [0, 1]), "second": Steer(Input("given"))}, (x,),
             {"given": torch.randn(2, 2, SIZE)}, strict=True,
         )  # fmt: skip
+
+
+def test_a_name_in_capitals_is_refused_with_one_that_works() -> None:
+    model, x, given = Stack(), x_of(2, 9), torch.randn(2, HEADS, SIZE)
+    with pytest.raises(
+        attnopt.PolicyError, match=r"writes names of inputs in lower case\n  hint: call the input given"
+    ):
+        attnopt.optimize(model, Steer(Input("Given")), (x,), {"Given": given})
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (Steer(torch.ones(SIZE), [0, 1]), "steer: head 1 was pruned before, so that nothing of it is changed"),
+        (
+            ScaleHeads({1: 2.0, 3: 2.0}),
+            "scale-heads: heads 1, 3 were pruned before, so that nothing of them is changed",
+        ),
+        (HeadPatch([3, 0]), "head-patch: head 3 was pruned before, so that nothing of it is changed"),
+        (PruneHeads(heads=[1]), None),
+        (ScaleHeads([1.0, 2.0, 2.0, 2.0]), None),
+    ],
+    ids=["steer", "scale", "patch", "prune again", "all heads"],
+)
+def test_edits_of_pruned_heads_are_told(edit: Any, told: str | None) -> None:
+    fast = attnopt.optimize(Stack(), [PruneHeads(heads=[1, 3]), edit], (x_of(2, 9),))
+    found = [note for site in fast.report.sites for note in site.notes if "was pruned" in note or "were pruned" in note]
+    assert found == ([told] * 2 if told else [])
+
+
+def test_a_strict_refusal_says_its_remedy_once() -> None:
+    with pytest.raises(attnopt.RewriteError) as caught:
+        attnopt.optimize(Stack(), ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": torch.ones(2, 3)}, strict=True)
+    assert str(caught.value).count("give one gain for each head of the trained model") == 1
 
 
 def test_policies_as_data() -> None:

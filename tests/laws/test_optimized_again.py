@@ -59,6 +59,16 @@ def test_sites_keep_their_names_and_lines(tmp_path: Path) -> None:
     oracle.assert_same(oracle.run(third, args, kwargs), oracle.run_edited(model, args, kwargs, edits))
 
 
+def test_an_operator_of_attnopt_says_what_to_do_instead() -> None:
+    model, (args, kwargs) = Layers(), given()
+    first = attnopt.optimize(model, LocalWindow(1), args, kwargs, backend="blocked")
+    with pytest.warns(attnopt.AttnoptWarning, match="2 of them near misses; optimize the original model"):
+        again = attnopt.optimize(first, PruneHeads(heads=[1]), args, kwargs)
+    assert {m.refusal.hint for m in again.report.near_misses} == {"optimize the original model with all of its passes"}
+    both = attnopt.optimize(model, [LocalWindow(1), PruneHeads(heads=[1])], args, kwargs, backend="blocked")
+    assert {s.num_heads for s in both.sites} == {3}
+
+
 def test_an_exported_program_keeps_names_too() -> None:
     args, kwargs = given()
     program = torch.export.export(Layers(), args, kwargs, strict=False)

@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 import zoo
+from models import Attention, Spelling, inputs
 from onnx_core import forms, run
 from torch import Tensor, nn
 from torch.nn import functional
@@ -196,3 +197,13 @@ def test_wrong_options(fast: attnopt.OptimizedModel, options: dict[str, Any], sa
     with pytest.raises(attnopt.ExportError, match=said):
         fast.export_onnx(tmp_path / "m.onnx", **options)
     assert names(tmp_path) == []
+
+
+def test_half_precision_with_sinks_is_written_without_complaints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spelling = Spelling(sinks=True)
+    given = {name: x.half() for name, x in inputs(spelling).items()}
+    fast = attnopt.optimize(Attention(spelling).half().eval(), "fuse", (), given, dynamic_shapes="auto")
+    fast.export_onnx(tmp_path / "m.onnx")
+    assert not [r.getMessage() for r in caplog.records if "not known" in r.getMessage()]

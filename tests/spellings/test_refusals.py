@@ -429,7 +429,8 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "not-ids": (
         lambda: refused_with(torch.zeros(7), BY_IDS),
-        "[not-ids] expected an integer for each token, found ids of float32 (at LINE)",
+        "[not-ids] expected an integer for each token, found ids of float32 (at LINE)\n  hint: number the segments from 0, as "
+        "torch.int64",
     ),
     "not-numbers": (
         lambda: refused_with(torch.zeros(4, dtype=torch.int64), ScaleHeads(attnopt.Input("ids"))),
@@ -458,7 +459,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "not-a-mask": (
         lambda: extended_with(seen=torch.ones(3)),
-        "[not-a-mask] expected a bool for each token, found seen of float32 (at LINE)",
+        "[not-a-mask] expected a bool for each token, found seen of float32 (at LINE)\n  hint: convert it to torch.bool",
     ),
     "other-features": (
         lambda: refused(Spelling(), ExtendKeys(torch.ones(3, 5))),

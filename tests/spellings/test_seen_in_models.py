@@ -480,3 +480,25 @@ def test_a_factor_that_nothing_hides_is_left(by: float) -> None:
         fast = attnopt.optimize(model, "fuse", args)
     assert [m.refusal.code for m in fast.report.near_misses] == ["scores-multiplied"]
     assert_same(run(fast, args), run(model, args))
+
+
+def test_query_heads_that_share_keys_are_heads_where_nothing_is_known_of_queries_and_keys() -> None:
+    """As in files whose rotary positions ONNX Runtime computes: two heads of keys for four of queries, not two heads."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            q, k = (torch.fft.irfft(torch.fft.rfft(t), n=8) for t in (q, k))
+            o = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            return self.o(o.transpose(1, 2).flatten(2))
+
+    model, x = Turned().eval(), torch.randn(2, 7, 32)
+    (site,) = attnopt.inspect(model, (x,)).sites
+    assert (site.num_heads, site.num_kv_heads) == (4, 2)
+    assert [len(rows) for rows in site.projections["out"].rows or ()] == [8] * 4
+    fast = attnopt.optimize(model, ScaleHeads([1.0, 0.5, 2.0, -1.0]), (x,))
+    assert_same(run(fast, (x,)), run_edited(model, (x,), None, {0: Edit(gains=(1.0, 0.5, 2.0, -1.0))}))

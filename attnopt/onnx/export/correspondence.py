@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ class _Comparison:
         self.is_old = {n: self.same.of[n] < known for n in gm.graph.nodes}
         self.by_name = {n.name: n for n in file.captured.graph.nodes}
         self.order = {name: i for i, node in enumerate(self.model.source.nodes) for name in node.output}
-        inputs = dict(zip(inputs_of(file.captured.graph), self.model.inputs, strict=True))
+        inputs = file.inputs(file.captured.graph)
         stored = {place: name for name, place in self.model.places.items()}
         self.names: dict[int, tuple[str, ...]] = {}
         for node in file.captured.graph.nodes:
@@ -88,7 +88,7 @@ class _Comparison:
                 found = (stored[str(node.target)],)
             number = self.same.of[node]
             self.names[number] = (*self.names.get(number, ()), *found)
-        self._take_sizes_from_inputs()
+        self._take_sizes_from_inputs(file.added(gm.graph).values())
         self.made: dict[str, fx.Node] = {}
         self.done: dict[str, fx.Node] = {}
         self.read: dict[fx.Node, str] = {}
@@ -97,11 +97,12 @@ class _Comparison:
         self.seen: set[fx.Node] = set()
         self.arranged: set[fx.Node] = set()  # layout operators on the operands of a new attention, written with it
 
-    def _take_sizes_from_inputs(self) -> None:
-        """A size that an input also has is read from the input: its previous source may be unused now."""
+    def _take_sizes_from_inputs(self, added: Collection[fx.Node]) -> None:
+        """A size that an input of the file also has is read from the input: its previous source may be unused now."""
         known = {
             size.node.expr: (node, axis)
             for node in reversed(inputs_of(self.gm.graph))
+            if node not in added
             for axis, size in enumerate(value(node).shape)
             if not is_static(size)
         }

@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,7 +19,7 @@ from attnopt.base.atomic_files import atomic_write
 from attnopt.base.sizes import is_static
 from attnopt.compiler.origin import FileOrigin, Origin
 from attnopt.errors import AttnoptWarning, ExportError
-from attnopt.graph.nodes import get_attr, inputs_of, value
+from attnopt.graph.nodes import get_attr, value
 from attnopt.graph.value_names import names_of
 from attnopt.lower.lower import copy_program
 from attnopt.onnx.export.builder import ORT, Array
@@ -81,7 +82,7 @@ def export_in_place(
         if verify:
             from attnopt.onnx.export.verify import verify_file
 
-            verify_file(gm, origin, temporary)
+            verify_file(gm, origin, temporary, {node.name: name for node, name in file.inputs(gm.graph).items()})
     if fixed:
         warnings.warn(
             f"{path} is valid only at the sizes of the example inputs: {', '.join(fixed)}", AttnoptWarning, stacklevel=4
@@ -110,6 +111,7 @@ def _base(file: FileOrigin, change: Change) -> onnx.ModelProto:
     graph = stored.graph
     there = {o for n in graph.node for o in n.output} | {i.name for i in graph.input}
     there |= {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    there |= set(file.added(file.captured.graph))
     if {*(n for n in change.made if not n.startswith(SHARED)), *change.read.values()} <= there:
         return stored
     return whole
@@ -154,14 +156,23 @@ def _insert(gm: fx.GraphModule, file: FileOrigin, change: Change, parts: Sequenc
     reshaped = {n for n, node in change.made.items() if n in before and _sizes(node) != _sizes(before[n])}
     found = [t for name, t in weights.items() if name in used]
     infos = [_info(name, node) for node, name in own.items()]
-    return Insert(nodes, found, frozenset(own.values()), frozenset(reshaped), infos, {ORT: 1})
+    return Insert(nodes, found, frozenset(own.values()), frozenset(reshaped), infos, _added(gm, file), {ORT: 1})
 
 
-def _info(name: str, node: fx.Node) -> onnx.ValueInfoProto:
+def _added(gm: fx.GraphModule, file: FileOrigin) -> list[onnx.ValueInfoProto]:
+    """The inputs that the file does not have; axes that an input of the file has, too, keep their name."""
+    nodes = {name: node for node, name in file.inputs(gm.graph).items()}
+    free = [(value(nodes[name]).shape[axis], label) for name, axis, label in reversed(file.model.source.free)]
+    labels = {size.node.expr: label for size, label in free if label and not is_static(size)}
+    return [_info(name, node, labels) for name, node in file.added(gm.graph).items()]
+
+
+def _info(name: str, node: fx.Node, labels: Mapping[object, str] = MappingProxyType({})) -> onnx.ValueInfoProto:
     import onnx
 
     kind = onnx.helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=value(node).dtype).numpy().dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, [int(n) if is_static(n) else None for n in value(node).shape])
+    sizes = [int(n) if is_static(n) else labels.get(n.node.expr) for n in value(node).shape]
+    return onnx.helper.make_tensor_value_info(name, kind, sizes)
 
 
 def _nodes_of(
@@ -215,7 +226,7 @@ def _names(model: onnx.ModelProto) -> set[str]:
 def _fix_axes(model: onnx.ModelProto, gm: fx.GraphModule, file: FileOrigin) -> list[str]:
     """Free axes of the file that are static in the graph: the file must declare their size."""
     inputs = {i.name: i for i in model.graph.input}
-    placeholders = dict(zip(file.model.inputs, inputs_of(gm.graph), strict=True))
+    placeholders = {name: node for node, name in file.inputs(gm.graph).items()}
     fixed = []
     for name, axis, label in file.model.source.free:
         node = placeholders.get(name)

@@ -22,6 +22,7 @@ class Insert:
     made: frozenset[str]
     reshaped: frozenset[str] = frozenset()  # those with changed shapes
     infos: Sequence[onnx.ValueInfoProto] = ()  # of new values: tools cannot infer it from ONNX Runtime's operators
+    inputs: Sequence[onnx.ValueInfoProto] = ()  # further ones, which the nodes may read
     opsets: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -62,6 +63,7 @@ def spliced(model: onnx.ModelProto, insert: Insert) -> onnx.ModelProto:
     known = {v.name for v in (*graph.value_info, *graph.output)}
     graph.value_info.extend(v for v in insert.infos if v.name not in known)
     graph.initializer.extend(insert.weights)
+    graph.input.extend(i for i in insert.inputs if i.name in used)
     if insert.weights and made.ir_version < 4:
         made.ir_version = 4  # before, each weight is an input too
     domains = {o.domain for o in made.opset_import}

@@ -51,7 +51,7 @@ def in_bfloat16(gm: fx.GraphModule) -> str:
     )
 
 
-def verify_file(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
+def verify_file(gm: fx.GraphModule, origin: Origin, file: Path, named: Mapping[str, str]) -> None:
     """Like ``verify``, for a file rewritten in place: its inputs and outputs have the names of the file."""
     import onnx
 
@@ -59,7 +59,7 @@ def verify_file(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
         onnx.checker.check_model(str(file))
     except Exception as e:
         raise ExportError(f"the rewritten file is not valid ONNX: {str(e)[:300]}") from e
-    _compare_at_sizes(gm, origin, file, (), {})
+    _compare_at_sizes(gm, origin, file, (), named)
 
 
 def _compare_at_sizes(

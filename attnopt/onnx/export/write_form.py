@@ -99,14 +99,14 @@ def _heads_of_operand(b: Builder, x: ir.Value | None, heads: Sequence[int]) -> i
         return x
     taken = heads_of(b, x, heads)
     assert x.shape is not None
-    taken.shape = ir.Shape([x.shape[0], len(heads), x.shape[2], x.shape[3]])
+    taken.shape, taken.type = ir.Shape([x.shape[0], len(heads), x.shape[2], x.shape[3]]), x.type
     return taken
 
 
 def _keeping_shape(b: Builder, x: ir.Value) -> ir.Value:
     """The operand in float32; its broadcast axes are still unknown."""
     cast = b.op("Cast", x, to=ir.DataType.FLOAT)
-    cast.shape = x.shape
+    cast.shape, cast.type = x.shape, ir.TensorType(ir.DataType.FLOAT)
     return cast
 
 

@@ -15,15 +15,19 @@ SMALLEST = 2  # a tracer treats an axis of one element as static
 
 
 def as_declared(model: OnnxModule, inputs: CallInputs, dynamic_shapes: object) -> tuple[CallInputs, object]:
-    """Example inputs, and the dynamic shapes that the file declares; those of the caller stay unchanged."""
+    """Example inputs, and the dynamic shapes that the file declares; those of the caller stay unchanged, as do inputs that the
+    file does not have."""
     if dynamic_shapes not in (None, "auto") or not any(inputs):
         return inputs, dynamic_shapes
-    given = model.signature.bind(*inputs.args, **inputs.kwargs).arguments
+    own = {said: x for said, x in inputs.kwargs.items() if said in model.signature.parameters}
+    given = model.signature.bind(*inputs.args, **own).arguments
     larger = _larger(model, given)
     free = model.free
     shapes = {said: dict.fromkeys(free.get(said, []), Dim.AUTO) or None for said in given}
     named = list(given)[: len(inputs.args)]
-    made = CallInputs(tuple(larger[said] for said in named), {said: larger[said] for said in inputs.kwargs})
+    made = CallInputs(
+        tuple(larger[said] for said in named), {said: larger.get(said, x) for said, x in inputs.kwargs.items()}
+    )
     return made, shapes if free else {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,22 @@ _FATAL = (OverflowError, ZeroDivisionError, MemoryError)  # ONNX Runtime must no
 
 
 @compiling()
-def opened(path: str | os.PathLike[str], args: tuple[object, ...], kwargs: Mapping[str, object]) -> OnnxModule:
+def opened(
+    path: str | os.PathLike[str],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    brought: Collection[str] = (),
+) -> OnnxModule:
     """The module of an ONNX file.  Raises CaptureError if ONNX Runtime cannot run the file on the example inputs.
 
     ONNX Runtime executes nodes that are unknown, cannot be traced, or compute something else in torch.
+    ``brought``: names among ``kwargs`` that are a policy's where the file does not have them.
     """
     source = read(path)
     signature = signature_of(source)
+    own = {name: x for name, x in kwargs.items() if name in signature.parameters or name not in brought}
     try:
-        bound = signature.bind(*args, **kwargs).arguments
+        bound = signature.bind(*args, **own).arguments
     except TypeError as e:
         raise CaptureError(
             f"{path} takes {', '.join(signature.parameters)}: {e}",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from torch import nn
 
 from attnopt.base.call_inputs import CallInputs
+from attnopt.base.input import Input
 
 
-def opened(model: nn.Module | str | os.PathLike[str], inputs: CallInputs) -> nn.Module:
-    """The model itself, or the module of an ONNX file.  Raises CaptureError."""
+def opened(model: nn.Module | str | os.PathLike[str], inputs: CallInputs, brought: Iterable[Input] = ()) -> nn.Module:
+    """The model itself, or the module of an ONNX file.  ``brought``: inputs that the file need not have.  Raises CaptureError."""
     if not isinstance(model, (str, os.PathLike)):
         return model
     from attnopt.onnx.load.load import opened as read  # what is heavy comes with files alone
 
-    return read(model, *inputs)
+    return read(model, *inputs, {i.name for i in brought})

@@ -133,7 +133,13 @@ class OnnxModule(nn.Module):
 
     @property
     def signature(self) -> inspect.Signature:
-        return inspect.signature(self.forward)
+        """Of the file: without what a policy adds."""
+        return signature_of(self.source)
+
+    @property
+    def inner_names(self) -> frozenset[str]:
+        """Names of the file that are no inputs of a caller."""
+        return self.source.names - self.inputs.keys()
 
     def given(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """The values before any node runs: inputs and stored tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,11 @@ class Source:
     def constants(self) -> frozenset[str]:
         return frozenset((*self.weights, *self.constant_nodes))
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of all values and weights, also within branches and loops."""
+        return frozenset(name for model in (self.stored, self.model) for name in _names(model.graph))
+
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
         """The inputs of a caller."""
@@ -59,6 +65,17 @@ class Source:
             for axis, d in enumerate(i.type.tensor_type.shape.dim)
             if not (d.HasField("dim_value") and d.dim_value >= 0)
         ]
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    yield from (i.name for i in graph.input)
+    yield from (t.name for t in graph.initializer)
+    yield from (t.values.name for t in graph.sparse_initializer)
+    for node in graph.node:
+        yield from node.output
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _names(inner)
 
 
 def dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:

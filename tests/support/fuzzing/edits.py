@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import oracle
@@ -29,7 +29,9 @@ from attnopt.passes import (
     Steer,
 )  # fmt: skip
 from attnopt.patterns import Blocks, Causal, Pattern, PerHead, Sinks, Strided, Window
-from fuzzing.grammar import Block, Case
+from fuzzing.brought import Inside, brought, by_normaliser
+from fuzzing.calls import Call
+from fuzzing.grammar import CALLED, Case
 from fuzzing.modules import group_target, padding_of
 from fuzzing.row_order import Shuffled
 
@@ -46,26 +48,11 @@ PADDED: tuple[tuple[Pattern, Callable[[Tensor], Tensor], int], ...] = (  # with 
 
 
 @dataclass(frozen=True)
-class Call:
-    """One run of an attention: its module, which of that module's runs it is, and the number of its normaliser."""
-
-    path: str
-    block: Block
-    time: int
-    normaliser: int
-    kv_len: int
-    q_len: int
-
-    @property
-    def site(self) -> str:
-        return self.path if self.time == 1 else f"{self.path}#{self.time}"
-
-
-@dataclass(frozen=True)
 class Edit:
     """The passes at one site, and by pass what each means: a mask, gains, a change of its map, what is added to heads' outputs at
     some queries, or to their maps where ``raised`` shows it, groups of K/V heads that become one, or [H, S, S] weights
-    of the keys whose mean takes the place of a key, or zero keys [L, P]."""
+    of the keys whose mean takes the place of a key, or zero keys [L, P], or a context of the run.  ``tensors``: what the
+    call brings."""
 
     call: Call
     passes: tuple[Pass, ...]
@@ -78,43 +65,37 @@ class Edit:
     merged: int = 0
     pools: Tensor | None = None
     zeros: Tensor | None = None
+    inside: Mapping[str, Inside] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def calls(case: Case, model: nn.Module, given: Mapping[str, Tensor]) -> list[Call]:
-    """Every run of an attention, in order, as the user's model makes them."""
-    blocks = {id(m): b for m, b in zip(attentions(model), case.attentions, strict=True)}
-    paths = {id(m): name for name, m in model.named_modules() if isinstance(m, Attention)}
-    found: list[Call] = []
-    with oracle.edited({}, exponentials=True) as counter:
-
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            path = paths[id(module)]
-            memory = args[1] if len(args) > 1 and args[1] is not None else args[0]
-            time = 1 + sum(c.path == path for c in found)
-            found.append(Call(path, blocks[id(module)], time, counter.seen, memory.shape[1], args[0].shape[1]))
-
-        hooks = [m.register_forward_pre_hook(note) for m in attentions(model)]
-        try:
-            oracle.run(model, (), given)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return found
-
-
-def attentions(model: nn.Module) -> list[Attention]:
-    return [m for m in model.modules() if isinstance(m, Attention)]
-
-
-def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Tensor]) -> Edit | None:
-    """What the block's rewrite makes of this run, or None where nothing is to be tried."""
+def edit_of(
+    case: Case, call: Call, attention: Attention, given: Mapping[str, Tensor], only_called: bool = False
+) -> Edit | None:
+    """What the block's rewrite makes of this run, or None where nothing is to be tried.  ``only_called``: the part of it that
+    reads what the call brings."""
     block, s, n = call.block, call.block.spelling, call.block.number
     passes, visible, gains = list[Pass](), dict[str, Tensor](), dict[str, Mapping[int, float]]()
     merged, pools, zeros = 0, None, None
     maps = dict[str, Callable[[Tensor], Tensor]]()
     shift, queries, raised = dict[int, Tensor](), None, None
+    inside, tensors = dict[str, Inside](), dict[str, Tensor]()
     for kind in block.rewrite.split("+"):
-        if kind == "window":
+        if kind in CALLED:
+            found = brought(
+                call, kind, n, getattr(torch, case.dtype), lambda m: _leaves_keys(call, attention, m, given)
+            )
+            if found is None or (only_called and not found.tensors):
+                continue
+            passes.append(found.made)
+            tensors.update(found.tensors)
+            if found.around is not None:
+                inside[found.made.name] = found.around
+            if found.weights is not None:
+                maps[found.made.name] = found.weights
+        elif only_called:
+            continue
+        elif kind == "window":
             left, right, sinks = n % 4, n // 4 % 3, n // 12
             step = torch.arange(call.kv_len)[None, :] - torch.arange(call.q_len)[:, None]
             mask = (step >= -left) & (step <= right) | (torch.arange(call.kv_len) < sinks)
@@ -136,7 +117,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             passes.append(Sparse(pattern))
             visible[passes[-1].name] = mask
         elif (
-            kind == "pad" and _by_normaliser(s) and s.softmax != "shifted"
+            kind == "pad" and by_normaliser(s) and s.softmax != "shifted"
         ):  # what is subtracted from all scores is not told
             pattern, first, width = PADDED[n % len(PADDED)]
             far = torch.arange(-width, call.kv_len + width)
@@ -154,15 +135,15 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             if given_gains:
                 passes.append(ScaleHeads(given_gains))
                 gains[passes[-1].name] = given_gains
-        elif kind == "segment" and _by_normaliser(s):
+        elif kind == "segment" and by_normaliser(s):
             passes.append(_segment_gain(n, call.kv_len))
             maps[passes[-1].name] = _map_of(n, call.kv_len, has_sink=s.sinks)
-        elif kind == "mix" and _by_normaliser(s) and not s.after:  # a second mask would hide what was mixed in
+        elif kind == "mix" and by_normaliser(s) and not s.after:  # a second mask would hide what was mixed in
             mixed = torch.randn(call.q_len, call.kv_len, generator=torch.Generator().manual_seed(n))
             gate = (0.25, 1.0, 0.5, 0.0)[n % 4]
             passes.append(MixMap(mixed, gate))
             maps[passes[-1].name] = partial(_mixed, gate, mixed)
-        elif kind == "rows" and _by_normaliser(s) and not s.mask:  # padding is never chosen
+        elif kind == "rows" and by_normaliser(s) and not s.mask:  # padding is never chosen
             keep, prefix = n % 5 + 1, n % 2
             passes.append(QueryRows(Shuffled(n), keep, prefix))
             place = torch.arange(call.q_len)
@@ -183,7 +164,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             numbers = torch.randn(s.heads, s.value_dim, generator=torch.Generator().manual_seed(n))
             shift = {h: numbers[h] for h in sorted({n % s.heads, n // 4 % s.heads}, reverse=True)}
             passes.append(Steer(torch.stack([*shift.values()]), [*shift], queries))
-        elif kind == "add" and _by_normaliser(s):
+        elif kind == "add" and by_normaliser(s):
             keys, heads = (
                 ((0,), (-1,), (0, -1), (call.kv_len // 2, -call.kv_len))[n % 4],
                 sorted({n % s.heads, n // 4 % s.heads}),
@@ -191,7 +172,7 @@ def edit_of(case: Case, call: Call, attention: Attention, given: Mapping[str, Te
             passes.append(AddValues(keys, 0.5, heads, hidden_below=-1e4))
             raised = tuple(0.5 * (h in heads) for h in range(s.heads)), _shown(call, attention, keys, given)
     return (
-        Edit(call, tuple(passes), visible, gains, maps, shift, queries, raised, merged, pools, zeros)
+        Edit(call, tuple(passes), visible, gains, maps, shift, queries, raised, merged, pools, zeros, inside, tensors)
         if passes
         else None
     )
@@ -201,7 +182,7 @@ def _pools_can_be_told(s: Spelling) -> bool:
     """The oracle averages the scores of a query, which have to be linear in the keys where they meet the normaliser.  Other masks
     are refused."""
     is_linear = s.softcap is None and not s.bias_kind and not {"window", "far", "chunk"} & set(s.mask)
-    return _by_normaliser(s) and is_linear and s.core != "transposed"
+    return by_normaliser(s) and is_linear and s.core != "transposed"
 
 
 def _segment_gain(n: int, kv_len: int) -> SegmentGain:
@@ -251,11 +232,7 @@ def _rows_alone(chosen: Tensor, p: Tensor) -> Tensor:
 
 def _gains_can_be_told(case: Case, s: Spelling) -> bool:
     """To the normaliser itself, or by way of the output projection of an attention that runs once, with weights of its own."""
-    return _by_normaliser(s) or (s.out and not case.reuse and s.returns == "output")
-
-
-def _by_normaliser(s: Spelling) -> bool:
-    return not s.exponentials and s.softmax not in ("log", "again")
+    return by_normaliser(s) or (s.out and not case.reuse and s.returns == "output")
 
 
 def _shown(call: Call, attention: Attention, keys: tuple[int, ...], given: Mapping[str, Tensor]) -> Tensor:
@@ -291,10 +268,13 @@ def meant(
         if edit.merged and "grouped-query" in kept:
             _average(attention, edit.merged)
         if edit.shift and "steer" in kept:
-            later = gains if _by_normaliser(s) else {}  # those of the output projection scale what reaches it
+            later = gains if by_normaliser(s) else {}  # those of the output projection scale what reaches it
             by = {h: delta * later.get(h, 1.0) for h, delta in edit.shift.items()}
             shifts.enter_context(steered(attention, by, edit.queries, edit.call.time))
-        if gains and not _by_normaliser(s):
+        pruned = frozenset(edit.gains["prune-heads"]) if "prune-heads" in kept else frozenset()
+        for name in (name for name in kept if name in edit.inside):
+            shifts.enter_context(edit.inside[name](attention, edit.call.time, pruned))
+        if gains and not by_normaliser(s):
             attention.load_state_dict(attention.with_gains(gains).state_dict())
             gains = {}
         change = next((edit.maps[name] for name in kept if name in edit.maps), None)

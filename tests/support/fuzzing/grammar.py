@@ -23,7 +23,13 @@ REWRITES = (
     "pad", "prune+pad", "pad+scale",
     "mix", "window+mix", "mix+scale", "prune+mix", "group+mix",
     "rows", "rows+sparse", "window+rows", "prune+rows", "rows+scale",
+    "call-steer", "call-scale", "prune+call-scale", "call-mix", "window+call-mix", "patch", "prune+patch", "patch+call-steer",
+    "segments", "window+segments", "segments+prune", "call-gain", "swap", "swap+window", "swap-map", "prune+swap-map",
+    "extend", "window+extend", "extend+prune",
 )  # fmt: skip
+
+
+CALLED = ("call-steer", "call-scale", "call-mix", "call-gain", "segments", "patch", "swap", "swap-map", "extend")
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,16 @@ def draw(seed: int, number: int) -> Case:
         batch=r.choice((1, 2, 2, 3)),
         length=r.choices((7, 4, 9, 2, 1), (60, 15, 15, 9, 1))[0],
         saved=r.random() < 0.05,
-        onnx=dtype == "float32" and r.random() < 0.01,
-        dynamic=r.random() < (0.3 if any({"far", "chunk"} & set(b.spelling.mask) for b in blocks) else 0.04),
+        onnx=dtype == "float32" and r.random() < (0.05 if any(map(_is_called, blocks)) else 0.01),
+        dynamic=r.random()
+        < (0.3 if any(_is_called(b) or {"far", "chunk"} & set(b.spelling.mask) for b in blocks) else 0.04),
         cached=r.random() < 0.1,
         seed=r.randrange(1000),
     ).repaired()
+
+
+def _is_called(b: Block) -> bool:
+    return bool(set(b.rewrite.split("+")) & set(CALLED))
 
 
 def _block(r: random.Random) -> Block:

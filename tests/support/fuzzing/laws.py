@@ -6,7 +6,7 @@ import copy
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from models import MAX, Attention, Spelling
 from torch import Tensor, nn
 
 import attnopt
-from fuzzing.edits import Call, Edit, calls, edit_of, meant
+from attnopt.ir.interfaces import Pass
+from fuzzing.calls import Call, calls
+from fuzzing.edits import Edit, edit_of, meant
 from fuzzing.grammar import Block, Case
 from fuzzing.modules import build, inputs
 
@@ -71,19 +73,22 @@ def _check(case: Case, outcome: Outcome) -> None:
         _same(case, oracle.run(fast, (), given), own, "fuse", lambda: _exact(model, given))
         outcome.laws.append("fuse")
         found = _match(model, ran, fast, outcome)
-        edits = _edits(case, model, given, found)
+        edits = _edits(case, model, given, [call for call, _ in found.values()])
+        whole = _with_brought(given, edits)
         if edits:
-            fast = attnopt.optimize(model, {site: list(e.passes) for site, e in edits.items()}, (), given)
+            fast = attnopt.optimize(model, _policy(edits), (), whole)
             _rewritten(case, model, given, own, edits, fast, outcome)
     if case.saved:
-        _saved(fast, given)
+        _saved(fast, whole)
         outcome.laws.append("saved")
     if case.onnx:
-        _in_onnx(fast, given)
+        _in_onnx(fast, whole)
         outcome.laws.append("onnx")
     if case.dynamic:
         _at_other_sizes(case, model, given)
         outcome.laws.append("dynamic")
+        if _called_at_other_sizes(case, model, given, [call for call, _ in found.values()]):
+            outcome.laws.append("inputs of the call")
     if case.cached:
         _with_a_cache(case, model, given["x"])
         outcome.laws.append("cached")
@@ -200,24 +205,29 @@ def _read_off(attention: Attention, site: attnopt.Site, call: Call) -> None:
 
 # ---------------------------------------------------------------- what was rewritten
 def _edits(
-    case: Case, model: nn.Module, given: Mapping[str, Tensor], found: Mapping[str, tuple[Call, attnopt.Site]]
+    case: Case, model: nn.Module, given: Mapping[str, Tensor], found: Iterable[Call], only_called: bool = False
 ) -> dict[str, Edit]:
     made: dict[str, Edit] = {}
-    for name, (call, _) in found.items():
+    for call in found:
         attention = model.get_submodule(call.path)
         assert isinstance(attention, Attention)
-        edit = edit_of(case, call, attention, given)
+        edit = edit_of(case, call, attention, given, only_called)
         if edit is not None:
-            made[name] = edit
+            made[call.site] = edit
     return made
 
 
-def _rewritten(
-    case: Case, model: nn.Module, given: dict[str, Tensor], own: list[Tensor], edits: Mapping[str, Edit],
-    fast: attnopt.OptimizedModel, outcome: Outcome,
-) -> None:  # fmt: skip
-    entries = {e.name: e for e in fast.report.sites}
-    refused: dict[str, set[str]] = {}
+def _policy(edits: Mapping[str, Edit]) -> dict[str, list[Pass]]:
+    return {site: list(e.passes) for site, e in edits.items()}
+
+
+def _with_brought(given: Mapping[str, Tensor], edits: Mapping[str, Edit]) -> dict[str, Tensor]:
+    return {**given, **{name: x for e in edits.values() for name, x in e.tensors.items()}}
+
+
+def _refusals(fast: attnopt.OptimizedModel, edits: Mapping[str, Edit]) -> dict[str, set[str]]:
+    """By site, the names of passes that did nothing there, each of which says why."""
+    entries, refused = {e.name: e for e in fast.report.sites}, dict[str, set[str]]()
     for site, edit in edits.items():
         entry = entries[site]
         assert (entry.status == "rewritten") or entry.refusals, f"{site}: {entry.status} without a reason"
@@ -225,7 +235,17 @@ def _rewritten(
         for name, r in entry.refusals.items():
             assert r.code, f"{site}: {name} refused without a code"
             assert r.expected or r.found, f"{site}: {name} refused without a reason"
-            outcome.refused.append((name, r.code))
+    return refused
+
+
+def _rewritten(
+    case: Case, model: nn.Module, given: dict[str, Tensor], own: list[Tensor], edits: Mapping[str, Edit],
+    fast: attnopt.OptimizedModel, outcome: Outcome,
+) -> None:  # fmt: skip
+    entries = {e.name: e for e in fast.report.sites}
+    refused = _refusals(fast, edits)
+    for site, edit in edits.items():
+        outcome.refused += [(name, r.code) for name, r in entries[site].refusals.items()]
         outcome.rewritten += [p.name for p in edit.passes if p.name not in refused[site]]
     fused = [(e, refused[site]) for site, e in edits.items() if entries[site].status == "rewritten"]
     written = _with_softmax(case, model, [e.call.block for e, less in fused if e.visible.keys() - less])
@@ -233,9 +253,8 @@ def _rewritten(
     if not _finite(want):
         written = _with_softmax(case, model, [e.call.block for e, _ in fused])
         want = meant(written, given, edits, refused)
-    _same(
-        case, oracle.run(fast, (), given), want, "rewritten", lambda: meant(*_in_single(written, given), edits, refused)
-    )
+    got = oracle.run(fast, (), _with_brought(given, edits))
+    _same(case, got, want, "rewritten", lambda: meant(*_in_single(written, given), edits, refused))
     if not case.reuse:
         pruned = [e for e in edits.values() if "prune-heads" in {p.name for p in e.passes} - refused[e.call.site]]
         gone = sum(_parameters_gone(e, fast) for e in pruned)
@@ -264,16 +283,17 @@ def _saved(fast: attnopt.OptimizedModel, given: dict[str, Tensor]) -> None:
     oracle.assert_same(oracle.run(loaded, (), given), oracle.run(fast, (), given), "saved and loaded", limit=0.0)
 
 
-def _in_onnx(fast: attnopt.OptimizedModel, given: dict[str, Tensor]) -> None:
+def _in_onnx(fast: attnopt.OptimizedModel, *several: dict[str, Tensor]) -> None:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         fast.export_onnx(path)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        wanted = [i.name for i in session.get_inputs()]
+    wanted = [i.name for i in session.get_inputs()]
+    for given in several:
         got = session.run(None, {name: given[name].numpy() for name in wanted})
-    oracle.assert_same([torch.from_numpy(g) for g in got], oracle.run(fast, (), given), "ONNX Runtime")
+        oracle.assert_same([torch.from_numpy(g) for g in got], oracle.run(fast, (), given), "ONNX Runtime")
 
 
 def _at_others(case: Case) -> list[dict[str, Tensor]]:
@@ -283,10 +303,7 @@ def _at_others(case: Case) -> list[dict[str, Tensor]]:
 
 
 def _at_other_sizes(case: Case, model: nn.Module, given: dict[str, Tensor]) -> None:
-    shapes: Any = "auto"
-    if case.axes == "folded":  # the length is behind two axes, and "auto" means the first two
-        shapes = {name: dict.fromkeys(range(min(3, t.dim())), torch.export.Dim.AUTO) for name, t in given.items()}
-    fast = attnopt.optimize(model, "fuse", (), given, dynamic_shapes=shapes)
+    fast = attnopt.optimize(model, "fuse", (), given, dynamic_shapes=_free(case, given))
     own = oracle.run(model, (), given)
     _same(case, oracle.run(fast, (), given), own, "dynamic, at the traced sizes", lambda: _exact(model, given))
     for other in _at_others(case):
@@ -295,6 +312,42 @@ def _at_other_sizes(case: Case, model: nn.Module, given: dict[str, Tensor]) -> N
         if got is None:
             return
         _same(case, got, want, "dynamic, at other sizes", lambda: _exact(model, other))  # noqa: B023
+
+
+def _free(case: Case, given: Mapping[str, Tensor]) -> Any:
+    if case.axes != "folded":
+        return "auto"
+    # The length is behind two axes, and "auto" means the first two.
+    return {name: dict.fromkeys(range(min(3, t.dim())), torch.export.Dim.AUTO) for name, t in given.items()}
+
+
+def _called_at_other_sizes(case: Case, model: nn.Module, given: dict[str, Tensor], found: list[Call]) -> bool:
+    """What each call brings, at lengths and batches that no example had; False where there is nothing of the kind."""
+    edits = _edits(case, model, given, found, only_called=True)
+    if not edits:
+        return False
+    shapes = _free(case, given)
+    fast = attnopt.optimize(model, _policy(edits), (), _with_brought(given, edits), dynamic_shapes=shapes)
+    refused, sites, seen = _refusals(fast, edits), {c.site for c in found}, list[dict[str, Tensor]]()
+    for other in (given, *_at_others(case)):
+        now = _edits(case, model, other, [c for c in calls(case, model, other) if c.site in sites], only_called=True)
+        whole = _with_brought(other, now)
+        got = _unless_fixed(fast, (), whole)
+        if got is None:
+            break
+        assert [e.passes for e in now.values()] == [e.passes for e in edits.values()]
+        want = meant(model, other, now, refused)
+        _same(
+            case,
+            got,
+            want,
+            "inputs of the call, at other sizes",
+            lambda: meant(*_in_single(model, other), now, refused),  # noqa: B023
+        )
+        seen.append(whole)
+    if case.onnx and seen:
+        _in_onnx(fast, *seen)
+    return bool(seen)
 
 
 def _unless_fixed(fast: attnopt.OptimizedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:

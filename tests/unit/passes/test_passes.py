@@ -302,6 +302,8 @@ def test_passes_are_hashable_values() -> None:
         (lambda: PruneHeads(1.0), "prune-heads: invalid value fraction=1.0: expected a number from 0 to below 1"),
         (lambda: PruneHeads(float("nan")), "prune-heads: invalid value fraction=nan: expected a finite number"),
         (lambda: PruneHeads(heads=[1], importance=[1]), "prune-heads: importance is only used with fraction"),
+        (lambda: PruneHeads(heads=[1], protect=[0]), "prune-heads: protect is only used with fraction"),
+        (lambda: PruneHeads(heads=[1], protect={"a": [0]}), "prune-heads: protect is only used with fraction"),
         (lambda: PruneHeads(0.5, importance=[float("inf")]), "prune-heads: invalid value importance=inf"),
         (
             lambda: PruneHeads(0.5, importance=wrong({0: 1})),
