@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from attnopt.ir.spec import AttentionSpec
     from attnopt.ir.statistic import Statistic
     from attnopt.model import OptimizedModel, load
+    from attnopt.observe.atlas import atlas
     from attnopt.observe.attribution import logit_attribution
     from attnopt.observe.collect import collect
     from attnopt.observe.expose import Columns, Exposed, Outputs, Rows, expose
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from attnopt.patterns.bands import Band
     from attnopt.patterns.lookback import Past
     from attnopt.report.advice import Advice
+    from attnopt.report.atlas import Atlas, HeadMaps
     from attnopt.report.attribution import Attribution
     from attnopt.report.collected import Collected
     from attnopt.report.head_effects import HeadEffects
@@ -88,6 +90,7 @@ __all__ = [
     "Activations",
     "Advice",
     "ArchiveError",
+    "Atlas",
     "Attend",
     "AttentionSpec",
     "AttnoptError",
@@ -115,6 +118,7 @@ __all__ = [
     "HeadEffects",
     "HeadImportance",
     "HeadMap",
+    "HeadMaps",
     "HeadProbe",
     "HeadProfile",
     "HeadSearch",
@@ -152,6 +156,7 @@ __all__ = [
     "__version__",
     "advise",
     "apply_patterns",
+    "atlas",
     "collect",
     "convert",
     "expose",
@@ -217,6 +222,7 @@ _NAMES = {
     "ir.spec": "AttentionSpec",
     "ir.statistic": "Statistic",
     "model": "OptimizedModel load",
+    "observe.atlas": "atlas",
     "observe.attribution": "logit_attribution",
     "observe.collect": "collect",
     "observe.expose": "Columns Exposed Outputs Rows expose",
@@ -224,6 +230,7 @@ _NAMES = {
     "patterns.bands": "Band",
     "patterns.lookback": "Past",
     "report.advice": "Advice",
+    "report.atlas": "Atlas HeadMaps",
     "report.attribution": "Attribution",
     "report.collected": "Collected",
     "report.head_effects": "HeadEffects",

@@ -20,6 +20,7 @@ from attnopt.ir.curves import Curves
 from attnopt.ir.head_probe import Behaviour, Loss
 from attnopt.ir.importance import AblationImportance, Importance, ModelImportance
 from attnopt.ir.plugin_calls import check_part
+from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.statistic import Statistic
 
@@ -73,13 +74,26 @@ def head_importance(
     how = _method("head_importance", method, loss, behaviour, seed)
     probe = _probe(model, calibration, how, sites, loss, behaviour, seed)
     if isinstance(how, ModelImportance):
-        with blamed(how, KIND, "of_model"):
-            found = {site: tuple(map(float, scores)) for site, scores in how.of_model(probe).items()}
-        _require_sites(how, probe, found)
-        scores = {site: checked(how, site, found[site], len(heads)) for site, heads in probe.heads.items()}
+        scores = _of_model(how, probe)
     else:
         scores = {site.name: scored(how, _applicable(how, site)) for site in probe.sites()}
     return HeadImportance(shortened(how.to_json(), TOLD), *_remaining(probe, scores, sites))
+
+
+Scores = dict[str, tuple[float, ...] | Refusal]  # by site
+
+
+def several_scores(probed: Sequence[tuple[Importance, GraphProbe]]) -> list[Scores]:
+    """For each method the scores of the sites of its probe, or why it does not apply to one; the probes are of one model.
+
+    Methods of one attention share one run.  Raises CalibrationError, PluginError."""
+    found: list[Scores] = [{**_of_model(how, p)} if isinstance(how, ModelImportance) else {} for how, p in probed]
+    alone = [(how, own) for (how, _), own in zip(probed, found, strict=True) if not isinstance(how, ModelImportance)]
+    for site in probed[0][1].sites() if alone else ():
+        for how, own in alone:
+            refused = check_part(how, KIND, site)
+            own[site.name] = scored(how, site) if refused is None else refused
+    return found
 
 
 @compiling()
@@ -199,6 +213,13 @@ def _profile(how: Importance, site: Site) -> Curves:
         what = f"{len(found.values)} curves" if isinstance(found, Curves) else type(found).__name__
         raise fault(how, KIND, f"profile gave {what}, expected Curves of {site.num_heads} heads", site.name)
     return found
+
+
+def _of_model(how: ModelImportance, probe: GraphProbe) -> dict[str, tuple[float, ...]]:
+    with blamed(how, KIND, "of_model"):
+        found = {site: tuple(map(float, scores)) for site, scores in how.of_model(probe).items()}
+    _require_sites(how, probe, found)
+    return {site: checked(how, site, found[site], len(heads)) for site, heads in probe.heads.items()}
 
 
 def _require_sites(how: Importance, probe: GraphProbe, found: Mapping[str, object]) -> None:

@@ -25,7 +25,7 @@ def report_page(report: Report) -> str:
     from attnopt.render.page_view import lanes, measures, policy_text, site_views
 
     views = site_views(report)
-    return _render(
+    return rendered(
         "report.html.j2",
         report=report,
         fixed_axes=told(report.fixed_axes),
@@ -41,11 +41,11 @@ def report_frame(report: Report) -> str:
     return framed(report_page(report))
 
 
-def framed(page: str) -> str:
+def framed(page: str, title: str = "attnopt report") -> str:
     """A whole page embedded in another one, with isolated styles."""
     from markupsafe import escape
 
-    return f'<iframe srcdoc="{escape(page)}" title="attnopt report" style="width:100%;height:36rem;border:0"></iframe>'
+    return f'<iframe srcdoc="{escape(page)}" title="{title}" style="width:100%;height:36rem;border:0"></iframe>'
 
 
 def pattern_fragment(pattern: Pattern, length: int = NOTEBOOK_LENGTH) -> str:
@@ -53,7 +53,7 @@ def pattern_fragment(pattern: Pattern, length: int = NOTEBOOK_LENGTH) -> str:
     from attnopt.render.pattern_cells import pictures
 
     drawn = pictures(pattern, length, length, max(1, pattern.named_heads))
-    return _render("pattern.html.j2", pictures=drawn, pattern=str(pattern), length=length)
+    return rendered("pattern.html.j2", pictures=drawn, pattern=str(pattern), length=length)
 
 
 def inspection_fragment(inspection: Inspection) -> str:
@@ -63,17 +63,17 @@ def inspection_fragment(inspection: Inspection) -> str:
     rows = [
         (s, s.spec, pictures(str(s.spec.visible_pattern), s.q_len, s.kv_len, s.num_heads)) for s in inspection.sites
     ]
-    return _render("inspection.html.j2", rows=rows, inspection=inspection)
+    return rendered("inspection.html.j2", rows=rows, inspection=inspection)
 
 
 def picture_svg(pattern: Pattern, length: int) -> str:
     """The pictures of a pattern as SVG, in the surrounding text colour."""
     from attnopt.render.pattern_cells import pictures
 
-    return _render("svg.html.j2", pictures=pictures(pattern, length, length, max(1, pattern.named_heads)))
+    return rendered("svg.html.j2", pictures=pictures(pattern, length, length, max(1, pattern.named_heads)))
 
 
-def _render(template: str, **values: object) -> str:
+def rendered(template: str, **values: object) -> str:
     return _environment().get_template(template).render(**values)
 
 
