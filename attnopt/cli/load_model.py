@@ -57,7 +57,17 @@ def resolve(name: str, given: Given) -> Named:
             f"{name!r} is not a model: there is no such folder, and it does not have the form package.module:factory",
             hint="pass for instance my_models:encoder, a folder that attnopt saved, or an .onnx file",
         )
-    return _built(name, _factory(module_name, attribute))
+    return _built(name, called(name))
+
+
+def called(name: str) -> object:
+    """What the function ``package.module:function`` returns.  Raises AttnoptError."""
+    module_name, _, attribute = name.partition(":")
+    function = _factory(module_name, attribute)
+    try:
+        return function()
+    except Exception as error:
+        raise AttnoptError(f"{name} failed: {_told(error)}") from error
 
 
 def _factory(module_name: str, attribute: str) -> Callable[[], object]:
@@ -84,13 +94,9 @@ def _factory(module_name: str, attribute: str) -> Callable[[], object]:
     return found  # type: ignore[no-any-return]
 
 
-def _built(name: str, factory: Callable[[], Any]) -> Named:
+def _built(name: str, made: object) -> Named:
     from torch import nn
 
-    try:
-        made = factory()
-    except Exception as error:
-        raise AttnoptError(f"{name} failed: {_told(error)}") from error
     if isinstance(made, nn.Module):
         return Named(made.eval())
     match made:

@@ -65,6 +65,11 @@ def example_inputs(file: Path, given: Given) -> dict[str, Tensor]:
     return made
 
 
+def input_names(file: Path) -> list[str]:
+    """In their order."""
+    return [i.name for i in _taken(file)]
+
+
 def _taken(file: Path) -> list[onnx.ValueInfoProto]:
     from attnopt.onnx.load.read import structure
 

@@ -23,16 +23,16 @@ def atlas_table(atlas: Atlas) -> RenderableType:
     """One row a head: its cluster, its attention at distances 0, 1, 2-3, 4-7, ..., and its numbers."""
     from rich.console import Group
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for site, found in atlas.items():
         for i, head in enumerate(found.heads):
             profile = "" if found.profile is None else _line(found.profile.values[i])
             numbers = (of[site][i] if site in of else None for of in atlas.statistics.values())
             cells = ("" if x is None else f"{x:.3g}" for x in numbers)
             rows.append((site or "(root)", str(head), str(found.clusters[i]), profile, *cells))
-    head = ("attention", "head", "cluster", "reach", *atlas.statistics)
+    columns = ("attention", "head", "cluster", "reach", *atlas.statistics)
     parts: list[RenderableType] = [
-        table(f"{atlas.headline}; reach: attention 0, 1, 2-3, 4-7, ... tokens away", head, rows)
+        table(f"{atlas.headline}; reach: attention 0, 1, 2-3, 4-7, ... tokens away", columns, rows)
     ]
     if atlas.missing:
         parts.append(
