@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from induction import Induction
 from torch import Tensor, nn
+
+from attnopt.statistics import SinkMass
 
 WIDTH, HEAD = 32, 4
 KINDS = ("previous", "uniform", "first", "local", "own")
@@ -68,3 +71,17 @@ def planted() -> tuple[nn.Module, tuple[Tensor]]:
     torch.manual_seed(0)
     model = Stack(KINDS, KINDS[2:] + KINDS[:2], ("local", "previous"))
     return model.eval(), (torch.randn(4, 24, WIDTH),)
+
+
+def batches() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(2, 10, WIDTH), torch.randn(1, 24, WIDTH)]
+
+
+def statistic() -> SinkMass:
+    return SinkMass(keys=3)
+
+
+def copying() -> tuple[nn.Module, tuple[Tensor]]:
+    """A language model that continues repeated text, and two texts that it continues."""
+    return Induction().eval(), (torch.tensor([[0, 3, 5, 1, 3, 5], [1, 6, 7, 2, 6, 7]]),)
