@@ -122,7 +122,7 @@ def atlas(found: Atlas, *, by: str | None = None, ax: Axes | None = None) -> Axe
     """The mean maps of all heads, one row per attention, in square roots of the weights; ``by``: a statistic that colours their
     frames.  ``found``: the result of ``attnopt.atlas``.  Raises AttnoptError for a statistic that it does not hold.
     """
-    if by is not None and by not in found.statistics:
+    if by is not None and not found.statistics.get(by):
         raise AttnoptError(
             f"the atlas has no statistic {by!r}", hint=f"it has {', '.join(map(repr, found.statistics))}"
         )
@@ -150,12 +150,12 @@ def _framed(ax: Axes, found: Atlas, by: str, size: tuple[int, int]) -> None:
 
     (tall, wide), numbers = size, found.statistics[by]
     every = [x for row in numbers.values() for x in row]
-    scale = ScalarMappable(colors.Normalize(min(every), max(every)), colormaps["viridis"])
+    norm, colours = colors.Normalize(min(every), max(every)), colormaps["viridis"]
     for i, site in enumerate(found):
         for j, x in enumerate(numbers.get(site, ())):
-            corner, colour = (j * wide - 0.5, i * tall - 0.5), scale.to_rgba(x)
+            corner, colour = (j * wide - 0.5, i * tall - 0.5), colours(norm(x))
             ax.add_patch(patches.Rectangle(corner, wide - 1, tall - 1, fill=False, lw=2, color=colour))
-    ax.figure.colorbar(scale, ax=ax, label=by)
+    ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, label=by)
 
 
 def head_kinds(found: Atlas, *, ax: Axes | None = None) -> Axes:

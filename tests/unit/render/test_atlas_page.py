@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 from dataclasses import replace
@@ -219,6 +220,9 @@ def test_a_browser_runs_nothing_of_the_model(tmp_path: Path) -> None:
     assert browser.seen(atlas_page(made(1, 3, name=EVIL)), tmp_path, 400, False, look) == {"scripts": 2, "heads": 3}
 
 
-def test_a_notebook_shows_the_page() -> None:
-    assert made(1, 2)._repr_html_().startswith('<iframe srcdoc="')
+def test_a_notebook_shows_the_page_that_stays_in_its_frame() -> None:
+    """A link such as "#head-1" would otherwise be one to the notebook's own address."""
+    frame = made(1, 2)._repr_html_()
+    assert frame.startswith('<iframe srcdoc="')
+    assert html.unescape(frame).count('<base href="about:srcdoc">') == 1
     assert attnopt.Atlas is Atlas
