@@ -21,6 +21,7 @@ import attnopt
 from attnopt.errors import ArchiveError, CalibrationError, PolicyError
 from attnopt.observe import collect as collecting
 from attnopt.observe import maps as weight_maps
+from attnopt.observe.map_grid import MeanMaps
 from attnopt.passes import PruneHeads
 from attnopt.statistics import Distance, Locality, SinkMass
 from attnopt.statistics.k_means import clustered
@@ -61,6 +62,22 @@ def test_maps_are_means_over_sequences(name: str, cells: int, monkeypatch: pytes
         torch.testing.assert_close(found[a.name].maps, want, rtol=1e-5, atol=2e-6)
         assert (found[a.name].queries, found[a.name].keys) == tuple((min(n), max(n)) for n in lengths)
     assert found.sequences == 2
+
+
+def test_the_grid_of_sequences_with_padding_anywhere() -> None:
+    """Padding on the left, on the right and in between, and a grid that grows with the lengths."""
+    torch.manual_seed(0)
+    seen = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    weights = torch.rand(5, 2, 5, 5) * seen[:, None, None, :]
+    sums, want = MeanMaps(4), []
+    for at in (slice(0, 3), slice(3, 4), slice(4, 5)):
+        blocks = [(torch.arange(3), weights[at, :, :3]), (torch.arange(3, 5), weights[at, :, 3:])]
+        sums.add(blocks, seen[at], seen[at])
+        want += [w[:, s][..., s] for w, s in zip(weights[at], seen[at], strict=True) if s.any()]
+        cells = 3 if len(want) == 3 else 4  # all of one length so far
+        mean = torch.stack([resampled(w, cells, cells) for w in want]).mean(0)
+        torch.testing.assert_close(sums.mean(), mean, rtol=1e-5, atol=1e-6)
+    assert (sums.sequences, sums.lengths) == (4, [(3, 5), (3, 5)])
 
 
 def test_one_length_is_not_resampled() -> None:
@@ -162,9 +179,10 @@ def test_clusters_are_the_best_of_several_starts() -> None:
     sizes, centres = (10, 30, 20), ((0.0, 0.0), (0.0, 2.0), (2.0, 0.0))
     groups = [torch.tensor(c).double() + 0.05 * torch.randn(n, 2).double() for n, c in zip(sizes, centres, strict=True)]
     x = torch.cat([*groups, torch.tensor([[-3.0, -3.0]]).double()])
-    found = clustered(x, 3, 0)
-    assert found.tolist() == [2] * 10 + [0] * 30 + [1] * 20 + [2]  # the largest first
-    assert torch.equal(found, clustered(x, 3, 0))
+    wanted = [2] * 10 + [0] * 30 + [1] * 20 + [2]  # the largest first
+    for seed in range(6):
+        assert clustered(x, 3, seed).tolist() == wanted
+        assert clustered(x.flip(0), 3, seed).tolist() == wanted[::-1]
     assert clustered(x[:1], 3, 0).tolist() == [0]
 
 
