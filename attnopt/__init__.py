@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from attnopt.ir.spec import AttentionSpec
     from attnopt.ir.statistic import Statistic
     from attnopt.model import OptimizedModel, load
+    from attnopt.observe.atlas import atlas
     from attnopt.observe.attribution import logit_attribution
     from attnopt.observe.collect import collect
     from attnopt.observe.expose import Columns, Exposed, Outputs, Rows, expose
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from attnopt.policy_search.result import FrontPoint, Search
     from attnopt.policy_search.search import Progress, search
     from attnopt.report.advice import Advice
+    from attnopt.report.atlas import Atlas, HeadMaps
     from attnopt.report.attribution import Attribution
     from attnopt.report.collected import Collected
     from attnopt.report.head_effects import HeadEffects
@@ -94,6 +96,7 @@ __all__ = [
     "Activations",
     "Advice",
     "ArchiveError",
+    "Atlas",
     "Attend",
     "AttentionSpec",
     "AttnoptError",
@@ -125,6 +128,7 @@ __all__ = [
     "HeadEffects",
     "HeadImportance",
     "HeadMap",
+    "HeadMaps",
     "HeadProbe",
     "HeadProfile",
     "HeadSearch",
@@ -165,6 +169,7 @@ __all__ = [
     "__version__",
     "advise",
     "apply_patterns",
+    "atlas",
     "collect",
     "convert",
     "expose",
@@ -234,6 +239,7 @@ _NAMES = {
     "ir.spec": "AttentionSpec",
     "ir.statistic": "Statistic",
     "model": "OptimizedModel load",
+    "observe.atlas": "atlas",
     "observe.attribution": "logit_attribution",
     "observe.collect": "collect",
     "observe.expose": "Columns Exposed Outputs Rows expose",
@@ -244,6 +250,7 @@ _NAMES = {
     "policy_search.result": "FrontPoint Search",
     "policy_search.search": "Progress search",
     "report.advice": "Advice",
+    "report.atlas": "Atlas HeadMaps",
     "report.attribution": "Attribution",
     "report.collected": "Collected",
     "report.head_effects": "HeadEffects",

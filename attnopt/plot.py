@@ -1,4 +1,4 @@
-"""Figures for notebooks and papers: patterns, head importance, errors, and trade-offs.
+"""Figures for notebooks and papers: patterns, numbers and maps of heads, errors, and trade-offs.
 
 Each function draws into ``ax`` or a new figure and returns the axes.  matplotlib (``pip install "attnopt[plot]"``) is
 imported at the first call.
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from attnopt.compiler.head_results import HeadProfile
+    from attnopt.report.atlas import Atlas
+    from attnopt.report.head_effects import HeadEffects
     from attnopt.report.report import Report
 
 CELLS = 256  # of a side of a drawn pattern; longer sequences show shares of visible pairs
@@ -113,6 +115,76 @@ def _heat(found: HeadProfile, ax: Axes | None) -> Axes:
     image = ax.imshow(grid, cmap="viridis", aspect="auto", interpolation="nearest")
     ax.set(xlabel=next(iter(found.values())).axis, yticks=range(len(rows)), yticklabels=list(rows))
     ax.figure.colorbar(image, ax=ax, label=found.method)
+    return ax
+
+
+def atlas(found: Atlas, *, by: str | None = None, ax: Axes | None = None) -> Axes:
+    """The mean maps of all heads, one row per attention, in square roots of the weights; ``by``: a statistic that colours their
+    frames.  ``found``: the result of ``attnopt.atlas``.  Raises AttnoptError for a statistic that it does not hold.
+    """
+    if by is not None and not found.statistics.get(by):
+        raise AttnoptError(
+            f"the atlas has no statistic {by!r}", hint=f"it has {', '.join(map(repr, found.statistics))}"
+        )
+    tall = max(own.maps.shape[1] for own in found.values()) + 1
+    wide = max(own.maps.shape[2] for own in found.values()) + 1
+    most = max(len(own.heads) for own in found.values())
+    grid = np.full((len(found) * tall - 1, most * wide - 1), np.nan)
+    for i, own in enumerate(found.values()):
+        for j, one in enumerate(own.maps.numpy()):
+            grid[i * tall : i * tall + one.shape[0], j * wide : j * wide + one.shape[1]] = np.sqrt(np.clip(one, 0, 1))
+    ax = _axes(ax, (1.5 + 0.6 * most, 0.8 + 0.6 * len(found)))
+    image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    ax.set(xlabel="head", xticks=[(j + 0.5) * wide - 1 for j in range(most)], xticklabels=range(most))
+    ax.set(yticks=[(i + 0.5) * tall - 1 for i in range(len(found))], yticklabels=_names(found))
+    if by is None:
+        ax.figure.colorbar(image, ax=ax, label="square root of the attention")
+    else:
+        _framed(ax, found, by, (tall, wide))
+    return ax
+
+
+def _framed(ax: Axes, found: Atlas, by: str, size: tuple[int, int]) -> None:
+    from matplotlib import colormaps, colors, patches
+    from matplotlib.cm import ScalarMappable
+
+    (tall, wide), numbers = size, found.statistics[by]
+    every = [x for row in numbers.values() for x in row]
+    norm, colours = colors.Normalize(min(every), max(every)), colormaps["viridis"]
+    for i, site in enumerate(found):
+        for j, x in enumerate(numbers.get(site, ())):
+            corner, colour = (j * wide - 0.5, i * tall - 0.5), colours(norm(x))
+            ax.add_patch(patches.Rectangle(corner, wide - 1, tall - 1, fill=False, lw=2, color=colour))
+    ax.figure.colorbar(ScalarMappable(norm, colours), ax=ax, label=by)
+
+
+def head_kinds(found: Atlas, *, ax: Axes | None = None) -> Axes:
+    """All heads on the first two principal components of their maps, coloured by cluster.  ``found``: the result of
+    ``attnopt.atlas``."""
+    ax = _axes(ax, (5.5, 4))
+    places = [place for own in found.values() for place in own.places]
+    clusters = [cluster for own in found.values() for cluster in own.clusters]
+    for cluster in sorted({*clusters}):
+        x, y = zip(*(p for p, c in zip(places, clusters, strict=True) if c == cluster), strict=True)
+        ax.scatter(x, y, s=18, label=str(cluster))
+    ax.set(xlabel="first component", ylabel="second component")
+    ax.legend(title="cluster", fontsize="small")
+    return ax
+
+
+def effects(found: HeadEffects, *, ax: Axes | None = None) -> Axes:
+    """A heat map of how far each head takes the metric from one run to the other, one row per attention; white is no effect.
+    ``found``: the result of ``attnopt.patch`` or ``attnopt.path_patch``.  Raises CalibrationError if both runs give the same."""
+    rows, columns = found.effects, sorted({h for own in found.heads.values() for h in own})
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for i, (site, row) in enumerate(rows.items()):
+        grid[i, [columns.index(h) for h in found.heads[site]]] = row
+    ax = _axes(ax, (1.5 + 0.35 * len(columns), 0.8 + 0.3 * len(rows)))
+    most = float(np.nanmax(np.abs(grid))) or 1.0
+    image = ax.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    ax.set(xlabel="head", xticks=range(len(columns)), xticklabels=columns)
+    ax.set(yticks=range(len(rows)), yticklabels=_names(rows))
+    ax.figure.colorbar(image, ax=ax, label=f"effect of {found.direction}")
     return ax
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``attnopt inspect|optimize|export|explain|diff|search|bench|demo|passes``.
+"""The command line: ``attnopt inspect|optimize|export|explain|diff|search|heads|bench|demo|passes``.
 
 Exit codes: 0 all went well, 1 a deliberate error (its message on stderr), 2 a wrong command line, 3 an internal error,
 130 interrupted.
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_explain,
         _add_diff,
         _add_search,
+        _add_heads,
         _add_bench,
         _add_demo,
         _add_passes,
@@ -164,6 +165,36 @@ def _add_search(commands: Commands) -> None:
     search.add_arguments(parser)
 
 
+def _add_heads(commands: Commands) -> None:
+    from attnopt.cli import data, heads
+
+    parser = _command(
+        commands,
+        "heads",
+        heads.run,
+        "show what every head does: its mean attention map, how far it looks, its kind, and statistics",
+        "attnopt heads my_models:encoder --data texts.npz --what locality,entropy,sink-mass --html atlas.html",
+        "attnopt heads my_models:decoder --data needles.npz --what retrieval,induction --html atlas.html",
+    )
+    _add_model(parser, OR_FILE)
+    parser.add_argument("--data", metavar="FILE", help=data.HELP)
+    parser.add_argument(
+        "--batch", type=_least_one, default=8, metavar="N", help="sequences in a batch of --data (default: 8)"
+    )
+    parser.add_argument(
+        "--what",
+        default="locality",
+        metavar="NAMES",
+        help="statistics, separated by commas: methods of attnopt.head_importance, with options as in "
+        '"sink-mass(keys=4)", or package.module:function (default: locality)',
+    )
+    parser.add_argument("--sites", action="append", metavar="GLOB", help="only these attentions; repeatable")
+    parser.add_argument("--distance", help='how far apart tokens are, as in "distance(grid=(14, 14), prefix=1)"')
+    parser.add_argument("--clusters", type=_least_one, default=6, metavar="N", help="kinds of heads (default: 6)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the clusters (default: 0)")
+    parser.add_argument("--html", metavar="FILE", help="write the atlas as an HTML page")
+
+
 def _add_bench(commands: Commands) -> None:
     from attnopt.cli import compare as cli_compare
 
@@ -266,6 +297,13 @@ def _count(text: str) -> int:
     n = int(text)
     if n < 0:
         raise argparse.ArgumentTypeError("a number of rewrites, 0 or more")
+    return n
+
+
+def _least_one(text: str) -> int:
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError("a number, 1 or more")
     return n
 
 

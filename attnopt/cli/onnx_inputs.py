@@ -82,6 +82,11 @@ def further_inputs(own: Mapping[str, Tensor], given: Given) -> dict[str, Tensor]
     return {} if given.inputs is None else {n: x for n, x in _read(given.inputs).items() if n not in own}
 
 
+def input_names(file: Path) -> list[str]:
+    """In their order."""
+    return [i.name for i in _taken(file)]
+
+
 def _taken(file: Path) -> list[onnx.ValueInfoProto]:
     from attnopt.onnx.load.read import structure
 

@@ -47,13 +47,18 @@ def resolved(arguments: argparse.Namespace, needs_sizes: bool = False) -> Named:
 
 def require_model(name: str, named: Named, why: str) -> None:
     """AttnoptError for a saved model, or one without example inputs."""
-    if named.saved is not None:
-        raise AttnoptError(f"{name} is a saved model: {why}", hint="pass the original model")
+    require_original(name, named, why)
     if not named.args and not named.kwargs:
         raise AttnoptError(
             f"{name} returned a model without example inputs",
             hint="make it return (model, args) or (model, args, kwargs)",
         )
+
+
+def require_original(name: str, named: Named, why: str) -> None:
+    """AttnoptError for a saved model."""
+    if named.saved is not None:
+        raise AttnoptError(f"{name} is a saved model: {why}", hint="pass the original model")
 
 
 @contextlib.contextmanager

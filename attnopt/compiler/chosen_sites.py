@@ -40,6 +40,10 @@ def site_names(owner: str, globs: Iterable[str], names: Sequence[str]) -> list[s
 
 
 def no_such_site(owner: str, name: object, names: Sequence[str]) -> PolicyError:
+    if not names:
+        return PolicyError(
+            f"{owner}: no attention was found in the model", hint="attnopt.inspect shows what was rejected, and why"
+        )
     near = difflib.get_close_matches(name, names, n=2) if isinstance(name, str) else []
     hint = "attnopt.inspect shows what was found in the model, and why not"
     if near:

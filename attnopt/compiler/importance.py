@@ -20,6 +20,7 @@ from attnopt.ir.curves import Curves
 from attnopt.ir.head_probe import Loss, ToLogits
 from attnopt.ir.importance import AblationImportance, Importance, ModelImportance
 from attnopt.ir.plugin_calls import check_part
+from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.statistic import Statistic
 
@@ -77,6 +78,22 @@ def head_importance(
     else:
         scores = {site.name: scored(how, _applicable(how, site)) for site in probe.sites()}
     return HeadImportance(shortened(how.to_json(), TOLD), *_remaining(probe, scores, sites))
+
+
+Scores = dict[str, tuple[float, ...] | Refusal]  # by site
+
+
+def several_scores(probed: Sequence[tuple[Importance, GraphProbe]]) -> list[Scores]:
+    """For each method the scores of the sites of its probe, or why it does not apply to one; the probes are of one model.
+
+    Methods of one attention share one run.  Raises CalibrationError, PluginError."""
+    found: list[Scores] = [{**of_model(how, p)} if isinstance(how, ModelImportance) else {} for how, p in probed]
+    alone = [(how, own) for (how, _), own in zip(probed, found, strict=True) if not isinstance(how, ModelImportance)]
+    for site in probed[0][1].sites() if alone else ():
+        for how, own in alone:
+            refused = check_part(how, KIND, site)
+            own[site.name] = scored(how, site) if refused is None else refused
+    return found
 
 
 @compiling()

@@ -27,7 +27,7 @@ from attnopt.model import OptimizedModel
 from attnopt.observe import chosen
 from attnopt.observe.reduce import Kept, Reduce, Reduced, reduction
 from attnopt.observe.residual import Branch, Residual
-from attnopt.observe.taps import Answer, BranchTap, Question, Tap
+from attnopt.observe.taps import Answer, BranchTap, Question, Tap, Values
 from attnopt.onnx.load.model_or_file import opened
 from attnopt.report.collected import Collected, Taken, own
 
@@ -74,15 +74,16 @@ def collect(
         chosen.numbers_of("collect", "columns", columns),
     )
     start, globs = reduction(reduce, asked), site_globs("collect", sites)
-    stream, first = _first_of(batches)
+    stream, first = first_of("collect", batches)
     with compiling():
         opened_model = model.module() if isinstance(model, ExportedProgram) else opened(model, first)
-        run = _Run(opened_model, first, "auto" if _vary(batches) else None, question, globs, heads)
+        run = Run(opened_model, first, "auto" if vary(batches) else None, question, globs, heads)
     told: dict[str, _Told] = {}
-    with working("collecting what heads do", _length(batches)) as step:
+    with working("collecting what heads do", number_of(batches)) as step:
         for number, batch in enumerate(stream):
             with compiling():
-                for tap, answers in run.on(batch, number, by_column=reduce == "column-mean"):
+                for tap, values in run.on(batch, number):
+                    answers = _answers(tap, run.program.module, values, by_column=reduce == "column-mean")
                     if tap.name not in told:
                         told[tap.name] = _Told({kind: start(tap.name) for kind in answers}, *run.numbers(tap))
                     told[tap.name].add(answers)
@@ -118,7 +119,13 @@ class _Told:
         return Taken(values, self.heads, self.kv_heads, tuple(self.real), tuple(self.seen), self.tokens)
 
 
-class _Run:
+def _answers(tap: Tap | BranchTap, gm: fx.GraphModule, values: Values, by_column: bool) -> Mapping[str, Answer]:
+    if by_column and isinstance(tap, Tap):
+        return {"weights": tap.column_means(gm, values)}
+    return tap.answers(gm, values)
+
+
+class Run:
     """The model's graph with the taps that are asked for; captured once more, with free sizes, where a batch needs it."""
 
     def __init__(
@@ -138,7 +145,7 @@ class _Run:
 
     def _analyze(self) -> None:
         analyzed = analyze_in_eval(self.model, self.first, self.shapes)
-        self.program = analyzed.program
+        self.program, self.findings = analyzed.program, analyzed.findings
         self.taps = list(self._taps(analyzed))
         self.stops = _stops(self.program.module.graph, self.taps)
         self.schedule = Schedule(
@@ -146,10 +153,8 @@ class _Run:
             {stop: frozenset().union(*(t.reads for t in taps)) for stop, taps in self.stops.items()},
         )
 
-    def on(
-        self, batch: CallInputs, number: int, by_column: bool
-    ) -> Iterator[tuple[Tap | BranchTap, Mapping[str, Answer]]]:
-        """Each tap in the order of the model, with its values on one batch."""
+    def on(self, batch: CallInputs, number: int) -> Iterator[tuple[Tap | BranchTap, Values]]:
+        """Each tap in the order of the model, with the values of what it reads on one batch."""
         if self.shapes is None and shapes_of(batch) != self.form:
             self.shapes = "auto"
             self._analyze()
@@ -160,10 +165,7 @@ class _Run:
             for stop in self.schedule.stops:
                 run.up_to(stop)
                 for tap in self.stops[stop]:
-                    if by_column and isinstance(tap, Tap):
-                        yield tap, {"weights": tap.column_means(program.module, run.values)}
-                    else:
-                        yield tap, tap.answers(program.module, run.values)
+                    yield tap, run.values
 
     def numbers(self, tap: Tap | BranchTap) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The original numbers of its heads, and of the key/value heads that they read."""
@@ -178,11 +180,11 @@ class _Run:
         streams = Residual(analyzed.program.module.graph, found) if "contribution" in self.question.kinds else None
         others = [] if streams is None else [b for b in streams.branches if b.site is None]
         names = [*(f.site.name for f in found), *(b.name for b in others)]
-        wanted = {*site_names("collect", self.globs, names)}
+        wanted = {*site_names(self.question.owner, self.globs, names)}
         of_site: Mapping[str, Branch] = {} if streams is None else streams.of_site
         for f in (f for f in found if f.site.name in wanted):
             numbers, _ = original_numbers(self.model, f)
-            places = chosen_places("collect", self.heads, f.site.name, numbers)
+            places = chosen_places(self.question.owner, self.heads, f.site.name, numbers)
             yield Tap(self.question, f, places, of_site.get(f.site.name))
         for branch in (b for b in others if b.name in wanted):
             yield BranchTap(self.question, branch, Tap(self.question, _nearest(branch, found), (0,)))
@@ -221,17 +223,17 @@ def _stops(graph: fx.Graph, taps: Sequence[Tap | BranchTap]) -> dict[fx.Node, li
     return found
 
 
-def _first_of(batches: Iterable[Batch] | Calibration) -> tuple[Iterator[CallInputs], CallInputs]:
+def first_of(owner: str, batches: Iterable[Batch] | Calibration) -> tuple[Iterator[CallInputs], CallInputs]:
     """All batches, checked one by one, and the first of them.  Raises CalibrationError."""
     if isinstance(batches, (torch.Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise CalibrationError(
-            f"collect: batches must be an iterable of batches, not {type(batches).__name__}",
+            f"{owner}: batches must be an iterable of batches, not {type(batches).__name__}",
             hint="pass a list of inputs, also for one batch: [x]",
         )
     read = (_checked(b, i) for i, b in enumerate(batches))
     first = next(read, None)
     if first is None:
-        raise CalibrationError("collect: there are no batches", hint="pass at least one batch of inputs")
+        raise CalibrationError(f"{owner}: there are no batches", hint="pass at least one batch of inputs")
     return chain([first], read), first
 
 
@@ -239,12 +241,12 @@ def _checked(batch: object, number: int) -> CallInputs:
     return batch if isinstance(batch, CallInputs) else as_inputs(batch, f"batch {number}")
 
 
-def _vary(batches: object) -> bool:
+def vary(batches: object) -> bool:
     """The sizes of batches that are all there differ."""
     if not isinstance(batches, (list, tuple, Calibration)):
         return False
     return len({shapes_of(_checked(b, i)) for i, b in enumerate(batches)}) > 1
 
 
-def _length(batches: object) -> int | None:
+def number_of(batches: object) -> int | None:
     return len(batches) if isinstance(batches, (list, tuple, Calibration)) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -60,6 +60,16 @@ class Answer:
     axis: int = 2
     rows: Tensor | None = None
     columns: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MapBlocks:
+    """``real`` bool [B, L], ``seen`` bool [B, S]: the queries and keys that are no padding.  ``blocks``: some queries [R] and
+    their weights [B, H, R, S]."""
+
+    real: Tensor
+    seen: Tensor
+    blocks: Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,11 @@ class Tap:
     def column_means(self, gm: fx.GraphModule, values: Values) -> Answer:
         """The mean weight [B, H, C] that each key gets from the queries that count."""
         return _Reading(self, gm, values).column_means()
+
+    def map_blocks(self, gm: fx.GraphModule, values: Values) -> MapBlocks:
+        """The weights of all queries, some at a time."""
+        reading = _Reading(self, gm, values)
+        return MapBlocks(reading.operands.real, reading.operands.seen, reading.map_blocks())
 
 
 @dataclass(frozen=True)
@@ -234,6 +249,14 @@ class _Reading:
         asked = counted if self.rows is None else counted.index_select(1, self.rows)
         means = sums / asked.sum(1).clamp(min=1)[:, None, None]
         return Answer(_taken(means, 2, self.columns), columns=_taken(self.operands.seen, 1, self.columns))
+
+    def map_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        spec, t = self.tap.spec, self.of_heads
+        if spec.weight_gains is not None:  # which may compare whole rows of blocks
+            yield torch.arange(t.q.shape[2], device=t.q.device), maps.weights(spec, t)
+            return
+        for rows in maps.blocks(t, spec.num_heads, None):
+            yield rows, maps.weights(spec, t, rows)
 
     def _value(self, kind: str) -> Tensor:
         tap = self.tap

@@ -41,11 +41,12 @@ def report_frame(report: Report) -> str:
     return framed(report_page(report))
 
 
-def framed(page: str) -> str:
+def framed(page: str, title: str = "attnopt report") -> str:
     """A whole page embedded in another one, with isolated styles."""
     from markupsafe import escape
 
-    return f'<iframe srcdoc="{escape(page)}" title="attnopt report" style="width:100%;height:36rem;border:0"></iframe>'
+    own = page.replace("<head>", '<head>\n<base href="about:srcdoc">', 1)  # or its links would lead to the outer page
+    return f'<iframe srcdoc="{escape(own)}" title="{title}" style="width:100%;height:36rem;border:0"></iframe>'
 
 
 def pattern_fragment(pattern: Pattern, length: int = NOTEBOOK_LENGTH) -> str:

@@ -65,6 +65,13 @@ class Distance(Importance):
         masses = _Masses(self).of(site)
         return Curves.of("distance in tokens", range(masses.at.shape[1]), masses.at / masses.total.unsqueeze(1))
 
+    def apart(self, site: Site, rows: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+        """Which of these rows of ``queries`` are on the grid, bool [R], and their distances [R', S'] from its keys, those after
+        the prefix.  Raises CalibrationError."""
+        places, at = self.places(site, keys), rows + (0 if site.alignment == "first" else keys - queries)
+        on_grid = at >= self.prefix
+        return on_grid, torch.cdist(places[at[on_grid] - self.prefix], places, p=NORMS[self.metric])
+
     @property
     def _told(self) -> str:
         return f"{self.prefix} + {' x '.join(map(str, self.grid or ()))}"
@@ -114,14 +121,9 @@ class _Masses(Statistic[_Mass]):
         prefix = self.how.prefix
         total, moment = (torch.zeros(site.num_heads, dtype=torch.float64) for _ in range(2))
         at = torch.zeros(site.num_heads, 1, dtype=torch.float64)
-        of_length: dict[int, Tensor] = {}
         for block in rows_of(site):
-            S = len(block.keys)
-            places = of_length[S] if S in of_length else of_length.setdefault(S, self.how.places(site, S))
-            rows = block.rows.cpu() + (0 if site.alignment == "first" else S - block.queries)
-            on_grid = rows >= prefix
+            on_grid, apart = self.how.apart(site, block.rows.cpu(), block.queries, len(block.keys))
             p = block.weights.cpu()[:, on_grid, prefix:]
-            apart = torch.cdist(places[rows[on_grid] - prefix], places, p=NORMS[self.how.metric])
             total += p.sum((1, 2))
             moment += (p * apart).sum((1, 2))
             bins = (apart + 0.5).floor().long().flatten()

@@ -14,9 +14,7 @@ from attnopt.errors import CalibrationError
 from attnopt.ir.head_probe import HeadProbe
 from attnopt.ir.importance import ModelImportance
 from attnopt.statistics.calibrated import last_outputs
-
-STEPS = 20  # of k-means
-SAME = 1e-5  # of the longest vector: closer ones differ by rounding
+from attnopt.statistics.k_means import coded
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,20 +59,3 @@ class UniqueCodes(ModelImportance):
             own, others = codes[: len(positive)], codes[len(positive) :]
             shares.append(float((~torch.isin(own, others)).double().mean()))
         return shares
-
-
-def coded(x_ND: Tensor, codes: int) -> Tensor:
-    """For each vector the number of its centroid, [N]: k-means, started from vectors that lie far apart."""
-    chosen, noise = [0], SAME * float(x_ND.norm(dim=1).amax())
-    while len(chosen) < codes:
-        nearest = torch.cdist(x_ND, x_ND[chosen]).amin(1)
-        if float(nearest.amax()) <= noise:
-            break
-        chosen.append(int(nearest.argmax()))
-    centroids = x_ND[chosen]
-    for _ in range(STEPS):
-        member = torch.cdist(x_ND, centroids).argmin(1)
-        counts = torch.bincount(member, minlength=len(centroids)).unsqueeze(1)
-        moved = torch.zeros_like(centroids).index_add(0, member, x_ND) / counts.clamp(min=1)
-        centroids = torch.where(counts > 0, moved, centroids)
-    return torch.cdist(x_ND, centroids).argmin(1)

@@ -17,7 +17,7 @@ from attnopt.cli import demo_data as demo_similarity
 from attnopt.cli import main as cli
 from attnopt.errors import AttnoptError
 
-COMMANDS = ("inspect", "optimize", "export", "explain", "diff", "search", "bench", "demo", "passes")
+COMMANDS = ("inspect", "optimize", "export", "explain", "diff", "search", "heads", "bench", "demo", "passes")
 
 
 @pytest.fixture(autouse=True)

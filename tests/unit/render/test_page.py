@@ -1,29 +1,24 @@
 """The report's page: what is drawn, and how a browser shows it.  Also what notebooks are given."""
 
-import html
 import json
-import re
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
+import browser
 import numpy as np
 import pytest
 import tiny_models
+from browser import CHROMIUM, is_balanced
 
 import attnopt
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
 from attnopt.patterns import Blocks, Causal, Full, Global, Pattern, PerHead, Sinks, Strided, Window
 from attnopt.render.numbers import numbers, times
-from attnopt.render.page import framed, picture_svg, report_page
+from attnopt.render.page import picture_svg, report_page
 from attnopt.render.page_view import lanes, measures, site_views
 from attnopt.render.pattern_cells import CELLS, pictures, shares
 from attnopt.report.report import Form, Report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATTERNS = [Full(), Causal(), Window(3, 1) | Sinks(2), Strided(5) & Causal(), Blocks(7, 2), Global((0, 9)), ~Window(2)]
 
 
@@ -160,29 +155,6 @@ def test_folded_numbers() -> None:
 
 
 # ---------------------------------------------------------------- notebooks
-class _Balanced(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag not in ("br", "wbr", "meta"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def _is_balanced(fragment: str) -> bool:
-    parser = _Balanced()
-    parser.feed(fragment)
-    parser.close()
-    return not parser.open
-
-
 def test_notebooks_show_patterns_inspections_and_reports(report: Report) -> None:
     model, args = tiny_models.causal()
     for shown, wanted in [
@@ -192,7 +164,7 @@ def test_notebooks_show_patterns_inspections_and_reports(report: Report) -> None
     ]:
         fragment = shown._repr_html_()  # type: ignore[attr-defined]
         assert wanted in fragment
-        assert _is_balanced(fragment)
+        assert is_balanced(fragment)
 
 
 def test_a_picture_alone() -> None:
@@ -216,25 +188,11 @@ LOOK = """<script>addEventListener("load", () => {
 })</script>"""
 
 
-def _seen(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
-    """What headless Chromium makes of the page in a frame of this width."""
-    outer = folder / "outer.html"
-    frame = framed(page.replace("</body>", LOOK + "</body>")).replace("width:100%", f"width:{width}px")
-    outer.write_text(f"<!DOCTYPE html><title>nothing</title><body>{frame}", encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile", "--dump-dom"]
-    if dark:
-        options.append("--blink-settings=preferredColorScheme=0")
-    command = [str(CHROMIUM), *options, "--virtual-time-budget=2000", outer.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    (title,) = re.findall(r"<title>(.*?)</title>", done.stdout)[:1]
-    return dict(json.loads(html.unescape(title)))
-
-
 @pytest.mark.subprocess
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (1200, True)])
 def test_in_a_browser(report: Report, tmp_path: Path, width: int, dark: bool) -> None:
-    seen = _seen(report_page(report), tmp_path, width, dark)
+    seen = browser.seen(report_page(report), tmp_path, width, dark, LOOK)
     assert seen["width"] == width
     assert seen["wide"] == []  # nothing sticks out to the right
     assert (seen["unnamed"], seen["dead"], seen["unlabelled"]) == (0, 0, 0)
