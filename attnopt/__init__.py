@@ -41,8 +41,10 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from attnopt.fit.attention_recall import kept_mass
+    from attnopt.intervene.fit_path_gains import fit_path_gains
     from attnopt.intervene.guard import Behaviour, Kept, guard
     from attnopt.intervene.patch import patch
+    from attnopt.intervene.path_gain import path_gain
     from attnopt.intervene.path_patch import path_patch
     from attnopt.intervene.search import search_heads
     from attnopt.ir.activations import Activations
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from attnopt.report.head_effects import HeadEffects
     from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
+    from attnopt.report.path_gains import PathGains
     from attnopt.report.report import Report
     from attnopt.version import __version__
 
@@ -132,6 +135,7 @@ __all__ = [
     "Outputs",
     "Pass",
     "Past",
+    "PathGains",
     "Pattern",
     "PluginError",
     "Policy",
@@ -155,6 +159,7 @@ __all__ = [
     "collect",
     "convert",
     "expose",
+    "fit_path_gains",
     "greedy_heads",
     "guard",
     "guidance",
@@ -167,6 +172,7 @@ __all__ = [
     "optimize",
     "passes",
     "patch",
+    "path_gain",
     "path_patch",
     "patterns",
     "plot",
@@ -190,8 +196,10 @@ _NAMES = {
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
     "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",
+    "intervene.fit_path_gains": "fit_path_gains",
     "intervene.guard": "Behaviour Kept guard",
     "intervene.patch": "patch",
+    "intervene.path_gain": "path_gain",
     "intervene.path_patch": "path_patch",
     "intervene.search": "search_heads",
     "ir.activations": "Activations",
@@ -229,6 +237,7 @@ _NAMES = {
     "report.head_effects": "HeadEffects",
     "report.head_search": "HeadSearch",
     "report.inspection": "Inspection",
+    "report.path_gains": "PathGains",
     "report.report": "Report",
     "version": "__version__",
 }  # module -> its public names

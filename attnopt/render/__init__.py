@@ -15,5 +15,6 @@ shown_by("attnopt.report.attribution:Attribution", "text", "attnopt.render.head_
 shown_by("attnopt.report.collected:Collected", "text", "attnopt.render.head_tables:collected_text")
 shown_by("attnopt.report.inspection:Inspection", "html", "attnopt.render.page:inspection_fragment")
 shown_by("attnopt.report.inspection:Inspection", "text", "attnopt.render.tables:inspection_text")
+shown_by("attnopt.report.path_gains:PathGains", "text", "attnopt.render.path_gain_table:path_gains_text")
 shown_by("attnopt.report.report:Report", "html", "attnopt.render.page:report_frame")
 shown_by("attnopt.report.report:Report", "page", "attnopt.render.page:report_page")
