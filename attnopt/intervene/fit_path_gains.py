@@ -13,6 +13,7 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import as_called, compiling
 from attnopt.base.options import number, whole
 from attnopt.base.progress import working
+from attnopt.base.quiet import quiet
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.analyze_batches import analyze_batches
 from attnopt.compiler.chosen_sites import site_globs
@@ -81,6 +82,8 @@ def fit_path_gains(
     held = add_path_sum(module, readout, {**given, **{name: torch.ones((), dtype=torch.float64) for name in free}})
     cleaned(module)
     sweep = HeadSweep(analyzed.program, HeadGraph(module, {}, {}))
+    with quiet():  # torch reads its rules of forward derivatives at the first one, with deprecated functions of its own
+        torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
     with torch.no_grad(), working("fitting gains of paths") as tick:
         problem = _Problem(sweep, [held[name] for name in free], read or _logits, batches, tick)
         problem.aim([*targets] if targets is not None else None, held, given)
@@ -140,9 +143,7 @@ class _Problem:
         self.part = Part(sweep.graph.module.graph, free, sweep.ends)
         self.targets: list[Tensor] = []
 
-    def aim(
-        self, targets: Sequence[Tensor] | None, held: Mapping[str, fx.Node], given: Mapping[str, Tensor]
-    ) -> None:
+    def aim(self, targets: Sequence[Tensor] | None, held: Mapping[str, fx.Node], given: Mapping[str, Tensor]) -> None:
         """Set the targets, or take the model's own outputs before the given gains count.  Raises CalibrationError."""
         module, ones = self.sweep.graph.module, torch.ones(len(self.free), dtype=torch.float64)
         buffers = {name: module.get_buffer(str(held[name].target)) for name in given}
@@ -154,7 +155,8 @@ class _Problem:
             buffer.copy_(given[name])
         if len(targets) != len(self.batches):
             raise CalibrationError(
-                f"fit_path_gains: {len(targets)} targets for {len(self.batches)} batches", hint="give one for each batch"
+                f"fit_path_gains: {len(targets)} targets for {len(self.batches)} batches",
+                hint="give one for each batch",
             )
         self.targets = [torch.as_tensor(t).detach().double() for t in targets]
 
@@ -196,13 +198,13 @@ class _Problem:
     def _error(self, gains: Tensor) -> _Error:
         squares, count = 0.0, 0
         slope, curvature = torch.zeros_like(gains), gains.new_zeros(len(gains), len(gains))
-        for number_, (batch, target) in enumerate(zip(self.batches, self.targets, strict=True)):
+        for place, (batch, target) in enumerate(zip(self.batches, self.targets, strict=True)):
             reader = self._reader(batch)
             columns: list[Tensor] = []
             for unit in torch.eye(len(gains), dtype=gains.dtype):
                 value, column = torch.func.jvp(reader, (gains,), (unit,))
                 columns.append(column.detach().flatten().cpu())
-            residual = self._minus(value.detach(), target, number_)
+            residual = self._minus(value.detach(), target, place)
             jacobian = torch.stack(columns)
             squares += float(residual @ residual)
             slope += jacobian @ residual

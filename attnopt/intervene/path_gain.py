@@ -102,7 +102,7 @@ def paths_of(owner: str, readout: Readout, glob: str) -> list[str]:
     lost = next((name for name in readout.others if matches(glob, name)), None)
     if lost is not None:
         raise RewriteError(
-            f"{owner}: {lost!r} does not reach the readout directly: something other than additions, layouts and norms follows it",
+            f"{owner}: {lost!r} does not reach the readout directly, through additions, layouts and norms alone",
             hint=f"the paths that do are {_listed(list(readout.shares))}",
         )
     near = difflib.get_close_matches(glob, [*readout.shares, *readout.others], n=2)
@@ -127,7 +127,9 @@ def _gain(readout: Readout, name: str, gain: object) -> Tensor:
         )
     heads = share.heads.site.num_heads
     if len(given) != heads:
-        raise PolicyError(f"path_gain: {option} has {len(given)} numbers for {heads} heads", hint="give one for each head")
+        raise PolicyError(
+            f"path_gain: {option} has {len(given)} numbers for {heads} heads", hint="give one for each head"
+        )
     return torch.tensor(numbers("path_gain", option, given), dtype=torch.float64)
 
 

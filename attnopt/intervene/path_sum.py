@@ -13,7 +13,6 @@ from attnopt.graph.axes import resolve_all
 from attnopt.graph.cleanup import draws
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, calls, dtype, is_call, value
-from attnopt.graph.ops import ADD
 from attnopt.graph.store import store
 from attnopt.intervene.readout import Readout, Share
 from attnopt.match.rearrange import Arranger
@@ -60,14 +59,15 @@ def drop_zeros(held: Mapping[str, fx.Node], gains: Mapping[str, Tensor]) -> None
 
 
 def _skip(addition: fx.Node, zero: fx.Node) -> None:
+    """The other operand in the place of its sum with zeros, if it has the same form."""
     if not is_call(addition, aten.add.Tensor) or addition.kwargs:
         return
-    a, b = addition.args[:2]
-    other = b if a is zero else a
-    sizes = [value(n).shape if isinstance(n, fx.Node) else () for n in (other, addition)]
-    if other is not zero and isinstance(other, fx.Node) and len(sizes[0]) == len(sizes[1]):
-        if all(map(same_size, *sizes)) and dtype(other) == dtype(addition):
-            addition.replace_all_uses_with(other)
+    other = addition.args[1] if addition.args[0] is zero else addition.args[0]
+    if not isinstance(other, fx.Node) or other is zero or dtype(other) != dtype(addition):
+        return
+    ours, theirs = value(other).shape, value(addition).shape
+    if len(ours) == len(theirs) and all(map(same_size, ours, theirs)):
+        addition.replace_all_uses_with(other)
 
 
 def _place(share: Share, gain: Tensor) -> fx.Node:

@@ -17,7 +17,7 @@ from attnopt.observe.residual import PASSES, Residual
 
 @dataclass(frozen=True)
 class Share:
-    """What one path adds to a stream: ``node``.  ``heads``: the attention whose heads it consists of, if they can be told apart."""
+    """What one path adds to a stream: ``node``.  ``heads``: the attention whose heads it sums, if they can be told apart."""
 
     name: str
     node: fx.Node
@@ -40,19 +40,21 @@ class Readout:
                 hint="attnopt.inspect shows which attentions were found; paths are told apart where x + attention(x) is computed",
             )
         self.path = LinearPath(graph, found, residual, self.ends)
+        self.additions = residual.additions.keys()
         self.live = _above(residual, graph.output_node())
         on = {*self.path.followed, *self.path.ends}
         by_name = {f.site.name: f for f in found}
         self.shares: dict[str, Share] = {}
         for b in residual.branches:
-            if b.node in on and (b.add is None or b.add in on):
+            is_known = b.add is None and any(share.node is b.node for share in self.shares.values())
+            if b.node in on and (b.add is None or b.add in on) and not is_known:  # two streams may start at one node
                 f = None if b.site is None else by_name[b.site]
                 told_apart = f is not None and f.raised.region.out.node in self.path.ends
                 self.shares[b.name] = Share(b.name, b.node, f if told_apart else None)
         self.others = [name for name in dict.fromkeys(b.name for b in residual.branches) if name not in self.shares]
 
     def require_alone(self, share: Share) -> None:
-        """Raises RewriteError if what the path adds goes to another sum as well, whose reader would see it without its gain."""
+        """Raises RewriteError if what the path adds goes to a sum that is no stream, which may be the real readout's."""
         if sum(other.node is share.node for other in self.shares.values()) > 1:
             raise self._added_twice(share, share.node)
         stack, seen = [share.node], {share.node}
@@ -60,7 +62,7 @@ class Readout:
             for user in stack.pop().users:
                 if user in seen or user not in self.live:
                     continue
-                if calls(user, ADD) and user not in self.path.followed:
+                if calls(user, ADD) and user not in self.path.followed and user not in self.additions:
                     raise self._added_twice(share, user)
                 if calls(user, PASSES) or calls(user, FACTORS):
                     seen.add(user)
