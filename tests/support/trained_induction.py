@@ -52,7 +52,7 @@ def trained() -> Trained:
     torch.manual_seed(0)
     model, generator = Trained(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, STEPS)
     for _ in range(STEPS):
         ids, known = repeated(BATCH, generator)
         loss = nn.functional.cross_entropy(model(ids[:, :-1])[known[:, 1:]], ids[:, 1:][known[:, 1:]])
