@@ -202,9 +202,10 @@ class _Problem:
             reader = self._reader(batch)
             columns: list[Tensor] = []
             for unit in torch.eye(len(gains), dtype=gains.dtype):
-                value, column = torch.func.jvp(reader, (gains,), (unit,))
-                columns.append(column.detach().flatten().cpu())
-            residual = self._minus(value.detach(), target, place)
+                both: Any = torch.func.jvp(reader, (gains,), (unit,))
+                value, column = (x.detach() for x in both)
+                columns.append(column.flatten().cpu())
+            residual = self._minus(value, target, place)
             jacobian = torch.stack(columns)
             squares += float(residual @ residual)
             slope += jacobian @ residual

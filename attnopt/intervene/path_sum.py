@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -102,7 +103,8 @@ def _frozen(emit: Emitter, node: fx.Node, now: Mapping[fx.Node, fx.Node]) -> fx.
 
     def computed(part: Tensor, stream: Tensor, *rest: Tensor) -> Tensor:
         known = dict(zip(others, rest, strict=True))
-        args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), known.__getitem__)
+        given: Any = fx.node.map_arg((node.args[1:], node.kwargs), known.__getitem__)
+        args, kwargs = given
         wide = torch.promote_types(part.dtype, torch.float32)
         return norm(part.to(wide), stream.to(wide), *args, **kwargs).to(part.dtype)
 

@@ -37,7 +37,8 @@ class Ablation(AblationImportance):
         return [[(x, squared_distance(x, torch.zeros_like(x))) for x in each] for each in told]
 
     def read(self, probe: HeadProbe, before: Any, batch: int, output: Any) -> float:
-        pairs = zip(before[batch], self._told(probe, output), strict=True)
+        wanted: list[tuple[Tensor, float]] = before[batch]
+        pairs = zip(wanted, self._told(probe, output), strict=True)
         if probe.behaviour is not None:
             return sum(_divergence(want, got) for (want, _), got in pairs)
         return sum(squared_distance(got, want) / max(squares, 1e-300) for (want, squares), got in pairs)
