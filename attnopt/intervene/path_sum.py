@@ -20,7 +20,7 @@ from attnopt.match.rearrange import Arranger
 from attnopt.observe.frozen_norms import LAYER_NORM, RMS_NORM, layer_norm, rms_norm
 
 ORIGIN: dict[str, object] = {"pass": "path-gain"}
-ONE = "path_gain"  # buffers of gains are called so
+BUFFER = "path_gain"  # how names of the gains begin
 
 
 def add_path_sum(gm: fx.GraphModule, readout: Readout, gains: Mapping[str, Tensor]) -> dict[str, fx.Node]:
@@ -119,7 +119,7 @@ def _by_head(emit: Emitter, share: Share, gains: fx.Node) -> fx.Node:
 
 
 def _buffer(gm: fx.GraphModule, emit: Emitter, name: str, gain: Tensor) -> fx.Node:
-    stored = store(gm, f"{ONE}_{name.replace('.', '_')}", gain.clone())
+    stored = store(gm, f"{BUFFER}_{name.replace('.', '_')}", gain.clone())
     with emit.graph.inserting_before(emit.before):
         node = emit.graph.get_attr(stored)
     with emit.mode:
