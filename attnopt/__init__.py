@@ -42,8 +42,10 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from attnopt.fit.attention_recall import kept_mass
+    from attnopt.intervene.fit_path_gains import fit_path_gains
     from attnopt.intervene.guard import Behaviour, Kept, guard
     from attnopt.intervene.patch import patch
+    from attnopt.intervene.path_gain import path_gain
     from attnopt.intervene.path_patch import path_patch
     from attnopt.intervene.search import search_heads
     from attnopt.ir.activations import Activations
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from attnopt.report.head_effects import HeadEffects
     from attnopt.report.head_search import HeadSearch
     from attnopt.report.inspection import Inspection
+    from attnopt.report.path_gains import PathGains
     from attnopt.report.policy_search import SearchReport
     from attnopt.report.report import Report
     from attnopt.version import __version__
@@ -146,6 +149,7 @@ __all__ = [
     "Outputs",
     "Pass",
     "Past",
+    "PathGains",
     "Pattern",
     "PluginError",
     "Policy",
@@ -173,6 +177,7 @@ __all__ = [
     "collect",
     "convert",
     "expose",
+    "fit_path_gains",
     "greedy_heads",
     "guard",
     "guidance",
@@ -185,6 +190,7 @@ __all__ = [
     "optimize",
     "passes",
     "patch",
+    "path_gain",
     "path_patch",
     "patterns",
     "plot",
@@ -211,8 +217,10 @@ _NAMES = {
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
     "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",
+    "intervene.fit_path_gains": "fit_path_gains",
     "intervene.guard": "Behaviour Kept guard",
     "intervene.patch": "patch",
+    "intervene.path_gain": "path_gain",
     "intervene.path_patch": "path_patch",
     "intervene.search": "search_heads",
     "ir.activations": "Activations",
@@ -257,6 +265,7 @@ _NAMES = {
     "report.head_search": "HeadSearch",
     "report.inspection": "Inspection",
     "report.policy_search": "SearchReport",
+    "report.path_gains": "PathGains",
     "report.report": "Report",
     "version": "__version__",
 }  # module -> its public names

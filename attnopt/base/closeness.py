@@ -50,6 +50,11 @@ def _difference(got: Tensor, want: Tensor) -> float:
     return worst / largest
 
 
+def squared_distance(got: Tensor, want: Tensor) -> float:
+    """Sum of squared differences, in double precision."""
+    return sum(float((_wide(g) - _wide(w)).abs().square().sum()) for g, w in _pieces(got, want))
+
+
 def squared_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """Sum of squared differences over floating-point tensors, relative to the squared norm of the expected ones."""
     return sum(_squared_difference(g, w) for g, w in zip(got, want, strict=True) if w.is_floating_point())

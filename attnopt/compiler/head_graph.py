@@ -9,15 +9,18 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from attnopt.backends.sdpa import Sdpa
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, shape, value
+from attnopt.ir import plugin_calls
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.semantics import heads_of
 from attnopt.ir.spec import AttentionSpec
-from attnopt.lower.lower import as_specified, copy_program
+from attnopt.lower.lower import as_specified, copy_program, inline
 from attnopt.match.find import Found
 
+FUSED = Sdpa()
 Inputs = Mapping[str, Collection[int]]  # "q", "k" or "v" -> places of query heads
 
 
@@ -42,7 +45,7 @@ class HeadGraph:
 
 
 def head_graph(gm: fx.GraphModule, found: Sequence[Found], inputs: Mapping[str, Inputs] | None = None) -> HeadGraph:
-    """A copy of ``gm`` with shared weights, in which these sites are computed by the reference backend.
+    """A copy of ``gm`` with shared weights, in which these sites are computed by fused attention, or else by the reference.
 
     ``inputs``: of which heads the inputs can be replaced, by site."""
     module, table = copy_program(gm)
@@ -56,7 +59,9 @@ def head_graph(gm: fx.GraphModule, found: Sequence[Found], inputs: Mapping[str, 
         spec, operands, nodes = raised.spec, operands_of(node), dict[str, fx.Node]()
         if inputs is not None and (wanted := inputs.get(f.site.name)):
             spec, operands, nodes = _with_inputs(emit, spec, operands, wanted)
-        outputs[f.site.name], read[f.site.name] = as_specified(emit, spec, operands), operands
+        is_fused = plugin_calls.accepts(FUSED, replace(f.site, spec=spec)) is None
+        computed = inline(emit, spec, FUSED, operands) if is_fused else as_specified(emit, spec, operands)
+        outputs[f.site.name], read[f.site.name] = computed, operands
         replaceable[f.site.name] = nodes
         node.replace_all_uses_with(outputs[f.site.name])
     remove_unused_nodes(module)

@@ -57,13 +57,17 @@ class Part:
 
     def run(self, around: Mapping[fx.Node, Any], given: Sequence[Any]) -> list[Any]:
         """The values of the ends; ``around`` has those of ``reads``, and ``given`` are those of the starts."""
-        values: Values = {n: around[n] for n in self.reads} | dict(zip(self.starts, given, strict=True))
         with torch.no_grad():
-            for node in self.nodes:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = run_call(node, args, kwargs)
-                for n in self.dying.get(node, ()):
-                    del values[n]
+            return self.differentiable(around, given)
+
+    def differentiable(self, around: Mapping[fx.Node, Any], given: Sequence[Any]) -> list[Any]:
+        """The same, through which derivatives flow from ``given``."""
+        values: Values = {n: around[n] for n in self.reads} | dict(zip(self.starts, given, strict=True))
+        for node in self.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = run_call(node, args, kwargs)
+            for n in self.dying.get(node, ()):
+                del values[n]
         return [values[n] for n in self.ends]
 
 

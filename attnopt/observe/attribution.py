@@ -27,6 +27,7 @@ from attnopt.match.find import Found
 from attnopt.match.prove import example_values
 from attnopt.observe.collect import original_numbers
 from attnopt.observe.linear_path import BIAS, LinearPath, LinearRun
+from attnopt.observe.residual import Residual
 from attnopt.observe.taps import outputs_node
 from attnopt.onnx.load.model_or_file import opened
 from attnopt.report.attribution import Attribution
@@ -60,7 +61,7 @@ def logit_attribution(
     program, found = analyzed.program, analyzed.findings.found
     gm = program.module
     taps = {f.site.name: outputs_node(f) for f in found}
-    path = LinearPath(gm.graph, found)
+    path = LinearPath(gm.graph, found, Residual(gm.graph, found))
     reached = [f for f in found if f.raised.region.out.node in path.ends]
     if not reached:
         raise _unreachable(path)

@@ -18,19 +18,12 @@ from attnopt.base.bit_table import indices
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.options import choice
-from attnopt.capture.flex_attention import restore_calls
-from attnopt.capture.program import Program
-from attnopt.capture.run_unchanged import trains_otherwise
-from attnopt.capture.signature import Signature
 from attnopt.compiler.analyze import analyze
 from attnopt.compiler.chosen_sites import chosen_places, site_names
-from attnopt.compiler.decide import Decision
-from attnopt.compiler.origin import Origin
-from attnopt.compiler.site_report import site_report
+from attnopt.compiler.edited_graph import cleaned, origin_of, report_of
 from attnopt.errors import CaptureError, PolicyError
-from attnopt.graph.cleanup import prune_unused_state, remove_unused_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import shape, stored, value
+from attnopt.graph.nodes import shape, value
 from attnopt.match.find import Findings
 from attnopt.model import OptimizedModel
 from attnopt.observe import chosen, maps
@@ -39,8 +32,6 @@ from attnopt.observe.contribution import contribution, read_for, require_project
 from attnopt.observe.residual import Residual
 from attnopt.observe.taps import Question, Tap
 from attnopt.onnx.load.model_or_file import opened
-from attnopt.report.report import Report
-from attnopt.version import __version__
 
 
 @dataclass(frozen=True)
@@ -99,14 +90,10 @@ def expose(
             hint="call it without a cache, as with use_cache=False",
         )
     module = program.module
-    report = _report(program, findings)
+    report = report_of(program, findings)
     _add_outputs(module, dict(_nodes(given, module, findings, wanted)))
-    restore_calls(module)
-    remove_unused_nodes(module)
-    prune_unused_state(module)
-    module.graph.lint()
-    module.recompile()
-    return OptimizedModel(module, _origin(given, program, findings, module, report))
+    cleaned(module)
+    return OptimizedModel(module, origin_of(given, program, findings, module, report))
 
 
 def _wanted(taps: object) -> list[tuple[str, tuple[Exposed, ...]]]:
@@ -252,26 +239,3 @@ def _add_outputs(gm: fx.GraphModule, made: Mapping[str, fx.Node]) -> None:
     gm.graph.set_codegen(changed)
     if hasattr(gm, "_out_spec"):
         gm._out_spec = spec
-
-
-def _report(program: Program, findings: Findings) -> Report:
-    """Every attention as it is, unchanged."""
-    return Report(
-        sites=tuple(site_report(Decision(f, f.site)) for f in findings.found),
-        near_misses=findings.near_misses,
-        versions={"attnopt": __version__, "torch": torch.__version__},
-        fixed_axes=program.fixed_axes,
-    )
-
-
-def _origin(model: nn.Module, program: Program, findings: Findings, gm: fx.GraphModule, report: Report) -> Origin:
-    live = stored(gm)
-    return Origin(
-        report=report,
-        sites=tuple(f.site.stored_as(live) for f in findings.found),
-        signature=Signature.of(model.forward, *program.inputs),
-        inputs=program.inputs,
-        shapes=program.shapes,
-        trains_otherwise=trains_otherwise(model),
-        form=program.form,
-    )

@@ -1,4 +1,4 @@
-"""The part of a graph that is linear in what attentions and MLPs write: from its outputs back to there.
+"""The part of a graph that is linear in what attentions and MLPs write: from its outputs, or other nodes, back to there.
 
 Norms count as linear: their scale is taken as it is.  A product of two values that both depend on the input ends the path,
 unless one of them is one number for each token, as the scale of a norm that is written out.
@@ -32,13 +32,16 @@ class LinearPath:
     """``followed``: for each node of the path the operands in which it is linear; ``ends``: where it ends, by name: at the
     outputs of heads, under the name of their attention, at other branches of residual streams, and at biases."""
 
-    def __init__(self, graph: fx.Graph, found: Sequence[Found]) -> None:
+    def __init__(
+        self, graph: fx.Graph, found: Sequence[Found], residual: Residual, starts: Sequence[fx.Node] | None = None
+    ) -> None:
+        """``starts``: where the path begins; by default at the outputs of the graph."""
         self.sites = {f.raised.region.out.node: f for f in found}
         stops = {n: f.site.name for n, f in self.sites.items()}
-        stops |= {b.node: b.name for b in Residual(graph, found).branches if b.site is None}
+        stops |= {b.node: b.name for b in residual.branches if b.site is None}
         self.followed: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.ends: dict[fx.Node, str] = {}
-        stack = [n for n in graph.output_node().all_input_nodes if _is_real(n)]
+        stack = [n for n in (graph.output_node().all_input_nodes if starts is None else starts) if _is_real(n)]
         seen = set(stack)
         while stack:
             node = stack.pop()

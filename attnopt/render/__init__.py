@@ -21,5 +21,6 @@ shown_by("attnopt.report.inspection:Inspection", "text", "attnopt.render.tables:
 shown_by("attnopt.report.policy_search:SearchReport", "html", "attnopt.render.policy_search:search_frame")
 shown_by("attnopt.report.policy_search:SearchReport", "page", "attnopt.render.policy_search:search_page")
 shown_by("attnopt.report.policy_search:SearchReport", "text", "attnopt.render.policy_search:search_text")
+shown_by("attnopt.report.path_gains:PathGains", "text", "attnopt.render.path_gain_table:path_gains_text")
 shown_by("attnopt.report.report:Report", "html", "attnopt.render.page:report_frame")
 shown_by("attnopt.report.report:Report", "page", "attnopt.render.page:report_page")

@@ -109,6 +109,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     fixed_axes: tuple[str, ...] = ()  # requested axes that are static or bounded, and size constraints
     cpu_seconds: Mapping[str, float] = field(default_factory=dict)  # of one call, "before" and "after", if measured
+    notes: tuple[str, ...] = ()  # what else of the model was changed
 
     def count(self, status: Status) -> int:
         return sum(site.status == status for site in self.sites)
@@ -142,6 +143,7 @@ class Report:
         for miss in self.near_misses:
             lines.append(f"  {_titled(miss.name, miss.where)}")
             lines += [f"  {line}" for line in _refused("not matched", miss.refusal, miss.where)]
+        lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  {line}" for line in told(self.fixed_axes)]
         lines += [f"  warning: {text}" for text in self.warnings]
         if self.error is not None:
@@ -176,6 +178,7 @@ class Report:
             versions=dict(data["versions"]),
             fixed_axes=tuple(data["fixed_axes"]),
             cpu_seconds={name: float(seconds) for name, seconds in data.get("cpu_seconds", {}).items()},
+            notes=tuple(data.get("notes", ())),
         )
 
     def _repr_html_(self) -> str:

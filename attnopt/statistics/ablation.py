@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from attnopt.base.closeness import tensors
+from attnopt.base.closeness import squared_distance, tensors
 from attnopt.base.options import choice
 from attnopt.ir.head_probe import KINDS, HeadProbe
 from attnopt.ir.importance import AblationImportance
@@ -30,12 +31,17 @@ class Ablation(AblationImportance):
     def __post_init__(self) -> None:
         choice(self.name, "kind", self.kind, KINDS)
 
-    def before(self, probe: HeadProbe) -> list[list[Tensor]]:
-        return [self._told(probe, probe.output(batch)) for batch in probe.batches]
+    def before(self, probe: HeadProbe) -> list[list[tuple[Tensor, float]]]:
+        """The output of each batch, and its sum of squares."""
+        told = [self._told(probe, probe.output(batch)) for batch in probe.batches]
+        return [[(x, squared_distance(x, torch.zeros_like(x))) for x in each] for each in told]
 
     def read(self, probe: HeadProbe, before: Any, batch: int, output: Any) -> float:
-        apart = _divergence if probe.behaviour is not None else _change
-        return sum(apart(want, got) for want, got in zip(before[batch], self._told(probe, output), strict=True))
+        wanted: list[tuple[Tensor, float]] = before[batch]
+        pairs = zip(wanted, self._told(probe, output), strict=True)
+        if probe.behaviour is not None:
+            return sum(_divergence(want, got) for (want, _), got in pairs)
+        return sum(squared_distance(got, want) / max(squares, 1e-300) for (want, squares), got in pairs)
 
     def moved(self, before: Any, read: Sequence[float]) -> float:
         return sum(read) / len(read)
@@ -43,7 +49,7 @@ class Ablation(AblationImportance):
     def _told(self, probe: HeadProbe, output: Any) -> list[Tensor]:
         if probe.behaviour is not None:
             return [probe.behaviour(output).double().log_softmax(-1)]
-        return [t.double() for t in tensors(output) if t.is_floating_point()]
+        return [t for t in tensors(output) if t.is_floating_point()]
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,3 @@ def _last(logits: Tensor, place: Tensor) -> Tensor:
 def _divergence(want: Tensor, got: Tensor) -> float:
     """KL(want || got) of log-probabilities, the mean over rows."""
     return float((want.exp() * (want - got)).sum(-1).mean())
-
-
-def _change(want: Tensor, got: Tensor) -> float:
-    return float((got - want).square().sum() / want.square().sum().clamp(min=1e-300))

@@ -68,13 +68,13 @@ class ViT:
     drawn = "accuracy"
 
     def __init__(self) -> None:
-        self.images, labels = _read("train")
+        self.images, self.labels = _read("train")
         self.test_images, self.test_labels = _read("t10k")
         self._model = Classifier()
         if TRAINED.is_file():
             self._model.load_state_dict(load_file(TRAINED))
         else:
-            _train(self._model, self.images[:-10_000], labels[:-10_000])
+            _train(self._model, self.images[:-10_000], self.labels[:-10_000])
             TRAINED.parent.mkdir(exist_ok=True)
             save_file(self._model.state_dict(), TRAINED)
         self._model.eval()
