@@ -17,6 +17,7 @@ import attnopt
 from attnopt.errors import ArchiveError, CalibrationError, PolicyError
 from attnopt.observe import maps
 from attnopt.observe.chosen import KINDS
+from attnopt.passes import HeadPatch
 
 
 def counted(x: Tensor, tokens: Tensor, axis: int) -> Tensor:
@@ -94,6 +95,35 @@ def test_column_means_need_no_map(name: str, monkeypatch: pytest.MonkeyPatch) ->
         each = torch.stack([w[:, q].mean(1) for w, q in zip(weights, queries, strict=True)])
         want = (each * keys[:, None]).sum(0) / keys.sum(0)
         same(found[a.name, "weights"], want)
+
+
+def test_padding_of_other_keys_says_nothing_about_as_many_queries() -> None:
+    """A text of seven tokens beside an image of seven: where the text is padded, the image is not."""
+    model = observed.far(observed.Cross())
+    batch = {"hidden": torch.randn(2, 7, observed.WIDTH), "text": torch.randn(2, 7, 12)}
+    batch["attention_mask"] = torch.ones(2, 7).long()
+    batch["attention_mask"][1, 3:] = 0
+    outputs: list[Tensor] = []
+    hook = model.to_out[0].register_forward_pre_hook(lambda _, given: outputs.append(given[0].unflatten(-1, (H, -1))))
+    with torch.no_grad():
+        model(**batch)
+        lengths = model.to_q(model.norm(batch["hidden"])).unflatten(-1, (H, -1)).norm(dim=-1).mean((0, 1))
+    hook.remove()
+    (taken,) = attnopt.collect(model, [batch], "outputs").values()
+    assert bool(taken.real[0].all())
+    assert taken.seen == ()
+    same(
+        next(iter(attnopt.collect(model, [batch], "outputs", reduce="mean").values()))["outputs"],
+        outputs[0].mean((0, 1)),
+    )
+    (norms,) = attnopt.head_importance(model, [batch], "query-norm").values()
+    same(torch.tensor(norms), lengths)
+    patched = attnopt.optimize(model, HeadPatch([1], "mean"), (), batch, calibration=[batch])
+    ablated = outputs[0].clone()
+    ablated[:, :, 1] = outputs[0].mean((0, 1))[1]
+    with torch.no_grad():
+        want = batch["hidden"] + model.to_out[0](ablated.flatten(2))
+    torch.testing.assert_close(patched(**batch), want, rtol=1e-4, atol=1e-5)
 
 
 def test_maps_are_averaged_over_sequences_position_by_position() -> None:
