@@ -194,9 +194,13 @@ def test_an_example_of_one_sequence_of_one_token(
     assert fast.report.fixed_axes == ("x[2] = 32",)
 
 
-def test_a_second_optimization_reads_the_same_input() -> None:
+@pytest.mark.parametrize("between", [False, True])
+def test_a_second_optimization_reads_the_same_input(between: bool) -> None:
+    """``between``: after one that does not read it, whose signature no longer names it."""
     model, gains = Stack(), torch.rand(2, HEADS)
     fast = attnopt.optimize(model, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
+    if between:
+        fast = attnopt.optimize(fast, "fuse", (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
     again = attnopt.optimize(fast, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
     x, gains = x_of(3, 14), torch.rand(3, HEADS)
     squared = gains.square()[:, :, None, None]

@@ -126,6 +126,20 @@ def test_padding_of_other_keys_says_nothing_about_as_many_queries() -> None:
     torch.testing.assert_close(patched(**batch), want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_mean_of_nothing_is_no_number() -> None:
+    """Of the last queries where all are padding, and of scores that no sequence shows."""
+    example = EXAMPLES["GPT-2"]()
+    a, batch = example.attentions[0], {**example.batch, "attention_mask": torch.ones(2, 9).long()}
+    batch["attention_mask"][:, 7:] = 0
+    mean = attnopt.collect(example.model, [batch], "outputs", a.name, rows=[-1], reduce="mean")[a.name, "outputs"]
+    assert bool(mean.isnan().all())
+    scores = attnopt.collect(example.model, [batch], "scores", a.name, reduce="mean")[a.name, "scores"]
+    shown = torch.ones(9, 9, dtype=torch.bool).tril() & (torch.arange(9) < 7) & (torch.arange(9)[:, None] < 7)
+    assert torch.equal(scores.isfinite(), shown.expand(H, -1, -1))
+    columns = attnopt.collect(example.model, [batch], "weights", a.name, reduce="column-mean")[a.name, "weights"]
+    assert torch.equal(columns.isfinite(), (torch.arange(9) < 7).expand(H, -1))
+
+
 def test_maps_are_averaged_over_sequences_position_by_position() -> None:
     example = EXAMPLES["GPT-2"]()
     a, tokens = example.attentions[1], example.batch["attention_mask"].bool()
@@ -135,7 +149,9 @@ def test_maps_are_averaged_over_sequences_position_by_position() -> None:
     same(mean, (want["weights"] * pairs).sum(0) / pairs.sum(0))
     scores = attnopt.collect(example.model, [example.batch], "scores", a.name, reduce="mean")[a.name, "scores"]
     seen = pairs & (want["scores"] > -torch.inf)
-    same(scores, want["scores"].masked_fill(~seen, 0.0).sum(0) / seen.sum(0).clamp(min=1))
+    shown = seen.any(0)
+    assert torch.equal(scores.isfinite(), shown)
+    same(scores[shown], (want["scores"].masked_fill(~seen, 0.0).sum(0) / seen.sum(0))[shown])
 
 
 def test_batches_of_other_lengths() -> None:
