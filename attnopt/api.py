@@ -28,6 +28,7 @@ from attnopt.ir.interfaces import Backend
 from attnopt.model import OptimizedModel
 from attnopt.onnx.load.model_or_file import opened
 from attnopt.report.inspection import Inspection
+from attnopt.report.report import Report
 
 if TYPE_CHECKING:
     from attnopt.onnx.load.module import OnnxModule
@@ -112,12 +113,31 @@ def optimize(
     def build(inputs: CallInputs) -> tuple[fx.GraphModule, Origin]:
         asked, shapes = taking(model, chosen.inputs, inputs.kwargs, dynamic_shapes)
         made = carried_out(Job(asked, chosen, inputs, shapes, batches or [], backends, options, own))
-        return made.module, made.origin
+        return made.module, replace(made.origin, report=_with_numbers(model, made.origin.report))
 
     if not any(inputs):
         return OptimizedModel.deferred(model, build)
     module, origin = build(inputs)
     return OptimizedModel(module, origin)
+
+
+def _with_numbers(model: object, report: Report) -> Report:
+    """``report`` with a note at each site whose heads have other numbers than in ``model``, an optimized one without some of
+    them: a head that is named then is another one than it seems."""
+    if not isinstance(model, OptimizedModel):
+        return report
+    known = {site.name: site.spec.heads for site in model.sites}
+    sites = []
+    for site in report.sites:
+        before = known.get(site.name, ())
+        if before and before != tuple(range(len(before))):
+            listed = ", ".join(map(str, before))
+            note = (
+                f"heads {listed} of the optimized model have the numbers 0 to {len(before) - 1} here, also in policies"
+            )
+            site = replace(site, notes=(*site.notes, note))
+        sites.append(site)
+    return replace(report, sites=tuple(sites))
 
 
 @compiling()

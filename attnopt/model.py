@@ -76,7 +76,10 @@ class OptimizedModel(nn.Module):
     @property
     def argument_names(self) -> tuple[str, ...]:
         """What a call may bring, by name."""
-        return () if self._origin is None else tuple(p.name for p in self.origin.signature.parameters)
+        if self._origin is None:
+            return ()
+        own = self.origin.signature
+        return tuple(dict.fromkeys((*(p.name for p in own.parameters), *own.keywords)))
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The forward of the original model."""

@@ -20,7 +20,7 @@ def taking(
     model: nn.Module, inputs: Iterable[Input], given: Mapping[str, object], dynamic_shapes: object
 ) -> tuple[nn.Module, object]:
     """``model`` with those of ``inputs`` that it does not have as further keyword arguments.  It ignores them, unless
-    it takes any keyword.
+    it takes any keyword; an optimized model, called with any, takes those of its own example alone.
 
     ``given``: the keyword arguments of the example.  ``dynamic_shapes`` also comes back, with axes for what was added, which
     are those of what reads it.  Raises PolicyError.
@@ -46,7 +46,7 @@ def taking(
     about = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "forward": _ignoring(kind, forward, added),
+        "forward": _ignoring(kind, forward, added, known=hasattr(model, "argument_names")),
         _ADDED: tuple(added),
     }
     made.__class__ = type(kind.__name__, (kind,), about)
@@ -71,13 +71,14 @@ def _free_axes(x: Tensor, dynamic_shapes: Mapping[str, object]) -> dict[int, obj
 
 
 def _ignoring(
-    kind: type[nn.Module], of_instance: Callable[..., Any] | None, names: Collection[str]
+    kind: type[nn.Module], of_instance: Callable[..., Any] | None, names: Collection[str], *, known: bool
 ) -> Callable[..., object]:
+    """``known``: the model takes no other keywords than it tells, whatever the signature of its ``forward``."""
     own: Any = kind.forward if of_instance is None else lambda _, *args, **kwargs: of_instance(*args, **kwargs)
-    known = inspect.signature(kind.forward if of_instance is None else of_instance)
-    parameters = list(known.parameters.values())
+    signature = inspect.signature(kind.forward if of_instance is None else of_instance)
+    parameters = list(signature.parameters.values())
     takes_any = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-    ignored = () if takes_any else names
+    ignored = names if known or not takes_any else ()
 
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         return own(self, *args, **{name: x for name, x in kwargs.items() if name not in ignored})
@@ -86,5 +87,5 @@ def _ignoring(
         parameters.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY))
     last = len(parameters) - takes_any
     parameters[last:last] = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
-    forward.__signature__ = known.replace(parameters=parameters)  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return forward

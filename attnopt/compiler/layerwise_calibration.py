@@ -49,7 +49,8 @@ class Stream:
 
         def operands(values: Values, new: Mapping[str, Tensor]) -> OperandTensors:
             t = f.raised.operands.map(lambda role, operand: self._anew(operand, f.dirty.get(role, ()), values, new))
-            return OperandTensors(t.q, t.k, t.v, t.bias, t.mask, t.sinks, keep=t.keep, added=t.added)
+            given = (t.q, t.k, t.v, t.bias, t.mask, t.sinks)
+            return OperandTensors(*given, keep=t.keep, added=t.added, is_cross=f.site.is_cross)
 
         def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[OperandTensors]:
             new = edited_parameters(f.site, [e for e in edits if e.role != "out"])

@@ -79,7 +79,8 @@ class EvictingLayer(DynamicLayer):  # type: ignore[misc]
             return
         earlier = votes[..., : held - recent]
         if self.eviction.pool > 1:
-            earlier = max_pool1d(earlier, self.eviction.pool, stride=1, padding=self.eviction.pool // 2)
+            around = max_pool1d(earlier, self.eviction.pool, stride=1, padding=self.eviction.pool // 2)
+            earlier = around.masked_fill(earlier == 0, 0.0)  # padding, seen by nothing, has no part in a vote beside it
         best = earlier.sort(dim=-1, descending=True, stable=True).indices[..., : budget - recent]
         newest = torch.arange(held - recent, held, device=votes.device).expand(*votes.shape[:2], recent)
         self._keep(torch.cat([best.sort(dim=-1).values, newest], dim=-1))

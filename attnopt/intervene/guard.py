@@ -20,7 +20,9 @@ from attnopt.compiler.head_graph import head_graph
 from attnopt.compiler.head_sweep import HeadSweep, with_each
 from attnopt.errors import PolicyError
 from attnopt.intervene.metric import Metric, measured, require_callable, scalar
+from attnopt.ir.head_edits import Scaled
 from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.match.find import Found
 from attnopt.model import OptimizedModel
 
@@ -47,7 +49,8 @@ class Behaviour:
 @dataclass(frozen=True)
 class Kept:
     """A behaviour before and after the rewrite.  ``heads``: where more was lost than allowed, (site, head, the metric of the
-    original with this head alone silenced) of the heads that the rewrite removes or restricts, the most needed first."""
+    original with this head alone silenced) of the heads that the rewrite removes, replaces or restricts, the most needed
+    first."""
 
     behaviour: str
     before: float
@@ -63,15 +66,16 @@ class Kept:
     def __str__(self) -> str:
         told = f"{self.behaviour}: {self.before:.4g} before, {self.after:.4g} after ({-self.drop:+.0%})"
         each = ", ".join(f"head {h} of {site} (alone: {value:.4g})" for site, h, value in self.heads[:TOLD])
-        return f"{told}; of the heads that were removed or restricted, it needs {each}" if each else told
+        return f"{told}; of the heads that were removed, replaced or restricted, it needs {each}" if each else told
 
 
 def guard(model: nn.Module, fast: OptimizedModel, behaviours: Iterable[Behaviour]) -> tuple[Kept, ...]:
     """Measure ``behaviours`` of ``model`` and of ``fast``, its rewritten form, and warn of each that lost more than it may.
 
-    The warning names the heads that the rewrite removes or restricts to fewer keys and whose absence alone costs the behaviour
-    most: candidates for ``PruneHeads(protect=...)``, or for leaving them out of a window.  Returns a ``Kept`` for each behaviour.
-    Raises PolicyError if ``fast`` was made from another model, CalibrationError for a metric that gives no finite number.
+    The warning names the heads that the rewrite removes, replaces or restricts to fewer keys and whose absence alone costs the
+    behaviour most: candidates for ``PruneHeads(protect=...)``, or for leaving them out of a window.  Returns a ``Kept`` for each
+    behaviour.  Raises PolicyError if ``fast`` was made from another model, CalibrationError for a metric that gives no finite
+    number.
     """
     asked = list(behaviours)
     if not asked:
@@ -113,18 +117,24 @@ def _changed(found: Sequence[Found], sites: Sequence[Site]) -> dict[str, list[in
         raise PolicyError(
             f"guard: the rewritten model has no attention {unknown[0]!r}", hint="pass the model that it was made from"
         )
-    changed: dict[str, list[int]] = {}
-    for f in found:
-        before, after = f.site.spec, now[f.site.name]
-        places = {h: after.heads.index(h) for h in before.heads if h in after.heads}
-        here = [
-            h
-            for i, h in enumerate(before.heads)
-            if h not in places or before.pattern.for_head(i) != after.pattern.for_head(places[h])
-        ]
-        if here:
-            changed[f.site.name] = here
-    return changed
+    every = {f.site.name: _lost(f.site.spec, now[f.site.name]) for f in found}
+    return {name: heads for name, heads in every.items() if heads}
+
+
+def _lost(before: AttentionSpec, after: AttentionSpec) -> list[int]:
+    """The heads that are gone or replaced, or that see fewer keys, whether these are known or chosen in each call."""
+    new = [edit for edit in after.after if edit not in before.after]
+    gone = {h for edit in new for h in edit.overwritten}
+    gone |= {h for edit in new if isinstance(edit, Scaled) for h, gain in edit.gains if gain == 0}
+    places = {h: i for i, h in enumerate(after.heads)}
+
+    def sees_fewer(i: int, place: int) -> bool:
+        pairs = None if after.segments is None else after.segments.pairs
+        in_segments = after.segments is not None and (pairs is None or pairs[place] is not None)
+        is_other = before.pattern.for_head(i) != after.pattern.for_head(place)
+        return in_segments or is_other or after.selection != before.selection
+
+    return [h for i, h in enumerate(before.heads) if h not in places or h in gone or sees_fewer(i, places[h])]
 
 
 def _needed(

@@ -106,9 +106,8 @@ def of_heads(spec: AttentionSpec, o: OperandTensors) -> OperandTensors:
         return x[:, list(spec.heads)]
 
     q, k, v = o.q[:, list(spec.heads)], o.k[:, list(spec.kv_heads)], o.v[:, list(spec.kv_heads)]
-    return OperandTensors(
-        q, k, v, chosen(o.bias), chosen(o.mask), chosen(o.sinks), keep=chosen(o.keep), added=chosen(o.added)
-    )
+    others = (chosen(o.bias), chosen(o.mask), chosen(o.sinks))
+    return OperandTensors(q, k, v, *others, keep=chosen(o.keep), added=chosen(o.added), is_cross=o.is_cross)
 
 
 def _attend(spec: AttentionSpec, o: OperandTensors) -> Tensor:

@@ -18,7 +18,7 @@ class Eviction:
         A query of one token sees ``budget`` keys, ``recent`` of them the newest, itself included.
       - "snapkv": after each call of several tokens, the keys that received the most from its last ``recent`` queries, and
         these (SnapKV, arXiv:2404.14469): ``budget`` keys in all.  Single tokens that follow are added and never dropped.
-        A key counts what the best of ``pool`` keys around it received.
+        A key counts what the best of ``pool`` keys around it received; nothing if these queries do not see it, as padding.
     """
 
     method: str

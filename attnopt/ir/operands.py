@@ -128,10 +128,12 @@ class SegmentTensors:
 
 @dataclass(frozen=True)
 class OperandTensors(Operands[Tensor]):
-    """``selected``, bool [B, H, ceil(L / BLOCK), ceil(S / BLOCK)], and ``segments`` further hide keys from queries."""
+    """``selected``, bool [B, H, ceil(L / BLOCK), ceil(S / BLOCK)], and ``segments`` further hide keys from queries.
+    ``is_cross``: the keys are known to be those of another sequence."""
 
     selected: Tensor | None = None
     segments: SegmentTensors | None = None
+    is_cross: bool = field(default=False, kw_only=True)
 
     def with_segments_masked(self) -> OperandTensors:
         """The same with a mask in the place of segments."""
@@ -159,10 +161,12 @@ class OperandTensors(Operands[Tensor]):
     def real(self) -> Tensor:
         """Bool [B, L]: the tokens that are not padding, i.e. visible to some query.
 
-        Keys from another sequence say nothing about the queries: every query then counts.
+        Keys from another sequence say nothing about the queries, however many there are: every query then counts.
         """
         B, L = self.q.shape[0], self.q.shape[2]
-        return self.seen if self.k.shape[2] == L else torch.ones(B, L, dtype=torch.bool, device=self.q.device)
+        if self.k.shape[2] == L and not self.is_cross:
+            return self.seen
+        return torch.ones(B, L, dtype=torch.bool, device=self.q.device)
 
 
 def selected_pairs(selected: Tensor, q_len: int, kv_len: int) -> Tensor:

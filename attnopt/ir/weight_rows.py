@@ -84,4 +84,5 @@ def visible_rows(spec: AttentionSpec, t: OperandTensors, rows: Tensor) -> Tensor
 def of_sequence(t: OperandTensors, sequence: int) -> OperandTensors:
     """The operands of one sequence of the batch."""
     own = t.map(lambda _, x: x[sequence : sequence + 1] if x.shape[0] == len(t.q) else x)
-    return OperandTensors(own.q, own.k, own.v, own.bias, own.mask, own.sinks, keep=own.keep, added=own.added)
+    given = (own.q, own.k, own.v, own.bias, own.mask, own.sinks)
+    return OperandTensors(*given, keep=own.keep, added=own.added, is_cross=t.is_cross)

@@ -193,11 +193,15 @@ def _heads(out: Tensor, tap: Tap) -> Tensor:
 
 
 def _places(wanted: Sequence[int] | None, length: int, device: torch.device) -> Tensor | None:
-    """These positions, with a length that may be symbolic."""
+    """These positions, with a length that may be symbolic.  One that a shorter sequence does not have is beyond its end, where
+    ONNX fails as torch does: below 0, it would count from the end once more."""
     if wanted is None:
         return None
     found = indices(wanted, device)
-    return found if min(wanted) >= 0 else torch.where(found < 0, found + length, found)
+    if min(wanted) >= 0:
+        return found
+    found = torch.where(found < 0, found + length, found)
+    return torch.where(found < 0, length, found)
 
 
 def _at(x: Tensor, axis: int, wanted: Sequence[int] | None) -> Tensor:

@@ -59,7 +59,7 @@ class Kept(Reduced):
 class Sum(Reduced):
     """The sum, or the mean, over sequences and tokens; of maps over sequences alone, at each pair of positions.
 
-    Padding does not count, nor do pairs in scores that are hidden, or left without a weight.
+    Padding does not count, nor do pairs in scores that are hidden, or left without a weight.  The mean of nothing is NaN.
     """
 
     def __init__(self, is_mean: bool) -> None:
@@ -83,7 +83,7 @@ class Sum(Reduced):
         self.count = _joined(self.count, count.double().cpu())
 
     def result(self) -> Value:
-        made = self.total / self.count.clamp(min=1) if self.is_mean else self.total
+        made = self.total / self.count if self.is_mean else self.total
         return made.float()
 
 
@@ -102,7 +102,7 @@ class ColumnMean(Reduced):
         self.count = _joined(self.count, seen.sum(0).double().cpu())
 
     def result(self) -> Value:
-        return (self.total / self.count.clamp(min=1)).float()
+        return (self.total / self.count).float()
 
 
 def reduction(reduce: object, kinds: tuple[str, ...]) -> Callable[[str], Reduced]:

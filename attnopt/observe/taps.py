@@ -127,7 +127,7 @@ class Tap:
 
     def of_heads(self, given: Mapping[str, Tensor]) -> OperandTensors:
         """These operands of the heads that are asked for."""
-        operands = operands_from(given)
+        operands = operands_from(given, self.spec.is_cross)
         return operands if self.has_all_heads else of_heads(self.spec, operands)
 
     @property
@@ -188,10 +188,10 @@ class BranchTap:
         B, L = x.shape[:2]
         if not masks or any(m.shape[0] not in (1, B) or m.shape[-1] not in (1, L) for m in masks.values()):
             return torch.ones(B, L, dtype=torch.bool, device=x.device)
-        return operands_from({"q": x.unsqueeze(1), **masks}).real
+        return operands_from({"q": x.unsqueeze(1), **masks}, self.beside.spec.is_cross).real
 
 
-def operands_from(given: Mapping[str, Tensor]) -> OperandTensors:
+def operands_from(given: Mapping[str, Tensor], is_cross: bool) -> OperandTensors:
     """Of keys and values that are not given only the number is read: that of a mask, or of queries."""
     q = given["q"]
     keys = max((given[role].shape[-1] for role in ("bias", "mask") if role in given), default=1)
@@ -205,6 +205,7 @@ def operands_from(given: Mapping[str, Tensor]) -> OperandTensors:
         given.get("sinks"),
         keep=given.get("keep"),
         added=given.get("added"),
+        is_cross=is_cross,
     )
 
 
@@ -216,7 +217,7 @@ class _Reading:
         given = tap.found.raised.operands.given
         self.held = {role: values[n] for role, n in given.items() if n in values}
         self.form: Tensor = self.held["q"] if "q" in self.held else values[tap.out]
-        self.operands = operands_from({"q": self.form, **self.held})
+        self.operands = operands_from({"q": self.form, **self.held}, tap.spec.is_cross)
 
     @cached_property
     def of_heads(self) -> OperandTensors:

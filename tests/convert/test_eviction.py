@@ -88,7 +88,7 @@ class Kept:
         votes = [sum(float(weights[:, i - start, j].sum()) for i in voters) for j in rest]
         reach = own.pool // 2
         smooth = [max(votes[max(0, n - reach) : n + reach + 1]) for n in range(len(votes))]
-        best = sorted(range(len(rest)), key=lambda n: (-smooth[n], n))[: budget - recent]
+        best = sorted(range(len(rest)), key=lambda n: (not real[rest[n]], -smooth[n], n))[: budget - recent]
         self.tokens = sorted(rest[n] for n in best) + newest
 
 
@@ -192,6 +192,19 @@ def test_logits_are_those_of_the_oracle(
                 assert mine == [j for j in of_layer[b][g].tokens if known[j]]
     assert cache.get_seq_length() == 25
     assert cache.get_mask_sizes(2, 1) == (27, 0)
+
+
+@pytest.mark.parametrize("p", [EvictKeys("h2o", 6), EvictKeys("snapkv", 7, recent=3, pool=3)])
+def test_a_text_is_continued_alike_beside_longer_ones(p: EvictKeys) -> None:
+    ids, padding = tokens(3, 14), torch.ones(3, 14, dtype=torch.long)
+    for row, padded in enumerate((0, 7, 4)):
+        padding[row, :padded] = 0
+    made = attnopt.convert(decoder(), p, ids)
+    together = made.generate(ids, attention_mask=padding, max_new_tokens=12, **GREEDY)
+    for row, padded in enumerate((0, 7, 4)):
+        own = ids[row : row + 1, padded:]
+        alone = made.generate(own, attention_mask=torch.ones_like(own), max_new_tokens=12, **GREEDY)
+        assert alone[0].tolist() == together[row, padded:].tolist()
 
 
 # ------------------------------------------------------------ generation

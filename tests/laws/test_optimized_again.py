@@ -69,6 +69,16 @@ def test_an_operator_of_attnopt_says_what_to_do_instead() -> None:
     assert {s.num_heads for s in both.sites} == {3}
 
 
+def test_new_numbers_of_heads_are_told() -> None:
+    model, (args, kwargs) = Layers(), given()
+    first = attnopt.optimize(model, {"layers.0": PruneHeads(heads=[1])}, args, kwargs)
+    again = attnopt.optimize(first, ScaleHeads({1: 3.0}), args, kwargs)
+    told = "heads 0, 2, 3 of the optimized model have the numbers 0 to 2 here, also in policies"
+    assert [told in site.notes for site in again.report.sites] == [True, False]
+    edits = {0: oracle.Edit(gains=(1.0, 0.0, 3.0, 1.0)), 1: oracle.Edit(gains=(1.0, 3.0, 1.0, 1.0))}
+    oracle.assert_same(oracle.run(again, args, kwargs), oracle.run_edited(model, args, kwargs, edits))
+
+
 def test_an_exported_program_keeps_names_too() -> None:
     args, kwargs = given()
     program = torch.export.export(Layers(), args, kwargs, strict=False)

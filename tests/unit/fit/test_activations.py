@@ -96,6 +96,7 @@ def test_padding_does_not_count() -> None:
     assert bool(OperandTensors(q, q[:, :, :4], q[:, :, :4], mask=mask[..., :4]).real.all()), (
         "queries of another sequence"
     )
+    assert bool(OperandTensors(q, q, q, mask=mask, is_cross=True).real.all()), "as many queries of another sequence"
     assert bool(OperandTensors(q, q, q).real.all())
     causal = torch.ones(5, 5, dtype=torch.bool).tril() & mask.flip(3)  # padding first: its queries see nothing
     for hidden in (torch.finfo(torch.float32).min, -10000.0, -torch.inf):

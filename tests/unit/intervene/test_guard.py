@@ -13,7 +13,8 @@ from torch import Tensor
 
 import attnopt
 from attnopt.errors import AttnoptWarning, CalibrationError, PolicyError
-from attnopt.passes import LocalWindow, PruneHeads
+from attnopt.passes import DynamicSparse, HeadPatch, LocalWindow, PruneHeads, ScaleHeads, Sparse
+from attnopt.patterns import Keys
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 INDUCES = attnopt.Behaviour("induction", CLEAN, said_right)
@@ -38,6 +39,18 @@ def test_a_window_that_is_too_short_is_named() -> None:
         (found,) = attnopt.guard(MODEL, fast, [INDUCES])
     assert found.heads[0][:2] == INDUCTION
     assert PREVIOUS not in {head[:2] for head in found.heads}  # it was left as it is
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [ScaleHeads({2: 0.0}), HeadPatch([2]), DynamicSparse(keep=1, block=4, sinks=0), Sparse(Keys([0]))],
+    ids=str,
+)
+def test_heads_that_lose_what_they_read_in_any_way_are_named(policy: Any) -> None:
+    fast = attnopt.optimize(MODEL, {INDUCTION[0]: policy}, (CLEAN,))
+    with pytest.warns(AttnoptWarning, match="induction"):
+        (found,) = attnopt.guard(MODEL, fast, [INDUCES])
+    assert found.heads[0][:2] == INDUCTION
 
 
 def test_what_is_kept_is_not_warned_of() -> None:

@@ -17,6 +17,7 @@ import attnopt
 from attnopt.errors import ArchiveError, CalibrationError, PolicyError
 from attnopt.observe import maps
 from attnopt.observe.chosen import KINDS
+from attnopt.passes import HeadPatch
 
 
 def counted(x: Tensor, tokens: Tensor, axis: int) -> Tensor:
@@ -96,6 +97,49 @@ def test_column_means_need_no_map(name: str, monkeypatch: pytest.MonkeyPatch) ->
         same(found[a.name, "weights"], want)
 
 
+def test_padding_of_other_keys_says_nothing_about_as_many_queries() -> None:
+    """A text of seven tokens beside an image of seven: where the text is padded, the image is not."""
+    model = observed.far(observed.Cross())
+    batch = {"hidden": torch.randn(2, 7, observed.WIDTH), "text": torch.randn(2, 7, 12)}
+    batch["attention_mask"] = torch.ones(2, 7).long()
+    batch["attention_mask"][1, 3:] = 0
+    outputs: list[Tensor] = []
+    hook = model.to_out[0].register_forward_pre_hook(lambda _, given: outputs.append(given[0].unflatten(-1, (H, -1))))
+    with torch.no_grad():
+        model(**batch)
+        lengths = model.to_q(model.norm(batch["hidden"])).unflatten(-1, (H, -1)).norm(dim=-1).mean((0, 1))
+    hook.remove()
+    (taken,) = attnopt.collect(model, [batch], "outputs").values()
+    assert bool(taken.real[0].all())
+    assert taken.seen == ()
+    same(
+        next(iter(attnopt.collect(model, [batch], "outputs", reduce="mean").values()))["outputs"],
+        outputs[0].mean((0, 1)),
+    )
+    (norms,) = attnopt.head_importance(model, [batch], "query-norm").values()
+    same(torch.tensor(norms), lengths)
+    patched = attnopt.optimize(model, HeadPatch([1], "mean"), (), batch, calibration=[batch])
+    ablated = outputs[0].clone()
+    ablated[:, :, 1] = outputs[0].mean((0, 1))[1]
+    with torch.no_grad():
+        want = batch["hidden"] + model.to_out[0](ablated.flatten(2))
+    torch.testing.assert_close(patched(**batch), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_nothing_is_no_number() -> None:
+    """Of the last queries where all are padding, and of scores that no sequence shows."""
+    example = EXAMPLES["GPT-2"]()
+    a, batch = example.attentions[0], {**example.batch, "attention_mask": torch.ones(2, 9).long()}
+    batch["attention_mask"][:, 7:] = 0
+    mean = attnopt.collect(example.model, [batch], "outputs", a.name, rows=[-1], reduce="mean")[a.name, "outputs"]
+    assert bool(mean.isnan().all())
+    scores = attnopt.collect(example.model, [batch], "scores", a.name, reduce="mean")[a.name, "scores"]
+    shown = torch.ones(9, 9, dtype=torch.bool).tril() & (torch.arange(9) < 7) & (torch.arange(9)[:, None] < 7)
+    assert torch.equal(scores.isfinite(), shown.expand(H, -1, -1))
+    columns = attnopt.collect(example.model, [batch], "weights", a.name, reduce="column-mean")[a.name, "weights"]
+    assert torch.equal(columns.isfinite(), (torch.arange(9) < 7).expand(H, -1))
+
+
 def test_maps_are_averaged_over_sequences_position_by_position() -> None:
     example = EXAMPLES["GPT-2"]()
     a, tokens = example.attentions[1], example.batch["attention_mask"].bool()
@@ -105,7 +149,9 @@ def test_maps_are_averaged_over_sequences_position_by_position() -> None:
     same(mean, (want["weights"] * pairs).sum(0) / pairs.sum(0))
     scores = attnopt.collect(example.model, [example.batch], "scores", a.name, reduce="mean")[a.name, "scores"]
     seen = pairs & (want["scores"] > -torch.inf)
-    same(scores, want["scores"].masked_fill(~seen, 0.0).sum(0) / seen.sum(0).clamp(min=1))
+    shown = seen.any(0)
+    assert torch.equal(scores.isfinite(), shown)
+    same(scores[shown], (want["scores"].masked_fill(~seen, 0.0).sum(0) / seen.sum(0))[shown])
 
 
 def test_batches_of_other_lengths() -> None:

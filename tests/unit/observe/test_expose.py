@@ -11,6 +11,7 @@ import onnxruntime
 import oracle
 import pytest
 import torch
+from call_models import HEADS, SIZE, Stack
 from observed import EXAMPLES
 from torch import Tensor, nn
 
@@ -91,6 +92,31 @@ def longer_batch(name: str) -> dict[str, Any]:
         }
     batch: dict[str, Any] = {"input_ids": torch.randint(0, 50, (3, 17))}
     return batch if name == "Llama" else {**batch, "attention_mask": observed.mask(17, 6, 9, longest=17)}
+
+
+@pytest.mark.parametrize(
+    "tap",
+    [
+        attnopt.Rows([-3]),
+        attnopt.Columns([-3]),
+        attnopt.Exposed("outputs", rows=[-3]),
+        attnopt.Exposed("q", rows=[1, -3]),
+    ],
+)
+def test_positions_from_the_end_that_a_shorter_sequence_does_not_have(tap: attnopt.Exposed, tmp_path: Path) -> None:
+    """ONNX counts an index below 0 from the end: -3 of two tokens must not be the last one."""
+    tapped = attnopt.expose(Stack(), {"first": tap}, (torch.randn(2, 9, HEADS * SIZE),), dynamic_shapes="auto")
+    tapped.export_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    name = session.get_inputs()[0].name
+    x = torch.randn(2, 3, HEADS * SIZE)
+    with torch.no_grad():
+        (want,) = tapped(x)[1].values()
+    np.testing.assert_allclose(session.run(None, {name: x.numpy()})[1], want, atol=1e-5)
+    with pytest.raises(Exception, match="out of data bounds"):
+        session.run(None, {name: x[:, :2].numpy()})
+    with pytest.raises(IndexError):
+        tapped(x[:, :2])
 
 
 def test_several_rules_for_one_attention() -> None:

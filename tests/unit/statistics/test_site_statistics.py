@@ -79,6 +79,35 @@ def test_entropy(case: Any) -> None:
             assert got[h] == pytest.approx(np.mean(each), rel=1e-4)
 
 
+class WithSinks(nn.Module):
+    """One causal attention, in which a number of each head takes its share of the softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.sinks = nn.Parameter(torch.tensor([2.0, -1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        s = (q @ k.mT / 2).masked_fill(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1), -torch.inf)
+        s = torch.cat([s, self.sinks[:, None, None].expand(len(x), -1, x.shape[1], 1)], -1)
+        self.p = s.softmax(-1)[..., :-1]
+        return self.o((self.p @ v).transpose(1, 2).flatten(2))
+
+
+def test_entropy_is_of_keys_whatever_a_sink_takes() -> None:
+    model, x = WithSinks().eval(), torch.randn(3, 5, 8)
+    model(x)
+    for h, got in enumerate(head_importance(model, [x], "entropy")[""]):
+        each = []
+        for sequence in model.p[:, h].detach().double().tolist():
+            for i, row in enumerate(sequence):
+                among_keys = [p / sum(row[: i + 1]) for p in row[: i + 1]]
+                each.append(1 - sum(-p * math.log(p) for p in among_keys) / math.log(i + 1) if i else 1.0)
+        assert got == pytest.approx(np.mean(each), rel=1e-5)
+
+
 def test_distance_between_tokens_in_a_row(case: Any) -> None:
     near = scored(case, "locality")
     for layer, got in enumerate(scored(case, "distance")):
