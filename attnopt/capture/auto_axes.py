@@ -94,12 +94,14 @@ def _with_every_axis(model: nn.Module, inputs: CallInputs, captured: Captured) -
     try:
         program = captured_with_own(model, inputs, shapes, True, captured)
         stuck = cannot_vary(program)
-        if any(axis < 2 for _, axis in stuck):
-            return None
         if not stuck:
             return program
+        numbers = {place: number for number, (place, _) in enumerate(program.outside)}
+        if any(axis < 2 or place not in numbers for place, axis in stuck):
+            return None
         named, _ = named_arguments(model.forward, *inputs)
-        program = captured_with_own(model, inputs, without(shapes, named, stuck), True, captured)
+        fewer = without(shapes, named, {(numbers[place], axis) for place, axis in stuck})
+        program = captured_with_own(model, inputs, fewer, True, captured)
         return None if cannot_vary(program) else program.told(asked)
     except AttnoptError:
         return None

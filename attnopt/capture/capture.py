@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import as_called, mode_of
 from attnopt.base.quiet import quiet
+from attnopt.capture.attention_lengths import KeysAndValuesAlike
 from attnopt.capture.auto_axes import Limited, captured_with_own, takes, with_most_dynamic_axes
-from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, plain_signature
+from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, outside, plain_signature
 from attnopt.capture.flat_capture import Calls, shapes_for
 from attnopt.capture.flex_attention import freshly_traced, write_out
 from attnopt.capture.functionalize import expand_views, functional
@@ -186,6 +187,7 @@ def _export(model: nn.Module, inputs: CallInputs, shapes: Any, calls: Calls | No
         _without_partial_graph(),
         freshly_traced(),
         lengths_vary(model) if calls is not None else nullcontext(),
+        KeysAndValuesAlike() if calls is not None else nullcontext(),
         _with_its_names(model),
         Calls().traced(model) if calls is None else calls.traced(model) as traced,
         nullcontext() if shapes is None else plain_signature(traced, *given),
@@ -253,10 +255,10 @@ def _finish(exported: ExportedProgram, inputs: CallInputs, shapes: object, route
     if write_out(module):
         tidy(module)
     number(module)
-    asked = axes_of_leaves(module.forward, *inputs, shapes)
+    asked = outside(axes_of_leaves(module.forward, *inputs, shapes))
     declared = _declared(module, asked)
     held = [r for r in relations(exported, module.forward, *inputs) if r not in declared]
-    return Program(module, inputs, shapes, (*fixed_axes(module, asked), *held), route)
+    return Program(module, inputs, shapes, (*fixed_axes(inputs_of(module.graph), asked), *held), route)
 
 
 def _refuse_own_generator(module: fx.GraphModule) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from attnopt.base.object_fields import is_object
 from attnopt.base.sizes import is_static
 from attnopt.errors import CaptureError
-from attnopt.graph.nodes import input_name, inputs_of
+from attnopt.graph.nodes import input_name
 
 Axes = dict[int, object]
+Asked = list[Axes | None]  # for each leaf of the inputs; None: it is in an object
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -135,20 +138,23 @@ def _automatic(
 
 def axes_of_leaves(
     forward: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], shapes: object
-) -> list[Axes]:
-    """For every leaf of the inputs, the requested dynamic axes."""
+) -> Asked:
+    """For every leaf of the inputs, the requested dynamic axes; none can be requested of a leaf in an object."""
     named, _ = named_arguments(forward, args, kwargs)
     if isinstance(shapes, (list, tuple)):
         shapes = dict(zip(inspect.signature(forward).bind(*args, **kwargs).arguments, shapes, strict=False))
     if not isinstance(shapes, Mapping):
-        return [{} for _ in pytree.tree_leaves(named)]
+        return list(_aligned(named, None))
     return [axes for name, x in named.items() for axes in _aligned(x, shapes.get(name))]
 
 
-def _aligned(x: object, shapes: object) -> Iterator[Axes]:
+def _aligned(x: object, shapes: object) -> Iterator[Axes | None]:
+    if is_object(x):
+        yield from (None for _ in pytree.tree_leaves(x))
+        return
     match x, shapes:
         case _, None:
-            yield from ({} for _ in pytree.tree_leaves(x))
+            yield from _unasked(x)
         case Tensor(), Mapping():
             yield _varying(shapes.items())
         case Tensor(), [*sizes]:
@@ -163,7 +169,12 @@ def _aligned(x: object, shapes: object) -> Iterator[Axes]:
             for inner, part in zip(leaves, parts, strict=True):
                 yield from _aligned(inner, part)
         case _:
-            yield from ({} for _ in pytree.tree_leaves(x))
+            yield from _unasked(x)
+
+
+def _unasked(x: object) -> Iterator[Axes | None]:
+    for leaf in pytree.tree_leaves(x, is_leaf=is_object):
+        yield from (None for _ in pytree.tree_leaves(leaf)) if is_object(leaf) else ({},)
 
 
 def _varying(axes: Iterable[tuple[object, object]]) -> Axes:
@@ -175,10 +186,12 @@ def _varying(axes: Iterable[tuple[object, object]]) -> Axes:
 def without(
     shapes: Mapping[str, object], named: Mapping[str, object], fixed: set[tuple[int, int]]
 ) -> dict[str, object]:
-    """``shapes`` of all arguments without these axes, by leaf index."""
-    place = iter(range(len(pytree.tree_leaves(dict(named)))))
+    """``shapes`` of all arguments without these axes, by the number of the leaf outside of objects."""
+    place = count()
 
     def of(x: object, asked: Any) -> Any:
+        if is_object(x):
+            return asked
         if isinstance(x, Tensor):
             leaf = next(place)
             return {a: dim for a, dim in asked.items() if (leaf, a) not in fixed} or None
@@ -188,7 +201,7 @@ def without(
             return type(x)(of(i, a) for i, a in zip(x, asked, strict=True))
         if isinstance(x, dict):
             return {k: of(v, asked[k]) for k, v in x.items()}
-        for _ in pytree.tree_leaves(x):
+        for _ in outside(_unasked(x)):
             next(place)
         return asked
 
@@ -196,9 +209,13 @@ def without(
     return {name: found[name] for name in shapes}
 
 
-def fixed_axes(module: fx.GraphModule, asked: list[Axes]) -> tuple[str, ...]:
-    """Requested axes that stayed static, as ``x[1] = 8``."""
-    inputs = inputs_of(module.graph)
+def outside(asked: Iterable[Axes | None]) -> list[Axes]:
+    """Of the leaves that are in no object."""
+    return [axes for axes in asked if axes is not None]
+
+
+def fixed_axes(inputs: Sequence[fx.Node], asked: Sequence[Axes]) -> tuple[str, ...]:
+    """Requested axes of a graph's inputs that stayed static, as ``x[1] = 8``."""
     if len(inputs) != len(asked):
         return ()
     sizes = [(input_name(n), n.meta["val"].shape, axes) for n, axes in zip(inputs, asked, strict=True) if axes]

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.sizes import hint
-from attnopt.capture.dynamic_axes import Auto, Axes, fixed_axes
+from attnopt.capture.dynamic_axes import Asked, Auto, fixed_axes, outside
 from attnopt.capture.flat_call import Form
 from attnopt.graph.nodes import input_axes, input_name, inputs_of
 
@@ -32,6 +32,12 @@ class Program:
     own: CallInputs | None = None
     narrower: Auto | None = None
     form: Form | None = None  # if the model takes or returns objects; the inputs are then flat
+
+    @property
+    def outside(self) -> list[tuple[int, fx.Node]]:
+        """The graph's inputs that are no parts of objects, with their numbers."""
+        is_inside = (lambda _: False) if self.form is None else self.form.inputs.is_inside
+        return [(i, n) for i, n in enumerate(inputs_of(self.module.graph)) if not is_inside(i)]
 
     @property
     def examples(self) -> tuple[CallInputs, ...]:
@@ -56,7 +62,7 @@ class Program:
             return hint(size)
         return int(size.node.expr.subs(known))
 
-    def told(self, asked: list[Axes]) -> Program:
+    def told(self, asked: Asked) -> Program:
         """With every axis in ``asked`` that is not dynamic listed as static."""
-        fixed = fixed_axes(self.module, asked)
+        fixed = fixed_axes([node for _, node in self.outside], outside(asked))
         return replace(self, fixed_axes=(*fixed, *(t for t in self.fixed_axes if t not in fixed)))

@@ -13,14 +13,14 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import difference, tolerance
 from attnopt.capture.added_inputs import added_to
-from attnopt.capture.dynamic_axes import Axes
+from attnopt.capture.dynamic_axes import Asked
 from attnopt.capture.run_unchanged import outputs_of
 
 Place = tuple[int, int]  # number of a leaf, axis
 _PLAIN = (Tensor, int, float, str, type(None))
 
 
-def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> frozenset[Place]:
+def longer_axes(model: nn.Module, inputs: CallInputs, asked: Asked) -> frozenset[Place]:
     """Requested axes of length 1 along which the model accepts repeated inputs and computes the same.
 
     First the first axes of all inputs together, usually the batch; then each alone, and the others likewise.  What only a
@@ -29,7 +29,7 @@ def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> 
     if not all(isinstance(x, _PLAIN) for x in leaves):
         return frozenset()
     ignored = _ignored(model, inputs)
-    found = [(i, a) for i, axes in enumerate(asked) for a in axes if i not in ignored and _is_one(leaves[i], a)]
+    found = [(i, a) for i, axes in enumerate(asked) for a in axes or () if i not in ignored and _is_one(leaves[i], a)]
     if not found:
         return frozenset()
     try:
@@ -45,10 +45,12 @@ def longer_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> 
     return chosen
 
 
-def unread_axes(model: nn.Module, inputs: CallInputs, asked: Sequence[Axes]) -> frozenset[Place]:
+def unread_axes(model: nn.Module, inputs: CallInputs, asked: Asked) -> frozenset[Place]:
     """Requested axes of length 1 of inputs that only a policy reads."""
     leaves, ignored = pytree.tree_leaves(inputs), _ignored(model, inputs)
-    return frozenset((i, a) for i, axes in enumerate(asked) for a in axes if i in ignored and _is_one(leaves[i], a))
+    return frozenset(
+        (i, a) for i, axes in enumerate(asked) for a in axes or () if i in ignored and _is_one(leaves[i], a)
+    )
 
 
 def _ignored(model: nn.Module, inputs: CallInputs) -> frozenset[int]:

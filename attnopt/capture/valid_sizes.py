@@ -18,7 +18,7 @@ from attnopt.graph.evaluate import Sizes, bounds, symbols
 from attnopt.graph.nodes import fake_mode, input_axes, input_name, inputs_of, is_tensor
 
 if TYPE_CHECKING:
-    from attnopt.capture.dynamic_axes import Axes
+    from attnopt.capture.dynamic_axes import Asked
     from attnopt.capture.program import Program
 
 
@@ -33,7 +33,7 @@ def settle_sizes(module: fx.GraphModule) -> None:
                 node.meta["val"] = torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
 
 
-def without_pinned(program: Program, asked: list[Axes]) -> Program:
+def without_pinned(program: Program, asked: Asked) -> Program:
     """Sizes for which only the example's number is valid, as of ``s // 2 == 1`` with ``s % 2 == 0``, as numbers.
 
     torch finds some of them only when it traces once more, as lowering does.

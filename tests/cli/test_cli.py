@@ -71,7 +71,7 @@ def test_a_wrong_command_line(argv: tuple[str, ...], capsys: pytest.CaptureFixtu
         ("no_such_folder", "does not have the form package.module:factory"),
         ("tiny_models:", "does not have the form package.module:factory"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
-        ("tiny_models:no_such", "it has causal, failing, full, without_attention"),
+        ("tiny_models:no_such", "it has batches, causal, failing, full, without_attention"),
         ("tiny_models:constant", "is a int, expected a function"),
         ("tiny_models:failing", "RuntimeError: no such checkpoint (tiny_models.py:"),
         (

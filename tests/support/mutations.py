@@ -34,6 +34,13 @@ class Fault:
 
 
 FAULTS = (
+    # sizes of a call
+    Fault("keys and values of one attention at two lengths", "        torch._check(lengths[0] == lengths[1]",
+          "        torch._check(lengths[0] == lengths[0]",
+          "test_dynamic_axes.py -k one_length"),
+    Fault("axes beside a cache that stay static, untold", "for i, n in enumerate(inputs_of(self.module.graph)) if not is_inside(i)]",
+          "for i, n in enumerate(inputs_of(self.module.graph))]",
+          "test_caches.py -k static_beside"),
     # the search for a policy
     Fault("uniform policies that do not compete", "fitting = [p for p in self.uniform if self.menu.fits(p, self.limits)]",
           "fitting = list[Picks]()",

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.archive.folder import digest
 from attnopt.base.atomic_files import MARKER
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import difference, tensors
 from attnopt.base.containers import copied
+from attnopt.capture.capture import capture
+from attnopt.capture.dynamic_axes import Auto
 from attnopt.errors import ArchiveError, CaptureError
 
 pytestmark = pytest.mark.usefixtures("one_torchlib")
@@ -500,3 +503,11 @@ def test_names_of_an_encoder_decoder(tmp_path: Path) -> None:
         "past_key_values.0.decoder.key",
         "past_key_values.0.encoder.value",
     }
+
+
+def test_axes_that_stay_static_beside_a_cache_are_told() -> None:
+    model = Decoder(Lists).eval()
+    inputs = CallInputs((tokens(3),), {"cache": filled(model, Lists())})
+    program = capture(model, inputs, Auto(1))
+    assert "ids[1] = 3" in program.fixed_axes
+    assert not any(line.startswith("ids[0]") for line in program.fixed_axes)

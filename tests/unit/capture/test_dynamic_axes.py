@@ -22,6 +22,7 @@ from attnopt.capture.dynamic_axes import Auto
 from attnopt.capture.second_example import longer_axes, repeated
 from attnopt.capture.tensor_lengths import lengths_vary
 from attnopt.capture.valid_sizes import cannot_vary
+from attnopt.compiler.check import resized
 from attnopt.errors import AttnoptWarning, CalibrationError, CaptureError, ExportError
 from attnopt.report.axis_text import told
 
@@ -425,3 +426,24 @@ def test_train_mode_of_a_graph_without_dropout_is_told_once(tmp_path: Path) -> N
         warnings.simplefilter("error")
         assert plain.train().training
         assert not plain.eval().graph_module.training
+
+
+class KeysAndValuesGiven(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(query, key, value=value)
+
+
+def test_keys_and_values_of_an_attention_have_one_length() -> None:
+    """torch's fused attention on a CPU takes two lengths, and reads beyond the shorter one: no other sizes may be tried."""
+    given = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    free = {0: Dim.AUTO, 2: Dim.AUTO}
+    shapes = {"query": free, "key": free, "value": free}
+    program = capture(KeysAndValuesGiven(), CallInputs(given, {}), shapes)
+    sizes = resized(program.module, program.inputs, program.fixed_axes)
+    assert sizes
+    assert all(key.shape[2] == value.shape[2] for _, key, value in (made.args for made in sizes))
+    fast = attnopt.optimize(KeysAndValuesGiven(), "fuse", given, dynamic_shapes=shapes)
+    q, k, v = torch.randn(3, 3, 5, 8), torch.randn(3, 3, 16, 8), torch.randn(3, 3, 18, 8)
+    with pytest.raises(CaptureError, match="value"):
+        fast(q, k, v)
+    torch.testing.assert_close(fast(q, k, v[:, :, :16]), KeysAndValuesGiven()(q, k, v[:, :, :16]))
