@@ -45,10 +45,9 @@ def no_such_site(owner: str, name: object, names: Sequence[str]) -> PolicyError:
             f"{owner}: no attention was found in the model", hint="attnopt.inspect shows what was rejected, and why"
         )
     near = difflib.get_close_matches(name, names, n=2) if isinstance(name, str) else []
-    hint = "attnopt.inspect shows what was found in the model, and why not"
     if near:
         hint = f"did you mean {' or '.join(map(repr, near))}?"
-    elif names:
+    else:
         hint = f"the sites are {', '.join(map(repr, names[:LISTED]))}" + (", ..." if len(names) > LISTED else "")
     return PolicyError(f"{owner}: no attention is named {name!r}", hint=hint)
 

@@ -399,7 +399,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another site": ({"policy": choices(WINDOWS, 3)}, PolicyError, "no attention is named 'layers.2'"),
     "another device": ({"budget": Budget(flops=0.9, device="cuda")}, PolicyError, "the model is on cpu"),
     "train mode": ({"model": stack().train()}, PolicyError, "the model is in train mode"),
-    "no attention": ({"model": nn.Linear(16, 16)}, PolicyError, "no attention was found"),
+    "no attention": ({"model": nn.Linear(16, 16).eval()}, PolicyError, "no attention was found"),
 }  # fmt: skip
 
 
