@@ -23,9 +23,9 @@ from attnopt.patterns.algebra import FULL
 
 
 class Sdpa(Backend):
-    """One 4-D SDPA call; a pattern becomes a dense mask, except full visibility, the square causal triangle, and segments of one
-    size in a grid of tokens (axial attention), which become sequences of the batch.
+    """One 4-D SDPA call; a pattern becomes a dense mask, except full visibility and the square causal triangle.
 
+    Segments of one size in a grid of tokens (axial attention) become sequences of the batch.
     SDPA itself returns zeros for a fully masked query (torch >= 2.11; tested).
     """
 

@@ -209,7 +209,12 @@ def test_a_text_is_continued_alike_beside_longer_ones(p: EvictKeys) -> None:
 
 # ------------------------------------------------------------ generation
 @pytest.mark.parametrize(
-    "p", [EvictKeys("h2o", 9), EvictKeys("h2o", 5, recent=1), EvictKeys("snapkv", 8, recent=3, pool=3)]
+    "p",
+    [
+        EvictKeys("h2o", 9),
+        pytest.param(EvictKeys("h2o", 5, recent=1), marks=pytest.mark.slow),
+        EvictKeys("snapkv", 8, recent=3, pool=3),
+    ],
 )
 def test_generated_text_is_that_of_the_oracle(p: EvictKeys) -> None:
     ids = tokens(2, 19)

@@ -437,6 +437,7 @@ def test_a_captured_graph_fills_such_a_cache() -> None:
     torch.testing.assert_close(out.logits, want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow  # compiles with inductor
 @pytest.mark.filterwarnings("ignore")  # of torch.compile, about what it does not compile
 def test_a_compiled_model() -> None:
     made, ids = model(), tokens(1, 16)

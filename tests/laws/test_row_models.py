@@ -64,7 +64,7 @@ def bert(impl: str = "eager") -> nn.Module:
     return hf("BertModel", "BertConfig", impl, **SMALL)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "blocked", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa", "blocked", pytest.param("reference", marks=pytest.mark.slow)])
 def test_in_a_vision_transformer(backend: str, tmp_path: Any) -> None:
     """The class token stays; a batch of another size; saved, in ONNX Runtime, optimized again."""
     model, x = vit("sdpa"), pixels()
@@ -95,7 +95,7 @@ def test_in_a_vision_transformer(backend: str, tmp_path: Any) -> None:
         oracle.assert_same(oracle.run(again, (x,)), oracle.run(fast, (x,)))
 
 
-@pytest.mark.parametrize("impl", ["eager", "sdpa"])
+@pytest.mark.parametrize("impl", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 def test_in_an_encoder_with_padding(impl: str, tmp_path: Any) -> None:
     """Lengths and padding that vary: a text gives the same alone."""
     model, tokens = bert(impl), ids(length=13)

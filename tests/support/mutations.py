@@ -38,7 +38,8 @@ FAULTS = (
     Fault("keys and values of one attention at two lengths", "        torch._check(lengths[0] == lengths[1]",
           "        torch._check(lengths[0] == lengths[0]",
           "test_dynamic_axes.py -k one_length"),
-    Fault("axes beside a cache that stay static, untold", "for i, n in enumerate(inputs_of(self.module.graph)) if not is_inside(i)]",
+    Fault("axes beside a cache that stay static, untold",
+          "for i, n in enumerate(inputs_of(self.module.graph)) if not is_inside(i)]",
           "for i, n in enumerate(inputs_of(self.module.graph))]",
           "test_caches.py -k static_beside"),
     # the search for a policy
