@@ -132,7 +132,7 @@ def policy(kind: str, p: Any) -> dict[str, Any]:
     return {FIRST[kind]: p}
 
 
-@pytest.mark.parametrize("roles", [pytest.param("q", marks=pytest.mark.slow), pytest.param("k", marks=pytest.mark.slow), "qk", "map"])
+@pytest.mark.parametrize("roles", [*(pytest.param(role, marks=pytest.mark.slow) for role in "qk"), "qk", "map"])
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_law_it_is_the_edit_by_hand_at_every_size(kind: str, roles: str, tmp_path: Path) -> None:
     model, heads = made(kind, **MODELS[kind]), (2, 0)
