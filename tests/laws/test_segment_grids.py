@@ -110,19 +110,31 @@ def test_what_tells_tokens_of_a_segment_apart_keeps_the_mask() -> None:
     same = Segments(ids, pairs=[(i, i) for i in range(3)])
     assert same.grid == (3, 5, 1)
     assert masks(attnopt.optimize(model, Sparse(same), (x,), backend="sdpa")) == [False, False]
-    layer = nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
     padding = torch.zeros(2, 15, dtype=torch.bool)
     padding[1, 14] = True
+    for padded in (AddedPadding(), HiddenPadding()):
+        fast = attnopt.optimize(padded.eval(), Sparse(Segments(ids)), (x, padding), backend="sdpa")
+        assert masks(fast) == [True]
+        reference = attnopt.optimize(padded, Sparse(Segments(ids)), (x, padding), backend="reference")
+        oracle.assert_same(oracle.run(fast, (x, padding)), oracle.run(reference, (x, padding)))
 
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
 
-        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-            return self.layer(x, src_key_padding_mask=padding)
+class AddedPadding(nn.Module):
+    """As numbers that are added to the scores."""
 
-    fast = attnopt.optimize(Padded(), Sparse(Segments(ids)), (x, padding), backend="sdpa")
-    assert masks(fast) == [True]
-    reference = attnopt.optimize(Padded(), Sparse(Segments(ids)), (x, padding), backend="reference")
-    oracle.assert_same(oracle.run(fast, (x, padding)), oracle.run(reference, (x, padding)))
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(HEADS * SIZE, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        made: Tensor = self.layer(x, src_key_padding_mask=padding)
+        return made
+
+
+class HiddenPadding(nn.Module):
+    """As pairs that are not seen."""
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        q = x.unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+        scores = (q @ q.mT).masked_fill(padding[:, None, None, :], -torch.inf)
+        return (scores.softmax(-1) @ q).transpose(1, 2).flatten(2)
