@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnopt.capture.calibration import Calibration
-from attnopt.cli.load_model import called
+from attnopt.cli.load_model import returned_batches
 from attnopt.errors import ArchiveError, AttnoptError
 
 if TYPE_CHECKING:
@@ -46,13 +46,7 @@ def data_of(name: str, named: Named | None, inputs: Sequence[str] | None, size: 
     """``named``: the model, None for an ONNX file, which takes ``inputs`` by position.  ``size``: sequences in a batch.
     Raises AttnoptError."""
     if is_function(name):
-        found = called(name)
-        if isinstance(found, (Tensor, Mapping, str)) or not isinstance(found, Iterable):
-            raise AttnoptError(
-                f"{name} returned {type(found).__name__}, expected an iterable of batches",
-                hint="return a list of tensors, of tuples of args or of dicts of kwargs",
-            )
-        return Data(found)
+        return Data(returned_batches(name))
     if (whole := _saved_calibration(Path(name))) is not None:
         return Data(whole)
     arrays = read_arrays(Path(name))

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,17 @@ def called(name: str) -> object:
         return function()
     except Exception as error:
         raise AttnoptError(f"{name} failed: {_told(error)}") from error
+
+
+def returned_batches(name: str) -> Iterable[Any]:
+    """What the function ``package.module:function`` returns, if that may be batches.  Raises AttnoptError."""
+    found = called(name)
+    if not isinstance(found, Iterable) or isinstance(found, (str, Mapping)) or hasattr(found, "dtype"):
+        raise AttnoptError(
+            f"{name} returned {type(found).__name__}, expected an iterable of batches",
+            hint="return a list of tensors, of tuples of args or of dicts of kwargs",
+        )
+    return found
 
 
 def _factory(module_name: str, attribute: str) -> Callable[[], object]:

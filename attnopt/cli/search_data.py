@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ HELP = (
 def calibration_of(name: str, tokenizer: str | None, model: nn.Module) -> Iterable[Any] | Calibration:
     """Raises AttnoptError."""
     from attnopt.capture.calibration import Calibration
-    from attnopt.cli.load_model import called
+    from attnopt.cli.load_model import returned_batches
 
     path = Path(name)
     if path.suffix == ".safetensors":
@@ -33,13 +33,7 @@ def calibration_of(name: str, tokenizer: str | None, model: nn.Module) -> Iterab
         return list(_tokens(path, tokenizer, model))
     if ":" not in name:
         raise AttnoptError(f"--data {name} is neither a file of data nor a function", hint=HELP)
-    made = called(name)
-    if not isinstance(made, Iterable) or isinstance(made, (str, Mapping)) or hasattr(made, "dtype"):
-        raise AttnoptError(
-            f"{name} returned {type(made).__name__}, expected an iterable of batches",
-            hint="return a list of tensors, of tuples of args or of dicts of kwargs",
-        )
-    return made
+    return returned_batches(name)
 
 
 def _tokens(path: Path, tokenizer: str | None, model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from attnopt.base.atomic_files import atomic_write
 from attnopt.base.display import shown
+from attnopt.base.page import Page
 from attnopt.errors import ArchiveError
 from attnopt.ir.curves import Curves
 
@@ -52,7 +50,7 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Atlas(Mapping[str, HeadMaps]):
+class Atlas(Page, Mapping[str, HeadMaps]):
     """``atlas["layers.0"].maps``: the heads of each attention by its name, in the order in which they run.
 
     ``statistics``: by their names the numbers of the heads of each attention.  ``missing``: what could not be measured.
@@ -88,15 +86,6 @@ class Atlas(Mapping[str, HeadMaps]):
 
     def __str__(self) -> str:
         return shown(self, "text")
-
-    def _repr_html_(self) -> str:
-        return shown(self, "html")
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write one self-contained page atomically, and return its path."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(shown(self, "page"), encoding="utf-8")
-        return Path(path)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; ``Atlas.from_json`` reads them back."""

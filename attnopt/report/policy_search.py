@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from attnopt.base.atomic_files import atomic_write
 from attnopt.base.display import shown
+from attnopt.base.page import Page
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class SearchReport:
+class SearchReport(Page):
     """``limits`` and ``original``: by resource the most that was allowed, and what the original costs.
 
     ``measure``: what ``divergence`` is.  ``best``: what was found, if anything fits; ``uniform``: the best with the same passes
@@ -49,15 +47,6 @@ class SearchReport:
     def __str__(self) -> str:
         return shown(self, "text")
 
-    def _repr_html_(self) -> str:
-        return shown(self, "html")
-
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         return {**asdict(self), "refused": [list(r) for r in self.refused]}
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write one self-contained page atomically, and return its path."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(shown(self, "page"), encoding="utf-8")
-        return Path(path)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, Self
 
-from attnopt.base.atomic_files import atomic_write
-from attnopt.base.display import shown
+from attnopt.base.page import Page
 from attnopt.errors import ArchiveError
 from attnopt.ir.cost import Cost
 from attnopt.ir.refusal import Refusal
@@ -97,7 +94,7 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Page):
     """Every attention found, in execution order, and what was done to it."""
 
     sites: tuple[SiteReport, ...]
@@ -180,15 +177,6 @@ class Report:
             cpu_seconds={name: float(seconds) for name, seconds in data.get("cpu_seconds", {}).items()},
             notes=tuple(data.get("notes", ())),
         )
-
-    def _repr_html_(self) -> str:
-        return shown(self, "html")
-
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write one self-contained page atomically, and return its path."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(shown(self, "page"), encoding="utf-8")
-        return Path(path)
 
 
 def _site(data: Mapping[str, Any]) -> SiteReport:
