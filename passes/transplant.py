@@ -40,8 +40,9 @@ class Transplant(Pass):
 
     This is the editing of MotionCLR (arXiv:2410.18977): queries of a second motion give its timing (style), its map gives what
     happens when (replacement).
-    ``q``, ``k``: [B or 1, heads, L, D] and [B or 1, heads, S, D]: what the scores read, after norms and rotary positions and
-    before the scale; of each query head its own, also where heads share keys.  ``map``: [B or 1, heads, L, S], what multiplies
+    ``q``, ``k``: [B or 1, heads, L, D] and [B or 1, heads, S, D]: what scores read, with norms, rotary positions and the factors
+    that the model puts on queries, on keys, or on the scores of a head; ``site.scale`` is what multiplies their product.  Of each
+    query head its own, also where heads share keys.  ``map``: [B or 1, heads, L, S], what multiplies
     the values; no mask or pattern hides anything in it.  Each is an ``Input``, which every call brings; or a floating-point
     tensor for sequences of exactly this length; or "run": what the site computes in the first calibration batch.  A batch of 1
     may be left out.  ``map`` takes the place of all that queries and keys do, so it stands alone.

@@ -49,15 +49,21 @@ def _axes(inputs: list[fx.Node]) -> Iterator[tuple[fx.Node, int, torch.SymInt]]:
 
 
 def _bounds(inputs: list[fx.Node]) -> dict[str, tuple[int, int | None]]:
-    """The range of sizes for which the graph is valid, for the first axis of each symbol; torch does not distinguish below 3."""
+    """The range of sizes for which the graph is valid, for the first axis of each."""
     found: dict[str, tuple[int, int | None]] = {}
     seen = set[sympy.Expr]()
     for n, axis, size in _axes(inputs):
         if size.node.expr not in seen:
             seen.add(size.node.expr)
-            lower, upper = bounds(size)
-            found[f"{input_name(n)}[{axis}]"] = lower if lower > 2 else 1, upper
+            found[f"{input_name(n)}[{axis}]"] = _least(size), bounds(size)[1]
     return found
+
+
+def _least(size: torch.SymInt) -> int:
+    """torch says of every symbol that it is at least 2, which is no bound of a graph that computes the same for 1."""
+    expr = size.node.expr
+    lower = {s: known if (known := bounds(size, s)[0]) > 2 else 1 for s in expr.free_symbols}
+    return min(bounds(size)[0], int(expr.subs(lower)))
 
 
 def _told(known: Mapping[str, tuple[int, int | None]]) -> Iterator[str]:

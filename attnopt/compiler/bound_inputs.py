@@ -93,7 +93,7 @@ def _fitting(program: Program, names: Collection[str]) -> CallInputs:
             continue
         leaves[i] = own[i]
         for axis, size in enumerate(value(node).shape):
-            times = hint(size) if own[i].shape[axis] == 1 else 1
+            times = max(1, hint(size) // own[i].shape[axis])  # of a batch that folds several axes, only one is longer
             leaves[i] = torch.cat([faded(leaves[i], n) for n in range(times)], axis)
     made: CallInputs = pytree.tree_unflatten(leaves, spec)
     return made

@@ -98,7 +98,7 @@ def within(graph: fx.Graph, sizes: Sizes) -> Sizes:
     found = dict(sizes)
     for s in _sizes(graph):
         for symbol in s.node.expr.free_symbols & found.keys():
-            lower, upper = _ends(s, symbol)
+            lower, upper = bounds(s, symbol)
             found[symbol] = max(lower, found[symbol] if upper is None else min(upper, found[symbol]))
     return found
 
@@ -110,13 +110,9 @@ def _sizes(graph: fx.Graph) -> list[torch.SymInt]:
     return [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.free_symbols]
 
 
-def bounds(size: torch.SymInt) -> tuple[int, int | None]:
-    """The range of sizes for which a graph is valid; None for an open end."""
-    return _ends(size, size.node.expr)
-
-
-def _ends(size: torch.SymInt, of: sympy.Expr) -> tuple[int, int | None]:
-    known = size.node.shape_env.bound_sympy(of)
+def bounds(size: torch.SymInt, of: sympy.Expr | None = None) -> tuple[int, int | None]:
+    """The range of ``size``, or of a symbol of it, for which a graph is valid; None for an open end."""
+    known = size.node.shape_env.bound_sympy(size.node.expr if of is None else of)
     lower, upper = (int(b) if getattr(b, "is_Integer", False) else None for b in (known.lower, known.upper))
     return lower or 0, upper
 

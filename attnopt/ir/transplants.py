@@ -21,7 +21,7 @@ NAMES = {"q": "queries", "k": "keys"}
 class Transplanted:
     """``values`` [B or 1, heads, L or S, D] in the place of the queries or of the keys of some heads, which are in their order.
 
-    They are what the scores read: after norms and rotations, before the scale.  Keys belong to the query heads that read them.
+    They are what the scores read, whose product ``scale`` multiplies.  Keys belong to the query heads that read them.
     ``tokens``: only those at these positions (sorted, negative from the end); None: all.  A position that a sequence does not
     have is ignored.  ``after_past``: the queries follow earlier tokens, which positions count, too.
     """

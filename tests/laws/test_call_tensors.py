@@ -14,6 +14,7 @@ import pytest
 import torch
 from call_models import HEADS, SIZE, Stack
 from torch import Tensor, nn
+from torch.export import Dim
 
 import attnopt
 from attnopt import Input
@@ -192,6 +193,35 @@ def test_an_example_of_one_sequence_of_one_token(
     want = wanted(model, x, lambda o, v: steered(o, whole, tuple(heads)))
     oracle.assert_same(oracle.run(fast, (x,), {"given": given}), want)
     assert fast.report.fixed_axes == ("x[2] = 32",)
+
+
+class Folded(nn.Module):
+    """Sequences of several windows each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        (out,) = oracle.leaves(self.inner(x.flatten(0, 1)))
+        return out.unflatten(0, x.shape[:2])
+
+
+def test_an_example_of_one_sequence_of_several_windows(tmp_path: Path) -> None:
+    model, policy = Folded(), Steer(Input("given"), [1, 2])
+    fast = attnopt.optimize(
+        model,
+        policy,
+        (x_of(2, 5)[None],),
+        {"given": torch.randn(2, 2, SIZE)},
+        dynamic_shapes={"x": dict.fromkeys(range(3), Dim.AUTO)},
+    )
+    for batch, windows, length in ((1, 2, 5), (3, 2, 7), (1, 5, 4)):
+        x, given = x_of(batch * windows, length), torch.randn(batch * windows, 2, SIZE)
+        want = wanted(model.inner, x, lambda o, v, given=given: steered(o, given, (1, 2)))
+        feed = {"x": x.unflatten(0, (batch, windows)), "given": given}
+        for got in (oracle.run(fast, (), feed), run_onnx(fast, tmp_path / "model.onnx", feed)):
+            oracle.assert_same([got[0].flatten(0, 1)], want)
 
 
 @pytest.mark.parametrize("between", [False, True])

@@ -42,6 +42,12 @@ FAULTS = (
           "for i, n in enumerate(inputs_of(self.module.graph)) if not is_inside(i)]",
           "for i, n in enumerate(inputs_of(self.module.graph))]",
           "test_caches.py -k static_beside"),
+    Fault("an input of a folded batch that stays as the example has it", "times = max(1, hint(size) // own[i].shape[axis])",
+          "times = hint(size) if own[i].shape[axis] == 1 else 1",
+          "test_call_tensors.py -k several_windows"),
+    Fault("the least size of a folded batch", "    return min(bounds(size)[0], int(expr.subs(lower)))",
+          "    return known if (known := bounds(size)[0]) > 2 else 1",
+          "test_call_tensors.py -k several_windows"),
     # the search for a policy
     Fault("uniform policies that do not compete", "fitting = [p for p in self.uniform if self.menu.fits(p, self.limits)]",
           "fitting = list[Picks]()",

@@ -61,7 +61,8 @@ class _Drawn:
 
     @property
     def is_called(self) -> bool:
-        return self.kind.startswith("call-") or self.number % 2 == 0
+        with_keys = self.kind == "segments" and self.s.cross  # ids of keys are always an input
+        return self.kind.startswith("call-") or with_keys or self.number % 2 == 0
 
     @property
     def one_for_all(self) -> bool:
@@ -231,13 +232,15 @@ def _swap(d: _Drawn) -> Brought:
     tokens = (None, (0, -1))[d.number // 2 % 2] if roles == ("q",) else None
     sizes = {"q": d.call.q_len, "k": d.call.kv_len}
     given = {r: d.numbers(r, d.batch, len(d.heads), sizes[r], s.head_dim) for r in roles}
-    powers = {"q": {"q": -0.5, "both": -0.25}, "k": {"k": -0.5, "both": -0.25}}  # of the scale before ``_attended``
 
-    def swapped(role: str, x: Tensor) -> Tensor:
+    def swapped(model: Attention, role: str, x: Tensor) -> Tensor:
         if role not in given:
             return x
-        new = given[role] * s.head_dim ** powers[role].get(s.scale, 0.0)
-        found = torch.where(_chosen(x, d.heads), _of_heads(x, d.heads, new), x)
+        new = _of_heads(x, d.heads, given[role])
+        if role == "q" and s.scale in ("temperature", "over"):  # a factor of each head counts among its queries
+            of_heads = model.temperature.flatten()[:, None]
+            new = new / of_heads if s.scale == "temperature" else new * of_heads
+        found = torch.where(_chosen(x, d.heads), new, x)
         return found if tokens is None else _at(x, found, tokens)
 
     @contextmanager
@@ -246,7 +249,9 @@ def _swap(d: _Drawn) -> Brought:
 
         def attended(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
             seen[0] += 1
-            return own(swapped("q", q), swapped("k", k), *others) if seen[0] == time else own(q, k, *others)
+            return (
+                own(swapped(model, "q", q), swapped(model, "k", k), *others) if seen[0] == time else own(q, k, *others)
+            )
 
         with mock.patch.object(model, "_attended", attended), torch.no_grad():
             yield
