@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from attnopt.base.input import Input
@@ -28,8 +29,9 @@ class MixMap(Pass):
     This is the gated positional self-attention of ConViT (arXiv:2103.10697) with its positional map at hand, for self- and
     cross-attention.  It equals ``(1 - gate) o + gate * map @ v`` of the head outputs o, and A is not needed for it.
     ``map``: finite numbers of any kind, a tensor or nested lists, [L, S] for all heads or [heads, L, S], for sequences of
-    exactly these lengths; or an ``Input``, for which each call brings [B or 1, heads or 1, L, S].  Neither masks nor patterns,
-    those of the model or of other passes, hide anything in it.
+    exactly these lengths; or an ``Input``, for which each call brings [B or 1, heads or 1, L, S].  Known numbers below the
+    smallest normal one of their type, about 1e-38, count as zero.  Neither masks nor patterns, those of the model or of other
+    passes, hide anything in it.
     ``gate``: a number from 0 to 1, or one for each head.  0 changes nothing; with 1, the map alone counts, and where it does
     in all heads, queries and keys are not computed.
     ``heads``: None for all heads of the trained model; those that were already pruned are ignored.  A head with shared values
@@ -86,6 +88,8 @@ class MixMap(Pass):
             return given if given.shape[1] == 1 else given.keeping(places)
         assert isinstance(self.map, Constant)
         maps = self.map.tensor()
+        # A softmax over distances has many subnormal numbers, and a CPU takes a hundred times as long for each.
+        maps = maps.masked_fill(maps.abs() < torch.finfo(maps.dtype).tiny, 0.0)
         return Constant.of(maps[None] if maps.dim() == 2 else maps[list(places)])
 
     def _input(self, site: Site) -> CallTensor:

@@ -95,6 +95,7 @@ def assert_decodes_as_it_reads(model: Any, count: int = 12) -> None:
 
 
 # ------------------------------------------------------------ heads
+@pytest.mark.slow  # a whole model of two stacks
 def test_a_table_of_relative_positions_loses_the_heads_too(tmp_path: Path) -> None:
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 61}
     config = transformers.T5Config(**sizes, relative_attention_num_buckets=8, relative_attention_max_distance=20)
@@ -115,6 +116,7 @@ def test_a_table_of_relative_positions_loses_the_heads_too(tmp_path: Path) -> No
         attnopt.convert(model, {"*block.0*": PruneHeads(heads=[1]), "*block.1*": PruneHeads(heads=[2])}, ids())
 
 
+@pytest.mark.slow  # converts several whole models
 @pytest.mark.subprocess
 def test_repeated_heads_are_folded_back_into_an_ordinary_checkpoint(tmp_path: Path) -> None:
     grouped = llama(kv_heads=2)

@@ -404,6 +404,7 @@ def test_a_sliding_window_of_the_class_is_refused() -> None:
 
 
 # ------------------------------------------------------------ the pass
+@pytest.mark.slow  # generates with a whole model several times
 def test_sinks_and_a_window_are_a_pattern(tmp_path: Path) -> None:
     model, ids = decoder(), tokens(1, 30)
     fast = attnopt.optimize(model, EvictKeys("sinks", 8, sinks=2), (ids,), {"use_cache": False})

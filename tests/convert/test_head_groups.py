@@ -449,6 +449,7 @@ def test_a_compiled_model() -> None:
 
 
 # ------------------------------------------------------------ convert
+@pytest.mark.slow  # generates with a whole model several times
 def test_a_converted_model_says_what_its_cache_keeps() -> None:
     made = attnopt.convert(tiny_llama(2), LocalWindow(left=5, sinks=2, heads=[2, 3]), tokens(1, 12))
     notes = made.attnopt_report.sites[0].notes

@@ -13,6 +13,7 @@ import pytest
 import torch
 from call_models import HEADS, Attention, Stack
 from torch import Tensor
+from variants import mostly_slow
 
 import attnopt
 from attnopt import Input
@@ -171,7 +172,7 @@ def test_ids_of_one_sequence_for_all(backend: str) -> None:
     oracle.assert_same(oracle.run(fast, (x,), {"kinds": kinds[0]}), want)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("backend", mostly_slow(["blocked", "reference"], "blocked"))
 def test_between_two_sequences(backend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, (x, queries), (y, keys) = Attention(), example(), example(length=7, seed=1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from call_models import HEADS, Attention, Stack
 from torch import Tensor, nn
+from variants import mostly_slow
 
 import attnopt
 from attnopt import Input
@@ -108,7 +109,7 @@ def test_join_a_pattern(backend: str) -> None:
 
 
 @pytest.mark.parametrize("pairs", [None, PAIRS])
-@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+@pytest.mark.parametrize("backend", mostly_slow(["blocked", "sdpa"], "sdpa"))
 def test_between_two_sequences(backend: str, pairs: tuple[tuple[int, int], ...] | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, (x, queries), (y, keys) = Attention(), example(), example(length=7, seed=1)

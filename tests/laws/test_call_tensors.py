@@ -15,6 +15,7 @@ import torch
 from call_models import HEADS, SIZE, Stack
 from torch import Tensor, nn
 from torch.export import Dim
+from variants import mostly_slow
 
 import attnopt
 from attnopt import Input
@@ -120,7 +121,7 @@ CASES: dict[str, tuple[Any, Callable[[int, int], tuple[int, ...]], Callable[[Ten
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", mostly_slow(CASES, "steer", "patch", "mix"))
 def test_law_they_are_the_edit_by_hand_at_every_size(case: str, tmp_path: Path) -> None:
     policy, shape, change = CASES[case]
     model, x = Stack(), x_of(2, 9)

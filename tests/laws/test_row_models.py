@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import Attention, Spelling, inputs
 from torch import Tensor, nn
+from variants import mostly_slow
 from zoo import SMALL, hf, ids, pixels
 
 import attnopt
@@ -64,7 +65,7 @@ def bert(impl: str = "eager") -> nn.Module:
     return hf("BertModel", "BertConfig", impl, **SMALL)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "blocked", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", mostly_slow(["sdpa", "blocked", "reference"], "sdpa"))
 def test_in_a_vision_transformer(backend: str, tmp_path: Any) -> None:
     """The class token stays; a batch of another size; saved, in ONNX Runtime, optimized again."""
     model, x = vit("sdpa"), pixels()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from variants import mostly_slow
 
 import attnopt
 from attnopt import Input
@@ -132,8 +133,8 @@ def policy(kind: str, p: Any) -> dict[str, Any]:
     return {FIRST[kind]: p}
 
 
-@pytest.mark.parametrize("roles", [*(pytest.param(role, marks=pytest.mark.slow) for role in "qk"), "qk", "map"])
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("roles", mostly_slow(["q", "k", "qk", "map"], "qk", "map"))
+@pytest.mark.parametrize("kind", mostly_slow(MODELS, "vit"))
 def test_law_it_is_the_edit_by_hand_at_every_size(kind: str, roles: str, tmp_path: Path) -> None:
     model, heads = made(kind, **MODELS[kind]), (2, 0)
     roles_ = [roles] if roles == "map" else list(roles)

@@ -18,6 +18,7 @@ from models import Attention, Spelling, inputs
 from onnx_core import forms, run
 from torch import Tensor, nn
 from torch.nn import functional
+from variants import mostly_slow
 
 import attnopt
 from attnopt.onnx.export import verify
@@ -114,7 +115,7 @@ def test_external_data(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
     assert names(tmp_path) == ["m.onnx"]
 
 
-@pytest.mark.parametrize("external", [True, False])
+@pytest.mark.parametrize("external", mostly_slow([True, False], True))
 def test_a_full_disk_leaves_the_older_model(
     fast: attnopt.OptimizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool
 ) -> None:

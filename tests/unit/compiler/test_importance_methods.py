@@ -108,6 +108,7 @@ def test_profiles_of_heads_that_remain(given: Any) -> None:
     assert some["layers.1"].values == (both["layers.1"].values[1], both["layers.1"].values[3])
 
 
+@pytest.mark.slow  # every method on a whole model
 def test_policies_hold_methods_with_options(given: Any) -> None:
     model, data = given
     for how in (Distance((3, 4)), "distance(grid=(3, 4))", SinkMass(2), "flap", Entropy()):

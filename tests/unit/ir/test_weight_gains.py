@@ -21,6 +21,7 @@ from sites import a_site, refusal, wrong
 from specs import PATTERNS, a_spec, tensors
 from stacks import batches, stack
 from torch import Tensor
+from variants import mostly_slow
 
 import attnopt
 from attnopt.backends import Blocked, Reference, Sdpa, block_gather, flex
@@ -449,7 +450,7 @@ class Soft(tiny_models.Attention):
 @pytest.mark.parametrize(
     ("made", "outside", "pattern"), [("tril", 0.25, Causal()), ("flags", 0.0, Causal()), ("band", 0.5, Window(3, 3))]
 )
-@pytest.mark.parametrize("dynamic", [None, "auto"])
+@pytest.mark.parametrize("dynamic", mostly_slow([None, "auto"], None))
 def test_soft_masks_are_read(
     made: str, outside: float, pattern: attnopt.Pattern, dynamic: str | None, tmp_path: Path
 ) -> None:

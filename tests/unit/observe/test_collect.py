@@ -295,6 +295,7 @@ def test_nothing_is_computed_that_is_not_asked() -> None:
     assert sizes == [2, 2]
 
 
+@pytest.mark.slow  # searches all objects of the process for batches
 def test_batches_come_one_by_one_and_are_let_go() -> None:
     import gc
     import weakref

@@ -15,6 +15,7 @@ from models import Attention, Spelling, inputs
 from must_match import MUST_MATCH
 from sites import a_site, applied, refusal, wrong
 from torch import Tensor, nn
+from variants import mostly_slow
 
 import attnopt
 from attnopt.errors import PolicyError
@@ -162,7 +163,7 @@ def test_patterns_of_other_passes_hide_too(order: int) -> None:
 
 
 # ---------------------------------------------------------------- sizes, files, other passes
-@pytest.mark.parametrize("mask", [(), ("causal",), ("padding",), ("left", "padding")])
+@pytest.mark.parametrize("mask", mostly_slow([(), ("causal",), ("padding",), ("left", "padding")], ("left", "padding")))
 def test_positions_at_every_length(mask: tuple[str, ...], tmp_path: Path) -> None:
     s = Spelling(heads=6, kv_heads=3, width=11, head_dim=5, value_dim=2, mask=mask)
     model, given, tokens = Attention(s), inputs(s, length=8), (0, 4, 5, -1, -6)

@@ -414,3 +414,9 @@ def test_other_lengths_are_refused_when_called() -> None:
         ).report.sites[0]
     assert entry.status == "refused"
     assert entry.refusals["mix-map"].found == "a dynamic length"
+
+
+def test_subnormal_numbers_count_as_zero() -> None:
+    row = [0.5, 1e-40, -1e-39, 2e-38]
+    (edit,) = applied(MixMap(torch.tensor(row * 36).reshape(12, 12), 1.0), a_site()).spec.after
+    assert edit.tensors[0].tensor().flatten().tolist()[:4] == torch.tensor([0.5, 0.0, 0.0, 2e-38]).tolist()
