@@ -1,7 +1,8 @@
-"""``--data``: batches of inputs from a file of arrays, or from a function of the user's."""
+"""``--data``: batches of inputs from a file of arrays or of texts, or from a function of the user's."""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from attnopt.capture.calibration import Calibration
 from attnopt.cli.load_model import returned_batches
+from attnopt.cli.texts import encoded
 from attnopt.errors import ArchiveError, AttnoptError
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
 HELP = (
     "inputs: an .npz, .safetensors or .pt file with one array per input, under its name, with sequences along the first axis; "
-    "or package.module:function, which returns batches (default: the model's example inputs)"
+    "what Calibration.save wrote; a .txt file with one text a line (and --tokenizer); or package.module:function, which "
+    "returns batches"
 )
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _HOW = "save inputs by their names, as in numpy.savez('data.npz', input_ids=ids), or pass package.module:function"
@@ -42,15 +45,43 @@ def is_function(name: str) -> bool:
     return _FUNCTION.fullmatch(name) is not None
 
 
-def data_of(name: str, named: Named | None, inputs: Sequence[str] | None, size: int, statistics: Sequence[str]) -> Data:
-    """``named``: the model, None for an ONNX file, which takes ``inputs`` by position.  ``size``: sequences in a batch.
-    Raises AttnoptError."""
+def add_arguments(parser: argparse.ArgumentParser, size: int, default: str | None) -> None:
+    """``size``: sequences in a batch.  ``default``: what there is without ``--data``, if it may be left out."""
+    told = f"{HELP} (default: {default})" if default else HELP
+    parser.add_argument("--data", metavar="FILE", required=default is None, help=told)
+    parser.add_argument("--tokenizer", help="of the texts: a folder, or a name that transformers knows")
+    parser.add_argument(
+        "--batch", type=least_one, default=size, metavar="N", help=f"sequences in a batch of --data (default: {size})"
+    )
+
+
+def least_one(text: str) -> int:
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError("a number, 1 or more")
+    return n
+
+
+@dataclass(frozen=True)
+class Source:
+    """``--data``, ``--tokenizer`` and ``--batch``, the sequences in a batch."""
+
+    name: str
+    tokenizer: str | None
+    size: int
+
+
+def data_of(source: Source, named: Named | None, inputs: Sequence[str] = (), statistics: Sequence[str] = ()) -> Data:
+    """``named``: the model, None for an ONNX file, which takes ``inputs`` by position.  Raises AttnoptError."""
+    name, path = source.name, Path(source.name)
     if is_function(name):
         return Data(returned_batches(name))
-    if (whole := _saved_calibration(Path(name))) is not None:
+    if (whole := _saved_calibration(path)) is not None:
         return Data(whole)
-    arrays = read_arrays(Path(name))
-    takes = _Takes.of_file(inputs or ()) if named is None else _Takes.of(named)
+    takes = _Takes.of_file(inputs) if named is None else _Takes.of(named)
+    if path.suffix == ".txt":
+        return Data([takes.of_texts(made, name) for made in encoded(path, source.tokenizer, source.size)])
+    arrays = read_arrays(path)
     options: dict[str, dict[str, Tensor]] = {}
     given: dict[str, Tensor] = {}
     for key, array in arrays.items():
@@ -59,7 +90,7 @@ def data_of(name: str, named: Named | None, inputs: Sequence[str] | None, size: 
             options.setdefault(statistic, {})[option] = array
         else:
             given[key] = array
-    return Data(list(takes.batches(given, name, size)), options)
+    return Data(list(takes.batches(given, name, source.size)), options)
 
 
 def read_arrays(file: Path) -> dict[str, Tensor]:
@@ -150,6 +181,13 @@ class _Takes:
                 hint="the first axis of each array counts sequences",
             )
         return self._split(fitted, size)
+
+    def of_texts(self, made: Mapping[str, Tensor], source: str) -> Any:
+        """What the model takes of what a tokenizer says.  Raises AttnoptError."""
+        given = {key: x for key, x in made.items() if key in self.every}
+        self._require_names(given, f"{source}, tokenized,")
+        (batch,) = self._split(given, len(next(iter(given.values()))))
+        return batch
 
     def _split(self, fitted: Mapping[str, Tensor], size: int) -> Iterable[Any]:
         for start in range(0, len(next(iter(fitted.values()))), size):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.base.progress import working
-from attnopt.cli.data import Data, data_of, is_function
+from attnopt.cli.data import Data, Source, data_of, is_function
 from attnopt.cli.load_model import called
 from attnopt.cli.output import require_model, require_original, resolved, show
 from attnopt.errors import AttnoptError
@@ -85,12 +85,13 @@ def _given(arguments: argparse.Namespace, statistics: Sequence[str]) -> tuple[An
         return named.model, Data(Calibration((CallInputs(named.args, named.kwargs),)))
     if arguments.inputs is not None or arguments.size:
         raise AttnoptError("--data brings the inputs", hint="omit --inputs and --size")
+    source = Source(arguments.data, arguments.tokenizer, arguments.batch)
     if is_onnx(arguments.model):
         names = input_names(Path(arguments.model))
-        return arguments.model, data_of(arguments.data, None, names, arguments.batch, statistics)
+        return arguments.model, data_of(source, None, names, statistics)
     named = resolved(arguments)
     require_original(arguments.model, named, "`heads` needs the original model")
-    return named.model, data_of(arguments.data, named, None, arguments.batch, statistics)
+    return named.model, data_of(source, named, (), statistics)
 
 
 def _statistic(text: str, data: Data) -> Any:

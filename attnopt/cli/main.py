@@ -177,10 +177,7 @@ def _add_heads(commands: Commands) -> None:
         "attnopt heads my_models:decoder --data needles.npz --what retrieval,induction --html atlas.html",
     )
     _add_model(parser, OR_FILE)
-    parser.add_argument("--data", metavar="FILE", help=data.HELP)
-    parser.add_argument(
-        "--batch", type=_least_one, default=8, metavar="N", help="sequences in a batch of --data (default: 8)"
-    )
+    data.add_arguments(parser, size=8, default="the model's example inputs")
     parser.add_argument(
         "--what",
         default="locality",
@@ -190,7 +187,7 @@ def _add_heads(commands: Commands) -> None:
     )
     parser.add_argument("--sites", action="append", metavar="GLOB", help="only these attentions; repeatable")
     parser.add_argument("--distance", help='how far apart tokens are, as in "distance(grid=(14, 14), prefix=1)"')
-    parser.add_argument("--clusters", type=_least_one, default=6, metavar="N", help="kinds of heads (default: 6)")
+    parser.add_argument("--clusters", type=data.least_one, default=6, metavar="N", help="kinds of heads (default: 6)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the clusters (default: 0)")
     parser.add_argument("--html", metavar="FILE", help="write the atlas as an HTML page")
 
@@ -297,13 +294,6 @@ def _count(text: str) -> int:
     n = int(text)
     if n < 0:
         raise argparse.ArgumentTypeError("a number of rewrites, 0 or more")
-    return n
-
-
-def _least_one(text: str) -> int:
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError("a number, 1 or more")
     return n
 
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from attnopt.cli import data
 from attnopt.cli.output import require_model, resolved, show
-from attnopt.cli.search_data import HELP, calibration_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All but the model."""
     from pathlib import Path
 
-    parser.add_argument("--data", required=True, help=HELP)
-    parser.add_argument("--tokenizer", help="of the texts: a folder, or a name that transformers knows")
+    data.add_arguments(parser, size=16, default=None)
     parser.add_argument(
         "--policy", help="a policy with choices: text, or a YAML or JSON file (default: a space made for the model)"
     )
@@ -55,14 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
     budget = attnopt.Budget(**limits, at=arguments.at, device=arguments.device)
     named = resolved(arguments, needs_sizes=True)
     require_model(arguments.model, named, "it is already optimized")
-    data = calibration_of(arguments.data, arguments.tokenizer, named.model)
+    source = data.Source(arguments.data, arguments.tokenizer, arguments.batch)
+    calibration = data.data_of(source, named).batches
     with _live(arguments) as progress:
         found = attnopt.search(
             named.model,
             arguments.policy,
             named.args,
             named.kwargs,
-            calibration=data,
+            calibration=calibration,
             budget=budget,
             divergence=arguments.divergence,
             evaluations=arguments.evaluations,

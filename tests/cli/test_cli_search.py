@@ -54,15 +54,17 @@ def test_texts_go_through_the_tokenizer(tmp_path: Path, monkeypatch: pytest.Monk
     import torch
     from torch import nn
 
-    from attnopt.cli import search_data
+    from attnopt.cli import texts
+    from attnopt.cli.data import Source, data_of
+    from attnopt.cli.load_model import Named
 
     asked: list[tuple[str, ...]] = []
 
-    def encode(texts: list[str], **options: object) -> dict[str, torch.Tensor]:
-        asked.append(tuple(texts))
+    def encode(given: list[str], **options: object) -> dict[str, torch.Tensor]:
+        asked.append(tuple(given))
         return {
-            "input_ids": torch.ones(len(texts), 3),
-            "attention_mask": torch.ones(len(texts), 3),
+            "input_ids": torch.ones(len(given), 3),
+            "attention_mask": torch.ones(len(given), 3),
             "ignored": torch.ones(1),
         }
 
@@ -70,24 +72,29 @@ def test_texts_go_through_the_tokenizer(tmp_path: Path, monkeypatch: pytest.Monk
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return input_ids * attention_mask
 
-    monkeypatch.setattr(search_data, "_tokenizer", lambda name: encode)
+    monkeypatch.setattr(texts, "_tokenizer", lambda name: encode)
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(["longer text", "", "a", *["text"] * 16]))
-    found = list(search_data.calibration_of(str(path), "some", Takes()))
-    assert [len(texts) for texts in asked] == [16, 2]
+    source = Source(str(path), "some", 16)
+    found = list(data_of(source, Named(Takes())).batches)
+    assert [len(given) for given in asked] == [16, 2]
     assert asked[0][0] == "a"
     assert set(found[0]) == {"input_ids", "attention_mask"}
+    of_file = list(data_of(source, None, ("attention_mask", "input_ids")).batches)
+    assert [len(batch) for batch in of_file] == [2, 2]
+    with pytest.raises(attnopt.AttnoptError, match="but the model takes pixels"):
+        data_of(source, None, ("pixels",))
 
 
 @pytest.mark.parametrize(
     ("data", "text"),
     [
         ("nothing.txt", "holds texts, and there is no tokenizer"),
-        ("nothing", "is neither a file of data nor a function"),
+        ("nothing", "there is no file nothing"),
         ("tiny_models:constant", "is a int, expected a function"),
         ("tiny_models:without_inputs", "returned Stack, expected an iterable of batches"),
         ("tiny_models:failing", "no such checkpoint"),
-        ("nothing.safetensors", "is not calibration data"),
+        ("nothing.safetensors", "there is no file nothing.safetensors"),
     ],
 )
 def test_data_that_is_none(data: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
