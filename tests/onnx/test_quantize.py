@@ -37,16 +37,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.qkv, self.out = nn.Linear(40, 120), nn.Linear(40, 40)
         self.head = nn.Linear(40, 6)
-        self.dead = dead
+        self.alive = torch.tensor([0.0 if dead else 1.0] + [1.0] * 39)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         if x.shape[1] % 2 == 0:
             x = x * 1.5
-        if self.dead:
-            x = x * torch.tensor([0.0] + [1.0] * 39)
         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 10)).permute(2, 0, 3, 1, 4)
         x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return {"hidden": x, "classes": self.head(x.mean(1))}
+        return {"hidden": x, "classes": self.head(x.mean(1) * self.alive)}
 
 
 POLICY = [LocalWindow(4), ScaleHeads(Input("gains"))]
@@ -78,7 +76,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize(("how", "flavor"), PRODUCTS, ids="-".join)
+@pytest.mark.parametrize(("how", "flavor"), PRODUCTS)
 def test_weights_are_small_and_all_else_is_as_before(
     fast: attnopt.OptimizedModel, how: Any, flavor: Any, tmp_path: Path
 ) -> None:
@@ -88,7 +86,8 @@ def test_weights_are_small_and_all_else_is_as_before(
     found = kinds(model.graph)
     assert done is not None
     assert done.products == found.count(PRODUCTS[how, flavor]) == 5  # q, k, v, out, head
-    assert done.floating == 2  # the attention's
+    assert done.floating == 0
+    assert found.count("Attention") == 1
     assert forms(file) == ["blocks"]
     assert flavor == "onnxruntime" or not any(kind.startswith("com.microsoft") for kind in found)
     assert [i.name for i in model.graph.input] == ["x", "gains"]
@@ -102,7 +101,7 @@ def test_weights_are_small_and_all_else_is_as_before(
     assert 1 - (done.cosine or 0) < (done.relative_error or 1) ** 2
     for batch, length in ((2, 40), (1, 6), (3, 300)):
         x = (torch.randn(batch, length, 40), torch.rand(batch, 4))
-        for got, want in zip(run(file, x), oracle.run(fast, x), strict=True):
+        for got, want in zip(run(file, x), oracle.run(fast, x[:1], {"gains": x[1]}), strict=True):
             assert 1e-4 < (got - want).norm() / want.norm() < LOST[how]
     with pytest.raises(Exception, match=r"requires .*% 2"):
         run(file, (torch.randn(2, 41, 40), torch.rand(2, 4)))
@@ -137,7 +136,7 @@ def raising(error: BaseException) -> Any:
             attnopt.ExportError,
             "pip install ml_dtypes",
         ),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else "",
 )
@@ -212,14 +211,14 @@ def test_deviation_is_of_the_worst_output() -> None:
 
 # ---------------------------------------------------------------- files that are already there
 def test_weights_become_what_the_quantizers_take(tmp_path: Path) -> None:
-    """Shared, transposed and stored in nodes; an embedding that is read as it is, too; two nodes of one name."""
+    """Shared, transposed and stored in nodes; an embedding that is read as it is, too; nodes without names."""
     p = Parts()
     table = p.weight("table", DIM, DIM)
     x = p.node("Gather", [table, "ids"], "embedded")
     for i in range(2):
         x = p.node("Gemm", [x, p.weight("shared", DIM, DIM), p.weight(f"b{i}", DIM)], f"g{i}", transB=1)
-    x = p.node("Gemm", [x, table], "g2", transB=1, name="twice")
-    x = p.node("MatMul", [x, table], "m", name="twice")
+    x = p.node("Gemm", [x, table], "g2", transB=1, name="")
+    x = p.node("MatMul", [x, table], "m", name="")
     stored = onnx.numpy_helper.from_array(np.eye(DIM, dtype=np.float32)[::-1].copy(), "c")
     x = p.node("MatMul", [x, p.node("Constant", [], "eye", value=stored)], "e")
     p.node("Gemm", [x, table], "y", alpha=0.5)
@@ -250,8 +249,7 @@ def test_a_file_in_place(tmp_path: Path) -> None:
     assert said["author"] == "somebody"
     assert onnx.load(out).producer_name == "by hand"
     x = torch.randn(3, 30, DIM)
-    (got,), want = run(out, (x,)), fast(x)
-    want = want[0] if isinstance(want, (tuple, list)) else want
+    (got,), (want,) = run(out, (x,)), oracle.run(fast, (x,))
     assert 1e-4 < (got - want).norm() / want.norm() < 0.05
 
 
@@ -270,16 +268,17 @@ def test_the_root_logger_stays_as_it_is(
 
 
 @pytest.mark.parametrize("how", [None, "int8"])
-def test_openvino_runs_the_standard_flavor(fast: attnopt.OptimizedModel, how: Any, tmp_path: Path) -> None:
+def test_openvino_runs_the_standard_flavor(how: Any, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
+    fast = attnopt.optimize(Encoder().eval(), "fuse", (torch.randn(2, 40, 40),), dynamic_shapes="auto", backend="sdpa")
     fast.export_onnx(tmp_path / "m.onnx", flavor="standard", quantize=how)
+    assert forms(tmp_path / "m.onnx") == ["Attention"]
     compiled = openvino.Core().compile_model(str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for batch, length in ((2, 40), (1, 6)):
-        x = {"x": torch.randn(batch, length, 40), "gains": torch.rand(batch, 4)}
-        want = oracle.run(fast, tuple(x.values()))
-        got = [torch.from_numpy(o) for o in compiled({n: t.numpy() for n, t in x.items()}).to_tuple()]
+        x = torch.randn(batch, length, 40)
+        got, want = [torch.from_numpy(o) for o in compiled([x.numpy()]).to_tuple()], oracle.run(fast, (x,))
         if how is None:
             oracle.assert_same(got, want)
             continue
         for g, w in zip(got, want, strict=True):
-            assert (g - w).norm() / w.norm() < LOST[how]
+            assert 1e-4 < (g - w).norm() / w.norm() < LOST[how]

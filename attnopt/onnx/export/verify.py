@@ -37,13 +37,17 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
     """Raises ExportError with the first differing attention if ONNX Runtime does not agree with ``gm``.
 
     ``named``: the file's names of graph inputs, if they differ."""
+    _check_valid(file, "exported model")
+    _compare_at_sizes(gm, origin, file, marked, named)
+
+
+def _check_valid(file: Path, what: str) -> None:
     import onnx
 
     try:
         onnx.checker.check_model(str(file))
     except Exception as e:
-        raise ExportError(f"the exported model is not valid ONNX: {str(e)[:300]}") from e
-    _compare_at_sizes(gm, origin, file, marked, named)
+        raise ExportError(f"the {what} is not valid ONNX: {str(e)[:300]}") from e
 
 
 def in_bfloat16(gm: fx.GraphModule) -> str:
@@ -59,12 +63,7 @@ def in_bfloat16(gm: fx.GraphModule) -> str:
 
 def verify_file(gm: fx.GraphModule, origin: Origin, file: Path, named: Mapping[str, str]) -> None:
     """Like ``verify``, for a file rewritten in place: its inputs and outputs have the names of the file."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(file))
-    except Exception as e:
-        raise ExportError(f"the rewritten file is not valid ONNX: {str(e)[:300]}") from e
+    _check_valid(file, "rewritten file")
     _compare_at_sizes(gm, origin, file, (), named)
 
 
@@ -91,6 +90,7 @@ def deviation_of(written: Written, origin: Origin, file: Path, how: Quantization
     """Of a quantized file, which runs as its users will run it, at the sizes of the example and at others.
 
     Raises ExportError if it is too large."""
+    _check_valid(file, f"{how} file")
     session = open_session(file, exact=False)
     worst = Deviation(1.0, 0.0, 0)
     for inputs in islice(_at_sizes(written.gm, origin), QUANTIZED_SIZES):

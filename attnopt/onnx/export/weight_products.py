@@ -92,7 +92,7 @@ def _as_matmul(graph: ir.Graph, weights: _Weights, node: ir.Node) -> None:
     of = node.attributes
     if of.get_float("alpha", 1.0) != 1.0 or of.get_float("beta", 1.0) != 1.0 or of.get_int("transA", 0):
         return
-    weight = weights.of(node.inputs[1], bool(of.get_int("transB", 0)))
+    weight = weights.of(node.inputs[1], of.get_int("transB", 0) != 0)
     if weight is None:
         return
     product = ir.node("MatMul", [node.inputs[0], weight], name=node.name)
