@@ -142,7 +142,9 @@ def test_quantized_export(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
     fast.export_onnx(target, quantize="int8")  # imports the quantizer
     target.write_bytes(b"old")
     for moment in (1, 3, 9, 14):
-        assert in_child(lambda: fast.export_onnx(target, quantize="int8"), killed_at(moment, tmp_path)) == -signal.SIGKILL
+        assert (
+            in_child(lambda: fast.export_onnx(target, quantize="int8"), killed_at(moment, tmp_path)) == -signal.SIGKILL
+        )
         assert target.read_bytes() == b"old"
     fast.export_onnx(target, quantize="int8")
     assert target.read_bytes() != b"old"

@@ -90,7 +90,7 @@ def _is_weight_only(value: ir.Value) -> bool:
 def _as_matmul(graph: ir.Graph, weights: _Weights, node: ir.Node) -> None:
     """A Gemm that scales nothing, with constant weights, as a product and a sum."""
     of = node.attributes
-    if of.get_float("alpha", 1.0) != 1.0 or of.get_float("beta", 1.0) != 1.0 or of.get_int("transA", 0):
+    if of.get_float("alpha", 1.0) != 1.0 or of.get_float("beta", 1.0) != 1.0 or of.get_int("transA", 0) != 0:
         return
     weight = weights.of(node.inputs[1], of.get_int("transB", 0) != 0)
     if weight is None:
