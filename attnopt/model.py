@@ -22,6 +22,7 @@ from attnopt.compiler.origin import Origin
 from attnopt.errors import AttnoptError, CaptureError
 from attnopt.ir.call_tensor import BATCH
 from attnopt.report.optimized_site import OptimizedSite
+from attnopt.report.quantized_file import QuantizedFile
 from attnopt.report.report import Report
 
 Build = Callable[[CallInputs], tuple[fx.GraphModule, Origin]]
@@ -165,7 +166,8 @@ class OptimizedModel(nn.Module):
         opset: int | None = None,
         external_data: bool | Literal["auto"] = "auto",
         verify: bool = True,
-    ) -> None:
+        quantize: Literal["int8", "int4"] | None = None,
+    ) -> QuantizedFile | None:
         """Write an ONNX model, checked against ONNX Runtime before it is written.  Raises ExportError.
 
         Each attention takes its fastest form in ONNX Runtime on CPU; ``flavor="standard"`` uses only standard ONNX
@@ -173,10 +175,12 @@ class OptimizedModel(nn.Module):
         ``opset``: 23 (the default) to 25.  ``external_data``: store weights in a file beside the model; "auto" does so
         if they exceed the size limit.  The metadata of the model records what was done, under keys that begin with
         "attnopt.".
+        ``quantize``: weights of products in int8 (activations too, at run time) or int4, by ONNX Runtime's own quantizer;
+        attentions stay in float.  The result says what it cost.
         """
         from attnopt.onnx.export.export import export_onnx
 
-        export_onnx(
+        return export_onnx(
             self.graph_module,
             self.origin,
             path,
@@ -184,6 +188,7 @@ class OptimizedModel(nn.Module):
             opset=opset,
             external_data=external_data,
             verify=verify,
+            quantize=quantize,
         )
 
     def export_decoder(
@@ -193,7 +198,8 @@ class OptimizedModel(nn.Module):
         context_length: int,
         eos_token_id: int | Sequence[int],
         tokenizer: object = None,
-    ) -> None:
+        quantize: Literal["int8", "int4"] | None = None,
+    ) -> QuantizedFile | None:
         """Write a language model with a key/value cache as a folder for onnxruntime-genai.  Raises ExportError.
 
         The model takes ``input_ids`` and optionally ``attention_mask`` and ``position_ids``, all [batch, length] with
@@ -202,17 +208,18 @@ class OptimizedModel(nn.Module):
         One file serves prompt and generation, with one buffer of at most ``context_length`` tokens.  ``tokenizer``: a
         transformers tokenizer to save in the folder.
         Before anything is written, ONNX Runtime processes two prompts, continues token by token, and must reproduce the
-        logits of this model.
+        logits of this model.  ``quantize``: see ``export_onnx``.
         """
         from attnopt.onnx.export.decoder import export_decoder
 
-        export_decoder(
+        return export_decoder(
             self.graph_module,
             self.origin,
             folder,
             context_length=context_length,
             eos_token_id=eos_token_id,
             tokenizer=tokenizer,
+            quantize=quantize,
         )
 
     def export_program(self) -> torch.export.ExportedProgram:

@@ -24,12 +24,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path).resolve()
     temporary = _beside(target, "tmp")
     with _reported(target), _removed(temporary):
-        if target.is_dir():
-            raise ArchiveError(f"cannot write {target}: it is a folder", hint="give the path of a file")
+        _refuse_folder(target)
         yield temporary
         _flush(temporary)
         os.replace(temporary, target)
         _flush(target.parent)
+
+
+@contextlib.contextmanager
+def folder_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty folder for what is needed on the way to the file ``path``, on the same disk; it is removed at the end."""
+    target = Path(path).resolve()
+    temporary = _beside(target, "work")
+    with _reported(target), _removed(temporary):
+        _refuse_folder(target)
+        temporary.mkdir()
+        yield temporary
 
 
 @contextlib.contextmanager
@@ -78,6 +88,11 @@ def _exchanged(new: Path, target: Path) -> bool:
 
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     return rename is not None and rename(_HERE, os.fsencode(new), _HERE, os.fsencode(target), _EXCHANGE) == 0
+
+
+def _refuse_folder(target: Path) -> None:
+    if target.is_dir():
+        raise ArchiveError(f"cannot write {target}: it is a folder", hint="give the path of a file")
 
 
 def _refuse_foreign(target: Path, marker: str) -> None:

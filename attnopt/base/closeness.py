@@ -55,6 +55,18 @@ def squared_distance(got: Tensor, want: Tensor) -> float:
     return sum(float((_wide(g) - _wide(w)).abs().square().sum()) for g, w in _pieces(got, want))
 
 
+def agreement(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """(cosine, distance relative to the norm of ``want``) of two tensors of one shape; two of zeros agree."""
+    product = own = size = apart = 0.0
+    for piece in _pieces(got, want):
+        g, w = map(_wide, piece)
+        product, apart = product + float((g * w).sum()), apart + float((g - w).square().sum())
+        own, size = own + float(g.square().sum()), size + float(w.square().sum())
+    if own == 0 or size == 0:
+        return (1.0, 0.0) if apart == 0 else (0.0, 1.0 if size else math.inf)
+    return product / math.sqrt(own * size), math.sqrt(apart / size)
+
+
 def squared_difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """Sum of squared differences over floating-point tensors, relative to the squared norm of the expected ones."""
     return sum(_squared_difference(g, w) for g, w in zip(got, want, strict=True) if w.is_floating_point())

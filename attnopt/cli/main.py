@@ -96,6 +96,7 @@ def _add_optimize(commands: Commands) -> None:
     _add_optimizing(parser)
     parser.add_argument("--out", metavar="DIR", help="save the optimized model in this folder")
     parser.add_argument("--onnx", metavar="FILE", help="also export it to ONNX")
+    _add_quantize(parser)
     parser.add_argument("--html", metavar="FILE", help="write the report as an HTML page")
     parser.add_argument("--time", action="store_true", help="measure one call of both models for the report")
 
@@ -109,11 +110,13 @@ def _add_export(commands: Commands) -> None:
         cli_run.export,
         "export a model to ONNX and check it against ONNX Runtime",
         "attnopt export my_models:encoder --dynamic --onnx encoder.onnx",
+        "attnopt export my_models:encoder --dynamic --quantize int8 --onnx encoder.onnx",
         "attnopt export model.onnx --size batch=1 --size length=128 --onnx fused.onnx",
     )
     _add_model(parser, OR_SAVED)
     _add_optimizing(parser)
     parser.add_argument("--onnx", metavar="FILE", required=True, help="the file to write")
+    _add_quantize(parser)
     parser.add_argument("--html", metavar="FILE", help="write the report as an HTML page")
 
 
@@ -279,6 +282,14 @@ def _add_optimizing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="fail if a pass refuses an attention")
     parser.add_argument("--tolerance", type=_positive, help="fail if the relative change of the output exceeds this")
     parser.add_argument("--seed", type=int, default=0, help="random seed for the passes (default: 0)")
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="quantize the weights of products in the ONNX file, not its attentions",
+    )
 
 
 def _add_dynamic(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,8 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def optimize(arguments: argparse.Namespace) -> int:
+    if arguments.quantize and not arguments.onnx:
+        raise AttnoptError("--quantize is for an ONNX file, and none is written", hint="add --onnx FILE")
     named = resolved(arguments, needs_sizes=not arguments.dynamic)
     if named.saved is not None:
         raise AttnoptError(
@@ -116,19 +118,22 @@ def _written(arguments: argparse.Namespace, model: Any) -> int:
     """Write the requested files, then show the report and their paths."""
     from attnopt.render.tables import report_table
 
-    report, written = model.report, {}
+    report, written, quantized = model.report, {}, None
     if out := getattr(arguments, "out", None):
         with working(f"saving {out}"):
             model.save(out)
         written["saved"] = out
     if arguments.onnx:
         with working(f"exporting {arguments.onnx} and checking it in ONNX Runtime"):
-            model.export_onnx(arguments.onnx)
+            quantized = model.export_onnx(arguments.onnx, quantize=arguments.quantize)
         written["onnx"] = arguments.onnx
     if arguments.html:
         report.to_html(arguments.html)
         written["html"] = arguments.html
-    show(arguments, {"report": report.to_json(), "written": written}, report_table(report))
+    data = {"report": report.to_json(), "written": written}
+    if quantized is not None:
+        data["quantization"] = quantized.to_json()
+    show(arguments, data, report_table(report))
     if arguments.json:
         return 0
     if report.cpu_seconds:
@@ -136,6 +141,8 @@ def _written(arguments: argparse.Namespace, model: Any) -> int:
         print(f"CPU time per call: {1e3 * before:.2f} ms before, {1e3 * after:.2f} ms after")
     for kind, path in written.items():
         print(f"{kind}: {path}")
+    if quantized is not None:
+        print(quantized)
     return 0
 
 

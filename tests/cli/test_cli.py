@@ -147,6 +147,16 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert target.stat().st_size > 0
 
 
+def test_export_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "model.onnx"
+    argv = ["tiny_models:causal", "--dynamic", "--quantize", "int8"]
+    done = json_of(capsys, "export", *argv, "--onnx", str(target))["quantization"]
+    assert (done["how"], done["products"], done["bytes_after"]) == ("int8", 8, target.stat().st_size)
+    assert cli.main(["optimize", *argv, "--onnx", str(target)]) == 0
+    assert "int8: 8 products quantized" in capsys.readouterr().out
+    assert "add --onnx FILE" in error_of(capsys, "optimize", *argv)
+
+
 @pytest.mark.slow
 def test_optimize_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path / "fast")

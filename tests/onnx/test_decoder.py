@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import attnopt
+from attnopt.onnx.export.deviation import BOUNDS, Deviation
 from attnopt.passes import AddValues, LocalWindow, PruneHeads, Steer
 from attnopt.patterns import Full, Window
 
@@ -124,6 +126,31 @@ def test_a_policy_generates_what_it_means(policy: Any, tmp_path: Path) -> None:
     assert generated(tmp_path / "m", prompts[:1], 24) == wanted[:1]
 
 
+@pytest.mark.parametrize(("how", "operator"), [("int8", "MatMulInteger"), ("int4", "MatMulNBits")])
+def test_weights_are_quantized(fast: attnopt.OptimizedModel, how: Any, operator: str, tmp_path: Path) -> None:
+    """The export compares its logits with those of the model, prompt and steps."""
+    done = fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=END, quantize=how)
+    assert done is not None
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["genai_config.json", "model.onnx"]
+    nodes = [n.op_type for n in onnx.load(tmp_path / "m" / "model.onnx").graph.node]
+    assert nodes.count(operator) == done.products == 9
+    assert nodes.count("GroupQueryAttention") == 2
+    assert done.sizes == 4  # a prompt and three tokens
+    assert 0.9 < (done.cosine or 0) < 0.99999
+
+
+def test_a_quantization_that_loses_too_much(
+    fast: attnopt.OptimizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BOUNDS, "int4", Deviation(0.9999, 0.001))
+    with pytest.raises(
+        attnopt.ExportError, match=r"output 'linear_8' .* cosine of .* for a prompt, so nothing was written"
+    ) as caught:
+        fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=END, quantize="int4")
+    assert caught.value.hint == 'use quantize="int8", or leave quantize out'
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_every_token_can_be_steered_and_none_of_them_alone(tmp_path: Path) -> None:
     by = torch.linspace(-2, 2, 8)
@@ -192,6 +219,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no end": ({"eos_token_id": "x"}, "eos_token_id='x'"),
     "no such end": ({"eos_token_id": [1, VOCABULARY]}, "outside the vocabulary of 50"),
     "no length": ({"context_length": 0}, "context_length=0"),
+    "no such quantization": ({"quantize": "int2"}, "quantize='int2'"),
     "no tokenizer": ({"tokenizer": "gpt2"}, "a str is not a tokenizer"),
 }
 

@@ -135,6 +135,21 @@ def test_export(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
         assert target.read_bytes() == b"old"
 
 
+@pytest.mark.subprocess
+def test_quantized_export(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
+    """Its last operation in the folder that matters is the one that puts the file in its place."""
+    target = tmp_path / "m.onnx"
+    fast.export_onnx(target, quantize="int8")  # imports the quantizer
+    target.write_bytes(b"old")
+    for moment in (1, 3, 9, 14):
+        assert (
+            in_child(lambda: fast.export_onnx(target, quantize="int8"), killed_at(moment, tmp_path)) == -signal.SIGKILL
+        )
+        assert target.read_bytes() == b"old"
+    fast.export_onnx(target, quantize="int8")
+    assert target.read_bytes() != b"old"
+
+
 def _limited() -> None:
     """Files of 8 KiB at most, as on a disk that is nearly full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from attnopt.base.atomic_files import atomic_folder
+from attnopt.base.atomic_files import atomic_folder, folder_beside
 from attnopt.base.compile_lock import compiling
 from attnopt.base.sizes import is_static
 from attnopt.compiler.origin import Origin
@@ -19,8 +20,10 @@ from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.onnx.export.kv_cache import PAST, PRESENT
 from attnopt.onnx.export.mark import Marked, mark
+from attnopt.onnx.export.quantizer import FLOATING, Quantization, check_quantization, quantized
 from attnopt.onnx.export.translate import OPSETS, expand, translated
 from attnopt.onnx.export.write_file import ROOM_IN_FILE, finish, save, weights_size
+from attnopt.report.quantized_file import QuantizedFile
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,12 +41,13 @@ def export_decoder(
     context_length: int,
     eos_token_id: int | Sequence[int],
     tokenizer: Any,
-) -> None:
-    """Write the folder, whole or not at all.  Raises ExportError."""
+    quantize: Quantization | None = None,
+) -> QuantizedFile | None:
+    """Write the folder, whole or not at all; what quantization made of it.  Raises ExportError."""
     from attnopt.onnx.export.kv_cache import Cache, cached
     from attnopt.onnx.export.peephole import settle
-    from attnopt.onnx.export.verify_decoder import verify
 
+    check_quantization(quantize)
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
         raise ExportError(
             f"invalid value context_length={context_length!r}: expected a number of tokens",
@@ -61,13 +65,37 @@ def export_decoder(
         settle(model, contrib=True)
         finish(model, origin, "onnxruntime", marked)
         logits = _logits(model.graph.outputs)
-        data = made / f"{FILE}.data" if weights_size(gm) > ROOM_IN_FILE else None
-        save(model, made / FILE, data)
-        verify(gm, origin, made / FILE, str(logits.name))
+        told = _saved(model, gm, origin, made / FILE, str(logits.name), quantize)
         config = _config(model.graph, logits, [m.site.spec for m in marked], context_length, tokens)
         (made / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
+    return told
+
+
+def _saved(
+    model: ir.Model, gm: fx.GraphModule, origin: Origin, file: Path, logits: str, how: Quantization | None
+) -> QuantizedFile | None:
+    """The checked file, in float if ``how`` is None."""
+    from attnopt.onnx.export.export_quantized import signed
+    from attnopt.onnx.export.verify_decoder import deviation_of, verify
+
+    if how is None:
+        save(model, file, _data_of(file, weights_size(gm)))
+        verify(gm, origin, file, logits)
+        return None
+    with folder_beside(file) as work:
+        floating = work / FLOATING
+        save(model, floating, _data_of(floating, weights_size(gm)))
+        verify(gm, origin, floating, logits)
+        made = quantized(floating, how, standard=False)
+        data = _data_of(file, made.weights_size)
+        save(made.model, file, data)
+        return signed(made, file, data, deviation_of(gm, origin, file, logits, how))
+
+
+def _data_of(file: Path, size: int) -> Path | None:
+    return file.with_name(f"{file.name}.data") if size > ROOM_IN_FILE else None
 
 
 def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:

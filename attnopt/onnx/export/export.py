@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal, get_args
 
 from torch import fx
@@ -11,8 +12,10 @@ from attnopt.base.compile_lock import compiling
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.onnx.export.mark import fastest, mark
+from attnopt.onnx.export.quantizer import Quantization, check_quantization
 from attnopt.onnx.export.translate import OPSETS, expand, translated
-from attnopt.onnx.export.write_file import ROOM_IN_FILE, finish, save, weights_size, written_to
+from attnopt.onnx.export.write_file import ROOM_IN_FILE, Written, finish, save, weights_size, written_to
+from attnopt.report.quantized_file import QuantizedFile
 
 Flavor = Literal["onnxruntime", "standard"]
 
@@ -27,19 +30,41 @@ def export_onnx(
     opset: int | None,
     external_data: bool | Literal["auto"],
     verify: bool,
-) -> None:
-    """Write an optimized graph to ``path``.  Raises ExportError, in which case ``path`` is unchanged."""
+    quantize: Quantization | None = None,
+) -> QuantizedFile | None:
+    """Write an optimized graph to ``path``; what quantization made of it.  Raises ExportError, in which case ``path`` is
+    unchanged."""
     if flavor not in get_args(Flavor):
         raise ExportError(f"unknown flavor {flavor!r}", hint=f"choose one of {', '.join(get_args(Flavor))}")
     if origin.file is None and opset is not None and opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", hint=f"choose one of {', '.join(map(str, OPSETS))}")
     if external_data not in (True, False, "auto"):
         raise ExportError(f"invalid value external_data={external_data!r}", hint='use True, False or "auto"')
+    check_quantization(quantize)
+    if quantize is None:
+        _written(gm, origin, path, flavor, opset, external_data, verify)
+        return None
+    from attnopt.onnx.export.export_quantized import export_quantized
+
+    def write(file: Path) -> Written:
+        return _written(gm, origin, file, flavor, opset, "auto", verify)
+
+    return export_quantized(write, origin, path, quantize, flavor=flavor, external_data=external_data, verify=verify)
+
+
+def _written(
+    gm: fx.GraphModule,
+    origin: Origin,
+    path: str | os.PathLike[str],
+    flavor: Flavor,
+    opset: int | None,
+    external_data: bool | Literal["auto"],
+    verify: bool,
+) -> Written:
     if origin.file is not None:
         from attnopt.onnx.export.in_place import export_in_place
 
-        export_in_place(gm, origin, path, flavor=flavor, opset=opset, external_data=external_data, verify=verify)
-        return
+        return export_in_place(gm, origin, path, flavor=flavor, opset=opset, external_data=external_data, verify=verify)
     size = weights_size(gm)
     if external_data is False and size > ROOM_IN_FILE:
         raise ExportError(
@@ -63,7 +88,9 @@ def export_onnx(
             names.give(model.graph)
         finish(model, origin, flavor, marked)
         save(model, file, data)
+        written = Written(gm, {} if names is None else names.inputs)
         if verify:
             from attnopt.onnx.export.verify import verify as run_and_compare
 
-            run_and_compare(gm, origin, file, marked, {} if names is None else names.inputs)
+            run_and_compare(gm, origin, file, marked, written.names)
+    return written

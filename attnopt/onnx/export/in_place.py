@@ -31,7 +31,7 @@ from attnopt.onnx.export.packed_weights import NotSliceableError, Slices, places
 from attnopt.onnx.export.part import Part, parts_of
 from attnopt.onnx.export.splicing import Insert, renamed, spliced
 from attnopt.onnx.export.translate import OPSETS
-from attnopt.onnx.export.write_file import METADATA, said, written_to
+from attnopt.onnx.export.write_file import METADATA, Written, said, written_to
 from attnopt.onnx.load.grouping import used_by
 from attnopt.onnx.load.source import Source
 from attnopt.version import __version__
@@ -52,7 +52,7 @@ def export_in_place(
     opset: int | None,
     external_data: bool | Literal["auto"],
     verify: bool,
-) -> None:
+) -> Written:
     """Write the file from which ``gm`` was captured, with its rewrites.  Raises ExportError.
 
     An attention that is only fused, without being faster in this file's opset, stays unchanged.
@@ -68,9 +68,10 @@ def export_in_place(
     contrib = flavor == "onnxruntime"
     gm, _ = copy_program(worthwhile(gm, origin, contrib, source.opset))
     change = changed(gm, file)
+    written = Written(gm, {node.name: name for node, name in file.inputs(gm.graph).items()})
     if not change.made:
         _copied(source, path)
-        return
+        return written
     parts = parts_of(gm, origin, change, min(source.opset, OPSETS[-1]), contrib)
     insert = _insert(gm, file, change, parts, source.opset)
     model = spliced(_base(file, change), insert)
@@ -82,11 +83,12 @@ def export_in_place(
         if verify:
             from attnopt.onnx.export.verify import verify_file
 
-            verify_file(gm, origin, temporary, {node.name: name for node, name in file.inputs(gm.graph).items()})
+            verify_file(gm, origin, temporary, written.names)
     if fixed:
         warnings.warn(
             f"{path} is valid only at the sizes of the example inputs: {', '.join(fixed)}", AttnoptWarning, stacklevel=4
         )
+    return written
 
 
 def _copied(source: Source, path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,23 +22,32 @@ from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of
 from attnopt.graph.record import recorded
 from attnopt.onnx.export.builder import SWAPPED, Array
+from attnopt.onnx.export.deviation import Deviation, deviation
 from attnopt.onnx.export.mark import Marked
+from attnopt.onnx.export.quantizer import Quantization
+from attnopt.onnx.export.write_file import Written
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
+QUANTIZED_SIZES = 3  # at which a quantized file is compared, if the graph has that many
 
 
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]) -> None:
     """Raises ExportError with the first differing attention if ONNX Runtime does not agree with ``gm``.
 
     ``named``: the file's names of graph inputs, if they differ."""
+    _check_valid(file, "exported model")
+    _compare_at_sizes(gm, origin, file, marked, named)
+
+
+def _check_valid(file: Path, what: str) -> None:
     import onnx
 
     try:
         onnx.checker.check_model(str(file))
     except Exception as e:
-        raise ExportError(f"the exported model is not valid ONNX: {str(e)[:300]}") from e
-    _compare_at_sizes(gm, origin, file, marked, named)
+        raise ExportError(f"the {what} is not valid ONNX: {str(e)[:300]}") from e
 
 
 def in_bfloat16(gm: fx.GraphModule) -> str:
@@ -53,12 +63,7 @@ def in_bfloat16(gm: fx.GraphModule) -> str:
 
 def verify_file(gm: fx.GraphModule, origin: Origin, file: Path, named: Mapping[str, str]) -> None:
     """Like ``verify``, for a file rewritten in place: its inputs and outputs have the names of the file."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(file))
-    except Exception as e:
-        raise ExportError(f"the rewritten file is not valid ONNX: {str(e)[:300]}") from e
+    _check_valid(file, "rewritten file")
     _compare_at_sizes(gm, origin, file, (), named)
 
 
@@ -66,20 +71,41 @@ def _compare_at_sizes(
     gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]
 ) -> None:
     session = open_session(file, in_bfloat16(gm))
-    _compare(gm, origin.inputs, session, file, marked, named, origin.form)
+    for inputs in islice(_at_sizes(gm, origin), 2):
+        _compare(gm, inputs, session, file, marked, named, origin.form)
+
+
+def _at_sizes(gm: fx.GraphModule, origin: Origin) -> Iterator[CallInputs]:
+    """The inputs of the example, then those of other sizes."""
+    yield origin.inputs
     for inputs in resized(gm, origin.inputs, origin.report.fixed_axes):
         try:
             outputs_of(gm, inputs)
         except Exception:
             continue  # a size for which the graph is not valid
-        _compare(gm, inputs, session, file, marked, named, origin.form)
-        return
+        yield inputs
 
 
-def open_session(model: Path | bytes, hint: str = "") -> InferenceSession:
-    """ONNX Runtime's session on a CPU.  Raises ExportError."""
+def deviation_of(written: Written, origin: Origin, file: Path, how: Quantization) -> Deviation:
+    """Of a quantized file, which runs as its users will run it, at the sizes of the example and at others.
+
+    Raises ExportError if it is too large."""
+    _check_valid(file, f"{how} file")
+    session = open_session(file, exact=False)
+    worst = Deviation(1.0, 0.0, 0)
+    for inputs in islice(_at_sizes(written.gm, origin), QUANTIZED_SIZES):
+        want = outputs_of(written.gm, inputs, form=origin.form)
+        feed = _feed([i.name for i in session.get_inputs()], written.gm, inputs, written.names)
+        got = _run(session, feed)
+        names, when = [o.name for o in session.get_outputs()], f"for inputs of {_sizes(inputs)}"
+        worst = worst.joined(deviation(got, want, names, how, when, "verify=False writes it unchecked"))
+    return worst
+
+
+def open_session(model: Path | bytes, hint: str = "", exact: bool = True) -> InferenceSession:
+    """ONNX Runtime's session on a CPU; not ``exact``, as users run quantized operators.  Raises ExportError."""
     try:
-        return cpu_session(model, exact=True)
+        return cpu_session(model, exact=exact)
     except Exception as e:
         raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}", hint=hint or None) from e
 
@@ -95,19 +121,27 @@ def _compare(
 ) -> None:
     want = outputs_of(gm, inputs, form=form)
     feed = _feed([i.name for i in session.get_inputs()], gm, inputs, named)
-    try:
-        got = [torch.from_numpy(o) for o in session.run(None, feed)]
-    except Exception as e:
-        raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
+    got = _run(session, feed)
     error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
     if len(got) == len(want) and error <= ROOM * max(tolerance(want), coarsest(gm)):
         return
-    sizes = ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
     raise ExportError(
-        f"ONNX Runtime and torch disagree (relative difference {error:.2g}, inputs of {sizes}), so nothing was written",
+        f"ONNX Runtime and torch disagree (relative difference {error:.2g}, inputs of {_sizes(inputs)}), so nothing was "
+        "written",
         hint="please report the model; another opset may work",
         site=_first_that_differs(gm, inputs, file, marked, feed),
     )
+
+
+def _run(session: InferenceSession, feed: Mapping[str, Array]) -> list[Tensor]:
+    try:
+        return [torch.from_numpy(o) for o in session.run(None, dict(feed))]
+    except Exception as e:
+        raise ExportError(f"ONNX Runtime cannot run the exported model: {str(e)[:300]}") from e
+
+
+def _sizes(inputs: CallInputs) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
 
 
 def _feed(names: list[str], gm: fx.GraphModule, inputs: CallInputs, named: Mapping[str, str]) -> dict[str, Array]:

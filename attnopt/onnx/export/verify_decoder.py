@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,29 +18,47 @@ from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of
 from attnopt.onnx.export.builder import Array
+from attnopt.onnx.export.deviation import Deviation, deviation
+from attnopt.onnx.export.quantizer import Quantization
 from attnopt.onnx.export.verify import in_bfloat16, open_session
 
 if TYPE_CHECKING:
-    from onnxruntime import OrtValue
+    from onnxruntime import InferenceSession, OrtValue
 
 LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
 
 
 def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str) -> None:
     """Raises ExportError if the logits of the file differ from those of ``gm`` on whole sequences."""
+    for got, want, when in _in_use(gm, origin, file, logits, exact=True):
+        _compare(got, want, when)
+
+
+def deviation_of(gm: fx.GraphModule, origin: Origin, file: Path, logits: str, how: Quantization) -> Deviation:
+    """Of the logits of a quantized file.  Raises ExportError if it is too large."""
+    worst = Deviation(1.0, 0.0, 0)
+    for got, want, when in _in_use(gm, origin, file, logits, exact=False):
+        worst = worst.joined(deviation([got], [want], [logits], how, when, "leave quantize out"))
+    return worst
+
+
+def _in_use(
+    gm: fx.GraphModule, origin: Origin, file: Path, logits: str, exact: bool
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Logits of the file and of ``gm``: of a prompt, and of each token after it."""
     ids = _two_sequences(gm, origin)
     want = _whole(gm, origin, ids)
     length = ids.shape[1] - STEPS
     lengths = torch.tensor([length, length - 2])  # the second prompt is padded at its end
-    run = _Run(file, logits, ids.shape[1] + 5, in_bfloat16(gm))
+    run = _Run(open_session(file, in_bfloat16(gm), exact), logits, ids.shape[1] + 5)
     got = run(ids[:, :length], torch.arange(length).expand(2, -1), lengths)
     prompt = torch.cat([got[b, :n] for b, n in enumerate(lengths)])
-    _compare(prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt")
+    yield prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt"
     for _ in range(STEPS):
         at = lengths[:, None]
         lengths = lengths + 1
         got = run(ids.gather(1, at), at, lengths)
-        _compare(got, want.take_along_dim(at[..., None], 1), "for a token after its prompt")
+        yield got, want.take_along_dim(at[..., None], 1), "for a token after its prompt"
 
 
 def _two_sequences(gm: fx.GraphModule, origin: Origin) -> Tensor:
@@ -74,8 +93,8 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
 class _Run:
     """A session with one buffer for past and present, ``capacity`` tokens long."""
 
-    def __init__(self, file: Path, logits: str, capacity: int, hint: str) -> None:
-        self.session, self.logits = open_session(file, hint), logits
+    def __init__(self, session: InferenceSession, logits: str, capacity: int) -> None:
+        self.session, self.logits = session, logits
         inputs = self.session.get_inputs()
         self.names = {i.name: np.int32 if "int32" in i.type else np.int64 for i in inputs}
         self.cache = {

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,14 @@ METADATA = "attnopt."  # how the names of the model's properties begin
 
 
 ROOM_IN_FILE = 2**31 - 2**26  # the protobuf limit is 2 GiB, including the graph
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file computes.  ``names``: the file's names of graph inputs, if they differ."""
+
+    gm: fx.GraphModule
+    names: Mapping[str, str]
 
 
 def weights_size(gm: fx.GraphModule) -> int:
@@ -62,7 +71,7 @@ def save(model: ir.Model, file: Path, data: Path | None) -> None:
     import onnx_ir as ir
 
     if data is None:
-        ir.save(model, str(file))
+        ir.save(ir.external_data.load_to_model(model), str(file))
         return
     ir.save(model, str(file), external_data=data.name)
     with data.open("rb") as written:

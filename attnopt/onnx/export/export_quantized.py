@@ -1,0 +1,64 @@
+"""A quantized ONNX file: exported and verified in float, quantized, compared again, and only then put in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from attnopt.base.atomic_files import folder_beside
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
+from attnopt.onnx.export.deviation import Deviation
+from attnopt.onnx.export.quantizer import FLOATING, QUANTIZATION, Quantization, Quantized, quantized
+from attnopt.onnx.export.write_file import ROOM_IN_FILE, Written, save, written_to
+from attnopt.report.quantized_file import QuantizedFile
+
+
+def export_quantized(
+    write: Callable[[Path], Written],
+    origin: Origin,
+    path: str | os.PathLike[str],
+    how: Quantization,
+    *,
+    flavor: str,
+    external_data: bool | Literal["auto"],
+    verify: bool,
+) -> QuantizedFile:
+    """``write`` writes the unquantized file.  Raises ExportError, in which case ``path`` is unchanged."""
+    with folder_beside(path) as work:
+        written = write(work / FLOATING)
+        made = quantized(work / FLOATING, how, standard=flavor == "standard")
+        if external_data is False and made.weights_size > ROOM_IN_FILE:
+            raise ExportError(
+                f"{made.weights_size / 2**30:.1f} GiB of {how} weights exceed the 2 GiB limit of one ONNX file",
+                hint='use external_data="auto"',
+            )
+        is_external = made.weights_size > ROOM_IN_FILE if external_data == "auto" else external_data
+        with written_to(path, is_external) as (file, data):
+            save(made.model, file, data)
+            found = None
+            if verify:
+                from attnopt.onnx.export.verify import deviation_of
+
+                found = deviation_of(written, origin, file, how)
+            return signed(made, file, data, found)
+
+
+def signed(made: Quantized, file: Path, data: Path | None, found: Deviation | None) -> QuantizedFile:
+    """Record in the file's metadata what was done."""
+    import onnx
+
+    said = QuantizedFile(
+        made.how, len(made.products.chosen), len(made.products.others), made.bytes_before, 0,
+        *(() if found is None else (found.cosine, found.relative_error, found.sizes)),
+    )  # fmt: skip
+    told = {key: value for key, value in said.to_json().items() if not key.startswith("bytes")}
+    more = onnx.ModelProto()
+    more.metadata_props.add(key=QUANTIZATION, value=json.dumps(told))
+    with file.open("ab") as end:  # messages of protocol buffers merge where they follow each other
+        end.write(more.SerializeToString())
+    size = file.stat().st_size + (0 if data is None else data.stat().st_size)
+    return QuantizedFile(**{**said.to_json(), "bytes_after": size})
