@@ -17,10 +17,11 @@ from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of, is_tensor, value
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.onnx.export.cache_forms import CacheOptions, about, rolling
 from attnopt.onnx.export.kv_cache import PAST, PRESENT
 from attnopt.onnx.export.mark import Marked, mark
 from attnopt.onnx.export.translate import OPSETS, expand, translated
-from attnopt.onnx.export.write_file import ROOM_IN_FILE, finish, save, weights_size
+from attnopt.onnx.export.write_file import METADATA, ROOM_IN_FILE, finish, note, save, weights_size
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,6 +39,7 @@ def export_decoder(
     context_length: int,
     eos_token_id: int | Sequence[int],
     tokenizer: Any,
+    cache: CacheOptions,
 ) -> None:
     """Write the folder, whole or not at all.  Raises ExportError."""
     from attnopt.onnx.export.kv_cache import Cache, cached
@@ -50,21 +52,26 @@ def export_decoder(
             hint="pass the longest context of the model",
         )
     tokens = _tokens(eos_token_id, tokenizer)
+    cache.check()
     _check_inputs(gm, origin.report.fixed_axes)
     marked_gm, marked = mark(gm, cached)
     _check_edits(origin.sites)
     _check_sites(marked, [s.name for s in origin.sites])
+    marked = cache.settled(gm, origin, marked, context_length)
+    windows = rolling(marked)
     with atomic_folder(folder, marker=CONFIG) as made:
         model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
-        cache = Cache.of(model.graph)
-        expand(model.graph, marked, cache.write)
+        expand(model.graph, marked, Cache.of(model.graph).write)
         settle(model, contrib=True)
         finish(model, origin, "onnxruntime", marked)
         logits = _logits(model.graph.outputs)
+        model.metadata_props[f"{METADATA}cache"] = json.dumps(about(marked))
         data = made / f"{FILE}.data" if weights_size(gm) > ROOM_IN_FILE else None
         save(model, made / FILE, data)
-        verify(gm, origin, made / FILE, str(logits.name))
-        config = _config(model.graph, logits, [m.site.spec for m in marked], context_length, tokens)
+        error = verify(gm, origin, made / FILE, str(logits.name), max(windows.values(), default=0), cache.tolerance)
+        if cache.tolerance is not None:
+            note(made / FILE, "cache_error", f"{error:.2g}")
+        config = _config(model.graph, logits, [m.site.spec for m in marked], context_length, tokens, windows)
         (made / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
@@ -175,7 +182,12 @@ def _tokens(eos_token_id: int | Sequence[int], tokenizer: object) -> dict[str, o
 
 
 def _config(
-    graph: ir.Graph, logits: ir.Value, specs: Sequence[AttentionSpec], context_length: int, tokens: Mapping[str, Any]
+    graph: ir.Graph,
+    logits: ir.Value,
+    specs: Sequence[AttentionSpec],
+    context_length: int,
+    tokens: Mapping[str, Any],
+    windows: Mapping[int, int],
 ) -> dict[str, object]:
     """The configuration files of onnxruntime-genai."""
     spec, names = specs[0], {i.name for i in graph.inputs}
@@ -196,6 +208,13 @@ def _config(
         "num_hidden_layers": len(specs),
         "num_key_value_heads": _stored_heads(spec),
     }
+    if windows:  # the runtime has one length for all rolling buffers: that of the longest window, and a few more tokens
+        decoder["sliding_window"] = {
+            "window_size": max(windows.values()),
+            "layers": sorted(windows),
+            "slide_key_value_cache": False,  # the operator does
+            "slide_inputs": False,
+        }
     model = {
         "type": "decoder",
         "context_length": context_length,

@@ -17,35 +17,47 @@ from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of
 from attnopt.onnx.export.builder import Array
+from attnopt.onnx.export.kv_cache import ROLLING
 from attnopt.onnx.export.verify import in_bfloat16, open_session
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
 LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
+BEYOND, MOST = 8, 1024  # tokens of a prompt beyond a window that rolls, and those of a prompt in any case
+
+_ELEMENTS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
-def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str) -> None:
-    """Raises ExportError if the logits of the file differ from those of ``gm`` on whole sequences."""
-    ids = _two_sequences(gm, origin)
+def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str, window: int, allowed: float | None) -> float:
+    """The largest relative difference between the logits of the file and those of ``gm`` on whole sequences.
+
+    ``window``: the longest of those that roll, or 0.  ``allowed``: what the difference may be; by default, what rounding
+    explains.  Raises ExportError.
+    """
+    ids = _two_sequences(gm, origin, window)
     want = _whole(gm, origin, ids)
     length = ids.shape[1] - STEPS
-    lengths = torch.tensor([length, length - 2])  # the second prompt is padded at its end
+    shorter = 0 if window else 2  # the second prompt is padded at its end, which buffers that roll do not allow
+    lengths = torch.tensor([length, length - shorter])
     run = _Run(file, logits, ids.shape[1] + 5, in_bfloat16(gm))
     got = run(ids[:, :length], torch.arange(length).expand(2, -1), lengths)
     prompt = torch.cat([got[b, :n] for b, n in enumerate(lengths)])
-    _compare(prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt")
+    worst = _compare(prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt", allowed)
     for _ in range(STEPS):
         at = lengths[:, None]
         lengths = lengths + 1
         got = run(ids.gather(1, at), at, lengths)
-        _compare(got, want.take_along_dim(at[..., None], 1), "for a token after its prompt")
+        error = _compare(got, want.take_along_dim(at[..., None], 1), "for a token after its prompt", allowed)
+        worst = max(worst, error)
+    return worst
 
 
-def _two_sequences(gm: fx.GraphModule, origin: Origin) -> Tensor:
+def _two_sequences(gm: fx.GraphModule, origin: Origin, window: int) -> Tensor:
     ids = _inputs(gm, origin)["input_ids"]
     assert isinstance(ids, Tensor)
-    length = min(max(ids.shape[1], 8), LONGEST) + STEPS
+    beyond = min(window + BEYOND, MOST) if window else 0
+    length = max(min(max(ids.shape[1], 8), LONGEST), beyond) + STEPS
     first = ids[:1, torch.arange(length) % ids.shape[1]]
     return torch.cat([first, first.flip(1)])
 
@@ -72,14 +84,14 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
 
 
 class _Run:
-    """A session with one buffer for past and present, ``capacity`` tokens long."""
+    """A session with one buffer for past and present, ``capacity`` tokens long; one that rolls has room for its window alone."""
 
     def __init__(self, file: Path, logits: str, capacity: int, hint: str) -> None:
         self.session, self.logits = open_session(file, hint), logits
         inputs = self.session.get_inputs()
         self.names = {i.name: np.int32 if "int32" in i.type else np.int64 for i in inputs}
         self.cache = {
-            i.name: _ort(np.zeros((2, i.shape[1], capacity, i.shape[3]), np.float32))
+            i.name: _ort(np.zeros((2, i.shape[1], _room(i.shape[2], capacity), i.shape[3]), _ELEMENTS[i.type]))
             for i in inputs
             if len(i.shape) == 4
         }
@@ -101,17 +113,24 @@ class _Run:
         return torch.from_numpy(binding.get_outputs()[-1].numpy())
 
 
+def _room(length: str, capacity: int) -> int:
+    """``length``: the name of the axis."""
+    return int(length.removeprefix(ROLLING)) if length.startswith(ROLLING) else capacity
+
+
 def _ort(array: Array) -> OrtValue:
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def _compare(got: Tensor, want: Tensor, when: str) -> None:
+def _compare(got: Tensor, want: Tensor, when: str, allowed: float | None) -> float:
     error = difference([got], [want])
-    if error <= ROOM * tolerance([want]):
-        return
+    if error <= (ROOM * tolerance([want]) if allowed is None else allowed):
+        return error
     raise ExportError(
         f"the logits of the decoder and the model differ {when} (relative difference {error:.2g}), so nothing was written",
-        hint="positions must come from position_ids, and only the attentions may mix tokens",
+        hint="positions must come from position_ids, and only the attentions may mix tokens"
+        if allowed is None
+        else 'int8 keys and values are too coarse for this model or calibration; pass more calibration data or kv="float32"',
     )

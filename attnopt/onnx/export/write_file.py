@@ -54,6 +54,15 @@ def finish(model: ir.Model, origin: Origin, flavor: str, marked: Sequence[Marked
     model.metadata_props.update({METADATA + key: text for key, text in texts.items()})
 
 
+def note(file: Path, key: str, text: str) -> None:
+    """Record what is known only of the written file in its metadata."""
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+    model.metadata_props.add(key=METADATA + key, value=text)
+    onnx.save(model, str(file))
+
+
 def said(site: OnnxSite, form: Form) -> dict[str, object]:
     return {"site": site.name, "form": form.kind, "pattern": repr(site.spec.pattern), "block": form.block or None}
 
