@@ -711,7 +711,7 @@ FAULTS = (
     Fault("positions that a decoder is given one at a time", "(e for e in site.spec.after if e.reads_positions)",
           "(e for e in site.spec.after if False)", "test_decoder.py -k steered"),
     # caches of a decoder
-    Fault("a rolling buffer that only masks", '({"sliding_window_cache": 1} if form.rolls else {})', "{}",
+    Fault("a rolling buffer that only masks", '= {"sliding_window_cache": 1} if form.rolls else {}', "= {}",
           "test_decoder_caches.py -k each_layer"),
     Fault("a rolling window of the context's length", "f.window is not None and f.window < context_length",
           "f.window is not None", "test_decoder_caches.py -k refused"),

@@ -156,5 +156,7 @@ class Cache:
 
 def _attributes(form: Kept) -> dict[str, Attribute]:
     """Of the operator, for its cache."""
-    int8 = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    return ({} if form.scales is None else int8) | ({"sliding_window_cache": 1} if form.rolls else {})
+    found: dict[str, Attribute] = {"sliding_window_cache": 1} if form.rolls else {}
+    if form.scales is None:
+        return found
+    return {**found, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
