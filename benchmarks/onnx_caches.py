@@ -126,10 +126,10 @@ def measured_caches(length: int, rounds: int, whole: Callable[[Any], Any]) -> di
 
 
 def _policy(every: int, layers: int) -> Any:
-    if not every:
-        return "fuse"
-    local = {f"*.layers.{i}.*": LocalWindow(WINDOW - 1, 0) for i in range(0, layers, every)}
-    return {"*": "fuse", **local}
+    window = LocalWindow(WINDOW - 1, 0)
+    if every < 2:
+        return window if every else "fuse"
+    return {"*": "fuse", **{f"*.layers.{i}.*": window for i in range(0, layers, every)}}
 
 
 def _filled(file: Path, length: int) -> dict[str, Half]:

@@ -26,8 +26,10 @@ def texts(batch: int, length: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(7))
 
 
-def optimized(policy: Any = WINDOWED, **options: Any) -> attnopt.OptimizedModel:
-    return attnopt.optimize(decoder(**options), policy, (), inputs(texts(2, 12)), dynamic_shapes="auto", backend="sdpa")
+def optimized(policy: Any = WINDOWED, backend: str = "sdpa", **options: Any) -> attnopt.OptimizedModel:
+    return attnopt.optimize(
+        decoder(**options), policy, (), inputs(texts(2, 12)), dynamic_shapes="auto", backend=backend
+    )
 
 
 def exported(fast: attnopt.OptimizedModel, folder: Path, **options: Any) -> Path:
@@ -150,7 +152,10 @@ def coarse(seen: Tensor, without_head: bool = False) -> Any:
 @pytest.mark.parametrize("policy", ["fuse", PruneHeads(heads=(0,))], ids=["fuse", "keys repeated for each head"])
 def test_int8_is_rounding_and_nothing_else(policy: Any, tmp_path: Path) -> None:
     seen, ids = texts(2, 40), texts(1, 30).flip(1)
-    fast, padded = optimized(policy), inputs(torch.cat([seen, texts(2, 60)[:, 40:]], 1))
+    fast, padded = (
+        optimized(policy, "sdpa" if policy == "fuse" else "blocked"),
+        inputs(torch.cat([seen, texts(2, 60)[:, 40:]], 1)),
+    )
     padded["attention_mask"][:, 40:] = 0  # what follows says nothing about scales
     batches = [{name: x[row : row + 1] for name, x in padded.items()} for row in (0, 1)]
     file = exported(fast, tmp_path / "m", kv="int8", calibration=batches)

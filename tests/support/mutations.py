@@ -722,7 +722,7 @@ FAULTS = (
     Fault("values with the scales of keys", "[(_scale(largest[k]), _scale(largest[v])) for k, v in sides]",
           "[(_scale(largest[k]), _scale(largest[k])) for k, v in sides]", "test_decoder_caches.py -k rounding"),
     Fault("int8 scales of padding", "seen = (by_token.flatten(0, 1) if visible is None else by_token[visible]).amax(0)",
-          "seen = by_token.flatten(0, 1).amax(0)", "test_decoder_caches.py -k padding"),
+          "seen = by_token.flatten(0, 1).amax(0)", "test_decoder_caches.py -k rounding"),
     Fault("int8 scales of the last batch alone", "torch.maximum(largest[node], seen) if node in largest else seen", "seen",
           "test_decoder_caches.py -k rounding"),
     Fault("int8 scales that clip", "largest / LARGEST, 1.0", "largest / 2 / LARGEST, 1.0",
