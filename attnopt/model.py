@@ -16,6 +16,7 @@ from attnopt.archive.save import save
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.user_warning import warn
+from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.exported_program import exported
 from attnopt.capture.signature import check_inputs, is_guard
 from attnopt.compiler.origin import Origin
@@ -198,6 +199,9 @@ class OptimizedModel(nn.Module):
         context_length: int,
         eos_token_id: int | Sequence[int],
         tokenizer: object = None,
+        windows: Literal["masked", "rolling"] = "masked",
+        kv: Literal["float32", "int8"] = "float32",
+        calibration: Iterable[Batch] | Calibration | None = None,
         quantize: Literal["int8", "int4"] | None = None,
     ) -> QuantizedFile | None:
         """Write a language model with a key/value cache as a folder for onnxruntime-genai.  Raises ExportError.
@@ -207,9 +211,14 @@ class OptimizedModel(nn.Module):
         window.
         One file serves prompt and generation, with one buffer of at most ``context_length`` tokens.  ``tokenizer``: a
         transformers tokenizer to save in the folder.
+        ``windows="rolling"``: a layer with a window keeps only the window's keys and values, in a buffer of its own length;
+        needs ONNX Runtime 1.31.  "masked" keeps all of them, for any runtime.
+        ``kv="int8"``: type of the kept keys and values, with scales from ``calibration``, batches of the model's inputs, or
+        from the example.
         Before anything is written, ONNX Runtime processes two prompts, continues token by token, and must reproduce the
         logits of this model.  ``quantize``: see ``export_onnx``.
         """
+        from attnopt.onnx.export.cache_forms import CacheOptions
         from attnopt.onnx.export.decoder import export_decoder
 
         return export_decoder(
@@ -219,6 +228,7 @@ class OptimizedModel(nn.Module):
             context_length=context_length,
             eos_token_id=eos_token_id,
             tokenizer=tokenizer,
+            cache=CacheOptions(windows, kv, calibration),
             quantize=quantize,
         )
 

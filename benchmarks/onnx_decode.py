@@ -2,6 +2,8 @@
 
 The others take past keys and values as inputs and return longer ones, as torch's exporter and Optimum write them, with
 the cache's length fixed; attnopt's file takes any length and writes into the one buffer that it reads.
+
+A second table compares attnopt's files with each other: layers with a window whose buffers hold that alone, and int8.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import interleaved, let_transformers_import, one_thread, picture, publish
+from onnx_caches import LENGTHS as LONG
+from onnx_caches import measured_caches
 from onnx_models import smollm2
 from onnx_peers import against_the_best, draw, peers, ratios
 from onnx_sessions import session
@@ -138,9 +142,16 @@ def _check(calls: dict[str, Callable[[], Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=("peers", "caches"), help="one of the two tables")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LONG, help="of the filled caches in the second table")
     arguments = parser.parse_args()
     one_thread()
     let_transformers_import()
+    if arguments.only != "peers":
+        rows = [measured_caches(length, arguments.rounds, Whole) for length in arguments.lengths]
+        publish("onnx_caches", rows, "A token of SmolLM2 over its own cache: CPU time relative to all keys in float32")
+    if arguments.only == "caches":
+        return
     rows = [measured(length, arguments.rounds) for length in LENGTHS]
     publish("onnx_decode", rows, "A token of SmolLM2 over a filled cache, in ONNX Runtime: CPU time relative to torch")
     picture("onnx_decode", lambda figure, axes: draw(figure, axes, rows))

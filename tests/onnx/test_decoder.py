@@ -9,76 +9,16 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from tiny_decoder import END, VOCABULARY, Layer, decoder, inputs
 
 import attnopt
 from attnopt.onnx.export.deviation import BOUNDS, Deviation
 from attnopt.passes import AddValues, LocalWindow, PruneHeads, Steer
-from attnopt.patterns import Full, Window
-
-VOCABULARY, END = 50, 49
-FULL = Full()
-
-
-class Layer(nn.Module):
-    """Rotary attention with fewer K/V heads, as decoders have it; ``mixes``: a convolution over tokens beside it."""
-
-    def __init__(self, mixes: bool) -> None:
-        super().__init__()
-        self.q, self.kv, self.o = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
-        self.norm = nn.LayerNorm(32)
-        self.conv = nn.Conv1d(32, 32, 2) if mixes else None
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        h = self.norm(x)
-        q = self.q(h).unflatten(-1, (4, 8)).transpose(1, 2)
-        k, v = self.kv(h).unflatten(-1, (2, 2, 8)).permute(2, 0, 3, 1, 4)
-        q, k = (y * rotation[0] + torch.cat([-y[..., 4:], y[..., :4]], -1) * rotation[1] for y in (q, k))
-        k, v = (y.repeat_interleave(2, 1) for y in (k, v))
-        o = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.o(o.transpose(1, 2).flatten(2))
-        if self.conv is not None:
-            x = x + self.conv(functional.pad(x.mT, (1, 0))).mT
-        return x
-
-
-class Decoder(nn.Module):
-    """``pattern``: what its mask keeps beside padding."""
-
-    def __init__(self, pattern: Any = "causal", mixes: bool = False, absolute: bool = False) -> None:
-        super().__init__()
-        self.pattern, self.absolute = pattern, absolute
-        self.embed, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY)
-        self.layers = nn.ModuleList(Layer(mixes) for _ in "ab")
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        if self.absolute:
-            position_ids = torch.arange(input_ids.shape[1])[None]
-        angle = position_ids[:, None, :, None] / 100.0 ** (torch.arange(4) / 4)
-        rotation = (torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin())
-        length = input_ids.shape[1]
-        mask = attention_mask.bool()[:, None, None, :]
-        if self.pattern == "causal":
-            mask = mask & torch.ones(length, length, dtype=torch.bool).tril()
-        x = self.embed(input_ids)
-        for layer in self.layers:
-            x = layer(x, rotation, mask)
-        logits: Tensor = self.head(x)
-        return logits
-
-
-def inputs(ids: Tensor) -> dict[str, Tensor]:
-    positions = torch.arange(ids.shape[1]).expand(ids.shape)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+from attnopt.patterns import Window
 
 
 def optimized(policy: Any = "fuse", dynamic: Any = "auto", **options: Any) -> attnopt.OptimizedModel:
-    torch.manual_seed(0)
-    model = Decoder(**options).eval()
-    for parameter in model.parameters():  # attention that tells keys apart
-        parameter.data *= 2
-    model.head.bias.data[END] = -100.0  # no text ends
+    model = decoder(**options)
     x = inputs(torch.randint(0, VOCABULARY, (2, 12)))
     return attnopt.optimize(model, policy, (), x, dynamic_shapes=dynamic, backend="sdpa")
 

@@ -18,15 +18,18 @@ from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of, is_tensor, value
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.onnx.export.cache_forms import CacheOptions, about, rolling
 from attnopt.onnx.export.kv_cache import PAST, PRESENT
 from attnopt.onnx.export.mark import Marked, mark
 from attnopt.onnx.export.quantizer import FLOATING, Quantization, check_quantization, quantized
 from attnopt.onnx.export.translate import OPSETS, expand, translated
-from attnopt.onnx.export.write_file import ROOM_IN_FILE, finish, save, weights_size
+from attnopt.onnx.export.write_file import METADATA, ROOM_IN_FILE, finish, note, save, weights_size
 from attnopt.report.quantized_file import QuantizedFile
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from attnopt.onnx.export.verify_decoder import Whole
 
 CONFIG, FILE = "genai_config.json", "model.onnx"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -41,11 +44,13 @@ def export_decoder(
     context_length: int,
     eos_token_id: int | Sequence[int],
     tokenizer: Any,
-    quantize: Quantization | None = None,
+    cache: CacheOptions,
+    quantize: Quantization | None,
 ) -> QuantizedFile | None:
     """Write the folder, whole or not at all; what quantization made of it.  Raises ExportError."""
     from attnopt.onnx.export.kv_cache import Cache, cached
     from attnopt.onnx.export.peephole import settle
+    from attnopt.onnx.export.verify_decoder import Whole
 
     check_quantization(quantize)
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
@@ -54,19 +59,23 @@ def export_decoder(
             hint="pass the longest context of the model",
         )
     tokens = _tokens(eos_token_id, tokenizer)
+    cache.check()
     _check_inputs(gm, origin.report.fixed_axes)
     marked_gm, marked = mark(gm, cached)
     _check_edits(origin.sites)
     _check_sites(marked, [s.name for s in origin.sites])
+    marked = cache.settled(gm, origin, marked, context_length)
+    windows = rolling(marked)
     with atomic_folder(folder, marker=CONFIG) as made:
         model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
-        cache = Cache.of(model.graph)
-        expand(model.graph, marked, cache.write)
+        expand(model.graph, marked, Cache.of(model.graph).write)
         settle(model, contrib=True)
         finish(model, origin, "onnxruntime", marked)
         logits = _logits(model.graph.outputs)
-        told = _saved(model, gm, origin, made / FILE, str(logits.name), quantize)
-        config = _config(model.graph, logits, [m.site.spec for m in marked], context_length, tokens)
+        model.metadata_props[f"{METADATA}cache"] = json.dumps(about(marked))
+        whole = Whole(gm, origin, str(logits.name), max(windows.values(), default=0))
+        told = _saved(model, whole, made / FILE, cache.tolerance, quantize)
+        config = _config(model.graph, logits, [m.site.spec for m in marked], context_length, tokens, windows)
         (made / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
@@ -74,24 +83,28 @@ def export_decoder(
 
 
 def _saved(
-    model: ir.Model, gm: fx.GraphModule, origin: Origin, file: Path, logits: str, how: Quantization | None
+    model: ir.Model, whole: Whole, file: Path, allowed: float | None, how: Quantization | None
 ) -> QuantizedFile | None:
     """The checked file, in float if ``how`` is None."""
     from attnopt.onnx.export.export_quantized import signed
-    from attnopt.onnx.export.verify_decoder import deviation_of, verify
 
     if how is None:
-        save(model, file, _data_of(file, weights_size(gm)))
-        verify(gm, origin, file, logits)
+        _in_float(model, whole, file, allowed)
         return None
     with folder_beside(file) as work:
         floating = work / FLOATING
-        save(model, floating, _data_of(floating, weights_size(gm)))
-        verify(gm, origin, floating, logits)
+        _in_float(model, whole, floating, allowed)
         made = quantized(floating, how, standard=False)
         data = _data_of(file, made.weights_size)
         save(made.model, file, data)
-        return signed(made, file, data, deviation_of(gm, origin, file, logits, how))
+        return signed(made, file, data, whole.deviation_of(file, how))
+
+
+def _in_float(model: ir.Model, whole: Whole, file: Path, allowed: float | None) -> None:
+    save(model, file, _data_of(file, weights_size(whole.gm)))
+    error = whole.verify(file, allowed)
+    if allowed is not None:
+        note(file, "cache_error", f"{error:.2g}")
 
 
 def _data_of(file: Path, size: int) -> Path | None:
@@ -203,7 +216,12 @@ def _tokens(eos_token_id: int | Sequence[int], tokenizer: object) -> dict[str, o
 
 
 def _config(
-    graph: ir.Graph, logits: ir.Value, specs: Sequence[AttentionSpec], context_length: int, tokens: Mapping[str, Any]
+    graph: ir.Graph,
+    logits: ir.Value,
+    specs: Sequence[AttentionSpec],
+    context_length: int,
+    tokens: Mapping[str, Any],
+    windows: Mapping[int, int],
 ) -> dict[str, object]:
     """The configuration files of onnxruntime-genai."""
     spec, names = specs[0], {i.name for i in graph.inputs}
@@ -224,6 +242,13 @@ def _config(
         "num_hidden_layers": len(specs),
         "num_key_value_heads": _stored_heads(spec),
     }
+    if windows:  # the runtime has one length for all rolling buffers: that of the longest window, and a few more tokens
+        decoder["sliding_window"] = {
+            "window_size": max(windows.values()),
+            "layers": sorted(windows),
+            "slide_key_value_cache": False,  # the operator does
+            "slide_inputs": False,
+        }
     model = {
         "type": "decoder",
         "context_length": context_length,

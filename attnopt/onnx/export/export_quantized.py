@@ -13,7 +13,7 @@ from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.onnx.export.deviation import Deviation
 from attnopt.onnx.export.quantizer import FLOATING, QUANTIZATION, Quantization, Quantized, quantized
-from attnopt.onnx.export.write_file import ROOM_IN_FILE, Written, save, written_to
+from attnopt.onnx.export.write_file import ROOM_IN_FILE, Written, note, save, written_to
 from attnopt.report.quantized_file import QuantizedFile
 
 
@@ -49,16 +49,11 @@ def export_quantized(
 
 def signed(made: Quantized, file: Path, data: Path | None, found: Deviation | None) -> QuantizedFile:
     """Record in the file's metadata what was done."""
-    import onnx
-
     said = QuantizedFile(
         made.how, len(made.products.chosen), len(made.products.others), made.bytes_before, 0,
         *(() if found is None else (found.cosine, found.relative_error, found.sizes)),
     )  # fmt: skip
     told = {key: value for key, value in said.to_json().items() if not key.startswith("bytes")}
-    more = onnx.ModelProto()
-    more.metadata_props.add(key=QUANTIZATION, value=json.dumps(told))
-    with file.open("ab") as end:  # messages of protocol buffers merge where they follow each other
-        end.write(more.SerializeToString())
+    note(file, QUANTIZATION, json.dumps(told))
     size = file.stat().st_size + (0 if data is None else data.stat().st_size)
     return QuantizedFile(**{**said.to_json(), "bytes_after": size})

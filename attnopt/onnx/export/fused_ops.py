@@ -8,7 +8,7 @@ import torch
 
 from attnopt.ir.spec import AttentionSpec
 from attnopt.onnx.export import plain_operators
-from attnopt.onnx.export.builder import ORT, Builder
+from attnopt.onnx.export.builder import ORT, Attribute, Builder
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, OnnxSite
 from attnopt.onnx.export.values import Values
 
@@ -57,8 +57,10 @@ def group_query_attention(b: Builder, site: OnnxSite, x: Values) -> ir.Value:
     return group_query(b, site.spec, x.q, x.k, x.v, None, None, last, total)
 
 
-def group_query(b: Builder, spec: AttentionSpec, *inputs: ir.Value | None, window: int | None = None) -> ir.Value:
-    """``window``: how many keys a query sees, its own included."""
+def group_query(
+    b: Builder, spec: AttentionSpec, *inputs: ir.Value | None, window: int | None = None, **attributes: Attribute
+) -> ir.Value:
+    """``window``: how many keys a query sees, its own included.  ``attributes``: further ones, of its cache."""
     return b.op(
         "GroupQueryAttention",
         *inputs,
@@ -69,6 +71,7 @@ def group_query(b: Builder, spec: AttentionSpec, *inputs: ir.Value | None, windo
         scale=spec.scale,
         softcap=spec.softcap,
         local_window_size=window,
+        **attributes,
     )
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from attnopt.errors import ExportError
 from attnopt.graph.emitter import Emitter
 from attnopt.ir.operands import Operands
 from attnopt.ir.spec import AttentionSpec
-from attnopt.onnx.export.builder import Builder
+from attnopt.onnx.export.builder import Attribute, Builder
 from attnopt.onnx.export.canonical import Canonical
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.fused_ops import group_query
@@ -21,6 +22,20 @@ from attnopt.patterns import Pattern
 from attnopt.patterns.bands import Band
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" or "value"
+ROLLING = "window_"  # the name of a rolling buffer's length, before the window's
+
+
+@dataclass(frozen=True)
+class Kept(Form):
+    """How the keys and values of an attention are kept.
+
+    ``window``: how many keys a query sees, its own included; None for all before it.  ``rolls``: the buffer holds those
+    and a few more, and forgets the oldest.  ``scales``: of int8 keys and values, [G, D] each.
+    """
+
+    window: int | None = None
+    rolls: bool = False
+    scales: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 def cached(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
@@ -33,7 +48,8 @@ def cached(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
         )
     given = call.operands
     bare = call.having(Operands(given.q, given.k, given.v), _pattern(call.site, call.lowered.spec))
-    return bare, Form("GroupQueryAttention over a cache", 0.0)
+    lows = [band.low for band in bare.site.spec.pattern.bands or () if band.low is not None]
+    return bare, Kept("GroupQueryAttention over a cache", 0.0, window=1 - lows[0] if lows else None)
 
 
 def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
@@ -77,7 +93,7 @@ class Cache:
     """The graph's inputs and outputs for keys and values: [B, G, length, D] each, all attentions alike in G and D.
 
     Past and present may be one buffer, longer than its filled part.  The padding mask [B, total length] counts the tokens
-    of each sequence, including those of this call; padding is at the end.
+    of each sequence, including those of this call; padding is at the end.  A rolling buffer's length is an axis of its own.
     """
 
     graph: ir.Graph
@@ -110,22 +126,37 @@ class Cache:
 
     def write(self, b: Builder, site: OnnxSite, form: Form, operands: Operands[ir.Value]) -> ir.Value:
         """[B, H, L, D] of an attention, over the next entry of the cache."""
+        assert isinstance(form, Kept)
+        shared, was_shared = site.spec.kv_of_head, site.spec.is_evenly_shared
         site, operands = evenly_shared(b, site, operands)
         spec = site.spec
-        lows = [band.low for band in spec.pattern.bands or () if band.low is not None]
         layer = sum(str(i.name).endswith(".key") for i in self.graph.inputs)
-        past = [self._entry(spec, PAST.format(layer, what), "past_length") for what in ("key", "value")]
+        past = [self._entry(spec, form, PAST.format(layer, what), "past_length") for what in ("key", "value")]
+        scales = [s if was_shared else s[list(shared)] for s in form.scales or ()]
         inputs = (*(flat(b, x) for x in (operands.q, operands.k, operands.v)), *past, self.last, self.total)
-        made = group_query(b, spec, *inputs, window=1 - lows[0] if lows else None)
+        of_scales = [b.constant(s[None, :, None].numpy()) for s in scales]
+        made = group_query(
+            b, spec, *inputs, *[None] * 5 * bool(scales), *of_scales, window=form.window, **_attributes(form)
+        )
         node = made.producer()
         assert node is not None
         for output, what in zip(node.outputs[1:], ("key", "value"), strict=True):
-            entry = self._entry(spec, PRESENT.format(layer, what), "present_length")
+            entry = self._entry(spec, form, PRESENT.format(layer, what), "present_length")
             output.name, output.shape, output.type = entry.name, entry.shape, entry.type
         self.graph.inputs.extend(past)
         self.graph.outputs.extend(node.outputs[1:])
         return b.op("Transpose", b.op("Reshape", made, b.ints(0, 0, spec.num_heads, spec.head_dim)), perm=[0, 2, 1, 3])
 
-    def _entry(self, spec: AttentionSpec, name: str, length: str) -> ir.Value:
+    def _entry(self, spec: AttentionSpec, form: Kept, name: str, length: str) -> ir.Value:
+        length = f"{ROLLING}{form.window}" if form.rolls else length
+        element = ir.DataType.FLOAT if form.scales is None else ir.DataType.INT8
         shape = ir.Shape([self.batch, spec.num_kv_heads, length, spec.head_dim])
-        return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+        return ir.Value(name=name, shape=shape, type=ir.TensorType(element))
+
+
+def _attributes(form: Kept) -> dict[str, Attribute]:
+    """Of the operator, for its cache."""
+    found: dict[str, Attribute] = {"sliding_window_cache": 1} if form.rolls else {}
+    if form.scales is None:
+        return found
+    return {**found, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of
 from attnopt.onnx.export.builder import Array
 from attnopt.onnx.export.deviation import Deviation, deviation
+from attnopt.onnx.export.kv_cache import ROLLING
 from attnopt.onnx.export.quantizer import Quantization
 from attnopt.onnx.export.verify import in_bfloat16, open_session
 
@@ -26,45 +28,60 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
 LONGEST, STEPS = 48, 3  # tokens of a prompt, and those after it
+BEYOND, MOST = 8, 1024  # tokens of a prompt beyond a window that rolls, and those of a prompt in any case
+
+_ELEMENTS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
-def verify(gm: fx.GraphModule, origin: Origin, file: Path, logits: str) -> None:
-    """Raises ExportError if the logits of the file differ from those of ``gm`` on whole sequences."""
-    for got, want, when in _in_use(gm, origin, file, logits, exact=True):
-        _compare(got, want, when)
+@dataclass(frozen=True)
+class Whole:
+    """The model ``gm`` on whole sequences, with which a decoder's file is compared.
+
+    ``logits``: the name of the output.  ``window``: the longest of those that roll, or 0.
+    """
+
+    gm: fx.GraphModule
+    origin: Origin
+    logits: str
+    window: int
+
+    def verify(self, file: Path, allowed: float | None) -> float:
+        """The largest relative difference of the file's logits.  ``allowed``: what it may be; by default, what rounding
+        explains.  Raises ExportError."""
+        return max(_compare(got, want, when, allowed) for got, want, when in self._in_use(file, exact=True))
+
+    def deviation_of(self, file: Path, how: Quantization) -> Deviation:
+        """Of the logits of a quantized file.  Raises ExportError if it is too large."""
+        worst = Deviation(1.0, 0.0, 0)
+        for got, want, when in self._in_use(file, exact=False):
+            worst = worst.joined(deviation([got], [want], [self.logits], how, when, "leave quantize out"))
+        return worst
+
+    def _in_use(self, file: Path, exact: bool) -> Iterator[tuple[Tensor, Tensor, str]]:
+        """Logits of the file and of the model: of a prompt, and of each token after it."""
+        ids = _two_sequences(self.gm, self.origin, self.window)
+        want = _whole(self.gm, self.origin, ids)
+        length = ids.shape[1] - STEPS
+        shorter = (
+            0 if self.window else 2
+        )  # the second prompt is padded at its end, which buffers that roll do not allow
+        lengths = torch.tensor([length, length - shorter])
+        run = _Run(open_session(file, in_bfloat16(self.gm), exact), self.logits, ids.shape[1] + 5)
+        got = run(ids[:, :length], torch.arange(length).expand(2, -1), lengths)
+        prompt = torch.cat([got[b, :n] for b, n in enumerate(lengths)])
+        yield prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt"
+        for _ in range(STEPS):
+            at = lengths[:, None]
+            lengths = lengths + 1
+            got = run(ids.gather(1, at), at, lengths)
+            yield got, want.take_along_dim(at[..., None], 1), "for a token after its prompt"
 
 
-def deviation_of(gm: fx.GraphModule, origin: Origin, file: Path, logits: str, how: Quantization) -> Deviation:
-    """Of the logits of a quantized file.  Raises ExportError if it is too large."""
-    worst = Deviation(1.0, 0.0, 0)
-    for got, want, when in _in_use(gm, origin, file, logits, exact=False):
-        worst = worst.joined(deviation([got], [want], [logits], how, when, "leave quantize out"))
-    return worst
-
-
-def _in_use(
-    gm: fx.GraphModule, origin: Origin, file: Path, logits: str, exact: bool
-) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Logits of the file and of ``gm``: of a prompt, and of each token after it."""
-    ids = _two_sequences(gm, origin)
-    want = _whole(gm, origin, ids)
-    length = ids.shape[1] - STEPS
-    lengths = torch.tensor([length, length - 2])  # the second prompt is padded at its end
-    run = _Run(open_session(file, in_bfloat16(gm), exact), logits, ids.shape[1] + 5)
-    got = run(ids[:, :length], torch.arange(length).expand(2, -1), lengths)
-    prompt = torch.cat([got[b, :n] for b, n in enumerate(lengths)])
-    yield prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt"
-    for _ in range(STEPS):
-        at = lengths[:, None]
-        lengths = lengths + 1
-        got = run(ids.gather(1, at), at, lengths)
-        yield got, want.take_along_dim(at[..., None], 1), "for a token after its prompt"
-
-
-def _two_sequences(gm: fx.GraphModule, origin: Origin) -> Tensor:
+def _two_sequences(gm: fx.GraphModule, origin: Origin, window: int) -> Tensor:
     ids = _inputs(gm, origin)["input_ids"]
     assert isinstance(ids, Tensor)
-    length = min(max(ids.shape[1], 8), LONGEST) + STEPS
+    beyond = min(window + BEYOND, MOST) if window else 0
+    length = max(min(max(ids.shape[1], 8), LONGEST), beyond) + STEPS
     first = ids[:1, torch.arange(length) % ids.shape[1]]
     return torch.cat([first, first.flip(1)])
 
@@ -91,14 +108,14 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
 
 
 class _Run:
-    """A session with one buffer for past and present, ``capacity`` tokens long."""
+    """A session with one buffer for past and present, ``capacity`` tokens long; one that rolls has room for its window alone."""
 
     def __init__(self, session: InferenceSession, logits: str, capacity: int) -> None:
         self.session, self.logits = session, logits
         inputs = self.session.get_inputs()
         self.names = {i.name: np.int32 if "int32" in i.type else np.int64 for i in inputs}
         self.cache = {
-            i.name: _ort(np.zeros((2, i.shape[1], capacity, i.shape[3]), np.float32))
+            i.name: _ort(np.zeros((2, i.shape[1], _room(i.shape[2], capacity), i.shape[3]), _ELEMENTS[i.type]))
             for i in inputs
             if len(i.shape) == 4
         }
@@ -120,17 +137,24 @@ class _Run:
         return torch.from_numpy(binding.get_outputs()[-1].numpy())
 
 
+def _room(length: str, capacity: int) -> int:
+    """``length``: the name of the axis."""
+    return int(length.removeprefix(ROLLING)) if length.startswith(ROLLING) else capacity
+
+
 def _ort(array: Array) -> OrtValue:
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def _compare(got: Tensor, want: Tensor, when: str) -> None:
+def _compare(got: Tensor, want: Tensor, when: str, allowed: float | None) -> float:
     error = difference([got], [want])
-    if error <= ROOM * tolerance([want]):
-        return
+    if error <= (ROOM * tolerance([want]) if allowed is None else allowed):
+        return error
     raise ExportError(
         f"the logits of the decoder and the model differ {when} (relative difference {error:.2g}), so nothing was written",
-        hint="positions must come from position_ids, and only the attentions may mix tokens",
+        hint="positions must come from position_ids, and only the attentions may mix tokens"
+        if allowed is None
+        else 'int8 keys and values are too coarse for this model or calibration; pass more calibration data or kv="float32"',
     )

@@ -63,6 +63,16 @@ def finish(model: ir.Model, origin: Origin, flavor: str, marked: Sequence[Marked
     model.metadata_props.update({METADATA + key: text for key, text in texts.items()})
 
 
+def note(file: Path, key: str, text: str) -> None:
+    """Record what is known only of the written file in its metadata."""
+    import onnx
+
+    more = onnx.ModelProto()
+    more.metadata_props.add(key=METADATA + key, value=text)
+    with file.open("ab") as end:  # messages of protocol buffers merge where they follow each other
+        end.write(more.SerializeToString())
+
+
 def said(site: OnnxSite, form: Form) -> dict[str, object]:
     return {"site": site.name, "form": form.kind, "pattern": repr(site.spec.pattern), "block": form.block or None}
 

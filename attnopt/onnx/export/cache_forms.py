@@ -1,0 +1,147 @@
+"""How a decoder keeps keys and values: of all tokens or of a window, in float32 or in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attnopt.base.call_inputs import CallInputs
+from attnopt.capture.calibration import Batch, Calibration
+from attnopt.compiler.origin import Origin
+from attnopt.errors import AttnoptError, ExportError
+from attnopt.graph.nodes import inputs_of
+from attnopt.graph.record import recorded
+from attnopt.graph.sdpa import call_arguments
+from attnopt.onnx.export.kv_cache import Kept
+from attnopt.onnx.export.mark import Marked
+
+WINDOWS, TYPES = ("masked", "rolling"), ("float32", "int8")
+LARGEST = 127  # of a symmetric int8
+COARSE = 0.1  # how much of the largest logit int8 keys and values may change one
+WIDTH = 16  # of int8 heads in a rolling buffer: their features are a multiple of it
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """``windows``: "masked" keeps all tokens, "rolling" those of the window.  ``kv``: type of keys and values.
+
+    ``calibration``: what the scales of int8 are made of; by default the example.
+    """
+
+    windows: str
+    kv: str
+    calibration: Iterable[Batch] | Calibration | None
+
+    @property
+    def tolerance(self) -> float | None:
+        """Of the logits, relative to the largest; None for what rounding explains."""
+        return COARSE if self.kv == "int8" else None
+
+    def check(self) -> None:
+        """Raises ExportError."""
+        for name, given, known in (("windows", self.windows, WINDOWS), ("kv", self.kv, TYPES)):
+            if given not in known:
+                listed = " or ".join(f'"{k}"' for k in known)
+                raise ExportError(f"invalid value {name}={given!r}: expected {listed}")
+        if self.calibration is not None and self.kv != "int8":
+            raise ExportError('calibration is for the scales of kv="int8"', hint="leave calibration out")
+
+    def settled(
+        self, gm: fx.GraphModule, origin: Origin, marked: Sequence[Marked], context_length: int
+    ) -> tuple[Marked, ...]:
+        """The attentions of ``gm``, each with the form in which its keys and values are kept.  Raises ExportError."""
+        forms = [_kept(m) for m in marked]
+        if self.windows == "rolling":
+            forms = [replace(f, rolls=f.window is not None and f.window < context_length) for f in forms]
+            if not any(f.rolls for f in forms):
+                raise ExportError(
+                    f'windows="rolling" has no effect: no attention has a window of fewer than {context_length} tokens',
+                    hint="leave it out, or restrict attentions with local-window",
+                )
+        if self.kv == "int8":
+            _check_width([m for m, f in zip(marked, forms, strict=True) if f.rolls])
+            found = _scales(gm, marked, self._batches(origin))
+            forms = [replace(f, scales=s) for f, s in zip(forms, found, strict=True)]
+        return tuple(replace(m, form=f) for m, f in zip(marked, forms, strict=True))
+
+    def _batches(self, origin: Origin) -> list[CallInputs]:
+        if self.calibration is None:
+            return [origin.inputs]
+        try:
+            return [origin.signature.arrange(*batch) for batch in Calibration.of(self.calibration)]
+        except AttnoptError as e:
+            raise ExportError(f"the calibration data is not valid: {e}") from e
+
+
+def about(marked: Sequence[Marked]) -> list[dict[str, object]]:
+    """What a runtime has to know of each layer's buffers, as plain data."""
+    forms = [_kept(m) for m in marked]
+    return [
+        {"site": m.site.name, "window": f.window, "rolls": f.rolls, "type": "int8" if f.scales else "float32"}
+        for m, f in zip(marked, forms, strict=True)
+    ]
+
+
+def rolling(marked: Sequence[Marked]) -> dict[int, int]:
+    """The windows of the layers whose buffers roll, by their numbers."""
+    forms = [_kept(m) for m in marked]
+    return {i: f.window for i, f in enumerate(forms) if f.rolls and f.window is not None}
+
+
+def _check_width(marked: Sequence[Marked]) -> None:
+    for m in marked:
+        if m.site.spec.head_dim % WIDTH:
+            raise ExportError(
+                f"its heads have {m.site.spec.head_dim} features, but a rolling buffer of int8 needs a multiple of {WIDTH}",
+                site=m.site.name,
+                hint='use kv="float32", or windows="masked"',
+            )
+
+
+def _kept(marked: Marked) -> Kept:
+    assert isinstance(marked.form, Kept)
+    return marked.form
+
+
+def _scales(gm: fx.GraphModule, marked: Sequence[Marked], batches: Sequence[CallInputs]) -> list[tuple[Tensor, Tensor]]:
+    """Of keys and of values of each attention, [G, D]: the largest magnitude of each feature becomes 127."""
+    sides = [_keys_and_values(m.node) for m in marked]
+    largest: dict[fx.Node, Tensor] = {}
+    for batch in batches:
+        with torch.no_grad():
+            found = recorded(gm, {n for side in sides for n in side}, batch)
+        visible = _visible(gm, batch)
+        for node, x in found.items():
+            by_token = x.float().abs().transpose(1, 2)  # [B, L, G, D]
+            seen = (by_token.flatten(0, 1) if visible is None else by_token[visible]).amax(0)
+            largest[node] = torch.maximum(largest[node], seen) if node in largest else seen
+    for m, side in zip(marked, sides, strict=True):
+        if not all(largest[n].isfinite().all() for n in side):
+            raise ExportError(
+                "its keys or values are not finite on the calibration data, so they have no int8 scales",
+                site=m.site.name,
+                hint='use kv="float32"',
+            )
+    return [(_scale(largest[k]), _scale(largest[v])) for k, v in sides]
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """A feature that is always zero has any scale."""
+    return torch.where(largest > 0, largest / LARGEST, 1.0).contiguous()
+
+
+def _keys_and_values(call: fx.Node) -> tuple[fx.Node, fx.Node]:
+    given: dict[str, Any] = call_arguments(call)
+    return (given["key"], given["value"]) if "key" in given else (given["k"], given["v"])
+
+
+def _visible(gm: fx.GraphModule, batch: CallInputs) -> Tensor | None:
+    """[B, L]: the tokens that are no padding; None if all are."""
+    names = [n.name for n in inputs_of(gm.graph)]
+    mask = dict(zip(names, pytree.tree_leaves(batch), strict=True)).get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and not mask.bool().all() else None

@@ -1,0 +1,232 @@
+"""Decoders that keep a window or int8: at every step they have to say what the whole sequence would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_decoder import generated, greedy
+from tiny_decoder import END, VOCABULARY, Runtime, decoder, inputs
+from torch import Tensor
+
+import attnopt
+from attnopt.base.closeness import difference
+from attnopt.passes import LocalWindow, PruneHeads
+
+WINDOWED = {"*": "fuse", "*1*": LocalWindow(4, 0)}  # five keys, its own included
+TWO_WINDOWS = {"*0*": LocalWindow(2, 0), "*1*": LocalWindow(6, 0)}
+CLOSE = 1e-5
+
+
+def texts(batch: int, length: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+def optimized(policy: Any = WINDOWED, backend: str = "sdpa", **options: Any) -> attnopt.OptimizedModel:
+    return attnopt.optimize(
+        decoder(**options), policy, (), inputs(texts(2, 12)), dynamic_shapes="auto", backend=backend
+    )
+
+
+def exported(fast: attnopt.OptimizedModel, folder: Path, **options: Any) -> Path:
+    fast.export_decoder(folder, **{"context_length": 4096, "eos_token_id": END} | options)
+    return folder / "model.onnx"
+
+
+def about(file: Path, key: str) -> Any:
+    import onnx
+
+    return json.loads({p.key: p.value for p in onnx.load(str(file)).metadata_props}[f"attnopt.{key}"])
+
+
+def whole(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        made: Tensor = model(**inputs(ids))
+    return made
+
+
+# ---------------------------------------------------------------- rolling windows
+@pytest.fixture(scope="module")
+def fast() -> attnopt.OptimizedModel:
+    return optimized()
+
+
+@pytest.fixture(scope="module")
+def rolling(fast: attnopt.OptimizedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(fast, tmp_path_factory.mktemp("rolling") / "m", windows="rolling")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[3] + [1] * 57, [40] + [1] * 20, [2, 9, 1, 20, 3, 1, 1] + [1] * 23],
+    ids=["a prompt shorter than the window", "a longer one", "a prompt in parts"],
+)
+@pytest.mark.parametrize(("spare", "shares"), [(0, True), (3, True), (100, True), (3, False)])
+def test_every_step_is_that_of_the_whole(
+    fast: attnopt.OptimizedModel, rolling: Path, parts: Sequence[int], spare: int, shares: bool
+) -> None:
+    ids = texts(1, 60)
+    got = Runtime(rolling, 1, 64 if shares else 0, spare, shares).in_parts(ids, parts)
+    assert difference([got], [whole(fast, ids)]) < CLOSE
+
+
+def test_sequences_of_several_lengths(fast: attnopt.OptimizedModel, rolling: Path) -> None:
+    """Each prompt alone, then a token of each at a time; in one call, prompts have one length."""
+    ids, lengths, both = texts(2, 60), (30, 3), Runtime(rolling, 2, 64, 2)
+    want = whole(fast, ids)
+    for row, length in enumerate(lengths):
+        alone = Runtime(rolling, 1, 64, 2)
+        alone(ids[row : row + 1, :length])
+        both.put(row, alone)
+    for _ in range(25):
+        at = both.lengths[:, None]
+        assert difference([both(ids.gather(1, at))], [want.take_along_dim(at[..., None], 1)]) < CLOSE
+    together = Runtime(rolling, 2, 64, 2)
+    assert difference([together.in_parts(ids, [30] + [1] * 30)], [want]) < CLOSE
+    with pytest.raises(Exception, match="too small for sequence_length"):
+        Runtime(rolling, 2, 64, 2)(ids[:, :30], torch.tensor([30, 28]))
+
+
+@pytest.fixture(scope="module")
+def two_windows(tmp_path_factory: pytest.TempPathFactory) -> tuple[attnopt.OptimizedModel, Path]:
+    fast = optimized(TWO_WINDOWS)
+    return fast, exported(fast, tmp_path_factory.mktemp("two") / "m", windows="rolling")
+
+
+def test_a_long_text_needs_no_more_room(two_windows: tuple[attnopt.OptimizedModel, Path]) -> None:
+    fast, file = two_windows
+    run = Runtime(file, 1, 0, 3)
+    size = {name: x.shape() for name, x in run.cache.items()}
+    assert [length for _, _, length, _ in size.values()] == [6, 6, 10, 10]
+    ids = texts(1, 2000)
+    got = run.in_parts(ids, [1] * 2000)
+    assert {name: x.shape() for name, x in run.cache.items()} == size
+    reach = 2 + 6 + 1  # what a token depends on
+    with torch.no_grad():
+        want = fast(**{name: x[:, -reach:] for name, x in inputs(ids).items()})
+    assert difference([got[:, -1]], [want[:, -1]]) < CLOSE
+
+
+def test_each_layer_has_a_buffer_of_its_own(two_windows: tuple[attnopt.OptimizedModel, Path], rolling: Path) -> None:
+    fast, file = two_windows
+    ids = texts(1, 30)
+    assert difference([Runtime(file, 1, 0, 1).in_parts(ids, [12] + [1] * 18)], [whole(fast, ids)]) < CLOSE
+    config = json.loads((file.parent / "genai_config.json").read_text("utf-8"))
+    assert config["model"]["decoder"]["sliding_window"] == {
+        "window_size": 7, "layers": [0, 1], "slide_key_value_cache": False, "slide_inputs": False,
+    }  # fmt: skip
+    assert [(layer["window"], layer["rolls"]) for layer in about(file, "cache")] == [(3, True), (7, True)]
+    assert [(layer["window"], layer["rolls"]) for layer in about(rolling, "cache")] == [(None, False), (5, True)]
+
+
+# ---------------------------------------------------------------- int8
+class Rounding:
+    """Notes the largest magnitude of each feature at its first call; then rounds to the 255 steps that reach so far."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.steps:
+            self.steps = [x.abs().amax((0, 2))[:, None] / 127 for x in (k, v)]
+            return k, v
+        k, v = ((x / s).round().clamp(-128, 127) * s for x, s in zip((k, v), self.steps, strict=True))
+        return k, v
+
+
+def coarse(seen: Tensor, without_head: bool = False) -> Any:
+    """The decoder over int8 keys and values, by hand."""
+    model = decoder()
+    for layer in model.layers:
+        layer.stored = Rounding()  # type: ignore[assignment]
+        if without_head:
+            layer.o.weight.data[:, :8] = 0  # type: ignore[union-attr, operator, index]
+    whole(model, seen)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["fuse", PruneHeads(heads=(0,))], ids=["fuse", "keys repeated for each head"])
+def test_int8_is_rounding_and_nothing_else(policy: Any, tmp_path: Path) -> None:
+    seen, ids = texts(2, 40), texts(1, 30).flip(1)
+    fast, padded = (
+        optimized(policy, "sdpa" if policy == "fuse" else "blocked"),
+        inputs(torch.cat([seen, texts(2, 60)[:, 40:]], 1)),
+    )
+    padded["attention_mask"][:, 40:] = 0  # what follows says nothing about scales
+    batches = [{name: x[row : row + 1] for name, x in padded.items()} for row in (0, 1)]
+    file = exported(fast, tmp_path / "m", kv="int8", calibration=batches)
+    run = Runtime(file, 1, 32)
+    assert {x.data_type() for x in run.cache.values()} == {"tensor(int8)"}
+    got = run.in_parts(ids, [12, 3] + [1] * 15)
+    rounded = difference([got], [whole(coarse(seen, policy != "fuse"), ids)])
+    exact = difference([got], [whole(fast, ids)])
+    assert rounded < 2e-3 < exact < 0.1
+    assert 0 < about(file, "cache_error") < 0.1
+
+
+@pytest.mark.slow
+def test_windows_in_int8(tmp_path: Path) -> None:
+    fast, ids = optimized(dim=16), texts(2, 40)
+    files = [
+        exported(fast, tmp_path / windows, kv="int8", calibration=[inputs(ids)], windows=windows)
+        for windows in ("masked", "rolling")
+    ]
+    masked, rolls = (Runtime(f, 2, 41, 2) for f in files)
+    assert sorted(x.shape()[2] for x in rolls.cache.values()) == [7, 7, 41, 41]
+    parts = [12] + [1] * 28
+    assert difference([rolls.in_parts(ids, parts)], [masked.in_parts(ids, parts)]) < CLOSE
+
+
+# ---------------------------------------------------------------- generation, and what is refused
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [WINDOWED, TWO_WINDOWS], ids=["a window in one layer", "two windows"])
+def test_a_runtime_generates_the_same(policy: Any, tmp_path: Path) -> None:
+    fast = optimized(policy)
+    exported(fast, tmp_path / "m", context_length=48, windows="rolling")
+    wanted = [greedy(fast, prompt, 44) for prompt in PROMPTS]
+    assert generated(tmp_path / "m", PROMPTS, 44) == wanted
+    assert generated(tmp_path / "m", PROMPTS[:1], 44) == wanted[:1]
+
+
+@pytest.mark.slow
+def test_a_runtime_generates_from_int8(tmp_path: Path) -> None:
+    """What the file itself says step by step: the model may choose other tokens."""
+    ids = torch.tensor(PROMPTS)
+    run = Runtime(exported(optimized(dim=16), tmp_path / "m", windows="rolling", kv="int8"), 2, 48, 1)
+    logits = run(ids)
+    while ids.shape[1] < 44:
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+        logits = run(ids[:, -1:])
+    assert generated(tmp_path / "m", PROMPTS, 44) == ids.tolist()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no window": ({"windows": "rolling", "context_length": 5}, 'windows="rolling" has no effect'),
+    "another kind": ({"windows": "short"}, 'windows=\'short\': expected "masked" or "rolling"'),
+    "another type": ({"kv": "int4"}, 'kv=\'int4\': expected "float32" or "int8"'),
+    "data for nothing": ({"calibration": [inputs(texts(2, 8))]}, "calibration is for the scales"),
+    "narrow heads": ({"kv": "int8", "windows": "rolling"}, "heads have 8 features"),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(fast: attnopt.OptimizedModel, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(attnopt.ExportError, match=said):
+        exported(fast, tmp_path / "m", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_that_says_little_is_noticed(tmp_path: Path) -> None:
+    one = inputs(torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(attnopt.ExportError, match="the logits of the decoder and the model differ") as caught:
+        exported(optimized("fuse"), tmp_path / "m", kv="int8", calibration=[one])
+    assert "int8 keys and values are too coarse" in str(caught.value)
+    with pytest.raises(attnopt.ExportError, match="the calibration data is not valid"):
+        exported(optimized("fuse"), tmp_path / "m", kv="int8", calibration=[])
