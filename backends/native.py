@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,12 +26,22 @@ from attnopt.patterns.block_layout import FULL_TILE
 from attnopt.patterns.query_order import order_of, ordered_layout
 
 _SOURCE = Path(__file__).with_name("attend.cpp")
+_HEADERS = tuple(_SOURCE.with_name(f"attend_{name}.h") for name in ("pairs", "products", "vectors"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 300  # more than any compiler needs, so a stuck one does not hang the program
 
 
 class NoKernelError(Exception):
     """Why there is no compiled kernel on this machine."""
+
+
+class Form(IntEnum):
+    """How the kernel multiplies bfloat16: converted to float32, by instructions that add two products to a float32, or by
+    those of Intel AMX on tiles.  What the CPU can do later in this list, it can do earlier, too."""
+
+    FLOAT32 = 0
+    PAIRS = 1
+    TILES = 2
 
 
 class _Arguments(ctypes.Structure):
@@ -44,6 +55,7 @@ class _Arguments(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
+        ("form", ctypes.c_int32),
     ]
 
 
@@ -56,17 +68,22 @@ class _Table:
 
 
 def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``spec`` without its edits, computed in float32 on CPU: the output, and the log-sum-exp of each row as in
-    ``AttendWithLse``.  ``order``, [B|1, L]: neighbours in it share blocks.
+    """``spec`` without its edits on CPU: the output in v's dtype, and the log-sum-exp of each row as in ``AttendWithLse``.
+    ``order``, [B|1, L]: neighbours in it share blocks.
+
+    Computed in float32; where queries, keys and values are bfloat16, as ``form_of_bfloat16`` says, where the probabilities
+    that meet the values are rounded to bfloat16, and all sums are in float32.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """
     kernel = library()
     B, H, L, D = t.q.shape
     S, Dv = t.k.shape[2], t.v.shape[3]
-    out = t.q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
+    form = form_of_bfloat16() if {t.q.dtype, t.k.dtype, t.v.dtype} == {torch.bfloat16} else Form.FLOAT32
+    dtype = torch.float32 if form is Form.FLOAT32 else torch.bfloat16
+    out = t.q.new_empty(B, L, H, Dv, dtype=dtype).transpose(1, 2)
     top, log_sum = (t.q.new_empty(B, H, L, 1, dtype=torch.float32) for _ in range(2))
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.float(), t.k.float(), t.v.float()))
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.to(dtype), t.k.to(dtype), t.v.to(dtype)))
     bias, sinks = (None if x is None else x.float() for x in (t.bias, t.sinks))
     if bias is not None and bias.shape[2] != 1 and bias.shape[3] != 1 and bias.stride(3) != 1:
         bias = bias.contiguous()  # the kernel needs contiguous rows
@@ -82,6 +99,7 @@ def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) 
         spec.scale,
         spec.softcap or 0.0,
         torch.get_num_threads(),
+        form,
     )
     kernel.attnopt_attend(ctypes.byref(arguments))
     return out.to(t.v.dtype), top.squeeze(3), log_sum.squeeze(3)
@@ -153,6 +171,18 @@ def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(packed).view("<u8").reshape(-1, BLOCK)
 
 
+def form_of_bfloat16() -> Form:
+    """The best one that this process can use, or the one that ATTNOPT_BFLOAT16 names.  Raises ValueError, NoKernelError."""
+    best = Form(library().attnopt_best_form())
+    wanted = os.environ.get("ATTNOPT_BFLOAT16")
+    if wanted is None:
+        return best
+    offered = [form.name.lower() for form in Form if form <= best]
+    if wanted.lower() not in offered:
+        raise ValueError(f"ATTNOPT_BFLOAT16 is {wanted!r}; this CPU, compiler and system offer {', '.join(offered)}")
+    return Form[wanted.upper()]
+
+
 def why_not() -> str | None:
     """Why there is no kernel here, or None if there is one."""
     try:
@@ -185,7 +215,8 @@ def _built() -> ctypes.CDLL | str:
 
 def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    mark = hashlib.sha256("\0".join((_SOURCE.read_text(), version, *_FLAGS, _machine())).encode()).hexdigest()[:24]
+    sources = (file.read_text() for file in (_SOURCE, *_HEADERS))
+    mark = hashlib.sha256("\0".join((*sources, version, *_FLAGS, _machine())).encode()).hexdigest()[:24]
     path = cache_folder() / f"attend-{mark}.so"
     if path.exists():
         return path

@@ -1083,7 +1083,7 @@ def sources(root: Path) -> Iterator[Path]:
     for name in SOURCES:
         for file in (root / name).rglob("*"):
             linked = name == "attnopt" and file.relative_to(root).parts[1] in SOURCES
-            if file.suffix in (".py", ".cpp", ".j2") and not linked:
+            if file.suffix in (".py", ".cpp", ".h", ".j2") and not linked:
                 yield file
 
 
