@@ -57,15 +57,16 @@ struct Work {
     std::vector<float> space;
     std::vector<Run> runs;
     std::vector<Piece> pieces;
-    float *q, *o, *s;
+    float *q, *o, *s, *more;  // more: the second parts of probabilities
 
-    Work(int64_t words, int64_t value_dim) {
-        const int64_t wide = rounded(words, LANES), deep = rounded(value_dim, LANES);
-        space.resize((wide + deep + CHUNK) * GROUP + LANES);
+    Work(int64_t words, int parts, int64_t value_dim) {
+        const int64_t wide = rounded(words, LANES) * parts, deep = rounded(value_dim, LANES);
+        space.resize((wide + deep + CHUNK + (parts - 1) * CHUNK / 2) * GROUP + LANES);
         const uintptr_t size = LANES * sizeof(float);
         q = (float *)((uintptr_t(space.data()) + size - 1) / size * size);
         o = q + wide * GROUP;
         s = o + deep * GROUP;
+        more = s + CHUNK * GROUP;
     }
 };
 
@@ -106,17 +107,22 @@ template <class Form> struct Group {
     }
 
     void load_queries() const {
+        const int64_t size = rounded((a.head_dim + Form::IN_WORD - 1) / Form::IN_WORD, LANES);
         for (int n = 0; n < VECTORS; n++)
             for (int64_t d = 0; d < a.head_dim; d += LANES * Form::IN_WORD) {
                 Vec t[LANES] = {};
-                const size_t size = std::min<size_t>(sizeof(Vec), (a.head_dim - d) * sizeof(Number));
+                const size_t bytes = std::min<size_t>(sizeof(Vec), (a.head_dim - d) * sizeof(Number));
                 for (int r = 0; r < LANES; r++) {
                     const Number *from = element((const Number *)a.q, a.q_at, n * LANES + r) + d;
-                    if (size == sizeof(Vec)) t[r] = *(const Loose *)from;
-                    else std::memcpy(&t[r], from, size);
+                    if (bytes == sizeof(Vec)) t[r] = *(const Loose *)from;
+                    else std::memcpy(&t[r], from, bytes);
                 }
                 transpose(t);
-                for (int e = 0; e < LANES; e++) at(work.q, d / Form::IN_WORD + e, n) = Form::query(t[e], a.scale);
+                for (int e = 0; e < LANES; e++) {
+                    Vec parts[Form::PARTS];
+                    Form::query(t[e], a.scale, parts);
+                    for (int i = 0; i < Form::PARTS; i++) at(work.q, i * size + d / Form::IN_WORD + e, n) = parts[i];
+                }
             }
     }
 
@@ -279,8 +285,8 @@ template <class Form> struct Group {
         }
         float *p = work.s;
         for (size_t r = first; r < end; p += work.runs[r++].keys * GROUP) {
-            Form::weigh(p, work.runs[r].keys, factor, base, total);
-            form.add_values(p, work.runs[r].key, work.runs[r].keys, work.o);
+            Form::weigh(p, work.runs[r].keys, work.more, factor, base, total);
+            form.add_values(p, work.more, work.runs[r].key, work.runs[r].keys, work.o);
         }
         return end;
     }
@@ -360,7 +366,7 @@ template <class Form> void attend(const Arguments &a) {
     typename Form::Shared shared(a);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
     {
-        Work work((a.head_dim + Form::IN_WORD - 1) / Form::IN_WORD, a.value_dim);
+        Work work((a.head_dim + Form::IN_WORD - 1) / Form::IN_WORD, Form::PARTS, a.value_dim);
         [[maybe_unused]] const typename Form::Setting setting;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < shared.pieces; piece++) shared.pack(piece);
@@ -389,10 +395,10 @@ enum { SINGLES, PAIRS, TILES };
 
 }  // namespace
 
-// The best form in which this process can compute bfloat16; it can compute those before it, too.
+// The best form of half precision for this process; it can compute those before it, too.  float16 needs tiles.
 extern "C" int32_t attnopt_best_form() {
 #ifdef HAS_TILES
-    if (Tiles::are_lent()) return TILES;
+    if (tiles_are_lent()) return TILES;
 #endif
 #ifdef HAS_PAIRS
     return PAIRS;
@@ -403,10 +409,10 @@ extern "C" int32_t attnopt_best_form() {
 
 extern "C" void attnopt_attend(const Arguments *a) {
 #ifdef HAS_TILES
-    if (a->form == TILES) return attend<Tiles>(*a);
+    if (a->form == TILES) return a->is_float16 ? attend<Tiles<Float16>>(*a) : attend<Tiles<Bfloat16>>(*a);
 #endif
 #ifdef HAS_PAIRS
-    if (a->form == PAIRS) return attend<Pairs>(*a);
+    if (a->form == PAIRS) return attend<Pairs<Bfloat16>>(*a);
 #endif
     attend<Singles>(*a);
 }

@@ -1,7 +1,9 @@
-// bfloat16: two products at a time, summed in single precision.
+// Half precision: two products of bfloat16 at a time, summed in single precision.
 //
 // Probabilities are rounded to bfloat16 before they meet the values; their sum is that of the unrounded ones.  Keys and
 // values are packed once a call: keys to whole words, values transposed, so that two neighbouring keys are one word.
+// float16 has 11 bits: two bfloat16 of 8 bits each add up to it, so that it is computed in two parts, and so are
+// probabilities then.  Only tiles are so fast that this pays.
 #pragma once
 #include "attend_products.h"
 
@@ -66,15 +68,38 @@ inline Vec power_of_two(Vec x) {
 }
 #endif
 
-struct Pairs {
+struct Bfloat16 {
+    static constexpr int PARTS = 1;
+    static void split(Vec pair, Vec *parts) { parts[0] = pair; }
+    static void join(Vec low, Vec high, Vec *parts) { parts[0] = pair(low, high); }
+    static Half rounded(Vec x) { return __builtin_convertvector(nearest(x) >> 16, Half); }
+};
+
+#ifdef HAS_TILES
+struct Float16 {
+    static constexpr int PARTS = 2;
+    static void split(Vec pair, Vec *parts) { join(wide((Word)pair & 0xffffu), wide((Word)pair >> 16), parts); }
+    static void join(Vec low, Vec high, Vec *parts) {
+        parts[0] = pair(low, high);
+        const Word first = (Word)parts[0];
+        parts[1] = pair(rest(low, (Vec)(first << 16)), rest(high, (Vec)(first & 0xffff0000u)));
+    }
+    static Vec rest(Vec x, Vec first) { return x - first == x - first ? x - first : Vec{}; }  // none of an infinity
+    static Vec wide(Word x) { return (Vec)_mm512_cvtph_ps((__m256i)__builtin_convertvector(x, Half)); }
+    static Half rounded(Vec x) { return (Half)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+#endif
+
+template <class Source> struct Pairs {
     typedef uint16_t Number;
+    static constexpr int PARTS = Source::PARTS;
     static constexpr int IN_WORD = 2;
     static constexpr bool SCALES_QUERIES = false;  // that would round them; scores are scaled instead
 
-    // Keys, [batches, heads, kv_len, row], and values, [batches, heads, value_dim, column].
+    // Keys, [batches, heads, kv_len, parts, row], and values, [batches, heads, parts, value_dim, column].
     struct Shared {
         const Arguments &a;
-        const int64_t batches, heads, row, column, per_head, pieces;
+        const int64_t batches, heads, row, column, part, per_head, pieces;
         std::unique_ptr<float[]> space;
         Number *k, *v;
 
@@ -82,32 +107,32 @@ struct Pairs {
             : a(a), batches(a.k_at.batch || a.v_at.batch ? a.batches : 1),
               heads(*std::max_element(a.kv_of_head, a.kv_of_head + a.heads) + 1), row(rounded(a.head_dim, 2 * LANES)),
               column(((a.kv_len / 32 + 1) | 1) * 32),  // an odd number of lines: neighbours are not of one set of a cache
-              per_head((a.kv_len + CHUNK - 1) / CHUNK), pieces(batches * heads * per_head) {
-            const int64_t keys = batches * heads * a.kv_len * row;
-            const int64_t values = batches * heads * rounded(a.value_dim, LANES) * column;
+              part(rounded(a.value_dim, LANES) * column), per_head((a.kv_len + CHUNK - 1) / CHUNK), pieces(batches * heads * per_head) {
+            const int64_t keys = batches * heads * a.kv_len * PARTS * row, values = batches * heads * PARTS * part;
             space.reset(new float[(keys + values) / 2 + 2 * LANES]);
             const uintptr_t size = LANES * sizeof(float);
             k = (Number *)rounded(int64_t(space.get()), int64_t(size));
             v = k + keys;
         }
 
-        const Number *keys(int64_t batch, int64_t head) const { return k + place(batch, head) * a.kv_len * row; }
-        const Number *values(int64_t batch, int64_t head) const {
-            return v + place(batch, head) * rounded(a.value_dim, LANES) * column;
-        }
+        Number *keys(int64_t batch, int64_t head) const { return k + place(batch, head) * a.kv_len * PARTS * row; }
+        Number *values(int64_t batch, int64_t head) const { return v + place(batch, head) * PARTS * part; }
         int64_t place(int64_t batch, int64_t head) const { return (batches == 1 ? 0 : batch) * heads + head; }
 
         void pack(int64_t piece) {
             const int64_t head = piece / per_head % heads, batch = piece / per_head / heads;
             const int64_t first = piece % per_head * CHUNK, end = std::min(first + CHUNK, a.kv_len);
             const Number *from = (const Number *)a.k + batch * a.k_at.batch + head * a.k_at.head;
-            Number *to = const_cast<Number *>(keys(batch, head));
-            for (int64_t j = first; j < end; j++) {
-                std::memcpy(to + j * row, from + j * a.k_at.row, sizeof(Number) * a.head_dim);
-                std::memset(to + j * row + a.head_dim, 0, sizeof(Number) * (row - a.head_dim));
-            }
+            Number *to = keys(batch, head);
+            for (int64_t j = first; j < end; j++)
+                for (int64_t d = 0; d < a.head_dim; d += 2 * LANES) {
+                    Vec pair = {}, parts[PARTS];
+                    std::memcpy(&pair, from + j * a.k_at.row + d, std::min<size_t>(sizeof(Vec), 2 * (a.head_dim - d)));
+                    Source::split(pair, parts);
+                    for (int i = 0; i < PARTS; i++) *(Loose *)(to + (j * PARTS + i) * row + d) = parts[i];
+                }
             from = (const Number *)a.v + batch * a.v_at.batch + head * a.v_at.head;
-            to = const_cast<Number *>(values(batch, head));
+            to = values(batch, head);
             for (int64_t j = first; j < end; j += 2 * LANES)
                 for (int64_t d = 0; d < a.value_dim; d += LANES) turn(from, j, d, to + d * column + j);
         }
@@ -129,17 +154,21 @@ struct Pairs {
                 t[i] = (Vec)(low | __builtin_convertvector(read(key + 2 * i + 1), Word) << 16);
             }
             transpose(t);
-            for (int e = 0; e < LANES; e++) *(Loose *)(to + e * column) = t[e];
+            for (int e = 0; e < LANES; e++) {
+                Vec parts[PARTS];
+                Source::split(t[e], parts);
+                for (int i = 0; i < PARTS; i++) *(Loose *)(to + i * part + e * column) = parts[i];
+            }
         }
     };
     struct Setting {};
 
     const Number *k, *v;
-    const int64_t words, value_dim, k_step, v_step;
+    const int64_t words, value_dim, k_step, v_step, v_part;
 
     Pairs(const Arguments &a, const Shared &shared, int64_t batch, int64_t kv_head)
         : k(shared.keys(batch, kv_head)), v(shared.values(batch, kv_head)), words((a.head_dim + 1) / 2),
-          value_dim(a.value_dim), k_step(shared.row), v_step(shared.column) {}
+          value_dim(a.value_dim), k_step(PARTS * shared.row), v_step(shared.column), v_part(shared.part) {}
 
     static uint32_t word(const Number *x) {
         uint32_t both;
@@ -149,16 +178,24 @@ struct Pairs {
     static uint32_t last_word(const Number *x) { return *x; }  // the next key is another run's, or none
     static Vec product(Vec sum, Vec x, uint32_t y) { return add_products(sum, x, y); }
     static const Number *value(const Number *v, int64_t step, int64_t j, int64_t d) { return v + d * step + 2 * j; }
-    static Vec query(Vec x, float scale) { return scale < 0 ? (Vec)((Word)x ^ 0x80008000u) : x; }
-    static void store(Number *to, Vec x) { *(LooseHalf *)to = __builtin_convertvector(nearest(x) >> 16, Half); }
-    static Number number(float x) { return Number(nearest(splat(x))[0] >> 16); }
+    static void query(Vec x, float scale, Vec *parts) {
+        Source::split(scale < 0 ? (Vec)((Word)x ^ 0x80008000u) : x, parts);
+    }
+    static void store(Number *to, Vec x) { *(LooseHalf *)to = Source::rounded(x); }
+    static Number number(float x) { return Source::rounded(splat(x))[0]; }
 
     void score(const float *q, int64_t key, int keys, float *s) const {
         all_scores<Pairs>(keys, q, k + key * k_step, k_step, words, s);
     }
 
-    // Scores become e^(score * factor - base), which `total` takes in, and then pairs.
-    static void weigh(float *s, int keys, float factor, const Vec *base, Vec *total) {
+    // Scores become e^(score * factor - base), which `total` takes in, and then pairs; their second parts go to `more`.
+    static void weigh(float *s, int keys, float *more, float factor, const Vec *base, Vec *total) {
+        const auto put = [&](int j, int n, Vec low, Vec high) {
+            Vec parts[PARTS];
+            Source::join(low, high, parts);
+            at(s, j / 2, n) = parts[0];
+            if constexpr (PARTS == 2) at(more, j / 2, n) = parts[1];
+        };
         constexpr float LOG2_E = 1.44269504088896341f;
         Vec start[VECTORS], sum[VECTORS] = {};
         for (int n = 0; n < VECTORS; n++) start[n] = base[n] * LOG2_E;
@@ -169,35 +206,40 @@ struct Pairs {
                 const Vec x = power_of_two(at(s, j, n) * factor - start[n]);
                 const Vec y = power_of_two(at(s, j + 1, n) * factor - start[n]);
                 sum[n] += x + y;
-                at(s, j / 2, n) = pair(x, y);
+                put(j, n, x, y);
             }
         for (int n = 0; n < VECTORS && j < keys; n++) {
             const Vec x = power_of_two(at(s, j, n) * factor - start[n]);
             sum[n] += x;
-            at(s, j / 2, n) = pair(x, Vec{});
+            put(j, n, x, Vec{});
         }
         for (int n = 0; n < VECTORS; n++) total[n] += sum[n];
     }
 
-    void add_values(const float *p, int64_t key, int keys, float *o) const {
+    void add_values(const float *p, const float *more, int64_t key, int keys, float *o) const {
         mix_all<Pairs>(keys, value_dim, p, v + key, v_step, o);
+        if constexpr (PARTS == 1) return;
+        mix_all<Pairs>(keys, value_dim, more, v + key, v_step, o);
+        mix_all<Pairs>(keys, value_dim, p, v + v_part + key, v_step, o);
     }
 };
 
 #ifdef HAS_TILES
 static_assert(LANES == 16 && VECTORS == 2);
 
-// Intel AMX: a tile has 16 rows of 64 bytes.  What does not fill tiles is computed as pairs.
-struct Tiles : Pairs {
-    using Pairs::Pairs;
-    static constexpr int ROWS = 16;
+// Linux lends a process the tiles that it asks for.
+inline bool tiles_are_lent() {
+    constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool given = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+    return given;
+}
 
-    // Linux lends a process the tiles that it asks for.
-    static bool are_lent() {
-        constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        static const bool given = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
-        return given;
-    }
+// Intel AMX: a tile has 16 rows of 64 bytes.  What does not fill tiles is computed as pairs.
+template <class Source> struct Tiles : Pairs<Source> {
+    using Base = Pairs<Source>;
+    using Base::Base, Base::PARTS;
+    using typename Base::Number;
+    static constexpr int ROWS = 16;
 
     // Another library may count on its own tiles in this thread: they come back.
     struct Setting {
@@ -235,16 +277,21 @@ struct Tiles : Pairs {
             if constexpr (TWO) _tile_zero(2);
             if constexpr (TWO) _tile_zero(3);
         }
-        for (int64_t w = 0; w < words; w += LANES) {
-            _tile_loadd(6, &at(x, w, 0), LINE);
-            _tile_loadd(7, &at(x, w, 1), LINE);
-            _tile_loadd(4, rows + 2 * w, bytes);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if constexpr (TWO) {
-                _tile_loadd(5, rows + ROWS * step + 2 * w, bytes);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
+        for (int part = 0; part < PARTS * PARTS; part++) {  // all with all, unless this adds: then of one alone
+            if (ADDS && part) break;
+            const Number *row = rows + part % PARTS * 2 * words;
+            const float *column = x + part / PARTS * words * GROUP;
+            for (int64_t w = 0; w < words; w += LANES) {
+                _tile_loadd(6, &at(column, w, 0), LINE);
+                _tile_loadd(7, &at(column, w, 1), LINE);
+                _tile_loadd(4, row + 2 * w, bytes);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                if constexpr (TWO) {
+                    _tile_loadd(5, row + ROWS * step + 2 * w, bytes);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
             }
         }
         _tile_stored(0, &at(to, 0, 0), LINE);
@@ -264,15 +311,21 @@ struct Tiles : Pairs {
 
     void score(const float *q, int64_t key, int keys, float *s) const {
         const int whole = keys / ROWS * ROWS;
-        multiply<false>(whole, k + key * k_step, k_step, q, rounded(words, LANES), s);
-        if (whole < keys) Pairs::score(q, key + whole, keys - whole, s + whole * GROUP);
+        multiply<false>(whole, this->k + key * this->k_step, this->k_step, q, rounded(this->words, LANES), s);
+        if (whole < keys) Base::score(q, key + whole, keys - whole, s + whole * GROUP);
     }
 
-    void add_values(const float *p, int64_t key, int keys, float *o) const {
+    void add_values(const float *p, const float *more, int64_t key, int keys, float *o) const {
         constexpr int DEEP = 2 * LANES;  // keys of a tile
         const int whole = keys / DEEP * DEEP;
-        if (whole) multiply<true>(rounded(value_dim, ROWS), v + key, v_step, p, whole / 2, o);
-        if (whole < keys) Pairs::add_values(p + whole / 2 * GROUP, key + whole, keys - whole, o);
+        const Number *v = this->v + key;
+        const auto add = [&](const Number *values, const float *x) {
+            if (whole) multiply<true>(rounded(this->value_dim, ROWS), values, this->v_step, x, whole / 2, o);
+        };
+        add(v, p);
+        if constexpr (PARTS == 2) add(v, more), add(v + this->v_part, p);  // the least times the least is lost
+        const int64_t done = whole / 2 * GROUP;
+        if (whole < keys) Base::add_values(p + done, more + done, key + whole, keys - whole, o);
     }
 };
 #endif

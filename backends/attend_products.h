@@ -1,7 +1,7 @@
 // What a call of the kernel is given, and the two products of an attention.
 //
 // A form says in which precision they are computed.  Queries and probabilities are transposed, one query a lane; a lane holds
-// a word, of one number or of two neighbours that one instruction multiplies.
+// a word, of one number or of two neighbours that one instruction multiplies.  A number may be the sum of several parts.
 #pragma once
 #include <cstring>
 
@@ -31,7 +31,7 @@ struct Arguments {
     const uint64_t *tiles;  // [distinct, 64]: for each key, a bit for each query that sees it
     const int32_t *order;   // [layouts, q_len]: which query stands at each place of the block rows
     float scale, softcap;   // softcap 0: none
-    int32_t threads, form;
+    int32_t threads, form, is_float16;  // or bfloat16; where the form is not single precision
 };
 
 inline int64_t rounded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -40,10 +40,15 @@ inline int64_t rounded(int64_t n, int64_t step) { return (n + step - 1) / step *
 template <class Form, int NK>
 inline void scores(const float *q, const typename Form::Number *k, int64_t step, int64_t words, float *s) {
     Vec sum[NK][VECTORS] = {};
-    for (int64_t d = 0; d < words; d++)
-        for (int j = 0; j < NK; j++)
-            for (int n = 0; n < VECTORS; n++)
-                sum[j][n] = Form::product(sum[j][n], at(q, d, n), Form::word(k + j * step + d * Form::IN_WORD));
+    const int64_t size = rounded(words, LANES);
+    for (int part = 0; part < Form::PARTS * Form::PARTS; part++) {  // all with all
+        const float *x = q + part / Form::PARTS * size * GROUP;
+        const typename Form::Number *y = k + part % Form::PARTS * size * Form::IN_WORD;
+        for (int64_t d = 0; d < words; d++)
+            for (int j = 0; j < NK; j++)
+                for (int n = 0; n < VECTORS; n++)
+                    sum[j][n] = Form::product(sum[j][n], at(x, d, n), Form::word(y + j * step + d * Form::IN_WORD));
+    }
     for (int j = 0; j < NK; j++)
         for (int n = 0; n < VECTORS; n++) at(s, j, n) = sum[j][n];
 }
@@ -95,7 +100,7 @@ void mix_all(int keys, int64_t width, const float *p, const typename Form::Numbe
 // Single precision: keys and values are read where they lie.
 struct Singles {
     typedef float Number;
-    static constexpr int IN_WORD = 1;
+    static constexpr int IN_WORD = 1, PARTS = 1;
     static constexpr bool SCALES_QUERIES = true;
 
     // What all threads share, made before the first task.
@@ -118,7 +123,7 @@ struct Singles {
     static float last_word(const Number *x) { return *x; }
     static Vec product(Vec sum, Vec x, float y) { return sum + x * y; }
     static const Number *value(const Number *v, int64_t step, int64_t j, int64_t d) { return v + j * step + d; }
-    static Vec query(Vec x, float scale) { return x * scale; }
+    static void query(Vec x, float scale, Vec *parts) { parts[0] = x * scale; }
     static void store(Number *to, Vec x) { *(Loose *)to = x; }
     static Number number(float x) { return x; }
 
@@ -127,12 +132,12 @@ struct Singles {
     }
 
     // Scores become e^(score - base), which `total` takes in.
-    static void weigh(float *s, int keys, float, const Vec *base, Vec *total) {
+    static void weigh(float *s, int keys, float *, float, const Vec *base, Vec *total) {
         for (int j = 0; j < keys; j++)
             for (int n = 0; n < VECTORS; n++) total[n] += at(s, j, n) = exponential(at(s, j, n) - base[n]);
     }
 
-    void add_values(const float *p, int64_t key, int keys, float *o) const {
+    void add_values(const float *p, const float *, int64_t key, int keys, float *o) const {
         mix_all<Singles>(keys, value_dim, p, v + key * v_step, v_step, o);
     }
 };

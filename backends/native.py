@@ -36,8 +36,8 @@ class NoKernelError(Exception):
 
 
 class Form(IntEnum):
-    """How the kernel multiplies bfloat16: converted to float32, by instructions that add two products to a float32, or by
-    those of Intel AMX on tiles.  What the CPU can do later in this list, it can do earlier, too."""
+    """How the kernel multiplies half precision: converted to float32, by instructions that add two products of bfloat16 to
+    a float32, or by those of Intel AMX on tiles.  What can do one of these can do those before it, too."""
 
     FLOAT32 = 0
     PAIRS = 1
@@ -56,6 +56,7 @@ class _Arguments(ctypes.Structure):
         ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
         ("form", ctypes.c_int32),
+        ("is_float16", ctypes.c_int32),
     ]
 
 
@@ -71,16 +72,16 @@ def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) 
     """``spec`` without its edits on CPU: the output in v's dtype, and the log-sum-exp of each row as in ``AttendWithLse``.
     ``order``, [B|1, L]: neighbours in it share blocks.
 
-    Computed in float32; where queries, keys and values are bfloat16, as ``form_of_bfloat16`` says, where the probabilities
-    that meet the values are rounded to bfloat16, and all sums are in float32.
+    Computed in float32, or in half precision as ``form_of`` says: probabilities are rounded to bfloat16 where they meet
+    values of bfloat16, sums are in float32.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """
     kernel = library()
     B, H, L, D = t.q.shape
     S, Dv = t.k.shape[2], t.v.shape[3]
-    form = form_of_bfloat16() if {t.q.dtype, t.k.dtype, t.v.dtype} == {torch.bfloat16} else Form.FLOAT32
-    dtype = torch.float32 if form is Form.FLOAT32 else torch.bfloat16
+    form = form_of(t.v.dtype) if t.q.dtype == t.k.dtype == t.v.dtype else Form.FLOAT32
+    dtype = torch.float32 if form is Form.FLOAT32 else t.v.dtype
     out = t.q.new_empty(B, L, H, Dv, dtype=dtype).transpose(1, 2)
     top, log_sum = (t.q.new_empty(B, H, L, 1, dtype=torch.float32) for _ in range(2))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.to(dtype), t.k.to(dtype), t.v.to(dtype)))
@@ -100,6 +101,7 @@ def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) 
         spec.softcap or 0.0,
         torch.get_num_threads(),
         form,
+        dtype == torch.float16,
     )
     kernel.attnopt_attend(ctypes.byref(arguments))
     return out.to(t.v.dtype), top.squeeze(3), log_sum.squeeze(3)
@@ -171,16 +173,20 @@ def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(packed).view("<u8").reshape(-1, BLOCK)
 
 
-def form_of_bfloat16() -> Form:
-    """The best one that this process can use, or the one that ATTNOPT_BFLOAT16 names.  Raises ValueError, NoKernelError."""
-    best = Form(library().attnopt_best_form())
-    wanted = os.environ.get("ATTNOPT_BFLOAT16")
-    if wanted is None:
-        return best
-    offered = [form.name.lower() for form in Form if form <= best]
-    if wanted.lower() not in offered:
-        raise ValueError(f"ATTNOPT_BFLOAT16 is {wanted!r}; this CPU, compiler and system offer {', '.join(offered)}")
-    return Form[wanted.upper()]
+def form_of(dtype: torch.dtype) -> Form:
+    """The best form in which this process can compute ``dtype``, or the one that ATTNOPT_HALF names.
+
+    float16 is computed as the sum of two bfloat16, which only tiles make worth while.  Raises ValueError, NoKernelError.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Form.FLOAT32
+    form = best = Form(library().attnopt_best_form())
+    if wanted := os.environ.get("ATTNOPT_HALF"):
+        offered = [form.name.lower() for form in Form if form <= best]
+        if wanted.lower() not in offered:
+            raise ValueError(f"ATTNOPT_HALF is {wanted!r}; this CPU, compiler and system offer {', '.join(offered)}")
+        form = Form[wanted.upper()]
+    return Form.FLOAT32 if dtype == torch.float16 and form is Form.PAIRS else form
 
 
 def why_not() -> str | None:

@@ -1,4 +1,4 @@
-"""bfloat16 in the compiled kernel: probabilities and results are rounded once, in every form that this CPU offers."""
+"""Half precision in the compiled kernel: one rounding of probabilities and results, in every form that this CPU offers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ if (reason := native.why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 FORMS = [form for form in Form if form <= native.library().attnopt_best_form()]
-HALF_STEP = 2.0**-8  # the most by which rounding to bfloat16 changes a number, relative to it
+TYPES = (torch.bfloat16, torch.float16)
+# The most by which rounding changes a result, and a probability: float16 is computed in two parts of bfloat16.
+OF_RESULT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+OF_WEIGHT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-16}
 MORE: list[Pattern] = [
     Window(70, 0),
     Window(37, 29),
@@ -53,12 +56,12 @@ LENGTHS = (1, 7, 63, 64, 65, 130, 300)
 
 @contextmanager
 def computed_as(form: Form) -> Iterator[None]:
-    with mock.patch.dict(os.environ, ATTNOPT_BFLOAT16=form.name.lower()):
+    with mock.patch.dict(os.environ, ATTNOPT_HALF=form.name.lower()):
         yield
 
 
-def operands(spec: AttentionSpec, L: int, S: int, seed: int) -> OperandTensors:
-    t: dict[str, Any] = tensors(spec, 2, L, S, torch.bfloat16, seed)
+def operands(spec: AttentionSpec, L: int, S: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> OperandTensors:
+    t: dict[str, Any] = tensors(spec, 2, L, S, dtype, seed)
     t["k"] = t["k"].transpose(1, 2).contiguous().transpose(1, 2)  # as projections leave them
     t["v"] = torch.cat([t["v"], t["v"]], 3)[..., spec.value_dim :]
     return OperandTensors(**t)
@@ -79,44 +82,52 @@ def exact(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Tensor, Tenso
     return o, sizes, top + log_sum
 
 
-@settings(max_examples=60, deadline=None)
-@given(SPECS, st.sampled_from(LENGTHS), st.sampled_from(LENGTHS), st.integers(0, 99))
-def test_probabilities_and_results_are_rounded_once(spec: AttentionSpec, L: int, S: int, seed: int) -> None:
-    t = operands(spec, L, S, seed)
+def allowed(form: Form, dtype: torch.dtype, want: Tensor, sizes: Tensor) -> Tensor:
+    """How far a result may be from the exact one: roundings, and what sums of float32 lose."""
+    of_weight = 0.0 if form is Form.FLOAT32 else OF_WEIGHT[dtype]
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return of_weight * sizes + (1 + of_weight) * OF_RESULT[dtype] * want.abs() + 2e-5 * sizes + least
+
+
+@settings(max_examples=80, deadline=None)
+@given(SPECS, st.sampled_from(LENGTHS), st.sampled_from(LENGTHS), st.sampled_from(TYPES), st.integers(0, 99))
+def test_probabilities_and_results_are_rounded_once(
+    spec: AttentionSpec, L: int, S: int, dtype: torch.dtype, seed: int
+) -> None:
+    t = operands(spec, L, S, seed, dtype)
     want, sizes, lse = exact(spec, t)
-    slack = 2e-5 * sizes + 1e-30
     got = {}
     for form in FORMS:
         with computed_as(form):
             o, top, log_sum = native.attend(spec, t)
-        assert o.dtype == torch.bfloat16
+        assert o.dtype == dtype
         assert o.transpose(1, 2).is_contiguous()
-        of_weights = 0.0 if form is Form.FLOAT32 else HALF_STEP
-        assert (
-            (o.double() - want).abs() <= of_weights * sizes + (1 + of_weights) * HALF_STEP * want.abs() + slack
-        ).all()
+        assert ((o.double() - want).abs() <= allowed(form, dtype, want, sizes)).all()
         torch.testing.assert_close((top + log_sum).double(), lse, rtol=1e-5, atol=2e-5)
         got[form] = o.double()
     for form in FORMS[1:]:
         apart = (got[form] - got[Form.FLOAT32]).abs()
-        assert (apart <= HALF_STEP * sizes + 2 * HALF_STEP * want.abs() + slack).all()
+        room = allowed(form, dtype, want, sizes) + allowed(Form.FLOAT32, dtype, want, sizes)
+        assert (apart <= room).all()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("form", FORMS)
-def test_rounding_favours_no_side(form: Form) -> None:
+def test_rounding_favours_no_side(form: Form, dtype: torch.dtype) -> None:
     """Values that are all equal come back: what many probabilities lose and gain by rounding is even."""
-    q, k, v = torch.randn(3, 1, 2, 300, 64, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
+    q, k, v = torch.randn(3, 1, 2, 300, 64, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
     spec = a_spec(heads=2, head_dim=64, value_dim=64, scale=0.125)
     with computed_as(form):
         o, _, _ = native.attend(spec, OperandTensors(q, k, torch.full_like(v, 1.5)))
     assert o.eq(1.5).all()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pattern", [Sinks(3), Sinks(35), Sinks(64), Sinks(97)])
-def test_keys_that_no_query_sees_are_not_read(pattern: Sinks, form: Form) -> None:
+def test_keys_that_no_query_sees_are_not_read(pattern: Sinks, form: Form, dtype: torch.dtype) -> None:
     spec = a_spec(heads=1, head_dim=40, value_dim=20, pattern=pattern)
-    t = operands(spec, 50, 130, 0)
+    t = operands(spec, 50, 130, 0, dtype)
     t.k[:, :, pattern.n :] = t.v[:, :, pattern.n :] = float("nan")
     with computed_as(form):
         o, _, _ = native.attend(spec, t)
@@ -148,7 +159,7 @@ def test_segments_and_selected_blocks(form: Form) -> None:
         want, sizes, _ = exact(replace(spec, has_mask=True), replace(t, mask=mask))
         with computed_as(form):
             o, _, _ = native.attend(spec, way)
-        assert ((o.double() - want).abs() <= HALF_STEP * sizes + 2 * HALF_STEP * want.abs() + 1e-5).all()
+        assert ((o.double() - want).abs() <= allowed(form, o.dtype, want, sizes)).all()
 
 
 def test_threads_and_other_users_of_tiles_change_nothing() -> None:
@@ -168,18 +179,25 @@ def test_threads_and_other_users_of_tiles_change_nothing() -> None:
         torch.set_num_threads(threads)
 
 
-def test_float16_and_mixtures_are_computed_in_float32() -> None:
+def test_what_is_computed_in_float32() -> None:
+    """Mixtures of types, float16 without tiles, and half precision on demand: the inputs are widened, the output is rounded."""
     spec = a_spec(heads=2, pattern=Full())
-    wide = operands(spec, 70, 90, 0)
-    for dtypes in ((torch.float16,) * 3, (torch.bfloat16, torch.bfloat16, torch.float32)):
-        q, k, v = (x.to(dtype) for x, dtype in zip((wide.q, wide.k, wide.v), dtypes, strict=True))
-        o, _, _ = native.attend(spec, OperandTensors(q, k, v))
-        want, _, _ = native.attend(spec, OperandTensors(q.float(), k.float(), v.float()))
-        assert o.dtype == v.dtype
-        assert torch.equal(o, want.to(v.dtype))
+    t = operands(spec, 70, 90, 0)
+    half, single = torch.float16, torch.float32
+    mixed = replace(t, v=t.v.float())
+    for given_, form in ((mixed, FORMS[-1]), (t, Form.FLOAT32), (as_type(t, half), min(FORMS[-1], Form.PAIRS))):
+        with computed_as(form):
+            o, _, _ = native.attend(spec, given_)
+        want, _, _ = native.attend(spec, as_type(given_, single))
+        assert o.dtype == given_.v.dtype
+        assert torch.equal(o, want.to(o.dtype))
+
+
+def as_type(t: OperandTensors, dtype: torch.dtype) -> OperandTensors:
+    return replace(t, q=t.q.to(dtype), k=t.k.to(dtype), v=t.v.to(dtype))
 
 
 def test_a_form_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATTNOPT_BFLOAT16", "cubes")
-    with pytest.raises(ValueError, match=r"ATTNOPT_BFLOAT16 is 'cubes'; this CPU, compiler and system offer float32"):
+    monkeypatch.setenv("ATTNOPT_HALF", "cubes")
+    with pytest.raises(ValueError, match=r"ATTNOPT_HALF is 'cubes'; this CPU, compiler and system offer float32"):
         native.attend(a_spec(), operands(a_spec(), 3, 3, 0))
