@@ -57,16 +57,16 @@ struct Work {
     std::vector<float> space;
     std::vector<Run> runs;
     std::vector<Piece> pieces;
-    float *q, *o, *s, *more;  // more: the second parts of probabilities
+    float *q, *o, *s, *p;  // queries, sums of values, scores, probabilities where these are not of the form of scores
 
     Work(int64_t words, int parts, int64_t value_dim) {
         const int64_t wide = rounded(words, LANES) * parts, deep = rounded(value_dim, LANES);
-        space.resize((wide + deep + CHUNK + (parts - 1) * CHUNK / 2) * GROUP + LANES);
+        space.resize((wide + deep + CHUNK + TILE + parts * PAIR_ROWS) * GROUP + LANES);
         const uintptr_t size = LANES * sizeof(float);
         q = (float *)((uintptr_t(space.data()) + size - 1) / size * size);
         o = q + wide * GROUP;
         s = o + deep * GROUP;
-        more = s + CHUNK * GROUP;
+        p = s + (CHUNK + TILE) * GROUP;
     }
 };
 
@@ -283,10 +283,10 @@ template <class Form> struct Group {
             if (first)
                 for (int64_t d = 0; d < a.value_dim; d++) at(work.o, d, n) *= kept;
         }
-        float *p = work.s;
-        for (size_t r = first; r < end; p += work.runs[r++].keys * GROUP) {
-            Form::weigh(p, work.runs[r].keys, work.more, factor, base, total);
-            form.add_values(p, work.more, work.runs[r].key, work.runs[r].keys, work.o);
+        float *s = work.s;
+        for (size_t r = first; r < end; s += work.runs[r++].keys * GROUP) {
+            const Run &run = work.runs[r];
+            form.add_values(Form::weigh(s, run.keys, work.p, factor, base, total), run.key, run.keys, work.o);
         }
         return end;
     }
@@ -405,6 +405,15 @@ extern "C" int32_t attnopt_best_form() {
 #else
     return SINGLES;
 #endif
+}
+
+// The one to use where none is asked for.  Intel adds two products in twice the time of one: without tiles, that gains nothing.
+extern "C" int32_t attnopt_own_form() {
+    const int32_t best = attnopt_best_form();
+#if defined(HAS_PAIRS) && defined(__x86_64__)
+    if (best == PAIRS && !__builtin_cpu_is("amd")) return SINGLES;
+#endif
+    return best;
 }
 
 extern "C" void attnopt_attend(const Arguments *a) {

@@ -23,6 +23,7 @@
 #ifdef HAS_PAIRS
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -68,10 +69,13 @@ inline Vec power_of_two(Vec x) {
 }
 #endif
 
+inline Word all_ones(Word x, uint32_t bits) { return (Word)((x & bits) == (Word{} + bits)); }
+
 struct Bfloat16 {
     static constexpr int PARTS = 1;
     static void split(Vec pair, Vec *parts) { parts[0] = pair; }
     static void join(Vec low, Vec high, Vec *parts) { parts[0] = pair(low, high); }
+    static Word broken(Word pair) { return all_ones(pair, 0x7f80) | all_ones(pair, 0x7f800000); }
     static Half rounded(Vec x) { return __builtin_convertvector(nearest(x) >> 16, Half); }
 };
 
@@ -86,6 +90,7 @@ struct Float16 {
     }
     static Vec rest(Vec x, Vec first) { return x - first == x - first ? x - first : Vec{}; }  // none of an infinity
     static Vec wide(Word x) { return (Vec)_mm512_cvtph_ps((__m256i)__builtin_convertvector(x, Half)); }
+    static Word broken(Word pair) { return all_ones(pair, 0x7c00) | all_ones(pair, 0x7c000000); }
     static Half rounded(Vec x) { return (Half)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 #endif
@@ -101,14 +106,16 @@ template <class Source> struct Pairs {
         const Arguments &a;
         const int64_t batches, heads, row, column, part, per_head, pieces;
         std::unique_ptr<float[]> space;
+        std::vector<uint8_t> broken;  // of a piece: some value is infinite or NaN
         Number *k, *v;
 
         explicit Shared(const Arguments &a)
             : a(a), batches(a.k_at.batch || a.v_at.batch ? a.batches : 1),
               heads(*std::max_element(a.kv_of_head, a.kv_of_head + a.heads) + 1), row(rounded(a.head_dim, 2 * LANES)),
-              column(((a.kv_len / 32 + 1) | 1) * 32),  // an odd number of lines: neighbours are not of one set of a cache
-              part(rounded(a.value_dim, LANES) * column), per_head((a.kv_len + CHUNK - 1) / CHUNK), pieces(batches * heads * per_head) {
-            const int64_t keys = batches * heads * a.kv_len * PARTS * row, values = batches * heads * PARTS * part;
+              column(((a.kv_len / 32 + 2) | 1) * 32),  // an odd number of lines: neighbours are not of one set of a cache
+              part(rounded(a.value_dim, LANES) * column), per_head((a.kv_len + CHUNK - 1) / CHUNK), pieces(batches * heads * per_head),
+              broken(pieces) {
+            const int64_t keys = (batches * heads * a.kv_len + TILE) * PARTS * row, values = batches * heads * PARTS * part;
             space.reset(new float[(keys + values) / 2 + 2 * LANES]);
             const uintptr_t size = LANES * sizeof(float);
             k = (Number *)rounded(int64_t(space.get()), int64_t(size));
@@ -121,7 +128,8 @@ template <class Source> struct Pairs {
 
         void pack(int64_t piece) {
             const int64_t head = piece / per_head % heads, batch = piece / per_head / heads;
-            const int64_t first = piece % per_head * CHUNK, end = std::min(first + CHUNK, a.kv_len);
+            const int64_t first = piece % per_head * CHUNK;
+            int64_t end = std::min(first + CHUNK, a.kv_len);
             const Number *from = (const Number *)a.k + batch * a.k_at.batch + head * a.k_at.head;
             Number *to = keys(batch, head);
             for (int64_t j = first; j < end; j++)
@@ -133,12 +141,18 @@ template <class Source> struct Pairs {
                 }
             from = (const Number *)a.v + batch * a.v_at.batch + head * a.v_at.head;
             to = values(batch, head);
+            if (end == a.kv_len) end = column;  // zeros, which tiles take in
             for (int64_t j = first; j < end; j += 2 * LANES)
-                for (int64_t d = 0; d < a.value_dim; d += LANES) turn(from, j, d, to + d * column + j);
+                for (int64_t d = 0; d < a.value_dim; d += LANES) broken[piece] |= turn(from, j, d, to + d * column + j);
         }
 
-        // 2 * LANES keys of LANES features; 0 beyond the last ones.
-        void turn(const Number *from, int64_t key, int64_t feature, Number *to) const {
+        bool is_broken(int64_t batch, int64_t head) const {
+            const auto first = broken.begin() + place(batch, head) * per_head;
+            return std::find(first, first + per_head, 1) != first + per_head;
+        }
+
+        // 2 * LANES keys of LANES features; 0 beyond the last ones.  Whether one is broken.
+        bool turn(const Number *from, int64_t key, int64_t feature, Number *to) const {
             Vec t[LANES];
             const int width = int(std::min<int64_t>(LANES, a.value_dim - feature));
             const auto read = [&](int64_t j) {
@@ -154,11 +168,16 @@ template <class Source> struct Pairs {
                 t[i] = (Vec)(low | __builtin_convertvector(read(key + 2 * i + 1), Word) << 16);
             }
             transpose(t);
+            Word most = {};
             for (int e = 0; e < LANES; e++) {
+                most |= Source::broken((Word)t[e]);
                 Vec parts[PARTS];
                 Source::split(t[e], parts);
                 for (int i = 0; i < PARTS; i++) *(Loose *)(to + i * part + e * column) = parts[i];
             }
+            uint32_t found = 0;
+            for (int e = 0; e < LANES; e++) found |= most[e];
+            return found != 0;
         }
     };
     struct Setting {};
@@ -188,13 +207,12 @@ template <class Source> struct Pairs {
         all_scores<Pairs>(keys, q, k + key * k_step, k_step, words, s);
     }
 
-    // Scores become e^(score * factor - base), which `total` takes in, and then pairs; their second parts go to `more`.
-    static void weigh(float *s, int keys, float *more, float factor, const Vec *base, Vec *total) {
+    // Scores become pairs of e^(score * factor - base), which `total` takes in, their parts one after another.
+    static float *weigh(float *s, int keys, float *p, float factor, const Vec *base, Vec *total) {
         const auto put = [&](int j, int n, Vec low, Vec high) {
             Vec parts[PARTS];
             Source::join(low, high, parts);
-            at(s, j / 2, n) = parts[0];
-            if constexpr (PARTS == 2) at(more, j / 2, n) = parts[1];
+            for (int i = 0; i < PARTS; i++) at(p, i * PAIR_ROWS + j / 2, n) = parts[i];
         };
         constexpr float LOG2_E = 1.44269504088896341f;
         Vec start[VECTORS], sum[VECTORS] = {};
@@ -214,18 +232,20 @@ template <class Source> struct Pairs {
             put(j, n, x, Vec{});
         }
         for (int n = 0; n < VECTORS; n++) total[n] += sum[n];
+        return p;
     }
 
-    void add_values(const float *p, const float *more, int64_t key, int keys, float *o) const {
+    // The least part times the least is lost.
+    void add_values(float *p, int64_t key, int keys, float *o) const {
         mix_all<Pairs>(keys, value_dim, p, v + key, v_step, o);
         if constexpr (PARTS == 1) return;
-        mix_all<Pairs>(keys, value_dim, more, v + key, v_step, o);
+        mix_all<Pairs>(keys, value_dim, p + PAIR_ROWS * GROUP, v + key, v_step, o);
         mix_all<Pairs>(keys, value_dim, p, v + v_part + key, v_step, o);
     }
 };
 
 #ifdef HAS_TILES
-static_assert(LANES == 16 && VECTORS == 2);
+static_assert(LANES == TILE && VECTORS == 2);
 
 // Linux lends a process the tiles that it asks for.
 inline bool tiles_are_lent() {
@@ -234,12 +254,15 @@ inline bool tiles_are_lent() {
     return given;
 }
 
-// Intel AMX: a tile has 16 rows of 64 bytes.  What does not fill tiles is computed as pairs.
+// Intel AMX: a tile has 16 rows of 64 bytes.
 template <class Source> struct Tiles : Pairs<Source> {
     using Base = Pairs<Source>;
-    using Base::Base, Base::PARTS;
+    using Base::PARTS;
     using typename Base::Number;
-    static constexpr int ROWS = 16;
+    const bool is_broken;
+
+    Tiles(const Arguments &a, const typename Base::Shared &shared, int64_t batch, int64_t kv_head)
+        : Base(a, shared, batch, kv_head), is_broken(shared.is_broken(batch, kv_head)) {}
 
     // Another library may count on its own tiles in this thread: they come back.
     struct Setting {
@@ -247,7 +270,7 @@ template <class Source> struct Tiles : Pairs<Source> {
 
         Setting() {
             alignas(64) uint8_t own[64] = {1};
-            for (int t = 0; t < 8; t++) own[16 + 2 * t] = 64, own[48 + t] = ROWS;
+            for (int t = 0; t < 8; t++) own[16 + 2 * t] = 64, own[48 + t] = TILE;
             asm volatile("" ::"r"(before), "r"(own) : "memory");
             _tile_storeconfig(before);
             _tile_loadconfig(own);
@@ -264,7 +287,7 @@ template <class Source> struct Tiles : Pairs<Source> {
     template <bool TWO, bool ADDS>
     static void multiply(const Number *rows, int64_t step, const float *x, int64_t words, float *to) {
         constexpr int64_t LINE = GROUP * sizeof(float);
-        float *next = to + ROWS * GROUP;
+        float *next = to + TILE * GROUP;
         const int64_t bytes = step * sizeof(Number);
         if constexpr (ADDS) {
             _tile_loadd(0, &at(to, 0, 0), LINE);
@@ -288,7 +311,7 @@ template <class Source> struct Tiles : Pairs<Source> {
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(1, 4, 7);
                 if constexpr (TWO) {
-                    _tile_loadd(5, row + ROWS * step + 2 * w, bytes);
+                    _tile_loadd(5, row + TILE * step + 2 * w, bytes);
                     _tile_dpbf16ps(2, 5, 6);
                     _tile_dpbf16ps(3, 5, 7);
                 }
@@ -304,28 +327,27 @@ template <class Source> struct Tiles : Pairs<Source> {
     static void multiply(int64_t count, const Number *rows, int64_t step, const float *x, int64_t words, float *to) {
         asm volatile("" ::: "memory");  // compilers do not know what a tile reads
         int64_t r = 0;
-        for (; r + 2 * ROWS <= count; r += 2 * ROWS)
+        for (; r + TILE < count; r += 2 * TILE)
             multiply<true, ADDS>(rows + r * step, step, x, words, to + r * GROUP);
         if (r < count) multiply<false, ADDS>(rows + r * step, step, x, words, to + r * GROUP);
     }
 
+    // Scores of the keys behind the last are written, too: those of the next run take their place.
     void score(const float *q, int64_t key, int keys, float *s) const {
-        const int whole = keys / ROWS * ROWS;
-        multiply<false>(whole, this->k + key * this->k_step, this->k_step, q, rounded(this->words, LANES), s);
-        if (whole < keys) Base::score(q, key + whole, keys - whole, s + whole * GROUP);
+        multiply<false>(keys, this->k + key * this->k_step, this->k_step, q, rounded(this->words, LANES), s);
     }
 
-    void add_values(const float *p, const float *more, int64_t key, int keys, float *o) const {
-        constexpr int DEEP = 2 * LANES;  // keys of a tile
-        const int whole = keys / DEEP * DEEP;
+    // Keys behind the last have a probability of 0, which hides any finite value.
+    void add_values(float *p, int64_t key, int keys, float *o) const {
+        if (is_broken) return Base::add_values(p, key, keys, o);
+        const int64_t pairs = (keys + 1) / 2, words = rounded(pairs, LANES), rows = rounded(this->value_dim, TILE);
         const Number *v = this->v + key;
-        const auto add = [&](const Number *values, const float *x) {
-            if (whole) multiply<true>(rounded(this->value_dim, ROWS), values, this->v_step, x, whole / 2, o);
-        };
-        add(v, p);
-        if constexpr (PARTS == 2) add(v, more), add(v + this->v_part, p);  // the least times the least is lost
-        const int64_t done = whole / 2 * GROUP;
-        if (whole < keys) Base::add_values(p + done, more + done, key + whole, keys - whole, o);
+        for (int i = 0; i < PARTS; i++)
+            std::memset(&at(p, i * PAIR_ROWS + pairs, 0), 0, sizeof(float) * GROUP * (words - pairs));
+        multiply<true>(rows, v, this->v_step, p, words, o);
+        if constexpr (PARTS == 1) return;
+        multiply<true>(rows, v, this->v_step, p + PAIR_ROWS * GROUP, words, o);
+        multiply<true>(rows, v + this->v_part, this->v_step, p, words, o);
     }
 };
 #endif

@@ -132,12 +132,13 @@ struct Singles {
     }
 
     // Scores become e^(score - base), which `total` takes in.
-    static void weigh(float *s, int keys, float *, float, const Vec *base, Vec *total) {
+    static float *weigh(float *s, int keys, float *, float, const Vec *base, Vec *total) {
         for (int j = 0; j < keys; j++)
             for (int n = 0; n < VECTORS; n++) total[n] += at(s, j, n) = exponential(at(s, j, n) - base[n]);
+        return s;
     }
 
-    void add_values(const float *p, const float *, int64_t key, int keys, float *o) const {
+    void add_values(float *p, int64_t key, int keys, float *o) const {
         mix_all<Singles>(keys, value_dim, p, v + key * v_step, v_step, o);
     }
 };

@@ -13,6 +13,8 @@ constexpr int LANES = 4, ACCUMULATORS = 12;
 #endif
 constexpr int CHUNK = 256;  // keys whose scores are held at a time
 constexpr int VECTORS = 2, GROUP = VECTORS * LANES;
+constexpr int TILE = 16;                      // rows that Intel AMX multiplies at a time
+constexpr int PAIR_ROWS = CHUNK / 2 + TILE;   // those of a chunk's pairs of keys, and of the tile that they may not fill
 constexpr int KEYS = ACCUMULATORS / VECTORS, WIDTH = ACCUMULATORS / VECTORS;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));

@@ -174,15 +174,15 @@ def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
 
 
 def form_of(dtype: torch.dtype) -> Form:
-    """The best form in which this process can compute ``dtype``, or the one that ATTNOPT_HALF names.
+    """The fastest form in which this process can compute ``dtype``, or the one that ATTNOPT_HALF names.
 
     float16 is computed as the sum of two bfloat16, which only tiles make worth while.  Raises ValueError, NoKernelError.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return Form.FLOAT32
-    form = best = Form(library().attnopt_best_form())
+    form = Form(library().attnopt_own_form())
     if wanted := os.environ.get("ATTNOPT_HALF"):
-        offered = [form.name.lower() for form in Form if form <= best]
+        offered = [form.name.lower() for form in Form if form <= library().attnopt_best_form()]
         if wanted.lower() not in offered:
             raise ValueError(f"ATTNOPT_HALF is {wanted!r}; this CPU, compiler and system offer {', '.join(offered)}")
         form = Form[wanted.upper()]
