@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from specs import PATTERNS, a_spec, tensors
 from torch import Tensor
 
-from attnopt.backends import dispatch, native
+from attnopt.backends import dispatch, native, speed
 from attnopt.backends.native import Form
 from attnopt.ir.operands import OperandTensors, SegmentTensors
+from attnopt.ir.projection import Projection
+from attnopt.ir.site import InputTensor, Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import Causal, Dilated, Full, Pattern, PerHead, Sinks, Strided, Window
 
@@ -184,8 +186,13 @@ def test_what_is_computed_in_float32() -> None:
     spec = a_spec(heads=2, pattern=Full())
     t = operands(spec, 70, 90, 0)
     half, single = torch.float16, torch.float32
-    mixed = replace(t, v=t.v.float())
-    for given_, form in ((mixed, FORMS[-1]), (t, Form.FLOAT32), (as_type(t, half), min(FORMS[-1], Form.PAIRS))):
+    cases = [
+        (replace(t, v=t.v.float()), FORMS[-1]),
+        (replace(t, q=t.q.float() * 1.01), FORMS[-1]),
+        (t, Form.FLOAT32),
+        (as_type(t, half), min(FORMS[-1], Form.PAIRS)),
+    ]
+    for given_, form in cases:
         with computed_as(form):
             o, _, _ = native.attend(spec, given_)
         want, _, _ = native.attend(spec, as_type(given_, single))
@@ -201,3 +208,14 @@ def test_a_form_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNOPT_HALF", "cubes")
     with pytest.raises(ValueError, match=r"ATTNOPT_HALF is 'cubes'; this CPU, compiler and system offer float32"):
         native.attend(a_spec(), operands(a_spec(), 3, 3, 0))
+
+
+def test_speeds_are_those_in_the_precision_of_its_weights() -> None:
+    def site(weight: torch.dtype | None, given_: torch.dtype) -> Site:
+        named = {} if weight is None else {"q.weight": torch.zeros(1, dtype=weight)}
+        projections = {"q": Projection("q.weight" if named else None)}
+        return Site("", a_spec(), projections, parameters=named, inputs={"x": InputTensor((1,), given_)})
+
+    single, double, half, brain = torch.float32, torch.float64, torch.float16, torch.bfloat16
+    cases = [(brain, single), (half, brain), (single, half), (None, half), (double, double), (None, torch.int64)]
+    assert [speed._precision(site(*case)) for case in cases] == [brain, half, single, half, single, single]
