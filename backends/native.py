@@ -22,12 +22,15 @@ from torch import Tensor
 from attnopt.base.atomic_files import cache_folder
 from attnopt.ir.operands import BLOCK, OperandTensors, SegmentTensors
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns.block_layout import FULL_TILE
+from attnopt.patterns.block_layout import FULL_TILE, Layout
 from attnopt.patterns.query_order import order_of, ordered_layout
 
 _SOURCE = Path(__file__).with_name("attend.cpp")
 _HEADERS = tuple(_SOURCE.with_name(f"attend_{name}.h") for name in ("pairs", "products", "vectors"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# The least share of the pairs in visited blocks that must be seen for half precision to gain: it gains nothing by keys that
+# lie apart.  Measured with tiles.
+_DENSE = {torch.bfloat16: 0.6, torch.float16: 0.75}
 _SECONDS = 300  # more than any compiler needs, so a stuck one does not hang the program
 
 
@@ -66,6 +69,7 @@ class _Table:
 
     addresses: ctypes.Array[ctypes.c_void_p]
     arrays: tuple[NDArray[np.generic], ...]
+    seen: float  # the share of the pairs in visited blocks that the pattern shows
 
 
 def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +84,8 @@ def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) 
     kernel = library()
     B, H, L, D = t.q.shape
     S, Dv = t.k.shape[2], t.v.shape[3]
-    form = form_of(t.v.dtype) if t.q.dtype == t.k.dtype == t.v.dtype else Form.FLOAT32
+    table = _table(spec, L, S, t.selected is None)
+    form = form_of(t.v.dtype, table.seen) if t.q.dtype == t.k.dtype == t.v.dtype else Form.FLOAT32
     dtype = torch.float32 if form is Form.FLOAT32 else t.v.dtype
     out = t.q.new_empty(B, L, H, Dv, dtype=dtype).transpose(1, 2)
     top, log_sum = (t.q.new_empty(B, H, L, 1, dtype=torch.float32) for _ in range(2))
@@ -91,7 +96,6 @@ def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) 
     q_segments, kv_segments, pairs = _segments(t.segments)
     order = None if order is None else order.to(torch.int32)
     operands = (q, k, v, bias, sinks, t.mask, t.selected, q_segments, kv_segments, pairs, order, out, top, log_sum)
-    table = _table(spec, L, S, t.selected is None)
     arguments = _Arguments(
         tuple(None if x is None else x.data_ptr() for x in operands),
         (B, H, L, S, D, Dv),
@@ -164,7 +168,16 @@ def _table(spec: AttentionSpec, q_len: int, kv_len: int, ordered: bool) -> _Tabl
         np.concatenate([_bits(x.tiles) for x in layouts]),
         np.concatenate([np.arange(q_len) if order is None else order for order in orders]).astype(np.int32),
     )
-    return _Table((ctypes.c_void_p * 7)(*(a.ctypes.data for a in arrays)), arrays)
+    seen, visited = np.sum([_pairs(x, q_len, kv_len) for x in layouts], axis=0)
+    return _Table((ctypes.c_void_p * 7)(*(a.ctypes.data for a in arrays)), arrays, float(seen / max(visited, 1)))
+
+
+def _pairs(layout: Layout, q_len: int, kv_len: int) -> tuple[int, int]:
+    """The pairs that are seen, and those of the blocks that are visited."""
+    queries, keys = (np.minimum(BLOCK, n - BLOCK * at) for n, at in ((q_len, layout.rows), (kv_len, layout.cols)))
+    visited = queries * keys
+    of_tile = np.append(layout.tiles.sum((1, 2)), 0)
+    return int(np.where(layout.tile == FULL_TILE, visited, of_tile[layout.tile]).sum()), int(visited.sum())
 
 
 def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
@@ -173,14 +186,15 @@ def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
     return np.ascontiguousarray(packed).view("<u8").reshape(-1, BLOCK)
 
 
-def form_of(dtype: torch.dtype) -> Form:
-    """The fastest form in which this process can compute ``dtype``, or the one that ATTNOPT_HALF names.
+def form_of(dtype: torch.dtype, seen: float = 1.0) -> Form:
+    """The fastest form in which this process can compute ``dtype``, or the one that ATTNOPT_HALF names.  ``seen``: the
+    share of the pairs in visited blocks that are seen.
 
     float16 is computed as the sum of two bfloat16, which only tiles make worth while.  Raises ValueError, NoKernelError.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return Form.FLOAT32
-    form = Form(library().attnopt_own_form())
+    form = Form(library().attnopt_own_form()) if seen >= _DENSE[dtype] else Form.FLOAT32
     if wanted := os.environ.get("ATTNOPT_HALF"):
         offered = [form.name.lower() for form in Form if form <= library().attnopt_best_form()]
         if wanted.lower() not in offered:

@@ -204,6 +204,20 @@ def as_type(t: OperandTensors, dtype: torch.dtype) -> OperandTensors:
     return replace(t, q=t.q.to(dtype), k=t.k.to(dtype), v=t.v.to(dtype))
 
 
+@pytest.mark.parametrize("pattern", [Full(), Strided(9), Window(0), Causal()])
+def test_keys_that_lie_apart_are_computed_in_float32(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the blocks that are visited, the share of the pairs that are seen decides."""
+    monkeypatch.delenv("ATTNOPT_HALF", raising=False)
+    L, S = 150, 170
+    seen = pattern.mask(L, S)[0]
+    padded = torch.nn.functional.pad(seen, (0, -S % 64, 0, -L % 64))
+    blocks = padded.unflatten(1, (-1, 64)).unflatten(0, (-1, 64)).any(-1).any(1)
+    visited = blocks.repeat_interleave(64, 0).repeat_interleave(64, 1)[:L, :S].sum()
+    assert native._table(a_spec(pattern=pattern), L, S, False).seen == pytest.approx(float(seen.sum() / visited))
+    assert native.form_of(torch.bfloat16, 0.1) is native.form_of(torch.float16, 0.7) is Form.FLOAT32
+    assert native.form_of(torch.bfloat16) == native.library().attnopt_own_form()
+
+
 def test_a_form_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNOPT_HALF", "cubes")
     with pytest.raises(ValueError, match=r"ATTNOPT_HALF is 'cubes'; this CPU, compiler and system offer float32"):
