@@ -1092,6 +1092,8 @@ FAULTS = (
           "for (int part = 0; part < 1; part++) {  // all with all, unless", "test_half_precision.py -k rounded_once"),
     Fault("mixtures taken for half precision", "if t.q.dtype == t.k.dtype == t.v.dtype else Form.FLOAT32",
           "if True else Form.FLOAT32", "test_half_precision.py -k computed_in_float32"),
+    Fault("scattered keys in half precision", "if seen >= _DENSE[dtype] else", "if True else",
+          "test_half_precision.py -k lie_apart"),
     Fault("a model in half precision timed in another", "found[0] in (torch.bfloat16, torch.float16)", "False",
           "test_half_precision.py -k precision_of_its_weights"),
 )  # fmt: skip
