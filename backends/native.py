@@ -30,7 +30,7 @@ _HEADERS = tuple(_SOURCE.with_name(f"attend_{name}.h") for name in ("pairs", "pr
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # The least share of the pairs in visited blocks that must be seen for half precision to gain: it gains nothing by keys that
 # lie apart.  Measured with tiles.
-_DENSE = {torch.bfloat16: 0.6, torch.float16: 0.75}
+_DENSE = {torch.bfloat16: 0.4, torch.float16: 0.75}
 _SECONDS = 300  # more than any compiler needs, so a stuck one does not hang the program
 
 
