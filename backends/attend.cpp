@@ -1,4 +1,5 @@
-// Attention over the blocks that a pattern keeps, in single precision, for any CPU that the compiler knows.
+// Attention over the blocks that a pattern keeps, for any CPU that the compiler knows: in single precision,
+// and in bfloat16 where the CPU multiplies it.
 //
 // A task is one block of 64 queries of one head.  Its queries are taken in groups of two vectors: scores are kept transposed,
 // one query a lane, so that keys and values are read where they lie and every reduction is a plain vector operation.
@@ -9,47 +10,13 @@
 #include <cstring>
 #include <vector>
 
+#include "attend_pairs.h"
+#include "attend_products.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ACCUMULATORS = 24;
-#elif defined(__AVX__)
-constexpr int LANES = 8, ACCUMULATORS = 12;
-#else
-constexpr int LANES = 4, ACCUMULATORS = 12;
-#endif
-constexpr int BLOCK = 64;   // queries and keys of one block of the layout
-constexpr int CHUNK = 256;  // keys whose scores are held at a time
-constexpr int GAP = 4;      // so many unseen keys between seen ones are computed along: cheaper than a new run
-constexpr int VECTORS = 2, GROUP = VECTORS * LANES;
-constexpr int KEYS = ACCUMULATORS / VECTORS, WIDTH = ACCUMULATORS / VECTORS;
-
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef int32_t Int __attribute__((vector_size(LANES * 4)));
-typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4)));
-
-struct Strides { int64_t batch, head, row, col; };  // in elements; 0 where an axis is broadcast
-
-struct Arguments {
-    const float *q, *k, *v, *bias, *sinks;
-    const uint8_t *mask, *selected;
-    const int32_t *q_segments, *kv_segments;  // [batches or 1, length]; none: all queries see all keys
-    const uint8_t *pairs;                     // [heads or 1, query segment, key segment]; none: equal segments of at least 0
-    const int32_t *moved;                     // [batches or 1, q_len]: as order, for every head; none: order
-    float *out, *top, *log_sum;
-    int64_t batches, heads, q_len, kv_len, head_dim, value_dim;
-    Strides q_at, k_at, v_at, bias_at, sinks_at, mask_at, selected_at;
-    Strides q_segments_at, kv_segments_at, pairs_at;  // as [batch, 1, row, 1]; pairs as [1, head, query segment, key segment]
-    Strides moved_at;
-    Strides out_at, row_at;
-    const int32_t *kv_of_head, *layout_of_head;
-    const int64_t *row_ptr;  // [layouts, rows + 1]
-    const int32_t *cols, *tile;
-    const uint64_t *tiles;  // [distinct, 64]: for each key, a bit for each query that sees it
-    const int32_t *order;   // [layouts, q_len]: which query stands at each place of the block rows
-    float scale, softcap;   // softcap 0: none
-    int32_t threads;
-};
+constexpr int BLOCK = 64;  // queries and keys of one block of the layout
+constexpr int GAP = 4;     // so many unseen keys between seen ones are computed along: cheaper than a new run
 
 struct Piece { int keys; const uint64_t *bits; };        // keys of one block; no bits: all queries see all of them
 struct Range { int32_t low, high; };                    // the segments of a block of keys
@@ -90,117 +57,25 @@ struct Work {
     std::vector<float> space;
     std::vector<Run> runs;
     std::vector<Piece> pieces;
-    float *q, *o, *s;
+    float *q, *o, *s, *p;  // queries, sums of values, scores, probabilities where these are not of the form of scores
 
-    explicit Work(const Arguments &a) {
-        const int64_t wide = rounded(a.head_dim), deep = rounded(a.value_dim);
-        space.resize((wide + deep + CHUNK) * GROUP + LANES);
+    Work(int64_t words, int parts, int64_t value_dim) {
+        const int64_t wide = rounded(words, LANES) * parts, deep = rounded(value_dim, LANES);
+        space.resize((wide + deep + CHUNK + TILE + parts * PAIR_ROWS) * GROUP + LANES);
         const uintptr_t size = LANES * sizeof(float);
         q = (float *)((uintptr_t(space.data()) + size - 1) / size * size);
         o = q + wide * GROUP;
         s = o + deep * GROUP;
+        p = s + (CHUNK + TILE) * GROUP;
     }
-    static int64_t rounded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 };
 
-inline Vec splat(float x) { return Vec{} + x; }
-inline Vec greater(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec &at(float *p, int64_t j, int n) { return *(Vec *)(p + (j * VECTORS + n) * LANES); }
-inline const Vec &at(const float *p, int64_t j, int n) { return *(const Vec *)(p + (j * VECTORS + n) * LANES); }
-
-// exp with the reduction and the polynomial of Cephes' expf; exactly 0 for -inf, NaN for NaN.
-inline Vec exponential(Vec x) {
-    x = x < splat(-150.f) ? splat(-150.f) : x;
-    x = x > splat(88.f) ? splat(88.f) : x;
-    const Vec n = x * 1.44269504088896341f + 12582912.f - 12582912.f;
-    const Vec f = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vec p = splat(1.9875691500e-4f);
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    const Int e = __builtin_convertvector(n, Int), half = e >> 1;  // two factors: 2^e alone may not be representable
-    return p * (Vec)((half + 127) << 23) * (Vec)((e - half + 127) << 23);
-}
-
-// Cephes' tanhf: a polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose digits.
-inline Vec hyperbolic_tangent(Vec x) {
-    const Vec z = x * x;
-    Vec p = splat(-5.70498872745e-3f);
-    p = p * z + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
-    p = p * z * x + x;
-    const Vec size = x < splat(0.f) ? -x : x;
-    const Vec far = 1.f - 2.f / (exponential(2.f * size) + 1.f);
-    return size < splat(0.625f) ? p : x < splat(0.f) ? -far : far;
-}
-
-template <int STEP> inline void exchange(Vec *v) {
-    Int low, high;
-    for (int t = 0; t < LANES; t++) {
-        low[t] = t & STEP ? LANES + t - STEP : t;
-        high[t] = t & STEP ? LANES + t : t + STEP;
-    }
-    for (int i = 0; i < LANES; i++) {
-        if (i & STEP) continue;
-        const Vec a = v[i], b = v[i + STEP];
-#if defined(__clang__)
-        for (int t = 0; t < LANES; t++) {
-            v[i][t] = low[t] < LANES ? a[low[t]] : b[low[t] - LANES];
-            v[i + STEP][t] = high[t] < LANES ? a[high[t]] : b[high[t] - LANES];
-        }
-#else
-        v[i] = __builtin_shuffle(a, b, low);
-        v[i + STEP] = __builtin_shuffle(a, b, high);
-#endif
-    }
-}
-
-inline void transpose(Vec *v) {
-    exchange<1>(v);
-    exchange<2>(v);
-    if constexpr (LANES > 4) exchange<4>(v);
-    if constexpr (LANES > 8) exchange<8>(v);
-}
-
-template <int NK> inline void scores(const float *q, const float *k, int64_t step, int64_t head_dim, float *s) {
-    Vec sum[NK][VECTORS] = {};
-    for (int64_t d = 0; d < head_dim; d++)
-        for (int j = 0; j < NK; j++)
-            for (int n = 0; n < VECTORS; n++) sum[j][n] += at(q, d, n) * k[j * step + d];
-    for (int j = 0; j < NK; j++)
-        for (int n = 0; n < VECTORS; n++) at(s, j, n) = sum[j][n];
-}
-
-template <int NK> void some_scores(int keys, const float *q, const float *k, int64_t step, int64_t head_dim, float *s) {
-    if (keys == NK) return scores<NK>(q, k, step, head_dim, s);
-    if constexpr (NK > 1) some_scores<NK - 1>(keys, q, k, step, head_dim, s);
-}
-
-template <int ND> inline void mix(int keys, const float *p, const float *v, int64_t step, float *o) {
-    Vec sum[ND][VECTORS];
-    for (int d = 0; d < ND; d++)
-        for (int n = 0; n < VECTORS; n++) sum[d][n] = at(o, d, n);
-    for (int j = 0; j < keys; j++)
-        for (int d = 0; d < ND; d++)
-            for (int n = 0; n < VECTORS; n++) sum[d][n] += at(p, j, n) * v[j * step + d];
-    for (int d = 0; d < ND; d++)
-        for (int n = 0; n < VECTORS; n++) at(o, d, n) = sum[d][n];
-}
-
-template <int ND> void some_mix(int width, int keys, const float *p, const float *v, int64_t step, float *o) {
-    if (width == ND) return mix<ND>(keys, p, v, step, o);
-    if constexpr (ND > 1) some_mix<ND - 1>(width, keys, p, v, step, o);
-}
-
 // One attention of `count` queries from `row` on, of one head, over the keys in `work.runs`.
-struct Group {
+template <class Form> struct Group {
+    typedef typename Form::Number Number;
     const Arguments &a;
     Work &work;
+    const Form form;
     const int64_t batch, head;
     const int32_t *order;    // the queries
     const int count, shift;  // shift: the place of the first one within its block
@@ -232,17 +107,22 @@ struct Group {
     }
 
     void load_queries() const {
+        const int64_t size = rounded((a.head_dim + Form::IN_WORD - 1) / Form::IN_WORD, LANES);
         for (int n = 0; n < VECTORS; n++)
-            for (int64_t d = 0; d < a.head_dim; d += LANES) {
+            for (int64_t d = 0; d < a.head_dim; d += LANES * Form::IN_WORD) {
                 Vec t[LANES] = {};
-                const int width = int(std::min<int64_t>(LANES, a.head_dim - d));
+                const size_t bytes = std::min<size_t>(sizeof(Vec), (a.head_dim - d) * sizeof(Number));
                 for (int r = 0; r < LANES; r++) {
-                    const float *from = element(a.q, a.q_at, n * LANES + r) + d;
-                    if (width == LANES) t[r] = *(const Loose *)from;
-                    else for (int e = 0; e < width; e++) t[r][e] = from[e];
+                    const Number *from = element((const Number *)a.q, a.q_at, n * LANES + r) + d;
+                    if (bytes == sizeof(Vec)) t[r] = *(const Loose *)from;
+                    else std::memcpy(&t[r], from, bytes);
                 }
                 transpose(t);
-                for (int e = 0; e < LANES; e++) at(work.q, d + e, n) = t[e] * a.scale;
+                for (int e = 0; e < LANES; e++) {
+                    Vec parts[Form::PARTS];
+                    Form::query(t[e], a.scale, parts);
+                    for (int i = 0; i < Form::PARTS; i++) at(work.q, i * size + d / Form::IN_WORD + e, n) = parts[i];
+                }
             }
     }
 
@@ -259,12 +139,20 @@ struct Group {
                 for (int e = 0; e < LANES; e++) t[e] = at(work.o, d + e, n) * inverse;
                 transpose(t);
                 for (int r = 0; r < LANES && n * LANES + r < count; r++) {
-                    float *out = element(a.out, a.out_at, n * LANES + r) + d;
-                    if (width == LANES) *(Loose *)out = t[r];
-                    else for (int e = 0; e < width; e++) out[e] = t[r][e];
+                    Number *out = element((Number *)a.out, a.out_at, n * LANES + r) + d;
+                    if (width == LANES) Form::store(out, t[r]);
+                    else for (int e = 0; e < width; e++) out[e] = Form::number(t[r][e]);
                 }
             }
         }
+    }
+
+    // Whether scores are compared before they are scaled: nothing else is added to them, and 0 hides nothing.
+    bool scales_late() const { return !Form::SCALES_QUERIES && a.softcap == 0.f && !a.bias && a.scale != 0.f; }
+
+    void scale(float *s, int keys) const {
+        for (int j = 0; j < keys; j++)
+            for (int n = 0; n < VECTORS; n++) at(s, j, n) *= std::fabs(a.scale);
     }
 
     void cap(float *s, int keys) const {
@@ -340,10 +228,8 @@ struct Group {
     }
 
     void score(float *s, const Run &run) const {
-        const int64_t step = a.k_at.row;
-        const float *k = a.k + batch * a.k_at.batch + a.kv_of_head[head] * a.k_at.head + run.key * step;
-        for (int j = 0; j < run.keys; j += KEYS)
-            some_scores<KEYS>(std::min(KEYS, run.keys - j), work.q, k + j * step, step, a.head_dim, s + j * GROUP);
+        form.score(work.q, run.key, run.keys, s);
+        if (!Form::SCALES_QUERIES && !scales_late()) scale(s, run.keys);
         if (a.softcap != 0.f) cap(s, run.keys);
         if (a.bias) add_bias(s, run.key, run.keys);
         if (a.mask) hide_masked(s, run.key, run.keys);
@@ -353,7 +239,7 @@ struct Group {
 
     void attend() const {
         load_queries();
-        std::memset(work.o, 0, sizeof(float) * Work::rounded(a.value_dim) * GROUP);
+        std::memset(work.o, 0, sizeof(float) * rounded(a.value_dim, LANES) * GROUP);
         Vec top[VECTORS], total[VECTORS];
         for (int n = 0; n < VECTORS; n++) {
             top[n] = splat(-INFINITY);
@@ -364,17 +250,32 @@ struct Group {
         store(top, total);
     }
 
+    // Of the scores of each query; several at a time, since one maximum waits for the last.
+    void greatest(int keys, Vec *high) const {
+        constexpr int WAYS = 4;
+        Vec of[WAYS][VECTORS];
+        for (int w = 0; w < WAYS; w++)
+            for (int n = 0; n < VECTORS; n++) of[w][n] = splat(-INFINITY);
+        int j = 0;
+        for (; j + WAYS <= keys; j += WAYS)
+            for (int w = 0; w < WAYS; w++)
+                for (int n = 0; n < VECTORS; n++) of[w][n] = greater(at(work.s, j + w, n), of[w][n]);
+        for (; j < keys; j++)
+            for (int n = 0; n < VECTORS; n++) of[0][n] = greater(at(work.s, j, n), of[0][n]);
+        for (int n = 0; n < VECTORS; n++) high[n] = greater(greater(of[0][n], of[1][n]), greater(of[2][n], of[3][n]));
+    }
+
     // Takes in as many runs as there is room for; returns the first that is left.
     size_t chunk(size_t first, Vec *top, Vec *total) const {
         size_t end = first;
         int used = 0;
         for (; end < work.runs.size() && used + work.runs[end].keys <= CHUNK; used += work.runs[end++].keys)
             score(work.s + used * GROUP, work.runs[end]);
+        const float factor = scales_late() ? std::fabs(a.scale) : 1.f;
         Vec high[VECTORS], base[VECTORS];
-        for (int n = 0; n < VECTORS; n++) high[n] = top[n];
-        for (int j = 0; j < used; j++)
-            for (int n = 0; n < VECTORS; n++) high[n] = greater(at(work.s, j, n), high[n]);
+        greatest(used, high);
         for (int n = 0; n < VECTORS; n++) {
+            high[n] = greater(high[n] * factor, top[n]);
             base[n] = high[n] == splat(-INFINITY) ? Vec{} : high[n];  // nothing seen yet: every exponential is 0
             const Vec kept = exponential(top[n] - base[n]);
             top[n] = high[n];
@@ -382,15 +283,11 @@ struct Group {
             if (first)
                 for (int64_t d = 0; d < a.value_dim; d++) at(work.o, d, n) *= kept;
         }
-        for (int j = 0; j < used; j++)
-            for (int n = 0; n < VECTORS; n++) total[n] += at(work.s, j, n) = exponential(at(work.s, j, n) - base[n]);
-        const int64_t step = a.v_at.row;
-        const float *v = a.v + batch * a.v_at.batch + a.kv_of_head[head] * a.v_at.head;
-        const float *p = work.s;
-        for (size_t r = first; r < end; p += work.runs[r++].keys * GROUP)
-            for (int64_t d = 0; d < a.value_dim; d += WIDTH)
-                some_mix<WIDTH>(int(std::min<int64_t>(WIDTH, a.value_dim - d)), work.runs[r].keys, p,
-                                v + work.runs[r].key * step + d, step, work.o + d * GROUP);
+        float *s = work.s;
+        for (size_t r = first; r < end; s += work.runs[r++].keys * GROUP) {
+            const Run &run = work.runs[r];
+            form.add_values(Form::weigh(s, run.keys, work.p, factor, base, total), run.key, run.keys, work.o);
+        }
         return end;
     }
 };
@@ -411,7 +308,7 @@ void add(Work &work, int64_t key, int keys, const uint64_t *bits) {
 }
 
 // The keys that a group of queries sees, as runs of neighbours.
-void gather(const Group &g, const int64_t *row, const uint8_t *selected, const Range *of_blocks) {
+template <class Form> void gather(const Group<Form> &g, const int64_t *row, const uint8_t *selected, const Range *of_blocks) {
     const Arguments &a = g.a;
     Work &work = g.work;
     work.runs.clear();
@@ -462,16 +359,17 @@ std::vector<Range> ranges(const Arguments &a) {
     return found;
 }
 
-}  // namespace
-
-extern "C" void attnopt_attend(const Arguments *arguments) {
-    const Arguments &a = *arguments;
+template <class Form> void attend(const Arguments &a) {
     const int64_t rows = (a.q_len + BLOCK - 1) / BLOCK, tasks = a.batches * a.heads * rows;
     const std::vector<Range> of_blocks = ranges(a);
     const int64_t blocks = (a.kv_len + BLOCK - 1) / BLOCK;
+    typename Form::Shared shared(a);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
     {
-        Work work(a);
+        Work work((a.head_dim + Form::IN_WORD - 1) / Form::IN_WORD, Form::PARTS, a.value_dim);
+        [[maybe_unused]] const typename Form::Setting setting;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t piece = 0; piece < shared.pieces; piece++) shared.pack(piece);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < tasks; t++) {
             const int64_t r = t % rows, head = t / rows % a.heads, batch = t / rows / a.heads;
@@ -482,12 +380,48 @@ extern "C" void attnopt_attend(const Arguments *arguments) {
             const Strides &s = a.selected_at;
             const uint8_t *selected = a.selected ? a.selected + batch * s.batch + head * s.head + r * s.row : nullptr;
             const int count = int(std::min<int64_t>(BLOCK, a.q_len - r * BLOCK));
+            const Form form(a, shared, batch, a.kv_of_head[head]);
             for (int shift = 0; shift < count; shift += GROUP) {
-                Group group{a, work, batch, head, order + shift, std::min(GROUP, count - shift), shift, {}};
+                Group<Form> group{a, work, form, batch, head, order + shift, std::min(GROUP, count - shift), shift, {}};
                 group.read_segments();
                 gather(group, row, selected, ranges);
                 group.attend();
             }
         }
     }
+}
+
+enum { SINGLES, PAIRS, TILES };
+
+}  // namespace
+
+// The best form of half precision for this process; it can compute those before it, too.  float16 needs tiles.
+extern "C" int32_t attnopt_best_form() {
+#ifdef HAS_TILES
+    if (tiles_are_lent()) return TILES;
+#endif
+#ifdef HAS_PAIRS
+    return PAIRS;
+#else
+    return SINGLES;
+#endif
+}
+
+// The one to use where none is asked for.  Intel adds two products in twice the time of one: without tiles, that gains nothing.
+extern "C" int32_t attnopt_own_form() {
+    const int32_t best = attnopt_best_form();
+#if defined(HAS_PAIRS) && defined(__x86_64__)
+    if (best == PAIRS && !__builtin_cpu_is("amd")) return SINGLES;
+#endif
+    return best;
+}
+
+extern "C" void attnopt_attend(const Arguments *a) {
+#ifdef HAS_TILES
+    if (a->form == TILES) return a->is_float16 ? attend<Tiles<Float16>>(*a) : attend<Tiles<Bfloat16>>(*a);
+#endif
+#ifdef HAS_PAIRS
+    if (a->form == PAIRS) return attend<Pairs<Bfloat16>>(*a);
+#endif
+    attend<Singles>(*a);
 }

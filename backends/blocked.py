@@ -119,7 +119,7 @@ class Blocked(Backend):
             visits *= _SEEN
         if site.device != "cpu":
             return visits * dense_flops(site) / (_FLEX_RATE * GPU_RATE)
-        speed = of_cpu()
+        speed = of_cpu(site)
         calls = 1 if site.spec.weight_gains is None else site.spec.weight_gains.count
         return calls * speed.blocked_call + visits * dense_flops(site) / speed.blocked
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,16 +22,29 @@ from torch import Tensor
 from attnopt.base.atomic_files import cache_folder
 from attnopt.ir.operands import BLOCK, OperandTensors, SegmentTensors
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns.block_layout import FULL_TILE
+from attnopt.patterns.block_layout import FULL_TILE, Layout
 from attnopt.patterns.query_order import order_of, ordered_layout
 
 _SOURCE = Path(__file__).with_name("attend.cpp")
+_HEADERS = tuple(_SOURCE.with_name(f"attend_{name}.h") for name in ("pairs", "products", "vectors"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# The least share of the pairs in visited blocks that must be seen for half precision to gain: it gains nothing by keys that
+# lie apart.  Measured with tiles.
+_DENSE = {torch.bfloat16: 0.4, torch.float16: 0.75}
 _SECONDS = 300  # more than any compiler needs, so a stuck one does not hang the program
 
 
 class NoKernelError(Exception):
     """Why there is no compiled kernel on this machine."""
+
+
+class Form(IntEnum):
+    """How the kernel multiplies half precision: converted to float32, by instructions that add two products of bfloat16 to
+    a float32, or by those of Intel AMX on tiles.  What can do one of these can do those before it, too."""
+
+    FLOAT32 = 0
+    PAIRS = 1
+    TILES = 2
 
 
 class _Arguments(ctypes.Structure):
@@ -44,6 +58,8 @@ class _Arguments(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
+        ("form", ctypes.c_int32),
+        ("is_float16", ctypes.c_int32),
     ]
 
 
@@ -53,27 +69,33 @@ class _Table:
 
     addresses: ctypes.Array[ctypes.c_void_p]
     arrays: tuple[NDArray[np.generic], ...]
+    seen: float  # the share of the pairs in visited blocks that the pattern shows
 
 
 def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``spec`` without its edits, computed in float32 on CPU: the output, and the log-sum-exp of each row as in
-    ``AttendWithLse``.  ``order``, [B|1, L]: neighbours in it share blocks.
+    """``spec`` without its edits on CPU: the output in v's dtype, and the log-sum-exp of each row as in ``AttendWithLse``.
+    ``order``, [B|1, L]: neighbours in it share blocks.
+
+    Computed in float32, or in half precision as ``form_of`` says: probabilities are rounded to bfloat16 where they meet
+    values of bfloat16, sums are in float32.
 
     The output has the strides of [B, L, H, Dv], so merging the heads copies nothing.  Raises NoKernelError.
     """
     kernel = library()
     B, H, L, D = t.q.shape
     S, Dv = t.k.shape[2], t.v.shape[3]
-    out = t.q.new_empty(B, L, H, Dv, dtype=torch.float32).transpose(1, 2)
+    table = _table(spec, L, S, t.selected is None)
+    form = form_of(t.v.dtype, table.seen) if t.q.dtype == t.k.dtype == t.v.dtype else Form.FLOAT32
+    dtype = torch.float32 if form is Form.FLOAT32 else t.v.dtype
+    out = t.q.new_empty(B, L, H, Dv, dtype=dtype).transpose(1, 2)
     top, log_sum = (t.q.new_empty(B, H, L, 1, dtype=torch.float32) for _ in range(2))
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.float(), t.k.float(), t.v.float()))
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (t.q.to(dtype), t.k.to(dtype), t.v.to(dtype)))
     bias, sinks = (None if x is None else x.float() for x in (t.bias, t.sinks))
     if bias is not None and bias.shape[2] != 1 and bias.shape[3] != 1 and bias.stride(3) != 1:
         bias = bias.contiguous()  # the kernel needs contiguous rows
     q_segments, kv_segments, pairs = _segments(t.segments)
     order = None if order is None else order.to(torch.int32)
     operands = (q, k, v, bias, sinks, t.mask, t.selected, q_segments, kv_segments, pairs, order, out, top, log_sum)
-    table = _table(spec, L, S, t.selected is None)
     arguments = _Arguments(
         tuple(None if x is None else x.data_ptr() for x in operands),
         (B, H, L, S, D, Dv),
@@ -82,6 +104,8 @@ def attend(spec: AttentionSpec, t: OperandTensors, order: Tensor | None = None) 
         spec.scale,
         spec.softcap or 0.0,
         torch.get_num_threads(),
+        form,
+        dtype == torch.float16,
     )
     kernel.attnopt_attend(ctypes.byref(arguments))
     return out.to(t.v.dtype), top.squeeze(3), log_sum.squeeze(3)
@@ -144,13 +168,39 @@ def _table(spec: AttentionSpec, q_len: int, kv_len: int, ordered: bool) -> _Tabl
         np.concatenate([_bits(x.tiles) for x in layouts]),
         np.concatenate([np.arange(q_len) if order is None else order for order in orders]).astype(np.int32),
     )
-    return _Table((ctypes.c_void_p * 7)(*(a.ctypes.data for a in arrays)), arrays)
+    seen, visited = np.sum([_pairs(x, q_len, kv_len) for x in layouts], axis=0)
+    return _Table((ctypes.c_void_p * 7)(*(a.ctypes.data for a in arrays)), arrays, float(seen / max(visited, 1)))
+
+
+def _pairs(layout: Layout, q_len: int, kv_len: int) -> tuple[int, int]:
+    """The pairs that are seen, and those of the blocks that are visited."""
+    queries, keys = (np.minimum(BLOCK, n - BLOCK * at) for n, at in ((q_len, layout.rows), (kv_len, layout.cols)))
+    visited = queries * keys
+    of_tile = np.append(layout.tiles.sum((1, 2)), 0)
+    return int(np.where(layout.tile == FULL_TILE, visited, of_tile[layout.tile]).sum()), int(visited.sum())
 
 
 def _bits(tiles: NDArray[np.bool_]) -> NDArray[np.uint64]:
     """[T, queries, keys] as [T, keys] words: bit r is query r."""
     packed = np.packbits(tiles.transpose(0, 2, 1), axis=2, bitorder="little")
     return np.ascontiguousarray(packed).view("<u8").reshape(-1, BLOCK)
+
+
+def form_of(dtype: torch.dtype, seen: float = 1.0) -> Form:
+    """The fastest form in which this process can compute ``dtype``, or the one that ATTNOPT_HALF names.  ``seen``: the
+    share of the pairs in visited blocks that are seen.
+
+    float16 is computed as the sum of two bfloat16, which only tiles make worth while.  Raises ValueError, NoKernelError.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Form.FLOAT32
+    form = Form(library().attnopt_own_form()) if seen >= _DENSE[dtype] else Form.FLOAT32
+    if wanted := os.environ.get("ATTNOPT_HALF"):
+        offered = [form.name.lower() for form in Form if form <= library().attnopt_best_form()]
+        if wanted.lower() not in offered:
+            raise ValueError(f"ATTNOPT_HALF is {wanted!r}; this CPU, compiler and system offer {', '.join(offered)}")
+        form = Form[wanted.upper()]
+    return Form.FLOAT32 if dtype == torch.float16 and form is Form.PAIRS else form
 
 
 def why_not() -> str | None:
@@ -185,7 +235,8 @@ def _built() -> ctypes.CDLL | str:
 
 def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    mark = hashlib.sha256("\0".join((_SOURCE.read_text(), version, *_FLAGS, _machine())).encode()).hexdigest()[:24]
+    sources = (file.read_text() for file in (_SOURCE, *_HEADERS))
+    mark = hashlib.sha256("\0".join((*sources, version, *_FLAGS, _machine())).encode()).hexdigest()[:24]
     path = cache_folder() / f"attend-{mark}.so"
     if path.exists():
         return path

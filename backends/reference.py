@@ -33,7 +33,7 @@ class Reference(Backend):
     def cost(self, site: Site) -> float:
         if site.device != "cpu":
             return 3.0 * dense_flops(site) / GPU_RATE
-        speed, more = of_cpu(), site.spec.extension
+        speed, more = of_cpu(site), site.spec.extension
         site = site if more is None else replace(site, kv_len=site.kv_len + more.tokens)
         return _CALLS * speed.dense_call + 3.0 * dense_flops(site) / speed.masked
 

@@ -78,7 +78,7 @@ class Sdpa(Backend):
         flops = dense_flops(site) * (spec.pattern.density(site.q_len, site.kv_len) if skips else 1.0)
         if site.device != "cpu":
             return flops / GPU_RATE
-        speed = of_cpu()
+        speed = of_cpu(site)
         rate = speed.dense if skips else speed.masked
         if not spec.has_mask and not spec.has_bias and spec.selection is None and not skips:
             is_triangle = spec.pattern == Causal() and site.q_len == site.kv_len

@@ -46,18 +46,25 @@ def dense_flops(site: Site) -> float:
     return 2.0 * site.batch * spec.num_heads * site.q_len * site.kv_len * (spec.head_dim + spec.value_dim)
 
 
-def of_cpu() -> Speed:
-    """Of this machine, with the number of threads that torch uses now."""
-    return _of_cpu(torch.get_num_threads())
+def of_cpu(site: Site) -> Speed:
+    """Of this machine, in the precision of ``site``, with the number of threads that torch uses now."""
+    return _of_cpu(torch.get_num_threads(), _precision(site))
+
+
+def _precision(site: Site) -> torch.dtype:
+    """That of its weights, or of the example inputs where they are unknown."""
+    weights = (site.parameters.get(p.weight) for p in site.projections.values() if p.weight is not None)
+    found = [x.dtype for x in (*weights, *site.inputs.values()) if x is not None and x.dtype.is_floating_point]
+    return found[0] if found and found[0] in (torch.bfloat16, torch.float16) else torch.float32
 
 
 @lru_cache
-def _of_cpu(threads: int) -> Speed:
-    path = _cache_file(threads)
+def _of_cpu(threads: int, dtype: torch.dtype) -> Speed:
+    path = _cache_file(threads, dtype)
     try:
         return Speed(**json.loads(path.read_text()))
     except (OSError, TypeError, ValueError):
-        speed = _measured()
+        speed = _measured(dtype)
     try:
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(asdict(speed)))
@@ -67,16 +74,16 @@ def _of_cpu(threads: int) -> Speed:
     return speed
 
 
-def _cache_file(threads: int) -> Path:
-    about = f"{torch.__version__} {platform.platform()} {platform.processor()} {os.cpu_count()} {threads}"
+def _cache_file(threads: int, dtype: torch.dtype) -> Path:
+    about = f"{torch.__version__} {platform.platform()} {platform.processor()} {os.cpu_count()} {threads} {dtype}"
     return cache_folder() / f"speed-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
 
-def _measured() -> Speed:
+def _measured(dtype: torch.dtype) -> Speed:
     attention = torch.ops.attnopt.attention
 
     def sizes(length: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = torch.randn(3, 1, _HEADS, length, _HEAD_DIM).unbind()
+        q, k, v = torch.randn(3, 1, _HEADS, length, _HEAD_DIM).to(dtype).unbind()
         return q, k, v
 
     def blocked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_the_wheel_holds_every_module_once_and_nothing_else(wheel: Path) -> None
     core = [f for f in (ROOT / "attnopt").rglob("*") if f.suffix in (".py", ".typed", ".j2")]  # follows no links
     wanted = {f.relative_to(ROOT).as_posix() for f in core}
     for folder in ("passes", "backends"):
-        wanted |= {f"attnopt/{folder}/{f.name}" for f in (ROOT / folder).iterdir() if f.suffix in (".py", ".cpp")}
+        wanted |= {f"attnopt/{folder}/{f.name}" for f in (ROOT / folder).iterdir() if f.suffix in (".py", ".cpp", ".h")}
     assert sorted(names) == sorted(wanted)
     assert "License-Expression: Apache-2.0" in about
     assert "Provides-Extra: plot" in about
