@@ -105,6 +105,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "segments": None if spec.segments is None else spec.segments.to_json(),
         "pooling": None if spec.pooling is None else spec.pooling.to_json(),
         "rows": None if spec.rows is None else spec.rows.to_json(),
+        "between_channels": spec.between_channels,
         "is_cross": spec.is_cross,
         "seen_as": None if spec.seen_as is None else spec.seen_as.to_json(),
         "zero_keys": None if spec.zero_keys is None else spec.zero_keys.to_json(),

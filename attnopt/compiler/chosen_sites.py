@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from attnopt.base.options import wholes
 from attnopt.errors import PolicyError
 from attnopt.ir.site import Site
+from attnopt.match.find import Found
 
 Sites = str | Site | Iterable[str | Site]
 LISTED = 6  # names in an error
@@ -37,6 +38,19 @@ def site_names(owner: str, globs: Iterable[str], names: Sequence[str]) -> list[s
         if not any(matches(glob, name) for name in names):
             raise no_such_site(owner, glob, names)
     return [name for name in names if any(matches(glob, name) for glob in wanted)]
+
+
+def between_tokens(owner: str, globs: Iterable[str], found: Sequence[Found]) -> list[Found]:
+    """The attentions whose queries and keys are tokens.  Raises PolicyError for a glob that matches others alone."""
+    names = {kind: [f.site.name for f in found if f.site.spec.between_channels == kind] for kind in (False, True)}
+    for glob in globs:
+        other = next((name for name in names[True] if matches(glob, name)), None)
+        if other is not None and not any(matches(glob, name) for name in names[False]):
+            raise PolicyError(
+                f"{owner}: {other!r} attends between channels, so that it has no rows of tokens",
+                hint="attnopt.inspect shows what is between channels; leave these attentions out",
+            )
+    return [f for f in found if not f.site.spec.between_channels]
 
 
 def no_such_site(owner: str, name: object, names: Sequence[str]) -> PolicyError:

@@ -54,7 +54,13 @@ def wanda(site: Site) -> list[float]:
 
 
 def mean_outputs(site: Site) -> Tensor:
-    """[H, Dv] in float64: mean output of each head over the calibration tokens without padding."""
+    """[H, Dv] in float64: mean output of each head over the calibration tokens without padding.  Raises CalibrationError."""
+    if site.spec.between_channels:
+        raise CalibrationError(
+            "its heads attend between channels: a mean over tokens is none of their outputs",
+            site=site.name,
+            hint='replace outputs by zeros, or give sites= without it',
+        )
     return FeatureMoments().of(site)[0]
 
 

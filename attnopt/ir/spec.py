@@ -46,6 +46,9 @@ class AttentionSpec:
     from q, k and the scale (before bias and softcap) at run time.  Either is all keys where it is None.  Only heads of
     ``pooling`` pool.  A fully masked query gives zeros.
     ``eviction`` changes nothing in one call: see there.
+
+    ``between_channels``: L and S count channels of a head, and D and Dv tokens, in the example: their number may be another in
+    each call.  The formula is the same.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -60,6 +63,7 @@ class AttentionSpec:
     has_sinks: bool = False
     has_map: bool = False  # operands keep and added: a map that no input changes, mixed into the weights
     softcap: float | None = None
+    between_channels: bool = False  # queries and keys are channels of a head, and their features are tokens
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     segments: CallSegments | None = None  # segments of tokens whose ids the call brings
@@ -165,7 +169,8 @@ class AttentionSpec:
         evicted = () if self.eviction is None else (str(self.eviction),)
         rows = () if self.rows is None else (str(self.rows),)
         named = (name for name, has in given.items() if has)
-        return (*named, *segments, *softcap, *pooled, *zeros, *more, *gains, *evicted, *rows)
+        channels = ("between channels",) if self.between_channels else ()
+        return (*channels, *named, *segments, *softcap, *pooled, *zeros, *more, *gains, *evicted, *rows)
 
     @property
     def num_heads(self) -> int:

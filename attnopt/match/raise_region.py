@@ -71,7 +71,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     q, k, zeroing = _with_factors(emit, at, r, q, k, kv_heads)
     q, k, v = _one_dtype(emit, q, k, v)
     bias, mask, constant = bias_and_mask(emit, at, r)
-    sinks = None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
+    sinks = _sinks(emit, at, r)
     if sinks is not None and (constant or len(shape(sinks)) != 4):
         raise rejected(
             r.out.node, "sink-and-constant", "a sink without an added constant", "a constant added to the scores"
@@ -107,8 +107,16 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         softcap=r.softcap,
     )
     gains = _weight_gains(gm, at, r, q, k)
-    spec = replace(spec.having(bias, mask, sinks, added), seen_as=seen, weight_gains=gains)
+    spec = replace(spec, between_channels=r.between_channels, seen_as=seen, weight_gains=gains)
+    spec = spec.having(bias, mask, sinks, added)
     return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
+
+
+def _sinks(emit: Emitter, at: Arranger, r: Region) -> fx.Node | None:
+    """[B|1, H|1, L|1, 1], before their rate."""
+    if r.sink_value is not None:
+        return emit.constant(torch.full((1, 1, 1, 1), r.sink_value, dtype=torch.float32, device=value(r.q.node).device))
+    return None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
 
 
 def _weight_gains(gm: fx.GraphModule, at: Arranger, r: Region, q: fx.Node, k: fx.Node) -> WeightGains | None:

@@ -60,6 +60,11 @@ def _from_softmax(a: Softmax) -> Region:
         raise NotAttentionError(e.refusal, e.node, near=follows is not None or _comes_from_product(a)) from None
     if follows is None:
         raise _without_values(a.weights)
+    if a.beside is not None:
+        joined = scores.with_sink(math.log(a.beside))
+        if joined is None:
+            raise unreadable(a.weights, "one sink beside the scores")
+        scores = joined
     product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
@@ -85,7 +90,7 @@ def _from_softmax(a: Softmax) -> Region:
 
 def _mixture_of(weights: fx.Node, a: Softmax, scores: Scores) -> Mixture:
     """Raises NotAttentionError."""
-    sums_to_one = scores.sinks is None and a.masked is None
+    sums_to_one = not scores.has_sink and a.masked is None
     found = read_mixture(weights, a.weights, scores.axes, a.axis, sums_to_one)
     if found is None:
         raise weights_changed(weights)
@@ -151,7 +156,8 @@ def _with_values(a: Softmax, weights: fx.Node, user: fx.Node) -> tuple[Product, 
 def _carries_on(a: Softmax, weights: fx.Node, user: fx.Node) -> bool:
     """``user`` gives weights, too: in another layout, normalised again, with zeros where a mask hides keys, or times a
     factor that is known."""
-    if a.late_sum is None and weights is a.weights and renormalises(user, a.weights, a.axis):
+    is_whole = a.late_sum is None and a.beside is None
+    if is_whole and weights is a.weights and renormalises(user, a.weights, a.axis):
         return True
     zeroes = zeros_of(user, weights) is not None or (cleans(user, weights) and not a.may_overflow)
     is_scaled = a.late_sum is None and factor_of(user, weights) is not None
@@ -309,6 +315,7 @@ def _assemble(
         wipes=scores.wipes,
         softcap=scores.softcap,
         sinks=scores.sinks,
+        sink_value=scores.sink_value,
         sink_rate=scores.sink_rate,
         nodes=path,
         escapes=escapes,
@@ -322,7 +329,7 @@ def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[S
 
     A sink that joins later would see it, too.
     """
-    seen_by_sinks = scores.before_sinks if scores.sinks is not None else 0
+    seen_by_sinks = scores.before_sinks if scores.has_sink else 0
 
     def shifts(i: int, step: Step) -> bool:
         if not isinstance(step, Term) or step.operand is None or i < seen_by_sinks:

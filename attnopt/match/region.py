@@ -29,11 +29,13 @@ class Region:
     keys: Axis
     features: Axis
     value_features: Axis
+    between_channels: bool = False  # queries and keys are features of the projections, and features are tokens
     steps: tuple[Step, ...] = ()
     factors: tuple[Factor, ...] = ()
     wipes: tuple[Operand, ...] = ()
     softcap: float | None = None
     sinks: Operand | None = None
+    sink_value: float | None = None  # a sink that is a number
     weight_factor: Operand | None = None  # of the weights, after the softmax
     mixture: Mixture | None = None  # of the weights and a map
     sink_rate: float = 1.0

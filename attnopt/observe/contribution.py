@@ -26,7 +26,9 @@ Values = Callable[[fx.Node], Any]
 def require_projection(owner: str, f: Found, branch: Branch | None) -> None:
     """Raises CalibrationError if the site's heads have no rows of an output projection."""
     p, why = f.site.projections["out"], None
-    if p.rows is None or p.weight is None or f.output_op is None:
+    if f.site.spec.between_channels:
+        why = "heads attend between channels, which stand in its rows"
+    elif p.rows is None or p.weight is None or f.output_op is None:
         why = p.why or "it was not found"
     elif any(len(rows) != f.site.value_dim for rows in p.rows):
         why = "its rows of one head are not those of one output"

@@ -125,6 +125,13 @@ def missed(model: nn.Module, **more: Any) -> Refusal:
     return caught.value.refusal
 
 
+def between_channels() -> Refusal:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnopt.AttnoptWarning)
+        fast = attnopt.optimize(decoys.OverChannels().eval(), LocalWindow(1), (torch.randn(2, L, E),))
+    return fast.report.sites[0].refusals["local-window"]
+
+
 def gained_twice() -> Refusal:
     model, given = Attention(Spelling()), inputs(Spelling())
     fast = attnopt.optimize(model, [SegmentGain([0], 0.5), SegmentGain([1], 0.5)], (), given)
@@ -352,9 +359,9 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "which divides by the sum of another query (at LINE)",
     ),
     "channel-attention": (
-        lambda: missed(decoys.OverChannels()),
-        "[channel-attention] expected tokens as keys, found a softmax over the features of a projection (at LINE)\n  "
-        "hint: attention between channels is not supported",
+        lambda: missed(decoys.SlotsOverFeatures()),
+        "[channel-attention] expected queries that are features of a projection, as the keys are, found a softmax over the "
+        "features of a projection, of other queries (at LINE)",
     ),
     "active-dropout": (
         lambda: missed(Dropping()),
@@ -562,6 +569,11 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "no-such-site-size": (
         lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),
         "[no-such-site-size] expected one importance score per head (4), found 3 numbers (at LINE)",
+    ),
+    "between-channels": (
+        between_channels,
+        "[between-channels] expected queries and keys that are tokens, found channels of each head, whose features are tokens "
+        "(at LINE)\n  hint: prune-heads and scale-heads apply; exclude the site from local-window",
     ),
     "wrong-number-of-gains": (
         lambda: refused(Spelling(), ScaleHeads([1.0, 2.0])),
