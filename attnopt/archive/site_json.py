@@ -100,6 +100,8 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "has_mask": spec.has_mask,
         "has_sinks": spec.has_sinks,
         "has_map": spec.has_map,
+        "has_score_map": spec.has_score_map,
+        "has_weight_map": spec.has_weight_map,
         "softcap": spec.softcap,
         "selection": None if spec.selection is None else spec.selection.to_json(),
         "segments": None if spec.segments is None else spec.segments.to_json(),

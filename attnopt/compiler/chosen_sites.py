@@ -41,16 +41,17 @@ def site_names(owner: str, globs: Iterable[str], names: Sequence[str]) -> list[s
 
 
 def between_tokens(owner: str, globs: Iterable[str], found: Sequence[Found]) -> list[Found]:
-    """The attentions whose queries and keys are tokens.  Raises PolicyError for a glob that matches others alone."""
-    names = {kind: [f.site.name for f in found if f.site.spec.between_channels == kind] for kind in (False, True)}
+    """The attentions whose heads have maps of tokens of their own.  Raises PolicyError for a glob that matches others alone."""
+    able = [f for f in found if f.site.spec.has_own_maps]
     for glob in globs:
-        other = next((name for name in names[True] if matches(glob, name)), None)
-        if other is not None and not any(matches(glob, name) for name in names[False]):
+        other = next((f.site for f in found if f not in able and matches(glob, f.site.name)), None)
+        if other is not None and not any(matches(glob, f.site.name) for f in able):
+            kind = "attends between channels" if other.spec.between_channels else "has talking heads"
             raise PolicyError(
-                f"{owner}: {other!r} attends between channels, so that it has no rows of tokens",
-                hint="attnopt.inspect shows what is between channels; leave these attentions out",
+                f"{owner}: {other.name!r} {kind}, so that its heads have no maps of tokens of their own",
+                hint="attnopt.inspect shows these attentions; leave them out",
             )
-    return [f for f in found if not f.site.spec.between_channels]
+    return able
 
 
 def no_such_site(owner: str, name: object, names: Sequence[str]) -> PolicyError:

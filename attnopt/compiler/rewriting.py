@@ -37,7 +37,7 @@ class Rewriting:
 
     @classmethod
     def start(cls, found: Found, activations: Activations | None = None, decodes: bool = False) -> Rewriting:
-        known = None if found.site.spec.between_channels else activations  # whose rows are tokens
+        known = activations if found.site.spec.has_own_maps else None  # whose rows are tokens, seen by one head
         return cls(found, replace(found.site, activations=known), Rewrite(found.site.spec), decodes)
 
     def then(self, p: Pass) -> Rewriting | Refusal:

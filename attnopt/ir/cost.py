@@ -58,6 +58,7 @@ def cost_of(
     products = 0.0 if spec.ignores_weights else products
     of_key = 0 if "k" in spec.unused else of_key
     parameters = {role: n for role, n in parameters.items() if role not in spec.unused}
+    products += 2 * (spec.has_score_map + spec.has_weight_map) * spec.num_heads**2 * site.q_len * site.kv_len
     pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
     products += 2 * spec.value_dim * (pairs + sum(edit.pairs(site.q_len, site.kv_len) for edit in spec.after))
     projected = float(site.kv_len)

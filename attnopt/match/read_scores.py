@@ -25,6 +25,7 @@ from attnopt.graph.nodes import (
 )
 from attnopt.graph.ops import ADD, COPIES, DIV, FACTORS, SUB, Kind, named, of
 from attnopt.graph.products import Product, product_of
+from attnopt.match.head_maps import HeadMap, head_map, maps_heads
 from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of
 from attnopt.match.rejection import NotAttentionError, rejected
 
@@ -101,6 +102,7 @@ class Scores:
     sinks: Operand | None = None
     sink_value: float | None = None
     sink_rate: float = 1.0
+    score_map: HeadMap | None = None  # of the scaled product, before ``steps``
     before_sinks: int = 0  # steps that came before that logit
     path: tuple[fx.Node, ...] = ()
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
@@ -136,7 +138,7 @@ def _no_product(node: fx.Node) -> NotAttentionError:
 def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Node | None]:
     """(the scores that end in ``node``, or None and the deepest node that stopped the search)."""
     if (product := product_of(node)) is not None and is_query_key(product):
-        return _start(product), None
+        return _of_mapped(node, (product.left, product.right), axis, depth) or _start(product), None
     if depth > MAX_DEPTH or node.op != "call_function" or not tensor_like(node):
         return None, node
     blocked: fx.Node | None = None
@@ -150,6 +152,16 @@ def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Nod
             return replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))), None
         blocked = node
     return None, blocked or node
+
+
+def _of_mapped(node: fx.Node, sources: tuple[fx.Node, ...], axis: int, depth: int) -> Scores | None:
+    """The scores that end in ``node``, if it maps the heads of others."""
+    for source in sources:
+        if maps_heads(node, source) and (inner := _search(source, axis, depth + 1)[0]) is not None:
+            mapped = _map_heads(node, source, inner)
+            if mapped is not None:
+                return replace(mapped, path=(*mapped.path, node), frames=(*mapped.frames, (node, mapped.axes)))
+    return None
 
 
 def tensor_like(node: fx.Node) -> bool:
@@ -185,7 +197,7 @@ def _candidates(node: fx.Node) -> list[fx.Node]:
         return [n for n in (arg(node, 1), arg(node, 2)) if is_tensor(n) and tensor_like(n)]
     if is_call(node, aten.cat.default):
         return [n for n in arg(node, 0) if tensor_like(n)]
-    if calls(node, _PADS):
+    if calls(node, _PADS) or (calls(node, _PROJECTIONS) and maps_heads(node, arg(node, 0))):
         return [operand(node)]
     if not calls(node, _ONE_BY_ONE):
         return []
@@ -211,12 +223,27 @@ def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
         return s if floor is not None and floor <= least and len(node.args) < 3 and not node.kwargs else None
     if is_call(node, aten.tanh.default):
-        return replace(s, softcap=1.0) if s.softcap is None and not s.steps and not s.has_sink else None
+        return replace(s, softcap=1.0) if _is_bare(s) else None
     if is_call(node, aten.cat.default):
         return _sink(node, source, s)
     if calls(node, _PADS):
         return _padded(node, s)
-    return None
+    return _map_heads(node, source, s)
+
+
+def _is_bare(s: Scores) -> bool:
+    """Nothing but factors was applied to the product."""
+    return s.softcap is None and not s.steps and not s.has_sink and s.score_map is None
+
+
+def _map_heads(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    """What is mapped is the product alone, so that a mask or a bias before it is left to the model."""
+    found = head_map(node, source, s.axes)
+    if found is None or not _is_bare(s):
+        return None
+    made, axes = found
+    steps = () if made.added is None else (Term(Operand(made.added, (made.axis,)), 1.0),)
+    return replace(s, axes=axes, score_map=made, steps=steps)
 
 
 def _other(node: fx.Node, source: fx.Node) -> Any:
@@ -245,6 +272,8 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     axes = broadcast(other, s.axes)
     if axes is None:
         return None
+    if s.score_map is not None:
+        return None  # it would have to be known whether heads differ in it
     if not s.steps and s.softcap is None:
         return replace(s, factors=(*s.factors, Factor(other, axes, divides)))
     return None if divides else replace(s, wipes=(*s.wipes, Operand(other, axes)))

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_capture")
 VARIANTS: list[tuple[str, Callable[[], nn.Module]]] = [
     *((kind.__name__, kind) for kind in NEVER),
     ("Routing, best two", partial(decoys.Routing, top=2)),
-    ("TalkingHeads, before alone", partial(decoys.TalkingHeads, after=False)),
-    ("TalkingHeads, after alone", partial(decoys.TalkingHeads, before=False)),
+    ("MappedElsewhere, of scores", partial(decoys.MappedElsewhere, after=False)),
+    ("MappedElsewhere, of weights", partial(decoys.MappedElsewhere, after=True)),
 ]
 POLICIES: dict[str, Any] = {
     "fuse": "fuse", "window": LocalWindow(1), "prune": PruneHeads(heads=[0]), "scale": ScaleHeads({0: 3.0}),
@@ -93,7 +93,7 @@ def test_a_decoy_beside_attention_is_left_alone(x: torch.Tensor) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.real, self.decoy = decoys.ScoresReturned(), decoys.TalkingHeads()
+            self.real, self.decoy = decoys.ScoresReturned(), decoys.TopK()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.decoy(x + self.real(x)[0])

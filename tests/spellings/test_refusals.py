@@ -125,11 +125,12 @@ def missed(model: nn.Module, **more: Any) -> Refusal:
     return caught.value.refusal
 
 
-def between_channels() -> Refusal:
+def refused_decoy(model: nn.Module, policy: Any) -> Refusal:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", attnopt.AttnoptWarning)
-        fast = attnopt.optimize(decoys.OverChannels().eval(), LocalWindow(1), (torch.randn(2, L, E),))
-    return fast.report.sites[0].refusals["local-window"]
+        fast = attnopt.optimize(model.eval(), policy, (torch.randn(2, L, E),))
+    (refusal,) = fast.report.sites[0].refusals.values()
+    return refusal
 
 
 def gained_twice() -> Refusal:
@@ -570,8 +571,18 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),
         "[no-such-site-size] expected one importance score per head (4), found 3 numbers (at LINE)",
     ),
+    "mapped-axis": (
+        lambda: missed(decoys.MappedElsewhere(after=True)),
+        "[mapped-axis] expected a linear map of scores or weights across all heads, found p_map_weight, along another axis "
+        "(at LINE)",
+    ),
+    "talking-heads": (
+        lambda: refused_decoy(decoys.TalkingHeads(), PruneHeads(heads=[0])),
+        "[talking-heads] expected heads that do not depend on each other, found talking heads: scores or weights are mapped "
+        "across them (at LINE)\n  hint: local-window, sparse and scale-heads apply; exclude the site from prune-heads",
+    ),
     "between-channels": (
-        between_channels,
+        lambda: refused_decoy(decoys.OverChannels(), LocalWindow(1)),
         "[between-channels] expected queries and keys that are tokens, found channels of each head, whose features are tokens "
         "(at LINE)\n  hint: prune-heads and scale-heads apply; exclude the site from local-window",
     ),

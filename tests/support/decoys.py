@@ -173,6 +173,47 @@ class TalkingHeads(Decoy):
         return self.merged(weights @ v)
 
 
+class MappedElsewhere(Decoy):
+    """A linear map of scores or weights across the keys, which are as many as the matrix has columns."""
+
+    def __init__(self, after: bool = False) -> None:
+        super().__init__()
+        self.after, self.map = after, nn.Linear(L, L, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / 2
+        weights = self.map(scores.softmax(-1)) if self.after else self.map(scores).softmax(-1)
+        return self.merged(weights @ v)
+
+
+class MappedByInput(Decoy):
+    """Each sequence has a map across heads of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(E, H * H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = (q @ k.transpose(-1, -2) / 2).flatten(2)
+        scores = self.map(x.mean(1)).unflatten(-1, (H, H)) @ scores
+        return self.merged(scores.unflatten(-1, (L, L)).softmax(-1) @ v)
+
+
+class MappedTwice(Decoy):
+    """Something between the products and the softmax that is no map: a maximum of heads and their map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Conv2d(H, H, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / 2
+        return self.merged(torch.maximum(self.map(scores), scores).softmax(-1) @ v)
+
+
 class NonLocal(Decoy):
     """Dot-product non-local block: no normaliser but the number of keys."""
 
@@ -342,6 +383,6 @@ class PaddedTwice(Decoy):
 # Never raised as plain attention: no site at all, or (where the meaning does have a spec) one that equals it.
 NEVER = [
     SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, KernelAttention, OverQueries, SlotAttention, SlotsOverFeatures,
-    MaskedAfter, TalkingHeads, NonLocal, Sigmoid, Entmax, TopK, Differential, GatedWeights, CubedScores, ClassPooling,
+    MaskedAfter, MappedElsewhere, MappedByInput, MappedTwice, NonLocal, Sigmoid, Entmax, TopK, Differential, GatedWeights, CubedScores, ClassPooling,
     SmoothedScores, WrongAxisValues, Shuffled, DroppedColumn, FirstColumnDropped, OneBesideShifted, PaddedElsewhere, PaddedTwice,
 ]  # fmt: skip

@@ -11,7 +11,8 @@ from models import Spelling
 
 DECOYS = (
     "SoftmaxGate", "Routing", "DenseRouting", "SoftRouting", "LinearAttention", "KernelAttention", "OverQueries",
-    "SlotAttention", "OverChannels", "SlotsOverFeatures", "MaskedAfter", "TalkingHeads", "NonLocal", "Sigmoid", "Entmax", "TopK", "Differential",
+    "SlotAttention", "OverChannels", "SlotsOverFeatures", "MaskedAfter", "TalkingHeads", "MappedElsewhere", "MappedByInput",
+    "MappedTwice", "NonLocal", "Sigmoid", "Entmax", "TopK", "Differential",
     "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "WrongAxisValues", "Shuffled", "DroppedColumn",
     "FirstColumnDropped", "OneBesideShifted", "PaddedElsewhere", "PaddedTwice",
 )  # fmt: skip

@@ -174,11 +174,11 @@ def _match(
     """The sites that are attentions, each read off exactly; nothing else may be a site."""
     sites = {s.name: s for s in fast.sites}
     found = {c.site: (c, sites[c.site]) for c in ran if c.site in sites}
-    between = {name for name, s in sites.items() if s.spec.between_channels}
-    assert between == _of_channels(model), f"between channels: {between}"
-    strange = sites.keys() - found.keys() - between
+    own = {name for name, s in sites.items() if s.spec.has_own_maps}
+    assert sites.keys() - own == _without_own_maps(model), f"between channels, or talking heads: {sites.keys() - own}"
+    strange = own - found.keys()
     assert not strange, f"raised, and no attention: {strange}"
-    assert list(found) == [s for s in sites if s not in between], "sites are not in the order in which they run"
+    assert list(found) == [s for s in sites if s in own], "sites are not in the order in which they run"
     near = {n.name: n.refusal.code for n in fast.report.near_misses}
     outcome.found = len(found)
     codes = {c.site: "one-key" if c.kv_len == 1 else near.get(c.path, "not-a-candidate") for c in ran}
@@ -190,9 +190,10 @@ def _match(
     return found
 
 
-def _of_channels(model: nn.Module) -> set[str]:
-    """The names of attentions between channels, which are found and left as they are."""
-    return {name for name, module in model.named_modules() if isinstance(module, decoys.OverChannels)}
+def _without_own_maps(model: nn.Module) -> set[str]:
+    """The names of attentions between channels and of talking heads, which are found and left as they are."""
+    kinds = (decoys.OverChannels, decoys.TalkingHeads)
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _read_off(attention: Attention, site: attnopt.Site, call: Call) -> None:
