@@ -167,9 +167,9 @@ def _check_class(plan: Plan) -> None:
         raise ConversionError(
             "keys and values of other tokens cannot be represented in this model class", site=_name(plan), hint=REMEDY
         )
-    if after.has_map and after.pattern != before.pattern:
+    if (after.has_map or after.mixes_heads) and after.pattern != before.pattern:
         raise ConversionError(
-            "a pattern beside a map that is mixed into the weights cannot be represented in this model class",
+            "a pattern beside a map that is mixed into the weights, or across heads, cannot be represented in this model class",
             site=_name(plan),
             hint=REMEDY,
         )
