@@ -59,7 +59,7 @@ def mean_outputs(site: Site) -> Tensor:
         raise CalibrationError(
             "its heads attend between channels, or depend on each other: they have no outputs of their own to average",
             site=site.name,
-            hint='replace outputs by zeros, or give sites= without it',
+            hint="replace outputs by zeros, or give sites= without it",
         )
     return FeatureMoments().of(site)[0]
 

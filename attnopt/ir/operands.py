@@ -45,7 +45,7 @@ class Operands(Generic[T]):
 
     @property
     def others(self) -> dict[str, T | None]:
-        """All but q, k and v: the keywords of ``Attend``, keep and added if there is a map, and maps across heads that are there."""
+        """All but q, k and v: the keywords of ``Attend``, keep and added if there is a map, and maps across heads."""
         mixed = {} if self.added is None else {"keep": self.keep, "added": self.added}
         maps = {"score_map": self.score_map, "weight_map": self.weight_map}
         given = {role: x for role, x in maps.items() if x is not None}

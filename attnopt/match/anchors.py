@@ -88,8 +88,8 @@ def _of_power(node: fx.Node, x: fx.Node, rate: float) -> Iterator[Softmax]:
 
 
 def _beside_sum(total: RowSum, exponents: fx.Node, rate: float) -> tuple[fx.Node, fx.Node, float] | None:
-    """(weights, scores, number) where the terms are divided by their sum and a number of the scale of the scores: the exponents may
-    be ``scores - m`` only if exp(-m) takes the place of 1 (softmax-one, as it is kept from overflow)."""
+    """(weights, scores, number) where the terms are divided by their sum and a number.  The exponents may be ``scores - m`` only
+    if exp(-m) takes the place of 1 (softmax-one, as it is kept from overflow)."""
     for quotient in total.terms.users:
         if (found := total.beside(quotient)) is None:
             continue

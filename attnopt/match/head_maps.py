@@ -1,5 +1,5 @@
-"""Linear maps across heads, of scores or of weights (talking heads, arXiv:2003.02436), in any spelling: a product with a matrix, or a
-convolution with kernels of one element.
+"""Linear maps across heads, of scores or of weights (talking heads, arXiv:2003.02436): a product with a matrix in any spelling,
+or a convolution with kernels of one element.
 
 What is mapped has the axes that it had: along that of the heads each element is a sum over all of them.
 """
@@ -66,7 +66,12 @@ def _parts(node: fx.Node, source: fx.Node) -> _Parts | None:
     if calls(node, _CONVOLUTIONS) and arg(node, 0) is source:
         return _of_channels(node, source)
     product = product_of(node)
-    if product is None or product.addend is not None or product.alpha != 1.0 or source not in (product.left, product.right):
+    if (
+        product is None
+        or product.addend is not None
+        or product.alpha != 1.0
+        or source not in (product.left, product.right)
+    ):
         return None
     product = product if product.left is source else product.swapped()
     if product.right is source or not _is_matrix(product.right):
@@ -96,7 +101,11 @@ def _of_channels(node: fx.Node, source: fx.Node) -> _Parts | None:
     weight, bias, ndim = arg(node, 1), arg(node, 2), len(shape(source))
     if inputs_behind(weight) or any(size != 1 for size in shape(weight)[2:]) or len(shape(weight)) != ndim:
         return None
-    if shape(weight)[0] != shape(weight)[1] or shape(weight)[1] != shape(source)[1] or shape(node)[2:] != shape(source)[2:]:
+    if (
+        shape(weight)[0] != shape(weight)[1]
+        or shape(weight)[1] != shape(source)[1]
+        or shape(node)[2:] != shape(source)[2:]
+    ):
         return None
     if bias is not None and inputs_behind(bias):
         return None

@@ -37,8 +37,8 @@ class RowSum:
         return any(self._is_under(node, inverse) for node, inverse in divisors(quotient, self.terms))
 
     def beside(self, quotient: fx.Node) -> tuple[object, fx.Node] | None:
-        """What is added to the sum before it divides the terms to ``quotient``, a number or a tensor, and what it is added to: the
-        sum, in another layout."""
+        """What is added to the sum before it divides the terms to ``quotient``, a number or a tensor, and the sum, in its layout
+        there."""
         for divisor, inverse in divisors(quotient, self.terms):
             node = _unspread(divisor)
             if node is None or not _is_by_row(node, self.terms, self.axis):

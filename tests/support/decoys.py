@@ -382,7 +382,8 @@ class PaddedTwice(Decoy):
 
 # Never raised as plain attention: no site at all, or (where the meaning does have a spec) one that equals it.
 NEVER = [
-    SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, KernelAttention, OverQueries, SlotAttention, SlotsOverFeatures,
-    MaskedAfter, MappedElsewhere, MappedByInput, MappedTwice, NonLocal, Sigmoid, Entmax, TopK, Differential, GatedWeights, CubedScores, ClassPooling,
-    SmoothedScores, WrongAxisValues, Shuffled, DroppedColumn, FirstColumnDropped, OneBesideShifted, PaddedElsewhere, PaddedTwice,
+    SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, KernelAttention, OverQueries, SlotAttention,
+    SlotsOverFeatures, MaskedAfter, MappedElsewhere, MappedByInput, MappedTwice, NonLocal, Sigmoid, Entmax, TopK, Differential,
+    GatedWeights, CubedScores, ClassPooling, SmoothedScores, WrongAxisValues, Shuffled, DroppedColumn, FirstColumnDropped,
+    OneBesideShifted, PaddedElsewhere, PaddedTwice,
 ]  # fmt: skip

@@ -86,7 +86,10 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(sinks=True, sink="padded", mask=("causal",)), {"has_sinks": True, "pattern": CAUSAL}),
     (Spelling(sinks=True, sink="padded", softmax="stable-exp", scale="both"), {"has_sinks": True}),
     (Spelling(sinks=True, sink="one", softmax="exp", core="einsum"), {"has_sinks": True, "scale": 0.5}),
-    (Spelling(sinks=True, sink="one", softmax="exp", commuted=True, mask=("padding",)), {"has_sinks": True, "has_mask": True}),
+    (
+        Spelling(sinks=True, sink="one", softmax="exp", commuted=True, mask=("padding",)),
+        {"has_sinks": True, "has_mask": True},
+    ),
     (Spelling(sinks=True, sink="one", softmax="stable-exp", mask=("causal",)), {"has_sinks": True, "pattern": CAUSAL}),
     (Spelling(sinks=True, sink="one", softmax="stable-exp", commuted=True, bias_kind="alibi"), {"has_sinks": True}),
     (Spelling(rope="half", scale="q"), {"positions": ("rope",)}),

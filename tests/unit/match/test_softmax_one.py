@@ -55,7 +55,9 @@ class Sunk(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "weights", [beside(0.5), beside(1e-3), padded(-0.75), padded(0.5, first=True)], ids=["half", "small", "pad", "first"]
+    "weights",
+    [beside(0.5), beside(1e-3), padded(-0.75), padded(0.5, first=True)],
+    ids=["half", "small", "pad", "first"],
 )
 def test_numbers(weights: Callable[[Tensor], Tensor]) -> None:
     model, x = Sunk(weights).eval(), torch.randn(B, N, WIDTH)
@@ -65,6 +67,7 @@ def test_numbers(weights: Callable[[Tensor], Tensor]) -> None:
         assert_same(run(fast, (other,)), run(model, (other,)))
 
 
+@pytest.mark.usefixtures("one_torchlib")
 def test_windows_and_heads_beside_a_padded_column(tmp_path: Path) -> None:
     model, x = Sunk(padded(0.25)).eval(), torch.randn(B, N, WIDTH)
     seen = (torch.arange(N)[:, None] - torch.arange(N)).abs() <= 1

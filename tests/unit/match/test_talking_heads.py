@@ -17,7 +17,11 @@ from attnopt.errors import PolicyError
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads, ScaleHeads, Sparse
 from attnopt.patterns import Causal, PerHead
 
-pytestmark = [pytest.mark.usefixtures("one_capture"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("one_capture"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning"),
+]
 B, N, H, D = 2, 6, 3, 4
 WIDTH = H * D
 
@@ -140,6 +144,7 @@ def test_windows_hide_scores_that_are_mapped(kind: type[Talking]) -> None:
     assert_same(run(causal, (x,)), run_edited(model, (x,), None, {0: Edit(of_one)}))
 
 
+@pytest.mark.usefixtures("one_torchlib")
 def test_saved_and_in_onnx(tmp_path: Path) -> None:
     model, x = made(Linear)
     fast = attnopt.optimize(model, LocalWindow(2), (x,), dynamic_shapes="auto")
