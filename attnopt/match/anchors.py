@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from attnopt.graph.cleanup import computes_same
 from attnopt.graph.nodes import arg, aten, calls, is_call, is_tensor, operand, shape, wrap
 from attnopt.graph.ops import FACTORS, Kind, of
 from attnopt.graph.sdpa import SDPA
@@ -78,8 +79,8 @@ def _of_power(node: fx.Node, x: fx.Node, rate: float) -> Iterator[Softmax]:
             if weights is None and all(is_call(u, aten.log.default) for u in total.node.users):
                 return  # part of a logarithm of a softmax, or of something else's
             masked = None if kept is node else (node, kept)
-            if weights is None and (found := _beside_sum(total, x, rate)) is not None:
-                weights, scores, beside = found
+            if weights is None and (sunk := _beside_sum(total, x, rate)) is not None:
+                weights, scores, beside = sunk
                 yield Softmax(scores, weights, total.axis, None, masked, rate, beside)
                 return
             late = None if weights is not None else total.node
@@ -97,8 +98,10 @@ def _beside_sum(total: RowSum, exponents: fx.Node, rate: float) -> tuple[fx.Node
         known = number(added)
         if known is not None and known > 0:
             return quotient, exponents, known
-        power, shift = _power(added) if is_tensor(added) else None, _taken_off(exponents, total.axis)
-        if power is None or shift is None or power[1] != rate or shape(added) != shape(own):
+        if not isinstance(added, fx.Node) or not is_tensor(added) or shape(added) != shape(own):
+            continue
+        power, shift = _power(added), _taken_off(exponents, total.axis)
+        if power is None or shift is None or power[1] != rate:
             continue
         if _is_minus(power[0], shift):
             return quotient, operand(exponents), 1.0
@@ -114,9 +117,7 @@ def _taken_off(exponents: fx.Node, axis: int) -> fx.Node | None:
 
 def _is_minus(node: fx.Node, shift: fx.Node) -> bool:
     node = behind_layout(node)
-    if not is_call(node, aten.neg.default):
-        return False
-    return behind_layout(operand(node)) is shift
+    return is_call(node, aten.neg.default) and computes_same(behind_layout(operand(node)), shift)
 
 
 def _of_logarithm(node: fx.Node, x: fx.Node) -> Softmax | None:

@@ -573,7 +573,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "mapped-axis": (
         lambda: missed(decoys.MappedElsewhere(after=True)),
-        "[mapped-axis] expected a linear map of scores or weights across all heads, found p_map_weight, along another axis "
+        "[mapped-axis] expected a linear map of scores or weights across all heads, found map_weight, along another axis "
         "(at LINE)",
     ),
     "talking-heads": (

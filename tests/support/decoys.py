@@ -187,20 +187,6 @@ class MappedElsewhere(Decoy):
         return self.merged(weights @ v)
 
 
-class MappedByInput(Decoy):
-    """Each sequence has a map across heads of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.map = nn.Linear(E, H * H)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.heads(x)
-        scores = (q @ k.transpose(-1, -2) / 2).flatten(2)
-        scores = self.map(x.mean(1)).unflatten(-1, (H, H)) @ scores
-        return self.merged(scores.unflatten(-1, (L, L)).softmax(-1) @ v)
-
-
 class MappedTwice(Decoy):
     """Something between the products and the softmax that is no map: a maximum of heads and their map."""
 
@@ -383,7 +369,7 @@ class PaddedTwice(Decoy):
 # Never raised as plain attention: no site at all, or (where the meaning does have a spec) one that equals it.
 NEVER = [
     SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, KernelAttention, OverQueries, SlotAttention,
-    SlotsOverFeatures, MaskedAfter, MappedElsewhere, MappedByInput, MappedTwice, NonLocal, Sigmoid, Entmax, TopK, Differential,
+    SlotsOverFeatures, MaskedAfter, MappedElsewhere, MappedTwice, NonLocal, Sigmoid, Entmax, TopK, Differential,
     GatedWeights, CubedScores, ClassPooling, SmoothedScores, WrongAxisValues, Shuffled, DroppedColumn, FirstColumnDropped,
     OneBesideShifted, PaddedElsewhere, PaddedTwice,
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from models import Spelling
 
 DECOYS = (
     "SoftmaxGate", "Routing", "DenseRouting", "SoftRouting", "LinearAttention", "KernelAttention", "OverQueries",
-    "SlotAttention", "OverChannels", "SlotsOverFeatures", "MaskedAfter", "TalkingHeads", "MappedElsewhere", "MappedByInput",
+    "SlotAttention", "OverChannels", "SlotsOverFeatures", "MaskedAfter", "TalkingHeads", "MappedElsewhere",
     "MappedTwice", "NonLocal", "Sigmoid", "Entmax", "TopK", "Differential",
     "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "WrongAxisValues", "Shuffled", "DroppedColumn",
     "FirstColumnDropped", "OneBesideShifted", "PaddedElsewhere", "PaddedTwice",
