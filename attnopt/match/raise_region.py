@@ -121,8 +121,8 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
 def _head_map(emit: Emitter, r: Region, made: HeadMap) -> fx.Node:
     """[1, to, from, 1].  Raises NotAttentionError if it is another axis that is mapped."""
     if resolve(made.axis) != r.heads or r.between_channels:
-        found = f"{made.weight.name}, along another axis"
-        raise rejected(r.out.node, "mapped-axis", "a linear map of scores or weights across all heads", found)
+        expected = "a linear map of scores or weights across all heads"
+        raise rejected(made.weight, "mapped-axis", expected, "a map along another axis")
     weight, heads = made.weight, math.prod(a.size for a in r.heads)
     if made.transposed:
         weight = emit.call(aten.permute.default, weight, [1, 0])

@@ -573,8 +573,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "mapped-axis": (
         lambda: missed(decoys.MappedElsewhere(after=True)),
-        "[mapped-axis] expected a linear map of scores or weights across all heads, found map_weight, along another axis "
-        "(at LINE)",
+        "[mapped-axis] expected a linear map of scores or weights across all heads, found a map along another axis (at LINE)",
     ),
     "talking-heads": (
         lambda: refused_decoy(decoys.TalkingHeads(), PruneHeads(heads=[0])),

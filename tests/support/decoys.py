@@ -130,10 +130,11 @@ class SlotsOverFeatures(Decoy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots = nn.Parameter(torch.randn(L, L))
+        self.slots = nn.Parameter(torch.randn(4 * L, 4 * L))
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = (self.slots @ self.k(x)).softmax(-1)  # [B, slots, E]
+        n = x.shape[1]
+        weights = (self.slots[:n, :n] @ self.k(x)).softmax(-1)  # [B, slots, E]
         return self.o((weights @ self.v(x).mT).mT @ self.q(x))
 
 
@@ -178,12 +179,14 @@ class MappedElsewhere(Decoy):
 
     def __init__(self, after: bool = False) -> None:
         super().__init__()
-        self.after, self.map = after, nn.Linear(L, L, bias=False)
+        self.after, self.map = after, nn.Parameter(torch.randn(4 * L, 4 * L))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         scores = q @ k.transpose(-1, -2) / 2
-        weights = self.map(scores.softmax(-1)) if self.after else self.map(scores).softmax(-1)
+        n = x.shape[1]
+        across = self.map[:n, :n]
+        weights = F.linear(scores.softmax(-1), across) if self.after else F.linear(scores, across).softmax(-1)
         return self.merged(weights @ v)
 
 
