@@ -84,7 +84,7 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(softcap=5.0, mask=("causal",)), {"softcap": 5.0, "pattern": CAUSAL, "scale": 0.5}),
     (Spelling(sinks=True, mask=("causal",)), {"has_sinks": True, "pattern": CAUSAL}),
     (Spelling(sinks=True, sink="padded", mask=("causal",)), {"has_sinks": True, "pattern": CAUSAL}),
-    (Spelling(sinks=True, sink="padded", softmax="stable-exp", scale="both"), {"has_sinks": True}),
+    (Spelling(sinks=True, sink="padded", softmax="stable-exp", scale="q"), {"has_sinks": True}),
     (Spelling(sinks=True, sink="one", softmax="exp", core="einsum"), {"has_sinks": True, "scale": 0.5}),
     (
         Spelling(sinks=True, sink="one", softmax="exp", commuted=True, mask=("padding",)),
