@@ -63,8 +63,8 @@ FAULTS = (
     Fault("a number beside a sum as its own logarithm", "scores.with_sink(math.log(a.beside))",
           "scores.with_sink(a.beside)",
           "test_softmax_one.py -k numbers"),
-    Fault("a padded column of zeros, whatever it is padded with", "        return number(arg(node, 2, 0))",
-          "        return 0.0",
+    Fault("a padded column of zeros, whatever it is padded with", "    return number(arg(node, 3) or 0) if",
+          "    return 0.0 if",
           "test_softmax_one.py -k numbers"),
     # sizes of a call
     Fault("keys and values of one attention at two lengths", "        torch._check(lengths[0] == lengths[1]",
