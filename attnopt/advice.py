@@ -35,6 +35,8 @@ def advise(
     Raises PolicyError if lengths are missing or do not fit the pattern.
     """
     spec = attention.spec if isinstance(attention, Site) else attention
+    if spec.between_channels:
+        raise PolicyError("advise: a pattern hides tokens, and this attention is between channels")
     if isinstance(attention, Site):
         q_len, kv_len = attention.q_len if q_len is None else q_len, attention.kv_len if kv_len is None else kv_len
     if q_len is None:

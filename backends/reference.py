@@ -20,6 +20,8 @@ class Reference(Backend):
     """Plain tensor operations; accepts every spec; scores and softmax in float32 or wider, the output in v's dtype."""
 
     name: ClassVar[str] = "reference"
+    channels: ClassVar[bool] = True
+    head_maps: ClassVar[bool] = True
     pools: ClassVar[bool] = True
     zero_keys: ClassVar[bool] = True
     extends: ClassVar[bool] = True

@@ -30,6 +30,7 @@ class Sdpa(Backend):
     """
 
     name: ClassVar[str] = "sdpa"
+    channels: ClassVar[bool] = True
 
     def check(self, spec: AttentionSpec) -> Refusal | None:
         if spec.softcap is not None:

@@ -108,6 +108,13 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
             "": "none", "alibi": "ALiBi", "table": "a table of relative positions", "addend": "the addend of `baddbmm`",
         },
     ),
+    "sink": (
+        "Sink logits",
+        {
+            "learned": "a learned column", "padded": "a column of zeros by `F.pad`",
+            "one": "1 added to the sum of exponentials, or exp(-m) where m was subtracted from the scores",
+        },
+    ),
     "softmax": (
         "Softmax",
         {

@@ -15,6 +15,8 @@ class Fuse(Pass):
 
     name: ClassVar[str] = "fuse"
     exact: ClassVar[bool] = True
+    channels: ClassVar[bool] = True
+    head_maps: ClassVar[bool] = True
 
     def rewrite(self, site: Site) -> Rewrite:
         return Rewrite(site.spec)

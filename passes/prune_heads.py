@@ -55,6 +55,7 @@ class PruneHeads(Pass, SharesBudget):
 
     name: ClassVar[str] = "prune-heads"
     exact: ClassVar[bool] = False
+    channels: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
     fraction: float | None = None
     heads: Sequence[int] | None = None
@@ -137,7 +138,7 @@ class PruneHeads(Pass, SharesBudget):
         return heads - self._removed_of(heads)
 
     def shares(self, site: Site) -> Mapping[int, Share]:
-        if not site.knows("out"):
+        if not site.knows("out") or site.spec.between_channels:
             return {}
         how, found = chosen(self.compensate, site), dict[int, Share]()
         protected = set(self._protected(site)) & set(site.spec.heads)
@@ -206,6 +207,10 @@ class PruneHeads(Pass, SharesBudget):
     # ------------------------------------------------------------ refusals
     def _refuse_sizes(self, site: Site) -> Refusal | None:
         present = set(site.spec.heads)
+        if self.whole_layers and site.spec.between_channels:
+            found = "heads between channels, whose outputs are as long as the sequence of a call"
+            hint = "set whole_layers=False, or zero the heads with scale-heads and gains of 0"
+            return site.refuse("between-channels", expected="head outputs of one size", found=found, hint=hint)
         if self.heads is not None and not present - set(self.heads) and not self.whole_layers:
             found, hint = f"all {len(present)} heads removed", "use whole_layers=True to remove the whole attention"
             return site.refuse("all-heads", expected="at least one remaining head", found=found, hint=hint)

@@ -31,6 +31,8 @@ class ScaleHeads(Pass):
 
     name: ClassVar[str] = "scale-heads"
     exact: ClassVar[bool] = False
+    channels: ClassVar[bool] = True
+    head_maps: ClassVar[bool] = True
     gains: tuple[float, ...] | tuple[tuple[int, float], ...] | Input
 
     def __init__(

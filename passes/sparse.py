@@ -44,6 +44,7 @@ class Sparse(Pass):
 
     name: ClassVar[str] = "sparse"
     exact: ClassVar[bool] = False
+    head_maps: ClassVar[bool] = True
     pattern: Pattern
     zero_pad: bool
 

@@ -37,7 +37,8 @@ class Rewriting:
 
     @classmethod
     def start(cls, found: Found, activations: Activations | None = None, decodes: bool = False) -> Rewriting:
-        return cls(found, replace(found.site, activations=activations), Rewrite(found.site.spec), decodes)
+        known = activations if found.site.spec.has_own_maps else None  # whose rows are tokens, seen by one head
+        return cls(found, replace(found.site, activations=known), Rewrite(found.site.spec), decodes)
 
     def then(self, p: Pass) -> Rewriting | Refusal:
         """Rewritten by one more pass, or why it refuses."""

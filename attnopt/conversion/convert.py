@@ -167,9 +167,10 @@ def _check_class(plan: Plan) -> None:
         raise ConversionError(
             "keys and values of other tokens cannot be represented in this model class", site=_name(plan), hint=REMEDY
         )
-    if after.has_map and after.pattern != before.pattern:
+    if (after.has_map or after.mixes_heads) and after.pattern != before.pattern:
+        beside = "a map across heads" if after.mixes_heads else "a map that is mixed into the weights"
         raise ConversionError(
-            "a pattern beside a map that is mixed into the weights cannot be represented in this model class",
+            f"a pattern beside {beside} cannot be represented in this model class",
             site=_name(plan),
             hint=REMEDY,
         )

@@ -36,6 +36,7 @@ class Nothing(Compensation):
     """The output projection keeps its weights."""
 
     name: ClassVar[str] = "none"
+    channels: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
     needs_calibration: ClassVar[bool] = False
     merges: ClassVar[bool] = True

@@ -114,6 +114,7 @@ class Random(Importance):
     """The same numbers for a site's name at every run: a baseline."""
 
     name: ClassVar[str] = "random"
+    channels: ClassVar[bool] = True
     seed: int = 0
 
     def scores(self, site: Site) -> Sequence[float]:
@@ -129,6 +130,7 @@ class Given(Importance):
     """One number for each head, the same for all sites or ``of_site``: pairs of a site's name and its numbers."""
 
     name: ClassVar[str] = "given"
+    channels: ClassVar[bool] = True
     everywhere: Numbers = ()
     of_site: tuple[tuple[str, Numbers], ...] = ()
 

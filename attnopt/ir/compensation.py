@@ -19,6 +19,7 @@ class Compensation(ABC):
     needs: ClassVar[tuple[str, ...]] = ("out",)  # the projections ("q", "k", "v", "out") whose rows have to be known
     needs_calibration: ClassVar[bool] = True  # ``compensate`` reads ``site.activations``
     merges: ClassVar[bool] = False  # it also makes up for merged key/value heads
+    channels: ClassVar[bool] = False  # it also applies to attentions between channels
 
     def check(self, site: Site) -> Refusal | None:
         """Why it does not apply to ``site``, or None."""

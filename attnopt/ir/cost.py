@@ -58,6 +58,7 @@ def cost_of(
     products = 0.0 if spec.ignores_weights else products
     of_key = 0 if "k" in spec.unused else of_key
     parameters = {role: n for role, n in parameters.items() if role not in spec.unused}
+    products += 2 * (spec.has_score_map + spec.has_weight_map) * spec.num_heads**2 * site.q_len * site.kv_len
     pairs = spec.has_map * spec.num_heads * site.q_len * site.kv_len
     products += 2 * spec.value_dim * (pairs + sum(edit.pairs(site.q_len, site.kv_len) for edit in spec.after))
     projected = float(site.kv_len)
@@ -66,8 +67,11 @@ def cost_of(
     if more is not None and isinstance(more.reference, CallTensor):
         projected += more.tokens
     tokens = {"q": site.q_len, "k": projected, "v": projected, "out": site.q_len}
+    if spec.between_channels:
+        tokens = {"q": spec.head_dim, "k": spec.head_dim, "v": spec.value_dim, "out": spec.value_dim}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
+    cached = 0 if spec.between_channels else cached  # a further token changes all scores
     if spec.is_constant:  # queries, keys and values are unused
         return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)
     return Cost(int(flops), sum(parameters.values()), cached)

@@ -28,6 +28,7 @@ class Importance(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()  # the projections ("q", "k", "v", "out") whose rows have to be known
     needs_calibration: ClassVar[bool] = False  # ``scores`` reads ``site.activations``
+    channels: ClassVar[bool] = False  # it also applies to attentions between channels
 
     @property
     def told(self) -> str:

@@ -36,6 +36,10 @@ class Pass(ABC):
     name: ClassVar[str]
     exact: ClassVar[bool]  # True: the model computes the same as before
     calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
+    channels: ClassVar[bool] = (
+        False  # True: it also applies to attentions between channels, which are refused otherwise
+    )
+    head_maps: ClassVar[bool] = False  # True: it also applies to talking heads, which are refused otherwise
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """The pass; with ``Choice`` or ``FirstOf`` among its options, that of a pass for each alternative."""
@@ -109,6 +113,10 @@ class Backend(ABC):
 
     name: ClassVar[str]
     skips: ClassVar[bool] = False  # True: hidden pairs are not computed
+    channels: ClassVar[bool] = (
+        False  # True: ``lower`` takes attentions between channels, whose D and Dv vary from call to call
+    )
+    head_maps: ClassVar[bool] = False  # True: what ``lower`` returns takes ``score_map=`` and ``weight_map=``
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
     extends: ClassVar[bool] = (

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 T = TypeVar("T")
 U = TypeVar("U")
 ROLES = ("q", "k", "v", "bias", "mask", "sinks")  # the operands of an attention operator, in their order
-CANONICAL = (*ROLES, "keep", "added")  # those of the canonical attention
+CANONICAL = (*ROLES, "keep", "added", "score_map", "weight_map")  # those of the canonical attention
 HIDING = -9e3  # a bias below this, or below it beside the row's highest, hides: models write -1e4, -1e9 or -inf
 BLOCK = 64  # queries and keys per block of a selection
 
@@ -23,7 +23,8 @@ class Operands(Generic[T]):
     """Nodes of a graph, tensors, or values of a file.
 
     q [B, H, L, D], k [B, G, S, D], v [B, G, S, Dv]; bias and mask broadcast to [B, H, L, S], sinks to [B, H, L, 1]; keep, which
-    multiplies the weights, to [B, H, L, 1], and added, a map, to [B, H, L, S] with all S keys.
+    multiplies the weights, to [B, H, L, 1], and added, a map, to [B, H, L, S] with all S keys.  score_map and weight_map are
+    [1, H, H, 1]: each head of the result in terms of all heads.
     """
 
     q: T
@@ -34,6 +35,8 @@ class Operands(Generic[T]):
     sinks: T | None = None
     keep: T | None = field(default=None, kw_only=True)
     added: T | None = field(default=None, kw_only=True)
+    score_map: T | None = field(default=None, kw_only=True)
+    weight_map: T | None = field(default=None, kw_only=True)
 
     @property
     def given(self) -> dict[str, T]:
@@ -42,9 +45,11 @@ class Operands(Generic[T]):
 
     @property
     def others(self) -> dict[str, T | None]:
-        """All but q, k and v: the keywords of ``Attend``, and keep and added if there is a map."""
+        """All but q, k and v: the keywords of ``Attend``, keep and added if there is a map, and maps across heads."""
         mixed = {} if self.added is None else {"keep": self.keep, "added": self.added}
-        return {"bias": self.bias, "mask": self.mask, "sinks": self.sinks, **mixed}
+        maps = {"score_map": self.score_map, "weight_map": self.weight_map}
+        given = {role: x for role, x in maps.items() if x is not None}
+        return {"bias": self.bias, "mask": self.mask, "sinks": self.sinks, **mixed, **given}
 
     @classmethod
     def of(cls, values: Sequence[T | None]) -> Operands[T]:

@@ -37,14 +37,32 @@ def check(p: Pass, site: Site) -> Refusal | None:
     _require_name(p, "pass", site)
     if not is_dataclass(p):
         raise fault(p, "pass", "its class is not a dataclass (its fields are the options)", site.name)
+    if site.spec.between_channels and not p.channels:
+        return _of_channels(site, f"prune-heads and scale-heads apply; exclude the site from {p.name}")
+    if site.spec.mixes_heads and not p.head_maps:
+        return _of_talking(site, f"local-window, sparse and scale-heads apply; exclude the site from {p.name}")
     with blamed(p, "pass", "check", site.name):
         return _refusal(p.check(site))
 
 
 def check_part(part: Part, kind: str, site: Site) -> Refusal | None:
     """The answer of a part of a pass.  Raises PluginError."""
+    if site.spec.between_channels and not (isinstance(part, (Importance, Compensation)) and part.channels):
+        return _of_channels(site, "name heads=, or pass importance= with one number per head, without compensation")
+    if site.spec.mixes_heads:
+        return _of_talking(site, "choose heads by other sites")
     with blamed(part, kind, "check", site.name):
         return _refusal(part.check(site))
+
+
+def _of_talking(site: Site, hint: str = "") -> Refusal:
+    found = "talking heads: scores or weights are mapped across them"
+    return site.refuse("talking-heads", expected="heads that do not depend on each other", found=found, hint=hint)
+
+
+def _of_channels(site: Site, hint: str) -> Refusal:
+    found = "channels of each head, whose features are tokens"
+    return site.refuse("between-channels", expected="queries and keys that are tokens", found=found, hint=hint)
 
 
 def rewrite(p: Pass, site: Site) -> Rewrite:
@@ -74,6 +92,11 @@ def skips(backend: Backend, site: Site) -> bool:
 def accepts(backend: Backend, site: Site) -> Refusal | None:
     """The backend's answer for the site's spec.  Raises PluginError."""
     _require_name(backend, "backend", site)
+    if site.spec.between_channels and not backend.channels:
+        found = "channels, whose features are as many tokens as a call has"
+        return site.refuse("between-channels", expected="queries and keys that are tokens", found=found)
+    if site.spec.mixes_heads and not backend.head_maps:
+        return _of_talking(site)
     if site.spec.weight_gains is not None and not backend.weight_gains:
         return site.refuse(
             "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)

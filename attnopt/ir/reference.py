@@ -34,13 +34,16 @@ def reference(spec: AttentionSpec) -> Attend:
         sinks: Tensor | None,
         more: MoreKeys | None = None,
         segments: SegmentTensors | None = None,
+        score_map: Tensor | None = None,
+        weight_map: Tensor | None = None,
     ) -> Tensor:
         if more is not None:
             s, sinks = scores_of(spec, q, k, bias, mask, sinks)
             p, _, _ = softmax_of(torch.cat([s, _more_scores(spec, q, more)], -1), sinks)
             own, others = p[..., : k.shape[2]], p[..., k.shape[2] :]
             return (own @ _read(spec, v, p.dtype) + others @ heads_of(spec, more.v).to(p.dtype)).to(v.dtype)
-        p = weights_of(spec, q, k, bias, mask, sinks, segments)
+        p = weights_of(spec, q, k, bias, mask, sinks, segments, score_map)
+        p = p if weight_map is None else across_heads(weight_map, p)
         o = (p @ _read(spec, v, p.dtype)).to(v.dtype)
         return o if spec.rows is None else without_other_rows(spec, o, OperandTensors(q, k, v, bias, mask, sinks))
 
@@ -95,9 +98,10 @@ def weights_of(
     mask: Tensor | None,
     sinks: Tensor | None,
     segments: SegmentTensors | None = None,
+    score_map: Tensor | None = None,
 ) -> Tensor:
     """The attention weights [B, H, L, S] after their gains, without a map; float32 or wider."""
-    s, sinks = scores_of(spec, q, k, bias, mask, sinks)
+    s, sinks = scores_of(spec, q, k, bias, mask, sinks, score_map)
     p, top, _ = softmax_of(s, sinks)
     if spec.weight_gains is None:
         return p
@@ -106,14 +110,27 @@ def weights_of(
     return _with_gains(spec.weight_gains, pieces, p, s - base, None if sinks is None else sinks - base)
 
 
+def across_heads(map_1HJ1: Tensor, x_BJLS: Tensor) -> Tensor:
+    """Scores or weights of heads, each in terms of all."""
+    return torch.einsum("hj,bjls->bhls", map_1HJ1[0, :, :, 0].to(x_BJLS.dtype), x_BJLS)
+
+
 def scores_of(
-    spec: AttentionSpec, q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, sinks: Tensor | None
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    score_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The scores [B, H, L, S], -inf where hidden, and the sink logits; float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     s = spec.scale * (q.to(wide) @ _read(spec, k, wide).mT)
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
+    if score_map is not None:
+        s = across_heads(score_map, s)
     if bias is not None:
         s = s + bias.to(wide)
     if spec.pooling is not None:

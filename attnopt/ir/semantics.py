@@ -46,12 +46,13 @@ def edited(
         sinks: Tensor | None,
         keep: Tensor | None = None,
         added: Tensor | None = None,
+        **maps: Tensor,
     ) -> Tensor:
         sources = spec.tensors[len(spec.of_selection) + len(spec.of_segments) :]
         held = iter(known(sources, q.device) if tensors is None else tensors)
         moved = transplanted(spec, q, k, v, [next(held) for _ in spec.before])
         own = [[next(held) for _ in edit.tensors] for edit in spec.after]
-        wanted = {}
+        wanted = dict(maps)
         if skips_rows and spec.route is not None:
             wanted["wanted"] = spec.route.gates(spec, q, own[spec.after.index(spec.route)])
         o: Tensor = core(*moved, bias=bias, mask=mask, sinks=sinks, **wanted)

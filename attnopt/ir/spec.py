@@ -30,12 +30,14 @@ class AttentionSpec:
         k_g, v_g = mean(k_g), mean(v_g)            # if h pools: over the pool of each key
         s = scale * q_h @ k_g.T                    # [L, S]
         s = softcap * tanh(s / softcap)            # if there is a softcap
+        s_h = sum_j score_map[h, j] s_j            # if there is such a map across heads; then there is no softcap
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
         s = s - log(size)                          # if h pools: of the pool of each key, so that a pool counts as one key
         s = where(mask & pattern & segments & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         m = softcap(scale * q_h @ more_k_g.T) + log(weight)  # if h reads other tokens, M of them: -inf where their mask hides
         p = softmax([s, m, sink_h, 0 ...])[:S]     # a sink logit and zero keys, of score 0, take probability without a value
         p = weight_gains(p)                        # if there are any
+        p_h = sum_j weight_map[h, j] p_j           # if there is such a map across heads
         p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
         o_h = p @ v_g                              # [L, value_dim]; added reads the values of keys, also of those that pool
         o_h = o_h + p_m @ more_v_g                 # if h reads other tokens, with their probabilities of the same softmax
@@ -46,6 +48,9 @@ class AttentionSpec:
     from q, k and the scale (before bias and softcap) at run time.  Either is all keys where it is None.  Only heads of
     ``pooling`` pool.  A fully masked query gives zeros.
     ``eviction`` changes nothing in one call: see there.
+
+    ``between_channels``: L and S count channels of a head, and D and Dv tokens, in the example: their number may be another in
+    each call.  The formula is the same.
     """
 
     heads: tuple[int, ...]  # the original number of each query head that remains
@@ -59,7 +64,10 @@ class AttentionSpec:
     has_mask: bool = False
     has_sinks: bool = False
     has_map: bool = False  # operands keep and added: a map that no input changes, mixed into the weights
+    has_score_map: bool = False  # operand score_map: talking heads
+    has_weight_map: bool = False
     softcap: float | None = None
+    between_channels: bool = False  # queries and keys are channels of a head, and their features are tokens
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
     segments: CallSegments | None = None  # segments of tokens whose ids the call brings
@@ -106,7 +114,13 @@ class AttentionSpec:
         )
 
     def having(
-        self, bias: object = None, mask: object = None, sinks: object = None, added: object = None
+        self,
+        bias: object = None,
+        mask: object = None,
+        sinks: object = None,
+        added: object = None,
+        score_map: object = None,
+        weight_map: object = None,
     ) -> AttentionSpec:
         """The same attention with these operands, where they are not None."""
         return replace(
@@ -115,6 +129,8 @@ class AttentionSpec:
             has_mask=mask is not None,
             has_sinks=sinks is not None,
             has_map=added is not None,
+            has_score_map=score_map is not None,
+            has_weight_map=weight_map is not None,
         )
 
     @property
@@ -165,7 +181,19 @@ class AttentionSpec:
         evicted = () if self.eviction is None else (str(self.eviction),)
         rows = () if self.rows is None else (str(self.rows),)
         named = (name for name, has in given.items() if has)
-        return (*named, *segments, *softcap, *pooled, *zeros, *more, *gains, *evicted, *rows)
+        channels = ("between channels",) if self.between_channels else ()
+        talking = ("talking heads",) if self.mixes_heads else ()
+        return (*channels, *talking, *named, *segments, *softcap, *pooled, *zeros, *more, *gains, *evicted, *rows)
+
+    @property
+    def mixes_heads(self) -> bool:
+        """The scores or the weights of a head depend on all heads."""
+        return self.has_score_map or self.has_weight_map
+
+    @property
+    def has_own_maps(self) -> bool:
+        """Each head has a map of its own, of queries and keys that are tokens."""
+        return not self.between_channels and not self.mixes_heads
 
     @property
     def num_heads(self) -> int:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from attnopt.graph.cleanup import computes_same
 from attnopt.graph.nodes import arg, aten, calls, is_call, is_tensor, operand, shape, wrap
 from attnopt.graph.ops import FACTORS, Kind, of
 from attnopt.graph.sdpa import SDPA
-from attnopt.match.overwrites import zeros_of
-from attnopt.match.row_sums import behind_layout, is_shifted, of_rows, row_sums
+from attnopt.match.overwrites import number, zeros_of
+from attnopt.match.row_sums import RowSum, behind_layout, is_shifted, of_rows, row_sums
 
 _SOFTMAX, _LOG_SOFTMAX = of(Kind.SOFTMAX), of(Kind.LOG_SOFTMAX)
 
@@ -26,7 +27,8 @@ class Softmax:
     """``weights`` = softmax of ``rate`` * ``scores`` over ``axis`` of the scores.
 
     ``late_sum``: the sum of the exponentials if it divides after the product with the values; ``weights`` are then
-    the bare exponentials.  ``masked``: the exponentials, and their form before summation, if different.
+    the bare exponentials.  ``masked``: the exponentials, and their form before summation, if different.  ``beside``: what is
+    added to the sum of exp(rate * scores), a number above 0 that takes weight without a value (softmax-one).
     """
 
     scores: fx.Node
@@ -35,6 +37,7 @@ class Softmax:
     late_sum: fx.Node | None = None
     masked: tuple[fx.Node, fx.Node] | None = None
     rate: float = 1.0
+    beside: float | None = None
 
     @property
     def may_overflow(self) -> bool:
@@ -76,9 +79,45 @@ def _of_power(node: fx.Node, x: fx.Node, rate: float) -> Iterator[Softmax]:
             if weights is None and all(is_call(u, aten.log.default) for u in total.node.users):
                 return  # part of a logarithm of a softmax, or of something else's
             masked = None if kept is node else (node, kept)
+            if weights is None and (sunk := _beside_sum(total, x, rate)) is not None:
+                weights, scores, beside = sunk
+                yield Softmax(scores, weights, total.axis, None, masked, rate, beside)
+                return
             late = None if weights is not None else total.node
             yield Softmax(x, weights or kept, total.axis, late, masked, rate)
             return
+
+
+def _beside_sum(total: RowSum, exponents: fx.Node, rate: float) -> tuple[fx.Node, fx.Node, float] | None:
+    """(weights, scores, number) where the terms are divided by their sum and a number.  The exponents may be ``scores - m`` only
+    if exp(-m) takes the place of 1 (softmax-one, as it is kept from overflow)."""
+    for quotient in total.terms.users:
+        if (found := total.beside(quotient)) is None:
+            continue
+        added, own = found
+        known = number(added)
+        if known is not None and known > 0:
+            return quotient, exponents, known
+        if not isinstance(added, fx.Node) or not is_tensor(added) or shape(added) != shape(own):
+            continue
+        power, shift = _power(added), _taken_off(exponents, total.axis)
+        if power is None or shift is None or power[1] != rate:
+            continue
+        if _is_minus(power[0], shift):
+            return quotient, operand(exponents), 1.0
+    return None
+
+
+def _taken_off(exponents: fx.Node, axis: int) -> fx.Node | None:
+    """m, if the exponents are ``scores - m`` with one m for each row."""
+    if not is_call(exponents, aten.sub.Tensor) or exponents.kwargs or not is_tensor(arg(exponents, 0)):
+        return None
+    return of_rows(arg(exponents, 1), operand(exponents), axis)
+
+
+def _is_minus(node: fx.Node, shift: fx.Node) -> bool:
+    node = behind_layout(node)
+    return is_call(node, aten.neg.default) and computes_same(behind_layout(operand(node)), shift)
 
 
 def _of_logarithm(node: fx.Node, x: fx.Node) -> Softmax | None:

@@ -30,14 +30,19 @@ def assign_roles(r: Region) -> Region:
         copied = {c for c in frame if told and _is_copied(r.k, c) and _is_copied(r.v, c)}
         of_groups = {c for ax in resolve_all(r.q.axes) if told & set(ax) for c in ax if c not in not_queries}
         heads = tuple(c for c in frame if c in told | beside | copied | of_groups)
+    channels = _are_channels(r)
+    if channels:
+        queries = _channel_queries(r, [c for c in frame if c not in not_queries])
+        heads = tuple(c for c in heads if c not in queries)
     free = [c for c in frame if c not in heads]
-    queries = _query_atoms(r, [c for c in free if c not in not_queries])
+    if not channels:
+        queries = _query_atoms(r, [c for c in free if c not in not_queries])
     batch = [c for c in free if c not in queries]
     if not heads and not _is_projected(r):
         heads, batch = _guess_heads(r, batch, queries)
-    _refuse_channels(r)
     return replace(
         r,
+        between_channels=channels,
         heads=heads,
         queries=queries,
         batch=tuple(batch),
@@ -149,20 +154,29 @@ def _guess_heads(r: Region, batch: list[Atom], queries: Axis) -> tuple[Axis, lis
     return heads, [c for c in batch if c not in heads]
 
 
-def _refuse_channels(r: Region) -> None:
-    """A softmax over features attends between channels, not between tokens.
+def _are_channels(r: Region) -> bool:
+    """The softmax is over features: attention between channels, whose own features are tokens.
 
-    Token mixtures also come from a weight, but then its features are multiplied.
+    Token mixtures also come from a weight, but then its features are multiplied.  A norm over all features may hide those of
+    the keys, and not those of the values.
     """
-    for atom in resolve(r.keys):
-        if _is_feature(r.k, atom) and not any(_is_feature(r.k, f, behind=True) for f in resolve(r.features)):
-            raise rejected(
-                r.anchor or r.out.node,
-                "channel-attention",
-                "tokens as keys",
-                "a softmax over the features of a projection",
-                "attention between channels is not supported",
-            )
+    keys = resolve(r.keys)
+    if not any(_is_feature(o, atom) for o in (r.k, r.v) for atom in keys):
+        return False
+    return not any(_is_feature(r.k, f, behind=True) for f in resolve(r.features))
+
+
+def _channel_queries(r: Region, candidates: list[Atom]) -> Axis:
+    """Raises NotAttentionError if the queries are no channels, too."""
+    queries = _query_atoms(r, candidates)
+    if not queries or not all(_is_feature(r.q, c) for c in queries):
+        raise rejected(
+            r.anchor or r.out.node,
+            "channel-attention",
+            "queries that are features of a projection, as the keys are",
+            "a softmax over the features of a projection, of other queries",
+        )
+    return queries
 
 
 def squares(r: Region) -> bool:

@@ -264,7 +264,8 @@ def _describe(
     projections: dict[str, Projection] = {}
     dirty: dict[str, tuple[fx.Node, ...]] = {}
     for role, heads in (("q", spec.num_heads), ("k", spec.num_kv_heads), ("v", spec.num_kv_heads)):
-        projections[role], dirty[role] = read_projection(operands.given[role], 1, heads, alone=role != "q")
+        features = 2 if spec.between_channels else 3
+        projections[role], dirty[role] = read_projection(operands.given[role], 1, heads, role != "q", features)
     projections["out"], op = _read_out(raised)
     related = relation(operands.q, operands.k, operands.v, examples)
     spec = replace(spec, is_cross=related in ("other", "inputs-apart"), positions=positions(operands.q))
@@ -280,7 +281,7 @@ def _describe(
         )
     if keeps_a_mask(gm, (operands.bias, operands.mask)):
         notes += ("the model's own mask is kept: no pattern was proven equal to it at every length",)
-    path = token_path(operands.k, operands.v)
+    path = _BETWEEN_CHANNELS if spec.between_channels else token_path(operands.k, operands.v)
     device = value(operands.q).device.type
     if device == "meta":
         notes += ("verified on random weights: on the meta device the model has none",)
@@ -310,6 +311,9 @@ def _describe(
     return Found(site, replace(raised, spec=spec), dirty, op, error, path)
 
 
+_BETWEEN_CHANNELS = Refusal("not-token-wise", "keys that are tokens", "channels, whose features are tokens")
+
+
 def _features(path: TokenPath | Refusal) -> TokenFeatures:
     if isinstance(path, Refusal):
         return TokenFeatures(why=path)
@@ -333,7 +337,8 @@ def _read_out(raised: Raised) -> tuple[Projection, fx.Node | None]:
 
 def _head_of(region: Region, head: int) -> dict[int, tuple[int, ...]]:
     """The selection of one head on the region's output; with a single head, of its features."""
-    wanted = resolve(region.heads) or resolve(region.value_features)
+    features = region.queries if region.between_channels else region.value_features
+    wanted = resolve(region.heads) or resolve(features)
     index = dict.fromkeys(wanted, range(0)) if region.heads else {a: range(a.size) for a in wanted}
     for atom in reversed(resolve(region.heads)):
         head, here = divmod(head, atom.size)

@@ -19,12 +19,14 @@ _CONVOLUTIONS = of(Kind.CONVOLUTION)
 _DIRECT = REARRANGED | of(Kind.CAST, Kind.DROPOUT)
 
 
-def read_projection(node: fx.Node, axis: int, heads: int, alone: bool = True) -> tuple[Projection, tuple[fx.Node, ...]]:
-    """The projection that produces the heads along ``axis`` of ``node``, and the nodes in between.
+def read_projection(
+    node: fx.Node, axis: int, heads: int, alone: bool = True, features: int = 3
+) -> tuple[Projection, tuple[fx.Node, ...]]:
+    """The projection that produces the heads along ``axis`` of ``node`` and their ``features``, and the nodes in between.
 
     ``alone``: heads may differ only by the projection, as merging requires.
     """
-    each = [_of_head(node, axis, h) for h in range(heads)]
+    each = [_of_head(node, axis, h, features) for h in range(heads)]
     return _unseparated(each, alone) or _of_weights(each), _ways(each)
 
 
@@ -67,8 +69,8 @@ def ways_of_head(node: fx.Node, axis: int) -> tuple[fx.Node, ...]:
     return _ways([_of_head(node, axis, 0)])
 
 
-def _of_head(node: fx.Node, axis: int, head: int) -> list[Source]:
-    found = slice_sources(node, {axis: (head,)} if shape(node)[axis] > 1 else _one_head(node))
+def _of_head(node: fx.Node, axis: int, head: int, features: int = 3) -> list[Source]:
+    found = slice_sources(node, {axis: (head,)} if shape(node)[axis] > 1 else _one_head(node, features))
     return [_as_bias(x) for x in found]
 
 
@@ -103,10 +105,9 @@ def _same_rows(vector: fx.Node, rows: Sequence[tuple[int, ...]], weights: Sequen
     return True
 
 
-def _one_head(node: fx.Node) -> Selection:
+def _one_head(node: fx.Node, features: int) -> Selection:
     """With a single head, all features belong to it; select all features explicitly, in reverse order."""
-    last = len(shape(node)) - 1
-    return {last: tuple(reversed(range(shape(node)[last])))}
+    return {features: tuple(reversed(range(shape(node)[features])))}
 
 
 def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Sequence[Source]]) -> Projection:

@@ -67,7 +67,9 @@ def inside_of(raised: Raised) -> set[fx.Node]:
 
 def _mixed_in(raised: Raised) -> set[fx.Node]:
     mixture, made = raised.region.mixture, raised.operands
+    maps = [m for m in (raised.region.score_map, raised.region.weight_map) if m is not None]
     ends = [] if mixture is None else [*(o.node for o in mixture.operands), made.keep, made.added]
+    ends += [made.score_map, made.weight_map, *(n for m in maps for n in (m.weight, m.added))]
     return {n for end in ends if end is not None for n in ancestors(end, stop=is_number)}
 
 

@@ -14,6 +14,7 @@ from attnopt.graph.nodes import aten, dtype, shape, value
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
+from attnopt.match.head_maps import HeadMap
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
 from attnopt.match.mixed_operands import mixed_in
 from attnopt.match.multiplicative_masks import hides_beside_flags
@@ -35,6 +36,8 @@ def attention(
     sinks: Tensor | None = None,
     keep: Tensor | None = None,
     added: Tensor | None = None,
+    score_map: Tensor | None = None,
+    weight_map: Tensor | None = None,
 ) -> Tensor:
     """The canonical node: [B, H, L, D], [B, G, S, D], [B, G, S, Dv] -> [B, H, L, Dv].  Lowered before anything runs it."""
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
@@ -71,7 +74,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     q, k, zeroing = _with_factors(emit, at, r, q, k, kv_heads)
     q, k, v = _one_dtype(emit, q, k, v)
     bias, mask, constant = bias_and_mask(emit, at, r)
-    sinks = None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
+    sinks = _sinks(emit, at, r)
     if sinks is not None and (constant or len(shape(sinks)) != 4):
         raise rejected(
             r.out.node, "sink-and-constant", "a sink without an added constant", "a constant added to the scores"
@@ -90,7 +93,10 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     kv_of_head = _kv_of_head(r.heads, kv_heads)
     k, v, kv_of_head = _without_copies(emit, k, v, kv_of_head)
     keep, added = (None, None) if r.mixture is None else mixed_in(emit, at, r, r.mixture)
-    more = () if added is None else (keep, added)
+    maps = tuple(None if m is None else _head_map(emit, r, m) for m in (r.score_map, r.weight_map))
+    if r.weight_map is not None and r.weight_map.added is not None:
+        added = _added_to_all(emit, at, r, Operand(r.weight_map.added, (r.weight_map.axis,)), k)
+    more = (keep, added, *maps) if any(maps) else () if added is None else (keep, added)
     node = emit.call(attention, q, k, v, bias, mask, sinks, *more)
     node.name = f"attention_{node.name}"
     out = at.arrange(node, (r.batch, r.heads, r.queries, r.value_features), resolve_all(r.out.axes))
@@ -107,8 +113,33 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         softcap=r.softcap,
     )
     gains = _weight_gains(gm, at, r, q, k)
-    spec = replace(spec.having(bias, mask, sinks, added), seen_as=seen, weight_gains=gains)
+    spec = replace(spec, between_channels=r.between_channels, seen_as=seen, weight_gains=gains)
+    spec = spec.having(bias, mask, sinks, added, *maps)
     return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
+
+
+def _head_map(emit: Emitter, r: Region, made: HeadMap) -> fx.Node:
+    """[1, to, from, 1].  Raises NotAttentionError if it is another axis that is mapped."""
+    if resolve(made.axis) != r.heads or r.between_channels:
+        expected = "a linear map of scores or weights across all heads"
+        raise rejected(made.weight, "mapped-axis", expected, "a map along another axis")
+    weight, heads = made.weight, math.prod(a.size for a in r.heads)
+    if made.transposed:
+        weight = emit.call(aten.permute.default, weight, [1, 0])
+    return emit.call(aten.reshape.default, weight, [1, heads, heads, 1])
+
+
+def _added_to_all(emit: Emitter, at: Arranger, r: Region, each: Operand, k: fx.Node) -> fx.Node:
+    """A number for each head, as a map [1, H, 1, S]."""
+    alone = at.arrange(each.node, each.axes, (r.batch, r.heads, r.queries, r.keys))
+    return emit.call(aten.expand.default, alone, [-1, -1, -1, emit.size(k, 2)])
+
+
+def _sinks(emit: Emitter, at: Arranger, r: Region) -> fx.Node | None:
+    """[B|1, H|1, L|1, 1], before their rate."""
+    if r.sink_value is not None:
+        return emit.constant(torch.full((1, 1, 1, 1), r.sink_value, dtype=torch.float32, device=value(r.q.node).device))
+    return None if r.sinks is None else at.arrange(r.sinks.node, r.sinks.axes, (r.batch, r.heads, r.queries, ()))
 
 
 def _weight_gains(gm: fx.GraphModule, at: Arranger, r: Region, q: fx.Node, k: fx.Node) -> WeightGains | None:

@@ -19,14 +19,17 @@ from attnopt.graph.nodes import (
     dtype,
     is_call,
     is_tensor,
+    operand,
     shape,
     wrap,
 )
 from attnopt.graph.ops import ADD, COPIES, DIV, FACTORS, SUB, Kind, named, of
 from attnopt.graph.products import Product, product_of
+from attnopt.match.head_maps import HeadMap, head_map, maps_heads
 from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of
 from attnopt.match.rejection import NotAttentionError, rejected
 
+_LEAST_SINK = 1e3  # a number beyond hides the sink, or all keys
 MAX_DEPTH = 40  # operators from the softmax to a product: no spelling of one attention comes near
 _RSUB = named("rsub")
 _SUMS = ADD | SUB | _RSUB
@@ -34,6 +37,7 @@ _FLOORS = named("clamp clamp_min maximum max.other")
 _ONE_BY_ONE = frozenset(FOLLOWED) | _SUMS | FACTORS | _FLOORS | MASKED_FILL | named("tanh neg")
 _PROJECTIONS = named("linear addmm") | of(Kind.CONVOLUTION)  # products of weights, unlike those of activations
 _SPREAD = COPIES | of(Kind.EXPAND)
+_PADS = of(Kind.PAD)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Scores:
 
     ``axes`` are those of the softmax input; ``factors`` are tensors that multiply or divide the product and do not vary
     over both queries and keys; ``wipes`` multiply scores that were capped or biased before, which only a mask of 0 and 1 may do;
-    ``sinks``, multiplied by ``sink_rate``, is a logit that joins each row.
+    ``sinks`` or ``sink_value``, multiplied by ``sink_rate``, is a logit that joins each row.
     """
 
     product: Product
@@ -96,10 +100,22 @@ class Scores:
     factors: tuple[Factor, ...] = ()
     wipes: tuple[Operand, ...] = ()
     sinks: Operand | None = None
+    sink_value: float | None = None
     sink_rate: float = 1.0
+    score_map: HeadMap | None = None  # of the scaled product, before ``steps``
     before_sinks: int = 0  # steps that came before that logit
     path: tuple[fx.Node, ...] = ()
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)
+
+    @property
+    def has_sink(self) -> bool:
+        return self.sinks is not None or self.sink_value is not None
+
+    def with_sink(self, value: float) -> Scores | None:
+        """With this number as a logit beside them; None if there is one already, or if it takes no weight."""
+        if self.has_sink or not -_LEAST_SINK < value < _LEAST_SINK:
+            return None
+        return replace(self, sink_value=value, before_sinks=len(self.steps))
 
 
 def read_scores(node: fx.Node, axis: int, rate: float = 1.0) -> Scores:
@@ -122,7 +138,7 @@ def _no_product(node: fx.Node) -> NotAttentionError:
 def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Node | None]:
     """(the scores that end in ``node``, or None and the deepest node that stopped the search)."""
     if (product := product_of(node)) is not None and is_query_key(product):
-        return _start(product), None
+        return _of_mapped(node, (product.left, product.right), axis, depth) or _start(product), None
     if depth > MAX_DEPTH or node.op != "call_function" or not tensor_like(node):
         return None, node
     blocked: fx.Node | None = None
@@ -136,6 +152,16 @@ def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Nod
             return replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))), None
         blocked = node
     return None, blocked or node
+
+
+def _of_mapped(node: fx.Node, sources: tuple[fx.Node, ...], axis: int, depth: int) -> Scores | None:
+    """The scores that end in ``node``, if it maps the heads of others."""
+    for source in sources:
+        if maps_heads(node, source) and (inner := _search(source, axis, depth + 1)[0]) is not None:
+            mapped = _map_heads(node, source, inner)
+            if mapped is not None:
+                return replace(mapped, path=(*mapped.path, node), frames=(*mapped.frames, (node, mapped.axes)))
+    return None
 
 
 def tensor_like(node: fx.Node) -> bool:
@@ -171,6 +197,8 @@ def _candidates(node: fx.Node) -> list[fx.Node]:
         return [n for n in (arg(node, 1), arg(node, 2)) if is_tensor(n) and tensor_like(n)]
     if is_call(node, aten.cat.default):
         return [n for n in arg(node, 0) if tensor_like(n)]
+    if calls(node, _PADS) or (calls(node, _PROJECTIONS) and maps_heads(node, arg(node, 0))):
+        return [operand(node)]
     if not calls(node, _ONE_BY_ONE):
         return []
     same = [n for n in (arg(node, 0), arg(node, 1)) if is_tensor(n) and tensor_like(n)]
@@ -195,10 +223,27 @@ def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
         return s if floor is not None and floor <= least and len(node.args) < 3 and not node.kwargs else None
     if is_call(node, aten.tanh.default):
-        return replace(s, softcap=1.0) if s.softcap is None and not s.steps and s.sinks is None else None
+        return replace(s, softcap=1.0) if _is_bare(s) else None
     if is_call(node, aten.cat.default):
         return _sink(node, source, s)
-    return None
+    if calls(node, _PADS):
+        return _padded(node, s)
+    return _map_heads(node, source, s)
+
+
+def _is_bare(s: Scores) -> bool:
+    """Nothing but factors was applied to the product."""
+    return s.softcap is None and not s.steps and not s.has_sink and s.score_map is None
+
+
+def _map_heads(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    """What is mapped is the product alone, so that a mask or a bias before it is left to the model."""
+    found = head_map(node, source, s.axes)
+    if found is None or not _is_bare(s):
+        return None
+    made, axes = found
+    steps = () if made.added is None else (Term(Operand(made.added, (made.axis,)), 1.0),)
+    return replace(s, axes=axes, score_map=made, steps=steps)
 
 
 def _other(node: fx.Node, source: fx.Node) -> Any:
@@ -208,7 +253,7 @@ def _other(node: fx.Node, source: fx.Node) -> Any:
 def _scaled(s: Scores, factor: float) -> Scores:
     """Everything so far multiplied by a number; a capped product keeps its shape only if the cap moves with it."""
     steps = (*s.steps, Multiply(factor)) if s.steps else ()
-    s = replace(s, sink_rate=s.sink_rate * factor) if s.sinks is not None else s
+    s = replace(s, sink_rate=s.sink_rate * factor) if s.has_sink else s
     if s.softcap is None:
         return replace(s, scale=s.scale * factor, steps=steps)
     return replace(s, softcap=s.softcap * abs(factor), scale=s.scale * factor, steps=steps)
@@ -227,6 +272,8 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     axes = broadcast(other, s.axes)
     if axes is None:
         return None
+    if s.score_map is not None:
+        return None  # it would have to be known whether heads differ in it
     if not s.steps and s.softcap is None:
         return replace(s, factors=(*s.factors, Factor(other, axes, divides)))
     return None if divides else replace(s, wipes=(*s.wipes, Operand(other, axes)))
@@ -275,7 +322,7 @@ def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     """``cat([scores, sink], -1)``, or in reverse order: an extra column that takes weight without a value."""
     parts = arg(node, 0)
     dim = wrap(arg(node, 1, 0), len(s.axes))
-    if len(parts) != 2 or s.sinks is not None or not s.axes[dim]:
+    if len(parts) != 2 or s.has_sink or not s.axes[dim]:
         return None
     column = parts[1] if parts[0] is source else parts[0]
     if not is_tensor(column) or shape(column)[dim] != 1:
@@ -285,3 +332,18 @@ def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         return None
     axes: Axes = tuple(ax if n != 1 else () for n, ax in zip(shape(column), around, strict=True))
     return replace(s, sinks=Operand(column, axes), before_sinks=len(s.steps))
+
+
+def _padded(node: fx.Node, s: Scores) -> Scores | None:
+    """One more column of a number, at either end of the last axis."""
+    widths, value = arg(node, 1), _filling(node)
+    if value is None or sorted(widths[:2]) != [0, 1] or any(widths[2:]) or not s.axes[-1]:
+        return None
+    return s.with_sink(value)
+
+
+def _filling(node: fx.Node) -> float | None:
+    """What a tensor is padded with, if it is a number."""
+    if is_call(node, aten.constant_pad_nd.default):
+        return number(arg(node, 2, 0))
+    return number(arg(node, 3) or 0) if arg(node, 2, "constant") == "constant" else None

@@ -18,6 +18,7 @@ from attnopt.graph.products import Product, product_of
 from attnopt.ir.refusal import Refusal
 from attnopt.match.anchors import Softmax
 from attnopt.match.axis_roles import assign_roles
+from attnopt.match.head_maps import HeadMap, head_map, maps_heads
 from attnopt.match.late_division import LateQuotient, late_quotient
 from attnopt.match.mixed_weights import is_mixing, mixes, read_mixture
 from attnopt.match.mixture import Mixture
@@ -60,14 +61,19 @@ def _from_softmax(a: Softmax) -> Region:
         raise NotAttentionError(e.refusal, e.node, near=follows is not None or _comes_from_product(a)) from None
     if follows is None:
         raise _without_values(a.weights)
+    if a.beside is not None:
+        joined = scores.with_sink(math.log(a.beside))
+        if joined is None:
+            raise unreadable(a.weights, "one sink beside the scores")
+        scores = joined
     product, quotient, inner = follows
     keys = resolve(scores.axes[a.axis])
     scores = _orient(scores, keys, a)
     mixture = None if inner is not None else _mixture_of(product.left, a, scores)
     if mixture is not None:
-        weights_axes, zeroed, factors = mixture.axes, dict[fx.Node, Hide](), list[Operand]()
+        weights_axes, zeroed, factors, mapped = mixture.axes, dict[fx.Node, Hide](), list[Operand](), None
     else:
-        weights_axes, zeroed, factors = _through(inner or (), scores.axes, a.axis)
+        weights_axes, zeroed, factors, mapped = _through(inner or (), scores.axes, a.axis)
     _unify(product.left_axes, weights_axes, product.node)
     out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
     path = tuple(_between(scores.product.node, out.node))
@@ -80,12 +86,12 @@ def _from_softmax(a: Softmax) -> Region:
         raise weights_changed(next(iter(zeroed), product.node))
     scores = replace(scores, steps=steps)
     region = _assemble(a, scores, product, keys, out, path)
-    return replace(region, weight_factor=next(iter(factors), None), mixture=mixture)
+    return replace(region, weight_factor=next(iter(factors), None), mixture=mixture, weight_map=mapped)
 
 
 def _mixture_of(weights: fx.Node, a: Softmax, scores: Scores) -> Mixture:
     """Raises NotAttentionError."""
-    sums_to_one = scores.sinks is None and a.masked is None
+    sums_to_one = not scores.has_sink and a.masked is None
     found = read_mixture(weights, a.weights, scores.axes, a.axis, sums_to_one)
     if found is None:
         raise weights_changed(weights)
@@ -149,13 +155,14 @@ def _with_values(a: Softmax, weights: fx.Node, user: fx.Node) -> tuple[Product, 
 
 
 def _carries_on(a: Softmax, weights: fx.Node, user: fx.Node) -> bool:
-    """``user`` gives weights, too: in another layout, normalised again, with zeros where a mask hides keys, or times a
-    factor that is known."""
-    if a.late_sum is None and weights is a.weights and renormalises(user, a.weights, a.axis):
+    """``user`` gives weights, too: in another layout, normalised again, with zeros where a mask hides keys, times a factor that
+    is known, or mapped across heads."""
+    is_whole = a.late_sum is None and a.beside is None
+    if is_whole and weights is a.weights and renormalises(user, a.weights, a.axis):
         return True
     zeroes = zeros_of(user, weights) is not None or (cleans(user, weights) and not a.may_overflow)
-    is_scaled = a.late_sum is None and factor_of(user, weights) is not None
-    return zeroes or is_scaled or user.target in FOLLOWED
+    is_changed = factor_of(user, weights) is not None or maps_heads(user, weights)
+    return zeroes or (a.late_sum is None and is_changed) or user.target in FOLLOWED
 
 
 def _product_with(weights: fx.Node, user: fx.Node) -> Product | None:
@@ -195,14 +202,23 @@ def _leads_to_product(node: fx.Node) -> bool:
     return False
 
 
-def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, dict[fx.Node, Hide], list[Operand]]:
-    """Axes at the end of ``path``, whose first node has ``axes``, the nodes in between that write zeros, and other factors.
+def _through(
+    path: tuple[fx.Node, ...], axes: Axes, axis: int
+) -> tuple[Axes, dict[fx.Node, Hide], list[Operand], HeadMap | None]:
+    """Axes at the end of ``path``, whose first node has ``axes``, the nodes in between that write zeros, other factors, and a map
+    across heads.
 
     A slice that drops the column of a sink is skipped.
     """
     zeroed: dict[fx.Node, Hide] = {}
     factors: list[Operand] = []
+    mapped: HeadMap | None = None
     for before, node in pairwise(path):
+        if (found_map := head_map(node, before, axes)) is not None:
+            if mapped is not None:
+                raise weights_changed(node)
+            mapped, axes = found_map
+            continue
         if cleans(node, before) or renormalises(node, before, axis):
             continue
         if (zeros := zeros_of(node, before)) is not None:
@@ -219,7 +235,9 @@ def _through(path: tuple[fx.Node, ...], axes: Axes, axis: int) -> tuple[Axes, di
         if found is None:
             raise unreadable(node, "weights with traceable axes")
         axes = found
-    return resolve_all(axes), zeroed, factors
+    if mapped is not None and (zeroed or factors):
+        raise weights_changed(mapped.weight)
+    return resolve_all(axes), zeroed, factors, mapped
 
 
 def _with_zeros(scores: Scores, a: Softmax, keys: Axis, zeroed: Mapping[fx.Node, Hide]) -> tuple[Step, ...] | None:
@@ -309,6 +327,8 @@ def _assemble(
         wipes=scores.wipes,
         softcap=scores.softcap,
         sinks=scores.sinks,
+        sink_value=scores.sink_value,
+        score_map=scores.score_map,
         sink_rate=scores.sink_rate,
         nodes=path,
         escapes=escapes,
@@ -322,7 +342,7 @@ def _without_shifts(scores: Scores, inside: set[fx.Node], keys: Axis) -> tuple[S
 
     A sink that joins later would see it, too.
     """
-    seen_by_sinks = scores.before_sinks if scores.sinks is not None else 0
+    seen_by_sinks = scores.before_sinks if scores.has_sink else 0
 
     def shifts(i: int, step: Step) -> bool:
         if not isinstance(step, Term) or step.operand is None or i < seen_by_sinks:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from attnopt.graph.axes import Atom, Axes, Axis, resolve_all
+from attnopt.match.head_maps import HeadMap
 from attnopt.match.mixture import Mixture
 from attnopt.match.read_scores import Factor, Operand, Step
 
@@ -29,11 +30,15 @@ class Region:
     keys: Axis
     features: Axis
     value_features: Axis
+    between_channels: bool = False  # queries and keys are features of the projections, and features are tokens
     steps: tuple[Step, ...] = ()
     factors: tuple[Factor, ...] = ()
     wipes: tuple[Operand, ...] = ()
     softcap: float | None = None
     sinks: Operand | None = None
+    sink_value: float | None = None  # a sink that is a number
+    score_map: HeadMap | None = None  # across heads, before ``steps``
+    weight_map: HeadMap | None = None  # across heads, after the softmax
     weight_factor: Operand | None = None  # of the weights, after the softmax
     mixture: Mixture | None = None  # of the weights and a map
     sink_rate: float = 1.0

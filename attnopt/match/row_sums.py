@@ -36,6 +36,23 @@ class RowSum:
         """``quotient`` is the terms, each divided by the sum of its row, up to negligible guards against zero."""
         return any(self._is_under(node, inverse) for node, inverse in divisors(quotient, self.terms))
 
+    def beside(self, quotient: fx.Node) -> tuple[object, fx.Node] | None:
+        """What is added to the sum before it divides the terms to ``quotient``, a number or a tensor, and the sum, in its layout
+        there."""
+        for divisor, inverse in divisors(quotient, self.terms):
+            node = _unspread(divisor)
+            if node is None or not _is_by_row(node, self.terms, self.axis):
+                continue
+            node = behind_layout(node)
+            inverted = _inverse_of(node) if inverse else node
+            node = None if inverted is None else behind_layout(inverted)
+            if not calls(node, ADD) or node is None or node.kwargs:
+                continue
+            for own, other in ((arg(node, 0), arg(node, 1)), (arg(node, 1), arg(node, 0))):
+                if isinstance(own, fx.Node) and behind_layout(own) is self.node:
+                    return other, own
+        return None
+
     def _is_under(self, divisor: object, inverse: bool) -> bool:
         node = _unspread(divisor)
         if node is None or not _is_by_row(node, self.terms, self.axis):

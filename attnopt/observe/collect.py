@@ -18,7 +18,7 @@ from attnopt.capture.calibration import Batch, Calibration, as_inputs, shapes_of
 from attnopt.capture.signature import Signature
 from attnopt.compiler.analyze import Analyzed, analyze_in_eval
 from attnopt.compiler.check import fitting
-from attnopt.compiler.chosen_sites import chosen_places, site_globs, site_names
+from attnopt.compiler.chosen_sites import between_tokens, chosen_places, site_globs, site_names
 from attnopt.errors import CalibrationError
 from attnopt.graph.interpreter import Forward, Schedule
 from attnopt.match.find import Found
@@ -176,8 +176,9 @@ class Run:
         return tuple(heads[p] for p in tap.places), tuple(kv_heads[g] for g in read)
 
     def _taps(self, analyzed: Analyzed) -> Iterator[Tap | BranchTap]:
-        found = analyzed.findings.found
-        streams = Residual(analyzed.program.module.graph, found) if "contribution" in self.question.kinds else None
+        found = between_tokens(self.question.owner, self.globs, analyzed.findings.found)
+        everything = analyzed.findings.found
+        streams = Residual(analyzed.program.module.graph, everything) if "contribution" in self.question.kinds else None
         others = [] if streams is None else [b for b in streams.branches if b.site is None]
         names = [*(f.site.name for f in found), *(b.name for b in others)]
         wanted = {*site_names(self.question.owner, self.globs, names)}

@@ -26,7 +26,9 @@ Values = Callable[[fx.Node], Any]
 def require_projection(owner: str, f: Found, branch: Branch | None) -> None:
     """Raises CalibrationError if the site's heads have no rows of an output projection."""
     p, why = f.site.projections["out"], None
-    if p.rows is None or p.weight is None or f.output_op is None:
+    if not f.site.spec.has_own_maps:
+        why = "heads attend between channels, or depend on each other"
+    elif p.rows is None or p.weight is None or f.output_op is None:
         why = p.why or "it was not found"
     elif any(len(rows) != f.site.value_dim for rows in p.rows):
         why = "its rows of one head are not those of one output"

@@ -19,7 +19,7 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.base.options import choice
 from attnopt.compiler.analyze import analyze
-from attnopt.compiler.chosen_sites import chosen_places, site_names
+from attnopt.compiler.chosen_sites import between_tokens, chosen_places, site_names
 from attnopt.compiler.edited_graph import cleaned, origin_of, report_of
 from attnopt.errors import CaptureError, PolicyError
 from attnopt.graph.emitter import Emitter
@@ -120,11 +120,12 @@ def _nodes(
     model: nn.Module, gm: fx.GraphModule, findings: Findings, wanted: Sequence[tuple[str, tuple[Exposed, ...]]]
 ) -> Iterator[tuple[str, fx.Node]]:
     """The name and the node of each further output, by attention in the order in which they run."""
-    names = [f.site.name for f in findings.found]
+    found = between_tokens("expose", [glob for glob, _ in wanted], findings.found)
+    names = [f.site.name for f in found]
     matched = [(set(site_names("expose", [glob], names)), asked) for glob, asked in wanted]
     streams = Residual(gm.graph, findings.found)
     taken: dict[str, int] = {}
-    for f in findings.found:
+    for f in found:
         emit = Emitter(gm.graph, gm.graph.output_node(), {"site": f.site.name})
         for asked in (x for glob, listed in matched if f.site.name in glob for x in listed):
             name = f"{f.site.name}.{asked.kind}".lstrip(".")

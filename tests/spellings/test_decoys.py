@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_capture")
 VARIANTS: list[tuple[str, Callable[[], nn.Module]]] = [
     *((kind.__name__, kind) for kind in NEVER),
     ("Routing, best two", partial(decoys.Routing, top=2)),
-    ("TalkingHeads, before alone", partial(decoys.TalkingHeads, after=False)),
-    ("TalkingHeads, after alone", partial(decoys.TalkingHeads, before=False)),
+    ("MappedElsewhere, of scores", partial(decoys.MappedElsewhere, after=False)),
+    ("MappedElsewhere, of weights", partial(decoys.MappedElsewhere, after=True)),
 ]
 POLICIES: dict[str, Any] = {
     "fuse": "fuse", "window": LocalWindow(1), "prune": PruneHeads(heads=[0]), "scale": ScaleHeads({0: 3.0}),
@@ -82,18 +82,18 @@ def test_heads_that_attend_to_each_other(x: torch.Tensor) -> None:
 
 
 def test_softmax_with_one_more_in_the_sum(x: torch.Tensor) -> None:
-    """exp / (1 + sum of exp) is a sink of logit 0 or nothing, never a plain softmax."""
+    """exp / (1 + sum of exp) is a sink of logit 0."""
     model = decoys.SoftmaxPlusOne().eval()
     fast = optimized(model, "fuse", x)
     oracle.assert_same(oracle.run(fast, (x,)), oracle.run(model, (x,)))
-    assert all(site.spec.has_sinks for site in fast.sites)
+    assert [site.spec.has_sinks for site in fast.sites] == [True]
 
 
 def test_a_decoy_beside_attention_is_left_alone(x: torch.Tensor) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.real, self.decoy = decoys.ScoresReturned(), decoys.TalkingHeads()
+            self.real, self.decoy = decoys.ScoresReturned(), decoys.TopK()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.decoy(x + self.real(x)[0])

@@ -125,6 +125,14 @@ def missed(model: nn.Module, **more: Any) -> Refusal:
     return caught.value.refusal
 
 
+def refused_decoy(model: nn.Module, policy: Any) -> Refusal:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnopt.AttnoptWarning)
+        fast = attnopt.optimize(model.eval(), policy, (torch.randn(2, L, E),))
+    (refusal,) = fast.report.sites[0].refusals.values()
+    return refusal
+
+
 def gained_twice() -> Refusal:
     model, given = Attention(Spelling()), inputs(Spelling())
     fast = attnopt.optimize(model, [SegmentGain([0], 0.5), SegmentGain([1], 0.5)], (), given)
@@ -352,9 +360,9 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "which divides by the sum of another query (at LINE)",
     ),
     "channel-attention": (
-        lambda: missed(decoys.OverChannels()),
-        "[channel-attention] expected tokens as keys, found a softmax over the features of a projection (at LINE)\n  "
-        "hint: attention between channels is not supported",
+        lambda: missed(decoys.SlotsOverFeatures()),
+        "[channel-attention] expected queries that are features of a projection, as the keys are, found a softmax over the "
+        "features of a projection, of other queries (at LINE)",
     ),
     "active-dropout": (
         lambda: missed(Dropping()),
@@ -562,6 +570,20 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     "no-such-site-size": (
         lambda: refused(Spelling(), PruneHeads(fraction=0.5, importance=[1, 2, 3])),
         "[no-such-site-size] expected one importance score per head (4), found 3 numbers (at LINE)",
+    ),
+    "mapped-axis": (
+        lambda: missed(decoys.MappedElsewhere(after=True)),
+        "[mapped-axis] expected a linear map of scores or weights across all heads, found a map along another axis (at LINE)",
+    ),
+    "talking-heads": (
+        lambda: refused_decoy(decoys.TalkingHeads(), PruneHeads(heads=[0])),
+        "[talking-heads] expected heads that do not depend on each other, found talking heads: scores or weights are mapped "
+        "across them (at LINE)\n  hint: local-window, sparse and scale-heads apply; exclude the site from prune-heads",
+    ),
+    "between-channels": (
+        lambda: refused_decoy(decoys.OverChannels(), LocalWindow(1)),
+        "[between-channels] expected queries and keys that are tokens, found channels of each head, whose features are tokens "
+        "(at LINE)\n  hint: prune-heads and scale-heads apply; exclude the site from local-window",
     ),
     "wrong-number-of-gains": (
         lambda: refused(Spelling(), ScaleHeads([1.0, 2.0])),

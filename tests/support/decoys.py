@@ -125,6 +125,19 @@ class OverChannels(Decoy):
         return self.o((weights @ v).permute(0, 3, 1, 2).flatten(2))
 
 
+class SlotsOverFeatures(Decoy):
+    """Learned mixtures of tokens choose among features: keys are channels, queries are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(4 * L, 4 * L))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        weights = (self.slots[:n, :n] @ self.k(x)).softmax(-1)  # [B, slots, E]
+        return self.o((weights @ self.v(x).mT).mT @ self.q(x))
+
+
 class OverHeads(Decoy):
     """Heads of one token attend to each other."""
 
@@ -159,6 +172,35 @@ class TalkingHeads(Decoy):
         if self.after is not None:
             weights = self.after(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.merged(weights @ v)
+
+
+class MappedElsewhere(Decoy):
+    """A linear map of scores or weights across the keys, which are as many as the matrix has columns."""
+
+    def __init__(self, after: bool = False) -> None:
+        super().__init__()
+        self.after, self.map = after, nn.Parameter(torch.randn(4 * L, 4 * L))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / 2
+        n = x.shape[1]
+        across = self.map[:n, :n]
+        weights = F.linear(scores.softmax(-1), across) if self.after else F.linear(scores, across).softmax(-1)
+        return self.merged(weights @ v)
+
+
+class MappedTwice(Decoy):
+    """Something between the products and the softmax that is no map: a maximum of heads and their map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Conv2d(H, H, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / 2
+        return self.merged(torch.maximum(self.map(scores), scores).softmax(-1) @ v)
 
 
 class NonLocal(Decoy):
@@ -300,9 +342,37 @@ class FirstColumnDropped(Decoy):
         return self.merged(scores.softmax(-1)[..., 1:] @ v)
 
 
+class OneBesideShifted(Decoy):
+    """Softmax-one of scores from which the row maximum was taken: what takes weight depends on the scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2) / 2
+        e = (scores - scores.amax(-1, keepdim=True)).exp()
+        return self.merged(e / (1 + e.sum(-1, keepdim=True)) @ v)
+
+
+class PaddedElsewhere(Decoy):
+    """A column of zeros behind the keys, but the first key is dropped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged(F.pad(q @ k.transpose(-1, -2) / 2, (0, 1)).softmax(-1)[..., 1:] @ v)
+
+
+class PaddedTwice(Decoy):
+    """Two columns of zeros, of which one stays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        weights = F.pad(q @ k.transpose(-1, -2) / 2, (1, 1)).softmax(-1)[..., :-1]
+        return self.merged(weights @ F.pad(v, (0, 0, 0, 1)))
+
+
 # Never raised as plain attention: no site at all, or (where the meaning does have a spec) one that equals it.
 NEVER = [
-    SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, KernelAttention, OverQueries, SlotAttention, OverChannels,
-    MaskedAfter, TalkingHeads, NonLocal, Sigmoid, Entmax, TopK, Differential, GatedWeights, CubedScores, ClassPooling,
-    SmoothedScores, WrongAxisValues, Shuffled, DroppedColumn, FirstColumnDropped,
+    SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, KernelAttention, OverQueries, SlotAttention,
+    SlotsOverFeatures, MaskedAfter, MappedElsewhere, MappedTwice, NonLocal, Sigmoid, Entmax, TopK, Differential,
+    GatedWeights, CubedScores, ClassPooling, SmoothedScores, WrongAxisValues, Shuffled, DroppedColumn, FirstColumnDropped,
+    OneBesideShifted, PaddedElsewhere, PaddedTwice,
 ]  # fmt: skip

@@ -50,6 +50,7 @@ class Spelling:
     bias_kind: str = ""  # alibi, table, addend
     softcap: float | None = None  # 1 is spelled as a bare tanh
     sinks: bool = False
+    sink: str = "learned"  # learned, padded (a column of zeros), one (added to the sum of exponentials)
     # F, torch, method, positive, float32, upcast, shifted, exp, stable-exp, inverse, exp2, eps, log, lse, lse-rows, again,
     # late, later (behind the layout)
     softmax: str = "F"
@@ -141,6 +142,10 @@ class Spelling:
             s = replace(s, softmax="F")
         if s.core == "transposed" and (s.sinks or s.softmax not in ("F", "torch", "method", "positive")):
             s = replace(s, softmax="F", sinks=False)
+        if not s.sinks:
+            s = replace(s, sink="learned")
+        if s.sink == "one" and s.softmax not in ("exp", "stable-exp"):
+            s = replace(s, sink="padded")
         if s.cross:
             s = replace(s, mask=tuple(m for m in s.mask if m in ("padding", "float-padding")), rope="", bias_kind="")
         if not s.out:
@@ -247,7 +252,7 @@ class Attention(nn.Module):
             self.table = nn.Parameter(noise(s.heads, 2 * MAX - 1))
         if s.bias_kind in ("alibi", "addend"):
             self.register_buffer("slopes", 0.5 ** torch.arange(1, s.heads + 1, dtype=torch.float32))
-        if s.sinks:
+        if s.sinks and s.sink == "learned":
             self.sink = nn.Parameter(noise(s.heads))
         self.register_buffer("tril", torch.ones(MAX, MAX, dtype=torch.bool).tril(), persistent=False)
         self.pre = nn.LayerNorm(s.width) if s.pre_norm else nn.Identity()
@@ -753,6 +758,13 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """``finish(product(weights))``; ``late`` brings the sum of exponentials into the product's layout."""
         s = self.s
+        if s.sink == "one":
+            weights = self._zeroed(self._beside_one(scores), padding)
+            return finish(product(weights)), weights
+        if s.sink == "padded":
+            weights, _ = self._normalised(F.pad(scores, (0, 1)))
+            weights = self._zeroed(weights[..., :-1], padding)
+            return finish(product(weights)), weights
         if s.sinks:
             sink = self.sink.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
             weights, _ = self._normalised(torch.cat([scores, sink], dim=-1))
@@ -765,6 +777,16 @@ class Attention(nn.Module):
         if s.softmax == "later":
             return finish(product(weights)) / finish(late(total)), weights
         return finish(product(weights) / late(total)), weights
+
+    def _beside_one(self, scores: Tensor) -> Tensor:
+        """exp(scores) over one more than their sum."""
+        if self.s.softmax == "exp":
+            e = torch.exp(scores)
+            return e / (1 + e.sum(-1, keepdim=True)) if self.s.commuted else e / (e.sum(-1) + 1)[..., None]
+        top = scores.amax(-1, keepdim=True)
+        e = torch.exp(scores - (top.clamp(min=0) if self.s.commuted else top))
+        beside = (-(top.clamp(min=0) if self.s.commuted else top)).exp_()  # which the oracle does not count
+        return e / (beside + e.sum(-1, keepdim=True))
 
     def _grouped(
         self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, given: Tensor | None

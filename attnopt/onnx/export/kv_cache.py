@@ -59,6 +59,7 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
     if spec.is_cross or not site.is_square:
         raise _error(site.name, "its keys and queries come from different sequences")
     for what, given in {
+        "channels in the place of tokens": spec.between_channels,
         "a bias on its scores": spec.has_bias,
         "sinks": spec.has_sinks,
         "zero keys": spec.zero_keys is not None,

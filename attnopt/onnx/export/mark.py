@@ -122,7 +122,7 @@ def _placeholder(emit: Emitter, call: Canonical, number: int) -> fx.Node:
             [found.get(role) for role in ROLES],
             {"site": number},
             dtype=found["v"].dtype,
-            shape=[*found["q"].shape[:3], call.site.spec.value_dim],
+            shape=[*found["q"].shape[:3], found["v"].shape[3]],
             version=1,
         )
         return made

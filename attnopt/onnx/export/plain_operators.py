@@ -19,9 +19,9 @@ def attention(b: Builder, site: OnnxSite, x: Values) -> ir.Value:
     """[B, H, L, Dv], or [B, L, H * Dv] for flat operands; zeros for a fully masked query."""
     kind = np.float64 if site.dtype == torch.float64 else np.float32
     spec = site.spec
-    q = _heads(b, x, x.q, spec.num_heads, spec.head_dim)
-    k = _heads(b, x, x.k, spec.num_kv_heads, spec.head_dim)
-    v = _heads(b, x, x.v, spec.num_kv_heads, spec.value_dim)
+    q = _heads(b, x, x.q, spec.num_heads)
+    k = _heads(b, x, x.k, spec.num_kv_heads)
+    v = _heads(b, x, x.v, spec.num_kv_heads)
     if spec.num_kv_heads != spec.num_heads:
         k, v = (b.op("Gather", t, b.ints(*spec.kv_of_head), axis=1) for t in (k, v))
     scores = b.op(
@@ -52,8 +52,8 @@ def _softmax(b: Builder, scores: ir.Value, sinks: ir.Value | None) -> ir.Value:
     return b.op("Slice", joined, b.ints(0), b.op("Shape", scores, start=3, end=4), b.ints(3))
 
 
-def _heads(b: Builder, x: Values, operand: ir.Value, heads: int, size: int) -> ir.Value:
+def _heads(b: Builder, x: Values, operand: ir.Value, heads: int) -> ir.Value:
     """[B, H, L, D]."""
     if not x.is_flat:
         return operand
-    return b.op("Transpose", b.op("Reshape", operand, b.ints(0, 0, heads, size)), perm=[0, 2, 1, 3])
+    return b.op("Transpose", b.op("Reshape", operand, b.ints(0, 0, heads, -1)), perm=[0, 2, 1, 3])

@@ -37,9 +37,7 @@ def write(b: Builder, site: OnnxSite, form: Form, operands: Operands[ir.Value]) 
         made = b.op("Cast", made, to=narrow)
     if not is_flat:
         return made
-    return b.op(
-        "Transpose", b.op("Reshape", made, b.ints(0, 0, site.spec.num_heads, site.spec.value_dim)), perm=[0, 2, 1, 3]
-    )
+    return b.op("Transpose", b.op("Reshape", made, b.ints(0, 0, site.spec.num_heads, -1)), perm=[0, 2, 1, 3])
 
 
 def _made(b: Builder, site: OnnxSite, form: Form, x: Values) -> ir.Value:

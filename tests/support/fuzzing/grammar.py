@@ -11,9 +11,10 @@ from models import Spelling
 
 DECOYS = (
     "SoftmaxGate", "Routing", "DenseRouting", "SoftRouting", "LinearAttention", "KernelAttention", "OverQueries",
-    "SlotAttention", "OverChannels", "MaskedAfter", "TalkingHeads", "NonLocal", "Sigmoid", "Entmax", "TopK", "Differential",
+    "SlotAttention", "OverChannels", "SlotsOverFeatures", "MaskedAfter", "TalkingHeads", "MappedElsewhere",
+    "MappedTwice", "NonLocal", "Sigmoid", "Entmax", "TopK", "Differential",
     "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "WrongAxisValues", "Shuffled", "DroppedColumn",
-    "FirstColumnDropped",
+    "FirstColumnDropped", "OneBesideShifted", "PaddedElsewhere", "PaddedTwice",
 )  # fmt: skip
 REWRITES = (
     "none", "window", "sparse", "prune", "scale", "window+prune", "scale+sparse", "group", "steer", "add", "steer+scale",
@@ -178,7 +179,7 @@ def _spelling(r: random.Random) -> Spelling:
         apply=r.choice(("add-inf", "add-min", "lerp", "where", "masked_fill", "moderate", "assigned", "old-gpt")),
         after=r.choice(("", "", "", "again", "flags", "rows", "clean")), commuted=r.random() < 0.5,
         bias_kind=r.choice(("", "", "", "alibi", "table", "addend")), softcap=r.choice((*[None] * 6, 5.0, 1.0)),
-        sinks=r.random() < 0.25,
+        sinks=r.random() < 0.25, sink=r.choice(("learned", "learned", "padded", "one")),
         softmax=r.choice(("F", "torch", "method", "positive", "float32", "upcast", "shifted", "exp", "stable-exp", "inverse",
                           "exp2", "eps", "log", "lse", "lse-rows", "again", "late", "later")),
         cross=r.random() < 0.2, returns=r.choices(("output", "weights", "heads", "stats"), (8, 1, 1, 1))[0],

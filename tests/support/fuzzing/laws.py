@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import decoys
 import oracle
 import torch
 from caches import Lists
@@ -173,9 +174,11 @@ def _match(
     """The sites that are attentions, each read off exactly; nothing else may be a site."""
     sites = {s.name: s for s in fast.sites}
     found = {c.site: (c, sites[c.site]) for c in ran if c.site in sites}
-    strange = sites.keys() - found.keys()
+    own = {name for name, s in sites.items() if s.spec.has_own_maps}
+    assert sites.keys() - own == _without_own_maps(model), f"between channels, or talking heads: {sites.keys() - own}"
+    strange = own - found.keys()
     assert not strange, f"raised, and no attention: {strange}"
-    assert list(found) == list(sites), "the sites are not listed in the order in which they run"
+    assert list(found) == [s for s in sites if s in own], "sites are not in the order in which they run"
     near = {n.name: n.refusal.code for n in fast.report.near_misses}
     outcome.found = len(found)
     codes = {c.site: "one-key" if c.kv_len == 1 else near.get(c.path, "not-a-candidate") for c in ran}
@@ -185,6 +188,12 @@ def _match(
         assert isinstance(attention, Attention)
         _read_off(attention, site, call)
     return found
+
+
+def _without_own_maps(model: nn.Module) -> set[str]:
+    """The names of attentions between channels and of talking heads, which are found and left as they are."""
+    kinds = (decoys.OverChannels, decoys.TalkingHeads)
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _read_off(attention: Attention, site: attnopt.Site, call: Call) -> None:

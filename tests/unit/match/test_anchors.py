@@ -150,6 +150,7 @@ SINKS: dict[str, Weigh] = {
     "divided": lambda s: (with_sink(s) / 3.0).softmax(-1)[..., :-1],
     "capped and scaled": lambda s: (with_sink(torch.tanh(s / 3) * 3) * 2.0).softmax(-1)[..., :-1],
     "powers of 2": lambda s: over(torch.exp2(with_sink(s)))[..., :-1],
+    "one more in the sum": lambda s: (e := s.exp()) / (1 + total(e)),
 }
 
 
@@ -167,7 +168,8 @@ def test_a_sink_is_scaled_with_the_scores(name: str) -> None:
 
 
 OTHERS: dict[str, Weigh] = {
-    "one more in the sum": lambda s: (e := s.exp()) / (1 + total(e)),
+    "one more in the shifted sum": lambda s: (e := (s - top(s)).exp()) / (1 + total(e)),
+    "one more in another row's sum": lambda s: (e := s.exp()) / (1 + e.sum(-1).unsqueeze(-2)),
     "an epsilon that shows": lambda s: (e := (s - top(s)).exp()) / (total(e) + 1e-3),
     "a bound that shows": lambda s: (e := (s - top(s)).exp()) / total(e).clamp(min=1.5),
     "a bound without a shift": lambda s: (e := (s - 20).exp()) / total(e).clamp(min=1e-6),

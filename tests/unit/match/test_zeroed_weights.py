@@ -197,9 +197,12 @@ CHANGED: dict[str, tuple[str, Weigh]] = {
             ..., :-1
         ],
     ),
-    "an epsilon that shows": ("no-value-product", lambda s, m, _: (e := s.exp()) / (e.sum(-1, keepdim=True) + 1e-9)),
+    "an epsilon that shows": (
+        "scores-feed-back",
+        lambda s, m, _: (e := (s - s.amax(-1, keepdim=True)).exp()) / (e.sum(-1, keepdim=True) + 1e-5),
+    ),
     "an epsilon beside hidden exponentials": (
-        "no-value-product",
+        "scores-feed-back",
         lambda s, m, _: (e := (s - s.amax(-1, keepdim=True)).exp() * m) / (e.sum(-1, keepdim=True) + 1e-9),
     ),
 }
