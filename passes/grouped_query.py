@@ -68,6 +68,7 @@ class GroupedQuery(Pass, SharesBudget):
     name: ClassVar[str] = "grouped-query"
     exact: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
+    widens: ClassVar[bool] = True
     kv_heads: int
     merge: str | None = None
     grouping: str | Sequence[int] | None = None
