@@ -21,11 +21,11 @@ FAR = 4.0  # times the leverage of the calibration data
 def calibration_distance(
     model: nn.Module, calibration: Iterable[Batch] | Calibration, data: Iterable[Batch] | Calibration
 ) -> dict[str, float]:
-    """By site how far ``data`` lie from ``calibration``: the mean leverage of their tokens, relative to that of the calibration's.
+    """By site how far ``data`` lie from ``calibration``: the mean leverage of their tokens, those of ``calibration`` being 1.
 
-    The variance of what a least-squares fit predicts for a token is proportional to its leverage.  1 is the calibration data
-    themselves; a mean over the sites above 4 warns: the rewritten model is used on data that its fits know little of.
-    The leverage is that of the heads' outputs in ``model``, the original one, and depends on no scale or basis of them.  Raises
+    The variance of what a least-squares fit predicts for a token is proportional to its leverage.  It is that of the heads' outputs
+    in ``model``, the original one, whatever their scale or basis.  A mean over the sites above 4 warns: a fit knows little of
+    such data.  Other data of the same kind have 1 to 2; the fewer tokens the calibration has, the more.  Raises
     CalibrationError and CaptureError.
     """
     known, asked = Calibration.of(calibration), Calibration.of(data)

@@ -36,7 +36,9 @@ class Pass(ABC):
     name: ClassVar[str]
     exact: ClassVar[bool]  # True: the model computes the same as before
     calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
-    widens: ClassVar[bool] = False  # it fits weights to random tokens, too, ``site.activations.invented``, if there are some
+    widens: ClassVar[bool] = (
+        False  # it fits weights to random tokens, too, ``site.activations.invented``, if there are some
+    )
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """The pass; with ``Choice`` or ``FirstOf`` among its options, that of a pass for each alternative."""

@@ -1,4 +1,4 @@
-"""The best known rewrite to fewer key/value heads without any data: as if all features of the tokens were alike and independent."""
+"""The best known rewrite to fewer key/value heads without any data: as if the features of tokens were alike and independent."""
 
 from __future__ import annotations
 
