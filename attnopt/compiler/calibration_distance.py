@@ -23,10 +23,10 @@ def calibration_distance(
 ) -> dict[str, float]:
     """By site how far ``data`` lie from ``calibration``: the mean leverage of their tokens, those of ``calibration`` being 1.
 
-    The variance of what a least-squares fit predicts for a token is proportional to its leverage.  It is that of the heads' outputs
-    in ``model``, the original one, whatever their scale or basis.  A mean over the sites above 4 warns: a fit knows little of
-    such data.  Other data of the same kind have 1 to 2; the fewer tokens the calibration has, the more.  Raises
-    CalibrationError and CaptureError.
+    The variance of what a least-squares fit predicts for a token is proportional to its leverage.  It is that of the
+    heads' outputs in ``model``, the original one, whatever their scale or basis.  A mean over the sites above 4 warns: a
+    fit knows little of such data.  Other data of the same kind have 1 to 2, or more beside a calibration of few tokens.
+    Raises CalibrationError and CaptureError.
     """
     known, asked = Calibration.of(calibration), Calibration.of(data)
     analyzed, batches = analyze_batches(model, Calibration((*known, *asked)))

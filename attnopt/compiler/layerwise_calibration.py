@@ -49,10 +49,8 @@ class Stream:
             for run in (*runs, *others):
                 run.up_to(f.raised.node)
             activations = self._activations(f, [run.values for run in runs])
-            if others:
-                invented = self._activations(f, [run.values for run in others])
-                activations = replace(activations, invented=invented)
-            yield f, activations
+            invented = self._activations(f, [run.values for run in others]) if self.invented else None
+            yield f, replace(activations, invented=invented)
 
     def _run(self, batch: CallInputs) -> Forward:
         return Forward(self.gm, example_values(self.gm, *batch), self.schedule)

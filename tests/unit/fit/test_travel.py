@@ -17,6 +17,7 @@ from attnopt.compiler.analyze_batches import analyze_batches
 from attnopt.compiler.graph_probe import GraphProbe
 from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.compiler.random_tokens import with_random_tokens
+from attnopt.compiler.tied_weights import jointly, tied
 from attnopt.fit.kv_sides import Sides
 from attnopt.fit.least_squares import LayerMoments
 from attnopt.fit.leverage import MeanMoments
@@ -129,6 +130,19 @@ def test_merged_heads_of_a_narrow_vocabulary_hold_beyond_it(monkeypatch: pytest.
     assert error(fast, model, away) < 0.8 * error(narrow, model, away)
     assert error(fast, model, home) < error(narrow, model, home) + 0.02
     assert torch.equal(fast(*away[0]), same(*away[0]))
+
+
+def test_calls_of_shared_weights_are_fitted_together_on_random_tokens_too() -> None:
+    model = Reader()
+    model.layers[1] = model.layers[0]
+    gm, given, probe = arranged(model, texts())
+    random = with_random_tokens(gm, given, 0)
+    passes = dict.fromkeys([f.site.name for f in probe.found], (GroupedQuery(2),))
+    ((group, now),) = jointly(Stream(gm, probe.found, given, random), tied(probe.found, passes))
+    assert len(group) == 2
+    assert now.invented is not None
+    assert now.invented.calls == 2
+    assert len(now.invented.batches) == 2 * len(random)
 
 
 def error(fast: nn.Module, model: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> float:
