@@ -130,6 +130,9 @@ def test_merged_heads_of_a_narrow_vocabulary_hold_beyond_it(monkeypatch: pytest.
     assert error(fast, model, away) < 0.8 * error(narrow, model, away)
     assert error(fast, model, home) < error(narrow, model, home) + 0.02
     assert torch.equal(fast(*away[0]), same(*away[0]))
+    told = "grouped-query: fitted to 576 random tokens, too, which count 0.5 times as much as the data"
+    assert all(told in site.notes for site in fast.report.sites)
+    assert not any("random tokens" in note for site in narrow.report.sites for note in site.notes)
 
 
 def test_calls_of_shared_weights_are_fitted_together_on_random_tokens_too() -> None:
