@@ -25,7 +25,7 @@ def calibration_distance(
 
     The variance of what a least-squares fit predicts for a token is proportional to its leverage.  It is that of the
     heads' outputs in ``model``, the original one, whatever their scale or basis.  A mean over the sites above 4 warns: a
-    fit knows little of such data.  Other data of the same kind have 1 to 2, or more beside a calibration of few tokens.
+    fit knows little of such data.  Other data of the same kind have 1 to 2, or more beside a calibration of few sequences.
     Raises CalibrationError and CaptureError.
     """
     known, asked = Calibration.of(calibration), Calibration.of(data)
