@@ -63,7 +63,7 @@ class GroupedQuery(Pass, SharesBudget):
     is more sensitive.
 
     Defaults: with calibration data, optimal, score-optimal, least squares and a global budget, if the projections of
-    the site allow it; otherwise adjacent and mean.  Where the model reads token ids, all that is fitted is fitted to random
+    the site allow it; otherwise adjacent and mean.  Where an encoder reads token ids, all that is fitted is fitted to random
     tokens, too, so that it depends less on the domain of the data.  Raises PolicyError.
     """
 

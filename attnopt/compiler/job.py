@@ -16,6 +16,7 @@ from attnopt.compiler.policy import Policy
 from attnopt.compiler.random_tokens import with_random_tokens
 from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Backend, Pass
+from attnopt.match.find import Found
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,17 @@ class Job:
         return all_fitting(program, self.signature(program.module), self.batches)
 
     def invented(
-        self, program: Program, batches: Sequence[CallInputs], passes: Iterable[Sequence[Pass]]
+        self,
+        program: Program,
+        batches: Sequence[CallInputs],
+        found: Sequence[Found],
+        passes: Iterable[Sequence[Pass]],
     ) -> list[CallInputs]:
         """Batches of random tokens for the passes that fit to them, too, made of the arranged ones; none if no pass does, or
-        the model reads no tokens."""
-        fits = any(p.widens for own in passes for p in own)
-        return with_random_tokens(program.module, batches, self.options.seed) if fits else []
+        the model reads no tokens.  None for decoders either: there it is not known to help."""
+        if any(f.site.spec.is_causal for f in found) or not any(p.widens for own in passes for p in own):
+            return []
+        return with_random_tokens(program.module, batches, self.options.seed)
 
 
 def backends_of(backend: str | Backend) -> tuple[Backend, ...]:

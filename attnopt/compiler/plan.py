@@ -46,7 +46,7 @@ def _decided(
     if not learning or not job.batches:
         return [decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
     batches = job.arranged(program)
-    invented = job.invented(program, batches, (passes[f.site.name] for f in learning))
+    invented = job.invented(program, batches, learning, (passes[f.site.name] for f in learning))
     shares = allot(program.module, learning, passes, job.backends, batches, invented, decodes)
     made = dict(shares.ready)
     undecided = [f for f in learning if f.site.name not in made]

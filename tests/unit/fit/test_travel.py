@@ -33,9 +33,9 @@ WORDS, BEGIN = 300, 7
 class Reader(nn.Module):
     """Tokens and their positions through two attentions; the first words have few features."""
 
-    def __init__(self, words: int = WORDS) -> None:
+    def __init__(self, words: int = WORDS, causal: bool = False) -> None:
         super().__init__()
-        self.layers = stack().layers
+        self.layers = stack(causal=causal).layers
         torch.manual_seed(2)
         self.words, self.places = nn.Embedding(words, 16), nn.Embedding(400, 16)
         self.words.weight.data[:50, 6:] = 0.0
@@ -133,6 +133,12 @@ def test_merged_heads_of_a_narrow_vocabulary_hold_beyond_it(monkeypatch: pytest.
     told = "grouped-query: fitted to 576 random tokens, too, which count 0.5 times as much as the data"
     assert all(told in site.notes for site in fast.report.sites)
     assert not any("random tokens" in note for site in narrow.report.sites for note in site.notes)
+
+
+def test_decoders_are_fitted_to_the_data_alone() -> None:
+    model, data = Reader(causal=True).eval(), texts()
+    fast = attnopt.optimize(model, GroupedQuery(2), data[0], calibration=data)
+    assert not any("random tokens" in note for site in fast.report.sites for note in site.notes)
 
 
 def test_calls_of_shared_weights_are_fitted_together_on_random_tokens_too() -> None:
