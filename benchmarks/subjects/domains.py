@@ -1,4 +1,4 @@
-"""Five domains of text that no two of which are alike, from what installed packages ship and from Python's own library.
+"""Texts of five domains, no two of which are alike, from what installed packages ship and from Python's own library.
 
 `verse.txt` holds sonnets of Shakespeare and Shelley and poems of Blake, which are in the public domain.
 """
@@ -17,7 +17,7 @@ from common import package
 CHARACTERS = 400  # of each text
 MODULES = (
     "argparse", "asyncio/base_events", "asyncio/streams", "calendar", "collections/__init__", "concurrent/futures/thread",
-    "configparser", "csv", "decimal" , "difflib", "email/message", "fractions", "heapq", "http/client", "inspect", "ipaddress",
+    "configparser", "csv", "decimal", "difflib", "email/message", "fractions", "heapq", "http/client", "inspect", "ipaddress",
     "json/encoder", "logging/__init__", "mailbox", "multiprocessing/pool", "pathlib", "pickle", "random", "shutil", "smtplib",
     "statistics", "string", "subprocess", "tarfile", "tempfile", "threading", "turtle", "typing", "unittest/case",
     "urllib/parse", "zipfile",
@@ -32,14 +32,14 @@ def news() -> list[str]:
 
 def documentation() -> list[str]:
     """Descriptions of functions and classes."""
-    found = [_plain(text) for node, _ in _definitions() if (text := ast.get_docstring(node)) is not None]
+    found = [_plain(text) for node in _definitions() if (text := ast.get_docstring(node)) is not None]
     return [text for text in dict.fromkeys(found) if len(text) > 40]
 
 
 def code() -> list[str]:
     """Functions without their descriptions."""
     found: list[str] = []
-    for node, _ in _definitions():
+    for node in _definitions():
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
             found.append(ast.unparse(ast.Module([_with_body(node, body or [ast.Pass()])], [])))
@@ -67,7 +67,7 @@ def texts(domain: str) -> list[str]:
     return random.Random(0).sample(found, len(found))
 
 
-def _definitions() -> Iterator[tuple[ast.FunctionDef | ast.ClassDef, str]]:
+def _definitions() -> Iterator[ast.FunctionDef | ast.ClassDef]:
     library = Path(sysconfig.get_paths()["stdlib"])
     for name in MODULES:
         path = library / f"{name}.py"
@@ -75,7 +75,7 @@ def _definitions() -> Iterator[tuple[ast.FunctionDef | ast.ClassDef, str]]:
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                yield node, name
+                yield node
 
 
 def _with_body(node: ast.FunctionDef, body: list[ast.stmt]) -> ast.FunctionDef:
