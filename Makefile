@@ -99,6 +99,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/edits.py
 	$(PY) benchmarks/block_recall.py
 	$(PY) benchmarks/quality.py
+	$(PY) benchmarks/travel.py
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/calibration_memory.py
 	$(PY) benchmarks/heads_real.py

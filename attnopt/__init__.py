@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attnopt.base.input import Input
     from attnopt.base.intervals import Reach
     from attnopt.capture.calibration import Calibration
+    from attnopt.compiler.calibration_distance import calibration_distance
     from attnopt.compiler.head_results import HeadImportance, HeadProfile, HeadSet
     from attnopt.compiler.importance import greedy_heads, head_importance, head_profile
     from attnopt.compiler.plugins import register
@@ -174,6 +175,7 @@ __all__ = [
     "advise",
     "apply_patterns",
     "atlas",
+    "calibration_distance",
     "collect",
     "convert",
     "expose",
@@ -208,6 +210,7 @@ _NAMES = {
     "base.input": "Input",
     "base.intervals": "Reach",
     "capture.calibration": "Calibration",
+    "compiler.calibration_distance": "calibration_distance",
     "compiler.head_results": "HeadImportance HeadProfile HeadSet",
     "compiler.importance": "greedy_heads head_importance head_profile",
     "compiler.plugins": "register",

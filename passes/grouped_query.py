@@ -21,6 +21,7 @@ from attnopt.fit.partition_methods import (
     merged_spec,
     partitions,
 )
+from attnopt.ir.activations import INVENTED
 from attnopt.ir.head_routing import Routed
 from attnopt.ir.interfaces import Pass, Rewrite, Share, SharesBudget
 from attnopt.ir.kv_merge import KvMerge
@@ -62,12 +63,14 @@ class GroupedQuery(Pass, SharesBudget):
     is more sensitive.
 
     Defaults: with calibration data, optimal, score-optimal, least squares and a global budget, if the projections of
-    the site allow it; otherwise adjacent and mean.  Raises PolicyError.
+    the site allow it; otherwise adjacent and mean.  Where an encoder reads token ids, all that is fitted is fitted to random
+    tokens, too, so that it depends less on the domain of the data.  Raises PolicyError.
     """
 
     name: ClassVar[str] = "grouped-query"
     exact: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
+    widens: ClassVar[bool] = True
     kv_heads: int
     merge: str | None = None
     grouping: str | Sequence[int] | None = None
@@ -138,8 +141,10 @@ class GroupedQuery(Pass, SharesBudget):
         merge, partition = self._merge(site), self._partition(site)
         groups = groups_of(partition, site, self.kv_heads, loss_at(site, merge.by_scores))
         spec = merged_spec(partition, site, groups)
-        made = merged_and_fitted(merge, site, groups, spec, chosen(self.compensate, site))
-        notes = (_told(groups, merge), *(f"grouped-query: {note}" for note in made.notes))
+        fit = chosen(self.compensate, site)
+        made = merged_and_fitted(merge, site, groups, spec, fit)
+        widened = _widened(site) if merge.needs_calibration or fit.needs_calibration else ()
+        notes = (_told(groups, merge), *(f"grouped-query: {note}" for note in (*made.notes, *widened)))
         return replace(made, notes=notes)
 
     # ------------------------------------------------------------ choices
@@ -182,6 +187,13 @@ class GroupedQuery(Pass, SharesBudget):
             or check_part(merge, KV_MERGES.kind, site)
             or check_part(fit, COMPENSATIONS.kind, site)
         )
+
+
+def _widened(site: Site) -> tuple[str, ...]:
+    now = site.activations
+    if now is None or now.invented is None:
+        return ()
+    return (f"fitted to {now.invented.tokens} random tokens, too, which count {INVENTED:g} times as much as the data",)
 
 
 def _told(groups: Sequence[Group], merge: KvMerge) -> str:

@@ -21,7 +21,7 @@ from attnopt.compiler.decide import Decision, decide
 from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.compiler.tied_weights import jointly, of_all, tied
 from attnopt.errors import CalibrationError
-from attnopt.ir.interfaces import Backend, Pass, SharesBudget
+from attnopt.ir.interfaces import Backend, Pass, SharesBudget, given_to
 from attnopt.ir.site import Site
 from attnopt.lower.lower import lower
 from attnopt.match.find import Found
@@ -56,6 +56,7 @@ def allot(
     passes: Passes,
     backends: Sequence[Backend],
     batches: Sequence[CallInputs],
+    invented: Sequence[CallInputs] = (),
     decodes: bool = False,
 ) -> Allotment:
     """The allocation of each site for every one of its passes with a shared budget."""
@@ -63,7 +64,7 @@ def allot(
     ready: dict[str, Decision] = {}
     shared = {p for f in found for p in passes[f.site.name] if isinstance(p, SharesBudget) and p.is_shared}
     for p in sorted(shared, key=repr):
-        for s, n in _allot_one(gm, found, passes, backends, batches, p, decodes):
+        for s, n in _allot_one(gm, found, passes, backends, batches, invented, p, decodes):
             for d in s.probe:
                 name = d.found.site.name
                 made[name, p] = s.passes[n]
@@ -74,18 +75,18 @@ def allot(
 
 def _allot_one(
     gm: fx.GraphModule, found: Sequence[Found], passes: Passes, backends: Sequence[Backend], batches: Sequence[CallInputs],
-    p: Pass, decodes: bool,
+    invented: Sequence[CallInputs], p: Pass, decodes: bool,
 ) -> list[tuple[_Shares, int]]:  # fmt: skip
     """What each set of weights can have, and how many heads it gets."""
     assert isinstance(p, SharesBudget)
     shares: list[_Shares] = []
     with_it = [f for f in found if p in passes[f.site.name] and not f.raised.region.escapes]
     groups = tied(with_it, passes)
-    for group, activations in jointly(Stream(gm, with_it, batches), groups):
+    for group, activations in jointly(Stream(gm, with_it, batches, invented), groups):
         f = group[0]
         earlier = passes[f.site.name][: passes[f.site.name].index(p)]
         before = decide(f, earlier, backends, activations, decodes)
-        site = before.seen(activations)
+        site = given_to(p, before.seen(activations))
         if p.check(site) is not None:
             continue
         offered, wanted = p.shares(site), p.total([site])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -13,8 +13,10 @@ from attnopt.capture.signature import Signature
 from attnopt.compiler import plugins
 from attnopt.compiler.check import all_fitting
 from attnopt.compiler.policy import Policy
+from attnopt.compiler.random_tokens import with_random_tokens
 from attnopt.errors import PolicyError
-from attnopt.ir.interfaces import Backend
+from attnopt.ir.interfaces import Backend, Pass
+from attnopt.match.find import Found
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,19 @@ class Job:
     def arranged(self, program: Program) -> list[CallInputs]:
         """The calibration batches in the form in which the graph takes them.  Raises CalibrationError."""
         return all_fitting(program, self.signature(program.module), self.batches)
+
+    def invented(
+        self,
+        program: Program,
+        batches: Sequence[CallInputs],
+        found: Sequence[Found],
+        passes: Iterable[Sequence[Pass]],
+    ) -> list[CallInputs]:
+        """Batches of random tokens for the passes that fit to them, too, made of the arranged ones; none if no pass does, or
+        the model reads no tokens.  None for decoders either: there it is not known to help."""
+        if any(f.site.spec.is_causal for f in found) or not any(p.widens for own in passes for p in own):
+            return []
+        return with_random_tokens(program.module, batches, self.options.seed)
 
 
 def backends_of(backend: str | Backend) -> tuple[Backend, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,19 +30,30 @@ class Stream:
     of one layer, regardless of model depth.
     """
 
-    def __init__(self, gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs]) -> None:
-        self.gm, self.batches = gm, batches
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        found: Sequence[Found],
+        batches: Sequence[CallInputs],
+        invented: Sequence[CallInputs] = (),
+    ) -> None:
+        self.gm, self.batches, self.invented = gm, batches, invented
         self.schedule = Schedule(gm.graph, {f.raised.node: _read_by(f) for f in found})
         self.found = sorted(found, key=lambda f: self.schedule.place[f.raised.node])
 
     def sites(self) -> Iterator[tuple[Found, Activations]]:
         """Each site in execution order with its activations on the batches; their inputs
         live as long as the activations."""
-        runs = [Forward(self.gm, example_values(self.gm, *batch), self.schedule) for batch in self.batches]
+        runs, others = ([self._run(batch) for batch in some] for some in (self.batches, self.invented))
         for f in watched(self.found, "calibrating one attention after another"):
-            for run in runs:
+            for run in (*runs, *others):
                 run.up_to(f.raised.node)
-            yield f, self._activations(f, [run.values for run in runs])
+            activations = self._activations(f, [run.values for run in runs])
+            invented = self._activations(f, [run.values for run in others]) if self.invented else None
+            yield f, replace(activations, invented=invented)
+
+    def _run(self, batch: CallInputs) -> Forward:
+        return Forward(self.gm, example_values(self.gm, *batch), self.schedule)
 
     def _activations(self, f: Found, environments: Sequence[Values]) -> Activations:
         read = _read_by(f)

@@ -46,10 +46,12 @@ def _decided(
     if not learning or not job.batches:
         return [decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
     batches = job.arranged(program)
-    shares = allot(program.module, learning, passes, job.backends, batches, decodes)
+    invented = job.invented(program, batches, learning, (passes[f.site.name] for f in learning))
+    shares = allot(program.module, learning, passes, job.backends, batches, invented, decodes)
     made = dict(shares.ready)
     undecided = [f for f in learning if f.site.name not in made]
-    for group, activations in jointly(Stream(program.module, undecided, batches), tied(undecided, passes)):
+    stream = Stream(program.module, undecided, batches, invented)
+    for group, activations in jointly(stream, tied(undecided, passes)):
         name = group[0].site.name
         chosen = [shares.passes.get((name, p), p) for p in passes[name]]
         decisions = of_all(group, decide(group[0], chosen, job.backends, activations, decodes))

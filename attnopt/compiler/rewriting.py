@@ -13,7 +13,7 @@ from attnopt.ir import plugin_calls
 from attnopt.ir.activations import Activations
 from attnopt.ir.eviction import Eviction
 from attnopt.ir.head_weights import HeadWeights
-from attnopt.ir.interfaces import Backend, Pass, Rewrite
+from attnopt.ir.interfaces import Backend, Pass, Rewrite, given_to
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.lower.choose_backend import choose
@@ -44,9 +44,10 @@ class Rewriting:
         """Rewritten by one more pass, or why it refuses."""
         if self.found.raised.region.escapes:
             return escapes(self.found)
-        if (refusal := plugin_calls.check(p, self.site)) is not None:
+        given = given_to(p, self.site)
+        if (refusal := plugin_calls.check(p, given)) is not None:
             return refusal
-        rewrite = plugin_calls.rewrite(p, self.site)
+        rewrite = plugin_calls.rewrite(p, given)
         if self.site.spec.extension is None and rewrite.spec.extension is not None:
             refusal = _other_tokens(self.found)
         if refusal is None and rewrite.spec.eviction is not None and not self.decodes:

@@ -57,4 +57,11 @@ def _joined(calls: Sequence[Activations]) -> Activations:
     def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[OperandTensors]:
         return [o for call in calls[: 1 if first_alone else None] for o in call.compute(edits, first_alone)]
 
-    return Activations(calls[0].site, tuple(o for call in calls for o in call.batches), compute, calls=len(calls))
+    invented = [call.invented for call in calls if call.invented is not None]  # all of them, or none
+    return Activations(
+        calls[0].site,
+        tuple(o for call in calls for o in call.batches),
+        compute,
+        calls=len(calls),
+        invented=_joined(invented) if invented else None,
+    )

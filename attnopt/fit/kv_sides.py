@@ -129,15 +129,15 @@ def _keys(site: Site, activations: Activations, mixing: Mixing, weighted: bool) 
     readers = [[n for n, g in enumerate(spec.kv_of_head) if g == kv] for kv in range(G)]
     k_moments = torch.zeros(G * D, G * D, dtype=torch.float64)
     q_moments = torch.zeros(G, D, D, dtype=torch.float64)
-    for o in activations.batches:
+    for o, weight in ((o, weight) for now, weight in activations.weighted for o in now.batches):
         k = o.k[:, list(spec.kv_heads)].transpose(1, 2).flatten(2).double()
         seen = o.seen[..., None].double()
         k = (k - (k * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)) * seen
-        k_moments += k.flatten(0, 1).T @ k.flatten(0, 1)
+        k_moments += weight * (k.flatten(0, 1).T @ k.flatten(0, 1))
         q = o.q[:, list(spec.heads)].transpose(1, 2)[o.real].double()
         for g in range(G):
             mine = q[:, readers[g]].flatten(0, 1)
-            q_moments[g] += mine.T @ mine
+            q_moments[g] += weight * (mine.T @ mine)
     if mixing.pairs is not None:
         return _paired(k_moments, q_moments if weighted else None, mixing.pairs, G, D)
     scale, inverse = _roots(q_moments if weighted else None, G, D)
@@ -150,11 +150,12 @@ def _values(site: Site, activations: Activations, weighted: bool) -> Side:
     spec = site.spec
     G, D = site.num_kv_heads, site.value_dim
     moments = torch.zeros(G * D, G * D, dtype=torch.float64)
-    for p, o in zip(activations.weights(spec), activations.batches, strict=True):
-        v = o.v[:, list(spec.kv_heads)].transpose(1, 2).flatten(2)
-        for h in range(site.num_heads):
-            mixed = (p[:, h] @ v)[o.real]
-            moments += mixed.T @ mixed  # a batch in its own precision, their sum in float64
+    for now, weight in activations.weighted:
+        for p, o in zip(now.weights(spec), now.batches, strict=True):
+            v = o.v[:, list(spec.kv_heads)].transpose(1, 2).flatten(2)
+            for h in range(site.num_heads):
+                mixed = (p[:, h] @ v)[o.real]
+                moments += weight * (mixed.T @ mixed)  # a batch in its own precision, their sum in float64
     read = torch.zeros(G, D, D, dtype=torch.float64)
     for h, g in zip(spec.heads, spec.kv_of_head, strict=True):
         out = site.head_weight("out", h)

@@ -42,6 +42,9 @@ class Moments:
         """Restricted to some features."""
         return replace(self, zz=self.zz[features][:, features], zy=self.zy[features])
 
+    def __mul__(self, weight: float) -> Moments:
+        return replace(self, zz=weight * self.zz, zy=weight * self.zy, yy=weight * self.yy)
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -89,16 +92,21 @@ class LayerMoments(Statistic[tuple[Moments, Moments]]):
     held-out ones."""
 
     def measure(self, site: Site) -> tuple[Moments, Moments]:
-        now = site.activations
-        assert now is not None
-        wanted = output_weights(now.site)
-        assert wanted is not None
-        fitting, held = Sums(), Sums()
-        counts = zip(now.counted(False), now.counted(True), strict=True)
-        for z, y, (fit_on, hold) in zip(now.outputs(site.spec), now.given, counts, strict=True):
-            for sums, counted in ((fitting, fit_on), (held, hold)):
-                sums.add(with_ones(z, counted), with_ones(y, counted) @ wanted)
-        return fitting.moments(), held.moments()
+        assert site.activations is not None
+        parts = [[m * weight for m in _moments(now, site.spec)] for now, weight in site.activations.weighted]
+        fitting, held = (replace(combined(same), tokens=same[0].tokens) for same in zip(*parts, strict=True))
+        return fitting, held
+
+
+def _moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
+    wanted = output_weights(now.site)
+    assert wanted is not None
+    fitting, held = Sums(), Sums()
+    counts = zip(now.counted(False), now.counted(True), strict=True)
+    for z, y, (fit_on, hold) in zip(now.outputs(spec), now.given, counts, strict=True):
+        for sums, counted in ((fitting, fit_on), (held, hold)):
+            sums.add(with_ones(z, counted), with_ones(y, counted) @ wanted)
+    return fitting.moments(), held.moments()
 
 
 class Sums:

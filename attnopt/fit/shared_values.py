@@ -73,22 +73,25 @@ def _moments(
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of the regressors, and with the residual of the layer."""
-    wanted, before = output_weights(now.site), site.activations
+    wanted = output_weights(now.site)
     assert wanted is not None
-    assert before is not None
+    assert site.activations is not None
     size = blocks[-1].at.stop
     gram = torch.zeros(size, size, dtype=torch.float64)
     across = torch.zeros(size, out.shape[1], dtype=torch.float64)
-    streams = zip(
-        now.weights(spec), now.outputs(spec), now.given, before.batches, now.counted(False),
-        strict=True,
-    )  # fmt: skip
-    for p, z, y, operands, counted in streams:
+    streams = (
+        (weight, *of_batch)
+        for (part, weight), (before, _) in zip(now.weighted, site.activations.weighted, strict=True)
+        for of_batch in zip(
+            part.weights(spec), part.outputs(spec), part.given, before.batches, part.counted(False), strict=True
+        )
+    )
+    for weight, p, z, y, operands, counted in streams:
         values = [operands.v[:, [site.spec.kv_heads[g] for g in group]].transpose(1, 2).flatten(2) for group in groups]
         mixed = torch.cat([(p[:, b.head] @ values[b.group])[counted] for b in blocks], 1).float()
         wrong = (with_ones(y, counted) @ wanted - with_ones(z, counted) @ out).float()
-        gram += mixed.T @ mixed  # single precision is enough: the step is shrunk, and checked afterwards
-        across += mixed.T @ wrong
+        gram += weight * (mixed.T @ mixed)  # single precision is enough: the step is shrunk, and checked afterwards
+        across += weight * (mixed.T @ wrong)
     return gram, across
 
 

@@ -18,6 +18,7 @@ from attnopt.ir.semantics import edited
 from attnopt.ir.spec import AttentionSpec
 
 HELD_BACK = 8  # one sequence in this many; with fewer sequences, this fraction at the end of each
+INVENTED = 0.5  # weight of all invented tokens in a fit, that of all others being 1
 
 
 Compute = Callable[[Sequence[HeadWeights], bool], Sequence[OperandTensors]]  # weights; whether only for the first batch
@@ -33,6 +34,7 @@ class Activations:
     compute: Compute
     edits: tuple[HeadWeights, ...] = ()
     first: Activations | None = None  # with the original weights, if different
+    invented: Activations | None = field(default=None, repr=False)  # on random tokens, which only fits of weights read
     calls: int = 1  # of the site's weights: ``batches`` lists those of one call, then those of the next
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # by statistic and spec
 
@@ -48,7 +50,20 @@ class Activations:
         everything = merged(self.edits, inner)
         if inner:
             batches = tuple(self.compute(everything, first_alone))
-        return replace(self, batches=batches, edits=everything, first=self.original, memo={})
+        invented = None if self.invented is None or first_alone else self.invented.edited(edits)
+        return replace(self, batches=batches, edits=everything, first=self.original, invented=invented, memo={})
+
+    @cached_property
+    def alone(self) -> Activations:
+        """Without what is invented."""
+        return self if self.invented is None else replace(self, invented=None, memo={})
+
+    @property
+    def weighted(self) -> list[tuple[Activations, float]]:
+        """What weights are fitted to: these, and what is invented, with the weight of a token in each."""
+        if self.invented is None:
+            return [(self, 1.0)]
+        return [(self, 1.0), (self.invented, INVENTED * self.tokens / max(self.invented.tokens, 1))]
 
     @cached_property
     def given(self) -> list[Tensor]:

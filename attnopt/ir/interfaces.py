@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, ClassVar, Self
 
@@ -36,10 +36,9 @@ class Pass(ABC):
     name: ClassVar[str]
     exact: ClassVar[bool]  # True: the model computes the same as before
     calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
-    channels: ClassVar[bool] = (
-        False  # True: it also applies to attentions between channels, which are refused otherwise
-    )
-    head_maps: ClassVar[bool] = False  # True: it also applies to talking heads, which are refused otherwise
+    channels: ClassVar[bool] = False  # True: it also takes attentions between channels, which are refused otherwise
+    head_maps: ClassVar[bool] = False  # True: it also takes talking heads, which are refused otherwise
+    widens: ClassVar[bool] = False  # it also fits to random tokens, ``site.activations.invented``, if there are any
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """The pass; with ``Choice`` or ``FirstOf`` among its options, that of a pass for each alternative."""
@@ -79,6 +78,12 @@ class Pass(ABC):
     @abstractmethod
     def rewrite(self, site: Site) -> Rewrite:
         """The new spec and weights of the site.  Only called if ``check`` returned None; must have no side effects."""
+
+
+def given_to(p: Pass, site: Site) -> Site:
+    """``site`` as ``p`` sees it."""
+    now = site.activations
+    return site if p.widens or now is None else replace(site, activations=now.alone)
 
 
 @dataclass(frozen=True)

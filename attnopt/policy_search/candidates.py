@@ -205,7 +205,9 @@ def _groups(
     """The attentions that share weights together, with their activations if some alternative is fitted to them."""
     found = [f for f in compiled.findings.found if f.site.name in wanted]
     learning = [f for f in found if any(p.calibrates for own in wanted[f.site.name] for p in own)] if batches else []
-    stream = Stream(compiled.program.module, learning, batches)
+    passes = (p for f in learning for p in wanted[f.site.name])
+    invented = job.invented(compiled.program, batches, learning, passes)
+    stream = Stream(compiled.program.module, learning, batches, invented)
     yield from jointly(stream, tied(learning, wanted))
     rest = [f for f in found if f not in learning]
     yield from ((group, None) for group in tied(rest, wanted))

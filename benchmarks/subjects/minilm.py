@@ -51,7 +51,7 @@ class MiniLM:
             count += len(self.tokenizer(text)["input_ids"])
             if count >= TOKENS:
                 break
-        return self._batched(chosen)
+        return self.batched(chosen)
 
     def rewrites(self) -> Iterator[Rewrite]:
         yield from pruned_in_every_way("6 of 12 heads", 0.5, 12)
@@ -60,7 +60,7 @@ class MiniLM:
         yield from grouped("12 -> 3 KV heads", 3)
 
     def figures(self, model: torch.nn.Module) -> Mapping[str, float]:
-        cosine, rho = agreement(_embedded(model, self._reviews), self._dense)
+        cosine, rho = agreement(embedded(model, self._reviews), self._dense)
         judged = similarity.quality(lambda ids, mask: self._encode(model, ids, mask), self.tokenizer, self.data)
         return {
             "cosine": cosine,
@@ -76,13 +76,13 @@ class MiniLM:
 
     @cached_property
     def _reviews(self) -> Batches:
-        return self._batched(self.reviews(), 32)
+        return self.batched(self.reviews(), 32)
 
     @cached_property
     def _dense(self) -> Vectors:
-        return _embedded(self._model, self._reviews)
+        return embedded(self._model, self._reviews)
 
-    def _batched(self, texts: Sequence[str], size: int = 16) -> Batches:
+    def batched(self, texts: Sequence[str], size: int = 16) -> Batches:
         ordered = sorted(texts, key=len)
         return [similarity.tokens(self.tokenizer, ordered[i : i + size]) for i in range(0, len(ordered), size)]
 
@@ -116,7 +116,7 @@ def agreement(got: Vectors, want: Vectors) -> tuple[float, float]:
     return float((got * want).sum(1).mean()), float(rho)
 
 
-def _embedded(model: torch.nn.Module, data: Batches) -> Vectors:
+def embedded(model: torch.nn.Module, data: Batches) -> Vectors:
     with torch.no_grad():
         return torch.cat([model(*batch) for batch in data]).numpy()  # type: ignore[no-any-return]
 
