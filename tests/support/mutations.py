@@ -34,6 +34,30 @@ class Fault:
 
 
 FAULTS = (
+    # a model beside a file that was exported from it
+    Fault("lengths beyond the example, not looked at", "            pair.add(pattern_differences(a, b, tokens))",
+          "            pass",
+          "test_audit.py -k does_not_reach"),
+    Fault("layers of a file that get its own faults", "        other = None if given is None else given.get(i)",
+          "        other = None",
+          "test_audit.py -k lost_is_named-and-scale"),
+    Fault("an attention without a partner that is the same", 'return replace(made, verdict="differs", differences=(Difference(kind, *texts),))',
+          'return replace(made, verdict="same")',
+          "test_audit.py -k attention-skipped"),
+    Fault("heads in another order, paired by place", "            if g not in order\n            and relative",
+          "            if g == h\n            and relative",
+          "test_audit.py -k heads-swapped"),
+    Fault("a bias that differs by one number a query", "own - own.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)", "own",
+          "test_audit_parts.py -k shifted"),
+    Fault("what a file does not read, called missing", "        if unread:\n            whose",
+          "        if unread and b is not None:\n            whose",
+          "test_audit_parts.py -k not_read"),
+    Fault("outputs that differ outside of attentions", "return self.tolerance is not None and not self.error <= self.tolerance",
+          "return False",
+          "test_audit_parts.py -k elsewhere"),
+    Fault("a past that is not there", "    past = 0 if past_k is None else tensor(past_k).shape[2]",
+          "    past = 1",
+          "test_fused_operators.py -k grouped"),
     # sizes of a call
     Fault("keys and values of one attention at two lengths", "        torch._check(lengths[0] == lengths[1]",
           "        torch._check(lengths[0] == lengths[0]",
