@@ -28,8 +28,8 @@ def pattern_differences(model: Site, file: Site, tokens: int) -> list[Difference
     """Of two known patterns at this length; shown on one head alone, with random queries, keys and values."""
     rows = _rows(tokens)
     a, b = (_visible(s.spec.visible_pattern, s.spec.num_heads, rows, tokens) for s in (model, file))
-    a, b = torch.broadcast_tensors(a, b)
     apart = a ^ b
+    a, b = a.expand(apart.shape), b.expand(apart.shape)
     if not bool(apart.any()):
         return []
     head = int(apart.flatten(1).any(1).nonzero()[0])
@@ -55,7 +55,7 @@ def _visible(pattern: Pattern, heads: int, rows: Tensor, tokens: int) -> Tensor:
     """Bool [H or 1, rows, S]"""
     if tokens <= LARGEST:
         return pattern.mask(tokens, tokens, num_heads=heads)
-    found = pattern.at_length(tokens).visible(rows[:, None], torch.arange(tokens)[None, :])
+    found: Tensor = pattern.at_length(tokens).visible(rows[:, None], torch.arange(tokens)[None, :])
     return found.expand(len(rows), tokens).unsqueeze(0) if found.dim() == 2 else found
 
 

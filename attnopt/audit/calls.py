@@ -78,9 +78,7 @@ class Sides:
         return work <= _WORK and max(scores, default=0) <= _SCORES
 
 
-def sides_of(
-    model: nn.Module, file: str | os.PathLike[str], inputs: CallInputs, own: Mapping[str, Tensor]
-) -> Sides:
+def sides_of(model: nn.Module, file: str | os.PathLike[str], inputs: CallInputs, own: Mapping[str, Tensor]) -> Sides:
     """``own``: inputs of the file.  Raises CaptureError."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
@@ -95,7 +93,11 @@ def sides_of(
     of_file = analyze(module, wide, shapes)
     few = sorted({n.op_type for n in source.nodes if any(word in n.op_type.lower() for word in _FEW)})
     tolerance = FEW_BITS if few else HALF if is_half(source) or _is_half(model) else EXACT
-    notes = (f"the file computes in few bits ({', '.join(few)}): differences below {FEW_BITS:.0%} are rounding",) if few else ()
+    notes = (
+        (f"the file computes in few bits ({', '.join(few)}): differences below {FEW_BITS:.0%} are rounding",)
+        if few
+        else ()
+    )
     return Sides(model, analyze_in_eval(model, inputs, "auto"), of_file, source, given, tolerance, notes)
 
 

@@ -63,9 +63,10 @@ def _sinks(model: Attended, file: Attended, tolerance: float) -> list[Difference
     if a is None and b is None:
         return []
     if a is None or b is None:
-        return [Difference("sinks", *(NONE if x is None else "a logit for each head" for x in (a, b)))]
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    if relative(b.expand(shape).exp(), a.expand(shape).exp()) <= tolerance:
+        texts = [NONE if x is None else "a logit for each head" for x in (a, b)]
+        return [Difference("sinks", texts[0], texts[1])]
+    both = torch.zeros_like(a + b)
+    if relative((both + b).exp(), (both + a).exp()) <= tolerance:
         return []
     return [Difference("sinks", f"logits from {float(a.min()):.3g}", f"logits from {float(b.min()):.3g}")]
 
@@ -76,7 +77,9 @@ def _features(model: AttentionSpec, file: AttentionSpec) -> list[Difference]:
         tuple(map(str, (s.has_map, s.pooling, s.extension, s.weight_gains, s.segments, s.selection, s.rows)))
         for s in (model, file)
     )
-    return [] if a == b else [Difference("features", ", ".join(model.features) or NONE, ", ".join(file.features) or NONE)]
+    return (
+        [] if a == b else [Difference("features", ", ".join(model.features) or NONE, ", ".join(file.features) or NONE)]
+    )
 
 
 def masks_apart(model: Attended, file: Attended) -> Apart:

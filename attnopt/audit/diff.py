@@ -43,9 +43,8 @@ def diff(
 
     Raises CaptureError if the model or the file cannot be read or run.
     """
-    given = {name: x for name, x in (inputs or {}).items()}
     with torch.no_grad():
-        return _Audit(sides_of(model, file, CallInputs.of(args, kwargs), given)).result()
+        return _Audit(sides_of(model, file, CallInputs.of(args, kwargs), inputs or {})).result()
 
 
 @dataclass
@@ -115,11 +114,12 @@ class _Audit:
         return (a.num_heads, a.value_dim) == (b.num_heads, b.value_dim)
 
     def _compare_pair(self, pair: _Pair, a: Attended, b: Attended, call: Call) -> None:
-        if (apart := sizes_apart(a, b)) is not None:
+        sizes = [[*x.operands.q.shape[:3], x.operands.k.shape[2]] for x in (a, b)]
+        apart = sizes_apart(a, b)
+        if apart is not None and sizes[0][0] == sizes[1][0]:
             pair.add([apart])
             return
-        sizes = [[*x.operands.q.shape[:3], x.operands.k.shape[2]] for x in (a, b)]
-        if sizes[0] != sizes[1]:
+        if apart is not None or sizes[0] != sizes[1]:
             pair.why = f"the example gives it {_sizes(sizes[0])} in the model and {_sizes(sizes[1])} in the file"
             return
         setting: Setting = "longer" if call.setting == "longer" else "example"

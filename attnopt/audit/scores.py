@@ -9,7 +9,9 @@ from attnopt.audit.trace import Attended
 from attnopt.ir.semantics import heads_of
 from attnopt.report.audit import Difference
 
-KINDS = frozenset(("kv-map", "heads", "head-order", "scale", "inputs", "positions", "norms", "queries", "keys", "values"))
+KINDS = frozenset(
+    ("kv-map", "heads", "head-order", "scale", "inputs", "positions", "norms", "queries", "keys", "values")
+)
 NEAR = 10.0  # tolerance multiple for one explanation of a difference
 
 
@@ -85,7 +87,8 @@ def _kv_map(model: Attended, file: Attended, tolerance: float) -> Difference | N
 
 def _unit(x: Tensor) -> Tensor:
     """Each head [B, h, S, D] of norm 1, wherever a scale stands."""
-    return torch.nn.functional.normalize(x.float().transpose(0, 1).flatten(1), dim=1).view(x.transpose(0, 1).shape).transpose(0, 1)
+    size: Tensor = x.float().square().sum((0, 2, 3), keepdim=True).sqrt()
+    return x.float() / size.clamp(min=1e-12)
 
 
 def _map_text(kv_of_head: tuple[int, ...] | list[int]) -> str:
@@ -141,7 +144,9 @@ def _same_norms(got: Tensor, want: Tensor, tolerance: float) -> bool:
 
 
 def _same_directions(got: Tensor, want: Tensor, tolerance: float) -> bool:
-    return relative(torch.nn.functional.normalize(got, dim=-1), torch.nn.functional.normalize(want, dim=-1)) <= tolerance
+    return (
+        relative(torch.nn.functional.normalize(got, dim=-1), torch.nn.functional.normalize(want, dim=-1)) <= tolerance
+    )
 
 
 def _which(got: Tensor, want: Tensor, tolerance: float) -> str:

@@ -14,8 +14,8 @@ from attnopt.ir.semantics import visible
 
 @dataclass(frozen=True)
 class Seen:
-    """``hidden`` bool, ``added`` float32 with 0 where hidden, both [B|1, H|1, L, S]; ``defined`` bool, [B|1, H|1, L, 1]: the query
-    sees a key at all; the output of others is a matter of how a mask is spelled."""
+    """``hidden`` bool, ``added`` float32 with 0 where hidden, both [B|1, H|1, L, S]; ``defined`` bool, [B|1, H|1, L, 1]: the
+    query sees a key at all; the output of others is a matter of how a mask is spelled."""
 
     hidden: Tensor
     added: Tensor

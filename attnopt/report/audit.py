@@ -16,8 +16,8 @@ EXIT_CODES: dict[Verdict, int] = {"same": 0, "differs": 1, "not compared": 2}
 class Effect:
     """How much the output of an attention changes: the norm of the difference, relative to that of the model's output.
 
-    ``setting``: "example", on the example's tokens; "longer", both models whole on an example made longer; "alone", this attention
-    with random queries, keys and values.
+    ``setting``: "example", on the example's tokens; "longer", both models whole on an example made longer; "alone", this
+    attention with random queries, keys and values.
     """
 
     tokens: int
@@ -56,8 +56,8 @@ class ComparedSite:
 
 @dataclass(frozen=True)
 class ComparedOutputs:
-    """The outputs of both models whole, in torch and in ONNX Runtime: the largest relative difference, and what rounding explains;
-    ``tolerance`` None: not judged, since the file computes in fewer bits."""
+    """The outputs of both models whole, in torch and in ONNX Runtime: the largest relative difference, and what rounding
+    explains; ``tolerance`` None: not judged, since the file computes in fewer bits."""
 
     tokens: int
     error: float

@@ -24,7 +24,9 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def site_of(path: Path, kind: str, given: Arrays, stored: Arrays, slots: list[str], outputs: int = 1, **options: Any) -> Site:
+def site_of(
+    path: Path, kind: str, given: Arrays, stored: Arrays, slots: list[str], outputs: int = 1, **options: Any
+) -> Site:
     """The one attention in a file of one node; ``slots``: its inputs, empty where one is left out."""
     domain = options.pop("domain", "com.microsoft")
     names = [f"y{i}" for i in range(outputs)]
@@ -34,7 +36,7 @@ def site_of(path: Path, kind: str, given: Arrays, stored: Arrays, slots: list[st
         [node],
         "g",
         [helper.make_tensor_value_info(n, of(x.dtype), list(x.shape)) for n, x in given.items()],
-        [helper.make_tensor_value_info("y0", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y0", TensorProto.FLOAT, [None] * next(iter(given.values())).ndim)],
         [numpy_helper.from_array(x, n) for n, x in stored.items()],
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
@@ -46,9 +48,18 @@ def site_of(path: Path, kind: str, given: Arrays, stored: Arrays, slots: list[st
 
 
 def test_attention_with_its_projections(tmp_path: Path) -> None:
-    stored = {"w": noise(H * D, 3 * H * D, seed=1), "b": noise(3 * H * D, seed=2), "m": np.array([[1] * L, [1] * 4 + [0] * 3], np.int32)}
+    stored = {
+        "w": noise(H * D, 3 * H * D, seed=1),
+        "b": noise(3 * H * D, seed=2),
+    }
     site = site_of(
-        tmp_path / "a.onnx", "Attention", {"x": noise(B, L, H * D)}, stored, ["x", "w", "b", "m"], num_heads=H, unidirectional=1
+        tmp_path / "a.onnx",
+        "Attention",
+        {"x": noise(B, L, H * D)},
+        stored,
+        ["x", "w", "b"],
+        num_heads=H,
+        unidirectional=1,
     )
     assert (site.num_heads, site.head_dim) == (H, D)
     assert site.spec.is_causal
@@ -66,8 +77,8 @@ def test_multi_head_attention(tmp_path: Path) -> None:
 
 
 def test_grouped_query_attention(tmp_path: Path) -> None:
-    given = {"q": noise(B, L, H * D), "k": noise(B, L, G * D, seed=1), "v": noise(B, L, G * D, seed=2)}
-    angles = np.arange(16)[:, None] * 10.0 ** -np.arange(D // 2)
+    given = {"q": noise(B, L, H * 2 * D), "k": noise(B, L, G * 2 * D, seed=1), "v": noise(B, L, G * 2 * D, seed=2)}
+    angles = np.arange(16)[:, None] * 10.0 ** -np.arange(D)
     stored = {
         "lengths": np.full(B, L - 1, np.int32),
         "total": np.array(L, np.int32),

@@ -9,15 +9,15 @@ An exporter that cannot export a model, or whose file ONNX Runtime does not run,
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fnmatch
-import io
+import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import torch
 from audited import Layer, Model
 from torch import nn
 from torch.utils import _pytree as pytree
+
+import attnopt
 
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 OWN = {
@@ -72,72 +74,45 @@ def mixed(built: Built) -> bool:
     return bool(built[1]) and bool(built[2])
 
 
-def exported(by: str, model: nn.Module, args: tuple[torch.Tensor, ...], names: list[str], path: Path) -> Path:
-    """With free batch and length where the inputs are token ids; images stay as they are."""
-    free = all(x.dim() == 2 and not x.is_floating_point() for x in args)
+def exported(by: str, model: nn.Module, args: tuple[torch.Tensor, ...], names: list[str], folder: Path) -> Path:
+    """With free batch and length where the inputs are token ids; images stay as they are.  What optimizes files gets torch's."""
+    is_text = all(x.dim() == 2 and not x.is_floating_point() for x in args)
+    path = folder / f"{by}.onnx"
+    if path.exists():
+        return path
     if by.startswith("dynamo"):
-        opset = int(by.removeprefix("dynamo-"))
-        if free:
-            return audited.by_dynamo(model, args, path, opset, names)
-        torch.onnx.export(model, args, str(path), dynamo=True, opset_version=opset, input_names=names, verbose=False)
-        return path
+        return audited.by_dynamo(model, args, path, int(by.removeprefix("dynamo-")), names, is_text)
     if by == "script-17":
-        axes = {n: {0: "batch", 1: "length"} for n in names} if free else {n: {0: "batch"} for n in names}
-        torch.onnx.export(model, args, str(path), dynamo=False, opset_version=17, dynamic_axes=axes, input_names=names)
-        return path
-    return optimized(by, model, args, names, path)
-
-
-def optimized(by: str, model: nn.Module, args: tuple[torch.Tensor, ...], names: list[str], path: Path) -> Path:
-    """torch's file, optimized by somebody else."""
-    if by == "onnxscript":
-        import onnx_ir
-        from onnxscript.rewriter.ort_fusions import optimize_for_ort
-
-        made: Any = optimize_for_ort(onnx_ir.load(str(exported("dynamo-18", model, args, names, path))))
-        onnx_ir.save(made[0] if isinstance(made, tuple) else made, str(path))
-    elif by.startswith("runtime-"):
-        from onnxruntime.transformers import optimizer
-
-        exported("script-17", model, args, names, path)
-        optimizer.optimize_model(str(path), by.removeprefix("runtime-"), num_heads=0, hidden_size=0, opt_level=0).save_model_to_file(
-            str(path)
-        )
-    elif by == "session":  # ONNX Runtime's own graph optimizations, as it writes them
-        import onnxruntime
-
-        plain = exported("dynamo-18", model, args, names, path.with_suffix(".plain.onnx"))
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(path)
-        options.log_severity_level = 4
-        onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
-    elif by == "quantized":
-        from onnxruntime.quantization import quantize_dynamic
-
-        plain = exported("script-17", model, args, names, path.with_suffix(".plain.onnx"))
-        quantize_dynamic(str(plain), str(path), op_types_to_quantize=["MatMul", "Gemm"])
-    return path
+        return audited.by_script(model, args, path, names, ("batch", "length") if is_text else ("batch",))
+    plain = exported("dynamo-18" if by in ("onnxscript", "session") else "script-17", model, args, names, folder)
+    if by == "session":
+        return audited.fused_by_session(plain, path)
+    if by == "quantized":
+        return audited.in_eight_bits(plain, path)
+    shutil.copy(plain, path)
+    return (
+        audited.fused_by_onnxscript(path)
+        if by == "onnxscript"
+        else audited.fused_by_runtime(path, by.removeprefix("runtime-"))
+    )
 
 
 EXPORTERS = (
-    "dynamo-18", "dynamo-20", "dynamo-23", "dynamo-24", "script-17", "onnxscript", "runtime-bert", "runtime-gpt2", "session",
-    "quantized",
+    "script-17", "onnxscript", "dynamo-18", "runtime-bert", "dynamo-23", "session", "quantized", "runtime-gpt2", "dynamo-20",
+    "dynamo-24",
 )  # fmt: skip
 
 
-def outcome(build: Callable[[], Built], by: str, folder: Path) -> str:
-    import attnopt
-
+def prepared(build: Callable[[], Built]) -> tuple[nn.Module, tuple[torch.Tensor, ...], list[str]]:
     built = build()
-    model, args, names = wrapped(built)
     if mixed(built):
-        bound = {**dict(zip(("input_ids",), built[1], strict=True)), **built[2]}
-        model, args, names = wrapped((built[0], (), bound))
-    path = folder / "m.onnx"
+        built = (built[0], (), {"input_ids": built[1][0], **built[2]})
+    return wrapped(built)
+
+
+def outcome(model: nn.Module, args: tuple[torch.Tensor, ...], names: list[str], by: str, folder: Path) -> str:
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            exported(by, model, args, names, path)
+        path = exported(by, model, args, names, folder)
     except Exception as error:
         return f"no export ({type(error).__name__})"
     try:
@@ -146,9 +121,8 @@ def outcome(build: Callable[[], Built], by: str, folder: Path) -> str:
         return f"not read ({str(error).splitlines()[0][:150]})"
     if audit.verdict == "same":
         return f"same, {len(audit.sites)} attentions, at {max((n for s in audit.sites for n in s.tokens), default=0)} tokens"
-    why = "; ".join(
-        f"{s.name}: {[f'{d.kind}: {d.model} / {d.file}' for d in s.differences] or s.why}" for s in audit.sites if s.verdict != "same"
-    )
+    told = [s for s in audit.sites if s.verdict != "same"]
+    why = "; ".join(f"{s.name}: {[f'{d.kind}: {d.model} / {d.file}' for d in s.differences] or s.why}" for s in told)
     outputs = ", ".join(f"{o.error:.1e}" for o in audit.outputs)
     return f"{'ALARM' if audit.verdict == 'differs' else 'not compared'} ({why[:400]}) outputs {outputs}"
 
@@ -161,20 +135,36 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
-    for name, build in models().items():
-        for by in EXPORTERS:
+    _once()
+    made: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as root:
+        for by, (name, build) in product(EXPORTERS, models().items()):
             if not fnmatch.fnmatch(name, arguments.only) or not fnmatch.fnmatch(by, arguments.by):
                 continue
-            start = time.monotonic()
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    found = outcome(build, by, Path(folder))
-                except Exception as error:
-                    found = f"FAILED ({type(error).__name__}: {str(error)[:200]})"
+            start, folder = time.monotonic(), Path(root, name.replace(":", "-"))
+            folder.mkdir(exist_ok=True)
+            try:
+                made[name] = made.get(name) or prepared(build)
+                found = outcome(*made[name], by, folder)
+            except Exception as error:
+                found = f"FAILED ({type(error).__name__}: {str(error)[:200]})"
             counts[found.split(",")[0].split(" (")[0]] += 1
             print(f"{time.monotonic() - start:4.0f} s  {name:16} {by:13} {found}", flush=True)
     print(dict(counts))
     return 1 if counts["ALARM"] or counts["FAILED"] else 0
+
+
+def _once() -> None:
+    """A model is captured once for all of its files."""
+    from attnopt.audit import calls
+
+    captured, known = calls.analyze_in_eval, dict[int, Any]()
+
+    def analyzed(model: nn.Module, *given: Any) -> Any:
+        known[id(model)] = known.get(id(model)) or captured(model, *given)
+        return known[id(model)]
+
+    calls.analyze_in_eval = analyzed
 
 
 if __name__ == "__main__":

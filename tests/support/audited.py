@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import inspect
+import io
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +57,10 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         q, k, v = (f(x).view(B, L, -1, s.dim).transpose(1, 2) for f in (self.q, self.k, self.v))
         if s.normed:
-            q, k = (t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6) * w for t, w in ((q, self.q_norm), (k, self.k_norm)))
+            q, k = (
+                t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+                for t, w in ((q, self.q_norm), (k, self.k_norm))
+            )
         if s.turn is not None:
             q, k = self.turned(q), self.turned(k)
         k, v = self.shared(k), self.shared(v)
@@ -142,56 +149,108 @@ def changed(model: Model, at: int, **settings: Any) -> Model:
 NAMES = ["input_ids", "attention_mask"]
 
 
-def by_dynamo(model: nn.Module, args: tuple[Any, ...], path: Path, opset: int = 18, names: list[str] = NAMES) -> Path:
-    batch, length = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
-    shapes = tuple({0: batch, 1: length} for _ in args)
-    torch.onnx.export(
-        model.eval(), args, str(path), dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=names, verbose=False
-    )
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def by_dynamo(
+    model: nn.Module, args: tuple[Any, ...], path: Path, opset: int = 18, names: list[str] = NAMES, is_free: bool = True
+) -> Path:
+    free: dict[str, Any] = {"dynamic_shapes": _free(model, args)} if is_free else {}
+    with _quietly():
+        torch.onnx.export(
+            model.eval(), args, str(path), dynamo=True, opset_version=opset, input_names=names, verbose=False, **free
+        )
     return path
 
 
-def by_script(model: nn.Module, args: tuple[Any, ...], path: Path, names: list[str] = NAMES) -> Path:
-    axes = {name: {0: "batch", 1: "length"} for name in names}
-    torch.onnx.export(
-        model.eval(), args, str(path), dynamo=False, opset_version=17, dynamic_axes=axes, input_names=names
-    )
+def _free(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    """Batch and length of each input, also of a model that takes any number of them."""
+    axes = tuple(dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC) for _ in args)
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return (axes,) if kinds == [inspect.Parameter.VAR_POSITIONAL] else axes
+
+
+def by_script(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    path: Path,
+    names: list[str] = NAMES,
+    free: tuple[str, ...] = ("batch", "length"),
+) -> Path:
+    axes = {name: dict(enumerate(free)) for name in names}
+    with _quietly():
+        torch.onnx.export(
+            model.eval(), args, str(path), dynamo=False, opset_version=17, dynamic_axes=axes, input_names=names
+        )
     return path
 
 
-def at_one_size(model: nn.Module, args: tuple[Any, ...], path: Path, names: list[str] = NAMES) -> Path:
-    torch.onnx.export(model.eval(), args, str(path), dynamo=True, opset_version=18, input_names=names, verbose=False)
-    return path
+def at_one_size(model: nn.Module, args: tuple[Any, ...], path: Path) -> Path:
+    return by_dynamo(model, args, path, is_free=False)
 
 
 def by_onnxscript(model: nn.Module, args: tuple[Any, ...], path: Path) -> Path:
     """torch's exporter, then onnxscript's fusions for ONNX Runtime."""
+    return fused_by_onnxscript(by_dynamo(model, args, path))
+
+
+def fused_by_onnxscript(path: Path) -> Path:
     import onnx_ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    by_dynamo(model, args, path)
-    found = onnx_ir.load(str(path))
-    made = optimize_for_ort(found)
-    onnx_ir.save(made[0] if isinstance(made, tuple) else made, str(path))
+    with _quietly():
+        made: Any = optimize_for_ort(onnx_ir.load(str(path)))
+        onnx_ir.save(made[0] if isinstance(made, tuple) else made, str(path))
     return path
 
 
-def by_runtime(model: nn.Module, args: tuple[Any, ...], path: Path, kind: str = "bert", heads: int = 4) -> Path:
+def by_runtime(model: nn.Module, args: tuple[Any, ...], path: Path, kind: str = "bert") -> Path:
     """The TorchScript exporter, then the optimizer of ``onnxruntime.transformers``."""
+    return fused_by_runtime(by_script(model, args, path), kind)
+
+
+def fused_by_runtime(path: Path, kind: str) -> Path:
     from onnxruntime.transformers import optimizer
 
-    by_script(model, args, path)
-    size = getattr(getattr(model, "embed", None), "embedding_dim", 0)
-    made = optimizer.optimize_model(str(path), kind, num_heads=heads, hidden_size=size, opt_level=0)
-    made.save_model_to_file(str(path))
+    with _quietly():
+        made = optimizer.optimize_model(str(path), kind, num_heads=0, hidden_size=0, opt_level=0)
+        made.save_model_to_file(str(path))
+    return path
+
+
+def by_session(model: nn.Module, args: tuple[Any, ...], path: Path) -> Path:
+    return fused_by_session(by_dynamo(model, args, path.with_suffix(".plain.onnx")), path)
+
+
+def fused_by_session(plain: Path, path: Path) -> Path:
+    """ONNX Runtime's own graph optimizations, as it writes them."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
     return path
 
 
 def quantized(model: nn.Module, args: tuple[Any, ...], path: Path) -> Path:
+    return in_eight_bits(by_script(model, args, path.with_suffix(".plain.onnx")), path)
+
+
+def in_eight_bits(plain: Path, path: Path) -> Path:
     from onnxruntime.quantization import quantize_dynamic
 
-    plain = by_script(model, args, path.with_suffix(".plain.onnx"))
-    quantize_dynamic(str(plain), str(path), op_types_to_quantize=["MatMul", "Gemm"])
+    with _quietly():
+        quantize_dynamic(str(plain), str(path), op_types_to_quantize=["MatMul", "Gemm"])
     return path
 
 
@@ -205,6 +264,7 @@ EXPORTERS: dict[str, Exporter] = {
     "onnxscript": by_onnxscript,
     "runtime-bert": by_runtime,
     "runtime-gpt2": lambda m, a, p: by_runtime(m, a, p, "gpt2"),
+    "session": by_session,
     "quantized": quantized,
 }
 
@@ -212,13 +272,11 @@ EXPORTERS: dict[str, Exporter] = {
 # ---------------------------------------------------------------- faults
 @dataclass(frozen=True)
 class Fault:
-    """What an exporter loses: ``layer`` becomes one with ``lost``, in the attention ``at``; ``kind``: how it is to be named."""
+    """What an exporter loses: ``layer`` becomes one with ``lost``; ``kind``: how it is to be named."""
 
     kind: str
     layer: Layer
     lost: dict[str, Any]
-    at: int = 0
-    beside: frozenset[str] = frozenset()  # kinds that are named, too
 
 
 _PLAIN = Layer()
@@ -226,25 +284,25 @@ _MANY = Layer(kv=4)
 _BOTH = Layer(causal=False)
 FAULTS: dict[str, Fault] = {
     "window": Fault("window", Layer(window=4), {"window": None}),
-    "window-second-layer": Fault("window", Layer(window=5), {"window": None}, at=1),
+    "window-second-layer": Fault("window", Layer(window=5), {"window": None}),
     "window-beyond-the-example": Fault("window", Layer(window=30), {"window": None}),
     "window-4096": Fault("window", Layer(window=4096), {"window": None}),
     "window-off-by-one": Fault("window", Layer(window=5), {"window": 6}),
     "window-off-by-one-less": Fault("window", Layer(window=5), {"window": 4}),
     "window-off-by-one-beyond": Fault("window", Layer(window=40), {"window": 41}),
     "window-added": Fault("window", _PLAIN, {"window": 6}),
-    "window-of-an-encoder": Fault("window", Layer(window=4, causal=False), {"window": None}, beside=frozenset({"mask"})),
+    "window-of-an-encoder": Fault("window", Layer(window=4, causal=False), {"window": None}),
     "sinks": Fault("sinks", Layer(sinks=True), {"sinks": False}),
     "sinks-and-window": Fault("sinks", Layer(sinks=True, window=4), {"sinks": False}),
     "sinks-added": Fault("sinks", _PLAIN, {"sinks": True}),
     "softcap": Fault("softcap", Layer(softcap=5.0), {"softcap": None}),
     "softcap-changed": Fault("softcap", Layer(softcap=5.0), {"softcap": 6.0}),
-    "softcap-second-layer": Fault("softcap", Layer(softcap=8.0, window=4), {"softcap": None}, at=1),
+    "softcap-second-layer": Fault("softcap", Layer(softcap=8.0, window=4), {"softcap": None}),
     "scale": Fault("scale", _PLAIN, {"scale": 0.25}),
     "scale-one": Fault("scale", Layer(scale=0.3, turn=None), {"scale": 1.0}),
     "scale-slightly": Fault("scale", _PLAIN, {"scale": 8**-0.5 * 1.05}),
     "causal": Fault("causal", _PLAIN, {"causal": False}),
-    "causal-second-layer": Fault("causal", _MANY, {"causal": False}, at=1),
+    "causal-second-layer": Fault("causal", _MANY, {"causal": False}),
     "causal-added": Fault("causal", _BOTH, {"causal": True}),
     "padding": Fault("padding", _BOTH, {"padding": False}),
     "padding-of-a-decoder": Fault("padding", _PLAIN, {"padding": False}),
@@ -254,12 +312,11 @@ FAULTS: dict[str, Fault] = {
     "kv-tiled": Fault("kv-map", _PLAIN, {"tiled": True}),
     "kv-repeated": Fault("kv-map", Layer(tiled=True), {"tiled": False}),
     "heads-zeroed": Fault("heads", _MANY, {"zeroed": (2,)}),
-    "heads-zeroed-two": Fault("heads", Layer(kv=4, turn=None), {"zeroed": (0, 3)}, at=1),
+    "heads-zeroed-two": Fault("heads", Layer(kv=4, turn=None), {"zeroed": (0, 3)}),
     "heads-swapped": Fault("head-order", _MANY, {"order": (1, 0, 2, 3)}),
     "heads-reversed": Fault("head-order", Layer(kv=4, turn=None), {"order": (3, 2, 1, 0)}),
     "rope-base": Fault("positions", _PLAIN, {"turn": 10.0}),
     "rope-dropped": Fault("positions", _PLAIN, {"turn": None}),
-    "rope-scaled": Fault("positions", _MANY, {"shift": 1}, at=1),
+    "rope-scaled": Fault("positions", _MANY, {"shift": 1}),
     "norm": Fault("queries", Layer(normed=True), {"normed": False}),
-    "attention-skipped": Fault("missing", _PLAIN, {"skipped": True}, at=1),
 }

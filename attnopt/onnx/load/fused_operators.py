@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.onnx.load.layout_operators import Attributes
-from attnopt.onnx.load.values import Value, numbers, tensor
+from attnopt.onnx.load.values import Value, tensor
 
 Fused = Callable[..., tuple[Value, ...]]  # (attributes, *inputs) -> the outputs, those at the end may be missing
 _FILTER = -10000.0  # what ONNX Runtime adds where a mask hides, by default
@@ -302,9 +302,7 @@ def _skip_norm(
     return made, total.new_zeros(()), total.new_zeros(()), total
 
 
-def _skip_rms_norm(
-    a: Attributes, x: Value, skip: Value, weight: Value, bias: Value | None = None
-) -> tuple[Value, ...]:
+def _skip_rms_norm(a: Attributes, x: Value, skip: Value, weight: Value, bias: Value | None = None) -> tuple[Value, ...]:
     total = tensor(x) + tensor(skip) + (0 if bias is None else tensor(bias))
     (made,) = _rms_norm(a, total, weight)
     return made, total.new_zeros(()), total.new_zeros(()), total
