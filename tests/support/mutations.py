@@ -46,7 +46,7 @@ FAULTS = (
           "test_audit.py -k other_layers"),
     Fault("heads in another order, paired by place", "            if g not in order\n            and relative",
           "            if g == h\n            and relative",
-          "test_audit.py -k export_lost"),
+          "test_audit_parts.py -k swapped"),
     Fault("a bias that differs by one number a query", "own - own.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)",
           "own - own / seen.sum(-1, keepdim=True) * 0",
           "test_audit_parts.py -k shifted"),

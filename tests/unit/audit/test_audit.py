@@ -15,19 +15,7 @@ from audited import FAULTS, Layer, Model
 import attnopt
 from attnopt.errors import CaptureError
 
-FAST = (
-    "window",
-    "window-4096",
-    "sinks",
-    "softcap",
-    "scale",
-    "padding",
-    "alibi",
-    "kv-tiled",
-    "heads-swapped",
-    "rope-base",
-    "causal",
-)
+FAST = ("window-4096", "sinks", "softcap", "scale", "padding", "kv-tiled")
 EVERY = tuple(FAULTS)
 
 
@@ -52,7 +40,7 @@ def check(names: Sequence[str], audit: attnopt.Audit) -> None:
 def test_what_an_export_lost_is_named(tmp_path: Path) -> None:
     audit = lost(FAST, tmp_path / "lost.onnx")
     check(FAST, audit)
-    (window,) = audit.sites[1].differences  # of 4,096 tokens, where the example has 12
+    (window,) = audit.sites[0].differences  # of 4,096 tokens, where the example has 12
     assert window.effect is not None
     assert window.effect.tokens > 4096
     assert window.effect.setting == "alone"
@@ -60,7 +48,7 @@ def test_what_an_export_lost_is_named(tmp_path: Path) -> None:
     assert "4095" not in window.file
     told = json.loads(json.dumps(audit.to_json()))
     assert told["verdict"] == "differs"
-    found = told["sites"][3]["differences"][0]
+    found = told["sites"][2]["differences"][0]
     assert (found["kind"], found["model"], found["file"]) == ("softcap", "5", "none")
     assert "differs: softcap" in str(audit)
     assert "12 tokens (on the example)" in str(audit)
@@ -74,6 +62,7 @@ def test_every_planted_fault_is_named(first: int, exporter: str, tmp_path: Path)
     check(names, lost(names, tmp_path / "lost.onnx", audited.EXPORTERS[exporter]))
 
 
+@pytest.mark.slow
 def test_other_layers_stay_the_same_and_a_lost_one_is_missing(tmp_path: Path) -> None:
     """A fault in the first layer is none of the second."""
     model, args = Model(Layer(), Layer(), Layer()), audited.inputs()
@@ -109,6 +98,7 @@ def test_no_exporter_raises_an_alarm(name: str, exporter: str, tmp_path: Path) -
     assert audit.verdict != "differs", audit
 
 
+@pytest.mark.slow
 def test_a_file_of_one_size_is_compared_at_it_and_says_so(tmp_path: Path) -> None:
     layer = Layer(window=4096)
     model, args = Model(layer, layer), audited.inputs()
@@ -126,6 +116,7 @@ class _OtherInput(torch.nn.Module):
         return self.model(input_ids, attention_mask) * gain
 
 
+@pytest.mark.slow
 def test_inputs_that_the_model_does_not_have_are_asked_for(tmp_path: Path) -> None:
     model, args = Model(Layer()), audited.inputs()
     gain = torch.ones(1, 1)

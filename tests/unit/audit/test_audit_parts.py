@@ -15,7 +15,10 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.audit.inputs import _lengthened
 from attnopt.audit.pairs import paired
+from attnopt.audit.scores import score_differences
 from attnopt.audit.seen import Apart, Seen, ahead
+from attnopt.audit.trace import Attended
+from attnopt.ir.operands import Operands
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.report.audit import Audit, ComparedOutputs, ComparedSite, Difference
@@ -26,7 +29,7 @@ def seen_of(hidden: Tensor, added: Tensor) -> Seen:
 
 
 def test_a_bias_that_is_shifted_for_a_query_is_the_same() -> None:
-    hidden = torch.ones(1, 1, 5, 5, dtype=torch.bool).triu(1)
+    hidden = torch.ones(1, 2, 5, 5, dtype=torch.bool).triu(1)
     added = torch.randn(1, 2, 5, 5).masked_fill(hidden, 0.0)
     shifted = (added + torch.arange(5.0)[:, None]).masked_fill(hidden, 0.0)
     assert Apart.of(seen_of(hidden, added), seen_of(hidden, shifted)).added < 1e-5
@@ -65,6 +68,27 @@ def test_attentions_without_weights_are_paired_by_order_and_form() -> None:
     assert paired([site(4), site(2), site(4)], [site(4), site(4)]) == [(0, 0), (1, None), (2, 1)]
     assert paired([site(4)], [site(2), site(4)]) == [(0, 1), (None, 0)]
     assert paired([site(4)], [site(3)]) == [(0, 0)]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    spec = AttentionSpec.of(q.shape[1], k.shape[1], 8, 8, scale=0.3)
+    return Attended(spec, Operands(q, k, v), torch.zeros_like(q))
+
+
+def test_heads_that_are_swapped_are_told_as_such() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in "qkv")
+    order = [1, 0, 2]
+    (found,) = score_differences(attended(q, k, v), attended(q[:, order], k[:, order], v[:, order]), 1e-3)
+    assert (found.kind, found.file) == ("head-order", "heads 1, 0, 2")
+
+
+def test_a_scale_that_another_operand_has_is_the_same() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in "qkv")
+    assert score_differences(attended(q, k, v), attended(4 * q, k / 4, v), 1e-3) == []
+    (found,) = score_differences(attended(q, k, v), attended(2 * q, k, v), 1e-3)
+    assert (found.kind, found.model, found.file) == ("scale", "0.3", "0.6")
 
 
 def test_what_the_file_does_not_read_is_not_missing(tmp_path: Path) -> None:
