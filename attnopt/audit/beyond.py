@@ -47,15 +47,15 @@ def fits(spec: AttentionSpec, tokens: int) -> bool:
 def _rows(tokens: int) -> Tensor:
     if tokens <= LARGEST:
         return torch.arange(tokens)
-    spread = torch.linspace(0, tokens - 1, SAMPLE // 2).long()
-    return torch.unique(torch.cat([spread, torch.arange(tokens - SAMPLE // 2, tokens)]))
+    spread = torch.arange(0, tokens - SAMPLE // 2, max(1, tokens // (SAMPLE // 2)))
+    return torch.cat([spread, torch.arange(tokens - SAMPLE // 2, tokens)])
 
 
 def _visible(pattern: Pattern, heads: int, rows: Tensor, tokens: int) -> Tensor:
     """Bool [H or 1, rows, S]"""
     if tokens <= LARGEST:
         return pattern.mask(tokens, tokens, num_heads=heads)
-    found: Tensor = pattern.at_length(tokens).visible(rows[:, None], torch.arange(tokens)[None, :])
+    found = pattern.at_length(tokens).visible(rows[:, None], torch.arange(tokens)[None, :])
     return found.expand(len(rows), tokens).unsqueeze(0) if found.dim() == 2 else found
 
 

@@ -111,8 +111,8 @@ def output_errors(sides: Sides, call: Call) -> list[ComparedOutputs]:
     try:
         want = outputs_of(sides.eager.eval(), call.given.call)
     finally:
-        for m, mode in modes:
-            m.training = mode
+        for m, was_training in modes:
+            m.training = was_training
     feed: dict[str, Any] = {name: x.numpy() for name, x in call.given.feed.items()}
     found = Runs(sides.source, (feed,)).values(sides.source.outputs)[0]
     got = [torch.as_tensor(x) for x in found.values()]

@@ -284,7 +284,7 @@ def _rms_norm(a: Attributes, x: Value, weight: Value) -> tuple[Value, ...]:
     given, axis = tensor(x), a.get("axis", -1)
     wide = given.float()
     axes = list(range(axis % given.dim(), given.dim()))
-    made = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + a.get("epsilon", 1e-5))
+    made = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + (a.get("epsilon") or 1e-5))
     return (made.to(given.dtype) * tensor(weight),)
 
 
