@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attnopt import passes, patterns, plot, recipes, statistics
     from attnopt.advice import advise
     from attnopt.api import guidance, inspect, optimize
+    from attnopt.audit.diff import diff
     from attnopt.base.input import Input
     from attnopt.base.intervals import Reach
     from attnopt.capture.calibration import Calibration
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from attnopt.report.advice import Advice
     from attnopt.report.atlas import Atlas, HeadMaps
     from attnopt.report.attribution import Attribution
+    from attnopt.report.audit import Audit
     from attnopt.report.collected import Collected
     from attnopt.report.head_effects import HeadEffects
     from attnopt.report.head_search import HeadSearch
@@ -106,6 +108,7 @@ __all__ = [
     "AttnoptError",
     "AttnoptWarning",
     "Attribution",
+    "Audit",
     "Backend",
     "Band",
     "Behaviour",
@@ -178,6 +181,7 @@ __all__ = [
     "calibration_distance",
     "collect",
     "convert",
+    "diff",
     "expose",
     "fit_path_gains",
     "greedy_heads",
@@ -207,6 +211,7 @@ __all__ = [
 _NAMES = {
     "advice": "advise",
     "api": "guidance inspect optimize",
+    "audit.diff": "diff",
     "base.input": "Input",
     "base.intervals": "Reach",
     "capture.calibration": "Calibration",
@@ -263,6 +268,7 @@ _NAMES = {
     "report.advice": "Advice",
     "report.atlas": "Atlas HeadMaps",
     "report.attribution": "Attribution",
+    "report.audit": "Audit",
     "report.collected": "Collected",
     "report.head_effects": "HeadEffects",
     "report.head_search": "HeadSearch",

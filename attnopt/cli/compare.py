@@ -47,6 +47,10 @@ def diff(arguments: argparse.Namespace) -> int:
     from attnopt.graph.listing import differences, listing
     from attnopt.render.trees import hunks_text
 
+    if arguments.file is not None:
+        from attnopt.cli import audit
+
+        return audit.run(arguments)
     named = resolved(arguments, needs_sizes=not arguments.dynamic)
     require_model(arguments.model, named, "it does not contain the original graph")
     model = ignoring_inputs(named, arguments.policy)

@@ -1,7 +1,7 @@
 """The command line: ``attnopt inspect|optimize|export|explain|diff|search|heads|bench|demo|passes``.
 
 Exit codes: 0 all went well, 1 a deliberate error (its message on stderr), 2 a wrong command line, 3 an internal error,
-130 interrupted.
+130 interrupted.  ``diff MODEL FILE``: 0 the same, 1 they differ, 2 could not be compared.
 """
 
 from __future__ import annotations
@@ -145,10 +145,14 @@ def _add_diff(commands: Commands) -> None:
         commands,
         "diff",
         cli_compare.diff,
-        "show what a policy changes in the graph, as code",
+        "show what a policy changes in the graph, as code; with FILE: whether an exported file has the model's attentions "
+        "(exit code 0: the same, 1: they differ, 2: could not be compared)",
         'attnopt diff my_models:encoder --policy "local-window(left=128)" --site encoder.layer.0.attention.self',
+        "attnopt diff my_models:encoder exported.onnx",
     )
-    _add_model(parser, OR_FILE)
+    parser.add_argument("model", help=OR_FILE)
+    parser.add_argument("file", nargs="?", metavar="FILE", help="an .onnx file that some exporter made of the model")
+    _add_inputs(parser)
     _add_optimizing(parser)
     parser.add_argument("--site", help="show only the changes of this attention")
 

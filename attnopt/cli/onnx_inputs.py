@@ -44,6 +44,10 @@ class Given:
     def __bool__(self) -> bool:
         return self.inputs is not None or bool(self.sizes)
 
+    def arrays(self) -> dict[str, Tensor]:
+        """Those of ``--inputs``, by name; empty without it."""
+        return {} if self.inputs is None else _read(self.inputs)
+
 
 def require_onnx(given: Given, *names: str) -> None:
     """Raises AttnoptError if ``--inputs`` or ``--size`` is given without an ONNX file."""

@@ -14,6 +14,7 @@ shown_by("attnopt.report.atlas:Atlas", "text", "attnopt.render.atlas_table:atlas
 shown_by("attnopt.report.advice:Advice", "text", "attnopt.render.tables:advice_text")
 shown_by("attnopt.report.head_effects:HeadEffects", "text", "attnopt.render.score_tables:effects_text")
 shown_by("attnopt.report.head_search:HeadSearch", "text", "attnopt.render.score_tables:search_text")
+shown_by("attnopt.report.audit:Audit", "text", "attnopt.render.audit:audit_text")
 shown_by("attnopt.report.attribution:Attribution", "text", "attnopt.render.head_tables:attribution_text")
 shown_by("attnopt.report.collected:Collected", "text", "attnopt.render.head_tables:collected_text")
 shown_by("attnopt.report.inspection:Inspection", "html", "attnopt.render.page:inspection_fragment")

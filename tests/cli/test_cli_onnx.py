@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
 
+import audited
 import numpy as np
 import onnx
 import onnxruntime
@@ -192,3 +194,27 @@ def test_integers_are_made_up_as_places_in_any_table(tmp_path: Path, capsys: pyt
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "m.onnx")
     assert "not a regular file" in error_of(capsys, "inspect", str(tmp_path / "m.onnx"))
+
+
+@pytest.mark.slow
+def test_diff_with_a_file_is_a_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit codes 0, 1 and 2, with errors among the last."""
+    model, args = tiny_models.causal()
+    path = audited.by_script(model, args, tmp_path / "same.onnx", ["x"])
+    assert cli.main(["diff", "tiny_models:causal", str(path)]) == 0
+    assert "same.onnx: same (2 same" in capsys.readouterr().out
+    for layer in model.layers:
+        layer.causal = False
+    path = audited.by_script(model, args, tmp_path / "lost.onnx", ["x"])
+    assert cli.main(["diff", "tiny_models:causal", str(path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [s["differences"][0]["kind"] for s in found["sites"]] == ["causal", "causal"]
+    assert cli.main(["diff", "tiny_models:causal", str(tmp_path / "none.onnx")]) == 2
+    assert "none.onnx" in capsys.readouterr().err
+
+
+def test_diff_with_a_file_takes_no_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["diff", "tiny_models:causal", "some.onnx", "--policy", "local-window(left=2)"]) == 2
+    assert "--policy and --site do not apply" in capsys.readouterr().err
+    assert cli.main(["diff", "tiny_models:causal", "some.txt"]) == 2
+    assert "is not an .onnx file" in capsys.readouterr().err

@@ -36,13 +36,15 @@ def opened(
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
     brought: Collection[str] = (),
+    *,
+    opens_fused: bool = False,
 ) -> OnnxModule:
     """The module of an ONNX file.  Raises CaptureError if ONNX Runtime cannot run the file on the example inputs.
 
     ONNX Runtime executes nodes that are unknown, cannot be traced, or compute something else in torch.
-    ``brought``: names among ``kwargs`` that are a policy's where the file does not have them.
+    ``brought``: names among ``kwargs`` that are a policy's where the file does not have them.  ``opens_fused``: see ``Source``.
     """
-    source = read(path)
+    source = read(path, opens_fused)
     signature = signature_of(source)
     own = {name: x for name, x in kwargs.items() if name in signature.parameters or name not in brought}
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnopt.graph.value_names import named
 from attnopt.onnx.load.fuse_nodes import fused
+from attnopt.onnx.load.fused_operators import FUSED, kind_of
 from attnopt.onnx.load.grouping import in_order
 from attnopt.onnx.load.layout_operators import split
 from attnopt.onnx.load.operators import OPERATORS, meant
@@ -108,7 +109,7 @@ class OnnxModule(nn.Module):
 
     def _placed(self, node: onnx.NodeProto, number: int) -> _Node:
         """The node as a module under the path in its name, which gives a site its name."""
-        made = _Node(node, self.source.opset, number)
+        made = _Node(node, self.source.opset, number, self.source.opens_fused)
         owner, _ = self._folder(map(_attribute_name, _scope(node)))
         owner.add_module(f"node{number}", made)
         return made
@@ -222,10 +223,11 @@ def _scope(node: onnx.NodeProto) -> list[str]:
 class _Node(nn.Module):
     """One operator with its attributes as Python values."""
 
-    def __init__(self, node: onnx.NodeProto, opset: int, number: int = -1) -> None:
+    def __init__(self, node: onnx.NodeProto, opset: int, number: int = -1, opens_fused: bool = False) -> None:
         import onnx
 
         super().__init__()
+        self.fused = FUSED.get(kind_of(node.domain, node.op_type)) if opens_fused else None
         self.kind, self.name, self.number = node.op_type, node.name, number
         self.means = meant(node.op_type, opset)
         self.inputs, self.outputs = list(node.input), list(node.output)
@@ -248,6 +250,8 @@ class _Node(nn.Module):
             x, *sizes = inputs
             assert x is not None
             return list(split(self.attributes, len(self.outputs), x, *sizes))
+        if self.fused is not None:
+            return list(self.fused(self.attributes, *inputs))
         return [OPERATORS[self.means](self.attributes, *inputs)]
 
 

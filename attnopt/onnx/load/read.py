@@ -20,8 +20,8 @@ LARGEST = 2**31 - 1  # bytes of a file, without its external data: more cannot b
 SHARED = 4  # weights may take this many times the bytes of their files; tied ones are stored once
 
 
-def read(path: str | os.PathLike[str]) -> Source:
-    """The file with its external weights.  Raises CaptureError."""
+def read(path: str | os.PathLike[str], opens_fused: bool = False) -> Source:
+    """The file with its external weights.  ``opens_fused``: see ``Source``.  Raises CaptureError."""
     import onnx
     from onnx import inliner
 
@@ -38,7 +38,7 @@ def read(path: str | os.PathLike[str]) -> Source:
         onnx.load_external_data_for_model(model, str(file.parent))
         model.graph.initializer.extend(dense(s) for s in model.graph.sparse_initializer)
         del model.graph.sparse_initializer[:]
-        return Source(file, stored, model)
+        return Source(file, stored, model, opens_fused)
 
 
 def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:

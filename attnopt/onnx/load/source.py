@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """An ONNX file.  ``stored``: the model as stored; ``model``: with its weights and without functions."""
+    """An ONNX file.  ``stored``: the model as stored; ``model``: with its weights and without functions.  ``opens_fused``: the
+    operators of ``fused_operators`` are read, too."""
 
     path: Path
     stored: onnx.ModelProto
     model: onnx.ModelProto
+    opens_fused: bool = False
 
     @property
     def opset(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from attnopt.base.ort_session import cpu_session
 from attnopt.errors import CaptureError
 from attnopt.onnx.load.error_text import quoted
+from attnopt.onnx.load.fused_operators import FUSED, kind_of
 from attnopt.onnx.load.grouping import Group, between, groups, used_by
 from attnopt.onnx.load.layout_operators import torch_dtype
 from attnopt.onnx.load.module import Unread
@@ -33,7 +34,15 @@ def never_read(source: Source) -> set[int]:
     """The nodes with operators, outputs or types that have no form in torch."""
     types = _types(source)
     used = {name for node in source.nodes for name in used_by(node)} | set(source.outputs)
-    return {i for i, node in enumerate(source.nodes) if _is_unread(node, types, used)}
+    return {
+        i
+        for i, node in enumerate(source.nodes)
+        if not (source.opens_fused and _is_fused(node, types)) and _is_unread(node, types, used)
+    }
+
+
+def _is_fused(node: onnx.NodeProto, types: Mapping[str, int]) -> bool:
+    return kind_of(node.domain, node.op_type) in FUSED and _has_plain_types(node, types)
 
 
 def _is_unread(node: onnx.NodeProto, types: Mapping[str, int], used: Collection[str]) -> bool:
@@ -43,7 +52,11 @@ def _is_unread(node: onnx.NodeProto, types: Mapping[str, int], used: Collection[
         return True
     if node.op_type == "Constant" and node.attribute[0].name not in _PLAIN:
         return True
-    return not all(types.get(name, 1) in _tensors() for name in (*node.input, *node.output) if name)
+    return not _has_plain_types(node, types)
+
+
+def _has_plain_types(node: onnx.NodeProto, types: Mapping[str, int]) -> bool:
+    return all(types.get(name, 1) in _tensors() for name in (*node.input, *node.output) if name)
 
 
 _PLAIN = ("value", "value_float", "value_floats", "value_int", "value_ints")

@@ -1,0 +1,1 @@
+"""A model beside a file that was exported from it: attention by attention, by meaning."""
