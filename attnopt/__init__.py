@@ -15,7 +15,7 @@ from attnopt.backends import attention_operator as attention_operator
 from attnopt.ir import received_weights as received_weights
 
 if TYPE_CHECKING:
-    from attnopt import passes, patterns, plot, recipes, statistics
+    from attnopt import distributed, passes, patterns, plot, recipes, statistics
     from attnopt.advice import advise
     from attnopt.api import guidance, inspect, optimize
     from attnopt.base.input import Input
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         CalibrationError,
         CaptureError,
         ConversionError,
+        DistributedError,
         ExportError,
         PluginError,
         PolicyError,
@@ -122,6 +123,7 @@ __all__ = [
     "Constant",
     "ConversionError",
     "Curves",
+    "DistributedError",
     "DynamicBlocks",
     "ExportError",
     "Exposed",
@@ -176,6 +178,7 @@ __all__ = [
     "atlas",
     "collect",
     "convert",
+    "distributed",
     "expose",
     "fit_path_gains",
     "greedy_heads",
@@ -215,7 +218,7 @@ _NAMES = {
     "compiler.where": "where",
     "conversion.convert": "apply_patterns convert",
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
-    "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
+    "ConversionError DistributedError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",
     "intervene.fit_path_gains": "fit_path_gains",
     "intervene.guard": "Behaviour Kept guard",

@@ -15,6 +15,7 @@ from attnopt.compiler.check import all_fitting
 from attnopt.compiler.policy import Policy
 from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Backend
+from attnopt.ir.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Job:
     backends: tuple[Backend, ...]
     options: Options
     own: CallInputs | None = None  # the user's example if ``inputs`` are larger
+    peers: Peers | None = None  # who have other batches
 
     def signature(self, module: fx.GraphModule) -> Signature:
         """How the model is called; ``module`` stands for an ExportedProgram, which has no ``forward`` of its own."""

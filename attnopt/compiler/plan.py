@@ -46,10 +46,10 @@ def _decided(
     if not learning or not job.batches:
         return [decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
     batches = job.arranged(program)
-    shares = allot(program.module, learning, passes, job.backends, batches, decodes)
+    shares = allot(program.module, learning, passes, job.backends, batches, decodes, job.peers)
     made = dict(shares.ready)
     undecided = [f for f in learning if f.site.name not in made]
-    for group, activations in jointly(Stream(program.module, undecided, batches), tied(undecided, passes)):
+    for group, activations in jointly(Stream(program.module, undecided, batches, job.peers), tied(undecided, passes)):
         name = group[0].site.name
         chosen = [shares.passes.get((name, p), p) for p in passes[name]]
         decisions = of_all(group, decide(group[0], chosen, job.backends, activations, decodes))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +89,8 @@ class LayerMoments(Statistic[tuple[Moments, Moments]]):
     """Of the heads' outputs against the output of the layer in the original model: on the tokens to fit on, and on the
     held-out ones."""
 
+    merges: ClassVar[bool] = True
+
     def measure(self, site: Site) -> tuple[Moments, Moments]:
         now = site.activations
         assert now is not None
@@ -99,6 +102,10 @@ class LayerMoments(Statistic[tuple[Moments, Moments]]):
             for sums, counted in ((fitting, fit_on), (held, hold)):
                 sums.add(with_ones(z, counted), with_ones(y, counted) @ wanted)
         return fitting.moments(), held.moments()
+
+    def merged(self, parts: Sequence[tuple[Moments, Moments]]) -> tuple[Moments, Moments]:
+        fitting, held = zip(*parts, strict=True)
+        return combined(fitting), combined(held)
 
 
 class Sums:
