@@ -103,7 +103,9 @@ def optimize(
     batches, peers = (None, None) if data is None else (data.batches, data.peers)
     inputs = CallInputs.of(args, kwargs)
     if peers is not None and not any(inputs):
-        raise CalibrationError("shared calibration data need example inputs", hint="pass the same args or kwargs on every rank")
+        raise CalibrationError(
+            "shared calibration data need example inputs", hint="pass the same args or kwargs on every rank"
+        )
     if not any(inputs) and batches:
         inputs = batches[0]
     model = model.module() if isinstance(model, torch.export.ExportedProgram) else opened(model, inputs, chosen.inputs)

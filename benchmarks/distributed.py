@@ -1,7 +1,7 @@
 """One sequence on several processes of this machine: bytes that each is sent, peak memory and time of a call.
 
-Traffic is counted where it arrives, and does not depend on the machine; processes that share its cores say nothing about the speed
-of several machines.
+Traffic is counted where it arrives, and does not depend on the machine; processes that share its cores say nothing about the
+speed of several machines.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def main() -> None:
     if arguments.rank:
         of_rank(arguments.policy, arguments.folder, *arguments.rank)
         return
-    rows = [
-        row(name, ranks, tokens) for tokens in arguments.tokens for name in POLICIES for ranks in arguments.ranks
-    ]
+    rows = [row(name, ranks, tokens) for tokens in arguments.tokens for name in POLICIES for ranks in arguments.ranks]
     publish("distributed", rows, f"{LAYERS} layers of {HEADS} heads of {DIM}, float32, one thread for each process")
 
 

@@ -1,7 +1,7 @@
 """One sequence on several processes: each computes its own tokens, and windows exchange only their edges.
 
-    torchrun --nproc-per-node 2 examples/long_context.py                                    # one machine
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/long_context.py
+torchrun --nproc-per-node 2 examples/long_context.py                                    # one machine
+torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/long_context.py
 """
 
 import os

@@ -1,7 +1,7 @@
 """One attention over the tokens of several ranks: each computes its own queries, and keys and values travel.
 
-Rounds are merged by their log-sum-exps, as in ring attention (arXiv:2310.01889); the backward pass sends keys and values once more
-and computes each round again, so no rank ever holds those of all tokens.
+Rounds are merged by their log-sum-exps, as in ring attention (arXiv:2310.01889); the backward pass sends keys and values once
+more and computes each round again, so no rank ever holds those of all tokens.
 """
 
 from __future__ import annotations
@@ -78,14 +78,23 @@ class Attend(nn.Module):
 def attend(attention: Attention, t: Operands) -> Tensor:
     """[B, H, l, Dv]: the output of the own queries over the keys of all ranks.  Every rank of the group calls this."""
     beside = (t.mask, t.q_segments, t.kv_segments, t.pairs)
-    o: Tensor = _Attend.apply(t.q, t.k, t.v, t.bias, t.sinks, attention, *beside)
+    o: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
+        t.q, t.k, t.v, t.bias, t.sinks, attention, *beside
+    )
     return o
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, attention: Attention, *beside: Any
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        attention: Attention,
+        *beside: Any,
     ) -> Tensor:
         mask, *segments = beside
         t = Operands(q, k, v, bias, mask, sinks, *segments)
@@ -98,7 +107,7 @@ class _Attend(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         attention: Attention = ctx.attention
         q, k, v, bias, sinks, mask, *segments, o, top, log_sum = ctx.saved_tensors
@@ -182,7 +191,9 @@ class Gradients:
             share = whole.share(top.detach(), log_sum.detach())
             of_lse = share * ((grad * o.detach().to(grad.dtype)).sum(-1) - self.of_row)
             grads = ((share.unsqueeze(-1) * grad).to(o.dtype), of_lse.to(log_sum.dtype))
-            q, k, v, *of_bias = torch.autograd.grad((o, log_sum), leaves, grads, allow_unused=True, materialize_grads=True)
+            q, k, v, *of_bias = torch.autograd.grad(
+                (o, log_sum), leaves, grads, allow_unused=True, materialize_grads=True
+            )
         self.q += q
         if self.bias is not None:
             _add_columns(self.bias, step.keys, of_bias[0])

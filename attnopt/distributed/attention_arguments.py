@@ -65,7 +65,9 @@ def attention_call(node: fx.Node) -> AttentionCall:
     given = call_arguments(node)
     call = _of_sdpa(node, site, given) if is_call(node, SDPA) else _of_operator(node, site, given)
     if not is_readable(call.pattern):
-        raise call.error(f"its pattern {call.pattern} cannot be read from its text", "register the class of the pattern")
+        raise call.error(
+            f"its pattern {call.pattern} cannot be read from its text", "register the class of the pattern"
+        )
     return call
 
 
@@ -86,7 +88,7 @@ def _of_sdpa(node: fx.Node, site: str, given: Mapping[str, Any]) -> AttentionCal
     noted = lowered_at(node)
     q, k, mask = given["query"], given["key"], given["attn_mask"]
     heads, kv_heads = (hint(value(x).shape[1]) for x in (q, k))
-    pattern = Causal() if given["is_causal"] else FULL
+    pattern: Pattern = Causal() if given["is_causal"] else FULL
     if noted is not None:
         pattern = noted.spec.pattern
         has_own = noted.spec.has_mask or noted.spec.has_bias or noted.spec.segments is not None

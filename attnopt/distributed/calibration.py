@@ -54,20 +54,24 @@ class RankPeers(Peers):
         found: list[Any] = self.ranks.everyone((state, told))
         for rank, (of_rank, what) in enumerate(found):
             if of_rank == _FAILED:
-                raise PeerError(f"rank {rank} failed: {what}", hint="fix the cause on that rank; nothing was changed on any")
+                raise PeerError(
+                    f"rank {rank} failed: {what}", hint="fix the cause on that rank; nothing was changed on any"
+                )
         if any(of_rank != state for of_rank, _ in found):
             raise PeerError("the ranks made different decisions", hint="report the model and the policy")
         return [what for _, what in found]
 
 
-def share_calibration(batches: Iterable[Batch] | Calibration, mesh: DeviceMesh, *, axis: str | int | None = None) -> Calibration:
+def share_calibration(
+    batches: Iterable[Batch] | Calibration, mesh: DeviceMesh, *, axis: str | int | None = None
+) -> Calibration:
     """Calibration data of which each rank of one axis of ``mesh`` has its own ``batches``, at least one.
 
     For ``attnopt.optimize(model, policy, args, calibration=...)``, which every rank then calls with the same model, policy and
     example inputs.  Moments are put together over the ranks in their order, so all of them get one result: that of one rank
     with all batches, but for rounding.  Methods that need the data themselves in one process raise CalibrationError.  If one rank
-    fails, all do: with its error there, and with a DistributedError that quotes it elsewhere.  A process that is killed is noticed
-    after the timeout of the process group.
+    fails, all do: with its error there, and with a DistributedError that quotes it elsewhere.  A process that is killed is
+    noticed after the timeout of the process group.
 
     Raises DistributedError, CalibrationError.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -92,17 +93,17 @@ def _examples(made: ContextParallel) -> list[CallInputs]:
     origin, found = made.fast.origin, list[CallInputs]()
     candidates = [origin.inputs, *resized(made.fast.graph_module, origin.inputs, origin.report.fixed_axes)]
     for inputs in candidates:
-        try:
+        with suppress(TooShortError):
             made.at(inputs)
-        except TooShortError:
-            continue
-        found.append(inputs)
+            found.append(inputs)
+        if len(found) == _TRIED:
+            break
     if not found:
         raise DistributedError(
             f"the example inputs have fewer tokens than there are ranks ({made.ranks.size})",
             hint="optimize the model with longer example inputs, or with free axes (dynamic_shapes)",
         )
-    return found[:_TRIED]
+    return found
 
 
 def _compare(made: ContextParallel, inputs: CallInputs) -> None:
@@ -127,7 +128,9 @@ def _compared(made: Sharded, got: Sequence[Any], want: Sequence[Any], rank: int)
     for x, y, axis in zip(got, want, made.axes, strict=True):
         if isinstance(x, Tensor):
             own.append(x)
-            wanted.append(y if axis is None else taken(y, made.shards.positions[rank], made.shards.length, Tokens(axis)))
+            wanted.append(
+                y if axis is None else taken(y, made.shards.positions[rank], made.shards.length, Tokens(axis))
+            )
     return own, wanted
 
 

@@ -1,8 +1,8 @@
 """Which form of each value of a graph a rank needs: its own tokens of it, or all of it.
 
-Behind the first attention, every tensor is that of the rank's own tokens, so each operator between two attentions has to act token
-by token.  What attentions do not reach, as masks and tables of positions, is cut as early as its operators allow; the rest is
-computed whole on every rank, from whole inputs.  So positions are those of the whole sequence by construction.
+Behind the first attention, every tensor is that of the rank's own tokens, so each operator between two attentions has to act
+token by token.  What attentions do not reach, as masks and tables of positions, is cut as early as its operators allow; the rest
+is computed whole on every rank, from whole inputs.  So positions are those of the whole sequence by construction.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from attnopt.distributed.attention_arguments import AttentionCall
 from attnopt.distributed.token_rules import Call, Needed, Tokens, moved, needed
 from attnopt.errors import DistributedError
-from attnopt.graph.nodes import calls, opname, operand, source_line
+from attnopt.graph.nodes import calls, operand, opname, source_line
 from attnopt.graph.ops import Kind, is_random, of
 
 Form = Tokens | None  # the own tokens, which lie there; None: all
@@ -40,7 +40,11 @@ class Placement:
         for node in self.graph.nodes:
             if node in self.cores:
                 self.places[node] = Tokens(2)
-            elif node.op == "call_function" and not self.is_number(node) and any(n in self.places for n in node.all_input_nodes):
+            elif (
+                node.op == "call_function"
+                and not self.is_number(node)
+                and any(n in self.places for n in node.all_input_nodes)
+            ):
                 self.places[node] = at = self._placed(node)
                 if at is None and node in reaching:
                     raise _refused(node)
@@ -103,7 +107,7 @@ class Placement:
         """What the node is computed from in this form: itself in the other one, if it is collected or cut."""
         at = self.places.get(node)
         if form is None:
-            return {n: None for n in node.all_input_nodes} if at is None else {node: at}
+            return dict.fromkeys(node.all_input_nodes) if at is None else {node: at}
         if node in self.cores:
             return self.cores[node].needed(self.values, self.length)
         need = needed(self._call(node), form) if node.op == "call_function" else None
@@ -122,7 +126,9 @@ def at_node(node: fx.Node, why: str, hint: str | None = None) -> DistributedErro
 
 def _refused(node: fx.Node) -> DistributedError:
     if is_random(node.target):
-        return at_node(node, "draws random numbers, on each rank others", "call model.eval() before optimizing the model")
+        return at_node(
+            node, "draws random numbers, on each rank others", "call model.eval() before optimizing the model"
+        )
     return at_node(
         node,
         "between two attentions mixes tokens or tells them apart, so that a rank would need those of all ranks",

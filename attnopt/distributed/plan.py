@@ -10,8 +10,8 @@ from attnopt.distributed.shards import Shards
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """``tokens``: keys that each rank is sent, by rank; ``bytes`` of them in one forward pass.  A backward pass sends the keys once
-    more, and as many gradients back."""
+    """``tokens``: keys that each rank is sent, by rank; ``bytes`` of them in one forward pass.  A backward pass sends the keys
+    once more, and as many gradients back."""
 
     site: str
     method: str
@@ -24,13 +24,17 @@ class AttentionPlan:
         rounds = cost.attention.rounds
         tokens = tuple(rounds.tokens(rank) for rank in range(rounds.shards.ranks))
         return cls(
-            cost.attention.site, rounds.method, str(cost.attention.pattern), tokens, tuple(n * cost.bytes for n in tokens)
+            cost.attention.site,
+            rounds.method,
+            str(cost.attention.pattern),
+            tokens,
+            tuple(n * cost.bytes for n in tokens),
         )
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """How ranks share one call.  ``tokens``: how many each rank holds; ``collected``: tensors that are sent whole to all ranks."""
+    """How ranks share one call.  ``tokens``: how many each rank holds; ``collected``: tensors that all ranks collect."""
 
     length: int
     tokens: tuple[int, ...]

@@ -48,10 +48,12 @@ class Ranks:
     def exchange(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor], what: str) -> Exchange:
         """Begin to send to, and to fill these tensors from, other ranks.  Every rank of the group calls this in the same
         order."""
-        told = [dist.P2POp(dist.isend, t.contiguous(), self._global(to), self.group) for to, t in sorted(sent.items())]
+        leaving = {to: t.contiguous() for to, t in sorted(sent.items())}
+        told = [dist.P2POp(dist.isend, t, self._global(to), self.group) for to, t in leaving.items()]
         heard = [dist.P2POp(dist.irecv, t, self._global(source), self.group) for source, t in sorted(received.items())]
         self._count(what, *received.values())
-        return Exchange(received, dist.batch_isend_irecv(told + heard) if told + heard else [], tuple(sent.values()))
+        works = dist.batch_isend_irecv(told + heard) if told + heard else []
+        return Exchange(received, works, tuple(leaving.values()))
 
     def everyone(self, told: object) -> list[object]:
         """What each rank tells, by rank."""
@@ -149,4 +151,3 @@ def _axis_of(mesh: DeviceMesh, axis: str | int | None) -> int:
     if axis in names:
         return names.index(str(axis))
     raise DistributedError(f"the mesh has no axis {axis!r}", hint=f"its axes are {listed}")
-

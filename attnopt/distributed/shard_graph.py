@@ -49,7 +49,9 @@ def sharded(gm: fx.GraphModule, inputs: Sequence[object], ranks: Ranks, *, zigza
 
     Raises DistributedError."""
     if names := written(gm):
-        raise DistributedError(f"the model writes to its state {names[0]}", hint="optimize it without a cache of its own")
+        raise DistributedError(
+            f"the model writes to its state {names[0]}", hint="optimize it without a cache of its own"
+        )
     cores = [attention_call(n) for n in gm.graph.nodes if is_call(n, *CORES)]
     if not cores:
         raise DistributedError(
@@ -78,7 +80,9 @@ def _values(gm: fx.GraphModule, inputs: Sequence[object]) -> dict[fx.Node, Any]:
                 try:
                     values[node] = run_call(node, args, kwargs)
                 except Exception as e:
-                    raise at_node(node, f"has a result whose size is not known before the call: {type(e).__name__}") from e
+                    raise at_node(
+                        node, f"has a result whose size is not known before the call: {type(e).__name__}"
+                    ) from e
     return values
 
 
@@ -169,9 +173,7 @@ class _Emission:
 
     def _attention(self, core: AttentionCall, need: Needed) -> fx.Node:
         rounds = Rounds.plan(core.pattern, core.heads, self.shards)
-        attention = Attention(
-            core.site, core.pattern, core.kv_of_head, core.scale, core.softcap, rounds, self.ranks
-        )
+        attention = Attention(core.site, core.pattern, core.kv_of_head, core.scale, core.softcap, rounds, self.ranks)
         k, v = (self.placement.values[n] for n in core.operands[1:3] if n is not None)
         self.attentions.append(Cost(attention, sum(x.numel() * x.element_size() for x in (k, v)) // self.shards.length))
         operands = (None if n is None else self._read(n, need[n]) for n in core.operands)

@@ -11,6 +11,7 @@ from attnopt.errors import DistributedError
 from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.part import count
 
+
 class TooShortError(DistributedError):
     """Fewer tokens than ranks."""
 
@@ -72,9 +73,12 @@ class Rounds:
         ranks = range(shards.ranks)
         most = max(shards.count(rank) for rank in ranks)
         if all(2 * received(needs[rank], rank) <= most for rank in ranks):
-            return cls("halo" if any(received(needs[rank], rank) for rank in ranks) else "own keys", shards, (tuple(needs),))
+            return cls(
+                "halo" if any(received(needs[rank], rank) for rank in ranks) else "own keys", shards, (tuple(needs),)
+            )
         rounds = [
-            tuple({p: found} if (found := needs[r].get(p := (r - step) % shards.ranks)) else {} for r in ranks) for step in ranks
+            tuple({p: found} if (found := needs[r].get(p := (r - step) % shards.ranks)) else {} for r in ranks)
+            for step in ranks
         ]
         return cls("ring", shards, tuple(r for r in rounds if any(r)))
 

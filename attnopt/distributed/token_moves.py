@@ -29,9 +29,13 @@ class TakeOwn(nn.Module):
 
 
 def taken(x: Tensor, positions: Ranges, length: int, at: Tokens) -> Tensor:
-    split = x.unflatten(at.axis, (at.outer, length, at.inner))
+    split = _split(x, at, length)
     parts = [split.narrow(at.axis + 1, start, stop - start) for start, stop in positions]
     return torch.cat(parts, at.axis + 1).flatten(at.axis, at.axis + 2)
+
+
+def _split(x: Tensor, at: Tokens, length: int) -> Tensor:
+    return x.reshape(*x.shape[: at.axis], at.outer, length, at.inner, *x.shape[at.axis + 1 :])
 
 
 class Collect(nn.Module):
@@ -42,7 +46,7 @@ class Collect(nn.Module):
         self.shards, self.ranks, self.at, self.name = shards, ranks, at, name
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = _Collect.apply(x, self)
+        found: Tensor = _Collect.apply(x, self)  # type: ignore[no-untyped-call]
         return found
 
     def extra_repr(self) -> str:
@@ -56,7 +60,7 @@ class _Collect(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, how: Collect) -> Tensor:
         ctx.how = how
         at, shards, ranks = how.at, how.shards, how.ranks
-        own = x.unflatten(at.axis, (at.outer, shards.count(ranks.rank), at.inner)).movedim(at.axis + 1, 0)
+        own = _split(x, at, shards.count(ranks.rank)).movedim(at.axis + 1, 0)
         longest = max(shards.count(r) for r in range(ranks.size))
         padded = own.new_zeros(longest, *own.shape[1:])
         padded[: len(own)] = own
@@ -66,10 +70,11 @@ class _Collect(torch.autograd.Function):
             for start, stop in shards.positions[rank]:
                 whole[start:stop] = given[before : before + stop - start]
                 before += stop - start
-        return whole.movedim(0, at.axis + 1).flatten(at.axis, at.axis + 2)
+        joined: Tensor = whole.movedim(0, at.axis + 1).flatten(at.axis, at.axis + 2)
+        return joined
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         how: Collect = ctx.how
         summed = how.ranks.summed(grad.contiguous().clone(), f"{how.name} (backward)")

@@ -247,7 +247,11 @@ def _looked_up(call: Call, at: Tokens) -> Needed | None:
         same = call.shape(table)[at.axis] == call.own[at.axis]
         return {table: at, indices: at} if along != at.axis and same else None
     given = arg(node, 1)
-    if len(given) != 1 or not isinstance(given[0], fx.Node) or str(call.values[given[0]].dtype) in ("torch.bool", "torch.uint8"):
+    if (
+        len(given) != 1
+        or not isinstance(given[0], fx.Node)
+        or str(call.values[given[0]].dtype) in ("torch.bool", "torch.uint8")
+    ):
         return None
     ndim = len(call.shape(given[0]))
     if at.axis < ndim:
@@ -273,7 +277,7 @@ def _padded(call: Call, at: Tokens) -> Needed | None:
 
 def _made(call: Call, at: Tokens) -> Needed | None:
     """One number everywhere."""
-    return {n: None for n in call.tensors}
+    return dict.fromkeys(call.tensors)
 
 
 _RULES: dict[Target, Callable[[Call, Tokens], Needed | None]] = rules(

@@ -95,5 +95,7 @@ class FeatureMoments(Statistic[tuple[Tensor, Tensor, int]]):
 
     def merged(self, parts: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, int]:
         tokens = sum(n for _, _, n in parts)
-        mean, square = (sum(part[i] * (part[2] / tokens) for part in parts[1:]) + parts[0][i] * (parts[0][2] / tokens) for i in (0, 1))
+        weights = [n / tokens for _, _, n in parts]
+        mean = torch.stack([w * part for w, (part, _, _) in zip(weights, parts, strict=True)]).sum(0)
+        square = torch.stack([w * part for w, (_, part, _) in zip(weights, parts, strict=True)]).sum(0)
         return mean, square, tokens

@@ -37,7 +37,9 @@ class Activations:
     calls: int = 1  # of the site's weights: ``batches`` lists those of one call, then those of the next
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # by statistic and spec
     peers: Peers | None = None  # who have the other batches
-    own: Activations | None = None  # of this process, if it has peers: for statistics that are merged; the rest is withheld
+    own: Activations | None = (
+        None  # of this process, if it has peers: for statistics that are merged; the rest is withheld
+    )
 
     @property
     def original(self) -> Activations:
@@ -105,7 +107,9 @@ class Activations:
 def withheld(own: Activations, peers: Peers) -> Activations:
     """What passes see of activations that are shared with ``peers``."""
     hidden = Withheld.of(own.site.name)
-    return replace(own, batches=hidden, compute=hidden.refuse, peers=peers, own=replace(own, peers=peers))
+    return replace(
+        own, batches=hidden, compute=hidden.refuse, peers=peers, own=replace(own, peers=peers, memo={}), memo={}
+    )
 
 
 def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[HeadWeights, ...]:

@@ -33,7 +33,9 @@ class Part(Pattern):
         for name, given in (("queries", queries), ("keys", keys)):
             found = from_text(given) if isinstance(given, str) else merged(given)
             if not found or found[-1][1] > length:
-                raise PolicyError(f'Part: invalid value {name}={given!r}: expected positions below {length}, such as "0-3, 7"')
+                raise PolicyError(
+                    f'Part: invalid value {name}={given!r}: expected positions below {length}, such as "0-3, 7"'
+                )
             object.__setattr__(self, name, found)
 
     @property

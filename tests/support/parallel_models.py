@@ -74,6 +74,10 @@ def rotated(x: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH))
+
+
 class Model(nn.Module):
     def __init__(self, style: Style) -> None:
         super().__init__()
@@ -81,7 +85,9 @@ class Model(nn.Module):
         self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(64, WIDTH)
         self.attentions = nn.ModuleList(Attention(style) for _ in range(style.layers))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(style.layers))
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH)) for _ in range(style.layers))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH)) for _ in range(style.layers)
+        )
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:

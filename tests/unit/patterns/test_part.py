@@ -21,7 +21,9 @@ def test_rows_and_columns_of_the_whole_mask(a: Pattern, b: Pattern, queries: tup
     part = Part(whole, queries, keys, 31)
     want = whole.mask(31, 31, num_heads=2).expand(2, -1, -1)[:, rows][:, :, columns]
     assert torch.equal(part.mask(len(rows), len(columns), num_heads=2).expand(2, -1, -1), want)
-    assert part.density(len(rows), len(columns), num_heads=2) == pytest.approx(want.double().mean().item())  # by its reach
+    assert part.density(len(rows), len(columns), num_heads=2) == pytest.approx(
+        want.double().mean().item()
+    )  # by its reach
     assert parse(repr(part)) == part
 
 
