@@ -35,8 +35,7 @@ class Placement:
     wanted: dict[fx.Node, dict[Form, Needed]] = field(default_factory=dict)  # with what they are computed from
 
     def place(self) -> None:
-        """Forward from the attentions.  Raises DistributedError."""
-        reaching = self._reaching()
+        """Forward from the attentions."""
         for node in self.graph.nodes:
             if node in self.cores:
                 self.places[node] = Tokens(2)
@@ -45,12 +44,10 @@ class Placement:
                 and not self.is_number(node)
                 and any(n in self.places for n in node.all_input_nodes)
             ):
-                self.places[node] = at = self._placed(node)
-                if at is None and node in reaching:
-                    raise _refused(node)
+                self.places[node] = self._placed(node)
 
     def want(self, forms: Mapping[fx.Node, Form]) -> None:
-        """Backward from the outputs."""
+        """Backward from the outputs.  Raises DistributedError where an attention needs more than the own tokens of another."""
         asked = dict[fx.Node, list[Form]]()
 
         def ask(node: fx.Node, form: Form) -> None:
@@ -75,14 +72,6 @@ class Placement:
         """The wanted ones, each after those that it is made of."""
         whole_last = self.places.get(node) is not None
         return sorted(self.wanted.get(node, ()), key=lambda form: (form is None) is whole_last)
-
-    def _reaching(self) -> set[fx.Node]:
-        """What attentions are computed from."""
-        found: set[fx.Node] = set()
-        for node in reversed(list(self.graph.nodes)):
-            if node in self.cores or node in found:
-                found.update(node.all_input_nodes)
-        return found
 
     def _placed(self, node: fx.Node) -> Form:
         above = {n: self.places[n] for n in node.all_input_nodes if n in self.places and not self.is_number(n)}

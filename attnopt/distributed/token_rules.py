@@ -210,9 +210,12 @@ def _batch_normed(call: Call, at: Tokens) -> Needed | None:
 
 
 def _convolution(call: Call, at: Tokens) -> Needed | None:
-    """With kernels of one element along the tokens; a batch of them is a batch."""
+    """With kernels of one element along the tokens, each at its place; a batch of sequences is a batch."""
     if at.axis == 0:
         return _alone(call, at)
+    strides = call.number(arg(call.node, 3, 1))
+    if any(s != 1 for s in (strides if isinstance(strides, (list, tuple)) else [strides])):
+        return None
     kernel, x = call.shape(operand(call.node, 1)), call.shape(operand(call.node))
     as_long = at.axis > 1 and kernel[at.axis] == 1 and call.own[at.axis] == x[at.axis]
     return _alone(call, at) if as_long else None

@@ -41,7 +41,7 @@ def _of_one(folder: str, size: int, rank: int, names: list[str]) -> None:
 
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("sequence",))
     found: dict[str, str] = {}
     for name, run in CHECKS.items():

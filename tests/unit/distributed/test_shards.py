@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from attnopt.distributed.shards import Rounds, Shards, TooShortError
+from attnopt.distributed.shards import Rounds, Shards, TooShortError, needed
 from attnopt.distributed.token_rules import Tokens, moved
 from attnopt.patterns import Causal, Sinks, Window
 
@@ -54,3 +54,7 @@ def test_all_keys_of_all_ranks_travel_one_rank_at_a_time() -> None:
 )
 def test_tokens_after_a_reshape(at: Tokens, sizes: tuple, others: tuple, wanted: Tokens | None) -> None:
     assert moved(at, sizes, others, 12) == wanted
+
+
+def test_keys_that_only_the_last_query_sees_are_sent() -> None:
+    assert needed(Window(0, 1), 1, Shards.of(8, 2), 0) == {0: ((0, 4),), 1: ((4, 5),)}
