@@ -15,7 +15,7 @@ from attnopt.backends import attention_operator as attention_operator
 from attnopt.ir import received_weights as received_weights
 
 if TYPE_CHECKING:
-    from attnopt import passes, patterns, plot, recipes, statistics
+    from attnopt import distributed, passes, patterns, plot, recipes, statistics
     from attnopt.advice import advise
     from attnopt.api import guidance, inspect, optimize
     from attnopt.audit.diff import diff
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         CalibrationError,
         CaptureError,
         ConversionError,
+        DistributedError,
         ExportError,
         PluginError,
         PolicyError,
@@ -126,6 +127,7 @@ __all__ = [
     "Constant",
     "ConversionError",
     "Curves",
+    "DistributedError",
     "DynamicBlocks",
     "ExportError",
     "Exposed",
@@ -182,6 +184,7 @@ __all__ = [
     "collect",
     "convert",
     "diff",
+    "distributed",
     "expose",
     "fit_path_gains",
     "greedy_heads",
@@ -223,7 +226,7 @@ _NAMES = {
     "compiler.where": "where",
     "conversion.convert": "apply_patterns convert",
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
-    "ConversionError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
+    "ConversionError DistributedError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",
     "intervene.fit_path_gains": "fit_path_gains",
     "intervene.guard": "Behaviour Kept guard",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from attnopt.base.call_inputs import CallInputs
+from attnopt.base.closeness import tensors
 from attnopt.base.compile_lock import compiling
 from attnopt.base.options import number
 from attnopt.capture.added_inputs import taking
@@ -23,7 +25,7 @@ from attnopt.compiler.guidance import guided
 from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.compiler.origin import Origin, is_file
 from attnopt.compiler.policy import Policy
-from attnopt.errors import PolicyError, RewriteError
+from attnopt.errors import CalibrationError, PolicyError, RewriteError
 from attnopt.ir.interfaces import Backend
 from attnopt.model import OptimizedModel
 from attnopt.onnx.load.model_or_file import opened
@@ -97,8 +99,13 @@ def optimize(
     """
     chosen = Policy.of(policy).without_choices()
     options, backends = Options(tolerance, strict, limit, seed), backends_of(backend)
-    batches = None if calibration is None else Calibration.of(calibration).batches
+    data = None if calibration is None else Calibration.of(calibration, shared=True)
+    batches, peers = (None, None) if data is None else (data.batches, data.peers)
     inputs = CallInputs.of(args, kwargs)
+    if peers is not None and not any(inputs):
+        raise CalibrationError(
+            "shared calibration data need example inputs", hint="pass the same args or kwargs on every rank"
+        )
     if not any(inputs) and batches:
         inputs = batches[0]
     model = model.module() if isinstance(model, torch.export.ExportedProgram) else opened(model, inputs, chosen.inputs)
@@ -112,13 +119,23 @@ def optimize(
     @compiling()
     def build(inputs: CallInputs) -> tuple[fx.GraphModule, Origin]:
         asked, shapes = taking(model, chosen.inputs, inputs.kwargs, dynamic_shapes)
-        made = carried_out(Job(asked, chosen, inputs, shapes, batches or [], backends, options, own))
+        with nullcontext() if peers is None else peers.working(_given(model, chosen, inputs)):
+            made = carried_out(Job(asked, chosen, inputs, shapes, batches or [], backends, options, own, peers))
         return made.module, replace(made.origin, report=_with_numbers(model, made.origin.report))
 
     if not any(inputs):
         return OptimizedModel.deferred(model, build)
     module, origin = build(inputs)
     return OptimizedModel(module, origin)
+
+
+def _given(model: nn.Module, policy: Policy, inputs: CallInputs) -> dict[str, object]:
+    """What processes that share calibration data have to agree on."""
+    return {
+        "the policy": policy.to_json(),
+        "the weights": dict(model.named_parameters()),
+        "the example inputs": dict(enumerate(tensors(inputs))),
+    }
 
 
 def _with_numbers(model: object, report: Report) -> Report:

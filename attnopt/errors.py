@@ -63,5 +63,9 @@ class SearchError(AttnoptError):
         super().__init__(message, hint=hint)
 
 
+class DistributedError(AttnoptError):
+    """Processes that work together lack a group, differ in what they were given, or one of them failed."""
+
+
 class AttnoptWarning(UserWarning):
     """A non-fatal finding that the user should know: no attention found, a policy without effect."""

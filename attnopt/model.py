@@ -85,8 +85,15 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The forward of the original model."""
+        inputs, give = self.arranged(args, kwargs)
+        return give(run_graph(self.graph_module, inputs))
+
+    def arranged(
+        self, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> tuple[CallInputs, Callable[[Any], Any]]:
+        """What the graph takes for this call, and what makes of its outputs those of the model.  Raises CaptureError."""
         if self._build is not None:
-            self._capture(CallInputs(args, kwargs))
+            self._capture(CallInputs(args, dict(kwargs)))
         try:
             args, kwargs = self.origin.signature.arrange(args, kwargs)
         except TypeError as e:
@@ -95,18 +102,10 @@ class OptimizedModel(nn.Module):
         taken = None if form is None else form.take(args, kwargs)
         if form is None or taken is None:
             check_inputs(self.graph_module, args, kwargs, fixed, remedy=self._remedy)
-        else:
-            args, kwargs = taken.inputs
-            check_inputs(self.graph_module, args, kwargs, fixed, form.inputs.is_inside, self._remedy)
-        try:
-            out = self.graph_module(*args, **kwargs)
-        except AssertionError as e:
-            if not is_guard(e):
-                raise
-            raise CaptureError(
-                f"the inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
-            ) from None
-        return out if form is None or taken is None else form.give(out, taken)
+            return CallInputs(args, kwargs), lambda out: out
+        args, kwargs = taken.inputs
+        check_inputs(self.graph_module, args, kwargs, fixed, form.inputs.is_inside, self._remedy)
+        return CallInputs(args, kwargs), lambda out: form.give(out, taken)
 
     def _remedy(self, name: str) -> str | None:
         """What an input of passes has to be."""
@@ -235,6 +234,18 @@ class OptimizedModel(nn.Module):
     def export_program(self) -> torch.export.ExportedProgram:
         """The graph as an ExportedProgram, with the dynamic shapes of the capture."""
         return exported(self.graph_module, self.origin.inputs)
+
+
+def run_graph(module: fx.GraphModule, inputs: CallInputs) -> Any:
+    """What the graph gives.  Raises CaptureError where one of its constraints does not hold."""
+    try:
+        return module(*inputs.args, **inputs.kwargs)
+    except AssertionError as e:
+        if not is_guard(e):
+            raise
+        raise CaptureError(
+            f"the inputs do not fit the captured graph: {e}", hint="optimize with example inputs of that size"
+        ) from None
 
 
 def _not_captured() -> AttnoptError:

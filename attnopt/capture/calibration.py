@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.atomic_files import atomic_write
 from attnopt.base.call_inputs import CallInputs
 from attnopt.errors import ArchiveError, CalibrationError
+from attnopt.ir.peers import Peers
 
 Batch = Tensor | tuple[object, ...] | list[Any] | Mapping[str, object]
 
@@ -29,11 +30,17 @@ class Calibration:
     """
 
     batches: tuple[CallInputs, ...] = field(repr=False)
+    peers: Peers | None = field(default=None, repr=False, compare=False)  # who have other batches
 
     @classmethod
-    def of(cls, batches: Iterable[Batch] | Calibration) -> Calibration:
-        """Raises CalibrationError for no batch, or a malformed one."""
+    def of(cls, batches: Iterable[Batch] | Calibration, *, shared: bool = False) -> Calibration:
+        """Raises CalibrationError for no batch, or a malformed one, and for data that processes share, unless ``shared``."""
         if isinstance(batches, Calibration):
+            if batches.peers is not None and not shared:
+                raise CalibrationError(
+                    "several processes share this calibration data, which only attnopt.optimize can use",
+                    hint="pass all batches to each process",
+                )
             return batches
         try:
             items = list(batches)

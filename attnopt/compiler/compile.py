@@ -109,7 +109,8 @@ def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock
         checker = Checker(job.model, program, plans, job.options.seed)
         error, found = checker.check(module)
         told.all_of(found)
-        error = max(error, checker.error_on(module, job.batches, job.signature(module)))
+        on_batches = checker.error_on(module, job.batches, job.signature(module))
+        error = max(error, *([on_batches] if job.peers is None else job.peers.everyone(on_batches)))
         _check_tolerance(error, job.options.tolerance)
         decisions = _with_notes(with_recall(job, program, decisions), fixed)
     report = Report(

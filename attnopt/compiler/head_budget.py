@@ -22,6 +22,7 @@ from attnopt.compiler.layerwise_calibration import Stream
 from attnopt.compiler.tied_weights import jointly, of_all, tied
 from attnopt.errors import CalibrationError
 from attnopt.ir.interfaces import Backend, Pass, SharesBudget, given_to
+from attnopt.ir.peers import Peers
 from attnopt.ir.site import Site
 from attnopt.lower.lower import lower
 from attnopt.match.find import Found
@@ -58,13 +59,14 @@ def allot(
     batches: Sequence[CallInputs],
     invented: Sequence[CallInputs] = (),
     decodes: bool = False,
+    peers: Peers | None = None,
 ) -> Allotment:
-    """The allocation of each site for every one of its passes with a shared budget."""
+    """The allocation of each site for every one of its passes with a shared budget.  ``peers``: who have other batches."""
     made: dict[tuple[str, Pass], Pass] = {}
     ready: dict[str, Decision] = {}
     shared = {p for f in found for p in passes[f.site.name] if isinstance(p, SharesBudget) and p.is_shared}
     for p in sorted(shared, key=repr):
-        for s, n in _allot_one(gm, found, passes, backends, batches, invented, p, decodes):
+        for s, n in _allot_one(gm, found, passes, backends, batches, invented, p, decodes, peers):
             for d in s.probe:
                 name = d.found.site.name
                 made[name, p] = s.passes[n]
@@ -75,14 +77,14 @@ def allot(
 
 def _allot_one(
     gm: fx.GraphModule, found: Sequence[Found], passes: Passes, backends: Sequence[Backend], batches: Sequence[CallInputs],
-    invented: Sequence[CallInputs], p: Pass, decodes: bool,
+    invented: Sequence[CallInputs], p: Pass, decodes: bool, peers: Peers | None,
 ) -> list[tuple[_Shares, int]]:  # fmt: skip
     """What each set of weights can have, and how many heads it gets."""
     assert isinstance(p, SharesBudget)
     shares: list[_Shares] = []
     with_it = [f for f in found if p in passes[f.site.name] and not f.raised.region.escapes]
     groups = tied(with_it, passes)
-    for group, activations in jointly(Stream(gm, with_it, batches, invented), groups):
+    for group, activations in jointly(Stream(gm, with_it, batches, invented, peers), groups):
         f = group[0]
         earlier = passes[f.site.name][: passes[f.site.name].index(p)]
         before = decide(f, earlier, backends, activations, decodes)
@@ -99,15 +101,19 @@ def _allot_one(
         shares.append(_Shares(site.without_activations(), errors, rewrites, probed, of_all(group, probe)))
     if not shares:
         return []
-    influence = _influences(gm, shares, batches)
+    influence = _influences(gm, shares, batches, peers)
     curves = [{n: w * e for n, e in s.errors.items()} for w, s in zip(influence, shares, strict=True)]
     counts = _spend(curves, p.total([s.site for s in shares]))
     return list(zip(shares, counts, strict=True))
 
 
-def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[CallInputs]) -> list[float]:
+def _influences(
+    gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence[CallInputs], peers: Peers | None
+) -> list[float]:
     """For each site, the ratio of model error to layer error with only that site rewritten."""
-    some = batches[:: max(1, len(batches) // MEASURED)][:MEASURED]
+    first, total = (0, len(batches)) if peers is None else peers.places(len(batches))
+    chosen = range(total)[:: max(1, total // MEASURED)][:MEASURED]
+    some = [batch for place, batch in enumerate(batches, first) if place in chosen]
     original = [outputs_of(gm, batch) for batch in some]
     found: list[float] = []
     for share in shares:
@@ -117,6 +123,7 @@ def _influences(gm: fx.GraphModule, shares: Sequence[_Shares], batches: Sequence
             continue
         module = lower(gm, plans)
         wrong = sum(squared_difference(outputs_of(module, b), want) for b, want in zip(some, original, strict=True))
+        wrong = wrong if peers is None else sum(peers.everyone(wrong))
         if not math.isfinite(wrong):
             raise CalibrationError(
                 "the model output is not finite on the calibration data",

@@ -16,6 +16,7 @@ from attnopt.compiler.policy import Policy
 from attnopt.compiler.random_tokens import with_random_tokens
 from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Backend, Pass
+from attnopt.ir.peers import Peers
 from attnopt.match.find import Found
 
 
@@ -49,6 +50,7 @@ class Job:
     backends: tuple[Backend, ...]
     options: Options
     own: CallInputs | None = None  # the user's example if ``inputs`` are larger
+    peers: Peers | None = None  # who have other batches
 
     def signature(self, module: fx.GraphModule) -> Signature:
         """How the model is called; ``module`` stands for an ExportedProgram, which has no ``forward`` of its own."""
@@ -66,7 +68,10 @@ class Job:
         passes: Iterable[Sequence[Pass]],
     ) -> list[CallInputs]:
         """Batches of random tokens for the passes that fit to them, too, made of the arranged ones; none if no pass does, or
-        the model reads no tokens.  None for decoders either: there it is not known to help."""
+        the model reads no tokens.  None for decoders either, where it is not known to help, and where others have batches, too,
+        each with its own common ids."""
+        if self.peers is not None:
+            return []
         if any(f.site.spec.is_causal for f in found) or not any(p.widens for own in passes for p in own):
             return []
         return with_random_tokens(program.module, batches, self.options.seed)

@@ -13,10 +13,11 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.progress import watched
 from attnopt.errors import CalibrationError
 from attnopt.graph.interpreter import Forward, Interpreter, Schedule
-from attnopt.ir.activations import Activations
+from attnopt.ir.activations import Activations, withheld
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.operands import OperandTensors
+from attnopt.ir.peers import Peers
 from attnopt.match.find import Found
 from attnopt.match.prove import example_values
 
@@ -27,7 +28,7 @@ class Stream:
     """All batches run together up to one attention, which is processed, then up to the next.
 
     The model runs once.  Of each batch only those values are kept that something later still reads, so the memory is that
-    of one layer, regardless of model depth.
+    of one layer, regardless of model depth.  ``peers``: who have other batches.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class Stream:
         found: Sequence[Found],
         batches: Sequence[CallInputs],
         invented: Sequence[CallInputs] = (),
+        peers: Peers | None = None,
     ) -> None:
-        self.gm, self.batches, self.invented = gm, batches, invented
+        self.gm, self.batches, self.invented, self.peers = gm, batches, invented, peers
         self.schedule = Schedule(gm.graph, {f.raised.node: _read_by(f) for f in found})
         self.found = sorted(found, key=lambda f: self.schedule.place[f.raised.node])
 
@@ -77,7 +79,8 @@ class Stream:
                     site=f.site.name,
                     hint="remove that batch, or fix the weights of the model",
                 )
-        return Activations(f.site, tuple(found), compute)
+        made = Activations(f.site, tuple(found), compute)
+        return made if self.peers is None else withheld(made, self.peers)
 
     def _anew(
         self, node: fx.Node, dirty: Sequence[fx.Node], values: Mapping[fx.Node, Any], new: Mapping[str, Tensor]

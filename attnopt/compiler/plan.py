@@ -47,10 +47,10 @@ def _decided(
         return [decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
     batches = job.arranged(program)
     invented = job.invented(program, batches, learning, (passes[f.site.name] for f in learning))
-    shares = allot(program.module, learning, passes, job.backends, batches, invented, decodes)
+    shares = allot(program.module, learning, passes, job.backends, batches, invented, decodes, job.peers)
     made = dict(shares.ready)
     undecided = [f for f in learning if f.site.name not in made]
-    stream = Stream(program.module, undecided, batches, invented)
+    stream = Stream(program.module, undecided, batches, invented, job.peers)
     for group, activations in jointly(stream, tied(undecided, passes)):
         name = group[0].site.name
         chosen = [shares.passes.get((name, p), p) for p in passes[name]]

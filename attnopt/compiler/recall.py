@@ -24,7 +24,8 @@ def with_recall(job: Job, program: Program, decisions: list[Decision]) -> list[D
     values = [list(example_values(program.module, *given).values()) for given in inputs]
     if not all(values):
         return decisions
-    data = "the calibration data" if job.batches else "the example inputs"
+    own = "the calibration data" if job.peers is None else "this process's share of the calibration data"
+    data = own if job.batches else "the example inputs"
     found = measured(program.module, specs, values)
     notes = {node: told(mass, specs[node].heads, data) for node, mass in found.items()}
     return [replace(d, notes=(*d.notes, note)) if (note := notes.get(d.found.raised.node)) else d for d in decisions]

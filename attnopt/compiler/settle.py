@@ -14,6 +14,7 @@ from attnopt.compiler.policy import Chosen
 from attnopt.compiler.policy_text import Steps, passes_in
 from attnopt.compiler.rewriting import Rewriting
 from attnopt.compiler.ways import Refused, Walk, Way
+from attnopt.errors import CalibrationError
 from attnopt.ir.interfaces import Pass
 from attnopt.ir.refusal import Refusal
 from attnopt.match.find import Findings, Found
@@ -51,7 +52,13 @@ def rules_of_sites(job: Job, program: Program, findings: Findings) -> tuple[Rule
     sites, conditions = [f.site for f in findings.found], job.policy.conditions
     chosen: Chosen = {}
     if conditions:
-        batches = job.arranged(program) if any(where.measures for where in conditions) else ()
+        measures = any(where.measures for where in conditions)
+        if measures and job.peers is not None:
+            raise CalibrationError(
+                "conditions that measure heads need all calibration data in one process, and several processes share it",
+                hint="name the sites instead, or pass all batches to each process as plain calibration",
+            )
+        batches = job.arranged(program) if measures else ()
         scores = measured(conditions, program, findings.found, batches, job.options.seed)
         chosen = {where: where.among(sites, scores) for where in conditions}
     return {site.name: job.policy.passes_for(site.name, chosen) for site in sites}, chosen
@@ -63,7 +70,7 @@ def walked(job: Job, program: Program, findings: Findings, rules: Rules) -> Iter
     learning = [f for f in many if any(p.calibrates for p in passes_in(rules[f.site.name]))]
     batches = job.arranged(program) if learning else ()
     plain = [f for f in many if not batches or all(f is not other for other in learning)]
-    taught = Stream(program.module, learning, batches).sites() if batches else iter(())
+    taught = Stream(program.module, learning, batches, peers=job.peers).sites() if batches else iter(())
     for f, activations in chain(((f, None) for f in plain), taught):
         walk = Walk(job.backends)
         start = Way(Rewriting.start(f, activations, job.options.decodes))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,13 +45,13 @@ def output_norms(site: Site) -> list[float]:
 
 def fluctuations(site: Site) -> list[float]:
     """FLAP (arXiv:2312.11983): the variance of each feature over tokens times its output weights' squared norm."""
-    mean, square = FeatureMoments().of(site)
+    mean, square, _ = FeatureMoments().of(site)
     return ((square - mean.square()) * output_maps(site).square().sum(-1)).sum(-1).tolist()
 
 
 def wanda(site: Site) -> list[float]:
     """Wanda (arXiv:2306.11695): absolute output weight times the feature's root mean square, summed over the head."""
-    _, square = FeatureMoments().of(site)
+    _, square, _ = FeatureMoments().of(site)
     return (square.sqrt() * output_maps(site).abs().sum(-1)).sum(-1).tolist()
 
 
@@ -86,11 +88,20 @@ def output_maps(site: Site) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FeatureMoments(Statistic[tuple[Tensor, Tensor]]):
-    """Mean and mean square [H, Dv] of the head outputs, in float64."""
+class FeatureMoments(Statistic[tuple[Tensor, Tensor, int]]):
+    """Mean and mean square [H, Dv] of the head outputs, in float64, and the number of tokens."""
 
-    def measure(self, site: Site) -> tuple[Tensor, Tensor]:
+    merges: ClassVar[bool] = True
+
+    def measure(self, site: Site) -> tuple[Tensor, Tensor, int]:
         total, square, tokens = torch.zeros(()), torch.zeros(()), 0
         for z in outputs_of(site):
             total, square, tokens = total + z.sum(0), square + z.square().sum(0), tokens + len(z)
-        return total / tokens, square / tokens
+        return total / tokens, square / tokens, tokens
+
+    def merged(self, parts: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, int]:
+        tokens = sum(n for _, _, n in parts)
+        weights = [n / tokens for _, _, n in parts]
+        mean = torch.stack([w * part for w, (part, _, _) in zip(weights, parts, strict=True)]).sum(0)
+        square = torch.stack([w * part for w, (_, part, _) in zip(weights, parts, strict=True)]).sum(0)
+        return mean, square, tokens

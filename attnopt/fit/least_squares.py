@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -91,11 +92,17 @@ class LayerMoments(Statistic[tuple[Moments, Moments]]):
     """Of the heads' outputs against the output of the layer in the original model: on the tokens to fit on, and on the
     held-out ones."""
 
+    merges: ClassVar[bool] = True
+
     def measure(self, site: Site) -> tuple[Moments, Moments]:
         assert site.activations is not None
         parts = [[m * weight for m in _moments(now, site.spec)] for now, weight in site.activations.weighted]
         fitting, held = (replace(combined(same), tokens=same[0].tokens) for same in zip(*parts, strict=True))
         return fitting, held
+
+    def merged(self, parts: Sequence[tuple[Moments, Moments]]) -> tuple[Moments, Moments]:
+        fitting, held = zip(*parts, strict=True)
+        return combined(fitting), combined(held)
 
 
 def _moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:

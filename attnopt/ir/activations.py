@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.operands import OperandTensors
+from attnopt.ir.peers import Peers, Withheld
 from attnopt.ir.projection import Projected
 from attnopt.ir.reference import reference, reference_weights
 from attnopt.ir.semantics import edited
@@ -37,6 +38,10 @@ class Activations:
     invented: Activations | None = field(default=None, repr=False)  # on random tokens, which only fits of weights read
     calls: int = 1  # of the site's weights: ``batches`` lists those of one call, then those of the next
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # by statistic and spec
+    peers: Peers | None = None  # who have the other batches
+    own: Activations | None = (
+        None  # of this process, if it has peers: for statistics that are merged; the rest is withheld
+    )
 
     @property
     def original(self) -> Activations:
@@ -46,6 +51,10 @@ class Activations:
         """The same with these projection weights; if ``first_alone``, of the first batch only."""
         if not edits:
             return self
+        if self.own is not None:
+            if any(e.role != "out" for e in edits):
+                Withheld.of(self.site.name).refuse()
+            return replace(self, own=self.own.edited(edits), edits=merged(self.edits, edits), memo={})
         inner, batches = tuple(e for e in edits if e.role != "out"), self.batches
         everything = merged(self.edits, inner)
         if inner:
@@ -73,14 +82,18 @@ class Activations:
 
     @property
     def tokens(self) -> int:
+        if self.own is not None and self.peers is not None:
+            return sum(self.peers.everyone(self.own.tokens))
         return sum(int(o.real.sum()) for o in self.batches)
 
     def counted(self, held: bool) -> list[Tensor]:
         """For each batch bool [B, L]: the tokens to fit on, or those that are held back."""
         each = len(self.batches) // self.calls
-        total, at, found = sum(len(o.q) for o in self.batches[:each]), 0, list[Tensor]()
+        total, found = sum(len(o.q) for o in self.batches[:each]), list[Tensor]()
+        first, total = (0, total) if self.peers is None else self.peers.places(total)
+        at = first
         for i, o in enumerate(self.batches):
-            B, at = len(o.real), at if i % each else 0
+            B, at = len(o.real), at if i % each else first
             if total >= HELD_BACK:
                 back = (torch.arange(at, at + B, device=o.real.device) % HELD_BACK == HELD_BACK - 1)[:, None]
             else:
@@ -104,6 +117,14 @@ class Activations:
     def outputs(self, spec: AttentionSpec) -> Iterator[Tensor]:
         """For each batch the heads' outputs [B, H, L, Dv] under ``spec``, edits included."""
         return (_attend(spec, o) for o in self.batches)
+
+
+def withheld(own: Activations, peers: Peers) -> Activations:
+    """What passes see of activations that are shared with ``peers``."""
+    hidden = Withheld.of(own.site.name)
+    return replace(
+        own, batches=hidden, compute=hidden.refuse, peers=peers, own=replace(own, peers=peers, memo={}), memo={}
+    )
 
 
 def merged(old: Sequence[HeadWeights], new: Sequence[HeadWeights]) -> tuple[HeadWeights, ...]:

@@ -6,6 +6,7 @@ from attnopt.patterns.algebra import And, Full, Not, Or, Pattern
 from attnopt.patterns.block import BlockLayout, RandomBlocks
 from attnopt.patterns.grid import Neighborhood, Prefix
 from attnopt.patterns.halo import Blocks
+from attnopt.patterns.part import Part
 from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.registry import parse
 from attnopt.patterns.segments import Segments
@@ -23,6 +24,7 @@ __all__ = [
     "Neighborhood",
     "Not",
     "Or",
+    "Part",
     "Pattern",
     "PerHead",
     "Periodic",

@@ -12,6 +12,7 @@ from attnopt.patterns.algebra import Full, Pattern
 from attnopt.patterns.block import BlockLayout, RandomBlocks
 from attnopt.patterns.grid import Neighborhood, Prefix
 from attnopt.patterns.halo import Blocks
+from attnopt.patterns.part import Part
 from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.segments import Segments
 from attnopt.patterns.sequence import Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
@@ -39,6 +40,7 @@ PATTERNS = Registry(
             RandomBlocks,
             BlockLayout,
             PerHead,
+            Part,
         )
     },
 )

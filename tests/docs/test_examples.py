@@ -13,6 +13,7 @@ ELSEWHERE = {
     "fine_tune",
     "chat_with_window",
     "heads_to_groups",
+    "long_context",
     "smollm2",
 }  # have tests of their own, on smaller models
 EXAMPLES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ELSEWHERE)

@@ -1,0 +1,61 @@
+"""Checks on several ranks: one process each, which share a file instead of a port."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+SECONDS = 900
+
+
+def on_ranks(size: int, *names: str) -> dict[str, list[str]]:
+    """For each check of ``parallel_checks``, or of these, that failed, what each rank said."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, folder, str(size)]
+        logs = [Path(folder, f"{rank}.log") for rank in range(size)]
+        ranks = [subprocess.Popen([*command, str(rank), *names], stderr=logs[rank].open("w")) for rank in range(size)]
+        try:
+            for rank in ranks:
+                rank.wait(SECONDS)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        results = [Path(folder, f"{rank}.json") for rank in range(size)]
+        missing = [log.read_text() for log, result in zip(logs, results, strict=True) if not result.exists()]
+        assert not missing, "\n".join(missing)
+        found = [json.loads(result.read_text()) for result in results]
+    return {name: told for name in found[0] if any(told := [by_rank.get(name, "not run") for by_rank in found])}
+
+
+def _of_one(folder: str, size: int, rank: int, names: list[str]) -> None:
+    import torch
+    import torch.distributed as dist
+    from parallel_checks import CHECKS
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("sequence",))
+    found: dict[str, str] = {}
+    for name, run in CHECKS.items():
+        if names and name not in names:
+            continue
+        try:
+            run(mesh)
+            found[name] = ""
+        except BaseException:
+            found[name] = traceback.format_exc()
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _of_one(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

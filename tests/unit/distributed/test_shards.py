@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+from attnopt.distributed.shards import Rounds, Shards, TooShortError, needed
+from attnopt.distributed.token_rules import Tokens, moved
+from attnopt.patterns import Causal, Sinks, Window
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize(("length", "ranks"), [(13, 4), (8, 4), (5, 4), (4, 4), (2, 1)])
+def test_each_token_is_on_one_rank(length: int, ranks: int, zigzag: bool) -> None:
+    shards = Shards.of(length, ranks, zigzag)
+    held = [n for runs in shards.positions for start, stop in runs for n in range(start, stop)]
+    assert sorted(held) == list(range(length))
+    counts = [shards.count(rank) for rank in range(ranks)]
+    assert min(counts) >= 1
+    assert max(counts) - min(counts) <= 2
+
+
+def test_fewer_tokens_than_ranks() -> None:
+    with pytest.raises(TooShortError, match="3 tokens cannot be shared by 4 ranks"):
+        Shards.of(3, 4)
+
+
+def test_a_window_sends_its_tail_and_sinks() -> None:
+    rounds = Rounds.plan(Causal() & (Window(3, 0) | Sinks(2)), 1, Shards.of(64, 4))
+    assert rounds.method == "halo"
+    assert [rounds.tokens(rank) for rank in range(4)] == [0, 5, 5, 5]
+
+
+def test_a_window_longer_than_a_shard_reaches_over_it() -> None:
+    rounds = Rounds.plan(Causal() & Window(20, 0), 1, Shards.of(64, 4))
+    assert rounds.method == "ring"
+    assert [rounds.tokens(rank) for rank in range(4)] == [0, 16, 20, 20]
+
+
+def test_all_keys_of_all_ranks_travel_one_rank_at_a_time() -> None:
+    rounds = Rounds.plan(Window(100), 1, Shards.of(64, 4))
+    assert [len(sources[0]) for sources in rounds.of] == [1, 1, 1, 1]
+    assert rounds.tokens(0) == 48
+
+
+@pytest.mark.parametrize(
+    ("at", "sizes", "others", "wanted"),
+    [
+        (Tokens(1), (2, 12, 8), (24, 8), Tokens(0, 2, 1)),
+        (Tokens(0, 2, 1), (24, 8), (2, 12, 2, 4), Tokens(1)),
+        (Tokens(2), (2, 3, 12, 4), (6, 12, 4), Tokens(1)),
+        (Tokens(1), (2, 12, 8), (2, 96), Tokens(1, 1, 8)),
+        (Tokens(1), (2, 12, 8), (2, 6, 2, 8), None),
+        (Tokens(1), (1, 12, 1), (12,), Tokens(0)),
+    ],
+)
+def test_tokens_after_a_reshape(at: Tokens, sizes: tuple, others: tuple, wanted: Tokens | None) -> None:
+    assert moved(at, sizes, others, 12) == wanted
+
+
+def test_keys_that_only_the_last_query_sees_are_sent() -> None:
+    assert needed(Window(0, 1), 1, Shards.of(8, 2), 0) == {0: ((0, 4),), 1: ((4, 5),)}
