@@ -147,6 +147,7 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert target.stat().st_size > 0
 
 
+@pytest.mark.slow  # exports a whole model twice
 def test_export_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "model.onnx"
     argv = ["tiny_models:causal", "--dynamic", "--quantize", "int8"]

@@ -310,6 +310,7 @@ def branching(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow  # a whole model in parts
 def test_a_model_that_no_exporter_takes_whole() -> None:
     whole = llama()
     model = branching(copy.deepcopy(whole))

@@ -395,6 +395,7 @@ def test_other_classes(make: Any, attention: str) -> None:
     assert sorted(part.keys.shape[2] for part in layer.layers) == [9, 40]
 
 
+@pytest.mark.slow  # generates with a whole model several times
 def test_a_model_that_stores_latents() -> None:
     """DeepSeek: its report promises no smaller cache, and no keys can be evicted."""
     sizes: dict[str, Any] = {

@@ -223,6 +223,7 @@ def test_what_is_refused(fast: attnopt.OptimizedModel, options: dict[str, Any], 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # exports a whole model
 def test_calibration_that_says_little_is_noticed(tmp_path: Path) -> None:
     one = inputs(torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(attnopt.ExportError, match="the logits of the decoder and the model differ") as caught:

@@ -15,6 +15,7 @@ import torch
 from call_models import HEADS, SIZE, Stack
 from onnx_by_hand import DIM, contrib, plain, recurrent
 from torch import Tensor, nn
+from variants import mostly_slow
 
 import attnopt
 from attnopt import Input
@@ -93,7 +94,7 @@ def in_runtime(file: Path, feed: Given) -> list[Tensor]:
     return [torch.from_numpy(o) for o in session.run(None, {n: x.numpy() for n, x in feed.items()})]
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", mostly_slow(CASES, "segments", "values"))
 def test_law_a_file_means_what_its_model_means(case: str, stack: tuple[nn.Module, Path], tmp_path: Path) -> None:
     """At sizes that no example had, from an example of one sequence, too."""
     policy, brought = CASES[case]

@@ -18,7 +18,7 @@ def on_ranks(size: int, *names: str) -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, folder, str(size)]
         logs = [Path(folder, f"{rank}.log") for rank in range(size)]
-        ranks = [subprocess.Popen([*command, str(rank), *names], stderr=logs[rank].open("w")) for rank in range(size)]
+        ranks = [_started([*command, str(rank), *names], log) for rank, log in enumerate(logs)]
         try:
             for rank in ranks:
                 rank.wait(SECONDS)
@@ -31,6 +31,11 @@ def on_ranks(size: int, *names: str) -> dict[str, list[str]]:
         assert not missing, "\n".join(missing)
         found = [json.loads(result.read_text()) for result in results]
     return {name: told for name in found[0] if any(told := [by_rank.get(name, "not run") for by_rank in found])}
+
+
+def _started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("w") as errors:
+        return subprocess.Popen(command, stderr=errors)
 
 
 def _of_one(folder: str, size: int, rank: int, names: list[str]) -> None:

@@ -104,7 +104,7 @@ def _in_float(model: ir.Model, whole: Whole, file: Path, allowed: float | None) 
     save(model, file, _data_of(file, weights_size(whole.gm)))
     error = whole.verify(file, allowed)
     if allowed is not None:
-        note(file, "cache_error", f"{error:.2g}")
+        note(file, f"{METADATA}cache_error", f"{error:.2g}")
 
 
 def _data_of(file: Path, size: int) -> Path | None:

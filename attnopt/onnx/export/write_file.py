@@ -68,7 +68,7 @@ def note(file: Path, key: str, text: str) -> None:
     import onnx
 
     more = onnx.ModelProto()
-    more.metadata_props.add(key=METADATA + key, value=text)
+    more.metadata_props.add(key=key, value=text)
     with file.open("ab") as end:  # messages of protocol buffers merge where they follow each other
         end.write(more.SerializeToString())
 

@@ -81,6 +81,7 @@ HONEST = {
 }
 
 
+@pytest.mark.slow  # exports a whole model in several ways
 def test_an_honest_export_is_the_same(tmp_path: Path) -> None:
     model, args = Model(HONEST["window-and-sinks"], HONEST["decoder"]), audited.inputs()
     audit = attnopt.diff(model, audited.by_dynamo(model, args, tmp_path / "honest.onnx"), args)

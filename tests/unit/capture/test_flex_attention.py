@@ -191,6 +191,7 @@ def test_each_call_goes_its_own_way() -> None:
     oracle.assert_same(oracle.run(fast, args), want)
 
 
+@pytest.mark.slow  # compiles with inductor
 def test_a_call_at_other_lengths() -> None:
     model = Flex(relative, causal)
     oracle.run(model, (torch.randn(2, 11, E),))  # dynamo remembers the size

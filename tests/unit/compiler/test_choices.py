@@ -208,6 +208,7 @@ def test_first_of_is_the_pass_that_it_takes(model: Any) -> None:
          [LocalWindow(3), PruneHeads(heads=[1]), SoftPAG([0])])  # fmt: skip
 
 
+@pytest.mark.slow  # optimizes a model for every alternative
 def test_a_sequence_is_accepted_as_a_whole(model: Any) -> None:
     fast = same(model, FirstOf([LocalWindow(3), GroupedQuery(3)], [GroupedQuery(2), LocalWindow(2)]),
                 [GroupedQuery(2), LocalWindow(2)])  # fmt: skip
@@ -234,6 +235,7 @@ def test_what_no_alternative_suits_is_refused(model: Any) -> None:
     assert set(rest.report.sites[0].refusals) == {"grouped-query"}  # skipped, as a pass that is refused is
 
 
+@pytest.mark.slow  # optimizes a model for every alternative
 def test_first_of_with_calibration_data(model: Any) -> None:
     options: Any = {"calibration": DATA}
     learnt = DynamicSparse("low-rank(rank=2, queries=2)", keep=0.5, block=4)

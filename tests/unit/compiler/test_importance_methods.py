@@ -70,6 +70,7 @@ def test_the_seed_of_random(given: Any) -> None:
     assert head_importance(model, data, "random") != head_importance(model, data, "random(seed=3)")
 
 
+@pytest.mark.slow  # every statistic on a whole model
 def test_a_statistic_of_a_number_for_each_head_is_a_method(given: Any) -> None:
     model, data = given
     found = head_importance(model, data, Largest())

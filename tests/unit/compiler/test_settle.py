@@ -91,6 +91,7 @@ def test_a_statistic_is_measured_once_for_all_rules(model: Any, place: Any) -> N
     assert found[2][1] == "Causal() & Window(left=2, right=0)"
 
 
+@pytest.mark.slow  # ranks heads by every method
 def test_heads_are_those_that_head_importance_ranks(model: Any) -> None:
     """The rule by hand: the heads whose distance is below a bound, with the pass's own limit."""
     distances = attnopt.head_importance(model, DATA, "distance")

@@ -87,6 +87,7 @@ def test_what_is_cut_is_made_up_for(data: Any) -> None:
     assert found.after < found.before
 
 
+@pytest.mark.slow  # fits gains of all paths
 def test_through_a_norm_and_a_softmax() -> None:
     """Against scipy on the model written by hand."""
     model = hooked_models.llama()

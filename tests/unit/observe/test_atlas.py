@@ -186,6 +186,7 @@ def test_clusters_are_the_best_of_several_starts() -> None:
     assert clustered(x[:1], 3, 0).tolist() == [0]
 
 
+@pytest.mark.slow  # many batches
 def test_memory_does_not_depend_on_the_number_of_batches() -> None:
     model, _ = planted_heads.planted()
     alive: list[weakref.ref[Tensor]] = []

@@ -100,6 +100,7 @@ def test_a_window_that_sees_ahead_keeps_all_keys() -> None:
         attnopt.search(model, space, (X,), calibration=DATA, budget=Budget(kv_bytes=0.9))
 
 
+@pytest.mark.slow  # a search in a process of its own
 def test_memory_is_weights_and_keys() -> None:
     found = searched(choices(MIXED), Budget(memory=0.9))
     bytes_of = sum(4 * p.numel() for p in small().parameters())
@@ -177,6 +178,7 @@ def test_a_uniform_policy_may_name_other_heads_at_each_attention() -> None:
     assert one == other != every
 
 
+@pytest.mark.slow  # several searches
 def test_the_same_seed_gives_the_same_search() -> None:
     state = torch.get_rng_state()
     first, second = (searched(choices(MIXED, 2), Budget(flops=0.8), evaluations=12, seed=3) for _ in range(2))
@@ -258,6 +260,7 @@ def test_what_was_found_is_kept_if_evaluate_fails(wrong: Any, text: str) -> None
 
 
 # ------------------------------------------------------------ ended and resumed
+@pytest.mark.slow  # several searches
 def test_a_search_goes_on_where_it_was_ended(tmp_path: Path) -> None:
     path, done = tmp_path / "state.json", list[int]()
 
@@ -278,6 +281,7 @@ def test_a_search_goes_on_where_it_was_ended(tmp_path: Path) -> None:
     assert len(done) - 1 == once
 
 
+@pytest.mark.slow  # several searches
 @pytest.mark.subprocess
 def test_a_search_that_is_killed_loses_nothing_that_it_wrote(tmp_path: Path) -> None:
     script = f"""
