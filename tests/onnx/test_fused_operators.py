@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -114,3 +115,16 @@ def test_without_asking_they_are_left_to_the_runtime(tmp_path: Path) -> None:
     found = analyze(opened(tmp_path / "a.onnx", feed, {}), CallInputs(feed, {}), {}).findings
     assert not found.found
     assert found.near_misses
+
+
+@pytest.mark.parametrize("opens_fused", [True, False])
+def test_a_norm_that_optimizers_write_as_one_of_onnx(opens_fused: bool, tmp_path: Path) -> None:
+    x, path = noise(B, L, D), tmp_path / "a.onnx"
+    node = helper.make_node("SimplifiedLayerNormalization", ["x", "scale"], ["y"], axis=-1, epsilon=1e-5)
+    sizes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [B, L, D]) for name in "xy"]
+    graph = helper.make_graph([node], "g", sizes[:1], sizes[1:], [numpy_helper.from_array(noise(D, seed=1), "scale")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    got = opened(path, (torch.from_numpy(x),), {}, opens_fused=opens_fused)(torch.from_numpy(x))
+    (want,) = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    (only,) = got.values() if isinstance(got, dict) else (got,)
+    np.testing.assert_allclose(only.detach().numpy(), want, atol=1e-5)

@@ -45,6 +45,7 @@ def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
     """The model with its nodes in order: neither ONNX Runtime nor onnxruntime's converters require it."""
     import onnx
 
+    _register_operators()
     try:
         onnx.checker.check_model(str(file))
     except onnx.checker.ValidationError as e:
@@ -55,6 +56,37 @@ def _checked(model: onnx.ModelProto, file: Path) -> onnx.ModelProto:
         model.graph.node.extend(nodes)
         onnx.checker.check_model(model)
     return model
+
+
+def _register_operators() -> None:
+    """An operator of ONNX Runtime that its optimizers write as one of ONNX, which the checker has not heard of."""
+    from onnx.defs import OpSchema, has, register_schema
+
+    name, kinds = (
+        "SimplifiedLayerNormalization",
+        ["tensor(float)", "tensor(double)", "tensor(float16)", "tensor(bfloat16)"],
+    )
+    if has(name):
+        return
+    optional = OpSchema.FormalParameterOption.Optional
+    register_schema(
+        OpSchema(
+            name,
+            "",
+            1,
+            inputs=[OpSchema.FormalParameter("X", "T"), OpSchema.FormalParameter("scale", "V")],
+            outputs=[
+                OpSchema.FormalParameter("Y", "V"),
+                OpSchema.FormalParameter("inv_std_var", "U", param_option=optional),
+            ],
+            type_constraints=[(letter, kinds, "") for letter in "TUV"],
+            attributes=[
+                OpSchema.Attribute("axis", OpSchema.AttrType.INT, required=False),
+                OpSchema.Attribute("epsilon", OpSchema.AttrType.FLOAT, required=False),
+                OpSchema.Attribute("stash_type", OpSchema.AttrType.INT, required=False),
+            ],
+        )
+    )
 
 
 def structure(file: Path) -> onnx.ModelProto:
