@@ -18,6 +18,7 @@ from attnopt.backends.attention_operator import ATTENTION_WITH_LSE
 from attnopt.base.intervals import Ranges, merged
 from attnopt.distributed.ranks import Exchange, Ranks
 from attnopt.distributed.shards import Rounds, Shards
+from attnopt.ir.lse_merge import finite, joined
 from attnopt.patterns.algebra import FULL, Pattern
 from attnopt.patterns.part import Part, count
 
@@ -46,7 +47,7 @@ class Attention:
 
 
 @dataclass(frozen=True, eq=False)
-class Operands:
+class OwnOperands:
     """Of one rank: q [B, H, l, D], k [B, G, l, D], v [B, G, l, Dv] of its own tokens; bias and mask [B|1, H|1, l|1, S|1] and
     segments of the keys [B|1, S] of all S keys; segments of the queries [B|1, l]; sinks [B|1, H|1, l|1, 1]."""
 
@@ -69,13 +70,13 @@ class Attend(nn.Module):
         self.attention = attention
 
     def forward(self, *operands: Tensor | None) -> Tensor:
-        return attend(self.attention, Operands(*operands))  # type: ignore[arg-type]
+        return attend(self.attention, OwnOperands(*operands))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"{self.attention.site}, {self.attention.rounds.method}, {self.attention.pattern}"
 
 
-def attend(attention: Attention, t: Operands) -> Tensor:
+def attend(attention: Attention, t: OwnOperands) -> Tensor:
     """[B, H, l, Dv]: the output of the own queries over the keys of all ranks.  Every rank of the group calls this."""
     beside = (t.mask, t.q_segments, t.kv_segments, t.pairs)
     o: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
@@ -97,7 +98,7 @@ class _Attend(torch.autograd.Function):
         *beside: Any,
     ) -> Tensor:
         mask, *segments = beside
-        t = Operands(q, k, v, bias, mask, sinks, *segments)
+        t = OwnOperands(q, k, v, bias, mask, sinks, *segments)
         so_far = Merged.of(t)
         for step in _rounds(attention, t):
             so_far = so_far.with_part(*_part(attention, t, step))
@@ -111,7 +112,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         attention: Attention = ctx.attention
         q, k, v, bias, sinks, mask, *segments, o, top, log_sum = ctx.saved_tensors
-        t, whole = Operands(q, k, v, bias, mask, sinks, *segments), Merged(o, top, log_sum)
+        t, whole = OwnOperands(q, k, v, bias, mask, sinks, *segments), Merged(o, top, log_sum)
         wide = grad.to(o.dtype)
         found = Gradients.of(t, (wide * o).sum(-1))
         for number, step in enumerate(_rounds(attention, t)):
@@ -133,7 +134,7 @@ class Merged:
     log_sum: Tensor
 
     @classmethod
-    def of(cls, t: Operands) -> Merged:
+    def of(cls, t: OwnOperands) -> Merged:
         """Without keys: sinks alone."""
         wide = torch.promote_types(t.q.dtype, torch.float32)
         o = t.q.new_zeros(*t.q.shape[:3], t.v.shape[3], dtype=wide)
@@ -144,22 +145,13 @@ class Merged:
 
     def with_part(self, o: Tensor, top: Tensor, log_sum: Tensor) -> Merged:
         """Together with the output over other keys."""
-        both = torch.maximum(self.top, top)
-        base = _finite(both)
-        mine, theirs = (self.top - base) + self.log_sum, (top - base) + log_sum
-        highest = _finite(torch.maximum(mine, theirs))
-        together = highest + (torch.exp(mine - highest) + torch.exp(theirs - highest)).log()
-        weights = [torch.exp(x - _finite(together)).unsqueeze(-1) for x in (mine, theirs)]
-        sees = both > -torch.inf
-        return Merged(weights[0] * self.o + weights[1] * o.to(self.o.dtype), both, together.where(sees, 0.0))
+        weights, *both = joined([self.top, top], [self.log_sum, log_sum])
+        mine, theirs = (w.unsqueeze(-1) for w in weights)
+        return Merged(mine * self.o + theirs * o.to(self.o.dtype), *both)
 
     def share(self, top: Tensor, log_sum: Tensor) -> Tensor:
         """The weight of a part in the softmax over all keys."""
-        return torch.exp((top - _finite(self.top)) + (log_sum - self.log_sum))
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x.masked_fill(x == -torch.inf, 0.0)
+        return torch.exp((top - finite(self.top)) + (log_sum - self.log_sum))
 
 
 @dataclass(eq=False)
@@ -173,12 +165,14 @@ class Gradients:
     of_row: Tensor
 
     @classmethod
-    def of(cls, t: Operands, of_row: Tensor) -> Gradients:
+    def of(cls, t: OwnOperands, of_row: Tensor) -> Gradients:
         q, k, v = (torch.zeros_like(x, dtype=of_row.dtype) for x in (t.q, t.k, t.v))
         bias = None if t.bias is None else torch.zeros_like(t.bias, dtype=of_row.dtype)
         return cls(q, k, v, bias, of_row)
 
-    def add(self, attention: Attention, t: Operands, step: Step, whole: Merged, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def add(
+        self, attention: Attention, t: OwnOperands, step: Step, whole: Merged, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What the keys of one round give the own queries and bias; returned: the gradients of these keys and values."""
         if not step.keys:
             return step.k, step.v
@@ -204,7 +198,7 @@ class Gradients:
         for own, given in ((self.k, kv[..., :size]), (self.v, kv[..., size:])):
             _add(own, 2, places, given)
 
-    def of_sinks(self, t: Operands, whole: Merged) -> Tensor | None:
+    def of_sinks(self, t: OwnOperands, whole: Merged) -> Tensor | None:
         if t.sinks is None:
             return None
         logits = t.sinks.to(self.of_row.dtype).squeeze(-1).expand_as(self.of_row)
@@ -222,7 +216,7 @@ class Step:
     v: Tensor
 
 
-def _rounds(attention: Attention, t: Operands) -> Iterator[Step]:
+def _rounds(attention: Attention, t: OwnOperands) -> Iterator[Step]:
     """The rounds of this rank; the next keys travel while those of a round are used."""
     following = _send(attention, t, 0)
     for number in range(len(attention.rounds.of)):
@@ -232,7 +226,7 @@ def _rounds(attention: Attention, t: Operands) -> Iterator[Step]:
         yield _joined(attention, t, number, arriving.wait())
 
 
-def _send(attention: Attention, t: Operands, number: int) -> Exchange:
+def _send(attention: Attention, t: OwnOperands, number: int) -> Exchange:
     rounds, ranks = attention.rounds, attention.ranks
     kind = torch.promote_types(t.k.dtype, t.v.dtype)
     sent = {
@@ -248,7 +242,7 @@ def _send(attention: Attention, t: Operands, number: int) -> Exchange:
     return ranks.exchange(sent, heard, attention.site)
 
 
-def _joined(attention: Attention, t: Operands, number: int, arrived: Mapping[int, Tensor]) -> Step:
+def _joined(attention: Attention, t: OwnOperands, number: int, arrived: Mapping[int, Tensor]) -> Step:
     """The keys of a round in the order of their positions."""
     rank, width = attention.ranks.rank, t.k.shape[3]
     sources = attention.rounds.of[number][rank]
@@ -291,12 +285,12 @@ def _return(
 
 
 def _part(
-    attention: Attention, t: Operands, step: Step, q: Tensor | None = None, bias: Tensor | None = None
+    attention: Attention, t: OwnOperands, step: Step, q: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The own queries over the keys of one round."""
     q = t.q if q is None else q
     if not step.keys:
-        nothing = Merged.of(Operands(q, t.k, t.v))
+        nothing = Merged.of(OwnOperands(q, t.k, t.v))
         return nothing.o, nothing.top, nothing.log_sum
     bias = _columns(t.bias, step.keys) if bias is None and t.bias is not None else bias
     mask = None if t.mask is None else _columns(t.mask, step.keys)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch.distributed.device_mesh import DeviceMesh
 
 from attnopt.capture.calibration import Batch, Calibration
-from attnopt.distributed.ranks import Ranks, fingerprint, require_same
+from attnopt.distributed.ranks import Ranks, require_same
 from attnopt.errors import DistributedError
 from attnopt.ir.peers import Peers
 
@@ -38,7 +38,7 @@ class RankPeers(Peers):
     @contextmanager
     def working(self, given: Mapping[str, object]) -> Iterator[None]:
         try:
-            require_same(self.rank, {name: fingerprint(x) for name, x in given.items()}, self.everyone)
+            require_same(self.rank, given, self.everyone)
         except DistributedError as e:
             raise PeerError(e.message, hint=e.hint) from None  # on all ranks
         try:

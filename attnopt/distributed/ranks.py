@@ -94,7 +94,7 @@ class Ranks:
 
     def require_same(self, given: Mapping[str, object]) -> None:
         """Raises DistributedError on every rank if something has another value on another rank."""
-        require_same(self.rank, {name: fingerprint(x) for name, x in given.items()}, self.everyone)
+        require_same(self.rank, given, self.everyone)
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
@@ -117,10 +117,10 @@ class Exchange:
         return self.received
 
 
-def require_same(rank: int, own: dict[str, str], everyone: Callable[[dict[str, str]], list[Any]]) -> None:
+def require_same(rank: int, given: Mapping[str, object], everyone: Callable[[dict[str, str]], list[Any]]) -> None:
     """Raises DistributedError on every rank if the ranks have several values under one name."""
-    found = everyone(own)
-    for name in own:
+    found = everyone({name: fingerprint(x) for name, x in given.items()})
+    for name in given:
         values = [told.get(name) for told in found]
         other = next((r for r, value in enumerate(values) if value != values[0]), None)
         if other is not None:

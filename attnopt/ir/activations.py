@@ -39,9 +39,7 @@ class Activations:
     calls: int = 1  # of the site's weights: ``batches`` lists those of one call, then those of the next
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # by statistic and spec
     peers: Peers | None = None  # who have the other batches
-    own: Activations | None = (
-        None  # of this process, if it has peers: for statistics that are merged; the rest is withheld
-    )
+    own: Activations | None = None  # those of this process, if it has peers: only statistics that are merged read them
 
     @property
     def original(self) -> Activations:

@@ -61,12 +61,30 @@ def merged_by_lse(spec: AttentionSpec, core_of: Callable[[AttentionSpec], Attend
 def shares(tops: list[Tensor], logs: list[Tensor], sink: Tensor | None) -> list[Tensor]:
     """The weight that each part has in a softmax over all of them and the sink; zeros in a row that sees nothing."""
     top = reduce(torch.maximum, tops if sink is None else [*tops, sink.detach()])
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    relative = [(own - top) + log for own, log in zip(tops, logs, strict=True)]  # what is small is added last
-    relative += [] if sink is None else [sink - top]
-    highest = reduce(torch.maximum, [r.detach() for r in relative])
-    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    return _weighed(tops, logs, sink, top)[0]
+
+
+def joined(tops: list[Tensor], logs: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """``shares`` without a sink, and the two parts of the log-sum-exp over all keys: the largest score, and the rest."""
+    top = reduce(torch.maximum, tops)
+    weights, highest, total = _weighed(tops, logs, None, top)
+    return weights, top, highest + total.log()
+
+
+def finite(x: Tensor) -> Tensor:
+    """0 in the place of -inf: to subtract from what is -inf, too."""
+    return x.masked_fill(x == -torch.inf, 0.0)
+
+
+def _weighed(
+    tops: list[Tensor], logs: list[Tensor], sink: Tensor | None, top: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The shares, and the sum of exponentials over all, as its exponent beside ``top`` and a factor."""
+    base = finite(top)
+    relative = [(own - base) + log for own, log in zip(tops, logs, strict=True)]  # what is small is added last
+    relative += [] if sink is None else [sink - base]
+    highest = finite(reduce(torch.maximum, [r.detach() for r in relative]))
     exponentials = [torch.exp(r - highest) for r in relative]
     total = reduce(torch.add, exponentials)
     total = total.masked_fill(total == 0.0, 1.0)
-    return [e / total for e in exponentials[: len(logs)]]
+    return [e / total for e in exponentials[: len(logs)]], highest, total

@@ -102,8 +102,12 @@ def _same_gradients(mesh: DeviceMesh, style: Style, policy: object) -> None:
     same(got, parallel.own(want), 1e-12)
     got.square().sum().backward()
     parallel.reduce_gradients()
-    wanted = dict(alone.named_parameters())
-    for name, p in one.named_parameters():
+    _compare_gradients(one, alone)
+
+
+def _compare_gradients(got: torch.nn.Module, want: torch.nn.Module) -> None:
+    wanted = dict(want.named_parameters())
+    for name, p in got.named_parameters():
         same(p.grad, wanted[name].grad, 1e-10)
         p.grad = None
 
@@ -120,10 +124,7 @@ def whole_outputs_have_the_same_gradients(mesh: DeviceMesh) -> None:
         same(got, want, 1e-12)
         (got.square().sum() / mesh.size()).backward()
         parallel.reduce_gradients()
-        wanted = dict(alone.named_parameters())
-        for name, p in fast.named_parameters():
-            same(p.grad, wanted[name].grad, 1e-10)
-            p.grad = None
+        _compare_gradients(fast, alone)
 
 
 @quick

@@ -19,6 +19,7 @@ from sites import a_site, applied, refusal
 from specs import a_spec, tensors
 from torch import Tensor, nn
 from torch.export import Dim
+from variants import mostly_slow
 
 import attnopt
 from attnopt import recipes
@@ -265,7 +266,7 @@ def test_dynamic_lengths(p: Pattern, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("p", CASES, ids=str)
-@pytest.mark.parametrize("flavor", ["onnxruntime", pytest.param("standard", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flavor", mostly_slow(["onnxruntime", "standard"], "onnxruntime"))
 def test_onnx(p: Pattern, flavor: Any, tmp_path: Path) -> None:
     import onnxruntime
 

@@ -6,13 +6,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 import zoo
 from oracle import assert_same, run
 from torch import Tensor, nn
 from torch.nn import functional as F
+from travelling import assert_travels
 
 import attnopt
 from attnopt.errors import CalibrationError, PolicyError
@@ -182,17 +182,7 @@ def test_gains_and_pruned_heads(kind: type[Channels]) -> None:
 def test_saved_and_in_onnx_at_other_sizes(tmp_path: Path) -> None:
     model, x = made(CrossCovariance)
     fast = attnopt.optimize(model, ScaleHeads([0.5, 1.0, 2.0]), (x,), dynamic_shapes="auto")
-    fast.save(tmp_path / "saved")
-    loaded = attnopt.load(tmp_path / "saved")
-    assert loaded.sites[0].spec == fast.sites[0].spec
-    fast.export_onnx(tmp_path / "m.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
-    for batch, tokens in ((B, N), (1, 12)):
-        other = torch.randn(batch, tokens, WIDTH)
-        want = run(fast, (other,))
-        assert torch.equal(run(loaded, (other,))[0], want[0])
-        (y,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
-        assert_same([torch.from_numpy(y)], want)
+    assert_travels(fast, tmp_path, [torch.randn(B, N, WIDTH), torch.randn(1, 12, WIDTH)])
 
 
 def test_what_needs_tokens_is_refused() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 import zoo
 from oracle import Edit, assert_same, run, run_edited
 from torch import Tensor, nn
+from travelling import assert_travels
 
 import attnopt
 from attnopt.errors import PolicyError
@@ -148,17 +148,7 @@ def test_windows_hide_scores_that_are_mapped(kind: type[Talking]) -> None:
 def test_saved_and_in_onnx(tmp_path: Path) -> None:
     model, x = made(Linear)
     fast = attnopt.optimize(model, LocalWindow(2), (x,), dynamic_shapes="auto")
-    fast.save(tmp_path / "saved")
-    loaded = attnopt.load(tmp_path / "saved")
-    assert loaded.sites[0].spec == fast.sites[0].spec
-    fast.export_onnx(tmp_path / "m.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
-    for batch, tokens in ((B, N), (1, 9)):
-        other = torch.randn(batch, tokens, WIDTH)
-        want = run(fast, (other,))
-        assert torch.equal(run(loaded, (other,))[0], want[0])
-        (y,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
-        assert_same([torch.from_numpy(y)], want)
+    assert_travels(fast, tmp_path, [torch.randn(B, N, WIDTH), torch.randn(1, 9, WIDTH)])
 
 
 def test_what_needs_heads_of_their_own_is_refused() -> None:
