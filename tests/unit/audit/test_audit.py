@@ -70,6 +70,7 @@ def test_other_layers_stay_the_same_and_a_lost_one_is_missing(tmp_path: Path) ->
     audit = attnopt.diff(model, audited.by_script(faulty, args, tmp_path / "lost.onnx"), args)
     found = [s.differences[0].kind if s.differences else s.verdict for s in audit.sites]
     assert found == ["scale", "same", "missing"]
+    assert [s.verdict for s in audit.sites] == ["differs", "same", "differs"]
 
 
 HONEST = {
