@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from attnopt.ir.site import Site
 
 _LENGTH, _HEADS, _HEAD_DIM = 1024, 4, 64
 _ROUNDS = 3
+_EMPTY_CALLS = 50  # each of which is too short to be measured well
 GPU_RATE = 1e13  # without a measurement, only ratios matter
 
 
@@ -99,16 +99,16 @@ def _measured(dtype: torch.dtype) -> Speed:
             causal=flops / _seconds(lambda: F.scaled_dot_product_attention(*operands, is_causal=True)),
             masked=flops / _seconds(lambda: F.scaled_dot_product_attention(*operands, attn_mask=mask)),
             blocked=flops / _seconds(lambda: blocked(*operands)),
-            dense_call=_seconds(lambda: F.scaled_dot_product_attention(*tiny)),
-            blocked_call=_seconds(lambda: blocked(*tiny)),
+            dense_call=_seconds(lambda: F.scaled_dot_product_attention(*tiny), _EMPTY_CALLS),
+            blocked_call=_seconds(lambda: blocked(*tiny), _EMPTY_CALLS),
         )
 
 
-def _seconds(work: Callable[[], Tensor]) -> float:
+def _seconds(work: Callable[[], Tensor], rounds: int = _ROUNDS) -> float:
     work()
     found = []
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         work()
         found.append(time.perf_counter() - start)
-    return median(found)
+    return min(found)  # the least disturbed

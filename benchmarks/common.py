@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak import peak_rates
 
 from attnopt.base.cpu_timing import Times, interleaved
 from attnopt.cli.demo_data import let_transformers_import
@@ -65,9 +66,9 @@ def memory(name: str) -> int:
 def machine() -> dict[str, Any]:
     import attnopt
 
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
+        "cpu": _processor(),
+        "peak, GFLOP/s": {form.name.lower(): round(rate / 1e9) for form, rate in peak_rates().items()},
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -76,12 +77,25 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _processor() -> str:
+    """With family and model: names alone are shared by generations."""
+    try:
+        pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    except OSError:
+        return platform.processor()
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    named = [found[x] for x in ("model name",) if x in found] or [platform.processor()]
+    return " ".join([*named, *(f"{x.removeprefix('cpu ')} {found[x]}" for x in ("cpu family", "model") if x in found)])
+
+
 def publish(name: str, rows: Sequence[Mapping[str, Any]], title: str, digits: int = 2) -> None:
     """Print ``rows`` as a table, and write them with the machine's description to ``results/``."""
     RESULTS.mkdir(exist_ok=True)
     table = _markdown(rows, digits)
     about = machine()
-    described = f"{about['cpu']}, {about['threads']} thread, torch {about['torch']}, {about['date']}"
+    peaks = ", ".join(f"{rate} GFLOP/s ({form})" for form, rate in about["peak, GFLOP/s"].items())
+    threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
+    described = f"{about['cpu']}, peak of a core {peaks}, {threads}, torch {about['torch']}, {about['date']}"
     (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{described}\n\n{table}\n", encoding="utf-8")
     (RESULTS / f"{name}.json").write_text(
         json.dumps({"machine": about, "rows": list(rows)}, indent=2), encoding="utf-8"

@@ -6,18 +6,14 @@ Wanted of bfloat16: at most 0.6 of our float32, at most 0.33 of SDPA.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import interleaved, one_thread, publish
+from peak import peak_rates
 from torch import Tensor
 
 from attnopt.backends import native
@@ -26,7 +22,6 @@ from attnopt.backends.native import Form
 
 H = 8
 TYPES = (torch.bfloat16, torch.float16)
-PEAKS = {Form.FLOAT32: "singles", Form.PAIRS: "pairs", Form.TILES: "tiles"}  # functions of peak.cpp
 
 
 def main() -> None:
@@ -50,31 +45,6 @@ def main() -> None:
         for row in measured(length, dim, dtype, forms, peaks, arguments.rounds)
     ]
     publish("half_speed", rows, "Dense attention in half precision, CPU time of one call")
-
-
-def peak_rates() -> dict[Form, float]:
-    """Operations a second of one core, the best of some tries."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "peak.so"
-        source = Path(__file__).with_name("peak.cpp")
-        compiler = os.environ.get("CXX", "g++")
-        subprocess.run(
-            [compiler, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", source, "-o", made], check=True
-        )
-        loops = ctypes.CDLL(str(made))
-
-    def rate(name: str) -> float:
-        loop: Callable[[int], float] = getattr(loops, name)
-        loop.argtypes, loop.restype = [ctypes.c_int64], ctypes.c_double  # type: ignore[attr-defined]
-        found = []
-        for _ in range(20):
-            start = time.process_time()
-            done = loop(1_000_000)
-            found.append(done / (time.process_time() - start))
-        return max(found)
-
-    best = Form(native.library().attnopt_best_form())  # which asks for tiles
-    return {form: rate(name) for form, name in PEAKS.items() if form <= best}
 
 
 def measured(

@@ -1,4 +1,4 @@
-"""The command line: ``attnopt inspect|optimize|export|explain|diff|search|heads|bench|demo|passes``.
+"""The command line: ``attnopt inspect|optimize|export|explain|diff|search|heads|bench|demo|passes|doctor``.
 
 Exit codes: 0 all went well, 1 a deliberate error (its message on stderr), 2 a wrong command line, 3 an internal error,
 130 interrupted.  ``diff MODEL FILE``: 0 the same, 1 they differ, 2 could not be compared.
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_bench,
         _add_demo,
         _add_passes,
+        _add_doctor,
     )
     for add in every:
         add(commands)
@@ -238,6 +239,18 @@ def _add_passes(commands: Commands) -> None:
         cli_run.passes,
         "list the installed passes and backends with their options",
         "attnopt passes --json",
+    )
+
+
+def _add_doctor(commands: Commands) -> None:
+    from attnopt.cli import doctor
+
+    _command(
+        commands,
+        "doctor",
+        doctor.run,
+        "show what this machine and its packages offer, and what is missing for what",
+        "attnopt doctor",
     )
 
 

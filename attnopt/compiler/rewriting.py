@@ -72,7 +72,7 @@ class Rewriting:
         edits = tuple(_kept(e, self.found.site) for e in self.made.edits)
         plan = Plan(site.spec, edits, self.made.out_bias, found=self.found, backend=choice.backend, passes=self.passes)
         if plan.changes_nothing and choice.reasons and isinstance(choice.backend, Reference):
-            return choice.reasons  # it already has plain operators
+            return {**{name: _slower(site, name) for name in choice.slower}, **choice.reasons}
         return Planned(plan, (*self.made.notes, *choice.notes))
 
 
@@ -94,6 +94,16 @@ def escapes(found: Found) -> Refusal:
         expected="scores and weights that are used only inside the attention",
         found=f"{nodes[0].name} used by {used_by}",
         hint="call the model so that it does not return attention weights",
+    )
+
+
+def _slower(site: Site, backend: str) -> Refusal:
+    """Why an attention keeps the plain operators that it has."""
+    return site.refuse(
+        "plain-is-faster",
+        expected="lengths at which it is faster than plain operators",
+        found=f"{site.q_len} queries and {site.kv_len} keys",
+        hint=f'backend="{backend}" uses it all the same',
     )
 
 

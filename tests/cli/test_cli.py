@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from attnopt.cli import demo_data as demo_similarity
 from attnopt.cli import main as cli
 from attnopt.errors import AttnoptError
 
-COMMANDS = ("inspect", "optimize", "export", "explain", "diff", "search", "heads", "bench", "demo", "passes")
+COMMANDS = ("inspect", "optimize", "export", "explain", "diff", "search", "heads", "bench", "demo", "passes", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,29 @@ def test_a_model_without_attention(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_folder_that_holds_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(tmp_path) in error_of(capsys, "inspect", str(tmp_path))
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {row["what"]: row for row in json_of(capsys, "doctor")}
+    assert found["CPU kernel"]["found"].startswith("compiled: ")
+    assert (found["onnx"]["is_fine"], found["onnx"]["note"]) == (True, "for everything")
+    assert "CPUExecutionProvider" in found["providers of ONNX Runtime"]["found"]
+
+    def version(name: str) -> str:
+        if name == "scipy":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0" if name == "onnx" else known(name)
+
+    known = metadata.version
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr("attnopt.backends.native.why_not", lambda: "there is no C++ compiler")
+    found = {row["what"]: row for row in json_of(capsys, "doctor")}
+    assert not any(found[what]["is_fine"] for what in ("CPU kernel", "onnx", "scipy"))
+    assert (found["scipy"]["found"], found["onnx"]["found"]) == ("not installed", "1.0")
+    assert found["scipy"]["note"] == 'for attnopt demo and attnopt.search; pip install "scipy>=1.11"'
+    assert "C++ compiler" in found["CPU kernel"]["note"]
+    assert cli.main(["doctor"]) == 0
+    assert "--  CPU kernel" in capsys.readouterr().out
 
 
 def test_passes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -555,5 +555,7 @@ def test_a_checkpoint_gets_its_eviction_back(tmp_path: Path) -> None:
     want, _ = in_pieces(made, ids, [15, *range(16, 21)])
     for other in (loaded, copy.deepcopy(made)):
         got, cache = in_pieces(other, ids, [15, *range(16, 21)])
-        assert torch.equal(got, want)
+        torch.testing.assert_close(
+            got, want, atol=1e-12, rtol=0
+        )  # products round otherwise where weights lie otherwise
         assert [type(layer).__name__ for layer in cache.layers] == ["EvictingLayer", "DynamicLayer"]

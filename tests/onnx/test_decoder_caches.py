@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -124,29 +125,47 @@ def test_each_layer_has_a_buffer_of_its_own(two_windows: tuple[attnopt.Optimized
 
 
 # ---------------------------------------------------------------- int8
+@dataclass
 class Rounding:
-    """Notes the largest magnitude of each feature at its first call; then rounds to the 255 steps that reach so far."""
+    """Rounds to the 255 steps of these sizes, [1, G, 1, D] of keys and of values."""
 
-    def __init__(self) -> None:
-        self.steps: list[Tensor] = []
+    steps: tuple[Tensor, Tensor]
 
     def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.steps:
-            self.steps = [x.abs().amax((0, 2))[:, None] / 127 for x in (k, v)]
-            return k, v
         k, v = ((x / s).round().clamp(-128, 127) * s for x, s in zip((k, v), self.steps, strict=True))
         return k, v
 
 
-def coarse(seen: Tensor, without_head: bool = False) -> Any:
-    """The decoder over int8 keys and values, by hand."""
+@dataclass
+class Largest:
+    """Notes the largest magnitude of each feature, [1, G, 1, D] of keys and of values."""
+
+    found: tuple[Tensor, Tensor] = (torch.zeros(1), torch.zeros(1))
+
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        now = (x.abs().amax((0, 2), keepdim=True) for x in (k, v))
+        self.found = cast("tuple[Tensor, Tensor]", tuple(map(torch.maximum, self.found, now)))
+        return k, v
+
+
+def coarse(file: Path, without_head: bool = False) -> Any:
+    """The decoder over int8 keys and values in the steps of the file, by hand."""
     model = decoder()
-    for layer in model.layers:
-        layer.stored = Rounding()  # type: ignore[assignment]
+    for layer, (k, v) in zip(model.layers, scales(file), strict=True):
+        layer.stored = Rounding((k[:, [0, -1]], v[:, [0, -1]]))  # type: ignore[assignment]  # of two, or repeated for each head
         if without_head:
             layer.o.weight.data[:, :8] = 0  # type: ignore[union-attr, operator, index]
-    whole(model, seen)
     return model
+
+
+def scales(file: Path) -> list[tuple[Tensor, Tensor]]:
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(file)).graph
+    weights = {x.name: torch.tensor(numpy_helper.to_array(x)) for x in graph.initializer}
+    found = [node.input[12:14] for node in graph.node if node.op_type == "GroupQueryAttention"]
+    return [(weights[k], weights[v]) for k, v in found]
 
 
 @pytest.mark.parametrize("policy", ["fuse", PruneHeads(heads=(0,))], ids=["fuse", "keys repeated for each head"])
@@ -162,10 +181,28 @@ def test_int8_is_rounding_and_nothing_else(policy: Any, tmp_path: Path) -> None:
     run = Runtime(file, 1, 32)
     assert {x.data_type() for x in run.cache.values()} == {"tensor(int8)"}
     got = run.in_parts(ids, [12, 3] + [1] * 15)
-    rounded = difference([got], [whole(coarse(seen, policy != "fuse"), ids)])
+    rounded = difference([got], [whole(coarse(file, policy != "fuse"), ids)])
     exact = difference([got], [whole(fast, ids)])
     assert rounded < 2e-3 < exact < 0.1
     assert 0 < about(file, "cache_error") < 0.1
+
+
+def test_scales_hold_further_on_in_the_context(tmp_path: Path) -> None:
+    """A dozen tokens hardly turn the slowest pair of features; four thousand do."""
+    example = inputs(texts(2, 12))
+    file = exported(optimized("fuse"), tmp_path / "m", kv="int8", calibration=[example])
+    model, noted = decoder(), [Largest(), Largest()]
+    for layer, largest in zip(model.layers, noted, strict=True):
+        layer.stored = largest  # type: ignore[assignment]
+    with torch.no_grad():
+        for first in range(0, 4096 - 12, 29):
+            model(**example | {"position_ids": example["position_ids"] + first})
+    for (of_keys, of_values), largest in zip(scales(file), noted, strict=True):
+        keys, values = (
+            (127 * s).flatten() / most.flatten() for s, most in zip((of_keys, of_values), largest.found, strict=True)
+        )
+        torch.testing.assert_close(values, torch.ones_like(values), atol=1e-3, rtol=0)
+        assert 0.9 < keys.min() <= keys.max() < 1.01
 
 
 @pytest.mark.slow

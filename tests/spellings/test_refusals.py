@@ -718,6 +718,17 @@ def test_no_such_scale() -> None:
     assert generic(refusal) == OTHERS["no-such-scale"]
 
 
+def test_plain_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnopt.backends.speed import Speed
+
+    slow_call = Speed(1e11, 1e11, 1e11, 1e11, dense_call=1e-6, blocked_call=1.0)
+    monkeypatch.setattr("attnopt.backends.speed._of_cpu", lambda *_: slow_call)
+    sinks = Spelling(sinks=True)
+    with pytest.warns(attnopt.AttnoptWarning, match="refused, the first by blocked"):
+        fast = attnopt.optimize(Attention(sinks), "fuse", (), inputs(sinks))
+    assert generic(fast.report.sites[0].refusals["blocked"]) == OTHERS["plain-is-faster"]
+
+
 def test_no_weight_gains() -> None:
     from attnopt.backends import Sdpa
     from attnopt.ir.plugin_calls import accepts
@@ -769,6 +780,8 @@ def test_every_code_is_tested() -> None:
 
 
 OTHERS = {
+    "plain-is-faster": "[plain-is-faster] expected lengths at which it is faster than plain operators, found 7 queries and 7 "
+    'keys (at LINE)\n  hint: backend="blocked" uses it all the same',
     "no-weight-gains": "[no-weight-gains] expected no gains on attention weights, found weights x 0.5 in Keys('0') (logits)",
     "not-equal": "[not-equal] expected the canonical attention to equal the model's own computation, found a "
     "relative difference of 0.25 (at LINE)\n  hint: please report the model: this is a gap in matching, "

@@ -34,6 +34,19 @@ class Fault:
 
 
 FAULTS = (
+    # what a short example says of long sequences
+    Fault("forms chosen for a short example", "    judged = _grown(site)",
+          "    judged = site",
+          "test_pattern_reports.py -k short_example"),
+    Fault("plain operators without a reason", "{**{name: _slower(site, name) for name in choice.slower}, **choice.reasons}",
+          "choice.reasons",
+          "test_refusals.py -k plain_is_faster"),
+    Fault("keys measured where the example stands", "leaves[place] + max(0, room) * i // count",
+          "leaves[place]",
+          "test_decoder_caches.py -k scales_hold"),
+    Fault("a package of another version is fine", "version is not None and needed.specifier.contains(version, prereleases=True)",
+          "version is not None",
+          "test_cli.py -k doctor"),
     # attention between channels, and sinks that are numbers
     Fault("queries that are no channels", "    if not queries or not all(_is_feature(r.q, c) for c in queries):",
           "    if not queries:",

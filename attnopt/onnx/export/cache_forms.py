@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from attnopt.onnx.export.mark import Marked
 WINDOWS, TYPES = ("masked", "rolling"), ("float32", "int8")
 LARGEST = 127  # of a symmetric int8
 COARSE = 0.1  # how much of the largest logit int8 keys and values may change one
+PLACES = 16  # positions, spread over the context, at which keys are measured
 WIDTH = 16  # of int8 heads in a rolling buffer: their features are a multiple of it
 
 
@@ -65,7 +66,8 @@ class CacheOptions:
                 )
         if self.kv == "int8":
             _check_width([m for m, f in zip(marked, forms, strict=True) if f.rolls])
-            found = _scales(gm, marked, self._batches(origin))
+            batches = list(_placed(gm, self._batches(origin), context_length))
+            found = _scales(gm, marked, batches)
             forms = [replace(f, scales=s) for f, s in zip(forms, found, strict=True)]
         return tuple(replace(m, form=f) for m, f in zip(marked, forms, strict=True))
 
@@ -128,6 +130,21 @@ def _scales(gm: fx.GraphModule, marked: Sequence[Marked], batches: Sequence[Call
                 hint='use kv="float32"',
             )
     return [(_scale(largest[k]), _scale(largest[v])) for k, v in sides]
+
+
+def _placed(gm: fx.GraphModule, batches: Sequence[CallInputs], context_length: int) -> Iterator[CallInputs]:
+    """The batches as they are and, if the model takes positions, further on in the context: rotation by position turns other
+    features into large ones there."""
+    yield from batches
+    names = [n.name for n in inputs_of(gm.graph)]
+    if "position_ids" not in names:
+        return
+    place, count = names.index("position_ids"), max(PLACES, len(batches))
+    for i in range(1, count + 1):
+        leaves, structure = pytree.tree_flatten(batches[i % len(batches)])
+        room = context_length - 1 - int(leaves[place].max())
+        leaves[place] = leaves[place] + max(0, room) * i // count
+        yield pytree.tree_unflatten(leaves, structure)
 
 
 def _scale(largest: Tensor) -> Tensor:

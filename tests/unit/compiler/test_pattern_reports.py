@@ -40,6 +40,12 @@ def test_a_pattern_that_is_no_more_than_a_mask_is_told() -> None:
     assert attnopt.optimize(model, "fuse", args, kwargs).report.sites[0].notes == ()
 
 
+def test_a_short_example_of_varying_length_does_not_choose_a_mask() -> None:
+    model, args, kwargs = tiny_models.full()
+    site = attnopt.optimize(model, LocalWindow(2), args, kwargs, dynamic_shapes="auto").report.sites[0]
+    assert (site.backend, site.notes) == ("blocked", ()), "a thousand tokens are"
+
+
 def test_a_grid_needs_a_sequence_of_fixed_length() -> None:
     model, args, kwargs = tiny_models.full()
     policy = Sparse(Neighborhood((3, 4), 3))
