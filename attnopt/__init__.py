@@ -15,7 +15,7 @@ from attnopt.backends import attention_operator as attention_operator
 from attnopt.ir import received_weights as received_weights
 
 if TYPE_CHECKING:
-    from attnopt import distributed, passes, patterns, plot, recipes, statistics
+    from attnopt import distributed, passes, patterns, plot, recipes, statistics, training
     from attnopt.advice import advise
     from attnopt.api import guidance, inspect, optimize
     from attnopt.audit.diff import diff
@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from attnopt.ir.interfaces import Backend, Pass, Rewrite
     from attnopt.ir.kv_merge import KvMerge
     from attnopt.ir.kv_partition import KvPartition
+    from attnopt.ir.linear_mixer import LinearMixer
+    from attnopt.ir.mixer import Mixer, Pairs, Tokens
     from attnopt.ir.pooled_keys import PooledKeys
     from attnopt.ir.projection import Projection
     from attnopt.ir.query_rows import ChosenRows
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
     from attnopt.report.path_gains import PathGains
     from attnopt.report.policy_search import SearchReport
     from attnopt.report.report import Report
+    from attnopt.training.distillation import distill
     from attnopt.version import __version__
 
 __all__ = [
@@ -149,10 +152,13 @@ __all__ = [
     "Kept",
     "KvMerge",
     "KvPartition",
+    "LinearMixer",
+    "Mixer",
     "ModelImportance",
     "NearMiss",
     "OptimizedModel",
     "Outputs",
+    "Pairs",
     "Pass",
     "Past",
     "PathGains",
@@ -175,6 +181,7 @@ __all__ = [
     "SearchReport",
     "Site",
     "Statistic",
+    "Tokens",
     "VerificationError",
     "__version__",
     "advise",
@@ -184,6 +191,7 @@ __all__ = [
     "collect",
     "convert",
     "diff",
+    "distill",
     "distributed",
     "expose",
     "fit_path_gains",
@@ -208,6 +216,7 @@ __all__ = [
     "search",
     "search_heads",
     "statistics",
+    "training",
     "where",
 ]
 
@@ -249,6 +258,8 @@ _NAMES = {
     "ir.interfaces": "Backend Pass Rewrite",
     "ir.kv_merge": "KvMerge",
     "ir.kv_partition": "KvPartition",
+    "ir.linear_mixer": "LinearMixer",
+    "ir.mixer": "Mixer Pairs Tokens",
     "ir.pooled_keys": "PooledKeys",
     "ir.projection": "Projection",
     "ir.query_rows": "ChosenRows",
@@ -279,6 +290,7 @@ _NAMES = {
     "report.policy_search": "SearchReport",
     "report.path_gains": "PathGains",
     "report.report": "Report",
+    "training.distillation": "distill",
     "version": "__version__",
 }  # module -> its public names
 _MODULE_OF = {name: f"attnopt.{module}" for module, names in _NAMES.items() for name in names.split()}

@@ -221,7 +221,7 @@ def refusals() -> str:
 def refusal_codes() -> dict[str, str]:
     """Code -> the part of attnopt that issues it."""
     found: dict[str, str] = {}
-    for folder, stage in (("attnopt", "matching"), ("passes", "passes"), ("backends", "backends")):
+    for folder, stage in (("passes", "passes"), ("attnopt", "matching"), ("backends", "backends")):
         for file in sorted((ROOT / folder).rglob("*.py")):
             for code in re.findall(
                 r'\b(?:Refusal\(|refuse\(|rejected\([^"]*?,)\s*"([a-z-]+)"', file.read_text(encoding="utf-8")

@@ -159,6 +159,9 @@ class PruneHeads(Pass, SharesBudget):
 
     def check(self, site: Site) -> Refusal | None:
         routed = refuse_edits(site, [site.spec.route], "apply prune-heads before route-heads")
+        routed = routed or refuse_edits(
+            site, [e for e in site.spec.after if e.joins_heads], "let prune-heads come first"
+        )
         unknown = routed or refuse_unknown_heads(site, (*(self.heads or ()), *self._protected(site)))
         return unknown or self._refuse_sizes(site) or _refuse_kept(site) or self._refuse_parts(site)
 

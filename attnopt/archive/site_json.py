@@ -11,14 +11,16 @@ from attnopt.base.registry import OURS, Registry, distribution_of, target_of
 from attnopt.errors import ArchiveError, AttnoptError
 from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.edit_registry import HEAD_EDITS, edit_from_json
 from attnopt.ir.extended_keys import ExtendedKeys
-from attnopt.ir.head_routing import HEAD_EDITS, edit_from_json
+from attnopt.ir.mixer_registry import MIXERS
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.projection import Projection
 from attnopt.ir.query_rows import ChosenRows
 from attnopt.ir.score_registry import ROW_SCORES, SCORES
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.ir.token_mixing import TokenMixing
 from attnopt.ir.transplants import Transplanted
 from attnopt.ir.weight_gains import WeightGains
 from attnopt.ir.zero_keys import ZeroKeys
@@ -137,7 +139,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     return AttentionSpec(**spec)
 
 
-_KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, SCORES, ROW_SCORES)
+_KINDS: tuple[Registry[Any], ...] = (PATTERNS, HEAD_EDITS, MIXERS, SCORES, ROW_SCORES)
 
 
 def _plugins(site: Site) -> list[dict[str, str]]:
@@ -179,6 +181,7 @@ def _things(spec: AttentionSpec) -> Iterator[tuple[Registry[Any], object]]:
     for pattern in _patterns(spec):
         yield from ((PATTERNS, p) for p in pattern.leaves())
     yield from ((HEAD_EDITS, edit) for edit in spec.after)
+    yield from ((MIXERS, edit.mixer) for edit in spec.after if isinstance(edit, TokenMixing))
     if spec.selection is not None:
         yield SCORES, spec.selection.scores
     if spec.rows is not None:

@@ -13,8 +13,9 @@ from attnopt.fit.compensation_methods import COMPENSATIONS
 from attnopt.fit.importance_methods import IMPORTANCE
 from attnopt.fit.merge_methods import KV_MERGES
 from attnopt.fit.partition_methods import KV_PARTITIONS
-from attnopt.ir.head_routing import HEAD_EDITS
+from attnopt.ir.edit_registry import HEAD_EDITS
 from attnopt.ir.interfaces import Backend, Pass
+from attnopt.ir.mixer_registry import MIXERS
 from attnopt.ir.score_registry import ROW_SCORES, SCORES
 from attnopt.patterns.registry import PATTERNS
 
@@ -44,6 +45,7 @@ PASSES = Registry(
         "transplant": "attnopt.passes.transplant:Transplant",
         "evict-keys": "attnopt.passes.evict_keys:EvictKeys",
         "query-rows": "attnopt.passes.query_rows:QueryRows",
+        "replace": "attnopt.passes.replace_attention:Replace",
     },
     lambda cls: getattr(cls, "name", None),
 )
@@ -59,7 +61,7 @@ BACKENDS = Registry(
     lambda cls: getattr(cls, "name", None),
 )
 KINDS: tuple[Registry[Any], ...] = (
-    PASSES, BACKENDS, PATTERNS, HEAD_EDITS, SCORES, ROW_SCORES, IMPORTANCE, KV_PARTITIONS, KV_MERGES, COMPENSATIONS,
+    PASSES, BACKENDS, PATTERNS, HEAD_EDITS, MIXERS, SCORES, ROW_SCORES, IMPORTANCE, KV_PARTITIONS, KV_MERGES, COMPENSATIONS,
 )  # fmt: skip
 _LISTED = (PASSES, BACKENDS)
 
@@ -67,13 +69,13 @@ C = TypeVar("C", bound=type)
 
 
 def register(cls: C) -> C:
-    """Register a pass, backend, pattern, head edit, block score, row score, importance method, KV partition, KV merge or
-    compensation under its name; a decorator.
+    """Register a pass, backend, pattern, head edit, mixer, block score, row score, importance method, KV partition, KV merge
+    or compensation under its name; a decorator.
 
     Policies, texts and saved models can then use the name, in this process.  An installed distribution does the same with
     an entry point in the group ``attnopt.passes``, ``attnopt.backends``, ``attnopt.patterns``, ``attnopt.head_edits``,
-    ``attnopt.block_scores``, ``attnopt.row_scores``, ``attnopt.importance``, ``attnopt.kv_partitions``, ``attnopt.kv_merges`` or
-    ``attnopt.compensations``.  Raises PluginError if the name is taken or the class is incomplete.
+    ``attnopt.mixers``, ``attnopt.block_scores``, ``attnopt.row_scores``, ``attnopt.importance``, ``attnopt.kv_partitions``,
+    ``attnopt.kv_merges`` or ``attnopt.compensations``.  Raises PluginError if the name is taken or the class is incomplete.
     """
     kind = next((k for k in KINDS if isinstance(cls, type) and issubclass(cls, k.base)), None)
     if kind is None:

@@ -17,6 +17,7 @@ from attnopt.ir.block_scores import BlockScores
 from attnopt.ir.constant import Constant
 from attnopt.ir.importance import Importance
 from attnopt.ir.interfaces import Pass
+from attnopt.ir.mixer import Mixer
 from attnopt.ir.row_scores import RowScores
 from attnopt.patterns import Pattern
 from attnopt.patterns.registry import constructor
@@ -158,6 +159,6 @@ def _step_to_json(step: Step) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, (Pattern, BlockScores, RowScores, Constant, Importance, Input)):
+    if isinstance(value, (Pattern, BlockScores, RowScores, Constant, Importance, Input, Mixer)):
         return value.to_json()
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

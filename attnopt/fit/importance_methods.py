@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from attnopt.base.notation import evaluate
-from attnopt.base.options import choice, numbers
-from attnopt.base.registry import OURS, Registry, distribution_of
+from attnopt.base.named_object import named_object
+from attnopt.base.options import numbers
+from attnopt.base.registry import Registry
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.fit import head_scores
 from attnopt.fit.block_obs import surgeon_of
@@ -196,8 +194,6 @@ IMPORTANCE = Registry(
     {kind.name: kind for kind in OWN},
     lambda cls: getattr(cls, "name", None),
 )
-_CALL = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(\(.*\)|)\s*", re.DOTALL)
-_SELF = "importance"  # in the place of a name with hyphens
 
 
 def importance(owner: str, option: str, given: object) -> Importance:
@@ -207,18 +203,7 @@ def importance(owner: str, option: str, given: object) -> Importance:
         return given
     if isinstance(given, Statistic):
         return Measured(given)
-    called = _CALL.fullmatch(given) if isinstance(given, str) and given not in IMPORTANCE.listed() else None
-    name, options = (given, "") if called is None else (called[1], called[2])
-    cls = IMPORTANCE.load(choice(owner, option, name, tuple(IMPORTANCE.listed())))
-    if not options and distribution_of(cls) != OURS:
-        return IMPORTANCE.make(cls.name)
-    try:
-        made = evaluate(f"{_SELF}{options}", partial(_itself, cls), shown=str(given))
-    except PolicyError as e:
-        hint = e.hint or f"pass an instance of attnopt.statistics.{cls.__name__}"
-        raise PolicyError(f"{owner}: {option}={given!r}: {e.message}", hint=hint) from e
-    assert isinstance(made, Importance)
-    return made
+    return named_object(IMPORTANCE, owner, option, given, hint="pass an instance of a class of attnopt.statistics")
 
 
 def reads_back(how: Importance) -> bool:
@@ -229,12 +214,6 @@ def reads_back(how: Importance) -> bool:
         return importance(how.name, "text", how.to_json()) == how
     except PolicyError:
         return False
-
-
-def _itself(cls: type[Importance], name: str) -> type[Importance]:
-    if name != _SELF:
-        raise PolicyError(f"unknown name {name!r}")
-    return cls
 
 
 def scored(how: Importance, site: Site) -> tuple[float, ...]:

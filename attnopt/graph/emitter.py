@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, Target
 
 from attnopt.base.sizes import hint
-from attnopt.graph.nodes import aten, fake_args, fake_mode, operand, value
+from attnopt.graph.nodes import aten, fake_args, fake_mode, module_path, operand, value
 from attnopt.graph.store import store
 
 
@@ -92,13 +92,17 @@ class Emitter:
         return copy
 
     def constant(self, tensor: Tensor) -> fx.Node:
-        """A tensor of known numbers, as a buffer of the graph's module."""
+        """A tensor of known numbers, as a buffer of the graph's module; as a parameter if it is one."""
         real = getattr(tensor, "constant", None) if isinstance(tensor, FakeTensor) else tensor
         if real is None:
             raise TypeError("a lowering created a constant tensor whose values are unknown during tracing")
         gm = self.graph.owning_module
         assert gm is not None
-        name = store(gm, f"constant_{sum(1 for _ in gm.buffers(recurse=False))}", real.detach().clone())
+        held = real.detach().clone()
+        if isinstance(real, nn.Parameter):
+            name = store(gm, ".".join(filter(None, (module_path(self.before), "weight"))), nn.Parameter(held))
+        else:
+            name = store(gm, f"constant_{sum(1 for _ in gm.buffers(recurse=False))}", held)
         with self.graph.inserting_before(self.before):
             node = self.graph.get_attr(name)
         with self.mode:

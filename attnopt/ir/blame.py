@@ -20,13 +20,15 @@ def applied(
     spec: AttentionSpec,
     o: Tensor,
     q: Tensor,
+    k: Tensor,
     v: Tensor,
     tensors: Sequence[Tensor],
     **masks: Tensor | None,
 ) -> Tensor:
     """``o`` after the edit; ``masks``: the operands ``mask`` and ``bias``.  Raises PluginError without the site."""
+    read = {**({"k": k} if e.reads_keys else {}), **(masks if e.reads_masks else {})}
     with blamed(e, "head edit", "apply"):
-        made = e.apply(spec, o, q, v, tensors, **(masks if e.reads_masks else {}))
+        made = e.apply(spec, o, q, v, tensors, **read)
     check_output(e, "head edit", made, tuple(o.shape), o.dtype)
     return made
 

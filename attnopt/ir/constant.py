@@ -48,3 +48,8 @@ class Constant:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of ``to_json``.  Raises ValueError, KeyError or TypeError."""
         return cls(str(data["dtype"]), tuple(map(int, data["shape"])), b64decode(data["data"], validate=True))
+
+
+@dataclass(frozen=True)
+class Weight(Constant):
+    """Numbers that training may change: a parameter of the graph's module, where other constants are buffers."""

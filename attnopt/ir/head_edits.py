@@ -56,6 +56,16 @@ class HeadEdit(ABC):
         return ()
 
     @property
+    def reads_keys(self) -> bool:
+        """``apply`` also gets ``k=``, the keys: queries and keys count, whatever becomes of the weights."""
+        return False
+
+    @property
+    def joins_heads(self) -> bool:
+        """The output of one head depends on others: none can be removed afterwards."""
+        return False
+
+    @property
     def reads_positions(self) -> bool:
         """What a token gets depends on its place in the sequence, or on other tokens: a decoder that sees one token at a time
         cannot apply it."""

@@ -9,13 +9,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from attnopt.base.registry import Registry
-from attnopt.ir.call_gains import ScaledByCall
 from attnopt.ir.call_tensor import Source
 from attnopt.ir.constant import Constant
-from attnopt.ir.head_additions import Shifted, ValuesAdded
-from attnopt.ir.head_edits import HeadEdit, HeadMap, Replaced, Scaled, TowardValues
-from attnopt.ir.mixed_maps import Mixed
+from attnopt.ir.head_edits import HeadEdit, HeadMap
 
 
 @dataclass(frozen=True)
@@ -139,18 +135,3 @@ def _highest(scores_BRL: Tensor, count: int) -> Tensor:
     above, tied = scores_BRL > least, scores_BRL == least
     left = count - above.sum(1, keepdim=True)
     return above | (tied & (tied.cumsum(1) <= left)) | scores_BRL.isnan()
-
-
-_OURS = (Scaled, ScaledByCall, TowardValues, Replaced, Shifted, ValuesAdded, Mixed, Routed)
-HEAD_EDITS = Registry(
-    "attnopt.head_edits",
-    "head edit",
-    HeadEdit,  # type: ignore[type-abstract]
-    {edit.kind: edit for edit in _OURS},
-    lambda cls: getattr(cls, "kind", None),
-)
-
-
-def edit_from_json(data: Mapping[str, Any]) -> HeadEdit:
-    """The edit that its ``to_json`` wrote.  Raises PolicyError for an unknown kind."""
-    return HEAD_EDITS.load(data["kind"]).from_json(data)

@@ -60,7 +60,7 @@ def edited(
             assert added is not None
             o = mixed(spec, o, v, keep, added)
         for edit, numbers in zip(spec.after, own, strict=True):
-            o = applied(edit, spec, o, q, v, numbers, mask=mask, bias=bias)
+            o = applied(edit, spec, o, q, k, v, numbers, mask=mask, bias=bias)
         return o
 
     return attend

@@ -267,13 +267,13 @@ class AttentionSpec:
     def unused(self) -> frozenset[str]:
         """Those of "q" and "k" that no head's output depends on."""
         if self.ignores_weights:
-            return frozenset("qk")
+            return frozenset() if any(edit.reads_keys for edit in self.after) else frozenset("qk")
         whole = {m.role for m in self.before if m.tokens is None and set(self.heads) <= set(m.heads)}
         return frozenset(whole if self.route is None else whole - {"q"})
 
     @property
     def ignores_weights(self) -> bool:
-        """No head's output depends on the attention weights, nor on queries and keys."""
+        """No head's output depends on the attention weights; on queries and keys only where an edit reads them."""
         return self.route is None and any(set(self.heads) <= set(edit.overwritten) for edit in self.after)
 
     @property

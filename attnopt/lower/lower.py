@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from attnopt.backends.reference import Reference
 from attnopt.capture.flex_attention import restore_calls
@@ -24,6 +24,7 @@ from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
 from attnopt.graph.select import restrict, spread
 from attnopt.ir.call_tensor import CallTensor
+from attnopt.ir.constant import Constant, Weight
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.extended_keys import MoreKeys
 from attnopt.ir.extension import joined_spec
@@ -163,7 +164,9 @@ def _attention(
     edited = any(editing.values())
     before = plan.found.raised.spec
     early = not plain and pools_early(spec, plan.backend, plan.found.raised.operands)
-    rebuilt = edited or (shared and (early or spec.heads != before.heads or spec.kv_heads != before.kv_heads))
+    alone = not plain and spec.unused == {"q", "k"}  # of a packed projection, the values are all that is read
+    resized = spec.heads != before.heads or spec.kv_heads != before.kv_heads
+    rebuilt = edited or (shared and (early or alone or resized))
     dirty = [n for pack in packs for n in built_anew(*pack)] if rebuilt else []
     selectors = {
         new: Selector(emit, weights, edited_parameters(plan.found.site, new), dirty, shared)
@@ -263,7 +266,7 @@ def _call(
     given = operands.given
     device = value(operands.q).device
     others = () if more is None else more.given
-    read = [input_of(emit, t) if isinstance(t, CallTensor) else emit.constant(t.tensor(device)) for t in spec.tensors]
+    read = [input_of(emit, t) if isinstance(t, CallTensor) else emit.constant(_held(t, device)) for t in spec.tensors]
 
     def call(*tensors: Tensor) -> Tensor:
         rest = iter(tensors)
@@ -275,6 +278,11 @@ def _call(
         return attend(t.q, t.k, t.v, **t.others)
 
     return call, [*given.values(), *others, *chain(*pools), *read]
+
+
+def _held(constant: Constant, device: torch.device) -> Tensor:
+    held = constant.tensor(device)
+    return nn.Parameter(held) if isinstance(constant, Weight) else held
 
 
 def _edit_output(

@@ -58,7 +58,9 @@ def test_names_for_checkers_and_names_at_run_time_agree() -> None:
         if n.module != "attnopt"
     }
     assert typed == attnopt._MODULE_OF
-    assert {*typed, "distributed", "passes", "patterns", "plot", "recipes", "statistics"} == {*attnopt.__all__}
+    assert {*typed, "distributed", "passes", "patterns", "plot", "recipes", "statistics", "training"} == {
+        *attnopt.__all__
+    }
     assert all(getattr(attnopt, name) is not None for name in attnopt.__all__)
     assert {*attnopt.__all__} <= {*dir(attnopt)}
     with pytest.raises(AttributeError, match="module 'attnopt' has no attribute 'nothing'"):

@@ -57,11 +57,13 @@ POLICIES = {  # and what reports say of them
     "prune-heads(heads=[1], compensate='acme.rescale')": "prune-heads: output weights times 1.33",
     "grouped-query(kv_heads=2, compensate='acme.rescale')": "grouped-query: output weights times 1",
     "query-rows(score='key-alike', keep=0.5)": "50% of the rows by KeyAlike()",
+    "replace(mixer='acme.neighbours(step=2)')": "acme.neighbours(step=2) in the place of attention",
 }
 LEARNING = (  # refused without data
     "dynamic-sparse(scores='usual-key', keep=0.5, block=64)",
     "prune-heads(fraction=0.5, importance='acme.peak', budget='site')",
     "prune-heads(fraction=0.5, importance='acme.diagonal(width=3)', budget='site')",
+    "replace(mixer='acme.neighbours(step=2)')",
 )
 
 EVERY_PATH = """
@@ -76,7 +78,7 @@ for number, (policy, told) in enumerate(policies.items()):
     print(policy, file=sys.stderr, flush=True)  # what fails is in the last one
     folder = root / str(number)
     folder.mkdir()
-    model = tiny_models.Attention(16, 4, causal=not policy.startswith("query-rows")).eval()
+    model = tiny_models.Attention(16, 4, causal=not policy.startswith(("query-rows", "replace"))).eval()
     chosen = attnopt.Policy.of(policy)
     assert attnopt.Policy.from_json(chosen.to_json()) == chosen
     given = {"calibration": [args]} if policy in learning else {}
@@ -113,7 +115,7 @@ for number, missing in enumerate(json.loads(sys.argv[1])):
 """
 MISSING = (  # policy by policy
     "", "pattern 'Every'", "head edit 'acme.clipped'", "block score 'KeyNorm'", "block score 'UsualKey'", *[""] * 7,
-    "row score 'KeyAlike'",
+    "row score 'KeyAlike'", "mixer 'acme.neighbours'",
 )  # fmt: skip
 
 

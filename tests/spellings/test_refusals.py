@@ -8,6 +8,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import decoys
@@ -39,6 +40,7 @@ from attnopt.passes import (
     PoolKeys,
     PruneHeads,
     QueryRows,
+    Replace,
     RouteHeads,
     ScaleHeads,
     SegmentGain,
@@ -151,6 +153,13 @@ def refused(s: Spelling, policy: Any, **options: Any) -> Refusal:
     (refusal,) = entry.refusals.values()
     assert str(refusal).splitlines()[0][:20] in str(fast.report).replace(" refused", "")
     return refusal
+
+
+def explained_too_little() -> Refusal:
+    """With a number that does not depend on rounding."""
+    found = refused(Spelling(), Replace("conv", minimum_r2=2), calibration=[inputs(Spelling())])
+    assert re.match(r"-?\d\.\d{4} by ", found.found)
+    return replace(found, found=re.sub(r"-?\d\.\d{4}", "0.1234", found.found))
 
 
 def selected_twice() -> Refusal:
@@ -415,6 +424,16 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(bias_kind="alibi"), AddValues([0], 1.0)),
         "[unknown-mask] expected keys that a pattern or a boolean mask hides, found a bias, which may hide some (at LINE)\n  "
         "hint: say which of its numbers do, as in hidden_below=-1e3",
+    ),
+    "explains-too-little": (
+        explained_too_little,
+        "[explains-too-little] expected an R^2 of at least 2 on held-out tokens, found 0.1234 by conv(causal=False) (at LINE)\n"
+        "  hint: keep this attention, or use a mixer that reads more tokens",
+    ),
+    "unknown-module": (
+        lambda: refused(Spelling(), Replace("module('gated')")),
+        "[unknown-module] expected a module, found only its name, gated (at LINE)\n"
+        "  hint: pass the factory of the module to Replace",
     ),
     "wrong-length": (
         lambda: refused(Spelling(), Sparse(Neighborhood((2, 3), 1))),

@@ -19,6 +19,7 @@ from attnopt.graph.nodes import ancestors, aten, inputs_of, is_call, is_state
 from attnopt.ir.operands import Operands
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.complex_as_real import in_pairs
+from attnopt.onnx.export.dft_products import in_products
 from attnopt.onnx.export.grouped_matmul import grouped_products
 from attnopt.onnx.export.mark import DOMAIN, OP, Marked
 from attnopt.onnx.export.promote_dtypes import promoted
@@ -44,6 +45,7 @@ def translated(gm: fx.GraphModule, origin: Origin, opset: int) -> tuple[ir.Model
     _drop_state(gm)
     try:
         with quiet():
+            in_products(gm)
             in_pairs(gm)
             promoted(gm)
             program = exported(gm, origin.inputs)

@@ -10,7 +10,7 @@ from functools import partial
 
 import oracle
 import torch
-from models import Attention, Spelling, places
+from models import MAX, Attention, Spelling, places
 from steering import steered
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from attnopt.passes import (
     PoolKeys,
     PruneHeads,
     QueryRows,
+    Replace,
     ScaleHeads,
     SegmentGain,
     Sparse,
@@ -33,6 +34,7 @@ from fuzzing.brought import Inside, brought, by_normaliser
 from fuzzing.calls import Call
 from fuzzing.grammar import CALLED, Case
 from fuzzing.modules import group_target, padding_of
+from fuzzing.planted import Planted
 from fuzzing.row_order import Shuffled
 
 PATTERNS: tuple[Pattern, ...] = (
@@ -128,7 +130,7 @@ def edit_of(
                 visible[passes[-1].name], zeros = seen[:, is_key], seen[:, ~is_key]
         elif kind == "prune" and s.heads > 1 and _gains_can_be_told(case, s):
             heads = sorted({n % s.heads, n // 4 % s.heads})[: s.heads - 1]
-            passes.append(PruneHeads(heads=heads))
+            passes.append(PruneHeads(heads=heads, compensate="none"))
             gains[passes[-1].name] = dict.fromkeys(heads, 0.0)
         elif kind == "scale" and _gains_can_be_told(case, s):
             given_gains = {h: (0.0, 0.5, 2.0, -1.0)[(n + h) % 4] for h in range(s.heads) if (n + h) % 3}
@@ -143,6 +145,10 @@ def edit_of(
             gate = (0.25, 1.0, 0.5, 0.0)[n % 4]
             passes.append(MixMap(mixed, gate))
             maps[passes[-1].name] = partial(_mixed, gate, mixed)
+        elif kind == "convolve" and by_normaliser(s) and not s.after:
+            planted = Planted((1, 3, 5, 7)[n % 4], seed=n)
+            passes.insert(0, Replace(planted))
+            maps[passes[0].name] = partial(_in_its_place, planted.map(call.kv_len, _is_causal(attention)))
         elif kind == "rows" and by_normaliser(s) and not s.mask:  # padding is never chosen
             keep, prefix = n % 5 + 1, n % 2
             passes.append(QueryRows(Shuffled(n), keep, prefix))
@@ -152,7 +158,7 @@ def edit_of(
             maps[passes[-1].name] = partial(_rows_alone, torch.isin(place, chosen))
         elif kind == "group" and s.kv_heads > 1 and s.norm != "across" and not case.reuse:
             merged = group_target(block)
-            passes.append(GroupedQuery(kv_heads=merged, merge="mean"))
+            passes.append(GroupedQuery(kv_heads=merged, merge="mean", compensate="none"))
         elif kind == "pool" and _pools_can_be_told(s):
             sizes = [r for r in range(1, call.kv_len + 1) if call.kv_len % r == 0]
             size, heads = sizes[-1 - n % len(sizes)], sorted({n % s.heads, n // 4 % s.heads})
@@ -223,6 +229,20 @@ def _mixed(gate: float, mixed: Tensor, p: Tensor) -> Tensor:
     """Weights [..., L, S], a sink's column last, with a map mixed into them."""
     sinks = p.shape[-1] - mixed.shape[-1]
     return (1 - gate) * p + gate * nn.functional.pad(mixed, (0, sinks)).to(p.dtype)
+
+
+def _is_causal(attention: Attention) -> bool:
+    kinds = [kind for kind in attention.s.mask if kind not in ("given", "padding", "float-padding")]
+    seen = torch.ones(MAX, MAX, dtype=torch.bool)
+    for kind in kinds:
+        seen = seen & attention._visible(kind, MAX, MAX, None)
+    return not bool(seen.triu(1).any())
+
+
+def _in_its_place(own: Tensor, p: Tensor) -> Tensor:
+    """A map [L, S] in the place of weights [..., L, S], a sink's column last; keys that no query sees give nothing."""
+    there = (p != 0).any(-2, keepdim=True)
+    return (nn.functional.pad(own, (0, p.shape[-1] - own.shape[-1])) * there).to(p.dtype)
 
 
 def _rows_alone(chosen: Tensor, p: Tensor) -> Tensor:

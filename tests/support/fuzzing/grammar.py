@@ -22,6 +22,7 @@ REWRITES = (
     "segment", "segment+window",
     "pool", "pool+sparse",
     "pad", "prune+pad", "pad+scale",
+    "convolve", "convolve+scale", "convolve+prune", "convolve+window",
     "mix", "window+mix", "mix+scale", "prune+mix", "group+mix",
     "rows", "rows+sparse", "window+rows", "prune+rows", "rows+scale",
     "call-steer", "call-scale", "prune+call-scale", "call-mix", "window+call-mix", "patch", "prune+patch", "patch+call-steer",

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from models import MAX, Attention, Spelling
 from torch import Tensor, nn
 
 import attnopt
+from attnopt.ir.constant import Weight
 from attnopt.ir.interfaces import Pass
 from fuzzing.calls import Call, calls
 from fuzzing.edits import Edit, edit_of, meant
@@ -77,7 +79,8 @@ def _check(case: Case, outcome: Outcome) -> None:
         edits = _edits(case, model, given, [call for call, _ in found.values()])
         whole = _with_brought(given, edits)
         if edits:
-            fast = attnopt.optimize(model, _policy(edits), (), whole)
+            learns = any(p.name == "replace" for e in edits.values() for p in e.passes)
+            fast = attnopt.optimize(model, _policy(edits), (), whole, calibration=[whole] if learns else None)
             _rewritten(case, model, given, own, edits, fast, outcome)
     if case.saved:
         _saved(fast, whole)
@@ -267,6 +270,9 @@ def _rewritten(
     if not case.reuse:
         pruned = [e for e in edits.values() if "prune-heads" in {p.name for p in e.passes} - refused[e.call.site]]
         gone = sum(_parameters_gone(e, fast) for e in pruned)
+        gone -= sum(
+            prod(t.shape) for site in fast.sites for e in site.spec.after for t in e.tensors if isinstance(t, Weight)
+        )
         before, after = (sum(p.numel() for p in m.parameters()) for m in (model, fast))
         assert before - after >= gone, f"{before} parameters before, {after} after; {gone} belong to pruned heads"
 

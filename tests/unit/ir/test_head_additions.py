@@ -18,9 +18,10 @@ from torch import Tensor
 from attnopt.backends import Blocked, Reference, Sdpa
 from attnopt.ir.constant import Constant
 from attnopt.ir.dynamic_blocks import DynamicBlocks
+from attnopt.ir.edit_registry import edit_from_json
 from attnopt.ir.head_additions import Shifted, ValuesAdded, without_shifts
 from attnopt.ir.head_edits import HeadEdit, Replaced, Scaled, TowardValues, constant_heads
-from attnopt.ir.head_routing import Routed, edit_from_json
+from attnopt.ir.head_routing import Routed
 from attnopt.ir.mixed_maps import Mixed
 from attnopt.ir.plugin_calls import attention_of
 from attnopt.ir.spec import AttentionSpec

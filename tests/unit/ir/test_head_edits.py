@@ -25,11 +25,15 @@ from torch import Tensor, nn
 import attnopt
 from attnopt.backends import Blocked, Reference, Sdpa
 from attnopt.errors import PolicyError, RewriteError
-from attnopt.ir.constant import Constant
+from attnopt.ir.constant import Constant, Weight
+from attnopt.ir.edit_registry import edit_from_json
 from attnopt.ir.head_edits import HeadEdit, Replaced, Scaled, TowardValues, constant_heads
-from attnopt.ir.head_routing import Routed, edit_from_json
+from attnopt.ir.head_routing import Routed
+from attnopt.ir.linear_attention import LinearAttention
+from attnopt.ir.local_mixers import DepthwiseConv
 from attnopt.ir.mixed_maps import Mixed
 from attnopt.ir.plugin_calls import attention_of
+from attnopt.ir.token_mixing import TokenMixing
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, PruneHeads, ScaleHeads, SoftPAG
 
 pytestmark = [
@@ -312,6 +316,8 @@ EDITS: list[HeadEdit] = [
     Mixed((1,), (0.5,), Constant.of(torch.randn(1, 9, 9).bfloat16())),
     Routed((0,), (1, 2, 3), 1),
     Routed((0,), (1, 2, 3), 1, Constant.of(torch.randn(33, 3))),
+    TokenMixing((0, 1, 2, 3), DepthwiseConv(3), (Weight.of(torch.randn(4, 3, 8)), Weight.of(torch.randn(4, 1, 1, 8)))),
+    TokenMixing((0, 1, 2, 3), LinearAttention(2), (Weight.of(torch.randn(4, 8, 2)), Constant.of(torch.randn(4, 8, 2)))),
 ]
 
 

@@ -13,7 +13,8 @@ import attnopt
 from attnopt.errors import PolicyError
 from attnopt.ir.call_tensor import known
 from attnopt.ir.constant import Constant
-from attnopt.ir.head_routing import Routed, SoftGates, edit_from_json
+from attnopt.ir.edit_registry import edit_from_json
+from attnopt.ir.head_routing import Routed, SoftGates
 from attnopt.passes import QueryRows, RouteHeads, Transplant
 from attnopt.patterns import Full
 
