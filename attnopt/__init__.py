@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from attnopt.compiler.policy import Policy
     from attnopt.compiler.where import where
     from attnopt.conversion.convert import apply_patterns, convert
+    from attnopt.conversion.layer_heads import load_pretrained
     from attnopt.errors import (
         ArchiveError,
         AttnoptError,
@@ -203,6 +204,7 @@ __all__ = [
     "inspect",
     "kept_mass",
     "load",
+    "load_pretrained",
     "logit_attribution",
     "optimize",
     "passes",
@@ -234,6 +236,7 @@ _NAMES = {
     "compiler.policy": "Policy",
     "compiler.where": "where",
     "conversion.convert": "apply_patterns convert",
+    "conversion.layer_heads": "load_pretrained",
     "errors": "ArchiveError AttnoptError AttnoptWarning CalibrationError CaptureError "
     "ConversionError DistributedError ExportError PluginError PolicyError RewriteError SearchError VerificationError",
     "fit.attention_recall": "kept_mass",

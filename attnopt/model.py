@@ -18,6 +18,7 @@ from attnopt.base.compile_lock import compiling
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.exported_program import exported
+from attnopt.capture.plain_call import PlainCall
 from attnopt.capture.signature import check_inputs, is_guard
 from attnopt.compiler.origin import Origin
 from attnopt.errors import AttnoptError, CaptureError
@@ -40,6 +41,7 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.module: fx.GraphModule | None = module
         self._origin: Origin | None = origin
+        self._plain_call = _plain_call(module, origin)
         self._build: Build | None = None
         self._model: list[nn.Module] = []
 
@@ -48,7 +50,7 @@ class OptimizedModel(nn.Module):
         """A model that is captured at its first call, with the inputs of that call."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.module, made._origin, made._build = None, None, build
+        made.module, made._origin, made._build, made._plain_call = None, None, build, None
         made._model = [model]  # in a list: it is the user's, and no part of this module
         return made
 
@@ -85,6 +87,9 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The forward of the original model."""
+        plain = self._plain_call if torch.compiler.is_compiling() else None
+        if plain is not None and plain.takes(args, kwargs):
+            return self.graph_module(*args, **{name: kwargs[name] for name in plain.keywords})
         inputs, give = self.arranged(args, kwargs)
         return give(run_graph(self.graph_module, inputs))
 
@@ -152,6 +157,7 @@ class OptimizedModel(nn.Module):
             if self._build is None:  # another thread was faster
                 return
             self.module, self._origin = self._build(inputs)
+            self._plain_call = _plain_call(self.module, self._origin)
             self._build, self._model = None, []
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -201,6 +207,7 @@ class OptimizedModel(nn.Module):
         windows: Literal["masked", "rolling"] = "masked",
         kv: Literal["float32", "int8"] = "float32",
         calibration: Iterable[Batch] | Calibration | None = None,
+        pad_heads: bool = False,
         quantize: Literal["int8", "int4"] | None = None,
     ) -> QuantizedFile | None:
         """Write a language model with a key/value cache as a folder for onnxruntime-genai.  Raises ExportError.
@@ -214,6 +221,7 @@ class OptimizedModel(nn.Module):
         needs ONNX Runtime 1.31.  "masked" keeps all of them, for any runtime.
         ``kv="int8"``: type of the kept keys and values, with scales from ``calibration``, batches of the model's inputs, or
         from the example.
+        ``pad_heads``: layers may differ in heads; heads of zeros make them alike in the cache, as the runtime needs it.
         Before anything is written, ONNX Runtime processes two prompts, continues token by token, and must reproduce the
         logits of this model.  ``quantize``: see ``export_onnx``.
         """
@@ -227,13 +235,28 @@ class OptimizedModel(nn.Module):
             context_length=context_length,
             eos_token_id=eos_token_id,
             tokenizer=tokenizer,
-            cache=CacheOptions(windows, kv, calibration),
+            cache=CacheOptions(windows, kv, pad_heads, calibration),
             quantize=quantize,
         )
+
+    def export_package(self, path: str | os.PathLike[str]) -> None:
+        """Write a package ``path`` (.pt2), compiled by torch's AOTInductor for this kind of machine.  Raises ExportError.
+
+        ``torch._inductor.aoti_load_package`` runs it in Python, AOTIModelPackageLoader in C++, without attnopt.  It takes what
+        ``export_program`` takes.  Attentions are torch operators: attnopt's CPU kernel is no part of it.  It is compared
+        with this model before it is written.
+        """
+        from attnopt.archive.package import export_package
+
+        export_package(self.graph_module, self.origin, path)
 
     def export_program(self) -> torch.export.ExportedProgram:
         """The graph as an ExportedProgram, with the dynamic shapes of the capture."""
         return exported(self.graph_module, self.origin.inputs)
+
+
+def _plain_call(module: fx.GraphModule, origin: Origin) -> PlainCall | None:
+    return PlainCall.of(module, origin.signature) if origin.form is None else None
 
 
 def run_graph(module: fx.GraphModule, inputs: CallInputs) -> Any:

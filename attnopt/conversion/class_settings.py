@@ -82,14 +82,14 @@ def configurations(home: Any, counts: Counts) -> Iterator[tuple[Setting, ...]]:
     builds a model of exactly these shapes; including the attributes that the class then sets differently."""
     kind, config = type(home), home.config
     data = config.to_dict()
-    wanted, before = _shapes(home), _empty(kind, config, data)
+    wanted, before = _shapes(home), empty_model(kind, config, data)
     if before is None:
         return
     for changes in itertools.islice(_changed_entries(config, data, counts), MOST):
         after_data = copy.deepcopy(data)
         for path, value in changes.items():
             _at(after_data, path[:-1])[path[-1]] = value
-        after = _empty(kind, config, after_data)
+        after = empty_model(kind, config, after_data)
         if after is None or _shapes(after) != wanted:
             continue
         entries = (Setting(_within(config, path[:-1]), path[-1], value) for path, value in changes.items())
@@ -139,7 +139,7 @@ def _within(config: object, path: Path) -> object:
     return config
 
 
-def _empty(kind: type[nn.Module], config: Any, data: Mapping[str, object]) -> nn.Module | None:
+def empty_model(kind: type[nn.Module], config: Any, data: Mapping[str, object]) -> nn.Module | None:
     """A model of this class without weights; None if the class rejects the configuration."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):

@@ -21,6 +21,7 @@ from attnopt.compiler.job import Options
 from attnopt.compiler.policy import Policy
 from attnopt.conversion.class_settings import Counts, Setting, attributes, configurations, settle
 from attnopt.conversion.judge import Decoding, Judge
+from attnopt.conversion.layer_heads import forget_heads, note_heads
 from attnopt.conversion.partial_capture import Part, joined_report, parts_of
 from attnopt.conversion.reordered_weights import REMEDY, head_order, put_into, reshaped
 from attnopt.errors import ConversionError, PolicyError
@@ -293,12 +294,18 @@ def _settle(model: nn.Module, counts: Mapping[str, Counts], judge: Judge) -> Non
     found = settle(candidates, lambda: judge.agrees(model))
     if found is None:
         raise _differs(model)
-    in_configuration = any(not isinstance(s.owner, nn.Module) for s in found)
-    if changed and _homes(model) and not in_configuration:
-        warn(
-            f"no configuration of {type(model).__name__} describes these heads: the converted model runs, but "
-            "from_pretrained cannot load what it saves"
-        )
+    if not changed or not _homes(model):
+        return
+    if any(not isinstance(s.owner, nn.Module) for s in found):
+        for home in _homes(model).values():
+            forget_heads(home)
+        return
+    noted = [note_heads(home, found) for home in _homes(model).values()]
+    can = "attnopt.load_pretrained can" if all(noted) else "and its class cannot be built with them"
+    warn(
+        f"no configuration of {type(model).__name__} describes these heads: the converted model runs, but "
+        f"from_pretrained cannot load what it saves; {can}"
+    )
 
 
 def _modules_around(model: nn.Module, site: str) -> list[nn.Module]:

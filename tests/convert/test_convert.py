@@ -184,7 +184,7 @@ def test_query_heads_move_beside_those_that_read_the_same_keys() -> None:
 
 
 def test_fused_projections_and_counts_that_only_modules_hold() -> None:
-    with pytest.warns(AttnoptWarning, match="from_pretrained cannot load"):
+    with pytest.warns(AttnoptWarning, match=r"from_pretrained cannot load what it saves; attnopt\.load_pretrained can"):
         converted = attnopt.convert(gpt2(), PruneHeads(heads=[2]), ids())
     attention = converted.transformer.h[0].attn
     assert attention.c_attn.weight.shape == (32, 3 * 24)
@@ -195,7 +195,7 @@ def test_fused_projections_and_counts_that_only_modules_hold() -> None:
 def test_one_layer_of_several() -> None:
     model = llama(layers=2)
     policy = {"*layers.1.*": GroupedQuery(2, merge="mean"), "*layers.0.*": []}
-    with pytest.warns(AttnoptWarning, match="from_pretrained cannot load"):
+    with pytest.warns(AttnoptWarning, match=r"from_pretrained cannot load what it saves; attnopt\.load_pretrained can"):
         converted = attnopt.convert(model, policy, ids())
     assert [layer.self_attn.num_key_value_groups for layer in converted.model.layers] == [1, 2]
     assert [layer.self_attn.layer_idx for layer in converted.model.layers] == [0, 1]

@@ -149,7 +149,7 @@ def test_a_model_of_transformers_with_its_tokenizer(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- refusals
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "looks ahead": ({"pattern": None}, r"the pattern is Full\(\)"),
-    "sinks": ({"policy": LocalWindow(3, 0, sinks=1)}, "GroupQueryAttention supports"),
+    "sinks": ({"policy": LocalWindow(3, 0, sinks=1)}, "which GroupQueryAttention does not mask"),
     "counts positions itself": ({"absolute": True}, "for a token after its prompt"),
     "mixes tokens elsewhere": ({"mixes": True}, "for a token after its prompt"),
     "fixed sizes": ({"dynamic": None}, "expected .batch, length. with both axes dynamic"),

@@ -98,8 +98,11 @@ class Runtime:
         self.cache: dict[str, Any] = {}
         for i in self.session.get_inputs():
             if len(i.shape) == 4:
-                window = i.shape[2].removeprefix("window_")
-                length = int(window) + spare if window != i.shape[2] else room
+                length = room
+                if isinstance(i.shape[2], int):  # sinks
+                    length = i.shape[2]
+                elif i.shape[2].startswith("window_"):
+                    length = int(i.shape[2].removeprefix("window_")) + spare
                 element = np.int8 if i.type == "tensor(int8)" else np.float32
                 self.cache[i.name] = _ort(np.zeros((batch, i.shape[1], length, i.shape[3]), element))
         self.lengths = torch.zeros(batch, dtype=torch.int64)

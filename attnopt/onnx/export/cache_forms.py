@@ -17,25 +17,27 @@ from attnopt.errors import AttnoptError, ExportError
 from attnopt.graph.nodes import inputs_of
 from attnopt.graph.record import recorded
 from attnopt.graph.sdpa import call_arguments
-from attnopt.onnx.export.kv_cache import Kept
+from attnopt.onnx.export.head_slots import uniform
+from attnopt.onnx.export.kv_cache import WIDTH, Kept
 from attnopt.onnx.export.mark import Marked
+from attnopt.onnx.export.sink_tokens import LARGEST
 
 WINDOWS, TYPES = ("masked", "rolling"), ("float32", "int8")
-LARGEST = 127  # of a symmetric int8
 COARSE = 0.1  # how much of the largest logit int8 keys and values may change one
 PLACES = 16  # positions, spread over the context, at which keys are measured
-WIDTH = 16  # of int8 heads in a rolling buffer: their features are a multiple of it
 
 
 @dataclass(frozen=True)
 class CacheOptions:
     """``windows``: "masked" keeps all tokens, "rolling" those of the window.  ``kv``: type of keys and values.
 
-    ``calibration``: what the scales of int8 are made of; by default the example.
+    ``pad_heads``: heads of zeros make all layers alike.  ``calibration``: what the scales of int8 are made of; by default the
+    example.
     """
 
     windows: str
     kv: str
+    pad_heads: bool
     calibration: Iterable[Batch] | Calibration | None
 
     @property
@@ -56,7 +58,7 @@ class CacheOptions:
         self, gm: fx.GraphModule, origin: Origin, marked: Sequence[Marked], context_length: int
     ) -> tuple[Marked, ...]:
         """The attentions of ``gm``, each with the form in which its keys and values are kept.  Raises ExportError."""
-        forms = [_kept(m) for m in marked]
+        forms = self._in_slots(marked)
         if self.windows == "rolling":
             forms = [replace(f, rolls=f.window is not None and f.window < context_length) for f in forms]
             if not any(f.rolls for f in forms):
@@ -64,12 +66,32 @@ class CacheOptions:
                     f'windows="rolling" has no effect: no attention has a window of fewer than {context_length} tokens',
                     hint="leave it out, or restrict attentions with local-window",
                 )
+        for m, f in zip(marked, forms, strict=True):
+            if f.sinks and not f.rolls:
+                raise ExportError(
+                    f"it has a window with sinks, {m.site.spec.pattern}, which GroupQueryAttention does not mask",
+                    site=m.site.name,
+                    hint='pass windows="rolling" with a context_length beyond the window, or leave sinks out',
+                )
         if self.kv == "int8":
             _check_width([m for m, f in zip(marked, forms, strict=True) if f.rolls])
             batches = list(_placed(gm, self._batches(origin), context_length))
             found = _scales(gm, marked, batches)
             forms = [replace(f, scales=s) for f, s in zip(forms, found, strict=True)]
         return tuple(replace(m, form=f) for m, f in zip(marked, forms, strict=True))
+
+    def _in_slots(self, marked: Sequence[Marked]) -> list[Kept]:
+        forms, specs = [_kept(m) for m in marked], [m.site.spec for m in marked]
+        if self.pad_heads and len({spec.head_dim for spec in specs}) == 1:
+            forms = [replace(f, slots=slots) for f, slots in zip(forms, uniform(specs), strict=True)]
+        sizes = {(len(f.slots.kv_heads), spec.head_dim) for f, spec in zip(forms, specs, strict=True)}
+        if len(sizes) == 1:
+            return forms
+        listed = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
+        raise ExportError(
+            f"the layers' keys and values have different sizes ({listed or 'none found'}), but the cache needs a single size",
+            hint="keep the same number of K/V heads in each layer, or pass pad_heads=True",
+        )
 
     def _batches(self, origin: Origin) -> list[CallInputs]:
         if self.calibration is None:
@@ -84,15 +106,33 @@ def about(marked: Sequence[Marked]) -> list[dict[str, object]]:
     """What a runtime has to know of each layer's buffers, as plain data."""
     forms = [_kept(m) for m in marked]
     return [
-        {"site": m.site.name, "window": f.window, "rolls": f.rolls, "type": "int8" if f.scales else "float32"}
+        {
+            "site": m.site.name,
+            "window": f.window,
+            "sinks": f.sinks,
+            "rolls": f.rolls,
+            "type": "int8" if f.scales else "float32",
+        }
         for m, f in zip(marked, forms, strict=True)
     ]
+
+
+def slots(marked: Sequence[Marked]) -> tuple[int, int]:
+    """How many query and key/value heads the first layer has in its cache."""
+    first = _kept(marked[0]).slots
+    return len(first.heads), len(first.kv_heads)
 
 
 def rolling(marked: Sequence[Marked]) -> dict[int, int]:
     """The windows of the layers whose buffers roll, by their numbers."""
     forms = [_kept(m) for m in marked]
     return {i: f.window for i, f in enumerate(forms) if f.rolls and f.window is not None}
+
+
+def reach(marked: Sequence[Marked]) -> int:
+    """How many tokens a prompt has at least from which every buffer that rolls forgets some; 0 if none does."""
+    forms = [_kept(m) for m in marked]
+    return max((f.window + f.sinks for f in forms if f.rolls and f.window is not None), default=0)
 
 
 def _check_width(marked: Sequence[Marked]) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor, fx
 from attnopt.backends.attention_operator import ATTENTION
 from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, dtype, is_call, shape, value
-from attnopt.graph.sdpa import SdpaArguments, call_arguments, sdpa_arguments
-from attnopt.ir.operands import ROLES, Operands, SegmentTensors, selected_pairs
+from attnopt.graph.nodes import dtype, is_call, shape, value
+from attnopt.graph.sdpa import SdpaArguments, sdpa_arguments
+from attnopt.ir.operands import Operands
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.attention_calls import Lowered, lowered_at
+from attnopt.lower.operator_calls import called_spec, of_operator
 from attnopt.onnx.export.choose_form import OnnxSite
 from attnopt.onnx.export.mask_split import without_pattern
-from attnopt.patterns import Causal, Full, Pattern, parse
+from attnopt.patterns import Causal, Full, Pattern
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,6 @@ def canonical(emit: Emitter, call: fx.Node) -> Canonical | None:
     return Canonical(_site(call.name if lowered is None else lowered.site, own, operands), operands, lowered)
 
 
-def of_operator(emit: Emitter, call: fx.Node) -> tuple[Operands[fx.Node], AttentionSpec]:
-    """Of a call of one of attnopt's own operators, a selection of blocks and segments as parts of the mask."""
-    given = call_arguments(call)
-    operands: Operands[fx.Node] = Operands.of([given[role] for role in ROLES])
-    if (selected := given["selected"]) is not None:
-        q, k, mask = operands.q, operands.k, operands.mask
-        kept = emit.inline(lambda s, q, k: selected_pairs(s, q.shape[2], k.shape[2]), selected, q, k)
-        operands = replace(operands, mask=hidden_by_both(emit, kept, mask))
-    if given.get("q_segments") is not None:
-        ids = [n for name in ("q_segments", "kv_segments", "pairs") if (n := given[name]) is not None]
-        kept = emit.inline(lambda *ids: SegmentTensors(*ids).mask(), *ids)
-        operands = replace(operands, mask=hidden_by_both(emit, kept, operands.mask))
-    shared = tuple(given["kv_of_head"])
-    return operands, _spec(operands, shared, given["scale"], parse(given["pattern"]), given["softcap"])
-
-
 def _of_sdpa(emit: Emitter, given: SdpaArguments, known: Pattern) -> tuple[Operands[fx.Node], AttentionSpec]:
     """``known``: the pattern that its mask may contain."""
     assert given.scale is not None
@@ -87,7 +72,7 @@ def _of_sdpa(emit: Emitter, given: SdpaArguments, known: Pattern) -> tuple[Opera
         bias, mask, is_implied = without_pattern(emit, bias, mask, known, heads)
         pattern = known if is_implied else pattern
     operands = Operands(q, k, v, bias, mask)
-    return operands, _spec(operands, kv_of_head, given.scale, pattern)
+    return operands, called_spec(operands, kv_of_head, given.scale, pattern)
 
 
 def _four_axes(
@@ -101,24 +86,6 @@ def _four_axes(
     if mask is not None and len(value(mask).shape) > 2:
         mask = emit.inline(lambda m, q: four(m.expand(*q.shape[:-2], *m.shape[-2:])), mask, q)
     return emit.inline(four, q), emit.inline(four, k), emit.inline(four, v), mask
-
-
-def hidden_by_both(emit: Emitter, a: fx.Node, b: fx.Node | None) -> fx.Node:
-    """The pairs that both masks show."""
-    return a if b is None else emit.call(aten.bitwise_and.Tensor, a, b)
-
-
-def _spec(
-    operands: Operands[fx.Node],
-    kv_of_head: tuple[int, ...],
-    scale: float,
-    pattern: Pattern,
-    softcap: float | None = None,
-) -> AttentionSpec:
-    q, k, v = (shape(n) for n in (operands.q, operands.k, operands.v))
-    return AttentionSpec.of(
-        q[1], k[1], q[3], v[3], scale=scale, kv_of_head=kv_of_head, pattern=pattern, softcap=softcap
-    ).having(operands.bias, operands.mask, operands.sinks)
 
 
 def _site(name: str, spec: AttentionSpec, operands: Operands[fx.Node]) -> OnnxSite:

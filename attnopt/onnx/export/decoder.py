@@ -17,8 +17,7 @@ from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of, is_tensor, value
 from attnopt.ir.site import Site
-from attnopt.ir.spec import AttentionSpec
-from attnopt.onnx.export.cache_forms import CacheOptions, about, rolling
+from attnopt.onnx.export.cache_forms import CacheOptions, about, reach, rolling, slots
 from attnopt.onnx.export.kv_cache import PAST, PRESENT
 from attnopt.onnx.export.mark import Marked, mark
 from attnopt.onnx.export.quantizer import FLOATING, Quantization, check_quantization, quantized
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from attnopt.onnx.export.verify_decoder import Whole
 
 CONFIG, FILE = "genai_config.json", "model.onnx"
+ABOUT = "cache.json"  # in the place of the configuration, where onnxruntime-genai cannot run the file
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -66,17 +66,19 @@ def export_decoder(
     _check_sites(marked, [s.name for s in origin.sites])
     marked = cache.settled(gm, origin, marked, context_length)
     windows = rolling(marked)
-    with atomic_folder(folder, marker=CONFIG) as made:
+    kept = about(marked)
+    marker = ABOUT if any(layer["sinks"] for layer in kept) else CONFIG
+    with atomic_folder(folder, marker=marker) as made:
         model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
         expand(model.graph, marked, Cache.of(model.graph).write)
         settle(model, contrib=True)
         finish(model, origin, "onnxruntime", marked)
         logits = _logits(model.graph.outputs)
-        model.metadata_props[f"{METADATA}cache"] = json.dumps(about(marked))
-        whole = Whole(gm, origin, str(logits.name), max(windows.values(), default=0))
+        model.metadata_props[f"{METADATA}cache"] = json.dumps(kept)
+        whole = Whole(gm, origin, str(logits.name), reach(marked))
         told = _saved(model, whole, made / FILE, cache.tolerance, quantize)
-        config = _config(model.graph, logits, [m.site.spec for m in marked], context_length, tokens, windows)
-        (made / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        config = _config(model.graph, logits, marked, context_length, tokens, windows)
+        (made / marker).write_text(json.dumps(config if marker == CONFIG else kept, indent=2), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
     return told
@@ -169,18 +171,6 @@ def _check_sites(marked: Sequence[Marked], sites: Sequence[str]) -> None:
                 site=name,
                 hint='see the report for the reason; with backend="sdpa" every rewritten attention is fused',
             )
-    sizes = {(_stored_heads(m.site.spec), m.site.spec.head_dim) for m in marked}
-    if len(sizes) != 1:
-        listed = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
-        raise ExportError(
-            f"the layers' keys and values have different sizes ({listed or 'none found'}), but the cache needs a single size",
-            hint="keep the same number of K/V heads in each layer",
-        )
-
-
-def _stored_heads(spec: AttentionSpec) -> int:
-    """Of the keys in the cache."""
-    return spec.num_kv_heads if spec.is_evenly_shared else spec.num_heads
 
 
 def _logits(outputs: Sequence[ir.Value]) -> ir.Value:
@@ -218,13 +208,14 @@ def _tokens(eos_token_id: int | Sequence[int], tokenizer: object) -> dict[str, o
 def _config(
     graph: ir.Graph,
     logits: ir.Value,
-    specs: Sequence[AttentionSpec],
+    marked: Sequence[Marked],
     context_length: int,
     tokens: Mapping[str, Any],
     windows: Mapping[int, int],
 ) -> dict[str, object]:
     """The configuration files of onnxruntime-genai."""
-    spec, names = specs[0], {i.name for i in graph.inputs}
+    dim, names = marked[0].site.spec.head_dim, {i.name for i in graph.inputs}
+    heads, kv_heads = slots(marked)
     assert logits.shape is not None
     vocabulary, ends = logits.shape[2], tokens["eos_token_id"]
     if isinstance(vocabulary, int) and not all(0 <= end < vocabulary for end in ends):
@@ -232,15 +223,15 @@ def _config(
     decoder = {
         "session_options": {"provider_options": []},
         "filename": FILE,
-        "head_size": spec.head_dim,
-        "hidden_size": spec.num_heads * spec.head_dim,
+        "head_size": dim,
+        "hidden_size": heads * dim,
         "inputs": {name: name for name in INPUTS if name in names}
         | {f"past_{what}_names": PAST.format("%d", what) for what in ("key", "value")},
         "outputs": {"logits": logits.name}
         | {f"present_{what}_names": PRESENT.format("%d", what) for what in ("key", "value")},
-        "num_attention_heads": spec.num_heads,
-        "num_hidden_layers": len(specs),
-        "num_key_value_heads": _stored_heads(spec),
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(marked),
+        "num_key_value_heads": kv_heads,
     }
     if windows:  # the runtime has one length for all rolling buffers: that of the longest window, and a few more tokens
         decoder["sliding_window"] = {

@@ -17,25 +17,36 @@ from attnopt.onnx.export.builder import Attribute, Builder
 from attnopt.onnx.export.canonical import Canonical
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.fused_ops import group_query
-from attnopt.onnx.export.write_form import evenly_shared, flat
+from attnopt.onnx.export.head_slots import HeadSlots
+from attnopt.onnx.export.sink_tokens import SinkPart, first_position, kept_sinks, sink_part, widened_scales
+from attnopt.onnx.export.write_form import flat
 from attnopt.patterns import Pattern
 from attnopt.patterns.bands import Band
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" or "value"
+WIDTH = 16  # of int8 heads in a rolling buffer: their features are a multiple of it
 ROLLING = "window_"  # the name of a rolling buffer's length, before the window's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kept(Form):
     """How the keys and values of an attention are kept.
 
-    ``window``: how many keys a query sees, its own included; None for all before it.  ``rolls``: the buffer holds those
-    and a few more, and forgets the oldest.  ``scales``: of int8 keys and values, [G, D] each.
+    ``slots``: where its heads are.  ``window``: how many keys a query sees, its own included; None for all before it.
+    ``sinks``: of the first tokens, it sees so many besides.  ``rolls``: the buffer holds the window and a few more, and forgets
+    the oldest; sinks have a buffer of their own.  ``scales``: of int8 keys and values, [G, D] each.
     """
 
+    slots: HeadSlots
     window: int | None = None
+    sinks: int = 0
     rolls: bool = False
     scales: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def more_features(self) -> int:
+        """Of its heads in the buffers, beside sinks: the operator takes multiples of 8, and of 16 in int8."""
+        return (8 if self.scales is None else WIDTH) if self.sinks else 0
 
 
 def cached(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
@@ -48,8 +59,11 @@ def cached(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
         )
     given = call.operands
     bare = call.having(Operands(given.q, given.k, given.v), _pattern(call.site, call.lowered.spec))
-    lows = [band.low for band in bare.site.spec.pattern.bands or () if band.low is not None]
-    return bare, Kept("GroupQueryAttention over a cache", 0.0, window=1 - lows[0] if lows else None)
+    bands = bare.site.spec.pattern.bands or ()
+    window = next((1 - band.low for band in bands if band.low is not None), None)
+    sinks = next((band.first for band in bands if band.first is not None), 0)
+    kind = "GroupQueryAttention over a cache"
+    return bare, Kept(kind=kind, cost=0.0, slots=HeadSlots.of(bare.site.spec), window=window, sinks=sinks)
 
 
 def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
@@ -77,8 +91,14 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
     match pattern.bands:
         case (Band(high=0, step=1, first=None),):
             return pattern
+        case (Band(high=0, step=1, first=None), Band(low=None, high=0, step=1)) if spec.softcap is None:
+            return pattern
+        case (Band(low=None, high=0, step=1), Band(high=0, step=1, first=None)) if spec.softcap is None:
+            return pattern
     raise _error(
-        site.name, f"the pattern is {pattern}, but GroupQueryAttention supports only Causal() and a causal window"
+        site.name,
+        f"the pattern is {pattern}{'' if spec.softcap is None else ' with a softcap'}, but GroupQueryAttention supports only "
+        "Causal() and a causal window, and a window with sinks if there is no softcap",
     )
 
 
@@ -128,16 +148,19 @@ class Cache:
     def write(self, b: Builder, site: OnnxSite, form: Form, operands: Operands[ir.Value]) -> ir.Value:
         """[B, H, L, D] of an attention, over the next entry of the cache."""
         assert isinstance(form, Kept)
-        shared, was_shared = site.spec.kv_of_head, site.spec.is_evenly_shared
-        site, operands = evenly_shared(b, site, operands)
-        spec = site.spec
+        slots, more = form.slots, form.more_features
+        spec, (q, k, v) = slots.spec(site.spec), slots.fill(b, site.spec, operands)
         layer = sum(str(i.name).endswith(".key") for i in self.graph.inputs)
+        sinks = self._sinks(b, spec, form, layer, q, k, v) if form.sinks else None
+        if sinks is not None:
+            q, k, v = sinks.widened(b, spec, more, q, k, v)
+        width = spec.head_dim + more
         past = [self._entry(spec, form, PAST.format(layer, what), "past_length") for what in ("key", "value")]
-        scales = [s if was_shared else s[list(shared)] for s in form.scales or ()]
-        inputs = (*(flat(b, x) for x in (operands.q, operands.k, operands.v)), *past, self.last, self.total)
-        of_scales = [b.constant(s[None, :, None].numpy()) for s in scales]
+        inputs = (*(flat(b, x) for x in (q, k, v)), *past, self.last, self.total)
+        scales = [widened_scales(slots.scales(s), more) for s in form.scales or ()]
+        given = [b.constant(s[None, :, None].numpy()) for s in scales]
         made = group_query(
-            b, spec, *inputs, *[None] * 5 * bool(scales), *of_scales, window=form.window, **_attributes(form)
+            b, spec, *inputs, *[None] * 5 * bool(scales), *given, window=form.window, **_attributes(form)
         )
         node = made.producer()
         assert node is not None
@@ -146,18 +169,37 @@ class Cache:
             output.name, output.shape, output.type = entry.name, entry.shape, entry.type
         self.graph.inputs.extend(past)
         self.graph.outputs.extend(node.outputs[1:])
-        return b.op("Transpose", b.op("Reshape", made, b.ints(0, 0, spec.num_heads, spec.head_dim)), perm=[0, 2, 1, 3])
+        by_head = b.op("Transpose", b.op("Reshape", made, b.ints(0, 0, spec.num_heads, width)), perm=[0, 2, 1, 3])
+        return slots.take(b, site.spec, by_head if sinks is None else sinks.joined(b, spec, by_head))
+
+    def _sinks(
+        self, b: Builder, spec: AttentionSpec, form: Kept, layer: int, q: ir.Value, k: ir.Value, v: ir.Value
+    ) -> SinkPart:
+        """Of the first tokens, over a cache of their own."""
+        assert form.window is not None
+        first, kept = first_position(b, self.last, k), list[ir.Value]()
+        for what, new in (("sink_key", k), ("sink_value", v)):
+            shape = ir.Shape([self.batch, spec.num_kv_heads, form.sinks, spec.head_dim])
+            past = ir.Value(name=PAST.format(layer, what), shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+            present = kept_sinks(b, past, new, first, form.sinks)
+            present.name, present.shape, present.type = PRESENT.format(layer, what), past.shape, past.type
+            self.graph.inputs.append(past)
+            self.graph.outputs.append(present)
+            kept.append(present)
+        return sink_part(b, spec, form.window, q, k, (kept[0], kept[1]), first, form.sinks)
 
     def _entry(self, spec: AttentionSpec, form: Kept, name: str, length: str) -> ir.Value:
         length = f"{ROLLING}{form.window}" if form.rolls else length
         element = ir.DataType.FLOAT if form.scales is None else ir.DataType.INT8
-        shape = ir.Shape([self.batch, spec.num_kv_heads, length, spec.head_dim])
+        shape = ir.Shape([self.batch, spec.num_kv_heads, length, spec.head_dim + form.more_features])
         return ir.Value(name=name, shape=shape, type=ir.TensorType(element))
 
 
 def _attributes(form: Kept) -> dict[str, Attribute]:
     """Of the operator, for its cache."""
     found: dict[str, Attribute] = {"sliding_window_cache": 1} if form.rolls else {}
+    if form.sinks:
+        found["smooth_softmax"] = 1
     if form.scales is None:
         return found
     return {**found, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}

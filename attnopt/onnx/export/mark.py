@@ -14,11 +14,11 @@ from attnopt.graph.nodes import RESHAPES, aten, is_call, value
 from attnopt.ir.operands import ROLES, Operands
 from attnopt.lower.attention_calls import attention_calls
 from attnopt.lower.lower import copy_program
-from attnopt.onnx.export.canonical import Canonical, canonical, hidden_by_both
+from attnopt.lower.operator_calls import hidden_by_both, write_out_lse
+from attnopt.lower.received_calls import write_out_received
+from attnopt.onnx.export.canonical import Canonical, canonical
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, choose
-from attnopt.onnx.export.log_sum_exp import write_out_lse
 from attnopt.onnx.export.mask_split import soft_floor
-from attnopt.onnx.export.received import write_out_received
 from attnopt.onnx.export.split_projections import apart
 from attnopt.patterns import Full, Pattern
 from attnopt.slicing.weight_store import Weights

@@ -37,7 +37,7 @@ _ELEMENTS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 class Whole:
     """The model ``gm`` on whole sequences, with which a decoder's file is compared.
 
-    ``logits``: the name of the output.  ``window``: the longest of those that roll, or 0.
+    ``logits``: the name of the output.  ``window``: from how many tokens on all buffers that roll do, or 0 if none does.
     """
 
     gm: fx.GraphModule
@@ -137,8 +137,10 @@ class _Run:
         return torch.from_numpy(binding.get_outputs()[-1].numpy())
 
 
-def _room(length: str, capacity: int) -> int:
-    """``length``: the name of the axis."""
+def _room(length: str | int, capacity: int) -> int:
+    """``length``: the name of the axis, or its size."""
+    if isinstance(length, int):
+        return length
     return int(length.removeprefix(ROLLING)) if length.startswith(ROLLING) else capacity
 
 

@@ -1,4 +1,4 @@
-"""Weights that keys receive, in plain operators: ONNX has no operator that sums them without a map."""
+"""Weights that keys receive, in plain operators, for runtimes without an operator that sums them without a map."""
 
 from __future__ import annotations
 
