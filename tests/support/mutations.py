@@ -34,6 +34,25 @@ class Fault:
 
 
 FAULTS = (
+    # products with tables, sums over pairs
+    Fault("a row of a table too few", "[before, after, emit.call(aten.slice.Tensor, first, 0, 0, 1)]", "[before, after]",
+          "test_table_products.py -k static_lengths"),
+    Fault("any index is a distance", "    return bool((of_step[steps] == values).all())", "    return True",
+          "test_table_products.py -k OneElsewhere"),
+    Fault("negative rows looked up as they are", "    index = emit.call(aten.where.self, is_negative, from_end, index)\n",
+          "", "test_table_products.py -k OneElsewhere"),
+    Fault("tables multiplied for many heads", "* length(p.queries) * more <= rows", "* length(p.queries) * more >= 0",
+          "test_table_products.py -k many_heads"),
+    Fault("a bias beside a map across heads", "bias = None if bias is None else mapped(emit, r, step.map, bias)",
+          "pass", "test_talking_heads.py -k BiasBefore"),
+    Fault("phases that turn the other way", "(-1.0, aten.sin, aten.sin)", "(1.0, aten.sin, aten.sin)",
+          "test_pair_sums.py -k Phases"),
+    Fault("a factor of a difference", "factor=sign * alpha * part.factor", "factor=sign * part.factor",
+          "test_pair_sums.py -k PhasesOfSines"),
+    Fault("distances of any norm", "or arg(distance, 2, 2.0) != 2 or", "or",
+          "test_pair_sums.py -k SquaredCityBlock"),
+    Fault("columns of other scores beside a sum", "return value if arg(node, 0) is scores and is_one else None",
+          "return value if is_one else None", "test_softmax_one.py -k other_logarithms"),
     # attention between channels, and sinks that are numbers
     Fault("queries that are no channels", "    if not queries or not all(_is_feature(r.q, c) for c in queries):",
           "    if not queries:",
