@@ -121,7 +121,7 @@ def _vectors(emit: Emitter, found: Separated, like: fx.Node) -> tuple[fx.Node, f
         return emit.call(aten.expand.default, x, [*(-1 for _ in range(ndim - 1)), emit.size(like, ndim - 1)])
 
     left, right = list[fx.Node](), list[fx.Node]()
-    for part in found:
+    for part in (part.of_sides(emit) for part in found):
         first, second = (one if x is None else x for x in (part.left, part.right))
         first = first if part.factor == 1 else emit.call(aten.mul.Tensor, first, part.factor)
         first, second = whole(first), whole(second)

@@ -149,16 +149,21 @@ def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Nod
     if depth > MAX_DEPTH or node.op != "call_function" or not tensor_like(node):
         return None, node
     blocked: fx.Node | None = None
+    found: Scores | None = None
     for source in _candidates(node):
         inner, stopped = _search(source, axis, depth + 1)
         if inner is None:
             blocked = blocked or stopped
             continue
         stepped = _step(node, source, inner)
-        if stepped is not None:
-            return replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))), None
-        blocked = node
-    return None, blocked or node
+        if stepped is None:
+            blocked = node
+            continue
+        made = replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes)))
+        if all(map(inputs_behind, (made.product.left, made.product.right))):
+            return made, None
+        found = found or made  # beside a product of queries and keys, one with a table of positions is a bias
+    return (None, blocked or node) if found is None else (found, None)
 
 
 def _of_mapped(node: fx.Node, sources: tuple[fx.Node, ...], axis: int, depth: int) -> Scores | None:

@@ -19,22 +19,31 @@ _MOST = 8  # products in one sum
 
 @dataclass(frozen=True)
 class Part:
-    """factor * left * right, which broadcast; None: 1.  ``left`` has no axis of the right tokens, and conversely."""
+    """factor * left * right * both, which broadcast; None: 1.  ``left`` has no axis of the right tokens, ``right`` none of the left
+    ones, and ``both`` neither."""
 
     factor: float = 1.0
     left: fx.Node | None = None
     right: fx.Node | None = None
+    both: fx.Node | None = None
 
     def times(self, other: Part, emit: Emitter) -> Part:
-        left, right = (
-            a if b is None else b if a is None else emit.call(aten.mul.Tensor, a, b)
-            for a, b in ((self.left, other.left), (self.right, other.right))
-        )
-        return Part(self.factor * other.factor, left, right)
+        pairs = ((self.left, other.left), (self.right, other.right), (self.both, other.both))
+        return Part(self.factor * other.factor, *(_product(emit, *pair) for pair in pairs))
 
     def map(self, change: Callable[[fx.Node], fx.Node]) -> Part:
-        left, right = (None if x is None else change(x) for x in (self.left, self.right))
-        return replace(self, left=left, right=right)
+        left, right, both = (None if x is None else change(x) for x in (self.left, self.right, self.both))
+        return Part(self.factor, left, right, both)
+
+    def of_sides(self, emit: Emitter) -> Part:
+        """The same without ``both``, which goes to a side that has another factor."""
+        if self.left is None and self.right is not None:
+            return Part(self.factor, right=_product(emit, self.right, self.both))
+        return Part(self.factor, _product(emit, self.left, self.both), self.right)
+
+
+def _product(emit: Emitter, a: fx.Node | None, b: fx.Node | None) -> fx.Node | None:
+    return a if b is None else b if a is None else emit.call(aten.mul.Tensor, a, b)
 
 
 Separated = tuple[Part, ...]
@@ -57,7 +66,7 @@ class Reader:
         if not is_tensor(x):
             return None
         if not _has(x, j):
-            return (Part(left=x),)
+            return (Part(left=x) if _has(x, i) else Part(both=x),)
         if not _has(x, i):
             return (Part(right=x),)
         if (rule := _RULES.get(x.target)) is None or x.op != "call_function":
@@ -110,7 +119,8 @@ class Reader:
         return self._of_angle(x, i, j, ((1.0, aten.sin, aten.cos), (1.0, aten.cos, aten.sin)))
 
     def _of_angle(self, x: fx.Node, i: int, j: int, made: Iterable[tuple[float, Any, Any]]) -> Separated | None:
-        found = self.read(arg(x, 0), i, j)
+        read = self.read(arg(x, 0), i, j)
+        found = None if read is None else [part.of_sides(self.emit) for part in read]
         if found is None or any(part.left is not None and part.right is not None for part in found):
             return None
         of_right = [self._scaled(part.factor, part.right) for part in found if part.right is not None]

@@ -104,16 +104,20 @@ class OfHeads(Relative):
 class Mirrored(Relative):
     """The index depends on i + j: it is no distance."""
 
+    rows = 9
+
     def of_positions(self, q: Tensor) -> Tensor:
         n = q.shape[2]
-        return torch.einsum("bhid,ijd->bhij", q, self.table[torch.arange(n)[:, None] + torch.arange(n)])
+        return torch.einsum("bhid,ijd->bhij", q, self.table[(torch.arange(n)[:, None] + torch.arange(n)) % 9])
 
 
 class OneElsewhere(Relative):
     """One pair far from the first row and column has a row of its own, counted from the end."""
 
+    rows = 9
+
     def of_positions(self, q: Tensor) -> Tensor:
-        index = self.distances(q.shape[2]) + MOST - 1
+        index = self.distances(q.shape[2]).clamp(-4, 4) + 4
         index = torch.where((torch.arange(q.shape[2])[:, None] == 3) & (torch.arange(q.shape[2]) == 5), -2, index)
         return torch.einsum("bhid,ijd->bhij", q, self.table[index])
 

@@ -152,13 +152,6 @@ class ProductOfPhases(Phases):
         return (q.abs() * k.abs() * torch.cos(q * k)).sum(-1)
 
 
-class Additive(Pairs):
-    """Bahdanau's attention: a layer reads queries and keys together."""
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (self.speed * torch.tanh(q[:, :, :, None] + k[:, :, None])).sum(-1)
-
-
 class CityBlock(Pairs):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return -(q[:, :, :, None] - k[:, :, None]).abs().sum(-1)
@@ -188,7 +181,7 @@ class SumThenCosine(Pairs):
 
 @pytest.mark.parametrize(
     "kind",
-    [ProductOfPhases, Additive, CityBlock, PlainDistance, SquaredCityBlock, Cubes, SumThenCosine],
+    [ProductOfPhases, CityBlock, PlainDistance, SquaredCityBlock, Cubes, SumThenCosine],
     ids=lambda kind: kind.__name__,
 )
 def test_other_sums_are_left_alone(kind: type[Pairs]) -> None:
