@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Distances(Pairs):
 
 
 KINDS = {kind.__name__.lower(): kind for kind in (Looked, Skewed, Phases, Distances)}
-_PER_PAIR = {"looked": 4 * WIDTH, "skewed": 20 * HEADS, "phases": 12 * HEADS * WIDTH, "distances": 8 * HEADS * WIDTH}
+_PER_PAIR = {"looked": 4 * WIDTH, "skewed": 13 * HEADS, "phases": 12 * HEADS * WIDTH, "distances": 8 * HEADS * WIDTH}
 
 
 def main() -> None:
@@ -96,10 +97,16 @@ def main() -> None:
 
 
 def _row(kind: str, n: int, rounds: int) -> dict[str, Any]:
-    fits = _PER_PAIR[kind] * n * n < MOST
-    peaks = {form: _megabytes(kind, form, n) for form in (("model",) if fits else ()) + ("attnopt",)}
+    forms = ("model", "attnopt") if _fits(kind, n) else ("attnopt",)
+    peaks = {form: _megabytes(kind, form, n) for form in forms}
     row: dict[str, Any] = {"scores": kind, "length": n, "model": peaks.get("model", "-"), "attnopt": peaks["attnopt"]}
-    return row | {"time": _ratio(kind, n, rounds) if fits else "-"}
+    rivals = [rival for rival in (kind, "skewed") if _fits(rival, n) and (rival == kind or kind == "looked")]
+    times = _ratios(kind, rivals, n, rounds) if rivals else {}
+    return row | {"time": times.get(kind, "-"), "over skewed": times.get("skewed", "-")}
+
+
+def _fits(kind: str, n: int) -> bool:
+    return _PER_PAIR[kind] * n * n < MOST
 
 
 def _megabytes(kind: str, form: str, n: int) -> float:
@@ -128,11 +135,12 @@ def _peak(kind: str, form: str, n: int) -> int:
     return memory("VmHWM") - start
 
 
-def _ratio(kind: str, n: int, rounds: int) -> float:
-    (model, x), (fast, _) = _made(kind, "model", n), _made(kind, "attnopt", n)
+def _ratios(kind: str, rivals: list[str], n: int, rounds: int) -> dict[str, float]:
+    fast, x = _made(kind, "attnopt", n)
+    calls = {"attnopt": partial(fast, x), **{rival: partial(_made(rival, "model", n)[0], x) for rival in rivals}}
     with torch.no_grad():
-        times = interleaved({"model": lambda: model(x), "attnopt": lambda: fast(x)}, rounds)
-    return times.ratio("attnopt", "model")
+        times = interleaved(calls, rounds)
+    return {rival: times.ratio("attnopt", rival) for rival in rivals}
 
 
 if __name__ == "__main__":
