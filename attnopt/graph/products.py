@@ -179,7 +179,9 @@ def pair_product(whole: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _of_pairs(node: fx.Node) -> Product | None:
     whole, left, right = node.args
-    assert is_tensor(whole) and is_tensor(left) and is_tensor(right)
+    assert is_tensor(whole)
+    assert is_tensor(left)
+    assert is_tensor(right)
     frame, (inner,) = fresh(shape(whole)), fresh((shape(left)[-1],))
 
     def of(x: fx.Node) -> Axes:

@@ -137,7 +137,9 @@ def _no_product(node: fx.Node) -> NotAttentionError:
     found, hint = f"{node.name} = {getattr(node.target, '__name__', node.target)}", ""
     if calls(node, _PROJECTIONS) and not inputs_behind(arg(node, 1)):
         found = f"{found}, a projection of one sequence"
-        hint = "each token predicts its weights itself, as in dynamic convolution or outlook attention: there are no keys"
+        hint = (
+            "each token predicts its weights itself, as in dynamic convolution or outlook attention: there are no keys"
+        )
     expected = "scores computed from a product of queries and keys"
     return rejected(node, "no-query-key-product", expected, found, hint)
 

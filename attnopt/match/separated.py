@@ -19,8 +19,8 @@ _MOST = 8  # products in one sum
 
 @dataclass(frozen=True)
 class Part:
-    """factor * left * right * both, which broadcast; None: 1.  ``left`` has no axis of the right tokens, ``right`` none of the left
-    ones, and ``both`` neither."""
+    """factor * left * right * both, which broadcast; None: 1.  ``left`` has no axis of the right tokens, ``right`` none of the
+    left ones, and ``both`` neither."""
 
     factor: float = 1.0
     left: fx.Node | None = None
@@ -76,7 +76,9 @@ class Reader:
 
     def sum(self, x: fx.Node, i: int, j: int, sign: float = 1.0) -> Separated | None:
         alpha = x.kwargs.get("alpha", 1)
-        a = self.read(arg(x, 0), i, j) if isinstance(alpha, (int, float)) else None
+        if not isinstance(alpha, (int, float)):
+            return None
+        a = self.read(arg(x, 0), i, j)
         b = None if a is None else self.read(arg(x, 1), i, j)
         if a is None or b is None:
             return None

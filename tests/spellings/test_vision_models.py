@@ -84,7 +84,9 @@ def test_read_and_rewritten_exactly(variant: Variant, fused: bool) -> None:
     kinds = Counter(", ".join(f for f in site.spec.features if f in _NAMED) for site in fast.sites)
     assert kinds == variant.kinds
     assert len(fast.report.near_misses) == variant.missed
-    for site, told in zip(fast.sites, fast.report.sites, strict=True):  # of talking heads, no form is faster than the model's own
+    for site, told in zip(
+        fast.sites, fast.report.sites, strict=True
+    ):  # of talking heads, no form is faster than the model's own
         assert told.status == ("refused" if site.spec.mixes_heads else "rewritten")
     assert all(site.status == "rewritten" for site in scaled.report.sites)
     for batch in (2, 1, 3):

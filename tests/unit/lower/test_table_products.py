@@ -124,7 +124,7 @@ class OneElsewhere(Relative):
 
 BY_DISTANCE = (Indexed, FromTheEnd, Clamped, ByQuery, Backwards, OfHeads)
 OTHERS = (Mirrored, OneElsewhere)
-each = pytest.mark.parametrize("kind", (*BY_DISTANCE, *OTHERS), ids=lambda kind: kind.__name__)
+each = pytest.mark.parametrize("kind", [*BY_DISTANCE, *OTHERS], ids=lambda kind: kind.__name__)
 
 
 def made(kind: Callable[[], nn.Module], n: int = N) -> tuple[nn.Module, Tensor]:

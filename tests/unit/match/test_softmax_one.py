@@ -73,8 +73,16 @@ class Sunk(nn.Module):
 
 @pytest.mark.parametrize(
     "weights",
-    [beside(0.5), beside(1e-3), padded(-0.75), padded(0.5, first=True), by_logarithm(0.0), by_logarithm(-1.5),
-     by_joined_logarithm, by_added_logarithms],
+    [
+        beside(0.5),
+        beside(1e-3),
+        padded(-0.75),
+        padded(0.5, first=True),
+        by_logarithm(0.0),
+        by_logarithm(-1.5),
+        by_joined_logarithm,
+        by_added_logarithms,
+    ],
     ids=["half", "small", "pad", "first", "log", "log-other", "log-joined", "log-added"],
 )
 def test_numbers(weights: Callable[[Tensor], Tensor]) -> None:
