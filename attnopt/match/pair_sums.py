@@ -15,7 +15,7 @@ from torch import fx
 
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.evaluate import is_heavy
-from attnopt.graph.nodes import ancestors, arg, aten, calls, is_call, is_tensor, operand, shape, value, wrap
+from attnopt.graph.nodes import ancestors, arg, aten, calls, is_call, operand, shape, value, wrap
 from attnopt.graph.ops import named
 from attnopt.graph.products import Product, pair_product, product_of
 from attnopt.match.anchors import Softmax, normalisers
@@ -64,7 +64,7 @@ def _of_sum(emit: Emitter, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     x = operand(node)
     ndim = len(shape(x))
-    if wrap(dims[0], ndim) != ndim - 1 or not value(x).dtype.is_floating_point:
+    if wrap(dims[0], ndim) != ndim - 1 or not _is_precise(x):
         return None
     axes = [axis - ndim for axis, size in enumerate(shape(x)[:-1]) if size != 1]
     for pair in combinations(axes, 2):
@@ -72,6 +72,12 @@ def _of_sum(emit: Emitter, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if found is not None and any(part.left is not None and part.right is not None for part in found):
             return _vectors(emit, found, x)
     return None
+
+
+def _is_precise(x: fx.Node) -> bool:
+    """Small differences of large numbers keep enough digits: in half precision they do not."""
+    kind = value(x).dtype
+    return bool(kind.is_floating_point) and kind.itemsize >= 4
 
 
 def _is_read_as_it_stands(product: Product | None) -> bool:
@@ -85,7 +91,7 @@ def _is_read_as_it_stands(product: Product | None) -> bool:
 def _of_distance(emit: Emitter, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The square of a Euclidean distance."""
     distance = arg(node, 0) if is_square(node) else None
-    if not calls(distance, _DISTANCES) or arg(distance, 2, 2.0) != 2 or not all(map(is_tensor, distance.args[:2])):
+    if not calls(distance, _DISTANCES) or arg(distance, 2, 2.0) != 2 or not _is_precise(distance):
         return None
     q = emit.call(aten.unsqueeze.default, operand(distance, 0), -2)
     k = emit.call(aten.unsqueeze.default, operand(distance, 1), -3)

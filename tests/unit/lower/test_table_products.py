@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from oracle import Edit, assert_same, run, run_edited
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -235,4 +236,36 @@ def test_skewed_by_the_model(kind: type[Relative]) -> None:
         warnings.simplefilter("ignore")
         fast = attnopt.optimize(model, "fuse", (x,))
     assert [s.spec.has_bias for s in fast.sites] == [True]
+    assert_same(run(fast, (x,)), run(model, (x,)))
+
+
+def speech_t5() -> nn.Module:
+    import transformers
+    from transformers.models.speecht5.modeling_speecht5 import SpeechT5Encoder
+
+    config = transformers.SpeechT5Config(
+        hidden_size=32,
+        encoder_layers=1,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        encoder_max_relative_position=16,
+    )
+    return zoo.loud(SpeechT5Encoder(config))
+
+
+def wav2vec2_bert() -> nn.Module:
+    config = {"left_max_position_embeddings": 8, "right_max_position_embeddings": 4, "intermediate_size": 32}
+    return zoo.hf(
+        "Wav2Vec2BertModel", "Wav2Vec2BertConfig", hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        feature_projection_input_dim=32, position_embeddings_type="relative_key", **config,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [speech_t5, wav2vec2_bert], ids=lambda build: build.__name__)
+def test_models_of_transformers(build: Callable[[], nn.Module]) -> None:
+    model, x = build(), torch.randn(2, 40, 32)
+    fast = attnopt.optimize(model, "fuse", (x,))
+    assert [(s.spec.has_bias, s.q_len) for s in fast.sites] == [(True, 40)]
+    assert not any(list(s).count(40) >= 2 and s[-1] == 8 for s in sizes(fast))
     assert_same(run(fast, (x,)), run(model, (x,)))

@@ -193,6 +193,13 @@ def test_other_sums_are_left_alone(kind: type[Pairs]) -> None:
     assert torch.equal(run(fast, (x,))[0], run(model, (x,))[0])
 
 
+@pytest.mark.parametrize("kind", [Phases, Differences, Distances], ids=lambda kind: kind.__name__)
+def test_half_precision_keeps_its_differences(kind: type[Pairs]) -> None:
+    """A product would round what they take off."""
+    model, x = made(kind)
+    assert not attnopt.inspect(model.bfloat16(), (x.bfloat16(),)).sites
+
+
 class Together(nn.Module):
     """One attention that is read, and one that is not."""
 
