@@ -153,7 +153,7 @@ def test_no_row_for_each_pair_and_equal_at_other_sizes(kind: type[Relative]) -> 
     fast = attnopt.optimize(model, "fuse", (x,), dynamic_shapes="auto")
     assert [s.spec.has_bias for s in fast.sites] == [True]
     assert not looks_up_pairs(fast, N)
-    for other in (x, torch.randn(1, 2, WIDTH), torch.randn(3, 13, WIDTH)):
+    for other in (x, torch.randn(2, 1, WIDTH), torch.randn(1, 2, WIDTH), torch.randn(3, 13, WIDTH)):
         assert_same(run(fast, (other,)), run(model, (other,)))
 
 
