@@ -138,7 +138,9 @@ def test_windows_and_pruned_heads(kind: type[Pairs]) -> None:
 
 
 @pytest.mark.usefixtures("one_torchlib")
-@pytest.mark.parametrize("kind", [PhasesLaidOut, Cosines], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [PhasesLaidOut, pytest.param(Cosines, marks=pytest.mark.slow)], ids=lambda kind: kind.__name__
+)
 def test_saved_and_in_onnx(kind: type[Pairs], tmp_path: Path) -> None:
     model, x = made(kind)
     fast = attnopt.optimize(model, "fuse", (x,), dynamic_shapes="auto")
