@@ -108,6 +108,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/head_sweep.py
 	$(PY) benchmarks/head_sweep.py --sequences 8 --tokens 512 --swept 3 --name head_sweep_long
 	$(PY) benchmarks/taps.py
+	$(PY) benchmarks/pair_scores.py
 	$(PY) benchmarks/leak.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.

@@ -15,6 +15,7 @@ from attnopt.compiler.site_report import site_report
 from attnopt.graph.cleanup import prune_unused_state, remove_unused_nodes
 from attnopt.graph.nodes import stored
 from attnopt.match.find import Findings
+from attnopt.match.pair_sums import remove_products
 from attnopt.report.report import Report
 from attnopt.version import __version__
 
@@ -22,6 +23,7 @@ from attnopt.version import __version__
 def cleaned(gm: fx.GraphModule) -> None:
     """Remove what finding the attentions left, and what nothing reads any more."""
     restore_calls(gm)
+    remove_products(gm)
     remove_unused_nodes(gm)
     prune_unused_state(gm)
     gm.graph.lint()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import Target
 
 from attnopt.graph.axes import Atom, Axes, Axis, fresh
@@ -171,6 +171,25 @@ def _mul_sum(node: fx.Node) -> Product | None:
     return Product(node, a, b, of(a), of(b), tuple(out)) if shared <= both else None
 
 
+def pair_product(whole: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``whole``, which sums over pairs of tokens, and beside it vectors [.., i, 1, C] and [.., 1, j, C] whose products it is.
+    ``attnopt.match.pair_sums`` writes it: as an operator of a graph it never leaves the matcher."""
+    return whole
+
+
+def _of_pairs(node: fx.Node) -> Product | None:
+    whole, left, right = node.args
+    assert is_tensor(whole)
+    assert is_tensor(left)
+    assert is_tensor(right)
+    frame, (inner,) = fresh(shape(whole)), fresh((shape(left)[-1],))
+
+    def of(x: fx.Node) -> Axes:
+        return (*(ax if s != 1 else () for s, ax in zip(shape(x)[:-1], frame, strict=False)), inner)
+
+    return Product(node, left, right, of(left), of(right), frame)
+
+
 PRODUCTS: dict[Target, Callable[[fx.Node], Product | None]] = rules(
     {
         "matmul bmm mm": _of_two,
@@ -179,5 +198,6 @@ PRODUCTS: dict[Target, Callable[[fx.Node], Product | None]] = rules(
         "einsum": _einsum,
         "tensordot inner": _tensordot,
         "sum.dim_IntList": _mul_sum,
+        frozenset((pair_product,)): _of_pairs,
     }
 )

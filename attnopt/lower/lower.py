@@ -42,7 +42,9 @@ from attnopt.lower.attention_calls import Lowered, note_between
 from attnopt.lower.early_pools import early_pools, pools_early
 from attnopt.lower.fold import folded
 from attnopt.lower.other_tokens import MoreNodes, input_of, other_tokens
+from attnopt.lower.table_products import multiply_tables_first
 from attnopt.match.find import Found
+from attnopt.match.pair_sums import remove_products
 from attnopt.match.projections import weight_path
 from attnopt.slicing.fuse_projections import join
 from attnopt.slicing.packed_projections import built_anew, forks
@@ -102,6 +104,9 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins:
     """
     module, table = copy_program(gm)
     weights = Weights(module)
+    for bias in () if plain else (operands_of(table[plan.found.raised.node]).bias for plan in plans):
+        if bias is not None:
+            multiply_tables_first(module, bias)
     for plan in plans:
         try:
             _carry_out(module, weights, plan, table, plain)
@@ -114,6 +119,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins:
                 hint="exclude the site from the policy and report the model",
             ) from e
     restore_calls(module)
+    remove_products(module)
     share_equal_nodes(module)
     tidy(module)
     if joins and not plain:

@@ -16,10 +16,11 @@ from attnopt.graph.cleanup import computes_same
 from attnopt.graph.nodes import arg, aten, calls, is_call, is_tensor, operand, shape, wrap
 from attnopt.graph.ops import FACTORS, Kind, of
 from attnopt.graph.sdpa import SDPA
-from attnopt.match.overwrites import number, zeros_of
+from attnopt.match.overwrites import number, padding_of, zeros_of
 from attnopt.match.row_sums import RowSum, behind_layout, is_shifted, of_rows, row_sums
 
-_SOFTMAX, _LOG_SOFTMAX = of(Kind.SOFTMAX), of(Kind.LOG_SOFTMAX)
+_SOFTMAX, _LOG_SOFTMAX, _PADS = of(Kind.SOFTMAX), of(Kind.LOG_SOFTMAX), of(Kind.PAD)
+_LARGEST = 700.0  # exp of more is no number, and of less than its negative 0
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,39 @@ def _of_logarithm(node: fx.Node, x: fx.Node) -> Softmax | None:
     scores, taken = arg(x, 0), arg(x, 1)
     if not is_tensor(scores):
         return None
-    axes = (a for a in range(len(shape(x))) if _is_logarithm_of_sum(taken, scores, a))
-    axis = next(axes, None)
-    return None if axis is None else Softmax(scores, node, axis)
+    for axis in range(len(shape(x))):
+        if _is_logarithm_of_sum(taken, scores, axis):
+            return Softmax(scores, node, axis)
+        if (beside := _beside_in_logarithm(taken, scores, axis)) is not None and abs(beside) < _LARGEST:
+            return Softmax(scores, node, axis, beside=math.exp(beside))
+    return None
+
+
+def _beside_in_logarithm(node: object, scores: fx.Node, axis: int) -> float | None:
+    """The number c of log(exp(c) + sum(exp(scores))) over ``axis``, once for each row."""
+    root = of_rows(node, scores, axis)
+    if root is None:
+        return None
+    if is_call(root, aten.logaddexp.default):
+        sums = ((arg(root, a), arg(root, b)) for a, b in ((0, 1), (1, 0)))
+        return next((number(c) for total, c in sums if _is_logarithm_of_sum(total, scores, axis)), None)
+    if not is_call(root, aten.logsumexp.default) or [wrap(d, len(shape(scores))) for d in arg(root, 1)] != [axis]:
+        return None
+    return _one_more(arg(root, 0), scores, axis)
+
+
+def _one_more(node: fx.Node, scores: fx.Node, axis: int) -> float | None:
+    """The number of which ``node`` has one more column than ``scores``, at either end."""
+    if calls(node, _PADS):
+        widths, value = arg(node, 1), padding_of(node)
+        is_one = sorted(widths[:2]) == [0, 1] and not any(widths[2:]) and axis == len(shape(scores)) - 1
+        return value if arg(node, 0) is scores and is_one else None
+    if not is_call(node, aten.cat.default) or wrap(arg(node, 1, 0), len(shape(scores))) != axis:
+        return None
+    others = [part for part in arg(node, 0) if part is not scores]
+    if len(arg(node, 0)) != 2 or len(others) != 1 or shape(others[0])[axis] != 1:
+        return None
+    return number(others[0])
 
 
 def _is_logarithm_of_sum(node: object, scores: fx.Node, axis: int) -> bool:

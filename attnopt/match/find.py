@@ -43,6 +43,7 @@ from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site, TokenFeature
 from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.escapes import where_used
 from attnopt.match.masks import hides_keys, keeps_a_mask
+from attnopt.match.pair_sums import write_products
 from attnopt.match.projections import read_output, read_projection
 from attnopt.match.prove import example_values, region_key, site_error, site_tolerance
 from attnopt.match.raise_region import Raised, raise_region
@@ -94,6 +95,7 @@ class Findings:
 def find(program: Program) -> Findings:
     """Every attention of ``program``, in the order in which they run."""
     gm = program.module
+    write_products(gm)
     examples = example_values(gm, *program.inputs)
     parameters = stored(gm)
     found: list[Found] = []

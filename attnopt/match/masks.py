@@ -14,9 +14,10 @@ from attnopt.graph.emitter import Emitter
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain, symbols
 from attnopt.graph.nodes import aten, dtype, source_line, value
 from attnopt.match.axis_roles import squares
+from attnopt.match.head_operands import mapped
 from attnopt.match.mask_numbers import Lengths
 from attnopt.match.mask_patterns import Sample, as_visible, may_hide, name_pattern, samples
-from attnopt.match.read_scores import Hide, Multiply, Term
+from attnopt.match.read_scores import Hide, Mapped, Multiply, Term
 from attnopt.match.rearrange import Arranger
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError, rejected
@@ -41,6 +42,8 @@ def bias_and_mask(emit: Emitter, at: Arranger, r: Region) -> tuple[fx.Node | Non
             if step.factor < 0 and mask is not None:
                 raise rejected(r.out.node, "negated-mask", "a positive factor after a mask", str(step.factor))
             bias = None if bias is None else emit.call(aten.mul.Tensor, bias, step.factor)
+        elif isinstance(step, Mapped):
+            bias = None if bias is None else mapped(emit, r, step.map, bias)
         elif isinstance(step, Term):
             constant = constant or step.operand is None
             bias = _plus(emit, at, bias, step, groups)
@@ -84,6 +87,8 @@ def _fill(gm: fx.GraphModule, r: Region, step: Hide, hidden: fx.Node) -> float:
 def _hides_alone(r: Region, step: Hide) -> bool:
     """A fully masked row is hidden by this number alone: its weights are then equal, for any number."""
     if torch.finfo(dtype(r.q.node)).min > FLOOR or (r.sinks is not None and may_hide(r.sinks.node, step.fill)):
+        return False
+    if any(isinstance(s, Mapped) for s in r.steps):  # what was added before may be larger now
         return False
     place = r.steps.index(step)
     added = [(i, s.operand.node) for i, s in enumerate(r.steps) if isinstance(s, Term) and s.operand is not None]

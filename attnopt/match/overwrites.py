@@ -114,6 +114,13 @@ def number(x: Any) -> float | None:
     return _known_number(x)
 
 
+def padding_of(node: fx.Node) -> float | None:
+    """What a tensor is padded with, if it is a number."""
+    if is_call(node, aten.constant_pad_nd.default):
+        return number(arg(node, 2, 0))
+    return number(arg(node, 3) or 0) if arg(node, 2, "constant") == "constant" else None
+
+
 def _known_number(x: object) -> float | None:
     """The value of a one-element tensor, stored or computed from known values, at all sizes."""
     if not isinstance(x, fx.Node) or not is_tensor(x) or math.prod(shape(x)) != 1:

@@ -14,7 +14,7 @@ from attnopt.graph.nodes import aten, dtype, shape, value
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
-from attnopt.match.head_maps import HeadMap
+from attnopt.match.head_operands import matrix_of
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
 from attnopt.match.mixed_operands import mixed_in
 from attnopt.match.multiplicative_masks import hides_beside_flags
@@ -93,7 +93,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     kv_of_head = _kv_of_head(r.heads, kv_heads)
     k, v, kv_of_head = _without_copies(emit, k, v, kv_of_head)
     keep, added = (None, None) if r.mixture is None else mixed_in(emit, at, r, r.mixture)
-    maps = tuple(None if m is None else _head_map(emit, r, m) for m in (r.score_map, r.weight_map))
+    maps = tuple(None if m is None else matrix_of(emit, r, m) for m in (r.score_map, r.weight_map))
     if r.weight_map is not None and r.weight_map.added is not None:
         added = _added_to_all(emit, at, r, Operand(r.weight_map.added, (r.weight_map.axis,)), k)
     more = (keep, added, *maps) if any(maps) else () if added is None else (keep, added)
@@ -116,17 +116,6 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     spec = replace(spec, between_channels=r.between_channels, seen_as=seen, weight_gains=gains)
     spec = spec.having(bias, mask, sinks, added, *maps)
     return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
-
-
-def _head_map(emit: Emitter, r: Region, made: HeadMap) -> fx.Node:
-    """[1, to, from, 1].  Raises NotAttentionError if it is another axis that is mapped."""
-    if resolve(made.axis) != r.heads or r.between_channels:
-        expected = "a linear map of scores or weights across all heads"
-        raise rejected(made.weight, "mapped-axis", expected, "a map along another axis")
-    weight, heads = made.weight, math.prod(a.size for a in r.heads)
-    if made.transposed:
-        weight = emit.call(aten.permute.default, weight, [1, 0])
-    return emit.call(aten.reshape.default, weight, [1, heads, heads, 1])
 
 
 def _added_to_all(emit: Emitter, at: Arranger, r: Region, each: Operand, k: fx.Node) -> fx.Node:

@@ -26,7 +26,7 @@ from attnopt.graph.nodes import (
 from attnopt.graph.ops import ADD, COPIES, DIV, FACTORS, SUB, Kind, named, of
 from attnopt.graph.products import Product, product_of
 from attnopt.match.head_maps import HeadMap, head_map, maps_heads
-from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of
+from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of, padding_of
 from attnopt.match.rejection import NotAttentionError, rejected
 
 _LEAST_SINK = 1e3  # a number beyond hides the sink, or all keys
@@ -80,7 +80,14 @@ class Multiply:
     factor: float
 
 
-Step = Term | Hide | Multiply
+@dataclass(frozen=True)
+class Mapped:
+    """The bias so far is mapped across heads, as the scores beside it are."""
+
+    map: HeadMap
+
+
+Step = Term | Hide | Multiply | Mapped
 
 
 @dataclass(frozen=True)
@@ -127,12 +134,14 @@ def read_scores(node: fx.Node, axis: int, rate: float = 1.0) -> Scores:
 
 
 def _no_product(node: fx.Node) -> NotAttentionError:
-    return rejected(
-        node,
-        "no-query-key-product",
-        "scores computed from a product of queries and keys",
-        f"{node.name} = {getattr(node.target, '__name__', node.target)}",
-    )
+    found, hint = f"{node.name} = {getattr(node.target, '__name__', node.target)}", ""
+    if calls(node, _PROJECTIONS) and not inputs_behind(arg(node, 1)):
+        found = f"{found}, a projection of one sequence"
+        hint = (
+            "each token predicts its weights itself, as in dynamic convolution or outlook attention: there are no keys"
+        )
+    expected = "scores computed from a product of queries and keys"
+    return rejected(node, "no-query-key-product", expected, found, hint)
 
 
 def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Node | None]:
@@ -142,16 +151,21 @@ def _search(node: fx.Node, axis: int, depth: int) -> tuple[Scores | None, fx.Nod
     if depth > MAX_DEPTH or node.op != "call_function" or not tensor_like(node):
         return None, node
     blocked: fx.Node | None = None
+    found: Scores | None = None
     for source in _candidates(node):
         inner, stopped = _search(source, axis, depth + 1)
         if inner is None:
             blocked = blocked or stopped
             continue
         stepped = _step(node, source, inner)
-        if stepped is not None:
-            return replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes))), None
-        blocked = node
-    return None, blocked or node
+        if stepped is None:
+            blocked = node
+            continue
+        made = replace(stepped, path=(*stepped.path, node), frames=(*stepped.frames, (node, stepped.axes)))
+        if all(map(inputs_behind, (made.product.left, made.product.right))):
+            return made, None
+        found = found or made  # beside a product of queries and keys, one with a table of positions is a bias
+    return (None, blocked or node) if found is None else (found, None)
 
 
 def _of_mapped(node: fx.Node, sources: tuple[fx.Node, ...], axis: int, depth: int) -> Scores | None:
@@ -237,12 +251,14 @@ def _is_bare(s: Scores) -> bool:
 
 
 def _map_heads(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
-    """What is mapped is the product alone, so that a mask or a bias before it is left to the model."""
+    """The product and what is added to it are mapped; a cap or a mask before is left to the model."""
     found = head_map(node, source, s.axes)
-    if found is None or not _is_bare(s):
+    hides = any(isinstance(step, Hide) for step in s.steps) or bool(s.wipes)
+    if found is None or hides or s.softcap is not None or s.has_sink or s.score_map is not None:
         return None
     made, axes = found
-    steps = () if made.added is None else (Term(Operand(made.added, (made.axis,)), 1.0),)
+    steps: tuple[Step, ...] = (*s.steps, Mapped(made)) if s.steps else ()
+    steps = steps if made.added is None else (*steps, Term(Operand(made.added, (made.axis,)), 1.0))
     return replace(s, axes=axes, score_map=made, steps=steps)
 
 
@@ -275,8 +291,16 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     if s.score_map is not None:
         return None  # it would have to be known whether heads differ in it
     if not s.steps and s.softcap is None:
-        return replace(s, factors=(*s.factors, Factor(other, axes, divides)))
+        return replace(s, factors=(*s.factors, *(Factor(o.node, o.axes, divides) for o in _outer(other, axes, s.axes))))
     return None if divides else replace(s, wipes=(*s.wipes, Operand(other, axes)))
+
+
+def _outer(node: fx.Node, axes: Axes, frame: Axes) -> tuple[Operand, ...]:
+    """A factor of the scores, or the two that it is the outer product of, such as norms of queries and of keys."""
+    parts = node.args if is_call(node, aten.mul.Tensor) else ()
+    found = [(x, broadcast(x, frame)) for x in parts if is_tensor(x)]
+    is_outer = len(found) == 2 and all(own is not None and own != axes for _, own in found)
+    return tuple(Operand(x, own) for x, own in found if own is not None) if is_outer else (Operand(node, axes),)
 
 
 def _add(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
@@ -336,14 +360,7 @@ def _sink(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
 
 def _padded(node: fx.Node, s: Scores) -> Scores | None:
     """One more column of a number, at either end of the last axis."""
-    widths, value = arg(node, 1), _filling(node)
+    widths, value = arg(node, 1), padding_of(node)
     if value is None or sorted(widths[:2]) != [0, 1] or any(widths[2:]) or not s.axes[-1]:
         return None
     return s.with_sink(value)
-
-
-def _filling(node: fx.Node) -> float | None:
-    """What a tensor is padded with, if it is a number."""
-    if is_call(node, aten.constant_pad_nd.default):
-        return number(arg(node, 2, 0))
-    return number(arg(node, 3) or 0) if arg(node, 2, "constant") == "constant" else None

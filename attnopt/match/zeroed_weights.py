@@ -20,7 +20,7 @@ from attnopt.graph.ops import FACTORS
 from attnopt.match.anchors import Softmax
 from attnopt.match.mask_patterns import may_hide
 from attnopt.match.overwrites import zeros_of
-from attnopt.match.read_scores import Hide, Operand, Step, Term
+from attnopt.match.read_scores import Hide, Mapped, Operand, Step, Term
 from attnopt.match.region import atoms_of
 
 
@@ -62,6 +62,8 @@ def with_zeros(
 
 def _is_seen(steps: Sequence[Step], fill: float) -> bool:
     """Next to the other steps, a score of ``fill`` may still have weight."""
+    if any(isinstance(s, Mapped) for s in steps):  # what was added before may be larger now
+        return True
     return any(isinstance(s, Term) and s.operand is not None and may_hide(s.operand.node, fill) for s in steps)
 
 

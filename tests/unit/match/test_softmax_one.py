@@ -42,6 +42,23 @@ def kept_from_overflow(scores: Tensor) -> Tensor:
     return e / (torch.exp2(-top) + e.sum(-1, keepdim=True))
 
 
+def by_logarithm(number: float) -> Callable[[Tensor], Tensor]:
+    def weights(scores: Tensor) -> Tensor:
+        return torch.exp(scores - F.pad(scores, (0, 1), value=number).logsumexp(-1, keepdim=True))
+
+    return weights
+
+
+def by_joined_logarithm(scores: Tensor) -> Tensor:
+    joined = torch.cat([torch.zeros_like(scores[..., :1]), scores], -1)
+    return (scores - torch.logsumexp(joined, dim=-1).unsqueeze(-1)).exp()
+
+
+def by_added_logarithms(scores: Tensor) -> Tensor:
+    total = scores.logsumexp(-1, keepdim=True)
+    return torch.exp(scores - torch.logaddexp(torch.zeros_like(total), total))
+
+
 class Sunk(nn.Module):
     def __init__(self, weights: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -56,8 +73,17 @@ class Sunk(nn.Module):
 
 @pytest.mark.parametrize(
     "weights",
-    [beside(0.5), beside(1e-3), padded(-0.75), padded(0.5, first=True)],
-    ids=["half", "small", "pad", "first"],
+    [
+        beside(0.5),
+        beside(1e-3),
+        padded(-0.75),
+        padded(0.5, first=True),
+        by_logarithm(0.0),
+        by_logarithm(-1.5),
+        by_joined_logarithm,
+        by_added_logarithms,
+    ],
+    ids=["half", "small", "pad", "first", "log", "log-other", "log-joined", "log-added"],
 )
 def test_numbers(weights: Callable[[Tensor], Tensor]) -> None:
     model, x = Sunk(weights).eval(), torch.randn(B, N, WIDTH)
@@ -80,6 +106,26 @@ def test_windows_and_heads_beside_a_padded_column(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_same([torch.from_numpy(y)], want)
+
+
+@pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning")
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda s: F.pad(s, (0, 2)).logsumexp(-1, keepdim=True),
+        lambda s: F.pad(2 * s, (0, 1)).logsumexp(-1, keepdim=True),
+        lambda s: F.pad(s, (0, 0, 0, 1)).logsumexp(-1, keepdim=True)[..., :-1, :],
+        lambda s: torch.logaddexp(s.logsumexp(-1, keepdim=True), s[..., :1]),
+        lambda s: torch.cat([s, s[..., :1]], -1).logsumexp(-1, keepdim=True),
+    ],
+    ids=["two columns", "of other scores", "another row", "a score again", "a column again"],
+)
+def test_other_logarithms_are_not_one(taken: Callable[[Tensor], Tensor]) -> None:
+    model, x = Sunk(lambda s: torch.exp(s - taken(s))).eval(), torch.randn(B, N, WIDTH)
+    found = attnopt.inspect(model, (x,))
+    assert not any(s.spec.has_sinks for s in found.sites)
+    fast = attnopt.optimize(model, "fuse", (x,))
+    assert_same(run(fast, (x,)), run(model, (x,)))
 
 
 def test_what_belongs_to_other_powers_is_no_one() -> None:

@@ -98,6 +98,21 @@ class Product(Talking):
         return (self.second.weight @ x.flatten(2)).view_as(x)
 
 
+class BiasBefore(Linear):
+    """A bias of the heads that are mapped (EfficientFormerV2), before a factor and between two biases."""
+
+    def of_scores(self, x: Tensor) -> Tensor:
+        bias = self.first.bias[:, None, None] * torch.arange(x.shape[-1]) + torch.arange(x.shape[-2])[:, None] % 3
+        return 0.5 * super().of_scores(x + bias) - torch.arange(x.shape[-1]) / 7
+
+
+class BiasOfAllBefore(Einsum):
+    """The same bias for all heads, which their map tells apart, and a mask after it."""
+
+    def of_scores(self, x: Tensor) -> Tensor:
+        return super().of_scores((x - torch.arange(x.shape[-1]).cos() * 3) * 2)
+
+
 class ScoresAlone(Linear):
     def of_weights(self, x: Tensor) -> Tensor:
         return x
@@ -108,7 +123,7 @@ class WeightsAlone(Convolution):
         return x
 
 
-SPELLINGS = (Linear, Convolution, Einsum, Product, ScoresAlone, WeightsAlone)
+SPELLINGS = (Linear, Convolution, Einsum, Product, BiasBefore, BiasOfAllBefore, ScoresAlone, WeightsAlone)
 each = pytest.mark.parametrize("kind", SPELLINGS, ids=lambda kind: kind.__name__)
 
 
@@ -124,7 +139,7 @@ def test_read_and_equal_at_other_sizes(kind: type[Talking]) -> None:
     fast = attnopt.optimize(model, ScaleHeads(gains), (x,), dynamic_shapes="auto")
     (site,) = fast.sites
     assert (site.spec.has_score_map, site.spec.has_weight_map) == (kind != WeightsAlone, kind != ScoresAlone)
-    assert (site.num_heads, str(site.spec.visible_pattern)) == (H, "Causal()" if kind == Einsum else "Full()")
+    assert (site.num_heads, str(site.spec.visible_pattern)) == (H, "Causal()" if issubclass(kind, Einsum) else "Full()")
     meant = copy.deepcopy(model)
     with torch.no_grad():
         meant.out.weight *= torch.tensor(gains).repeat_interleave(D)  # type: ignore[union-attr, operator]
@@ -162,15 +177,26 @@ def test_what_needs_heads_of_their_own_is_refused() -> None:
         attnopt.collect(model, [x], "weights")
 
 
-class BiasBefore(Linear):
-    """A bias of the heads that are mapped: left to the model."""
+class MaskBefore(Linear):
+    """Infinite scores are mapped: left to the model."""
 
     def of_scores(self, x: Tensor) -> Tensor:
-        return super().of_scores(x + self.first.bias[:, None, None] * torch.arange(x.shape[-1]))
+        return super().of_scores(x.masked_fill(torch.ones(x.shape[-2:], dtype=torch.bool).triu(1), -torch.inf))
 
 
-def test_a_bias_that_is_mapped_is_told() -> None:
-    model, x = made(BiasBefore)
+class CapBefore(Linear):
+    def of_scores(self, x: Tensor) -> Tensor:
+        return super().of_scores(x.tanh())
+
+
+class MappedTwice(Linear):
+    def of_scores(self, x: Tensor) -> Tensor:
+        return super().of_scores(super().of_scores(x))
+
+
+@pytest.mark.parametrize("kind", [MaskBefore, CapBefore, MappedTwice], ids=lambda kind: kind.__name__)
+def test_what_no_map_of_the_product_amounts_to_is_told(kind: type[Talking]) -> None:
+    model, x = made(kind)
     found = attnopt.inspect(model, (x,))
     assert not found.sites
     assert len(found.near_misses) == 1
