@@ -97,6 +97,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/segment_gain.py
 	$(PY) benchmarks/segments.py
 	$(PY) benchmarks/query_rows.py
+	$(PY) benchmarks/linear_attention.py
 	$(PY) benchmarks/edits.py
 	$(PY) benchmarks/mixers.py
 	$(PY) benchmarks/block_recall.py

@@ -37,6 +37,10 @@ def advise(
     spec = attention.spec if isinstance(attention, Site) else attention
     if spec.between_channels:
         raise PolicyError("advise: a pattern hides tokens, and this attention is between channels")
+    if spec.linear is not None:
+        raise PolicyError(
+            "advise: the cost of this attention does not grow with the pairs that queries see: it has no softmax"
+        )
     if isinstance(attention, Site):
         q_len, kv_len = attention.q_len if q_len is None else q_len, attention.kv_len if kv_len is None else kv_len
     if q_len is None:

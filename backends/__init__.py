@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attnopt.backends.blocked import Blocked
+    from attnopt.backends.chunked import Chunked
     from attnopt.backends.reference import Reference
     from attnopt.backends.sdpa import Sdpa
 
-__all__ = ["Blocked", "Reference", "Sdpa"]
+__all__ = ["Blocked", "Chunked", "Reference", "Sdpa"]
 
 
 def __getattr__(name: str) -> object:

@@ -22,6 +22,7 @@ class Reference(Backend):
     name: ClassVar[str] = "reference"
     channels: ClassVar[bool] = True
     head_maps: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     pools: ClassVar[bool] = True
     zero_keys: ClassVar[bool] = True
     extends: ClassVar[bool] = True

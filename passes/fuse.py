@@ -17,6 +17,7 @@ class Fuse(Pass):
     exact: ClassVar[bool] = True
     channels: ClassVar[bool] = True
     head_maps: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def rewrite(self, site: Site) -> Rewrite:
         return Rewrite(site.spec)

@@ -34,6 +34,7 @@ class LocalWindow(Pass):
     name: ClassVar[str] = "local-window"
     exact: ClassVar[bool] = False
     head_maps: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     left: int
     right: int | None = None
     sinks: int = 0

@@ -56,6 +56,7 @@ class PruneHeads(Pass, SharesBudget):
     name: ClassVar[str] = "prune-heads"
     exact: ClassVar[bool] = False
     channels: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
     fraction: float | None = None
     heads: Sequence[int] | None = None
@@ -138,7 +139,7 @@ class PruneHeads(Pass, SharesBudget):
         return heads - self._removed_of(heads)
 
     def shares(self, site: Site) -> Mapping[int, Share]:
-        if not site.knows("out") or site.spec.between_channels:
+        if not site.knows("out") or not site.spec.has_own_maps:
             return {}
         how, found = chosen(self.compensate, site), dict[int, Share]()
         protected = set(self._protected(site)) & set(site.spec.heads)

@@ -33,6 +33,7 @@ class ScaleHeads(Pass):
     exact: ClassVar[bool] = False
     channels: ClassVar[bool] = True
     head_maps: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     gains: tuple[float, ...] | tuple[tuple[int, float], ...] | Input
 
     def __init__(

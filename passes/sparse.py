@@ -45,6 +45,7 @@ class Sparse(Pass):
     name: ClassVar[str] = "sparse"
     exact: ClassVar[bool] = False
     head_maps: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     pattern: Pattern
     zero_pad: bool
 
@@ -117,6 +118,9 @@ def _refuse_segments(site: Site, segments: CallSegments | None) -> Refusal | Non
 
 def _refuse_padding(site: Site) -> Refusal | None:
     """Refuse an attention that does not tell what a key beyond the edge scores, or who sees it."""
+    if site.spec.linear is not None:
+        expected, hint = "a softmax, of which zeros take their share", "leave zero_pad out: they have no weight here"
+        return site.refuse("no-softmax", expected=expected, found=str(site.spec.linear), hint=hint)
     if site.spec.has_bias:
         return site.refuse(
             "bias-beyond-edge",

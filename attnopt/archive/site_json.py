@@ -13,6 +13,7 @@ from attnopt.ir.call_segments import CallSegments
 from attnopt.ir.dynamic_blocks import DynamicBlocks
 from attnopt.ir.edit_registry import HEAD_EDITS, edit_from_json
 from attnopt.ir.extended_keys import ExtendedKeys
+from attnopt.ir.linear_weights import LinearWeights
 from attnopt.ir.mixer_registry import MIXERS
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.projection import Projection
@@ -105,6 +106,7 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "has_score_map": spec.has_score_map,
         "has_weight_map": spec.has_weight_map,
         "softcap": spec.softcap,
+        "linear": None if spec.linear is None else spec.linear.to_json(),
         "selection": None if spec.selection is None else spec.selection.to_json(),
         "segments": None if spec.segments is None else spec.segments.to_json(),
         "pooling": None if spec.pooling is None else spec.pooling.to_json(),
@@ -128,6 +130,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["pattern"] = parse(spec["pattern"])
     spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
+    spec["linear"] = None if spec.get("linear") is None else LinearWeights.from_json(spec["linear"])
     spec["segments"] = None if spec.get("segments") is None else CallSegments.from_json(spec["segments"])
     spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
     spec["rows"] = None if spec.get("rows") is None else ChosenRows.from_json(spec["rows"])

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from attnopt.base.options import wholes
 from attnopt.errors import PolicyError
 from attnopt.ir.site import Site
+from attnopt.ir.spec import AttentionSpec
 from attnopt.match.find import Found
 
 Sites = str | Site | Iterable[str | Site]
@@ -41,17 +42,23 @@ def site_names(owner: str, globs: Iterable[str], names: Sequence[str]) -> list[s
 
 
 def between_tokens(owner: str, globs: Iterable[str], found: Sequence[Found]) -> list[Found]:
-    """The attentions whose heads have maps of tokens of their own.  Raises PolicyError for a glob that matches others alone."""
+    """The attentions whose heads have a softmax over tokens of their own.  Raises PolicyError for a glob of others alone."""
     able = [f for f in found if f.site.spec.has_own_maps]
     for glob in globs:
         other = next((f.site for f in found if f not in able and matches(glob, f.site.name)), None)
         if other is not None and not any(matches(glob, f.site.name) for f in able):
-            kind = "attends between channels" if other.spec.between_channels else "has talking heads"
+            kind = _kind(other.spec)
             raise PolicyError(
-                f"{owner}: {other.name!r} {kind}, so that its heads have no maps of tokens of their own",
+                f"{owner}: {other.name!r} {kind}, so that its heads have no softmax over tokens of their own",
                 hint="attnopt.inspect shows these attentions; leave them out",
             )
     return able
+
+
+def _kind(spec: AttentionSpec) -> str:
+    if spec.between_channels:
+        return "attends between channels"
+    return "has talking heads" if spec.mixes_heads else "has no softmax"
 
 
 def no_such_site(owner: str, name: object, names: Sequence[str]) -> PolicyError:

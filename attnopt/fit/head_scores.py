@@ -59,7 +59,7 @@ def mean_outputs(site: Site) -> Tensor:
     """[H, Dv] in float64: mean output of each head over the calibration tokens without padding.  Raises CalibrationError."""
     if not site.spec.has_own_maps:
         raise CalibrationError(
-            "its heads attend between channels, or depend on each other: they have no outputs of their own to average",
+            "its heads attend between channels, depend on each other, or have no softmax: their outputs are not averaged",
             site=site.name,
             hint="replace outputs by zeros, or give sites= without it",
         )

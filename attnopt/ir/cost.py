@@ -11,6 +11,8 @@ from attnopt.ir.call_tensor import CallTensor
 from attnopt.ir.pooling import parts_of
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
+from attnopt.patterns import Causal
+from attnopt.patterns.algebra import FULL
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ def cost_of(
         tokens = {"q": spec.head_dim, "k": spec.head_dim, "v": spec.value_dim, "out": spec.value_dim}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
-    cached = 0 if spec.between_channels else cached  # a further token changes all scores
+    if (
+        spec.between_channels or spec.linear is not None
+    ):  # a further token changes all scores, or one state has all keys
+        cached = 0
     if spec.is_constant:  # queries, keys and values are unused
         return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)
     return Cost(int(flops), sum(parameters.values()), cached)
@@ -79,7 +84,10 @@ def cost_of(
 
 def _products(spec: AttentionSpec, q_len: int, kv_len: int) -> float:
     pairs = spec.pattern.density(q_len, kv_len, num_heads=spec.num_heads) * q_len * kv_len
-    return 2 * spec.num_heads * pairs * (spec.head_dim + spec.value_dim)
+    by_pairs = 2 * spec.num_heads * pairs * (spec.head_dim + spec.value_dim)
+    if spec.linear is None or spec.has_mask or spec.pattern not in (FULL, Causal()):
+        return by_pairs
+    return min(by_pairs, 2 * spec.num_heads * (q_len + kv_len) * spec.head_dim * spec.value_dim)  # of a state
 
 
 def _projection_parameters(

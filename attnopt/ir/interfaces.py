@@ -38,6 +38,7 @@ class Pass(ABC):
     calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
     channels: ClassVar[bool] = False  # True: it also takes attentions between channels, which are refused otherwise
     head_maps: ClassVar[bool] = False  # True: it also takes talking heads, which are refused otherwise
+    linear: ClassVar[bool] = False  # True: it also takes attentions without a softmax, which are refused otherwise
     widens: ClassVar[bool] = False  # it also fits to random tokens, ``site.activations.invented``, if there are any
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
@@ -122,6 +123,7 @@ class Backend(ABC):
         False  # True: ``lower`` takes attentions between channels, whose D and Dv vary from call to call
     )
     head_maps: ClassVar[bool] = False  # True: what ``lower`` returns takes ``score_map=`` and ``weight_map=``
+    linear: ClassVar[bool] = False  # True: ``lower`` takes attentions without a softmax
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
     extends: ClassVar[bool] = (

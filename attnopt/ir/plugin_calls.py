@@ -41,14 +41,22 @@ def check(p: Pass, site: Site) -> Refusal | None:
         return _of_channels(site, f"prune-heads and scale-heads apply; exclude the site from {p.name}")
     if site.spec.mixes_heads and not p.head_maps:
         return _of_talking(site, f"local-window, sparse and scale-heads apply; exclude the site from {p.name}")
+    if site.spec.linear is not None and not p.linear:
+        return _of_linear(
+            site, f"local-window, sparse, prune-heads and scale-heads apply; exclude the site from {p.name}"
+        )
     with blamed(p, "pass", "check", site.name):
         return _refusal(p.check(site))
 
 
 def check_part(part: Part, kind: str, site: Site) -> Refusal | None:
     """The answer of a part of a pass.  Raises PluginError."""
-    if site.spec.between_channels and not (isinstance(part, (Importance, Compensation)) and part.channels):
-        return _of_channels(site, "name heads=, or pass importance= with one number per head, without compensation")
+    hint = "name heads=, or pass importance= with one number per head, without compensation"
+    of_weights_alone = isinstance(part, (Importance, Compensation)) and part.channels
+    if site.spec.between_channels and not of_weights_alone:
+        return _of_channels(site, hint)
+    if site.spec.linear is not None and not of_weights_alone:
+        return _of_linear(site, hint)
     if site.spec.mixes_heads:
         return _of_talking(site, "choose heads by other sites")
     with blamed(part, kind, "check", site.name):
@@ -58,6 +66,10 @@ def check_part(part: Part, kind: str, site: Site) -> Refusal | None:
 def _of_talking(site: Site, hint: str = "") -> Refusal:
     found = "talking heads: scores or weights are mapped across them"
     return site.refuse("talking-heads", expected="heads that do not depend on each other", found=found, hint=hint)
+
+
+def _of_linear(site: Site, hint: str = "") -> Refusal:
+    return site.refuse("no-softmax", expected="weights that a softmax makes", found=str(site.spec.linear), hint=hint)
 
 
 def _of_channels(site: Site, hint: str) -> Refusal:
@@ -97,6 +109,8 @@ def accepts(backend: Backend, site: Site) -> Refusal | None:
         return site.refuse("between-channels", expected="queries and keys that are tokens", found=found)
     if site.spec.mixes_heads and not backend.head_maps:
         return _of_talking(site)
+    if site.spec.linear is not None and not backend.linear:
+        return _of_linear(site)
     if site.spec.weight_gains is not None and not backend.weight_gains:
         return site.refuse(
             "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)

@@ -101,6 +101,8 @@ def weights_of(
     score_map: Tensor | None = None,
 ) -> Tensor:
     """The attention weights [B, H, L, S] after their gains, without a map; float32 or wider."""
+    if spec.linear is not None:
+        return spec.linear.of_scores(_products(spec, q, k), visible(spec, q, k, mask))
     s, sinks = scores_of(spec, q, k, bias, mask, sinks, score_map)
     p, top, _ = softmax_of(s, sinks)
     if spec.weight_gains is None:
@@ -125,8 +127,8 @@ def scores_of(
     score_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The scores [B, H, L, S], -inf where hidden, and the sink logits; float32 or wider."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    s = spec.scale * (q.to(wide) @ _read(spec, k, wide).mT)
+    s = _products(spec, q, k)
+    wide = s.dtype
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
     if score_map is not None:
@@ -139,6 +141,12 @@ def scores_of(
     if seen is not None:
         s = s.masked_fill(~seen, -torch.inf)
     return s, row_sinks(spec, q, k, sinks)
+
+
+def _products(spec: AttentionSpec, q: Tensor, k: Tensor) -> Tensor:
+    """[B, H, L, S], float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return spec.scale * (q.to(wide) @ _read(spec, k, wide).mT)
 
 
 def _more_scores(spec: AttentionSpec, q: Tensor, more: MoreKeys) -> Tensor:

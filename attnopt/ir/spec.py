@@ -12,6 +12,7 @@ from attnopt.ir.eviction import Eviction
 from attnopt.ir.extended_keys import ExtendedKeys
 from attnopt.ir.head_edits import HeadEdit, Scaled, constant_heads
 from attnopt.ir.head_routing import Routed
+from attnopt.ir.linear_weights import LinearWeights
 from attnopt.ir.pooled_keys import PooledKeys
 from attnopt.ir.query_rows import ChosenRows
 from attnopt.ir.transplants import Transplanted
@@ -36,6 +37,7 @@ class AttentionSpec:
         s = where(mask & pattern & segments & selected, s, -inf)  # mask (bool) is an operand, the pattern is static
         m = softcap(scale * q_h @ more_k_g.T) + log(weight)  # if h reads other tokens, M of them: -inf where their mask hides
         p = softmax([s, m, sink_h, 0 ...])[:S]     # a sink logit and zero keys, of score 0, take probability without a value
+        p = linear(s)                              # if there is no softmax; hidden keys then have weight 0
         p = weight_gains(p)                        # if there are any
         p_h = sum_j weight_map[h, j] p_j           # if there is such a map across heads
         p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
@@ -67,6 +69,7 @@ class AttentionSpec:
     has_score_map: bool = False  # operand score_map: talking heads
     has_weight_map: bool = False
     softcap: float | None = None
+    linear: LinearWeights | None = None  # in the place of a softmax
     between_channels: bool = False  # queries and keys are channels of a head, and their features are tokens
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
@@ -183,7 +186,21 @@ class AttentionSpec:
         named = (name for name, has in given.items() if has)
         channels = ("between channels",) if self.between_channels else ()
         talking = ("talking heads",) if self.mixes_heads else ()
-        return (*channels, *talking, *named, *segments, *softcap, *pooled, *zeros, *more, *gains, *evicted, *rows)
+        linear = () if self.linear is None else (str(self.linear),)
+        return (
+            *channels,
+            *talking,
+            *linear,
+            *named,
+            *segments,
+            *softcap,
+            *pooled,
+            *zeros,
+            *more,
+            *gains,
+            *evicted,
+            *rows,
+        )
 
     @property
     def mixes_heads(self) -> bool:
@@ -192,8 +209,8 @@ class AttentionSpec:
 
     @property
     def has_own_maps(self) -> bool:
-        """Each head has a map of its own, of queries and keys that are tokens."""
-        return not self.between_channels and not self.mixes_heads
+        """Each head has a softmax of its own, over keys that are tokens."""
+        return not self.between_channels and not self.mixes_heads and self.linear is None
 
     @property
     def num_heads(self) -> int:
@@ -302,6 +319,7 @@ class AttentionSpec:
             pooling=None if self.pooling is None else self.pooling.keeping(kept),
             zero_keys=None if self.zero_keys is None else self.zero_keys.keeping(places),
             extension=None if self.extension is None else self.extension.keeping(kept),
+            linear=None if self.linear is None else self.linear.keeping(places),
             weight_gains=None if self.weight_gains is None else self.weight_gains.keeping(places),
             selection=None if self.selection is None else self.selection.keeping(places, kept),
             rows=None if self.rows is None else self.rows.keeping(kept),

@@ -64,6 +64,7 @@ def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
         if was != now:
             yield f"{name} is {now!r}, but the attention has {was!r}"
     yield from _of_heads(before, after)
+    yield from _of_linear(before, after)
     yield from _of_numbers(after)
     yield from _of_kinds(after)
 
@@ -75,6 +76,23 @@ def _of_heads(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
             yield f"{name} is {named!r}, expected a subset of {known!r} without duplicates"
     if len(after.kv_of_head) != len(after.heads) or not set(after.kv_of_head) <= set(range(len(after.kv_heads))):
         yield f"kv_of_head is {after.kv_of_head!r} for {len(after.heads)} heads and {len(after.kv_heads)} K/V heads"
+
+
+def _of_linear(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
+    """Weights without a softmax are those of the heads that remain, and nothing beside them needs a softmax."""
+    places = [before.heads.index(h) for h in after.heads if h in before.heads]
+    wanted = None if before.linear is None else before.linear.keeping(places)
+    if after.linear != wanted:
+        yield f"linear is {after.linear!r}, expected {wanted!r}"
+    if after.linear is None:
+        return
+    yield from (f"linear has {fault}" for fault in after.linear.faults(after.num_heads))
+    if after.linear.rates and not after.is_causal:
+        yield f"linear has weights that fade towards earlier keys, but queries see later ones: {after.pattern}"
+    others = ("softcap", "selection", "pooling", "zero_keys", "extension", "weight_gains", "eviction", "rows")
+    needing = [name for name in others if getattr(after, name) is not None]
+    needing += [name for name in ("has_bias", "has_sinks", "has_map") if getattr(after, name)]
+    yield from (f"{name} beside linear weights, which no softmax makes" for name in needing)
 
 
 def _of_numbers(after: AttentionSpec) -> Iterator[str]:

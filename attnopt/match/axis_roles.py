@@ -10,11 +10,13 @@ from torch import fx
 
 from attnopt.base.sizes import same_size
 from attnopt.graph.axes import Atom, Axes, Axis, length, resolve, resolve_all, unfollow
+from attnopt.graph.evaluate import inputs_behind
 from attnopt.graph.nodes import shape, value
+from attnopt.graph.products import product_of
 from attnopt.match.read_scores import Operand, is_projected
 from attnopt.match.region import Region, atoms_of
 from attnopt.match.rejection import rejected
-from attnopt.slicing.sources import chooses_weights, signature, slice_sources
+from attnopt.slicing.sources import Source, chooses_weights, signature, slice_sources
 
 
 def assign_roles(r: Region) -> Region:
@@ -23,9 +25,9 @@ def assign_roles(r: Region) -> Region:
         frames += _walk_up(read)
     frame = _ordered(r)
     not_queries = atoms_of(r.k.axes) | atoms_of(r.v.axes)
-    heads = tuple(c for c in frame if _is_feature(r.q, c))
+    heads = tuple(c for c in frame if is_feature(r.q, c))
     if not heads:  # a norm over all features hides the heads of the queries, not those of keys and values
-        told = next((t for o in (r.k, r.v) if (t := {c for c in atoms_of(o.axes) if _is_feature(o, c)})), set[Atom]())
+        told = next((t for o in (r.k, r.v) if (t := {c for c in atoms_of(o.axes) if is_feature(o, c)})), set[Atom]())
         beside = _beside_features(r)
         copied = {c for c in frame if told and _is_copied(r.k, c) and _is_copied(r.v, c)}
         of_groups = {c for ax in resolve_all(r.q.axes) if told & set(ax) for c in ax if c not in not_queries}
@@ -67,16 +69,32 @@ def _ordered(r: Region) -> list[Atom]:
     return [c for ax in resolve_all(r.out.axes) for c in ax if c not in own]
 
 
-def _is_feature(o: Operand, atom: Atom, behind: bool = False) -> bool:
+def is_feature(o: Operand, atom: Atom, behind: bool = False) -> bool:
     """Neighbours along the atom come from different weight rows, also at its end: the first token may be separate."""
     pairs = {(0, 1), (atom.size - 2, atom.size - 1)}
     return all(chooses_weights(o.node, _pick(o, atom, a), _pick(o, atom, b), behind) for a, b in pairs)
 
 
+def is_of_weights(o: Operand, atom: Atom) -> bool:
+    """The operand has the places along the atom from a weight or a constant alone, and not from the tokens of an input."""
+    found = slice_sources(o.node, _pick(o, atom, 0))
+    return bool(found) and all(map(_is_of_weights, found))
+
+
+def _is_of_weights(source: Source) -> bool:
+    """A weight, or a product in which the operand with these places is one: a learned mixture of tokens."""
+    product = product_of(source.node) if source.kind == "token" else None
+    if product is None:
+        return source.kind in ("weight", "constant") and not inputs_behind(source.node)
+    chosen = {a for i in source.selection for a in product.axes[i]}
+    sides = ((product.left, product.left_axes), (product.right, product.right_axes))
+    return not any(inputs_behind(node) for node, axes in sides if chosen & atoms_of(axes))
+
+
 def _is_projected(r: Region) -> bool:
     """Weights produce queries, keys or values with only a feature axis: there is one head."""
     told = ((r.q, r.features), (r.k, r.features), (r.v, r.value_features))
-    return any(is_projected(o.node) or _is_feature(o, f) for o, features in told for f in resolve(features))
+    return any(is_projected(o.node) or is_feature(o, f) for o, features in told for f in resolve(features))
 
 
 def _is_copied(o: Operand, atom: Atom) -> bool:
@@ -161,15 +179,15 @@ def _are_channels(r: Region) -> bool:
     the keys, and not those of the values.
     """
     keys = resolve(r.keys)
-    if not any(_is_feature(o, atom) for o in (r.k, r.v) for atom in keys):
+    if not any(is_feature(o, atom) for o in (r.k, r.v) for atom in keys):
         return False
-    return not any(_is_feature(r.k, f, behind=True) for f in resolve(r.features))
+    return not any(is_feature(r.k, f, behind=True) for f in resolve(r.features))
 
 
 def _channel_queries(r: Region, candidates: list[Atom]) -> Axis:
     """Raises NotAttentionError if the queries are no channels, too."""
     queries = _query_atoms(r, candidates)
-    if not queries or not all(_is_feature(r.q, c) for c in queries):
+    if not queries or not all(is_feature(r.q, c) for c in queries):
         raise rejected(
             r.anchor or r.out.node,
             "channel-attention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,13 +41,13 @@ from attnopt.ir.projection import Projection
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site, TokenFeatures
 from attnopt.match.anchors import Softmax, normalisers
+from attnopt.match.chains import Chain, chains
 from attnopt.match.escapes import where_used
 from attnopt.match.masks import hides_keys, keeps_a_mask
 from attnopt.match.pair_sums import write_products
 from attnopt.match.projections import read_output, read_projection
 from attnopt.match.prove import example_values, region_key, site_error, site_tolerance
 from attnopt.match.raise_region import Raised, raise_region
-from attnopt.match.read_scores import Operand
 from attnopt.match.recognize import recognise
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError
@@ -103,9 +103,8 @@ def find(program: Program) -> Findings:
     rejected: list[Rejected] = []
     names: Counter[str] = Counter()
     proofs: dict[object, float] = {}
-    anchors, unread = list(normalisers(gm.graph)), _unread(gm)
-    for anchor in anchors:
-        node = anchor.weights if isinstance(anchor, Softmax) else anchor
+    softmaxes, unread = list(normalisers(gm.graph)), _unread(gm)
+    for node, anchor in sorted(((_node_of(a), a) for a in (*softmaxes, *chains(gm.graph))), key=lambda pair: pair[0]):
         try:
             region = recognise(anchor)
             owner = _owner(region)
@@ -120,6 +119,8 @@ def find(program: Program) -> Findings:
             found.append(_describe(program, raised, name, parameters, error, examples))
             names[owner] += 1
         except NotAttentionError as e:
+            if isinstance(anchor, Chain) and not e.near:
+                continue  # two products are no candidate yet
             is_near = e.near or is_written_out(node)
             rejected.append(Rejected(node, e.refusal, e.node or node, is_near))
             if is_near:
@@ -131,15 +132,36 @@ def find(program: Program) -> Findings:
                 raise
             rejected.append(Rejected(node, _defeated(node, e), node, True))
             near.append(rejected[-1].told)
-    mixed = {n for f in found for o in _mixed_in(f.raised.region) for n in ancestors(o.node, stop=is_number)}
+    mixed = {n for f in found for n in _inside_operands(f.raised.region)}
     rejected = [replace(r, near=False) if r.anchor in mixed else r for r in rejected]
     near = [miss for miss in near if all(miss != r.told for r in rejected if r.anchor in mixed)]
-    return Findings(tuple(found), (*near, *unread), len(anchors) + len(unread), tuple(rejected))
+    return Findings(
+        tuple(found), (*near, *unread), _candidates(softmaxes, found, rejected) + len(unread), tuple(rejected)
+    )
 
 
-def _mixed_in(region: Region) -> Iterable[Operand]:
-    """Tensors of a map that is part of an attention: the softmax in it is no other one."""
-    return () if region.mixture is None else region.mixture.operands
+def _node_of(anchor: Softmax | Chain | fx.Node) -> fx.Node:
+    if isinstance(anchor, Chain):
+        return anchor.second.node
+    return anchor.weights if isinstance(anchor, Softmax) else anchor
+
+
+def _candidates(softmaxes: Sequence[object], found: Sequence[Found], rejected: Sequence[Rejected]) -> int:
+    """Softmax anchors, and attentions without one, found or nearly found."""
+    nodes = {_node_of(a) for a in softmaxes if isinstance(a, (Softmax, fx.Node))}
+    others = {f.raised.region.anchor for f in found if f.raised.region.linear is not None}
+    return len(softmaxes) + len(others) + len({r.anchor for r in rejected} - nodes)
+
+
+def _inside_operands(region: Region) -> Iterator[fx.Node]:
+    """What computes a map that is part of an attention, or the features that take a softmax's place: a softmax in it is no other
+    attention."""
+    if region.mixture is not None:
+        for o in region.mixture.operands:
+            yield from ancestors(o.node, stop=is_number)
+    if region.linear is not None:
+        for o in (region.q, region.k):
+            yield from ancestors(o.node, stop=lambda n: is_number(n) or calls(n, _PROJECTIONS))
 
 
 def _unread(gm: fx.GraphModule) -> list[NearMiss]:

@@ -38,20 +38,22 @@ class Numbers:
     anywhere: bool
 
 
-def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths) -> Numbers | None:
+def numbers_behind(nodes: Sequence[fx.Node], lengths: Lengths, smooth: bool = False) -> Numbers | None:
     """None if a number exceeds FARTHEST, or if the nodes depend on a size by more than sums, products with
     numbers, and steps: a logarithm or a power may change far away from all its numbers.
 
-    Fill values, such as mask values, do not count unless they are compared.
+    Fill values, such as mask values, do not count unless they are compared.  ``smooth``: powers may be there if nothing compares
+    them; whoever asks has to compare values, not only which of them are zero.
     """
     every = list(dict.fromkeys(n for node in nodes for n in ancestors(node, stop=is_number)))
     sizes = frozenset(s for n in every for s in _symbols(value(n)))
     fixed = _fixed(every, nodes) if sizes else {n: constant_of(n) for n in every if n.op == "get_attr"}
     made = [n for n in every if n in fixed or _varies(n) or not sizes]
-    is_regular = all(_is_regular(n, lengths) for n in made if n not in fixed and not is_number(n))
+    stepped = _stepped(made)
+    passed = {n for n in made if smooth and calls(n, _SMOOTH) and n not in stepped}
+    is_regular = all(_is_regular(n, lengths) for n in made if n not in fixed and not is_number(n) and n not in passed)
     anywhere = not is_regular or any(sum(s > 1 for s in t.shape) > 1 for t in fixed.values() if t is not None)
     counts_up = any(is_call(n, aten.cumsum.default) for n in made)
-    stepped = _stepped(made)
     numbers = {n: list(_numbers(n, fixed, n in stepped, counts_up)) for n in made}
     found = {n for given in numbers.values() for x in given for n in _whole(abs(x))}
     if not sizes:
@@ -89,6 +91,7 @@ _SUMS = named(
 )
 _OF_FLAGS = named("bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__ prod amax amin")
 _REGULAR = _STEPS | _CREATED | _MOVED | _SUMS
+_SMOOTH = named("exp exp2 pow")
 _PLACES: dict[Target, tuple[int, ...]] = rules(
     {
         "tril triu roll": (1,),

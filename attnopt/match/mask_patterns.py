@@ -25,6 +25,7 @@ _WHOLE = 1 << 20  # a mask of at most this many entries is evaluated fully
 _LINES = 48  # of a larger one, this many rows and columns
 _SLICES = of(Kind.SLICE)  # one to the end is written with the largest number
 _APART = 200.0  # a softmax ignores a score this far below another, both with room for their products
+_FAR = 2048  # tokens over which a slow decay tells its rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +50,20 @@ class Sample:
 
 
 def samples(
-    gm: fx.GraphModule, nodes: Sequence[fx.Node], lengths: Lengths | None = None, fill: float | None = None
+    gm: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    lengths: Lengths | None = None,
+    fill: float | None = None,
+    smooth: bool = False,
 ) -> tuple[Sample, ...] | None:
     """The values of ``nodes``, whose last two axes are queries and keys, at the sizes of the example and at others.
 
     Independent sizes take different values, and lengths exceed every integer
     constant above the nodes.  None if that cannot be shown.  Inputs are filled with ``fill``.
+    ``smooth``: as in ``numbers_behind``.
     """
     known = _KNOWN.setdefault(gm, _Known(gm))
-    return known.samples(tuple(nodes), lengths or _lengths(nodes), fill)
+    return known.samples(tuple(nodes), lengths or _lengths(nodes), fill, smooth)
 
 
 def _lengths(nodes: Sequence[fx.Node]) -> Lengths:
@@ -80,11 +86,13 @@ class _Known:
         self._entries: dict[object, Entries] = {}
         self._samples: dict[object, tuple[Sample, ...] | None] = {}
 
-    def samples(self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: float | None) -> tuple[Sample, ...] | None:
+    def samples(
+        self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: float | None, smooth: bool
+    ) -> tuple[Sample, ...] | None:
         numbers: dict[fx.Node, int] = {}
-        key = (*(self._structure(n, numbers) for n in nodes), *map(str, lengths), fill)
+        key = (*(self._structure(n, numbers) for n in nodes), *map(str, lengths), fill, smooth)
         if key not in self._samples:
-            self._samples[key] = self._look(nodes, lengths, fill)
+            self._samples[key] = self._look(nodes, lengths, fill, smooth)
         return self._samples[key]
 
     def _structure(self, target: fx.Node, numbers: dict[fx.Node, int]) -> int:
@@ -106,12 +114,14 @@ class _Known:
             numbers[node] = self._number.setdefault(key, len(self._number))
         return numbers[target]
 
-    def _look(self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: float | None) -> tuple[Sample, ...] | None:
-        numbers = numbers_behind(nodes, lengths)
+    def _look(
+        self, nodes: tuple[fx.Node, ...], lengths: Lengths, fill: float | None, smooth: bool
+    ) -> tuple[Sample, ...] | None:
+        numbers = numbers_behind(nodes, lengths, smooth)
         if numbers is None:
             return None
         found: list[Sample] = []
-        for choices, needed in _choices(self._gm.graph, lengths, numbers):
+        for choices, needed in _choices(self._gm.graph, lengths, numbers, _FAR if smooth else 0):
             valid = False
             for sizes in choices:
                 try:
@@ -181,9 +191,10 @@ def _few(size: int, beside: int) -> Tensor:
     return torch.arange(size) if size <= most else torch.unique(torch.linspace(0, size - 1, most).long())
 
 
-def _choices(graph: fx.Graph, lengths: Lengths, numbers: Numbers) -> list[tuple[list[Sizes], bool]]:
+def _choices(graph: fx.Graph, lengths: Lengths, numbers: Numbers, least: int) -> list[tuple[list[Sizes], bool]]:
     """Groups of sizes, with whether one of each group must be valid: the example; near ones, all symbols distinct; those where
-    the lengths exceed all numbers; sizes in between, around each number, and below the example."""
+    the lengths exceed all numbers; sizes in between, around each number, and below the example;
+    one with lengths of ``least``, if that is above 0."""
     example = symbols(graph)
     order = list(example)
     last = len(order) - 1
@@ -205,6 +216,8 @@ def _choices(graph: fx.Graph, lengths: Lengths, numbers: Numbers) -> list[tuple[
         between += [
             example | {s: example[s] * m // 2 + k * odd for k, s in enumerate(growing)} for m in steps for odd in (0, 1)
         ]
+    if least:
+        far.append(example | {s: max(example[s], least) for s in growing})
     for place in sorted({n + d for n in numbers.places for d in (-1, 0, 1) if n <= numbers.reach} | {1, 2, 3}):
         between += [example | {s: place + k * odd for k, s in enumerate(growing)} for odd in (0, 1)]
     others = [s for s in order if s in numbers.sizes and s not in growing]

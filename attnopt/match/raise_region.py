@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,18 +12,22 @@ from torch import Tensor, fx
 from attnopt.graph.axes import Axis, resolve, resolve_all
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, dtype, shape, value
+from attnopt.ir.linear_weights import LinearWeights
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.ir.weight_gains import WeightGains
+from attnopt.match.fading import read_fading
 from attnopt.match.head_operands import matrix_of
 from attnopt.match.masks import bias_and_mask, hides_for_good, hides_what_is_zeroed, read_masks
 from attnopt.match.mixed_operands import mixed_in
 from attnopt.match.multiplicative_masks import hides_beside_flags
-from attnopt.match.read_scores import Operand
+from attnopt.match.read_chain import Ratio
+from attnopt.match.read_scores import Factor, Operand
 from attnopt.match.rearrange import Arranger
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError, rejected, weights_changed
 from attnopt.match.weight_factors import gains_of
+from attnopt.patterns import Pattern
 from attnopt.slicing.selector import Selector
 from attnopt.slicing.sources import signature
 
@@ -73,6 +78,56 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     v = at.arrange(r.v.node, r.v.axes, (r.batch, kv_heads, r.keys, r.value_features), expand=True)
     q, k, zeroing = _with_factors(emit, at, r, q, k, kv_heads)
     q, k, v = _one_dtype(emit, q, k, v)
+    if r.linear is None:
+        read = _read(gm, emit, at, r, zeroing, q, k)
+    else:
+        q = _in_ratio(emit, q, r.linear.ratios)
+        linear, pattern, mask, q, k = read_fading(gm, emit, at, r, zeroing, q, k, kv_heads)
+        read = _Read(pattern, mask=mask, linear=linear)
+    kv_of_head = _kv_of_head(r.heads, kv_heads)
+    k, v, kv_of_head = _without_copies(emit, k, v, kv_of_head)
+    keep, added = (None, None) if r.mixture is None else mixed_in(emit, at, r, r.mixture)
+    maps = tuple(None if m is None else matrix_of(emit, r, m) for m in (r.score_map, r.weight_map))
+    if r.weight_map is not None and r.weight_map.added is not None:
+        added = _added_to_all(emit, at, r, Operand(r.weight_map.added, (r.weight_map.axis,)), k)
+    more = (keep, added, *maps) if any(maps) else () if added is None else (keep, added)
+    node = emit.call(attention, q, k, v, read.bias, read.mask, read.sinks, *more)
+    node.name = f"attention_{node.name}"
+    out = at.arrange(node, (r.batch, r.heads, r.queries, r.value_features), resolve_all(r.out.axes))
+    if dtype(out) != dtype(r.out.node):
+        out = emit.call(aten._to_copy.default, out, dtype=dtype(r.out.node))
+    spec = AttentionSpec.of(
+        shape(q)[1],
+        shape(k)[1],
+        shape(q)[3],
+        shape(v)[3],
+        scale=r.scale,
+        kv_of_head=kv_of_head,
+        pattern=read.pattern,
+        softcap=r.softcap,
+    )
+    gains = _weight_gains(gm, at, r, q, k)
+    spec = replace(spec, between_channels=r.between_channels, seen_as=read.seen, weight_gains=gains, linear=read.linear)
+    spec = spec.having(read.bias, read.mask, read.sinks, added, *maps)
+    return Raised(region, spec, node, out, read.beside_flags or hides_for_good(gm, r, read.pattern))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is done to the products of queries and keys."""
+
+    pattern: Pattern
+    seen: Pattern | None = None
+    bias: fx.Node | None = None
+    mask: fx.Node | None = None
+    sinks: fx.Node | None = None
+    beside_flags: bool = False
+    linear: LinearWeights | None = None
+
+
+def _read(
+    gm: fx.GraphModule, emit: Emitter, at: Arranger, r: Region, zeroing: Sequence[Operand], q: fx.Node, k: fx.Node
+) -> _Read:
     bias, mask, constant = bias_and_mask(emit, at, r)
     sinks = _sinks(emit, at, r)
     if sinks is not None and (constant or len(shape(sinks)) != 4):
@@ -90,32 +145,13 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
             raise _multiplied(factor)
         beside_flags = True
     pattern, seen, bias, mask = read_masks(gm, r, bias, mask, q, k)
-    kv_of_head = _kv_of_head(r.heads, kv_heads)
-    k, v, kv_of_head = _without_copies(emit, k, v, kv_of_head)
-    keep, added = (None, None) if r.mixture is None else mixed_in(emit, at, r, r.mixture)
-    maps = tuple(None if m is None else matrix_of(emit, r, m) for m in (r.score_map, r.weight_map))
-    if r.weight_map is not None and r.weight_map.added is not None:
-        added = _added_to_all(emit, at, r, Operand(r.weight_map.added, (r.weight_map.axis,)), k)
-    more = (keep, added, *maps) if any(maps) else () if added is None else (keep, added)
-    node = emit.call(attention, q, k, v, bias, mask, sinks, *more)
-    node.name = f"attention_{node.name}"
-    out = at.arrange(node, (r.batch, r.heads, r.queries, r.value_features), resolve_all(r.out.axes))
-    if dtype(out) != dtype(r.out.node):
-        out = emit.call(aten._to_copy.default, out, dtype=dtype(r.out.node))
-    spec = AttentionSpec.of(
-        shape(q)[1],
-        shape(k)[1],
-        shape(q)[3],
-        shape(v)[3],
-        scale=r.scale,
-        kv_of_head=kv_of_head,
-        pattern=pattern,
-        softcap=r.softcap,
-    )
-    gains = _weight_gains(gm, at, r, q, k)
-    spec = replace(spec, between_channels=r.between_channels, seen_as=seen, weight_gains=gains)
-    spec = spec.having(bias, mask, sinks, added, *maps)
-    return Raised(region, spec, node, out, beside_flags or hides_for_good(gm, r, pattern))
+    return _Read(pattern, seen, bias, mask, sinks, beside_flags)
+
+
+def _in_ratio(emit: Emitter, q: fx.Node, ratios: Iterable[Ratio]) -> fx.Node:
+    for ratio in ratios:
+        q = emit.call(aten.div.Tensor if ratio.divides else aten.mul.Tensor, q, ratio.node)
+    return q
 
 
 def _added_to_all(emit: Emitter, at: Arranger, r: Region, each: Operand, k: fx.Node) -> fx.Node:
@@ -144,9 +180,9 @@ def _weight_gains(gm: fx.GraphModule, at: Arranger, r: Region, q: fx.Node, k: fx
 
 def _with_factors(
     emit: Emitter, at: Arranger, r: Region, q: fx.Node, k: fx.Node, kv_heads: Axis
-) -> tuple[fx.Node, fx.Node, list[Operand]]:
+) -> tuple[fx.Node, fx.Node, list[Factor]]:
     """Tensors that multiply the scores, moved to the side whose axes they have; those that vary over both are returned."""
-    both: list[Operand] = []
+    both: list[Factor] = []
     for factor in r.factors:
         applied = aten.div.Tensor if factor.divides else aten.mul.Tensor
         atoms = {a for ax in resolve_all(factor.axes) for a in ax}

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-import networkx as nx
 from torch import fx
 
 from attnopt.graph.axes import FOLLOWED, Axes, Axis, follow, length, resolve, resolve_all
@@ -18,11 +17,14 @@ from attnopt.graph.products import Product, product_of
 from attnopt.ir.refusal import Refusal
 from attnopt.match.anchors import Softmax
 from attnopt.match.axis_roles import assign_roles
+from attnopt.match.chains import Chain
 from attnopt.match.head_maps import HeadMap, head_map, maps_heads
+from attnopt.match.inside import between, escaping, unify
 from attnopt.match.late_division import LateQuotient, late_quotient
 from attnopt.match.mixed_weights import is_mixing, mixes, read_mixture
 from attnopt.match.mixture import Mixture
 from attnopt.match.overwrites import zeros_of
+from attnopt.match.read_linear import between_tokens, from_chain
 from attnopt.match.read_scores import (
     MAX_DEPTH,
     Hide,
@@ -46,8 +48,10 @@ _CHANGING = named("mul masked_fill add where cat")
 _NEAR = 8  # operators within which a product makes a softmax a near miss; farther ones belong to another layer
 
 
-def recognise(anchor: Softmax | fx.Node) -> Region:
+def recognise(anchor: Softmax | Chain | fx.Node) -> Region:
     """The attention around ``anchor``.  Raises NotAttentionError."""
+    if isinstance(anchor, Chain):
+        return between_tokens(assign_roles(from_chain(anchor)))
     if isinstance(anchor, Softmax):
         return assign_roles(_from_softmax(anchor))
     return assign_roles(from_fused(anchor))
@@ -74,9 +78,9 @@ def _from_softmax(a: Softmax) -> Region:
         weights_axes, zeroed, factors, mapped = mixture.axes, dict[fx.Node, Hide](), list[Operand](), None
     else:
         weights_axes, zeroed, factors, mapped = _through(inner or (), scores.axes, a.axis)
-    _unify(product.left_axes, weights_axes, product.node)
+    unify(product.left_axes, weights_axes, product.node)
     out = Operand(product.node, product.axes) if quotient is None else quotient.divided(product, scores.axes, a.axis)
-    path = tuple(_between(scores.product.node, out.node))
+    path = tuple(between(scores.product.node, out.node))
     scores = replace(scores, steps=_without_shifts(scores, set(path), keys))
     steps = _with_zeros(scores, a, keys, zeroed)
     if steps is None and a.late_sum is None:  # zeros unlike the mask of the scores: a factor of 0 and 1
@@ -263,17 +267,6 @@ def _factors_of(zeroed: Mapping[fx.Node, Hide], path: tuple[fx.Node, ...], axes:
     return [factor for factor in found.values() if factor is not None]
 
 
-def _unify(product_axes: Axes, axes: Axes, node: fx.Node) -> None:
-    """Make the fresh atoms of a product's operand the atoms that are already known."""
-    for new, old in zip(product_axes, resolve_all(axes), strict=True):
-        if not new and not old:
-            continue
-        if len(new) != 1 or new[0].size != length(old):
-            raise unreadable(node, "weights whose axes match the values")
-        if new != old:
-            new[0].parts = old
-
-
 def _orient(scores: Scores, keys: Axis, a: Softmax) -> Scores:
     """Make the right operand the one that has the keys."""
     p = scores.product
@@ -301,7 +294,7 @@ def _assemble(
         raise rejected(product.node, "value-axis", "values summed over the keys", "a product over another axis")
     value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
     _refuse_self_dependence(scores, path)
-    escapes = _escaping(path, out.node)
+    escapes = escaping(path, out.node)
     frames = (
         *scores.frames,
         (p.left, p.left_axes),
@@ -367,34 +360,3 @@ def _refuse_self_dependence(scores: Scores, path: Iterable[fx.Node]) -> None:
                 "masks and biases independent of the scores",
                 f"{given.node.name}, which depends on the scores",
             )
-
-
-def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """Every node on a path from ``start`` to ``end``, both included: the convex region between them."""
-    dag: nx.DiGraph[fx.Node] = nx.DiGraph()
-    order = {n: i for i, n in enumerate(start.graph.nodes)}
-    frontier, seen = [start], {start}
-    while frontier:
-        n = frontier.pop()
-        for user in n.users:
-            if order[user] <= order[end]:
-                dag.add_edge(n, user)
-                if user not in seen:
-                    seen.add(user)
-                    frontier.append(user)
-    if end not in dag:
-        return [end]
-    inner = (nx.descendants(dag, start) | {start}) & (nx.ancestors(dag, end) | {end})
-    return sorted(inner, key=lambda n: order[n])
-
-
-def _escaping(path: Iterable[fx.Node], out: fx.Node) -> tuple[fx.Node, ...]:
-    """Nodes inside the region that something outside uses."""
-    inside = set(path)
-    return tuple(
-        n for n in dict.fromkeys(path) if n is not out and any(u not in inside and not _dead(u) for u in n.users)
-    )
-
-
-def _dead(node: fx.Node) -> bool:
-    return node.op == "call_function" and not node.users and is_tensor(node)

@@ -9,6 +9,7 @@ from torch import fx
 from attnopt.graph.axes import Atom, Axes, Axis, resolve_all
 from attnopt.match.head_maps import HeadMap
 from attnopt.match.mixture import Mixture
+from attnopt.match.read_chain import ChainWeights
 from attnopt.match.read_scores import Factor, Operand, Step
 
 
@@ -41,6 +42,7 @@ class Region:
     weight_map: HeadMap | None = None  # across heads, after the softmax
     weight_factor: Operand | None = None  # of the weights, after the softmax
     mixture: Mixture | None = None  # of the weights and a map
+    linear: ChainWeights | None = None  # there is no softmax
     sink_rate: float = 1.0
     top_left_causal: bool = False  # the fused operator's own flag: query i sees keys 0..i
     nodes: tuple[fx.Node, ...] = ()  # from the product of queries and keys to the output

@@ -44,7 +44,7 @@ class RowSum:
             if node is None or not _is_by_row(node, self.terms, self.axis):
                 continue
             node = behind_layout(node)
-            inverted = _inverse_of(node) if inverse else node
+            inverted = inverse_of(node) if inverse else node
             node = None if inverted is None else behind_layout(inverted)
             if not calls(node, ADD) or node is None or node.kwargs:
                 continue
@@ -114,7 +114,7 @@ def way_down(
     while node is not total:
         if not isinstance(node, fx.Node):
             return None
-        if inverse and (above := _inverse_of(node)) is not None:
+        if inverse and (above := inverse_of(node)) is not None:
             node, inverse = above, False
         elif is_layout(node) or (not inverse and passes(node)):
             path.append(node)
@@ -124,7 +124,7 @@ def way_down(
     return None if inverse else (total, *reversed(path))
 
 
-def _inverse_of(node: fx.Node) -> fx.Node | None:
+def inverse_of(node: fx.Node) -> fx.Node | None:
     """x, if ``node`` is 1 / x."""
     if is_call(node, aten.reciprocal.default) or (is_call(node, aten.pow.Tensor_Scalar) and arg(node, 1) == -1):
         found: fx.Node = arg(node, 0)

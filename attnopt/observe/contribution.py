@@ -27,7 +27,7 @@ def require_projection(owner: str, f: Found, branch: Branch | None) -> None:
     """Raises CalibrationError if the site's heads have no rows of an output projection."""
     p, why = f.site.projections["out"], None
     if not f.site.spec.has_own_maps:
-        why = "heads attend between channels, or depend on each other"
+        why = "heads attend between channels, depend on each other, or have no softmax"
     elif p.rows is None or p.weight is None or f.output_op is None:
         why = p.why or "it was not found"
     elif any(len(rows) != f.site.value_dim for rows in p.rows):

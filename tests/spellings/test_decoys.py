@@ -89,6 +89,17 @@ def test_softmax_with_one_more_in_the_sum(x: torch.Tensor) -> None:
     assert [site.spec.has_sinks for site in fast.sites] == [True]
 
 
+@pytest.mark.parametrize("kind", [decoys.KernelAttention])
+def test_no_softmax_is_told_from_one(kind: type[nn.Module], x: torch.Tensor) -> None:
+    """An attention of its own kind, and no softmax is written in the place of none."""
+    model = kind().eval()
+    own = oracle.run(model, (x,))
+    fast = optimized(model, "fuse", x)
+    oracle.assert_same(oracle.run(fast, (x,)), own)
+    assert [site.spec.linear is None for site in fast.sites] == [False]
+    assert not fast.report.near_misses
+
+
 def test_a_decoy_beside_attention_is_left_alone(x: torch.Tensor) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

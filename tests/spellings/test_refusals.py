@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import decoys
+import linear_decoys
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,10 +128,15 @@ def missed(model: nn.Module, **more: Any) -> Refusal:
     return caught.value.refusal
 
 
-def refused_decoy(model: nn.Module, policy: Any) -> Refusal:
+def misses(model: nn.Module) -> list[Refusal]:
+    found = attnopt.inspect(model.eval(), (torch.randn(2, L, E),), dynamic_shapes="auto").near_misses
+    return [miss.refusal for miss in found]
+
+
+def refused_decoy(model: nn.Module, policy: Any, **options: Any) -> Refusal:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", attnopt.AttnoptWarning)
-        fast = attnopt.optimize(model.eval(), policy, (torch.randn(2, L, E),))
+        fast = attnopt.optimize(model.eval(), policy, (torch.randn(2, L, E),), **options)
     (refusal,) = fast.report.sites[0].refusals.values()
     return refusal
 
@@ -604,6 +610,49 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "[between-channels] expected queries and keys that are tokens, found channels of each head, whose features are tokens "
         "(at LINE)\n  hint: prune-heads and scale-heads apply; exclude the site from local-window",
     ),
+    "no-softmax": (
+        lambda: refused_decoy(decoys.KernelAttention(), GroupedQuery(kv_heads=1)),
+        "[no-softmax] expected weights that a softmax makes, found no softmax, weights divided by their sum (at LINE)\n  hint: "
+        "local-window, sparse, prune-heads and scale-heads apply; exclude the site from grouped-query",
+    ),
+    "data-dependent-decay": (
+        lambda: missed(linear_decoys.Gated()),
+        "[data-dependent-decay] expected a decay that is the same for all inputs, found tril, which inputs change from pair to "
+        "pair, as in Mamba-2 and gated linear attention (at LINE)",
+    ),
+    "nested-products": (
+        lambda: missed(linear_decoys.Delta()),
+        "[nested-products] expected queries, keys and values made by projections, found a product of activations in them, "
+        "matmul_1, as in a delta rule or a recurrence (at LINE)",
+    ),
+    "undivided": (
+        lambda: missed(linear_decoys.Undivided()),
+        "[undivided] expected weights that fade, hide keys, or are divided by their sum, found products of queries and keys as "
+        "they are, as in non-local blocks (at LINE)",
+    ),
+    "unread-decay": (
+        lambda: missed(linear_decoys.TwoSided()),
+        "[unread-decay] expected weights times a mask, or times a number to the power of the distance to earlier keys, found "
+        "another factor of pairs of queries and keys (at LINE)",
+    ),
+    "other-normaliser": (
+        lambda: missed(linear_decoys.DividedByNorm()),
+        "[other-normaliser] expected weights that are not divided, or by their sum and a number, found div, which divides by "
+        "something else that queries and keys make (at LINE)",
+    ),
+    "in-pieces": (
+        lambda: misses(linear_decoys.WithState())[0],
+        "[in-pieces] expected queries, keys and values that one attention alone reads, found matmul_3 = matmul, as of a state "
+        "beside the pairs of a chunk (at LINE)",
+    ),
+    "needs-linear": (
+        lambda: refused(Spelling(), LocalWindow(1), backend="chunked"),
+        "[needs-linear] expected an attention without a softmax, found a softmax",
+    ),
+    "no-state": (
+        lambda: refused_decoy(decoys.KernelAttention(), LocalWindow(1), backend="chunked"),
+        "[no-state] expected queries that see all keys, or all earlier ones, found Window(left=1, right=1)",
+    ),
     "wrong-number-of-gains": (
         lambda: refused(Spelling(), ScaleHeads([1.0, 2.0])),
         "[wrong-number-of-gains] expected one gain per head (4), found 2 gains (at LINE)",
@@ -801,6 +850,7 @@ def test_every_code_is_tested() -> None:
 OTHERS = {
     "plain-is-faster": "[plain-is-faster] expected lengths at which it is faster than plain operators, found 7 queries and 7 "
     'keys (at LINE)\n  hint: backend="blocked" uses it all the same',
+    "no-attention": "[no-attention] expected a chain of two products, found products over other axes",
     "no-weight-gains": "[no-weight-gains] expected no gains on attention weights, found weights x 0.5 in Keys('0') (logits)",
     "not-equal": "[not-equal] expected the canonical attention to equal the model's own computation, found a "
     "relative difference of 0.25 (at LINE)\n  hint: please report the model: this is a gap in matching, "

@@ -371,7 +371,7 @@ class PaddedTwice(Decoy):
 
 # Never raised as plain attention: no site at all, or (where the meaning does have a spec) one that equals it.
 NEVER = [
-    SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, KernelAttention, OverQueries, SlotAttention,
+    SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, OverQueries, SlotAttention,
     SlotsOverFeatures, MaskedAfter, MappedElsewhere, MappedTwice, NonLocal, Sigmoid, Entmax, TopK, Differential,
     GatedWeights, CubedScores, ClassPooling, SmoothedScores, WrongAxisValues, Shuffled, DroppedColumn, FirstColumnDropped,
     OneBesideShifted, PaddedElsewhere, PaddedTwice,

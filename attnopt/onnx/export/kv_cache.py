@@ -74,6 +74,7 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
         raise _error(site.name, "its keys and queries come from different sequences")
     for what, given in {
         "channels in the place of tokens": spec.between_channels,
+        "weights without a softmax": spec.linear is not None,
         "a bias on its scores": spec.has_bias,
         "sinks": spec.has_sinks,
         "zero keys": spec.zero_keys is not None,

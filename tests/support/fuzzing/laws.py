@@ -178,7 +178,9 @@ def _match(
     sites = {s.name: s for s in fast.sites}
     found = {c.site: (c, sites[c.site]) for c in ran if c.site in sites}
     own = {name for name, s in sites.items() if s.spec.has_own_maps}
-    assert sites.keys() - own == _without_own_maps(model), f"between channels, or talking heads: {sites.keys() - own}"
+    assert sites.keys() - own == _without_own_maps(model), (
+        f"between channels, talking heads, or without a softmax: {sites.keys() - own}"
+    )
     strange = own - found.keys()
     assert not strange, f"raised, and no attention: {strange}"
     assert list(found) == [s for s in sites if s in own], "sites are not in the order in which they run"
@@ -194,8 +196,8 @@ def _match(
 
 
 def _without_own_maps(model: nn.Module) -> set[str]:
-    """The names of attentions between channels and of talking heads, which are found and left as they are."""
-    kinds = (decoys.OverChannels, decoys.TalkingHeads)
+    """The names of attentions between channels, of talking heads and without a softmax, which are found and left as they are."""
+    kinds = (decoys.OverChannels, decoys.TalkingHeads, decoys.KernelAttention)
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
