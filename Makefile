@@ -111,6 +111,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/taps.py
 	$(PY) benchmarks/pair_scores.py
 	$(PY) benchmarks/leak.py
+	$(PY) benchmarks/distributed.py
 
 # The GPU's own torch is used, so this one takes the Python that it is given.
 test-gpu: ## run the tests that need a GPU, with $(PYTHON) as it is

@@ -66,6 +66,7 @@ def capture(
         raise CaptureError(
             f"{lazy} is a lazy parameter: its size is set by the model's first call", hint="call the model once first"
         )
+    _require_whole(model)
     _check_arguments(model, inputs)
     if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
@@ -76,6 +77,18 @@ def capture(
     if own is not None and takes(program, model, own):
         program = replace(program, own=own)
     return without_pinned(program, axes_of_leaves(model.forward, *inputs, program.shapes))
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Raises CaptureError for weights of which each process has a part."""
+    sharded = sys.modules.get("torch.distributed.tensor")  # without it, nothing is
+    if sharded is None:
+        return
+    if (name := next((n for n, p in model.named_parameters() if isinstance(p, sharded.DTensor)), None)) is not None:
+        raise CaptureError(
+            f"{name} is split over several processes (a DTensor), and passes read whole weights",
+            hint="optimize it before fully_shard or parallelize_module; attnopt.distributed.tensor_parallel splits the result",
+        )
 
 
 def _captured(model: nn.Module, is_auto: bool, inputs: CallInputs, shapes: object, is_cheap: bool) -> Program:

@@ -83,6 +83,7 @@ def _add_inspect(commands: Commands) -> None:
 
 
 def _add_optimize(commands: Commands) -> None:
+    from attnopt.cli import data
     from attnopt.cli import optimize as cli_run
 
     parser = _command(
@@ -92,9 +93,11 @@ def _add_optimize(commands: Commands) -> None:
         "rewrite a model's attentions",
         'attnopt optimize my_models:encoder --policy "local-window(left=128)" --out fast --html report.html',
         'attnopt optimize model.onnx --dynamic --policy "local-window(left=128)" --onnx fast.onnx',
+        "torchrun --nproc-per-node 4 -m attnopt optimize my_models:encoder --policy policy.yaml --data texts.npz --out fast",
     )
     _add_model(parser, OR_FILE)
     _add_optimizing(parser)
+    data.add_arguments(parser, size=16, default="none; passes that are fitted to data need some")
     parser.add_argument("--out", metavar="DIR", help="save the optimized model in this folder")
     parser.add_argument("--onnx", metavar="FILE", help="also export it to ONNX")
     _add_quantize(parser)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attnopt.base.progress import watched, working
+from attnopt.cli import data
 from attnopt.cli.output import require_model, resolved, show
+from attnopt.cli.ranks import first_alone, launched
 from attnopt.errors import AttnoptError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from attnopt.cli.load_model import Named
+    from attnopt.cli.ranks import Job
     from attnopt.model import OptimizedModel
 
 ROUNDS = 15  # of --time
@@ -41,13 +45,15 @@ def inspect(arguments: argparse.Namespace) -> int:
 def optimize(arguments: argparse.Namespace) -> int:
     if arguments.quantize and not arguments.onnx:
         raise AttnoptError("--quantize is for an ONNX file, and none is written", hint="add --onnx FILE")
-    named = resolved(arguments, needs_sizes=not arguments.dynamic)
-    if named.saved is not None:
-        raise AttnoptError(
-            f"{arguments.model} is a saved model: it is already optimized",
-            hint="optimize the original model; `attnopt export` exports a saved one to ONNX",
-        )
-    return _written(arguments, optimized(arguments, named))
+    with launched() as job:
+        named = resolved(arguments, needs_sizes=not arguments.dynamic)
+        if named.saved is not None:
+            raise AttnoptError(
+                f"{arguments.model} is a saved model: it is already optimized",
+                hint="optimize the original model; `attnopt export` exports a saved one to ONNX",
+            )
+        fast = optimized(arguments, named, _calibration(arguments, named, job))
+        return first_alone(job, lambda: _written(arguments, _timed(arguments, named, fast)))
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -56,25 +62,37 @@ def export(arguments: argparse.Namespace) -> int:
     return _written(arguments, model)
 
 
-def optimized(arguments: argparse.Namespace, named: Named) -> OptimizedModel:
+def _calibration(arguments: argparse.Namespace, named: Named, job: Job | None) -> Iterable[Any] | None:
+    """What ``--data`` names; under torchrun, this process's share of it."""
+    if arguments.data is None:
+        return None
+    source = data.Source(arguments.data, arguments.tokenizer, arguments.batch)
+
+    def read() -> Iterable[Any]:
+        return data.data_of(source, named).batches
+
+    return read() if job is None else job.share(read, arguments.data)
+
+
+def optimized(arguments: argparse.Namespace, named: Named, calibration: Iterable[Any] | None = None) -> OptimizedModel:
     """The model as the command line's options want it."""
     import attnopt
 
     require_model(arguments.model, named, "it is already optimized")
     with working("optimizing"):
-        fast = attnopt.optimize(
+        return attnopt.optimize(
             named.model,
             arguments.policy,
             named.args,
             named.kwargs,
             dynamic_shapes=shapes_of(arguments),
+            calibration=calibration,
             backend=arguments.backend,
             tolerance=arguments.tolerance,
             strict=arguments.strict,
             limit=arguments.limit,
             seed=arguments.seed,
         )
-    return _timed(arguments, named, fast) if getattr(arguments, "time", False) else fast
 
 
 def ignoring_inputs(named: Named, policy: str) -> nn.Module:
@@ -95,7 +113,9 @@ def shapes_of(arguments: argparse.Namespace) -> object:
 
 
 def _timed(arguments: argparse.Namespace, named: Named, fast: OptimizedModel) -> OptimizedModel:
-    """The same model with the CPU time per call, before and after, in its report."""
+    """The same model; with ``--time``, with the CPU time per call, before and after, in its report."""
+    if not arguments.time:
+        return fast
     from dataclasses import replace
 
     import torch

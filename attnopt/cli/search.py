@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt.cli import data
 from attnopt.cli.output import require_model, resolved, show
+from attnopt.cli.ranks import first_alone, launched
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from attnopt.cli.ranks import Job
+    from attnopt.policy_search.result import Search
     from attnopt.policy_search.search import Progress
 
 RESOURCES = ("latency", "flops", "parameters", "kv-bytes", "memory")
@@ -47,8 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Under torchrun, the processes divide the judging."""
+    with launched() as job:
+        return _run(arguments, job)
+
+
+def _run(arguments: argparse.Namespace, job: Job | None) -> int:
     import attnopt
-    from attnopt.render.policy_search import search_table
 
     limits = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in RESOURCES}
     budget = attnopt.Budget(**limits, at=arguments.at, device=arguments.device)
@@ -70,7 +78,14 @@ def run(arguments: argparse.Namespace) -> int:
             resume=arguments.resume,
             progress=progress,
             seed=arguments.seed,
+            peers=None if job is None else job.peers,
         )
+    return first_alone(job, lambda: _written(arguments, found))
+
+
+def _written(arguments: argparse.Namespace, found: Search) -> int:
+    from attnopt.render.policy_search import search_table
+
     written = {}
     if arguments.out:
         found.policy.save(arguments.out)

@@ -47,6 +47,8 @@ def attend(
     mask skips them here.
     """
     pattern: Pattern = getattr(module, PATTERN, Full())
+    if pattern.is_per_head:
+        _require_all_heads(module, query.shape[1])
     options = _Options(dropout, scaling, is_causal, softcap, s_aux, position_bias, kwargs)
     source = source_of(key)
     if source is not None and isinstance(source.layer, HeadGroupsLayer):
@@ -57,6 +59,16 @@ def attend(
         return _evicting(module, query, key, value, source.layer, attention_mask, pattern, options), None
     past = widest(pattern.for_head(h).look_back for h in range(pattern.named_heads + 1))  # as the cache layer counts it
     return _attended(module, query, key, value, attention_mask, pattern, past, options), None
+
+
+def _require_all_heads(module: nn.Module, heads: int) -> None:
+    """ConversionError where tensor parallelism left this process some of the heads: which ones, nothing here says."""
+    known = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    if isinstance(known, int) and heads < known:
+        raise ConversionError(
+            f"the pattern differs by head, and this process has {heads} of {known} heads",
+            hint="give all heads one pattern, or split the result of attnopt.optimize by attnopt.distributed.tensor_parallel",
+        )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnopt.backends.attention_operator import ATTENTION, ATTENTION_WITH_LSE
+from attnopt.backends.attention_operator import ATTENTION_WITH_LSE
 from attnopt.base.sizes import hint
 from attnopt.distributed.token_rules import Needed, Tokens
+from attnopt.distributed.traffic import Sizes
 from attnopt.errors import DistributedError
 from attnopt.graph.nodes import is_call, module_path, value
 from attnopt.graph.sdpa import SDPA, call_arguments
@@ -21,7 +22,6 @@ from attnopt.patterns.registry import is_readable, parse
 from attnopt.patterns.sequence import Causal
 
 ROLES = ("q", "k", "v", "bias", "mask", "sinks", "q_segments", "kv_segments", "pairs")
-CORES = (SDPA, ATTENTION, ATTENTION_WITH_LSE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +40,27 @@ class AttentionCall:
     def heads(self) -> int:
         return len(self.kv_of_head)
 
-    def needed(self, values: Mapping[fx.Node, Any], length: int) -> Needed:
-        """Which tokens of each operand a rank needs before keys travel: its own, and all of what is by key."""
+    @property
+    def with_lse(self) -> bool:
+        return is_call(self.node, ATTENTION_WITH_LSE)
+
+    def sizes(self, values: Mapping[fx.Node, Any]) -> Sizes:
+        return Sizes.of(*(values[n] for n in self.operands[:3] if n is not None))
+
+    def has_rows(self, values: Mapping[fx.Node, Any]) -> bool:
+        """Whether its bias or mask has one row for each query."""
+        return any(values[n].shape[2] != 1 for n in self.operands[3:5] if n is not None)
+
+    def needed(self, values: Mapping[fx.Node, Any], length: int, by_heads: bool) -> Needed:
+        """Which tokens of each operand a rank needs before any travel: its own, and all of what is by key.  ``by_heads``: its own
+        of queries, keys and values alone."""
+        axes = {"q": 2, "k": 2, "v": 2}
+        axes |= {} if by_heads else {"bias": 2, "mask": 2, "sinks": 2, "q_segments": 1}
         found: Needed = {}
         for role, n in zip(ROLES, self.operands, strict=True):
             if n is None:
                 continue
-            axis = {"q": 2, "k": 2, "v": 2, "bias": 2, "mask": 2, "sinks": 2, "q_segments": 1}.get(role)
+            axis = axes.get(role)
             by_token = axis is not None and values[n].shape[axis] == length
             need = Tokens(axis) if axis is not None and by_token else None
             if n in found and found[n] != need:
@@ -75,8 +89,6 @@ def _of_operator(node: fx.Node, site: str, given: Mapping[str, Any]) -> Attentio
     operands = tuple(given[role] for role in ROLES)
     pattern, kv_of_head = parse(given["pattern"]), tuple(given["kv_of_head"])
     call = AttentionCall(node, site, operands, pattern, kv_of_head, given["scale"], given["softcap"])
-    if is_call(node, ATTENTION_WITH_LSE):
-        raise call.error("it computes parts of its pairs apart, as gains on weights need it", "leave out the pass")
     for name, what in (("selected", "blocks are selected"), ("wanted", "rows are routed to heads")):
         if given.get(name) is not None:
             raise call.error(f"its {what} at run time, from queries and keys of all tokens", "leave out the pass")

@@ -32,6 +32,10 @@ class RankPeers(Peers):
     def rank(self) -> int:  # type: ignore[override]
         return self.ranks.rank
 
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        return self.ranks.size
+
     def everyone(self, told: T) -> list[T]:
         return self._tell(_DATA, told)
 
@@ -60,6 +64,11 @@ class RankPeers(Peers):
         if any(of_rank != state for of_rank, _ in found):
             raise PeerError("the ranks made different decisions", hint="report the model and the policy")
         return [what for _, what in found]
+
+
+def peers(mesh: DeviceMesh, *, axis: str | int | None = None) -> Peers:
+    """The processes of one axis of ``mesh``, for ``attnopt.search(..., peers=...)``.  Raises DistributedError."""
+    return RankPeers(Ranks.of(mesh, axis))
 
 
 def share_calibration(

@@ -12,21 +12,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
-from attnopt.base.closeness import ROOM, difference, tensors, tolerance
+from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.base.options import choice
 from attnopt.capture.calibration import shapes_of
 from attnopt.compiler.check import resized
-from attnopt.distributed.plan import ParallelPlan
+from attnopt.distributed.layout import Sharing
+from attnopt.distributed.plan import LAYOUTS, METHODS, ParallelPlan
 from attnopt.distributed.ranks import Ranks
+from attnopt.distributed.same_model import require_optimized, told_of
 from attnopt.distributed.shard_graph import Sharded, sharded
 from attnopt.distributed.shards import TooShortError
 from attnopt.distributed.token_moves import taken
 from attnopt.distributed.token_rules import Tokens
 from attnopt.errors import DistributedError, VerificationError
-from attnopt.graph.nodes import stored
 from attnopt.model import OptimizedModel, run_graph
 
-_LAYOUTS = {"auto": None, "contiguous": False, "zigzag": True}
 _TRIED = 2  # sizes at which the result is compared
 
 
@@ -36,9 +36,9 @@ class ContextParallel(nn.Module):
     See ``context_parallel``.  Parameters are shared with the optimized model.
     """
 
-    def __init__(self, fast: OptimizedModel, ranks: Ranks, layout: str, outputs: str) -> None:
+    def __init__(self, fast: OptimizedModel, ranks: Ranks, sharing: Sharing) -> None:
         super().__init__()
-        self.fast, self.ranks, self.layout, self.outputs = fast, ranks, layout, outputs
+        self.fast, self.ranks, self.sharing = fast, ranks, sharing
         self._made: dict[object, Sharded] = {}
 
     def forward(self, *args: object, **kwargs: object) -> Any:
@@ -48,12 +48,12 @@ class ContextParallel(nn.Module):
 
     def plan(self, *args: object, **kwargs: object) -> ParallelPlan:
         """What a call with these inputs sends, without running it; it prints as a table."""
-        return ParallelPlan.of(self.at(self.fast.arranged(args, kwargs)[0]))
+        return ParallelPlan.of(self.at(self.fast.arranged(args, kwargs)[0]).layout)
 
     def own(self, x: Tensor, axis: int = 1) -> Tensor:
         """The rank's own tokens of a whole tensor, such as labels, along the axis of its tokens."""
-        made = self._of_length(x.shape[axis])
-        return taken(x, made.shards.positions[self.ranks.rank], made.shards.length, Tokens(axis % x.dim()))
+        shards = self._of_length(x.shape[axis]).layout.shards
+        return taken(x, shards.positions[self.ranks.rank], shards.length, Tokens(axis % x.dim()))
 
     def reduce_gradients(self) -> None:
         """Sum the gradients of all parameters over the ranks, in place; all ranks call it after the backward pass.
@@ -75,12 +75,11 @@ class ContextParallel(nn.Module):
         leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
         key = shapes_of(inputs), tuple(x for x in leaves if not isinstance(x, Tensor))
         if key not in self._made:
-            zigzag, whole = _LAYOUTS[self.layout], self.outputs == "whole"
-            self._made[key] = sharded(self.fast.graph_module, leaves, self.ranks, zigzag=zigzag, whole=whole)
+            self._made[key] = sharded(self.fast.graph_module, leaves, self.ranks, self.sharing)
         return self._made[key]
 
     def _of_length(self, length: int) -> Sharded:
-        found = next((made for made in self._made.values() if made.shards.length == length), None)
+        found = next((made for made in self._made.values() if made.layout.shards.length == length), None)
         if found is None:
             raise DistributedError(f"no call had {length} tokens yet", hint="call the model first, or its plan")
         return found
@@ -124,13 +123,11 @@ def _compare(made: ContextParallel, inputs: CallInputs) -> None:
 
 def _compared(made: Sharded, got: Sequence[Any], want: Sequence[Any], rank: int) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that should be equal."""
-    own, wanted = list[Tensor](), list[Tensor]()
+    own, wanted, shards = list[Tensor](), list[Tensor](), made.layout.shards
     for x, y, axis in zip(got, want, made.axes, strict=True):
         if isinstance(x, Tensor):
             own.append(x)
-            wanted.append(
-                y if axis is None else taken(y, made.shards.positions[rank], made.shards.length, Tokens(axis))
-            )
+            wanted.append(y if axis is None else taken(y, shards.positions[rank], shards.length, Tokens(axis)))
     return own, wanted
 
 
@@ -140,15 +137,20 @@ def context_parallel(
     *,
     axis: str | int | None = None,
     layout: str = "auto",
+    method: str = "auto",
     outputs: str = "own",
 ) -> ContextParallel:
     """``fast`` with its sequences shared by the ranks of one axis of ``mesh``; every rank calls this, and then the result.
 
     Each rank passes the same, whole inputs (token ids and masks are small), and computes its own tokens only: everything between
-    attentions must act token by token, which is proven operator by operator.  In an attention, only keys and values travel: those
-    that the rank's queries can see.  Any length of at least one token a rank will do.
+    attentions must act token by token, which is proven operator by operator.  Attentions of a sequence to itself, of the length
+    with the most work, are shared; one to keys that every rank has whole, as cross-attention to an input, is computed for the own
+    queries alone, and what shares no tokens is computed by every rank.  Any length of at least one token a rank will do.
     ``axis``: of the mesh, where it has several.  ``layout``: "contiguous": each rank holds one run of the sequence; "zigzag": one
     from each end, which gives all ranks the same work under a causal mask; "auto": zigzag for causal attentions without a window.
+    ``method``: "keys": keys and values travel to the queries that see them, in a ring if they are many; "heads": queries, keys
+    and values travel so that each rank computes some heads over all tokens, where there are as many groups of heads as ranks;
+    "auto": for each attention, what sends the busiest rank fewer bytes.  ``plan`` tells which.
     ``outputs``: "own": an output [B, length, ...] comes as the rank's own tokens [B, own, ...], in their order; "whole": as the
     whole output, on every rank.  An output without tokens, as of a pooled classifier, is whole on every rank.
 
@@ -157,17 +159,14 @@ def context_parallel(
 
     The result is compared with ``fast`` on its example inputs.  Raises DistributedError on every rank, or VerificationError.
     """
-    choice("context_parallel", "layout", layout, tuple(_LAYOUTS))
+    choice("context_parallel", "layout", layout, tuple(LAYOUTS))
+    choice("context_parallel", "method", method, METHODS)
     choice("context_parallel", "outputs", outputs, ("own", "whole"))
     ranks = Ranks.of(mesh, axis)
     with ranks.together("reading the model"):
-        if not isinstance(fast, OptimizedModel):
-            raise DistributedError(
-                f"expected an optimized model, found {type(fast).__name__}", hint="pass the result of attnopt.optimize"
-            )
-        given = _given(fast)
-    ranks.require_same({**given, "the layout": layout, "the choice of outputs": outputs})
-    made = ContextParallel(fast, ranks, layout, outputs)
+        given = told_of(require_optimized(fast))
+    ranks.require_same({**given, "the layout": layout, "the method": method, "the choice of outputs": outputs})
+    made = ContextParallel(fast, ranks, Sharing(LAYOUTS[layout], method, outputs == "whole"))
     with ranks.together("planning"):
         examples = _examples(made)
     for inputs in examples:
@@ -175,13 +174,3 @@ def context_parallel(
             _compare(made, inputs)
     made.received.clear()
     return made
-
-
-def _given(fast: OptimizedModel) -> dict[str, object]:
-    """What has to be the same on all ranks."""
-    return {
-        "the policy": fast.report.policy,
-        "the graph": fast.graph_module.code,
-        "the weights": stored(fast.graph_module),
-        "the example inputs": dict(enumerate(tensors(fast.origin.inputs))),
-    }

@@ -7,17 +7,17 @@ is computed whole on every rank, from whole inputs.  So positions are those of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
 
 from attnopt.distributed.attention_arguments import AttentionCall
-from attnopt.distributed.token_rules import Call, Needed, Tokens, moved, needed
+from attnopt.distributed.token_rules import ATTENTIONS, Call, Needed, Tokens, draws, moved, needed
 from attnopt.errors import DistributedError
 from attnopt.graph.nodes import calls, operand, opname, source_line
-from attnopt.graph.ops import Kind, is_random, of
+from attnopt.graph.ops import Kind, of
 
 Form = Tokens | None  # the own tokens, which lie there; None: all
 
@@ -31,6 +31,7 @@ class Placement:
     values: Mapping[fx.Node, Any]
     cores: Mapping[fx.Node, AttentionCall]
     length: int
+    by_heads: Collection[fx.Node] = ()  # of the cores
     places: dict[fx.Node, Form] = field(default_factory=dict)
     wanted: dict[fx.Node, dict[Form, Needed]] = field(default_factory=dict)  # with what they are computed from
 
@@ -98,7 +99,7 @@ class Placement:
         if form is None:
             return dict.fromkeys(node.all_input_nodes) if at is None else {node: at}
         if node in self.cores:
-            return self.cores[node].needed(self.values, self.length)
+            return self.cores[node].needed(self.values, self.length, node in self.by_heads)
         need = needed(self._call(node), form) if node.op == "call_function" else None
         if need is None and node in self.places:
             raise _refused(node)
@@ -114,9 +115,15 @@ def at_node(node: fx.Node, why: str, hint: str | None = None) -> DistributedErro
 
 
 def _refused(node: fx.Node) -> DistributedError:
-    if is_random(node.target):
+    if draws(node):
         return at_node(
             node, "draws random numbers, on each rank others", "call model.eval() before optimizing the model"
+        )
+    if calls(node, ATTENTIONS):
+        return at_node(
+            node,
+            "reads other tokens than those that ranks share, and compares positions, chooses keys or pools them",
+            "run this model on one rank",
         )
     return at_node(
         node,

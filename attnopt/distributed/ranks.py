@@ -38,7 +38,7 @@ class Ranks:
                 f"expected a DeviceMesh, found {type(mesh).__name__}",
                 hint='make one with torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("sequence",))',
             )
-        place = _axis_of(mesh, axis)
+        place = axis_of(mesh, axis)
         if mesh.get_coordinate() is None:
             raise DistributedError(
                 f"process {dist.get_rank()} is not part of the mesh", hint="call this only in the processes of the mesh"
@@ -139,7 +139,7 @@ def fingerprint(x: object) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def _axis_of(mesh: DeviceMesh, axis: str | int | None) -> int:
+def axis_of(mesh: DeviceMesh, axis: str | int | None) -> int:
     names = mesh.mesh_dim_names or ()
     listed = ", ".join(map(repr, names)) or f"0 to {mesh.ndim - 1}"
     if axis is None:

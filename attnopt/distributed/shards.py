@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from attnopt.base.intervals import Ranges, common, merged
+from attnopt.distributed.traffic import Received, Sizes
 from attnopt.errors import DistributedError
 from attnopt.patterns.algebra import Pattern
 from attnopt.patterns.part import count
@@ -45,6 +48,11 @@ class Shards:
     def ranks(self) -> int:
         return len(self.positions)
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a rank holds."""
+        return max(map(self.count, range(self.ranks)))
+
     def count(self, rank: int) -> int:
         return count(self.positions[rank])
 
@@ -56,41 +64,86 @@ class Shards:
             before += stop - start
         return merged(found)
 
+    def held(self, tokens: Ranges) -> Sources:
+        """These tokens, by the rank that holds them."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        starts, runs = self._runs
+        for start, stop in tokens:
+            place = bisect_right(starts, start) - 1
+            while place < len(runs) and starts[place] < stop:
+                _, end, rank = runs[place]
+                found.setdefault(rank, []).append((max(start, starts[place]), min(stop, end)))
+                place += 1
+        return {rank: merged(found[rank]) for rank in sorted(found)}
+
+    @cached_property
+    def _runs(self) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Every run with its rank, in the order of positions, and where they start."""
+        runs = sorted((start, stop, rank) for rank, own in enumerate(self.positions) for start, stop in own)
+        return [start for start, _, _ in runs], runs
+
 
 @dataclass(frozen=True)
 class Rounds:
-    """An attention in several rounds: in each, rank r computes its queries with the keys of ``of[round][r]``, and the rounds are
-    merged by their log-sum-exps."""
+    """An attention in several rounds: in each, a rank computes its queries with some of the keys that it needs, and the rounds
+    are merged by their log-sum-exps.
+
+    ``needs``: of each rank, all of these keys.  ``turns``: a round has the keys of the rank that is so far before; (): one round
+    has all of them.
+    """
 
     method: str
     shards: Shards
-    of: tuple[tuple[Sources, ...], ...]
+    needs: tuple[Sources, ...]
+    turns: tuple[int, ...] = ()
 
     @classmethod
     def plan(cls, pattern: Pattern, heads: int, shards: Shards) -> Rounds:
         """All at once where a rank needs little of the others ("halo"), else one other rank at a time ("ring")."""
-        needs = [needed(pattern, heads, shards, rank) for rank in range(shards.ranks)]
         ranks = range(shards.ranks)
-        most = max(shards.count(rank) for rank in ranks)
-        if all(2 * received(needs[rank], rank) <= most for rank in ranks):
-            return cls(
-                "halo" if any(received(needs[rank], rank) for rank in ranks) else "own keys", shards, (tuple(needs),)
-            )
-        rounds = [
-            tuple({p: found} if (found := needs[r].get(p := (r - step) % shards.ranks)) else {} for r in ranks)
-            for step in ranks
-        ]
-        return cls("ring", shards, tuple(r for r in rounds if any(r)))
+        needs = tuple(needed(pattern, heads, shards, rank) for rank in ranks)
+        arriving = [received(needs[rank], rank) for rank in ranks]
+        if 2 * max(arriving) <= shards.longest:
+            return cls("halo" if any(arriving) else "own keys", shards, needs)
+        turns = {(rank - source) % shards.ranks for rank in ranks for source in needs[rank]}
+        return cls("ring", shards, needs, tuple(sorted(turns)))
 
-    def tokens(self, rank: int) -> int:
-        """Keys that the rank is sent."""
-        return sum(received(sources[rank], rank) for sources in self.of)
+    @property
+    def count(self) -> int:
+        return len(self.turns) or 1
+
+    def sources(self, number: int, rank: int) -> Sources:
+        """The keys that the rank uses in this round."""
+        if not self.turns:
+            return self.needs[rank]
+        source = (rank - self.turns[number]) % self.shards.ranks
+        return {source: tokens} if (tokens := self.needs[rank].get(source)) else {}
 
     def sent(self, number: int, rank: int) -> Sources:
         """Which tokens of ``rank`` others read in this round."""
-        return {
-            other: sources[rank] for other, sources in enumerate(self.of[number]) if other != rank and rank in sources
-        }
+        ranks = self.shards.ranks
+        others = ((rank + self.turns[number]) % ranks,) if self.turns else range(ranks)
+        read = {other: self.sources(number, other).get(rank) for other in others if other != rank}
+        return {other: tokens for other, tokens in read.items() if tokens}
+
+    def tokens(self, rank: int) -> int:
+        """Keys that the rank is sent."""
+        return received(self.needs[rank], rank)
+
+    def arriving(self, sizes: Sizes) -> Iterator[Sequence[Received]]:
+        """What each rank is sent, round by round."""
+        for number in range(self.count):
+            yield [self._arriving(self.sources(number, rank), rank, sizes) for rank in range(self.shards.ranks)]
+
+    def _arriving(self, sources: Sources, rank: int, sizes: Sizes) -> Received:
+        return Received(len(sources) - (rank in sources), received(sources, rank) * sizes.of_key)
+
+    def workspace(self, sizes: Sizes) -> int:
+        """Bytes that a rank holds at most beside its own operands: keys of two rounds as they arrive, as many that leave or are
+        put in order, and five outputs while two are merged."""
+        rounds = [max(r.bytes for r in step) for step in self.arriving(sizes)]
+        keys = max(a + b for a, b in pairwise((*rounds, 0)))
+        return 2 * keys + 5 * self.shards.longest * sizes.of_sum
 
 
 def needed(pattern: Pattern, heads: int, shards: Shards, rank: int) -> Sources:
@@ -98,9 +151,7 @@ def needed(pattern: Pattern, heads: int, shards: Shards, rank: int) -> Sources:
     own = [pattern.for_head(h) for h in range(heads)] if pattern.is_per_head else [pattern]
     runs = shards.positions[rank]
     reaches = [p.reach(start, stop - 1, shards.length) for p in dict.fromkeys(own) for start, stop in runs]
-    some = merged(k for reach in reaches for k in reach.some)
-    found = {source: common(some, positions) for source, positions in enumerate(shards.positions)}
-    return {source: tokens for source, tokens in found.items() if tokens}
+    return shards.held(common(merged(k for reach in reaches for k in reach.some), ((0, shards.length),)))
 
 
 def received(sources: Sources, rank: int) -> int:

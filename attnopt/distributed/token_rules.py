@@ -14,9 +14,13 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.node import Target
 
+from attnopt.backends.attention_operator import ATTENTION, ATTENTION_WITH_LSE
 from attnopt.graph.nodes import arg, calls, getitem_source, operand, wrap
-from attnopt.graph.ops import Kind, is_pointwise, is_random, named, of, rules
+from attnopt.graph.ops import Kind, Operators, is_pointwise, is_random, named, of, rules
 from attnopt.graph.products import product_of
+from attnopt.graph.sdpa import SDPA, call_arguments
+from attnopt.patterns.algebra import FULL
+from attnopt.patterns.registry import parse
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Tokens:
 
 Needed = dict[fx.Node, Tokens | None]  # which tokens of an operand; None: all of it
 Shape = tuple[int, ...]
+ATTENTIONS: Operators = frozenset({SDPA, ATTENTION, ATTENTION_WITH_LSE})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +70,16 @@ def needed(call: Call, at: Tokens) -> Needed | None:
     rule = _RULES.get(call.node.target)
     if rule is None and is_pointwise(call.node.target):
         rule = _pointwise
-    return None if rule is None or (is_random(call.node.target) and not _draws_nothing(call)) else rule(call, at)
+    return None if rule is None or draws(call.node) else rule(call, at)
 
 
-def _draws_nothing(call: Call) -> bool:
-    return calls(call.node, of(Kind.DROPOUT)) and (not arg(call.node, 2, True) or arg(call.node, 1) == 0.0)
+def draws(node: fx.Node) -> bool:
+    """Whether it draws random numbers."""
+    if calls(node, of(Kind.DROPOUT)):
+        return bool(arg(node, 2, True)) and arg(node, 1) != 0.0
+    if calls(node, ATTENTIONS):
+        return bool(call_arguments(node).get("dropout_p"))
+    return is_random(node.target)
 
 
 def _alone(call: Call, at: Tokens | None) -> Needed:
@@ -158,7 +168,8 @@ def _split_along(call: Call) -> int:
 
 def _piece(call: Call, at: Tokens) -> Needed | None:
     found = getitem_source(call.node)
-    return {found[0]: at} if found is not None and calls(found[0], of(Kind.SPLIT)) else None
+    has_parts = of(Kind.SPLIT) | {ATTENTION_WITH_LSE}
+    return {found[0]: at} if found is not None and calls(found[0], has_parts) else None
 
 
 def _cat(call: Call, at: Tokens) -> Needed | None:
@@ -278,6 +289,26 @@ def _padded(call: Call, at: Tokens) -> Needed | None:
     return _alone(call, at) if not any(around[place : place + 2]) else None
 
 
+def _attended(call: Call, at: Tokens) -> Needed | None:
+    """Queries over keys that are whole, as those of another sequence, if no positions are compared."""
+    given = call_arguments(call.node)
+    chooses = any(given.get(name) is not None for name in ("selected", "wanted"))
+    if at != Tokens(2) or given.get("is_causal") or chooses or parse(given.get("pattern", str(FULL))) != FULL:
+        return None
+    found: Needed = {}
+    for name, n in given.items():
+        if not isinstance(n, fx.Node) or not isinstance(call.values[n], Tensor):
+            continue
+        axis = _QUERIES.get(name, -1)
+        need = Tokens(axis) if axis > 0 and call.shape(n)[axis] != 1 else None
+        if found.setdefault(n, need) != need:
+            return None
+    return found
+
+
+_QUERIES = {"q": 2, "query": 2, "attn_mask": 2, "bias": 2, "mask": 2, "sinks": 2, "q_segments": 1}  # their axis
+
+
 def _made(call: Call, at: Tokens) -> Needed | None:
     """One number everywhere."""
     return dict.fromkeys(call.tensors)
@@ -311,6 +342,7 @@ _RULES: dict[Target, Callable[[Call, Tokens], Needed | None]] = rules(
         "constant_pad_nd": _padded,
         "ones_like zeros_like full_like": _pointwise,
         "ones zeros full": _made,
+        ATTENTIONS: _attended,
     }
 )
 SIZED = of(Kind.RESHAPE, Kind.EXPAND) | named("ones zeros full")  # the sizes of the result are an argument

@@ -13,9 +13,11 @@ T = TypeVar("T")
 
 
 class Peers(ABC):
-    """Batches of all processes stand in the order of ``rank``.  All of them ask the same things in the same order."""
+    """Batches of all processes stand in the order of ``rank``, which is below ``count``.  All of them ask the same things in the
+    same order."""
 
     rank: int
+    count: int
 
     @abstractmethod
     def everyone(self, told: T) -> list[T]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from attnopt.policy_search.menu import Picks
 
 Part = tuple[float, float]  # a sum, and what it is to be divided by
-Measure = Callable[[Picks, int], Part]  # of these picks on the piece of this number
+Measure = Callable[[Picks, Sequence[int]], Sequence[Part]]  # of these picks on the pieces of these numbers
 Known = dict[Picks, dict[int, Part]]
 
 
@@ -23,17 +23,18 @@ class Judge:
     are judged on all pieces.
 
     ``spent`` counts measurements on all pieces; those on some count by their share, and those that were known count too, so
-    that a search that is resumed goes the way that it would have gone.  ``limit``: how many there may be; ``deadline``: when
-    to stop, by ``time.monotonic``.  Neither holds before ``is_limited`` is set.
+    that a search that is resumed goes the way that it would have gone.  ``limit``: how many there may be; ``is_late``: no time is
+    left.  Neither holds before ``is_limited`` is set.  ``together``: how many pieces are measured at a time.
     """
 
     measure: Measure
     pieces: int
     known: Known = field(default_factory=dict)
     limit: float = float("inf")
-    deadline: float = float("inf")
+    is_late: Callable[[], bool] = lambda: False
     saved: Callable[[], None] = lambda: None
     told: Callable[[], None] = lambda: None
+    together: int = 1
     is_limited: bool = False
     asked: set[tuple[Picks, int]] = field(default_factory=set)
     full: dict[Picks, float] = field(default_factory=dict)  # the values on all pieces, in the order of measurement
@@ -58,18 +59,25 @@ class Judge:
 
     def _measure(self, picks: Picks, count: int) -> None:
         known = self.known.setdefault(picks, {})
-        for piece in range(count):
-            if (picks, piece) in self.asked:
-                continue
-            self._require_room()
-            if piece not in known:
-                known[piece] = self.measure(picks, piece)
+        wanted = [piece for piece in range(count) if (picks, piece) not in self.asked]
+        while wanted:
+            some, wanted = wanted[: self.together], wanted[self.together :]
+            allowed = some[: self._room()]
+            if missing := [piece for piece in allowed if piece not in known]:
+                known.update(zip(missing, self.measure(picks, missing), strict=True))
                 self.saved()
-            self.asked.add((picks, piece))
+            self.asked.update((picks, piece) for piece in allowed)
+            if len(allowed) < len(some):
+                raise EndError
 
-    def _require_room(self) -> None:
-        if self.is_limited and (self.spent >= self.limit or time.monotonic() >= self.deadline):
-            raise EndError
+    def _room(self) -> int:
+        """How many more pieces may be measured, of those that are measured together."""
+        if not self.is_limited:
+            return self.together
+        if self.is_late():
+            return 0
+        left = self.limit * self.pieces - len(self.asked)
+        return self.together if left >= self.together else max(0, math.ceil(left))
 
     def _mean(self, picks: Picks, count: int) -> float:
         parts = [self.known[picks][piece] for piece in range(count)]

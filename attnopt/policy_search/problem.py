@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from attnopt.compiler.job import Job, Options, backends_of
 from attnopt.compiler.policy import Policy
 from attnopt.errors import AttnoptError, CalibrationError, PolicyError
 from attnopt.intervene.metric import scalar
+from attnopt.ir.peers import Peers
 from attnopt.model import OptimizedModel
 from attnopt.policy_search import latency
 from attnopt.policy_search.budget import Budget
@@ -35,6 +36,7 @@ from attnopt.policy_search.menu import Menu, Picks
 from attnopt.policy_search.state import State, data_mark, mark_of, model_mark
 
 Evaluate = Callable[[nn.Module], Any]
+T = TypeVar("T")
 
 
 class FailedError(Exception):
@@ -55,6 +57,7 @@ class Problem:
     kind: str
     seed: int
     state: State
+    peers: Peers | None = None  # who judge the same candidates, on other pieces of the same data
     menu: Menu = field(init=False)
     apart: Divergence | None = None
     last: tuple[Picks, OptimizedModel] | None = None
@@ -84,8 +87,57 @@ class Problem:
         ]
         return list(dict.fromkeys(found))
 
-    def measure(self, picks: Picks, piece: int) -> Part:
-        """How far the model with these picks diverges on a piece of the data.  Raises FailedError, CalibrationError."""
+    def measure(self, picks: Picks, pieces: Sequence[int]) -> list[Part]:
+        """How far the model with these picks diverges on pieces of the data.  Raises FailedError, CalibrationError."""
+        own: dict[int, Part] | FailedError
+        try:
+            own = {piece: self._measured(picks, piece) for piece in pieces if self._is_own(piece)}
+        except FailedError as error:
+            own = error
+        found: dict[int, Part] = {}
+        for told in self.everyone(own):
+            if isinstance(told, FailedError):  # on all of them, so that all end here
+                raise own if isinstance(own, FailedError) else told
+            found |= told
+        return [found[piece] for piece in pieces]
+
+    def check(self, picks: Picks) -> float:
+        """Milliseconds of the whole model, measured beside the original."""
+        own = 0.0
+        if self._is_first:
+            own = latency.check(self.made, picks, self.inputs, self.budget.device, self.state.times["graph"])
+        return self.everyone(own)[0]
+
+    # ------------------------------------------------------------ peers
+    def everyone(self, told: T) -> list[T]:
+        """What each process tells."""
+        return [told] if self.peers is None else self.peers.everyone(told)
+
+    def _is_own(self, piece: int) -> bool:
+        return self.peers is None or piece % self.peers.count == self.peers.rank
+
+    @property
+    def _is_first(self) -> bool:
+        """Whose clock counts."""
+        return self.peers is None or self.peers.rank == 0
+
+    # ------------------------------------------------------------ costs
+    def _menu(self) -> Menu:
+        resources = list(self.budget.given)
+        if "latency" not in resources:
+            return menu_of(self.made, resources, None)
+        of_call = (self.model, self.made, self.inputs, self.budget.device, self.state.times, self.state.save)
+        if self._is_first:
+            latency.measured(*of_call)
+        self.state.times.update(self.everyone(self.state.times)[0])
+        found = latency.measured(*of_call)  # all is known now
+        ahead = found.graph - found.model  # shares are of the user's model, and what changes is its graph
+        changes = [list(own) for own in found.changes]
+        changes[0] = [more + ahead for more in changes[0]]
+        return menu_of(self.made, resources, (found.model, changes))
+
+    # ------------------------------------------------------------ judging
+    def _measured(self, picks: Picks, piece: int) -> Part:
         if self.evaluate is not None:
             return self._by_user(self.evaluate, picks)
         if self.apart is None:
@@ -95,24 +147,6 @@ class Problem:
         except AttnoptError as error:
             raise FailedError(f"{self.made.told(picks)}: {error}") from error
 
-    def check(self, picks: Picks) -> float:
-        """Milliseconds of the whole model, measured beside the original."""
-        return latency.check(self.made, picks, self.inputs, self.budget.device, self.state.times["graph"])
-
-    # ------------------------------------------------------------ costs
-    def _menu(self) -> Menu:
-        resources = list(self.budget.given)
-        if "latency" not in resources:
-            return menu_of(self.made, resources, None)
-        found = latency.measured(
-            self.model, self.made, self.inputs, self.budget.device, self.state.times, self.state.save
-        )
-        ahead = found.graph - found.model  # shares are of the user's model, and what changes is its graph
-        changes = [list(own) for own in found.changes]
-        changes[0] = [more + ahead for more in changes[0]]
-        return menu_of(self.made, resources, (found.model, changes))
-
-    # ------------------------------------------------------------ judging
     def _candidate(self, picks: Picks) -> OptimizedModel:
         if self.last is None or self.last[0] != picks:
             self.last = None
@@ -137,8 +171,10 @@ class Problem:
         with compiling():
             arranged = replace(self.made.job, batches=self.judged).arranged(program)
         made = Divergence(self.kind, len(self.judged), self.seed)
-        for piece, masks in enumerate(real_tokens(program.module, self.made.found, arranged)):
-            made.learn(piece, self._output(module, self.judged[piece]), masks)
+        own = [piece for piece in range(len(arranged)) if self._is_own(piece)]
+        masks = real_tokens(program.module, self.made.found, [arranged[piece] for piece in own])
+        for piece, real in zip(own, masks, strict=True):
+            made.learn(piece, self._output(module, self.judged[piece]), real)
         return made
 
     def _output(self, module: nn.Module, batch: CallInputs) -> Any:
@@ -161,6 +197,7 @@ def problem(
     dynamic_shapes: object = None,
     resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    peers: Peers | None = None,
 ) -> Problem:
     """As of ``search``: captured once, each alternative decided and fitted once, and its cost known."""
     batches = Calibration.of(calibration).batches
@@ -178,7 +215,9 @@ def problem(
     }
     state = State(marks, None if resume is None else Path(resume))
     state.read()
-    return Problem(model, made, budget, inputs, parts.judged, evaluate, divergence, seed, state)
+    if peers is not None and peers.rank:
+        state.path = None  # the first one writes
+    return Problem(model, made, budget, inputs, parts.judged, evaluate, divergence, seed, state, peers)
 
 
 @compiling()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from attnopt.capture.calibration import Batch, Calibration
 from attnopt.compiler.policy import Policy
 from attnopt.errors import PolicyError, SearchError
 from attnopt.intervene.metric import require_callable
+from attnopt.ir.peers import Peers
 from attnopt.model import OptimizedModel
 from attnopt.policy_search.budget import Budget
 from attnopt.policy_search.data import length_of
@@ -26,6 +28,7 @@ from attnopt.policy_search.judge import Judge
 from attnopt.policy_search.menu import Picks
 from attnopt.policy_search.problem import Evaluate, FailedError, Problem, problem
 from attnopt.policy_search.result import FrontPoint, Search
+from attnopt.policy_search.state import data_mark, model_mark
 from attnopt.report.policy_search import SearchReport, Tried
 
 APART = 0.05  # relative difference of measured and predicted latency that a warning tells
@@ -58,6 +61,7 @@ def search(
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
+    peers: Peers | None = None,
 ) -> Search:
     """The policy within ``budget`` with which the model diverges least from itself.
 
@@ -72,6 +76,8 @@ def search(
     end it; uniform policies are judged in any case.
     ``resume``: a file that keeps all measurements: a search that was ended goes on from there.
     ``progress`` is called after each step.  ``seed``: the same seed and measured times give the same result.
+    ``peers``: ``attnopt.distributed.peers(mesh)``: processes that call this with the same arguments, all data included, and
+    divide the judging; each gets the result of one alone.  The clock of the first counts, and only the first writes the state.
 
     Uniform policies that fit always compete.  Raises PolicyError for a budget that no policy meets, which names the least
     possible, and for choices that every attention refuses; SearchError if ``evaluate`` raises or returns no finite number, with
@@ -80,32 +86,55 @@ def search(
     start = time.monotonic()
     _check(budget, evaluate, divergence, evaluations, minutes, args or kwargs)
     data = Calibration.of(calibration)
-    asked = problem(
-        model, policy, args, kwargs, calibration=data, budget=budget, evaluate=evaluate, divergence=divergence,
-        dynamic_shapes=dynamic_shapes, resume=resume, seed=seed,
-    )  # fmt: skip
 
     def build(chosen: Policy) -> OptimizedModel:
         return optimize(model, chosen, args, kwargs, dynamic_shapes=dynamic_shapes, calibration=data, seed=seed)
 
-    deadline = float("inf") if minutes is None else start + 60 * minutes
-    judge = Judge(asked.measure, asked.pieces, asked.state.values, evaluations, deadline, asked.state.save)
-    engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed)
-    if progress is not None:
-        told = _Told(engine, progress)
-        engine.stage, judge.told = told.at, told
-    result = partial(_result, asked, engine, build, start)
+    with nullcontext() if peers is None else peers.working(_given(model, policy, data, budget, evaluations, seed)):
+        asked = problem(
+            model, policy, args, kwargs, calibration=data, budget=budget, evaluate=evaluate, divergence=divergence,
+            dynamic_shapes=dynamic_shapes, resume=resume, seed=seed, peers=peers,
+        )  # fmt: skip
+        judge = Judge(asked.measure, asked.pieces, asked.state.values, evaluations, saved=asked.state.save)
+        judge.together = 1 if peers is None else peers.count
+        if minutes is not None:
+            judge.is_late = partial(_is_late, asked, start + 60 * minutes)
+        engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed)
+        if progress is not None:
+            told = _Told(engine, progress)
+            engine.stage, judge.told = told.at, told
+        return _run(asked, engine, partial(_result, asked, engine, build, start))
+
+
+def _run(asked: Problem, engine: Engine, result: Callable[[bool], Search]) -> Search:
     try:
         return result(engine.run())
     except FailedError as error:
         kept = "" if asked.state.path is None else f"; {asked.state.path} keeps all measurements"
         raise SearchError(
-            f"search: ended after {len(judge.full)} policies: {error}",
+            f"search: ended after {len(engine.judge.full)} policies: {error}",
             hint=f"what was found is in the error's partial{kept}",
             partial=result(False),
         ) from error.__cause__
     finally:
         asked.state.save(at_once=True)
+
+
+def _is_late(asked: Problem, deadline: float) -> bool:
+    """By the clock of any process, so that all end together."""
+    return any(asked.everyone(time.monotonic() >= deadline))
+
+
+def _given(
+    model: nn.Module, policy: object, data: Calibration, budget: Budget, evaluations: int, seed: int
+) -> dict[str, object]:
+    """What processes that judge together have to agree on."""
+    return {
+        "the policy": None if policy is None else Policy.of(policy).to_json(),
+        "the budget": (budget, evaluations, seed),
+        "the calibration data": data_mark(data),
+        "the weights": model_mark(model),
+    }
 
 
 def _check(

@@ -82,7 +82,7 @@ class Model(nn.Module):
     def __init__(self, style: Style) -> None:
         super().__init__()
         self.style = style
-        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(64, WIDTH)
+        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(256, WIDTH)
         self.attentions = nn.ModuleList(Attention(style) for _ in range(style.layers))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(style.layers))
         self.mlps = nn.ModuleList(
@@ -98,6 +98,59 @@ class Model(nn.Module):
             if self.style.mixes:
                 x = x + x.cumsum(1) / 64
         return self.head(x.mean(1) if self.style.pooled else x)
+
+
+class Across(nn.Module):
+    """An attention to other tokens, which padding may hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, others: Tensor, seen: Tensor | None = None) -> Tensor:
+        q = self.q(x).unflatten(-1, (4, DIM)).transpose(1, 2)
+        k, v = self.kv(others).unflatten(-1, (2, 4, DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-1, -2) * DIM**-0.5
+        if seen is not None:
+            scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Translator(nn.Module):
+    """A decoder that reads an encoder in every layer; the encoder reads ids of another length, or is an input itself."""
+
+    def __init__(self, encodes: bool) -> None:
+        super().__init__()
+        self.encodes = encodes
+        self.tokens, self.others = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(VOCABULARY, WIDTH)
+        self.encoder = nn.ModuleList(Attention(Style(causal=False)) for _ in range(1))
+        self.decoder = nn.ModuleList(Attention(Style(rope=True)) for _ in range(2))
+        self.across = nn.ModuleList(Across() for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids: Tensor, others: Tensor, seen: Tensor | None = None) -> Tensor:
+        memory = self.others(others) if self.encodes else others
+        for layer in self.encoder if self.encodes else ():
+            memory = memory + layer(memory, None)
+        x = self.tokens(ids)
+        for layer, across in zip(self.decoder, self.across, strict=True):
+            x = x + layer(x, None)
+            x = x + across(x, memory, seen)
+        return self.head(x)
+
+
+def translator(encodes: bool, dtype: torch.dtype = torch.float64) -> Translator:
+    torch.manual_seed(0)
+    return Translator(encodes).to(dtype).eval()
+
+
+def translated(encodes: bool, length: int, others: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    random = torch.Generator().manual_seed(2)
+    ids = torch.randint(VOCABULARY, (2, length), generator=random)
+    if encodes:
+        return ids, torch.randint(VOCABULARY, (2, others), generator=random)
+    seen = torch.arange(others).expand(2, others) < torch.tensor([[others], [others - 2]])
+    return ids, torch.randn(2, others, WIDTH, generator=random, dtype=dtype), seen
 
 
 def model(style: Style, seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:

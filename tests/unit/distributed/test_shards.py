@@ -37,7 +37,7 @@ def test_a_window_longer_than_a_shard_reaches_over_it() -> None:
 
 def test_all_keys_of_all_ranks_travel_one_rank_at_a_time() -> None:
     rounds = Rounds.plan(Window(100), 1, Shards.of(64, 4))
-    assert [len(sources[0]) for sources in rounds.of] == [1, 1, 1, 1]
+    assert [len(rounds.sources(number, 0)) for number in range(rounds.count)] == [1, 1, 1, 1]
     assert rounds.tokens(0) == 48
 
 

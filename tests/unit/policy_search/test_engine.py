@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from attnopt.errors import PolicyError
 from attnopt.policy_search.additive import Additive
 from attnopt.policy_search.engine import Engine
-from attnopt.policy_search.judge import Judge, Part
+from attnopt.policy_search.judge import EndError, Judge, Part
 from attnopt.policy_search.knapsack import best_picks
 from attnopt.policy_search.menu import Menu, Picks
 from attnopt.policy_search.swaps import neighbours
@@ -46,7 +48,7 @@ def worth(m: Menu, seed: int) -> dict[Picks, float]:
 
 
 def searched(m: Menu, of: dict[Picks, float], limits: dict[str, float], seed: int = 0, **options: Any) -> Engine:
-    judge = Judge(lambda p, piece: (of[p], 1.0), 1, **options)
+    judge = Judge(lambda p, pieces: [(of[p], 1.0) for _ in pieces], 1, **options)
     engine = Engine(m, judge, limits, [(a,) * m.places for a in range(len(m.allowed[0]))], seed)
     engine.run()
     return engine
@@ -125,9 +127,9 @@ def test_the_same_seed_goes_the_same_way() -> None:
     for seed in (1, 1, 2):
         way: list[Picks] = []
 
-        def value(p: Picks, piece: int, way: list[Picks] = way) -> Part:
+        def value(p: Picks, pieces: Sequence[int], way: list[Picks] = way) -> list[Part]:
             way.append(p)
-            return sum(a * (u + 1) for u, a in enumerate(p)) + 0.3 * math.sin(hash(p) % 7), 1.0
+            return [(sum(a * (u + 1) for u, a in enumerate(p)) + 0.3 * math.sin(hash(p) % 7), 1.0)]
 
         Engine(m, Judge(value, 1, limit=90), limit(m, 0.4), [], seed).run()
         asked.append(way)
@@ -139,9 +141,9 @@ def test_offspring_are_halved_on_part_of_the_data() -> None:
     m = menu(10, 4)
     pieces: dict[Picks, set[int]] = {}
 
-    def value(p: Picks, piece: int) -> Part:
-        pieces.setdefault(p, set()).add(piece)
-        return sum(a * a * (u + 1.0) for u, a in enumerate(p)), 1.0
+    def value(p: Picks, own: Sequence[int]) -> list[Part]:
+        pieces.setdefault(p, set()).update(own)
+        return [(sum(a * a * (u + 1.0) for u, a in enumerate(p)), 1.0) for _ in own]
 
     judge = Judge(value, 8, limit=60)
     Engine(m, judge, limit(m, 0.4), []).run()
@@ -152,9 +154,29 @@ def test_offspring_are_halved_on_part_of_the_data() -> None:
 
 
 def test_parts_are_weighed_by_their_tokens() -> None:
-    judge = Judge(lambda p, piece: ((3.0, 1.0), (1.0, 3.0))[piece], 2)
+    judge = Judge(lambda p, pieces: [((3.0, 1.0), (1.0, 3.0))[piece] for piece in pieces], 2)
     assert judge.value((0,)) == 1.0
     assert judge.value((0,), 1) == 3.0
+
+
+@pytest.mark.parametrize("limit", [1, 2.5, 3, 100])
+def test_pieces_that_are_measured_together_change_nothing(limit: float) -> None:
+    """But how many are asked for at a time: values and where the search ends are the same."""
+    found = []
+    for together in (1, 2, 3):
+        asked: list[int] = []
+
+        def value(p: Picks, pieces: Sequence[int], asked: list[int] = asked) -> list[Part]:
+            asked.append(len(pieces))
+            return [(p[0] + piece, 1.0) for piece in pieces]
+
+        judge = Judge(value, 4, limit=limit, together=together, is_limited=True)
+        with contextlib.suppress(EndError):
+            judge.values([(n,) for n in range(5)], 3)
+        found.append((judge.asked, judge.known))
+        assert len(judge.asked) == min(5 * 3, math.ceil(4 * limit))
+        assert max(asked) == min(together, 3)
+    assert found[0] == found[1] == found[2]
 
 
 def test_an_impossible_budget_names_the_least_possible() -> None:
