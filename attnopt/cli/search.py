@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from attnopt.policy_search.search import Progress
 
+TARGETS = ("torch", "onnxruntime", "onnxruntime-int8", "token")
 RESOURCES = ("latency", "flops", "parameters", "kv-bytes", "memory")
 
 
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
+        "--target", default="torch", choices=TARGETS, help="what latency is measured in (default: torch); token: a decoder's"
+    )
+    parser.add_argument(
         "--divergence", default="auto", choices=("auto", "kl", "cosine"), help="what is kept small (default: auto)"
     )
     parser.add_argument("--evaluations", type=int, default=200, metavar="N", help="judged models, about (default: 200)")
@@ -51,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from attnopt.render.policy_search import search_table
 
     limits = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in RESOURCES}
-    budget = attnopt.Budget(**limits, at=arguments.at, device=arguments.device)
+    budget = attnopt.Budget(**limits, at=arguments.at, device=arguments.device, target=arguments.target)
     named = resolved(arguments, needs_sizes=True)
     require_model(arguments.model, named, "it is already optimized")
     source = data.Source(arguments.data, arguments.tokenizer, arguments.batch)

@@ -1,0 +1,61 @@
+"""What a budget of latency measures: a call in torch or in ONNX Runtime, or a token that ONNX Runtime decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from attnopt.base.call_inputs import CallInputs
+from attnopt.errors import ExportError
+from attnopt.model import OptimizedModel
+from attnopt.policy_search.data import batch_of, length_of
+
+Call = Callable[[], object]
+
+TORCH, TOKEN = "torch", "token"
+TARGETS = {
+    TORCH: "torch",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-int8": "ONNX Runtime in int8",
+    TOKEN: "ONNX Runtime, for one token",
+}
+
+
+def call_of(target: str, model: nn.Module, inputs: CallInputs, device: str = "cpu") -> Call:
+    """One call of ``model``, ready to be timed; of a target other than torch an OptimizedModel.  Raises ExportError."""
+    if target == TORCH:
+        return _torch_call(model, inputs, device)
+    from attnopt.onnx.export.timed_calls import model_call, token_call
+
+    assert isinstance(model, OptimizedModel)
+    if target == TOKEN:
+        return token_call(model.graph_module, model.origin, batch_of(inputs), length_of(inputs))
+    given, _ = model.arranged(*inputs)
+    return model_call(model.graph_module, model.origin, given, "int8" if target == "onnxruntime-int8" else None)
+
+
+def why_not(target: str, model: OptimizedModel) -> ExportError | None:
+    """Why this model, with one attention changed, cannot be part of what the target runs, as far as that is cheap to say."""
+    if target != TOKEN:
+        return None
+    from attnopt.onnx.export.decoder import with_cache
+
+    try:
+        with_cache(model.graph_module, model.origin)
+    except ExportError as error:
+        return error
+    return None
+
+
+def _torch_call(model: nn.Module, inputs: CallInputs, device: str) -> Call:
+    is_gpu = device.startswith("cuda")
+
+    def call() -> object:
+        made = model(*inputs.args, **inputs.kwargs)
+        if is_gpu:
+            torch.cuda.synchronize()
+        return made
+
+    return call
