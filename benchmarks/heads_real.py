@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import let_transformers_import, one_thread, package, picture, publish
+from common import one_thread, picture, publish
 from smollm2 import Logits, news, tokenizer, trained
 from torch import Tensor
 
