@@ -17,7 +17,7 @@ from attnopt import Budget, Choice
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.cpu_timing import Times
 from attnopt.errors import PolicyError
-from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
+from attnopt.passes import Fuse, GroupedQuery, LocalWindow, PruneHeads
 from attnopt.policy_search.latency import Clock
 from attnopt.policy_search.targets import call_of
 
@@ -105,7 +105,7 @@ def test_what_is_left_as_it_is_is_fused_for_a_decoder(monkeypatch: pytest.Monkey
     clocked(monkeypatch, lambda m: sum(2.0 if "Window" in str(s.spec.pattern) else 4.0 for s in m.sites))
     budget = Budget(latency=1.0, target="token")
     found = attnopt.search(decoder(), {"layers.0": Choice(None, LocalWindow(2))}, DECODED, calibration=[DECODED], budget=budget)
-    assert found.policy == attnopt.Policy.of("fuse")
+    assert found.policy == attnopt.Policy.of({"layers.0": Fuse(), "layers.1": Fuse()})
 
 
 @pytest.mark.slow  # exports, and a search
