@@ -16,7 +16,7 @@ from attnopt.errors import ExportError, PolicyError
 from attnopt.ir.refusal import Refusal
 from attnopt.policy_search.candidates import Alternative, Candidates, Place
 from attnopt.policy_search.menu import Picks
-from attnopt.policy_search.targets import TARGETS, TORCH, Call, call_of, why_not
+from attnopt.policy_search.targets import TARGETS, TOKEN, TORCH, Call, call_of, require_cache
 
 ROUNDS = (5, 25)  # the least and the most calls of each model
 SECONDS = 4.0  # of one comparison, if more rounds than the least fit
@@ -126,12 +126,10 @@ def _original(made: Candidates, inputs: CallInputs, clock: Clock) -> Call:
 
 def _everywhere(made: Candidates, members: Sequence[At], inputs: CallInputs, clock: Clock) -> Call:
     """The model with these members at their places; of two at one place, the last.  Raises ExportError."""
-    at = dict(members)
-    first = min(at)
-    alone = made.model(tuple(at[u] if u == first else 0 for u in range(len(made.places))))
-    if (error := why_not(clock.target, alone)) is not None:
-        raise error
-    return clock.call(made.model(tuple(at.get(u, 0) for u in range(len(made.places)))), inputs)
+    at, places = dict(members), range(len(made.places))
+    if clock.target == TOKEN:  # layers that are all alike may share a cache which one of them alone does not fit
+        require_cache(made.model(tuple(at[u] if u == min(at) else 0 for u in places)))
+    return clock.call(made.model(tuple(at.get(u, 0) for u in places)), inputs)
 
 
 def _told(error: ExportError) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from attnopt.base.call_inputs import CallInputs
-from attnopt.errors import ExportError
 from attnopt.model import OptimizedModel
 from attnopt.policy_search.data import batch_of, length_of
 
@@ -36,17 +35,11 @@ def call_of(target: str, model: nn.Module, inputs: CallInputs, device: str = "cp
     return model_call(model.graph_module, model.origin, given, "int8" if target == "onnxruntime-int8" else None)
 
 
-def why_not(target: str, model: OptimizedModel) -> ExportError | None:
-    """Why this model, with one attention changed, cannot be part of what the target runs, as far as that is cheap to say."""
-    if target != TOKEN:
-        return None
+def require_cache(model: OptimizedModel) -> None:
+    """Raises ExportError for a model that is no decoder whose keys and values ONNX Runtime can keep."""
     from attnopt.onnx.export.decoder import with_cache
 
-    try:
-        with_cache(model.graph_module, model.origin)
-    except ExportError as error:
-        return error
-    return None
+    with_cache(model.graph_module, model.origin)
 
 
 def _torch_call(model: nn.Module, inputs: CallInputs, device: str) -> Call:

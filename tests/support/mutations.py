@@ -185,7 +185,7 @@ FAULTS = (
           "test_targets.py -k shares_are_of"),
     Fault("a decoder that is not fused where it stays", "(Fuse(),) if is_decoder else ()", "()",
           "test_targets.py -k left_as_it_is"),
-    Fault("a choice that is alike in one layer alone", "tuple(at[u] if u == first else 0 for u in", "tuple(at.get(u, 0) for u in",
+    Fault("a choice that is alike in one layer alone", "at[u] if u == min(at) else 0 for u in places", "at.get(u, 0) for u in places",
           "test_targets.py -k token_by_token"),
     Fault("a buffer of the whole text for a window", 'CacheOptions("rolling" if rolls', 'CacheOptions("rolling" if not rolls',
           "test_targets.py -k as_many_as"),
