@@ -110,7 +110,14 @@ def searched(model: nn.Module, scores: Heads, tokens: int, evaluations: int, eac
     state.parent.mkdir(parents=True, exist_ok=True)
     budget = Budget(kv_bytes=SHARE)
     return attnopt.search(
-        model, space, batches[0], calibration=batches, budget=budget, divergence="kl", evaluations=evaluations, resume=state
+        model,
+        space,
+        batches[0],
+        calibration=batches,
+        budget=budget,
+        divergence="kl",
+        evaluations=evaluations,
+        resume=state,
     )
 
 

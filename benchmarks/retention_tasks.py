@@ -8,10 +8,24 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from smollm2 import news, tokenizer
 
-CITIES = ("London", "Paris", "Sydney", "Moscow", "Tokyo", "Berlin", "Madrid", "Rome", "Cairo", "Delhi", "Vienna", "Dublin")
+CITIES = (
+    "London",
+    "Paris",
+    "Sydney",
+    "Moscow",
+    "Tokyo",
+    "Berlin",
+    "Madrid",
+    "Rome",
+    "Cairo",
+    "Delhi",
+    "Vienna",
+    "Dublin",
+)
 NEEDLES = 4  # facts of which one is asked for
 HOPS = 2  # of a chain of variables
 
@@ -53,7 +67,7 @@ def variables(draw: random.Random) -> Fact:
     """A value that is handed on from one variable to the next; of the last one it is asked."""
     number, names = _number(draw), draw.sample([f"X{n}" for n in range(10, 100)], HOPS + 1)
     given = [f" VAR {names[0]} ={number}."]
-    given += [f" VAR {b} = VAR {a}." for a, b in zip(names, names[1:], strict=False)]
+    given += [f" VAR {b} = VAR {a}." for a, b in pairwise(names)]
     return Fact(tuple(given), f" The value of VAR {names[-1]} is", number)
 
 

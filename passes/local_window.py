@@ -55,7 +55,9 @@ class LocalWindow(Pass):
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
         object.__setattr__(self, "share", thousandths(self.name, "share", self.share) / UNITS)
         if self.share and self.dilation > 1:
-            raise PolicyError(f"{self.name}: a share of the sequence cannot be dilated", hint="leave share or dilation out")
+            raise PolicyError(
+                f"{self.name}: a share of the sequence cannot be dilated", hint="leave share or dilation out"
+            )
 
     @classmethod
     def typical(cls) -> LocalWindow:

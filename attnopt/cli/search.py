@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
-        "--target", default="torch", choices=TARGETS, help="what latency is measured in (default: torch); token: a decoder's"
+        "--target",
+        default="torch",
+        choices=TARGETS,
+        help="what latency is measured in (default: torch); token: a decoder's",
     )
     parser.add_argument(
         "--divergence", default="auto", choices=("auto", "kl", "cosine"), help="what is kept small (default: auto)"

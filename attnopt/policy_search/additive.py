@@ -36,7 +36,10 @@ class Additive:
         finite = [abs(v) for own in influence for v in own if np.isfinite(v)]
         floor = FLOOR * (sum(finite) / len(finite) if finite else 1.0) or 1.0
         self.scale = [
-            [(abs(v) + floor) * (GUESSED if (u, a) in guessed else 1.0) if np.isfinite(v) else np.inf for a, v in enumerate(own)]
+            [
+                (abs(v) + floor) * (GUESSED if (u, a) in guessed else 1.0) if np.isfinite(v) else np.inf
+                for a, v in enumerate(own)
+            ]
             for u, own in enumerate(influence)
         ]
         self.start = np.cumsum([0, *map(len, influence)])

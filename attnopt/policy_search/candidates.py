@@ -179,7 +179,9 @@ def candidates(
     """``batches``: what alternatives are fitted to, in the form of the graph.  ``least``: the passes of attentions that are left
     as they are, exact ones.  Raises PolicyError."""
     wanted = {f.site.name: (least,) for f in compiled.findings.found} if least else {}
-    wanted |= {c.site: tuple(dict.fromkeys(tuple(map(_alone, own)) or least for own in c.alternatives)) for c in choices}
+    wanted |= {
+        c.site: tuple(dict.fromkeys(tuple(map(_alone, own)) or least for own in c.alternatives)) for c in choices
+    }
     _check(wanted)
     places: list[Place] = []
     refused = [(c.site, texts_of(r.passes), r.refusal) for c in choices for r in c.refused]

@@ -68,7 +68,12 @@ class Clock:
 
 
 def measured(
-    model: nn.Module, made: Candidates, inputs: CallInputs, clock: Clock, known: dict[str, float], told: Callable[[], None]
+    model: nn.Module,
+    made: Candidates,
+    inputs: CallInputs,
+    clock: Clock,
+    known: dict[str, float],
+    told: Callable[[], None],
 ) -> Latencies:
     """Alternatives of attentions of one geometry cost the same: each such class is measured at all of its attentions at once,
     whose difference from the original is divided among them.
@@ -160,6 +165,7 @@ def _class(alternative: Alternative) -> Class:
                 (before.num_heads, before.num_kv_heads, before.head_dim, before.value_dim, before.features),
                 (site.q_len, site.kv_len, site.batch, widths),
                 (after.num_heads, after.num_kv_heads, round(density, 2), after.features, after.is_constant),
+                after.visible_pattern.look_back,
                 None if plan is None else (plan.backend.name, round(plan.rows, 2)),
                 tuple(type(edit).__name__ for edit in (*after.before, *after.after)),
                 tuple(p.name for p in alternative.passes),
