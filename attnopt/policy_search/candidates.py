@@ -178,7 +178,9 @@ def candidates(
 ) -> Candidates:
     """``batches``: what alternatives are fitted to, in the form of the graph.  ``least``: the passes of attentions that are left
     as they are, exact ones.  Raises PolicyError."""
-    wanted = {f.site.name: (least,) for f in compiled.findings.found} if least else {}
+    wanted: dict[str, tuple[Passes, ...]] = {}
+    if least:
+        wanted = {f.site.name: (least,) for f in compiled.findings.found}
     wanted |= {
         c.site: tuple(dict.fromkeys(tuple(map(_alone, own)) or least for own in c.alternatives)) for c in choices
     }

@@ -16,7 +16,7 @@ from attnopt.errors import ExportError, PolicyError
 from attnopt.ir.refusal import Refusal
 from attnopt.policy_search.candidates import Alternative, Candidates, Place
 from attnopt.policy_search.menu import Picks
-from attnopt.policy_search.targets import TARGETS, TOKEN, TORCH, Call, call_of, require_cache
+from attnopt.policy_search.targets import TARGETS, TOKEN, TORCH, Call, call_of, refusal, require_cache, why
 
 ROUNDS = (5, 25)  # the least and the most calls of each model
 SECONDS = 4.0  # of one comparison, if more rounds than the least fit
@@ -97,7 +97,7 @@ def measured(
             try:
                 calls[c] = _everywhere(made, classes[c], inputs, clock)
             except ExportError as error:
-                refused[c] = Refusal("not-on-target", f"what runs in {TARGETS[clock.target]}", _told(error))
+                refused[c] = refusal(clock.target, error)
         if not calls:
             continue
         times = clock.compare({"graph": graph, **{_name(c): call for c, call in calls.items()}})
@@ -125,7 +125,7 @@ def _original(made: Candidates, inputs: CallInputs, clock: Clock) -> Call:
         return clock.call(made.model((0,) * len(made.places)), inputs)
     except ExportError as error:
         raise PolicyError(
-            f"search: the model cannot run in {TARGETS[clock.target]}: {_told(error)}", hint=error.hint
+            f"search: the model cannot run in {TARGETS[clock.target]}: {why(error)}", hint=error.hint
         ) from error
 
 
@@ -135,10 +135,6 @@ def _everywhere(made: Candidates, members: Sequence[At], inputs: CallInputs, clo
     if clock.target == TOKEN:  # layers that are all alike may share a cache which one of them alone does not fit
         require_cache(made.model(tuple(at[u] if u == min(at) else 0 for u in places)))
     return clock.call(made.model(tuple(at.get(u, 0) for u in places)), inputs)
-
-
-def _told(error: ExportError) -> str:
-    return f"{error.site}: {error.message}" if error.site else error.message
 
 
 def _classes(places: Sequence[Place]) -> dict[Class, list[At]]:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from attnopt.base.call_inputs import CallInputs
+from attnopt.errors import ExportError
+from attnopt.ir.refusal import Refusal
 from attnopt.model import OptimizedModel
 from attnopt.policy_search.data import batch_of, length_of
 
@@ -33,6 +35,15 @@ def call_of(target: str, model: nn.Module, inputs: CallInputs, device: str = "cp
         return token_call(model.graph_module, model.origin, batch_of(inputs), length_of(inputs))
     given, _ = model.arranged(*inputs)
     return model_call(model.graph_module, model.origin, given, "int8" if target == "onnxruntime-int8" else None)
+
+
+def refusal(target: str, error: ExportError) -> Refusal:
+    """Of a choice that the target cannot run."""
+    return Refusal("not-on-target", f"what runs in {TARGETS[target]}", why(error), hint=error.hint or "")
+
+
+def why(error: ExportError) -> str:
+    return f"{error.site}: {error.message}" if error.site else error.message
 
 
 def require_cache(model: OptimizedModel) -> None:

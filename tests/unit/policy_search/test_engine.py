@@ -250,10 +250,10 @@ def test_influences_of_some_follow_from_those_of_others() -> None:
 
 def test_many_choices_leave_evaluations_for_their_combinations() -> None:
     """Singles alone would take more than there are."""
-    m = menu(30, 9)
-    judge = Judge(lambda p, piece: (sum(a**1.3 * (1 + u % 5) for u, a in enumerate(p)), 1.0), 3, limit=60)
+    m = menu(20, 7)
+    judge = Judge(lambda p, piece: (sum(a**1.3 * (1 + u % 5) for u, a in enumerate(p)), 1.0), 3, limit=40)
     limits = limit(m, 0.5)
-    uniform = [(a,) * 30 for a in range(9)]
+    uniform = [(a,) * 20 for a in range(7)]
     engine = Engine(m, judge, limits, uniform)
     engine.run()
     best = engine.best(limits)

@@ -135,6 +135,7 @@ def test_latency_is_measured_for_each_kind_of_choice(monkeypatch: pytest.MonkeyP
     assert [len(names) for names in compared] == [2, 3, 2]  # two kinds for four choices, and the check
 
 
+@pytest.mark.filterwarnings("ignore:search. the whole model takes")  # a busy machine
 def test_latency_on_this_machine() -> None:
     found = searched(choices(((), (PruneHeads(0.75),))), Budget(latency=1e6), evaluations=4)
     assert found.report.original["latency"] > 0
