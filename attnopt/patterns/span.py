@@ -10,6 +10,7 @@ from attnopt.base.intervals import Reach
 from attnopt.base.options import number, whole
 from attnopt.errors import PolicyError
 from attnopt.patterns.algebra import Pattern
+from attnopt.patterns.sequence import Window
 
 UNITS = 1000  # of a share: lengths stay whole numbers, also symbolic ones
 
@@ -64,15 +65,12 @@ def _share(length: int, share: float) -> int:
     return length * round(share * UNITS) // UNITS
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class _Reaching(Pattern):
-    """A window of ``left`` and ``right``, which may be symbolic: it has no hash by value."""
+class _Reaching(Window):
+    """A window whose numbers may be symbolic, so that it has no hash by value."""
 
-    left: int
-    right: int
+    def __init__(self, left: int, right: int) -> None:
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", right)
 
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        return (j >= i - self.left) & (j <= i + self.right)
-
-    def reach(self, first: int, last: int, kv_len: int) -> Reach:
-        return Reach.between(first - self.left, last + self.right + 1, last - self.left, first + self.right + 1)
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__

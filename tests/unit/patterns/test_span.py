@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sites import a_site, refusal
+from sites import a_site, applied, refusal
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -121,7 +121,7 @@ def test_every_backend_and_after_loading(backend: str, tmp_path: Path) -> None:
         assert torch.equal(loaded(x), fast(x))
 
 
-@pytest.mark.parametrize("flavor", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("flavor", ["onnxruntime", pytest.param("standard", marks=pytest.mark.slow)])
 def test_in_onnx_runtime(flavor: Any, tmp_path: Path) -> None:
     fast = optimized(True, LocalWindow(1, share=0.125))
     fast.export_onnx(tmp_path / "m.onnx", flavor=flavor)
@@ -138,6 +138,12 @@ def test_of_some_heads_after_pruning() -> None:
     x = torch.randn(2, 30, 12)
     assert both.sites[0].spec.pattern == Causal() & PerHead({1: Span(0, 0, 0.5)})
     assert torch.allclose(both(x), other(x), atol=1e-6)
+
+
+def test_only_a_window_that_is_mirrored_grows_ahead() -> None:
+    site = a_site()
+    assert applied(LocalWindow(1, share=0.25), site).spec.pattern == Span(1, 1, 0.25, 0.25)
+    assert applied(LocalWindow(1, 2, share=0.25), site).spec.pattern == Span(1, 2, 0.25)
 
 
 def test_a_text_that_is_continued_changes_what_was_seen() -> None:
