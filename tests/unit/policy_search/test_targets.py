@@ -89,7 +89,7 @@ def test_a_decoder_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows without sinks can roll, and are found; what no cache of ONNX Runtime holds is refused with the reason."""
     clocked(monkeypatch, lambda m: sum(2.0 if "Window" in str(s.spec.pattern) else 4.0 for s in m.sites))
     sinks, grouped = LocalWindow(2, sinks=1), GroupedQuery(1, "mean", "adjacent", "none")
-    policy = {"layers.0": Choice(None, LocalWindow(2), sinks), "layers.1": Choice(LocalWindow(3), grouped)}
+    policy = {"layers.0": Choice(None, LocalWindow(2), sinks, grouped), "layers.1": Choice(LocalWindow(3), grouped)}
     budget = Budget(latency=0.6, target="token")
     found = attnopt.search(a_decoder(), policy, DECODED, calibration=[DECODED], budget=budget)
     refused = {passes: why for _, passes, why in found.report.refused}
