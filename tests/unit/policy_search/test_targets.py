@@ -38,7 +38,8 @@ def test_a_call_gives_what_the_model_gives(target: str) -> None:
     assert error < 1e-5 if target == "onnxruntime" else 1e-4 < error < 0.1
 
 
-@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # files of decoders
+@pytest.mark.parametrize("window", [None, 4])
 def test_a_token_follows_as_many_as_a_call_has(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnopt.onnx.export import timed_calls
 
