@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import one_thread, publish
 from retention_tasks import KINDS, Task, tasks, texts
-from smollm2 import trained
+from smollm2 import Logits, trained
 from torch import Tensor, nn
 
 import attnopt
@@ -86,14 +86,15 @@ def head_split(scores: Heads, tokens: int) -> dict[str, LocalWindow]:
     return {s: LocalWindow(RECENT - 1, sinks=SINKS, heads=sorted(heads)) for s, heads in found.items()}
 
 
-def retrieval_scores(model: nn.Module, tokens: int, count: int) -> Heads:
+def retrieval_scores(model: Tail, tokens: int, count: int) -> Heads:
     given = tasks("needle", 2 * count, tokens, FITTED)
     solved = [t for t in given if answered(model, [t])[0]][:count]
     prompts = [t.ids[: -len(t.answer)] for t in solved]
-    return attnopt.head_importance(model, *needle_task(prompts, [t.needle for t in solved], [t.answer for t in solved]))
+    whole = Logits(model.model).eval()
+    return attnopt.head_importance(whole, *needle_task(prompts, [t.needle for t in solved], [t.answer for t in solved]))
 
 
-def searched(model: nn.Module, scores: Heads, tokens: int, evaluations: int, each: int) -> attnopt.Search:
+def searched(model: Tail, scores: Heads, tokens: int, evaluations: int, each: int) -> attnopt.Search:
     """Windows of one, two or three key/value heads of a layer, those that retrieve least; judged on the end of tasks that the
     dense model solves, and of news."""
     space: dict[str, Choice] = {}
