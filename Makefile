@@ -106,6 +106,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/scale.py
 	$(PY) benchmarks/calibration_memory.py
 	$(PY) benchmarks/heads_real.py
+	$(PY) benchmarks/retention.py
 	$(PY) benchmarks/head_sweep.py
 	$(PY) benchmarks/head_sweep.py --sequences 8 --tokens 512 --swept 3 --name head_sweep_long
 	$(PY) benchmarks/taps.py

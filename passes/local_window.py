@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from attnopt.base.options import whole, wholes
+from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
@@ -18,7 +19,8 @@ from attnopt.passes.preconditions import (
     refuse_other_keys,
     refuse_unknown_heads,
 )
-from attnopt.patterns import Dilated, Pattern, PerHead, Sinks, Window
+from attnopt.patterns import Dilated, Pattern, PerHead, Sinks, Span, Window
+from attnopt.patterns.span import UNITS, thousandths
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class LocalWindow(Pass):
     ``right=None``: 0 for a causal attention, otherwise ``left``.  ``sinks``: number of first keys visible to all
     (arXiv:2309.17453).
     ``dilation``: only every ``dilation``-th key is visible; ``left`` and ``right`` count these.
-    ``heads``: only these heads, by their number in the trained model; the others stay unchanged.  Raises PolicyError.
+    ``heads``: only these heads, by their number in the trained model; the others stay unchanged.
+    ``share``: of the sequence, in thousandths, which is added to ``left``, and to ``right`` where that follows ``left``: a span
+    that grows with the length (MoA, arXiv:2406.14909).  Raises PolicyError.
     """
 
     name: ClassVar[str] = "local-window"
@@ -40,6 +44,7 @@ class LocalWindow(Pass):
     sinks: int = 0
     dilation: int = 1
     heads: Sequence[int] | None = None
+    share: float = 0.0
 
     def __post_init__(self) -> None:
         whole(self.name, "left", self.left)
@@ -49,6 +54,11 @@ class LocalWindow(Pass):
         whole(self.name, "dilation", self.dilation, least=1)
         if self.heads is not None:
             object.__setattr__(self, "heads", wholes(self.name, "heads", self.heads))
+        object.__setattr__(self, "share", thousandths(self.name, "share", self.share) / UNITS)
+        if self.share and self.dilation > 1:
+            raise PolicyError(
+                f"{self.name}: a share of the sequence cannot be dilated", hint="leave share or dilation out"
+            )
 
     @classmethod
     def typical(cls) -> LocalWindow:
@@ -56,7 +66,7 @@ class LocalWindow(Pass):
 
     def check(self, site: Site) -> Refusal | None:
         return (
-            refuse_other_keys(site, past=True)
+            refuse_other_keys(site, past=not self.share)
             or refuse_unknown_heads(site, self.heads or ())
             or refuse_causal_pools(
                 site, self.rewrite(site).spec, "set right= above 0, or leave out the heads that pool"
@@ -69,7 +79,13 @@ class LocalWindow(Pass):
         return Rewrite(site.spec.restricted(self._pattern(site.spec)))
 
     def _pattern(self, spec: AttentionSpec) -> Pattern:
-        ahead = (0 if spec.is_causal else self.left) if self.right is None else self.right
-        near = Window(self.left, ahead) if self.dilation == 1 else Dilated(self.left, ahead, self.dilation)
+        is_mirrored = self.right is None and not spec.is_causal
+        ahead = self.left if is_mirrored else self.right or 0
+        if self.share:
+            near: Pattern = Span(self.left, ahead, self.share, self.share if is_mirrored else 0.0)
+        elif self.dilation > 1:
+            near = Dilated(self.left, ahead, self.dilation)
+        else:
+            near = Window(self.left, ahead)
         pattern = near | Sinks(self.sinks) if self.sinks else near
         return pattern if self.heads is None else PerHead({tuple(self.heads): pattern}).for_heads(spec.heads)

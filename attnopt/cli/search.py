@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attnopt.policy_search.result import Search
     from attnopt.policy_search.search import Progress
 
+TARGETS = ("torch", "onnxruntime", "onnxruntime-int8", "token")
 RESOURCES = ("latency", "flops", "parameters", "kv-bytes", "memory")
 
 
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--at", type=_sizes, metavar="B[,L]", help="batch, or batch and length, of the call that counts"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--target",
+        default="torch",
+        choices=TARGETS,
+        help="what latency is measured in (default: torch); token: a decoder's",
+    )
     parser.add_argument(
         "--divergence", default="auto", choices=("auto", "kl", "cosine"), help="what is kept small (default: auto)"
     )
@@ -59,7 +66,7 @@ def _run(arguments: argparse.Namespace, job: Job | None) -> int:
     import attnopt
 
     limits = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in RESOURCES}
-    budget = attnopt.Budget(**limits, at=arguments.at, device=arguments.device)
+    budget = attnopt.Budget(**limits, at=arguments.at, device=arguments.device, target=arguments.target)
     named = resolved(arguments, needs_sizes=True)
     require_model(arguments.model, named, "it is already optimized")
     source = data.Source(arguments.data, arguments.tokenizer, arguments.batch)

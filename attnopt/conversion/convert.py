@@ -170,6 +170,13 @@ def _check_class(plan: Plan) -> None:
         raise ConversionError(
             f"{after.before[0]} cannot be represented in this model class", site=_name(plan), hint=REMEDY
         )
+    if after.is_causal and after.visible_pattern.reads_length:
+        raise ConversionError(
+            f"{after.visible_pattern} depends on the length of the text, which grows while the model decodes: earlier tokens "
+            "would see other keys at each step",
+            site=_name(plan),
+            hint="use a window of one length, such as local-window without share",
+        )
     if after.extension is not None:
         raise ConversionError(
             "keys and values of other tokens cannot be represented in this model class", site=_name(plan), hint=REMEDY

@@ -11,6 +11,7 @@ from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.registry import parse
 from attnopt.patterns.segments import Segments
 from attnopt.patterns.sequence import Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
+from attnopt.patterns.span import Span
 
 __all__ = [
     "And",
@@ -32,6 +33,7 @@ __all__ = [
     "RandomBlocks",
     "Segments",
     "Sinks",
+    "Span",
     "Strided",
     "Window",
     "parse",

@@ -16,6 +16,7 @@ from attnopt.patterns.part import Part
 from attnopt.patterns.per_head import PerHead
 from attnopt.patterns.segments import Segments
 from attnopt.patterns.sequence import Causal, Dilated, Global, Keys, Periodic, Sinks, Strided, Window
+from attnopt.patterns.span import Span
 
 PATTERNS = Registry(
     "attnopt.patterns",
@@ -27,6 +28,7 @@ PATTERNS = Registry(
             Full,
             Causal,
             Window,
+            Span,
             Dilated,
             Keys,
             Sinks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from attnopt.policy_search.menu import Picks, Table
 
 PRIOR = 0.5  # how far, relatively, an alternative's share may be from what it has alone
+GUESSED = 2.0  # how many times as far if that was not measured
 FLOOR = 0.05  # of the mean influence: the least that an alternative is taken for
 NOISE = 0.1  # of a value: what no sum explains
 
@@ -22,12 +23,25 @@ class Additive:
     alternatives: those that are fitted here.
     """
 
-    def __init__(self, influence: Table, tried: Sequence[tuple[Picks, float]], base: float) -> None:
-        """``influence``: of each alternative alone; infinite where unknown.  ``base``: the value of the original."""
+    def __init__(
+        self,
+        influence: Table,
+        tried: Sequence[tuple[Picks, float]],
+        base: float,
+        guessed: Collection[tuple[int, int]] = (),
+    ) -> None:
+        """``influence``: of each alternative alone; infinite where unknown.  ``base``: the value of the original.
+        ``guessed``: places and alternatives whose influence was not measured."""
         self.base, self.influence = base, influence
         finite = [abs(v) for own in influence for v in own if np.isfinite(v)]
         floor = FLOOR * (sum(finite) / len(finite) if finite else 1.0) or 1.0
-        self.scale = [[abs(v) + floor if np.isfinite(v) else np.inf for v in own] for own in influence]
+        self.scale = [
+            [
+                (abs(v) + floor) * (GUESSED if (u, a) in guessed else 1.0) if np.isfinite(v) else np.inf
+                for a, v in enumerate(own)
+            ]
+            for u, own in enumerate(influence)
+        ]
         self.start = np.cumsum([0, *map(len, influence)])
         known = [(p, v - base) for p, v in tried if np.isfinite(v) and np.isfinite(self._sum(p))]
         self.mean, self.root = self._fitted(known)

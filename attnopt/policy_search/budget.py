@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from attnopt.base.options import whole
+from attnopt.base.options import choice, whole
 from attnopt.errors import PolicyError
+from attnopt.policy_search.targets import TARGETS, TORCH
 
 RESOURCES = ("latency", "flops", "parameters", "kv_bytes", "memory")
 UNITS = {"latency": "ms", "flops": "FLOPs", "parameters": "parameters", "kv_bytes": "bytes", "memory": "bytes"}
@@ -20,6 +21,8 @@ class Budget:
     A float of at most 1 is a share of the original's cost; an integer, or a float above 1, is absolute.
 
     ``latency``: milliseconds of one call, measured on this machine: CPU time of one thread, or elapsed time on a GPU.
+    ``target``: what that call is: "torch"; "onnxruntime" or "onnxruntime-int8", the file of ``export_onnx``; "token", the file
+    of ``export_decoder`` for one token after as many as a call has, windows keeping only their keys.
     ``flops``: of the attentions (their products and projections), as in reports.
     ``parameters``: of the whole model, each counted once.
     ``kv_bytes``: of the keys and values that a cache keeps: under a causal window only those that a later query can see.
@@ -35,6 +38,7 @@ class Budget:
     memory: float | None = None
     at: int | tuple[int, int] | None = None
     device: str = "cpu"
+    target: str = TORCH
 
     def __post_init__(self) -> None:
         for name, value in self.given.items():
@@ -54,6 +58,12 @@ class Budget:
                 whole("Budget", "at", size, least=1)
         if str(self.device).partition(":")[0] not in KINDS:
             raise PolicyError(f'Budget: invalid value device={self.device!r}: expected "cpu" or "cuda"')
+        choice("Budget", "target", self.target, tuple(TARGETS))
+        if self.target != TORCH and (self.latency is None or self.device != "cpu"):
+            raise PolicyError(
+                f"Budget: target={self.target!r} is what latency on a CPU is measured in",
+                hint="give latency=, and leave device out, or leave target out",
+            )
 
     @property
     def given(self) -> dict[str, float]:
@@ -73,9 +83,11 @@ class Budget:
         return {name: value * original[name] if shares[name] else value for name, value in self.given.items()}
 
     def __str__(self) -> str:
-        told = [
-            f"{name} {value:.3g} of the original" if isinstance(value, float) and value <= 1
-            else f"{name} {value:g} {UNITS[name]}" if name != "parameters" else f"{value:g} parameters"
-            for name, value in self.given.items()
-        ]  # fmt: skip
-        return ", ".join(told)
+        return ", ".join(self._told(name, value) for name, value in self.given.items())
+
+    def _told(self, name: str, value: float) -> str:
+        if name == "latency" and self.target != TORCH:
+            name = f"latency in {TARGETS[self.target]}"
+        if isinstance(value, float) and value <= 1:
+            return f"{name} {value:.3g} of the original"
+        return f"{value:g} parameters" if name == "parameters" else f"{name} {value:g} {UNITS[name.split()[0]]}"

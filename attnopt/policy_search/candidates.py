@@ -72,7 +72,7 @@ class Alternative:
 class Place:
     """Attentions that get the same, most often one: those that share weights which some alternative changes.
 
-    Number 0 of ``alternatives`` leaves them as they are; ``allowed``: the numbers that may be chosen.
+    Number 0 of ``alternatives`` leaves them as they are, or fuses them alone; ``allowed``: the numbers that may be chosen.
     """
 
     sites: tuple[str, ...]
@@ -98,6 +98,19 @@ class Candidates:
             for site in place.sites
         }
         return Policy(tuple((f.site.name, own) for f in self.found if (own := passes.get(f.site.name, ()))))
+
+    def without(self, refused: Mapping[tuple[int, int], Refusal]) -> Candidates:
+        """What is left without these alternatives, given by place and number.  Raises PolicyError if nothing is."""
+        if not refused:
+            return self
+        places = tuple(
+            replace(p, allowed=tuple(a for a in p.allowed if (u, a) not in refused)) for u, p in enumerate(self.places)
+        )
+        told = [(self.places[u].sites[0], str(self.places[u].alternatives[a]), why) for (u, a), why in refused.items()]
+        made = replace(self, places=places, refused=(*self.refused, *told))
+        if any(not p.allowed for p in places) or not any(any(p.allowed) for p in places):
+            raise nothing_to_choose(made.refused)
+        return made
 
     @property
     def found(self) -> Sequence[Found]:
@@ -152,11 +165,25 @@ def text_of(p: Pass, numbers: bool = True) -> str:
     return f"{p.name}({', '.join(told)})" if told else p.name
 
 
+def nothing_to_choose(refused: Sequence[tuple[str, str, Refusal]]) -> PolicyError:
+    why = f", the first by {refused[0][0] or '(root)'}: {refused[0][2]}" if refused else ""
+    return PolicyError(
+        f"search: there is nothing to choose: every attention refuses all of its choices{why}",
+        hint="give other choices",
+    )
+
+
 def candidates(
-    job: Job, compiled: Compiled, choices: Sequence[SiteChoices], batches: Sequence[CallInputs]
+    job: Job, compiled: Compiled, choices: Sequence[SiteChoices], batches: Sequence[CallInputs], least: Passes = ()
 ) -> Candidates:
-    """``batches``: what alternatives are fitted to, in the form of the graph.  Raises PolicyError."""
-    wanted = {c.site: tuple(dict.fromkeys(tuple(map(_alone, own)) for own in c.alternatives)) for c in choices}
+    """``batches``: what alternatives are fitted to, in the form of the graph.  ``least``: the passes of attentions that are left
+    as they are, exact ones.  Raises PolicyError."""
+    wanted: dict[str, tuple[Passes, ...]] = {}
+    if least:
+        wanted = {f.site.name: (least,) for f in compiled.findings.found}
+    wanted |= {
+        c.site: tuple(dict.fromkeys(tuple(map(_alone, own)) or least for own in c.alternatives)) for c in choices
+    }
     _check(wanted)
     places: list[Place] = []
     refused = [(c.site, texts_of(r.passes), r.refusal) for c in choices for r in c.refused]
@@ -164,19 +191,15 @@ def candidates(
         for members, alternatives in _split(group, _decided(job, group, wanted[group[0].site.name], activations)):
             names = tuple(f.site.name for f in members)
             refused += [(names[0], str(a), next(iter(a.refusals.values()))) for a in alternatives if a.refusals]
-            as_it_is = Alternative((), tuple(Decision(f, f.site) for f in members))
-            distinct = {a.passes: a for a in (a.accepted for a in alternatives)}
-            others = tuple(a for passes, a in distinct.items() if passes)
-            allowed = tuple(range(0 if () in distinct else 1, 1 + len(others)))
+            as_it_is = _decided(job, members, [least], None)[0]
+            distinct = {a.passes or least: a for a in (a.accepted for a in alternatives)}
+            others = tuple(a for passes, a in distinct.items() if passes != least)
+            allowed = tuple(range(0 if least in distinct else 1, 1 + len(others)))
             places.append(Place(names, (as_it_is, *others), allowed))
     order = {f.site.name: n for n, f in enumerate(compiled.findings.found)}
     made = Candidates(job, compiled, tuple(sorted(places, key=lambda p: order[p.sites[0]])), tuple(refused))
     if not any(len(p.alternatives) > 1 for p in places):
-        why = f", the first by {refused[0][0] or '(root)'}: {refused[0][2]}" if refused else ""
-        raise PolicyError(
-            f"search: there is nothing to choose: every attention refuses all of its choices{why}",
-            hint="give other choices",
-        )
+        raise nothing_to_choose(refused)
     return made
 
 

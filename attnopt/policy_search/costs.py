@@ -58,7 +58,7 @@ def kept_bytes(d: Decision, spec: AttentionSpec) -> float:
     readers: dict[int, list[int]] = {}
     for h, g in enumerate(spec.kv_of_head):
         readers.setdefault(g, []).append(h)
-    return float(_batch(d) * each * sum(_kept(spec, heads, site.kv_len) for heads in readers.values()))
+    return float(_batch(d) * each * sum(kept_tokens(spec, heads, site.kv_len) for heads in readers.values()))
 
 
 def _batch(d: Decision) -> int:
@@ -66,7 +66,7 @@ def _batch(d: Decision) -> int:
     return d.found.site.own_sizes.get(BATCH, d.found.site.batch)
 
 
-def _kept(spec: AttentionSpec, heads: Sequence[int], length: int) -> int:
+def kept_tokens(spec: AttentionSpec, heads: Sequence[int], length: int) -> int:
     """Tokens that a key/value head keeps for these heads."""
     if not spec.is_causal:
         return length

@@ -62,7 +62,7 @@ def resized(inputs: CallInputs, sizes: tuple[int | None, int | None]) -> CallInp
     """The example inputs at another batch and length, by repeating or cutting: axis 0 of every tensor, and each later axis but
     the last of three that is as long as axis 1 of the first.  Raises PolicyError."""
     leaves, spec = pytree.tree_flatten(inputs)
-    first = next((x for x in leaves if isinstance(x, Tensor) and x.dim()), None)
+    first = _first(inputs)
     if sizes == (None, None) or first is None:
         return inputs
     batch, length = sizes
@@ -89,8 +89,18 @@ def resized(inputs: CallInputs, sizes: tuple[int | None, int | None]) -> CallInp
 
 def length_of(inputs: CallInputs) -> int:
     """Axis 1 of the first tensor, which counts tokens; 1 if it has none."""
-    first = next((x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), None)
+    first = _first(inputs)
     return 1 if first is None or first.dim() < 2 else int(first.shape[1])
+
+
+def batch_of(inputs: CallInputs) -> int:
+    """Axis 0 of the first tensor, which counts sequences; 1 if it has none."""
+    first = _first(inputs)
+    return 1 if first is None else len(first)
+
+
+def _first(inputs: CallInputs) -> Tensor | None:
+    return next((x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), None)
 
 
 def real_tokens(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs]) -> Iterator[list[Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -18,6 +18,8 @@ from attnopt.passes.fuse import Fuse
 from attnopt.passes.grouped_query import GroupedQuery
 from attnopt.passes.local_window import LocalWindow
 from attnopt.passes.prune_heads import PruneHeads
+from attnopt.policy_search.budget import Budget
+from attnopt.policy_search.targets import TOKEN
 from attnopt.statistics.distance import Locality
 
 SHARES = (0.5, 0.25, 0.125)  # of the keys, in a window
@@ -28,12 +30,14 @@ Passes = tuple[Pass, ...]
 
 
 def default_choices(
-    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs], resources: Iterable[str]
+    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs], budget: Budget
 ) -> list[SiteChoices]:
     """For each attention what may save what is limited; it may refuse some of it."""
-    wanted = {*resources}
+    wanted, sinks = {*budget.given}, SINKS
     near = near_heads(gm, found, batches) if wanted - {"parameters"} else {}
-    return [SiteChoices(f.site.name, ((), *_offered(f.site, wanted, near.get(f.site.name, ())))) for f in found]
+    if budget.target == TOKEN:  # its caches keep the last keys of all heads alike
+        near, sinks = {}, 0
+    return [SiteChoices(f.site.name, ((), *_offered(f.site, wanted, near.get(f.site.name, ()), sinks))) for f in found]
 
 
 def near_heads(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs]) -> dict[str, tuple[int, ...]]:
@@ -57,10 +61,10 @@ def near_heads(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Cal
     return near
 
 
-def _offered(site: Site, resources: set[str], near: tuple[int, ...]) -> Iterator[Passes]:
+def _offered(site: Site, resources: set[str], near: tuple[int, ...], sinks: int) -> Iterator[Passes]:
     if "latency" in resources:
         yield (Fuse(),)
-    windows = [*_windows(site)] if resources - {"parameters"} else []
+    windows = [*_windows(site, sinks)] if resources - {"parameters"} else []
     fewer = [(PruneHeads(share, budget="site"),) for share in PRUNED if int(share * site.num_heads) >= 1]
     grouped = [(GroupedQuery(n, budget="site"),) for n in _kv_heads(site)] if resources - {"latency"} else []
     yield from ((w,) for w in windows)
@@ -71,11 +75,11 @@ def _offered(site: Site, resources: set[str], near: tuple[int, ...]) -> Iterator
     yield from ((*passes, w) for passes in half for w in windows[-2:])
 
 
-def _windows(site: Site) -> Iterator[LocalWindow]:
+def _windows(site: Site, sinks: int) -> Iterator[LocalWindow]:
     for share in SHARES:
         keys = int(site.kv_len * share)
         if keys >= LEAST:
-            yield LocalWindow(keys - 1 - SINKS if site.spec.is_causal else (keys - 1 - SINKS) // 2, sinks=SINKS)
+            yield LocalWindow(keys - 1 - sinks if site.spec.is_causal else (keys - 1 - sinks) // 2, sinks=sinks)
 
 
 def _kv_heads(site: Site) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from attnopt.errors import PolicyError
 from attnopt.policy_search.additive import Additive
+from attnopt.policy_search.influences import At, chosen, completed, kinds_of
 from attnopt.policy_search.judge import EndError, Judge
 from attnopt.policy_search.knapsack import best_picks
 from attnopt.policy_search.menu import Limits, Menu, Picks, shown
@@ -19,6 +20,7 @@ OFFSPRING = 12  # of a generation
 STAGES = (0.25, 0.5, 1.0)  # shares of the data on which a generation is judged, each time a third of it left
 DRAWN = 4  # of a generation, those that a draw of the fitted sum calls best
 ALONE = 0.5  # share of the data on which each alternative is judged alone
+SINGLES = 0.4  # of the evaluations, at most, for that
 PATIENCE = 4  # generations without any gain before the search ends
 
 
@@ -33,6 +35,7 @@ class Engine:
     seed: int = 0
     stage: Callable[[str], None] = lambda name: None
     influence: list[list[float]] = field(default_factory=list)
+    guessed: set[At] = field(default_factory=set)  # alternatives whose influence was not measured
 
     def run(self) -> bool:
         """Whether the search came to its end.  Raises PolicyError if nothing meets the limits."""
@@ -106,7 +109,7 @@ class Engine:
 
     def _search(self) -> None:
         self.stage("single choices")
-        self.alone()
+        self.alone(SINGLES * (self.judge.limit - self.judge.spent))
         self.stage("knapsacks")
         levels = self._levels()
         for limits in levels:
@@ -122,22 +125,25 @@ class Engine:
         if picks is not None:
             self.judge.value(picks)
 
-    def alone(self) -> None:
-        """The influence of each alternative that is chosen at one place alone."""
-        pieces = max(1, math.ceil(ALONE * self.judge.pieces))
-        singles = [
-            (u, a, tuple(a if v == u else 0 for v in range(self.menu.places)))
-            for u, own in enumerate(self.menu.allowed)
-            for a in own
-            if a
-        ]
+    def alone(self, most: float = math.inf) -> None:
+        """The influence of each alternative that is chosen at one place alone.
+
+        With more than ``most`` evaluations, of some of them, from which that of the others follows."""
+        kinds = kinds_of(self.menu, self.uniform)
+        room = min(most * self.judge.pieces, len(kinds) * self.judge.pieces)
+        pieces = max(1, min(math.ceil(ALONE * self.judge.pieces), int(room / max(1, len(kinds)))))
+        measured = chosen(self.menu, max(1, int(room / pieces)))
         base = self.judge.value(self.original, pieces)
-        found = self.judge.values([p for _, _, p in singles], pieces)
-        for (u, a, _), value in zip(singles, found, strict=True):
-            self.influence[u][a] = value - base
+        singles = [tuple(a if v == u else 0 for v in range(self.menu.places)) for u, a in measured]
+        values = self.judge.values(singles, pieces)
+        known = {at: value - base for at, value in zip(measured, values, strict=True)}
+        self.guessed = {*kinds} - {*known}
+        for (u, a), value in completed(known, kinds).items():
+            self.influence[u][a] = value
 
     def _fitted(self) -> Additive:
-        return Additive(self.influence, list(self.judge.full.items()), self.judge.full[self.original])
+        tried = list(self.judge.full.items())
+        return Additive(self.influence, tried, self.judge.full[self.original], self.guessed)
 
     def _levels(self) -> list[dict[str, float]]:
         """The limits that are asked for, and others on the way from the least possible cost to that of the original."""

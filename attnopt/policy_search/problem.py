@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from torch import nn
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
-from attnopt.capture.calibration import Batch, Calibration, shapes_of
+from attnopt.capture.calibration import Calibration, shapes_of
 from attnopt.capture.run_unchanged import cloned
 from attnopt.compiler.choices import SiteChoices, site_choices
 from attnopt.compiler.chosen_sites import no_such_site
@@ -24,6 +24,7 @@ from attnopt.errors import AttnoptError, CalibrationError, PolicyError
 from attnopt.intervene.metric import scalar
 from attnopt.ir.peers import Peers
 from attnopt.model import OptimizedModel
+from attnopt.passes.fuse import Fuse
 from attnopt.policy_search import latency
 from attnopt.policy_search.budget import Budget
 from attnopt.policy_search.candidates import Candidates, candidates
@@ -34,6 +35,7 @@ from attnopt.policy_search.divergence import Divergence, kind_of
 from attnopt.policy_search.judge import Part
 from attnopt.policy_search.menu import Menu, Picks
 from attnopt.policy_search.state import State, data_mark, mark_of, model_mark
+from attnopt.policy_search.targets import TOKEN
 
 Evaluate = Callable[[nn.Module], Any]
 T = TypeVar("T")
@@ -43,38 +45,69 @@ class FailedError(Exception):
     """A candidate could not be judged; the message names it."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What ``search`` is asked for.  ``inputs``: the example of a call.  ``divergence``: "kl", "cosine" or "auto"."""
+
+    model: nn.Module
+    policy: object
+    inputs: CallInputs
+    data: Calibration
+    budget: Budget
+    evaluate: Evaluate | None = None
+    divergence: str = "auto"
+    dynamic_shapes: object = None
+    seed: int = 0
+
+    @property
+    def counted(self) -> CallInputs:
+        """Of the call whose cost is counted.  Raises PolicyError."""
+        return resized(self.inputs, self.budget.sizes)
+
+    def marks(self, made: Candidates) -> dict[str, str]:
+        """Of all that measurements depend on."""
+        named = None if self.evaluate is None else getattr(self.evaluate, "__qualname__", type(self.evaluate).__name__)
+        sizes = [getattr(x, "shape", x) for x in (*self.counted.args, *self.counted.kwargs.values())]
+        return {
+            "choices": mark_of(*((p.sites, list(map(str, p.alternatives)), p.allowed) for p in made.places)),
+            "model": model_mark(self.model),
+            "calibration data": data_mark(self.data.batches),
+            "sizes of the call": mark_of(sizes),
+            "device": f"{self.budget.device}, {self.budget.target}",
+            "measure": mark_of(self.divergence, named, self.seed),
+        }
+
+
 @dataclass
 class Problem:
     """``inputs``: of the call whose cost is counted.  ``judged``: batches that candidates are judged on.  ``kind``: "kl"
-    or "cosine"; "auto" becomes one of them."""
+    or "cosine", of what is compared."""
 
-    model: nn.Module
+    task: Task
     made: Candidates
-    budget: Budget
     inputs: CallInputs
     judged: tuple[CallInputs, ...]
-    evaluate: Evaluate | None
-    kind: str
-    seed: int
     state: State
     peers: Peers | None = None  # who judge the same candidates, on other pieces of the same data
+    kind: str = field(init=False)
     menu: Menu = field(init=False)
     apart: Divergence | None = None
     last: tuple[Picks, OptimizedModel] | None = None
 
     def __post_init__(self) -> None:
         self.menu = self._menu()
-        if self.evaluate is None and self.kind == "auto":
+        self.kind = self.task.divergence
+        if self.task.evaluate is None and self.kind == "auto":
             original = self._candidate((0,) * len(self.made.places))
             self.kind = kind_of(self._output(original, self.judged[0]), last_module(self.made.compiled.program.module))
 
     @property
     def limits(self) -> dict[str, float]:
-        return self.budget.limits(self.menu.original)
+        return self.task.budget.limits(self.menu.original)
 
     @property
     def pieces(self) -> int:
-        return 1 if self.evaluate is not None else len(self.judged)
+        return 1 if self.task.evaluate is not None else len(self.judged)
 
     @property
     def uniform(self) -> list[Picks]:
@@ -105,7 +138,7 @@ class Problem:
         """Milliseconds of the whole model, measured beside the original."""
         own = 0.0
         if self._is_first:
-            own = latency.check(self.made, picks, self.inputs, self.budget.device, self.state.times["graph"])
+            own = latency.check(self.made, picks, self.inputs, self._clock, self.state.times["graph"])
         return self.everyone(own)[0]
 
     # ------------------------------------------------------------ peers
@@ -123,23 +156,30 @@ class Problem:
 
     # ------------------------------------------------------------ costs
     def _menu(self) -> Menu:
-        resources = list(self.budget.given)
+        """Without the alternatives that the target cannot run.  Raises PolicyError."""
+        resources = list(self.task.budget.given)
         if "latency" not in resources:
             return menu_of(self.made, resources, None)
-        of_call = (self.model, self.made, self.inputs, self.budget.device, self.state.times, self.state.save)
-        if self._is_first:
-            latency.measured(*of_call)
-        self.state.times.update(self.everyone(self.state.times)[0])
-        found = latency.measured(*of_call)  # all is known now
+        found = self.everyone(self._latencies() if self._is_first else None)[0]
+        assert found is not None, "of the first"
+        self.made = self.made.without(found.refused)
         ahead = found.graph - found.model  # shares are of the user's model, and what changes is its graph
         changes = [list(own) for own in found.changes]
         changes[0] = [more + ahead for more in changes[0]]
         return menu_of(self.made, resources, (found.model, changes))
 
+    def _latencies(self) -> latency.Latencies:
+        state = self.state
+        return latency.measured(self.task.model, self.made, self.inputs, self._clock, state.times, state.save)
+
+    @property
+    def _clock(self) -> latency.Clock:
+        return latency.Clock(self.task.budget.device, self.task.budget.target)
+
     # ------------------------------------------------------------ judging
     def _measured(self, picks: Picks, piece: int) -> Part:
-        if self.evaluate is not None:
-            return self._by_user(self.evaluate, picks)
+        if self.task.evaluate is not None:
+            return self._by_user(self.task.evaluate, picks)
         if self.apart is None:
             self.apart = self._original()
         try:
@@ -156,7 +196,7 @@ class Problem:
     def _by_user(self, evaluate: Evaluate, picks: Picks) -> Part:
         module = self._candidate(picks)
         with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.task.seed)
             try:
                 return scalar(evaluate(module), "evaluate", f"with {self.made.told(picks)}"), 1.0
             except CalibrationError as error:
@@ -170,7 +210,7 @@ class Problem:
         module, program = self._candidate((0,) * len(self.made.places)), self.made.compiled.program
         with compiling():
             arranged = replace(self.made.job, batches=self.judged).arranged(program)
-        made = Divergence(self.kind, len(self.judged), self.seed)
+        made = Divergence(self.kind, len(self.judged), self.task.seed)
         own = [piece for piece in range(len(arranged)) if self._is_own(piece)]
         masks = real_tokens(program.module, self.made.found, [arranged[piece] for piece in own])
         for piece, real in zip(own, masks, strict=True):
@@ -180,56 +220,26 @@ class Problem:
     def _output(self, module: nn.Module, batch: CallInputs) -> Any:
         args, kwargs = cloned(batch)
         with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.task.seed)
             return module(*args, **kwargs)
 
 
-def problem(
-    model: nn.Module,
-    policy: object,
-    args: object,
-    kwargs: Mapping[str, object] | None = None,
-    *,
-    calibration: Iterable[Batch] | Calibration,
-    budget: Budget,
-    evaluate: Evaluate | None = None,
-    divergence: str = "auto",
-    dynamic_shapes: object = None,
-    resume: str | os.PathLike[str] | None = None,
-    seed: int = 0,
-    peers: Peers | None = None,
-) -> Problem:
-    """As of ``search``: captured once, each alternative decided and fitted once, and its cost known."""
-    batches = Calibration.of(calibration).batches
-    inputs = resized(CallInputs.of(args, kwargs), budget.sizes)
-    made, parts = _prepared(model, policy, inputs, batches, dynamic_shapes, budget, seed)
-    named = None if evaluate is None else getattr(evaluate, "__qualname__", type(evaluate).__name__)
-    sizes = [getattr(x, "shape", x) for x in (*inputs.args, *inputs.kwargs.values())]
-    marks = {
-        "choices": mark_of(*((p.sites, list(map(str, p.alternatives)), p.allowed) for p in made.places)),
-        "model": model_mark(model),
-        "calibration data": data_mark(batches),
-        "sizes of the call": mark_of(sizes),
-        "device": str(budget.device),
-        "measure": mark_of(divergence, named, seed),
-    }
-    state = State(marks, None if resume is None else Path(resume))
+def problem(task: Task, resume: str | os.PathLike[str] | None = None, peers: Peers | None = None) -> Problem:
+    """Captured once, each alternative decided and fitted once, and its cost known.  ``resume``: a file of measurements;
+    ``peers``: as of ``search``.
+
+    Raises PolicyError, CalibrationError, SearchError."""
+    made, parts = _prepared(task)
+    state = State(task.marks(made), None if resume is None else Path(resume))
     state.read()
     if peers is not None and peers.rank:
         state.path = None  # the first one writes
-    return Problem(model, made, budget, inputs, parts.judged, evaluate, divergence, seed, state, peers)
+    return Problem(task, made, task.counted, parts.judged, state, peers)
 
 
 @compiling()
-def _prepared(
-    model: nn.Module,
-    policy: object,
-    inputs: CallInputs,
-    batches: Sequence[CallInputs],
-    shapes: object,
-    budget: Budget,
-    seed: int,
-) -> tuple[Candidates, Split]:
+def _prepared(task: Task) -> tuple[Candidates, Split]:
+    model, budget, batches, inputs = task.model, task.budget, task.data.batches, task.counted
     if not isinstance(model, nn.Module):
         raise PolicyError(f"search: expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
     if model.training:
@@ -238,24 +248,25 @@ def _prepared(
     if device != torch.device(budget.device).type:
         hint = f"Budget(device={device!r})"
         raise PolicyError(f"search: the model is on {device}, and the budget is for {budget.device}", hint=hint)
-    if shapes is None and len({shapes_of(b) for b in (inputs, *batches)}) > 1:
+    shapes, is_decoder = task.dynamic_shapes, budget.target == TOKEN
+    if shapes is None and (is_decoder or len({shapes_of(b) for b in (inputs, *batches)}) > 1):
         shapes = "auto"
-    job = Job(model, Policy.of("fuse"), inputs, shapes, batches, backends_of("auto"), Options(seed=seed))
+    job = Job(model, Policy.of("fuse"), inputs, shapes, batches, backends_of("auto"), Options(seed=task.seed))
     compiled = carried_out(replace(job, batches=()))
     if not compiled.findings.found:
         raise PolicyError("search: no attention was found", hint="attnopt.inspect tells why")
-    open_policy = None if policy is None else Policy.of(policy)
+    open_policy = None if task.policy is None else Policy.of(task.policy)
     parts = split(batches, open_policy is None or any(p.calibrates for p in open_policy.passes))
     choices = _choices(open_policy, replace(job, batches=parts.fitted or parts.judged), compiled, budget)
     fitted = replace(job, batches=parts.fitted).arranged(compiled.program)
-    return candidates(job, compiled, choices, fitted), parts
+    return candidates(job, compiled, choices, fitted, (Fuse(),) if is_decoder else ()), parts
 
 
 def _choices(policy: Policy | None, job: Job, compiled: Compiled, budget: Budget) -> Sequence[SiteChoices]:
     """The search space.  Raises PolicyError."""
     if policy is None:
         program = compiled.program
-        return default_choices(program.module, compiled.findings.found, job.arranged(program), budget.given)
+        return default_choices(program.module, compiled.findings.found, job.arranged(program), budget)
     names = [f.site.name for f in compiled.findings.found]
     if unknown := [glob for glob in policy.unmatched(names) if glob != "*"]:
         raise no_such_site("search", unknown[0], names)

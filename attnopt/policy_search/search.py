@@ -12,6 +12,7 @@ from functools import partial
 from torch import nn
 
 from attnopt.api import optimize
+from attnopt.base.call_inputs import CallInputs
 from attnopt.base.options import choice, number, whole
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
@@ -26,7 +27,7 @@ from attnopt.policy_search.divergence import KINDS
 from attnopt.policy_search.engine import Engine
 from attnopt.policy_search.judge import Judge
 from attnopt.policy_search.menu import Picks
-from attnopt.policy_search.problem import Evaluate, FailedError, Problem, problem
+from attnopt.policy_search.problem import Evaluate, FailedError, Problem, Task, problem
 from attnopt.policy_search.result import FrontPoint, Search
 from attnopt.policy_search.state import data_mark, model_mark
 from attnopt.report.policy_search import SearchReport, Tried
@@ -91,10 +92,9 @@ def search(
         return optimize(model, chosen, args, kwargs, dynamic_shapes=dynamic_shapes, calibration=data, seed=seed)
 
     with nullcontext() if peers is None else peers.working(_given(model, policy, data, budget, evaluations, seed)):
-        asked = problem(
-            model, policy, args, kwargs, calibration=data, budget=budget, evaluate=evaluate, divergence=divergence,
-            dynamic_shapes=dynamic_shapes, resume=resume, seed=seed, peers=peers,
-        )  # fmt: skip
+        inputs = CallInputs.of(args, kwargs)
+        task = Task(model, policy, inputs, data, budget, evaluate, divergence, dynamic_shapes, seed)
+        asked = problem(task, resume, peers)
         judge = Judge(asked.measure, asked.pieces, asked.state.values, evaluations, saved=asked.state.save)
         judge.together = 1 if peers is None else peers.count
         if minutes is not None:
@@ -182,7 +182,7 @@ def _result(
     if best is not None and "latency" in limits:
         latency = {"predicted": menu.cost("latency", best), "measured": asked.check(best)}
     report = SearchReport(
-        budget=str(asked.budget),
+        budget=str(asked.task.budget),
         measure=_measure(asked),
         limits=dict(limits),
         original=dict(menu.original),
@@ -204,8 +204,8 @@ def _result(
 
 
 def _measure(asked: Problem) -> str:
-    if asked.evaluate is not None:
-        return f"evaluate ({getattr(asked.evaluate, '__name__', type(asked.evaluate).__name__)}), lower is better"
+    if asked.task.evaluate is not None:
+        return f"evaluate ({getattr(asked.task.evaluate, '__name__', type(asked.task.evaluate).__name__)}), lower is better"
     return "KL divergence of the logits" if asked.kind == "kl" else "cosine distance of the outputs"
 
 
@@ -221,13 +221,13 @@ def _tried(asked: Problem, engine: Engine, picks: Picks) -> Tried:
 def _notes(asked: Problem, engine: Engine, latency: Mapping[str, float]) -> Iterator[str]:
     full, original = engine.judge.full, engine.original
     others = [v for p, v in full.items() if p != original]
-    if asked.evaluate is not None and original in full and others and full[original] > max(others):
+    if asked.task.evaluate is not None and original in full and others and full[original] > max(others):
         yield (
             f"evaluate gives {full[original]:.4g} for the original and less for all {len(others)} others, and lower is better: "
             "return minus the score for a metric that grows"
         )
     longest, counted = max(map(length_of, asked.judged)), length_of(asked.inputs)
-    if asked.evaluate is None and longest < SHORT * counted:
+    if asked.task.evaluate is None and longest < SHORT * counted:
         yield (
             f"the calibration data has at most {longest} tokens in a sequence, and costs are those of {counted}: what hides only "
             "distant keys seems to change nothing; give longer texts, or Budget(at=...)"

@@ -797,6 +797,13 @@ def test_plain_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generic(fast.report.sites[0].refusals["blocked"]) == OTHERS["plain-is-faster"]
 
 
+def test_not_on_target() -> None:
+    from attnopt.policy_search.targets import refusal
+
+    error = attnopt.errors.ExportError("the pattern is Full()", site="layers.0", hint="use export_onnx")
+    assert str(refusal("token", error)) == OTHERS["not-on-target"]
+
+
 def test_no_weight_gains() -> None:
     from attnopt.backends import Sdpa
     from attnopt.ir.plugin_calls import accepts
@@ -869,5 +876,7 @@ OTHERS = {
     "it",
     "plugin-failed": "[plugin-failed] expected an answer from the plugin, found pass 'acme.last-k' of acme "
     "(acme:LastK): check failed: OSError: no licence\n  hint: fix or uninstall the plugin",
+    "not-on-target": "[not-on-target] expected what runs in ONNX Runtime, for one token, found layers.0: the pattern is "
+    "Full()\n  hint: use export_onnx",
     "no-such-scale": "[no-such-scale] expected a scale above 0, found -0.5",
 }

@@ -17,6 +17,7 @@ from attnopt.patterns import (
     RandomBlocks,
     Segments,
     Sinks,
+    Span,
     Strided,
     Window,
 )
@@ -46,6 +47,7 @@ LEAVES = st.one_of(
     st.just(Full()),
     st.just(Causal()),
     st.builds(Window, SMALL, st.none() | SMALL),
+    st.builds(Span, SMALL, SMALL, st.sampled_from([0.125, 0.4, 1.0]), st.sampled_from([0.0, 0.334])),
     st.builds(Dilated, SMALL, SMALL, st.integers(1, 3)),
     st.builds(Sinks, st.integers(0, 12)),
     st.builds(Keys, st.sets(st.integers(0, 30), max_size=6)),

@@ -59,7 +59,11 @@ PATTERNS = [
 PASSES = st.one_of(
     st.just(Fuse()),
     st.builds(
-        LocalWindow, st.integers(0, 9), st.none() | st.integers(0, 9), heads=st.none() | st.lists(st.integers(0, 9))
+        LocalWindow,
+        st.integers(0, 9),
+        st.none() | st.integers(0, 9),
+        heads=st.none() | st.lists(st.integers(0, 9)),
+        share=st.sampled_from([0.0, 0.125, 1.0]),
     ),
     st.sampled_from(
         [

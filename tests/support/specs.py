@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.spec import AttentionSpec
-from attnopt.patterns import Blocks, Causal, Full, Global, Pattern, PerHead, Sinks, Strided, Window
+from attnopt.patterns import Blocks, Causal, Full, Global, Pattern, PerHead, Sinks, Span, Strided, Window
 
 D = 8
 
@@ -23,6 +23,7 @@ PATTERNS: list[Pattern] = [
     Causal() & (Window(2, 0) | Sinks(1)),
     Blocks(3, 1),
     Blocks(3, 2, edge="shift"),
+    Causal() & (Span(1, 0, 0.25) | Sinks(1)),
     Strided(2) | Global((0, 3)),
     ~Causal(),
     ~Full(),

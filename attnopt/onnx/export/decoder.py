@@ -48,7 +48,7 @@ def export_decoder(
     quantize: Quantization | None,
 ) -> QuantizedFile | None:
     """Write the folder, whole or not at all; what quantization made of it.  Raises ExportError."""
-    from attnopt.onnx.export.kv_cache import Cache, cached
+    from attnopt.onnx.export.kv_cache import Cache
     from attnopt.onnx.export.peephole import settle
     from attnopt.onnx.export.verify_decoder import Whole
 
@@ -60,10 +60,7 @@ def export_decoder(
         )
     tokens = _tokens(eos_token_id, tokenizer)
     cache.check()
-    _check_inputs(gm, origin.report.fixed_axes)
-    marked_gm, marked = mark(gm, cached)
-    _check_edits(origin.sites)
-    _check_sites(marked, [s.name for s in origin.sites])
+    marked_gm, marked = with_cache(gm, origin)
     marked = cache.settled(gm, origin, marked, context_length)
     windows = rolling(marked)
     kept = about(marked)
@@ -82,6 +79,17 @@ def export_decoder(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(made))
     return told
+
+
+def with_cache(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, tuple[Marked, ...]]:
+    """The graph of a decoder, each attention marked as one over a cache.  Raises ExportError where that cannot be."""
+    from attnopt.onnx.export.kv_cache import cached
+
+    _check_inputs(gm, origin.report.fixed_axes)
+    marked_gm, marked = mark(gm, cached)
+    _check_edits(origin.sites)
+    _check_sites(marked, [s.name for s in origin.sites])
+    return marked_gm, marked
 
 
 def _saved(

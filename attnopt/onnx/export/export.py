@@ -42,17 +42,17 @@ def export_onnx(
         raise ExportError(f"invalid value external_data={external_data!r}", hint='use True, False or "auto"')
     check_quantization(quantize)
     if quantize is None:
-        _written(gm, origin, path, flavor, opset, external_data, verify)
+        write_unquantized(gm, origin, path, flavor, opset, external_data, verify)
         return None
     from attnopt.onnx.export.export_quantized import export_quantized
 
     def write(file: Path) -> Written:
-        return _written(gm, origin, file, flavor, opset, "auto", verify)
+        return write_unquantized(gm, origin, file, flavor, opset, "auto", verify)
 
     return export_quantized(write, origin, path, quantize, flavor=flavor, external_data=external_data, verify=verify)
 
 
-def _written(
+def write_unquantized(
     gm: fx.GraphModule,
     origin: Origin,
     path: str | os.PathLike[str],
@@ -61,6 +61,7 @@ def _written(
     external_data: bool | Literal["auto"],
     verify: bool,
 ) -> Written:
+    """Write a graph in float to ``path``.  Raises ExportError."""
     if origin.file is not None:
         from attnopt.onnx.export.in_place import export_in_place
 

@@ -95,17 +95,19 @@ def deviation_of(written: Written, origin: Origin, file: Path, how: Quantization
     worst = Deviation(1.0, 0.0, 0)
     for inputs in islice(_at_sizes(written.gm, origin), QUANTIZED_SIZES):
         want = outputs_of(written.gm, inputs, form=origin.form)
-        feed = _feed([i.name for i in session.get_inputs()], written.gm, inputs, written.names)
+        feed = feed_of([i.name for i in session.get_inputs()], written.gm, inputs, written.names)
         got = _run(session, feed)
         names, when = [o.name for o in session.get_outputs()], f"for inputs of {_sizes(inputs)}"
         worst = worst.joined(deviation(got, want, names, how, when, "verify=False writes it unchecked"))
     return worst
 
 
-def open_session(model: Path | bytes, hint: str = "", exact: bool = True) -> InferenceSession:
-    """ONNX Runtime's session on a CPU; not ``exact``, as users run quantized operators.  Raises ExportError."""
+def open_session(model: Path | bytes, hint: str = "", exact: bool = True, threads: int = 0) -> InferenceSession:
+    """ONNX Runtime's session on a CPU; not ``exact``, as users run quantized operators.  ``threads``: 0 lets it choose.
+
+    Raises ExportError."""
     try:
-        return cpu_session(model, exact=exact)
+        return cpu_session(model, threads, exact=exact)
     except Exception as e:
         raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}", hint=hint or None) from e
 
@@ -120,7 +122,7 @@ def _compare(
     form: Form | None,
 ) -> None:
     want = outputs_of(gm, inputs, form=form)
-    feed = _feed([i.name for i in session.get_inputs()], gm, inputs, named)
+    feed = feed_of([i.name for i in session.get_inputs()], gm, inputs, named)
     got = _run(session, feed)
     error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
     if len(got) == len(want) and error <= ROOM * max(tolerance(want), coarsest(gm)):
@@ -144,7 +146,7 @@ def _sizes(inputs: CallInputs) -> str:
     return ", ".join(str(tuple(t.shape)) for t in tensors(inputs))
 
 
-def _feed(names: list[str], gm: fx.GraphModule, inputs: CallInputs, named: Mapping[str, str]) -> dict[str, Array]:
+def feed_of(names: list[str], gm: fx.GraphModule, inputs: CallInputs, named: Mapping[str, str]) -> dict[str, Array]:
     """The session's inputs; an input that the graph does not use may be missing from it."""
     placeholders = inputs_of(gm.graph)
     values = [

@@ -66,7 +66,7 @@ class Whole:
             0 if self.window else 2
         )  # the second prompt is padded at its end, which buffers that roll do not allow
         lengths = torch.tensor([length, length - shorter])
-        run = _Run(open_session(file, in_bfloat16(self.gm), exact), self.logits, ids.shape[1] + 5)
+        run = DecoderRun(open_session(file, in_bfloat16(self.gm), exact), self.logits, ids.shape[1] + 5)
         got = run(ids[:, :length], torch.arange(length).expand(2, -1), lengths)
         prompt = torch.cat([got[b, :n] for b, n in enumerate(lengths)])
         yield prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt"
@@ -107,15 +107,17 @@ def _whole(gm: fx.GraphModule, origin: Origin, ids: Tensor) -> Tensor:
     return next(t for t in found if t.dim() == 3)
 
 
-class _Run:
-    """A session with one buffer for past and present, ``capacity`` tokens long; one that rolls has room for its window alone."""
+class DecoderRun:
+    """A session with one buffer for past and present, ``capacity`` tokens long; one that rolls has room for its window alone.
 
-    def __init__(self, session: InferenceSession, logits: str, capacity: int) -> None:
+    A call takes token ids [B, L], their positions, and the number of tokens of each sequence, these included."""
+
+    def __init__(self, session: InferenceSession, logits: str, capacity: int, batch: int = 2) -> None:
         self.session, self.logits = session, logits
         inputs = self.session.get_inputs()
         self.names = {i.name: np.int32 if "int32" in i.type else np.int64 for i in inputs}
         self.cache = {
-            i.name: _ort(np.zeros((2, i.shape[1], _room(i.shape[2], capacity), i.shape[3]), _ELEMENTS[i.type]))
+            i.name: _ort(np.zeros((batch, i.shape[1], _room(i.shape[2], capacity), i.shape[3]), _ELEMENTS[i.type]))
             for i in inputs
             if len(i.shape) == 4
         }

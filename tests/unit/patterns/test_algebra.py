@@ -34,6 +34,7 @@ from attnopt.patterns import (
     RandomBlocks,
     Segments,
     Sinks,
+    Span,
     Strided,
     Window,
     parse,
@@ -65,6 +66,12 @@ def sees(p: Pattern, h: int, i: int, j: int, keys: int) -> bool:
             return j <= i
         case Window(left, right):
             return i - left <= j <= i + right
+        case Span(left, right, before, after):
+            return (
+                i - left - int(round(1000 * before) * keys / 1000)
+                <= j
+                <= i + right + int(round(1000 * after) * keys / 1000)
+            )
         case Dilated(left, right, dilation):
             return any(j == i + dilation * step for step in range(-left, right + 1))
         case Sinks(n):
@@ -278,8 +285,8 @@ def test_per_head_normal_form() -> None:
         ("Global([1, -1])", "Global: invalid value positions=-1"),
         (
             "Windw(3)",
-            "unknown pattern 'Windw'; available: Full, Causal, Window, Dilated, Keys, Sinks, Global, Strided, Periodic, Blocks, "
-            "Neighborhood, Prefix, Segments, RandomBlocks, BlockLayout, PerHead",
+            "unknown pattern 'Windw'; available: Full, Causal, Window, Span, Dilated, Keys, Sinks, Global, Strided, Periodic, "
+            "Blocks, Neighborhood, Prefix, Segments, RandomBlocks, BlockLayout, PerHead",
         ),
         ("Windw(3)", "did you mean Window?"),
         ("Window(3, ahead=1)", "Window: got an unexpected keyword argument 'ahead'\n  hint: Window takes left, right"),

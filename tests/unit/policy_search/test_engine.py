@@ -13,6 +13,7 @@ import pytest
 from attnopt.errors import PolicyError
 from attnopt.policy_search.additive import Additive
 from attnopt.policy_search.engine import Engine
+from attnopt.policy_search.influences import chosen, completed, kinds_of
 from attnopt.policy_search.judge import EndError, Judge, Part
 from attnopt.policy_search.knapsack import best_picks
 from attnopt.policy_search.menu import Menu, Picks
@@ -249,6 +250,39 @@ def test_a_fitted_sum_learns_what_influences_alone_do_not_tell() -> None:
     table = fitted.table()
     assert table[1][1] > 2.5 * table[0][1]
     assert fitted.table(random.Random(1)) == fitted.table(random.Random(1)) != fitted.table(random.Random(2))
+
+
+def test_influences_of_some_follow_from_those_of_others() -> None:
+    """Places and kinds that multiply: a third of the table tells the rest."""
+    m = menu(12, 7)
+    uniform = [(a,) * 12 for a in range(7)]
+    true = {(u, a): 0.3 * (1 + u) * a**1.5 for u in range(12) for a in range(1, 7)}
+    asked = kinds_of(m, uniform)
+    assert {*asked} == {*true}
+    measured = chosen(m, 24)
+    assert len(measured) == 24
+    assert {u for u, _ in measured} == {*range(12)}
+    assert {a for _, a in measured} == {*range(1, 7)}
+    found = completed({at: true[at] for at in measured}, asked)
+    assert all(found[at] == true[at] for at in measured)
+    assert all(found[at] == pytest.approx(v, rel=0.3) for at, v in true.items())
+    assert len(chosen(m, 5)) <= 6
+    assert {*chosen(m, 72)} == {*true}
+
+
+def test_many_choices_leave_evaluations_for_their_combinations() -> None:
+    """Singles alone would take more than there are."""
+    m = menu(20, 7)
+    judge = Judge(
+        lambda p, pieces: [(sum(a**1.3 * (1 + u % 5) for u, a in enumerate(p)), 1.0) for _ in pieces], 3, limit=40
+    )
+    limits = limit(m, 0.5)
+    uniform = [(a,) * 20 for a in range(7)]
+    engine = Engine(m, judge, limits, uniform)
+    engine.run()
+    best = engine.best(limits)
+    assert best is not None
+    assert judge.full[best] < 0.9 * min(judge.full[p] for p in uniform if m.fits(p, limits))
 
 
 def test_values_that_are_not_finite_are_never_chosen() -> None:
