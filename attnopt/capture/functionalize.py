@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -17,7 +16,8 @@ from attnopt.base.sizes import hint, is_static
 from attnopt.capture.flex_attention import index_plainly
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import RESHAPES, arg, aten, input_axes, inputs_of, is_call, operand, value
+from attnopt.graph.input_sizes import Places, at_the_start, places_of_sizes, read_sizes_from_inputs
+from attnopt.graph.nodes import RESHAPES, arg, aten, is_call, operand, value
 from attnopt.graph.value_names import inherit
 
 higher_order = torch.ops.higher_order
@@ -94,31 +94,21 @@ def expand_views(gm: fx.GraphModule) -> None:
 
 
 def _write_sizes(graph: fx.Graph) -> None:
-    """Each size that an input has is read from it, also the -1 of a reshape: read from a projection, a size would keep that
-    when a smaller one replaces it, and a selection of heads may need the -1 itself."""
-    place: dict[sympy.Expr, tuple[fx.Node, int]] = {}
-    for _, n, axis, size in input_axes(inputs_of(graph)):
-        if isinstance(size, torch.SymInt):
-            place.setdefault(size.node.expr, (n, axis))
-    emit = Emitter(graph, next(n for n in graph.nodes if n.op not in ("get_attr", "placeholder")))
+    """Also the -1 of a reshape, which a selection of heads may need."""
+    read_sizes_from_inputs(graph)
+    places, emit = places_of_sizes(graph), at_the_start(graph)
     for node in list(graph.nodes):
-        if is_call(node, aten.sym_size.int) and operand(node).op != "placeholder":
-            size = value(node)
-            if isinstance(size, torch.SymInt) and size.node.expr in place:
-                node.replace_all_uses_with(emit.call(aten.sym_size.int, *place[size.node.expr]))
-        elif is_call(node, *RESHAPES) and -1 in arg(node, 1):
-            sizes = [_written(emit, place, *s) for s in zip(arg(node, 1), value(node).shape, strict=True)]
+        if is_call(node, *RESHAPES) and -1 in arg(node, 1):
+            sizes = [_written(emit, places, *s) for s in zip(arg(node, 1), value(node).shape, strict=True)]
             node.args = (operand(node), sizes)
 
 
-def _written(
-    emit: Emitter, place: Mapping[sympy.Expr, tuple[fx.Node, int]], asked: Argument, size: int | torch.SymInt
-) -> Argument:
+def _written(emit: Emitter, places: Places, asked: Argument, size: int | torch.SymInt) -> Argument:
     if asked != -1:
         return asked
     if isinstance(size, int) or is_static(size):
         return hint(size)
-    return emit.call(aten.sym_size.int, *place[size.node.expr]) if size.node.expr in place else asked
+    return emit.call(aten.sym_size.int, *places[size.node.expr]) if size.node.expr in places else asked
 
 
 def _expand(node: fx.Node, emit: Emitter) -> None:

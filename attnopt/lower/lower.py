@@ -19,6 +19,7 @@ from attnopt.capture.flex_attention import restore_calls
 from attnopt.errors import PluginError, RewriteError
 from attnopt.graph.cleanup import prune_unused_state, share_equal_nodes
 from attnopt.graph.emitter import Emitter
+from attnopt.graph.input_sizes import read_sizes_from_inputs
 from attnopt.graph.nodes import aten, shape, value
 from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
@@ -120,6 +121,7 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins:
             ) from e
     restore_calls(module)
     remove_products(module)
+    read_sizes_from_inputs(module.graph)
     share_equal_nodes(module)
     tidy(module)
     if joins and not plain:

@@ -34,6 +34,9 @@ class Fault:
 
 
 FAULTS = (
+    # sizes
+    Fault("projections kept for their sizes", "    read_sizes_from_inputs(module.graph)\n", "",
+          "test_input_sizes.py"),
     # what a short example says of long sequences
     Fault("forms chosen for a short example", "    judged = _grown(site)",
           "    judged = site",
