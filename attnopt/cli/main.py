@@ -93,7 +93,7 @@ def _add_optimize(commands: Commands) -> None:
         "rewrite a model's attentions",
         'attnopt optimize my_models:encoder --policy "local-window(left=128)" --out fast --html report.html',
         'attnopt optimize model.onnx --dynamic --policy "local-window(left=128)" --onnx fast.onnx',
-        "torchrun --nproc-per-node 4 -m attnopt optimize my_models:encoder --policy policy.yaml --data texts.npz --out fast",
+        "attnopt optimize my_models:encoder --policy policy.yaml --data texts.npz --out fast",
     )
     _add_model(parser, OR_FILE)
     _add_optimizing(parser)

@@ -160,7 +160,9 @@ def test_one_input_at_several_places() -> None:
     model, x, given = Stack(), x_of(2, 9), torch.randn(2, 2, SIZE)
     ids = torch.randint(0, 2, (2, 9))
     policy = [Sparse(Segments(Input("ids"))), Steer(Input("given"), [0, 1]), Steer(Input("given"), [2, 3])]
-    fast = attnopt.optimize(model, policy, (x,), {"given": given, "ids": ids}, dynamic_shapes="auto")
+    fast = attnopt.optimize(
+        model, policy, (x,), {"given": given, "ids": ids}, dynamic_shapes="auto", backend="sdpa"
+    )  # whose operators are an attention that is found again
     assert "segments by ids" in fast.report.sites[0].spec_after
     for batch, length in ((2, 9), (3, 14)):
         x, given, ids = x_of(batch, length), torch.randn(batch, 2, SIZE), torch.randint(0, 2, (batch, length))
@@ -228,11 +230,15 @@ def test_an_example_of_one_sequence_of_several_windows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("between", [False, True])
 def test_a_second_optimization_reads_the_same_input(between: bool) -> None:
     """``between``: after one that does not read it, whose signature no longer names it."""
-    model, gains = Stack(), torch.rand(2, HEADS)
-    fast = attnopt.optimize(model, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
+    model, gains, options = Stack(), torch.rand(2, HEADS), {"dynamic_shapes": "auto", "backend": "sdpa"}
+    fast = attnopt.optimize(
+        model, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto", backend="sdpa"
+    )
     if between:
-        fast = attnopt.optimize(fast, "fuse", (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
-    again = attnopt.optimize(fast, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
+        fast = attnopt.optimize(fast, "fuse", (x_of(2, 9),), {"gains": gains}, **options)
+    again = attnopt.optimize(
+        fast, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto", backend="sdpa"
+    )
     x, gains = x_of(3, 14), torch.rand(3, HEADS)
     squared = gains.square()[:, :, None, None]
     oracle.assert_same(oracle.run(again, (x,), {"gains": gains}), wanted(model, x, lambda o, v: o * squared))
@@ -249,11 +255,15 @@ class AnyKeyword(Stack):
 def test_further_optimizations_read_further_inputs(takes_any: bool) -> None:
     model, x, more = AnyKeyword() if takes_any else Stack(), x_of(2, 9), {"more": torch.ones(())} if takes_any else {}
     gains, delta = torch.rand(2, HEADS), torch.randn(2, 1, SIZE)
-    fast = attnopt.optimize(model, "fuse", (x,), more, dynamic_shapes="auto")
+    fast = attnopt.optimize(model, "fuse", (x,), more, dynamic_shapes="auto", backend="sdpa")
     given: dict[str, Any] = {**more, "gains": gains}
-    fast = attnopt.optimize(fast, {"first": ScaleHeads(Input("gains"))}, (x,), given, dynamic_shapes="auto")
+    fast = attnopt.optimize(
+        fast, {"first": ScaleHeads(Input("gains"))}, (x,), given, dynamic_shapes="auto", backend="sdpa"
+    )
     given = {**given, "delta": delta}
-    fast = attnopt.optimize(fast, {"second": Steer(Input("delta"), [2])}, (x,), given, dynamic_shapes="auto")
+    fast = attnopt.optimize(
+        fast, {"second": Steer(Input("delta"), [2])}, (x,), given, dynamic_shapes="auto", backend="sdpa"
+    )
     x, gains, delta = x_of(3, 14), torch.rand(3, HEADS), torch.randn(3, 1, SIZE)
     got = oracle.run(fast, (x,), {**more, "gains": gains, "delta": delta})
     plain = Stack()

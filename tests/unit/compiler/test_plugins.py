@@ -165,6 +165,7 @@ def test_listing_is_data() -> None:
         "sinks": "0",
         "dilation": "1",
         "heads": "None",
+        "share": "0.0",
     }
     assert rows["fuse"].exact is True
     assert rows["sdpa"].exact is None

@@ -40,6 +40,7 @@ def test_stream_gives_what_hooks_see() -> None:
         assert activations.tokens == 4 * 8 * 12
 
 
+@pytest.mark.slow
 def test_stream_holds_one_layer_however_deep_the_model_is() -> None:
     model, data = stack(layers=7), batches()
     program = capture(model, CallInputs((data[0],), {}))

@@ -13,6 +13,7 @@ import torch
 import zoo
 from stacks import batches, head_inputs, stack
 from torch import Tensor, nn
+from variants import mostly_slow
 
 import attnopt
 from attnopt.fit.block_obs import Surgeon
@@ -94,6 +95,7 @@ def test_compensation_orders_as_it_should(compensate: str) -> None:
     assert wrong["least-squares"] < wrong["bias"] <= wrong["none"] * 1.01
 
 
+@pytest.mark.slow
 def test_a_global_budget_goes_where_the_output_needs_it() -> None:
     """The second layer is loud, the first one is almost silent."""
     model, data = stack(), batches(8)
@@ -109,6 +111,7 @@ def test_a_global_budget_goes_where_the_output_needs_it() -> None:
     assert error(fast, model, new) < error(each, model, new)
 
 
+@pytest.mark.slow
 def test_protected_heads_stay() -> None:
     model, data = stack(), batches()
     for budget in ("site", "global"):
@@ -173,7 +176,7 @@ def alternating() -> tuple[nn.Module, list[Tensor]]:
     return copied(2, (0, 1, 0, 1)), batches()
 
 
-@pytest.mark.parametrize("merge", ["procrustes", "svd", "score-optimal", "mean", "first"])
+@pytest.mark.parametrize("merge", mostly_slow(["procrustes", "svd", "score-optimal", "mean", "first"], "score-optimal"))
 @pytest.mark.parametrize("grouping", ["optimal", "similarity", (0, 1, 0, 1)])
 def test_equal_heads_are_found_and_merged_without_loss(merge: str, grouping: Any, alternating: Any) -> None:
     model, data = alternating
@@ -191,7 +194,7 @@ def test_unequal_groups() -> None:
     assert "key/value heads {0, 2, 3} {1} merged by score-optimal" in fast.report.sites[0].notes[0]
 
 
-@pytest.mark.parametrize("merge", ["procrustes", "svd", "score-optimal"])
+@pytest.mark.parametrize("merge", mostly_slow(["procrustes", "svd", "score-optimal"], "score-optimal"))
 def test_heads_in_another_basis_are_no_loss(merge: str) -> None:
     """Head 1 is head 0 turned: the mean destroys both, merges that look at the data do not."""
     model, data, new = copied(3, (0, 0, 2, 3)), batches(), batches(seed=9)
@@ -207,6 +210,7 @@ def test_heads_in_another_basis_are_no_loss(merge: str) -> None:
     assert error(mean, model, new) > 1e-3
 
 
+@pytest.mark.slow
 def test_values_are_refined_for_the_output_weights_that_were_fitted_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = stack(1), batches()
 
