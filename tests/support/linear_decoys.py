@@ -146,7 +146,7 @@ class DynamicFilter(Linear):
 
 
 DECOYS: dict[type[Linear], set[str]] = {
-    Undivided: {"undivided"}, Normalised: {"undivided"},
+    Undivided: {"undivided"}, Normalised: {"undivided", "no-query-key-product"},
     Gram: set(), Bilinear: set(), Gated: {"data-dependent-decay"}, GatedFeatures: {"data-dependent-decay"},
     Delta: {"nested-products"}, Squared: set(), TwoSided: {"unread-decay"}, Bent: {"unread-decay"},
     DividedByNorm: {"other-normaliser"}, WithState: {"in-pieces"},
