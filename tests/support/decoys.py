@@ -130,7 +130,7 @@ class SlotsOverFeatures(Decoy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots = nn.Parameter(torch.randn(4 * L, 4 * L))
+        self.slots = nn.Parameter(torch.randn(16 * L, 16 * L))
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
@@ -179,7 +179,7 @@ class MappedElsewhere(Decoy):
 
     def __init__(self, after: bool = False) -> None:
         super().__init__()
-        self.after, self.map = after, nn.Parameter(torch.randn(4 * L, 4 * L))
+        self.after, self.map = after, nn.Parameter(torch.randn(16 * L, 16 * L))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
