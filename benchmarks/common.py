@@ -84,8 +84,10 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     found = {name.strip(): value.strip() for name, _, value in pairs}
-    named = [found[x] for x in ("model name",) if x in found] or [platform.processor()]
-    return " ".join([*named, *(f"{x.removeprefix('cpu ')} {found[x]}" for x in ("cpu family", "model") if x in found)])
+    numbers = [
+        f"{short} {found[name]}" for short, name in (("family", "cpu family"), ("model", "model")) if name in found
+    ]
+    return " ".join([found.get("model name", platform.processor()), *numbers])
 
 
 def publish(name: str, rows: Sequence[Mapping[str, Any]], title: str, digits: int = 2) -> None:

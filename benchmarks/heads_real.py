@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import one_thread, picture, publish
-from smollm2 import Logits, news, tokenizer, trained
+from smollm2 import CITIES, Logits, news, tokenizer, trained
 from torch import Tensor
 
 import attnopt
@@ -25,20 +25,6 @@ from attnopt.passes import PruneHeads, Sparse
 from attnopt.patterns import Neighborhood, PerHead, Prefix
 from attnopt.statistics import Ships, UniqueCodes, needle_task
 
-CITIES = (
-    "London",
-    "Paris",
-    "Sydney",
-    "Moscow",
-    "Tokyo",
-    "Berlin",
-    "Madrid",
-    "Rome",
-    "Cairo",
-    "Delhi",
-    "Vienna",
-    "Dublin",
-)
 ANSWER = 4  # words of an answer
 REMOVED = 0.05  # of all heads
 SEEDS = 3

@@ -10,22 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from smollm2 import news, tokenizer
+from smollm2 import CITIES, news, tokenizer
 
-CITIES = (
-    "London",
-    "Paris",
-    "Sydney",
-    "Moscow",
-    "Tokyo",
-    "Berlin",
-    "Madrid",
-    "Rome",
-    "Cairo",
-    "Delhi",
-    "Vienna",
-    "Dublin",
-)
 NEEDLES = 4  # facts of which one is asked for
 HOPS = 2  # of a chain of variables
 

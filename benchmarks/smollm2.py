@@ -9,6 +9,20 @@ import torch
 from common import let_transformers_import, package
 
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CITIES = (  # of which sentences in texts tell something
+    "London",
+    "Paris",
+    "Sydney",
+    "Moscow",
+    "Tokyo",
+    "Berlin",
+    "Madrid",
+    "Rome",
+    "Cairo",
+    "Delhi",
+    "Vienna",
+    "Dublin",
+)
 
 
 def trained() -> Any:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from attnopt.base.atomic_files import atomic_write
-from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tensors, tolerance
 from attnopt.base.compile_lock import compiling
 from attnopt.base.quiet import quiet
 from attnopt.base.user_warning import warn
 from attnopt.capture.exported_program import exported
 from attnopt.capture.run_unchanged import outputs_of
-from attnopt.compiler.check import resized
+from attnopt.compiler.check import inputs_that_run
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.cleanup import remove_unused_nodes
@@ -78,7 +76,8 @@ def _verify(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
 
     with quiet():
         loaded = aoti_load_package(str(file))
-    for inputs, want in islice(_answers(gm, origin), SIZES):
+    for inputs in islice(inputs_that_run(gm, origin.inputs, origin.report.fixed_axes), SIZES):
+        want = outputs_of(gm, inputs)
         with torch.no_grad():
             got = tensors(loaded(*inputs.args, **inputs.kwargs))
         error = difference(got, want)
@@ -86,13 +85,3 @@ def _verify(gm: fx.GraphModule, origin: Origin, file: Path) -> None:
             raise ExportError(
                 f"the package and the model differ (relative difference {error:.2g}), so nothing was written"
             )
-
-
-def _answers(gm: fx.GraphModule, origin: Origin) -> Iterator[tuple[CallInputs, list[Tensor]]]:
-    """The example inputs, then those of other sizes, with what the graph gives."""
-    yield origin.inputs, outputs_of(gm, origin.inputs)
-    for inputs in resized(gm, origin.inputs, origin.report.fixed_axes):
-        try:
-            yield inputs, outputs_of(gm, inputs)
-        except Exception:
-            continue  # a size for which the graph is not valid

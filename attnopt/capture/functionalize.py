@@ -16,7 +16,7 @@ from attnopt.base.sizes import hint, is_static
 from attnopt.capture.flex_attention import index_plainly
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.input_sizes import Places, at_the_start, places_of_sizes, read_sizes_from_inputs
+from attnopt.graph.input_sizes import InputSizes, read_sizes_from_inputs
 from attnopt.graph.nodes import RESHAPES, arg, aten, is_call, operand, value
 from attnopt.graph.value_names import inherit
 
@@ -95,20 +95,20 @@ def expand_views(gm: fx.GraphModule) -> None:
 
 def _write_sizes(graph: fx.Graph) -> None:
     """Also the -1 of a reshape, which a selection of heads may need."""
-    read_sizes_from_inputs(graph)
-    places, emit = places_of_sizes(graph), at_the_start(graph)
+    sizes = read_sizes_from_inputs(graph)
     for node in list(graph.nodes):
         if is_call(node, *RESHAPES) and -1 in arg(node, 1):
-            sizes = [_written(emit, places, *s) for s in zip(arg(node, 1), value(node).shape, strict=True)]
-            node.args = (operand(node), sizes)
+            written = [_written(sizes, *s) for s in zip(arg(node, 1), value(node).shape, strict=True)]
+            node.args = (operand(node), written)
 
 
-def _written(emit: Emitter, places: Places, asked: Argument, size: int | torch.SymInt) -> Argument:
+def _written(sizes: InputSizes, asked: Argument, size: int | torch.SymInt) -> Argument:
     if asked != -1:
         return asked
     if isinstance(size, int) or is_static(size):
         return hint(size)
-    return emit.call(aten.sym_size.int, *places[size.node.expr]) if size.node.expr in places else asked
+    found = sizes.read(size)
+    return asked if found is None else found
 
 
 def _expand(node: fx.Node, emit: Emitter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -260,6 +260,17 @@ def _moved(module: fx.GraphModule, inputs: CallInputs) -> CallInputs:
         lambda x: x.to(to.device) if isinstance(to := next(wanted), Tensor) and isinstance(x, Tensor) else x, inputs
     )
     return moved
+
+
+def inputs_that_run(module: fx.GraphModule, inputs: CallInputs, held: Sequence[str] = ()) -> Iterator[CallInputs]:
+    """The example inputs, then ``resized`` ones, those aside for which the graph is not valid."""
+    yield inputs
+    for other in resized(module, inputs, held):
+        try:
+            outputs_of(module, other)
+        except Exception:
+            continue
+        yield other
 
 
 def resized(module: fx.GraphModule, inputs: CallInputs, held: Sequence[str] = ()) -> list[CallInputs]:

@@ -57,6 +57,7 @@ BACKENDS = Registry(
         "reference": "attnopt.backends.reference:Reference",
         "sdpa": "attnopt.backends.sdpa:Sdpa",
         "blocked": "attnopt.backends.blocked:Blocked",
+        "chunked": "attnopt.backends.chunked:Chunked",
     },
     lambda cls: getattr(cls, "name", None),
 )

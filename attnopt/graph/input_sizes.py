@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
 
 import sympy
 import torch
@@ -11,26 +13,34 @@ from torch import fx
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, input_axes, inputs_of, is_call, operand, value
 
-Places = Mapping[sympy.Expr, tuple[fx.Node, int]]
+
+@dataclass(frozen=True)
+class InputSizes:
+    """``places``: an input and an axis of it, for each size that some input has and that may vary."""
+
+    places: Mapping[sympy.Expr, tuple[fx.Node, int]]
+    emit: Emitter
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Self:
+        found: dict[sympy.Expr, tuple[fx.Node, int]] = {}
+        for _, node, axis, size in input_axes(inputs_of(graph)):
+            if isinstance(size, torch.SymInt):
+                found.setdefault(size.node.expr, (node, axis))
+        return cls(found, Emitter(graph, next(n for n in graph.nodes if n.op not in ("get_attr", "placeholder"))))
+
+    def read(self, size: object) -> fx.Node | None:
+        """The node that reads it from an input; None if no input has it."""
+        if not isinstance(size, torch.SymInt) or size.node.expr not in self.places:
+            return None
+        return self.emit.call(aten.sym_size.int, *self.places[size.node.expr])
 
 
-def places_of_sizes(graph: fx.Graph) -> Places:
-    """An input and an axis of it, for each size that some input has and that may vary."""
-    found: dict[sympy.Expr, tuple[fx.Node, int]] = {}
-    for _, node, axis, size in input_axes(inputs_of(graph)):
-        if isinstance(size, torch.SymInt):
-            found.setdefault(size.node.expr, (node, axis))
-    return found
-
-
-def at_the_start(graph: fx.Graph) -> Emitter:
-    return Emitter(graph, next(n for n in graph.nodes if n.op not in ("get_attr", "placeholder")))
-
-
-def read_sizes_from_inputs(graph: fx.Graph) -> None:
-    places, emit = places_of_sizes(graph), at_the_start(graph)
+def read_sizes_from_inputs(graph: fx.Graph) -> InputSizes:
+    """In the place of the nodes that read them from other tensors."""
+    sizes = InputSizes.of(graph)
     for node in list(graph.nodes):
-        if is_call(node, aten.sym_size.int) and operand(node).op != "placeholder":
-            size = value(node)
-            if isinstance(size, torch.SymInt) and size.node.expr in places:
-                node.replace_all_uses_with(emit.call(aten.sym_size.int, *places[size.node.expr]))
+        is_asked = is_call(node, aten.sym_size.int) and operand(node).op != "placeholder"
+        if is_asked and (found := sizes.read(value(node))) is not None:
+            node.replace_all_uses_with(found)
+    return sizes

@@ -254,6 +254,15 @@ class _Joined(Pattern):
             for changed in part.neighbours(tile):
                 yield self.join((*self.joined[:place], changed, *self.joined[place + 1 :]))
 
+    def for_head(self, place: int) -> Pattern:
+        return self.join(p.for_head(place) for p in self.joined)
+
+    def for_heads(self, places: Sequence[int]) -> Pattern:
+        return self.join(p.for_heads(places) for p in self.joined)
+
+    def at_length(self, kv_len: int) -> Pattern:
+        return self.join(p.at_length(kv_len) for p in self.joined)
+
     def __repr__(self) -> str:
         return f" {self.sign} ".join(f"({p!r})" if isinstance(p, _Joined) else repr(p) for p in self.joined)
 
@@ -279,15 +288,6 @@ class And(_Joined):
     @property
     def is_causal(self) -> bool:
         return any(p.is_causal for p in self.joined)
-
-    def for_head(self, place: int) -> Pattern:
-        return all_of(p.for_head(place) for p in self.joined)
-
-    def for_heads(self, places: Sequence[int]) -> Pattern:
-        return all_of(p.for_heads(places) for p in self.joined)
-
-    def at_length(self, kv_len: int) -> Pattern:
-        return all_of(p.at_length(kv_len) for p in self.joined)
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return reduce(Tensor.__and__, (p.visible(i, j) for p in self.joined))
@@ -317,15 +317,6 @@ class Or(_Joined):
     @property
     def is_causal(self) -> bool:
         return all(p.is_causal for p in self.joined)
-
-    def for_head(self, place: int) -> Pattern:
-        return any_of(p.for_head(place) for p in self.joined)
-
-    def for_heads(self, places: Sequence[int]) -> Pattern:
-        return any_of(p.for_heads(places) for p in self.joined)
-
-    def at_length(self, kv_len: int) -> Pattern:
-        return any_of(p.at_length(kv_len) for p in self.joined)
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return reduce(Tensor.__or__, (p.visible(i, j) for p in self.joined))

@@ -75,8 +75,7 @@ class CacheOptions:
                 )
         if self.kv == "int8":
             _check_width([m for m, f in zip(marked, forms, strict=True) if f.rolls])
-            batches = list(_placed(gm, self._batches(origin), context_length))
-            found = _scales(gm, marked, batches)
+            found = _scales(gm, marked, _placed(gm, self._batches(origin), context_length))
             forms = [replace(f, scales=s) for f, s in zip(forms, found, strict=True)]
         return tuple(replace(m, form=f) for m, f in zip(marked, forms, strict=True))
 
@@ -150,7 +149,7 @@ def _kept(marked: Marked) -> Kept:
     return marked.form
 
 
-def _scales(gm: fx.GraphModule, marked: Sequence[Marked], batches: Sequence[CallInputs]) -> list[tuple[Tensor, Tensor]]:
+def _scales(gm: fx.GraphModule, marked: Sequence[Marked], batches: Iterable[CallInputs]) -> list[tuple[Tensor, Tensor]]:
     """Of keys and of values of each attention, [G, D]: the largest magnitude of each feature becomes 127."""
     sides = [_keys_and_values(m.node) for m in marked]
     largest: dict[fx.Node, Tensor] = {}

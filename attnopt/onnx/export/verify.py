@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from attnopt.base.closeness import ROOM, difference, tensors, tolerance
 from attnopt.base.ort_session import cpu_session
 from attnopt.capture.flat_call import Form
 from attnopt.capture.run_unchanged import outputs_of
-from attnopt.compiler.check import coarsest, resized
+from attnopt.compiler.check import coarsest, inputs_that_run
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of
@@ -71,19 +71,8 @@ def _compare_at_sizes(
     gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Marked], named: Mapping[str, str]
 ) -> None:
     session = open_session(file, in_bfloat16(gm))
-    for inputs in islice(_at_sizes(gm, origin), 2):
+    for inputs in islice(inputs_that_run(gm, origin.inputs, origin.report.fixed_axes), 2):
         _compare(gm, inputs, session, file, marked, named, origin.form)
-
-
-def _at_sizes(gm: fx.GraphModule, origin: Origin) -> Iterator[CallInputs]:
-    """The inputs of the example, then those of other sizes."""
-    yield origin.inputs
-    for inputs in resized(gm, origin.inputs, origin.report.fixed_axes):
-        try:
-            outputs_of(gm, inputs)
-        except Exception:
-            continue  # a size for which the graph is not valid
-        yield inputs
 
 
 def deviation_of(written: Written, origin: Origin, file: Path, how: Quantization) -> Deviation:
@@ -93,7 +82,7 @@ def deviation_of(written: Written, origin: Origin, file: Path, how: Quantization
     _check_valid(file, f"{how} file")
     session = open_session(file, exact=False)
     worst = Deviation(1.0, 0.0, 0)
-    for inputs in islice(_at_sizes(written.gm, origin), QUANTIZED_SIZES):
+    for inputs in islice(inputs_that_run(written.gm, origin.inputs, origin.report.fixed_axes), QUANTIZED_SIZES):
         want = outputs_of(written.gm, inputs, form=origin.form)
         feed = feed_of([i.name for i in session.get_inputs()], written.gm, inputs, written.names)
         got = _run(session, feed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import linear_models as models
@@ -14,6 +13,7 @@ from linear_models import SPELLINGS, WIDTH, D, H, Linear, meant
 from oracle import assert_same, run
 from torch import Tensor, nn
 from travelling import assert_travels
+from variants import mostly_slow
 
 import attnopt
 from attnopt.errors import PolicyError
@@ -30,12 +30,7 @@ QUICK = (models.Retention, models.StateFirst, models.CausalState)
 QUICK_DECOYS = (Gated, Gram, Ones, WithState)
 
 
-def mostly_slow(kinds: Iterable[type[Linear]], quick: Collection[type[Linear]]) -> pytest.MarkDecorator:
-    marked = [k if k in quick else pytest.param(k, marks=pytest.mark.slow) for k in kinds]
-    return pytest.mark.parametrize("kind", marked, ids=lambda kind: kind.__name__)
-
-
-each = mostly_slow(SPELLINGS, QUICK)
+each = pytest.mark.parametrize("kind", mostly_slow(SPELLINGS, *QUICK), ids=lambda kind: kind.__name__)
 
 
 def made(kind: type[nn.Module]) -> tuple[nn.Module, Tensor]:
@@ -130,7 +125,7 @@ def test_double_precision_is_exact() -> None:
 
 
 # ---------------------------------------------------------------- what looks alike
-@mostly_slow(DECOYS, QUICK_DECOYS)
+@pytest.mark.parametrize("kind", mostly_slow(DECOYS, *QUICK_DECOYS), ids=lambda kind: kind.__name__)
 def test_decoys_are_not_raised(kind: type[Linear]) -> None:
     model, x = made(kind)
     found = attnopt.inspect(model, (x,), dynamic_shapes="auto")
