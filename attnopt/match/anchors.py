@@ -15,7 +15,7 @@ from torch import fx
 from attnopt.graph.cleanup import computes_same
 from attnopt.graph.nodes import arg, aten, calls, is_call, is_tensor, operand, shape, wrap
 from attnopt.graph.ops import FACTORS, Kind, of
-from attnopt.graph.sdpa import SDPA
+from attnopt.match.fused import is_fused
 from attnopt.match.overwrites import number, padding_of, zeros_of
 from attnopt.match.row_sums import RowSum, behind_layout, is_shifted, of_rows, row_sums
 
@@ -50,7 +50,7 @@ class Softmax:
 def normalisers(graph: fx.Graph) -> Iterator[Softmax | fx.Node]:
     """Every softmax anchor in execution order: a ``Softmax``, or the node of a fused attention operator."""
     for node in graph.nodes:
-        if is_call(node, SDPA):
+        if is_fused(node):
             yield node
         elif calls(node, _SOFTMAX):
             x = operand(node)

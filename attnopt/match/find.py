@@ -34,7 +34,6 @@ from attnopt.graph.nodes import (
     value,
 )
 from attnopt.graph.ops import Kind, of
-from attnopt.graph.sdpa import SDPA
 from attnopt.ir.call_tensor import BATCH, KEYS, QUERIES
 from attnopt.ir.operands import Operands
 from attnopt.ir.projection import Projection
@@ -43,6 +42,7 @@ from attnopt.ir.site import Alignment, InputTensor, NearMiss, Site, TokenFeature
 from attnopt.match.anchors import Softmax, normalisers
 from attnopt.match.chains import Chain, chains
 from attnopt.match.escapes import where_used
+from attnopt.match.fused import is_fused
 from attnopt.match.masks import hides_keys, keeps_a_mask
 from attnopt.match.pair_sums import write_products
 from attnopt.match.projections import read_output, read_projection
@@ -180,7 +180,7 @@ def _unread(gm: fx.GraphModule) -> list[NearMiss]:
                     found.append(NearMiss(module_path(node) or path, unread, source_line(node)))
             elif opname(node) == "onnx_nodes":
                 found += _in_onnx_runtime(gm, node)
-            elif node.op == "call_function" and not is_call(node, SDPA) and _is_whole(opname(node)):
+            elif node.op == "call_function" and not is_fused(node) and _is_whole(opname(node)):
                 hint = "disable the inference fast path before capture: torch.backends.mha.set_fastpath_enabled(False)"
                 if is_call(node, ATTENTION, ATTENTION_WITH_LSE):
                     hint = "optimize the original model with all of its passes"

@@ -13,11 +13,12 @@ from attnopt.graph.nodes import ancestors, calls, is_number, operand, opname
 from attnopt.graph.ops import LAYOUT, Kind, is_pointwise, named, of
 from attnopt.graph.products import product_of
 from attnopt.ir.refusal import Refusal
+from attnopt.match.fused import FUSED
 from attnopt.match.read_scores import Operand
 from attnopt.match.rejection import NotAttentionError, rejected
 
 _PROJECTS = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM)
-_NORMALISES = of(Kind.SOFTMAX, Kind.LOG_SOFTMAX, Kind.ATTENTION)
+_NORMALISES = of(Kind.SOFTMAX, Kind.LOG_SOFTMAX) | FUSED
 _RUNNING = named("cumsum cumprod logcumsumexp cummax cummin")
 _PADS, _JOINS = of(Kind.PAD), of(Kind.JOIN)
 _PASSED = of(*LAYOUT)

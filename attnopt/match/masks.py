@@ -22,6 +22,7 @@ from attnopt.match.rearrange import Arranger
 from attnopt.match.region import Region
 from attnopt.match.rejection import NotAttentionError, rejected
 from attnopt.patterns import Causal, Full, Pattern
+from attnopt.patterns.algebra import FULL
 
 _FAR = -1e8  # a score with this addend is negligible next to one without it
 _EFFACING = -1e12  # a score with this addend vanishes
@@ -149,7 +150,7 @@ def read_masks(
     gm: fx.GraphModule, r: Region, bias: fx.Node | None, mask: fx.Node | None, q: fx.Node, k: fx.Node
 ) -> tuple[Pattern, Pattern | None, fx.Node | None, fx.Node | None]:
     """(static pattern, effective mask on unpadded inputs, bias operand, mask operand)."""
-    pattern: Pattern = Causal() if r.top_left_causal and squares(r) else Full()
+    pattern: Pattern = Causal() if r.top_left_causal and squares(r) else r.pattern
     lengths = (value(q).shape[2], value(k).shape[2])
     both = [n for n in (bias, mask) if n is not None]
     if not both:
@@ -178,7 +179,7 @@ def hides_for_good(gm: fx.GraphModule, r: Region, pattern: Pattern) -> bool:
     given = any(inputs_behind(s.condition.node) for s in hides)
     if not given and not any(inputs_behind(n) and may_hide(n, -_LOST) for n, _ in added):
         return False
-    named = not isinstance(pattern, Full)
+    named = pattern not in (FULL, r.pattern)
     for i, step in enumerate(hides):
         if step.fill == -math.inf:
             continue

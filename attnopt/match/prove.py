@@ -22,11 +22,12 @@ from attnopt.graph.interpreter import COMPUTED, Interpreter
 from attnopt.graph.nodes import ancestors, calls, get_attr, inputs_of, is_number, shape, value, with_values
 from attnopt.graph.ops import Kind, named, of
 from attnopt.ir.plugin_calls import attention_of
+from attnopt.match.fused import FUSED
 from attnopt.match.raise_region import Raised
 from attnopt.slicing.weight_store import fingerprint
 
 # Projections and norms.  Other products may be the attention's own.
-_CUTS = named("linear addmm mm") | of(Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.ATTENTION)
+_CUTS = named("linear addmm mm") | of(Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM) | FUSED
 
 
 def example_values(gm: fx.GraphModule, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[fx.Node, object]:

@@ -18,6 +18,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.match.anchors import Softmax
 from attnopt.match.axis_roles import assign_roles
 from attnopt.match.chains import Chain
+from attnopt.match.fused import from_fused
 from attnopt.match.head_maps import HeadMap, head_map, maps_heads
 from attnopt.match.inside import between, escaping, unify
 from attnopt.match.late_division import LateQuotient, late_quotient
@@ -40,7 +41,6 @@ from attnopt.match.read_scores import (
 from attnopt.match.region import Region, atoms_of
 from attnopt.match.rejection import NotAttentionError, rejected, unreadable, weights_changed
 from attnopt.match.row_sums import renormalises
-from attnopt.match.sdpa import from_fused
 from attnopt.match.weight_factors import factor_of
 from attnopt.match.zeroed_weights import cleans, with_zeros
 

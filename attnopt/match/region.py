@@ -11,6 +11,7 @@ from attnopt.match.head_maps import HeadMap
 from attnopt.match.mixture import Mixture
 from attnopt.match.read_chain import ChainWeights
 from attnopt.match.read_scores import Factor, Operand, Step
+from attnopt.patterns.algebra import FULL, Pattern
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Region:
     linear: ChainWeights | None = None  # there is no softmax
     sink_rate: float = 1.0
     top_left_causal: bool = False  # the fused operator's own flag: query i sees keys 0..i
+    pattern: Pattern = FULL  # the fused operator's own, beside ``steps``
     nodes: tuple[fx.Node, ...] = ()  # from the product of queries and keys to the output
     escapes: tuple[fx.Node, ...] = ()
     frames: tuple[tuple[fx.Node, Axes], ...] = field(default=(), repr=False)

@@ -12,11 +12,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnopt.base.sizes import hint, same_size
 from attnopt.graph.nodes import ancestors, arg, aten, calls, is_call, is_number, is_state, is_tensor, value, wrap
 from attnopt.graph.ops import Kind, is_pointwise, named, of
+from attnopt.match.fused import FUSED
 from attnopt.slicing.pull import pull
 
 Relation = Literal["same", "assumed", "past", "apart", "inputs-apart", "other"]
 
-_SOURCES = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.SOFTMAX, Kind.ATTENTION)
+_SOURCES = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.SOFTMAX) | FUSED
 # Besides elementwise operators; a softmax or a running sum over tokens would keep their number, too.
 _OF_EACH_TOKEN = of(Kind.REDUCE, Kind.SPLIT, Kind.PIECE, Kind.COPY, Kind.CAST) | named(
     "linear layer_norm native_layer_norm rms_norm slice"

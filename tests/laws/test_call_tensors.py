@@ -230,15 +230,11 @@ def test_an_example_of_one_sequence_of_several_windows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("between", [False, True])
 def test_a_second_optimization_reads_the_same_input(between: bool) -> None:
     """``between``: after one that does not read it, whose signature no longer names it."""
-    model, gains, options = Stack(), torch.rand(2, HEADS), {"dynamic_shapes": "auto", "backend": "sdpa"}
-    fast = attnopt.optimize(
-        model, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto", backend="sdpa"
-    )
+    model, gains = Stack(), torch.rand(2, HEADS)
+    fast = attnopt.optimize(model, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
     if between:
-        fast = attnopt.optimize(fast, "fuse", (x_of(2, 9),), {"gains": gains}, **options)
-    again = attnopt.optimize(
-        fast, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto", backend="sdpa"
-    )
+        fast = attnopt.optimize(fast, "fuse", (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
+    again = attnopt.optimize(fast, ScaleHeads(Input("gains")), (x_of(2, 9),), {"gains": gains}, dynamic_shapes="auto")
     x, gains = x_of(3, 14), torch.rand(3, HEADS)
     squared = gains.square()[:, :, None, None]
     oracle.assert_same(oracle.run(again, (x,), {"gains": gains}), wanted(model, x, lambda o, v: o * squared))
@@ -255,15 +251,11 @@ class AnyKeyword(Stack):
 def test_further_optimizations_read_further_inputs(takes_any: bool) -> None:
     model, x, more = AnyKeyword() if takes_any else Stack(), x_of(2, 9), {"more": torch.ones(())} if takes_any else {}
     gains, delta = torch.rand(2, HEADS), torch.randn(2, 1, SIZE)
-    fast = attnopt.optimize(model, "fuse", (x,), more, dynamic_shapes="auto", backend="sdpa")
+    fast = attnopt.optimize(model, "fuse", (x,), more, dynamic_shapes="auto")
     given: dict[str, Any] = {**more, "gains": gains}
-    fast = attnopt.optimize(
-        fast, {"first": ScaleHeads(Input("gains"))}, (x,), given, dynamic_shapes="auto", backend="sdpa"
-    )
+    fast = attnopt.optimize(fast, {"first": ScaleHeads(Input("gains"))}, (x,), given, dynamic_shapes="auto")
     given = {**given, "delta": delta}
-    fast = attnopt.optimize(
-        fast, {"second": Steer(Input("delta"), [2])}, (x,), given, dynamic_shapes="auto", backend="sdpa"
-    )
+    fast = attnopt.optimize(fast, {"second": Steer(Input("delta"), [2])}, (x,), given, dynamic_shapes="auto")
     x, gains, delta = x_of(3, 14), torch.rand(3, HEADS), torch.randn(3, 1, SIZE)
     got = oracle.run(fast, (x,), {**more, "gains": gains, "delta": delta})
     plain = Stack()

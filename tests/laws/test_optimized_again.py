@@ -11,11 +11,15 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from models import Attention, Spelling
+from models import Attention, Spelling, inputs
 from torch import Tensor, nn
 
 import attnopt
-from attnopt.passes import LocalWindow, PruneHeads, ScaleHeads
+from attnopt import Input
+from attnopt.backends.attention_operator import ATTENTION
+from attnopt.graph.nodes import is_call
+from attnopt.passes import LocalWindow, PruneHeads, ScaleHeads, Sparse
+from attnopt.patterns import Causal, PerHead, Segments, Window
 
 
 class Layers(nn.Module):
@@ -59,14 +63,50 @@ def test_sites_keep_their_names_and_lines(tmp_path: Path) -> None:
     oracle.assert_same(oracle.run(third, args, kwargs), oracle.run_edited(model, args, kwargs, edits))
 
 
-def test_an_operator_of_attnopt_says_what_to_do_instead() -> None:
-    model, (args, kwargs) = Layers(), given()
-    first = attnopt.optimize(model, LocalWindow(1), args, kwargs, backend="blocked")
-    with pytest.warns(attnopt.AttnoptWarning, match="2 of them near misses; optimize the original model"):
-        again = attnopt.optimize(first, PruneHeads(heads=[1]), args, kwargs)
-    assert {m.refusal.hint for m in again.report.near_misses} == {"optimize the original model with all of its passes"}
-    both = attnopt.optimize(model, [LocalWindow(1), PruneHeads(heads=[1])], args, kwargs, backend="blocked")
-    assert {s.num_heads for s in both.sites} == {3}
+SHOWN = torch.ones(30, 30, dtype=torch.bool)
+WINDOW = SHOWN.tril(2).triu(-2)
+BY_HEAD = PerHead({1: Window(left=1, right=1)}, Causal())
+# A spelling, the first policy, and what it leaves visible.
+CALLS: dict[str, tuple[Spelling, Any, Tensor]] = {
+    "window": (Spelling(), LocalWindow(2), WINDOW),
+    "causal": (Spelling(mask=("causal",)), LocalWindow(2), WINDOW.tril()),
+    "padding": (Spelling(mask=("padding",)), LocalWindow(2), WINDOW),
+    "bias": (Spelling(bias_kind="addend", kv_heads=2), LocalWindow(2), WINDOW),
+    "softcap": (Spelling(softcap=2.0, kv_heads=1), LocalWindow(2), WINDOW),
+    "sinks": (Spelling(sinks=True, mask=("causal",)), LocalWindow(2), WINDOW.tril()),
+    "tiled": (Spelling(kv_heads=2, share="tiled"), LocalWindow(2), WINDOW),
+    "windows": (Spelling(windows=True), LocalWindow(2), WINDOW),
+    "by head": (Spelling(), Sparse(BY_HEAD), torch.stack([SHOWN.tril(), SHOWN.tril(1).triu(-1), *[SHOWN.tril()] * 2])),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_attnopts_own_operator_is_found_again(name: str) -> None:
+    spelling, policy, shown = CALLS[name]
+    model = Attention(spelling)
+    fast = attnopt.optimize(model, policy, (), inputs(spelling, 9), dynamic_shapes="auto", backend="blocked")
+    again = attnopt.optimize(
+        fast, PruneHeads(heads=[1]), (), inputs(spelling, 9), dynamic_shapes="auto", backend="blocked"
+    )
+    assert is_blocked(fast)
+    assert is_blocked(again)
+    assert [s.num_heads for s in again.sites] == [3]
+    for length in (9, 23):
+        x = inputs(spelling, length, batch=2 if spelling.windows else 3)  # whose windows are those of the example
+        edit = oracle.Edit(shown[..., :length, :length], gains=(1.0, 0.0, 1.0, 1.0))
+        oracle.assert_same(oracle.run(again, (), x), oracle.run_edited(model, (), x, {0: edit}))
+
+
+def test_pairs_that_a_tensor_names_need_the_original_model() -> None:
+    model, given = Attention(Spelling()), {**inputs(Spelling(), 9), "ids": torch.randint(0, 2, (2, 9))}
+    fast = attnopt.optimize(model, Sparse(Segments(Input("ids"))), (), given, backend="blocked")
+    assert is_blocked(fast)
+    (miss,) = attnopt.inspect(fast, (), given).near_misses
+    assert miss.refusal.hint == "optimize the original model with all of its passes"
+
+
+def is_blocked(fast: attnopt.OptimizedModel) -> bool:
+    return any(is_call(n, ATTENTION) for n in fast.graph_module.graph.nodes)
 
 
 def test_new_numbers_of_heads_are_told() -> None:
