@@ -2,7 +2,7 @@
 // and in bfloat16 where the CPU multiplies it.
 //
 // A task is one block of 64 queries of one head.  Its queries are taken in groups of two vectors: scores are kept transposed,
-// one query a lane, so that keys and values are read where they lie and every reduction is a plain vector operation.
+// one query a lane, so that keys and values need not be transposed and every reduction is a plain vector operation.
 // Softmax is online over chunks of keys (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135).
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,6 @@
 
 namespace {
 
-constexpr int BLOCK = 64;  // queries and keys of one block of the layout
 constexpr int GAP = 4;     // so many unseen keys between seen ones are computed along: cheaper than a new run
 
 struct Piece { int keys; const uint64_t *bits; };        // keys of one block; no bits: all queries see all of them
@@ -367,7 +366,7 @@ template <class Form> void attend(const Arguments &a) {
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
     {
         Work work((a.head_dim + Form::IN_WORD - 1) / Form::IN_WORD, Form::PARTS, a.value_dim);
-        [[maybe_unused]] const typename Form::Setting setting;
+        typename Form::Setting setting;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < shared.pieces; piece++) shared.pack(piece);
 #pragma omp for schedule(dynamic, 1)
@@ -380,7 +379,7 @@ template <class Form> void attend(const Arguments &a) {
             const Strides &s = a.selected_at;
             const uint8_t *selected = a.selected ? a.selected + batch * s.batch + head * s.head + r * s.row : nullptr;
             const int count = int(std::min<int64_t>(BLOCK, a.q_len - r * BLOCK));
-            const Form form(a, shared, batch, a.kv_of_head[head]);
+            const Form form(a, shared, setting, batch, a.kv_of_head[head]);
             for (int shift = 0; shift < count; shift += GROUP) {
                 Group<Form> group{a, work, form, batch, head, order + shift, std::min(GROUP, count - shift), shift, {}};
                 group.read_segments();

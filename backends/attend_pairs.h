@@ -185,7 +185,7 @@ template <class Source> struct Pairs {
     const Number *k, *v;
     const int64_t words, value_dim, k_step, v_step, v_part;
 
-    Pairs(const Arguments &a, const Shared &shared, int64_t batch, int64_t kv_head)
+    Pairs(const Arguments &a, const Shared &shared, const Setting &, int64_t batch, int64_t kv_head)
         : k(shared.keys(batch, kv_head)), v(shared.values(batch, kv_head)), words((a.head_dim + 1) / 2),
           value_dim(a.value_dim), k_step(PARTS * shared.row), v_step(shared.column), v_part(shared.part) {}
 
@@ -261,8 +261,8 @@ template <class Source> struct Tiles : Pairs<Source> {
     using typename Base::Number;
     const bool is_broken;
 
-    Tiles(const Arguments &a, const typename Base::Shared &shared, int64_t batch, int64_t kv_head)
-        : Base(a, shared, batch, kv_head), is_broken(shared.is_broken(batch, kv_head)) {}
+    Tiles(const Arguments &a, const typename Base::Shared &shared, const Setting &, int64_t batch, int64_t kv_head)
+        : Base(a, shared, {}, batch, kv_head), is_broken(shared.is_broken(batch, kv_head)) {}
 
     // Another library may count on its own tiles in this thread: they come back.
     struct Setting {

@@ -3,7 +3,10 @@
 // A form says in which precision they are computed.  Queries and probabilities are transposed, one query a lane; a lane holds
 // a word, of one number or of two neighbours that one instruction multiplies.  A number may be the sum of several parts.
 #pragma once
+#include <algorithm>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "attend_vectors.h"
 
@@ -36,6 +39,12 @@ struct Arguments {
 
 inline int64_t rounded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+// The first of the fewest parts of at most `most` that are about equal: few sums at a time would wait for each other.
+inline int part_of(int64_t count, int most) {
+    const int64_t parts = (count + most - 1) / most;
+    return int((count + parts - 1) / parts);
+}
+
 // NK keys: the sums over the words of a head.
 template <class Form, int NK>
 inline void scores(const float *q, const typename Form::Number *k, int64_t step, int64_t words, float *s) {
@@ -61,8 +70,10 @@ void some_scores(int keys, const float *q, const typename Form::Number *k, int64
 
 template <class Form>
 void all_scores(int keys, const float *q, const typename Form::Number *k, int64_t step, int64_t words, float *s) {
-    for (int j = 0; j < keys; j += KEYS)
-        some_scores<Form, KEYS>(keys - j < KEYS ? keys - j : KEYS, q, k + j * step, step, words, s + j * GROUP);
+    for (int j = 0, n; j < keys; j += n) {
+        n = part_of(keys - j, KEYS);
+        some_scores<Form, KEYS>(n, q, k + j * step, step, words, s + j * GROUP);
+    }
 }
 
 // ND features: the sums over the words of keys.
@@ -92,12 +103,48 @@ void some_mix(int width, int keys, const float *p, const typename Form::Number *
 
 template <class Form>
 void mix_all(int keys, int64_t width, const float *p, const typename Form::Number *v, int64_t step, float *o) {
-    for (int64_t d = 0; d < width; d += WIDTH)
-        some_mix<Form, WIDTH>(int(width - d < WIDTH ? width - d : WIDTH), keys, p, Form::value(v, step, 0, d), step,
-                              o + d * GROUP);
+    for (int64_t d = 0, n; d < width; d += n) {
+        n = part_of(width - d, WIDTH);
+        some_mix<Form, WIDTH>(int(n), keys, p, Form::value(v, step, 0, d), step, o + d * GROUP);
+    }
 }
 
-// Single precision: keys and values are read where they lie.
+// Keys or values of one head.  Rows that lie apart are copied, a block at its first use: those of a model's many heads are at
+// distances that fill a few sets of a cache and leave the others empty.
+struct Rows {
+    static constexpr int64_t MOST = 1 << 22;  // numbers that a thread copies
+    const float *start = nullptr, *rows = nullptr;
+    int64_t apart = 0, step = 0, width = 0, count = 0;
+    std::unique_ptr<float[]> copy;
+    std::vector<uint8_t> is_copied;  // of each block; empty: rows are read where they lie
+
+    void are(const float *from, int64_t distance, int64_t size, int64_t number, bool copies) {
+        if (from == start) return;
+        start = rows = from;
+        apart = step = distance;
+        width = size, count = number;
+        if (!copies || distance == size || number * size > MOST) return;
+        if (!copy) copy.reset(new float[number * size]);
+        is_copied.assign((number + BLOCK - 1) / BLOCK, false);
+        rows = copy.get();
+        step = size;
+    }
+
+    const float *at(int64_t first, int keys) {
+        if (!is_copied.empty())
+            for (int64_t block = first / BLOCK; block * BLOCK < first + keys; block++)
+                if (!is_copied[block]) take(block);
+        return rows + first * step;
+    }
+
+    void take(int64_t block) {
+        for (int64_t key = block * BLOCK; key < std::min<int64_t>(count, (block + 1) * BLOCK); key++)
+            std::memcpy(copy.get() + key * width, start + key * apart, width * sizeof(float));
+        is_copied[block] = true;
+    }
+};
+
+// Single precision.
 struct Singles {
     typedef float Number;
     static constexpr int IN_WORD = 1, PARTS = 1;
@@ -109,15 +156,22 @@ struct Singles {
         explicit Shared(const Arguments &) {}
         void pack(int64_t) {}
     };
-    struct Setting {};  // of a thread, for as long as it computes
+    // Of a thread, for as long as it computes.
+    struct Setting {
+        Rows keys, values;
+    };
 
-    const Number *k, *v;
-    const int64_t head_dim, value_dim, k_step, v_step;
+    Rows &keys, &values;
 
-    Singles(const Arguments &a, const Shared &, int64_t batch, int64_t kv_head)
-        : k((const Number *)a.k + batch * a.k_at.batch + kv_head * a.k_at.head),
-          v((const Number *)a.v + batch * a.v_at.batch + kv_head * a.v_at.head),
-          head_dim(a.head_dim), value_dim(a.value_dim), k_step(a.k_at.row), v_step(a.v_at.row) {}
+    Singles(const Arguments &a, const Shared &, Setting &own, int64_t batch, int64_t kv_head)
+        : keys(own.keys), values(own.values) {
+        const bool copies = a.q_len > GROUP;  // each row is read several times
+        const auto of_head = [&](const void *start, const Strides &at) {
+            return (const Number *)start + batch * at.batch + kv_head * at.head;
+        };
+        keys.are(of_head(a.k, a.k_at), a.k_at.row, a.head_dim, a.kv_len, copies);
+        values.are(of_head(a.v, a.v_at), a.v_at.row, a.value_dim, a.kv_len, copies);
+    }
 
     static float word(const Number *x) { return *x; }
     static float last_word(const Number *x) { return *x; }
@@ -127,8 +181,8 @@ struct Singles {
     static void store(Number *to, Vec x) { *(Loose *)to = x; }
     static Number number(float x) { return x; }
 
-    void score(const float *q, int64_t key, int keys, float *s) const {
-        all_scores<Singles>(keys, q, k + key * k_step, k_step, head_dim, s);
+    void score(const float *q, int64_t key, int count, float *s) const {
+        all_scores<Singles>(count, q, keys.at(key, count), keys.step, keys.width, s);
     }
 
     // Scores become e^(score - base), which `total` takes in.
@@ -138,8 +192,8 @@ struct Singles {
         return s;
     }
 
-    void add_values(float *p, int64_t key, int keys, float *o) const {
-        mix_all<Singles>(keys, value_dim, p, v + key * v_step, v_step, o);
+    void add_values(float *p, int64_t key, int count, float *o) const {
+        mix_all<Singles>(count, values.width, p, values.at(key, count), values.step, o);
     }
 };
 

@@ -47,6 +47,13 @@ FAULTS = (
     # sizes
     Fault("projections kept for their sizes", "    read_sizes_from_inputs(module.graph)\n", "",
           "test_input_sizes.py"),
+    # rows that the kernel copies
+    Fault("the last row of a block not copied", "key < std::min<int64_t>(count, (block + 1) * BLOCK); key++)",
+          "key < std::min<int64_t>(count, (block + 1) * BLOCK) - 1; key++)", "test_blocked.py -k rows_of_many_heads"),
+    Fault("the rows of the head before", "if (from == start) return;", "if (start) return;",
+          "test_blocked.py -k rows_of_many_heads"),
+    Fault("blocks of the head before", "is_copied.assign((number", "is_copied.resize((number",
+          "test_blocked.py -k rows_of_many_heads"),
     # attnopt's own operator, read again
     Fault("an operator's own pattern forgotten", "        pattern=parse(given[\"pattern\"]),\n    )\n", "    )\n",
           "test_optimized_again.py -k found_again"),

@@ -136,6 +136,19 @@ def test_every_length(length: int) -> None:
             torch.testing.assert_close(run(Blocked(), spec, t), run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("kv_of_head", [None, (0, 1, 0, 1)])
+@pytest.mark.parametrize("alone", [{}, {"k": 0}, {"v": 0}])
+@pytest.mark.parametrize("pattern", [Full(), Window(70, 9)])
+def test_rows_of_many_heads_beside_each_other(
+    kv_of_head: tuple[int, ...] | None, alone: dict[str, int], pattern: Pattern
+) -> None:
+    """As projections leave them: [B, L, H, D], whose rows the kernel copies.  ``alone``: operands that all sequences share."""
+    spec = a_spec(pattern=pattern, kv_of_head=kv_of_head, value_dim=24)
+    t = narrowed(tensors(spec, 3, 150, 205, torch.float32, 0), alone)
+    apart = {n: x if n not in "qkv" else x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in t.items()}
+    torch.testing.assert_close(run(Blocked(), spec, apart), run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
+
+
 def test_a_bias_may_have_its_heads_last() -> None:
     """As T5 leaves it: looked up by distance, then permuted."""
     spec = a_spec(has_bias=True)
