@@ -121,7 +121,7 @@ FAULTS = (
           "test_linear_attention.py -k needs_a_softmax"),
     Fault("learned mixtures of tokens as keys", "    return not any(inputs_behind(node) for node, axes in sides",
           "    return not any(True for node, axes in sides",
-          "test_decoys.py -k SlotsOverFeatures"),
+          "test_refusals.py -k channel-attention"),
     # attention between channels, and sinks that are numbers
     Fault("queries that are no channels", "    if not queries or not all(is_feature(r.q, c) for c in queries):",
           "    if not queries:",
@@ -135,7 +135,7 @@ FAULTS = (
     Fault("the output of one head read along tokens",
           "features = region.queries if region.between_channels else region.value_features",
           "features = region.value_features",
-          "test_channel_attention.py -k pruned_heads-and-OneHead"),
+          "test_channel_attention.py -k equal_at_other_sizes-and-OneHead"),
     Fault("as many tokens as the example in a file", "shape=[*found[\"q\"].shape[:3], found[\"v\"].shape[3]],",
           "shape=[*found[\"q\"].shape[:3], call.site.spec.value_dim],",
           "test_channel_attention.py -k in_onnx"),
