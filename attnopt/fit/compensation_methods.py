@@ -89,6 +89,8 @@ class LeastSquares(Compensation):
             f"least squares on {fitting.tokens} tokens: layer error on {held.tokens} held-out tokens "
             f"{found.before:.3f} -> {found.after:.3f} (step {found.step:g})"
         )
+        if not found.step:
+            return Rewrite(spec, notes=(note,))
         return Rewrite(spec, *out_edits(site, spec, found.weights), (note,))
 
     def error(self, site: Site, heads: Sequence[int]) -> float:

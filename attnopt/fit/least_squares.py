@@ -23,6 +23,7 @@ from attnopt.ir.statistic import Statistic
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean square of a feature
 STEPS = (1.0, 0.5, 0.25)  # of the way from the old weights to the new ones
+EXACT = 1e-12  # squared error, relative to the targets, that is rounding
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,11 @@ def _moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
     assert wanted is not None
     fitting, held = Sums(), Sums()
     counts = zip(now.counted(False), now.counted(True), strict=True)
-    for z, y, (fit_on, hold) in zip(now.outputs(spec), now.given, counts, strict=True):
+    drifts = now.drift or (None,) * len(now.batches)
+    for z, y, (fit_on, hold), drift in zip(now.outputs(spec), now.given, counts, drifts, strict=True):
         for sums, counted in ((fitting, fit_on), (held, hold)):
-            sums.add(with_ones(z, counted), with_ones(y, counted) @ wanted)
+            target = with_ones(y, counted) @ wanted
+            sums.add(with_ones(z, counted), target if drift is None else target + drift[counted].double())
     return fitting.moments(), held.moments()
 
 
@@ -149,7 +152,7 @@ def fit(fitting: Moments, held: Moments, today: Tensor, has_bias: bool) -> Fitte
     features = torch.arange(len(today) if has_bias else len(today) - 1, device=today.device)
     some, check, start = fitting.of(features), held.of(features), today[features]
     best = Fitted(start, 0.0, check.error(start), check.error(start))
-    for strength in RIDGES:
+    for strength in RIDGES if best.before > EXACT else ():
         solution = ridge(some, start, strength)
         for step in STEPS:
             w = (1 - step) * start + step * solution

@@ -1,4 +1,4 @@
-"""Choices for a policy that leaves them to the search: windows, fewer key/value heads, fewer heads."""
+"""Choices for a policy that leaves them to the search: windows, fewer key/value heads, fewer heads or none."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def _offered(site: Site, resources: set[str], near: tuple[int, ...], sinks: int)
     yield from ((w,) for w in windows)
     yield from ((replace(w, heads=near),) for w in windows[-2:] if near)
     yield from fewer
+    yield (PruneHeads(heads=range(site.num_heads), whole_layers=True),)
     yield from grouped
     half = fewer[len(fewer) // 2 :][:1] if resources & {"latency", "flops"} else grouped[:1]
     yield from ((*passes, w) for passes in half for w in windows[-2:])
