@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from attnopt.policy_search.problem import Problem, Task, problem
 
 FOLDER = Path("build") / "search"
 BUDGETS = {  # two for each subject; MiniLM and SmolLM2 at the lengths where windows save time
-    "minilm": ("latency=0.7", "latency=0.85"),
+    "minilm": ("latency=0.85", "latency=0.7"),
     "vit": ("flops=0.6", "flops=0.8"),
     "smollm2": ("kv_bytes=0.5", "latency=0.85"),
     "rxnmapper": ("parameters=0.7", "latency=0.8"),
@@ -78,7 +78,15 @@ def long_texts(about: Any, texts: Sequence[str], count: int) -> list[Any]:
     return found
 
 
-def asked_of(name: str, text: str, seed: int) -> tuple[Problem, Sequence[Any]]:
+@dataclass(frozen=True)
+class Test:
+    """Data to test on, with the outputs of the original."""
+
+    batches: Sequence[Any]
+    apart: Divergence
+
+
+def asked_of(name: str, text: str, seed: int) -> tuple[Problem, Test]:
     """What is searched, and data to test on."""
     about = subject(name)
     fitted, test = data_of(about, name, seed)
@@ -87,10 +95,14 @@ def asked_of(name: str, text: str, seed: int) -> tuple[Problem, Sequence[Any]]:
         about.model(), None, CallInputs.of(fitted[0], None), Calibration.of(fitted), asked_for(name, text),
         divergence=KINDS[name], dynamic_shapes=about.dynamic_shapes(), seed=seed,
     )  # fmt: skip
-    return problem(task, path), test
+    apart = Divergence(KINDS[name], len(test), 0)
+    with torch.no_grad():
+        for i, batch in enumerate(test):
+            apart.learn(i, about.model()(*batch))
+    return problem(task, path), Test(test, apart)
 
 
-def row(asked: Problem, method: str, seed: int, evaluations: int, test: Sequence[Any], kind: str) -> dict[str, Any]:
+def row(asked: Problem, method: str, seed: int, evaluations: int, test: Test) -> dict[str, Any]:
     """What a method finds with the same choices, costs and data as all others."""
     start = time.monotonic()
     judge = Judge(asked.measure, asked.pieces, asked.state.values, evaluations, saved=asked.state.save)
@@ -105,23 +117,20 @@ def row(asked: Problem, method: str, seed: int, evaluations: int, test: Sequence
     judge.value(picks)
     found, (resource,) = Candidate(picks, engine.is_refitted(picks)), asked.limits
     cost = asked.menu.cost(resource, picks)
-    whole = asked.check(found) if resource == "latency" else cost  # of interleaved calls: what else runs slows both alike
+    whole = (
+        asked.check(found) if resource == "latency" else cost
+    )  # of interleaved calls: what else runs slows both alike
     original = asked.menu.original[resource]
-    values = (spent, engine.value(picks), elsewhere(asked, found, test, kind), cost / original, whole / original)
+    values = (spent, engine.value(picks), elsewhere(asked, found, test), cost / original, whole / original)
     return {"method": method, **dict(zip(COLUMNS, (*values, time.monotonic() - start), strict=True))}
 
 
-def elsewhere(asked: Problem, found: Candidate, test: Sequence[Any], kind: str) -> float:
+def elsewhere(asked: Problem, found: Candidate, test: Test) -> float:
     """The divergence on data of the test, of the rewritten model itself."""
-    original, model = asked.made.model((0,) * asked.menu.places), asked.outputs.model(found)
-    apart = Divergence(kind, len(test), 0)
-    total = count = 0.0
+    model = asked.outputs.model(found)
     with torch.no_grad():
-        for i, batch in enumerate(test):
-            apart.learn(i, original(*batch))
-            part, n = apart.of(i, model(*batch))
-            total, count = total + part, count + n
-    return total / count
+        parts = [test.apart.of(i, model(*batch)) for i, batch in enumerate(test.batches)]
+    return sum(total for total, _ in parts) / sum(n for _, n in parts)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -134,7 +143,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for m in METHODS:
             gain = 1 - best / means[m]["other data"] if means[m]["other data"] else 0.0
             seeds = len(own) // len(METHODS)
-            found.append({"subject": name, "budget": text, "seeds": seeds, "method": m, **means[m], "less by the search": gain})
+            found.append(
+                {"subject": name, "budget": text, "seeds": seeds, "method": m, **means[m], "less by the search": gain}
+            )
     return found
 
 
@@ -155,7 +166,7 @@ def main() -> None:
 
 def searched(name: str, budgets: Sequence[str], seed: int, evaluations: int) -> None:
     """Budgets of one resource share what was fitted and measured."""
-    known: dict[str, tuple[Problem, Sequence[Any]]] = {}
+    known: dict[str, tuple[Problem, Test]] = {}
     for text in budgets:
         path = FOLDER / f"{name}-{text}-{seed}-{evaluations}.json"
         if path.exists():
@@ -168,7 +179,7 @@ def searched(name: str, budgets: Sequence[str], seed: int, evaluations: int) -> 
         asked.task = replace(asked.task, budget=asked_for(name, text))
         rows = [{"subject": name, "budget": text, "prepared": prepared} for _ in METHODS]
         for r, method in zip(rows, METHODS, strict=True):
-            r |= row(asked, method, seed, evaluations, test, KINDS[name])
+            r |= row(asked, method, seed, evaluations, test)
             print(seed, {k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()}, flush=True)
         path.write_text(json.dumps(rows), encoding="utf-8")
         report()
@@ -180,7 +191,6 @@ def report() -> None:
     found = summary(rows)
     publish("search", found, "Policies within a budget: how far the model diverges on other data", digits=4)
     picture("search", lambda figure, axes: draw(axes, found))
-
 
 
 def draw(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:

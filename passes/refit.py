@@ -11,14 +11,18 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.passes.preconditions import expected_projections, refuse_edits, refuse_no_data, refuse_unknown_projections
 
+MEANS = 10.0  # times as much as all tokens of a sequence counts their mean
+
 
 @dataclass(frozen=True)
 class Refit(Pass):
     """Fit the output projection by least squares, so that the layer gives what it gave in the original model: from the outputs of
     its heads in the rewritten model, whatever was changed in this layer and before it (GPTAQ, arXiv:2504.02692).
 
-    Where the model adds the output to its input, what the stream has lost before is made up for, too.  Nothing is changed that
-    does not also help held-out tokens.  It costs no time: give it last, and also to attentions that stay as they are.
+    Where the model adds the output to its input, what the stream has lost before is made up for, too.  The mean over a sequence
+    counts ten times as much as its tokens: fitted to tokens alone, the layer gives less of everything, which adds up where
+    noise averages out.  Nothing is changed that does not also help held-out tokens.  It costs no time: give it last, and also
+    to attentions that stay as they are.
     Attentions that share weights are fitted together, to the original stream.  Raises CalibrationError for too few tokens.
     """
 
@@ -37,6 +41,5 @@ class Refit(Pass):
         )
 
     def rewrite(self, site: Site) -> Rewrite:
-        made = compensated(LeastSquares(), site, site.spec)
+        made = compensated(LeastSquares(MEANS), site, site.spec)
         return replace(made, notes=tuple(f"refit: {note}" for note in made.notes))
-

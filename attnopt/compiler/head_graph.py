@@ -38,7 +38,6 @@ class HeadGraph:
     inputs: Mapping[str, Mapping[str, fx.Node]] = field(default_factory=dict)
 
 
-
 def head_graph(gm: fx.GraphModule, found: Sequence[Found], inputs: Mapping[str, Inputs] | None = None) -> HeadGraph:
     """A copy of ``gm`` with shared weights, in which these sites are computed by fused attention, or else by the reference.
 

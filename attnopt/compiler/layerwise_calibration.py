@@ -67,9 +67,7 @@ class Stream:
         kept = [{n: values[n] for n in read if n in values} for values in environments]
 
         def operands(values: Values, new: Mapping[str, Tensor]) -> OperandTensors:
-            t = f.raised.operands.map(
-                lambda role, operand: anew(self.gm, operand, f.dirty.get(role, ()), values, new)
-            )
+            t = f.raised.operands.map(lambda role, operand: anew(self.gm, operand, f.dirty.get(role, ()), values, new))
             given = (t.q, t.k, t.v, t.bias, t.mask, t.sinks)
             return OperandTensors(*given, keep=t.keep, added=t.added, is_cross=f.site.is_cross)
 
@@ -91,7 +89,11 @@ class Stream:
 
 
 def anew(
-    gm: fx.GraphModule, node: fx.Node, dirty: Sequence[fx.Node], values: Mapping[fx.Node, Any], new: Mapping[str, Tensor]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    dirty: Sequence[fx.Node],
+    values: Mapping[fx.Node, Any],
+    new: Mapping[str, Tensor],
 ) -> Tensor:
     """The value of ``node`` with the parameters ``new``; ``dirty``: what lies between it and its weights, without operators that
     give several tensors, such as ``unbind``."""

@@ -75,7 +75,9 @@ class Schedule:
         self.last_use: dict[fx.Node, int] = {}
         for stop, wanted in read.items():
             self._use(wanted, self.place[stop])
-        for node in {n for wanted in read.values() for w in wanted for n in ancestors(w, given.__contains__)} - {*given}:
+        for node in {n for wanted in read.values() for w in wanted for n in ancestors(w, given.__contains__)} - {
+            *given
+        }:
             self._use(node.all_input_nodes, self.place[node])
         self.dying: dict[int, list[fx.Node]] = {}
         for n, last in self.last_use.items():

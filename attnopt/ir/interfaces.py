@@ -39,7 +39,9 @@ class Pass(ABC):
     channels: ClassVar[bool] = False  # True: it also takes attentions between channels, which are refused otherwise
     head_maps: ClassVar[bool] = False  # True: it also takes talking heads, which are refused otherwise
     linear: ClassVar[bool] = False  # True: it also takes attentions without a softmax, which are refused otherwise
-    follows: ClassVar[bool] = False  # its calibration data pass through the model as it is rewritten before the attention
+    follows: ClassVar[bool] = (
+        False  # its calibration data pass through the model as it is rewritten before the attention
+    )
     widens: ClassVar[bool] = False  # it also fits to random tokens, ``site.activations.invented``, if there are any
 
     def __new__(cls, *args: Any, **options: Any) -> Self:

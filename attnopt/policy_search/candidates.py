@@ -135,9 +135,7 @@ class Candidates:
         origin = self.compiled.origin
         module = lower(self.compiled.program.module, [d.plan for d in decisions if d.plan is not None])
         store_fixed_operands(module, trains=False)
-        report = replace(
-            origin.report, sites=tuple(map(site_report, decisions)), policy=policy.to_json(), warnings=()
-        )
+        report = replace(origin.report, sites=tuple(map(site_report, decisions)), policy=policy.to_json(), warnings=())
         sites = tuple(replace(d.site, refusals=d.refusals) for d in decisions)
         self.uncollected.append(policy)
         if len(self.uncollected) >= COLLECTED:

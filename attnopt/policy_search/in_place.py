@@ -47,7 +47,7 @@ class InPlace:
         self.step: int | None = None  # attentions from one state that is kept to the next; known after the first run
 
     def output(self, piece: int, keys: Sequence[Hashable], others: Sequence[Other]) -> Any:
-        """Of the model on a piece with ``others`` in their places, in the order in which they run; equal ``keys``: equal others."""
+        """Of the model on a piece with ``others`` in their places, as they run; equal ``keys``: equal others."""
         trails, made = self.trails.setdefault(piece, []), _Trail(tuple(keys))
         old = max(trails, key=lambda t: t.shared(keys), default=_Trail(tuple(keys)))
         start = old.shared(keys)

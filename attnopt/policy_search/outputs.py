@@ -39,7 +39,9 @@ class Outputs:
     judged: Sequence[CallInputs]
     refits: Refits | None
     seed: int
-    known: dict[tuple[int, int], Sequence[Other | None]] = field(default_factory=dict, repr=False)  # by place and number
+    known: dict[tuple[int, int], Sequence[Other | None]] = field(
+        default_factory=dict, repr=False
+    )  # by place and number
     last: tuple[Candidate, Sequence[Decision]] | None = None
     lowered: tuple[Candidate, OptimizedModel] | None = None
 
@@ -109,4 +111,3 @@ class Outputs:
             keys.append((u, candidate.picks[u]))
             others.append(self.known[u, candidate.picks[u]][self.made.places[u].sites.index(name)])
         return keys, others
-

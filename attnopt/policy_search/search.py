@@ -191,7 +191,9 @@ def _result(
         limits=dict(limits),
         original=dict(menu.original),
         best=None if best is None else _tried(asked, _candidate(engine, best), engine),
-        uniform=None if not uniform else _tried(asked, min(map(Candidate, uniform), key=lambda c: full[c.picks]), engine),
+        uniform=None
+        if not uniform
+        else _tried(asked, min(map(Candidate, uniform), key=lambda c: full[c.picks]), engine),
         front=tuple(_tried(asked, _candidate(engine, p), engine) for p in front),
         evaluations=engine.spent,
         policies=engine.policies,

@@ -27,7 +27,7 @@ SAMPLED = 64  # numbers of each weight that mark a model
 @dataclass
 class State:
     """``marks``: digests of all that measurements depend on, by what it is.  ``values``: by picks and piece; ``refitted``: the
-    same with output projections that were fitted once more; ``times``: milliseconds by name.  Without a path nothing is written."""
+    same with output projections fitted once more; ``times``: milliseconds by name.  Without a path nothing is written."""
 
     marks: Mapping[str, str]
     path: Path | None = None

@@ -62,7 +62,13 @@ MODELS = {"packed": Packed, "einsum": ByEinsum, "stack": lambda: stack(3)}
 
 
 def asked(model: nn.Module, dynamic_shapes: Any = None) -> Problem:
-    alternatives = [None, LocalWindow(2, sinks=1), PruneHeads(heads=[1, 2]), ScaleHeads([1, 0.5, 2, 0]), GroupedQuery(1)]
+    alternatives = [
+        None,
+        LocalWindow(2, sinks=1),
+        PruneHeads(heads=[1, 2]),
+        ScaleHeads([1, 0.5, 2, 0]),
+        GroupedQuery(1),
+    ]
     more = [[PruneHeads(0.5, budget="site"), LocalWindow(1, heads=[0, 3])]]
     task = Task(
         model, Choice(*alternatives, *more), CallInputs((DATA[0],), {}), Calibration.of(DATA), Budget(flops=0.9),
@@ -71,20 +77,23 @@ def asked(model: nn.Module, dynamic_shapes: Any = None) -> Problem:
     return problem(task)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("packed", marks=pytest.mark.slow), "einsum", "stack"])
 def test_it_computes_what_the_lowered_model_does(name: str) -> None:
     torch.manual_seed(0)
     of = asked(MODELS[name]().eval())
     places, count = of.menu.places, len(of.made.places[0].alternatives)
     assert count >= 4
     tried = [tuple((a + u) % count for u in range(places)) for a in range(count)] + [(0,) * places]
-    changed = set[float]()
+    changed, known = set[float](), dict[Candidate, Tensor]()
     for picks in (*tried, *reversed(tried)):  # from runs that are kept, too
         for refitted in (False, True)[: 1 + (of.refits is not None)]:
             candidate = Candidate(picks, refitted)
-            got, want = of.outputs.output(candidate, 0), of.outputs.model(candidate)(DATA[-1])
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-            changed.add(round(float(want.detach().double().cos().sum()), 5))
+            if candidate not in known:
+                known[candidate] = of.outputs.model(candidate)(DATA[-1]).detach()
+            torch.testing.assert_close(of.outputs.output(candidate, 0), known[candidate], rtol=1e-4, atol=1e-4)
+            changed.add(round(float(known[candidate].double().cos().sum()), 5))
+            if refitted and not any(picks):  # nothing changes where nothing was changed
+                assert all(d.plan is None or not d.plan.edits for d in of.outputs.decisions(candidate))
     assert len(changed) >= len({*tried})
 
 
