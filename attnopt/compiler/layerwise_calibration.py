@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,9 +67,7 @@ class Stream:
         kept = [{n: values[n] for n in read if n in values} for values in environments]
 
         def operands(values: Values, new: Mapping[str, Tensor]) -> OperandTensors:
-            t = f.raised.operands.map(lambda role, operand: anew(self.gm, operand, f.dirty.get(role, ()), values, new))
-            given = (t.q, t.k, t.v, t.bias, t.mask, t.sinks)
-            return OperandTensors(*given, keep=t.keep, added=t.added, is_cross=f.site.is_cross)
+            return operands_of(f, lambda role, node: anew(self.gm, node, f.dirty.get(role, ()), values, new))
 
         def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[OperandTensors]:
             new = edited_parameters(f.site, [e for e in edits if e.role != "out"])
@@ -86,6 +84,13 @@ class Stream:
                 )
         made = Activations(f.site, tuple(found), compute)
         return made if self.peers is None else withheld(made, self.peers)
+
+
+def operands_of(f: Found, value_of: Callable[[str, fx.Node], Tensor]) -> OperandTensors:
+    """By role and node."""
+    t = f.raised.operands.map(value_of)
+    given = (t.q, t.k, t.v, t.bias, t.mask, t.sinks)
+    return OperandTensors(*given, keep=t.keep, added=t.added, is_cross=f.site.is_cross)
 
 
 def anew(

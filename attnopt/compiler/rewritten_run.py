@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from attnopt.backends.reference import Reference
 from attnopt.compiler.decide import Decision
-from attnopt.compiler.layerwise_calibration import anew, read_by
+from attnopt.compiler.layerwise_calibration import anew, operands_of, read_by
 from attnopt.graph.interpreter import Forward, Schedule
 from attnopt.graph.resume import Part
 from attnopt.ir.activations import of_heads
@@ -112,9 +112,7 @@ class RewrittenRun(Forward):
             new = edited_parameters(f.site, edits_for(f.site, edit.edits, role)) if role in ROLES else {}
             return anew(self.gm, node, f.dirty.get(role, ()), self.values, new)
 
-        t = f.raised.operands.map(operand)
-        given = (t.q, t.k, t.v, t.bias, t.mask, t.sinks)
-        return OperandTensors(*given, keep=t.keep, added=t.added, is_cross=f.site.is_cross)
+        return operands_of(f, operand)
 
     def _output_weights(self, f: Found, edit: SiteEdit) -> dict[fx.Node, Tensor]:
         """By operand of the output projection."""

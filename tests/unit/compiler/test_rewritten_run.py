@@ -130,3 +130,21 @@ def test_little_room_keeps_fewer_runs_and_changes_nothing(monkeypatch: pytest.Mo
         assert (kept == 0) == (held == 1)
     assert torch.equal(wanted[0], wanted[1])
     assert torch.equal(wanted[0], wanted[2])
+
+
+def test_new_weights_reach_what_lies_behind_an_operator_of_several_tensors() -> None:
+    """Queries, keys and values of one packed projection, taken apart by ``unbind``: fits saw the old ones."""
+    from attnopt.compiler.analyze import analyze_in_eval
+    from attnopt.compiler.layerwise_calibration import Stream
+    from attnopt.ir.head_weights import HeadWeights
+
+    model, inputs = Packed().eval(), CallInputs((DATA[0],), {})
+    analyzed = analyze_in_eval(model, inputs)
+    first = analyzed.findings.found[0]
+    (_, activations), *_ = Stream(analyzed.program.module, [first], [inputs]).sites()
+    edited = activations.edited([HeadWeights("k", 1, torch.zeros(4, 16), torch.arange(4.0))]).batches[0]
+    before = activations.batches[0]
+    assert torch.equal(edited.k[:, 1], torch.arange(4.0).expand_as(edited.k[:, 1]))
+    assert torch.equal(edited.k[:, [0, 2, 3]], before.k[:, [0, 2, 3]])
+    assert torch.equal(edited.q, before.q)
+    assert torch.equal(edited.v, before.v)

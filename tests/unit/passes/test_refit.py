@@ -102,6 +102,11 @@ def test_a_stream_that_is_no_sum_is_not_made_up_for() -> None:
         for _, activations in stream.sites():
             assert activations.rewritten is not None
             assert bool(activations.rewritten.drift) == known
+    model = Scaled(0.5).eval()
+    plain, mended = (
+        optimized(model, {"layers.0": ScaleHeads([3] * 4), **more}) for more in ({}, {"layers.1": Refit()})
+    )
+    assert error(mended, model) < error(plain, model)
 
 
 def test_shared_weights_are_fitted_together() -> None:
