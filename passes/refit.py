@@ -16,9 +16,9 @@ MEANS = 10.0  # times as much as all tokens of a sequence counts their mean
 
 @dataclass(frozen=True)
 class Refit(Pass):
-    """Fit the output projection by least squares, so that the layer gives what it gave in the original model: from the outputs of
-    its heads in the rewritten model, whatever was changed in this layer and before it (GPTAQ, arXiv:2504.02692).
+    """Fit the output projection, so that the layer gives what it gave in the original model (GPTAQ, arXiv:2504.02692).
 
+    By least squares from the outputs of its heads in the rewritten model, whatever was changed in this layer and before it.
     Where the model adds the output to its input, what the stream has lost before is made up for, too.  The mean over a sequence
     counts ten times as much as its tokens: fitted to tokens alone, the layer gives less of everything, which adds up where
     noise averages out.  Nothing is changed that does not also help held-out tokens.  It costs no time: give it last, and also
