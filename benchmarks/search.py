@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import one_thread, picture, publish
 from quality import subject
-from search_baselines import METHODS, found_by
+from search_baselines import METHODS, REPAIRING, found_by
 
 import attnopt
 from attnopt.base.call_inputs import CallInputs
@@ -29,12 +30,12 @@ from attnopt.capture.calibration import Calibration
 from attnopt.policy_search.divergence import Divergence
 from attnopt.policy_search.engine import Engine
 from attnopt.policy_search.judge import Judge
-from attnopt.policy_search.menu import Picks
+from attnopt.policy_search.outputs import Candidate
 from attnopt.policy_search.problem import Problem, Task, problem
 
 FOLDER = Path("build") / "search"
 BUDGETS = {  # two for each subject; MiniLM and SmolLM2 at the lengths where windows save time
-    "minilm": ("latency=0.6", "latency=0.8"),
+    "minilm": ("latency=0.85", "latency=0.7"),
     "vit": ("flops=0.6", "flops=0.8"),
     "smollm2": ("kv_bytes=0.5", "latency=0.85"),
     "rxnmapper": ("parameters=0.7", "latency=0.8"),
@@ -42,6 +43,7 @@ BUDGETS = {  # two for each subject; MiniLM and SmolLM2 at the lengths where win
 AT: dict[str, Any] = {"minilm": (1, 512)}
 KINDS = {"minilm": "cosine", "vit": "kl", "smollm2": "kl", "rxnmapper": "kl"}
 LENGTH = 512  # tokens of MiniLM's texts
+COLUMNS = ("evaluations", "held back", "other data", "cost, of the original", "measured", "seconds")
 HELD_OUT = 8  # batches that neither fits nor searches have seen
 
 
@@ -76,77 +78,74 @@ def long_texts(about: Any, texts: Sequence[str], count: int) -> list[Any]:
     return found
 
 
-def compared(name: str, text: str, seed: int, evaluations: int) -> list[dict[str, Any]]:
-    """One row for each method: what it finds with the same choices, measured costs and data."""
+@dataclass(frozen=True)
+class Test:
+    """Data to test on, with the outputs of the original."""
+
+    batches: Sequence[Any]
+    apart: Divergence
+
+
+def asked_of(name: str, text: str, seed: int) -> tuple[Problem, Test]:
+    """What is searched, and data to test on."""
     about = subject(name)
     fitted, test = data_of(about, name, seed)
-    path = FOLDER / f"{name}-{text}-{seed}.state.json"
+    path = FOLDER / f"{name}-{text.partition('=')[0]}-{seed}.state.json"
     task = Task(
         about.model(), None, CallInputs.of(fitted[0], None), Calibration.of(fitted), asked_for(name, text),
         divergence=KINDS[name], dynamic_shapes=about.dynamic_shapes(), seed=seed,
     )  # fmt: skip
-    asked = problem(task, path)
-    return [row(asked, method, seed, evaluations, test, KINDS[name]) for method in METHODS]
+    apart = Divergence(KINDS[name], len(test), 0)
+    with torch.no_grad():
+        for i, batch in enumerate(test):
+            apart.learn(i, about.model()(*batch))
+    return problem(task, path), Test(test, apart)
 
 
-def row(asked: Problem, method: str, seed: int, evaluations: int, test: Sequence[Any], kind: str) -> dict[str, Any]:
+def row(asked: Problem, method: str, seed: int, evaluations: int, test: Test) -> dict[str, Any]:
+    """What a method finds with the same choices, costs and data as all others."""
     start = time.monotonic()
     judge = Judge(asked.measure, asked.pieces, asked.state.values, evaluations, saved=asked.state.save)
-    engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed)
+    refits = asked.refit_judge(lambda: False) if method in REPAIRING else None
+    engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed, refits=refits)
     picks = found_by(method, engine)
     asked.state.save(at_once=True)
     if picks is None:
-        return {"method": method, "held back": float("nan"), "other data": float("nan")}
-    spent = judge.spent
+        return {"method": method, **dict.fromkeys(COLUMNS, float("nan"))}
+    spent = engine.spent
     judge.is_limited = False
-    return {
-        "method": method,
-        "evaluations": spent,
-        "held back": judge.value(picks),
-        "other data": elsewhere(asked, picks, test, kind),
-        **{f"{r}, of the original": asked.menu.cost(r, picks) / asked.menu.original[r] for r in asked.limits},
-        **measured(asked, picks),
-        "seconds": time.monotonic() - start,
-    }
+    judge.value(picks)
+    found, (resource,) = Candidate(picks, engine.is_refitted(picks)), asked.limits
+    cost = asked.menu.cost(resource, picks)
+    whole = (
+        asked.check(found) if resource == "latency" else cost
+    )  # of interleaved calls: what else runs slows both alike
+    original = asked.menu.original[resource]
+    values = (spent, engine.value(picks), elsewhere(asked, found, test), cost / original, whole / original)
+    return {"method": method, **dict(zip(COLUMNS, (*values, time.monotonic() - start), strict=True))}
 
 
-def measured(asked: Problem, picks: Picks) -> dict[str, float]:
-    if "latency" not in asked.limits:
-        return {}
-    return {"measured latency, of the original": asked.check(picks) / asked.menu.original["latency"]}
-
-
-def elsewhere(asked: Problem, picks: Picks, test: Sequence[Any], kind: str) -> float:
-    """The divergence on data of the test."""
-    original, model = asked.made.model((0,) * asked.menu.places), asked.made.model(picks)
-    apart = Divergence(kind, len(test), 0)
-    total = count = 0.0
+def elsewhere(asked: Problem, found: Candidate, test: Test) -> float:
+    """The divergence on data of the test, of the rewritten model itself."""
+    model = asked.outputs.model(found)
     with torch.no_grad():
-        for i, batch in enumerate(test):
-            apart.learn(i, original(*batch))
-            part, n = apart.of(i, model(*batch))
-            total, count = total + part, count + n
-    return total / count
+        parts = [test.apart.of(i, model(*batch)) for i, batch in enumerate(test.batches)]
+    return sum(total for total, _ in parts) / sum(n for _, n in parts)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Means over the seeds, and the gain of the search over each other method."""
     found: list[dict[str, Any]] = []
-    cases = dict.fromkeys((r["subject"], r["budget"]) for r in rows)
-    for case in cases:
-        own = [r for r in rows if (r["subject"], r["budget"]) == case]
-        means = {
-            m: {
-                k: statistics.mean(r[k] for r in own if r["method"] == m)
-                for k in own[0]
-                if isinstance(own[0][k], float)
-            }
-            for m in METHODS
-        }
+    for name, text in dict.fromkeys((r["subject"], r["budget"]) for r in rows):
+        own = [r for r in rows if (r["subject"], r["budget"]) == (name, text)]
+        means = {m: {k: statistics.mean(r[k] for r in own if r["method"] == m) for k in COLUMNS} for m in METHODS}
         best = means["search"]["other data"]
         for m in METHODS:
             gain = 1 - best / means[m]["other data"] if means[m]["other data"] else 0.0
-            found.append({"subject": case[0], "budget": case[1], "method": m, **means[m], "less by the search": gain})
+            seeds = len(own) // len(METHODS)
+            found.append(
+                {"subject": name, "budget": text, "seeds": seeds, "method": m, **means[m], "less by the search": gain}
+            )
     return found
 
 
@@ -154,22 +153,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", action="append", choices=tuple(BUDGETS), help="repeatable; all by default")
     parser.add_argument("--budget", action="append", help="such as latency=0.6; repeatable")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=120)
     arguments = parser.parse_args()
     one_thread()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
     for name in arguments.subject or BUDGETS:
-        for text in arguments.budget or BUDGETS[name]:
-            for seed in range(arguments.seeds):
-                path = FOLDER / f"{name}-{text}-{seed}-{arguments.evaluations}.json"
-                if not path.exists():
-                    own = compared(name, text, seed, arguments.evaluations)
-                    path.write_text(json.dumps([{"subject": name, "budget": text, **r} for r in own]), encoding="utf-8")
-                for r in json.loads(path.read_text(encoding="utf-8")):
-                    rows.append(r)
-                    print(seed, {k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()}, flush=True)
+        for seed in arguments.seeds:
+            searched(name, arguments.budget or BUDGETS[name], seed, arguments.evaluations)
+    report()
+
+
+def searched(name: str, budgets: Sequence[str], seed: int, evaluations: int) -> None:
+    """Budgets of one resource share what was fitted and measured."""
+    known: dict[str, tuple[Problem, Test]] = {}
+    for text in budgets:
+        path = FOLDER / f"{name}-{text}-{seed}-{evaluations}.json"
+        if path.exists():
+            continue
+        resource, start = text.partition("=")[0], time.monotonic()
+        if resource not in known:
+            known = {resource: asked_of(name, text, seed)}
+        asked, test = known[resource]
+        prepared = time.monotonic() - start
+        asked.task = replace(asked.task, budget=asked_for(name, text))
+        rows = [{"subject": name, "budget": text, "prepared": prepared} for _ in METHODS]
+        for r, method in zip(rows, METHODS, strict=True):
+            r |= row(asked, method, seed, evaluations, test)
+            print(seed, {k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()}, flush=True)
+        path.write_text(json.dumps(rows), encoding="utf-8")
+        report()
+
+
+def report() -> None:
+    """Of all that was measured: an interrupted run leaves what it has."""
+    rows = [r for path in sorted(FOLDER.glob("*-*-*-*.json")) for r in json.loads(path.read_text(encoding="utf-8"))]
     found = summary(rows)
     publish("search", found, "Policies within a budget: how far the model diverges on other data", digits=4)
     picture("search", lambda figure, axes: draw(axes, found))

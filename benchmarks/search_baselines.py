@@ -12,21 +12,25 @@ from attnopt.policy_search.knapsack import best_picks
 from attnopt.policy_search.menu import Limits, Menu, Picks, Table
 from attnopt.policy_search.swaps import switched
 
-METHODS = ("uniform", "sum of single choices", "greedy hull", "EvoPress", "search")
+REPAIRING = ("uniform, refitted", "search")  # their output projections are fitted once more in the end
+METHODS = ("uniform", "sum of single choices", "greedy hull", "EvoPress", "search without refits", *REPAIRING)
 
 
 def found_by(method: str, engine: Engine) -> Picks | None:
     """What this method finds.  ``engine`` has the choices, the limits, the data and the most evaluations.
 
     Influences and uniform policies count as evaluations for those that use them."""
-    if method == "search":
+    if method.startswith("search"):
         engine.run()
         return engine.best(engine.limits)
     engine.judge.is_limited = method == "EvoPress"
     if method == "EvoPress":
         return evopress(engine)
-    if method == "uniform":
-        return _uniform(engine)
+    if method.startswith("uniform"):
+        picks = _uniform(engine)
+        if picks is not None and engine.refits is not None:
+            engine.refits.value(picks)
+        return picks
     engine.judge.value(engine.original)
     engine.prepare()
     engine.alone()

@@ -17,6 +17,7 @@ from attnopt.passes.mix_map import MixMap
 from attnopt.passes.pool_keys import PoolKeys
 from attnopt.passes.prune_heads import PruneHeads
 from attnopt.passes.query_rows import QueryRows
+from attnopt.passes.refit import Refit
 from attnopt.passes.replace_attention import Replace
 from attnopt.passes.route_heads import RouteHeads
 from attnopt.passes.scale_heads import ScaleHeads
@@ -39,6 +40,7 @@ __all__ = [
     "PoolKeys",
     "PruneHeads",
     "QueryRows",
+    "Refit",
     "Replace",
     "RouteHeads",
     "ScaleHeads",

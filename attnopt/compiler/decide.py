@@ -10,7 +10,7 @@ from attnopt.compiler.rewriting import Planned, Rewriting, escapes
 from attnopt.errors import PluginError
 from attnopt.ir import plugin_calls
 from attnopt.ir.activations import Activations
-from attnopt.ir.interfaces import Backend, Pass
+from attnopt.ir.interfaces import Backend, Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
@@ -46,21 +46,37 @@ def decide(
 
     ``decodes``: the result keeps the caches of its class, which can evict keys.
     """
-    now, refusals = Rewriting.start(found, activations, decodes), dict[str, Refusal]()
+    return _through(Decision(found, found.site), Rewriting.start(found, activations, decodes), passes, backends)
+
+
+def decided_further(
+    d: Decision, passes: Sequence[Pass], backends: Sequence[Backend], activations: Activations, decodes: bool = False
+) -> Decision:
+    """With these passes after those that made ``d``."""
+    now = Rewriting.start(d.found, activations, decodes)
+    if d.plan is not None:
+        made = Rewrite(d.plan.spec, d.plan.edits, d.plan.out_bias, d.notes)
+        now = replace(now, site=now.site.edited(d.plan), made=made, passes=d.plan.passes)
+    return _through(d, now, passes, backends)
+
+
+def _through(d: Decision, now: Rewriting, passes: Sequence[Pass], backends: Sequence[Backend]) -> Decision:
+    """The decision after these passes; where no backend computes what they make, ``d`` stands."""
+    found, refusals, before = d.found, dict(d.refusals), now
     for p in passes:
         after = now.then(p)
         if isinstance(after, Refusal):
             refusals[p.name] = after
         else:
             now = after
-    if not now.passes:
-        return Decision(found, found.site, refusals=refusals)
+    if now is before:
+        return replace(d, refusals=refusals)
     made = now.planned(backends)
     if not isinstance(made, Planned):
-        return Decision(found, found.site, refusals={**refusals, **made})
+        return replace(d, refusals={**refusals, **made})
     site = now.result
-    notes = (*made.notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec))
-    return Decision(found, site, made.plan, refusals, notes)
+    notes = dict.fromkeys((*made.notes, *_blind(found.site, site.spec), *_kept_whole(found.site, site.spec)))
+    return Decision(found, site, made.plan, refusals, tuple(notes))
 
 
 def limited(decisions: Sequence[Decision], limit: int | None) -> list[Decision]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from attnopt.backends.sdpa import Sdpa
 from attnopt.graph.cleanup import remove_unused_nodes
@@ -37,11 +36,6 @@ class HeadGraph:
     outputs: Mapping[str, fx.Node]
     operands: Mapping[str, Operands[fx.Node]]
     inputs: Mapping[str, Mapping[str, fx.Node]] = field(default_factory=dict)
-
-    @property
-    def leaves(self) -> list[object]:
-        """Of the output: nodes and numbers."""
-        return pytree.tree_leaves(self.module.graph.output_node().args[0])
 
 
 def head_graph(gm: fx.GraphModule, found: Sequence[Found], inputs: Mapping[str, Inputs] | None = None) -> HeadGraph:

@@ -9,8 +9,8 @@ from torch import Tensor, fx
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
-from attnopt.capture.flat_call import Taken, put_together
 from attnopt.capture.program import Program
+from attnopt.compiler.graph_output import leaves_of, output_of
 from attnopt.compiler.head_graph import HeadGraph
 from attnopt.graph.nodes import shape
 from attnopt.graph.resume import Call, Part, Stacker
@@ -32,7 +32,7 @@ class HeadSweep:
         """``graph``: of the module of ``program``.  ``swept``: the sites to stop at; all by default."""
         self.program, self.graph = program, graph
         self.nodes = {n: o for n, o in self.graph.outputs.items() if swept is None or n in swept}
-        self.ends = [n for n in dict.fromkeys(self.graph.leaves) if isinstance(n, fx.Node)]
+        self.ends = [n for n in dict.fromkeys(leaves_of(graph.module.graph)) if isinstance(n, fx.Node)]
         self.parts: dict[str, Part] = {}
         self.stacker = Stacker(agree)
 
@@ -92,15 +92,7 @@ class HeadSweep:
 
     def told(self, values: Sequence[Any], batch: CallInputs) -> Any:
         """The output of the user's model with these values of ``ends``."""
-        known = dict(zip(self.ends, values, strict=True))
-        leaves = [known[x] if isinstance(x, fx.Node) else x for x in self.graph.leaves]
-        output = self.graph.module.graph.process_outputs(leaves)
-        form = self.program.form
-        if form is None:
-            return output
-        *_, build, given = put_together(form.inputs, *batch, clones=True)
-        objects = tuple(build.made[i] for i in range(len(form.inputs.nodes)))
-        return form.give(output, Taken(batch, objects, tuple(given)))
+        return output_of(self.program, self.graph.module.graph, dict(zip(self.ends, values, strict=True)), batch)
 
 
 def with_each(o_BHLD: Tensor, other_BHLD: Tensor, places: Iterable[int]) -> Iterator[Tensor]:

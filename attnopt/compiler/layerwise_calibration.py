@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.progress import watched
 from attnopt.errors import CalibrationError
 from attnopt.graph.interpreter import Forward, Interpreter, Schedule
+from attnopt.graph.nodes import value
 from attnopt.ir.activations import Activations, withheld
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_weights import HeadWeights
@@ -40,7 +41,7 @@ class Stream:
         peers: Peers | None = None,
     ) -> None:
         self.gm, self.batches, self.invented, self.peers = gm, batches, invented, peers
-        self.schedule = Schedule(gm.graph, {f.raised.node: _read_by(f) for f in found})
+        self.schedule = Schedule(gm.graph, {f.raised.node: self.reads(f) for f in found})
         self.found = sorted(found, key=lambda f: self.schedule.place[f.raised.node])
 
     def sites(self) -> Iterator[tuple[Found, Activations]]:
@@ -54,17 +55,19 @@ class Stream:
             invented = self._activations(f, [run.values for run in others]) if self.invented else None
             yield f, replace(activations, invented=invented)
 
+    def reads(self, f: Found) -> set[fx.Node]:
+        """What is wanted where a run has come to an attention."""
+        return read_by(f)
+
     def _run(self, batch: CallInputs) -> Forward:
         return Forward(self.gm, example_values(self.gm, *batch), self.schedule)
 
     def _activations(self, f: Found, environments: Sequence[Values]) -> Activations:
-        read = _read_by(f)
+        read = read_by(f)
         kept = [{n: values[n] for n in read if n in values} for values in environments]
 
         def operands(values: Values, new: Mapping[str, Tensor]) -> OperandTensors:
-            t = f.raised.operands.map(lambda role, operand: self._anew(operand, f.dirty.get(role, ()), values, new))
-            given = (t.q, t.k, t.v, t.bias, t.mask, t.sinks)
-            return OperandTensors(*given, keep=t.keep, added=t.added, is_cross=f.site.is_cross)
+            return operands_of(f, lambda role, node: anew(self.gm, node, f.dirty.get(role, ()), values, new))
 
         def compute(edits: Sequence[HeadWeights], first_alone: bool = False) -> list[OperandTensors]:
             new = edited_parameters(f.site, [e for e in edits if e.role != "out"])
@@ -82,25 +85,37 @@ class Stream:
         made = Activations(f.site, tuple(found), compute)
         return made if self.peers is None else withheld(made, self.peers)
 
-    def _anew(
-        self, node: fx.Node, dirty: Sequence[fx.Node], values: Mapping[fx.Node, Any], new: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The value of ``node`` with the parameters ``new``."""
-        reached: set[fx.Node] = set()
-        for n in sorted(dirty, key=self.schedule.place.__getitem__):
-            if str(n.target) in new if n.op == "get_attr" else reached & set(n.all_input_nodes):
-                reached.add(n)
-        if node not in reached:
-            found: Tensor = values[node]
-            return found
-        known = {n: x for n, x in values.items() if n not in reached}
-        result: Tensor = Interpreter(self.gm, known | {n: new[str(n.target)] for n in reached if n.op == "get_attr"})(
-            node
-        )
-        return result
+
+def operands_of(f: Found, value_of: Callable[[str, fx.Node], Tensor]) -> OperandTensors:
+    """By role and node."""
+    t = f.raised.operands.map(value_of)
+    given = (t.q, t.k, t.v, t.bias, t.mask, t.sinks)
+    return OperandTensors(*given, keep=t.keep, added=t.added, is_cross=f.site.is_cross)
 
 
-def _read_by(f: Found) -> set[fx.Node]:
+def anew(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    dirty: Sequence[fx.Node],
+    values: Mapping[fx.Node, Any],
+    new: Mapping[str, Tensor],
+) -> Tensor:
+    """The value of ``node`` with the parameters ``new``; ``dirty``: what lies between it and its weights, without operators that
+    give several tensors, such as ``unbind``."""
+    reached: set[fx.Node] = set()
+    several = {i for n in dirty for i in n.all_input_nodes if isinstance(value(i), (tuple, list))}
+    for n in sorted({*dirty, *several}):
+        if str(n.target) in new if n.op == "get_attr" else reached & set(n.all_input_nodes):
+            reached.add(n)
+    if node not in reached:
+        found: Tensor = values[node]
+        return found
+    known = {n: x for n, x in values.items() if n not in reached}
+    result: Tensor = Interpreter(gm, known | {n: new[str(n.target)] for n in reached if n.op == "get_attr"})(node)
+    return result
+
+
+def read_by(f: Found) -> set[fx.Node]:
     """The inputs of the site's operands, with its own or other weights."""
     return {
         *f.raised.node.all_input_nodes,

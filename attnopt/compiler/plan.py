@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from attnopt.capture.program import Program
 from attnopt.compiler.decide import Decision, decide, limited
+from attnopt.compiler.followed_calibration import FollowedStream
 from attnopt.compiler.head_budget import allot
 from attnopt.compiler.job import Job
 from attnopt.compiler.layerwise_calibration import Stream
@@ -49,13 +50,19 @@ def _decided(
     invented = job.invented(program, batches, learning, (passes[f.site.name] for f in learning))
     shares = allot(program.module, learning, passes, job.backends, batches, invented, decodes, job.peers)
     made = dict(shares.ready)
-    undecided = [f for f in learning if f.site.name not in made]
-    stream = Stream(program.module, undecided, batches, invented, job.peers)
-    for group, activations in jointly(stream, tied(undecided, passes)):
+    visited, followed = [f for f in learning if f.site.name not in made], None
+    if job.peers is None and any(p.follows for f in learning for p in passes[f.site.name]):
+        visited = [f for f in found if passes[f.site.name]]
+        followed = FollowedStream(program.module, visited, batches, invented, job.backends)
+    stream = followed or Stream(program.module, visited, batches, invented, job.peers)
+    for group, activations in jointly(stream, tied(visited, passes)):
         name = group[0].site.name
-        chosen = [shares.passes.get((name, p), p) for p in passes[name]]
-        decisions = of_all(group, decide(group[0], chosen, job.backends, activations, decodes))
-        made.update({d.found.site.name: d for d in decisions})
+        if name not in made:
+            chosen = [shares.passes.get((name, p), p) for p in passes[name]]
+            decisions = of_all(group, decide(group[0], chosen, job.backends, activations, decodes))
+            made.update({d.found.site.name: d for d in decisions})
+        if followed is not None and len(group) == 1:
+            followed.follow(made[name])
     return [made.get(f.site.name) or decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
 
 

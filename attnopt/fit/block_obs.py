@@ -9,15 +9,17 @@ out raises the squared error by tr(W_h' [(A^-1)_hh]^-1 W_h), and the remaining h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attnopt.fit.least_squares import LayerMoments, Moments, combined, fittable_weights
 from attnopt.ir.site import Site
+from attnopt.ir.statistic import Statistic
 
 SHRINKAGE = 1e-3  # of the mean square of a feature
 ENUMERATED = 64  # at most this many sets are tried exhaustively
@@ -38,11 +40,14 @@ class Surgeon:
         inverse, weights = self._solved(places)
         return [c / max(self.moments.yy, 1e-300) for c in self._costs(inverse, weights, len(places))]
 
-    def nested(self, protected: Sequence[int] = (), least: int = 1) -> dict[int, tuple[int, ...]]:
+    def nested(
+        self, protected: Sequence[int] = (), least: int = 1, known: Mapping[int, tuple[int, ...]] | None = None
+    ) -> dict[int, tuple[int, ...]]:
         """For each number of heads, the best set of positions found: the cheapest head is removed, then outside heads are
-        swapped in while that helps; few sets are tried exhaustively.  ``protected`` positions stay."""
-        places = tuple(range(self.heads))
-        found = {self.heads: places}
+        swapped in while that helps; few sets are tried exhaustively.  ``protected`` positions stay.  ``known``: what was found
+        before, from which it goes on."""
+        found = dict(known or {self.heads: tuple(range(self.heads))})
+        places = found[min(found)]
         while len(places) > max(least, len(protected)):
             if math.comb(self.heads, len(places) - 1) <= ENUMERATED:
                 sets = combinations(range(self.heads), len(places) - 1)
@@ -113,3 +118,25 @@ def surgeon_of(site: Site) -> Surgeon:
     today = fittable_weights(site)
     moments = combined(LayerMoments().of(site))
     return Surgeon(moments, today, site.num_heads, site.value_dim, site.out_bias() is not None)
+
+
+@dataclass(frozen=True)
+class _Nested(Statistic[dict[int, tuple[int, ...]]]):
+    """Of the site's layer, filled as far as it is asked for: other numbers of heads ask for the same sets."""
+
+    protected: tuple[int, ...]
+    merges: ClassVar[bool] = True
+
+    def measure(self, site: Site) -> dict[int, tuple[int, ...]]:
+        return {}
+
+    def merged(self, parts: Sequence[dict[int, tuple[int, ...]]]) -> dict[int, tuple[int, ...]]:
+        return {}
+
+
+def nested_heads(site: Site, protected: Sequence[int], least: int) -> Mapping[int, tuple[int, ...]]:
+    """``Surgeon.nested`` of the site's layer, each set found once.  Raises CalibrationError."""
+    known = _Nested(tuple(protected)).of(site)
+    if not known or min(known) > least:
+        known.update(surgeon_of(site).nested(protected, least, known))
+    return known

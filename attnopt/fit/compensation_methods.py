@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -71,11 +71,15 @@ class Bias(Compensation):
         return surgeon_of(site).error_unfitted(_places(site, heads), mean=True)
 
 
+@dataclass(frozen=True)
 class LeastSquares(Compensation):
-    """Fit the output projection to the layer output in the original model (OSSCAR, arXiv:2403.12983)."""
+    """Fit the output projection to the layer output in the original model (OSSCAR, arXiv:2403.12983).
+
+    ``means``: as of ``LayerMoments``."""
 
     name: ClassVar[str] = "least-squares"
     merges: ClassVar[bool] = True
+    means: float = 0.0
 
     def compensate(self, site: Site, spec: AttentionSpec) -> Rewrite:
         if not _reaching(spec):
@@ -83,12 +87,14 @@ class LeastSquares(Compensation):
         features, today = _features(site, spec.heads), fittable_weights(site)
         assert site.activations is not None
         require_tokens(site, site.activations)
-        fitting, held = (m.of(features) for m in LayerMoments().of(site))
+        fitting, held = (m.of(features) for m in LayerMoments(self.means).of(site))
         found = fit(fitting, held if held.tokens else fitting, today[features], site.out_bias() is not None)
         note = (
             f"least squares on {fitting.tokens} tokens: layer error on {held.tokens} held-out tokens "
             f"{found.before:.3f} -> {found.after:.3f} (step {found.step:g})"
         )
+        if not found.step:
+            return Rewrite(spec, notes=(note,))
         return Rewrite(spec, *out_edits(site, spec, found.weights), (note,))
 
     def error(self, site: Site, heads: Sequence[int]) -> float:

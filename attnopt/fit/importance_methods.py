@@ -15,7 +15,7 @@ from attnopt.base.options import numbers
 from attnopt.base.registry import Registry
 from attnopt.errors import CalibrationError, PolicyError
 from attnopt.fit import head_scores
-from attnopt.fit.block_obs import surgeon_of
+from attnopt.fit.block_obs import nested_heads
 from attnopt.ir.blame import blamed, fault, is_ours
 from attnopt.ir.importance import Importance, Measured
 from attnopt.ir.refusal import Refusal
@@ -243,7 +243,7 @@ def best_heads(
     heads = site.spec.heads
     if isinstance(how, Obs):  # what one head is worth depends on the others
         places = [p for p, h in enumerate(heads) if h in protected]
-        nested = surgeon_of(site).nested(places, min(counts))
+        nested = nested_heads(site, places, min(counts))
         return {n: tuple(heads[p] for p in nested[n]) for n in counts}
     value = dict(zip(heads, scored(how, site), strict=True))
     ranked = sorted(heads, key=lambda h: (h in protected, value[h], -h), reverse=True)

@@ -23,6 +23,7 @@ from attnopt.ir.statistic import Statistic
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean square of a feature
 STEPS = (1.0, 0.5, 0.25)  # of the way from the old weights to the new ones
+EXACT = 1e-12  # squared error, relative to the targets, that is rounding
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,19 @@ def with_ones(z_BHLD: Tensor, counted: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class LayerMoments(Statistic[tuple[Moments, Moments]]):
     """Of the heads' outputs against the output of the layer in the original model: on the tokens to fit on, and on the
-    held-out ones."""
+    held-out ones.
+
+    ``means``: how much the mean of a sequence counts, the sum over its tokens being 1.  What is wrong with single tokens is
+    noise that later layers and pools average out; what is wrong with their mean stays.
+    """
 
     merges: ClassVar[bool] = True
+    means: float = 0.0
 
     def measure(self, site: Site) -> tuple[Moments, Moments]:
         assert site.activations is not None
-        parts = [[m * weight for m in _moments(now, site.spec)] for now, weight in site.activations.weighted]
+        weighted = site.activations.weighted
+        parts = [[m * weight for m in _moments(now, site.spec, self.means)] for now, weight in weighted]
         fitting, held = (replace(combined(same), tokens=same[0].tokens) for same in zip(*parts, strict=True))
         return fitting, held
 
@@ -105,15 +112,27 @@ class LayerMoments(Statistic[tuple[Moments, Moments]]):
         return combined(fitting), combined(held)
 
 
-def _moments(now: Activations, spec: AttentionSpec) -> tuple[Moments, Moments]:
+def _moments(now: Activations, spec: AttentionSpec, means: float) -> tuple[Moments, Moments]:
     wanted = output_weights(now.site)
     assert wanted is not None
     fitting, held = Sums(), Sums()
     counts = zip(now.counted(False), now.counted(True), strict=True)
-    for z, y, (fit_on, hold) in zip(now.outputs(spec), now.given, counts, strict=True):
+    drifts = now.drift or (None,) * len(now.batches)
+    for z, y, (fit_on, hold), drift in zip(now.outputs(spec), now.given, counts, drifts, strict=True):
         for sums, counted in ((fitting, fit_on), (held, hold)):
-            sums.add(with_ones(z, counted), with_ones(y, counted) @ wanted)
+            features, target = with_ones(z, counted), with_ones(y, counted) @ wanted
+            target = target if drift is None else target + drift[counted].double()
+            sums.add(features, target)
+            if means:
+                sums.add(_of_means(features, counted, means), _of_means(target, counted, means), are_tokens=False)
     return fitting.moments(), held.moments()
+
+
+def _of_means(x: Tensor, counted: Tensor, weight: float) -> Tensor:
+    """The mean over the tokens of each sequence, with the weight of all of them times ``weight``; x [tokens, features]."""
+    counts = counted.sum(1)
+    sums = x.new_zeros(len(counts), x.shape[1]).index_add(0, counted.nonzero()[:, 0], x)
+    return sums * (weight / counts.clamp(min=1)).sqrt()[:, None]
 
 
 class Sums:
@@ -123,11 +142,11 @@ class Sums:
         self.zz = self.zy = torch.zeros(())
         self.yy, self.tokens = 0.0, 0
 
-    def add(self, features: Tensor, target: Tensor) -> None:
+    def add(self, features: Tensor, target: Tensor, are_tokens: bool = True) -> None:
         self.zz = self.zz + features.T @ features
         self.zy = self.zy + features.T @ target
         self.yy += float((target * target).sum())
-        self.tokens += len(features)
+        self.tokens += len(features) if are_tokens else 0
 
     def moments(self) -> Moments:
         return Moments(self.zz, self.zy, self.yy, self.tokens)
@@ -149,7 +168,7 @@ def fit(fitting: Moments, held: Moments, today: Tensor, has_bias: bool) -> Fitte
     features = torch.arange(len(today) if has_bias else len(today) - 1, device=today.device)
     some, check, start = fitting.of(features), held.of(features), today[features]
     best = Fitted(start, 0.0, check.error(start), check.error(start))
-    for strength in RIDGES:
+    for strength in RIDGES if best.before > EXACT else ():
         solution = ridge(some, start, strength)
         for step in STEPS:
             w = (1 - step) * start + step * solution

@@ -62,17 +62,22 @@ class Interpreter:
 class Schedule:
     """Which values a run needs to reach some nodes, its stops, and which of them each place of the graph uses last.
 
-    ``read``: for each stop, the nodes whose values are wanted there, before the stop itself is computed.
+    ``read``: for each stop, the nodes whose values are wanted there, before the stop itself is computed.  ``given``: nodes
+    whose values somebody else writes into the run, before it comes to them.
     """
 
-    def __init__(self, graph: fx.Graph, read: Mapping[fx.Node, Collection[fx.Node]]) -> None:
+    def __init__(
+        self, graph: fx.Graph, read: Mapping[fx.Node, Collection[fx.Node]], given: Collection[fx.Node] = ()
+    ) -> None:
         self.nodes: list[fx.Node] = list(graph.nodes)
         self.place = {n: i for i, n in enumerate(self.nodes)}
         self.stops = sorted(read, key=self.place.__getitem__)
         self.last_use: dict[fx.Node, int] = {}
         for stop, wanted in read.items():
             self._use(wanted, self.place[stop])
-        for node in {n for wanted in read.values() for w in wanted for n in ancestors(w)}:
+        for node in {n for wanted in read.values() for w in wanted for n in ancestors(w, given.__contains__)} - {
+            *given
+        }:
             self._use(node.all_input_nodes, self.place[node])
         self.dying: dict[int, list[fx.Node]] = {}
         for n, last in self.last_use.items():

@@ -36,6 +36,12 @@ class Activations:
     edits: tuple[HeadWeights, ...] = ()
     first: Activations | None = None  # with the original weights, if different
     invented: Activations | None = field(default=None, repr=False)  # on random tokens, which only fits of weights read
+    rewritten: Activations | None = field(
+        default=None, repr=False
+    )  # in the model as it is rewritten before this attention
+    drift: tuple[
+        Tensor, ...
+    ] = ()  # of each batch [B, L, out]: what the output projection is to add to what it gave, if known
     calls: int = 1  # of the site's weights: ``batches`` lists those of one call, then those of the next
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # by statistic and spec
     peers: Peers | None = None  # who have the other batches
@@ -58,7 +64,10 @@ class Activations:
         if inner:
             batches = tuple(self.compute(everything, first_alone))
         invented = None if self.invented is None or first_alone else self.invented.edited(edits)
-        return replace(self, batches=batches, edits=everything, first=self.original, invented=invented, memo={})
+        now = None if self.rewritten is None or first_alone else self.rewritten.edited(edits)
+        return replace(
+            self, batches=batches, edits=everything, first=self.original, invented=invented, rewritten=now, memo={}
+        )
 
     @cached_property
     def alone(self) -> Activations:

@@ -39,6 +39,9 @@ class Pass(ABC):
     channels: ClassVar[bool] = False  # True: it also takes attentions between channels, which are refused otherwise
     head_maps: ClassVar[bool] = False  # True: it also takes talking heads, which are refused otherwise
     linear: ClassVar[bool] = False  # True: it also takes attentions without a softmax, which are refused otherwise
+    follows: ClassVar[bool] = (
+        False  # its calibration data pass through the model as it is rewritten before the attention
+    )
     widens: ClassVar[bool] = False  # it also fits to random tokens, ``site.activations.invented``, if there are any
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
@@ -84,7 +87,9 @@ class Pass(ABC):
 def given_to(p: Pass, site: Site) -> Site:
     """``site`` as ``p`` sees it."""
     now = site.activations
-    return site if p.widens or now is None else replace(site, activations=now.alone)
+    if now is not None and p.follows and now.rewritten is not None:
+        now = now.rewritten
+    return replace(site, activations=now if p.widens or now is None else now.alone)
 
 
 @dataclass(frozen=True)

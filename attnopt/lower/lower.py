@@ -168,7 +168,7 @@ def _attention(
         again = {role: [others.made.get(n, n) for n in ways[role]] for role in of_others}
         packs.append((forks(of_others, again), of_others, again))
     shared = {n for packed, _, _ in packs for n in packed}
-    editing = {role: _edits_for(plan.found.site, edits, role) for role in CANONICAL}
+    editing = {role: edits_for(plan.found.site, edits, role) for role in CANONICAL}
     edited = any(editing.values())
     before = plan.found.raised.spec
     early = not plain and pools_early(spec, plan.backend, plan.found.raised.operands)
@@ -214,7 +214,7 @@ def _computed(spec: AttentionSpec, plan: Plan) -> list[AttentionSpec]:
     return [spec] if plan.backend.pools else [part.whole for part in parts_of(spec)]
 
 
-def _edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:
+def edits_for(site: Site, edits: Sequence[HeadWeights], role: str) -> tuple[HeadWeights, ...]:
     """The new weights of an operand, without those of another role that shares its rows."""
     mine = site.projections.get(role)
     own = set() if mine is None or mine.rows is None else {row for rows in mine.rows for row in rows}

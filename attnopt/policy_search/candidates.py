@@ -88,12 +88,12 @@ class Candidates:
     compiled: Compiled
     places: tuple[Place, ...]
     refused: tuple[tuple[str, str, Refusal], ...]
-    uncollected: list[Picks] = field(default_factory=list, repr=False)
+    uncollected: list[Policy] = field(default_factory=list, repr=False)
 
-    def policy(self, picks: Picks) -> Policy:
-        """A plain policy that makes the same model."""
+    def policy(self, picks: Picks, more: Passes = ()) -> Policy:
+        """A plain policy that makes the same model; with ``more`` passes at every place."""
         passes = {
-            site: place.alternatives[a].passes
+            site: (*place.alternatives[a].passes, *more)
             for place, a in zip(self.places, picks, strict=True)
             for site in place.sites
         }
@@ -125,17 +125,19 @@ class Candidates:
         }
         return [made.get(f.site.name) or Decision(f, f.site) for f in self.found]
 
-    @compiling()
     def model(self, picks: Picks) -> OptimizedModel:
         """The model with these picks, not yet verified: ``Search.optimize`` verifies.  Its report is that of the picks."""
-        decisions, origin = self.decisions(picks), self.compiled.origin
+        return self.lowered(self.decisions(picks), self.policy(picks))
+
+    @compiling()
+    def lowered(self, decisions: Sequence[Decision], policy: Policy) -> OptimizedModel:
+        """The model of these decisions, which ``policy`` makes."""
+        origin = self.compiled.origin
         module = lower(self.compiled.program.module, [d.plan for d in decisions if d.plan is not None])
         store_fixed_operands(module, trains=False)
-        report = replace(
-            origin.report, sites=tuple(map(site_report, decisions)), policy=self.policy(picks).to_json(), warnings=()
-        )
+        report = replace(origin.report, sites=tuple(map(site_report, decisions)), policy=policy.to_json(), warnings=())
         sites = tuple(replace(d.site, refusals=d.refusals) for d in decisions)
-        self.uncollected.append(picks)
+        self.uncollected.append(policy)
         if len(self.uncollected) >= COLLECTED:
             self.uncollected.clear()
             gc.collect()  # graphs refer to themselves: those before would keep their new weights alive

@@ -1,4 +1,4 @@
-"""Choices for a policy that leaves them to the search: windows, fewer key/value heads, fewer heads."""
+"""Choices for a policy that leaves them to the search: windows, fewer key/value heads, fewer heads or none."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ SHARES = (0.5, 0.25, 0.125)  # of the keys, in a window
 SINKS = 4
 LEAST = 8  # keys of a window
 PRUNED = (0.25, 0.5, 0.75)  # shares of the heads
+LOOKED_AT = 3  # batches that tell where heads look
 Passes = tuple[Pass, ...]
 
 
@@ -46,7 +47,7 @@ def near_heads(gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[Cal
     None where distances mean nothing."""
     how, near = Locality(), dict[str, tuple[int, ...]]()
     asked = [f for f in found if f.site.num_kv_heads > 1 and how.check(f.site) is None]
-    for f, activations in Stream(gm, asked, batches).sites():
+    for f, activations in Stream(gm, asked, batches[:LOOKED_AT]).sites():
         spec = f.site.spec
         try:
             scores = how.scores(replace(f.site, activations=activations))
@@ -70,6 +71,7 @@ def _offered(site: Site, resources: set[str], near: tuple[int, ...], sinks: int)
     yield from ((w,) for w in windows)
     yield from ((replace(w, heads=near),) for w in windows[-2:] if near)
     yield from fewer
+    yield (PruneHeads(heads=range(site.num_heads), whole_layers=True),)
     yield from grouped
     half = fewer[len(fewer) // 2 :][:1] if resources & {"latency", "flops"} else grouped[:1]
     yield from ((*passes, w) for passes in half for w in windows[-2:])

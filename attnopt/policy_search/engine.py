@@ -21,6 +21,7 @@ STAGES = (0.25, 0.5, 1.0)  # shares of the data on which a generation is judged,
 DRAWN = 4  # of a generation, those that a draw of the fitted sum calls best
 ALONE = 0.5  # share of the data on which each alternative is judged alone
 SINGLES = 0.4  # of the evaluations, at most, for that
+REFITTED = 3  # of the best, those that are fitted once more
 PATIENCE = 4  # generations without any gain before the search ends
 
 
@@ -33,9 +34,29 @@ class Engine:
     limits: Limits
     uniform: Sequence[Picks]
     seed: int = 0
+    refits: Judge | None = None  # of the same picks, with their output projections fitted once more
     stage: Callable[[str], None] = lambda name: None
     influence: list[list[float]] = field(default_factory=list)
     guessed: set[At] = field(default_factory=set)  # alternatives whose influence was not measured
+
+    @property
+    def spent(self) -> float:
+        """Evaluations."""
+        return sum(judge.spent for judge in self._judges)
+
+    @property
+    def policies(self) -> int:
+        """That were judged on all data."""
+        return sum(len(judge.full) for judge in self._judges)
+
+    @property
+    def _judges(self) -> list[Judge]:
+        return [judge for judge in (self.judge, self.refits) if judge is not None]
+
+    def recall(self) -> None:
+        """Take in what was known before on all data, of searches with other budgets: with a larger one nothing gets worse."""
+        for judge in self._judges:
+            judge.recall()
 
     def run(self) -> bool:
         """Whether the search came to its end.  Raises PolicyError if nothing meets the limits."""
@@ -45,11 +66,14 @@ class Engine:
         self.judge.value(self.original)
         self._start()
         self.judge.is_limited = True
+        few = self.menu.count <= self.judge.limit - self.judge.spent
+        ended = self._ends(self._everything if few else self._search)
+        return self._ends(self._refit) and ended
+
+    def _ends(self, stage: Callable[[], None]) -> bool:
+        """Whether it comes to its end."""
         try:
-            if self.menu.count <= self.judge.limit - self.judge.spent:
-                self._everything()
-            else:
-                self._search()
+            stage()
         except EndError:
             return False
         return True
@@ -66,8 +90,21 @@ class Engine:
 
     def best(self, limits: Limits) -> Picks | None:
         """Of all that were judged on all data and fit, the best; the first of equals."""
-        fitting = [p for p in self.judge.full if self._is_offered(p) and self.menu.fits(p, limits)]
-        return min(fitting, key=lambda p: self.judge.full[p], default=None)
+        return min(self._fitting(limits), key=self.value, default=None)
+
+    def value(self, picks: Picks) -> float:
+        """Of picks that were judged on all data, the better of both ways."""
+        return min(self.judge.full[picks], self._refitted(picks))
+
+    def is_refitted(self, picks: Picks) -> bool:
+        """They are better with their output projections fitted once more."""
+        return self._refitted(picks) < self.judge.full[picks]
+
+    def _refitted(self, picks: Picks) -> float:
+        return math.inf if self.refits is None else self.refits.full.get(picks, math.inf)
+
+    def _fitting(self, limits: Limits) -> list[Picks]:
+        return [p for p in self.judge.full if self._is_offered(p) and self.menu.fits(p, limits)]
 
     def front(self) -> list[Picks]:
         """What was judged on all data and is the best for its cost of the first resource, by increasing cost; within the limits
@@ -76,8 +113,8 @@ class Engine:
         held = {r: self.limits[r] for r in others}
         offered = [p for p in self.judge.full if self._is_offered(p) and self.menu.fits(p, held)]
         found: list[Picks] = []
-        for p in sorted(offered, key=lambda p: (self.menu.cost(first, p), self.judge.full[p], p)):
-            if not found or self.judge.full[p] < self.judge.full[found[-1]]:
+        for p in sorted(offered, key=lambda p: (self.menu.cost(first, p), self.value(p), p)):
+            if not found or self.value(p) < self.value(found[-1]):
                 found.append(p)
         return found
 
@@ -102,6 +139,18 @@ class Engine:
             raise_apart(self.menu, self.limits)
         assert found is not None
         return found
+
+    def _refit(self) -> None:
+        """The best few, and the best of what is the same everywhere: a fit helps some more than others."""
+        if self.refits is None:
+            return
+        self.stage("refits")
+        self.refits.is_limited = True
+        ranked = sorted(self._fitting(self.limits), key=lambda p: self.judge.full[p])
+        uniform = [p for p in ranked if p in self.uniform]
+        for picks in dict.fromkeys([*ranked[:REFITTED], *uniform[:1]]):
+            if any(picks):
+                self.refits.value(picks)
 
     def _everything(self) -> None:
         self.stage("every policy")

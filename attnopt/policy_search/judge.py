@@ -57,6 +57,12 @@ class Judge:
             self.told()
         return found
 
+    def recall(self) -> None:
+        """Count what was known on all pieces before."""
+        for picks, parts in self.known.items():
+            if len(parts) == self.pieces:
+                self.full.setdefault(picks, self._mean(picks, self.pieces))
+
     def _measure(self, picks: Picks, count: int) -> None:
         known = self.known.setdefault(picks, {})
         wanted = [piece for piece in range(count) if (picks, piece) not in self.asked]

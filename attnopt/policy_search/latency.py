@@ -15,7 +15,6 @@ from attnopt.base.cpu_timing import Times, interleaved, one_thread
 from attnopt.errors import ExportError, PolicyError
 from attnopt.ir.refusal import Refusal
 from attnopt.policy_search.candidates import Alternative, Candidates, Place
-from attnopt.policy_search.menu import Picks
 from attnopt.policy_search.targets import TARGETS, TOKEN, TORCH, Call, call_of, refusal, require_cache, why
 
 ROUNDS = (5, 25)  # the least and the most calls of each model
@@ -114,10 +113,10 @@ def measured(
     return Latencies(known.get("model", known["graph"]), known["graph"], changes, lost)
 
 
-def check(made: Candidates, picks: Picks, inputs: CallInputs, clock: Clock, graph: float) -> float:
-    """Milliseconds of the whole model, by its ratio to the original's graph in the same rounds."""
-    calls = {"graph": _original(made, inputs, clock), "picks": clock.call(made.model(picks), inputs)}
-    return clock.compare(calls).ratio("picks", "graph") * graph
+def check(made: Candidates, model: nn.Module, inputs: CallInputs, clock: Clock, graph: float) -> float:
+    """Milliseconds of a whole rewritten model, by its ratio to the original's graph in the same rounds."""
+    calls = {"graph": _original(made, inputs, clock), "model": clock.call(model, inputs)}
+    return clock.compare(calls).ratio("model", "graph") * graph
 
 
 def _original(made: Candidates, inputs: CallInputs, clock: Clock) -> Call:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +16,6 @@ from torch import nn
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
 from attnopt.capture.calibration import Calibration, shapes_of
-from attnopt.capture.run_unchanged import cloned
 from attnopt.compiler.choices import SiteChoices, site_choices
 from attnopt.compiler.chosen_sites import no_such_site
 from attnopt.compiler.compile import Compiled, carried_out
@@ -23,7 +24,6 @@ from attnopt.compiler.policy import Policy
 from attnopt.errors import AttnoptError, CalibrationError, PolicyError
 from attnopt.intervene.metric import scalar
 from attnopt.ir.peers import Peers
-from attnopt.model import OptimizedModel
 from attnopt.passes.fuse import Fuse
 from attnopt.policy_search import latency
 from attnopt.policy_search.budget import Budget
@@ -32,8 +32,10 @@ from attnopt.policy_search.costs import menu_of
 from attnopt.policy_search.data import Split, last_module, real_tokens, resized, split
 from attnopt.policy_search.default_choices import default_choices
 from attnopt.policy_search.divergence import Divergence, kind_of
-from attnopt.policy_search.judge import Part
+from attnopt.policy_search.judge import Judge, Part
 from attnopt.policy_search.menu import Menu, Picks
+from attnopt.policy_search.outputs import Candidate, Outputs
+from attnopt.policy_search.refits import Refits
 from attnopt.policy_search.state import State, data_mark, mark_of, model_mark
 from attnopt.policy_search.targets import TOKEN
 
@@ -88,18 +90,19 @@ class Problem:
     inputs: CallInputs
     judged: tuple[CallInputs, ...]
     state: State
+    refits: Refits | None = None  # what fits output projections once more, if anything is fitted
     peers: Peers | None = None  # who judge the same candidates, on other pieces of the same data
     kind: str = field(init=False)
     menu: Menu = field(init=False)
     apart: Divergence | None = None
-    last: tuple[Picks, OptimizedModel] | None = None
 
     def __post_init__(self) -> None:
         self.menu = self._menu()
+        self.outputs = Outputs(self.made, self.judged, self.refits, self.task.seed)
         self.kind = self.task.divergence
         if self.task.evaluate is None and self.kind == "auto":
-            original = self._candidate((0,) * len(self.made.places))
-            self.kind = kind_of(self._output(original, self.judged[0]), last_module(self.made.compiled.program.module))
+            output = self.outputs.output(self._unchanged, 0)
+            self.kind = kind_of(output, last_module(self.made.compiled.program.module))
 
     @property
     def limits(self) -> dict[str, float]:
@@ -120,11 +123,16 @@ class Problem:
         ]
         return list(dict.fromkeys(found))
 
-    def measure(self, picks: Picks, pieces: Sequence[int]) -> list[Part]:
-        """How far the model with these picks diverges on pieces of the data.  Raises FailedError, CalibrationError."""
+    def measure(self, picks: Picks, pieces: Sequence[int], is_refitted: bool = False) -> list[Part]:
+        """How far the model with these picks diverges on pieces of the data; infinitely where nothing can be fitted.
+
+        Raises FailedError, CalibrationError."""
         own: dict[int, Part] | FailedError
+        candidate = Candidate(picks, is_refitted)
+        if is_refitted and not self.outputs.decisions(candidate):
+            return [(math.inf, 1.0) for _ in pieces]
         try:
-            own = {piece: self._measured(picks, piece) for piece in pieces if self._is_own(piece)}
+            own = {piece: self._measured(candidate, piece) for piece in pieces if self._is_own(piece)}
         except FailedError as error:
             own = error
         found: dict[int, Part] = {}
@@ -134,11 +142,19 @@ class Problem:
             found |= told
         return [found[piece] for piece in pieces]
 
-    def check(self, picks: Picks) -> float:
+    def refit_judge(self, is_late: Callable[[], bool]) -> Judge | None:
+        """Of the same picks with their output projections fitted once more; None if nothing can be."""
+        if self.refits is None:
+            return None
+        measure = partial(self.measure, is_refitted=True)
+        return Judge(measure, self.pieces, self.state.refitted, is_late=is_late, saved=self.state.save)
+
+    def check(self, candidate: Candidate) -> float:
         """Milliseconds of the whole model, measured beside the original."""
         own = 0.0
         if self._is_first:
-            own = latency.check(self.made, picks, self.inputs, self._clock, self.state.times["graph"])
+            model = self.outputs.model(candidate)
+            own = latency.check(self.made, model, self.inputs, self._clock, self.state.times["graph"])
         return self.everyone(own)[0]
 
     # ------------------------------------------------------------ peers
@@ -177,51 +193,40 @@ class Problem:
         return latency.Clock(self.task.budget.device, self.task.budget.target)
 
     # ------------------------------------------------------------ judging
-    def _measured(self, picks: Picks, piece: int) -> Part:
+    @property
+    def _unchanged(self) -> Candidate:
+        return Candidate((0,) * len(self.made.places))
+
+    def _measured(self, candidate: Candidate, piece: int) -> Part:
         if self.task.evaluate is not None:
-            return self._by_user(self.task.evaluate, picks)
+            return self._by_user(self.task.evaluate, candidate)
         if self.apart is None:
             self.apart = self._original()
         try:
-            return self.apart.of(piece, self._output(self._candidate(picks), self.judged[piece]))
+            return self.apart.of(piece, self.outputs.output(candidate, piece))
         except AttnoptError as error:
-            raise FailedError(f"{self.made.told(picks)}: {error}") from error
+            raise FailedError(f"{self.made.told(candidate.picks)}: {error}") from error
 
-    def _candidate(self, picks: Picks) -> OptimizedModel:
-        if self.last is None or self.last[0] != picks:
-            self.last = None
-            self.last = (picks, self.made.model(picks))
-        return self.last[1]
-
-    def _by_user(self, evaluate: Evaluate, picks: Picks) -> Part:
-        module = self._candidate(picks)
+    def _by_user(self, evaluate: Evaluate, candidate: Candidate) -> Part:
+        module, told = self.outputs.model(candidate), self.made.told(candidate.picks)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(self.task.seed)
             try:
-                return scalar(evaluate(module), "evaluate", f"with {self.made.told(picks)}"), 1.0
+                return scalar(evaluate(module), "evaluate", f"with {told}"), 1.0
             except CalibrationError as error:
                 raise FailedError(str(error).splitlines()[0]) from error
             except Exception as error:
-                told = f"evaluate failed with {self.made.told(picks)}: {type(error).__name__}: {error}"
-                raise FailedError(told) from error
+                raise FailedError(f"evaluate failed with {told}: {type(error).__name__}: {error}") from error
 
     def _original(self) -> Divergence:
         """What outputs are compared with."""
-        module, program = self._candidate((0,) * len(self.made.places)), self.made.compiled.program
-        with compiling():
-            arranged = replace(self.made.job, batches=self.judged).arranged(program)
+        program, arranged = self.made.compiled.program, self.outputs.in_graph
         made = Divergence(self.kind, len(self.judged), self.task.seed)
         own = [piece for piece in range(len(arranged)) if self._is_own(piece)]
         masks = real_tokens(program.module, self.made.found, [arranged[piece] for piece in own])
         for piece, real in zip(own, masks, strict=True):
-            made.learn(piece, self._output(module, self.judged[piece]), real)
+            made.learn(piece, self.outputs.output(self._unchanged, piece), real)
         return made
-
-    def _output(self, module: nn.Module, batch: CallInputs) -> Any:
-        args, kwargs = cloned(batch)
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(self.task.seed)
-            return module(*args, **kwargs)
 
 
 def problem(task: Task, resume: str | os.PathLike[str] | None = None, peers: Peers | None = None) -> Problem:
@@ -229,16 +234,16 @@ def problem(task: Task, resume: str | os.PathLike[str] | None = None, peers: Pee
     ``peers``: as of ``search``.
 
     Raises PolicyError, CalibrationError, SearchError."""
-    made, parts = _prepared(task)
+    made, parts, refits = _prepared(task)
     state = State(task.marks(made), None if resume is None else Path(resume))
     state.read()
     if peers is not None and peers.rank:
         state.path = None  # the first one writes
-    return Problem(task, made, task.counted, parts.judged, state, peers)
+    return Problem(task, made, task.counted, parts.judged, state, refits if peers is None else None, peers)
 
 
 @compiling()
-def _prepared(task: Task) -> tuple[Candidates, Split]:
+def _prepared(task: Task) -> tuple[Candidates, Split, Refits | None]:
     model, budget, batches, inputs = task.model, task.budget, task.data.batches, task.counted
     if not isinstance(model, nn.Module):
         raise PolicyError(f"search: expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
@@ -259,7 +264,8 @@ def _prepared(task: Task) -> tuple[Candidates, Split]:
     parts = split(batches, open_policy is None or any(p.calibrates for p in open_policy.passes))
     choices = _choices(open_policy, replace(job, batches=parts.fitted or parts.judged), compiled, budget)
     fitted = replace(job, batches=parts.fitted).arranged(compiled.program)
-    return candidates(job, compiled, choices, fitted, (Fuse(),) if is_decoder else ()), parts
+    made = candidates(job, compiled, choices, fitted, (Fuse(),) if is_decoder else ())
+    return made, parts, Refits.of(made, fitted)
 
 
 def _choices(policy: Policy | None, job: Job, compiled: Compiled, budget: Budget) -> Sequence[SiteChoices]:

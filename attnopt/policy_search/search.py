@@ -22,11 +22,13 @@ from attnopt.intervene.metric import require_callable
 from attnopt.ir.peers import Peers
 from attnopt.model import OptimizedModel
 from attnopt.policy_search.budget import Budget
+from attnopt.policy_search.candidates import texts_of
 from attnopt.policy_search.data import length_of
 from attnopt.policy_search.divergence import KINDS
 from attnopt.policy_search.engine import Engine
 from attnopt.policy_search.judge import Judge
 from attnopt.policy_search.menu import Picks
+from attnopt.policy_search.outputs import Candidate
 from attnopt.policy_search.problem import Evaluate, FailedError, Problem, Task, problem
 from attnopt.policy_search.result import FrontPoint, Search
 from attnopt.policy_search.state import data_mark, model_mark
@@ -99,7 +101,7 @@ def search(
         judge.together = 1 if peers is None else peers.count
         if minutes is not None:
             judge.is_late = partial(_is_late, asked, start + 60 * minutes)
-        engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed)
+        engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed, refits=asked.refit_judge(judge.is_late))
         if progress is not None:
             told = _Told(engine, progress)
             engine.stage, judge.told = told.at, told
@@ -108,7 +110,9 @@ def search(
 
 def _run(asked: Problem, engine: Engine, result: Callable[[bool], Search]) -> Search:
     try:
-        return result(engine.run())
+        ended = engine.run()
+        engine.recall()
+        return result(ended)
     except FailedError as error:
         kept = "" if asked.state.path is None else f"; {asked.state.path} keeps all measurements"
         raise SearchError(
@@ -167,8 +171,8 @@ class _Told:
     def __call__(self) -> None:
         engine = self.engine
         best = engine.best(engine.limits)
-        value, costs = (None, {}) if best is None else (engine.judge.full[best], engine.menu.costs(best))
-        self.progress(Progress(self.stage, engine.judge.spent, value, costs))
+        value, costs = (None, {}) if best is None else (engine.value(best), engine.menu.costs(best))
+        self.progress(Progress(self.stage, engine.spent, value, costs))
 
 
 # ------------------------------------------------------------ the result
@@ -180,17 +184,19 @@ def _result(
     uniform = [p for p in engine.uniform if p in full and menu.fits(p, limits)]
     latency: dict[str, float] = {}
     if best is not None and "latency" in limits:
-        latency = {"predicted": menu.cost("latency", best), "measured": asked.check(best)}
+        latency = {"predicted": menu.cost("latency", best), "measured": asked.check(_candidate(engine, best))}
     report = SearchReport(
         budget=str(asked.task.budget),
         measure=_measure(asked),
         limits=dict(limits),
         original=dict(menu.original),
-        best=None if best is None else _tried(asked, engine, best),
-        uniform=None if not uniform else _tried(asked, engine, min(uniform, key=lambda p: full[p])),
-        front=tuple(_tried(asked, engine, p) for p in front),
-        evaluations=engine.judge.spent,
-        policies=len(full),
+        best=None if best is None else _tried(asked, _candidate(engine, best), engine),
+        uniform=None
+        if not uniform
+        else _tried(asked, min(map(Candidate, uniform), key=lambda c: full[c.picks]), engine),
+        front=tuple(_tried(asked, _candidate(engine, p), engine) for p in front),
+        evaluations=engine.spent,
+        policies=engine.policies,
         seconds=time.monotonic() - start,
         is_complete=is_complete,
         latency=latency,
@@ -199,8 +205,13 @@ def _result(
     )
     for note in report.notes:
         warn(f"search: {note}")
-    points = tuple(FrontPoint(menu.costs(p), full[p], asked.made.policy(p)) for p in front)
-    return Search(report, points, None if best is None else asked.made.policy(best), build)
+    policies = {p: asked.outputs.policy(_candidate(engine, p)) for p in ([] if best is None else [best]) + front}
+    points = tuple(FrontPoint(menu.costs(p), engine.value(p), policies[p]) for p in front)
+    return Search(report, points, None if best is None else policies[best], build)
+
+
+def _candidate(engine: Engine, picks: Picks) -> Candidate:
+    return Candidate(picks, engine.is_refitted(picks))
 
 
 def _measure(asked: Problem) -> str:
@@ -209,13 +220,15 @@ def _measure(asked: Problem) -> str:
     return "KL divergence of the logits" if asked.kind == "kl" else "cosine distance of the outputs"
 
 
-def _tried(asked: Problem, engine: Engine, picks: Picks) -> Tried:
+def _tried(asked: Problem, candidate: Candidate, engine: Engine) -> Tried:
+    picks, judge = candidate.picks, engine.refits if candidate.is_refitted else engine.judge
+    assert judge is not None
     choices = {
-        site: str(place.alternatives[a])
+        site: texts_of((*place.alternatives[a].passes, *asked.outputs.more(candidate))) or "as it is"
         for place, a in zip(asked.made.places, picks, strict=True)
         for site in place.sites
     }
-    return Tried(asked.menu.costs(picks), engine.judge.full[picks], choices)
+    return Tried(asked.menu.costs(picks), judge.full[picks], choices)
 
 
 def _notes(asked: Problem, engine: Engine, latency: Mapping[str, float]) -> Iterator[str]:

@@ -19,19 +19,20 @@ from attnopt.base.atomic_files import atomic_write
 from attnopt.errors import SearchError
 from attnopt.policy_search.judge import Known
 
-FORMAT = 1
+FORMAT = 2
 EVERY = 1.0  # seconds between two writes
 SAMPLED = 64  # numbers of each weight that mark a model
 
 
 @dataclass
 class State:
-    """``marks``: digests of all that measurements depend on, by what it is.  ``values``: by picks and piece; ``times``:
-    milliseconds by name.  Without a path nothing is written."""
+    """``marks``: digests of all that measurements depend on, by what it is.  ``values``: by picks and piece; ``refitted``: the
+    same with output projections fitted once more; ``times``: milliseconds by name.  Without a path nothing is written."""
 
     marks: Mapping[str, str]
     path: Path | None = None
     values: Known = field(default_factory=dict)
+    refitted: Known = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     written: float = -math.inf
 
@@ -44,7 +45,7 @@ class State:
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}")
             marks = dict(data["marks"])
-            values = {tuple(map(int, picks)): _parts(parts) for picks, parts in data["values"]}
+            values, refitted = _known(data["values"]), _known(data["refitted"])
             times = {str(name): float(ms) for name, ms in data["times"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SearchError(
@@ -57,6 +58,7 @@ class State:
                 hint="give another path, or remove the file",
             )
         self.values.update(values)
+        self.refitted.update(refitted)
         self.times.update(times)
 
     def save(self, at_once: bool = False) -> None:
@@ -64,15 +66,23 @@ class State:
         now = time.monotonic()
         if self.path is None or (now - self.written < EVERY and not at_once):
             return
-        values = [
-            [list(picks), {str(piece): [_plain(total), n] for piece, (total, n) in parts.items()}]
-            for picks, parts in self.values.items()
-            if parts
-        ]
-        text = json.dumps({"format": FORMAT, "marks": dict(self.marks), "times": self.times, "values": values})
+        known = {"values": _told(self.values), "refitted": _told(self.refitted)}
+        text = json.dumps({"format": FORMAT, "marks": dict(self.marks), "times": self.times, **known})
         with atomic_write(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         self.written = time.monotonic()
+
+
+def _told(known: Known) -> list[Any]:
+    return [
+        [list(picks), {str(piece): [_plain(total), n] for piece, (total, n) in parts.items()}]
+        for picks, parts in known.items()
+        if parts
+    ]
+
+
+def _known(told: Sequence[Any]) -> Known:
+    return {tuple(map(int, picks)): _parts(parts) for picks, parts in told}
 
 
 def _plain(total: float) -> float | None:

@@ -23,6 +23,7 @@ from attnopt.passes import (
     PoolKeys,
     PruneHeads,
     QueryRows,
+    Refit,
     RouteHeads,
     ScaleHeads,
     SegmentGain,
@@ -57,7 +58,7 @@ PATTERNS = [
 
 
 PASSES = st.one_of(
-    st.just(Fuse()),
+    st.sampled_from([Fuse(), Refit()]),
     st.builds(
         LocalWindow,
         st.integers(0, 9),

@@ -295,3 +295,48 @@ def test_values_that_are_not_finite_are_never_chosen() -> None:
     best = searched(m, of, limits, limit=20).best(limits)
     assert best is not None
     assert math.isfinite(of[best])
+
+
+def test_a_second_fit_counts_where_it_helps() -> None:
+    """It halves the value of all picks but those that seemed best, which it spoils."""
+    m = menu(seed=1)
+    of, limits = worth(m, 1), limit(m, 0.4)
+    plain = searched(m, of, limits, limit=120)
+    first = plain.best(limits)
+    assert first is not None
+    asked: list[Picks] = []
+
+    def again(p: Picks, pieces: Sequence[int]) -> list[Part]:
+        asked.append(p)
+        return [(9.0 * of[p] if p == first else 0.5 * of[p], 1.0) for _ in pieces]
+
+    judge = Judge(lambda p, pieces: [(of[p], 1.0) for _ in pieces], 1, limit=120)
+    uniform = [(a,) * m.places for a in range(len(m.allowed[0]))]
+    engine = Engine(m, judge, limits, uniform, refits=Judge(again, 1))
+    engine.run()
+    best = engine.best(limits)
+    assert best is not None
+    assert best != first
+    assert first in asked
+    assert len(asked) <= 4
+    assert (engine.is_refitted(best), engine.is_refitted(first)) == (True, False)
+    assert engine.value(best) == 0.5 * of[best] < of[first] == engine.value(first)
+    assert engine.spent == judge.spent + len(asked)
+    values = [engine.value(p) for p in engine.front()]
+    assert values == sorted(values, reverse=True)
+
+
+def test_what_another_budget_found_is_recalled() -> None:
+    m, known = menu(seed=2), dict[Picks, dict[int, Part]]()
+    of = worth(m, 2)
+    found = []
+    for share, evaluations in ((0.3, 200), (0.35, 1)):
+        limits = limit(m, share)
+        judge = Judge(lambda p, pieces: [(of[p], 1.0) for _ in pieces], 1, known, limit=evaluations)
+        engine = Engine(m, judge, limits, [])
+        engine.run()
+        engine.recall()
+        best = engine.best(limits)
+        assert best is not None
+        found.append(of[best])
+    assert found[1] <= found[0]
