@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import split_checks
 import torch
 import torch.distributed as dist
 from parallel_models import VOCABULARY, Style, inputs, model, translated, translator
@@ -491,3 +492,16 @@ def converted_models_are_split_as_users_do(mesh: DeviceMesh) -> None:
             continue
         with pytest.raises(attnopt.ConversionError, match=f"this process has {4 // mesh.size()} of 4 heads"):
             user(ids)
+
+
+# ---------------------------------------------------------------- models that are split already
+quick(split_checks.split_models_are_calibrated_layer_by_layer)
+for _run in (
+    split_checks.results_of_split_models_are_made_whole,
+    split_checks.gradients_of_split_results_are_means,
+    split_checks.every_rank_with_all_data_gives_the_same,
+    split_checks.tensor_parallel_models_are_optimized,
+    split_checks.split_models_that_cannot_be_read_are_refused,
+    split_checks.a_rank_that_fails_while_weights_are_gathered_ends_all,
+):
+    check(_run)
