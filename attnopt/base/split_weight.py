@@ -1,4 +1,4 @@
-"""Weights of which each process holds a part.  To what reads their form they are plain tensors; what reads values gathers them."""
+"""Weights of which each process holds a part: plain tensors to what reads their form; what reads their values gathers them."""
 
 from __future__ import annotations
 

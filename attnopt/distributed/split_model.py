@@ -1,4 +1,4 @@
-"""Optimizing a model whose parameters are DTensors, by ``fully_shard`` or ``parallelize_module``: no process ever holds all of them.
+"""Optimizing a model that ``fully_shard`` or ``parallelize_module`` has split, so that no process ever holds all of its weights.
 
 The graph is traced on their form alone.  Wherever it or a pass reads a weight, all processes gather that one, and calibration
 keeps those of one layer while all batches run through it.  New weights are split as those whose places they take.
@@ -131,7 +131,7 @@ class SplitModel:
             _reshard(self.model)
             got = outputs_of(self.whole, inputs)
         apart = difference(got, want)
-        if not apart <= ROOM * tolerance(want):
+        if not apart <= ROOM * min(tolerance(want), tolerance(got)):
             raise DistributedError(
                 f"with whole weights, the model computes something else than split: {apart:.2g} (relative)",
                 hint="optimize it before it is split, where its code reads the number of its own heads, or a mixed-precision "

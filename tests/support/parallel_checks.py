@@ -495,8 +495,9 @@ def converted_models_are_split_as_users_do(mesh: DeviceMesh) -> None:
 
 
 # ---------------------------------------------------------------- models that are split already
-quick(split_checks.split_models_are_calibrated_layer_by_layer)
+quick(split_checks.split_models_are_calibrated_as_whole_ones)
 for _run in (
+    split_checks.what_a_rank_gathers_does_not_grow_with_layers,
     split_checks.results_of_split_models_are_made_whole,
     split_checks.gradients_of_split_results_are_means,
     split_checks.every_rank_with_all_data_gives_the_same,
