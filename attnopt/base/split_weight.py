@@ -96,3 +96,8 @@ def split_parameter(model: nn.Module) -> str | None:
     if sharded is None:
         return None
     return next((name for name, p in model.named_parameters() if isinstance(p, sharded.DTensor)), None)
+
+
+def has_split(model: nn.Module) -> bool:
+    """Whether weights of ``model`` are gathered where they are read."""
+    return any(isinstance(x, SplitWeight) for x in (*model.parameters(), *model.buffers()))

@@ -16,7 +16,7 @@ from torch import fx
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import squared_difference
-from attnopt.base.split_weight import SplitWeight, keeping_whole
+from attnopt.base.split_weight import has_split, keeping_whole
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.decide import Decision, decide
 from attnopt.compiler.layerwise_calibration import Stream
@@ -142,7 +142,7 @@ def _in_company(
     gm: fx.GraphModule, batches: Sequence[CallInputs], count: int, peers: Peers | None
 ) -> Sequence[CallInputs]:
     """What this process runs beside its ``count`` batches, for nothing: where weights are split, all have to run as often."""
-    if peers is None or not any(isinstance(x, SplitWeight) for x in gm.parameters()):
+    if peers is None or not has_split(gm):
         return ()
     return [batches[0]] * (max(peers.everyone(count)) - count)
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from attnopt.fit.least_squares import LayerMoments, Moments, combined, fittable_weights
+from attnopt.ir.peers import Peers, divided
 from attnopt.ir.site import Site
 
 SHRINKAGE = 1e-3  # of the mean square of a feature
@@ -32,6 +34,7 @@ class Surgeon:
     heads: int
     width: int
     has_bias: bool
+    peers: Peers | None = None  # who have the same moments, and try other sets of heads
 
     def removal_costs(self, places: Sequence[int]) -> list[float]:
         """For each head at ``places``, the increase of the squared error without it, relative to the targets."""
@@ -46,7 +49,7 @@ class Surgeon:
         while len(places) > max(least, len(protected)):
             if math.comb(self.heads, len(places) - 1) <= ENUMERATED:
                 sets = combinations(range(self.heads), len(places) - 1)
-                places = min((s for s in sets if set(protected) <= set(s)), key=self.error)
+                places = self._best([s for s in sets if set(protected) <= set(s)])
             else:
                 places = self._swapped(self._without_cheapest(places, protected), protected)
             found[len(places)] = places
@@ -67,6 +70,10 @@ class Surgeon:
             weights[-1] = wrong / self.moments.zz[-1, -1]
         return self.moments.error(weights)
 
+    def _best(self, sets: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        errors = divided([partial(self.error, s) for s in sets], self.peers)
+        return sets[errors.index(min(errors))]
+
     def _without_cheapest(self, places: Sequence[int], protected: Sequence[int]) -> tuple[int, ...]:
         costs = dict(zip(places, self.removal_costs(places), strict=True))
         least = min((p for p in places if p not in protected), key=costs.__getitem__)
@@ -78,7 +85,7 @@ class Surgeon:
         while True:
             outside = [p for p in range(self.heads) if p not in places]
             helped = [tuple(sorted((*places, p))) for p in outside]
-            larger = min(helped, key=self.error)
+            larger = self._best(helped)
             smaller = self._without_cheapest(larger, protected)
             if smaller == places or not self.error(smaller) < error * (1 - 1e-9):
                 return places
@@ -112,4 +119,5 @@ def surgeon_of(site: Site) -> Surgeon:
     """The least squares of the site's layer over all calibration data.  Raises CalibrationError."""
     today = fittable_weights(site)
     moments = combined(LayerMoments().of(site))
-    return Surgeon(moments, today, site.num_heads, site.value_dim, site.out_bias() is not None)
+    peers = None if site.activations is None else site.activations.peers
+    return Surgeon(moments, today, site.num_heads, site.value_dim, site.out_bias() is not None, peers)
