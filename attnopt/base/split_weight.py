@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -53,21 +53,21 @@ class SplitWeight(Tensor):
     @staticmethod
     def __new__(cls, part: Part) -> SplitWeight:
         form = part.form
-        made: SplitWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: SplitWeight = Tensor._make_wrapper_subclass(
             cls, form.shape, strides=form.stride(), dtype=form.dtype, device=form.device
         )
         made.part = part
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return cls(args[0].part)
-        args, kwargs = pytree.tree_map_only(SplitWeight, SplitWeight.whole, (args, dict(kwargs or {})))
+        args, kwargs = pytree.tree_map_only(SplitWeight, SplitWeight.whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def whole(self) -> Tensor:
@@ -79,7 +79,7 @@ class SplitWeight(Tensor):
             kept[self.part] = self.part.gather()
         return kept[self.part]
 
-    def __repr__(self, **_: object) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SplitWeight({tuple(self.shape)}, {self.dtype})"  # values would have to be gathered by all processes
 
 

@@ -11,15 +11,22 @@ from torch.distributed.tensor import DTensor, Partial
 
 def gathered_weight(x: Tensor) -> Tensor:
     """The whole of a DTensor on every process.  Its gradient is the mean of those of all processes, divided as ``x`` is."""
-    made: Tensor = _Gathered.apply(x)
+    made: Tensor = _Gathered.apply(x)  # type: ignore[no-untyped-call]
     return made
+
+
+def whole_of(x: DTensor) -> Tensor:
+    """The whole of a DTensor on every process, without a gradient."""
+    with torch.no_grad():
+        whole: Tensor = x.full_tensor()
+    return whole
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: DTensor) -> Tensor:
         ctx.mesh, ctx.placements = x.device_mesh, x.placements
-        return x.full_tensor()
+        return whole_of(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> DTensor:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from attnopt.api import optimize as optimize_whole
 from attnopt.base.call_inputs import CallInputs
@@ -25,7 +26,7 @@ from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.policy import Policy
 from attnopt.distributed.calibration import PeerError, RankPeers
-from attnopt.distributed.gathered_weight import gathered_weight
+from attnopt.distributed.gathered_weight import gathered_weight, whole_of
 from attnopt.distributed.ranks import Ranks
 from attnopt.distributed.unsplit import without_splitting
 from attnopt.errors import CalibrationError, DistributedError
@@ -127,7 +128,7 @@ class SplitModel:
                 hint="give each as many, as a DistributedSampler does",
             )
         with torch.no_grad():
-            want = [x.full_tensor() if isinstance(x, DTensor) else x for x in outputs_of(self.model, inputs)]
+            want = [whole_of(x) if isinstance(x, DTensor) else x for x in outputs_of(self.model, inputs)]
             _reshard(self.model)
             got = outputs_of(self.whole, inputs)
         apart = difference(got, want)
@@ -174,14 +175,19 @@ class _Shared(Part):
     def gather(self) -> Tensor:
         if any(name != self.name for name in self.peers.everyone(self.name)):
             raise PeerError("the ranks made different decisions", hint="report the model and the policy")
-        return self.held.detach().full_tensor()
+        return whole_of(self.held)
 
     def of(self, x: Tensor) -> _Shared:
-        sharded = [
-            Replicate() if p.is_replicate() else Shard(p.dim if p.dim < x.dim() else 0) for p in self.held.placements
-        ]
-        made = distribute_tensor(x.detach(), self.held.device_mesh, sharded, src_data_rank=None)
+        placements = [_alike(p, x.dim()) for p in self.held.placements]
+        made = distribute_tensor(x.detach(), self.held.device_mesh, placements, src_data_rank=None)
         return replace(self, held=made, name=f"{self.name} {tuple(x.shape)}")
+
+
+def _alike(placement: Any, axes: int) -> Placement:
+    """Along the same axis, if a tensor of so many axes has it."""
+    if placement.is_replicate():
+        return Replicate()
+    return Shard(placement.dim if placement.dim < axes else 0)
 
 
 # ------------------------------------------------------------ the result
@@ -224,7 +230,7 @@ def gathered(fast: OptimizedModel) -> OptimizedModel:
             module.graph.erase_node(node)
     for name, x in stored(module).items():
         if isinstance(x, DTensor):
-            whole = x.detach().full_tensor()
+            whole = whole_of(x)
             put(module, name, nn.Parameter(whole, x.requires_grad) if isinstance(x, nn.Parameter) else whole)
     module.recompile()
     live = stored(module)
