@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2, 4))
     parser.add_argument("--tokens", type=int, nargs="+", default=(4096, 16384))
     parser.add_argument("--repeats", type=int, default=2, help="of the calibration, by one process and by two in turn")
+    parser.add_argument(
+        "--note", default="", help="for the titles of tables with times, such as of other load on the machine"
+    )
     parser.add_argument("--far", type=int, default=1 << 20, help="tokens of the plans for many ranks")
     parser.add_argument("--rank", nargs=5, help="used by the benchmark itself")
     arguments = parser.parse_args()
@@ -74,7 +77,7 @@ def main() -> None:
         publish(
             "distributed_calibration",
             calibrations(arguments.repeats),
-            f"MiniLM, {PRUNED} calibrated on {TOKENS} tokens",
+            f"MiniLM, {PRUNED} calibrated by processes of one thread each{arguments.note}",
         )
 
 
