@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -203,7 +204,8 @@ def _divided(fast: OptimizedModel) -> OptimizedModel:
                 whole = module.graph.call_function(gathered_weight, (node,))
             whole.meta.update(node.meta)
             user.replace_input_with(node, whole)
-    for name, x in (*module.named_parameters(), *module.named_buffers()):
+    every = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    for name, x in list(chain(*every)):
         if isinstance(x, SplitWeight):
             put(module, name, _as_held(x))
     module.graph.lint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -110,6 +111,9 @@ def test_form_is_read_without_gathering() -> None:
     assert isinstance(w.detach(), SplitWeight)
     assert "(3, 5)" in repr(w)
     assert not asked
+    with pytest.raises(RuntimeError, match="deepcopy"):  # which would be whole
+        copy.deepcopy(w)
+    asked.clear()
     with torch.no_grad(), keeping_whole():
         made = torch.randn(2, 5) @ w.detach().T + w.sum(1)
     assert type(made) is Tensor
