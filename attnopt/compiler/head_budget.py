@@ -125,8 +125,9 @@ def _influences(
             found.append(0.0)
             continue
         module = lower(gm, plans)
-        given = [outputs_of(module, batch) for batch in (*some, *beside)]
-        wrong = sum(squared_difference(g, want) for g, want in list(zip(given, original, strict=True))[: len(some)])
+        runs = zip((*some, *beside), original, strict=True)
+        apart = [squared_difference(outputs_of(module, batch), want) for batch, want in runs]
+        wrong = sum(apart[: len(some)])
         wrong = wrong if peers is None else sum(peers.everyone(wrong))
         if not math.isfinite(wrong):
             raise CalibrationError(
