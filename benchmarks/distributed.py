@@ -56,7 +56,9 @@ def main() -> None:
         publish("distributed", rows, f"Sent to a rank and held by it in one call: {about}")
     if "plans" in arguments.part:
         rows = [row for name in POLICIES for row in far(name, arguments.far)]
-        publish("distributed_plans", rows, f"Plans for {arguments.far} tokens, 10 us and 25 GB/s: {about}")
+        publish(
+            "distributed_plans", rows, f"Plans for {arguments.far} tokens, 10 us and 25 GB/s: {about}{arguments.note}"
+        )
     if "gradients" in arguments.part:
         rows = [
             {"attention": name, "tokens": SHORT, "ranks": ranks, **together("gradients", name, ranks, SHORT)}
@@ -253,12 +255,15 @@ def gathered(tokens: int, ranks: int) -> float:
 
 
 def far(name: str, tokens: int) -> list[dict[str, Any]]:
+    import torch
+
     from attnopt.distributed import plan
 
     fast, rows = optimized(name), []
+    x = torch.empty(1, tokens, HEADS * DIM, device="meta")
     for ranks in FAR:
         start = time.perf_counter()
-        made = plan(fast, ranks, tokens)
+        made = plan(fast, ranks, args=(x,))
         rows.append(
             {
                 "attention": name,
