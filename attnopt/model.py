@@ -15,13 +15,14 @@ from attnopt.archive.load import read
 from attnopt.archive.save import save
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import compiling
+from attnopt.base.split_weight import split_parameter
 from attnopt.base.user_warning import warn
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.exported_program import exported
 from attnopt.capture.plain_call import PlainCall
 from attnopt.capture.signature import check_inputs, is_guard
 from attnopt.compiler.origin import Origin
-from attnopt.errors import AttnoptError, CaptureError
+from attnopt.errors import AttnoptError, CaptureError, DistributedError
 from attnopt.ir.call_tensor import BATCH
 from attnopt.report.optimized_site import OptimizedSite
 from attnopt.report.quantized_file import QuantizedFile
@@ -76,6 +77,16 @@ class OptimizedModel(nn.Module):
         if self.module is None:
             raise _not_captured()
         return self.module
+
+    @property
+    def _whole(self) -> fx.GraphModule:
+        """The graph, for what reads all weights in one process.  Raises DistributedError."""
+        if (name := split_parameter(self.graph_module)) is not None:
+            raise DistributedError(
+                f"{name} is split over several processes (a DTensor)",
+                hint="attnopt.distributed.gathered gives the same model with whole weights",
+            )
+        return self.graph_module
 
     @property
     def argument_names(self) -> tuple[str, ...]:
@@ -162,7 +173,7 @@ class OptimizedModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model atomically to the folder ``path``, for ``attnopt.load``.  Raises ArchiveError."""
-        save(self.graph_module, self.origin, path)
+        save(self._whole, self.origin, path)
 
     def export_onnx(
         self,
@@ -187,7 +198,7 @@ class OptimizedModel(nn.Module):
         from attnopt.onnx.export.export import export_onnx
 
         return export_onnx(
-            self.graph_module,
+            self._whole,
             self.origin,
             path,
             flavor=flavor,
@@ -229,7 +240,7 @@ class OptimizedModel(nn.Module):
         from attnopt.onnx.export.decoder import export_decoder
 
         return export_decoder(
-            self.graph_module,
+            self._whole,
             self.origin,
             folder,
             context_length=context_length,
@@ -248,11 +259,11 @@ class OptimizedModel(nn.Module):
         """
         from attnopt.archive.package import export_package
 
-        export_package(self.graph_module, self.origin, path)
+        export_package(self._whole, self.origin, path)
 
     def export_program(self) -> torch.export.ExportedProgram:
         """The graph as an ExportedProgram, with the dynamic shapes of the capture."""
-        return exported(self.graph_module, self.origin.inputs)
+        return exported(self._whole, self.origin.inputs)
 
 
 def _plain_call(module: fx.GraphModule, origin: Origin) -> PlainCall | None:

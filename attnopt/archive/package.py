@@ -16,8 +16,8 @@ from attnopt.base.quiet import quiet
 from attnopt.base.user_warning import warn
 from attnopt.capture.exported_program import exported
 from attnopt.capture.run_unchanged import outputs_of
-from attnopt.compiler.check import inputs_that_run
 from attnopt.compiler.origin import Origin
+from attnopt.compiler.resized_inputs import inputs_that_run
 from attnopt.errors import ExportError
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.lower.lower import copy_program

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import as_called, mode_of
 from attnopt.base.quiet import quiet
+from attnopt.base.split_weight import split_parameter
 from attnopt.capture.attention_lengths import KeysAndValuesAlike
 from attnopt.capture.auto_axes import Limited, captured_with_own, takes, with_most_dynamic_axes
 from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, outside, plain_signature
@@ -32,6 +33,7 @@ from attnopt.capture.functionalize import expand_views, functional
 from attnopt.capture.guards import relations
 from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import called, cloned, outputs_of
+from attnopt.capture.stand_ins import StandIns
 from attnopt.capture.tensor_lengths import lengths_vary
 from attnopt.capture.valid_sizes import settle_sizes, without_pinned
 from attnopt.errors import CaptureError
@@ -54,7 +56,7 @@ def capture(
             f"expected an nn.Module or an ExportedProgram, found {type(model).__name__}", hint="pass the model itself"
         )
     if isinstance(model, ExportedProgram):
-        return _finish(model, inputs, None, "exported program")
+        return _finish(model, inputs, None, "exported program", StandIns())
     if (
         scripted := next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     ) is not None:
@@ -81,13 +83,10 @@ def capture(
 
 def _require_whole(model: nn.Module) -> None:
     """Raises CaptureError for weights of which each process has a part."""
-    sharded = sys.modules.get("torch.distributed.tensor")  # without it, nothing is
-    if sharded is None:
-        return
-    if (name := next((n for n, p in model.named_parameters() if isinstance(p, sharded.DTensor)), None)) is not None:
+    if (name := split_parameter(model)) is not None:
         raise CaptureError(
             f"{name} is split over several processes (a DTensor), and passes read whole weights",
-            hint="optimize it before fully_shard or parallelize_module; attnopt.distributed.tensor_parallel splits the result",
+            hint="optimize it before fully_shard or parallelize_module; attnopt.distributed.optimize takes a split model",
         )
 
 
@@ -96,9 +95,13 @@ def _captured(model: nn.Module, is_auto: bool, inputs: CallInputs, shapes: objec
     calls = _calls(model, inputs)
     shapes = shapes_for(calls, model, *inputs, shapes, is_auto)
     flat = calls.flat(inputs)
-    copied = partial(structural_copy, model)
+    stand_ins = StandIns()
     failures: list[str] = []
     validates = False
+
+    def copied() -> nn.Module:
+        return stand_ins.placed(structural_copy(model))
+
     ways: tuple[tuple[str, Callable[[], ExportedProgram]], ...] = (
         ("torch.export", lambda: _export(copied(), flat, shapes, calls)),
         ("torch.export (strict)", lambda: _export(copied(), flat, shapes)),
@@ -115,7 +118,9 @@ def _captured(model: nn.Module, is_auto: bool, inputs: CallInputs, shapes: objec
             failures.append(f"{route}: {_condensed(e)}")
             validates = validates or _is_validation(e)
             continue
-        return replace(_finish(exported, flat, shapes, route), form=calls.form if route == "torch.export" else None)
+        return replace(
+            _finish(exported, flat, shapes, route, stand_ins), form=calls.form if route == "torch.export" else None
+        )
     check_call(model, inputs)
     raise CaptureError(
         "the model could not be captured\n  " + "\n  ".join(failures),
@@ -253,12 +258,13 @@ def structural_copy(model: nn.Module) -> nn.Module:
         return model
 
 
-def _finish(exported: ExportedProgram, inputs: CallInputs, shapes: object, route: str) -> Program:
+def _finish(exported: ExportedProgram, inputs: CallInputs, shapes: object, route: str, stand_ins: StandIns) -> Program:
     if route == "exported program":
         exported = functional(exported)
     with quiet():
         module = exported.module()
     assert isinstance(module, fx.GraphModule)
+    stand_ins.restore(module)
     unmark(module)
     _refuse_own_generator(module)
     _own_state(module)

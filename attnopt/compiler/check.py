@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 import torch
@@ -17,18 +17,19 @@ from attnopt.backends.reference import Reference
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, TOLERANCE, difference, tensors, tolerance
 from attnopt.base.double_precision import widened, widened_inputs
-from attnopt.base.sizes import hint
+from attnopt.base.split_weight import has_split
 from attnopt.capture.capture import check_call
 from attnopt.capture.fast_path import leaves_out_padding
 from attnopt.capture.flat_call import Form, OtherObjectsError
 from attnopt.capture.program import Program
 from attnopt.capture.run_unchanged import holds, outputs_of
 from attnopt.capture.signature import Signature, check_inputs, is_guard
-from attnopt.capture.valid_sizes import other_sizes, sizes_that_fit
+from attnopt.compiler.resized_inputs import resized
 from attnopt.errors import CalibrationError, CaptureError, VerificationError
-from attnopt.graph.evaluate import Sizes, dynamic_axes, is_heavy, symbols, within
-from attnopt.graph.nodes import inputs_of, is_tensor, value, written
+from attnopt.graph.evaluate import dynamic_axes, is_heavy
+from attnopt.graph.nodes import inputs_of, is_tensor, stored, value, written
 from attnopt.ir.blame import is_ours, told
+from attnopt.ir.peers import Peers, divided
 from attnopt.lower.lower import Plan, lower
 
 RESIZED = 2  # other sizes to compare: one nearby, and one that still differs after a strided layer
@@ -43,6 +44,7 @@ class Checker:
     program: Program
     plans: Sequence[Plan]
     seed: int
+    peers: Peers | None = None  # who compare at other sizes, if they made the same graph
 
     def check(self, module: fx.GraphModule) -> tuple[float, tuple[str, ...]]:
         """(largest relative difference from the user's model on the example inputs, warnings).
@@ -56,17 +58,29 @@ class Checker:
                 if all(p.changes_nothing for p in self.plans)
                 else lower(self.program.module, self.plans, plain=True)
             )
-            inputs = self.program.inputs
-            counted: list[str] = []
-            original = self._original(inputs, counted)
-            error, warnings = self._compare(module, plain, inputs, original)
-            if self.program.own is not None:
-                own = self.program.own
-                error_of_own, of_own = self._compare(module, plain, own, self._original(own, []))
-                error, warnings = max(error, error_of_own), (*warnings, *of_own)
-            others = self._at_other_sizes(module, plain)
-            zeroed = leaves_out_padding(self.model, self.program.own or inputs, self._state)
-        return error, tuple(dict.fromkeys((*_told(counted), *warnings, *others, *zeroed)))
+            peers = self._with_the_same(module)
+            apart = 1 if peers is None else RESIZED  # then each of the other sizes is compared apart
+            parts = [partial(self._at_example_sizes, module, plain)]
+            parts += [partial(self._at_other_sizes, module, plain, start, apart) for start in reversed(range(apart))]
+            errors, warnings = zip(*divided(parts, peers), strict=True)
+            zeroed = leaves_out_padding(self.model, self.program.own or self.program.inputs, self._state)
+        return max(errors), tuple(dict.fromkeys((*chain.from_iterable(warnings), *zeroed)))
+
+    def _with_the_same(self, module: fx.GraphModule) -> Peers | None:
+        if self.peers is None or has_split(module):
+            return None  # weights that are split are gathered by all, at the same time
+        sums = [float(x.detach().double().sum()) for x in stored(module).values() if x.is_floating_point()]
+        return self.peers if len({*self.peers.everyone((module.code, *sums))}) == 1 else None
+
+    def _at_example_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> tuple[float, tuple[str, ...]]:
+        inputs, own = self.program.inputs, self.program.own
+        counted: list[str] = []
+        original = self._original(inputs, counted)
+        error, warnings = self._compare(module, plain, inputs, original)
+        if own is not None:
+            error_of_own, of_own = self._compare(module, plain, own, self._original(own, []))
+            error, warnings = max(error, error_of_own), (*warnings, *of_own)
+        return error, (*_told(counted), *warnings)
 
     def error_on(self, module: fx.GraphModule, batches: Sequence[CallInputs], signature: Signature) -> float:
         """Largest relative difference from the user's model on these inputs.  Raises CalibrationError."""
@@ -130,10 +144,13 @@ class Checker:
                 return copy.deepcopy(module).double(), copy.deepcopy(self.model).double()
         return widened(module), widened(meant)
 
-    def _at_other_sizes(self, module: fx.GraphModule, plain: fx.GraphModule | None) -> tuple[str, ...]:
+    def _at_other_sizes(
+        self, module: fx.GraphModule, plain: fx.GraphModule | None, start: int, step: int
+    ) -> tuple[float, tuple[str, ...]]:
+        """At every ``step``th of the other sizes, from ``start`` on; the differences there do not count."""
         found: list[tuple[str, ...]] = []
-        for inputs in resized(self.program.module, self.program.inputs, self.program.fixed_axes):
-            if len(found) == RESIZED:
+        for inputs in resized(self.program.module, self.program.inputs, self.program.fixed_axes)[start::step]:
+            if len(found) == RESIZED // step:
                 break
             try:
                 original = self._outputs(self.model, inputs)
@@ -155,7 +172,7 @@ class Checker:
                     f"the captured graph is not valid at other sizes ({sizes}): {type(e).__name__}: {str(e)[:200]}",
                     hint="remove the axes that cannot vary from dynamic_shapes",
                 ) from e
-        return tuple(chain.from_iterable(found))
+        return 0.0, tuple(chain.from_iterable(found))
 
     def _refuses(self, module: fx.GraphModule, inputs: CallInputs) -> bool:
         try:
@@ -260,65 +277,3 @@ def _moved(module: fx.GraphModule, inputs: CallInputs) -> CallInputs:
         lambda x: x.to(to.device) if isinstance(to := next(wanted), Tensor) and isinstance(x, Tensor) else x, inputs
     )
     return moved
-
-
-def inputs_that_run(module: fx.GraphModule, inputs: CallInputs, held: Sequence[str] = ()) -> Iterator[CallInputs]:
-    """The example inputs, then ``resized`` ones, those aside for which the graph is not valid."""
-    yield inputs
-    for other in resized(module, inputs, held):
-        try:
-            outputs_of(module, other)
-        except Exception:
-            continue
-        yield other
-
-
-def resized(module: fx.GraphModule, inputs: CallInputs, held: Sequence[str] = ()) -> list[CallInputs]:
-    """The example inputs at other sizes of the module's dynamic axes, by repeating them; the module may refuse some.
-
-    First at larger, distinct odd sizes, then at multiples, then at sizes that grow or shrink together, then
-    each size alone, within the bounds of the graph and the constraints ``held`` between its sizes (see ``Report.fixed_axes``).
-    """
-    sizes = symbols(module.graph)
-    nodes = inputs_of(module.graph)
-    leaves, spec = pytree.tree_flatten(inputs)
-    if not sizes or len(leaves) != len(nodes):
-        return []
-    fits = sizes_that_fit(module.graph, held)
-    wanted = [within(module.graph, new) for new in _other_sizes(sizes)]
-    wanted += [new for s in sizes if (new := next(filter(fits, other_sizes(sizes, s)), None)) is not None]
-    found: list[CallInputs] = []
-    for k, new in enumerate(wanted):
-        if new == sizes or new in wanted[:k] or not fits(new):
-            continue
-        fitted = [_fitted(leaf, n, new) for leaf, n in zip(leaves, nodes, strict=True)]
-        found.append(pytree.tree_unflatten(fitted, spec))
-    return found
-
-
-def _other_sizes(sizes: Sizes) -> list[Sizes]:
-    odd: Sizes = {}
-    for symbol, n in sizes.items():
-        larger = n + 3 + n % 2
-        while larger in odd.values():
-            larger += 2
-        odd[symbol] = larger
-    values = list(sizes.values())
-    multiples = {s: n * (2 + values[:k].count(n)) for k, (s, n) in enumerate(sizes.items())}
-    alike = [{s: max(2, n + more) for s, n in sizes.items()} for more in (3, 1, -1)]
-    return [odd, multiples, {s: 2 * n for s, n in sizes.items()}, *alike]
-
-
-def _fitted(leaf: object, node: fx.Node, sizes: Sizes) -> object:
-    if isinstance(leaf, int) and isinstance(value(node), torch.SymInt):
-        return int(value(node).node.expr.subs(sizes))
-    if not isinstance(leaf, Tensor) or not is_tensor(node):
-        return leaf
-    for axis, size in enumerate(value(node).shape):
-        if isinstance(size, torch.SymInt):
-            places = torch.arange(int(size.node.expr.subs(sizes)), device=leaf.device)
-            leaf = leaf.index_select(axis, places % hint(size))
-            if leaf.is_floating_point():  # no copies: the order of equal numbers is rounding's to choose
-                times = (places // hint(size)).reshape([-1] + [1] * (leaf.dim() - axis - 1))
-                leaf = leaf * (1 - times / 16).to(leaf.dtype)
-    return leaf

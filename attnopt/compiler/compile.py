@@ -106,7 +106,7 @@ def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock
         fixed = [] if is_file(job.model) else store_fixed_operands(module, trains=job.model.training)
     _check_axes(dynamic - dynamic_axes(module.graph))
     with clock.stage("verify"):
-        checker = Checker(job.model, program, plans, job.options.seed)
+        checker = Checker(job.model, program, plans, job.options.seed, job.peers)
         error, found = checker.check(module)
         told.all_of(found)
         on_batches = checker.error_on(module, job.batches, job.signature(module))

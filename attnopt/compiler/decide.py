@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from attnopt.base.split_weight import keeping_whole
 from attnopt.compiler import plugins
 from attnopt.compiler.rewriting import Planned, Rewriting, escapes
 from attnopt.errors import PluginError
@@ -35,6 +36,7 @@ class Decision:
         return site if self.plan is None else site.edited(self.plan)
 
 
+@keeping_whole()
 def decide(
     found: Found,
     passes: Sequence[Pass],

@@ -16,6 +16,7 @@ from torch import fx
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import squared_difference
+from attnopt.base.split_weight import has_split, keeping_whole
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.decide import Decision, decide
 from attnopt.compiler.layerwise_calibration import Stream
@@ -88,10 +89,11 @@ def _allot_one(
         f = group[0]
         earlier = passes[f.site.name][: passes[f.site.name].index(p)]
         before = decide(f, earlier, backends, activations, decodes)
-        site = given_to(p, before.seen(activations))
-        if p.check(site) is not None:
-            continue
-        offered, wanted = p.shares(site), p.total([site])
+        with keeping_whole():
+            site = given_to(p, before.seen(activations))
+            if p.check(site) is not None:
+                continue
+            offered, wanted = p.shares(site), p.total([site])
         if not offered:
             continue
         probed = min((n for n in offered if n < max(offered)), key=lambda n: abs(n - wanted), default=max(offered))
@@ -114,7 +116,8 @@ def _influences(
     first, total = (0, len(batches)) if peers is None else peers.places(len(batches))
     chosen = range(total)[:: max(1, total // MEASURED)][:MEASURED]
     some = [batch for place, batch in enumerate(batches, first) if place in chosen]
-    original = [outputs_of(gm, batch) for batch in some]
+    beside = _in_company(gm, batches, len(some), peers)
+    original = [outputs_of(gm, batch) for batch in (*some, *beside)]
     found: list[float] = []
     for share in shares:
         plans = [d.plan for d in share.probe if d.plan is not None]
@@ -122,7 +125,9 @@ def _influences(
             found.append(0.0)
             continue
         module = lower(gm, plans)
-        wrong = sum(squared_difference(outputs_of(module, b), want) for b, want in zip(some, original, strict=True))
+        runs = zip((*some, *beside), original, strict=True)
+        apart = [squared_difference(outputs_of(module, batch), want) for batch, want in runs]
+        wrong = sum(apart[: len(some)])
         wrong = wrong if peers is None else sum(peers.everyone(wrong))
         if not math.isfinite(wrong):
             raise CalibrationError(
@@ -132,6 +137,15 @@ def _influences(
             )
         found.append(wrong / share.errors[share.probed])
     return found
+
+
+def _in_company(
+    gm: fx.GraphModule, batches: Sequence[CallInputs], count: int, peers: Peers | None
+) -> Sequence[CallInputs]:
+    """What this process runs beside its ``count`` batches, for nothing: where weights are split, all have to run as often."""
+    if peers is None or not has_split(gm):
+        return ()
+    return [batches[0]] * (max(peers.everyone(count)) - count)
 
 
 def _spend(curves: Sequence[Mapping[int, float]], budget: int) -> list[int]:

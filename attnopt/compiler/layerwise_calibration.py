@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.progress import watched
+from attnopt.base.split_weight import keeping_whole
 from attnopt.errors import CalibrationError
 from attnopt.graph.interpreter import Forward, Interpreter, Schedule
 from attnopt.graph.nodes import value
@@ -49,8 +50,9 @@ class Stream:
         live as long as the activations."""
         runs, others = ([self._run(batch) for batch in some] for some in (self.batches, self.invented))
         for f in watched(self.found, "calibrating one attention after another"):
-            for run in (*runs, *others):
-                run.up_to(f.raised.node)
+            with keeping_whole():  # of all batches
+                for run in (*runs, *others):
+                    run.up_to(f.raised.node)
             activations = self._activations(f, [run.values for run in runs])
             invented = self._activations(f, [run.values for run in others]) if self.invented else None
             yield f, replace(activations, invented=invented)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from attnopt.backends.reference import Reference
+from attnopt.base.split_weight import split_like
 from attnopt.ir import plugin_calls
 from attnopt.ir.activations import Activations
 from attnopt.ir.eviction import Eviction
@@ -142,8 +143,12 @@ def _no_cache(site: Site, eviction: Eviction) -> Refusal:
 
 
 def _kept(edit: HeadWeights, site: Site) -> HeadWeights:
-    """Not in the double precision of the fit: the new weights of a whole model would need twice the memory."""
+    """Not in the double precision of the fit, in which the new weights of a whole model would need twice the memory; split as
+    the weights whose places they take."""
     weight = site.projections[edit.role].weight
     assert weight is not None
-    dtype = torch.promote_types(site.parameters[weight].dtype, torch.float32)
-    return replace(edit, weight=edit.weight.to(dtype), bias=None if edit.bias is None else edit.bias.to(dtype))
+    before = site.parameters[weight]
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    return replace(
+        edit, weight=split_like(edit.weight.to(dtype), before), bias=None if edit.bias is None else edit.bias.to(dtype)
+    )

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.capture.run_unchanged import outputs_of
-from attnopt.compiler.check import resized
+from attnopt.compiler.resized_inputs import resized
 from attnopt.conversion.decoding_check import decoding_error
 from attnopt.conversion.partial_capture import Part
 from attnopt.errors import AttnoptError

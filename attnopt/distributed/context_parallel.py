@@ -15,7 +15,7 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.base.options import choice
 from attnopt.capture.calibration import shapes_of
-from attnopt.compiler.check import resized
+from attnopt.compiler.resized_inputs import resized
 from attnopt.distributed.layout import Sharing
 from attnopt.distributed.plan import LAYOUTS, METHODS, ParallelPlan
 from attnopt.distributed.ranks import Ranks

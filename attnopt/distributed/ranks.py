@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ class Ranks:
     def exchange(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor], what: str) -> Exchange:
         """Begin to send to, and to fill these tensors from, other ranks.  Every rank of the group calls this in the same
         order."""
+        self._require_device(*sent.values(), *received.values())
         leaving = {to: t.contiguous() for to, t in sorted(sent.items())}
         told = [dist.P2POp(dist.isend, t, self._global(to), self.group) for to, t in leaving.items()]
         heard = [dist.P2POp(dist.irecv, t, self._global(source), self.group) for source, t in sorted(received.items())]
@@ -56,13 +59,14 @@ class Ranks:
         return Exchange(received, works, tuple(leaving.values()))
 
     def everyone(self, told: object) -> list[object]:
-        """What each rank tells, by rank."""
-        found: list[object] = [None] * self.size
-        dist.all_gather_object(found, told, self.group)
-        return found
+        """What each rank tells, by rank; tensors arrive on the device of this rank."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, packed(told), self.group)
+        return [pickle.loads(one) for one in found]
 
     def padded(self, own: Tensor, what: str) -> list[Tensor]:
         """Tensors of one shape, by rank."""
+        self._require_device(own)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, self.group)
         self._count(what, *found[1:])
@@ -70,6 +74,7 @@ class Ranks:
 
     def summed(self, x: Tensor, what: str) -> Tensor:
         """The sum over all ranks, in place."""
+        self._require_device(x)
         dist.all_reduce(x, group=self.group)
         self._count(what, x)
         return x
@@ -99,8 +104,38 @@ class Ranks:
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank)
 
+    def _require_device(self, *tensors: Tensor) -> None:
+        """Raises DistributedError for tensors that the backend of the group cannot send."""
+        able = dist.get_backend_config(self.group)  # as "cpu:gloo,cuda:nccl"
+        known = {one.partition(":")[0] for one in able.split(",")}
+        if unable := sorted({t.device.type for t in tensors} - known):
+            raise DistributedError(
+                f"the process group ({able}) sends no tensors on the device {unable[0]}",
+                hint='call torch.distributed.init_process_group("cpu:gloo,cuda:nccl"), or move the model and its inputs',
+            )
+
     def _count(self, what: str, *tensors: Tensor) -> None:
         self.received[what] = self.received.get(what, 0) + sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _Packer(pickle.Pickler):
+    """Unpacked as it is, a tensor would go back to the device that it had, which is another rank's."""
+
+    def reducer_override(self, x: object) -> Any:
+        if isinstance(x, Tensor) and x.device.type != "cpu":
+            return _on_own_device, (x.detach().cpu(), x.device.type)
+        return NotImplemented
+
+
+def _on_own_device(x: Tensor, kind: str) -> Tensor:
+    return x.to(torch.device(kind))  # the current one of its kind
+
+
+def packed(x: object) -> bytes:
+    """For ``pickle.loads`` in another process."""
+    into = io.BytesIO()
+    _Packer(into).dump(x)
+    return into.getvalue()
 
 
 @dataclass(frozen=True, eq=False)

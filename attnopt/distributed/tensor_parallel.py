@@ -25,6 +25,7 @@ from attnopt.errors import DistributedError, VerificationError
 from attnopt.graph.nodes import calls, module_path, stored, written
 from attnopt.graph.ops import Kind, named, of
 from attnopt.graph.sdpa import call_arguments
+from attnopt.graph.store import put
 from attnopt.lower.attention_calls import attention_calls, lowered_at
 from attnopt.lower.lower import copy_program
 from attnopt.model import OptimizedModel, run_graph
@@ -176,7 +177,7 @@ def _split(gm: fx.GraphModule, mesh: DeviceMesh, placements: Mapping[str, Placem
         _replace(module, node, f"attention_{number}", mesh)
     for name, x in stored(module).items():
         made: Tensor = distribute_tensor(x, mesh, [placements.get(name, Replicate())], src_data_rank=None)
-        _put(module, name, nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made)
+        put(module, name, nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made)
     module.graph.lint()
     module.recompile()
     return module
@@ -271,14 +272,3 @@ def _distributed(inputs: CallInputs, mesh: DeviceMesh) -> CallInputs:
         Tensor, lambda x: DTensor.from_local(x, mesh, [Replicate()], run_check=False), inputs
     )
     return made
-
-
-def _put(module: nn.Module, name: str, x: Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if isinstance(x, nn.Parameter):
-        owner.register_parameter(last, x)
-    elif last in owner._buffers:
-        owner._buffers[last] = x
-    else:
-        setattr(owner, last, x)

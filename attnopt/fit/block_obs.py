@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnopt.fit.least_squares import LayerMoments, Moments, combined, fittable_weights
+from attnopt.ir.peers import Peers, divided
 from attnopt.ir.site import Site
 from attnopt.ir.statistic import Statistic
 
@@ -34,6 +36,7 @@ class Surgeon:
     heads: int
     width: int
     has_bias: bool
+    peers: Peers | None = None  # who have the same moments, and try other sets of heads
 
     def removal_costs(self, places: Sequence[int]) -> list[float]:
         """For each head at ``places``, the increase of the squared error without it, relative to the targets."""
@@ -51,7 +54,7 @@ class Surgeon:
         while len(places) > max(least, len(protected)):
             if math.comb(self.heads, len(places) - 1) <= ENUMERATED:
                 sets = combinations(range(self.heads), len(places) - 1)
-                places = min((s for s in sets if set(protected) <= set(s)), key=self.error)
+                places = self._best([s for s in sets if set(protected) <= set(s)])
             else:
                 places = self._swapped(self._without_cheapest(places, protected), protected)
             found[len(places)] = places
@@ -72,6 +75,10 @@ class Surgeon:
             weights[-1] = wrong / self.moments.zz[-1, -1]
         return self.moments.error(weights)
 
+    def _best(self, sets: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        errors = divided([partial(self.error, s) for s in sets], self.peers)
+        return sets[errors.index(min(errors))]
+
     def _without_cheapest(self, places: Sequence[int], protected: Sequence[int]) -> tuple[int, ...]:
         costs = dict(zip(places, self.removal_costs(places), strict=True))
         least = min((p for p in places if p not in protected), key=costs.__getitem__)
@@ -83,7 +90,7 @@ class Surgeon:
         while True:
             outside = [p for p in range(self.heads) if p not in places]
             helped = [tuple(sorted((*places, p))) for p in outside]
-            larger = min(helped, key=self.error)
+            larger = self._best(helped)
             smaller = self._without_cheapest(larger, protected)
             if smaller == places or not self.error(smaller) < error * (1 - 1e-9):
                 return places
@@ -117,7 +124,8 @@ def surgeon_of(site: Site) -> Surgeon:
     """The least squares of the site's layer over all calibration data.  Raises CalibrationError."""
     today = fittable_weights(site)
     moments = combined(LayerMoments().of(site))
-    return Surgeon(moments, today, site.num_heads, site.value_dim, site.out_bias() is not None)
+    peers = None if site.activations is None else site.activations.peers
+    return Surgeon(moments, today, site.num_heads, site.value_dim, site.out_bias() is not None, peers)
 
 
 @dataclass(frozen=True)

@@ -32,3 +32,15 @@ def free_name(owner: nn.Module, name: str) -> str:
         n += 1
         found = f"{name}__{n}"
     return found
+
+
+def put(owner: nn.Module, name: str, x: Tensor) -> None:
+    """Store ``x`` in the place of the tensor ``name``."""
+    path, _, leaf = name.rpartition(".")
+    module = owner.get_submodule(path)
+    if isinstance(x, nn.Parameter):
+        module.register_parameter(leaf, x)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = x
+    else:
+        setattr(module, leaf, x)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
-from attnopt.errors import CalibrationError
+from attnopt.errors import AttnoptError, CalibrationError
 
 T = TypeVar("T")
 
@@ -26,6 +26,23 @@ class Peers(ABC):
     @abstractmethod
     def working(self, given: Mapping[str, object]) -> AbstractContextManager[None]:
         """While they work together: if one raises, all do.  ``given`` has to be the same for all of them."""
+
+    def divided(self, parts: Sequence[Callable[[], T]]) -> list[T]:
+        """What these give, in their order: each process calls some of them, and what one of them raises, all raise."""
+        own: dict[int, T | AttnoptError] = {}
+        for place in range(self.rank, len(parts), self.count):
+            try:
+                own[place] = parts[place]()
+            except AttnoptError as e:
+                own[place] = e
+        told = {place: x for of_rank in self.everyone(own) for place, x in of_rank.items()}
+        found: list[T] = []
+        for place in range(len(parts)):
+            x = told[place]
+            if isinstance(x, AttnoptError):
+                raise x
+            found.append(x)
+        return found
 
     def places(self, count: int) -> tuple[int, int]:
         """Of ``count`` things here, the number of those before them, and of all."""
@@ -63,3 +80,8 @@ class Withheld(tuple[Any, ...]):
 
     def __bool__(self) -> bool:
         self.refuse()
+
+
+def divided(parts: Sequence[Callable[[], T]], peers: Peers | None) -> list[T]:
+    """What these give, in their order, from this process or, if there are some, from its peers together."""
+    return [part() for part in parts] if peers is None else peers.divided(parts)

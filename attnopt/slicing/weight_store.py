@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from attnopt.base.split_weight import split_like
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import get_attr
 from attnopt.graph.select import Selection
@@ -60,6 +61,7 @@ class Weights:
         return made
 
     def _register(self, name: str, source: Tensor, tensor: Tensor) -> str:
+        tensor = split_like(tensor, source)
         is_parameter = isinstance(source, nn.Parameter)
         held = nn.Parameter(tensor, requires_grad=source.requires_grad) if is_parameter else tensor
         new = store(self.gm, name, held)

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import split_checks
 import torch
 import torch.distributed as dist
 from parallel_models import VOCABULARY, Style, inputs, model, translated, translator
@@ -21,7 +22,16 @@ from attnopt import Choice
 from attnopt.cli.demo_data import let_transformers_import
 from attnopt.distributed import ContextParallel, context_parallel, peers, plan, share_calibration, tensor_parallel
 from attnopt.errors import CalibrationError, DistributedError
-from attnopt.passes import DynamicSparse, GroupedQuery, LocalWindow, PruneHeads, RouteHeads, SegmentGain, Sparse
+from attnopt.passes import (
+    DynamicSparse,
+    EvictKeys,
+    GroupedQuery,
+    LocalWindow,
+    PruneHeads,
+    RouteHeads,
+    SegmentGain,
+    Sparse,
+)
 from attnopt.patterns import Causal, Keys, PerHead, Window
 from attnopt.policy_search.problem import Problem
 
@@ -491,3 +501,44 @@ def converted_models_are_split_as_users_do(mesh: DeviceMesh) -> None:
             continue
         with pytest.raises(attnopt.ConversionError, match=f"this process has {4 // mesh.size()} of 4 heads"):
             user(ids)
+
+
+@check
+def generation_under_tensor_parallel_is_that_of_one_rank(mesh: DeviceMesh) -> None:
+    """Each rank caches the keys of its own heads: rolling windows, sinks beside them, and keys that heads choose."""
+    let_transformers_import()
+    from tiny_llama import tiny_llama
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    up, down = ColwiseParallel(), RowwiseParallel()
+    split = {f"model.layers.*.self_attn.{name}": up for name in ("q_proj", "k_proj", "v_proj")}
+    split["model.layers.*.self_attn.o_proj"] = down
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(5))
+    options = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
+    found = []
+    for policy in (
+        LocalWindow(left=4, right=0),
+        LocalWindow(left=4, right=0, sinks=2),
+        EvictKeys("h2o", budget=6),
+        EvictKeys("snapkv", budget=6),
+    ):
+        user = attnopt.convert(tiny_llama(4), policy, kwargs={"input_ids": ids})
+        want = user.generate(ids, **options)
+        found.append(tuple(want.flatten().tolist()))
+        parallelize_module(user, mesh, split)
+        assert torch.equal(user.generate(ids, **options), want), policy
+    assert len(set(found)) > 1, "the policies make no difference"
+
+
+# ---------------------------------------------------------------- models that are split already
+quick(split_checks.split_models_are_calibrated_as_whole_ones)
+quick(split_checks.gradients_of_split_results_are_means)
+for _run in (
+    split_checks.what_a_rank_gathers_does_not_grow_with_layers,
+    split_checks.results_of_split_models_are_made_whole,
+    split_checks.every_rank_with_all_data_gives_the_same,
+    split_checks.tensor_parallel_models_are_optimized,
+    split_checks.split_models_that_cannot_be_read_are_refused,
+    split_checks.a_rank_that_fails_while_weights_are_gathered_ends_all,
+):
+    check(_run)

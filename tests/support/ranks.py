@@ -8,15 +8,16 @@ import sys
 import tempfile
 import traceback
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 
 SECONDS = 900
 
 
-def on_ranks(size: int, *names: str) -> dict[str, list[str]]:
-    """For each check of ``parallel_checks``, or of these, that failed, what each rank said."""
+def on_ranks(size: int, *names: str, checks: str = "parallel_checks", device: str = "cpu") -> dict[str, list[str]]:
+    """For each check of the module ``checks``, or of these, that failed, what each rank said."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, folder, str(size)]
+        command = [sys.executable, __file__, folder, checks, device, str(size)]
         logs = [Path(folder, f"{rank}.log") for rank in range(size)]
         ranks = [_started([*command, str(rank), *names], log) for rank, log in enumerate(logs)]
         try:
@@ -38,18 +39,19 @@ def _started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stderr=errors)
 
 
-def _of_one(folder: str, size: int, rank: int, names: list[str]) -> None:
+def _of_one(folder: str, checks: str, device: str, size: int, rank: int, names: list[str]) -> None:
     import torch
     import torch.distributed as dist
-    from parallel_checks import CHECKS
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("sequence",))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend, store = {"cpu": "gloo", "cuda": "nccl"}[device], f"file://{folder}/store"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
+    mesh = init_device_mesh(device, (size,), mesh_dim_names=("sequence",))
     found: dict[str, str] = {}
-    for name, run in CHECKS.items():
+    for name, run in import_module(checks).CHECKS.items():
         if names and name not in names:
             continue
         try:
@@ -63,4 +65,5 @@ def _of_one(folder: str, size: int, rank: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _of_one(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    folder, checks, device, size, rank, *names = sys.argv[1:]
+    _of_one(folder, checks, device, int(size), int(rank), names)

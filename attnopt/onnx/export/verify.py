@@ -16,8 +16,9 @@ from attnopt.base.closeness import ROOM, difference, tensors, tolerance
 from attnopt.base.ort_session import cpu_session
 from attnopt.capture.flat_call import Form
 from attnopt.capture.run_unchanged import outputs_of
-from attnopt.compiler.check import coarsest, inputs_that_run
+from attnopt.compiler.check import coarsest
 from attnopt.compiler.origin import Origin
+from attnopt.compiler.resized_inputs import inputs_that_run
 from attnopt.errors import ExportError
 from attnopt.graph.nodes import inputs_of
 from attnopt.graph.record import recorded

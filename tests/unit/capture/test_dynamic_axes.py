@@ -22,7 +22,7 @@ from attnopt.capture.dynamic_axes import Auto
 from attnopt.capture.second_example import longer_axes, repeated
 from attnopt.capture.tensor_lengths import lengths_vary
 from attnopt.capture.valid_sizes import cannot_vary
-from attnopt.compiler.check import resized
+from attnopt.compiler.resized_inputs import resized
 from attnopt.errors import AttnoptWarning, CalibrationError, CaptureError, ExportError
 from attnopt.report.axis_text import told
 
