@@ -38,8 +38,11 @@ class Pass(ABC):
     calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
     channels: ClassVar[bool] = False  # True: it also takes attentions between channels, which are refused otherwise
     head_maps: ClassVar[bool] = False  # True: it also takes talking heads, which are refused otherwise
-    linear: ClassVar[bool] = False  # True: it also takes attentions without a softmax, which are refused otherwise
+    linear: ClassVar[bool] = (
+        False  # True: it also takes attentions without a plain softmax over keys, which are refused otherwise
+    )
     widens: ClassVar[bool] = False  # it also fits to random tokens, ``site.activations.invented``, if there are any
+    follows: ClassVar[bool] = False  # it is fitted to what it reads once the attentions before it are rewritten
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """The pass; with ``Choice`` or ``FirstOf`` among its options, that of a pass for each alternative."""
@@ -124,6 +127,8 @@ class Backend(ABC):
     )
     head_maps: ClassVar[bool] = False  # True: what ``lower`` returns takes ``score_map=`` and ``weight_map=``
     linear: ClassVar[bool] = False  # True: ``lower`` takes attentions without a softmax
+    sends: ClassVar[bool] = False  # True: ``lower`` takes attentions whose softmax is over queries
+    clamps: ClassVar[bool] = False  # True: ``lower`` takes attentions whose scores are clamped
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
     extends: ClassVar[bool] = (
