@@ -69,8 +69,10 @@ def _of_talking(site: Site, hint: str = "") -> Refusal:
 
 
 def _of_other_weights(site: Site, hint: str = "") -> Refusal:
-    code = "other-softmax" if site.spec.linear is None else "no-softmax"
-    return site.refuse(code, expected="a plain softmax over keys", found=site.spec.other_weights, hint=hint)
+    expected, found = "a plain softmax over keys", site.spec.other_weights
+    if site.spec.linear is None:
+        return site.refuse("other-softmax", expected=expected, found=found, hint=hint)
+    return site.refuse("no-softmax", expected=expected, found=found, hint=hint)
 
 
 def _of_channels(site: Site, hint: str) -> Refusal:
