@@ -16,6 +16,7 @@ from attnopt.errors import CalibrationError
 from attnopt.graph.interpreter import Forward, Interpreter, Schedule
 from attnopt.graph.nodes import ancestors
 from attnopt.ir.activations import Activations, withheld
+from attnopt.ir.attend import Attend
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.operands import OperandTensors
@@ -84,14 +85,9 @@ class Stream:
         if not self.followers or any(others):
             return
         self.rewritten = self.rewritten or [run.copied() for run in self.runs]
-        attend, out = attention_of(Reference(), spec), f.raised.region.out.node
+        attend = attention_of(Reference(), spec)
         for run in self.rewritten:
-            kept = set(run.values)
-            t = f.raised.operands.map(lambda _, operand: run.values[operand])
-            with torch.no_grad():
-                run.values[f.raised.node] = attend(t.q, t.k, t.v, **t.others)
-            made = run(f.raised.out)
-            run.values = {n: x for n, x in run.values.items() if n in kept} | {out: made}
+            _put_in(run, f, attend)
 
     def _run(self, batch: CallInputs) -> Forward:
         return Forward(self.gm, example_values(self.gm, *batch), self.schedule)
@@ -137,6 +133,16 @@ class Stream:
             node
         )
         return result
+
+
+def _put_in(run: Forward, f: Found, attend: Attend) -> None:
+    """What ``attend`` gives in the place of what the attention, at whose place the run is, has given."""
+    kept = set(run.values)
+    t = f.raised.operands.map(lambda _, operand: run.values[operand])
+    with torch.no_grad():
+        run.values[f.raised.node] = attend(t.q, t.k, t.v, **t.others)
+    made = run(f.raised.out)
+    run.values = {n: x for n, x in run.values.items() if n in kept} | {f.raised.region.out.node: made}
 
 
 def _read_by(f: Found) -> set[fx.Node]:

@@ -1,8 +1,8 @@
 """Attention in which each key divides its value among the queries, by way of two log-sum-exps: no map of weights exists.
 
-A softmax over queries is exp(s - lse), with the log-sum-exp of each key over the queries that see it: that of an attention in which
-queries and keys are exchanged.  The sum of exp(s - lse) v over keys is an attention with a bias of -lse for each key, times the sum
-that its softmax divides by.  Flash attention computes the gradient of the values alike (arXiv:2205.14135).
+A softmax over queries is exp(s - lse), with the log-sum-exp of each key over the queries that see it: that of an attention in
+which queries and keys are exchanged.  The sum of exp(s - lse) v over keys is an attention with a bias of -lse for each key, times
+the sum that its softmax divides by.  Flash attention computes the gradient of the values alike (arXiv:2205.14135).
 """
 
 from __future__ import annotations

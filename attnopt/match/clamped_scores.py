@@ -18,8 +18,8 @@ CLAMPS = _BOTH | _LEAST | _LARGEST
 
 
 def bounds_of(node: fx.Node, source: fx.Node) -> Bounds | None:
-    """What ``node``, one of ``CLAMPS``, clamps ``source`` to, without bounds that no number of its dtype is beyond; None if they are
-    not known."""
+    """What ``node``, one of ``CLAMPS``, clamps ``source`` to, without bounds that no number of its dtype is beyond; None if they
+    are not known."""
     if node.kwargs or not dtype(node).is_floating_point:
         return None
     other = arg(node, 1) if arg(node, 0) is source else arg(node, 0)

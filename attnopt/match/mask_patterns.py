@@ -24,7 +24,9 @@ from attnopt.patterns import Causal, Full, Pattern, Window
 _WHOLE = 1 << 20  # a mask of at most this many entries is evaluated fully
 _LINES = 48  # of a larger one, this many rows and columns
 _SLICES = of(Kind.SLICE)  # one to the end is written with the largest number
-_LOOKS_UP = of(Kind.SLICE, Kind.LOOKUP, Kind.EMBEDDING, Kind.RESHAPE, Kind.ONES, Kind.PERMUTE, Kind.EXPAND, Kind.COPY, Kind.CAST)
+_LOOKS_UP = of(
+    Kind.SLICE, Kind.LOOKUP, Kind.EMBEDDING, Kind.RESHAPE, Kind.ONES, Kind.PERMUTE, Kind.EXPAND, Kind.COPY, Kind.CAST
+)
 _APART = 200.0  # a softmax ignores a score this far below another, both with room for their products
 _FAR = 2048  # tokens over which a slow decay tells its rate
 

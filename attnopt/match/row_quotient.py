@@ -25,8 +25,8 @@ _SUMS = frozenset(PRODUCTS) | frozenset(FOLLOWED) | MUL | named("sum cumsum")
 
 @dataclass(frozen=True)
 class RowQuotient:
-    """``node`` divides by the sums, by their absolute values if ``absolute``, by ``least`` if that is more, with ``added`` to it; no
-    gradient flows to them if they are ``detached``."""
+    """``node`` divides by the sums, by their absolute values if ``absolute``, by ``least`` if that is more, with ``added`` to it;
+    no gradient flows to them if they are ``detached``."""
 
     node: fx.Node
     added: float

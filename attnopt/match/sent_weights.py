@@ -1,6 +1,7 @@
 """A softmax over queries: each key divides its value among them (reversed attention, arXiv:2304.03282).
 
-In the model's own words, the tokens that send are the queries of its scores.  Read as an attention, they are the keys: what is summed.
+In the model's own words, the tokens that send are the queries of its scores.  Read as an attention, they are the keys: what is
+summed.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def senders(scores: Product, values: Product, receivers: Axis) -> Axis:
 
 
 def over_queries(r: Region) -> Region:
-    """``r``, whose axes have roles.  Raises NotAttentionError if a softmax over queries is beside what only one over keys knows, or
-    if a number hides: it would matter where a key hides from all queries."""
+    """``r``, whose axes have roles.  Raises NotAttentionError if a softmax over queries is beside what only one over keys knows,
+    or if a number hides: it would matter where a key hides from all queries."""
     if not r.sends:
         return r
     others = {

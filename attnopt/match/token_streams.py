@@ -11,7 +11,20 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.base.sizes import hint, same_size
 from attnopt.graph.axes import FOLLOWED, Axes, Axis, follow, fresh, resolve, resolve_all
-from attnopt.graph.nodes import ancestors, arg, aten, calls, is_call, is_number, is_state, is_tensor, operand, shape, value, wrap
+from attnopt.graph.nodes import (
+    ancestors,
+    arg,
+    aten,
+    calls,
+    is_call,
+    is_number,
+    is_state,
+    is_tensor,
+    operand,
+    shape,
+    value,
+    wrap,
+)
 from attnopt.graph.ops import Kind, is_pointwise, named, of
 from attnopt.slicing.pull import pull
 

@@ -623,8 +623,8 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "softmax-over-queries": (
         lambda: missed(sending_models.HiddenByNumber()),
-        "[softmax-over-queries] expected masks of -inf beside a softmax over queries, found -1e+09 written over scores (at LINE)\n  "
-        "hint: write -inf where a mask hides, by masked_fill or where",
+        "[softmax-over-queries] expected masks of -inf beside a softmax over queries, found -1e+09 written over scores (at LINE)"
+        "\n  hint: write -inf where a mask hides, by masked_fill or where",
     ),
     "not-exchanged": (
         lambda: refused_decoy(decoys.Transposed(), Sparse(Causal()), backend="blocked"),

@@ -12,7 +12,8 @@ WIDTH = 12
 
 
 class Sending(nn.Module):
-    """[B, N, WIDTH] -> [B, N, WIDTH].  ``a`` makes the tokens that send, ``b`` those that receive.  Subclasses compute ``mixed``."""
+    """[B, N, WIDTH] -> [B, N, WIDTH].  ``a`` makes the tokens that send, ``b`` those that receive.
+    Subclasses compute ``mixed``."""
 
     scale = D**-0.5
 

@@ -197,7 +197,8 @@ def _match(
 
 
 def _without_own_maps(model: nn.Module) -> set[str]:
-    """The names of attentions between channels, of talking heads and without a plain softmax over keys, which are found and left as they are."""
+    """The names of attentions between channels, of talking heads and without a plain softmax over keys: found, and left as they
+    are."""
     kinds = (
         decoys.OverChannels, decoys.TalkingHeads, decoys.KernelAttention, decoys.OverQueries, decoys.Transposed,
         AnyLinear,

@@ -23,7 +23,7 @@ class Sum(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "equation, left",
+    ("equation", "left"),
     [
         ("nlhd,nhmd,nlh->nlhm", ["nlhd,nhmd->nlhm"]),
         ("ab,bc,cd->ad", ["ab,bc->ac", "ac,cd->ad"]),

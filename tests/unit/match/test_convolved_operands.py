@@ -26,9 +26,7 @@ class Convolved(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         n = self.channels
-        self.filters = nn.ModuleList(
-            nn.Conv1d(n, n, KERNEL, padding=self.padding, groups=n) for _ in range(3)
-        )
+        self.filters = nn.ModuleList(nn.Conv1d(n, n, KERNEL, padding=self.padding, groups=n) for _ in range(3))
 
     def filtered(self, x: Tensor, convolve: nn.Module) -> Tensor:
         """[B, H, N, D]"""
@@ -111,7 +109,8 @@ def test_filters_of_two_sequences_are_two() -> None:
     class Across(Convolved):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
             q, k, v = (
-                self.filtered(f(t), c) for f, c, t in zip((self.q, self.k, self.v), self.filters, (x, y, y), strict=True)
+                self.filtered(f(t), c)
+                for f, c, t in zip((self.q, self.k, self.v), self.filters, (x, y, y), strict=True)
             )
             made: Tensor = self.out(((q @ k.mT / D**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
             return made

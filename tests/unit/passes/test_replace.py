@@ -194,7 +194,7 @@ def test_each_layer_is_fitted_behind_the_mixers_before_it(dynamic: bool) -> None
     SEEN.clear()
     policy = {f"layers.{i}": Replace(Watching()) for i in (0, 2, 3)}
     fast = attnopt.optimize(model, policy, (data[0],), calibration=data, dynamic_shapes="auto" if dynamic else None)
-    replaced = {i: edit for i, edit in zip((0, 2, 3), (s.spec.after[0] for s in fast.sites if s.spec.after), strict=True)}
+    replaced = dict(zip((0, 2, 3), (s.spec.after[0] for s in fast.sites if s.spec.after), strict=True))
     x, x_own = data[0], data[0]
     fits = iter(SEEN)
     with torch.no_grad():
