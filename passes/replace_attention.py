@@ -42,7 +42,6 @@ class Replace(Pass):
     The mixer reads the values of all heads and gives their outputs: value and output projections stay, those of queries and keys
     go unless it reads them.  It is fitted to the outputs of the attention on calibration data: by least squares for each channel
     where it is linear in its weights, else distilled by Adam for at most ``steps``, until held-back tokens get no better.
-    It reads the values that it will read: behind the mixers of earlier layers.
     ``mixer``: "fft", "conv", "pool", "linear-attention", each with its options as in "conv(kernel=5)"; a ``Mixer``; or a
     function of the site that returns a module from values to outputs, [B, L, H * Dv] each.
     ``minimum_r2``: refuse where it explains less of the variance of head outputs on held-back tokens.
@@ -52,7 +51,6 @@ class Replace(Pass):
     name: ClassVar[str] = "replace"
     exact: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
-    follows: ClassVar[bool] = True
     mixer: Mixer | str | Callable[[Site], nn.Module]
     minimum_r2: float | None = None
     steps: int = 400

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from attnopt.backends.reference import Reference
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.progress import watched
 from attnopt.errors import CalibrationError
 from attnopt.graph.interpreter import Forward, Interpreter, Schedule
-from attnopt.graph.nodes import ancestors
 from attnopt.ir.activations import Activations, withheld
-from attnopt.ir.attend import Attend
 from attnopt.ir.edited_parameters import edited_parameters
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.operands import OperandTensors
 from attnopt.ir.peers import Peers
-from attnopt.ir.plugin_calls import attention_of
-from attnopt.lower.lower import Plan
 from attnopt.match.find import Found
 from attnopt.match.prove import example_values
 
@@ -34,8 +29,6 @@ class Stream:
 
     The model runs once.  Of each batch only those values are kept that something later still reads, so the memory is that
     of one layer, regardless of model depth.  ``peers``: who have other batches.
-    ``followers``: sites that see what the attentions before them give as plans that were carried out leave them; the outputs of
-    their own are still those in the original model.
     """
 
     def __init__(
@@ -45,49 +38,21 @@ class Stream:
         batches: Sequence[CallInputs],
         invented: Sequence[CallInputs] = (),
         peers: Peers | None = None,
-        followers: Collection[str] = (),
     ) -> None:
         self.gm, self.batches, self.invented, self.peers = gm, batches, invented, peers
-        self.followers = frozenset(followers)
-        place = {n: i for i, n in enumerate(gm.graph.nodes)} if followers else {}
-        self.schedule = Schedule(gm.graph, {f.raised.node: _read_by(f) | _read_behind(f, place) for f in found})
-        self.runs, self.rewritten = (
-            list[Forward](),
-            list[Forward](),
-        )  # the latter from the first plan on that is carried out
+        self.schedule = Schedule(gm.graph, {f.raised.node: _read_by(f) for f in found})
         self.found = sorted(found, key=lambda f: self.schedule.place[f.raised.node])
 
     def sites(self) -> Iterator[tuple[Found, Activations]]:
         """Each site in execution order with its activations on the batches; their inputs
         live as long as the activations."""
-        self.runs, others = ([self._run(batch) for batch in some] for some in (self.batches, self.invented))
+        runs, others = ([self._run(batch) for batch in some] for some in (self.batches, self.invented))
         for f in watched(self.found, "calibrating one attention after another"):
-            for run in (*self.runs, *others, *self.rewritten):
+            for run in (*runs, *others):
                 run.up_to(f.raised.node)
-            activations = self._activations(f, [run.values for run in self.runs])
-            if self.rewritten and f.site.name in self.followers:
-                now = self._activations(f, [run.values for run in self.rewritten])
-                activations = replace(now, first=activations)
+            activations = self._activations(f, [run.values for run in runs])
             invented = self._activations(f, [run.values for run in others]) if self.invented else None
             yield f, replace(activations, invented=invented)
-
-    def carry_out(self, plan: Plan) -> None:
-        """Sites that follow see the attention of ``plan``, whose site was the last, in the place of the model's.  Plans with new
-        weights, other heads, inputs of their own or keys of other tokens are left out: these sites then see the model's."""
-        f, spec = plan.found, plan.spec
-        others = (
-            plan.edits,
-            plan.out_bias is not None,
-            spec.heads != f.site.spec.heads,
-            spec.inputs,
-            spec.extension is not None,
-        )
-        if not self.followers or any(others):
-            return
-        self.rewritten = self.rewritten or [run.copied() for run in self.runs]
-        attend = attention_of(Reference(), spec)
-        for run in self.rewritten:
-            _put_in(run, f, attend)
 
     def _run(self, batch: CallInputs) -> Forward:
         return Forward(self.gm, example_values(self.gm, *batch), self.schedule)
@@ -135,28 +100,9 @@ class Stream:
         return result
 
 
-def _put_in(run: Forward, f: Found, attend: Attend) -> None:
-    """What ``attend`` gives in the place of what the attention, at whose place the run is, has given."""
-    kept = set(run.values)
-    t = f.raised.operands.map(lambda _, operand: run.values[operand])
-    with torch.no_grad():
-        run.values[f.raised.node] = attend(t.q, t.k, t.v, **t.others)
-    made = run(f.raised.out)
-    run.values = {n: x for n, x in run.values.items() if n in kept} | {f.raised.region.out.node: made}
-
-
 def _read_by(f: Found) -> set[fx.Node]:
     """The inputs of the site's operands, with its own or other weights."""
     return {
         *f.raised.node.all_input_nodes,
         *(i for nodes in f.dirty.values() for n in nodes for i in n.all_input_nodes),
     }
-
-
-def _read_behind(f: Found, place: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """What lays out the output of the attention and comes before it, such as sizes; nothing without places."""
-    if not place:
-        return set()
-    at = place[f.raised.node]
-    later = [n for n in ancestors(f.raised.out, stop=lambda n: place[n] <= at) if place[n] > at]
-    return {i for n in later for i in n.all_input_nodes if place[i] < at}

@@ -50,14 +50,11 @@ def _decided(
     shares = allot(program.module, learning, passes, job.backends, batches, invented, decodes, job.peers)
     made = dict(shares.ready)
     undecided = [f for f in learning if f.site.name not in made]
-    followers = [f.site.name for f in undecided if any(p.follows for p in passes[f.site.name])]
-    stream = Stream(program.module, undecided, batches, invented, job.peers, () if job.peers else followers)
+    stream = Stream(program.module, undecided, batches, invented, job.peers)
     for group, activations in jointly(stream, tied(undecided, passes)):
         name = group[0].site.name
         chosen = [shares.passes.get((name, p), p) for p in passes[name]]
         decisions = of_all(group, decide(group[0], chosen, job.backends, activations, decodes))
-        if len(decisions) == 1 and decisions[0].plan is not None:
-            stream.carry_out(decisions[0].plan)
         made.update({d.found.site.name: d for d in decisions})
     return [made.get(f.site.name) or decide(f, passes[f.site.name], job.backends, decodes=decodes) for f in found]
 

@@ -90,12 +90,6 @@ class Forward(Interpreter):
         super().__init__(gm, values)
         self.schedule, self.at = schedule, 0
 
-    def copied(self) -> Forward:
-        """A second run from here on."""
-        made = Forward(self.gm, self.values, self.schedule)
-        made.at = self.at
-        return made
-
     def up_to(self, stop: fx.Node) -> None:
         """Compute what ``stop`` or a later stop reads of everything before it."""
         schedule, end = self.schedule, self.schedule.place[stop]

@@ -42,7 +42,6 @@ class Pass(ABC):
         False  # True: it also takes attentions without a plain softmax over keys, which are refused otherwise
     )
     widens: ClassVar[bool] = False  # it also fits to random tokens, ``site.activations.invented``, if there are any
-    follows: ClassVar[bool] = False  # it is fitted to what it reads once the attentions before it are rewritten
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """The pass; with ``Choice`` or ``FirstOf`` among its options, that of a pass for each alternative."""

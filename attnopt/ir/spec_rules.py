@@ -33,8 +33,8 @@ from attnopt.patterns.segments import Segments
 _SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared with its own mask
 _RUN = 64  # queries per call of reach
 _FIXED = (
-    "head_dim", "value_dim", "between_channels", "clamp", "sends", "is_cross", "has_bias", "has_mask", "has_sinks", "has_map",
-    "has_score_map", "has_weight_map",
+    "head_dim", "value_dim", "between_channels", "is_cross", "has_bias", "has_mask", "has_sinks", "has_map", "has_score_map",
+    "has_weight_map", "clamp", "sends",
 )  # fmt: skip
 
 

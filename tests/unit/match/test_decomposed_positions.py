@@ -96,6 +96,7 @@ def test_read_by_heads_at_other_batches(kind: type[Decomposed]) -> None:
     gains = torch.tensor([1.0, 0.0, 1.0])[:, None, None]
     for other in (x, torch.randn(3, *GRID, WIDTH)):
         assert_same(run(pruned, (other,)), [model(other, gains)])
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
     everything = attnopt.optimize(model, Sparse(Neighborhood(GRID, (7, 11))), (x,))
     assert_same(run(everything, (x,)), run(model, (x,)))
 

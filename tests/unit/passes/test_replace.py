@@ -170,48 +170,6 @@ def test_of_a_packed_projection_the_values_are_left(policy: Any, packing: str) -
     oracle.assert_same(oracle.run(fast, (), given), oracle.run(plain, (), given))
 
 
-def attended(layer: Any, x: Tensor) -> Tensor:
-    """[B, H, L, D] of the model itself, without a mask."""
-    q, k, v = (f(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
-    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
-
-
-SEEN: list[tuple[Tensor, Tensor]] = []  # for each fit, the values and the outputs of the first batch
-
-
-@dataclass(frozen=True)
-class Watching(Conv):
-    name: ClassVar[str] = "test.watching"
-
-    def fit(self, pairs: Sequence[Pairs]) -> Sequence[Tensor]:
-        SEEN.append((pairs[0].tokens.v, pairs[0].o))
-        return super().fit(pairs)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_each_layer_is_fitted_behind_the_mixers_before_it(dynamic: bool) -> None:
-    model, data = stack(layers=4, causal=False), batches()
-    SEEN.clear()
-    policy = {f"layers.{i}": Replace(Watching()) for i in (0, 2, 3)}
-    fast = attnopt.optimize(model, policy, (data[0],), calibration=data, dynamic_shapes="auto" if dynamic else None)
-    replaced = dict(zip((0, 2, 3), (s.spec.after[0] for s in fast.sites if s.spec.after), strict=True))
-    x, x_own = data[0], data[0]
-    fits = iter(SEEN)
-    with torch.no_grad():
-        for i, layer in enumerate(model.layers):
-            q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
-            own_out = attended(layer, x_own)
-            if i in replaced:
-                read, wanted = next(fits)
-                torch.testing.assert_close(read, v, rtol=1e-4, atol=1e-4)
-                torch.testing.assert_close(wanted, own_out, rtol=1e-4, atol=1e-4)
-                o = replaced[i].mixer.mix(Tokens(q, k, v), [w.tensor() for w in replaced[i].weights])
-            else:
-                o = attended(layer, x)
-            x, x_own = (a + layer.o(b.transpose(1, 2).flatten(2)) for a, b in ((x, o), (x_own, own_out)))
-        torch.testing.assert_close(fast(data[0]), x, rtol=1e-4, atol=1e-4)
-
-
 def test_lengths_that_vary() -> None:
     model, data = stack(layers=1, causal=False), batches()
     for mixer in ("conv(kernel=5, prefix=1)", "pool"):
