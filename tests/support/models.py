@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -682,7 +681,11 @@ class Attention(nn.Module):
         s = self.s
         B, L, H = q.shape[:3]
         S = k.shape[1]
-        conditioned = partial(self._conditioned, padding=padding, given=given, looked=self._looked(q, S))
+        looked = self._looked(q, S)
+
+        def conditioned(scores: Tensor) -> Tensor:
+            return self._conditioned(scores, padding, given, looked)
+
         if s.core == "heads-last":
             k, v = self._shared(k, 2), self._shared(v, 2)
             scores = conditioned(torch.einsum("bihd,bjhd->bhij", q, k))
