@@ -18,6 +18,7 @@ from attnopt.ir.lse_merge import merged_by_lse
 from attnopt.ir.operands import BLOCK, SegmentTensors
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.semantics import require_no_edits, selected
+from attnopt.ir.sent_values import exchanged, sent
 from attnopt.ir.site import Site
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.algebra import FULL, Pattern
@@ -26,19 +27,22 @@ from attnopt.patterns.tile_cost import COMPILED, FLEX
 
 _FLEX_RATE = 0.7  # of SDPA's, for the pairs that it computes
 _SEEN = 0.5  # a guess at the pairs that segments leave, whose ids are not known before a call
+_TWICE = 1.5  # products of queries and keys are computed for keys and again for queries
 
 
 @dataclass(frozen=True)
 class Blocked(Backend):
     """One ``attnopt::attention`` call: a compiled CPU kernel, FlexAttention, or torch operators block by block.
 
-    Gains on weights take one call for each part of the pairs, and a merge.  Accepts every spec whose selection has whole
-    blocks, with static or dynamic lengths; its block layout is computed once the lengths are known, and cached.
+    Gains on weights take one call for each part of the pairs, and a merge; a softmax over queries takes two calls.  Accepts
+    every spec whose selection has whole blocks, with static or dynamic lengths; its block layout is computed once the lengths
+    are known, and cached.
     ``skips_rows``: if tokens are routed to heads, only the routed (token, head) pairs are computed, on CPU.
     """
 
     name: ClassVar[str] = "blocked"
     skips: ClassVar[bool] = True
+    sends: ClassVar[bool] = True
     weight_gains: ClassVar[bool] = True
     extends: ClassVar[bool] = True
     segments: ClassVar[bool] = True
@@ -49,6 +53,9 @@ class Blocked(Backend):
         if spec.selection is not None and spec.selection.block % BLOCK:
             found = f"blocks of {spec.selection.block}"
             return Refusal("other-blocks", expected=f"a block size that is a multiple of {BLOCK}", found=found)
+        if spec.sends and exchanged(spec.pattern) is None:
+            expected = "all pairs or a window, which keys see from the other side"
+            return Refusal("not-exchanged", expected=expected, found=str(spec.pattern))
         if not all(map(is_readable, (spec.pattern, *_pieces(spec)))):
             hint = "decorate its class with @attnopt.register, and make its repr the call that constructs it"
             return Refusal(
@@ -65,6 +72,8 @@ class Blocked(Backend):
             if joins_simply(spec):
                 return cast(Attend, joined(spec, self.lower(joined_spec(spec))))
             return cast(Attend, merged(spec, self._with_lse))
+        if spec.sends:
+            return sent(spec, self._with_lse)
         if spec.weight_gains is not None:
             return merged_by_lse(spec, self._with_lse)
 
@@ -117,10 +126,13 @@ class Blocked(Backend):
             visits *= site.spec.selection.share(site.kv_len)
         if site.spec.segments is not None:
             visits *= _SEEN
+        if site.spec.sends:
+            visits *= _TWICE
         if site.device != "cpu":
             return visits * dense_flops(site) / (_FLEX_RATE * GPU_RATE)
         speed = of_cpu(site)
         calls = 1 if site.spec.weight_gains is None else site.spec.weight_gains.count
+        calls *= 1 + site.spec.sends
         return calls * speed.blocked_call + visits * dense_flops(site) / speed.blocked
 
     def skipping_rows(self) -> Blocked:
@@ -131,8 +143,10 @@ class Blocked(Backend):
         apart = spec.extension is not None and not joins_simply(spec)
         what = "own and other keys apart" if gains is None else f"{gains.count} parts of the pairs"
         merged = (f"blocked: computes {what} and merges them; ONNX Runtime computes each densely",)
+        twice = ("blocked: scores are computed for keys and again for queries; ONNX Runtime computes both densely",)
         slow = (f"blocked: using torch operators instead of the compiled kernel: {reason}",)
-        return (*(merged if apart or gains is not None else ()), *(() if reason is None else slow))
+        first = twice if spec.sends else merged if apart or gains is not None else ()
+        return (*first, *(() if reason is None else slow))
 
 
 def _options(

@@ -23,6 +23,8 @@ class Reference(Backend):
     channels: ClassVar[bool] = True
     head_maps: ClassVar[bool] = True
     linear: ClassVar[bool] = True
+    sends: ClassVar[bool] = True
+    clamps: ClassVar[bool] = True
     pools: ClassVar[bool] = True
     zero_keys: ClassVar[bool] = True
     extends: ClassVar[bool] = True

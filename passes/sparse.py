@@ -118,9 +118,9 @@ def _refuse_segments(site: Site, segments: CallSegments | None) -> Refusal | Non
 
 def _refuse_padding(site: Site) -> Refusal | None:
     """Refuse an attention that does not tell what a key beyond the edge scores, or who sees it."""
-    if site.spec.linear is not None:
+    if site.spec.other_weights:
         expected, hint = "a softmax, of which zeros take their share", "leave zero_pad out: they have no weight here"
-        return site.refuse("no-softmax", expected=expected, found=str(site.spec.linear), hint=hint)
+        return site.refuse("no-softmax", expected=expected, found=site.spec.other_weights, hint=hint)
     if site.spec.has_bias:
         return site.refuse(
             "bias-beyond-edge",

@@ -107,6 +107,8 @@ def spec_to_json(spec: AttentionSpec) -> dict[str, object]:
         "has_weight_map": spec.has_weight_map,
         "softcap": spec.softcap,
         "linear": None if spec.linear is None else spec.linear.to_json(),
+        "sends": spec.sends,
+        "clamp": None if spec.clamp is None else list(spec.clamp),
         "selection": None if spec.selection is None else spec.selection.to_json(),
         "segments": None if spec.segments is None else spec.segments.to_json(),
         "pooling": None if spec.pooling is None else spec.pooling.to_json(),
@@ -131,6 +133,7 @@ def spec_from_json(data: Mapping[str, Any]) -> AttentionSpec:
     spec["seen_as"] = None if spec["seen_as"] is None else parse(spec["seen_as"])
     spec["selection"] = None if spec["selection"] is None else DynamicBlocks.from_json(spec["selection"])
     spec["linear"] = None if spec.get("linear") is None else LinearWeights.from_json(spec["linear"])
+    spec["clamp"] = None if spec.get("clamp") is None else tuple(spec["clamp"])
     spec["segments"] = None if spec.get("segments") is None else CallSegments.from_json(spec["segments"])
     spec["pooling"] = None if spec.get("pooling") is None else PooledKeys.from_json(spec["pooling"])
     spec["rows"] = None if spec.get("rows") is None else ChosenRows.from_json(spec["rows"])

@@ -58,7 +58,9 @@ def between_tokens(owner: str, globs: Iterable[str], found: Sequence[Found]) -> 
 def _kind(spec: AttentionSpec) -> str:
     if spec.between_channels:
         return "attends between channels"
-    return "has talking heads" if spec.mixes_heads else "has no softmax"
+    if spec.mixes_heads:
+        return "has talking heads"
+    return "has no softmax" if spec.linear is not None else f"has a {spec.other_weights}"
 
 
 def no_such_site(owner: str, name: object, names: Sequence[str]) -> PolicyError:

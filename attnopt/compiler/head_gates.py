@@ -104,7 +104,7 @@ def _uniform(emit: Emitter, spec: AttentionSpec, operands: Operands[fx.Node]) ->
         seen = emit.call(aten.gt.Tensor, operands.bias, emit.call(aten.add.Scalar, top, HIDING))
         mask = seen if mask is None else emit.call(aten.bitwise_and.Tensor, mask, seen)
     bare = replace(
-        spec.bare, scale=0.0, softcap=None, linear=None, zero_keys=None, weight_gains=None, has_bias=False, has_sinks=False,
-        has_score_map=False, has_weight_map=False, has_mask=mask is not None,
+        spec.bare, scale=0.0, softcap=None, clamp=None, linear=None, sends=False, zero_keys=None, weight_gains=None,
+        has_bias=False, has_sinks=False, has_score_map=False, has_weight_map=False, has_mask=mask is not None,
     )  # fmt: skip
     return as_specified(emit, bare, Operands(operands.q, operands.k, operands.v, mask=mask))

@@ -160,9 +160,9 @@ def _check_class(plan: Plan) -> None:
         raise ConversionError(
             "rows chosen at run time cannot be represented in this model class", site=_name(plan), hint=REMEDY
         )
-    if after.linear is not None and (after.heads, after.pattern) != (before.heads, before.pattern):
+    if after.other_weights and (after.heads, after.pattern) != (before.heads, before.pattern):
         raise ConversionError(
-            "an attention without a softmax keeps its heads and its pattern in this model class",
+            f"an attention keeps its heads and its pattern in this model class if it has {after.other_weights}",
             site=_name(plan),
             hint=REMEDY,
         )

@@ -12,6 +12,7 @@ from torch.fx.node import Target
 from attnopt.base.sizes import hint, is_static, same_size
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.constants import filling
+from attnopt.graph.einsums import in_pairs
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.interpreter import Interpreter
 from attnopt.graph.nodes import (
@@ -158,6 +159,10 @@ def _as_attention(node: fx.Node) -> None:
     node.kwargs = {name: given[name] for name in ("scale", "enable_gqa") if name in given}
 
 
+def _as_pairs(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    return _replaced(node, in_pairs(Emitter(gm.graph, node), node))
+
+
 def _as_slices(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """A selection of known indices of one axis as joined slices; otherwise ``node`` itself."""
     found = _known_places(gm, node)
@@ -254,6 +259,7 @@ _REPLACED: dict[Target, Rule] = rules(
     {  # only nodes that are not outputs, whose names would be lost
         Kind.FILL: _as_filled,
         "index index_select": _as_slices,
+        "einsum": _as_pairs,
         "slice_scatter select_scatter": _as_joined,
         "index_put": _as_put,
         "copy": _as_written,

@@ -73,9 +73,8 @@ def cost_of(
         tokens = {"q": spec.head_dim, "k": spec.head_dim, "v": spec.value_dim, "out": spec.value_dim}
     flops = products + sum(2 * n * tokens[role] for role, n in parameters.items())
     cached = spec.num_kv_heads * (spec.head_dim * of_key + spec.value_dim * of_value)
-    if (
-        spec.between_channels or spec.linear is not None
-    ):  # a further token changes all scores, or one state has all keys
+    is_other = spec.linear is not None or spec.sends
+    if spec.between_channels or is_other:  # a further token changes all weights, or one state has all keys
         cached = 0
     if spec.is_constant:  # queries, keys and values are unused
         return Cost(2 * parameters.get("out", 0) * site.q_len, parameters.get("out", 0), 0)

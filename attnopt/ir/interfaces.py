@@ -38,7 +38,9 @@ class Pass(ABC):
     calibrates: ClassVar[bool] = False  # ``rewrite`` reads ``site.activations`` if there is calibration data
     channels: ClassVar[bool] = False  # True: it also takes attentions between channels, which are refused otherwise
     head_maps: ClassVar[bool] = False  # True: it also takes talking heads, which are refused otherwise
-    linear: ClassVar[bool] = False  # True: it also takes attentions without a softmax, which are refused otherwise
+    linear: ClassVar[bool] = (
+        False  # True: it also takes attentions without a plain softmax over keys, which are refused otherwise
+    )
     follows: ClassVar[bool] = (
         False  # its calibration data pass through the model as it is rewritten before the attention
     )
@@ -129,6 +131,8 @@ class Backend(ABC):
     )
     head_maps: ClassVar[bool] = False  # True: what ``lower`` returns takes ``score_map=`` and ``weight_map=``
     linear: ClassVar[bool] = False  # True: ``lower`` takes attentions without a softmax
+    sends: ClassVar[bool] = False  # True: ``lower`` takes attentions whose softmax is over queries
+    clamps: ClassVar[bool] = False  # True: ``lower`` takes attentions whose scores are clamped
     pools: ClassVar[bool] = False  # True: ``lower`` takes specs with pooled keys; otherwise attnopt pools for it
     zero_keys: ClassVar[bool] = False  # True: ``lower`` takes specs with zero keys; otherwise they are sinks of rows
     extends: ClassVar[bool] = (

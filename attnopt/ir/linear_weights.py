@@ -19,14 +19,17 @@ class LinearWeights:
 
     ``rates``: of each head, at least 0 (retention, arXiv:2307.08621; Lightning Attention, arXiv:2401.04658); empty if nothing
     fades.
-    ``divides``: the weights of a query are divided by their sum over the keys that it sees (arXiv:2006.16236), by ``least`` if
-    that is more, with ``added`` to it.  A query that sees no key gives zeros.
+    ``divides``: the weights of a query are divided by their sum over the keys that it sees (arXiv:2006.16236), by its absolute
+    value if ``absolute``, by ``least`` if that is more, with ``added`` to it; no gradient flows to it if it is ``detached``.
+    A query that sees no key gives zeros.
     """
 
     rates: tuple[float, ...] = ()
     divides: bool = False
     added: float = 0.0
     least: float | None = None
+    absolute: bool = False
+    detached: bool = False
 
     def of_scores(self, s_BHLS: Tensor, seen: Tensor | None) -> Tensor:
         """The weights; ``seen``, bool, broadcasts to the scores, None: every query sees every key."""
@@ -50,6 +53,8 @@ class LinearWeights:
 
     def divisor(self, total: Tensor) -> Tensor:
         """What sums of weights become before they divide."""
+        total = total.detach() if self.detached else total
+        total = total.abs() if self.absolute else total
         kept = total if self.least is None else total.clamp(min=self.least)
         return kept + self.added if self.added else kept
 

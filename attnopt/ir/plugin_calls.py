@@ -41,8 +41,8 @@ def check(p: Pass, site: Site) -> Refusal | None:
         return _of_channels(site, f"prune-heads and scale-heads apply; exclude the site from {p.name}")
     if site.spec.mixes_heads and not p.head_maps:
         return _of_talking(site, f"local-window, sparse and scale-heads apply; exclude the site from {p.name}")
-    if site.spec.linear is not None and not p.linear:
-        return _of_linear(
+    if site.spec.other_weights and not p.linear:
+        return _of_other_weights(
             site, f"local-window, sparse, prune-heads and scale-heads apply; exclude the site from {p.name}"
         )
     with blamed(p, "pass", "check", site.name):
@@ -55,8 +55,8 @@ def check_part(part: Part, kind: str, site: Site) -> Refusal | None:
     of_weights_alone = isinstance(part, (Importance, Compensation)) and part.channels
     if site.spec.between_channels and not of_weights_alone:
         return _of_channels(site, hint)
-    if site.spec.linear is not None and not of_weights_alone:
-        return _of_linear(site, hint)
+    if site.spec.other_weights and not of_weights_alone:
+        return _of_other_weights(site, hint)
     if site.spec.mixes_heads:
         return _of_talking(site, "choose heads by other sites")
     with blamed(part, kind, "check", site.name):
@@ -68,8 +68,11 @@ def _of_talking(site: Site, hint: str = "") -> Refusal:
     return site.refuse("talking-heads", expected="heads that do not depend on each other", found=found, hint=hint)
 
 
-def _of_linear(site: Site, hint: str = "") -> Refusal:
-    return site.refuse("no-softmax", expected="weights that a softmax makes", found=str(site.spec.linear), hint=hint)
+def _of_other_weights(site: Site, hint: str = "") -> Refusal:
+    expected, found = "a plain softmax over keys", site.spec.other_weights
+    if site.spec.linear is None:
+        return site.refuse("other-softmax", expected=expected, found=found, hint=hint)
+    return site.refuse("no-softmax", expected=expected, found=found, hint=hint)
 
 
 def _of_channels(site: Site, hint: str) -> Refusal:
@@ -109,8 +112,14 @@ def accepts(backend: Backend, site: Site) -> Refusal | None:
         return site.refuse("between-channels", expected="queries and keys that are tokens", found=found)
     if site.spec.mixes_heads and not backend.head_maps:
         return _of_talking(site)
-    if site.spec.linear is not None and not backend.linear:
-        return _of_linear(site)
+    spec = site.spec
+    takes = (
+        spec.linear is None or backend.linear,
+        not spec.sends or backend.sends,
+        spec.clamp is None or backend.clamps,
+    )
+    if not all(takes):
+        return _of_other_weights(site)
     if site.spec.weight_gains is not None and not backend.weight_gains:
         return site.refuse(
             "no-weight-gains", expected="no gains on attention weights", found=str(site.spec.weight_gains)
@@ -229,7 +238,7 @@ def takes_segments(backend: Backend, spec: AttentionSpec) -> bool:
     """The backend is given the segments of ``spec`` themselves, instead of the mask that they amount to."""
     reads_masks = any(edit.reads_masks for edit in spec.after)
     others = (spec.pooling, spec.weight_gains, spec.zero_keys, spec.rows, spec.extension)
-    return backend.segments and all(x is None for x in others) and not reads_masks
+    return backend.segments and all(x is None for x in others) and not reads_masks and not spec.sends
 
 
 def _without_edits(backend: Backend, spec: AttentionSpec, pools: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:

@@ -104,6 +104,8 @@ def weights_of(
     if spec.linear is not None:
         return spec.linear.of_scores(_products(spec, q, k), visible(spec, q, k, mask))
     s, sinks = scores_of(spec, q, k, bias, mask, sinks, score_map)
+    if spec.sends:
+        return softmax_of(s.mT, None)[0].mT
     p, top, _ = softmax_of(s, sinks)
     if spec.weight_gains is None:
         return p
@@ -129,6 +131,8 @@ def scores_of(
     """The scores [B, H, L, S], -inf where hidden, and the sink logits; float32 or wider."""
     s = _products(spec, q, k)
     wide = s.dtype
+    if spec.clamp is not None:
+        s = s.clamp(*spec.clamp)
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
     if score_map is not None:

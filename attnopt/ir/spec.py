@@ -30,6 +30,7 @@ class AttentionSpec:
         q_h, k_h = x.apply(q_h, k_h), for each x of ``before``  # queries and keys of some heads, from another run
         k_g, v_g = mean(k_g), mean(v_g)            # if h pools: over the pool of each key
         s = scale * q_h @ k_g.T                    # [L, S]
+        s = clamp(s)                               # if there are bounds; then there is no softcap
         s = softcap * tanh(s / softcap)            # if there is a softcap
         s_h = sum_j score_map[h, j] s_j            # if there is such a map across heads; then there is no softcap
         s = s + bias                               # if there is a bias operand, [B|1, H|1, L|1, S]
@@ -38,6 +39,7 @@ class AttentionSpec:
         m = softcap(scale * q_h @ more_k_g.T) + log(weight)  # if h reads other tokens, M of them: -inf where their mask hides
         p = softmax([s, m, sink_h, 0 ...])[:S]     # a sink logit and zero keys, of score 0, take probability without a value
         p = linear(s)                              # if there is no softmax; hidden keys then have weight 0
+        p = softmax(s, over L)                     # if it sends: a key that no query sees then has weight 0 everywhere
         p = weight_gains(p)                        # if there are any
         p_h = sum_j weight_map[h, j] p_j           # if there is such a map across heads
         p = keep * p + added                       # if there is a map; keep [B|1, H|1, L|1, 1], added [B|1, H|1, L|1, S]
@@ -50,6 +52,8 @@ class AttentionSpec:
     from q, k and the scale (before bias and softcap) at run time.  Either is all keys where it is None.  Only heads of
     ``pooling`` pool.  A fully masked query gives zeros.
     ``eviction`` changes nothing in one call: see there.
+
+    ``sends``: each key divides 1 among the queries, and a query may receive any weight (reversed attention, arXiv:2304.03282).
 
     ``between_channels``: L and S count channels of a head, and D and Dv tokens, in the example: their number may be another in
     each call.  The formula is the same.
@@ -68,8 +72,10 @@ class AttentionSpec:
     has_map: bool = False  # operands keep and added: a map that no input changes, mixed into the weights
     has_score_map: bool = False  # operand score_map: talking heads
     has_weight_map: bool = False
+    clamp: tuple[float | None, float | None] | None = None  # the least and the largest score; None: no such bound
     softcap: float | None = None
     linear: LinearWeights | None = None  # in the place of a softmax
+    sends: bool = False  # the softmax is over queries instead of keys
     between_channels: bool = False  # queries and keys are channels of a head, and their features are tokens
     is_cross: bool = False  # keys and queries come from different sequences
     seen_as: Pattern | None = None  # the effective mask: pattern and mask operand combined on unpadded inputs, if known
@@ -186,11 +192,11 @@ class AttentionSpec:
         named = (name for name, has in given.items() if has)
         channels = ("between channels",) if self.between_channels else ()
         talking = ("talking heads",) if self.mixes_heads else ()
-        linear = () if self.linear is None else (str(self.linear),)
+        other = (self.other_weights,) if self.other_weights else ()
         return (
             *channels,
             *talking,
-            *linear,
+            *other,
             *named,
             *segments,
             *softcap,
@@ -208,9 +214,18 @@ class AttentionSpec:
         return self.has_score_map or self.has_weight_map
 
     @property
+    def other_weights(self) -> str:
+        """What makes the weights if no plain softmax over keys does, in words; "" if one does."""
+        if self.linear is not None:
+            return str(self.linear)
+        if self.sends:
+            return "softmax over queries"
+        return "" if self.clamp is None else "softmax of clamped scores"
+
+    @property
     def has_own_maps(self) -> bool:
         """Each head has a softmax of its own, over keys that are tokens."""
-        return not self.between_channels and not self.mixes_heads and self.linear is None
+        return not self.between_channels and not self.mixes_heads and not self.other_weights
 
     @property
     def num_heads(self) -> int:

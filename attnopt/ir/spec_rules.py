@@ -34,7 +34,7 @@ _SMALL = 1 << 20  # pairs up to which a pattern of a third party is compared wit
 _RUN = 64  # queries per call of reach
 _FIXED = (
     "head_dim", "value_dim", "between_channels", "is_cross", "has_bias", "has_mask", "has_sinks", "has_map", "has_score_map",
-    "has_weight_map",
+    "has_weight_map", "clamp", "sends",
 )  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def verify_spec(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
             yield f"{name} is {now!r}, but the attention has {was!r}"
     yield from _of_heads(before, after)
     yield from _of_linear(before, after)
+    yield from _beside_other_weights(after)
     yield from _of_numbers(after)
     yield from _of_kinds(after)
 
@@ -79,7 +80,7 @@ def _of_heads(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
 
 
 def _of_linear(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
-    """Weights without a softmax are those of the heads that remain, and nothing beside them needs a softmax."""
+    """Weights without a softmax are those of the heads that remain."""
     places = [before.heads.index(h) for h in after.heads if h in before.heads]
     wanted = None if before.linear is None else before.linear.keeping(places)
     if after.linear != wanted:
@@ -89,10 +90,25 @@ def _of_linear(before: AttentionSpec, after: AttentionSpec) -> Iterator[str]:
     yield from (f"linear has {fault}" for fault in after.linear.faults(after.num_heads))
     if after.linear.rates and not after.is_causal:
         yield f"linear has weights that fade towards earlier keys, but queries see later ones: {after.pattern}"
-    others = ("softcap", "selection", "pooling", "zero_keys", "extension", "weight_gains", "eviction", "rows")
-    needing = [name for name in others if getattr(after, name) is not None]
-    needing += [name for name in ("has_bias", "has_sinks", "has_map") if getattr(after, name)]
-    yield from (f"{name} beside linear weights, which no softmax makes" for name in needing)
+
+
+def _beside_other_weights(after: AttentionSpec) -> Iterator[str]:
+    """Nothing beside weights that no plain softmax over keys makes needs one."""
+    if not after.other_weights:
+        return
+    others = ["selection", "pooling", "zero_keys", "extension", "eviction", "rows"]
+    if after.clamp is not None:
+        others += ["softcap"]
+    if after.linear is not None or after.sends:
+        others += ["weight_gains", "has_sinks", "has_map"]
+    if after.sends:
+        others += ["has_score_map", "has_weight_map"]
+    if after.linear is not None:
+        others += ["softcap", "clamp", "has_bias", "sends"]
+    needing = [name for name in others if getattr(after, name) not in (None, False)]
+    yield from (
+        f"{name} beside weights that no plain softmax over keys makes: {after.other_weights}" for name in needing
+    )
 
 
 def _of_numbers(after: AttentionSpec) -> Iterator[str]:

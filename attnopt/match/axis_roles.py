@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import replace
 
 import torch
 from torch import fx
 
 from attnopt.base.sizes import same_size
-from attnopt.graph.axes import Atom, Axes, Axis, length, resolve, resolve_all, unfollow
+from attnopt.graph.axes import Atom, Axes, Axis, fresh, length, resolve, resolve_all, unfollow
 from attnopt.graph.evaluate import inputs_behind
-from attnopt.graph.nodes import shape, value
+from attnopt.graph.nodes import arg, calls, is_call, is_tensor, operand, shape, value, wrap
+from attnopt.graph.ops import Kind, named, of
 from attnopt.graph.products import product_of
 from attnopt.match.read_scores import Operand, is_projected
 from attnopt.match.region import Region, atoms_of
 from attnopt.match.rejection import rejected
 from attnopt.slicing.sources import Source, chooses_weights, signature, slice_sources
+
+_CUTS, _OF_PARTS = of(Kind.SPLIT, Kind.SLICE), of(Kind.SPLIT) - named("unbind")  # the latter: (x, parts, axis)
 
 
 def assign_roles(r: Region) -> Region:
@@ -136,15 +140,28 @@ def _pick(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:
 
 
 def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:
-    """Axes of the tensors above an operand through layout changes: this splits a merged batch x heads axis."""
+    """Axes of the tensors above an operand through layout changes and cuts: this splits a merged batch x heads axis."""
     found: list[tuple[fx.Node, Axes]] = []
     node, axes = o.node, resolve_all(o.axes)
     while True:
-        above = unfollow(node, axes)
+        above = unfollow(node, axes) or _before_piece(node, axes)
         if above is None:
             return found
         node, axes = above
         found.append(above)
+
+
+def _before_piece(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
+    """The tensor that ``node`` is cut from, along an axis that ``axes`` say nothing of."""
+    cut = operand(node) if is_call(node, operator.getitem) else node
+    if not calls(cut, _CUTS) or not is_tensor(arg(cut, 0)):
+        return None
+    whole = operand(cut)
+    sizes = shape(whole)
+    at = wrap(arg(cut, 2 if calls(cut, _OF_PARTS) else 1, 0), len(sizes))
+    kept = axes[at:] if len(sizes) > len(axes) else axes[at + 1 :]
+    (own,) = fresh((sizes[at],))
+    return whole, (*axes[:at], own, *kept)
 
 
 def _query_atoms(r: Region, candidates: list[Atom]) -> Axis:

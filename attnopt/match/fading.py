@@ -21,6 +21,7 @@ from attnopt.match.read_scores import Factor, Hide, Operand
 from attnopt.match.rearrange import Arranger
 from attnopt.match.region import Region, atoms_of
 from attnopt.match.rejection import NotAttentionError, rejected
+from attnopt.match.row_quotient import RowQuotient
 from attnopt.patterns import Causal, Full, Pattern
 
 _READABLE = 1e-4  # a decay that has come down to this tells its rate
@@ -55,7 +56,7 @@ def read_fading(
     decays = [at.arrange(f.node, f.axes, groups) for f in factors]
     mask = reduce(lambda a, b: emit.call(aten.bitwise_and.Tensor, a, b), given) if given else None
     quotient = linear.quotient
-    divided = LinearWeights() if quotient is None else LinearWeights((), True, quotient.added, quotient.least)
+    divided = LinearWeights() if quotient is None else _divided(quotient)
     if not known and not decays:
         if quotient is None and mask is None and not linear.running:
             raise _undivided(r)
@@ -72,6 +73,10 @@ def read_fading(
         mask = kept if mask is None else emit.call(aten.bitwise_and.Tensor, mask, kept)
     fading = replace(divided, rates=rates if any(rates) else ())
     return fading, pattern or Full(), mask, q, k
+
+
+def _divided(quotient: RowQuotient) -> LinearWeights:
+    return LinearWeights((), True, quotient.added, quotient.least, quotient.absolute, quotient.detached)
 
 
 def _product(emit: Emitter, decays: Sequence[fx.Node], known: Sequence[fx.Node]) -> fx.Node:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from attnopt.graph.entries import Entries, InvalidSizesError
 from attnopt.graph.entry_rules import UnsupportedError
 from attnopt.graph.evaluate import Sizes, inputs_behind, is_heavy, size_at, symbols, within
-from attnopt.graph.nodes import ancestors, calls, get_attr, is_number, is_state, value
+from attnopt.graph.nodes import ancestors, arg, calls, get_attr, is_number, is_state, is_tensor, operand, value
 from attnopt.graph.ops import Kind, of
 from attnopt.match.block_masks import blocks_in
 from attnopt.match.mask_numbers import Lengths, Numbers, numbers_behind
@@ -24,6 +24,9 @@ from attnopt.patterns import Causal, Full, Pattern, Window
 _WHOLE = 1 << 20  # a mask of at most this many entries is evaluated fully
 _LINES = 48  # of a larger one, this many rows and columns
 _SLICES = of(Kind.SLICE)  # one to the end is written with the largest number
+_LOOKS_UP = of(
+    Kind.SLICE, Kind.LOOKUP, Kind.EMBEDDING, Kind.RESHAPE, Kind.ONES, Kind.PERMUTE, Kind.EXPAND, Kind.COPY, Kind.CAST
+)
 _APART = 200.0  # a softmax ignores a score this far below another, both with room for their products
 _FAR = 2048  # tokens over which a slow decay tells its rate
 
@@ -246,18 +249,29 @@ def may_hide(node: fx.Node, fill: float) -> bool:
     """
     gm = node.graph.owning_module
     assert isinstance(gm, fx.GraphModule)
+    limit = -fill - _APART
+    table = _table_of(node)
+    if table is not None:
+        stored = get_attr(gm, str(table.target))
+        return stored.is_meta or _holds_large(stored, limit)
     made = list(ancestors(node, stop=is_heavy))
     constants = [get_attr(gm, str(n.target)) for n in made if n.op == "get_attr"]
     if any((n.op == "placeholder" and not is_number(n)) or is_state(n) for n in made):
         return True
     if any(c.is_meta for c in constants):
         return True
-    limit = -fill - _APART
     if inputs_behind(node):
         large = [x for n in made for x in _literals(n) if abs(x) > limit]
         return bool(large) or any(_holds_large(c, limit) for c in constants)
     seen = samples(gm, [node])
     return seen is None or any(_holds_large(x, limit) for sample in seen for x in sample.values)
+
+
+def _table_of(node: fx.Node) -> fx.Node | None:
+    """The stored tensor whose entries ``node`` has, wherever they are looked up."""
+    while calls(node, _LOOKS_UP) and is_tensor(arg(node, 0)):
+        node = operand(node)
+    return node if node.op == "get_attr" and not is_state(node) else None
 
 
 def _holds_large(x: Tensor, limit: float) -> bool:

@@ -107,7 +107,15 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
         softcap=r.softcap,
     )
     gains = _weight_gains(gm, at, r, q, k)
-    spec = replace(spec, between_channels=r.between_channels, seen_as=read.seen, weight_gains=gains, linear=read.linear)
+    spec = replace(
+        spec,
+        clamp=r.clamp,
+        linear=read.linear,
+        sends=r.sends,
+        between_channels=r.between_channels,
+        seen_as=read.seen,
+        weight_gains=gains,
+    )
     spec = spec.having(read.bias, read.mask, read.sinks, added, *maps)
     return Raised(region, spec, node, out, read.beside_flags or hides_for_good(gm, r, read.pattern))
 

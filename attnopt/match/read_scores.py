@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from attnopt.graph.axes import FOLLOWED, Axes, broadcast, follow, resolve_all
@@ -16,7 +15,6 @@ from attnopt.graph.nodes import (
     arg,
     aten,
     calls,
-    dtype,
     is_call,
     is_tensor,
     operand,
@@ -25,6 +23,7 @@ from attnopt.graph.nodes import (
 )
 from attnopt.graph.ops import ADD, COPIES, DIV, FACTORS, SUB, Kind, named, of
 from attnopt.graph.products import Product, product_of
+from attnopt.match.clamped_scores import CLAMPS, Bounds, bounds_of, joined, scaled
 from attnopt.match.head_maps import HeadMap, head_map, maps_heads
 from attnopt.match.overwrites import MASKED_FILL, WHERE, Overwrite, number, overwrite_of, padding_of
 from attnopt.match.rejection import NotAttentionError, rejected
@@ -33,8 +32,7 @@ _LEAST_SINK = 1e3  # a number beyond hides the sink, or all keys
 MAX_DEPTH = 40  # operators from the softmax to a product: no spelling of one attention comes near
 _RSUB = named("rsub")
 _SUMS = ADD | SUB | _RSUB
-_FLOORS = named("clamp clamp_min maximum max.other")
-_ONE_BY_ONE = frozenset(FOLLOWED) | _SUMS | FACTORS | _FLOORS | MASKED_FILL | named("tanh neg")
+_ONE_BY_ONE = frozenset(FOLLOWED) | _SUMS | FACTORS | CLAMPS | MASKED_FILL | named("tanh neg")
 _PROJECTIONS = named("linear addmm") | of(Kind.CONVOLUTION)  # products of weights, unlike those of activations
 _SPREAD = COPIES | of(Kind.EXPAND)
 _PADS = of(Kind.PAD)
@@ -92,7 +90,7 @@ Step = Term | Hide | Multiply | Mapped
 
 @dataclass(frozen=True)
 class Scores:
-    """softmax input = softcap(scale * product) with ``steps`` applied to the bias, in their order.
+    """softmax input = softcap(clamp(scale * product)) with ``steps`` applied to the bias, in their order.
 
     ``axes`` are those of the softmax input; ``factors`` are tensors that multiply or divide the product and do not vary
     over both queries and keys; ``wipes`` multiply scores that were capped or biased before, which only a mask of 0 and 1 may do;
@@ -102,6 +100,7 @@ class Scores:
     product: Product
     axes: Axes
     scale: float = 1.0
+    clamp: Bounds | None = None  # then there is no softcap
     softcap: float | None = None
     steps: tuple[Step, ...] = ()
     factors: tuple[Factor, ...] = ()
@@ -232,10 +231,8 @@ def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         return _add(node, source, s)
     if (written := overwrite_of(node, source)) is not None:
         return _hide(s, written)
-    if calls(node, _FLOORS):
-        floor = number(arg(node, 1))
-        least = torch.finfo(dtype(node)).min if dtype(node).is_floating_point else 0
-        return s if floor is not None and floor <= least and len(node.args) < 3 and not node.kwargs else None
+    if calls(node, CLAMPS):
+        return _clamped(node, source, s)
     if is_call(node, aten.tanh.default):
         return replace(s, softcap=1.0) if _is_bare(s) else None
     if is_call(node, aten.cat.default):
@@ -247,14 +244,24 @@ def _step(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
 
 def _is_bare(s: Scores) -> bool:
     """Nothing but factors was applied to the product."""
-    return s.softcap is None and not s.steps and not s.has_sink and s.score_map is None
+    return s.softcap is None and s.clamp is None and not s.steps and not s.has_sink and s.score_map is None
+
+
+def _clamped(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
+    """Nothing but factors may have been applied to the product before."""
+    found = bounds_of(node, source)
+    if found == (None, None):
+        return s
+    if found is None or not _is_bare(replace(s, clamp=None)):
+        return None
+    return replace(s, clamp=found if s.clamp is None else joined(s.clamp, found))
 
 
 def _map_heads(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
     """The product and what is added to it are mapped; a cap or a mask before is left to the model."""
     found = head_map(node, source, s.axes)
     hides = any(isinstance(step, Hide) for step in s.steps) or bool(s.wipes)
-    if found is None or hides or s.softcap is not None or s.has_sink or s.score_map is not None:
+    if found is None or hides or s.softcap is not None or s.clamp is not None or s.has_sink or s.score_map is not None:
         return None
     made, axes = found
     steps: tuple[Step, ...] = (*s.steps, Mapped(made)) if s.steps else ()
@@ -270,6 +277,7 @@ def _scaled(s: Scores, factor: float) -> Scores:
     """Everything so far multiplied by a number; a capped product keeps its shape only if the cap moves with it."""
     steps = (*s.steps, Multiply(factor)) if s.steps else ()
     s = replace(s, sink_rate=s.sink_rate * factor) if s.has_sink else s
+    s = s if s.clamp is None else replace(s, clamp=scaled(s.clamp, factor))
     if s.softcap is None:
         return replace(s, scale=s.scale * factor, steps=steps)
     return replace(s, softcap=s.softcap * abs(factor), scale=s.scale * factor, steps=steps)
@@ -290,7 +298,7 @@ def _multiply(node: fx.Node, source: fx.Node, s: Scores) -> Scores | None:
         return None
     if s.score_map is not None:
         return None  # it would have to be known whether heads differ in it
-    if not s.steps and s.softcap is None:
+    if not s.steps and s.softcap is None and s.clamp is None:
         return replace(s, factors=(*s.factors, *(Factor(o.node, o.axes, divides) for o in _outer(other, axes, s.axes))))
     return None if divides else replace(s, wipes=(*s.wipes, Operand(other, axes)))
 

@@ -41,6 +41,7 @@ from attnopt.match.read_scores import (
 from attnopt.match.region import Region, atoms_of
 from attnopt.match.rejection import NotAttentionError, rejected, unreadable, weights_changed
 from attnopt.match.row_sums import renormalises
+from attnopt.match.sent_weights import over_queries, senders
 from attnopt.match.weight_factors import factor_of
 from attnopt.match.zeroed_weights import cleans, with_zeros
 
@@ -53,7 +54,7 @@ def recognise(anchor: Softmax | Chain | fx.Node) -> Region:
     if isinstance(anchor, Chain):
         return between_tokens(assign_roles(from_chain(anchor)))
     if isinstance(anchor, Softmax):
-        return assign_roles(_from_softmax(anchor))
+        return over_queries(assign_roles(_from_softmax(anchor)))
     return assign_roles(from_fused(anchor))
 
 
@@ -290,8 +291,10 @@ def _assemble(
     features = [c for ax in resolve_all(p.left_axes) for c in ax if c not in frame]
     v_atoms, weights = atoms_of(product.right_axes), atoms_of(product.left_axes)
     contracted = weights & v_atoms - atoms_of(product.axes)
-    if contracted != set(keys):
+    sending = () if contracted == set(keys) else senders(p, product, resolve(keys))
+    if contracted != {*(sending or keys)}:
         raise rejected(product.node, "value-axis", "values summed over the keys", "a product over another axis")
+    q = p.swapped() if sending else p  # left: the queries, which the output has
     value_features = [c for ax in resolve_all(product.axes) for c in ax if c not in weights]
     _refuse_self_dependence(scores, path)
     escapes = escaping(path, out.node)
@@ -304,21 +307,23 @@ def _assemble(
         (out.node, out.axes),
     )
     return Region(
-        q=Operand(p.left, resolve_all(p.left_axes)),
-        k=Operand(p.right, resolve_all(p.right_axes)),
+        q=Operand(q.left, resolve_all(q.left_axes)),
+        k=Operand(q.right, resolve_all(q.right_axes)),
         v=Operand(product.right, resolve_all(product.right_axes)),
         out=Operand(out.node, resolve_all(out.axes)),
         scale=scores.scale,
         batch=(),
         heads=(),
         queries=(),
-        keys=resolve(keys),
+        keys=sending or resolve(keys),
+        sends=bool(sending),
         features=tuple(features),
         value_features=tuple(value_features),
         steps=scores.steps,
         factors=scores.factors,
         wipes=scores.wipes,
         softcap=scores.softcap,
+        clamp=scores.clamp,
         sinks=scores.sinks,
         sink_value=scores.sink_value,
         score_map=scores.score_map,

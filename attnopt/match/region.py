@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from attnopt.graph.axes import Atom, Axes, Axis, resolve_all
+from attnopt.match.clamped_scores import Bounds
 from attnopt.match.head_maps import HeadMap
 from attnopt.match.mixture import Mixture
 from attnopt.match.read_chain import ChainWeights
@@ -33,9 +34,11 @@ class Region:
     features: Axis
     value_features: Axis
     between_channels: bool = False  # queries and keys are features of the projections, and features are tokens
+    sends: bool = False  # the softmax is over queries
     steps: tuple[Step, ...] = ()
     factors: tuple[Factor, ...] = ()
     wipes: tuple[Operand, ...] = ()
+    clamp: Bounds | None = None  # of the scaled product
     softcap: float | None = None
     sinks: Operand | None = None
     sink_value: float | None = None  # a sink that is a number

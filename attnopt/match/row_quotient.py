@@ -18,17 +18,21 @@ from attnopt.match.row_sums import divisors, inverse_of
 
 _LONGEST = 8  # layout changes between the product and the division
 _CLAMPS = named("clamp clamp_min")
+_ABSOLUTE, _DETACHED = named("abs"), named("detach")
 _SPREAD = frozenset(FOLLOWED) | of(Kind.EXPAND)
 _SUMS = frozenset(PRODUCTS) | frozenset(FOLLOWED) | MUL | named("sum cumsum")
 
 
 @dataclass(frozen=True)
 class RowQuotient:
-    """``node`` divides by the sums, by ``least`` if that is more, with ``added`` to it."""
+    """``node`` divides by the sums, by their absolute values if ``absolute``, by ``least`` if that is more, with ``added`` to it;
+    no gradient flows to them if they are ``detached``."""
 
     node: fx.Node
     added: float
     least: float | None
+    absolute: bool = False
+    detached: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def quotient_of(node: fx.Node, dividend: fx.Node, sides: Sides) -> RowQuotient |
                 "weights that are not divided, or by their sum and a number",
                 f"{node.name}, which divides by something else that queries and keys make",
             )
-        return RowQuotient(node, *found[1:])
+        detached = any(calls(n, _DETACHED) for n in ancestors(divisor, stop=sides.every.__contains__))
+        return RowQuotient(node, *found[1:], detached)
     return None
 
 
@@ -79,23 +84,32 @@ def late_quotient_of(product: fx.Node, axes: Axes, sides: Sides) -> tuple[RowQuo
     return None
 
 
-def _read(divisor: fx.Node, inverse: bool) -> tuple[fx.Node, float, float | None] | None:
-    """(what is made positive, what is added to it, what it is at least)."""
-    node, added, least = divisor, 0.0, None
+def _read(divisor: fx.Node, inverse: bool) -> tuple[fx.Node, float, float | None, bool] | None:
+    """(what is made positive, what is added to it, what it is at least, whether its absolute value is taken before both)."""
+    node, added, least, absolute = divisor, 0.0, None, False
     while True:
         if inverse and (above := inverse_of(node)) is not None:
             node, inverse = above, False
         elif calls(node, _SPREAD) or (calls(node, MUL) and number(arg(node, 1)) == 1):
             node = operand(node)
-        elif not inverse and least is None and not node.kwargs and (by := _added(node)) is not None:
+        elif not inverse and least is None and not absolute and not node.kwargs and (by := _added(node)) is not None:
             node, added = by[0], added + by[1]
-        elif not inverse and least is None and calls(node, _CLAMPS) and not node.kwargs and arg(node, 2) is None:
+        elif (
+            not inverse
+            and least is None
+            and not absolute
+            and calls(node, _CLAMPS)
+            and not node.kwargs
+            and arg(node, 2) is None
+        ):
             least = number(arg(node, 1))
             if least is None:
                 return None
             node = operand(node)
+        elif not inverse and not absolute and calls(node, _ABSOLUTE):
+            node, absolute = operand(node), True
         else:
-            return None if inverse else (node, added, least)
+            return None if inverse else (node, added, least, absolute)
 
 
 def _added(node: fx.Node) -> tuple[fx.Node, float] | None:

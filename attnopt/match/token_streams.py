@@ -10,7 +10,21 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnopt.base.sizes import hint, same_size
-from attnopt.graph.nodes import ancestors, arg, aten, calls, is_call, is_number, is_state, is_tensor, value, wrap
+from attnopt.graph.axes import FOLLOWED, Axes, Axis, follow, fresh, resolve, resolve_all
+from attnopt.graph.nodes import (
+    ancestors,
+    arg,
+    aten,
+    calls,
+    is_call,
+    is_number,
+    is_state,
+    is_tensor,
+    operand,
+    shape,
+    value,
+    wrap,
+)
 from attnopt.graph.ops import Kind, is_pointwise, named, of
 from attnopt.match.fused import FUSED
 from attnopt.slicing.pull import pull
@@ -18,6 +32,7 @@ from attnopt.slicing.pull import pull
 Relation = Literal["same", "assumed", "past", "apart", "inputs-apart", "other"]
 
 _SOURCES = of(Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.SOFTMAX) | FUSED
+_CONVOLUTIONS, _LENGTHENS = of(Kind.CONVOLUTION), of(Kind.PAD) | named("slice")
 # Besides elementwise operators; a softmax or a running sum over tokens would keep their number, too.
 _OF_EACH_TOKEN = of(Kind.REDUCE, Kind.SPLIT, Kind.PIECE, Kind.COPY, Kind.CAST) | named(
     "linear layer_norm native_layer_norm rms_norm slice"
@@ -141,7 +156,10 @@ def _fed_by(projection: fx.Node) -> set[fx.Node]:
             if not streams and is_call(projection, aten.linear.default) and x is arg(projection, 0):
                 streams = {n for n in above if n.op == "get_attr"}  # only learned queries
             found |= streams
-        if len(found) != 1 or not _keeps_tokens(behind := next(iter(found)), projection):
+        if len(found) != 1:
+            return found
+        behind = next(iter(found))
+        if not _keeps_tokens(behind, projection) and not _convolves_tokens(behind, projection):
             return found
         projection = behind
 
@@ -153,14 +171,49 @@ def _keeps_tokens(first: fx.Node, second: fx.Node) -> bool:
     above = set(ancestors(second, stop=lambda n: n is first))
     between, open_ends = {first}, [first]
     while open_ends:
-        fresh = [n for n in open_ends.pop().users if n in above and n not in between]
-        between.update(fresh)
-        open_ends.extend(fresh)
+        users = [n for n in open_ends.pop().users if n in above and n not in between]
+        between.update(users)
+        open_ends.extend(users)
     return all(_is_of_each_token(n, value(first).shape[:-1]) for n in between)
 
 
+def _convolves_tokens(first: fx.Node, second: fx.Node) -> bool:
+    """One of two projections is a convolution, along the tokens of the other."""
+    if not any(calls(n, _CONVOLUTIONS) for n in (first, second)) or not all(map(_has_tokens, (first, second))):
+        return False
+    path, node = list[fx.Node](), operand(second)
+    while node is not first:
+        if not node.args or not is_tensor(arg(node, 0)):
+            return False
+        path.append(node)
+        node = operand(node)
+    axes = fresh(shape(first))
+    tokens = _tokens(first, axes)
+    for step in reversed(path):
+        stays = calls(step, _LENGTHENS) or (_is_of_each(step) and shape(step) == shape(operand(step)))
+        moved = follow(step, axes) if step.target in FOLLOWED else axes if stays else None
+        if moved is None:
+            return False
+        axes = moved
+    return bool(tokens) and resolve(tokens) == _tokens(second, axes)
+
+
+def _is_of_each(node: fx.Node) -> bool:
+    return calls(node, _OF_EACH_TOKEN) or is_pointwise(node.target)
+
+
+def _has_tokens(projection: fx.Node) -> bool:
+    return calls(projection, _CONVOLUTIONS) or is_call(projection, aten.linear.default)
+
+
+def _tokens(projection: fx.Node, axes: Axes) -> Axis:
+    """Those of an operand or the result of a projection, in their order."""
+    of_tokens = axes[2:] if calls(projection, _CONVOLUTIONS) else axes[-2:-1]
+    return tuple(a for axis in resolve_all(of_tokens) for a in axis)
+
+
 def _is_of_each_token(node: fx.Node, tokens: tuple[int, ...]) -> bool:
-    if not calls(node, _OF_EACH_TOKEN) and not is_pointwise(node.target):
+    if not _is_of_each(node):
         return False
     if not is_tensor(node):
         return True

@@ -53,7 +53,7 @@ def kept_bytes(d: Decision, spec: AttentionSpec) -> float:
     site = d.found.site
     of_key, of_value = element_sizes(d)
     each = spec.head_dim * (0 if "k" in spec.unused else of_key) + spec.value_dim * of_value
-    if spec.is_constant or spec.between_channels or spec.linear is not None:  # no keys are kept
+    if spec.is_constant or spec.between_channels or spec.linear is not None or spec.sends:  # no keys are kept
         return 0.0
     readers: dict[int, list[int]] = {}
     for h, g in enumerate(spec.kv_of_head):

@@ -17,6 +17,7 @@ from attnopt.slicing.pull_layout import SPLITS
 from attnopt.slicing.push import push
 from attnopt.slicing.scattered import Scattered, scattered
 from attnopt.slicing.selection import Pulled, order_of, regroup, trim
+from attnopt.slicing.sources import Source, slice_sources
 from attnopt.slicing.weight_store import Weights
 
 _PIECES = of(Kind.SLICE, Kind.PIECE)
@@ -71,7 +72,9 @@ class Selector:
         pulled = pull(node, selection)
         if pulled is None and (found := scattered(node, selection)) is not None:
             return self._gathered(node, found)
-        if pulled is None or pulled.across or (pulled.weights and self.weights is None):
+        if pulled is None or (pulled.weights and self.weights is None):
+            return self._stay(node, selection)
+        if pulled.across and (self.weights is None or not _ends_in_weights(pulled)):
             return self._stay(node, selection)
         try:
             if pulled.exact is not None and pulled.exact[0][0] in self.forks:
@@ -116,6 +119,17 @@ class Selector:
             return restrict(self.emit, node, selection)
         name = str(node.target)
         return self.weights.read(self.emit, self.weights.derive(name, selection, self.edited.get(name)))
+
+
+def _ends_in_weights(pulled: Pulled) -> bool:
+    """What is selected of a product of activations, as of a bias that queries make, is heads of projections above."""
+    ends = [x for n, s in pulled.demands if trim(n, s) for x in slice_sources(n, s, exact=False)]
+    of_weights = [x for x in ends if x.kind == "weight" or _is_scattered(x)]
+    return bool(of_weights) and all(x.kind == "constant" or x in of_weights for x in ends)
+
+
+def _is_scattered(x: Source) -> bool:
+    return x.kind == "blocked" and scattered(x.node, x.selection) is not None
 
 
 def push_down(

@@ -89,6 +89,15 @@ def test_softmax_with_one_more_in_the_sum(x: torch.Tensor) -> None:
     assert [site.spec.has_sinks for site in fast.sites] == [True]
 
 
+@pytest.mark.parametrize("kind", [decoys.OverQueries, decoys.Transposed])
+def test_a_softmax_over_queries_is_told_from_one_over_keys(kind: type[nn.Module], x: torch.Tensor) -> None:
+    model = kind().eval()
+    fast = optimized(model, "fuse", x)
+    oracle.assert_same(oracle.run(fast, (x,)), oracle.run(model, (x,)))
+    assert [site.spec.sends for site in fast.sites] == [True]
+    assert not fast.report.near_misses
+
+
 @pytest.mark.parametrize("kind", [decoys.KernelAttention])
 def test_no_softmax_is_told_from_one(kind: type[nn.Module], x: torch.Tensor) -> None:
     """An attention of its own kind, and no softmax is written in the place of none."""

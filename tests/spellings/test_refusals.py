@@ -14,6 +14,7 @@ from typing import Any
 import decoys
 import linear_decoys
 import pytest
+import sending_models
 import torch
 import torch.nn.functional as F
 from decoys import Decoy, E, H, L
@@ -362,7 +363,7 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "LINE)",
     ),
     "value-axis": (
-        lambda: missed(decoys.WrongAxisValues()),
+        lambda: missed(decoys.SummedHeads()),
         "[value-axis] expected values summed over the keys, found a product over another axis (at LINE)",
     ),
     "unreadable-layout": (
@@ -612,8 +613,22 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
     ),
     "no-softmax": (
         lambda: refused_decoy(decoys.KernelAttention(), GroupedQuery(kv_heads=1)),
-        "[no-softmax] expected weights that a softmax makes, found no softmax, weights divided by their sum (at LINE)\n  hint: "
+        "[no-softmax] expected a plain softmax over keys, found no softmax, weights divided by their sum (at LINE)\n  hint: "
         "local-window, sparse, prune-heads and scale-heads apply; exclude the site from grouped-query",
+    ),
+    "other-softmax": (
+        lambda: refused_decoy(decoys.Transposed(), GroupedQuery(kv_heads=1)),
+        "[other-softmax] expected a plain softmax over keys, found softmax over queries (at LINE)\n  hint: local-window, sparse, "
+        "prune-heads and scale-heads apply; exclude the site from grouped-query",
+    ),
+    "softmax-over-queries": (
+        lambda: missed(sending_models.HiddenByNumber()),
+        "[softmax-over-queries] expected masks of -inf beside a softmax over queries, found -1e+09 written over scores (at LINE)"
+        "\n  hint: write -inf where a mask hides, by masked_fill or where",
+    ),
+    "not-exchanged": (
+        lambda: refused_decoy(decoys.Transposed(), Sparse(Causal()), backend="blocked"),
+        "[not-exchanged] expected all pairs or a window, which keys see from the other side, found Causal()",
     ),
     "data-dependent-decay": (
         lambda: missed(linear_decoys.Gated()),

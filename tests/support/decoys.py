@@ -94,7 +94,7 @@ class KernelAttention(Decoy):
 
 
 class OverQueries(Decoy):
-    """Each key shares itself out among the queries."""
+    """Each key divides itself among the queries: an attention of its own kind."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
@@ -307,12 +307,25 @@ class SmoothedScores(Decoy):
         return self.merged(((scores + scores.roll(1, -1)) / 2).softmax(-1) @ v)
 
 
-class WrongAxisValues(Decoy):
-    """With as many queries as keys: the weights are transposed before the values, a sum over queries."""
+class Transposed(Decoy):
+    """With as many queries as keys: the weights are transposed before the values, so that the softmax is over queries."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         return self.merged((q @ k.transpose(-1, -2) / 2).softmax(-1).transpose(-1, -2) @ v)
+
+
+class SummedHeads(Decoy):
+    """Heads are summed together with the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o = nn.Linear(D, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        weights = (q @ k.transpose(-1, -2) / 2).softmax(-1)
+        return self.o(torch.einsum("bhls,bhsd->bld", weights, v))
 
 
 class Shuffled(Decoy):
@@ -371,8 +384,8 @@ class PaddedTwice(Decoy):
 
 # Never raised as plain attention: no site at all, or (where the meaning does have a spec) one that equals it.
 NEVER = [
-    SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, OverQueries, SlotAttention,
+    SoftmaxGate, Routing, DenseRouting, SoftRouting, LinearAttention, SlotAttention,
     SlotsOverFeatures, MaskedAfter, MappedElsewhere, MappedTwice, NonLocal, Sigmoid, Entmax, TopK, Differential,
-    GatedWeights, CubedScores, ClassPooling, SmoothedScores, WrongAxisValues, Shuffled, DroppedColumn, FirstColumnDropped,
+    GatedWeights, CubedScores, ClassPooling, SmoothedScores, SummedHeads, Shuffled, DroppedColumn, FirstColumnDropped,
     OneBesideShifted, PaddedElsewhere, PaddedTwice,
 ]  # fmt: skip

@@ -20,6 +20,8 @@ class Linear(nn.Module):
     rates: tuple[float, ...] = (0.0,) * H
     divides = False
     added = 0.0
+    least: float | None = None
+    absolute = False
     scale = 1.0
 
     def __init__(self) -> None:
@@ -64,7 +66,10 @@ def meant(model: Linear, x: Tensor, gains: Sequence[float] = (1.0,) * H, visible
     fading = (-model.slopes.double()[:, None, None] * steps).exp().to(q.dtype)
     weights = torch.where(seen, model.scale * torch.einsum("bhld,bhsd->bhls", q, k) * fading, 0.0)
     if model.divides:
-        weights = (weights / (weights.sum(-1, keepdim=True) + model.added)).nan_to_num(0.0)
+        total = weights.sum(-1, keepdim=True)
+        total = total.abs() if model.absolute else total
+        total = total if model.least is None else total.clamp(min=model.least)
+        weights = (weights / (total + model.added)).nan_to_num(0.0)
     return model.merged(weights @ v * torch.tensor(gains, dtype=v.dtype)[:, None, None])
 
 
@@ -130,7 +135,21 @@ class Stored(Linear):
         return (q @ k.mT).mul(self.table[:, :n, :n]) @ v
 
 
-FADING = (Retention, Lightning, Power, Stored)
+class Normalised(Linear):
+    """Retention divided by the absolute value of its sum, to which no gradient flows, or by 1 if that is less (RetNet)."""
+
+    causal, rates, scale = True, RATES, D**-0.5
+    divides, least, absolute = True, 1.0, True
+
+    def feature(self, x: Tensor) -> Tensor:
+        return x
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = q @ (k * self.scale).mT * self.decay(q.shape[2])
+        return weights / weights.detach().sum(-1, keepdim=True).abs().clamp(min=1) @ v
+
+
+FADING = (Retention, Lightning, Power, Stored, Normalised)
 
 
 # ---------------------------------------------------------------- weights that do not
@@ -155,6 +174,20 @@ class StateFirst(Linear):
         state = torch.einsum("nshd,nshm->nhmd", k, v)
         z = 1 / (torch.einsum("nlhd,nhd->nlh", q, k.sum(dim=1)) + self.added)
         made: Tensor = self.out((torch.einsum("nlhd,nhmd->nlhm", q, state) * z[..., None]).flatten(2))
+        return made
+
+
+class ThreeFactors(Linear):
+    """The same with queries, state and inverse sums in one einsum, as in fast-transformers."""
+
+    divides, added = True, 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (H, -1)) for f in (self.q, self.k, self.v))
+        q, k = self.feature(q), self.feature(k)
+        state = torch.einsum("nshd,nshm->nhmd", k, v)
+        z = 1 / (torch.einsum("nlhd,nhd->nlh", q, k.sum(dim=1)) + self.added)
+        made: Tensor = self.out(torch.einsum("nlhd,nhmd,nlh->nlhm", q, state, z).flatten(2))
         return made
 
 
@@ -211,6 +244,7 @@ class CausalOuter(Linear):
 STEADY = (
     Quadratic,
     StateFirst,
+    ThreeFactors,
     StateByMatmul,
     CausalSums,
     CausalFilled,

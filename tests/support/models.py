@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class Spelling:
     apply: str = "where"  # add-inf, add-min, lerp, where, masked_fill, moderate, assigned, old-gpt
     after: str = ""  # what is done to the weights too: again, flags, rows (masks once more), clean (of NaN)
     commuted: bool = False
-    bias_kind: str = ""  # alibi, table, addend
+    bias_kind: str = ""  # alibi, table, addend, rows (of a table, which meet the queries)
     softcap: float | None = None  # 1 is spelled as a bare tanh
     sinks: bool = False
     sink: str = "learned"  # learned, padded (a column of zeros), one (added to the sum of exponentials)
@@ -128,6 +128,8 @@ class Spelling:
             s = replace(s, after="again")
         if s.core == "flex":
             s = replace(s, apply="where")
+        if s.bias_kind == "rows" and s.core in ("sdpa", "flex"):
+            s = replace(s, core="matmul")
         if s.core in ("sdpa", "flex"):
             s = replace(
                 s,
@@ -250,6 +252,8 @@ class Attention(nn.Module):
             self.register_buffer("factor", torch.tensor(s.head_dim**-0.5))
         if s.bias_kind == "table":
             self.table = nn.Parameter(noise(s.heads, 2 * MAX - 1))
+        if s.bias_kind == "rows":
+            self.rows = nn.Parameter(noise(2 * MAX - 1, s.head_dim))
         if s.bias_kind in ("alibi", "addend"):
             self.register_buffer("slopes", 0.5 ** torch.arange(1, s.heads + 1, dtype=torch.float32))
         if s.sinks and s.sink == "learned":
@@ -499,13 +503,23 @@ class Attention(nn.Module):
             return torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
         return self._visible(kind, scores.shape[-2], scores.shape[-1], padding)
 
-    def _biased(self, scores: Tensor) -> Tensor:
-        """[B, H, L, S] with the position bias."""
+    def _biased(self, scores: Tensor, looked: Tensor | None = None) -> Tensor:
+        """[B, H, L, S] with the position bias; ``looked``: what rows of the table give queries."""
         s = self.s
-        if s.bias_kind not in ("alibi", "table"):
+        if s.bias_kind not in ("alibi", "table", "rows"):
             return scores
-        bias = self._bias(scores.shape[-2], scores.shape[-1])
+        bias = self._bias(scores.shape[-2], scores.shape[-1]) if looked is None else looked
         return bias + scores if s.commuted else scores + bias
+
+    def _looked(self, q: Tensor, kv_len: int) -> Tensor | None:
+        """[B, H, L, S], of queries [B, L, H, D] and the row for each distance."""
+        if self.s.bias_kind != "rows":
+            return None
+        step = torch.arange(kv_len)[None, :] - (torch.arange(q.shape[1]) + (kv_len - q.shape[1]))[:, None]
+        rows = self.rows[step + MAX - 1]
+        if self.s.commuted:
+            return (q.unsqueeze(3) * rows[None, :, None]).sum(-1).transpose(1, 2)
+        return torch.einsum("blhd,lsd->bhls", q, rows)
 
     def _bias(self, q_len: int, kv_len: int) -> Tensor:
         step = torch.arange(kv_len)[None, :] - (torch.arange(q_len) + (kv_len - q_len))[:, None]
@@ -546,7 +560,9 @@ class Attention(nn.Module):
                 scores = extra + scores if s.commuted else scores + extra
         return scores
 
-    def _conditioned(self, scores: Tensor, padding: Tensor | None, given: Tensor | None) -> Tensor:
+    def _conditioned(
+        self, scores: Tensor, padding: Tensor | None, given: Tensor | None, looked: Tensor | None = None
+    ) -> Tensor:
         """From the product [B, H, L, S] to the softmax's input."""
         s = self.s
         factor = s.head_dim**-0.5
@@ -563,7 +579,7 @@ class Attention(nn.Module):
         elif s.scale == "root":
             scores = scores / torch.sqrt(torch.tensor(float(s.head_dim))).to(scores.dtype)
         scores = self._capped(scores)
-        return self._masked(self._biased(scores), padding, given)
+        return self._masked(self._biased(scores, looked), padding, given)
 
     def _normalised(self, scores: Tensor, dim: int = -1) -> tuple[Tensor, Tensor | None]:
         """(weights, None), or (exponentials, their sum) where the division comes late."""
@@ -665,15 +681,20 @@ class Attention(nn.Module):
         s = self.s
         B, L, H = q.shape[:3]
         S = k.shape[1]
+        looked = self._looked(q, S)
+
+        def conditioned(scores: Tensor) -> Tensor:
+            return self._conditioned(scores, padding, given, looked)
+
         if s.core == "heads-last":
             k, v = self._shared(k, 2), self._shared(v, 2)
-            scores = self._conditioned(torch.einsum("bihd,bjhd->bhij", q, k), padding, given)
+            scores = conditioned(torch.einsum("bihd,bjhd->bhij", q, k))
             return self._weighted(
                 scores, padding, lambda p: torch.einsum("bhij,bjhd->bihd", p, v), late=lambda t: t.transpose(1, 2)
             )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if s.core.startswith("grouped"):
-            return self._grouped(q, k, v, padding, given)
+            return self._grouped(q, k, v, padding, conditioned)
         k, v = self._shared(k, 1), self._shared(v, 1)
         if s.windows:
             q, k, v = (t.unflatten(0, (-1, 2)).transpose(1, 2) for t in (q, k, v))
@@ -693,7 +714,7 @@ class Attention(nn.Module):
                     addend = self._bias(L, S).unsqueeze(0).expand(B, -1, -1, -1).reshape(B * H, L, S)
                     beta = 1.0
                 scores = torch.baddbmm(addend, q, k.transpose(1, 2), beta=beta, alpha=alpha)
-            scores = self._conditioned(scores.view(B, H, L, S), padding, given)
+            scores = conditioned(scores.view(B, H, L, S))
             return self._weighted(
                 scores,
                 padding,
@@ -703,7 +724,7 @@ class Attention(nn.Module):
             )
         if s.core == "channels":
             q, k, v = (t.transpose(-1, -2) for t in (q, k, v))  # [B, H, D, L]
-            scores = self._conditioned(q.transpose(-1, -2) @ k, padding, given)
+            scores = conditioned(q.transpose(-1, -2) @ k)
             return self._weighted(
                 scores,
                 padding,
@@ -713,16 +734,16 @@ class Attention(nn.Module):
             )
         if s.core == "transposed":
             scores = k @ q.transpose(-1, -2)  # [B, H, S, L]
-            scores = self._conditioned(scores.transpose(-1, -2), padding, given).transpose(-1, -2)
+            scores = conditioned(scores.transpose(-1, -2)).transpose(-1, -2)
             weights, _ = self._normalised(scores, -2)
             return (self._zeroed(weights.transpose(-1, -2), padding) @ v).transpose(1, 2), weights
         if s.core == "mulsum":
-            scores = self._conditioned((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1), padding, given)
+            scores = conditioned((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1))
         elif s.core == "einsum":
             equation = "bhid,bhjd->bhij" if k.shape[1] == q.shape[1] else "...id,...jd->...ij"
-            scores = self._conditioned(torch.einsum(equation, q, k), padding, given)
+            scores = conditioned(torch.einsum(equation, q, k))
         else:
-            scores = self._conditioned(q @ k.transpose(-1, -2), padding, given)
+            scores = conditioned(q @ k.transpose(-1, -2))
         one_by_one = s.core == "mulsum" and s.commuted
         return self._weighted(
             scores,
@@ -789,14 +810,14 @@ class Attention(nn.Module):
         return e / (beside + e.sum(-1, keepdim=True))
 
     def _grouped(
-        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, given: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, conditioned: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         s = self.s
         B, L = q.shape[0], q.shape[2]
         q = q.reshape(B, s.kv_heads, s.group, L, s.head_dim)
         plain = s.core == "grouped"
         scores = q @ k.unsqueeze(2).transpose(-1, -2) if plain else torch.einsum("bgrld,bgsd->bgrls", q, k)
-        scores = self._conditioned(scores.flatten(1, 2), padding, given)
+        scores = conditioned(scores.flatten(1, 2))
 
         def product(p: Tensor) -> Tensor:
             p = p.unflatten(1, (s.kv_heads, s.group))

@@ -75,6 +75,8 @@ def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
     for what, given in {
         "channels in the place of tokens": spec.between_channels,
         "weights without a softmax": spec.linear is not None,
+        "a softmax over queries": spec.sends,
+        "clamped scores": spec.clamp is not None,
         "a bias on its scores": spec.has_bias,
         "sinks": spec.has_sinks,
         "zero keys": spec.zero_keys is not None,

@@ -267,12 +267,12 @@ def _extend(d: _Drawn) -> Brought:
     reference = d.numbers("reference", d.batch, M, s.width)
     seen = torch.arange(M).expand(d.batch, -1) != d.number % M
 
-    def joined(model: Attention, scores: Tensor, padding: Tensor | None, given: Tensor | None) -> Tensor:
+    def joined(model: Attention, scores: Tensor, padding: Tensor | None, given: Tensor | None, _: None) -> Tensor:
         """Of a product [B, H, L, S + M]: masks and biases are for the S alone."""
         own, other = scores.split([d.call.kv_len, M], -1)
         conditioned = type(model)._conditioned
         left = conditioned(model, own, padding, given)
-        with mock.patch.object(model, "_masked", lambda x, *_: x), mock.patch.object(model, "_biased", lambda x: x):
+        with mock.patch.object(model, "_masked", lambda x, *_: x), mock.patch.object(model, "_biased", lambda x, _: x):
             right = conditioned(model, other, None, None) + torch.tensor(weight).log()
         if is_masked:
             right = right.masked_fill(~seen[:, None, None], -torch.inf)

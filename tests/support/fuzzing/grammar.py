@@ -13,7 +13,7 @@ DECOYS = (
     "SoftmaxGate", "Routing", "DenseRouting", "SoftRouting", "LinearAttention", "KernelAttention", "OverQueries",
     "SlotAttention", "OverChannels", "SlotsOverFeatures", "MaskedAfter", "TalkingHeads", "MappedElsewhere",
     "MappedTwice", "NonLocal", "Sigmoid", "Entmax", "TopK", "Differential",
-    "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "WrongAxisValues", "Shuffled", "DroppedColumn",
+    "GatedWeights", "CubedScores", "ClassPooling", "SmoothedScores", "Transposed", "Shuffled", "DroppedColumn",
     "FirstColumnDropped", "OneBesideShifted", "PaddedElsewhere", "PaddedTwice",
 )  # fmt: skip
 REWRITES = (
@@ -133,6 +133,12 @@ def draw(seed: int, number: int) -> Case:
     blocks = [_block(r) for _ in range(count)]
     if r.random() < 0.25:
         blocks.insert(r.randrange(len(blocks) + 1), Block(Spelling(), decoy=r.choice(DECOYS)))
+    other = random.Random(f"{seed}:{number}:other")  # the cases of before stay what they were
+    if other.random() < 0.1:
+        blocks.insert(
+            other.randrange(len(blocks) + 1), Block(Spelling(), decoy="AnyLinear", number=other.randrange(10_000))
+        )
+    blocks = [_with_rows(b) if other.random() < 0.05 else b for b in blocks]
     dtype = r.choices(("float32", "bfloat16", "float16"), (8, 1, 1))[0]
     return Case(
         blocks=tuple(blocks),
@@ -151,6 +157,14 @@ def draw(seed: int, number: int) -> Case:
         cached=r.random() < 0.1,
         seed=r.randrange(1000),
     ).repaired()
+
+
+def _with_rows(b: Block) -> Block:
+    """Rows of a table meet the queries; what reads queries by themselves is left to other cases."""
+    if b.decoy:
+        return b
+    kept = set(b.rewrite.split("+")) <= {"window", "sparse", "prune", "scale", "group"}
+    return replace(b, spelling=replace(b.spelling, bias_kind="rows"), rewrite=b.rewrite if kept else "window+prune")
 
 
 def _is_called(b: Block) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import decoys
 import oracle
 import torch
+from any_linear import AnyLinear
 from caches import Lists
 from captures import captured_once
 from models import MAX, Attention, Spelling
@@ -179,7 +180,7 @@ def _match(
     found = {c.site: (c, sites[c.site]) for c in ran if c.site in sites}
     own = {name for name, s in sites.items() if s.spec.has_own_maps}
     assert sites.keys() - own == _without_own_maps(model), (
-        f"between channels, talking heads, or without a softmax: {sites.keys() - own}"
+        f"between channels, talking heads, or without a plain softmax: {sites.keys() - own}"
     )
     strange = own - found.keys()
     assert not strange, f"raised, and no attention: {strange}"
@@ -196,8 +197,12 @@ def _match(
 
 
 def _without_own_maps(model: nn.Module) -> set[str]:
-    """The names of attentions between channels, of talking heads and without a softmax, which are found and left as they are."""
-    kinds = (decoys.OverChannels, decoys.TalkingHeads, decoys.KernelAttention)
+    """The names of attentions between channels, of talking heads and without a plain softmax over keys: found, and left as they
+    are."""
+    kinds = (
+        decoys.OverChannels, decoys.TalkingHeads, decoys.KernelAttention, decoys.OverQueries, decoys.Transposed,
+        AnyLinear,
+    )  # fmt: skip
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import decoys
 import torch
+from any_linear import AnyLinear
 from caches import Lists
 from models import OTHER, Attention
 from torch import Tensor, nn
@@ -127,7 +128,8 @@ def build(case: Case) -> nn.Module:
     for i, block in enumerate(case.blocks):
         s = block.spelling
         if block.decoy:
-            inner: nn.Module = getattr(decoys, block.decoy)()
+            drawn = block.decoy == "AnyLinear"
+            inner: nn.Module = AnyLinear(block.number) if drawn else getattr(decoys, block.decoy)()
             built.append(Adapted(inner, nn.Linear(width, decoys.E), nn.Linear(decoys.E, width)))
             continue
         inner = Attention(s, seed=case.seed + i, equal=groups(block))

@@ -178,7 +178,6 @@ OTHERS: dict[str, Weigh] = {
     "over the inverse": lambda s: (e := s.exp()) / total(e).reciprocal(),
     "the inverse of the inverse": lambda s: (e := s.exp()) * total(e).reciprocal().reciprocal(),
     "the power -2": lambda s: (e := s.exp()) * total(e) ** -2,
-    "over the queries' sum": lambda s: (e := s.exp()) / e.sum(-2, keepdim=True),
     "another row's sum": lambda s: (e := s.exp()) / e.sum(-1).unsqueeze(-2),
     "another row's logarithm": lambda s: (s - s.logsumexp(-1).unsqueeze(-2)).exp(),
     "the logarithm of another sum": lambda s: (s - (2 * s).logsumexp(-1, keepdim=True)).exp(),

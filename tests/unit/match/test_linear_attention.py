@@ -46,7 +46,8 @@ def test_read_and_equal_at_other_sizes(kind: type[Linear]) -> None:
     linear = site.spec.linear
     assert linear is not None
     assert linear.rates == pytest.approx(kind.rates if any(kind.rates) else (), rel=1e-5)
-    assert (linear.divides, linear.added, linear.least) == (kind.divides, kind.added, None)
+    assert (linear.divides, linear.added, linear.least) == (kind.divides, kind.added, kind.least)
+    assert (linear.absolute, linear.detached) == (kind.absolute, kind.absolute)
     assert str(site.spec.pattern) == ("Causal()" if kind.causal else "Full()")
     assert site.spec.scale in (1.0, kind.scale)
     assert (site.num_heads, site.head_dim, site.value_dim) == (H, D, models.V)
@@ -89,6 +90,17 @@ def test_saved_and_in_onnx(kind: type[Linear], tmp_path: Path) -> None:
     model, x = made(kind)
     fast = attnopt.optimize(model, PruneHeads(heads=[0]), (x,), dynamic_shapes="auto")
     assert_travels(fast, tmp_path, [torch.randn(B, N, WIDTH), torch.randn(1, 290, WIDTH)])
+
+
+def test_no_gradient_flows_to_what_is_detached() -> None:
+    model, x = made(models.Normalised)[0], torch.randn(1, 300, WIDTH)
+    fast = attnopt.optimize(model, "fuse", (x,), backend="chunked")
+    found = []
+    for m in (fast, model):
+        m.zero_grad()
+        m(x).square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for _, p in sorted(m.named_parameters())]))
+    assert_same([found[0]], [found[1]])
 
 
 def test_what_needs_a_softmax_is_refused() -> None:
