@@ -87,7 +87,7 @@ class Stream:
     ) -> Tensor:
         """The value of ``node`` with the parameters ``new``."""
         reached: set[fx.Node] = set()
-        for n in sorted(dirty, key=self.schedule.place.__getitem__):
+        for n in sorted(_with_pieces(dirty), key=self.schedule.place.__getitem__):
             if str(n.target) in new if n.op == "get_attr" else reached & set(n.all_input_nodes):
                 reached.add(n)
         if node not in reached:
@@ -98,6 +98,12 @@ class Stream:
             node
         )
         return result
+
+
+def _with_pieces(dirty: Sequence[fx.Node]) -> set[fx.Node]:
+    """And what stands between two of them, as the list of pieces of a packed projection does."""
+    known = set(dirty)
+    return known | {above for n in dirty for above in n.all_input_nodes if known.intersection(above.all_input_nodes)}
 
 
 def _read_by(f: Found) -> set[fx.Node]:

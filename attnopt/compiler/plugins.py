@@ -32,6 +32,7 @@ PASSES = Registry(
         "dynamic-sparse": "attnopt.passes.dynamic_sparse:DynamicSparse",
         "prune-heads": "attnopt.passes.prune_heads:PruneHeads",
         "grouped-query": "attnopt.passes.grouped_query:GroupedQuery",
+        "latent-kv": "attnopt.passes.latent_kv:LatentKv",
         "scale-heads": "attnopt.passes.scale_heads:ScaleHeads",
         "route-heads": "attnopt.passes.route_heads:RouteHeads",
         "segment-gain": "attnopt.passes.segment_gain:SegmentGain",

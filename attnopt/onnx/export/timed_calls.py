@@ -12,7 +12,8 @@ from torch import fx
 from attnopt.base.call_inputs import CallInputs
 from attnopt.compiler.origin import Origin
 from attnopt.onnx.export.cache_forms import CacheOptions
-from attnopt.onnx.export.decoder import FILE, export_decoder, with_cache
+from attnopt.onnx.export.decoder import FILE, export_decoder
+from attnopt.onnx.export.decoder_inputs import with_cache
 from attnopt.onnx.export.export import write_unquantized
 from attnopt.onnx.export.kv_cache import PRESENT, Kept
 from attnopt.onnx.export.quantizer import FLOATING, Quantization, quantized
