@@ -12,6 +12,7 @@ import torch
 from test_decoder_caches import about, texts, whole
 from tiny_decoder import END, Layer, decoder, inputs
 from torch import Tensor, nn
+from variants import mostly_slow
 
 import attnopt
 from attnopt.base.closeness import difference
@@ -85,14 +86,15 @@ def test_padding_anywhere_is_no_token(fast: attnopt.OptimizedModel, steps: Laten
     assert bool(got.isfinite().all())
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_what_a_policy_makes(policy: Any) -> None:
-    fast = optimized(policy, backend="blocked")
+@pytest.mark.parametrize("named", mostly_slow(POLICIES, "windows"))
+def test_what_a_policy_makes(named: str) -> None:
+    fast = optimized(POLICIES[named], backend="blocked")
     ids = texts(2, 30)
     got = in_parts(fast.latent_decoder(), ids, torch.ones_like(ids), [11, 1, 1, 9, 8])
     assert difference([got], [whole(fast, ids)]) < CLOSE
 
 
+@pytest.mark.slow
 def test_it_survives_saving(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
     fast.save(tmp_path / "m")
     loaded = attnopt.load(tmp_path / "m").latent_decoder()
@@ -149,6 +151,7 @@ def test_keys_that_are_not_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.site == "inner.layers.0"
 
 
+@pytest.mark.slow
 def test_what_has_no_fewer_numbers() -> None:
     with pytest.raises(attnopt.ExportError, match="as wide as its keys and values \\(32 numbers of a token\\)"):
         optimized("fuse").latent_decoder()
@@ -160,6 +163,7 @@ def test_positions_that_do_not_come_from_the_call() -> None:
     assert "position_ids" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_tokens_that_something_else_mixes() -> None:
     with pytest.raises(attnopt.ExportError, match="logits of the decoder and the model differ for a token after"):
         optimized(mixes=True).latent_decoder()

@@ -21,7 +21,7 @@ from attnopt.onnx.export.kv_cache import PAST, PRESENT
 from attnopt.onnx.export.mark import Marked
 from attnopt.onnx.export.quantizer import FLOATING, Quantization, check_quantization, quantized
 from attnopt.onnx.export.translate import OPSETS, expand, translated
-from attnopt.onnx.export.write_file import METADATA, ROOM_IN_FILE, finish, note, save, weights_size
+from attnopt.onnx.export.write_file import METADATA, finish, is_external, note, save
 from attnopt.report.quantized_file import QuantizedFile
 
 if TYPE_CHECKING:
@@ -124,20 +124,20 @@ def _saved(made: _Made, file: Path, allowed: float | None, how: Quantization | N
         floating = work / FLOATING
         _in_float(made, floating, allowed)
         small = quantized(floating, how, standard=made.flavor == "standard")
-        data = _data_of(file, small.weights_size)
+        data = _data_of(file, small.model)
         save(small.model, file, data)
         return signed(small, file, data, made.whole.deviation_of(file, how))
 
 
 def _in_float(made: _Made, file: Path, allowed: float | None) -> None:
-    save(made.model, file, _data_of(file, weights_size(made.whole.gm)))
+    save(made.model, file, _data_of(file, made.model))
     error = made.whole.verify(file, allowed)
     if allowed is not None:
         note(file, f"{METADATA}cache_error", f"{error:.2g}")
 
 
-def _data_of(file: Path, size: int) -> Path | None:
-    return file.with_name(f"{file.name}.data") if size > ROOM_IN_FILE else None
+def _data_of(file: Path, model: ir.Model) -> Path | None:
+    return file.with_name(f"{file.name}.data") if is_external(model) else None
 
 
 def _logits(outputs: Sequence[ir.Value]) -> ir.Value:
