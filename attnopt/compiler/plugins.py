@@ -32,7 +32,6 @@ PASSES = Registry(
         "dynamic-sparse": "attnopt.passes.dynamic_sparse:DynamicSparse",
         "prune-heads": "attnopt.passes.prune_heads:PruneHeads",
         "grouped-query": "attnopt.passes.grouped_query:GroupedQuery",
-        "latent-kv": "attnopt.passes.latent_kv:LatentKv",
         "scale-heads": "attnopt.passes.scale_heads:ScaleHeads",
         "route-heads": "attnopt.passes.route_heads:RouteHeads",
         "segment-gain": "attnopt.passes.segment_gain:SegmentGain",
@@ -47,6 +46,7 @@ PASSES = Registry(
         "evict-keys": "attnopt.passes.evict_keys:EvictKeys",
         "query-rows": "attnopt.passes.query_rows:QueryRows",
         "replace": "attnopt.passes.replace_attention:Replace",
+        "latent-kv": "attnopt.passes.latent_kv:LatentKv",
     },
     lambda cls: getattr(cls, "name", None),
 )
