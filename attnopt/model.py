@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import fx, nn
@@ -27,6 +27,9 @@ from attnopt.ir.call_tensor import BATCH
 from attnopt.report.optimized_site import OptimizedSite
 from attnopt.report.quantized_file import QuantizedFile
 from attnopt.report.report import Report
+
+if TYPE_CHECKING:
+    from attnopt.onnx.export.latent_decoder import LatentDecoder
 
 Build = Callable[[CallInputs], tuple[fx.GraphModule, Origin]]
 
@@ -216,7 +219,7 @@ class OptimizedModel(nn.Module):
         eos_token_id: int | Sequence[int],
         tokenizer: object = None,
         windows: Literal["masked", "rolling"] = "masked",
-        kv: Literal["float32", "int8"] = "float32",
+        kv: Literal["float32", "int8", "latent"] = "float32",
         calibration: Iterable[Batch] | Calibration | None = None,
         pad_heads: bool = False,
         quantize: Literal["int8", "int4"] | None = None,
@@ -232,6 +235,7 @@ class OptimizedModel(nn.Module):
         needs ONNX Runtime 1.31.  "masked" keeps all of them, for any runtime.
         ``kv="int8"``: type of the kept keys and values, with scales from ``calibration``, batches of the model's inputs, or
         from the example.
+        "latent" keeps what ``latent_decoder`` does, in operators of ONNX alone, for ONNX Runtime without onnxruntime-genai.
         ``pad_heads``: layers may differ in heads; heads of zeros make them alike in the cache, as the runtime needs it.
         Before anything is written, ONNX Runtime processes two prompts, continues token by token, and must reproduce the
         logits of this model.  ``quantize``: see ``export_onnx``.
@@ -249,6 +253,18 @@ class OptimizedModel(nn.Module):
             cache=CacheOptions(windows, kv, pad_heads, calibration),
             quantize=quantize,
         )
+
+    def latent_decoder(self) -> LatentDecoder:
+        """The language model as a module that takes some tokens at a time, over a cache of latents: of a token and layer, the
+        fewest numbers that determine its keys and values, such as the ``rank`` of ``LatentKv``.  Raises ExportError.
+
+        The model is one for ``export_decoder``; ``export_decoder(kv="latent")`` writes the same as a file.  Each step computes
+        the keys and values of all tokens anew.  Before it is returned, it processes two prompts, continues token by token,
+        and must reproduce the logits of this model.
+        """
+        from attnopt.onnx.export.latent_file import checked_decoder
+
+        return checked_decoder(self.graph_module, self.origin)[0]
 
     def export_package(self, path: str | os.PathLike[str]) -> None:
         """Write a package ``path`` (.pt2), compiled by torch's AOTInductor for this kind of machine.  Raises ExportError.

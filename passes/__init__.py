@@ -12,6 +12,7 @@ from attnopt.passes.extend_keys import ExtendKeys
 from attnopt.passes.fuse import Fuse
 from attnopt.passes.grouped_query import GroupedQuery
 from attnopt.passes.head_patch import HeadPatch
+from attnopt.passes.latent_kv import LatentKv
 from attnopt.passes.local_window import LocalWindow
 from attnopt.passes.mix_map import MixMap
 from attnopt.passes.pool_keys import PoolKeys
@@ -35,6 +36,7 @@ __all__ = [
     "Fuse",
     "GroupedQuery",
     "HeadPatch",
+    "LatentKv",
     "LocalWindow",
     "MixMap",
     "PoolKeys",

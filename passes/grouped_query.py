@@ -183,7 +183,7 @@ class GroupedQuery(Pass, SharesBudget):
         return (
             (refuse_no_data(site) if learns else None)
             or refuse_unknown_projections(site, roles, expected_projections(roles), "")
-            or (refuse_transforms(site) if linear else None)
+            or (refuse_transforms(site, 'use merge="mean" and grouping="adjacent"') if linear else None)
             or check_part(merge, KV_MERGES.kind, site)
             or check_part(fit, COMPENSATIONS.kind, site)
         )

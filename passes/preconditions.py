@@ -240,7 +240,7 @@ def refuse_no_single_run(site: Site) -> Refusal | None:
     return site.refuse("several-calls", expected="weights that are used by one call", found=found, hint=hint)
 
 
-def refuse_transforms(site: Site) -> Refusal | None:
+def refuse_transforms(site: Site, hint: str) -> Refusal | None:
     """Refuse if maps of keys, queries and values cannot be folded into their projections."""
     if is_linear(site):
         return None
@@ -248,7 +248,7 @@ def refuse_transforms(site: Site) -> Refusal | None:
         "features-are-not-linear",
         expected="queries and keys that are only projected or rotated before the scores",
         found="a norm or another transform after the projection",
-        hint='use merge="mean" and grouping="adjacent"',
+        hint=hint,
     )
 
 

@@ -46,6 +46,7 @@ PASSES = Registry(
         "evict-keys": "attnopt.passes.evict_keys:EvictKeys",
         "query-rows": "attnopt.passes.query_rows:QueryRows",
         "replace": "attnopt.passes.replace_attention:Replace",
+        "latent-kv": "attnopt.passes.latent_kv:LatentKv",
     },
     lambda cls: getattr(cls, "name", None),
 )

@@ -106,6 +106,8 @@ class Ranks:
 
     def _require_device(self, *tensors: Tensor) -> None:
         """Raises DistributedError for tensors that the backend of the group cannot send."""
+        if not tensors:  # of a rank alone, which needs no group
+            return
         able = dist.get_backend_config(self.group)  # as "cpu:gloo,cuda:nccl"
         known = {one.partition(":")[0] for one in able.split(",")}
         if unable := sorted({t.device.type for t in tensors} - known):

@@ -153,8 +153,8 @@ def _keys(site: Site, activations: Activations, mixing: Mixing, weighted: bool) 
             q_moments[g] += weight * (mine.T @ mine)
     if mixing.pairs is not None:
         return _paired(k_moments, q_moments if weighted else None, mixing.pairs, G, D)
-    scale, inverse = _roots(q_moments if weighted else None, G, D)
-    s = _diagonal(scale)
+    scale, inverse = roots(q_moments if weighted else None, G, D)
+    s = diagonal(scale)
     return Side(s.T @ k_moments @ s, scale, inverse, D)
 
 
@@ -169,17 +169,23 @@ def _values(site: Site, activations: Activations, weighted: bool) -> Side:
             for h in range(site.num_heads):
                 mixed = (p[:, h] @ v)[o.real]
                 moments += weight * (mixed.T @ mixed)  # a batch in its own precision, their sum in float64
-    read = torch.zeros(G, D, D, dtype=torch.float64)
-    for h, g in zip(spec.heads, spec.kv_of_head, strict=True):
-        out = site.head_weight("out", h)
-        assert out is not None
-        read[g] += out.double() @ out.double().T
-    scale, inverse = _roots(read if weighted else None, G, D)
-    s = _diagonal(scale)
+    scale, inverse = roots(output_moments(site) if weighted else None, G, D)
+    s = diagonal(scale)
     return Side(s.T @ moments @ s, scale, inverse, D)
 
 
-def _roots(moments: Tensor | None, count: int, size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def output_moments(site: Site) -> Tensor:
+    """[G, Dv, Dv] of the output weights that read each key/value head."""
+    found = torch.zeros(site.num_kv_heads, site.value_dim, site.value_dim, dtype=torch.float64)
+    for h, g in zip(site.spec.heads, site.spec.kv_of_head, strict=True):
+        out = site.head_weight("out", h)
+        assert out is not None
+        found[g] += out.double() @ out.double().T
+    return found
+
+
+def roots(moments: Tensor | None, count: int, size: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The symmetric roots of these matrices and their inverses; of the identity if there are none."""
     if moments is None:
         eye = torch.eye(size, dtype=torch.float64)
         return (eye,) * count, (eye,) * count
@@ -213,13 +219,10 @@ def _rest(blocks: Tensor, kept: int) -> Tensor:
     return rest
 
 
-def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+def diagonal(blocks: Sequence[Tensor]) -> Tensor:
     """The blocks along the diagonal of one matrix."""
-    size = blocks[0].shape[0]
-    whole = torch.zeros(len(blocks) * size, len(blocks) * size, dtype=torch.float64)
-    for n, block in enumerate(blocks):
-        whole[n * size : (n + 1) * size, n * size : (n + 1) * size] = block
-    return whole
+    made: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _trace(moments: Tensor) -> float:

@@ -48,7 +48,7 @@ def why(error: ExportError) -> str:
 
 def require_cache(model: OptimizedModel) -> None:
     """Raises ExportError for a model that is no decoder whose keys and values ONNX Runtime can keep."""
-    from attnopt.onnx.export.decoder import with_cache
+    from attnopt.onnx.export.decoder_inputs import with_cache
 
     with_cache(model.graph_module, model.origin)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,21 +189,36 @@ def test_int8_is_rounding_and_nothing_else(policy: Any, tmp_path: Path) -> None:
 
 
 def test_scales_hold_further_on_in_the_context(tmp_path: Path) -> None:
-    """A dozen tokens hardly turn the slowest pair of features; four thousand do."""
+    """A dozen tokens hardly turn the slowest pair of features; four thousand do.  Their largest values are smaller, too."""
     example = inputs(texts(2, 12))
-    file = exported(optimized("fuse"), tmp_path / "m", kv="int8", calibration=[example])
+    padded = inputs(torch.cat([texts(2, 12), texts(2, 40)[:, 12:]], 1))
+    padded["attention_mask"][:, 12:] = 0  # what follows says nothing about scales
+    few = {name: x[:1, :2] for name, x in example.items()}
+    file = exported(optimized("fuse"), tmp_path / "m", kv="int8", calibration=[padded] * 15 + [few])
     model, noted = decoder(), [Largest(), Largest()]
     for layer, largest in zip(model.layers, noted, strict=True):
         layer.stored = largest  # type: ignore[assignment]
     with torch.no_grad():
         for first in range(0, 4096 - 12, 29):
             model(**example | {"position_ids": example["position_ids"] + first})
+    room = (math.log(4096) / math.log(15 * 24 + 2)) ** 0.5
     for (of_keys, of_values), largest in zip(scales(file), noted, strict=True):
         keys, values = (
             (127 * s).flatten() / most.flatten() for s, most in zip((of_keys, of_values), largest.found, strict=True)
         )
-        torch.testing.assert_close(values, torch.ones_like(values), atol=1e-3, rtol=0)
-        assert 0.9 < keys.min() <= keys.max() < 1.01
+        torch.testing.assert_close(values, torch.full_like(values, room), atol=1e-3, rtol=0)
+        assert 0.9 * room < keys.min() <= keys.max() < 1.01 * room
+
+
+def test_few_tokens_leave_room_for_a_whole_context(tmp_path: Path) -> None:
+    """Other texts are rounded by the scales of a dozen tokens, not clipped."""
+    fast, ids, few = optimized("fuse"), texts(6, 40).flip(1), inputs(texts(1, 12))
+    narrow, wide = (
+        exported(fast, tmp_path / f"{length}", kv="int8", calibration=[few], context_length=length)
+        for length in (12, 4096)
+    )
+    errors = [difference([whole(coarse(file), ids)], [whole(fast, ids)]) for file in (narrow, wide)]
+    assert errors[1] < 0.5 * errors[0]
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from attnopt.passes import (
     ExtendKeys,
     GroupedQuery,
     HeadPatch,
+    LatentKv,
     LocalWindow,
     PoolKeys,
     PruneHeads,
@@ -167,6 +168,27 @@ def explained_too_little() -> Refusal:
     found = refused(Spelling(), Replace("conv", minimum_r2=2), calibration=[inputs(Spelling())])
     assert re.match(r"-?\d\.\d{4} by ", found.found)
     return replace(found, found=re.sub(r"-?\d\.\d{4}", "0.1234", found.found))
+
+
+class OneProjection(nn.Module):
+    """Keys that are the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = (nn.Linear(E, E) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, kv = (p(x).unflatten(-1, (H, -1)).transpose(1, 2) for p in (self.q, self.kv))
+        made: Tensor = self.out(F.scaled_dot_product_attention(q, kv, kv).transpose(1, 2).flatten(2))
+        return made
+
+
+def one_projection() -> Refusal:
+    batches = [(torch.randn(4, L, E),)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnopt.AttnoptWarning)
+        fast = attnopt.optimize(OneProjection().eval(), LatentKv(2), batches[0], calibration=batches)
+    return fast.report.sites[0].refusals["latent-kv"]
 
 
 def selected_twice() -> Refusal:
@@ -689,6 +711,10 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         lambda: refused(Spelling(norm="across"), GroupedQuery(kv_heads=2)),
         "[unknown-projection] expected known key and value projections, found k: heads cannot be separated before "
         "layer_norm (LINE) (at LINE)",
+    ),
+    "shared-projection": (
+        one_projection,
+        "[shared-projection] expected keys and values from rows of their own, found rows of kv.weight that make both (at LINE)",
     ),
     "needs-calibration": (
         lambda: refused(Spelling(), GroupedQuery(kv_heads=2, merge="svd")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,8 @@ from attnopt.onnx.export.kv_cache import WIDTH, Kept
 from attnopt.onnx.export.mark import Marked
 from attnopt.onnx.export.sink_tokens import LARGEST
 
-WINDOWS, TYPES = ("masked", "rolling"), ("float32", "int8")
+LATENT = "latent"
+WINDOWS, TYPES = ("masked", "rolling"), ("float32", "int8", LATENT)
 COARSE = 0.1  # how much of the largest logit int8 keys and values may change one
 PLACES = 16  # positions, spread over the context, at which keys are measured
 
@@ -53,6 +55,11 @@ class CacheOptions:
                 raise ExportError(f"invalid value {name}={given!r}: expected {listed}")
         if self.calibration is not None and self.kv != "int8":
             raise ExportError('calibration is for the scales of kv="int8"', hint="leave calibration out")
+        if self.kv == LATENT and (self.windows == "rolling" or self.pad_heads):
+            raise ExportError(
+                f'kv="{LATENT}" keeps the latents of all tokens, in buffers as wide as each layer needs',
+                hint="leave windows and pad_heads out",
+            )
 
     def settled(
         self, gm: fx.GraphModule, origin: Origin, marked: Sequence[Marked], context_length: int
@@ -75,7 +82,9 @@ class CacheOptions:
                 )
         if self.kv == "int8":
             _check_width([m for m, f in zip(marked, forms, strict=True) if f.rolls])
-            found = _scales(gm, marked, _placed(gm, self._batches(origin), context_length))
+            batches = self._batches(origin)
+            room = _headroom(sum(_tokens(gm, batch) for batch in batches), context_length)
+            found = _scales(gm, marked, _placed(gm, batches, context_length), room)
             forms = [replace(f, scales=s) for f, s in zip(forms, found, strict=True)]
         return tuple(replace(m, form=f) for m, f in zip(marked, forms, strict=True))
 
@@ -149,8 +158,10 @@ def _kept(marked: Marked) -> Kept:
     return marked.form
 
 
-def _scales(gm: fx.GraphModule, marked: Sequence[Marked], batches: Iterable[CallInputs]) -> list[tuple[Tensor, Tensor]]:
-    """Of keys and of values of each attention, [G, D]: the largest magnitude of each feature becomes 127."""
+def _scales(
+    gm: fx.GraphModule, marked: Sequence[Marked], batches: Iterable[CallInputs], room: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Of keys and of values of each attention, [G, D]: ``room`` times the largest magnitude of each feature becomes 127."""
     sides = [_keys_and_values(m.node) for m in marked]
     largest: dict[fx.Node, Tensor] = {}
     for batch in batches:
@@ -168,7 +179,7 @@ def _scales(gm: fx.GraphModule, marked: Sequence[Marked], batches: Iterable[Call
                 site=m.site.name,
                 hint='use kv="float32"',
             )
-    return [(_scale(largest[k]), _scale(largest[v])) for k, v in sides]
+    return [(_scale(room * largest[k]), _scale(room * largest[v])) for k, v in sides]
 
 
 def _placed(gm: fx.GraphModule, batches: Sequence[CallInputs], context_length: int) -> Iterator[CallInputs]:
@@ -189,6 +200,21 @@ def _placed(gm: fx.GraphModule, batches: Sequence[CallInputs], context_length: i
 def _scale(largest: Tensor) -> Tensor:
     """A feature that is always zero has any scale."""
     return torch.where(largest > 0, largest / LARGEST, 1.0).contiguous()
+
+
+def _headroom(tokens: int, context_length: int) -> float:
+    """By how much the largest number of a whole context exceeds that of the calibration ``tokens``: among n normal numbers, it
+    grows as the root of log n."""
+    return max(1.0, math.sqrt(math.log(context_length) / math.log(max(tokens, 2))))
+
+
+def _tokens(gm: fx.GraphModule, batch: CallInputs) -> int:
+    visible = _visible(gm, batch)
+    if visible is not None:
+        return int(visible.sum())
+    names = [n.name for n in inputs_of(gm.graph)]
+    ids: Tensor = pytree.tree_leaves(batch)[names.index("input_ids")]
+    return ids.numel()
 
 
 def _keys_and_values(call: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx
 
 from attnopt.base.atomic_files import atomic_folder, folder_beside
 from attnopt.base.compile_lock import compiling
-from attnopt.base.sizes import is_static
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
-from attnopt.graph.nodes import inputs_of, is_tensor, value
-from attnopt.ir.site import Site
-from attnopt.onnx.export.cache_forms import CacheOptions, about, reach, rolling, slots
+from attnopt.onnx.export.cache_forms import LATENT, CacheOptions, about, reach, rolling, slots
+from attnopt.onnx.export.decoder_inputs import INPUTS, with_cache
 from attnopt.onnx.export.kv_cache import PAST, PRESENT
-from attnopt.onnx.export.mark import Marked, mark
+from attnopt.onnx.export.mark import Marked
 from attnopt.onnx.export.quantizer import FLOATING, Quantization, check_quantization, quantized
 from attnopt.onnx.export.translate import OPSETS, expand, translated
-from attnopt.onnx.export.write_file import METADATA, ROOM_IN_FILE, finish, note, save, weights_size
+from attnopt.onnx.export.write_file import METADATA, finish, is_external, note, save
 from attnopt.report.quantized_file import QuantizedFile
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 CONFIG, FILE = "genai_config.json", "model.onnx"
 ABOUT = "cache.json"  # in the place of the configuration, where onnxruntime-genai cannot run the file
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @compiling()
@@ -48,10 +46,6 @@ def export_decoder(
     quantize: Quantization | None,
 ) -> QuantizedFile | None:
     """Write the folder, whole or not at all; what quantization made of it.  Raises ExportError."""
-    from attnopt.onnx.export.kv_cache import Cache
-    from attnopt.onnx.export.peephole import settle
-    from attnopt.onnx.export.verify_decoder import Whole
-
     check_quantization(quantize)
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
         raise ExportError(
@@ -60,125 +54,90 @@ def export_decoder(
         )
     tokens = _tokens(eos_token_id, tokenizer)
     cache.check()
-    marked_gm, marked = with_cache(gm, origin)
-    marked = cache.settled(gm, origin, marked, context_length)
-    windows = rolling(marked)
-    kept = about(marked)
-    marker = ABOUT if any(layer["sinks"] for layer in kept) else CONFIG
-    with atomic_folder(folder, marker=marker) as made:
-        model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
-        expand(model.graph, marked, Cache.of(model.graph).write)
-        settle(model, contrib=True)
-        finish(model, origin, "onnxruntime", marked)
-        logits = _logits(model.graph.outputs)
-        model.metadata_props[f"{METADATA}cache"] = json.dumps(kept)
-        whole = Whole(gm, origin, str(logits.name), reach(marked))
-        told = _saved(model, whole, made / FILE, cache.tolerance, quantize)
-        config = _config(model.graph, logits, marked, context_length, tokens, windows)
-        (made / marker).write_text(json.dumps(config if marker == CONFIG else kept, indent=2), encoding="utf-8")
+    made = _of_latents(gm, origin) if cache.kv == LATENT else _of_keys(gm, origin, cache, context_length, tokens)
+    with atomic_folder(folder, marker=made.marker) as path:
+        finish(made.model, origin, made.flavor, made.marked)
+        made.model.metadata_props[f"{METADATA}cache"] = json.dumps(made.kept)
+        told = _saved(made, path / FILE, cache.tolerance, quantize)
+        config = made.kept if made.config is None else made.config
+        (path / made.marker).write_text(json.dumps(config, indent=2), encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(made))
+            tokenizer.save_pretrained(str(path))
     return told
 
 
-def with_cache(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, tuple[Marked, ...]]:
-    """The graph of a decoder, each attention marked as one over a cache.  Raises ExportError where that cannot be."""
-    from attnopt.onnx.export.kv_cache import cached
+@dataclass(frozen=True)
+class _Made:
+    """``kept``: the layers' buffers.  ``config``: of onnxruntime-genai, or None if it cannot run the file."""
 
-    _check_inputs(gm, origin.report.fixed_axes)
-    marked_gm, marked = mark(gm, cached)
-    _check_edits(origin.sites)
-    _check_sites(marked, [s.name for s in origin.sites])
-    return marked_gm, marked
+    model: ir.Model
+    whole: Whole
+    marked: Sequence[Marked]
+    kept: list[dict[str, object]]
+    config: dict[str, object] | None
+    flavor: Literal["onnxruntime", "standard"]
+
+    @property
+    def marker(self) -> str:
+        return ABOUT if self.config is None else CONFIG
 
 
-def _saved(
-    model: ir.Model, whole: Whole, file: Path, allowed: float | None, how: Quantization | None
-) -> QuantizedFile | None:
+def _of_keys(
+    gm: fx.GraphModule, origin: Origin, cache: CacheOptions, context_length: int, tokens: Mapping[str, Any]
+) -> _Made:
+    """Over keys and values."""
+    from attnopt.onnx.export.kv_cache import Cache
+    from attnopt.onnx.export.peephole import settle
+    from attnopt.onnx.export.verify_decoder import Whole
+
+    marked_gm, marked = with_cache(gm, origin)
+    marked = cache.settled(gm, origin, marked, context_length)
+    model, _ = translated(marked_gm, origin, OPSETS[0])  # of whole sequences: here past and new tokens are separate
+    expand(model.graph, marked, Cache.of(model.graph).write)
+    settle(model, contrib=True)
+    logits, kept = _logits(model.graph.outputs), about(marked)
+    windows = rolling(marked)
+    config = None
+    if not any(layer["sinks"] for layer in kept):
+        config = _config(model.graph, logits, marked, context_length, tokens, windows)
+    return _Made(model, Whole(gm, origin, str(logits.name), reach(marked)), marked, kept, config, "onnxruntime")
+
+
+def _of_latents(gm: fx.GraphModule, origin: Origin) -> _Made:
+    """Over latents."""
+    from attnopt.onnx.export.latent_file import about_latents, checked_decoder, latent_model, latent_run
+    from attnopt.onnx.export.verify_decoder import Whole
+
+    decoder, marked = checked_decoder(gm, origin)
+    whole = Whole(gm, origin, "logits", 0, latent_run)
+    return _Made(latent_model(decoder, marked), whole, marked, about_latents(decoder, marked), None, "standard")
+
+
+def _saved(made: _Made, file: Path, allowed: float | None, how: Quantization | None) -> QuantizedFile | None:
     """The checked file, in float if ``how`` is None."""
     from attnopt.onnx.export.export_quantized import signed
 
     if how is None:
-        _in_float(model, whole, file, allowed)
+        _in_float(made, file, allowed)
         return None
     with folder_beside(file) as work:
         floating = work / FLOATING
-        _in_float(model, whole, floating, allowed)
-        made = quantized(floating, how, standard=False)
-        data = _data_of(file, made.weights_size)
-        save(made.model, file, data)
-        return signed(made, file, data, whole.deviation_of(file, how))
+        _in_float(made, floating, allowed)
+        small = quantized(floating, how, standard=made.flavor == "standard")
+        data = _data_of(file, small.model)
+        save(small.model, file, data)
+        return signed(small, file, data, made.whole.deviation_of(file, how))
 
 
-def _in_float(model: ir.Model, whole: Whole, file: Path, allowed: float | None) -> None:
-    save(model, file, _data_of(file, weights_size(whole.gm)))
-    error = whole.verify(file, allowed)
+def _in_float(made: _Made, file: Path, allowed: float | None) -> None:
+    save(made.model, file, _data_of(file, made.model))
+    error = made.whole.verify(file, allowed)
     if allowed is not None:
         note(file, f"{METADATA}cache_error", f"{error:.2g}")
 
 
-def _data_of(file: Path, size: int) -> Path | None:
-    return file.with_name(f"{file.name}.data") if size > ROOM_IN_FILE else None
-
-
-def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
-    """Token ids and related inputs, with dynamic batch and length."""
-    inputs = {n.name: n for n in inputs_of(gm.graph) if is_tensor(n)}
-    if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
-        raise ExportError(
-            f"a decoder takes input_ids, and optionally attention_mask and position_ids; this model takes {list(inputs)}",
-            hint="capture the model with these inputs only, and with use_cache=False if it has its own cache",
-        )
-    for name, node in inputs.items():
-        sizes = value(node).shape
-        if len(sizes) != 2 or any(map(is_static, sizes)):
-            raise ExportError(
-                f"{name} is [{', '.join(map(str, sizes))}], expected [batch, length] with both axes dynamic",
-                hint="pass an example of several sequences of several tokens"
-                if any(f.startswith(f"{name}[") for f in fixed)
-                else 'optimize the model with dynamic_shapes="auto"',
-            )
-
-
-def _check_edits(sites: Sequence[Site]) -> None:
-    """Its steps see one token at a time: what depends on others' places or values cannot be part of them."""
-    for site in sites:
-        if site.spec.weight_gains is not None:
-            raise ExportError(
-                f"GroupQueryAttention does not support gains on weights: {site.spec.weight_gains}",
-                site=site.name,
-                hint="use export_onnx, or leave segment-gain out",
-            )
-        if site.spec.has_map:
-            raise ExportError(
-                "its attention weights are mixed with a map, which depends on the positions of tokens",
-                site=site.name,
-                hint="use export_onnx",
-            )
-        if site.spec.before:
-            raise ExportError(
-                f"queries and keys of another run are those of all tokens at once: {site.spec.before[0]}",
-                site=site.name,
-                hint="use export_onnx",
-            )
-        edit = next((e for e in site.spec.after if e.reads_positions), None)
-        if edit is not None:
-            raise ExportError(
-                f"the edit of its head outputs depends on the positions of tokens: {edit}",
-                site=site.name,
-                hint="use export_onnx, or edit every token alike",
-            )
-
-
-def _check_sites(marked: Sequence[Marked], sites: Sequence[str]) -> None:
-    there = {m.site.name for m in marked}
-    for name in sites:
-        if name not in there:
-            raise ExportError(
-                "this attention is not a fused operator, so its keys and values cannot be cached",
-                site=name,
-                hint='see the report for the reason; with backend="sdpa" every rewritten attention is fused',
-            )
+def _data_of(file: Path, model: ir.Model) -> Path | None:
+    return file.with_name(f"{file.name}.data") if is_external(model) else None
 
 
 def _logits(outputs: Sequence[ir.Value]) -> ir.Value:

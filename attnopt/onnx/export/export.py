@@ -14,7 +14,7 @@ from attnopt.errors import ExportError
 from attnopt.onnx.export.mark import fastest, mark
 from attnopt.onnx.export.quantizer import Quantization, check_quantization
 from attnopt.onnx.export.translate import OPSETS, expand, translated
-from attnopt.onnx.export.write_file import ROOM_IN_FILE, Written, finish, save, weights_size, written_to
+from attnopt.onnx.export.write_file import Written, finish, is_external, save, written_to
 from attnopt.report.quantized_file import QuantizedFile
 
 Flavor = Literal["onnxruntime", "standard"]
@@ -66,18 +66,12 @@ def write_unquantized(
         from attnopt.onnx.export.in_place import export_in_place
 
         return export_in_place(gm, origin, path, flavor=flavor, opset=opset, external_data=external_data, verify=verify)
-    size = weights_size(gm)
-    if external_data is False and size > ROOM_IN_FILE:
-        raise ExportError(
-            f"the model's {size / 2**30:.1f} GiB of weights exceed the 2 GiB limit of one ONNX file",
-            hint='use external_data="auto"',
-        )
     from attnopt.onnx.export.cache_names import with_names
     from attnopt.onnx.export.peephole import settle
     from attnopt.onnx.export.size_checks import check_sizes
     from attnopt.onnx.export.write_form import write
 
-    with written_to(path, size > ROOM_IN_FILE if external_data == "auto" else external_data) as (file, data):
+    with written_to(path) as (file, data):
         contrib = flavor == "onnxruntime"
         gm, names = with_names(gm, origin)
         marked_gm, marked = mark(gm, fastest(contrib))
@@ -88,7 +82,7 @@ def write_unquantized(
         if names is not None:
             names.give(model.graph)
         finish(model, origin, flavor, marked)
-        save(model, file, data)
+        save(model, file, data if is_external(model, external_data) else None)
         written = Written(gm, {} if names is None else names.inputs)
         if verify:
             from attnopt.onnx.export.verify import verify as run_and_compare

@@ -10,10 +10,9 @@ from typing import Literal
 
 from attnopt.base.atomic_files import folder_beside
 from attnopt.compiler.origin import Origin
-from attnopt.errors import ExportError
 from attnopt.onnx.export.deviation import Deviation
 from attnopt.onnx.export.quantizer import FLOATING, QUANTIZATION, Quantization, Quantized, quantized
-from attnopt.onnx.export.write_file import ROOM_IN_FILE, Written, note, save, written_to
+from attnopt.onnx.export.write_file import Written, is_external, note, save, written_to
 from attnopt.report.quantized_file import QuantizedFile
 
 
@@ -31,13 +30,9 @@ def export_quantized(
     with folder_beside(path) as work:
         written = write(work / FLOATING)
         made = quantized(work / FLOATING, how, standard=flavor == "standard")
-        if external_data is False and made.weights_size > ROOM_IN_FILE:
-            raise ExportError(
-                f"{made.weights_size / 2**30:.1f} GiB of {how} weights exceed the 2 GiB limit of one ONNX file",
-                hint='use external_data="auto"',
-            )
-        is_external = made.weights_size > ROOM_IN_FILE if external_data == "auto" else external_data
-        with written_to(path, is_external) as (file, data):
+        external = is_external(made.model, external_data, f"its {how} file's")
+        with written_to(path) as (file, beside):
+            data = beside if external else None
             save(made.model, file, data)
             found = None
             if verify:

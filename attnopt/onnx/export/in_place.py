@@ -78,8 +78,8 @@ def export_in_place(
     fixed = _fix_axes(model, gm, file)
     _sign(model, origin, flavor, [m for part in parts for m in part.marked])
     is_external = _is_external(source.stored) if external_data == "auto" else external_data
-    with written_to(path, is_external) as (temporary, data):
-        _save(model, source, temporary, data)
+    with written_to(path) as (temporary, data):
+        _save(model, source, temporary, data if is_external else None)
         if verify:
             from attnopt.onnx.export.verify import verify_file
 

@@ -15,13 +15,12 @@ from attnopt.ir.operands import Operands
 from attnopt.ir.spec import AttentionSpec
 from attnopt.onnx.export.builder import Attribute, Builder
 from attnopt.onnx.export.canonical import Canonical
+from attnopt.onnx.export.causal_pattern import bare, reach_of
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.fused_ops import group_query
 from attnopt.onnx.export.head_slots import HeadSlots
 from attnopt.onnx.export.sink_tokens import SinkPart, first_position, kept_sinks, sink_part, widened_scales
 from attnopt.onnx.export.write_form import flat
-from attnopt.patterns import Pattern
-from attnopt.patterns.bands import Band
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" or "value"
 WIDTH = 16  # of int8 heads in a rolling buffer: their features are a multiple of it
@@ -51,65 +50,16 @@ class Kept(Form):
 
 def cached(emit: Emitter, call: Canonical) -> tuple[Canonical, Form]:
     """An attention over a cache.  Raises ExportError if it is unsupported."""
-    if call.lowered is None:
-        raise ExportError(
-            "this attention was left unchanged, so its keys and values cannot be cached",
-            site=call.site.name,
-            hint='use a policy that fuses every attention: {"*": "fuse", ...}',
-        )
-    given = call.operands
-    bare = call.having(Operands(given.q, given.k, given.v), _pattern(call.site, call.lowered.spec))
-    bands = bare.site.spec.pattern.bands or ()
-    window = next((1 - band.low for band in bands if band.low is not None), None)
-    sinks = next((band.first for band in bands if band.first is not None), 0)
-    kind = "GroupQueryAttention over a cache"
-    return bare, Kept(kind=kind, cost=0.0, slots=HeadSlots.of(bare.site.spec), window=window, sinks=sinks)
-
-
-def _pattern(site: OnnxSite, spec: AttentionSpec) -> Pattern:
-    """What queries see of unpadded inputs: everything before them, or a window of that.  ``spec`` is what lowering noted."""
-    if spec.pooling is not None:
-        raise _error(site.name, "it has pooled keys, which GroupQueryAttention does not support")
-    if spec.is_cross or not site.is_square:
-        raise _error(site.name, "its keys and queries come from different sequences")
-    for what, given in {
-        "channels in the place of tokens": spec.between_channels,
-        "weights without a softmax": spec.linear is not None,
-        "a softmax over queries": spec.sends,
-        "clamped scores": spec.clamp is not None,
-        "a bias on its scores": spec.has_bias,
-        "sinks": spec.has_sinks,
-        "zero keys": spec.zero_keys is not None,
-        "keys of other tokens": spec.extension is not None,
-        "blocks chosen at run time": spec.selection is not None,
-        "rows chosen at run time": spec.rows is not None,
-        "a mask other than a padding mask": spec.has_mask and spec.seen_as is None,
-        f"elements of type {site.dtype}": site.dtype != torch.float32,
+    dtype, spec = call.site.dtype, call.site.spec
+    others = {
+        f"elements of type {dtype}": dtype != torch.float32,
         f"heads of {spec.head_dim} and {spec.value_dim} features": spec.head_dim % 8 or spec.value_dim != spec.head_dim,
         f"a scale of {spec.scale:g}": not spec.scale > 0,
-    }.items():
-        if given:
-            raise _error(site.name, f"it has {what}, which GroupQueryAttention does not support")
-    pattern = spec.visible_pattern
-    match pattern.bands:
-        case (Band(high=0, step=1, first=None),):
-            return pattern
-        case (Band(high=0, step=1, first=None), Band(low=None, high=0, step=1)) if spec.softcap is None:
-            return pattern
-        case (Band(low=None, high=0, step=1), Band(high=0, step=1, first=None)) if spec.softcap is None:
-            return pattern
-    raise _error(
-        site.name,
-        f"the pattern is {pattern}{'' if spec.softcap is None else ' with a softcap'}, but GroupQueryAttention supports only "
-        "Causal() and a causal window, and a window with sinks if there is no softcap",
-    )
-
-
-def _error(site: str, why: str) -> ExportError:
-    hint = (
-        "a decoder needs causal attentions, each with its keys and values in one cache; use export_onnx for all others"
-    )
-    return ExportError(why, site=site, hint=hint)
+    }
+    alone = bare(call, "GroupQueryAttention", others)
+    window, sinks = reach_of(alone.site.spec.pattern)
+    kind = "GroupQueryAttention over a cache"
+    return alone, Kept(kind=kind, cost=0.0, slots=HeadSlots.of(alone.site.spec), window=window, sinks=sinks)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from attnopt.graph.cleanup import prune_unused_state, remove_unused_nodes, share_equal_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import RESHAPES, aten, is_call, value
+from attnopt.graph.nodes import RESHAPES, aten, is_call, opname, value
 from attnopt.ir.operands import ROLES, Operands
 from attnopt.lower.attention_calls import attention_calls
 from attnopt.lower.lower import copy_program
@@ -128,3 +128,8 @@ def _placeholder(emit: Emitter, call: Canonical, number: int) -> fx.Node:
         return made
 
     return emit.inline(attend, *given.values())
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """Those of a marked graph, in the order of their numbers; the first argument of each lists the operands by ``ROLES``."""
+    return [n for n in graph.nodes if opname(n) == "_symbolic" and OP in n.args]

@@ -35,11 +35,6 @@ class Quantized:
     products: WeightProducts
     bytes_before: int
 
-    @property
-    def weights_size(self) -> int:
-        """Bytes."""
-        return sum(v.const_value.nbytes for v in self.model.graph.initializers.values() if v.const_value is not None)
-
 
 def check_quantization(how: object) -> None:
     """Raises ExportError for an unknown one."""

@@ -12,13 +12,14 @@ from torch import fx
 from attnopt.base.call_inputs import CallInputs
 from attnopt.compiler.origin import Origin
 from attnopt.onnx.export.cache_forms import CacheOptions
-from attnopt.onnx.export.decoder import FILE, export_decoder, with_cache
+from attnopt.onnx.export.decoder import FILE, export_decoder
+from attnopt.onnx.export.decoder_inputs import with_cache
 from attnopt.onnx.export.export import write_unquantized
 from attnopt.onnx.export.kv_cache import PRESENT, Kept
 from attnopt.onnx.export.quantizer import FLOATING, Quantization, quantized
 from attnopt.onnx.export.verify import feed_of, open_session
 from attnopt.onnx.export.verify_decoder import DecoderRun
-from attnopt.onnx.export.write_file import ROOM_IN_FILE, save
+from attnopt.onnx.export.write_file import is_external, save
 
 Call = Callable[[], object]
 
@@ -30,7 +31,7 @@ def model_call(gm: fx.GraphModule, origin: Origin, inputs: CallInputs, quantize:
         written = write_unquantized(gm, origin, file, "onnxruntime", None, "auto", False)
         if quantize is not None:
             made, file = quantized(file, quantize, standard=False), file.with_name(f"{quantize}.onnx")
-            save(made.model, file, file.with_name(f"{file.name}.data") if made.weights_size > ROOM_IN_FILE else None)
+            save(made.model, file, file.with_name(f"{file.name}.data") if is_external(made.model) else None)
         session = open_session(file, exact=False, threads=1)
     feed = feed_of([i.name for i in session.get_inputs()], written.gm, inputs, written.names)
     return lambda: session.run(None, feed)

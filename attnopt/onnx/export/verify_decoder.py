@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,23 +32,32 @@ BEYOND, MOST = 8, 1024  # tokens of a prompt beyond a window that rolls, and tho
 
 _ELEMENTS = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
 
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]  # ids [B, L], positions, the tokens of each sequence so far -> logits
+
 
 @dataclass(frozen=True)
 class Whole:
-    """The model ``gm`` on whole sequences, with which a decoder's file is compared.
+    """The model ``gm`` on whole sequences, with which a decoder is compared.
 
-    ``logits``: the name of the output.  ``window``: from how many tokens on all buffers that roll do, or 0 if none does.
+    ``logits``: the name of a file's output.  ``window``: from how many tokens on all buffers that roll do, or 0 if none does.
+    ``runs``: how a file runs, given its session, ``logits`` and the number of tokens; by default as ``DecoderRun``.
     """
 
     gm: fx.GraphModule
     origin: Origin
     logits: str
     window: int
+    runs: Callable[[InferenceSession, str, int], Run] | None = None
 
     def verify(self, file: Path, allowed: float | None) -> float:
         """The largest relative difference of the file's logits.  ``allowed``: what it may be; by default, what rounding
         explains.  Raises ExportError."""
         return max(_compare(got, want, when, allowed) for got, want, when in self._in_use(file, exact=True))
+
+    def verify_run(self, run: Run) -> None:
+        """The same for what is no file, without a cache so far.  Raises ExportError."""
+        for got, want, when in self._compared(lambda _: run):
+            _compare(got, want, when, None)
 
     def deviation_of(self, file: Path, how: Quantization) -> Deviation:
         """Of the logits of a quantized file.  Raises ExportError if it is too large."""
@@ -58,7 +67,12 @@ class Whole:
         return worst
 
     def _in_use(self, file: Path, exact: bool) -> Iterator[tuple[Tensor, Tensor, str]]:
-        """Logits of the file and of the model: of a prompt, and of each token after it."""
+        session, runs = open_session(file, in_bfloat16(self.gm), exact), self.runs or DecoderRun
+        return self._compared(lambda capacity: runs(session, self.logits, capacity))
+
+    def _compared(self, running: Callable[[int], Run]) -> Iterator[tuple[Tensor, Tensor, str]]:
+        """Logits over a cache, and of the model: of a prompt, and of each token after it.  ``running``: with room for so many
+        tokens."""
         ids = _two_sequences(self.gm, self.origin, self.window)
         want = _whole(self.gm, self.origin, ids)
         length = ids.shape[1] - STEPS
@@ -66,7 +80,7 @@ class Whole:
             0 if self.window else 2
         )  # the second prompt is padded at its end, which buffers that roll do not allow
         lengths = torch.tensor([length, length - shorter])
-        run = DecoderRun(open_session(file, in_bfloat16(self.gm), exact), self.logits, ids.shape[1] + 5)
+        run = running(ids.shape[1] + 5)
         got = run(ids[:, :length], torch.arange(length).expand(2, -1), lengths)
         prompt = torch.cat([got[b, :n] for b, n in enumerate(lengths)])
         yield prompt, torch.cat([want[b, :n] for b, n in enumerate(lengths)]), "for a prompt"

@@ -10,12 +10,13 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import fx
 
 from attnopt.base.atomic_files import atomic_write
 from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
 from attnopt.onnx.export.choose_form import Form, OnnxSite
 from attnopt.onnx.export.mark import Marked
 from attnopt.version import __version__
@@ -38,9 +39,18 @@ class Written:
     names: Mapping[str, str]
 
 
-def weights_size(gm: fx.GraphModule) -> int:
-    """Bytes."""
-    return sum(t.numel() * t.element_size() for t in (*gm.parameters(), *gm.buffers()))
+def is_external(model: ir.Model, asked: bool | Literal["auto"] = "auto", whose: str = "the model's") -> bool:
+    """Whether its weights are stored beside the file.  Raises ExportError where they do not fit in it and were to."""
+    held = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    size = sum(
+        tensor.nbytes for tensor in held if tensor is not None
+    )  # more than the graph's, where constants were folded
+    if asked is False and size > ROOM_IN_FILE:
+        raise ExportError(
+            f"{whose} {size / 2**30:.1f} GiB of weights exceed the 2 GiB limit of one ONNX file",
+            hint='use external_data="auto"',
+        )
+    return size > ROOM_IN_FILE if asked == "auto" else asked
 
 
 def finish(model: ir.Model, origin: Origin, flavor: str, marked: Sequence[Marked]) -> None:
@@ -89,21 +99,20 @@ def save(model: ir.Model, file: Path, data: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def written_to(path: str | os.PathLike[str], with_data: bool) -> Iterator[tuple[Path, Path | None]]:
-    """A file to write the model to and, ``with_data``, one for its weights; both are there when the block ends well.
+def written_to(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """A file to write the model to and one that may be written for its weights; both are in place when the block ends well.
 
     The weight file gets a unique name each time, so an older model keeps its weights until the new
     one replaces it atomically; only then are the older weights removed.
     """
     target = Path(path).resolve()
     older = [file for file in target.parent.glob("*") if _is_data_of(file, target)]
-    data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data") if with_data else None
+    data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     try:
         with atomic_write(path) as temporary:
             yield temporary, data
     except BaseException:
-        if data is not None:
-            data.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)
         raise
     for file in older:
         file.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from models import Attention, Spelling, inputs
 from stacks import batches, head_inputs, stack
 from torch import Tensor, nn
 
@@ -84,6 +85,21 @@ def test_activations_with_other_weights() -> None:
         if f.site.name == "layers.0":
             torch.testing.assert_close(after.k[:, 2], data[0] @ weight.T)
         assert edited.original is activations
+
+
+@pytest.mark.parametrize("unpack", ["split", "chunk", "slice", "unbind", "select"])
+def test_packed_projections_are_computed_anew(unpack: str) -> None:
+    s = Spelling(packing="fused", unpack=unpack)
+    given = inputs(s)
+    program = capture(Attention(s), CallInputs((), given))
+    ((_, activations),) = Stream(program.module, find(program).found, [CallInputs((), given)]).sites()
+    weight = torch.randn(4, 12)
+    after = activations.edited([attnopt.HeadWeights("k", 2, weight, torch.zeros(4))]).batches[0]
+    torch.testing.assert_close(after.k[:, 2], given["x"] @ weight.T)
+    before = activations.batches[0]
+    assert all(
+        torch.equal(a, b) for a, b in ((before.q, after.q), (before.v, after.v), (before.k[:, :2], after.k[:, :2]))
+    )
 
 
 def test_padding_does_not_count() -> None:

@@ -1,0 +1,90 @@
+"""Whether an optimized graph is a decoder's, whose attentions can read a cache; and these attentions, marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from attnopt.base.sizes import is_static
+from attnopt.compiler.origin import Origin
+from attnopt.errors import ExportError
+from attnopt.graph.nodes import inputs_of, is_tensor, value
+from attnopt.ir.site import Site
+from attnopt.onnx.export.mark import Marked, Settle, mark
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def with_cache(
+    gm: fx.GraphModule, origin: Origin, settle: Settle | None = None
+) -> tuple[fx.GraphModule, tuple[Marked, ...]]:
+    """The graph of a decoder, each attention marked as one over a cache; ``settle``: in which form, by default as
+    GroupQueryAttention.  Raises ExportError where that cannot be."""
+    from attnopt.onnx.export.kv_cache import cached
+
+    _check_inputs(gm, origin.report.fixed_axes)
+    marked_gm, marked = mark(gm, settle or cached)
+    _check_edits(origin.sites)
+    _check_sites(marked, [s.name for s in origin.sites])
+    return marked_gm, marked
+
+
+def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
+    """Token ids and related inputs, with dynamic batch and length."""
+    inputs = {n.name: n for n in inputs_of(gm.graph) if is_tensor(n)}
+    if "input_ids" not in inputs or not set(inputs) <= set(INPUTS):
+        raise ExportError(
+            f"a decoder takes input_ids, and optionally attention_mask and position_ids; this model takes {list(inputs)}",
+            hint="capture the model with these inputs only, and with use_cache=False if it has its own cache",
+        )
+    for name, node in inputs.items():
+        sizes = value(node).shape
+        if len(sizes) != 2 or any(map(is_static, sizes)):
+            raise ExportError(
+                f"{name} is [{', '.join(map(str, sizes))}], expected [batch, length] with both axes dynamic",
+                hint="pass an example of several sequences of several tokens"
+                if any(f.startswith(f"{name}[") for f in fixed)
+                else 'optimize the model with dynamic_shapes="auto"',
+            )
+
+
+def _check_edits(sites: Sequence[Site]) -> None:
+    """Its steps see one token at a time: what depends on others' places or values cannot be part of them."""
+    for site in sites:
+        if site.spec.weight_gains is not None:
+            raise ExportError(
+                f"GroupQueryAttention does not support gains on weights: {site.spec.weight_gains}",
+                site=site.name,
+                hint="use export_onnx, or leave segment-gain out",
+            )
+        if site.spec.has_map:
+            raise ExportError(
+                "its attention weights are mixed with a map, which depends on the positions of tokens",
+                site=site.name,
+                hint="use export_onnx",
+            )
+        if site.spec.before:
+            raise ExportError(
+                f"queries and keys of another run are those of all tokens at once: {site.spec.before[0]}",
+                site=site.name,
+                hint="use export_onnx",
+            )
+        edit = next((e for e in site.spec.after if e.reads_positions), None)
+        if edit is not None:
+            raise ExportError(
+                f"the edit of its head outputs depends on the positions of tokens: {edit}",
+                site=site.name,
+                hint="use export_onnx, or edit every token alike",
+            )
+
+
+def _check_sites(marked: Sequence[Marked], sites: Sequence[str]) -> None:
+    there = {m.site.name for m in marked}
+    for name in sites:
+        if name not in there:
+            raise ExportError(
+                "this attention is not a fused operator, so its keys and values cannot be cached",
+                site=name,
+                hint='see the report for the reason; with backend="sdpa" every rewritten attention is fused',
+            )
