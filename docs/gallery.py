@@ -100,7 +100,7 @@ def of_passes() -> str:
     texts = _sections(PASSES.read_text("utf-8"))
     for name in sorted(ours, key=list(texts).index):
         line = LINES[name]
-        data = [torch.randn(2, TOKENS, TOKENS, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+        data = [torch.randn(1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(i)) for i in range(16)]
         fast = attnopt.optimize(model, _value(line, x), (x,), calibration=data if "Replace" in line else None)
         if fast.report.sites[0].status != "rewritten":
             raise RuntimeError(f"{line} in the gallery is refused:\n{fast.report}")
@@ -108,7 +108,7 @@ def of_passes() -> str:
             f"### [{name}](passes.md#{name})\n\n{_papers(plugins.load_pass(name))}"
             f"{_tiles(_maps(fast, x), f'the maps of four heads under {line}')}\n\n"
             f"```py\nattnopt.optimize(model, {line}, args)\n```\n\n"
-            f"**Law.** {_first(texts[name], 'Law')}\n\n**Cost.** {_first(texts[name], 'Cost')}"
+            f"**Law.** {_told(texts[name], 'Law')}\n\n**Cost.** {_first(_told(texts[name], 'Cost'))}"
         )
     return "\n\n".join(sections)
 
@@ -164,10 +164,15 @@ def _sections(page: str) -> dict[str, str]:
     return {title: text for title, _, text in (s.partition("\n") for s in page.split("\n## ")[1:])}
 
 
-def _first(section: str, title: str) -> str:
-    """The first sentence behind ``**title.**``"""
+def _told(section: str, title: str) -> str:
+    """The paragraph that begins with ``**title.**``"""
     (paragraph,) = re.findall(rf"^\*\*{title}\.\*\* (.*?)\n\n", section + "\n\n", re.MULTILINE | re.DOTALL)[:1]
-    return re.split(r"(?<=[.:])\s+(?=[A-Z`\"])", " ".join(paragraph.split()))[0]
+    return " ".join(paragraph.split())
+
+
+def _first(text: str) -> str:
+    """Its first sentence."""
+    return re.split(r"(?<=\.)\s+(?=[A-Z`\"])", text)[0]
 
 
 def _papers(kind: type[Any]) -> str:

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 Table = dict[str, dict[str, float]]  # row -> column -> number
 Say = Callable[[object], None]
 SIZES = ((1, 16), (8, 128), (1, 512))  # batch x tokens of the encoder's rows
-ROUNDS, QUICK_ROUNDS = 9, 3
+EXAMPLE = 250  # characters of an example text
+ROUNDS, QUICK_ROUNDS = 7, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser, model_help: str) -> None:
     parser.add_argument("--model", metavar="NAME", help=f"a model of your own instead: {model_help}")
-    parser.add_argument("--policy", help="how to rewrite --model: text, or a YAML or JSON file (default: fuse, which is exact)")
+    parser.add_argument(
+        "--policy", help="how to rewrite --model: text, or a YAML or JSON file (default: fuse, which is exact)"
+    )
     parser.add_argument("--out", metavar="DIR", default="build/demo", help="output folder (default: build/demo)")
     parser.add_argument("--quick", action="store_true", help="use fewer calibration texts and timing repeats")
 
@@ -76,7 +79,7 @@ def _of_encoder(arguments: argparse.Namespace, say: Say) -> Result:
     out = _folder(arguments.out)
     model, tokenizer = demo_data.load_encoder()
     data = demo_data.load_data()
-    inputs = CallInputs(demo_data.tokens(tokenizer, data.background[:3]), {})
+    inputs = CallInputs(demo_data.tokens(tokenizer, [text[:EXAMPLE] for text in data.background[:3]]), {})
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask")}
 
@@ -84,8 +87,8 @@ def _of_encoder(arguments: argparse.Namespace, say: Say) -> Result:
     found = attnopt.inspect(model, *inputs)
     say(found)
     say("2. Where does it cost least?")
-    count = 16 if arguments.quick else 32
-    chosen = demo_policy.choose(model, tokenizer, data.background[: 2 * count], found.sites, shapes, inputs)
+    texts = data.background[: 8 if arguments.quick else 24]
+    chosen = demo_policy.choose(model, tokenizer, texts, found.sites)
     say(chosen)
     fast = _rewritten(model, chosen.policy, inputs, shapes, say)
     files, ways = _deployed(model, fast, inputs, shapes, out, say)

@@ -229,7 +229,7 @@ def _add_demo(commands: Commands) -> None:
         demo.run,
         "optimize a trained sentence encoder, or a model of your own, deploy it, and compare it with other ways to run it",
         "attnopt demo --out build/demo --quick",
-        "attnopt demo --model my_models:encoder --policy \"local-window(left=128)\"",
+        'attnopt demo --model my_models:encoder --policy "local-window(left=128)"',
     )
     demo.add_arguments(parser, MODEL_HELP)
 

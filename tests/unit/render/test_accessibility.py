@@ -60,7 +60,9 @@ def test_axe_finds_nothing(page: Callable[[], str], width: int, dark: bool, tmp_
 @pytest.mark.skipif(AXE is None, reason="there is no axe-core: npm install --no-save axe-core")
 def test_axe_finds_what_is_wrong(tmp_path: Path) -> None:
     assert AXE is not None
-    page = _report().replace("</body>", '<p style="color:#bbb;background:#fff">pale</p></body>').replace(' lang="en"', "")
+    page = (
+        _report().replace("</body>", '<p style="color:#bbb;background:#fff">pale</p></body>').replace(' lang="en"', "")
+    )
     source = AXE.read_text("utf-8").replace("</script", "<\\/script")
     seen = browser.seen(page, tmp_path, 1200, False, f"<script>{source}</script>{LOOK}")
     assert {"color-contrast", "html-has-lang"} <= {v[0] for v in seen["violations"]}
