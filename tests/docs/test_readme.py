@@ -95,7 +95,7 @@ def test_the_table_is_true(row: str, tmp_path: Path) -> None:
         calls = {
             "optimize": lambda p=policy: optimized(p),
             "export_onnx": lambda p=policy, f=folder: optimized(p).export_onnx(f / "m.onnx"),
-            "convert": lambda p=policy: attnopt.convert(decoder(), p, (), inputs(2), strict=True),
+            "convert": lambda p=policy: attnopt.convert(decoder(), p, inputs(2)["input_ids"], strict=True),
             "export_decoder": lambda p=policy, f=folder: optimized(p, "auto").export_decoder(
                 f / "decoder", context_length=32, eos_token_id=0
             ),
