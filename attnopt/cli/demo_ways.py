@@ -89,7 +89,7 @@ def in_openvino(path: Path) -> Way:
 
 
 def others(
-    model: nn.Module, inputs: CallInputs, shapes: object, path: Path, say: Callable[[object], None]
+    model: nn.Module, inputs: CallInputs, shapes: Any, path: Path, say: Callable[[object], None]
 ) -> Iterator[Way]:
     """torch's own export in ONNX Runtime, and in OpenVINO if that is installed.  What fails is told and left out."""
     import torch
