@@ -86,7 +86,7 @@ def _of_encoder(arguments: argparse.Namespace, say: Say) -> Result:
     say("1. What is in the model?")
     found = attnopt.inspect(model, *inputs)
     say(found)
-    say("2. Where does it cost least?")
+    say("2. Which layers look near, and which heads matter least?")
     texts = data.background[: 8 if arguments.quick else 24]
     chosen = demo_policy.choose(model, tokenizer, texts, found.sites)
     say(chosen)
