@@ -40,8 +40,8 @@ help: ## list the targets
 	$(PIP) install -q $(PINS) -e '.[dev]'
 	touch $@
 
-demo: .venv/.demo ## optimize a trained sentence encoder, deploy it to ONNX Runtime, print what that cost
-	$(PY) -m attnopt demo
+demo: .venv/.demo ## optimize a trained sentence encoder, or MODEL=package.module:factory, deploy it, compare it with other runtimes
+	$(PY) -m attnopt demo $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: .venv/.test ## run the tests, except the slow ones
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not slow" $(ARGS)

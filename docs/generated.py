@@ -275,6 +275,12 @@ def layers(part: str) -> str:
     return made
 
 
+def gallery(part: str) -> str:
+    """The mechanisms, pictured: ``passes`` or ``recipes``."""
+    made: str = getattr(_beside("gallery"), f"of_{part}")()
+    return made
+
+
 def _beside(module: str) -> Any:
     """A module of the documentation or of the tests."""
     import importlib
@@ -287,7 +293,7 @@ def _beside(module: str) -> Any:
 
 MAKERS: dict[str, Any] = {
     "picture": picture, "pass": about_pass, "backends": about_backends, "spellings": spellings, "refusals": refusals,
-    "commands": commands, "results": results, "layers": layers,
+    "commands": commands, "results": results, "layers": layers, "gallery": gallery,
 }  # fmt: skip
 
 

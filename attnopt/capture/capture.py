@@ -70,6 +70,11 @@ def capture(
         )
     _require_whole(model)
     _check_arguments(model, inputs)
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise CaptureError(
+            f"invalid value dynamic_shapes={dynamic_shapes!r}",
+            hint='use "auto", None, or a mapping such as {"x": {0: torch.export.Dim.DYNAMIC}}',
+        )
     if dynamic_shapes == "auto" or isinstance(dynamic_shapes, Auto):
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
         program = with_most_dynamic_axes(model, inputs, auto, partial(_captured, model, True))
@@ -180,8 +185,18 @@ def check_call(model: nn.Module, inputs: CallInputs) -> None:
     except Exception as e:
         raise CaptureError(
             f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {str(e)[:300]}",
-            hint="pass inputs that the model accepts",
+            hint=_remedy(inputs),
         ) from e
+
+
+def _remedy(inputs: CallInputs) -> str:
+    """What beginners pass: a list in the place of the tuple of arguments, and arrays of numpy."""
+    given = [*inputs.args, *inputs.kwargs.values()]
+    if len(given) == 1 and isinstance(given[0], list) and any(isinstance(x, torch.Tensor) for x in given[0]):
+        return "args is a tuple: pass (x, ...) instead of [x, ...]"
+    if any(type(x).__module__ == "numpy" for x in given):
+        return "pass tensors: torch.from_numpy(array)"
+    return "pass inputs that the model accepts"
 
 
 def without_values(model: nn.Module | ExportedProgram) -> str | None:

@@ -90,7 +90,10 @@ def _factory(module_name: str, attribute: str) -> Callable[[], object]:
             raise AttnoptError(f"importing {module_name} failed: {_told(error)}") from error
         if not (module_name + ".").startswith(error.name + "."):
             raise AttnoptError(f"{module_name} needs a module that is not installed: {error.name}") from error
-        raise AttnoptError(f"there is no module {error.name!r} in {here} or on the Python path") from error
+        raise AttnoptError(
+            f"there is no module {error.name!r} in {here} or on the Python path",
+            hint="name the module without .py" if module_name.endswith(".py") else None,
+        ) from error
     except Exception as error:
         raise AttnoptError(f"importing {module_name} failed: {_told(error)}") from error
     for part in attribute.split("."):

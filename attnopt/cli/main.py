@@ -227,10 +227,11 @@ def _add_demo(commands: Commands) -> None:
         commands,
         "demo",
         demo.run,
-        "optimize and deploy a trained sentence encoder",
+        "optimize a trained sentence encoder, or a model of your own, deploy it, and compare it with other ways to run it",
         "attnopt demo --out build/demo --quick",
+        'attnopt demo --model my_models:encoder --policy "local-window(left=128)"',
     )
-    demo.add_arguments(parser)
+    demo.add_arguments(parser, MODEL_HELP)
 
 
 def _add_passes(commands: Commands) -> None:

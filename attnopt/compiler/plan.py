@@ -97,7 +97,7 @@ def _raise_refusal(decisions: Sequence[Decision]) -> None:
             raise RewriteError(
                 f"{name} refused {replace(refusal, hint='')}",
                 site=d.found.site.name,
-                hint=refusal.hint or "exclude the site from this pass",
+                hint=refusal.hint or "change the options of this pass, or exclude the site from it",
             )
 
 

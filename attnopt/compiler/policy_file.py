@@ -29,7 +29,8 @@ def read_file(path: Path) -> object:
     try:
         text = _text(path)
     except (OSError, ValueError) as error:  # invalid UTF-8, and paths with a NUL, are ValueErrors
-        raise PolicyError(f"{path}: cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise PolicyError(f"{path}: cannot be read: {why}") from error
     try:
         return _json(text) if path.suffix == ".json" else _yaml(text)
     except RecursionError as error:

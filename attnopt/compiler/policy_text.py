@@ -43,9 +43,15 @@ def read_steps(given: object) -> Steps:
         return (_from_mapping(given),)
     if isinstance(given, Iterable):
         return tuple(step for item in given for step in read_steps(item))
-    raise PolicyError(
-        f"{given!r} is not a pass", hint="use a pass, a list of passes, or text such as 'local-window(left=8)'"
-    )
+    raise PolicyError(f"{given!r} is not a pass", hint=_remedy(given))
+
+
+def _remedy(given: object) -> str:
+    if isinstance(given, type) and issubclass(given, Pass):
+        return f"call it with its options: {given.__name__}(...)"
+    if isinstance(given, Pattern):
+        return "a pattern goes into a pass: Sparse(pattern)"
+    return "use a pass, a list of passes, or text such as 'local-window(left=8)'"
 
 
 def passes_in(steps: Steps) -> Iterator[Pass]:

@@ -72,6 +72,7 @@ def test_a_wrong_command_line(argv: tuple[str, ...], capsys: pytest.CaptureFixtu
         ("no_such_folder", "does not have the form package.module:factory"),
         ("tiny_models:", "does not have the form package.module:factory"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("tiny_models.py:causal", "hint: name the module without .py"),
         ("tiny_models:no_such", "it has batches, causal, failing, full, without_attention"),
         ("tiny_models:constant", "is a int, expected a function"),
         ("tiny_models:failing", "RuntimeError: no such checkpoint (tiny_models.py:"),
@@ -260,6 +261,32 @@ def test_the_demo_needs_a_folder_that_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AttnoptError, match="cannot create the folder"):
         demo._folder(str(tmp_path / "file" / "out"))
+
+
+@pytest.mark.slow
+def test_the_demo_takes_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--policy", "local-window(left=2)", "--quick", "--out", str(tmp_path))
+    found = json_of(capsys, "demo", "--model", "tiny_models:causal", *options)
+    cosine = found["measured"]["cosine to the model's output"]
+    assert list(cosine)[:2] == ["torch", "torch's export"]
+    assert min(cosine["torch"], cosine["torch's export"], cosine["attnopt"]) > 0.99999
+    faster = found["measured"]["times faster, on the example inputs"]
+    assert faster["torch"] == 1
+    assert set(faster) == set(cosine) == set(found["measured"]["MB"])
+    assert all(Path(p).is_file() for p in found["files"].values())
+    assert ("attnopt, rewritten, int8" in cosine) == ("int8" in found["files"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--policy", "fuse"), "--policy is for a model of your own"),
+        (("--model", "model.onnx"), "the demo starts from a model in torch"),
+        (("--model", "tiny_models:without_inputs"), "without example inputs"),
+    ],
+)
+def test_the_demo_refuses(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of(capsys, "demo", *argv)
 
 
 @pytest.mark.subprocess

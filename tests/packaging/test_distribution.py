@@ -36,7 +36,7 @@ def _run(command: list[str], folder: Path, **variables: str) -> str:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, because a build writes beside the source."""
     folder = tmp_path_factory.mktemp("source")
-    skipped = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    skipped = shutil.ignore_patterns(".*", "build", "dist", "node_modules", "*.egg-info", "__pycache__")
     source = shutil.copytree(ROOT, folder / "copy", symlinks=True, ignore=skipped)
     _run([sys.executable, "-c", BUILD, "build_sdist", str(folder / "dist")], source)
     (made,) = (folder / "dist").glob("*.tar.gz")
@@ -97,4 +97,4 @@ def test_the_version_stands_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert project["version"] == citation["version"] == __version__
     assert project["license"] == citation["license"]
-    assert f"({__version__})" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f"\n## {__version__} (" in (ROOT / "CHANGELOG.md").read_text("utf-8")

@@ -11,9 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from places import ROOT
+
 from attnopt.render.page import framed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"  # `npm install --no-save axe-core` puts it there
+AXE = _AXE if _AXE.is_file() else None
 
 
 def seen(page: str, folder: Path, width: int, dark: bool, look: str) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""What a new user does wrong: each message says what, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import attnopt
+from attnopt.passes import LocalWindow
+from attnopt.patterns import Window
+
+
+class Add(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x.mean() + 1
+
+
+X = torch.randn(2, 5, 8)
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "a class": (lambda: attnopt.Policy.of(LocalWindow), r"is not a pass\n  hint: call it .*: LocalWindow\(\.\.\.\)"),
+    "a pattern": (
+        lambda: attnopt.Policy.of(Window(3)),
+        r"is not a pass\n  hint: a pattern goes into .*Sparse\(pattern\)",
+    ),
+    "no such policy": (lambda: attnopt.Policy.of("no.yaml"), r"no\.yaml: cannot be read: No such file"),
+    "no such model": (
+        lambda: attnopt.inspect("model.pt", (X,)),
+        r"there is no file model\.pt\n  hint: .*the model itself",
+    ),
+    "a list of args": (
+        lambda: attnopt.optimize(Add(), "fuse", [X]),  # type: ignore[arg-type]
+        r"itself fails on the example inputs: .*\n  hint: args is a tuple: pass \(x, \.\.\.\)",
+    ),
+    "an array": (
+        lambda: attnopt.inspect(nn.Linear(8, 8), (X.numpy(),)),
+        r"itself fails on the example inputs: .*\n  hint: pass tensors: torch\.from_numpy",
+    ),
+    "a text for shapes": (
+        lambda: attnopt.inspect(Add(), (X,), dynamic_shapes="automatic"),
+        r"invalid value dynamic_shapes='automatic'\n  hint: use \"auto\"",
+    ),
+}
+
+
+@pytest.mark.parametrize("use", WRONG)
+def test_the_message_helps(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong, message = WRONG[use]
+    with pytest.raises(attnopt.AttnoptError, match=message):
+        wrong()
