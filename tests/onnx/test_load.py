@@ -100,13 +100,14 @@ def test_inputs_are_asked_for(old: Path) -> None:
         attnopt.optimize(old, "fuse")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not a model", b"\x08\x09" * 40, None], ids=["empty", "text", "bytes", "missing"]
-)
-def test_what_is_no_model(content: bytes | None, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "m.onnx").write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x09" * 40], ids=["empty", "text", "bytes"])
+def test_what_is_no_model(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
     refused(tmp_path / "m.onnx", "is not a readable ONNX model")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    refused(tmp_path / "m.onnx", "there is no file")
 
 
 def test_a_truncated_model(old: Path, tmp_path: Path) -> None:

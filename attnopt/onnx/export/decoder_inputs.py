@@ -25,7 +25,7 @@ def with_cache(
 
     _check_inputs(gm, origin.report.fixed_axes)
     marked_gm, marked = mark(gm, settle or cached)
-    _check_edits(origin.sites)
+    check_edits(origin.sites)
     _check_sites(marked, [s.name for s in origin.sites])
     return marked_gm, marked
 
@@ -49,7 +49,7 @@ def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
             )
 
 
-def _check_edits(sites: Sequence[Site]) -> None:
+def check_edits(sites: Sequence[Site]) -> None:
     """Its steps see one token at a time: what depends on others' places or values cannot be part of them."""
     for site in sites:
         if site.spec.weight_gains is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import attnopt
 from attnopt.errors import ConversionError, ExportError
-from attnopt.onnx.export.decoder import _check_edits
+from attnopt.onnx.export.decoder_inputs import check_edits
 from attnopt.passes import GroupedQuery, HeadPatch, LocalWindow, MixMap, PruneHeads, RouteHeads, ScaleHeads, Steer
 
 pytestmark = [
@@ -505,7 +505,7 @@ def test_a_map_beside_a_sink() -> None:
 
 def test_a_decoder_of_one_token_at_a_time_has_no_map() -> None:
     with pytest.raises(ExportError, match="mixed with a map, which depends on the positions"):
-        _check_edits([a_site(has_map=True)])
+        check_edits([a_site(has_map=True)])
 
 
 # ---------------------------------------------------------------- a real model
