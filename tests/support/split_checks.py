@@ -164,7 +164,9 @@ def every_rank_with_all_data_gives_the_same(mesh: DeviceMesh) -> None:
         with torch.no_grad():
             same(fast(*given), alone(*given))
     with pytest.raises(DistributedError, match="the calibration data on rank 1 differ"):
-        optimize(sharded(model(Style()), mesh), "fuse", given, calibration=batches(mesh.size() + 2)[mesh.get_rank() :][:3])
+        optimize(
+            sharded(model(Style()), mesh), "fuse", given, calibration=batches(mesh.size() + 2)[mesh.get_rank() :][:3]
+        )
 
 
 class Heads(nn.Module):
