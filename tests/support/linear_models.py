@@ -173,22 +173,18 @@ class StateFirst(Linear):
         q, k = self.feature(q), self.feature(k)
         state = torch.einsum("nshd,nshm->nhmd", k, v)
         z = 1 / (torch.einsum("nlhd,nhd->nlh", q, k.sum(dim=1)) + self.added)
-        made: Tensor = self.out((torch.einsum("nlhd,nhmd->nlhm", q, state) * z[..., None]).flatten(2))
+        made: Tensor = self.out(self.divided(q, state, z).flatten(2))
         return made
 
+    def divided(self, q: Tensor, state: Tensor, z: Tensor) -> Tensor:
+        return torch.einsum("nlhd,nhmd->nlhm", q, state) * z[..., None]
 
-class ThreeFactors(Linear):
+
+class ThreeFactors(StateFirst):
     """The same with queries, state and inverse sums in one einsum, as in fast-transformers."""
 
-    divides, added = True, 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (H, -1)) for f in (self.q, self.k, self.v))
-        q, k = self.feature(q), self.feature(k)
-        state = torch.einsum("nshd,nshm->nhmd", k, v)
-        z = 1 / (torch.einsum("nlhd,nhd->nlh", q, k.sum(dim=1)) + self.added)
-        made: Tensor = self.out(torch.einsum("nlhd,nhmd,nlh->nlhm", q, state, z).flatten(2))
-        return made
+    def divided(self, q: Tensor, state: Tensor, z: Tensor) -> Tensor:
+        return torch.einsum("nlhd,nhmd,nlh->nlhm", q, state, z)
 
 
 class StateByMatmul(Linear):

@@ -1579,8 +1579,8 @@ def planted(fault: Fault, folder: Path) -> None:
     """A copy of the package and its tests with the fault in it."""
     for name in COPIED:
         source = ROOT / name
-        ignored = shutil.ignore_patterns(
-            *(SOURCES if name == "attnopt" else ())
+        ignored = (
+            shutil.ignore_patterns(*SOURCES) if name == "attnopt" else None
         )  # compiled files are those of these times
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=ignored)

@@ -34,3 +34,15 @@ def head_inputs(model: nn.Module, data: list[Tensor]) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     return [torch.cat(seen[i]) for i in range(len(model.layers))]
+
+
+class Twice(nn.Module):
+    """One attention, called twice with the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stack(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(self.inner(x))
+        return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stacks import batches, stack
+from stacks import Twice, batches, stack
 from torch import Tensor, nn
 
 import attnopt
@@ -110,15 +110,6 @@ def test_a_stream_that_is_no_sum_is_not_made_up_for() -> None:
 
 
 def test_shared_weights_are_fitted_together() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = stack(1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.inner(self.inner(x))
-            return out
-
     model = Twice().eval()
     count = sum(p.numel() for p in model.parameters())
     plain, fast = optimized(model, LocalWindow(1)), optimized(model, [LocalWindow(1), Refit()])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from stacks import batches, stack
+from stacks import Twice, batches, stack
 from torch import Tensor, nn
 
 import attnopt
@@ -190,15 +190,6 @@ def test_the_same_seed_gives_the_same_search() -> None:
 
 
 def test_attentions_that_share_weights_are_decided_together() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = stack(1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.inner(self.inner(x))
-            return out
-
     model = Twice().eval()
     names = [s.name for s in attnopt.inspect(model, (X,)).sites]
     assert len(names) == 2
