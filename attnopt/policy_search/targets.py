@@ -48,9 +48,9 @@ def why(error: ExportError) -> str:
 
 def require_cache(model: OptimizedModel) -> None:
     """Raises ExportError for a model that is no decoder whose keys and values ONNX Runtime can keep."""
-    from attnopt.onnx.export.decoder_inputs import with_cache
+    from attnopt.onnx.export import timed_calls
 
-    with_cache(model.graph_module, model.origin)
+    timed_calls.require_cache(model.graph_module, model.origin)
 
 
 def _torch_call(model: nn.Module, inputs: CallInputs, device: str) -> Call:

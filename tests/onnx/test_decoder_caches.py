@@ -278,9 +278,14 @@ def test_what_is_refused(fast: attnopt.OptimizedModel, options: dict[str, Any], 
 
 @pytest.mark.slow  # exports a whole model
 def test_calibration_that_says_little_is_noticed(tmp_path: Path) -> None:
-    one = inputs(torch.zeros(1, 1, dtype=torch.int64))
+    one, many = inputs(torch.zeros(1, 1, dtype=torch.int64)), inputs(texts(6, 40))
+    model = decoder()
+    for layer in model.layers:
+        layer.kv.weight.data *= 3  # its keys decide
+    fast = attnopt.optimize(model, "fuse", (), inputs(texts(2, 12)), dynamic_shapes="auto", backend="sdpa")
     with pytest.raises(attnopt.ExportError, match="the logits of the decoder and the model differ") as caught:
-        exported(optimized("fuse"), tmp_path / "m", kv="int8", calibration=[one])
+        exported(fast, tmp_path / "m", kv="int8", calibration=[one])
     assert "int8 keys and values are too coarse" in str(caught.value)
+    exported(fast, tmp_path / "m", kv="int8", calibration=[many])
     with pytest.raises(attnopt.ExportError, match="the calibration data is not valid"):
-        exported(optimized("fuse"), tmp_path / "m", kv="int8", calibration=[])
+        exported(fast, tmp_path / "m", kv="int8", calibration=[])

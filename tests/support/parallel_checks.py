@@ -77,7 +77,7 @@ def compared(parallel: ContextParallel, fast: torch.nn.Module, given: tuple[Tens
 
 @quick
 def outputs_and_gradients_are_those_of_one_rank(mesh: DeviceMesh) -> None:
-    _same_gradients(mesh, DECODER, "fuse", "keys")
+    _same_gradients(mesh, replace(DECODER, sinks=True), "fuse", "keys")
     heads = "heads" if mesh.size() <= DECODER.kv_heads else "auto"  # a rank has whole groups
     _same_gradients(mesh, replace(DECODER, sinks=True), TAIL, heads)
 

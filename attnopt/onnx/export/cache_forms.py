@@ -65,7 +65,7 @@ class CacheOptions:
         self, gm: fx.GraphModule, origin: Origin, marked: Sequence[Marked], context_length: int
     ) -> tuple[Marked, ...]:
         """The attentions of ``gm``, each with the form in which its keys and values are kept.  Raises ExportError."""
-        forms = self._in_slots(marked)
+        forms = self.in_slots(marked)
         if self.windows == "rolling":
             forms = [replace(f, rolls=f.window is not None and f.window < context_length) for f in forms]
             if not any(f.rolls for f in forms):
@@ -88,7 +88,8 @@ class CacheOptions:
             forms = [replace(f, scales=s) for f, s in zip(forms, found, strict=True)]
         return tuple(replace(m, form=f) for m, f in zip(marked, forms, strict=True))
 
-    def _in_slots(self, marked: Sequence[Marked]) -> list[Kept]:
+    def in_slots(self, marked: Sequence[Marked]) -> list[Kept]:
+        """The form of each, in buffers that are alike in all layers.  Raises ExportError."""
         forms, specs = [_kept(m) for m in marked], [m.site.spec for m in marked]
         if self.pad_heads and len({spec.head_dim for spec in specs}) == 1:
             forms = [replace(f, slots=slots) for f, slots in zip(forms, uniform(specs), strict=True)]
@@ -98,7 +99,7 @@ class CacheOptions:
         listed = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
         raise ExportError(
             f"the layers' keys and values have different sizes ({listed or 'none found'}), but the cache needs a single size",
-            hint="keep the same number of K/V heads in each layer, or pass pad_heads=True",
+            hint="keep the same number of K/V heads in each layer, or export with pad_heads=True",
         )
 
     def _batches(self, origin: Origin) -> list[CallInputs]:

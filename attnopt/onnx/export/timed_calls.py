@@ -41,7 +41,7 @@ def token_call(gm: fx.GraphModule, origin: Origin, batch: int, past: int) -> Cal
     """The file that ``export_decoder`` writes, for one token of each sequence after ``past`` others; windows keep only
     their keys.  Raises ExportError."""
     rolls = any(w is not None and w <= past for w in _windows(gm, origin))
-    cache = CacheOptions("rolling" if rolls else "masked", "float32", pad_heads=False, calibration=None)
+    cache = _cache("rolling" if rolls else "masked")
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "decoder"
         export_decoder(
@@ -52,6 +52,16 @@ def token_call(gm: fx.GraphModule, origin: Origin, batch: int, past: int) -> Cal
     run = DecoderRun(session, logits, past + 1, batch)
     ids, lengths = torch.zeros(batch, 1, dtype=torch.long), torch.full((batch,), past + 1)
     return lambda: run(ids, lengths[:, None] - 1, lengths)
+
+
+def require_cache(gm: fx.GraphModule, origin: Origin) -> None:
+    """Raises ExportError for a graph that is no decoder's, or whose keys and values ONNX Runtime cannot keep."""
+    _, marked = with_cache(gm, origin)
+    _cache("masked").in_slots(marked)
+
+
+def _cache(windows: str) -> CacheOptions:
+    return CacheOptions(windows, "float32", pad_heads=False, calibration=None)
 
 
 def _windows(gm: fx.GraphModule, origin: Origin) -> list[int | None]:

@@ -185,8 +185,10 @@ def test_other_passes() -> None:
     """What reads the values of single tokens keeps them; pruned and scaled heads do not."""
     model, x = made("timm")
     pools = PoolKeys(SIZE, GRID, LO, prefix=1)
-    for policy in ([pools, PruneHeads(heads=[1])], [pools, ScaleHeads({3: 0.5})], [pools, AddValues([2], alpha=0.5)]):
+    for other, linears in ((PruneHeads(heads=[1]), 3), (ScaleHeads({3: 0.5}), 3), (AddValues([2], alpha=0.5), 2)):
+        policy = [pools, other]
         fast = attnopt.optimize(model, policy, (x,), backend="sdpa")
+        assert sum(opname(n) == "linear" for n in fast.graph_module.graph.nodes) == linears, "values are projected once"
         plain = attnopt.optimize(model, policy, (x,), backend="reference")
         assert [s.status for s in fast.report.sites] == ["rewritten"]
         torch.testing.assert_close(fast(x), plain(x), atol=2e-6, rtol=1e-6)

@@ -90,14 +90,28 @@ def test_shares_are_of_the_original_in_onnx_runtime(monkeypatch: pytest.MonkeyPa
 def test_a_decoder_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows can roll, and are found; what no cache of ONNX Runtime holds is refused with the reason."""
     clocked(monkeypatch, lambda m: sum(2.0 if "Window" in str(s.spec.pattern) else 4.0 for s in m.sites))
-    strided, grouped = Sparse(Strided(2)), GroupedQuery(1, "mean", "adjacent", "none")
-    policy = {"layers.0": Choice(None, LocalWindow(2), strided), "layers.1": Choice(LocalWindow(3), grouped)}
+    strided = Sparse(Strided(2))
+    policy = {"layers.0": Choice(None, LocalWindow(2), strided), "layers.1": LocalWindow(3)}
     budget = Budget(latency=0.6, target="token")
     found = attnopt.search(a_decoder(), policy, DECODED, calibration=[DECODED], budget=budget)
     ((site, _, why),) = found.report.refused
     assert (site, "supports only Causal() and a causal window" in why) == ("layers.0", True)
     assert found.policy == attnopt.Policy.of({"layers.0": LocalWindow(2), "layers.1": LocalWindow(3)})
     assert found.report.original["latency"] == pytest.approx(8.0)
+
+
+def test_a_choice_that_fits_all_layers_but_not_one_layer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers have one size: no file keeps a layer of one K/V head beside one of two."""
+    clocked(monkeypatch, lambda m: sum(2.0 if "Window" in str(s.spec.pattern) else 4.0 for s in m.sites))
+    grouped = GroupedQuery(1, "mean", "adjacent", "none")
+    policy = {"layers.*": Choice(None, LocalWindow(2), grouped)}
+    budget = Budget(latency=0.6, target="token")
+    found = attnopt.search(a_decoder(), policy, DECODED, calibration=[DECODED], budget=budget)
+    assert [(site, "1 heads of 8, 2 heads of 8" in why) for site, _, why in found.report.refused] == [
+        ("layers.0", True),
+        ("layers.1", True),
+    ]
+    assert found.policy == attnopt.Policy.of({"layers.0": LocalWindow(2), "layers.1": LocalWindow(2)})
 
 
 def test_what_is_left_as_it_is_is_fused_for_a_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
