@@ -1,4 +1,4 @@
-"""axe-core on the pages of a report and of an atlas, in Chromium: on a phone and on a desktop, light and dark."""
+"""axe-core on the pages of a report, an atlas and a search, in Chromium: on a phone and on a desktop, light and dark."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import attnopt
 from attnopt.passes import LocalWindow, PruneHeads
 from attnopt.render.atlas_page import atlas_page
 from attnopt.render.page import report_page
+from attnopt.render.policy_search import search_page
 
 LOOK = """<script>addEventListener("load", async () => {
   document.querySelectorAll("details").forEach(d => d.open = true);
@@ -40,12 +41,20 @@ def _atlas() -> str:
     return atlas_page(attnopt.atlas(model.eval(), data, ["distance", "entropy"], clusters=2))
 
 
+def _search() -> str:
+    model, args = tiny_models.causal()
+    choice = attnopt.Choice(None, LocalWindow(left=3))
+    return search_page(
+        attnopt.search(model.eval(), choice, args, calibration=[args], budget=attnopt.Budget(flops=0.95)).report
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.subprocess
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.skipif(AXE is None, reason="there is no axe-core: npm install --no-save axe-core")
 @pytest.mark.parametrize(("width", "dark"), [(360, False), (360, True), (1200, False), (1200, True)])
-@pytest.mark.parametrize("page", [_report, _atlas], ids=["report", "atlas"])
+@pytest.mark.parametrize("page", [_report, _atlas, _search], ids=["report", "atlas", "search"])
 def test_axe_finds_nothing(page: Callable[[], str], width: int, dark: bool, tmp_path: Path) -> None:
     assert AXE is not None
     source = AXE.read_text("utf-8").replace("</script", "<\\/script")
