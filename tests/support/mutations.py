@@ -35,12 +35,17 @@ LONGEST = 1200  # seconds of a fault
 
 @dataclass(frozen=True)
 class Fault:
-    """``old``, which stands once in the whole source, becomes ``new``; ``tests``: a file's name, and pytest's arguments."""
+    """``old``, which stands once in the whole source, becomes ``new``; ``tests``: a file's name, and pytest's arguments;
+    ``instructions``: those without which the processor never runs this place, by their name in /proc/cpuinfo."""
 
     name: str
     old: str
     new: str
     tests: str
+    instructions: str = ""
+
+    def runs_here(self) -> bool:
+        return not self.instructions or self.instructions in Path("/proc/cpuinfo").read_text("utf-8")
 
 
 FAULTS = (
@@ -871,8 +876,6 @@ FAULTS = (
           "test_rules.py -k rounds"),
     Fault("a value that is not needed any more", "                self.values.pop(n, None)", "                pass",
           "test_interpreter.py -k memory"),
-    Fault("sizes read from a projection", "    _write_sizes(gm.graph)\n", "",
-          "test_selector.py -k smaller_projections"),
     # surgery
     Fault("two heads swapped in the weights", "torch.as_tensor(idx, device=tensor.device)",
           "torch.as_tensor(list(idx)[::-1], device=tensor.device)", "test_dynamic_batch.py"),
@@ -1077,7 +1080,7 @@ FAULTS = (
     Fault("a runtime that knows the shortest window", '"window_size": max(windows.values())',
           '"window_size": min(windows.values())', "test_decoder_caches.py -k each_layer"),
     Fault("int8 scales of another head", "torch.ones_like(of_heads[:1])])[list(self.kv_heads)]",
-          "torch.ones_like(of_heads[:1])])[[0] * len(self.kv_heads)]", "test_decoder_caches.py -k rounding"),
+          "torch.ones_like(of_heads[:1])])[[0] * len(self.kv_heads)]", "test_decoder_caches.py -k scales_hold"),
     Fault("a sink that the window has just left", 'b.op("LessOrEqual", b.constant(np.arange(count)), beyond)',
           'b.op("Less", b.constant(np.arange(count)), beyond)', "test_decoder_sinks.py -k every_step"),
     Fault("a window beside a key that is no sink", 'b.op("Where", self.there, both, b.op("Div", o, w))', "both",
@@ -1539,11 +1542,13 @@ FAULTS = (
           "test_caches.py -k attribute_that_no_file"),
     # half precision
     Fault("the key behind the last, times nothing", "last_word(const Number *x) { return *x; }  // the next",
-          "last_word(const Number *x) { return word(x); }  // the next", "test_half_precision.py -k no_query_sees"),
+          "last_word(const Number *x) { return word(x); }  // the next", "test_half_precision.py -k no_query_sees",
+          instructions="avx512_bf16"),
     Fault("a tile that takes in NaN", "if (is_broken) return", "if (false) return",
-          "test_half_precision.py -k no_query_sees"),
+          "test_half_precision.py -k no_query_sees", instructions="amx_bf16"),
     Fault("pairs in the other order", "_mm512_cvtne2ps_pbh((__m512)high, (__m512)low)",
-          "_mm512_cvtne2ps_pbh((__m512)low, (__m512)high)", "test_half_precision.py -k rounded_once"),
+          "_mm512_cvtne2ps_pbh((__m512)low, (__m512)high)", "test_half_precision.py -k rounded_once",
+          instructions="avx512_bf16"),
     Fault("a negative scale that is lost", "scale < 0 ? (Vec)((Word)x ^ 0x80008000u) : x", "x",
           "test_half_precision.py -k rounded_once"),
     Fault("a bias that is scaled", "a.softcap == 0.f && !a.bias && a.scale", "a.softcap == 0.f && a.scale",
@@ -1551,7 +1556,8 @@ FAULTS = (
     Fault("results that are cut off", "return x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000;",
           "return x == x ? u : u | 0x400000;", "test_half_precision.py -k rounded_once"),
     Fault("the least digits of float16", "for (int part = 0; part < PARTS * PARTS; part++) {  // all with all, unless",
-          "for (int part = 0; part < 1; part++) {  // all with all, unless", "test_half_precision.py -k rounded_once"),
+          "for (int part = 0; part < 1; part++) {  // all with all, unless", "test_half_precision.py -k rounded_once",
+          instructions="amx_bf16"),
     Fault("mixtures taken for half precision", "if t.q.dtype == t.k.dtype == t.v.dtype else Form.FLOAT32",
           "if True else Form.FLOAT32", "test_half_precision.py -k computed_in_float32"),
     Fault("scattered keys in half precision", "if seen >= _DENSE[dtype] else", "if True else",
@@ -1638,7 +1644,11 @@ def main(names: list[str]) -> int:
     if lost := misplaced():
         print(*lost, sep="\n", file=sys.stderr)
         return 1
-    chosen = [f for f in FAULTS if not names or any(n in f.name for n in names)]
+    asked = [f for f in FAULTS if not names or any(n in f.name for n in names)]
+    chosen = [f for f in asked if f.runs_here()]
+    for fault in asked:
+        if fault not in chosen:
+            print(f"   -    {fault.name:50} not tried: this processor has no {fault.instructions}")
     os.environ["OMP_NUM_THREADS"] = "1"
     processes = get_context("forkserver")
     processes.set_forkserver_preload(PRELOADED)
