@@ -7,7 +7,7 @@ is counted.  All start from the same keys and values, those that int8 can repres
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,28 +97,36 @@ def _buffer(filled: Half, length: int, room: int, is_int8: bool) -> Any:
     return made
 
 
-def measured_caches(length: int, rounds: int, whole: Callable[[Any], Any]) -> dict[str, Any]:
-    """``whole``: wraps a model of transformers for export."""
+def measured_caches(lengths: Sequence[int], rounds: int, whole: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """A row of each length.  ``whole``: wraps a model of transformers for export."""
     torch.manual_seed(0)
-    logits, _ = smollm2(length)
+    logits, _ = smollm2(max(lengths))
     model = logits.eval().model
-    ids = torch.randint(0, model.config.vocab_size, (2, 16))
-    calibration = [_inputs(torch.randint(0, model.config.vocab_size, (2, 128))) for _ in range(8)]
-    with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        files = {}
-        for i, (title, c) in enumerate(CONTENDERS.items()):
-            policy = _policy(c.every, model.config.num_hidden_layers)
-            fast = attnopt.optimize(whole(model), policy, (), _inputs(ids), dynamic_shapes="auto", backend="sdpa")
-            data = calibration if c.kv == "int8" else None
-            fast.export_decoder(
-                Path(name, str(i)), context_length=65536, eos_token_id=0, windows=c.windows, kv=c.kv, calibration=data
-            )
-            files[title] = Path(name, str(i), "model.onnx")
-        filled = _filled(files["int8"], length)
-        calls = {title: Steps(file, length, rounds, filled) for title, file in files.items()}
-        _check({title: call() for title, call in calls.items()})
-        megabytes = {f"{title}, MB": call.megabytes for title, call in calls.items()}
-        times = interleaved(calls, rounds)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        files = _exported(whole(model), Path(folder), model.config.num_hidden_layers, model.config.vocab_size)
+        return [_measured(files, length, rounds) for length in lengths]
+
+
+def _exported(model: torch.nn.Module, folder: Path, layers: int, vocabulary: int) -> dict[str, Path]:
+    ids = torch.randint(0, vocabulary, (2, 16))
+    calibration = [_inputs(torch.randint(0, vocabulary, (2, 128))) for _ in range(8)]
+    files = {}
+    for title, c in CONTENDERS.items():
+        policy = _policy(c.every, layers)
+        fast = attnopt.optimize(model, policy, (), _inputs(ids), dynamic_shapes="auto", backend="sdpa")
+        data = calibration if c.kv == "int8" else None
+        to = folder / title
+        fast.export_decoder(to, context_length=65536, eos_token_id=0, windows=c.windows, kv=c.kv, calibration=data)
+        files[title] = to / "model.onnx"
+    return files
+
+
+def _measured(files: Mapping[str, Path], length: int, rounds: int) -> dict[str, Any]:
+    filled = _filled(files["int8"], length)
+    calls = {title: Steps(file, length, rounds, filled) for title, file in files.items()}
+    _check({title: call() for title, call in calls.items()})
+    megabytes = {f"{title}, MB": call.megabytes for title, call in calls.items()}
+    times = interleaved(calls, rounds)
     base = "float32"
     about = {"model": "SmolLM2, a token", "length": length, "float32, ms": 1000 * times.median(base) / TURN}
     return {**about, **{t: times.ratio(t, base) for t in calls if t != base}, **megabytes}

@@ -148,7 +148,7 @@ def main() -> None:
     one_thread()
     let_transformers_import()
     if arguments.only != "peers":
-        rows = [measured_caches(length, arguments.rounds, Whole) for length in arguments.lengths]
+        rows = measured_caches(arguments.lengths, arguments.rounds, Whole)
         publish("onnx_caches", rows, "A token of SmolLM2 over its own cache: CPU time relative to all keys in float32")
     if arguments.only == "caches":
         return
