@@ -44,6 +44,30 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: attnopt.inspect(Add(), (X,), dynamic_shapes="automatic"),
         r"invalid value dynamic_shapes='automatic'\n  hint: use \"auto\"",
     ),
+    "an axis too many": (
+        lambda: attnopt.inspect(Add(), (X,), dynamic_shapes={"x": {5: torch.export.Dim.DYNAMIC}}),
+        r"names axis 5 of x, which has 3 axes",
+    ),
+    "an axis from the end": (
+        lambda: attnopt.inspect(Add(), (X,), dynamic_shapes=({-1: torch.export.Dim.DYNAMIC},)),
+        r"names axis -1 of x, which has 3 axes\n  hint: number the axes from 0",
+    ),
+    "names of sizes": (
+        lambda: attnopt.inspect(Add(), (X,), dynamic_shapes={"x": ["batch", None, None]}),
+        r"of x: axis 0 is 'batch'\n  hint: write",
+    ),
+    "shapes of another input": (
+        lambda: attnopt.inspect(Add(), (X,), dynamic_shapes={"y": {0: torch.export.Dim.DYNAMIC}}),
+        r"unknown inputs y; the inputs are x",
+    ),
+    "a number for shapes": (
+        lambda: attnopt.inspect(Add(), (X,), dynamic_shapes=3),
+        r"invalid value dynamic_shapes=3",
+    ),
+    "no such export": (
+        lambda: attnopt.diff(Add(), "model.onnx", (X,)),
+        r"there is no file model\.onnx",
+    ),
 }
 
 

@@ -114,6 +114,8 @@ def _refusing(file: Path) -> Iterator[None]:
 
 def _check_file(file: Path) -> None:
     """Reading a pipe or a device could block or never end."""
+    if not file.exists():
+        raise CaptureError(f"there is no file {file}", hint="pass the path of an .onnx file")
     size = file.stat().st_size
     if not file.is_file():
         raise OSError("it is not a regular file")
