@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.base.options import choice
+from attnopt.base.trees import text
 from attnopt.capture.calibration import shapes_of
 from attnopt.compiler.resized_inputs import resized
 from attnopt.distributed.layout import Sharing
@@ -81,10 +82,24 @@ class ContextParallel(nn.Module):
         leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
         key = shapes_of(inputs), tuple(x for x in leaves if not isinstance(x, Tensor))
         if key not in self._made:
-            self._made[key] = sharded(self.fast.graph_module, leaves, self.ranks, self.sharing)
+            made = sharded(self.fast.graph_module, leaves, self.ranks, self.sharing)
+            self._require_whole_objects(made)
+            self._made[key] = made
             if len(self._made) > _KEPT:
                 del self._made[next(iter(self._made))]
         return self._made[key]
+
+    def _require_whole_objects(self, made: Sharded) -> None:
+        """A cache with the rank's own tokens of some layers and all tokens of others would be read wrongly."""
+        form = self.fast.origin.form
+        if form is None:
+            return
+        for axis, path, outer in zip(made.axes, form.results.paths, form.results.outer, strict=True):
+            if axis is not None and len(path) > outer:
+                raise DistributedError(
+                    f"each rank would return its own tokens of {text(path)}, which is part of an object, as of a cache",
+                    hint='pass outputs="whole", or optimize the model with inputs that make no cache, such as use_cache=False',
+                )
 
     def _of_length(self, length: int) -> Sharded:
         found = next((made for made in self._made.values() if made.layout.shards.length == length), None)

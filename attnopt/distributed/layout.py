@@ -140,7 +140,8 @@ def _shared(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[AttentionCal
         q, k = (int(values[n].shape[-2]) for n in _queries_and_keys(seen[0]))
         raise call.error(
             f"it has {q} queries and {k} keys, and no attention of the model has as many keys as queries",
-            "run models with a cache of keys on one rank",
+            "run a model that reads a cache of keys on one rank, or split its heads: parallelize_module on the result of "
+            "attnopt.convert",
         )
     return [attention_call(node) for node in found[max(work, key=lambda n: (work[n], n))]]
 

@@ -354,6 +354,31 @@ def sequences_shorter_than_the_ranks_are_refused(mesh: DeviceMesh) -> None:
 
 
 @check
+def caches_are_whole_or_refused(mesh: DeviceMesh) -> None:
+    """One that a model makes of a prompt; one that it reads is refused.  The remedies in the errors work."""
+    let_transformers_import()
+    from tiny_llama import tiny_llama
+
+    user, ids = tiny_llama(2, layers=2), torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(5))
+    options: dict[str, Any] = {"dynamic_shapes": "auto", "backend": "blocked"}
+    one = attnopt.optimize(user, "fuse", kwargs={"input_ids": ids}, **options)
+    with pytest.raises(DistributedError, match=r"its own tokens of past_key_values.layers\[1\].keys, which is part of"):
+        context_parallel(one, mesh)
+    with torch.no_grad():
+        got, want = (m(input_ids=ids) for m in (context_parallel(one, mesh, outputs="whole"), one))
+        same(got.logits, want.logits, 1e-5)
+        for ours, theirs in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+            same(ours.keys, theirs.keys, 1e-5)
+            same(ours.values, theirs.values, 1e-5)
+        without = attnopt.optimize(user, "fuse", kwargs={"input_ids": ids, "use_cache": False}, **options)
+        parallel = context_parallel(without, mesh)
+        same(parallel(input_ids=ids, use_cache=False).logits, parallel.own(want.logits), 1e-5)
+    given = {"input_ids": ids[:, :1], "past_key_values": want.past_key_values}
+    with pytest.raises(DistributedError, match=r"it has 1 queries and 18 keys.*\n.*parallelize_module"):
+        context_parallel(attnopt.optimize(user, "fuse", kwargs=given, **options), mesh)
+
+
+@check
 def meshes_without_the_axis_are_refused(mesh: DeviceMesh) -> None:
     fast = optimized(Style(layers=1))
     with pytest.raises(DistributedError, match="the mesh has no axis 'data'\n  hint: its axes are 'sequence'"):

@@ -135,6 +135,10 @@ def results_of_split_models_are_made_whole(mesh: DeviceMesh) -> None:
     with torch.no_grad():
         for made in (fast, whole, loaded):
             same(made(*given), alone(*given), 1e-6)
+    window = LocalWindow(left=3, right=0)
+    again, want = optimize(fast, window, given), attnopt.optimize(alone, window, given)
+    with torch.no_grad():
+        same(again(*given), want(*given), 1e-6)
 
 
 def gradients_of_split_results_are_means(mesh: DeviceMesh) -> None:
