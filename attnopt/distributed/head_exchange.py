@@ -58,9 +58,9 @@ class HeadShares:
 
     def arriving(self, sizes: Sizes) -> Arriving:
         """What each rank is sent: its heads of all tokens, then all heads of its tokens."""
-        ranks, counts = range(self.shards.ranks), np.array(self.shards.counts)
-        own = [sizes.of_operands(len(self.heads[r]), len(self.kv_heads[r])) for r in ranks]
-        back = [sizes.of_output(sizes.heads - len(self.heads[r])) for r in ranks]
+        ranks, counts = range(self.shards.ranks), np.array(self.shards.counts, np.int64)
+        own = np.array([sizes.of_operands(len(self.heads[r]), len(self.kv_heads[r])) for r in ranks], np.int64)
+        back = np.array([sizes.of_output(sizes.heads - len(self.heads[r])) for r in ranks], np.int64)
         steps = np.stack([(self.shards.length - counts) * own, counts * back])
         return Arriving(np.full_like(steps, len(ranks) - 1), steps)
 

@@ -39,7 +39,7 @@ class Rounds:
         nobody waits for rounds in which it is sent nothing."""
         needs = tuple(needed(pattern, heads, shards, rank) for rank in range(shards.ranks))
         keys = _by_turn(needs, shards)
-        used, most = [int(turn) for turn in keys.any(1).nonzero()[0]], int(keys[1:].sum(0).max(initial=0))
+        used, most = np.flatnonzero(keys.any(1)).tolist(), int(keys[1:].sum(0).max(initial=0))
         if 2 * most <= shards.longest:
             return cls("halo" if most else "own keys", shards, needs, (tuple(used),))
         return cls("ring", shards, needs, tuple(_packed(keys, used, shards.longest)))
@@ -61,7 +61,7 @@ class Rounds:
     def workspace(self, sizes: Sizes) -> int:
         """Bytes that a rank holds at most beside its own operands: keys of two rounds as they arrive, as many that leave or are
         put in order, and five outputs while two are merged."""
-        most = self._arriving[1].max(1).tolist()
+        most: list[int] = self._arriving[1].max(1).tolist()
         keys = max(a + b for a, b in pairwise((*most, 0)))
         return 2 * keys * sizes.of_key + 5 * self.shards.longest * sizes.of_sum
 
