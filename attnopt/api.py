@@ -97,15 +97,16 @@ def optimize(
 
     Raises AttnoptError (CaptureError, PolicyError, RewriteError, VerificationError), in which case nothing was changed.
     """
-    chosen = Policy.of(policy).without_choices()
-    options, backends = Options(tolerance, strict, limit, seed), backends_of(backend)
     data = None if calibration is None else Calibration.of(calibration, shared=True)
     batches, peers = (None, None) if data is None else (data.batches, data.peers)
-    inputs = CallInputs.of(args, kwargs)
-    if peers is not None and not any(inputs):
-        raise CalibrationError(
-            "shared calibration data need example inputs", hint="pass the same args or kwargs on every rank"
-        )
+    with nullcontext() if peers is None else peers.working({}):  # then a mistake on one rank ends all
+        chosen = Policy.of(policy).without_choices()
+        options, backends = Options(tolerance, strict, limit, seed), backends_of(backend)
+        inputs = CallInputs.of(args, kwargs)
+        if peers is not None and not any(inputs):
+            raise CalibrationError(
+                "shared calibration data need example inputs", hint="pass the same args or kwargs on every rank"
+            )
     if not any(inputs) and batches:
         inputs = batches[0]
     model = model.module() if isinstance(model, torch.export.ExportedProgram) else opened(model, inputs, chosen.inputs)

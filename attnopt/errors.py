@@ -67,5 +67,9 @@ class DistributedError(AttnoptError):
     """Processes that work together lack a group, differ in what they were given, or one of them failed."""
 
 
+class PeerError(DistributedError):
+    """Another process failed, and every process knows: none of them goes on."""
+
+
 class AttnoptWarning(UserWarning):
     """A non-fatal finding that the user should know: no attention found, a policy without effect."""

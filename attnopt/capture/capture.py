@@ -88,7 +88,8 @@ def _require_whole(model: nn.Module) -> None:
     if (name := split_parameter(model)) is not None:
         raise CaptureError(
             f"{name} is split over several processes (a DTensor), and passes read whole weights",
-            hint="optimize it before fully_shard or parallelize_module; attnopt.distributed.optimize takes a split model",
+            hint="optimize it before fully_shard or parallelize_module; attnopt.distributed.optimize takes a split model, and "
+            "attnopt.distributed.gathered makes its result whole",
         )
 
 

@@ -14,20 +14,24 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tolerance
 from attnopt.base.options import choice
+from attnopt.base.trees import text
 from attnopt.capture.calibration import shapes_of
 from attnopt.compiler.resized_inputs import resized
 from attnopt.distributed.layout import Sharing
 from attnopt.distributed.plan import LAYOUTS, METHODS, ParallelPlan
 from attnopt.distributed.ranks import Ranks
+from attnopt.distributed.same_inputs import require_same_inputs, sampled
 from attnopt.distributed.same_model import require_optimized, told_of
 from attnopt.distributed.shard_graph import Sharded, sharded
 from attnopt.distributed.shards import TooShortError
 from attnopt.distributed.token_moves import taken
 from attnopt.distributed.token_rules import Tokens
+from attnopt.distributed.traffic import Link
 from attnopt.errors import DistributedError, VerificationError
 from attnopt.model import OptimizedModel, run_graph
 
 _TRIED = 2  # sizes at which the result is compared
+_KEPT = 64  # sizes of calls whose graphs are kept
 
 
 class ContextParallel(nn.Module):
@@ -43,7 +47,10 @@ class ContextParallel(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The outputs of the model: of those with tokens, the rank's own, unless outputs are whole."""
-        inputs, give = self.fast.arranged(args, kwargs)
+        with self.ranks.together("reading the inputs") as told:
+            inputs, give = self.fast.arranged(args, kwargs)
+            told.own = sampled(inputs)
+        require_same_inputs(told.all)
         return give(run_graph(self.at(inputs).module, inputs))
 
     def plan(self, *args: object, **kwargs: object) -> ParallelPlan:
@@ -75,8 +82,24 @@ class ContextParallel(nn.Module):
         leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
         key = shapes_of(inputs), tuple(x for x in leaves if not isinstance(x, Tensor))
         if key not in self._made:
-            self._made[key] = sharded(self.fast.graph_module, leaves, self.ranks, self.sharing)
+            made = sharded(self.fast.graph_module, leaves, self.ranks, self.sharing)
+            self._require_whole_objects(made)
+            self._made[key] = made
+            if len(self._made) > _KEPT:
+                del self._made[next(iter(self._made))]
         return self._made[key]
+
+    def _require_whole_objects(self, made: Sharded) -> None:
+        """A cache with the rank's own tokens of some layers and all tokens of others would be read wrongly."""
+        form = self.fast.origin.form
+        if form is None:
+            return
+        for axis, path, outer in zip(made.axes, form.results.paths, form.results.outer, strict=True):
+            if axis is not None and len(path) > outer:
+                raise DistributedError(
+                    f"each rank would return its own tokens of {text(path)}, which is part of an object, as of a cache",
+                    hint='pass outputs="whole", or optimize the model with inputs that make no cache, such as use_cache=False',
+                )
 
     def _of_length(self, length: int) -> Sharded:
         found = next((made for made in self._made.values() if made.layout.shards.length == length), None)
@@ -139,6 +162,7 @@ def context_parallel(
     layout: str = "auto",
     method: str = "auto",
     outputs: str = "own",
+    link: Link | None = None,
 ) -> ContextParallel:
     """``fast`` with its sequences shared by the ranks of one axis of ``mesh``; every rank calls this, and then the result.
 
@@ -150,7 +174,7 @@ def context_parallel(
     from each end, which gives all ranks the same work under a causal mask; "auto": zigzag for causal attentions without a window.
     ``method``: "keys": keys and values travel to the queries that see them, in a ring if they are many; "heads": queries, keys
     and values travel so that each rank computes some heads over all tokens, where there are as many groups of heads as ranks;
-    "auto": for each attention, what sends the busiest rank fewer bytes.  ``plan`` tells which.
+    "auto": for each attention, what takes less time by the latency and bandwidth of ``link``.  ``plan`` tells which.
     ``outputs``: "own": an output [B, length, ...] comes as the rank's own tokens [B, own, ...], in their order; "whole": as the
     whole output, on every rank.  An output without tokens, as of a pooled classifier, is whole on every rank.
 
@@ -159,14 +183,16 @@ def context_parallel(
 
     The result is compared with ``fast`` on its example inputs.  Raises DistributedError on every rank, or VerificationError.
     """
-    choice("context_parallel", "layout", layout, tuple(LAYOUTS))
-    choice("context_parallel", "method", method, METHODS)
-    choice("context_parallel", "outputs", outputs, ("own", "whole"))
     ranks = Ranks.of(mesh, axis)
-    with ranks.together("reading the model"):
+    with ranks.together("reading the model and the options"):
+        choice("context_parallel", "layout", layout, tuple(LAYOUTS))
+        choice("context_parallel", "method", method, METHODS)
+        choice("context_parallel", "outputs", outputs, ("own", "whole"))
         given = told_of(require_optimized(fast))
-    ranks.require_same({**given, "the layout": layout, "the method": method, "the choice of outputs": outputs})
-    made = ContextParallel(fast, ranks, Sharing(LAYOUTS[layout], method, outputs == "whole"))
+    sharing = Sharing(LAYOUTS[layout], method, outputs == "whole", link or Link())
+    asked = {"the layout": layout, "the method": method, "the choice of outputs": outputs, "the link": sharing.link}
+    ranks.require_same({**given, **asked})
+    made = ContextParallel(fast, ranks, sharing)
     with ranks.together("planning"):
         examples = _examples(made)
     for inputs in examples:

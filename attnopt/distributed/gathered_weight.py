@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 def gathered_weight(x: Tensor) -> Tensor:
     """The whole of a DTensor on every process.  Its gradient is the mean of those of all processes, divided as ``x`` is."""
+    if not isinstance(x, DTensor):  # it is gathered where an operator reads it, as while the result is optimized again
+        return x
     made: Tensor = _Gathered.apply(x)  # type: ignore[no-untyped-call]
     return made
 

@@ -6,10 +6,11 @@ Queries, keys and values travel from tokens to heads, outputs back; the backward
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -18,7 +19,7 @@ from attnopt.backends.attention_operator import ATTENTION
 from attnopt.distributed.key_rounds import OwnOperands
 from attnopt.distributed.ranks import Ranks
 from attnopt.distributed.shards import Shards
-from attnopt.distributed.traffic import Received, Sizes
+from attnopt.distributed.traffic import Arriving, Sizes
 from attnopt.patterns.algebra import Pattern
 
 ByRank = tuple[tuple[int, ...], ...]
@@ -50,17 +51,18 @@ class HeadShares:
             kv_heads[rank].append(kv)
         return cls(shards, *(tuple(tuple(sorted(own)) for own in by_rank) for by_rank in (heads, kv_heads)))
 
-    def tokens(self, rank: int) -> int:
-        """Keys that the rank is sent, of its own heads."""
-        return self.shards.length - self.shards.count(rank)
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Keys that each rank is sent, of its own heads."""
+        return tuple(self.shards.length - own for own in self.shards.counts)
 
-    def arriving(self, sizes: Sizes) -> Iterator[Sequence[Received]]:
+    def arriving(self, sizes: Sizes) -> Arriving:
         """What each rank is sent: its heads of all tokens, then all heads of its tokens."""
-        ranks, others = range(self.shards.ranks), self.shards.ranks - 1
-        each = [sizes.of_operands(len(self.heads[r]), len(self.kv_heads[r])) for r in ranks]
-        yield [Received(others, self.tokens(r) * each[r]) for r in ranks]
-        back = [sizes.of_output(sizes.heads - len(self.heads[r])) for r in ranks]
-        yield [Received(others, self.shards.count(r) * back[r]) for r in ranks]
+        ranks, counts = range(self.shards.ranks), np.array(self.shards.counts, np.int64)
+        own = np.array([sizes.of_operands(len(self.heads[r]), len(self.kv_heads[r])) for r in ranks], np.int64)
+        back = np.array([sizes.of_output(sizes.heads - len(self.heads[r])) for r in ranks], np.int64)
+        steps = np.stack([(self.shards.length - counts) * own, counts * back])
+        return Arriving(np.full_like(steps, len(ranks) - 1), steps)
 
     def workspace(self, sizes: Sizes) -> int:
         """Bytes that a rank holds at most beside its own operands: those of its heads, what is on its way, and their output."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from attnopt.base.intervals import Ranges, merged
 from attnopt.distributed.ranks import Exchange, Ranks
-from attnopt.distributed.shards import Rounds, Shards
+from attnopt.distributed.rounds import Rounds
+from attnopt.distributed.shards import Shards
 from attnopt.patterns.algebra import FULL, Pattern
 from attnopt.patterns.part import Part, count
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from attnopt.distributed.attention_arguments import AttentionCall, attention_call
 from attnopt.distributed.head_exchange import HeadShares
 from attnopt.distributed.placement import Form, Placement, at_node
-from attnopt.distributed.shards import Rounds, Shards
+from attnopt.distributed.rounds import Rounds
+from attnopt.distributed.shards import Shards
 from attnopt.distributed.token_rules import ATTENTIONS, Tokens
-from attnopt.distributed.traffic import Received, totals
+from attnopt.distributed.traffic import Arriving, Link
 from attnopt.errors import DistributedError
 from attnopt.graph.nodes import calls, inputs_of, opname, run_call, value, written
 from attnopt.graph.sdpa import call_arguments
@@ -28,17 +29,18 @@ Way = Rounds | HeadShares
 @dataclass(frozen=True)
 class Sharing:
     """``zigzag`` None: where an attention is causal without a window.  ``method``: "keys" travel to queries, all operands to
-    "heads", or of both what sends a rank less ("auto").  ``whole``: outputs are collected."""
+    "heads", or of both what takes less time on ``link`` ("auto").  ``whole``: outputs are collected."""
 
     zigzag: bool | None = None
     method: str = "auto"
     whole: bool = False
+    link: Link = field(default_factory=Link)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """``values``: of every node at the sizes of the call.  ``ways``: of the attentions that ranks share.  ``forms``: of the
-    outputs."""
+    outputs.  ``link``: by which the ways were chosen."""
 
     gm: fx.GraphModule
     values: Mapping[fx.Node, Any]
@@ -46,6 +48,7 @@ class Layout:
     ways: Mapping[fx.Node, Way]
     placement: Placement
     forms: Mapping[fx.Node, Form]
+    link: Link
 
     @classmethod
     def of(cls, gm: fx.GraphModule, inputs: Sequence[object], ranks: int, sharing: Sharing) -> Layout:
@@ -60,25 +63,25 @@ class Layout:
         is_causal = any(c.pattern.is_causal and c.pattern.look_back is None for c in cores)
         shards = Shards.of(length, ranks, is_causal if sharing.zigzag is None else sharing.zigzag)
         known: dict[object, Rounds] = {}
-        ways = {c.node: _way(c, values, shards, sharing.method, known) for c in cores}
+        ways = {c.node: _way(c, values, shards, sharing, known) for c in cores}
         by_heads = [node for node, way in ways.items() if isinstance(way, HeadShares)]
         placement = Placement(gm.graph, values, {c.node: c for c in cores}, length, by_heads)
         placement.place()
         leaves = pytree.tree_leaves(gm.graph.output_node().args[0])
         forms = {x: None if sharing.whole else _own(placement, x) for x in leaves if isinstance(x, fx.Node)}
         placement.want(forms)
-        return cls(gm, values, shards, ways, placement, forms)
+        return cls(gm, values, shards, ways, placement, forms, sharing.link)
 
     @property
-    def collected(self) -> list[tuple[str, Received]]:
+    def collected(self) -> list[tuple[str, Arriving]]:
         """Each tensor that all ranks collect, and what that sends to each of them."""
-        others, found = self.shards.ranks - 1, list[tuple[str, Received]]()
+        others, found = self.shards.ranks - 1, list[tuple[str, Arriving]]()
         for node in self.gm.graph.nodes:
             wanted = self.placement.wanted.get(node, {})
             if None in wanted and wanted[None].get(node) is not None:
                 x = self.values[node]
                 padded = x.numel() // self.shards.length * self.shards.longest * x.element_size()
-                found.append((f"{opname(node)} {tuple(x.shape)}", Received(others, others * padded)))
+                found.append((f"{opname(node)} {tuple(x.shape)}", Arriving.evenly(others, others * padded)))
         return found
 
 
@@ -137,21 +140,22 @@ def _shared(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[AttentionCal
         q, k = (int(values[n].shape[-2]) for n in _queries_and_keys(seen[0]))
         raise call.error(
             f"it has {q} queries and {k} keys, and no attention of the model has as many keys as queries",
-            "run models with a cache of keys on one rank",
+            "run a model that reads a cache of keys on one rank, or split its heads: parallelize_module on the result of "
+            "attnopt.convert",
         )
     return [attention_call(node) for node in found[max(work, key=lambda n: (work[n], n))]]
 
 
 def _way(
-    core: AttentionCall, values: Mapping[fx.Node, Any], shards: Shards, method: str, known: dict[object, Rounds]
+    core: AttentionCall, values: Mapping[fx.Node, Any], shards: Shards, sharing: Sharing, known: dict[object, Rounds]
 ) -> Way:
-    """By the bytes that the rank is sent that is sent the most; ``known``: rounds of patterns."""
+    """``known``: rounds of patterns."""
     key = core.pattern, core.heads if core.pattern.is_per_head else 0
     rounds = known[key] = known.get(key) or Rounds.plan(core.pattern, core.heads, shards)
     shares = None if core.with_lse else HeadShares.of(core.kv_of_head, shards)
-    if method == "keys":
+    if sharing.method == "keys":
         return rounds
-    if method == "heads":
+    if sharing.method == "heads":
         if shares is None:
             groups = f"they read {len(set(core.kv_of_head))} key/value heads, fewer than {shards.ranks} ranks"
             why = "its log-sum-exps are merged with those of other keys" if core.with_lse else groups
@@ -159,8 +163,8 @@ def _way(
         return shares
     if core.has_rows(values):
         return rounds  # otherwise each rank would hold a whole map
-    sizes = core.sizes(values)
-    if shares is not None and max(totals(shares.arriving(sizes))) < max(totals(rounds.arriving(sizes))):
+    sizes, link = core.sizes(values), sharing.link
+    if shares is not None and link.seconds(shares.arriving(sizes)) < link.seconds(rounds.arriving(sizes)):
         return shares
     return rounds
 

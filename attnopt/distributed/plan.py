@@ -20,7 +20,7 @@ from attnopt.distributed.ranks import axis_of
 from attnopt.distributed.same_model import require_optimized
 from attnopt.distributed.shards import Shards
 from attnopt.distributed.token_rules import ATTENTIONS
-from attnopt.distributed.traffic import Link, totals
+from attnopt.distributed.traffic import Link
 from attnopt.distributed.traffic import Sizes as AttentionSizes
 from attnopt.errors import DistributedError
 from attnopt.graph.evaluate import Sizes, symbols
@@ -46,9 +46,8 @@ class AttentionPlan:
 
     @classmethod
     def of(cls, site: str, pattern: object, way: Way, sizes: AttentionSizes, link: Link) -> AttentionPlan:
-        steps = list(way.arriving(sizes))
-        tokens = tuple(map(way.tokens, range(way.shards.ranks)))
-        return cls(site, way.method, str(pattern), tokens, tuple(totals(steps)), link.seconds(steps))
+        steps = way.arriving(sizes)
+        return cls(site, way.method, str(pattern), way.tokens, steps.totals, link.seconds(steps))
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class ParallelPlan:
     seconds: float
 
     @classmethod
-    def of(cls, made: Layout, link: Link | None = None) -> ParallelPlan:
-        link, shards, found = link or Link(), made.shards, dict[object, AttentionPlan]()
+    def of(cls, made: Layout) -> ParallelPlan:
+        link, shards, found = made.link, made.shards, dict[object, AttentionPlan]()
         attentions = []
         for node, way in made.ways.items():
             core = made.placement.cores[node]
@@ -78,10 +77,9 @@ class ParallelPlan:
             found[id(way), sizes] = known
             attentions.append(replace(known, site=core.site))
         collected = made.collected
-        seconds = sum(a.seconds for a in attentions) + link.seconds([one] for _, one in collected)
-        tokens = tuple(map(shards.count, range(shards.ranks)))
-        sent = tuple((name, one.bytes) for name, one in collected)
-        return cls(shards.length, tokens, _layout(shards), tuple(attentions), sent, peak_bytes(made), seconds)
+        seconds = sum(a.seconds for a in attentions) + sum(link.seconds(one) for _, one in collected)
+        sent = tuple((name, one.totals[0]) for name, one in collected)
+        return cls(shards.length, shards.counts, _layout(shards), tuple(attentions), sent, peak_bytes(made), seconds)
 
     def bytes(self, rank: int) -> int:
         """What the rank is sent in one forward pass."""
@@ -120,8 +118,7 @@ def plan(
 
     ``ranks``: how many, or a mesh and the name of its ``axis``.  ``length``: tokens of a sequence, of the example inputs at that
     size, where a free batch of one counts as the two that it was captured with; or ``args`` and ``kwargs``, whose tensors may be
-    on the meta device.  ``layout``, ``method``, ``outputs``: as of
-    ``context_parallel``.  ``link``: latency and bandwidth of the way between two ranks.
+    on the meta device.  ``layout``, ``method``, ``outputs``, ``link``: as of ``context_parallel``.
 
     Raises DistributedError.
     """
@@ -132,8 +129,8 @@ def plan(
     size = ranks.size(axis_of(ranks, axis)) if isinstance(ranks, DeviceMesh) else whole("plan", "ranks", ranks, least=1)
     given = fast.arranged(args, kwargs or {})[0] if args or kwargs else None
     inputs = _of_length(fast, length) if given is None else pytree.tree_leaves(given)
-    sharing = Sharing(LAYOUTS[layout], method, outputs == "whole")
-    return ParallelPlan.of(Layout.of(fast.graph_module, inputs, size, sharing), link)
+    sharing = Sharing(LAYOUTS[layout], method, outputs == "whole", link or Link())
+    return ParallelPlan.of(Layout.of(fast.graph_module, inputs, size, sharing))
 
 
 def _of_length(fast: OptimizedModel, length: int | None) -> Sequence[object]:

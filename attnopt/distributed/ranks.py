@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from attnopt.errors import DistributedError
+from attnopt.errors import DistributedError, PeerError
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +59,16 @@ class Ranks:
         return Exchange(received, works, tuple(leaving.values()))
 
     def everyone(self, told: object) -> list[object]:
-        """What each rank tells, by rank; tensors arrive on the device of this rank."""
+        """What each rank tells, by rank; tensors arrive on the device of this rank.  Raises PeerError."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, packed(told), self.group)
+        own = packed(told)
+        try:
+            dist.all_gather_object(found, own, self.group)
+        except RuntimeError as e:
+            why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise PeerError(
+                f"another process ended, or did not answer in time: {why}", hint="see what it printed"
+            ) from e
         return [pickle.loads(one) for one in found]
 
     def padded(self, own: Tensor, what: str) -> list[Tensor]:
@@ -80,19 +87,26 @@ class Ranks:
         return x
 
     @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def together(self, doing: str) -> Iterator[Told]:
         """If the body raises on one rank, it raises on each: the own error there, one that tells of it elsewhere.
 
         The body must not wait for other ranks after it may have failed alone."""
         failure: Exception | None = None
+        shared = Told()
         try:
-            yield
+            yield shared
         except Exception as e:
             failure = e
-        told = self.everyone(None if failure is None else f"{type(failure).__name__}: {failure}")
+        try:
+            told: Any = self.everyone((None if failure is None else f"{type(failure).__name__}: {failure}", shared.own))
+        except PeerError:
+            if failure is not None:
+                raise failure from None
+            raise
         if failure is not None:
             raise failure
-        failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
+        failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
+        shared.all = [own for _, own in told]
         if failed:
             rank, text = failed[0]
             raise DistributedError(f"rank {rank} failed while {doing}: {text}", hint="fix the cause on that rank")
@@ -118,6 +132,14 @@ class Ranks:
 
     def _count(self, what: str, *tensors: Tensor) -> None:
         self.received[what] = self.received.get(what, 0) + sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass
+class Told:
+    """``own``: what this rank tells when it is done; ``all``: afterwards, what each told, by rank."""
+
+    own: Any = None
+    all: list[Any] = field(default_factory=list)
 
 
 class _Packer(pickle.Pickler):

@@ -26,7 +26,7 @@ from attnopt.base.split_weight import Part, SplitWeight, split_parameter
 from attnopt.capture.calibration import Batch, Calibration
 from attnopt.capture.run_unchanged import outputs_of
 from attnopt.compiler.policy import Policy
-from attnopt.distributed.calibration import PeerError, RankPeers
+from attnopt.distributed.calibration import RankPeers
 from attnopt.distributed.gathered_weight import gathered_weight, whole_of
 from attnopt.distributed.ranks import Ranks
 from attnopt.distributed.unsplit import without_splitting
@@ -62,24 +62,25 @@ def optimize(
 
     Raises AttnoptError on every process: DistributedError where the model computes something else with whole weights.
     """
-    if split_parameter(model) is None:
+    if not isinstance(model, nn.Module) or split_parameter(model) is None:
         raise DistributedError("no parameter of the model is a DTensor", hint="call attnopt.optimize")
     inputs = CallInputs.of(args, kwargs)
     if not any(inputs):
         raise DistributedError(
             "a split model needs example inputs", hint="pass the same args or kwargs on every process"
         )
-    data = None if calibration is None else Calibration.of(calibration, shared=True)
-    peers = None if data is None else data.peers
+    peers = calibration.peers if isinstance(calibration, Calibration) else None
     split = SplitModel.of(model, peers)
     with split.peers.working({"the example inputs": dict(enumerate(tensors(inputs)))}):
+        chosen = Policy.of(policy)
+        data = None if calibration is None else Calibration.of(calibration, shared=True)
         split.check(inputs, 0 if data is None else len(data))
-    given = {"the policy": Policy.of(policy).to_json(), "the options": (backend, tolerance, strict, limit, seed)}
+    given = {"the policy": chosen.to_json(), "the options": (backend, tolerance, strict, limit, seed)}
     batches = {} if data is None else {"the calibration data": dict(enumerate(tensors(data.batches)))}
     with nullcontext() if peers is not None else split.peers.working({**given, **batches}):
         fast = optimize_whole(
             split.whole,
-            policy,
+            chosen,
             *inputs,
             dynamic_shapes=dynamic_shapes,
             calibration=data,
@@ -98,7 +99,7 @@ class SplitModel:
 
     model: nn.Module
     whole: nn.Module
-    peers: Peers
+    peers: RankPeers
 
     @classmethod
     def of(cls, model: nn.Module, peers: Peers | None) -> SplitModel:
@@ -111,7 +112,7 @@ class SplitModel:
                 f"{ranks.size} processes share the weights, and {peers.count} the calibration data",
                 hint="share the data among all processes that share the weights",
             )
-        everyone = peers or RankPeers(ranks)
+        everyone = peers if isinstance(peers, RankPeers) else RankPeers(ranks)
 
         def split(x: Tensor, name: str) -> Tensor:
             if not isinstance(x, DTensor):
@@ -167,16 +168,18 @@ class _Shared(Part):
 
     held: DTensor
     name: str
-    peers: Peers
+    peers: RankPeers
 
     @property
     def form(self) -> Tensor:
         return self.held
 
     def gather(self) -> Tensor:
-        if any(name != self.name for name in self.peers.everyone(self.name)):
-            raise PeerError("the ranks made different decisions", hint="report the model and the policy")
-        return whole_of(self.held)
+        self.peers.agree(self.name)
+        try:
+            return whole_of(self.held)
+        except Exception as e:
+            self.peers.fail(e)
 
     def of(self, x: Tensor) -> _Shared:
         placements = [_alike(p, x.dim()) for p in self.held.placements]

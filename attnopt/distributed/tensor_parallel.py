@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.closeness import ROOM, difference, tensors, tolerance
 from attnopt.distributed.ranks import Ranks
+from attnopt.distributed.same_inputs import require_same_inputs, sampled
 from attnopt.distributed.same_model import require_optimized, told_of
 from attnopt.distributed.sharded_attention import ShardedAttention
 from attnopt.errors import DistributedError, VerificationError
@@ -36,13 +37,16 @@ Plan = Mapping[str, ParallelStyle | Placement]
 class TensorParallel(nn.Module):
     """See ``tensor_parallel``.  Parameters are DTensors; inputs and outputs are plain and whole, the same on every rank."""
 
-    def __init__(self, inner: OptimizedModel, mesh: DeviceMesh) -> None:
+    def __init__(self, inner: OptimizedModel, mesh: DeviceMesh, ranks: Ranks) -> None:
         super().__init__()
-        self.inner, self.mesh = inner, mesh
+        self.inner, self.mesh, self.ranks = inner, mesh, ranks
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The outputs of the model."""
-        inputs, give = self.inner.arranged(args, kwargs)
+        with self.ranks.together("reading the inputs") as told:
+            inputs, give = self.inner.arranged(args, kwargs)
+            told.own = sampled(inputs)
+        require_same_inputs(told.all)
         return give(self._run(inputs))
 
     @property
@@ -82,9 +86,10 @@ def tensor_parallel(
         origin = fast.origin
         known = tuple(replace(site, parameters={}) for site in origin.sites)  # which would keep whole weights alive
         module = _split(fast.graph_module, line, placements)
-        made = TensorParallel(OptimizedModel(module, replace(origin, sites=known)), line)
+        made = TensorParallel(OptimizedModel(module, replace(origin, sites=known)), line, ranks)
     _settle(module, _distributed(origin.inputs, line), line)
-    _compare(made, fast)
+    with ranks.together("comparing with one rank"):
+        _compare(made, fast)
     return made
 
 

@@ -61,8 +61,7 @@ class _Collect(torch.autograd.Function):
         ctx.how = how
         at, shards, ranks = how.at, how.shards, how.ranks
         own = _split(x, at, shards.count(ranks.rank)).movedim(at.axis + 1, 0)
-        longest = max(shards.count(r) for r in range(ranks.size))
-        padded = own.new_zeros(longest, *own.shape[1:])
+        padded = own.new_zeros(shards.longest, *own.shape[1:])
         padded[: len(own)] = own
         whole = own.new_empty(shards.length, *own.shape[1:])
         for rank, given in enumerate(ranks.padded(padded, how.name)):

@@ -174,7 +174,9 @@ def _piece(call: Call, at: Tokens) -> Needed | None:
 
 def _cat(call: Call, at: Tokens) -> Needed | None:
     along = wrap(int(arg(call.node, 1, call.node.kwargs.get("dim", 0))), len(call.own))
-    parts = call.tensors
+    parts, filled = call.tensors, [p for p in arg(call.node, 0) if 0 not in call.shape(p)]
+    if len(filled) == 1:  # as behind an empty cache
+        return {p: at if p is filled[0] else None for p in parts}
     if along == at.axis or any(len(call.shape(p)) != len(call.own) for p in parts):
         return None
     return dict.fromkeys(parts, at)

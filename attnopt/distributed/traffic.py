@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import fsum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from attnopt.errors import PolicyError
 
-@dataclass(frozen=True)
-class Received:
-    """What one rank is sent in one step: the messages, one from each rank that sends, and their bytes."""
 
-    messages: int
-    bytes: int
+@dataclass(frozen=True, eq=False)
+class Arriving:
+    """What each rank is sent in each step [steps, ranks]: the messages, one from each rank that sends, and their bytes."""
+
+    messages: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+
+    @classmethod
+    def evenly(cls, messages: int, size: int) -> Arriving:
+        """In one step, the same for every rank."""
+        return cls(np.array([[messages]]), np.array([[size]]))
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """The bytes that each rank is sent in all steps."""
+        return tuple(self.bytes.sum(0).tolist())
 
 
 @dataclass(frozen=True)
@@ -25,9 +39,14 @@ class Link:
     latency: float = 1e-5
     bandwidth: float = 2.5e10
 
-    def seconds(self, steps: Iterable[Sequence[Received]]) -> float:
+    def __post_init__(self) -> None:
+        if not (self.latency >= 0 and self.bandwidth > 0):
+            raise PolicyError(f"invalid value {self}: expected a latency of at least 0 and a bandwidth of more than 0")
+
+    def seconds(self, steps: Arriving) -> float:
         """Of steps that begin when the slowest rank has ended the one before."""
-        return sum(max(r.messages * self.latency + r.bytes / self.bandwidth for r in step) for step in steps)
+        each = steps.messages * self.latency + steps.bytes / self.bandwidth
+        return fsum(each.max(1).tolist())  # the same on every machine, since ranks choose by it
 
 
 @dataclass(frozen=True)
@@ -68,8 +87,3 @@ class Sizes:
     def of_output(self, heads: int) -> int:
         """Bytes of one token's output of some heads."""
         return self.batch * heads * self.value_dim * self.dtypes[2].itemsize
-
-
-def totals(steps: Iterable[Sequence[Received]]) -> list[int]:
-    """The bytes that each rank is sent in all steps."""
-    return [sum(r.bytes for r in of_rank) for of_rank in zip(*steps, strict=True)]

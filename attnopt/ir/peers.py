@@ -21,7 +21,7 @@ class Peers(ABC):
 
     @abstractmethod
     def everyone(self, told: T) -> list[T]:
-        """What each process tells, by rank.  Raises DistributedError where one of them failed."""
+        """What each process tells, by rank.  Raises PeerError where one of them failed."""
 
     @abstractmethod
     def working(self, given: Mapping[str, object]) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from attnopt.base.debug import debugging
 from attnopt.base.sizes import is_static, step
 from attnopt.capture.flex_attention import is_flex, is_written_out, why_unread
 from attnopt.capture.program import Program
+from attnopt.errors import PeerError
 from attnopt.graph.axes import resolve, resolve_all
 from attnopt.graph.nodes import (
     ancestors,
@@ -127,6 +128,8 @@ def find(program: Program) -> Findings:
                 near.append(rejected[-1].told)
             else:
                 near += [miss for n in _beside(node) for miss in _in_onnx_runtime(gm, n, every=True)[:1]]
+        except PeerError:
+            raise
         except Exception as e:
             if debugging() and not _is_empty(node):
                 raise

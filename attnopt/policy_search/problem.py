@@ -236,9 +236,10 @@ def problem(task: Task, resume: str | os.PathLike[str] | None = None, peers: Pee
     Raises PolicyError, CalibrationError, SearchError."""
     made, parts, refits = _prepared(task)
     state = State(task.marks(made), None if resume is None else Path(resume))
-    state.read()
-    if peers is not None and peers.rank:
-        state.path = None  # the first one writes
+    if peers is None:
+        state.read()
+    else:
+        state.share(peers)
     return Problem(task, made, task.counted, parts.judged, state, refits if peers is None else None, peers)
 
 

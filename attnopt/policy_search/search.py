@@ -87,13 +87,15 @@ def search(
     what was found so far in ``partial``.
     """
     start = time.monotonic()
-    _check(budget, evaluate, divergence, evaluations, minutes, args or kwargs)
-    data = Calibration.of(calibration)
+    with nullcontext() if peers is None else peers.working({}):  # then a mistake on one rank ends all
+        _check(budget, evaluate, divergence, evaluations, minutes, args or kwargs)
+        data = Calibration.of(calibration)
+        given = {} if peers is None else _given(model, policy, data, budget, evaluations, seed)
 
     def build(chosen: Policy) -> OptimizedModel:
         return optimize(model, chosen, args, kwargs, dynamic_shapes=dynamic_shapes, calibration=data, seed=seed)
 
-    with nullcontext() if peers is None else peers.working(_given(model, policy, data, budget, evaluations, seed)):
+    with nullcontext() if peers is None else peers.working(given):
         inputs = CallInputs.of(args, kwargs)
         task = Task(model, policy, inputs, data, budget, evaluate, divergence, dynamic_shapes, seed)
         asked = problem(task, resume, peers)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.atomic_files import atomic_write
 from attnopt.errors import SearchError
+from attnopt.ir.peers import Peers
 from attnopt.policy_search.judge import Known
 
 FORMAT = 2
@@ -57,6 +58,16 @@ class State:
                 f"search: resume={str(self.path)!r} is the state of another search: other {', '.join(changed)}",
                 hint="give another path, or remove the file",
             )
+        self.values.update(values)
+        self.refitted.update(refitted)
+        self.times.update(times)
+
+    def share(self, peers: Peers) -> None:
+        """What the first of several processes reads, for all of them; it alone writes.  Raises SearchError there."""
+        if peers.rank == 0:
+            self.read()
+        self.path = None if peers.rank else self.path
+        values, refitted, times = peers.everyone((self.values, self.refitted, self.times))[0]
         self.values.update(values)
         self.refitted.update(refitted)
         self.times.update(times)

@@ -20,7 +20,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import attnopt
 from attnopt import Choice
 from attnopt.cli.demo_data import let_transformers_import
-from attnopt.distributed import ContextParallel, context_parallel, peers, plan, share_calibration, tensor_parallel
+from attnopt.distributed import (
+    ContextParallel,
+    Link,
+    context_parallel,
+    peers,
+    plan,
+    share_calibration,
+    tensor_parallel,
+)
 from attnopt.errors import CalibrationError, DistributedError
 from attnopt.passes import (
     DynamicSparse,
@@ -235,7 +243,7 @@ def what_arrives_is_what_was_planned_without_the_ranks(mesh: DeviceMesh) -> None
     """By either method, and with outputs that are collected."""
     for style, policy in ((DECODER, TAIL), (Style(causal=False, pooled=True), "fuse")):
         one = optimized(style, policy)
-        for options in ({"method": "keys"}, {"method": "heads", "outputs": "whole"}, {}):
+        for options in ({"method": "keys"}, {"method": "heads", "outputs": "whole"}, {"link": Link(latency=0.0)}):
             if style.kv_heads < mesh.size() and options.get("method") == "heads":
                 continue
             parallel, given = context_parallel(one, mesh, **options), inputs(style, 29)
@@ -247,13 +255,15 @@ def what_arrives_is_what_was_planned_without_the_ranks(mesh: DeviceMesh) -> None
 
 
 @check
-def the_method_that_sends_less_is_chosen(mesh: DeviceMesh) -> None:
-    one = optimized(Style(layers=1))
-    planned = {m: context_parallel(one, mesh, method=m).plan(*inputs(Style(), 32)) for m in ("keys", "heads", "auto")}
-    most = {m: max(map(p.bytes, range(mesh.size()))) for m, p in planned.items()}
-    assert most["auto"] == min(most.values())
-    assert (most["heads"] < most["keys"]) == (mesh.size() == 4)
-    assert planned["heads"].attentions[0].method == "all-to-all"
+def the_method_of_least_time_is_chosen(mesh: DeviceMesh) -> None:
+    one, given = optimized(Style(layers=1)), inputs(Style(), 32)
+    for link in (Link(), Link(latency=0.0)):
+        planned = {m: context_parallel(one, mesh, method=m, link=link).plan(*given) for m in ("keys", "heads", "auto")}
+        assert planned["auto"].seconds == min(p.seconds for p in planned.values())
+        chosen = "all-to-all" if mesh.size() == 4 and not link.latency else "ring"
+        assert planned["auto"].attentions[0].method == chosen
+        assert planned["heads"].attentions[0].method == "all-to-all"
+        compared(context_parallel(one, mesh, link=link), one, given, 1e-6)
 
 
 @check
@@ -303,6 +313,37 @@ def blocks_that_are_chosen_at_run_time_are_refused(mesh: DeviceMesh) -> None:
         context_parallel(one, mesh)
 
 
+@quick
+def inputs_that_differ_are_refused(mesh: DeviceMesh) -> None:
+    """As where each rank passes its own batch; and the next call is as if nothing had happened."""
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    one, rank = optimized(Style(layers=1)), mesh.get_rank()
+    right, other = inputs(Style(), 13), inputs(Style(), 13, seed=2)
+    in_sequence = context_parallel(one, mesh)
+    for parallel in (in_sequence, tensor_parallel(one, mesh, {"attentions.0.q": ColwiseParallel()})):
+        with pytest.raises(
+            DistributedError, match=r"rank 1 passes other numbers than rank 0 as input 0, int64 \[2, 13\]"
+        ):
+            parallel(*(other if rank == 1 else right))
+        with pytest.raises(
+            DistributedError, match=r"rank 1 passes int64 \[2, 13\] as input 0, and rank 0 int64 \[2, 12\]"
+        ):
+            parallel(*(right if rank == 1 else inputs(Style(), 12)))
+        with pytest.raises(attnopt.AttnoptError, match="wrong inputs" if rank == 1 else "rank 1 failed while reading"):
+            parallel(*(() if rank == 1 else right))
+        same(parallel(*right), in_sequence.own(one(*right)) if parallel is in_sequence else one(*right), 1e-6)
+
+
+@check
+def options_that_differ_are_refused(mesh: DeviceMesh) -> None:
+    one, rank = optimized(Style(layers=1)), mesh.get_rank()
+    with pytest.raises(attnopt.AttnoptError, match="'zigzak'"):
+        context_parallel(one, mesh, layout="zigzak" if rank == 1 else "zigzag")
+    with pytest.raises(DistributedError, match="the link on rank 1 differs from"):
+        context_parallel(one, mesh, link=Link(latency=1e-5 * (1 + rank)))
+
+
 @check
 def sequences_shorter_than_the_ranks_are_refused(mesh: DeviceMesh) -> None:
     parallel = context_parallel(optimized(Style()), mesh)
@@ -310,6 +351,31 @@ def sequences_shorter_than_the_ranks_are_refused(mesh: DeviceMesh) -> None:
     if length > 1:  # which is another graph
         with pytest.raises(DistributedError, match=f"{length} tokens cannot be shared by {mesh.size()} ranks"):
             parallel(*inputs(Style(), length))
+
+
+@check
+def caches_are_whole_or_refused(mesh: DeviceMesh) -> None:
+    """One that a model makes of a prompt; one that it reads is refused.  The remedies in the errors work."""
+    let_transformers_import()
+    from tiny_llama import tiny_llama
+
+    user, ids = tiny_llama(2, layers=2), torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(5))
+    options: dict[str, Any] = {"dynamic_shapes": "auto", "backend": "blocked"}
+    one = attnopt.optimize(user, "fuse", kwargs={"input_ids": ids}, **options)
+    with pytest.raises(DistributedError, match=r"its own tokens of past_key_values.layers\[1\].keys, which is part of"):
+        context_parallel(one, mesh)
+    with torch.no_grad():
+        got, want = (m(input_ids=ids) for m in (context_parallel(one, mesh, outputs="whole"), one))
+        same(got.logits, want.logits, 1e-5)
+        for ours, theirs in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+            same(ours.keys, theirs.keys, 1e-5)
+            same(ours.values, theirs.values, 1e-5)
+        without = attnopt.optimize(user, "fuse", kwargs={"input_ids": ids, "use_cache": False}, **options)
+        parallel = context_parallel(without, mesh)
+        same(parallel(input_ids=ids, use_cache=False).logits, parallel.own(want.logits), 1e-5)
+    given = {"input_ids": ids[:, :1], "past_key_values": want.past_key_values}
+    with pytest.raises(DistributedError, match=r"it has 1 queries and 18 keys.*\n.*parallelize_module"):
+        context_parallel(attnopt.optimize(user, "fuse", kwargs=given, **options), mesh)
 
 
 @check
@@ -373,6 +439,20 @@ def a_rank_with_bad_data_ends_the_job_on_all(mesh: DeviceMesh) -> None:
         attnopt.optimize(user, PruneHeads(0.5), (_batches()[0],), calibration=own)
     assert isinstance(raised.value, DistributedError) == (mesh.get_rank() != 1)
     assert time.monotonic() - start < 30
+
+
+@check
+def a_rank_with_a_bad_policy_ends_the_job_on_all(mesh: DeviceMesh) -> None:
+    policy = "prune-hats(0.5)" if mesh.get_rank() == 1 else "prune-heads(0.5)"
+    for run in (
+        lambda: attnopt.optimize(model(Style()), policy, (_batches()[0],), calibration=_share(mesh)),
+        lambda: attnopt.search(
+            model(Style()), {"*": policy}, (_batches()[0],), calibration=_batches(), budget=attnopt.Budget(flops=0.93),
+            peers=peers(mesh),
+        ),
+    ):  # fmt: skip
+        with pytest.raises(attnopt.AttnoptError, match="prune-hats"):
+            run()
 
 
 @check

@@ -1,4 +1,4 @@
-"""A decoder of one layer, small enough to convert in a test."""
+"""A decoder of one layer or more, small enough to convert in a test."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 
-def tiny_llama(kv_heads: int) -> Any:
+def tiny_llama(kv_heads: int, layers: int = 1) -> Any:
     """Four heads of 8 features, 50 tokens; its weights are far from their small initial values."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 50,
     }  # fmt: skip
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=kv_heads)).eval()
     for p in model.parameters():

@@ -12,7 +12,8 @@ from attnopt.backends.attention_operator import ATTENTION_WITH_LSE
 from attnopt.distributed.attend import Attend
 from attnopt.distributed.key_rounds import Attention
 from attnopt.distributed.ranks import Ranks
-from attnopt.distributed.shards import Rounds, Shards
+from attnopt.distributed.rounds import Rounds
+from attnopt.distributed.shards import Shards
 from attnopt.patterns import Causal
 
 GROUP: Any = None  # nothing is sent

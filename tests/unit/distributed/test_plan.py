@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import numpy as np
 import pytest
 import torch
 from parallel_checks import SINKS, STYLES, TAIL, optimized
@@ -11,7 +14,7 @@ import attnopt
 from attnopt.distributed import Link, plan
 from attnopt.distributed.head_exchange import HeadShares
 from attnopt.distributed.shards import Shards
-from attnopt.distributed.traffic import Received
+from attnopt.distributed.traffic import Arriving
 from attnopt.errors import DistributedError, PolicyError
 from attnopt.passes import LocalWindow
 
@@ -61,8 +64,34 @@ def test_the_time_of_a_ring_is_that_of_its_rounds(full: attnopt.OptimizedModel) 
 
 
 def test_steps_wait_for_the_slowest_rank() -> None:
-    steps = [[Received(1, 100), Received(3, 10)], [Received(0, 0), Received(1, 10)]]
+    steps = Arriving(np.array([[1, 3], [0, 1]]), np.array([[100, 10], [0, 10]]))
     assert Link(latency=1.0, bandwidth=100.0).seconds(steps) == pytest.approx(3.1 + 1.1)
+    assert steps.totals == (100, 20)
+
+
+def test_links_that_cannot_be() -> None:
+    for options in ({"latency": -1.0}, {"bandwidth": 0.0}, {"bandwidth": float("nan")}):
+        with pytest.raises(PolicyError, match=r"invalid value Link\(.*expected a latency of at least 0"):
+            Link(**options)
+
+
+@pytest.mark.parametrize("link", [Link(), Link(latency=0.0), Link(latency=1.0, bandwidth=1e9)], ids=str)
+def test_the_method_of_least_time_is_chosen(link: Link) -> None:
+    one, methods = optimized(Style(layers=1)), set[str]()
+    for ranks, length in ((2, 32), (4, 32), (4, 4096), (3, 100)):
+        by_method = {m: plan(one, ranks, length, method=m, link=link) for m in ("keys", "heads", "auto")}
+        assert by_method["auto"].seconds == min(p.seconds for p in by_method.values())
+        methods.add(by_method["auto"].attentions[0].method)
+    assert methods == ({"ring", "all-to-all"} if link.latency < 1 else {"ring"})
+
+
+@pytest.mark.parametrize("policy", ["fuse", LocalWindow(left=1023, right=0, sinks=4)], ids=["causal", "window"])
+def test_plans_for_1024_ranks_take_less_than_two_seconds(policy: object) -> None:
+    one, start = optimized(Style(), policy), time.process_time()
+    made = plan(one, 1024, 1 << 20)
+    assert time.process_time() - start < 2
+    most = 1023 if policy == "fuse" else 2
+    assert made.attentions[0].seconds == pytest.approx(most * 1e-5 + max(made.attentions[0].bytes) / 2.5e10, rel=0.01)
 
 
 def test_collected_outputs_count() -> None:

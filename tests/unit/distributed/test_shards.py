@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from attnopt.distributed.shards import Rounds, Shards, TooShortError, needed
+from attnopt.distributed.shards import Shards, TooShortError
 from attnopt.distributed.token_rules import Tokens, moved
-from attnopt.patterns import Causal, Sinks, Window
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
@@ -23,24 +22,6 @@ def test_fewer_tokens_than_ranks() -> None:
         Shards.of(3, 4)
 
 
-def test_a_window_sends_its_tail_and_sinks() -> None:
-    rounds = Rounds.plan(Causal() & (Window(3, 0) | Sinks(2)), 1, Shards.of(64, 4))
-    assert rounds.method == "halo"
-    assert [rounds.tokens(rank) for rank in range(4)] == [0, 5, 5, 5]
-
-
-def test_a_window_longer_than_a_shard_reaches_over_it() -> None:
-    rounds = Rounds.plan(Causal() & Window(20, 0), 1, Shards.of(64, 4))
-    assert rounds.method == "ring"
-    assert [rounds.tokens(rank) for rank in range(4)] == [0, 16, 20, 20]
-
-
-def test_all_keys_of_all_ranks_travel_one_rank_at_a_time() -> None:
-    rounds = Rounds.plan(Window(100), 1, Shards.of(64, 4))
-    assert [len(rounds.sources(number, 0)) for number in range(rounds.count)] == [1, 1, 1, 1]
-    assert rounds.tokens(0) == 48
-
-
 @pytest.mark.parametrize(
     ("at", "sizes", "others", "wanted"),
     [
@@ -54,7 +35,3 @@ def test_all_keys_of_all_ranks_travel_one_rank_at_a_time() -> None:
 )
 def test_tokens_after_a_reshape(at: Tokens, sizes: tuple, others: tuple, wanted: Tokens | None) -> None:
     assert moved(at, sizes, others, 12) == wanted
-
-
-def test_keys_that_only_the_last_query_sees_are_sent() -> None:
-    assert needed(Window(0, 1), 1, Shards.of(8, 2), 0) == {0: ((0, 4),), 1: ((4, 5),)}
