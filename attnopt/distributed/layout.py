@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.distributed.attention_arguments import AttentionCall, attention_call
 from attnopt.distributed.head_exchange import HeadShares
-from attnopt.distributed.placement import Form, Placement, at_node
+from attnopt.distributed.placement import ON_ONE_RANK, Form, Placement, at_node, is_between_channels
 from attnopt.distributed.shards import Rounds, Shards
 from attnopt.distributed.token_rules import ATTENTIONS, Tokens
 from attnopt.distributed.traffic import Received, totals
@@ -121,7 +121,7 @@ def _shared(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[AttentionCal
     by each rank, for its own queries if the keys are whole."""
     found: dict[int, list[fx.Node]] = {}
     work: dict[int, int] = {}
-    seen = [n for n in graph.nodes if calls(n, ATTENTIONS)]
+    seen = [n for n in graph.nodes if calls(n, ATTENTIONS) and not is_between_channels(n)]
     for node in seen:
         q, k = (values[n] for n in _queries_and_keys(node))
         if q.dim() == 4 and q.shape[2] == k.shape[2]:
@@ -129,8 +129,10 @@ def _shared(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[AttentionCal
             found.setdefault(length, []).append(node)
             work[length] = work.get(length, 0) + q.numel() * length
     if not seen:
+        other = "without a softmax, with a map across heads, or between channels: "
         raise DistributedError(
-            "the graph has no attention in one operator, which ranks can share", hint='optimize with backend="blocked"'
+            "the graph has no attention over tokens in one operator, which ranks can share",
+            hint=f'optimize with backend="blocked"; if its attentions are {other}{ON_ONE_RANK}',
         )
     if not found:
         call = attention_call(seen[0])
