@@ -19,8 +19,10 @@ from attnopt.distributed.shards import Rounds, Shards
 from attnopt.distributed.token_rules import ATTENTIONS, Tokens
 from attnopt.distributed.traffic import Received, totals
 from attnopt.errors import DistributedError
-from attnopt.graph.nodes import calls, inputs_of, opname, run_call, value, written
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import aten, calls, inputs_of, operand, opname, run_call, value, written
 from attnopt.graph.sdpa import call_arguments
+from attnopt.lower.lower import copy_program
 
 Way = Rounds | HeadShares
 
@@ -54,6 +56,7 @@ class Layout:
             raise DistributedError(
                 f"the model writes to its state {names[0]}", hint="optimize it without a cache of its own"
             )
+        gm = _with_own_segments(gm)
         values = _values(gm, inputs)
         cores = _shared(gm.graph, values)
         length = int(values[_queries_and_keys(cores[0].node)[0]].shape[2])
@@ -80,6 +83,22 @@ class Layout:
                 padded = x.numel() // self.shards.length * self.shards.longest * x.element_size()
                 found.append((f"{opname(node)} {tuple(x.shape)}", Received(others, others * padded)))
         return found
+
+
+def _with_own_segments(gm: fx.GraphModule) -> fx.GraphModule:
+    """Ids of queries and of keys as two tensors: a rank needs its own of the former, and all of the latter."""
+
+    def is_shared(node: fx.Node) -> bool:
+        given = call_arguments(node) if calls(node, ATTENTIONS) else {}
+        return given.get("q_segments") is not None and given["q_segments"] is given["kv_segments"]
+
+    if not any(map(is_shared, gm.graph.nodes)):
+        return gm
+    module, _ = copy_program(gm)
+    for node in filter(is_shared, list(module.graph.nodes)):
+        emit, place = Emitter(module.graph, node), list(call_arguments(node)).index("kv_segments")
+        node.update_arg(place, emit.call(aten.clone.default, operand(node, place)))
+    return module
 
 
 def _values(gm: fx.GraphModule, inputs: Sequence[object]) -> dict[fx.Node, Any]:

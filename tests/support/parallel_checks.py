@@ -147,7 +147,7 @@ def keys_of_another_sequence_are_whole_on_every_rank(mesh: DeviceMesh) -> None:
         want.square().sum().backward()
         got.square().sum().backward()
         parallel.reduce_gradients()
-        compare_gradients(one, alone)
+        _compare_gradients(one, alone)
         assert len(parallel.plan(*given).attentions) == 2
 
 
@@ -178,10 +178,10 @@ def _same_gradients(mesh: DeviceMesh, style: Style, policy: object, method: str 
     same(got, parallel.own(want), 1e-12)
     got.square().sum().backward()
     parallel.reduce_gradients()
-    compare_gradients(one, alone)
+    _compare_gradients(one, alone)
 
 
-def compare_gradients(got: torch.nn.Module, want: torch.nn.Module) -> None:
+def _compare_gradients(got: torch.nn.Module, want: torch.nn.Module) -> None:
     wanted = dict(want.named_parameters())
     for name, p in got.named_parameters():
         if wanted[name].grad is None:  # it is read by nothing
@@ -203,7 +203,7 @@ def whole_outputs_have_the_same_gradients(mesh: DeviceMesh) -> None:
         same(got, want, 1e-12)
         (got.square().sum() / mesh.size()).backward()
         parallel.reduce_gradients()
-        compare_gradients(fast, alone)
+        _compare_gradients(fast, alone)
 
 
 @quick

@@ -10,11 +10,13 @@ from typing import Any
 from torch import fx
 
 from attnopt.backends.attention_operator import ATTENTION_WITH_LSE
-from attnopt.graph.nodes import arg, getitem_source, is_call, opname, operand
+from attnopt.graph.nodes import arg, calls, getitem_source, is_call, opname, operand
+from attnopt.graph.ops import PERMUTES
 from attnopt.graph.sdpa import call_arguments
 from attnopt.ir.operands import Operands
 from attnopt.patterns.algebra import FULL
 from attnopt.patterns.registry import parse
+from attnopt.slicing.selection import order_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def _are_exchanged(given: Mapping[str, Any], first: Mapping[str, Any], bias: fx.
 
 
 def _is_turned(a: fx.Node | None, b: fx.Node | None) -> bool:
-    return b is None if a is None else opname(a) == "mT" and operand(a) is b
+    if a is None or b is None:
+        return a is b
+    return calls(a, PERMUTES) and order_of(a) == [0, 1, 3, 2] and operand(a) is b
 
 
 def _apart(bias: fx.Node | None) -> tuple[fx.Node | None, fx.Node | None]:
