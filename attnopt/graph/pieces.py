@@ -1,4 +1,4 @@
-"""Pieces that are cut along one axis and joined along another: ``cat(chunk(x, heads, -1), 0)``, of which no axis can be followed."""
+"""Pieces that are cut along one axis and joined along another, as ``cat(chunk(x, heads, -1), 0)``: no axis can be followed there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _END = 2**62  # a slice that ends behind this takes the rest
 def moved(emit: Emitter, node: fx.Node) -> fx.Node | None:
     """A ``cat`` of all pieces of one tensor, in their order, as two reshapes around a permutation; None if it is no such."""
     at, parts = wrap(arg(node, 1, 0), len(shape(node))), arg(node, 0)
-    if len(parts) < 2 or not all(same_size(a, b) for p in parts[1:] for a, b in _sizes(parts[0], p)):
+    if len(parts) < 2 or not all(_as_large(parts[0], p) for p in parts[1:]):
         return None
     found = _all_of_split(parts) or _all_of_slices(parts)
     if found is None:
@@ -36,9 +36,9 @@ def moved(emit: Emitter, node: fx.Node) -> fx.Node | None:
     return emit.call(aten.reshape.default, turned, [*kept[:at], -1, *kept[at + 2 :]])
 
 
-def _sizes(one: fx.Node, other: fx.Node) -> Sequence[tuple[object, object]]:
+def _as_large(one: fx.Node, other: fx.Node) -> bool:
     a, b = value(one).shape, value(other).shape
-    return list(zip(a, b, strict=True)) if len(a) == len(b) else [(0, 1)]
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def _all_of_split(parts: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:

@@ -41,7 +41,7 @@ def _rows(o: Operand, atom: Atom) -> Rows:
 
 
 def _parts(rows: Rows) -> Axis | None:
-    """What lies outside the heads, the heads, and what lies inside, without what is of length 1; None if that is not the order."""
+    """What lies outside the heads, the heads, and what lies inside, if that is the order, without what is of length 1."""
     heads = list(dict.fromkeys(rows))
     run = next(i for i, own in enumerate(rows) if own != rows[0])
     outer, rest = divmod(len(rows), run * len(heads))

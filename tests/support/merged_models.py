@@ -1,4 +1,4 @@
-"""Attentions whose batch and heads are one axis when queries meet keys, each spelled in its own way, with what all of them mean."""
+"""Attentions whose batch and heads are one axis when queries meet keys, each spelled in its own way, with what they mean."""
 
 from __future__ import annotations
 

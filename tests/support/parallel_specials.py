@@ -92,8 +92,8 @@ class Stack(nn.Module):
 
 @dataclass(frozen=True)
 class Special:
-    """``kinds``: of the attentions of a model; ``policy``: of the second, or the only one; ``refused``: a part of the error, if it is not
-    exact.  ``backend``: "auto" for what "blocked" does not compute.  Each call brings "ids" if the policy reads them."""
+    """``kinds``: of the attentions of a model; ``policy``: of the second; ``refused``: a part of the error, if it is not exact.
+    ``backend``: "auto" for what "blocked" does not compute.  Each call brings "ids" if the policy reads them."""
 
     kinds: tuple[type[nn.Module], ...]
     policy: object = "fuse"
@@ -101,7 +101,9 @@ class Special:
     backend: str = "blocked"
 
 
-_IN_PLAIN = "reads the tokens of all ranks: it is computed in plain operators\n  hint: run this model on one rank, or split"
+_IN_PLAIN = (
+    "reads the tokens of all ranks: it is computed in plain operators\n  hint: run this model on one rank, or split"
+)
 _NONE = "no attention over tokens in one operator.*\n  hint: .* without a softmax, with a map across heads, or between channels"
 Reversed, Fading, Steady = sending_models.Reversed, linear_models.Retention, linear_models.StateFirst
 GAIN = SegmentGain(Segments(IDS, [(None, 1)]), 0.5)

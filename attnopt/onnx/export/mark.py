@@ -50,9 +50,9 @@ def mark(gm: fx.GraphModule, settle: Settle, takes_apart: bool = True) -> tuple[
     for node in [n for n in module.graph.nodes if n in sent or is_attention_call(n)]:
         emit = Emitter(module.graph, node)
         if node in sent:
-            call = _of_senders(emit, sent_call(sent[node]))
-            node.replace_all_uses_with(_placeholder(emit, call, len(marked)))
-            marked.append(Marked(call.site, choose(call.site, contrib=False), original[node]))
+            of_senders = _of_senders(emit, sent_call(sent[node]))
+            node.replace_all_uses_with(_placeholder(emit, of_senders, len(marked)))
+            marked.append(Marked(of_senders.site, choose(of_senders.site, contrib=False), original[node]))
             continue
         call = canonical(emit, node)
         if call is None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from attnopt.backends.attention_operator import ATTENTION_WITH_LSE
-from attnopt.graph.nodes import arg, calls, getitem_source, is_call, opname, operand
+from attnopt.graph.nodes import arg, calls, getitem_source, is_call, operand, opname
 from attnopt.graph.ops import PERMUTES
 from attnopt.graph.sdpa import call_arguments
 from attnopt.ir.operands import Operands

@@ -1,4 +1,4 @@
-"""Pieces cut along one axis and joined along another: a permutation if they are all of a tensor in their order, else as they are."""
+"""Pieces cut along one axis and joined along another: a permutation if they are all of a tensor, in order, else as they are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEFT: dict[str, Callable[[Tensor], Tensor]] = {
     "another order": lambda x: torch.cat(x.chunk(3, -1)[::-1], 0),
     "one twice": lambda x: torch.cat([x.chunk(3, -1)[i] for i in (0, 1, 1)], 0),
     "one left out": lambda x: torch.cat(x.chunk(3, -1)[:2], 0),
-    "unequal": lambda x: torch.cat(x.split([2, 2, 2], 2)[:2] + (x[..., 4:5].expand(-1, -1, 2),), 0),
+    "unequal": lambda x: torch.cat((*x.split([2, 2, 2], 2)[:2], x[..., 4:5].expand(-1, -1, 2)), 0),
     "slices that begin later": lambda x: torch.cat([x[..., 1:3], x[..., 3:5]], 0),
     "slices that end before": lambda x: torch.cat([x[..., :2], x[..., 2:4]], 0),
     "slices with steps": lambda x: torch.cat([x[..., 0::2], x[..., 1::2]], 0),

@@ -8,7 +8,7 @@ import merged_models as models
 import pytest
 import torch
 import zoo
-from merged_models import DECOYS, SPELLINGS, WIDTH, H, Merged, meant
+from merged_models import DECOYS, SPELLINGS, WIDTH, Merged, meant
 from oracle import assert_same, run
 from torch import Tensor, nn
 from variants import mostly_slow
