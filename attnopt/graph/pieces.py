@@ -1,4 +1,4 @@
-"""Pieces that are cut along one axis and joined along another, as ``cat(chunk(x, heads, -1), 0)``: no axis can be followed there."""
+"""Pieces that are cut along one axis and joined along another, as ``cat(chunk(x, heads, -1), 0)``: no axis leads through."""
 
 from __future__ import annotations
 

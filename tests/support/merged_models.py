@@ -101,7 +101,7 @@ class Pieces(Merged):
 
 
 class Sliced(Merged):
-    """The same by slices, the last head first."""
+    """The same by slices, the last head first: one head of so many more sequences."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x) for f in (self.q, self.k, self.v))
@@ -304,7 +304,6 @@ SPELLINGS = (
     Flattened,
     HeadsFirst,
     Pieces,
-    Sliced,
     Behind,
     HeadsFirstBehind,
     TokensFirst,
@@ -379,4 +378,4 @@ class OtherBias(Merged):
         return self.attend(q, k, v, self.bias(n).repeat_interleave(B, 0)).unflatten(0, (B, H))
 
 
-DECOYS = (OtherOrder, OtherOrderBehind, OtherValues, OtherOutput, OtherCut, OtherBias)
+DECOYS = (Sliced, OtherOrder, OtherOrderBehind, OtherValues, OtherOutput, OtherCut, OtherBias)

@@ -149,6 +149,17 @@ FAULTS = (
     Fault("bounds of scores before they are scaled",
           "    s = s if s.clamp is None else replace(s, clamp=scaled(s.clamp, factor))\n", "",
           "test_clamped_scores.py -k other_sizes-and-negated"),
+    Fault("all keys of a turn for one query", "    weights = b.op(\"Softmax\", scores, axis=3)",
+          "    weights = b.op(\"Softmax\", scores, axis=2)",
+          "test_sent_weights.py -k take_turns"),
+    # batches that are merged with heads
+    Fault("a batch among the heads behind a merge", "    take_apart(r)\n", "", "test_merged_batches.py -k 2-Behind"),
+    Fault("indices of a merged batch below it", "if pushed is None or not _arrives(user, pushed):", "if pushed is None:",
+          "test_merged_batches.py -k 2-Behind"),
+    Fault("pieces in any order", " or [f[1] for f in found if f is not None] != list(range(len(value(source)))):", ":",
+          "test_pieces.py -k another"),
+    Fault("features of one attention as tokens of another", "if node in self.cores and form == at:", "if node in self.cores:",
+          "test_special_attentions.py -k features_of_one"),
     # operands behind cuts and convolutions
     Fault("a batch among the heads", "        above = unfollow(node, axes) or _before_piece(node, axes)",
           "        above = unfollow(node, axes)",

@@ -8,12 +8,13 @@ import merged_models as models
 import pytest
 import torch
 import zoo
-from merged_models import DECOYS, SPELLINGS, WIDTH, Merged, meant
+from merged_models import DECOYS, SPELLINGS, WIDTH, H, Merged, meant
 from oracle import assert_same, run
 from torch import Tensor, nn
 from variants import mostly_slow
 
 import attnopt
+from attnopt.errors import RewriteError
 from attnopt.passes import LocalWindow, PruneHeads, ScaleHeads
 
 pytestmark = [
@@ -62,7 +63,12 @@ def test_other_orders_are_never_wrong(kind: type[Merged], batch: int) -> None:
             (ScaleHeads(GAINS), GAINS, None),
             (LocalWindow(2, 1), None, NEAR),
         ):
-            fast = attnopt.optimize(model, policy, (x,), dynamic_shapes=shapes)
+            try:
+                fast = attnopt.optimize(model, policy, (x,), dynamic_shapes=shapes)
+            except RewriteError as e:  # loud: the result would hold at one batch alone
+                if shapes is None or batch != H or "valid only at the size of the example" not in e.message:
+                    raise
+                continue
             edited = copy.deepcopy(model)
             if any(site.status == "rewritten" for site in fast.report.sites):
                 edited.gains, edited.visible = None if gains is None else torch.tensor(gains), visible
