@@ -143,7 +143,9 @@ class Blocked(Backend):
         apart = spec.extension is not None and not joins_simply(spec)
         what = "own and other keys apart" if gains is None else f"{gains.count} parts of the pairs"
         merged = (f"blocked: computes {what} and merges them; ONNX Runtime computes each densely",)
-        twice = ("blocked: scores are computed for keys and again for queries; ONNX Runtime computes both densely",)
+        once = spec.pattern == FULL and spec.num_kv_heads == spec.num_heads
+        in_file = "a block of keys at a time, once" if once else "both densely"
+        twice = (f"blocked: scores are computed for keys and again for queries; ONNX Runtime computes them {in_file}",)
         slow = (f"blocked: using torch operators instead of the compiled kernel: {reason}",)
         first = twice if spec.sends else merged if apart or gains is not None else ()
         return (*first, *(() if reason is None else slow))

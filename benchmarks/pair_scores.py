@@ -1,6 +1,7 @@
-"""Scores written pair by pair, and what attnopt makes of them: memory and CPU time over the length.
+"""Forms that make a map of all pairs, and what attnopt makes of them: memory and CPU time over the length.
 
-Relative positions as rows of a table for each pair, or skewed by the model; phases and distances summed over features.  Memory is
+Relative positions as rows of a table for each pair, or skewed by the model; phases and distances summed over features; a softmax
+over queries.  Memory is
 the peak of one call over that before it, each in a process of its own; a form that would need more than ``MOST`` is left out.
 """
 
@@ -22,7 +23,7 @@ import attnopt
 
 HEADS, WIDTH = 4, 64  # of one head
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-TIMED = 1024  # the longest that is timed
+TIMED = 1024  # the longest that is timed of scores by pairs, where the model takes hundreds of times as long
 MOST = 4e9  # bytes
 EXAMPLE = 64  # the length that attnopt sees: at the longest, the model itself might not fit
 
@@ -78,13 +79,30 @@ class Distances(Pairs):
         return -(q[:, :, :, None] - k[:, :, None]).square().sum(-1)
 
 
-KINDS = {kind.__name__.lower(): kind for kind in (Looked, Skewed, Phases, Distances)}
-_PER_PAIR = {"looked": 4 * WIDTH, "skewed": 13 * HEADS, "phases": 12 * HEADS * WIDTH, "distances": 8 * HEADS * WIDTH}
+class Reversed(Pairs):
+    """DependencyViT: each token divides its message among the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = (q @ k.mT / WIDTH**0.5).softmax(-1)
+        made: Tensor = self.out((weights.mT @ v).transpose(1, 2).flatten(2))
+        return made
+
+
+KINDS = {kind.__name__.lower(): kind for kind in (Looked, Skewed, Phases, Distances, Reversed)}
+_PER_PAIR = {
+    "looked": 4 * WIDTH,
+    "skewed": 13 * HEADS,
+    "phases": 12 * HEADS * WIDTH,
+    "distances": 8 * HEADS * WIDTH,
+    "reversed": 12 * HEADS,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--longest", type=int, default=LENGTHS[-1])
     parser.add_argument("--one", nargs=3, metavar=("KIND", "FORM", "LENGTH"), help="(used by the benchmark itself)")
     arguments = parser.parse_args()
@@ -93,9 +111,10 @@ def main() -> None:
         kind, form, n = arguments.one
         print(json.dumps({"peak": _peak(kind, form, int(n))}))
         return
-    rows = [_row(kind, n, arguments.rounds) for kind in KINDS for n in LENGTHS if n <= arguments.longest]
-    title = f"Scores by pairs, {HEADS} heads of {WIDTH}, one sequence: peak memory in MB, and CPU time over that of the model"
-    publish("pair_scores", rows, title)
+    kinds = [arguments.only] if arguments.only else list(KINDS)
+    rows = [_row(kind, n, arguments.rounds) for kind in kinds for n in LENGTHS if n <= arguments.longest]
+    title = f"Maps of all pairs, {HEADS} heads of {WIDTH}, one sequence: peak memory in MB, and CPU time over that of the model"
+    publish("pair_scores" if arguments.only is None else f"pair_scores_{arguments.only}", rows, title)
 
 
 def _row(kind: str, n: int, rounds: int) -> dict[str, Any]:
@@ -103,7 +122,7 @@ def _row(kind: str, n: int, rounds: int) -> dict[str, Any]:
     peaks = {form: _megabytes(kind, form, n) for form in forms}
     row: dict[str, Any] = {"scores": kind, "length": n, "model": peaks.get("model", "-"), "attnopt": peaks["attnopt"]}
     rivals = [rival for rival in (kind, "skewed") if _fits(rival, n) and (rival == kind or kind == "looked")]
-    times = _ratios(kind, rivals, n, rounds) if rivals and n <= TIMED else {}
+    times = _ratios(kind, rivals, n, rounds) if rivals and (n <= TIMED or kind == "reversed") else {}
     row |= {"time": times.get(kind, "-"), "over skewed": times.get("skewed", "-") if kind == "looked" else "-"}
     print(row, file=sys.stderr, flush=True)
     return row

@@ -14,14 +14,16 @@ from torch.utils import _pytree as pytree
 
 from attnopt.distributed.attention_arguments import AttentionCall, attention_call
 from attnopt.distributed.head_exchange import HeadShares
-from attnopt.distributed.placement import Form, Placement, at_node
+from attnopt.distributed.placement import ON_ONE_RANK, Form, Placement, at_node, is_between_channels
 from attnopt.distributed.rounds import Rounds
 from attnopt.distributed.shards import Shards
 from attnopt.distributed.token_rules import ATTENTIONS, Tokens
 from attnopt.distributed.traffic import Arriving, Link
 from attnopt.errors import DistributedError
-from attnopt.graph.nodes import calls, inputs_of, opname, run_call, value, written
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import aten, calls, inputs_of, operand, opname, run_call, value, written
 from attnopt.graph.sdpa import call_arguments
+from attnopt.lower.lower import copy_program
 
 Way = Rounds | HeadShares
 
@@ -57,6 +59,7 @@ class Layout:
             raise DistributedError(
                 f"the model writes to its state {names[0]}", hint="optimize it without a cache of its own"
             )
+        gm = _with_own_segments(gm)
         values = _values(gm, inputs)
         cores = _shared(gm.graph, values)
         length = int(values[_queries_and_keys(cores[0].node)[0]].shape[2])
@@ -83,6 +86,22 @@ class Layout:
                 padded = x.numel() // self.shards.length * self.shards.longest * x.element_size()
                 found.append((f"{opname(node)} {tuple(x.shape)}", Arriving.evenly(others, others * padded)))
         return found
+
+
+def _with_own_segments(gm: fx.GraphModule) -> fx.GraphModule:
+    """Ids of queries and of keys as two tensors: a rank needs its own of the former, and all of the latter."""
+
+    def is_shared(node: fx.Node) -> bool:
+        given = call_arguments(node) if calls(node, ATTENTIONS) else {}
+        return given.get("q_segments") is not None and given["q_segments"] is given["kv_segments"]
+
+    if not any(map(is_shared, gm.graph.nodes)):
+        return gm
+    module, _ = copy_program(gm)
+    for node in filter(is_shared, list(module.graph.nodes)):
+        emit, place = Emitter(module.graph, node), list(call_arguments(node)).index("kv_segments")
+        node.update_arg(place, emit.call(aten.clone.default, operand(node, place)))
+    return module
 
 
 def _values(gm: fx.GraphModule, inputs: Sequence[object]) -> dict[fx.Node, Any]:
@@ -124,7 +143,7 @@ def _shared(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[AttentionCal
     by each rank, for its own queries if the keys are whole."""
     found: dict[int, list[fx.Node]] = {}
     work: dict[int, int] = {}
-    seen = [n for n in graph.nodes if calls(n, ATTENTIONS)]
+    seen = [n for n in graph.nodes if calls(n, ATTENTIONS) and not is_between_channels(n)]
     for node in seen:
         q, k = (values[n] for n in _queries_and_keys(node))
         if q.dim() == 4 and q.shape[2] == k.shape[2]:
@@ -132,8 +151,10 @@ def _shared(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[AttentionCal
             found.setdefault(length, []).append(node)
             work[length] = work.get(length, 0) + q.numel() * length
     if not seen:
+        other = "without a softmax, with a map across heads, or between channels: "
         raise DistributedError(
-            "the graph has no attention in one operator, which ranks can share", hint='optimize with backend="blocked"'
+            "the graph has no attention over tokens in one operator, which ranks can share",
+            hint=f'optimize with backend="blocked"; if its attentions are {other}{ON_ONE_RANK}',
         )
     if not found:
         call = attention_call(seen[0])

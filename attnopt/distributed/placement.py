@@ -18,8 +18,10 @@ from attnopt.distributed.token_rules import ATTENTIONS, Call, Needed, Tokens, dr
 from attnopt.errors import DistributedError
 from attnopt.graph.nodes import calls, operand, opname, source_line
 from attnopt.graph.ops import Kind, of
+from attnopt.lower.attention_calls import lowered_at
 
 Form = Tokens | None  # the own tokens, which lie there; None: all
+ON_ONE_RANK = "run this model on one rank"
 
 
 @dataclass(eq=False)
@@ -98,7 +100,7 @@ class Placement:
         at = self.places.get(node)
         if form is None:
             return dict.fromkeys(node.all_input_nodes) if at is None else {node: at}
-        if node in self.cores:
+        if node in self.cores and form == at:
             return self.cores[node].needed(self.values, self.length, node in self.by_heads)
         need = needed(self._call(node), form) if node.op == "call_function" else None
         if need is None and node in self.places:
@@ -107,6 +109,11 @@ class Placement:
 
     def _call(self, node: fx.Node) -> Call:
         return Call(node, self.values, self.length)
+
+
+def is_between_channels(node: fx.Node) -> bool:
+    noted = lowered_at(node)
+    return noted is not None and noted.spec.between_channels
 
 
 def at_node(node: fx.Node, why: str, hint: str | None = None) -> DistributedError:
@@ -119,12 +126,17 @@ def _refused(node: fx.Node) -> DistributedError:
         return at_node(
             node, "draws random numbers, on each rank others", "call model.eval() before optimizing the model"
         )
+    if is_between_channels(node):
+        return at_node(node, "is an attention between channels, which every token changes", ON_ONE_RANK)
     if calls(node, ATTENTIONS):
         return at_node(
             node,
             "reads other tokens than those that ranks share, and compares positions, chooses keys or pools them",
             "run this model on one rank",
         )
+    if (site := node.meta.get("attnopt", {}).get("site")) is not None:
+        why = f"its {opname(node)} reads the tokens of all ranks: it is computed in plain operators"
+        return DistributedError(why, site=site, hint=ON_ONE_RANK)
     return at_node(
         node,
         "between two attentions mixes tokens or tells them apart, so that a rank would need those of all ranks",

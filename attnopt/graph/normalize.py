@@ -31,6 +31,7 @@ from attnopt.graph.nodes import (
     wrap,
 )
 from attnopt.graph.ops import ADD, COPIES, FACTORS, SUB, Kind, aliases, is_random, named, of, rules
+from attnopt.graph.pieces import moved
 from attnopt.graph.scatters import filled, full, joined, sizes_of, written
 from attnopt.graph.sdpa import SDPA, call_arguments
 from attnopt.graph.select import restrict
@@ -103,6 +104,10 @@ def _as_filled(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def _as_joined(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     return _replaced(node, joined(Emitter(gm.graph, node), node))
+
+
+def _as_moved(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    return _replaced(node, moved(Emitter(gm.graph, node), node))
 
 
 def _as_put(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -261,6 +266,7 @@ _REPLACED: dict[Target, Rule] = rules(
         "index index_select": _as_slices,
         "einsum": _as_pairs,
         "slice_scatter select_scatter": _as_joined,
+        "cat": _as_moved,
         "index_put": _as_put,
         "copy": _as_written,
     }

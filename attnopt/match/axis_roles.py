@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import replace
 
@@ -15,8 +14,9 @@ from attnopt.graph.evaluate import inputs_behind
 from attnopt.graph.nodes import arg, calls, is_call, is_tensor, operand, shape, value, wrap
 from attnopt.graph.ops import Kind, named, of
 from attnopt.graph.products import product_of
+from attnopt.match.merged_heads import take_apart
 from attnopt.match.read_scores import Operand, is_projected
-from attnopt.match.region import Region, atoms_of
+from attnopt.match.region import Region, atoms_of, picked
 from attnopt.match.rejection import rejected
 from attnopt.slicing.sources import Source, chooses_weights, signature, slice_sources
 
@@ -27,6 +27,7 @@ def assign_roles(r: Region) -> Region:
     frames = list(r.frames)
     for read in (r.q, r.k, r.v):
         frames += _walk_up(read)
+    take_apart(r)
     frame = _ordered(r)
     not_queries = atoms_of(r.k.axes) | atoms_of(r.v.axes)
     heads = tuple(c for c in frame if is_feature(r.q, c))
@@ -76,12 +77,12 @@ def _ordered(r: Region) -> list[Atom]:
 def is_feature(o: Operand, atom: Atom, behind: bool = False) -> bool:
     """Neighbours along the atom come from different weight rows, also at its end: the first token may be separate."""
     pairs = {(0, 1), (atom.size - 2, atom.size - 1)}
-    return all(chooses_weights(o.node, _pick(o, atom, a), _pick(o, atom, b), behind) for a, b in pairs)
+    return all(chooses_weights(o.node, picked(o, atom, a), picked(o, atom, b), behind) for a, b in pairs)
 
 
 def is_of_weights(o: Operand, atom: Atom) -> bool:
     """The operand has the places along the atom from a weight or a constant alone, and not from the tokens of an input."""
-    found = slice_sources(o.node, _pick(o, atom, 0))
+    found = slice_sources(o.node, picked(o, atom, 0))
     return bool(found) and all(map(_is_of_weights, found))
 
 
@@ -105,7 +106,7 @@ def _is_copied(o: Operand, atom: Atom) -> bool:
     """The operand is constant along ``atom``: keys and values shared by several query heads."""
     if atom not in atoms_of(o.axes):
         return False
-    return signature(o.node, _pick(o, atom, 0)) == signature(o.node, _pick(o, atom, 1))
+    return signature(o.node, picked(o, atom, 0)) == signature(o.node, picked(o, atom, 1))
 
 
 def _beside_features(r: Region) -> set[Atom]:
@@ -114,7 +115,7 @@ def _beside_features(r: Region) -> set[Atom]:
     def read(atom: Atom, index: int) -> dict[tuple[fx.Node, int], set[int]]:
         """For each axis of each source, the indices that one value of the atom depends on."""
         found: dict[tuple[fx.Node, int], set[int]] = {}
-        for x in slice_sources(r.q.node, _pick(r.q, atom, index)):
+        for x in slice_sources(r.q.node, picked(r.q, atom, index)):
             for axis, size in enumerate(shape(x.node)):
                 found.setdefault((x.node, axis), set()).update(x.selection.get(axis, range(size)))
         return found
@@ -126,17 +127,7 @@ def _beside_features(r: Region) -> set[Atom]:
 
     features = set(resolve(r.features))
     own = set[tuple[fx.Node, int]]().union(*map(sources, features))
-    return {c for c in atoms_of(r.q.axes) - features if sources(c) & own}
-
-
-def _pick(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:
-    """Selection of one value of ``atom`` on the operand."""
-    for i, axis in enumerate(resolve_all(o.axes)):
-        if atom not in axis:
-            continue
-        inner = math.prod(c.size for c in axis[axis.index(atom) + 1 :])
-        return {i: tuple(j for j in range(length(axis)) if j // inner % atom.size == index)}
-    return {}
+    return {c for c in atoms_of(r.q.axes) - features if (found := sources(c)) and found <= own}
 
 
 def _walk_up(o: Operand) -> list[tuple[fx.Node, Axes]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from attnopt.base.sizes import is_static
 from attnopt.graph.axes import Axis, resolve, resolve_all
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, dtype, shape, value
@@ -78,6 +79,7 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     v = at.arrange(r.v.node, r.v.axes, (r.batch, kv_heads, r.keys, r.value_features), expand=True)
     q, k, zeroing = _with_factors(emit, at, r, q, k, kv_heads)
     q, k, v = _one_dtype(emit, q, k, v)
+    _require_counted(r, q, k, v)
     if r.linear is None:
         read = _read(gm, emit, at, r, zeroing, q, k)
     else:
@@ -118,6 +120,14 @@ def raise_region(gm: fx.GraphModule, region: Region, name: str) -> Raised:
     )
     spec = spec.having(read.bias, read.mask, read.sinks, added, *maps)
     return Raised(region, spec, node, out, read.beside_flags or hides_for_good(gm, r, read.pattern))
+
+
+def _require_counted(r: Region, *operands: fx.Node) -> None:
+    """Raises NotAttentionError if an input's size changes the number of heads: they are merged with a batch."""
+    counts = [value(x).shape[1] for x in operands]
+    if (free := next((n for n in counts if not is_static(n)), None)) is not None:
+        hint = "reshape to [batch, heads, tokens, features], or merge in that order"
+        raise rejected(r.out.node, "merged-heads", "a number of heads that no input changes", f"{free} heads", hint)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Arranger:
         self.emit = emit
         self.alone: dict[Atom, tuple[fx.Node, int]] = {}
         self.inside: dict[Atom, tuple[fx.Node, int, Axis]] = {}
+        self.heads = frozenset(region.heads)
         for node, axes in sorted(region.frames, key=lambda frame: frame[0]):  # an operand is there without its product
             if len(value(node).shape) != len(axes):
                 continue
@@ -39,10 +40,11 @@ class Arranger:
         if atom not in self.inside:
             return atom.size
         node, i, axis = self.inside[atom]
-        if is_static(value(node).shape[i]):
+        if atom in self.heads or is_static(value(node).shape[i]):
             return atom.size
-        others = [self.size(a) for a in axis if a is not atom and a in self.alone]
-        unknown = [a for a in axis if a is not atom and a not in self.alone]
+        known = self.heads | self.alone.keys()
+        others = [self.size(a) for a in axis if a is not atom and a in known]
+        unknown = [a for a in axis if a is not atom and a not in known]
         rest = self._times([*others, *(a.size for a in unknown)])
         return atom.size if unknown else self.emit.call(operator.floordiv, self.emit.size(node, i), rest)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from attnopt.graph.axes import Atom, Axes, Axis, resolve_all
+from attnopt.graph.axes import Atom, Axes, Axis, length, resolve_all
 from attnopt.match.clamped_scores import Bounds
 from attnopt.match.head_maps import HeadMap
 from attnopt.match.mixture import Mixture
@@ -58,3 +59,13 @@ class Region:
 
 def atoms_of(axes: Axes) -> set[Atom]:
     return {c for ax in resolve_all(axes) for c in ax}
+
+
+def picked(o: Operand, atom: Atom, index: int) -> dict[int, tuple[int, ...]]:
+    """Selection of one value of ``atom`` on the operand."""
+    for i, axis in enumerate(resolve_all(o.axes)):
+        if atom not in axis:
+            continue
+        inner = math.prod(c.size for c in axis[axis.index(atom) + 1 :])
+        return {i: tuple(j for j in range(length(axis)) if j // inner % atom.size == index)}
+    return {}

@@ -14,7 +14,7 @@ from attnopt.graph.ops import PERMUTES, Kind, of
 from attnopt.graph.select import Selection, restrict, spread
 from attnopt.slicing.pull import pull
 from attnopt.slicing.pull_layout import SPLITS
-from attnopt.slicing.push import push
+from attnopt.slicing.push import Pushed, push
 from attnopt.slicing.scattered import Scattered, scattered
 from attnopt.slicing.selection import Pulled, order_of, regroup, trim
 from attnopt.slicing.sources import Source, slice_sources
@@ -140,7 +140,7 @@ def push_down(
     for user in list(old.users):
         emit = Emitter(graph, user, origin)
         pushed = push(user, old, selection)
-        if pushed is None:
+        if pushed is None or not _arrives(user, pushed):
             user.replace_input_with(old, spread(emit, new, old, selection))
             continue
         select = Selector(emit, weights)
@@ -150,6 +150,15 @@ def push_down(
             user.replace_all_uses_with(below)
         else:
             push_down(graph, weights, origin, user, below, pushed.selection)
+
+
+def _arrives(user: fx.Node, pushed: Pushed) -> bool:
+    """Indices along an axis that merges heads with a free batch hold at the example alone: they have to reach one of heads."""
+    chosen = pushed.selection
+    if chosen is None or all(is_static(value(user).shape[axis]) for axis in chosen):
+        return True
+    below = [(n, push(n, user, chosen)) for n in user.users]
+    return all(found is not None and _arrives(n, found) for n, found in below)
 
 
 def _straighten(node: fx.Node) -> None:

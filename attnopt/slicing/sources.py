@@ -117,8 +117,12 @@ def signature(node: fx.Node, selection: Selection) -> frozenset[object]:
 def chooses_weights(node: fx.Node, one: Selection, other: Selection, behind: bool = False) -> bool:
     """The two selections differ along a feature axis of a projection, not along tokens or
     the batch: they come from different rows of a weight.  ``behind``: or of one above the first."""
-    first, second = ({(n, tuple(sorted(c.items()))) for n, c in _rows(node, chosen, behind)} for chosen in (one, other))
-    return first != second
+    return weight_rows(node, one, behind) != weight_rows(node, other, behind)
+
+
+def weight_rows(node: fx.Node, chosen: Selection, behind: bool = False) -> frozenset[object]:
+    """The rows of weights that a selection comes from, as far as it chooses any."""
+    return frozenset((n, tuple(sorted(rows.items()))) for n, rows in _rows(node, chosen, behind))
 
 
 def _rows(node: fx.Node, chosen: Selection, behind: bool) -> Iterator[tuple[fx.Node, Selection]]:

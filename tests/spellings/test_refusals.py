@@ -13,6 +13,7 @@ from typing import Any
 
 import decoys
 import linear_decoys
+import merged_models
 import pytest
 import sending_models
 import torch
@@ -117,9 +118,9 @@ def first_key(scores: Tensor) -> Tensor:
     return torch.cat([scores, scores[..., :1].detach() * 0 + 1.0], -1)
 
 
-def missed(model: nn.Module, **more: Any) -> Refusal:
+def missed(model: nn.Module, width: int = E, **more: Any) -> Refusal:
     """Why the only candidate of ``model`` is no attention; also where that is too common to be reported."""
-    args = (torch.randn(2, L, E),)
+    args = (torch.randn(2, L, width),)
     near = attnopt.inspect(model.eval(), args, more).near_misses
     if near:
         (miss,) = near
@@ -130,8 +131,8 @@ def missed(model: nn.Module, **more: Any) -> Refusal:
     return caught.value.refusal
 
 
-def misses(model: nn.Module) -> list[Refusal]:
-    found = attnopt.inspect(model.eval(), (torch.randn(2, L, E),), dynamic_shapes="auto").near_misses
+def misses(model: nn.Module, width: int = E) -> list[Refusal]:
+    found = attnopt.inspect(model.eval(), (torch.randn(2, L, width),), dynamic_shapes="auto").near_misses
     return [miss.refusal for miss in found]
 
 
@@ -644,41 +645,47 @@ CASES: dict[str, tuple[Callable[[], Refusal], str]] = {
         "prune-heads and scale-heads apply; exclude the site from grouped-query",
     ),
     "softmax-over-queries": (
-        lambda: missed(sending_models.HiddenByNumber()),
+        lambda: missed(sending_models.HiddenByNumber(), sending_models.WIDTH),
         "[softmax-over-queries] expected masks of -inf beside a softmax over queries, found -1e+09 written over scores (at LINE)"
         "\n  hint: write -inf where a mask hides, by masked_fill or where",
+    ),
+    "merged-heads": (
+        lambda: missed(merged_models.OtherOrderBehind(), merged_models.WIDTH),
+        "[merged-heads] expected heads on an axis of their own, or merged with a batch in one order, found 6 places of one axis, "
+        "some of which read the same rows of a weight (at LINE)\n  hint: merge queries, keys and values in one order, or keep "
+        "[batch, heads, tokens, features]",
     ),
     "not-exchanged": (
         lambda: refused_decoy(decoys.Transposed(), Sparse(Causal()), backend="blocked"),
         "[not-exchanged] expected all pairs or a window, which keys see from the other side, found Causal()",
     ),
     "data-dependent-decay": (
-        lambda: missed(linear_decoys.Gated()),
+        lambda: missed(linear_decoys.Gated(), linear_decoys.WIDTH),
         "[data-dependent-decay] expected a decay that is the same for all inputs, found tril, which inputs change from pair to "
         "pair, as in Mamba-2 and gated linear attention (at LINE)",
     ),
     "nested-products": (
-        lambda: missed(linear_decoys.Delta()),
+        lambda: missed(linear_decoys.Delta(), linear_decoys.WIDTH),
         "[nested-products] expected queries, keys and values made by projections, found a product of activations in them, "
         "matmul_1, as in a delta rule or a recurrence (at LINE)",
     ),
     "undivided": (
-        lambda: missed(linear_decoys.Undivided()),
+        lambda: missed(linear_decoys.Undivided(), linear_decoys.WIDTH),
         "[undivided] expected weights that fade, hide keys, or are divided by their sum, found products of queries and keys as "
         "they are, as in non-local blocks (at LINE)",
     ),
     "unread-decay": (
-        lambda: missed(linear_decoys.TwoSided()),
+        lambda: missed(linear_decoys.TwoSided(), linear_decoys.WIDTH),
         "[unread-decay] expected weights times a mask, or times a number to the power of the distance to earlier keys, found "
         "another factor of pairs of queries and keys (at LINE)",
     ),
     "other-normaliser": (
-        lambda: missed(linear_decoys.DividedByNorm()),
+        lambda: missed(linear_decoys.DividedByNorm(), linear_decoys.WIDTH),
         "[other-normaliser] expected weights that are not divided, or by their sum and a number, found div, which divides by "
         "something else that queries and keys make (at LINE)",
     ),
     "in-pieces": (
-        lambda: misses(linear_decoys.WithState())[0],
+        lambda: misses(linear_decoys.WithState(), linear_decoys.WIDTH)[0],
         "[in-pieces] expected queries, keys and values that one attention alone reads, found matmul_3 = matmul, as of a state "
         "beside the pairs of a chunk (at LINE)",
     ),

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-H, D, V = 3, 4, 5  # heads, features of queries and keys, and of values
-WIDTH = 12
+H, D, V = 3, 4, 5  # heads, features of queries and keys, and of values: no two sizes are equal
+WIDTH = 13
 RATES = (0.5, 0.0625, 0.01)
 
 

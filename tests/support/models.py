@@ -704,7 +704,16 @@ class Attention(nn.Module):
         if s.core == "sdpa":
             return self._fused(q, k, v, padding, given).transpose(1, 2), None
         if s.core in ("bmm", "baddbmm"):
-            q, k, v = (t.reshape(B * H, t.shape[2], t.shape[3]) for t in (q, k, v))
+            heads_first = s.core == "bmm" and s.commuted
+
+            def joined(t: Tensor) -> Tensor:
+                t = t.transpose(0, 1) if heads_first else t
+                return t.reshape(B * H, t.shape[2], t.shape[3])
+
+            def apart(t: Tensor) -> Tensor:
+                return t.unflatten(0, (H, -1)).transpose(0, 1) if heads_first else t.view(B, H, L, -1)
+
+            q, k, v = (joined(t) for t in (q, k, v))
             if s.core == "bmm":
                 scores = torch.bmm(q, k.transpose(1, 2))
             else:
@@ -714,13 +723,13 @@ class Attention(nn.Module):
                     addend = self._bias(L, S).unsqueeze(0).expand(B, -1, -1, -1).reshape(B * H, L, S)
                     beta = 1.0
                 scores = torch.baddbmm(addend, q, k.transpose(1, 2), beta=beta, alpha=alpha)
-            scores = conditioned(scores.view(B, H, L, S))
+            scores = conditioned(apart(scores))
             return self._weighted(
                 scores,
                 padding,
-                lambda p: torch.bmm(p.reshape(B * H, L, S), v),
-                lambda o: o.view(B, H, L, -1).transpose(1, 2),
-                lambda t: t.reshape(B * H, L, 1),
+                lambda p: torch.bmm(joined(p), v),
+                lambda o: apart(o).transpose(1, 2),
+                joined,
             )
         if s.core == "channels":
             q, k, v = (t.transpose(-1, -2) for t in (q, k, v))  # [B, H, D, L]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-H, D, V = 3, 4, 5  # heads, features of senders and receivers, and of values
-WIDTH = 12
+H, D, V = 3, 4, 5  # heads, features of senders and receivers, and of values: no two sizes are equal
+WIDTH = 13
 
 
 class Sending(nn.Module):

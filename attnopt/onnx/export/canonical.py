@@ -49,7 +49,7 @@ def canonical(emit: Emitter, call: fx.Node) -> Canonical | None:
         if given.dropout_p or given.scale is None:
             return None
         operands, own = _of_sdpa(emit, given, Full() if lowered is None else lowered.spec.pattern)
-    return Canonical(_site(call.name if lowered is None else lowered.site, own, operands), operands, lowered)
+    return Canonical(site_of(call.name if lowered is None else lowered.site, own, operands), operands, lowered)
 
 
 def _of_sdpa(emit: Emitter, given: SdpaArguments, known: Pattern) -> tuple[Operands[fx.Node], AttentionSpec]:
@@ -88,7 +88,7 @@ def _four_axes(
     return emit.inline(four, q), emit.inline(four, k), emit.inline(four, v), mask
 
 
-def _site(name: str, spec: AttentionSpec, operands: Operands[fx.Node]) -> OnnxSite:
+def site_of(name: str, spec: AttentionSpec, operands: Operands[fx.Node]) -> OnnxSite:
     batch, _, q_len, _ = value(operands.q).shape
     kv_len = value(operands.k).shape[2]
     return OnnxSite(

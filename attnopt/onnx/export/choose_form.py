@@ -21,6 +21,7 @@ DENSE = 1.5  # Attention, which first writes the whole mask into the scores
 BLOCKS = 1.6  # Attention on one block of queries at a time, with copies of the keys and values that it sees
 ROWS = 1.3  # the same if every block sees all keys: nothing is copied
 ITERATION = 8e6  # one more turn of a loop
+SENDERS = 128  # keys whose weights are computed together where these divide 1 among the queries
 _LONG = 1024  # from here on GroupQueryAttention is the faster causal form
 _SHORT = 384 * 384  # pairs up to which Attention is as fast as MultiHeadAttention
 _MASKED_ROWS = 256
@@ -64,11 +65,11 @@ class OnnxSite:
 
 @dataclass(frozen=True)
 class Form:
-    """``kind``: "MultiHeadAttention", "GroupQueryAttention", "Attention", "blocks", "gathered" or "per head"."""
+    """``kind``: "MultiHeadAttention", "GroupQueryAttention", "Attention", "blocks", "gathered", "per head" or "senders"."""
 
     kind: str
     cost: float
-    block: int = 0  # queries in one turn of the loop of "blocks" and "gathered"
+    block: int = 0  # queries in one turn of the loop of "blocks" and "gathered", keys in one of "senders"
 
 
 def choose(site: OnnxSite, contrib: bool, opset: int = WITH_ATTENTION) -> Form:
@@ -77,6 +78,8 @@ def choose(site: OnnxSite, contrib: bool, opset: int = WITH_ATTENTION) -> Form:
     In opsets without that operator, its form consists of plain operators.
     """
     pattern = site.spec.pattern
+    if site.spec.sends:
+        return Form("senders", site.pair_cost * site.pairs, SENDERS)
     if opset < WITH_LOOPS and pattern != Full():
         return _dense(site)
     if pattern.is_per_head:

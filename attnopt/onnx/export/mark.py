@@ -12,13 +12,14 @@ from attnopt.graph.cleanup import prune_unused_state, remove_unused_nodes, share
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import RESHAPES, aten, is_call, opname, value
 from attnopt.ir.operands import ROLES, Operands
-from attnopt.lower.attention_calls import attention_calls
+from attnopt.lower.attention_calls import is_attention_call
 from attnopt.lower.lower import copy_program
-from attnopt.lower.operator_calls import hidden_by_both, write_out_lse
+from attnopt.lower.operator_calls import called_spec, hidden_by_both, write_out_lse
 from attnopt.lower.received_calls import write_out_received
-from attnopt.onnx.export.canonical import Canonical, canonical
+from attnopt.onnx.export.canonical import Canonical, canonical, site_of
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, choose
 from attnopt.onnx.export.mask_split import soft_floor
+from attnopt.onnx.export.sent_calls import SentCall, sent_call
 from attnopt.onnx.export.split_projections import apart
 from attnopt.patterns import Full, Pattern
 from attnopt.slicing.weight_store import Weights
@@ -45,10 +46,14 @@ def mark(gm: fx.GraphModule, settle: Settle, takes_apart: bool = True) -> tuple[
     original = {new: old for old, new in table.items()}
     weights = Weights(module)
     marked: list[Marked] = []
-    write_out_lse(module.graph)
-    write_out_received(module.graph)
-    for node in list(attention_calls(module.graph)):
+    sent = {found.made: n for n in module.graph.nodes if (found := sent_call(n)) is not None}
+    for node in [n for n in module.graph.nodes if n in sent or is_attention_call(n)]:
         emit = Emitter(module.graph, node)
+        if node in sent:
+            of_senders = _of_senders(emit, sent_call(sent[node]))
+            node.replace_all_uses_with(_placeholder(emit, of_senders, len(marked)))
+            marked.append(Marked(of_senders.site, choose(of_senders.site, contrib=False), original[node]))
+            continue
         call = canonical(emit, node)
         if call is None:
             continue
@@ -63,6 +68,9 @@ def mark(gm: fx.GraphModule, settle: Settle, takes_apart: bool = True) -> tuple[
         node.replace_all_uses_with(placeholder)
         module.graph.erase_node(node)
         marked.append(Marked(call.site, form, original[node]))
+    remove_unused_nodes(module)
+    write_out_lse(module.graph)
+    write_out_received(module.graph)
     for node in module.graph.nodes:
         if is_call(node, *RESHAPES):  # a placeholder's strides are not the attention's
             node.target = aten.reshape.default
@@ -71,6 +79,14 @@ def mark(gm: fx.GraphModule, settle: Settle, takes_apart: bool = True) -> tuple[
     weights.settle()
     prune_unused_state(module)
     return module, tuple(marked)
+
+
+def _of_senders(emit: Emitter, found: SentCall | None) -> Canonical:
+    assert found is not None
+    operands = found.operands.map(lambda role, x: x if role in "qkv" else _with_four_axes(emit, x))
+    spec = replace(called_spec(operands, found.kv_of_head, found.scale, Full(), found.softcap), sends=True)
+    name = found.made.meta.get("attnopt", {}).get("site", found.made.name)
+    return Canonical(site_of(name, spec, operands), operands, None)
 
 
 def fastest(contrib: bool, opset: int = WITH_ATTENTION) -> Settle:

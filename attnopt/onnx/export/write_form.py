@@ -14,6 +14,7 @@ from attnopt.onnx.export.block_loop import blocks, gathered, is_one
 from attnopt.onnx.export.builder import Builder, before_swap
 from attnopt.onnx.export.choose_form import WITH_ATTENTION, Form, OnnxSite, group_form, groups
 from attnopt.onnx.export.fused_ops import attention, group_query_attention, multi_head_attention
+from attnopt.onnx.export.sent_loop import senders
 from attnopt.onnx.export.values import Values
 
 X = TypeVar("X", bound=Operands[ir.Value])
@@ -25,7 +26,7 @@ def write(b: Builder, site: OnnxSite, form: Form, operands: Operands[ir.Value]) 
     """[B, H, L, Dv] of the attention, computed in float32 or wider."""
     site, operands = evenly_shared(b, site, operands)
     q, k, v, bias, sinks = operands.q, operands.k, operands.v, operands.bias, operands.sinks
-    is_dense = form.kind == "per head" or (form.kind == "Attention" and b.opset < WITH_ATTENTION)
+    is_dense = form.kind in ("per head", "senders") or (form.kind == "Attention" and b.opset < WITH_ATTENTION)
     is_flat = form.kind in _FLAT_ONLY or (not is_dense and all(before_swap(x) is not None for x in (k, v)))
     narrow = _ELEMENT.get(site.dtype)
     q, k, v = (flat(b, x) if is_flat else x for x in (q, k, v))
@@ -50,6 +51,8 @@ def _made(b: Builder, site: OnnxSite, form: Form, x: Values) -> ir.Value:
             return blocks(b, site, x, form.block)
         case "gathered":
             return gathered(b, site, x, form.block)
+        case "senders":
+            return senders(b, site, x, form.block)
         case "per head":
             return _per_head(b, site, x)
     return attention(b, site, x)

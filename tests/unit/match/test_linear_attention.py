@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import linear_models as models
@@ -55,7 +56,7 @@ def test_read_and_equal_at_other_sizes(kind: type[Linear]) -> None:
     assert [site.projections[role].weight for role in ("q", "k", "v", "out")] == own
     assert fast.report.sites[0].backend == "chunked"
     lengths = (1, 11, 63) if kind is models.Stored else (1, 11, 300)
-    for other in (x, *(torch.randn(b, n, WIDTH) for b, n in zip((1, 3, 1), lengths, strict=True))):
+    for other in (x, *(torch.randn(b, n, WIDTH) for b, n in zip((1, 6, 1), lengths, strict=True))):
         assert_same(run(fast, (other,)), [meant(model, other)])
 
 
@@ -169,3 +170,25 @@ def test_padding_of_keys_and_pairs() -> None:
     assert_same(run(fast, (x, real)), run(model, (x, real)))
     other = (torch.randn(B, 200, WIDTH), torch.arange(200) < torch.tensor([[150], [1]]))
     assert_same(run(fast, other), run(model, other))
+
+
+def test_between_two_sequences() -> None:
+    class Across(models.Quadratic):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            (q, _, _), (_, k, v) = self.heads(x), self.heads(y)
+            return self.merged(self.mixed(q, k, v))
+
+    model, x = made(Across)
+    given = x, torch.randn(B, 9, WIDTH)
+    fast = attnopt.optimize(model, PruneHeads(heads=[1]), given, dynamic_shapes="auto")
+    (site,) = fast.sites
+    assert (site.num_heads, site.is_cross, site.q_len, site.kv_len) == (2, True, N, 9)
+    assert site.spec.linear is not None
+    whole = attnopt.optimize(model, "fuse", given, dynamic_shapes="auto")
+    columns = torch.ones(H, models.V).index_fill(0, torch.tensor([1]), 0.0).flatten()
+    for n, m in ((N, 9), (9, N), (1, 90), (90, 1)):
+        other = torch.randn(6, n, WIDTH), torch.randn(6, m, WIDTH)
+        assert_same(run(whole, other), run(model, other))
+        without = copy.deepcopy(model)
+        without.out.weight.data *= columns
+        assert_same(run(fast, other), run(without, other))

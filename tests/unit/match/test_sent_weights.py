@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import sending_models as models
 import torch
@@ -43,7 +45,7 @@ def test_read_and_equal_at_other_sizes(kind: type[Sending]) -> None:
     own = [f"{role}.weight" for role in ("b", "a", "v", "out")]  # who receives asks
     assert [site.projections[role].weight for role in ("q", "k", "v", "out")] == own
     assert fast.report.sites[0].backend == "blocked"
-    for other in (x, *(torch.randn(b, n, WIDTH) for b, n in ((1, 1), (3, 11), (1, 300)))):
+    for other in (x, *(torch.randn(b, n, WIDTH) for b, n in ((1, 1), (6, 11), (1, 300)))):
         assert_same(run(fast, (other,)), [meant(model, other)])
 
 
@@ -118,10 +120,10 @@ def test_between_two_sequences() -> None:
             return self.merged(self.mixed(a, b, v))
 
     model, x = made(Across)
-    given = x, torch.randn(B, 5, WIDTH)
+    given = x, torch.randn(B, 9, WIDTH)
     fast = attnopt.optimize(model, "fuse", given, dynamic_shapes="auto", backend="blocked")
-    assert [(site.spec.sends, site.is_cross, site.q_len, site.kv_len) for site in fast.sites] == [(True, True, 5, N)]
-    for n, m in ((N, 5), (1, 90), (90, 1)):
+    assert [(site.spec.sends, site.is_cross, site.q_len, site.kv_len) for site in fast.sites] == [(True, True, 9, N)]
+    for n, m in ((N, 9), (9, N), (1, 90), (90, 1)):
         other = torch.randn(B, n, WIDTH), torch.randn(B, m, WIDTH)
         assert_same(run(fast, other), run(model, other))
 
@@ -158,3 +160,39 @@ def test_a_softmax_over_what_is_summed_is_plain() -> None:
     model, x = made(Plain)
     (site,) = attnopt.inspect(model, (x,)).sites
     assert not site.spec.sends
+
+
+class HidesAll(models.Biased):
+    """Beside a table, pairs that are hidden, and a receiver that sees nothing."""
+
+    def hidden(self, length: int) -> Tensor:
+        """[receivers, senders]"""
+        places = torch.arange(length)
+        return ((places[:, None] * places) % 5 == 1) | (places[:, None] == 4)
+
+    def bias(self, length: int) -> Tensor:
+        return super().bias(length).masked_fill(self.hidden(length), -torch.inf)
+
+    def mixed(self, a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        scores = a @ b.mT * self.scale + models.Biased.bias(self, a.shape[2]).mT
+        weights = scores.masked_fill(self.hidden(a.shape[2]).mT, -torch.inf).softmax(-1)
+        return weights.mT @ v
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_torchlib")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_take_turns_in_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Beside a bias and a mask, at lengths that no block divides."""
+    model, x = made(HidesAll)
+    model, x = model.to(dtype), x.to(dtype)
+    free = {"x": {1: torch.export.Dim("n", min=2, max=400)}}
+    fast = attnopt.optimize(model, "fuse", (x,), dynamic_shapes=free, backend="blocked")
+    fast.export_onnx(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    (form,) = json.loads(session.get_modelmeta().custom_metadata_map["attnopt.attention"])
+    assert form["form"] == "senders"
+    for n in (N, 128, 300):
+        other = torch.randn(B, n, WIDTH, dtype=dtype)
+        (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+        assert_same([torch.from_numpy(found)], [meant(model, other)])

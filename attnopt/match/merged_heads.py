@@ -1,0 +1,55 @@
+"""Heads that share an axis with a batch, where no reshape tells the two apart: told by the weights that each place reads."""
+
+from __future__ import annotations
+
+from attnopt.graph.axes import Atom, Axis
+from attnopt.match.read_scores import Operand
+from attnopt.match.region import Region, atoms_of, picked
+from attnopt.match.rejection import rejected
+from attnopt.slicing.sources import weight_rows
+
+Rows = list[frozenset[object]]  # of weights, that each place along an atom reads
+
+
+def take_apart(r: Region) -> None:
+    """Split each axis of ``r`` that has heads and a batch, as a reshape to both would.  Raises NotAttentionError if the places
+    read weights in no such order."""
+    for atom in atoms_of(r.q.axes) & atoms_of(r.k.axes):
+        if not _varies(r.q, atom):
+            continue
+        rows = _rows(r.q, atom)
+        if len(set(rows)) == atom.size:  # heads alone
+            continue
+        parts = _parts(rows)
+        if parts is not None and all(_agree(rows, _rows(o, atom)) for o in (r.k, r.v) if atom in atoms_of(o.axes)):
+            atom.parts = parts
+        elif rows[0] != rows[1] and rows[-2] != rows[-1]:  # which would be heads
+            expected = "heads on an axis of their own, or merged with a batch in one order"
+            found = f"{atom.size} places of one axis, some of which read the same rows of a weight"
+            hint = "merge queries, keys and values in one order, or keep [batch, heads, tokens, features]"
+            raise rejected(r.anchor or r.out.node, "merged-heads", expected, found, hint)
+
+
+def _varies(o: Operand, atom: Atom) -> bool:
+    """The first and the last place read other rows."""
+    first, last = (weight_rows(o.node, picked(o, atom, i)) for i in (0, atom.size - 1))
+    return bool(first) and bool(last) and first != last
+
+
+def _rows(o: Operand, atom: Atom) -> Rows:
+    return [weight_rows(o.node, picked(o, atom, i)) for i in range(atom.size)]
+
+
+def _parts(rows: Rows) -> Axis | None:
+    """What lies outside the heads, the heads, and what lies inside, if that is the order, without what is of length 1."""
+    heads = list(dict.fromkeys(rows))
+    run = next(i for i, own in enumerate(rows) if own != rows[0])
+    outer, rest = divmod(len(rows), run * len(heads))
+    if rest or any(own != heads[i // run % len(heads)] for i, own in enumerate(rows)):
+        return None
+    return tuple(Atom(size) for size in (outer, len(heads), run) if size > 1)
+
+
+def _agree(rows: Rows, others: Rows) -> bool:
+    """Places that read one head of the queries read one head here, too."""
+    return len(set(zip(rows, others, strict=True))) == len(set(rows))
