@@ -130,7 +130,7 @@ def elsewhere(asked: Problem, found: Candidate, test: Test) -> float:
     model = asked.outputs.model(found)
     with torch.no_grad():
         parts = [test.apart.of(i, model(*batch)) for i, batch in enumerate(test.batches)]
-    return sum(p.total for p in parts) / sum(p.count for p in parts)
+    return sum(p.total for p in parts) / sum(p.weight for p in parts)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class Divergence:
                 f"the model's own output is not finite on piece {piece} of the calibration data",
                 hint="remove such batches",
             )
-        sketch = Sketch.of(*wanted.shape, self.seed * 1009 + piece, wanted.device)
+        sketch = Sketch.of(len(wanted), wanted.shape[1], self.seed * 1009 + piece, wanted.device)
         self.references[piece] = Reference(rows, wanted.clone(), sketch)
 
     def of(self, piece: int, output: Any) -> Part:

@@ -15,7 +15,7 @@ class Part(NamedTuple):
     """A sum, and what it is to be divided by.  ``direction``: where the outputs moved; the sum is how far, squared."""
 
     total: float
-    count: float
+    weight: float
     direction: Direction | None = None
 
 
@@ -102,4 +102,4 @@ class Judge:
 
     def _mean(self, picks: Picks, count: int) -> float:
         parts = [self.known[picks][piece] for piece in range(count)]
-        return sum(p.total for p in parts) / sum(p.count for p in parts)
+        return sum(p.total for p in parts) / sum(p.weight for p in parts)

@@ -54,13 +54,14 @@ class Quadratic:
         rows = f[:, at].sum(1)
         alone = f.diagonal() - f[now, now] + 2 * (rows - f[np.arange(len(f)), now] - rows[now] + f[now, now])
         crossed = 2 * (f - f[:, now] - f[now] + f[np.ix_(now, now)])
-        return np.where(np.eye(len(f), dtype=bool), alone, alone[:, None] + alone[None] + crossed)
+        gains: Form = np.where(np.eye(len(f), dtype=bool), alone, alone[:, None] + alone[None] + crossed)
+        return gains
 
     def _fitting(self, at: NDArray[np.int64], limits: Limits) -> NDArray[np.bool_]:
         """Which of them may be switched to, and fit."""
         one = np.eye(len(self.form), dtype=bool)
         apart = (self.place[:, None] != self.place[None]) | one
-        held = apart & self.is_open[:, None] & self.is_open[None]
+        held: NDArray[np.bool_] = apart & self.is_open[:, None] & self.is_open[None]
         for resource, most in limits.items():
             cost, original = self.costs[resource], self.menu.original[resource]
             more = cost - cost[at[self.place]]

@@ -32,12 +32,12 @@ class Shifts:
         self.starts = np.cumsum([0, *map(len, influence)])
         flat = np.array([v for own in influence for v in own], dtype=np.float64)
         known = np.where(np.isfinite(flat), np.maximum(flat, 0.0), 0.0)
-        counts = [piece[0][1].count for piece in pieces if piece]
+        counts = [piece[0][1].weight for piece in pieces if piece]
         size = len(flat)
         self.sure, self.unsure = np.zeros((size, size)), np.zeros((size, size))
         for piece in pieces:
             if piece:
-                mean, rest = self._fitted(known * piece[0][1].count, piece)
+                mean, rest = self._fitted(known * piece[0][1].weight, piece)
                 self.sure += mean @ mean.T / sum(counts)
                 self.unsure += rest / sum(counts)
         never = np.flatnonzero(~np.isfinite(flat))
@@ -69,12 +69,13 @@ class Shifts:
 
     def form(self, draw: random.Random | None = None) -> Form:
         """What the expected divergence is by pairs; drawn: with other lengths where these are not known."""
-        found = self.sure + self.unsure
+        found: Form = self.sure + self.unsure
         if draw is None:
             return found
         part = np.sqrt(np.clip(self.unsure.diagonal() / np.maximum(found.diagonal(), 1e-30), 0.0, 1.0))
         scale = np.exp(SPREAD * part * np.array([draw.gauss(0.0, 1.0) for _ in part]))
-        return found * scale[:, None] * scale[None]
+        drawn: Form = found * scale[:, None] * scale[None]
+        return drawn
 
 
 def _factor(sums: NDArray[np.float64], values: NDArray[np.float64]) -> float:

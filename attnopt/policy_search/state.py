@@ -89,16 +89,16 @@ def _known(told: Sequence[Any]) -> Known:
 
 def _plain(part: Part) -> list[Any]:
     way = [] if part.direction is None else [b64encode(part.direction.astype("<f2").tobytes()).decode()]
-    return [part.total if math.isfinite(part.total) else None, part.count, *way]
+    return [part.total if math.isfinite(part.total) else None, part.weight, *way]
 
 
 def _parts(parts: Mapping[str, Sequence[Any]]) -> dict[int, Part]:
     return {int(piece): _part(*told) for piece, told in parts.items()}
 
 
-def _part(total: float | None, count: float, way: str | None = None) -> Part:
+def _part(total: float | None, weight: float, way: str | None = None) -> Part:
     read = None if way is None else np.frombuffer(b64decode(way), "<f2").astype(np.float16)
-    return Part(math.inf if total is None else float(total), float(count), read)
+    return Part(math.inf if total is None else float(total), float(weight), read)
 
 
 def mark_of(*texts: object) -> str:
