@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnopt.policy_search.menu import Picks, Table
-from attnopt.policy_search.quadratic import Form
 
 PRIOR = 0.5  # how far, relatively, an alternative's share may be from what it has alone
 GUESSED = 2.0  # how many times as far if that was not measured
@@ -33,7 +32,7 @@ class Additive:
     ) -> None:
         """``influence``: of each alternative alone; infinite where unknown.  ``base``: the value of the original.
         ``guessed``: places and alternatives whose influence was not measured."""
-        self.influence = influence
+        self.base, self.influence = base, influence
         finite = [abs(v) for own in influence for v in own if np.isfinite(v)]
         floor = FLOOR * (sum(finite) / len(finite) if finite else 1.0) or 1.0
         self.scale = [
@@ -81,9 +80,11 @@ class Additive:
         mean = np.linalg.solve(precision, rows.T @ (weight * values) + prior / PRIOR**2)
         return mean, np.linalg.inv(np.linalg.cholesky(precision)).T
 
-    def form(self, draw: random.Random | None = None) -> Form:
-        """The shares on the diagonal: nothing is known of pairs."""
-        return np.diag([v for own in self.table(draw) for v in own])
+    def value(self, picks: Picks) -> float:
+        """The prediction; infinite if an influence is unknown."""
+        if not np.isfinite(self._sum(picks)):
+            return float("inf")
+        return self.base + float(self._row(picks) @ self.mean)
 
     def table(self, draw: random.Random | None = None) -> list[list[float]]:
         """Each alternative's share: the mean, or a draw."""

@@ -73,8 +73,8 @@ def _offered(site: Site, resources: set[str], near: tuple[int, ...], sinks: int)
     yield from fewer
     yield (PruneHeads(heads=range(site.num_heads), whole_layers=True),)
     yield from grouped
-    some = fewer[:-1] if resources & {"latency", "flops"} else grouped[:1]
-    yield from ((*passes, w) for passes in some for w in windows[-2:])
+    half = fewer[len(fewer) // 2 :][:1] if resources & {"latency", "flops"} else grouped[:1]
+    yield from ((*passes, w) for passes in half for w in windows[-2:])
 
 
 def _windows(site: Site, sinks: int) -> Iterator[LocalWindow]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from attnopt.base.closeness import tensors
 from attnopt.errors import CalibrationError
 from attnopt.policy_search.judge import Part
-from attnopt.policy_search.sketch import Sketch, direction
 
 KINDS = ("auto", "kl", "cosine")
 HELD = 1 << 28  # bytes of the original's outputs that are kept, over all pieces of the data
@@ -24,12 +23,10 @@ STATES = ("last_hidden_state", "pooler_output", "hidden_states")
 
 @dataclass(frozen=True)
 class Reference:
-    """``rows``: which vectors of the output count; ``wanted``: the original's, as they are compared; ``sketch``: of what they
-    are moved by."""
+    """``rows``: which vectors of the output count; ``wanted``: the original's, as they are compared."""
 
     rows: Tensor
     wanted: Tensor
-    sketch: Sketch
 
 
 class Divergence:
@@ -66,33 +63,24 @@ class Divergence:
                 f"the model's own output is not finite on piece {piece} of the calibration data",
                 hint="remove such batches",
             )
-        sketch = Sketch.of(len(wanted), wanted.shape[1], self.seed * 1009 + piece, wanted.device)
-        self.references[piece] = Reference(rows, wanted.clone(), sketch)
+        self.references[piece] = Reference(rows, wanted.clone())
 
     def of(self, piece: int, output: Any) -> Part:
-        """The sum over tokens, how many they are, and where the output moved; infinite if it is not finite."""
+        """(the sum over tokens, how many they are); infinite if the output is not finite."""
         reference = self.references[piece]
         x = self._chosen(output)
         got = x.reshape(-1, x.shape[-1])[reference.rows].float()
-        total, moved = 0.0, reference.sketch.start()
+        total = 0.0
         step = max(1, ROWS // got.shape[-1])
         for i in range(0, len(got), step):
-            some, wanted = got[i : i + step].double(), reference.wanted[i : i + step].double()
-            total += self._sum(some, wanted)
-            reference.sketch.add(moved, self._at(some) - self._at(wanted), i)
-        if not math.isfinite(total):
-            return Part(math.inf, float(len(got)))
-        return Part(total, float(len(got)), direction(moved))
+            total += self._sum(got[i : i + step].double(), reference.wanted[i : i + step].double())
+        return (total if math.isfinite(total) else math.inf), float(len(got))
 
     def _sum(self, got: Tensor, wanted: Tensor) -> float:
         if self.kind == "kl":
             p, q = wanted.log_softmax(-1), got.log_softmax(-1)
             return float((p.exp() * (p - q)).sum(-1).clamp_min(0.0).sum())
         return float((1.0 - torch.cosine_similarity(got, wanted, dim=-1)).clamp_min(0.0).sum())
-
-    def _at(self, x: Tensor) -> Tensor:
-        """Points whose squared distance is the divergence of near outputs, up to a factor: of probabilities the roots."""
-        return (0.5 * x.log_softmax(-1)).exp() if self.kind == "kl" else torch.nn.functional.normalize(x, dim=-1)
 
     def _chosen(self, output: Any) -> Tensor:
         found = chosen(output)[1]

@@ -13,14 +13,12 @@ from attnopt.policy_search.influences import At, chosen, completed, kinds_of
 from attnopt.policy_search.judge import EndError, Judge
 from attnopt.policy_search.knapsack import best_picks
 from attnopt.policy_search.menu import Limits, Menu, Picks, shown
-from attnopt.policy_search.quadratic import Quadratic
-from attnopt.policy_search.shifts import Shifts
 from attnopt.policy_search.swaps import neighbours, single_switches
 
 LEVELS = 6  # budgets of the front, beside the one that is asked for
 OFFSPRING = 12  # of a generation
 STAGES = (0.25, 0.5, 1.0)  # shares of the data on which a generation is judged, each time a third of it left
-DRAWN = 4  # of a generation, those that the model of all that was asked, or a draw of it, calls best
+DRAWN = 4  # of a generation, those that a draw of the fitted sum calls best
 ALONE = 0.5  # share of the data on which each alternative is judged alone
 SINGLES = 0.4  # of the evaluations, at most, for that
 REFITTED = 3  # of the best, those that are fitted once more
@@ -163,18 +161,14 @@ class Engine:
         self.alone(SINGLES * (self.judge.limit - self.judge.spent))
         self.stage("knapsacks")
         levels = self._levels()
-        self._try(best_picks(self.influence, self.menu, self.limits))
-        self._propose(levels)
+        for limits in levels:
+            self._try(best_picks(self.influence, self.menu, limits))
+        self._try(best_picks(self._fitted().table(), self.menu, self.limits))
         self.stage("swaps")
         self._improve()
         self.stage("other budgets")
-        self._propose(levels)
-
-    def _propose(self, levels: Sequence[Limits]) -> None:
-        """What the model of all that was asked calls best at each level."""
         for limits in levels:
-            best = self.best(limits)
-            self._try(self._predicted().least(limits, [] if best is None else [best]))
+            self._try(best_picks(self._fitted().table(), self.menu, limits))
 
     def _try(self, picks: Picks | None) -> None:
         if picks is not None:
@@ -196,16 +190,9 @@ class Engine:
         for (u, a), value in completed(known, kinds).items():
             self.influence[u][a] = value
 
-    def _model(self) -> Additive | Shifts:
-        """Of all that was asked."""
-        pieces = [self.judge.directed(n) for n in range(self.judge.pieces)]
-        if any(pieces):
-            return Shifts(self.influence, pieces)
+    def _fitted(self) -> Additive:
         tried = list(self.judge.full.items())
         return Additive(self.influence, tried, self.judge.full[self.original], self.guessed)
-
-    def _predicted(self) -> Quadratic:
-        return Quadratic(self._model().form(), self.menu)
 
     def _levels(self) -> list[dict[str, float]]:
         """The limits that are asked for, and others on the way from the least possible cost to that of the original."""
@@ -231,13 +218,13 @@ class Engine:
             idle = 0 if after != before else idle + 1
 
     def _offspring(self, best: Picks, draw: random.Random) -> list[Picks]:
-        """New picks: those that draws of the model call best, and of many beside the best those that it prefers."""
-        model = self._model()
-        forms = [Quadratic(model.form(None if n == 0 else draw), self.menu) for n in range(DRAWN)]
-        found = [p for form in forms if (p := form.least(self.limits, [best])) is not None]
+        """New picks: those that draws of the fitted sum call best, and of many beside the best those that it prefers."""
+        fitted = self._fitted()
+        tables = [fitted.table(None if n == 0 else draw) for n in range(DRAWN)]
+        found = [p for t in tables if (p := best_picks(t, self.menu, self.limits)) is not None]
         beside = {*neighbours(best, self.menu, self.limits, draw, 8 * OFFSPRING)}
         beside |= {*single_switches(best, self.menu, self.limits)}
-        ranked = sorted(beside, key=lambda p: (forms[0].value(p), p))
+        ranked = sorted(beside, key=lambda p: (fitted.value(p), p))
         new = [p for p in dict.fromkeys([*found, *ranked]) if p not in self.judge.full]
         return new[:OFFSPRING]
 

@@ -5,20 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from attnopt.policy_search.menu import Picks
-from attnopt.policy_search.sketch import Direction
 
-
-class Part(NamedTuple):
-    """A sum, and what it is to be divided by.  ``direction``: where the outputs moved; the sum is how far, squared."""
-
-    total: float
-    weight: float
-    direction: Direction | None = None
-
-
+Part = tuple[float, float]  # a sum, and what it is to be divided by
 Measure = Callable[[Picks, Sequence[int]], Sequence[Part]]  # of these picks on the pieces of these numbers
 Known = dict[Picks, dict[int, Part]]
 
@@ -67,11 +57,6 @@ class Judge:
             self.told()
         return found
 
-    def directed(self, piece: int) -> list[tuple[Picks, Part]]:
-        """What was asked on this piece and moved the outputs somewhere, in the order of the picks."""
-        asked = sorted(picks for picks, n in self.asked if n == piece)
-        return [(picks, part) for picks in asked if (part := self.known[picks][piece]).direction is not None]
-
     def recall(self) -> None:
         """Count what was known on all pieces before."""
         for picks, parts in self.known.items():
@@ -102,4 +87,4 @@ class Judge:
 
     def _mean(self, picks: Picks, count: int) -> float:
         parts = [self.known[picks][piece] for piece in range(count)]
-        return sum(p.total for p in parts) / sum(p.weight for p in parts)
+        return sum(total for total, _ in parts) / sum(n for _, n in parts)

@@ -130,7 +130,7 @@ class Problem:
         own: dict[int, Part] | FailedError
         candidate = Candidate(picks, is_refitted)
         if is_refitted and not self.outputs.decisions(candidate):
-            return [Part(math.inf, 1.0) for _ in pieces]
+            return [(math.inf, 1.0) for _ in pieces]
         try:
             own = {piece: self._measured(candidate, piece) for piece in pieces if self._is_own(piece)}
         except FailedError as error:
@@ -212,7 +212,7 @@ class Problem:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(self.task.seed)
             try:
-                return Part(scalar(evaluate(module), "evaluate", f"with {told}"), 1.0)
+                return scalar(evaluate(module), "evaluate", f"with {told}"), 1.0
             except CalibrationError as error:
                 raise FailedError(str(error).splitlines()[0]) from error
             except Exception as error:

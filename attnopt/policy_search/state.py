@@ -6,22 +6,20 @@ import hashlib
 import json
 import math
 import time
-from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from attnopt.base.atomic_files import atomic_write
 from attnopt.errors import SearchError
-from attnopt.policy_search.judge import Known, Part
+from attnopt.policy_search.judge import Known
 
-FORMAT = 3
+FORMAT = 2
 EVERY = 1.0  # seconds between two writes
 SAMPLED = 64  # numbers of each weight that mark a model
 
@@ -77,7 +75,7 @@ class State:
 
 def _told(known: Known) -> list[Any]:
     return [
-        [list(picks), {str(piece): _plain(part) for piece, part in parts.items()}]
+        [list(picks), {str(piece): [_plain(total), n] for piece, (total, n) in parts.items()}]
         for picks, parts in known.items()
         if parts
     ]
@@ -87,18 +85,12 @@ def _known(told: Sequence[Any]) -> Known:
     return {tuple(map(int, picks)): _parts(parts) for picks, parts in told}
 
 
-def _plain(part: Part) -> list[Any]:
-    way = [] if part.direction is None else [b64encode(part.direction.astype("<f2").tobytes()).decode()]
-    return [part.total if math.isfinite(part.total) else None, part.weight, *way]
+def _plain(total: float) -> float | None:
+    return total if math.isfinite(total) else None
 
 
-def _parts(parts: Mapping[str, Sequence[Any]]) -> dict[int, Part]:
-    return {int(piece): _part(*told) for piece, told in parts.items()}
-
-
-def _part(total: float | None, weight: float, way: str | None = None) -> Part:
-    read = None if way is None else np.frombuffer(b64decode(way), "<f2").astype(np.float16)
-    return Part(math.inf if total is None else float(total), float(weight), read)
+def _parts(parts: Mapping[str, Sequence[Any]]) -> dict[int, tuple[float, float]]:
+    return {int(piece): (math.inf if total is None else float(total), float(n)) for piece, (total, n) in parts.items()}
 
 
 def mark_of(*texts: object) -> str:

@@ -17,7 +17,6 @@ from attnopt.policy_search.influences import chosen, completed, kinds_of
 from attnopt.policy_search.judge import EndError, Judge, Part
 from attnopt.policy_search.knapsack import best_picks
 from attnopt.policy_search.menu import Menu, Picks
-from attnopt.policy_search.quadratic import Quadratic
 from attnopt.policy_search.swaps import neighbours
 
 
@@ -50,7 +49,7 @@ def worth(m: Menu, seed: int) -> dict[Picks, float]:
 
 
 def searched(m: Menu, of: dict[Picks, float], limits: dict[str, float], seed: int = 0, **options: Any) -> Engine:
-    judge = Judge(lambda p, pieces: [Part(of[p], 1.0) for _ in pieces], 1, **options)
+    judge = Judge(lambda p, pieces: [(of[p], 1.0) for _ in pieces], 1, **options)
     engine = Engine(m, judge, limits, [(a,) * m.places for a in range(len(m.allowed[0]))], seed)
     engine.run()
     return engine
@@ -131,7 +130,7 @@ def test_the_same_seed_goes_the_same_way() -> None:
 
         def value(p: Picks, pieces: Sequence[int], way: list[Picks] = way) -> list[Part]:
             way.append(p)
-            return [Part(sum(a * (u + 1) for u, a in enumerate(p)) + 0.3 * math.sin(hash(p) % 7), 1.0)]
+            return [(sum(a * (u + 1) for u, a in enumerate(p)) + 0.3 * math.sin(hash(p) % 7), 1.0)]
 
         Engine(m, Judge(value, 1, limit=90), limit(m, 0.4), [], seed).run()
         asked.append(way)
@@ -145,7 +144,7 @@ def test_offspring_are_halved_on_part_of_the_data() -> None:
 
     def value(p: Picks, own: Sequence[int]) -> list[Part]:
         pieces.setdefault(p, set()).update(own)
-        return [Part(sum(a * a * (u + 1.0) for u, a in enumerate(p)), 1.0) for _ in own]
+        return [(sum(a * a * (u + 1.0) for u, a in enumerate(p)), 1.0) for _ in own]
 
     judge = Judge(value, 8, limit=60)
     Engine(m, judge, limit(m, 0.4), []).run()
@@ -156,7 +155,7 @@ def test_offspring_are_halved_on_part_of_the_data() -> None:
 
 
 def test_parts_are_weighed_by_their_tokens() -> None:
-    judge = Judge(lambda p, pieces: [Part(*((3.0, 1.0), (1.0, 3.0))[piece]) for piece in pieces], 2)
+    judge = Judge(lambda p, pieces: [((3.0, 1.0), (1.0, 3.0))[piece] for piece in pieces], 2)
     assert judge.value((0,)) == 1.0
     assert judge.value((0,), 1) == 3.0
 
@@ -170,7 +169,7 @@ def test_pieces_that_are_measured_together_change_nothing(limit: float) -> None:
 
         def value(p: Picks, pieces: Sequence[int], asked: list[int] = asked) -> list[Part]:
             asked.append(len(pieces))
-            return [Part(p[0] + piece, 1.0) for piece in pieces]
+            return [(p[0] + piece, 1.0) for piece in pieces]
 
         judge = Judge(value, 4, limit=limit, together=together, is_limited=True)
         with contextlib.suppress(EndError):
@@ -244,10 +243,10 @@ def test_a_fitted_sum_learns_what_influences_alone_do_not_tell() -> None:
     """Together the second place counts double and the first not at all."""
     alone = [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
     tried = [((a, b, c), 2.0 * b + c) for a in (0, 1) for b in (0, 1) for c in (0, 1) if a + b + c > 1]
-    fitted, m = Additive(alone, tried, 0.0), menu(3, 2)
-    assert Quadratic(Additive(alone, [], 0.0).form(), m).value((1, 1, 0)) == pytest.approx(2.0)
-    assert Quadratic(fitted.form(), m).value((0, 1, 1)) == pytest.approx(3.0, rel=0.15)
-    assert Quadratic(fitted.form(), m).value((1, 0, 1)) == pytest.approx(1.0, rel=0.4)
+    fitted = Additive(alone, tried, 0.0)
+    assert Additive(alone, [], 0.0).value((1, 1, 0)) == pytest.approx(2.0)
+    assert fitted.value((0, 1, 1)) == pytest.approx(3.0, rel=0.15)
+    assert fitted.value((1, 0, 1)) == pytest.approx(1.0, rel=0.4)
     table = fitted.table()
     assert table[1][1] > 2.5 * table[0][1]
     assert fitted.table(random.Random(1)) == fitted.table(random.Random(1)) != fitted.table(random.Random(2))
@@ -275,7 +274,7 @@ def test_many_choices_leave_evaluations_for_their_combinations() -> None:
     """Singles alone would take more than there are."""
     m = menu(20, 7)
     judge = Judge(
-        lambda p, pieces: [Part(sum(a**1.3 * (1 + u % 5) for u, a in enumerate(p)), 1.0) for _ in pieces], 3, limit=40
+        lambda p, pieces: [(sum(a**1.3 * (1 + u % 5) for u, a in enumerate(p)), 1.0) for _ in pieces], 3, limit=40
     )
     limits = limit(m, 0.5)
     uniform = [(a,) * 20 for a in range(7)]
@@ -309,9 +308,9 @@ def test_a_second_fit_counts_where_it_helps() -> None:
 
     def again(p: Picks, pieces: Sequence[int]) -> list[Part]:
         asked.append(p)
-        return [Part(9.0 * of[p] if p == first else 0.5 * of[p], 1.0) for _ in pieces]
+        return [(9.0 * of[p] if p == first else 0.5 * of[p], 1.0) for _ in pieces]
 
-    judge = Judge(lambda p, pieces: [Part(of[p], 1.0) for _ in pieces], 1, limit=120)
+    judge = Judge(lambda p, pieces: [(of[p], 1.0) for _ in pieces], 1, limit=120)
     uniform = [(a,) * m.places for a in range(len(m.allowed[0]))]
     engine = Engine(m, judge, limits, uniform, refits=Judge(again, 1))
     engine.run()
@@ -333,7 +332,7 @@ def test_what_another_budget_found_is_recalled() -> None:
     found = []
     for share, evaluations in ((0.3, 200), (0.35, 1)):
         limits = limit(m, share)
-        judge = Judge(lambda p, pieces: [Part(of[p], 1.0) for _ in pieces], 1, known, limit=evaluations)
+        judge = Judge(lambda p, pieces: [(of[p], 1.0) for _ in pieces], 1, known, limit=evaluations)
         engine = Engine(m, judge, limits, [])
         engine.run()
         engine.recall()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -12,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from stacks import Twice, batches, stack
@@ -22,8 +20,6 @@ import attnopt
 from attnopt import Budget, Choice
 from attnopt.errors import AttnoptWarning, CalibrationError, PolicyError, SearchError
 from attnopt.passes import GroupedQuery, LocalWindow, PruneHeads
-from attnopt.policy_search.judge import Part
-from attnopt.policy_search.state import State
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 small = cache(stack)  # of which a graph is captured once
@@ -257,21 +253,6 @@ def test_what_was_found_is_kept_if_evaluate_fails(wrong: Any, text: str) -> None
 
 
 # ------------------------------------------------------------ ended and resumed
-def test_measurements_are_read_as_they_were_written(tmp_path: Path) -> None:
-    way = np.array([0.5, -1e-3, 0.0], dtype=np.float16)
-    values = {(0, 1): {0: Part(0.25, 3.0, way), 2: Part(math.inf, 1.0)}, (1, 0): {1: Part(1.5, 2.0)}}
-    State({"model": "a"}, tmp_path / "state.json", values).save(at_once=True)
-    read = State({"model": "a"}, tmp_path / "state.json")
-    read.read()
-    assert {p: {n: x[:2] for n, x in parts.items()} for p, parts in read.values.items()} == {
-        p: {n: x[:2] for n, x in parts.items()} for p, parts in values.items()
-    }
-    found = read.values[0, 1][0].direction
-    assert found is not None
-    assert found.tolist() == way.tolist()
-    assert read.values[1, 0][1].direction is None
-
-
 @pytest.mark.slow  # several searches
 def test_a_search_goes_on_where_it_was_ended(tmp_path: Path) -> None:
     path, done = tmp_path / "state.json", list[bool]()
@@ -344,7 +325,7 @@ def test_a_state_of_another_search_is_refused(tmp_path: Path, changed: str) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[1]", '{"format": 9}', '{"format": 3, "marks": {}, "times": {}, "values": [[1]], "refitted": []}'],
+    ["", "{}", "[1]", '{"format": 9}', '{"format": 2, "marks": {}, "times": {}, "values": [[1]], "refitted": []}'],
 )
 def test_a_file_that_is_no_state_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "state.json"
