@@ -11,7 +11,7 @@ from torch import Tensor
 import attnopt
 from attnopt.fit.absorbable_maps import edit
 from attnopt.fit.kv_search import agglomerated
-from attnopt.fit.kv_sides import Merged, Side, _diagonal, _roots
+from attnopt.fit.kv_sides import Merged, Side, diagonal, roots
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.kv_merge import KvMerge
 from attnopt.ir.projection import Projected
@@ -58,8 +58,8 @@ def _side(site: Projected, role: str) -> Side:
     count, size = site.num_kv_heads, site.head_dim
     written = torch.cat([_weight(site, role, h) for h in site.spec.kv_heads])
     read = [_weight(site, "q" if role == "k" else "out", h) for h in site.spec.heads]
-    scale, inverse = _roots(torch.stack([w @ w.T for w in read]), count, size)
-    s = _diagonal(scale)
+    scale, inverse = roots(torch.stack([w @ w.T for w in read]), count, size)
+    s = diagonal(scale)
     return Side(s.T @ written @ written.T @ s, scale, inverse, size)
 
 
