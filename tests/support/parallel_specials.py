@@ -197,4 +197,3 @@ def _compare_gradients(got: nn.Module, want: nn.Module) -> None:
 
 
 CHECKS = {name: _exact(name) for name, special in SPECIALS.items() if special.refused is None}
-QUICK = ("sends, in a window", "gains of segments")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from parallel_specials import CHECKS, QUICK, SPECIALS, WIDTH, D, H, Plain, optimized
+from parallel_specials import CHECKS, SPECIALS, WIDTH, D, H, Plain, optimized
 from ranks import on_ranks
 from torch import Tensor, nn
 from variants import mostly_slow
@@ -16,11 +16,6 @@ from attnopt.errors import DistributedError
 
 REFUSED = tuple(name for name in SPECIALS if name not in CHECKS)
 QUICK_REFUSED = ("fading, between", "talking, alone")
-
-
-@pytest.mark.subprocess
-def test_what_is_not_refused_is_exact_on_two_ranks() -> None:
-    assert not on_ranks(2, *QUICK, checks="parallel_specials")
 
 
 @pytest.mark.slow
