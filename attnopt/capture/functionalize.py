@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx.node import Argument
 
-from attnopt.base.sizes import is_static
+from attnopt.base.sizes import hint, is_static
 from attnopt.capture.flex_attention import index_plainly
 from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, is_call, value
+from attnopt.graph.input_sizes import InputSizes, read_sizes_from_inputs
+from attnopt.graph.nodes import RESHAPES, arg, aten, is_call, operand, value
 from attnopt.graph.value_names import inherit
 
 higher_order = torch.ops.higher_order
@@ -87,7 +89,26 @@ def expand_views(gm: fx.GraphModule) -> None:
         elif node.op == "call_function" and _is_composite_view(node):
             emit.before = node
             _expand(node, emit)
+    _write_sizes(gm.graph)
     remove_unused_nodes(gm)
+
+
+def _write_sizes(graph: fx.Graph) -> None:
+    """Also the -1 of a reshape, which a selection of heads may need."""
+    sizes = read_sizes_from_inputs(graph)
+    for node in list(graph.nodes):
+        if is_call(node, *RESHAPES) and -1 in arg(node, 1):
+            written = [_written(sizes, *s) for s in zip(arg(node, 1), value(node).shape, strict=True)]
+            node.args = (operand(node), written)
+
+
+def _written(sizes: InputSizes, asked: Argument, size: int | torch.SymInt) -> Argument:
+    if asked != -1:
+        return asked
+    if isinstance(size, int) or is_static(size):
+        return hint(size)
+    found = sizes.read(size)
+    return asked if found is None else found
 
 
 def _expand(node: fx.Node, emit: Emitter) -> None:

@@ -36,10 +36,11 @@ class InputSizes:
         return self.emit.call(aten.sym_size.int, *self.places[size.node.expr])
 
 
-def read_sizes_from_inputs(graph: fx.Graph) -> None:
+def read_sizes_from_inputs(graph: fx.Graph) -> InputSizes:
     """In the place of the nodes that read them from other tensors."""
     sizes = InputSizes.of(graph)
     for node in list(graph.nodes):
         is_asked = is_call(node, aten.sym_size.int) and operand(node).op != "placeholder"
         if is_asked and (found := sizes.read(value(node))) is not None:
             node.replace_all_uses_with(found)
+    return sizes

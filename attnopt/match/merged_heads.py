@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnopt.graph.axes import Atom, Axis
+from attnopt.graph.axes import Atom, Axis, resolve
 from attnopt.match.read_scores import Operand
 from attnopt.match.region import Region, atoms_of, picked
 from attnopt.match.rejection import rejected
@@ -14,7 +14,7 @@ Rows = list[frozenset[object]]  # of weights, that each place along an atom read
 def take_apart(r: Region) -> None:
     """Split each axis of ``r`` that has heads and a batch, as a reshape to both would.  Raises NotAttentionError if the places
     read weights in no such order."""
-    for atom in atoms_of(r.q.axes) & atoms_of(r.k.axes):
+    for atom in (atoms_of(r.q.axes) & atoms_of(r.k.axes)) - set(resolve(r.features)):
         if not _varies(r.q, atom):
             continue
         rows = _rows(r.q, atom)

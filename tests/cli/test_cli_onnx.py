@@ -155,7 +155,7 @@ def test_what_does_not_fit_the_file(file: str, tmp_path: Path, capsys: pytest.Ca
 def test_a_file_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a model")
     assert "is not a readable ONNX model" in error_of(capsys, "inspect", str(tmp_path / "m.onnx"))
-    assert "is not a readable ONNX model" in error_of(capsys, "inspect", str(tmp_path / "missing.onnx"))
+    assert "there is no file" in error_of(capsys, "inspect", str(tmp_path / "missing.onnx"))
     assert "ONNX Runtime cannot load" in error_of(capsys, "bench", str(tmp_path / "m.onnx"), "tiny_models:full")
 
 

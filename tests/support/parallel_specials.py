@@ -101,9 +101,7 @@ class Special:
     backend: str = "blocked"
 
 
-_IN_PLAIN = (
-    "reads the tokens of all ranks: it is computed in plain operators\n  hint: run this model on one rank, or split"
-)
+_IN_PLAIN = "reads the tokens of all ranks: it is computed in plain operators\n  hint: run this model on one rank"
 _NONE = "no attention over tokens in one operator.*\n  hint: .* without a softmax, with a map across heads, or between channels"
 Reversed, Fading, Steady = sending_models.Reversed, linear_models.Retention, linear_models.StateFirst
 GAIN = SegmentGain(Segments(IDS, [(None, 1)]), 0.5)
