@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
-from torch.export import ShapesCollection
 
-from attnopt.base.call_inputs import CallInputs
-from attnopt.capture.dynamic_axes import is_variadic, named_arguments
 from attnopt.errors import CaptureError
 
 _EXAMPLE = '{"x": {0: torch.export.Dim.DYNAMIC}}'
 
 
-def require_axes(forward: Callable[..., object], inputs: CallInputs, asked: object) -> None:
-    """Raises CaptureError for inputs and axes that there are not, and for what is not torch.export's notation: it ignores some
-    of it, and tells of the rest as if the model could not be captured."""
-    if asked is None or isinstance(asked, ShapesCollection):
-        return
-    named, _ = named_arguments(forward, *inputs)
-    if isinstance(asked, (list, tuple)):
-        asked = dict(zip(named, asked, strict=False))
-    if not isinstance(asked, Mapping):
+def require_notation(asked: object) -> None:
+    """Raises CaptureError for what is no mapping or list, as torch.export takes them."""
+    if not isinstance(asked, (Mapping, list, tuple)):
         raise CaptureError(
             f"invalid value dynamic_shapes={asked!r}", hint=f'use "auto", None, or a mapping such as {_EXAMPLE}'
         )
-    unknown = [] if is_variadic(forward) else [str(name) for name in asked if name not in named]
-    if unknown:
+
+
+def require_axes(named: Mapping[str, object], asked: Mapping[str, object] | Sequence[object]) -> None:
+    """Raises CaptureError for inputs and axes that there are not, and for what is no size: torch.export ignores some of it, and
+    tells of the rest as if the model could not be captured.  ``named``: the example inputs, in the order of the call."""
+    by_name = asked if isinstance(asked, Mapping) else dict(zip(named, asked, strict=False))
+    if unknown := [str(name) for name in by_name if name not in named]:
         raise CaptureError(
             f"dynamic_shapes names unknown inputs {', '.join(unknown)}; the inputs are {', '.join(named)}",
-            hint="use the names of the example inputs",
+            hint="use the names of the example inputs; those in **kwargs go by keyword",
         )
     for name, x in named.items():
-        _require(name, x, asked.get(name))
+        _require(name, x, by_name.get(name))
 
 
 def _require(name: str, x: object, asked: object) -> None:

@@ -24,7 +24,6 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.base.compile_lock import as_called, mode_of
 from attnopt.base.quiet import quiet
 from attnopt.base.split_weight import split_parameter
-from attnopt.capture.asked_axes import require_axes
 from attnopt.capture.attention_lengths import KeysAndValuesAlike
 from attnopt.capture.auto_axes import Limited, captured_with_own, takes, with_most_dynamic_axes
 from attnopt.capture.dynamic_axes import Auto, Axes, asked_shapes, axes_of_leaves, fixed_axes, outside, plain_signature
@@ -75,7 +74,6 @@ def capture(
         auto = dynamic_shapes if isinstance(dynamic_shapes, Auto) else Auto()
         program = with_most_dynamic_axes(model, inputs, auto, partial(_captured, model, True))
     else:
-        require_axes(model.forward, inputs, dynamic_shapes)
         shapes = asked_shapes(model, *inputs, dynamic_shapes)
         program = captured_with_own(model, inputs, shapes, False, partial(_captured, model, False))
     if own is not None and takes(program, model, own):

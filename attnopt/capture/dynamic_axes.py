@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.base.object_fields import is_object
 from attnopt.base.sizes import is_static
-from attnopt.errors import CaptureError
+from attnopt.capture.asked_axes import require_axes, require_notation
 from attnopt.graph.nodes import input_name
 
 Axes = dict[int, object]
@@ -93,8 +93,17 @@ def asked_shapes(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str
         return _automatic(model.forward, args, kwargs, asked)
     if isinstance(asked, ShapesCollection):
         asked = asked.dynamic_shapes(model, args, dict(kwargs))  # type: ignore[no-untyped-call]
-    if asked is None or not is_variadic(model.forward):
-        return asked
+    if asked is None:
+        return None
+    require_notation(asked)
+    if is_variadic(model.forward):
+        asked = _spread(model, args, kwargs, asked)
+    require_axes(named_arguments(model.forward, args, kwargs)[0], asked)
+    return asked
+
+
+def _spread(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], asked: Any) -> dict[str, object]:
+    """By the name of each argument, also of those in ``*args`` and ``**kwargs``."""
     parameters = inspect.signature(model.forward).parameters
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     if isinstance(asked, (tuple, list)):
@@ -110,12 +119,7 @@ def asked_shapes(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str
             spread.update(zip(list(named)[first:positional], shapes or (), strict=bool(shapes)))
         else:
             spread[name] = shapes
-    if unknown := [n for n in spread if n not in named]:
-        raise CaptureError(
-            f"dynamic_shapes names unknown inputs {', '.join(unknown)}; the inputs are {', '.join(named)}",
-            hint="use the names of the example inputs; those in **kwargs go by keyword",
-        )
-    return {name: spread.get(name) for name in named}
+    return {**dict.fromkeys(named), **spread}
 
 
 def _automatic(

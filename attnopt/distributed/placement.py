@@ -132,7 +132,7 @@ def _refused(node: fx.Node) -> DistributedError:
         return at_node(
             node,
             "reads other tokens than those that ranks share, and compares positions, chooses keys or pools them",
-            "run this model on one rank",
+            ON_ONE_RANK,
         )
     if (site := node.meta.get("attnopt", {}).get("site")) is not None:
         why = f"its {opname(node)} reads the tokens of all ranks: it is computed in plain operators"

@@ -13,15 +13,15 @@ from attnopt.base.closeness import tolerance
 from attnopt.errors import DistributedError
 
 SAMPLED = 256  # numbers of each tensor that are compared
-Told = list[tuple[str, Tensor | None]]
+Samples = list[tuple[str, Tensor | None]]
 
 
-def sampled(inputs: CallInputs) -> Told:
+def sampled(inputs: CallInputs) -> Samples:
     """What each input is, and some of its numbers."""
     return [_told(x) for x in pytree.tree_leaves((inputs.args, inputs.kwargs))]
 
 
-def require_same_inputs(told: Sequence[Told]) -> None:
+def require_same_inputs(told: Sequence[Samples]) -> None:
     """``told``: by rank.  Numbers that are no integers may differ by rounding, as where each rank computed them.
 
     Raises DistributedError on every rank."""

@@ -77,3 +77,16 @@ def test_the_message_helps(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     wrong, message = WRONG[use]
     with pytest.raises(attnopt.AttnoptError, match=message):
         wrong()
+
+
+class Several(nn.Module):
+    def forward(self, x: Any, y: Any, *more: Any) -> Any:
+        return x.mean() + y + sum(m.mean() for m in more)
+
+
+def test_shapes_of_further_arguments_are_one_entry() -> None:
+    free = torch.export.Dim.DYNAMIC
+    found = attnopt.inspect(Several(), (X, X[0, 0], X), dynamic_shapes=[{0: free}, None, ({1: free},)])
+    assert not found.sites
+    with pytest.raises(attnopt.AttnoptError, match="names axis 4 of more_0, which has 3 axes"):
+        attnopt.inspect(Several(), (X, X[0, 0], X), dynamic_shapes={"more": ({4: free},)})

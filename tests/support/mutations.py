@@ -1680,7 +1680,7 @@ def main(names: list[str]) -> int:
     asked = [f for f in FAULTS if not names or any(n in f.name for n in names)]
     chosen = [f for f in asked if f.runs_here()]
     for fault in asked:
-        if fault not in chosen:
+        if not fault.runs_here():
             print(f"   -    {fault.name:50} not tried: this processor has no {fault.instructions}")
     os.environ["OMP_NUM_THREADS"] = "1"
     processes = get_context("forkserver")
