@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ Say = Callable[[object], None]
 SIZES = ((1, 16), (8, 128), (1, 512))  # batch x tokens of the encoder's rows
 EXAMPLE = 250  # characters of an example text
 ROUNDS, QUICK_ROUNDS = 7, 3
+LOOKED_AT = 4  # batches that tell the importance of heads
 
 
 def add_arguments(parser: argparse.ArgumentParser, model_help: str) -> None:
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, model_help: str) -> None:
         "--policy", help="how to rewrite --model: text, or a YAML or JSON file (default: fuse, which is exact)"
     )
     parser.add_argument("--out", metavar="DIR", default="build/demo", help="output folder (default: build/demo)")
-    parser.add_argument("--quick", action="store_true", help="use fewer calibration texts and timing repeats")
+    parser.add_argument("--quick", action="store_true", help="use fewer timing repeats")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,13 +88,16 @@ def _of_encoder(arguments: argparse.Namespace, say: Say) -> Result:
     say("1. What is in the model?")
     found = attnopt.inspect(model, *inputs)
     say(found)
-    say("2. Which layers look near, and which heads matter least?")
-    texts = data.background[: 8 if arguments.quick else 24]
-    chosen = demo_policy.choose(model, tokenizer, texts, found.sites)
-    say(chosen)
-    fast = _rewritten(model, chosen.policy, inputs, shapes, say)
+    say(f"2. Which attention gets a window, which loses heads, within {demo_policy.LATENCY:.0%} of the latency?")
+    batches = demo_policy.sequences(tokenizer, data.background)
+    with working("searching"):
+        best = demo_policy.searched(model, batches, inputs, shapes)
+    say(best)
+    fast = _rewritten(best.optimize, say)
     files, ways = _deployed(model, fast, inputs, shapes, out, say)
-    files["report"] = fast.report.with_importance(chosen.importance).to_html(out / "report.html")
+    importance = attnopt.head_importance(model, batches[:LOOKED_AT], "output-norm")
+    files["report"] = fast.report.with_importance(importance).to_html(out / "report.html")
+    files["search"] = best.report.to_html(out / "search.html")
 
     say("4. Is it as good, and is it faster?")
     table: Table = {}
@@ -129,7 +134,7 @@ def _of_own(arguments: argparse.Namespace, say: Say) -> Result:
     say("1. What is in the model?")
     say(attnopt.inspect(named.model, *inputs))
     say(f"2. The policy: {arguments.policy or 'fuse, which is exact; --policy changes more'}")
-    fast = _rewritten(named.model, arguments.policy or "fuse", inputs, None, say)
+    fast = _rewritten(partial(attnopt.optimize, named.model, arguments.policy or "fuse", *inputs), say)
     files, ways = _deployed(named.model, fast, inputs, None, out, say)
     files["report"] = fast.report.to_html(out / "report.html")
 
@@ -140,12 +145,10 @@ def _of_own(arguments: argparse.Namespace, say: Say) -> Result:
     return Result(fast, table, files)
 
 
-def _rewritten(model: nn.Module, policy: object, inputs: CallInputs, shapes: object, say: Say) -> OptimizedModel:
-    import attnopt
-
+def _rewritten(build: Callable[[], OptimizedModel], say: Say) -> OptimizedModel:
     say("3. Rewrite, verify, export.")
     with working("rewriting"):
-        fast = attnopt.optimize(model, policy, *inputs, dynamic_shapes=shapes)
+        fast = build()
     say(fast.report)
     return fast
 

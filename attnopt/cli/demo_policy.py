@@ -1,65 +1,53 @@
-"""The policy of the demo: a window in the layers that look nearest, a head less in the others, chosen on news texts."""
+"""The policy of the demo: searched on news texts, within a share of the model's latency."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import TYPE_CHECKING
-
-from attnopt.base.progress import working
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from attnopt.ir.site import Site
+    from attnopt.base.call_inputs import CallInputs
+    from attnopt.policy_search.result import Search
 
-# Half of the layers get a window, the other half lose their weakest head; this is fixed.  Which layers and which heads is
-# decided by texts that are in none of the demo's test sets.
-WINDOW, SINKS = 16, 1
-PRUNED_PER_LAYER = 1
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """``distance``: how many tokens the heads of a site look away on average; ``importance`` of its heads; both on ``texts``
-    texts."""
-
-    policy: Mapping[str, object]
-    distance: Mapping[str, float]
-    importance: Mapping[str, tuple[float, ...]]
-    texts: int
-
-    def __str__(self) -> str:
-        lines = [f"  How far heads look on average, in {self.texts} news texts, and what the attention gets:"]
-        for name, distance in self.distance.items():
-            heads = getattr(self.policy[name], "heads", None)
-            what = f"a window of {WINDOW} to each side and {SINKS} sink" if heads is None else f"without heads {heads}"
-            lines.append(f"  {name}   {distance:.0f} tokens   {what}")
-        return "\n".join(lines)
+Batches = list[tuple["Tensor", "Tensor"]]
+LATENCY = 0.85  # of the model's
+LENGTH = 512  # tokens of the call whose latency counts
+TOKENS, COUNT = 256, 14  # of a sequence to fit to or to judge on, and how many: what a demo has time for
+EVALUATIONS = 20
 
 
-def choose(model: nn.Module, tokenizer: object, texts: Sequence[str], sites: Sequence[Site]) -> Chosen:
-    """The half of the sites that looks nearest gets the window, the other half loses its weakest head."""
+def searched(model: nn.Module, batches: Batches, inputs: CallInputs, shapes: object) -> Search:
+    """Which attention gets a window of 32 keys to each side and one sink, which loses a quarter of its heads, which both.
+
+    ``batches``: of ``sequences``, of texts that are in none of the demo's test sets."""
     import attnopt
-    from attnopt.cli.demo_data import tokens
     from attnopt.passes.local_window import LocalWindow
     from attnopt.passes.prune_heads import PruneHeads
 
-    ordered = sorted(texts, key=len)
-    batches = [tokens(tokenizer, ordered[i : i + 4]) for i in range(0, len(ordered), 4)]
-    with working("measuring heads"):
-        importance = attnopt.head_importance(model, batches, "output-norm")
-        far = attnopt.head_importance(model, batches, "distance")
-    distance = {site.name: fmean(far[site.name]) for site in sites}
-    windowed = sorted(distance, key=distance.__getitem__)[: len(distance) // 2]
-    window = LocalWindow(left=WINDOW, right=WINDOW, sinks=SINKS)
-    weakest = {site.name: _weakest(importance[site.name], site.spec.heads) for site in sites}
-    policy = {name: window if name in windowed else PruneHeads(heads=weakest[name]) for name in weakest}
-    return Chosen(policy, distance, dict(importance), len(texts))
+    near, fewer = LocalWindow(left=32, right=32, sinks=1), PruneHeads(0.25, budget="site")
+    return attnopt.search(
+        model,
+        {"*": attnopt.Choice(None, near, fewer, [fewer, near])},
+        *inputs,
+        calibration=batches,
+        budget=attnopt.Budget(latency=LATENCY, at=(1, LENGTH)),
+        dynamic_shapes=shapes,
+        evaluations=EVALUATIONS,
+    )
 
 
-def _weakest(scores: Sequence[float], heads: Sequence[int]) -> tuple[int, ...]:
-    """The heads that add least to the output of their layer."""
-    ranked = sorted(zip(scores, heads, strict=True))
-    return tuple(sorted(head for _, head in ranked[:PRUNED_PER_LAYER]))
+def sequences(tokenizer: Any, texts: Sequence[str]) -> Batches:
+    """``COUNT`` batches of token ids and masks [1, TOKENS], each of texts one after the other."""
+    made: Batches = []
+    joined = ""
+    for text in texts:
+        joined = f"{joined} {text}"
+        found = tokenizer(joined, truncation=True, max_length=TOKENS, return_tensors="pt")
+        if found["input_ids"].shape[1] == TOKENS:
+            made.append((found["input_ids"], found["attention_mask"]))
+            joined = ""
+        if len(made) == COUNT:
+            break
+    return made

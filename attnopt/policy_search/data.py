@@ -10,7 +10,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from attnopt.base.call_inputs import CallInputs
+from attnopt.compiler.compile import Compiled
 from attnopt.compiler.layerwise_calibration import Stream
+from attnopt.compiler.random_tokens import with_random_tokens
 from attnopt.errors import PolicyError
 from attnopt.graph.nodes import module_path
 from attnopt.match.find import Found
@@ -37,6 +39,27 @@ def split(batches: Sequence[CallInputs], learns: bool) -> Split:
     held = {i for i in range(len(batches)) if i % HELD_BACK == HELD_BACK - 1} or {len(batches) - 1}
     fitted = tuple(b for i, b in enumerate(batches) if i not in held)
     return Split(fitted, tuple(b for i, b in enumerate(batches) if i in held))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """``pieces``: of the data that candidates are judged on, in the form of the graph.  ``has_random_tokens``: every second one
+    has random tokens in the place of its words."""
+
+    pieces: tuple[CallInputs, ...]
+    has_random_tokens: bool
+
+
+def judged_on(compiled: Compiled, fitted: Sequence[CallInputs], held: Sequence[CallInputs], seed: int) -> Judged:
+    """The held-back batches, each with one of random tokens beside it if the model reads tokens and is no decoder.
+
+    What little text is held back is of one domain; random tokens tell as much of others."""
+    invented: list[CallInputs] = []
+    if not any(f.site.spec.is_causal for f in compiled.findings.found):
+        invented = with_random_tokens(compiled.program.module, [*fitted, *held], seed)[len(fitted) :]
+    if not invented:
+        return Judged(tuple(held), False)
+    return Judged(tuple(piece for both in zip(held, invented, strict=True) for piece in both), True)
 
 
 def _halves(batch: CallInputs) -> list[CallInputs]:

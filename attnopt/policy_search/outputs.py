@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from attnopt.base.call_inputs import CallInputs
-from attnopt.base.compile_lock import compiling
 from attnopt.capture.run_unchanged import cloned
 from attnopt.compiler.decide import Decision
 from attnopt.compiler.policy import Policy
@@ -33,10 +32,10 @@ class Candidate:
 
 @dataclass
 class Outputs:
-    """``judged``: the pieces.  ``refits``: None where nothing can be fitted once more."""
+    """``pieces``: in the form of the graph.  ``refits``: None where nothing can be fitted once more."""
 
     made: Candidates
-    judged: Sequence[CallInputs]
+    pieces: Sequence[CallInputs]
     refits: Refits | None
     seed: int
     known: dict[tuple[int, int], Sequence[Other | None]] = field(
@@ -46,15 +45,9 @@ class Outputs:
     lowered: tuple[Candidate, OptimizedModel] | None = None
 
     @cached_property
-    def in_graph(self) -> list[CallInputs]:
-        """The pieces in the form of the graph."""
-        with compiling():
-            return replace(self.made.job, batches=self.judged).arranged(self.made.compiled.program)
-
-    @cached_property
     def in_place(self) -> InPlace:
         found = [f for f in self.made.found if f.site.name in self._place_of]
-        return InPlace(self.made.compiled.program, found, self.in_graph)
+        return InPlace(self.made.compiled.program, found, self.pieces)
 
     def output(self, candidate: Candidate, piece: int) -> Any:
         """In the captured graph, or of a rewritten one where that is needed."""
@@ -64,7 +57,7 @@ class Outputs:
             own = [other for other in others if other is not None]
             if len(own) == len(others):
                 return self.in_place.output(piece, keys, own)
-            args, kwargs = cloned(self.judged[piece])
+            args, kwargs = cloned(self.pieces[piece])
             return self.model(candidate)(*args, **kwargs)
 
     def model(self, candidate: Candidate) -> OptimizedModel:

@@ -29,7 +29,7 @@ from attnopt.policy_search import latency
 from attnopt.policy_search.budget import Budget
 from attnopt.policy_search.candidates import Candidates, candidates
 from attnopt.policy_search.costs import menu_of
-from attnopt.policy_search.data import Split, last_module, real_tokens, resized, split
+from attnopt.policy_search.data import Judged, judged_on, last_module, real_tokens, resized, split
 from attnopt.policy_search.default_choices import default_choices
 from attnopt.policy_search.divergence import Divergence, kind_of
 from attnopt.policy_search.judge import Judge, Part
@@ -66,14 +66,14 @@ class Task:
         """Of the call whose cost is counted.  Raises PolicyError."""
         return resized(self.inputs, self.budget.sizes)
 
-    def marks(self, made: Candidates) -> dict[str, str]:
+    def marks(self, made: Candidates, judged: Judged) -> dict[str, str]:
         """Of all that measurements depend on."""
         named = None if self.evaluate is None else getattr(self.evaluate, "__qualname__", type(self.evaluate).__name__)
         sizes = [getattr(x, "shape", x) for x in (*self.counted.args, *self.counted.kwargs.values())]
         return {
             "choices": mark_of(*((p.sites, list(map(str, p.alternatives)), p.allowed) for p in made.places)),
             "model": model_mark(self.model),
-            "calibration data": data_mark(self.data.batches),
+            "calibration data": data_mark([*self.data.batches, *judged.pieces]),
             "sizes of the call": mark_of(sizes),
             "device": f"{self.budget.device}, {self.budget.target}",
             "measure": mark_of(self.divergence, named, self.seed),
@@ -82,13 +82,13 @@ class Task:
 
 @dataclass
 class Problem:
-    """``inputs``: of the call whose cost is counted.  ``judged``: batches that candidates are judged on.  ``kind``: "kl"
-    or "cosine", of what is compared."""
+    """``inputs``: of the call whose cost is counted.  ``judged``: what candidates are judged on.  ``kind``: "kl" or "cosine", of
+    what is compared."""
 
     task: Task
     made: Candidates
     inputs: CallInputs
-    judged: tuple[CallInputs, ...]
+    judged: Judged
     state: State
     refits: Refits | None = None  # what fits output projections once more, if anything is fitted
     peers: Peers | None = None  # who judge the same candidates, on other pieces of the same data
@@ -98,7 +98,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.menu = self._menu()
-        self.outputs = Outputs(self.made, self.judged, self.refits, self.task.seed)
+        self.outputs = Outputs(self.made, self.judged.pieces, self.refits, self.task.seed)
         self.kind = self.task.divergence
         if self.task.evaluate is None and self.kind == "auto":
             output = self.outputs.output(self._unchanged, 0)
@@ -110,7 +110,7 @@ class Problem:
 
     @property
     def pieces(self) -> int:
-        return 1 if self.task.evaluate is not None else len(self.judged)
+        return 1 if self.task.evaluate is not None else len(self.judged.pieces)
 
     @property
     def uniform(self) -> list[Picks]:
@@ -220,10 +220,10 @@ class Problem:
 
     def _original(self) -> Divergence:
         """What outputs are compared with."""
-        program, arranged = self.made.compiled.program, self.outputs.in_graph
-        made = Divergence(self.kind, len(self.judged), self.task.seed)
-        own = [piece for piece in range(len(arranged)) if self._is_own(piece)]
-        masks = real_tokens(program.module, self.made.found, [arranged[piece] for piece in own])
+        program, pieces = self.made.compiled.program, self.judged.pieces
+        made = Divergence(self.kind, len(pieces), self.task.seed)
+        own = [piece for piece in range(len(pieces)) if self._is_own(piece)]
+        masks = real_tokens(program.module, self.made.found, [pieces[piece] for piece in own])
         for piece, real in zip(own, masks, strict=True):
             made.learn(piece, self.outputs.output(self._unchanged, piece), real)
         return made
@@ -234,17 +234,17 @@ def problem(task: Task, resume: str | os.PathLike[str] | None = None, peers: Pee
     ``peers``: as of ``search``.
 
     Raises PolicyError, CalibrationError, SearchError."""
-    made, parts, refits = _prepared(task)
-    state = State(task.marks(made), None if resume is None else Path(resume))
+    made, judged, refits = _prepared(task)
+    state = State(task.marks(made, judged), None if resume is None else Path(resume))
     if peers is None:
         state.read()
     else:
         state.share(peers)
-    return Problem(task, made, task.counted, parts.judged, state, refits if peers is None else None, peers)
+    return Problem(task, made, task.counted, judged, state, refits if peers is None else None, peers)
 
 
 @compiling()
-def _prepared(task: Task) -> tuple[Candidates, Split, Refits | None]:
+def _prepared(task: Task) -> tuple[Candidates, Judged, Refits | None]:
     model, budget, batches, inputs = task.model, task.budget, task.data.batches, task.counted
     if not isinstance(model, nn.Module):
         raise PolicyError(f"search: expected an nn.Module, found {type(model).__name__}", hint="pass the model itself")
@@ -264,9 +264,9 @@ def _prepared(task: Task) -> tuple[Candidates, Split, Refits | None]:
     open_policy = None if task.policy is None else Policy.of(task.policy)
     parts = split(batches, open_policy is None or any(p.calibrates for p in open_policy.passes))
     choices = _choices(open_policy, replace(job, batches=parts.fitted or parts.judged), compiled, budget)
-    fitted = replace(job, batches=parts.fitted).arranged(compiled.program)
+    fitted, held = (replace(job, batches=own).arranged(compiled.program) for own in (parts.fitted, parts.judged))
     made = candidates(job, compiled, choices, fitted, (Fuse(),) if is_decoder else ())
-    return made, parts, Refits.of(made, fitted)
+    return made, judged_on(compiled, fitted, held, task.seed), Refits.of(made, fitted)
 
 
 def _choices(policy: Policy | None, job: Job, compiled: Compiled, budget: Budget) -> Sequence[SiteChoices]:

@@ -219,7 +219,8 @@ def _candidate(engine: Engine, picks: Picks) -> Candidate:
 def _measure(asked: Problem) -> str:
     if asked.task.evaluate is not None:
         return f"evaluate ({getattr(asked.task.evaluate, '__name__', type(asked.task.evaluate).__name__)}), lower is better"
-    return "KL divergence of the logits" if asked.kind == "kl" else "cosine distance of the outputs"
+    on = ", on held-back data and on random tokens" if asked.judged.has_random_tokens else ""
+    return ("KL divergence of the logits" if asked.kind == "kl" else "cosine distance of the outputs") + on
 
 
 def _tried(asked: Problem, candidate: Candidate, engine: Engine) -> Tried:
@@ -241,7 +242,7 @@ def _notes(asked: Problem, engine: Engine, latency: Mapping[str, float]) -> Iter
             f"evaluate gives {full[original]:.4g} for the original and less for all {len(others)} others, and lower is better: "
             "return minus the score for a metric that grows"
         )
-    longest, counted = max(map(length_of, asked.judged)), length_of(asked.inputs)
+    longest, counted = max(map(length_of, asked.judged.pieces)), length_of(asked.inputs)
     if asked.task.evaluate is None and longest < SHORT * counted:
         yield (
             f"the calibration data has at most {longest} tokens in a sequence, and costs are those of {counted}: what hides only "
