@@ -96,6 +96,7 @@ def test_inputs_from_a_file(file: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert attnopt.load(folder)(torch.randn(2, 7, 16))
 
 
+@pytest.mark.slow
 def test_inputs_of_a_policy_are_among_the_arrays(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arrays, target = str(tmp_path / "x.npz"), str(tmp_path / "fast.onnx")
     np.savez(arrays, **{"gains": np.ones((2, 2), np.float32), "x.1": np.zeros((2, 7, 16), np.float32)})

@@ -229,6 +229,7 @@ def test_a_module_of_the_users_own() -> None:
 
 
 # ------------------------------------------------------------ patterns
+@pytest.mark.slow
 def test_generation_is_that_of_the_graph_token_for_token(tmp_path: Path) -> None:
     model = llama(kv_heads=2, layers=2)
     policy = {"*": LocalWindow(left=5, sinks=2), "*layers.1.*": LocalWindow(left=3)}
@@ -251,6 +252,7 @@ def test_generation_is_that_of_the_graph_token_for_token(tmp_path: Path) -> None
     assert cache.layers[0].keys.shape == (1, 2, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_converted_again() -> None:
     """Its own attentions are read as they were written."""
     windowed = attnopt.convert(llama(), LocalWindow(left=4, sinks=1), ids())
@@ -332,6 +334,7 @@ def test_a_policy_for_regions_names_one() -> None:
         attnopt.convert(branching(llama()), {"decoder": LocalWindow(2)}, ids())
 
 
+@pytest.mark.slow
 def test_conditions_choose_among_all_attentions_of_a_model() -> None:
     policy: Any = {attnopt.where(causal=True, layers=-1): attnopt.FirstOf(GroupedQuery(3), LocalWindow(2))}
     with pytest.raises(

@@ -108,6 +108,7 @@ def test_it_equals_the_model_with_pooled_keys(law: str) -> None:
         oracle.assert_same(oracle.run(fast, (), given), want)
 
 
+@pytest.mark.slow
 def test_lengths_that_are_multiples(tmp_path: Any) -> None:
     model, x = full()
     pool = PooledKeys(3, [1, 3], None, 0)

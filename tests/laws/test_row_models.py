@@ -13,7 +13,6 @@ import pytest
 import torch
 from models import Attention, Spelling, inputs
 from torch import Tensor, nn
-from variants import mostly_slow
 from zoo import SMALL, hf, ids, pixels
 
 import attnopt
@@ -65,7 +64,8 @@ def bert(impl: str = "eager") -> nn.Module:
     return hf("BertModel", "BertConfig", impl, **SMALL)
 
 
-@pytest.mark.parametrize("backend", mostly_slow(["sdpa", "blocked", "reference"], "sdpa"))
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["sdpa", "blocked", "reference"])
 def test_in_a_vision_transformer(backend: str, tmp_path: Any) -> None:
     """The class token stays; a batch of another size; saved, in ONNX Runtime, optimized again."""
     model, x = vit("sdpa"), pixels()
@@ -192,6 +192,7 @@ def test_cross_attention(score: str, tmp_path: Any) -> None:
     assert str(site.refusals["query-rows"]).startswith("[needs-self-attention]")
 
 
+@pytest.mark.slow
 def test_ties_are_the_same_in_onnx_runtime(tmp_path: Any) -> None:
     """Tokens that are all alike: the first ones are kept."""
     torch.manual_seed(0)

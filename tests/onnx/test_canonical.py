@@ -70,6 +70,7 @@ def test_a_model_that_was_trained_is_exported_with_its_weights(tmp_path: Path) -
     oracle.assert_same(run(tmp_path / "m.onnx", (X,)), oracle.run(fast, (X,)))
 
 
+@pytest.mark.slow
 def test_a_loaded_decoder(tmp_path: Path) -> None:
     optimized(LocalWindow(4)).save(tmp_path / "saved")
     attnopt.load(tmp_path / "saved").export_decoder(tmp_path / "decoder", context_length=32, eos_token_id=END)

@@ -210,6 +210,7 @@ def test_scales_hold_further_on_in_the_context(tmp_path: Path) -> None:
         assert 0.9 * room < keys.min() <= keys.max() < 1.01 * room
 
 
+@pytest.mark.slow
 def test_few_tokens_leave_room_for_a_whole_context(tmp_path: Path) -> None:
     """Other texts are rounded by the scales of a dozen tokens, not clipped."""
     fast, ids, few = optimized("fuse"), texts(6, 40).flip(1), inputs(texts(1, 12))

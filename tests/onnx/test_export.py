@@ -81,6 +81,7 @@ def test_names_and_metadata(fast: attnopt.OptimizedModel, tmp_path: Path) -> Non
     assert [s["pattern"] for s in json.loads(said["attnopt.attention"])] == ["Window(left=4, right=4)"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "mbart"])
 def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     entry = zoo.BY_NAME[name]

@@ -77,6 +77,7 @@ def test_masks_and_biases_with_broadcast_axes(pattern: Pattern, thin: tuple[int,
     check(tmp_path / "m.onnx", spec, (2, 70, 70), others=() if is_static else ((1, 33, 33),), thin=thin)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     pattern=st.sampled_from(PATTERNS),

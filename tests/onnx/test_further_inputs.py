@@ -94,7 +94,7 @@ def in_runtime(file: Path, feed: Given) -> list[Tensor]:
     return [torch.from_numpy(o) for o in session.run(None, {n: x.numpy() for n, x in feed.items()})]
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, "segments", "values"))
+@pytest.mark.parametrize("case", mostly_slow(CASES, "values"))
 def test_law_a_file_means_what_its_model_means(case: str, stack: tuple[nn.Module, Path], tmp_path: Path) -> None:
     """At sizes that no example had, from an example of one sequence, too."""
     policy, brought = CASES[case]

@@ -12,7 +12,6 @@ import torch
 from test_decoder_caches import about, texts, whole
 from tiny_decoder import END, Layer, decoder, inputs
 from torch import Tensor, nn
-from variants import mostly_slow
 
 import attnopt
 from attnopt.base.closeness import difference
@@ -86,7 +85,8 @@ def test_padding_anywhere_is_no_token(fast: attnopt.OptimizedModel, steps: Laten
     assert bool(got.isfinite().all())
 
 
-@pytest.mark.parametrize("named", mostly_slow(POLICIES, "windows"))
+@pytest.mark.slow
+@pytest.mark.parametrize("named", POLICIES)
 def test_what_a_policy_makes(named: str) -> None:
     fast = optimized(POLICIES[named], backend="blocked")
     ids = texts(2, 30)
@@ -157,6 +157,7 @@ def test_what_has_no_fewer_numbers() -> None:
         optimized("fuse").latent_decoder()
 
 
+@pytest.mark.slow
 def test_positions_that_do_not_come_from_the_call() -> None:
     with pytest.raises(attnopt.ExportError, match="its keys and values have no latents") as caught:
         optimized(absolute=True).latent_decoder()

@@ -380,6 +380,7 @@ def long_json(folder: Path) -> None:
         file.truncate(1 << 40)  # a hole of 1 TiB takes no space on the disk
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_bombs(original: Path, tmp_path: Path) -> None:
     """Read one after the other in a process of limited memory: each is refused by name and costs little."""

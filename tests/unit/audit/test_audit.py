@@ -37,6 +37,7 @@ def check(names: Sequence[str], audit: attnopt.Audit) -> None:
     assert all(d.effect is not None and d.effect.error > 1e-4 for s in audit.sites for d in s.differences)
 
 
+@pytest.mark.slow
 def test_what_an_export_lost_is_named(tmp_path: Path) -> None:
     audit = lost(FAST, tmp_path / "lost.onnx")
     check(FAST, audit)

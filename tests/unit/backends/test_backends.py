@@ -81,6 +81,7 @@ def test_reference_is_the_formula(spec: AttentionSpec, has_sinks: bool, softcap:
     torch.testing.assert_close(run(Reference(), spec, t), by_hand(spec, t), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(
     SPECS,

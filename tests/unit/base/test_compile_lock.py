@@ -93,6 +93,7 @@ def test_inspect_and_importance(around: str) -> None:
         assert (attnopt.inspect(model, (x,)), attnopt.head_importance(model, batches)) == want
 
 
+@pytest.mark.slow
 def test_what_is_made_in_inference_mode_can_be_trained() -> None:
     model, x, batches = made()
     with torch.inference_mode():
@@ -101,6 +102,7 @@ def test_what_is_made_in_inference_mode_can_be_trained() -> None:
     assert all(p.grad is not None for p in fast.parameters())
 
 
+@pytest.mark.slow
 def test_a_model_of_inference_tensors(tmp_path: Path) -> None:
     """Weights, inputs and calibration that were all made in inference mode."""
     with torch.inference_mode():
@@ -132,6 +134,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(attnopt.load(tmp_path / "saved")(x), fast(x))
 
 
+@pytest.mark.slow
 def test_the_states_of_the_process_stay() -> None:
     model, x, batches = made()
     torch.manual_seed(7)

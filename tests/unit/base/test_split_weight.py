@@ -74,6 +74,7 @@ def test_results_are_those_of_whole_weights(style: Style) -> None:
         torch.testing.assert_close(fast(*given), whole(*given))
 
 
+@pytest.mark.slow
 def test_fits_are_those_of_whole_weights() -> None:
     given = (batches(1)[0],)
     style = Style(layers=1)

@@ -194,6 +194,7 @@ def same(model: Any, policy: Any, by_hand: Any, **options: Any) -> attnopt.Optim
     return fast
 
 
+@pytest.mark.slow
 def test_first_of_is_the_pass_that_it_takes(model: Any) -> None:
     fast = same(model, FirstOf(GroupedQuery(3), GroupedQuery(2), GroupedQuery(1)), GroupedQuery(2))
     assert fast.report.sites[0].status == "rewritten"

@@ -58,6 +58,7 @@ def test_stream_holds_one_layer_however_deep_the_model_is() -> None:
     assert held[-2] == held[2], held  # the last one has none after it to keep anything for
 
 
+@pytest.mark.slow
 def test_decisions_hold_new_weights_once_and_in_the_precision_of_the_model() -> None:
     model, data = stack(), batches()
     made = compiled(model, GroupedQuery(2), CallInputs((data[0],), {}), [CallInputs((x,), {}) for x in data], Options())

@@ -208,6 +208,7 @@ def test_with_other_passes() -> None:
     oracle.assert_same(oracle.run(pag, (), given), want)
 
 
+@pytest.mark.slow
 def test_merged_heads_add_their_shared_values() -> None:
     model, x = tiny_models.Attention(16, 4, causal=False), torch.randn(2, 12, 16)
     shared = tiny_models.Attention(16, 4, causal=False)

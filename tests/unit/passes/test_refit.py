@@ -66,6 +66,7 @@ def test_it_is_the_least_squares_solution() -> None:
     assert fitted < best + 0.1 * (lost - best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [LocalWindow(1), PruneHeads(heads=[0, 2], compensate="none"), GroupedQuery(1)])
 def test_a_later_layer_makes_up_for_an_earlier_one(p: attnopt.Pass) -> None:
     """The last layer stays as it is; only the stream of the rewritten model tells it what the first one has lost."""

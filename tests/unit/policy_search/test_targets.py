@@ -87,6 +87,7 @@ def test_shares_are_of_the_original_in_onnx_runtime(monkeypatch: pytest.MonkeyPa
     assert found.report.budget == "latency in ONNX Runtime 0.75 of the original"
 
 
+@pytest.mark.slow
 def test_a_decoder_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows can roll, and are found; what no cache of ONNX Runtime holds is refused with the reason."""
     clocked(monkeypatch, lambda m: sum(2.0 if "Window" in str(s.spec.pattern) else 4.0 for s in m.sites))
