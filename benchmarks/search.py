@@ -24,6 +24,7 @@ from common import one_thread, picture, publish
 from quality import subject
 from search_baselines import METHODS, REPAIRING, found_by
 from subjects import domains
+from subjects.rxnmapper import UNSEEN
 
 import attnopt
 from attnopt.base.call_inputs import CallInputs
@@ -46,6 +47,8 @@ KINDS = {"minilm": "cosine", "vit": "kl", "smollm2": "kl", "rxnmapper": "kl"}
 LENGTH, NEWS = 512, 16  # tokens of MiniLM's texts, and how many texts: of 12, three judge, which tell too little
 ELSEWHERE = ("documentation", "glosses", "code")  # beside film reviews, what MiniLM is tested on
 COLUMNS = ("evaluations", "held back", "other data", "cost, of the original", "measured", "seconds")
+IMAGES = 1200  # to search on and to test on
+DRAWS = 4  # of the hidden tokens of each reaction
 HELD_OUT = 8  # batches that neither fits nor searches have seen, of each domain
 
 
@@ -56,8 +59,12 @@ def asked_for(name: str, text: str) -> attnopt.Budget:
 
 def data_of(about: Any, name: str, seed: int) -> tuple[list[Any], list[Any]]:
     """Batches to search on, and others of other domains or parts: for MiniLM texts as long as the call that counts."""
+    if name == "rxnmapper":
+        return [b for n in range(DRAWS) for b in about.calibration(seed + 1000 * n)], list(
+            about.calibration(seed, UNSEEN)
+        )
     if name != "minilm":
-        batches = list(about.calibration(seed))
+        batches = list(about.calibration(seed, IMAGES) if name == "vit" else about.calibration(seed))
         count = min(HELD_OUT, len(batches) // 3)
         return batches[:-count], batches[-count:]
     texts = list(about.data.background)

@@ -85,9 +85,9 @@ class ViT:
     def dynamic_shapes(self) -> Any:
         return {"images": {0: torch.export.Dim.DYNAMIC}}
 
-    def calibration(self, seed: int) -> Sequence[tuple[Tensor, ...]]:
+    def calibration(self, seed: int, count: int = CALIBRATED) -> Sequence[tuple[Tensor, ...]]:
         kept = self.images[-10_000:]
-        chosen = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[:CALIBRATED]
+        chosen = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[:count]
         return [(part,) for part in kept[chosen].split(50)]
 
     def rewrites(self) -> Iterator[Rewrite]:
