@@ -27,7 +27,7 @@ Table = dict[str, dict[str, float]]  # row -> column -> number
 Say = Callable[[object], None]
 SIZES = ((1, 16), (8, 128), (1, 512))  # batch x tokens of the encoder's rows
 EXAMPLE = 250  # characters of an example text
-ROUNDS, QUICK_ROUNDS = 7, 3
+ROUNDS, QUICK_ROUNDS = 5, 3
 LOOKED_AT = 4  # batches that tell the importance of heads
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Batches = list[tuple["Tensor", "Tensor"]]
 LATENCY = 0.85  # of the model's
 LENGTH = 512  # tokens of the call whose latency counts
-TOKENS, COUNT = 256, 14  # of a sequence to fit to or to judge on, and how many: what a demo has time for
+TOKENS, COUNT = 256, 12  # of a sequence to fit to or to judge on, and how many: what a demo has time for
 EVALUATIONS = 20
 
 

@@ -41,7 +41,7 @@ class Search:
 
     @property
     def divergence(self) -> float:
-        """Of that policy, on the data that was held back."""
+        """Of that policy, on what candidates were judged on."""
         return float("nan") if self.report.best is None else self.report.best.divergence
 
     def optimize(self, policy: Policy | None = None) -> OptimizedModel:

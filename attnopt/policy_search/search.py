@@ -71,7 +71,7 @@ def search(
     ``policy``: one that leaves choices open; None: windows, fewer key/value heads and fewer heads, wherever they apply.
     ``args``, ``kwargs``: example inputs, as of ``optimize``; costs are those of a call of their sizes, or of ``budget.at``.
     ``calibration``: batches; a quarter is held back to judge on, and the choices are fitted to the rest.  Without a choice that
-    is fitted, all are judged on.
+    is fitted, all are judged on.  Encoders that read token ids are judged on as many batches of random tokens, too.
     ``evaluate``: a function of a rewritten model that returns one number; LOWER is better (return minus the score for a metric
     that grows).  By default the divergence of the outputs, by ``divergence``: "kl" between logits, "cosine" distance of
     embeddings, or "auto", which is "kl" for an output that the model calls logits.
@@ -219,7 +219,7 @@ def _candidate(engine: Engine, picks: Picks) -> Candidate:
 def _measure(asked: Problem) -> str:
     if asked.task.evaluate is not None:
         return f"evaluate ({getattr(asked.task.evaluate, '__name__', type(asked.task.evaluate).__name__)}), lower is better"
-    on = ", on held-back data and on random tokens" if asked.judged.has_random_tokens else ""
+    on = ", on texts and on random tokens" if asked.judged.has_random_tokens else ""
     return ("KL divergence of the logits" if asked.kind == "kl" else "cosine distance of the outputs") + on
 
 

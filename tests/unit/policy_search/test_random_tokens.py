@@ -54,7 +54,7 @@ def test_the_divergence_is_that_of_both() -> None:
     model, data = Reader().eval(), texts(count=2)
     policy = {"*": Choice(None, LocalWindow(1))}
     found = attnopt.search(model, policy, data[0], calibration=data, budget=Budget(flops=0.95))
-    assert found.report.measure == "cosine distance of the outputs, on held-back data and on random tokens"
+    assert found.report.measure == "cosine distance of the outputs, on texts and on random tokens"
     fast = found.optimize()
     pieces = [piece.args for piece in asked(model, data, policy).judged.pieces]
     with torch.no_grad():
