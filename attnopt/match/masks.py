@@ -205,10 +205,11 @@ def keeps_a_mask(gm: fx.GraphModule, operands: Iterable[fx.Node | None]) -> bool
 
 
 def hides_keys(gm: fx.GraphModule, bias: fx.Node | None) -> bool:
-    """The bias may be a mask: of padding, which an input tells, or one that is the same at every call."""
+    """The bias may be a mask: of padding, which an input tells, or the same at every call, beside trained weights, too."""
     if bias is None:
         return False
-    return may_hide(bias, -_LOST) if inputs_behind(bias) else keeps_a_mask(gm, (bias,))
+    is_fixed = is_plain(bias) and not inputs_behind(bias)
+    return keeps_a_mask(gm, (bias,)) if is_fixed else may_hide(bias, -_LOST)
 
 
 def _hides_by_a_number(gm: fx.GraphModule, node: fx.Node, coefficient: float) -> bool:

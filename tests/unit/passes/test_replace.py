@@ -505,3 +505,16 @@ def test_half_precision(mixer: str) -> None:
     model, data = stack(layers=1, causal=False).bfloat16(), [x.bfloat16() for x in batches()]
     fast = attnopt.optimize(model, Replace(mixer, steps=5), (data[0],), calibration=data)
     assert fast(data[0]).dtype == torch.bfloat16
+
+
+def test_a_mask_that_is_added_to_a_trained_bias_first_is_none_of_padding() -> None:
+    """Their sum is no pattern, and a mixer would pass on what the mask hides."""
+    s = Spelling(heads=2, mask=("causal",), apply="add-min", commuted=True, bias_kind="table")
+    model, given = Attention(s), inputs(s)
+    (site,) = attnopt.inspect(model, (), given).sites
+    assert site.bias_hides
+    with pytest.warns(attnopt.AttnoptWarning, match="changes nothing"):
+        fast = attnopt.optimize(model, Replace("conv"), (), given, calibration=[given])
+    assert fast.report.sites[0].refusals["replace"].code == "unknown-mask"
+    (plain,) = attnopt.inspect(Attention(Spelling(heads=2, bias_kind="table")), (), given).sites
+    assert not plain.bias_hides

@@ -27,6 +27,7 @@ def asked(model: nn.Module, data: list[Any], policy: Any) -> Problem:
 
 def test_each_text_that_is_held_back_has_random_tokens_beside_it() -> None:
     data = texts(count=4)
+    data[3] = data[3][0], data[3][1] + 7  # places that only the text has that is held back
     judged = asked(Reader(), data, PruneHeads(0.5)).judged
     assert judged.has_random_tokens
     (ids, places), (drawn, same) = (piece.args for piece in judged.pieces)
