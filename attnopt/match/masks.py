@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from attnopt.graph.axes import Axes
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain, symbols
-from attnopt.graph.nodes import aten, dtype, source_line, value
+from attnopt.graph.nodes import ancestors, aten, dtype, source_line, value
 from attnopt.match.axis_roles import squares
 from attnopt.match.head_operands import mapped
 from attnopt.match.mask_numbers import Lengths
@@ -208,8 +208,10 @@ def hides_keys(gm: fx.GraphModule, bias: fx.Node | None) -> bool:
     """The bias may be a mask: of padding, which an input tells, or the same at every call, beside trained weights, too."""
     if bias is None:
         return False
-    is_fixed = is_plain(bias) and not inputs_behind(bias)
-    return keeps_a_mask(gm, (bias,)) if is_fixed else may_hide(bias, -_LOST)
+    if inputs_behind(bias):
+        return may_hide(bias, -_LOST)
+    parts = (n for n in ancestors(bias) if isinstance(value(n), Tensor) and dtype(n).is_floating_point)
+    return keeps_a_mask(gm, parts if not is_plain(bias) else (bias,))
 
 
 def _hides_by_a_number(gm: fx.GraphModule, node: fx.Node, coefficient: float) -> bool:
