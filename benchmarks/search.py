@@ -60,9 +60,8 @@ def asked_for(name: str, text: str) -> attnopt.Budget:
 def data_of(about: Any, name: str, seed: int) -> tuple[list[Any], list[Any]]:
     """Batches to search on, and others of other domains or parts: for MiniLM texts as long as the call that counts."""
     if name == "rxnmapper":
-        return [b for n in range(DRAWS) for b in about.calibration(seed + 1000 * n)], list(
-            about.calibration(seed, UNSEEN)
-        )
+        drawn = [b for n in range(DRAWS) for b in about.calibration(seed + 1000 * n)]
+        return drawn, list(about.calibration(seed, UNSEEN))
     if name != "minilm":
         batches = list(about.calibration(seed, IMAGES) if name == "vit" else about.calibration(seed))
         count = min(HELD_OUT, len(batches) // 3)

@@ -13,7 +13,7 @@ from attnopt.capture.signature import Signature
 from attnopt.compiler import plugins
 from attnopt.compiler.check import all_fitting
 from attnopt.compiler.policy import Policy
-from attnopt.compiler.random_tokens import with_random_tokens
+from attnopt.compiler.random_tokens import for_encoders
 from attnopt.errors import PolicyError
 from attnopt.ir.interfaces import Backend, Pass
 from attnopt.ir.peers import Peers
@@ -72,9 +72,9 @@ class Job:
         each with its own common ids."""
         if self.peers is not None:
             return []
-        if any(f.site.spec.is_causal for f in found) or not any(p.widens for own in passes for p in own):
+        if not any(p.widens for own in passes for p in own):
             return []
-        return with_random_tokens(program.module, batches, self.options.seed)
+        return for_encoders(program.module, found, batches, self.options.seed)
 
 
 def backends_of(backend: str | Backend) -> tuple[Backend, ...]:

@@ -16,10 +16,18 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.graph import ops
 from attnopt.graph.nodes import calls, inputs_of, operand, value
 from attnopt.graph.ops import Kind
+from attnopt.match.find import Found
 
 VOCABULARY = 256  # rows of an embedding from which on it is one of tokens: kinds of segments are fewer
 SEQUENCES = 8  # from which on it is known which ids are in most sequences
 _UNCHANGED = ops.of(Kind.COPY, Kind.CAST, Kind.RESHAPE, Kind.ONES)
+
+
+def for_encoders(
+    gm: fx.GraphModule, found: Sequence[Found], batches: Sequence[CallInputs], seed: int
+) -> list[CallInputs]:
+    """``with_random_tokens``; none for decoders, where it is not known to help."""
+    return [] if any(f.site.spec.is_causal for f in found) else with_random_tokens(gm, batches, seed)
 
 
 def with_random_tokens(gm: fx.GraphModule, batches: Sequence[CallInputs], seed: int) -> list[CallInputs]:

@@ -211,7 +211,7 @@ def hides_keys(gm: fx.GraphModule, bias: fx.Node | None) -> bool:
     if inputs_behind(bias):
         return may_hide(bias, -_LOST)
     parts = (n for n in ancestors(bias) if isinstance(value(n), Tensor) and dtype(n).is_floating_point)
-    return keeps_a_mask(gm, parts if not is_plain(bias) else (bias,))
+    return keeps_a_mask(gm, (bias,) if is_plain(bias) else parts)
 
 
 def _hides_by_a_number(gm: fx.GraphModule, node: fx.Node, coefficient: float) -> bool:

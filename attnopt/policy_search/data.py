@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.call_inputs import CallInputs
 from attnopt.compiler.compile import Compiled
 from attnopt.compiler.layerwise_calibration import Stream
-from attnopt.compiler.random_tokens import with_random_tokens
+from attnopt.compiler.random_tokens import for_encoders
 from attnopt.errors import PolicyError
 from attnopt.graph.nodes import module_path
 from attnopt.match.find import Found
@@ -54,9 +54,7 @@ def judged_on(compiled: Compiled, fitted: Sequence[CallInputs], held: Sequence[C
     """The held-back batches, each with one of random tokens beside it if the model reads tokens and is no decoder.
 
     What little text is held back is of one domain; random tokens tell as much of others."""
-    invented: list[CallInputs] = []
-    if not any(f.site.spec.is_causal for f in compiled.findings.found):
-        invented = with_random_tokens(compiled.program.module, [*fitted, *held], seed)[len(fitted) :]
+    invented = for_encoders(compiled.program.module, compiled.findings.found, [*fitted, *held], seed)[len(fitted) :]
     if not invented:
         return Judged(tuple(held), False)
     return Judged(tuple(piece for both in zip(held, invented, strict=True) for piece in both), True)

@@ -96,7 +96,7 @@ def sites(
 def test_merged_heads_of_a_narrow_vocabulary_hold_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, home, away = Reader().eval(), texts(count=6), texts(low=100, high=290)
     fast, same = (attnopt.optimize(model, GroupedQuery(2), home[0], calibration=home) for _ in range(2))
-    monkeypatch.setattr("attnopt.compiler.job.with_random_tokens", lambda *_: [])
+    monkeypatch.setattr("attnopt.compiler.job.for_encoders", lambda *_: [])
     narrow = attnopt.optimize(model, GroupedQuery(2), home[0], calibration=home)
     assert error(fast, model, away) < 0.8 * error(narrow, model, away)
     assert error(fast, model, home) < error(narrow, model, home) + 0.02
