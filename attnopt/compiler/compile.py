@@ -32,7 +32,7 @@ from attnopt.errors import CaptureError, RewriteError, VerificationError
 from attnopt.graph.evaluate import dynamic_axes
 from attnopt.graph.nodes import stored
 from attnopt.lower.fixed_operands import FixedOperands, store_fixed_operands
-from attnopt.lower.lower import lower
+from attnopt.lower.lower import Rewritten, rewritten
 from attnopt.match.find import Findings, find
 from attnopt.report.report import Report
 from attnopt.version import __version__
@@ -102,7 +102,8 @@ def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock
     program = bound(program, plans)
     dynamic &= dynamic_axes(program.module.graph)
     with clock.stage("lower"):
-        module = lower(program.module, plans, joins=not is_file(job.model))
+        made = rewritten(program.module, plans, joins=not is_file(job.model))
+        module = made.module
         fixed = [] if is_file(job.model) else store_fixed_operands(module, trains=job.model.training)
     _check_axes(dynamic - dynamic_axes(module.graph))
     with clock.stage("verify"):
@@ -112,7 +113,7 @@ def _with_findings(job: Job, program: Program, findings: Findings, clock: _Clock
         on_batches = checker.error_on(module, job.batches, job.signature(module))
         error = max(error, *([on_batches] if job.peers is None else job.peers.everyone(on_batches)))
         _check_tolerance(error, job.options.tolerance)
-        decisions = _with_notes(with_recall(job, program, decisions), fixed)
+        decisions = _with_notes(with_recall(job, program, decisions), fixed, made)
     report = Report(
         sites=tuple(map(site_report, decisions)),
         near_misses=findings.near_misses,
@@ -152,9 +153,15 @@ def _named_in_file(job: Job, program: Program) -> tuple[str, ...]:
     return tuple(names.get(said, said) for said in named_arguments(model.forward, *program.inputs)[0])
 
 
-def _with_notes(decisions: Sequence[Decision], fixed: Sequence[FixedOperands]) -> list[Decision]:
-    told = {f.site: str(f) for f in fixed}
-    return [replace(d, notes=(*d.notes, told[n])) if (n := d.found.site.name) in told else d for d in decisions]
+def _with_notes(decisions: Sequence[Decision], fixed: Sequence[FixedOperands], made: Rewritten) -> list[Decision]:
+    """What lowering found out."""
+    told: dict[str, list[str]] = {f.site: [str(f)] for f in fixed}
+    for site, roles in made.whole.items():
+        if roles:
+            names = " and ".join(roles)
+            text = f"the {names} weights of all heads stay, because the model also returns or reads what they project"
+            told.setdefault(site, []).append(text)
+    return [replace(d, notes=(*d.notes, *told.get(d.found.site.name, ()))) for d in decisions]
 
 
 def _broken_weights(program: Program) -> Iterator[str]:

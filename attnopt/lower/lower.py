@@ -8,7 +8,7 @@ full-size weights, with dense masks and zeros instead of pruned heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -48,7 +48,7 @@ from attnopt.match.find import Found
 from attnopt.match.pair_sums import remove_products
 from attnopt.match.projections import weight_path
 from attnopt.slicing.fuse_projections import join
-from attnopt.slicing.packed_projections import built_anew, forks
+from attnopt.slicing.packed_projections import built_anew, forks, is_read_in_parts, take_apart
 from attnopt.slicing.selection import trim
 from attnopt.slicing.selector import Selector, push_down
 from attnopt.slicing.weight_store import Weights
@@ -103,14 +103,63 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins:
 
     ``joins``: fuse projections of the same input.
     """
+    return rewritten(gm, plans, plain, joins).module
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """``whole``: the roles of each site whose tensors something besides the attentions reads, though their heads change."""
+
+    module: fx.GraphModule
+    whole: Mapping[str, tuple[str, ...]]
+
+
+def rewritten(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins: bool = True) -> Rewritten:
+    """As ``lower``."""
+    made = _lowered(gm, plans, plain, frozenset())
+    if twice := made.twice():
+        made = _lowered(gm, plans, plain, twice)
+    module, weights = made.module, made.weights
+    if joins and not plain:
+        join(module, weights)
+    weights.settle()
+    prune_unused_state(module)
+    module.graph.lint()
+    module.recompile()
+    return Rewritten(module, made.told)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A copy of a graph while plans are applied to it; ``table`` has its node for each of the graph's.
+
+    ``whole``: nodes that something besides the attentions reads: parts of them are taken from them, not from the weights.
+    ``anew``: nodes whose parts are made from the weights.  ``told``: as ``Rewritten.whole``.
+    """
+
+    module: fx.GraphModule
+    table: Mapping[fx.Node, fx.Node]
+    weights: Weights
+    whole: frozenset[fx.Node]
+    anew: set[fx.Node] = field(default_factory=set)
+    told: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def twice(self) -> frozenset[fx.Node]:
+        """The nodes of the graph that are still read although the parts that attentions need are made anew."""
+        alive = set(self.module.graph.nodes)
+        return frozenset(old for old, new in self.table.items() if new in self.anew and new in alive)
+
+
+def _lowered(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool, whole: frozenset[fx.Node]) -> _Copy:
+    """``whole``: of ``gm``."""
     module, table = copy_program(gm)
-    weights = Weights(module)
+    made = _Copy(module, table, Weights(module), frozenset(table[n] for n in whole))
     for bias in () if plain else (operands_of(table[plan.found.raised.node]).bias for plan in plans):
         if bias is not None:
             multiply_tables_first(module, bias)
     for plan in plans:
         try:
-            _carry_out(module, weights, plan, table, plain)
+            _carry_out(made, plan, plain)
         except PluginError as e:
             raise PluginError(e.message, hint=e.hint, site=plan.found.site.name) from e.__cause__
         except Exception as e:
@@ -124,16 +173,11 @@ def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins:
     read_sizes_from_inputs(module.graph)
     share_equal_nodes(module)
     tidy(module)
-    if joins and not plain:
-        join(module, weights)
-    weights.settle()
-    prune_unused_state(module)
-    module.graph.lint()
-    module.recompile()
-    return module
+    return made
 
 
-def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], plain: bool) -> None:
+def _carry_out(copy: _Copy, plan: Plan, plain: bool) -> None:
+    gm, table, weights = copy.module, copy.table, copy.weights
     raised = plan.found.raised
     node, out, region_out = table[raised.node], table[raised.out], table[raised.region.out.node]
     region_out.replace_all_uses_with(out)
@@ -142,7 +186,7 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
     if made.spec.is_constant and not plain:
         lowered = _constant(emit, node, made.spec)
     else:
-        lowered = _attention(emit, weights, plan, table, made, plain)
+        lowered = _attention(emit, copy, plan, made, plain)
     _edit_output(gm, weights, plan.found, table, replace(made, edits=tuple(e for e in made.edits if e.role == "out")))
     chosen = trim(node, {1: made.spec.heads})
     if not chosen:
@@ -153,15 +197,18 @@ def _carry_out(gm: fx.GraphModule, weights: Weights, plan: Plan, table: Mapping[
         push_down(gm.graph, weights, emit.origin, node, lowered, chosen)
 
 
-def _attention(
-    emit: Emitter, weights: Weights, plan: Plan, table: Mapping[fx.Node, fx.Node], made: SiteEdit, plain: bool
-) -> fx.Node:
+def _attention(emit: Emitter, copy: _Copy, plan: Plan, made: SiteEdit, plain: bool) -> fx.Node:
     """The attention computed from operands with selected heads, propagated backward as far as possible."""
+    table, weights = copy.table, copy.weights
     node, spec, edits = table[plan.found.raised.node], made.spec, made.edits
     operands = operands_of(node)
     projected = {"q": operands.q, "k": operands.k, "v": operands.v}
     ways = {role: [table[n] for n in plan.found.dirty[role] if n in table] for role in projected}
-    packs = [(forks(projected, ways), projected, ways)]
+    packed = forks(projected, ways)
+    stays = bool(packed & copy.whole)
+    if stays and not is_read_in_parts(packed):
+        packed = set()
+    packs = [(packed, projected, ways)]
     if spec.extension is not None:
         others = other_tokens(emit, plan.found, spec.extension, table)
         of_others = {"k": others.k, "v": others.v}
@@ -177,7 +224,9 @@ def _attention(
     rebuilt = edited or (shared and (early or alone or resized))
     dirty = [n for pack in packs for n in built_anew(*pack)] if rebuilt else []
     selectors = {
-        new: Selector(emit, weights, edited_parameters(plan.found.site, new), dirty, shared)
+        new: Selector(
+            emit, weights, edited_parameters(plan.found.site, new), dirty, shared, () if new else copy.whole - packed
+        )
         for new in set(editing.values())
     }
     kept = {"q": {1: spec.heads}, "k": {1: spec.kv_heads}, "v": {1: spec.kv_heads}}
@@ -200,6 +249,12 @@ def _attention(
         return as_specified(emit, spec, chosen, more)
     pools = early_pools(emit, spec, of_heads) if early else ()
     lowered = inline(emit, spec, plan.backend, chosen, more, pools)
+    if stays:
+        take_apart(packed, weights)
+    if copy.whole:
+        changed = [r for r in projected if editing[r] or trim(projected[r], kept[r])]
+        copy.told[plan.found.site.name] = tuple(r for r in changed if copy.whole.intersection(ways[r]) - packed)
+    copy.anew.update(*(select.anew for select in selectors.values()))
     parts = [Lowered(plan.found.site.name, part) for part in _computed(spec, plan)]
     beside = (*(() if more is None else more.given), *chain(*pools))
     note_between((*chosen.given.values(), *beside), lowered, parts)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, permutations
 
 from torch import fx
 
-from attnopt.graph.nodes import ancestors
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import ancestors, calls, is_tensor
+from attnopt.slicing.pull_layout import SPLITS
+from attnopt.slicing.selector import PIECES, Selector
+from attnopt.slicing.weight_store import Weights
 
 
 def forks(operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]) -> set[fx.Node]:
@@ -21,6 +25,26 @@ def built_anew(
 ) -> list[fx.Node]:
     """The nodes to recompute for each role, so that none needs a packed tensor."""
     return [*chain(*ways.values()), *_below(forked, operands)]
+
+
+def is_read_in_parts(packed: Iterable[fx.Node]) -> bool:
+    """Nothing reads ``packed`` tensors whole."""
+    return all(calls(n, PIECES) for n in _readers(packed))
+
+
+def take_apart(packed: Collection[fx.Node], weights: Weights) -> None:
+    """Let whatever reads a part of ``packed`` tensors read a projection of its own, unless something reads them whole."""
+    if not is_read_in_parts(packed):
+        return
+    for part in _readers(packed):
+        select = Selector(Emitter(part.graph, part, part.meta.get("attnopt")), weights, {}, [part], packed)
+        part.replace_all_uses_with(select.select(part, {}))
+
+
+def _readers(packed: Iterable[fx.Node]) -> list[fx.Node]:
+    made = {n for n in packed if n.op == "call_function"}
+    made |= {u for n in made for u in n.users if calls(u, SPLITS)}
+    return [u for n in made for u in n.users if u not in made and is_tensor(u)]  # the others read sizes
 
 
 def _below(forked: set[fx.Node], operands: Mapping[str, fx.Node]) -> list[fx.Node]:

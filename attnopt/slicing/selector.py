@@ -20,7 +20,7 @@ from attnopt.slicing.selection import Pulled, order_of, regroup, trim
 from attnopt.slicing.sources import Source, slice_sources
 from attnopt.slicing.weight_store import Weights
 
-_PIECES = of(Kind.SLICE, Kind.PIECE)
+PIECES = of(Kind.SLICE, Kind.PIECE)
 
 
 class _DynamicAxisError(Exception):
@@ -34,7 +34,8 @@ class Selector:
     ``forks`` are packed projections, which serve several roles: only the needed part is selected.
     Without ``weights``, selections stay after projections and parameters, which are unchanged.
     ``edited`` holds new values of parameters for this site alone; every affected node (``dirty``) is rebuilt
-    even if nothing is selected.
+    even if nothing is selected.  ``whole`` nodes are needed anyway: selections stay after them.
+    ``anew`` are the nodes whose parts were computed from selections of what they read.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Selector:
         edited: Mapping[str, Tensor] | None = None,
         dirty: Sequence[fx.Node] = (),
         forks: Collection[fx.Node] = (),
+        whole: Collection[fx.Node] = (),
     ) -> None:
         self.emit, self.weights, self.edited, self.dirty = emit, weights, dict(edited or {}), set(dirty)
-        self.forks = forks
+        self.forks, self.whole = forks, whole
+        self.anew: set[fx.Node] = set()
         self._sources = {*forks, *(n for fork in forks for n in fork.users if calls(n, SPLITS))}
         self._known: dict[Any, fx.Node] = {}
 
@@ -63,11 +66,14 @@ class Selector:
     def _build(self, node: fx.Node, selection: Selection) -> fx.Node:
         if node.op == "get_attr":
             return self._parameter(node, selection)
-        if not selection and calls(node, _PIECES) and node.all_input_nodes[0] in self._sources:
+        if selection and node in self.whole and all(is_static(value(node).shape[axis]) for axis in selection):
+            return restrict(self.emit, self.select(node, {}), selection)
+        if not selection and calls(node, PIECES) and node.all_input_nodes[0] in self._sources:
             return self._piece(node)
         if not selection:
             table = {n: self.select(n, {}) for n in node.all_input_nodes}
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: table[n])
+            self.anew.add(node)
             return self.emit.call(node.target, *args, **kwargs)
         pulled = pull(node, selection)
         if pulled is None and (found := scattered(node, selection)) is not None:
@@ -79,9 +85,11 @@ class Selector:
         try:
             if pulled.exact is not None and pulled.exact[0][0] in self.forks:
                 return self.select(*pulled.exact[0])
-            return self._made_from(pulled)
+            made = self._made_from(pulled)
         except _DynamicAxisError:
             return self._stay(node, selection)
+        self.anew.add(node)
+        return made
 
     def _piece(self, node: fx.Node) -> fx.Node:
         """One role of a packed projection, computed separately."""

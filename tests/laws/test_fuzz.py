@@ -62,7 +62,7 @@ def broken(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize("rewrite", ["none", "window", "prune", "group", "steer", "add"])
 def test_wrong_numbers_are_seen(rewrite: str) -> None:
     """A scale that is a little off, in what is lowered alone."""
-    real = optimizing.lower
+    real = optimizing.rewritten
 
     def off(gm: Any, plans: Any, plain: bool = False, **more: Any) -> Any:
         return real(gm, [replace(p, spec=replace(p.spec, scale=p.spec.scale * 1.02)) for p in plans], plain, **more)
@@ -70,7 +70,7 @@ def test_wrong_numbers_are_seen(rewrite: str) -> None:
     case = Case((Block(Spelling(), rewrite=rewrite, number=5),))
     assert not checked(case).failure
     with (
-        mock.patch.object(optimizing, "lower", off),
+        mock.patch.object(optimizing, "rewritten", off),
         mock.patch.object(Checker, "check", return_value=(0.0, ())),
     ):
         assert checked(case).failure == "wrong"
@@ -92,7 +92,7 @@ def test_changed_weights_of_the_user_are_seen() -> None:
 
 def test_crashes_are_seen_and_shrunk() -> None:
     case = Case((Block(Spelling(rope="half", norm="l2"), rewrite="scale"), Block(Spelling(bias=False))), branch="shape")
-    with mock.patch.object(optimizing, "lower", broken):
+    with mock.patch.object(optimizing, "rewritten", broken):
         assert checked(case).failure == "crashed"
         small = shrunk(case, lambda c: checked(c).failure == "crashed")
     assert small == Case()

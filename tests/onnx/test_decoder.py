@@ -146,6 +146,28 @@ def test_a_model_of_transformers_with_its_tokenizer(tmp_path: Path) -> None:
     assert wanted[0, len(made) :].tolist() in ([], [1])  # one of them writes down the end, the other does not
 
 
+def test_the_models_own_cache_is_no_output(tmp_path: Path) -> None:
+    """A model as its owner calls it returns keys and values of all heads: the file has its own cache, of the heads that stay."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    torch.manual_seed(0)
+    x: dict[str, Any] = inputs(torch.randint(0, 50, (2, 9)))
+    fast = attnopt.optimize(LlamaForCausalLM(config).eval(), PruneHeads(heads=(1,)), (), x, dynamic_shapes="auto")
+    fast.export_decoder(tmp_path / "m", context_length=32, eos_token_id=1)
+    graph = onnx.load(tmp_path / "m" / "model.onnx").graph
+    assert [o.name for o in graph.output] == ["logits", "present.0.key", "present.0.value"]
+    sizes = [tuple(i.dims) for i in graph.initializer]
+    assert (sizes.count((32, 24)), sizes.count((24, 32)), sizes.count((32, 32))) == (3, 1, 0)  # q, k, v; out
+
+
 # ---------------------------------------------------------------- refusals
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "looks ahead": ({"pattern": None}, r"the pattern is Full\(\)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from attnopt.base.trees import Path
 from attnopt.capture.flat_call import Form
 from attnopt.compiler.origin import Origin
+from attnopt.graph.cleanup import remove_unused_nodes
 from attnopt.graph.nodes import ancestors, inputs_of, value
 from attnopt.lower.lower import copy_program
 
@@ -54,15 +55,9 @@ def with_names(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, Name
     placeholders = inputs_of(gm.graph)
     inside = [i for i, n in enumerate(placeholders) if _is_inside(form, i)]
     counted = {form.inputs.paths[i] for i in inside if isinstance(value(placeholders[i]), torch.SymInt)}
-    made, _ = copy_program(gm)
-    node = made.graph.output_node()
-    leaves = pytree.tree_leaves(node.args[0])
+    leaves = pytree.tree_leaves(gm.graph.output_node().args[0])
     kept = [i for i, leaf in enumerate(leaves) if _is_needed(form, i, leaf, counted)]
-    spec = pytree.tree_structure([0] * len(kept))
-    node.args = (tuple(leaves[i] for i in kept),)
-    made.graph._codegen.pytree_info = made.graph._codegen.pytree_info._replace(out_spec=spec)  # type: ignore[attr-defined]
-    made._out_spec = spec
-    made.recompile()
+    made = _returning(gm, kept, [0] * len(kept))
     names = [_dotted(form.inputs.paths[i][:1], form.inputs.paths[i], 1) for i in inside]
     roots = [form.results.paths[i][: form.results.outer[i]] for i in kept]
     several = len({roots[k] for k, i in enumerate(kept) if not _is_plain(form, i)}) > 1
@@ -71,6 +66,28 @@ def with_names(gm: fx.GraphModule, origin: Origin) -> tuple[fx.GraphModule, Name
     renamed = dict(zip([placeholders[i].name for i in inside], names, strict=True))
     plain = frozenset(n.name for n in placeholders if n.name not in renamed)
     return made, Names(renamed, plain, _distinct(outputs, taken))
+
+
+def without_caches(gm: fx.GraphModule, origin: Origin) -> fx.GraphModule:
+    """The graph without outputs that are parts of objects, such as the model's own cache."""
+    form = origin.form
+    if form is None:
+        return gm
+    plain = [i for i in range(len(form.results.paths)) if _is_plain(form, i)]
+    return _returning(gm, plain, {_output(form, i, (), False): 0 for i in plain})
+
+
+def _returning(gm: fx.GraphModule, kept: Sequence[int], form: Any) -> fx.GraphModule:
+    """A copy with these outputs only, in a structure like ``form``."""
+    made, _ = copy_program(gm)
+    node = made.graph.output_node()
+    leaves = pytree.tree_leaves(node.args[0])
+    spec = pytree.tree_structure(form)
+    node.args = (tuple(leaves[i] for i in kept),)
+    made.graph._codegen.pytree_info = made.graph._codegen.pytree_info._replace(out_spec=spec)  # type: ignore[attr-defined]
+    made._out_spec = spec
+    remove_unused_nodes(made)
+    return made
 
 
 def _is_inside(form: Form, place: int) -> bool:

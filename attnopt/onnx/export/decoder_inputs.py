@@ -9,10 +9,21 @@ from torch import fx
 from attnopt.base.sizes import is_static
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
-from attnopt.graph.nodes import inputs_of, is_tensor, value
+from attnopt.graph.cleanup import prune_unused_state, remove_unused_nodes
+from attnopt.graph.emitter import Emitter
+from attnopt.graph.nodes import calls, inputs_of, is_tensor, shape, value
+from attnopt.graph.ops import Kind, of
 from attnopt.ir.site import Site
+from attnopt.lower.attention_calls import is_attention_call
+from attnopt.onnx.export.cache_names import without_caches
+from attnopt.onnx.export.canonical import canonical
 from attnopt.onnx.export.mark import Marked, Settle, mark
+from attnopt.slicing.pull import pull
+from attnopt.slicing.selection import Demand
+from attnopt.slicing.selector import Selector
+from attnopt.slicing.weight_store import Weights
 
+_TAKEN = of(Kind.SLICE, Kind.JOIN)
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -24,10 +35,38 @@ def with_cache(
     from attnopt.onnx.export.kv_cache import cached
 
     _check_inputs(gm, origin.report.fixed_axes)
-    marked_gm, marked = mark(gm, settle or cached)
+    marked_gm, marked = mark(_without_own_cache(gm, origin), settle or cached)
     check_edits(origin.sites)
     _check_sites(marked, [s.name for s in origin.sites])
     return marked_gm, marked
+
+
+def _without_own_cache(gm: fx.GraphModule, origin: Origin) -> fx.GraphModule:
+    """The graph without the cache that the model itself returns, whose heads that were removed need no weights anymore."""
+    made = without_caches(gm, origin)
+    if made is gm:
+        return gm
+    weights = Weights(made)
+    for node in filter(is_attention_call, list(made.graph.nodes)):
+        emit = Emitter(made.graph, node)
+        call = canonical(emit, node)
+        for operand in () if call is None else (call.operands.k, call.operands.v):
+            if (heads := _heads_of(operand)) is not None:
+                operand.replace_all_uses_with(Selector(emit, weights).select(*heads))
+    remove_unused_nodes(made)
+    weights.settle()
+    prune_unused_state(made)
+    return made
+
+
+def _heads_of(operand: fx.Node) -> Demand | None:
+    """Of what tensor it is some heads, where nothing else reads the others."""
+    found = pull(operand, {1: tuple(range(shape(operand)[1]))}) if calls(operand, _TAKEN) else None
+    if found is None or len(found.demands) != 1:
+        return None
+    source = found.demands[0][0]
+    taken = {operand, *operand.all_input_nodes}
+    return found.demands[0] if set(source.users) <= taken else None
 
 
 def _check_inputs(gm: fx.GraphModule, fixed: Sequence[str]) -> None:
