@@ -238,6 +238,7 @@ def _with_its_names(model: nn.Module) -> Iterator[None]:
         leaves = pytree.tree_leaves((args, kwargs))
         return graph.graph.process_outputs(run(*leaves, enable_io_processing=False))
 
+    named.__signature__ = inspect.signature(graph.forward)  # type: ignore[attr-defined]
     graph.forward = named
     try:
         with fx.traceback.preserve_node_meta():

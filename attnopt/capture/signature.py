@@ -209,5 +209,8 @@ def _check_computed_sizes(
 
 def _remedy(name: str, axis: int, size: int, is_stuck: bool) -> str:
     if is_stuck:
-        return f"the model fixes this axis: optimize with an example of length {size} there"
+        return (
+            f"the model fixes this axis: optimize with an example of length {size} there, "
+            "or export a program anew with this axis dynamic"
+        )
     return f'optimize with dynamic_shapes="auto", or {{"{name}": {{{axis}: torch.export.Dim.DYNAMIC}}}}'

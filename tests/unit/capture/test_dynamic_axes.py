@@ -447,3 +447,29 @@ def test_keys_and_values_of_an_attention_have_one_length() -> None:
     with pytest.raises(CaptureError, match="value"):
         fast(q, k, v)
     torch.testing.assert_close(fast(q, k, v[:, :, :16]), KeysAndValuesGiven()(q, k, v[:, :, :16]))
+
+
+# ---------------------------------------------------------------- exported programs
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(tokens).chunk(3, -1))
+        o = nn.functional.scaled_dot_product_attention(q, k, v)
+        made: Tensor = self.out(o.transpose(1, 2).flatten(2)) * scale
+        return made
+
+
+def test_axes_of_an_exported_program_have_the_names_of_its_arguments() -> None:
+    model, given = Scaled().eval(), (torch.randn(2, 9, 16), torch.ones(1))
+    free = torch.export.export(model, given, dynamic_shapes={"tokens": {1: Dim.DYNAMIC}, "scale": None})
+    fast = attnopt.optimize(free, "fuse", given, dynamic_shapes={"tokens": {1: Dim.DYNAMIC}})
+    longer = torch.randn(2, 23, 16)
+    assert torch.allclose(fast(longer, given[1]), model(longer, given[1]), atol=1e-6)
+    fixed = torch.export.export(model, given)
+    fast = attnopt.optimize(fixed, "fuse", given, dynamic_shapes="auto")
+    assert "tokens[1] = 9" in fast.report.fixed_axes
+    with pytest.raises(CaptureError, match="tokens has length 23 along axis 1.*\n.*export a program anew"):
+        fast(longer, given[1])
