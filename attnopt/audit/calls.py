@@ -56,7 +56,8 @@ class Sides:
 
     def calls(self) -> tuple[Call, Call | None]:
         """The example without padding, and one with some, if the model takes a mask."""
-        tokens = max((f.site.own_sizes.get("keys", f.site.kv_len) for f in self.file.findings.found), default=0)
+        found = self.file.findings.found or self.model.findings.found
+        tokens = max((f.site.own_sizes.get("keys", f.site.kv_len) for f in found), default=0)
         hidden = padded(self.given)
         return (
             Call(unpadded(self.given), "example", tokens),

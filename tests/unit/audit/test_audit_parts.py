@@ -114,6 +114,7 @@ def test_what_the_file_does_not_read_is_not_missing(tmp_path: Path) -> None:
     assert [s.verdict for s in audit.sites] == ["not compared"]
     assert "opaque-operator" in audit.sites[0].why
     assert audit.exit_code == 2
+    assert audit.outputs[0].tokens == args[0].shape[1]
 
 
 class _Gained(nn.Module):
