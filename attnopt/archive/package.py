@@ -20,7 +20,7 @@ from attnopt.compiler.origin import Origin
 from attnopt.compiler.resized_inputs import inputs_that_run
 from attnopt.errors import ExportError
 from attnopt.graph.cleanup import remove_unused_nodes
-from attnopt.lower.lower import copy_program
+from attnopt.graph.copies import copy_program
 from attnopt.lower.operator_calls import write_out
 from attnopt.lower.received_calls import write_out_received
 

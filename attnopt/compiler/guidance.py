@@ -20,11 +20,11 @@ from attnopt.compiler.origin import Origin
 from attnopt.compiler.policy import Policy
 from attnopt.errors import RewriteError, VerificationError
 from attnopt.graph.cleanup import draws, prune_unused_state, remove_unused_nodes, share_equal_nodes, writes
+from attnopt.graph.copies import copy_program
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import inputs_of, is_tensor, stored, value
 from attnopt.graph.store import store
 from attnopt.ir.projection import Projection
-from attnopt.lower.lower import copy_program
 
 ROUNDS = 3  # of timing
 ROOM = 8  # times the rounding of the two branches

@@ -13,7 +13,7 @@ from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, value
 from attnopt.ir.operands import HIDING, Operands
 from attnopt.ir.spec import AttentionSpec
-from attnopt.lower.lower import as_specified
+from attnopt.lower.spec_calls import as_specified
 from attnopt.match.find import Found
 
 

@@ -10,13 +10,14 @@ from torch import fx
 
 from attnopt.backends.sdpa import Sdpa
 from attnopt.graph.cleanup import remove_unused_nodes
+from attnopt.graph.copies import copy_program
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, shape, value
 from attnopt.ir import plugin_calls
 from attnopt.ir.operands import Operands, operands_of
 from attnopt.ir.semantics import heads_of
 from attnopt.ir.spec import AttentionSpec
-from attnopt.lower.lower import as_specified, copy_program, inline
+from attnopt.lower.spec_calls import as_specified, inline
 from attnopt.match.find import Found
 
 FUSED = Sdpa()

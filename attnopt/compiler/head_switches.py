@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from attnopt.compiler.job import backends_of
 from attnopt.graph.cleanup import remove_unused_nodes, share_equal_nodes
+from attnopt.graph.copies import copy_program
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten
 from attnopt.graph.store import store
@@ -17,7 +18,7 @@ from attnopt.ir.interfaces import Backend
 from attnopt.ir.operands import operands_of
 from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.choose_backend import choose
-from attnopt.lower.lower import copy_program, inline
+from attnopt.lower.spec_calls import inline
 from attnopt.match.find import Found
 
 

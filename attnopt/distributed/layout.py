@@ -20,10 +20,10 @@ from attnopt.distributed.shards import Shards
 from attnopt.distributed.token_rules import ATTENTIONS, Tokens
 from attnopt.distributed.traffic import Arriving, Link
 from attnopt.errors import DistributedError
+from attnopt.graph.copies import copy_program
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, calls, inputs_of, operand, opname, run_call, value, written
 from attnopt.graph.sdpa import call_arguments
-from attnopt.lower.lower import copy_program
 
 Way = Rounds | HeadShares
 

@@ -31,11 +31,11 @@ from attnopt.distributed.gathered_weight import gathered_weight, whole_of
 from attnopt.distributed.ranks import Ranks
 from attnopt.distributed.unsplit import without_splitting
 from attnopt.errors import CalibrationError, DistributedError
+from attnopt.graph.copies import copy_program
 from attnopt.graph.nodes import get_attr, is_call, stored
 from attnopt.graph.store import put
 from attnopt.ir.interfaces import Backend
 from attnopt.ir.peers import Peers
-from attnopt.lower.lower import copy_program
 from attnopt.model import OptimizedModel
 
 

@@ -23,12 +23,12 @@ from attnopt.distributed.same_inputs import require_same_inputs, sampled
 from attnopt.distributed.same_model import require_optimized, told_of
 from attnopt.distributed.sharded_attention import ShardedAttention
 from attnopt.errors import DistributedError, VerificationError
+from attnopt.graph.copies import copy_program
 from attnopt.graph.nodes import calls, module_path, stored, written
 from attnopt.graph.ops import Kind, named, of
 from attnopt.graph.sdpa import call_arguments
 from attnopt.graph.store import put
 from attnopt.lower.attention_calls import attention_calls, lowered_at
-from attnopt.lower.lower import copy_program
 from attnopt.model import OptimizedModel, run_graph
 
 Plan = Mapping[str, ParallelStyle | Placement]

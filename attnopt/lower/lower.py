@@ -7,33 +7,29 @@ full-size weights, with dense masks and zeros instead of pruned heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from attnopt.backends.reference import Reference
 from attnopt.capture.flex_attention import restore_calls
 from attnopt.errors import PluginError, RewriteError
 from attnopt.graph.cleanup import prune_unused_state, share_equal_nodes
+from attnopt.graph.copies import copy_program
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.input_sizes import read_sizes_from_inputs
 from attnopt.graph.nodes import aten, shape, value
 from attnopt.graph.normalize import tidy
 from attnopt.graph.scatters import sizes_of
 from attnopt.graph.select import restrict, spread
-from attnopt.ir.call_tensor import CallTensor
-from attnopt.ir.constant import Constant, Weight
 from attnopt.ir.edited_parameters import edited_parameters
-from attnopt.ir.extended_keys import MoreKeys
 from attnopt.ir.extension import joined_spec
 from attnopt.ir.head_edits import constant_heads
 from attnopt.ir.head_weights import HeadWeights
 from attnopt.ir.interfaces import Backend
-from attnopt.ir.operands import CANONICAL, Operands, operands_of
-from attnopt.ir.plugin_calls import attention_of
+from attnopt.ir.operands import CANONICAL, operands_of
 from attnopt.ir.pooling import parts_of
 from attnopt.ir.row_attention import row_parts
 from attnopt.ir.site import Site
@@ -42,7 +38,8 @@ from attnopt.ir.spec import AttentionSpec
 from attnopt.lower.attention_calls import Lowered, note_between
 from attnopt.lower.early_pools import early_pools, pools_early
 from attnopt.lower.fold import folded
-from attnopt.lower.other_tokens import MoreNodes, input_of, other_tokens
+from attnopt.lower.other_tokens import MoreNodes, other_tokens
+from attnopt.lower.spec_calls import as_specified, inline
 from attnopt.lower.table_products import multiply_tables_first
 from attnopt.match.find import Found
 from attnopt.match.pair_sums import remove_products
@@ -80,22 +77,6 @@ class Plan(SiteEdit):
     def pools_early(self) -> bool:
         """Tokens are pooled before they are projected to keys and values."""
         return pools_early(self.spec, self.backend, self.found.raised.operands)
-
-
-def copy_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy of the graph that shares every weight, and the map from old nodes to new ones."""
-    graph = fx.Graph()
-    table: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(gm.graph, table)
-    old = next(iter(reversed(gm.graph.nodes)))
-    new = graph.output(result)
-    new.meta.update(old.meta)
-    graph.set_codegen(gm.graph._codegen)
-    module = fx.GraphModule(gm, graph)
-    for name in ("_in_spec", "_out_spec"):
-        if hasattr(gm, name):
-            setattr(module, name, getattr(gm, name))
-    return module, table
 
 
 def lower(gm: fx.GraphModule, plans: Sequence[Plan], plain: bool = False, joins: bool = True) -> fx.GraphModule:
@@ -291,61 +272,6 @@ def _constant(emit: Emitter, node: fx.Node, spec: AttentionSpec) -> fx.Node:
     assert sizes is not None, "an attention has the batch and the queries of its inputs"
     held = emit.constant(values.to(wanted.dtype).to(wanted.device)[None, :, None])
     return emit.call(aten.expand.default, held, [sizes[0], -1, sizes[2], -1])
-
-
-def inline(
-    emit: Emitter,
-    spec: AttentionSpec,
-    backend: Backend,
-    operands: Operands[fx.Node],
-    more: MoreNodes | None = None,
-    pools: Sequence[tuple[fx.Node, fx.Node]] = (),
-) -> fx.Node:
-    """The attention as the operators of a backend.  ``pools``: as ``ready`` of ``attnopt.ir.pooling.pooled``."""
-    call, inputs = _call(emit, spec, backend, operands, more, pools)
-    return emit.inline(call, *inputs)
-
-
-def as_specified(
-    emit: Emitter, spec: AttentionSpec, operands: Operands[fx.Node], more: MoreNodes | None = None
-) -> fx.Node:
-    """The attention as one call of its reference: what verifies operators is not traced into operators itself."""
-    call, inputs = _call(emit, spec, Reference(), operands, more)
-    q, v = value(operands.q), value(operands.v)
-    with emit.mode:
-        like = v.new_empty((q.shape[0], spec.num_heads, q.shape[2], v.shape[3]))
-    return emit.run(call, *inputs, like=like)
-
-
-def _call(
-    emit: Emitter,
-    spec: AttentionSpec,
-    backend: Backend,
-    operands: Operands[fx.Node],
-    more: MoreNodes | None,
-    pools: Sequence[tuple[fx.Node, fx.Node]] = (),
-) -> tuple[Callable[..., Tensor], list[fx.Node]]:
-    """The attention as a function, and the nodes that it is to be called with."""
-    given = operands.given
-    device = value(operands.q).device
-    others = () if more is None else more.given
-    read = [input_of(emit, t) if isinstance(t, CallTensor) else emit.constant(_held(t, device)) for t in spec.tensors]
-
-    def call(*tensors: Tensor) -> Tensor:
-        rest = iter(tensors)
-        of_role = {role: next(rest) for role in given}
-        t = operands.map(lambda role, _: of_role[role])
-        beside = [next(rest) for _ in others]
-        ready = [(next(rest), next(rest)) for _ in pools]
-        attend = attention_of(backend, spec, list(rest), MoreKeys(*beside) if beside else None, ready)
-        return attend(t.q, t.k, t.v, **t.others)
-
-    return call, [*given.values(), *others, *chain(*pools), *read]
-
-
-def _held(constant: Constant, device: torch.device) -> Tensor:
-    held = constant.tensor(device)
-    return nn.Parameter(held) if isinstance(constant, Weight) else held
 
 
 def _edit_output(

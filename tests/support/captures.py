@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from attnopt.capture import capture as capturing
 from attnopt.capture.program import Program
+from attnopt.graph.copies import copy_program
 from attnopt.graph.nodes import written
-from attnopt.lower.lower import copy_program
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from attnopt.base.trees import Path
 from attnopt.capture.flat_call import Form
 from attnopt.compiler.origin import Origin
 from attnopt.graph.cleanup import remove_unused_nodes
+from attnopt.graph.copies import copy_program
 from attnopt.graph.nodes import ancestors, inputs_of, value
-from attnopt.lower.lower import copy_program
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -19,9 +19,9 @@ from attnopt.base.atomic_files import atomic_write
 from attnopt.base.sizes import is_static
 from attnopt.compiler.origin import FileOrigin, Origin
 from attnopt.errors import AttnoptWarning, ExportError
+from attnopt.graph.copies import copy_program
 from attnopt.graph.nodes import get_attr, value
 from attnopt.graph.value_names import names_of
-from attnopt.lower.lower import copy_program
 from attnopt.onnx.export.builder import ORT, Array
 from attnopt.onnx.export.correspondence import SHARED, Change, changed
 from attnopt.onnx.export.mark import Marked

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.graph.cleanup import prune_unused_state, remove_unused_nodes, share_equal_nodes
+from attnopt.graph.copies import copy_program
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import RESHAPES, aten, is_call, opname, value
 from attnopt.ir.operands import ROLES, Operands
 from attnopt.lower.attention_calls import is_attention_call
-from attnopt.lower.lower import copy_program
 from attnopt.lower.operator_calls import called_spec, hidden_by_both, write_out_lse
 from attnopt.lower.received_calls import write_out_received
 from attnopt.onnx.export.canonical import Canonical, canonical, site_of
