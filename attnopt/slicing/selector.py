@@ -126,6 +126,8 @@ class Selector:
         if self.weights is None:
             return restrict(self.emit, node, selection)
         name = str(node.target)
+        if not selection and name not in self.edited:
+            return node
         return self.weights.read(self.emit, self.weights.derive(name, selection, self.edited.get(name)))
 
 
