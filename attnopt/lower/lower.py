@@ -233,7 +233,8 @@ def _attention(emit: Emitter, copy: _Copy, plan: Plan, made: SiteEdit, plain: bo
     if stays:
         take_apart(packed, weights)
     if copy.whole:
-        changed = [r for r in projected if editing[r] or trim(projected[r], kept[r])]
+        new = {e.role for e in edits}
+        changed = [r for r in projected if r in new or trim(projected[r], kept[r])]
         copy.told[plan.found.site.name] = tuple(r for r in changed if copy.whole.intersection(ways[r]) - packed)
     copy.anew.update(*(select.anew for select in selectors.values()))
     parts = [Lowered(plan.found.site.name, part) for part in _computed(spec, plan)]

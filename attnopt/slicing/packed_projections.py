@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, permutations
 
-import torch
 from torch import fx
 
 from attnopt.graph.emitter import Emitter
@@ -16,13 +15,9 @@ from attnopt.slicing.weight_store import Weights
 
 
 def forks(operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]) -> set[fx.Node]:
-    """Of the nodes between one role and its weights (``ways``), those that another role also depends on, not by sizes alone."""
-    above = {role: set(ancestors(node, _is_size)) for role, node in operands.items()}
+    """Of the nodes between one role and its weights (``ways``), those that another role also depends on."""
+    above = {role: set(ancestors(node)) for role, node in operands.items()}
     return {n for one, other in permutations(operands, 2) for n in above[other].intersection(ways[one])}
-
-
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def built_anew(

@@ -80,7 +80,34 @@ def test_merged_heads_stand_beside_those_that_are_read(packed: bool) -> None:
     model, x = Model(packed, "cache").eval(), torch.randn(2, 7, WIDTH)
     fast = attnopt.optimize(model, GroupedQuery(1), (x,))
     assert rows(fast) == Q + 2 * KV + 2 * DIM
+    assert [n.split(" weights")[0] for n in fast.report.sites[0].notes if "heads stay" in n] == ["the k and v"]
     assert_same(run(fast, (x,))[1:], run(model, (x,))[1:])
+
+
+def test_sizes_of_another_projection_make_none_packed() -> None:
+    """Where batch and heads are one axis, keys are taken apart by the sizes of the queries."""
+
+    class Merged(Model):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = (p(x).unflatten(-1, (-1, DIM)).transpose(1, 2) for p in list(self.projections)[:3])
+            mixed = torch.bmm((_merged(q) @ _merged(k).mT * DIM**-0.5).softmax(-1), _merged(v))
+            out = self.out(mixed.view(len(x), HEADS, -1, DIM).transpose(1, 2).reshape(len(x), -1, Q))
+            return out, k, v
+
+    model, x = Merged(False, "cache").eval(), torch.randn(2, 7, WIDTH)
+    for i in (1, 2):
+        model.projections[i] = nn.Linear(WIDTH, Q)
+    fast = attnopt.optimize(model, PruneHeads(heads=GONE), (x,), dynamic_shapes="auto")
+    assert rows(fast) == Q - LESS + 2 * Q
+    assert {n for n, _ in fast.named_parameters()} == {
+        f"module.{n}" for n, _ in model.named_parameters() if ".3." not in n
+    }
+    other = torch.randn(3, 5, WIDTH)
+    assert_same(run(fast, (other,)), run(without(model), (other,)))
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[2:])
 
 
 @PACKED
