@@ -134,11 +134,11 @@ class ValuesAdded(HeadEdit):
         else:
             at, real = positions(self.tokens, keys, v.device)
             chosen = v.index_select(2, at).to(wide)
-        sees = [] if mask is None else [mask.index_select(3, at)]
+        sees = [] if mask is None else [_of_keys(mask, at)]
         if bias is not None:
             if self.hidden_below is None:
                 raise ValueError("a bias may hide keys, and hidden_below does not say with which numbers")
-            sees.append(bias.index_select(3, at) > self.hidden_below)
+            sees.append(_of_keys(bias, at) > self.hidden_below)
         sums: dict[tuple[int, Pattern, bool | int], Tensor] = {}
         made: dict[int, Tensor] = {}
         for place in map(spec.heads.index, self.heads):
@@ -159,6 +159,11 @@ class ValuesAdded(HeadEdit):
 
     def __str__(self) -> str:
         return f"{self.alpha:g} times the values of {told(self.tokens)} added to {heads_told(self.heads)}"
+
+
+def _of_keys(x: Tensor, at: Tensor) -> Tensor:
+    """[..., T]: at the keys ``at``, of which ``x`` may tell all alike."""
+    return x.expand(*x.shape[:3], len(at)) if x.shape[3] == 1 else x.index_select(3, at)
 
 
 def _seen(pattern: Pattern, at: Tensor, queries: int, keys: int) -> Tensor | None:

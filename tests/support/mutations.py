@@ -924,6 +924,8 @@ FAULTS = (
           "test_selector.py -k groups_that_lose"),
     Fault("a packed weight kept whole for another role", "for one, other in permutations(operands, 2)",
           "for one, other in permutations([], 2)", "test_selector.py -k norm_across"),
+    Fault("a mask of rows read by keys", "if x.shape[3] == 1 else x.index_select(3, at)", "if not len(at) else x.index_select(3, at)",
+          "test_add_values.py -k whole_rows"),
     Fault("new weights that stop at what returns several tensors", "            ways.setdefault(n)", "            pass",
           "test_new_weights.py -k new_weights"),
     Fault("a weight copied whole", "if not selection and name not in self.edited:", "if not name:",
