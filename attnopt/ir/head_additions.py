@@ -163,7 +163,7 @@ class ValuesAdded(HeadEdit):
 
 def _of_keys(x: Tensor, at: Tensor) -> Tensor:
     """[..., T]: at the keys ``at``, of which ``x`` may tell all alike."""
-    return x.expand(*x.shape[:3], len(at)) if x.shape[3] == 1 else x.index_select(3, at)
+    return x.expand(*x.shape[:3], at.shape[0]) if x.shape[3] == 1 else x.index_select(3, at)
 
 
 def _seen(pattern: Pattern, at: Tensor, queries: int, keys: int) -> Tensor | None:

@@ -216,23 +216,27 @@ class _OfRows(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
         self.alpha = 0.0
+        self.tokens: list[int] | slice = [0]
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (3, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
         rows = seen[:, None, :, None]
         maps = (q @ k.mT / 2).masked_fill(~rows, -torch.inf).softmax(-1).masked_fill(~rows, 0.0)
-        o = maps @ v + self.alpha * rows * v[:, :, [0, 3]].sum(2, keepdim=True)
+        o = maps @ v + self.alpha * rows * v[:, :, self.tokens].sum(2, keepdim=True)
         made: Tensor = self.out(o.transpose(1, 2).flatten(2))
         return made
 
 
-def test_a_mask_of_whole_rows_hides_every_key() -> None:
-    model, x = _OfRows().eval(), torch.randn(2, 7, 12)
-    given = (x, torch.tensor([[True] * 7, [True] * 4 + [False] * 3]))
-    fast = attnopt.optimize(model, AddValues([0, 3], 0.5), given)
+@pytest.mark.parametrize("tokens", [[0, 3], None])
+def test_a_mask_of_whole_rows_hides_every_key(tokens: list[int] | None) -> None:
+    model = _OfRows().eval()
+    given = (torch.randn(2, 7, 12), torch.tensor([[True] * 7, [True] * 4 + [False] * 3]))
+    fast = attnopt.optimize(model, AddValues(tokens, 0.5), given, dynamic_shapes="auto")
     assert fast.report.sites[0].status == "rewritten"
-    model.alpha = 0.5
-    oracle.assert_same(oracle.run(fast, given), oracle.run(model, given))
+    model.alpha, model.tokens = 0.5, slice(None) if tokens is None else tokens
+    for n in (7, 11):
+        other = (torch.randn(2, n, 12), torch.arange(n) < torch.tensor([[n], [4]]))
+        oracle.assert_same(oracle.run(fast, other), oracle.run(model, other))
 
 
 def test_merged_heads_add_their_shared_values() -> None:
