@@ -119,7 +119,9 @@ def _attended(part: RowPart, core: Attend, t: OperandTensors) -> Tensor:
 
 def _received(spec: AttentionSpec, t: OperandTensors, real: Tensor | None, stride: int) -> Tensor:
     """[B, S]: the weight that each key receives from every ``stride``-th real query, relative to the mean of all real keys."""
-    q, senders = t.q[:, :, ::stride], None if real is None else real[:, ::stride]
+    q, senders = t.q[:, :, ::stride], None
+    if real is not None:  # gathered, because torch.export would fix the divisibility of what a slice with steps leaves
+        senders = real.index_select(1, torch.arange(0, real.shape[1], stride, device=real.device))
     bias, mask, sinks = (x if x is None or x.shape[2] == 1 else x[:, :, ::stride] for x in (t.bias, t.mask, t.sinks))
     if spec.pattern != FULL:
         place = torch.arange(q.shape[2], device=q.device) * stride

@@ -192,6 +192,32 @@ def test_cross_attention(score: str, tmp_path: Any) -> None:
     assert str(site.refusals["query-rows"]).startswith("[needs-self-attention]")
 
 
+class _Weighed(nn.Module):
+    """A bias that depends on the key and the head alone, [B, H, 1, S]: it may hide keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.factor = nn.Linear(24, 72), nn.Linear(24, 24), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (3, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.mT / 8**0.5 + self.factor[:, None, None] * x.mean(-1)[:, None, None]
+        made: Tensor = self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return made
+
+
+def test_lengths_that_no_stride_divides(tmp_path: Any) -> None:
+    fast = attnopt.optimize(
+        _Weighed().eval(), QueryRows("received(stride=8)", 0.5), (torch.randn(2, 16, 24),), dynamic_shapes="auto"
+    )
+    fast.export_onnx(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for n in (9, 16, 31):
+        x = torch.randn(3, n, 24)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        oracle.assert_same([torch.from_numpy(found)], oracle.run(fast, (x,)))
+
+
 @pytest.mark.slow
 def test_ties_are_the_same_in_onnx_runtime(tmp_path: Any) -> None:
     """Tokens that are all alike: the first ones are kept."""
