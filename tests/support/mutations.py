@@ -1124,7 +1124,7 @@ FAULTS = (
           "test_add_values.py -k reaches"),
     Fault("values that the mask hides", "sees = [] if mask is None else [_of_keys(mask, at)]", "sees = list[Tensor]()",
           "test_head_additions.py -k by_hand"),
-    Fault("values that a bias hides", "bias.index_select(3, at) > self.hidden_below", "bias.index_select(3, at) > -torch.inf",
+    Fault("values that a bias hides", "_of_keys(bias, at) > self.hidden_below", "_of_keys(bias, at) > -torch.inf",
           "test_add_values.py -k padded_keys"),
     Fault("a bias that may hide, unsaid", "if site.spec.has_bias and self.hidden_below is None:", "if False:",
           "test_refusals.py -k unknown-mask"),
