@@ -39,7 +39,7 @@ class Spelling:
     # matmul, bmm, baddbmm, einsum, heads-last, channels, transposed, mulsum, sdpa, flex, grouped, grouped-einsum
     core: str = "matmul"
     share: str = "expand"  # repeat_interleave, expand, tiled, index, enable_gqa, broadcast (one K/V head)
-    rope: str = ""  # half, interleaved, in-place, complex
+    rope: str = ""  # half, chunks, interleaved, in-place, complex
     norm: str = ""  # layer, rms, l2, across
     scale: str = "mul"  # q, k, both, mul, div, alpha, none, buffer, temperature, over (one), root
     mask: tuple[str, ...] = ()  # causal, window, left, far, chunk (longer than examples), padding, float-padding, given
@@ -446,7 +446,11 @@ class Attention(nn.Module):
             both = torch.cat([angles, angles], -1)
             a, b = t[..., :half], t[..., half:]
             return t * both.cos().to(t.dtype) + torch.cat([-b, a], -1) * both.sin().to(t.dtype)
-        a, b, cos, sin = t[..., 0::2], t[..., 1::2], angles.cos().to(t.dtype), angles.sin().to(t.dtype)
+        cos, sin = angles.cos().to(t.dtype), angles.sin().to(t.dtype)
+        if s.rope == "chunks":
+            a, b = t.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        a, b = t[..., 0::2], t[..., 1::2]
         if s.rope == "in-place":
             made = torch.empty_like(t)
             made[..., 0::2], made[..., 1::2] = a * cos - b * sin, a * sin + b * cos

@@ -93,6 +93,7 @@ MUST_MATCH: list[tuple[Spelling, dict[str, Any]]] = [
     (Spelling(sinks=True, sink="one", softmax="stable-exp", mask=("causal",)), {"has_sinks": True, "pattern": CAUSAL}),
     (Spelling(sinks=True, sink="one", softmax="stable-exp", commuted=True, bias_kind="alibi"), {"has_sinks": True}),
     (Spelling(rope="half", scale="q"), {"positions": ("rope",)}),
+    (Spelling(rope="chunks", kv_heads=2, packing="fused"), {"positions": ("rope",)}),
     (Spelling(rope="interleaved", kv_heads=2), {"positions": ("rope",)}),
     (Spelling(rope="complex"), {"positions": ("rope",)}),
     (Spelling(rope="in-place", kv_heads=2, packing="kv"), {"positions": ("rope",)}),

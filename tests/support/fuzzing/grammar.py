@@ -187,7 +187,7 @@ def _spelling(r: random.Random) -> Spelling:
         core=r.choice(("matmul", "bmm", "baddbmm", "einsum", "heads-last", "channels", "transposed", "mulsum", "sdpa",
                        "grouped", "grouped-einsum")),
         share=r.choice(("repeat_interleave", "expand", "tiled", "index", "enable_gqa", "broadcast")),
-        rope=r.choice(("", "", "half", "interleaved", "in-place", "complex")),
+        rope=r.choice(("", "", "half", "chunks", "interleaved", "in-place", "complex")),
         norm=r.choice(("", "", "", "layer", "rms", "l2", "across")),
         scale=r.choice(("q", "k", "both", "mul", "div", "alpha", "none", "buffer", "temperature", "over", "root")),
         mask=tuple(r.sample(masks, r.choice((0, 1, 1, 2)))), made=r.choice(("tril", "triu", "arange", "like")),
