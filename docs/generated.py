@@ -60,7 +60,8 @@ SPELLINGS: dict[str, tuple[str, dict[Any, str]]] = {
     "rope": (
         "Rotary positions",
         {
-            "": "none", "half": "two halves", "chunks": "two halves, by `chunk`", "interleaved": "pairs", "in-place": "pairs, written in place",
+            "": "none", "half": "two halves", "chunks": "two halves, by `chunk`",
+            "interleaved": "pairs", "in-place": "pairs, written in place",
             "complex": "`view_as_complex`",
         },
     ),
