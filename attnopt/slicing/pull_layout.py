@@ -19,6 +19,7 @@ from attnopt.slicing.selection import (
     order_of,
     regroup,
     replaced,
+    reshaped,
     resized,
     trim,
     unravel,
@@ -43,7 +44,8 @@ def _reshape(node: fx.Node, selection: Selection) -> Pulled | None:
         if found is None:
             return None
         below.update(zip(theirs, found, strict=True))
-    return Pulled(((x, trim(x, below)),), lambda f: with_args(node, f[0], resized(node, selection)))
+    made = reshaped(node, selection, [(theirs, mine) for mine, theirs in groups])
+    return None if made is None else Pulled(((x, trim(x, below)),), lambda f: made(f[0]))
 
 
 def _permute(node: fx.Node, selection: Selection) -> Pulled:

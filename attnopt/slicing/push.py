@@ -16,7 +16,7 @@ from attnopt.graph.nodes import arg, aten, calls, is_call, is_tensor, shape, wra
 from attnopt.graph.ops import DIV, FACTORS, LINEAR, ZERO, Kind, rules
 from attnopt.graph.products import expand_equation
 from attnopt.graph.select import Selection
-from attnopt.slicing.selection import Demand, aligned, is_weight, kept_by_squeeze, order_of, regroup, resized, unravel
+from attnopt.slicing.selection import Demand, aligned, is_weight, kept_by_squeeze, order_of, regroup, reshaped, unravel
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def _reshape(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed | None:
             return None
         below.update(zip(theirs, found, strict=True))
     below = {a: i for a, i in below.items() if len(i) != shape(user)[a]} or below
-    sizes = resized(user, below)
-    return Pushed(below, (), lambda new, _: (user.target, (new, sizes), {}))
+    made = reshaped(user, below, groups)
+    return None if made is None else Pushed(below, (), lambda new, _: made(new))
 
 
 def _permute(user: fx.Node, x: fx.Node, selection: Selection) -> Pushed:

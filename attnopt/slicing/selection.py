@@ -160,3 +160,20 @@ def resized(node: fx.Node, selection: Selection) -> list[Any]:
         elif sizes[axis] == -1 and is_static(value(node).shape[axis]):
             sizes[axis] = shape(node)[axis]
     return sizes
+
+
+def reshaped(
+    node: fx.Node, selection: Selection, groups: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Callable[[fx.Node], tuple[Any, tuple[Any, ...], dict[str, Any]]] | None:
+    """How to call the reshape ``node``, whose result is selected, on what it then reads; None if its sizes cannot be said.
+
+    ``groups``: the axes that are read, and those that they become.
+    """
+    sizes = resized(node, selection)
+    if sizes.count(-1) < 2:
+        return lambda x: with_args(node, x, sizes)
+    joined = [read for read, made in groups if len(made) == 1 and len(read) > 1]
+    if len(joined) != 1 or any(len(made) != 1 for _, made in groups):
+        return None
+    first, last = joined[0][0], joined[0][-1]
+    return lambda x: (aten.flatten.using_ints, (x, first, last), {})

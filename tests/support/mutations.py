@@ -924,6 +924,7 @@ FAULTS = (
           "test_selector.py -k groups_that_lose"),
     Fault("a packed weight kept whole for another role", "for one, other in permutations(operands, 2)",
           "for one, other in permutations([], 2)", "test_selector.py -k norm_across"),
+    Fault("two sizes that a reshape is to find out", "if sizes.count(-1) < 2:", "if sizes:", "test_dynamic_batch.py -k two_free_axes"),
     Fault("senders as a slice with steps",
           "senders = real.index_select(1, torch.arange(0, real.shape[1], stride, device=real.device))",
           "senders = real[:, ::stride]", "test_row_models.py -k stride_divides"),

@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 import zoo
-from torch import nn
+from torch import Tensor, nn
 
 import attnopt
 from attnopt.passes import PruneHeads
@@ -59,3 +59,34 @@ def _of_batch(size: int) -> Callable[[Any], Any]:
         return x[torch.arange(size) % x.shape[0]] if isinstance(x, torch.Tensor) else x
 
     return resized
+
+
+class _GatedBias(nn.Module):
+    """A bias by distance times a gate of each query and head, as in WavLM, whose batch and heads become one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(24, 24) for _ in range(4))
+        self.shrink = nn.Conv1d(24, 24, 3, 2)
+        self.gate, self.slopes = nn.Linear(6, 1), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shrink(x.mT).mT
+        B, L, _ = x.shape
+        q, k, v = (f(x).view(B, L, 4, 6).transpose(1, 2) for f in (self.q, self.k, self.v))
+        gate = self.gate(x.view(B, L, 4, 6).transpose(1, 2)).sigmoid() + 2.0
+        away = (torch.arange(L)[:, None] - torch.arange(L)).abs().float()
+        bias = (self.slopes[:, None, None] * away).unsqueeze(0).repeat(B, 1, 1, 1).view(B * 4, L, L)
+        scores = q @ k.mT / 6**0.5 + (gate.reshape(B * 4, -1, 1) * bias).view(B, 4, L, L)
+        made: Tensor = self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, L, 24))
+        return made
+
+
+def test_heads_beside_two_free_axes() -> None:
+    model, x = _GatedBias().eval(), torch.randn(2, 15, 24)
+    fast = attnopt.optimize(model, PruneHeads(heads=[1]), (x,), dynamic_shapes="auto")
+    with torch.no_grad():
+        model.out.weight[:, 6:12] = 0
+    for other in (x, torch.randn(3, 26, 24)):
+        oracle.assert_same(oracle.run(fast, (other,)), oracle.run(model, (other,)))
+    assert sum(p.numel() for p in fast.parameters()) < sum(p.numel() for p in model.parameters())
