@@ -44,7 +44,7 @@ def take_apart(packed: Collection[fx.Node], weights: Weights) -> None:
 def _readers(packed: Iterable[fx.Node]) -> list[fx.Node]:
     made = {n for n in packed if n.op == "call_function"}
     made |= {u for n in made for u in n.users if calls(u, SPLITS)}
-    return [u for n in made for u in n.users if u not in made and is_tensor(u)]  # the others read sizes
+    return [u for n in sorted(made) for u in n.users if u not in made and is_tensor(u)]  # the others read sizes
 
 
 def _below(forked: set[fx.Node], operands: Mapping[str, fx.Node]) -> list[fx.Node]:
