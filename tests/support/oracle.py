@@ -169,8 +169,9 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         if counter.inside or x.dim() < 3:
             return softmax(x, dim, dtype)
         edit = counter.take(x)
-        weights = softmax(_joined_by_zeros(_hidden(x, dim, edit, heads), dim, edit), dim, dtype)
-        return _weighed(_without_zeros(weights, dim, edit), edit, heads, dim)
+        wide = dtype if edit is None else torch.float64  # edited weights may be those that single precision rounds to zero
+        weights = softmax(_joined_by_zeros(_hidden(x, dim, edit, heads), dim, edit), dim, wide)
+        return _weighed(_without_zeros(weights, dim, edit), edit, heads, dim).to(x.dtype if dtype is None else dtype)
 
     def on_safe_softmax(x: Tensor, dim: int) -> Tensor:  # of flex_attention
         edit = counter.take(x)
@@ -217,8 +218,9 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         edit = counter.take(scores)
-        weights = softmax(_joined_by_zeros(_hidden(scores, -1, edit, heads), -1, edit), -1).nan_to_num(0.0)
-        return _weighed(_without_zeros(weights, -1, edit), edit, heads) @ v
+        wide = torch.float64 if edit is not None else None
+        weights = softmax(_joined_by_zeros(_hidden(scores, -1, edit, heads), -1, edit), -1, wide).nan_to_num(0.0)
+        return _weighed(_without_zeros(weights, -1, edit), edit, heads).to(v.dtype) @ v
 
     patches = (
         mock.patch.object(torch, "softmax", on_softmax),
