@@ -169,7 +169,9 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
         if counter.inside or x.dim() < 3:
             return softmax(x, dim, dtype)
         edit = counter.take(x)
-        wide = dtype if edit is None else torch.float64  # edited weights may be those that single precision rounds to zero
+        wide = (
+            dtype if edit is None else torch.float64
+        )  # edited weights may be those that single precision rounds to zero
         weights = softmax(_joined_by_zeros(_hidden(x, dim, edit, heads), dim, edit), dim, wide)
         return _weighed(_without_zeros(weights, dim, edit), edit, heads, dim).to(x.dtype if dtype is None else dtype)
 
