@@ -206,6 +206,7 @@ class _Weighed(nn.Module):
         return made
 
 
+@pytest.mark.slow
 def test_lengths_that_no_stride_divides(tmp_path: Any) -> None:
     fast = attnopt.optimize(
         _Weighed().eval(), QueryRows("received(stride=8)", 0.5), (torch.randn(2, 16, 24),), dynamic_shapes="auto"

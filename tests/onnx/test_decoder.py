@@ -146,6 +146,7 @@ def test_a_model_of_transformers_with_its_tokenizer(tmp_path: Path) -> None:
     assert wanted[0, len(made) :].tolist() in ([], [1])  # one of them writes down the end, the other does not
 
 
+@pytest.mark.slow
 def test_the_models_own_cache_is_no_output(tmp_path: Path) -> None:
     """A model as its owner calls it returns keys and values of all heads: the file has its own cache, of the heads that stay."""
     from transformers import LlamaConfig, LlamaForCausalLM
