@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -166,6 +166,20 @@ def getitem_source(node: fx.Node) -> tuple[fx.Node, int] | None:
     assert isinstance(source, fx.Node)
     assert isinstance(index, int)
     return source, index
+
+
+def between(sources: Collection[fx.Node], ends: Iterable[fx.Node]) -> list[fx.Node]:
+    """The ancestors of ``ends``, among them ``ends``, that are computed from ``sources``, not by sizes alone, in order."""
+    reached, made = set(sources), list[fx.Node]()
+    first = min(reached, default=None)
+    if first is None:
+        return made
+    above = {n for end in ends for n in ancestors(end, stop=lambda n: n < first)}
+    for n in sorted(above - reached):
+        if not is_number(n) and reached.intersection(n.all_input_nodes):
+            reached.add(n)
+            made.append(n)
+    return made
 
 
 def ancestors(node: fx.Node, stop: Callable[[fx.Node], bool] = lambda n: False) -> Iterator[fx.Node]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from attnopt.graph.nodes import ancestors, arg, calls, get_attr, is_number, is_tensor, opname, shape, source_line
+from attnopt.graph.nodes import arg, between, calls, get_attr, is_tensor, opname, shape, source_line
 from attnopt.graph.ops import ADD, REARRANGED, Kind, of
 from attnopt.graph.select import Selection
 from attnopt.ir.projection import Projection
@@ -27,7 +27,7 @@ def read_projection(
     ``alone``: heads may differ only by the projection, as merging requires.
     """
     each = [_of_head(node, axis, h, features) for h in range(heads)]
-    return _unseparated(each, alone) or _of_weights(each), _between(node, each)
+    return _unseparated(each, alone) or _of_weights(each), _on_ways(node, each)
 
 
 def _unseparated(each: Sequence[Sequence[Source]], alone: bool) -> Projection | None:
@@ -66,7 +66,7 @@ def _of_weights(each: Sequence[Sequence[Source]]) -> Projection:
 
 def ways_of_head(node: fx.Node, axis: int) -> tuple[fx.Node, ...]:
     """The nodes between the first head along ``axis`` of ``node`` and the weights that make it."""
-    return _between(node, [_of_head(node, axis, 0)])
+    return _on_ways(node, [_of_head(node, axis, 0)])
 
 
 def _of_head(node: fx.Node, axis: int, head: int, features: int = 3) -> list[Source]:
@@ -74,18 +74,11 @@ def _of_head(node: fx.Node, axis: int, head: int, features: int = 3) -> list[Sou
     return [_as_bias(x) for x in found]
 
 
-def _between(node: fx.Node, each: Sequence[Sequence[Source]]) -> tuple[fx.Node, ...]:
+def _on_ways(node: fx.Node, each: Sequence[Sequence[Source]]) -> tuple[fx.Node, ...]:
     """The weights, and all that is computed between their products and ``node``: a way may pass over an operator, such as
     one that returns several tensors."""
     ways = dict.fromkeys(n for found in each for x in found for n in x.ways if x.kind == "weight")
-    made = [n for n in ways if n.op == "call_function"]
-    if not made:
-        return tuple(ways)
-    first = min(made)
-    for n in sorted(ancestors(node, stop=lambda n: n < first)):
-        if not is_number(n) and any(i in ways and i.op == "call_function" for i in n.all_input_nodes):
-            ways.setdefault(n)
-    return tuple(ways)
+    return (*ways, *between([n for n in ways if n.op == "call_function"], [node]))
 
 
 def _is_shared(constant: Source, each: Sequence[Sequence[Source]]) -> bool:

@@ -8,9 +8,8 @@ from itertools import chain, permutations
 from torch import fx
 
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import ancestors, calls, is_tensor
-from attnopt.slicing.pull_layout import SPLITS
-from attnopt.slicing.selector import PIECES, Selector
+from attnopt.graph.nodes import ancestors, between, calls, is_tensor
+from attnopt.slicing.selector import PIECES, Selector, with_splits
 from attnopt.slicing.weight_store import Weights
 
 
@@ -23,8 +22,10 @@ def forks(operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]
 def built_anew(
     forked: set[fx.Node], operands: Mapping[str, fx.Node], ways: Mapping[str, Sequence[fx.Node]]
 ) -> list[fx.Node]:
-    """The nodes to recompute for each role, so that none needs a packed tensor."""
-    return [*chain(*ways.values()), *_below(forked, operands)]
+    """The nodes to recompute for each role, so that none needs a packed tensor: also values between it and an operand, such as
+    the length that a norm divides by."""
+    packed = [n for n in forked if n.op == "call_function"]
+    return [*chain(*ways.values()), *between(packed, operands.values())]
 
 
 def is_read_in_parts(packed: Iterable[fx.Node]) -> bool:
@@ -32,28 +33,19 @@ def is_read_in_parts(packed: Iterable[fx.Node]) -> bool:
     return all(calls(n, PIECES) for n in _readers(packed))
 
 
-def take_apart(packed: Collection[fx.Node], weights: Weights) -> None:
-    """Let whatever reads a part of ``packed`` tensors read a projection of its own, unless something reads them whole."""
+def take_apart(packed: Collection[fx.Node], weights: Weights) -> dict[fx.Node, fx.Node]:
+    """Let whatever reads a part of ``packed`` tensors read a projection of its own, unless something reads them whole: the
+    parts, and what takes their places."""
     if not is_read_in_parts(packed):
-        return
+        return {}
+    made = {}
     for part in _readers(packed):
         select = Selector(Emitter(part.graph, part, part.meta.get("attnopt")), weights, {}, [part], packed)
-        part.replace_all_uses_with(select.select(part, {}))
+        made[part] = select.select(part, {})
+        part.replace_all_uses_with(made[part])
+    return made
 
 
 def _readers(packed: Iterable[fx.Node]) -> list[fx.Node]:
-    made = {n for n in packed if n.op == "call_function"}
-    made |= {u for n in made for u in n.users if calls(u, SPLITS)}
+    made = with_splits(n for n in packed if n.op == "call_function")
     return [u for n in sorted(made) for u in n.users if u not in made and is_tensor(u)]  # the others read sizes
-
-
-def _below(forked: set[fx.Node], operands: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """Values computed from a packed tensor between it and an operand, such as the length that a norm divides by."""
-    above = {n for node in operands.values() for n in ancestors(node)}
-    reached = {n for n in forked if n.op == "call_function"}
-    made = []
-    for node in next(iter(operands.values())).graph.nodes:
-        if node in above and node not in reached and reached.intersection(node.all_input_nodes):
-            reached.add(node)
-            made.append(node)
-    return made

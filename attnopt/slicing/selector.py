@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -28,6 +28,12 @@ class _DynamicAxisError(Exception):
     sizes of the example inputs only, so it must be applied below, where heads have a separate axis."""
 
 
+def with_splits(packed: Iterable[fx.Node]) -> set[fx.Node]:
+    """``packed`` tensors, and what returns their parts."""
+    made = set(packed)
+    return made | {u for n in made for u in n.users if calls(u, SPLITS)}
+
+
 class Selector:
     """Builds selections of nodes, propagated backward as far as possible.
 
@@ -50,7 +56,7 @@ class Selector:
         self.emit, self.weights, self.edited, self.dirty = emit, weights, dict(edited or {}), set(dirty)
         self.forks, self.whole = forks, whole
         self.anew: set[fx.Node] = set()
-        self._sources = {*forks, *(n for fork in forks for n in fork.users if calls(n, SPLITS))}
+        self._sources = with_splits(forks)
         self._known: dict[Any, fx.Node] = {}
 
     def select(self, node: fx.Node, selection: Selection) -> fx.Node:
@@ -66,7 +72,7 @@ class Selector:
     def _build(self, node: fx.Node, selection: Selection) -> fx.Node:
         if node.op == "get_attr":
             return self._parameter(node, selection)
-        if selection and node in self.whole and all(is_static(value(node).shape[axis]) for axis in selection):
+        if selection and node in self.whole and _holds_at_any_size(node, selection):
             return restrict(self.emit, self.select(node, {}), selection)
         if not selection and calls(node, PIECES) and node.all_input_nodes[0] in self._sources:
             return self._piece(node)
@@ -118,9 +124,9 @@ class Selector:
                 if pull(node, {axis: idx}) is not None:
                     rest = {a: i for a, i in selection.items() if a != axis}
                     return restrict(self.emit, self.select(node, {axis: idx}), rest)
-        if not all(is_static(value(node).shape[axis]) for axis in selection):
+        if not _holds_at_any_size(node, selection):
             raise _DynamicAxisError
-        return restrict(self.emit, self.select(node, {}) if node in self.dirty else node, selection)
+        return restrict(self.emit, self.select(node, {}), selection)
 
     def _parameter(self, node: fx.Node, selection: Selection) -> fx.Node:
         if self.weights is None:
@@ -129,6 +135,10 @@ class Selector:
         if not selection and name not in self.edited:
             return node
         return self.weights.read(self.emit, self.weights.derive(name, selection, self.edited.get(name)))
+
+
+def _holds_at_any_size(node: fx.Node, selection: Selection) -> bool:
+    return all(is_static(value(node).shape[axis]) for axis in selection)
 
 
 def _ends_in_weights(pulled: Pulled) -> bool:
@@ -165,7 +175,7 @@ def push_down(
 def _arrives(user: fx.Node, pushed: Pushed) -> bool:
     """Indices along an axis that merges heads with a free batch hold at the example alone: they have to reach one of heads."""
     chosen = pushed.selection
-    if chosen is None or all(is_static(value(user).shape[axis]) for axis in chosen):
+    if chosen is None or _holds_at_any_size(user, chosen):
         return True
     below = [(n, push(n, user, chosen)) for n in user.users]
     return all(found is not None and _arrives(n, found) for n, found in below)

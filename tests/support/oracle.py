@@ -165,20 +165,21 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
     softmax, log_softmax, exp = torch.Tensor.softmax, torch.Tensor.log_softmax, torch.Tensor.exp
     exp2, logsumexp = torch.Tensor.exp2, torch.Tensor.logsumexp
 
+    def weights_of(x: Tensor, dim: int, dtype: torch.dtype | None = None, safe: bool = False) -> Tensor:
+        edit = counter.take(x)
+        # Edited weights may be those that single precision rounds to zero.
+        wide = dtype if edit is None else torch.float64
+        weights = softmax(_joined_by_zeros(_hidden(x, dim, edit, heads), dim, edit), dim, wide)
+        weights = weights.nan_to_num(0.0) if safe else weights
+        return _weighed(_without_zeros(weights, dim, edit), edit, heads, dim).to(x.dtype if dtype is None else dtype)
+
     def on_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, _stacklevel: int = 3, **_: Any) -> Tensor:
         if counter.inside or x.dim() < 3:
             return softmax(x, dim, dtype)
-        edit = counter.take(x)
-        wide = (
-            dtype if edit is None else torch.float64
-        )  # edited weights may be those that single precision rounds to zero
-        weights = softmax(_joined_by_zeros(_hidden(x, dim, edit, heads), dim, edit), dim, wide)
-        return _weighed(_without_zeros(weights, dim, edit), edit, heads, dim).to(x.dtype if dtype is None else dtype)
+        return weights_of(x, dim, dtype)
 
     def on_safe_softmax(x: Tensor, dim: int) -> Tensor:  # of flex_attention
-        edit = counter.take(x)
-        weights = softmax(_joined_by_zeros(_hidden(x, dim, edit, heads), dim, edit), dim).nan_to_num(0.0)
-        return _weighed(_without_zeros(weights, dim, edit), edit, heads)
+        return weights_of(x, dim, safe=True)
 
     def on_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, _stacklevel: int = 3, **_: Any) -> Tensor:
         if x.dim() < 3:
@@ -219,10 +220,7 @@ def edited(edits: Edits, *, heads: int | None = None, exponentials: bool = False
             scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        edit = counter.take(scores)
-        wide = torch.float64 if edit is not None else None
-        weights = softmax(_joined_by_zeros(_hidden(scores, -1, edit, heads), -1, edit), -1, wide).nan_to_num(0.0)
-        return _weighed(_without_zeros(weights, -1, edit), edit, heads).to(v.dtype) @ v
+        return weights_of(scores, -1, safe=True).to(v.dtype) @ v
 
     patches = (
         mock.patch.object(torch, "softmax", on_softmax),

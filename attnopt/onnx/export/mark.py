@@ -54,11 +54,11 @@ def mark(gm: fx.GraphModule, settle: Settle, takes_apart: bool = True) -> tuple[
             node.replace_all_uses_with(_placeholder(emit, of_senders, len(marked)))
             marked.append(Marked(of_senders.site, choose(of_senders.site, contrib=False), original[node]))
             continue
-        if takes_apart and (packed := canonical(emit, node)) is not None:
-            apart(weights, packed.operands)
         call = canonical(emit, node)
         if call is None:
             continue
+        if takes_apart:
+            call = replace(call, operands=apart(weights, call.operands))
         call, form = settle(emit, call)
         placeholder = _placeholder(emit, call, len(marked))
         if len(value(node).shape) != 4:

@@ -11,7 +11,8 @@ from attnopt.slicing.packed_projections import forks, take_apart
 from attnopt.slicing.weight_store import Weights
 
 
-def apart(weights: Weights, operands: Operands[fx.Node]) -> None:
-    """Let queries, keys and values have no common projections."""
+def apart(weights: Weights, operands: Operands[fx.Node]) -> Operands[fx.Node]:
+    """The same, of which queries, keys and values have no common projections."""
     projected = {"q": operands.q, "k": operands.k, "v": operands.v}
-    take_apart(forks(projected, {role: ways_of_head(node, 1) for role, node in projected.items()}), weights)
+    made = take_apart(forks(projected, {role: ways_of_head(node, 1) for role, node in projected.items()}), weights)
+    return operands.map(lambda _, node: made.get(node, node))

@@ -18,7 +18,7 @@ from attnopt.passes import GroupedQuery
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
-WIDTH, HEADS, DIM = 32, 4, 8
+WIDTH, DIM = 32, 8
 PLACES = torch.arange(7.0)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
 COS, SIN = PLACES.cos(), PLACES.sin()
 

@@ -31,14 +31,12 @@ class Model(nn.Module):
         self.out = nn.Linear(Q, WIDTH)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        made = torch.cat([p(x) for p in self.projections], -1) if len(self.projections) == 1 else None
-        parts = [p(x) for p in self.projections] if made is None else made.split([Q, KV, KV, OTHER], -1)
+        own = [p(x) for p in self.projections]
+        parts = own if len(own) > 1 else own[0].split([Q, KV, KV, OTHER], -1)
         q, k, v = (t.unflatten(-1, (-1, DIM)).transpose(1, 2) for t in parts[:3])
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         out = self.out(mixed.transpose(1, 2).flatten(2))
-        own = {"cache": (k, v), "other": (parts[3],)}
-        own |= {"whole": own["other"] if made is None else (made.sum(-1),)}
-        return (out, *own[self.read])
+        return (out, *{"cache": (k, v), "other": (parts[3],), "whole": (own[0].sum(-1),)}[self.read])
 
 
 def without(model: nn.Module) -> nn.Module:
