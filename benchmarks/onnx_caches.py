@@ -24,22 +24,24 @@ from attnopt.passes import LocalWindow
 WINDOW, SPARE = 256, 16  # keys that a query sees; entries of a rolling buffer beside them
 TURN = SPARE + 1  # tokens between two moves of its entries
 LENGTHS = (2048, 8192, 32768)
-CLOSE, COARSE = 1e-3, 0.05  # relative to the largest logit: of float32, of int8
+CLOSE, COARSE, ROUGH = 1e-3, 0.05, 0.25  # relative to the largest logit: of float32, of int8, of random weights in int8
 Half = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """``windows`` and ``kv`` of ``export_decoder``; ``every``: of so many layers one has a window, 0 for none."""
+    """``windows``, ``kv`` and ``quantize`` of ``export_decoder``; ``every``: of so many layers one has a window, 0 for none."""
 
     every: int
     windows: Any = "masked"
     kv: Any = "float32"
+    quantize: Any = None
 
 
 CONTENDERS = {
     "float32": Contender(0),
     "int8": Contender(0, kv="int8"),
+    "int8, weights too": Contender(0, kv="int8", quantize="int8"),
     "every window masked": Contender(1),
     "every window rolling": Contender(1, "rolling"),
     "every window rolling, int8": Contender(1, "rolling", "int8"),
@@ -116,7 +118,9 @@ def _exported(model: torch.nn.Module, folder: Path, layers: int, vocabulary: int
         fast = attnopt.optimize(model, policy, (), _inputs(ids), dynamic_shapes="auto", backend="sdpa")
         data = calibration if c.kv == "int8" else None
         to = folder / title
-        fast.export_decoder(to, context_length=65536, eos_token_id=0, windows=c.windows, kv=c.kv, calibration=data)
+        fast.export_decoder(
+            to, context_length=65536, eos_token_id=0, windows=c.windows, kv=c.kv, calibration=data, quantize=c.quantize
+        )
         files[title] = to / "model.onnx"
     return files
 
@@ -165,6 +169,7 @@ def _filled(file: Path, length: int) -> dict[str, Half]:
 def _check(made: Mapping[str, list[Any]]) -> None:
     for title, other, room in (
         ("int8", "float32", COARSE),
+        ("int8, weights too", "float32", ROUGH),
         ("every window rolling", "every window masked", CLOSE),
         ("every window rolling, int8", "every window masked", COARSE),
         ("half rolling", "half masked", CLOSE),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import oracle
 import pytest
 import torch
@@ -105,6 +106,38 @@ def test_weights_are_small_and_all_else_is_as_before(
             assert 1e-4 < (got - want).norm() / want.norm() < LOST[how]
     with pytest.raises(Exception, match=r"requires .*% 2"):
         run(file, (torch.randn(2, 41, 40), torch.rand(2, 4)))
+
+
+def test_onnx_runtime_joins_biases_with_int8_products(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:
+    fast.export_onnx(tmp_path / "m.onnx", quantize="int8")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(tmp_path / "m.onnx", options)
+    nodes = [n for n in onnx.load(tmp_path / "loaded.onnx").graph.node if n.domain == "com.microsoft"]
+    place = {"DynamicQuantizeMatMul": 4, "MatMulIntegerToFloat": 6}  # of the bias
+    biased = [n for n in nodes if n.op_type in place and len(n.input) > place[n.op_type] and n.input[place[n.op_type]]]
+    assert len(biased) == 5  # q, k, v, out, head
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_sums_keep_their_order(turned: bool, tmp_path: Path) -> None:
+    """A bias that comes third is not added before the second addend."""
+    p, q = ("c, p", "r, q") if turned else ("p, c", "q, r")
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        sums (float[1, 2, 4] x, float[1, 2, 4] r) => (float[1, 2, 4] a, float[1, 2, 4] b)
+        {{ p = MatMul(x, w)  a = Sum({p}, r)  q = MatMul(x, u)  b = Sum({q}, c) }}
+    """)
+    torch.manual_seed(0)
+    for name, shape in {"w": (4, 4), "u": (4, 4), "c": (4,)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(torch.randn(shape).numpy(), name))
+    made = onnx_ir.from_proto(model)
+    prepared(made)
+    assert [n.op_type for n in made.graph] == ["MatMul", "Add", "Sum", "MatMul", "Sum"]
+    onnx.save(model, tmp_path / "before.onnx")
+    onnx_ir.save(made, tmp_path / "after.onnx")
+    x = (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    assert all(map(torch.equal, in_runtime(tmp_path / "after.onnx", *x), in_runtime(tmp_path / "before.onnx", *x)))
 
 
 def test_external_weights(fast: attnopt.OptimizedModel, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def prepared(model: ir.Model) -> WeightProducts:
     """Make every product with a constant float32 matrix a MatMul whose weight nothing else reads, and name all products.
 
     onnxruntime's quantizers skip transposed weights and constants in nodes, transpose a shared weight of two Gemm twice, and
-    choose nodes by their names.
+    choose nodes by their names.  Biases are written as ONNX Runtime joins them with quantized products.
     """
     LiftConstantsToInitializersPass()(model)
     weights = _Weights(model.graph)
@@ -37,6 +37,7 @@ def prepared(model: ir.Model) -> WeightProducts:
         if is_a(node, "MatMul") and (weight := weights.of(node.inputs[1])) is not None:
             node.replace_input_with(1, weight)
             chosen.add(node)
+            _bias_first(model.graph, node)
     products = [n for n in model.graph.all_nodes() if is_a(n, "MatMul", "Gemm")]
     _named_apart(products, [n for n in model.graph.all_nodes() if n not in set(products)])
     return WeightProducts(
@@ -101,6 +102,26 @@ def _as_matmul(graph: ir.Graph, weights: _Weights, node: ir.Node) -> None:
         product.outputs[0].name = f"{out.name}/product"
         product.outputs[0].type = out.type
         new.append(ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}/sum" if node.name else None))
+    irc.replace_nodes_and_values(graph, node, [node], new, [out], [new[-1].outputs[0]])
+
+
+def _bias_first(graph: ir.Graph, product: ir.Node) -> None:
+    """Sum(product, bias, ...) as Sum(Add(product, bias), ...): the same additions in the same order."""
+    made = product.outputs[0]
+    if made.is_graph_output() or len(made.uses()) != 1:
+        return
+    ((node, place),) = made.uses()
+    if not is_a(node, "Sum") or node.graph is not graph or place > 1 or len(node.inputs) < 2:
+        return
+    bias = node.inputs[1 - place]
+    if bias is None or bias.const_value is None or bias.is_graph_input() or len(bias.const_value.shape) != 1:
+        return
+    added = ir.node("Add", [made, bias], name=f"{node.name}/bias" if node.name else None)
+    new, out = [added], node.outputs[0]
+    if len(node.inputs) > 2:
+        added.outputs[0].name = f"{out.name}/bias"
+        added.outputs[0].type = out.type
+        new.append(ir.node("Sum", [added.outputs[0], *node.inputs[2:]], name=node.name))
     irc.replace_nodes_and_values(graph, node, [node], new, [out], [new[-1].outputs[0]])
 
 
