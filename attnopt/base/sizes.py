@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from math import gcd
+from typing import Any
 
 import torch
+
+_DOUBLED = ContextVar("_DOUBLED", default=False)
 
 
 def hint(size: int | torch.SymInt) -> int:
     """The size of an axis for the example inputs; -1 if it depends on their values."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.hint is not None else -1
-    return int(size)
+    if not isinstance(size, torch.SymInt) or is_static(size):
+        return int(size)
+    found = _doubled(size) if _DOUBLED.get() else size
+    return int(found.node.hint) if found.node.hint is not None else -1
+
+
+def _doubled(size: torch.SymInt) -> torch.SymInt:
+    of: Any = size.node
+    made: torch.SymInt = of.shape_env.create_symintnode(
+        of.expr.xreplace({s: 2 * s for s in of.expr.free_symbols}), hint=None
+    )
+    return made
+
+
+@contextlib.contextmanager
+def at_double_sizes() -> Iterator[None]:
+    """Here ``hint`` tells sizes for inputs that are twice as long along each axis that may vary."""
+    token = _DOUBLED.set(True)
+    try:
+        yield
+    finally:
+        _DOUBLED.reset(token)
 
 
 def is_static(size: int | torch.SymInt) -> bool:

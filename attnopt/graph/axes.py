@@ -20,11 +20,12 @@ from attnopt.graph.ops import FACTORS, Kind, rules
 
 @dataclass(eq=False)
 class Atom:
-    """One indivisible axis; ``size`` at the example inputs."""
+    """One indivisible axis; ``size`` at the example inputs, or at any if it is ``fixed``."""
 
     size: int
     name: str = ""
     parts: tuple[Atom, ...] | None = field(default=None)
+    fixed: bool = False
 
     def __repr__(self) -> str:
         return f"{self.name or 'a'}:{self.size}"

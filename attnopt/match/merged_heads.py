@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from attnopt.graph.axes import Atom, Axis, resolve
+from attnopt.base.sizes import at_double_sizes
+from attnopt.graph.axes import Atom, resolve, resolve_all
+from attnopt.graph.nodes import shape
 from attnopt.match.read_scores import Operand
 from attnopt.match.region import Region, atoms_of, picked
-from attnopt.match.rejection import rejected
+from attnopt.match.rejection import IN_ONE_ORDER, rejected
 from attnopt.slicing.sources import weight_rows
 
 Rows = list[frozenset[object]]  # of weights, that each place along an atom reads
@@ -22,12 +24,14 @@ def take_apart(r: Region) -> None:
             continue
         parts = _parts(rows)
         if parts is not None and all(_agree(rows, _rows(o, atom)) for o in (r.k, r.v) if atom in atoms_of(o.axes)):
-            atom.parts = parts
+            outer, heads, run = parts
+            is_outer_fixed, is_run_fixed = _fixed(r.q, atom)
+            each = (Atom(outer, fixed=is_outer_fixed), Atom(heads), Atom(run, fixed=is_run_fixed))
+            atom.parts = tuple(a for a in each if a.size > 1)
         elif rows[0] != rows[1] and rows[-2] != rows[-1]:  # which would be heads
             expected = "heads on an axis of their own, or merged with a batch in one order"
             found = f"{atom.size} places of one axis, some of which read the same rows of a weight"
-            hint = "merge queries, keys and values in one order, or keep [batch, heads, tokens, features]"
-            raise rejected(r.anchor or r.out.node, "merged-heads", expected, found, hint)
+            raise rejected(r.anchor or r.out.node, "merged-heads", expected, found, IN_ONE_ORDER)
 
 
 def _varies(o: Operand, atom: Atom) -> bool:
@@ -40,14 +44,29 @@ def _rows(o: Operand, atom: Atom) -> Rows:
     return [weight_rows(o.node, picked(o, atom, i)) for i in range(atom.size)]
 
 
-def _parts(rows: Rows) -> Axis | None:
-    """What lies outside the heads, the heads, and what lies inside, if that is the order, without what is of length 1."""
+def _parts(rows: Rows) -> tuple[int, int, int] | None:
+    """How many places lie outside the heads, are heads, and lie inside, if that is the order."""
     heads = list(dict.fromkeys(rows))
-    run = next(i for i, own in enumerate(rows) if own != rows[0])
+    run = next((i for i, own in enumerate(rows) if own != rows[0]), len(rows))
     outer, rest = divmod(len(rows), run * len(heads))
     if rest or any(own != heads[i // run % len(heads)] for i, own in enumerate(rows)):
         return None
-    return tuple(Atom(size) for size in (outer, len(heads), run) if size > 1)
+    return outer, len(heads), run
+
+
+def _fixed(o: Operand, atom: Atom) -> tuple[bool, bool]:
+    """Whether what lies outside and inside the heads is known to be as long for any inputs: it is as long at double sizes."""
+    axis = next(i for i, own in enumerate(resolve_all(o.axes)) if atom in own)
+    own = _along(o, axis)
+    with at_double_sizes():
+        double = _along(o, axis)
+    if own is None or double is None or own[1] != double[1]:
+        return False, False
+    return own[0] == double[0], own[2] == double[2]
+
+
+def _along(o: Operand, axis: int) -> tuple[int, int, int] | None:
+    return _parts([weight_rows(o.node, {axis: (i,)}) for i in range(shape(o.node)[axis])])
 
 
 def _agree(rows: Rows, others: Rows) -> bool:

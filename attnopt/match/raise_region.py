@@ -26,7 +26,7 @@ from attnopt.match.read_chain import Ratio
 from attnopt.match.read_scores import Factor, Operand
 from attnopt.match.rearrange import Arranger
 from attnopt.match.region import Region
-from attnopt.match.rejection import NotAttentionError, rejected, weights_changed
+from attnopt.match.rejection import IN_ONE_ORDER, NotAttentionError, rejected, weights_changed
 from attnopt.match.weight_factors import gains_of
 from attnopt.patterns import Pattern
 from attnopt.slicing.selector import Selector
@@ -126,8 +126,8 @@ def _require_counted(r: Region, *operands: fx.Node) -> None:
     """Raises NotAttentionError if an input's size changes the number of heads: they are merged with a batch."""
     counts = [value(x).shape[1] for x in operands]
     if (free := next((n for n in counts if not is_static(n)), None)) is not None:
-        hint = "reshape to [batch, heads, tokens, features], or merge in that order"
-        raise rejected(r.out.node, "merged-heads", "a number of heads that no input changes", f"{free} heads", hint)
+        expected = "a number of heads that no input changes"
+        raise rejected(r.out.node, "merged-heads", expected, f"{free} heads", IN_ONE_ORDER)
 
 
 @dataclass(frozen=True)

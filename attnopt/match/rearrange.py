@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 
+import sympy
+import torch
 from torch import fx
 
 from attnopt.base.sizes import is_static, same_size
@@ -23,11 +26,12 @@ class Arranger:
         self.emit = emit
         self.alone: dict[Atom, tuple[fx.Node, int]] = {}
         self.inside: dict[Atom, tuple[fx.Node, int, Axis]] = {}
-        self.heads = frozenset(region.heads)
+        self.fixed = set(region.heads)  # of the same size at any inputs
         for node, axes in sorted(region.frames, key=lambda frame: frame[0]):  # an operand is there without its product
             if len(value(node).shape) != len(axes):
                 continue
             for i, axis in enumerate(resolve_all(axes)):
+                self.fixed.update(a for a in axis if a.fixed or is_static(value(node).shape[i]))
                 if len(axis) == 1:
                     self.alone.setdefault(axis[0], (node, i))
                 for atom in axis:
@@ -37,16 +41,13 @@ class Arranger:
         if atom in self.alone:
             node, i = self.alone[atom]
             return self.emit.size(node, i)
-        if atom not in self.inside:
+        if atom in self.fixed or atom not in self.inside:
             return atom.size
         node, i, axis = self.inside[atom]
-        if atom in self.heads or is_static(value(node).shape[i]):
+        others = [a for a in axis if a is not atom]
+        if not self.fixed | self.alone.keys() >= set(others):
             return atom.size
-        known = self.heads | self.alone.keys()
-        others = [self.size(a) for a in axis if a is not atom and a in known]
-        unknown = [a for a in axis if a is not atom and a not in known]
-        rest = self._times([*others, *(a.size for a in unknown)])
-        return atom.size if unknown else self.emit.call(operator.floordiv, self.emit.size(node, i), rest)
+        return self.emit.call(operator.floordiv, self.emit.size(node, i), self._times([self.size(a) for a in others]))
 
     def _times(self, sizes: list[int | fx.Node]) -> int | fx.Node:
         known = math.prod(s for s in sizes if isinstance(s, int))
@@ -96,6 +97,12 @@ class Arranger:
 
     def reshape(self, node: fx.Node, sizes: list[int | fx.Node]) -> fx.Node:
         """A reshape; none if the node, or the input of its reshape, already has that shape."""
+        if _symbols(value(node).shape) - _symbols(s if isinstance(s, int) else value(s) for s in sizes):
+            expected = "axes whose lengths follow from those of the inputs"
+            found = f"several on one axis of {node.name} that may vary"
+            raise rejected(
+                node, "unreadable-layout", expected, found, "leave all but one of them out of dynamic_shapes"
+            )
         made = self.emit.call(aten.reshape.default, node, sizes)
         base = node
         while True:
@@ -104,6 +111,10 @@ class Arranger:
             if getattr(base, "target", None) is not aten.reshape.default:
                 return made
             base = base.args[0]  # type: ignore[assignment]
+
+
+def _symbols(sizes: Iterable[int | torch.SymInt]) -> set[sympy.Symbol]:
+    return {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
 
 
 def _blocks(axes: Axes, order: list[Atom], groups: Axes) -> list[Axis]:

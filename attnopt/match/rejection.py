@@ -7,6 +7,8 @@ from torch import fx
 from attnopt.graph.nodes import opname, source_line
 from attnopt.ir.refusal import Refusal
 
+IN_ONE_ORDER = "merge queries, keys and values in one order, or keep [batch, heads, tokens, features]"
+
 
 class NotAttentionError(Exception):
     """It is no attention, or none that can be expressed.  ``node``: the first that differs, where that is known;

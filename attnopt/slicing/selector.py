@@ -72,7 +72,7 @@ class Selector:
     def _build(self, node: fx.Node, selection: Selection) -> fx.Node:
         if node.op == "get_attr":
             return self._parameter(node, selection)
-        if selection and node in self.whole and _holds_at_any_size(node, selection):
+        if selection and node in self.whole and _is_fixed(node, selection):
             return restrict(self.emit, self.select(node, {}), selection)
         if not selection and calls(node, PIECES) and node.all_input_nodes[0] in self._sources:
             return self._piece(node)
@@ -124,7 +124,7 @@ class Selector:
                 if pull(node, {axis: idx}) is not None:
                     rest = {a: i for a, i in selection.items() if a != axis}
                     return restrict(self.emit, self.select(node, {axis: idx}), rest)
-        if not _holds_at_any_size(node, selection):
+        if not _is_fixed(node, selection):
             raise _DynamicAxisError
         return restrict(self.emit, self.select(node, {}), selection)
 
@@ -137,8 +137,9 @@ class Selector:
         return self.weights.read(self.emit, self.weights.derive(name, selection, self.edited.get(name)))
 
 
-def _holds_at_any_size(node: fx.Node, selection: Selection) -> bool:
-    return all(is_static(value(node).shape[axis]) for axis in selection)
+def _is_fixed(node: fx.Node, axes: Iterable[int]) -> bool:
+    """No input changes the length of these axes, so that places along them mean the same in any call."""
+    return all(is_static(value(node).shape[axis]) for axis in axes)
 
 
 def _ends_in_weights(pulled: Pulled) -> bool:
@@ -175,7 +176,7 @@ def push_down(
 def _arrives(user: fx.Node, pushed: Pushed) -> bool:
     """Indices along an axis that merges heads with a free batch hold at the example alone: they have to reach one of heads."""
     chosen = pushed.selection
-    if chosen is None or _holds_at_any_size(user, chosen):
+    if chosen is None or _is_fixed(user, chosen):
         return True
     below = [(n, push(n, user, chosen)) for n in user.users]
     return all(found is not None and _arrives(n, found) for n, found in below)
@@ -203,6 +204,8 @@ def _permute_first(node: fx.Node, split: fx.Node, permute: fx.Node) -> None:
     """permute(split(node)) as split(permute(node)), if the parts of each axis stay together."""
     groups = regroup(shape(node), shape(split))
     if groups is None or any(len(mine) != 1 for mine, _ in groups):
+        return
+    if any(_is_fixed(node, mine) != _is_fixed(split, parts) for mine, parts in groups):  # equal in the example alone
         return
     part_of = {part: mine[0] for mine, parts in groups for part in parts}
     order = order_of(permute)

@@ -125,15 +125,15 @@ def test_sums_keep_their_order(turned: bool, tmp_path: Path) -> None:
     p, q = ("c, p", "r, q") if turned else ("p, c", "q, r")
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["" : 20]>
-        sums (float[1, 2, 4] x, float[1, 2, 4] r) => (float[1, 2, 4] a, float[1, 2, 4] b)
-        {{ p = MatMul(x, w)  a = Sum({p}, r)  q = MatMul(x, u)  b = Sum({q}, c) }}
+        sums (float[1, 2, 4] x, float[1, 2, 4] r) => (float[1, 2, 4] a, float[1, 2, 4] b, float[1, 2, 4] d)
+        {{ p = MatMul(x, w)  a = Sum({p}, r)  q = MatMul(x, u)  b = Sum({q}, c)  o = MatMul(x, t)  d = Sum(r, r, o, c) }}
     """)
     torch.manual_seed(0)
-    for name, shape in {"w": (4, 4), "u": (4, 4), "c": (4,)}.items():
+    for name, shape in {"w": (4, 4), "u": (4, 4), "t": (4, 4), "c": (4,)}.items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(torch.randn(shape).numpy(), name))
     made = onnx_ir.from_proto(model)
     prepared(made)
-    assert [n.op_type for n in made.graph] == ["MatMul", "Add", "Sum", "MatMul", "Sum"]
+    assert [n.op_type for n in made.graph] == ["MatMul", "Add", "Sum", "MatMul", "Sum", "MatMul", "Sum"]
     onnx.save(model, tmp_path / "before.onnx")
     onnx_ir.save(made, tmp_path / "after.onnx")
     x = (torch.randn(1, 2, 4), torch.randn(1, 2, 4))

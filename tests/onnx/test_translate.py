@@ -174,3 +174,21 @@ class OneMinus(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float32])
 def test_a_number_less_a_tensor(dtype: torch.dtype, tmp_path: Path) -> None:
     check(OneMinus(dtype), tmp_path / "m.onnx")
+
+
+class Angles(nn.Module):
+    """Integer positions times frequencies, as one einsum; ``length``: known when the file is written, or an input's."""
+
+    def __init__(self, length: int | None) -> None:
+        super().__init__()
+        self.length = length
+        self.register_buffer("frequencies", torch.rand(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[0] if self.length is None else self.length)
+        return x + torch.einsum("i, j -> i j", places, self.frequencies).sin().sum(0)
+
+
+@pytest.mark.parametrize("length", [7, None])
+def test_an_einsum_of_integers_and_floats(length: int | None, tmp_path: Path) -> None:
+    check(Angles(length), tmp_path / "m.onnx")

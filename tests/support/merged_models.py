@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 H, D, V = 3, 4, 5  # heads, features of queries and keys, and of values
-WIDTH = 13
+WIDTH, N = 13, 8  # features and tokens of a sequence
 WINDOW = 4  # tokens of a window, where a model cuts its sequence into windows
 
 
@@ -18,6 +18,7 @@ class Merged(nn.Module):
 
     scale = D**-0.5
     windowed = False  # tokens see those of their own window
+    apart = False  # which are every so many
     biased = False
     heads_first = False  # in the axis that they share with the batch
     gains: Tensor | None = None  # of the heads of the queries: an edit of ``attend``
@@ -68,10 +69,12 @@ def meant(model: Merged, x: Tensor, gains: Sequence[float] = (1.0,) * H, visible
     if model.biased:
         scores = scores + model.bias(length)
     if model.windowed:
-        window = torch.arange(length) // WINDOW
+        places = torch.arange(length)
+        window = places % (length // WINDOW) if model.apart else places // WINDOW
         scores = scores.masked_fill(window[:, None] != window, -torch.inf)
     if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
+        rank = torch.arange(length) // (length // WINDOW if model.apart else 1)  # in its window
+        scores = scores.masked_fill(~visible[rank][:, rank], -torch.inf)
     o = scores.softmax(-1) @ v * torch.tensor(gains, dtype=v.dtype)[:, None, None]
     made: Tensor = model.out(o.transpose(1, 2).flatten(2))
     return made
@@ -187,6 +190,36 @@ class HeadsOfWindows(Merged):
         o = self.attend(*(t.reshape(H * count * B, WINDOW, -1) for t in (q, k, v)))
         made: Tensor = self.out(o.view(H, count, B, WINDOW, V).permute(2, 1, 3, 0, 4).reshape(B, n, H * V))
         return made
+
+
+class WindowsInside(Merged):
+    """Heads between the batch and the windows, as divided attention in space and time has them; an operator lies behind."""
+
+    windowed = True
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (self.cut(x.flatten(0, 1)).flatten(0, 1).roll(1, 2) for x in (q, k, v))
+        o = self.attend(q, k, v).roll(-1, 2).unflatten(0, (-1, N // WINDOW))
+        return self.joined(o).unflatten(0, (-1, H))
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[B * H, N, ...] -> [B * H, N / WINDOW, WINDOW, ...]"""
+        return x.unflatten(1, (-1, WINDOW))
+
+    def joined(self, x: Tensor) -> Tensor:
+        return x.flatten(1, 2)
+
+
+class WindowsAcross(WindowsInside):
+    """The tokens of a window lie apart."""
+
+    apart = True
+
+    def cut(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (WINDOW, -1)).transpose(1, 2)
+
+    def joined(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(1, 2)
 
 
 class Bias(Merged):
@@ -311,6 +344,8 @@ SPELLINGS = (
     OntoZeros,
     Windows,
     HeadsOfWindows,
+    WindowsInside,
+    WindowsAcross,
     Bias,
     BiasHeadsFirst,
     Packed,

@@ -1,7 +1,7 @@
 """Implicit dtype promotion made explicit where torch's exporter cannot.
 
 ``1.0 - mask`` of integers becomes a subtraction whose first operand is a number, and the exporter's type promotion has no
-form for that one.
+form for that one, nor for an ``einsum`` of integers and floats, as of positions and rotary frequencies.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from attnopt.graph.nodes import aten, is_tensor, value
 
 
 def promoted(gm: fx.GraphModule) -> None:
-    """What is subtracted from a number is converted to the type of the result first."""
-    for node in gm.graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
-        x, dtype = node.args[0], value(node).dtype
-        if is_tensor(x) and value(x).dtype != dtype:
-            node.replace_input_with(x, Emitter(gm.graph, node).call(aten._to_copy.default, x, dtype=dtype))
+    """What such an operator reads is converted to the type of its result first."""
+    for target in (aten.rsub.Scalar, aten.einsum.default):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            for x in filter(is_tensor, node.all_input_nodes):
+                if value(x).dtype != value(node).dtype:
+                    emit = Emitter(gm.graph, node)
+                    node.replace_input_with(x, emit.call(aten._to_copy.default, x, dtype=value(node).dtype))
