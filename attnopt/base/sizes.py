@@ -15,9 +15,9 @@ _DOUBLED = ContextVar("_DOUBLED", default=False)
 
 def hint(size: int | torch.SymInt) -> int:
     """The size of an axis for the example inputs; -1 if it depends on their values."""
-    if not isinstance(size, torch.SymInt) or is_static(size):
+    if not isinstance(size, torch.SymInt):
         return int(size)
-    found = _doubled(size) if _DOUBLED.get() else size
+    found = _doubled(size) if _DOUBLED.get() and not is_static(size) else size
     return int(found.node.hint) if found.node.hint is not None else -1
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from attnopt.base.sizes import at_double_sizes
-from attnopt.graph.axes import Atom, resolve, resolve_all
-from attnopt.graph.nodes import shape
+from attnopt.base.sizes import at_double_sizes, is_static
+from attnopt.graph.axes import Atom, length, resolve, resolve_all
+from attnopt.graph.nodes import shape, value
 from attnopt.match.read_scores import Operand
 from attnopt.match.region import Region, atoms_of, picked
 from attnopt.match.rejection import IN_ONE_ORDER, rejected
@@ -25,7 +25,7 @@ def take_apart(r: Region) -> None:
         parts = _parts(rows)
         if parts is not None and all(_agree(rows, _rows(o, atom)) for o in (r.k, r.v) if atom in atoms_of(o.axes)):
             outer, heads, run = parts
-            is_outer_fixed, is_run_fixed = _fixed(r.q, atom)
+            is_outer_fixed, is_run_fixed = _fixed(r.q, atom, parts)
             each = (Atom(outer, fixed=is_outer_fixed), Atom(heads), Atom(run, fixed=is_run_fixed))
             atom.parts = tuple(a for a in each if a.size > 1)
         elif rows[0] != rows[1] and rows[-2] != rows[-1]:  # which would be heads
@@ -54,19 +54,17 @@ def _parts(rows: Rows) -> tuple[int, int, int] | None:
     return outer, len(heads), run
 
 
-def _fixed(o: Operand, atom: Atom) -> tuple[bool, bool]:
+def _fixed(o: Operand, atom: Atom, parts: tuple[int, int, int]) -> tuple[bool, bool]:
     """Whether what lies outside and inside the heads is known to be as long for any inputs: it is as long at double sizes."""
-    axis = next(i for i, own in enumerate(resolve_all(o.axes)) if atom in own)
-    own = _along(o, axis)
+    i, axis = next((i, axis) for i, axis in enumerate(resolve_all(o.axes)) if atom in axis)
+    if is_static(value(o.node).shape[i]):
+        return True, True
     with at_double_sizes():
-        double = _along(o, axis)
-    if own is None or double is None or own[1] != double[1]:
+        double = _parts([weight_rows(o.node, {i: (place,)}) for place in range(shape(o.node)[i])])
+    at, (outer, heads, run) = axis.index(atom), parts
+    if double is None or double[1] != heads:
         return False, False
-    return own[0] == double[0], own[2] == double[2]
-
-
-def _along(o: Operand, axis: int) -> tuple[int, int, int] | None:
-    return _parts([weight_rows(o.node, {axis: (i,)}) for i in range(shape(o.node)[axis])])
+    return double[0] == outer * length(axis[:at]), double[2] == run * length(axis[at + 1 :])
 
 
 def _agree(rows: Rows, others: Rows) -> bool:

@@ -222,6 +222,17 @@ class WindowsAcross(WindowsInside):
         return x.transpose(1, 2).flatten(1, 2)
 
 
+class WindowsOutside(Merged):
+    """Heads between the windows and the batch."""
+
+    windowed = True
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(2, (-1, WINDOW)).permute(2, 1, 0, 3, 4).flatten(0, 2).roll(1, 2) for x in (q, k, v))
+        o = self.attend(q, k, v).roll(-1, 2).unflatten(0, (N // WINDOW, H, -1))
+        return o.permute(2, 1, 0, 3, 4).flatten(2, 3)
+
+
 class Bias(Merged):
     """A bias by head, repeated for each sequence."""
 
@@ -346,6 +357,7 @@ SPELLINGS = (
     HeadsOfWindows,
     WindowsInside,
     WindowsAcross,
+    WindowsOutside,
     Bias,
     BiasHeadsFirst,
     Packed,

@@ -158,8 +158,10 @@ FAULTS = (
           "    weights = b.op(\"Softmax\", scores, axis=2)",
           "test_sent_weights.py -k take_turns"),
     # batches that are merged with heads
-    Fault("a length of the example beside merged heads", "    return own[0] == double[0], own[2] == double[2]\n",
-          "    return False, False\n", "test_merged_batches.py -k 2-WindowsInside"),
+    Fault("a length of the example inside merged heads", "double[2] == run * length(axis[at + 1 :])", "False",
+          "test_merged_batches.py -k 2-WindowsInside"),
+    Fault("a length of the example outside merged heads", "double[0] == outer * length(axis[:at])", "False",
+          "test_merged_batches.py -k 2-WindowsOutside"),
     Fault("two free axes at the lengths of the example",
           "if _symbols(value(node).shape) - _symbols(s if isinstance(s, int) else value(s) for s in sizes):", "if False:",
           "test_merged_batches.py -k told_apart"),
