@@ -17,10 +17,11 @@ _GAP, _UNLIKE = 1.0, 1.5  # the cost of an attention without a partner, and of a
 def paired(model: Sequence[Site], file: Sequence[Site]) -> list[tuple[int | None, int | None]]:
     """Every site of either once; pairs and those of the model in the model's order, then those of the file alone."""
     partner = _by_weights(model, file)
-    left = [i for i in range(len(model)) if i not in partner]
-    taken = set(partner.values())
-    free = [j for j in range(len(file)) if j not in taken]
-    partner |= _in_order([model[i] for i in left], [file[j] for j in free], left, free)
+    for among in (_by_form, _in_order):
+        left = [i for i in range(len(model)) if i not in partner]
+        free = [j for j in range(len(file)) if j not in partner.values()]
+        found = among([model[i] for i in left], [file[j] for j in free])
+        partner |= {left[i]: free[j] for i, j in found.items()}
     alone = [j for j in range(len(file)) if j not in partner.values()]
     return [*((i, partner.get(i)) for i in range(len(model))), *((None, j) for j in alone)]
 
@@ -54,13 +55,24 @@ def _close(a: dict[str, float], b: dict[str, float]) -> bool:
     return len(shared) >= 2 and all(abs(a[r] - b[r]) <= CLOSE * max(a[r], b[r]) for r in shared)
 
 
-def _in_order(model: Sequence[Site], file: Sequence[Site], left: Sequence[int], free: Sequence[int]) -> dict[int, int]:
+def _by_form(model: Sequence[Site], file: Sequence[Site]) -> dict[int, int]:
+    """Where both have as many of a form, in order: an exporter may write a decoder's first attention before the encoder's."""
+    own, there = ([_form(s) for s in sites] for sites in (model, file))
+    found: dict[int, int] = {}
+    for form in set(own):
+        mine, theirs = ([i for i, f in enumerate(forms) if f == form] for forms in (own, there))
+        if len(mine) == len(theirs):
+            found |= dict(zip(mine, theirs, strict=True))
+    return found
+
+
+def _in_order(model: Sequence[Site], file: Sequence[Site]) -> dict[int, int]:
     """The cheapest alignment of two sequences."""
     rows, columns = len(model) + 1, len(file) + 1
     cost = [[_GAP * (i + j) for j in range(columns)] for i in range(rows)]
     for i in range(1, rows):
         for j in range(1, columns):
-            together = cost[i - 1][j - 1] + (0.0 if _alike(model[i - 1], file[j - 1]) else _UNLIKE)
+            together = cost[i - 1][j - 1] + (0.0 if _form(model[i - 1]) == _form(file[j - 1]) else _UNLIKE)
             cost[i][j] = min(together, cost[i - 1][j] + _GAP, cost[i][j - 1] + _GAP)
     found: dict[int, int] = {}
     i, j = rows - 1, columns - 1
@@ -71,10 +83,9 @@ def _in_order(model: Sequence[Site], file: Sequence[Site], left: Sequence[int], 
             j -= 1
         else:
             i, j = i - 1, j - 1
-            found[left[i]] = free[j]
+            found[i] = j
     return found
 
 
-def _alike(a: Site, b: Site) -> bool:
-    sizes = [(s.num_heads, s.head_dim, s.value_dim, s.q_len, s.kv_len) for s in (a, b)]
-    return sizes[0] == sizes[1]
+def _form(site: Site) -> tuple[int, ...]:
+    return site.num_heads, site.head_dim, site.value_dim, site.q_len, site.kv_len

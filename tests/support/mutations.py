@@ -158,6 +158,8 @@ FAULTS = (
           "    weights = b.op(\"Softmax\", scores, axis=2)",
           "test_sent_weights.py -k take_turns"),
     # batches that are merged with heads
+    Fault("attentions of a file in its order alone", "for among in (_by_form, _in_order):", "for among in (_in_order,):",
+          "test_audit_parts.py"),
     Fault("a length of the example inside merged heads", "double[2] == run * length(axis[at + 1 :])", "False",
           "test_merged_batches.py -k 2-WindowsInside"),
     Fault("a length of the example outside merged heads", "double[0] == outer * length(axis[:at])", "False",

@@ -68,6 +68,7 @@ def test_attentions_without_weights_are_paired_by_order_and_form() -> None:
     assert paired([site(4), site(2), site(4)], [site(4), site(4)]) == [(0, 0), (1, None), (2, 1)]
     assert paired([site(4)], [site(2), site(4)]) == [(0, 1), (None, 0)]
     assert paired([site(4)], [site(3)]) == [(0, 0)]
+    assert paired([site(4), site(2), site(3)], [site(2), site(4), site(3)]) == [(0, 1), (1, 0), (2, 2)]  # two towers
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Attended:
