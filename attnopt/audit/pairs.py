@@ -1,5 +1,5 @@
-"""Which attention of the file is which of the model: by the content of the weights where it survives, otherwise by order and
-form.  Names say nothing: exporters make their own."""
+"""Which attention of the file is which of the model: by the content of the weights where it survives, otherwise by form, then by
+order.  Names say nothing: exporters make their own."""
 
 from __future__ import annotations
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from math import gcd
 from typing import Any
 
+import sympy
 import torch
 
 _DOUBLED = ContextVar("_DOUBLED", default=False)
@@ -37,6 +38,11 @@ def at_double_sizes() -> Iterator[None]:
         yield
     finally:
         _DOUBLED.reset(token)
+
+
+def symbols_of(sizes: Iterable[object]) -> set[sympy.Symbol]:
+    """What varies in these sizes; numbers have none."""
+    return {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
 
 
 def is_static(size: int | torch.SymInt) -> bool:

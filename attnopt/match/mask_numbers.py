@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Target
 
-from attnopt.base.sizes import is_static
+from attnopt.base.sizes import is_static, symbols_of
 from attnopt.graph.evaluate import evaluate, inputs_behind, is_plain
 from attnopt.graph.nodes import ancestors, arg, aten, calls, constant_of, is_call, is_number, is_tensor, value
 from attnopt.graph.ops import LAYOUT, Kind, named, of, rules
@@ -141,7 +141,7 @@ def _varies(node: fx.Node) -> bool:
 
 def _symbols(val: object) -> set[sympy.Symbol]:
     numbers = [val] if isinstance(val, torch.SymInt) else list(val.shape) if isinstance(val, Tensor) else []
-    return {s for n in numbers if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+    return symbols_of(numbers)
 
 
 def _held(node: fx.Node) -> Tensor | None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 
-import sympy
-import torch
 from torch import fx
 
-from attnopt.base.sizes import is_static, same_size
+from attnopt.base.sizes import is_static, same_size, symbols_of
 from attnopt.graph.axes import Atom, Axes, Axis, follow, resolve_all
 from attnopt.graph.emitter import Emitter
 from attnopt.graph.nodes import aten, calls, value
@@ -97,7 +94,7 @@ class Arranger:
 
     def reshape(self, node: fx.Node, sizes: list[int | fx.Node]) -> fx.Node:
         """A reshape; none if the node, or the input of its reshape, already has that shape."""
-        if _symbols(value(node).shape) - _symbols(s if isinstance(s, int) else value(s) for s in sizes):
+        if symbols_of(value(node).shape) - symbols_of(value(s) for s in sizes if isinstance(s, fx.Node)):
             expected = "axes whose lengths follow from those of the inputs"
             found = f"several on one axis of {node.name} that may vary"
             raise rejected(
@@ -111,10 +108,6 @@ class Arranger:
             if getattr(base, "target", None) is not aten.reshape.default:
                 return made
             base = base.args[0]  # type: ignore[assignment]
-
-
-def _symbols(sizes: Iterable[int | torch.SymInt]) -> set[sympy.Symbol]:
-    return {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
 
 
 def _blocks(axes: Axes, order: list[Atom], groups: Axes) -> list[Axis]:

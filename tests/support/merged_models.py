@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 H, D, V = 3, 4, 5  # heads, features of queries and keys, and of values
-WIDTH, N = 13, 8  # features and tokens of a sequence
+WIDTH = 13
 WINDOW = 4  # tokens of a window, where a model cuts its sequence into windows
 
 
@@ -198,8 +198,9 @@ class WindowsInside(Merged):
     windowed = True
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        count = q.shape[2] // WINDOW
         q, k, v = (self.cut(x.flatten(0, 1)).flatten(0, 1).roll(1, 2) for x in (q, k, v))
-        o = self.attend(q, k, v).roll(-1, 2).unflatten(0, (-1, N // WINDOW))
+        o = self.attend(q, k, v).roll(-1, 2).unflatten(0, (-1, count))
         return self.joined(o).unflatten(0, (-1, H))
 
     def cut(self, x: Tensor) -> Tensor:
@@ -228,8 +229,9 @@ class WindowsOutside(Merged):
     windowed = True
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        count = q.shape[2] // WINDOW
         q, k, v = (x.unflatten(2, (-1, WINDOW)).permute(2, 1, 0, 3, 4).flatten(0, 2).roll(1, 2) for x in (q, k, v))
-        o = self.attend(q, k, v).roll(-1, 2).unflatten(0, (N // WINDOW, H, -1))
+        o = self.attend(q, k, v).roll(-1, 2).unflatten(0, (count, H, -1))
         return o.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from attnopt.graph.emitter import Emitter
-from attnopt.graph.nodes import aten, is_tensor, value
+from attnopt.graph.nodes import aten, dtype, is_tensor
 
 
 def promoted(gm: fx.GraphModule) -> None:
@@ -17,6 +17,6 @@ def promoted(gm: fx.GraphModule) -> None:
     for target in (aten.rsub.Scalar, aten.einsum.default):
         for node in gm.graph.find_nodes(op="call_function", target=target):
             for x in filter(is_tensor, node.all_input_nodes):
-                if value(x).dtype != value(node).dtype:
+                if dtype(x) != dtype(node):
                     emit = Emitter(gm.graph, node)
-                    node.replace_input_with(x, emit.call(aten._to_copy.default, x, dtype=value(node).dtype))
+                    node.replace_input_with(x, emit.call(aten._to_copy.default, x, dtype=dtype(node)))

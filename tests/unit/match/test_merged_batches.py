@@ -8,7 +8,7 @@ import merged_models as models
 import pytest
 import torch
 import zoo
-from merged_models import DECOYS, SPELLINGS, WIDTH, H, Merged, N, meant
+from merged_models import DECOYS, SPELLINGS, WIDTH, Merged, meant
 from oracle import assert_same, run
 from torch import Tensor, nn
 from variants import mostly_slow
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_capture"),
     pytest.mark.filterwarnings("ignore::attnopt.AttnoptWarning"),
 ]
+N = 8
 AHEAD = torch.arange(N) - torch.arange(N)[:, None]
 NEAR = (AHEAD >= -2) & (AHEAD <= 1)
 GAINS = (0.5, -1.0, 2.0)
@@ -73,15 +74,7 @@ def test_other_orders_are_never_wrong(kind: type[Merged], batch: int) -> None:
 @pytest.mark.parametrize("kind", [models.WindowsInside, models.WindowsAcross])
 def test_two_free_axes_merged_with_heads_are_not_told_apart(kind: type[Merged]) -> None:
     """With windows of free number; what is free stays so, and the model its own."""
-
-    class Longer(kind):  # type: ignore[misc,valid-type]
-        def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            n = q.shape[2]
-            q, k, v = (self.cut(x.flatten(0, 1)).flatten(0, 1).roll(1, 2) for x in (q, k, v))
-            o = self.attend(q, k, v).roll(-1, 2).unflatten(0, (-1, n // models.WINDOW))
-            return self.joined(o).unflatten(0, (-1, H))
-
-    model, x = made(Longer, 2)
+    model, x = made(kind, 2)
     length = 4 * torch.export.Dim("windows", min=2, max=100)
     fast = attnopt.optimize(model, LocalWindow(1), (x,), dynamic_shapes={"x": {0: torch.export.Dim.AUTO, 1: length}})
     assert [n.refusal.code for n in fast.report.near_misses] == ["unreadable-layout"]
