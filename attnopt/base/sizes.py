@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from math import gcd
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
+
+if TYPE_CHECKING:
+    import sympy
 
 _DOUBLED = ContextVar("_DOUBLED", default=False)
 
