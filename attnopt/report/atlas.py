@@ -13,6 +13,7 @@ from attnopt.base.display import shown
 from attnopt.base.page import Page
 from attnopt.errors import ArchiveError
 from attnopt.ir.curves import Curves
+from attnopt.report.counted import counted
 
 FORMAT = 1  # of the JSON form
 DIGITS = 6  # of a weight in it
@@ -74,7 +75,9 @@ class Atlas(Page, Mapping[str, HeadMaps]):
     @property
     def headline(self) -> str:
         heads = sum(len(found.heads) for found in self.values())
-        return f"{_counted(heads, 'head')} of {_counted(len(self), 'attention')}, on {_counted(self.sequences, 'sequence')}"
+        return (
+            f"{counted(heads, 'head')} of {counted(len(self), 'attention')}, on {counted(self.sequences, 'sequence')}"
+        )
 
     def kinds(self) -> dict[int, tuple[tuple[str, int], ...]]:
         """The heads of each cluster: (site, number of the head)."""
@@ -155,7 +158,3 @@ def _pair(data: Any) -> tuple[int, int]:
 def _require(holds: bool, why: str) -> None:
     if not holds:
         raise ValueError(why)
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from attnopt.report.counted import counted
+
 
 @dataclass(frozen=True)
 class QuantizedFile:
     """``how``: "int8" or "int4".  ``products`` have quantized weights, ``floating`` stay in float: those of attentions, and
-    those without constant float32 weights.
+    those without constant float32 weights.  ``tables``: of embeddings, with int8 rows.
 
     ``bytes_before``, ``bytes_after``: of the file and its external weights.  ``cosine``, ``relative_error``: the worst of any
     output at any of ``sizes`` tried sizes, against the unquantized model; None where nothing was checked.
@@ -18,6 +20,7 @@ class QuantizedFile:
     how: str
     products: int
     floating: int
+    tables: int
     bytes_before: int
     bytes_after: int
     cosine: float | None = None
@@ -26,7 +29,8 @@ class QuantizedFile:
 
     def __str__(self) -> str:
         made = (
-            f"{self.how}: {self.products} products quantized, {self.floating} in float, "
+            f"{self.how}: {counted(self.products, 'product')} and {counted(self.tables, 'table')} quantized, "
+            f"{counted(self.floating, 'product')} in float, "
             f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB"
         )
         if self.cosine is None or self.relative_error is None:

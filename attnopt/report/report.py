@@ -13,6 +13,7 @@ from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import NearMiss
 from attnopt.ir.spec import AttentionSpec
 from attnopt.report.axis_text import told
+from attnopt.report.counted import counted
 
 Status = Literal["rewritten", "unchanged", "refused"]
 STATUSES: tuple[Status, ...] = ("rewritten", "unchanged", "refused")
@@ -122,7 +123,7 @@ class Report(Page):
     @property
     def headline(self) -> str:
         found, rewritten = len(self.sites), self.count("rewritten")
-        text = f"{_counted(found, 'attention')} found, {rewritten} rewritten, {found - rewritten} left as they were"
+        text = f"{counted(found, 'attention')} found, {rewritten} rewritten, {found - rewritten} left as they were"
         return text + (f", {len(self.near_misses)} not matched" if self.near_misses else "")
 
     def with_importance(self, scores: Mapping[str, Iterable[float]]) -> Self:
@@ -218,10 +219,6 @@ def _plain(value: object) -> Any:
 
 def _titled(name: str, where: str) -> str:
     return f"{name or '(root)'}   {where}".rstrip()
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _refused(title: str, refusal: Refusal, where: str) -> Iterable[str]:

@@ -179,7 +179,7 @@ def test_export_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     done = json_of(capsys, "export", *argv, "--onnx", str(target))["quantization"]
     assert (done["how"], done["products"], done["bytes_after"]) == ("int8", 8, target.stat().st_size)
     assert cli.main(["optimize", *argv, "--onnx", str(target)]) == 0
-    assert "int8: 8 products quantized" in capsys.readouterr().out
+    assert "int8: 8 products and 1 table quantized" in capsys.readouterr().out
     assert "add --onnx FILE" in error_of(capsys, "optimize", *argv)
 
 

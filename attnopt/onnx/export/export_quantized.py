@@ -45,7 +45,7 @@ def export_quantized(
 def signed(made: Quantized, file: Path, data: Path | None, found: Deviation | None) -> QuantizedFile:
     """Record in the file's metadata what was done."""
     said = QuantizedFile(
-        made.how, len(made.products.chosen), len(made.products.others), made.bytes_before, 0,
+        made.how, len(made.products.chosen), len(made.products.others), made.tables, made.bytes_before, 0,
         *(() if found is None else (found.cosine, found.relative_error, found.sizes)),
     )  # fmt: skip
     told = {key: value for key, value in said.to_json().items() if not key.startswith("bytes")}

@@ -1,4 +1,7 @@
-"""ONNX Runtime's own quantizers, called for the products with constant weights alone: attentions stay in float."""
+"""ONNX Runtime's own quantizers, called for the products with constant weights alone, and tables of embeddings in int8.
+
+Attentions stay in float.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,13 @@ BLOCKED_WEIGHTS, DYNAMIC = 21, 11  # first opsets with DequantizeLinear by block
 
 @dataclass(frozen=True)
 class Quantized:
-    """``model``: its weights are read from disk as they are needed.  ``bytes_before``: of the file that it was made from."""
+    """``model``: its weights are read from disk as they are needed.  ``tables``: how many are in int8.  ``bytes_before``: of the
+    file that it was made from."""
 
     model: ir.Model
     how: Quantization
     products: WeightProducts
+    tables: int
     bytes_before: int
 
 
@@ -49,6 +54,7 @@ def quantized(file: Path, how: Quantization, standard: bool) -> Quantized:
     """
     import onnx_ir as ir
 
+    from attnopt.onnx.export.embedding_tables import quantize_tables
     from attnopt.onnx.export.weight_products import prepared
 
     before = sum(f.stat().st_size for f in file.parent.rglob("*") if f.is_file())
@@ -60,6 +66,7 @@ def quantized(file: Path, how: Quantization, standard: bool) -> Quantized:
             "no product with constant float32 weights was found, so nothing would be quantized",
             hint="leave quantize out; convert a model in half precision with model.float() first",
         )
+    tables = quantize_tables(model, products.chosen)
     source, target = file.with_name("prepared.onnx"), file.with_name("quantized.onnx")
     ir.save(model, str(source), external_data=f"{source.name}.data")
     _run(source, target, products, how, standard)
@@ -68,7 +75,7 @@ def quantized(file: Path, how: Quantization, standard: bool) -> Quantized:
     made.metadata_props.clear()
     made.metadata_props.update(model.metadata_props)
     made.metadata_props.pop(QUANTIZATION, None)  # of a file that was quantized before
-    return Quantized(made, how, products, before)
+    return Quantized(made, how, products, tables, before)
 
 
 def _check_opset(opset: int, how: Quantization, standard: bool) -> None:
