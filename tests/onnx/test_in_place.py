@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,25 @@ def test_packed_weights_are_cut_as_they_are(packing: str, tmp_path: Path) -> Non
     oracle.assert_same(in_runtime(out, x), list(fast(x).values()))
     x = numbers(1, 30, DIM)
     oracle.assert_same(in_runtime(out, x), list(fast(x).values()))
+
+
+def test_a_file_rewritten_twice(tmp_path: Path) -> None:
+    """The same constants get other names the second time; a window's loop is no attention any more."""
+    p = Parts()
+    p.node("Identity", [p.attention("b", p.attention("a", "x"))], "y")
+    files = [tmp_path / f"{n}.onnx" for n in range(4)]
+    p.save(files[0], {"x": ["b", "n", DIM]}, {"y": ["b", "n", DIM]}, opset=17)
+    x = numbers(2, 9, DIM)
+    whole = attnopt.optimize(files[0], LocalWindow(2), (x,))
+    for before, after in itertools.pairwise(files[:3]):
+        fast = attnopt.optimize(before, LocalWindow(2), (x,), limit=1)
+        assert [s.status for s in fast.report.sites].count("rewritten") == 1
+        fast.export_onnx(after)
+    x = numbers(1, 40, DIM)
+    oracle.assert_same(in_runtime(files[2], x), list(whole(x).values()))
+    with pytest.warns(attnopt.AttnoptWarning, match="no attention was found .* inside a branch or loop"):
+        attnopt.optimize(files[2], LocalWindow(1), (x,)).export_onnx(files[3])
+    assert files[3].read_bytes() == files[2].read_bytes()
 
 
 # ---------------------------------------------------------------- onnxruntime's quantizer

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from attnopt.base.atomic_files import atomic_write
 from attnopt.base.sizes import is_static
@@ -29,11 +29,13 @@ from attnopt.onnx.export.older_opsets import WRITTEN, older
 from attnopt.onnx.export.only_faster import worthwhile
 from attnopt.onnx.export.packed_weights import NotSliceableError, Slices, places, refuse
 from attnopt.onnx.export.part import Part, parts_of
+from attnopt.onnx.export.pieces import Piece
 from attnopt.onnx.export.splicing import Insert, renamed, spliced
 from attnopt.onnx.export.translate import OPSETS
 from attnopt.onnx.export.write_file import METADATA, Written, said, written_to
 from attnopt.onnx.load.grouping import used_by
 from attnopt.onnx.load.source import Source
+from attnopt.onnx.load.unread import rounds
 from attnopt.version import __version__
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ def export_in_place(
         _copied(source, path)
         return written
     parts = parts_of(gm, origin, change, min(source.opset, OPSETS[-1]), contrib)
-    insert = _insert(gm, file, change, parts, source.opset)
+    own = _own_names(file, change)
+    insert = _insert(gm, file, change, parts, source.opset, own)
     model = spliced(_base(file, change), insert)
     fixed = _fix_axes(model, gm, file)
     _sign(model, origin, flavor, [m for part in parts for m in part.marked])
@@ -83,7 +86,8 @@ def export_in_place(
         if verify:
             from attnopt.onnx.export.verify import verify_file
 
-            verify_file(gm, origin, temporary, written.names)
+            pieces = [_piece(gm, part, own, own[change.made[part.output]]) for part in parts] if rounds(source) else ()
+            verify_file(gm, origin, temporary, written.names, pieces)
     if fixed:
         warnings.warn(
             f"{path} is valid only at the sizes of the example inputs: {', '.join(fixed)}", AttnoptWarning, stacklevel=4
@@ -119,13 +123,32 @@ def _base(file: FileOrigin, change: Change) -> onnx.ModelProto:
     return whole
 
 
-def _insert(gm: fx.GraphModule, file: FileOrigin, change: Change, parts: Sequence[Part], opset: int) -> Insert:
+def _own_names(file: FileOrigin, change: Change) -> dict[fx.Node, str]:
+    """How the written file calls the values that new nodes compute."""
+    prefix = _free_prefix(_names(file.model.source.model))
+    return {
+        node: name.replace(SHARED, prefix, 1) if name.startswith(SHARED) else name for name, node in change.made.items()
+    }
+
+
+def _piece(gm: fx.GraphModule, part: Part, own: Mapping[fx.Node, str], output: str) -> Piece:
+    def given(x: str | fx.Node) -> str | Tensor:
+        return x if isinstance(x, str) else own[x] if x in own else get_attr(gm, str(x.target))
+
+    return Piece(part.module, tuple(map(given, part.inputs)), output)
+
+
+def _insert(
+    gm: fx.GraphModule,
+    file: FileOrigin,
+    change: Change,
+    parts: Sequence[Part],
+    opset: int,
+    own: Mapping[fx.Node, str],
+) -> Insert:
     import onnx
 
     prefix = _free_prefix(_names(file.model.source.model))
-    own = {
-        node: name.replace(SHARED, prefix, 1) if name.startswith(SHARED) else name for name, node in change.made.items()
-    }
     stored = {where: name for name, where in file.model.places.items()}
     packed = file.model.derived
     slices, cut = Slices(file.model.source, prefix), set[str]()
@@ -148,7 +171,7 @@ def _insert(gm: fx.GraphModule, file: FileOrigin, change: Change, parts: Sequenc
                     _cut(slices, origin, packed[origin], tensor.numpy(), name)
             else:
                 weights[name] = onnx.numpy_helper.from_array(tensor.numpy(), name)
-        made, constants = _nodes_of(part, names, own[change.made[part.output]], inner, opset)
+        made, constants = _nodes_of(part, names, own[change.made[part.output]], prefix, inner, opset)
         nodes += made
         weights |= {t.name: t for t in constants}
     nodes = [*slices.nodes, *nodes]
@@ -178,9 +201,9 @@ def _info(name: str, node: fx.Node, labels: Mapping[object, str] = MappingProxyT
 
 
 def _nodes_of(
-    part: Part, inputs: Sequence[str], output: str, prefix: str, opset: int
+    part: Part, inputs: Sequence[str], output: str, shared: str, prefix: str, opset: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """The part's nodes and constants, with the file's names."""
+    """The part's nodes and constants, with the file's names.  ``shared``: prefix of constants named after their values."""
     import onnx
     import onnx_ir as ir
 
@@ -197,7 +220,8 @@ def _nodes_of(
         nodes, more = older(nodes, stored, opset)
         stored += more
     for number, tensor in enumerate(stored):
-        names[tensor.name] = tensor.name if tensor.name.startswith(CONSTANT) else f"{prefix}c{number}"
+        after_values = tensor.name.startswith(CONSTANT)
+        names[tensor.name] = f"{shared}{tensor.name.removeprefix(CONSTANT)}" if after_values else f"{prefix}c{number}"
         tensor.name = names[tensor.name]
     return renamed(nodes, names, prefix), stored
 

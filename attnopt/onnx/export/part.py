@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Nodes that compute one value.  ``inputs``: a value of the file, or a node: a new weight or a value of another part."""
+    """Nodes that compute one value.  ``inputs``: a value of the file, or a node: a new weight or a value of another part.
 
+    ``module``: what they compute, in torch."""
+
+    module: fx.GraphModule
     model: ir.Model
     inputs: tuple[str | fx.Node, ...]
     output: str
@@ -76,7 +79,7 @@ def _part(
     settle(model, contrib, opset)
     check_sizes(model.graph, held)
     RemoveUnusedNodesPass()(model)
-    return Part(model, tuple(given[n] for n in order), name, marked)
+    return Part(module, model, tuple(given[n] for n in order), name, marked)
 
 
 def _cut(

@@ -56,6 +56,14 @@ def groups(
     for i in range(len(nodes)):
         above = [made_by[n] for n in uses[i] if n in made_by]
         depth.append(max((depth[j] + ((i in unread) != (j in unread)) for j in above), default=int(i in unread)))
+    readers: dict[str, set[int]] = {}
+    for i, found in enumerate(uses):
+        for name in found:
+            readers.setdefault(name, set()).add(i)
+    for i in unread:
+        below = {r for name in nodes[i].output for r in readers.get(name, ())}
+        if not uses[i] and below and below <= set(unread):  # an empty sequence: it may be made anywhere
+            depth[i] = min(depth[r] for r in below)
     parent = {i: i for i in unread}
 
     def root(i: int) -> int:
@@ -71,10 +79,6 @@ def groups(
     members: dict[int, list[int]] = {}
     for i in sorted(unread):
         members.setdefault(root(i), []).append(i)
-    readers: dict[str, set[int]] = {}
-    for i, found in enumerate(uses):
-        for name in found:
-            readers.setdefault(name, set()).add(i)
     return [_group(nodes, tuple(found), uses, readers, outputs) for found in members.values()]
 
 

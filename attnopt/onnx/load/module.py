@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import onnx
 
 
+GROUP = -1  # the number of a step that is several nodes
+
+
 @dataclass(frozen=True)
 class Unread:
     """A group of nodes as a separate model: its bytes, its inputs and outputs, and their ``Sized``."""
@@ -262,7 +265,7 @@ class _Group(nn.Module):
 
     def __init__(self, unread: Unread) -> None:
         super().__init__()
-        self.number = -1
+        self.number = GROUP
         self.inputs, self.outputs, self.sized = list(unread.inputs), list(unread.outputs), "\n".join(unread.sized)
         self.register_buffer("model", torch.frombuffer(bytearray(unread.model), dtype=torch.uint8))
 

@@ -17,6 +17,7 @@ from attnopt.onnx.load.sizes import Sized, parse
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
+_FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 _sessions = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 
@@ -27,10 +28,15 @@ def onnx_nodes(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], ou
 
     ``outputs``: the dtype and sizes of each output, as printed by ``Sized``, one per line: in terms of the input sizes
     and of ``sizes``, those of the file's free axes.  An output of other sizes is an error: its users were captured for these.
+    A graph in double precision gets the results of the file's own precision, widened.
     """
     session = _session(model)
-    feed = {i.name: x.detach().cpu().contiguous().numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
-    made = [torch.from_numpy(o) for o in session.run(None, feed)]
+    feed, is_wide = dict[str, Tensor](), False
+    for declared, x in zip(session.get_inputs(), inputs, strict=True):
+        kind = _FLOATS.get(declared.type, x.dtype)
+        is_wide |= x.dtype == torch.float64 != kind
+        feed[declared.name] = x.detach().cpu().to(kind).contiguous()
+    made = [torch.from_numpy(o) for o in session.run(None, {name: x.numpy() for name, x in feed.items()})]
     shapes = [list(x.shape) for x in inputs]
     for text, name, got in zip(outputs.splitlines(), (o.name for o in session.get_outputs()), made, strict=True):
         said = parse(text)
@@ -41,7 +47,7 @@ def onnx_nodes(model: Tensor, inputs: Sequence[Tensor], sizes: Sequence[int], ou
                 hint="the shape depends on input values: exclude the attentions that use it from the policy",
             )
     device = inputs[0].device if inputs else torch.device("cpu")
-    return [x.to(device) for x in made]
+    return [(x.double() if is_wide and x.is_floating_point() else x).to(device) for x in made]
 
 
 @onnx_nodes.register_fake

@@ -78,6 +78,12 @@ def is_half(source: Source) -> bool:
     return TensorProto.FLOAT16 in _types(source).values()
 
 
+def rounds(source: Source) -> bool:
+    """The file rounds activations to few bits: a difference that rounding makes may come out as a whole step, and grow."""
+    kinds = {node.op_type for node in source.nodes}
+    return any(k.startswith("DynamicQuantize") or k == "QuantizeLinear" for k in kinds)
+
+
 def _types(source: Source) -> dict[str, int]:
     """The known element type of each value; -1 for non-tensors."""
     import onnx
