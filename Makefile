@@ -91,6 +91,7 @@ bench: .venv/.bench ## run the benchmarks; tables and pictures go to benchmarks/
 	$(PY) benchmarks/onnx_models.py
 	$(PY) benchmarks/onnx_decode.py
 	$(PY) benchmarks/quantized.py
+	$(PY) benchmarks/onnx_int8.py
 	$(PY) benchmarks/latent_kv.py
 	$(PY) benchmarks/half_speed.py
 	$(PY) benchmarks/heads_speed.py

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,22 @@ def _onnxscript_optimized(folder: Path) -> Path:
     made, _ = optimize_for_ort(onnx_ir.load(folder / "20.onnx"))
     onnx_ir.save(made, folder / "onnxscript.onnx")
     return folder / "onnxscript.onnx"
+
+
+def in_int8(file: Path, batches: Sequence[Sequence[torch.Tensor]]) -> Path:
+    """OpenVINO's form of ``file`` after NNCF: weights, embeddings and activations in int8, with scales from ``batches``."""
+    import nncf
+    import openvino as ov
+
+    data = [[x.numpy() for x in batch] for batch in batches]
+    made = nncf.quantize(
+        ov.Core().read_model(str(file)),
+        nncf.Dataset(data),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(data),
+    )
+    ov.save_model(made, str(file.with_name("openvino_int8.xml")), compress_to_fp16=False)
+    return file.with_name("openvino_int8.xml")
 
 
 def ratios(times: Times) -> dict[str, float]:

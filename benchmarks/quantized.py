@@ -1,13 +1,12 @@
 """Trained MiniLM as quantized ONNX files: what they cost in quality, what they save in bytes and CPU time.
 
-Beside attnopt's files: torch's export quantized by the same quantizer, and OpenVINO in float32 and, where nncf is installed, in
-int8 with static activations.  `--part quality` needs no quiet machine.
+Beside attnopt's files: torch's export quantized by the same quantizer, and OpenVINO in float32 and, by NNCF, in int8
+with static activations.  `--part quality` needs no quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from common import interleaved, one_thread, publish
+from onnx_peers import in_int8
 from onnx_sessions import openvino, runner, session
 from subjects.minilm import MiniLM
 
@@ -96,8 +96,7 @@ def ways(about: MiniLM, folder: Path) -> Iterator[Way]:
     yield Way("torch export, float32", exported, "torch export, float32")
     yield Way("torch export, int8", _dynamic_int8(exported), "torch export, float32")
     yield Way("OpenVINO, float32", exported, "OpenVINO, float32", is_openvino=True)
-    if importlib.util.find_spec("nncf"):
-        yield Way("OpenVINO, int8", _with_nncf(exported, about), "OpenVINO, float32", is_openvino=True)
+    yield Way("OpenVINO, int8", in_int8(exported, about.calibration(0)), "OpenVINO, float32", is_openvino=True)
 
 
 def _in_int8_between(file: Path) -> Path:
@@ -119,21 +118,6 @@ def _dynamic_int8(file: Path) -> Path:
     made = file.with_name("torch_int8.onnx")
     quantize_dynamic(str(file), str(made), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
     return made
-
-
-def _with_nncf(file: Path, about: MiniLM) -> Path:
-    import nncf
-    import openvino as ov
-
-    data = [[x.numpy() for x in batch] for batch in about.calibration(0)]
-    made = nncf.quantize(
-        ov.Core().read_model(str(file)),
-        nncf.Dataset(data),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(data),
-    )
-    ov.save_model(made, str(file.with_name("openvino_int8.xml")), compress_to_fp16=False)
-    return file.with_name("openvino_int8.xml")
 
 
 def qualities(about: MiniLM, every: list[Way]) -> Iterator[dict[str, Any]]:
