@@ -1378,7 +1378,8 @@ FAULTS = (
     # files whose activations are rounded
     Fault("a rounding file that is believed", "if self.rounds and not self._that_differ(module, runs):", "if self.rounds:",
           "test_rounded_activations.py -k as_in_the_file"),
-    Fault("new nodes that are believed", "    if pieces and agree(pieces, file, feed):", "    if pieces:",
+    Fault("new nodes that are believed",
+          "        if self.pieces and agree(self.pieces, self.file, feed):", "        if self.pieces:",
           "test_rounded_activations.py -k not_written"),
     Fault("whole steps that are blamed on the window", "is_wide |= x.dtype == torch.float64 != kind", "pass",
           "test_rounded_activations.py -k alone"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def verify(gm: fx.GraphModule, origin: Origin, file: Path, marked: Sequence[Mark
 
     ``named``: the file's names of graph inputs, if they differ."""
     _check_valid(file, "exported model")
-    _compare_at_sizes(gm, origin, file, marked, named)
+    _Comparison(gm, file, named, origin.form, marked=marked).at_sizes(origin)
 
 
 def _check_valid(file: Path, what: str) -> None:
@@ -70,20 +71,7 @@ def verify_file(
 
     ``pieces``: all that is new, where agreement piece by piece is enough."""
     _check_valid(file, "rewritten file")
-    _compare_at_sizes(gm, origin, file, (), named, pieces)
-
-
-def _compare_at_sizes(
-    gm: fx.GraphModule,
-    origin: Origin,
-    file: Path,
-    marked: Sequence[Marked],
-    named: Mapping[str, str],
-    pieces: Sequence[Piece] = (),
-) -> None:
-    session = open_session(file, in_bfloat16(gm))
-    for inputs in islice(inputs_that_run(gm, origin.inputs, origin.report.fixed_axes), 2):
-        _compare(gm, inputs, session, file, marked, named, origin.form, pieces)
+    _Comparison(gm, file, named, origin.form, pieces=pieces).at_sizes(origin)
 
 
 def deviation_of(written: Written, origin: Origin, file: Path, how: Quantization) -> Deviation:
@@ -112,30 +100,38 @@ def open_session(model: Path | bytes, hint: str = "", exact: bool = True, thread
         raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}", hint=hint or None) from e
 
 
-def _compare(
-    gm: fx.GraphModule,
-    inputs: CallInputs,
-    session: InferenceSession,
-    file: Path,
-    marked: Sequence[Marked],
-    named: Mapping[str, str],
-    form: Form | None,
-    pieces: Sequence[Piece],
-) -> None:
-    want = outputs_of(gm, inputs, form=form)
-    feed = feed_of([i.name for i in session.get_inputs()], gm, inputs, named)
-    got = _run(session, feed)
-    error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
-    if len(got) == len(want) and error <= ROOM * max(tolerance(want), coarsest(gm)):
-        return
-    if pieces and agree(pieces, file, feed):
-        return
-    raise ExportError(
-        f"ONNX Runtime and torch disagree (relative difference {error:.2g}, inputs of {_sizes(inputs)}), so nothing was "
-        "written",
-        hint="please report the model; another opset may work",
-        site=_first_that_differs(gm, inputs, file, marked, feed),
-    )
+@dataclass(frozen=True)
+class _Comparison:
+    """Of a file with what it was made of."""
+
+    gm: fx.GraphModule
+    file: Path
+    named: Mapping[str, str]
+    form: Form | None
+    marked: Sequence[Marked] = ()
+    pieces: Sequence[Piece] = ()
+
+    def at_sizes(self, origin: Origin) -> None:
+        """Those of the example, and others.  Raises ExportError."""
+        session = open_session(self.file, in_bfloat16(self.gm))
+        for inputs in islice(inputs_that_run(self.gm, origin.inputs, origin.report.fixed_axes), 2):
+            self._on(inputs, session)
+
+    def _on(self, inputs: CallInputs, session: InferenceSession) -> None:
+        want = outputs_of(self.gm, inputs, form=self.form)
+        feed = feed_of([i.name for i in session.get_inputs()], self.gm, inputs, self.named)
+        got = _run(session, feed)
+        error = difference([g.to(w.dtype) for g, w in zip(got, want, strict=False)], want)
+        if len(got) == len(want) and error <= ROOM * max(tolerance(want), coarsest(self.gm)):
+            return
+        if self.pieces and agree(self.pieces, self.file, feed):
+            return
+        raise ExportError(
+            f"ONNX Runtime and torch disagree (relative difference {error:.2g}, inputs of {_sizes(inputs)}), so nothing was "
+            "written",
+            hint="please report the model; another opset may work",
+            site=_first_that_differs(self.gm, inputs, self.file, self.marked, feed),
+        )
 
 
 def _run(session: InferenceSession, feed: Mapping[str, Array]) -> list[Tensor]:
