@@ -251,6 +251,30 @@ def test_a_file_rewritten_twice(tmp_path: Path) -> None:
     assert files[3].read_bytes() == files[2].read_bytes()
 
 
+def test_axes_of_one_name_are_compared_at_one_size(tmp_path: Path) -> None:
+    """This mask may have more rows than there are texts; ONNX Runtime takes the same memory for what has the same name."""
+    p = Parts()
+    number = p.node("Cast", ["ids"], "number", to=TensorProto.FLOAT)
+    table = p.weight("table", 50, DIM)
+    x = p.node("Gather", [table, p.node("Cast", [p.node("Abs", [number], "n")], "back", to=TensorProto.INT64)], "x")
+    shown = p.node("Sub", [p.node("Cast", ["mask"], "m", to=TensorProto.FLOAT), p.constant("one", np.float32(1))], "m1")
+    hidden = p.node("Mul", [shown, p.constant("large", np.float32(1e4))], "hidden")
+    rows = p.node("Gather", [p.node("Shape", ["ids"], "sizes"), p.constant("first", np.int64(0))], "rows")
+    order = p.node("Range", [p.constant("zero", np.int64(0)), rows, p.constant("step", np.int64(1))], "order")
+    bias = p.node("Gather", [hidden, order], "own", axis=0)
+    bias = p.node("Unsqueeze", [bias, p.constant("axes", np.asarray([1, 2]))], "bias")
+    p.node("Identity", [p.attention("a", x, bias)], "y")
+    sizes, types = ["b", "n"], dict.fromkeys(("ids", "mask"), TensorProto.INT64)
+    file = p.save(tmp_path / "m.onnx", {"ids": sizes, "mask": sizes}, {"y": [*sizes, DIM]}, types=types, opset=17)
+    ids, mask = torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    fast = attnopt.optimize(file, LocalWindow(2), (ids, mask))
+    fast.export_onnx(tmp_path / "fast.onnx")
+    fast.export_onnx(tmp_path / "int8.onnx", quantize="int8")
+    ids, mask = ids.repeat(2, 5), mask.repeat(2, 5)
+    oracle.assert_same(in_runtime(tmp_path / "fast.onnx", ids, mask), list(fast(ids, mask).values()))
+
+
 # ---------------------------------------------------------------- onnxruntime's quantizer
 def test_attentions_between_dynamically_quantized_projections(tmp_path: Path) -> None:
     from onnxruntime.quantization import quantize_dynamic

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -81,7 +81,7 @@ def deviation_of(written: Written, origin: Origin, file: Path, how: Quantization
     _check_valid(file, f"{how} file")
     session = open_session(file, exact=False)
     worst = Deviation(1.0, 0.0, 0)
-    for inputs in islice(inputs_that_run(written.gm, origin.inputs, origin.report.fixed_axes), QUANTIZED_SIZES):
+    for inputs in islice(_inputs(written.gm, origin, written.names), QUANTIZED_SIZES):
         want = outputs_of(written.gm, inputs, form=origin.form)
         feed = feed_of([i.name for i in session.get_inputs()], written.gm, inputs, written.names)
         got = _run(session, feed)
@@ -100,6 +100,20 @@ def open_session(model: Path | bytes, hint: str = "", exact: bool = True, thread
         raise ExportError(f"ONNX Runtime cannot load the exported model: {str(e)[:300]}", hint=hint or None) from e
 
 
+def _inputs(gm: fx.GraphModule, origin: Origin, named: Mapping[str, str]) -> Iterator[CallInputs]:
+    """The example inputs, and others in which axes of one name in the user's file have one size.
+
+    ONNX Runtime uses memory again by these names, even where an operator takes other sizes."""
+    found = inputs_that_run(gm, origin.inputs, origin.report.fixed_axes)
+    yield next(found)
+    free = () if origin.file is None else origin.file.model.source.free
+    for inputs in found:
+        feed = feed_of([name for name, _, _ in free], gm, inputs, named)
+        sizes = {(label, feed[name].shape[axis]) for name, axis, label in free if label}
+        if len(sizes) == len({label for label, _ in sizes}):
+            yield inputs
+
+
 @dataclass(frozen=True)
 class _Comparison:
     """Of a file with what it was made of."""
@@ -114,7 +128,7 @@ class _Comparison:
     def at_sizes(self, origin: Origin) -> None:
         """Those of the example, and others.  Raises ExportError."""
         session = open_session(self.file, in_bfloat16(self.gm))
-        for inputs in islice(inputs_that_run(self.gm, origin.inputs, origin.report.fixed_axes), 2):
+        for inputs in islice(_inputs(self.gm, origin, self.named), 2):
             self._on(inputs, session)
 
     def _on(self, inputs: CallInputs, session: InferenceSession) -> None:
