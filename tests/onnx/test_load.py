@@ -11,7 +11,7 @@ import onnxruntime
 import oracle
 import pytest
 import torch
-from older_onnx import CASES, chain, encoder, graph, inputs, written
+from older_onnx import CASES, NEWER, chain, encoder, graph, inputs, written
 from onnx import TensorProto, helper
 from torch import Tensor
 
@@ -54,13 +54,19 @@ def test_passes_mean_the_same_as_on_the_model(old: Path) -> None:
     assert fast.sites[1].num_heads == 2
 
 
-@pytest.mark.parametrize(("steps", "constants"), CASES.values(), ids=CASES)
-def test_an_operator_is_what_onnx_runtime_makes_of_it(steps: list[str], constants: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("steps", "constants", "opset"),
+    [(*case, 17) for case in CASES.values()] + [(*case, 23) for case in NEWER.values()],
+    ids=[*CASES, *NEWER],
+)
+def test_an_operator_is_what_onnx_runtime_makes_of_it(
+    steps: list[str], constants: Any, opset: int, tmp_path: Path
+) -> None:
     """What gives other numbers is left to ONNX Runtime; here everything has to be read."""
     values = {
         n: np.asarray(v) if np.asarray(v).dtype != np.int32 else np.asarray(v, np.int64) for n, v in constants.items()
     }
-    onnx.save(graph(chain(steps), {"x": [2, 3, 4]}, values), str(tmp_path / "m.onnx"))
+    onnx.save(graph(chain(steps), {"x": [2, 3, 4]}, values, opset), str(tmp_path / "m.onnx"))
     torch.manual_seed(0)
     module = opened(tmp_path / "m.onnx", (3 * torch.randn(2, 3, 4),), {})
     assert not [name for name, _ in module.named_modules() if "nodes" in name]

@@ -122,11 +122,62 @@ CASES: dict[str, tuple[list[Any], dict[str, Any]]] = {
         {"s": [-1, 4], "w": np.arange(12, dtype=f32).reshape(3, 4), "b": np.arange(3, dtype=f32)},
     ),
     "gemm without options": (["Reshape:s", "Gemm:w"], {"s": [-1, 4], "w": np.arange(12, dtype=f32).reshape(4, 3)}),
+    "an einsum": (["Einsum:w,equation='b i d; f d -> b f i'"], {"w": np.arange(8, dtype=f32).reshape(2, 4)}),
+    "an einsum that names no result": (["Einsum:w,equation='zid;df'"], {"w": np.arange(8, dtype=f32).reshape(4, 2)}),
+    "an einsum over what is not named": (["Einsum:w,equation='...d;d->...'"], {"w": np.arange(4, dtype=f32)}),
+    "an einsum of one": (["Einsum:equation='bij->jb'"], {}),
+    "padded with a number": (["Pad:c,v"], {"c": np.array([0, 1, 0, 0, 0, 2]), "v": np.array(3.0, f32)}),
+    "padded and cut": (["Pad:c"], {"c": np.array([1, 0, -1, 0, 2, 0])}),
+    "written at places": (
+        ["ScatterND:c,u"],
+        {"c": np.array([[0, 1], [-1, 2]]), "u": np.arange(8, dtype=f32).reshape(2, 4)},
+    ),
+    "added at places": (
+        ["ScatterND:c,u,reduction='add'"],
+        {"c": np.array([[1], [1]]), "u": np.arange(24, dtype=f32).reshape(2, 3, 4)},
+    ),
+    "elements written": (
+        ["ScatterElements:c,u,axis=2"],
+        {"c": np.array([[[1, -1]]]), "u": np.array([[[5, 6]]], f32)},
+    ),
+    "elements written in the first axis": (
+        ["ScatterElements:c,u"],
+        {"c": np.array([[[1]]]), "u": np.array([[[5]]], f32)},
+    ),
+    "a norm": (["ReduceL2:axes=[-1]"], {}),
+    "a norm of all": (["ReduceL2:keepdims=0"], {}),
+    "absolute numbers summed": (["ReduceL1:axes=[1],keepdims=0"], {}),
+    "squares summed": (["ReduceSumSquare:axes=[0;2]"], {}),
+    "exponentials summed": (["ReduceLogSumExp:axes=[2]"], {}),
+    "a sum's logarithm": (["Abs:", "ReduceLogSum:axes=[2]"], {}),
+    "a product": (["ReduceProd:axes=[-1;0],keepdims=0"], {}),
+    "a product of all": (["ReduceProd:"], {}),
+    "of length one": (["LpNormalization:"], {}),
+    "of absolute sum one": (["LpNormalization:axis=1,p=1"], {}),
+    "zeros of length one": (["Mul:c", "LpNormalization:"], {"c": np.array(0, f32)}),
+    "activations": (
+        ["HardSwish:", "Elu:", "Celu:alpha=2.0", "LeakyRelu:", "Softplus:", "Softsign:", "Elu:alpha=0.5"],
+        {},
+    ),
+    "a slope for each feature": (["PRelu:c"], {"c": np.array([0.1, 2, -1, 0], f32)}),
+    "whole numbers": (
+        ["Mul:c", "Round:", "Mul:c", "Round:", "Mul:c", "Floor:", "Mul:c", "Ceil:", "Sub:d", "Sign:"],
+        {"c": np.array(1.5, f32), "d": np.array(1.0, f32)},
+    ),
+    "a mean of two": (["Mean:c"], {"c": np.arange(4, dtype=f32)}),
     "a convolution without attributes": (["Conv:w"], {"w": np.arange(18, dtype=f32).reshape(2, 3, 3)}),
     "a convolution with uneven padding": (
         ["Conv:w,pads=[2;0],strides=[2]"],
         {"w": np.arange(18, dtype=f32).reshape(2, 3, 3)},
     ),
+}
+
+NEWER: dict[str, tuple[list[Any], dict[str, Any]]] = {  # of opset 23
+    "by the root of the mean square": (["RMSNormalization:w"], {"w": np.arange(4, dtype=f32)}),
+    "by that of two axes": (["RMSNormalization:w,axis=1,epsilon=0.1"], {"w": np.ones((3, 4), f32)}),
+    "an activation": (["Mish:"], {}),
+    "padded along an axis": (["Pad:c,,a"], {"c": np.array([1, 2]), "a": np.array([-2])}),
+    "lengths of rows": (["ReduceL2:c"], {"c": np.array([-1])}),
 }
 
 
@@ -135,8 +186,10 @@ def chain(steps: list[str]) -> list[Any]:
     nodes, last = [], "x"
     for i, step in enumerate(steps):
         kind, _, rest = step.partition(":")
-        parts = [p for p in rest.split(",") if p]
-        options = {k: eval(v.replace(";", ",")) for k, _, v in (p.partition("=") for p in parts if "=" in p)}
+        rest, _, equation = rest.partition("equation=")
+        parts = rest.removesuffix(",").split(",") if rest else []
+        given = {"equation": eval(equation).replace(";", ",")} if equation else {}
+        options = given | {k: eval(v.replace(";", ",")) for k, _, v in (p.partition("=") for p in parts if "=" in p)}
         out = "y" if i == len(steps) - 1 else f"h{i}"
         outputs = [out, "other"] if kind == "Split" else [out]
         nodes.append(helper.make_node(kind, [last, *(p for p in parts if "=" not in p)], outputs, f"n{i}", **options))

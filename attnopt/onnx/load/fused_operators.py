@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.onnx.load.layout_operators import Attributes
+from attnopt.onnx.load.operators import rms_norm
 from attnopt.onnx.load.values import Value, tensor
 
 Fused = Callable[..., tuple[Value, ...]]  # (attributes, *inputs) -> the outputs, those at the end may be missing
@@ -281,11 +282,7 @@ def _rotary_of_onnx(
 
 # ---------------------------------------------------------------- beside attentions
 def _rms_norm(a: Attributes, x: Value, weight: Value) -> tuple[Value, ...]:
-    given, axis = tensor(x), a.get("axis", -1)
-    wide = given.float()
-    axes = list(range(axis % given.dim(), given.dim()))
-    made = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + (a.get("epsilon") or 1e-5))
-    return (made.to(given.dtype) * tensor(weight),)
+    return (rms_norm(a, x, weight),)
 
 
 def _skip_norm(

@@ -131,6 +131,31 @@ def _tile(_: Attributes, x: Value, repeats: Value) -> Value:
     return tensor(x).repeat(numbers(repeats))
 
 
+def _pad(
+    a: Attributes, x: Value, pads: Value | None = None, value: Value | None = None, axes: Value | None = None
+) -> Value:
+    if a.get("mode", "constant") != "constant":
+        raise NotImplementedError("padding with what is there")
+    x, given = tensor(x), numbers(pads) if pads is not None else a["pads"]
+    along = [n % x.dim() for n in numbers(axes)] if axes is not None else list(range(x.dim()))
+    before, after = (dict(zip(along, half, strict=True)) for half in (given[: len(along)], given[len(along) :]))
+    order = [side.get(axis, 0) for axis in reversed(range(x.dim())) for side in (before, after)]
+    return F.pad(x, order, value=a.get("value", 0.0) if value is None else tensor(value).item())
+
+
+def _scatter_elements(a: Attributes, x: Value, index: Value, updates: Value) -> Value:
+    if a.get("reduction", "none") != "none":
+        raise NotImplementedError("updates that are joined")
+    x, at, axis = tensor(x), tensor(index), a.get("axis", 0)
+    return x.scatter(axis, torch.where(at < 0, at + x.shape[axis], at), tensor(updates))
+
+
+def _scatter_nd(a: Attributes, x: Value, index: Value, updates: Value) -> Value:
+    if a.get("reduction", "none") not in ("none", "add"):
+        raise NotImplementedError("updates that are joined")
+    return tensor(x).index_put(tensor(index).unbind(-1), tensor(updates), accumulate=a.get("reduction") == "add")
+
+
 def _filled(a: Attributes, shape: Value) -> Value:
     value = a["value"].reshape(-1)[0] if "value" in a else np.float32(0)
     sizes = numbers(shape)
@@ -156,6 +181,9 @@ LAYOUT: dict[str, Operator] = {
     "Slice": _slice,
     "Gather": _gather,
     "GatherND": _gather_nd,
+    "Pad": _pad,
+    "ScatterElements": _scatter_elements,
+    "ScatterND": _scatter_nd,
     "Expand": _expand,
     "Tile": _tile,
     "ConstantOfShape": _filled,

@@ -152,6 +152,19 @@ def _layer_norm(a: Attributes, x: Value, scale: Value, bias: Value | None = None
     return F.layer_norm(x, shape, tensor(scale), None if bias is None else tensor(bias), a.get("epsilon", 1e-5))
 
 
+def rms_norm(a: Attributes, x: Value, weight: Value) -> Value:
+    """In single precision at least, as ONNX Runtime computes it."""
+    given, axis = tensor(x), a.get("axis", -1)
+    wide = given.float()
+    axes = list(range(axis % given.dim(), given.dim()))
+    made = wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + (a.get("epsilon") or 1e-5))
+    return made.to(given.dtype) * tensor(weight)
+
+
+def _lp_norm(a: Attributes, x: Value) -> Value:
+    return F.normalize(tensor(x), p=a.get("p", 2), dim=a.get("axis", -1), eps=1e-30)
+
+
 def _batch_norm(a: Attributes, x: Value, *given: Value) -> Value:
     if a.get("training_mode") or not a.get("spatial", 1):
         raise NotImplementedError("a normalization in training mode")
@@ -178,6 +191,18 @@ def _attention(a: Attributes, q: Value, k: Value, v: Value, mask: Value | None =
 def _hard_sigmoid(a: Attributes, x: Value) -> Value:
     made: Tensor = torch.clamp(tensor(x) * a.get("alpha", 0.2) + a.get("beta", 0.5), 0.0, 1.0)
     return made
+
+
+def _hard_swish(_: Attributes, x: Value) -> Value:
+    return tensor(x) * torch.clamp(tensor(x) / 6 + 0.5, 0.0, 1.0)
+
+
+def _parametric_relu(_: Attributes, x: Value, slope: Value) -> Value:
+    return torch.where(tensor(x) < 0, tensor(x) * tensor(slope), tensor(x))
+
+
+def _mean(a: Attributes, *inputs: Value) -> Value:
+    return tensor(OPERATORS["Sum"](a, *inputs)) / len(inputs)
 
 
 def _mean_over_places(_: Attributes, x: Value) -> Value:
@@ -210,6 +235,19 @@ def _reduced(function: Callable[..., Tensor]) -> Operator:
     return run
 
 
+def _product(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
+    for axis in sorted((n % x.dim() for n in axes), reverse=True):
+        x = x.prod(axis, keepdim)
+    return x
+
+
+def _reduced_product(a: Attributes, x: Value, *axes: Value) -> Value:
+    """Of sizes, too: how many elements there are."""
+    if isinstance(x, Tensor) or axes or a.get("axes", [0]) not in ([0], [-1]):
+        return _reduced(_product)(a, x, *axes)
+    return np.asarray(np.prod(x, keepdims=bool(a.get("keepdims", 1))))
+
+
 def _trilu(a: Attributes, x: Value, k: Value | None = None) -> Value:
     diagonal = 0 if k is None else numbers(k)[0]
     return torch.triu(tensor(x), diagonal) if a.get("upper", 1) else torch.tril(tensor(x), diagonal)
@@ -240,6 +278,8 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "LessOrEqual": _both(torch.le),
     "And": _both(torch.logical_and),
     "Or": _both(torch.logical_or),
+    "Xor": _both(torch.logical_xor),
+    "Mean": _mean,
     "Max": lambda a, *x: _extreme(a, torch.maximum, x),
     "Min": lambda a, *x: _extreme(a, torch.minimum, x),
     "Where": _where,
@@ -253,16 +293,30 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "BatchNormalization": _batch_norm,
     "Attention": _attention,
     "HardSigmoid": _hard_sigmoid,
+    "HardSwish": _hard_swish,
+    "Elu": lambda a, x: F.elu(tensor(x), a.get("alpha", 1.0)),
+    "Celu": lambda a, x: F.celu(tensor(x), a.get("alpha", 1.0)),
+    "LeakyRelu": lambda a, x: F.leaky_relu(tensor(x), a.get("alpha", 0.01)),
+    "PRelu": _parametric_relu,
     "GlobalAveragePool": _mean_over_places,
     SAFE_SOFTMAX: _safe_softmax,
     "MatMul": _matmul,
     "Gemm": _gemm,
+    "Einsum": lambda a, *xs: torch.einsum(a["equation"], *map(tensor, xs)),
     "Conv": _conv,
     "LayerNormalization": _layer_norm,
+    "RMSNormalization": rms_norm,
+    "LpNormalization": _lp_norm,
     "ReduceMean": _reduced(torch.mean),
     "ReduceSum": _reduced(torch.sum),
     "ReduceMax": _reduced(torch.amax),
     "ReduceMin": _reduced(torch.amin),
+    "ReduceProd": _reduced_product,
+    "ReduceL1": _reduced(lambda x, *over: x.abs().sum(*over)),
+    "ReduceL2": _reduced(lambda x, *over: x.square().sum(*over).sqrt()),
+    "ReduceSumSquare": _reduced(lambda x, *over: x.square().sum(*over)),
+    "ReduceLogSum": _reduced(lambda x, *over: x.sum(*over).log()),
+    "ReduceLogSumExp": _reduced(torch.logsumexp),
     "GatherElements": lambda a, x, i: torch.gather(tensor(x), a.get("axis", 0), tensor(i)),
     "Trilu": _trilu,
     "CumSum": _cumsum,
@@ -279,6 +333,13 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Tanh": _one(torch.tanh),
     "Sigmoid": _one(torch.sigmoid),
     "Relu": _one(torch.relu),
+    "Softplus": _one(F.softplus),
+    "Softsign": _one(F.softsign),
+    "Mish": _one(F.mish),
+    "Sign": _one(torch.sign),
+    "Floor": _one(torch.floor),
+    "Ceil": _one(torch.ceil),
+    "Round": _one(torch.round),
     "Sin": _one(torch.sin),
     "Cos": _one(torch.cos),
     "IsNaN": _one(torch.isnan),
