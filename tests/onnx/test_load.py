@@ -72,6 +72,25 @@ def test_an_operator_is_what_onnx_runtime_makes_of_it(
     assert not [name for name, _ in module.named_modules() if "nodes" in name]
 
 
+def test_sizes_are_computed(tmp_path: Path) -> None:
+    """What stands in the way of a reshape is known while the file is read."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"]),
+        helper.make_node("ReduceProd", ["sizes"], ["all"], keepdims=1),
+        helper.make_node("Neg", ["all"], ["less"]),
+        helper.make_node("Mod", ["less", "number"], ["first"]),
+        helper.make_node("Concat", ["first", "rest"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["x", "wanted"], ["y"]),
+    ]
+    file = tmp_path / "m.onnx"
+    onnx.save(graph(nodes, {"x": [2, 3, 4]}, {"number": np.array([32]), "rest": np.array([-1])}), str(file))
+    x = torch.randn(2, 3, 4)
+    module = opened(file, (x,), {})
+    assert not [name for name, _ in module.named_modules() if "nodes" in name]
+    (y,) = module(x).values()
+    assert y.shape == (8, 3)  # -24 modulo 32
+
+
 def test_constants_are_divided_towards_zero(tmp_path: Path) -> None:
     nodes = [helper.make_node("Div", ["a", "b"], ["c"]), helper.make_node("Cast", ["c"], ["d"], to=1)]
     constants = {"a": np.array([-7, 7, 7, -8]), "b": np.array([2, -2, 2, 4])}

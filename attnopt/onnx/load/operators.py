@@ -57,6 +57,12 @@ def _divide_known(a: Known, b: Known) -> Known:
     return np.sign(a) * np.sign(b) * (abs(a) // abs(b))
 
 
+def _remainder(a: Known, b: Known) -> Known:
+    if not np.all(b):
+        raise ZeroDivisionError("integers are divided by zero")
+    return np.asarray(a % b)
+
+
 def _power(_: Attributes, a: Value, b: Value) -> Value:
     if _is_float(a) and _is_float(b):
         return np.asarray(np.power(a, b))
@@ -270,7 +276,7 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Div": _both(_divide, _divide_known),
     "Pow": _power,
     "Sum": _both(operator.add, operator.add),
-    "Mod": lambda a, *x: _both(torch.fmod if a.get("fmod") else torch.remainder)(a, *x),
+    "Mod": lambda a, *x: _both(torch.fmod)(a, *x) if a.get("fmod") else _both(torch.remainder, _remainder)(a, *x),
     "Equal": _both(torch.eq, operator.eq),
     "Greater": _both(torch.gt),
     "Less": _both(torch.lt),
@@ -323,7 +329,7 @@ OPERATORS: dict[str, Operator] = LAYOUT | {
     "Identity": _as_it_is,
     "Dropout": _as_it_is,
     "Not": _one(torch.logical_not),
-    "Neg": _one(torch.neg),
+    "Neg": lambda _, x: -x,
     "Abs": _one(torch.abs),
     "Exp": _one(torch.exp),
     "Log": _one(torch.log),
