@@ -13,7 +13,7 @@ import pytest
 import torch
 from older_onnx import CASES, NEWER, chain, encoder, graph, inputs, written
 from onnx import TensorProto, helper
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnopt
 from attnopt.onnx.load.load import opened
@@ -89,6 +89,37 @@ def test_sizes_are_computed(tmp_path: Path) -> None:
     assert not [name for name, _ in module.named_modules() if "nodes" in name]
     (y,) = module(x).values()
     assert y.shape == (8, 3)  # -24 modulo 32
+
+
+class Shifted(nn.Module):
+    """Scores of relative positions, padded and shifted (Music Transformer, arXiv:1809.04281), by an einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.places = nn.Parameter(torch.randn(64, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, _ = x.shape
+        q, k, v = (f(x).view(B, L, 4, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        shifted = nn.functional.pad(torch.einsum("bhld,rd->bhlr", q, self.places[:L]), (1, 0))
+        scores = q @ k.transpose(-1, -2) + shifted.reshape(B, 4, L + 1, L)[:, :, 1:].tril()
+        return self.o(((scores / 8**0.5).softmax(-1) @ v).transpose(1, 2).reshape(B, L, 32))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("policy", [LocalWindow(2), PruneHeads(heads=(1,))], ids=["window", "fewer heads"])
+def test_scores_that_are_padded_and_shifted(policy: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, file = Shifted().eval(), torch.randn(2, 12, 32), tmp_path / "m.onnx"
+    axes = {"x": {0: "batch", 1: "length"}}
+    torch.onnx.export(model, (x,), str(file), dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes)
+    assert not [name for name, _ in opened(file, (x,), {}).named_modules() if "nodes" in name]
+    fast = attnopt.optimize(file, policy, (x,))
+    assert [s.status for s in fast.report.sites] == ["rewritten"]
+    for batch, length in ((2, 12), (3, 31)):
+        x = torch.randn(batch, length, 32)
+        oracle.assert_same(list(fast(x).values()), [attnopt.optimize(model, policy, (x,))(x)])
 
 
 def test_constants_are_divided_towards_zero(tmp_path: Path) -> None:

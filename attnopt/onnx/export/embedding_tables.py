@@ -72,7 +72,7 @@ def _reaches_attention(node: ir.Node, chosen: Collection[str]) -> bool:
 
 def _may_be_attention(node: ir.Node) -> bool:
     if is_a(node, "MatMul", "Einsum", "Gemm"):
-        return sum(value is not None and value.const_value is None for value in node.inputs[:2]) > 1
+        return sum(value is not None and value.const_value is None for value in node.inputs) > 1
     return node.op_type.endswith(CORES) or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values())
 
 

@@ -90,7 +90,7 @@ def _slice(a: Attributes, x: Value, *given: Value) -> Value:
         starts, ends = a["starts"], a["ends"]
         axes, steps = a.get("axes", list(range(len(starts)))), [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        if step <= 0:
+        if step <= 0 and isinstance(x, Tensor):
             raise NotImplementedError("a step backwards")
         index = [slice(None)] * x.ndim
         index[axis] = slice(start, None if isinstance(end, int) and end > 2**31 - 2 else end, step)
