@@ -55,11 +55,11 @@ def _bounds(inputs: list[fx.Node]) -> dict[str, tuple[int, int | None]]:
     for n, axis, size in _axes(inputs):
         if size.node.expr not in seen:
             seen.add(size.node.expr)
-            found[f"{input_name(n)}[{axis}]"] = _least(size), bounds(size)[1]
+            found[f"{input_name(n)}[{axis}]"] = least(size), bounds(size)[1]
     return found
 
 
-def _least(size: torch.SymInt) -> int:
+def least(size: torch.SymInt) -> int:
     """torch says of every symbol that it is at least 2, which is no bound of a graph that computes the same for 1."""
     expr = size.node.expr
     lower = {s: known if (known := bounds(size, s)[0]) > 2 else 1 for s in expr.free_symbols}

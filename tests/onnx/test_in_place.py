@@ -15,7 +15,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from onnx_by_hand import DIM, Parts, contrib, control, in_runtime, plain, recurrent
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnopt
 from attnopt.onnx.load import operators
@@ -249,6 +249,48 @@ def test_a_file_rewritten_twice(tmp_path: Path) -> None:
     with pytest.warns(attnopt.AttnoptWarning, match="no attention was found .* inside a branch or loop"):
         attnopt.optimize(files[2], LocalWindow(1), (x,)).export_onnx(files[3])
     assert files[3].read_bytes() == files[2].read_bytes()
+
+
+class Merged(nn.Module):
+    """Heads on one axis with the batch, and what is added to the scores, too (DeBERTa, arXiv:2006.03654)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM) for _ in range(4))
+        self.places = nn.Parameter(torch.randn(64, DIM // 4) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, _ = x.shape
+        q, k, v = (f(x).view(B, L, 4, -1).transpose(1, 2).reshape(B * 4, L, -1) for f in (self.q, self.k, self.v))
+        order = torch.arange(L)
+        apart = (order[:, None] - order).clamp(-31, 31) + 31
+        bias = torch.gather(q @ self.places.T, -1, apart.expand(B * 4, L, L))
+        weights = (torch.bmm(q, k.transpose(1, 2)) + bias).view(B, 4, L, L).softmax(-1)
+        made = torch.bmm(weights.view(B * 4, L, L), v).view(B, 4, L, -1)
+        return self.o(made.transpose(1, 2).reshape(B, L, DIM))
+
+
+def test_what_holds_for_two_texts_holds_for_one(tmp_path: Path) -> None:
+    """An axis of four heads times the batch has at least eight elements only where the batch has two."""
+    torch.manual_seed(0)
+    model, x, file, out = Merged().eval(), numbers(2, 9, DIM), tmp_path / "m.onnx", tmp_path / "fast.onnx"
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    torch.onnx.export(
+        model,
+        (x,),
+        str(file),
+        dynamo=True,
+        opset_version=20,
+        dynamic_shapes=(free,),
+        verbose=False,
+        external_data=False,
+    )
+    policy = PruneHeads(heads=(1,))
+    attnopt.optimize(file, policy, (x,)).export_onnx(out)
+    want = attnopt.optimize(model, policy, (x,), dynamic_shapes="auto")
+    for batch, length in ((2, 9), (1, 9), (3, 20), (1, 31)):
+        x = numbers(batch, length, DIM)
+        oracle.assert_same(in_runtime(out, x), [want(x)])
 
 
 def test_axes_of_one_name_are_compared_at_one_size(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,9 +11,11 @@ from torch import Tensor, fx
 
 from attnopt.base.call_inputs import CallInputs
 from attnopt.base.sizes import is_static
+from attnopt.capture.guards import least
 from attnopt.capture.signature import Signature
 from attnopt.compiler.origin import Origin
 from attnopt.errors import ExportError
+from attnopt.graph.evaluate import bounds
 from attnopt.graph.nodes import ancestors, value
 from attnopt.graph.record import recorded
 from attnopt.onnx.export.correspondence import Change
@@ -23,6 +26,9 @@ from attnopt.report.report import Report
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+GIVEN = "given_"  # how the inputs of a part are called, by number
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def _part(
     _check_axes(model, order)
     expand(model.graph, marked, write, opset)
     settle(model, contrib, opset)
-    check_sizes(model.graph, held)
+    check_sizes(model.graph, [text for text in held if not _is_assumed(text, order)])
     RemoveUnusedNodesPass()(model)
     return Part(module, model, tuple(given[n] for n in order), name, marked)
 
@@ -90,7 +96,7 @@ def _cut(
     graph, table, order = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()
     for n in gm.graph.nodes:
         if n in needed and n in given:
-            table[n] = graph.placeholder(f"given_{len(order)}")
+            table[n] = graph.placeholder(f"{GIVEN}{len(order)}")
             table[n].meta["val"] = value(n)
             order.append(n)
     for n in gm.graph.nodes:
@@ -98,6 +104,17 @@ def _cut(
             table[n] = graph.node_copy(n, lambda n: table[n])
     graph.output((table[node],)).meta["val"] = (value(node),)
     return fx.GraphModule(gm, graph), order
+
+
+def _is_assumed(relation: str, order: Sequence[fx.Node]) -> bool:
+    """It is a least size that holds where every free size of the whole graph is at least 2, as torch assumes of all."""
+    match ast.parse(relation, mode="eval").body:
+        case ast.Compare(
+            ast.Subscript(ast.Name(name), ast.Constant(int(axis))), [ast.GtE()], [ast.Constant(int(lower))]
+        ):
+            size = value(order[int(name.removeprefix(GIVEN))]).shape[axis]
+            return not is_static(size) and least(size) < lower <= bounds(size)[0]
+    return False
 
 
 def _check_axes(model: ir.Model, order: Sequence[fx.Node]) -> None:

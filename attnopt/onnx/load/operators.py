@@ -230,13 +230,17 @@ def _conv(a: Attributes, x: Value, w: Value, b: Value | None = None) -> Value:
     return convolve(x, w, None if b is None else tensor(b), stride, pads[:axes], dilation, a.get("group", 1))
 
 
+def _keeps(a: Attributes) -> bool:
+    return bool(a.get("keepdims", 1))
+
+
 def _reduced(function: Callable[..., Tensor]) -> Operator:
     def run(a: Attributes, x: Value, axes: Value | None = None) -> Value:
         x = tensor(x)
         given = numbers(axes) if axes is not None else a.get("axes")
         if not given and a.get("noop_with_empty_axes"):
             return x
-        return function(x, list(given or range(x.dim())), bool(a.get("keepdims", 1)))
+        return function(x, list(given or range(x.dim())), _keeps(a))
 
     return run
 
@@ -251,7 +255,7 @@ def _reduced_product(a: Attributes, x: Value, *axes: Value) -> Value:
     """Of sizes, too: how many elements there are."""
     if isinstance(x, Tensor) or axes or a.get("axes", [0]) not in ([0], [-1]):
         return _reduced(_product)(a, x, *axes)
-    return np.asarray(np.prod(x, keepdims=bool(a.get("keepdims", 1))))
+    return np.asarray(np.prod(x, keepdims=_keeps(a)))
 
 
 def _trilu(a: Attributes, x: Value, k: Value | None = None) -> Value:
