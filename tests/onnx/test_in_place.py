@@ -251,6 +251,21 @@ def test_a_file_rewritten_twice(tmp_path: Path) -> None:
     assert files[3].read_bytes() == files[2].read_bytes()
 
 
+def test_what_the_file_computes_twice(tmp_path: Path) -> None:
+    """Torch computes it once; both are kept as they are."""
+    p = Parts()
+    x = p.attention("a", "x")
+    near, far = (p.node("Sub", [x, p.node("ReduceMean", [x], f"mean {n}", axes=[-1])], f"apart {n}") for n in range(2))
+    wide = p.node("ReduceMean", [p.node("Mul", [near, near], "square")], "variance", axes=[-1])
+    p.node("Div", [far, p.node("Sqrt", [wide], "deviation")], "y")
+    file = p.save(tmp_path / "m.onnx", {"x": ["b", "n", DIM]}, {"y": ["b", "n", DIM]})
+    fast = attnopt.optimize(file, LocalWindow(2), (numbers(2, 9, DIM),))
+    fast.export_onnx(tmp_path / "fast.onnx")
+    assert_kept(file, tmp_path / "fast.onnx")
+    x = numbers(3, 30, DIM)
+    oracle.assert_same(in_runtime(tmp_path / "fast.onnx", x), list(fast(x).values()))
+
+
 class Merged(nn.Module):
     """Heads on one axis with the batch, and what is added to the scores, too (DeBERTa, arXiv:2006.03654)."""
 

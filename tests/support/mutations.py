@@ -1385,6 +1385,8 @@ FAULTS = (
           "test_rounded_activations.py -k alone"),
     Fault("constants called as those of the first time",
           'f"{shared}{tensor.name.removeprefix(CONSTANT)}" if after', "tensor.name if after", "test_in_place.py -k twice"),
+    Fault("what is computed twice, as two", "self.same.of[origin] != self.same.of[before]", "origin is not before",
+          "test_in_place.py -k computes_twice"),
     Fault("two texts at least", "least(size) < lower <= bounds(size)[0]", "False", "test_in_place.py -k holds_for_one"),
     Fault("sizes that the names of axes forbid",
           "        if len(sizes) == len({label for label, _ in sizes}):", "        if True:",

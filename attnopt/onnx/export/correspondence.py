@@ -213,7 +213,7 @@ class _Comparison:
             if (n, b) != (now, before) and names and is_tensor(b):
                 found.append((self._first(names), n, b))
                 continue
-            if not _corresponds(n, b):
+            if not self._corresponds(n, b):
                 return None
             stack += zip(n.all_input_nodes, b.all_input_nodes, strict=True)
         return found
@@ -221,18 +221,18 @@ class _Comparison:
     def _lays_out_what_is_new(self, now: fx.Node, before: fx.Node) -> bool:
         """The node only rearranges a rebuilt value, and is rebuilt with it."""
         n, b, moved = now, before, False
-        while b.target in _LAYOUT and _corresponds(n, b):
+        while b.target in _LAYOUT and self._corresponds(n, b):
             n, b, moved = n.all_input_nodes[0], b.all_input_nodes[0], True
         return moved and self.same.of[n] != self.same.of[b] and self._kept(n, b) is None
 
-
-def _corresponds(now: fx.Node, before: fx.Node) -> bool:
-    """``now`` is ``before`` with other inputs."""
-    if now.meta.get(ORIGIN) != before.name or now.target != before.target or now.op != before.op:
-        return False
-    if now.op != "call_function" or len(now.all_input_nodes) != len(before.all_input_nodes):
-        return False
-    return _shape_of_call(now) == _shape_of_call(before)
+    def _corresponds(self, now: fx.Node, before: fx.Node) -> bool:
+        """``now`` is ``before`` with other inputs, or another node of the file that computed the same."""
+        origin = self.by_name.get(str(now.meta.get(ORIGIN)))
+        if origin is None or self.same.of[origin] != self.same.of[before] or now.op != before.op:
+            return False
+        if now.op != "call_function" or now.target != before.target:
+            return False
+        return len(now.all_input_nodes) == len(before.all_input_nodes) and _shape_of_call(now) == _shape_of_call(before)
 
 
 def _shape_of_call(node: fx.Node) -> Hashable:
