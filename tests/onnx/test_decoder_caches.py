@@ -250,6 +250,29 @@ def test_a_runtime_generates_the_same(policy: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_runtime_needs_no_memory_for_what_has_rolled_out(tmp_path: Path) -> None:
+    """By default ONNX Runtime would keep 70 KB for each length of the text."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this platform")
+    exported(optimized(dim=16), tmp_path / "m", context_length=4000, windows="rolling")
+    parameters = genai.GeneratorParams(model := genai.Model(str(tmp_path / "m")))
+    parameters.set_search_options(max_length=3000, min_length=3000, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(PROMPTS[:1])
+
+    def resident() -> int:
+        (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
+        return int(line.split()[1])
+
+    for _ in range(500):
+        generator.generate_next_token()
+    before = resident()
+    for _ in range(2400):
+        generator.generate_next_token()
+    assert resident() - before < 16_000  # KB
+
+
+@pytest.mark.slow
 def test_a_runtime_generates_from_int8(tmp_path: Path) -> None:
     """What the file itself says step by step: the model may choose other tokens."""
     ids = torch.tensor(PROMPTS)

@@ -1375,6 +1375,8 @@ FAULTS = (
     Fault("ONNX weights from any folder", "if not place.is_relative_to(folder) or not place.is_file():",
           "if not place.is_file():",
           "test_hostile_onnx.py -k elsewhere"),
+    Fault("memory for each length of a text", '{"enable_mem_pattern": False, "provider_options": []}', '{"provider_options": []}',
+          "test_decoder_caches.py -k rolled_out"),
     # files whose activations are rounded
     Fault("a rounding file that is believed", "if self.rounds and not self._that_differ(module, runs):", "if self.rounds:",
           "test_rounded_activations.py -k as_in_the_file"),

@@ -188,7 +188,7 @@ def _config(
     if isinstance(vocabulary, int) and not all(0 <= end < vocabulary for end in ends):
         raise ExportError(f"{ends} are outside the vocabulary of {vocabulary} tokens", hint="correct eos_token_id")
     decoder = {
-        "session_options": {"provider_options": []},
+        "session_options": {"enable_mem_pattern": False, "provider_options": []},  # a pattern for each length is kept
         "filename": FILE,
         "head_size": dim,
         "hidden_size": heads * dim,
