@@ -259,10 +259,6 @@ template <class Source> struct Tiles : Pairs<Source> {
     using Base = Pairs<Source>;
     using Base::PARTS;
     using typename Base::Number;
-    const bool is_broken;
-
-    Tiles(const Arguments &a, const typename Base::Shared &shared, const Setting &, int64_t batch, int64_t kv_head)
-        : Base(a, shared, {}, batch, kv_head), is_broken(shared.is_broken(batch, kv_head)) {}
 
     // Another library may count on its own tiles in this thread: they come back.
     struct Setting {
@@ -282,6 +278,11 @@ template <class Source> struct Tiles : Pairs<Source> {
         }
         Setting(const Setting &) = delete;
     };
+
+    const bool is_broken;
+
+    Tiles(const Arguments &a, const typename Base::Shared &shared, const Setting &, int64_t batch, int64_t kv_head)
+        : Base(a, shared, {}, batch, kv_head), is_broken(shared.is_broken(batch, kv_head)) {}
 
     // Rows of `to` take in the products of `words` words: two tiles of rows, or one, for the two vectors of queries.
     template <bool TWO, bool ADDS>

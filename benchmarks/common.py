@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -32,7 +33,7 @@ __all__ = [
     "publish",
 ]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results")
 
 
 def one_thread() -> None:
@@ -92,7 +93,7 @@ def _processor() -> str:
 
 def publish(name: str, rows: Sequence[Mapping[str, Any]], title: str, digits: int = 2) -> None:
     """Print ``rows`` as a table, and write them with the machine's description to ``results/``."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     table = _markdown(rows, digits)
     about = machine()
     peaks = ", ".join(f"{rate} GFLOP/s ({form})" for form, rate in about["peak, GFLOP/s"].items())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnopt.base.progress import working
-from attnopt.errors import AttnoptError, ExportError
+from attnopt.errors import AttnoptError, ExportError, PolicyError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,14 +90,20 @@ def _of_encoder(arguments: argparse.Namespace, say: Say) -> Result:
     say(found)
     say(f"2. Which attention gets a window, which loses heads, within {demo_policy.LATENCY:.0%} of the latency?")
     batches = demo_policy.sequences(tokenizer, data.background)
-    with working("searching"):
-        best = demo_policy.searched(model, batches, inputs, shapes)
-    say(best)
-    fast = _rewritten(best.optimize, say)
+    best = None
+    try:
+        with working("searching"):
+            best = demo_policy.searched(model, batches, inputs, shapes)
+        say(best)
+    except PolicyError as error:  # attention is too little of the model here, or windows save too little of it
+        say(f"  the model is left exact: {error}")
+    exact = partial(attnopt.optimize, model, "fuse", *inputs, dynamic_shapes=shapes)
+    fast = _rewritten(best.optimize if best else exact, say)
     files, ways = _deployed(model, fast, inputs, shapes, out, say)
     importance = attnopt.head_importance(model, batches[:LOOKED_AT], "output-norm")
     files["report"] = fast.report.with_importance(importance).to_html(out / "report.html")
-    files["search"] = best.report.to_html(out / "search.html")
+    if best:
+        files["search"] = best.report.to_html(out / "search.html")
 
     say("4. Is it as good, and is it faster?")
     table: Table = {}

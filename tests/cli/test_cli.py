@@ -15,6 +15,7 @@ import attnopt
 from attnopt.base import progress
 from attnopt.cli import demo
 from attnopt.cli import demo_data as demo_similarity
+from attnopt.cli import demo_policy
 from attnopt.cli import main as cli
 from attnopt.errors import AttnoptError
 
@@ -275,6 +276,16 @@ def test_the_demo_takes_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert set(faster) == set(cosine) == set(found["measured"]["MB"])
     assert all(Path(p).is_file() for p in found["files"].values())
     assert ("attnopt, rewritten, int8" in cosine) == ("int8" in found["files"])
+
+
+@pytest.mark.slow
+def test_the_demo_goes_on_where_nothing_saves_enough(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_policy, "LATENCY", 0.01)
+    found = json_of(capsys, "demo", "--quick", "--out", str(tmp_path))
+    assert set(found["files"]) == {"exact", "int8", "report", "data"}
+    assert found["measured"]["Lee-50, Pearson"]["attnopt"] == pytest.approx(found["measured"]["Lee-50, Pearson"]["torch"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
