@@ -42,13 +42,14 @@ def attend_with_lse(spec: AttentionSpec, t: OperandTensors) -> tuple[Tensor, Ten
 def _filled(out: Tensor, spec: AttentionSpec, t: OperandTensors, core_of: Callable[[AttentionSpec], Attend]) -> Tensor:
     """``out``, which holds what a query without keys gives, with the rows of all other queries."""
     B, H, L, _ = t.q.shape
+    k, v = (x.expand(B, -1, -1, -1) for x in (t.k, t.v))
     for pattern, heads in _by_pattern(spec.pattern, H):
         of_heads = torch.as_tensor(heads, device=t.q.device)
         kv = torch.as_tensor([spec.kv_of_head[h] for h in heads], device=t.q.device)
         operands = OperandTensors(
             _blocks(t.q[:, of_heads], 2),
-            _blocks(t.k[:, kv], 2),
-            _blocks(t.v[:, kv], 2),
+            _blocks(k[:, kv], 2),
+            _blocks(v[:, kv], 2),
             _of_heads(t.bias, of_heads),
             _of_heads(t.mask, of_heads),
             _of_heads(t.sinks, of_heads),

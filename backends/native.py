@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attnopt.base.atomic_files import cache_folder
+from attnopt.base.processor import instructions
 from attnopt.ir.operands import BLOCK, OperandTensors, SegmentTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns.block_layout import FULL_TILE, Layout
@@ -212,6 +212,16 @@ def why_not() -> str | None:
     return None
 
 
+def compiler() -> str | None:
+    """That which the environment variable CXX names, or the first that is installed."""
+    return next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c and shutil.which(c)), None)
+
+
+def version() -> str:
+    """What tells this kernel from those of other sources, compilers and processors; empty if there is none."""
+    return "" if why_not() else Path(library()._name).stem
+
+
 def library() -> ctypes.CDLL:
     """The compiled kernel.  Raises NoKernelError, at once if it failed before."""
     found = _built()
@@ -222,27 +232,27 @@ def library() -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def _built() -> ctypes.CDLL | str:
-    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c and shutil.which(c)), None)
-    if compiler is None:
+    with_it = compiler()
+    if with_it is None:
         return "there is no C++ compiler (g++, clang++, or the one that CXX names)"
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return ctypes.CDLL(str(_compiled(with_it)))
     except subprocess.CalledProcessError as e:
-        return f"{compiler} failed: {e.stderr.strip()[-300:]}"
+        return f"{with_it} failed: {e.stderr.strip()[-300:]}"
     except (OSError, subprocess.TimeoutExpired) as e:
-        return f"{compiler}: {e}"
+        return f"{with_it}: {e}"
 
 
-def _compiled(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+def _compiled(with_it: str) -> Path:
+    told = subprocess.run([with_it, "--version"], capture_output=True, text=True, check=True).stdout
     sources = (file.read_text() for file in (_SOURCE, *_HEADERS))
-    mark = hashlib.sha256("\0".join((*sources, version, *_FLAGS, _machine())).encode()).hexdigest()[:24]
+    mark = hashlib.sha256("\0".join((*sources, told, *_FLAGS, instructions())).encode()).hexdigest()[:24]
     path = cache_folder() / f"attend-{mark}.so"
     if path.exists():
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        command = [with_it, *_FLAGS, str(_SOURCE), "-o", str(made)]
         for threads in (["-fopenmp"], []):  # a compiler may lack OpenMP: then one thread does the work
             done = subprocess.run([*command, *threads], capture_output=True, text=True, timeout=_SECONDS)
             if done.returncode == 0:
@@ -250,12 +260,3 @@ def _compiled(compiler: str) -> Path:
         done.check_returncode()
         os.replace(made, path)
     return path
-
-
-def _machine() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

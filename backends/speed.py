@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from attnopt.backends import native
 from attnopt.base.atomic_files import cache_folder
+from attnopt.base.processor import processor
 from attnopt.ir.site import Site
 
 _LENGTH, _HEADS, _HEAD_DIM = 1024, 4, 64
@@ -75,8 +77,8 @@ def _of_cpu(threads: int, dtype: torch.dtype) -> Speed:
 
 
 def _cache_file(threads: int, dtype: torch.dtype) -> Path:
-    about = f"{torch.__version__} {platform.platform()} {platform.processor()} {os.cpu_count()} {threads} {dtype}"
-    return cache_folder() / f"speed-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    about = (torch.__version__, native.version(), platform.platform(), processor(), os.cpu_count(), threads, dtype)
+    return cache_folder() / f"speed-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
 
 
 def _measured(dtype: torch.dtype) -> Speed:

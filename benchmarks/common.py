@@ -17,6 +17,7 @@ import torch
 from peak import peak_rates
 
 from attnopt.base.cpu_timing import Times, interleaved
+from attnopt.base.processor import processor
 from attnopt.cli.demo_data import let_transformers_import
 
 __all__ = [
@@ -68,7 +69,7 @@ def machine() -> dict[str, Any]:
     import attnopt
 
     return {
-        "cpu": _processor(),
+        "cpu": processor(),
         "peak, GFLOP/s": {form.name.lower(): round(rate / 1e9) for form, rate in peak_rates().items()},
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -76,19 +77,6 @@ def machine() -> dict[str, Any]:
         "attnopt": attnopt.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    """With family and model: names alone are shared by generations."""
-    try:
-        pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    except OSError:
-        return platform.processor()
-    found = {name.strip(): value.strip() for name, _, value in pairs}
-    numbers = [
-        f"{short} {found[name]}" for short, name in (("family", "cpu family"), ("model", "model")) if name in found
-    ]
-    return " ".join([found.get("model name", platform.processor()), *numbers])
 
 
 def publish(name: str, rows: Sequence[Mapping[str, Any]], title: str, digits: int = 2) -> None:

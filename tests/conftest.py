@@ -39,6 +39,15 @@ def _stub_torchvision() -> torch.library.Library | None:
 _TORCHVISION = _stub_torchvision()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A machine without a C++ compiler says so at every attention; tests that need the kernel are skipped there."""
+    from needs import HAS_COMPILER
+
+    if not HAS_COMPILER:
+        told = "ignore:attention runs without its compiled kernel:attnopt.AttnoptWarning"
+        config.addinivalue_line("filterwarnings", told)
+
+
 def pytest_collection_finish() -> None:
     """What all test files import lives as long as the process: a collection of garbage need not look through it each time."""
     gc.collect()

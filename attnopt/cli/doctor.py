@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from attnopt.base.processor import processor
 from attnopt.cli.output import show
 
 USES = {
@@ -46,6 +47,7 @@ def _machine() -> Iterator[Finding]:
 
     yield Finding("attnopt", metadata.version("attnopt"), True)
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", True)
+    yield Finding("processor", processor(), True)
     yield Finding("threads of torch", str(torch.get_num_threads()), True)
 
 

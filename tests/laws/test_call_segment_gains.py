@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from call_models import HEADS, Attention, Stack
+from needs import needs_compiler
 from torch import Tensor
 from variants import mostly_slow
 
@@ -148,6 +149,7 @@ def test_saved_and_exported(kind: str, backend: str, tmp_path: Path) -> None:
     assert torch.equal(copy.deepcopy(fast)(x, kinds=kinds), fast(x, kinds=kinds))
 
 
+@needs_compiler
 def test_no_map_of_weights_exists() -> None:
     """4,096 queries and keys: one map of a head would take 64 MB, and its ids one of 16 MB."""
     model, (x, kinds) = Stack(), example()

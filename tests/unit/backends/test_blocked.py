@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs_compiler
 from specs import PATTERNS, a_spec, run, tensors
 from torch import Tensor
 
@@ -23,8 +24,6 @@ from attnopt.ir.operands import OperandTensors
 from attnopt.ir.spec import AttentionSpec
 from attnopt.patterns import BlockLayout, Causal, Dilated, Full, Neighborhood, Pattern, PerHead, Sinks, Strided, Window
 from attnopt.patterns.query_order import order_of, ordered_layout
-
-needs_compiler = pytest.mark.skipif(native.why_not() is not None, reason="there is no C++ compiler")
 
 MORE: list[Pattern] = [
     Window(70, 0),
@@ -146,7 +145,9 @@ def test_rows_of_many_heads_beside_each_other(
     spec = a_spec(pattern=pattern, kv_of_head=kv_of_head, value_dim=24)
     t = narrowed(tensors(spec, 3, 150, 205, torch.float32, 0), alone)
     apart = {n: x if n not in "qkv" else x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in t.items()}
-    torch.testing.assert_close(run(Blocked(), spec, apart), run(Reference(), spec, t), rtol=2e-5, atol=2e-5)
+    want = run(Reference(), spec, t)
+    torch.testing.assert_close(run(Blocked(), spec, apart), want, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(block_gather.attend(spec, OperandTensors(**apart)), want, rtol=2e-5, atol=2e-5)
 
 
 def test_a_bias_may_have_its_heads_last() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
+from needs import needs_compiler
 
 import attnopt
 from attnopt.passes import LocalWindow, Sparse
 from attnopt.patterns import Causal, Neighborhood, PerHead, Window
 
 
+@needs_compiler
 def test_queries_without_keys_give_zeros_and_are_counted() -> None:
     model, (x,) = tiny_models.causal()
     fast = attnopt.optimize(model, Sparse(~Window(2, 0)), (x,), backend="blocked")
@@ -22,6 +24,7 @@ def test_queries_without_keys_give_zeros_and_are_counted() -> None:
     torch.testing.assert_close(second(x)[:, :3], want)
 
 
+@needs_compiler
 def test_queries_without_keys_are_counted_by_head() -> None:
     model, args, kwargs = tiny_models.full()
     policy = Sparse(PerHead({1: ~Window(20, 20)}, default=Causal()))
@@ -40,6 +43,7 @@ def test_a_pattern_that_is_no_more_than_a_mask_is_told() -> None:
     assert attnopt.optimize(model, "fuse", args, kwargs).report.sites[0].notes == ()
 
 
+@needs_compiler
 def test_a_short_example_of_varying_length_does_not_choose_a_mask() -> None:
     model, args, kwargs = tiny_models.full()
     site = attnopt.optimize(model, LocalWindow(2), args, kwargs, dynamic_shapes="auto").report.sites[0]

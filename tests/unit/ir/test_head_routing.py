@@ -15,6 +15,7 @@ import torch
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs_compiler
 from sites import a_site, applied, refusal
 from specs import a_spec, tensors
 from stacks import batches, stack
@@ -221,6 +222,7 @@ def test_a_skipping_model_trains_runs_anywhere_and_is_exported(tmp_path: Path) -
 
 
 # ---------------------------------------------------------------- what the report says
+@needs_compiler
 @pytest.mark.parametrize("saves", [True, False])
 def test_the_faster_form_is_taken_and_both_times_are_told(monkeypatch: pytest.MonkeyPatch, saves: bool) -> None:
     monkeypatch.setattr(route_timing, "_seconds", lambda *_: (2e-3, 1e-3 if saves else 3e-3))

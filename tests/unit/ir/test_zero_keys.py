@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Attention, Spelling, inputs
+from needs import needs_compiler
 from sites import a_site, applied, refusal
 from specs import a_spec, tensors
 from torch import Tensor, nn
@@ -180,7 +181,9 @@ def test_backends_pad_with_zeros(
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # that is what is wanted here
-@pytest.mark.parametrize("way", [block_gather, flex, native], ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    "way", [block_gather, flex, pytest.param(native, marks=needs_compiler)], ids=lambda way: way.__name__
+)
 def test_kernels_take_sinks_of_rows(way: ModuleType) -> None:
     """Also in rows that see nothing but zero keys, or nothing at all."""
     p = Blocks(70, 20)

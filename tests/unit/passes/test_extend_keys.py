@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from models import Attention, Spelling, inputs
+from needs import needs_compiler
 from pooled import full
 from sites import a_site, applied, refusal
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
+@needs_compiler
 def test_reports_and_costs() -> None:
     model, x = full()
     fast = attnopt.optimize(model, ExtendKeys(torch.randn(5, 32), heads=[1, 2]), (x,), backend="blocked")
