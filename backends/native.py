@@ -238,9 +238,15 @@ def _built() -> ctypes.CDLL | str:
     try:
         return ctypes.CDLL(str(_compiled(with_it)))
     except subprocess.CalledProcessError as e:
-        return f"{with_it} failed: {e.stderr.strip()[-300:]}"
+        return f"{with_it} failed: {_what_failed(e.stderr)}"
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"{with_it}: {e}"
+
+
+def _what_failed(told: str) -> str:
+    """The first error of a compiler, whose notes follow."""
+    lines = told.strip().splitlines()
+    return next((line for line in lines if "error:" in line), lines[-1] if lines else "it does not say why")
 
 
 def _compiled(with_it: str) -> Path:

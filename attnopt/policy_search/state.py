@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnopt.backends import native
 from attnopt.base.atomic_files import atomic_write
+from attnopt.base.processor import processor
 from attnopt.errors import SearchError
 from attnopt.ir.peers import Peers
 from attnopt.policy_search.judge import Known
 
-FORMAT = 2
+FORMAT = 3
 EVERY = 1.0  # seconds between two writes
 SAMPLED = 64  # numbers of each weight that mark a model
 
@@ -28,7 +31,8 @@ SAMPLED = 64  # numbers of each weight that mark a model
 @dataclass
 class State:
     """``marks``: digests of all that measurements depend on, by what it is.  ``values``: by picks and piece; ``refitted``: the
-    same with output projections fitted once more; ``times``: milliseconds by name.  Without a path nothing is written."""
+    same with output projections fitted once more; ``times``: milliseconds by name, of this machine.  Without a path nothing is
+    written."""
 
     marks: Mapping[str, str]
     path: Path | None = None
@@ -47,7 +51,8 @@ class State:
                 raise ValueError(f"format {data['format']!r}")
             marks = dict(data["marks"])
             values, refitted = _known(data["values"]), _known(data["refitted"])
-            times = {str(name): float(ms) for name, ms in data["times"].items()}
+            is_from_here = data["machine"] == _machine_mark()
+            times = {str(name): float(ms) for name, ms in data["times"].items() if is_from_here}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SearchError(
                 f"search: resume={str(self.path)!r} is no state of a search: {type(error).__name__}: {error}",
@@ -78,7 +83,8 @@ class State:
         if self.path is None or (now - self.written < EVERY and not at_once):
             return
         known = {"values": _told(self.values), "refitted": _told(self.refitted)}
-        text = json.dumps({"format": FORMAT, "marks": dict(self.marks), "times": self.times, **known})
+        marks = {"marks": dict(self.marks), "machine": _machine_mark()}
+        text = json.dumps({"format": FORMAT, **marks, "times": self.times, **known})
         with atomic_write(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         self.written = time.monotonic()
@@ -111,6 +117,11 @@ def mark_of(*texts: object) -> str:
 def model_mark(model: nn.Module) -> str:
     """Of the names, sizes and some values of all weights."""
     return mark_of(*((name, _some(t)) for name, t in model.state_dict().items() if isinstance(t, Tensor)))
+
+
+def _machine_mark() -> str:
+    """Of what latencies depend on beside the model."""
+    return mark_of(processor(), os.cpu_count(), torch.__version__, native.version())
 
 
 def data_mark(batches: Iterable[object]) -> str:

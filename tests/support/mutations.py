@@ -487,6 +487,13 @@ FAULTS = (
     Fault("measurements of another model", "if changed := [what for what, mark in self.marks.items() if marks.get(what) != mark]",
           "if changed := [what for what in self.marks if what not in marks]",
           "test_policy_search.py -k another_search"),
+    Fault("latencies of another machine", "is_from_here = data[\"machine\"] == _machine_mark()", "is_from_here = True",
+          "test_state.py -k one_machine"),
+    Fault("speeds of another kernel", "about = (torch.__version__, native.version(), platform",
+          "about = (torch.__version__, platform",
+          "test_targets.py -k kernel_that_there_is"),
+    Fault("operands that sequences share, gathered", "k, v = (x.expand(B, -1, -1, -1) for x in (t.k, t.v))", "k, v = t.k, t.v",
+          "test_blocked.py -k rows_of_many_heads"),
     # the atlas of heads
     Fault("maps resampled by the wrong tokens", "    place = (counted_BN.cumsum(1) - 1)[:, None, :]",
           "    place = torch.arange(counted_BN.shape[1], device=counted_BN.device)[None, None, :]",

@@ -290,15 +290,24 @@ def test_the_kernel_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         native._built.cache_clear()
 
 
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("told", "quoted"),
+    [
+        ("out of vectors", "out of vectors"),
+        ("In a.h:\na.h:1: error: no vectors\nnote: none", "a.h:1: error: no vectors"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(
+    told: str, quoted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "broken-c++"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken && exit 0\necho "out of vectors" >&2; exit 1\n')
+    broken.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo broken && exit 0\necho "{told}" >&2; exit 1\n')
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("ATTNOPT_CACHE", str(tmp_path / "cache"))
     native._built.cache_clear()
     try:
-        assert native.why_not() == f"{broken} failed: out of vectors"
+        assert native.why_not() == f"{broken} failed: {quoted}"
         assert list((tmp_path / "cache").iterdir()) == []
     finally:
         native._built.cache_clear()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from attnopt.ir.peers import Peers
 from attnopt.policy_search.state import State
 
@@ -39,3 +41,20 @@ def test_processes_go_on_from_what_the_first_one_read(tmp_path: Path) -> None:
         assert (state.values, state.refitted, state.times) == (written.values, written.refitted, written.times)
     states[1].save(at_once=True)
     assert (tmp_path / "1.json").read_text() == newer
+
+
+@pytest.mark.parametrize("machine", ["this", "another"])
+def test_latencies_are_of_one_machine(tmp_path: Path, machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> State:
+        return State({"model": "a"}, tmp_path / "state.json")
+
+    own = state()
+    own.values[1, 0] = {0: (0.5, 2.0)}
+    own.times["graph"] = 3.0
+    own.save(at_once=True)
+    if machine == "another":
+        monkeypatch.setattr("attnopt.policy_search.state.processor", lambda: "another")
+    there = state()
+    there.read()
+    assert there.values == own.values
+    assert there.times == ({} if machine == "another" else own.times)
