@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
     from attnopt.base.call_inputs import CallInputs
     from attnopt.cli.demo_data import Array, Encode
+    from attnopt.cli.demo_policy import Batches
     from attnopt.cli.demo_ways import Way
     from attnopt.model import OptimizedModel
+    from attnopt.policy_search.result import Search
 
 Table = dict[str, dict[str, float]]  # row -> column -> number
 Say = Callable[[object], None]
@@ -88,15 +90,8 @@ def _of_encoder(arguments: argparse.Namespace, say: Say) -> Result:
     say("1. What is in the model?")
     found = attnopt.inspect(model, *inputs)
     say(found)
-    say(f"2. Which attention gets a window, which loses heads, within {demo_policy.LATENCY:.0%} of the latency?")
     batches = demo_policy.sequences(tokenizer, data.background)
-    best = None
-    try:
-        with working("searching"):
-            best = demo_policy.searched(model, batches, inputs, shapes)
-        say(best)
-    except PolicyError as error:  # attention is too little of the model here, or windows save too little of it
-        say(f"  the model is left exact: {error}")
+    best = _searched(model, batches, inputs, shapes, say)
     exact = partial(attnopt.optimize, model, "fuse", *inputs, dynamic_shapes=shapes)
     fast = _rewritten(best.optimize if best else exact, say)
     files, ways = _deployed(model, fast, inputs, shapes, out, say)
@@ -113,6 +108,23 @@ def _of_encoder(arguments: argparse.Namespace, say: Say) -> Result:
             table.setdefault(row, {})[way.name] = value
     _measure(table, ways, {f"{b} x {n} tokens": _noise(b, n) for b, n in SIZES}, arguments.quick)
     return Result(fast, table, files)
+
+
+def _searched(model: nn.Module, batches: Batches, inputs: CallInputs, shapes: object, say: Say) -> Search | None:
+    from attnopt.cli import demo_policy
+
+    for share in demo_policy.LATENCIES:
+        say(f"2. Which attention gets a window, which loses heads, within {share:.0%} of the latency?")
+        try:
+            with working("searching"):
+                best = demo_policy.searched(model, batches, inputs, shapes, share)
+        except PolicyError as error:
+            say(f"  {error}")
+            continue
+        say(best)
+        return best
+    say("  The model is left exact.")
+    return None
 
 
 def _of_own(arguments: argparse.Namespace, say: Say) -> Result:

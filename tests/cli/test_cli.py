@@ -283,7 +283,7 @@ def test_the_demo_takes_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_the_demo_goes_on_where_nothing_saves_enough(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_policy, "LATENCY", 0.01)
+    monkeypatch.setattr(demo_policy, "LATENCIES", (0.01,))
     found = json_of(capsys, "demo", "--quick", "--out", str(tmp_path))
     assert set(found["files"]) == {"exact", "int8", "report", "data"}
     assert found["measured"]["Lee-50, Pearson"]["attnopt"] == pytest.approx(

@@ -491,7 +491,7 @@ FAULTS = (
           "test_state.py -k one_machine"),
     Fault("speeds of another kernel", "about = (torch.__version__, native.version(), platform",
           "about = (torch.__version__, platform",
-          "test_targets.py -k kernel_that_there_is"),
+          "test_kernel_targets.py -k kernel_that_there_is"),
     Fault("operands that sequences share, gathered", "k, v = (x.expand(B, -1, -1, -1) for x in (t.k, t.v))", "k, v = t.k, t.v",
           "test_blocked.py -k rows_of_many_heads"),
     # the atlas of heads
