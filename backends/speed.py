@@ -76,8 +76,13 @@ def _of_cpu(threads: int, dtype: torch.dtype) -> Speed:
     return speed
 
 
+def machine() -> tuple[object, ...]:
+    """What the times of a model depend on beside the model and the number of threads."""
+    return torch.__version__, native.version(), platform.platform(), processor(), os.cpu_count()
+
+
 def _cache_file(threads: int, dtype: torch.dtype) -> Path:
-    about = (torch.__version__, native.version(), platform.platform(), processor(), os.cpu_count(), threads, dtype)
+    about = (*machine(), threads, dtype)
     return cache_folder() / f"speed-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ __all__ = [
     "machine",
     "memory",
     "one_thread",
+    "options",
     "package",
     "picture",
     "publish",
@@ -40,6 +42,14 @@ RESULTS = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results")
 def one_thread() -> None:
     """With several threads, CPU time would count waiting as work."""
     torch.set_num_threads(1)
+
+
+def options(description: str | None, rounds: int, what: str = "models") -> argparse.Namespace:
+    """What a benchmark of several subjects is told: ``rounds`` and ``only``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--only", default="", help=f"{what} whose names contain this")
+    return parser.parse_args()
 
 
 def package(name: str) -> Path:

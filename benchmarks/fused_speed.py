@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import interleaved, let_transformers_import, one_thread, picture, publish
+from common import interleaved, let_transformers_import, one_thread, options, picture, publish
 
 Built = tuple[torch.nn.Module, dict[str, Any]]
 
@@ -74,10 +73,7 @@ def _image() -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="models whose names contain this")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, 15)
     one_thread()
     let_transformers_import()
     rows = list(_rows(arguments.rounds, arguments.only))

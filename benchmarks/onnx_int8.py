@@ -6,14 +6,13 @@ calibrated.  attnopt's standard flavor runs in OpenVINO, too.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, let_transformers_import, one_thread, publish
+from common import interleaved, let_transformers_import, one_thread, options, publish
 from onnx_models import SUBJECTS, Subject
 from onnx_peers import in_int8
 from onnx_sessions import openvino, runner
@@ -53,8 +52,7 @@ Files = dict[str, tuple[Callable[..., Callable[[], Any]], Path]]
 
 def _ours(model: torch.nn.Module, kwargs: dict[str, torch.Tensor], folder: Path) -> Files:
     found: Files = {}
-    shapes = {name: _free(x) for name, x in kwargs.items()}
-    fast = attnopt.optimize(model, "fuse", (), kwargs, dynamic_shapes=shapes, backend="sdpa")
+    fast = attnopt.optimize(model, "fuse", (), kwargs, dynamic_shapes=_free(kwargs), backend="sdpa")
     for place, run, flavor in (("", runner, "onnxruntime"), (" in OpenVINO", openvino, "standard")):
         for what, how in (("float32", None), ("int8", "int8")):
             file = folder / f"{flavor}_{what}.onnx"
@@ -67,24 +65,20 @@ def _theirs(
     subject: Subject, model: torch.nn.Module, kwargs: dict[str, torch.Tensor], length: int, folder: Path
 ) -> Files:
     file = folder / "torch.onnx"
-    shapes = {name: _free(x) for name, x in kwargs.items()}
     torch.onnx.export(
-        model, (), str(file), kwargs=kwargs, dynamo=True, opset_version=20, verbose=False, dynamic_shapes=shapes
+        model, (), str(file), kwargs=kwargs, dynamo=True, opset_version=20, verbose=False, dynamic_shapes=_free(kwargs)
     )
     batches = [list(subject.build(length)[1].values()) for _ in range(BATCHES)]
     return {FLOAT: (openvino, file), INT8: (openvino, in_int8(file, batches))}
 
 
-def _free(x: torch.Tensor) -> dict[int, Any]:
+def _free(kwargs: dict[str, torch.Tensor]) -> dict[str, dict[int, Any]]:
     """Texts may have any length."""
-    return {1: torch.export.Dim.DYNAMIC} if x.dim() == 2 else {}
+    return {name: {1: torch.export.Dim.DYNAMIC} if x.dim() == 2 else {} for name, x in kwargs.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--only", default="", help="models whose names contain this")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, 30)
     one_thread()
     let_transformers_import()
     rows = []

@@ -6,7 +6,6 @@ onnxscript's, and OpenVINO on it.  Rewrites in the first table are exact; the se
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, let_transformers_import, one_thread, picture, publish
+from common import interleaved, let_transformers_import, one_thread, options, picture, publish
 from onnx_peers import against_the_best, draw, peers, ratios
 from onnx_sessions import runner
 
@@ -128,10 +127,7 @@ def policies(subject: Subject) -> Mapping[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="models whose names contain this")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, 15)
     one_thread()
     let_transformers_import()
     for name, is_exact, what in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, one_thread, publish
+from common import interleaved, one_thread, options, publish
 from onnx_sessions import runner
 
 from attnopt.backends import Blocked
@@ -101,10 +100,7 @@ def attentions(rounds: int, only: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="attentions whose names contain this")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, 15, "attentions")
     one_thread()
     if alone := list(attentions(arguments.rounds, arguments.only)):
         publish("onnx_attention", alone, "One attention in ONNX Runtime: CPU time relative to torch's, 12 heads of 64")

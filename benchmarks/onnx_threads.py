@@ -6,7 +6,6 @@ Wanted: at most 1.00 everywhere.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Times, interleaved, let_transformers_import, publish
+from common import Times, interleaved, let_transformers_import, options, publish
 from onnx_models import SUBJECTS, Subject, ours
 from onnx_peers import OURS, peers
 
@@ -51,10 +50,7 @@ def shown(times: Times, best: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--only", default="", help="models whose names contain this")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, 40)
     let_transformers_import()
     counts = sorted({1, 2, os.cpu_count() or 1})
     rows = [

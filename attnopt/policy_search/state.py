@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from attnopt.backends import native
+from attnopt.backends.speed import machine
 from attnopt.base.atomic_files import atomic_write
-from attnopt.base.processor import processor
 from attnopt.errors import SearchError
 from attnopt.ir.peers import Peers
 from attnopt.policy_search.judge import Known
@@ -51,7 +49,7 @@ class State:
                 raise ValueError(f"format {data['format']!r}")
             marks = dict(data["marks"])
             values, refitted = _known(data["values"]), _known(data["refitted"])
-            is_from_here = data["machine"] == _machine_mark()
+            is_from_here = data["machine"] == mark_of(*machine())
             times = {str(name): float(ms) for name, ms in data["times"].items() if is_from_here}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SearchError(
@@ -83,7 +81,7 @@ class State:
         if self.path is None or (now - self.written < EVERY and not at_once):
             return
         known = {"values": _told(self.values), "refitted": _told(self.refitted)}
-        marks = {"marks": dict(self.marks), "machine": _machine_mark()}
+        marks = {"marks": dict(self.marks), "machine": mark_of(*machine())}
         text = json.dumps({"format": FORMAT, **marks, "times": self.times, **known})
         with atomic_write(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -117,11 +115,6 @@ def mark_of(*texts: object) -> str:
 def model_mark(model: nn.Module) -> str:
     """Of the names, sizes and some values of all weights."""
     return mark_of(*((name, _some(t)) for name, t in model.state_dict().items() if isinstance(t, Tensor)))
-
-
-def _machine_mark() -> str:
-    """Of what latencies depend on beside the model."""
-    return mark_of(processor(), os.cpu_count(), torch.__version__, native.version())
 
 
 def data_mark(batches: Iterable[object]) -> str:

@@ -53,7 +53,7 @@ def test_latencies_are_of_one_machine(tmp_path: Path, machine: str, monkeypatch:
     own.times["graph"] = 3.0
     own.save(at_once=True)
     if machine == "another":
-        monkeypatch.setattr("attnopt.policy_search.state.processor", lambda: "another")
+        monkeypatch.setattr("attnopt.backends.speed.processor", lambda: "another")
     there = state()
     there.read()
     assert there.values == own.values
