@@ -1,7 +1,7 @@
 // Attention over the blocks that a pattern keeps, for any CPU that the compiler knows: in single precision,
 // and in bfloat16 where the CPU multiplies it.
 //
-// A task is one block of 64 queries of one head.  Its queries are taken in groups of two vectors: scores are kept transposed,
+// A task is a few blocks of 64 queries of one head.  Its queries are taken in groups of two vectors: scores are kept transposed,
 // one query a lane, so that keys and values need not be transposed and every reduction is a plain vector operation.
 // Softmax is online over chunks of keys (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135).
 #include <algorithm>
@@ -52,29 +52,43 @@ struct Segments {
     }
 };
 
-struct Work {
-    std::vector<float> space;
+// Of one group of queries: what it sees, and its softmax so far.
+struct State {
     std::vector<Run> runs;
     std::vector<Piece> pieces;
-    float *q, *o, *s, *p;  // queries, sums of values, scores, probabilities where these are not of the form of scores
+    size_t next;  // the first run that is not taken in
+    float *q, *o;  // queries, sums of values
+    Vec top[VECTORS], total[VECTORS];
+};
 
-    Work(int64_t words, int parts, int64_t value_dim) {
+// Of a thread.
+struct Work {
+    std::vector<float> space;
+    std::vector<State> states;
+    float *s, *p;  // scores, probabilities where these are not of the form of scores
+
+    Work(int64_t words, int parts, int64_t value_dim, int64_t groups) : states(groups) {
         const int64_t wide = rounded(words, LANES) * parts, deep = rounded(value_dim, LANES);
-        space.resize((wide + deep + CHUNK + TILE + parts * PAIR_ROWS) * GROUP + LANES);
+        space.resize((groups * (wide + deep) + CHUNK + TILE + parts * PAIR_ROWS) * GROUP + LANES);
         const uintptr_t size = LANES * sizeof(float);
-        q = (float *)((uintptr_t(space.data()) + size - 1) / size * size);
-        o = q + wide * GROUP;
-        s = o + deep * GROUP;
+        s = (float *)((uintptr_t(space.data()) + size - 1) / size * size);
         p = s + (CHUNK + TILE) * GROUP;
+        float *free = p + parts * PAIR_ROWS * GROUP;
+        for (State &state : states) {
+            state.q = free;
+            state.o = free += wide * GROUP;
+            free += deep * GROUP;
+        }
     }
 };
 
-// One attention of `count` queries from `row` on, of one head, over the keys in `work.runs`.
+// One attention of `count` queries from `row` on, of one head, over the keys in `state.runs`.
 template <class Form> struct Group {
     typedef typename Form::Number Number;
     const Arguments &a;
     Work &work;
-    const Form form;
+    State &state;
+    const Form &form;
     const int64_t batch, head;
     const int32_t *order;    // the queries
     const int count, shift;  // shift: the place of the first one within its block
@@ -120,12 +134,13 @@ template <class Form> struct Group {
                 for (int e = 0; e < LANES; e++) {
                     Vec parts[Form::PARTS];
                     Form::query(t[e], a.scale, parts);
-                    for (int i = 0; i < Form::PARTS; i++) at(work.q, i * size + d / Form::IN_WORD + e, n) = parts[i];
+                    for (int i = 0; i < Form::PARTS; i++) at(state.q, i * size + d / Form::IN_WORD + e, n) = parts[i];
                 }
             }
     }
 
-    void store(const Vec *top, const Vec *total) const {
+    void end() const {
+        const Vec *top = state.top, *total = state.total;
         for (int n = 0; n < VECTORS; n++) {
             for (int r = 0; r < LANES && n * LANES + r < count; r++) {
                 *element(a.top, a.row_at, n * LANES + r) = top[n][r];
@@ -135,7 +150,7 @@ template <class Form> struct Group {
             for (int64_t d = 0; d < a.value_dim; d += LANES) {
                 Vec t[LANES];
                 const int width = int(std::min<int64_t>(LANES, a.value_dim - d));
-                for (int e = 0; e < LANES; e++) t[e] = at(work.o, d + e, n) * inverse;
+                for (int e = 0; e < LANES; e++) t[e] = at(state.o, d + e, n) * inverse;
                 transpose(t);
                 for (int r = 0; r < LANES && n * LANES + r < count; r++) {
                     Number *out = element((Number *)a.out, a.out_at, n * LANES + r) + d;
@@ -206,8 +221,8 @@ template <class Form> struct Group {
     void hide_unseen(float *s, const Run &run) const {
         Int bit;
         for (int t = 0; t < LANES; t++) bit[t] = int32_t(1u << t);
-        for (int p = run.first; p < run.last; s += work.pieces[p++].keys * GROUP) {
-            const Piece &piece = work.pieces[p];
+        for (int p = run.first; p < run.last; s += state.pieces[p++].keys * GROUP) {
+            const Piece &piece = state.pieces[p];
             if (!piece.bits) continue;
             for (int j = 0; j < piece.keys; j++)
                 for (int n = 0; n < VECTORS; n++) {
@@ -227,7 +242,7 @@ template <class Form> struct Group {
     }
 
     void score(float *s, const Run &run) const {
-        form.score(work.q, run.key, run.keys, s);
+        form.score(state.q, run.key, run.keys, s);
         if (!Form::SCALES_QUERIES && !scales_late()) scale(s, run.keys);
         if (a.softcap != 0.f) cap(s, run.keys);
         if (a.bias) add_bias(s, run.key, run.keys);
@@ -236,17 +251,15 @@ template <class Form> struct Group {
         hide_unseen(s, run);
     }
 
-    void attend() const {
+    void begin() const {
         load_queries();
-        std::memset(work.o, 0, sizeof(float) * rounded(a.value_dim, LANES) * GROUP);
-        Vec top[VECTORS], total[VECTORS];
+        std::memset(state.o, 0, sizeof(float) * rounded(a.value_dim, LANES) * GROUP);
         for (int n = 0; n < VECTORS; n++) {
-            top[n] = splat(-INFINITY);
-            if (a.sinks) top[n] = column(a.sinks, a.sinks_at, n, 0);
-            total[n] = top[n] == splat(-INFINITY) ? Vec{} : splat(1.f);
+            state.top[n] = splat(-INFINITY);
+            if (a.sinks) state.top[n] = column(a.sinks, a.sinks_at, n, 0);
+            state.total[n] = state.top[n] == splat(-INFINITY) ? Vec{} : splat(1.f);
         }
-        for (size_t next = 0; next < work.runs.size();) next = chunk(next, top, total);
-        store(top, total);
+        state.next = 0;
     }
 
     // Of the scores of each query; several at a time, since one maximum waits for the last.
@@ -264,54 +277,58 @@ template <class Form> struct Group {
         for (int n = 0; n < VECTORS; n++) high[n] = greater(greater(of[0][n], of[1][n]), greater(of[2][n], of[3][n]));
     }
 
-    // Takes in as many runs as there is room for; returns the first that is left.
-    size_t chunk(size_t first, Vec *top, Vec *total) const {
+    // Takes in as many runs as there is room for.  Whether some are left.
+    bool chunk() const {
+        if (state.next == state.runs.size()) return false;
+        const size_t first = state.next;
         size_t end = first;
         int used = 0;
-        for (; end < work.runs.size() && used + work.runs[end].keys <= CHUNK; used += work.runs[end++].keys)
-            score(work.s + used * GROUP, work.runs[end]);
+        for (; end < state.runs.size() && used + state.runs[end].keys <= CHUNK; used += state.runs[end++].keys)
+            score(work.s + used * GROUP, state.runs[end]);
         const float factor = scales_late() ? std::fabs(a.scale) : 1.f;
-        Vec high[VECTORS], base[VECTORS];
+        Vec high[VECTORS], base[VECTORS], total[VECTORS];
         greatest(used, high);
         for (int n = 0; n < VECTORS; n++) {
-            high[n] = greater(high[n] * factor, top[n]);
-            base[n] = high[n] == splat(-INFINITY) ? Vec{} : high[n];  // nothing seen yet: every exponential is 0
-            const Vec kept = exponential(top[n] - base[n]);
-            top[n] = high[n];
-            total[n] *= kept;
-            if (first)
-                for (int64_t d = 0; d < a.value_dim; d++) at(work.o, d, n) *= kept;
+            const Vec top = greater(high[n] * factor, state.top[n]);
+            base[n] = top == splat(-INFINITY) ? Vec{} : top;  // nothing seen yet: every exponential is 0
+            const Vec kept = exponential(state.top[n] - base[n]);
+            state.top[n] = top;
+            total[n] = state.total[n] * kept;
+            if (first && any(kept != splat(1.f)))
+                for (int64_t d = 0; d < a.value_dim; d++) at(state.o, d, n) *= kept;
         }
         float *s = work.s;
-        for (size_t r = first; r < end; s += work.runs[r++].keys * GROUP) {
-            const Run &run = work.runs[r];
-            form.add_values(Form::weigh(s, run.keys, work.p, factor, base, total), run.key, run.keys, work.o);
+        for (size_t r = first; r < end; s += state.runs[r++].keys * GROUP) {
+            const Run &run = state.runs[r];
+            form.add_values(Form::weigh(s, run.keys, work.p, factor, base, total), run.key, run.keys, state.o);
         }
-        return end;
+        for (int n = 0; n < VECTORS; n++) state.total[n] = total[n];
+        state.next = end;
+        return end < state.runs.size();
     }
 };
 
 // Adds keys to the last run, or begins a new one.
-void add(Work &work, int64_t key, int keys, const uint64_t *bits) {
-    const int place = int(work.pieces.size());
-    work.pieces.push_back({keys, bits});
-    if (!work.runs.empty()) {
-        Run &last = work.runs.back();
+void add(State &state, int64_t key, int keys, const uint64_t *bits) {
+    const int place = int(state.pieces.size());
+    state.pieces.push_back({keys, bits});
+    if (!state.runs.empty()) {
+        Run &last = state.runs.back();
         if (last.key + last.keys == key && last.keys + keys <= CHUNK) {
             last.keys += keys;
             last.last++;
             return;
         }
     }
-    work.runs.push_back({key, keys, place, place + 1});
+    state.runs.push_back({key, keys, place, place + 1});
 }
 
 // The keys that a group of queries sees, as runs of neighbours.
 template <class Form> void gather(const Group<Form> &g, const int64_t *row, const uint8_t *selected, const Range *of_blocks) {
     const Arguments &a = g.a;
-    Work &work = g.work;
-    work.runs.clear();
-    work.pieces.clear();
+    State &state = g.state;
+    state.runs.clear();
+    state.pieces.clear();
     const uint64_t these = ((1ull << GROUP) - 1) << g.shift;
     const int32_t *of_key = a.q_segments ? g.key_segments() : nullptr;
     int32_t last = INT32_MIN;  // neighbours are mostly of one segment
@@ -324,7 +341,7 @@ template <class Form> void gather(const Group<Form> &g, const int64_t *row, cons
         const Range *range = of_key ? of_blocks + a.cols[e] : nullptr;
         if (range && !g.segments.reach(range->low, range->high)) continue;
         if (!bits && (!range || range->low == range->high)) {
-            add(work, key, keys, nullptr);
+            add(state, key, keys, nullptr);
             continue;
         }
         const auto is_seen = [&](int j) {
@@ -340,9 +357,19 @@ template <class Form> void gather(const Group<Form> &g, const int64_t *row, cons
             int seen = j;  // the last key so far that some query sees
             for (end = j + 1; end < keys && end - seen <= GAP; end++)
                 if (is_seen(end)) seen = end;
-            add(work, key + j, seen + 1 - j, bits ? bits + j : nullptr);
+            add(state, key + j, seen + 1 - j, bits ? bits + j : nullptr);
         }
     }
+}
+
+template <class Form> void attend_in_step(std::vector<Group<Form>> &groups) {
+    for (const Group<Form> &group : groups) group.begin();
+    for (bool is_left = true; is_left;) {
+        is_left = false;
+        for (const Group<Form> &group : groups) is_left |= group.chunk();
+    }
+    for (const Group<Form> &group : groups) group.end();
+    groups.clear();
 }
 
 // Of each block of keys, [batches or 1, blocks].
@@ -358,34 +385,54 @@ std::vector<Range> ranges(const Arguments &a) {
     return found;
 }
 
+// How many rows of blocks one task takes.  Where a row reads more keys and values than a cache holds, the groups of several
+// rows take them in step, so that each comes from memory once; where it does not, going from group to group costs more.
+template <class Form> int64_t rows_of_task(const Arguments &a, int64_t rows) {
+    constexpr int64_t MOST = 4, CACHE = 1 << 20;
+    const int64_t layouts = *std::max_element(a.layout_of_head, a.layout_of_head + a.heads) + 1;
+    const int64_t blocks = (a.row_ptr[layouts * (rows + 1) - 1] - a.row_ptr[0]) / (layouts * rows);
+    const int64_t bytes = blocks * BLOCK * (a.head_dim + a.value_dim) * Form::PARTS * int64_t(sizeof(typename Form::Number));
+    if (bytes < CACHE) return 1;
+    return std::clamp<int64_t>(a.batches * a.heads * rows / (4 * a.threads), 1, std::min(MOST, rows));
+}
+
 template <class Form> void attend(const Arguments &a) {
-    const int64_t rows = (a.q_len + BLOCK - 1) / BLOCK, tasks = a.batches * a.heads * rows;
+    const int64_t rows = (a.q_len + BLOCK - 1) / BLOCK, of_task = rows_of_task<Form>(a, rows);
+    const int64_t of_head = (rows + of_task - 1) / of_task, tasks = a.batches * a.heads * of_head;
     const std::vector<Range> of_blocks = ranges(a);
     const int64_t blocks = (a.kv_len + BLOCK - 1) / BLOCK;
     typename Form::Shared shared(a);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
     {
-        Work work((a.head_dim + Form::IN_WORD - 1) / Form::IN_WORD, Form::PARTS, a.value_dim);
+        const int64_t words = (a.head_dim + Form::IN_WORD - 1) / Form::IN_WORD;
+        Work work(words, Form::PARTS, a.value_dim, of_task == 1 ? 1 : of_task * BLOCK / GROUP);
         typename Form::Setting setting;
+        std::vector<Group<Form>> groups;
+        groups.reserve(work.states.size());
 #pragma omp for schedule(dynamic, 1)
         for (int64_t piece = 0; piece < shared.pieces; piece++) shared.pack(piece);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < tasks; t++) {
-            const int64_t r = t % rows, head = t / rows % a.heads, batch = t / rows / a.heads;
-            const int64_t *row = a.row_ptr + a.layout_of_head[head] * (rows + 1) + r;
-            const int32_t *order = a.order + a.layout_of_head[head] * a.q_len + r * BLOCK;
-            if (a.moved) order = a.moved + batch * a.moved_at.batch + r * BLOCK;
+            const int64_t first = t % of_head * of_task, head = t / of_head % a.heads, batch = t / of_head / a.heads;
             const Range *ranges = of_blocks.data() + (a.kv_segments_at.batch ? batch * blocks : 0);
-            const Strides &s = a.selected_at;
-            const uint8_t *selected = a.selected ? a.selected + batch * s.batch + head * s.head + r * s.row : nullptr;
-            const int count = int(std::min<int64_t>(BLOCK, a.q_len - r * BLOCK));
             const Form form(a, shared, setting, batch, a.kv_of_head[head]);
-            for (int shift = 0; shift < count; shift += GROUP) {
-                Group<Form> group{a, work, form, batch, head, order + shift, std::min(GROUP, count - shift), shift, {}};
-                group.read_segments();
-                gather(group, row, selected, ranges);
-                group.attend();
+            for (int64_t r = first; r < std::min(first + of_task, rows); r++) {
+                const int64_t *row = a.row_ptr + a.layout_of_head[head] * (rows + 1) + r;
+                const int32_t *order = a.order + a.layout_of_head[head] * a.q_len + r * BLOCK;
+                if (a.moved) order = a.moved + batch * a.moved_at.batch + r * BLOCK;
+                const Strides &s = a.selected_at;
+                const uint8_t *selected = a.selected ? a.selected + batch * s.batch + head * s.head + r * s.row : nullptr;
+                const int count = int(std::min<int64_t>(BLOCK, a.q_len - r * BLOCK));
+                for (int shift = 0; shift < count; shift += GROUP) {
+                    State &state = work.states[groups.size()];
+                    const int queries = std::min(GROUP, count - shift);
+                    groups.push_back({a, work, state, form, batch, head, order + shift, queries, shift, {}});
+                    groups.back().read_segments();
+                    gather(groups.back(), row, selected, ranges);
+                    if (groups.size() == work.states.size()) attend_in_step(groups);
+                }
             }
+            attend_in_step(groups);
         }
     }
 }
@@ -416,6 +463,7 @@ extern "C" int32_t attnopt_own_form() {
 }
 
 extern "C" void attnopt_attend(const Arguments *a) {
+    if (a->batches * a->heads * a->q_len == 0) return;
 #ifdef HAS_TILES
     if (a->form == TILES) return a->is_float16 ? attend<Tiles<Float16>>(*a) : attend<Tiles<Bfloat16>>(*a);
 #endif

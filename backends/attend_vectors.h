@@ -37,6 +37,12 @@ inline Vec greater(Vec a, Vec b) {
 inline Vec &at(float *p, int64_t j, int n) { return *(Vec *)(p + (j * VECTORS + n) * LANES); }
 inline const Vec &at(const float *p, int64_t j, int n) { return *(const Vec *)(p + (j * VECTORS + n) * LANES); }
 
+inline bool any(Int x) {
+    int32_t found = 0;
+    for (int t = 0; t < LANES; t++) found |= x[t];
+    return found != 0;
+}
+
 inline Vec whole(Vec x) { return x + 12582912.f - 12582912.f; }  // the nearest number without a fraction
 
 // 2^(n + f) for a whole n of at least -300 and |f| <= 1/2: a minimax polynomial, with a relative error of 2e-9 before rounding.

@@ -165,21 +165,60 @@ def test_segments_and_selected_blocks(form: Form) -> None:
         assert ((o.double() - want).abs() <= allowed(form, o.dtype, want, sizes)).all()
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *TYPES])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_in_step_are_what_each_is_alone(form: Form, dtype: torch.dtype) -> None:
+    """So many keys that no cache holds them: several rows of blocks take them in step, the last task fewer."""
+    spec = a_spec(heads=3, head_dim=64, value_dim=48, has_bias=True, has_mask=True, has_sinks=True)
+    t = operands(spec, 330, 5000, 0, dtype)
+    with computed_as(form), threads(1):
+        whole = native.attend(spec, t)
+        alone = [native.attend(spec, rows_of(t, first, 64)) for first in range(0, 330, 64)]
+        for at_once, parts in zip(whole, zip(*alone, strict=True), strict=True):
+            assert torch.equal(at_once, torch.cat(parts, 2))
+
+
+def rows_of(t: OperandTensors, first: int, count: int) -> OperandTensors:
+    """The operands of some queries."""
+    rows = {
+        name: x[:, :, first : first + count] for name in ("q", "bias", "mask") if (x := getattr(t, name)) is not None
+    }
+    return replace(t, **rows)
+
+
+@pytest.mark.parametrize("pattern", [Causal(), PerHead({1: Window(90, 0), 2: Causal()})])
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_in_step_see_what_is_theirs(form: Form, pattern: Pattern) -> None:
+    spec = a_spec(heads=3, head_dim=33, value_dim=65, pattern=pattern)
+    t = operands(spec, 330, 9000, 1)
+    want, sizes, _ = exact(spec, t)
+    for count in (1, 2):
+        with computed_as(form), threads(count):
+            o = native.attend(spec, t)[0]
+        assert ((o.double() - want).abs() <= allowed(form, o.dtype, want, sizes)).all()
+
+
 def test_threads_and_other_users_of_tiles_change_nothing() -> None:
     """torch's own products in between leave and find the tiles as they were."""
     q, k, v = torch.randn(3, 2, 3, 300, 64, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
     t = OperandTensors(q, k[:1].expand(2, -1, -1, -1), v)
     spec = a_spec(heads=3, head_dim=64, value_dim=64, pattern=Causal())
-    threads = torch.get_num_threads()
     first, product = native.attend(spec, t)[0], q @ k.mT
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3):
+        with threads(count):
             assert torch.equal(q @ k.mT, product)
             torch.nn.functional.scaled_dot_product_attention(q, k, v)
             assert torch.equal(native.attend(spec, t)[0], first)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_what_is_computed_in_float32() -> None:
