@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -22,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import one_thread, picture, publish
 from quality import subject
-from search_baselines import METHODS, REPAIRING, found_by
+from search_baselines import METHODS, OF_ONE, REPAIRING, found_by, of_one_family
 from subjects import domains
 from subjects.rxnmapper import UNSEEN
 
@@ -31,7 +32,8 @@ from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.calibration import Calibration
 from attnopt.policy_search.divergence import Divergence
 from attnopt.policy_search.engine import Engine
-from attnopt.policy_search.judge import Judge, Part
+from attnopt.policy_search.judge import Judge, Known, Part
+from attnopt.policy_search.menu import Menu
 from attnopt.policy_search.outputs import Candidate
 from attnopt.policy_search.problem import Problem, Task, problem
 
@@ -111,37 +113,47 @@ def asked_of(name: str, text: str, seed: int) -> tuple[Problem, Test]:
     return problem(task, path), Test(test, apart)
 
 
-def row(asked: Problem, method: str, seed: int, evaluations: int, test: Test) -> dict[str, Any]:
-    """What a method finds with the same choices, costs and data as all others."""
+def row(asked: Problem, method: str, seed: int, evaluations: int, test: Test, known: Known) -> dict[str, Any]:
+    """What a method finds with the same choices, costs and data as all others.  ``known``: of all that judge alike."""
     start = time.monotonic()
-    judge = judge_of(asked, method, evaluations)
-    refits = asked.refit_judge(lambda: False) if method in REPAIRING else None
-    engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed, refits=refits)
-    picks = found_by(method, engine)
+    found: list[tuple[float, Candidate, float]] = []  # of each menu: the value, what is found, and the evaluations
+    for menu in menus(asked, method):
+        judge = judge_of(asked, method, evaluations, known)
+        refits = asked.refit_judge(lambda: False) if method in REPAIRING else None
+        engine = Engine(menu, judge, asked.limits, asked.uniform, seed, refits=refits)
+        picks = found_by(method.removesuffix(OF_ONE), engine)
+        if picks is not None:
+            spent, judge.is_limited = engine.spent, False
+            found.append((judge.value(picks), Candidate(picks, engine.is_refitted(picks)), spent))
     asked.state.save(at_once=True)
-    if picks is None:
+    if not found:
         return {"method": method, **dict.fromkeys(COLUMNS, float("nan"))}
-    spent = engine.spent
-    judge.is_limited = False
-    judge.value(picks)
-    found, (resource,) = Candidate(picks, engine.is_refitted(picks)), asked.limits
-    home = asked.measure(picks, held_back(asked), found.is_refitted)
-    cost = asked.menu.cost(resource, picks)
+    _, best, spent = min(found, key=lambda x: x[0])
+    (resource,) = asked.limits
+    home = asked.measure(best.picks, held_back(asked), best.is_refitted)
+    cost = asked.menu.cost(resource, best.picks)
     whole = (
-        asked.check(found) if resource == "latency" else cost
+        asked.check(best) if resource == "latency" else cost
     )  # of interleaved calls: what else runs slows both alike
     original = asked.menu.original[resource]
-    values = (spent, mean(home), elsewhere(asked, found, test), cost / original, whole / original)
+    values = (spent, mean(home), elsewhere(asked, best, test), cost / original, whole / original)
     return {"method": method, **dict(zip(COLUMNS, (*values, time.monotonic() - start), strict=True))}
 
 
-def judge_of(asked: Problem, method: str, evaluations: int) -> Judge:
+def menus(asked: Problem, method: str) -> list[Menu]:
+    if not method.endswith(OF_ONE):
+        return [asked.menu]
+    families = [[{p.name for p in a.passes} - {"fuse"} for a in place.alternatives] for place in asked.made.places]
+    return of_one_family(asked.menu, families)
+
+
+def judge_of(asked: Problem, method: str, evaluations: int, known: Known) -> Judge:
     """Only the search judges on random tokens, too; each evaluation counts as one."""
     if method.startswith("search"):
         return Judge(asked.measure, asked.pieces, asked.state.values, evaluations, saved=asked.state.save)
     held = held_back(asked)
     return Judge(
-        lambda picks, pieces: asked.measure(picks, [held[piece] for piece in pieces]), len(held), {}, evaluations
+        lambda picks, pieces: asked.measure(picks, [held[piece] for piece in pieces]), len(held), known, evaluations
     )
 
 
@@ -167,13 +179,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for name, text in dict.fromkeys((r["subject"], r["budget"]) for r in rows):
         own = [r for r in rows if (r["subject"], r["budget"]) == (name, text)]
         means = {m: {k: statistics.mean(r[k] for r in own if r["method"] == m) for k in COLUMNS} for m in METHODS}
-        best = means["search"]["other data"]
+        best, seeds = means["search"], len(own) // len(METHODS)
         for m in METHODS:
-            gain = 1 - best / means[m]["other data"] if means[m]["other data"] else 0.0
-            seeds = len(own) // len(METHODS)
-            found.append(
-                {"subject": name, "budget": text, "seeds": seeds, "method": m, **means[m], "less by the search": gain}
-            )
+            less = {
+                f"less by the search, {k}": 1 - best[k] / (means[m][k] or math.nan) for k in ("held back", "other data")
+            }
+            found.append({"subject": name, "budget": text, "seeds": seeds, "method": m, **means[m], **less})
     return found
 
 
@@ -195,6 +206,7 @@ def main() -> None:
 def searched(name: str, budgets: Sequence[str], seed: int, evaluations: int) -> None:
     """Budgets of one resource share what was fitted and measured."""
     known: dict[str, tuple[Problem, Test]] = {}
+    of_held_back: dict[str, Known] = {}
     for text in budgets:
         path = FOLDER / f"{name}-{text}-{seed}-{evaluations}.json"
         if path.exists():
@@ -204,10 +216,11 @@ def searched(name: str, budgets: Sequence[str], seed: int, evaluations: int) -> 
             known = {resource: asked_of(name, text, seed)}
         asked, test = known[resource]
         prepared = time.monotonic() - start
+        held_known = of_held_back.setdefault(resource, {})
         asked.task = replace(asked.task, budget=asked_for(name, text))
         rows = [{"subject": name, "budget": text, "prepared": prepared} for _ in METHODS]
         for r, method in zip(rows, METHODS, strict=True):
-            r |= row(asked, method, seed, evaluations, test)
+            r |= row(asked, method, seed, evaluations, test, held_known)
             print(seed, {k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()}, flush=True)
         path.write_text(json.dumps(rows), encoding="utf-8")
         report()

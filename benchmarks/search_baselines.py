@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
-from attnopt.policy_search.engine import OFFSPRING, STAGES, Engine
+from attnopt.policy_search.engine import OFFSPRING, PATIENCE, STAGES, Engine
 from attnopt.policy_search.judge import EndError
 from attnopt.policy_search.knapsack import best_picks
 from attnopt.policy_search.menu import Limits, Menu, Picks, Table
 from attnopt.policy_search.swaps import switched
 
 REPAIRING = ("uniform, refitted", "search")  # their output projections are fitted once more in the end
-METHODS = ("uniform", "sum of single choices", "greedy hull", "EvoPress", "search without refits", *REPAIRING)
+OF_ONE = ", one family"  # of passes, as the papers have it: the best of all families
+CHOOSING = ("sum of single choices", "greedy hull", "EvoPress")
+METHODS = ("uniform", *(f"{m}{OF_ONE}" for m in CHOOSING), *CHOOSING, "search without refits", *REPAIRING)
 
 
 def found_by(method: str, engine: Engine) -> Picks | None:
@@ -39,8 +42,23 @@ def found_by(method: str, engine: Engine) -> Picks | None:
     return best_picks(engine.influence, engine.menu, engine.limits)
 
 
+def of_one_family(menu: Menu, families: Sequence[Sequence[Collection[str]]]) -> list[Menu]:
+    """The menu without alternatives of other passes, for each pass.  ``families``: the passes of each place's alternatives."""
+    names = dict.fromkeys(name for own in families for passes in own for name in passes)
+    return [
+        replace(
+            menu,
+            allowed=tuple(
+                tuple(a for a in allowed if {*own[a]} <= {name})
+                for allowed, own in zip(menu.allowed, families, strict=True)
+            ),
+        )
+        for name in names
+    ]
+
+
 def _uniform(engine: Engine) -> Picks | None:
-    fitting = [p for p in engine.uniform if engine.menu.fits(p, engine.limits)]
+    fitting = [p for p in engine.uniform if engine.is_offered(p) and engine.menu.fits(p, engine.limits)]
     return min(fitting, key=engine.judge.value, default=None)
 
 
@@ -78,8 +96,9 @@ def _hull(costs: Sequence[float], values: Sequence[float], allowed: Sequence[int
 def evopress(engine: Engine) -> Picks | None:
     """(1 + lambda) evolution by level switches from the best uniform policy (arXiv:2410.14649), with as many evaluations."""
     best, draw = _start(engine), random.Random(engine.seed)
+    spent, idle = engine.judge.spent, 0
     try:
-        while best is not None:
+        while best is not None and idle < PATIENCE:
             offspring = list(_switches(best, engine, draw))
             if not offspring:
                 break
@@ -88,6 +107,8 @@ def evopress(engine: Engine) -> Picks | None:
                 ranked = sorted(offspring, key=lambda p: engine.judge.value(p, pieces))
                 offspring = ranked[: max(1, len(ranked) // 3)]
             best = min([best, *offspring], key=engine.judge.value)
+            idle = idle + 1 if engine.judge.spent == spent else 0  # few policies: all of them are known
+            spent = engine.judge.spent
     except EndError:
         return engine.best(engine.limits)
     return best

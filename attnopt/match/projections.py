@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from attnopt.graph.nodes import arg, between, calls, get_attr, is_tensor, opname, shape, source_line
+from attnopt.graph.nodes import ancestors, arg, between, calls, get_attr, is_tensor, opname, shape, source_line
 from attnopt.graph.ops import ADD, REARRANGED, Kind, of
 from attnopt.graph.select import Selection
 from attnopt.ir.projection import Projection
@@ -70,7 +70,7 @@ def ways_of_head(node: fx.Node, axis: int) -> tuple[fx.Node, ...]:
 
 
 def _of_head(node: fx.Node, axis: int, head: int, features: int = 3) -> list[Source]:
-    found = slice_sources(node, {axis: (head,)} if shape(node)[axis] > 1 else _one_head(node, features))
+    found = slice_sources(node, {axis: (head,)}) if shape(node)[axis] > 1 else _one_head(node, features)
     return [_as_bias(x) for x in found]
 
 
@@ -82,8 +82,8 @@ def _on_ways(node: fx.Node, each: Sequence[Sequence[Source]]) -> tuple[fx.Node, 
 
 
 def _is_shared(constant: Source, each: Sequence[Sequence[Source]]) -> bool:
-    """Every head uses the same selection, as with the weight of a shared norm."""
-    return len(each) > 1 and all(
+    """Every head uses the same selection, as with the weight of a shared norm; a single head shares all with itself."""
+    return len(each) == 1 or all(
         any(x.node is constant.node and x.selection == constant.selection for x in found) for found in each
     )
 
@@ -108,9 +108,20 @@ def _same_rows(vector: fx.Node, rows: Sequence[tuple[int, ...]], weights: Sequen
     return True
 
 
-def _one_head(node: fx.Node, features: int) -> Selection:
-    """With a single head, all features belong to it; select all features explicitly, in reverse order."""
-    return {features: tuple(reversed(range(shape(node)[features])))}
+def _one_head(node: fx.Node, features: int) -> list[Source]:
+    """With a single head, all features belong to it: in reverse order, so that they count as selected; where some are joined,
+    as a rotation does, a quarter at a time, so that none of what is joined is whole."""
+    size = shape(node)[features]
+    found = slice_sources(node, {features: tuple(reversed(range(size)))})
+    if all(x.kind not in ("blocked", "part") for x in found):
+        return found
+    quarters = [x for n in range(4) for x in slice_sources(node, {features: tuple(range(n, size, 4))})]
+    return [x for x in quarters if x.kind != "part" or _has_weights(x.node)]
+
+
+def _has_weights(node: fx.Node) -> bool:
+    """Unlike positions."""
+    return any(n.op == "get_attr" for n in ancestors(node))
 
 
 def _from_weights(matrix: fx.Node, vector: fx.Node | None, weights: Sequence[Sequence[Source]]) -> Projection:

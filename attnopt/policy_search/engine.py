@@ -104,21 +104,21 @@ class Engine:
         return math.inf if self.refits is None else self.refits.full.get(picks, math.inf)
 
     def _fitting(self, limits: Limits) -> list[Picks]:
-        return [p for p in self.judge.full if self._is_offered(p) and self.menu.fits(p, limits)]
+        return [p for p in self.judge.full if self.is_offered(p) and self.menu.fits(p, limits)]
 
     def front(self) -> list[Picks]:
         """What was judged on all data and is the best for its cost of the first resource, by increasing cost; within the limits
         of the others."""
         first, *others = self.limits
         held = {r: self.limits[r] for r in others}
-        offered = [p for p in self.judge.full if self._is_offered(p) and self.menu.fits(p, held)]
+        offered = [p for p in self.judge.full if self.is_offered(p) and self.menu.fits(p, held)]
         found: list[Picks] = []
         for p in sorted(offered, key=lambda p: (self.menu.cost(first, p), self.value(p), p)):
             if not found or self.value(p) < self.value(found[-1]):
                 found.append(p)
         return found
 
-    def _is_offered(self, picks: Picks) -> bool:
+    def is_offered(self, picks: Picks) -> bool:
         return all(a in own for a, own in zip(picks, self.menu.allowed, strict=True))
 
     def _alternatives(self, place: int) -> int:

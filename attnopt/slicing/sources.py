@@ -8,7 +8,7 @@ from itertools import combinations
 
 from torch import fx
 
-from attnopt.graph.nodes import ancestors, arg, calls, is_state, is_tensor, shape, wrap
+from attnopt.graph.nodes import ancestors, arg, calls, is_number, is_state, shape, wrap
 from attnopt.graph.ops import IN_ORDER, Kind, of
 from attnopt.graph.select import Selection
 from attnopt.slicing.pull import pull
@@ -79,7 +79,7 @@ def _ends(
 
 def _is_computed(node: fx.Node) -> bool:
     """From sizes alone, like positions."""
-    return all(n.op == "call_function" for n in ancestors(node, stop=lambda n: not is_tensor(n)))
+    return all(n.op == "call_function" for n in ancestors(node, stop=is_number))
 
 
 # Operators that return the same elements in the same order, for any selection.  A permute returns others axis by axis.

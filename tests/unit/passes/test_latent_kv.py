@@ -33,6 +33,9 @@ SHOWN = [
     Spelling(heads=4, kv_heads=2, packing="per-group", core="einsum"),
     Spelling(op="conv1d", packing="kv", core="bmm"),
     Spelling(cross=True, packing="kv", head_dim=2),
+    Spelling(kv_heads=1, core="grouped", rope="half", mask=("causal",), head_dim=8, width=11),
+    Spelling(kv_heads=1, core="grouped", rope="interleaved", mask=("causal",), head_dim=8, bias=False),
+    Spelling(kv_heads=1, core="grouped", rope="chunks", head_dim=8),
 ]
 RANK = 5
 
