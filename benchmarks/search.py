@@ -36,6 +36,7 @@ from attnopt.policy_search.judge import Judge, Known, Part
 from attnopt.policy_search.menu import Menu
 from attnopt.policy_search.outputs import Candidate
 from attnopt.policy_search.problem import Problem, Task, problem
+from attnopt.policy_search.refits import REFITS
 
 FOLDER = Path("build") / "search"
 BUDGETS = {  # two for each subject; MiniLM and SmolLM2 at the lengths where windows save time
@@ -120,17 +121,17 @@ def row(asked: Problem, method: str, seed: int, evaluations: int, test: Test, kn
     for menu in menus(asked, method):
         judge = judge_of(asked, method, evaluations, known)
         refits = asked.refit_judge(lambda: False) if method in REPAIRING else None
-        engine = Engine(menu, judge, asked.limits, asked.uniform, seed, refits=refits)
+        engine = Engine(menu, judge, asked.limits, asked.uniform, seed, refits=refits, fits=len(REFITS))
         picks = found_by(method.removesuffix(OF_ONE), engine)
         if picks is not None:
             spent, judge.is_limited = engine.spent, False
-            found.append((judge.value(picks), Candidate(picks, engine.is_refitted(picks)), spent))
+            found.append((judge.value(picks), Candidate(picks, engine.refit_of(picks)), spent))
     asked.state.save(at_once=True)
     if not found:
         return {"method": method, **dict.fromkeys(COLUMNS, float("nan"))}
     _, best, spent = min(found, key=lambda x: x[0])
     (resource,) = asked.limits
-    home = asked.measure(best.picks, held_back(asked), best.is_refitted)
+    home = asked.measure(best.picks, held_back(asked), best.refit)
     cost = asked.menu.cost(resource, best.picks)
     whole = (
         asked.check(best) if resource == "latency" else cost

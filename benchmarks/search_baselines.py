@@ -32,7 +32,7 @@ def found_by(method: str, engine: Engine) -> Picks | None:
     if method.startswith("uniform"):
         picks = _uniform(engine)
         if picks is not None and engine.refits is not None:
-            engine.refits.value(picks)
+            engine.refits.value((*picks, 0))
         return picks
     engine.judge.value(engine.original)
     engine.prepare()

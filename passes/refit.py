@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from attnopt.base.options import number
+from attnopt.errors import PolicyError
 from attnopt.fit.compensation_methods import LeastSquares, compensated
+from attnopt.fit.least_squares import RIDGES
 from attnopt.ir.interfaces import Pass, Rewrite
 from attnopt.ir.refusal import Refusal
 from attnopt.ir.site import Site
@@ -24,6 +27,10 @@ class Refit(Pass):
     noise averages out.  Nothing is changed that does not also help held-out tokens.  It costs no time: give it last, and also
     to attentions that stay as they are.
     Attentions that share weights are fitted together, to the original stream.  Raises CalibrationError for too few tokens.
+
+    ``ridge``: how much keeping today's weights counts, relative to the mean square of a feature over all tokens; by default
+    the best for held-out tokens of four values up to 0.1.  A larger one, such as 5 or 25, changes only what many features agree
+    on: it gains less at home and loses less on other domains.
     """
 
     name: ClassVar[str] = "refit"
@@ -31,6 +38,11 @@ class Refit(Pass):
     calibrates: ClassVar[bool] = True
     widens: ClassVar[bool] = True
     follows: ClassVar[bool] = True
+    ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ridge is not None and not number(self.name, "ridge", self.ridge) >= 0.0:
+            raise PolicyError(f"refit: invalid value ridge={self.ridge!r}: expected a number of at least 0")
 
     def check(self, site: Site) -> Refusal | None:
         joined = [e for e in site.spec.after if e.joins_heads]
@@ -41,5 +53,6 @@ class Refit(Pass):
         )
 
     def rewrite(self, site: Site) -> Rewrite:
-        made = compensated(LeastSquares(MEANS), site, site.spec)
+        ridges = RIDGES if self.ridge is None else (self.ridge,)
+        made = compensated(LeastSquares(MEANS, ridges), site, site.spec)
         return replace(made, notes=tuple(f"refit: {note}" for note in made.notes))

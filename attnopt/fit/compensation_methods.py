@@ -13,6 +13,7 @@ from torch import Tensor
 from attnopt.base.registry import Registry
 from attnopt.fit.block_obs import surgeon_of
 from attnopt.fit.least_squares import (
+    RIDGES,
     LayerMoments,
     combined,
     fit,
@@ -75,11 +76,12 @@ class Bias(Compensation):
 class LeastSquares(Compensation):
     """Fit the output projection to the layer output in the original model (OSSCAR, arXiv:2403.12983).
 
-    ``means``: as of ``LayerMoments``."""
+    ``means``: as of ``LayerMoments``; ``ridges``: strengths of the shrinkage, of which held-out tokens choose."""
 
     name: ClassVar[str] = "least-squares"
     merges: ClassVar[bool] = True
     means: float = 0.0
+    ridges: tuple[float, ...] = RIDGES
 
     def compensate(self, site: Site, spec: AttentionSpec) -> Rewrite:
         if not _reaching(spec):
@@ -88,7 +90,8 @@ class LeastSquares(Compensation):
         assert site.activations is not None
         require_tokens(site, site.activations)
         fitting, held = (m.of(features) for m in LayerMoments(self.means).of(site))
-        found = fit(fitting, held if held.tokens else fitting, today[features], site.out_bias() is not None)
+        has_bias, judging = site.out_bias() is not None, held if held.tokens else fitting
+        found = fit(fitting, judging, today[features], has_bias, self.ridges)
         note = (
             f"least squares on {fitting.tokens} tokens: layer error on {held.tokens} held-out tokens "
             f"{found.before:.3f} -> {found.after:.3f} (step {found.step:g})"

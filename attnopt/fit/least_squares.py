@@ -162,13 +162,13 @@ def ridge(m: Moments, toward: Tensor, strength: float) -> Tensor:
     return torch.cholesky_solve(right, factor) if int(failed) == 0 else torch.linalg.lstsq(a, right).solution
 
 
-def fit(fitting: Moments, held: Moments, today: Tensor, has_bias: bool) -> Fitted:
+def fit(fitting: Moments, held: Moments, today: Tensor, has_bias: bool, ridges: Sequence[float] = RIDGES) -> Fitted:
     """The weights with the least error on the held-out moments, among ridge solutions and steps toward them; the current
     ones if none is better.  ``has_bias``: the column of ones may be used."""
     features = torch.arange(len(today) if has_bias else len(today) - 1, device=today.device)
     some, check, start = fitting.of(features), held.of(features), today[features]
     best = Fitted(start, 0.0, check.error(start), check.error(start))
-    for strength in RIDGES if best.before > EXACT else ():
+    for strength in ridges if best.before > EXACT else ():
         solution = ridge(some, start, strength)
         for step in STEPS:
             w = (1 - step) * start + step * solution

@@ -34,7 +34,10 @@ class Engine:
     limits: Limits
     uniform: Sequence[Picks]
     seed: int = 0
-    refits: Judge | None = None  # of the same picks, with their output projections fitted once more
+    refits: Judge | None = (
+        None  # of the same picks, output projections fitted once more in the way that a last number tells
+    )
+    fits: int = 1  # how many ways there are
     stage: Callable[[str], None] = lambda name: None
     influence: list[list[float]] = field(default_factory=list)
     guessed: set[At] = field(default_factory=set)  # alternatives whose influence was not measured
@@ -93,15 +96,23 @@ class Engine:
         return min(self._fitting(limits), key=self.value, default=None)
 
     def value(self, picks: Picks) -> float:
-        """Of picks that were judged on all data, the better of both ways."""
-        return min(self.judge.full[picks], self._refitted(picks))
+        """Of picks that were judged on all data, the best of all ways."""
+        return self.value_with(picks, self.refit_of(picks))
 
-    def is_refitted(self, picks: Picks) -> bool:
-        """They are better with their output projections fitted once more."""
-        return self._refitted(picks) < self.judge.full[picks]
+    def value_with(self, picks: Picks, refit: int | None) -> float:
+        """Of picks that were judged on all data, with this fit or none."""
+        return self.judge.full[picks] if refit is None else self._refitted(picks)[refit]
 
-    def _refitted(self, picks: Picks) -> float:
-        return math.inf if self.refits is None else self.refits.full.get(picks, math.inf)
+    def refit_of(self, picks: Picks) -> int | None:
+        """The number of the fit with which they are best; None without any."""
+        values = self._refitted(picks)
+        best = min(range(self.fits), key=values.__getitem__)
+        return best if values[best] < self.judge.full[picks] else None
+
+    def _refitted(self, picks: Picks) -> list[float]:
+        """With each of the fits, infinite where it was not judged."""
+        full = {} if self.refits is None else self.refits.full
+        return [full.get((*picks, n), math.inf) for n in range(self.fits)]
 
     def _fitting(self, limits: Limits) -> list[Picks]:
         return [p for p in self.judge.full if self.is_offered(p) and self.menu.fits(p, limits)]
@@ -141,7 +152,8 @@ class Engine:
         return found
 
     def _refit(self) -> None:
-        """The best few, and the best of what is the same everywhere: a fit helps some more than others."""
+        """The best few, and the best of what is the same everywhere: a fit helps some more than others.  Then the other fits, of
+        the best."""
         if self.refits is None:
             return
         self.stage("refits")
@@ -150,7 +162,10 @@ class Engine:
         uniform = [p for p in ranked if p in self.uniform]
         for picks in dict.fromkeys([*ranked[:REFITTED], *uniform[:1]]):
             if any(picks):
-                self.refits.value(picks)
+                self.refits.value((*picks, 0))
+        best = self.best(self.limits)
+        if best is not None and any(best):
+            self.refits.values([(*best, n) for n in range(self.fits)])
 
     def _everything(self) -> None:
         self.stage("every policy")

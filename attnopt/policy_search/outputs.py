@@ -15,19 +15,18 @@ from attnopt.compiler.decide import Decision
 from attnopt.compiler.policy import Policy
 from attnopt.compiler.rewritten_run import Other
 from attnopt.model import OptimizedModel
-from attnopt.passes.refit import Refit
 from attnopt.policy_search.candidates import Candidates, Passes
 from attnopt.policy_search.in_place import InPlace
 from attnopt.policy_search.menu import Picks
-from attnopt.policy_search.refits import Refits
+from attnopt.policy_search.refits import REFITS, Refits
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Picks, with their output projections fitted once more or not."""
+    """Picks, and the number in ``REFITS`` of what fits their output projections once more, if anything does."""
 
     picks: Picks
-    is_refitted: bool = False
+    refit: int | None = None
 
 
 @dataclass
@@ -71,7 +70,7 @@ class Outputs:
 
     def more(self, candidate: Candidate) -> Passes:
         """What follows the passes of each pick."""
-        return (Refit(),) if candidate.is_refitted else ()
+        return () if candidate.refit is None else (REFITS[candidate.refit],)
 
     @cached_property
     def _place_of(self) -> dict[str, int]:
@@ -79,18 +78,18 @@ class Outputs:
 
     def decisions(self, candidate: Candidate) -> Sequence[Decision]:
         """In the order of the attentions; none if the data are too few to fit to."""
-        if not candidate.is_refitted:
+        if candidate.refit is None:
             return self.made.decisions(candidate.picks)
         if self.last is None or self.last[0] != candidate:
             assert self.refits is not None
             self.last = None
-            self.last = candidate, self.refits.decisions(candidate.picks) or ()
+            self.last = candidate, self.refits.decisions(candidate.picks, REFITS[candidate.refit]) or ()
         return self.last[1]
 
     def _others(self, candidate: Candidate) -> tuple[list[Hashable], list[Other | None]]:
         """In the order in which the attentions run, with equal keys where equal ones stand."""
         backends = self.made.job.backends
-        if candidate.is_refitted:
+        if candidate.refit is not None:
             own = {d.found.site.name: d for d in self.decisions(candidate)}
             names = [p.found.site.name for p in self.in_place.places]
             return [(candidate, name) for name in names], [Other.of(own[name], backends) for name in names]

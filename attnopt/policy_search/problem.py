@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -123,13 +122,13 @@ class Problem:
         ]
         return list(dict.fromkeys(found))
 
-    def measure(self, picks: Picks, pieces: Sequence[int], is_refitted: bool = False) -> list[Part]:
+    def measure(self, picks: Picks, pieces: Sequence[int], refit: int | None = None) -> list[Part]:
         """How far the model with these picks diverges on pieces of the data; infinitely where nothing can be fitted.
 
         Raises FailedError, CalibrationError."""
         own: dict[int, Part] | FailedError
-        candidate = Candidate(picks, is_refitted)
-        if is_refitted and not self.outputs.decisions(candidate):
+        candidate = Candidate(picks, refit)
+        if refit is not None and not self.outputs.decisions(candidate):
             return [(math.inf, 1.0) for _ in pieces]
         try:
             own = {piece: self._measured(candidate, piece) for piece in pieces if self._is_own(piece)}
@@ -143,11 +142,22 @@ class Problem:
         return [found[piece] for piece in pieces]
 
     def refit_judge(self, is_late: Callable[[], bool]) -> Judge | None:
-        """Of the same picks with their output projections fitted once more; None if nothing can be."""
+        """Of the same picks with their output projections fitted once more, their last number one of ``REFITS``; None if nothing
+        can be."""
         if self.refits is None:
             return None
-        measure = partial(self.measure, is_refitted=True)
-        return Judge(measure, self.pieces, self.state.refitted, is_late=is_late, saved=self.state.save)
+        return Judge(self._refitted, self.pieces, self.state.refitted, is_late=is_late, saved=self.state.save)
+
+    def _refitted(self, picks: Picks, pieces: Sequence[int]) -> list[Part]:
+        """On random tokens as without the fit, which has seen such: what it gains there says nothing of other domains."""
+        *plain, refit = picks
+        telling = [piece for piece in pieces if not (self.judged.has_random_tokens and piece % 2)]
+        found = dict(zip(telling, self.measure(tuple(plain), telling, refit), strict=True))
+        known = self.state.values.get(tuple(plain), {})
+        for piece in pieces:
+            if piece not in found:
+                found[piece] = known[piece] if piece in known else self.measure(tuple(plain), [piece])[0]
+        return [found[piece] for piece in pieces]
 
     def check(self, candidate: Candidate) -> float:
         """Milliseconds of the whole model, measured beside the original."""

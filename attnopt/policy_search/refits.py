@@ -13,6 +13,9 @@ from attnopt.passes.refit import Refit
 from attnopt.policy_search.candidates import Candidates
 from attnopt.policy_search.menu import Picks
 
+# The more is kept of today's weights, the less a fit gains at home, and the better it travels.
+REFITS = (Refit(), Refit(ridge=5.0), Refit(ridge=25.0))
+
 
 @dataclass(frozen=True)
 class Refits:
@@ -30,7 +33,7 @@ class Refits:
             return None
         return cls(made, batches, made.job.invented(made.compiled.program, batches, made.found, [(Refit(),)]))
 
-    def decisions(self, picks: Picks) -> list[Decision] | None:
+    def decisions(self, picks: Picks, refit: Refit) -> list[Decision] | None:
         """In the order of the attentions; None where the data are too few."""
         job, gm = self.made.job, self.made.compiled.program.module
         made = {d.found.site.name: d for d in self.made.decisions(picks)}
@@ -40,7 +43,7 @@ class Refits:
         try:
             for f, activations in stream.sites():
                 name = f.site.name
-                made[name] = decided_further(made[name], [Refit()], job.backends, activations, job.options.decodes)
+                made[name] = decided_further(made[name], [refit], job.backends, activations, job.options.decodes)
                 stream.follow(made[name])
         except CalibrationError:
             return None

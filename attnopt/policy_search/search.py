@@ -30,6 +30,7 @@ from attnopt.policy_search.judge import Judge
 from attnopt.policy_search.menu import Picks
 from attnopt.policy_search.outputs import Candidate
 from attnopt.policy_search.problem import Evaluate, FailedError, Problem, Task, problem
+from attnopt.policy_search.refits import REFITS
 from attnopt.policy_search.result import FrontPoint, Search
 from attnopt.policy_search.state import data_mark, model_mark
 from attnopt.report.policy_search import SearchReport, Tried
@@ -103,7 +104,8 @@ def search(
         judge.together = 1 if peers is None else peers.count
         if minutes is not None:
             judge.is_late = partial(_is_late, asked, start + 60 * minutes)
-        engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed, refits=asked.refit_judge(judge.is_late))
+        refits = asked.refit_judge(judge.is_late)
+        engine = Engine(asked.menu, judge, asked.limits, asked.uniform, seed, refits=refits, fits=len(REFITS))
         if progress is not None:
             told = _Told(engine, progress)
             engine.stage, judge.told = told.at, told
@@ -213,7 +215,7 @@ def _result(
 
 
 def _candidate(engine: Engine, picks: Picks) -> Candidate:
-    return Candidate(picks, engine.is_refitted(picks))
+    return Candidate(picks, engine.refit_of(picks))
 
 
 def _measure(asked: Problem) -> str:
@@ -224,14 +226,13 @@ def _measure(asked: Problem) -> str:
 
 
 def _tried(asked: Problem, candidate: Candidate, engine: Engine) -> Tried:
-    picks, judge = candidate.picks, engine.refits if candidate.is_refitted else engine.judge
-    assert judge is not None
+    picks = candidate.picks
     choices = {
         site: texts_of((*place.alternatives[a].passes, *asked.outputs.more(candidate))) or "as it is"
         for place, a in zip(asked.made.places, picks, strict=True)
         for site in place.sites
     }
-    return Tried(asked.menu.costs(picks), judge.full[picks], choices)
+    return Tried(asked.menu.costs(picks), engine.value_with(picks, candidate.refit), choices)
 
 
 def _notes(asked: Problem, engine: Engine, latency: Mapping[str, float]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from attnopt.errors import SearchError
 from attnopt.ir.peers import Peers
 from attnopt.policy_search.judge import Known
 
-FORMAT = 3
+FORMAT = 4
 EVERY = 1.0  # seconds between two writes
 SAMPLED = 64  # numbers of each weight that mark a model
 
@@ -29,8 +29,8 @@ SAMPLED = 64  # numbers of each weight that mark a model
 @dataclass
 class State:
     """``marks``: digests of all that measurements depend on, by what it is.  ``values``: by picks and piece; ``refitted``: the
-    same with output projections fitted once more; ``times``: milliseconds by name, of this machine.  Without a path nothing is
-    written."""
+    same with output projections fitted once more, picks ending in a number of ``REFITS``; ``times``: milliseconds by name, of
+    this machine.  Without a path nothing is written."""
 
     marks: Mapping[str, str]
     path: Path | None = None

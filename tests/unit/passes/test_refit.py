@@ -66,6 +66,24 @@ def test_it_is_the_least_squares_solution() -> None:
     assert fitted < best + 0.1 * (lost - best)
 
 
+def test_a_larger_ridge_keeps_more_of_the_weights() -> None:
+    model = stack(1)
+    old, moved = model.layers[0].o.weight, list[float]()
+    for ridge in (0.0, 1.0, 25.0, 1e6):
+        fast = optimized(model, [LocalWindow(1), Refit(ridge=ridge)])
+        new = dict(fast.graph_module.named_parameters())["layers.0.o.weight"]
+        moved.append(float((new - old).detach().norm()))
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] > 10 * moved[2] > 0
+    assert moved[3] < 1e-3 * moved[0]
+
+
+@pytest.mark.parametrize("ridge", [-1.0, float("nan"), "much", True])
+def test_a_ridge_that_is_none(ridge: object) -> None:
+    with pytest.raises(attnopt.PolicyError, match="refit: invalid value ridge="):
+        Refit(ridge=ridge)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [LocalWindow(1), PruneHeads(heads=[0, 2], compensate="none"), GroupedQuery(1)])
 def test_a_later_layer_makes_up_for_an_earlier_one(p: attnopt.Pass) -> None:

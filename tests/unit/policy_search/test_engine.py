@@ -306,21 +306,23 @@ def test_a_second_fit_counts_where_it_helps() -> None:
     assert first is not None
     asked: list[Picks] = []
 
-    def again(p: Picks, pieces: Sequence[int]) -> list[Part]:
-        asked.append(p)
-        return [(9.0 * of[p] if p == first else 0.5 * of[p], 1.0) for _ in pieces]
+    def again(with_fit: Picks, pieces: Sequence[int]) -> list[Part]:
+        *p, fit = with_fit
+        asked.append(with_fit)
+        of_fit = (0.5, 0.6, 0.4)[fit] * of[tuple(p)]
+        return [(9.0 * of[first] if tuple(p) == first else of_fit, 1.0) for _ in pieces]
 
     judge = Judge(lambda p, pieces: [(of[p], 1.0) for _ in pieces], 1, limit=120)
     uniform = [(a,) * m.places for a in range(len(m.allowed[0]))]
-    engine = Engine(m, judge, limits, uniform, refits=Judge(again, 1))
+    engine = Engine(m, judge, limits, uniform, refits=Judge(again, 1), fits=3)
     engine.run()
     best = engine.best(limits)
     assert best is not None
     assert best != first
-    assert first in asked
-    assert len(asked) <= 4
-    assert (engine.is_refitted(best), engine.is_refitted(first)) == (True, False)
-    assert engine.value(best) == 0.5 * of[best] < of[first] == engine.value(first)
+    assert (*first, 0) in asked
+    assert len(asked) <= 4 + 2  # the other fits of the best alone
+    assert (engine.refit_of(best), engine.refit_of(first)) == (2, None)
+    assert engine.value(best) == 0.4 * of[best] < of[first] == engine.value(first)
     assert engine.spent == judge.spent + len(asked)
     values = [engine.value(p) for p in engine.front()]
     assert values == sorted(values, reverse=True)

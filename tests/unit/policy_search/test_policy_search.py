@@ -330,7 +330,7 @@ def test_a_state_of_another_search_is_refused(tmp_path: Path, changed: str) -> N
         "{}",
         "[1]",
         '{"format": 9}',
-        '{"format": 3, "marks": {}, "machine": "", "times": {}, "values": [[1]], "refitted": []}',
+        '{"format": 4, "marks": {}, "machine": "", "times": {}, "values": [[1]], "refitted": []}',
     ],
 )
 def test_a_file_that_is_no_state_is_refused(tmp_path: Path, text: str) -> None:

@@ -63,3 +63,15 @@ def test_the_divergence_is_that_of_both() -> None:
     got, want = (torch.cat([x.flatten(0, 1) for x in side]).double() for side in zip(*pairs, strict=True))
     assert found.divergence == pytest.approx(float((1 - torch.cosine_similarity(got, want, dim=-1)).mean()), rel=1e-4)
     assert found.divergence > 1e-3
+
+
+def test_a_fit_is_judged_on_texts_alone() -> None:
+    """It has seen random tokens, where it counts as no better than what it is fitted to."""
+    made = asked(Reader(), texts(count=4), PruneHeads(0.5, compensate="none"))
+    picks = (1,) * made.menu.places
+    judge = made.refit_judge(lambda: False)
+    assert judge is not None
+    judge.value((*picks, 0))
+    of_text, of_random = judge.known[*picks, 0].values()
+    assert of_text == made.measure(picks, [0], 0)[0] != made.measure(picks, [0])[0]
+    assert of_random == made.measure(picks, [1])[0] != made.measure(picks, [1], 0)[0]
