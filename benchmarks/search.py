@@ -30,6 +30,7 @@ from subjects.rxnmapper import UNSEEN
 import attnopt
 from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.calibration import Calibration
+from attnopt.cli.demo_policy import sequences
 from attnopt.policy_search.divergence import Divergence
 from attnopt.policy_search.engine import Engine
 from attnopt.policy_search.judge import Judge, Known, Part
@@ -72,22 +73,8 @@ def data_of(about: Any, name: str, seed: int) -> tuple[list[Any], list[Any]]:
     texts = list(about.data.background)
     random.Random(seed).shuffle(texts)
     others = [about.reviews(), *map(domains.texts, ELSEWHERE)]
-    return long_texts(about, texts, NEWS), [text for own in others for text in long_texts(about, own, HELD_OUT)]
-
-
-def long_texts(about: Any, texts: Sequence[str], count: int) -> list[Any]:
-    """Texts one after the other, cut where they reach ``LENGTH`` tokens; one to a batch."""
-    found, joined = [], ""
-    for text in texts:
-        joined = f"{joined} {text}"
-        if len(about.tokenizer(joined)["input_ids"]) < LENGTH:
-            continue
-        ids = about.tokenizer(joined, truncation=True, max_length=LENGTH, return_tensors="pt")
-        found.append((ids.input_ids, ids.attention_mask))
-        joined = ""
-        if len(found) == count:
-            break
-    return found
+    tested = [text for own in others for text in sequences(about.tokenizer, own, HELD_OUT, LENGTH)]
+    return sequences(about.tokenizer, texts, NEWS, LENGTH), tested
 
 
 @dataclass(frozen=True)

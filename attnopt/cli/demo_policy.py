@@ -39,16 +39,16 @@ def searched(model: nn.Module, batches: Batches, inputs: CallInputs, shapes: obj
     )
 
 
-def sequences(tokenizer: Any, texts: Sequence[str]) -> Batches:
-    """``COUNT`` batches of token ids and masks [1, TOKENS], each of texts one after the other."""
+def sequences(tokenizer: Any, texts: Sequence[str], count: int = COUNT, tokens: int = TOKENS) -> Batches:
+    """At most ``count`` batches of token ids and masks [1, tokens], each of texts one after the other."""
     made: Batches = []
     joined = ""
     for text in texts:
         joined = f"{joined} {text}"
-        found = tokenizer(joined, truncation=True, max_length=TOKENS, return_tensors="pt")
-        if found["input_ids"].shape[1] == TOKENS:
+        found = tokenizer(joined, truncation=True, max_length=tokens, return_tensors="pt")
+        if found["input_ids"].shape[1] == tokens:
             made.append((found["input_ids"], found["attention_mask"]))
             joined = ""
-        if len(made) == COUNT:
+        if len(made) == count:
             break
     return made
