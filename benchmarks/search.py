@@ -136,8 +136,8 @@ def menus(asked: Problem, method: str) -> list[Menu]:
 
 
 def judge_of(asked: Problem, method: str, evaluations: int, known: Known) -> Judge:
-    """Only the search judges on random tokens, too; each evaluation counts as one."""
-    if method.startswith("search"):
+    """Only the search and what fits judge on random tokens, too; each evaluation counts as one."""
+    if method.startswith("search") or method in REPAIRING:
         return Judge(asked.measure, asked.pieces, asked.state.values, evaluations, saved=asked.state.save)
     held = held_back(asked)
     return Judge(

@@ -34,10 +34,9 @@ class Engine:
     limits: Limits
     uniform: Sequence[Picks]
     seed: int = 0
-    refits: Judge | None = (
-        None  # of the same picks, output projections fitted once more in the way that a last number tells
-    )
-    fits: int = 1  # how many ways there are
+    # Of the same picks and a last number: in which of so many ways their output projections are fitted once more.
+    refits: Judge | None = None
+    fits: int = 1
     stage: Callable[[str], None] = lambda name: None
     influence: list[list[float]] = field(default_factory=list)
     guessed: set[At] = field(default_factory=set)  # alternatives whose influence was not measured
