@@ -118,7 +118,7 @@ def row(asked: Problem, method: str, seed: int, evaluations: int, test: Test, kn
         return {"method": method, **dict.fromkeys(COLUMNS, float("nan"))}
     _, best, spent = min(found, key=lambda x: x[0])
     (resource,) = asked.limits
-    home = asked.measure(best.picks, held_back(asked), best.refit)
+    home = asked.measure(best.picks, asked.judged.texts, best.refit)
     cost = asked.menu.cost(resource, best.picks)
     whole = (
         asked.check(best) if resource == "latency" else cost
@@ -139,15 +139,10 @@ def judge_of(asked: Problem, method: str, evaluations: int, known: Known) -> Jud
     """Only the search and what fits judge on random tokens, too; each evaluation counts as one."""
     if method.startswith("search") or method in REPAIRING:
         return Judge(asked.measure, asked.pieces, asked.state.values, evaluations, saved=asked.state.save)
-    held = held_back(asked)
+    held = asked.judged.texts
     return Judge(
         lambda picks, pieces: asked.measure(picks, [held[piece] for piece in pieces]), len(held), known, evaluations
     )
-
-
-def held_back(asked: Problem) -> Sequence[int]:
-    """The pieces of data, without those of random tokens."""
-    return range(0, asked.pieces, 2 if asked.judged.has_random_tokens else 1)
 
 
 def mean(parts: Sequence[Part]) -> float:
@@ -193,22 +188,20 @@ def main() -> None:
 
 def searched(name: str, budgets: Sequence[str], seed: int, evaluations: int) -> None:
     """Budgets of one resource share what was fitted and measured."""
-    known: dict[str, tuple[Problem, Test]] = {}
-    of_held_back: dict[str, Known] = {}
+    known: dict[str, tuple[Problem, Test, Known]] = {}
     for text in budgets:
         path = FOLDER / f"{name}-{text}-{seed}-{evaluations}.json"
         if path.exists():
             continue
         resource, start = text.partition("=")[0], time.monotonic()
         if resource not in known:
-            known = {resource: asked_of(name, text, seed)}
-        asked, test = known[resource]
+            known = {resource: (*asked_of(name, text, seed), {})}
+        asked, test, values = known[resource]
         prepared = time.monotonic() - start
-        held_known = of_held_back.setdefault(resource, {})
         asked.task = replace(asked.task, budget=asked_for(name, text))
         rows = [{"subject": name, "budget": text, "prepared": prepared} for _ in METHODS]
         for r, method in zip(rows, METHODS, strict=True):
-            r |= row(asked, method, seed, evaluations, test, held_known)
+            r |= row(asked, method, seed, evaluations, test, values)
             print(seed, {k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()}, flush=True)
         path.write_text(json.dumps(rows), encoding="utf-8")
         report()

@@ -49,6 +49,11 @@ class Judged:
     pieces: tuple[CallInputs, ...]
     has_random_tokens: bool
 
+    @property
+    def texts(self) -> range:
+        """The numbers of the pieces of the data itself."""
+        return range(0, len(self.pieces), 2 if self.has_random_tokens else 1)
+
 
 def judged_on(compiled: Compiled, fitted: Sequence[CallInputs], held: Sequence[CallInputs], seed: int) -> Judged:
     """The held-back batches, each with one of random tokens beside it if the model reads tokens and is no decoder.

@@ -150,13 +150,9 @@ class Problem:
 
     def _refitted(self, picks: Picks, pieces: Sequence[int]) -> list[Part]:
         """On random tokens as without the fit, which has seen such: what it gains there says nothing of other domains."""
-        *plain, refit = picks
-        telling = [piece for piece in pieces if not (self.judged.has_random_tokens and piece % 2)]
-        found = dict(zip(telling, self.measure(tuple(plain), telling, refit), strict=True))
-        known = self.state.values.get(tuple(plain), {})
-        for piece in pieces:
-            if piece not in found:
-                found[piece] = known[piece] if piece in known else self.measure(tuple(plain), [piece])[0]
+        plain, refit = picks[:-1], picks[-1]
+        texts = [piece for piece in pieces if piece in self.judged.texts]
+        found = self.state.values[plain] | dict(zip(texts, self.measure(plain, texts, refit), strict=True))
         return [found[piece] for piece in pieces]
 
     def check(self, candidate: Candidate) -> float:

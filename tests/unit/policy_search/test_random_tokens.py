@@ -15,6 +15,7 @@ from attnopt import Budget, Choice
 from attnopt.base.call_inputs import CallInputs
 from attnopt.capture.calibration import Calibration
 from attnopt.passes import LocalWindow, PruneHeads
+from attnopt.policy_search.judge import Judge
 from attnopt.policy_search.problem import Problem, Task, problem
 
 pytestmark = pytest.mark.usefixtures("one_capture")
@@ -69,6 +70,7 @@ def test_a_fit_is_judged_on_texts_alone() -> None:
     """It has seen random tokens, where it counts as no better than what it is fitted to."""
     made = asked(Reader(), texts(count=4), PruneHeads(0.5, compensate="none"))
     picks = (1,) * made.menu.places
+    Judge(made.measure, made.pieces, made.state.values).value(picks)
     judge = made.refit_judge(lambda: False)
     assert judge is not None
     judge.value((*picks, 0))
